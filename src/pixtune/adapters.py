@@ -1,0 +1,85 @@
+"""Attach a LoRA to a frozen transformer with PEFT, and say what it attached to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from pixtune.errors import ConfigError
+
+ADAPTER_NAME = "default"
+
+
+@dataclass(frozen=True)
+class AttachedLora:
+    """What carries a LoRA now."""
+
+    modules: tuple[str, ...]
+    """Paths of the linear layers."""
+    num_parameters: int
+
+
+def attach_lora(
+    transformer: nn.Module, targets: Sequence[str], rank: int, alpha: float, generator_seed: int
+) -> AttachedLora:
+    """Adds a LoRA (Hu et al. 2021, arXiv 2106.09685) to every linear layer whose path ends with one of `targets`.
+
+    The down-projection starts Gaussian with deviation 1 / rank, the up-projection zero, both fp32 whatever the base is:
+    in bf16 an update of a few thousandths of a weight would be rounded away.
+
+    Args:
+        generator_seed: seeds the down-projections; the global generators are left as they were.
+
+    Raises:
+        ConfigError: a target matches nothing; names it and lists what could have been meant.
+    """
+    from peft import LoraConfig
+    from peft.tuners.lora import LoraLayer
+
+    linears = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
+    unmatched = [t for t in targets if not any(name == t or name.endswith(f".{t}") for name in linears)]
+    if unmatched:
+        endings = sorted({".".join(p for p in n.split(".")[-2:] if not p.isdigit() or p == "0") for n in linears})
+        raise ConfigError(
+            "lora_targets names layers that this model does not have",
+            [f"{t!r} matches no linear layer. Layers end with: {', '.join(endings)}." for t in unmatched],
+        )
+    config = LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=list(targets))
+    with torch.random.fork_rng():
+        torch.manual_seed(generator_seed)
+        transformer.add_adapter(config, adapter_name=ADAPTER_NAME)  # type: ignore[operator]
+    for parameter in transformer.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    modules = tuple(name for name, module in transformer.named_modules() if isinstance(module, LoraLayer))
+    return AttachedLora(modules, sum(p.numel() for p in trainable_parameters(transformer).values()))
+
+
+def trainable_parameters(transformer: nn.Module) -> dict[str, nn.Parameter]:
+    """The trained parameters by name, in a stable order."""
+    return {name: parameter for name, parameter in transformer.named_parameters() if parameter.requires_grad}
+
+
+def lora_weights(transformer: nn.Module) -> dict[str, Tensor]:
+    """The LoRA as `MODULE.lora_A.weight` and `MODULE.lora_B.weight`, detached."""
+    return {
+        name.replace(f".{ADAPTER_NAME}.weight", ".weight"): parameter.detach()
+        for name, parameter in trainable_parameters(transformer).items()
+    }
+
+
+def load_lora_weights(transformer: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Copies weights named as by `lora_weights` into an attached LoRA.
+
+    Raises:
+        KeyError: names differ from what is attached.
+    """
+    own = lora_weights(transformer)
+    if own.keys() != weights.keys():
+        raise KeyError(f"LoRA layers differ: {sorted(own.keys() ^ weights.keys())[:4]} and perhaps more")
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(weights[name])

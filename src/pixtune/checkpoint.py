@@ -1,0 +1,175 @@
+"""Everything a run needs to go on, written so that a crash at any moment loses nothing.
+
+A checkpoint is a folder `checkpoint-000500` with the LoRA (itself a file that diffusers loads), the optimizer's state
+and `state.json`: step, config, plan, versions, and the size and SHA-256 of the other files. It is written under a
+temporary name, synced and renamed; older ones go only after it stands. There is no pickle and no generator state:
+random draws are functions of the step (see `draws.py`).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from pixtune.data.cache import file_digest
+from pixtune.errors import CheckpointError
+from pixtune.files import save_safetensors, sync_folder, write_atomically
+
+log = logging.getLogger(__name__)
+
+FORMAT = 1
+STATE_FILE = "state.json"
+OPTIMIZER_FILE = "optimizer.safetensors"
+NAME = re.compile(r"checkpoint-(\d+)")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint read back."""
+
+    step: int
+    tensors: dict[str, dict[str, Tensor]]
+    """By file name without its ending, for example "optimizer"."""
+    record: dict[str, Any]
+    """What `save_checkpoint` was given as `record`."""
+    path: Path
+
+
+def checkpoint_path(output_dir: Path, step: int) -> Path:
+    return output_dir / f"checkpoint-{step:06d}"
+
+
+def save_checkpoint(
+    output_dir: Path,
+    step: int,
+    tensors: Mapping[str, tuple[Mapping[str, Tensor], Mapping[str, str]]],
+    record: Mapping[str, Any],
+) -> Path:
+    """Writes a checkpoint and returns its folder.
+
+    Args:
+        tensors: file stem -> (tensors, metadata).
+        record: JSON values.
+
+    Raises:
+        CheckpointError: it could not be written, for example because the disk is full. Nothing half-written stays and
+            earlier checkpoints are untouched.
+    """
+    final = checkpoint_path(output_dir, step)
+    temporary = output_dir / f".{final.name}.writing"
+    try:
+        remove_unfinished(output_dir)
+        temporary.mkdir(parents=True)
+        files = {}
+        for stem, (values, metadata) in tensors.items():
+            path = temporary / f"{stem}.safetensors"
+            save_safetensors(path, values, metadata)
+            files[path.name] = {"bytes": path.stat().st_size, "sha256": file_digest(path)}
+        state = {"format": FORMAT, "step": step, "files": files, "record": record}
+        write_atomically(temporary / STATE_FILE, json.dumps(state, indent=1, sort_keys=True).encode())
+        if final.exists():
+            shutil.rmtree(final)  # the same step saved again, for example by a run that was set back
+        temporary.replace(final)
+        sync_folder(output_dir)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise CheckpointError(
+            f"the checkpoint of step {step} could not be written to {final} ({error}). Earlier checkpoints are "
+            f"untouched. Make room or choose another output_dir, then go on with resume_from_checkpoint=latest."
+        ) from error
+    return final
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Reads a checkpoint and checks every file against its recorded size and hash.
+
+    Raises:
+        CheckpointError: not a checkpoint, of a newer format, or damaged; names the file and what to resume from.
+    """
+    advice = _advice(path)
+    try:
+        state = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} is no checkpoint of pixtune: it has no {STATE_FILE}. {advice}") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path / STATE_FILE} is damaged ({error}). {advice}") from error
+    if state.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{path} has checkpoint format {state.get('format')}, this version reads {FORMAT}. "
+            "Use the version that wrote it."
+        )
+    tensors = {}
+    for name, expected in state["files"].items():
+        file = path / name
+        if not file.is_file():
+            raise CheckpointError(f"{file} is missing. {advice}")
+        if file.stat().st_size != expected["bytes"] or file_digest(file) != expected["sha256"]:
+            raise CheckpointError(f"{file} is damaged: its content is not what was written. {advice}")
+        tensors[file.stem] = load_file(file)
+    return Checkpoint(state["step"], tensors, state["record"], path)
+
+
+def find_checkpoints(output_dir: Path) -> list[Path]:
+    """Finished checkpoints, oldest step first."""
+    if not output_dir.is_dir():
+        return []
+    found = [(int(match[1]), path) for path in output_dir.iterdir() if (match := NAME.fullmatch(path.name))]
+    return [path for _, path in sorted(found)]
+
+
+def resolve_resume(output_dir: Path, resume_from: str | None) -> Path | None:
+    """The checkpoint folder to go on from, or None to start anew.
+
+    Args:
+        resume_from: the config's `resume_from_checkpoint`: None, "latest", or a folder (also by its name alone).
+
+    Raises:
+        CheckpointError: a named folder does not exist, or a new start would mix with an older run's checkpoints.
+    """
+    existing = find_checkpoints(output_dir)
+    if resume_from is None:
+        if existing:
+            raise CheckpointError(
+                f"{output_dir} already holds a run (up to {existing[-1].name}), which a new start would overwrite. "
+                "Pass resume_from_checkpoint=latest to go on with it, or choose another output_dir, or delete it."
+            )
+        return None
+    if resume_from == "latest":
+        return existing[-1] if existing else None
+    for path in (Path(resume_from).expanduser(), output_dir / resume_from):
+        if path.is_dir():
+            return path
+    names = ", ".join(path.name for path in existing) or "none"
+    raise CheckpointError(
+        f"resume_from_checkpoint: there is no folder {resume_from}. In {output_dir} there are: {names}."
+    )
+
+
+def prune_checkpoints(output_dir: Path, limit: int | None) -> None:
+    """Deletes the oldest finished checkpoints beyond `limit`. Called only after a newer one stands."""
+    for path in find_checkpoints(output_dir)[: -limit or None] if limit else []:
+        shutil.rmtree(path)
+
+
+def remove_unfinished(output_dir: Path) -> None:
+    """Deletes what a killed process was writing."""
+    for path in output_dir.glob(".checkpoint-*.writing"):
+        log.info("removing %s, left by an interrupted write", path)
+        shutil.rmtree(path)
+
+
+def _advice(path: Path) -> str:
+    others = [other.name for other in find_checkpoints(path.parent) if other != path]
+    if not others:
+        return "There is no other checkpoint beside it: start anew in another output_dir."
+    return f"Resume from another: resume_from_checkpoint={others[-1]}."

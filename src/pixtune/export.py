@@ -1,0 +1,134 @@
+"""The LoRA as others load it: one file for diffusers, one for ComfyUI.
+
+The two differ in where the scale alpha / rank stands. Diffusers reads it from `lora_adapter_metadata`, ComfyUI from an
+`.alpha` tensor beside each layer. A file with both would be scaled twice by diffusers, so each has one.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pixtune.errors import CheckpointError
+from pixtune.families.base import ModelFamily
+from pixtune.files import save_safetensors
+
+DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
+COMFYUI_FILE = "comfyui_lora.safetensors"
+DIFFUSERS_PREFIX = "transformer."
+COMFYUI_PREFIX = "diffusion_model."
+
+
+@dataclass(frozen=True)
+class LoraDescription:
+    """What a LoRA file says of itself, besides its weights."""
+
+    rank: int
+    alpha: float
+    targets: Sequence[str]
+    base_model: str
+    family: str
+    step: int
+    config_hash: str
+    trigger_words: Sequence[str]
+    versions: Mapping[str, str]
+
+    def metadata(self) -> dict[str, str]:
+        """Safetensors metadata: text to text."""
+        return {
+            "format": "pt",
+            "pixtune.base_model": self.base_model,
+            "pixtune.family": self.family,
+            "pixtune.step": str(self.step),
+            "pixtune.config_hash": self.config_hash,
+            "pixtune.trigger_words": json.dumps(list(self.trigger_words)),
+            "pixtune.versions": json.dumps(dict(self.versions), sort_keys=True),
+            "pixtune.rank": str(self.rank),
+            "pixtune.alpha": str(self.alpha),
+        }
+
+
+def diffusers_file(weights: Mapping[str, Tensor], about: LoraDescription) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of the file that diffusers' `load_lora_weights` reads.
+
+    Args:
+        weights: `MODULE.lora_A.weight` (rank x in) and `MODULE.lora_B.weight` (out x rank).
+    """
+    lora_config = {
+        "r": about.rank,
+        "lora_alpha": about.alpha,
+        "target_modules": sorted(about.targets),
+        "peft_type": "LORA",
+    }
+    tensors = {f"{DIFFUSERS_PREFIX}{name}": tensor for name, tensor in weights.items()}
+    scale = {f"{DIFFUSERS_PREFIX}{key}": value for key, value in lora_config.items()}
+    return tensors, {**about.metadata(), "lora_adapter_metadata": json.dumps(scale, sort_keys=True)}
+
+
+def comfyui_file(
+    weights: Mapping[str, Tensor], about: LoraDescription, family: ModelFamily
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of the file for ComfyUI, which stock diffusers loads as well."""
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in weights.items():
+        module, matrix, _ = name.rsplit(".", 2)
+        key = f"{COMFYUI_PREFIX}{family.comfyui_key(module)}"
+        tensors[f"{key}.{matrix}.weight"] = tensor
+        tensors[f"{key}.alpha"] = torch.tensor(about.alpha)
+    return tensors, about.metadata()
+
+
+def export_lora(
+    folder: Path, weights: Mapping[str, Tensor], about: LoraDescription, family: ModelFamily
+) -> tuple[Path, Path]:
+    """Writes both files into `folder` and returns their paths."""
+    paths = (folder / DIFFUSERS_FILE, folder / COMFYUI_FILE)
+    for path, (tensors, metadata) in zip(
+        paths, (diffusers_file(weights, about), comfyui_file(weights, about, family)), strict=True
+    ):
+        save_safetensors(path, tensors, metadata)
+    return paths
+
+
+def read_lora_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Weights named by module, and metadata, of a file that `diffusers_file` described."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata() or {}
+        weights = {name.removeprefix(DIFFUSERS_PREFIX): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    return weights, metadata
+
+
+def export_checkpoint(source: Path, folder: Path) -> tuple[Path, Path]:
+    """Writes both files anew from a checkpoint folder or a LoRA file that `diffusers_file` described.
+
+    Raises:
+        CheckpointError: there is no LoRA of ours at `source`.
+    """
+    from pixtune.families import FAMILIES
+
+    path = source / DIFFUSERS_FILE if source.is_dir() else source
+    if not path.is_file():
+        raise CheckpointError(f"{path} does not exist. Give a checkpoint folder or a {DIFFUSERS_FILE}.")
+    weights, metadata = read_lora_file(path)
+    if "pixtune.family" not in metadata:
+        raise CheckpointError(f"{path} was not written by pixtune: it has no pixtune.family in its metadata.")
+    scale = json.loads(metadata["lora_adapter_metadata"])
+    about = LoraDescription(
+        rank=scale[f"{DIFFUSERS_PREFIX}r"],
+        alpha=scale[f"{DIFFUSERS_PREFIX}lora_alpha"],
+        targets=scale[f"{DIFFUSERS_PREFIX}target_modules"],
+        base_model=metadata["pixtune.base_model"],
+        family=metadata["pixtune.family"],
+        step=int(metadata["pixtune.step"]),
+        config_hash=metadata["pixtune.config_hash"],
+        trigger_words=json.loads(metadata["pixtune.trigger_words"]),
+        versions=json.loads(metadata["pixtune.versions"]),
+    )
+    return export_lora(folder, weights, about, FAMILIES[about.family])

@@ -1,0 +1,24 @@
+"""The registry: which family a model folder belongs to."""
+
+from __future__ import annotations
+
+from pixtune.errors import WeightsError
+from pixtune.families.base import ModelFamily
+from pixtune.families.qwen_image import QwenImage
+from pixtune.weights import ModelFolder
+
+FAMILIES: dict[str, ModelFamily] = {family.name: family for family in (QwenImage(),)}
+
+
+def family_of(folder: ModelFolder) -> ModelFamily:
+    """The family of a model folder, by its own `model_index.json`.
+
+    Raises:
+        WeightsError: no family trains this kind of model; says which kind it is and which are known.
+    """
+    kind = folder.pipeline_class
+    for family in FAMILIES.values():
+        if kind in family.pipeline_classes:
+            return family
+    known = ", ".join(f"{name} ({', '.join(f.pipeline_classes)})" for name, f in FAMILIES.items())
+    raise WeightsError(f"{folder.path} holds a {kind}, which no family here trains. Known families: {known}.")

@@ -1,0 +1,120 @@
+"""What a model family is: the one seam between the trainer and a model's own conventions.
+
+Nothing outside `families/` knows a model's name, its packing of latents, its prompt template or its timestep scale.
+A family is stateless: weights and tensors go in, tensors come out. Shapes in names:
+B batch, C latent channels, H W latent height and width, T text tokens, D text feature size, L image tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from pixtune.weights import ModelFolder
+
+# One sample's text features by name, without padding: what the cache stores. A family chooses the names.
+Conditioning = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a loaded part lives and in which number format."""
+
+    device: torch.device
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class TextEncoder:
+    """A frozen text encoder with what turns words into its input."""
+
+    model: nn.Module
+    tokenizer: Any
+
+
+@dataclass(frozen=True)
+class LatentDistribution:
+    """What the autoencoder says of pictures: a diagonal Gaussian over *normalised* latents."""
+
+    mean_BCHW: Tensor
+    std_BCHW: Tensor
+
+    def sample(self, noise_BCHW: Tensor) -> Tensor:
+        """Latents drawn with the given standard normal noise; shape BCHW."""
+        return self.mean_BCHW + self.std_BCHW * noise_BCHW
+
+
+class ModelFamily(Protocol):
+    """Everything the trainer asks of a model family."""
+
+    name: str
+    pipeline_classes: tuple[str, ...]
+    """`_class_name` values of `model_index.json` that belong to this family."""
+    lora_targets: tuple[str, ...]
+    """Default module name endings that get a LoRA."""
+    block_paths: tuple[str, ...]
+    """Attribute paths of the lists of repeated blocks."""
+    prompt_template: str
+    """Part of the text cache's key: another template, other features."""
+    dropped_caption: str
+    """What stands for a dropped caption, the same text that the stock pipeline gets as an empty negative prompt."""
+
+    def pixel_multiple(self, folder: ModelFolder) -> int:
+        """Picture sides must be a multiple of this many pixels."""
+
+    def latent_shape(self, folder: ModelFolder, width: int, height: int) -> tuple[int, int, int]:
+        """(C, H, W) of the latents of a picture of `width` x `height` pixels."""
+
+    def num_image_tokens(self, latent_height: int, latent_width: int) -> int:
+        """Tokens the transformer sees for latents of this size."""
+
+    def block_shape(self, folder: ModelFolder) -> tuple[int, int]:
+        """(number of repeated blocks, width of a token inside them), for estimates of memory."""
+
+    def random_text(self, folder: ModelFolder, num_tokens: int, seed: int) -> Conditioning:
+        """Text features of the model's shape with random values; see `random_transformer`."""
+
+    def load_text_encoder(self, folder: ModelFolder, placement: Placement) -> TextEncoder: ...
+
+    def load_autoencoder(self, folder: ModelFolder, placement: Placement) -> nn.Module: ...
+
+    def load_transformer(self, folder: ModelFolder, placement: Placement) -> nn.Module: ...
+
+    def random_transformer(self, placement: Placement, config: Mapping[str, Any]) -> nn.Module:
+        """A transformer of the given architecture (empty: the full-size default) with random weights.
+
+        For speed and memory tests on machines without the real weights; built in place, never a second copy.
+        """
+
+    def encode_text(self, encoder: TextEncoder, prompts: Sequence[str]) -> list[Conditioning]:
+        """Text features, one unpadded entry a prompt."""
+
+    def stack_conditioning(self, rows: Sequence[Conditioning]) -> Conditioning:
+        """Pads and stacks samples to a batch. Never holds an all-true mask: it costs the fast attention path."""
+
+    def encode_images(self, autoencoder: nn.Module, pixels_B3HW: Tensor) -> LatentDistribution:
+        """Pixels in [-1, 1] to the distribution of normalised latents."""
+
+    def decode_latents(self, autoencoder: nn.Module, latents_BCHW: Tensor) -> Tensor:
+        """Normalised latents to pixels in [-1, 1], shape B3HW."""
+
+    def predict_velocity(
+        self, transformer: nn.Module, noisy_BCHW: Tensor, sigma_B: Tensor, conditioning: Conditioning
+    ) -> Tensor:
+        """The model's estimate of `noise - latents`; shape BCHW. `sigma` is 0 for clean, 1 for pure noise."""
+
+    def time_shift(self, folder: ModelFolder, num_image_tokens: int) -> float:
+        """`mu` of the resolution-dependent shift in the model's own scheduler config; 0 means unshifted."""
+
+    def sigma_schedule(self, folder: ModelFolder, num_steps: int, num_image_tokens: int) -> list[float]:
+        """Sigmas of the sampler, `num_steps` + 1 values from about 1 down to 0."""
+
+    def guide(self, conditional_BCHW: Tensor, unconditional_BCHW: Tensor, scale: float) -> Tensor:
+        """Classifier-free guidance as the stock pipeline combines the two velocities."""
+
+    def comfyui_key(self, module_path: str) -> str:
+        """The module's name in ComfyUI's copy of the model, without prefix."""

@@ -1,0 +1,65 @@
+"""Starting and stopping processes: the accelerator, and signals that ask a run to end."""
+
+from __future__ import annotations
+
+import signal
+from datetime import timedelta
+from types import FrameType, TracebackType
+from typing import Self
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
+
+from pixtune.config.schema import TrainConfig
+
+CACHING_TIMEOUT = timedelta(hours=12)
+"""Other processes wait while the first fills the cache; the default of 10 minutes would end the run."""
+
+
+def start_accelerator(config: TrainConfig) -> Accelerator:
+    """The process group, device and trackers; the same under `accelerate launch` and plain `python`.
+
+    Precision, accumulation and gradient exchange are the loop's own: see `train.train_step`.
+    """
+    return Accelerator(
+        log_with=config.report_to,
+        project_config=ProjectConfiguration(
+            project_dir=str(config.output_dir), logging_dir=str(config.output_dir / config.logging_dir)
+        ),
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=CACHING_TIMEOUT)],
+    )
+
+
+class StopSignal:
+    """Turns the first SIGINT or SIGTERM into "stop after this step"; a second one ends the process at once."""
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self._accelerator = accelerator
+        self._received: int | None = None
+        self._previous: dict[int, object] = {}
+
+    def __enter__(self) -> Self:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._previous[number] = signal.signal(number, self._receive)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        self._received = number
+        signal.signal(number, self._previous[number])  # type: ignore[arg-type]
+        print(f"\n{signal.Signals(number).name}: stopping after this step, with a checkpoint", flush=True)
+
+    def requested(self, step: int, agree_every: int) -> bool:
+        """Whether to stop now. Several processes agree, every `agree_every` steps, since asking waits for all."""
+        if self._accelerator.num_processes == 1:
+            return self._received is not None
+        if step % agree_every:
+            return False
+        votes = torch.tensor(float(self._received is not None), device=self._accelerator.device)
+        return bool(self._accelerator.reduce(votes, reduction="sum") > 0)

@@ -1,0 +1,46 @@
+"""`metrics.jsonl`: one JSON object a line, for every step, validation and picture. Always written.
+
+Lines have `kind` ("step", "validation" or "sample") and `step`; figures carry their unit in the name.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from pixtune.files import write_atomically
+
+FILE_NAME = "metrics.jsonl"
+
+
+class MetricsLog:
+    """Appends lines; a resumed run first drops what came after its checkpoint, so the log is that of one run."""
+
+    def __init__(self, path: Path, resume_step: int) -> None:
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.kept = [line for line in read_metrics(path) if line["step"] <= resume_step] if resume_step else []
+        """Lines of the run so far."""
+        write_atomically(path, "".join(json.dumps(line) + "\n" for line in self.kept).encode())
+        self._stream = path.open("a", encoding="utf-8")
+
+    def write(self, kind: str, step: int, **values: Any) -> None:
+        self._stream.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+        self._stream.flush()
+
+    def sync(self) -> None:
+        """Before a checkpoint is written: the log must reach at least as far."""
+        os.fsync(self._stream.fileno())
+
+    def close(self) -> None:
+        self._stream.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """All complete lines; a last line cut off by a crash is left out."""
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines[:-1]]  # after the last newline: empty, or cut off

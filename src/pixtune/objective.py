@@ -1,0 +1,81 @@
+"""Flow matching in pure tensors: draw sigmas, add noise, the target, the weighted loss.
+
+With `sigma` 0 for clean and 1 for noise, the path is `noisy = (1 - sigma) * latents + sigma * noise` and the model
+learns its derivative, `velocity = noise - latents` (Lipman et al. 2023, "Flow Matching for Generative Modeling",
+section 4.1; the rectified form and the densities of sigma: Esser et al. 2024, "Scaling Rectified Flow Transformers",
+sections 2 and 3.1).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+SigmaDistribution = Literal["uniform", "logit_normal", "sigmoid", "mode"]
+WeightingScheme = Literal["none", "sigma_sqrt", "cosmap"]
+
+
+def draw_sigmas(
+    distribution: SigmaDistribution,
+    uniform_B: Tensor,
+    *,
+    logit_mean: float = 0.0,
+    logit_std: float = 1.0,
+    mode_scale: float = 1.29,
+) -> Tensor:
+    """Sigmas in [0, 1] before any shift, from uniform numbers, so that a draw is a function of its key alone.
+
+    Args:
+        distribution: "uniform"; "logit_normal" (Esser et al. 2024, eq. 19) with `logit_mean` and `logit_std`;
+            "sigmoid", its standard form with mean 0 and deviation 1; "mode" (eq. 20) with `mode_scale`.
+        uniform_B: numbers in (0, 1), shape (B,).
+    """
+    if distribution == "uniform":
+        return uniform_B
+    if distribution == "mode":
+        return 1 - uniform_B - mode_scale * (torch.cos(math.pi * uniform_B / 2) ** 2 - 1 + uniform_B)
+    normal_B = torch.special.ndtri(uniform_B.double()).to(uniform_B.dtype)
+    if distribution == "sigmoid":
+        return torch.sigmoid(normal_B)
+    if distribution == "logit_normal":
+        return torch.sigmoid(logit_mean + logit_std * normal_B)
+    raise ValueError(f"unknown sigma distribution {distribution!r}")
+
+
+def shift_sigmas(sigma_B: Tensor, mu: float) -> Tensor:
+    """Moves sigmas towards noise as larger pictures need it: `e^mu s / (e^mu s + 1 - s)` (Esser et al. 2024, eq. 23).
+
+    The same curve as the exponential and the constant shift of diffusers' `FlowMatchEulerDiscreteScheduler`,
+    with `mu` the log of its constant shift. 0 leaves sigmas as they are.
+    """
+    return math.exp(mu) * sigma_B / (math.exp(mu) * sigma_B + 1 - sigma_B)
+
+
+def add_noise(latents_BCHW: Tensor, noise_BCHW: Tensor, sigma_B: Tensor) -> Tensor:
+    """The point at `sigma` on the straight path from latents to noise."""
+    sigma_B111 = sigma_B.view(-1, 1, 1, 1)
+    return (1 - sigma_B111) * latents_BCHW + sigma_B111 * noise_BCHW
+
+
+def velocity_target(latents_BCHW: Tensor, noise_BCHW: Tensor) -> Tensor:
+    """What the model should predict anywhere on that path."""
+    return noise_BCHW - latents_BCHW
+
+
+def loss_weights(scheme: WeightingScheme, sigma_B: Tensor) -> Tensor:
+    """Weight of each sample's loss by its sigma, as diffusers' `compute_loss_weighting_for_sd3`; shape (B,)."""
+    if scheme == "none":
+        return torch.ones_like(sigma_B)
+    if scheme == "sigma_sqrt":
+        return sigma_B**-2.0
+    if scheme == "cosmap":
+        return 2 / (math.pi * (1 - 2 * sigma_B + 2 * sigma_B**2))
+    raise ValueError(f"unknown weighting scheme {scheme!r}")
+
+
+def sample_losses(velocity_BCHW: Tensor, target_BCHW: Tensor) -> Tensor:
+    """Mean squared error of each sample, in fp32; shape (B,)."""
+    return (velocity_BCHW.float() - target_BCHW.float()).square().flatten(1).mean(1)

@@ -1,0 +1,99 @@
+"""Optimizers and learning-rate schedules: one table, and a schedule that is a pure function of the step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pixtune.config.schema import TrainConfig
+from pixtune.errors import ConfigError
+
+
+def _adamw(parameters: Iterable[nn.Parameter], **settings: Any) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, fused=True, **settings)
+
+
+def _adamw_8bit(parameters: Iterable[nn.Parameter], **settings: Any) -> torch.optim.Optimizer:
+    try:
+        import bitsandbytes
+    except ImportError as error:
+        raise ConfigError(
+            "adam8bit is true",
+            [f"8-bit AdamW needs bitsandbytes, which cannot be imported ({error}). Run `pip install bitsandbytes`."],
+        ) from error
+    return bitsandbytes.optim.AdamW8bit(parameters, **settings)
+
+
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {"adamw": _adamw, "adamw_8bit": _adamw_8bit}
+
+
+def build_optimizer(config: TrainConfig, name: str, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    """The optimizer of a run (AdamW: Loshchilov and Hutter 2017, arXiv 1711.05101, algorithm 2)."""
+    return OPTIMIZERS[name](
+        parameters,
+        lr=config.learning_rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+        weight_decay=config.adam_weight_decay,
+        eps=config.adam_epsilon,
+    )
+
+
+def build_schedule(config: TrainConfig, num_steps: int) -> Callable[[int], float]:
+    """Step (0 for the first) -> learning rate, by diffusers' `get_scheduler`; without state, so nothing to resume."""
+    from diffusers.optimization import get_scheduler
+
+    placeholder = torch.optim.SGD([torch.zeros(1)], lr=config.learning_rate)
+    schedule = get_scheduler(
+        config.lr_scheduler,
+        placeholder,
+        step_rules=config.lr_step_rules,
+        num_warmup_steps=config.lr_warmup_steps,
+        num_training_steps=num_steps,
+        num_cycles=config.lr_num_cycles,
+        power=config.lr_power,
+    )
+    factor = schedule.lr_lambdas[0]
+    return lambda step: config.learning_rate * float(factor(step))
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+
+def optimizer_state(
+    optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]
+) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
+    """An optimizer's state as flat tensors `PARAMETER/KEY`, and what is no tensor (step counters) by parameter.
+
+    8-bit codes, scales and code books are taken as they are, so that nothing is requantised on the way back.
+    """
+    tensors: dict[str, Tensor] = {}
+    plain: dict[str, dict[str, Any]] = {}
+    for name, parameter in parameters.items():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            if isinstance(value, Tensor):
+                tensors[f"{name}/{key}"] = value
+            else:
+                plain.setdefault(name, {})[key] = value
+    return tensors, plain
+
+
+def restore_optimizer_state(
+    optimizer: torch.optim.Optimizer,
+    parameters: Mapping[str, nn.Parameter],
+    tensors: Mapping[str, Tensor],
+    plain: Mapping[str, Mapping[str, Any]],
+) -> None:
+    """Puts back what `optimizer_state` took, number formats included."""
+    for name, values in plain.items():
+        optimizer.state[parameters[name]].update(values)
+    for path, tensor in tensors.items():
+        name, key = path.rsplit("/", 1)
+        parameter = parameters[name]
+        # AdamW keeps its scalar step counter on the CPU unless it is fused on a GPU: as torch's own loading decides.
+        device = parameter.device if key != "step" or parameter.is_cuda else torch.device("cpu")
+        optimizer.state[parameter][key] = tensor.to(device)

@@ -1,0 +1,144 @@
+"""Pictures from a transformer: Euler steps along the same `predict_velocity` that training uses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from pixtune.families.base import Conditioning, ModelFamily, Placement
+from pixtune.weights import ModelFolder
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+def starting_noise(shape_CHW: tuple[int, int, int], seed: int) -> Tensor:
+    """The noise that the stock pipelines draw with `torch.Generator("cpu").manual_seed(seed)`; shape 1CHW."""
+    channels, height, width = shape_CHW
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(1, 1, channels, height, width, generator=generator)[:, 0]
+
+
+@torch.no_grad()
+def sample_latents(
+    family: ModelFamily,
+    folder: ModelFolder,
+    transformer: nn.Module,
+    noise_BCHW: Tensor,
+    positive: Conditioning,
+    negative: Conditioning | None,
+    num_steps: int,
+    guidance_scale: float,
+    on_step: Callable[[], None] = lambda: None,
+) -> Tensor:
+    """Integrates the velocity from noise to normalised latents; shape BCHW.
+
+    Args:
+        positive, negative: stacked conditioning on the noise's device; no `negative`: no guidance.
+        on_step: called after each step.
+    """
+    latents_BCHW = noise_BCHW
+    num_tokens = family.num_image_tokens(*noise_BCHW.shape[-2:])
+    sigmas = family.sigma_schedule(folder, num_steps, num_tokens)
+    for sigma, next_sigma in pairwise(sigmas):
+        sigma_B = torch.full((len(latents_BCHW),), sigma, device=latents_BCHW.device)
+        velocity_BCHW = family.predict_velocity(transformer, latents_BCHW, sigma_B, positive)
+        if negative is not None:
+            unconditional_BCHW = family.predict_velocity(transformer, latents_BCHW, sigma_B, negative)
+            velocity_BCHW = family.guide(velocity_BCHW, unconditional_BCHW, guidance_scale)
+        latents_BCHW = latents_BCHW + (next_sigma - sigma) * velocity_BCHW.float()
+        on_step()
+    return latents_BCHW
+
+
+def to_image(pixels_3HW: Tensor) -> Image:
+    """Pixels in [-1, 1] as an 8-bit RGB picture."""
+    from PIL import Image
+
+    levels = ((pixels_3HW.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    return Image.fromarray(levels.permute(1, 2, 0).cpu().numpy())
+
+
+@dataclass(frozen=True)
+class EncodedPrompts:
+    """Prompts to draw, with their text features, on the CPU."""
+
+    prompts: tuple[str, ...]
+    rows: tuple[Conditioning, ...]
+    negative: Conditioning | None
+    """The empty prompt's features; None without guidance."""
+
+
+@dataclass(frozen=True)
+class PromptPicture:
+    """One drawn picture."""
+
+    prompt: str
+    seed: int
+    image: Image
+
+
+@dataclass(frozen=True)
+class SamplerSettings:
+    """How to draw."""
+
+    seeds: tuple[int, ...]
+    num_steps: int
+    guidance_scale: float
+    width: int
+    """Pixels."""
+    height: int
+    """Pixels."""
+
+
+class PromptSampler:
+    """Draws encoded prompts. The autoencoder is loaded at first use and waits on the CPU in between, unless kept."""
+
+    def __init__(
+        self,
+        family: ModelFamily,
+        folder: ModelFolder,
+        encoded: EncodedPrompts,
+        settings: SamplerSettings,
+        placement: Placement,
+        keep_autoencoder: bool,
+    ) -> None:
+        self.family, self.folder, self.encoded, self.settings = family, folder, encoded, settings
+        self.placement, self.keep_autoencoder = placement, keep_autoencoder
+        self._autoencoder: nn.Module | None = None
+
+    def draw(self, transformer: nn.Module) -> Iterator[PromptPicture]:
+        """One picture for each prompt and seed."""
+        settings, device = self.settings, self.placement.device
+        shape_CHW = self.family.latent_shape(self.folder, settings.width, settings.height)
+        negative = self._on_device(self.encoded.negative) if self.encoded.negative else None
+        for prompt, row in zip(self.encoded.prompts, self.encoded.rows, strict=True):
+            for seed in settings.seeds:
+                latents_BCHW = sample_latents(
+                    self.family,
+                    self.folder,
+                    transformer,
+                    starting_noise(shape_CHW, seed).to(device),
+                    self._on_device(row),
+                    negative,
+                    settings.num_steps,
+                    settings.guidance_scale,
+                )
+                yield PromptPicture(prompt, seed, to_image(self._decode(latents_BCHW)[0]))
+
+    def _on_device(self, row: Conditioning) -> Conditioning:
+        return self.family.stack_conditioning([{name: t.to(self.placement.device) for name, t in row.items()}])
+
+    def _decode(self, latents_BCHW: Tensor) -> Tensor:
+        if self._autoencoder is None:
+            self._autoencoder = self.family.load_autoencoder(self.folder, self.placement)
+        self._autoencoder.to(self.placement.device)
+        pixels_B3HW = self.family.decode_latents(self._autoencoder, latents_BCHW)
+        if not self.keep_autoencoder:
+            self._autoencoder.to("cpu")
+        return pixels_B3HW

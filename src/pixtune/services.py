@@ -1,0 +1,327 @@
+"""What happens around the steps: figures, validation, pictures, checkpoints, and the files at the end.
+
+Every service reads weights and changes none, and every draw has its own key, so switching one on leaves the training
+bit for bit as it was.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from pixtune import adapters, optim
+from pixtune.adapters import AttachedLora
+from pixtune.checkpoint import (
+    OPTIMIZER_FILE,
+    Checkpoint,
+    checkpoint_path,
+    prune_checkpoints,
+    remove_unfinished,
+    save_checkpoint,
+)
+from pixtune.config import to_dict
+from pixtune.config.schema import TrainConfig
+from pixtune.data.batches import Batch
+from pixtune.data.prepare import PreparedData
+from pixtune.errors import CheckpointError, TrainingError
+from pixtune.export import DIFFUSERS_FILE, LoraDescription, diffusers_file, export_lora
+from pixtune.families.base import Placement
+from pixtune.fit.apply import FORMATS
+from pixtune.hardware.facts import package_versions
+from pixtune.hardware.monitor import get_memory_stats, reset_peak_memory_stats
+from pixtune.metrics import FILE_NAME, MetricsLog
+from pixtune.progress import StepBar
+from pixtune.resume import config_hash, flatten, refuse_other_run
+from pixtune.sample import PromptSampler, SamplerSettings
+from pixtune.validation import ValidationLoss, measure
+from pixtune.weights import ModelFolder
+
+if TYPE_CHECKING:
+    from pixtune.train import Run
+
+SAMPLES_FOLDER = "samples"
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """How a run ended."""
+
+    finished: bool
+    """False: it was told to stop, and can be resumed."""
+    step: int
+    output_dir: Path
+    first_loss: ValidationLoss | None = None
+    """Held-out loss before training."""
+    last_loss: ValidationLoss | None = None
+
+
+@dataclass(frozen=True)
+class PendingStep:
+    """A step whose figures are still on the device."""
+
+    step: int
+    loss: Tensor
+    grad_norm: Tensor
+    learning_rate: float
+    names: list[str]
+
+
+class Services:
+    """See the module. Only the first process writes; others keep pace."""
+
+    def __init__(self, run: Run, folder: ModelFolder, data: PreparedData, lora: AttachedLora, start_step: int) -> None:
+        self.run, self.folder, self.data, self.lora, self.start_step = run, folder, data, lora, start_step
+        self.config, self.output_dir = run.config, run.config.output_dir
+        self.is_main = run.accelerator.is_main_process
+        self.console = Console(quiet=not self.is_main)
+        self.sampler = PromptSampler(
+            run.family,
+            folder,
+            data.prompts,
+            sampler_settings(run.config),
+            Placement(run.accelerator.device, FORMATS[run.plan.weights_format]),
+            keep_autoencoder=run.plan.encoders_stay,
+        )
+        self._pending: list[PendingStep] = []
+        self._names: list[str] = []
+        self._losses: dict[int, ValidationLoss] = {}
+        self._saved_step = start_step
+        self._stack = ExitStack()
+
+    # ---- life
+
+    def __enter__(self) -> Self:
+        self._clock = time.perf_counter()
+        self._step_seconds = 0.0
+        if self.is_main:
+            remove_unfinished(self.output_dir)
+            self.log = MetricsLog(self.output_dir / FILE_NAME, self.start_step)
+            self._stack.callback(self.log.close)
+            self._losses = {
+                line["step"]: ValidationLoss(line["loss"], tuple(line["quarters"]))
+                for line in self.log.kept
+                if line["kind"] == "validation"
+            }
+        if self.config.report_to:
+            self.run.accelerator.init_trackers(self.config.tracker_project_name, tracker_values(to_dict(self.config)))
+        self.bar = self._stack.enter_context(StepBar(self.console, self.start_step, self.run.num_steps))
+        reset_peak_memory_stats()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.close()
+        self.run.accelerator.end_training()
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Puts a checkpoint's weights and optimizer state into the run.
+
+        Raises:
+            CheckpointError: the checkpoint belongs to a run with other settings.
+        """
+        run = self.run
+        refuse_other_run(checkpoint, run.config, self.data.fingerprint)
+        weights = {
+            name.removeprefix("transformer."): tensor
+            for name, tensor in checkpoint.tensors[Path(DIFFUSERS_FILE).stem].items()
+        }
+        try:
+            adapters.load_lora_weights(run.transformer, weights)
+        except KeyError as error:
+            raise CheckpointError(f"{checkpoint.path} does not fit this model: {error.args[0]}") from error
+        optim.restore_optimizer_state(
+            run.optimizer,
+            run.parameters,
+            checkpoint.tensors[Path(OPTIMIZER_FILE).stem],
+            checkpoint.record["optimizer_plain"],
+        )
+        self.console.print(f"going on after step {checkpoint.step} from {checkpoint.path}")
+
+    # ---- around the steps
+
+    def before_first_step(self) -> None:
+        if self.start_step == 0:
+            self._validate(0)
+            self._draw_pictures(0)
+        self._start_clock()
+
+    def see_batch(self, batch: Batch) -> None:
+        """Remembers which pictures a step saw, to name them if its loss is no number."""
+        self._names += batch.names
+
+    def after_step(self, step: int, loss: Tensor, grad_norm: Tensor) -> None:
+        config, last = self.config, step == self.run.num_steps
+        rate = self.run.learning_rate_at(step - 1)
+        self._pending.append(PendingStep(step, loss, grad_norm, rate, self._names))
+        self._names = []
+        validation_due = last or step % config.validation.every == 0
+        pictures_due = last or step % config.samples.every == 0
+        save_due = last or step % config.checkpointing_steps == 0
+        if step % config.logging_steps == 0 or validation_due or save_due:
+            self._read_back()
+        self.bar.advance(step)
+        if validation_due:
+            self._validate(step)
+        if pictures_due:
+            self._draw_pictures(step)
+        if save_due:
+            self._save(step)
+        if validation_due or pictures_due or save_due:
+            self._start_clock()
+
+    def interrupted(self, step: int) -> TrainResult:
+        """Saves, so that no step is lost."""
+        self._read_back()
+        if self._saved_step != step:
+            self._save(step)
+        self.console.print(f"stopped after step {step}; go on with resume_from_checkpoint=latest")
+        return TrainResult(finished=False, step=step, output_dir=self.output_dir)
+
+    def finish(self) -> TrainResult:
+        """The LoRA in both formats, and the report."""
+        step = self.run.num_steps
+        first, last = self._losses.get(0), self._losses.get(step)
+        if self.is_main:
+            paths = export_lora(self.output_dir, self._weights(), self._describe(step), self.run.family)
+            from pixtune.report import write_report
+
+            report = write_report(
+                self.output_dir,
+                config=to_dict(self.config),
+                plan=self.run.plan.to_dict(),
+                versions=package_versions(),
+                facts={
+                    "LoRA layers": len(self.lora.modules),
+                    "trained parameters": self.lora.num_parameters,
+                    "training pictures": len(self.data.buckets),
+                    "held-out pictures": len(self.data.held_out),
+                },
+            )
+            self.console.print("wrote " + ", ".join(str(path) for path in [*paths, report]))
+        return TrainResult(True, step, self.output_dir, first, last)
+
+    # ---- the services
+
+    def _start_clock(self) -> None:
+        self._clock = time.perf_counter()
+        self._clock_step: int | None = None
+
+    def _read_back(self) -> None:
+        """The one place that waits for the device: takes the figures of all steps since the last time."""
+        if not self._pending:
+            return
+        losses, norms = torch.stack([torch.stack((p.loss, p.grad_norm.float())) for p in self._pending]).T.tolist()
+        now = time.perf_counter()
+        seconds = (now - self._clock) / len(self._pending)
+        self._clock = now
+        memory = get_memory_stats()["max_allocated_gb"]
+        pending, self._pending = self._pending, []
+        for entry, loss, norm in zip(pending, losses, norms, strict=True):
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                raise TrainingError(
+                    f"step {entry.step}: loss {loss}, gradient norm {norm}. Training stops here; step "
+                    f"{self._saved_step} is the last one saved. Pictures of this step: {', '.join(entry.names)}. Look at them, "
+                    "or lower learning_rate."
+                )
+            if self.is_main:
+                self.log.write(
+                    "step", entry.step, loss=loss, grad_norm=norm, learning_rate=entry.learning_rate,
+                    seconds=round(seconds, 5), peak_memory_gib=round(memory, 3),
+                )  # fmt: skip
+        samples = self.config.batch_size * self.config.gradient_accumulation_steps * self.run.accelerator.num_processes
+        self.bar.figures(losses[-1], seconds, samples / seconds, memory)
+        values = {"loss": losses[-1], "grad_norm": norms[-1], "learning_rate": pending[-1].learning_rate}
+        self._track(pending[-1].step, {**values, "seconds_per_step": seconds, "peak_memory_gib": memory})
+
+    def _validate(self, step: int) -> None:
+        if not self.data.held_out or not self.is_main or step in self._losses:
+            return
+        run = self.run
+        loss = measure(
+            run.family, run.transformer, self.data.held_out, self.config.validation.num_draws, self.config.seed,
+            run.accelerator.device,
+        )  # fmt: skip
+        self._losses[step] = loss
+        self.log.write("validation", step, loss=loss.mean, quarters=loss.quarters)
+        self._track(step, {"held_out_loss": loss.mean})
+        self.console.print(f"step {step}: held-out loss {loss.mean:.4f}")
+
+    def _draw_pictures(self, step: int) -> None:
+        if not self.data.prompts.prompts or not self.is_main:
+            return
+        for number, picture in enumerate(self.sampler.draw(self.run.transformer)):
+            path = self.output_dir / SAMPLES_FOLDER / f"step-{step:06d}" / f"{number:03d}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            picture.image.save(path)
+            relative = path.relative_to(self.output_dir).as_posix()
+            self.log.write("sample", step, prompt=picture.prompt, seed=picture.seed, path=relative)
+
+    def _save(self, step: int) -> None:
+        if self.is_main:
+            self.log.sync()
+            state, plain = optim.optimizer_state(self.run.optimizer, self.run.parameters)
+            save_checkpoint(
+                self.output_dir,
+                step,
+                {
+                    Path(DIFFUSERS_FILE).stem: diffusers_file(self._weights(), self._describe(step)),
+                    Path(OPTIMIZER_FILE).stem: (state, {}),
+                },
+                {
+                    "config": to_dict(self.config),
+                    "plan": self.run.plan.to_dict(),
+                    "data": self.data.fingerprint,
+                    "versions": package_versions(),
+                    "optimizer_plain": plain,
+                },
+            )
+            prune_checkpoints(self.output_dir, self.config.checkpoints_total_limit)
+            self.console.print(f"step {step}: saved {checkpoint_path(self.output_dir, step)}")
+        self._saved_step = step
+
+    def _track(self, step: int, values: Mapping[str, float]) -> None:
+        if self.config.report_to:
+            self.run.accelerator.log(dict(values), step=step)
+
+    def _weights(self) -> dict[str, Tensor]:
+        return adapters.lora_weights(self.run.transformer)
+
+    def _describe(self, step: int) -> LoraDescription:
+        return LoraDescription(
+            rank=self.config.rank,
+            alpha=self.config.alpha,
+            targets=self.config.lora_targets or self.run.family.lora_targets,
+            base_model=self.config.pretrained_model_name_or_path,
+            family=self.run.family.name,
+            step=step,
+            config_hash=config_hash(self.config),
+            trigger_words=self.config.trigger_words,
+            versions=package_versions(),
+        )
+
+
+def sampler_settings(config: TrainConfig) -> SamplerSettings:
+    """How the config wants its prompts drawn."""
+    samples, size = config.samples, config.data_config.img_size
+    return SamplerSettings(
+        samples.seeds, samples.num_steps, samples.guidance_scale, samples.width or size, samples.height or size
+    )
+
+
+def tracker_values(config: Mapping[str, Any]) -> dict[str, str | int | float | bool]:
+    """A config as trackers take it: dotted names, plain values."""
+    return {
+        key: value if isinstance(value, str | int | float | bool) else str(value)
+        for key, value in flatten(config).items()
+    }

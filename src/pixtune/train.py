@@ -1,0 +1,221 @@
+"""READ FIRST. One training run: `train` assembles the parts, `run_steps` is the loop, `train_step` is one step.
+
+What a model looks like is in `families/`, what a step learns in `objective.py`, how a batch is drawn in
+`data/batches.py`, what memory allows in `fit/plan.py`, what a crash leaves in `checkpoint.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from itertools import islice
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from pixtune import adapters, draws, optim
+from pixtune.checkpoint import Checkpoint, load_checkpoint, resolve_resume
+from pixtune.config.schema import TrainConfig
+from pixtune.data.batches import Batch, BatchPlan, BatchSource, read_ahead
+from pixtune.data.prepare import PreparedData, prepare_data
+from pixtune.families import family_of
+from pixtune.families.base import ModelFamily, Placement
+from pixtune.fit.apply import FORMATS, apply_plan, apply_switches
+from pixtune.fit.plan import MemoryPlan, RunSize, plan_memory
+from pixtune.hardware.facts import check_torch, read_facts
+from pixtune.launch import StopSignal, start_accelerator
+from pixtune.objective import add_noise, loss_weights, sample_losses, velocity_target
+from pixtune.services import Services, TrainResult
+from pixtune.weights import ModelFolder, open_model_folder
+
+
+@dataclass(frozen=True)
+class Run:
+    """The parts that a step touches."""
+
+    config: TrainConfig
+    family: ModelFamily
+    plan: MemoryPlan
+    accelerator: Accelerator
+    transformer: nn.Module
+    parameters: dict[str, nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    learning_rate_at: Callable[[int], float]
+    source: BatchSource
+    num_steps: int
+
+
+def train(config: TrainConfig) -> TrainResult:
+    """Trains a LoRA as the config says, from the start or from a checkpoint, and writes it with a report.
+
+    Raises:
+        PixtuneError: something a user can mend; nothing is lost, and the message says what to do.
+    """
+    check_torch()
+    accelerator = start_accelerator(config)
+    folder = open_model_folder(config.pretrained_model_name_or_path)
+    family = family_of(folder)
+    resume_path = resolve_resume(config.output_dir, config.resume_from_checkpoint)
+    checkpoint = load_checkpoint(resume_path) if resume_path else None
+
+    data = prepare_data(config, family, folder, accelerator)
+    plan = decide_plan(config, family, folder, data, accelerator.device, checkpoint)
+    apply_switches(plan)
+    transformer = apply_plan(load_transformer(config, family, folder, plan, accelerator.device), plan)
+    targets = config.lora_targets or family.lora_targets
+    lora = adapters.attach_lora(
+        transformer, targets, config.rank, config.alpha, draws.draw_key(config.seed, "random weights", "lora")
+    )
+    run = build_run(config, family, plan, accelerator, transformer, data)
+    services = Services(run, folder, data, lora, start_step=checkpoint.step if checkpoint else 0)
+    if checkpoint:
+        services.restore(checkpoint)
+    return run_steps(run, services)
+
+
+def run_steps(run: Run, services: Services) -> TrainResult:
+    """The loop: step, and what is due after it. Stops early, with a checkpoint, when the process is told to stop."""
+    config, accumulation = run.config, run.config.gradient_accumulation_steps
+    start, end = services.start_step, run.num_steps
+    batches = read_ahead(
+        run.source, start * accumulation, end * accumulation, config.data_config.num_workers, run.plan.pin_memory
+    )
+    with services, StopSignal(run.accelerator) as stop:
+        services.before_first_step()
+        for step in range(start, end):
+            loss, grad_norm = train_step(run, islice(batches, accumulation), step, services.see_batch)
+            services.after_step(step + 1, loss, grad_norm)
+            if stop.requested(step + 1, config.logging_steps):
+                return services.interrupted(step + 1)
+        return services.finish()
+
+
+def train_step(
+    run: Run, micro_batches: Iterable[Batch], step: int, see_batch: Callable[[Batch], None]
+) -> tuple[Tensor, Tensor]:
+    """One optimizer step over its micro-batches. Nothing here waits for the device.
+
+    Returns:
+        The loss, a mean over all samples of all processes, and the gradient's norm before clipping; on the device.
+    """
+    config = run.config
+    optim.set_learning_rate(run.optimizer, run.learning_rate_at(step))
+    total_loss = torch.zeros((), device=run.accelerator.device)
+    for batch in micro_batches:
+        see_batch(batch)
+        batch = batch.to(run.accelerator.device)
+        noisy_BCHW = add_noise(batch.latents_BCHW, batch.noise_BCHW, batch.sigma_B)
+        velocity_BCHW = run.family.predict_velocity(run.transformer, noisy_BCHW, batch.sigma_B, batch.conditioning)
+        loss_B = sample_losses(velocity_BCHW, velocity_target(batch.latents_BCHW, batch.noise_BCHW))
+        weight_B = loss_weights(config.objective.weighting_scheme, batch.sigma_B)
+        loss = (weight_B * loss_B).mean() / config.gradient_accumulation_steps
+        loss.backward()
+        total_loss += loss.detach()
+    average_across_processes(run.accelerator, [total_loss, *gradients(run)])
+    grad_norm = nn.utils.clip_grad_norm_(run.parameters.values(), config.max_grad_norm)
+    run.optimizer.step()
+    run.optimizer.zero_grad(set_to_none=True)
+    return total_loss, grad_norm
+
+
+def gradients(run: Run) -> list[Tensor]:
+    """Gradients in a stable order; every trained parameter has one, or the base cut it off, which is a bug."""
+    missing = [name for name, parameter in run.parameters.items() if parameter.grad is None]
+    if missing:
+        raise RuntimeError(f"no gradient reached {len(missing)} trained parameters, for example {missing[0]}")
+    return [parameter.grad for parameter in run.parameters.values() if parameter.grad is not None]
+
+
+def average_across_processes(accelerator: Accelerator, tensors: list[Tensor]) -> None:
+    """Means over all processes, in place, in one exchange: a LoRA's gradients are small."""
+    if accelerator.num_processes == 1:
+        return
+    flat = torch.cat([tensor.flatten() for tensor in tensors])
+    flat = accelerator.reduce(flat, reduction="mean")
+    for tensor, mean in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+        tensor.copy_(mean.view_as(tensor))
+
+
+def decide_plan(
+    config: TrainConfig,
+    family: ModelFamily,
+    folder: ModelFolder,
+    data: PreparedData,
+    device: torch.device,
+    checkpoint: Checkpoint | None,
+) -> MemoryPlan:
+    """The plan of a new run; a resumed run keeps its own, since kernels and formats decide bits."""
+    if checkpoint:
+        return MemoryPlan.from_dict(checkpoint.record["plan"])
+    num_blocks, width = family.block_shape(folder)
+    element_bytes = 2 if config.mixed_precision == "bf16" else 4
+    size = RunSize(
+        weight_bytes=count_parameters(config, family, folder) * element_bytes,
+        num_tokens=config.batch_size * (data.most_image_tokens + data.most_text_tokens),
+        num_blocks=num_blocks,
+        block_width=width,
+    )
+    return plan_memory(read_facts(device), size, config)
+
+
+def count_parameters(config: TrainConfig, family: ModelFamily, folder: ModelFolder) -> int:
+    """Parameters of the transformer, without loading it."""
+    if not config.random_weights:
+        return folder.num_parameters("transformer")
+    placement = Placement(torch.device("meta"), torch.bfloat16)
+    model = family.random_transformer(placement, folder.component_config("transformer"))
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def load_transformer(
+    config: TrainConfig, family: ModelFamily, folder: ModelFolder, plan: MemoryPlan, device: torch.device
+) -> nn.Module:
+    """The frozen base in the planned format; random values only behind the test switch."""
+    placement = Placement(device, FORMATS[plan.weights_format])
+    if config.random_weights:
+        return family.random_transformer(placement, folder.component_config("transformer"))
+    return family.load_transformer(folder, placement)
+
+
+def build_run(
+    config: TrainConfig,
+    family: ModelFamily,
+    plan: MemoryPlan,
+    accelerator: Accelerator,
+    transformer: nn.Module,
+    data: PreparedData,
+) -> Run:
+    """Optimizer, schedule and order of batches around a transformer that carries its LoRA."""
+    parameters = adapters.trainable_parameters(transformer)
+    world_size = accelerator.num_processes
+    order = BatchPlan(data.buckets, config.batch_size * world_size, config.seed)
+    num_steps = planned_steps(config, order)
+    return Run(
+        config=config,
+        family=family,
+        plan=plan,
+        accelerator=accelerator,
+        transformer=transformer,
+        parameters=parameters,
+        optimizer=optim.build_optimizer(config, plan.optimizer, parameters.values()),
+        learning_rate_at=optim.build_schedule(config, num_steps),
+        source=BatchSource(
+            order,
+            data.reader,
+            config.objective,
+            config.data_config.caption_dropout_rate,
+            accelerator.process_index,
+            world_size,
+        ),
+        num_steps=num_steps,
+    )
+
+
+def planned_steps(config: TrainConfig, order: BatchPlan) -> int:
+    """Optimizer steps of the whole run: `max_train_steps` or `num_train_epochs`, whichever ends first."""
+    limits = [config.max_train_steps] if config.max_train_steps is not None else []
+    if config.num_train_epochs is not None:
+        micro_batches = order.epoch_end(config.num_train_epochs - 1)
+        limits.append(-(-micro_batches // config.gradient_accumulation_steps))
+    return min(limits)

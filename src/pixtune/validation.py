@@ -1,0 +1,71 @@
+"""Loss on held-out pictures with fixed noise and fixed sigmas, so that two figures differ only by the weights.
+
+The sigma range is cut into quarters, since a LoRA may gain where pictures are nearly noise (composition, style) and not
+where they are nearly clean (texture); the mean of all hides that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from pixtune import draws
+from pixtune.families.base import Conditioning, ModelFamily
+from pixtune.objective import add_noise, sample_losses, velocity_target
+
+NUM_QUARTERS = 4
+
+
+@dataclass(frozen=True)
+class HeldOutPicture:
+    """One measured picture."""
+
+    name: str
+    latents_1CHW: Tensor
+    """The mean of the autoencoder's distribution, on the CPU."""
+    conditioning: Conditioning
+    """One sample's row, on the CPU."""
+
+
+@dataclass(frozen=True)
+class ValidationLoss:
+    """Mean squared error of the velocity."""
+
+    mean: float
+    quarters: tuple[float, ...]
+    """By sigma: [0, 1/4), [1/4, 1/2), [1/2, 3/4), [3/4, 1]."""
+
+
+def fixed_sigmas(num_draws: int) -> list[float]:
+    """Sigmas spread evenly over (0, 1), `num_draws` in each quarter."""
+    count = NUM_QUARTERS * num_draws
+    return [(index + 0.5) / count for index in range(count)]
+
+
+@torch.no_grad()
+def measure(
+    family: ModelFamily,
+    transformer: nn.Module,
+    pictures: Sequence[HeldOutPicture],
+    num_draws: int,
+    seed: int,
+    device: torch.device,
+) -> ValidationLoss:
+    """The held-out loss. Draws depend on the seed and the picture's name alone, never on the training step."""
+    sigmas = fixed_sigmas(num_draws)
+    sigma_B = torch.tensor(sigmas, device=device)
+    losses = []
+    for picture in pictures:
+        noise = [draws.normal(picture.latents_1CHW.shape, seed, "validation noise", picture.name, s) for s in sigmas]
+        noise_BCHW = torch.cat(noise).to(device)
+        latents_BCHW = picture.latents_1CHW.to(device).expand_as(noise_BCHW)
+        row = {name: tensor.to(device) for name, tensor in picture.conditioning.items()}
+        conditioning = family.stack_conditioning([row] * len(sigmas))
+        noisy_BCHW = add_noise(latents_BCHW, noise_BCHW, sigma_B)
+        velocity_BCHW = family.predict_velocity(transformer, noisy_BCHW, sigma_B, conditioning)
+        losses.append(sample_losses(velocity_BCHW, velocity_target(latents_BCHW, noise_BCHW)))
+    per_sigma = torch.stack(losses).double().mean(0).view(NUM_QUARTERS, num_draws)
+    return ValidationLoss(float(per_sigma.mean()), tuple(per_sigma.mean(1).tolist()))

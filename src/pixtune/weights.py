@@ -1,0 +1,156 @@
+"""Model folders in diffusers' layout: find them, read their configs, name their content.
+
+Only safetensors and JSON are ever read from a user's path, and a download takes only those plus tokenizer text.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from pixtune.errors import WeightsError
+
+HUB_PATTERNS = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
+COMPONENTS_NEEDED = ("vae", "text_encoder", "tokenizer", "transformer", "scheduler")
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """A local folder as `DiffusionPipeline.save_pretrained` writes it."""
+
+    path: Path
+
+    @cached_property
+    def index(self) -> dict[str, Any]:
+        """The parsed `model_index.json`."""
+        return read_json(self.path / "model_index.json")
+
+    @property
+    def pipeline_class(self) -> str:
+        return str(self.index.get("_class_name", "folder without a pipeline class"))
+
+    def component_config(self, component: str) -> dict[str, Any]:
+        """A component's own config: `config.json`, or `scheduler_config.json` for the scheduler."""
+        name = "scheduler_config.json" if component == "scheduler" else "config.json"
+        return read_json(self.path / component / name)
+
+    def num_parameters(self, component: str) -> int:
+        """Parameters of a component, from its safetensors headers alone; 0 where there are no weights."""
+        count = 0
+        for file in (self.path / component).glob("*.safetensors"):
+            for name, tensor in read_header(file).items():
+                if name != "__metadata__":
+                    count += math.prod(tensor["shape"])
+        return count
+
+    def fingerprint(self, component: str, memo_dir: Path | None = None) -> str:
+        """SHA-256 over the names and bytes of a component's files, as hex.
+
+        Hashing 16 GB takes a while, so digests of large files are remembered in `memo_dir` under path, size and
+        modification time in nanoseconds.
+        """
+        digest = hashlib.sha256()
+        for file in sorted((self.path / component).iterdir()):
+            if file.suffix in (".json", ".safetensors", ".txt", ".jinja", ".model"):
+                digest.update(f"{file.name}\0{_file_digest(file, memo_dir)}\0".encode())
+        return digest.hexdigest()
+
+
+def open_model_folder(name_or_path: str) -> ModelFolder:
+    """A local folder, or a hub name that is downloaded into the hub's own cache.
+
+    Raises:
+        WeightsError: nothing there, or no diffusers pipeline in it; says what was found and what is needed.
+    """
+    path = Path(name_or_path).expanduser()
+    if not path.exists():
+        path = _download(name_or_path)
+    if not (path / "model_index.json").is_file():
+        raise WeightsError(_not_a_pipeline(path))
+    folder = ModelFolder(path)
+    missing = [part for part in COMPONENTS_NEEDED if not (path / part).is_dir()]
+    if missing:
+        raise WeightsError(
+            f"{path} is a {folder.pipeline_class}, but its folders {', '.join(missing)} are missing. "
+            "Was the download interrupted? Fetch it again."
+        )
+    return folder
+
+
+def _download(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(HUB_PATTERNS)))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise WeightsError(
+            f"pretrained_model_name_or_path: {name!r} is no folder here ({Path(name).absolute()}) and could not be "
+            f"fetched from the hub ({type(error).__name__}: {str(error).splitlines()[0]}). Give a local folder in "
+            "diffusers' layout, or log in with `hf auth login` if the model is gated."
+        ) from error
+
+
+def _not_a_pipeline(path: Path) -> str:
+    need = "A diffusers pipeline folder with model_index.json is needed, for example Qwen/Qwen-Image."
+    if path.is_file():
+        return f"{path} is a single file. {need}"
+    if (path / "config.json").is_file():
+        config = read_json(path / "config.json")
+        kind = config.get("_class_name") or ", ".join(config.get("architectures", [])) or "model"
+        return f"{path} holds one {kind} (it has config.json but no model_index.json), not an image pipeline. {need}"
+    return f"{path} has no model_index.json. {need}"
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        WeightsError: no such file, or not JSON; names it.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise WeightsError(f"{path} is missing. Was the download interrupted? Fetch the model again.") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise WeightsError(f"{path} is not valid JSON ({error}). Fetch the model again.") from error
+
+
+def read_header(file: Path) -> dict[str, Any]:
+    """The header of a safetensors file: tensor name -> dtype, shape and offsets (format: 8 bytes length, then JSON).
+
+    Raises:
+        WeightsError: the file is cut off or no safetensors file.
+    """
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        text = stream.read(length) if length < 2**28 else b""
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise WeightsError(f"{file} is no safetensors file, or cut off. Fetch the model again.") from error
+
+
+def _file_digest(file: Path, memo_dir: Path | None) -> str:
+    stat = file.stat()
+    if memo_dir is None or stat.st_size < 64 * 2**20:
+        return _sha256(file)
+    key = hashlib.sha256(f"{file.resolve()}\0{stat.st_size}\0{stat.st_mtime_ns}".encode()).hexdigest()
+    memo = memo_dir / f"{key}.sha256"
+    if memo.is_file():
+        return memo.read_text().strip()
+    from pixtune.files import write_atomically
+
+    digest = _sha256(file)
+    write_atomically(memo, digest.encode())
+    return digest
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
