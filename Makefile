@@ -1,0 +1,65 @@
+# `make demo` and `make test` each work alone on a machine with Python >= 3.11 and make: the first of them sets up.
+#
+# They use the virtualenv that $(PYTHON) belongs to, for example the active one, taken as it is. Else they make .venv, with
+# the versions of constraints.txt. An installed torch is never replaced: .venv sees the one that $(PYTHON) has, if any.
+# To choose: make test PYTHON=python3.12
+
+ifndef PYTHON
+PYTHON := $(shell for python in python3 python3.14 python3.13 python3.12 python3.11; do \
+  $$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
+endif
+# Installed only where there is no torch; the version that the tests run with.
+TORCH ?= torch==2.13.0
+PYTEST_ARGS ?=
+
+ENV := $(or $(if $(PYTHON),$(shell $(PYTHON) -c 'import sys; print(sys.prefix if sys.prefix != sys.base_prefix else "")')),.venv)
+PINS := $(if $(filter .venv,$(ENV)),-c constraints.txt)
+PY := $(ENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check --no-input
+# Another clone may share a virtualenv, so the stamp tells whose set-up it is.
+STAMP := $(ENV)/.pixtune-set-up-$(shell pwd | cksum | cut -d' ' -f1)
+HAS_TORCH := -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("torch") is None)'
+
+.PHONY: help demo test lint format bench schema setup clean
+.DEFAULT_GOAL := help
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+demo: $(STAMP) ## train a style LoRA on the small model in assets/, 5 minutes on 2 CPU cores
+	@$(PY) -m pixtune.cli train --config train_configs/demo.yaml
+
+test: $(STAMP) ## the whole suite; make test PYTEST_ARGS="-n 2 tests/unit" for a part
+	@$(PY) -m pytest $(PYTEST_ARGS)
+
+lint: $(STAMP) ## style, format and types
+	@$(PY) -m ruff check .
+	@$(PY) -m ruff format --check .
+	@$(PY) -m mypy
+
+format: $(STAMP) ## bring the code into the form that lint asks for
+	@$(PY) -m ruff check --fix .
+	@$(PY) -m ruff format .
+
+bench: $(STAMP) ## what the training loop costs over a bare one
+	@$(PY) benchmarks/loop_overhead.py
+
+schema: $(STAMP) ## write train_configs/schema.json anew, after a change of the config's keys
+	@$(PY) -m pixtune.config.schema_file
+
+setup: $(STAMP) ## only set up
+
+clean: ## remove what set-up, tools and the demo wrote; never a virtualenv of yours
+	rm -rf .venv runs/demo .pytest_cache .mypy_cache .ruff_cache .coverage build dist src/*.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(STAMP): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "No Python 3.11 or newer found. Install one, or name it: make PYTHON=/path/to/python3"; exit 1; }
+	@test -x $(PY) || $(PYTHON) -m venv $$($(PYTHON) $(HAS_TORCH) && echo --system-site-packages) $(ENV)
+	@$(PY) -m pip --version >/dev/null 2>&1 || $(PY) -m ensurepip
+	@$(PY) $(HAS_TORCH) || { echo "Installing $(TORCH) into $(ENV): none is there. CUDA builds are some gigabytes."; \
+	  $(PIP) install -qq $(PINS) $(TORCH); }
+	@echo "Installing pixtune and what it needs into $(ENV), once: 1 to 5 minutes."
+	@$(PIP) install -qq $(PINS) -e '.[dev]'
+	@rm -f $(ENV)/.pixtune-set-up-*
+	@touch $@

@@ -1,0 +1,201 @@
+"""From a YAML file and `key=value` words to a frozen TrainConfig, or to one error that lists every fault there is."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
+
+from pixtune.config.schema import NOT_YET, TrainConfig, contradictions, leaf_keys, sections
+from pixtune.config.sources import COMMAND_LINE, ConfigDumper, Entry, Fault, Place, read_file, read_overrides, show
+from pixtune.errors import ConfigError, NotYetError
+
+logger = logging.getLogger(__name__)
+
+FOLDERS = ("data_config.img_dir", "data_config.control_dir", "validation.held_out_dir")
+"""Keys whose folders must exist before anything else is done."""
+
+
+def load_config(path: Path | None, overrides: Sequence[str] = ()) -> TrainConfig:
+    """Reads a config file, then overrides such as `rank=8` or `data_config.img_dir=/pictures`, which win.
+
+    Relative paths are relative to the current folder. `disable_quantization` wins over `quantize`, and says so in the
+    log (logger "pixtune.config.load", a warning).
+
+    Args:
+        path: the YAML file; None where everything stands in `overrides`.
+        overrides: `key=value` words, values in YAML; of two equal keys the last wins.
+
+    Raises:
+        ConfigError: every fault, each with its place, key, value and what would be right.
+        NotYetError: the config is right, but asks for documented things that this version does not have.
+    """
+    from_command = read_overrides(overrides)
+    if path is None:
+        whole, entries, faults = COMMAND_LINE, from_command.entries, from_command.faults
+    else:
+        from_file = read_file(path)
+        whole, entries = Place(0, str(path)), {**from_file.entries, **from_command.entries}
+        faults = [*from_file.faults, *from_command.faults]
+        if not from_file.readable:
+            raise _error(whole, faults)
+
+    try:
+        config, wrong_keys = TrainConfig.model_validate(_nested(entries.values())), set[str]()
+    except ValidationError as error:
+        config, by_key = None, _errors_by_key(error)
+        wrong_keys = set(by_key)
+        faults += [_field_fault(key, errors, entries.get(key), whole) for key, errors in by_key.items()]
+    right = {key: entry.value for key, entry in entries.items() if key not in wrong_keys}
+    faults += _contradictions(right, wrong_keys, entries, whole)
+    faults += _folder_faults(right, entries)
+    if faults or config is None:
+        raise _error(whole, faults)
+
+    if config.disable_quantization and config.quantize:
+        logger.warning("disable_quantization is true and wins over quantize: nothing is quantised")
+        config = config.model_copy(update={"quantize": False})
+    _refuse_what_is_missing_yet(config, entries)
+    return config
+
+
+def to_dict(config: TrainConfig) -> dict[str, Any]:
+    """Every key with its value in force, as JSON can hold it."""
+    return config.model_dump(mode="json")
+
+
+def resolved_yaml(config: TrainConfig) -> str:
+    """Every key with its value in force, as a config file that loads to the same config."""
+    text: str = yaml.dump(to_dict(config), Dumper=ConfigDumper, sort_keys=False, allow_unicode=True, width=120)
+    return text
+
+
+# ---- checks
+
+
+def _nested(entries: Iterable[Entry]) -> dict[str, Any]:
+    tree: dict[str, Any] = {"data_config": {}}  # required, so that its own required keys are asked for by name
+    for entry in entries:
+        section, _, name = entry.key.rpartition(".")
+        (tree.setdefault(section, {}) if section else tree)[name] = entry.value
+    return tree
+
+
+def _errors_by_key(error: ValidationError) -> dict[str, list[ErrorDetails]]:
+    """Pydantic's errors by dotted key. Those of the model as a whole (contradictions) are left to `_contradictions`."""
+    known, by_key = set(leaf_keys()), dict[str, list[ErrorDetails]]()
+    for details in error.errors():
+        words = [str(word) for word in details["loc"]]
+        for key in (".".join(words[:2]), *words[:1]):
+            if key in known:
+                by_key.setdefault(key, []).append(details)
+                break
+    return by_key
+
+
+def _field_fault(key: str, errors: Sequence[ErrorDetails], entry: Entry | None, whole: Place) -> Fault:
+    description = (_field(key).description or "").split("\n\n")[0].replace("\n", " ")
+    if entry is None:
+        return Fault(whole, f"{key} is required and missing. {description}")
+    wanted = " or ".join(dict.fromkeys(_wanted(details) for details in errors))
+    sentence = f"{entry.written_as} is {show(entry.value)}: must be {wanted}"
+    near = _near_choice(errors, entry.value)
+    if near:
+        sentence += f"; did you mean {near}?"
+    elif errors[0]["type"] == "string_pattern_mismatch":
+        sentence += f". {description}"
+    return Fault(entry.place, sentence)
+
+
+_WANTED = {
+    "bool_type": "true or false",
+    "string_type": "text",
+    "int_type": "a whole number",
+    "float_type": "a number",
+    "finite_number": "a finite number",
+    "tuple_type": "a list",
+    "path_type": "a path",
+    "greater_than": "greater than {gt:g}",
+    "greater_than_equal": "at least {ge:g}",
+    "less_than": "less than {lt:g}",
+    "less_than_equal": "at most {le:g}",
+    "string_pattern_mismatch": "of another form",
+    "literal_error": "{expected}",
+}
+"""What pydantic's error types mean, to follow "must be"."""
+
+
+def _wanted(details: ErrorDetails) -> str:
+    if details["type"] == "value_error":  # raised by a check of our own, which says "must be ..."
+        return str(details["ctx"]["error"]).removeprefix("must be ")
+    form = _WANTED.get(details["type"])
+    if form is None:
+        return details["msg"].removeprefix("Input should be ")
+    wanted = form.format(**details.get("ctx", {})).replace("'", '"')
+    if details["type"] == "string_type" and isinstance(details["input"], bool | int | float):
+        wanted += " (put it in quotes)"
+    position = next((word for word in details["loc"] if isinstance(word, int)), None)
+    return wanted if position is None else f"{wanted} in item {position + 1}"
+
+
+def _near_choice(errors: Sequence[ErrorDetails], value: object) -> str | None:
+    choices = [word for details in errors for word in str(details.get("ctx", {}).get("expected", "")).split("'")[1::2]]
+    near = get_close_matches(str(value).lower(), choices, n=1)
+    return f'"{near[0]}"' if near else None
+
+
+def _contradictions(
+    right: Mapping[str, Any], wrong_keys: set[str], entries: Mapping[str, Entry], whole: Place
+) -> list[Fault]:
+    values = {key: right.get(key, _field(key).default) for key in leaf_keys() if key not in wrong_keys}
+    return [
+        Fault(max((entries[key].place for key in keys if key in entries), default=whole), sentence)
+        for keys, sentence in contradictions(values)
+    ]
+
+
+def _folder_faults(right: Mapping[str, Any], entries: Mapping[str, Entry]) -> list[Fault]:
+    faults = []
+    for key in FOLDERS:
+        if right.get(key) is None:
+            continue
+        folder = os.path.expanduser(right[key])
+        if not os.path.isdir(folder):
+            problem = "is a file, not a folder" if os.path.exists(folder) else "there is no such folder"
+            looked = "" if os.path.isabs(folder) else f" (looked for {os.path.abspath(folder)})"
+            faults.append(Fault(entries[key].place, f"{key} is {show(right[key])}: {problem}{looked}"))
+    output = right.get("output_dir")
+    if output is not None and os.path.isfile(os.path.expanduser(output)):
+        faults.append(Fault(entries["output_dir"].place, f"output_dir is {show(output)}: is a file, not a folder"))
+    return faults
+
+
+def _refuse_what_is_missing_yet(config: TrainConfig, entries: Mapping[str, Entry]) -> None:
+    values = to_dict(config)
+    lines = []
+    for key, honoured in NOT_YET.items():
+        section, _, name = key.rpartition(".")
+        value = values[section][name] if section else values[name]
+        if value not in honoured:
+            possible = " or ".join("absent" if choice is None else show(choice) for choice in honoured)
+            lines.append(f"  - {entries[key].place.text}: {key} is {show(value)}: must be {possible} for now")
+    if lines:
+        raise NotYetError("\n".join(["this version of pixtune does not have these yet:", *lines]))
+
+
+def _field(key: str) -> FieldInfo:
+    section, _, name = key.rpartition(".")
+    return (sections()[section] if section else TrainConfig).model_fields[name]
+
+
+def _error(whole: Place, faults: Sequence[Fault]) -> ConfigError:
+    count = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
+    return ConfigError(f"{whole.text} has {count}", [str(fault) for fault in sorted(faults)])

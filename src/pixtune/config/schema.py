@@ -1,0 +1,369 @@
+"""Every key a run can have: one schema, in the contract's own names, frozen once read.
+
+Imports neither torch nor a model, so that checking a config takes milliseconds. `load.py` reads files into it.
+Three-state keys (`bool | None`) are constraints on the planner: true demands, false forbids, absent lets it choose.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+
+def _not_empty(value: object) -> object:
+    if value == "":
+        raise ValueError(
+            "must be a path, which empty text is not"
+        )  # Path("") is the current folder, which nobody means
+    return value
+
+
+def _home_expanded(path: Path) -> Path:
+    return Path(os.path.expanduser(path))
+
+
+# YAML has no path type, so text is taken; `~` is the home folder, as in a shell.
+FilePath = Annotated[Path, Field(strict=False), BeforeValidator(_not_empty), AfterValidator(_home_expanded)]
+Words = Annotated[tuple[str, ...], Field(strict=False)]
+Integers = Annotated[tuple[int, ...], Field(strict=False)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=1)]
+
+LR_SCHEDULERS = Literal[
+    "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial", "piecewise_constant"
+]
+
+
+class Section(BaseModel):
+    """Base of all sections: unknown keys are faults, values are not silently converted, nothing changes later."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+
+class DataConfig(Section):
+    img_dir: FilePath
+    """Folder of pictures, each with a caption file of the same stem beside it."""
+    control_dir: FilePath | None = None
+    """Folder of control pictures with the targets' names (edit models)."""
+    img_size: int = Field(default=1024, ge=16)
+    """Pictures are brought to an area near `img_size` squared pixels, in a bucket of their own aspect ratio."""
+    train_batch_size: Count | None = None
+    """May stand here or at top level; unequal values are a fault."""
+    num_workers: int = Field(default=2, ge=0)
+    """Threads that read the cache and draw noise ahead of the step. 0: between the steps."""
+    caption_type: str = "txt"
+    """Extension of the caption files."""
+    caption_dropout_rate: Share = 0.0
+    """Share of draws whose caption is replaced by the empty one, which classifier-free guidance needs."""
+    random_ratio: bool = False
+    """Each time a picture is drawn, crop it to one of 16:9, 4:3, 1:1 or its own ratio."""
+    upscale: bool = False
+    """Enlarge pictures smaller than `img_size`. False keeps them in a smaller bucket."""
+    cache_dir: FilePath | None = None
+    """Where encoded pictures and captions are kept. Default: `.pixtune_cache` inside `img_dir`."""
+
+
+class ObjectiveConfig(Section):
+    sigma_distribution: Literal["uniform", "logit_normal", "sigmoid", "mode"] = "logit_normal"
+    """How noise levels are drawn, before the shift."""
+    logit_mean: float = 0.0
+    """Mean of "logit_normal"."""
+    logit_std: float = Field(default=1.0, gt=0)
+    """Standard deviation of "logit_normal"."""
+    mode_scale: float = 1.29
+    """Scale of "mode"."""
+    shift: Literal["model", "none"] | float = "model"
+    """Resolution-dependent shift towards noise: the model's own scheduler config, none, or a fixed `mu` (log-shift)."""
+    weighting_scheme: Literal["none", "sigma_sqrt", "cosmap"] = "none"
+    """Loss weight by sigma, with diffusers' names."""
+
+
+class ValidationConfig(Section):
+    held_out: Share = 0.0
+    """Share of the data set that is never trained on and serves to measure. 0 with no `held_out_dir`: no validation."""
+    held_out_dir: FilePath | None = None
+    """A folder of its own instead of a share."""
+    every: Count = 100
+    """Validate every so many steps, besides before the first and after the last."""
+    num_draws: Count = 2
+    """Fixed noises per held-out picture in each quarter of the sigma range."""
+
+
+class SamplesConfig(Section):
+    prompts: Words = ()
+    """Pictures drawn during training, one a prompt and seed. None: no pictures."""
+    seeds: Integers = (0,)
+    """Seeds of the starting noise, each used with each prompt."""
+    every: Count = 500
+    """Draw every so many steps, besides before the first and after the last."""
+    num_steps: Count = 20
+    """Sampler steps."""
+    guidance_scale: float = Field(default=4.0, ge=1)
+    """Classifier-free guidance; 1 turns it off and halves the time."""
+    width: Count | None = None
+    """Pixels; default `img_size`."""
+    height: Count | None = None
+    """Pixels; default `img_size`."""
+
+
+class CudaFeatures(Section):
+    enable_flash_attention_3: bool | None = None
+    """FlashAttention 3; Hopper only."""
+    enable_fp8_training: bool | None = None
+    """Native FP8 compute; capability 8.9 and newer."""
+    enable_tf32_compute: bool | None = None
+    """TF32 matrix products for what stays in fp32; absent: on from sm_80."""
+    enable_cudnn_sdp: bool | None = None
+    """cuDNN's attention kernels; absent: PyTorch's own order."""
+
+
+class TrainConfig(Section):
+    """One training run."""
+
+    # ---- what and where
+    pretrained_model_name_or_path: str
+    """A folder in diffusers' layout or a hub name, for example Qwen/Qwen-Image."""
+    output_dir: FilePath
+    """Checkpoints, the LoRA, metrics and the report go here."""
+    data_config: DataConfig
+    """The data set."""
+    random_weights: bool = False
+    """TEST ONLY: a transformer of the model's architecture with random weights, and random latents and text features
+    instead of encoded data. Measures speed and memory where the real weights are absent."""
+
+    # ---- logging
+    logging_dir: FilePath = Path("logs")
+    """Trackers' files; relative to `output_dir`."""
+    report_to: Literal["tensorboard", "wandb"] | None = None
+    """Tracker besides `metrics.jsonl`, which is always written."""
+    tracker_project_name: str = "pixtune"
+    """Project name for the tracker."""
+    logging_steps: Count = 10
+    """Read losses back from the device every so many steps; each step's loss is recorded all the same."""
+
+    # ---- length and rate
+    seed: int = Field(default=42, ge=0)
+    """Every random draw is a function of this, the step, the sample and the purpose."""
+    deterministic: bool = False
+    """Bit-exact steps on a GPU too, at a price in speed. On a CPU they always are."""
+    mixed_precision: Literal["no", "bf16"] = "bf16"
+    """Format of the frozen weights and activations; the LoRA and its optimizer state are always fp32."""
+    train_batch_size: Count | None = None
+    """Pictures per process and micro-batch; default 1. May stand in `data_config` instead."""
+    gradient_accumulation_steps: Count = 1
+    """Micro-batches per optimizer step."""
+    max_train_steps: Count | None = None
+    """Optimizer steps. With `num_train_epochs` as well, whichever ends first."""
+    num_train_epochs: Count | None = None
+    """Passes over the data set."""
+    learning_rate: float = Field(default=1e-4, gt=0)
+    """Peak learning rate."""
+    lr_scheduler: LR_SCHEDULERS = "constant"
+    """Schedule of diffusers' `get_scheduler`."""
+    lr_warmup_steps: int = Field(default=0, ge=0)
+    """Optimizer steps from 0 to the peak rate; with "constant" as well."""
+    lr_num_cycles: Count = 1
+    """Restarts of "cosine_with_restarts"."""
+    lr_power: float = Field(default=1.0, gt=0)
+    """Exponent of "polynomial"."""
+    lr_step_rules: str | None = Field(default=None, pattern=r"^([0-9.eE+-]+:[0-9]+,)*[0-9.eE+-]+$")
+    """Rules of "piecewise_constant", for example "1:10,0.1:20,0.01:30,0.005"."""
+    adam8bit: bool | None = None
+    """8-bit AdamW states (bitsandbytes). `use_8bit_adam` is an older name of it."""
+    adam_beta1: float = Field(default=0.9, ge=0, lt=1)
+    """Decay of the first moment."""
+    adam_beta2: float = Field(default=0.999, ge=0, lt=1)
+    """Decay of the second moment."""
+    adam_weight_decay: float = Field(default=0.01, ge=0)
+    """Decoupled weight decay."""
+    adam_epsilon: float = Field(default=1e-8, gt=0)
+    """Added to the root of the second moment."""
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    """Gradients are scaled down to this global norm."""
+
+    # ---- the adapter
+    rank: Count = 16
+    """Rank of the LoRA."""
+    lora_alpha: float | None = Field(default=None, gt=0)
+    """The LoRA is scaled by alpha / rank; absent: alpha = rank."""
+    lora_targets: Words | None = None
+    """Endings of module names that get a LoRA; absent: the family's attention projections."""
+    trigger_words: Words = ()
+    """Written into the LoRA file's metadata, for those who use it later."""
+    freeze_text_encoder: bool = True
+    """False would train the text encoder."""
+
+    # ---- objective, validation, samples
+    objective: ObjectiveConfig = ObjectiveConfig()
+    """Noise levels and loss."""
+    validation: ValidationConfig = ValidationConfig()
+    """Loss on held-out pictures with fixed noise and sigmas."""
+    samples: SamplesConfig = SamplesConfig()
+    """Pictures drawn while training."""
+
+    # ---- checkpoints
+    checkpointing_steps: Count = 500
+    """Save every so many steps; the last step and an interrupted run are always saved."""
+    checkpoints_total_limit: Count | None = None
+    """Keep so many of the newest; absent: all."""
+    resume_from_checkpoint: str | None = None
+    """A checkpoint folder, "latest" (start anew where there is none), or absent: start anew."""
+
+    # ---- encoding and cache
+    precompute_text_embeddings: bool = True
+    """Encode captions once, before training."""
+    precompute_image_embeddings: bool = True
+    """Encode pictures once, before training."""
+    save_cache_on_disk: bool = True
+    """False keeps the cache in memory."""
+    encode_batch_size: Count = 4
+    """Captions, and pictures of one size, encoded together."""
+
+    # ---- constraints on the planner
+    disable_gradient_checkpointing: bool | None = None
+    """True: recompute nothing. False: recompute every block. Absent: by the memory there is."""
+    disable_cpu_offload: bool | None = None
+    """True: encoders stay on the device after encoding. False or absent: they leave it."""
+    pin_memory: bool | None = None
+    """Page-locked host memory for batches; absent: on with a GPU."""
+    disable_quantization: bool = False
+    """Never quantise; wins over `quantize`."""
+    quantize: bool | None = None
+    """8-bit base weights."""
+    unified_memory: bool | None = None
+    """One memory pool for CPU and GPU (DGX Spark)."""
+    memory_fraction: float | None = Field(default=None, gt=0, le=1)
+    """Largest share of the unified pool to use."""
+    expandable_segments: bool | None = None
+    """Allocator setting of the unified profile."""
+    use_fastsafetensors: bool | None = None
+    """Parallel loading of weights."""
+    fastsafetensors_num_threads: Count | None = None
+    """I/O threads of it."""
+    cuda_features: CudaFeatures = CudaFeatures()
+    """Kernels to use or avoid."""
+
+    @model_validator(mode="after")
+    def _no_contradictions(self) -> TrainConfig:
+        found = contradictions({key: _value_at(self, key) for key in leaf_keys()})
+        if found:
+            raise ValueError("; ".join(contradiction.sentence for contradiction in found))
+        return self
+
+    @property
+    def batch_size(self) -> int:
+        """Pictures per process and micro-batch, from whichever place it was given."""
+        return self.train_batch_size or self.data_config.train_batch_size or 1
+
+    @property
+    def alpha(self) -> float:
+        """The LoRA's alpha."""
+        return float(self.rank) if self.lora_alpha is None else self.lora_alpha
+
+
+class Contradiction(NamedTuple):
+    """Keys that are each right and together wrong."""
+
+    keys: tuple[str, ...]
+    sentence: str
+
+
+def contradictions(values: Mapping[str, Any]) -> list[Contradiction]:
+    """Every contradiction among `values` (dotted key -> value, defaults filled in).
+
+    A rule whose keys are not all there is passed over, so that a value found wrong already causes no second fault.
+    """
+    found = []
+    for keys, rule in _RULES:
+        if all(key in values for key in keys):
+            sentence = rule(*(values[key] for key in keys))
+            if sentence is not None:
+                found.append(Contradiction(keys, sentence))
+    return found
+
+
+def _one_batch_size(outer: int | None, inner: int | None) -> str | None:
+    if outer is None or inner is None or outer == inner:
+        return None
+    return f"train_batch_size is {outer} and data_config.train_batch_size is {inner}: give it once, or equal"
+
+
+def _some_length(steps: int | None, epochs: int | None) -> str | None:
+    if steps is None and epochs is None:
+        return "neither max_train_steps nor num_train_epochs is given: say how long to train"
+    return None
+
+
+def _rules_for_their_schedule(scheduler: str, rules: str | None) -> str | None:
+    if scheduler == "piecewise_constant" and rules is None:
+        return 'lr_scheduler is "piecewise_constant", which needs lr_step_rules, for example "1:100,0.1"'
+    if scheduler != "piecewise_constant" and rules is not None:
+        return f'lr_step_rules is given and lr_scheduler is "{scheduler}", which does not read it'
+    return None
+
+
+def _one_held_out_set(share: float, folder: Path | None) -> str | None:
+    if share and folder is not None:
+        return f"validation.held_out is {share} and validation.held_out_dir is {str(folder)!r}: choose one of them"
+    if share >= 1:
+        return "validation.held_out is 1, which leaves no picture to train on"
+    return None
+
+
+_RULES: tuple[tuple[tuple[str, ...], Callable[..., str | None]], ...] = (
+    (("train_batch_size", "data_config.train_batch_size"), _one_batch_size),
+    (("max_train_steps", "num_train_epochs"), _some_length),
+    (("lr_scheduler", "lr_step_rules"), _rules_for_their_schedule),
+    (("validation.held_out", "validation.held_out_dir"), _one_held_out_set),
+)
+
+
+def sections() -> dict[str, type[Section]]:
+    """The nested sections by name, for example "data_config". They do not nest further."""
+    fields = TrainConfig.model_fields.items()
+    return {
+        name: field.annotation
+        for name, field in fields
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section)
+    }
+
+
+def leaf_keys() -> Iterator[str]:
+    """Every key that holds a value, dotted: "rank", "data_config.img_dir"."""
+    inner = sections()
+    for name in TrainConfig.model_fields:
+        if name in inner:
+            yield from (f"{name}.{key}" for key in inner[name].model_fields)
+        else:
+            yield name
+
+
+def _value_at(config: TrainConfig, key: str) -> object:
+    section, _, name = key.rpartition(".")
+    return getattr(getattr(config, section) if section else config, name)
+
+
+OLDER_NAMES = {"use_8bit_adam": "adam8bit", "cuda_13_features": "cuda_features"}
+"""Names that the contract's older documents use, and what they are called here."""
+
+NOT_YET: dict[str, tuple[object, ...]] = {
+    "data_config.control_dir": (None,),
+    "freeze_text_encoder": (True,),
+    "precompute_text_embeddings": (True,),
+    "precompute_image_embeddings": (True,),
+    "quantize": (None, False),
+    "unified_memory": (None, False),
+    "memory_fraction": (None,),
+    "expandable_segments": (None,),
+    "use_fastsafetensors": (None, False),
+    "fastsafetensors_num_threads": (None,),
+    "cuda_features.enable_flash_attention_3": (None, False),
+    "cuda_features.enable_fp8_training": (None, False),
+}
+"""Documented keys that this version does not have yet, with the values it can honour. Others raise NotYetError."""

@@ -1,0 +1,36 @@
+"""Writes the JSON schema with which editors complete and check the YAML configs: `make schema`.
+
+A YAML file names it in its first line: `# yaml-language-server: $schema=schema.json`.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from pixtune.config.schema import OLDER_NAMES, TrainConfig
+
+DEFAULT_PATH = Path("train_configs/schema.json")
+
+
+def json_schema() -> dict[str, Any]:
+    """Every key with its type, bounds, default and description; older names too, marked as deprecated."""
+    schema = TrainConfig.model_json_schema()
+    properties = schema["properties"]
+    for older, current in OLDER_NAMES.items():
+        described = {**properties[current], "deprecated": True, "description": f"Older name of `{current}`."}
+        properties[older] = described
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "A pixtune config"}
+
+
+def schema_text() -> str:
+    """The file's content."""
+    return json.dumps(json_schema(), indent=2, ensure_ascii=False) + "\n"
+
+
+if __name__ == "__main__":
+    path = Path(sys.argv[1]) if len(sys.argv) > 1 else DEFAULT_PATH
+    path.write_text(schema_text(), encoding="utf-8")
+    print(f"wrote {path}")

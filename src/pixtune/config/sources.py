@@ -1,0 +1,263 @@
+"""Where config values come from: a YAML file or `key=value` words. Both become flat entries that know their place."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from difflib import SequenceMatcher, get_close_matches
+from pathlib import Path
+from typing import NamedTuple
+
+import yaml
+
+from pixtune.config.schema import OLDER_NAMES, leaf_keys, sections
+
+
+class Place(NamedTuple):
+    """Where something was written. Sorts by line; the command line comes last."""
+
+    line: int
+    text: str
+
+
+class Fault(NamedTuple):
+    place: Place
+    sentence: str
+
+    def __str__(self) -> str:
+        return f"{self.place.text}: {self.sentence}"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One value that somebody wrote."""
+
+    key: str  # dotted, by its current name
+    written_as: str  # dotted, by the name that was used
+    value: object
+    place: Place
+
+
+class Source(NamedTuple):
+    """What one source says. `readable` is false where nothing more can be learned of it."""
+
+    entries: dict[str, Entry]
+    faults: list[Fault]
+    readable: bool = True
+
+
+COMMAND_LINE = Place(10**9, "command line")
+
+
+# ---- YAML
+
+_CORE = {name: f"tag:yaml.org,2002:{name}" for name in ("str", "int", "float", "bool", "null", "seq", "map")}
+_PLAIN_WORDS = (  # kind, what it looks like, its possible first characters
+    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    ("int", r"[-+]?(0|[1-9][0-9]*)", "-+0123456789"),
+    ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?", "-+.0123456789"),
+    ("float", r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", "-+."),
+    ("null", r"null|Null|NULL|~|", ["n", "N", "~", ""]),
+)
+
+
+class ConfigLoader(yaml.SafeLoader):
+    """YAML with the core types of YAML 1.2, as editors understand it, and nothing else.
+
+    PyYAML's own loader reads `3e-4` as text, `no` as false, `1:30` as 90 and `2025-11-16` as a date.
+    """
+
+    yaml_implicit_resolvers = {}  # noqa: RUF012  (PyYAML's own name; `add_implicit_resolver` below fills it)
+    yaml_constructors = {  # noqa: RUF012
+        tag: yaml.SafeLoader.yaml_constructors[tag] for tag in (*_CORE.values(), None)
+    }
+
+
+class ConfigDumper(yaml.SafeDumper):
+    """Writes what ConfigLoader reads back as the same values."""
+
+    yaml_implicit_resolvers = {}  # noqa: RUF012
+
+
+for _kind, _pattern, _first in _PLAIN_WORDS:
+    for _yaml_class in (ConfigLoader, ConfigDumper):
+        _yaml_class.add_implicit_resolver(_CORE[_kind], re.compile(rf"^(?:{_pattern})$"), list(_first))
+
+
+def read_file(path: Path) -> Source:
+    """The entries of a YAML file, and everything that is wrong with its form."""
+
+    def at(node: yaml.Node) -> Place:
+        line = node.start_mark.line + 1
+        return Place(line, f"{path}:{line}")
+
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+        root = yaml.compose(text, ConfigLoader)
+    except FileNotFoundError:
+        return _unreadable(path, f"no such file{_similar_files(path)}")
+    except OSError as error:
+        return _unreadable(path, f"cannot be read: {error.strerror}")
+    except UnicodeDecodeError as error:
+        return _unreadable(path, f"is not UTF-8 text (byte {error.start}): save it as UTF-8")
+    except yaml.MarkedYAMLError as error:
+        return _unreadable(path, *_yaml_problem(error))
+    except yaml.YAMLError as error:
+        return _unreadable(path, f"is not YAML: {error}")
+    if root is None or root.tag == _CORE["null"]:
+        return _unreadable(path, "is empty: a config needs at least the required keys")
+    if not isinstance(root, yaml.MappingNode):
+        return _unreadable(path, "holds no keys: a config is a list of `key: value` lines")
+    return _collect(root, at)
+
+
+def read_overrides(words: Sequence[str]) -> Source:
+    """The entries of `key=value` words, nested by dots. The last of two equal keys wins, as on any command line."""
+    source = Source({}, [])
+    for word in words:
+        key, equals, text = word.partition("=")
+        if not equals or not key:
+            hint = " (key=value, without dashes)" if word.startswith("-") else " (key=value)"
+            source.faults.append(Fault(COMMAND_LINE, f"{word!r} is no override{hint}"))
+            continue
+        try:
+            node = yaml.compose(text, ConfigLoader)
+        except yaml.YAMLError as error:
+            problem = getattr(error, "problem", None) or error
+            source.faults.append(Fault(COMMAND_LINE, f"{key} is {text!r}, which is not YAML ({problem}): quote it"))
+            continue
+        if node is None:
+            node = yaml.ScalarNode(_CORE["null"], "")
+        one = Source({}, [])
+        _collect_value(key, node, COMMAND_LINE, lambda _: COMMAND_LINE, one)
+        source.faults.extend(one.faults)
+        _add_entries(source, one.entries.values())
+    return source
+
+
+def _unreadable(path: Path, sentence: str, line: int = 0) -> Source:
+    place = Place(line, f"{path}:{line}" if line else str(path))
+    return Source({}, [Fault(place, sentence)], readable=False)
+
+
+def _yaml_problem(error: yaml.MarkedYAMLError) -> tuple[str, int]:
+    mark = error.problem_mark or error.context_mark
+    parts = [part for part in (error.context, error.problem) if part]
+    return f"is not YAML: {', '.join(parts)}", mark.line + 1 if mark else 0
+
+
+def _similar_files(path: Path) -> str:
+    if not path.parent.is_dir():
+        return f"; the folder {path.parent} does not exist either"
+    names = sorted(file.name for file in path.parent.iterdir() if file.suffix in (".yaml", ".yml"))
+    near = get_close_matches(path.name, names, n=3, cutoff=0.5) or names[:5]
+    return f"; that folder has {', '.join(near)}" if near else "; that folder holds no YAML file"
+
+
+def _collect(root: yaml.MappingNode, at: Callable[[yaml.Node], Place]) -> Source:
+    source = Source({}, [])
+    _collect_mapping(root, "", at, source)
+    return source
+
+
+def _collect_mapping(mapping: yaml.MappingNode, prefix: str, at: Callable[[yaml.Node], Place], source: Source) -> None:
+    first_seen: dict[str, Place] = {}
+    for key_node, value_node in mapping.value:
+        place = at(key_node)
+        if not isinstance(key_node, yaml.ScalarNode) or "." in key_node.value:
+            shown = key_node.value if isinstance(key_node, yaml.ScalarNode) else "a list or mapping"
+            source.faults.append(Fault(place, f"{shown} cannot be a key here: nest keys by indenting them"))
+            continue
+        key = prefix + key_node.value
+        if key_node.value in first_seen:
+            first = first_seen[key_node.value].text
+            source.faults.append(Fault(place, f"{key} is given twice, first at {first}: keep one"))
+            continue
+        first_seen[key_node.value] = place
+        _collect_value(key, value_node, place, at, source)
+
+
+def _collect_value(
+    written_as: str, node: yaml.Node, place: Place, at: Callable[[yaml.Node], Place], source: Source
+) -> None:
+    key = current_name(written_as)
+    known_sections = sections()
+    if key in known_sections:
+        if isinstance(node, yaml.MappingNode):
+            _collect_mapping(node, f"{written_as}.", at, source)
+        elif node.tag != _CORE["null"]:  # a section whose keys are all commented out is an empty section
+            keys = ", ".join(known_sections[key].model_fields)
+            source.faults.append(
+                Fault(place, f"{written_as} is {show(_plain(node))}: it is a section of keys of its own: {keys}")
+            )
+        return
+    if key not in set(leaf_keys()):
+        source.faults.append(Fault(place, f"{written_as} is no known key (value {show(_plain(node))}){_hint(key)}"))
+        return
+    try:
+        value = ConfigLoader("").construct_document(node)
+    except (yaml.YAMLError, ValueError, KeyError):  # a YAML tag of another kind, or one that its text does not fit
+        source.faults.append(Fault(place, f"{key} has a value of a kind that configs do not have ({node.tag})"))
+        return
+    _add_entries(source, [Entry(key, written_as, value, place)])
+
+
+def _plain(node: yaml.Node) -> object:
+    """A value for a message: as it was written, or what kind of thing it is."""
+    try:
+        return ConfigLoader("").construct_document(node)
+    except (yaml.YAMLError, ValueError, KeyError):
+        return node.tag
+
+
+def _add_entries(source: Source, entries: Iterable[Entry]) -> None:
+    """Adds entries; an older and a newer name of one key with different values are a fault."""
+    for entry in entries:
+        earlier = source.entries.get(entry.key)
+        if earlier is not None and earlier.written_as != entry.written_as and earlier.value != entry.value:
+            source.faults.append(
+                Fault(
+                    entry.place,
+                    f"{earlier.written_as} is {show(earlier.value)} ({earlier.place.text}) and {entry.written_as} is "
+                    f"{show(entry.value)}; they are two names of {entry.key}: keep one",
+                )
+            )
+        source.entries[entry.key] = entry
+
+
+# ---- names
+
+
+def current_name(key: str) -> str:
+    """A dotted key with older names replaced by today's."""
+    return ".".join(OLDER_NAMES.get(part, part) for part in key.split("."))
+
+
+def nearest_keys(key: str) -> list[str]:
+    """Known keys that somebody who wrote `key` most likely meant, best first; several only where they are equally good.
+
+    Keys are compared by their last part, so that one in the wrong section is found too.
+    """
+    last = key.rpartition(".")[2].lower().replace("-", "_")
+    scores: dict[str, float] = {}
+    for candidate in (*leaf_keys(), *sections()):
+        name = candidate.rpartition(".")[2]
+        scores[candidate] = max(SequenceMatcher(None, last, text).ratio() for text in (name, candidate))
+        if set(last.split("_")) < set(name.split("_")):  # max_steps: max_train_steps
+            scores[candidate] = max(scores[candidate], 0.85)
+    best = max(scores.values())
+    return [candidate for candidate, score in scores.items() if score == best][:3] if best >= 0.65 else []
+
+
+def _hint(key: str) -> str:
+    near = nearest_keys(key)
+    return f"; did you mean {' or '.join(near)}?" if near else ""
+
+
+def show(value: object) -> str:
+    """A value as one would write it in YAML, shortened."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    text = f'"{value}"' if isinstance(value, str) else str(value)
+    return text if len(text) <= 80 else f"{text[:76]} ..."

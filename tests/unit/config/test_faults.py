@@ -1,0 +1,278 @@
+"""Wrong configs: every fault at once, each with its place, key, value and what would be right."""
+
+from __future__ import annotations
+
+import pytest
+
+from pixtune.config import load_config
+from pixtune.config.schema import contradictions, leaf_keys
+from pixtune.config.sources import nearest_keys
+from pixtune.errors import ConfigError
+
+
+def test_all_faults_come_together_in_the_order_of_the_file(faults_of):
+    faults = faults_of(
+        "pretrained_model_name_or_path: some/model\n"  # 1
+        "img_dir: /pictures\n"  # 2
+        "rank: true\n"
+        "learning_rat: 3e-4\n"  # 4
+        "adam_beta1: 1.5\n"
+        "max_train_steps: 10\n"  # 6
+        "lr_scheduler: cosin\n"
+        "data_config: {img_dir: /no/such/folder, train_batch_size: 2}\n"  # 8
+        "train_batch_size: 4\n"
+        "validation: {held_out: 0.5, held_out_dir: /no/other/folder}\n",  # 10
+        "seed=-1",
+        "rank.x=1",
+        "nonsense",
+    )
+    expected = [
+        ("run.yaml", "output_dir is required and missing"),
+        ("run.yaml:2", 'img_dir is no known key (value "/pictures"); did you mean data_config.img_dir?'),
+        ("run.yaml:3", "rank is true: must be a whole number"),
+        ("run.yaml:4", "learning_rat is no known key (value 0.0003); did you mean learning_rate?"),
+        ("run.yaml:5", "adam_beta1 is 1.5: must be less than 1"),
+        ("run.yaml:7", 'lr_scheduler is "cosin": must be "constant", "constant_with_warmup"'),
+        ("run.yaml:8", 'data_config.img_dir is "/no/such/folder": there is no such folder'),
+        ("run.yaml:9", "train_batch_size is 4 and data_config.train_batch_size is 2: give it once, or equal"),
+        ("run.yaml:10", "validation.held_out is 0.5 and validation.held_out_dir is '/no/other/folder': choose one"),
+        ("run.yaml:10", 'validation.held_out_dir is "/no/other/folder": there is no such folder'),
+        ("command line", "'nonsense' is no override (key=value)"),
+        ("command line", "rank.x is no known key (value 1)"),
+        ("command line", "seed is -1: must be at least 0"),
+    ]
+    assert len(faults) == len(expected), faults
+    for fault, (place, sentence) in zip(faults, expected, strict=True):
+        assert fault.startswith(f"{place}: {sentence}"), fault
+
+
+def test_the_message_is_headed_by_file_and_count(write, minimal):
+    path = write(f"{minimal}rank: 0\n")
+    with pytest.raises(ConfigError) as caught:
+        load_config(path)
+    assert str(caught.value) == f"{path} has 1 fault:\n  - {path}:5: rank is 0: must be at least 1"
+
+
+@pytest.mark.parametrize(
+    ("line", "sentence"),
+    [
+        ("rank: true", "rank is true: must be a whole number"),
+        ("rank: 1.0", "rank is 1.0: must be a whole number"),
+        ('rank: "8"', 'rank is "8": must be a whole number'),
+        ("rank: null", "rank is null: must be a whole number"),
+        ("rank: 010", "rank is 10.0: must be a whole number"),
+        ("rank: [1]", "rank is [1]: must be a whole number"),
+        ("rank: {a: 1}", "rank is {'a': 1}: must be a whole number"),
+        ("learning_rate: fast", 'learning_rate is "fast": must be a number'),
+        ("learning_rate: true", "learning_rate is true: must be a number"),
+        ("learning_rate: .inf", "learning_rate is inf: must be a finite number"),
+        ("learning_rate: .nan", "learning_rate is nan: must be a finite number"),
+        ("learning_rate: 1e999", "learning_rate is inf: must be a finite number"),
+        ("learning_rate: 0", "learning_rate is 0: must be greater than 0"),
+        ("pin_memory: yes", 'pin_memory is "yes": must be true or false'),
+        ("deterministic: 1", "deterministic is 1: must be true or false"),
+        ("tracker_project_name: 7", "tracker_project_name is 7: must be text (put it in quotes)"),
+        (
+            "report_to: tensorbord",
+            'report_to is "tensorbord": must be "tensorboard" or "wandb"; did you mean "tensorboard"?',
+        ),
+        ("mixed_precision: BF16", 'mixed_precision is "BF16": must be "no" or "bf16"; did you mean "bf16"?'),
+        ("trigger_words: sks", 'trigger_words is "sks": must be a list'),
+        ("trigger_words: [sks, 3]", "trigger_words is ['sks', 3]: must be text (put it in quotes) in item 2"),
+        ("samples: {seeds: [0, x]}", "samples.seeds is [0, 'x']: must be a whole number in item 2"),
+        ("samples: 3", "samples is 3: it is a section of keys of its own: prompts, seeds, every"),
+        ("samples: [prompts]", "samples is ['prompts']: it is a section of keys of its own: prompts"),
+        (
+            "objective: {shift: modl}",
+            'objective.shift is "modl": must be "model" or "none" or a number; did you mean "model"?',
+        ),
+        ("objective: {logit_std: 0}", "objective.logit_std is 0: must be greater than 0"),
+        (
+            "lr_step_rules: 1-x",
+            'lr_step_rules is "1-x": must be of another form. Rules of "piecewise_constant", for example',
+        ),
+        ("logging_dir: ''", 'logging_dir is "": must be a path, which empty text is not'),
+        ("logging_dir: 5", "logging_dir is 5: must be a path"),
+        ("rank: !!timestamp 2001-01-01", "rank has a value of a kind that configs do not have"),
+        ("trigger_words: [!!python/name:os.system x]", "trigger_words has a value of a kind that configs do not have"),
+        ("data_config.img_size: 64", "data_config.img_size cannot be a key here: nest keys by indenting them"),
+        ("[a]: 3", "a list or mapping cannot be a key here"),
+        ("max_train_steps: 11", "max_train_steps is given twice, first at run.yaml:3: keep one"),
+        ("validation: {held_out: 1}", "validation.held_out is 1, which leaves no picture to train on"),
+        ("lr_scheduler: piecewise_constant", 'lr_scheduler is "piecewise_constant", which needs lr_step_rules'),
+        ('lr_step_rules: "1:10,0.1"', 'lr_step_rules is given and lr_scheduler is "constant", which does not read it'),
+        ("? {a: 1}\n: 3", "a list or mapping cannot be a key here"),
+        ("8: 3", "8 is no known key (value 3)"),
+    ],
+)
+def test_one_wrong_line_is_one_plain_sentence(faults_of, minimal, line, sentence):
+    faults = faults_of(f"{minimal}{line}\n")
+    assert len(faults) == 1, faults
+    assert faults[0].startswith(f"run.yaml:5: {sentence}"), faults[0]
+    assert "[type=" not in faults[0] and "Input should" not in faults[0] and "http" not in faults[0]
+
+
+@pytest.mark.parametrize("key", sorted(leaf_keys()))
+def test_no_key_takes_a_nested_mapping_and_none_answers_in_pydantics_words(faults_of, minimal, key):
+    faults = faults_of(minimal, f"{key}={{nested: {{deeper: 1}}}}")
+    assert any(fault.startswith(f"command line: {key} is {{'nested'") for fault in faults), faults
+    assert not any("Input should" in fault or "[type=" in fault for fault in faults), faults
+
+
+def test_required_keys_are_asked_for_by_name_and_meaning(faults_of):
+    faults = faults_of("max_train_steps: 1\n")
+    assert [fault.split(" is required")[0] for fault in faults] == [
+        "run.yaml: data_config.img_dir",
+        "run.yaml: output_dir",
+        "run.yaml: pretrained_model_name_or_path",
+    ]
+    assert "Folder of pictures" in faults[0]
+
+
+def test_a_wrong_value_causes_no_second_fault_by_its_absence(faults_of, minimal):
+    text = minimal.replace("max_train_steps: 10", "max_train_steps: ten")
+    assert faults_of(text) == ['run.yaml:3: max_train_steps is "ten": must be a whole number']
+
+
+def test_a_wrong_value_that_is_overridden_is_no_fault(write, minimal):
+    assert load_config(write(f"{minimal}rank: many\n"), ["rank=8"]).rank == 8
+
+
+def test_two_names_of_one_key_with_different_values(faults_of, minimal):
+    assert faults_of(f"{minimal}use_8bit_adam: true\nadam8bit: false\n") == [
+        "run.yaml:6: use_8bit_adam is true (run.yaml:5) and adam8bit is false; they are two names of adam8bit: keep one"
+    ]
+    assert len(faults_of(minimal, "use_8bit_adam=true", "adam8bit=false")) == 1
+    assert (
+        len(
+            faults_of(
+                f"{minimal}cuda_features: {{enable_cudnn_sdp: true}}\ncuda_13_features: {{enable_cudnn_sdp: false}}"
+            )
+        )
+        == 1
+    )
+
+
+def test_a_fault_under_an_older_name_is_told_in_the_name_that_was_written(faults_of, minimal):
+    assert faults_of(f"{minimal}use_8bit_adam: maybe\n") == [
+        'run.yaml:5: use_8bit_adam is "maybe": must be true or false'
+    ]
+
+
+def test_duplicates_inside_a_section(faults_of, pictures):
+    text = f"pretrained_model_name_or_path: m\noutput_dir: o\nmax_train_steps: 1\ndata_config:\n  img_dir: {pictures}\n"
+    assert faults_of(f"{text}  img_size: 64\n  img_size: 128\n") == [
+        "run.yaml:7: data_config.img_size is given twice, first at run.yaml:6: keep one"
+    ]
+
+
+# ---- folders
+
+
+def test_every_folder_key_is_checked(faults_of, minimal):
+    faults = faults_of(
+        minimal, "data_config.control_dir=/no/a", "validation.held_out_dir=/no/b", "data_config.img_dir=/no/c"
+    )
+    assert len(faults) == 3 and all("there is no such folder" in fault for fault in faults)
+
+
+def test_a_relative_folder_says_where_it_was_looked_for(faults_of, minimal, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (fault,) = faults_of(minimal, "data_config.img_dir=./elsewhere")
+    assert f"(looked for {tmp_path / 'elsewhere'})" in fault
+
+
+def test_a_file_is_no_folder(faults_of, minimal, tmp_path):
+    (tmp_path / "file").write_text("x")
+    (fault,) = faults_of(minimal, f"data_config.img_dir={tmp_path / 'file'}")
+    assert fault.endswith("is a file, not a folder")
+    (fault,) = faults_of(minimal, f"output_dir={tmp_path / 'file'}")
+    assert fault.endswith("is a file, not a folder")
+
+
+# ---- files that cannot be read
+
+
+@pytest.mark.parametrize(
+    ("content", "place", "sentence"),
+    [
+        (b"", "run.yaml", "is empty"),
+        (b"# only a comment\n", "run.yaml", "is empty"),
+        (b"null\n", "run.yaml", "is empty"),
+        (b"- rank\n- 3\n", "run.yaml", "holds no keys"),
+        (b"just words\n", "run.yaml", "holds no keys"),
+        (b"rank: 3\n  seed: 4\n", "run.yaml:2", "is not YAML: mapping values are not allowed here"),
+        (b"a: 1\nb: [1,\n", "run.yaml:3", "is not YAML: while parsing a flow node"),
+        (b"a: 1\n\trank: 3\n", "run.yaml:2", "is not YAML"),
+        (b"a: 1\n---\nb: 2\n", "run.yaml:2", "is not YAML: expected a single document"),
+        (b"a: *nowhere\n", "run.yaml:1", "is not YAML: found undefined alias"),
+        (b"name: caf\xe9\n", "run.yaml", "is not UTF-8 text (byte 9)"),
+        (b"a: \x00\n", "run.yaml", "is not YAML"),
+    ],
+)
+def test_a_file_that_is_no_config(tmp_path, content, place, sentence):
+    path = tmp_path / "run.yaml"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, ["rank=0", "no-override"])
+    faults = [fault.replace(str(path), "run.yaml") for fault in caught.value.faults]
+    assert faults[0].startswith(f"{place}: {sentence}"), faults
+    assert faults[1:] == ["command line: 'no-override' is no override (key=value)"]  # no talk of missing keys
+
+
+def test_a_missing_file_names_the_nearest(tmp_path, write, minimal):
+    write(minimal)
+    with pytest.raises(ConfigError, match=r"no such file; that folder has run\.yaml"):
+        load_config(tmp_path / "rum.yaml")
+    with pytest.raises(ConfigError, match=r"the folder .* does not exist either"):
+        load_config(tmp_path / "nowhere" / "run.yaml")
+    with pytest.raises(ConfigError, match="cannot be read: Is a directory"):
+        load_config(tmp_path)
+
+
+def test_a_mapping_that_holds_itself_is_a_fault_like_any_other(faults_of):
+    assert any("no known key" in fault for fault in faults_of("a: &a {b: *a}\n"))
+    assert faults_of("data_config: &a {img_dir: *a}\n")
+
+
+def test_overrides_that_are_not_yaml(faults_of, minimal):
+    (fault,) = faults_of(minimal, "samples.prompts=[a")
+    assert fault.startswith("command line: samples.prompts is '[a', which is not YAML")
+    (fault,) = faults_of(minimal, "--rank=3")
+    assert fault == "command line: --rank is no known key (value 3); did you mean rank?"
+
+
+# ---- names
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        ("img_dir", "data_config.img_dir"),
+        ("data_config.imgdir", "data_config.img_dir"),
+        ("data_config.rank", "rank"),
+        ("learning-rate", "learning_rate"),
+        ("Learning_Rate", "learning_rate"),
+        ("lr_warmup", "lr_warmup_steps"),
+        ("data", "data_config"),
+        ("cuda.enable_tf32_compute", "cuda_features.enable_tf32_compute"),
+        ("sample_every", "samples.every"),
+        ("max_steps", "max_train_steps"),
+    ],
+)
+def test_the_nearest_known_key(written, meant):
+    assert nearest_keys(written)[0] == meant
+
+
+def test_nothing_near_is_better_than_something_far():
+    assert nearest_keys("zzzz") == []
+
+
+def test_contradictions_are_a_pure_function_of_what_is_known():
+    assert contradictions({}) == []
+    assert [found.keys for found in contradictions({"max_train_steps": None, "num_train_epochs": None})] == [
+        ("max_train_steps", "num_train_epochs")
+    ]
+    known = set(leaf_keys())
+    for keys in (("train_batch_size", "data_config.train_batch_size"), ("lr_scheduler", "lr_step_rules")):
+        assert set(keys) <= known

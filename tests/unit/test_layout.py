@@ -1,0 +1,215 @@
+"""Rules of the house that a machine can keep: sizes, import direction, names, side effects (CONTRIBUTING.md)."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+SRC = ROOT / "src" / "pixtune"
+
+
+def module_name(path: Path) -> str:
+    """Dotted, without the package itself: "fit.plan", "config", "" for the package."""
+    parts = path.relative_to(SRC).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_name(path): ast.parse(path.read_text(encoding="utf-8")) for path in sorted(SRC.rglob("*.py"))}
+
+
+def running_code(tree: ast.AST) -> Iterator[ast.AST]:
+    """All nodes but those under `if TYPE_CHECKING`."""
+    yield tree
+    if isinstance(tree, ast.If) and isinstance(tree.test, ast.Name) and tree.test.id == "TYPE_CHECKING":
+        return
+    for child in ast.iter_child_nodes(tree):
+        yield from running_code(child)
+
+
+def imported(tree: ast.AST) -> Iterator[str]:
+    """Every absolute module name that is imported, also inside functions; `from a import b` gives a and a.b."""
+    for node in running_code(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: write imports in full, from pixtune.x"
+            yield node.module or ""
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def ours(tree: ast.AST) -> set[str]:
+    """Modules of pixtune that are imported, without the package's name."""
+    names = {name.removeprefix("pixtune.") for name in imported(tree) if name.startswith("pixtune.")}
+    return {name for name in names if name in MODULES}
+
+
+def within(name: str, packages: set[str]) -> bool:
+    return any(name == package or name.startswith(f"{package}.") for package in packages)
+
+
+# ---- size
+
+
+def test_no_file_is_too_long_to_read_in_one_go():
+    too_long = {
+        str(path.relative_to(ROOT)): length
+        for path in SRC.rglob("*.py")
+        if (length := len(path.read_text(encoding="utf-8").splitlines())) > 400
+    }
+    assert not too_long, f"over 400 lines, split by what the parts do: {too_long}"
+
+
+def test_root_scripts_only_call_the_package():
+    too_long = [path.name for path in ROOT.glob("*.py") if len(path.read_text(encoding="utf-8").splitlines()) > 15]
+    assert not too_long, f"over 15 lines: {too_long}; what a script does belongs into src/pixtune"
+
+
+# ---- import direction
+
+ALLOWED = {  # what of ours these may import, besides `errors` and their own package
+    "config": set(),
+    "objective": {"draws"},
+    "data.buckets": set(),
+    "fit.footprint": {"config"},
+    "fit.plan": {"config", "fit.footprint", "hardware"},
+}
+MODEL_CODE = {"diffusers", "transformers", "accelerate", "peft", "bitsandbytes"}
+FORBIDDEN_OUTSIDE = {  # who may not be imported by others, and who may
+    "train": {"cli"},
+    "cli": set(),
+}
+
+
+def test_pure_modules_import_nothing_above_them():
+    found = []
+    for module, tree in MODULES.items():
+        package = next((name for name in ALLOWED if within(module, {name})), None)
+        if package is None:
+            continue
+        allowed = ALLOWED[package] | {package, "errors"}
+        found += [f"{module} imports {name}" for name in ours(tree) if not within(name, allowed)]
+        found += [f"{module} imports {name}" for name in imported(tree) if within(name, MODEL_CODE)]
+    assert not found, f"{found}; the pure parts stay below the rest and free of model code (ALLOWED, above)"
+
+
+def test_only_the_command_line_imports_the_loop():
+    found = [
+        f"{module} imports {name}"
+        for module, tree in MODULES.items()
+        for name, importers in FORBIDDEN_OUTSIDE.items()
+        if name in ours(tree) and module not in importers | {name}
+    ]
+    assert not found, f"{found}: pass in what is needed instead"
+
+
+def test_no_module_imports_itself_by_a_detour():
+    def at_import_time(tree: ast.Module) -> set[str]:
+        body = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+        return ours(ast.Module(body=body, type_ignores=[]))
+
+    waiting = {module: at_import_time(tree) - {module} for module, tree in MODULES.items()}
+    while ready := {module for module, needs in waiting.items() if not needs}:
+        waiting = {module: needs - ready for module, needs in waiting.items() if module not in ready}
+    assert not waiting, f"these import each other in a circle, or wait for one that does: {waiting}"
+
+
+# ---- names
+
+FAMILY_WORDS = re.compile("qwen|flux", re.IGNORECASE)
+
+
+def test_model_families_are_named_only_in_their_own_package():
+    """Prose (docstrings, messages) may name them; identifiers, imports and one-word strings may not."""
+    found = []
+    for module, tree in MODULES.items():
+        if within(module, {"families"}):
+            continue
+        for node in ast.walk(tree):
+            words = [getattr(node, field, None) for field in ("id", "attr", "arg", "name", "module", "value")]
+            found += [
+                f"{module}, line {node.lineno}: {word}"
+                for word in words
+                if isinstance(word, str) and not re.search(r"\s", word) and FAMILY_WORDS.search(word)
+            ]
+    assert not found, f"{found}; what differs between families goes behind families.base.ModelFamily"
+
+
+# ---- errors and side effects
+
+
+def test_nothing_swallows_every_error():
+    found = []
+    for module, tree in MODULES.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ExceptHandler):
+                caught = {name.id for name in ast.walk(node.type) if isinstance(name, ast.Name)} if node.type else set()
+                if node.type is None or caught & {"Exception", "BaseException"}:
+                    found.append(f"{module}, line {node.lineno}")
+    assert not found, f"{found}: name the errors that can be dealt with there, let the others go on"
+
+
+def test_importing_changes_nothing():
+    code = """
+import importlib, os, signal, sys, logging, warnings
+import accelerate, diffusers, peft, torch, transformers  # what these do on import is theirs
+
+def state():
+    flags = {
+        "default dtype": torch.get_default_dtype(),
+        "grad": torch.is_grad_enabled(),
+        "threads": torch.get_num_threads(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "matmul precision": torch.get_float32_matmul_precision(),
+        "cudnn": (torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic, torch.backends.cudnn.allow_tf32),
+        "CUDA initialised": torch.cuda.is_initialized(),
+        "random state": torch.random.get_rng_state().sum().item(),
+        "environment": dict(os.environ),
+        "root log handlers": list(logging.getLogger().handlers),
+        "signal handlers": (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)),
+        "folder": (os.getcwd(), sorted(os.listdir())),
+    }
+    return flags
+
+before = state()
+for module in sys.argv[1:]:
+    importlib.import_module(module)
+after = state()
+changed = [name for name in before if before[name] != after[name]]
+sys.exit(f"importing pixtune changes: {changed}" if changed else 0)
+"""
+    modules = [f"pixtune.{module}".rstrip(".") for module in MODULES]
+    result = subprocess.run([sys.executable, "-c", code, *modules], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+
+
+# ---- every file
+
+
+def text_files() -> Iterator[Path]:
+    skipped = {"runs", "build", "dist", "assets", "__pycache__", "node_modules"}
+    for folder, folders, files in os.walk(ROOT):
+        folders[:] = [name for name in folders if name not in skipped and (not name.startswith(".") or name == ".ci")]
+        for name in files:
+            path = Path(folder, name)
+            if path.suffix in {".py", ".md", ".toml", ".txt", ".yaml", ".yml", ".json", ".sh", ""} and path != Path(
+                __file__
+            ):
+                yield path
+
+
+def test_no_file_knows_a_machine_or_a_package_registry():
+    private = re.compile(
+        r"pypi\.org|pythonhosted\.org|download\.pytorch\.org|/root/|/work/|/opt/|/home/(?!USER)|C:\\Users"
+    )
+    found = []
+    for path in text_files():
+        for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+            if match := private.search(line):
+                found.append(f"{path.relative_to(ROOT)}:{number}: {match.group()}")
+    assert not found, f"works only here, or names a registry: {found}"
