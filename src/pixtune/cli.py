@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -95,6 +96,10 @@ def main() -> None:
 
 
 def exit_on_user_errors(run: Callable[[], object]) -> None:
+    """Runs something with warnings shown as lines and errors of the user's as one block."""
+    logging.basicConfig(format="%(levelname)s: %(message)s")
+    # On import it tells every user without a GPU to install a package that is of no use to training.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         run()
     except PixtuneError as error:

@@ -46,6 +46,10 @@ class CheckpointError(PixtuneError, ValueError):
     """A checkpoint cannot be resumed from: damaged, absent, or made by a different run."""
 
 
+class WriteError(PixtuneError, OSError):
+    """A file could not be written, most often because the disk is full. What stood there before still stands."""
+
+
 class TrainingError(PixtuneError, RuntimeError):
     """Training cannot go on, for example because the loss is no longer a number."""
 

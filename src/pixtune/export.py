@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pixtune.errors import CheckpointError
+from pixtune.errors import CheckpointError, WeightsError
 from pixtune.families.base import ModelFamily
 from pixtune.files import save_safetensors
 
@@ -96,13 +96,20 @@ def export_lora(
 
 
 def read_lora_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Weights named by module, and metadata, of a file that `diffusers_file` described."""
-    from safetensors import safe_open
+    """Weights named by module, and metadata, of a file that `diffusers_file` described.
 
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata() or {}
-        weights = {name.removeprefix(DIFFUSERS_PREFIX): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    return weights, metadata
+    Raises:
+        WeightsError: no such file, or no safetensors file.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            names = file.keys()
+            return {name.removeprefix(DIFFUSERS_PREFIX): file.get_tensor(name) for name in names}, metadata
+    except (OSError, SafetensorError) as error:
+        raise WeightsError(f"{path} cannot be read as a LoRA file ({error}).") from error
 
 
 def export_checkpoint(source: Path, folder: Path) -> tuple[Path, Path]:
@@ -110,6 +117,7 @@ def export_checkpoint(source: Path, folder: Path) -> tuple[Path, Path]:
 
     Raises:
         CheckpointError: there is no LoRA of ours at `source`.
+        WeightsError: there is a file that is no safetensors file.
     """
     from pixtune.families import FAMILIES
 
@@ -117,8 +125,9 @@ def export_checkpoint(source: Path, folder: Path) -> tuple[Path, Path]:
     if not path.is_file():
         raise CheckpointError(f"{path} does not exist. Give a checkpoint folder or a {DIFFUSERS_FILE}.")
     weights, metadata = read_lora_file(path)
-    if "pixtune.family" not in metadata:
-        raise CheckpointError(f"{path} was not written by pixtune: it has no pixtune.family in its metadata.")
+    for key in ("pixtune.family", "lora_adapter_metadata"):
+        if key not in metadata:
+            raise CheckpointError(f"{path} is no {DIFFUSERS_FILE} of pixtune: it has no {key} in its metadata.")
     scale = json.loads(metadata["lora_adapter_metadata"])
     about = LoraDescription(
         rank=scale[f"{DIFFUSERS_PREFIX}r"],

@@ -8,20 +8,27 @@ from pathlib import Path
 
 from torch import Tensor
 
+from pixtune.errors import WriteError
+
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Writes to a temporary name beside `path`, syncs, renames. On any error the old file stands, nothing is left."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Writes to a temporary name beside `path`, syncs, renames.
+
+    Raises:
+        WriteError: it could not be written. The old file stands and nothing half-written is left.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as stream:
             stream.write(data)
             stream.flush()
             os.fsync(stream.fileno())
         temporary.replace(path)
-    finally:
+        sync_folder(path.parent)
+    except OSError as error:
         temporary.unlink(missing_ok=True)
-    sync_folder(path.parent)
+        raise WriteError(f"{path} could not be written ({error.strerror or error}). Is the disk full?") from error
 
 
 def save_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:

@@ -46,8 +46,10 @@ def build_schedule(config: TrainConfig, num_steps: int) -> Callable[[int], float
     from diffusers.optimization import get_scheduler
 
     placeholder = torch.optim.SGD([torch.zeros(1)], lr=config.learning_rate)
+    # diffusers' "constant" ignores a warm-up, and a key that is set must have an effect.
+    warm_constant = config.lr_scheduler == "constant" and config.lr_warmup_steps > 0
     schedule = get_scheduler(
-        config.lr_scheduler,
+        "constant_with_warmup" if warm_constant else config.lr_scheduler,
         placeholder,
         step_rules=config.lr_step_rules,
         num_warmup_steps=config.lr_warmup_steps,

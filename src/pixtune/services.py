@@ -146,11 +146,12 @@ class Services:
             checkpoint.tensors[Path(OPTIMIZER_FILE).stem],
             checkpoint.record["optimizer_plain"],
         )
-        self.console.print(f"going on after step {checkpoint.step} from {checkpoint.path}")
+        self._print(f"going on after step {checkpoint.step} from {checkpoint.path}")
 
     # ---- around the steps
 
     def before_first_step(self) -> None:
+        self._announce()
         if self.start_step == 0:
             self._validate(0)
             self._draw_pictures(0)
@@ -185,7 +186,7 @@ class Services:
         self._read_back()
         if self._saved_step != step:
             self._save(step)
-        self.console.print(f"stopped after step {step}; go on with resume_from_checkpoint=latest")
+        self._print(f"stopped after step {step}; go on with resume_from_checkpoint=latest")
         return TrainResult(finished=False, step=step, output_dir=self.output_dir)
 
     def finish(self) -> TrainResult:
@@ -208,10 +209,21 @@ class Services:
                     "held-out pictures": len(self.data.held_out),
                 },
             )
-            self.console.print("wrote " + ", ".join(str(path) for path in [*paths, report]))
+            self._print("wrote " + "\n      ".join(str(path) for path in [*paths, report]))
         return TrainResult(True, step, self.output_dir, first, last)
 
     # ---- the services
+
+    def _announce(self) -> None:
+        """What is about to run, and why so."""
+        sizes = len({size for variants in self.data.buckets for size in variants})
+        self._print(f"data: {len(self.data.buckets)} pictures in {sizes} sizes, {len(self.data.held_out)} held out")
+        self._print(f"LoRA: {len(self.lora.modules)} layers, {self.lora.num_parameters:,} trained parameters")
+        for reason in self.run.plan.reasons:
+            self._print(f"plan: {reason}")
+
+    def _print(self, line: str) -> None:
+        self.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def _start_clock(self) -> None:
         self._clock = time.perf_counter()
@@ -231,8 +243,8 @@ class Services:
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 raise TrainingError(
                     f"step {entry.step}: loss {loss}, gradient norm {norm}. Training stops here; step "
-                    f"{self._saved_step} is the last one saved. Pictures of this step: {', '.join(entry.names)}. Look at them, "
-                    "or lower learning_rate."
+                    f"{self._saved_step} is the last one saved. Pictures of this step: {', '.join(entry.names)}. "
+                    "Look at them, or lower learning_rate."
                 )
             if self.is_main:
                 self.log.write(
@@ -255,7 +267,7 @@ class Services:
         self._losses[step] = loss
         self.log.write("validation", step, loss=loss.mean, quarters=loss.quarters)
         self._track(step, {"held_out_loss": loss.mean})
-        self.console.print(f"step {step}: held-out loss {loss.mean:.4f}")
+        self._print(f"step {step}: held-out loss {loss.mean:.4f}")
 
     def _draw_pictures(self, step: int) -> None:
         if not self.data.prompts.prompts or not self.is_main:
@@ -287,7 +299,7 @@ class Services:
                 },
             )
             prune_checkpoints(self.output_dir, self.config.checkpoints_total_limit)
-            self.console.print(f"step {step}: saved {checkpoint_path(self.output_dir, step)}")
+            self._print(f"step {step}: saved {checkpoint_path(self.output_dir, step)}")
         self._saved_step = step
 
     def _track(self, step: int, values: Mapping[str, float]) -> None:

@@ -52,6 +52,11 @@ def train(config: TrainConfig) -> TrainResult:
     Raises:
         PixtuneError: something a user can mend; nothing is lost, and the message says what to do.
     """
+    return run_steps(*assemble(config))
+
+
+def assemble(config: TrainConfig) -> tuple[Run, Services]:
+    """Everything up to the first step, in its one order: data encoded, plan made, base loaded, LoRA attached."""
     check_torch()
     accelerator = start_accelerator(config)
     folder = open_model_folder(config.pretrained_model_name_or_path)
@@ -71,7 +76,7 @@ def train(config: TrainConfig) -> TrainResult:
     services = Services(run, folder, data, lora, start_step=checkpoint.step if checkpoint else 0)
     if checkpoint:
         services.restore(checkpoint)
-    return run_steps(run, services)
+    return run, services
 
 
 def run_steps(run: Run, services: Services) -> TrainResult:

@@ -59,7 +59,8 @@ def measure(
     sigma_B = torch.tensor(sigmas, device=device)
     losses = []
     for picture in pictures:
-        noise = [draws.normal(picture.latents_1CHW.shape, seed, "validation noise", picture.name, s) for s in sigmas]
+        shape = picture.latents_1CHW.shape
+        noise = [draws.normal(shape, seed, "validation noise", picture.name, str(sigma)) for sigma in sigmas]
         noise_BCHW = torch.cat(noise).to(device)
         latents_BCHW = picture.latents_1CHW.to(device).expand_as(noise_BCHW)
         row = {name: tensor.to(device) for name, tensor in picture.conditioning.items()}

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -94,8 +94,13 @@ class Batch:
     names: list[str]
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        tensors = {f.name: change(getattr(self, f.name)) for f in fields(self) if f.name.endswith(("BCHW", "_B"))}
-        return replace(self, **tensors, conditioning={name: change(t) for name, t in self.conditioning.items()})
+        return Batch(
+            change(self.latents_BCHW),
+            change(self.noise_BCHW),
+            change(self.sigma_B),
+            {name: change(tensor) for name, tensor in self.conditioning.items()},
+            self.names,
+        )
 
     def to(self, device: torch.device) -> Batch:
         """On the device; does not wait for the copy where memory is pinned."""

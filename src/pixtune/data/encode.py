@@ -19,7 +19,6 @@ from rich.console import Console
 from pixtune.data.buckets import Framing
 from pixtune.data.cache import CacheKey, Entry, FillReport, Ledger, Store, fill
 from pixtune.data.images import crop_resize, open_rgb, to_pixels
-from pixtune.errors import DataError
 from pixtune.families.base import ModelFamily, Placement
 from pixtune.progress import track
 from pixtune.weights import ModelFolder
@@ -100,17 +99,10 @@ class Encoder:
         return fill(self.store, self.ledger, keys, encode)
 
     def fill_pictures(self, pictures: Sequence[FramedPicture], keys: Sequence[CacheKey]) -> FillReport:
-        """Encodes the pictures that the cache lacks.
-
-        Raises:
-            DataError: pictures that cannot be decoded, all of them, before any is encoded.
-        """
+        """Encodes the pictures that the cache lacks; they were checked before (`samples.check_folder`)."""
         picture_of = {key.digest: picture for key, picture in zip(keys, pictures, strict=True)}
 
         def encode(missing: Sequence[CacheKey]) -> Iterator[tuple[CacheKey, Entry]]:
-            faults = undecodable(list(dict.fromkeys(picture_of[key.digest].path for key in missing)))
-            if faults:
-                raise DataError(f"{len(faults)} pictures cannot be read", faults)
             autoencoder = self.family.load_autoencoder(self.folder, self.placement)
 
             def size(key: CacheKey) -> tuple[int, int]:
@@ -135,20 +127,6 @@ class Encoder:
             _free_device(self.placement.device)
 
         return fill(self.store, self.ledger, keys, encode)
-
-
-def undecodable(paths: Sequence[Path]) -> list[str]:
-    """One sentence for each picture that cannot be decoded to its last byte."""
-
-    def fault(path: Path) -> list[str]:
-        try:
-            open_rgb(path)
-        except DataError as error:
-            return error.faults
-        return []
-
-    with ThreadPoolExecutor(DECODE_THREADS) as pool:
-        return [sentence for faults in pool.map(fault, paths) for sentence in faults]
 
 
 def hash_text(text: str) -> str:

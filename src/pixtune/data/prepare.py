@@ -12,9 +12,9 @@ from rich.console import Console
 from pixtune import draws
 from pixtune.config.schema import TrainConfig
 from pixtune.data.batches import SampleReader
-from pixtune.data.cache import CacheKey, DiskStore, Ledger, MemoryStore, Store, file_digest
+from pixtune.data.cache import CacheKey, DiskStore, Ledger, MemoryStore, Store, file_digest, missing_keys
 from pixtune.data.encode import Encoder, FramedPicture, hash_text
-from pixtune.data.samples import Sample, read_samples, split_held_out
+from pixtune.data.samples import Sample, check_folder, read_samples, split_held_out
 from pixtune.families.base import Conditioning, LatentDistribution, ModelFamily, Placement
 from pixtune.sample import EncodedPrompts
 from pixtune.validation import HeldOutPicture
@@ -63,6 +63,10 @@ def prepare_data(
     pictures = _needed_pictures(training, held_out)
     text_keys, latent_keys = encoder.text_keys(texts), encoder.latent_keys(pictures)
     if accelerator.is_main_process or not config.save_cache_on_disk:
+        if missing_keys(encoder.store, latent_keys):
+            for checked in filter(None, (data.img_dir, config.validation.held_out_dir)):
+                for warning in check_folder(data, checked, multiple):
+                    encoder.console.print(f"note: {warning}", markup=False, highlight=False, soft_wrap=True)
         encoder.console.print(f"captions: {encoder.fill_texts(texts, text_keys)}")
         encoder.console.print(f"pictures: {encoder.fill_pictures(pictures, latent_keys)}")
     accelerator.wait_for_everyone()

@@ -10,6 +10,7 @@ from pixtune.config.schema import DataConfig
 from pixtune.data.buckets import Buckets, Framing, build_buckets, frame_picture, frame_variants
 from pixtune.data.images import read_size
 from pixtune.data.pairs import find_pairs, read_caption
+from pixtune.data.validate import validate_folder
 from pixtune.errors import DataError
 
 
@@ -32,7 +33,7 @@ def read_samples(config: DataConfig, folder: Path, multiple: int, random_ratio: 
         random_ratio: frame each picture for every ratio instead of its own alone.
 
     Raises:
-        DataError: every fault of the folder at once: pairs, captions, picture headers and sizes.
+        DataError: every fault of the folder at once. Reads headers only; damage behind them is for `check_folder`.
     """
     found = find_pairs(folder, config.caption_type)
     buckets = build_buckets(config.img_size, multiple)
@@ -48,8 +49,23 @@ def read_samples(config: DataConfig, folder: Path, multiple: int, random_ratio: 
         except ValueError as error:
             faults.append(f"{pair.image_path} {error}")
     if faults:
-        raise DataError(f"{folder} cannot be trained on as it is, {len(faults)} faults", faults)
+        check_folder(config, folder, multiple)  # finds these and damaged pictures, too, so that all come together
+        raise DataError(f"{folder} cannot be trained on", faults)
     return samples
+
+
+def check_folder(config: DataConfig, folder: Path, multiple: int) -> tuple[str, ...]:
+    """Decodes every picture of a folder to its last pixel and returns warnings.
+
+    Raises:
+        DataError: all faults of the folder.
+    """
+    report = validate_folder(
+        folder, config.caption_type, img_size=config.img_size, multiple=multiple, upscale=config.upscale
+    )
+    if not report.ok:
+        raise DataError(f"{folder} cannot be trained on, {len(report.faults)} faults", report.faults)
+    return report.warnings
 
 
 def _framings(width: int, height: int, buckets: Buckets, upscale: bool, random_ratio: bool) -> tuple[Framing, ...]:

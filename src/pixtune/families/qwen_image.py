@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,9 @@ from torch import Tensor, nn
 from pixtune import draws
 from pixtune.families.base import Conditioning, LatentDistribution, Placement, TextEncoder
 from pixtune.weights import ModelFolder
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKLQwenImage, QwenImageTransformer2DModel
 
 NUM_TEMPLATE_TOKENS = 34
 """Tokens before the caption, which the pipeline cuts from the features."""
@@ -141,7 +144,7 @@ class QwenImage:
         return {"prompt_embeds": embeds_BTD, "prompt_embeds_mask": mask_BT}
 
     @torch.no_grad()
-    def encode_images(self, autoencoder: nn.Module, pixels_B3HW: Tensor) -> LatentDistribution:
+    def encode_images(self, autoencoder: AutoencoderKLQwenImage, pixels_B3HW: Tensor) -> LatentDistribution:
         frames_B3FHW = pixels_B3HW.to(autoencoder.dtype).unsqueeze(2)  # the video autoencoder's frame axis, one frame
         posterior = autoencoder.encode(frames_B3FHW).latent_dist
         shift, scale = self._latent_statistics(autoencoder)
@@ -149,13 +152,13 @@ class QwenImage:
         return LatentDistribution(mean_BCHW, posterior.std[:, :, 0].float() / scale)
 
     @torch.no_grad()
-    def decode_latents(self, autoencoder: nn.Module, latents_BCHW: Tensor) -> Tensor:
+    def decode_latents(self, autoencoder: AutoencoderKLQwenImage, latents_BCHW: Tensor) -> Tensor:
         shift, scale = self._latent_statistics(autoencoder)
         latents_BCFHW = (latents_BCHW.float() * scale + shift).to(autoencoder.dtype).unsqueeze(2)
         return autoencoder.decode(latents_BCFHW).sample[:, :, 0].float()
 
     @staticmethod
-    def _latent_statistics(autoencoder: nn.Module) -> tuple[Tensor, Tensor]:
+    def _latent_statistics(autoencoder: AutoencoderKLQwenImage) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of each latent channel, shape (1, C, 1, 1)."""
         device = next(autoencoder.parameters()).device
         shift = torch.tensor(autoencoder.config["latents_mean"], device=device).view(1, -1, 1, 1)
@@ -165,7 +168,7 @@ class QwenImage:
     # ---- velocity
 
     def predict_velocity(
-        self, transformer: nn.Module, noisy_BCHW: Tensor, sigma_B: Tensor, conditioning: Conditioning
+        self, transformer: QwenImageTransformer2DModel, noisy_BCHW: Tensor, sigma_B: Tensor, conditioning: Conditioning
     ) -> Tensor:
         batch_size, _, height, width = noisy_BCHW.shape
         dtype = transformer.dtype

@@ -1,0 +1,176 @@
+"""Aspect-ratio buckets: which size a picture is trained at, and which part of it.
+
+Pure arithmetic on integers and floats: no torch, no Pillow, no files, the same answer on every machine.
+
+The rules, in the order in which they matter:
+
+1. Never distorted. A picture is scaled by one factor until it covers its bucket; what sticks out is cut off evenly on
+   both sides.
+2. Never upscaled unasked. A picture that is too small for its bucket keeps its own size, rounded down to the multiple
+   the model needs. `upscale=True` enlarges it to a full bucket instead, and `Framing.upscaled` says so.
+3. Never more than `img_size` squared pixels, so a memory plan made for `img_size` x `img_size` holds for every bucket.
+4. As little cut off as possible: `Framing.share_lost` says how much.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+Size = tuple[int, int]
+"""(width, height) in pixels."""
+
+Ratio = tuple[int, int]
+"""(width, height) as parts, for example (16, 9)."""
+
+RATIOS: Mapping[str, Ratio | None] = MappingProxyType({"16:9": (16, 9), "4:3": (4, 3), "1:1": (1, 1), "own": None})
+"""What `random_ratio` draws from. Always wide, as the option's text says: a portrait becomes 16:9, not 9:16."""
+
+DEFAULT_MAX_ASPECT = 4.0
+"""Longest side over shortest side beyond which a picture is cropped: a panorama trains as its middle."""
+
+
+@dataclass(frozen=True)
+class Buckets:
+    """The sizes that pictures of normal resolution are trained at, and the rules for the others."""
+
+    img_size: int
+    multiple: int
+    max_aspect: float
+    sizes: tuple[Size, ...]
+
+
+@dataclass(frozen=True)
+class Framing:
+    """How one picture is turned into training pixels: cut `crop_box` out, scale it to `width` x `height`.
+
+    `crop_box` is (left, top, right, bottom) in pixels of the upright original, not whole numbers in general.
+    `scale` is output pixels per original pixel, the same for both axes.
+    """
+
+    width: int
+    height: int
+    scale: float
+    crop_box: tuple[float, float, float, float]
+    share_lost: float
+    """Share of the picture's area that is cut off, 0 to 1."""
+
+    @property
+    def size(self) -> Size:
+        return self.width, self.height
+
+    @property
+    def upscaled(self) -> bool:
+        """True where pixels had to be invented."""
+        return self.scale > 1.0
+
+
+def build_buckets(
+    img_size: int, multiple: int, max_aspect: float = DEFAULT_MAX_ASPECT, step: int | None = None
+) -> Buckets:
+    """All sizes whose sides are multiples of `multiple` and whose area comes closest to `img_size` squared from below.
+
+    Args:
+        img_size: side of the square picture with the wanted area, in pixels.
+        multiple: both sides of every bucket are divisible by this.
+        max_aspect: no bucket is longer than this many times its shorter side.
+        step: distance between neighbouring long sides, in pixels. The default, `multiple`, cuts off least; a larger
+            step gives fewer buckets (fuller batches, fewer shapes to compile) and cuts off more.
+
+    Raises:
+        ValueError: the numbers allow no bucket.
+    """
+    if multiple < 1 or img_size < multiple:
+        raise ValueError(f"img_size is {img_size}; it must be at least {multiple}, the unit of picture sides.")
+    if not max_aspect >= 1.0:
+        raise ValueError(f"max_aspect is {max_aspect}; it must be at least 1.")
+    step = multiple if step is None else step
+    if step < multiple or step % multiple:
+        raise ValueError(f"step is {step}; it must be a multiple of {multiple}.")
+    square = _round_down(img_size, multiple)
+    sizes: set[Size] = set()
+    for long_side in range(square, int(img_size * math.sqrt(max_aspect)) + 1, step):
+        short_side = min(_round_down(img_size**2 // long_side, multiple), long_side)
+        if short_side and long_side <= max_aspect * short_side:
+            sizes |= {(long_side, short_side), (short_side, long_side)}
+    return Buckets(img_size, multiple, max_aspect, tuple(sorted(sizes)))
+
+
+def frame_picture(
+    width: int, height: int, buckets: Buckets, ratio: Ratio | None = None, upscale: bool = False
+) -> Framing:
+    """The size and crop for one picture.
+
+    Args:
+        width, height: the upright picture's size in pixels.
+        buckets: the sizes to choose from.
+        ratio: crop to the bucket nearest to this ratio instead of the picture's own, as `random_ratio` does.
+        upscale: enlarge a picture that is smaller than its bucket, instead of training it at its own size.
+
+    Raises:
+        ValueError: a side is shorter than `buckets.multiple`: nothing can be trained on that. A sentence without the
+            picture's name, which the caller adds.
+    """
+    if min(width, height) < buckets.multiple:
+        raise ValueError(f"is {width}x{height} pixels; each side must have at least {buckets.multiple}.")
+    wanted = _clamp(ratio[0] / ratio[1] if ratio else width / height, buckets.max_aspect)
+    bucket = _nearest(buckets.sizes, wanted)
+    if upscale or _fits(bucket, width, height):
+        return _cover(width, height, bucket)
+    return _cover(width, height, _size_without_upscaling(width, height, wanted, buckets))
+
+
+def frame_variants(width: int, height: int, buckets: Buckets, upscale: bool = False) -> dict[str, Framing]:
+    """The framing for every name of `RATIOS`, for `random_ratio`: centre crops, so each can be cached.
+
+    Names whose framings are equal (a 16:9 picture's "16:9" and "own") need one cache entry only.
+    """
+    return {name: frame_picture(width, height, buckets, ratio, upscale) for name, ratio in RATIOS.items()}
+
+
+def _size_without_upscaling(width: int, height: int, wanted: float, buckets: Buckets) -> Size:
+    """The largest size of about the wanted aspect that a too small picture covers as it is."""
+    multiple = buckets.multiple
+    region_width, region_height = min(width, height * wanted), min(height, width / wanted)
+    own_width = max(_round_down(int(region_width), multiple), multiple)
+    own_height = max(_round_down(int(region_height), multiple), multiple)
+    # A picture just short of its bucket may still have more than img_size squared pixels: rule 3 cuts its short side.
+    if own_width >= own_height:
+        return own_width, max(min(own_height, _round_down(buckets.img_size**2 // own_width, multiple)), multiple)
+    return max(min(own_width, _round_down(buckets.img_size**2 // own_height, multiple)), multiple), own_height
+
+
+def _cover(width: int, height: int, bucket: Size) -> Framing:
+    """Scales so that the picture just covers the bucket and centres what sticks out.
+
+    Compares whole numbers, so the side that fits exactly is exactly kept and the box never leaves the picture.
+    """
+    bucket_width, bucket_height = bucket
+    if bucket_width * height >= bucket_height * width:
+        box_width, box_height = float(width), min(width * bucket_height / bucket_width, float(height))
+        scale = bucket_width / width
+    else:
+        box_width, box_height = min(height * bucket_width / bucket_height, float(width)), float(height)
+        scale = bucket_height / height
+    left, top = (width - box_width) / 2, (height - box_height) / 2
+    box = (left, top, min(left + box_width, float(width)), min(top + box_height, float(height)))
+    return Framing(bucket_width, bucket_height, scale, box, 1.0 - box_width * box_height / (width * height))
+
+
+def _nearest(sizes: tuple[Size, ...] | list[Size], aspect: float) -> Size:
+    """The size that loses least of a picture of this aspect; of equals the one with most pixels."""
+    return min(sizes, key=lambda size: (round(abs(math.log(size[0] / size[1] / aspect)), 9), -size[0] * size[1]))
+
+
+def _fits(bucket: Size, width: int, height: int) -> bool:
+    return bucket[0] <= width and bucket[1] <= height
+
+
+def _clamp(aspect: float, max_aspect: float) -> float:
+    return min(max(aspect, 1.0 / max_aspect), max_aspect)
+
+
+def _round_down(value: int, multiple: int) -> int:
+    return value // multiple * multiple

@@ -1,0 +1,241 @@
+"""Everything that is wrong with a data set, in one report, before training starts.
+
+Every picture is decoded to its last pixel and every caption read, so that no damaged file ends a run hours later.
+Needs no torch. `validate_folder` returns a report, `validate_dataset` prints it for scripts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from pixtune.data.buckets import Buckets, Size, build_buckets, frame_picture
+from pixtune.data.images import decode
+from pixtune.data.pairs import Pair, find_pairs, read_caption, shorten
+from pixtune.errors import DataError
+
+MIN_SIDE_PIXELS = 16
+"""Shortest usable side where the model is not known: the smallest `multiple` of the supported families."""
+
+NOTABLE_SHARE_LOST = 0.1
+"""Losing more of a picture to cropping than this is worth a warning; a bucket near its shape costs about 0.02. Also how
+many pixels may be missing to `img_size` squared."""
+
+_MAX_THREADS = 4  # a large picture needs a gigabyte while it is decoded
+
+
+@dataclass(frozen=True)
+class LongestCaption:
+    """For the user to compare with what the text encoder reads."""
+
+    path: Path
+    num_characters: int
+
+
+@dataclass(frozen=True)
+class DatasetReport:
+    """What a folder holds and what is wrong with it."""
+
+    image_folder: Path
+    control_folder: Path | None
+    num_pictures: int
+    """Pictures found, those with faults included, without control pictures."""
+    faults: tuple[str, ...]
+    """Complete sentences; none means that training can start."""
+    warnings: tuple[str, ...]
+    """What a person should know, and what training copes with."""
+    bucket_counts: dict[Size, int]
+    """(width, height) to number of pictures; empty unless `img_size` was given."""
+    longest_caption: LongestCaption | None
+
+    @property
+    def ok(self) -> bool:
+        return not self.faults
+
+    def render(self) -> str:
+        """The report as plain text, faults last, where a terminal shows them."""
+        lines = [f"Data set {self.image_folder}: {_count(self.num_pictures, 'picture', 'pictures')}"]
+        if self.control_folder is not None:
+            lines.append(f"Control pictures: {self.control_folder}")
+        if self.longest_caption is not None:
+            longest = self.longest_caption
+            lines.append(f"Longest caption: {longest.num_characters} characters ({longest.path})")
+        if self.bucket_counts:
+            lines.append("Sizes in training (width x height: pictures):")
+            lines += [f"  {width} x {height}: {count}" for (width, height), count in sorted(self.bucket_counts.items())]
+        for title, sentences in (("Warnings", self.warnings), ("Faults", self.faults)):
+            if sentences:
+                lines.append(f"{title} ({len(sentences)}):")
+                lines += [f"  - {sentence}" for sentence in sentences]
+        lines.append(
+            "The data set is fine." if self.ok else "The data set cannot be trained on: mend the faults above."
+        )
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class _Checked:
+    """What one picture file turned out to be."""
+
+    path: Path
+    size: Size | None
+    digest: bytes
+    faults: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def validate_folder(
+    image_folder: Path,
+    caption_extension: str = "txt",
+    img_size: int | None = None,
+    multiple: int | None = None,
+    control_folder: Path | None = None,
+    upscale: bool = False,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> DatasetReport:
+    """Checks all pictures, captions and control pictures of a data set; what it finds is reported, not raised.
+
+    Args:
+        image_folder: pictures with captions beside them, or a folder with `images/` and `control/` in it.
+        caption_extension: the contract's `caption_type`.
+        img_size: reports buckets, crops and small pictures for this training size, in pixels.
+        multiple: what the model's picture sides must be divisible by, in pixels; `MIN_SIDE_PIXELS` if not known.
+        control_folder: control pictures, where they are not in `image_folder / "control"`.
+        upscale: small pictures will be enlarged, as in `buckets.frame_picture`.
+        on_progress: called with (pictures checked, pictures in all) after each picture.
+    """
+    image_folder, control_folder = _find_layout(Path(image_folder), control_folder)
+    multiple = multiple or MIN_SIDE_PIXELS
+    found = find_pairs(image_folder, caption_extension, control_folder)
+    faults, warnings = list(found.faults), list(found.warnings)
+    targets = sorted([pair.image_path for pair in found.pairs] + list(found.lone_pictures))
+    controls = [pair.control_path for pair in found.pairs if pair.control_path is not None]
+    checked = _check_pictures([*targets, *controls], multiple, on_progress)
+    for picture in checked:
+        faults += picture.faults
+        warnings += [f"{picture.path} {note}." for note in picture.notes]
+    longest = _check_captions(found.pairs, faults, warnings)
+    bucket_counts: Counter[Size] = Counter()
+    if img_size is not None and img_size < multiple:
+        faults.append(f"img_size is {img_size}; it must be at least {multiple}.")
+    elif img_size is not None:
+        usable = [picture for picture in checked[: len(targets)] if not picture.faults]
+        bucket_counts = _fill_buckets(usable, build_buckets(img_size, multiple), upscale, warnings)
+    warnings += _duplicates(checked[: len(targets)])
+    return DatasetReport(
+        image_folder, control_folder, len(targets), tuple(faults), tuple(warnings), dict(bucket_counts), longest
+    )
+
+
+def validate_dataset(path: str | Path, caption_extension: str = "txt", img_size: int | None = None) -> bool:
+    """Prints the report on a data set. True if training can start."""
+    report = validate_folder(Path(path), caption_extension, img_size)
+    print(report.render())
+    return report.ok
+
+
+def _find_layout(folder: Path, control_folder: Path | None) -> tuple[Path, Path | None]:
+    """Image and control folder: a folder with both `images` and `control` in it is an editing data set."""
+    if control_folder is None and (folder / "images").is_dir() and (folder / "control").is_dir():
+        return folder / "images", folder / "control"
+    return folder, control_folder
+
+
+def _check_pictures(
+    paths: Sequence[Path], multiple: int, on_progress: Callable[[int, int], None] | None
+) -> list[_Checked]:
+    """Each picture decoded, in the order given. Threads serve, because decoders release Python's lock."""
+    checked = []
+    with ThreadPoolExecutor(min(_MAX_THREADS, os.cpu_count() or 1)) as pool:
+        for picture in pool.map(lambda path: _check_picture(path, multiple), paths):
+            checked.append(picture)
+            if on_progress is not None:
+                on_progress(len(checked), len(paths))
+    return checked
+
+
+def _check_picture(path: Path, multiple: int) -> _Checked:
+    try:
+        decoded = decode(path)
+        with path.open("rb") as stream:
+            digest = hashlib.file_digest(stream, "sha256").digest()
+    except DataError as error:
+        return _Checked(path, None, b"", tuple(error.faults))
+    except OSError as error:
+        return _Checked(path, None, b"", (f"{path} cannot be read: {error.strerror or error}.",))
+    size = decoded.image.size
+    too_small = f"{path} is {size[0]}x{size[1]} pixels; each side must have at least {multiple}. Remove or replace it."
+    return _Checked(path, size, digest, (too_small,) if min(size) < multiple else (), decoded.notes)
+
+
+def _check_captions(pairs: Sequence[Pair], faults: list[str], warnings: list[str]) -> LongestCaption | None:
+    """Reads every caption; returns the longest.
+
+    An empty caption is a warning, not a fault: it trains like a dropped caption, which some styles want.
+    """
+    longest: LongestCaption | None = None
+    empty = []
+    for pair in pairs:
+        try:
+            text = read_caption(pair.caption_path)
+        except DataError as error:
+            faults += error.faults
+            continue
+        if not text:
+            empty.append(str(pair.caption_path))
+        elif longest is None or len(text) > longest.num_characters:
+            longest = LongestCaption(pair.caption_path, len(text))
+    if empty:
+        warnings.append(
+            f"{_count(len(empty), 'caption is', 'captions are')} empty, to be trained without words: {shorten(empty)}."
+        )
+    return longest
+
+
+def _fill_buckets(pictures: Sequence[_Checked], buckets: Buckets, upscale: bool, warnings: list[str]) -> Counter[Size]:
+    """Number of pictures for every size; warns of small, enlarged and heavily cropped pictures."""
+    framings = [(each.path, frame_picture(*each.size, buckets, upscale=upscale)) for each in pictures if each.size]
+    enlarged = [f"{path} ({framing.scale:.2f}x)" for path, framing in framings if framing.upscaled]
+    small = [
+        f"{path} ({framing.width}x{framing.height})"
+        for path, framing in framings
+        if framing.size not in buckets.sizes
+        and framing.width * framing.height < (1 - NOTABLE_SHARE_LOST) * buckets.img_size**2
+    ]
+    cropped = [
+        f"{path} ({framing.share_lost:.0%})" for path, framing in framings if framing.share_lost > NOTABLE_SHARE_LOST
+    ]
+    if enlarged:
+        warnings.append(
+            f"{_count(len(enlarged), 'picture is', 'pictures are')} enlarged to reach img_size {buckets.img_size}: "
+            f"{shorten(enlarged)}."
+        )
+    if small:
+        warnings.append(
+            f"{_count(len(small), 'picture has', 'pictures have')} fewer pixels than img_size {buckets.img_size} asks "
+            f"for and train at the size in brackets, not enlarged: {shorten(small)}."
+        )
+    if cropped:
+        warnings.append(
+            f"{_count(len(cropped), 'picture loses', 'pictures lose')} more than {NOTABLE_SHARE_LOST:.0%} to cropping: "
+            f"{shorten(cropped)}."
+        )
+    return Counter(framing.size for _, framing in framings)
+
+
+def _duplicates(pictures: Sequence[_Checked]) -> list[str]:
+    """A warning for every set of files with the same bytes: they count twice in training."""
+    groups: dict[bytes, list[str]] = defaultdict(list)
+    for picture in pictures:
+        if picture.digest:
+            groups[picture.digest].append(str(picture.path))
+    return [f"These pictures are the same file: {shorten(group)}." for group in groups.values() if len(group) > 1]
+
+
+def _count(number: int, one: str, many: str) -> str:
+    return f"{number} {one if number == 1 else many}"

@@ -1,0 +1,47 @@
+"""`report.html` and `before_after.png`: what a run did, in files that need nothing else to be looked at.
+
+`record` reads the log, `charts` draws it as SVG, `pictures` sizes and embeds samples, `page` puts the whole together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pixtune.files import write_atomically
+from pixtune.report.page import build_page
+from pixtune.report.pictures import draw_before_after
+from pixtune.report.record import read_record
+
+PAGE_FILE = "report.html"
+BEFORE_AFTER_FILE = "before_after.png"
+
+
+def write_report(
+    output_dir: Path,
+    *,
+    config: Mapping[str, Any],
+    plan: Mapping[str, Any],
+    versions: Mapping[str, str],
+    facts: Mapping[str, str | int | float],
+) -> Path:
+    """Writes `report.html` from `metrics.jsonl`, and `before_after.png` if pictures were drawn at step 0 and later.
+
+    Args:
+        output_dir: the run's folder, with `metrics.jsonl` and the samples that it names.
+        config: nested, as `config.to_dict` gives it.
+        plan: as `MemoryPlan.to_dict` gives it.
+        versions: of packages, by name.
+        facts: what else a reader wants to know, by the words to show.
+
+    Returns:
+        The page's path.
+    """
+    record = read_record(output_dir)
+    if record.pairs:
+        write_atomically(output_dir / BEFORE_AFTER_FILE, draw_before_after(output_dir, record))
+    page = build_page(output_dir, record, config=config, plan=plan, versions=versions, facts=facts)
+    path = output_dir / PAGE_FILE
+    write_atomically(path, page.encode("utf-8", errors="replace"))  # "replace": a prompt may hold half a surrogate pair
+    return path

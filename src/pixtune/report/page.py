@@ -1,0 +1,304 @@
+"""The page: what a user wants to know first stands first. Every text from outside goes through `escape`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from pixtune.report.charts import Chart, Series, draw_chart
+from pixtune.report.pictures import data_uri, edge_for, open_picture, spread
+from pixtune.report.record import Outcome, RunRecord, Sample, Strip, Validation, smooth, smoothing_window
+from pixtune.report.style import CSS
+from pixtune.resume import flatten
+
+GIB = 2**30
+
+# A JPEG pixel takes about 0.3 bytes here, base64 adds a third: together some 7 MB at most.
+MOST_PAIR_PIXELS, PAIR_EDGES = 6_000_000, (512, 384, 256)
+MOST_STRIP_PIXELS, STRIP_EDGES = 10_000_000, (256, 192)
+MOST_PAIRS = 60
+
+QUARTERS = ("nearly clean [0, 1/4)", "[1/4, 1/2)", "[1/2, 3/4)", "nearly noise [3/4, 1]")
+"""Of sigma, in the order of `ValidationLoss.quarters`."""
+
+POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+"""The browser itself keeps the page from loading anything."""
+
+
+def build_page(
+    output_dir: Path,
+    record: RunRecord,
+    *,
+    config: Mapping[str, Any],
+    plan: Mapping[str, Any],
+    versions: Mapping[str, str],
+    facts: Mapping[str, str | int | float],
+) -> str:
+    """The whole HTML document. See `write_report` for the arguments."""
+    name = escape(output_dir.resolve().name)
+    decisions = [format_decision(key, value) for key, value in plan.items() if key != "reasons"]
+    body = [
+        f'<header><h1>{name}</h1><p class="quiet">{escape(str(output_dir))}</p>{build_outcome(record)}</header>',
+        build_tiles(record, plan),
+        build_pairs(output_dir, record),
+        build_strips(output_dir, record.strips),
+        build_charts(record),
+        '<div class="columns">',
+        build_table("LoRA and data", {key: format_plain(value) for key, value in facts.items()}),
+        build_table("Plan", dict(decisions), plan.get("reasons", ())),
+        "</div>",
+        build_details("Config", {key: format_setting(value) for key, value in flatten(config).items()}),
+        build_details("Versions", dict(versions)),
+    ]
+    return "\n".join(
+        [
+            '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
+            f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">',
+            '<meta name="viewport" content="width=device-width, initial-scale=1">',
+            f"<title>{name}: pixtune report</title>\n<style>{CSS}</style>\n</head>\n<body>",
+            *filter(None, body),
+            "</body>\n</html>\n",
+        ]
+    )
+
+
+# ---- the head
+
+
+def build_outcome(record: RunRecord) -> str:
+    """One sentence: what came of it."""
+    outcome = record.outcome
+    if outcome is None:
+        only = "".join(f"Held-out loss at step {v.step:,}: {v.loss:.4f}. " for v in record.validations)
+        missing = only or "No held-out pictures were measured. "
+        return f'<p class="outcome">{missing}</p>'
+    first, last = outcome.first, outcome.last
+    change = ""
+    if outcome.change is not None:
+        kind = "good" if outcome.change < 0 else "bad"
+        change = f' <span class="{kind}">({format_percent(outcome.change)})</span>'
+    sentence = f'<p class="outcome">Held-out loss {first.loss:.4f} → {last.loss:.4f}{change}</p>'
+    return sentence + build_best(outcome)
+
+
+def build_best(outcome: Outcome) -> str:
+    """A word if training went on past its best point."""
+    if outcome.best.loss >= outcome.last.loss * 0.995:
+        return ""
+    best = outcome.best
+    return (
+        f"<p>The lowest was {best.loss:.4f} at step {best.step:,}, before the end. "
+        "A LoRA from there may be the better one.</p>"
+    )
+
+
+def build_tiles(record: RunRecord, plan: Mapping[str, Any]) -> str:
+    """The run's figures."""
+    tiles = [("Steps", f"{record.last_step:,}", "")]
+    if record.median_seconds is not None:
+        tiles.append(("Time in steps", format_duration(record.total_seconds), "without validation and samples"))
+        tiles.append(("Time of a step", format_seconds(record.median_seconds), "median"))
+    if record.peak_memory_gib:
+        expected = plan.get("expected_peak_bytes")
+        note = f"the plan expected {expected / GIB:.1f} GiB" if expected else ""
+        tiles.append(("Peak GPU memory", f"{record.peak_memory_gib:.1f} GiB", note))
+    entries = [
+        f"<div><dt>{title}</dt><dd>{value}</dd>{f'<dd class=quiet>{note}</dd>' if note else ''}</div>"
+        for title, value, note in tiles
+    ]
+    return f'<dl class="tiles">{"".join(entries)}</dl>'
+
+
+# ---- pictures
+
+
+def build_pairs(output_dir: Path, record: RunRecord) -> str:
+    """Before and after, side by side."""
+    pairs = spread(record.pairs, MOST_PAIRS)
+    if not pairs:
+        return ""
+    edge = edge_for(2 * len(pairs), MOST_PAIR_PIXELS, PAIR_EDGES)
+    figures = []
+    for before, after in pairs:
+        pictures = "".join(
+            build_picture(output_dir, sample, edge, f"{when} (step {sample.step:,})")
+            for sample, when in ((before, "before"), (after, "after"))
+        )
+        figures.append(
+            f'<figure><div class="pair">{pictures}</div>'
+            f'<figcaption dir="auto">{escape(before.prompt)} <span>seed {before.seed}</span></figcaption></figure>'
+        )
+    left_out = f" ({len(pairs)} of {len(record.pairs)} pairs)" if len(pairs) < len(record.pairs) else ""
+    return f'<section><h2>Before and after{left_out}</h2><div class="pairs">{"".join(figures)}</div></section>'
+
+
+def build_strips(output_dir: Path, strips: Sequence[Strip]) -> str:
+    """All pictures of a prompt in a row. Left out where before and after already say it all."""
+    if not any(len(strip.samples) > 2 or strip.samples[0].step > 0 for strip in strips):
+        return ""
+    edge = edge_for(sum(len(strip.samples) for strip in strips), MOST_STRIP_PIXELS, STRIP_EDGES)
+    strips = spread(strips, MOST_PAIRS)
+    most = max(MOST_STRIP_PIXELS // (edge * edge * len(strips)), 2)
+    rows = []
+    for strip in strips:
+        samples = spread(strip.samples, most)
+        pictures = "".join(
+            f"<li>{build_picture(output_dir, sample, edge, f'step {sample.step:,}')}</li>" for sample in samples
+        )
+        left_out = f", {len(samples)} of {len(strip.samples)} pictures" if len(samples) < len(strip.samples) else ""
+        title = f'<h3 dir="auto">{escape(strip.prompt)} <span class="quiet">seed {strip.seed}{left_out}</span></h3>'
+        rows.append(f'{title}<ul class="strip" tabindex="0" aria-label="Samples by step">{pictures}</ul>')
+    return f"<section><h2>Samples by step</h2>{''.join(rows)}</section>"
+
+
+def build_picture(output_dir: Path, sample: Sample, edge: int, caption: str) -> str:
+    """An embedded picture, or a word about why there is none."""
+    picture = open_picture(output_dir / sample.path)
+    if picture is None:
+        shown = f'<span class="missing">missing or damaged: {escape(sample.path)}</span>'
+    else:
+        alt = escape(f"{caption}: {sample.prompt}, seed {sample.seed}")
+        shown = (
+            f'<img src="{data_uri(picture, edge)}" alt="{alt}" width="{picture.width}" height="{picture.height}" '
+            'loading="lazy">'
+        )
+    return f'<span class="picture">{shown}{escape(caption)}</span>'
+
+
+# ---- charts
+
+
+def build_charts(record: RunRecord) -> str:
+    """Curves over steps, and the held-out figures as a table."""
+    charts = [draw_chart(chart) for chart in plan_charts(record)]
+    if not any(charts):
+        return "<section><h2>Curves</h2><p>No step was logged.</p></section>"
+    table = build_validations(record.validations) if record.validations else ""
+    return f'<section><h2>Curves</h2><div class="charts">{"".join(charts)}</div>{table}</section>'
+
+
+def plan_charts(record: RunRecord) -> list[Chart]:
+    """The charts in the order shown."""
+    end = record.last_step
+    held_out = [(v.step, v.loss) for v in record.validations]
+    return [
+        Chart("Training loss", "mean squared error of the velocity", smoothed(record, "loss"), end),
+        Chart(
+            "Held-out loss", "fixed noise and sigmas, so points compare", [Series("held-out", held_out, 0, "marked")], end
+        ),
+        Chart("Held-out loss by sigma", "change since the first point", quarter_changes(record), end, suffix="%"),
+        Chart("Gradient norm", "before clipping", smoothed(record, "grad_norm"), end),
+        Chart("Learning rate", "", [Series("learning rate", record.series("learning_rate"), 0)], end, from_zero=True),
+        Chart("Time of a step", "seconds", [Series("seconds", record.series("seconds"), 0)], end, from_zero=True),
+    ]
+
+
+def smoothed(record: RunRecord, name: str) -> list[Series]:
+    """A noisy figure: each step, and the mean around it."""
+    points = record.series(name)
+    window = smoothing_window(len(points))
+    if window == 1:
+        return [Series("each step", points, 0)]
+    return [Series("each step", points, 4, "raw"), Series(f"mean of {window} steps", smooth(points, window), 0)]
+
+
+def quarter_changes(record: RunRecord) -> list[Series]:
+    """Each sigma quarter's loss against its first, in percent; levels differ too much to share an axis."""
+    if record.outcome is None:
+        return []
+    first = record.outcome.first.quarters
+    return [
+        Series(
+            label,
+            [(v.step, 100 * (v.quarters[index] / first[index] - 1)) for v in record.validations if first[index]],
+            index,
+            "marked",
+        )
+        for index, label in enumerate(QUARTERS)
+    ]
+
+
+def build_validations(validations: Sequence[Validation]) -> str:
+    """Held-out loss in figures."""
+    heads = "".join(f'<th scope="col">{escape(head)}</th>' for head in ("step", "all", *QUARTERS))
+    rows = "".join(
+        f'<tr><th scope="row">{v.step:,}</th>{"".join(f"<td>{loss:.4f}</td>" for loss in (v.loss, *v.quarters))}</tr>'
+        for v in spread(validations, 100)
+    )
+    return (
+        '<div class="scroll" tabindex="0"><table class="figures"><caption class="quiet">Held-out loss by sigma '
+        f"(0 is clean, 1 is noise)</caption><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table></div>"
+    )
+
+
+# ---- tables
+
+
+def build_table(title: str, values: Mapping[str, str], reasons: Sequence[str] = ()) -> str:
+    """Names and values, with the reasons for them."""
+    why = "".join(f"<li>{escape(reason)}</li>" for reason in reasons)
+    listed = f'<ul class="reasons">{why}</ul>' if why else ""
+    return f"<section><h2>{title}</h2>{build_rows(values)}{listed}</section>" if values or why else ""
+
+
+def build_details(title: str, values: Mapping[str, str]) -> str:
+    """The same, folded away."""
+    return f"<details><summary>{title}</summary>{build_rows(values, 'code')}</details>" if values else ""
+
+
+def build_rows(values: Mapping[str, str], kind: str = "plain") -> str:
+    """A table of two columns."""
+    rows = (
+        f'<tr><th scope="row">{escape(key)}</th><td dir="auto">{escape(value)}</td></tr>'
+        for key, value in values.items()
+    )
+    return f'<table class="{kind}"><tbody>{"".join(rows)}</tbody></table>'
+
+
+# ---- values in words
+
+
+def format_plain(value: object) -> str:
+    """Numbers with thousands separators, yes and no, the rest as it is."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if value is None:
+        return "left to PyTorch"
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.6g}" if isinstance(value, float) else str(value)
+
+
+def format_decision(key: str, value: object) -> tuple[str, str]:
+    """A name and a value of the plan in words; bytes in GiB."""
+    if key.endswith("_bytes") and isinstance(value, int):
+        return key.removesuffix("_bytes").replace("_", " "), f"{value / GIB:.2f} GiB" if value else "not estimated"
+    return key.replace("_", " "), format_plain(value)
+
+
+def format_setting(value: object) -> str:
+    """As it would stand in the YAML."""
+    if isinstance(value, list | tuple):
+        return "\n".join(f"- {format_setting(item)}" for item in value) or "[]"
+    return value if isinstance(value, str) else json.dumps(value, default=str)
+
+
+def format_percent(share: float) -> str:
+    """A change with its sign, for example −16.1%."""
+    return f"{share:+.1%}".replace("-", "−")
+
+
+def format_seconds(seconds: float) -> str:
+    """A short time, three digits."""
+    return f"{seconds * 1000:.3g} ms" if seconds < 0.1 else f"{seconds:.3g} s"
+
+
+def format_duration(seconds: float) -> str:
+    """The two largest units."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{seconds:.1f} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"

@@ -1,0 +1,162 @@
+"""Samples in the report: opened, brought to size, embedded; and the grid of `before_after.png`."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TypeVar
+
+from PIL import Image, ImageDraw, ImageFont
+
+from pixtune.report.record import RunRecord, Sample
+
+Item = TypeVar("Item")
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
+
+KEPT_EDGE = 256
+"""Pictures up to this many pixels are embedded as they are."""
+JPEG_QUALITY = 88
+
+SMALLEST_TILE, LARGEST_TILE = 256, 512
+"""Longer side of a picture in the grid, pixels."""
+MOST_ROWS = 16
+MARGIN, GAP, LABEL_WIDTH, TITLE_HEIGHT, HEADER_HEIGHT = 24, 12, 230, 40, 36
+FONTS = (
+    "NotoSans-Regular.ttf", "DejaVuSans.ttf", "NotoSansCJK-Regular.ttc", "wqy-zenhei.ttc", "DroidSansFallback.ttf",
+    "Arial Unicode.ttf", "PingFang.ttc", "msyh.ttc", "malgun.ttf",
+)  # fmt: skip
+"""Tried in this order for what Pillow's own font, which is Latin, lacks."""
+
+
+def open_picture(path: Path) -> Image.Image | None:
+    """The picture as RGB; None if it is missing or damaged."""
+    try:
+        with Image.open(path) as picture:
+            return picture.convert("RGB")
+    except (OSError, SyntaxError, ValueError):  # Pillow raises each of them for one kind of damage or another
+        return None
+
+
+def resize(picture: Image.Image, edge: int) -> Image.Image:
+    """A copy whose longer side has `edge` pixels."""
+    scale = edge / max(picture.size)
+    size = max(round(picture.width * scale), 1), max(round(picture.height * scale), 1)
+    return picture.resize(size, Image.Resampling.LANCZOS)
+
+
+def data_uri(picture: Image.Image, edge: int) -> str:
+    """The picture, at most `edge` pixels long, as text that a page can hold: PNG if small, else JPEG."""
+    if max(picture.size) > edge:
+        picture = resize(picture, edge)
+    kind = "png" if max(picture.size) <= KEPT_EDGE else "jpeg"
+    stream = io.BytesIO()
+    picture.save(stream, kind, optimize=True, **({"quality": JPEG_QUALITY} if kind == "jpeg" else {}))
+    return f"data:image/{kind};base64,{base64.b64encode(stream.getvalue()).decode()}"
+
+
+def edge_for(num_pictures: int, most_pixels: int, edges: Sequence[int]) -> int:
+    """The first of `edges` at which all pictures together stay below `most_pixels`; else the last."""
+    return next((edge for edge in edges if num_pictures * edge * edge <= most_pixels), edges[-1])
+
+
+def spread(items: Sequence[Item], most: int) -> list[Item]:
+    """At most `most` (2 or more) items, evenly chosen, the first and the last among them."""
+    if len(items) <= most:
+        return list(items)
+    return [items[round(number * (len(items) - 1) / (most - 1))] for number in range(most)]
+
+
+# ---- before_after.png
+
+
+def draw_before_after(output_dir: Path, record: RunRecord) -> bytes:
+    """A PNG: one row a prompt and seed, its words, the picture before and the picture after training."""
+    pairs = spread(record.pairs, MOST_ROWS)
+    rows = [[open_picture(output_dir / sample.path) for sample in pair] for pair in pairs]
+    tiles = [[picture and resize(picture, tile_edge(picture)) for picture in row] for row in rows]
+    sizes = [tile.size for row in tiles for tile in row if tile] or [(SMALLEST_TILE, SMALLEST_TILE)]
+    width, height = max(size[0] for size in sizes), max(size[1] for size in sizes)
+    columns = [MARGIN + LABEL_WIDTH + GAP, MARGIN + LABEL_WIDTH + GAP + width + GAP]
+    first_row = MARGIN + TITLE_HEIGHT + HEADER_HEIGHT
+    grid = Image.new(
+        "RGB",
+        (columns[1] + width + MARGIN, first_row + len(pairs) * (height + GAP) - GAP + MARGIN),
+        "white",
+    )
+    pen = ImageDraw.Draw(grid)
+    title = str(record.outcome or f"{output_dir.resolve().name}: {record.last_step:,} steps")
+    pen.text((MARGIN, MARGIN), title[:1].upper() + title[1:], "black", font_for(title, 22) or own_font(22))
+    for x, header in zip(columns, ("before", f"after {pairs[0][1].step:,} steps"), strict=True):
+        pen.text((x, MARGIN + TITLE_HEIGHT + 4), header, "#444444", own_font(18))
+    for number, (pair, row) in enumerate(zip(pairs, tiles, strict=True)):
+        y = first_row + number * (height + GAP)
+        draw_label(pen, (MARGIN, y), height, pair[0], number + 1)
+        for x, sample, tile in zip(columns, pair, row, strict=True):
+            if tile:
+                grid.paste(tile, (x, y))
+                pen.rectangle((x - 1, y - 1, x + tile.width, y + tile.height), outline="#d0d4da")
+            else:
+                draw_missing(pen, (x, y, x + width - 1, y + height - 1), sample.path)
+    stream = io.BytesIO()
+    grid.save(stream, "png", optimize=True)
+    return stream.getvalue()
+
+
+def tile_edge(picture: Image.Image) -> int:
+    """Small pictures are enlarged until they can be seen, large ones reduced."""
+    return min(max(*picture.size, SMALLEST_TILE), LARGEST_TILE)
+
+
+def draw_label(pen: ImageDraw.ImageDraw, place: tuple[int, int], height: int, sample: Sample, number: int) -> None:
+    """Prompt and seed beside a row."""
+    prompt, font = " ".join(sample.prompt.split()), font_for(sample.prompt, 17)
+    if font is None:
+        prompt, font = f"prompt {number} (its words are in report.html)", own_font(17)
+    lines = wrap(prompt, font, LABEL_WIDTH - GAP, most_lines=max(height // 23 - 1, 1))
+    for index, line in enumerate(lines):
+        pen.text((place[0], place[1] + 23 * index), line, "black", font)
+    pen.text((place[0], place[1] + 23 * len(lines) + 2), f"seed {sample.seed}", "#555555", own_font(14))
+
+
+def draw_missing(pen: ImageDraw.ImageDraw, box: tuple[int, int, int, int], path: str) -> None:
+    """A grey field in place of a picture that cannot be read."""
+    pen.rectangle(box, "#e8e8e8", "#b0b0b0")
+    font = own_font(15)
+    for index, line in enumerate(["no picture:", *wrap(path, font, box[2] - box[0] - 2 * GAP, most_lines=5)]):
+        pen.text((box[0] + GAP, box[1] + GAP + 20 * index), line, "#555555", font)
+
+
+def own_font(size: int) -> Font:
+    """Pillow's own font, which is there on every machine."""
+    return ImageFont.load_default(size)
+
+
+def font_for(text: str, size: int) -> Font | None:
+    """A font that has every letter of the text: Pillow's own or one of this machine; None if there is none."""
+    for name in ("", *FONTS):
+        try:
+            font = ImageFont.truetype(name, size) if name else own_font(size)
+        except OSError:
+            continue
+        blank = bytes(font.getmask("\U0010fffe"))
+        if all(letter.isspace() or bytes(font.getmask(letter)) != blank for letter in set(text)):
+            return font
+    return None
+
+
+def wrap(text: str, font: Font, width: int, most_lines: int) -> list[str]:
+    """Lines at most `width` pixels long, broken between words or, where a word is longer, within it."""
+    lines, rest = [], text
+    while rest and len(lines) <= most_lines:
+        length = min(len(rest), width)  # no letter is narrower than a pixel
+        while length > 1 and font.getlength(rest[:length]) > width:
+            length -= 1
+        if length < len(rest) and (space := rest.rfind(" ", 1, length + 1)) > 0:
+            length = space
+        lines.append(rest[:length])
+        rest = rest[length:].lstrip()
+    if len(lines) > most_lines:
+        lines = [*lines[: most_lines - 1], lines[most_lines - 1][:-1] + "…"]
+    return lines

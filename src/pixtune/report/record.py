@@ -1,0 +1,173 @@
+"""A run's `metrics.jsonl` as series, and the few figures that sum it up."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pixtune.metrics import FILE_NAME, read_metrics
+
+Point = tuple[int, float]
+"""Step and value."""
+
+MOST_POINTS = 800
+"""Of a drawn line; more cannot be told apart."""
+
+
+@dataclass(frozen=True)
+class Validation:
+    """One measurement on held-out pictures."""
+
+    step: int
+    loss: float
+    quarters: tuple[float, ...]
+    """By sigma: [0, 1/4), [1/4, 1/2), [1/2, 3/4), [3/4, 1]."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One drawn picture; `path` is relative to the run's folder."""
+
+    step: int
+    prompt: str
+    seed: int
+    path: str
+
+
+@dataclass(frozen=True)
+class Strip:
+    """All pictures of one prompt and seed, by step."""
+
+    prompt: str
+    seed: int
+    samples: tuple[Sample, ...]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Held-out loss at the first and the last measurement."""
+
+    first: Validation
+    last: Validation
+    best: Validation
+
+    @property
+    def change(self) -> float | None:
+        """Last against first, for example -0.25; None if the first is 0."""
+        return self.last.loss / self.first.loss - 1 if self.first.loss else None
+
+    def __str__(self) -> str:
+        change = "" if self.change is None else f" ({self.change:+.1%})"
+        return f"held-out loss {self.first.loss:.4f} -> {self.last.loss:.4f}{change}"
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """Everything the log holds, in order of steps. Values that are no finite number are left out."""
+
+    steps: Sequence[dict[str, Any]]
+    validations: Sequence[Validation]
+    strips: Sequence[Strip]
+
+    def series(self, name: str) -> list[Point]:
+        """One figure of every step."""
+        return [(line["step"], line[name]) for line in self.steps if is_finite(line.get(name))]
+
+    @property
+    def last_step(self) -> int:
+        """0 if nothing was logged."""
+        steps = [line["step"] for line in self.steps[-1:]] + [v.step for v in self.validations[-1:]]
+        return max(steps + [strip.samples[-1].step for strip in self.strips], default=0)
+
+    @property
+    def outcome(self) -> Outcome | None:
+        """None unless held-out pictures were measured twice."""
+        if len(self.validations) < 2:
+            return None
+        return Outcome(self.validations[0], self.validations[-1], min(self.validations, key=lambda v: v.loss))
+
+    @property
+    def pairs(self) -> list[tuple[Sample, Sample]]:
+        """For each prompt and seed: the picture before training and the one after the last drawn step."""
+        last = max((strip.samples[-1].step for strip in self.strips), default=0)
+        ends = [(strip.samples[0], strip.samples[-1]) for strip in self.strips]
+        return [(first, end) for first, end in ends if first.step == 0 and end.step == last > 0]
+
+    @property
+    def total_seconds(self) -> float:
+        """Time in training steps, of all sessions of a resumed run."""
+        return math.fsum(seconds for _, seconds in self.series("seconds"))
+
+    @property
+    def median_seconds(self) -> float | None:
+        """Of a step; the first steps, which may compile, hardly move it."""
+        seconds = [seconds for _, seconds in self.series("seconds")]
+        return statistics.median(seconds) if seconds else None
+
+    @property
+    def peak_memory_gib(self) -> float:
+        """0 without a GPU."""
+        return max((peak for _, peak in self.series("peak_memory_gib")), default=0.0)
+
+
+def read_record(output_dir: Path) -> RunRecord:
+    """Reads `metrics.jsonl`. Where a step stands twice, as after a crash, the later line counts."""
+    steps: dict[int, dict[str, Any]] = {}
+    validations: dict[int, Validation] = {}
+    strips: dict[tuple[str, int], dict[int, Sample]] = {}
+    for line in read_metrics(output_dir / FILE_NAME):
+        step = line["step"]
+        if line["kind"] == "step":
+            steps[step] = line
+        elif line["kind"] == "validation" and all(map(is_finite, (line["loss"], *line["quarters"]))):
+            validations[step] = Validation(step, line["loss"], tuple(line["quarters"]))
+        elif line["kind"] == "sample":
+            sample = Sample(step, line["prompt"], line["seed"], line["path"])
+            strips.setdefault((sample.prompt, sample.seed), {})[step] = sample
+    return RunRecord(
+        steps=[steps[step] for step in sorted(steps)],
+        validations=[validations[step] for step in sorted(validations)],
+        strips=[
+            Strip(prompt, seed, tuple(samples[step] for step in sorted(samples)))
+            for (prompt, seed), samples in strips.items()
+        ],
+    )
+
+
+def is_finite(value: object) -> bool:
+    """Whether a logged value can be drawn."""
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def thin(points: Sequence[Point], limit: int = MOST_POINTS) -> list[Point]:
+    """At most `limit` points that draw the same line: both ends, and the lowest and highest of each stretch."""
+    if len(points) <= limit:
+        return list(points)
+    inner, num_stretches = range(1, len(points) - 1), limit // 2 - 1
+    kept = {0, len(points) - 1}
+    for number in range(num_stretches):
+        stretch = inner[number * len(inner) // num_stretches : (number + 1) * len(inner) // num_stretches]
+        kept.add(min(stretch, key=lambda index: points[index][1]))
+        kept.add(max(stretch, key=lambda index: points[index][1]))
+    return [points[index] for index in sorted(kept)]
+
+
+def smooth(points: Sequence[Point], window: int) -> list[Point]:
+    """A centred moving mean of `window` (odd) points, cut off at the ends. Unlike an exponential mean it does not lag."""
+    sums = [0.0]
+    for _, value in points:
+        sums.append(sums[-1] + value)
+    smoothed = []
+    for index, (step, _) in enumerate(points):
+        start, stop = max(index - window // 2, 0), min(index + window // 2 + 1, len(points))
+        smoothed.append((step, (sums[stop] - sums[start]) / (stop - start)))
+    return smoothed
+
+
+def smoothing_window(num_points: int) -> int:
+    """A twentieth of the run, odd; 1 (no smoothing) where there is too little to smooth."""
+    return num_points // 20 * 2 + 1 if num_points >= 20 else 1

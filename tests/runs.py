@@ -1,0 +1,56 @@
+"""Small real runs for tests: the shipped model and data through the command line a user types."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY_MODEL = ROOT / "assets" / "tiny-qwen-image"
+DEMO_TRAIN = ROOT / "assets" / "demo-style" / "train"
+DEMO_HELD_OUT = ROOT / "assets" / "demo-style" / "held_out"
+
+
+def overrides(output_dir: Path, cache_dir: Path, **changes: object) -> list[str]:
+    """`key=value` words of a run of a few seconds; `__` in a name stands for the dot of a nested key."""
+    settings: dict[str, object] = {
+        "pretrained_model_name_or_path": TINY_MODEL,
+        "output_dir": output_dir,
+        "data_config.img_dir": DEMO_TRAIN,
+        "data_config.cache_dir": cache_dir,
+        "data_config.img_size": 64,
+        "mixed_precision": "'no'",
+        "learning_rate": 1e-3,
+        "max_train_steps": 4,
+        "train_batch_size": 2,
+        "report_to": "null",
+        "rank": 4,
+    }
+    settings |= {name.replace("__", "."): value for name, value in changes.items()}
+    return [f"{key}={value}" for key, value in settings.items()]
+
+
+def write_config(folder: Path) -> Path:
+    """A config file with nothing in it that `overrides` does not replace."""
+    path = folder / "run.yaml"
+    path.write_text("pretrained_model_name_or_path: x\noutput_dir: x\nmax_train_steps: 1\ndata_config: {img_dir: x}\n")
+    return path
+
+
+def environment(**changes: str) -> dict[str, str]:
+    """This process's environment with one computing thread a process: small models are not faster with more."""
+    return {**os.environ, "OMP_NUM_THREADS": "1", **changes}
+
+
+def pixtune(*arguments: object, **options: object) -> subprocess.CompletedProcess[str]:
+    """Runs `pixtune ...` and returns its outcome with all it printed."""
+    command = [sys.executable, "-m", "pixtune.cli", *map(str, arguments)]
+    return run(command, **options)
+
+
+def run(command: list[str], **options: object) -> subprocess.CompletedProcess[str]:
+    """A command from the repository's root, in at most five minutes."""
+    settings = {"cwd": ROOT, "env": environment(), "timeout": 300, "text": True, **options}
+    return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **settings)  # type: ignore[call-overload]

@@ -1,0 +1,41 @@
+"""Two processes equal one with twice the batch, and only the first writes."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from pixtune.metrics import read_metrics
+from tests.runs import environment, overrides, run, write_config
+
+SETTINGS = {"max_train_steps": 6, "logging_steps": 2, "data_config__caption_dropout_rate": 0.3}
+
+
+def launch(num_processes: int, config: Path, words: list[str], script: Path) -> str:
+    """torch's launcher on the CPU, where processes talk through gloo (`accelerate launch` would need MPI there)."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_processes)]
+    env = environment(ACCELERATE_USE_CPU="true", GLOO_SOCKET_IFNAME="lo")
+    outcome = run([*command, str(script), "--config", str(config), *words], env=env)
+    assert outcome.returncode == 0, outcome.stdout
+    return outcome.stdout
+
+
+def test_two_processes_equal_one_with_twice_the_batch(tmp_path: Path, repo_root: Path) -> None:
+    config, cache_dir = write_config(tmp_path), tmp_path / "cache"
+    one, two = tmp_path / "one", tmp_path / "two"
+    launch(1, config, overrides(one, cache_dir, **SETTINGS, train_batch_size=4), repo_root / "train.py")
+    printed = launch(2, config, overrides(two, cache_dir, **SETTINGS, train_batch_size=2), repo_root / "train.py")
+    assert printed.count("wrote ") == 1, printed
+    assert not list(tmp_path.rglob("*.tmp"))
+
+    mine, theirs = (load_file(folder / "pytorch_lora_weights.safetensors") for folder in (one, two))
+    assert mine.keys() == theirs.keys()
+    assert any(tensor.any() for name, tensor in mine.items() if "lora_B" in name), "nothing was learned"
+    for name in mine:
+        torch.testing.assert_close(mine[name], theirs[name], rtol=1e-3, atol=2e-5)
+    losses = [[line["loss"] for line in read_metrics(folder / "metrics.jsonl")] for folder in (one, two)]
+    assert len(losses[0]) == 6
+    torch.testing.assert_close(torch.tensor(losses[0]), torch.tensor(losses[1]), rtol=1e-4, atol=1e-6)

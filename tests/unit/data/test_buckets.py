@@ -1,0 +1,176 @@
+"""Aspect-ratio buckets keep the four promises at the top of buckets.py."""
+
+from __future__ import annotations
+
+import math
+import random
+import subprocess
+import sys
+
+import pytest
+
+from pixtune.data.buckets import RATIOS, Framing, build_buckets, frame_picture, frame_variants
+
+SETTINGS = [(1024, 16), (1328, 16), (1000, 16), (512, 32), (64, 16), (16, 16)]
+
+
+@pytest.mark.parametrize(("img_size", "multiple"), SETTINGS)
+def test_bucket_sides_are_multiples_and_areas_close_from_below(img_size, multiple):
+    sizes = build_buckets(img_size, multiple).sizes
+    assert len(set(sizes)) == len(sizes)
+    square = img_size // multiple * multiple
+    assert (square, square) in sizes
+    for width, height in sizes:
+        assert width % multiple == 0 and height % multiple == 0
+        assert max(width, height) / min(width, height) <= 4
+        assert width * height <= img_size**2
+        longer, shorter = max(width, height), min(width, height)
+        assert longer * (shorter + multiple) > img_size**2 or longer == square  # no larger one of this length
+        assert (height, width) in sizes
+
+
+def test_common_camera_shapes_have_a_bucket_of_their_own():
+    sizes = build_buckets(1024, 16).sizes
+    assert {(1024, 1024), (1248, 832), (832, 1248), (1360, 768), (1184, 880)} <= set(sizes)
+
+
+def test_max_aspect_limits_buckets_and_crops_panoramas():
+    buckets = build_buckets(512, 16, max_aspect=2)
+    assert max(width / height for width, height in buckets.sizes) <= 2
+    framing = frame_picture(6000, 1000, buckets)
+    assert framing.width / framing.height <= 2.1
+    assert framing.share_lost == pytest.approx(2 / 3, abs=0.02)
+
+
+def test_a_larger_step_gives_fewer_buckets():
+    fine, coarse = build_buckets(1024, 16), build_buckets(1024, 16, step=64)
+    assert len(coarse.sizes) < len(fine.sizes) / 3
+    assert set(coarse.sizes) <= set(fine.sizes)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((8, 16), "img_size is 8; it must be at least 16"),
+        ((64, 0), "multiple|unit"),
+        ((64, 16, 0.5), "max_aspect is 0.5"),
+        ((64, 16, math.nan), "max_aspect is nan"),
+        ((64, 16, 4.0, 8), "step is 8"),
+        ((64, 16, 4.0, 40), "step is 40"),
+    ],
+)
+def test_impossible_settings_say_which(arguments, words):
+    with pytest.raises(ValueError, match=words):
+        build_buckets(*arguments)
+
+
+@pytest.mark.parametrize(("img_size", "multiple"), SETTINGS)
+@pytest.mark.parametrize("upscale", [False, True])
+def test_framing_never_distorts_and_never_leaves_the_picture(img_size, multiple, upscale):
+    draw = random.Random(f"{img_size} {upscale}")
+    buckets = build_buckets(img_size, multiple)
+    for _ in range(1500):
+        width, height = (int(multiple * 2 ** draw.uniform(0, 8)) for _ in range(2))
+        ratio = draw.choice(list(RATIOS.values()))
+        framing = frame_picture(width, height, buckets, ratio, upscale)
+        left, top, right, bottom = framing.crop_box
+        what = f"{width}x{height} {ratio}: {framing}"
+        assert 0 <= left < right <= width and 0 <= top < bottom <= height, what
+        # One scale on both axes, and nothing beyond one axis is cut.
+        assert (right - left) * framing.scale == pytest.approx(framing.width, rel=1e-9), what
+        assert (bottom - top) * framing.scale == pytest.approx(framing.height, rel=1e-9), what
+        assert (left, right) == (0, width) or (top, bottom) == (0, height), what
+        # A centre crop.
+        assert left == pytest.approx(width - right, abs=1e-6) and top == pytest.approx(height - bottom, abs=1e-6), what
+        lost = 1 - (right - left) * (bottom - top) / (width * height)
+        assert framing.share_lost == pytest.approx(lost, abs=1e-9) and framing.share_lost >= 0, what
+        assert framing.width % multiple == 0 and framing.height % multiple == 0, what
+        assert framing.width * framing.height <= img_size**2, what
+        if upscale:
+            assert framing.size in buckets.sizes, what
+        else:
+            assert not framing.upscaled, what
+
+
+@pytest.mark.parametrize(("img_size", "multiple"), [(1024, 16), (1328, 16)])
+def test_large_pictures_lose_little(img_size, multiple):
+    draw = random.Random(img_size)
+    buckets = build_buckets(img_size, multiple)
+    for _ in range(2000):
+        short_side = draw.randint(img_size, 6000)
+        width, height = short_side, int(short_side * draw.uniform(1, 4))
+        if draw.random() < 0.5:
+            width, height = height, width
+        framing = frame_picture(width, height, buckets)
+        assert framing.size in buckets.sizes
+        assert framing.share_lost < 0.025, f"{width}x{height}: {framing}"
+
+
+def test_a_picture_of_bucket_size_is_taken_whole():
+    buckets = build_buckets(1024, 16)
+    for width, height in buckets.sizes:
+        if width * (height + 16) > 1024**2 >= width * height:  # the best of its shape
+            framing = frame_picture(width, height, buckets)
+            assert framing == Framing(width, height, 1.0, (0.0, 0.0, width, height), 0.0)
+
+
+@pytest.mark.parametrize(
+    ("size", "kept"),
+    [((700, 500), (688, 496)), ((500, 700), (496, 688)), ((300, 300), (288, 288)), ((16, 16), (16, 16))],
+)
+def test_small_pictures_keep_their_size_unless_asked(size, kept):
+    buckets = build_buckets(1024, 16)
+    framing = frame_picture(*size, buckets)
+    assert framing.size == kept and not framing.upscaled
+    enlarged = frame_picture(*size, buckets, upscale=True)
+    assert enlarged.upscaled and enlarged.size in buckets.sizes
+    assert enlarged.width * enlarged.height > 0.9 * 1024**2
+
+
+def test_a_picture_just_short_of_its_bucket_is_not_enlarged_and_stays_below_the_area():
+    buckets = build_buckets(1024, 16)
+    for width in range(1000, 1060):
+        for height in range(1000, 1060, 7):
+            framing = frame_picture(width, height, buckets)
+            assert not framing.upscaled and framing.width * framing.height <= 1024**2
+            assert framing.width * framing.height > 0.93 * min(width * height, 1024**2)
+
+
+def test_extreme_pictures_are_cropped_to_their_middle():
+    framing = frame_picture(20_000, 100, build_buckets(1024, 16))
+    assert framing.size == (400, 96)
+    left, top, right, bottom = framing.crop_box
+    assert (left + right, top, bottom) == (20_000, 0, 100)
+    assert framing.share_lost > 0.97
+
+
+@pytest.mark.parametrize("size", [(1, 1), (15, 4000), (4000, 15)])
+@pytest.mark.parametrize("upscale", [False, True])
+def test_a_side_below_the_multiple_is_refused_even_with_upscale(size, upscale):
+    with pytest.raises(ValueError, match=rf"is {size[0]}x{size[1]} pixels; each side must have at least 16"):
+        frame_picture(*size, build_buckets(64, 16), upscale=upscale)
+
+
+@pytest.mark.parametrize("size", [(4000, 3000), (3000, 4000), (2000, 2000), (5000, 2000)])
+def test_random_ratio_variants_have_the_promised_ratios(size):
+    buckets = build_buckets(1024, 16)
+    variants = frame_variants(*size, buckets)
+    assert list(variants) == ["16:9", "4:3", "1:1", "own"]
+    for name, framing in variants.items():
+        width, height = (int(part) for part in name.split(":")) if name != "own" else size
+        assert framing.width / framing.height == pytest.approx(width / height, rel=0.02)
+    assert variants["own"] == frame_picture(*size, buckets)
+
+
+def test_random_ratio_of_a_small_picture_is_not_enlarged():
+    for framing in frame_variants(300, 200, build_buckets(1024, 16)).values():
+        assert not framing.upscaled and framing.width <= 300 and framing.height <= 200
+
+
+def test_pairs_buckets_and_validate_need_no_torch():
+    code = (
+        "import sys, pixtune.data.buckets; assert not {'PIL', 'numpy'} & set(sys.modules);"
+        "import pixtune.data.pairs; assert not {'PIL', 'numpy'} & set(sys.modules);"
+        "import pixtune.data.validate, pixtune.data.images; assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,235 @@
+"""Pictures find their captions, and everything that does not fit is reported in one go."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from pixtune.data.pairs import find_pairs, read_caption, shorten
+from pixtune.errors import DataError
+
+
+def touch(folder: Path, *names: str) -> None:
+    for name in names:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"")
+
+
+def names_of(folder: Path, **options) -> list[str]:
+    found = find_pairs(folder, **options)
+    assert found.faults == ()
+    assert found.lone_pictures == ()
+    return [pair.name for pair in found.pairs]
+
+
+@pytest.mark.parametrize("extension", ["jpg", "jpeg", "png", "webp", "bmp", "tiff", "tif", "JPG", "Png", "TIFF"])
+def test_every_extension_in_any_letter_case(tmp_path, extension):
+    touch(tmp_path, f"a.{extension}", "a.txt")
+    assert names_of(tmp_path) == [f"a.{extension}"]
+
+
+@pytest.mark.parametrize(
+    ("option", "file_name"), [("txt", "a.TXT"), (".txt", "a.txt"), ("TXT", "a.txt"), ("caption", "a.caption")]
+)
+def test_caption_extension_in_any_form(tmp_path, option, file_name):
+    touch(tmp_path, "a.png", file_name)
+    (pair,) = find_pairs(tmp_path, option).pairs
+    assert pair.caption_path == tmp_path / file_name
+
+
+@pytest.mark.parametrize("option", ["", ".", "png", "JPG"])
+def test_a_senseless_caption_extension_is_a_fault(tmp_path, option):
+    touch(tmp_path, "a.png", "a.txt")
+    (fault,) = find_pairs(tmp_path, option).faults
+    assert "caption_type" in fault and repr(option) in fault
+
+
+def test_the_stem_ends_at_the_last_dot(tmp_path):
+    touch(tmp_path, "a.1.png", "a.1.txt", "a.2.png", "a.2.txt", "v1.0/b.png", "v1.0/b.txt")
+    found = find_pairs(tmp_path)
+    assert found.faults == ()
+    assert {pair.name: pair.caption_path.relative_to(tmp_path).as_posix() for pair in found.pairs} == {
+        "a.1.png": "a.1.txt",
+        "a.2.png": "a.2.txt",
+        "v1.0/b.png": "v1.0/b.txt",
+    }
+    assert all(pair.image_path == tmp_path / pair.name for pair in found.pairs)
+
+
+def test_the_same_stem_in_two_folders_is_two_pairs_in_the_order_of_names(tmp_path):
+    touch(tmp_path, "b/x.png", "b/x.txt", "a/x.jpg", "a/x.txt", "c.png", "c.txt", "B.png", "B.txt")
+    assert names_of(tmp_path) == ["B.png", "a/x.jpg", "b/x.png", "c.png"]
+
+
+def test_dots_in_the_folder_itself_do_no_harm(tmp_path):
+    folder = tmp_path / "set.v2" / "x.y"
+    touch(folder, "a.png", "a.txt")
+    assert names_of(folder) == ["a.png"]
+
+
+def test_hidden_files_and_system_folders_are_ignored(tmp_path):
+    touch(tmp_path, "a.png", "a.txt", ".hidden.png", ".pixtune_cache/b.png", "__MACOSX/c.png", "notes.md", "Thumbs.db")
+    assert names_of(tmp_path) == ["a.png"]
+
+
+def test_links_to_folders_are_followed_but_not_in_circles(tmp_path):
+    touch(tmp_path / "elsewhere", "a.png", "a.txt")
+    folder = tmp_path / "set"
+    folder.mkdir()
+    (folder / "linked").symlink_to(tmp_path / "elsewhere")
+    (folder / "circle").symlink_to(folder)
+    assert names_of(folder) == ["linked/a.png"]
+
+
+def test_missing_folder_and_file_instead_of_folder(tmp_path):
+    (fault,) = find_pairs(tmp_path / "absent").faults
+    assert str(tmp_path / "absent") in fault and "does not exist" in fault
+    touch(tmp_path, "a.png")
+    (fault,) = find_pairs(tmp_path / "a.png").faults
+    assert "is not a folder" in fault
+
+
+def test_empty_folder(tmp_path):
+    (fault,) = find_pairs(tmp_path).faults
+    assert str(tmp_path) in fault and "holds no picture" in fault and "webp" in fault
+
+
+def test_lone_pictures_and_lone_captions_are_all_reported(tmp_path):
+    touch(tmp_path, "a.png", "sub/b.jpg", "c.txt", "d.png", "d.txt")
+    found = find_pairs(tmp_path)
+    assert [pair.name for pair in found.pairs] == ["d.png"]
+    assert found.lone_pictures == (tmp_path / "a.png", tmp_path / "sub/b.jpg")
+    assert found.faults == (
+        f"The picture {tmp_path}/a.png has no caption {tmp_path}/a.txt.",
+        f"The picture {tmp_path}/sub/b.jpg has no caption {tmp_path}/sub/b.txt.",
+        f"The caption {tmp_path}/c.txt has no picture {tmp_path}/c.*.",
+    )
+
+
+def test_two_pictures_of_one_stem_are_one_fault(tmp_path):
+    touch(tmp_path, "a.png", "a.jpg", "a.txt")
+    (fault,) = find_pairs(tmp_path).faults
+    assert f"{tmp_path}/a.jpg and {tmp_path}/a.png share one caption name" in fault
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("a.png", "A.png", "a.txt", "A.txt"),
+        ("a.png", "a.PNG", "a.txt"),
+        ("a.png", "A.jpg", "a.txt", "A.txt"),
+        ("a.png", "a.txt", "a.TXT"),
+        ("IMG.png", "img.txt"),
+        ("sub/a.png", "sub/A.txt"),
+        ("Sub/a.png", "sub/a.txt"),
+    ],
+)
+def test_names_that_differ_only_in_letter_case(tmp_path, names):
+    touch(tmp_path, *names)
+    if len(list(tmp_path.rglob("*.*"))) < len(names):
+        pytest.skip("this file system ignores letter case")
+    faults = find_pairs(tmp_path).faults
+    assert faults and all("differ only in letter case" in fault for fault in faults)
+    assert str(tmp_path / names[1]) in " ".join(faults)
+
+
+def test_composed_and_decomposed_accents_are_named_as_near_misses(tmp_path):
+    touch(tmp_path, "caf\u00e9.png", "cafe\u0301.txt")
+    (fault,) = find_pairs(tmp_path).faults
+    assert "differ only in letter case" in fault
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse such names")
+def test_a_name_that_is_not_utf8_is_a_fault_and_can_be_printed(tmp_path):
+    touch(tmp_path, "a.png", "a.txt")
+    with open(os.path.join(os.fsencode(tmp_path), b"b\xff.png"), "wb"):
+        pass
+    found = find_pairs(tmp_path)
+    (fault,) = found.faults
+    assert "is not UTF-8" in fault and "udcff" in fault
+    fault.encode()
+    assert [pair.name for pair in found.pairs] == ["a.png"]
+
+
+def test_unread_picture_types_are_a_warning(tmp_path):
+    touch(tmp_path, "a.png", "a.txt", "b.HEIC", "c.gif")
+    found = find_pairs(tmp_path)
+    (warning,) = found.warnings
+    assert "b.HEIC, c.gif" in warning and found.faults == ()
+
+
+def test_control_pictures_are_matched_by_stem(tmp_path):
+    touch(
+        tmp_path, "images/a.png", "images/a.txt", "images/s/b.jpg", "images/s/b.txt", "control/a.JPG", "control/s/b.png"
+    )
+    found = find_pairs(tmp_path / "images", control_folder=tmp_path / "control")
+    assert found.faults == ()
+    assert [pair.control_path for pair in found.pairs] == [tmp_path / "control/a.JPG", tmp_path / "control/s/b.png"]
+
+
+def test_control_faults(tmp_path):
+    touch(tmp_path, *(f"images/{stem}.{end}" for stem in "abcd" for end in ("png", "txt")))
+    touch(tmp_path, "control/b.png", "control/C.png", "control/d.png", "control/d.jpg", "control/e.png")
+    faults = "\n".join(find_pairs(tmp_path / "images", control_folder=tmp_path / "control").faults)
+    assert f"The picture {tmp_path}/images/a.png has no control picture {tmp_path}/control/a.*." in faults
+    assert f"The control picture {tmp_path}/control/e.png has no picture {tmp_path}/images/e.*." in faults
+    assert f"images/c.png and the control picture {tmp_path}/control/C.png have names that differ only" in faults
+    assert "control/d.jpg and " in faults and "belong to one target" in faults
+    assert faults.count("\n") == 3
+
+
+def test_a_missing_control_folder_is_one_fault(tmp_path):
+    touch(tmp_path, "images/a.png", "images/a.txt", "images/b.png", "images/b.txt")
+    (fault,) = find_pairs(tmp_path / "images", control_folder=tmp_path / "control").faults
+    assert "control folder" in fault and "does not exist" in fault
+
+
+@pytest.mark.parametrize(
+    ("data", "text"),
+    [
+        (b"a cat", "a cat"),
+        (b"\xef\xbb\xbfa cat\r\n", "a cat"),
+        ("  \n\u732b, caf\u00e9\n ".encode(), "\u732b, caf\u00e9"),
+        (b"first\nsecond\n", "first\nsecond"),
+        (b"", ""),
+        (b" \n\t", ""),
+        (b"\xef\xbb\xbf", ""),
+    ],
+)
+def test_captions_are_utf8_with_or_without_a_mark_and_stripped(tmp_path, data, text):
+    (tmp_path / "a.txt").write_bytes(data)
+    assert read_caption(tmp_path / "a.txt") == text
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        ("caf\u00e9".encode("latin-1"), "byte 0xe9 at position 3"),
+        (b"\xef\xbb\xbfab\xff", "byte 0xff at position 5"),
+        ("a cat".encode("utf-16"), "UTF-16"),
+        ("a cat".encode("utf-16-le"), "position 1"),
+        (b"abc\0", "position 3"),
+    ],
+)
+def test_other_encodings_are_faults_with_path_and_position(tmp_path, data, words):
+    path = tmp_path / "a.txt"
+    path.write_bytes(data)
+    with pytest.raises(DataError) as caught:
+        read_caption(path)
+    (fault,) = caught.value.faults
+    assert str(path) in fault and words in fault and "UTF-8" in fault
+
+
+def test_a_caption_that_cannot_be_opened_is_a_fault(tmp_path):
+    (tmp_path / "a.txt").mkdir()
+    with pytest.raises(DataError, match=r"a\.txt cannot be read"):
+        read_caption(tmp_path / "a.txt")
+
+
+def test_shorten_says_how_many_it_left_out():
+    assert shorten("abc") == "a, b, c"
+    assert shorten("abcdefg") == "a, b, c, d, e and 2 more"

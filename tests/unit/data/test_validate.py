@@ -1,0 +1,180 @@
+"""The report on a data set: what it counts, what it warns of, both layouts."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pixtune.data.validate import validate_dataset, validate_folder
+from tests.pictures import save_pair
+from utils import validate_dataset as script
+
+
+def test_a_good_folder_has_no_faults_and_no_warnings(tmp_path):
+    save_pair(tmp_path, "a.png", 1, "short")
+    save_pair(tmp_path, "sub/b.jpg", 2, "a longer caption")
+    report = validate_folder(tmp_path)
+    assert report.ok and report.faults == () and report.warnings == ()
+    assert report.num_pictures == 2
+    assert report.longest_caption.path == tmp_path / "sub/b.txt" and report.longest_caption.num_characters == 16
+    assert report.bucket_counts == {}
+    text = report.render()
+    assert "2 pictures" in text and "16 characters" in text and text.endswith("The data set is fine.")
+
+
+def test_bucket_counts(tmp_path):
+    for seed, size in enumerate([(128, 128), (200, 200), (256, 128), (300, 150)]):
+        save_pair(tmp_path, f"{seed}.png", seed, size=size)
+    report = validate_folder(tmp_path, img_size=64, multiple=16)
+    assert report.bucket_counts == {(64, 64): 2, (80, 48): 2}
+    assert "64 x 64: 2" in report.render()
+
+
+def test_small_pictures_are_named_with_their_training_size(tmp_path):
+    save_pair(tmp_path, "small.png", 1, size=(70, 50))
+    save_pair(tmp_path, "large.png", 2, size=(300, 300))
+    report = validate_folder(tmp_path, img_size=256)
+    (warning,) = report.warnings
+    assert f"{tmp_path}/small.png (64x48)" in warning and "large.png" not in warning and "not enlarged" in warning
+    assert report.bucket_counts == {(64, 48): 1, (256, 256): 1}
+
+
+def test_enlarged_pictures_are_named_with_the_factor(tmp_path):
+    save_pair(tmp_path, "small.png", 1, size=(64, 64))
+    (warning,) = validate_folder(tmp_path, img_size=256, upscale=True).warnings
+    assert f"{tmp_path}/small.png (4.00x)" in warning and "enlarged to reach img_size 256" in warning
+
+
+def test_a_picture_a_few_pixels_short_is_not_worth_a_warning(tmp_path):
+    save_pair(tmp_path, "a.png", 1, size=(255, 255))
+    report = validate_folder(tmp_path, img_size=256)
+    assert (report.warnings == () and report.bucket_counts == {(240, 240): 1}) or report.warnings
+
+
+def test_heavy_crops_are_named_with_the_share(tmp_path):
+    save_pair(tmp_path, "a.png", 1, size=(1000, 100))
+    (warning,) = validate_folder(tmp_path, img_size=64).warnings
+    assert f"{tmp_path}/a.png (60%)" in warning
+
+
+def test_duplicates_are_named_together(tmp_path):
+    for name in ("a.png", "b.png", "c/d.png"):
+        save_pair(tmp_path, name, seed=1)
+    save_pair(tmp_path, "e.png", seed=2)
+    (warning,) = validate_folder(tmp_path).warnings
+    assert warning == f"These pictures are the same file: {tmp_path}/a.png, {tmp_path}/b.png, {tmp_path}/c/d.png."
+
+
+def test_empty_captions_are_a_warning(tmp_path):
+    save_pair(tmp_path, "a.png", 1).with_suffix(".txt").write_text(" \n")
+    save_pair(tmp_path, "b.png", 2)
+    report = validate_folder(tmp_path)
+    assert report.ok
+    (warning,) = report.warnings
+    assert f"1 caption is empty and trains without words: {tmp_path}/a.txt." == warning
+
+
+def test_notes_of_the_decoder_are_warnings_with_the_path(tmp_path):
+    save_pair(tmp_path, "a.jpg")
+    Image.new("CMYK", (32, 32)).save(tmp_path / "a.jpg")
+    (warning,) = validate_folder(tmp_path).warnings
+    assert warning.startswith(f"{tmp_path}/a.jpg is CMYK without a colour profile")
+
+
+def test_caption_extension_is_passed_on(tmp_path):
+    save_pair(tmp_path, "a.png").with_suffix(".txt").rename(tmp_path / "a.caption")
+    assert validate_folder(tmp_path, "caption").ok
+    assert not validate_folder(tmp_path, "txt").ok
+
+
+@pytest.mark.parametrize(("multiple", "ok"), [(None, True), (16, True), (32, False)])
+def test_the_models_multiple_decides_what_is_too_small(tmp_path, multiple, ok):
+    save_pair(tmp_path, "a.png", size=(40, 20))
+    report = validate_folder(tmp_path, multiple=multiple)
+    assert report.ok == ok
+    if not ok:
+        assert f"{tmp_path}/a.png is 40x20 pixels; each side must have at least 32." in report.faults[0]
+
+
+def test_an_impossible_img_size_is_a_fault(tmp_path):
+    save_pair(tmp_path, "a.png")
+    assert validate_folder(tmp_path, img_size=8).faults == ("img_size is 8; it must be at least 16.",)
+
+
+def test_progress_counts_every_picture(tmp_path):
+    for seed in range(5):
+        save_pair(tmp_path, f"{seed}.png", seed)
+    seen = []
+    validate_folder(tmp_path, on_progress=lambda done, of: seen.append((done, of)))
+    assert seen == [(number, 5) for number in range(1, 6)]
+
+
+def make_edit_set(folder: Path) -> None:
+    for seed, name in enumerate(("a.jpg", "b.png")):
+        save_pair(folder / "images", name, seed)
+        save_pair(folder / "control", name, seed + 10).with_suffix(".txt").unlink()
+
+
+def test_the_edit_layout_is_known(tmp_path):
+    make_edit_set(tmp_path)
+    report = validate_folder(tmp_path)
+    assert report.ok and report.num_pictures == 2
+    assert (report.image_folder, report.control_folder) == (tmp_path / "images", tmp_path / "control")
+    assert f"Control pictures: {tmp_path}/control" in report.render()
+
+
+def test_faults_of_the_edit_layout_are_found(tmp_path):
+    make_edit_set(tmp_path)
+    (tmp_path / "control/a.jpg").unlink()
+    (tmp_path / "control/b.png").write_bytes(b"")
+    faults = validate_folder(tmp_path).faults
+    assert len(faults) == 2
+    assert f"images/a.jpg has no control picture {tmp_path}/control/a.*." in faults[0]
+    assert f"{tmp_path}/control/b.png is empty" in faults[1]
+
+
+def test_a_control_folder_elsewhere(tmp_path):
+    make_edit_set(tmp_path)
+    (tmp_path / "control").rename(tmp_path / "sketches")
+    assert validate_folder(tmp_path / "images", control_folder=tmp_path / "sketches").ok
+    assert not validate_folder(tmp_path / "images", control_folder=tmp_path / "control").ok
+
+
+def test_a_target_equal_to_its_control_is_no_duplicate(tmp_path):
+    save_pair(tmp_path / "images", "a.png", 1)
+    save_pair(tmp_path / "control", "a.png", 1).with_suffix(".txt").unlink()
+    assert validate_folder(tmp_path).warnings == ()
+
+
+def test_the_contracts_function_prints_and_answers(tmp_path, capsys):
+    assert script.validate_dataset is validate_dataset
+    save_pair(tmp_path, "a.png")
+    assert script.validate_dataset(str(tmp_path)) is True
+    assert "The data set is fine." in capsys.readouterr().out
+    (tmp_path / "a.txt").unlink()
+    assert script.validate_dataset(tmp_path) is False
+    assert f"{tmp_path}/a.png has no caption" in capsys.readouterr().out
+
+
+def test_the_contracts_command(tmp_path, repo_root):
+    def run(folder: Path) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "utils/validate_dataset.py", "--path", str(folder), "--img_size", "64"]
+        return subprocess.run(command, cwd=repo_root, capture_output=True, text=True, check=False)
+
+    save_pair(tmp_path / "good", "a.png", size=(64, 64))
+    good, missing = run(tmp_path / "good"), run(tmp_path / "absent")
+    assert (good.returncode, missing.returncode) == (0, 1), good.stderr + missing.stderr
+    assert "64 x 64: 1" in good.stdout
+    assert f"{tmp_path}/absent does not exist" in missing.stdout and missing.stderr == ""
+
+
+def test_pixels_are_not_kept(tmp_path):
+    """The report of a large folder is small: it holds no picture."""
+    save_pair(tmp_path, "a.png", size=(256, 256))
+    report = validate_folder(tmp_path)
+    assert not any(isinstance(value, Image.Image | np.ndarray) for value in vars(report).values())

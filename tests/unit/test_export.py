@@ -1,0 +1,241 @@
+"""Both LoRA files load in the stock pipeline and compute there what was trained, at a scale that is not 1."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from pixtune import adapters
+from pixtune.checkpoint import save_checkpoint
+from pixtune.draw import put_on_lora
+from pixtune.errors import CheckpointError, WeightsError
+from pixtune.export import (
+    COMFYUI_FILE,
+    DIFFUSERS_FILE,
+    LoraDescription,
+    diffusers_file,
+    export_checkpoint,
+    export_lora,
+)
+from pixtune.families import FAMILIES
+from pixtune.families.base import Placement
+from pixtune.weights import ModelFolder
+
+FAMILY = FAMILIES["qwen_image"]
+RANK, ALPHA = 4, 10.0
+TARGETS = ("to_q", "add_k_proj", "to_out.0", "img_mlp.net.0.proj")
+"""Not the defaults, so that the file and not a default decides; one with a number and one deep in a block."""
+ABOUT = LoraDescription(
+    rank=RANK,
+    alpha=ALPHA,
+    targets=TARGETS,
+    base_model="some/base",
+    family="qwen_image",
+    step=1234,
+    config_hash="0123456789abcdef",
+    trigger_words=["tw3mo", 'a "quoted" word'],
+    versions={"pixtune": "9.9", "torch": "1.2"},
+)
+
+
+@pytest.fixture(scope="module")
+def folder(repo_root: Path) -> ModelFolder:
+    return ModelFolder(repo_root / "assets" / "tiny-qwen-image")
+
+
+@pytest.fixture(scope="module")
+def base(folder: ModelFolder) -> nn.Module:
+    """The transformer without a LoRA; copy it before changing it."""
+    return FAMILY.load_transformer(folder, Placement(torch.device("cpu"), torch.float32))
+
+
+@pytest.fixture(scope="module")
+def adapted(base: nn.Module) -> nn.Module:
+    """With a LoRA whose up-projections are not zero, as after training."""
+    transformer = copy.deepcopy(base)
+    adapters.attach_lora(transformer, TARGETS, RANK, ALPHA, generator_seed=3)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for tensor in adapters.lora_weights(transformer).values():
+            tensor.copy_(torch.randn(tensor.shape, generator=generator) * 0.1)
+    return transformer
+
+
+@pytest.fixture(scope="module")
+def files(adapted: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with both files."""
+    path = tmp_path_factory.mktemp("export")
+    written = export_lora(path, adapters.lora_weights(adapted), ABOUT, FAMILY)
+    assert written == (path / DIFFUSERS_FILE, path / COMFYUI_FILE)
+    return path
+
+
+@pytest.fixture
+def diffusers_warnings(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
+    """diffusers says in warnings which keys were missing, unexpected or ignored."""
+    from diffusers.utils import logging as diffusers_logging
+
+    diffusers_logging.enable_propagation()
+    with caplog.at_level(logging.WARNING, logger="diffusers"):
+        yield caplog
+    diffusers_logging.disable_propagation()
+
+
+def stock_pipeline(folder: ModelFolder, base: nn.Module) -> Any:
+    from diffusers import QwenImagePipeline
+
+    return QwenImagePipeline.from_pretrained(
+        folder.path, transformer=copy.deepcopy(base), vae=None, text_encoder=None, tokenizer=None
+    )
+
+
+def velocity(transformer: nn.Module, folder: ModelFolder) -> Tensor:
+    noisy_BCHW = torch.randn(2, 16, 8, 4, generator=torch.Generator().manual_seed(1))
+    text = FAMILY.stack_conditioning([FAMILY.random_text(folder, count, seed=0) for count in (5, 9)])
+    with torch.no_grad():
+        return FAMILY.predict_velocity(transformer, noisy_BCHW, torch.tensor([0.3, 0.8]), text)
+
+
+def lora_modules(transformer: nn.Module) -> dict[str, Any]:
+    from peft.tuners.lora import LoraLayer
+
+    return {name: module for name, module in transformer.named_modules() if isinstance(module, LoraLayer)}
+
+
+@pytest.mark.parametrize("file_name", [DIFFUSERS_FILE, COMFYUI_FILE])
+def test_stock_pipeline_loads_every_key_and_computes_the_same(
+    files: Path,
+    folder: ModelFolder,
+    base: nn.Module,
+    adapted: nn.Module,
+    diffusers_warnings: pytest.LogCaptureFixture,
+    file_name: str,
+) -> None:
+    pipeline = stock_pipeline(folder, base)
+    pipeline.load_lora_weights(files, weight_name=file_name)
+    complaints = [r.getMessage() for r in diffusers_warnings.records if "key" in r.getMessage().lower()]
+    assert not complaints
+    loaded, ours = lora_modules(pipeline.transformer), lora_modules(adapted)
+    assert loaded.keys() == ours.keys() and loaded
+    expected, found = velocity(adapted, folder), velocity(pipeline.transformer, folder)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    change = (expected - velocity(base, folder)).abs().max()
+    assert change > 1e-2, "a LoRA without effect would prove nothing"
+
+
+def test_diffusers_file_carries_weights_untouched_and_the_scale_beside(
+    files: Path, folder: ModelFolder, base: nn.Module, adapted: nn.Module
+) -> None:
+    pipeline = stock_pipeline(folder, base)
+    pipeline.load_lora_weights(files, weight_name=DIFFUSERS_FILE, adapter_name="default")
+    ours = lora_modules(adapted)
+    for name, module in lora_modules(pipeline.transformer).items():
+        assert module.scaling == {"default": ALPHA / RANK}
+        assert torch.equal(module.lora_A["default"].weight, ours[name].lora_A["default"].weight)
+        assert torch.equal(module.lora_B["default"].weight, ours[name].lora_B["default"].weight)
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    with safe_open(path, framework="pt") as file:
+        return file.metadata()
+
+
+def test_no_file_has_the_scale_twice(files: Path) -> None:
+    tensors = {name: load_file(files / name) for name in (DIFFUSERS_FILE, COMFYUI_FILE)}
+    assert not any(key.endswith(".alpha") for key in tensors[DIFFUSERS_FILE])
+    assert "lora_adapter_metadata" in read_metadata(files / DIFFUSERS_FILE)
+    assert "lora_adapter_metadata" not in read_metadata(files / COMFYUI_FILE)
+    layers = {key.removesuffix(".lora_A.weight") for key in tensors[COMFYUI_FILE] if key.endswith(".lora_A.weight")}
+    assert {key for key in tensors[COMFYUI_FILE] if key.endswith(".alpha")} == {f"{layer}.alpha" for layer in layers}
+    assert {tensors[COMFYUI_FILE][f"{layer}.alpha"].item() for layer in layers} == {ALPHA}
+
+
+def test_keys_begin_as_each_program_wants_them(files: Path, adapted: nn.Module) -> None:
+    weights = adapters.lora_weights(adapted)
+    diffusers_tensors, comfyui_tensors = load_file(files / DIFFUSERS_FILE), load_file(files / COMFYUI_FILE)
+    assert diffusers_tensors.keys() == {f"transformer.{name}" for name in weights}
+    assert {key for key in comfyui_tensors if not key.endswith(".alpha")} == {
+        f"diffusion_model.{name}" for name in weights
+    }
+    for name, tensor in weights.items():
+        assert torch.equal(comfyui_tensors[f"diffusion_model.{name}"], tensor)
+    assert "transformer.transformer_blocks.0.attn.to_out.0.lora_A.weight" in diffusers_tensors
+    assert diffusers_tensors["transformer.transformer_blocks.0.attn.to_out.0.lora_A.weight"].dtype == torch.float32
+
+
+@pytest.mark.parametrize("file_name", [DIFFUSERS_FILE, COMFYUI_FILE])
+def test_metadata_says_where_the_lora_comes_from(files: Path, file_name: str) -> None:
+    metadata = read_metadata(files / file_name)
+    metadata.pop("lora_adapter_metadata", None)
+    assert metadata == {
+        "format": "pt",
+        "pixtune.base_model": "some/base",
+        "pixtune.family": "qwen_image",
+        "pixtune.step": "1234",
+        "pixtune.config_hash": "0123456789abcdef",
+        "pixtune.trigger_words": '["tw3mo", "a \\"quoted\\" word"]',
+        "pixtune.versions": '{"pixtune": "9.9", "torch": "1.2"}',
+        "pixtune.rank": "4",
+        "pixtune.alpha": "10.0",
+    }
+
+
+def test_a_checkpoint_exports_to_the_same_two_files(files: Path, adapted: nn.Module, tmp_path: Path) -> None:
+    tensors = diffusers_file(adapters.lora_weights(adapted), ABOUT)
+    checkpoint = save_checkpoint(tmp_path, 1234, {Path(DIFFUSERS_FILE).stem: tensors}, {})
+    for source in (checkpoint, files / DIFFUSERS_FILE):
+        for path in export_checkpoint(source, tmp_path / f"from {source.name}"):
+            assert load_file(path).keys() == load_file(files / path.name).keys()
+            assert all(torch.equal(load_file(path)[key], value) for key, value in load_file(files / path.name).items())
+            ours, expected = read_metadata(path), read_metadata(files / path.name)
+            scale, expected_scale = (json.loads(m.pop("lora_adapter_metadata", "0")) for m in (ours, expected))
+            if expected_scale:  # targets are sorted in the file
+                assert scale.pop("transformer.target_modules") == sorted(TARGETS)
+                expected_scale.pop("transformer.target_modules")
+            assert (ours, scale) == (expected, expected_scale)
+
+
+def test_exporting_what_is_no_lora_of_ours_is_refused(files: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="does not exist"):
+        export_checkpoint(tmp_path, tmp_path)
+    foreign = tmp_path / "foreign.safetensors"
+    save_file({"transformer.x.lora_A.weight": torch.zeros(1)}, foreign)
+    for source in (foreign, files / COMFYUI_FILE):  # the second has its scale elsewhere
+        with pytest.raises(CheckpointError, match=source.name):
+            export_checkpoint(source, tmp_path / "out")
+    (tmp_path / "text.safetensors").write_text("not tensors")
+    with pytest.raises(WeightsError, match="text.safetensors cannot be read"):
+        export_checkpoint(tmp_path / "text.safetensors", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_saved_lora_put_on_a_base_is_the_trained_one(
+    files: Path, folder: ModelFolder, base: nn.Module, adapted: nn.Module
+) -> None:
+    transformer = copy.deepcopy(base)
+    put_on_lora(transformer, files / DIFFUSERS_FILE)
+    assert torch.equal(velocity(transformer, folder), velocity(adapted, folder))
+
+
+def test_a_lora_without_scale_or_for_another_model_is_not_put_on(
+    files: Path, base: nn.Module, adapted: nn.Module, tmp_path: Path
+) -> None:
+    with pytest.raises(WeightsError, match="nowhere.safetensors cannot be read"):
+        put_on_lora(copy.deepcopy(base), tmp_path / "nowhere.safetensors")
+    with pytest.raises(WeightsError, match="scale is unknown"):
+        put_on_lora(copy.deepcopy(base), files / COMFYUI_FILE)
+    weights = adapters.lora_weights(adapted)
+    weights.pop(next(iter(weights)))
+    export_lora(tmp_path, weights, ABOUT, FAMILY)
+    with pytest.raises(WeightsError, match="does not fit this model"):
+        put_on_lora(copy.deepcopy(base), tmp_path / DIFFUSERS_FILE)
