@@ -13,6 +13,17 @@ from pixtune.errors import ConfigError
 ADAPTER_NAME = "default"
 
 
+class RoundedLinear(nn.Linear):
+    """A linear layer without bias whose fp32 weight is rounded to its input's format for the product.
+
+    PEFT casts the input up to fp32 instead, and the backward pass then keeps an fp32 copy of it for every layer: 10 GiB
+    and a tenth of the step for Qwen-Image at 1024x1024.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        return nn.functional.linear(input, self.weight.to(input.dtype))
+
+
 @dataclass(frozen=True)
 class AttachedLora:
     """What carries a LoRA now."""
@@ -51,11 +62,19 @@ def attach_lora(
     with torch.random.fork_rng():
         torch.manual_seed(generator_seed)
         transformer.add_adapter(config, adapter_name=ADAPTER_NAME)  # type: ignore[operator]
-    for parameter in transformer.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
-    modules = tuple(name for name, module in transformer.named_modules() if isinstance(module, LoraLayer))
-    return AttachedLora(modules, sum(p.numel() for p in trainable_parameters(transformer).values()))
+    layers = {name: module for name, module in transformer.named_modules() if isinstance(module, LoraLayer)}
+    for layer in layers.values():
+        layer.cast_input_dtype_enabled = False
+        for matrices in (layer.lora_A, layer.lora_B):
+            matrices[ADAPTER_NAME] = _with_fp32_weight(matrices[ADAPTER_NAME])
+    return AttachedLora(tuple(layers), sum(p.numel() for p in trainable_parameters(transformer).values()))
+
+
+def _with_fp32_weight(linear: nn.Linear) -> RoundedLinear:
+    with torch.device("meta"):
+        rounded = RoundedLinear(linear.in_features, linear.out_features, bias=False)
+    rounded.weight = nn.Parameter(linear.weight.detach().float())
+    return rounded
 
 
 def trainable_parameters(transformer: nn.Module) -> dict[str, nn.Parameter]:

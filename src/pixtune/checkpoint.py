@@ -1,13 +1,14 @@
 """Everything a run needs to go on, written so that a crash at any moment loses nothing.
 
 A checkpoint is a folder `checkpoint-000500` with the LoRA (itself a file that diffusers loads), the optimizer's state
-and `state.json`: step, config, plan, versions, and the size and SHA-256 of the other files. It is written under a
-temporary name, synced and renamed; older ones go only after it stands. There is no pickle and no generator state:
-random draws are functions of the step (see `draws.py`).
+and `state.json`: step, config, plan, versions, the size and SHA-256 of the other files, and its own SHA-256. It is
+written under a temporary name, synced and renamed; older ones go only after it stands. There is no pickle and no
+generator state: random draws are functions of the step (see `draws.py`).
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import re
@@ -75,7 +76,8 @@ def save_checkpoint(
             path = temporary / f"{stem}.safetensors"
             save_safetensors(path, values, metadata)
             files[path.name] = {"bytes": path.stat().st_size, "sha256": file_digest(path)}
-        state = {"format": FORMAT, "step": step, "files": files, "record": record}
+        state: dict[str, Any] = {"format": FORMAT, "step": step, "files": files, "record": record}
+        state["sha256"] = _state_digest(state)
         write_atomically(temporary / STATE_FILE, json.dumps(state, indent=1, sort_keys=True).encode())
         if final.exists():
             shutil.rmtree(final)  # the same step saved again, for example by a run that was set back
@@ -103,11 +105,13 @@ def load_checkpoint(path: Path) -> Checkpoint:
         raise CheckpointError(f"{path} is no checkpoint of pixtune: it has no {STATE_FILE}. {advice}") from error
     except ValueError as error:
         raise CheckpointError(f"{path / STATE_FILE} is damaged ({error}). {advice}") from error
-    if state.get("format") != FORMAT:
+    if isinstance(state, dict) and state.get("format", FORMAT) != FORMAT:
         raise CheckpointError(
-            f"{path} has checkpoint format {state.get('format')}, this version reads {FORMAT}. "
+            f"{path} has checkpoint format {state['format']}, this version reads {FORMAT}. "
             "Use the version that wrote it."
         )
+    if not isinstance(state, dict) or state.pop("sha256", None) != _state_digest(state):
+        raise CheckpointError(f"{path / STATE_FILE} is damaged: its content is not what was written. {advice}")
     tensors = {}
     for name, expected in state["files"].items():
         file = path / name
@@ -166,6 +170,11 @@ def remove_unfinished(output_dir: Path) -> None:
     for path in output_dir.glob(".checkpoint-*.writing"):
         log.info("removing %s, left by an interrupted write", path)
         shutil.rmtree(path)
+
+
+def _state_digest(state: Mapping[str, Any]) -> str:
+    """Over all of the state but the digest itself."""
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
 def _advice(path: Path) -> str:

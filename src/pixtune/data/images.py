@@ -58,8 +58,6 @@ _DECODER_ERRORS = (
     LookupError,
     EOFError,
     OverflowError,
-    NotImplementedError,
-    AssertionError,
     MemoryError,
     struct.error,
     zlib.error,

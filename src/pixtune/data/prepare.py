@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -12,6 +13,7 @@ from rich.console import Console
 from pixtune import draws
 from pixtune.config.schema import TrainConfig
 from pixtune.data.batches import SampleReader
+from pixtune.data.buckets import Framing
 from pixtune.data.cache import CacheKey, DiskStore, Ledger, MemoryStore, Store, file_digest, missing_keys
 from pixtune.data.encode import Encoder, FramedPicture, hash_text
 from pixtune.data.samples import Sample, check_folder, read_samples, split_held_out
@@ -73,24 +75,24 @@ def prepare_data(
     cached = Cached(
         encoder.store,
         dict(zip(texts, text_keys, strict=True)),
-        {(p.name, p.framing): key for p, key in zip(pictures, latent_keys, strict=True)},
+        {(p.path, p.framing): key for p, key in zip(pictures, latent_keys, strict=True)},
     )
     return _gather(config, family, folder, cached, training, held_out)
 
 
 @dataclass(frozen=True)
 class Cached:
-    """Finds entries by what a person calls them."""
+    """Finds entries by caption, and by picture file and framing."""
 
     store: Store
     text_keys: dict[str, CacheKey]
-    latent_keys: dict[tuple[str, object], CacheKey]
+    latent_keys: dict[tuple[Path, Framing], CacheKey]
 
     def text(self, text: str) -> Conditioning:
         return self.store.read(self.text_keys[text].digest)
 
     def latents(self, sample: Sample, variant: int = 0) -> LatentDistribution:
-        entry = self.store.read(self.latent_keys[sample.name, sample.framings[variant]].digest)
+        entry = self.store.read(self.latent_keys[sample.image_path, sample.framings[variant]].digest)
         return LatentDistribution(entry["mean"], entry["std"])
 
 
@@ -142,7 +144,7 @@ def _gather(
         names=[sample.name for sample in training],
     )
     keys = [cached.text_keys[s.caption].digest for s in training]
-    keys += [cached.latent_keys[s.name, framing].digest for s in training for framing in s.framings]
+    keys += [cached.latent_keys[s.image_path, framing].digest for s in training for framing in s.framings]
     return PreparedData(
         reader=reader,
         buckets=[[framing.size for framing in sample.framings] for sample in training],

@@ -11,7 +11,7 @@ from itertools import pairwise
 from pixtune.report.record import MOST_POINTS, Point, thin
 
 WIDTH, HEIGHT = 520, 250
-TOP, RIGHT, BOTTOM = 12, 16, 40
+TOP, RIGHT, BOTTOM = 12, 24, 40
 """Margins; the left one depends on the labels."""
 LABEL_WIDTH = 9.0
 """Of one digit at the charts' larger font size, 15."""
@@ -112,20 +112,27 @@ def draw_grid(
 
 def draw_series(series: Series, place: Callable[[Point], tuple[float, float]], suffix: str) -> str:
     """A series as one path, with marks that tell their value where they are few."""
-    raw = series.kind == "raw"
-    as_dots = raw and len(series.points) <= MOST_POINTS
     places = [place(point) for point in thin(series.points)]
-    if as_dots or len(places) == 1:
+    style = path_style(series)
+    if style in ("dot", "dots"):
         path = "".join(f"M{x} {y}h0" for x, y in places)
     else:
         path = "M" + "L".join(f"{x} {y}" for x, y in places)
-    style = "dots" if as_dots else ("pale" if raw else "line") if len(places) > 1 else "dot"
     drawn = f'<path class="{style} c{series.color}" d="{path}"/>'
     if series.kind == "marked" and len(series.points) <= MOST_MARKERS:
         for step, value in series.points:
             hover = escape(f"{series.label}, step {step:,}: {format_value(value)}{suffix}")
             drawn += draw_mark(series.color, *place((step, value)), f"<title>{hover}</title>")
     return drawn
+
+
+def path_style(series: Series) -> str:
+    """The CSS class of a series' path. A cloud of more points than can be told apart is drawn as a pale line."""
+    if len(series.points) == 1:
+        return "dot"
+    if series.kind == "raw":
+        return "dots" if len(series.points) <= MOST_POINTS else "pale"
+    return "line"
 
 
 def draw_mark(color: int, x: float, y: float, inner: str = "") -> str:
@@ -143,11 +150,10 @@ def draw_legend(series: Sequence[Series]) -> str:
     """Names of the series, each with a small picture of its line."""
     entries = []
     for one in series:
-        if one.kind == "raw":
-            swatch = f'<path class="dots c{one.color}" d="M4 9h0M11 4h0M18 7h0"/>'
-        else:
-            swatch = f'<path class="line c{one.color}" d="M1 6H21"/>'
-            swatch += draw_mark(one.color, 11, 6) if one.kind == "marked" else ""
+        style = path_style(one)
+        path = {"dots": "M4 9h0M11 4h0M18 7h0", "dot": "M11 6h0"}.get(style, "M1 6H21")
+        swatch = f'<path class="{style} c{one.color}" d="{path}"/>'
+        swatch += draw_mark(one.color, 11, 6) if one.kind == "marked" else ""
         icon = f'<svg viewBox="0 0 22 12" width="22" height="12" aria-hidden="true">{swatch}</svg>'
         entries.append(f"<li>{icon} {escape(one.label)}</li>")
     return f'<ul class="legend">{"".join(entries)}</ul>'

@@ -10,7 +10,7 @@ from typing import Any
 
 from pixtune.report.charts import Chart, Series, draw_chart
 from pixtune.report.pictures import data_uri, edge_for, open_picture, spread
-from pixtune.report.record import Outcome, RunRecord, Sample, Strip, Validation, smooth, smoothing_window
+from pixtune.report.record import Outcome, RunRecord, Sample, Validation, smooth, smoothing_window
 from pixtune.report.style import CSS
 from pixtune.resume import flatten
 
@@ -44,7 +44,7 @@ def build_page(
         f'<header><h1>{name}</h1><p class="quiet">{escape(str(output_dir))}</p>{build_outcome(record)}</header>',
         build_tiles(record, plan),
         build_pairs(output_dir, record),
-        build_strips(output_dir, record.strips),
+        build_strips(output_dir, record),
         build_charts(record),
         '<div class="columns">',
         build_table("LoRA and data", {key: format_plain(value) for key, value in facts.items()}),
@@ -135,12 +135,12 @@ def build_pairs(output_dir: Path, record: RunRecord) -> str:
     return f'<section><h2>Before and after{left_out}</h2><div class="pairs">{"".join(figures)}</div></section>'
 
 
-def build_strips(output_dir: Path, strips: Sequence[Strip]) -> str:
+def build_strips(output_dir: Path, record: RunRecord) -> str:
     """All pictures of a prompt in a row. Left out where before and after already say it all."""
-    if not any(len(strip.samples) > 2 or strip.samples[0].step > 0 for strip in strips):
+    if len(record.pairs) == len(record.strips) and all(len(strip.samples) == 2 for strip in record.strips):
         return ""
+    strips = spread(record.strips, MOST_PAIRS)
     edge = edge_for(sum(len(strip.samples) for strip in strips), MOST_STRIP_PIXELS, STRIP_EDGES)
-    strips = spread(strips, MOST_PAIRS)
     most = max(MOST_STRIP_PIXELS // (edge * edge * len(strips)), 2)
     rows = []
     for strip in strips:
@@ -151,7 +151,8 @@ def build_strips(output_dir: Path, strips: Sequence[Strip]) -> str:
         left_out = f", {len(samples)} of {len(strip.samples)} pictures" if len(samples) < len(strip.samples) else ""
         title = f'<h3 dir="auto">{escape(strip.prompt)} <span class="quiet">seed {strip.seed}{left_out}</span></h3>'
         rows.append(f'{title}<ul class="strip" tabindex="0" aria-label="Samples by step">{pictures}</ul>')
-    return f"<section><h2>Samples by step</h2>{''.join(rows)}</section>"
+    of_all = f" ({len(strips)} of {len(record.strips)} prompts and seeds)" if len(strips) < len(record.strips) else ""
+    return f"<section><h2>Samples by step{of_all}</h2>{''.join(rows)}</section>"
 
 
 def build_picture(output_dir: Path, sample: Sample, edge: int, caption: str) -> str:
@@ -183,12 +184,10 @@ def build_charts(record: RunRecord) -> str:
 def plan_charts(record: RunRecord) -> list[Chart]:
     """The charts in the order shown."""
     end = record.last_step
-    held_out = [(v.step, v.loss) for v in record.validations]
+    held_out = [Series("held-out", [(v.step, v.loss) for v in record.validations], 0, "marked")]
     return [
         Chart("Training loss", "mean squared error of the velocity", smoothed(record, "loss"), end),
-        Chart(
-            "Held-out loss", "fixed noise and sigmas, so points compare", [Series("held-out", held_out, 0, "marked")], end
-        ),
+        Chart("Held-out loss", "fixed noise and sigmas, so points compare", held_out, end),
         Chart("Held-out loss by sigma", "change since the first point", quarter_changes(record), end, suffix="%"),
         Chart("Gradient norm", "before clipping", smoothed(record, "grad_norm"), end),
         Chart("Learning rate", "", [Series("learning rate", record.series("learning_rate"), 0)], end, from_zero=True),

@@ -16,7 +16,8 @@ Item = TypeVar("Item")
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 KEPT_EDGE = 256
-"""Pictures up to this many pixels are embedded as they are."""
+"""Pictures up to this many pixels are embedded as they are, unless they are noisy."""
+MOST_PNG_BYTES_PER_PIXEL = 1.5
 JPEG_QUALITY = 88
 
 SMALLEST_TILE, LARGEST_TILE = 256, 512
@@ -47,13 +48,26 @@ def resize(picture: Image.Image, edge: int) -> Image.Image:
 
 
 def data_uri(picture: Image.Image, edge: int) -> str:
-    """The picture, at most `edge` pixels long, as text that a page can hold: PNG if small, else JPEG."""
+    """The picture, at most `edge` pixels long, as text that a page can hold: a small one as it is, else a JPEG."""
+    if max(picture.size) <= min(edge, KEPT_EDGE):
+        data = encode(picture, "png")
+        if len(data) <= MOST_PNG_BYTES_PER_PIXEL * picture.width * picture.height:
+            return as_uri(data, "png")
     if max(picture.size) > edge:
         picture = resize(picture, edge)
-    kind = "png" if max(picture.size) <= KEPT_EDGE else "jpeg"
+    return as_uri(encode(picture, "jpeg", quality=JPEG_QUALITY), "jpeg")
+
+
+def encode(picture: Image.Image, kind: str, **options: int) -> bytes:
+    """A picture file's content."""
     stream = io.BytesIO()
-    picture.save(stream, kind, optimize=True, **({"quality": JPEG_QUALITY} if kind == "jpeg" else {}))
-    return f"data:image/{kind};base64,{base64.b64encode(stream.getvalue()).decode()}"
+    picture.save(stream, kind, optimize=True, **options)
+    return stream.getvalue()
+
+
+def as_uri(data: bytes, kind: str) -> str:
+    """A picture file as the address of itself."""
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
 
 
 def edge_for(num_pictures: int, most_pixels: int, edges: Sequence[int]) -> int:
@@ -99,9 +113,7 @@ def draw_before_after(output_dir: Path, record: RunRecord) -> bytes:
                 pen.rectangle((x - 1, y - 1, x + tile.width, y + tile.height), outline="#d0d4da")
             else:
                 draw_missing(pen, (x, y, x + width - 1, y + height - 1), sample.path)
-    stream = io.BytesIO()
-    grid.save(stream, "png", optimize=True)
-    return stream.getvalue()
+    return encode(grid, "png")
 
 
 def tile_edge(picture: Image.Image) -> int:
@@ -148,7 +160,8 @@ def font_for(text: str, size: int) -> Font | None:
 
 def wrap(text: str, font: Font, width: int, most_lines: int) -> list[str]:
     """Lines at most `width` pixels long, broken between words or, where a word is longer, within it."""
-    lines, rest = [], text
+    lines: list[str] = []
+    rest = text
     while rest and len(lines) <= most_lines:
         length = min(len(rest), width)  # no letter is narrower than a pixel
         while length > 1 and font.getlength(rest[:length]) > width:

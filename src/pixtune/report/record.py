@@ -157,7 +157,7 @@ def thin(points: Sequence[Point], limit: int = MOST_POINTS) -> list[Point]:
 
 
 def smooth(points: Sequence[Point], window: int) -> list[Point]:
-    """A centred moving mean of `window` (odd) points, cut off at the ends. Unlike an exponential mean it does not lag."""
+    """A moving mean of `window` (odd) points around each, cut off at the ends. An exponential mean would lag."""
     sums = [0.0]
     for _, value in points:
         sums.append(sums[-1] + value)
@@ -169,5 +169,5 @@ def smooth(points: Sequence[Point], window: int) -> list[Point]:
 
 
 def smoothing_window(num_points: int) -> int:
-    """A twentieth of the run, odd; 1 (no smoothing) where there is too little to smooth."""
-    return num_points // 20 * 2 + 1 if num_points >= 20 else 1
+    """A tenth of the run, at most 201, odd; 1 (no smoothing) where there is too little to smooth."""
+    return min(num_points // 20 * 2 + 1, 201) if num_points >= 20 else 1

@@ -47,9 +47,12 @@ figure { margin: 0; }
 .strip li { flex: 0 0 136px; }
 .strip .picture { text-align: center; }
 .charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 460px), 1fr)); gap: 16px; }
-.chart { display: flex; flex-direction: column; padding: 14px 16px 10px; background: var(--card); border-radius: 10px; min-width: 0; }
-.chart svg[role=img] { display: block; width: 100%; height: auto; margin-top: auto; padding-top: 6px; }
-.legend { display: flex; flex-wrap: wrap; gap: 2px 16px; margin: 4px 0 0; padding: 0; list-style: none; }
+.chart {
+  display: flex; flex-direction: column; min-width: 0; padding: 14px 16px 10px; background: var(--card);
+  border-radius: 10px;
+}
+.chart svg[role=img] { display: block; width: 100%; height: auto; margin-top: auto; overflow: visible; }
+.legend { display: flex; flex-wrap: wrap; gap: 2px 16px; margin: 4px 0 6px; padding: 0; list-style: none; }
 .legend li { color: var(--quiet); font-size: 0.8125rem; white-space: nowrap; }
 .legend svg { vertical-align: -1px; }
 svg text { fill: var(--quiet); font-size: 13px; font-variant-numeric: tabular-nums; }
