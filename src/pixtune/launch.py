@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from datetime import timedelta
+from importlib.util import find_spec
 from types import FrameType, TracebackType
 from typing import Self
 
@@ -12,6 +14,7 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
 
 from pixtune.config.schema import TrainConfig
+from pixtune.errors import ConfigError
 
 CACHING_TIMEOUT = timedelta(hours=12)
 """Other processes wait while the first fills the cache; the default of 10 minutes would end the run."""
@@ -21,7 +24,17 @@ def start_accelerator(config: TrainConfig) -> Accelerator:
     """The process group, device and trackers; the same under `accelerate launch` and plain `python`.
 
     Precision, accumulation and gradient exchange are the loop's own: see `train.train_step`.
+
+    Raises:
+        ConfigError: the tracker in `report_to` is not installed; accelerate would go on without it.
     """
+    if config.report_to and find_spec(config.report_to) is None:
+        raise ConfigError(
+            f"report_to is {config.report_to}",
+            [f"{config.report_to} is not installed: pip install {config.report_to}, or report_to=null"],
+        )
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read once, when CUDA starts
     return Accelerator(
         log_with=config.report_to,
         project_config=ProjectConfiguration(

@@ -44,8 +44,12 @@ class CacheKey:
     parts: dict[str, str] = field(hash=False)
 
     @property
+    def all_parts(self) -> dict[str, str]:
+        return {**self.parts, "code": CODE_VERSION}
+
+    @property
     def digest(self) -> str:
-        text = json.dumps({**self.parts, "code": CODE_VERSION}, sort_keys=True)
+        text = json.dumps(self.all_parts, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -111,8 +115,9 @@ class Ledger:
         self._parts: dict[str, dict[str, str]] = {}
         if path is not None and path.is_file():
             try:
-                self._parts = json.loads(path.read_text(encoding="utf-8"))
-            except ValueError:
+                found = json.loads(path.read_text(encoding="utf-8"))
+                self._parts = {item: dict(parts.items()) for item, parts in found.items()}
+            except (ValueError, AttributeError):  # no JSON, or JSON of another shape
                 log.warning("%s is damaged; reasons for cache misses are unknown this once", path)
 
     def reason(self, key: CacheKey) -> str:
@@ -120,11 +125,11 @@ class Ledger:
         before = self._parts.get(key.item)
         if before is None:
             return "new"
-        changed = [name for name in key.parts if before.get(name) != key.parts[name]]
+        changed = [name for name, value in key.all_parts.items() if before.get(name) != value]
         return f"changed: {', '.join(changed)}" if changed else "deleted or damaged"
 
     def remember(self, keys: Iterable[CacheKey]) -> None:
-        self._parts.update({key.item: key.parts for key in keys})
+        self._parts.update({key.item: key.all_parts for key in keys})
         if self.path is not None:
             write_atomically(self.path, json.dumps(self._parts, indent=0, sort_keys=True).encode())
 

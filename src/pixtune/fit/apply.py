@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 import torch
 from torch import nn
 
@@ -19,7 +17,6 @@ def apply_switches(plan: MemoryPlan) -> None:
     if plan.cudnn_attention is not None:
         torch.backends.cuda.enable_cudnn_sdp(plan.cudnn_attention)
     if plan.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with a fixed one
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False
 
