@@ -26,8 +26,9 @@ def draw_key(seed: int, purpose: Purpose, *where: int | str) -> int:
 
 def uniform(seed: int, purpose: Purpose, *where: int | str) -> float:
     """One number in the open interval (0, 1)."""
-    # 53 bits of the key are as uniform as any generator's, and far cheaper than building one.
-    return ((draw_key(seed, purpose, *where) >> 10) + 0.5) / 2**53
+    # 52 bits of the key are as uniform as any generator's, and far cheaper than building one; with 53 the largest
+    # would round to 1.
+    return ((draw_key(seed, purpose, *where) >> 11) + 0.5) / 2**52
 
 
 def normal(shape: Sequence[int], seed: int, purpose: Purpose, *where: int | str) -> Tensor:

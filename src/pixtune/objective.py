@@ -51,7 +51,7 @@ def shift_sigmas(sigma_B: Tensor, mu: float) -> Tensor:
     The same curve as the exponential and the constant shift of diffusers' `FlowMatchEulerDiscreteScheduler`,
     with `mu` the log of its constant shift. 0 leaves sigmas as they are.
     """
-    return math.exp(mu) * sigma_B / (math.exp(mu) * sigma_B + 1 - sigma_B)
+    return math.exp(mu) * sigma_B / (math.exp(mu) * sigma_B + (1 - sigma_B))  # grouped so that 1 stays exactly 1
 
 
 def add_noise(latents_BCHW: Tensor, noise_BCHW: Tensor, sigma_B: Tensor) -> Tensor:

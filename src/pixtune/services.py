@@ -6,8 +6,6 @@ bit for bit as it was.
 
 from __future__ import annotations
 
-import math
-import time
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -15,7 +13,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-import torch
 from rich.console import Console
 from torch import Tensor
 
@@ -33,14 +30,16 @@ from pixtune.config import to_dict
 from pixtune.config.schema import TrainConfig
 from pixtune.data.batches import Batch
 from pixtune.data.prepare import PreparedData
-from pixtune.errors import CheckpointError, TrainingError
+from pixtune.errors import CheckpointError
 from pixtune.export import DIFFUSERS_FILE, LoraDescription, diffusers_file, export_lora
 from pixtune.families.base import Placement
+from pixtune.figures import PendingStep, StepFigures
 from pixtune.fit.apply import FORMATS
 from pixtune.hardware.facts import package_versions
-from pixtune.hardware.monitor import get_memory_stats, reset_peak_memory_stats
+from pixtune.hardware.monitor import reset_peak_memory_stats
 from pixtune.metrics import FILE_NAME, MetricsLog
 from pixtune.progress import StepBar
+from pixtune.report import write_report
 from pixtune.resume import config_hash, flatten, refuse_other_run
 from pixtune.sample import PromptSampler, SamplerSettings
 from pixtune.validation import ValidationLoss, measure
@@ -65,17 +64,6 @@ class TrainResult:
     last_loss: ValidationLoss | None = None
 
 
-@dataclass(frozen=True)
-class PendingStep:
-    """A step whose figures are still on the device."""
-
-    step: int
-    loss: Tensor
-    grad_norm: Tensor
-    learning_rate: float
-    names: list[str]
-
-
 class Services:
     """See the module. Only the first process writes; others keep pace."""
 
@@ -92,7 +80,6 @@ class Services:
             Placement(run.accelerator.device, FORMATS[run.plan.weights_format]),
             keep_autoencoder=run.plan.encoders_stay,
         )
-        self._pending: list[PendingStep] = []
         self._names: list[str] = []
         self._losses: dict[int, ValidationLoss] = {}
         self._saved_step = start_step
@@ -101,20 +88,22 @@ class Services:
     # ---- life
 
     def __enter__(self) -> Self:
-        self._clock = time.perf_counter()
-        self._step_seconds = 0.0
+        config, log = self.config, None
         if self.is_main:
             remove_unfinished(self.output_dir)
-            self.log = MetricsLog(self.output_dir / FILE_NAME, self.start_step)
-            self._stack.callback(self.log.close)
+            log = self.log = MetricsLog(self.output_dir / FILE_NAME, self.start_step)
+            self._stack.callback(log.close)
             self._losses = {
                 line["step"]: ValidationLoss(line["loss"], tuple(line["quarters"]))
-                for line in self.log.kept
+                for line in log.kept
                 if line["kind"] == "validation"
             }
-        if self.config.report_to:
-            self.run.accelerator.init_trackers(self.config.tracker_project_name, tracker_values(to_dict(self.config)))
+        accelerator = self.run.accelerator
+        if config.report_to:
+            accelerator.init_trackers(config.tracker_project_name, tracker_values(to_dict(config)))
         self.bar = self._stack.enter_context(StepBar(self.console, self.start_step, self.run.num_steps))
+        images_per_step = config.batch_size * config.gradient_accumulation_steps * accelerator.num_processes
+        self.figures = StepFigures(accelerator, log, self.bar, images_per_step, bool(config.report_to))
         reset_peak_memory_stats()
         return self
 
@@ -155,7 +144,7 @@ class Services:
         if self.start_step == 0:
             self._validate(0)
             self._draw_pictures(0)
-        self._start_clock()
+        self.figures.restart_clock()
 
     def see_batch(self, batch: Batch) -> None:
         """Remembers which pictures a step saw, to name them if its loss is no number."""
@@ -164,13 +153,13 @@ class Services:
     def after_step(self, step: int, loss: Tensor, grad_norm: Tensor) -> None:
         config, last = self.config, step == self.run.num_steps
         rate = self.run.learning_rate_at(step - 1)
-        self._pending.append(PendingStep(step, loss, grad_norm, rate, self._names))
+        self.figures.add(PendingStep(step, loss, grad_norm, rate, self._names))
         self._names = []
         validation_due = last or step % config.validation.every == 0
         pictures_due = last or step % config.samples.every == 0
         save_due = last or step % config.checkpointing_steps == 0
         if step % config.logging_steps == 0 or validation_due or save_due:
-            self._read_back()
+            self.figures.read_back()
         self.bar.advance(step)
         if validation_due:
             self._validate(step)
@@ -179,11 +168,11 @@ class Services:
         if save_due:
             self._save(step)
         if validation_due or pictures_due or save_due:
-            self._start_clock()
+            self.figures.restart_clock()
 
     def interrupted(self, step: int) -> TrainResult:
         """Saves, so that no step is lost."""
-        self._read_back()
+        self.figures.read_back()
         if self._saved_step != step:
             self._save(step)
         self._print(f"stopped after step {step}; go on with resume_from_checkpoint=latest")
@@ -195,8 +184,6 @@ class Services:
         first, last = self._losses.get(0), self._losses.get(step)
         if self.is_main:
             paths = export_lora(self.output_dir, self._weights(), self._describe(step), self.run.family)
-            from pixtune.report import write_report
-
             report = write_report(
                 self.output_dir,
                 config=to_dict(self.config),
@@ -225,37 +212,6 @@ class Services:
     def _print(self, line: str) -> None:
         self.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
-    def _start_clock(self) -> None:
-        self._clock = time.perf_counter()
-        self._clock_step: int | None = None
-
-    def _read_back(self) -> None:
-        """The one place that waits for the device: takes the figures of all steps since the last time."""
-        if not self._pending:
-            return
-        losses, norms = torch.stack([torch.stack((p.loss, p.grad_norm.float())) for p in self._pending]).T.tolist()
-        now = time.perf_counter()
-        seconds = (now - self._clock) / len(self._pending)
-        self._clock = now
-        memory = get_memory_stats()["max_allocated_gb"]
-        pending, self._pending = self._pending, []
-        for entry, loss, norm in zip(pending, losses, norms, strict=True):
-            if not (math.isfinite(loss) and math.isfinite(norm)):
-                raise TrainingError(
-                    f"step {entry.step}: loss {loss}, gradient norm {norm}. Training stops here; step "
-                    f"{self._saved_step} is the last one saved. Pictures of this step: {', '.join(entry.names)}. "
-                    "Look at them, or lower learning_rate."
-                )
-            if self.is_main:
-                self.log.write(
-                    "step", entry.step, loss=loss, grad_norm=norm, learning_rate=entry.learning_rate,
-                    seconds=round(seconds, 5), peak_memory_gib=round(memory, 3),
-                )  # fmt: skip
-        samples = self.config.batch_size * self.config.gradient_accumulation_steps * self.run.accelerator.num_processes
-        self.bar.figures(losses[-1], seconds, samples / seconds, memory)
-        values = {"loss": losses[-1], "grad_norm": norms[-1], "learning_rate": pending[-1].learning_rate}
-        self._track(pending[-1].step, {**values, "seconds_per_step": seconds, "peak_memory_gib": memory})
-
     def _validate(self, step: int) -> None:
         if not self.data.held_out or not self.is_main or step in self._losses:
             return
@@ -266,7 +222,7 @@ class Services:
         )  # fmt: skip
         self._losses[step] = loss
         self.log.write("validation", step, loss=loss.mean, quarters=loss.quarters)
-        self._track(step, {"held_out_loss": loss.mean})
+        self.figures.track(step, {"held_out_loss": loss.mean})
         self._print(f"step {step}: held-out loss {loss.mean:.4f}")
 
     def _draw_pictures(self, step: int) -> None:
@@ -301,10 +257,6 @@ class Services:
             prune_checkpoints(self.output_dir, self.config.checkpoints_total_limit)
             self._print(f"step {step}: saved {checkpoint_path(self.output_dir, step)}")
         self._saved_step = step
-
-    def _track(self, step: int, values: Mapping[str, float]) -> None:
-        if self.config.report_to:
-            self.run.accelerator.log(dict(values), step=step)
 
     def _weights(self) -> dict[str, Tensor]:
         return adapters.lora_weights(self.run.transformer)

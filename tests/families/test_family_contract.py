@@ -31,7 +31,7 @@ CPU = torch.device("cpu")
 FP32, BF16 = Placement(CPU, torch.float32), Placement(CPU, torch.bfloat16)
 SIZES = [(64, 64), (96, 48), (32, 80)]
 """(width, height) in pixels; width and height must not be mixed up."""
-PROMPTS = ["a red fox", "a small blue house with a green door and two windows, flat emoji style", "{braces} \"and\" 狐"]
+PROMPTS = ["a red fox", "a small blue house with a green door and two windows, flat emoji style", '{braces} "and" 狐']
 
 
 # ---- the stock pipelines, each behind the same few calls
@@ -191,7 +191,7 @@ def test_family_is_found_by_the_folders_own_index(case: Case) -> None:
 
 def test_another_pipelines_folder_is_refused_by_its_kind(tmp_path: Path) -> None:
     (tmp_path / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
-    with pytest.raises(WeightsError, match="StableDiffusionPipeline.*qwen_image"):
+    with pytest.raises(WeightsError, match=r"StableDiffusionPipeline.*qwen_image"):
         family_of(ModelFolder(tmp_path))
 
 

@@ -214,7 +214,7 @@ def test_exporting_what_is_no_lora_of_ours_is_refused(files: Path, tmp_path: Pat
         with pytest.raises(CheckpointError, match=source.name):
             export_checkpoint(source, tmp_path / "out")
     (tmp_path / "text.safetensors").write_text("not tensors")
-    with pytest.raises(WeightsError, match="text.safetensors cannot be read"):
+    with pytest.raises(WeightsError, match=r"text\.safetensors cannot be read"):
         export_checkpoint(tmp_path / "text.safetensors", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -230,7 +230,7 @@ def test_a_saved_lora_put_on_a_base_is_the_trained_one(
 def test_a_lora_without_scale_or_for_another_model_is_not_put_on(
     files: Path, base: nn.Module, adapted: nn.Module, tmp_path: Path
 ) -> None:
-    with pytest.raises(WeightsError, match="nowhere.safetensors cannot be read"):
+    with pytest.raises(WeightsError, match=r"nowhere\.safetensors cannot be read"):
         put_on_lora(copy.deepcopy(base), tmp_path / "nowhere.safetensors")
     with pytest.raises(WeightsError, match="scale is unknown"):
         put_on_lora(copy.deepcopy(base), files / COMFYUI_FILE)

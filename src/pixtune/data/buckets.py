@@ -136,7 +136,7 @@ def _size_without_upscaling(width: int, height: int, wanted: float, buckets: Buc
     region_width, region_height = min(width, height * wanted), min(height, width / wanted)
     own_width = max(_round_down(int(region_width), multiple), multiple)
     own_height = max(_round_down(int(region_height), multiple), multiple)
-    # A picture just short of its bucket may still have more than img_size squared pixels: rule 3 cuts its short side.
+    # With a coarse step a picture may be too small for its bucket and still too large for rule 3: cut its short side.
     if own_width >= own_height:
         return own_width, max(min(own_height, _round_down(buckets.img_size**2 // own_width, multiple)), multiple)
     return max(min(own_width, _round_down(buckets.img_size**2 // own_height, multiple)), multiple), own_height
@@ -149,10 +149,10 @@ def _cover(width: int, height: int, bucket: Size) -> Framing:
     """
     bucket_width, bucket_height = bucket
     if bucket_width * height >= bucket_height * width:
-        box_width, box_height = float(width), min(width * bucket_height / bucket_width, float(height))
+        box_width, box_height = float(width), width * bucket_height / bucket_width
         scale = bucket_width / width
     else:
-        box_width, box_height = min(height * bucket_width / bucket_height, float(width)), float(height)
+        box_width, box_height = height * bucket_width / bucket_height, float(height)
         scale = bucket_height / height
     left, top = (width - box_width) / 2, (height - box_height) / 2
     box = (left, top, min(left + box_width, float(width)), min(top + box_height, float(height)))

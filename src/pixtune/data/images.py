@@ -262,10 +262,9 @@ def _to_eight_bits(image: Image.Image, raw_mode: str) -> Image.Image:
         return image
     if image.mode in ("1", "LA"):
         return image.getchannel(0).convert("L")
-    if image.mode == "RGBA":
-        return Image.merge("RGB", image.split()[:3])
-    # Not convert("RGB"), which would read a palette's transparency again; RGBA has each pixel's own colour.
-    return _to_eight_bits(image.convert("RGBA"), "RGBA") if image.mode in ("P", "PA") else image.convert("RGB")
+    if image.mode in ("P", "PA"):  # by way of RGBA, because Pillow warns when a palette's transparency is dropped
+        image = image.convert("RGBA")
+    return image.convert("RGB")
 
 
 def _grey(levels: np.ndarray, white: int, image: Image.Image) -> Image.Image:

@@ -162,7 +162,7 @@ def _stem(name: str) -> str:
 
 def _folded(stem: str) -> str:
     """Equal for names that a file system may take for one: letter case, composed and decomposed accents."""
-    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", stem).casefold())
+    return unicodedata.normalize("NFC", stem.casefold())
 
 
 def _by_stem(names: Iterable[str], fold: bool = False) -> dict[str, list[str]]:

@@ -51,6 +51,7 @@ figure { margin: 0; }
   display: flex; flex-direction: column; min-width: 0; padding: 14px 16px 10px; background: var(--card);
   border-radius: 10px;
 }
+.chart figcaption { margin-bottom: 6px; }
 .chart svg[role=img] { display: block; width: 100%; height: auto; margin-top: auto; overflow: visible; }
 .legend { display: flex; flex-wrap: wrap; gap: 2px 16px; margin: 4px 0 6px; padding: 0; list-style: none; }
 .legend li { color: var(--quiet); font-size: 0.8125rem; white-space: nowrap; }

@@ -211,6 +211,7 @@ def test_captions_are_utf8_with_or_without_a_mark_and_stripped(tmp_path, data, t
         ("caf\u00e9".encode("latin-1"), "byte 0xe9 at position 3"),
         (b"\xef\xbb\xbfab\xff", "byte 0xff at position 5"),
         ("a cat".encode("utf-16"), "UTF-16"),
+        ("\u732b".encode("utf-16"), "UTF-16"),  # without a zero byte
         ("a cat".encode("utf-16-le"), "position 1"),
         (b"abc\0", "position 3"),
     ],

@@ -1,0 +1,352 @@
+"""Position alone decides a batch: order, draws and shares are the same however they are asked for."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from pixtune.config.schema import ObjectiveConfig
+from pixtune.data.batches import Batch, BatchPlan, BatchSource, Draw, SampleReader, read_ahead
+from pixtune.families.base import Conditioning, LatentDistribution
+from pixtune.families.qwen_image import QwenImage
+
+WIDE, SQUARE, TALL = (96, 48), (64, 64), (48, 96)
+CHANNELS = 3
+DROPPED = -1.0
+"""Value of the dropped caption's features in these tests; a sample's are its number."""
+
+
+def buckets(*counts: tuple[tuple[int, int], int]) -> list[list[tuple[int, int]]]:
+    """One framing a sample, `count` samples of each size, sizes interleaved."""
+    sizes = [size for size, count in counts for _ in range(count)]
+    return [[size] for size in sizes[::2] + sizes[1::2]]
+
+
+EVEN = buckets((WIDE, 4), (SQUARE, 8), (TALL, 4))
+UNEVEN = buckets((WIDE, 3), (SQUARE, 9), (TALL, 1))
+VARIANTS = [[WIDE, SQUARE, SQUARE, TALL] for _ in range(12)]
+
+
+def reader(sizes: Sequence[Sequence[tuple[int, int]]]) -> SampleReader:
+    """Encodings whose values tell the sample and variant they belong to."""
+
+    def read_latents(sample: int, variant: int) -> LatentDistribution:
+        width, height = sizes[sample][variant]
+        mean_BCHW = torch.full((1, CHANNELS, height // 8, width // 8), 100.0 * sample + variant)
+        return LatentDistribution(mean_BCHW, torch.full_like(mean_BCHW, 0.5))
+
+    def read_text(sample: int | None) -> Conditioning:
+        length = 2 if sample is None else 2 + sample % 3
+        return {"prompt_embeds": torch.full((length, 4), DROPPED if sample is None else float(sample))}
+
+    return SampleReader(
+        read_latents=read_latents,
+        read_text=read_text,
+        stack=QwenImage().stack_conditioning,
+        time_shift=lambda height, width: height * width / 64,
+        names=[f"picture {number}" for number in range(len(sizes))],
+    )
+
+
+def source(sizes: list[list[tuple[int, int]]] = UNEVEN, batch_size: int = 4, **changes: Any) -> BatchSource:
+    objective = ObjectiveConfig(**changes.pop("objective", {}))
+    plan = BatchPlan(sizes, batch_size, changes.pop("seed", 42))
+    return BatchSource(plan, reader(sizes), objective, changes.pop("dropout", 0.0), **changes)
+
+
+def batch_at(batches: BatchSource, index: int) -> Batch:
+    return batches.batch(index, batches.plan.micro_batch(index))
+
+
+def assert_equal(one: Batch, other: Batch) -> None:
+    assert one.names == other.names
+    for name in ("latents_BCHW", "noise_BCHW", "sigma_B"):
+        assert torch.equal(getattr(one, name), getattr(other, name)), name
+    assert one.conditioning.keys() == other.conditioning.keys()
+    assert all(torch.equal(one.conditioning[name], other.conditioning[name]) for name in one.conditioning)
+
+
+# ---- the plan
+
+
+@pytest.mark.parametrize("epoch", [0, 1, 5])
+def test_every_sample_comes_exactly_once_an_epoch_when_buckets_divide(epoch: int) -> None:
+    micro_batches = BatchPlan(EVEN, 4, seed=1).epoch(epoch)
+    assert sorted(draw.sample for batch in micro_batches for draw in batch) == list(range(16))
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 4, 5])
+def test_buckets_that_do_not_divide_wrap_around(batch_size: int) -> None:
+    for epoch in range(3):
+        micro_batches = BatchPlan(UNEVEN, batch_size, seed=1).epoch(epoch)
+        assert {len(batch) for batch in micro_batches} == {batch_size}
+        counts = Counter(draw.sample for batch in micro_batches for draw in batch)
+        assert counts.keys() == set(range(len(UNEVEN)))
+        sizes = {size: [n for n, (own,) in enumerate(UNEVEN) if own == size] for size in (WIDE, SQUARE, TALL)}
+        for members in sizes.values():
+            total = sum(counts[sample] for sample in members)
+            assert total == math.ceil(len(members) / batch_size) * batch_size
+            assert max(counts[s] for s in members) - min(counts[s] for s in members) <= 1, "some weigh more"
+
+
+@pytest.mark.parametrize("sizes", [EVEN, UNEVEN, VARIANTS], ids=["even", "uneven", "variants"])
+def test_a_micro_batch_is_of_one_bucket(sizes: list[list[tuple[int, int]]]) -> None:
+    plan = BatchPlan(sizes, 3, seed=0)
+    for index in range(60):
+        assert len({sizes[draw.sample][draw.variant] for draw in plan.micro_batch(index)}) == 1
+
+
+def test_order_changes_by_epoch_and_seed_and_not_otherwise() -> None:
+    epochs = [BatchPlan(EVEN, 4, seed=1).epoch(number) for number in range(3)]
+    assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
+    assert epochs[0] != BatchPlan(EVEN, 4, seed=2).epoch(0)
+    assert epochs[0] == BatchPlan(EVEN, 4, seed=1).epoch(0)
+
+
+def test_buckets_are_mixed_within_an_epoch() -> None:
+    """All wide pictures first would be a curriculum nobody asked for."""
+    plan = BatchPlan(buckets((WIDE, 32), (SQUARE, 32)), 2, seed=3)
+    first_half = [plan.buckets[batch[0].sample][0] for batch in plan.epoch(0)[:16]]
+    assert 4 <= first_half.count(WIDE) <= 12
+
+
+def test_batch_mates_change_by_epoch() -> None:
+    plan = BatchPlan(buckets((SQUARE, 16)), 4, seed=3)
+    mates = [{frozenset(draw.sample for draw in batch) for batch in plan.epoch(epoch)} for epoch in range(2)]
+    assert not mates[0] & mates[1]
+
+
+def test_all_variants_occur_equally_often() -> None:
+    plan = BatchPlan(VARIANTS, 1, seed=0)
+    counts = Counter(draw.variant for epoch in range(100) for batch in plan.epoch(epoch) for draw in batch)
+    assert counts.keys() == {0, 1, 2, 3}
+    assert all(250 < count < 350 for count in counts.values()), counts  # 300 each expected, deviation 15
+
+
+def test_a_sample_changes_its_variant_by_epoch_and_independently_of_others() -> None:
+    plan = BatchPlan(VARIANTS, 1, seed=0)
+    variant_of = [{d.sample: d.variant for batch in plan.epoch(epoch) for d in batch} for epoch in range(30)]
+    assert len({variants[0] for variants in variant_of}) == 4
+    assert len(set(variant_of[0].values())) > 1
+
+
+def test_epochs_of_varying_length_are_found_from_any_index_in_any_order() -> None:
+    sizes = [[WIDE, SQUARE] for _ in range(7)]  # the number of short batches depends on the variants drawn
+    forward = BatchPlan(sizes, 4, seed=5)
+    lengths = [len(forward.epoch(epoch)) for epoch in range(12)]
+    assert len(set(lengths)) > 1, "epochs of one length would not test the search"
+    expected = [epoch for epoch, length in enumerate(lengths) for _ in range(length)]
+    order = [(7 * number) % len(expected) for number in range(len(expected))]
+    assert sorted(order) == list(range(len(expected)))
+    jumping = BatchPlan(sizes, 4, seed=5)
+    assert [jumping.epoch_of(index) for index in order] == [expected[index] for index in order]
+    assert [jumping.epoch_of(index) for index in range(len(expected))] == expected
+    assert BatchPlan(sizes, 4, seed=5).epoch_of(len(expected) - 1) == 11
+    assert [jumping.epoch_end(epoch) for epoch in range(12)] == [sum(lengths[: e + 1]) for e in range(12)]
+    in_order = [batch for epoch in range(12) for batch in forward.epoch(epoch)]
+    assert [jumping.micro_batch(index) for index in order] == [in_order[index] for index in order]
+
+
+# ---- what is drawn
+
+
+def test_a_draw_of_the_distribution_and_its_own_sample() -> None:
+    batch = batch_at(source(), 3)
+    plan = source().plan
+    for row, draw in enumerate(plan.micro_batch(3)):
+        drawn = (batch.latents_BCHW[row] - 100.0 * draw.sample - draw.variant) / 0.5
+        assert 0.7 < drawn.std() < 1.3 and drawn.abs().max() < 5
+        length = 2 + draw.sample % 3
+        assert (batch.conditioning["prompt_embeds"][row, :length] == draw.sample).all()
+        assert batch.names[row] == f"picture {draw.sample}"
+
+
+def test_latents_noise_and_sigma_are_drawn_apart_for_each_slot_and_batch() -> None:
+    """A sample met twice, also twice in one batch, gets other noise, sigma and latents."""
+    batches = source(buckets((TALL, 1)))  # one picture fills all four slots
+    drawn = [batch_at(batches, index) for index in range(3)]
+    rows = [tensor for batch in drawn for tensor in batch.latents_BCHW - batch.latents_BCHW.round(decimals=-2)]
+    noises = [tensor for batch in drawn for tensor in batch.noise_BCHW]
+    for tensors in (rows, noises):
+        correlation = torch.corrcoef(torch.stack([tensor.flatten() for tensor in tensors]))
+        assert (correlation - torch.eye(len(tensors))).abs().max() < 0.4  # 216 numbers: deviation 0.07
+    together = torch.corrcoef(torch.stack([torch.cat(rows).flatten(), torch.cat(noises).flatten()]))
+    assert abs(together[0, 1]) < 0.1
+    assert len({sigma.item() for batch in drawn for sigma in batch.sigma_B}) == 12
+
+
+def test_another_seed_draws_everything_anew() -> None:
+    one, other = (batch_at(source(buckets((TALL, 1)), seed=seed), 0) for seed in (1, 2))
+    for name in ("latents_BCHW", "noise_BCHW", "sigma_B"):
+        assert not torch.isclose(getattr(one, name), getattr(other, name)).any()
+
+
+def sigmas(count: int = 400, **objective: object) -> Tensor:
+    batches = source(buckets((SQUARE, 4)), objective=objective)
+    return torch.cat([batch_at(batches, index).sigma_B for index in range(count // 4)])
+
+
+def test_the_objectives_distribution_and_its_settings_reach_the_draws() -> None:
+    uniform = sigmas(sigma_distribution="uniform", shift="none")
+    assert uniform.min() < 0.03 and uniform.max() > 0.97 and abs(uniform.mean() - 0.5) < 0.06
+    normal = torch.special.ndtri(uniform.double())
+    expected = torch.sigmoid(-0.7 + 0.5 * normal).float()
+    given = sigmas(sigma_distribution="logit_normal", logit_mean=-0.7, logit_std=0.5, shift="none")
+    torch.testing.assert_close(given, expected)
+    mode = sigmas(sigma_distribution="mode", mode_scale=0.8, shift="none")
+    expected = 1 - uniform - 0.8 * (torch.cos(math.pi * uniform / 2) ** 2 - 1 + uniform)
+    torch.testing.assert_close(mode, expected)
+
+
+@pytest.mark.parametrize(("shift", "mu"), [("model", 8 * 8 / 64), (0.6, 0.6), ("none", 0.0)])
+def test_the_shift_of_the_config_is_applied(shift: object, mu: float) -> None:
+    """`model` asks the family with the latents' height and width."""
+    plain = sigmas(count=40, sigma_distribution="uniform", shift="none")
+    shifted = sigmas(count=40, sigma_distribution="uniform", shift=shift)
+    torch.testing.assert_close(shifted, math.exp(mu) * plain / (1 + (math.exp(mu) - 1) * plain))
+
+
+def test_the_models_shift_gets_height_and_width_in_this_order() -> None:
+    asked: list[tuple[int, int]] = []
+    batches = source(buckets((WIDE, 4)))
+    noting = SampleReader(**{**vars(batches.reader), "time_shift": lambda *size: asked.append(size) or 0.0})
+    BatchSource(batches.plan, noting, ObjectiveConfig(shift="model"), 0.0).batch(0, batches.plan.micro_batch(0))
+    assert asked == [(48 // 8, 96 // 8)]
+
+
+# ---- caption dropout
+
+
+def dropped_rows(batch: Batch) -> Tensor:
+    return batch.conditioning["prompt_embeds"][:, 0, 0] == DROPPED
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.1, 0.5, 1.0])
+def test_captions_are_dropped_at_the_configured_rate(rate: float) -> None:
+    batches = source(EVEN, dropout=rate)
+    dropped = torch.cat([dropped_rows(batch_at(batches, index)) for index in range(250)]).float().mean()
+    assert abs(dropped - rate) <= (0.05 if 0 < rate < 1 else 0)  # 1000 draws: deviation at most 0.016
+
+
+def test_captions_of_one_batch_and_of_one_slot_are_dropped_apart() -> None:
+    batches = source(EVEN, dropout=0.5)
+    dropped = torch.stack([dropped_rows(batch_at(batches, index)) for index in range(250)]).float()
+    assert dropped.std(0).min() > 0.4 and 0.4 < dropped.mean() < 0.6, "slots change from batch to batch"
+    assert (torch.corrcoef(dropped.T) - torch.eye(4)).abs().max() < 0.25  # deviation 0.06
+
+
+def test_only_the_dropped_rows_lose_their_caption_and_nothing_else_changes() -> None:
+    found = 0
+    for index in range(20):
+        with_captions, dropping = batch_at(source(EVEN), index), batch_at(source(EVEN, dropout=0.5), index)
+        assert torch.equal(with_captions.latents_BCHW, dropping.latents_BCHW)
+        assert torch.equal(with_captions.noise_BCHW, dropping.noise_BCHW)
+        assert torch.equal(with_captions.sigma_B, dropping.sigma_B)
+        lost = dropped_rows(dropping)
+        found += int(lost.sum())
+        for row in range(4):
+            if lost[row]:
+                mask = dropping.conditioning.get("prompt_embeds_mask")
+                length = 2 if mask is None else int(mask[row].sum())
+                assert length == 2, "the dropped caption's own length"
+            else:
+                shared = min(c.conditioning["prompt_embeds"].shape[1] for c in (with_captions, dropping))
+                assert torch.equal(
+                    with_captions.conditioning["prompt_embeds"][row, :shared],
+                    dropping.conditioning["prompt_embeds"][row, :shared],
+                )
+    assert 20 < found < 60
+
+
+# ---- shares
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_shares_of_several_processes_are_the_one_batch_bit_for_bit(world_size: int) -> None:
+    whole = source(batch_size=8, dropout=0.3)
+    shares = [source(batch_size=8, dropout=0.3, rank=rank, world_size=world_size) for rank in range(world_size)]
+    for index in range(12):
+        expected = batch_at(whole, index)
+        parts = [batch_at(share, index) for share in shares]
+        assert {len(part.names) for part in parts} == {8 // world_size}
+        assert [name for part in parts for name in part.names] == expected.names
+        for name in ("latents_BCHW", "noise_BCHW", "sigma_B"):
+            assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(expected, name))
+        rows = [row for part in parts for row in part.conditioning["prompt_embeds"]]
+        for row, expected_row in zip(rows, expected.conditioning["prompt_embeds"], strict=True):
+            assert torch.equal(row, expected_row[: len(row)]) and not expected_row[len(row) :].any()
+
+
+# ---- reading ahead
+
+
+@pytest.mark.parametrize("num_workers", [0, 1, 3])
+@pytest.mark.parametrize("start", [0, 1, 13])
+def test_any_start_and_any_number_of_workers_give_the_same_batches(num_workers: int, start: int) -> None:
+    settings: dict[str, Any] = {"sizes": [[WIDE, SQUARE] for _ in range(7)], "dropout": 0.3}
+    reference = source(**settings)
+    expected = [batch_at(reference, index) for index in range(20)]
+    given = list(read_ahead(source(**settings), start, 20, num_workers, pin_memory=False))
+    assert len(given) == 20 - start
+    for one, other in zip(given, expected[start:], strict=True):
+        assert_equal(one, other)
+
+
+class BrokenSource(BatchSource):
+    """Fails at batch 5, and counts what it was asked for."""
+
+    made: list[int]
+
+    def batch(self, index: int, members: Sequence[Draw]) -> Batch:
+        self.__dict__.setdefault("made", []).append(index)
+        if index == 5:
+            raise OSError("picture 3 vanished")
+        return super().batch(index, members)
+
+
+def read_ahead_threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name.startswith("read-ahead")]
+
+
+@pytest.mark.parametrize("num_workers", [0, 3])
+def test_a_failing_read_surfaces_after_the_batches_before_it_and_ends_the_pool(num_workers: int) -> None:
+    good = source()
+    broken = BrokenSource(good.plan, good.reader, good.objective, 0.0)
+    batches = read_ahead(broken, 0, 1000, num_workers, pin_memory=False)
+    for index in range(5):
+        assert_equal(next(batches), batch_at(good, index))
+    with pytest.raises(OSError, match="picture 3 vanished") as caught:
+        next(batches)
+    assert any("batch" in frame.name for frame in caught.traceback), "the traceback shows where"
+    with pytest.raises(StopIteration):
+        next(batches)
+    for thread in read_ahead_threads():
+        thread.join(timeout=10)
+    assert not read_ahead_threads()
+    assert len(broken.__dict__["made"]) < 20, "it read on after the failure"
+
+
+def test_workers_read_ahead_but_not_without_bound() -> None:
+    good = source()
+    counting = BrokenSource(good.plan, good.reader, good.objective, 0.0)
+    batches = read_ahead(counting, 10, 1000, 3, pin_memory=False)
+    next(batches)
+    batches.close()  # type: ignore[attr-defined]
+    for thread in read_ahead_threads():
+        thread.join(timeout=10)
+    assert not read_ahead_threads()
+    assert len(counting.__dict__["made"]) <= 7
+
+
+def test_a_batch_moves_whole() -> None:
+    batch = batch_at(source(), 0).to(torch.device("meta"))
+    tensors = [batch.latents_BCHW, batch.noise_BCHW, batch.sigma_B, *batch.conditioning.values()]
+    assert "prompt_embeds_mask" in batch.conditioning and len(tensors) == 5
+    assert {tensor.device.type for tensor in tensors} == {"meta"}

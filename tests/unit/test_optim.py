@@ -1,0 +1,183 @@
+"""Schedules are diffusers', and an optimizer put back from a checkpoint goes on bit for bit."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import torch
+from diffusers.optimization import get_scheduler
+from safetensors.torch import load_file
+from torch import nn
+
+from pixtune.config.schema import LR_SCHEDULERS, TrainConfig
+from pixtune.errors import ConfigError
+from pixtune.files import save_safetensors
+from pixtune.optim import (
+    OPTIMIZERS,
+    build_optimizer,
+    build_schedule,
+    optimizer_state,
+    restore_optimizer_state,
+    set_learning_rate,
+)
+
+
+def config(**changes: Any) -> TrainConfig:
+    return TrainConfig.model_validate(
+        {
+            "pretrained_model_name_or_path": "x",
+            "output_dir": "x",
+            "data_config": {"img_dir": "x"},
+            "max_train_steps": 30,
+            "learning_rate": 2e-3,
+            **changes,
+        }
+    )
+
+
+# ---- schedules
+
+
+@pytest.mark.parametrize("warmup", [0, 7])
+@pytest.mark.parametrize("name", get_args(LR_SCHEDULERS))
+def test_each_schedule_is_what_diffusers_gives_a_real_optimizer(name: str, warmup: int) -> None:
+    rules = "1:5,0.5:12,0.1" if name == "piecewise_constant" else None
+    settings = config(
+        lr_scheduler=name, lr_warmup_steps=warmup, lr_num_cycles=3, lr_power=2.0, lr_step_rules=rules
+    )  # fmt: skip
+    optimizer = torch.optim.AdamW([nn.Parameter(torch.zeros(1))], lr=2e-3)
+    stepped = get_scheduler(
+        name, optimizer, step_rules=rules, num_warmup_steps=warmup, num_training_steps=30, num_cycles=3, power=2.0
+    )
+    rate_at = build_schedule(settings, 30)
+    expected = []
+    for _ in range(30):
+        expected.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        stepped.step()
+    assert [rate_at(step) for step in range(30)] == expected
+    assert rate_at(11) == expected[11], "asked again, out of order"
+    if name not in ("constant", "piecewise_constant") and (warmup or name != "constant_with_warmup"):
+        assert len(set(expected)) > 5
+
+
+def test_the_rate_reaches_every_group() -> None:
+    optimizer = torch.optim.SGD([{"params": [nn.Parameter(torch.zeros(1))]}, {"params": [nn.Parameter(torch.ones(1))]}])
+    set_learning_rate(optimizer, 0.125)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.125, 0.125]
+
+
+# ---- optimizers
+
+
+def parameters() -> dict[str, nn.Parameter]:
+    """8-bit Adam keeps states below 4096 numbers in fp32, so one is larger."""
+    generator = torch.Generator().manual_seed(0)
+    return {
+        "block.0.lora_A": nn.Parameter(torch.randn(64, 96, generator=generator)),
+        "block.0.lora_B": nn.Parameter(torch.randn(4, 3, generator=generator)),
+    }
+
+
+def train(optimizer: torch.optim.Optimizer, named: dict[str, nn.Parameter], steps: range) -> None:
+    for step in steps:
+        set_learning_rate(optimizer, 1e-2 / (1 + step))
+        for number, parameter in enumerate(named.values()):
+            generator = torch.Generator().manual_seed(100 * step + number)
+            parameter.grad = torch.randn(parameter.shape, generator=generator)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+
+def built(name: str, named: dict[str, nn.Parameter], **changes: Any) -> torch.optim.Optimizer:
+    settings = config(adam_beta1=0.8, adam_beta2=0.95, adam_weight_decay=0.1, adam_epsilon=1e-6, **changes)
+    return build_optimizer(settings, name, named.values())
+
+
+@pytest.fixture(params=sorted(OPTIMIZERS))
+def name(request: pytest.FixtureRequest) -> str:
+    if request.param == "adamw_8bit":
+        pytest.importorskip("bitsandbytes")
+        named = parameters()
+        try:
+            train(built(request.param, named), named, range(1))
+        except (RuntimeError, NotImplementedError, AttributeError) as error:
+            pytest.skip(f"this bitsandbytes has no 8-bit AdamW for the CPU: {error}")
+    return str(request.param)
+
+
+def test_settings_of_the_config_reach_the_optimizer(name: str) -> None:
+    (group,) = built(name, parameters()).param_groups
+    assert (group["lr"], tuple(group["betas"]), group["weight_decay"], group["eps"]) == (2e-3, (0.8, 0.95), 0.1, 1e-6)
+
+
+def test_adamw_steps_as_its_definition(name: str) -> None:
+    """Loshchilov and Hutter 2017, algorithm 2, the first two steps of one number."""
+    if name == "adamw_8bit":
+        pytest.skip("its states are rounded")
+    parameter = nn.Parameter(torch.tensor([0.5]))
+    optimizer = built(name, {"p": parameter})
+    value, first, second = 0.5, 0.0, 0.0
+    for step, gradient in enumerate((0.3, -0.1), start=1):
+        set_learning_rate(optimizer, 0.01)
+        parameter.grad = torch.tensor([gradient])
+        optimizer.step()
+        first, second = 0.8 * first + 0.2 * gradient, 0.95 * second + 0.05 * gradient**2
+        value -= 0.01 * (0.1 * value + first / (1 - 0.8**step) / ((second / (1 - 0.95**step)) ** 0.5 + 1e-6))
+        assert parameter.item() == pytest.approx(value, rel=1e-5)
+
+
+def test_a_restored_optimizer_goes_on_bit_for_bit(name: str, tmp_path: Path) -> None:
+    straight = parameters()
+    optimizer = built(name, straight)
+    train(optimizer, straight, range(6))
+
+    first = parameters()
+    optimizer = built(name, first)
+    train(optimizer, first, range(3))
+    tensors, plain = optimizer_state(optimizer, first)
+    save_safetensors(tmp_path / "optimizer.safetensors", tensors)
+    plain = copy.deepcopy(plain)
+
+    resumed = {key: nn.Parameter(parameter.detach().clone()) for key, parameter in first.items()}
+    optimizer = built(name, resumed)
+    restore_optimizer_state(optimizer, resumed, load_file(tmp_path / "optimizer.safetensors"), plain)
+    train(optimizer, resumed, range(3, 6))
+    for key in straight:
+        assert torch.equal(resumed[key], straight[key]), key
+
+    cold = {key: nn.Parameter(parameter.detach().clone()) for key, parameter in first.items()}
+    train(built(name, cold), cold, range(3, 6))
+    assert not torch.equal(cold["block.0.lora_A"], straight["block.0.lora_A"]), "without its state it must differ"
+
+
+def test_state_is_flat_under_the_parameters_names_and_keeps_its_formats(name: str) -> None:
+    named = parameters()
+    optimizer = built(name, named)
+    assert optimizer_state(optimizer, named) == ({}, {})
+    train(optimizer, named, range(2))
+    tensors, plain = optimizer_state(optimizer, named)
+    for key in named:
+        assert any(path.rsplit("/", 1)[0] == key for path in tensors)
+    if name == "adamw":
+        assert {path.rsplit("/", 1)[1] for path in tensors} == {"step", "exp_avg", "exp_avg_sq"} and not plain
+        assert tensors["block.0.lora_A/step"] == 2
+    else:
+        assert tensors["block.0.lora_A/state1"].dtype == torch.uint8, "codes, not what they stand for"
+        assert plain["block.0.lora_A"]["step"] == 2
+    other = parameters()
+    fresh = built(name, other)
+    restore_optimizer_state(fresh, other, tensors, plain)
+    again, again_plain = optimizer_state(fresh, other)
+    assert again_plain == plain and again.keys() == tensors.keys()
+    assert all(again[path].dtype == tensors[path].dtype and again[path].equal(tensors[path]) for path in tensors)
+
+
+def test_8bit_without_bitsandbytes_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(ConfigError, match=r"adam8bit(.|\n)*pip install bitsandbytes"):
+        built("adamw_8bit", parameters())
