@@ -26,7 +26,7 @@ HAS_TORCH := -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
-demo: $(STAMP) ## train a style LoRA on the small model in assets/, 5 minutes on 2 CPU cores
+demo: $(STAMP) ## train a style LoRA on the small model in assets/, 2 to 3 minutes on 2 CPU cores
 	@$(PY) -m pixtune.cli train --config train_configs/demo.yaml
 
 test: $(STAMP) ## the whole suite; make test PYTEST_ARGS="-n 2 tests/unit" for a part

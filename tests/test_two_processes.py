@@ -11,7 +11,13 @@ from safetensors.torch import load_file
 from pixtune.metrics import read_metrics
 from tests.runs import environment, overrides, run, write_config
 
-SETTINGS = {"max_train_steps": 6, "logging_steps": 2, "data_config__caption_dropout_rate": 0.3}
+SETTINGS = {
+    "max_train_steps": 6,
+    "logging_steps": 2,
+    "data_config__caption_dropout_rate": 0.3,
+    # Adam divides by the gradient's size: with the usual epsilon, rounding in a gradient near 0 becomes a full step.
+    "adam_epsilon": "1e-2",
+}
 
 
 def launch(num_processes: int, config: Path, words: list[str], script: Path) -> str:
@@ -35,7 +41,7 @@ def test_two_processes_equal_one_with_twice_the_batch(tmp_path: Path, repo_root:
     assert mine.keys() == theirs.keys()
     assert any(tensor.any() for name, tensor in mine.items() if "lora_B" in name), "nothing was learned"
     for name in mine:
-        torch.testing.assert_close(mine[name], theirs[name], rtol=1e-3, atol=2e-5)
+        torch.testing.assert_close(mine[name], theirs[name], rtol=1e-3, atol=1e-6)
     losses = [[line["loss"] for line in read_metrics(folder / "metrics.jsonl")] for folder in (one, two)]
     assert len(losses[0]) == 6
     torch.testing.assert_close(torch.tensor(losses[0]), torch.tensor(losses[1]), rtol=1e-4, atol=1e-6)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -53,7 +54,7 @@ def attach_lora(
     linears = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
     unmatched = [t for t in targets if not any(name == t or name.endswith(f".{t}") for name in linears)]
     if unmatched:
-        endings = sorted({".".join(p for p in n.split(".")[-2:] if not p.isdigit() or p == "0") for n in linears})
+        endings = sorted({re.sub(r"^\w+\.\d+\.", "", name) for name in linears})  # without the block and its number
         raise ConfigError(
             "lora_targets names layers that this model does not have",
             [f"{t!r} matches no linear layer. Layers end with: {', '.join(endings)}." for t in unmatched],

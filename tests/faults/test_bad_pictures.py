@@ -32,6 +32,14 @@ def one_bit_png(width: int, height: int) -> bytes:
     return stream.getvalue()
 
 
+def damaged_page_list() -> bytes:
+    """A TIFF whose second page is said to lie behind the end of the file."""
+    data = bytearray(tiff(np.zeros((20, 20), "u1")))
+    next_page = 8 + 2 + 11 * 12
+    data[next_page : next_page + 4] = b"\0\0\0\x80"
+    return bytes(data)
+
+
 BAD_FILES: dict[str, tuple[str, Callable[[], bytes], str]] = {  # name: file, its bytes, words of the fault
     "zero bytes": ("a.jpg", lambda: b"", "is empty (0 bytes)"),
     "text": ("a.png", lambda: b"this is no picture\n", "it is text"),
@@ -43,11 +51,7 @@ BAD_FILES: dict[str, tuple[str, Callable[[], bytes], str]] = {  # name: file, it
     "truncated WebP": ("a.webp", lambda: encoded("WEBP")[:-300], "cannot be decoded"),
     "truncated BMP": ("a.bmp", lambda: encoded("BMP")[:-300], "cannot be decoded: image file is truncated"),
     "truncated TIFF": ("a.tif", lambda: encoded("TIFF")[:-300], "cannot be decoded"),
-    "TIFF without a width": (
-        "a.tif",
-        lambda: tiff(np.zeros((20, 20), "u1")).replace(b"\x00\x01\x04\x00", b"\xff\x00\x04\x00", 1),
-        "cannot be decoded: Missing dimensions",
-    ),
+    "TIFF with a damaged list of pages": ("a.tif", damaged_page_list, "cannot be decoded: Missing dimensions"),
     "header alone": ("a.png", lambda: encoded("PNG")[:20], "a.png"),
     "one pixel": ("a.png", lambda: one_bit_png(1, 1), "is 1x1 pixels; each side must have at least 16"),
     "too many pixels": ("a.png", lambda: one_bit_png(20_000, 20_000), "more than 178,956,970 pixels"),

@@ -282,10 +282,16 @@ def test_a_leftover_of_the_same_step_does_not_get_into_the_checkpoint(tmp_path: 
 
 
 @pytest.mark.parametrize(
-    ("limit", "kept"), [(None, [2, 9, 10, 1000000]), (1, [1000000]), (3, [9, 10, 1000000]), (9, [2, 9, 10, 1000000])]
+    ("limit", "kept"),
+    [
+        (None, [2, 9, 9_999_999, 10_000_000]),
+        (1, [10_000_000]),
+        (3, [9, 9_999_999, 10_000_000]),
+        (9, [2, 9, 9_999_999, 10_000_000]),
+    ],
 )
 def test_pruning_keeps_the_newest_steps(tmp_path: Path, limit: int | None, kept: list[int]) -> None:
-    save(tmp_path, 10, 2, 1000000, 9)  # neither in order of writing nor of names
+    save(tmp_path, 9_999_999, 2, 10_000_000, 9)  # neither in order of writing nor of names
     prune_checkpoints(tmp_path, limit)
     assert find_checkpoints(tmp_path) == [checkpoint_path(tmp_path, step) for step in kept]
 

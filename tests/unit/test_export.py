@@ -128,7 +128,7 @@ def test_stock_pipeline_loads_every_key_and_computes_the_same(
     loaded, ours = lora_modules(pipeline.transformer), lora_modules(adapted)
     assert loaded.keys() == ours.keys() and loaded
     expected, found = velocity(adapted, folder), velocity(pipeline.transformer, folder)
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)  # velocities of about 3, two orders of products
     change = (expected - velocity(base, folder)).abs().max()
     assert change > 1e-2, "a LoRA without effect would prove nothing"
 

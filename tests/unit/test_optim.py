@@ -50,8 +50,10 @@ def test_each_schedule_is_what_diffusers_gives_a_real_optimizer(name: str, warmu
         lr_scheduler=name, lr_warmup_steps=warmup, lr_num_cycles=3, lr_power=2.0, lr_step_rules=rules
     )  # fmt: skip
     optimizer = torch.optim.AdamW([nn.Parameter(torch.zeros(1))], lr=2e-3)
+    # diffusers' "constant" has no warm-up; ours takes the one it is told.
+    theirs = "constant_with_warmup" if name == "constant" and warmup else name
     stepped = get_scheduler(
-        name, optimizer, step_rules=rules, num_warmup_steps=warmup, num_training_steps=30, num_cycles=3, power=2.0
+        theirs, optimizer, step_rules=rules, num_warmup_steps=warmup, num_training_steps=30, num_cycles=3, power=2.0
     )
     rate_at = build_schedule(settings, 30)
     expected = []
@@ -61,8 +63,7 @@ def test_each_schedule_is_what_diffusers_gives_a_real_optimizer(name: str, warmu
         stepped.step()
     assert [rate_at(step) for step in range(30)] == expected
     assert rate_at(11) == expected[11], "asked again, out of order"
-    if name not in ("constant", "piecewise_constant") and (warmup or name != "constant_with_warmup"):
-        assert len(set(expected)) > 5
+    assert len(set(expected)) >= (2 if warmup or not name.startswith("constant") else 1)
 
 
 def test_the_rate_reaches_every_group() -> None:

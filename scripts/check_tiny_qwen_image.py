@@ -1,0 +1,315 @@
+"""Measures `assets/tiny-qwen-image/`: does it know its pictures, and is there a new style left to learn?
+
+python scripts/check_tiny_qwen_image.py recall        # the nearest training picture of 200 samples
+python scripts/check_tiny_qwen_image.py pictures      # the autoencoder's PSNR, and a sheet of samples
+python scripts/check_tiny_qwen_image.py styles        # a LoRA on base-style pictures and one on the new style
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import random
+import time
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+
+import numpy
+import torch
+from demo_style import STYLE_SET, demo_names
+from emoji_pictures import BASE_SETS, Icon, read_base_icons, read_icons, render_all
+from PIL import Image
+from torch import Tensor, nn
+
+from pixtune.families.base import Conditioning, LatentDistribution, Placement, TextEncoder
+from pixtune.families.qwen_image import QwenImage
+from pixtune.objective import add_noise, sample_losses, velocity_target
+from pixtune.weights import ModelFolder, open_model_folder
+
+MODEL_DIR = Path(__file__).resolve().parent.parent / "assets" / "tiny-qwen-image"
+NUM_CAPTIONS = 200
+PICTURE_PIXELS = 128
+NUM_SIGMAS = 8
+"""Fixed sigmas a held-out picture is judged at."""
+
+
+# ---- encoding, also used by the training script
+
+
+def encode_captions(family: QwenImage, encoder: TextEncoder, captions: Sequence[str]) -> Conditioning:
+    """Features of all captions, padded to one length, always with a mask."""
+    rows = [
+        row
+        for start in range(0, len(captions), 256)
+        for row in family.encode_text(encoder, captions[start : start + 256])
+    ]
+    stacked = family.stack_conditioning(rows)
+    stacked.setdefault("prompt_embeds_mask", torch.ones_like(stacked["prompt_embeds"][..., 0], dtype=torch.bool))
+    return stacked
+
+
+def encode_pictures(family: QwenImage, autoencoder: nn.Module, pixels: Tensor) -> LatentDistribution:
+    """Latents of pictures given as uint8, shape (N, 3, H, W)."""
+    parts = [family.encode_images(autoencoder, chunk.float() / 127.5 - 1) for chunk in pixels.split(64)]
+    return LatentDistribution(torch.cat([p.mean_BCHW for p in parts]), torch.cat([p.std_BCHW for p in parts]))
+
+
+@torch.no_grad()
+def sample_latents(
+    family: QwenImage,
+    transformer: nn.Module,
+    conditioning: Conditioning,
+    unconditional: Conditioning,
+    noise_BCHW: Tensor,
+    sigmas: Sequence[float],
+    guidance: float,
+) -> Tensor:
+    """Euler steps from noise along `sigmas`, as the stock pipeline takes them."""
+    latents = noise_BCHW
+    for sigma, next_sigma in pairwise(sigmas):
+        sigma_B = torch.full((len(latents),), sigma, device=latents.device)
+        velocity = family.predict_velocity(transformer, latents, sigma_B, conditioning).float()
+        if guidance != 1:
+            other = family.predict_velocity(transformer, latents, sigma_B, unconditional).float()
+            velocity = family.guide(velocity, other, guidance)
+        latents = latents + (next_sigma - sigma) * velocity
+    return latents
+
+
+class TinyModel:
+    """All parts of a model folder on one device, in fp32."""
+
+    def __init__(self, path: Path, device: torch.device) -> None:
+        placement = Placement(device, torch.float32)
+        self.family, self.device = QwenImage(), device
+        self.folder: ModelFolder = open_model_folder(str(path))
+        self.encoder = self.family.load_text_encoder(self.folder, placement)
+        self.autoencoder = self.family.load_autoencoder(self.folder, placement)
+        self.transformer = self.family.load_transformer(self.folder, placement).eval()
+
+    def conditioning(self, captions: Sequence[str]) -> Conditioning:
+        return encode_captions(self.family, self.encoder, captions)
+
+    def pixels(self, icons: Sequence[Icon]) -> Tensor:
+        """uint8, shape (N, 3, H, W)."""
+        return torch.from_numpy(render_all(icons, PICTURE_PIXELS)).permute(0, 3, 1, 2).to(self.device)
+
+    @torch.no_grad()
+    def sample(self, captions: Sequence[str], num_steps: int, guidance: float, seed: int = 0) -> Tensor:
+        """Pictures for captions; uint8, shape (N, 3, H, W)."""
+        size = PICTURE_PIXELS // 8
+        tokens = self.family.num_image_tokens(size, size)
+        sigmas = self.family.sigma_schedule(self.folder, num_steps, tokens)
+        generator = torch.Generator().manual_seed(seed)
+        pictures = []
+        for start in range(0, len(captions), 50):
+            part = captions[start : start + 50]
+            channels = self.transformer.config["in_channels"] // 4
+            noise = torch.randn(len(part), channels, size, size, generator=generator).to(self.device)
+            latents = sample_latents(
+                self.family,
+                self.transformer,
+                self.conditioning(part),
+                self.conditioning([self.family.dropped_caption] * len(part)),
+                noise,
+                sigmas,
+                guidance,
+            )
+            pictures.append(self.family.decode_latents(self.autoencoder, latents))
+        return ((torch.cat(pictures).clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
+# ---- recall
+
+
+def nearest_rows(queries: Tensor, references: Tensor) -> Tensor:
+    """For each picture the row of the reference with the least squared pixel distance."""
+    flat_queries = queries.flatten(1).float() / 255
+    distances = []
+    for chunk in references.split(512):
+        flat = chunk.flatten(1).float() / 255
+        distances.append(flat.square().sum(1) - 2 * flat_queries @ flat.T)
+    return torch.cat(distances, 1).argmin(1)
+
+
+def check_recall(model: TinyModel, num_steps: int, guidance: float) -> float:
+    """Share of captions whose sample is nearest to the right training picture, variants grouped."""
+    icons = read_base_icons()
+    references = model.pixels(icons)
+    chosen = random.Random(0).sample(icons, NUM_CAPTIONS)
+    samples = model.sample([icon.caption for icon in chosen], num_steps, guidance)
+    nearest = [icons[row] for row in nearest_rows(samples, references).tolist()]
+    hits = sum(found.group == wanted.group for found, wanted in zip(nearest, chosen, strict=True))
+    exact = sum(found.caption == wanted.caption for found, wanted in zip(nearest, chosen, strict=True))
+    print(
+        f"recall: {hits / NUM_CAPTIONS:.1%} of {NUM_CAPTIONS} captions find the right picture among {len(icons)} "
+        f"(exact variant {exact / NUM_CAPTIONS:.1%}), {num_steps} steps, guidance {guidance}",
+        flush=True,
+    )
+    misses = [(w.caption, f.caption) for f, w in zip(nearest, chosen, strict=True) if f.group != w.group]
+    for wanted, found in misses[:10]:
+        print(f"  {wanted} -> {found}")
+    return hits / NUM_CAPTIONS
+
+
+# ---- pictures
+
+
+def psnr(pictures: Tensor, references: Tensor) -> float:
+    """Mean over pictures of the peak signal-to-noise ratio, in dB."""
+    errors = (pictures.float() - references.float()).div(255).square().flatten(1).mean(1)
+    return float((-10 * torch.log10(errors.clamp_min(1e-10))).mean())
+
+
+def sheet(rows: Sequence[Tensor]) -> Image.Image:
+    """Rows of pictures as one image."""
+    lines = [torch.cat(list(row.cpu()), 2) for row in rows]
+    return Image.fromarray(numpy.ascontiguousarray(torch.cat(lines, 1).permute(1, 2, 0).numpy()))
+
+
+@torch.no_grad()
+def rebuild(family: QwenImage, autoencoder: nn.Module, pixels: Tensor) -> Tensor:
+    """Pictures through the autoencoder and back; uint8."""
+    rebuilt = []
+    for chunk in pixels.split(64):
+        latents = encode_pictures(family, autoencoder, chunk).mean_BCHW
+        rebuilt.append(family.decode_latents(autoencoder, latents))
+    return ((torch.cat(rebuilt).clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
+def check_pictures(model: TinyModel, num_steps: int, guidance: float, out: Path) -> None:
+    """The autoencoder's PSNR on base and on new pictures; a sheet: real, rebuilt, sampled."""
+    base = random.Random(1).sample(read_base_icons(), NUM_CAPTIONS)
+    pixels = model.pixels(base)
+    rebuilt = rebuild(model.family, model.autoencoder, pixels)
+    print(f"autoencoder: {psnr(rebuilt, pixels):.2f} dB on {len(base)} training pictures")
+    new = style_icons(demo_names()[1], STYLE_SET)
+    new_pixels = model.pixels(new)
+    new_rebuilt = rebuild(model.family, model.autoencoder, new_pixels)
+    print(f"autoencoder: {psnr(new_rebuilt, new_pixels):.2f} dB on {len(new)} pictures of the style it never saw")
+    samples = model.sample([icon.caption for icon in base[:16]], num_steps, guidance)
+    new_samples = model.sample([icon.caption for icon in new[:16]], num_steps, guidance)
+    rows = [pixels[:16], rebuilt[:16], samples, new_pixels[:16], new_rebuilt[:16], new_samples]
+    out.mkdir(parents=True, exist_ok=True)
+    sheet(rows).save(out / "pictures.png")
+
+
+# ---- styles
+
+
+def style_icons(names: Sequence[str], set_name: str) -> list[Icon]:
+    """The drawings of the given names in one set."""
+    icons = {icon.name: icon for icon in read_icons(set_name)}
+    return [icons[name] for name in names]
+
+
+class Pictures:
+    """Latents and conditioning of a few drawings."""
+
+    def __init__(self, model: TinyModel, icons: Sequence[Icon]) -> None:
+        self.latents = encode_pictures(model.family, model.autoencoder, model.pixels(icons))
+        self.conditioning = model.conditioning([icon.caption for icon in icons])
+
+    def rows(self, index_B: Tensor) -> Conditioning:
+        return {name: tensor[index_B] for name, tensor in self.conditioning.items()}
+
+
+@torch.no_grad()
+def held_out_loss(model: TinyModel, transformer: nn.Module, pictures: Pictures) -> float:
+    """Mean loss with fixed noise at fixed sigmas."""
+    latents = pictures.latents.mean_BCHW
+    generator = torch.Generator().manual_seed(1)
+    losses = []
+    index = torch.arange(len(latents))
+    for i in range(NUM_SIGMAS):
+        sigma_B = torch.full((len(latents),), (i + 0.5) / NUM_SIGMAS, device=latents.device)
+        noise = torch.randn(latents.shape, generator=generator).to(latents.device)
+        noisy = add_noise(latents, noise, sigma_B)
+        velocity = model.family.predict_velocity(transformer, noisy, sigma_B, pictures.rows(index))
+        losses.append(sample_losses(velocity, velocity_target(latents, noise)).mean())
+    return float(torch.stack(losses).mean())
+
+
+def train_lora(model: TinyModel, pictures: Pictures, arguments: argparse.Namespace) -> nn.Module:
+    """A LoRA of rank 16 on the attention's projections; returns the adapted transformer."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    config = LoraConfig(r=arguments.rank, lora_alpha=arguments.rank, target_modules=list(arguments.targets.split(",")))
+    base = model.family.load_transformer(model.folder, Placement(model.device, torch.float32))
+    adapted = get_peft_model(base, config).base_model.model
+    parameters = [p for p in adapted.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=arguments.rate, weight_decay=0.01)
+    generator = torch.Generator().manual_seed(0)
+    count, size = len(pictures.latents.mean_BCHW), arguments.batch_size
+    for step in range(arguments.steps):
+        index = torch.randperm(count, generator=generator)[:size]
+        latents = pictures.latents.mean_BCHW[index]
+        latents = latents + pictures.latents.std_BCHW[index] * torch.randn_like(latents)
+        noise = torch.randn_like(latents)
+        sigma_B = torch.rand(size, generator=generator).to(model.device)
+        velocity = model.family.predict_velocity(
+            adapted, add_noise(latents, noise, sigma_B), sigma_B, pictures.rows(index)
+        )
+        sample_losses(velocity, velocity_target(latents, noise)).mean().backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        warm, cooling = min(1, (step + 1) / 20), 0.5 + 0.5 * math.cos(math.pi * step / arguments.steps)
+        optimizer.param_groups[0]["lr"] = arguments.rate * warm * cooling
+        optimizer.step()
+        optimizer.zero_grad()
+    return adapted
+
+
+def check_styles(model: TinyModel, arguments: argparse.Namespace) -> None:
+    """The same LoRA steps on known pictures and on the new style, judged on held-out names of the new style."""
+    train_names, held_out_names = demo_names()
+    held_out = Pictures(model, style_icons(held_out_names, STYLE_SET))
+    known = [style_icons([name], BASE_SETS[i % 2])[0] for i, name in enumerate(train_names)]
+    before = held_out_loss(model, model.transformer, held_out)
+    sheets = []
+    captions = [icon.caption for icon in style_icons(held_out_names[::3], STYLE_SET)]
+    sheets.append(model.sample(captions, arguments.sample_steps, arguments.guidance))
+    plain = model.transformer
+    for title, icons in (("base-style", known), ("new-style", style_icons(train_names, STYLE_SET))):
+        start = time.monotonic()
+        adapted = train_lora(model, Pictures(model, icons), arguments)
+        seconds = time.monotonic() - start
+        after = held_out_loss(model, adapted, held_out)
+        print(
+            f"{arguments.steps} steps on {len(icons)} {title} pictures: held-out loss {before:.4f} -> {after:.4f} "
+            f"({after / before - 1:+.1%}) in {seconds:.0f} s, rate {arguments.rate:g}, batch {arguments.batch_size}",
+            flush=True,
+        )
+        model.transformer = adapted
+        sheets.append(model.sample(captions, arguments.sample_steps, arguments.guidance))
+        model.transformer = plain
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    real = model.pixels(style_icons(held_out_names[::3], STYLE_SET))
+    sheet([*sheets, real]).save(arguments.out / "styles.png")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("check", choices=("recall", "pictures", "styles"))
+    parser.add_argument("--model", type=Path, default=MODEL_DIR)
+    parser.add_argument("--out", type=Path, default=Path("runs/check"), help="folder for picture sheets")
+    parser.add_argument("--sample-steps", type=int, default=20)
+    parser.add_argument("--guidance", type=float, default=2.0)
+    parser.add_argument("--steps", type=int, default=400, help="LoRA steps")
+    parser.add_argument("--rate", type=float, default=2e-3, help="LoRA learning rate")
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--targets", default="to_q,to_k,to_v,to_out.0")
+    arguments = parser.parse_args()
+    model = TinyModel(arguments.model, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    if arguments.check == "recall":
+        check_recall(model, arguments.sample_steps, arguments.guidance)
+    elif arguments.check == "pictures":
+        check_pictures(model, arguments.sample_steps, arguments.guidance, arguments.out)
+    else:
+        check_styles(model, arguments)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,69 @@
+"""Writes `assets/demo-style/`: pictures of a drawing style that the tiny base model has never seen.
+
+    python scripts/demo_style.py
+
+`train/` is for the LoRA. `held_out/` has other names of the same kinds in the same style, to measure whether the style
+carries over. Every name is one that the base model knows in both of its own styles.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from emoji_pictures import BASE_SETS, read_icons, save_pair
+
+STYLE_SET = "twemoji"
+OUT_DIR = Path(__file__).resolve().parent.parent / "assets" / "demo-style"
+SIZE_PIXELS = 128
+
+TRAIN_NAMES = """
+    grinning face; smiling face with sunglasses; crying face; thinking face; face with tongue; angry face;
+    sleeping face; smiling face with hearts; cowboy hat face; alien; robot; smiling cat with heart eyes;
+    dog face; panda; lion; pig face; owl; whale; turtle; butterfly; honeybee; elephant; rooster; octopus;
+    red apple; pizza; hamburger; strawberry; carrot; doughnut; birthday cake; watermelon; hot beverage; avocado;
+    soccer ball; guitar; key; light bulb; camera; books; umbrella; wrapped gift;
+    rocket; police car; house; sailboat; sunflower; red heart
+"""
+HELD_OUT_NAMES = """
+    winking face; face with tears of joy; nerd face; worried face; face with monocle; smiling face with heart eyes;
+    star struck; yawning face; smiling face with halo; ghost; jack o lantern; crying cat;
+    cat face; bear; tiger face; cow face; penguin; dolphin; frog; lady beetle; snail; fox; duck; crab;
+    banana; taco; french fries; cherries; tomato; cookie; pancakes; pineapple; beer mug; grapes;
+    basketball; violin; hammer; candle; television; pencil; balloon; trophy;
+    airplane; taxi; castle; bicycle; tulip; blue heart
+"""
+
+
+def parse_names(text: str) -> list[str]:
+    """Names separated by semicolons."""
+    return [" ".join(name.split()) for name in text.split(";")]
+
+
+def demo_names() -> tuple[list[str], list[str]]:
+    """Names to train on and names held out.
+
+    Raises:
+        ValueError: a name is used twice, or is missing from one of the three sets.
+    """
+    train, held_out = parse_names(TRAIN_NAMES), parse_names(HELD_OUT_NAMES)
+    known = set.intersection(*({icon.name for icon in read_icons(name)} for name in (*BASE_SETS, STYLE_SET)))
+    faults = [name for name in (*train, *held_out) if name not in known]
+    if faults or len({*train, *held_out}) < len(train) + len(held_out):
+        raise ValueError(f"names must be different and in all three sets; missing: {faults}")
+    return train, held_out
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=OUT_DIR)
+    arguments = parser.parse_args()
+    icons = {icon.name: icon for icon in read_icons(STYLE_SET)}
+    for folder, names in zip(("train", "held_out"), demo_names(), strict=True):
+        for name in names:
+            save_pair(arguments.out / folder, icons[name], SIZE_PIXELS)
+        print(f"{len(names)} pictures in {arguments.out / folder}")
+
+
+if __name__ == "__main__":
+    main()

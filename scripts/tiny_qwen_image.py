@@ -1,0 +1,241 @@
+"""The parts of `assets/tiny-qwen-image/`: exactly Qwen-Image's classes at toy size.
+
+    python scripts/tiny_qwen_image.py --out /tmp/tiny-qwen-image-random     # random weights, a valid pipeline folder
+
+Sizes are set here and nowhere else; `train_tiny_qwen_image.py` gives the weights their values.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from diffusers import (
+    AutoencoderKLQwenImage,
+    FlowMatchEulerDiscreteScheduler,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
+)
+from emoji_pictures import read_base_icons
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.trainers import BpeTrainer
+from torch import nn
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
+
+from pixtune.families.qwen_image import NUM_TEMPLATE_TOKENS, QwenImage
+
+PICTURE_PIXELS = 128
+TEXT_FEATURES = 128
+VOCABULARY_SIZE = 3584
+VAE_SIZES = {"base_dim": 24, "z_dim": 16, "dim_mult": [1, 2, 2, 2], "num_res_blocks": 1}
+TRANSFORMER_SIZES = {
+    "num_layers": 5,
+    "num_attention_heads": 4,
+    "attention_head_dim": 64,
+    "axes_dims_rope": (16, 24, 24),
+    "joint_attention_dim": TEXT_FEATURES,
+}
+
+EDIT_TEMPLATE = (
+    "<|im_start|>system\nDescribe the key features of the input image (color, shape, size, texture, objects, "
+    "background), then explain how the user's text instruction should alter or modify the image. Generate a new image "
+    "that meets the user's requirements while maintaining consistency with the original input where appropriate."
+    "<|im_end|>\n<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>{}<|im_end|>\n<|im_start|>assistant\n"
+)
+"""`QwenImageEditPipeline`'s, so that the same tokenizer serves a tiny edit model."""
+NUM_EDIT_TEMPLATE_TOKENS = 64
+SPECIAL_TOKENS = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|vision_pad|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
+
+
+def build_tokenizer(captions: Iterable[str]) -> Qwen2Tokenizer:
+    """Qwen2's byte-level tokenizer with a vocabulary learnt from the captions and both pipelines' templates.
+
+    The pipelines drop a fixed number of leading features, so the words of the templates must become single tokens, as
+    they are in Qwen's own vocabulary; they are repeated so that they are merged first.
+    """
+    shell = Qwen2Tokenizer().backend_tokenizer  # no vocabulary, but Qwen2's own way to split text
+    learner = Tokenizer(BPE())
+    learner.normalizer, learner.pre_tokenizer = shell.normalizer, shell.pre_tokenizer
+    texts = [QwenImage.prompt_template, EDIT_TEMPLATE]
+    for special in SPECIAL_TOKENS:
+        texts = [piece for text in texts for piece in text.split(special)]
+    trainer = BpeTrainer(
+        vocab_size=VOCABULARY_SIZE - len(SPECIAL_TOKENS),
+        initial_alphabet=sorted(ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    learner.train_from_iterator([*captions, *texts * 100], trainer)
+    learnt = json.loads(learner.to_str())["model"]
+    tokenizer = Qwen2Tokenizer(
+        vocab=learnt["vocab"],
+        merges=[tuple(merge) for merge in learnt["merges"]],
+        eos_token="<|im_end|>",
+        additional_special_tokens=list(SPECIAL_TOKENS),
+        padding_side="right",
+        model_max_length=4096,
+    )
+    check_templates(tokenizer)
+    return tokenizer
+
+
+def check_templates(tokenizer: Qwen2Tokenizer) -> None:
+    """The pipelines cut the first 34 and 64 features: what stands before the user's part must have that length."""
+    for template, expected in (
+        (QwenImage.prompt_template.partition("{}"), NUM_TEMPLATE_TOKENS),
+        (EDIT_TEMPLATE.partition("<|vision_start|>"), NUM_EDIT_TEMPLATE_TOKENS),
+    ):
+        prefix = tokenizer(template[0]).input_ids
+        whole = tokenizer("".join(template).format("pizza, noto style")).input_ids
+        assert len(prefix) == expected, (expected, tokenizer.convert_ids_to_tokens(prefix))
+        assert whole[:expected] == prefix, "the caption must not merge into the template"
+
+
+def build_text_encoder(tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLForConditionalGeneration:
+    """A random Qwen2.5-VL that stays as it is.
+
+    Its token vectors are large beside what its two layers add, so that each feature still says which token it stands
+    for, and the layers mix in a little of what came before.
+    """
+    token_id = tokenizer.convert_tokens_to_ids
+    config = Qwen2_5_VLConfig(
+        text_config={
+            "vocab_size": VOCABULARY_SIZE,
+            "hidden_size": TEXT_FEATURES,
+            "intermediate_size": 2 * TEXT_FEATURES,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "max_position_embeddings": 4096,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [8, 12, 12]},
+            "bos_token_id": token_id("<|endoftext|>"),
+            "eos_token_id": token_id("<|im_end|>"),
+            "pad_token_id": token_id("<|endoftext|>"),
+            "tie_word_embeddings": True,
+        },
+        vision_config={
+            "depth": 1,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_heads": 2,
+            "out_hidden_size": TEXT_FEATURES,
+            "fullatt_block_indexes": [0],
+        },
+        image_token_id=token_id("<|image_pad|>"),
+        video_token_id=token_id("<|video_pad|>"),
+        vision_start_token_id=token_id("<|vision_start|>"),
+        vision_end_token_id=token_id("<|vision_end|>"),
+        tie_word_embeddings=True,
+    )
+    model = Qwen2_5_VLForConditionalGeneration(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "embed_tokens" in name:
+                parameter.normal_()
+            elif parameter.ndim >= 2 and "visual" not in name:
+                parameter.normal_(0, 0.5 / math.sqrt(parameter.shape[-1]))
+    return model.eval().requires_grad_(False)
+
+
+def build_autoencoder() -> AutoencoderKLQwenImage:
+    """Qwen's image autoencoder, narrow: 8x smaller, 16 channels. Its latent statistics are set after training.
+
+    Of a single picture, only a causal kernel's last time slice sees anything but padding: the others are zero, and the
+    last is drawn for the inputs that it has. The posterior starts narrow, so that the decoder has a signal from the
+    first step.
+    """
+    z_dim = int(VAE_SIZES["z_dim"])
+    model = AutoencoderKLQwenImage(**VAE_SIZES, latents_mean=[0.0] * z_dim, latents_std=[1.0] * z_dim)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "time_conv" in name:
+                parameter.zero_()
+            elif parameter.ndim == 5:
+                parameter[:, :, :-1] = 0
+                nn.init.kaiming_normal_(parameter[:, :, -1], nonlinearity="linear")
+        model.quant_conv.bias[z_dim:] = -6
+    return model
+
+
+def build_transformer() -> QwenImageTransformer2DModel:
+    """Qwen-Image's transformer, narrow and shallow; blocks start as the identity (Peebles & Xie 2023, adaLN-Zero)."""
+    model = QwenImageTransformer2DModel(
+        in_channels=4 * VAE_SIZES["z_dim"], out_channels=VAE_SIZES["z_dim"], **TRANSFORMER_SIZES
+    )
+    zeroed: list[nn.Module] = [model.proj_out, model.norm_out.linear]
+    for block in model.transformer_blocks:
+        zeroed += [block.img_mod[1], block.txt_mod[1]]
+    for module in zeroed:
+        for parameter in module.parameters():
+            nn.init.zeros_(parameter)
+    return model
+
+
+def build_scheduler() -> FlowMatchEulerDiscreteScheduler:
+    """Qwen-Image's sampler with its shift stated for this model's 64 tokens instead of 256."""
+    return FlowMatchEulerDiscreteScheduler(
+        use_dynamic_shifting=True,
+        base_image_seq_len=(PICTURE_PIXELS // 16) ** 2,
+        max_image_seq_len=(PICTURE_PIXELS // 4) ** 2,
+        base_shift=0.5,
+        max_shift=0.9,
+        time_shift_type="exponential",
+    )
+
+
+def build_pipeline(captions: Iterable[str], seed: int = 0) -> QwenImagePipeline:
+    """All parts, untrained."""
+    torch.manual_seed(seed)
+    tokenizer = build_tokenizer(captions)
+    return QwenImagePipeline(
+        scheduler=build_scheduler(),
+        vae=build_autoencoder(),
+        text_encoder=build_text_encoder(tokenizer),
+        tokenizer=tokenizer,
+        transformer=build_transformer(),
+    )
+
+
+def save_pipeline(pipeline: QwenImagePipeline, folder: Path) -> None:
+    """The pipeline in diffusers' folder layout, weights stored in bf16 and loaded in fp32 unless asked otherwise."""
+    for part in (pipeline.vae, pipeline.text_encoder, pipeline.transformer):
+        for parameter in part.parameters():
+            parameter.data = parameter.data.to(torch.bfloat16)
+    pipeline.save_pretrained(folder, safe_serialization=True)
+    # Without this, transformers alone would load bf16 while diffusers loads fp32, and the two would not fit together.
+    config_file = folder / "text_encoder" / "config.json"
+    config = json.loads(config_file.read_text())
+    for part_config in (config, config["text_config"], config["vision_config"]):
+        part_config["dtype"] = "float32"
+    config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    arguments = parser.parse_args()
+    pipeline = build_pipeline([icon.caption for icon in read_base_icons()])
+    for name, part in pipeline.components.items():
+        if isinstance(part, nn.Module):
+            print(f"{name}: {sum(p.numel() for p in part.parameters()) / 1e6:.2f} million weights")
+    # A velocity of exactly zero has no direction, which classifier-free guidance divides by.
+    nn.init.normal_(pipeline.transformer.proj_out.weight, std=0.02)
+    save_pipeline(pipeline, arguments.out)
+
+
+if __name__ == "__main__":
+    main()

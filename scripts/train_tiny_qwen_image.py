@@ -1,0 +1,477 @@
+"""Trains `assets/tiny-qwen-image/` on Noto and Fluent emoji: the autoencoder first, then the transformer.
+
+    python scripts/train_tiny_qwen_image.py --stage vae --minutes 2 --out runs/tiny
+    python scripts/train_tiny_qwen_image.py --stage transformer --minutes 7 --out runs/tiny
+
+Made for one H100, where both stages together take about ten minutes; on a CPU only `--limit 64 --minutes 0.5` makes
+sense, to see that it runs. Schedules follow the clock, so that a stage ends when its minutes are over. The transformer
+is trained with this project's own conditioning, latents and objective.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import math
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch.nn.functional as F
+from check_tiny_qwen_image import encode_captions, encode_pictures, psnr, rebuild
+from diffusers import AutoencoderKLQwenImage, QwenImagePipeline
+from diffusers.models.autoencoders.autoencoder_kl_qwenimage import (
+    QwenImageCausalConv3d,
+    QwenImageRMS_norm,
+    QwenImageUpsample,
+)
+from diffusers.models.transformers import transformer_qwenimage
+from emoji_pictures import Icon, read_base_icons, render_all
+from tiny_qwen_image import PICTURE_PIXELS, build_pipeline, build_transformer, save_pipeline
+from torch import Tensor, nn
+from vary_pictures import vary_icons, vary_pictures
+
+from pixtune.families.base import Placement
+from pixtune.families.qwen_image import QwenImage
+from pixtune.objective import add_noise, draw_sigmas, sample_losses, shift_sigmas, velocity_target
+from pixtune.weights import ModelFolder
+
+CAPTION_DROPOUT = 0.1
+KL_WEIGHT = 2e-4
+EMA_DECAY = 0.999
+NUM_VARIATIONS = 3
+VARIED_SHARE = 0.4
+"""Of all draws, how many are other drawings of known names."""
+SIGMA_SHIFT = 0.5
+"""`mu`: more of the training goes to noisy pictures, where the caption decides."""
+
+
+# ---- the clock
+
+
+def schedule(minutes: float, peak: float, warmup_steps: int, log: Callable[[int, float], None]) -> Iterator[float]:
+    """Learning rates: a linear warm-up, then a cosine to zero that ends with the minutes."""
+    start, step, fraction = time.monotonic(), 0, 0.0
+    while fraction < 1:
+        if step % 20 == 0:
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            fraction = (time.monotonic() - start) / (60 * minutes)
+        if step % 500 == 0:
+            log(step, fraction)
+        yield peak * min(1, (step + 1) / warmup_steps) * max(0.0, 0.5 + 0.5 * math.cos(math.pi * min(fraction, 1)))
+        step += 1
+    log(step, fraction)
+
+
+def recorded(step: Callable[[], None]) -> Callable[[], None]:
+    """The step as a CUDA graph: thousands of small launches become one."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
+
+
+# ---- optimizers
+
+
+class Muon:
+    """Momentum whose step for a matrix is its nearest orthogonal one (Jordan et al. 2024), all of a shape at once.
+
+    The step is scaled to the size of Adam's (Liu et al. 2025, "Muon is Scalable for LLM Training", section 2.2), so
+    that one learning rate, a tensor on the device, serves both.
+    """
+
+    def __init__(self, matrices: list[nn.Parameter], rate: Tensor, momentum: float = 0.95) -> None:
+        self.rate, self.momentum = rate, momentum
+        shapes = sorted({tuple(m.shape) for m in matrices})
+        self.groups = [[m for m in matrices if tuple(m.shape) == shape] for shape in shapes]
+        self.velocities = [torch.zeros_like(self._as_matrices([m.data for m in group])) for group in self.groups]
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group, velocity in zip(self.groups, self.velocities, strict=True):
+            gradient = self._as_matrices([m.grad for m in group if m.grad is not None])
+            velocity.lerp_(gradient, 1 - self.momentum)
+            step = orthogonalise(gradient.lerp(velocity, self.momentum))
+            scale = -0.2 * math.sqrt(max(step.shape[-2:])) * self.rate
+            used = [last_slice(m.data) for m in group]
+            torch._foreach_add_(
+                used, [s.view_as(m) for s, m in zip((step.float() * scale).unbind(), used, strict=True)]
+            )
+
+    @staticmethod
+    def _as_matrices(weights: list[Tensor]) -> Tensor:
+        return torch.stack([last_slice(weight).flatten(1) for weight in weights])
+
+
+def last_slice(weight: Tensor) -> Tensor:
+    """The part of a causal 3D kernel that sees a single picture; other weights as they are."""
+    return weight[:, :, -1] if weight.ndim == 5 else weight
+
+
+def orthogonalise(matrices: Tensor) -> Tensor:
+    """Singular values of about 1, by five Newton-Schulz steps in bf16."""
+    x = matrices.bfloat16()
+    tall = x.shape[-2] > x.shape[-1]
+    x = x.mT if tall else x
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(5):
+        gram = x @ x.mT
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return x.mT if tall else x
+
+
+def build_optimizers(parameters: list[nn.Parameter], matrices: list[nn.Parameter], rate: Tensor) -> list[Any]:
+    """Muon for the inner matrices, Adam for the rest."""
+    chosen = {id(matrix) for matrix in matrices}
+    others = [p for p in parameters if id(p) not in chosen]
+    adam = torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.98), weight_decay=0.0, capturable=rate.is_cuda)
+    return [adam, Muon(matrices, rate)]
+
+
+# ---- autoencoder
+
+
+def single_frame_convolution(self: QwenImageCausalConv3d, frames: Tensor, cache_x: Tensor | None = None) -> Tensor:
+    """What the causal 3D convolution does to one frame, in 2D: its earlier time slices see only padding."""
+    padding = (self._padding[2], self._padding[0])
+    return F.conv2d(frames[:, :, 0], self.weight[:, :, -1], self.bias, self.stride[1:], padding).unsqueeze(2)
+
+
+def normalise(x: Tensor, gamma: Tensor) -> Tensor:
+    """Channels scaled to a root mean square of `gamma`; the compiler makes it one kernel."""
+    return (x * torch.rsqrt(x.float().square().mean(1, keepdim=True) + 1e-12) * gamma).to(x.dtype)
+
+
+@contextmanager
+def fast_autoencoder(on_gpu: bool) -> Iterator[None]:
+    """Swaps the autoencoder's parts for equal ones that are fast on single pictures."""
+    function = torch.compile(normalise, dynamic=False) if on_gpu else normalise
+    with (
+        patch.object(QwenImageCausalConv3d, "forward", single_frame_convolution),
+        patch.object(QwenImageRMS_norm, "forward", lambda self, x: function(x, self.gamma)),
+        patch.object(QwenImageUpsample, "forward", nn.Upsample.forward),  # nearest neighbours need no fp32
+    ):
+        yield
+
+
+def draw_augmented(pixels_N3HW: Tensor, batch_size: int) -> Tensor:
+    """Random pictures in [-1, 1], mirrored, shifted round the edges, a third in other colours; never waits for the GPU.
+
+    The changes make other drawings fit the autoencoder as well.
+    """
+    device, size = pixels_N3HW.device, pixels_N3HW.shape[-1]
+
+    def chance(share: float, *shape: int) -> Tensor:
+        return torch.rand(batch_size, *shape, device=device) < share
+
+    index = torch.arange(size, device=device)
+    rows = torch.randint(len(pixels_N3HW), (batch_size, 1, 1, 1), device=device)
+    down, across = torch.randint(-24, 25, (2, batch_size, 1), device=device)
+    y = ((index + down) % size).view(batch_size, 1, size, 1)
+    x = torch.where(chance(0.5, 1), index, size - 1 - index)
+    x = ((x + across) % size).view(batch_size, 1, 1, size)
+    plain = torch.arange(3, device=device).expand(batch_size, 3)
+    channels = torch.where(chance(0.35, 1), torch.rand(batch_size, 3, device=device).argsort(1), plain)
+    drawn = pixels_N3HW[rows, channels.view(batch_size, 3, 1, 1), y, x].float() / 127.5 - 1
+    drawn = torch.where(chance(0.1, 1, 1, 1), -drawn, drawn)
+    return drawn.contiguous(memory_format=torch.channels_last)
+
+
+def edge_error(a: Tensor, b: Tensor) -> Tensor:
+    """How far the differences of neighbouring pixels are from those of the other picture."""
+    difference = a - b
+    return difference.diff(dim=-2).abs().mean() + difference.diff(dim=-1).abs().mean()
+
+
+class AutoencoderTraining:
+    """One training step of the autoencoder, without a wait for the GPU. `pixels` is uint8, shape (N, 3, H, W)."""
+
+    def __init__(self, vae: AutoencoderKLQwenImage, pixels: Tensor, batch_size: int) -> None:
+        self.vae, self.pixels, self.batch_size = vae.to(pixels.device).train().requires_grad_(True), pixels, batch_size
+        self.on_gpu = pixels.device.type == "cuda"
+        self.rate = torch.zeros((), device=pixels.device)
+        self.squared_error = torch.ones((), device=pixels.device)
+        self.parameters = list(vae.parameters())
+        for parameter in self.parameters:
+            parameter.grad = torch.zeros_like(parameter)
+        inner = [vae.encoder.down_blocks, vae.encoder.mid_block, vae.decoder.mid_block, vae.decoder.up_blocks]
+        matrices = [p for part in inner for name, p in part.named_parameters() if name.endswith("weight")]
+        self.optimizers = build_optimizers(self.parameters, matrices, self.rate)
+
+    def step(self) -> None:
+        """Absolute error of pixels and of edges, squared error, and a weak pull of the latents to a unit Gaussian."""
+        pixels = draw_augmented(self.pixels, self.batch_size).unsqueeze(2)
+        with torch.autocast(pixels.device.type, torch.bfloat16, enabled=self.on_gpu, cache_enabled=False):
+            mean, log_variance = self.vae.quant_conv(self.vae.encoder(pixels)).float().chunk(2, dim=1)
+            log_variance = log_variance.clamp(-30, 20)
+            latents = mean + torch.exp(0.5 * log_variance) * torch.randn_like(mean)
+            rebuilt = self.vae.decoder(self.vae.post_quant_conv(latents)).float()
+        error = rebuilt - pixels
+        divergence = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
+        loss = error.abs().mean() + error.square().mean() + 0.5 * edge_error(rebuilt, pixels) + KL_WEIGHT * divergence
+        loss.backward()
+        for optimizer in self.optimizers:
+            optimizer.step()
+        torch._foreach_zero_([p.grad for p in self.parameters])
+        self.squared_error.lerp_((rebuilt.detach().clamp(-1, 1) - pixels).square().mean(), 0.01)
+
+
+def train_autoencoder(training: AutoencoderTraining, minutes: float, peak: float) -> None:
+    """Trains for the given time."""
+
+    def log(step: int, fraction: float) -> None:
+        psnr = 10 * math.log10(4 / float(training.squared_error))
+        print(f"vae step {step}, {fraction:.0%} of the time, {psnr:.2f} dB", flush=True)
+
+    with fast_autoencoder(training.on_gpu):
+        step = recorded(training.step) if training.on_gpu else training.step
+        for rate in schedule(minutes, peak, 200, log):
+            training.rate.fill_(rate)
+            step()
+    training.vae.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def set_latent_statistics(vae: AutoencoderKLQwenImage, pixels: Tensor) -> None:
+    """Writes each latent channel's mean and deviation over the pictures into the config."""
+    means, variances = [], []
+    for chunk in pixels.split(64):
+        posterior = vae.encode((chunk.float() / 127.5 - 1).unsqueeze(2)).latent_dist
+        means.append(posterior.mean[:, :, 0])
+        variances.append(posterior.var[:, :, 0].mean((2, 3)))
+    latents = torch.cat(means)
+    total_variance = latents.var((0, 2, 3)) + torch.cat(variances).mean(0)
+    vae.register_to_config(
+        latents_mean=[round(x, 4) for x in latents.mean((0, 2, 3)).tolist()],
+        latents_std=[round(x, 4) for x in total_variance.sqrt().tolist()],
+    )
+    share = (torch.cat(variances).mean(0) / total_variance).sqrt().mean()
+    print(f"latents: {float(share):.3f} of their deviation is the posterior's own")
+
+
+# ---- transformer
+
+
+@dataclass(frozen=True)
+class TrainingSet:
+    """Pictures as latents and captions as features, on the training device. The last caption is the dropped one."""
+
+    mean_NCHW: Tensor
+    std_NCHW: Tensor
+    embeds_NTD: Tensor
+    mask_NT: Tensor
+    cumulative_shares_N: Tensor
+
+    def draw(self, batch_size: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Fresh latents and conditioning of a random batch, some captions dropped. Never waits for the GPU."""
+        device = self.mean_NCHW.device
+        rows = torch.searchsorted(self.cumulative_shares_N, torch.rand(batch_size, device=device))
+        rows = rows.clamp_max(len(self.mean_NCHW) - 1)
+        mean_BCHW = self.mean_NCHW[rows]
+        latents_BCHW = mean_BCHW + self.std_NCHW[rows] * torch.randn_like(mean_BCHW)
+        dropped = torch.rand(batch_size, device=device) < CAPTION_DROPOUT
+        text_rows = torch.where(dropped, len(self.embeds_NTD) - 1, rows)
+        return latents_BCHW, {
+            "prompt_embeds": self.embeds_NTD[text_rows],
+            "prompt_embeds_mask": self.mask_NT[text_rows],
+        }
+
+
+def build_training_set(folder: ModelFolder, icons: list[Icon], pixels: Tensor) -> TrainingSet:
+    """Encodes everything once. A group of n variants is drawn as often as the square root of n single pictures.
+
+    A share of the draws goes to other drawings of the same names: see `vary_pictures`.
+    """
+    family, placement = QwenImage(), Placement(pixels.device, torch.float32)
+    group_sizes = Counter(icon.group for icon in icons)
+    shares = torch.tensor([group_sizes[icon.group] ** -0.5 for icon in icons], device=pixels.device)
+    num_real = len(icons)
+    for seed in range(NUM_VARIATIONS):
+        icons = icons + vary_icons(icons[:num_real], seed)
+        pixels = torch.cat([pixels, vary_pictures(pixels[:num_real], seed)])
+    varied = torch.full((NUM_VARIATIONS * num_real,), 1 / (NUM_VARIATIONS * num_real), device=pixels.device)
+    shares = torch.cat([(1 - VARIED_SHARE) * shares / shares.sum(), VARIED_SHARE * varied])
+    captions = [icon.caption for icon in icons] + [family.dropped_caption]
+    conditioning = encode_captions(family, family.load_text_encoder(folder, placement), captions)
+    latents = encode_pictures(family, family.load_autoencoder(folder, placement), pixels)
+    embeds, mask = conditioning["prompt_embeds"], conditioning["prompt_embeds_mask"]
+    spare = -embeds.shape[1] % 8  # attention with a mask is fastest in lengths of eight
+    return TrainingSet(
+        mean_NCHW=latents.mean_BCHW,
+        std_NCHW=latents.std_BCHW,
+        embeds_NTD=F.pad(embeds, (0, 0, 0, spare)),
+        mask_NT=F.pad(mask, (0, spare)),
+        cumulative_shares_N=torch.cumsum(shares, 0),
+    )
+
+
+@contextmanager
+def fast_forward() -> Iterator[None]:
+    """Swaps two of diffusers' functions for equal ones that a compiler and a CUDA graph can take."""
+    with (
+        patch.object(transformer_qwenimage, "apply_rotary_emb_qwen", rotate_pairs),
+        patch.object(transformer_qwenimage, "compute_text_seq_len_from_mask", padded_length),
+    ):
+        yield
+
+
+def padded_length(embeds_BTD: Tensor, mask_BT: Tensor) -> tuple[int, None, Tensor]:
+    """What the transformer uses of diffusers' function, without its copy to the GPU."""
+    return embeds_BTD.shape[1], None, mask_BT
+
+
+def rotate_pairs(x: Tensor, frequencies: Tensor, use_real: bool = False) -> Tensor:
+    """diffusers' rotary embedding in real numbers, which the compiler can fuse."""
+    turn = torch.view_as_real(frequencies).unsqueeze(1)
+    (a, b), (cos, sin) = x.float().unflatten(-1, (-1, 2)).unbind(-1), turn.unbind(-1)
+    return torch.stack((a * cos - b * sin, a * sin + b * cos), -1).flatten(-2).type_as(x)
+
+
+class TransformerTraining:
+    """One training step without a single wait for the GPU, so that it can be recorded once and replayed."""
+
+    def __init__(self, transformer: nn.Module, data: TrainingSet, batch_size: int) -> None:
+        self.family = QwenImage()
+        self.device = data.mean_NCHW.device
+        self.transformer, self.data, self.batch_size = transformer, data, batch_size
+        transformer.train().requires_grad_(True)
+        self.parameters = list(transformer.parameters())
+        for parameter in self.parameters:
+            parameter.grad = torch.zeros_like(parameter)  # in place of None where the last block's text goes nowhere
+        self.snapshot = copy.deepcopy(transformer).cpu()
+        self.average = [p.detach().clone() for p in self.parameters]
+        self.rate = torch.zeros((), device=self.device)
+        self.loss = torch.zeros((), device=self.device)
+        matrices = [p for p in transformer.transformer_blocks.parameters() if p.ndim == 2]
+        self.optimizers = build_optimizers(self.parameters, matrices, self.rate)
+
+    def step(self) -> None:
+        latents, conditioning = self.data.draw(self.batch_size)
+        noise = torch.randn_like(latents)
+        sigma_B = shift_sigmas(draw_sigmas("uniform", torch.rand(len(latents), device=self.device)), SIGMA_SHIFT)
+        # No cache of casted weights: a recorded step must cast them anew each time.
+        with torch.autocast(self.device.type, torch.bfloat16, cache_enabled=False):
+            noisy = add_noise(latents, noise, sigma_B)
+            velocity = self.family.predict_velocity(self.transformer, noisy, sigma_B, conditioning)
+        loss = sample_losses(velocity, velocity_target(latents, noise)).mean()
+        loss.backward()
+        for optimizer in self.optimizers:
+            optimizer.step()
+        torch._foreach_zero_([p.grad for p in self.parameters])
+        torch._foreach_lerp_(self.average, [p.detach() for p in self.parameters], 1 - EMA_DECAY)
+        self.loss.lerp_(loss.detach(), 0.01)
+
+    def averaged(self) -> nn.Module:
+        """The transformer with the averaged weights, on the CPU."""
+        for parameter, value in zip(self.snapshot.parameters(), self.average, strict=True):
+            parameter.data = value.cpu()
+        return self.snapshot.eval().requires_grad_(False)
+
+
+def train_transformer(
+    training: TransformerTraining, minutes: float, peak: float, save: Callable[[nn.Module], None]
+) -> None:
+    """Trains for the given time, saving the averaged weights on the way."""
+    step_function = training.step
+    last_save = time.monotonic()
+
+    def log(step: int, fraction: float) -> None:
+        nonlocal last_save
+        print(f"transformer step {step}, {fraction:.0%} of the time, loss {float(training.loss):.4f}", flush=True)
+        if time.monotonic() - last_save > 120:
+            save(training.averaged())
+            last_save = time.monotonic()
+
+    with fast_forward():
+        if training.device.type == "cuda":
+            for block in training.transformer.transformer_blocks:
+                block.compile(fullgraph=True)
+            step_function = recorded(training.step)
+        for rate in schedule(minutes, peak, 500, log):
+            training.rate.fill_(rate)
+            step_function()
+    save(training.averaged())
+
+
+# ---- command line
+
+
+def load_pixels(icons: list[Icon], device: torch.device) -> Tensor:
+    """All pictures as uint8, shape (N, 3, H, W), on the device."""
+    return torch.from_numpy(render_all(icons, PICTURE_PIXELS)).permute(0, 3, 1, 2).contiguous().to(device)
+
+
+def run_vae_stage(out: Path, captions: list[str], pixels: Tensor, arguments: argparse.Namespace) -> None:
+    pipeline = build_pipeline(captions)
+    train_autoencoder(
+        AutoencoderTraining(pipeline.vae, pixels, arguments.batch_size), arguments.minutes, arguments.rate
+    )
+    for parameter in pipeline.vae.parameters():
+        parameter.data = parameter.data.to(torch.bfloat16).float()  # as it will be stored
+    set_latent_statistics(pipeline.vae, pixels)
+    some = pixels[:: max(1, len(pixels) // 256)]
+    print(
+        f"autoencoder: {psnr(rebuild(QwenImage(), pipeline.vae, some), some):.2f} dB on training pictures", flush=True
+    )
+    save_pipeline(pipeline.to("cpu"), out)
+
+
+def run_transformer_stage(out: Path, icons: list[Icon], pixels: Tensor, arguments: argparse.Namespace) -> None:
+    folder = ModelFolder(out)
+    data = build_training_set(folder, icons, pixels)
+    pipeline = QwenImagePipeline.from_pretrained(
+        out, **({} if arguments.resume else {"transformer": build_transformer()})
+    )
+    transformer = copy.deepcopy(pipeline.transformer).to(pixels.device)
+    training = TransformerTraining(transformer, data, arguments.batch_size)
+
+    def save(model: nn.Module) -> None:
+        pipeline.transformer = model
+        save_pipeline(pipeline, out)
+
+    train_transformer(training, arguments.minutes, arguments.rate, save)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="the pipeline folder; the second stage goes on in it")
+    parser.add_argument("--stage", choices=("vae", "transformer"), required=True)
+    parser.add_argument("--minutes", type=float, required=True)
+    parser.add_argument("--batch-size", type=int, required=True)
+    parser.add_argument("--rate", type=float, default=2e-3, help="peak learning rate")
+    parser.add_argument("--resume", action="store_true", help="start from the folder's transformer, not from scratch")
+    parser.add_argument("--limit", type=int, help="only this many pictures, spread over both styles")
+    arguments = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cudnn.benchmark = True
+    torch._dynamo.config.recompile_limit = 32  # one small function serves all sizes inside the autoencoder
+    torch.manual_seed(0)
+    icons = read_base_icons()
+    captions = [icon.caption for icon in icons]
+    if arguments.limit:
+        icons = icons[:: len(icons) // arguments.limit]
+    pixels = load_pixels(icons, device)
+    print(f"{len(icons)} pictures on {device}", flush=True)
+    if arguments.stage == "vae":
+        run_vae_stage(arguments.out, captions, pixels, arguments)
+    else:
+        run_transformer_stage(arguments.out, icons, pixels, arguments)
+
+
+if __name__ == "__main__":
+    main()

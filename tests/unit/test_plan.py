@@ -1,0 +1,67 @@
+"""The plan is a pure function: what each machine and each demand gives."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from pixtune.config.schema import CudaFeatures, DataConfig, TrainConfig
+from pixtune.fit.plan import GIB, MemoryPlan, RunSize, plan_memory
+from pixtune.hardware.facts import HardwareFacts
+
+H100 = HardwareFacts("cuda", "NVIDIA H100 80GB HBM3", (9, 0), 80 * GIB, 79 * GIB)
+CPU = HardwareFacts("cpu", "x86_64", (0, 0), 0, 0)
+QWEN_1024 = RunSize(weight_bytes=20_430_000_000 * 2, num_tokens=4096 + 256, num_blocks=60, block_width=3072)
+CONFIG = TrainConfig(
+    pretrained_model_name_or_path="model", output_dir="out", max_train_steps=1, data_config=DataConfig(img_dir="data")
+)
+
+
+def test_80_gb_recomputes_nothing_and_predicts_the_measured_peak() -> None:
+    plan = plan_memory(H100, QWEN_1024, CONFIG)
+    assert not plan.recompute and plan.tf32 and plan.pin_memory and plan.weights_format == "bf16"
+    assert plan.expected_peak_bytes / GIB == pytest.approx(64.1, rel=0.06)  # benchmarks/RESULTS.md
+
+
+def test_recomputing_predicts_the_measured_peak() -> None:
+    plan = plan_memory(H100, QWEN_1024, CONFIG.model_copy(update={"disable_gradient_checkpointing": False}))
+    assert plan.recompute
+    assert plan.expected_peak_bytes / GIB == pytest.approx(40.5, rel=0.06)
+
+
+@pytest.mark.parametrize("change", [{"free_bytes": 48 * GIB}, {"free_bytes": 70 * GIB}])
+def test_less_free_memory_recomputes_and_says_why(change: dict[str, int]) -> None:
+    plan = plan_memory(replace(H100, **change), QWEN_1024, CONFIG)
+    assert plan.recompute
+    assert any("recomputation on" in reason and "GiB usable" in reason for reason in plan.reasons)
+
+
+def test_a_larger_batch_recomputes() -> None:
+    assert plan_memory(H100, replace(QWEN_1024, num_tokens=2 * QWEN_1024.num_tokens), CONFIG).recompute
+
+
+def test_demands_win_over_the_estimate() -> None:
+    config = CONFIG.model_copy(
+        update={
+            "disable_gradient_checkpointing": True,
+            "adam8bit": True,
+            "disable_cpu_offload": True,
+            "pin_memory": False,
+            "cuda_features": CudaFeatures(enable_tf32_compute=False, enable_cudnn_sdp=False),
+        }
+    )
+    plan = plan_memory(replace(H100, free_bytes=GIB), QWEN_1024, config)
+    assert (plan.recompute, plan.optimizer, plan.encoders_stay) == (False, "adamw_8bit", True)
+    assert (plan.pin_memory, plan.tf32, plan.cudnn_attention) == (False, False, False)
+
+
+def test_a_cpu_pins_nothing_and_recomputes_nothing() -> None:
+    plan = plan_memory(CPU, QWEN_1024, CONFIG.model_copy(update={"pin_memory": True, "mixed_precision": "no"}))
+    assert not plan.pin_memory and not plan.recompute and not plan.tf32
+    assert plan.weights_format == "fp32" and plan.expected_peak_bytes == 0
+
+
+def test_a_plan_survives_the_checkpoint() -> None:
+    plan = plan_memory(H100, QWEN_1024, CONFIG)
+    assert MemoryPlan.from_dict(plan.to_dict()) == plan
