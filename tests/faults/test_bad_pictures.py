@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import random
 import subprocess
@@ -25,6 +26,7 @@ def encoded(format: str, mode: str = "RGB", **options) -> bytes:
     return stream.getvalue()
 
 
+@functools.cache
 def one_bit_png(width: int, height: int) -> bytes:
     """A picture of many pixels in few bytes."""
     stream = io.BytesIO()
@@ -75,6 +77,14 @@ def test_a_20000_pixel_panorama_works_and_says_what_is_cropped(tmp_path):
     report = validate_folder(tmp_path, img_size=1024)
     assert report.ok and report.bucket_counts == {(400, 96): 1}
     assert "a.png (98%)" in report.warnings[1]
+
+
+@pytest.mark.filterwarnings("error")
+def test_nothing_is_printed_beside_the_report(tmp_path, recwarn):
+    (tmp_path / "a.tif").write_bytes(damaged_page_list())
+    (tmp_path / "a.txt").write_text("a picture")
+    (fault,) = validate_folder(tmp_path).faults
+    assert "Missing dimensions" in fault and not recwarn.list
 
 
 def test_the_size_limit_is_checked_before_any_pixel_is_decoded(tmp_path, monkeypatch):

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from warnings import catch_warnings, filterwarnings
 
 from pixtune.data.buckets import Buckets, Size, build_buckets, frame_picture
 from pixtune.data.images import decode
@@ -151,7 +152,8 @@ def _check_pictures(
 ) -> list[_Checked]:
     """Each picture decoded, in the order given. Threads serve, because decoders release Python's lock."""
     checked = []
-    with ThreadPoolExecutor(min(_MAX_THREADS, os.cpu_count() or 1)) as pool:
+    with catch_warnings(), ThreadPoolExecutor(min(_MAX_THREADS, os.cpu_count() or 1)) as pool:
+        filterwarnings("ignore", module="PIL")  # says without a path what the report says with one
         for picture in pool.map(lambda path: _check_picture(path, multiple), paths):
             checked.append(picture)
             if on_progress is not None:
