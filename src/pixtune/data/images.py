@@ -112,7 +112,6 @@ def read_size(path: Path) -> Size:
             return image.size
         if image.format == "PNG" and _has_chunks_after_pixels(path):
             image.load()  # the orientation may stand behind the pixels
-        # Image.Image's, because PNG's own getexif decodes the whole picture when there is no EXIF.
         width, height = image.size
         return (height, width) if _orientation(image) in (5, 6, 7, 8) else (width, height)
 

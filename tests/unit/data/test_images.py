@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import struct
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -313,27 +314,36 @@ def profile(kind: str = "sRGB") -> bytes:
     return ImageCms.ImageCmsProfile(ImageCms.createProfile(kind)).tobytes()
 
 
-def matrix_profile(red: tuple[float, float, float], green: tuple[float, float, float], levels: np.ndarray) -> bytes:
-    """An RGB profile of given primaries (XYZ under D50; blue is what is left of white) and tone curve (0 to 1)."""
-    blue = tuple(white - r - g for white, r, g in zip((0.9642, 1.0, 0.8249), red, green, strict=True))
-
-    def xyz(values) -> bytes:
-        return b"XYZ \0\0\0\0" + struct.pack(">3i", *(round(value * 65536) for value in values))
-
-    curve = b"curv\0\0\0\0" + struct.pack(">I", len(levels)) + np.rint(levels * 65535).astype(">u2").tobytes()
-    text = b"desc\0\0\0\0" + struct.pack(">I", 5) + b"test\0" + bytes(78) + b"\0"
-    tags = [(b"desc", text), (b"wtpt", xyz((0.9642, 1.0, 0.8249))), (b"cprt", b"text\0\0\0\0none\0\0\0\0")]
-    tags += [(b"rXYZ", xyz(red)), (b"gXYZ", xyz(green)), (b"bXYZ", xyz(blue))]
-    tags += [(name, curve) for name in (b"rTRC", b"gTRC", b"bTRC")]
+def icc_profile(space: bytes, tags: dict[bytes, bytes]) -> bytes:
+    """A version 2 monitor profile of a colour space, b"RGB " or b"GRAY"."""
+    tags = {b"desc": b"desc\0\0\0\0" + struct.pack(">I", 5) + b"test\0" + bytes(79), b"wtpt": xyz(D50)} | tags
     place, table, body = 128 + 4 + 12 * len(tags), struct.pack(">I", len(tags)), b""
-    for name, data in tags:
-        data += bytes(-len(data) % 4)
+    for name, data in tags.items():
         table += struct.pack(">4sII", name, place + len(body), len(data))
-        body += data
+        body += data + bytes(-len(data) % 4)
     size = 128 + len(table) + len(body)
-    header = struct.pack(">I4sI4s4s4s12x4s", size, b"none", 0x02100000, b"mntr", b"RGB ", b"XYZ ", b"acsp")
-    header = header.ljust(68, b"\0") + struct.pack(">3i", 63190, 65536, 54061)
+    header = struct.pack(">I4sI4s4s4s12x4s", size, b"none", 0x02100000, b"mntr", space, b"XYZ ", b"acsp")
+    header = header.ljust(68, b"\0") + struct.pack(">3i", *(round(value * 65536) for value in D50))
     return header.ljust(128, b"\0") + table + body
+
+
+D50 = (0.9642, 1.0, 0.8249)
+
+
+def xyz(values: Sequence[float]) -> bytes:
+    return b"XYZ \0\0\0\0" + struct.pack(">3i", *(round(value * 65536) for value in values))
+
+
+def curve(levels: np.ndarray) -> bytes:
+    """A tone curve as a table, 0 to 1."""
+    return b"curv\0\0\0\0" + struct.pack(">I", len(levels)) + np.rint(levels * 65535).astype(">u2").tobytes()
+
+
+def matrix_profile(red: Sequence[float], green: Sequence[float], levels: np.ndarray) -> bytes:
+    """An RGB profile of given primaries (XYZ under D50; blue is what is left of white) and tone curve."""
+    blue = [white - r - g for white, r, g in zip(D50, red, green, strict=True)]
+    primaries = {b"rXYZ": xyz(red), b"gXYZ": xyz(green), b"bXYZ": xyz(blue)}
+    return icc_profile(b"RGB ", primaries | dict.fromkeys((b"rTRC", b"gTRC", b"bTRC"), curve(levels)))
 
 
 SRGB_RED, SRGB_GREEN = (0.4361, 0.2225, 0.0139), (0.3851, 0.7169, 0.0971)
@@ -375,6 +385,14 @@ def test_a_profile_of_a_palette_picture(tmp_path):
     image.save(tmp_path / "a.png", icc_profile=swapping_profile())
     ((red, green, _),) = pixels(tmp_path / "a.png")
     assert green > 200 and red < 60
+
+
+@pytest.mark.parametrize("mode", ["L", "LA"])
+def test_a_grey_profile_is_converted(tmp_path, mode):
+    linear = icc_profile(b"GRAY", {b"kTRC": curve(np.linspace(0, 1, 256))})
+    Image.new("L", (1, 1), 55).convert(mode).save(tmp_path / "a.png", icc_profile=linear)
+    assert near(pixels(tmp_path / "a.png"), [(128, 128, 128)], 3)  # 55/255 of the light is half way in sRGB
+    assert decode(tmp_path / "a.png").notes == ()
 
 
 def test_an_srgb_profile_changes_no_pixel(tmp_path):
