@@ -27,7 +27,8 @@ def write_atomically(path: Path, data: bytes) -> None:
         temporary.replace(path)
         sync_folder(path.parent)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        if temporary.exists():  # not where the folder itself could not be made
+            temporary.unlink()
         raise WriteError(f"{path} could not be written ({error.strerror or error}). Is the disk full?") from error
 
 
