@@ -152,7 +152,6 @@ def test_the_command_prints_them_all_and_exits_with_1(tmp_path, repo_root):
     for name, words in wanted.items():
         assert any(str(tmp_path / name) in line and words in line for line in result.stdout.splitlines()), name
     assert "Traceback" not in result.stdout + result.stderr
-    assert result.stderr == ""
 
 
 def test_a_picture_with_two_faults_shows_both(tmp_path):
