@@ -265,7 +265,7 @@ def check_styles(model: TinyModel, arguments: argparse.Namespace) -> None:
     """The same LoRA steps on known pictures and on the new style, judged on held-out names of the new style."""
     train_names, held_out_names = demo_names()
     held_out = Pictures(model, style_icons(held_out_names, STYLE_SET))
-    known = [style_icons([name], BASE_SETS[i % 2])[0] for i, name in enumerate(train_names)]
+    known = [icon for i, base in enumerate(BASE_SETS) for icon in style_icons(train_names[i :: len(BASE_SETS)], base)]
     before = held_out_loss(model, model.transformer, held_out)
     sheets = []
     captions = [icon.caption for icon in style_icons(held_out_names[::3], STYLE_SET)]
