@@ -7,74 +7,114 @@ with `random_weights=true`: speed and memory are those of a real run, pictures a
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import statistics
 import subprocess
 import sys
 import tempfile
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from diffusers import AutoencoderKLQwenImage, QwenImageTransformer2DModel
+import diffusers
 from environment import describe
 from PIL import Image
 
 from pixtune.metrics import read_metrics
 
-SCHEDULER = {
-    "_class_name": "FlowMatchEulerDiscreteScheduler", "base_image_seq_len": 256, "base_shift": 0.5,
-    "max_image_seq_len": 8192, "max_shift": 0.9, "shift_terminal": 0.02, "time_shift_type": "exponential",
+QWEN_SCHEDULER = {
+    "base_image_seq_len": 256, "base_shift": 0.5, "max_image_seq_len": 8192, "max_shift": 0.9, "shift_terminal": 0.02,
+    "time_shift_type": "exponential", "use_dynamic_shifting": True,
+}  # fmt: skip
+FLUX_SCHEDULER = {
+    "base_image_seq_len": 256, "base_shift": 0.5, "max_image_seq_len": 4096, "max_shift": 1.15, "shift": 3.0,
     "use_dynamic_shifting": True,
 }  # fmt: skip
-"""Of Qwen/Qwen-Image."""
+"""Of the models on the hub."""
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What a full-size model's folder says; the classes' own defaults are the full size, but for a few values."""
+
+    pipeline: str
+    transformer: str
+    autoencoder: str
+    scheduler: dict[str, object]
+    num_controls: int = 0
+    transformer_values: dict[str, object] = field(default_factory=dict)
+    autoencoder_values: dict[str, object] = field(default_factory=dict)
+
+
+QWEN = ("QwenImageTransformer2DModel", "AutoencoderKLQwenImage", QWEN_SCHEDULER)
+FLUX = ("FluxTransformer2DModel", "AutoencoderKL", FLUX_SCHEDULER)
+FLUX_VALUES: dict[str, dict[str, object]] = {
+    "transformer_values": {"guidance_embeds": True},
+    "autoencoder_values": {
+        "latent_channels": 16, "block_out_channels": [128, 256, 512, 512], "scaling_factor": 0.3611,
+        "shift_factor": 0.1159,
+    },
+}  # fmt: skip
+ARCHITECTURES = {
+    "qwen-image": Architecture("QwenImagePipeline", *QWEN),
+    "qwen-image-edit": Architecture("QwenImageEditPipeline", *QWEN, 1),
+    "qwen-image-edit-2509": Architecture("QwenImageEditPlusPipeline", *QWEN, 1),
+    "qwen-image-edit-2511": Architecture("QwenImageEditPlusPipeline", *QWEN, 1, {"zero_cond_t": True}),
+    "flux": Architecture("FluxPipeline", *FLUX, **FLUX_VALUES),
+    "flux-kontext": Architecture("FluxKontextPipeline", *FLUX, 1, **FLUX_VALUES),
+}
 NUM_PICTURES = 4
 WARM_UP_STEPS = 3
 
 
-def write_model_folder(folder: Path) -> None:
-    """Qwen-Image's folders with configs and no weights; the classes' defaults are the full size."""
+def write_model_folder(folder: Path, model: Architecture) -> None:
+    """The model's folders with configs and no weights."""
     configs = {
-        "model_index.json": {"_class_name": "QwenImagePipeline"},
-        "transformer/config.json": default_config(QwenImageTransformer2DModel),
-        "vae/config.json": default_config(AutoencoderKLQwenImage),
-        "scheduler/scheduler_config.json": SCHEDULER,
-        "text_encoder/config.json": {},
-        "tokenizer/tokenizer_config.json": {},
+        "model_index.json": {"_class_name": model.pipeline},
+        "transformer/config.json": default_config(model.transformer) | model.transformer_values,
+        "vae/config.json": default_config(model.autoencoder) | model.autoencoder_values,
+        "scheduler/scheduler_config.json": model.scheduler,
     }
+    for part in ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "processor"):
+        configs[f"{part}/config.json"] = {}
     for name, config in configs.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(config))
 
 
-def default_config(model_class: type) -> dict[str, object]:
+def default_config(model_class: str) -> dict[str, object]:
     """A diffusers model's default arguments."""
-    import inspect
-
-    parameters = inspect.signature(model_class.__init__).parameters.values()
+    parameters = inspect.signature(getattr(diffusers, model_class).__init__).parameters.values()
     return {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
 
 
 def write_pictures(folder: Path, size: int) -> None:
-    folder.mkdir()
+    """Captioned pictures, and controls of the same names."""
     for number in range(NUM_PICTURES):
-        Image.effect_noise((size, size), 60).convert("RGB").save(folder / f"{number}.png")
-        (folder / f"{number}.txt").write_text("noise")
+        for part in ("images", "control"):
+            (folder / part).mkdir(parents=True, exist_ok=True)
+            Image.effect_noise((size, size), 60).convert("RGB").save(folder / part / f"{number}.png")
+        (folder / "images" / f"{number}.txt").write_text("noise")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", choices=ARCHITECTURES, default="qwen-image")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--size", type=int, default=1024, help="pixels")
     parser.add_argument("overrides", nargs="*", help="key=value of the config")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        write_model_folder(folder / "model")
+        model = ARCHITECTURES[arguments.model]
+        write_model_folder(folder / "model", model)
         write_pictures(folder / "pictures", arguments.size)
         (folder / "run.yaml").write_text(
             f"pretrained_model_name_or_path: {folder / 'model'}\noutput_dir: {folder / 'run'}\nrandom_weights: true\n"
             f"max_train_steps: {arguments.steps}\nlogging_steps: 1\n"
-            f"data_config: {{img_dir: {folder / 'pictures'}, img_size: {arguments.size}}}\n"
+            f"data_config:\n  img_dir: {folder / 'pictures' / 'images'}\n  img_size: {arguments.size}\n"
+            + (f"  control_dir: {folder / 'pictures' / 'control'}\n" if model.num_controls else "")
         )
         command = [sys.executable, "-m", "pixtune.cli", "train", "--config", str(folder / "run.yaml")]
         subprocess.run([*command, *arguments.overrides], check=True, stdout=sys.stderr)
@@ -83,6 +123,7 @@ def main() -> None:
     seconds = [line["seconds"] for line in steps[WARM_UP_STEPS:]]
     result = {
         "benchmark": "full_size",
+        "model": arguments.model,
         "overrides": arguments.overrides,
         "size_pixels": arguments.size,
         "seconds_per_step_median": statistics.median(seconds),

@@ -21,9 +21,10 @@ from demo_style import STYLE_SET, demo_names
 from emoji_pictures import BASE_SETS, Icon, read_base_icons, read_icons, render_all
 from PIL import Image
 from torch import Tensor, nn
+from train_tiny_models import encode_pictures
 
-from pixtune.families.base import Conditioning, LatentDistribution, Placement, TextEncoder
-from pixtune.families.qwen_image import QwenImage
+from pixtune.families.base import Conditioning, Placement, Prompt, TextEncoder
+from pixtune.families.qwen_image import QWEN_IMAGE, QwenImage
 from pixtune.objective import add_noise, sample_losses, velocity_target
 from pixtune.weights import ModelFolder, open_model_folder
 
@@ -34,7 +35,7 @@ NUM_SIGMAS = 8
 """Fixed sigmas a held-out picture is judged at."""
 
 
-# ---- encoding, also used by the training script
+# ---- encoding and drawing
 
 
 def encode_captions(family: QwenImage, encoder: TextEncoder, captions: Sequence[str]) -> Conditioning:
@@ -42,17 +43,11 @@ def encode_captions(family: QwenImage, encoder: TextEncoder, captions: Sequence[
     rows = [
         row
         for start in range(0, len(captions), 256)
-        for row in family.encode_text(encoder, captions[start : start + 256])
+        for row in family.encode_text(encoder, [Prompt(text) for text in captions[start : start + 256]])
     ]
     stacked = family.stack_conditioning(rows)
     stacked.setdefault("prompt_embeds_mask", torch.ones_like(stacked["prompt_embeds"][..., 0], dtype=torch.bool))
     return stacked
-
-
-def encode_pictures(family: QwenImage, autoencoder: nn.Module, pixels: Tensor) -> LatentDistribution:
-    """Latents of pictures given as uint8, shape (N, 3, H, W)."""
-    parts = [family.encode_images(autoencoder, chunk.float() / 127.5 - 1) for chunk in pixels.split(64)]
-    return LatentDistribution(torch.cat([p.mean_BCHW for p in parts]), torch.cat([p.std_BCHW for p in parts]))
 
 
 @torch.no_grad()
@@ -82,7 +77,7 @@ class TinyModel:
 
     def __init__(self, path: Path, device: torch.device) -> None:
         placement = Placement(device, torch.float32)
-        self.family, self.device = QwenImage(), device
+        self.family, self.device = QWEN_IMAGE, device
         self.folder: ModelFolder = open_model_folder(str(path))
         self.encoder = self.family.load_text_encoder(self.folder, placement)
         self.autoencoder = self.family.load_autoencoder(self.folder, placement)

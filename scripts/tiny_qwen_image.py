@@ -2,7 +2,7 @@
 
     python scripts/tiny_qwen_image.py --out /tmp/tiny-qwen-image-random     # random weights, a valid pipeline folder
 
-Sizes are set here and nowhere else; `train_tiny_qwen_image.py` gives the weights their values.
+Sizes are set here and nowhere else; `train_tiny_models.py` gives the weights their values.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from diffusers import (
     AutoencoderKLQwenImage,
+    DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
     QwenImagePipeline,
     QwenImageTransformer2DModel,
@@ -28,7 +29,9 @@ from tokenizers.trainers import BpeTrainer
 from torch import nn
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 
-from pixtune.families.qwen_image import NUM_TEMPLATE_TOKENS, QwenImage
+from pixtune.families.qwen_image import NUM_TEMPLATE_TOKENS, CaptionReader
+from pixtune.families.qwen_image_edit import NUM_TEMPLATE_TOKENS as NUM_EDIT_TEMPLATE_TOKENS
+from pixtune.families.qwen_image_edit import EditReader
 
 PICTURE_PIXELS = 128
 TEXT_FEATURES = 128
@@ -42,14 +45,8 @@ TRANSFORMER_SIZES = {
     "joint_attention_dim": TEXT_FEATURES,
 }
 
-EDIT_TEMPLATE = (
-    "<|im_start|>system\nDescribe the key features of the input image (color, shape, size, texture, objects, "
-    "background), then explain how the user's text instruction should alter or modify the image. Generate a new image "
-    "that meets the user's requirements while maintaining consistency with the original input where appropriate."
-    "<|im_end|>\n<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>{}<|im_end|>\n<|im_start|>assistant\n"
-)
+EDIT_TEMPLATE = EditReader.template
 """`QwenImageEditPipeline`'s, so that the same tokenizer serves a tiny edit model."""
-NUM_EDIT_TEMPLATE_TOKENS = 64
 SPECIAL_TOKENS = (
     "<|endoftext|>",
     "<|im_start|>",
@@ -71,7 +68,7 @@ def build_tokenizer(captions: Iterable[str]) -> Qwen2Tokenizer:
     shell = Qwen2Tokenizer().backend_tokenizer  # no vocabulary, but Qwen2's own way to split text
     learner = Tokenizer(BPE())
     learner.normalizer, learner.pre_tokenizer = shell.normalizer, shell.pre_tokenizer
-    texts = [QwenImage.prompt_template, EDIT_TEMPLATE]
+    texts = [CaptionReader.template, EDIT_TEMPLATE, "Picture 1: "]
     for special in SPECIAL_TOKENS:
         texts = [piece for text in texts for piece in text.split(special)]
     trainer = BpeTrainer(
@@ -96,8 +93,8 @@ def build_tokenizer(captions: Iterable[str]) -> Qwen2Tokenizer:
 def check_templates(tokenizer: Qwen2Tokenizer) -> None:
     """The pipelines cut the first 34 and 64 features: what stands before the user's part must have that length."""
     for template, expected in (
-        (QwenImage.prompt_template.partition("{}"), NUM_TEMPLATE_TOKENS),
-        (EDIT_TEMPLATE.partition("<|vision_start|>"), NUM_EDIT_TEMPLATE_TOKENS),
+        (CaptionReader.template.partition("{}"), NUM_TEMPLATE_TOKENS),
+        (EDIT_TEMPLATE.partition("{}"), NUM_EDIT_TEMPLATE_TOKENS),
     ):
         prefix = tokenizer(template[0]).input_ids
         whole = tokenizer("".join(template).format("pizza, noto style")).input_ids
@@ -152,14 +149,18 @@ def build_text_encoder(tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLForConditionalGen
 
 
 def build_autoencoder() -> AutoencoderKLQwenImage:
-    """Qwen's image autoencoder, narrow: 8x smaller, 16 channels. Its latent statistics are set after training.
+    """Qwen's image autoencoder, narrow: 8x smaller, 16 channels. Its latent statistics are set after training."""
+    z_dim = int(VAE_SIZES["z_dim"])
+    return start_autoencoder(AutoencoderKLQwenImage(**VAE_SIZES, latents_mean=[0.0] * z_dim, latents_std=[1.0] * z_dim))
+
+
+def start_autoencoder(model: AutoencoderKLQwenImage) -> AutoencoderKLQwenImage:
+    """Starting values.
 
     Of a single picture, only a causal kernel's last time slice sees anything but padding: the others are zero, and the
     last is drawn for the inputs that it has. The posterior starts narrow, so that the decoder has a signal from the
     first step.
     """
-    z_dim = int(VAE_SIZES["z_dim"])
-    model = AutoencoderKLQwenImage(**VAE_SIZES, latents_mean=[0.0] * z_dim, latents_std=[1.0] * z_dim)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "time_conv" in name:
@@ -167,15 +168,21 @@ def build_autoencoder() -> AutoencoderKLQwenImage:
             elif parameter.ndim == 5:
                 parameter[:, :, :-1] = 0
                 nn.init.kaiming_normal_(parameter[:, :, -1], nonlinearity="linear")
-        model.quant_conv.bias[z_dim:] = -6
+        model.quant_conv.bias[len(model.quant_conv.bias) // 2 :] = -6
     return model
 
 
 def build_transformer() -> QwenImageTransformer2DModel:
-    """Qwen-Image's transformer, narrow and shallow; blocks start as the identity (Peebles & Xie 2023, adaLN-Zero)."""
-    model = QwenImageTransformer2DModel(
-        in_channels=4 * VAE_SIZES["z_dim"], out_channels=VAE_SIZES["z_dim"], **TRANSFORMER_SIZES
+    """Qwen-Image's transformer, narrow and shallow."""
+    return start_transformer(
+        QwenImageTransformer2DModel(
+            in_channels=4 * VAE_SIZES["z_dim"], out_channels=VAE_SIZES["z_dim"], **TRANSFORMER_SIZES
+        )
     )
+
+
+def start_transformer(model: QwenImageTransformer2DModel) -> QwenImageTransformer2DModel:
+    """Blocks start as the identity (Peebles & Xie 2023, adaLN-Zero)."""
     zeroed: list[nn.Module] = [model.proj_out, model.norm_out.linear]
     for block in model.transformer_blocks:
         zeroed += [block.img_mod[1], block.txt_mod[1]]
@@ -210,18 +217,26 @@ def build_pipeline(captions: Iterable[str], seed: int = 0) -> QwenImagePipeline:
     )
 
 
-def save_pipeline(pipeline: QwenImagePipeline, folder: Path) -> None:
+def save_pipeline(pipeline: DiffusionPipeline, folder: Path) -> None:
     """The pipeline in diffusers' folder layout, weights stored in bf16 and loaded in fp32 unless asked otherwise."""
-    for part in (pipeline.vae, pipeline.text_encoder, pipeline.transformer):
-        for parameter in part.parameters():
+    for part in pipeline.components.values():
+        for parameter in part.parameters() if isinstance(part, nn.Module) else ():
             parameter.data = parameter.data.to(torch.bfloat16)
     pipeline.save_pretrained(folder, safe_serialization=True)
     # Without this, transformers alone would load bf16 while diffusers loads fp32, and the two would not fit together.
-    config_file = folder / "text_encoder" / "config.json"
-    config = json.loads(config_file.read_text())
-    for part_config in (config, config["text_config"], config["vision_config"]):
-        part_config["dtype"] = "float32"
-    config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    for config_file in folder.glob("text_encoder*/config.json"):
+        config = json.loads(config_file.read_text())
+        for part_config in (config, config.get("text_config"), config.get("vision_config")):
+            if part_config is not None:
+                part_config["dtype"] = "float32"
+        config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def print_sizes(pipeline: DiffusionPipeline) -> None:
+    """How many weights each part has."""
+    for name, part in pipeline.components.items():
+        if isinstance(part, nn.Module):
+            print(f"{name}: {sum(p.numel() for p in part.parameters()) / 1e6:.2f} million weights")
 
 
 def main() -> None:
@@ -229,9 +244,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     pipeline = build_pipeline([icon.caption for icon in read_base_icons()])
-    for name, part in pipeline.components.items():
-        if isinstance(part, nn.Module):
-            print(f"{name}: {sum(p.numel() for p in part.parameters()) / 1e6:.2f} million weights")
+    print_sizes(pipeline)
     # A velocity of exactly zero has no direction, which classifier-free guidance divides by.
     nn.init.normal_(pipeline.transformer.proj_out.weight, std=0.02)
     save_pipeline(pipeline, arguments.out)

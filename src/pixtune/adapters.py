@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
@@ -31,19 +32,59 @@ class AttachedLora:
 
     modules: tuple[str, ...]
     """Paths of the linear layers."""
+    targets: tuple[str, ...]
+    """Endings of their paths, or whole paths: PEFT's `target_modules`."""
     num_parameters: int
 
 
+def resolve_targets(
+    linears: Sequence[str], targets: Sequence[str], presets: Mapping[str, Sequence[str]]
+) -> tuple[str, ...]:
+    """Which of a model's linear layers are meant, as endings of paths; whole paths where a pattern was used.
+
+    Args:
+        linears: paths of all linear layers.
+        targets: presets by name, patterns with `*`, `?` or `[...]` over whole paths, or endings of paths.
+
+    Raises:
+        ConfigError: a target matches nothing; names it and lists what could have been meant.
+    """
+    found: dict[str, None] = {}
+    faults = []
+    for target in targets:
+        for part in presets.get(target, (target,)):
+            is_pattern = any(mark in part for mark in "*?[")
+            if is_pattern and (matches := [name for name in linears if fnmatchcase(name, part)]):
+                found.update(dict.fromkeys(matches))
+            elif any(name == part or name.endswith(f".{part}") for name in linears):
+                found[part] = None
+            else:
+                faults.append(f"{part!r} matches no linear layer.")
+    if faults:
+        endings = sorted({re.sub(r"^\w+\.\d+\.", "", name) for name in linears})  # without the block and its number
+        known = f"Layers end with: {', '.join(endings)}." + (f" Presets: {', '.join(presets)}." if presets else "")
+        raise ConfigError(
+            "lora_targets names layers that this model does not have", [f"{fault} {known}" for fault in faults]
+        )
+    return tuple(found)
+
+
 def attach_lora(
-    transformer: nn.Module, targets: Sequence[str], rank: int, alpha: float, generator_seed: int
+    transformer: nn.Module,
+    targets: Sequence[str],
+    rank: int,
+    alpha: float,
+    generator_seed: int,
+    presets: Mapping[str, Sequence[str]] | None = None,
 ) -> AttachedLora:
-    """Adds a LoRA (Hu et al. 2021, arXiv 2106.09685) to every linear layer whose path ends with one of `targets`.
+    """Adds a LoRA (Hu et al. 2021, arXiv 2106.09685) to every linear layer that `targets` mean: see `resolve_targets`.
 
     The down-projection starts Gaussian with deviation 1 / rank, the up-projection zero, both fp32 whatever the base is:
     in bf16 an update of a few thousandths of a weight would be rounded away.
 
     Args:
         generator_seed: seeds the down-projections; the global generators are left as they were.
+        presets: the family's `lora_presets`.
 
     Raises:
         ConfigError: a target matches nothing; names it and lists what could have been meant.
@@ -52,14 +93,8 @@ def attach_lora(
     from peft.tuners.lora import LoraLayer
 
     linears = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
-    unmatched = [t for t in targets if not any(name == t or name.endswith(f".{t}") for name in linears)]
-    if unmatched:
-        endings = sorted({re.sub(r"^\w+\.\d+\.", "", name) for name in linears})  # without the block and its number
-        raise ConfigError(
-            "lora_targets names layers that this model does not have",
-            [f"{t!r} matches no linear layer. Layers end with: {', '.join(endings)}." for t in unmatched],
-        )
-    config = LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=list(targets))
+    resolved = resolve_targets(linears, targets, presets or {})
+    config = LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=list(resolved))
     with torch.random.fork_rng():
         torch.manual_seed(generator_seed)
         transformer.add_adapter(config, adapter_name=ADAPTER_NAME)  # type: ignore[operator]
@@ -68,7 +103,7 @@ def attach_lora(
         layer.cast_input_dtype_enabled = False
         for matrices in (layer.lora_A, layer.lora_B):
             matrices[ADAPTER_NAME] = _with_fp32_weight(matrices[ADAPTER_NAME])
-    return AttachedLora(tuple(layers), sum(p.numel() for p in trainable_parameters(transformer).values()))
+    return AttachedLora(tuple(layers), resolved, sum(p.numel() for p in trainable_parameters(transformer).values()))
 
 
 def _with_fp32_weight(linear: nn.Linear) -> RoundedLinear:

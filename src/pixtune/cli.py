@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
 
-from pixtune.errors import PixtuneError
+from pixtune.config.schema import TrainConfig
+from pixtune.errors import PixtuneError, WeightsError
 
 app = typer.Typer(
     help="Fine-tune image models on the GPU you have.",
@@ -29,9 +30,18 @@ INTERRUPTED = 130
 @app.command()
 def train(config: Config, overrides: Overrides = None) -> None:
     """Train a LoRA and write it with a report."""
+    run_config(config, overrides or [])
+
+
+def run_config(
+    config: Path, overrides: list[str], check: Callable[[TrainConfig], None] = lambda settings: None
+) -> None:
+    """A whole run, and its result in a line; `check` may refuse the config."""
     from pixtune.config import load_config
 
-    settings = load_config(config, overrides or [])
+    settings = load_config(config, overrides)
+    if check is not None:
+        check(settings)
     from pixtune.train import train as run_training
 
     result = run_training(settings)
@@ -44,14 +54,18 @@ def train(config: Config, overrides: Overrides = None) -> None:
 
 @app.command()
 def validate(
-    path: Annotated[Path, typer.Option("--path", help="Folder of pictures and captions.")],
+    path: Annotated[Path, typer.Option("--path", help="Folder of pictures and captions, or of images/ and control/.")],
     caption_type: Annotated[str, typer.Option(help="Extension of the caption files.")] = "txt",
     img_size: Annotated[int | None, typer.Option(help="Also show buckets for this training size, pixels.")] = None,
+    multiple: Annotated[int | None, typer.Option(help="What the model's picture sides must be divisible by.")] = None,
+    upscale: Annotated[bool, typer.Option(help="Small pictures will be enlarged.")] = False,
+    control_dir: Annotated[list[Path] | None, typer.Option(help="Control pictures; several for several.")] = None,
+    allow_missing_controls: Annotated[bool, typer.Option(help="Pictures without a control are no fault.")] = False,
 ) -> None:
     """Check a data set: every fault at once, exit code 1 if there is one."""
     from pixtune.data.validate import validate_folder
 
-    report = validate_folder(path, caption_type, img_size)
+    report = validate_folder(path, caption_type, img_size, multiple, control_dir or (), allow_missing_controls, upscale)
     typer.echo(report.render())
     raise typer.Exit(0 if report.ok else 1)
 
@@ -62,19 +76,36 @@ def sample(
     prompt: Annotated[list[str], typer.Option(help="May be given several times.")],
     output: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("samples"),
     lora: Annotated[Path | None, typer.Option(help="A LoRA file of pixtune.")] = None,
+    control: Annotated[
+        list[Path] | None, typer.Option(help="Control picture (edit models); several for several.")
+    ] = None,
     seed: Annotated[list[int] | None, typer.Option(help="May be given several times; default 0.")] = None,
     steps: Annotated[int, typer.Option(help="Sampler steps.")] = 30,
-    guidance: Annotated[float, typer.Option(help="Classifier-free guidance; 1 is off.")] = 4.0,
-    width: Annotated[int, typer.Option(help="Pixels.")] = 1024,
-    height: Annotated[int, typer.Option(help="Pixels.")] = 1024,
+    guidance: Annotated[
+        float, typer.Option(help="Guidance; for models with classifier-free guidance, 1 is off.")
+    ] = 4.0,
+    width: Annotated[int | None, typer.Option(help="Pixels; default 1024, or by the control's shape.")] = None,
+    height: Annotated[int | None, typer.Option(help="Pixels; default 1024, or by the control's shape.")] = None,
     weights_format: Annotated[Literal["bf16", "fp32"], typer.Option(help="Number format.")] = "bf16",
+    max_text_tokens: Annotated[int | None, typer.Option(help="As data_config.max_text_tokens in training.")] = None,
+    control_size: Annotated[int, typer.Option(help="As data_config.control_size in training.")] = 1024,
 ) -> None:
     """Draw pictures from a model, with or without a LoRA."""
     from pixtune.draw import DrawRequest, draw
     from pixtune.sample import SamplerSettings
 
-    settings = SamplerSettings(tuple(seed or [0]), steps, guidance, width, height)
-    for path in draw(DrawRequest(model, tuple(prompt), lora, weights_format, settings), output):
+    request = DrawRequest(
+        model=model,
+        prompts=tuple(prompt),
+        controls=tuple(control or ()),
+        lora=lora,
+        weights_format=weights_format,
+        settings=SamplerSettings(tuple(seed or [0]), steps, guidance),
+        size=(width or 1024, height or 1024) if width or height else None,
+        max_text_tokens=max_text_tokens,
+        control_size=control_size,
+    )
+    for path in draw(request, output):
         typer.echo(path)
 
 
@@ -108,9 +139,38 @@ def exit_on_user_errors(run: Callable[[], object]) -> None:
         raise SystemExit(1) from error
 
 
-def run_script() -> None:
-    """The root scripts: `accelerate launch train.py --config FILE [key=value ...]` is `pixtune train`."""
-    exit_on_user_errors(lambda: typer.run(train))
+def run_script(families: Sequence[str] = (), method: str | None = None) -> None:
+    """The root scripts: `accelerate launch train.py --config FILE [key=value ...]` is `pixtune train`.
+
+    Args:
+        families: the only ones that this script trains; none: all.
+        method: what this script trains, whatever the config says.
+    """
+
+    def script(config: Config, overrides: Overrides = None) -> None:
+        words = [*(overrides or []), *([f"method={method}"] if method else [])]
+        run_config(config, words, lambda settings: check_family(settings, families))
+
+    exit_on_user_errors(lambda: typer.run(script))
+
+
+def check_family(settings: TrainConfig, families: Sequence[str]) -> None:
+    """Refuses a model of another family than a script is for.
+
+    Raises:
+        WeightsError: says what the model is and which script trains it.
+    """
+    from pixtune.families import family_of
+    from pixtune.weights import open_model_folder
+
+    folder = open_model_folder(settings.pretrained_model_name_or_path)
+    family = family_of(folder)
+    if families and family.name not in families:
+        raise WeightsError(
+            f"{settings.pretrained_model_name_or_path} is a {folder.pipeline_class} (family {family.name}), and this "
+            f"script trains {', '.join(families)}. Use {family.script} with the same config, or `pixtune train`, "
+            "which takes every family."
+        )
 
 
 if __name__ == "__main__":

@@ -8,16 +8,22 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from rich.console import Console
 from torch import nn
 
 from pixtune import adapters
+from pixtune.data.buckets import Size
+from pixtune.data.cache import Ledger, MemoryStore
+from pixtune.data.encode import Encoder
+from pixtune.data.encodings import Encodings, control_pictures, text_item
+from pixtune.data.prepare import control_rules, encode_prompt, prompt_sample
 from pixtune.errors import WeightsError
 from pixtune.export import read_lora_file
 from pixtune.families import family_of
-from pixtune.families.base import Placement
+from pixtune.families.base import CONTROL_SIDE, ModelFamily, Placement
 from pixtune.fit.apply import FORMATS
-from pixtune.sample import EncodedPrompts, PromptSampler, SamplerSettings
-from pixtune.weights import open_model_folder
+from pixtune.sample import EncodedPrompt, PromptSampler, SamplerSettings
+from pixtune.weights import ModelFolder, open_model_folder
 
 
 @dataclass(frozen=True)
@@ -26,9 +32,16 @@ class DrawRequest:
 
     model: str
     prompts: tuple[str, ...]
+    controls: tuple[Path, ...]
+    """Control pictures of every prompt (edit models)."""
     lora: Path | None
     weights_format: str
     settings: SamplerSettings
+    size: Size | None
+    """(width, height) in pixels; None: the last control's shape, or a square, at the stock pipelines' area."""
+    max_text_tokens: int | None
+    control_size: int
+    """Side in pixels of the square whose area control pictures get."""
 
 
 def draw(request: DrawRequest, output_dir: Path) -> Iterator[Path]:
@@ -36,18 +49,13 @@ def draw(request: DrawRequest, output_dir: Path) -> Iterator[Path]:
 
     Raises:
         WeightsError: model or LoRA cannot be used.
+        DataError: a control picture cannot be used.
     """
     folder = open_model_folder(request.model)
     family = family_of(folder)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     placement = Placement(device, FORMATS[request.weights_format])
-
-    text_encoder = family.load_text_encoder(folder, placement)
-    texts = [*request.prompts, family.dropped_caption]
-    rows = [{name: t.cpu() for name, t in row.items()} for row in family.encode_text(text_encoder, texts)]
-    del text_encoder
-    negative = rows[-1] if request.settings.guidance_scale > 1 else None
-    prompts = EncodedPrompts(request.prompts, tuple(rows[:-1]), negative)
+    prompts = encode_request(request, family, folder, placement)
 
     transformer = family.load_transformer(folder, placement)
     if request.lora is not None:
@@ -58,6 +66,34 @@ def draw(request: DrawRequest, output_dir: Path) -> Iterator[Path]:
         path = output_dir / f"{number:03d}-seed{picture.seed}.png"
         picture.image.save(path)
         yield path
+
+
+def encode_request(
+    request: DrawRequest, family: ModelFamily, folder: ModelFolder, placement: Placement
+) -> list[EncodedPrompt]:
+    """Prompts and control pictures, encoded as in training; encoders leave the device before the transformer comes."""
+    encoder = Encoder(
+        family=family,
+        folder=folder,
+        placement=placement,
+        batch_size=1,
+        max_text_tokens=request.max_text_tokens,
+        store=MemoryStore(),
+        ledger=Ledger(None),
+        console=Console(quiet=True),
+        memo_dir=None,
+    )
+    encodings = Encodings(encoder)
+    multiple = family.pixel_multiple(folder)
+    rules = control_rules(family, folder, request.control_size)
+    size = request.size or (CONTROL_SIDE, CONTROL_SIDE)
+    samples = [
+        prompt_sample(text, request.controls, size, request.size is None, multiple, rules) for text in request.prompts
+    ]
+    items = [text_item(text, s, 0) for s in samples for text in (s.caption, family.dropped_caption)]
+    encodings.fill_texts(list(dict.fromkeys(items)))
+    encodings.fill_pictures(list(dict.fromkeys(p for sample in samples for p in control_pictures(sample, 0))))
+    return [encode_prompt(family, encodings, sample, request.settings.guidance_scale) for sample in samples]
 
 
 def put_on_lora(transformer: nn.Module, path: Path) -> None:

@@ -1,7 +1,8 @@
 """The LoRA as others load it: one file for diffusers, one for ComfyUI.
 
-The two differ in where the scale alpha / rank stands. Diffusers reads it from `lora_adapter_metadata`, ComfyUI from an
-`.alpha` tensor beside each layer. A file with both would be scaled twice by diffusers, so each has one.
+The two differ in where the scale alpha / rank stands. Diffusers reads it from `lora_adapter_metadata`; ComfyUI's file
+has an `.alpha` tensor beside each layer, or the scale multiplied in: the family knows. A file with two scales would be
+scaled twice by diffusers, so each has one.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from pixtune.errors import CheckpointError, WeightsError
@@ -21,7 +21,6 @@ from pixtune.files import save_safetensors
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 COMFYUI_FILE = "comfyui_lora.safetensors"
 DIFFUSERS_PREFIX = "transformer."
-COMFYUI_PREFIX = "diffusion_model."
 
 
 @dataclass(frozen=True)
@@ -74,13 +73,7 @@ def comfyui_file(
     weights: Mapping[str, Tensor], about: LoraDescription, family: ModelFamily
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and metadata of the file for ComfyUI, which stock diffusers loads as well."""
-    tensors: dict[str, Tensor] = {}
-    for name, tensor in weights.items():
-        module, matrix, _ = name.rsplit(".", 2)
-        key = f"{COMFYUI_PREFIX}{family.comfyui_key(module)}"
-        tensors[f"{key}.{matrix}.weight"] = tensor
-        tensors[f"{key}.alpha"] = torch.tensor(about.alpha)
-    return tensors, about.metadata()
+    return family.comfyui_tensors(weights, about.alpha), about.metadata()
 
 
 def export_lora(

@@ -17,7 +17,8 @@ MAY_CHANGE = (
     "num_train_epochs", "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint", "samples",
     "validation.every", "trigger_words", "save_cache_on_disk", "encode_batch_size", "data_config.img_dir",
     "data_config.cache_dir", "data_config.num_workers", "pretrained_model_name_or_path", "disable_cpu_offload",
-    "pin_memory",
+    "pin_memory", "data_config.control_dir", "data_config.metadata_file", "precompute_text_embeddings",
+    "precompute_image_embeddings",
 )  # fmt: skip
 """Keys that leave each step as it was. Folders may move: data and weights are recognised by content."""
 

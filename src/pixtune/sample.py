@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from pixtune.data.buckets import Size
 from pixtune.families.base import Conditioning, ModelFamily, Placement
 from pixtune.weights import ModelFolder
 
@@ -34,12 +35,15 @@ def sample_latents(
     negative: Conditioning | None,
     num_steps: int,
     guidance_scale: float,
+    controls: Sequence[Tensor] = (),
     on_step: Callable[[], None] = lambda: None,
 ) -> Tensor:
     """Integrates the velocity from noise to normalised latents; shape BCHW.
 
     Args:
-        positive, negative: stacked conditioning on the noise's device; no `negative`: no guidance.
+        positive, negative: stacked conditioning on the noise's device; no `negative`: one pass a step, and
+            `guidance_scale` is given to the models that take it as an input.
+        controls: latents of control pictures on the noise's device, each of shape BCHW.
         on_step: called after each step.
     """
     latents_BCHW = noise_BCHW
@@ -47,9 +51,9 @@ def sample_latents(
     sigmas = family.sigma_schedule(folder, num_steps, num_tokens)
     for sigma, next_sigma in pairwise(sigmas):
         sigma_B = torch.full((len(latents_BCHW),), sigma, device=latents_BCHW.device)
-        velocity_BCHW = family.predict_velocity(transformer, latents_BCHW, sigma_B, positive)
+        velocity_BCHW = family.predict_velocity(transformer, latents_BCHW, sigma_B, positive, controls, guidance_scale)
         if negative is not None:
-            unconditional_BCHW = family.predict_velocity(transformer, latents_BCHW, sigma_B, negative)
+            unconditional_BCHW = family.predict_velocity(transformer, latents_BCHW, sigma_B, negative, controls)
             velocity_BCHW = family.guide(velocity_BCHW, unconditional_BCHW, guidance_scale)
         latents_BCHW = latents_BCHW + (next_sigma - sigma) * velocity_BCHW.float()
         on_step()
@@ -65,13 +69,22 @@ def to_image(pixels_3HW: Tensor) -> Image:
 
 
 @dataclass(frozen=True)
-class EncodedPrompts:
-    """Prompts to draw, with their text features, on the CPU."""
+class EncodedPrompt:
+    """A prompt to draw, with its features, on the CPU."""
 
-    prompts: tuple[str, ...]
-    rows: tuple[Conditioning, ...]
+    text: str
+    positive: Conditioning
     negative: Conditioning | None
-    """The empty prompt's features; None without guidance."""
+    """The empty prompt's features; None where guidance needs no second pass."""
+    controls: tuple[Tensor, ...]
+    """Latents of its control pictures, each of shape 1CHW."""
+    size: Size
+    """Of the picture to draw, (width, height) in pixels."""
+
+
+def needs_negative(family: ModelFamily, guidance_scale: float) -> bool:
+    """Whether drawing takes a second pass with the empty prompt."""
+    return guidance_scale > 1 and not family.embedded_guidance
 
 
 @dataclass(frozen=True)
@@ -90,10 +103,6 @@ class SamplerSettings:
     seeds: tuple[int, ...]
     num_steps: int
     guidance_scale: float
-    width: int
-    """Pixels."""
-    height: int
-    """Pixels."""
 
 
 class PromptSampler:
@@ -103,33 +112,33 @@ class PromptSampler:
         self,
         family: ModelFamily,
         folder: ModelFolder,
-        encoded: EncodedPrompts,
+        prompts: Sequence[EncodedPrompt],
         settings: SamplerSettings,
         placement: Placement,
         keep_autoencoder: bool,
     ) -> None:
-        self.family, self.folder, self.encoded, self.settings = family, folder, encoded, settings
+        self.family, self.folder, self.prompts, self.settings = family, folder, prompts, settings
         self.placement, self.keep_autoencoder = placement, keep_autoencoder
         self._autoencoder: nn.Module | None = None
 
     def draw(self, transformer: nn.Module) -> Iterator[PromptPicture]:
         """One picture for each prompt and seed."""
         settings, device = self.settings, self.placement.device
-        shape_CHW = self.family.latent_shape(self.folder, settings.width, settings.height)
-        negative = self._on_device(self.encoded.negative) if self.encoded.negative else None
-        for prompt, row in zip(self.encoded.prompts, self.encoded.rows, strict=True):
+        for prompt in self.prompts:
+            shape_CHW = self.family.latent_shape(self.folder, *prompt.size)
             for seed in settings.seeds:
                 latents_BCHW = sample_latents(
                     self.family,
                     self.folder,
                     transformer,
                     starting_noise(shape_CHW, seed).to(device),
-                    self._on_device(row),
-                    negative,
+                    self._on_device(prompt.positive),
+                    self._on_device(prompt.negative) if prompt.negative else None,
                     settings.num_steps,
                     settings.guidance_scale,
+                    [control.to(device) for control in prompt.controls],
                 )
-                yield PromptPicture(prompt, seed, to_image(self._decode(latents_BCHW)[0]))
+                yield PromptPicture(prompt.text, seed, to_image(self._decode(latents_BCHW)[0]))
 
     def _on_device(self, row: Conditioning) -> Conditioning:
         return self.family.stack_conditioning([{name: t.to(self.placement.device) for name, t in row.items()}])

@@ -27,7 +27,6 @@ from pixtune.checkpoint import (
     save_checkpoint,
 )
 from pixtune.config import to_dict
-from pixtune.config.schema import TrainConfig
 from pixtune.data.batches import Batch
 from pixtune.data.prepare import PreparedData
 from pixtune.errors import CheckpointError
@@ -76,7 +75,7 @@ class Services:
             run.family,
             folder,
             data.prompts,
-            sampler_settings(run.config),
+            SamplerSettings(run.config.samples.seeds, run.config.samples.num_steps, run.config.samples.guidance_scale),
             Placement(run.accelerator.device, FORMATS[run.plan.weights_format]),
             keep_autoencoder=run.plan.encoders_stay,
         )
@@ -218,7 +217,7 @@ class Services:
         run = self.run
         loss = measure(
             run.family, run.transformer, self.data.held_out, self.config.validation.num_draws, self.config.seed,
-            run.accelerator.device,
+            run.accelerator.device, self.config.objective.guidance,
         )  # fmt: skip
         self._losses[step] = loss
         self.log.write("validation", step, loss=loss.mean, quarters=loss.quarters)
@@ -226,7 +225,7 @@ class Services:
         self._print(f"step {step}: held-out loss {loss.mean:.4f}")
 
     def _draw_pictures(self, step: int) -> None:
-        if not self.data.prompts.prompts or not self.is_main:
+        if not self.data.prompts or not self.is_main:
             return
         for number, picture in enumerate(self.sampler.draw(self.run.transformer)):
             path = self.output_dir / SAMPLES_FOLDER / f"step-{step:06d}" / f"{number:03d}.png"
@@ -265,7 +264,7 @@ class Services:
         return LoraDescription(
             rank=self.config.rank,
             alpha=self.config.alpha,
-            targets=self.config.lora_targets or self.run.family.lora_targets,
+            targets=self.lora.targets,
             base_model=self.config.pretrained_model_name_or_path,
             family=self.run.family.name,
             step=step,
@@ -273,14 +272,6 @@ class Services:
             trigger_words=self.config.trigger_words,
             versions=package_versions(),
         )
-
-
-def sampler_settings(config: TrainConfig) -> SamplerSettings:
-    """How the config wants its prompts drawn."""
-    samples, size = config.samples, config.data_config.img_size
-    return SamplerSettings(
-        samples.seeds, samples.num_steps, samples.guidance_scale, samples.width or size, samples.height or size
-    )
 
 
 def tracker_values(config: Mapping[str, Any]) -> dict[str, str | int | float | bool]:

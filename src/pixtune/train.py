@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 
 import torch
 from accelerate import Accelerator
@@ -22,6 +22,7 @@ from pixtune.data.prepare import PreparedData, prepare_data
 from pixtune.families import family_of
 from pixtune.families.base import ModelFamily, Placement
 from pixtune.fit.apply import FORMATS, apply_plan, apply_switches
+from pixtune.fit.attention import try_cudnn_attention
 from pixtune.fit.plan import MemoryPlan, RunSize, plan_memory
 from pixtune.hardware.facts import check_torch, read_facts
 from pixtune.launch import StopSignal, start_accelerator
@@ -69,9 +70,8 @@ def assemble(config: TrainConfig) -> tuple[Run, Services]:
     apply_switches(plan)
     transformer = apply_plan(load_transformer(config, family, folder, plan, accelerator.device), plan)
     targets = config.lora_targets or family.lora_targets
-    lora = adapters.attach_lora(
-        transformer, targets, config.rank, config.alpha, draws.draw_key(config.seed, "random weights", "lora")
-    )
+    lora_seed = draws.draw_key(config.seed, "random weights", "lora")
+    lora = adapters.attach_lora(transformer, targets, config.rank, config.alpha, lora_seed, family.lora_presets)
     run = build_run(config, family, plan, accelerator, transformer, data)
     services = Services(run, folder, data, lora, start_step=checkpoint.step if checkpoint else 0)
     if checkpoint:
@@ -97,7 +97,7 @@ def run_steps(run: Run, services: Services) -> TrainResult:
 
 
 def train_step(
-    run: Run, micro_batches: Iterable[Batch], step: int, see_batch: Callable[[Batch], None]
+    run: Run, micro_batches: Iterable[list[Batch]], step: int, see_batch: Callable[[Batch], None]
 ) -> tuple[Tensor, Tensor]:
     """One optimizer step over its micro-batches. Nothing here waits for the device.
 
@@ -105,16 +105,19 @@ def train_step(
         The loss, a mean over all samples of all processes, and the gradient's norm before clipping; on the device.
     """
     config = run.config
+    num_samples = config.batch_size * config.gradient_accumulation_steps
     optim.set_learning_rate(run.optimizer, run.learning_rate_at(step))
     total_loss = torch.zeros((), device=run.accelerator.device)
-    for batch in micro_batches:
+    for batch in chain.from_iterable(micro_batches):
         see_batch(batch)
         batch = batch.to(run.accelerator.device)
         noisy_BCHW = add_noise(batch.latents_BCHW, batch.noise_BCHW, batch.sigma_B)
-        velocity_BCHW = run.family.predict_velocity(run.transformer, noisy_BCHW, batch.sigma_B, batch.conditioning)
+        velocity_BCHW = run.family.predict_velocity(
+            run.transformer, noisy_BCHW, batch.sigma_B, batch.conditioning, batch.controls, config.objective.guidance
+        )
         loss_B = sample_losses(velocity_BCHW, velocity_target(batch.latents_BCHW, batch.noise_BCHW))
         weight_B = loss_weights(config.objective.weighting_scheme, batch.sigma_B)
-        loss = (weight_B * loss_B).mean() / config.gradient_accumulation_steps
+        loss = (weight_B * loss_B).sum() / num_samples
         loss.backward()
         total_loss += loss.detach()
     average_across_processes(run.accelerator, [total_loss, *gradients(run)])
@@ -164,7 +167,12 @@ def decide_plan(
         num_blocks=num_blocks,
         block_width=width,
     )
-    return plan_memory(read_facts(device), size, config)
+    trial = None
+    if device.type == "cuda" and config.cuda_features.enable_cudnn_sdp is None:
+        _, height, width = family.latent_shape(folder, *data.largest_target)
+        tried = try_cudnn_attention(folder, height, width, data.most_text_tokens)
+        trial = (tried.passed, tried.finding)
+    return plan_memory(read_facts(device), size, config, trial)
 
 
 def count_parameters(config: TrainConfig, family: ModelFamily, folder: ModelFolder) -> int:

@@ -28,6 +28,8 @@ class HeldOutPicture:
     """The mean of the autoencoder's distribution, on the CPU."""
     conditioning: Conditioning
     """One sample's row, on the CPU."""
+    controls: tuple[Tensor, ...] = ()
+    """Latents of its control pictures, each of shape 1CHW, on the CPU."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,7 @@ def measure(
     num_draws: int,
     seed: int,
     device: torch.device,
+    guidance: float,
 ) -> ValidationLoss:
     """The held-out loss. Draws depend on the seed and the picture's name alone, never on the training step."""
     sigmas = fixed_sigmas(num_draws)
@@ -66,7 +69,8 @@ def measure(
         row = {name: tensor.to(device) for name, tensor in picture.conditioning.items()}
         conditioning = family.stack_conditioning([row] * len(sigmas))
         noisy_BCHW = add_noise(latents_BCHW, noise_BCHW, sigma_B)
-        velocity_BCHW = family.predict_velocity(transformer, noisy_BCHW, sigma_B, conditioning)
+        controls = [control.to(device).expand(len(sigmas), -1, -1, -1) for control in picture.controls]
+        velocity_BCHW = family.predict_velocity(transformer, noisy_BCHW, sigma_B, conditioning, controls, guidance)
         losses.append(sample_losses(velocity_BCHW, velocity_target(latents_BCHW, noise_BCHW)))
     per_sigma = torch.stack(losses).double().mean(0).view(NUM_QUARTERS, num_draws)
     return ValidationLoss(float(per_sigma.mean()), tuple(per_sigma.mean(1).tolist()))

@@ -16,7 +16,6 @@ from typing import Any
 from pixtune.errors import WeightsError
 
 HUB_PATTERNS = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
-COMPONENTS_NEEDED = ("vae", "text_encoder", "tokenizer", "transformer", "scheduler")
 
 
 @dataclass(frozen=True)
@@ -33,6 +32,11 @@ class ModelFolder:
     @property
     def pipeline_class(self) -> str:
         return str(self.index.get("_class_name", "folder without a pipeline class"))
+
+    @property
+    def components(self) -> tuple[str, ...]:
+        """Names of the parts that the index says are there."""
+        return tuple(name for name, kind in self.index.items() if isinstance(kind, list) and len(kind) == 2 and kind[0])
 
     def component_config(self, component: str) -> dict[str, Any]:
         """A component's own config: `config.json`, or `scheduler_config.json` for the scheduler."""
@@ -73,7 +77,7 @@ def open_model_folder(name_or_path: str) -> ModelFolder:
     if not (path / "model_index.json").is_file():
         raise WeightsError(_not_a_pipeline(path))
     folder = ModelFolder(path)
-    missing = [part for part in COMPONENTS_NEEDED if not (path / part).is_dir()]
+    missing = [part for part in folder.components if not (path / part).is_dir()]
     if missing:
         raise WeightsError(
             f"{path} is a {folder.pipeline_class}, but its folders {', '.join(missing)} are missing. "

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pixtune.adapters import attach_lora, load_lora_weights, lora_weights, trainable_parameters
+from pixtune.adapters import attach_lora, load_lora_weights, lora_weights, resolve_targets, trainable_parameters
 from pixtune.errors import ConfigError
 from pixtune.families import FAMILIES
 from pixtune.families.base import Placement
@@ -187,6 +187,43 @@ def test_a_target_that_matches_nothing_is_named_with_what_there_is(fresh: Callab
     assert {"attn.to_q", "attn.to_out.0", "img_mod.1", "img_mlp.net.0.proj", "proj_out"} <= set(candidates)
     assert not any(p.requires_grad for p in transformer.parameters()), "nothing is half attached"
     attach_lora(transformer, candidates, rank=1, alpha=1, generator_seed=0)  # each of them is a target
+
+
+LINEARS = ("blocks.0.attn.to_q", "blocks.0.mlp.2", "blocks.1.attn.to_q", "blocks.1.mlp.2", "proj_out")
+PRESETS = {"attention": ("to_q",), "late": ("blocks.1.*", "proj_out")}
+
+
+@pytest.mark.parametrize(
+    ("targets", "expected"),
+    [
+        (["attention"], ["to_q"]),
+        (["late"], ["blocks.1.attn.to_q", "blocks.1.mlp.2", "proj_out"]),
+        (["blocks.*.mlp.2"], ["blocks.0.mlp.2", "blocks.1.mlp.2"]),
+        (["blocks.[0].*", "attention"], ["blocks.0.attn.to_q", "blocks.0.mlp.2", "to_q"]),
+        (["mlp.2", "mlp.2"], ["mlp.2"]),
+    ],
+)
+def test_targets_are_presets_patterns_or_endings(targets: list[str], expected: list[str]) -> None:
+    assert list(resolve_targets(LINEARS, targets, PRESETS)) == expected
+
+
+@pytest.mark.parametrize("target", ["blocks.*.mlp", "o_q", "attentoin", "*.to_k"])
+def test_a_pattern_that_matches_nothing_is_named_with_the_presets(target: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        resolve_targets(LINEARS, ["attention", target], PRESETS)
+    (fault,) = caught.value.faults
+    assert fault.startswith(repr(target)) and "Presets: attention, late." in fault
+
+
+@pytest.mark.parametrize("preset", FAMILY.lora_presets)
+def test_presets_attach_to_more_and_more(fresh: Callable[..., nn.Module], preset: str) -> None:
+    transformer = fresh()
+    linears = {name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)}
+    attached = attach_lora(transformer, [preset], 1, 1, generator_seed=0, presets=FAMILY.lora_presets)
+    in_blocks = {name for name in linears if name.startswith("transformer_blocks.")}
+    num_blocks = len(transformer.transformer_blocks)
+    layers_per_block = {"attention": 4, "attention_mlp": 12, "all_linear": len(in_blocks) // num_blocks}[preset]
+    assert set(attached.modules) <= in_blocks and len(attached.modules) == layers_per_block * num_blocks
 
 
 def test_weights_come_back_from_where_they_went(fresh: Callable[..., nn.Module]) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from pixtune.config.schema import ObjectiveConfig
 from pixtune.data.batches import Batch, BatchPlan, BatchSource, Draw, SampleReader, read_ahead
 from pixtune.families.base import Conditioning, LatentDistribution
-from pixtune.families.qwen_image import QwenImage
+from pixtune.families.qwen_image import QWEN_IMAGE
 
 WIDE, SQUARE, TALL = (96, 48), (64, 64), (48, 96)
 CHANNELS = 3
@@ -34,7 +34,9 @@ UNEVEN = buckets((WIDE, 3), (SQUARE, 9), (TALL, 1))
 VARIANTS = [[WIDE, SQUARE, SQUARE, TALL] for _ in range(12)]
 
 
-def reader(sizes: Sequence[Sequence[tuple[int, int]]]) -> SampleReader:
+def reader(
+    sizes: Sequence[Sequence[tuple[int, int]]], num_controls: int = 0, num_image_tokens: int = 16
+) -> SampleReader:
     """Encodings whose values tell the sample and variant they belong to."""
 
     def read_latents(sample: int, variant: int) -> LatentDistribution:
@@ -42,15 +44,17 @@ def reader(sizes: Sequence[Sequence[tuple[int, int]]]) -> SampleReader:
         mean_BCHW = torch.full((1, CHANNELS, height // 8, width // 8), 100.0 * sample + variant)
         return LatentDistribution(mean_BCHW, torch.full_like(mean_BCHW, 0.5))
 
-    def read_text(sample: int | None) -> Conditioning:
-        length = 2 if sample is None else 2 + sample % 3
-        return {"prompt_embeds": torch.full((length, 4), DROPPED if sample is None else float(sample))}
+    def read_text(sample: int, variant: int, dropped: bool) -> Conditioning:
+        length = 2 if dropped else 2 + sample % 3
+        return {"prompt_embeds": torch.full((length, 4), DROPPED if dropped else float(sample))}
 
     return SampleReader(
         read_latents=read_latents,
         read_text=read_text,
-        stack=QwenImage().stack_conditioning,
+        read_controls=lambda sample, variant: [torch.full((1, CHANNELS, 2, 3), 10.0 * sample + variant)] * num_controls,
+        stack=QWEN_IMAGE.stack_conditioning,
         time_shift=lambda height, width: height * width / 64,
+        num_image_tokens=lambda height, width: num_image_tokens,
         names=[f"picture {number}" for number in range(len(sizes))],
     )
 
@@ -62,7 +66,8 @@ def source(sizes: list[list[tuple[int, int]]] = UNEVEN, batch_size: int = 4, **c
 
 
 def batch_at(batches: BatchSource, index: int) -> Batch:
-    return batches.batch(index, batches.plan.micro_batch(index))
+    (batch,) = batches.parts(index, batches.plan.micro_batch(index))
+    return batch
 
 
 def assert_equal(one: Batch, other: Batch) -> None:
@@ -217,8 +222,8 @@ def test_the_models_shift_gets_height_and_width_in_this_order() -> None:
     asked: list[tuple[int, int]] = []
     batches = source(buckets((WIDE, 4)))
     noting = SampleReader(**{**vars(batches.reader), "time_shift": lambda *size: asked.append(size) or 0.0})
-    BatchSource(batches.plan, noting, ObjectiveConfig(shift="model"), 0.0).batch(0, batches.plan.micro_batch(0))
-    assert asked == [(48 // 8, 96 // 8)]
+    BatchSource(batches.plan, noting, ObjectiveConfig(shift="model"), 0.0).parts(0, batches.plan.micro_batch(0))
+    assert set(asked) == {(48 // 8, 96 // 8)}
 
 
 # ---- caption dropout
@@ -284,6 +289,46 @@ def test_shares_of_several_processes_are_the_one_batch_bit_for_bit(world_size: i
             assert torch.equal(row, expected_row[: len(row)]) and not expected_row[len(row) :].any()
 
 
+# ---- control pictures
+
+
+def test_samples_meet_only_where_target_and_all_controls_have_equal_sizes() -> None:
+    one, other, without = (SQUARE, SQUARE), (SQUARE, WIDE), (SQUARE,)
+    plan = BatchPlan([[signature] for signature in (one, other, without) * 5], 2, seed=0)
+    for index in range(40):
+        first, second = (plan.buckets[draw.sample] for draw in plan.micro_batch(index))
+        assert first == second
+
+
+@pytest.mark.parametrize("num_controls", [0, 1, 3])
+def test_each_control_becomes_a_tensor_of_its_own_with_its_samples_rows(num_controls: int) -> None:
+    plan = BatchPlan(EVEN, 4, seed=1)
+    batch = batch_at(BatchSource(plan, reader(EVEN, num_controls), ObjectiveConfig(), 0.0), 0)
+    assert len(batch.controls) == num_controls
+    expected = torch.tensor([10.0 * draw.sample for draw in plan.micro_batch(0)])
+    for control_BCHW in batch.controls:
+        assert control_BCHW.shape == (4, CHANNELS, 2, 3)
+        assert torch.equal(control_BCHW[:, 0, 0, 0], expected)
+
+
+# ---- mixed text lengths
+
+
+def test_large_samples_of_mixed_text_length_are_split_and_never_masked() -> None:
+    small, large = source(EVEN), BatchSource(source(EVEN).plan, reader(EVEN, 1, 1024), ObjectiveConfig(), 0.0)
+    masked = 0
+    for index in range(8):
+        whole, parts = batch_at(small, index), large.parts(index, large.plan.micro_batch(index))
+        masked += "prompt_embeds_mask" in whole.conditioning
+        assert all("prompt_embeds_mask" not in part.conditioning for part in parts)
+        assert len(parts) == len({len(row) for part in parts for row in part.conditioning["prompt_embeds"]})
+        order = [whole.names.index(name) for part in parts for name in part.names]
+        assert sorted(order) == list(range(4))
+        for name in ("latents_BCHW", "noise_BCHW", "sigma_B"):
+            assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(whole, name)[order])
+    assert masked > 2, "equal lengths everywhere would prove nothing"
+
+
 # ---- reading ahead
 
 
@@ -295,7 +340,7 @@ def test_any_start_and_any_number_of_workers_give_the_same_batches(num_workers: 
     expected = [batch_at(reference, index) for index in range(20)]
     given = list(read_ahead(source(**settings), start, 20, num_workers, pin_memory=False))
     assert len(given) == 20 - start
-    for one, other in zip(given, expected[start:], strict=True):
+    for (one,), other in zip(given, expected[start:], strict=True):
         assert_equal(one, other)
 
 
@@ -304,11 +349,11 @@ class BrokenSource(BatchSource):
 
     made: list[int]
 
-    def batch(self, index: int, members: Sequence[Draw]) -> Batch:
+    def parts(self, index: int, members: Sequence[Draw]) -> list[Batch]:
         self.__dict__.setdefault("made", []).append(index)
         if index == 5:
             raise OSError("picture 3 vanished")
-        return super().batch(index, members)
+        return super().parts(index, members)
 
 
 def read_ahead_threads() -> list[threading.Thread]:
@@ -321,10 +366,10 @@ def test_a_failing_read_surfaces_after_the_batches_before_it_and_ends_the_pool(n
     broken = BrokenSource(good.plan, good.reader, good.objective, 0.0)
     batches = read_ahead(broken, 0, 1000, num_workers, pin_memory=False)
     for index in range(5):
-        assert_equal(next(batches), batch_at(good, index))
+        assert_equal(*next(batches), batch_at(good, index))
     with pytest.raises(OSError, match="picture 3 vanished") as caught:
         next(batches)
-    assert any("batch" in frame.name for frame in caught.traceback), "the traceback shows where"
+    assert any("parts" in frame.name for frame in caught.traceback), "the traceback shows where"
     with pytest.raises(StopIteration):
         next(batches)
     for thread in read_ahead_threads():

@@ -65,3 +65,12 @@ def test_a_cpu_pins_nothing_and_recomputes_nothing() -> None:
 def test_a_plan_survives_the_checkpoint() -> None:
     plan = plan_memory(H100, QWEN_1024, CONFIG)
     assert MemoryPlan.from_dict(plan.to_dict()) == plan
+
+
+@pytest.mark.parametrize("passed", [True, False])
+def test_a_trial_of_cudnn_attention_decides_unless_the_config_does(passed: bool) -> None:
+    plan = plan_memory(H100, QWEN_1024, CONFIG, (passed, "the finding"))
+    assert plan.cudnn_attention is passed and any("the finding" in reason for reason in plan.reasons)
+    demanded = CONFIG.model_copy(update={"cuda_features": CudaFeatures(enable_cudnn_sdp=not passed)})
+    assert plan_memory(H100, QWEN_1024, demanded, (passed, "the finding")).cudnn_attention is (not passed)
+    assert plan_memory(H100, QWEN_1024, CONFIG).cudnn_attention is None

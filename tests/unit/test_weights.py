@@ -45,7 +45,7 @@ def test_a_language_model_is_named(tmp_path: Path) -> None:
 
 def test_missing_parts_are_listed(tmp_path: Path) -> None:
     shutil.copytree(TINY_MODEL, tmp_path / "model", ignore=shutil.ignore_patterns("vae", "scheduler", "*.safetensors"))
-    with pytest.raises(WeightsError, match="vae, scheduler are missing"):
+    with pytest.raises(WeightsError, match="folders scheduler, vae are missing"):
         open_model_folder(str(tmp_path / "model"))
 
 

@@ -14,7 +14,8 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from pixtune.config.schema import NOT_YET, TrainConfig, contradictions, leaf_keys, sections
+from pixtune.config.contradictions import contradictions
+from pixtune.config.schema import NOT_YET, TrainConfig, leaf_keys, sections
 from pixtune.config.sources import COMMAND_LINE, ConfigDumper, Entry, Fault, Place, read_file, read_overrides, show
 from pixtune.errors import ConfigError, NotYetError
 
@@ -165,13 +166,13 @@ def _contradictions(
 def _folder_faults(right: Mapping[str, Any], entries: Mapping[str, Entry]) -> list[Fault]:
     faults = []
     for key in FOLDERS:
-        if right.get(key) is None:
-            continue
-        folder = os.path.expanduser(right[key])
-        if not os.path.isdir(folder):
-            problem = "is a file, not a folder" if os.path.exists(folder) else "there is no such folder"
-            looked = "" if os.path.isabs(folder) else f" (looked for {os.path.abspath(folder)})"
-            faults.append(Fault(entries[key].place, f"{key} is {show(right[key])}: {problem}{looked}"))
+        value = right.get(key)
+        for name in [] if value is None else [value] if isinstance(value, str) else value:
+            folder = os.path.expanduser(name)
+            if not os.path.isdir(folder):
+                problem = "is a file, not a folder" if os.path.exists(folder) else "there is no such folder"
+                looked = "" if os.path.isabs(folder) else f" (looked for {os.path.abspath(folder)})"
+                faults.append(Fault(entries[key].place, f"{key} is {show(name)}: {problem}{looked}"))
     output = right.get("output_dir")
     if output is not None and os.path.isfile(os.path.expanduser(output)):
         faults.append(Fault(entries["output_dir"].place, f"output_dir is {show(output)}: is a file, not a folder"))

@@ -7,11 +7,13 @@ Three-state keys (`bool | None`) are constraints on the planner: true demands, f
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from pixtune.config.contradictions import contradictions
 
 
 def _not_empty(value: object) -> object:
@@ -29,6 +31,8 @@ def _home_expanded(path: Path) -> Path:
 # YAML has no path type, so text is taken; `~` is the home folder, as in a shell.
 FilePath = Annotated[Path, Field(strict=False), BeforeValidator(_not_empty), AfterValidator(_home_expanded)]
 Words = Annotated[tuple[str, ...], Field(strict=False)]
+FilePaths = Annotated[tuple[FilePath, ...], Field(strict=False, min_length=1)]
+PathLists = Annotated[tuple[FilePaths, ...], Field(strict=False)]
 Integers = Annotated[tuple[int, ...], Field(strict=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
@@ -49,8 +53,16 @@ class Section(BaseModel):
 class DataConfig(Section):
     img_dir: FilePath
     """Folder of pictures, each with a caption file of the same stem beside it."""
-    control_dir: FilePath | None = None
-    """Folder of control pictures with the targets' names (edit models)."""
+    control_dir: FilePath | FilePaths | None = None
+    """Folder of control pictures with the targets' names (edit models), or a list of folders: one a control."""
+    allow_missing_controls: bool = False
+    """True: a picture without a control of its name is trained on without it. False: it is a fault."""
+    control_size: int = Field(default=1024, ge=16)
+    """Control pictures are brought to an area near its square, in pixels. The stock pipelines use 1024 whatever the
+    target's size; smaller is faster."""
+    metadata_file: FilePath | None = None
+    """A JSONL file instead of caption files and `control_dir`: one {"image": ..., "caption": ..., "control": [...]} a
+    line, paths relative to `img_dir`."""
     img_size: int = Field(default=1024, ge=16)
     """Pictures are brought to an area near `img_size` squared pixels, in a bucket of their own aspect ratio."""
     train_batch_size: Count | None = None
@@ -59,6 +71,9 @@ class DataConfig(Section):
     """Threads that read the cache and draw noise ahead of the step. 0: between the steps."""
     caption_type: str = "txt"
     """Extension of the caption files."""
+    max_text_tokens: Count | None = None
+    """Captions are cut to this many tokens, and padded to it where a model wants a fixed length (FLUX); absent: as the
+    stock pipeline does."""
     caption_dropout_rate: Share = 0.0
     """Share of draws whose caption is replaced by the empty one, which classifier-free guidance needs."""
     random_ratio: bool = False
@@ -80,6 +95,8 @@ class ObjectiveConfig(Section):
     """Scale of "mode"."""
     shift: Literal["model", "none"] | float = "model"
     """Resolution-dependent shift towards noise: the model's own scheduler config, none, or a fixed `mu` (log-shift)."""
+    guidance: float = Field(default=1.0, ge=0)
+    """Guidance input of distilled models (FLUX.1-dev) while training; others have none."""
     weighting_scheme: Literal["none", "sigma_sqrt", "cosmap"] = "none"
     """Loss weight by sigma, with diffusers' names."""
 
@@ -98,6 +115,8 @@ class ValidationConfig(Section):
 class SamplesConfig(Section):
     prompts: Words = ()
     """Pictures drawn during training, one a prompt and seed. None: no pictures."""
+    controls: PathLists = ()
+    """Control pictures of each prompt (edit models): a list of paths a prompt."""
     seeds: Integers = (0,)
     """Seeds of the starting noise, each used with each prompt."""
     every: Count = 500
@@ -105,7 +124,7 @@ class SamplesConfig(Section):
     num_steps: Count = 20
     """Sampler steps."""
     guidance_scale: float = Field(default=4.0, ge=1)
-    """Classifier-free guidance; 1 turns it off and halves the time."""
+    """Classifier-free guidance; 1 turns it off and halves the time. For distilled models (FLUX) the guidance input."""
     width: Count | None = None
     """Pixels; default `img_size`."""
     height: Count | None = None
@@ -187,13 +206,19 @@ class TrainConfig(Section):
     max_grad_norm: float = Field(default=1.0, gt=0)
     """Gradients are scaled down to this global norm."""
 
-    # ---- the adapter
+    # ---- what is trained
+    method: Literal["lora", "full"] = "lora"
+    """A LoRA beside the frozen weights, or all weights of the transformer."""
+    weight_update: Literal["stochastic_rounding", "fp32_master"] = "stochastic_rounding"
+    """How `method: full` adds a small update to a bf16 weight: rounded up or down by chance (2 bytes a weight), or
+    to an fp32 copy (6 bytes)."""
     rank: Count = 16
     """Rank of the LoRA."""
     lora_alpha: float | None = Field(default=None, gt=0)
     """The LoRA is scaled by alpha / rank; absent: alpha = rank."""
     lora_targets: Words | None = None
-    """Endings of module names that get a LoRA; absent: the family's attention projections."""
+    """Endings of module names that get a LoRA, patterns with * over whole module paths, or presets: attention,
+    attention_mlp, all_linear. Absent: attention, the contract's to_q, to_k, to_v, to_out.0."""
     trigger_words: Words = ()
     """Written into the LoRA file's metadata, for those who use it later."""
     freeze_text_encoder: bool = True
@@ -267,63 +292,6 @@ class TrainConfig(Section):
         return float(self.rank) if self.lora_alpha is None else self.lora_alpha
 
 
-class Contradiction(NamedTuple):
-    """Keys that are each right and together wrong."""
-
-    keys: tuple[str, ...]
-    sentence: str
-
-
-def contradictions(values: Mapping[str, Any]) -> list[Contradiction]:
-    """Every contradiction among `values` (dotted key -> value, defaults filled in).
-
-    A rule whose keys are not all there is passed over, so that a value found wrong already causes no second fault.
-    """
-    found = []
-    for keys, rule in _RULES:
-        if all(key in values for key in keys):
-            sentence = rule(*(values[key] for key in keys))
-            if sentence is not None:
-                found.append(Contradiction(keys, sentence))
-    return found
-
-
-def _one_batch_size(outer: int | None, inner: int | None) -> str | None:
-    if outer is None or inner is None or outer == inner:
-        return None
-    return f"train_batch_size is {outer} and data_config.train_batch_size is {inner}: give it once, or equal"
-
-
-def _some_length(steps: int | None, epochs: int | None) -> str | None:
-    if steps is None and epochs is None:
-        return "neither max_train_steps nor num_train_epochs is given: say how long to train"
-    return None
-
-
-def _rules_for_their_schedule(scheduler: str, rules: str | None) -> str | None:
-    if scheduler == "piecewise_constant" and rules is None:
-        return 'lr_scheduler is "piecewise_constant", which needs lr_step_rules, for example "1:100,0.1"'
-    if scheduler != "piecewise_constant" and rules is not None:
-        return f'lr_step_rules is given and lr_scheduler is "{scheduler}", which does not read it'
-    return None
-
-
-def _one_held_out_set(share: float, folder: Path | None) -> str | None:
-    if share and folder is not None:
-        return f"validation.held_out is {share} and validation.held_out_dir is {str(folder)!r}: choose one of them"
-    if share >= 1:
-        return "validation.held_out is 1, which leaves no picture to train on"
-    return None
-
-
-_RULES: tuple[tuple[tuple[str, ...], Callable[..., str | None]], ...] = (
-    (("train_batch_size", "data_config.train_batch_size"), _one_batch_size),
-    (("max_train_steps", "num_train_epochs"), _some_length),
-    (("lr_scheduler", "lr_step_rules"), _rules_for_their_schedule),
-    (("validation.held_out", "validation.held_out_dir"), _one_held_out_set),
-)
-
-
 def sections() -> dict[str, type[Section]]:
     """The nested sections by name, for example "data_config". They do not nest further."""
     fields = TrainConfig.model_fields.items()
@@ -353,10 +321,8 @@ OLDER_NAMES = {"use_8bit_adam": "adam8bit", "cuda_13_features": "cuda_features"}
 """Names that the contract's older documents use, and what they are called here."""
 
 NOT_YET: dict[str, tuple[object, ...]] = {
-    "data_config.control_dir": (None,),
+    "method": ("lora",),
     "freeze_text_encoder": (True,),
-    "precompute_text_embeddings": (True,),
-    "precompute_image_embeddings": (True,),
     "quantize": (None, False),
     "unified_memory": (None, False),
     "memory_fraction": (None,),

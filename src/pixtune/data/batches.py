@@ -17,8 +17,12 @@ from torch import Tensor
 
 from pixtune import draws
 from pixtune.config.schema import ObjectiveConfig
+from pixtune.data.buckets import Size
 from pixtune.families.base import Conditioning, LatentDistribution
 from pixtune.objective import draw_sigmas, shift_sigmas
+
+Signature = tuple[Size, ...]
+"""Sizes in pixels of a sample's target and control pictures."""
 
 
 @dataclass(frozen=True)
@@ -33,12 +37,13 @@ class BatchPlan:
     """The order of draws of a whole run.
 
     Args:
-        buckets: the bucket of each sample and variant: `buckets[sample][variant]`. Draws meet only within a bucket.
+        buckets: the sizes of each sample and variant, target first and then its controls: `buckets[sample][variant]`.
+            Draws meet only where all sizes are equal.
         global_batch_size: draws in one global micro-batch.
         seed: the run's seed.
     """
 
-    def __init__(self, buckets: Sequence[Sequence[tuple[int, int]]], global_batch_size: int, seed: int) -> None:
+    def __init__(self, buckets: Sequence[Sequence[Signature]], global_batch_size: int, seed: int) -> None:
         self.buckets = buckets
         self.global_batch_size = global_batch_size
         self.seed = seed
@@ -47,7 +52,7 @@ class BatchPlan:
 
     def _epoch(self, epoch: int) -> list[list[Draw]]:
         """The micro-batches of one epoch: every sample once, then as many again as fill each bucket's last batch."""
-        by_bucket: dict[tuple[int, int], list[Draw]] = {}
+        by_bucket: dict[Signature, list[Draw]] = {}
         for sample in draws.shuffled(len(self.buckets), self.seed, "order", epoch):
             variants = self.buckets[sample]
             variant = int(draws.uniform(self.seed, "ratio", epoch, sample) * len(variants))
@@ -91,6 +96,8 @@ class Batch:
     noise_BCHW: Tensor
     sigma_B: Tensor
     conditioning: Conditioning
+    controls: tuple[Tensor, ...]
+    """Clean latents of the control pictures, each of shape BCHW with a size of its own."""
     names: list[str]
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> Batch:
@@ -99,6 +106,7 @@ class Batch:
             change(self.noise_BCHW),
             change(self.sigma_B),
             {name: change(tensor) for name, tensor in self.conditioning.items()},
+            tuple(change(control) for control in self.controls),
             self.names,
         )
 
@@ -111,23 +119,35 @@ class Batch:
         return self._map(Tensor.pin_memory)
 
 
+MIN_TOKENS_TO_SPLIT = 1024
+"""Image tokens of a sample from which a micro-batch of mixed text lengths runs as one part a length, without a mask.
+
+A mask costs 20 to 25% of a step, since the fast attention kernels take none. Samples of this many tokens fill a GPU one
+by one; smaller ones are faster padded and masked together.
+"""
+
+
 @dataclass(frozen=True)
 class SampleReader:
     """How a batch gets at a sample's encodings, wherever they live."""
 
     read_latents: Callable[[int, int], LatentDistribution]
     """Sample, variant -> distribution with batch size 1."""
-    read_text: Callable[[int | None], Conditioning]
-    """Sample -> its caption's features; None -> the dropped caption's."""
+    read_text: Callable[[int, int, bool], Conditioning]
+    """Sample, variant, dropped -> features of its caption, or of the dropped caption in its place."""
+    read_controls: Callable[[int, int], Sequence[Tensor]]
+    """Sample, variant -> latents of its control pictures, each with batch size 1."""
     stack: Callable[[Sequence[Conditioning]], Conditioning]
     time_shift: Callable[[int, int], float]
     """Latent height, width -> mu of the model's own shift."""
+    num_image_tokens: Callable[[int, int], int]
+    """Latent height, width -> tokens."""
     names: Sequence[str]
 
 
 @dataclass(frozen=True)
 class BatchSource:
-    """Micro-batch number -> this process's batch. Position alone decides everything."""
+    """Micro-batch number -> this process's share of it. Position alone decides everything."""
 
     plan: BatchPlan
     reader: SampleReader
@@ -136,53 +156,87 @@ class BatchSource:
     rank: int = 0
     world_size: int = 1
 
-    def batch(self, index: int, members: Sequence[Draw]) -> Batch:
-        """Reads and draws this process's share of global micro-batch `index`, whose draws are `members`."""
+    def parts(self, index: int, members: Sequence[Draw]) -> list[Batch]:
+        """Reads and draws this process's share of global micro-batch `index`, whose draws are `members`.
+
+        One batch, or several that together are the micro-batch: see `MIN_TOKENS_TO_SPLIT`.
+        """
         share = self.plan.global_batch_size // self.world_size
         slots = range(self.rank * share, (self.rank + 1) * share)
+        singles = [self._draw(index, slot, members[slot]) for slot in slots]
+        tokens = self.reader.num_image_tokens(*singles[0].latents_BCHW.shape[-2:])
+        by_length: dict[object, list[_Single]] = {}
+        for single in singles:
+            by_length.setdefault(single.text_shape if tokens >= MIN_TOKENS_TO_SPLIT else None, []).append(single)
+        return [self._join(group) for group in by_length.values()]
+
+    def _draw(self, index: int, slot: int, draw: Draw) -> _Single:
         seed, reader = self.plan.seed, self.reader
-        latents, noise, rows, names = [], [], [], []
-        for slot in slots:
-            draw = members[slot]
-            distribution = reader.read_latents(draw.sample, draw.variant)
-            shape = distribution.mean_BCHW.shape
-            latents.append(distribution.sample(draws.normal(shape, seed, "latents", index, slot)))
-            noise.append(draws.normal(shape, seed, "noise", index, slot))
-            dropped = draws.uniform(seed, "caption dropout", index, slot) < self.caption_dropout_rate
-            rows.append(reader.read_text(None if dropped else draw.sample))
-            names.append(reader.names[draw.sample])
-        latents_BCHW = torch.cat(latents)
-        return Batch(
-            latents_BCHW, torch.cat(noise), self._sigmas(index, slots, latents_BCHW), reader.stack(rows), names
+        distribution = reader.read_latents(draw.sample, draw.variant)
+        shape = distribution.mean_BCHW.shape
+        dropped = draws.uniform(seed, "caption dropout", index, slot) < self.caption_dropout_rate
+        return _Single(
+            latents_BCHW=distribution.sample(draws.normal(shape, seed, "latents", index, slot)),
+            noise_BCHW=draws.normal(shape, seed, "noise", index, slot),
+            sigma=self._sigma(draws.uniform(seed, "sigma", index, slot), *shape[-2:]),
+            text=reader.read_text(draw.sample, draw.variant, dropped),
+            controls=reader.read_controls(draw.sample, draw.variant),
+            name=reader.names[draw.sample],
         )
 
-    def _sigmas(self, index: int, slots: range, latents_BCHW: Tensor) -> Tensor:
+    def _join(self, singles: Sequence[_Single]) -> Batch:
+        return Batch(
+            torch.cat([single.latents_BCHW for single in singles]),
+            torch.cat([single.noise_BCHW for single in singles]),
+            torch.cat([single.sigma for single in singles]),
+            self.reader.stack([single.text for single in singles]),
+            tuple(torch.cat(column) for column in zip(*(single.controls for single in singles), strict=True)),
+            [single.name for single in singles],
+        )
+
+    def _sigma(self, uniform: float, height: int, width: int) -> Tensor:
+        """Of one sample; shape (1,)."""
         objective = self.objective
-        uniform_B = torch.tensor([draws.uniform(self.plan.seed, "sigma", index, slot) for slot in slots])
-        sigma_B = draw_sigmas(
+        sigma = draw_sigmas(
             objective.sigma_distribution,
-            uniform_B,
+            torch.tensor([uniform]),
             logit_mean=objective.logit_mean,
             logit_std=objective.logit_std,
             mode_scale=objective.mode_scale,
         )
         if objective.shift == "none":
-            return sigma_B
+            return sigma
         if objective.shift == "model":
-            return shift_sigmas(sigma_B, self.reader.time_shift(*latents_BCHW.shape[-2:]))
-        return shift_sigmas(sigma_B, objective.shift)
+            return shift_sigmas(sigma, self.reader.time_shift(height, width))
+        return shift_sigmas(sigma, objective.shift)
 
 
-def read_ahead(source: BatchSource, start: int, end: int, num_workers: int, pin_memory: bool) -> Iterator[Batch]:
-    """Batches `start` to `end` - 1 in order, made ahead of the step by `num_workers` threads (0: on demand).
+@dataclass(frozen=True)
+class _Single:
+    """One drawn sample, with batch size 1."""
+
+    latents_BCHW: Tensor
+    noise_BCHW: Tensor
+    sigma: Tensor
+    text: Conditioning
+    controls: Sequence[Tensor]
+    name: str
+
+    @property
+    def text_shape(self) -> tuple[torch.Size, ...]:
+        return tuple(tensor.shape for tensor in self.text.values())
+
+
+def read_ahead(source: BatchSource, start: int, end: int, num_workers: int, pin_memory: bool) -> Iterator[list[Batch]]:
+    """Micro-batches `start` to `end` - 1 in order, made ahead of the step by `num_workers` threads (0: on demand).
 
     Threads rather than processes: the work is file reads and generators, which release the interpreter lock, and
     nothing has to be copied between processes or through /dev/shm.
     """
 
-    def make(index: int, members: Sequence[Draw]) -> Batch:
-        batch = source.batch(index, members)
-        return batch.pin_memory() if pin_memory else batch
+    def make(index: int, members: Sequence[Draw]) -> list[Batch]:
+        parts = source.parts(index, members)
+        return [part.pin_memory() for part in parts] if pin_memory else parts
 
     if num_workers == 0:
         for index in range(start, end):
@@ -190,7 +244,7 @@ def read_ahead(source: BatchSource, start: int, end: int, num_workers: int, pin_
         return
     pool = ThreadPoolExecutor(num_workers, thread_name_prefix="read-ahead")
     try:
-        pending: deque[Future[Batch]] = deque()
+        pending: deque[Future[list[Batch]]] = deque()
         for index in range(start, end):
             # The plan is consulted here, in one thread: it keeps state between calls.
             pending.append(pool.submit(make, index, source.plan.micro_batch(index)))

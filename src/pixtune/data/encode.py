@@ -7,21 +7,26 @@ from __future__ import annotations
 
 import gc
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from rich.console import Console
+from torch import Tensor
 
-from pixtune.data.buckets import Framing
+from pixtune.data.buckets import Framing, Size
 from pixtune.data.cache import CacheKey, Entry, FillReport, Ledger, Store, fill
 from pixtune.data.images import crop_resize, open_rgb, to_pixels
-from pixtune.families.base import ModelFamily, Placement
+from pixtune.families.base import LatentDistribution, ModelFamily, Placement, Prompt
 from pixtune.progress import track
 from pixtune.weights import ModelFolder
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 DECODE_THREADS = 4
 
@@ -36,6 +41,28 @@ class FramedPicture:
     """SHA-256 of the file."""
     framing: Framing
 
+    @property
+    def parts(self) -> dict[str, str]:
+        """What decides the pixels: parts of a cache key."""
+        size = f"{self.framing.width}x{self.framing.height}"
+        return {"picture": self.digest, "size": size, "crop": repr(self.framing.crop_box)}
+
+    def read(self) -> Image:
+        """The framed part as an upright RGB picture at its size."""
+        return crop_resize(open_rgb(self.path), self.framing)
+
+
+@dataclass(frozen=True)
+class TextItem:
+    """A caption with the control pictures that the text encoder sees beside it."""
+
+    text: str
+    pictures: tuple[FramedPicture, ...] = ()
+
+    def prompt(self) -> Prompt:
+        """Reads the pictures."""
+        return Prompt(self.text, tuple(picture.read() for picture in self.pictures))
+
 
 @dataclass(frozen=True)
 class Encoder:
@@ -45,72 +72,82 @@ class Encoder:
     folder: ModelFolder
     placement: Placement
     batch_size: int
+    max_text_tokens: int | None
     store: Store
     ledger: Ledger
     console: Console
     memo_dir: Path | None
     """Where digests of large weight files are remembered."""
 
-    def text_keys(self, texts: Sequence[str]) -> list[CacheKey]:
+    def text_keys(self, items: Sequence[TextItem]) -> list[CacheKey]:
         """Everything that decides a caption's features."""
         shared = {
             "kind": "text",
-            "text encoder": self.folder.fingerprint("text_encoder", self.memo_dir),
-            "tokenizer": self.folder.fingerprint("tokenizer", self.memo_dir),
+            **{part: self._fingerprint(part) for part in self.family.text_components},
             "prompt template": hash_text(self.family.prompt_template),
+            "most tokens": str(self.max_text_tokens),
             "format": str(self.placement.dtype),
         }
-        return [CacheKey(f"caption {shorten(text)}", {**shared, "caption": hash_text(text)}) for text in texts]
+        return [
+            CacheKey(
+                " beside ".join([f"caption {shorten(item.text)}", *(picture.name for picture in item.pictures)]),
+                {
+                    **shared,
+                    "caption": hash_text(item.text),
+                    **{f"control {n + 1}": repr(picture.parts) for n, picture in enumerate(item.pictures)},
+                },
+            )
+            for item in items
+        ]
 
     def latent_keys(self, pictures: Sequence[FramedPicture]) -> list[CacheKey]:
         """Everything that decides a picture's latents."""
         shared = {
             "kind": "latents",
-            "autoencoder": self.folder.fingerprint("vae", self.memo_dir),
+            "autoencoder": self._fingerprint("vae"),
             "format": str(self.placement.dtype),
         }
         return [
-            CacheKey(
-                f"{picture.name} at {picture.framing.width}x{picture.framing.height}",
-                {
-                    **shared,
-                    "picture": picture.digest,
-                    "size": f"{picture.framing.width}x{picture.framing.height}",
-                    "crop": repr(picture.framing.crop_box),
-                },
-            )
+            CacheKey(f"{picture.name} at {picture.framing.width}x{picture.framing.height}", {**shared, **picture.parts})
             for picture in pictures
         ]
 
-    def fill_texts(self, texts: Sequence[str], keys: Sequence[CacheKey]) -> FillReport:
+    def _fingerprint(self, component: str) -> str:
+        return self.folder.fingerprint(component, self.memo_dir)
+
+    def fill_texts(self, items: Sequence[TextItem], keys: Sequence[CacheKey]) -> FillReport:
         """Encodes the captions that the cache lacks."""
-        text_of = {key.digest: text for key, text in zip(keys, texts, strict=True)}
+        item_of = {key.digest: item for key, item in zip(keys, items, strict=True)}
 
         def encode(missing: Sequence[CacheKey]) -> Iterator[tuple[CacheKey, Entry]]:
-            encoder = self.family.load_text_encoder(self.folder, self.placement)
-            ordered = sorted(missing, key=lambda key: len(text_of[key.digest]))  # like lengths together: less padding
+            encode_batch = self.open_text_encoder()
+            # Like lengths together: less padding.
+            ordered = sorted(missing, key=lambda key: len(item_of[key.digest].text))
             chunks = _chunks(ordered, self.batch_size)
             for chunk in track(chunks, "captions", len(chunks), self.console):
-                rows = self.family.encode_text(encoder, [text_of[key.digest] for key in chunk])
-                yield from zip(chunk, rows, strict=True)
-            del encoder
+                yield from zip(chunk, encode_batch([item_of[key.digest] for key in chunk]), strict=True)
+            del encode_batch
             _free_device(self.placement.device)
 
         return fill(self.store, self.ledger, keys, encode)
+
+    def open_text_encoder(self) -> Callable[[Sequence[TextItem]], list[Entry]]:
+        """Loads the text encoder; it leaves the device when the returned function is dropped."""
+        encoder = self.family.load_text_encoder(self.folder, self.placement)
+        return lambda items: self.family.encode_text(encoder, [item.prompt() for item in items], self.max_text_tokens)
 
     def fill_pictures(self, pictures: Sequence[FramedPicture], keys: Sequence[CacheKey]) -> FillReport:
         """Encodes the pictures that the cache lacks; they were checked before (`samples.check_folder`)."""
         picture_of = {key.digest: picture for key, picture in zip(keys, pictures, strict=True)}
 
         def encode(missing: Sequence[CacheKey]) -> Iterator[tuple[CacheKey, Entry]]:
-            autoencoder = self.family.load_autoencoder(self.folder, self.placement)
+            encode_batch = self.open_autoencoder()
 
-            def size(key: CacheKey) -> tuple[int, int]:
+            def size(key: CacheKey) -> Size:
                 return picture_of[key.digest].framing.size
 
-            def load(chunk: Sequence[CacheKey]) -> torch.Tensor:
-                wanted = [picture_of[key.digest] for key in chunk]
-                return torch.stack([to_pixels(crop_resize(open_rgb(p.path), p.framing)) for p in wanted])
+            def load(chunk: Sequence[CacheKey]) -> Tensor:
+                return torch.stack([to_pixels(picture_of[key.digest].read()) for key in chunk])
 
             chunks = [
                 chunk
@@ -120,13 +157,18 @@ class Encoder:
             with ThreadPoolExecutor(DECODE_THREADS) as pool:
                 decoded = track(pool.map(load, chunks), "pictures", len(chunks), self.console)
                 for chunk, pixels_B3HW in zip(chunks, decoded, strict=True):
-                    latents = self.family.encode_images(autoencoder, pixels_B3HW.to(self.placement.device))
+                    latents = encode_batch(pixels_B3HW)
                     for row, key in enumerate(chunk):
                         yield key, {"mean": latents.mean_BCHW[row : row + 1], "std": latents.std_BCHW[row : row + 1]}
-            del autoencoder
+            del encode_batch
             _free_device(self.placement.device)
 
         return fill(self.store, self.ledger, keys, encode)
+
+    def open_autoencoder(self) -> Callable[[Tensor], LatentDistribution]:
+        """Loads the autoencoder; it leaves the device when the returned function is dropped."""
+        autoencoder = self.family.load_autoencoder(self.folder, self.placement)
+        return lambda pixels_B3HW: self.family.encode_images(autoencoder, pixels_B3HW.to(self.placement.device))
 
 
 def hash_text(text: str) -> str:

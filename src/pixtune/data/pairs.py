@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import unicodedata
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -32,11 +32,25 @@ class Pair:
     """One training example on disk."""
 
     image_path: Path
-    caption_path: Path
     name: str
     """The picture's path below the folder, with forward slashes: the example's identity, the same on every machine."""
-    control_path: Path | None = None
-    """The control picture for editing; None in a text-to-image data set."""
+    caption_path: Path | None = None
+    caption: str | None = None
+    """The caption itself, where it stands in a metadata file; else it is in `caption_path`."""
+    control_paths: tuple[Path, ...] = ()
+    """Control pictures for editing, in their order; none in a text-to-image data set."""
+
+    @property
+    def caption_place(self) -> Path:
+        """The file to name in a message about the caption."""
+        return self.caption_path or self.image_path
+
+    def read_caption(self) -> str:
+        """The caption; see `read_caption`."""
+        if self.caption is not None:
+            return self.caption
+        assert self.caption_path is not None, "a pair has one or the other"
+        return read_caption(self.caption_path)
 
 
 @dataclass(frozen=True)
@@ -54,7 +68,8 @@ class Pairs:
 def find_pairs(
     image_folder: Path,
     caption_extension: str = "txt",
-    control_folder: Path | None = None,
+    control_folders: Sequence[Path] = (),
+    allow_missing_controls: bool = False,
 ) -> Pairs:
     """Looks through a folder and its subfolders. Reads no file, raises nothing about what it finds.
 
@@ -65,7 +80,8 @@ def find_pairs(
     Args:
         image_folder: the pictures and captions.
         caption_extension: the contract's `caption_type`, with or without a leading dot.
-        control_folder: control pictures of the same stems, for editing.
+        control_folders: control pictures of the same stems, for editing; one folder for each control of a sample.
+        allow_missing_controls: a picture without a control of its stem is no fault.
     """
     extension = caption_extension.lstrip(".").lower()
     if not extension or extension in PICTURE_EXTENSIONS:
@@ -80,11 +96,18 @@ def find_pairs(
     faults += _ambiguous(image_folder, captions, "captions", "belong to one picture")
     partners = _Partners("caption", image_folder, captions, f".{extension}")
     caption_of = _match(image_folder, pictures, partners, faults)
-    control_of = _find_controls(image_folder, pictures, control_folder, faults) if control_folder else {}
+    controls_of = [
+        _find_controls(image_folder, pictures, folder, allow_missing_controls, faults) for folder in control_folders
+    ]
     return Pairs(
         folder=image_folder,
         pairs=tuple(
-            Pair(image_folder / name, caption_of[name], name, control_of.get(name))
+            Pair(
+                image_folder / name,
+                name,
+                caption_path=caption_of[name],
+                control_paths=tuple(control_of[name] for control_of in controls_of if name in control_of),
+            )
             for name in pictures
             if name in caption_of
         ),
@@ -220,14 +243,18 @@ def _match(folder: Path, pictures: list[str], partners: _Partners, faults: list[
     return {name: partners.folder / of_stem[_stem(name)][0] for name in pictures if _stem(name) in of_stem}
 
 
-def _find_controls(folder: Path, pictures: list[str], control_folder: Path, faults: list[str]) -> dict[str, Path]:
+def _find_controls(
+    folder: Path, pictures: list[str], control_folder: Path, may_be_missing: bool, faults: list[str]
+) -> dict[str, Path]:
     """The control picture of every target. A missing folder is one fault, not one for each picture."""
     before = len(faults)
     controls = _of_type(_list_files(control_folder, "control folder", faults), PICTURE_EXTENSIONS)
     if len(faults) > before:
         return {}
     faults += _ambiguous(control_folder, controls, "control pictures", "belong to one target")
-    return _match(folder, pictures, _Partners("control picture", control_folder, controls, ".*"), faults)
+    stems = set(_by_stem(controls))
+    wanted = [name for name in pictures if _stem(name) in stems] if may_be_missing else pictures
+    return _match(folder, wanted, _Partners("control picture", control_folder, controls, ".*"), faults)
 
 
 def _unread(folder: Path, names: Iterable[str]) -> list[str]:

@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from rich.console import Console
+from torch import Tensor
 
 from pixtune import draws
 from pixtune.config.schema import TrainConfig
-from pixtune.data.batches import SampleReader
-from pixtune.data.buckets import Framing
-from pixtune.data.cache import CacheKey, DiskStore, Ledger, MemoryStore, Store, file_digest, missing_keys
-from pixtune.data.encode import Encoder, FramedPicture, hash_text
+from pixtune.data.batches import SampleReader, Signature
+from pixtune.data.buckets import Framing, Size, build_buckets, frame_picture
+from pixtune.data.cache import DiskStore, Ledger, MemoryStore, missing_keys
+from pixtune.data.controls import ControlRules, frame_control
+from pixtune.data.encode import Encoder, FramedPicture, TextItem, hash_text
+from pixtune.data.encodings import Encodings, control_pictures, target_picture, text_item
+from pixtune.data.images import read_size
 from pixtune.data.samples import Sample, check_folder, read_samples, split_held_out
+from pixtune.errors import DataError
 from pixtune.families.base import Conditioning, LatentDistribution, ModelFamily, Placement
-from pixtune.sample import EncodedPrompts
+from pixtune.sample import EncodedPrompt, needs_negative
 from pixtune.validation import HeldOutPicture
 from pixtune.weights import ModelFolder
 
@@ -29,17 +36,23 @@ RANDOM_TEXT_TOKENS = 256
 
 @dataclass(frozen=True)
 class PreparedData:
-    """A data set that no longer needs its encoders."""
+    """A data set that no longer needs its encoders, unless the config has them encode in the loop."""
 
     reader: SampleReader
-    buckets: list[list[tuple[int, int]]]
-    """Size in pixels of each training sample's variants."""
+    buckets: list[list[Signature]]
+    """Sizes in pixels of each training sample's variants."""
     held_out: list[HeldOutPicture]
-    prompts: EncodedPrompts
+    prompts: list[EncodedPrompt]
     most_image_tokens: int
+    """Target and control pictures together."""
     most_text_tokens: int
     fingerprint: str
     """A hash over everything that decides what is trained on."""
+
+    @property
+    def largest_target(self) -> Size:
+        """The trained size with most pixels."""
+        return max((signature[0] for variants in self.buckets for signature in variants), key=math.prod)
 
 
 def prepare_data(
@@ -53,47 +66,97 @@ def prepare_data(
         DataError: pictures or captions that cannot be used, all at once.
     """
     multiple, data = family.pixel_multiple(folder), config.data_config
-    samples = read_samples(data, data.img_dir, multiple, data.random_ratio)
+    rules = control_rules(family, folder, data.control_size)
+    samples = read_samples(data, data.img_dir, multiple, data.random_ratio, rules)
     training, held_out = split_held_out(samples, config.validation.held_out, config.seed)
     if config.validation.held_out_dir is not None:
-        held_out = read_samples(data, config.validation.held_out_dir, multiple, random_ratio=False)
+        held_out = read_samples(data, config.validation.held_out_dir, multiple, random_ratio=False, controls=rules)
     if config.random_weights:
         return _random_data(config, family, folder, training)
 
-    encoder = _build_encoder(config, family, folder, accelerator)
-    texts = _needed_texts(config, family, [*training, *held_out])
-    pictures = _needed_pictures(training, held_out)
-    text_keys, latent_keys = encoder.text_keys(texts), encoder.latent_keys(pictures)
+    encodings = Encodings(_build_encoder(config, family, folder, accelerator))
+    prompts = _prompt_samples(config, multiple, rules)
+    items = _needed_texts(config, family, training, held_out, prompts)
+    pictures = _needed_pictures(config, training, held_out, prompts)
+    encoder = encodings.encoder
     if accelerator.is_main_process or not config.save_cache_on_disk:
-        if missing_keys(encoder.store, latent_keys):
+        if missing_keys(encoder.store, encoder.latent_keys(pictures)):
             for checked in filter(None, (data.img_dir, config.validation.held_out_dir)):
                 for warning in check_folder(data, checked, multiple):
                     encoder.console.print(f"note: {warning}", markup=False, highlight=False, soft_wrap=True)
-        encoder.console.print(f"captions: {encoder.fill_texts(texts, text_keys)}")
-        encoder.console.print(f"pictures: {encoder.fill_pictures(pictures, latent_keys)}")
+        encoder.console.print(f"captions: {encodings.fill_texts(items)}")
+        encoder.console.print(f"pictures: {encodings.fill_pictures(pictures)}")
+    else:
+        encodings.know(items, pictures)
     accelerator.wait_for_everyone()
-    cached = Cached(
-        encoder.store,
-        dict(zip(texts, text_keys, strict=True)),
-        {(p.path, p.framing): key for p, key in zip(pictures, latent_keys, strict=True)},
+    if not config.precompute_text_embeddings:
+        encodings.keep_text_encoder()
+    if not config.precompute_image_embeddings:
+        encodings.keep_autoencoder()
+    return _gather(config, family, folder, encodings, training, held_out, prompts)
+
+
+def control_rules(family: ModelFamily, folder: ModelFolder, side: int) -> ControlRules | None:
+    """What the family does with control pictures of about `side` squared pixels; None where it takes none."""
+    if family.max_controls == 0:
+        return None
+    return ControlRules(
+        family.max_controls,
+        partial(family.control_size, folder, side=side),
+        partial(family.vision_size, side=side) if family.controls_in_text else None,
     )
-    return _gather(config, family, folder, cached, training, held_out)
 
 
-@dataclass(frozen=True)
-class Cached:
-    """Finds entries by caption, and by picture file and framing."""
+def prompt_sample(
+    text: str, controls: Sequence[Path], size: Size, own_shape: bool, multiple: int, rules: ControlRules | None
+) -> Sample:
+    """A prompt with its control pictures in the form of a training sample, so that both are encoded alike.
 
-    store: Store
-    text_keys: dict[str, CacheKey]
-    latent_keys: dict[tuple[Path, Framing], CacheKey]
+    Args:
+        size: of the picture to draw, (width, height) in pixels.
+        own_shape: take the last control's shape instead, at the area of `size`, as the stock edit pipelines do.
 
-    def text(self, text: str) -> Conditioning:
-        return self.store.read(self.text_keys[text].digest)
+    Raises:
+        DataError: a control cannot be read, or the model takes fewer.
+    """
+    if controls and (rules is None or len(controls) > rules.most):
+        most = rules.most if rules else 0
+        raise DataError(
+            "a prompt has too many control pictures",
+            [f"{text!r} has {len(controls)}; this model takes at most {most}."],
+        )
+    sizes = [read_size(path) for path in controls]
+    if own_shape and sizes:
+        side = round((size[0] * size[1]) ** 0.5)
+        size = frame_picture(*sizes[-1], build_buckets(side, multiple), upscale=True).size
+    whole = Framing(*size, 1.0, (0.0, 0.0, float(size[0]), float(size[1])), 0.0)
+    framings = tuple(frame_control(control, size, whole, rules) for control in sizes if rules)
+    return Sample(text, controls[-1] if controls else Path(), text, (whole,), tuple(controls), (framings,))
 
-    def latents(self, sample: Sample, variant: int = 0) -> LatentDistribution:
-        entry = self.store.read(self.latent_keys[sample.image_path, sample.framings[variant]].digest)
-        return LatentDistribution(entry["mean"], entry["std"])
+
+def encode_prompt(family: ModelFamily, encodings: Encodings, sample: Sample, guidance_scale: float) -> EncodedPrompt:
+    """Everything the sampler needs of a `prompt_sample`."""
+    negative = None
+    if needs_negative(family, guidance_scale):
+        negative = encodings.text(text_item(family.dropped_caption, sample, 0))
+    return EncodedPrompt(
+        sample.caption,
+        encodings.text(text_item(sample.caption, sample, 0)),
+        negative,
+        tuple(encodings.latents(picture).mean_BCHW for picture in control_pictures(sample, 0)),
+        sample.framings[0].size,
+    )
+
+
+def _prompt_samples(config: TrainConfig, multiple: int, rules: ControlRules | None) -> list[Sample]:
+    settings, side = config.samples, config.data_config.img_size
+    size = (settings.width or side, settings.height or side)
+    own_shape = settings.width is None and settings.height is None
+    controls = settings.controls or ((),) * len(settings.prompts)
+    return [
+        prompt_sample(text, paths, size, own_shape, multiple, rules)
+        for text, paths in zip(settings.prompts, controls, strict=True)
+    ]
 
 
 def _build_encoder(config: TrainConfig, family: ModelFamily, folder: ModelFolder, accelerator: Accelerator) -> Encoder:
@@ -105,6 +168,7 @@ def _build_encoder(config: TrainConfig, family: ModelFamily, folder: ModelFolder
         folder=folder,
         placement=Placement(accelerator.device, dtype),
         batch_size=config.encode_batch_size,
+        max_text_tokens=config.data_config.max_text_tokens,
         store=DiskStore(cache_dir / "entries") if on_disk else MemoryStore(),
         ledger=Ledger(cache_dir / "ledger.json" if on_disk else None),
         console=Console(quiet=not accelerator.is_main_process),
@@ -112,17 +176,38 @@ def _build_encoder(config: TrainConfig, family: ModelFamily, folder: ModelFolder
     )
 
 
-def _needed_texts(config: TrainConfig, family: ModelFamily, samples: Sequence[Sample]) -> list[str]:
-    texts = [sample.caption for sample in samples] + list(config.samples.prompts)
-    if config.data_config.caption_dropout_rate or config.samples.prompts:
-        texts.append(family.dropped_caption)
-    return list(dict.fromkeys(texts))
+def _needed_texts(
+    config: TrainConfig,
+    family: ModelFamily,
+    training: Sequence[Sample],
+    held_out: Sequence[Sample],
+    prompts: Sequence[Sample],
+) -> list[TextItem]:
+    """Captions to encode beforehand, each once."""
+    items = [text_item(sample.caption, sample, 0) for sample in [*held_out, *prompts]]
+    if needs_negative(family, config.samples.guidance_scale):
+        items += [text_item(family.dropped_caption, sample, 0) for sample in prompts]
+    if config.precompute_text_embeddings:
+        instead = [family.dropped_caption] if config.data_config.caption_dropout_rate else []
+        items += [
+            text_item(text, sample, variant)
+            for sample in training
+            for variant in range(len(sample.framings))
+            for text in (sample.caption, *instead)
+        ]
+    return list(dict.fromkeys(items))
 
 
-def _needed_pictures(training: Sequence[Sample], held_out: Sequence[Sample]) -> list[FramedPicture]:
-    wanted = [(s, framing) for s in training for framing in s.framings] + [(s, s.framings[0]) for s in held_out]
-    digests = {sample.image_path: file_digest(sample.image_path) for sample, _ in wanted}
-    pictures = [FramedPicture(s.name, s.image_path, digests[s.image_path], framing) for s, framing in wanted]
+def _needed_pictures(
+    config: TrainConfig, training: Sequence[Sample], held_out: Sequence[Sample], prompts: Sequence[Sample]
+) -> list[FramedPicture]:
+    """Pictures to encode beforehand, each once."""
+    pictures = [picture for sample in prompts for picture in control_pictures(sample, 0)]
+    drawn = [(sample, 0) for sample in held_out]
+    if config.precompute_image_embeddings:
+        drawn += [(sample, variant) for sample in training for variant in range(len(sample.framings))]
+    for sample, variant in drawn:
+        pictures += [target_picture(sample, variant), *control_pictures(sample, variant)]
     return list(dict.fromkeys(pictures))
 
 
@@ -130,43 +215,63 @@ def _gather(
     config: TrainConfig,
     family: ModelFamily,
     folder: ModelFolder,
-    cached: Cached,
+    encodings: Encodings,
     training: Sequence[Sample],
     held_out: Sequence[Sample],
+    prompts: Sequence[Sample],
 ) -> PreparedData:
-    settings = config.samples
-    negative = cached.text(family.dropped_caption) if settings.prompts and settings.guidance_scale > 1 else None
-    reader = SampleReader(
-        read_latents=lambda sample, variant: cached.latents(training[sample], variant),
-        read_text=lambda sample: cached.text(family.dropped_caption if sample is None else training[sample].caption),
-        stack=family.stack_conditioning,
-        time_shift=lambda height, width: family.time_shift(folder, family.num_image_tokens(height, width)),
-        names=[sample.name for sample in training],
-    )
-    keys = [cached.text_keys[s.caption].digest for s in training]
-    keys += [cached.latent_keys[s.image_path, framing].digest for s in training for framing in s.framings]
+    def read_text(sample: int, variant: int, dropped: bool) -> Conditioning:
+        text = family.dropped_caption if dropped else training[sample].caption
+        return encodings.text(text_item(text, training[sample], variant))
+
+    def read_controls(sample: int, variant: int) -> list[Tensor]:
+        # The most likely latents, as the stock pipelines take them: a control is seen clean.
+        return [encodings.latents(picture).mean_BCHW for picture in control_pictures(training[sample], variant)]
+
+    variants = [(sample, variant) for sample in training for variant in range(len(sample.framings))]
+    pictures = [p for s, v in variants for p in (target_picture(s, v), *control_pictures(s, v))]
+    keys = encodings.encoder.text_keys([text_item(s.caption, s, v) for s, v in variants])
+    keys += encodings.encoder.latent_keys(pictures)
+    longest = variants if config.precompute_text_embeddings else [max(variants, key=lambda v: len(v[0].caption))]
     return PreparedData(
-        reader=reader,
-        buckets=[[framing.size for framing in sample.framings] for sample in training],
+        reader=SampleReader(
+            read_latents=lambda sample, variant: encodings.latents(target_picture(training[sample], variant)),
+            read_text=read_text,
+            read_controls=read_controls,
+            stack=family.stack_conditioning,
+            time_shift=lambda height, width: family.time_shift(folder, family.num_image_tokens(height, width)),
+            num_image_tokens=family.num_image_tokens,
+            names=[sample.name for sample in training],
+        ),
+        buckets=[[sample.signature(variant) for variant in range(len(sample.framings))] for sample in training],
         held_out=[
-            HeldOutPicture(sample.name, cached.latents(sample).mean_BCHW, cached.text(sample.caption))
+            HeldOutPicture(
+                sample.name,
+                encodings.latents(target_picture(sample, 0)).mean_BCHW,
+                encodings.text(text_item(sample.caption, sample, 0)),
+                tuple(encodings.latents(picture).mean_BCHW for picture in control_pictures(sample, 0)),
+            )
             for sample in held_out
         ],
-        prompts=EncodedPrompts(settings.prompts, tuple(cached.text(prompt) for prompt in settings.prompts), negative),
+        prompts=[encode_prompt(family, encodings, sample, config.samples.guidance_scale) for sample in prompts],
         most_image_tokens=_most_image_tokens(family, folder, training),
-        most_text_tokens=max(_num_tokens(cached.text(sample.caption)) for sample in training),
-        fingerprint=hash_text("\n".join(keys)),
+        most_text_tokens=max(_num_tokens(encodings.text(text_item(s.caption, s, v))) for s, v in longest),
+        fingerprint=hash_text("\n".join(key.digest for key in keys)),
     )
 
 
 def _most_image_tokens(family: ModelFamily, folder: ModelFolder, samples: Sequence[Sample]) -> int:
-    sizes = {framing.size for sample in samples for framing in sample.framings}
-    return max(family.num_image_tokens(*family.latent_shape(folder, *size)[1:]) for size in sizes)
+    signatures = {sample.signature(variant) for sample in samples for variant in range(len(sample.framings))}
+
+    def tokens(size: Size) -> int:
+        return family.num_image_tokens(*family.latent_shape(folder, *size)[1:])
+
+    return max(sum(tokens(size) for size in signature) for signature in signatures)
 
 
 def _num_tokens(row: Conditioning) -> int:
-    """The longest of a row's sequences."""
-    return max(len(tensor) for tensor in row.values())
+    """The longest of a row's sequences; a single vector counts as no sequence."""
+    return max(len(tensor) for tensor in row.values() if tensor.ndim > 1)
 
 
 def _random_data(
@@ -174,26 +279,32 @@ def _random_data(
 ) -> PreparedData:
     """Random latents and text features of the right shapes: speed and memory are real, pictures are not."""
 
+    def random_latents(size: Size, *place: int) -> Tensor:
+        return draws.normal((1, *family.latent_shape(folder, *size)), config.seed, "random weights", *place)
+
     def read_latents(sample: int, variant: int) -> LatentDistribution:
-        shape = (1, *family.latent_shape(folder, *training[sample].framings[variant].size))
-        mean_BCHW = draws.normal(shape, config.seed, "random weights", sample)
-        return LatentDistribution(mean_BCHW, torch.zeros(shape))
+        mean_BCHW = random_latents(training[sample].framings[variant].size, sample)
+        return LatentDistribution(mean_BCHW, torch.zeros_like(mean_BCHW))
 
-    def read_text(sample: int | None) -> Conditioning:
-        return family.random_text(folder, RANDOM_TEXT_TOKENS, -1 if sample is None else sample)
+    def read_controls(sample: int, variant: int) -> list[Tensor]:
+        sizes = training[sample].signature(variant)[1:]
+        return [random_latents(size, sample, number) for number, size in enumerate(sizes)]
 
-    reader = SampleReader(
-        read_latents=read_latents,
-        read_text=read_text,
-        stack=family.stack_conditioning,
-        time_shift=lambda height, width: family.time_shift(folder, family.num_image_tokens(height, width)),
-        names=[sample.name for sample in training],
-    )
     return PreparedData(
-        reader=reader,
-        buckets=[[framing.size for framing in sample.framings] for sample in training],
+        reader=SampleReader(
+            read_latents=read_latents,
+            read_text=lambda sample, variant, dropped: family.random_text(
+                folder, RANDOM_TEXT_TOKENS, -1 if dropped else sample
+            ),
+            read_controls=read_controls,
+            stack=family.stack_conditioning,
+            time_shift=lambda height, width: family.time_shift(folder, family.num_image_tokens(height, width)),
+            num_image_tokens=family.num_image_tokens,
+            names=[sample.name for sample in training],
+        ),
+        buckets=[[sample.signature(variant) for variant in range(len(sample.framings))] for sample in training],
         held_out=[],
-        prompts=EncodedPrompts((), (), None),
+        prompts=[],
         most_image_tokens=_most_image_tokens(family, folder, training),
         most_text_tokens=RANDOM_TEXT_TOKENS,
         fingerprint="random",

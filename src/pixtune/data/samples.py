@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from pixtune import draws
 from pixtune.config.schema import DataConfig
-from pixtune.data.buckets import Buckets, Framing, build_buckets, frame_picture, frame_variants
+from pixtune.data.buckets import Buckets, Framing, Size, build_buckets, frame_picture, frame_variants
+from pixtune.data.controls import ControlFraming, ControlRules, frame_control
 from pixtune.data.images import read_size
-from pixtune.data.pairs import find_pairs, read_caption
-from pixtune.data.validate import validate_folder
+from pixtune.data.metadata import read_metadata
+from pixtune.data.pairs import Pair, Pairs, find_pairs, shorten
+from pixtune.data.validate import validate_pairs
 from pixtune.errors import DataError
 
 
@@ -23,27 +26,57 @@ class Sample:
     caption: str
     framings: tuple[Framing, ...]
     """The crops it is drawn at: its own, or one for each ratio of `random_ratio`."""
+    control_paths: tuple[Path, ...] = ()
+    control_framings: tuple[tuple[ControlFraming, ...], ...] = ()
+    """For each of `framings`, one for each control picture."""
+
+    def signature(self, variant: int) -> tuple[Size, ...]:
+        """Sizes of target and controls in pixels: only samples that agree in all of them fit into one batch."""
+        controls = self.control_framings[variant] if self.control_paths else ()
+        return (self.framings[variant].size, *(control.latents.size for control in controls))
 
 
-def read_samples(config: DataConfig, folder: Path, multiple: int, random_ratio: bool) -> list[Sample]:
+def control_folders(config: DataConfig) -> tuple[Path, ...]:
+    """`control_dir` as a list."""
+    folders = config.control_dir
+    return () if folders is None else (folders,) if isinstance(folders, Path) else folders
+
+
+def find_samples(config: DataConfig, folder: Path) -> Pairs:
+    """What belongs together in a folder, by the config's layout."""
+    if config.metadata_file is not None and folder == config.img_dir:
+        return read_metadata(config.metadata_file, folder)
+    return find_pairs(folder, config.caption_type, _controls_beside(config, folder), config.allow_missing_controls)
+
+
+def _controls_beside(config: DataConfig, folder: Path) -> tuple[Path, ...]:
+    """Control folders of the training pictures; those of a held-out folder lie beside it, by the same names."""
+    folders = control_folders(config)
+    if folder == config.img_dir:
+        return folders
+    return tuple(folder.parent / control.name for control in folders)
+
+
+def read_samples(
+    config: DataConfig, folder: Path, multiple: int, random_ratio: bool, controls: ControlRules | None = None
+) -> list[Sample]:
     """All samples of a folder, in the order of their names.
 
     Args:
         multiple: picture sides in pixels must be a multiple of this.
         random_ratio: frame each picture for every ratio instead of its own alone.
+        controls: what the model does with control pictures; None: it takes none.
 
     Raises:
         DataError: every fault of the folder at once. Reads headers only; damage behind them is for `check_folder`.
     """
-    found = find_pairs(folder, config.caption_type)
+    found = find_samples(config, folder)
     buckets = build_buckets(config.img_size, multiple)
-    faults = list(found.faults)
+    faults = [*found.faults, *_control_faults(found.pairs, controls, config.allow_missing_controls)]
     samples = []
     for pair in found.pairs:
         try:
-            assert pair.caption_path is not None, "find_pairs reports these as faults"
-            framings = _framings(*read_size(pair.image_path), buckets, config.upscale, random_ratio)
-            samples.append(Sample(pair.name, pair.image_path, read_caption(pair.caption_path), framings))
+            samples.append(_read_sample(pair, buckets, config.upscale, random_ratio, controls))
         except DataError as error:
             faults += error.faults
         except ValueError as error:
@@ -54,14 +87,48 @@ def read_samples(config: DataConfig, folder: Path, multiple: int, random_ratio: 
     return samples
 
 
+def _read_sample(
+    pair: Pair, buckets: Buckets, upscale: bool, random_ratio: bool, controls: ControlRules | None
+) -> Sample:
+    size = read_size(pair.image_path)
+    framings = _framings(*size, buckets, upscale, random_ratio)
+    paths = pair.control_paths if controls else ()
+    sizes = [read_size(path) for path in paths]
+    control_framings = tuple(
+        tuple(frame_control(control, size, framing, controls) for control in sizes) for framing in framings if controls
+    )
+    return Sample(pair.name, pair.image_path, pair.read_caption(), framings, paths, control_framings)
+
+
+def _control_faults(pairs: Sequence[Pair], controls: ControlRules | None, may_be_missing: bool) -> list[str]:
+    """Rows with more or fewer control pictures than the model can use."""
+    most = controls.most if controls else 0
+    too_many = [f"{pair.name} ({len(pair.control_paths)})" for pair in pairs if len(pair.control_paths) > most]
+    if too_many and most == 0:
+        return [
+            "This model makes pictures from text alone and takes no control pictures; these have some: "
+            f"{shorten(too_many)}."
+        ]
+    faults = (
+        [f"This model takes at most {most} control pictures; these have more: {shorten(too_many)}."] if too_many else []
+    )
+    missing = [pair.name for pair in pairs if not pair.control_paths] if most else []
+    if missing and not may_be_missing:
+        faults.append(
+            f"This model edits control pictures, and these have none: {shorten(missing)}. Give data_config.control_dir "
+            "or a metadata_file with controls, or train on them without: data_config.allow_missing_controls=true."
+        )
+    return faults
+
+
 def check_folder(config: DataConfig, folder: Path, multiple: int) -> tuple[str, ...]:
     """Decodes every picture of a folder to its last pixel and returns warnings.
 
     Raises:
         DataError: all faults of the folder.
     """
-    report = validate_folder(
-        folder, config.caption_type, img_size=config.img_size, multiple=multiple, upscale=config.upscale
+    report = validate_pairs(
+        find_samples(config, folder), img_size=config.img_size, multiple=multiple, upscale=config.upscale
     )
     if not report.ok:
         raise DataError(f"{folder} cannot be trained on, {len(report.faults)} faults", report.faults)

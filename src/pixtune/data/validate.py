@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ from warnings import catch_warnings, filterwarnings
 
 from pixtune.data.buckets import Buckets, Size, build_buckets, frame_picture
 from pixtune.data.images import decode
-from pixtune.data.pairs import Pair, find_pairs, read_caption, shorten
+from pixtune.data.pairs import Pair, Pairs, find_pairs, shorten
 from pixtune.errors import DataError
 
 MIN_SIDE_PIXELS = 16
@@ -43,7 +43,7 @@ class DatasetReport:
     """What a folder holds and what is wrong with it."""
 
     image_folder: Path
-    control_folder: Path | None
+    control_folders: tuple[Path, ...]
     num_pictures: int
     """Pictures found, those with faults included, without control pictures."""
     faults: tuple[str, ...]
@@ -61,8 +61,8 @@ class DatasetReport:
     def render(self) -> str:
         """The report as plain text, faults last, where a terminal shows them."""
         lines = [f"Data set {self.image_folder}: {_count(self.num_pictures, 'picture', 'pictures')}"]
-        if self.control_folder is not None:
-            lines.append(f"Control pictures: {self.control_folder}")
+        if self.control_folders:
+            lines.append(f"Control pictures: {', '.join(map(str, self.control_folders))}")
         if self.longest_caption is not None:
             longest = self.longest_caption
             lines.append(f"Longest caption: {longest.num_characters} characters ({longest.path})")
@@ -95,7 +95,8 @@ def validate_folder(
     caption_extension: str = "txt",
     img_size: int | None = None,
     multiple: int | None = None,
-    control_folder: Path | None = None,
+    control_folders: Sequence[Path] = (),
+    allow_missing_controls: bool = False,
     upscale: bool = False,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> DatasetReport:
@@ -104,18 +105,34 @@ def validate_folder(
     Args:
         image_folder: pictures with captions beside them, or a folder with `images/` and `control/` in it.
         caption_extension: the contract's `caption_type`.
+        control_folders: control pictures, where they are not in `image_folder / "control"`.
+        img_size, multiple, upscale, on_progress: as for `validate_pairs`.
+    """
+    image_folder, control_folders = _find_layout(Path(image_folder), control_folders)
+    found = find_pairs(image_folder, caption_extension, control_folders, allow_missing_controls)
+    return validate_pairs(found, img_size, multiple, upscale, control_folders, on_progress)
+
+
+def validate_pairs(
+    found: Pairs,
+    img_size: int | None = None,
+    multiple: int | None = None,
+    upscale: bool = False,
+    control_folders: Sequence[Path] = (),
+    on_progress: Callable[[int, int], None] | None = None,
+) -> DatasetReport:
+    """Checks what `find_pairs` or `read_metadata` found.
+
+    Args:
         img_size: reports buckets, crops and small pictures for this training size, in pixels.
         multiple: what the model's picture sides must be divisible by, in pixels; `MIN_SIDE_PIXELS` if not known.
-        control_folder: control pictures, where they are not in `image_folder / "control"`.
         upscale: small pictures will be enlarged, as in `buckets.frame_picture`.
         on_progress: called with (pictures checked, pictures in all) after each picture.
     """
-    image_folder, control_folder = _find_layout(Path(image_folder), control_folder)
     multiple = multiple or MIN_SIDE_PIXELS
-    found = find_pairs(image_folder, caption_extension, control_folder)
     faults, warnings = list(found.faults), list(found.warnings)
-    targets = sorted([pair.image_path for pair in found.pairs] + list(found.lone_pictures))
-    controls = [pair.control_path for pair in found.pairs if pair.control_path is not None]
+    targets = sorted({pair.image_path for pair in found.pairs} | set(found.lone_pictures))
+    controls = sorted({path for pair in found.pairs for path in pair.control_paths} - set(targets))
     checked = _check_pictures([*targets, *controls], multiple, on_progress)
     for picture in checked:
         faults += picture.faults
@@ -128,8 +145,9 @@ def validate_folder(
         usable = [picture for picture in checked[: len(targets)] if not picture.faults]
         bucket_counts = _fill_buckets(usable, build_buckets(img_size, multiple), upscale, warnings)
     warnings += _duplicates(checked[: len(targets)])
+    warnings += _unchanged(found.pairs, {picture.path: picture.digest for picture in checked})
     return DatasetReport(
-        image_folder, control_folder, len(targets), tuple(faults), tuple(warnings), dict(bucket_counts), longest
+        found.folder, tuple(control_folders), len(targets), tuple(faults), tuple(warnings), dict(bucket_counts), longest
     )
 
 
@@ -140,11 +158,24 @@ def validate_dataset(path: str | Path, caption_extension: str = "txt", img_size:
     return report.ok
 
 
-def _find_layout(folder: Path, control_folder: Path | None) -> tuple[Path, Path | None]:
-    """Image and control folder: a folder with both `images` and `control` in it is an editing data set."""
-    if control_folder is None and (folder / "images").is_dir() and (folder / "control").is_dir():
-        return folder / "images", folder / "control"
-    return folder, control_folder
+def _find_layout(folder: Path, control_folders: Sequence[Path]) -> tuple[Path, tuple[Path, ...]]:
+    """Image and control folders: a folder with both `images` and `control` in it is an editing data set."""
+    if not control_folders and (folder / "images").is_dir() and (folder / "control").is_dir():
+        return folder / "images", (folder / "control",)
+    return folder, tuple(control_folders)
+
+
+def _unchanged(pairs: Sequence[Pair], digests: Mapping[Path, bytes]) -> list[str]:
+    """A warning for controls that are the very file of their target: such rows teach to change nothing."""
+    same = [
+        pair.name
+        for pair in pairs
+        for path in pair.control_paths
+        if digests.get(pair.image_path) and digests[pair.image_path] == digests.get(path)
+    ]
+    if not same:
+        return []
+    return [f"{_count(len(same), 'control picture is', 'control pictures are')} the target itself: {shorten(same)}."]
 
 
 def _check_pictures(
@@ -184,14 +215,14 @@ def _check_captions(pairs: Sequence[Pair], faults: list[str], warnings: list[str
     empty = []
     for pair in pairs:
         try:
-            text = read_caption(pair.caption_path)
+            text = pair.read_caption()
         except DataError as error:
             faults += error.faults
             continue
         if not text:
-            empty.append(str(pair.caption_path))
+            empty.append(str(pair.caption_place))
         elif longest is None or len(text) > longest.num_characters:
-            longest = LongestCaption(pair.caption_path, len(text))
+            longest = LongestCaption(pair.caption_place, len(text))
     if empty:
         warnings.append(
             f"{_count(len(empty), 'caption is', 'captions are')} empty, to be trained without words: {shorten(empty)}."

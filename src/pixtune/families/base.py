@@ -9,15 +9,32 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from pixtune.data.buckets import Size
 from pixtune.weights import ModelFolder
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 # One sample's text features by name, without padding: what the cache stores. A family chooses the names.
 Conditioning = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What the text encoder is told of one sample."""
+
+    text: str
+    pictures: tuple[Image, ...] = ()
+    """Control pictures at `ModelFamily.vision_size`; none where the family's encoder sees no pictures."""
+
+
+CONTROL_SIDE = 1024
+"""Side in pixels of the square whose area the stock pipelines give a control picture, whatever the target's size."""
 
 
 @dataclass(frozen=True)
@@ -30,10 +47,10 @@ class Placement:
 
 @dataclass(frozen=True)
 class TextEncoder:
-    """A frozen text encoder with what turns words into its input."""
+    """Frozen text encoders, each with what turns words (and pictures) into its input."""
 
-    model: nn.Module
-    tokenizer: Any
+    models: tuple[nn.Module, ...]
+    tokenizers: tuple[Any, ...]
 
 
 @dataclass(frozen=True)
@@ -54,14 +71,26 @@ class ModelFamily(Protocol):
     name: str
     pipeline_classes: tuple[str, ...]
     """`_class_name` values of `model_index.json` that belong to this family."""
+    script: str
+    """The root script that trains a LoRA of it."""
     lora_targets: tuple[str, ...]
     """Default module name endings that get a LoRA."""
+    lora_presets: Mapping[str, tuple[str, ...]]
+    """Names for sets of targets: endings, or patterns with `*` over whole module paths."""
     block_paths: tuple[str, ...]
     """Attribute paths of the lists of repeated blocks."""
+    text_components: tuple[str, ...]
+    """Folders that decide the text features: part of the text cache's key."""
     prompt_template: str
     """Part of the text cache's key: another template, other features."""
     dropped_caption: str
     """What stands for a dropped caption, the same text that the stock pipeline gets as an empty negative prompt."""
+    max_controls: int
+    """Most control pictures of one sample; 0 where the model does not edit."""
+    controls_in_text: bool
+    """The text encoder sees the control pictures, so text features depend on them."""
+    embedded_guidance: bool
+    """The guidance scale is an input of the transformer (a distilled model), not a second pass."""
 
     def pixel_multiple(self, folder: ModelFolder) -> int:
         """Picture sides must be a multiple of this many pixels."""
@@ -71,6 +100,16 @@ class ModelFamily(Protocol):
 
     def num_image_tokens(self, latent_height: int, latent_width: int) -> int:
         """Tokens the transformer sees for latents of this size."""
+
+    def control_size(self, folder: ModelFolder, picture: Size, side: int) -> Size:
+        """(width, height) in pixels at which a control picture of this size joins the latents.
+
+        Args:
+            side: of the square with about the wanted area; the stock pipeline has its own, `CONTROL_SIDE`.
+        """
+
+    def vision_size(self, picture: Size, side: int) -> Size:
+        """(width, height) in pixels at which the text encoder sees a control picture of this size."""
 
     def block_shape(self, folder: ModelFolder) -> tuple[int, int]:
         """(number of repeated blocks, width of a token inside them), for estimates of memory."""
@@ -90,8 +129,14 @@ class ModelFamily(Protocol):
         For speed and memory tests on machines without the real weights; built in place, never a second copy.
         """
 
-    def encode_text(self, encoder: TextEncoder, prompts: Sequence[str]) -> list[Conditioning]:
-        """Text features, one unpadded entry a prompt."""
+    def encode_text(
+        self, encoder: TextEncoder, prompts: Sequence[Prompt], max_tokens: int | None = None
+    ) -> list[Conditioning]:
+        """Text features, one unpadded entry a prompt.
+
+        Args:
+            max_tokens: longer captions are cut to this many tokens; absent: as the stock pipeline cuts (or pads) them.
+        """
 
     def stack_conditioning(self, rows: Sequence[Conditioning]) -> Conditioning:
         """Pads and stacks samples to a batch. Never holds an all-true mask: it costs the fast attention path."""
@@ -103,9 +148,20 @@ class ModelFamily(Protocol):
         """Normalised latents to pixels in [-1, 1], shape B3HW."""
 
     def predict_velocity(
-        self, transformer: nn.Module, noisy_BCHW: Tensor, sigma_B: Tensor, conditioning: Conditioning
+        self,
+        transformer: nn.Module,
+        noisy_BCHW: Tensor,
+        sigma_B: Tensor,
+        conditioning: Conditioning,
+        controls: Sequence[Tensor] = (),
+        guidance: float = 1.0,
     ) -> Tensor:
-        """The model's estimate of `noise - latents`; shape BCHW. `sigma` is 0 for clean, 1 for pure noise."""
+        """The model's estimate of `noise - latents`; shape BCHW. `sigma` is 0 for clean, 1 for pure noise.
+
+        Args:
+            controls: clean latents of the control pictures, each of shape BCHW with a height and width of its own.
+            guidance: for models with `embedded_guidance`; others leave it unread.
+        """
 
     def time_shift(self, folder: ModelFolder, num_image_tokens: int) -> float:
         """`mu` of the resolution-dependent shift in the model's own scheduler config; 0 means unshifted."""
@@ -116,5 +172,9 @@ class ModelFamily(Protocol):
     def guide(self, conditional_BCHW: Tensor, unconditional_BCHW: Tensor, scale: float) -> Tensor:
         """Classifier-free guidance as the stock pipeline combines the two velocities."""
 
-    def comfyui_key(self, module_path: str) -> str:
-        """The module's name in ComfyUI's copy of the model, without prefix."""
+    def comfyui_tensors(self, weights: Mapping[str, Tensor], alpha: float) -> dict[str, Tensor]:
+        """The LoRA in the names of ComfyUI's copy of the model, each layer with its `.alpha`.
+
+        Args:
+            weights: `MODULE.lora_A.weight` (rank x in) and `MODULE.lora_B.weight` (out x rank).
+        """

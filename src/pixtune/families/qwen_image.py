@@ -5,15 +5,19 @@ Conventions follow diffusers' `QwenImagePipeline`, which is the reference that t
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from pixtune import draws
-from pixtune.families.base import Conditioning, LatentDistribution, Placement, TextEncoder
+from pixtune.data.buckets import Size
+from pixtune.errors import WeightsError
+from pixtune.families.base import Conditioning, LatentDistribution, Placement, Prompt, TextEncoder
+from pixtune.families.flow_schedule import model_sigmas, model_time_shift
+from pixtune.families.packing import PATCH, grid, num_tokens, pack_latents, unpack_latents
+from pixtune.families.random_weights import build_random
 from pixtune.weights import ModelFolder
 
 if TYPE_CHECKING:
@@ -24,22 +28,52 @@ NUM_TEMPLATE_TOKENS = 34
 MAX_CAPTION_TOKENS = 1024
 MAX_FEATURE_TOKENS = 512
 """`max_sequence_length` of the pipeline's call."""
-PATCH = 2
+
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+TEXT_ATTENTION = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+MLP = ("img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2")
+
+
+class PromptReader(Protocol):
+    """How a variant of the model turns prompts into text features."""
+
+    @property
+    def template(self) -> str: ...
+
+    @property
+    def components(self) -> tuple[str, ...]:
+        """Folders that decide the features."""
+
+    def load_tokenizer(self, folder: ModelFolder) -> Any: ...
+
+    def encode(self, encoder: TextEncoder, prompts: Sequence[Prompt], max_tokens: int | None) -> list[Conditioning]: ...
+
+    def control_size(self, folder: ModelFolder, picture: Size, side: int, multiple: int) -> Size: ...
+
+    def vision_size(self, picture: Size, side: int) -> Size: ...
 
 
 class QwenImage:
-    """See `families.base.ModelFamily`."""
+    """See `families.base.ModelFamily`. The edit models differ in how they read prompts and are composed of the same."""
 
-    name = "qwen_image"
-    pipeline_classes: tuple[str, ...] = ("QwenImagePipeline",)
-    lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
+    lora_targets: tuple[str, ...] = ATTENTION
+    lora_presets: Mapping[str, tuple[str, ...]] = {
+        "attention": ATTENTION,
+        "attention_mlp": (*ATTENTION, *TEXT_ATTENTION, *MLP),
+        "all_linear": ("transformer_blocks.*",),
+    }
     block_paths: tuple[str, ...] = ("transformer_blocks",)
-    prompt_template = (
-        "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, "
-        "spatial relationships of the objects and background:<|im_end|>\n"
-        "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
-    )
     dropped_caption = " "
+    embedded_guidance = False
+
+    def __init__(
+        self, name: str, pipeline_classes: tuple[str, ...], reader: PromptReader, max_controls: int = 0
+    ) -> None:
+        self.name, self.pipeline_classes, self.max_controls = name, pipeline_classes, max_controls
+        self._reader = reader
+        self.prompt_template, self.text_components = reader.template, reader.components
+        self.controls_in_text = max_controls > 0
+        self.script = "train_qwen_edit_lora.py" if max_controls else "train.py"
 
     def pixel_multiple(self, folder: ModelFolder) -> int:
         return PATCH * self._compression(folder)
@@ -54,7 +88,13 @@ class QwenImage:
         return 2 ** len(folder.component_config("vae")["temperal_downsample"])
 
     def num_image_tokens(self, latent_height: int, latent_width: int) -> int:
-        return (latent_height // PATCH) * (latent_width // PATCH)
+        return num_tokens(latent_height, latent_width)
+
+    def control_size(self, folder: ModelFolder, picture: Size, side: int) -> Size:
+        return self._reader.control_size(folder, picture, side, self.pixel_multiple(folder))
+
+    def vision_size(self, picture: Size, side: int) -> Size:
+        return self._reader.vision_size(picture, side)
 
     def block_shape(self, folder: ModelFolder) -> tuple[int, int]:
         config = folder.component_config("transformer")
@@ -67,13 +107,13 @@ class QwenImage:
     # ---- loading
 
     def load_text_encoder(self, folder: ModelFolder, placement: Placement) -> TextEncoder:
-        from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
+        from transformers import Qwen2_5_VLForConditionalGeneration
 
         model = Qwen2_5_VLForConditionalGeneration.from_pretrained(
             folder.path / "text_encoder", dtype=placement.dtype, use_safetensors=True
         )
-        tokenizer = AutoTokenizer.from_pretrained(folder.path / "tokenizer")
-        return TextEncoder(model.to(placement.device).eval().requires_grad_(False), tokenizer)
+        model.to(placement.device).eval().requires_grad_(False)
+        return TextEncoder((model,), (self._reader.load_tokenizer(folder),))
 
     def load_autoencoder(self, folder: ModelFolder, placement: Placement) -> nn.Module:
         from diffusers import AutoencoderKLQwenImage
@@ -86,6 +126,11 @@ class QwenImage:
     def load_transformer(self, folder: ModelFolder, placement: Placement) -> nn.Module:
         from diffusers import QwenImageTransformer2DModel
 
+        if folder.component_config("transformer").get("guidance_embeds", False):
+            raise WeightsError(
+                f"{folder.path} has guidance_embeds set in its transformer's config. diffusers' model class cannot run "
+                "such a model (its time embedding takes no guidance), so it cannot be trained either."
+            )
         model = QwenImageTransformer2DModel.from_pretrained(
             folder.path / "transformer", torch_dtype=placement.dtype, use_safetensors=True
         )
@@ -95,43 +140,19 @@ class QwenImage:
         from diffusers import QwenImageTransformer2DModel
         from diffusers.models.transformers.transformer_qwenimage import QwenEmbedRope
 
-        with torch.device("meta"):
-            model = QwenImageTransformer2DModel(**config).to(placement.dtype)
-        model.to_empty(device=placement.device)
-        # Not a parameter: `to_empty` left the rotary table without values.
+        model: Any = build_random(lambda: QwenImageTransformer2DModel(**config), placement)
+        # Not a parameter: it was made without values.
         axes = list(model.config["axes_dims_rope"])
         model.pos_embed = QwenEmbedRope(theta=10000, axes_dim=axes, scale_rope=True)
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if parameter.ndim >= 2:
-                    parameter.normal_(0, 0.5 / math.sqrt(parameter.shape[-1]))
-                elif name.endswith("weight"):
-                    parameter.fill_(1)
-                else:
-                    parameter.zero_()
-        return model.requires_grad_(False)
+        return model
 
     # ---- encoding
 
     @torch.no_grad()
-    def encode_text(self, encoder: TextEncoder, prompts: Sequence[str]) -> list[Conditioning]:
-        device = next(encoder.model.parameters()).device
-        tokens = encoder.tokenizer(
-            [self.prompt_template.format(prompt) for prompt in prompts],
-            max_length=MAX_CAPTION_TOKENS + NUM_TEMPLATE_TOKENS,
-            padding=True,
-            truncation=True,
-            return_tensors="pt",
-        ).to(device)
-        output = encoder.model(
-            input_ids=tokens.input_ids, attention_mask=tokens.attention_mask, output_hidden_states=True
-        )
-        features_BTD = output.hidden_states[-1]
-        rows = []
-        for features_TD, keep_T in zip(features_BTD, tokens.attention_mask.bool(), strict=True):
-            features_TD = features_TD[keep_T][NUM_TEMPLATE_TOKENS:][:MAX_FEATURE_TOKENS]
-            rows.append({"prompt_embeds": features_TD.contiguous()})
-        return rows
+    def encode_text(
+        self, encoder: TextEncoder, prompts: Sequence[Prompt], max_tokens: int | None = None
+    ) -> list[Conditioning]:
+        return self._reader.encode(encoder, prompts, max_tokens)
 
     def stack_conditioning(self, rows: Sequence[Conditioning]) -> Conditioning:
         features = [row["prompt_embeds"] for row in rows]
@@ -168,44 +189,34 @@ class QwenImage:
     # ---- velocity
 
     def predict_velocity(
-        self, transformer: QwenImageTransformer2DModel, noisy_BCHW: Tensor, sigma_B: Tensor, conditioning: Conditioning
+        self,
+        transformer: QwenImageTransformer2DModel,
+        noisy_BCHW: Tensor,
+        sigma_B: Tensor,
+        conditioning: Conditioning,
+        controls: Sequence[Tensor] = (),
+        guidance: float = 1.0,
     ) -> Tensor:
         batch_size, _, height, width = noisy_BCHW.shape
         dtype = transformer.dtype
         # The stock pipeline rounds the 0-1000 timestep to the model's format before it divides.
         timestep_B = (sigma_B * 1000).to(dtype) / 1000
+        images = [noisy_BCHW, *controls]
         velocity_BLC = transformer(
-            hidden_states=pack_latents(noisy_BCHW).to(dtype),
+            hidden_states=torch.cat([pack_latents(image) for image in images], dim=1).to(dtype),
             timestep=timestep_B,
             encoder_hidden_states=conditioning["prompt_embeds"].to(dtype),
             encoder_hidden_states_mask=conditioning.get("prompt_embeds_mask"),
-            img_shapes=[[(1, height // PATCH, width // PATCH)]] * batch_size,
+            img_shapes=[[(1, *grid(image)) for image in images]] * batch_size,
             return_dict=False,
         )[0]
-        return unpack_latents(velocity_BLC, height, width)
+        return unpack_latents(velocity_BLC[:, : num_tokens(height, width)], height, width)
 
     def time_shift(self, folder: ModelFolder, num_image_tokens: int) -> float:
-        from diffusers.pipelines.qwenimage.pipeline_qwenimage import calculate_shift
-
-        config = folder.component_config("scheduler")
-        if not config.get("use_dynamic_shifting", False):
-            return math.log(config.get("shift", 1.0))  # shift * s / (1 + (shift - 1) s) is the same curve
-        return calculate_shift(
-            num_image_tokens,
-            config.get("base_image_seq_len", 256),
-            config.get("max_image_seq_len", 4096),
-            config.get("base_shift", 0.5),
-            config.get("max_shift", 1.15),
-        )
+        return model_time_shift(folder, num_image_tokens)
 
     def sigma_schedule(self, folder: ModelFolder, num_steps: int, num_image_tokens: int) -> list[float]:
-        import numpy
-        from diffusers import FlowMatchEulerDiscreteScheduler
-
-        scheduler = FlowMatchEulerDiscreteScheduler.from_config(folder.component_config("scheduler"))
-        sigmas = numpy.linspace(1.0, 1 / num_steps, num_steps)
-        scheduler.set_timesteps(sigmas=sigmas, mu=self.time_shift(folder, num_image_tokens))
-        return scheduler.sigmas.tolist()
+        return model_sigmas(folder, num_steps, num_image_tokens)
 
     def guide(self, conditional_BCHW: Tensor, unconditional_BCHW: Tensor, scale: float) -> Tensor:
         conditional, unconditional = pack_latents(conditional_BCHW), pack_latents(unconditional_BCHW)
@@ -214,20 +225,51 @@ class QwenImage:
         guided = guided * (conditional.norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True))
         return unpack_latents(guided, *conditional_BCHW.shape[-2:])
 
-    def comfyui_key(self, module_path: str) -> str:
-        return module_path
+    def comfyui_tensors(self, weights: Mapping[str, Tensor], alpha: float) -> dict[str, Tensor]:
+        tensors: dict[str, Tensor] = {}
+        for name, tensor in weights.items():
+            module = name.rsplit(".", 2)[0]
+            tensors[f"diffusion_model.{name}"] = tensor
+            tensors[f"diffusion_model.{module}.alpha"] = torch.tensor(alpha)
+        return tensors
 
 
-def pack_latents(latents_BCHW: Tensor) -> Tensor:
-    """2x2 neighbours become one token: (B, C, H, W) -> (B, H/2 * W/2, 4C), channel-major within a token."""
-    batch_size, channels, height, width = latents_BCHW.shape
-    tiles = latents_BCHW.reshape(batch_size, channels, height // PATCH, PATCH, width // PATCH, PATCH)
-    return tiles.permute(0, 2, 4, 1, 3, 5).reshape(batch_size, -1, channels * PATCH * PATCH)
+class CaptionReader:
+    """The text-to-image pipeline's prompt: a fixed template around the caption, whose features are cut off."""
+
+    components: tuple[str, ...] = ("text_encoder", "tokenizer")
+    template = (
+        "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, "
+        "spatial relationships of the objects and background:<|im_end|>\n"
+        "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+    )
+
+    def load_tokenizer(self, folder: ModelFolder) -> Any:
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(folder.path / "tokenizer")
+
+    def encode(self, encoder: TextEncoder, prompts: Sequence[Prompt], max_tokens: int | None) -> list[Conditioning]:
+        (model,), (tokenizer,) = encoder.models, encoder.tokenizers
+        tokens = tokenizer(
+            [self.template.format(prompt.text) for prompt in prompts],
+            max_length=MAX_CAPTION_TOKENS + NUM_TEMPLATE_TOKENS,
+            padding=True,
+            truncation=True,
+            return_tensors="pt",
+        ).to(model.device)
+        output = model(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask, output_hidden_states=True)
+        rows = []
+        for features_TD, keep_T in zip(output.hidden_states[-1], tokens.attention_mask.bool(), strict=True):
+            features_TD = features_TD[keep_T][NUM_TEMPLATE_TOKENS:][: max_tokens or MAX_FEATURE_TOKENS]
+            rows.append({"prompt_embeds": features_TD.contiguous()})
+        return rows
+
+    def control_size(self, folder: ModelFolder, picture: Size, side: int, multiple: int) -> Size:
+        raise NotImplementedError("a text-to-image model has no control pictures")
+
+    def vision_size(self, picture: Size, side: int) -> Size:
+        raise NotImplementedError("a text-to-image model has no control pictures")
 
 
-def unpack_latents(tokens_BLC: Tensor, height: int, width: int) -> Tensor:
-    """The inverse of `pack_latents` for latents of the given height and width."""
-    batch_size, _, packed = tokens_BLC.shape
-    channels = packed // (PATCH * PATCH)
-    tiles = tokens_BLC.reshape(batch_size, height // PATCH, width // PATCH, channels, PATCH, PATCH)
-    return tiles.permute(0, 3, 1, 4, 2, 5).reshape(batch_size, channels, height, width)
+QWEN_IMAGE = QwenImage("qwen_image", ("QwenImagePipeline",), CaptionReader())

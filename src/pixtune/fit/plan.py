@@ -60,8 +60,14 @@ class MemoryPlan:
         return cls(**{**values, "reasons": tuple(values["reasons"])})
 
 
-def plan_memory(facts: HardwareFacts, size: RunSize, config: TrainConfig) -> MemoryPlan:
-    """Chooses what the config leaves open."""
+def plan_memory(
+    facts: HardwareFacts, size: RunSize, config: TrainConfig, cudnn_attention: tuple[bool, str] | None = None
+) -> MemoryPlan:
+    """Chooses what the config leaves open.
+
+    Args:
+        cudnn_attention: whether a trial of it on this machine passed, and its finding; None: not tried.
+    """
     on_gpu = facts.device == "cuda"
     reasons = []
     weights_format = "bf16" if config.mixed_precision == "bf16" else "fp32"
@@ -80,6 +86,11 @@ def plan_memory(facts: HardwareFacts, size: RunSize, config: TrainConfig) -> Mem
         reasons.append(
             f"TF32 {'on' if tf32 else 'off'}: compute capability {facts.capability[0]}.{facts.capability[1]}"
         )
+    use_cudnn = config.cuda_features.enable_cudnn_sdp
+    if use_cudnn is None and cudnn_attention is not None:
+        passed, finding = cudnn_attention
+        use_cudnn = passed
+        reasons.append(f"cuDNN attention {'allowed' if passed else 'off'}: tried on this machine, {finding}")
     pin_memory = on_gpu if config.pin_memory is None else config.pin_memory and on_gpu
     return MemoryPlan(
         weights_format=weights_format,
@@ -87,7 +98,7 @@ def plan_memory(facts: HardwareFacts, size: RunSize, config: TrainConfig) -> Mem
         pin_memory=pin_memory,
         encoders_stay=bool(config.disable_cpu_offload),
         tf32=tf32,
-        cudnn_attention=config.cuda_features.enable_cudnn_sdp,
+        cudnn_attention=use_cudnn,
         deterministic=config.deterministic,
         optimizer="adamw_8bit" if config.adam8bit else "adamw",
         expected_peak_bytes=round(size.weight_bytes + kept + FIXED_BYTES) if on_gpu else 0,

@@ -166,15 +166,18 @@ def test_control_pictures_are_matched_by_stem(tmp_path):
     touch(
         tmp_path, "images/a.png", "images/a.txt", "images/s/b.jpg", "images/s/b.txt", "control/a.JPG", "control/s/b.png"
     )
-    found = find_pairs(tmp_path / "images", control_folder=tmp_path / "control")
+    found = find_pairs(tmp_path / "images", control_folders=[tmp_path / "control"])
     assert found.faults == ()
-    assert [pair.control_path for pair in found.pairs] == [tmp_path / "control/a.JPG", tmp_path / "control/s/b.png"]
+    assert [pair.control_paths for pair in found.pairs] == [
+        (tmp_path / "control/a.JPG",),
+        (tmp_path / "control/s/b.png",),
+    ]
 
 
 def test_control_faults(tmp_path):
     touch(tmp_path, *(f"images/{stem}.{end}" for stem in "abcd" for end in ("png", "txt")))
     touch(tmp_path, "control/b.png", "control/C.png", "control/d.png", "control/d.jpg", "control/e.png")
-    faults = "\n".join(find_pairs(tmp_path / "images", control_folder=tmp_path / "control").faults)
+    faults = "\n".join(find_pairs(tmp_path / "images", control_folders=[tmp_path / "control"]).faults)
     assert f"The picture {tmp_path}/images/a.png has no control picture {tmp_path}/control/a.*." in faults
     assert f"The control picture {tmp_path}/control/e.png has no picture {tmp_path}/images/e.*." in faults
     assert f"images/c.png and the control picture {tmp_path}/control/C.png have names that differ only" in faults
@@ -184,7 +187,7 @@ def test_control_faults(tmp_path):
 
 def test_a_missing_control_folder_is_one_fault(tmp_path):
     touch(tmp_path, "images/a.png", "images/a.txt", "images/b.png", "images/b.txt")
-    (fault,) = find_pairs(tmp_path / "images", control_folder=tmp_path / "control").faults
+    (fault,) = find_pairs(tmp_path / "images", control_folders=[tmp_path / "control"]).faults
     assert "control folder" in fault and "does not exist" in fault
 
 

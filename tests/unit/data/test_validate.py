@@ -139,7 +139,7 @@ def test_the_edit_layout_is_known(tmp_path):
     make_edit_set(tmp_path)
     report = validate_folder(tmp_path)
     assert report.ok and report.num_pictures == 2
-    assert (report.image_folder, report.control_folder) == (tmp_path / "images", tmp_path / "control")
+    assert (report.image_folder, report.control_folders) == (tmp_path / "images", (tmp_path / "control",))
     assert f"Control pictures: {tmp_path}/control" in report.render()
     assert validate_folder(tmp_path, img_size=32).bucket_counts == {(32, 32): 2}, "control pictures do not count"
 
@@ -157,14 +157,18 @@ def test_faults_of_the_edit_layout_are_found(tmp_path):
 def test_a_control_folder_elsewhere(tmp_path):
     make_edit_set(tmp_path)
     (tmp_path / "control").rename(tmp_path / "sketches")
-    assert validate_folder(tmp_path / "images", control_folder=tmp_path / "sketches").ok
-    assert not validate_folder(tmp_path / "images", control_folder=tmp_path / "control").ok
+    assert validate_folder(tmp_path / "images", control_folders=[tmp_path / "sketches"]).ok
+    assert not validate_folder(tmp_path / "images", control_folders=[tmp_path / "control"]).ok
 
 
-def test_a_target_equal_to_its_control_is_no_duplicate(tmp_path):
+def test_a_control_that_is_its_target_is_a_warning_and_no_duplicate(tmp_path):
     save_pair(tmp_path / "images", "a.png", 1)
+    save_pair(tmp_path / "images", "b.png", 2)
     save_pair(tmp_path / "control", "a.png", 1).with_suffix(".txt").unlink()
-    assert validate_folder(tmp_path).warnings == ()
+    save_pair(tmp_path / "control", "b.png", 3).with_suffix(".txt").unlink()
+    report = validate_folder(tmp_path)
+    assert report.ok
+    assert report.warnings == ("1 control picture is the target itself: a.png.",)
 
 
 def test_the_contracts_function_prints_and_answers(tmp_path, capsys):

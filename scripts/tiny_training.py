@@ -1,53 +1,39 @@
-"""Trains `assets/tiny-qwen-image/` on Noto and Fluent emoji: the autoencoder first, then the transformer.
+"""How the small models in `assets/` are trained: autoencoder and transformer, each until its minutes are over.
 
-    python scripts/train_tiny_qwen_image.py --stage vae --minutes 2 --out runs/tiny
-    python scripts/train_tiny_qwen_image.py --stage transformer --minutes 7 --out runs/tiny
-
-Made for one H100, where both stages together take about ten minutes; on a CPU only `--limit 64 --minutes 0.5` makes
-sense, to see that it runs. Schedules follow the clock, so that a stage ends when its minutes are over. The transformer
-is trained with this project's own conditioning, latents and objective.
+Schedules follow the clock, steps are recorded as CUDA graphs, and conditioning, latents and objective are the
+project's own. What each model learns is in `train_tiny_models.py`.
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
-from check_tiny_qwen_image import encode_captions, encode_pictures, psnr, rebuild
-from diffusers import AutoencoderKLQwenImage, QwenImagePipeline
+from diffusers import AutoencoderKLQwenImage
 from diffusers.models.autoencoders.autoencoder_kl_qwenimage import (
     QwenImageCausalConv3d,
     QwenImageRMS_norm,
     QwenImageUpsample,
 )
 from diffusers.models.transformers import transformer_qwenimage
-from emoji_pictures import Icon, read_base_icons, render_all
-from tiny_qwen_image import PICTURE_PIXELS, build_pipeline, build_transformer, save_pipeline
+from emoji_pictures import Icon
 from torch import Tensor, nn
-from vary_pictures import vary_icons, vary_pictures
 
-from pixtune.families.base import Placement
-from pixtune.families.qwen_image import QwenImage
+from pixtune.families.base import LatentDistribution, ModelFamily
 from pixtune.objective import add_noise, draw_sigmas, sample_losses, shift_sigmas, velocity_target
-from pixtune.weights import ModelFolder
 
 CAPTION_DROPOUT = 0.1
 KL_WEIGHT = 2e-4
 EMA_DECAY = 0.999
-NUM_VARIATIONS = 3
-VARIED_SHARE = 0.4
-"""Of all draws, how many are other drawings of known names."""
 SIGMA_SHIFT = 0.5
 """`mu`: more of the training goes to noisy pictures, where the caption decides."""
 
@@ -197,10 +183,33 @@ def edge_error(a: Tensor, b: Tensor) -> Tensor:
     return difference.diff(dim=-2).abs().mean() + difference.diff(dim=-1).abs().mean()
 
 
+Moments = tuple[Tensor, Tensor]
+
+
+def film_moments(vae: nn.Module, pixels_B3HW: Tensor) -> Moments:
+    """Mean and log-variance of Qwen's autoencoder, whose pictures are films of one frame."""
+    return vae.quant_conv(vae.encoder(pixels_B3HW.unsqueeze(2)))[:, :, 0].float().chunk(2, dim=1)
+
+
+def film_pixels(vae: nn.Module, latents_BCHW: Tensor) -> Tensor:
+    return vae.decoder(vae.post_quant_conv(latents_BCHW.unsqueeze(2)))[:, :, 0]
+
+
+def picture_moments(vae: nn.Module, pixels_B3HW: Tensor) -> Moments:
+    """Mean and log-variance of FLUX's autoencoder."""
+    return vae.encoder(pixels_B3HW).float().chunk(2, dim=1)
+
+
+def picture_pixels(vae: nn.Module, latents_BCHW: Tensor) -> Tensor:
+    return vae.decoder(latents_BCHW)
+
+
 class AutoencoderTraining:
     """One training step of the autoencoder, without a wait for the GPU. `pixels` is uint8, shape (N, 3, H, W)."""
 
-    def __init__(self, vae: AutoencoderKLQwenImage, pixels: Tensor, batch_size: int) -> None:
+    def __init__(self, vae: nn.Module, pixels: Tensor, batch_size: int) -> None:
+        film = isinstance(vae, AutoencoderKLQwenImage)
+        self.moments, self.rebuild = (film_moments, film_pixels) if film else (picture_moments, picture_pixels)
         self.vae, self.pixels, self.batch_size = vae.to(pixels.device).train().requires_grad_(True), pixels, batch_size
         self.on_gpu = pixels.device.type == "cuda"
         self.rate = torch.zeros((), device=pixels.device)
@@ -209,17 +218,19 @@ class AutoencoderTraining:
         for parameter in self.parameters:
             parameter.grad = torch.zeros_like(parameter)
         inner = [vae.encoder.down_blocks, vae.encoder.mid_block, vae.decoder.mid_block, vae.decoder.up_blocks]
-        matrices = [p for part in inner for name, p in part.named_parameters() if name.endswith("weight")]
+        matrices = [
+            p for part in inner for name, p in part.named_parameters() if name.endswith("weight") and p.ndim > 1
+        ]
         self.optimizers = build_optimizers(self.parameters, matrices, self.rate)
 
     def step(self) -> None:
         """Absolute error of pixels and of edges, squared error, and a weak pull of the latents to a unit Gaussian."""
-        pixels = draw_augmented(self.pixels, self.batch_size).unsqueeze(2)
+        pixels = draw_augmented(self.pixels, self.batch_size)
         with torch.autocast(pixels.device.type, torch.bfloat16, enabled=self.on_gpu, cache_enabled=False):
-            mean, log_variance = self.vae.quant_conv(self.vae.encoder(pixels)).float().chunk(2, dim=1)
+            mean, log_variance = self.moments(self.vae, pixels)
             log_variance = log_variance.clamp(-30, 20)
             latents = mean + torch.exp(0.5 * log_variance) * torch.randn_like(mean)
-            rebuilt = self.vae.decoder(self.vae.post_quant_conv(latents)).float()
+            rebuilt = self.rebuild(self.vae, latents).float()
         error = rebuilt - pixels
         divergence = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
         loss = error.abs().mean() + error.square().mean() + 0.5 * edge_error(rebuilt, pixels) + KL_WEIGHT * divergence
@@ -246,21 +257,28 @@ def train_autoencoder(training: AutoencoderTraining, minutes: float, peak: float
 
 
 @torch.no_grad()
-def set_latent_statistics(vae: AutoencoderKLQwenImage, pixels: Tensor) -> None:
-    """Writes each latent channel's mean and deviation over the pictures into the config."""
+def set_latent_statistics(vae: nn.Module, pixels: Tensor) -> None:
+    """Writes the latents' mean and deviation over the pictures into the config: by channel, or one for all (FLUX)."""
+    film = isinstance(vae, AutoencoderKLQwenImage)
     means, variances = [], []
     for chunk in pixels.split(64):
-        posterior = vae.encode((chunk.float() / 127.5 - 1).unsqueeze(2)).latent_dist
-        means.append(posterior.mean[:, :, 0])
-        variances.append(posterior.var[:, :, 0].mean((2, 3)))
+        mean, log_variance = (film_moments if film else picture_moments)(vae, chunk.float() / 127.5 - 1)
+        means.append(mean)
+        variances.append(log_variance.exp().mean((2, 3)))
     latents = torch.cat(means)
-    total_variance = latents.var((0, 2, 3)) + torch.cat(variances).mean(0)
-    vae.register_to_config(
-        latents_mean=[round(x, 4) for x in latents.mean((0, 2, 3)).tolist()],
-        latents_std=[round(x, 4) for x in total_variance.sqrt().tolist()],
-    )
-    share = (torch.cat(variances).mean(0) / total_variance).sqrt().mean()
-    print(f"latents: {float(share):.3f} of their deviation is the posterior's own")
+    own_variance = torch.cat(variances).mean(0)
+    if film:
+        deviation = (latents.var((0, 2, 3)) + own_variance).sqrt()
+        vae.register_to_config(
+            latents_mean=[round(x, 4) for x in latents.mean((0, 2, 3)).tolist()],
+            latents_std=[round(x, 4) for x in deviation.tolist()],
+        )
+    else:
+        deviation = (latents.var() + own_variance.mean()).sqrt()
+        vae.register_to_config(
+            shift_factor=round(float(latents.mean()), 4), scaling_factor=round(1 / float(deviation), 4)
+        )
+    print(f"latents: {float((own_variance.sqrt() / deviation).mean()):.3f} of their deviation is the posterior's own")
 
 
 # ---- transformer
@@ -268,55 +286,45 @@ def set_latent_statistics(vae: AutoencoderKLQwenImage, pixels: Tensor) -> None:
 
 @dataclass(frozen=True)
 class TrainingSet:
-    """Pictures as latents and captions as features, on the training device. The last caption is the dropped one."""
+    """Targets as latents, captions as features and control pictures as latents, all on the training device.
 
-    mean_NCHW: Tensor
-    std_NCHW: Tensor
-    embeds_NTD: Tensor
-    mask_NT: Tensor
+    `targets_N`, `texts_N` and `controls_N` say which of them a row is made of; `dropped_N` names the features that
+    stand for its dropped caption.
+    """
+
+    latents: LatentDistribution
+    features: dict[str, Tensor]
+    targets_N: Tensor
+    texts_N: Tensor
+    dropped_N: Tensor
+    controls_N: Tensor | None
     cumulative_shares_N: Tensor
 
-    def draw(self, batch_size: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """Fresh latents and conditioning of a random batch, some captions dropped. Never waits for the GPU."""
-        device = self.mean_NCHW.device
+    def draw(self, batch_size: int) -> tuple[Tensor, dict[str, Tensor], list[Tensor]]:
+        """Fresh latents, conditioning and controls of a random batch, some captions dropped. Never waits."""
+        device = self.targets_N.device
         rows = torch.searchsorted(self.cumulative_shares_N, torch.rand(batch_size, device=device))
-        rows = rows.clamp_max(len(self.mean_NCHW) - 1)
-        mean_BCHW = self.mean_NCHW[rows]
-        latents_BCHW = mean_BCHW + self.std_NCHW[rows] * torch.randn_like(mean_BCHW)
+        rows = rows.clamp_max(len(self.targets_N) - 1)
+        mean_BCHW = self.latents.mean_BCHW[self.targets_N[rows]]
+        noise_BCHW = torch.randn_like(mean_BCHW)
+        latents_BCHW = mean_BCHW + self.latents.std_BCHW[self.targets_N[rows]] * noise_BCHW
         dropped = torch.rand(batch_size, device=device) < CAPTION_DROPOUT
-        text_rows = torch.where(dropped, len(self.embeds_NTD) - 1, rows)
-        return latents_BCHW, {
-            "prompt_embeds": self.embeds_NTD[text_rows],
-            "prompt_embeds_mask": self.mask_NT[text_rows],
-        }
+        texts = torch.where(dropped, self.dropped_N[rows], self.texts_N[rows])
+        features = {name: tensor[texts] for name, tensor in self.features.items()}
+        if self.controls_N is None:
+            return latents_BCHW, features, []
+        return latents_BCHW, features, [self.latents.mean_BCHW[self.controls_N[rows]]]
 
 
-def build_training_set(folder: ModelFolder, icons: list[Icon], pixels: Tensor) -> TrainingSet:
-    """Encodes everything once. A group of n variants is drawn as often as the square root of n single pictures.
+def cumulative(*parts: tuple[float, Tensor]) -> Tensor:
+    """Running sums of drawing probabilities: each part gets its share, spread over its rows by their weights."""
+    return torch.cumsum(torch.cat([share * weights / weights.sum() for share, weights in parts]), 0)
 
-    A share of the draws goes to other drawings of the same names: see `vary_pictures`.
-    """
-    family, placement = QwenImage(), Placement(pixels.device, torch.float32)
-    group_sizes = Counter(icon.group for icon in icons)
-    shares = torch.tensor([group_sizes[icon.group] ** -0.5 for icon in icons], device=pixels.device)
-    num_real = len(icons)
-    for seed in range(NUM_VARIATIONS):
-        icons = icons + vary_icons(icons[:num_real], seed)
-        pixels = torch.cat([pixels, vary_pictures(pixels[:num_real], seed)])
-    varied = torch.full((NUM_VARIATIONS * num_real,), 1 / (NUM_VARIATIONS * num_real), device=pixels.device)
-    shares = torch.cat([(1 - VARIED_SHARE) * shares / shares.sum(), VARIED_SHARE * varied])
-    captions = [icon.caption for icon in icons] + [family.dropped_caption]
-    conditioning = encode_captions(family, family.load_text_encoder(folder, placement), captions)
-    latents = encode_pictures(family, family.load_autoencoder(folder, placement), pixels)
-    embeds, mask = conditioning["prompt_embeds"], conditioning["prompt_embeds_mask"]
-    spare = -embeds.shape[1] % 8  # attention with a mask is fastest in lengths of eight
-    return TrainingSet(
-        mean_NCHW=latents.mean_BCHW,
-        std_NCHW=latents.std_BCHW,
-        embeds_NTD=F.pad(embeds, (0, 0, 0, spare)),
-        mask_NT=F.pad(mask, (0, spare)),
-        cumulative_shares_N=torch.cumsum(shares, 0),
-    )
+
+def weights_by_group(icons: Sequence[Icon], device: torch.device) -> Tensor:
+    """A group of n variants is drawn as often as the square root of n single pictures."""
+    sizes = Counter(icon.group for icon in icons)
+    return torch.tensor([sizes[icon.group] ** -0.5 for icon in icons], device=device)
 
 
 @contextmanager
@@ -344,9 +352,9 @@ def rotate_pairs(x: Tensor, frequencies: Tensor, use_real: bool = False) -> Tens
 class TransformerTraining:
     """One training step without a single wait for the GPU, so that it can be recorded once and replayed."""
 
-    def __init__(self, transformer: nn.Module, data: TrainingSet, batch_size: int) -> None:
-        self.family = QwenImage()
-        self.device = data.mean_NCHW.device
+    def __init__(self, family: ModelFamily, transformer: nn.Module, data: TrainingSet, batch_size: int) -> None:
+        self.family = family
+        self.device = data.targets_N.device
         self.transformer, self.data, self.batch_size = transformer, data, batch_size
         transformer.train().requires_grad_(True)
         self.parameters = list(transformer.parameters())
@@ -356,17 +364,18 @@ class TransformerTraining:
         self.average = [p.detach().clone() for p in self.parameters]
         self.rate = torch.zeros((), device=self.device)
         self.loss = torch.zeros((), device=self.device)
-        matrices = [p for p in transformer.transformer_blocks.parameters() if p.ndim == 2]
+        blocks = [transformer.get_submodule(path) for path in family.block_paths]
+        matrices = [p for part in blocks for p in part.parameters() if p.ndim == 2]
         self.optimizers = build_optimizers(self.parameters, matrices, self.rate)
 
     def step(self) -> None:
-        latents, conditioning = self.data.draw(self.batch_size)
+        latents, conditioning, controls = self.data.draw(self.batch_size)
         noise = torch.randn_like(latents)
         sigma_B = shift_sigmas(draw_sigmas("uniform", torch.rand(len(latents), device=self.device)), SIGMA_SHIFT)
         # No cache of casted weights: a recorded step must cast them anew each time.
         with torch.autocast(self.device.type, torch.bfloat16, cache_enabled=False):
             noisy = add_noise(latents, noise, sigma_B)
-            velocity = self.family.predict_velocity(self.transformer, noisy, sigma_B, conditioning)
+            velocity = self.family.predict_velocity(self.transformer, noisy, sigma_B, conditioning, controls)
         loss = sample_losses(velocity, velocity_target(latents, noise)).mean()
         loss.backward()
         for optimizer in self.optimizers:
@@ -383,7 +392,7 @@ class TransformerTraining:
 
 
 def train_transformer(
-    training: TransformerTraining, minutes: float, peak: float, save: Callable[[nn.Module], None]
+    training: TransformerTraining, minutes: float, peak: float, save: Callable[[nn.Module], None], compiled: bool
 ) -> None:
     """Trains for the given time, saving the averaged weights on the way."""
     step_function = training.step
@@ -398,80 +407,13 @@ def train_transformer(
 
     with fast_forward():
         if training.device.type == "cuda":
-            for block in training.transformer.transformer_blocks:
-                block.compile(fullgraph=True)
+            # Its backward writes out of bounds in FLUX's attention with torch 2.11 on an H100.
+            torch.backends.cuda.enable_cudnn_sdp(False)
+            for path in training.family.block_paths if compiled else ():
+                for block in training.transformer.get_submodule(path):
+                    block.compile(fullgraph=True)
             step_function = recorded(training.step)
         for rate in schedule(minutes, peak, 500, log):
             training.rate.fill_(rate)
             step_function()
     save(training.averaged())
-
-
-# ---- command line
-
-
-def load_pixels(icons: list[Icon], device: torch.device) -> Tensor:
-    """All pictures as uint8, shape (N, 3, H, W), on the device."""
-    return torch.from_numpy(render_all(icons, PICTURE_PIXELS)).permute(0, 3, 1, 2).contiguous().to(device)
-
-
-def run_vae_stage(out: Path, captions: list[str], pixels: Tensor, arguments: argparse.Namespace) -> None:
-    pipeline = build_pipeline(captions)
-    train_autoencoder(
-        AutoencoderTraining(pipeline.vae, pixels, arguments.batch_size), arguments.minutes, arguments.rate
-    )
-    for parameter in pipeline.vae.parameters():
-        parameter.data = parameter.data.to(torch.bfloat16).float()  # as it will be stored
-    set_latent_statistics(pipeline.vae, pixels)
-    some = pixels[:: max(1, len(pixels) // 256)]
-    print(
-        f"autoencoder: {psnr(rebuild(QwenImage(), pipeline.vae, some), some):.2f} dB on training pictures", flush=True
-    )
-    save_pipeline(pipeline.to("cpu"), out)
-
-
-def run_transformer_stage(out: Path, icons: list[Icon], pixels: Tensor, arguments: argparse.Namespace) -> None:
-    folder = ModelFolder(out)
-    data = build_training_set(folder, icons, pixels)
-    pipeline = QwenImagePipeline.from_pretrained(
-        out, **({} if arguments.resume else {"transformer": build_transformer()})
-    )
-    transformer = copy.deepcopy(pipeline.transformer).to(pixels.device)
-    training = TransformerTraining(transformer, data, arguments.batch_size)
-
-    def save(model: nn.Module) -> None:
-        pipeline.transformer = model
-        save_pipeline(pipeline, out)
-
-    train_transformer(training, arguments.minutes, arguments.rate, save)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="the pipeline folder; the second stage goes on in it")
-    parser.add_argument("--stage", choices=("vae", "transformer"), required=True)
-    parser.add_argument("--minutes", type=float, required=True)
-    parser.add_argument("--batch-size", type=int, required=True)
-    parser.add_argument("--rate", type=float, default=2e-3, help="peak learning rate")
-    parser.add_argument("--resume", action="store_true", help="start from the folder's transformer, not from scratch")
-    parser.add_argument("--limit", type=int, help="only this many pictures, spread over both styles")
-    arguments = parser.parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    torch.set_float32_matmul_precision("high")
-    torch.backends.cudnn.benchmark = True
-    torch._dynamo.config.recompile_limit = 32  # one small function serves all sizes inside the autoencoder
-    torch.manual_seed(0)
-    icons = read_base_icons()
-    captions = [icon.caption for icon in icons]
-    if arguments.limit:
-        icons = icons[:: len(icons) // arguments.limit]
-    pixels = load_pixels(icons, device)
-    print(f"{len(icons)} pictures on {device}", flush=True)
-    if arguments.stage == "vae":
-        run_vae_stage(arguments.out, captions, pixels, arguments)
-    else:
-        run_transformer_stage(arguments.out, icons, pixels, arguments)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,80 @@
+"""Keys that are each right and together wrong: one rule a contradiction, over plain values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+
+class Contradiction(NamedTuple):
+    """Keys that are each right and together wrong."""
+
+    keys: tuple[str, ...]
+    sentence: str
+
+
+def contradictions(values: Mapping[str, Any]) -> list[Contradiction]:
+    """Every contradiction among `values` (dotted key -> value, defaults filled in).
+
+    A rule whose keys are not all there is passed over, so that a value found wrong already causes no second fault.
+    """
+    found = []
+    for keys, rule in _RULES:
+        if all(key in values for key in keys):
+            sentence = rule(*(values[key] for key in keys))
+            if sentence is not None:
+                found.append(Contradiction(keys, sentence))
+    return found
+
+
+def _one_batch_size(outer: int | None, inner: int | None) -> str | None:
+    if outer is None or inner is None or outer == inner:
+        return None
+    return f"train_batch_size is {outer} and data_config.train_batch_size is {inner}: give it once, or equal"
+
+
+def _some_length(steps: int | None, epochs: int | None) -> str | None:
+    if steps is None and epochs is None:
+        return "neither max_train_steps nor num_train_epochs is given: say how long to train"
+    return None
+
+
+def _rules_for_their_schedule(scheduler: str, rules: str | None) -> str | None:
+    if scheduler == "piecewise_constant" and rules is None:
+        return 'lr_scheduler is "piecewise_constant", which needs lr_step_rules, for example "1:100,0.1"'
+    if scheduler != "piecewise_constant" and rules is not None:
+        return f'lr_step_rules is given and lr_scheduler is "{scheduler}", which does not read it'
+    return None
+
+
+def _controls_for_prompts(prompts: Sequence[str], controls: Sequence[object]) -> str | None:
+    if controls and len(controls) != len(prompts):
+        return (
+            f"samples.controls has {len(controls)} lists and samples.prompts {len(prompts)} prompts: one list a prompt"
+        )
+    return None
+
+
+def _one_source_of_controls(folder: object, metadata: object) -> str | None:
+    if folder is not None and metadata is not None:
+        return "data_config.control_dir and data_config.metadata_file are both given: the file names its own controls"
+    return None
+
+
+def _one_held_out_set(share: float, folder: Path | None) -> str | None:
+    if share and folder is not None:
+        return f"validation.held_out is {share} and validation.held_out_dir is {str(folder)!r}: choose one of them"
+    if share >= 1:
+        return "validation.held_out is 1, which leaves no picture to train on"
+    return None
+
+
+_RULES: tuple[tuple[tuple[str, ...], Callable[..., str | None]], ...] = (
+    (("train_batch_size", "data_config.train_batch_size"), _one_batch_size),
+    (("max_train_steps", "num_train_epochs"), _some_length),
+    (("lr_scheduler", "lr_step_rules"), _rules_for_their_schedule),
+    (("validation.held_out", "validation.held_out_dir"), _one_held_out_set),
+    (("samples.prompts", "samples.controls"), _controls_for_prompts),
+    (("data_config.control_dir", "data_config.metadata_file"), _one_source_of_controls),
+)

@@ -1,0 +1,61 @@
+"""Control pictures of an edit model: at which size, and which part of them, they are trained with.
+
+Pure arithmetic, like `buckets.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from pixtune.data.buckets import Framing, Size
+
+SAME_SHAPE = 0.01
+"""Aspect ratios whose logarithms differ by less count as the same: sides rounded to whole pixels."""
+
+
+@dataclass(frozen=True)
+class ControlRules:
+    """What a model family does with control pictures."""
+
+    most: int
+    """Control pictures of one sample."""
+    latents_size: Callable[[Size], Size]
+    """Size of the picture's used part -> size at which it joins the latents."""
+    vision_size: Callable[[Size], Size] | None
+    """The same for the text encoder; None where it sees no pictures."""
+
+
+@dataclass(frozen=True)
+class ControlFraming:
+    """How one control picture is turned into model input."""
+
+    latents: Framing
+    vision: Framing | None
+
+
+def frame_control(control: Size, target: Size, target_framing: Framing, rules: ControlRules) -> ControlFraming:
+    """Frames a control picture beside its target.
+
+    A control of the target's own shape shows the same scene, so it is cut where the target is cut. One of another shape
+    is a reference and stays whole.
+
+    Args:
+        control, target: sizes of the upright originals in pixels.
+    """
+    if abs(math.log(control[0] / control[1] / (target[0] / target[1]))) < SAME_SHAPE and target_framing.share_lost > 0:
+        across, down = control[0] / target[0], control[1] / target[1]
+        left, top, right, bottom = target_framing.crop_box
+        box = (left * across, top * down, min(right * across, control[0]), min(bottom * down, control[1]))
+        used = target_framing.size
+    else:
+        box, used = (0.0, 0.0, float(control[0]), float(control[1])), control
+
+    def frame(size: Size) -> Framing:
+        share_kept = (box[2] - box[0]) * (box[3] - box[1]) / (control[0] * control[1])
+        return Framing(size[0], size[1], size[0] / (box[2] - box[0]), box, 1.0 - share_kept)
+
+    return ControlFraming(
+        frame(rules.latents_size(used)), frame(rules.vision_size(used)) if rules.vision_size else None
+    )

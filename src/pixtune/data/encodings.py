@@ -1,0 +1,122 @@
+"""Where a sample's encodings come from: the cache, or encoders that stay loaded and encode at each draw."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from threading import Lock
+
+import torch
+from torch import Tensor
+
+from pixtune.data.cache import CacheKey, FillReport, file_digest
+from pixtune.data.controls import ControlFraming
+from pixtune.data.encode import Encoder, FramedPicture, TextItem
+from pixtune.data.images import to_pixels
+from pixtune.data.samples import Sample
+from pixtune.families.base import Conditioning, LatentDistribution
+
+
+def digest_of(path: Path) -> str:
+    """SHA-256 of a file, read once as long as its size and time of change stay."""
+    stat = path.stat()
+    return _digest(path, stat.st_size, stat.st_mtime_ns)
+
+
+@cache
+def _digest(path: Path, size: int, changed_ns: int) -> str:
+    return file_digest(path)
+
+
+def target_picture(sample: Sample, variant: int) -> FramedPicture:
+    """What the autoencoder gets of a sample's target."""
+    path = sample.image_path
+    return FramedPicture(sample.name, path, digest_of(path), sample.framings[variant])
+
+
+def control_pictures(sample: Sample, variant: int) -> tuple[FramedPicture, ...]:
+    """What the autoencoder gets of a sample's control pictures."""
+    return tuple(
+        FramedPicture(_control_name(path), path, digest_of(path), framing.latents)
+        for path, framing in _controls(sample, variant)
+    )
+
+
+def text_item(text: str, sample: Sample, variant: int) -> TextItem:
+    """A caption as the text encoder gets it for this sample: beside the control pictures, if it sees them."""
+    pictures = [
+        FramedPicture(_control_name(path), path, digest_of(path), framing.vision)
+        for path, framing in _controls(sample, variant)
+        if framing.vision is not None
+    ]
+    return TextItem(text, tuple(pictures))
+
+
+def _controls(sample: Sample, variant: int) -> Iterable[tuple[Path, ControlFraming]]:
+    return zip(sample.control_paths, sample.control_framings[variant], strict=True) if sample.control_paths else ()
+
+
+def _control_name(path: Path) -> str:
+    return f"{path.parent.name}/{path.name}"
+
+
+@dataclass
+class Encodings:
+    """Reads encodings by what they are of. Safe to use from several threads.
+
+    What `fill` was told to leave out is encoded at each read: slower, and the same result within rounding.
+    """
+
+    encoder: Encoder
+    _text_keys: dict[TextItem, CacheKey] = field(default_factory=dict)
+    _latent_keys: dict[FramedPicture, CacheKey] = field(default_factory=dict)
+    _encode_texts: Callable[[Sequence[TextItem]], list[Conditioning]] | None = None
+    _encode_pictures: Callable[[Tensor], LatentDistribution] | None = None
+    _turn: Lock = field(default_factory=Lock)
+
+    def fill_texts(self, items: Sequence[TextItem]) -> FillReport:
+        """Makes what the cache lacks of these."""
+        keys = self.encoder.text_keys(items)
+        self._text_keys |= zip(items, keys, strict=True)
+        return self.encoder.fill_texts(items, keys)
+
+    def fill_pictures(self, pictures: Sequence[FramedPicture]) -> FillReport:
+        """Makes what the cache lacks of these."""
+        keys = self.encoder.latent_keys(pictures)
+        self._latent_keys |= zip(pictures, keys, strict=True)
+        return self.encoder.fill_pictures(pictures, keys)
+
+    def know(self, items: Sequence[TextItem], pictures: Sequence[FramedPicture]) -> None:
+        """The same names without filling: for processes whose first one fills."""
+        self._text_keys |= zip(items, self.encoder.text_keys(items), strict=True)
+        self._latent_keys |= zip(pictures, self.encoder.latent_keys(pictures), strict=True)
+
+    def keep_text_encoder(self) -> None:
+        """Loads the text encoder for captions that are not in the cache."""
+        self._encode_texts = self.encoder.open_text_encoder()
+
+    def keep_autoencoder(self) -> None:
+        """Loads the autoencoder for pictures that are not in the cache."""
+        self._encode_pictures = self.encoder.open_autoencoder()
+
+    def text(self, item: TextItem) -> Conditioning:
+        """Features of a caption, on the CPU."""
+        if item in self._text_keys:
+            return self.encoder.store.read(self._text_keys[item].digest)
+        assert self._encode_texts is not None, f"{item.text!r} was neither filled nor is it to be encoded live"
+        with self._turn:
+            (row,) = self._encode_texts([item])
+        return {name: tensor.cpu() for name, tensor in row.items()}
+
+    def latents(self, picture: FramedPicture) -> LatentDistribution:
+        """The latents' distribution with batch size 1, on the CPU."""
+        if picture in self._latent_keys:
+            entry = self.encoder.store.read(self._latent_keys[picture].digest)
+            return LatentDistribution(entry["mean"], entry["std"])
+        assert self._encode_pictures is not None, f"{picture.name} was neither filled nor is it to be encoded live"
+        pixels_13HW = to_pixels(picture.read()).unsqueeze(0)
+        with self._turn, torch.no_grad():
+            latents = self._encode_pictures(pixels_13HW)
+        return LatentDistribution(latents.mean_BCHW.cpu(), latents.std_BCHW.cpu())

@@ -1,0 +1,229 @@
+"""FLUX.1-dev and FLUX.1-Kontext-dev: 19 double-stream and 38 single-stream blocks, told by T5 and CLIP.
+
+Conventions follow diffusers' `FluxPipeline` and `FluxKontextPipeline`. Both are guidance-distilled: the guidance scale
+is an input of the transformer, beside sigma and CLIP's pooled feature.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from pixtune import draws
+from pixtune.data.buckets import Size
+from pixtune.families.base import CONTROL_SIDE, Conditioning, LatentDistribution, Placement, Prompt, TextEncoder
+from pixtune.families.flow_schedule import model_sigmas, model_time_shift
+from pixtune.families.packing import PATCH, grid, num_tokens, pack_latents, unpack_latents
+from pixtune.families.random_weights import build_random
+from pixtune.weights import ModelFolder
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL, FluxTransformer2DModel
+    from torch import nn
+
+NUM_TEXT_TOKENS = 512
+"""`max_sequence_length` of the pipelines' call: T5's features are padded to it, and the padding is attended to."""
+
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+TEXT_ATTENTION = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+MLP = ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2", "proj_mlp")
+
+
+class Flux:
+    """See `families.base.ModelFamily`."""
+
+    script = "train_flux_lora.py"
+    lora_targets: tuple[str, ...] = ATTENTION
+    lora_presets: Mapping[str, tuple[str, ...]] = {
+        "attention": ATTENTION,
+        # A single-stream block's output projection carries attention and MLP together.
+        "attention_mlp": (*ATTENTION, *TEXT_ATTENTION, *MLP, "single_transformer_blocks.*.proj_out"),
+        "all_linear": ("transformer_blocks.*", "single_transformer_blocks.*"),
+    }
+    block_paths: tuple[str, ...] = ("transformer_blocks", "single_transformer_blocks")
+    text_components: tuple[str, ...] = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
+    prompt_template = "{}"
+    dropped_caption = ""
+    controls_in_text = False
+    embedded_guidance = True
+
+    def __init__(self, name: str, pipeline_classes: tuple[str, ...], max_controls: int = 0) -> None:
+        self.name, self.pipeline_classes, self.max_controls = name, pipeline_classes, max_controls
+
+    def pixel_multiple(self, folder: ModelFolder) -> int:
+        return PATCH * self._compression(folder)
+
+    def latent_shape(self, folder: ModelFolder, width: int, height: int) -> tuple[int, int, int]:
+        factor = self._compression(folder)
+        return folder.component_config("vae")["latent_channels"], height // factor, width // factor
+
+    @staticmethod
+    def _compression(folder: ModelFolder) -> int:
+        """Pixels per latent along a side."""
+        return 2 ** (len(folder.component_config("vae")["block_out_channels"]) - 1)
+
+    def num_image_tokens(self, latent_height: int, latent_width: int) -> int:
+        return num_tokens(latent_height, latent_width)
+
+    def control_size(self, folder: ModelFolder, picture: Size, side: int) -> Size:
+        from diffusers.pipelines.flux.pipeline_flux_kontext import PREFERRED_KONTEXT_RESOLUTIONS
+
+        multiple, scale = self.pixel_multiple(folder), side / CONTROL_SIDE
+
+        def rounded(length: float) -> int:
+            return max(int(length) // multiple, 1) * multiple
+
+        ratio = rounded(picture[0]) / rounded(picture[1])
+        _, width, height = min((abs(ratio - w / h), w, h) for w, h in PREFERRED_KONTEXT_RESOLUTIONS)
+        return rounded(width * scale), rounded(height * scale)
+
+    def vision_size(self, picture: Size, side: int) -> Size:
+        raise NotImplementedError("this family's text encoders see no pictures")
+
+    def block_shape(self, folder: ModelFolder) -> tuple[int, int]:
+        config = folder.component_config("transformer")
+        width = config["num_attention_heads"] * config["attention_head_dim"]
+        return config["num_layers"] + config["num_single_layers"], width
+
+    def random_text(self, folder: ModelFolder, num_tokens: int, seed: int) -> Conditioning:
+        config = folder.component_config("transformer")
+        return {
+            "prompt_embeds": draws.normal((num_tokens, config["joint_attention_dim"]), seed, "random weights", "text"),
+            "pooled_embeds": draws.normal((config["pooled_projection_dim"],), seed, "random weights", "pooled"),
+        }
+
+    # ---- loading
+
+    def load_text_encoder(self, folder: ModelFolder, placement: Placement) -> TextEncoder:
+        from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
+
+        models = tuple(
+            kind.from_pretrained(folder.path / part, dtype=placement.dtype, use_safetensors=True)
+            .to(placement.device)
+            .eval()
+            .requires_grad_(False)
+            for kind, part in ((CLIPTextModel, "text_encoder"), (T5EncoderModel, "text_encoder_2"))
+        )
+        tokenizers = (
+            CLIPTokenizer.from_pretrained(folder.path / "tokenizer"),
+            T5TokenizerFast.from_pretrained(folder.path / "tokenizer_2"),
+        )
+        return TextEncoder(models, tokenizers)
+
+    def load_autoencoder(self, folder: ModelFolder, placement: Placement) -> nn.Module:
+        from diffusers import AutoencoderKL
+
+        model = AutoencoderKL.from_pretrained(folder.path / "vae", torch_dtype=placement.dtype, use_safetensors=True)
+        return model.to(placement.device).eval().requires_grad_(False)
+
+    def load_transformer(self, folder: ModelFolder, placement: Placement) -> nn.Module:
+        from diffusers import FluxTransformer2DModel
+
+        model = FluxTransformer2DModel.from_pretrained(
+            folder.path / "transformer", torch_dtype=placement.dtype, use_safetensors=True
+        )
+        return model.to(placement.device).requires_grad_(False)
+
+    def random_transformer(self, placement: Placement, config: Mapping[str, Any]) -> nn.Module:
+        from diffusers import FluxTransformer2DModel
+
+        return build_random(lambda: FluxTransformer2DModel(**config), placement)
+
+    # ---- encoding
+
+    @torch.no_grad()
+    def encode_text(
+        self, encoder: TextEncoder, prompts: Sequence[Prompt], max_tokens: int | None = None
+    ) -> list[Conditioning]:
+        clip: Any
+        t5: Any
+        (clip, t5), (clip_tokenizer, t5_tokenizer) = encoder.models, encoder.tokenizers
+        texts = [prompt.text for prompt in prompts]
+
+        def token_ids(tokenizer: Any, length: int) -> Tensor:
+            tokens = tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+            return tokens.input_ids
+
+        pooled_BD = clip(token_ids(clip_tokenizer, clip_tokenizer.model_max_length).to(clip.device)).pooler_output
+        features_BTD = t5(token_ids(t5_tokenizer, max_tokens or NUM_TEXT_TOKENS).to(t5.device))[0]
+        return [
+            {"prompt_embeds": features_TD.contiguous(), "pooled_embeds": pooled_D.contiguous()}
+            for features_TD, pooled_D in zip(features_BTD, pooled_BD, strict=True)
+        ]
+
+    def stack_conditioning(self, rows: Sequence[Conditioning]) -> Conditioning:
+        return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+
+    @torch.no_grad()
+    def encode_images(self, autoencoder: AutoencoderKL, pixels_B3HW: Tensor) -> LatentDistribution:
+        posterior = autoencoder.encode(pixels_B3HW.to(autoencoder.dtype)).latent_dist
+        shift, scale = autoencoder.config["shift_factor"], autoencoder.config["scaling_factor"]
+        return LatentDistribution((posterior.mean.float() - shift) * scale, posterior.std.float() * scale)
+
+    @torch.no_grad()
+    def decode_latents(self, autoencoder: AutoencoderKL, latents_BCHW: Tensor) -> Tensor:
+        shift, scale = autoencoder.config["shift_factor"], autoencoder.config["scaling_factor"]
+        return autoencoder.decode((latents_BCHW.float() / scale + shift).to(autoencoder.dtype)).sample.float()
+
+    # ---- velocity
+
+    def predict_velocity(
+        self,
+        transformer: FluxTransformer2DModel,
+        noisy_BCHW: Tensor,
+        sigma_B: Tensor,
+        conditioning: Conditioning,
+        controls: Sequence[Tensor] = (),
+        guidance: float = 1.0,
+    ) -> Tensor:
+        height, width = noisy_BCHW.shape[-2:]
+        dtype, device = transformer.dtype, noisy_BCHW.device
+        images = [noisy_BCHW, *controls]
+        text_BTD = conditioning["prompt_embeds"].to(dtype)
+        position_ids = [image_positions(*grid(image), number, device) for number, image in enumerate(images)]
+        velocity_BLC = transformer(
+            hidden_states=torch.cat([pack_latents(image) for image in images], dim=1).to(dtype),
+            timestep=(sigma_B * 1000).to(dtype) / 1000,  # rounded as the stock pipeline rounds it
+            guidance=torch.full_like(sigma_B, guidance) if transformer.config["guidance_embeds"] else None,
+            pooled_projections=conditioning["pooled_embeds"].to(dtype),
+            encoder_hidden_states=text_BTD,
+            txt_ids=torch.zeros(text_BTD.shape[1], 3, device=device),
+            img_ids=torch.cat(position_ids),
+            return_dict=False,
+        )[0]
+        return unpack_latents(velocity_BLC[:, : num_tokens(height, width)], height, width)
+
+    def time_shift(self, folder: ModelFolder, num_image_tokens: int) -> float:
+        return model_time_shift(folder, num_image_tokens)
+
+    def sigma_schedule(self, folder: ModelFolder, num_steps: int, num_image_tokens: int) -> list[float]:
+        return model_sigmas(folder, num_steps, num_image_tokens)
+
+    def guide(self, conditional_BCHW: Tensor, unconditional_BCHW: Tensor, scale: float) -> Tensor:
+        return unconditional_BCHW + scale * (conditional_BCHW - unconditional_BCHW)
+
+    def comfyui_tensors(self, weights: Mapping[str, Tensor], alpha: float) -> dict[str, Tensor]:
+        """ComfyUI knows diffusers' names of this model; its own names would need q, k and v melted into one layer.
+
+        The scale alpha / rank is multiplied into the up-projection, since diffusers refuses `.alpha` beside such names.
+        """
+        tensors = {}
+        for name, tensor in weights.items():
+            module, matrix, _ = name.rsplit(".", 2)
+            scale = alpha / len(weights[f"{module}.lora_A.weight"])
+            tensors[f"transformer.{name}"] = tensor * scale if matrix == "lora_B" else tensor
+        return tensors
+
+
+def image_positions(rows: int, columns: int, number: int, device: torch.device) -> Tensor:
+    """(image, row, column) of each token: image 0 is the target, 1 its control picture; shape (rows * columns, 3)."""
+    axes = [torch.arange(length, device=device, dtype=torch.float32) for length in (rows, columns)]
+    row, column = torch.meshgrid(*axes, indexing="ij")
+    return torch.stack([torch.full_like(row, number), row, column], dim=-1).reshape(-1, 3)
+
+
+FLUX = Flux("flux", ("FluxPipeline",))
+FLUX_KONTEXT = Flux("flux_kontext", ("FluxKontextPipeline",), max_controls=1)

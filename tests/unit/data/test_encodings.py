@@ -1,0 +1,398 @@
+"""From files to encodings: what decides a key, what is encoded again, and what control pictures change."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from pixtune.config.schema import TrainConfig
+from pixtune.data import cache
+from pixtune.data.buckets import Framing, Size, build_buckets, frame_picture
+from pixtune.data.cache import DiskStore, FillReport, Ledger
+from pixtune.data.encode import Encoder, FramedPicture, TextItem
+from pixtune.data.prepare import prepare_data
+from pixtune.errors import DataError
+from pixtune.families.base import LatentDistribution, Placement, Prompt
+from pixtune.families.qwen_image import CaptionReader, QwenImage
+from pixtune.weights import ModelFolder
+
+# ---- the keys of real captions and pictures, and what is encoded for them
+
+
+class CountingFamily(QwenImage):
+    """Counts; a caption's features are its length and its pictures' widths, a picture's mean its own mean."""
+
+    def __init__(self, prompt_template: str = "template {}", max_controls: int = 0) -> None:
+        super().__init__("counting", (), CaptionReader(), max_controls)
+        self.prompt_template = prompt_template
+        self.loaded: list[str] = []
+        self.encoded: list[str] = []
+        self.max_tokens: list[int | None] = []
+
+    def control_size(self, folder: ModelFolder, picture: Size, side: int) -> Size:
+        return (side // 16 * 16, 16 * round(side * picture[1] / picture[0] / 16))
+
+    def vision_size(self, picture: Size, side: int) -> Size:
+        return (32, 32)
+
+    def load_text_encoder(self, folder: ModelFolder, placement: Placement) -> Any:
+        self.loaded.append("text encoder")
+        return None
+
+    def load_autoencoder(self, folder: ModelFolder, placement: Placement) -> Any:
+        self.loaded.append("autoencoder")
+        return None
+
+    def encode_text(
+        self, encoder: Any, prompts: Sequence[Prompt], max_tokens: int | None = None
+    ) -> list[dict[str, Tensor]]:
+        self.encoded += [prompt.text for prompt in prompts]
+        self.max_tokens.append(max_tokens)
+        greys = [sum(picture.getpixel((0, 0))[0] for picture in prompt.pictures) for prompt in prompts]
+        return [
+            {"prompt_embeds": torch.full((2 + len(prompt.pictures), 3), float(len(prompt.text) + 1000 * grey))}
+            for prompt, grey in zip(prompts, greys, strict=True)
+        ]
+
+    def encode_images(self, autoencoder: Any, pixels_B3HW: Tensor) -> LatentDistribution:
+        mean_B111 = pixels_B3HW.mean((1, 2, 3), keepdim=True)
+        self.encoded += [f"{value:.2f}" for value in mean_B111.flatten().tolist()]
+        height, width = pixels_B3HW.shape[-2] // 8, pixels_B3HW.shape[-1] // 8
+        mean_BCHW = mean_B111.expand(-1, 2, height, width)
+        return LatentDistribution(mean_BCHW, 0.25 + 0 * mean_BCHW)
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> ModelFolder:
+    """A folder with the parts whose content is in the keys."""
+    path = tmp_path / "model"
+    for part in ("text_encoder", "tokenizer", "vae"):
+        (path / part).mkdir(parents=True)
+        (path / part / "config.json").write_text('{"temperal_downsample": [1, 1, 1], "z_dim": 2}')
+        save_file({"weight": torch.zeros(4)}, path / part / "model.safetensors")
+    return ModelFolder(path)
+
+
+@pytest.fixture
+def encoder(tmp_path: Path, model: ModelFolder) -> Encoder:
+    return Encoder(
+        family=CountingFamily(),
+        folder=model,
+        placement=Placement(torch.device("cpu"), torch.float32),
+        batch_size=2,
+        max_text_tokens=None,
+        store=DiskStore(tmp_path / "entries"),
+        ledger=Ledger(tmp_path / "ledger.json"),
+        console=Console(quiet=True),
+        memo_dir=None,
+    )
+
+
+FRAMING = frame_picture(64, 64, build_buckets(64, 16))
+
+
+def picture(folder: Path, name: str, grey: int, framing: Framing = FRAMING) -> FramedPicture:
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (64, 64), (grey, grey, grey)).save(path)
+    return FramedPicture(name, path, cache.file_digest(path), framing)
+
+
+def other_weights(folder: ModelFolder, part: str) -> None:
+    save_file({"weight": torch.ones(4)}, folder.path / part / "model.safetensors")
+
+
+def other_config(folder: ModelFolder, part: str) -> None:
+    (folder.path / part / "config.json").write_text('{"latents_mean": [1]}')
+
+
+def text_digest(encoder: Encoder, text: str = "a fox") -> str:
+    (made,) = encoder.text_keys([TextItem(text)])
+    return made.digest
+
+
+def fill_texts(encoder: Encoder, texts: Sequence[str]) -> FillReport:
+    items = [TextItem(text) for text in texts]
+    return encoder.fill_texts(items, encoder.text_keys(items))
+
+
+@pytest.mark.parametrize("change", [other_weights, other_config])
+@pytest.mark.parametrize(("part", "of_text"), [("text_encoder", True), ("tokenizer", True), ("vae", False)])
+def test_other_weights_or_config_of_an_encoder_change_its_keys_alone(
+    encoder: Encoder, tmp_path: Path, change: Callable[[ModelFolder, str], None], part: str, of_text: bool
+) -> None:
+    framed = picture(tmp_path, "a.png", 10)
+    text, latents = text_digest(encoder), encoder.latent_keys([framed])[0].digest
+    change(encoder.folder, part)
+    assert (text_digest(encoder) != text) == of_text
+    assert (encoder.latent_keys([framed])[0].digest != latents) == (not of_text)
+
+
+def test_caption_template_and_number_format_change_the_texts_key(encoder: Encoder) -> None:
+    before = text_digest(encoder)
+    assert text_digest(replace(encoder, batch_size=7)) == before
+    bf16 = replace(encoder, placement=Placement(torch.device("cpu"), torch.bfloat16))
+    template = replace(encoder, family=CountingFamily(prompt_template="Template {}"))
+    shorter = replace(encoder, max_text_tokens=7)
+    changed = [text_digest(encoder, "a fox "), text_digest(bf16), text_digest(template), text_digest(shorter)]
+    assert len({before, *changed}) == 5
+
+
+def test_bytes_size_crop_and_number_format_change_the_pictures_key(encoder: Encoder, tmp_path: Path) -> None:
+    def digest(framed: FramedPicture, by: Encoder = encoder) -> str:
+        return by.latent_keys([framed])[0].digest
+
+    framed = picture(tmp_path, "a.png", 10)
+    before = digest(framed)
+    renamed = FramedPicture("b.png", tmp_path / "b.png", framed.digest, framed.framing)
+    assert digest(renamed) == before
+    crop = replace(framed, framing=replace(FRAMING, crop_box=(0.0, 0.0, 63.0, 63.0)))
+    size = replace(framed, framing=replace(FRAMING, width=48))
+    bf16 = replace(encoder, placement=Placement(torch.device("cpu"), torch.bfloat16))
+    changed = [digest(crop), digest(size), digest(framed, bf16), digest(picture(tmp_path, "a.png", 11))]
+    assert len({before, *changed}) == 5
+
+
+def test_one_changed_caption_reencodes_one_caption(encoder: Encoder) -> None:
+    texts = ["a fox", "an owl", "a bear"]
+    fill_texts(encoder, texts)
+    family = encoder.family
+    assert isinstance(family, CountingFamily)
+    assert sorted(family.encoded) == sorted(texts) and family.loaded == ["text encoder"]
+    family.encoded.clear()
+    texts[1] = "an owl at night"
+    report = fill_texts(encoder, texts)
+    assert family.encoded == ["an owl at night"] and report.hits == 2
+    assert encoder.store.read(text_digest(encoder, "an owl at night"))["prompt_embeds"][0, 0] == 15
+    fill_texts(encoder, texts)
+    assert family.loaded == ["text encoder"] * 2 and len(family.encoded) == 1
+
+
+def test_pictures_are_stored_as_mean_and_deviation_each_under_its_own_key(encoder: Encoder, tmp_path: Path) -> None:
+    """A stored sample would make every epoch's latents the same."""
+    wide = frame_picture(64, 32, build_buckets(64, 16))
+    pictures = [picture(tmp_path, f"{grey}.png", grey) for grey in (0, 255, 102)]
+    pictures.append(picture(tmp_path, "wide.png", 204, wide))
+    keys = encoder.latent_keys(pictures)
+    encoder.fill_pictures(pictures, keys)
+    for made, mean, framing in zip(keys, (-1.0, 1.0, -0.2, 0.6), (FRAMING, FRAMING, FRAMING, wide), strict=True):
+        entry = load_file(next(tmp_path.rglob(f"{made.digest}.safetensors")))
+        assert entry.keys() == {"mean", "std"}
+        assert entry["mean"].shape == entry["std"].shape == (1, 2, framing.height // 8, framing.width // 8)
+        torch.testing.assert_close(entry["mean"], torch.full_like(entry["mean"], mean))
+        assert (entry["std"] == 0.25).all()
+
+
+def test_a_changed_picture_reencodes_itself_and_is_named(encoder: Encoder, tmp_path: Path) -> None:
+    pictures = [picture(tmp_path, "a.png", 0), picture(tmp_path, "b.png", 255)]
+    encoder.fill_pictures(pictures, encoder.latent_keys(pictures))
+    pictures[1] = picture(tmp_path, "b.png", 102)
+    again = replace(encoder, family=CountingFamily(), ledger=Ledger(tmp_path / "ledger.json"))
+    report = again.fill_pictures(pictures, again.latent_keys(pictures))
+    assert again.family.encoded == ["-0.20"]  # type: ignore[attr-defined]
+    assert report.misses == {"changed: picture": 1} and report.hits == 1
+    ledger = json.loads((tmp_path / "ledger.json").read_text())
+    assert ledger["b.png at 64x64"]["picture"] == pictures[1].digest
+
+
+# ---- the way from a folder to what the loop reads
+
+
+def data_config(tmp_path: Path, **changes: object) -> TrainConfig:
+    return TrainConfig.model_validate(
+        {
+            "pretrained_model_name_or_path": "unused",
+            "output_dir": tmp_path / "out",
+            "max_train_steps": 1,
+            "mixed_precision": "no",
+            "data_config": {"img_dir": tmp_path / "train", "img_size": 64, "caption_dropout_rate": 0.5},
+            **changes,
+        }
+    )
+
+
+def captioned(folder: Path, name: str, grey: int, caption: str) -> None:
+    picture(folder, name, grey)
+    (folder / name).with_suffix(".txt").write_text(caption)
+
+
+ACCELERATOR: Any = SimpleNamespace(
+    is_main_process=True, device=torch.device("cpu"), wait_for_everyone=lambda: None, num_processes=1
+)
+
+
+@pytest.mark.parametrize("on_disk", [True, False])
+def test_a_held_out_picture_of_the_same_name_is_not_trained_on(
+    tmp_path: Path, model: ModelFolder, on_disk: bool
+) -> None:
+    captioned(tmp_path / "train", "001.png", 0, "black")
+    captioned(tmp_path / "held_out", "001.png", 255, "white!")
+    config = data_config(tmp_path, validation={"held_out_dir": tmp_path / "held_out"}, save_cache_on_disk=on_disk)
+    data = prepare_data(config, CountingFamily(), model, ACCELERATOR)
+    assert (data.reader.read_latents(0, 0).mean_BCHW == -1).all()
+    assert (data.held_out[0].latents_1CHW == 1).all()
+    assert data.reader.read_text(0, 0, False)["prompt_embeds"][0, 0] == len("black")
+    assert data.held_out[0].conditioning["prompt_embeds"][0, 0] == len("white!")
+    assert data.reader.read_text(0, 0, True)["prompt_embeds"][0, 0] == len(" "), "the dropped caption"
+    assert (tmp_path / "train" / ".pixtune_cache").is_dir() == on_disk
+
+
+def test_a_second_run_loads_no_encoder_and_is_the_same_data(tmp_path: Path, model: ModelFolder) -> None:
+    for number in range(3):
+        captioned(tmp_path / "train", f"{number}.png", 80 * number, f"picture {number}")
+    config = data_config(tmp_path)
+    first = prepare_data(config, CountingFamily(), model, ACCELERATOR)
+    family = CountingFamily()
+    second = prepare_data(config, family, model, ACCELERATOR)
+    assert not family.loaded
+    assert second.fingerprint == first.fingerprint and second.buckets == first.buckets == [[((64, 64),)]] * 3
+    (tmp_path / "train" / "1.txt").write_text("another")
+    assert prepare_data(config, family, model, ACCELERATOR).fingerprint != first.fingerprint
+    assert family.encoded == ["another"] and family.loaded == ["text encoder"]
+
+
+# ---- control pictures
+
+
+def edit_set(tmp_path: Path, **changes: Any) -> TrainConfig:
+    """Two rows with a control each, the second's of another shape than its target."""
+    captioned(tmp_path / "train", "a.png", 100, "brighter")
+    captioned(tmp_path / "train", "b.png", 200, "much brighter")
+    picture(tmp_path / "control", "a.png", 10)
+    path = tmp_path / "control" / "b.png"
+    Image.new("RGB", (64, 32), (20, 20, 20)).save(path)
+    data = {
+        "img_dir": tmp_path / "train",
+        "control_dir": tmp_path / "control",
+        "img_size": 64,
+        "control_size": 48,
+        "caption_dropout_rate": 0.5,
+        **changes.pop("data_config", {}),
+    }
+    return data_config(tmp_path, data_config=data, **changes)
+
+
+def test_controls_reach_latents_text_and_buckets(tmp_path: Path, model: ModelFolder) -> None:
+    family = CountingFamily(max_controls=1)
+    data = prepare_data(edit_set(tmp_path), family, model, ACCELERATOR)
+    assert data.buckets == [[((64, 64), (48, 48))], [((64, 64), (48, 32))]]
+    (first,), (second,) = data.reader.read_controls(0, 0), data.reader.read_controls(1, 0)
+    assert first.shape == (1, 2, 6, 6) and second.shape == (1, 2, 4, 6)
+    torch.testing.assert_close(first.mean(), torch.tensor(10 / 127.5 - 1))
+    assert data.reader.read_text(0, 0, False)["prompt_embeds"][0, 0] == len("brighter") + 10_000
+    assert data.reader.read_text(1, 0, True)["prompt_embeds"][0, 0] == 1 + 20_000, "dropped caption, own control"
+    assert data.most_image_tokens == 16 + 9
+
+
+def test_another_control_reencodes_what_it_decides_alone(tmp_path: Path, model: ModelFolder) -> None:
+    family = CountingFamily(max_controls=1)
+    config = edit_set(tmp_path)
+    before = prepare_data(config, family, model, ACCELERATOR).fingerprint
+    family.encoded.clear()
+    picture(tmp_path / "control", "a.png", 30)
+    assert prepare_data(config, family, model, ACCELERATOR).fingerprint != before
+    assert sorted(family.encoded) == [" ", f"{30 / 127.5 - 1:.2f}", "brighter"]
+
+
+@pytest.mark.parametrize("rows_without", [0, 1])
+def test_missing_controls_are_named_unless_the_config_allows_them(
+    tmp_path: Path, model: ModelFolder, rows_without: int
+) -> None:
+    config = edit_set(tmp_path)
+    if rows_without:
+        (tmp_path / "control" / "b.png").unlink()
+        with pytest.raises(DataError, match=r"b\.png has no control picture"):
+            prepare_data(config, CountingFamily(max_controls=1), model, ACCELERATOR)
+    config = edit_set(tmp_path, data_config={"allow_missing_controls": True})
+    if rows_without:
+        (tmp_path / "control" / "b.png").unlink()
+    data = prepare_data(config, CountingFamily(max_controls=1), model, ACCELERATOR)
+    assert len(data.reader.read_controls(1, 0)) == 1 - rows_without
+
+
+def test_a_text_model_refuses_controls_and_an_edit_model_wants_them(tmp_path: Path, model: ModelFolder) -> None:
+    with pytest.raises(DataError, match="takes no control pictures"):
+        prepare_data(edit_set(tmp_path), CountingFamily(max_controls=0), model, ACCELERATOR)
+    with pytest.raises(DataError, match=r"these have none: a\.png, b\.png"):
+        config = edit_set(tmp_path, data_config={"control_dir": None})
+        prepare_data(config, CountingFamily(max_controls=1), model, ACCELERATOR)
+
+
+def test_more_controls_than_the_model_takes_are_named(tmp_path: Path, model: ModelFolder) -> None:
+    config = edit_set(tmp_path, data_config={"control_dir": [tmp_path / "control", tmp_path / "control"]})
+    with pytest.raises(DataError, match=r"at most 1 control pictures; these have more: a\.png \(2\), b\.png \(2\)"):
+        prepare_data(config, CountingFamily(max_controls=1), model, ACCELERATOR)
+    data = prepare_data(config, CountingFamily(max_controls=2), model, ACCELERATOR)
+    assert len(data.reader.read_controls(0, 0)) == 2
+
+
+def test_a_metadata_file_gives_each_row_its_own_controls(tmp_path: Path, model: ModelFolder) -> None:
+    edit_set(tmp_path)
+    rows = [
+        {"image": "a.png", "caption": "one", "control": "../control/a.png"},
+        {"image": "a.png", "caption": "two", "control": ["../control/a.png", "../control/b.png"]},
+        {"image": "b.png", "caption": "none", "control": []},
+    ]
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    config = edit_set(
+        tmp_path,
+        data_config={
+            "control_dir": None, "metadata_file": tmp_path / "rows.jsonl", "allow_missing_controls": True,
+        },
+    )  # fmt: skip
+    data = prepare_data(config, CountingFamily(max_controls=3), model, ACCELERATOR)
+    assert list(data.reader.names) == ["a.png", "a.png#2", "b.png"]
+    assert [len(data.reader.read_controls(row, 0)) for row in range(3)] == [1, 2, 0]
+    assert data.reader.read_text(1, 0, False)["prompt_embeds"][0, 0] == len("two") + 30_000
+
+
+def test_prompts_to_draw_bring_their_controls(tmp_path: Path, model: ModelFolder) -> None:
+    controls = [[tmp_path / "control" / "b.png"], [tmp_path / "control" / "a.png"]]
+    config = edit_set(tmp_path, samples={"prompts": ["x", "yy"], "controls": controls, "guidance_scale": 2.0})
+    wide, square = prepare_data(config, CountingFamily(max_controls=1), model, ACCELERATOR).prompts
+    assert wide.size[0] > wide.size[1] and square.size == (64, 64), "drawn in the control's shape"
+    assert wide.controls[0].shape == (1, 2, 4, 6)
+    assert wide.positive["prompt_embeds"][0, 0] == 1 + 20_000
+    assert wide.negative is not None and wide.negative["prompt_embeds"][0, 0] == 1 + 20_000
+    assert square.positive["prompt_embeds"][0, 0] == 2 + 10_000
+
+
+# ---- encoding in the loop
+
+
+@pytest.mark.parametrize("key", ["precompute_text_embeddings", "precompute_image_embeddings"])
+def test_encoding_in_the_loop_gives_what_the_cache_gives(tmp_path: Path, model: ModelFolder, key: str) -> None:
+    cached = prepare_data(edit_set(tmp_path), CountingFamily(max_controls=1), model, ACCELERATOR)
+    family = CountingFamily(max_controls=1)
+    config = edit_set(tmp_path, **{key: False}, save_cache_on_disk=False)
+    live = prepare_data(config, family, model, ACCELERATOR)
+    encoded_before = len(family.encoded)
+    for sample in range(2):
+        for dropped in (False, True):
+            one, other = (data.reader.read_text(sample, 0, dropped) for data in (cached, live))
+            assert torch.equal(one["prompt_embeds"], other["prompt_embeds"])
+        one, other = (data.reader.read_latents(sample, 0) for data in (cached, live))
+        torch.testing.assert_close(one.mean_BCHW, other.mean_BCHW)
+        torch.testing.assert_close(one.std_BCHW, other.std_BCHW)
+        torch.testing.assert_close(cached.reader.read_controls(sample, 0), live.reader.read_controls(sample, 0))
+    assert len(family.encoded) > encoded_before, "nothing was encoded in the loop"
+    assert live.fingerprint == cached.fingerprint, "a run may go on either way"
+
+
+def test_the_captions_cut_reaches_the_family(tmp_path: Path, model: ModelFolder) -> None:
+    captioned(tmp_path / "train", "a.png", 0, "black")
+    family = CountingFamily()
+    config = data_config(tmp_path, data_config={"img_dir": tmp_path / "train", "img_size": 64, "max_text_tokens": 9})
+    prepare_data(config, family, model, ACCELERATOR)
+    assert set(family.max_tokens) == {9}
