@@ -20,14 +20,20 @@ PIP := $(PY) -m pip --disable-pip-version-check --no-input
 STAMP := $(ENV)/.pixtune-set-up-$(shell pwd | cksum | cut -d' ' -f1)
 HAS_TORCH := -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("torch") is None)'
 
-.PHONY: help demo test lint format bench schema setup clean
+.PHONY: help demo demo-edit demo-flux test lint format bench schema setup clean
 .DEFAULT_GOAL := help
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 demo: $(STAMP) ## train a style LoRA on the small model in assets/, 2 to 3 minutes on 2 CPU cores
 	@$(PY) -m pixtune.cli train --config train_configs/demo.yaml
+
+demo-edit: $(STAMP) ## the same for editing: redraw a picture in a new style
+	@$(PY) -m pixtune.cli train --config train_configs/demo_edit.yaml
+
+demo-flux: $(STAMP) ## the same with FLUX's classes
+	@$(PY) -m pixtune.cli train --config train_configs/demo_flux.yaml
 
 test: $(STAMP) ## the whole suite; make test PYTEST_ARGS="-n 2 tests/unit" for a part
 	@$(PY) -m pytest $(PYTEST_ARGS)
@@ -50,7 +56,7 @@ schema: $(STAMP) ## write train_configs/schema.json anew, after a change of the 
 setup: $(STAMP) ## only set up
 
 clean: ## remove what set-up, tools and the demo wrote; never a virtualenv of yours
-	rm -rf .venv runs/demo .pytest_cache .mypy_cache .ruff_cache .coverage build dist src/*.egg-info
+	rm -rf .venv runs/demo runs/demo-edit runs/demo-flux .pytest_cache .mypy_cache .ruff_cache .coverage build dist src/*.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(STAMP): pyproject.toml constraints.txt

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -80,6 +81,7 @@ class EncodedPrompt:
     """Latents of its control pictures, each of shape 1CHW."""
     size: Size
     """Of the picture to draw, (width, height) in pixels."""
+    control_paths: tuple[Path, ...] = ()
 
 
 def needs_negative(family: ModelFamily, guidance_scale: float) -> bool:
@@ -91,7 +93,7 @@ def needs_negative(family: ModelFamily, guidance_scale: float) -> bool:
 class PromptPicture:
     """One drawn picture."""
 
-    prompt: str
+    prompt: EncodedPrompt
     seed: int
     image: Image
 
@@ -138,7 +140,7 @@ class PromptSampler:
                     settings.guidance_scale,
                     [control.to(device) for control in prompt.controls],
                 )
-                yield PromptPicture(prompt.text, seed, to_image(self._decode(latents_BCHW)[0]))
+                yield PromptPicture(prompt, seed, to_image(self._decode(latents_BCHW)[0]))
 
     def _on_device(self, row: Conditioning) -> Conditioning:
         return self.family.stack_conditioning([{name: t.to(self.placement.device) for name, t in row.items()}])

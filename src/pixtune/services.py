@@ -232,7 +232,10 @@ class Services:
             path.parent.mkdir(parents=True, exist_ok=True)
             picture.image.save(path)
             relative = path.relative_to(self.output_dir).as_posix()
-            self.log.write("sample", step, prompt=picture.prompt, seed=picture.seed, path=relative)
+            controls = [path.as_posix() for path in picture.prompt.control_paths]
+            self.log.write(
+                "sample", step, prompt=picture.prompt.text, seed=picture.seed, path=relative, controls=controls
+            )
 
     def _save(self, step: int) -> None:
         if self.is_main:

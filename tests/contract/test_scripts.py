@@ -9,7 +9,7 @@ import pytest
 
 from tests.runs import ROOT, overrides, run, write_config
 
-MODELS = {"qwen_image": "tiny-qwen-image", "flux": "tiny-flux", "qwen_image_edit": "tiny-qwen-image-edit"}
+EDIT_PAIRS = ROOT / "assets" / "demo-edit" / "train"
 
 
 def launch(script: str, model: str, folder: Path) -> tuple[int, str]:
@@ -52,3 +52,25 @@ def test_a_text_model_as_base_is_named(tmp_path: Path) -> None:
     (tmp_path / "llm" / "config.json").write_text('{"architectures": ["Qwen2ForCausalLM"]}')
     code, output = launch("train.py", str(tmp_path / "llm"), tmp_path)
     assert code == 1 and "holds one Qwen2ForCausalLM" in output and "not an image pipeline" in output
+
+
+@pytest.mark.parametrize(
+    ("script", "config", "model", "data"),
+    [
+        ("train_flux_lora.py", "train_flux_config", "tiny-flux", ROOT / "assets" / "demo-style" / "train"),
+        ("train_qwen_edit_lora.py", "train_lora_qwen_edit", "tiny-qwen-image-edit", EDIT_PAIRS / "images"),
+    ],
+    ids=["C5", "C4"],
+)
+def test_the_launcher_runs_a_shipped_config(tmp_path: Path, script: str, config: str, model: str, data: Path) -> None:
+    """As contract.md has it, with what names the real model and data put in its place."""
+    controls = {"data_config__control_dir": EDIT_PAIRS / "control", "data_config__control_size": 64}
+    words = overrides(
+        tmp_path / "run", tmp_path / "cache", pretrained_model_name_or_path=ROOT / "assets" / model,
+        data_config__img_dir=data, max_train_steps=1, resume_from_checkpoint="null", lr_warmup_steps=0,
+        **(controls if "edit" in config else {}),
+    )  # fmt: skip
+    launcher = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--num_processes", "1"]
+    outcome = run([*launcher, script, "--config", f"./train_configs/{config}.yaml", *words])
+    assert outcome.returncode == 0, outcome.stdout
+    assert (tmp_path / "run" / "pytorch_lora_weights.safetensors").is_file()

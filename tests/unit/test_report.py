@@ -667,3 +667,18 @@ def test_durations_and_seconds_in_words() -> None:
 def test_spread_and_edges() -> None:
     assert spread(range(100), 3) == [0, 50, 99] and spread([1, 2], 5) == [1, 2]
     assert edge_for(4, 10_000, (100, 50)) == 50 and edge_for(1, 10_000, (100, 50)) == 100
+
+
+def test_edits_of_several_pictures_by_one_prompt_stay_apart(tmp_path: Path) -> None:
+    lines = [
+        {"kind": "sample", "step": step, "prompt": "make it red", "seed": 0, "path": f"{step}-{name}",
+         "controls": [f"controls/{name}"]}
+        for step in (0, 5, 5)  # the last line again, as after a crash
+        for name in ("cat.png", "dog.png")
+    ]  # fmt: skip
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    record = read_record(tmp_path)
+    assert [[sample.path for sample in strip.samples] for strip in record.strips] == [
+        ["0-cat.png", "5-cat.png"], ["0-dog.png", "5-dog.png"],
+    ]  # fmt: skip
+    assert [first.detail for first, _ in record.pairs] == ["seed 0, cat.png", "seed 0, dog.png"]

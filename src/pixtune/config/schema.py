@@ -105,7 +105,8 @@ class ValidationConfig(Section):
     held_out: Share = 0.0
     """Share of the data set that is never trained on and serves to measure. 0 with no `held_out_dir`: no validation."""
     held_out_dir: FilePath | None = None
-    """A folder of its own instead of a share."""
+    """A folder of its own instead of a share. Its control pictures (edit models) lie beside it, in folders of the same
+    names as those of the training pictures: data/images with data/control."""
     every: Count = 100
     """Validate every so many steps, besides before the first and after the last."""
     num_draws: Count = 2

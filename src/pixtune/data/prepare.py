@@ -145,6 +145,7 @@ def encode_prompt(family: ModelFamily, encodings: Encodings, sample: Sample, gui
         negative,
         tuple(encodings.latents(picture).mean_BCHW for picture in control_pictures(sample, 0)),
         sample.framings[0].size,
+        sample.control_paths,
     )
 
 

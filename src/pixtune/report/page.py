@@ -129,7 +129,7 @@ def build_pairs(output_dir: Path, record: RunRecord) -> str:
         )
         figures.append(
             f'<figure><div class="pair">{pictures}</div>'
-            f'<figcaption dir="auto">{escape(before.prompt)} <span>seed {before.seed}</span></figcaption></figure>'
+            f'<figcaption dir="auto">{escape(before.prompt)} <span>{escape(before.detail)}</span></figcaption></figure>'
         )
     left_out = f" ({len(pairs)} of {len(record.pairs)} pairs)" if len(pairs) < len(record.pairs) else ""
     return f'<section><h2>Before and after{left_out}</h2><div class="pairs">{"".join(figures)}</div></section>'
@@ -149,7 +149,8 @@ def build_strips(output_dir: Path, record: RunRecord) -> str:
             f"<li>{build_picture(output_dir, sample, edge, f'step {sample.step:,}')}</li>" for sample in samples
         )
         left_out = f", {len(samples)} of {len(strip.samples)} pictures" if len(samples) < len(strip.samples) else ""
-        title = f'<h3 dir="auto">{escape(strip.prompt)} <span class="quiet">seed {strip.seed}{left_out}</span></h3>'
+        detail = escape(strip.samples[0].detail) + left_out
+        title = f'<h3 dir="auto">{escape(strip.prompt)} <span class="quiet">{detail}</span></h3>'
         rows.append(f'{title}<ul class="strip" tabindex="0" aria-label="Samples by step">{pictures}</ul>')
     of_all = f" ({len(strips)} of {len(record.strips)} prompts and seeds)" if len(strips) < len(record.strips) else ""
     return f"<section><h2>Samples by step{of_all}</h2>{''.join(rows)}</section>"
@@ -161,7 +162,7 @@ def build_picture(output_dir: Path, sample: Sample, edge: int, caption: str) -> 
     if picture is None:
         shown = f'<span class="missing">missing or damaged: {escape(sample.path)}</span>'
     else:
-        alt = escape(f"{caption}: {sample.prompt}, seed {sample.seed}")
+        alt = escape(f"{caption}: {sample.prompt}, {sample.detail}")
         shown = (
             f'<img src="{data_uri(picture, edge)}" alt="{alt}" width="{picture.width}" height="{picture.height}" '
             'loading="lazy">'

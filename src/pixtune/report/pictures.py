@@ -122,14 +122,14 @@ def tile_edge(picture: Image.Image) -> int:
 
 
 def draw_label(pen: ImageDraw.ImageDraw, place: tuple[int, int], height: int, sample: Sample, number: int) -> None:
-    """Prompt and seed beside a row."""
+    """Prompt, seed and control pictures beside a row."""
     prompt, font = " ".join(sample.prompt.split()), font_for(sample.prompt, 17)
     if font is None:
         prompt, font = f"prompt {number} (its words are in report.html)", own_font(17)
     lines = wrap(prompt, font, LABEL_WIDTH - GAP, most_lines=max(height // 23 - 1, 1))
     for index, line in enumerate(lines):
         pen.text((place[0], place[1] + 23 * index), line, "black", font)
-    pen.text((place[0], place[1] + 23 * len(lines) + 2), f"seed {sample.seed}", "#555555", own_font(14))
+    pen.text((place[0], place[1] + 23 * len(lines) + 2), sample.detail, "#555555", own_font(14))
 
 
 def draw_missing(pen: ImageDraw.ImageDraw, box: tuple[int, int, int, int], path: str) -> None:

@@ -36,11 +36,18 @@ class Sample:
     prompt: str
     seed: int
     path: str
+    controls: tuple[str, ...] = ()
+    """Control pictures of an edit, as the config names them."""
+
+    @property
+    def detail(self) -> str:
+        """What tells it from others of the same prompt."""
+        return ", ".join([f"seed {self.seed}", *(Path(control).name for control in self.controls)])
 
 
 @dataclass(frozen=True)
 class Strip:
-    """All pictures of one prompt and seed, by step."""
+    """All pictures of one prompt, seed and list of controls, by step."""
 
     prompt: str
     seed: int
@@ -92,7 +99,7 @@ class RunRecord:
 
     @property
     def pairs(self) -> list[tuple[Sample, Sample]]:
-        """For each prompt and seed: the picture before training and the one after the last drawn step."""
+        """For each prompt, seed and controls: the picture before training and the one after the last drawn step."""
         last = max((strip.samples[-1].step for strip in self.strips), default=0)
         ends = [(strip.samples[0], strip.samples[-1]) for strip in self.strips]
         return [(first, end) for first, end in ends if first.step == 0 and end.step == last > 0]
@@ -118,7 +125,7 @@ def read_record(output_dir: Path) -> RunRecord:
     """Reads `metrics.jsonl`. Where a step stands twice, as after a crash, the later line counts."""
     steps: dict[int, dict[str, Any]] = {}
     validations: dict[int, Validation] = {}
-    strips: dict[tuple[str, int], dict[int, Sample]] = {}
+    strips: dict[tuple[str, int, tuple[str, ...]], dict[int, Sample]] = {}
     for line in read_metrics(output_dir / FILE_NAME):
         step = line["step"]
         if line["kind"] == "step":
@@ -126,14 +133,14 @@ def read_record(output_dir: Path) -> RunRecord:
         elif line["kind"] == "validation" and all(map(is_finite, (line["loss"], *line["quarters"]))):
             validations[step] = Validation(step, line["loss"], tuple(line["quarters"]))
         elif line["kind"] == "sample":
-            sample = Sample(step, line["prompt"], line["seed"], line["path"])
-            strips.setdefault((sample.prompt, sample.seed), {})[step] = sample
+            sample = Sample(step, line["prompt"], line["seed"], line["path"], tuple(line.get("controls", ())))
+            strips.setdefault((sample.prompt, sample.seed, sample.controls), {})[step] = sample
     return RunRecord(
         steps=[steps[step] for step in sorted(steps)],
         validations=[validations[step] for step in sorted(validations)],
         strips=[
             Strip(prompt, seed, tuple(samples[step] for step in sorted(samples)))
-            for (prompt, seed), samples in strips.items()
+            for (prompt, seed, _), samples in strips.items()
         ],
     )
 
