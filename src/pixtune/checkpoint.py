@@ -28,9 +28,12 @@ from pixtune.files import save_safetensors, sync_folder, write_atomically
 
 log = logging.getLogger(__name__)
 
+CheckpointFiles = dict[str, tuple[Mapping[str, Tensor], Mapping[str, str]]]
+"""File stem -> (tensors, metadata)."""
 FORMAT = 1
 STATE_FILE = "state.json"
-OPTIMIZER_FILE = "optimizer.safetensors"
+OPTIMIZER_STEM = "optimizer"
+SHARD_BYTES = 4 * 2**30
 NAME = re.compile(r"checkpoint-(\d+)")
 
 
@@ -44,6 +47,30 @@ class Checkpoint:
     record: dict[str, Any]
     """What `save_checkpoint` was given as `record`."""
     path: Path
+
+
+def sharded(stem: str, tensors: Mapping[str, Tensor], most_bytes: int = SHARD_BYTES) -> CheckpointFiles:
+    """Tensors as files of at most `most_bytes`, or of one tensor: STEM, or STEM-00001-of-00003 and so on.
+
+    A file is built in memory before it is written, so its size is also what saving costs the host.
+    """
+    shards: list[dict[str, Tensor]] = [{}]
+    room = most_bytes
+    for name, tensor in tensors.items():
+        if shards[-1] and tensor.nbytes > room:
+            shards.append({})
+            room = most_bytes
+        shards[-1][name] = tensor
+        room -= tensor.nbytes
+    if len(shards) == 1:
+        return {stem: (shards[0], {})}
+    return {f"{stem}-{i:05d}-of-{len(shards):05d}": (shard, {}) for i, shard in enumerate(shards, start=1)}
+
+
+def joined(files: Mapping[str, Mapping[str, Tensor]], stem: str) -> dict[str, Tensor]:
+    """What `sharded` took apart, from all files of a checkpoint."""
+    mine = re.compile(rf"{re.escape(stem)}(-\d+-of-\d+)?")
+    return {name: tensor for key, tensors in files.items() if mine.fullmatch(key) for name, tensor in tensors.items()}
 
 
 def checkpoint_path(output_dir: Path, step: int) -> Path:

@@ -114,7 +114,7 @@ def export(
     checkpoint: Annotated[Path, typer.Argument(help="A checkpoint folder or LoRA file.")],
     output: Annotated[Path, typer.Option(help="Folder for the two files.")] = Path("."),
 ) -> None:
-    """Write a checkpoint's LoRA for diffusers and for ComfyUI."""
+    """Write a checkpoint's LoRA for diffusers and for ComfyUI, or its whole model where all weights were trained."""
     from pixtune.export import export_checkpoint
 
     for path in export_checkpoint(checkpoint, output):

@@ -14,7 +14,16 @@ import torch
 from torch import Tensor
 
 Purpose = Literal[
-    "order", "ratio", "caption dropout", "sigma", "noise", "latents", "validation noise", "random weights", "hold out"
+    "order",
+    "ratio",
+    "caption dropout",
+    "sigma",
+    "noise",
+    "latents",
+    "validation noise",
+    "random weights",
+    "hold out",
+    "rounding",
 ]
 
 

@@ -46,6 +46,10 @@ class CheckpointError(PixtuneError, ValueError):
     """A checkpoint cannot be resumed from: damaged, absent, or made by a different run."""
 
 
+class PlanError(PixtuneError, RuntimeError):
+    """The run does not fit the machine. Says how much is missing and what would fit."""
+
+
 class WriteError(PixtuneError, OSError):
     """A file could not be written, most often because the disk is full. What stood there before still stands."""
 

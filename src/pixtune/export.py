@@ -105,15 +105,22 @@ def read_lora_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise WeightsError(f"{path} cannot be read as a LoRA file ({error}).") from error
 
 
-def export_checkpoint(source: Path, folder: Path) -> tuple[Path, Path]:
-    """Writes both files anew from a checkpoint folder or a LoRA file that `diffusers_file` described.
+def export_checkpoint(source: Path, folder: Path) -> tuple[Path, ...]:
+    """Writes anew what a run writes at its end: a LoRA's two files, or the model folder of `method: full`.
+
+    Args:
+        source: a checkpoint folder, or a LoRA file that `diffusers_file` described.
 
     Raises:
         CheckpointError: there is no LoRA of ours at `source`.
         WeightsError: there is a file that is no safetensors file.
     """
+    from pixtune.checkpoint import load_checkpoint
     from pixtune.families import FAMILIES
+    from pixtune.full_weights import MODEL_FOLDER, WEIGHTS_STEM, export_full_checkpoint
 
+    if any(source.glob(f"{WEIGHTS_STEM}*.safetensors")):
+        return (export_full_checkpoint(load_checkpoint(source), folder / MODEL_FOLDER),)
     path = source / DIFFUSERS_FILE if source.is_dir() else source
     if not path.is_file():
         raise CheckpointError(f"{path} does not exist. Give a checkpoint folder or a {DIFFUSERS_FILE}.")

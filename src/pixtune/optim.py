@@ -3,13 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from pixtune.config.schema import TrainConfig
 from pixtune.errors import ConfigError
+
+
+class Optimizer(Protocol):
+    """What the loop and the checkpoint ask of an optimizer."""
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]: ...
+
+    @property
+    def state(self) -> Any:
+        """Parameter -> its state by name."""
+
+    def step(self) -> Any: ...
+
+    def zero_grad(self, set_to_none: bool = True) -> None: ...
 
 
 def _adamw(parameters: Iterable[nn.Parameter], **settings: Any) -> torch.optim.Optimizer:
@@ -61,31 +76,34 @@ def build_schedule(config: TrainConfig, num_steps: int) -> Callable[[int], float
     return lambda step: config.learning_rate * float(factor(step))
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+def set_learning_rate(optimizer: Optimizer, rate: float) -> None:
     for group in optimizer.param_groups:
         group["lr"] = rate
 
 
 def optimizer_state(
-    optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]
+    optimizer: Optimizer, parameters: Mapping[str, nn.Parameter]
 ) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
     """An optimizer's state as flat tensors `PARAMETER/KEY`, and what is no tensor (step counters) by parameter.
 
-    8-bit codes, scales and code books are taken as they are, so that nothing is requantised on the way back.
+    8-bit codes, scales and code books are taken as they are, so that nothing is requantised on the way back. A code
+    book that parameters share is copied for each: a safetensors file holds no tensor twice.
     """
+    seen: set[int] = set()
     tensors: dict[str, Tensor] = {}
     plain: dict[str, dict[str, Any]] = {}
     for name, parameter in parameters.items():
         for key, value in optimizer.state.get(parameter, {}).items():
             if isinstance(value, Tensor):
-                tensors[f"{name}/{key}"] = value
+                tensors[f"{name}/{key}"] = value.clone() if value.data_ptr() in seen else value
+                seen.add(value.data_ptr())
             else:
                 plain.setdefault(name, {})[key] = value
     return tensors, plain
 
 
 def restore_optimizer_state(
-    optimizer: torch.optim.Optimizer,
+    optimizer: Optimizer,
     parameters: Mapping[str, nn.Parameter],
     tensors: Mapping[str, Tensor],
     plain: Mapping[str, Mapping[str, Any]],

@@ -16,21 +16,21 @@ from typing import TYPE_CHECKING, Any, Self
 from rich.console import Console
 from torch import Tensor
 
-from pixtune import adapters, optim
-from pixtune.adapters import AttachedLora
+from pixtune import optim
 from pixtune.checkpoint import (
-    OPTIMIZER_FILE,
+    OPTIMIZER_STEM,
     Checkpoint,
     checkpoint_path,
+    joined,
     prune_checkpoints,
     remove_unfinished,
     save_checkpoint,
+    sharded,
 )
 from pixtune.config import to_dict
 from pixtune.data.batches import Batch
 from pixtune.data.prepare import PreparedData
 from pixtune.errors import CheckpointError
-from pixtune.export import DIFFUSERS_FILE, LoraDescription, diffusers_file, export_lora
 from pixtune.families.base import Placement
 from pixtune.figures import PendingStep, StepFigures
 from pixtune.fit.apply import FORMATS
@@ -39,7 +39,7 @@ from pixtune.hardware.monitor import reset_peak_memory_stats
 from pixtune.metrics import FILE_NAME, MetricsLog
 from pixtune.progress import StepBar
 from pixtune.report import write_report
-from pixtune.resume import config_hash, flatten, refuse_other_run
+from pixtune.resume import flatten, refuse_other_run
 from pixtune.sample import PromptSampler, SamplerSettings
 from pixtune.validation import ValidationLoss, measure
 from pixtune.weights import ModelFolder
@@ -66,8 +66,8 @@ class TrainResult:
 class Services:
     """See the module. Only the first process writes; others keep pace."""
 
-    def __init__(self, run: Run, folder: ModelFolder, data: PreparedData, lora: AttachedLora, start_step: int) -> None:
-        self.run, self.folder, self.data, self.lora, self.start_step = run, folder, data, lora, start_step
+    def __init__(self, run: Run, folder: ModelFolder, data: PreparedData, start_step: int) -> None:
+        self.run, self.folder, self.data, self.start_step = run, folder, data, start_step
         self.config, self.output_dir = run.config, run.config.output_dir
         self.is_main = run.accelerator.is_main_process
         self.console = Console(quiet=not self.is_main)
@@ -120,18 +120,14 @@ class Services:
         """
         run = self.run
         refuse_other_run(checkpoint, run.config, self.data.fingerprint)
-        weights = {
-            name.removeprefix("transformer."): tensor
-            for name, tensor in checkpoint.tensors[Path(DIFFUSERS_FILE).stem].items()
-        }
         try:
-            adapters.load_lora_weights(run.transformer, weights)
+            run.trained.load(checkpoint.tensors)
         except KeyError as error:
             raise CheckpointError(f"{checkpoint.path} does not fit this model: {error.args[0]}") from error
         optim.restore_optimizer_state(
-            run.optimizer,
-            run.parameters,
-            checkpoint.tensors[Path(OPTIMIZER_FILE).stem],
+            run.trained.optimizer,
+            run.trained.parameters,
+            joined(checkpoint.tensors, OPTIMIZER_STEM),
             checkpoint.record["optimizer_plain"],
         )
         self._print(f"going on after step {checkpoint.step} from {checkpoint.path}")
@@ -178,19 +174,18 @@ class Services:
         return TrainResult(finished=False, step=step, output_dir=self.output_dir)
 
     def finish(self) -> TrainResult:
-        """The LoRA in both formats, and the report."""
+        """What others load, and the report."""
         step = self.run.num_steps
         first, last = self._losses.get(0), self._losses.get(step)
         if self.is_main:
-            paths = export_lora(self.output_dir, self._weights(), self._describe(step), self.run.family)
+            paths = self.run.trained.export(self.output_dir, step)
             report = write_report(
                 self.output_dir,
                 config=to_dict(self.config),
                 plan=self.run.plan.to_dict(),
                 versions=package_versions(),
                 facts={
-                    "LoRA layers": len(self.lora.modules),
-                    "trained parameters": self.lora.num_parameters,
+                    **self.run.trained.facts(),
                     "training pictures": len(self.data.buckets),
                     "held-out pictures": len(self.data.held_out),
                 },
@@ -204,7 +199,7 @@ class Services:
         """What is about to run, and why so."""
         sizes = len({size for variants in self.data.buckets for size in variants})
         self._print(f"data: {len(self.data.buckets)} pictures in {sizes} sizes, {len(self.data.held_out)} held out")
-        self._print(f"LoRA: {len(self.lora.modules)} layers, {self.lora.num_parameters:,} trained parameters")
+        self._print(self.run.trained.summary())
         for reason in self.run.plan.reasons:
             self._print(f"plan: {reason}")
 
@@ -240,14 +235,11 @@ class Services:
     def _save(self, step: int) -> None:
         if self.is_main:
             self.log.sync()
-            state, plain = optim.optimizer_state(self.run.optimizer, self.run.parameters)
+            state, plain = optim.optimizer_state(self.run.trained.optimizer, self.run.trained.parameters)
             save_checkpoint(
                 self.output_dir,
                 step,
-                {
-                    Path(DIFFUSERS_FILE).stem: diffusers_file(self._weights(), self._describe(step)),
-                    Path(OPTIMIZER_FILE).stem: (state, {}),
-                },
+                {**self.run.trained.checkpoint_files(step), **sharded(OPTIMIZER_STEM, state)},
                 {
                     "config": to_dict(self.config),
                     "plan": self.run.plan.to_dict(),
@@ -259,22 +251,6 @@ class Services:
             prune_checkpoints(self.output_dir, self.config.checkpoints_total_limit)
             self._print(f"step {step}: saved {checkpoint_path(self.output_dir, step)}")
         self._saved_step = step
-
-    def _weights(self) -> dict[str, Tensor]:
-        return adapters.lora_weights(self.run.transformer)
-
-    def _describe(self, step: int) -> LoraDescription:
-        return LoraDescription(
-            rank=self.config.rank,
-            alpha=self.config.alpha,
-            targets=self.lora.targets,
-            base_model=self.config.pretrained_model_name_or_path,
-            family=self.run.family.name,
-            step=step,
-            config_hash=config_hash(self.config),
-            trigger_words=self.config.trigger_words,
-            versions=package_versions(),
-        )
 
 
 def tracker_values(config: Mapping[str, Any]) -> dict[str, str | int | float | bool]:

@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from pixtune import adapters, draws, optim
+from pixtune import optim
 from pixtune.checkpoint import Checkpoint, load_checkpoint, resolve_resume
 from pixtune.config.schema import TrainConfig
 from pixtune.data.batches import Batch, BatchPlan, BatchSource, read_ahead
@@ -28,7 +28,11 @@ from pixtune.hardware.facts import check_torch, read_facts
 from pixtune.launch import StopSignal, start_accelerator
 from pixtune.objective import add_noise, loss_weights, sample_losses, velocity_target
 from pixtune.services import Services, TrainResult
+from pixtune.trained import METHODS, TrainedWeights
 from pixtune.weights import ModelFolder, open_model_folder
+
+EXCHANGED_NUMBERS = 1 << 28
+"""Most numbers that processes exchange at once: 1 GiB in fp32."""
 
 
 @dataclass(frozen=True)
@@ -40,15 +44,14 @@ class Run:
     plan: MemoryPlan
     accelerator: Accelerator
     transformer: nn.Module
-    parameters: dict[str, nn.Parameter]
-    optimizer: torch.optim.Optimizer
+    trained: TrainedWeights
     learning_rate_at: Callable[[int], float]
     source: BatchSource
     num_steps: int
 
 
 def train(config: TrainConfig) -> TrainResult:
-    """Trains a LoRA as the config says, from the start or from a checkpoint, and writes it with a report.
+    """Trains a LoRA, or all weights, as the config says, anew or from a checkpoint, and writes it with a report.
 
     Raises:
         PixtuneError: something a user can mend; nothing is lost, and the message says what to do.
@@ -57,7 +60,8 @@ def train(config: TrainConfig) -> TrainResult:
 
 
 def assemble(config: TrainConfig) -> tuple[Run, Services]:
-    """Everything up to the first step, in its one order: data encoded, plan made, base loaded, LoRA attached."""
+    """Everything up to the first step, in its one order: data encoded, plan made, base loaded, what is trained
+    attached."""
     check_torch()
     accelerator = start_accelerator(config)
     folder = open_model_folder(config.pretrained_model_name_or_path)
@@ -69,11 +73,10 @@ def assemble(config: TrainConfig) -> tuple[Run, Services]:
     plan = decide_plan(config, family, folder, data, accelerator.device, checkpoint)
     apply_switches(plan)
     transformer = apply_plan(load_transformer(config, family, folder, plan, accelerator.device), plan)
-    targets = config.lora_targets or family.lora_targets
-    lora_seed = draws.draw_key(config.seed, "random weights", "lora")
-    lora = adapters.attach_lora(transformer, targets, config.rank, config.alpha, lora_seed, family.lora_presets)
-    run = build_run(config, family, plan, accelerator, transformer, data)
-    services = Services(run, folder, data, lora, start_step=checkpoint.step if checkpoint else 0)
+    start_step = checkpoint.step if checkpoint else 0
+    trained = METHODS[config.method](config, family, folder, plan, transformer, start_step)
+    run = build_run(config, family, plan, accelerator, transformer, trained, data)
+    services = Services(run, folder, data, start_step)
     if checkpoint:
         services.restore(checkpoint)
     return run, services
@@ -106,7 +109,7 @@ def train_step(
     """
     config = run.config
     num_samples = config.batch_size * config.gradient_accumulation_steps
-    optim.set_learning_rate(run.optimizer, run.learning_rate_at(step))
+    optim.set_learning_rate(run.trained.optimizer, run.learning_rate_at(step))
     total_loss = torch.zeros((), device=run.accelerator.device)
     for batch in chain.from_iterable(micro_batches):
         see_batch(batch)
@@ -121,9 +124,9 @@ def train_step(
         loss.backward()
         total_loss += loss.detach()
     average_across_processes(run.accelerator, [total_loss, *gradients(run)])
-    grad_norm = nn.utils.clip_grad_norm_(run.parameters.values(), config.max_grad_norm)
-    run.optimizer.step()
-    run.optimizer.zero_grad(set_to_none=True)
+    grad_norm = nn.utils.clip_grad_norm_(run.trained.parameters.values(), config.max_grad_norm)
+    run.trained.optimizer.step()
+    run.trained.optimizer.zero_grad(set_to_none=True)
     return total_loss, grad_norm
 
 
@@ -132,20 +135,34 @@ def gradients(run: Run) -> list[Tensor]:
 
     Some parameters never get one: what the last block makes of the text, for example, is not used any more.
     """
-    found = [parameter.grad for parameter in run.parameters.values() if parameter.grad is not None]
+    found = [parameter.grad for parameter in run.trained.parameters.values() if parameter.grad is not None]
     if not found:
-        raise RuntimeError("no gradient reached any trained parameter: the loss does not depend on the LoRA")
+        raise RuntimeError("no gradient reached any trained parameter: the loss does not depend on them")
     return found
 
 
 def average_across_processes(accelerator: Accelerator, tensors: list[Tensor]) -> None:
-    """Means over all processes, in place, in one exchange: a LoRA's gradients are small."""
+    """Means over all processes, in place. A LoRA's gradients are one exchange; all weights' would not fit twice."""
     if accelerator.num_processes == 1:
         return
-    flat = torch.cat([tensor.flatten() for tensor in tensors])
-    flat = accelerator.reduce(flat, reduction="mean")
-    for tensor, mean in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
-        tensor.copy_(mean.view_as(tensor))
+    for bucket in buckets_of(tensors, EXCHANGED_NUMBERS):
+        flat = torch.cat([tensor.flatten() for tensor in bucket])
+        flat = accelerator.reduce(flat, reduction="mean")
+        for tensor, mean in zip(bucket, flat.split([tensor.numel() for tensor in bucket]), strict=True):
+            tensor.copy_(mean.view_as(tensor))
+
+
+def buckets_of(tensors: Iterable[Tensor], most_numbers: int) -> list[list[Tensor]]:
+    """Neighbours together, up to so many numbers, or one larger tensor alone."""
+    buckets: list[list[Tensor]] = []
+    room = 0
+    for tensor in tensors:
+        if not buckets or tensor.numel() > room:
+            buckets.append([])
+            room = most_numbers
+        buckets[-1].append(tensor)
+        room -= tensor.numel()
+    return buckets
 
 
 def decide_plan(
@@ -161,8 +178,10 @@ def decide_plan(
         return MemoryPlan.from_dict(checkpoint.record["plan"])
     num_blocks, width = family.block_shape(folder)
     element_bytes = 2 if config.mixed_precision == "bf16" else 4
+    num_parameters = count_parameters(config, family, folder)
     size = RunSize(
-        weight_bytes=count_parameters(config, family, folder) * element_bytes,
+        weight_bytes=num_parameters * element_bytes,
+        num_trained=num_parameters if config.method == "full" else 0,
         num_tokens=config.batch_size * (data.most_image_tokens + data.most_text_tokens),
         num_blocks=num_blocks,
         block_width=width,
@@ -187,7 +206,7 @@ def count_parameters(config: TrainConfig, family: ModelFamily, folder: ModelFold
 def load_transformer(
     config: TrainConfig, family: ModelFamily, folder: ModelFolder, plan: MemoryPlan, device: torch.device
 ) -> nn.Module:
-    """The frozen base in the planned format; random values only behind the test switch."""
+    """The base in the planned format; random values only behind the test switch."""
     placement = Placement(device, FORMATS[plan.weights_format])
     if config.random_weights:
         return family.random_transformer(placement, folder.component_config("transformer"))
@@ -200,10 +219,10 @@ def build_run(
     plan: MemoryPlan,
     accelerator: Accelerator,
     transformer: nn.Module,
+    trained: TrainedWeights,
     data: PreparedData,
 ) -> Run:
-    """Optimizer, schedule and order of batches around a transformer that carries its LoRA."""
-    parameters = adapters.trainable_parameters(transformer)
+    """Schedule and order of batches around a transformer and what of it is trained."""
     world_size = accelerator.num_processes
     order = BatchPlan(data.buckets, config.batch_size * world_size, config.seed)
     num_steps = planned_steps(config, order)
@@ -213,8 +232,7 @@ def build_run(
         plan=plan,
         accelerator=accelerator,
         transformer=transformer,
-        parameters=parameters,
-        optimizer=optim.build_optimizer(config, plan.optimizer, parameters.values()),
+        trained=trained,
         learning_rate_at=optim.build_schedule(config, num_steps),
         source=BatchSource(
             order,

@@ -15,7 +15,9 @@ from typing import Any
 
 from pixtune.errors import WeightsError
 
-HUB_PATTERNS = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
+READ_SUFFIXES = (".json", ".safetensors", ".txt", ".model", ".jinja")
+"""All that a model folder needs, and all that is taken from one."""
+HUB_PATTERNS = tuple(f"*{suffix}" for suffix in READ_SUFFIXES)
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ class ModelFolder:
         """
         digest = hashlib.sha256()
         for file in sorted((self.path / component).iterdir()):
-            if file.suffix in (".json", ".safetensors", ".txt", ".jinja", ".model"):
+            if file.suffix in READ_SUFFIXES:
                 digest.update(f"{file.name}\0{_file_digest(file, memo_dir)}\0".encode())
         return digest.hexdigest()
 

@@ -10,6 +10,7 @@ import pytest
 from tests.runs import ROOT, overrides, run, write_config
 
 EDIT_PAIRS = ROOT / "assets" / "demo-edit" / "train"
+STYLE_PICTURES = ROOT / "assets" / "demo-style" / "train"
 
 
 def launch(script: str, model: str, folder: Path) -> tuple[int, str]:
@@ -57,10 +58,11 @@ def test_a_text_model_as_base_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("script", "config", "model", "data"),
     [
-        ("train_flux_lora.py", "train_flux_config", "tiny-flux", ROOT / "assets" / "demo-style" / "train"),
+        ("train_flux_lora.py", "train_flux_config", "tiny-flux", STYLE_PICTURES),
         ("train_qwen_edit_lora.py", "train_lora_qwen_edit", "tiny-qwen-image-edit", EDIT_PAIRS / "images"),
+        ("train_full_qwen_image.py", "train_full_qwen_image", "tiny-qwen-image", STYLE_PICTURES),
     ],
-    ids=["C5", "C4"],
+    ids=["C5", "C4", "C6"],
 )
 def test_the_launcher_runs_a_shipped_config(tmp_path: Path, script: str, config: str, model: str, data: Path) -> None:
     """As contract.md has it, with what names the real model and data put in its place."""
@@ -73,4 +75,5 @@ def test_the_launcher_runs_a_shipped_config(tmp_path: Path, script: str, config:
     launcher = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--num_processes", "1"]
     outcome = run([*launcher, script, "--config", f"./train_configs/{config}.yaml", *words])
     assert outcome.returncode == 0, outcome.stdout
-    assert (tmp_path / "run" / "pytorch_lora_weights.safetensors").is_file()
+    written = "model/model_index.json" if "full" in config else "pytorch_lora_weights.safetensors"
+    assert (tmp_path / "run" / written).is_file()

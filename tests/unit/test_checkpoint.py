@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from pixtune.checkpoint import (
-    OPTIMIZER_FILE,
     STATE_FILE,
     checkpoint_path,
     find_checkpoints,
@@ -75,7 +74,7 @@ def test_what_is_saved_is_read_back(tmp_path: Path) -> None:
 
 def test_a_checkpoint_is_tensors_and_json_only(tmp_path: Path) -> None:
     (path,) = save(tmp_path, 7)
-    assert {file.name for file in path.iterdir()} == {"lora.safetensors", OPTIMIZER_FILE, STATE_FILE}
+    assert {file.name for file in path.iterdir()} == {"lora.safetensors", "optimizer.safetensors", STATE_FILE}
     assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
 
 
@@ -106,11 +105,11 @@ def test_files_are_synced_before_the_rename_and_the_folder_after(
     monkeypatch.setattr(Path, "replace", note_replace)
     save(tmp_path, 7)
     final = events.index("rename to checkpoint-000007")
-    for name in ("lora.safetensors", OPTIMIZER_FILE, STATE_FILE):
+    for name in ("lora.safetensors", "optimizer.safetensors", STATE_FILE):
         (synced,) = [i for i, event in enumerate(events) if event.startswith(f"sync .{name}")]
         assert synced < events.index(f"rename to {name}") < final
     assert events[final + 1 :] == [f"sync {tmp_path.name}"]
-    assert events.index(f"rename to {STATE_FILE}") > events.index(f"rename to {OPTIMIZER_FILE}")
+    assert events.index(f"rename to {STATE_FILE}") > events.index("rename to optimizer.safetensors")
 
 
 # ---- damage
@@ -134,7 +133,7 @@ def empty(path: Path) -> None:
     path.write_bytes(b"")
 
 
-@pytest.mark.parametrize("file_name", ["lora.safetensors", OPTIMIZER_FILE])
+@pytest.mark.parametrize("file_name", ["lora.safetensors", "optimizer.safetensors"])
 @pytest.mark.parametrize("damage", [flip_byte, cut_off, grow, empty, Path.unlink], ids=lambda damage: damage.__name__)
 def test_damage_of_a_tensor_file_is_found_and_another_checkpoint_named(
     tmp_path: Path, file_name: str, damage: Any

@@ -76,11 +76,12 @@ def test_the_rate_reaches_every_group() -> None:
 
 
 def parameters() -> dict[str, nn.Parameter]:
-    """8-bit Adam keeps states below 4096 numbers in fp32, so one is larger."""
+    """8-bit Adam keeps states below 4096 numbers in fp32, so two are larger: they share a code book."""
     generator = torch.Generator().manual_seed(0)
     return {
         "block.0.lora_A": nn.Parameter(torch.randn(64, 96, generator=generator)),
         "block.0.lora_B": nn.Parameter(torch.randn(4, 3, generator=generator)),
+        "block.1.lora_A": nn.Parameter(torch.randn(64, 96, generator=generator)),
     }
 
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from pixtune.config.schema import CudaFeatures, DataConfig, TrainConfig
+from pixtune.errors import PlanError
 from pixtune.fit.plan import GIB, MemoryPlan, RunSize, plan_memory
 from pixtune.hardware.facts import HardwareFacts
 
@@ -74,3 +75,39 @@ def test_a_trial_of_cudnn_attention_decides_unless_the_config_does(passed: bool)
     demanded = CONFIG.model_copy(update={"cuda_features": CudaFeatures(enable_cudnn_sdp=not passed)})
     assert plan_memory(H100, QWEN_1024, demanded, (passed, "the finding")).cudnn_attention is (not passed)
     assert plan_memory(H100, QWEN_1024, CONFIG).cudnn_attention is None
+
+
+# ---- all weights
+
+QWEN_FULL = replace(QWEN_1024, num_trained=20_430_000_000)
+FULL = CONFIG.model_copy(update={"method": "full", "disable_gradient_checkpointing": False})
+H200 = replace(H100, name="NVIDIA H200", total_bytes=140 * GIB, free_bytes=139 * GIB)
+
+
+def test_all_weights_of_qwen_fit_an_h200_only_in_6_bytes_each() -> None:
+    plan = plan_memory(H200, QWEN_FULL, FULL.model_copy(update={"adam8bit": True}))
+    assert plan.expected_peak_bytes / GIB == pytest.approx(6 * 20.43e9 / GIB + 2, rel=0.03)
+    with pytest.raises(PlanError, match=r"(?s)missing.*stochastic_rounding adam8bit=true needs 1\d\d.* and fits"):
+        plan_memory(H200, QWEN_FULL, FULL)
+
+
+@pytest.mark.parametrize(
+    ("change", "bytes_per_weight"),
+    [
+        ({"adam8bit": True}, 6),
+        ({}, 12),
+        ({"weight_update": "fp32_master", "adam8bit": True}, 12),
+        ({"weight_update": "fp32_master"}, 18),
+        ({"mixed_precision": "no"}, 14),
+    ],
+)
+def test_each_way_has_its_bytes_per_weight(change: dict[str, object], bytes_per_weight: int) -> None:
+    config, huge = FULL.model_copy(update=change), replace(H100, free_bytes=10_000 * GIB)
+    without = plan_memory(huge, QWEN_1024, config)
+    extra = plan_memory(huge, QWEN_FULL, config).expected_peak_bytes - without.expected_peak_bytes
+    assert extra / QWEN_FULL.num_trained + 2 == pytest.approx(bytes_per_weight, abs=0.1)
+
+
+def test_what_no_way_fits_names_the_least_and_the_lora() -> None:
+    with pytest.raises(PlanError, match=r"(?s)NVIDIA H100.*missing.*The least.*method=lora"):
+        plan_memory(H100, QWEN_FULL, FULL)

@@ -62,6 +62,13 @@ def _one_source_of_controls(folder: object, metadata: object) -> str | None:
     return None
 
 
+def _lora_keys_with_a_lora(method: str, targets: object, alpha: object) -> str | None:
+    given = [name for name, value in (("lora_targets", targets), ("lora_alpha", alpha)) if value is not None]
+    if method == "full" and given:
+        return f"{' and '.join(given)} given and method is full, which trains all weights and has no LoRA"
+    return None
+
+
 def _one_held_out_set(share: float, folder: Path | None) -> str | None:
     if share and folder is not None:
         return f"validation.held_out is {share} and validation.held_out_dir is {str(folder)!r}: choose one of them"
@@ -75,6 +82,7 @@ _RULES: tuple[tuple[tuple[str, ...], Callable[..., str | None]], ...] = (
     (("max_train_steps", "num_train_epochs"), _some_length),
     (("lr_scheduler", "lr_step_rules"), _rules_for_their_schedule),
     (("validation.held_out", "validation.held_out_dir"), _one_held_out_set),
+    (("method", "lora_targets", "lora_alpha"), _lora_keys_with_a_lora),
     (("samples.prompts", "samples.controls"), _controls_for_prompts),
     (("data_config.control_dir", "data_config.metadata_file"), _one_source_of_controls),
 )

@@ -212,7 +212,7 @@ class TrainConfig(Section):
     """A LoRA beside the frozen weights, or all weights of the transformer."""
     weight_update: Literal["stochastic_rounding", "fp32_master"] = "stochastic_rounding"
     """How `method: full` adds a small update to a bf16 weight: rounded up or down by chance (2 bytes a weight), or
-    to an fp32 copy (6 bytes)."""
+    to an fp32 copy that also gathers the gradients (10 bytes with them, against 4)."""
     rank: Count = 16
     """Rank of the LoRA."""
     lora_alpha: float | None = Field(default=None, gt=0)
@@ -322,7 +322,6 @@ OLDER_NAMES = {"use_8bit_adam": "adam8bit", "cuda_13_features": "cuda_features"}
 """Names that the contract's older documents use, and what they are called here."""
 
 NOT_YET: dict[str, tuple[object, ...]] = {
-    "method": ("lora",),
     "freeze_text_encoder": (True,),
     "quantize": (None, False),
     "unified_memory": (None, False),

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from pixtune.config.schema import TrainConfig
+from pixtune.errors import PlanError
 from pixtune.hardware.facts import HardwareFacts
 
 GIB = 2**30
@@ -13,6 +14,9 @@ GIB = 2**30
 ACTIVATION_BYTES_PER_UNIT = 36
 """Bytes kept for the backward pass per token, block and channel when nothing is recomputed. Measured on an H100 with
 bf16 weights and a rank-16 LoRA on the attention projections: 35 for Qwen-Image, 25 for FLUX.1-dev at 1024x1024."""
+INPUT_BYTES_PER_UNIT = 10
+"""Besides, where all weights are trained: the inputs of the MLP's linears, 1 + 4 channel widths in bf16. Counted from
+the block, not measured."""
 FIXED_BYTES = 2 * GIB
 """CUDA context, LoRA with its optimizer state, workspaces."""
 USABLE_SHARE = 0.92
@@ -29,6 +33,8 @@ class RunSize:
     """Image and text tokens of the largest micro-batch of one process."""
     num_blocks: int
     block_width: int
+    num_trained: int = 0
+    """Trained weights of the transformer itself; 0 with a LoRA, whose own few are in `FIXED_BYTES`."""
 
 
 @dataclass(frozen=True)
@@ -73,13 +79,20 @@ def plan_memory(
     weights_format = "bf16" if config.mixed_precision == "bf16" else "fp32"
     if not on_gpu and weights_format == "bf16":
         reasons.append("bf16 weights on a CPU, as mixed_precision asks: slower there than mixed_precision=no")
-    activations = size.num_tokens * size.num_blocks * size.block_width * ACTIVATION_BYTES_PER_UNIT
+    optimizer = "adamw_8bit" if config.adam8bit else "adamw"
+    training_bytes = size.num_trained * bytes_per_trained_weight(weights_format, config.weight_update, optimizer)
+    bytes_per_unit = ACTIVATION_BYTES_PER_UNIT + (INPUT_BYTES_PER_UNIT if size.num_trained else 0)
+    activations = size.num_tokens * size.num_blocks * size.block_width * bytes_per_unit
     if weights_format == "fp32":
         activations *= 2
-    recompute, reason = _recompute(facts, size, activations, config.disable_gradient_checkpointing)
+    resident = size.weight_bytes + training_bytes + FIXED_BYTES
+    recompute, reason = _recompute(facts, resident, activations, config.disable_gradient_checkpointing)
     reasons.append(reason)
     # With recomputation one block's activations live at a time, besides the input of each block.
     kept = activations / max(size.num_blocks, 1) + activations / 24 if recompute else activations
+    if on_gpu and size.num_trained:
+        _refuse_what_cannot_fit(facts, size, round(kept) + FIXED_BYTES, config, weights_format, optimizer)
+        reasons.append(f"gradients, optimizer state and copies of all weights: {training_bytes / GIB:.1f} GiB")
     tf32 = config.cuda_features.enable_tf32_compute
     if tf32 is None:
         tf32 = facts.capability >= (8, 0)
@@ -100,17 +113,50 @@ def plan_memory(
         tf32=tf32,
         cudnn_attention=use_cudnn,
         deterministic=config.deterministic,
-        optimizer="adamw_8bit" if config.adam8bit else "adamw",
-        expected_peak_bytes=round(size.weight_bytes + kept + FIXED_BYTES) if on_gpu else 0,
+        optimizer=optimizer,
+        expected_peak_bytes=round(resident + kept) if on_gpu else 0,
         reasons=tuple(reasons),
     )
 
 
-def _recompute(facts: HardwareFacts, size: RunSize, activations: int, disabled: bool | None) -> tuple[bool, str]:
+def bytes_per_trained_weight(weights_format: str, weight_update: str, optimizer: str) -> int:
+    """Device memory of one trained weight besides the weight: gradient, two optimizer states, fp32 copy if any."""
+    states = 2 if optimizer == "adamw_8bit" else 8
+    if weights_format == "fp32":
+        return 4 + states
+    if weight_update == "fp32_master":
+        return 4 + 4 + states
+    return 2 + states
+
+
+def _refuse_what_cannot_fit(
+    facts: HardwareFacts, size: RunSize, other_bytes: int, config: TrainConfig, weights_format: str, optimizer: str
+) -> None:
+    """Raises PlanError if all weights cannot be trained here, naming the way that needs least and whether it fits."""
+
+    def needed(update: str, name: str) -> float:
+        per_weight = bytes_per_trained_weight(weights_format, update, name)
+        return (size.weight_bytes + size.num_trained * per_weight + other_bytes) / GIB
+
+    usable, wanted = facts.free_bytes * USABLE_SHARE / GIB, needed(config.weight_update, optimizer)
+    if wanted <= usable:
+        return
+    least = needed("stochastic_rounding", "adamw_8bit")
+    if least <= usable:
+        advice = f"weight_update=stochastic_rounding adam8bit=true needs {least:.1f} GiB and fits."
+    else:
+        advice = f"The least, stochastic_rounding with adam8bit=true, needs {least:.1f} GiB. Train a LoRA: method=lora."
+    raise PlanError(
+        f"training all weights needs about {wanted:.1f} GiB and {usable:.1f} GiB of {facts.name} are usable: "
+        f"{wanted - usable:.1f} GiB are missing. {advice}"
+    )
+
+
+def _recompute(facts: HardwareFacts, resident: int, activations: int, disabled: bool | None) -> tuple[bool, str]:
     if disabled is not None:
         return not disabled, f"recomputation {'off' if disabled else 'on'}: disable_gradient_checkpointing says so"
     if facts.device != "cuda":
         return False, "recomputation off: host memory is enough on a CPU"
-    needed, usable = size.weight_bytes + activations + FIXED_BYTES, facts.free_bytes * USABLE_SHARE
+    needed, usable = resident + activations, facts.free_bytes * USABLE_SHARE
     sizes = f"about {needed / GIB:.1f} GiB without it, {usable / GIB:.1f} GiB usable"
     return needed > usable, f"recomputation {'on' if needed > usable else 'off'}: {sizes}"
