@@ -10,7 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import Qwen2VLProcessor
 
+from pixtune.families.base import ModelFamily, Placement
+from pixtune.families.qwen_image_edit import VisionTokenizer
+from pixtune.weights import ModelFolder
 from tests.runs import ROOT
 
 CAPTIONS = [
@@ -67,3 +71,57 @@ def assert_same(ours: Any, stock: Any, name: str) -> None:
         torch.testing.assert_close(ours, stock, rtol=1e-5, atol=1e-5, msg=lambda text: f"{name}: {text}")
     else:
         assert ours == stock, (name, ours, stock)
+
+
+# ---- the stock edit pipelines
+
+
+class ForwardsTokenTypes(nn.Module):
+    """The text encoder as the pull request calls it."""
+
+    def __init__(self, encoder: nn.Module, picture_token: int) -> None:
+        super().__init__()
+        self.encoder, self.picture_token = encoder, picture_token
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.encoder.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.encoder.device
+
+    def forward(self, input_ids: Tensor, **inputs: Any) -> Any:
+        token_types = (input_ids == self.picture_token).int()
+        return self.encoder(input_ids=input_ids, mm_token_type_ids=token_types, **inputs)
+
+
+def real_processor(tokenizer: VisionTokenizer) -> Qwen2VLProcessor:
+    """Made without its constructor, which wants torchvision for films."""
+    processor = Qwen2VLProcessor.__new__(Qwen2VLProcessor)
+    processor.image_processor, processor.tokenizer = tokenizer.image_processor, tokenizer.tokenizer
+    processor.image_token, processor.video_token = "<|image_pad|>", "<|video_pad|>"
+    processor.image_token_id, processor.video_token_id = tokenizer.tokenizer.convert_tokens_to_ids(
+        [processor.image_token, processor.video_token]
+    )
+    processor.chat_template, processor.image_ids, processor.video_ids = None, [], []
+    return processor
+
+
+def edit_pipeline(family: ModelFamily, folder: ModelFolder) -> Any:
+    """The stock pipeline over a folder, in fp32."""
+    import diffusers
+
+    placement = Placement(torch.device("cpu"), torch.float32)
+    encoder = family.load_text_encoder(folder, placement)
+    (model,), (tokenizer,) = encoder.models, encoder.tokenizers
+    pipeline = getattr(diffusers, folder.pipeline_class)(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler.from_pretrained(folder.path / "scheduler"),
+        vae=family.load_autoencoder(folder, placement),
+        text_encoder=ForwardsTokenTypes(model, tokenizer.tokenizer.convert_tokens_to_ids("<|image_pad|>")),
+        tokenizer=tokenizer.tokenizer,
+        processor=real_processor(tokenizer),
+        transformer=family.load_transformer(folder, placement),
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline

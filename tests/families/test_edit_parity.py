@@ -18,16 +18,15 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor, nn
-from transformers import Qwen2VLProcessor
 
 from pixtune.data.images import to_pixels
 from pixtune.families import FAMILIES, family_of, qwen_image
 from pixtune.families.base import CONTROL_SIDE, ModelFamily, Placement, Prompt, TextEncoder
 from pixtune.families.packing import unpack_latents
-from pixtune.families.qwen_image_edit import EditReader, VisionTokenizer
+from pixtune.families.qwen_image_edit import EditReader
 from pixtune.sample import sample_latents, starting_noise, to_image
 from pixtune.weights import ModelFolder
-from tests.families.stock import CAPTIONS, assert_same, build_folder, recorded_calls
+from tests.families.stock import CAPTIONS, assert_same, build_folder, edit_pipeline, real_processor, recorded_calls
 
 COVERED = ("qwen_image_edit", "qwen_image_edit_plus")
 PLACEMENT = Placement(torch.device("cpu"), torch.float32)
@@ -58,42 +57,8 @@ class Case:
         return self.family.max_controls
 
 
-class ForwardsTokenTypes(nn.Module):
-    """The text encoder as the pull request calls it."""
-
-    def __init__(self, encoder: nn.Module, picture_token: int) -> None:
-        super().__init__()
-        self.encoder, self.picture_token = encoder, picture_token
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.encoder.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.encoder.device
-
-    def forward(self, input_ids: Tensor, **inputs: Any) -> Any:
-        token_types = (input_ids == self.picture_token).int()
-        return self.encoder(input_ids=input_ids, mm_token_type_ids=token_types, **inputs)
-
-
-def real_processor(tokenizer: VisionTokenizer) -> Qwen2VLProcessor:
-    """Made without its constructor, which wants torchvision for films."""
-    processor = Qwen2VLProcessor.__new__(Qwen2VLProcessor)
-    processor.image_processor, processor.tokenizer = tokenizer.image_processor, tokenizer.tokenizer
-    processor.image_token, processor.video_token = "<|image_pad|>", "<|video_pad|>"
-    processor.image_token_id, processor.video_token_id = tokenizer.tokenizer.convert_tokens_to_ids(
-        [processor.image_token, processor.video_token]
-    )
-    processor.chat_template, processor.image_ids, processor.video_ids = None, [], []
-    return processor
-
-
 @pytest.fixture(scope="module", params=["qwen_image_edit", "qwen_image_edit_plus", "qwen_image_edit_plus-2511"])
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
-    import diffusers
-
     name, _, generation = request.param.partition("-")
     path = build_folder("tiny_qwen_image_edit", tmp_path_factory.mktemp(name) / "model")
     kind = FAMILIES[name].pipeline_classes[0]
@@ -109,19 +74,8 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     folder = ModelFolder(path)
     family = family_of(folder)
     assert family.name == name
-    text_encoder = family.load_text_encoder(folder, PLACEMENT)
-    (model,), (tokenizer,) = text_encoder.models, text_encoder.tokenizers
-    pipeline = getattr(diffusers, kind)(
-        scheduler=diffusers.FlowMatchEulerDiscreteScheduler.from_pretrained(path / "scheduler"),
-        vae=family.load_autoencoder(folder, PLACEMENT),
-        text_encoder=ForwardsTokenTypes(model, tokenizer.tokenizer.convert_tokens_to_ids("<|image_pad|>")),
-        tokenizer=tokenizer.tokenizer,
-        processor=real_processor(tokenizer),
-        transformer=family.load_transformer(folder, PLACEMENT),
-    )
-    pipeline.set_progress_bar_config(disable=True)
     return Case(
-        family, folder, pipeline, text_encoder,
+        family, folder, edit_pipeline(family, folder), family.load_text_encoder(folder, PLACEMENT),
         family.load_autoencoder(folder, PLACEMENT), family.load_transformer(folder, PLACEMENT).eval(),
     )  # fmt: skip
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import logging
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -78,17 +76,6 @@ def files(adapted: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path:
     written = export_lora(path, adapters.lora_weights(adapted), ABOUT, FAMILY)
     assert written == (path / DIFFUSERS_FILE, path / COMFYUI_FILE)
     return path
-
-
-@pytest.fixture
-def diffusers_warnings(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
-    """diffusers says in warnings which keys were missing, unexpected or ignored."""
-    from diffusers.utils import logging as diffusers_logging
-
-    diffusers_logging.enable_propagation()
-    with caplog.at_level(logging.WARNING, logger="diffusers"):
-        yield caplog
-    diffusers_logging.disable_propagation()
 
 
 def stock_pipeline(folder: ModelFolder, base: nn.Module) -> Any:

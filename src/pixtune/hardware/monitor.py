@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import logging
+
 import torch
+
+log = logging.getLogger(__name__)
 
 GIB = 2**30
 
@@ -16,6 +20,15 @@ def get_memory_stats() -> dict[str, float]:
         "reserved_gb": torch.cuda.memory_reserved() / GIB,
         "max_allocated_gb": torch.cuda.max_memory_allocated() / GIB,
     }
+
+
+def log_memory_usage(checkpoint_name: str) -> None:
+    """One line in the log (logger "pixtune.hardware.monitor") on what is in use at a named moment."""
+    stats = get_memory_stats()
+    log.info(
+        "%s: %.2f GiB allocated, %.2f GiB reserved, peak %.2f GiB",
+        checkpoint_name, stats["allocated_gb"], stats["reserved_gb"], stats["max_allocated_gb"],
+    )  # fmt: skip
 
 
 def reset_peak_memory_stats() -> None:

@@ -1,0 +1,135 @@
+"""Pictures, captions and controls as a torch `DataLoader`, for scripts of the user's own.
+
+The trainer itself reads encoded pictures (`batches.py`). This is the same data set before encoding, with the same
+pairing, sizes, crops and order, so that another script sees what the trainer sees.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from pixtune import draws
+from pixtune.config.schema import DataConfig
+from pixtune.data.batches import BatchPlan
+from pixtune.data.buckets import Framing, Size, build_buckets, frame_picture
+from pixtune.data.controls import ControlRules
+from pixtune.data.encodings import control_pictures, target_picture
+from pixtune.data.images import to_pixels
+from pixtune.data.samples import read_samples
+from pixtune.errors import ConfigError
+
+MULTIPLE = 16
+"""Picture sides are multiples of this many pixels, as the full-size models need."""
+MOST_CONTROLS = 3
+
+
+class Turn(NamedTuple):
+    """One sample's turn in a batch."""
+
+    sample: int
+    variant: int
+    dropped: bool
+    """Its caption is replaced by the empty one."""
+
+
+class PictureBatch(NamedTuple):
+    """What the loader yields."""
+
+    pixels_B3HW: Tensor
+    """In [-1, 1]."""
+    captions: list[str]
+    controls: list[Tensor]
+    """One tensor of shape B3HW a control picture, in [-1, 1]; empty for text-to-image."""
+
+
+def loader(train_batch_size: int, num_workers: int, seed: int = 0, **data_config: Any) -> DataLoader[Any]:
+    """A data set as `PictureBatch`es of one size; each pass over it is another epoch, with another order and other crops.
+
+    Args:
+        seed: decides order, crops of `random_ratio` and dropped captions.
+        data_config: keys of the config's `data_config`.
+
+    Raises:
+        ConfigError: keys that `data_config` does not have, or of a wrong type.
+        DataError: every fault of the data set.
+    """
+    pictures = Pictures(read_data_config({**data_config, "train_batch_size": train_batch_size}))
+    plan = BatchPlan(
+        [[sample.signature(v) for v in range(len(sample.framings))] for sample in pictures.samples],
+        train_batch_size, seed,
+    )  # fmt: skip
+    turns = Turns(plan, pictures.config.caption_dropout_rate)
+    return DataLoader(pictures, batch_sampler=turns, num_workers=num_workers, collate_fn=_stack)
+
+
+def read_data_config(values: Mapping[str, Any]) -> DataConfig:
+    """The keys checked by the config's own schema.
+
+    Raises:
+        ConfigError: all faults.
+    """
+    from pydantic import ValidationError
+
+    try:
+        return DataConfig.model_validate(dict(values))
+    except ValidationError as error:
+        faults = [f"{'.'.join(map(str, e['loc']))} is {e['input']!r}: {e['msg']}" for e in error.errors()]
+        raise ConfigError("data_config is wrong", faults) from error
+
+
+class Pictures(Dataset[tuple[Tensor, str, list[Tensor]]]):
+    """The pictures by turn: pixels of shape 3HW in [-1, 1], caption, and pixels of the controls."""
+
+    def __init__(self, config: DataConfig) -> None:
+        self.config = config
+        buckets = build_buckets(config.control_size, MULTIPLE)
+
+        def near_control_size(size: Size) -> Size:
+            framing: Framing = frame_picture(*size, buckets, upscale=True)
+            return framing.size
+
+        has_controls = config.control_dir is not None or config.metadata_file is not None
+        rules = ControlRules(MOST_CONTROLS, near_control_size, None) if has_controls else None
+        self.samples = read_samples(config, config.img_dir, MULTIPLE, config.random_ratio, rules)
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, turn: Turn) -> tuple[Tensor, str, list[Tensor]]:
+        sample = self.samples[turn.sample]
+        controls = [to_pixels(picture.read()) for picture in control_pictures(sample, turn.variant)]
+        pixels_3HW = to_pixels(target_picture(sample, turn.variant).read())
+        return pixels_3HW, "" if turn.dropped else sample.caption, controls
+
+
+class Turns(Sampler[list[Turn]]):
+    """The batches of one epoch after the other, in the order that the trainer draws them."""
+
+    def __init__(self, plan: BatchPlan, dropout_rate: float) -> None:
+        self.plan, self.dropout_rate, self.epoch = plan, dropout_rate, 0
+
+    def __len__(self) -> int:
+        return len(self.plan.epoch(self.epoch))
+
+    def __iter__(self) -> Iterator[list[Turn]]:
+        epoch, self.epoch = self.epoch, self.epoch + 1
+        for number, members in enumerate(self.plan.epoch(epoch)):
+            yield [
+                Turn(draw.sample, draw.variant, self._is_dropped(epoch, number, slot))
+                for slot, draw in enumerate(members)
+            ]
+
+    def _is_dropped(self, epoch: int, number: int, slot: int) -> bool:
+        return draws.uniform(self.plan.seed, "caption dropout", epoch, number, slot) < self.dropout_rate
+
+
+def _stack(rows: list[tuple[Tensor, str, list[Tensor]]]) -> PictureBatch:
+    pixels, captions, controls = zip(*rows, strict=True)
+    return PictureBatch(
+        torch.stack(pixels), list(captions), [torch.stack(same) for same in zip(*controls, strict=True)]
+    )

@@ -1,0 +1,5 @@
+"""One pool of memory for CPU and GPU; see pixtune.hardware.unified."""
+
+from pixtune.hardware.unified import get_memory_config, is_unified_memory_system, setup_unified_memory_env
+
+__all__ = ["get_memory_config", "is_unified_memory_system", "setup_unified_memory_env"]
