@@ -1,18 +1,36 @@
-"""What this machine is: read once, handed around as plain values, so that decisions can be tested without it."""
+"""What a machine is, as plain values, so that decisions can be tested without it. Imports no torch.
+
+`read_facts` reads this machine; `cards.facts_as` makes the facts of another one from the table of cards.
+"""
 
 from __future__ import annotations
 
 import platform
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Literal
 
-import torch
 from packaging.version import Version
 
 from pixtune.errors import PixtuneError
 
+if TYPE_CHECKING:
+    import torch
+
 OLDEST_TORCH = "2.10.0a0"
 REPORTED_PACKAGES = ("pixtune", "torch", "diffusers", "transformers", "peft", "accelerate", "safetensors")
+MEMORY_FRACTION = 0.9
+"""Most that a run takes of a pool shared with the CPU, unless the config's `memory_fraction` says otherwise."""
+
+GIB = 2**30
+LEAST_FLOOR_BYTES = 4 * GIB
+FLOOR_SHARE = 16
+
+CoherentLink = Literal["pcie", "c2c", "integrated", "none"]
+
+TENSOR_CORE_FORMATS = {"bf16": (8, 0), "int8": (8, 0), "fp8": (8, 9)}
+"""The oldest capability whose tensor cores are used for a format. Turing (7.5) has int8 too, but no bf16 beside it, and
+nothing here was ever run on it."""
 
 
 @dataclass(frozen=True)
@@ -25,28 +43,82 @@ class HardwareFacts:
     capability: tuple[int, int]
     """Compute capability; (0, 0) without a GPU."""
     total_bytes: int
-    """Device memory; 0 without a GPU."""
+    """Device memory as the driver reports it; 0 without a GPU."""
     free_bytes: int
+    """What a run may take: free device memory; of a pool shared with the CPU what `usable_pool_bytes` leaves."""
+    integrated: bool = False
+    """CPU and GPU share one pool of memory, and the device says so itself (DGX Spark)."""
+    coherent_link: CoherentLink = "none"
+    """"integrated": one pool. "c2c": two pools, and each side reads the other's (GH200). "pcie": copies."""
+    host_total_bytes: int = 0
+    """Without what a container may not have, and without the GPU's own memory. On an integrated machine the pool."""
+    host_available_bytes: int = 0
+    """What processes can get without swapping; page cache counts, since it can be dropped."""
+    page_cache_bytes: int = 0
+    """Of the host, as /proc/meminfo has it; on an integrated machine it stands in the GPU's pool."""
+    memory_bandwidth_bytes_per_second: int | None = None
+    """Of device memory, nominal, from the table of cards; None for a card that is not in it."""
+    link_bandwidth_bytes_per_second: int | None = None
+    """Host to device from pinned memory, an estimate from the link's kind; None if unknown or one pool."""
+    cuda_version: str | None = None
+    """That torch was built with."""
+    driver_version: str | None = None
+    cudnn_version: str | None = None
+    torch_version: str | None = None
+    machine: str = ""
+    """"x86_64", "aarch64", ..."""
+    num_sms: int = 0
+    tensor_core_formats: tuple[str, ...] = ()
+    """Of "bf16", "int8", "fp8": those this GPU's tensor cores are used for."""
 
 
-def read_facts(device: torch.device) -> HardwareFacts:
-    """The facts of one device."""
-    if device.type != "cuda":
-        return HardwareFacts("cpu", platform.processor() or platform.machine(), (0, 0), 0, 0)
-    free_bytes, total_bytes = torch.cuda.mem_get_info(device)
-    name, capability = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
-    return HardwareFacts("cuda", name, capability, total_bytes, free_bytes)
+def read_facts(device: torch.device, memory_fraction: float = MEMORY_FRACTION) -> HardwareFacts:
+    """The facts of one device of this machine. Starts CUDA if it is a GPU.
+
+    Args:
+        memory_fraction: most that `free_bytes` may be of a pool shared with the CPU; no meaning elsewhere.
+    """
+    from pixtune.hardware.read import read_device_facts  # it imports torch, and `pixtune plan --as` must not
+
+    return read_device_facts(device, memory_fraction)
+
+
+def pool_floor_bytes(pool_bytes: int) -> int:
+    """What a plan leaves untouched of a pool shared with the CPU: a sixteenth, at least 4 GiB (7.5 of 119.7 GiB).
+
+    A machine with one pool does not run out of memory, it hangs: the kernel's out-of-memory killer does not count what
+    CUDA took, and containers' limits do not either. So the rest of the system must never have to fight for its pages:
+    desktop and services, the page cache of a checkpoint that is being written, and what kernels and libraries load in
+    the course of a run. The watchdog stops a run at half of this (`unified.MemoryWatchdog`), which leaves the other
+    half for estimates that were too low.
+    """
+    return max(LEAST_FLOOR_BYTES, pool_bytes // FLOOR_SHARE)
+
+
+def usable_pool_bytes(pool_bytes: int, available_bytes: int, memory_fraction: float = MEMORY_FRACTION) -> int:
+    """What a run may take of one pool: what is available less the floor, at most the fraction of the pool."""
+    return max(0, min(available_bytes - pool_floor_bytes(pool_bytes), round(pool_bytes * memory_fraction)))
+
+
+def tensor_core_formats(capability: tuple[int, int]) -> tuple[str, ...]:
+    """Of "bf16", "int8", "fp8": those that the tensor cores of a capability are used for here."""
+    return tuple(name for name, oldest in TENSOR_CORE_FORMATS.items() if capability >= oldest)
 
 
 def package_versions() -> dict[str, str]:
     """Versions that a result depends on, Python's included."""
     versions = {"python": platform.python_version()}
     for name in REPORTED_PACKAGES:
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            versions[name] = "not installed"
+        versions[name] = installed_version(name) or "not installed"
     return versions
+
+
+def installed_version(name: str) -> str | None:
+    """A package's version from its metadata, without importing it; None if it is not installed."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
 
 
 def check_torch() -> None:
@@ -55,8 +127,15 @@ def check_torch() -> None:
     Raises:
         PixtuneError: it is older than what this was built for.
     """
-    if Version(torch.__version__) < Version(OLDEST_TORCH):
+    import torch
+
+    if is_too_old(torch.__version__):
         raise PixtuneError(
             f"torch {torch.__version__} is installed, pixtune needs {OLDEST_TORCH} or newer. Install one for your GPU "
             "as its vendor or pytorch.org says; pixtune never replaces it."
         )
+
+
+def is_too_old(torch_version: str) -> bool:
+    """Whether pixtune refuses a version of torch."""
+    return Version(torch_version) < Version(OLDEST_TORCH)

@@ -6,10 +6,18 @@ has two coherent pools.
 
 from __future__ import annotations
 
+import math
 import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+from pixtune.errors import PlanError
+from pixtune.hardware.facts import GIB, HardwareFacts, pool_floor_bytes
+from pixtune.hardware.meminfo import HostMemory, read_meminfo
 
 ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 """The newer name, and the one that older torch and most users know. torch reads both, the newer one first."""
@@ -50,3 +58,80 @@ def setup_unified_memory_env() -> None:
     settings = [word for word in os.environ.get(variable, "").split(",") if word]
     if not any(word.strip().startswith("expandable_segments:") for word in settings):
         os.environ[variable] = ",".join([*settings, EXPANDABLE])
+
+
+def cap_unified_memory(facts: HardwareFacts) -> int:
+    """Has torch raise out-of-memory before the machine hangs: caps the allocator at what the facts call free.
+
+    Call it once, when the facts are read and before anything is loaded; elsewhere than on an integrated machine use
+    `capping.cap_device_memory`, or nothing.
+
+    Returns:
+        The cap in bytes.
+
+    Raises:
+        PlanError: nothing is left of the pool to cap.
+    """
+    if facts.free_bytes <= 0:
+        raise PlanError(
+            f"{facts.host_available_bytes / GIB:.1f} GiB of {facts.total_bytes / GIB:.1f} GiB of {facts.name}'s pool "
+            f"are available and {pool_floor_bytes(facts.total_bytes) / GIB:.1f} GiB of it stay free for the system. "
+            "End other programs that hold memory; `pixtune doctor` shows how much is page cache."
+        )
+    torch.cuda.set_per_process_memory_fraction(min(1.0, facts.free_bytes / facts.total_bytes))
+    return facts.free_bytes
+
+
+@dataclass(frozen=True)
+class MemoryVerdict:
+    """Whether a run can go on."""
+
+    available_bytes: int
+    floor_bytes: int
+
+    @property
+    def should_stop(self) -> bool:
+        return self.available_bytes < self.floor_bytes
+
+    @property
+    def message(self) -> str:
+        """Why, and what to do; for the error that follows the checkpoint."""
+        return (
+            f"{self.available_bytes / GIB:.1f} GiB of memory are available and this run stops below "
+            f"{self.floor_bytes / GIB:.1f} GiB, since a machine whose GPU shares its memory hangs when none is left. "
+            "The run is saved. End other programs, or lower memory_fraction or train_batch_size, and go on with "
+            "resume_from_checkpoint=latest."
+        )
+
+
+class MemoryWatchdog:
+    """Watches the memory that is available while a run trains on a machine with one pool.
+
+    The loop asks after every step and acts on the answer: save, then raise `TrainingError(verdict.message)`. Nothing is
+    raised from here and there is no thread: a step is the only place where a run can be saved, and a thread would race
+    with it. Asking costs a clock reading; the kernel is asked at most once per `interval_seconds`.
+
+    Args:
+        pool_bytes: the whole pool. The run stops at half of `facts.pool_floor_bytes`, which the plan leaves free.
+        read: gives the machine's memory.
+    """
+
+    def __init__(
+        self,
+        pool_bytes: int,
+        read: Callable[[], HostMemory] = read_meminfo,
+        clock: Callable[[], float] = time.monotonic,
+        interval_seconds: float = 1.0,
+    ) -> None:
+        self._floor_bytes = pool_floor_bytes(pool_bytes) // 2
+        self._read, self._clock, self._interval_seconds = read, clock, interval_seconds
+        self._next_reading = -math.inf
+        self._verdict = MemoryVerdict(pool_bytes, self._floor_bytes)
+
+    def check(self) -> MemoryVerdict:
+        """The latest verdict, at most `interval_seconds` old."""
+        now = self._clock()
+        if now >= self._next_reading:
+            self._next_reading = now + self._interval_seconds
+            self._verdict = MemoryVerdict(self._read().available_bytes, self._floor_bytes)
+        return self._verdict

@@ -1,0 +1,231 @@
+"""Says when steps become slower than the run's own beginning, and why, if something measured tells.
+
+Slow steps are told from a run's own baseline, size by size, since a batch of large pictures is no drift. A cause is
+named only on evidence of its own; where there is none, the drift is reported without one.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections import defaultdict, deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+BASELINE_STEPS = 16
+"""Steps of one size whose median is what later ones are held against. Half of them may compile without harm."""
+WINDOW_STEPS = 20
+DRIFT_RATIO = 1.3
+RECOVERED_RATIO = 1.15
+"""Below it a reported drift is over, and the next one is reported again."""
+CLOCK_SHARE = 0.9
+"""Of the baseline's clock; below it the card is throttling."""
+FULL_SHARE = 0.03
+"""Of device memory that is free; below it the driver of Windows moves memory to the host instead of refusing."""
+RECOMPILING_STEPS = 3
+
+
+@dataclass(frozen=True)
+class StepSample:
+    """What is known of one step. Only `step` and `seconds` are needed; each other figure can show one cause."""
+
+    step: int
+    seconds: float
+    size: str = ""
+    """Steps of one size cost alike: for example "1024x1024 x2"."""
+    data_wait_seconds: float = 0.0
+    """Of `seconds`: waiting for the next batch."""
+    recompilations: int = 0
+    """In this step."""
+    allocation_retries: int = 0
+    """In this step: times that the allocator had to give memory back to the driver and ask again
+    (`num_alloc_retries` of torch's memory statistics, as a difference)."""
+    free_share: float | None = None
+    """Of device memory, as the driver sees it."""
+    clock_mhz: float | None = None
+    temperature_celsius: float | None = None
+
+
+@dataclass(frozen=True)
+class Drift:
+    """Steps have become slower."""
+
+    step: int
+    ratio: float
+    """Median of the last steps over their baselines."""
+    causes: tuple[str, ...]
+    """"data", "recompilation", "memory", "spill", "throttling": those that were measured; may be none."""
+    message: str
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """What a size cost when the run was young."""
+
+    seconds: float
+    data_wait_seconds: float
+    clock_mhz: float | None
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A step beside its baseline."""
+
+    sample: StepSample
+    baseline: Baseline
+
+    @property
+    def ratio(self) -> float:
+        return self.sample.seconds / self.baseline.seconds
+
+
+class StepTimeWatch:
+    """Takes one sample a step and answers with a drift when one begins; silent while it lasts and when all is well.
+
+    Args:
+        spills_to_host: this system's driver moves GPU memory to the host when it is full (Windows and WSL), which shows
+            as slowness instead of an error.
+    """
+
+    def __init__(self, spills_to_host: bool = False) -> None:
+        self._spills_to_host = spills_to_host
+        self._young: dict[str, list[StepSample]] = defaultdict(list)
+        self._baselines: dict[str, Baseline] = {}
+        self._window: deque[Measured] = deque(maxlen=WINDOW_STEPS)
+        self._drifting = False
+
+    def add(self, sample: StepSample) -> Drift | None:
+        """The drift that has begun with this step, or None."""
+        baseline = self._baselines.get(sample.size)
+        if baseline is None:
+            self._learn(sample)
+            return None
+        self._window.append(Measured(sample, baseline))
+        if len(self._window) < WINDOW_STEPS:
+            return None
+        ratio = slowness(self._window)
+        if self._drifting:
+            self._drifting = ratio >= RECOVERED_RATIO
+            return None
+        if ratio < DRIFT_RATIO:
+            return None
+        self._drifting = True
+        return explain(tuple(self._window), ratio, self._spills_to_host)
+
+    def _learn(self, sample: StepSample) -> None:
+        young = self._young[sample.size]
+        young.append(sample)
+        if len(young) == BASELINE_STEPS:
+            self._baselines[sample.size] = baseline_of(self._young.pop(sample.size))
+
+
+def baseline_of(samples: Sequence[StepSample]) -> Baseline:
+    """Medians, so that steps which compiled or read a cold cache do not count."""
+    return Baseline(
+        statistics.median(sample.seconds for sample in samples),
+        statistics.median(sample.data_wait_seconds for sample in samples),
+        _median([sample.clock_mhz for sample in samples]),
+    )
+
+
+def slowness(window: Sequence[Measured]) -> float:
+    """How slow the last steps are. The median; but the mean where several of them compiled anew, which costs minutes
+    in a few steps and would hide from a median."""
+    ratios = [measured.ratio for measured in window]
+    recompiling = sum(measured.sample.recompilations > 0 for measured in window)
+    return statistics.fmean(ratios) if recompiling >= RECOMPILING_STEPS else statistics.median(ratios)
+
+
+def explain(window: Sequence[Measured], ratio: float, spills_to_host: bool) -> Drift:
+    """The drift of a window of steps, with what was measured of its causes."""
+    findings = [(cause, finding) for cause, find in CAUSES.items() if (finding := find(window, spills_to_host))]
+    seconds = statistics.fmean(measured.sample.seconds for measured in window)
+    before = statistics.fmean(measured.baseline.seconds for measured in window)
+    told = " ".join(finding for _, finding in findings) or (
+        "Nothing that is measured here explains it: neither data, recompilation, memory nor clock. Look for other "
+        "programs on this machine."
+    )
+    last = window[-1].sample.step
+    return Drift(
+        last,
+        ratio,
+        tuple(cause for cause, _ in findings),
+        f"step {last}: the last {len(window)} steps took {seconds:.2f} s each, {ratio:.1f} times as long as at first "
+        f"({before:.2f} s). {told}",
+    )
+
+
+def _data(window: Sequence[Measured], spills_to_host: bool) -> str | None:
+    """Waiting for data makes up at least half of what a step takes longer."""
+    wait = statistics.fmean(measured.sample.data_wait_seconds for measured in window)
+    longer_wait = wait - statistics.fmean(measured.baseline.data_wait_seconds for measured in window)
+    longer = statistics.fmean(measured.sample.seconds - measured.baseline.seconds for measured in window)
+    if longer_wait < longer / 2:
+        return None
+    return (
+        f"{wait:.2f} s of a step are spent waiting for data: the cache's disk is slow or busy. Put the cache on a "
+        "local disk, or raise data_config.num_workers."
+    )
+
+
+def _recompilation(window: Sequence[Measured], spills_to_host: bool) -> str | None:
+    """Steps that compile are the slow ones: without them there is no drift."""
+    compiling = [measured for measured in window if measured.sample.recompilations]
+    others = [measured.ratio for measured in window if not measured.sample.recompilations]
+    if not compiling or (others and statistics.median(others) >= DRIFT_RATIO):
+        return None
+    sizes = sorted({measured.sample.size for measured in compiling} - {""})
+    return (
+        f"{len(compiling)} of them compiled anew{' for ' + ', '.join(sizes) if sizes else ''}. Fewer bucket sizes "
+        "compile less often; TORCH_LOGS=recompiles tells why it happens."
+    )
+
+
+def _memory(window: Sequence[Measured], spills_to_host: bool) -> str | None:
+    """The allocator had to give memory back and ask again."""
+    retries = sum(measured.sample.allocation_retries for measured in window)
+    if not retries:
+        return None
+    return (
+        f"The GPU's memory is all but full: the allocator emptied its cache {retries} times. Lower train_batch_size or "
+        "img_size, or let more be recomputed (disable_gradient_checkpointing: false)."
+    )
+
+
+def _spill(window: Sequence[Measured], spills_to_host: bool) -> str | None:
+    """The driver has no room left, on a system where it then uses the host's memory."""
+    shares = [measured.sample.free_share for measured in window if measured.sample.free_share is not None]
+    if not spills_to_host or not shares or min(shares) >= FULL_SHARE:
+        return None
+    return (
+        f"Only {100 * min(shares):.0f}% of the GPU's memory is free, and the driver of Windows then moves memory "
+        "to the host over PCIe. Free some, and set the NVIDIA Control Panel's 'CUDA - Sysmem Fallback Policy' to 'Prefer No "
+        "Sysmem Fallback': runs then fail at once instead of crawling."
+    )
+
+
+def _throttling(window: Sequence[Measured], spills_to_host: bool) -> str | None:
+    """The clock is lower than at first."""
+    now = _median([measured.sample.clock_mhz for measured in window])
+    before = _median([measured.baseline.clock_mhz for measured in window])
+    if now is None or before is None or now >= CLOCK_SHARE * before:
+        return None
+    temperature = _median([measured.sample.temperature_celsius for measured in window])
+    heat = "" if temperature is None else f" at {temperature:.0f} °C"
+    return (
+        f"The GPU runs at {now:.0f} MHz{heat} instead of {before:.0f}: heat or a power limit slows it. Look at "
+        "its cooling; `nvidia-smi -q -d PERFORMANCE` names the reason."
+    )
+
+
+CAUSES: dict[str, Callable[[Sequence[Measured], bool], str | None]] = {
+    "data": _data,
+    "recompilation": _recompilation,
+    "memory": _memory,
+    "spill": _spill,
+    "throttling": _throttling,
+}
+
+
+def _median(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.median(known) if known else None

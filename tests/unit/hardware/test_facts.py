@@ -1,0 +1,214 @@
+"""The facts of machines that are not here, from what torch and the kernel would say of them."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from pixtune.errors import PixtuneError
+from pixtune.hardware import facts, links, read
+from pixtune.hardware.facts import GIB, HardwareFacts
+from pixtune.hardware.meminfo import parse_meminfo
+from tests.unit.hardware import machines
+from tests.unit.hardware.machines import MACHINES, Machine
+
+EXPECTED = {  # link, formats of its tensor cores, memory GB/s, host to device GB/s (None: one pool)
+    machines.GB10: ("integrated", ("bf16", "int8", "fp8"), 273, None),
+    machines.GH200: ("c2c", ("bf16", "int8", "fp8"), 4000, 360),
+    machines.H100: ("pcie", ("bf16", "int8", "fp8"), 3352, 50.4),
+    machines.RTX_4090: ("pcie", ("bf16", "int8", "fp8"), 1008, 25.2),
+    machines.RTX_3090: ("pcie", ("bf16", "int8"), 936, 25.2),
+    machines.RTX_5090: ("pcie", ("bf16", "int8", "fp8"), 1792, 50.4),
+    machines.RTX_3060: ("pcie", ("bf16", "int8"), 360, 25.2),
+    machines.RTX_4070: ("pcie", ("bf16", "int8", "fp8"), 504, 25.2),
+    machines.RTX_4060: ("pcie", ("bf16", "int8", "fp8"), 272, 12.6),
+    machines.T4: ("pcie", (), None, None),
+}
+
+
+def facts_of(machine: Machine, fraction: float = 0.9, slot: int | None = None) -> HardwareFacts:
+    return read.device_facts(
+        machine.properties, machine.device_free_bytes, parse_meminfo(machine.meminfo), fraction, slot
+    )
+
+
+@pytest.mark.parametrize("machine", MACHINES, ids=lambda machine: machine.name)
+def test_what_a_machine_is(machine: Machine) -> None:
+    found = facts_of(machine)
+    link, formats, memory_gb, link_gb = EXPECTED[machine]
+    assert (found.integrated, found.coherent_link) == (machine is machines.GB10, link)
+    assert found.tensor_core_formats == formats
+    assert (found.capability, found.num_sms, found.total_bytes) == (
+        machine.capability,
+        machine.num_sms,
+        machine.total_bytes,
+    )
+    assert found.memory_bandwidth_bytes_per_second == (memory_gb and memory_gb * 10**9)
+    assert found.link_bandwidth_bytes_per_second == (link_gb and pytest.approx(link_gb * 1e9, rel=0.01))
+
+
+@pytest.mark.parametrize("machine", [m for m in MACHINES if not m.integrated], ids=lambda machine: machine.name)
+def test_a_card_with_memory_of_its_own_is_asked_itself(machine: Machine) -> None:
+    assert facts_of(machine).free_bytes == machine.device_free_bytes
+
+
+def test_a_pool_is_as_free_as_the_kernel_says_not_as_cuda_says() -> None:
+    """cudaMemGetInfo sees 33 GiB, since page cache fills the rest; 112 can be had, and 7.48 stay for the system."""
+    found = facts_of(machines.GB10)
+    assert found.free_bytes == pytest.approx((112 - 119.68 / 16) * GIB, rel=1e-4)
+    assert found.page_cache_bytes == pytest.approx(80 * GIB, rel=1e-6)
+    assert found.host_total_bytes == pytest.approx(119.68 * GIB, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("available_gib", "fraction", "expected_gib"),
+    [
+        (120, 0.9, 108),  # the fraction decides
+        (120, 0.5, 60),
+        (60, 0.9, 60 - 7.5),  # what others left decides
+        (7, 0.9, 0),  # nothing, and no negative number
+    ],
+)
+def test_usable_part_of_a_pool(available_gib: float, fraction: float, expected_gib: float) -> None:
+    usable = facts.usable_pool_bytes(120 * GIB, round(available_gib * GIB), fraction)
+    assert usable == pytest.approx(expected_gib * GIB)
+
+
+def test_a_small_pool_keeps_four_gib() -> None:
+    assert facts.pool_floor_bytes(16 * GIB) == 4 * GIB
+
+
+def test_the_memory_of_a_gh200s_gpu_is_not_counted_as_host_memory() -> None:
+    found = facts_of(machines.GH200)
+    assert found.host_total_bytes == pytest.approx((574 - 94.5) * GIB, rel=1e-6)
+    assert found.host_available_bytes == pytest.approx((540 - 94) * GIB, rel=1e-6)
+
+
+def test_the_slot_counts_before_the_table() -> None:
+    slot = links.pcie_bandwidth(generation=3, lanes=16)
+    assert facts_of(machines.RTX_4090, slot=slot).link_bandwidth_bytes_per_second == slot == pytest.approx(12.6e9, 0.01)
+
+
+def test_cards_that_share_a_name_are_told_by_their_memory() -> None:
+    modified = machines.discrete("NVIDIA GeForce RTX 4090", (8, 9), 47.4, 128)
+    assert facts_of(modified).memory_bandwidth_bytes_per_second is None
+    laptop = machines.discrete("NVIDIA GeForce RTX 4090 Laptop GPU", (8, 9), 15.7, 76)
+    assert facts_of(laptop).memory_bandwidth_bytes_per_second is None
+
+
+def test_the_variable_of_another_program_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("UNIFIED_MEMORY", "true")
+    assert facts_of(machines.H100).integrated is False
+
+
+def test_facts_of_this_machines_cpu() -> None:
+    found = facts.read_facts(torch.device("cpu"))
+    assert (found.device, found.capability, found.total_bytes, found.tensor_core_formats) == ("cpu", (0, 0), 0, ())
+    assert 0 < found.host_available_bytes <= found.host_total_bytes
+    assert (found.torch_version, found.machine) == (torch.__version__, platform.machine())
+
+
+def test_reading_a_gpu_asks_torch_for_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    machine = machines.GB10
+    (tmp_path / "meminfo").write_text(machine.meminfo)
+    monkeypatch.setattr("pixtune.hardware.meminfo.MEMINFO", tmp_path / "meminfo")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: machine.properties)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (machine.device_free_bytes, machine.total_bytes))
+    found = facts.read_facts(torch.device("cuda", 0), memory_fraction=0.5)
+    assert found.free_bytes == round(0.5 * machine.total_bytes) and found.name == "NVIDIA GB10"
+
+
+# ---- versions
+
+
+def test_driver_version() -> None:
+    closed = "NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.15  Tue Mar  5 22:23:56 UTC 2024\nGCC version: 13\n"
+    opened = (
+        "NVRM version: NVIDIA UNIX Open Kernel Module for aarch64  580.95.05  Release Build  (bld@host)  Tue Sep 23\n"
+    )
+    assert [read.parse_driver_version(text) for text in (closed, opened, "")] == ["550.54.15", "580.95.05", None]
+
+
+def test_cudnn_version() -> None:
+    assert [read.cudnn_version(number) for number in (91900, 92600, 8907, None)] == ["9.19.0", "9.26.0", "8.9.7", None]
+
+
+@pytest.mark.parametrize(("version", "old"), [("2.9.1", True), ("2.10.0a0+cu130", False), ("2.13.0+cpu", False)])
+def test_oldest_torch(monkeypatch: pytest.MonkeyPatch, version: str, old: bool) -> None:
+    assert facts.is_too_old(version) is old
+    monkeypatch.setattr(torch, "__version__", version)
+    if old:
+        with pytest.raises(PixtuneError, match=rf"torch {version} is installed, pixtune needs 2\.10"):
+            facts.check_torch()
+    else:
+        facts.check_torch()
+
+
+def test_facts_and_cards_need_no_torch() -> None:
+    """`pixtune plan --as` has three seconds; torch alone takes longer on a slow disk."""
+    code = (
+        "import sys; from pixtune.hardware.cards import facts_as; facts_as('RTX 4090'); "
+        "import pixtune.fit.plan, pixtune.hardware.meminfo; print('torch' in sys.modules)"
+    )
+    outcome = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert outcome.stdout.strip() == "False"
+
+
+# ---- links
+
+
+def slot(root: Path, device_speed: str, port_speed: str | None, lanes: str) -> Path:
+    """A PCI tree with one device below a port."""
+    port = root / "devices" / "0000:00:01.0"
+    device = port / "0000:65:00.0"
+    device.mkdir(parents=True)
+    (device / "max_link_speed").write_text(f"{device_speed}\n")
+    (device / "current_link_width").write_text(f"{lanes}\n")
+    if port_speed is not None:
+        (port / "max_link_speed").write_text(f"{port_speed}\n")
+    listing = root / "listing"
+    listing.mkdir()
+    (listing / "0000:65:00.0").symlink_to(device)
+    return listing
+
+
+@pytest.mark.parametrize(
+    ("device_speed", "port_speed", "lanes", "gigabytes"),
+    [
+        ("32.0 GT/s PCIe", "32.0 GT/s PCIe", "16", 50.4),
+        ("32.0 GT/s PCIe", "16.0 GT/s PCIe", "16", 25.2),  # a new card in an older board
+        ("16.0 GT/s PCIe", None, "8", 12.6),
+        ("Unknown", "Unknown", "16", None),  # a virtual machine
+        ("16.0 GT/s PCIe", None, "0", None),
+    ],
+)
+def test_a_slot_is_as_fast_as_its_slower_side(
+    tmp_path: Path, device_speed: str, port_speed: str | None, lanes: str, gigabytes: float | None
+) -> None:
+    listing = slot(tmp_path, device_speed, port_speed, lanes)
+    found = links.read_pcie_bandwidth("0000:65:00.0", listing)
+    assert found == (gigabytes and pytest.approx(gigabytes * 1e9, rel=0.01))
+    assert links.read_pcie_bandwidth("0000:66:00.0", listing) is None
+
+
+def test_address_as_the_kernel_writes_it() -> None:
+    assert read.pci_address(machines.H100.properties) == "0000:65:00.0"
+
+
+@pytest.mark.parametrize(
+    ("name", "coherent"),
+    [
+        ("NVIDIA GH200 480GB", True),
+        ("NVIDIA GB200", True),
+        ("NVIDIA H200", False),
+        ("NVIDIA GB10", False),
+        ("NVIDIA B200", False),
+    ],
+)
+def test_chips_with_a_grace_beside_them(name: str, coherent: bool) -> None:
+    assert links.is_coherent_chip(name) is coherent
