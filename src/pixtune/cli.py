@@ -1,4 +1,4 @@
-"""The command line: `pixtune train | validate | sample | export`, and the entry of the root scripts."""
+"""The command line: `pixtune train | validate | sample | export | doctor`, and the entry of the root scripts."""
 
 from __future__ import annotations
 
@@ -119,6 +119,19 @@ def export(
 
     for path in export_checkpoint(checkpoint, output):
         typer.echo(path)
+
+
+@app.command()
+def doctor(json_output: Annotated[bool, typer.Option("--json", help="For programs and bug reports.")] = False) -> None:
+    """Show what this machine is and what to mend; exit code 1 if training is impossible. Trains nothing."""
+    from pixtune.doctor import examine, render
+
+    examination = examine()
+    if json_output:
+        typer.echo(examination.to_json())
+    else:
+        render(examination, Console())
+    raise typer.Exit(0 if examination.can_train else 1)
 
 
 def main() -> None:

@@ -198,8 +198,8 @@ def _spill(window: Sequence[Measured], spills_to_host: bool) -> str | None:
         return None
     return (
         f"Only {100 * min(shares):.0f}% of the GPU's memory is free, and the driver of Windows then moves memory "
-        "to the host over PCIe. Free some, and set the NVIDIA Control Panel's 'CUDA - Sysmem Fallback Policy' to 'Prefer No "
-        "Sysmem Fallback': runs then fail at once instead of crawling."
+        "to the host over PCIe. Free some, and set the NVIDIA Control Panel's 'CUDA - Sysmem Fallback Policy' to "
+        "'Prefer No Sysmem Fallback': runs then fail at once instead of crawling."
     )
 
 

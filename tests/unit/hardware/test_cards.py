@@ -1,4 +1,4 @@
-"""The table of cards: consistent with itself and with what is known from elsewhere, and found by the names people use."""
+"""The table of cards: it agrees with itself and with figures from elsewhere, and is found by the names people use."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_the_names_people_use(asked: str, found: str) -> None:
 
 @pytest.mark.parametrize("asked", ["4090 Laptop", "RTX 9999", "MI300X", "", "GTX 1080"])
 def test_no_card_is_taken_for_another(asked: str) -> None:
-    with pytest.raises(PixtuneError, match="is in the table. Near it: "):
+    with pytest.raises(PixtuneError, match=r"is in the table\. Near it: "):
         card_named(asked)
 
 

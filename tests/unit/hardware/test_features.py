@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-
 import pytest
 import torch
 
@@ -67,9 +65,3 @@ def test_an_unknown_feature_is_named() -> None:
 def test_versions_compare_as_numbers() -> None:
     pairs = [("12.9", "12.10"), ("13.0", "13.0"), ("13.1", "12.8")]
     assert [features.compare_versions(*pair) for pair in pairs] == [-1, 0, 1]
-
-
-def test_memory_is_logged_by_name(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO, logger="pixtune.hardware.monitor"):
-        monitor.log_memory_usage("after text encoding")
-    assert "after text encoding" in caplog.text and "GiB allocated" in caplog.text

@@ -1,0 +1,128 @@
+"""`pixtune doctor`: what this machine is, and what keeps it from training or slows it, with what to do about it."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.padding import Padding
+from rich.table import Table
+
+from pixtune.hardware.advice import Advice, advise
+from pixtune.hardware.facts import GIB, HardwareFacts
+from pixtune.hardware.machine import Machine, read_machine
+
+LINKS = {
+    "pcie": "PCIe",
+    "c2c": "NVLink-C2C; two pools, each readable from the other side",
+    "integrated": "none: CPU and GPU share one pool",
+    "none": "none",
+}
+
+
+@dataclass(frozen=True)
+class Examination:
+    """A machine with the advice for it."""
+
+    machine: Machine
+    advice: tuple[Advice, ...]
+
+    @property
+    def can_train(self) -> bool:
+        return all(advice.severity != "fault" for advice in self.advice)
+
+    def to_json(self) -> str:
+        """Plain values, bytes as bytes; made for programs and for bug reports."""
+        values = {
+            "can_train": self.can_train,
+            "advice": [asdict(advice) for advice in self.advice],
+            "machine": asdict(self.machine),
+        }
+        return json.dumps(values, indent=2)
+
+
+def examine() -> Examination:
+    """This machine, with the working folder as the place of runs. Starts CUDA, loads and trains nothing."""
+    machine = read_machine(dict(os.environ), Path.cwd())
+    return Examination(machine, tuple(advise(machine)))
+
+
+def render(examination: Examination, console: Console) -> None:
+    """Facts and advice as tables."""
+    facts = Table(box=box.SIMPLE, show_header=False, pad_edge=False)
+    facts.add_column(style="bold", no_wrap=True)
+    facts.add_column(overflow="fold")
+    for name, value in rows_of(examination.machine):
+        facts.add_row(name, escape(value))
+    console.print(facts)
+    if not examination.advice:
+        console.print("Nothing to mend was found.", style="green")
+        return
+    for advice in examination.advice:
+        style = "bold red" if advice.severity == "fault" else "bold yellow"
+        console.print(
+            f"[{style}]{advice.severity}[/]  [bold]{escape(advice.topic)}[/]  {escape(advice.found)}", highlight=False
+        )
+        console.print(Padding(escape(advice.remedy), (0, 0, 1, 4)), highlight=False)
+
+
+def rows_of(machine: Machine) -> list[tuple[str, str]]:
+    """Names and values for people."""
+    facts, torch = machine.facts, machine.torch
+    system = f"{machine.system}{' (WSL)' if machine.is_wsl else ''}, {machine.machine}, Python {machine.python}"
+    rows = [("system", system), ("torch", _torch(machine))]
+    if facts is not None and facts.device == "cuda":
+        rows += _gpu_rows(facts, torch.num_gpus)
+    elif facts is not None:
+        rows.append(("device", f"CPU ({facts.name})"))
+    rows += [
+        ("host memory", _host(machine)),
+        ("free disk", _gib(machine.disk_free_bytes)),
+        ("packages", ", ".join(f"{name} {version}" for name, version in machine.packages.items() if version)),
+    ]
+    return rows
+
+
+def _torch(machine: Machine) -> str:
+    torch = machine.torch
+    if torch.version is None:
+        return "not installed"
+    if torch.import_error is not None:
+        return f"{torch.version}, cannot be imported"
+    cudnn = machine.facts.cudnn_version if machine.facts else None
+    build = f"CUDA {torch.cuda_version}" if torch.cuda_version else "no CUDA"
+    return f"{torch.version}, {build}{f', cuDNN {cudnn}' if cudnn else ''}"
+
+
+def _gpu_rows(facts: HardwareFacts, num_gpus: int) -> list[tuple[str, str]]:
+    capability = f"compute capability {facts.capability[0]}.{facts.capability[1]}"
+    others = f", and {num_gpus - 1} more" if num_gpus > 1 else ""
+    memory = f"{_gib(facts.total_bytes)}, of which a run may take {_gib(facts.free_bytes)}"
+    if facts.integrated:
+        memory += f"; one pool with the CPU, {_gib(facts.page_cache_bytes)} of it cached files"
+    bandwidth = facts.memory_bandwidth_bytes_per_second
+    speed = facts.link_bandwidth_bytes_per_second
+    return [
+        ("GPU", f"{facts.name}, {capability}, {facts.num_sms} SMs{others}"),
+        ("driver", facts.driver_version or "unknown"),
+        ("GPU memory", memory),
+        ("bandwidth", f"{bandwidth / 1e9:.0f} GB/s (nominal)" if bandwidth else "unknown: not in the table of cards"),
+        ("link to host", LINKS[facts.coherent_link] + (f", about {speed / 1e9:.0f} GB/s" if speed else "")),
+        ("tensor cores", ", ".join(facts.tensor_core_formats) or "none of bf16, int8, fp8"),
+    ]
+
+
+def _host(machine: Machine) -> str:
+    if machine.facts is None:
+        return f"{_gib(machine.memory.total_bytes)}, {_gib(machine.memory.available_bytes)} available"
+    facts = machine.facts
+    return f"{_gib(facts.host_total_bytes)}, {_gib(facts.host_available_bytes)} available"
+
+
+def _gib(num_bytes: int) -> str:
+    return f"{num_bytes / GIB:.1f} GiB"

@@ -1,0 +1,104 @@
+"""The limit of a whole process, divided between torch's allocator and what it does not see."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from pixtune.errors import PlanError
+from pixtune.hardware import capping
+from pixtune.hardware.capping import cap_device_memory, divide_limit, used_before_cuda
+from pixtune.hardware.facts import GIB
+
+MIB = 2**20
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """An 80 GiB card: 500 MiB of others, 600 MiB of context, 100 MiB in the allocator. Returns the fractions set."""
+    fractions: list[float] = []
+    used = (500 + 600 + 100) * MIB
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: None)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device=None: (80 * GIB - used, 80 * GIB))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device=None: 100 * MIB)
+    monkeypatch.setattr(
+        torch.cuda, "set_per_process_memory_fraction", lambda fraction, device=None: fractions.append(fraction)
+    )
+    return fractions
+
+
+def test_the_context_counts(gpu: list[float]) -> None:
+    cap = cap_device_memory(23.3, used_before_bytes=500 * MIB)
+    assert cap.measured and cap.outside_bytes == 600 * MIB
+    assert cap.allocator_bytes + cap.outside_bytes + cap.later_bytes == cap.limit_bytes == round(23.3 * GIB)
+    assert gpu == [pytest.approx(cap.allocator_bytes / (80 * GIB))]
+
+
+def test_an_unmeasured_context_is_assumed_and_said_to_be(gpu: list[float]) -> None:
+    cap = cap_device_memory(23.3)
+    assert not cap.measured and cap.outside_bytes == capping.ASSUMED_OUTSIDE_BYTES
+
+
+@pytest.mark.parametrize(
+    ("limit_gib", "message"),
+    [
+        (0.6, r"is 0\.60, and the CUDA context with its kernels alone takes 0\.75"),
+        (81, r"81\.0 and this GPU has 80"),
+    ],
+)
+def test_a_limit_that_cannot_be(limit_gib: float, message: str) -> None:
+    with pytest.raises(PlanError, match=message):
+        divide_limit(round(limit_gib * GIB), 80 * GIB, GIB // 2, measured=True)
+
+
+def script(folder: Path, text: str) -> None:
+    path = folder / "nvidia-smi"
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("echo 431", 431 * MIB),
+        ("echo '[N/A]'", None),  # a GB10
+        ("echo 431; exit 9", None),
+        ("echo 'No devices were found'", None),
+    ],
+)
+def test_nvidia_smi_tells_what_others_hold(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, text: str, expected: int | None
+) -> None:
+    script(tmp_path, text)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    assert used_before_cuda() == expected
+
+
+def test_without_nvidia_smi_nobody_tells(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert used_before_cuda() is None
+
+
+@pytest.mark.gpu
+def test_beyond_the_cap_torch_refuses_and_the_process_stays_within_it() -> None:
+    import subprocess
+    import sys
+
+    code = """
+import torch
+from pixtune.hardware.capping import cap_device_memory, outside_allocator_bytes, used_before_cuda
+before = used_before_cuda()
+cap = cap_device_memory(4.0, before)
+kept = []
+try:
+    while True:
+        kept.append(torch.empty(64 * 2**20, dtype=torch.uint8, device="cuda"))
+except torch.OutOfMemoryError:
+    held = torch.cuda.memory_reserved() + outside_allocator_bytes(before or 0)
+    print(cap.measured, held / 2**30, cap.outside_bytes / 2**30)
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    measured, held_gib, outside_gib = run.stdout.split()
+    assert measured == "True" and 3.5 < float(held_gib) <= 4.0 and 0.1 < float(outside_gib) < 1.5
