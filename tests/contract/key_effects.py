@@ -1,0 +1,138 @@
+"""For each key of the config: two values, and what of a plan or a run differs between them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from pixtune.config.schema import NOT_YET
+from tests.runs import ROOT
+
+
+@dataclass(frozen=True)
+class Effect:
+    """What a key is for, so that it can be shown to do it."""
+
+    part: str
+    """What must differ: "plan" (`observe.plan_of`), or a part of what `observe.observe_run` returns."""
+    values: tuple[object, object]
+    given: Mapping[str, object] = field(default_factory=dict)
+    """Other keys without which this one means nothing."""
+    after_a_run: bool = False
+    """`output_dir` holds a run of two steps already."""
+
+    def unbuilt(self, key: str) -> list[str]:
+        """Keys that this version refuses and that are needed to see the effect. A refusal may be the effect itself."""
+        return [] if self.part == "error" else [name for name in (key, *self.given) if name in NOT_YET]
+
+
+EDIT = {
+    "pretrained_model_name_or_path": str(ROOT / "assets" / "tiny-qwen-image-edit"),
+    "data_config.img_dir": "SCENE/edit/images",
+    "data_config.control_dir": "SCENE/edit/control",
+    "data_config.control_size": 64,
+}
+FLUX = {"pretrained_model_name_or_path": str(ROOT / "assets" / "tiny-flux")}
+FRESH_CACHE = {"data_config.cache_dir": "RUN/cache"}
+TRACKED = {"report_to": "tensorboard"}
+DRAWN = {"samples.prompts": ["red heart"], "samples.num_steps": 1, "samples.guidance_scale": 1.0}
+MEASURED = {"validation.held_out": 0.25, "validation.num_draws": 1}
+FULL = {"method": "full"}
+CONTROLLED = {**EDIT, **DRAWN, "samples.prompts": ["redraw it"]}
+UNIFIED = {"unified_memory": True}
+
+EFFECTS: dict[str, Effect] = {
+    "pretrained_model_name_or_path": Effect(
+        "steps", (str(ROOT / "assets" / "tiny-qwen-image"), str(ROOT / "assets" / "tiny-flux"))
+    ),
+    "output_dir": Effect("files", ("RUN/out", "RUN/elsewhere")),
+    "data_config.img_dir": Effect("steps", ("SCENE/pictures", "SCENE/other_pictures")),
+    "data_config.control_dir": Effect("steps", ("SCENE/edit/control", "SCENE/edit/other_control"), EDIT),
+    "data_config.allow_missing_controls": Effect(
+        "error", (False, True), {**EDIT, "data_config.control_dir": "SCENE/edit/too_few_controls"}
+    ),
+    "data_config.control_size": Effect("steps", (64, 128), EDIT),
+    "data_config.metadata_file": Effect("steps", (None, "SCENE/metadata.jsonl")),
+    "data_config.img_size": Effect("steps", (64, 96)),
+    "data_config.train_batch_size": Effect("steps", (2, 1), {"train_batch_size": None}),
+    "data_config.num_workers": Effect("reading threads", (0, 1)),
+    "data_config.caption_type": Effect("steps", ("txt", "note")),
+    "data_config.max_text_tokens": Effect("steps", (None, 1)),
+    "data_config.caption_dropout_rate": Effect("steps", (0.0, 0.9)),
+    "data_config.random_ratio": Effect("steps", (False, True)),
+    "data_config.upscale": Effect("steps", (False, True), {"data_config.img_size": 160}),
+    "data_config.cache_dir": Effect("files", ("RUN/cache", "RUN/elsewhere")),
+    "random_weights": Effect("steps", (False, True)),
+    "logging_dir": Effect("files", ("logs", "elsewhere"), TRACKED),
+    "report_to": Effect("files", (None, "tensorboard")),
+    "tracker_project_name": Effect("files", ("one", "other"), TRACKED),
+    "logging_steps": Effect("times tracked", (10, 1)),
+    "seed": Effect("steps", (42, 43)),
+    "deterministic": Effect("plan", (False, True)),
+    "mixed_precision": Effect("plan", ("no", "bf16")),
+    "train_batch_size": Effect("steps", (2, 1)),
+    "gradient_accumulation_steps": Effect("steps", (1, 2)),
+    "max_train_steps": Effect("steps", (2, 1)),
+    "num_train_epochs": Effect("steps", (1, 2), {"max_train_steps": None, "train_batch_size": 4}),
+    "learning_rate": Effect("rates", (1e-3, 2e-3)),
+    "lr_scheduler": Effect("rates", ("constant", "linear")),
+    "lr_warmup_steps": Effect("rates", (0, 2)),
+    "lr_num_cycles": Effect("rates", (1, 2), {"lr_scheduler": "cosine_with_restarts", "max_train_steps": 3}),
+    "lr_power": Effect("rates", (1.0, 2.0), {"lr_scheduler": "polynomial"}),
+    "lr_step_rules": Effect("rates", ("1:1,0.1", "1:1,0.5"), {"lr_scheduler": "piecewise_constant"}),
+    "adam8bit": Effect("plan", (False, True)),
+    "adam_beta1": Effect("weights", (0.9, 0.5)),
+    "adam_beta2": Effect("weights", (0.999, 0.9)),
+    "adam_weight_decay": Effect("weights", (0.01, 0.5)),
+    "adam_epsilon": Effect("weights", (1e-8, 1e-2)),
+    "max_grad_norm": Effect("weights", (1.0, 1e-6)),
+    "method": Effect("files", ("lora", "full")),
+    "weight_update": Effect("plan", ("stochastic_rounding", "fp32_master"), {**FULL, "mixed_precision": "bf16"}),
+    "rank": Effect("weights", (2, 4)),
+    "lora_alpha": Effect("steps", (None, 16.0)),
+    "lora_targets": Effect("weights", (None, ["to_q"])),
+    "trigger_words": Effect("metadata", ([], ["sks"])),
+    "freeze_text_encoder": Effect("error", (True, False)),
+    "objective.sigma_distribution": Effect("steps", ("logit_normal", "uniform")),
+    "objective.logit_mean": Effect("steps", (0.0, 1.0)),
+    "objective.logit_std": Effect("steps", (1.0, 0.5)),
+    "objective.mode_scale": Effect("steps", (1.29, 0.5), {"objective.sigma_distribution": "mode"}),
+    "objective.shift": Effect("steps", ("model", 3.0)),
+    "objective.guidance": Effect("steps", (1.0, 4.0), FLUX),
+    "objective.weighting_scheme": Effect("steps", ("none", "sigma_sqrt")),
+    "validation.held_out": Effect("held-out losses", (0.0, 0.25)),
+    "validation.held_out_dir": Effect("held-out losses", (None, "SCENE/other_pictures")),
+    "validation.every": Effect("held-out losses", (100, 1), MEASURED),
+    "validation.num_draws": Effect("held-out losses", (1, 2), MEASURED),
+    "samples.prompts": Effect("pictures", (["red heart"], []), DRAWN),
+    "samples.controls": Effect(
+        "pictures", ([["SCENE/edit/control/alien.png"]], [["SCENE/edit/control/books.png"]]), CONTROLLED
+    ),
+    "samples.seeds": Effect("pictures", ([0], [1]), DRAWN),
+    "samples.every": Effect("pictures", (500, 1), DRAWN),
+    "samples.num_steps": Effect("pictures", (1, 2), DRAWN),
+    "samples.guidance_scale": Effect("pictures", (1.0, 4.0), DRAWN),
+    "samples.width": Effect("pictures", (None, 96), DRAWN),
+    "samples.height": Effect("pictures", (None, 96), DRAWN),
+    "checkpointing_steps": Effect("files", (500, 1)),
+    "checkpoints_total_limit": Effect("files", (None, 1), {"checkpointing_steps": 1}),
+    "resume_from_checkpoint": Effect("error", (None, "latest"), after_a_run=True),
+    "precompute_text_embeddings": Effect("printed", (True, False)),
+    "precompute_image_embeddings": Effect("printed", (True, False)),
+    "save_cache_on_disk": Effect("files", (True, False), FRESH_CACHE),
+    "encode_batch_size": Effect("encoded together", (4, 1), FRESH_CACHE),
+    "disable_gradient_checkpointing": Effect("plan", (True, False)),
+    "disable_cpu_offload": Effect("plan", (False, True)),
+    "pin_memory": Effect("plan", (True, False)),
+    "disable_quantization": Effect("plan", (False, True), {"quantize": True}),
+    "quantize": Effect("plan", (False, True)),
+    "unified_memory": Effect("plan", (False, True)),
+    "memory_fraction": Effect("plan", (0.9, 0.5), UNIFIED),
+    "expandable_segments": Effect("plan", (True, False), UNIFIED),
+    "use_fastsafetensors": Effect("plan", (True, False)),
+    "fastsafetensors_num_threads": Effect("plan", (8, 1)),
+    "cuda_features.enable_flash_attention_3": Effect("plan", (False, True)),
+    "cuda_features.enable_fp8_training": Effect("plan", (False, True)),
+    "cuda_features.enable_tf32_compute": Effect("plan", (True, False)),
+    "cuda_features.enable_cudnn_sdp": Effect("plan", (True, False)),
+}

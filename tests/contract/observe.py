@@ -1,0 +1,176 @@
+"""What a config does: its plan on a large GPU, and everything that a run of two steps on a small model shows."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors import safe_open
+
+from pixtune.config import load_config
+from pixtune.config.schema import TrainConfig
+from pixtune.data.batches import BatchSource
+from pixtune.data.encode import Encoder
+from pixtune.errors import PixtuneError
+from pixtune.export import DIFFUSERS_FILE
+from pixtune.figures import StepFigures
+from pixtune.fit.plan import GIB, MemoryPlan, RunSize, plan_memory
+from pixtune.hardware.facts import HardwareFacts
+from pixtune.metrics import FILE_NAME, read_metrics
+from pixtune.train import train
+from tests.runs import DEMO_HELD_OUT, DEMO_TRAIN, ROOT, TINY_MODEL
+
+HUGE_GPU = HardwareFacts("cuda", "a Hopper GPU that holds anything", (9, 0), 10_000 * GIB, 10_000 * GIB)
+NUM_WEIGHTS = 20_430_000_000
+
+BASE: dict[str, object] = {
+    "pretrained_model_name_or_path": str(TINY_MODEL),
+    "output_dir": "RUN/out",
+    "data_config.img_dir": "SCENE/pictures",
+    "data_config.cache_dir": "SCENE/cache",
+    "data_config.img_size": 64,
+    "data_config.num_workers": 0,
+    "mixed_precision": "no",
+    "learning_rate": 1e-3,
+    "max_train_steps": 2,
+    "train_batch_size": 2,
+    "rank": 2,
+}
+"""A run of two steps. `RUN` is a folder of its own, `SCENE` one that all runs share."""
+
+Observed = dict[str, object]
+"""Part of what a run shows -> its value. Nothing in it depends on time or on where the run's folder is."""
+
+
+def make_scene(folder: Path) -> None:
+    """Pictures, other pictures, edit pairs: four of each."""
+    for source, name in ((DEMO_TRAIN, "pictures"), (DEMO_HELD_OUT, "other_pictures")):
+        (folder / name).mkdir()
+        for picture in sorted(source.glob("*.png"))[:4]:
+            shutil.copy(picture, folder / name)
+            caption = picture.with_suffix(".txt").read_text(encoding="utf-8")
+            (folder / name / f"{picture.stem}.txt").write_text(caption, encoding="utf-8")
+            (folder / name / f"{picture.stem}.note").write_text(f"a note on {picture.stem}", encoding="utf-8")
+    rows = [
+        json.dumps({"image": picture.name, "caption": f"row {picture.stem}"})
+        for picture in sorted((folder / "pictures").glob("*.png"))
+    ]
+    (folder / "metadata.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
+    for name in ("images", "control", "other_control", "too_few_controls"):
+        (folder / "edit" / name).mkdir(parents=True)
+    pairs = ROOT / "assets" / "demo-edit" / "train"
+    for number, picture in enumerate(sorted((pairs / "images").glob("*.png"))[:4]):
+        control = pairs / "control" / picture.name
+        shutil.copy(picture, folder / "edit" / "images")
+        shutil.copy(picture.with_suffix(".txt"), folder / "edit" / "images")
+        shutil.copy(control, folder / "edit" / "control")
+        shutil.copy(picture, folder / "edit" / "other_control")
+        if number:
+            shutil.copy(control, folder / "edit" / "too_few_controls")
+
+
+def words(settings: Mapping[str, object], scene: Path, run: Path) -> list[str]:
+    """Settings as the command line has them, with real folders."""
+
+    def placed(value: object) -> str:
+        return json.dumps(value).replace("SCENE", str(scene)).replace("RUN", str(run))
+
+    return [f"{key}={placed(value)}" for key, value in settings.items()]
+
+
+def plan_of(config: TrainConfig) -> MemoryPlan:
+    """The plan for the full-size Qwen-Image at 1024x1024 on a GPU that holds anything."""
+    num_bytes = 2 if config.mixed_precision == "bf16" else 4
+    num_trained = NUM_WEIGHTS if config.method == "full" else 0
+    size = RunSize(NUM_WEIGHTS * num_bytes, 4096 + 256, num_blocks=60, block_width=3072, num_trained=num_trained)
+    return plan_memory(HUGE_GPU, size, config)
+
+
+def observe_run(settings: Mapping[str, object], scene: Path, run: Path) -> Observed:
+    """Trains as the settings say and reports what can be seen of it; "error" is what a user would be told."""
+    arguments = words({**BASE, **settings}, scene, run)
+    error, output, printed = None, run, StringIO()
+    with watch() as seen, redirect_stdout(printed):
+        try:
+            config = load_config(None, arguments)
+            output = config.output_dir
+            train(config)
+        except PixtuneError as refusal:
+            error = refusal
+    lines = _lasting_lines(printed.getvalue(), run)
+    return {"error": error, "printed": lines, **seen, **_read(output, run)}
+
+
+@contextmanager
+def watch() -> Iterator[dict[str, Any]]:
+    """What leaves no trace in a file: threads that read, what is encoded together, what a tracker is told."""
+    seen: dict[str, Any] = {"reading threads": 0, "encoded together": [], "times tracked": 0}
+    threads: set[int] = set()
+    parts, open_text_encoder, track = BatchSource.parts, Encoder.open_text_encoder, StepFigures.track
+
+    def watched_parts(source: BatchSource, *arguments: Any) -> Any:
+        threads.update({threading.get_ident()} - {threading.main_thread().ident})
+        return parts(source, *arguments)
+
+    def watched_text_encoder(encoder: Encoder) -> Any:
+        encode = open_text_encoder(encoder)
+
+        def encode_and_count(items: Any) -> Any:
+            seen["encoded together"].append(len(items))
+            return encode(items)
+
+        return encode_and_count
+
+    def watched_track(figures: StepFigures, *arguments: Any) -> None:
+        seen["times tracked"] += 1
+        track(figures, *arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(BatchSource, "parts", watched_parts)
+        patch.setattr(Encoder, "open_text_encoder", watched_text_encoder)
+        patch.setattr(StepFigures, "track", watched_track)
+        yield seen
+    seen["reading threads"] = len(threads)
+
+
+def _lasting_lines(printed: str, run: Path) -> list[str]:
+    return [line.replace(str(run), "RUN") for line in printed.splitlines() if "s/step" not in line]
+
+
+def _read(output: Path, run: Path) -> Observed:
+    lines = read_metrics(output / FILE_NAME)
+    steps = [line for line in lines if line["kind"] == "step"]
+    metadata, weights = _read_lora(output / DIFFUSERS_FILE)
+    return {
+        "steps": [(line["step"], line["loss"], line["grad_norm"]) for line in steps],
+        "rates": [line["learning_rate"] for line in steps],
+        "held-out losses": [(line["step"], line["loss"]) for line in lines if line["kind"] == "validation"],
+        "pictures": {
+            path.relative_to(output).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+            for path in output.glob("samples/**/*.png")
+        },
+        "weights": weights,
+        "metadata": {name: text for name, text in metadata.items() if "hash" not in name},
+        "files": sorted({_lasting_name(path.relative_to(run)) for path in run.rglob("*") if path.is_file()}),
+    }
+
+
+def _lasting_name(path: Path) -> str:
+    """Trackers put time and machine into their names; cache entries are named by content."""
+    name = "events" if "tfevents" in path.name else path.name
+    return "entries" if "entries" in path.parts else (path.parent / name).as_posix()
+
+
+def _read_lora(path: Path) -> tuple[dict[str, str], dict[str, list[float]]]:
+    if not path.is_file():
+        return {}, {}
+    with safe_open(path, framework="pt") as file:
+        return file.metadata(), {name: file.get_tensor(name).flatten().tolist() for name in file.keys()}  # noqa: SIM118

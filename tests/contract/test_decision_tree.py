@@ -1,0 +1,60 @@
+"""contract.md section 3: what a user with no opinion gets on each machine."""
+
+from __future__ import annotations
+
+import pytest
+
+from pixtune.config.schema import DataConfig, TrainConfig
+from pixtune.errors import PlanError
+from pixtune.fit.plan import MemoryPlan, RunSize, plan_memory
+from pixtune.hardware.cards import facts_as
+from tests.contract.not_yet import needs
+
+QWEN_1024 = RunSize(weight_bytes=20_430_000_000 * 2, num_tokens=4096 + 256, num_blocks=60, block_width=3072)
+NO_OPINION = TrainConfig(
+    pretrained_model_name_or_path="m",
+    output_dir="o",
+    max_train_steps=1,
+    data_config=DataConfig(img_dir="d"),
+)
+
+
+def plan_for(card: str) -> MemoryPlan:
+    return plan_memory(facts_as(card), QWEN_1024, NO_OPINION)
+
+
+@needs("unified_memory", raises=AssertionError)
+def test_dgx_spark_keeps_everything_in_its_one_pool() -> None:
+    plan = plan_for("DGX Spark")
+    assert (plan.encoders_stay, plan.pin_memory, plan.recompute) == (True, False, False)
+    assert plan.weights_format == "bf16" and plan.cudnn_attention is True
+
+
+@pytest.mark.parametrize("card", ["H100", "A100 80 GB", "H200", "RTX PRO 6000", "GH200"])
+def test_80_gb_and_more_get_nothing_special(card: str) -> None:
+    plan = plan_for(card)
+    assert (plan.weights_format, plan.optimizer) == ("bf16", "adamw")
+    assert (plan.recompute, plan.encoders_stay, plan.pin_memory, plan.tf32) == (False, False, True, True)
+
+
+@pytest.mark.parametrize("card", ["RTX 4090", "RTX 3090"])
+@needs("quantize", raises=AssertionError)
+def test_24_gb_get_a_quantised_base_and_8_bit_adam(card: str) -> None:
+    plan = plan_for(card)
+    assert plan.weights_format not in ("bf16", "fp32") and plan.optimizer == "adamw_8bit"
+    assert plan.expected_peak_bytes <= facts_as(card).free_bytes
+
+
+def test_the_cache_is_on_disk_unless_told_otherwise() -> None:
+    assert NO_OPINION.save_cache_on_disk is True
+
+
+@pytest.mark.parametrize("card", ["RTX 5090", "RTX 4080", "RTX 4070", "RTX 3080", "RTX 4060"])
+@needs("quantize", raises=AssertionError)
+def test_less_gets_a_plan_that_fits_or_is_told_how_much_is_missing(card: str) -> None:
+    try:
+        plan = plan_for(card)
+    except PlanError as refusal:
+        assert "GiB are missing" in str(refusal)
+    else:
+        assert plan.expected_peak_bytes <= facts_as(card).free_bytes

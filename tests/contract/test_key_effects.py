@@ -1,0 +1,114 @@
+"""contract.md sections 1 and 2: every key is read and does something; docs/contract.md has a line for each."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from pixtune.config import load_config
+from pixtune.config.schema import leaf_keys
+from pixtune.errors import PixtuneError
+from pixtune.families import family_of
+from pixtune.families.base import Placement
+from pixtune.fit.apply import apply_plan, apply_switches
+from pixtune.fit.plan import MemoryPlan
+from pixtune.weights import open_model_folder
+from tests.contract.key_effects import DRAWN, EFFECTS, FRESH_CACHE, MEASURED
+from tests.contract.not_yet import needs
+from tests.contract.observe import BASE, Observed, observe_run, plan_of, words
+from tests.runs import TINY_MODEL
+
+PARTS = [pytest.param(key, marks=needs(*effect.unbuilt(key))) for key, effect in EFFECTS.items()]
+
+
+@pytest.fixture(scope="module")
+def observed(scene: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[Mapping[str, object]], Observed]:
+    """Runs as `observe_run` shows them; equal settings run once."""
+    known: dict[str, Observed] = {}
+
+    def observe(settings: Mapping[str, object]) -> Observed:
+        name = json.dumps({**BASE, **settings}, sort_keys=True)
+        if name not in known:
+            known[name] = observe_run(settings, scene, tmp_path_factory.mktemp("run"))
+        return known[name]
+
+    return observe
+
+
+def test_every_key_has_an_effect_to_show() -> None:
+    assert list(EFFECTS) == list(leaf_keys())
+
+
+@pytest.mark.parametrize("key", PARTS)
+def test_a_key_does_what_it_is_for(
+    key: str, scene: Path, tmp_path: Path, observed: Callable[[Mapping[str, object]], Observed]
+) -> None:
+    effect = EFFECTS[key]
+
+    def shown(value: object) -> object:
+        settings = {**effect.given, key: value}
+        if effect.part == "plan":
+            return plan_of(load_config(None, words({**BASE, **settings}, scene, tmp_path)))
+        if effect.after_a_run:
+            return outcome(after_a_run(settings, scene, tmp_path / str(value)), effect.part)
+        return outcome(observed(settings), effect.part)
+
+    before, after = map(shown, effect.values)
+    assert before != after, f"{key} of {effect.values[0]} and of {effect.values[1]} are the same to the {effect.part}"
+
+
+def outcome(seen: Observed, part: str) -> object:
+    """A part of what a run shows; a refusal counts only where refusing is what a key is for.
+
+    Raises:
+        PixtuneError: the run's, where a part of a run was asked for.
+    """
+    error = seen["error"]
+    if part == "error":
+        return error and str(error)
+    if isinstance(error, PixtuneError):
+        raise error
+    return seen[part]
+
+
+def after_a_run(settings: Mapping[str, object], scene: Path, run: Path) -> Observed:
+    observe_run({}, scene, run)
+    return observe_run({**settings, "max_train_steps": 3}, scene, run)
+
+
+def test_the_same_settings_show_the_same(scene: Path, tmp_path: Path) -> None:
+    """Without this, a difference above could be chance."""
+    settings = {**DRAWN, **MEASURED, **FRESH_CACHE}
+    first, second = (observe_run(settings, scene, tmp_path / name) for name in ("first", "second"))
+    assert first == second and first["pictures"] and first["weights"] and first["held-out losses"]
+
+
+PLAN = MemoryPlan(
+    weights_format="fp32", recompute=False, pin_memory=False, encoders_stay=False, tf32=False, cudnn_attention=None,
+    deterministic=False, optimizer="adamw", expected_peak_bytes=0, reasons=(),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("on", [True, False])
+def test_switches_of_the_plan_are_switched(on: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The keys above that only a GPU shows end here: deterministic, enable_tf32_compute, enable_cudnn_sdp."""
+    switched: dict[str, object] = {}
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda name: switched.update(tf32=name == "high"))
+    monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", lambda value: switched.update(cudnn=value))
+    monkeypatch.setattr(torch, "use_deterministic_algorithms", lambda value: switched.update(deterministic=value))
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", torch.backends.cudnn.benchmark)
+    apply_switches(replace(PLAN, tf32=on, cudnn_attention=on, deterministic=on))
+    assert switched == {"tf32": on, "cudnn": on, **({"deterministic": True} if on else {})}
+
+
+@pytest.mark.parametrize("recompute", [True, False])
+def test_recomputation_of_the_plan_reaches_the_blocks(recompute: bool) -> None:
+    """disable_gradient_checkpointing ends here."""
+    folder = open_model_folder(str(TINY_MODEL))
+    transformer = family_of(folder).load_transformer(folder, Placement(torch.device("cpu"), torch.float32))
+    assert apply_plan(transformer, replace(PLAN, recompute=recompute)).is_gradient_checkpointing is recompute
