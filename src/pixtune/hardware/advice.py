@@ -39,9 +39,8 @@ class Advice:
 
 
 def advise(machine: Machine) -> list[Advice]:
-    """All advice for a machine, faults first."""
-    found = [advice for rule in RULES if (advice := rule(machine)) is not None]
-    return sorted(found, key=lambda advice: advice.severity != "fault")
+    """All advice for a machine, faults first, as `RULES` has them."""
+    return [advice for rule in RULES if (advice := rule(machine)) is not None]
 
 
 # ---- torch

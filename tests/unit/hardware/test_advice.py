@@ -82,7 +82,10 @@ BROKEN: dict[str, tuple[Machine, str, str, str]] = {  # the machine, severity, w
         "fault", "finds no GPU", "CUDA_VISIBLE_DEVICES is ''",
     ),
     "driver too old": (with_torch(SOUND, cuda_available=False), "fault", "finds no GPU", "too old for CUDA 13.0"),
-    "no GPU": (replace(SOUND, torch=CPU_BUILD, facts=CPU, driver_present=False), "warning", "no NVIDIA GPU", "make demo"),
+    "no GPU": (
+        replace(SOUND, torch=CPU_BUILD, facts=CPU, driver_present=False),
+        "warning", "no NVIDIA GPU", "make demo",
+    ),
     "no cuDNN": (with_torch(SOUND, cudnn_available=False), "warning", "without cuDNN", "libcudnn.so.9"),
     "Turing": (
         replace(SOUND, facts=replace(SOUND.facts, name="Tesla T4", capability=(7, 5))),
