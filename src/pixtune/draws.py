@@ -23,6 +23,7 @@ Purpose = Literal[
     "validation noise",
     "random weights",
     "hold out",
+    "swap check",
     "rounding",
 ]
 

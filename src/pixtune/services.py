@@ -30,6 +30,7 @@ from pixtune.checkpoint import (
 from pixtune.config import to_dict
 from pixtune.data.batches import Batch
 from pixtune.data.prepare import PreparedData
+from pixtune.data.swapped import measure_gains, swap_warning
 from pixtune.errors import CheckpointError
 from pixtune.families.base import Placement
 from pixtune.figures import PendingStep, StepFigures
@@ -137,6 +138,7 @@ class Services:
     def before_first_step(self) -> None:
         self._announce()
         if self.start_step == 0:
+            self._check_direction()
             self._validate(0)
             self._draw_pictures(0)
         self.figures.restart_clock()
@@ -205,6 +207,18 @@ class Services:
 
     def _print(self, line: str) -> None:
         self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    def _check_direction(self) -> None:
+        """Asks the base model, which a new run still is, whether controls and targets are swapped."""
+        if not self.data.both_ways or not self.is_main:
+            return
+        run = self.run
+        gains = measure_gains(
+            run.family, run.transformer, self.data.both_ways, self.config.seed, run.accelerator.device,
+            self.config.objective.guidance,
+        )  # fmt: skip
+        if (warning := swap_warning(gains)) is not None:
+            self._print(f"warning: {warning}")
 
     def _validate(self, step: int) -> None:
         if not self.data.held_out or not self.is_main or step in self._losses:

@@ -48,6 +48,29 @@ def fixed_sigmas(num_draws: int) -> list[float]:
 
 
 @torch.no_grad()
+def losses_at(
+    family: ModelFamily,
+    transformer: nn.Module,
+    picture: HeldOutPicture,
+    sigmas: Sequence[float],
+    seed: int,
+    device: torch.device,
+    guidance: float,
+) -> Tensor:
+    """One picture's loss at each sigma, shape (len(sigmas),). The noise depends on seed, name and sigma alone."""
+    sigma_B = torch.tensor(sigmas, device=device)
+    shape = picture.latents_1CHW.shape
+    noise = [draws.normal(shape, seed, "validation noise", picture.name, str(sigma)) for sigma in sigmas]
+    noise_BCHW = torch.cat(noise).to(device)
+    latents_BCHW = picture.latents_1CHW.to(device).expand_as(noise_BCHW)
+    row = {name: tensor.to(device) for name, tensor in picture.conditioning.items()}
+    conditioning = family.stack_conditioning([row] * len(sigmas))
+    noisy_BCHW = add_noise(latents_BCHW, noise_BCHW, sigma_B)
+    controls = [control.to(device).expand(len(sigmas), -1, -1, -1) for control in picture.controls]
+    velocity_BCHW = family.predict_velocity(transformer, noisy_BCHW, sigma_B, conditioning, controls, guidance)
+    return sample_losses(velocity_BCHW, velocity_target(latents_BCHW, noise_BCHW))
+
+
 def measure(
     family: ModelFamily,
     transformer: nn.Module,
@@ -59,18 +82,6 @@ def measure(
 ) -> ValidationLoss:
     """The held-out loss. Draws depend on the seed and the picture's name alone, never on the training step."""
     sigmas = fixed_sigmas(num_draws)
-    sigma_B = torch.tensor(sigmas, device=device)
-    losses = []
-    for picture in pictures:
-        shape = picture.latents_1CHW.shape
-        noise = [draws.normal(shape, seed, "validation noise", picture.name, str(sigma)) for sigma in sigmas]
-        noise_BCHW = torch.cat(noise).to(device)
-        latents_BCHW = picture.latents_1CHW.to(device).expand_as(noise_BCHW)
-        row = {name: tensor.to(device) for name, tensor in picture.conditioning.items()}
-        conditioning = family.stack_conditioning([row] * len(sigmas))
-        noisy_BCHW = add_noise(latents_BCHW, noise_BCHW, sigma_B)
-        controls = [control.to(device).expand(len(sigmas), -1, -1, -1) for control in picture.controls]
-        velocity_BCHW = family.predict_velocity(transformer, noisy_BCHW, sigma_B, conditioning, controls, guidance)
-        losses.append(sample_losses(velocity_BCHW, velocity_target(latents_BCHW, noise_BCHW)))
+    losses = [losses_at(family, transformer, picture, sigmas, seed, device, guidance) for picture in pictures]
     per_sigma = torch.stack(losses).double().mean(0).view(NUM_QUARTERS, num_draws)
     return ValidationLoss(float(per_sigma.mean()), tuple(per_sigma.mean(1).tolist()))

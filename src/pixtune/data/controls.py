@@ -35,6 +35,11 @@ class ControlFraming:
     vision: Framing | None
 
 
+def same_shape(one: Size, other: Size) -> bool:
+    """Whether two pictures have the same aspect ratio, but for sides rounded to whole pixels."""
+    return abs(math.log(one[0] / one[1] / (other[0] / other[1]))) < SAME_SHAPE
+
+
 def frame_control(control: Size, target: Size, target_framing: Framing, rules: ControlRules) -> ControlFraming:
     """Frames a control picture beside its target.
 
@@ -44,7 +49,7 @@ def frame_control(control: Size, target: Size, target_framing: Framing, rules: C
     Args:
         control, target: sizes of the upright originals in pixels.
     """
-    if abs(math.log(control[0] / control[1] / (target[0] / target[1]))) < SAME_SHAPE and target_framing.share_lost > 0:
+    if same_shape(control, target) and target_framing.share_lost > 0:
         across, down = control[0] / target[0], control[1] / target[1]
         left, top, right, bottom = target_framing.crop_box
         box = (left * across, top * down, min(right * across, control[0]), min(bottom * down, control[1]))

@@ -23,6 +23,7 @@ from pixtune.data.encode import Encoder, FramedPicture, TextItem, hash_text
 from pixtune.data.encodings import Encodings, control_pictures, target_picture, text_item
 from pixtune.data.images import read_size
 from pixtune.data.samples import Sample, check_folder, read_samples, split_held_out
+from pixtune.data.swapped import BothWays, EncodedBothWays, choose_pairs, needed_pictures, needed_texts, read_pairs
 from pixtune.errors import DataError
 from pixtune.families.base import Conditioning, LatentDistribution, ModelFamily, Placement
 from pixtune.sample import EncodedPrompt, needs_negative
@@ -43,6 +44,8 @@ class PreparedData:
     """Sizes in pixels of each training sample's variants."""
     held_out: list[HeldOutPicture]
     prompts: list[EncodedPrompt]
+    both_ways: list[EncodedBothWays]
+    """A few training pairs and their swap, to ask the base model which is right; see `swapped.py`."""
     most_image_tokens: int
     """Target and control pictures together."""
     most_text_tokens: int
@@ -76,8 +79,11 @@ def prepare_data(
 
     encodings = Encodings(_build_encoder(config, family, folder, accelerator))
     prompts = _prompt_samples(config, multiple, rules)
+    pairs = choose_pairs(training, rules, family.dropped_caption, config.seed)
     items = _needed_texts(config, family, training, held_out, prompts)
+    items = list(dict.fromkeys([*items, *needed_texts(pairs, family.dropped_caption)]))
     pictures = _needed_pictures(config, training, held_out, prompts)
+    pictures = list(dict.fromkeys([*pictures, *needed_pictures(pairs)]))
     encoder = encodings.encoder
     if accelerator.is_main_process or not config.save_cache_on_disk:
         if missing_keys(encoder.store, encoder.latent_keys(pictures)):
@@ -93,7 +99,7 @@ def prepare_data(
         encodings.keep_text_encoder()
     if not config.precompute_image_embeddings:
         encodings.keep_autoencoder()
-    return _gather(config, family, folder, encodings, training, held_out, prompts)
+    return _gather(config, family, folder, encodings, training, held_out, prompts, pairs)
 
 
 def control_rules(family: ModelFamily, folder: ModelFolder, side: int) -> ControlRules | None:
@@ -220,6 +226,7 @@ def _gather(
     training: Sequence[Sample],
     held_out: Sequence[Sample],
     prompts: Sequence[Sample],
+    pairs: Sequence[BothWays],
 ) -> PreparedData:
     def read_text(sample: int, variant: int, dropped: bool) -> Conditioning:
         text = family.dropped_caption if dropped else training[sample].caption
@@ -255,6 +262,7 @@ def _gather(
             for sample in held_out
         ],
         prompts=[encode_prompt(family, encodings, sample, config.samples.guidance_scale) for sample in prompts],
+        both_ways=read_pairs(pairs, encodings, family.dropped_caption),
         most_image_tokens=_most_image_tokens(family, folder, training),
         most_text_tokens=max(_num_tokens(encodings.text(text_item(s.caption, s, v))) for s, v in longest),
         fingerprint=hash_text("\n".join(key.digest for key in keys)),
@@ -306,6 +314,7 @@ def _random_data(
         buckets=[[sample.signature(variant) for variant in range(len(sample.framings))] for sample in training],
         held_out=[],
         prompts=[],
+        both_ways=[],
         most_image_tokens=_most_image_tokens(family, folder, training),
         most_text_tokens=RANDOM_TEXT_TOKENS,
         fingerprint="random",

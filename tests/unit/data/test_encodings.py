@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pixtune.config.schema import TrainConfig
-from pixtune.data import cache
+from pixtune.data import cache, swapped
 from pixtune.data.buckets import Framing, Size, build_buckets, frame_picture
 from pixtune.data.cache import DiskStore, FillReport, Ledger
 from pixtune.data.encode import Encoder, FramedPicture, TextItem
@@ -366,6 +366,47 @@ def test_prompts_to_draw_bring_their_controls(tmp_path: Path, model: ModelFolder
     assert wide.positive["prompt_embeds"][0, 0] == 1 + 20_000
     assert wide.negative is not None and wide.negative["prompt_embeds"][0, 0] == 1 + 20_000
     assert square.positive["prompt_embeds"][0, 0] == 2 + 10_000
+
+
+# ---- pairs that are encoded both ways, to ask the base model whether they are swapped
+
+
+def four_pairs(tmp_path: Path) -> TrainConfig:
+    """Targets of grey 100 to 103, controls of grey 10 to 13."""
+    for number in range(4):
+        captioned(tmp_path / "train", f"{number}.png", 100 + number, "brighter")
+        picture(tmp_path / "control", f"{number}.png", 10 + number)
+    data = {"img_dir": tmp_path / "train", "control_dir": tmp_path / "control", "img_size": 64, "control_size": 48}
+    return data_config(tmp_path, data_config=data)
+
+
+def test_each_way_has_its_own_target_control_and_text(tmp_path: Path, model: ModelFolder) -> None:
+    family = CountingFamily(max_controls=1)
+    pairs = prepare_data(four_pairs(tmp_path), family, model, ACCELERATOR).both_ways
+    assert len(pairs) == 4
+    for pair in pairs:
+        name = pair.as_given.told.name
+        assert pair.swapped.told.name == name, "the name decides the noise"
+        for way, target, control in ((pair.as_given, 100, 10), (pair.swapped, 10, 100)):
+            target, control = target + int(name[0]), control + int(name[0])
+            for picture_of_way, num_letters in ((way.told, len("brighter")), (way.untold, len(" "))):
+                latents, (seen,) = picture_of_way.latents_1CHW, picture_of_way.controls
+                torch.testing.assert_close(latents, torch.full((1, 2, 8, 8), target / 127.5 - 1))
+                torch.testing.assert_close(seen, torch.full((1, 2, 6, 6), control / 127.5 - 1))
+                assert picture_of_way.conditioning["prompt_embeds"][0, 0] == num_letters + 1000 * control
+
+
+def test_they_come_from_the_cache_and_decide_nothing(
+    tmp_path: Path, model: ModelFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = four_pairs(tmp_path)
+    first = prepare_data(config, CountingFamily(max_controls=1), model, ACCELERATOR)
+    family = CountingFamily(max_controls=1)
+    assert prepare_data(config, family, model, ACCELERATOR).both_ways and not family.loaded
+    monkeypatch.setattr(swapped, "FEWEST_PAIRS", 5)
+    without = prepare_data(config, family, model, ACCELERATOR)
+    assert not without.both_ways
+    assert without.fingerprint == first.fingerprint and without.buckets == first.buckets
 
 
 # ---- encoding in the loop

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from pixtune.data.validate import validate_dataset, validate_folder
 from tests.pictures import save_pair
@@ -169,6 +170,61 @@ def test_a_control_that_is_its_target_is_a_warning_and_no_duplicate(tmp_path):
     report = validate_folder(tmp_path)
     assert report.ok
     assert report.warnings == ("1 control picture is the target itself: a.png.",)
+
+
+def save_edits(
+    folder: Path, controls: Sequence[Image.Image], targets: Sequence[Image.Image], control_type: str = "jpg"
+) -> None:
+    for number, (control, target) in enumerate(zip(controls, targets, strict=True)):
+        save_pair(folder / "images", f"{number}.png")
+        (folder / "control").mkdir(exist_ok=True)
+        target.save(folder / "images" / f"{number}.png")
+        control.save(folder / "control" / f"{number}.{control_type}", quality=75)
+
+
+def drawings(count: int) -> list[Image.Image]:
+    """As in the demo: hard lines, which JPEG blurs most."""
+    paths = sorted((Path(__file__).parents[3] / "assets/demo-edit/train/images").glob("*.png"))[:count]
+    return [Image.open(path).convert("RGB") for path in paths]
+
+
+def test_controls_that_are_their_targets_saved_again_are_a_warning(tmp_path):
+    save_edits(tmp_path, drawings(7), drawings(7))
+    (warning,) = validate_folder(tmp_path).warnings
+    assert "7 control pictures are nearly the target, of 7: 0.png, 1.png" in warning and "and 2 more" in warning
+    assert "change nothing" in warning
+
+
+def test_a_small_edit_is_none(tmp_path):
+    """25 by 25 of 256 by 256 pixels in another colour: less on average than saving as JPEG changes."""
+    edited = drawings(5)
+    for picture in edited:
+        picture.paste((90, 160, 60), (100, 100, 125, 125))
+    save_edits(tmp_path, drawings(5), edited)
+    assert validate_folder(tmp_path).warnings == ()
+
+
+def test_rows_that_change_nothing_may_be_up_to_half(tmp_path):
+    plain = drawings(6)
+    inverted = [ImageOps.invert(picture) for picture in plain]
+    save_edits(tmp_path / "half", plain, plain[:3] + inverted[3:])
+    assert validate_folder(tmp_path / "half").warnings == ()
+    save_edits(tmp_path / "most", plain, plain[:4] + inverted[4:])
+    (warning,) = validate_folder(tmp_path / "most").warnings
+    assert "4 control pictures are nearly the target, of 6: 0.png, 1.png, 2.png, 3.png." in warning
+
+
+def test_a_smaller_control_is_compared_and_one_of_another_shape_is_a_reference(tmp_path):
+    plain = drawings(3)
+    save_edits(tmp_path / "small", [picture.resize((128, 128)) for picture in plain], plain, "png")
+    assert "3 control pictures are nearly" in validate_folder(tmp_path / "small").warnings[0]
+    wide = [Image.new("RGB", (64, 32), (250, 250, 250))] * 3
+    save_edits(tmp_path / "shape", wide, [Image.new("RGB", (64, 64), (250, 250, n)) for n in (247, 248, 249)])
+    assert validate_folder(tmp_path / "shape").warnings == ()
+
+
+def test_the_demos_own_pairs_are_far_apart():
+    assert validate_folder(Path(__file__).parents[3] / "assets/demo-edit/train").warnings == ()
 
 
 def test_the_contracts_function_prints_and_answers(tmp_path, capsys):
