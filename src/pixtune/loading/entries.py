@@ -1,0 +1,135 @@
+"""What safetensors files hold and where: one entry a tensor, checked against its file before a byte of it is read."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pixtune.errors import WeightsError
+from pixtune.weights import read_header
+
+LENGTH_BYTES = 8
+"""A safetensors file begins with the length of its JSON header, as a little-endian integer of this size."""
+
+DTYPES = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "U16": torch.uint16,
+    "U32": torch.uint32,
+    "U64": torch.uint64,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "C64": torch.complex64,
+}
+
+LONGEST_HEADER_BYTES = 2**26
+"""No model has a longer one: the largest, of a hundred thousand tensors, are a tenth of it."""
+
+PICKLE = "a PyTorch pickle (.pt, .bin, .ckpt), which may run any code when it is read. Take the model's .safetensors"
+OTHER_FORMATS = {
+    b"PK\x03\x04": PICKLE,  # what torch.save writes: a zip with a pickle in it
+    b"\x80": PICKLE,  # what it wrote before torch 1.6
+    b"version ": "a git-lfs pointer: the weights were not downloaded. Run `git lfs pull` in its folder",
+    b"<": "a web page, most likely an error message saved in place of the weights. Fetch the model again",
+}
+"""How files begin that are found under a safetensors name. Read as a header's length, each is longer than any."""
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """One tensor in a file."""
+
+    name: str
+    file: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset_bytes: int
+    """From the start of the file."""
+    num_bytes: int
+
+
+def read_entries(files: Iterable[Path]) -> list[TensorEntry]:
+    """All tensors of some files, file by file, in the order in which they lie there. Reads headers alone.
+
+    Raises:
+        WeightsError: a file is missing, cut off or of another format, or a name stands in two places.
+    """
+    entries = [entry for file in files for entry in _entries_of(file)]
+    twice = [name for name, count in Counter(entry.name for entry in entries).items() if count > 1]
+    if twice:
+        where = sorted({str(entry.file) for entry in entries if entry.name == twice[0]})
+        raise WeightsError(
+            f"{len(twice)} tensors, {twice[0]} among them, are in more than one file ({', '.join(where)}). Are there "
+            "two variants of the weights in one folder? Leave one."
+        )
+    return entries
+
+
+def _entries_of(file: Path) -> list[TensorEntry]:
+    start_bytes = LENGTH_BYTES + _header_bytes(file)
+    file_bytes, header = file.stat().st_size, read_header(file)
+    if not isinstance(header, dict):
+        raise WeightsError(f"{file} has a damaged header: {type(header).__name__}, not names. Fetch the model again.")
+    entries = [_entry(file, start_bytes, name, place) for name, place in header.items() if name != "__metadata__"]
+    entries.sort(key=lambda entry: entry.offset_bytes)
+    end_bytes = max((entry.offset_bytes + entry.num_bytes for entry in entries), default=start_bytes)
+    if end_bytes > file_bytes:
+        raise WeightsError(
+            f"{file} is cut off: it has {file_bytes:,} bytes, and its header says {end_bytes:,}. Was the download "
+            "interrupted? Fetch the model again."
+        )
+    return entries
+
+
+def _header_bytes(file: Path) -> int:
+    """The length of the JSON header, unless the file begins like one of another format."""
+    if not file.is_file():
+        raise WeightsError(f"{file} is missing. Is the path right, or was the download interrupted?")
+    with file.open("rb") as stream:
+        first_bytes = stream.read(LENGTH_BYTES)
+    length = int.from_bytes(first_bytes, "little")
+    if length > LONGEST_HEADER_BYTES:
+        kinds = [kind for signature, kind in OTHER_FORMATS.items() if first_bytes.startswith(signature)]
+        kind = kinds[0] if kinds else "something else. Fetch the model again"
+        raise WeightsError(f"{file} is no safetensors file but {kind}.")
+    return length
+
+
+def _entry(file: Path, start_bytes: int, name: str, place: Any) -> TensorEntry:
+    try:
+        begin, end = map(operator.index, place["data_offsets"])
+        shape = tuple(map(operator.index, place["shape"]))
+        dtype_name = str(place["dtype"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise WeightsError(f"{file} has a damaged header at {name} ({place!r}). Fetch the model again.") from error
+    if dtype_name not in DTYPES:
+        raise WeightsError(
+            f"{file} holds {name} as {dtype_name}, which pixtune cannot read (it reads {', '.join(DTYPES)}). Take "
+            "another variant of the model."
+        )
+    dtype = DTYPES[dtype_name]
+    num_bytes = math.prod(shape) * dtype.itemsize
+    if min(shape, default=0) < 0 or begin < 0 or end - begin != num_bytes:
+        raise WeightsError(
+            f"{file} has a damaged header: {name} is {dtype_name} {list(shape)}, {num_bytes:,} bytes, and bytes "
+            f"{begin:,} to {end:,} are said to hold it. Fetch the model again."
+        )
+    return TensorEntry(name, file, dtype, shape, start_bytes + begin, num_bytes)

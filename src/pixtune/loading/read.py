@@ -1,0 +1,81 @@
+"""Reading safetensors: one tensor after the other on the wanted device, by the fastest way that this machine has."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from pixtune.errors import WeightsError
+from pixtune.loading import fast
+from pixtune.loading.entries import TensorEntry, read_entries
+from pixtune.loading.threads import iterate_with_threads
+
+logger = logging.getLogger(__name__)
+
+NUM_THREADS = 8
+
+
+def iterate_tensors(
+    files: Iterable[str | Path],
+    device: torch.device | str,
+    num_threads: int = NUM_THREADS,
+    use_fast: bool | None = None,
+) -> Iterator[tuple[str, Tensor]]:
+    """Name and tensor of some safetensors files, in the files' order, each directly on `device`.
+
+    Nothing keeps a tensor once the next one is asked for, so a consumer that drops each needs a few hundred megabytes
+    however large the model: `num_threads` times 16 MiB in host memory, and what was read ahead on the device. On a CPU
+    they are views of the mapped file, which must stay as it is while they live.
+
+    Args:
+        num_threads: how many slices are read at a time. Without effect on a CPU.
+        use_fast: True and None take fastsafetensors where it can be used; True says why where it cannot. False never.
+
+    Raises:
+        WeightsError: a file is missing, cut off or of another format; before anything is read.
+    """
+    entries, device = read_entries(map(Path, files)), torch.device(device)
+    if device.type == "cpu":
+        return _iterate_mapped(entries)
+    if use_fast is not False:
+        obstacle = fast.obstacle(device)
+        if obstacle is None:
+            return fast.iterate_fast(entries, device, num_threads)
+        _tell_once(f"{obstacle}; the weights are read by {num_threads} threads of pixtune's own", use_fast is True)
+    return iterate_with_threads(entries, device, num_threads, drop_cache=_is_integrated(device))
+
+
+def load_safetensors(
+    path: str | Path, num_threads: int = NUM_THREADS, device: torch.device | str = "cpu", use_fast: bool = True
+) -> dict[str, Tensor]:
+    """All tensors of one file; see `iterate_tensors`."""
+    return dict(iterate_tensors([path], device, num_threads, use_fast))
+
+
+def _iterate_mapped(entries: Sequence[TensorEntry]) -> Iterator[tuple[str, Tensor]]:
+    """Views of the mapped files: where nothing is copied to a device, no way of reading is faster (benchmarks)."""
+    for path, of_file in itertools.groupby(entries, key=lambda entry: entry.file):
+        try:
+            opened = safe_open(path, framework="pt")
+        except SafetensorError as error:
+            raise WeightsError(f"{path} has a damaged header ({error}). Fetch the model again.") from error
+        with opened as file:
+            for entry in of_file:
+                yield entry.name, file.get_tensor(entry.name)
+
+
+def _is_integrated(device: torch.device) -> bool:
+    """Whether the GPU takes its memory from the CPU's, where the page cache of what was read would be in its way."""
+    return device.type == "cuda" and bool(torch.cuda.get_device_properties(device).is_integrated)
+
+
+@functools.cache
+def _tell_once(message: str, is_warning: bool) -> None:
+    logger.log(logging.WARNING if is_warning else logging.INFO, message)

@@ -1,0 +1,154 @@
+"""Writing safetensors, and models whose weights are spread over several files with an index beside them."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pixtune import files
+from pixtune.errors import WeightsError, WriteError
+from pixtune.loading.entries import read_entries
+from pixtune.loading.read import NUM_THREADS, iterate_tensors
+from pixtune.weights import read_json
+
+INDEX_SUFFIX = ".safetensors.index.json"
+MAX_SHARD_BYTES = 2 * 2**30
+"""Twice this much host memory is used while a shard is written."""
+SHARD_NAME = re.compile(r"-\d{5}-of-\d{5}\.safetensors$")
+FORMAT = {"format": "pt"}
+"""transformers and diffusers refuse a file that does not say so."""
+
+
+def save_safetensors(
+    tensors: Mapping[str, Tensor], path: str | Path, metadata: Mapping[str, str] | None = None
+) -> None:
+    """Tensors as one file, which is there whole or not at all.
+
+    Raises:
+        WriteError: it could not be written. What stood there before still stands.
+    """
+    files.save_safetensors(Path(path), tensors, {**FORMAT, **(metadata or {})})
+
+
+def save_safetensors_sharded(
+    tensors: Mapping[str, Tensor], folder: str | Path, max_shard_bytes: int = MAX_SHARD_BYTES, stem: str = "model"
+) -> list[Path]:
+    """Tensors as files of at most `max_shard_bytes`, or of one larger tensor, with the index that transformers and
+    diffusers read; one file without an index where they fit.
+
+    Weights of the same stem that stand in the folder are replaced. A crash leaves the old ones, the new ones, or a
+    folder that `shard_files` refuses; never a mixture that loads.
+
+    Args:
+        stem: how the files' names begin: "model" for transformers, "diffusion_pytorch_model" for diffusers.
+
+    Returns:
+        The files with weights.
+
+    Raises:
+        WriteError: they could not be written.
+    """
+    folder = Path(folder)
+    shards = _plan_shards(tensors, max_shard_bytes)
+    if len(shards) == 1:
+        names = [f"{stem}.safetensors"]
+    else:
+        names = [f"{stem}-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)]
+    index_file = folder / f"{stem}{INDEX_SUFFIX}"
+    _remove([index_file])  # first: shards of two saves must never stand under one index
+    for name, shard in zip(names, shards, strict=True):
+        save_safetensors({key: tensors[key] for key in shard}, folder / name)
+    if len(shards) > 1:
+        index = {
+            "metadata": {"total_size": sum(tensor.nbytes for tensor in tensors.values())},
+            "weight_map": {key: name for name, shard in zip(names, shards, strict=True) for key in shard},
+        }
+        files.write_atomically(index_file, (json.dumps(index, indent=2, sort_keys=True) + "\n").encode())
+    ours = re.compile(re.escape(stem) + rf"(\.safetensors|{SHARD_NAME.pattern})")
+    _remove([file for file in folder.iterdir() if ours.fullmatch(file.name) and file.name not in names])
+    return [folder / name for name in names]
+
+
+def shard_files(folder: str | Path) -> list[Path]:
+    """The files with a model's weights, in the order of their names: those of its index, or the only one.
+
+    Raises:
+        WeightsError: no weights, no index where one is needed, or not all that the index names; names all of it.
+    """
+    folder = Path(folder)
+    indexes = sorted(folder.glob(f"*{INDEX_SUFFIX}"))
+    if len(indexes) > 1:
+        names = ", ".join(index.name for index in indexes)
+        raise WeightsError(f"{folder} has several indexes: {names}. Leave that of the variant to train.")
+    if not indexes:
+        return [_only_file(folder)]
+    places = read_json(indexes[0]).get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
+        raise WeightsError(f"{indexes[0]} has no weight_map from tensors to files. Fetch the model again.")
+    paths = [folder / name for name in sorted(set(places.values()))]
+    absent = [path.name for path in paths if not path.is_file()]
+    if absent:
+        raise WeightsError(
+            f"{folder} lacks {len(absent)} of {len(paths)} files that {indexes[0].name} names: {', '.join(absent)}. "
+            "Was the download interrupted? Fetch the model again."
+        )
+    found = {entry.name: entry.file for entry in read_entries(paths)}
+    wrong = [name for name, file in places.items() if found.get(name) != folder / file]
+    if wrong:
+        raise WeightsError(
+            f"{len(wrong)} tensors, {wrong[0]} among them, are not in the files of {folder} that {indexes[0].name} "
+            "names for them. Do the files come from different models? Fetch the model again."
+        )
+    return paths
+
+
+def load_safetensors_sharded(
+    folder: str | Path, num_threads: int = NUM_THREADS, device: torch.device | str = "cpu", use_fast: bool = True
+) -> dict[str, Tensor]:
+    """All tensors of a model in one file or several; see `shard_files` and `iterate_tensors`."""
+    return dict(iterate_tensors(shard_files(folder), device, num_threads, use_fast))
+
+
+def _plan_shards(tensors: Mapping[str, Tensor], max_shard_bytes: int) -> list[list[str]]:
+    """Names of each shard, in the tensors' order."""
+    shards: list[list[str]] = [[]]
+    room_bytes = max_shard_bytes
+    for name, tensor in tensors.items():
+        if shards[-1] and tensor.nbytes > room_bytes:
+            shards.append([])
+            room_bytes = max_shard_bytes
+        shards[-1].append(name)
+        room_bytes -= tensor.nbytes
+    return shards
+
+
+def _only_file(folder: Path) -> Path:
+    """The one file with weights of a folder without an index."""
+    names = sorted(path.name for path in folder.glob("*.safetensors"))
+    if len(names) == 1 and not SHARD_NAME.search(names[0]):
+        return folder / names[0]
+    if names:
+        raise WeightsError(
+            f"{folder} holds {', '.join(names)} and no *{INDEX_SUFFIX} that says what belongs together. Was "
+            "a download, or saving, interrupted?"
+        )
+    pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.ckpt") for path in folder.glob(pattern))
+    found = f"only {', '.join(pickles)}, which may run any code when they are read" if pickles else "no weights"
+    raise WeightsError(f"{folder} holds {found}. A folder with .safetensors files is needed.")
+
+
+def _remove(paths: Sequence[Path]) -> None:
+    """Durably: what is written next must not reach the disk before."""
+    present = [path for path in paths if path.exists()]
+    try:
+        for path in present:
+            path.unlink()
+        if present:
+            files.sync_folder(present[0].parent)
+    except OSError as error:
+        raise WriteError(f"{present[0].parent} could not be changed ({error.strerror or error}).") from error

@@ -1,0 +1,17 @@
+"""Reading and writing safetensors; see pixtune.loading."""
+
+from pixtune.loading import (
+    is_fastsafetensors_available,
+    load_safetensors,
+    load_safetensors_sharded,
+    save_safetensors,
+    save_safetensors_sharded,
+)
+
+__all__ = [
+    "is_fastsafetensors_available",
+    "load_safetensors",
+    "load_safetensors_sharded",
+    "save_safetensors",
+    "save_safetensors_sharded",
+]
