@@ -106,7 +106,7 @@ EFFECTS: dict[str, Effect] = {
     "validation.num_draws": Effect("held-out losses", (1, 2), MEASURED),
     "samples.prompts": Effect("pictures", (["red heart"], []), DRAWN),
     "samples.controls": Effect(
-        "pictures", ([["SCENE/edit/control/alien.png"]], [["SCENE/edit/control/books.png"]]), CONTROLLED
+        "pictures", ([["SCENE/edit/control/alien.png"]], [["SCENE/edit/control/avocado.png"]]), CONTROLLED
     ),
     "samples.seeds": Effect("pictures", ([0], [1]), DRAWN),
     "samples.every": Effect("pictures", (500, 1), DRAWN),

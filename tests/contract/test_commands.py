@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import shlex
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from safetensors import safe_open
 
 from pixtune.errors import NotYetError
@@ -89,9 +93,15 @@ def check_result(command: Command, output: Path) -> None:
         assert all(name.startswith(("diffusion_model.", "transformer.")) for name in file.keys())  # noqa: SIM118
 
 
+@pytest.fixture(scope="module")
+def trained(scene: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Row -> output folder of its command as written, which is run once."""
+    return cache(lambda row: train_small(COMMANDS[row], scene, tmp_path_factory.mktemp(row), []))
+
+
 @pytest.mark.parametrize("row", [pytest.param(row, marks=needs(*REFUSED[row])) for row in COMMANDS])
-def test_a_command_as_written(scene: Path, tmp_path: Path, row: str) -> None:
-    check_result(COMMANDS[row], train_small(COMMANDS[row], scene, tmp_path, []))
+def test_a_command_as_written(trained: Callable[[str], Path], row: str) -> None:
+    check_result(COMMANDS[row], trained(row))
 
 
 @pytest.mark.parametrize("row", [row for row in COMMANDS if REFUSED[row]])
@@ -138,6 +148,16 @@ def test_c8_validate_dataset_has_an_exit_code(tmp_path: Path) -> None:
     assert "lonely" in outcome.stdout
 
 
+def test_other_commands_do_not_train() -> None:
+    """Nothing but the command line imports the loop (tests/unit/test_layout.py), and there one function does, which
+    `pixtune train` and the root scripts call."""
+    tree = ast.parse((ROOT / "src" / "pixtune" / "cli.py").read_text(encoding="utf-8"))
+    code = {node.name: ast.unparse(node) for node in tree.body if isinstance(node, ast.FunctionDef)}
+    assert {name for name, text in code.items() if "pixtune.train" in text} == {"run_config"}
+    callers = {name for name, text in code.items() if "run_config(" in text} - {"run_config"}
+    assert callers == {"train", "run_script"}
+
+
 def test_errors_are_one_block_without_a_traceback(tmp_path: Path) -> None:
     words = overrides(tmp_path / "run", tmp_path / "cache", rankk=4, learning_rate="fast", data_config__img_dir="/nope")
     outcome = pixtune("train", "--config", write_config(tmp_path), *words)
@@ -148,22 +168,18 @@ def test_errors_are_one_block_without_a_traceback(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
-def test_sample_and_export_work_on_what_training_wrote(tmp_path: Path) -> None:
-    config = write_config(tmp_path)
-    assert pixtune("train", "--config", config, *overrides(tmp_path / "run", tmp_path / "cache")).returncode == 0
+def test_sample_and_export_work_on_what_training_wrote(trained: Callable[[str], Path], tmp_path: Path) -> None:
+    output = trained("C1")
     drawn = pixtune(
         "sample", "--model", TINY_MODEL, "--prompt", "red heart, twemoji style", "--output", tmp_path / "pictures",
-        "--lora", tmp_path / "run" / "pytorch_lora_weights.safetensors", "--steps", 2, "--width", 64, "--height", 96,
-        "--weights-format", "fp32",
+        "--lora", output / LORA_FILE, "--steps", 2, "--width", 64, "--height", 96, "--weights-format", "fp32",
     )  # fmt: skip
     assert drawn.returncode == 0, drawn.stdout
-    from PIL import Image
-
     assert Image.open(tmp_path / "pictures" / "000-seed0.png").size == (64, 96)
-    exported = pixtune("export", tmp_path / "run" / "checkpoint-000004", "--output", tmp_path / "exported")
+    exported = pixtune("export", output / "checkpoint-000001", "--output", tmp_path / "exported")
     assert exported.returncode == 0, exported.stdout
-    for name in ("pytorch_lora_weights.safetensors", "comfyui_lora.safetensors"):
-        assert read(tmp_path / "exported" / name) == read(tmp_path / "run" / name)
+    for name in (LORA_FILE, COMFYUI_FILE):
+        assert read(tmp_path / "exported" / name) == read(output / name)
 
 
 def read(path: Path) -> tuple[dict[str, str], dict[str, list[float]]]:

@@ -6,15 +6,15 @@ import pytest
 
 from tests.runs import ROOT
 
-SPARK_PLAN = "plans/2025-11-16-dgx-spark-unified-memory.md"
 DOCUMENTS = {
-    "GPU_COMPATIBILITY.md": ("DGX Spark", "RTX 4090", "H100"),
+    "GPU_COMPATIBILITY.md": ("train_lora_4090.yaml", "train_dgx_spark.yaml", "FlashAttention 3", "fp8"),
     "AARCH64_SBSA_COMPATIBILITY.md": (
-        "PyPI torch overwrote my wheels", "libcudnn.so.9 not found", "FA3 crashes on ARM64", "cuDNN 9", "SageAttention",
+        "PyPI torch overwrote my wheels", "libcudnn.so.9", "FA3 crashes on ARM64", "sm_121 wheel", "requirements.txt",
     ),
     "FASTSAFETENSORS_INTEGRATION.md": ("use_fastsafetensors", "fastsafetensors_num_threads"),
-    SPARK_PLAN: ("unified_memory", "expandable_segments", "memory_fraction"),
+    "plans/2025-11-16-dgx-spark-unified-memory.md": ("unified_memory", "expandable_segments", "memory_fraction"),
 }  # fmt: skip
+INSTALL_ORDER = ("**cuDNN 9**", "**ONNX**", "**PyTorch.**", "**SageAttention**", "`pip install -r requirements.txt`")
 
 
 def missing(name: str) -> pytest.MarkDecorator:
@@ -26,3 +26,9 @@ def missing(name: str) -> pytest.MarkDecorator:
 def test_a_document_is_there_and_says_what_is_asked_of_it(name: str) -> None:
     text = (ROOT / "docs" / name).read_text(encoding="utf-8")
     assert not [words for words in DOCUMENTS[name] if words not in text]
+
+
+def test_the_install_order_of_a_dgx_spark() -> None:
+    text = (ROOT / "docs" / "AARCH64_SBSA_COMPATIBILITY.md").read_text(encoding="utf-8")
+    places = [text.index(step) for step in INSTALL_ORDER]
+    assert places == sorted(places)

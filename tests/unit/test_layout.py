@@ -213,3 +213,19 @@ def test_no_file_knows_a_machine_or_a_package_registry():
             if match := private.search(line):
                 found.append(f"{path.relative_to(ROOT)}:{number}: {match.group()}")
     assert not found, f"works only here, or names a registry: {found}"
+
+
+def test_the_file_tour_has_a_line_for_every_module_and_script():
+    tour = (ROOT / "docs" / "file_tour.md").read_text(encoding="utf-8")
+    folders = [*(ROOT / name for name in ("", "scripts", "benchmarks", "utils", "image_datasets", "train_configs"))]
+    paths = [*SRC.rglob("*.py"), *(path for folder in folders for path in folder.glob("*.*"))]
+    names = {path.name for path in paths if path.suffix in {".py", ".yaml"}} - {"__init__.py"}
+    missing = [name for name in names if not re.search(rf"(^|[\s/]){re.escape(name)}\s", tour, re.MULTILINE)]
+    assert not missing, f"docs/file_tour.md has no line for {sorted(missing)}"
+
+
+def test_the_file_tour_names_nothing_that_is_gone():
+    tour = (ROOT / "docs" / "file_tour.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"^[\s\w/]*?(\w+\.(?:py|yaml|md))\s", tour, re.MULTILINE))
+    there = {path.name for path in text_files()} | {Path(__file__).name}
+    assert len(named) > 100 and not named - there
