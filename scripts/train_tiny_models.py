@@ -40,6 +40,7 @@ from vary_pictures import vary
 from pixtune.families import family_of
 from pixtune.families.base import LatentDistribution, ModelFamily, Placement, Prompt
 from pixtune.families.qwen_image_edit import NUM_TEMPLATE_TOKENS, EditReader
+from pixtune.fit.load import load_transformer
 from pixtune.weights import ModelFolder
 
 NUM_VARIATIONS = 4
@@ -266,7 +267,7 @@ def run_transformer_stage(recipe: Recipe, icons: list[Icon], pixels: Tensor, arg
     family = family_of(folder)
     data = recipe.training_set(folder, icons, pixels)
     placement = Placement(pixels.device, torch.float32)
-    start = family.load_transformer(folder, placement) if arguments.resume else recipe.build_transformer()
+    start = load_transformer(family, folder, placement) if arguments.resume else recipe.build_transformer()
     training = TransformerTraining(family, start.to(pixels.device), data, arguments.batch_size)
 
     def save(model: nn.Module) -> None:

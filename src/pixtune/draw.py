@@ -22,6 +22,7 @@ from pixtune.export import read_lora_file
 from pixtune.families import family_of
 from pixtune.families.base import CONTROL_SIDE, ModelFamily, Placement
 from pixtune.fit.apply import FORMATS
+from pixtune.fit.load import load_transformer
 from pixtune.sample import EncodedPrompt, PromptSampler, SamplerSettings
 from pixtune.weights import ModelFolder, open_model_folder
 
@@ -57,7 +58,7 @@ def draw(request: DrawRequest, output_dir: Path) -> Iterator[Path]:
     placement = Placement(device, FORMATS[request.weights_format])
     prompts = encode_request(request, family, folder, placement)
 
-    transformer = family.load_transformer(folder, placement)
+    transformer = load_transformer(family, folder, placement)
     if request.lora is not None:
         put_on_lora(transformer, request.lora)
     sampler = PromptSampler(family, folder, prompts, request.settings, placement, keep_autoencoder=True)

@@ -227,11 +227,13 @@ def export_full_checkpoint(checkpoint: Checkpoint, target: Path) -> Path:
     from pixtune.families import family_of
     from pixtune.families.base import Placement
     from pixtune.fit.apply import FORMATS
+    from pixtune.fit.load import load_transformer
     from pixtune.weights import open_model_folder
 
     config, weights_format = checkpoint.record["config"], checkpoint.record["plan"]["weights_format"]
     base = open_model_folder(config["pretrained_model_name_or_path"])
-    transformer = family_of(base).load_transformer(base, Placement(torch.device("cpu"), FORMATS[weights_format]))
+    placement = Placement(torch.device("cpu"), FORMATS[weights_format])
+    transformer = load_transformer(family_of(base), base, placement)
     try:
         copy_weights(dict(transformer.named_parameters()), joined(checkpoint.tensors, WEIGHTS_STEM))
     except (KeyError, RuntimeError) as error:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from pixtune.data.buckets import Size
 from pixtune.families.base import Conditioning, ModelFamily, Placement
+from pixtune.fit.modulation import announce, most_announced
 from pixtune.weights import ModelFolder
 
 if TYPE_CHECKING:
@@ -50,7 +51,10 @@ def sample_latents(
     latents_BCHW = noise_BCHW
     num_tokens = family.num_image_tokens(*noise_BCHW.shape[-2:])
     sigmas = family.sigma_schedule(folder, num_steps, num_tokens)
-    for sigma, next_sigma in pairwise(sigmas):
+    stretch = most_announced(transformer) // (len(latents_BCHW) * (1 if negative is None else 2))
+    for number, (sigma, next_sigma) in enumerate(pairwise(sigmas)):
+        if number % stretch == 0:
+            _announce(family, transformer, sigmas[number:-1][:stretch], positive, negative, guidance_scale)
         sigma_B = torch.full((len(latents_BCHW),), sigma, device=latents_BCHW.device)
         velocity_BCHW = family.predict_velocity(transformer, latents_BCHW, sigma_B, positive, controls, guidance_scale)
         if negative is not None:
@@ -59,6 +63,24 @@ def sample_latents(
         latents_BCHW = latents_BCHW + (next_sigma - sigma) * velocity_BCHW.float()
         on_step()
     return latents_BCHW
+
+
+def _announce(
+    family: ModelFamily,
+    transformer: nn.Module,
+    sigmas: Sequence[float],
+    positive: Conditioning,
+    negative: Conditioning | None,
+    guidance_scale: float,
+) -> None:
+    """The next steps' passes: each sigma with each row of both conditionings."""
+    conditionings = [positive] if negative is None else [positive, negative]
+    features = {name: torch.cat([c[name] for c in conditionings]) for name in family.time_features}
+    text = next(iter(positive.values()))
+    num_rows = len(text) * len(conditionings)
+    sigma_N = torch.tensor(sigmas, device=text.device).repeat_interleave(num_rows)
+    repeated = {name: tensor.repeat(len(sigmas), *[1] * (tensor.ndim - 1)) for name, tensor in features.items()}
+    announce(transformer, family, sigma_N, repeated, guidance_scale)
 
 
 def to_image(pixels_3HW: Tensor) -> Image:

@@ -226,7 +226,7 @@ class Services:
         run = self.run
         loss = measure(
             run.family, run.transformer, self.data.held_out, self.config.validation.num_draws, self.config.seed,
-            run.accelerator.device, self.config.objective.guidance,
+            run.accelerator.device, self.config.objective.guidance, self.config.batch_size,
         )  # fmt: skip
         self._losses[step] = loss
         self.log.write("validation", step, loss=loss.mean, quarters=loss.quarters)

@@ -21,8 +21,10 @@ from pixtune.data.batches import Batch, BatchPlan, BatchSource, read_ahead
 from pixtune.data.prepare import PreparedData, prepare_data
 from pixtune.families import family_of
 from pixtune.families.base import ModelFamily, Placement
+from pixtune.fit import load
 from pixtune.fit.apply import FORMATS, apply_plan, apply_switches
 from pixtune.fit.attention import try_cudnn_attention
+from pixtune.fit.modulation import StepsAhead
 from pixtune.fit.plan import MemoryPlan, RunSize, plan_memory
 from pixtune.hardware.facts import check_torch, read_facts
 from pixtune.launch import StopSignal, start_accelerator
@@ -47,6 +49,7 @@ class Run:
     trained: TrainedWeights
     learning_rate_at: Callable[[int], float]
     source: BatchSource
+    steps_ahead: StepsAhead
     num_steps: int
 
 
@@ -92,6 +95,7 @@ def run_steps(run: Run, services: Services) -> TrainResult:
     with services, StopSignal(run.accelerator) as stop:
         services.before_first_step()
         for step in range(start, end):
+            run.steps_ahead.reach(step)
             loss, grad_norm = train_step(run, islice(batches, accumulation), step, services.see_batch)
             services.after_step(step + 1, loss, grad_norm)
             if stop.requested(step + 1, config.logging_steps):
@@ -198,8 +202,7 @@ def count_parameters(config: TrainConfig, family: ModelFamily, folder: ModelFold
     """Parameters of the transformer, without loading it."""
     if not config.random_weights:
         return folder.num_parameters("transformer")
-    placement = Placement(torch.device("meta"), torch.bfloat16)
-    model = family.random_transformer(placement, folder.component_config("transformer"))
+    model = family.build_transformer(folder.component_config("transformer"))
     return sum(parameter.numel() for parameter in model.parameters())
 
 
@@ -209,8 +212,8 @@ def load_transformer(
     """The base in the planned format; random values only behind the test switch."""
     placement = Placement(device, FORMATS[plan.weights_format])
     if config.random_weights:
-        return family.random_transformer(placement, folder.component_config("transformer"))
-    return family.load_transformer(folder, placement)
+        return load.random_transformer(family, folder.component_config("transformer"), placement)
+    return load.load_transformer(family, folder, placement)
 
 
 def build_run(
@@ -226,6 +229,14 @@ def build_run(
     world_size = accelerator.num_processes
     order = BatchPlan(data.buckets, config.batch_size * world_size, config.seed)
     num_steps = planned_steps(config, order)
+    source = BatchSource(
+        order,
+        data.reader,
+        config.objective,
+        config.data_config.caption_dropout_rate,
+        accelerator.process_index,
+        world_size,
+    )
     return Run(
         config=config,
         family=family,
@@ -234,13 +245,15 @@ def build_run(
         transformer=transformer,
         trained=trained,
         learning_rate_at=optim.build_schedule(config, num_steps),
-        source=BatchSource(
-            order,
-            data.reader,
-            config.objective,
-            config.data_config.caption_dropout_rate,
-            accelerator.process_index,
-            world_size,
+        source=source,
+        steps_ahead=StepsAhead(
+            transformer=transformer,
+            family=family,
+            times_of=lambda step: source.times_of_step(step, config.gradient_accumulation_steps, family.time_features),
+            samples_per_step=config.batch_size * config.gradient_accumulation_steps,
+            num_steps=num_steps,
+            guidance=config.objective.guidance,
+            device=accelerator.device,
         ),
         num_steps=num_steps,
     )

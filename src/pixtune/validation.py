@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from pixtune import draws
 from pixtune.families.base import Conditioning, ModelFamily
+from pixtune.fit.modulation import announce
 from pixtune.objective import add_noise, sample_losses, velocity_target
 
 NUM_QUARTERS = 4
@@ -56,8 +57,13 @@ def losses_at(
     seed: int,
     device: torch.device,
     guidance: float,
+    most_at_once: int | None = None,
 ) -> Tensor:
-    """One picture's loss at each sigma, shape (len(sigmas),). The noise depends on seed, name and sigma alone."""
+    """One picture's loss at each sigma, shape (len(sigmas),). The noise depends on seed, name and sigma alone.
+
+    Args:
+        most_at_once: sigmas of one forward pass; None: all.
+    """
     sigma_B = torch.tensor(sigmas, device=device)
     shape = picture.latents_1CHW.shape
     noise = [draws.normal(shape, seed, "validation noise", picture.name, str(sigma)) for sigma in sigmas]
@@ -66,9 +72,16 @@ def losses_at(
     row = {name: tensor.to(device) for name, tensor in picture.conditioning.items()}
     conditioning = family.stack_conditioning([row] * len(sigmas))
     noisy_BCHW = add_noise(latents_BCHW, noise_BCHW, sigma_B)
-    controls = [control.to(device).expand(len(sigmas), -1, -1, -1) for control in picture.controls]
-    velocity_BCHW = family.predict_velocity(transformer, noisy_BCHW, sigma_B, conditioning, controls, guidance)
-    return sample_losses(velocity_BCHW, velocity_target(latents_BCHW, noise_BCHW))
+    announce(transformer, family, sigma_B, conditioning, guidance)
+    velocities = []
+    for rows in torch.arange(len(sigmas)).split(most_at_once or len(sigmas)):
+        part = slice(int(rows[0]), int(rows[-1]) + 1)
+        text = {name: tensor[part] for name, tensor in conditioning.items()}
+        controls = [control.to(device).expand(len(rows), -1, -1, -1) for control in picture.controls]
+        velocities.append(
+            family.predict_velocity(transformer, noisy_BCHW[part], sigma_B[part], text, controls, guidance)
+        )
+    return sample_losses(torch.cat(velocities), velocity_target(latents_BCHW, noise_BCHW))
 
 
 def measure(
@@ -79,9 +92,16 @@ def measure(
     seed: int,
     device: torch.device,
     guidance: float,
+    most_at_once: int | None = None,
 ) -> ValidationLoss:
-    """The held-out loss. Draws depend on the seed and the picture's name alone, never on the training step."""
+    """The held-out loss. Draws depend on the seed and the picture's name alone, never on the training step.
+
+    Args:
+        most_at_once: samples of one forward pass, so that measuring needs no more memory than training; None: all.
+    """
     sigmas = fixed_sigmas(num_draws)
-    losses = [losses_at(family, transformer, picture, sigmas, seed, device, guidance) for picture in pictures]
+    losses = [
+        losses_at(family, transformer, picture, sigmas, seed, device, guidance, most_at_once) for picture in pictures
+    ]
     per_sigma = torch.stack(losses).double().mean(0).view(NUM_QUARTERS, num_draws)
     return ValidationLoss(float(per_sigma.mean()), tuple(per_sigma.mean(1).tolist()))

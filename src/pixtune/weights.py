@@ -17,6 +17,8 @@ from pixtune.errors import WeightsError
 
 READ_SUFFIXES = (".json", ".safetensors", ".txt", ".model", ".jinja")
 """All that a model folder needs, and all that is taken from one."""
+WEIGHT_STEMS = ("diffusion_pytorch_model", "model")
+"""Names that diffusers and transformers give to files of weights."""
 HUB_PATTERNS = tuple(f"*{suffix}" for suffix in READ_SUFFIXES)
 
 
@@ -45,10 +47,33 @@ class ModelFolder:
         name = "scheduler_config.json" if component == "scheduler" else "config.json"
         return read_json(self.path / component / name)
 
+    def weight_files(self, component: str) -> list[Path]:
+        """The safetensors files of a component: those its index names, or the one of the usual name.
+
+        Other files beside them (`.fp16.safetensors`, an older copy) are passed over, as diffusers does.
+
+        Raises:
+            WeightsError: there are none, or one that the index names is missing.
+        """
+        folder = self.path / component
+        for stem in WEIGHT_STEMS:
+            if (index := folder / f"{stem}.safetensors.index.json").is_file():
+                files = [folder / name for name in sorted(set(read_json(index)["weight_map"].values()))]
+                break
+            if (single := folder / f"{stem}.safetensors").is_file():
+                files = [single]
+                break
+        else:
+            raise WeightsError(f"{folder} has no {' or '.join(WEIGHT_STEMS)} in safetensors. Fetch the model again.")
+        missing = [file.name for file in files if not file.is_file()]
+        if missing:
+            raise WeightsError(f"{folder} lacks {', '.join(missing)}. Was the download interrupted? Fetch it again.")
+        return files
+
     def num_parameters(self, component: str) -> int:
-        """Parameters of a component, from its safetensors headers alone; 0 where there are no weights."""
+        """Parameters of a component, from its safetensors headers alone."""
         count = 0
-        for file in (self.path / component).glob("*.safetensors"):
+        for file in self.weight_files(component):
             for name, tensor in read_header(file).items():
                 if name != "__metadata__":
                     count += math.prod(tensor["shape"])

@@ -14,6 +14,7 @@ from transformers import Qwen2VLProcessor
 
 from pixtune.families.base import ModelFamily, Placement
 from pixtune.families.qwen_image_edit import VisionTokenizer
+from pixtune.fit.load import load_transformer
 from pixtune.weights import ModelFolder
 from tests.runs import ROOT
 
@@ -121,7 +122,7 @@ def edit_pipeline(family: ModelFamily, folder: ModelFolder) -> Any:
         text_encoder=ForwardsTokenTypes(model, tokenizer.tokenizer.convert_tokens_to_ids("<|image_pad|>")),
         tokenizer=tokenizer.tokenizer,
         processor=real_processor(tokenizer),
-        transformer=family.load_transformer(folder, placement),
+        transformer=load_transformer(family, folder, placement),
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

@@ -24,6 +24,7 @@ from pixtune.families import FAMILIES, family_of, qwen_image
 from pixtune.families.base import CONTROL_SIDE, ModelFamily, Placement, Prompt, TextEncoder
 from pixtune.families.packing import unpack_latents
 from pixtune.families.qwen_image_edit import EditReader
+from pixtune.fit.load import load_transformer
 from pixtune.sample import sample_latents, starting_noise, to_image
 from pixtune.weights import ModelFolder
 from tests.families.stock import CAPTIONS, assert_same, build_folder, edit_pipeline, real_processor, recorded_calls
@@ -76,7 +77,7 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     assert family.name == name
     return Case(
         family, folder, edit_pipeline(family, folder), family.load_text_encoder(folder, PLACEMENT),
-        family.load_autoencoder(folder, PLACEMENT), family.load_transformer(folder, PLACEMENT).eval(),
+        family.load_autoencoder(folder, PLACEMENT), load_transformer(family, folder, PLACEMENT),
     )  # fmt: skip
 
 

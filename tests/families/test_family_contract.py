@@ -25,6 +25,7 @@ from pixtune.families import FAMILIES, family_of
 from pixtune.families.base import LatentDistribution, ModelFamily, Placement, Prompt, TextEncoder
 from pixtune.families.packing import pack_latents, unpack_latents
 from pixtune.families.qwen_image import NUM_TEMPLATE_TOKENS
+from pixtune.fit.load import load_transformer, random_transformer
 from pixtune.sample import sample_latents, starting_noise, to_image
 from pixtune.weights import ModelFolder
 
@@ -154,7 +155,7 @@ def case(request: pytest.FixtureRequest, repo_root: Path, tmp_path_factory: pyte
         stock_pipeline(reference, path, torch.float32),
         family.load_text_encoder(folder, FP32),
         family.load_autoencoder(folder, FP32),
-        family.load_transformer(folder, FP32),
+        load_transformer(family, folder, FP32),
     )
 
 
@@ -227,7 +228,7 @@ def test_blocks_and_lora_targets_are_there(case: Case) -> None:
 
 
 def test_loaded_parts_are_frozen_and_in_the_asked_format(case: Case) -> None:
-    transformer = case.family.load_transformer(case.folder, BF16)
+    transformer = load_transformer(case.family, case.folder, BF16)
     encoder, autoencoder = case.text_encoder.models[0], case.autoencoder
     assert {p.dtype for p in transformer.parameters()} == {torch.bfloat16}
     for part in (transformer, encoder, autoencoder):
@@ -417,7 +418,7 @@ def test_packing_is_the_pipelines_and_unpacking_its_inverse(case: Case) -> None:
 def test_random_transformer_is_the_same_architecture(case: Case) -> None:
     """Given the real weights, it computes what the loaded one does: nothing that is no parameter was left out."""
     config = case.folder.component_config("transformer")
-    random = case.family.random_transformer(FP32, {k: v for k, v in config.items() if not k.startswith("_")})
+    random = random_transformer(case.family, config, FP32)
     noisy_BCHW, sigma_B = noise(case, 96, 48), torch.tensor([0.5])
     text = case.family.stack_conditioning([case.family.random_text(case.folder, 9, seed=1)])
     with torch.no_grad():

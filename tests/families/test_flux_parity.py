@@ -14,6 +14,7 @@ from torch import Tensor
 from pixtune.data.images import to_pixels
 from pixtune.families import FAMILIES, family_of, flux
 from pixtune.families.base import ModelFamily, Placement, Prompt, TextEncoder
+from pixtune.fit.load import load_transformer
 from pixtune.sample import sample_latents, starting_noise, to_image
 from pixtune.weights import ModelFolder
 from tests.families.stock import CAPTIONS, assert_same, build_folder, recorded_calls
@@ -50,7 +51,7 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     pipeline.set_progress_bar_config(disable=True)
     return Case(
         family, folder, pipeline, family.load_text_encoder(folder, PLACEMENT),
-        family.load_autoencoder(folder, PLACEMENT), family.load_transformer(folder, PLACEMENT).eval(),
+        family.load_autoencoder(folder, PLACEMENT), load_transformer(family, folder, PLACEMENT),
     )  # fmt: skip
 
 
@@ -148,7 +149,7 @@ def test_the_transformer_gets_what_the_pipeline_gives_it(case: Case, size: tuple
 
 
 def test_bf16_timesteps_are_rounded_as_the_pipeline_rounds_them(case: Case) -> None:
-    transformer = case.family.load_transformer(case.folder, Placement(torch.device("cpu"), torch.bfloat16))
+    transformer = load_transformer(case.family, case.folder, Placement(torch.device("cpu"), torch.bfloat16))
     sigmas = torch.linspace(0.98, 0.02, 60)
     noisy = torch.zeros(60, 16, 2, 2)
     text = {name: tensor.expand(60, *tensor.shape[1:]) for name, tensor in encoded(case, CAPTIONS[:1]).items()}

@@ -15,6 +15,7 @@ from pixtune.draw import DrawRequest, draw
 from pixtune.export import COMFYUI_FILE, DIFFUSERS_FILE, LoraDescription, export_lora
 from pixtune.families import FAMILIES
 from pixtune.families.base import ModelFamily, Placement
+from pixtune.fit.load import load_transformer
 from pixtune.sample import SamplerSettings
 from pixtune.weights import ModelFolder
 from tests.families.stock import edit_pipeline
@@ -51,7 +52,7 @@ def model_folder(family: ModelFamily, path: Path) -> ModelFolder:
 
 def write_lora(family: ModelFamily, folder: ModelFolder, path: Path) -> None:
     """Both files of a LoRA that changes pictures, at a scale that is not 1."""
-    transformer = family.load_transformer(folder, Placement(torch.device("cpu"), torch.float32))
+    transformer = load_transformer(family, folder, Placement(torch.device("cpu"), torch.float32))
     lora = adapters.attach_lora(transformer, family.lora_targets, 4, 10.0, 3, family.lora_presets)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():

@@ -35,6 +35,9 @@ class ToyFamily:
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
     lora_presets: Mapping[str, tuple[str, ...]] = {"attention": lora_targets}
     block_paths = ("transformer_blocks",)
+    modulation_layers = ("norm1.linear", "norm1_context.linear")
+    time_embedder = "time_text_embed"
+    time_features = ("pooled",)
     text_components = ("text_encoder",)
     prompt_template = "<{}>"
     dropped_caption = ""
@@ -80,15 +83,11 @@ class ToyFamily:
 
         return self._placed(AutoencoderKL.from_pretrained(folder.path / "vae"), placement)
 
-    def load_transformer(self, folder: ModelFolder, placement: Placement) -> nn.Module:
+    def build_transformer(self, config: Mapping[str, Any]) -> nn.Module:
         from diffusers import SD3Transformer2DModel
 
-        return self._placed(SD3Transformer2DModel.from_pretrained(folder.path / "transformer"), placement)
-
-    def random_transformer(self, placement: Placement, config: Mapping[str, Any]) -> nn.Module:
-        from diffusers import SD3Transformer2DModel
-
-        return self._placed(SD3Transformer2DModel(**config), placement)
+        with torch.device("meta"):
+            return SD3Transformer2DModel.from_config(config)
 
     @staticmethod
     def _placed(model: Any, placement: Placement) -> nn.Module:
@@ -131,6 +130,11 @@ class ToyFamily:
             timestep=sigma_B * 1000,
             return_dict=False,
         )[0]
+
+    def embed_time(
+        self, transformer: Any, sigma_B: Tensor, conditioning: Conditioning, guidance: float = 1.0
+    ) -> Tensor:
+        return transformer.time_text_embed(sigma_B * 1000, conditioning["pooled"].to(transformer.dtype))
 
     def time_shift(self, folder: ModelFolder, num_image_tokens: int) -> float:
         return model_time_shift(folder, num_image_tokens)

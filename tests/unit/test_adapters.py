@@ -14,6 +14,7 @@ from pixtune.adapters import attach_lora, load_lora_weights, lora_weights, resol
 from pixtune.errors import ConfigError
 from pixtune.families import FAMILIES
 from pixtune.families.base import Placement
+from pixtune.fit.load import load_transformer
 from pixtune.weights import ModelFolder
 
 FAMILY = FAMILIES["qwen_image"]
@@ -33,7 +34,7 @@ def fresh(folder: ModelFolder) -> Callable[..., nn.Module]:
 
     def make(dtype: torch.dtype = torch.float32) -> nn.Module:
         if dtype not in bases:
-            bases[dtype] = FAMILY.load_transformer(folder, Placement(CPU, dtype))
+            bases[dtype] = load_transformer(FAMILY, folder, Placement(CPU, dtype))
         return copy.deepcopy(bases[dtype])
 
     return make

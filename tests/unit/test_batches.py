@@ -52,6 +52,7 @@ def reader(
         read_latents=read_latents,
         read_text=read_text,
         read_controls=lambda sample, variant: [torch.full((1, CHANNELS, 2, 3), 10.0 * sample + variant)] * num_controls,
+        latent_size=lambda sample, variant: (sizes[sample][variant][1] // 8, sizes[sample][variant][0] // 8),
         stack=QWEN_IMAGE.stack_conditioning,
         time_shift=lambda height, width: height * width / 64,
         num_image_tokens=lambda height, width: num_image_tokens,

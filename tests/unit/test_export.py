@@ -27,6 +27,7 @@ from pixtune.export import (
 )
 from pixtune.families import FAMILIES
 from pixtune.families.base import Placement
+from pixtune.fit.load import load_transformer
 from pixtune.weights import ModelFolder
 
 FAMILY = FAMILIES["qwen_image"]
@@ -54,7 +55,7 @@ def folder(repo_root: Path) -> ModelFolder:
 @pytest.fixture(scope="module")
 def base(folder: ModelFolder) -> nn.Module:
     """The transformer without a LoRA; copy it before changing it."""
-    return FAMILY.load_transformer(folder, Placement(torch.device("cpu"), torch.float32))
+    return load_transformer(FAMILY, folder, Placement(torch.device("cpu"), torch.float32))
 
 
 @pytest.fixture(scope="module")

@@ -137,6 +137,8 @@ class SampleReader:
     """Sample, variant, dropped -> features of its caption, or of the dropped caption in its place."""
     read_controls: Callable[[int, int], Sequence[Tensor]]
     """Sample, variant -> latents of its control pictures, each with batch size 1."""
+    latent_size: Callable[[int, int], Size]
+    """Sample, variant -> latent height and width, without reading the latents."""
     stack: Callable[[Sequence[Conditioning]], Conditioning]
     time_shift: Callable[[int, int], float]
     """Latent height, width -> mu of the model's own shift."""
@@ -161,25 +163,53 @@ class BatchSource:
 
         One batch, or several that together are the micro-batch: see `MIN_TOKENS_TO_SPLIT`.
         """
-        share = self.plan.global_batch_size // self.world_size
-        slots = range(self.rank * share, (self.rank + 1) * share)
-        singles = [self._draw(index, slot, members[slot]) for slot in slots]
+        singles = [self._draw(index, slot, members[slot]) for slot in self._slots]
         tokens = self.reader.num_image_tokens(*singles[0].latents_BCHW.shape[-2:])
         by_length: dict[object, list[_Single]] = {}
         for single in singles:
             by_length.setdefault(single.text_shape if tokens >= MIN_TOKENS_TO_SPLIT else None, []).append(single)
         return [self._join(group) for group in by_length.values()]
 
+    def times(self, index: int, features: Sequence[str]) -> tuple[Tensor, Conditioning]:
+        """What decides the time embedding in this process's share of micro-batch `index`: sigmas and some of the text.
+
+        Args:
+            features: which entries of the conditioning to read; stacked.
+        """
+        members, reader = self.plan.micro_batch(index), self.reader
+        sigmas, rows = [], []
+        for slot in self._slots:
+            draw = members[slot]
+            uniform = draws.uniform(self.plan.seed, "sigma", index, slot)
+            sigmas.append(self._sigma(uniform, *reader.latent_size(draw.sample, draw.variant)))
+            if features:
+                rows.append(reader.read_text(draw.sample, draw.variant, self._is_dropped(index, slot)))
+        return torch.cat(sigmas), {name: torch.stack([row[name] for row in rows]) for name in features}
+
+    def times_of_step(self, step: int, accumulation: int, features: Sequence[str]) -> tuple[Tensor, Conditioning]:
+        """`times` of all micro-batches of an optimizer step."""
+        parts = [self.times(step * accumulation + number, features) for number in range(accumulation)]
+        sigmas, rows = zip(*parts, strict=True)
+        return torch.cat(sigmas), {name: torch.cat([row[name] for row in rows]) for name in features}
+
+    @property
+    def _slots(self) -> range:
+        """This process's places in a global micro-batch."""
+        share = self.plan.global_batch_size // self.world_size
+        return range(self.rank * share, (self.rank + 1) * share)
+
+    def _is_dropped(self, index: int, slot: int) -> bool:
+        return draws.uniform(self.plan.seed, "caption dropout", index, slot) < self.caption_dropout_rate
+
     def _draw(self, index: int, slot: int, draw: Draw) -> _Single:
         seed, reader = self.plan.seed, self.reader
         distribution = reader.read_latents(draw.sample, draw.variant)
         shape = distribution.mean_BCHW.shape
-        dropped = draws.uniform(seed, "caption dropout", index, slot) < self.caption_dropout_rate
         return _Single(
             latents_BCHW=distribution.sample(draws.normal(shape, seed, "latents", index, slot)),
             noise_BCHW=draws.normal(shape, seed, "noise", index, slot),
             sigma=self._sigma(draws.uniform(seed, "sigma", index, slot), *shape[-2:]),
-            text=reader.read_text(draw.sample, draw.variant, dropped),
+            text=reader.read_text(draw.sample, draw.variant, self._is_dropped(index, slot)),
             controls=reader.read_controls(draw.sample, draw.variant),
             name=reader.names[draw.sample],
         )

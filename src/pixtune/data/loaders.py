@@ -48,7 +48,7 @@ class PictureBatch(NamedTuple):
 
 
 def loader(train_batch_size: int, num_workers: int, seed: int = 0, **data_config: Any) -> DataLoader[Any]:
-    """A data set as `PictureBatch`es of one size; each pass over it is another epoch, with another order and other crops.
+    """A data set as `PictureBatch`es of one size; each pass over it is an epoch with an order and crops of its own.
 
     Args:
         seed: decides order, crops of `random_ratio` and dropped captions.

@@ -246,6 +246,7 @@ def _gather(
             read_latents=lambda sample, variant: encodings.latents(target_picture(training[sample], variant)),
             read_text=read_text,
             read_controls=read_controls,
+            latent_size=partial(_latent_size, family, folder, training),
             stack=family.stack_conditioning,
             time_shift=lambda height, width: family.time_shift(folder, family.num_image_tokens(height, width)),
             num_image_tokens=family.num_image_tokens,
@@ -278,6 +279,14 @@ def _most_image_tokens(family: ModelFamily, folder: ModelFolder, samples: Sequen
     return max(sum(tokens(size) for size in signature) for signature in signatures)
 
 
+def _latent_size(
+    family: ModelFamily, folder: ModelFolder, samples: Sequence[Sample], sample: int, variant: int
+) -> Size:
+    """Height and width."""
+    _, height, width = family.latent_shape(folder, *samples[sample].framings[variant].size)
+    return height, width
+
+
 def _num_tokens(row: Conditioning) -> int:
     """The longest of a row's sequences; a single vector counts as no sequence."""
     return max(len(tensor) for tensor in row.values() if tensor.ndim > 1)
@@ -306,6 +315,7 @@ def _random_data(
                 folder, RANDOM_TEXT_TOKENS, -1 if dropped else sample
             ),
             read_controls=read_controls,
+            latent_size=partial(_latent_size, family, folder, training),
             stack=family.stack_conditioning,
             time_shift=lambda height, width: family.time_shift(folder, family.num_image_tokens(height, width)),
             num_image_tokens=family.num_image_tokens,

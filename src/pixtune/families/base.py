@@ -79,6 +79,12 @@ class ModelFamily(Protocol):
     """Names for sets of targets: endings, or patterns with `*` over whole module paths."""
     block_paths: tuple[str, ...]
     """Attribute paths of the lists of repeated blocks."""
+    modulation_layers: tuple[str, ...]
+    """Endings of the linear layers in them that see one row a sample, SiLU of the time embedding, instead of tokens."""
+    time_embedder: str
+    """Path of the module that makes the time embedding."""
+    time_features: tuple[str, ...]
+    """Entries of the conditioning that the time embedding depends on, besides sigma and guidance."""
     text_components: tuple[str, ...]
     """Folders that decide the text features: part of the text cache's key."""
     prompt_template: str
@@ -115,18 +121,16 @@ class ModelFamily(Protocol):
         """(number of repeated blocks, width of a token inside them), for estimates of memory."""
 
     def random_text(self, folder: ModelFolder, num_tokens: int, seed: int) -> Conditioning:
-        """Text features of the model's shape with random values; see `random_transformer`."""
+        """Text features of the model's shape with random values, for measuring without the real weights."""
 
     def load_text_encoder(self, folder: ModelFolder, placement: Placement) -> TextEncoder: ...
 
     def load_autoencoder(self, folder: ModelFolder, placement: Placement) -> nn.Module: ...
 
-    def load_transformer(self, folder: ModelFolder, placement: Placement) -> nn.Module: ...
+    def build_transformer(self, config: Mapping[str, Any]) -> nn.Module:
+        """The transformer that a config describes (empty: the full-size default), on the meta device.
 
-    def random_transformer(self, placement: Placement, config: Mapping[str, Any]) -> nn.Module:
-        """A transformer of the given architecture (empty: the full-size default) with random weights.
-
-        For speed and memory tests on machines without the real weights; built in place, never a second copy.
+        Only what its files do not hold has values. `fit.load` gives it the rest.
         """
 
     def encode_text(
@@ -161,6 +165,14 @@ class ModelFamily(Protocol):
         Args:
             controls: clean latents of the control pictures, each of shape BCHW with a height and width of its own.
             guidance: for models with `embedded_guidance`; others leave it unread.
+        """
+
+    def embed_time(
+        self, transformer: nn.Module, sigma_B: Tensor, conditioning: Conditioning, guidance: float = 1.0
+    ) -> Tensor:
+        """Each row of the time embedding that `predict_velocity` makes of these, by a call of `time_embedder`.
+
+        Shape (rows, D): one a sample, and at most one more that all of them share.
         """
 
     def time_shift(self, folder: ModelFolder, num_image_tokens: int) -> float:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import math
 
+import torch
+from torch import Tensor
+
 from pixtune.weights import ModelFolder
 
 
@@ -21,6 +24,11 @@ def model_time_shift(folder: ModelFolder, num_image_tokens: int) -> float:
         config.get("base_shift", 0.5),
         config.get("max_shift", 1.15),
     )
+
+
+def rounded_timestep(sigma_B: Tensor, dtype: torch.dtype) -> Tensor:
+    """Sigma as the stock pipelines hand it over: 1000 times it is rounded to the model's format and divided again."""
+    return (sigma_B * 1000).to(dtype) / 1000
 
 
 def model_sigmas(folder: ModelFolder, num_steps: int, num_image_tokens: int) -> list[float]:

@@ -15,9 +15,8 @@ from torch import Tensor
 from pixtune import draws
 from pixtune.data.buckets import Size
 from pixtune.families.base import CONTROL_SIDE, Conditioning, LatentDistribution, Placement, Prompt, TextEncoder
-from pixtune.families.flow_schedule import model_sigmas, model_time_shift
+from pixtune.families.flow_schedule import model_sigmas, model_time_shift, rounded_timestep
 from pixtune.families.packing import PATCH, grid, num_tokens, pack_latents, unpack_latents
-from pixtune.families.random_weights import build_random
 from pixtune.weights import ModelFolder
 
 if TYPE_CHECKING:
@@ -44,6 +43,9 @@ class Flux:
         "all_linear": ("transformer_blocks.*", "single_transformer_blocks.*"),
     }
     block_paths: tuple[str, ...] = ("transformer_blocks", "single_transformer_blocks")
+    modulation_layers: tuple[str, ...] = ("norm1.linear", "norm1_context.linear", "norm.linear")
+    time_embedder = "time_text_embed"
+    time_features: tuple[str, ...] = ("pooled_embeds",)
     text_components: tuple[str, ...] = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
     prompt_template = "{}"
     dropped_caption = ""
@@ -119,18 +121,11 @@ class Flux:
         model = AutoencoderKL.from_pretrained(folder.path / "vae", torch_dtype=placement.dtype, use_safetensors=True)
         return model.to(placement.device).eval().requires_grad_(False)
 
-    def load_transformer(self, folder: ModelFolder, placement: Placement) -> nn.Module:
+    def build_transformer(self, config: Mapping[str, Any]) -> nn.Module:
         from diffusers import FluxTransformer2DModel
 
-        model = FluxTransformer2DModel.from_pretrained(
-            folder.path / "transformer", torch_dtype=placement.dtype, use_safetensors=True
-        )
-        return model.to(placement.device).requires_grad_(False)
-
-    def random_transformer(self, placement: Placement, config: Mapping[str, Any]) -> nn.Module:
-        from diffusers import FluxTransformer2DModel
-
-        return build_random(lambda: FluxTransformer2DModel(**config), placement)
+        with torch.device("meta"):
+            return FluxTransformer2DModel.from_config(config)
 
     # ---- encoding
 
@@ -186,7 +181,7 @@ class Flux:
         position_ids = [image_positions(*grid(image), number, device) for number, image in enumerate(images)]
         velocity_BLC = transformer(
             hidden_states=torch.cat([pack_latents(image) for image in images], dim=1).to(dtype),
-            timestep=(sigma_B * 1000).to(dtype) / 1000,  # rounded as the stock pipeline rounds it
+            timestep=rounded_timestep(sigma_B, dtype),
             guidance=torch.full_like(sigma_B, guidance) if transformer.config["guidance_embeds"] else None,
             pooled_projections=conditioning["pooled_embeds"].to(dtype),
             encoder_hidden_states=text_BTD,
@@ -195,6 +190,15 @@ class Flux:
             return_dict=False,
         )[0]
         return unpack_latents(velocity_BLC[:, : num_tokens(height, width)], height, width)
+
+    def embed_time(
+        self, transformer: FluxTransformer2DModel, sigma_B: Tensor, conditioning: Conditioning, guidance: float = 1.0
+    ) -> Tensor:
+        dtype = transformer.dtype
+        scales_B = [rounded_timestep(sigma_B, dtype) * 1000]
+        if transformer.config["guidance_embeds"]:
+            scales_B.append(torch.full_like(sigma_B, guidance).to(dtype) * 1000)
+        return transformer.time_text_embed(*scales_B, conditioning["pooled_embeds"].to(dtype))
 
     def time_shift(self, folder: ModelFolder, num_image_tokens: int) -> float:
         return model_time_shift(folder, num_image_tokens)

@@ -15,9 +15,8 @@ from pixtune import draws
 from pixtune.data.buckets import Size
 from pixtune.errors import WeightsError
 from pixtune.families.base import Conditioning, LatentDistribution, Placement, Prompt, TextEncoder
-from pixtune.families.flow_schedule import model_sigmas, model_time_shift
+from pixtune.families.flow_schedule import model_sigmas, model_time_shift, rounded_timestep
 from pixtune.families.packing import PATCH, grid, num_tokens, pack_latents, unpack_latents
-from pixtune.families.random_weights import build_random
 from pixtune.weights import ModelFolder
 
 if TYPE_CHECKING:
@@ -63,6 +62,9 @@ class QwenImage:
         "all_linear": ("transformer_blocks.*",),
     }
     block_paths: tuple[str, ...] = ("transformer_blocks",)
+    modulation_layers: tuple[str, ...] = ("img_mod.1", "txt_mod.1")
+    time_embedder = "time_text_embed"
+    time_features: tuple[str, ...] = ()
     dropped_caption = " "
     embedded_guidance = False
 
@@ -123,27 +125,20 @@ class QwenImage:
         )
         return model.to(placement.device).eval().requires_grad_(False)
 
-    def load_transformer(self, folder: ModelFolder, placement: Placement) -> nn.Module:
+    def build_transformer(self, config: Mapping[str, Any]) -> nn.Module:
         from diffusers import QwenImageTransformer2DModel
 
-        if folder.component_config("transformer").get("guidance_embeds", False):
+        if config.get("guidance_embeds", False):
             raise WeightsError(
-                f"{folder.path} has guidance_embeds set in its transformer's config. diffusers' model class cannot run "
-                "such a model (its time embedding takes no guidance), so it cannot be trained either."
+                "The transformer's config has guidance_embeds set. diffusers' model class cannot run such a model (its "
+                "time embedding takes no guidance), so it cannot be trained either."
             )
-        model = QwenImageTransformer2DModel.from_pretrained(
-            folder.path / "transformer", torch_dtype=placement.dtype, use_safetensors=True
+        with torch.device("meta"):
+            model: Any = QwenImageTransformer2DModel.from_config(config)
+        # No parameter and in no file: made again, with values.
+        model.pos_embed = type(model.pos_embed)(
+            theta=model.pos_embed.theta, axes_dim=model.pos_embed.axes_dim, scale_rope=model.pos_embed.scale_rope
         )
-        return model.to(placement.device).requires_grad_(False)
-
-    def random_transformer(self, placement: Placement, config: Mapping[str, Any]) -> nn.Module:
-        from diffusers import QwenImageTransformer2DModel
-        from diffusers.models.transformers.transformer_qwenimage import QwenEmbedRope
-
-        model: Any = build_random(lambda: QwenImageTransformer2DModel(**config), placement)
-        # Not a parameter: it was made without values.
-        axes = list(model.config["axes_dims_rope"])
-        model.pos_embed = QwenEmbedRope(theta=10000, axes_dim=axes, scale_rope=True)
         return model
 
     # ---- encoding
@@ -199,18 +194,28 @@ class QwenImage:
     ) -> Tensor:
         batch_size, _, height, width = noisy_BCHW.shape
         dtype = transformer.dtype
-        # The stock pipeline rounds the 0-1000 timestep to the model's format before it divides.
-        timestep_B = (sigma_B * 1000).to(dtype) / 1000
         images = [noisy_BCHW, *controls]
         velocity_BLC = transformer(
             hidden_states=torch.cat([pack_latents(image) for image in images], dim=1).to(dtype),
-            timestep=timestep_B,
+            timestep=rounded_timestep(sigma_B, dtype),
             encoder_hidden_states=conditioning["prompt_embeds"].to(dtype),
             encoder_hidden_states_mask=conditioning.get("prompt_embeds_mask"),
             img_shapes=[[(1, *grid(image)) for image in images]] * batch_size,
             return_dict=False,
         )[0]
         return unpack_latents(velocity_BLC[:, : num_tokens(height, width)], height, width)
+
+    def embed_time(
+        self,
+        transformer: QwenImageTransformer2DModel,
+        sigma_B: Tensor,
+        conditioning: Conditioning,
+        guidance: float = 1.0,
+    ) -> Tensor:
+        timestep_B = rounded_timestep(sigma_B, transformer.dtype)
+        if transformer.config["zero_cond_t"]:  # tokens of control pictures are modulated as if clean
+            timestep_B = torch.cat([timestep_B, timestep_B[:1] * 0])
+        return transformer.time_text_embed(timestep_B, timestep_B)  # of the second only the format is read
 
     def time_shift(self, folder: ModelFolder, num_image_tokens: int) -> float:
         return model_time_shift(folder, num_image_tokens)

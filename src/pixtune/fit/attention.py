@@ -18,6 +18,7 @@ from torch import Tensor
 
 from pixtune.families import family_of
 from pixtune.families.base import Placement
+from pixtune.fit.load import random_transformer
 from pixtune.weights import ModelFolder
 
 TRIAL_SECONDS = 180
@@ -61,7 +62,8 @@ def gradients_of_one_block(folder: ModelFolder, latent_height: int, latent_width
     config = folder.component_config("transformer")
     shallow: dict[str, Any] = {key: 1 for key in ("num_layers", "num_single_layers") if key in config}
     torch.manual_seed(0)
-    transformer = family.random_transformer(Placement(torch.device("cuda"), torch.bfloat16), {**config, **shallow})
+    placement = Placement(torch.device("cuda"), torch.bfloat16)
+    transformer = random_transformer(family, {**config, **shallow}, placement)
     transformer.requires_grad_(True)
     channels, _, _ = family.latent_shape(folder, *[family.pixel_multiple(folder)] * 2)
     noisy_BCHW = torch.randn(1, channels, latent_height, latent_width, device="cuda")

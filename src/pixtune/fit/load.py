@@ -1,0 +1,160 @@
+"""A transformer straight into its planned form, tensor by tensor: it never stands anywhere whole in full precision."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pixtune.errors import WeightsError
+from pixtune.families.base import ModelFamily, Placement
+from pixtune.fit.modulation import ModulationRows, attach_table, read_from_files
+from pixtune.fit.quantize import QuantizedLinear, can_quantize, codes_for, tensor_cores_multiply
+from pixtune.loading import iterate_tensors
+from pixtune.weights import ModelFolder
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The form of a transformer's repeated blocks; what is outside them always has the placement's own format."""
+
+    linear_format: str | None = None
+    """"fp8", "int8" or "nf4"; None: the placement's own."""
+    modulation_rows: int = 0
+    """Modulation layers stay in their files, and a table of so many rows is computed ahead; 0: they are loaded."""
+
+
+PLAIN = Layout()
+
+
+def load_transformer(
+    family: ModelFamily, folder: ModelFolder, placement: Placement, layout: Layout = PLAIN
+) -> nn.Module:
+    """A frozen transformer from a model folder.
+
+    Raises:
+        WeightsError: the files' tensors are not those of the architecture that the config describes; names some.
+    """
+    model = family.build_transformer(folder.component_config("transformer"))
+    awaited = set(model.state_dict())
+    absent = lay_out(model, family, placement, layout)
+    files = folder.weight_files("transformer")
+    tensors = ((name, t) for name, t in iterate_tensors(files, placement.device) if parent(name) not in absent)
+    fill(model, tensors, {name for name in awaited if parent(name) not in absent}, placement, str(folder.path))
+    if absent:
+        attach_table(model, family, absent, read_from_files(files), layout.modulation_rows)
+    return model.requires_grad_(False).eval()
+
+
+def random_transformer(
+    family: ModelFamily, config: Mapping[str, Any], placement: Placement, layout: Layout = PLAIN
+) -> nn.Module:
+    """A transformer of the given architecture (empty: the full-size default) with random weights, for measuring."""
+    model = family.build_transformer(config)
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    absent = lay_out(model, family, placement, layout)
+    kept: dict[str, Tensor] = {}
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in random_tensors(shapes, placement):
+            if parent(name) in absent:
+                kept[name] = tensor.cpu()
+            else:
+                yield name, tensor
+
+    fill(model, tensors(), {name for name in shapes if parent(name) not in absent}, placement, "random weights")
+    if absent:
+        attach_table(model, family, absent, kept.__getitem__, layout.modulation_rows)
+    return model.requires_grad_(False).eval()
+
+
+def random_tensors(shapes: Mapping[str, torch.Size], placement: Placement) -> Iterator[tuple[str, Tensor]]:
+    """Values of about the size that trained ones have."""
+    for name, shape in shapes.items():
+        tensor = torch.empty(shape, device=placement.device, dtype=placement.dtype)
+        if len(shape) >= 2:
+            tensor.normal_(0, 0.5 / math.sqrt(shape[-1]))
+        else:
+            tensor.fill_(1.0 if name.endswith("weight") else 0.0)
+        yield name, tensor
+
+
+def lay_out(model: nn.Module, family: ModelFamily, placement: Placement, layout: Layout) -> dict[str, ModulationRows]:
+    """Replaces the linear layers of the repeated blocks by those of the layout, still without values.
+
+    A modulation layer is never quantised: it sees one row a sample, so it costs memory and no time, and an error of its
+    would reach every token.
+
+    Returns:
+        What stands in for modulation layers that are not loaded, by path.
+    """
+    absent: dict[str, ModulationRows] = {}
+    blocks = tuple(f"{path}." for path in family.block_paths)
+    linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and n.startswith(blocks)}
+    for path, linear in linears.items():
+        if path.endswith(family.modulation_layers):
+            if layout.modulation_rows:
+                absent[path] = ModulationRows(linear.out_features)
+                model.set_submodule(path, absent[path])
+        elif layout.linear_format is not None and can_quantize(linear, layout.linear_format):
+            codes = codes_for(layout.linear_format, placement.device)
+            quantized = QuantizedLinear(
+                linear.in_features, linear.out_features, layout.linear_format, codes,
+                tensor_cores_multiply(codes, placement.device),
+            )  # fmt: skip
+            quantized.bias = linear.bias
+            model.set_submodule(path, quantized)
+    return absent
+
+
+def parent(name: str) -> str:
+    """The module path of a parameter's name."""
+    return name.rpartition(".")[0]
+
+
+def fill(
+    model: nn.Module, tensors: Iterable[tuple[str, Tensor]], awaited: set[str], placement: Placement, source: str
+) -> None:
+    """Gives a model on the meta device its values, each in its planned form as soon as it is there.
+
+    Args:
+        awaited: names of the tensors that must come.
+        source: what an error calls their origin.
+    """
+    missing = set(awaited)
+    for name, tensor in tensors:
+        if name not in awaited:
+            raise WeightsError(f"{source} holds {name}, which the architecture in the transformer's config lacks.")
+        missing.discard(name)
+        put(model, name, tensor, placement)
+        del tensor  # one that was quantised is gone before the next one comes
+    if missing:
+        raise WeightsError(
+            f"{source} lacks {len(missing)} tensors of the architecture in the transformer's config, {min(missing)} "
+            "among them. Was the download interrupted? Fetch it again."
+        )
+
+
+def put(model: nn.Module, name: str, tensor: Tensor, placement: Placement) -> None:
+    """One tensor into its place, in that place's form."""
+    leaf = name.rpartition(".")[2]
+    module = model.get_submodule(parent(name))
+    # On a CPU tensors come as views of their mapped file; what is kept must outlive it.
+    format = placement.dtype if tensor.is_floating_point() else tensor.dtype
+    value = tensor.to(format, copy=placement.device.type == "cpu")
+    if isinstance(module, QuantizedLinear) and leaf == "weight":
+        expected = torch.Size((module.out_features, module.in_features))
+    else:
+        expected = getattr(module, leaf).shape
+    if expected != value.shape:
+        raise WeightsError(f"{name} has shape {tuple(value.shape)}; the config says {tuple(expected)}.")
+    if isinstance(module, QuantizedLinear) and leaf == "weight":
+        module.set_weight(tensor)
+    elif leaf in module._buffers:
+        module._buffers[leaf] = value
+    else:
+        module._parameters[leaf] = nn.Parameter(value, requires_grad=False)

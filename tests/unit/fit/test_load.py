@@ -1,0 +1,157 @@
+"""A loaded transformer has the planned form, and nothing missing or foreign passes."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from pixtune.errors import WeightsError
+from pixtune.families import family_of
+from pixtune.families.base import ModelFamily, Placement
+from pixtune.fit.load import PLAIN, Layout, load_transformer, random_transformer
+from pixtune.fit.modulation import ModulationRows, announce, table_of
+from pixtune.fit.quantize import FORMATS, QuantizedLinear
+from pixtune.weights import ModelFolder
+from tests.runs import ROOT
+
+MODELS = ("tiny-qwen-image", "tiny-qwen-image-edit", "tiny-flux")
+CPU = torch.device("cpu")
+FP32, BF16 = Placement(CPU, torch.float32), Placement(CPU, torch.bfloat16)
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+def model(name: str) -> tuple[ModelFamily, ModelFolder]:
+    folder = ModelFolder(ROOT / "assets" / name)
+    return family_of(folder), folder
+
+
+def velocity(family: ModelFamily, folder: ModelFolder, transformer: nn.Module, sigmas: Tensor) -> Tensor:
+    """The same inputs at each call."""
+    generator = torch.Generator().manual_seed(4)
+    channels, height, width = family.latent_shape(folder, 128, 192)
+    noisy_BCHW = torch.randn(len(sigmas), channels, height, width, generator=generator)
+    text = family.stack_conditioning([family.random_text(folder, 11, seed) for seed in range(len(sigmas))])
+    announce(transformer, family, sigmas, text)
+    with torch.no_grad():
+        return family.predict_velocity(transformer, noisy_BCHW, sigmas, text)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("linear_format", FORMATS)
+def test_blocks_are_quantised_and_nothing_else(name: str, linear_format: str) -> None:
+    family, folder = model(name)
+    transformer = load_transformer(family, folder, BF16, Layout(linear_format))
+    blocks = tuple(f"{path}." for path in family.block_paths)
+    quantized = {n for n, m in transformer.named_modules() if isinstance(m, QuantizedLinear)}
+    plain = {n for n, m in transformer.named_modules() if type(m) is nn.Linear}
+    assert quantized and all(n.startswith(blocks) and not n.endswith(family.modulation_layers) for n in quantized)
+    assert all(n.endswith(family.modulation_layers) for n in plain if n.startswith(blocks))
+    assert transformer.dtype == torch.bfloat16, "what predict_velocity computes in"
+    sigmas = torch.tensor([0.2, 0.9])
+    exact = velocity(family, folder, load_transformer(family, folder, FP32), sigmas)
+    ours = velocity(family, folder, load_transformer(family, folder, FP32, Layout(linear_format)), sigmas)
+    similarity = torch.cosine_similarity(ours.flatten(), exact.flatten(), dim=0)
+    assert 0.95 < similarity < 0.9999999, "wrong, or not quantised at all"
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_modulation_ahead_gives_the_same_velocity(name: str) -> None:
+    """In fp32 within its rounding: the same products over more rows at once. In bf16 within one step of rounding."""
+    family, folder = model(name)
+    sigmas = torch.tensor([0.1, 0.6, 0.97])
+    for placement, bound in ((FP32, 2e-6), (BF16, 2**-8)):
+        ahead = load_transformer(family, folder, placement, Layout(modulation_rows=4))
+        plain = load_transformer(family, folder, placement)
+        assert not any(n.endswith(tuple(f"{x}.weight" for x in family.modulation_layers)) for n in ahead.state_dict())
+        expected = velocity(family, folder, plain, sigmas)
+        ours = velocity(family, folder, ahead, sigmas)
+        assert (ours - expected).norm() <= bound * expected.norm()
+        table = table_of(ahead)
+        assert table is not None
+        table.check()
+
+
+def test_control_tokens_of_2511_are_modulated_as_clean() -> None:
+    """`zero_cond_t`: the table holds one more row, and image and text layers take different numbers of rows."""
+    family, folder = model("tiny-qwen-image-edit")
+    config = {**folder.component_config("transformer"), "zero_cond_t": True}
+    velocities = []
+    for layout in (PLAIN, Layout(modulation_rows=3)):
+        torch.manual_seed(0)
+        transformer = random_transformer(family, config, FP32, layout)
+        channels, height, width = family.latent_shape(folder, 64, 64)
+        generator = torch.Generator().manual_seed(1)
+        noisy_BCHW, control_BCHW = torch.randn(2, 2, channels, height, width, generator=generator)
+        text = family.stack_conditioning([family.random_text(folder, 5, seed) for seed in range(2)])
+        sigmas = torch.tensor([0.3, 0.8])
+        announce(transformer, family, sigmas, text)
+        with torch.no_grad():
+            velocities.append(family.predict_velocity(transformer, noisy_BCHW, sigmas, text, [control_BCHW]))
+    torch.testing.assert_close(velocities[1], velocities[0], rtol=1e-5, atol=1e-6)
+
+
+def test_a_sigma_that_was_not_announced_is_noticed() -> None:
+    family, folder = model("tiny-flux")
+    transformer = load_transformer(family, folder, FP32, Layout(modulation_rows=4))
+    velocity(family, folder, transformer, torch.tensor([0.2]))
+    table = table_of(transformer)
+    assert table is not None
+    table.check()
+    channels, height, width = family.latent_shape(folder, 64, 64)
+    text = family.stack_conditioning([family.random_text(folder, 11, 0)])
+    with torch.no_grad():
+        family.predict_velocity(transformer, torch.zeros(1, channels, height, width), torch.tensor([0.7]), text)
+    with pytest.raises(RuntimeError, match="was not among those announced"):
+        table.check()
+
+
+def test_no_table_is_computed_twice_for_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    family, folder = model("tiny-qwen-image")
+    transformer = load_transformer(family, folder, FP32, Layout(modulation_rows=4))
+    table = table_of(transformer)
+    assert table is not None
+    passes = []
+    monkeypatch.setattr(table, "_read_weight", lambda name, read=table._read_weight: passes.append(name) or read(name))
+    velocity(family, folder, transformer, torch.tensor([0.2, 0.4]))
+    velocity(family, folder, transformer, torch.tensor([0.2, 0.4]))
+    assert (
+        len(passes) == len(set(passes)) == 2 * len([m for m in transformer.modules() if isinstance(m, ModulationRows)])
+    )
+
+
+@pytest.mark.parametrize("fault", ["missing", "foreign", "shape"])
+def test_weights_that_do_not_fit_are_named(tmp_path: Path, fault: str) -> None:
+    family, folder = model("tiny-qwen-image")
+    shutil.copytree(folder.path / "transformer", tmp_path / "transformer")
+    path = tmp_path / "transformer" / WEIGHTS
+    tensors = load_file(path)
+    name = "transformer_blocks.0.attn.to_q.weight"
+    words = {"missing": f"lacks 1 tensors .*{name}", "foreign": "holds other.weight", "shape": rf"{name} has shape"}
+    if fault == "missing":
+        del tensors[name]
+    elif fault == "foreign":
+        tensors["other.weight"] = torch.zeros(2)
+    else:
+        tensors[name] = torch.zeros(3, 3)
+    path.unlink()
+    save_file(tensors, path)
+    for layout in (PLAIN, Layout("int8")):
+        with pytest.raises(WeightsError, match=words[fault]):
+            load_transformer(family, ModelFolder(tmp_path), FP32, layout)
+
+
+def test_loaded_weights_do_not_hang_on_their_file(tmp_path: Path) -> None:
+    family, folder = model("tiny-qwen-image")
+    shutil.copytree(folder.path / "transformer", tmp_path / "transformer")
+    transformer = load_transformer(family, ModelFolder(tmp_path), FP32)
+    before = transformer.img_in.weight.clone()
+    with (tmp_path / "transformer" / WEIGHTS).open("r+b") as file:
+        file.seek(-1000, 2)
+        file.write(bytes(1000))
+    assert all(p.untyped_storage().filename is None for p in transformer.parameters())
+    assert transformer.img_in.weight.equal(before)
