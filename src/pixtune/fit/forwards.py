@@ -1,0 +1,65 @@
+"""Putting something around a block's forward without moving the block: its path, and so a LoRA's names, stay.
+
+The order is: recomputation outermost, streaming inside it (a recomputed block needs its weights again), and the
+computation itself, which alone is compiled, innermost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+Forward = Callable[..., Any]
+Around = Callable[[Forward, tuple[Any, ...], dict[str, Any]], Any]
+"""Gets the inner forward, its positional and its named arguments; returns what the forward returns."""
+
+
+@dataclass
+class WrappedForward:
+    """A forward with something around it."""
+
+    inner: Forward
+    around: Around
+    recomputes: bool
+    """Whether `around` keeps only the inputs and runs `inner` again in the backward pass."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.around(self.inner, args, kwargs)
+
+
+def wrap_forward(block: nn.Module, around: Around, recomputes: bool = False) -> None:
+    """Puts `around` outside of everything that is around the block's forward so far.
+
+    Raises:
+        RuntimeError: `block.compile()` was called before. It compiles whatever is around the computation as well.
+    """
+    if block._compiled_call_impl is not None:
+        raise RuntimeError(
+            f"{type(block).__name__}.compile() includes what is put around its forward; use replace_computation(block, "
+            "torch.compile) instead, before or after."
+        )
+    block.forward = WrappedForward(block.forward, around, recomputes)
+
+
+def replace_computation(block: nn.Module, change: Callable[[Forward], Forward]) -> None:
+    """Replaces the block's own forward, inside all that is around it: `change` is `torch.compile`, for example."""
+    holder = block.forward
+    if not isinstance(holder, WrappedForward):
+        block.forward = change(holder)
+        return
+    while isinstance(holder.inner, WrappedForward):
+        holder = holder.inner
+    holder.inner = change(holder.inner)
+
+
+def is_recomputed(block: nn.Module) -> bool:
+    """Whether the backward pass runs the block's forward again instead of keeping what it computed."""
+    holder = block.forward
+    while isinstance(holder, WrappedForward):
+        if holder.recomputes:
+            return True
+        holder = holder.inner
+    return False

@@ -1,0 +1,119 @@
+"""Page-locked host memory, and copies that run beside the computation.
+
+A copy is asynchronous only from or to page-locked memory; from ordinary memory the host waits for it, and block
+swapping is up to half slower (musubi-tuner's figures). torch's own pinned allocator rounds a buffer up to a power of
+two, which for a block of 330 MB is 180 MB lost, so ordinary memory is locked in place instead.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from pixtune.errors import PlanError
+from pixtune.hardware.facts import GIB
+from pixtune.hardware.meminfo import read_host_memory
+
+Mark = torch.cuda.Event | None
+"""A point in the work of a stream; None where there are no streams, so everything before it is done."""
+
+
+class CopyLane:
+    """A stream of its own for copies. On a CPU there is none, and copies happen at once.
+
+    Order comes from marks alone; nothing here makes the host wait.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def reached(self) -> Mark:
+        """What the computation has been told to do so far."""
+        if self._stream is None:
+            return None
+        mark = torch.cuda.Event()
+        mark.record(torch.cuda.current_stream(self._device))
+        return mark
+
+    @torch.no_grad()
+    def copy(self, target: Tensor, source: Tensor, after: Mark) -> Mark:
+        """Copies once `after` is done, behind all earlier copies of the lane; returns the mark of its end."""
+        if self._stream is None:
+            target.copy_(source)
+            return None
+        if after is not None:
+            self._stream.wait_event(after)
+        with torch.cuda.stream(self._stream):
+            target.copy_(source, non_blocking=True)
+        mark = torch.cuda.Event()
+        mark.record(self._stream)
+        return mark
+
+    def wait(self, mark: Mark) -> None:
+        """What the computation is told from now on comes after the mark."""
+        if mark is not None:
+            torch.cuda.current_stream(self._device).wait_event(mark)
+
+    def keep_until_copied(self, memory: Tensor) -> None:
+        """Memory that is dropped while copies to it are under way is not used for anything else before they end."""
+        if self._stream is not None:
+            memory.record_stream(self._stream)
+
+
+def host_buffer(num_bytes: int, device: torch.device) -> Tensor:
+    """Bytes on the host, page-locked where `device` is a GPU. Locked as long as the returned tensor itself lives.
+
+    Raises:
+        PlanError: the host has too little memory.
+    """
+    require_host_memory(num_bytes, "a buffer for copies to the device")
+    buffer = torch.empty(num_bytes, dtype=torch.uint8)
+    if device.type == "cuda":
+        _lock_pages(buffer, device)
+    return buffer
+
+
+def require_host_memory(num_bytes: int, purpose: str) -> None:
+    """Raises PlanError where the host cannot give so much; otherwise the kernel would end the process without a word.
+
+    Args:
+        purpose: what the memory is for, as the subject of a sentence.
+    """
+    available = read_host_memory().available_bytes
+    if num_bytes > available:
+        raise PlanError(
+            f"{purpose} needs {num_bytes / GIB:.2f} GiB of host memory, and {available / GIB:.2f} GiB are available. "
+            "Close other programs, let fewer blocks be streamed or offloaded, or choose a smaller weight format."
+        )
+
+
+def _lock_pages(buffer: Tensor, device: torch.device) -> None:
+    cudart = torch.cuda.cudart()
+    error = int(cudart.cudaHostRegister(buffer.data_ptr(), buffer.nbytes, 0))
+    if error:
+        available = read_host_memory().available_bytes
+        raise PlanError(
+            f"the driver could not lock {buffer.nbytes / GIB:.2f} GiB of host memory (CUDA error {error}); "
+            f"{available / GIB:.2f} GiB are available. Containers and WSL may limit locked memory: raise that limit, "
+            "or let fewer blocks be streamed or offloaded."
+        )
+    unlock = weakref.finalize(buffer, _unlock_pages, buffer.data_ptr(), device)
+    unlock.atexit = False  # a process that ends unlocks by itself
+
+
+def _unlock_pages(address: int, device: torch.device) -> None:
+    torch.cuda.synchronize(device)  # a copy may still be under way
+    error = int(torch.cuda.cudart().cudaHostUnregister(address))
+    if error:
+        raise RuntimeError(f"the driver could not unlock host memory at {address:#x}: CUDA error {error}")
+
+
+def span(shape: Sequence[int], stride: Sequence[int]) -> int:
+    """Elements from a tensor's first to its last one in memory; more than it has where it is a slice."""
+    if 0 in shape:
+        return 0
+    return 1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))

@@ -1,0 +1,103 @@
+"""The shipped small models with a LoRA, one step of them, and copy lanes that are as late as is allowed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from pixtune import adapters
+from pixtune.families import family_of
+from pixtune.families.base import Placement
+from pixtune.fit.load import Layout, load_transformer
+from pixtune.weights import ModelFolder
+
+ASSETS = Path(__file__).resolve().parents[3] / "assets"
+MODELS = ("tiny-qwen-image", "tiny-flux")
+LATENT_SIDE, NUM_TEXT_TOKENS, BATCH_SIZE = 16, 12, 2
+"""64 image tokens of width 256: 128 KiB in fp32 for the image, 24 KiB for the text."""
+
+
+def load_model(name: str, linear_format: str | None = None) -> nn.Module:
+    folder = ModelFolder(ASSETS / name)
+    placement = Placement(torch.device("cpu"), torch.float32)
+    return load_transformer(family_of(folder), folder, placement, Layout(linear_format))
+
+
+def blocks_of(name: str, model: nn.Module) -> list[nn.Module]:
+    """All repeated blocks in the order in which they run."""
+    family = family_of(ModelFolder(ASSETS / name))
+    return [block for path in family.block_paths for block in model.get_submodule(path)]
+
+
+def attach(name: str, model: nn.Module) -> None:
+    """A LoRA that changes something: the up-projections are not zero."""
+    family = family_of(ModelFolder(ASSETS / name))
+    adapters.attach_lora(model, family.lora_targets, 4, 4.0, 1, family.lora_presets)
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for weight in adapters.lora_weights(model).values():
+            weight.copy_(torch.randn(weight.shape, generator=generator) * 0.05)
+
+
+def velocity(name: str, model: nn.Module, seed: int = 0) -> Tensor:
+    folder = ModelFolder(ASSETS / name)
+    family = family_of(folder)
+    channels, _, _ = family.latent_shape(folder, *[family.pixel_multiple(folder)] * 2)
+    generator = torch.Generator().manual_seed(seed)
+    noisy = torch.randn(BATCH_SIZE, channels, LATENT_SIDE, LATENT_SIDE, generator=generator)
+    text = family.stack_conditioning([family.random_text(folder, NUM_TEXT_TOKENS, seed)] * BATCH_SIZE)
+    return family.predict_velocity(model, noisy, torch.tensor([0.3, 0.8]), text)
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    found = {n: p.grad for n, p in adapters.trainable_parameters(model).items() if p.grad is not None}
+    assert found and any(gradient.abs().max() > 0 for gradient in found.values())
+    return found
+
+
+def step(name: str, model: nn.Module, seed: int = 0) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss and LoRA gradients of one forward and backward pass."""
+    model.zero_grad(set_to_none=True)
+    loss = velocity(name, model, seed).square().mean()
+    loss.backward()
+    return loss.detach(), gradients(model)
+
+
+def plain_step(name: str, linear_format: str | None = None, seed: int = 0) -> tuple[Tensor, dict[str, Tensor]]:
+    """The same with everything kept and in place."""
+    model = load_model(name, linear_format)
+    attach(name, model)
+    return step(name, model, seed)
+
+
+def assert_same(actual: tuple[Tensor, dict[str, Tensor]], expected: tuple[Tensor, dict[str, Tensor]]) -> None:
+    """Bit for bit."""
+    assert torch.equal(actual[0], expected[0])
+    assert actual[1].keys() == expected[1].keys()
+    different = [name for name, gradient in actual[1].items() if not torch.equal(gradient, expected[1][name])]
+    assert not different
+
+
+class LateLane:
+    """Copies only when somebody waits for them: what a slow link does at its worst."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._pending: list[Callable[[], object]] = []
+        self._num_done = 0
+
+    def reached(self) -> None:
+        return None
+
+    def copy(self, target: Tensor, source: Tensor, after: object) -> int:
+        self._pending.append(lambda: target.copy_(source))
+        return self._num_done + len(self._pending)
+
+    def wait(self, mark: int | None) -> None:
+        while mark is not None and self._num_done < mark:
+            self._pending.pop(0)()
+            self._num_done += 1
+
+    def keep_until_copied(self, memory: Tensor) -> None: ...
