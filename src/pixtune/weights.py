@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,8 +18,6 @@ from pixtune.errors import WeightsError
 
 READ_SUFFIXES = (".json", ".safetensors", ".txt", ".model", ".jinja")
 """All that a model folder needs, and all that is taken from one."""
-WEIGHT_STEMS = ("diffusion_pytorch_model", "model")
-"""Names that diffusers and transformers give to files of weights."""
 HUB_PATTERNS = tuple(f"*{suffix}" for suffix in READ_SUFFIXES)
 
 
@@ -47,33 +46,10 @@ class ModelFolder:
         name = "scheduler_config.json" if component == "scheduler" else "config.json"
         return read_json(self.path / component / name)
 
-    def weight_files(self, component: str) -> list[Path]:
-        """The safetensors files of a component: those its index names, or the one of the usual name.
-
-        Other files beside them (`.fp16.safetensors`, an older copy) are passed over, as diffusers does.
-
-        Raises:
-            WeightsError: there are none, or one that the index names is missing.
-        """
-        folder = self.path / component
-        for stem in WEIGHT_STEMS:
-            if (index := folder / f"{stem}.safetensors.index.json").is_file():
-                files = [folder / name for name in sorted(set(read_json(index)["weight_map"].values()))]
-                break
-            if (single := folder / f"{stem}.safetensors").is_file():
-                files = [single]
-                break
-        else:
-            raise WeightsError(f"{folder} has no {' or '.join(WEIGHT_STEMS)} in safetensors. Fetch the model again.")
-        missing = [file.name for file in files if not file.is_file()]
-        if missing:
-            raise WeightsError(f"{folder} lacks {', '.join(missing)}. Was the download interrupted? Fetch it again.")
-        return files
-
     def num_parameters(self, component: str) -> int:
         """Parameters of a component, from its safetensors headers alone."""
         count = 0
-        for file in self.weight_files(component):
+        for file in weight_files(self.path / component):
             for name, tensor in read_header(file).items():
                 if name != "__metadata__":
                     count += math.prod(tensor["shape"])
@@ -90,6 +66,50 @@ class ModelFolder:
             if file.suffix in READ_SUFFIXES:
                 digest.update(f"{file.name}\0{_file_digest(file, memo_dir)}\0".encode())
         return digest.hexdigest()
+
+
+INDEX_SUFFIX = ".safetensors.index.json"
+SHARD_NAME = re.compile(r"-\d{5}-of-\d{5}\.safetensors$")
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files with a model's weights, in the order of their names: those of its index, or the only one.
+
+    Raises:
+        WeightsError: no weights, no index where one is needed, or not all that the index names; names all of it.
+    """
+    indexes = sorted(folder.glob(f"*{INDEX_SUFFIX}"))
+    if len(indexes) > 1:
+        names = ", ".join(index.name for index in indexes)
+        raise WeightsError(f"{folder} has several indexes: {names}. Leave that of the variant to train.")
+    if not indexes:
+        return [_only_file(folder)]
+    places = read_json(indexes[0]).get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
+        raise WeightsError(f"{indexes[0]} has no weight_map from tensors to files. Fetch the model again.")
+    paths = [folder / name for name in sorted(set(places.values()))]
+    absent = [path.name for path in paths if not path.is_file()]
+    if absent:
+        raise WeightsError(
+            f"{folder} lacks {len(absent)} of {len(paths)} files that {indexes[0].name} names: {', '.join(absent)}. "
+            "Was the download interrupted? Fetch the model again."
+        )
+    return paths
+
+
+def _only_file(folder: Path) -> Path:
+    """The one file with weights of a folder without an index."""
+    names = sorted(path.name for path in folder.glob("*.safetensors"))
+    if len(names) == 1 and not SHARD_NAME.search(names[0]):
+        return folder / names[0]
+    if names:
+        raise WeightsError(
+            f"{folder} holds {', '.join(names)} and no *{INDEX_SUFFIX} that says what belongs together. Was "
+            "a download, or saving, interrupted?"
+        )
+    pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.ckpt") for path in folder.glob(pattern))
+    found = f"only {', '.join(pickles)}, which may run any code when they are read" if pickles else "no weights"
+    raise WeightsError(f"{folder} holds {found}. A folder with .safetensors files is needed.")
 
 
 def open_model_folder(name_or_path: str) -> ModelFolder:

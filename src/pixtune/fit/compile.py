@@ -6,11 +6,12 @@ Blocks of one kind share their code, so the first of them pays for all. What is 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 import torch._functorch.config as functorch_config
 from torch import nn
+
+from pixtune.fit.forwards import replace_computation
 
 MOST_GRAPHS = 64
 """Graphs of one kind of block: one a shape until sizes are made variable, twice that with and without gradients. The
@@ -18,7 +19,7 @@ default of 8 is for functions that are called with one or two."""
 
 
 def compile_blocks(blocks: Iterable[nn.Module], activation_budget: float) -> None:
-    """Replaces each block's `forward` by a compiled one. Nothing is compiled before the first call.
+    """Replaces each block's computation by a compiled one. Nothing is compiled before the first call.
 
     Args:
         activation_budget: below 1, the compiler keeps less for the backward pass and computes cheap operations again:
@@ -27,5 +28,4 @@ def compile_blocks(blocks: Iterable[nn.Module], activation_budget: float) -> Non
     functorch_config.activation_memory_budget = activation_budget
     torch._dynamo.config.recompile_limit = MOST_GRAPHS
     for block in blocks:
-        compiled: Any = torch.compile(block.forward)
-        block.forward = compiled
+        replace_computation(block, torch.compile)

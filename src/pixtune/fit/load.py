@@ -14,7 +14,7 @@ from pixtune.errors import WeightsError
 from pixtune.families.base import ModelFamily, Placement
 from pixtune.fit.modulation import ModulationRows, attach_table, read_from_files
 from pixtune.fit.quantize import QuantizedLinear, can_quantize, codes_for, tensor_cores_multiply
-from pixtune.loading import iterate_tensors
+from pixtune.loading import iterate_tensors, shard_files
 from pixtune.weights import ModelFolder
 
 
@@ -42,8 +42,8 @@ def load_transformer(
     model = family.build_transformer(folder.component_config("transformer"))
     awaited = set(model.state_dict())
     absent = lay_out(model, family, placement, layout)
-    files = folder.weight_files("transformer")
-    tensors = ((name, t) for name, t in iterate_tensors(files, placement.device) if parent(name) not in absent)
+    files = shard_files(folder.path / "transformer")
+    tensors = iterate_tensors(files, placement.device, wanted=lambda name: parent(name) not in absent)
     fill(model, tensors, {name for name in awaited if parent(name) not in absent}, placement, str(folder.path))
     if absent:
         attach_table(model, family, absent, read_from_files(files), layout.modulation_rows)

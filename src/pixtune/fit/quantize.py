@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pixtune.fit.kernels import NF4_BLOCK, expand_nf4, nf4_levels, transpose_bytes
+
 FP8, INT8, NF4 = "fp8", "int8", "nf4"
 FORMATS = (FP8, INT8, NF4)
 
@@ -26,13 +28,6 @@ OLDEST_CAPABILITY = {torch.float8_e4m3fn: (8, 9), torch.int8: (8, 0)}
 LARGEST_CODE = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}
 SMALLEST_PEAK = 1e-12
 """Keeps a row of zeros from a division by zero."""
-NF4_BLOCK = 64
-NF4_LEVELS = (
-    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
-    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
-    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
-)  # fmt: skip
-"""Quantiles of a standard normal, scaled to [-1, 1] (appendix E)."""
 SIDE_MULTIPLE = {FP8: 16, INT8: 16, NF4: NF4_BLOCK}
 """Both sides of a weight must be a multiple of this, as the kernels and the packing ask."""
 FEWEST_INT8_ROWS = 17
@@ -104,19 +99,11 @@ def pack_nf4(weight_NK: Tensor) -> tuple[Tensor, Tensor]:
     rows, columns = weight_NK.shape
     blocks_NB64 = weight_NK.float().view(rows, columns // NF4_BLOCK, NF4_BLOCK)
     scale_NB = blocks_NB64.abs().amax(dim=-1).clamp_min(SMALLEST_PEAK).to(torch.bfloat16)
-    levels = torch.tensor(NF4_LEVELS, device=weight_NK.device)
+    levels = nf4_levels(weight_NK.device)
     borders = (levels[1:] + levels[:-1]) / 2
     codes_NK = torch.bucketize(blocks_NB64 / scale_NB.float().unsqueeze(-1), borders).view(rows, columns)
     codes_NK = codes_NK.to(torch.uint8)
     return (codes_NK[:, 0::2] << 4) | codes_NK[:, 1::2], scale_NB
-
-
-def unpack_nf4(packed: Tensor, scale_NB: Tensor) -> Tensor:
-    """fp32 weights of shape (N, K) from what `pack_nf4` made."""
-    levels = torch.tensor(NF4_LEVELS, device=packed.device)
-    codes_NK = torch.stack([packed >> 4, packed & 15], dim=-1).flatten(1).int()
-    blocks_NB64 = levels[codes_NK].view(*scale_NB.shape, NF4_BLOCK)
-    return (blocks_NB64 * scale_NB.float().unsqueeze(-1)).flatten(1)
 
 
 # ---- the layer
@@ -131,31 +118,32 @@ class FrozenProduct(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(stored, scale)
         ctx.codes, ctx.tensor_cores = codes, tensor_cores
-        weight_NK, weight_scale_N1 = row_codes(stored, scale, codes)
+        weight_NK, weight_scale_N1 = row_codes(stored, scale, codes, transposed=False)
         x_codes_MK, x_scale_M1 = quantize_rows(x_MK, codes)
         return multiply_rows(x_codes_MK, x_scale_M1, weight_NK, weight_scale_N1, x_MK.dtype, tensor_cores)
 
     @staticmethod
     def backward(ctx: Any, gradient_MN: Tensor) -> tuple[Tensor, None, None, None, None]:
         stored, scale = ctx.saved_tensors
-        weight_NK, weight_scale_N1 = row_codes(stored, scale, ctx.codes)
-        folded_MN = gradient_MN.float() * weight_scale_N1.t()
-        codes_MN, scale_M1 = quantize_rows(folded_MN, ctx.codes)
-        ones_K1 = torch.ones(weight_NK.shape[1], 1, device=weight_NK.device)
-        weight_KN = weight_NK.t().contiguous()  # tensor cores of 8 bits want both sides along the summed axis
+        # Tensor cores of 8 bits want both sides along the summed axis.
+        weight_KN, weight_scale_N1 = row_codes(stored, scale, ctx.codes, transposed=True)
+        codes_MN, scale_M1 = quantize_rows(gradient_MN.float() * weight_scale_N1.t(), ctx.codes)
+        ones_K1 = torch.ones(weight_KN.shape[0], 1, device=weight_KN.device)
         x_gradient_MK = multiply_rows(codes_MN, scale_M1, weight_KN, ones_K1, gradient_MN.dtype, ctx.tensor_cores)
         return x_gradient_MK, None, None, None, None
 
 
-def row_codes(stored: Tensor, scale: Tensor, codes: torch.dtype) -> tuple[Tensor, Tensor]:
-    """A stored weight as 8-bit codes (N, K) with a scale a row (N, 1).
+def row_codes(stored: Tensor, scale: Tensor, codes: torch.dtype, transposed: bool) -> tuple[Tensor, Tensor]:
+    """A stored weight as 8-bit codes, (N, K) or transposed (K, N), and its scale a row (N, 1).
 
     Args:
-        stored: uint8 bytes of 8-bit codes with `scale` of shape (N, 1), or packed 4-bit codes with (N, K / 64).
+        stored: bytes of 8-bit codes with fp32 `scale` (N, 1), or packed 4-bit codes with bf16 `scale` (N, K / 64).
     """
     if scale.dtype == torch.float32:
-        return stored.view(codes), scale
-    return quantize_rows(unpack_nf4(stored, scale), codes)
+        return (transpose_bytes(stored) if transposed else stored).view(codes), scale
+    row_scale_N = scale.float().amax(dim=1) / LARGEST_CODE[codes]  # the largest level is 1
+    expanded = expand_nf4(stored, scale, row_scale_N, codes == torch.float8_e4m3fn, transposed)
+    return expanded.view(codes), row_scale_N.unsqueeze(1)
 
 
 class QuantizedLinear(nn.Linear):
@@ -191,7 +179,7 @@ class QuantizedLinear(nn.Linear):
     @torch.no_grad()
     def dequantized(self) -> Tensor:
         """The weight that the layer stands for, fp32 of shape (N, K)."""
-        codes_NK, scale_N1 = row_codes(self.weight, self.scale, self.codes)
+        codes_NK, scale_N1 = row_codes(self.weight, self.scale, self.codes, transposed=False)
         return codes_NK.float() * scale_N1
 
     def forward(self, input: Tensor) -> Tensor:

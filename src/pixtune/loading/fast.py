@@ -46,7 +46,7 @@ def package_obstacle() -> str | None:
     return None
 
 
-def obstacle(device: torch.device) -> str | None:
+def obstacle_to(device: torch.device) -> str | None:
     """Why the package is not used for this device; None where it is."""
     if device.type != "cuda":
         return f"{PACKAGE} gains nothing on a {device.type} device"
@@ -80,6 +80,8 @@ def iterate_fast(
     missing = {entry.name for entry in entries}
     with closing(loader), closing(loader.iterate_weights()) as tensors:
         for name, tensor in tensors:
+            if name not in missing:  # of the same file, and not asked for
+                continue
             missing.discard(name)
             yield name, tensor
             if device.type == "cuda":

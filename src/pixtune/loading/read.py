@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -13,8 +13,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from pixtune.errors import WeightsError
-from pixtune.loading import fast
 from pixtune.loading.entries import TensorEntry, read_entries
+from pixtune.loading.fast import iterate_fast, obstacle_to
 from pixtune.loading.threads import iterate_with_threads
 
 logger = logging.getLogger(__name__)
@@ -27,6 +27,7 @@ def iterate_tensors(
     device: torch.device | str,
     num_threads: int = NUM_THREADS,
     use_fast: bool | None = None,
+    wanted: Callable[[str], bool] = lambda name: True,
 ) -> Iterator[tuple[str, Tensor]]:
     """Name and tensor of some safetensors files, in the files' order, each directly on `device`.
 
@@ -36,18 +37,20 @@ def iterate_tensors(
 
     Args:
         num_threads: how many slices are read at a time. Without effect on a CPU.
+        wanted: which tensors to read, by name; the others cost nothing.
         use_fast: True and None take fastsafetensors where it can be used; True says why where it cannot. False never.
 
     Raises:
         WeightsError: a file is missing, cut off or of another format; before anything is read.
     """
-    entries, device = read_entries(map(Path, files)), torch.device(device)
+    entries = [entry for entry in read_entries(map(Path, files)) if wanted(entry.name)]
+    device = torch.device(device)
     if device.type == "cpu":
         return _iterate_mapped(entries)
     if use_fast is not False:
-        obstacle = fast.obstacle(device)
+        obstacle = obstacle_to(device)
         if obstacle is None:
-            return fast.iterate_fast(entries, device, num_threads)
+            return iterate_fast(entries, device, num_threads)
         _tell_once(f"{obstacle}; the weights are read by {num_threads} threads of pixtune's own", use_fast is True)
     return iterate_with_threads(entries, device, num_threads, drop_cache=_is_integrated(device))
 

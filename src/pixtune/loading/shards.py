@@ -14,12 +14,10 @@ from pixtune import files
 from pixtune.errors import WeightsError, WriteError
 from pixtune.loading.entries import read_entries
 from pixtune.loading.read import NUM_THREADS, iterate_tensors
-from pixtune.weights import read_json
+from pixtune.weights import INDEX_SUFFIX, SHARD_NAME, read_json, weight_files
 
-INDEX_SUFFIX = ".safetensors.index.json"
 MAX_SHARD_BYTES = 2 * 2**30
 """Twice this much host memory is used while a shard is written."""
-SHARD_NAME = re.compile(r"-\d{5}-of-\d{5}\.safetensors$")
 FORMAT = {"format": "pt"}
 """transformers and diffusers refuse a file that does not say so."""
 
@@ -75,35 +73,22 @@ def save_safetensors_sharded(
 
 
 def shard_files(folder: str | Path) -> list[Path]:
-    """The files with a model's weights, in the order of their names: those of its index, or the only one.
+    """The files with a model's weights, as `weights.weight_files` finds them, compared with what they hold.
 
     Raises:
-        WeightsError: no weights, no index where one is needed, or not all that the index names; names all of it.
+        WeightsError: files missing, cut off, or of different models; names all of it.
     """
     folder = Path(folder)
-    indexes = sorted(folder.glob(f"*{INDEX_SUFFIX}"))
-    if len(indexes) > 1:
-        names = ", ".join(index.name for index in indexes)
-        raise WeightsError(f"{folder} has several indexes: {names}. Leave that of the variant to train.")
-    if not indexes:
-        return [_only_file(folder)]
-    places = read_json(indexes[0]).get("weight_map")
-    if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
-        raise WeightsError(f"{indexes[0]} has no weight_map from tensors to files. Fetch the model again.")
-    paths = [folder / name for name in sorted(set(places.values()))]
-    absent = [path.name for path in paths if not path.is_file()]
-    if absent:
-        raise WeightsError(
-            f"{folder} lacks {len(absent)} of {len(paths)} files that {indexes[0].name} names: {', '.join(absent)}. "
-            "Was the download interrupted? Fetch the model again."
-        )
-    found = {entry.name: entry.file for entry in read_entries(paths)}
-    wrong = [name for name, file in places.items() if found.get(name) != folder / file]
-    if wrong:
-        raise WeightsError(
-            f"{len(wrong)} tensors, {wrong[0]} among them, are not in the files of {folder} that {indexes[0].name} "
-            "names for them. Do the files come from different models? Fetch the model again."
-        )
+    paths = weight_files(folder)
+    entries = {entry.name: entry.file for entry in read_entries(paths)}
+    for index in folder.glob(f"*{INDEX_SUFFIX}"):
+        places = read_json(index)["weight_map"]
+        wrong = [name for name, file in places.items() if entries.get(name) != folder / file]
+        if wrong:
+            raise WeightsError(
+                f"{len(wrong)} tensors, {wrong[0]} among them, are not in the files of {folder} that {index.name} "
+                "names for them. Do the files come from different models? Fetch the model again."
+            )
     return paths
 
 
@@ -125,21 +110,6 @@ def _plan_shards(tensors: Mapping[str, Tensor], max_shard_bytes: int) -> list[li
         shards[-1].append(name)
         room_bytes -= tensor.nbytes
     return shards
-
-
-def _only_file(folder: Path) -> Path:
-    """The one file with weights of a folder without an index."""
-    names = sorted(path.name for path in folder.glob("*.safetensors"))
-    if len(names) == 1 and not SHARD_NAME.search(names[0]):
-        return folder / names[0]
-    if names:
-        raise WeightsError(
-            f"{folder} holds {', '.join(names)} and no *{INDEX_SUFFIX} that says what belongs together. Was "
-            "a download, or saving, interrupted?"
-        )
-    pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.ckpt") for path in folder.glob(pattern))
-    found = f"only {', '.join(pickles)}, which may run any code when they are read" if pickles else "no weights"
-    raise WeightsError(f"{folder} holds {found}. A folder with .safetensors files is needed.")
 
 
 def _remove(paths: Sequence[Path]) -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from pixtune import adapters
-from pixtune.fit import quantize
+from pixtune.fit import kernels, quantize
 from pixtune.fit.quantize import FP8, INT8, NF4, QuantizedLinear
 
 E4M3, INT = torch.float8_e4m3fn, torch.int8
@@ -89,10 +89,10 @@ def test_no_number_stays_no_number() -> None:
 def test_nf4_takes_the_nearest_level_of_its_block() -> None:
     weight = torch.randn(4, 128)
     packed, scale = quantize.pack_nf4(weight)
-    levels = torch.tensor(quantize.NF4_LEVELS)
+    levels = torch.tensor(kernels.NF4_LEVELS)
     blocks = weight.view(4, 2, 64) / scale.float().unsqueeze(-1)
     nearest = levels[(blocks.unsqueeze(-1) - levels).abs().argmin(-1)] * scale.float().unsqueeze(-1)
-    torch.testing.assert_close(quantize.unpack_nf4(packed, scale), nearest.flatten(1))
+    torch.testing.assert_close(kernels.unpack_nf4(packed, scale), nearest.flatten(1))
 
 
 @pytest.mark.parametrize(("sides", "fits"), [((64, 128), True), ((64, 100), False), ((70, 64), False)])
