@@ -9,10 +9,10 @@ import gc
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from rich.console import Console
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 DECODE_THREADS = 4
+Loaded = TypeVar("Loaded")
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,9 @@ class Encoder:
     console: Console
     memo_dir: Path | None
     """Where digests of large weight files are remembered."""
+    stays: bool = False
+    """What was loaded stays on the device until the run ends, instead of making room."""
+    _loaded: dict[str, Any] = field(default_factory=dict, compare=False)
 
     def text_keys(self, items: Sequence[TextItem]) -> list[CacheKey]:
         """Everything that decides a caption's features."""
@@ -127,13 +131,13 @@ class Encoder:
             for chunk in track(chunks, "captions", len(chunks), self.console):
                 yield from zip(chunk, encode_batch([item_of[key.digest] for key in chunk]), strict=True)
             del encode_batch
-            _free_device(self.placement.device)
+            self._make_room()
 
         return fill(self.store, self.ledger, keys, encode)
 
     def open_text_encoder(self) -> Callable[[Sequence[TextItem]], list[Entry]]:
-        """Loads the text encoder; it leaves the device when the returned function is dropped."""
-        encoder = self.family.load_text_encoder(self.folder, self.placement)
+        """Loads the text encoder; unless it `stays`, it leaves the device when the returned function is dropped."""
+        encoder = self._load("text encoder", self.family.load_text_encoder)
         return lambda items: self.family.encode_text(encoder, [item.prompt() for item in items], self.max_text_tokens)
 
     def fill_pictures(self, pictures: Sequence[FramedPicture], keys: Sequence[CacheKey]) -> FillReport:
@@ -161,14 +165,27 @@ class Encoder:
                     for row, key in enumerate(chunk):
                         yield key, {"mean": latents.mean_BCHW[row : row + 1], "std": latents.std_BCHW[row : row + 1]}
             del encode_batch
-            _free_device(self.placement.device)
+            self._make_room()
 
         return fill(self.store, self.ledger, keys, encode)
 
     def open_autoencoder(self) -> Callable[[Tensor], LatentDistribution]:
-        """Loads the autoencoder; it leaves the device when the returned function is dropped."""
-        autoencoder = self.family.load_autoencoder(self.folder, self.placement)
+        """Loads the autoencoder; unless it `stays`, it leaves the device when the returned function is dropped."""
+        autoencoder = self._load("autoencoder", self.family.load_autoencoder)
         return lambda pixels_B3HW: self.family.encode_images(autoencoder, pixels_B3HW.to(self.placement.device))
+
+    def _load(self, part: str, load: Callable[[ModelFolder, Placement], Loaded]) -> Loaded:
+        if part in self._loaded:
+            return self._loaded[part]
+        loaded = load(self.folder, self.placement)
+        if self.stays:
+            self._loaded[part] = loaded
+        return loaded
+
+    def _make_room(self) -> None:
+        gc.collect()
+        if self.placement.device.type == "cuda":
+            torch.cuda.empty_cache()
 
 
 def hash_text(text: str) -> str:
@@ -183,9 +200,3 @@ def shorten(text: str) -> str:
 
 def _chunks(items: Sequence[CacheKey], size: int) -> list[Sequence[CacheKey]]:
     return [items[start : start + size] for start in range(0, len(items), size)]
-
-
-def _free_device(device: torch.device) -> None:
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()

@@ -26,6 +26,7 @@ from pixtune.data.samples import Sample, check_folder, read_samples, split_held_
 from pixtune.data.swapped import BothWays, EncodedBothWays, choose_pairs, needed_pictures, needed_texts, read_pairs
 from pixtune.errors import DataError
 from pixtune.families.base import Conditioning, LatentDistribution, ModelFamily, Placement
+from pixtune.hardware.unified import is_unified_memory_system
 from pixtune.sample import EncodedPrompt, needs_negative
 from pixtune.validation import HeldOutPicture
 from pixtune.weights import ModelFolder
@@ -180,6 +181,7 @@ def _build_encoder(config: TrainConfig, family: ModelFamily, folder: ModelFolder
         ledger=Ledger(cache_dir / "ledger.json" if on_disk else None),
         console=Console(quiet=not accelerator.is_main_process),
         memo_dir=cache_dir / "weights" if on_disk else None,
+        stays=is_unified_memory_system() if config.disable_cpu_offload is None else config.disable_cpu_offload,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -260,6 +261,29 @@ def test_a_second_run_loads_no_encoder_and_is_the_same_data(tmp_path: Path, mode
     (tmp_path / "train" / "1.txt").write_text("another")
     assert prepare_data(config, family, model, ACCELERATOR).fingerprint != first.fingerprint
     assert family.encoded == ["another"] and family.loaded == ["text encoder"]
+
+
+@pytest.mark.parametrize("stays", [True, False])
+def test_encoders_stay_loaded_or_make_room(tmp_path: Path, model: ModelFolder, stays: bool) -> None:
+    """Pattern 1 of the contract: what has encoded leaves the device, unless the config or the machine says it stays."""
+    captioned(tmp_path / "train", "a.png", 80, "a picture")
+    loaded: list[weakref.ref[SimpleNamespace]] = []
+
+    class Remembering(CountingFamily):
+        def load_text_encoder(self, folder: ModelFolder, placement: Placement) -> Any:
+            return self.remember()
+
+        def load_autoencoder(self, folder: ModelFolder, placement: Placement) -> Any:
+            return self.remember()
+
+        def remember(self) -> SimpleNamespace:
+            encoder = SimpleNamespace()
+            loaded.append(weakref.ref(encoder))
+            return encoder
+
+    data = prepare_data(data_config(tmp_path, disable_cpu_offload=stays), Remembering(), model, ACCELERATOR)
+    assert [encoder() is not None for encoder in loaded] == [stays, stays]
+    del data
 
 
 # ---- control pictures
