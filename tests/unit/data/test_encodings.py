@@ -267,7 +267,7 @@ def test_a_second_run_loads_no_encoder_and_is_the_same_data(tmp_path: Path, mode
 def test_encoders_stay_loaded_or_make_room(tmp_path: Path, model: ModelFolder, stays: bool) -> None:
     """Pattern 1 of the contract: what has encoded leaves the device, unless the config or the machine says it stays."""
     captioned(tmp_path / "train", "a.png", 80, "a picture")
-    loaded: list[weakref.ref[SimpleNamespace]] = []
+    loaded: list[weakref.ref[torch.nn.Module]] = []
 
     class Remembering(CountingFamily):
         def load_text_encoder(self, folder: ModelFolder, placement: Placement) -> Any:
@@ -276,8 +276,8 @@ def test_encoders_stay_loaded_or_make_room(tmp_path: Path, model: ModelFolder, s
         def load_autoencoder(self, folder: ModelFolder, placement: Placement) -> Any:
             return self.remember()
 
-        def remember(self) -> SimpleNamespace:
-            encoder = SimpleNamespace()
+        def remember(self) -> torch.nn.Module:
+            encoder = torch.nn.Module()
             loaded.append(weakref.ref(encoder))
             return encoder
 
