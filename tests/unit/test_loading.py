@@ -19,11 +19,12 @@ from torch import Tensor
 
 from pixtune.errors import WeightsError
 from pixtune.loading import fast, iterate_tensors, load_safetensors, threads
-from pixtune.loading.entries import read_entries
+from pixtune.loading.entries import TensorEntry, read_entries
 from pixtune.loading.threads import iterate_with_threads
 
 CPU = torch.device("cpu")
 Way = Callable[[list[Path]], Iterator[tuple[str, Tensor]]]
+EntryWay = Callable[[list[TensorEntry]], Iterator[tuple[str, Tensor]]]
 
 
 def random_bits(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> Tensor:
@@ -78,10 +79,15 @@ def threaded(
 
 
 def fastsafetensors_on_cpu(paths: list[Path]) -> Iterator[tuple[str, Tensor]]:
+    return fast_on_cpu(read_entries(paths))
+
+
+def fast_on_cpu(entries: list[TensorEntry]) -> Iterator[tuple[str, Tensor]]:
     pytest.importorskip("fastsafetensors", reason="the extra pixtune[fast] is not installed")
-    return fast.iterate_fast(read_entries(paths), CPU, 2)
+    return fast.iterate_fast(entries, CPU, 2)
 
 
+ENTRY_WAYS = [partial(iterate_with_threads, device=CPU, num_threads=2), fast_on_cpu]
 WAYS = [partial(iterate_tensors, device="cpu"), threaded, fastsafetensors_on_cpu]
 all_ways = pytest.mark.parametrize("way", WAYS, ids=["mapped", "threads", "fastsafetensors"])
 
@@ -94,6 +100,17 @@ def test_every_bit_arrives_in_file_order(way: Way, two_files: list[Path], tensor
     loaded = {name: tensor.clone() for name, tensor in way(two_files)}
     assert_same(loaded, tensors)
     assert list(loaded) == [entry.name for entry in read_entries(two_files)]
+
+
+@pytest.mark.parametrize("wanted", [{"small"}, set()], ids=["one", "none"])
+@pytest.mark.parametrize("way", ENTRY_WAYS, ids=["threads", "fastsafetensors"])
+def test_what_is_not_wanted_is_not_read(
+    way: EntryWay, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wanted: set[str]
+) -> None:
+    monkeypatch.setattr(fast, "CHUNK_BYTES", 100)  # what is not wanted does not fit a chunk
+    save_file({"large": torch.ones(1000), "small": torch.ones(3)}, tmp_path / "f.safetensors")
+    entries = [entry for entry in read_entries([tmp_path / "f.safetensors"]) if entry.name in wanted]
+    assert {name for name, _ in way(entries)} == wanted
 
 
 @all_ways

@@ -37,7 +37,8 @@ class FakeLoader:
 
     def __init__(self, group: None, files: list[str], **arguments: Any) -> None:
         type(self).arguments = arguments
-        self.tensors = {name: tensor for file in files for name, tensor in load_file(file).items()}
+        read = {name: tensor for file in files for name, tensor in load_file(file).items()}
+        self.tensors = {name: tensor for name, tensor in read.items() if arguments["tensor_filter"](name)}
 
     def iterate_weights(self) -> Iterator[tuple[str, Tensor]]:
         try:
@@ -100,6 +101,11 @@ def test_a_tensor_that_it_leaves_out_is_missed(fake: type[FakeLoader], file: Pat
     fake.left_out = "b"
     with pytest.raises(WeightsError, match=r"left out 1 of 3 tensors, b among them.*use_fastsafetensors: false"):
         list(fast.iterate_fast(read.read_entries([file]), CUDA, 2))
+
+
+def test_only_what_is_wanted_is_read(fake: type[FakeLoader], file: Path) -> None:
+    names = [name for name, _ in iterate_tensors([file], CUDA, wanted=lambda name: name != "b")]
+    assert names == ["a", "c"]
 
 
 # ---- where it is not used

@@ -66,6 +66,7 @@ def iterate_fast(
     """
     from fastsafetensors import ParallelLoader
 
+    wanted = {entry.name for entry in entries}
     loader = ParallelLoader(
         None,
         list(dict.fromkeys(str(entry.file) for entry in entries)),
@@ -75,13 +76,13 @@ def iterate_fast(
         max_threads=num_threads,
         nogds=not GDS_DEVICE.exists(),
         set_numa=False,  # it would bind the whole process
-        max_batch_bytes=max(CHUNK_BYTES, *(entry.num_bytes for entry in entries)),
+        max_batch_bytes=max([CHUNK_BYTES, *(entry.num_bytes for entry in entries)]),
+        tensor_filter=wanted.__contains__,  # the others are not read
+        all_local=True,  # several processes read each for itself
     )
-    missing = {entry.name for entry in entries}
+    missing = set(wanted)
     with closing(loader), closing(loader.iterate_weights()) as tensors:
         for name, tensor in tensors:
-            if name not in missing:  # of the same file, and not asked for
-                continue
             missing.discard(name)
             yield name, tensor
             if device.type == "cuda":
