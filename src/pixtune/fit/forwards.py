@@ -1,7 +1,9 @@
 """Putting something around a block's forward without moving the block: its path, and so a LoRA's names, stay.
 
 The order is: recomputation outermost, streaming inside it (a recomputed block needs its weights again), and the
-computation itself, which alone is compiled, innermost.
+computation itself, which alone is compiled, innermost. The module's own `compile()` compiles everything that is around
+it, too: torch 2.13 traces the copies of an offload into the graph and cannot trace streaming at all. So it is refused
+in favour of `replace_computation(block, torch.compile)`, which may come before or after what is put around.
 """
 
 from __future__ import annotations
@@ -21,12 +23,14 @@ Around = Callable[[Forward, tuple[Any, ...], dict[str, Any]], Any]
 class WrappedForward:
     """A forward with something around it."""
 
+    block: nn.Module
     inner: Forward
     around: Around
     recomputes: bool
     """Whether `around` keeps only the inputs and runs `inner` again in the backward pass."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        refuse_whole_compilation(self.block)
         return self.around(self.inner, args, kwargs)
 
 
@@ -34,14 +38,19 @@ def wrap_forward(block: nn.Module, around: Around, recomputes: bool = False) -> 
     """Puts `around` outside of everything that is around the block's forward so far.
 
     Raises:
-        RuntimeError: `block.compile()` was called before. It compiles whatever is around the computation as well.
+        RuntimeError: `block.compile()` was called.
     """
+    refuse_whole_compilation(block)
+    block.forward = WrappedForward(block, block.forward, around, recomputes)
+
+
+def refuse_whole_compilation(block: nn.Module) -> None:
+    """Raises RuntimeError if the module's own `compile()` was called."""
     if block._compiled_call_impl is not None:
         raise RuntimeError(
-            f"{type(block).__name__}.compile() includes what is put around its forward; use replace_computation(block, "
-            "torch.compile) instead, before or after."
+            "Module.compile() would compile what is around a block's forward; call replace_computation(block, "
+            "torch.compile) instead"
         )
-    block.forward = WrappedForward(block.forward, around, recomputes)
 
 
 def replace_computation(block: nn.Module, change: Callable[[Forward], Forward]) -> None:

@@ -9,7 +9,9 @@ The device holds a ring of slots. While one block computes, the copies of the ne
 their own; a slot is filled again once the computation has passed its block. Streamed blocks are recomputed in the
 backward pass, so a block's weights are needed twice in a step and never in between. When is a block's backward pass
 over? Autograd runs the nodes that were made last first, so all of a block's have been launched when the next block's
-recomputation begins; that is where its slot is released.
+recomputation begins; that is where its slot is released. So a step takes, for each of its two passes, the larger of
+computing and copying `step_bytes` / 2: what the link has to spare in the long backward pass does not help the forward
+pass.
 
 Autograd sees none of it. A tensor's `.data` is pointed at a slot, which does not touch its version, and slots are
 written through another tensor. While a block is away its tensors hold NaN, in a single number on the device: what reads

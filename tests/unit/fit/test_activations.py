@@ -176,6 +176,23 @@ def test_inputs_below_the_threshold_stay(offloads: list[InputOffload], monkeypat
     assert offloads[0].host_bytes == 4 * hidden.nbytes
 
 
+def test_the_computation_waits_for_a_copy_before_the_original_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    lanes: list[LateLane] = []
+
+    def make(device: torch.device) -> LateLane:
+        lanes.append(LateLane(device))
+        return lanes[-1]
+
+    monkeypatch.setattr(activations, "CopyLane", make)
+    blocks = [Block(seed) for seed in range(3)]
+    recompute_blocks(blocks, offload=True)
+    hidden, text = make_inputs()
+    for block in blocks:
+        text, hidden = block(hidden, text)
+        assert not lanes[0].pending
+    assert lanes[0].num_done == 4
+
+
 @pytest.mark.parametrize("offload", [False, True])
 def test_the_device_memory_of_an_input_is_free_after_its_block(offload: bool) -> None:
     blocks = [Block(seed) for seed in range(4)]
@@ -320,8 +337,17 @@ def test_compiled_streamed_and_offloaded_blocks_equal_compiled_resident_ones(nam
     assert torch._dynamo.utils.counters["graph_break"] == {}
 
 
-def test_the_modules_own_compile_is_refused_where_it_would_swallow_the_checkpoint() -> None:
+@pytest.mark.parametrize("fullgraph", [False, True])
+@pytest.mark.parametrize("compiled_first", [False, True])
+def test_the_modules_own_compile_is_refused(compiled_first: bool, fullgraph: bool) -> None:
+    """It would swallow the checkpoint, and the copies with it."""
+    torch._dynamo.reset()
     block = Block(0)
-    block.compile(backend="aot_eager")
+    if not compiled_first:
+        recompute_blocks([block], offload=True)
+    block.compile(fullgraph=fullgraph, backend="aot_eager")
     with pytest.raises(RuntimeError, match="replace_computation"):
-        recompute_blocks([block], offload=False)
+        if compiled_first:
+            recompute_blocks([block], offload=True)
+        else:
+            block(*make_inputs())

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import types
+from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -187,7 +189,7 @@ def test_bytes_moved_are_those_announced() -> None:
     hidden = torch.randn(4, 8)
     assert stream.device_bytes == 3 * max(stream.block_bytes)
 
-    def moved_by(run: object) -> int:
+    def moved_by(run: Callable[[], object]) -> int:
         before = stream.num_copied_bytes
         run()
         return stream.num_copied_bytes - before
@@ -211,38 +213,49 @@ def test_nothing_moves_once_all_blocks_are_in_the_ring() -> None:
     assert stream.step_bytes == stream.pass_bytes == 0
 
 
+@pytest.mark.parametrize("early_stop", [True, False])
 def test_copies_start_before_they_are_needed_and_only_into_slots_that_were_passed(
-    monkeypatch: pytest.MonkeyPatch,
+    early_stop: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The computation is counted in blocks launched; a copy into a block's slot must come after all it was used for."""
-    events: list[tuple[str, int]] = []
+    """The computation is counted in launches; a copy into a slot must come after all that the slot was used for.
+
+    Args:
+        early_stop: a recomputation ends with the last tensor it has to save; else it runs to its end.
+    """
+    launched: list[int] = []
+    num_copies = 0
 
     class CountingLane(LateLane):
         def reached(self) -> int:
             return len(launched)
 
         def copy(self, target: Tensor, source: Tensor, after: int | None) -> int:
-            last_use = max((i + 1 for i, used in enumerate(launched) if used == target.data_ptr()), default=0)
+            nonlocal num_copies
+            num_copies += 1
+            last_use = max((i + 1 for i, slot in enumerate(launched) if slot == target.data_ptr()), default=0)
             assert (after or 0) >= last_use
-            events.append(("copy", len(launched)))
             return super().copy(target, source, after)
 
-    launched: list[int] = []
+    def launching(forward: Callable[[Tensor], Tensor], block: Block) -> Callable[[Tensor], Tensor]:
+        def launch(gradient: Tensor | None = None) -> None:
+            launched.append(block.up.weight.untyped_storage().data_ptr())
+
+        def run(hidden: Tensor) -> Tensor:
+            launch()
+            if not streaming.in_backward_pass():
+                hidden.register_hook(launch)  # called when the block's backward pass ends
+            return forward(hidden)
+
+        return run
+
     monkeypatch.setattr(streaming, "CopyLane", CountingLane)
     blocks, stream = make_blocks(9)
     for block in blocks:
-
-        def record(forward: object, block: Block = block) -> object:
-            def recording(hidden: Tensor) -> Tensor:
-                launched.append(block.up.weight.untyped_storage().data_ptr())
-                return forward(hidden)
-
-            return recording
-
-        replace_computation(block, record)
-    for _ in range(2):
-        run_through(blocks, torch.randn(4, 8)).sum().backward()
-    assert len(launched) == 36 and len(events) == 9 + 6 + 6 + 6
+        replace_computation(block, partial(launching, block=block))
+    with torch.utils.checkpoint.set_checkpoint_early_stop(early_stop):
+        for _ in range(2):
+            run_through(blocks, torch.randn(4, 8, requires_grad=True)).sum().backward()
+    assert len(launched) == 2 * 9 * 3 and num_copies == 9 + 6 + 6 + 6
     assert stream.num_late == 1
 
 

@@ -85,19 +85,19 @@ class LateLane:
     """Copies only when somebody waits for them: what a slow link does at its worst."""
 
     def __init__(self, device: torch.device) -> None:
-        self._pending: list[Callable[[], object]] = []
-        self._num_done = 0
+        self.pending: list[Callable[[], object]] = []
+        self.num_done = 0
 
     def reached(self) -> None:
         return None
 
     def copy(self, target: Tensor, source: Tensor, after: object) -> int:
-        self._pending.append(lambda: target.copy_(source))
-        return self._num_done + len(self._pending)
+        self.pending.append(lambda: target.copy_(source))
+        return self.num_done + len(self.pending)
 
     def wait(self, mark: int | None) -> None:
-        while mark is not None and self._num_done < mark:
-            self._pending.pop(0)()
-            self._num_done += 1
+        while mark is not None and self.num_done < mark:
+            self.pending.pop(0)()
+            self.num_done += 1
 
     def keep_until_copied(self, memory: Tensor) -> None: ...
