@@ -1,4 +1,4 @@
-"""The command line: `pixtune train | validate | sample | export | doctor`, and the entry of the root scripts."""
+"""The command line: `pixtune train | plan | validate | sample | export | doctor`, and the entry of the root scripts."""
 
 from __future__ import annotations
 
@@ -50,6 +50,24 @@ def run_config(
     if result.first_loss and result.last_loss:
         before, after = result.first_loss.mean, result.last_loss.mean
         typer.echo(f"held-out loss {before:.4f} -> {after:.4f} ({100 * (after / before - 1):+.1f}%)")
+
+
+@app.command()
+def plan(
+    config: Annotated[Path, typer.Argument(help="YAML file; see train_configs/.")],
+    overrides: Overrides = None,
+    card: Annotated[str | None, typer.Option("--as", help='Plan for another GPU, for example "RTX 4090".')] = None,
+    json_output: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """Say whether a run fits, how it would use the machine and why. Loads no weights, trains nothing."""
+    from pixtune.config import load_config
+    from pixtune.plan_command import make_report, render
+
+    report = make_report(load_config(config, overrides or [], folders_must_exist=False), card)
+    if json_output:
+        typer.echo(report.to_json())
+    else:
+        render(report, Console())
 
 
 @app.command()

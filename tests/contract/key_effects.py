@@ -127,6 +127,7 @@ EFFECTS: dict[str, Effect] = {
     "disable_quantization": Effect("plan", (False, True), {"quantize": True}),
     "quantize": Effect("plan", (False, True)),
     "unified_memory": Effect("plan", (False, True)),
+    "gpu_memory_limit_gib": Effect("plan", (None, 23.3)),
     "memory_fraction": Effect("plan", (0.9, 0.5), UNIFIED),
     "expandable_segments": Effect("plan", (True, False), UNIFIED),
     "use_fastsafetensors": Effect("plan", (True, False)),

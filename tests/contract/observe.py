@@ -22,14 +22,14 @@ from pixtune.data.encode import Encoder
 from pixtune.errors import PixtuneError
 from pixtune.export import DIFFUSERS_FILE
 from pixtune.figures import StepFigures
-from pixtune.fit.plan import GIB, MemoryPlan, RunSize, plan_memory
+from pixtune.fit.plan import GIB, MemoryPlan, plan_memory
 from pixtune.hardware.facts import HardwareFacts
 from pixtune.metrics import FILE_NAME, read_metrics
 from pixtune.train import train
+from tests.full_size import full_size_footprint
 from tests.runs import DEMO_HELD_OUT, DEMO_TRAIN, ROOT, TINY_MODEL
 
 HUGE_GPU = HardwareFacts("cuda", "a Hopper GPU that holds anything", (9, 0), 10_000 * GIB, 10_000 * GIB)
-NUM_WEIGHTS = 20_430_000_000
 
 BASE: dict[str, object] = {
     "pretrained_model_name_or_path": str(TINY_MODEL),
@@ -88,10 +88,7 @@ def words(settings: Mapping[str, object], scene: Path, run: Path) -> list[str]:
 
 def plan_of(config: TrainConfig) -> MemoryPlan:
     """The plan for the full-size Qwen-Image at 1024x1024 on a GPU that holds anything."""
-    num_bytes = 2 if config.mixed_precision == "bf16" else 4
-    num_trained = NUM_WEIGHTS if config.method == "full" else 0
-    size = RunSize(NUM_WEIGHTS * num_bytes, 4096 + 256, num_blocks=60, block_width=3072, num_trained=num_trained)
-    return plan_memory(HUGE_GPU, size, config)
+    return plan_memory(HUGE_GPU, full_size_footprint(config), config)
 
 
 def observe_run(settings: Mapping[str, object], scene: Path, run: Path) -> Observed:

@@ -15,12 +15,15 @@ from pixtune.config.schema import leaf_keys
 from pixtune.errors import PixtuneError
 from pixtune.families import family_of
 from pixtune.families.base import Placement
-from pixtune.fit.apply import apply_plan, apply_switches
-from pixtune.fit.plan import MemoryPlan
+from pixtune.fit.apply import apply_switches, apply_to_activations, blocks_of
+from pixtune.fit.load import load_transformer
+from pixtune.fit.plan import MemoryPlan, plan_memory
+from pixtune.hardware.facts import HardwareFacts
 from pixtune.weights import open_model_folder
 from tests.contract.key_effects import DRAWN, EFFECTS, FRESH_CACHE, MEASURED
 from tests.contract.not_yet import needs
 from tests.contract.observe import BASE, Observed, observe_run, plan_of, words
+from tests.full_size import full_size_footprint
 from tests.runs import TINY_MODEL
 
 PARTS = [pytest.param(key, marks=needs(*effect.unbuilt(key))) for key, effect in EFFECTS.items()]
@@ -88,10 +91,10 @@ def test_the_same_settings_show_the_same(scene: Path, tmp_path: Path) -> None:
     assert first == second and first["pictures"] and first["weights"] and first["held-out losses"]
 
 
-PLAN = MemoryPlan(
-    weights_format="fp32", recompute=False, pin_memory=False, encoders_stay=False, tf32=False, cudnn_attention=None,
-    deterministic=False, optimizer="adamw", expected_peak_bytes=0, reasons=(),
-)  # fmt: skip
+def plain_plan() -> MemoryPlan:
+    """A CPU's: nothing is switched on, nothing saved."""
+    config = load_config(None, words({**BASE, "data_config.img_dir": "."}, Path(), Path()))
+    return plan_memory(HardwareFacts("cpu", "x86_64", (0, 0), 0, 0), full_size_footprint(config), config)
 
 
 @pytest.mark.parametrize("on", [True, False])
@@ -102,13 +105,22 @@ def test_switches_of_the_plan_are_switched(on: bool, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", lambda value: switched.update(cudnn=value))
     monkeypatch.setattr(torch, "use_deterministic_algorithms", lambda value: switched.update(deterministic=value))
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", torch.backends.cudnn.benchmark)
-    apply_switches(replace(PLAN, tf32=on, cudnn_attention=on, deterministic=on))
+    apply_switches(replace(plain_plan(), tf32=on, cudnn_attention=on, deterministic=on))
     assert switched == {"tf32": on, "cudnn": on, **({"deterministic": True} if on else {})}
 
 
-@pytest.mark.parametrize("recompute", [True, False])
-def test_recomputation_of_the_plan_reaches_the_blocks(recompute: bool) -> None:
+@pytest.mark.parametrize("num_recomputed", [0, 2])
+def test_recomputation_of_the_plan_reaches_the_blocks(num_recomputed: int) -> None:
     """disable_gradient_checkpointing ends here."""
     folder = open_model_folder(str(TINY_MODEL))
-    transformer = family_of(folder).load_transformer(folder, Placement(torch.device("cpu"), torch.float32))
-    assert apply_plan(transformer, replace(PLAN, recompute=recompute)).is_gradient_checkpointing is recompute
+    family = family_of(folder)
+    transformer = load_transformer(family, folder, Placement(torch.device("cpu"), torch.float32))
+    apply_to_activations(transformer, family, replace(plain_plan(), recomputed_blocks=num_recomputed))
+    runs: list[int] = []
+    for number, block in enumerate(blocks_of(transformer, family)):
+        block.attn.register_forward_hook(lambda *_, number=number: runs.append(number))
+    noisy_BCHW = torch.randn(1, *family.latent_shape(folder, 64, 64), requires_grad=True)
+    text = family.stack_conditioning([family.random_text(folder, 4, seed=0)])
+    family.predict_velocity(transformer, noisy_BCHW, torch.tensor([0.5]), text).sum().backward()
+    num_blocks, _ = family.block_shape(folder)
+    assert sorted(runs) == sorted([*range(num_blocks), *range(num_recomputed)])

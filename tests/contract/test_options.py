@@ -13,16 +13,16 @@ import pytest
 from pixtune.config import load_config
 from pixtune.config.schema import TrainConfig, leaf_keys
 from pixtune.errors import ConfigError, NotYetError
-from pixtune.fit.plan import GIB, MemoryPlan, RunSize, plan_memory
+from pixtune.fit.plan import GIB, MemoryPlan, plan_memory
 from pixtune.hardware.cards import facts_as
 from pixtune.hardware.facts import HardwareFacts
 from pixtune.resume import flatten
 from tests.contract.not_yet import needs
+from tests.full_size import full_size_footprint
 
 Load = Callable[..., TrainConfig]
 
 H100 = facts_as("H100")
-QWEN_1024 = RunSize(weight_bytes=20_430_000_000 * 2, num_tokens=4096 + 256, num_blocks=60, block_width=3072)
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def load(tmp_path: Path) -> Load:
 
 
 def plan_of(config: TrainConfig, facts: HardwareFacts = H100) -> MemoryPlan:
-    return plan_memory(facts, QWEN_1024, config)
+    return plan_memory(facts, full_size_footprint(config), config)
 
 
 # ---- defaults
@@ -120,7 +120,7 @@ THREE_STATES: dict[str, Callable[[MemoryPlan], Any]] = {
 }
 
 
-@pytest.mark.parametrize("free_gib", [79, 20])
+@pytest.mark.parametrize("free_gib", [79, 40])
 @pytest.mark.parametrize("key", [pytest.param(key, marks=needs(key)) for key in THREE_STATES])
 def test_true_demands_and_false_forbids_on_any_machine(load: Load, key: str, free_gib: int) -> None:
     facts = replace(H100, free_bytes=free_gib * GIB)
@@ -130,7 +130,7 @@ def test_true_demands_and_false_forbids_on_any_machine(load: Load, key: str, fre
 
 
 def test_absence_lets_the_planner_choose(load: Load) -> None:
-    chosen = [plan_of(load(), replace(H100, free_bytes=gib * GIB)).recompute for gib in (79, 50)]
+    chosen = [plan_of(load(), replace(H100, free_bytes=gib * GIB)).recompute for gib in (79, 22)]
     assert chosen == [False, True]
 
 

@@ -77,7 +77,9 @@ ALLOWED = {  # what of ours these may import, besides `errors` and their own pac
     "objective": {"draws"},
     "data.buckets": set(),
     "fit.footprint": {"config"},
-    "fit.plan": {"config", "fit.footprint", "hardware"},
+    "fit.rungs": {"config", "fit.footprint", "hardware"},
+    "fit.plan": {"config", "fit.footprint", "fit.rungs", "hardware"},
+    "fit.phases": {"fit.footprint", "fit.plan", "fit.rungs"},
 }
 MODEL_CODE = {"diffusers", "transformers", "accelerate", "peft", "bitsandbytes"}
 FORBIDDEN_OUTSIDE = {  # who may not be imported by others, and who may

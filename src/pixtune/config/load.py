@@ -25,7 +25,7 @@ FOLDERS = ("data_config.img_dir", "data_config.control_dir", "validation.held_ou
 """Keys whose folders must exist before anything else is done."""
 
 
-def load_config(path: Path | None, overrides: Sequence[str] = ()) -> TrainConfig:
+def load_config(path: Path | None, overrides: Sequence[str] = (), folders_must_exist: bool = True) -> TrainConfig:
     """Reads a config file, then overrides such as `rank=8` or `data_config.img_dir=/pictures`, which win.
 
     Relative paths are relative to the current folder. `disable_quantization` wins over `quantize`, and says so in the
@@ -34,6 +34,7 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> TrainConfig
     Args:
         path: the YAML file; None where everything stands in `overrides`.
         overrides: `key=value` words, values in YAML; of two equal keys the last wins.
+        folders_must_exist: those of pictures; a plan can be made before they are there.
 
     Raises:
         ConfigError: every fault, each with its place, key, value and what would be right.
@@ -57,7 +58,8 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> TrainConfig
         faults += [_field_fault(key, errors, entries.get(key), whole) for key, errors in by_key.items()]
     right = {key: entry.value for key, entry in entries.items() if key not in wrong_keys}
     faults += _contradictions(right, wrong_keys, entries, whole)
-    faults += _folder_faults(right, entries)
+    if folders_must_exist:
+        faults += _folder_faults(right, entries)
     if faults or config is None:
         raise _error(whole, faults)
 

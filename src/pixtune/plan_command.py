@@ -1,0 +1,358 @@
+"""`pixtune plan`: whether a run fits, how it would use the machine, and why. Loads no weight and starts no CUDA.
+
+Sizes come from headers of weight files. Where the files are not there yet, the configs alone do: they are a few hundred
+kilobytes of a download of tens of gigabytes.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.padding import Padding
+from rich.table import Table
+
+from pixtune.config.schema import TrainConfig
+from pixtune.errors import WeightsError
+from pixtune.fit.phases import Phase, Surroundings, phases_of
+from pixtune.fit.plan import CONTEXT_BYTES, MemoryPlan, plan_memory, usable_bytes
+from pixtune.hardware.cards import HOST_BYTES, facts_as, find_card
+from pixtune.hardware.facts import GIB, HardwareFacts, tensor_core_formats
+from pixtune.hardware.meminfo import read_host_memory
+from pixtune.weights import ModelFolder, open_model_folder, read_json
+
+if TYPE_CHECKING:
+    from pixtune.families.base import ModelFamily
+
+TEXT_TOKENS = 512
+"""Assumed of the longest caption: as many as the stock pipelines take."""
+PIXELS_PER_VISION_TOKEN = 28 * 28
+"""Of the text encoders that see pictures: patches of 14 pixels, four to a token."""
+SMI_FIELDS = "name,memory.total,memory.used,compute_cap"
+SMI_TIMEOUT_SECONDS = 10
+
+
+@dataclass(frozen=True)
+class PlanReport:
+    """A plan with what it rests on."""
+
+    model: str
+    facts: HardwareFacts
+    is_estimate: bool
+    """For a card of the table, not for this machine."""
+    plan: MemoryPlan
+    usable_bytes: int
+    """By torch's allocator; 0 without a GPU."""
+    phases: tuple[Phase, ...]
+    assumptions: tuple[str, ...]
+
+    @property
+    def too_large(self) -> tuple[Phase, ...]:
+        """Phases that need more than there is."""
+        return tuple(phase for phase in self.phases if self.usable_bytes and phase.device_bytes > self.usable_bytes)
+
+    def to_json(self) -> str:
+        """Plain values, bytes as bytes."""
+        values: dict[str, Any] = {
+            "model": self.model,
+            "machine": asdict(self.facts),
+            "is_estimate": self.is_estimate,
+            "usable_bytes": self.usable_bytes,
+            "plan": self.plan.to_dict(),
+            "phases": [asdict(phase) for phase in self.phases],
+            "assumptions": list(self.assumptions),
+        }
+        return json.dumps(values, indent=2)
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Of one sample in a training step."""
+
+    image: int
+    text: int
+
+
+def make_report(config: TrainConfig, card: str | None = None) -> PlanReport:
+    """The plan of a config, for this machine or for a card by name. Downloads nothing.
+
+    Raises:
+        PlanError: nothing fits.
+        WeightsError: the model is neither in a folder nor in the hub's cache.
+        PixtuneError: no card of that name.
+    """
+    from pixtune.families import family_of
+    from pixtune.planning import footprint_of
+
+    facts = before_cuda(facts_as(card)) if card else facts_of_this_machine()
+    folder = find_model(config.pretrained_model_name_or_path)
+    family = family_of(folder)
+    assumptions = []
+    if not config.random_weights and not has_weights(folder, "transformer"):
+        config = config.model_copy(update={"random_weights": True})
+        assumptions.append(
+            "the weights are not there yet: the transformer's sizes are those of the architecture in its config, an "
+            "encoder's those in its index, and encoders without an index are left out"
+        )
+    tokens, assumed = assumed_tokens(config, family, folder)
+    footprint = footprint_of(config, family, folder, config.batch_size * (tokens.image + tokens.text))
+    plan = plan_memory(facts, footprint, config)
+    on_gpu = facts.device == "cuda"
+    around = surroundings_of(config, family, folder, tokens)
+    return PlanReport(
+        model=f"{folder.pipeline_class}, {footprint.num_weights / 1e6:,.0f} million weights in its transformer",
+        facts=facts,
+        is_estimate=card is not None,
+        plan=plan,
+        usable_bytes=usable_bytes(facts, config) if on_gpu else 0,
+        phases=phases_of(plan, footprint, around) if on_gpu else (),
+        assumptions=(*assumptions, *assumed),
+    )
+
+
+# ---- the machine
+
+
+def facts_of_this_machine() -> HardwareFacts:
+    """The first GPU, from nvidia-smi and the table of cards; the CPU where there is none. Starts no CUDA."""
+    command = ["nvidia-smi", "--id=0", f"--query-gpu={SMI_FIELDS}", "--format=csv,noheader,nounits"]
+    try:
+        run = subprocess.run(command, capture_output=True, text=True, timeout=SMI_TIMEOUT_SECONDS, check=False)
+    except (FileNotFoundError, subprocess.TimeoutExpired):
+        return cpu_facts()
+    return facts_from_smi(run.stdout) if run.returncode == 0 else cpu_facts()
+
+
+def cpu_facts() -> HardwareFacts:
+    """A machine without a GPU."""
+    from pixtune.hardware import read
+
+    return read.cpu_facts(read_host_memory(), "this machine's CPU")
+
+
+def facts_from_smi(line: str) -> HardwareFacts:
+    """From what nvidia-smi says of one GPU.
+
+    A GPU in the CPU's pool has no memory of its own to tell of ("[N/A]"): it is taken from the table.
+    """
+    name, total_mib, used_mib, capability = (word.strip() for word in line.split(","))
+    major, minor = map(int, capability.split("."))
+    if not total_mib.isdigit():
+        return before_cuda(facts_as(name.removeprefix("NVIDIA ")))
+    total_bytes, free_bytes = int(total_mib) << 20, (int(total_mib) - int(used_mib)) << 20
+    card, host = find_card(name, total_bytes), read_host_memory()
+    return before_cuda(
+        HardwareFacts(
+            device="cuda",
+            name=name,
+            capability=(major, minor),
+            total_bytes=total_bytes,
+            free_bytes=free_bytes,
+            coherent_link=card.link if card else "pcie",
+            host_total_bytes=host.total_bytes,
+            host_available_bytes=host.available_bytes,
+            memory_bandwidth_bytes_per_second=card.memory_bandwidth_bytes_per_second if card else None,
+            link_bandwidth_bytes_per_second=card.link_bandwidth if card else None,
+            tensor_core_formats=tensor_core_formats((major, minor)),
+        )
+    )
+
+
+def before_cuda(facts: HardwareFacts) -> HardwareFacts:
+    """Facts as a run will see them: its CUDA context is there by then."""
+    return replace(facts, free_bytes=max(0, facts.free_bytes - CONTEXT_BYTES))
+
+
+# ---- the model
+
+
+def find_model(name_or_path: str) -> ModelFolder:
+    """A local folder, or what the hub's cache has of a model.
+
+    Raises:
+        WeightsError: neither; says what suffices for a plan.
+    """
+    if Path(name_or_path).expanduser().exists():
+        return open_model_folder(name_or_path)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        path = snapshot_download(name_or_path, local_files_only=True)
+    except (LocalEntryNotFoundError, HFValidationError) as error:
+        raise WeightsError(
+            f"pretrained_model_name_or_path: {name_or_path!r} is no folder here and not in the hub's cache, and a plan "
+            "downloads nothing. Its configs are enough for a plan, a few hundred kilobytes: "
+            f'`hf download {name_or_path} --include "*.json"`.'
+        ) from error
+    return open_model_folder(path)
+
+
+def has_weights(folder: ModelFolder, component: str) -> bool:
+    """Whether any weight file of a component is there."""
+    return any((folder.path / component).glob("*.safetensors"))
+
+
+def num_parameters(folder: ModelFolder, component: str) -> int | None:
+    """Of an encoder; None if neither its files nor their index are there.
+
+    An index tells bytes, of weights in 16 bits.
+    """
+    if has_weights(folder, component):
+        return folder.num_parameters(component)
+    for index in (folder.path / component).glob("*.safetensors.index.json"):
+        return int(read_json(index)["metadata"]["total_size"]) // 2
+    return None
+
+
+# ---- the run
+
+
+def assumed_tokens(config: TrainConfig, family: ModelFamily, folder: ModelFolder) -> tuple[Tokens, tuple[str, ...]]:
+    """Tokens of a sample before any picture is read, and what was assumed for them."""
+    data = config.data_config
+    multiple = family.pixel_multiple(folder)
+    side = max(data.img_size // multiple, 1) * multiple
+    longest = TEXT_TOKENS if data.max_text_tokens is None else data.max_text_tokens
+    assumptions = [f"pictures of {side}x{side} pixels, captions of {longest} tokens; a run counts its own"]
+    num_controls = _num_controls(config, family)
+    control_side = max(data.control_size // multiple, 1) * multiple
+    image = _image_tokens(family, folder, side) + num_controls * _image_tokens(family, folder, control_side)
+    text = longest
+    if num_controls:
+        assumptions.append(f"{num_controls} control picture{'s' * (num_controls > 1)} of {control_side} pixels a side")
+        if family.controls_in_text:
+            width, height = family.vision_size((side, side), data.control_size)
+            text += num_controls * (width * height // PIXELS_PER_VISION_TOKEN)
+    return Tokens(image, text), tuple(assumptions)
+
+
+def _image_tokens(family: ModelFamily, folder: ModelFolder, side: int) -> int:
+    _, height, width = family.latent_shape(folder, side, side)
+    return family.num_image_tokens(height, width)
+
+
+def _num_controls(config: TrainConfig, family: ModelFamily) -> int:
+    """Of a sample; a model that edits is given one where the config does not tell."""
+    folders = config.data_config.control_dir
+    given = len(folders) if isinstance(folders, tuple) else 1
+    return min(family.max_controls, given)
+
+
+def surroundings_of(config: TrainConfig, family: ModelFamily, folder: ModelFolder, tokens: Tokens) -> Surroundings:
+    """What the run works with besides the transformer; a run with random weights has no encoders."""
+    if config.random_weights and has_weights(folder, "transformer"):
+        return Surroundings(0, 0, 0)
+    element = 2 if config.mixed_precision == "bf16" else 4
+    text = sum(num_parameters(folder, part) or 0 for part in family.text_components)
+    settings, side = config.samples, config.data_config.img_size
+    draws = bool(settings.prompts)
+    return Surroundings(
+        text_encoder_bytes=element * text,
+        autoencoder_bytes=element * (num_parameters(folder, "vae") or 0),
+        encoded_pixels=config.encode_batch_size * side * side,
+        drawn_pixels=(settings.width or side) * (settings.height or side) if draws else 0,
+        drawn_tokens=tokens.image + tokens.text if draws else 0,
+        text_in_loop=not config.precompute_text_embeddings,
+        pictures_in_loop=not config.precompute_image_embeddings,
+    )
+
+
+# ---- for people
+
+
+def render(report: PlanReport, console: Console) -> None:
+    """The plan as a person reads it: verdict, decisions, reasons, phases."""
+    title = "Estimate for" if report.is_estimate else "Plan for"
+    console.print(f"[bold]{title} {escape(report.facts.name)}[/]", highlight=False)
+    console.print(f"{escape(report.model)}", highlight=False)
+    if report.is_estimate:
+        host = "" if report.facts.integrated else f", in a machine with {HOST_BYTES / GIB:.0f} GiB"
+        console.print(f"From the table of cards{host}; nothing was measured.", style="dim", highlight=False)
+    if not report.usable_bytes:
+        console.print("There is no GPU here. `--as NAME` plans for one, for example --as 4090.", highlight=False)
+    console.print()
+    console.print(Padding(decision_table(report.plan), (0, 0, 0, 2)))
+    if report.phases:
+        console.print(Padding(phase_table(report), (0, 0, 0, 2)))
+    for heading, lines in (("Why", report.plan.reasons), ("Assumed", report.assumptions)):
+        console.print(f"[bold]{heading}[/]")
+        console.print(Padding(bullets(lines), (0, 0, 0, 2)), highlight=False)
+    for phase in report.too_large:
+        missing = (phase.device_bytes - report.usable_bytes) / GIB
+        console.print(
+            f"[bold yellow]{phase.name}[/] would need {missing:.1f} GiB more than there is. {ADVICE[phase.name]}",
+            highlight=False,
+        )
+
+
+ADVICE = {
+    "captions encoded": "Encode on a larger GPU once: the cache (data_config.cache_dir) can be copied.",
+    "pictures encoded": "Lower encode_batch_size, or encode on a larger GPU once and copy the cache.",
+    "training step": "Leave out disable_cpu_offload, and let precompute_text_embeddings be true.",
+    "samples drawn": "Draw smaller samples (samples.width, samples.height), or none while training.",
+}
+
+
+def bullets(lines: Sequence[str]) -> Table:
+    """A line each, what is wrapped set in."""
+    table = Table.grid(padding=(0, 1))
+    for line in lines:
+        table.add_row("-", escape(line))
+    return table
+
+
+def decision_table(plan: MemoryPlan) -> Table:
+    """What the plan decides, in words."""
+    table = Table(box=box.SIMPLE, show_header=False, pad_edge=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in decisions(plan):
+        table.add_row(name, value)
+    return table
+
+
+def decisions(plan: MemoryPlan) -> list[tuple[str, str]]:
+    """Name and value of each decision, in plain words."""
+    recomputed = f"{plan.recomputed_blocks} blocks" if plan.recomputed_blocks else "no block"
+    cheap = "; norms, gates and rotary embedding in every block" if plan.lean else ""
+    rows = [
+        ("base weights", plan.weights_format),
+        ("computed in", plan.compute_format),
+        ("modulation", f"{plan.modulation_rows} draws ahead" if plan.modulation_rows else "on the device"),
+        ("computed twice", recomputed + cheap),
+        ("inputs of blocks", "in host memory" if plan.offload_inputs else "on the device"),
+        ("streamed blocks", str(plan.streamed_blocks) if plan.streamed_blocks else "none"),
+        ("compiled", _yes(plan.compile)),
+        ("optimizer", plan.optimizer),
+        ("encoders", "stay on the device" if plan.encoders_stay else "leave the device after encoding"),
+        ("pinned batches", _yes(plan.pin_memory)),
+    ]
+    if plan.expected_host_bytes:
+        rows.append(("host memory", f"{plan.expected_host_bytes / GIB:.1f} GiB page-locked"))
+    return rows
+
+
+def _yes(value: bool) -> str:
+    return "yes" if value else "no"
+
+
+def phase_table(report: PlanReport) -> Table:
+    """Memory of each phase against what is usable."""
+    table = Table(box=box.SIMPLE, pad_edge=False)
+    table.add_column("phase", no_wrap=True)
+    table.add_column("on the device", overflow="fold")
+    table.add_column("GiB", justify="right")
+    table.add_column(f"of {report.usable_bytes / GIB:.1f} usable", justify="right")
+    for phase in report.phases:
+        share = phase.device_bytes / report.usable_bytes
+        style = "yellow" if phase in report.too_large else None
+        table.add_row(phase.name, phase.holds, f"{phase.device_bytes / GIB:.1f}", f"{share:.0%}", style=style)
+    return table

@@ -1,0 +1,222 @@
+"""`pixtune plan`: what a person is told before anything is downloaded, loaded or trained."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from io import StringIO
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from pixtune import plan_command
+from pixtune.config import load_config
+from pixtune.config.schema import TrainConfig
+from pixtune.errors import PixtuneError, PlanError, WeightsError
+from pixtune.fit.plan import CONTEXT_BYTES, GIB, MemoryPlan
+from pixtune.hardware.cards import facts_as
+from pixtune.plan_command import (
+    PlanReport,
+    before_cuda,
+    facts_from_smi,
+    facts_of_this_machine,
+    find_model,
+    make_report,
+    render,
+)
+from tests.full_size import TEXT_ENCODER, build_full_size_folder
+from tests.runs import ROOT, TINY_MODEL, environment, pixtune
+
+
+@pytest.fixture(scope="session")
+def full_size(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Full-size folders without data."""
+    root = tmp_path_factory.mktemp("full_size")
+    return {name: build_full_size_folder(root / name, name) for name in ("qwen_image", "flux")}
+
+
+def config_of(model: Path, *words: str) -> TrainConfig:
+    """A config whose data set is not there yet."""
+    required = (f"pretrained_model_name_or_path={model}", "output_dir=o", "data_config.img_dir=not/there")
+    return load_config(None, [*required, "max_train_steps=1", *words], folders_must_exist=False)
+
+
+def shown(report: PlanReport) -> str:
+    stream = StringIO()
+    render(report, Console(file=stream, width=120))
+    return stream.getvalue()
+
+
+# ---- the whole way, at full size
+
+
+@pytest.mark.parametrize(
+    ("model", "card", "expected"),
+    [
+        ("qwen_image", "H100", ["bf16", "on the device", "no block"]),
+        ("qwen_image", "RTX 4090", ["fp8", "draws ahead", "blocks"]),
+        ("flux", "RTX 4070", ["fp8", "in host memory"]),
+        ("qwen_image", "RTX 4060", ["nf4", "page-locked"]),
+    ],
+)
+def test_a_card_by_name_gets_an_estimate(
+    full_size: dict[str, Path], model: str, card: str, expected: list[str]
+) -> None:
+    report = make_report(config_of(full_size[model], "data_config.max_text_tokens=256"), card)
+    text = shown(report)
+    assert report.is_estimate and f"Estimate for {facts_as(card).name}" in text and "nothing was measured" in text
+    assert all(word in text for word in [*expected, *(r[:40] for r in report.plan.reasons), "training step"]), text
+
+
+def test_it_counts_pictures_and_captions_as_the_config_says(full_size: dict[str, Path]) -> None:
+    def peak(*words: str) -> int:
+        return make_report(config_of(full_size["flux"], *words), "H200").plan.expected_peak_bytes
+
+    plain = peak()
+    assert peak("data_config.img_size=512") < plain < peak("train_batch_size=2")
+    assert peak("data_config.max_text_tokens=64") < plain
+
+
+@pytest.mark.parametrize(("model", "billions"), [("qwen_image", 8.29), ("flux", 4.89)])
+def test_captions_need_what_the_text_encoders_weigh(full_size: dict[str, Path], model: str, billions: float) -> None:
+    report = make_report(config_of(full_size[model]), "H100")
+    captions = report.phases[0]
+    assert captions.name == "captions encoded"
+    assert captions.device_bytes == pytest.approx(billions * 2e9 + GIB / 2, rel=0.01)
+    assert sum(TEXT_ENCODER[model].values()) == pytest.approx(billions * 1e9, rel=0.01)
+
+
+def test_a_phase_that_does_not_fit_is_named_with_what_to_do(full_size: dict[str, Path]) -> None:
+    report = make_report(config_of(full_size["qwen_image"]), "RTX 4060")
+    assert "captions encoded" in [phase.name for phase in report.too_large]
+    missing = (report.phases[0].device_bytes - report.usable_bytes) / GIB
+    assert f"captions encoded would need {missing:.1f} GiB more than there is. Encode on a larger" in shown(report)
+    assert "more than there is" not in shown(make_report(config_of(full_size["qwen_image"]), "H100"))
+
+
+@pytest.mark.parametrize(
+    ("words", "stays"),
+    [
+        ((), False),
+        (("disable_cpu_offload=true",), True),
+        (("precompute_text_embeddings=false",), True),
+    ],
+)
+def test_encoders_that_stay_are_counted_in_every_phase_after_them(
+    full_size: dict[str, Path], words: tuple[str, ...], stays: bool
+) -> None:
+    report = make_report(config_of(full_size["qwen_image"], *words), "H100")
+    training = next(phase for phase in report.phases if phase.name == "training step")
+    more_gib = (training.device_bytes - report.plan.expected_peak_bytes) / GIB
+    assert (more_gib > 15.4) is stays and ("text encoder" in training.holds) is stays
+
+
+def test_samples_are_a_phase_where_some_are_drawn(full_size: dict[str, Path]) -> None:
+    def names(*words: str) -> list[str]:
+        return [phase.name for phase in make_report(config_of(full_size["flux"], *words), "H100").phases]
+
+    assert names()[-1] == "training step" and names('samples.prompts=["a cat"]')[-1] == "samples drawn"
+
+
+# ---- the command
+
+
+def test_the_command_prints_json_for_programs(full_size: dict[str, Path]) -> None:
+    config = ROOT / "train_configs" / "train_lora.yaml"
+    model = f"pretrained_model_name_or_path={full_size['qwen_image']}"
+    run = pixtune("plan", config, model, "--as", "H100", "--json")
+    assert run.returncode == 0, run.stdout
+    values = json.loads(run.stdout[run.stdout.index("{") :])
+    assert values["is_estimate"] is True and values["machine"]["name"] == facts_as("H100").name
+    plan = MemoryPlan.from_dict(values["plan"])
+    training = next(phase for phase in values["phases"] if phase["name"] == "training step")
+    assert training["device_bytes"] == plan.expected_peak_bytes <= values["usable_bytes"]
+
+
+def test_nothing_is_loaded_and_cuda_is_not_started(full_size: dict[str, Path]) -> None:
+    """Weight files are holes: whoever reads one gets zeros in tens of gigabytes. Libraries of models take seconds."""
+    code = f"""
+import sys, torch
+from pathlib import Path
+from pixtune.config import load_config
+from pixtune.plan_command import make_report
+words = ["pretrained_model_name_or_path={full_size["qwen_image"]}", "output_dir=o", "data_config.img_dir=x"]
+make_report(load_config(None, [*words, "max_train_steps=1"], folders_must_exist=False), "4090")
+heavy = {{"diffusers", "transformers", "peft", "accelerate", "bitsandbytes"}} & set(sys.modules)
+sys.exit(f"imported {{heavy}}" if heavy else "started CUDA" if torch.cuda.is_initialized() else 0)
+"""
+    run = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+
+
+def test_a_config_that_does_not_fit_ends_with_what_is_missing(full_size: dict[str, Path]) -> None:
+    with pytest.raises(PlanError, match="GiB are missing"):
+        make_report(config_of(full_size["qwen_image"], "disable_gradient_checkpointing=true"), "RTX 4090")
+
+
+def test_an_unknown_card_is_answered_with_near_ones() -> None:
+    with pytest.raises(PixtuneError, match="no card named 'RTX 4095'"):
+        make_report(config_of(TINY_MODEL), "RTX 4095")
+
+
+# ---- models that are not here
+
+
+def test_a_model_that_was_not_downloaded_is_not_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(WeightsError, match=r'downloads nothing.*hf download Some/Model --include "\*\.json"'):
+        find_model("Some/Model")
+
+
+def test_configs_alone_are_enough(full_size: dict[str, Path], tmp_path: Path) -> None:
+    """What `hf download --include "*.json"` leaves: no weights, but the index of those that come in several files."""
+    for file in full_size["qwen_image"].rglob("*.json"):
+        target = tmp_path / file.relative_to(full_size["qwen_image"])
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(file.read_bytes())
+    total_size = 2 * TEXT_ENCODER["qwen_image"]["text_encoder"]
+    index = {"metadata": {"total_size": total_size}, "weight_map": {}}
+    (tmp_path / "text_encoder" / "model.safetensors.index.json").write_text(json.dumps(index))
+    of_configs = make_report(config_of(tmp_path), "RTX 4090")
+    of_headers = make_report(config_of(full_size["qwen_image"]), "RTX 4090")
+    assert of_configs.plan == of_headers.plan and of_configs.phases[0] == of_headers.phases[0]
+    assert "the weights are not there yet" in of_configs.assumptions[0]
+
+
+# ---- machines
+
+
+@pytest.mark.parametrize(
+    ("line", "name", "capability", "free_gib", "link"),
+    [
+        ("NVIDIA GeForce RTX 4090, 24564, 512, 8.9", "NVIDIA GeForce RTX 4090", (8, 9), 23.49, "pcie"),
+        ("NVIDIA H100 80GB HBM3, 81559, 4, 9.0", "NVIDIA H100 80GB HBM3", (9, 0), 79.64, "pcie"),
+        ("NVIDIA GeForce RTX 6090, 40960, 0, 13.0", "NVIDIA GeForce RTX 6090", (13, 0), 40, "pcie"),
+        ("NVIDIA GB10, [N/A], [N/A], 12.1", "NVIDIA GB10", (12, 1), None, "integrated"),
+    ],
+)
+def test_nvidia_smi_tells_what_a_gpu_is(
+    line: str, name: str, capability: tuple[int, int], free_gib: float | None, link: str
+) -> None:
+    facts = facts_from_smi(line)
+    assert (facts.name, facts.capability, facts.coherent_link) == (name, capability, link)
+    if free_gib is not None:
+        assert facts.free_bytes / GIB == pytest.approx(free_gib - CONTEXT_BYTES / GIB, abs=0.01)
+    assert facts.integrated is (link == "integrated")
+
+
+def test_the_context_of_a_run_is_not_there_yet() -> None:
+    facts = facts_as("RTX 4090")
+    assert before_cuda(facts).free_bytes == facts.free_bytes - CONTEXT_BYTES
+
+
+def test_without_a_gpu_the_plan_is_the_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(*arguments: object, **options: object) -> None:
+        raise FileNotFoundError("nvidia-smi")
+
+    monkeypatch.setattr(plan_command.subprocess, "run", missing)
+    assert facts_of_this_machine().device == "cpu"
+    report = make_report(config_of(TINY_MODEL))
+    assert not report.phases and "There is no GPU here" in shown(report)
