@@ -118,7 +118,9 @@ def main() -> None:
         )
         command = [sys.executable, "-m", "pixtune.cli", "train", "--config", str(folder / "run.yaml")]
         subprocess.run([*command, *arguments.overrides], check=True, stdout=sys.stderr)
-        steps = [line for line in read_metrics(folder / "run" / "metrics.jsonl") if line["kind"] == "step"]
+        lines = read_metrics(folder / "run" / "metrics.jsonl")
+        steps = [line for line in lines if line["kind"] == "step"]
+        memory = [line for line in lines if line["kind"] == "memory"]
         plan = json.loads(next((folder / "run").glob("checkpoint-*/state.json")).read_text())["record"]["plan"]
     seconds = [line["seconds"] for line in steps[WARM_UP_STEPS:]]
     result = {
@@ -129,6 +131,7 @@ def main() -> None:
         "seconds_per_step_median": statistics.median(seconds),
         "seconds_per_step_all": [line["seconds"] for line in steps],
         "peak_memory_gib": max(line["peak_memory_gib"] for line in steps),
+        "memory": memory,
         "losses": [line["loss"] for line in steps],
         "plan": plan,
         **describe(),

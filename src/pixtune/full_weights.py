@@ -230,7 +230,7 @@ def export_full_checkpoint(checkpoint: Checkpoint, target: Path) -> Path:
     from pixtune.fit.load import load_transformer
     from pixtune.weights import open_model_folder
 
-    config, weights_format = checkpoint.record["config"], checkpoint.record["plan"]["weights_format"]
+    config, weights_format = checkpoint.record["config"], checkpoint.record["plan"]["compute_format"]
     base = open_model_folder(config["pretrained_model_name_or_path"])
     placement = Placement(torch.device("cpu"), FORMATS[weights_format])
     transformer = load_transformer(family_of(base), base, placement)

@@ -77,7 +77,7 @@ class Services:
             folder,
             data.prompts,
             SamplerSettings(run.config.samples.seeds, run.config.samples.num_steps, run.config.samples.guidance_scale),
-            Placement(run.accelerator.device, FORMATS[run.plan.weights_format]),
+            Placement(run.accelerator.device, FORMATS[run.plan.compute_format]),
             keep_autoencoder=run.plan.encoders_stay,
         )
         self._names: list[str] = []
@@ -178,6 +178,12 @@ class Services:
     def finish(self) -> TrainResult:
         """What others load, and the report."""
         step = self.run.num_steps
+        if memory := self.run.memory.compare(self.run.plan.expected_peak_bytes):
+            self._print(
+                f"memory: {memory['measured_peak_gib']:.1f} GiB at the peak, {memory['expected_peak_gib']:.1f} expected"
+            )
+            if self.is_main:
+                self.log.write("memory", step, stages=self.run.memory.stages.rows(), **memory)
         first, last = self._losses.get(0), self._losses.get(step)
         if self.is_main:
             paths = self.run.trained.export(self.output_dir, step)

@@ -20,15 +20,16 @@ from pixtune.config.schema import TrainConfig
 from pixtune.data.batches import Batch, BatchPlan, BatchSource, read_ahead
 from pixtune.data.prepare import PreparedData, prepare_data
 from pixtune.families import family_of
-from pixtune.families.base import ModelFamily, Placement
+from pixtune.families.base import ModelFamily
 from pixtune.fit import load
-from pixtune.fit.apply import FORMATS, apply_plan, apply_switches
-from pixtune.fit.attention import try_cudnn_attention
+from pixtune.fit.apply import apply_switches, apply_to_activations, apply_to_weights, layout_of, placement_of
 from pixtune.fit.modulation import StepsAhead
-from pixtune.fit.plan import MemoryPlan, RunSize, plan_memory
-from pixtune.hardware.facts import check_torch, read_facts
+from pixtune.fit.plan import MemoryPlan
+from pixtune.hardware.facts import check_torch
 from pixtune.launch import StopSignal, start_accelerator
+from pixtune.memory import RunMemory
 from pixtune.objective import add_noise, loss_weights, sample_losses, velocity_target
+from pixtune.planning import plan_on_this_machine
 from pixtune.services import Services, TrainResult
 from pixtune.trained import METHODS, TrainedWeights
 from pixtune.weights import ModelFolder, open_model_folder
@@ -45,6 +46,7 @@ class Run:
     family: ModelFamily
     plan: MemoryPlan
     accelerator: Accelerator
+    memory: RunMemory
     transformer: nn.Module
     trained: TrainedWeights
     learning_rate_at: Callable[[int], float]
@@ -66,19 +68,23 @@ def assemble(config: TrainConfig) -> tuple[Run, Services]:
     """Everything up to the first step, in its one order: data encoded, plan made, base loaded, what is trained
     attached."""
     check_torch()
+    memory = RunMemory(config)
     accelerator = start_accelerator(config)
+    memory.start(accelerator.device)
     folder = open_model_folder(config.pretrained_model_name_or_path)
     family = family_of(folder)
     resume_path = resolve_resume(config.output_dir, config.resume_from_checkpoint)
     checkpoint = load_checkpoint(resume_path) if resume_path else None
 
-    data = prepare_data(config, family, folder, accelerator)
+    data = prepare_data(config, family, folder, accelerator, memory.stages)
     plan = decide_plan(config, family, folder, data, accelerator.device, checkpoint)
     apply_switches(plan)
-    transformer = apply_plan(load_transformer(config, family, folder, plan, accelerator.device), plan)
+    transformer = load_transformer(config, family, folder, plan, accelerator.device)
     start_step = checkpoint.step if checkpoint else 0
     trained = METHODS[config.method](config, family, folder, plan, transformer, start_step)
-    run = build_run(config, family, plan, accelerator, transformer, trained, data)
+    apply_to_activations(transformer, family, plan)
+    memory.stages.record("transformer")
+    run = build_run(config, family, plan, accelerator, memory, transformer, trained, data)
     services = Services(run, folder, data, start_step)
     if checkpoint:
         services.restore(checkpoint)
@@ -100,6 +106,9 @@ def run_steps(run: Run, services: Services) -> TrainResult:
             services.after_step(step + 1, loss, grad_norm)
             if stop.requested(step + 1, config.logging_steps):
                 return services.interrupted(step + 1)
+            if scarcity := run.memory.scarcity():
+                services.interrupted(step + 1)
+                raise scarcity
         return services.finish()
 
 
@@ -180,40 +189,22 @@ def decide_plan(
     """The plan of a new run; a resumed run keeps its own, since kernels and formats decide bits."""
     if checkpoint:
         return MemoryPlan.from_dict(checkpoint.record["plan"])
-    num_blocks, width = family.block_shape(folder)
-    element_bytes = 2 if config.mixed_precision == "bf16" else 4
-    num_parameters = count_parameters(config, family, folder)
-    size = RunSize(
-        weight_bytes=num_parameters * element_bytes,
-        num_trained=num_parameters if config.method == "full" else 0,
-        num_tokens=config.batch_size * (data.most_image_tokens + data.most_text_tokens),
-        num_blocks=num_blocks,
-        block_width=width,
-    )
-    trial = None
-    if device.type == "cuda" and config.cuda_features.enable_cudnn_sdp is None:
-        _, height, width = family.latent_shape(folder, *data.largest_target)
-        tried = try_cudnn_attention(folder, height, width, data.most_text_tokens)
-        trial = (tried.passed, tried.finding)
-    return plan_memory(read_facts(device), size, config, trial)
-
-
-def count_parameters(config: TrainConfig, family: ModelFamily, folder: ModelFolder) -> int:
-    """Parameters of the transformer, without loading it."""
-    if not config.random_weights:
-        return folder.num_parameters("transformer")
-    model = family.build_transformer(folder.component_config("transformer"))
-    return sum(parameter.numel() for parameter in model.parameters())
+    num_tokens = config.batch_size * (data.most_image_tokens + data.most_text_tokens)
+    return plan_on_this_machine(config, family, folder, num_tokens, data.largest_target, data.most_text_tokens, device)
 
 
 def load_transformer(
     config: TrainConfig, family: ModelFamily, folder: ModelFolder, plan: MemoryPlan, device: torch.device
 ) -> nn.Module:
-    """The base in the planned format; random values only behind the test switch."""
-    placement = Placement(device, FORMATS[plan.weights_format])
+    """The base in its planned form and place; random values only behind the test switch."""
+    placement, layout = placement_of(plan, device), layout_of(plan, family.block_shape(folder)[0])
     if config.random_weights:
-        return load.random_transformer(family, folder.component_config("transformer"), placement)
-    return load.load_transformer(family, folder, placement)
+        transformer = load.random_transformer(family, folder.component_config("transformer"), placement, layout)
+    else:
+        reading = load.Reading(plan.loading_threads, plan.fast_loading)
+        transformer = load.load_transformer(family, folder, placement, layout, reading)
+    apply_to_weights(transformer, family, plan, device)
+    return transformer
 
 
 def build_run(
@@ -221,6 +212,7 @@ def build_run(
     family: ModelFamily,
     plan: MemoryPlan,
     accelerator: Accelerator,
+    memory: RunMemory,
     transformer: nn.Module,
     trained: TrainedWeights,
     data: PreparedData,
@@ -242,6 +234,7 @@ def build_run(
         family=family,
         plan=plan,
         accelerator=accelerator,
+        memory=memory,
         transformer=transformer,
         trained=trained,
         learning_rate_at=optim.build_schedule(config, num_steps),

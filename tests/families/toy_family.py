@@ -21,6 +21,7 @@ from pixtune.families import FAMILIES
 from pixtune.families.base import Conditioning, LatentDistribution, Placement, Prompt, TextEncoder
 from pixtune.families.flow_schedule import model_sigmas, model_time_shift
 from pixtune.families.packing import PATCH, num_tokens
+from pixtune.fit.footprint import ActivationUnits
 from pixtune.weights import ModelFolder
 
 TEXT_WIDTH = 16
@@ -36,6 +37,7 @@ class ToyFamily:
     lora_presets: Mapping[str, tuple[str, ...]] = {"attention": lora_targets}
     block_paths = ("transformer_blocks",)
     modulation_layers = ("norm1.linear", "norm1_context.linear")
+    activation_units: Mapping[str, ActivationUnits] = {"transformer_blocks": ActivationUnits(17, 13, 8, 25, 13)}
     time_embedder = "time_text_embed"
     time_features = ("pooled",)
     text_components = ("text_encoder",)

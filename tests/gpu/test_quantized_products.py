@@ -11,7 +11,8 @@ from pixtune.fit.quantize import FP8, INT8, NF4, QuantizedLinear, codes_for, ten
 
 pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda")
-PRODUCT_ERROR = {FP8: 0.06, INT8: 0.02, NF4: 0.13}
+PRODUCT_ERROR = {FP8: 0.06, INT8: 0.02, NF4: 0.3}
+"""Through two layers, and for the gradient through both outputs as well."""
 
 
 def available(linear_format: str) -> bool:

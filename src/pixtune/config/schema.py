@@ -261,17 +261,21 @@ class TrainConfig(Section):
     disable_quantization: bool = False
     """Never quantise; wins over `quantize`."""
     quantize: bool | None = None
-    """8-bit base weights."""
+    """8-bit frozen weights, computed in 8 bits: true demands, false forbids, absent: by the memory there is."""
     unified_memory: bool | None = None
-    """One memory pool for CPU and GPU (DGX Spark)."""
+    """One memory pool for CPU and GPU (DGX Spark); absent: as the GPU says of itself."""
+    gpu_memory_limit_gib: float | None = Field(default=None, gt=0)
+    """Most device memory that the whole process may take, CUDA context included: tries a smaller card on a larger one,
+    or leaves room for others."""
     memory_fraction: float | None = Field(default=None, gt=0, le=1)
-    """Largest share of the unified pool to use."""
+    """Largest share of the unified pool to use; absent: 0.9."""
     expandable_segments: bool | None = None
-    """Allocator setting of the unified profile."""
-    use_fastsafetensors: bool | None = None
-    """Parallel loading of weights."""
-    fastsafetensors_num_threads: Count | None = None
-    """I/O threads of it."""
+    """Whether torch's allocator grows its segments, which loses less to fragmentation; absent: on."""
+    use_fastsafetensors: bool = True
+    """Weights are read by the fastsafetensors package, where it is installed and there is a GPU; else, and where it is
+    not, by threads of our own."""
+    fastsafetensors_num_threads: Count = 8
+    """Threads that read weights, either way."""
     cuda_features: CudaFeatures = CudaFeatures()
     """Kernels to use or avoid."""
 
@@ -323,13 +327,6 @@ OLDER_NAMES = {"use_8bit_adam": "adam8bit", "cuda_13_features": "cuda_features"}
 
 NOT_YET: dict[str, tuple[object, ...]] = {
     "freeze_text_encoder": (True,),
-    "quantize": (None, False),
-    "unified_memory": (None, False),
-    "memory_fraction": (None,),
-    "expandable_segments": (None,),
-    "use_fastsafetensors": (None, False),
-    "fastsafetensors_num_threads": (None,),
     "cuda_features.enable_flash_attention_3": (None, False),
-    "cuda_features.enable_fp8_training": (None, False),
 }
 """Documented keys that this version does not have yet, with the values it can honour. Others raise NotYetError."""

@@ -26,6 +26,7 @@ from pixtune.data.samples import Sample, check_folder, read_samples, split_held_
 from pixtune.data.swapped import BothWays, EncodedBothWays, choose_pairs, needed_pictures, needed_texts, read_pairs
 from pixtune.errors import DataError
 from pixtune.families.base import Conditioning, LatentDistribution, ModelFamily, Placement
+from pixtune.hardware.monitor import StageLog
 from pixtune.hardware.unified import is_unified_memory_system
 from pixtune.sample import EncodedPrompt, needs_negative
 from pixtune.validation import HeldOutPicture
@@ -60,7 +61,11 @@ class PreparedData:
 
 
 def prepare_data(
-    config: TrainConfig, family: ModelFamily, folder: ModelFolder, accelerator: Accelerator
+    config: TrainConfig,
+    family: ModelFamily,
+    folder: ModelFolder,
+    accelerator: Accelerator,
+    stages: StageLog | None = None,
 ) -> PreparedData:
     """Reads the data set, encodes what the cache lacks, and says what it did.
 
@@ -91,8 +96,11 @@ def prepare_data(
             for checked in filter(None, (data.img_dir, config.validation.held_out_dir)):
                 for warning in check_folder(data, checked, multiple):
                     encoder.console.print(f"note: {warning}", markup=False, highlight=False, soft_wrap=True)
+        stages = stages or StageLog()
         encoder.console.print(f"captions: {encodings.fill_texts(items)}")
+        stages.record("text encoding")
         encoder.console.print(f"pictures: {encodings.fill_pictures(pictures)}")
+        stages.record("image encoding")
     else:
         encodings.know(items, pictures)
     accelerator.wait_for_everyone()
@@ -181,8 +189,15 @@ def _build_encoder(config: TrainConfig, family: ModelFamily, folder: ModelFolder
         ledger=Ledger(cache_dir / "ledger.json" if on_disk else None),
         console=Console(quiet=not accelerator.is_main_process),
         memo_dir=cache_dir / "weights" if on_disk else None,
-        stays=is_unified_memory_system() if config.disable_cpu_offload is None else config.disable_cpu_offload,
+        stays=_encoders_stay(config),
     )
+
+
+def _encoders_stay(config: TrainConfig) -> bool:
+    """Whether encoders stay on the device: the plan decides the same, but is made when the data are known."""
+    if config.disable_cpu_offload is not None:
+        return config.disable_cpu_offload
+    return is_unified_memory_system() if config.unified_memory is None else config.unified_memory
 
 
 def _needed_texts(

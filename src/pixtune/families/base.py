@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from pixtune.data.buckets import Size
+from pixtune.fit.footprint import ActivationUnits
 from pixtune.weights import ModelFolder
 
 if TYPE_CHECKING:
@@ -81,6 +82,8 @@ class ModelFamily(Protocol):
     """Attribute paths of the lists of repeated blocks."""
     modulation_layers: tuple[str, ...]
     """Endings of the linear layers in them that see one row a sample, SiLU of the time embedding, instead of tokens."""
+    activation_units: Mapping[str, ActivationUnits]
+    """What a block of each list keeps for the backward pass, measured; by `block_paths`."""
     time_embedder: str
     """Path of the module that makes the time embedding."""
     time_features: tuple[str, ...]

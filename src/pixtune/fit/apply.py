@@ -1,14 +1,25 @@
-"""The one place that carries a plan out, in its one order."""
+"""The one place that carries a plan out, in its one order.
+
+Switches of the process; the transformer loaded in its form (`load.py`); blocks that stream; then, when a LoRA is
+attached, what is kept for the backward pass; last, compilation.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import nn
 
+from pixtune.families.base import ModelFamily, Placement
+from pixtune.fit.activations import recompute_blocks
+from pixtune.fit.compile import compile_blocks
+from pixtune.fit.gelu import compact_gelus
+from pixtune.fit.load import Layout
 from pixtune.fit.plan import MemoryPlan
+from pixtune.fit.quantize import QuantizedLinear
+from pixtune.fit.streaming import choose_streamed, stream_blocks
 
 FORMATS = {"bf16": torch.bfloat16, "fp32": torch.float32}
-"""A plan's `weights_format` as torch says it."""
+"""A plan's `compute_format` as torch says it."""
 
 
 def apply_switches(plan: MemoryPlan) -> None:
@@ -21,8 +32,38 @@ def apply_switches(plan: MemoryPlan) -> None:
         torch.backends.cudnn.benchmark = False
 
 
-def apply_plan(transformer: nn.Module, plan: MemoryPlan) -> nn.Module:
-    """Changes a loaded transformer in place, before the LoRA is attached."""
-    if plan.recompute:
-        transformer.enable_gradient_checkpointing()  # type: ignore[operator]
-    return transformer
+def placement_of(plan: MemoryPlan, device: torch.device) -> Placement:
+    """Where and in which format activations and plain weights are."""
+    return Placement(device, FORMATS[plan.compute_format])
+
+
+def layout_of(plan: MemoryPlan, num_blocks: int) -> Layout:
+    """The form in which the transformer is loaded."""
+    quantized = plan.weights_format not in FORMATS
+    streamed = choose_streamed(num_blocks, plan.streamed_blocks) if plan.streamed_blocks else ()
+    return Layout(plan.weights_format if quantized else None, plan.modulation_rows, streamed)
+
+
+def blocks_of(transformer: nn.Module, family: ModelFamily) -> list[nn.Module]:
+    """All repeated blocks, in the order in which they run."""
+    return [block for path in family.block_paths for block in transformer.get_submodule(path).children()]
+
+
+def apply_to_weights(transformer: nn.Module, family: ModelFamily, plan: MemoryPlan, device: torch.device) -> None:
+    """Before a LoRA is attached: blocks whose weights wait in host memory."""
+    blocks = blocks_of(transformer, family)
+    if plan.streamed_blocks:
+        streamed = choose_streamed(len(blocks), plan.streamed_blocks)
+        stream_blocks([blocks[number] for number in streamed], device)
+
+
+def apply_to_activations(transformer: nn.Module, family: ModelFamily, plan: MemoryPlan) -> None:
+    """After a LoRA is attached: what blocks keep for the backward pass, and their compilation."""
+    blocks = blocks_of(transformer, family)
+    if plan.lean:
+        compact_gelus(blocks)
+    if plan.recomputed_blocks:
+        recompute_blocks(blocks[: plan.recomputed_blocks], plan.offload_inputs)
+    if plan.compile:
+        computes_in_int8 = any(isinstance(m, QuantizedLinear) and m.codes == torch.int8 for m in transformer.modules())
+        compile_blocks(blocks, plan.lean, plan.cudnn_attention is False and not computes_in_int8)

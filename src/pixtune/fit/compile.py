@@ -5,6 +5,7 @@ Blocks of one kind share their code, so the first of them pays for all. What is 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 
 import torch
@@ -17,15 +18,38 @@ MOST_GRAPHS = 64
 """Graphs of one kind of block: one a shape until sizes are made variable, twice that with and without gradients. The
 default of 8 is for functions that are called with one or two."""
 
+LIMITS_TO_RECOMPUTING = (
+    "ban_recompute_used_far_apart", "ban_recompute_long_fusible_chains", "ban_recompute_materialized_backward",
+    "ban_recompute_reductions",
+)  # fmt: skip
+"""Of the partitioner (torch._functorch.config, 2.10 to 2.15). `activation_memory_budget` lifts more than these, and
+then computes products twice to stay below its budget."""
+LIMIT_TO_KNOWN_OPERATORS = "ban_recompute_not_in_allowlist"
+"""Lifted, only what the partitioner knows to be dear is kept: `mm`, `_scaled_mm` and flash attention among it, but
+neither `_int_mm` nor cuDNN's attention. Else joined and rotated queries and keys are kept beside the plain ones."""
 
-def compile_blocks(blocks: Iterable[nn.Module], activation_budget: float) -> None:
+
+@functools.cache
+def compile_obstacle(device: torch.device) -> str | None:
+    """Why nothing can be compiled for a device (no Triton, no C compiler); None where it works. Takes seconds."""
+    try:
+        torch.compile(lambda x: x * 2 + 1)(torch.ones(8, device=device))
+    except (RuntimeError, ImportError, OSError) as error:
+        return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+    return None
+
+
+def compile_blocks(blocks: Iterable[nn.Module], lean: bool, dear_are_known: bool) -> None:
     """Replaces each block's computation by a compiled one. Nothing is compiled before the first call.
 
     Args:
-        activation_budget: below 1, the compiler keeps less for the backward pass and computes cheap operations again:
-            norms, rotary embeddings, gates; the lower, the more of them. Products and attention are kept.
+        lean: the compiler may compute anything again in the backward pass that is neither a product nor attention:
+            norms, rotary embeddings, gates. Else it keeps what it would have to read far to compute again.
+        dear_are_known: the partitioner knows all products and the attention; see `LIMIT_TO_KNOWN_OPERATORS`.
     """
-    functorch_config.activation_memory_budget = activation_budget
+    for limit in LIMITS_TO_RECOMPUTING:
+        setattr(functorch_config, limit, not lean)
+    setattr(functorch_config, LIMIT_TO_KNOWN_OPERATORS, not (lean and dear_are_known))
     torch._dynamo.config.recompile_limit = MOST_GRAPHS
     for block in blocks:
         replace_computation(block, torch.compile)

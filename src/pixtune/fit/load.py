@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,13 +26,28 @@ class Layout:
     """"fp8", "int8" or "nf4"; None: the placement's own."""
     modulation_rows: int = 0
     """Modulation layers stay in their files, and a table of so many rows is computed ahead; 0: they are loaded."""
+    on_host: tuple[int, ...] = ()
+    """Blocks, by number in the order in which they run, whose weights wait in host memory once they have their form."""
 
 
 PLAIN = Layout()
 
 
+@dataclass(frozen=True)
+class Reading:
+    """How weight files are read; see `loading.iterate_tensors`."""
+
+    num_threads: int = 8
+    fast: bool = False
+    """By fastsafetensors, where it is installed and the device is a GPU."""
+
+
 def load_transformer(
-    family: ModelFamily, folder: ModelFolder, placement: Placement, layout: Layout = PLAIN
+    family: ModelFamily,
+    folder: ModelFolder,
+    placement: Placement,
+    layout: Layout = PLAIN,
+    reading: Reading = Reading(),
 ) -> nn.Module:
     """A frozen transformer from a model folder.
 
@@ -43,8 +58,12 @@ def load_transformer(
     awaited = set(model.state_dict())
     absent = lay_out(model, family, placement, layout)
     files = shard_files(folder.path / "transformer")
-    tensors = iterate_tensors(files, placement.device, wanted=lambda name: parent(name) not in absent)
-    fill(model, tensors, {name for name in awaited if parent(name) not in absent}, placement, str(folder.path))
+    tensors = iterate_tensors(
+        files, placement.device, reading.num_threads, None if reading.fast else False,
+        wanted=lambda name: parent(name) not in absent,
+    )  # fmt: skip
+    expected = {name for name in awaited if parent(name) not in absent}
+    fill(model, tensors, expected, placement, str(folder.path), paths_of_blocks(model, family, layout.on_host))
     if absent:
         attach_table(model, family, absent, read_from_files(files), layout.modulation_rows)
     return model.requires_grad_(False).eval()
@@ -66,7 +85,8 @@ def random_transformer(
             else:
                 yield name, tensor
 
-    fill(model, tensors(), {name for name in shapes if parent(name) not in absent}, placement, "random weights")
+    expected = {name for name in shapes if parent(name) not in absent}
+    fill(model, tensors(), expected, placement, "random weights", paths_of_blocks(model, family, layout.on_host))
     if absent:
         attach_table(model, family, absent, kept.__getitem__, layout.modulation_rows)
     return model.requires_grad_(False).eval()
@@ -111,19 +131,31 @@ def lay_out(model: nn.Module, family: ModelFamily, placement: Placement, layout:
     return absent
 
 
+def paths_of_blocks(model: nn.Module, family: ModelFamily, numbers: Sequence[int]) -> tuple[str, ...]:
+    """How the names of some blocks' tensors begin."""
+    names = [f"{path}.{name}." for path in family.block_paths for name, _ in model.get_submodule(path).named_children()]
+    return tuple(names[number] for number in numbers)
+
+
 def parent(name: str) -> str:
     """The module path of a parameter's name."""
     return name.rpartition(".")[0]
 
 
 def fill(
-    model: nn.Module, tensors: Iterable[tuple[str, Tensor]], awaited: set[str], placement: Placement, source: str
+    model: nn.Module,
+    tensors: Iterable[tuple[str, Tensor]],
+    awaited: set[str],
+    placement: Placement,
+    source: str,
+    on_host: tuple[str, ...] = (),
 ) -> None:
     """Gives a model on the meta device its values, each in its planned form as soon as it is there.
 
     Args:
         awaited: names of the tensors that must come.
         source: what an error calls their origin.
+        on_host: beginnings of the names of those that wait in host memory.
     """
     missing = set(awaited)
     for name, tensor in tensors:
@@ -131,6 +163,8 @@ def fill(
             raise WeightsError(f"{source} holds {name}, which the architecture in the transformer's config lacks.")
         missing.discard(name)
         put(model, name, tensor, placement)
+        if name.startswith(on_host):
+            send_to_host(model.get_submodule(parent(name)))
         del tensor  # one that was quantised is gone before the next one comes
     if missing:
         raise WeightsError(
@@ -158,3 +192,13 @@ def put(model: nn.Module, name: str, tensor: Tensor, placement: Placement) -> No
         module._buffers[leaf] = value
     else:
         module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+
+
+def send_to_host(module: nn.Module) -> None:
+    """A module's own tensors, those that have values, to host memory."""
+    for name, parameter in module._parameters.items():
+        if parameter is not None and not parameter.is_meta:
+            module._parameters[name] = nn.Parameter(parameter.detach().cpu(), requires_grad=False)
+    for name, buffer in module._buffers.items():
+        if buffer is not None and not buffer.is_meta:
+            module._buffers[name] = buffer.cpu()

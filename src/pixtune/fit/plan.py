@@ -1,50 +1,58 @@
-"""Decides how a run uses the machine: a pure function of facts, sizes and config, with reasons in plain words."""
+"""Decides how a run uses the machine: a pure function of facts, footprint and config, with reasons in plain words.
+
+Plans are tried from the fastest to the leanest, and the first that fits is taken. What the config demands or forbids
+takes rungs off that ladder and never puts one on.
+"""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from pixtune.config.schema import TrainConfig
-from pixtune.errors import PlanError
-from pixtune.hardware.facts import HardwareFacts
+from pixtune.errors import CheckpointError, PlanError
+from pixtune.fit.footprint import Footprint
+from pixtune.fit.rungs import (
+    Rung,
+    bytes_per_trained_weight,
+    compute_format_of,
+    host_bytes,
+    is_unified,
+    ladder,
+    ladder_of_all_weights,
+    peak_bytes,
+)
+from pixtune.hardware.facts import GIB, MEMORY_FRACTION, HardwareFacts
 
-GIB = 2**30
-
-ACTIVATION_BYTES_PER_UNIT = 36
-"""Bytes kept for the backward pass per token, block and channel when nothing is recomputed. Measured on an H100 with
-bf16 weights and a rank-16 LoRA on the attention projections: 35 for Qwen-Image, 25 for FLUX.1-dev at 1024x1024."""
-INPUT_BYTES_PER_UNIT = 10
-"""Besides, where all weights are trained: the inputs of the MLP's linears, 1 + 4 channel widths in bf16. Counted from
-the block, not measured."""
-FIXED_BYTES = 2 * GIB
-"""CUDA context, LoRA with its optimizer state, workspaces."""
-USABLE_SHARE = 0.92
-"""Of free memory; the rest is lost to fragmentation."""
-
-
-@dataclass(frozen=True)
-class RunSize:
-    """What decides memory in a training step."""
-
-    weight_bytes: int
-    """Of the transformer in the format it is trained in."""
-    num_tokens: int
-    """Image and text tokens of the largest micro-batch of one process."""
-    num_blocks: int
-    block_width: int
-    num_trained: int = 0
-    """Trained weights of the transformer itself; 0 with a LoRA, whose own few are in `FIXED_BYTES`."""
+CONTEXT_BYTES = round(0.75 * GIB)
+"""Of a process outside torch's allocator: CUDA context, code of kernels and libraries. Measured on an H100: 0.5 GiB at
+the start; kernels that are loaded later make up the rest."""
+SLACK = 1.02
+"""What the allocator reserves over what is in use at the peak, with expandable segments."""
+SMALL_CARD_BYTES = 30 * GIB
+"""Below it 8-bit optimizer states, as the documented profile of 24 GB cards has them."""
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
     """The decisions. Stored in every checkpoint and used again on resume."""
 
+    compute_format: str
+    """"bf16" or "fp32": of activations, and of weights that are not quantised."""
     weights_format: str
-    """"bf16" or "fp32"."""
-    recompute: bool
-    """Every block's activations are computed again in the backward pass."""
+    """Of the blocks' linear layers: the same, or "fp8", "int8", "nf4"."""
+    modulation_rows: int
+    """Rows of the table that stands in for modulation layers; 0: they are loaded."""
+    lean: bool
+    """Norms, rotary embedding and gates are computed again, the MLP's activation is kept in 8 bits."""
+    recomputed_blocks: int
+    """The first so many keep only their inputs."""
+    offload_inputs: bool
+    """Those inputs wait in host memory."""
+    streamed_blocks: int
+    """The weights of so many of them come from host memory each time."""
+    compile: bool
+    """Blocks are compiled."""
     pin_memory: bool
     encoders_stay: bool
     """Text encoder and autoencoder stay on the device after encoding."""
@@ -52,111 +60,267 @@ class MemoryPlan:
     cudnn_attention: bool | None
     """None: PyTorch's own choice."""
     deterministic: bool
+    loading_threads: int
+    fast_loading: bool
+    """Weights are read by fastsafetensors, where it is installed."""
+    expandable_segments: bool
+    """torch's allocator grows its segments."""
     optimizer: str
     """A name in `optim.OPTIMIZERS`."""
     expected_peak_bytes: int
-    """Estimate for a training step on the device; 0 on a CPU."""
+    """Estimate for a training step, of torch's allocator; 0 on a CPU."""
+    expected_host_bytes: int
+    """Of page-locked host memory."""
+    usable_bytes: int
+    """What torch's allocator was taken to have; 0 on a CPU."""
     reasons: tuple[str, ...]
+
+    @property
+    def recompute(self) -> bool:
+        """Whether any block is computed again in the backward pass."""
+        return self.recomputed_blocks > 0
 
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "reasons": list(self.reasons)}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> MemoryPlan:
+        """
+        Raises:
+            CheckpointError: another version of pixtune wrote it.
+        """
+        names = {field.name for field in fields(cls)}
+        if values.keys() != names:
+            raise CheckpointError(
+                f"the checkpoint's plan differs from this version's in {', '.join(sorted(values.keys() ^ names))}. "
+                "Go on with the version of pixtune that wrote it (see `versions` in its state.json), or start anew."
+            )
         return cls(**{**values, "reasons": tuple(values["reasons"])})
 
 
 def plan_memory(
-    facts: HardwareFacts, size: RunSize, config: TrainConfig, cudnn_attention: tuple[bool, str] | None = None
+    facts: HardwareFacts,
+    footprint: Footprint,
+    config: TrainConfig,
+    cudnn_attention: tuple[bool, str] | None = None,
+    can_compile: bool = True,
 ) -> MemoryPlan:
     """Chooses what the config leaves open.
 
     Args:
         cudnn_attention: whether a trial of it on this machine passed, and its finding; None: not tried.
+        can_compile: torch.compile works on this machine.
+
+    Raises:
+        PlanError: nothing fits; says how much is missing and which demand to drop.
+        ConfigError: the config demands what this GPU cannot do.
     """
     on_gpu = facts.device == "cuda"
-    reasons = []
-    weights_format = "bf16" if config.mixed_precision == "bf16" else "fp32"
-    if not on_gpu and weights_format == "bf16":
-        reasons.append("bf16 weights on a CPU, as mixed_precision asks: slower there than mixed_precision=no")
-    optimizer = "adamw_8bit" if config.adam8bit else "adamw"
-    training_bytes = size.num_trained * bytes_per_trained_weight(weights_format, config.weight_update, optimizer)
-    bytes_per_unit = ACTIVATION_BYTES_PER_UNIT + (INPUT_BYTES_PER_UNIT if size.num_trained else 0)
-    activations = size.num_tokens * size.num_blocks * size.block_width * bytes_per_unit
-    if weights_format == "fp32":
-        activations *= 2
-    resident = size.weight_bytes + training_bytes + FIXED_BYTES
-    recompute, reason = _recompute(facts, resident, activations, config.disable_gradient_checkpointing)
-    reasons.append(reason)
-    # With recomputation one block's activations live at a time, besides the input of each block.
-    kept = activations / max(size.num_blocks, 1) + activations / 24 if recompute else activations
-    if on_gpu and size.num_trained:
-        _refuse_what_cannot_fit(facts, size, round(kept) + FIXED_BYTES, config, weights_format, optimizer)
-        reasons.append(f"gradients, optimizer state and copies of all weights: {training_bytes / GIB:.1f} GiB")
-    tf32 = config.cuda_features.enable_tf32_compute
-    if tf32 is None:
-        tf32 = facts.capability >= (8, 0)
-        reasons.append(
-            f"TF32 {'on' if tf32 else 'off'}: compute capability {facts.capability[0]}.{facts.capability[1]}"
-        )
-    use_cudnn = config.cuda_features.enable_cudnn_sdp
-    if use_cudnn is None and cudnn_attention is not None:
-        passed, finding = cudnn_attention
-        use_cudnn = passed
-        reasons.append(f"cuDNN attention {'allowed' if passed else 'off'}: tried on this machine, {finding}")
-    pin_memory = on_gpu if config.pin_memory is None else config.pin_memory and on_gpu
+    compiled = on_gpu and can_compile and not footprint.trains_all
+    optimizer, reasons = _optimizer(facts, footprint, config)
+    if on_gpu:
+        rung, rung_reasons = _choose_rung(facts, footprint, config, optimizer, compiled)
+    else:
+        rung, rung_reasons = _rung_on_cpu(footprint, config)
+    unified = is_unified(facts, config)
+    tf32, tf32_reasons = _tf32(facts, config)
+    use_cudnn, cudnn_reasons = _cudnn(facts, config, cudnn_attention, rung.lean and on_gpu)
+    if on_gpu and not compiled and not footprint.trains_all:
+        rung_reasons.append("blocks are not compiled: torch.compile does not work here (see pixtune doctor)")
+    pin_memory = on_gpu and not unified if config.pin_memory is None else config.pin_memory and on_gpu
     return MemoryPlan(
-        weights_format=weights_format,
-        recompute=recompute,
+        compute_format=compute_format_of(config),
+        weights_format=rung.weights_format,
+        modulation_rows=rung.modulation_rows,
+        lean=rung.lean,
+        recomputed_blocks=rung.recomputed_blocks,
+        offload_inputs=rung.offload_inputs,
+        streamed_blocks=rung.streamed_blocks,
+        compile=compiled,
         pin_memory=pin_memory,
-        encoders_stay=bool(config.disable_cpu_offload),
+        encoders_stay=unified if config.disable_cpu_offload is None else config.disable_cpu_offload,
         tf32=tf32,
         cudnn_attention=use_cudnn,
         deterministic=config.deterministic,
+        loading_threads=config.fastsafetensors_num_threads,
+        fast_loading=config.use_fastsafetensors,
+        expandable_segments=config.expandable_segments is not False,
         optimizer=optimizer,
-        expected_peak_bytes=round(resident + kept) if on_gpu else 0,
-        reasons=tuple(reasons),
+        expected_peak_bytes=peak_bytes(rung, footprint, config, optimizer, compiled) if on_gpu else 0,
+        expected_host_bytes=host_bytes(rung, footprint) if on_gpu else 0,
+        usable_bytes=usable_bytes(facts, config) if on_gpu else 0,
+        reasons=(*rung_reasons, *reasons, *tf32_reasons, *cudnn_reasons),
     )
 
 
-def bytes_per_trained_weight(weights_format: str, weight_update: str, optimizer: str) -> int:
-    """Device memory of one trained weight besides the weight: gradient, two optimizer states, fp32 copy if any."""
-    states = 2 if optimizer == "adamw_8bit" else 8
-    if weights_format == "fp32":
-        return 4 + states
-    if weight_update == "fp32_master":
-        return 4 + 4 + states
-    return 2 + states
+# ---- the ladder
 
 
-def _refuse_what_cannot_fit(
-    facts: HardwareFacts, size: RunSize, other_bytes: int, config: TrainConfig, weights_format: str, optimizer: str
-) -> None:
-    """Raises PlanError if all weights cannot be trained here, naming the way that needs least and whether it fits."""
+def _choose_rung(
+    facts: HardwareFacts, footprint: Footprint, config: TrainConfig, optimizer: str, compiled: bool
+) -> tuple[Rung, list[str]]:
+    usable = usable_bytes(facts, config)
+    demanded = list(ladder(facts, footprint, config))
+    if footprint.trains_all:
+        demanded = list(ladder_of_all_weights(footprint, config))
 
-    def needed(update: str, name: str) -> float:
-        per_weight = bytes_per_trained_weight(weights_format, update, name)
-        return (size.weight_bytes + size.num_trained * per_weight + other_bytes) / GIB
+    def needed(rung: Rung) -> int:
+        return peak_bytes(rung, footprint, config, optimizer, compiled)
 
-    usable, wanted = facts.free_bytes * USABLE_SHARE / GIB, needed(config.weight_update, optimizer)
-    if wanted <= usable:
-        return
-    least = needed("stochastic_rounding", "adamw_8bit")
-    if least <= usable:
-        advice = f"weight_update=stochastic_rounding adam8bit=true needs {least:.1f} GiB and fits."
+    for rung in demanded:
+        if needed(rung) <= usable:
+            return rung, _reasons(rung, demanded[0], footprint, needed(demanded[0]), needed(rung), usable, config)
+    least = min(demanded, key=needed)
+    raise PlanError(_nothing_fits(facts, footprint, config, optimizer, compiled, least, usable))
+
+
+def _rung_on_cpu(footprint: Footprint, config: TrainConfig) -> tuple[Rung, list[str]]:
+    plain = compute_format_of(config)
+    wants = config.quantize and not config.disable_quantization and not footprint.trains_all
+    formats = ("fp8" if config.cuda_features.enable_fp8_training else "int8") if wants else plain
+    count = footprint.num_blocks if config.disable_gradient_checkpointing is False else 0
+    reasons = ["recomputation off: host memory is enough on a CPU"] if not count else []
+    if plain == "bf16":
+        reasons.append("bf16 on a CPU, as mixed_precision asks: slower there than mixed_precision=no")
+    if wants:
+        reasons.append("8-bit weights on a CPU, as quantize asks: they save memory there and cost time")
+    return Rung(formats, recomputed_blocks=count), reasons
+
+
+def usable_bytes(facts: HardwareFacts, config: TrainConfig) -> int:
+    """What torch's allocator may use."""
+    usable = facts.free_bytes
+    if is_unified(facts, config):
+        usable = min(usable, round(facts.total_bytes * (config.memory_fraction or MEMORY_FRACTION)))
+    if config.gpu_memory_limit_gib is not None:
+        usable = min(usable, round(config.gpu_memory_limit_gib * GIB) - CONTEXT_BYTES)
+    return round(usable / SLACK)
+
+
+# ---- words
+
+
+def _optimizer(facts: HardwareFacts, footprint: Footprint, config: TrainConfig) -> tuple[str, list[str]]:
+    if config.adam8bit is not None:
+        return "adamw_8bit" if config.adam8bit else "adamw", []
+    size_gib = min(facts.total_bytes / GIB, config.gpu_memory_limit_gib or float("inf"))
+    if facts.device != "cuda" or size_gib * GIB > SMALL_CARD_BYTES or footprint.trains_all:
+        return "adamw", []
+    return "adamw_8bit", [f"8-bit optimizer states: {size_gib:.0f} GiB are the run's at most"]
+
+
+def _tf32(facts: HardwareFacts, config: TrainConfig) -> tuple[bool, list[str]]:
+    asked = config.cuda_features.enable_tf32_compute
+    if asked is not None:
+        return asked, []
+    major, minor = facts.capability
+    on = facts.capability >= (8, 0)
+    return on, [f"TF32 {'on' if on else 'off'}: compute capability {major}.{minor}"]
+
+
+def _cudnn(
+    facts: HardwareFacts, config: TrainConfig, trial: tuple[bool, str] | None, lean: bool
+) -> tuple[bool | None, list[str]]:
+    asked = config.cuda_features.enable_cudnn_sdp
+    if asked is not None:
+        return asked, []
+    if lean:
+        return False, ["cuDNN attention off: the compiler does not know it to be dear and would compute it twice"]
+    if trial is None:
+        return (True, ["cuDNN attention on: the stable choice on DGX Spark"]) if facts.integrated else (None, [])
+    passed, finding = trial
+    return passed, [f"cuDNN attention {'allowed' if passed else 'off'}: tried on this machine, {finding}"]
+
+
+def _reasons(
+    rung: Rung, first: Rung, footprint: Footprint, first_bytes: int, bytes_: int, usable: int, config: TrainConfig
+) -> list[str]:
+    """Why this rung and not the first one, and what it means."""
+    have = f"{usable / GIB:.1f} GiB usable"
+    reasons = [f"about {bytes_ / GIB:.1f} GiB at the peak of a step, {have}"]
+    if config.disable_quantization and config.quantize:
+        reasons.append("not quantised: disable_quantization wins over quantize")
+    if rung != first:
+        reasons.append(f"the fastest way would need {first_bytes / GIB:.1f} GiB, so memory is saved:")
+    if rung.weights_format in ("fp8", "int8", "nf4"):
+        bits = "4-bit (nf4)" if rung.weights_format == "nf4" else f"8-bit ({rung.weights_format})"
+        reasons.append(f"{bits} frozen weights, products on 8-bit tensor cores forward and backward")
+    if rung.modulation_rows:
+        weights = sum(kind.count * kind.modulation_weights for kind in footprint.kinds)
+        reasons.append(
+            f"modulation computed {rung.modulation_rows} draws ahead: its {weights / 1e9:.1f} billion weights stay in "
+            "their file"
+        )
+    if rung.lean:
+        reasons.append("norms, rotary embedding and gates computed twice, GELU's input kept in 8 bits")
+    if rung.recomputed_blocks:
+        reasons.append(f"recomputation on for {rung.recomputed_blocks} of {footprint.num_blocks} blocks")
     else:
-        advice = f"The least, stochastic_rounding with adam8bit=true, needs {least:.1f} GiB. Train a LoRA: method=lora."
-    raise PlanError(
-        f"training all weights needs about {wanted:.1f} GiB and {usable:.1f} GiB of {facts.name} are usable: "
-        f"{wanted - usable:.1f} GiB are missing. {advice}"
+        reasons.append("recomputation off: no block is computed twice")
+    if rung.offload_inputs:
+        reasons.append("the inputs of recomputed blocks wait in host memory")
+    if rung.streamed_blocks:
+        reasons.append(f"the weights of {rung.streamed_blocks} blocks come from host memory at each pass")
+    if footprint.trains_all:
+        training = footprint.trained_weights * bytes_per_trained_weight(footprint, config, "adamw")
+        reasons.append(f"gradients, optimizer state and copies of all weights: up to {training / GIB:.1f} GiB")
+    return reasons
+
+
+def _nothing_fits(
+    facts: HardwareFacts,
+    footprint: Footprint,
+    config: TrainConfig,
+    optimizer: str,
+    compiled: bool,
+    least: Rung,
+    usable: int,
+) -> str:
+    wanted = peak_bytes(least, footprint, config, optimizer, compiled)
+    what = "training all weights" if footprint.trains_all else "this run"
+    lines = [
+        f"{what} needs about {wanted / GIB:.1f} GiB and {usable / GIB:.1f} GiB of {facts.name} are usable: "
+        f"{(wanted - usable) / GIB:.1f} GiB are missing."
+    ]
+    free = _without_demands(config)
+    if footprint.trains_all:
+        free, optimizer = replace_config(free, weight_update="stochastic_rounding"), "adamw_8bit"
+        rungs = list(ladder_of_all_weights(footprint, free))
+    else:
+        rungs = list(ladder(facts, footprint, free))
+    best = min(rungs, key=lambda rung: peak_bytes(rung, footprint, free, optimizer, compiled))
+    best_bytes = peak_bytes(best, footprint, free, optimizer, compiled)
+    demands = "weight_update=stochastic_rounding adam8bit=true" if footprint.trains_all else _demands(config)
+    if best_bytes <= usable:
+        sizes = (peak_bytes(rung, footprint, free, optimizer, compiled) for rung in rungs)
+        fitting = next(size for size in sizes if size <= usable)  # what the planner would choose, not the leanest
+        lines.append(f"{demands} needs {fitting / GIB:.1f} GiB and fits.")
+    elif footprint.trains_all:
+        lines.append(
+            f"The least, stochastic_rounding with adam8bit=true, needs {best_bytes / GIB:.1f} GiB. Train a LoRA: "
+            "method=lora."
+        )
+    else:
+        lines.append(
+            f"The least that any plan needs is {best_bytes / GIB:.1f} GiB. Lower data_config.img_size or "
+            "train_batch_size."
+        )
+    return " ".join(lines)
+
+
+def _without_demands(config: TrainConfig) -> TrainConfig:
+    return replace_config(
+        config, disable_gradient_checkpointing=None, quantize=None, disable_quantization=False, unified_memory=None
     )
 
 
-def _recompute(facts: HardwareFacts, resident: int, activations: int, disabled: bool | None) -> tuple[bool, str]:
-    if disabled is not None:
-        return not disabled, f"recomputation {'off' if disabled else 'on'}: disable_gradient_checkpointing says so"
-    if facts.device != "cuda":
-        return False, "recomputation off: host memory is enough on a CPU"
-    needed, usable = resident + activations, facts.free_bytes * USABLE_SHARE
-    sizes = f"about {needed / GIB:.1f} GiB without it, {usable / GIB:.1f} GiB usable"
-    return needed > usable, f"recomputation {'on' if needed > usable else 'off'}: {sizes}"
+def _demands(config: TrainConfig) -> str:
+    names = ("disable_gradient_checkpointing", "quantize", "disable_quantization", "unified_memory")
+    given = [name for name in names if getattr(config, name) not in (None, False)]
+    given += [name for name in names[:2] if getattr(config, name) is False]
+    return f"Without {' and '.join(given)} it" if given else "It"
+
+
+def replace_config(config: TrainConfig, **changes: object) -> TrainConfig:
+    """A config with other values, unchecked."""
+    return config.model_copy(update=changes)

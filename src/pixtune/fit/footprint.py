@@ -1,0 +1,183 @@
+"""What a run's parts weigh, in numbers alone: read from the headers of weight files, no weight loaded.
+
+Imports no torch, so that `pixtune plan` answers at once. Activations are counted in units of one token's features:
+tokens x width x 2 bytes of a bf16 tensor. How many a kind of block keeps is measured and stated by its family.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pixtune.families.base import ModelFamily
+
+NF4_BLOCK = 64
+Shapes = Mapping[str, Sequence[int]]
+"""Tensor name -> shape."""
+
+
+@dataclass(frozen=True)
+class ActivationUnits:
+    """What one block keeps for the backward pass, in units; see the module."""
+
+    eager: float
+    """Nothing compiled."""
+    kept: float
+    """Compiled; no product and no attention is computed twice."""
+    lean: float
+    """The same, norms, rotary embedding and gates computed again, the MLP's activation kept in 8 bits."""
+    working: float
+    """On top of what it keeps, at most, while the backward pass of a recomputed block runs."""
+    forward: float
+    """On top of what it keeps, at most, while it runs forward or backward from what was kept."""
+
+
+INPUT_UNITS = 1.1
+"""A recomputed block keeps its input: both streams, and what alignment adds."""
+
+
+@dataclass(frozen=True)
+class BlockKind:
+    """The repeated blocks of one list."""
+
+    path: str
+    count: int
+    linear_weights: int
+    """Of one block's linear layers, those that make modulations left out."""
+    modulation_weights: int
+    modulation_outputs: int
+    """Features of a row of the modulation table that belong to one block."""
+    other_weights: int
+    """Norms and biases."""
+    rows: int
+    """Output features of its linear layers together: each has a scale."""
+    units: ActivationUnits
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Everything that decides memory in a training step."""
+
+    kinds: tuple[BlockKind, ...]
+    outside_weights: int
+    """Of the transformer, outside its blocks."""
+    width: int
+    """Features of a token inside the blocks."""
+    num_tokens: int
+    """Image and text tokens of the largest micro-batch of one process."""
+    trained_weights: int = 0
+    """Of the LoRA, or all."""
+    trains_all: bool = False
+    trains_modulation: bool = False
+    """A LoRA is on modulation layers, so they must be in place."""
+    extra_units: float = 0.0
+    """Inputs that a LoRA on other than attention layers keeps, a block, in units."""
+    samples_per_step: int = 1
+    """Of one process: rows of the modulation table that a step needs."""
+
+    @property
+    def num_blocks(self) -> int:
+        return sum(kind.count for kind in self.kinds)
+
+    @property
+    def num_weights(self) -> int:
+        """Of the whole transformer."""
+        blocks = sum(
+            kind.count * (kind.linear_weights + kind.modulation_weights + kind.other_weights) for kind in self.kinds
+        )
+        return blocks + self.outside_weights
+
+    @property
+    def unit_bytes(self) -> int:
+        """One unit of activations in bf16."""
+        return self.num_tokens * self.width * 2
+
+
+def read_footprint(
+    family: ModelFamily,
+    shapes: Shapes,
+    width: int,
+    num_tokens: int,
+    lora_targets: Sequence[str] = (),
+    rank: int = 0,
+    samples_per_step: int = 1,
+) -> Footprint:
+    """The footprint of a LoRA run; `of_all_weights` makes that of training all of them.
+
+    Args:
+        shapes: of the transformer's tensors, from its files' headers.
+        width: features of a token inside the blocks.
+        lora_targets: paths of the linear layers that get a LoRA of `rank`.
+    """
+    kinds = tuple(_read_kind(family, shapes, path) for path in family.block_paths)
+    blocks = tuple(f"{path}." for path in family.block_paths)
+    targets = {f"{path}.weight": shapes[f"{path}.weight"] for path in lora_targets}
+    beyond = [
+        shape[1] / width
+        for name, shape in targets.items()
+        if name.startswith(blocks) and not parent(name).endswith(family.lora_targets)
+    ]
+    return Footprint(
+        kinds=kinds,
+        outside_weights=sum(math.prod(shape) for name, shape in shapes.items() if not name.startswith(blocks)),
+        width=width,
+        num_tokens=num_tokens,
+        trained_weights=sum(rank * sum(shape) for shape in targets.values()),
+        trains_modulation=any(parent(name).endswith(family.modulation_layers) for name in targets),
+        extra_units=sum(beyond) / max(sum(kind.count for kind in kinds), 1),
+        samples_per_step=samples_per_step,
+    )
+
+
+def of_all_weights(footprint: Footprint) -> Footprint:
+    """The same transformer with every weight trained."""
+    return replace(footprint, trained_weights=footprint.num_weights, trains_all=True, trains_modulation=True)
+
+
+def parent(name: str) -> str:
+    """The module path of a tensor's name."""
+    return name.rpartition(".")[0]
+
+
+def _read_kind(family: ModelFamily, shapes: Shapes, path: str) -> BlockKind:
+    numbers = {name.removeprefix(f"{path}.").split(".")[0] for name in shapes if name.startswith(f"{path}.")}
+    block = {name: shape for name, shape in shapes.items() if name.startswith(f"{path}.0.")}
+    modulation = {n: s for n, s in block.items() if parent(n).endswith(family.modulation_layers)}
+    linears = {n: s for n, s in block.items() if n not in modulation and n.endswith(".weight") and len(s) == 2}
+    others = {n: s for n, s in block.items() if n not in modulation and n not in linears}
+    return BlockKind(
+        path=path,
+        count=len(numbers),
+        linear_weights=sum(map(math.prod, linears.values())),
+        modulation_weights=sum(map(math.prod, modulation.values())),
+        modulation_outputs=sum(shape[0] for shape in modulation.values() if len(shape) == 2),
+        other_weights=sum(map(math.prod, others.values())),
+        rows=sum(shape[0] for shape in linears.values()),
+        units=family.activation_units[path],
+    )
+
+
+def block_weight_bytes(kind: BlockKind, weights_format: str, modulation_resident: bool) -> int:
+    """Device memory of one block's weights.
+
+    Args:
+        weights_format: of its linear layers: "fp32", "bf16", "fp8", "int8" or "nf4".
+    """
+    plain = 4 if weights_format == "fp32" else 2
+    small = kind.other_weights + (kind.modulation_weights if modulation_resident else 0)
+    return (
+        round(kind.linear_weights * bytes_per_weight(weights_format) + 4 * scales(kind, weights_format)) + plain * small
+    )
+
+
+def scales(kind: BlockKind, weights_format: str) -> int:
+    """fp32 scales of a block: one a row in 8 bits."""
+    return kind.rows if weights_format in ("fp8", "int8") else 0
+
+
+def bytes_per_weight(weights_format: str) -> float:
+    """Of a linear layer's weight, without the scales of its rows."""
+    return {"fp32": 4, "bf16": 2, "fp8": 1, "int8": 1, "nf4": 0.5 + 2 / NF4_BLOCK}[weights_format]

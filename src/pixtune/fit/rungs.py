@@ -1,0 +1,181 @@
+"""Ways of holding a run in memory, from the fastest to the leanest, and what each needs. Numbers alone, no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from pixtune.config.schema import TrainConfig
+from pixtune.errors import ConfigError
+from pixtune.fit.footprint import INPUT_UNITS, Footprint, block_weight_bytes
+from pixtune.hardware.facts import GIB, HardwareFacts
+
+FIXED_BYTES = round(0.35 * GIB)
+"""In the allocator, besides what is counted: workspaces of products, latents, noise, the layers at both ends."""
+FULL_INPUT_UNITS = 5
+"""Where all weights are trained: the inputs of the MLP's linears, 1 + 4 channel widths. Counted, not measured."""
+TABLE_ROWS = (256, 64, 32)
+"""Draws whose modulation is computed in one pass over its weights."""
+STREAM_SLOTS = 3
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One way of holding a run in memory."""
+
+    weights_format: str
+    modulation_rows: int = 0
+    lean: bool = False
+    recomputed_blocks: int = 0
+    offload_inputs: bool = False
+    streamed_blocks: int = 0
+
+
+def is_unified(facts: HardwareFacts, config: TrainConfig) -> bool:
+    """Whether CPU and GPU are treated as one pool of memory."""
+    return facts.integrated if config.unified_memory is None else config.unified_memory
+
+
+# ---- the ladder
+
+
+def ladder(facts: HardwareFacts, footprint: Footprint, config: TrainConfig) -> Iterator[Rung]:
+    """A LoRA's rungs, fastest first."""
+    blocks, no_recompute = footprint.num_blocks, config.disable_gradient_checkpointing
+    plain = compute_format_of(config)
+    for number, weights_format in enumerate(allowed_formats(facts, config)):
+        quantised = weights_format != plain
+        if no_recompute is not False:
+            if not quantised:
+                yield Rung(weights_format)
+            for rows in table_rows(footprint):
+                yield Rung(weights_format, rows)
+                if no_recompute is None:
+                    yield Rung(weights_format, rows, lean=True)
+        is_last = number == len(allowed_formats(facts, config)) - 1
+        if no_recompute is True or not (quantised or is_last):
+            continue  # products in 8 bits are faster than computing blocks twice in 16
+        rows = table_rows(footprint)[-1]
+        some = range(1, blocks) if no_recompute is None else ()
+        for count in (*some, blocks):
+            yield Rung(weights_format, rows, no_recompute is None, count)
+        if not is_unified(facts, config):
+            yield Rung(weights_format, rows, no_recompute is None, blocks, offload_inputs=True)
+            if is_last:
+                for count in range(STREAM_SLOTS + 1, blocks + 1):
+                    yield Rung(weights_format, rows, no_recompute is None, blocks, True, count)
+
+
+def ladder_of_all_weights(footprint: Footprint, config: TrainConfig) -> Iterator[Rung]:
+    plain = compute_format_of(config)
+    if config.disable_gradient_checkpointing is not False:
+        yield Rung(plain)
+    if config.disable_gradient_checkpointing is not True:
+        yield Rung(plain, recomputed_blocks=footprint.num_blocks)
+
+
+def table_rows(footprint: Footprint) -> tuple[int, ...]:
+    """Sizes of the modulation table to try; one row more than a step's samples at the least."""
+    if footprint.trains_modulation:
+        return (0,)
+    least = footprint.samples_per_step + 1
+    return tuple(dict.fromkeys(max(rows, least) for rows in TABLE_ROWS))
+
+
+def allowed_formats(facts: HardwareFacts, config: TrainConfig) -> tuple[str, ...]:
+    """Formats of the blocks' linear layers that the GPU has and the config leaves, plain first.
+
+    Raises:
+        ConfigError: the config demands a format that this GPU does not compute in.
+    """
+    plain = compute_format_of(config)
+    fp8 = config.cuda_features.enable_fp8_training
+    if fp8 and facts.capability < (8, 9):
+        raise ConfigError(
+            "cuda_features.enable_fp8_training is true",
+            [
+                f"{facts.name} has compute capability {facts.capability[0]}.{facts.capability[1]} and no FP8 tensor "
+                "cores (8.9 and newer have them). Leave the key out; quantize: true computes in int8 there."
+            ],
+        )
+    if config.disable_quantization or config.quantize is False:
+        return (plain,)
+    if facts.capability < (8, 0):
+        return (plain,)
+    eight = "int8" if facts.capability < (8, 9) or fp8 is False else "fp8"
+    if config.quantize or fp8:
+        return (eight,)
+    return (plain, eight, "nf4")
+
+
+def compute_format_of(config: TrainConfig) -> str:
+    return "bf16" if config.mixed_precision == "bf16" else "fp32"
+
+
+# ---- bytes
+
+
+def weight_bytes(rung: Rung, footprint: Footprint, compute_format: str) -> int:
+    """Of the transformer on the device: resident blocks, the ring of streamed ones, and what is outside of blocks."""
+    per_block = [
+        block_weight_bytes(kind, rung.weights_format, rung.modulation_rows == 0)
+        for kind in footprint.kinds
+        for _ in range(kind.count)
+    ]
+    total = sum(per_block) + footprint.outside_weights * (4 if compute_format == "fp32" else 2)
+    if not rung.streamed_blocks:
+        return total
+    mean = sum(per_block) / len(per_block)
+    return round(total - rung.streamed_blocks * mean + STREAM_SLOTS * max(per_block))
+
+
+def peak_bytes(rung: Rung, footprint: Footprint, config: TrainConfig, optimizer: str, compiled: bool) -> int:
+    """Most that a training step allocates."""
+    compute_format = compute_format_of(config)
+    outputs = sum(kind.count * kind.modulation_outputs for kind in footprint.kinds)
+    table = 2 * outputs * rung.modulation_rows
+    trained = footprint.trained_weights * bytes_per_trained_weight(footprint, config, optimizer)
+    unit = footprint.unit_bytes * (2 if compute_format == "fp32" else 1)
+    activations = unit * activation_units(rung, footprint, compiled)
+    return round(weight_bytes(rung, footprint, compute_format) + table + trained + FIXED_BYTES + activations)
+
+
+def activation_units(rung: Rung, footprint: Footprint, compiled: bool) -> float:
+    """Most that a step's activations take, in units.
+
+    The first blocks are the recomputed ones, so that what later blocks kept is free when one of them runs again.
+    """
+    extra = footprint.extra_units + (FULL_INPUT_UNITS if footprint.trains_all else 0)
+    inputs = INPUT_UNITS * (min(3, rung.recomputed_blocks) if rung.offload_inputs else rung.recomputed_blocks)
+    kept, forward, working, number = 0.0, 0.0, 0.0, 0
+    for kind in footprint.kinds:
+        recomputed = min(max(rung.recomputed_blocks - number, 0), kind.count)
+        number += kind.count
+        each = kind.units.eager if not compiled else kind.units.lean if rung.lean else kind.units.kept
+        if recomputed < kind.count:
+            kept += (kind.count - recomputed) * (each + extra)
+            forward = max(forward, kind.units.forward)
+        if recomputed:
+            working = max(working, kind.units.working + extra)
+    return inputs + max(kept + forward, working)
+
+
+def host_bytes(rung: Rung, footprint: Footprint) -> int:
+    """Page-locked host memory: streamed weights and the inputs of recomputed blocks."""
+    kinds = footprint.kinds
+    mean = sum(k.count * block_weight_bytes(k, rung.weights_format, rung.modulation_rows == 0) for k in kinds)
+    streamed = rung.streamed_blocks * mean / footprint.num_blocks
+    inputs = rung.recomputed_blocks * footprint.unit_bytes if rung.offload_inputs else 0
+    return round(streamed + inputs)
+
+
+def bytes_per_trained_weight(footprint: Footprint, config: TrainConfig, optimizer: str) -> int:
+    """Of one trained weight: a LoRA's own fp32 weight, the gradient, two optimizer states, an fp32 copy if any."""
+    states = 2 if optimizer == "adamw_8bit" else 8
+    if not footprint.trains_all:
+        return 4 + 4 + states
+    if compute_format_of(config) == "fp32":
+        return 4 + states
+    if config.weight_update == "fp32_master":
+        return 4 + 4 + states
+    return 2 + states

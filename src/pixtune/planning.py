@@ -1,0 +1,93 @@
+"""From a config and a model folder to a plan: what `fit.plan` decides on, gathered without loading a weight."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from pixtune.adapters import resolve_targets
+from pixtune.config.schema import TrainConfig
+from pixtune.data.buckets import Size
+from pixtune.families.base import ModelFamily
+from pixtune.fit.attention import try_cudnn_attention
+from pixtune.fit.compile import compile_obstacle
+from pixtune.fit.footprint import Footprint, Shapes, of_all_weights, read_footprint
+from pixtune.fit.plan import MemoryPlan, plan_memory
+from pixtune.hardware.facts import MEMORY_FRACTION, read_facts
+from pixtune.weights import ModelFolder, read_header, weight_files
+
+
+def plan_on_this_machine(
+    config: TrainConfig,
+    family: ModelFamily,
+    folder: ModelFolder,
+    num_tokens: int,
+    largest_target: Size,
+    num_text_tokens: int,
+    device: torch.device,
+) -> MemoryPlan:
+    """The plan of a run that starts now: what the machine can do is tried out first.
+
+    Args:
+        num_tokens: image and text tokens of one process's largest micro-batch.
+        largest_target: (width, height) in pixels.
+        num_text_tokens: of the longest caption.
+
+    Raises:
+        PlanError, ConfigError: see `plan_memory`.
+    """
+    trial, obstacle = None, None
+    if device.type == "cuda":
+        obstacle = compile_obstacle(device)
+        if config.cuda_features.enable_cudnn_sdp is None:
+            _, height, width = family.latent_shape(folder, *largest_target)
+            tried = try_cudnn_attention(folder, height, width, num_text_tokens)
+            trial = (tried.passed, tried.finding)
+    facts = read_facts(device, config.memory_fraction or MEMORY_FRACTION)
+    footprint = footprint_of(config, family, folder, num_tokens)
+    return plan_memory(facts, footprint, config, trial, can_compile=obstacle is None)
+
+
+def footprint_of(config: TrainConfig, family: ModelFamily, folder: ModelFolder, num_tokens: int) -> Footprint:
+    """What the run weighs; from headers alone."""
+    shapes = tensor_shapes(config, family, folder)
+    _, width = family.block_shape(folder)
+    footprint = read_footprint(
+        family,
+        shapes,
+        width,
+        num_tokens,
+        [] if config.method == "full" else targeted_linears(config, family, shapes),
+        config.rank,
+        config.batch_size * config.gradient_accumulation_steps,
+    )
+    return of_all_weights(footprint) if config.method == "full" else footprint
+
+
+def tensor_shapes(config: TrainConfig, family: ModelFamily, folder: ModelFolder) -> Shapes:
+    """Of the transformer, from the headers of its files; of a run with random weights, from its config."""
+    if config.random_weights:
+        model = family.build_transformer(folder.component_config("transformer"))
+        return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    return {
+        name: tuple(tensor["shape"])
+        for file in weight_files(folder.path / "transformer")
+        for name, tensor in read_header(file).items()
+        if name != "__metadata__"
+    }
+
+
+def targeted_linears(config: TrainConfig, family: ModelFamily, shapes: Shapes) -> Sequence[str]:
+    """Paths of the linear layers that get a LoRA.
+
+    Raises:
+        ConfigError: a target matches nothing.
+    """
+    linears = [name.removesuffix(".weight") for name, shape in shapes.items() if _is_matrix(name, shape)]
+    targets = resolve_targets(linears, config.lora_targets or family.lora_targets, family.lora_presets)
+    return [name for name in linears if any(name == target or name.endswith(f".{target}") for target in targets)]
+
+
+def _is_matrix(name: str, shape: Sequence[int]) -> bool:
+    return name.endswith(".weight") and len(shape) == 2

@@ -1,0 +1,79 @@
+"""Each way of saving memory trains as the plain way does: the loss and all LoRA gradients of the small models."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from pixtune import adapters
+from pixtune.fit.apply import apply_to_activations, apply_to_weights, layout_of, placement_of
+from pixtune.fit.load import load_transformer
+from pixtune.fit.modulation import announce
+from pixtune.fit.plan import MemoryPlan
+from tests.unit.fit.test_load import model
+
+CPU = torch.device("cpu")
+PLAIN = MemoryPlan(
+    compute_format="fp32", weights_format="fp32", modulation_rows=0, lean=False, recomputed_blocks=0,
+    offload_inputs=False, streamed_blocks=0, compile=False, pin_memory=False, encoders_stay=False, tf32=False,
+    cudnn_attention=None, deterministic=False, loading_threads=1, fast_loading=False, expandable_segments=False,
+    optimizer="adamw", expected_peak_bytes=0, expected_host_bytes=0, usable_bytes=0, reasons=(),
+)  # fmt: skip
+EXACT = 1.0
+WAYS: dict[str, tuple[dict[str, object], float]] = {  # what the plan changes, and the least cosine of the gradients
+    "recomputed": ({"recomputed_blocks": 2}, EXACT),
+    "inputs on the host": ({"recomputed_blocks": 99, "offload_inputs": True}, EXACT),
+    "streamed": ({"recomputed_blocks": 99, "streamed_blocks": 4}, EXACT),
+    "modulation ahead": ({"modulation_rows": 8}, 0.999999),
+    "lean": ({"lean": True}, 0.9999),
+    "fp8": ({"weights_format": "fp8"}, 0.985),
+    "int8": ({"weights_format": "int8"}, 0.997),
+    "nf4": ({"weights_format": "nf4"}, 0.87),
+    "all at once": (
+        {
+            "weights_format": "int8", "modulation_rows": 8, "lean": True, "recomputed_blocks": 99,
+            "offload_inputs": True, "streamed_blocks": 4,
+        },
+        0.997,
+    ),
+}  # fmt: skip
+
+
+def loss_and_gradients(name: str, plan: MemoryPlan) -> tuple[float, Tensor]:
+    """Of one step with two samples and a LoRA that already changes the output."""
+    family, folder = model(name)
+    placement, layout = placement_of(plan, CPU), layout_of(plan, family.block_shape(folder)[0])
+    transformer = load_transformer(family, folder, placement, layout)
+    apply_to_weights(transformer, family, plan, CPU)
+    adapters.attach_lora(transformer, family.lora_targets, 4, 4.0, 0, family.lora_presets)
+    generator = torch.Generator().manual_seed(3)
+    parameters = adapters.trainable_parameters(transformer)
+    for parameter in parameters.values():
+        parameter.data = torch.randn(parameter.shape, generator=generator) / 40
+    apply_to_activations(transformer, family, plan)
+    channels, height, width = family.latent_shape(folder, 128, 192)
+    noisy_BCHW, target_BCHW = torch.randn(2, 2, channels, height, width, generator=generator)
+    text = family.stack_conditioning([family.random_text(folder, 11, seed) for seed in range(2)])
+    sigmas = torch.tensor([0.3, 0.8])
+    announce(transformer, family, sigmas, text)
+    loss = (family.predict_velocity(transformer, noisy_BCHW, sigmas, text) - target_BCHW).square().mean()
+    loss.backward()
+    return float(loss.detach()), torch.cat([p.grad.flatten() for p in parameters.values() if p.grad is not None])
+
+
+@pytest.mark.parametrize("name", ["tiny-qwen-image", "tiny-flux"])
+def test_every_way_trains_as_the_plain_way(name: str) -> None:
+    loss, gradients = loss_and_gradients(name, PLAIN)
+    for way, (changes, least_cosine) in WAYS.items():
+        own_loss, own = loss_and_gradients(name, replace(PLAIN, **changes))  # type: ignore[arg-type]
+        assert own.shape == gradients.shape, f"{way}: other parameters have a gradient"
+        if least_cosine == EXACT:
+            assert own.equal(gradients) and own_loss == loss, way
+            continue
+        cosine = float(torch.cosine_similarity(own.double(), gradients.double(), dim=0))
+        assert least_cosine <= cosine, (way, cosine)
+        assert not own.equal(gradients) or way == "modulation ahead", f"{way}: not applied"
+        assert own_loss == pytest.approx(loss, rel=0.05), way
