@@ -16,7 +16,7 @@ from typing import Any
 from pixtune.config.schema import TrainConfig
 from pixtune.families import FAMILIES
 from pixtune.fit.footprint import Footprint, of_all_weights, read_footprint
-from pixtune.planning import targeted_linears
+from pixtune.planning import plain_linears, targeted_linears
 
 Shapes = Mapping[str, Sequence[int]]
 
@@ -54,6 +54,7 @@ def full_size_footprint(config: TrainConfig, family_name: str = "qwen_image") ->
         [] if config.method == "full" else targeted_linears(config, family, shapes),
         config.rank,
         config.batch_size * config.gradient_accumulation_steps,
+        plain_linears(config.keep_plain, family, shapes),
     )
     return of_all_weights(footprint) if config.method == "full" else footprint
 

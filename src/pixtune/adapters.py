@@ -38,13 +38,17 @@ class AttachedLora:
 
 
 def resolve_targets(
-    linears: Sequence[str], targets: Sequence[str], presets: Mapping[str, Sequence[str]]
+    linears: Sequence[str],
+    targets: Sequence[str],
+    presets: Mapping[str, Sequence[str]],
+    key: str = "lora_targets",
 ) -> tuple[str, ...]:
     """Which of a model's linear layers are meant, as endings of paths; whole paths where a pattern was used.
 
     Args:
         linears: paths of all linear layers.
         targets: presets by name, patterns with `*`, `?` or `[...]` over whole paths, or endings of paths.
+        key: of the config, that the targets stand in.
 
     Raises:
         ConfigError: a target matches nothing; names it and lists what could have been meant.
@@ -63,9 +67,7 @@ def resolve_targets(
     if faults:
         endings = sorted({re.sub(r"^\w+\.\d+\.", "", name) for name in linears})  # without the block and its number
         known = f"Layers end with: {', '.join(endings)}." + (f" Presets: {', '.join(presets)}." if presets else "")
-        raise ConfigError(
-            "lora_targets names layers that this model does not have", [f"{fault} {known}" for fault in faults]
-        )
+        raise ConfigError(f"{key} names layers that this model does not have", [f"{fault} {known}" for fault in faults])
     return tuple(found)
 
 

@@ -61,6 +61,7 @@ def footprint_of(config: TrainConfig, family: ModelFamily, folder: ModelFolder, 
         [] if config.method == "full" else targeted_linears(config, family, shapes),
         config.rank,
         config.batch_size * config.gradient_accumulation_steps,
+        plain_linears(config.keep_plain, family, shapes),
     )
     return of_all_weights(footprint) if config.method == "full" else footprint
 
@@ -86,7 +87,23 @@ def targeted_linears(config: TrainConfig, family: ModelFamily, shapes: Shapes) -
     """
     linears = [name.removesuffix(".weight") for name, shape in shapes.items() if _is_matrix(name, shape)]
     targets = resolve_targets(linears, config.lora_targets or family.lora_targets, family.lora_presets)
-    return [name for name in linears if any(name == target or name.endswith(f".{target}") for target in targets)]
+    return _ending_with(linears, targets)
+
+
+def plain_linears(patterns: Sequence[str], family: ModelFamily, shapes: Shapes) -> Sequence[str]:
+    """Paths of the blocks' linear layers that `keep_plain` means. Modulation layers are never quantised anyway.
+
+    Raises:
+        ConfigError: a pattern matches nothing.
+    """
+    blocks = tuple(f"{path}." for path in family.block_paths)
+    linears = [name.removesuffix(".weight") for name, shape in shapes.items() if _is_matrix(name, shape)]
+    linears = [name for name in linears if name.startswith(blocks) and not name.endswith(family.modulation_layers)]
+    return _ending_with(linears, resolve_targets(linears, patterns, family.lora_presets, "keep_plain"))
+
+
+def _ending_with(linears: Sequence[str], endings: Sequence[str]) -> list[str]:
+    return [name for name in linears if any(name == ending or name.endswith(f".{ending}") for ending in endings)]
 
 
 def _is_matrix(name: str, shape: Sequence[int]) -> bool:

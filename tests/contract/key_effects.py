@@ -126,6 +126,7 @@ EFFECTS: dict[str, Effect] = {
     "pin_memory": Effect("plan", (True, False)),
     "disable_quantization": Effect("plan", (False, True), {"quantize": True}),
     "quantize": Effect("plan", (False, True)),
+    "keep_plain": Effect("plan", ([], ["to_q"]), {"quantize": True}),
     "unified_memory": Effect("plan", (False, True)),
     "gpu_memory_limit_gib": Effect("plan", (None, 23.3)),
     "memory_fraction": Effect("plan", (0.9, 0.5), UNIFIED),

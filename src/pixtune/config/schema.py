@@ -262,6 +262,9 @@ class TrainConfig(Section):
     """Never quantise; wins over `quantize`."""
     quantize: bool | None = None
     """8-bit frozen weights, computed in 8 bits: true demands, false forbids, absent: by the memory there is."""
+    keep_plain: Words = ()
+    """Layers that are not quantised where the others are: endings of module names, patterns with * over whole paths, or
+    presets, as in `lora_targets`. `pixtune doctor --model` names those that lose too much in 8 bits."""
     unified_memory: bool | None = None
     """One memory pool for CPU and GPU (DGX Spark); absent: as the GPU says of itself."""
     gpu_memory_limit_gib: float | None = Field(default=None, gt=0)

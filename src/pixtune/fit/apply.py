@@ -41,7 +41,8 @@ def layout_of(plan: MemoryPlan, num_blocks: int) -> Layout:
     """The form in which the transformer is loaded."""
     quantized = plan.weights_format not in FORMATS
     streamed = choose_streamed(num_blocks, plan.streamed_blocks) if plan.streamed_blocks else ()
-    return Layout(plan.weights_format if quantized else None, plan.modulation_rows, streamed)
+    weights_format = plan.weights_format if quantized else None
+    return Layout(weights_format, plan.modulation_rows, streamed, plan.plain_layers)
 
 
 def blocks_of(transformer: nn.Module, family: ModelFamily) -> list[nn.Module]:

@@ -77,6 +77,10 @@ class Footprint:
     """Inputs that a LoRA on other than attention layers keeps, a block, in units."""
     samples_per_step: int = 1
     """Of one process: rows of the modulation table that a step needs."""
+    plain_layers: tuple[str, ...] = ()
+    """Paths of the blocks' linear layers that are not quantised where the others are."""
+    plain_layer_weights: int = 0
+    """Of those."""
 
     @property
     def num_blocks(self) -> int:
@@ -104,6 +108,7 @@ def read_footprint(
     lora_targets: Sequence[str] = (),
     rank: int = 0,
     samples_per_step: int = 1,
+    plain_layers: Sequence[str] = (),
 ) -> Footprint:
     """The footprint of a LoRA run; `of_all_weights` makes that of training all of them.
 
@@ -111,6 +116,7 @@ def read_footprint(
         shapes: of the transformer's tensors, from its files' headers.
         width: features of a token inside the blocks.
         lora_targets: paths of the linear layers that get a LoRA of `rank`.
+        plain_layers: paths of the linear layers that are never quantised.
     """
     kinds = tuple(_read_kind(family, shapes, path) for path in family.block_paths)
     blocks = tuple(f"{path}." for path in family.block_paths)
@@ -129,6 +135,8 @@ def read_footprint(
         trains_modulation=any(parent(name).endswith(family.modulation_layers) for name in targets),
         extra_units=sum(beyond) / max(sum(kind.count for kind in kinds), 1),
         samples_per_step=samples_per_step,
+        plain_layers=tuple(plain_layers),
+        plain_layer_weights=sum(math.prod(shapes[f"{path}.weight"]) for path in plain_layers),
     )
 
 

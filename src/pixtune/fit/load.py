@@ -28,6 +28,8 @@ class Layout:
     """Modulation layers stay in their files, and a table of so many rows is computed ahead; 0: they are loaded."""
     on_host: tuple[int, ...] = ()
     """Blocks, by number in the order in which they run, whose weights wait in host memory once they have their form."""
+    plain_layers: tuple[str, ...] = ()
+    """Paths of linear layers that have the placement's format whatever `linear_format` is."""
 
 
 PLAIN = Layout()
@@ -120,15 +122,20 @@ def lay_out(model: nn.Module, family: ModelFamily, placement: Placement, layout:
             if layout.modulation_rows:
                 absent[path] = ModulationRows(linear.out_features)
                 model.set_submodule(path, absent[path])
-        elif layout.linear_format is not None and can_quantize(linear, layout.linear_format):
-            codes = codes_for(layout.linear_format, placement.device)
-            quantized = QuantizedLinear(
-                linear.in_features, linear.out_features, layout.linear_format, codes,
-                tensor_cores_multiply(codes, placement.device),
-            )  # fmt: skip
-            quantized.bias = linear.bias
-            model.set_submodule(path, quantized)
+        elif layout.linear_format is None or path in layout.plain_layers:
+            continue
+        elif can_quantize(linear, layout.linear_format):
+            model.set_submodule(path, quantized_like(linear, layout.linear_format, placement.device))
     return absent
+
+
+def quantized_like(linear: nn.Linear, linear_format: str, device: torch.device) -> QuantizedLinear:
+    """A layer of the same sides and with the same bias, its weight still to be set."""
+    codes = codes_for(linear_format, device)
+    tensor_cores = tensor_cores_multiply(codes, device)
+    quantized = QuantizedLinear(linear.in_features, linear.out_features, linear_format, codes, tensor_cores)
+    quantized.bias = linear.bias
+    return quantized
 
 
 def paths_of_blocks(model: nn.Module, family: ModelFamily, numbers: Sequence[int]) -> tuple[str, ...]:
@@ -175,8 +182,12 @@ def fill(
 
 def put(model: nn.Module, name: str, tensor: Tensor, placement: Placement) -> None:
     """One tensor into its place, in that place's form."""
+    put_into(model.get_submodule(parent(name)), name, tensor, placement)
+
+
+def put_into(module: nn.Module, name: str, tensor: Tensor, placement: Placement) -> None:
+    """As `put`, into the module that `name` is a tensor of."""
     leaf = name.rpartition(".")[2]
-    module = model.get_submodule(parent(name))
     # On a CPU tensors come as views of their mapped file; what is kept must outlive it.
     format = placement.dtype if tensor.is_floating_point() else tensor.dtype
     value = tensor.to(format, copy=placement.device.type == "cpu")

@@ -29,6 +29,8 @@ CONTEXT_BYTES = round(0.75 * GIB)
 the start; kernels that are loaded later make up the rest."""
 SLACK = 1.02
 """What the allocator reserves over what is in use at the peak, with expandable segments."""
+QUANTISED = ("fp8", "int8", "nf4")
+"""Formats of weights that are not the ones of activations."""
 SMALL_CARD_BYTES = 30 * GIB
 """Below it 8-bit optimizer states, as the documented profile of 24 GB cards has them."""
 
@@ -74,6 +76,8 @@ class MemoryPlan:
     usable_bytes: int
     """What torch's allocator was taken to have; 0 on a CPU."""
     reasons: tuple[str, ...]
+    plain_layers: tuple[str, ...] = ()
+    """Paths of the blocks' linear layers that have the `compute_format` where the others are quantised."""
 
     @property
     def recompute(self) -> bool:
@@ -81,7 +85,7 @@ class MemoryPlan:
         return self.recomputed_blocks > 0
 
     def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "reasons": list(self.reasons)}
+        return {**asdict(self), "reasons": list(self.reasons), "plain_layers": list(self.plain_layers)}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> MemoryPlan:
@@ -95,7 +99,7 @@ class MemoryPlan:
                 f"the checkpoint's plan differs from this version's in {', '.join(sorted(values.keys() ^ names))}. "
                 "Go on with the version of pixtune that wrote it (see `versions` in its state.json), or start anew."
             )
-        return cls(**{**values, "reasons": tuple(values["reasons"])})
+        return cls(**{**values, "reasons": tuple(values["reasons"]), "plain_layers": tuple(values["plain_layers"])})
 
 
 def plan_memory(
@@ -150,6 +154,7 @@ def plan_memory(
         expected_host_bytes=host_bytes(rung, footprint) if on_gpu else 0,
         usable_bytes=usable_bytes(facts, config) if on_gpu else 0,
         reasons=(*rung_reasons, *reasons, *tf32_reasons, *cudnn_reasons),
+        plain_layers=footprint.plain_layers if rung.weights_format in QUANTISED else (),
     )
 
 
@@ -184,6 +189,7 @@ def _rung_on_cpu(footprint: Footprint, config: TrainConfig) -> tuple[Rung, list[
         reasons.append("bf16 on a CPU, as mixed_precision asks: slower there than mixed_precision=no")
     if wants:
         reasons.append("8-bit weights on a CPU, as quantize asks: they save memory there and cost time")
+        reasons += _kept_plain(footprint)
     return Rung(formats, recomputed_blocks=count), reasons
 
 
@@ -242,9 +248,10 @@ def _reasons(
         reasons.append("not quantised: disable_quantization wins over quantize")
     if rung != first:
         reasons.append(f"the fastest way would need {first_bytes / GIB:.1f} GiB, so memory is saved:")
-    if rung.weights_format in ("fp8", "int8", "nf4"):
+    if rung.weights_format in QUANTISED:
         bits = "4-bit (nf4)" if rung.weights_format == "nf4" else f"8-bit ({rung.weights_format})"
         reasons.append(f"{bits} frozen weights, products on 8-bit tensor cores forward and backward")
+        reasons += _kept_plain(footprint)
     if rung.modulation_rows:
         weights = sum(kind.count * kind.modulation_weights for kind in footprint.kinds)
         reasons.append(
@@ -265,6 +272,11 @@ def _reasons(
         training = footprint.trained_weights * bytes_per_trained_weight(footprint, config, "adamw")
         reasons.append(f"gradients, optimizer state and copies of all weights: up to {training / GIB:.1f} GiB")
     return reasons
+
+
+def _kept_plain(footprint: Footprint) -> list[str]:
+    count = len(footprint.plain_layers)
+    return [f"{count} linear layers are not quantised, as keep_plain asks"] if count else []
 
 
 def _nothing_fits(

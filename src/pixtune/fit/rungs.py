@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from pixtune.config.schema import TrainConfig
 from pixtune.errors import ConfigError
-from pixtune.fit.footprint import INPUT_UNITS, Footprint, block_weight_bytes
+from pixtune.fit.footprint import INPUT_UNITS, Footprint, block_weight_bytes, bytes_per_weight
 from pixtune.hardware.facts import GIB, HardwareFacts
 
 FIXED_BYTES = round(0.35 * GIB)
@@ -122,7 +122,10 @@ def weight_bytes(rung: Rung, footprint: Footprint, compute_format: str) -> int:
         for kind in footprint.kinds
         for _ in range(kind.count)
     ]
-    total = sum(per_block) + footprint.outside_weights * (4 if compute_format == "fp32" else 2)
+    plain = 4 if compute_format == "fp32" else 2
+    total = sum(per_block) + footprint.outside_weights * plain
+    # Counted as resident in a streamed block, too: they are few. Their scales, which there are none of, stay counted.
+    total += round(footprint.plain_layer_weights * max(plain - bytes_per_weight(rung.weights_format), 0))
     if not rung.streamed_blocks:
         return total
     mean = sum(per_block) / len(per_block)
