@@ -1,0 +1,121 @@
+"""One step of a family's stock pipeline from given inputs, for comparing our velocity with it.
+
+The pipeline itself is called, so packing, position ids, timestep scale and guidance are its own. What encodes text and
+pictures is left out: features and control latents are given.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from pixtune import draws
+from pixtune.families.base import CONTROL_SIDE, Conditioning, ModelFamily, Placement
+from pixtune.weights import ModelFolder
+
+SIGMAS = [0.7, 0.3]
+"""Before the sampler's shift. Two, since the last one of a schedule may be stretched to its end."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What goes into a transformer's call; on the device."""
+
+    noisy_BCHW: Tensor
+    conditioning: Conditioning
+    """Stacked, of one sample."""
+    controls: tuple[Tensor, ...]
+    """Latents BCHW at the size that the pipeline gives a square control picture."""
+    guidance: float
+
+
+def random_inputs(family: ModelFamily, folder: ModelFolder, side: int, num_text_tokens: int, device: Any) -> Inputs:
+    """Fixed random latents, text features and, for a model that edits, one control.
+
+    Args:
+        side: of the picture, pixels.
+    """
+
+    def latents(width: int, height: int, what: str) -> Tensor:
+        shape_CHW = family.latent_shape(folder, width, height)
+        return draws.normal((1, *shape_CHW), 0, "random weights", what).to(device)
+
+    text = family.stack_conditioning([family.random_text(folder, num_text_tokens, 0)])
+    controls = []
+    if family.max_controls:
+        controls.append(latents(*family.control_size(folder, (CONTROL_SIDE, CONTROL_SIDE), CONTROL_SIDE), "control"))
+    side -= side % family.pixel_multiple(folder)
+    return Inputs(
+        latents(side, side, "noisy"), {name: tensor.to(device) for name, tensor in text.items()}, tuple(controls), 3.5
+    )
+
+
+def load_stock_transformer(folder: ModelFolder, placement: Placement) -> nn.Module:
+    """The class that the folder's config names, by its own loading."""
+    import diffusers
+
+    kind = getattr(diffusers, folder.component_config("transformer")["_class_name"])
+    model = kind.from_pretrained(folder.path / "transformer", torch_dtype=placement.dtype, use_safetensors=True)
+    return model.to(placement.device).eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def stock_velocity(
+    family: ModelFamily, folder: ModelFolder, transformer: nn.Module, inputs: Inputs, placement: Placement
+) -> tuple[Tensor, Tensor]:
+    """The first step's velocity as the stock pipeline computes it, BCHW, and the sigma that its sampler chose."""
+    import diffusers
+
+    kind: Any = getattr(diffusers, folder.pipeline_class)
+    parts = {name: None for name in folder.components}
+    autoencoder = family.load_autoencoder(folder, placement)  # for its config: nothing is encoded
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_pretrained(folder.path / "scheduler")
+    pipeline = kind(**{**parts, "vae": autoencoder, "scheduler": scheduler, "transformer": transformer})
+    pipeline.set_progress_bar_config(disable=True)
+    batch, channels, height, width = inputs.noisy_BCHW.shape
+    outputs: list[Tensor] = []
+    hook = transformer.register_forward_hook(lambda module, args, output: outputs.append(output[0]))
+    try:
+        pipeline(
+            latents=pipeline._pack_latents(inputs.noisy_BCHW.to(placement.dtype), batch, channels, height, width),
+            width=width * pipeline.vae_scale_factor, height=height * pipeline.vae_scale_factor,
+            num_inference_steps=len(SIGMAS), sigmas=SIGMAS, output_type="latent",
+            callback_on_step_end=stop_after_a_step, **_arguments(family, pipeline, inputs, placement.dtype),
+        )  # fmt: skip
+    finally:
+        hook.remove()
+    tokens_BLC = outputs[0][:, : height * width // 4]
+    sides = (height * pipeline.vae_scale_factor, width * pipeline.vae_scale_factor, pipeline.vae_scale_factor)
+    velocity = pipeline._unpack_latents(tokens_BLC, *sides)
+    sigma_B = scheduler.sigmas[:1].float().to(inputs.noisy_BCHW.device)
+    return (velocity[:, :, 0] if velocity.ndim == 5 else velocity), sigma_B
+
+
+def stop_after_a_step(pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+    """A callback of the pipeline: the steps to come are passed over."""
+    pipeline._interrupt = True
+    return {}
+
+
+def _arguments(family: ModelFamily, pipeline: Any, inputs: Inputs, dtype: torch.dtype) -> dict[str, Any]:
+    """What differs between the pipelines' calls."""
+    text = {name: tensor.to(dtype) for name, tensor in inputs.conditioning.items()}
+    arguments: dict[str, Any] = {"prompt_embeds": text["prompt_embeds"]}
+    if family.embedded_guidance:
+        arguments |= {"pooled_prompt_embeds": text["pooled_embeds"], "guidance_scale": inputs.guidance}
+    else:
+        mask_BT = torch.ones(text["prompt_embeds"].shape[:2], dtype=torch.bool, device=inputs.noisy_BCHW.device)
+        arguments |= {"true_cfg_scale": 1.0, "prompt_embeds_mask": mask_BT}
+    if inputs.controls:
+        control = inputs.controls[0].to(dtype)
+        # The pipelines know a control by a picture's size; what its autoencoder would make of it is given.
+        pipeline._encode_vae_image = lambda image, generator: control.unsqueeze(2) if image.ndim == 5 else control
+        arguments["image"] = Image.new("RGB", (CONTROL_SIDE, CONTROL_SIDE))
+        if family.embedded_guidance:
+            height, width = (side * pipeline.vae_scale_factor for side in inputs.noisy_BCHW.shape[-2:])
+            arguments["max_area"] = height * width  # else it is enlarged to the area of the controls
+    return arguments

@@ -1,0 +1,126 @@
+"""A transformer whose blocks have weights only while they run: read from their files each time, gone afterwards.
+
+So a model of any size runs on a machine that holds one of its blocks and the layers around them, in the very format in
+which it would train. That costs a reading of all files a pass: it is for looking at a model, not for training it. With
+`activations.recompute_blocks` around it the backward pass works, too, and reads once more.
+
+While a block's weights are away its tensors hold NaN, in a single number on the device, as in `streaming`: what reads
+them by mistake computes nothing that looks right, and a LoRA attached meanwhile finds the right device and shape.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pixtune.errors import WeightsError
+from pixtune.families.base import ModelFamily, Placement
+from pixtune.fit.forwards import Forward, wrap_forward
+from pixtune.fit.load import PLAIN, Layout, fill, lay_out, parent, put_into
+from pixtune.fit.quantize import QuantizedLinear
+from pixtune.loading import iterate_tensors, shard_files
+from pixtune.weights import ModelFolder
+
+Visit = Callable[[str, nn.Module, tuple[Any, ...], dict[str, Any]], None]
+"""Gets a block's path, the block with its weights in place, and the arguments that it is about to run with."""
+
+
+@dataclass(frozen=True)
+class BlockWeights:
+    """Where one block's tensors come from and where they go."""
+
+    path: str
+    modules: dict[str, nn.Module]
+    """Tensor name -> the module that it belongs to; found before a LoRA changes the paths."""
+    files: tuple[Path, ...]
+    placement: Placement
+
+    def arrive(self) -> None:
+        missing = set(self.modules)
+        for name, tensor in iterate_tensors(self.files, self.placement.device, wanted=self.modules.__contains__):
+            put_into(self.modules[name], name, tensor, self.placement)
+            missing.discard(name)
+        if missing:
+            raise WeightsError(
+                f"{self.files[0].parent} lacks {len(missing)} tensors of {self.path}, {min(missing)} among them. Was the "
+                "download interrupted? Fetch it again."
+            )
+
+    def leave(self) -> None:
+        for module in self.modules.values():
+            for name, parameter in module._parameters.items():
+                if parameter is not None:
+                    module._parameters[name] = nn.Parameter(self._nothing(parameter), requires_grad=False)
+            for name, buffer in module._buffers.items():
+                if buffer is not None:
+                    module._buffers[name] = self._nothing(buffer)
+
+    def prepare(self) -> None:
+        """What stands there before the first run."""
+        for module in set(self.modules.values()):
+            if isinstance(module, QuantizedLinear):
+                module.weight = torch.empty(module.out_features, module.in_features, dtype=torch.uint8, device="meta")
+        self.leave()
+
+    def _nothing(self, tensor: Tensor) -> Tensor:
+        is_number = tensor.is_floating_point()
+        dtype = self.placement.dtype if tensor.is_meta and is_number else tensor.dtype
+        one = torch.full((), float("nan") if is_number else 0, dtype=dtype, device=self.placement.device)
+        return one.expand(tensor.shape)
+
+
+def load_on_demand(
+    family: ModelFamily,
+    folder: ModelFolder,
+    placement: Placement,
+    layout: Layout = PLAIN,
+    visit: Visit | None = None,
+) -> nn.Module:
+    """A frozen transformer, only the layers outside its blocks loaded.
+
+    Args:
+        layout: without `modulation_rows` and `on_host`, which have no meaning here.
+        visit: is called before each block runs.
+
+    Raises:
+        WeightsError: the files' tensors are not those of the architecture that the config describes; names some.
+    """
+    model = family.build_transformer(folder.component_config("transformer"))
+    names = set(model.state_dict())
+    lay_out(model, family, placement, layout)
+    files = tuple(shard_files(folder.path / "transformer"))
+    blocks = {f"{path}.{n}": b for path in family.block_paths for n, b in model.get_submodule(path).named_children()}
+    in_blocks = tuple(f"{path}." for path in blocks)
+    outside = {name for name in names if not name.startswith(in_blocks)}
+    tensors = iterate_tensors(files, placement.device, wanted=lambda name: not name.startswith(in_blocks))
+    fill(model, tensors, outside, placement, str(folder.path))
+    for path, block in blocks.items():
+        modules = {name: model.get_submodule(parent(name)) for name in names if name.startswith(f"{path}.")}
+        weights = BlockWeights(path, modules, files, placement)
+        weights.prepare()
+        wrap_forward(block, partial(run_with_weights, weights, block, visit))
+    return model.requires_grad_(False).eval()
+
+
+def run_with_weights(
+    weights: BlockWeights,
+    block: nn.Module,
+    visit: Visit | None,
+    inner: Forward,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    """One call of a block, its weights there for the time of it."""
+    weights.arrive()
+    try:
+        if visit is not None:
+            visit(weights.path, block, args, kwargs)
+        return inner(*args, **kwargs)
+    finally:
+        weights.leave()
