@@ -3,18 +3,31 @@
 from __future__ import annotations
 
 import math
+import statistics
+import sys
 import time
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from pixtune.data.batches import Batch
 from pixtune.errors import TrainingError
 from pixtune.hardware.monitor import get_memory_stats
+from pixtune.hardware.sensors import GpuSensors, read_sensors
+from pixtune.hardware.steptime import Drift, StepSample, StepTimeWatch
 from pixtune.metrics import MetricsLog
 from pixtune.progress import StepBar
+
+SENSORS_EVERY_SECONDS = 60.0
+"""At most so often: nvidia-smi takes tens of milliseconds."""
+
+Moment = float | torch.cuda.Event
+"""Seconds of the host's clock; on a GPU a mark among the device's work, since the host runs ahead of it."""
 
 
 @dataclass(frozen=True)
@@ -27,31 +40,67 @@ class PendingStep:
     learning_rate: float
     names: list[str]
     """Pictures that the step saw, to name them if its loss is no number."""
+    size: str
+    data_wait_seconds: float
+    compiled_graphs: int
+    """Made during this step."""
+    end: Moment
 
 
 class StepFigures:
-    """Collects steps and hands their figures to the log, the bar and the tracker.
+    """Collects steps and hands their figures to the log, the bar and the tracker; warns when steps become slower.
 
     Args:
         log: None in all processes but the first.
         images_per_step: of all processes.
+        say: prints a line.
+        watch: None in all processes but the first.
     """
 
     def __init__(
-        self, accelerator: Accelerator, log: MetricsLog | None, bar: StepBar, images_per_step: int, tracked: bool
+        self,
+        accelerator: Accelerator,
+        log: MetricsLog | None,
+        bar: StepBar,
+        images_per_step: int,
+        tracked: bool,
+        say: Callable[[str], None],
+        watch: DriftWatch | None,
     ) -> None:
         self._accelerator, self._log, self._bar = accelerator, log, bar
         self._images_per_step, self._tracked = images_per_step, tracked
+        self._say, self._watch = say, watch
         self._pending: list[PendingStep] = []
+        self._batches: list[Batch] = []
+        self._waited_seconds = 0.0
+        self._first_is_told = False
         self.restart_clock()
 
     def restart_clock(self) -> None:
-        """Leaves what has happened since the last step out of its seconds."""
-        self._clock = time.perf_counter()
+        """Leaves what has happened since the last step out of the next one's seconds."""
+        self._began = mark_time(self._accelerator.device)
+        self._num_graphs = count_compiled_graphs()
 
-    def add(self, entry: PendingStep) -> None:
-        """A step has been launched."""
+    def see_batch(self, batch: Batch) -> None:
+        """The step that is being made sees this batch."""
+        self._batches.append(batch)
+
+    def waited(self, seconds: float) -> None:
+        """The step that is being made had to wait so long for a batch."""
+        self._waited_seconds += seconds
+
+    def add(self, step: int, loss: Tensor, grad_norm: Tensor, learning_rate: float) -> None:
+        """A step has been launched. Waits for the first one of a session alone, to tell how long it took."""
+        num_graphs = count_compiled_graphs()
+        entry = PendingStep(
+            step, loss, grad_norm, learning_rate, [name for batch in self._batches for name in batch.names],
+            size_in_words(self._batches), self._waited_seconds, num_graphs - self._num_graphs,
+            mark_time(self._accelerator.device),
+        )  # fmt: skip
         self._pending.append(entry)
+        self._batches, self._waited_seconds, self._num_graphs = [], 0.0, num_graphs
+        if not self._first_is_told:
+            self._tell_first_step(entry)
 
     def read_back(self) -> None:
         """The one place that waits for the device: takes the figures of all steps since the last time.
@@ -63,24 +112,146 @@ class StepFigures:
             return
         pending, self._pending = self._pending, []
         losses, norms = torch.stack([torch.stack((p.loss, p.grad_norm.float())) for p in pending]).T.tolist()
-        seconds = (time.perf_counter() - self._clock) / len(pending)
+        seconds = [seconds_between(*ends) for ends in pairwise([self._began, *(entry.end for entry in pending)])]
         memory = get_memory_stats()["max_allocated_gb"]
-        for entry, loss, norm in zip(pending, losses, norms, strict=True):
+        for entry, loss, norm, own_seconds in zip(pending, losses, norms, seconds, strict=True):
             _refuse_no_number(entry, loss, norm)
             if self._log:
                 self._log.write(
                     "step", entry.step, loss=loss, grad_norm=norm, learning_rate=entry.learning_rate,
-                    seconds=round(seconds, 5), peak_memory_gib=round(memory, 3),
+                    seconds=round(own_seconds, 5), data_wait_seconds=round(entry.data_wait_seconds, 5),
+                    peak_memory_gib=round(memory, 3),
                 )  # fmt: skip
-        self._bar.figures(losses[-1], seconds, self._images_per_step / seconds, memory)
+        for drift in self._watch.look_at(pending, seconds) if self._watch else ():
+            self._tell_drift(drift)
+        mean_seconds = statistics.fmean(seconds)
+        self._bar.figures(losses[-1], mean_seconds, self._images_per_step / mean_seconds, memory)
         values = {"loss": losses[-1], "grad_norm": norms[-1], "learning_rate": pending[-1].learning_rate}
-        self.track(pending[-1].step, {**values, "seconds_per_step": seconds, "peak_memory_gib": memory})
+        self.track(pending[-1].step, {**values, "seconds_per_step": mean_seconds, "peak_memory_gib": memory})
         self.restart_clock()
 
     def track(self, step: int, values: Mapping[str, float]) -> None:
         """Hands values to the config's tracker, if there is one."""
         if self._tracked:
             self._accelerator.log(dict(values), step=step)
+
+    def _tell_first_step(self, entry: PendingStep) -> None:
+        self._first_is_told = True
+        if isinstance(entry.end, torch.cuda.Event):
+            entry.end.synchronize()
+        seconds, graphs = seconds_between(self._began, entry.end), entry.compiled_graphs
+        if self._log:
+            self._log.write("first_step", entry.step, first_step_seconds=round(seconds, 3), compiled_graphs=graphs)
+        compiled = f", with {graphs} graphs compiled once for all later steps" if graphs else ""
+        self._say(f"first step: {seconds:.2f} s{compiled}")
+
+    def _tell_drift(self, drift: Drift) -> None:
+        self._say(f"warning: {drift.message}")
+        if self._log:
+            self._log.write(
+                "drift", drift.step, ratio=round(drift.ratio, 3), causes=list(drift.causes), message=drift.message
+            )
+
+
+# ---- evidence of what makes steps slower
+
+
+class PacedSensors:
+    """A GPU's clock and temperature, asked for at most once in `SENSORS_EVERY_SECONDS`; so long an answer stands."""
+
+    def __init__(
+        self, read: Callable[[], GpuSensors | None], clock_seconds: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._read, self._clock_seconds = read, clock_seconds
+        self._answer: GpuSensors | None = None
+        self._asked_at = -math.inf
+
+    def reading(self, wanted: bool) -> GpuSensors | None:
+        """None where the card does not tell, and where nothing recent is known and nothing is wanted."""
+        now = self._clock_seconds()
+        is_recent = now - self._asked_at < SENSORS_EVERY_SECONDS
+        if not is_recent and wanted:
+            self._asked_at, self._answer, is_recent = now, self._read(), True
+        return self._answer if is_recent else None
+
+
+class DriftWatch:
+    """Gives `StepTimeWatch` each step's own seconds, with what was measured about them.
+
+    What costs a call of the driver is read once for all steps that are read back together: allocation retries count for
+    the last of them, free memory for each.
+
+    Args:
+        read_gpu_memory: free share of the device's memory and the number of allocation retries so far.
+    """
+
+    def __init__(
+        self, times: StepTimeWatch, sensors: PacedSensors, read_gpu_memory: Callable[[], tuple[float | None, int]]
+    ) -> None:
+        self._times, self._sensors, self._read_gpu_memory = times, sensors, read_gpu_memory
+        self._retries = read_gpu_memory()[1]
+
+    def look_at(self, steps: Sequence[PendingStep], seconds: Sequence[float]) -> list[Drift]:
+        """The drifts that have begun in these steps, at most one unless sizes differ much."""
+        free_share, retries = self._read_gpu_memory()
+        drifts = []
+        for entry, own_seconds in zip(steps, seconds, strict=True):
+            sensors = self._sensors.reading(self._times.is_telling(entry.size, own_seconds))
+            sample = StepSample(
+                entry.step, own_seconds, entry.size, entry.data_wait_seconds, entry.compiled_graphs,
+                retries - self._retries if entry is steps[-1] else 0, free_share,
+                sensors.clock_mhz if sensors else None, sensors.temperature_celsius if sensors else None,
+            )  # fmt: skip
+            if (drift := self._times.add(sample)) is not None:
+                drifts.append(drift)
+        self._retries = retries
+        return drifts
+
+
+def watch_device(device: torch.device, spills_to_host: bool) -> DriftWatch:
+    """The watch over a run on this device. On a CPU only data and other programs can slow a run down."""
+    times = StepTimeWatch(spills_to_host)
+    if device.type != "cuda":
+        return DriftWatch(times, PacedSensors(lambda: None), lambda: (None, 0))
+
+    def read_gpu_memory() -> tuple[float, int]:
+        free, total = torch.cuda.mem_get_info(device)
+        return free / total, torch.cuda.memory_stats(device).get("num_alloc_retries", 0)
+
+    uuid = str(torch.cuda.get_device_properties(device).uuid)
+    return DriftWatch(times, PacedSensors(lambda: read_sensors(uuid)), read_gpu_memory)
+
+
+def mark_time(device: torch.device) -> Moment:
+    """Now, or on a GPU the moment at which it will have done what was asked of it so far."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record(torch.cuda.current_stream(device))
+    return event
+
+
+def seconds_between(before: Moment, after: Moment) -> float:
+    """Of two moments of one device, both past."""
+    if isinstance(before, torch.cuda.Event) and isinstance(after, torch.cuda.Event):
+        return before.elapsed_time(after) / 1000
+    assert isinstance(before, float) and isinstance(after, float)
+    return after - before
+
+
+def count_compiled_graphs() -> int:
+    """Graphs that torch.compile has made in this process so far."""
+    dynamo = sys.modules.get("torch._dynamo.utils")  # importing it takes seconds; who never compiles need not
+    return int(dynamo.counters["stats"]["unique_graphs"]) if dynamo else 0
+
+
+def size_in_words(batches: Iterable[Batch]) -> str:
+    """Steps of one size cost alike: "8 latents of 16x16" (height by width), controls after a plus."""
+    counts: Counter[str] = Counter()
+    for batch in batches:
+        shapes = [tensor.shape for tensor in (batch.latents_BCHW, *batch.controls)]
+        counts["+".join(f"{height}x{width}" for *_, height, width in shapes)] += len(batch.names)
+    return " and ".join(f"{count} latents of {size}" for size, count in sorted(counts.items()))
 
 
 def _refuse_no_number(entry: PendingStep, loss: float, norm: float) -> None:

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -12,10 +16,13 @@ from pixtune.errors import TrainingError
 from pixtune.fit.rungs import is_unified
 from pixtune.hardware.capping import cap_device_memory, outside_allocator_bytes, used_before_cuda
 from pixtune.hardware.facts import GIB, MEMORY_FRACTION, read_facts
-from pixtune.hardware.monitor import StageLog
+from pixtune.hardware.monitor import StageLog, StageMemory
 from pixtune.hardware.unified import MemoryWatchdog, cap_unified_memory, setup_unified_memory_env
 
 log = logging.getLogger(__name__)
+
+SETUP, STEPS = "other set-up", "training steps"
+"""Stages of every run, after those that encode and load."""
 
 
 class RunMemory:
@@ -24,6 +31,7 @@ class RunMemory:
     def __init__(self, config: TrainConfig) -> None:
         self.stages = StageLog()
         self._config = config
+        self._steps_began = False
         self._watchdog: MemoryWatchdog | None = None
         self._used_before: int | None = None
         if torch.cuda.is_initialized():
@@ -55,20 +63,64 @@ class RunMemory:
         verdict = self._watchdog.check()
         return TrainingError(verdict.message) if verdict.should_stop else None
 
+    def begin_steps(self) -> None:
+        """All is ready for the first step."""
+        self.stages.record(SETUP)
+        self._steps_began = True
+
+    @contextmanager
+    def aside(self, stage: str) -> Iterator[None]:
+        """Around what is done before or between steps: its memory counts for its own stage, not for the steps."""
+        if self._steps_began:
+            self.stages.record(STEPS)
+        yield
+        self.stages.record(stage)
+
+    def end_steps(self) -> None:
+        """No step follows."""
+        self.stages.record(STEPS)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One a stage, however often it was entered."""
+        return [stage.row() for stage in merge_stages(self.stages.stages)]
+
     def compare(self, expected_bytes: int) -> dict[str, float]:
-        """Most that was allocated since the last stage, against the plan's estimate; empty without a GPU."""
-        if not torch.cuda.is_available() or not expected_bytes:
+        """The most that steps had allocated, against the plan's estimate; empty where no GPU trained.
+
+        `process_peak_gib`, of runs with a memory limit, is that of the whole run and process, CUDA context included.
+        """
+        stages = merge_stages(self.stages.stages)
+        steps = next((stage for stage in stages if stage.stage == STEPS), None)
+        if steps is None or not steps.peak_gib or not expected_bytes:
             return {}
-        measured, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
         figures = {
             "expected_peak_gib": expected_bytes / GIB,
-            "measured_peak_gib": measured / GIB,
-            "reserved_peak_gib": reserved / GIB,
-            "error_percent": 100 * (expected_bytes / measured - 1),
+            "measured_peak_gib": steps.peak_gib,
+            "reserved_peak_gib": steps.peak_reserved_gib,
+            "error_percent": 100 * (expected_bytes / GIB / steps.peak_gib - 1),
         }
-        if self._used_before is not None:  # of the whole process, CUDA context included
-            figures["process_peak_gib"] = (reserved + outside_allocator_bytes(self._used_before)) / GIB
+        if self._used_before is not None:
+            outside_gib = outside_allocator_bytes(self._used_before) / GIB
+            figures["process_peak_gib"] = max(stage.peak_reserved_gib for stage in stages) + outside_gib
         return {name: round(value, 2) for name, value in figures.items()}
+
+
+def merge_stages(stages: Iterable[StageMemory]) -> list[StageMemory]:
+    """Stages of one name as one, in the order of their first: seconds add up, peaks are the highest, the rest the last.
+
+    The host's memory is read at a stage's end only; of several ends the fullest counts.
+    """
+    merged: dict[str, StageMemory] = {}
+    for stage in stages:
+        before = merged.get(stage.stage, stage)
+        merged[stage.stage] = replace(
+            stage,
+            seconds=stage.seconds + (before.seconds if before is not stage else 0.0),
+            peak_gib=max(stage.peak_gib, before.peak_gib),
+            peak_reserved_gib=max(stage.peak_reserved_gib, before.peak_reserved_gib),
+            host_rss_gib=max(stage.host_rss_gib, before.host_rss_gib),
+        )
+    return list(merged.values())
 
 
 def wants_expandable_segments(config: TrainConfig) -> bool:

@@ -1,6 +1,14 @@
-"""`metrics.jsonl`: one JSON object a line, for every step, validation and picture. Always written.
+"""`metrics.jsonl`: one JSON object a line. Always written.
 
-Lines have `kind` ("step", "validation" or "sample") and `step`; figures carry their unit in the name.
+Lines have `kind` and `step`; figures carry their unit in the name. The kinds:
+
+"step": loss, gradient norm, rate, seconds and peak memory of a step.
+"first_step": how long the first step of a session took, compilation included. A resumed run has one a session.
+"drift": steps have become slower, with the causes that were measured ("data", "recompilation", "memory", "spill",
+    "throttling") and the warning that was printed.
+"validation": held-out loss, and its four quarters by sigma.
+"sample": a drawn picture and what it was drawn from.
+"memory": once, at the end of a run: what each stage took, and on a GPU the plan's estimate beside it.
 """
 
 from __future__ import annotations

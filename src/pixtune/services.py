@@ -33,11 +33,12 @@ from pixtune.data.prepare import PreparedData
 from pixtune.data.swapped import measure_gains, swap_warning
 from pixtune.errors import CheckpointError
 from pixtune.families.base import Placement
-from pixtune.figures import PendingStep, StepFigures
+from pixtune.figures import StepFigures, watch_device
 from pixtune.fit.apply import FORMATS
 from pixtune.hardware.facts import package_versions
-from pixtune.hardware.monitor import reset_peak_memory_stats
+from pixtune.hardware.machine import driver_may_spill
 from pixtune.metrics import FILE_NAME, MetricsLog
+from pixtune.planning import drawing_tile_of
 from pixtune.progress import StepBar
 from pixtune.report import write_report
 from pixtune.resume import flatten, refuse_other_run
@@ -79,8 +80,8 @@ class Services:
             SamplerSettings(run.config.samples.seeds, run.config.samples.num_steps, run.config.samples.guidance_scale),
             Placement(run.accelerator.device, FORMATS[run.plan.compute_format]),
             keep_autoencoder=run.plan.encoders_stay,
+            tile_pixels=drawing_tile_of(run.config, run.family, folder, run.plan, data.encoders, data.drawn_pixels),
         )
-        self._names: list[str] = []
         self._losses: dict[int, ValidationLoss] = {}
         self._saved_step = start_step
         self._stack = ExitStack()
@@ -103,8 +104,10 @@ class Services:
             accelerator.init_trackers(config.tracker_project_name, tracker_values(to_dict(config)))
         self.bar = self._stack.enter_context(StepBar(self.console, self.start_step, self.run.num_steps))
         images_per_step = config.batch_size * config.gradient_accumulation_steps * accelerator.num_processes
-        self.figures = StepFigures(accelerator, log, self.bar, images_per_step, bool(config.report_to))
-        reset_peak_memory_stats()
+        watch = watch_device(accelerator.device, driver_may_spill()) if self.is_main else None
+        self.figures = StepFigures(
+            accelerator, log, self.bar, images_per_step, bool(config.report_to), self._print, watch
+        )
         return self
 
     def __exit__(
@@ -141,21 +144,24 @@ class Services:
             self._check_direction()
             self._validate(0)
             self._draw_pictures(0)
+        self.run.memory.begin_steps()
         self.figures.restart_clock()
 
     def see_batch(self, batch: Batch) -> None:
-        """Remembers which pictures a step saw, to name them if its loss is no number."""
-        self._names += batch.names
+        """A step learns from this batch."""
+        self.figures.see_batch(batch)
+
+    def waited(self, seconds: float) -> None:
+        """The loop had to wait so long for a micro-batch."""
+        self.figures.waited(seconds)
 
     def after_step(self, step: int, loss: Tensor, grad_norm: Tensor) -> None:
         config, last = self.config, step == self.run.num_steps
-        rate = self.run.learning_rate_at(step - 1)
-        self.figures.add(PendingStep(step, loss, grad_norm, rate, self._names))
-        self._names = []
+        self.figures.add(step, loss, grad_norm, self.run.learning_rate_at(step - 1))
         validation_due = last or step % config.validation.every == 0
         pictures_due = last or step % config.samples.every == 0
         save_due = last or step % config.checkpointing_steps == 0
-        if step % config.logging_steps == 0 or validation_due or save_due:
+        if step % config.logging_steps == 0 or validation_due or pictures_due or save_due:
             self.figures.read_back()
         self.bar.advance(step)
         if validation_due:
@@ -178,12 +184,8 @@ class Services:
     def finish(self) -> TrainResult:
         """What others load, and the report."""
         step = self.run.num_steps
-        if memory := self.run.memory.compare(self.run.plan.expected_peak_bytes):
-            self._print(
-                f"memory: {memory['measured_peak_gib']:.1f} GiB at the peak, {memory['expected_peak_gib']:.1f} expected"
-            )
-            if self.is_main:
-                self.log.write("memory", step, stages=self.run.memory.stages.rows(), **memory)
+        if self.start_step < step:
+            self._compare_memory(step)
         first, last = self._losses.get(0), self._losses.get(step)
         if self.is_main:
             paths = self.run.trained.export(self.output_dir, step)
@@ -200,6 +202,15 @@ class Services:
             )
             self._print("wrote " + "\n      ".join(str(path) for path in [*paths, report]))
         return TrainResult(True, step, self.output_dir, first, last)
+
+    def _compare_memory(self, step: int) -> None:
+        self.run.memory.end_steps()
+        if memory := self.run.memory.compare(self.run.plan.expected_peak_bytes):
+            self._print(
+                f"memory: {memory['measured_peak_gib']:.1f} GiB at the peak, {memory['expected_peak_gib']:.1f} expected"
+            )
+        if self.is_main:
+            self.log.write("memory", step, stages=self.run.memory.rows(), **memory)
 
     # ---- the services
 
@@ -230,10 +241,11 @@ class Services:
         if not self.data.held_out or not self.is_main or step in self._losses:
             return
         run = self.run
-        loss = measure(
-            run.family, run.transformer, self.data.held_out, self.config.validation.num_draws, self.config.seed,
-            run.accelerator.device, self.config.objective.guidance, self.config.batch_size,
-        )  # fmt: skip
+        with run.memory.aside("held-out loss"):
+            loss = measure(
+                run.family, run.transformer, self.data.held_out, self.config.validation.num_draws, self.config.seed,
+                run.accelerator.device, self.config.objective.guidance, self.config.batch_size,
+            )  # fmt: skip
         self._losses[step] = loss
         self.log.write("validation", step, loss=loss.mean, quarters=loss.quarters)
         self.figures.track(step, {"held_out_loss": loss.mean})
@@ -242,18 +254,25 @@ class Services:
     def _draw_pictures(self, step: int) -> None:
         if not self.data.prompts or not self.is_main:
             return
-        for number, picture in enumerate(self.sampler.draw(self.run.transformer)):
-            path = self.output_dir / SAMPLES_FOLDER / f"step-{step:06d}" / f"{number:03d}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            picture.image.save(path)
-            relative = path.relative_to(self.output_dir).as_posix()
-            controls = [path.as_posix() for path in picture.prompt.control_paths]
-            self.log.write(
-                "sample", step, prompt=picture.prompt.text, seed=picture.seed, path=relative, controls=controls
-            )
+        with self.run.memory.aside("samples drawn"):
+            for number, picture in enumerate(self.sampler.draw(self.run.transformer)):
+                path = self.output_dir / SAMPLES_FOLDER / f"step-{step:06d}" / f"{number:03d}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                picture.image.save(path)
+                relative = path.relative_to(self.output_dir).as_posix()
+                controls = [path.as_posix() for path in picture.prompt.control_paths]
+                self.log.write(
+                    "sample", step, prompt=picture.prompt.text, seed=picture.seed, path=relative, controls=controls
+                )
 
     def _save(self, step: int) -> None:
         if self.is_main:
+            self._write_checkpoint(step)
+            self._print(f"step {step}: saved {checkpoint_path(self.output_dir, step)}")
+        self._saved_step = step
+
+    def _write_checkpoint(self, step: int) -> None:
+        with self.run.memory.aside("checkpoint"):
             self.log.sync()
             state, plain = optim.optimizer_state(self.run.trained.optimizer, self.run.trained.parameters)
             save_checkpoint(
@@ -263,14 +282,13 @@ class Services:
                 {
                     "config": to_dict(self.config),
                     "plan": self.run.plan.to_dict(),
+                    "encoders": self.data.encoders.to_dict(),
                     "data": self.data.fingerprint,
                     "versions": package_versions(),
                     "optimizer_plain": plain,
                 },
             )
             prune_checkpoints(self.output_dir, self.config.checkpoints_total_limit)
-            self._print(f"step {step}: saved {checkpoint_path(self.output_dir, step)}")
-        self._saved_step = step
 
 
 def tracker_values(config: Mapping[str, Any]) -> dict[str, str | int | float | bool]:

@@ -17,12 +17,13 @@ from torch import Tensor, nn
 from pixtune import optim
 from pixtune.checkpoint import Checkpoint, load_checkpoint, resolve_resume
 from pixtune.config.schema import TrainConfig
-from pixtune.data.batches import Batch, BatchPlan, BatchSource, read_ahead
+from pixtune.data.batches import Batch, BatchPlan, BatchSource, read_ahead, timed
 from pixtune.data.prepare import PreparedData, prepare_data
 from pixtune.families import family_of
 from pixtune.families.base import ModelFamily
 from pixtune.fit import load
 from pixtune.fit.apply import apply_switches, apply_to_activations, apply_to_weights, layout_of, placement_of
+from pixtune.fit.encoders import EncoderPlan
 from pixtune.fit.modulation import StepsAhead
 from pixtune.fit.plan import MemoryPlan
 from pixtune.hardware.facts import check_torch
@@ -76,7 +77,8 @@ def assemble(config: TrainConfig) -> tuple[Run, Services]:
     resume_path = resolve_resume(config.output_dir, config.resume_from_checkpoint)
     checkpoint = load_checkpoint(resume_path) if resume_path else None
 
-    data = prepare_data(config, family, folder, accelerator, memory.stages)
+    encoders = EncoderPlan.from_dict(checkpoint.record["encoders"]) if checkpoint else None
+    data = prepare_data(config, family, folder, accelerator, memory.stages, encoders)
     plan = decide_plan(config, family, folder, data, accelerator.device, checkpoint)
     apply_switches(plan)
     transformer = load_transformer(config, family, folder, plan, accelerator.device)
@@ -95,9 +97,10 @@ def run_steps(run: Run, services: Services) -> TrainResult:
     """The loop: step, and what is due after it. Stops early, with a checkpoint, when the process is told to stop."""
     config, accumulation = run.config, run.config.gradient_accumulation_steps
     start, end = services.start_step, run.num_steps
-    batches = read_ahead(
+    made = read_ahead(
         run.source, start * accumulation, end * accumulation, config.data_config.num_workers, run.plan.pin_memory
     )
+    batches = timed(made, services.waited)
     with services, StopSignal(run.accelerator) as stop:
         services.before_first_step()
         for step in range(start, end):

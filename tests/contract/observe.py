@@ -139,7 +139,11 @@ def watch() -> Iterator[dict[str, Any]]:
 
 
 def _lasting_lines(printed: str, run: Path) -> list[str]:
-    return [line.replace(str(run), "RUN") for line in printed.splitlines() if "s/step" not in line]
+    return [line.replace(str(run), "RUN") for line in printed.splitlines() if not is_timing(line)]
+
+
+def is_timing(line: str) -> bool:
+    return "s/step" in line or line.startswith("first step: ")
 
 
 def _read(output: Path, run: Path) -> Observed:

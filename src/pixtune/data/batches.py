@@ -6,11 +6,13 @@ contiguous share. Two processes therefore see exactly what one process with twic
 
 from __future__ import annotations
 
+import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +22,8 @@ from pixtune.config.schema import ObjectiveConfig
 from pixtune.data.buckets import Size
 from pixtune.families.base import Conditioning, LatentDistribution
 from pixtune.objective import draw_sigmas, shift_sigmas
+
+T = TypeVar("T")
 
 Signature = tuple[Size, ...]
 """Sizes in pixels of a sample's target and control pictures."""
@@ -255,6 +259,15 @@ class _Single:
     @property
     def text_shape(self) -> tuple[torch.Size, ...]:
         return tuple(tensor.shape for tensor in self.text.values())
+
+
+def timed(items: Iterable[T], waited: Callable[[float], None]) -> Iterator[T]:
+    """The same items; `waited` is told the seconds that each of them was waited for."""
+    began = time.perf_counter()
+    for item in items:
+        waited(time.perf_counter() - began)
+        yield item
+        began = time.perf_counter()
 
 
 def read_ahead(source: BatchSource, start: int, end: int, num_workers: int, pin_memory: bool) -> Iterator[list[Batch]]:

@@ -94,6 +94,11 @@ def read_machine(environment: dict[str, str], folder: Path) -> Machine:
     )
 
 
+def driver_may_spill() -> bool:
+    """Whether this system's GPU driver moves memory to the host when it is full, instead of refusing more."""
+    return platform.system() == "Windows" or is_wsl(platform.release())
+
+
 def is_wsl(kernel: str) -> bool:
     """Whether the text of /proc/version is that of Linux under Windows."""
     return "microsoft" in kernel.casefold()

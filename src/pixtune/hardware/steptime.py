@@ -111,6 +111,11 @@ class StepTimeWatch:
         self._drifting = True
         return explain(tuple(self._window), ratio, self._spills_to_host)
 
+    def is_telling(self, size: str, seconds: float) -> bool:
+        """Whether the clock during such a step is worth asking for: its baseline is being learnt, or it is slow."""
+        baseline = self._baselines.get(size)
+        return baseline is None or seconds >= DRIFT_RATIO * baseline.seconds
+
     def _learn(self, sample: StepSample) -> None:
         young = self._young[sample.size]
         young.append(sample)

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
 from pixtune.report.charts import Chart, Series, draw_chart
 from pixtune.report.pictures import data_uri, edge_for, open_picture, spread
-from pixtune.report.record import Outcome, RunRecord, Sample, Validation, smooth, smoothing_window
+from pixtune.report.record import (
+    MemoryRecord,
+    Outcome,
+    RunRecord,
+    Sample,
+    StageRow,
+    Validation,
+    smooth,
+    smoothing_window,
+)
 from pixtune.report.style import CSS
 from pixtune.resume import flatten
 
@@ -46,6 +55,8 @@ def build_page(
         build_pairs(output_dir, record),
         build_strips(output_dir, record),
         build_charts(record),
+        build_drifts(record.drifts),
+        build_memory(record.memory) if record.memory else "",
         '<div class="columns">',
         build_table("LoRA and data", {key: format_plain(value) for key, value in facts.items()}),
         build_table("Plan", dict(decisions), plan.get("reasons", ())),
@@ -101,6 +112,10 @@ def build_tiles(record: RunRecord, plan: Mapping[str, Any]) -> str:
     if record.median_seconds is not None:
         tiles.append(("Time in steps", format_duration(record.total_seconds), "without validation and samples"))
         tiles.append(("Time of a step", format_seconds(record.median_seconds), "median"))
+    if record.first_steps:
+        first = record.first_steps[0]
+        graphs = f"with {first.compiled_graphs:,} graphs compiled" if first.compiled_graphs else "nothing compiled"
+        tiles.append(("First step", format_seconds(first.seconds), graphs))
     if record.peak_memory_gib:
         expected = plan.get("expected_peak_bytes")
         note = f"the plan expected {expected / GIB:.1f} GiB" if expected else ""
@@ -232,6 +247,63 @@ def build_validations(validations: Sequence[Validation]) -> str:
         '<div class="scroll" tabindex="0"><table class="figures"><caption class="quiet">Held-out loss by sigma '
         f"(0 is clean, 1 is noise)</caption><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table></div>"
     )
+
+
+# ---- speed and memory
+
+
+def build_drifts(drifts: Sequence[str]) -> str:
+    """The warnings of steps that became slower."""
+    if not drifts:
+        return ""
+    listed = "".join(f"<li>{escape(drift)}</li>" for drift in drifts)
+    return f'<section><h2>Slower steps</h2><ul class="reasons drifts">{listed}</ul></section>'
+
+
+def build_memory(memory: MemoryRecord) -> str:
+    """Memory by stage; of the GPU only where one was used, and there beside the plan's estimate."""
+    columns = GPU_COLUMNS + HOST_COLUMNS if memory.on_gpu else HOST_COLUMNS
+    heads = "".join(f'<th scope="col">{head}</th>' for head in ("stage", *(head for head, _ in columns)))
+    rows = "".join(
+        f'<tr><th scope="row">{escape(stage.stage)}</th>'
+        f"{''.join(f'<td>{value(stage)}</td>' for _, value in columns)}</tr>"
+        for stage in memory.stages
+    )
+    return (
+        f"<section><h2>Memory</h2>{build_comparison(memory)}"
+        f'<div class="scroll" tabindex="0"><table class="figures memory"><thead><tr>{heads}</tr></thead>'
+        f"<tbody>{rows}</tbody></table></div></section>"
+    )
+
+
+def build_comparison(memory: MemoryRecord) -> str:
+    """The plan's estimate against what was measured, in words."""
+    expected, measured = memory.expected_peak_gib, memory.measured_peak_gib
+    if not expected or not measured:
+        return ""
+    more = [
+        f"{name} {gib:.1f} GiB"
+        for name, gib in (
+            ("torch's allocator reserved", memory.reserved_peak_gib),
+            ("the whole process, CUDA included, took", memory.process_peak_gib),
+        )
+        if gib is not None
+    ]
+    return (
+        f"<p>The plan expected {expected:.1f} GiB at the peak of a step; it was {measured:.1f} GiB, so the estimate "
+        f"was off by {format_percent(expected / measured - 1)}. {escape('; '.join(more))}{'.' if more else ''}</p>"
+    )
+
+
+GPU_COLUMNS: tuple[tuple[str, Callable[[StageRow], str]], ...] = (
+    ("GPU, peak", lambda stage: f"{stage.peak_gib:.2f} GiB"),
+    ("reserved, peak", lambda stage: f"{stage.peak_reserved_gib:.2f} GiB"),
+    ("GPU, at its end", lambda stage: f"{stage.allocated_gib:.2f} GiB"),
+)
+HOST_COLUMNS: tuple[tuple[str, Callable[[StageRow], str]], ...] = (
+    ("host, at its end", lambda stage: f"{stage.host_rss_gib:.2f} GiB"),
+    ("time", lambda stage: format_duration(stage.seconds)),
+)
 
 
 # ---- tables

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -73,12 +73,58 @@ class Outcome:
 
 
 @dataclass(frozen=True)
+class FirstStep:
+    """The first step of a session, with what is done once."""
+
+    step: int
+    seconds: float
+    compiled_graphs: int
+
+
+@dataclass(frozen=True)
+class StageRow:
+    """Memory of one stage of a run, GiB. Figures of the device are 0 where there is no GPU."""
+
+    stage: str
+    seconds: float
+    allocated_gib: float
+    """At the stage's end."""
+    peak_gib: float
+    peak_reserved_gib: float
+    host_rss_gib: float
+    """Of this process, at the stage's end."""
+
+
+@dataclass(frozen=True)
+class MemoryRecord:
+    """What a finished run took, stage by stage; the rest is None where no GPU trained."""
+
+    stages: Sequence[StageRow]
+    expected_peak_gib: float | None = None
+    measured_peak_gib: float | None = None
+    """Of the steps."""
+    reserved_peak_gib: float | None = None
+    process_peak_gib: float | None = None
+    """None also where the run had no limit."""
+
+    @property
+    def on_gpu(self) -> bool:
+        return any(stage.peak_reserved_gib or stage.peak_gib for stage in self.stages)
+
+
+@dataclass(frozen=True)
 class RunRecord:
     """Everything the log holds, in order of steps. Values that are no finite number are left out."""
 
     steps: Sequence[dict[str, Any]]
     validations: Sequence[Validation]
     strips: Sequence[Strip]
+    first_steps: Sequence[FirstStep] = ()
+    """One a session."""
+    drifts: Sequence[str] = ()
+    """Warnings about steps that became slower."""
+    memory: MemoryRecord | None = None
+    """None while a run has not finished."""
 
     def series(self, name: str) -> list[Point]:
         """One figure of every step."""
@@ -126,6 +172,9 @@ def read_record(output_dir: Path) -> RunRecord:
     steps: dict[int, dict[str, Any]] = {}
     validations: dict[int, Validation] = {}
     strips: dict[tuple[str, int, tuple[str, ...]], dict[int, Sample]] = {}
+    first_steps: dict[int, FirstStep] = {}
+    drifts: dict[int, str] = {}
+    memory: MemoryRecord | None = None
     for line in read_metrics(output_dir / FILE_NAME):
         step = line["step"]
         if line["kind"] == "step":
@@ -135,6 +184,12 @@ def read_record(output_dir: Path) -> RunRecord:
         elif line["kind"] == "sample":
             sample = Sample(step, line["prompt"], line["seed"], line["path"], tuple(line.get("controls", ())))
             strips.setdefault((sample.prompt, sample.seed, sample.controls), {})[step] = sample
+        elif line["kind"] == "first_step":
+            first_steps[step] = FirstStep(step, line["first_step_seconds"], line["compiled_graphs"])
+        elif line["kind"] == "drift":
+            drifts[step] = line["message"]
+        elif line["kind"] == "memory":
+            memory = read_memory(line)
     return RunRecord(
         steps=[steps[step] for step in sorted(steps)],
         validations=[validations[step] for step in sorted(validations)],
@@ -142,7 +197,17 @@ def read_record(output_dir: Path) -> RunRecord:
             Strip(prompt, seed, tuple(samples[step] for step in sorted(samples)))
             for (prompt, seed, _), samples in strips.items()
         ],
+        first_steps=[first_steps[step] for step in sorted(first_steps)],
+        drifts=[drifts[step] for step in sorted(drifts)],
+        memory=memory,
     )
+
+
+def read_memory(line: Mapping[str, Any]) -> MemoryRecord:
+    """A line of the kind "memory"; it may hold more than is shown."""
+    stages = [StageRow(**{each.name: row[each.name] for each in fields(StageRow)}) for row in line["stages"]]
+    names = [each.name for each in fields(MemoryRecord) if each.name != "stages"]
+    return MemoryRecord(stages, **{name: line.get(name) for name in names})
 
 
 def is_finite(value: object) -> bool:
