@@ -112,7 +112,12 @@ TABLE = [
     ("flux", 7.4, Cell(("nf4",), most_recomputed=1, offload=True)),
     ("flux", 5.5, Cell(("nf4",), most_recomputed=1, offload=True, streaming=True)),
 ]  # fmt: skip
-MISSED = {("qwen_image", 47): "what a block needs on top of what it keeps is 0.9 GiB too much: it plans lean"}
+UNMEASURED = "the 9.1 units that a lean block keeps are the CPU partitioner's figure, not a GPU's: too careful by 0.8"
+MISSED = {
+    ("qwen_image", 47): "what a block needs on top of what it keeps is 0.9 GiB too much: it plans lean",
+    ("flux", 31): UNMEASURED,
+    ("flux", 23.3): UNMEASURED,
+}
 
 
 def marked(model: str, limit_gib: float, cell: Cell) -> object:

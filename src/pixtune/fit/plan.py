@@ -244,8 +244,8 @@ def _reasons(
     """Why this rung and not the first one, and what it means."""
     have = f"{usable / GIB:.1f} GiB usable"
     reasons = [f"about {bytes_ / GIB:.1f} GiB at the peak of a step, {have}"]
-    if config.disable_quantization and config.quantize:
-        reasons.append("not quantised: disable_quantization wins over quantize")
+    if config.disable_quantization and (config.quantize or config.cuda_features.enable_fp8_training):
+        reasons.append("not quantised: disable_quantization wins over quantize and enable_fp8_training")
     if rung != first:
         reasons.append(f"the fastest way would need {first_bytes / GIB:.1f} GiB, so memory is saved:")
     if rung.weights_format in QUANTISED:

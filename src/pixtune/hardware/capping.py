@@ -84,8 +84,8 @@ def cap_device_memory(
     Raises:
         PlanError: the limit leaves nothing to the allocator, or the GPU is smaller than it.
     """
-    if device is None or device.index is None:  # torch takes a device with its number only
-        device = torch.device("cuda", torch.cuda.current_device())
+    if device is not None and device.index is None:  # torch takes a device with its number, or none for the current one
+        device = None
     torch.cuda.synchronize(device)  # the context is there from here on
     outside = ASSUMED_OUTSIDE_BYTES if used_before_bytes is None else outside_allocator_bytes(used_before_bytes, device)
     total_bytes = torch.cuda.mem_get_info(device)[1]

@@ -123,12 +123,11 @@ def test_contradictions_are_found_without_a_file_too(pictures):
 
 def test_missing_features_are_refused_all_at_once(write, minimal):
     with pytest.raises(NotYetError) as caught:
-        load_config(write(f"{minimal}freeze_text_encoder: false\n"), ["quantize=true", "memory_fraction=0.9"])
+        load_config(write(f"{minimal}freeze_text_encoder: false\n"), ["cuda_features.enable_flash_attention_3=true"])
     message = str(caught.value)
     for part in (
         "run.yaml:5: freeze_text_encoder is false",
-        "command line: quantize is true",
-        "memory_fraction is 0.9",
+        "command line: cuda_features.enable_flash_attention_3 is true",
     ):
         assert part in message
 
