@@ -47,6 +47,7 @@ from pixtune.data.swapped import (
 )
 from pixtune.families import family_of
 from pixtune.families.base import ModelFamily, Placement
+from pixtune.fit.encoders import encode_plainly
 from pixtune.fit.load import load_transformer
 from pixtune.validation import losses_at
 from pixtune.weights import ModelFolder
@@ -154,8 +155,8 @@ def main() -> None:
     family, placement = family_of(model), Placement(device, torch.float32)
     transformer = load_transformer(family, model, placement)
     encoder = Encoder(
-        family, model, placement, batch_size=8, max_text_tokens=None, store=MemoryStore(), ledger=Ledger(None),
-        console=Console(quiet=True), memo_dir=None,
+        family, model, placement, encode_plainly(batch_size=8), max_text_tokens=None, store=MemoryStore(),
+        ledger=Ledger(None), console=Console(quiet=True), memo_dir=None,
     )  # fmt: skip
     for pair_set in pair_sets(arguments.pairs):
         with tempfile.TemporaryDirectory() as folder:

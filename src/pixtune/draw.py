@@ -22,6 +22,7 @@ from pixtune.export import read_lora_file
 from pixtune.families import family_of
 from pixtune.families.base import CONTROL_SIDE, ModelFamily, Placement
 from pixtune.fit.apply import FORMATS
+from pixtune.fit.encoders import encode_plainly
 from pixtune.fit.load import load_transformer
 from pixtune.sample import EncodedPrompt, PromptSampler, SamplerSettings
 from pixtune.weights import ModelFolder, open_model_folder
@@ -77,7 +78,7 @@ def encode_request(
         family=family,
         folder=folder,
         placement=placement,
-        batch_size=1,
+        plan=encode_plainly(batch_size=1),
         max_text_tokens=request.max_text_tokens,
         store=MemoryStore(),
         ledger=Ledger(None),

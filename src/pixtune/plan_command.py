@@ -21,20 +21,17 @@ from rich.table import Table
 
 from pixtune.config.schema import TrainConfig
 from pixtune.errors import WeightsError
+from pixtune.fit.encoders import PIXELS_PER_VISION_TOKEN, TEXT_TOKENS, EncoderPlan, EncoderSizes, encode_plainly
 from pixtune.fit.phases import Phase, Surroundings, phases_of
 from pixtune.fit.plan import CONTEXT_BYTES, MemoryPlan, plan_memory, usable_bytes
 from pixtune.hardware.cards import HOST_BYTES, facts_as, find_card
 from pixtune.hardware.facts import GIB, HardwareFacts, tensor_core_formats
 from pixtune.hardware.meminfo import read_host_memory
-from pixtune.weights import ModelFolder, open_model_folder, read_json
+from pixtune.weights import ModelFolder, open_model_folder
 
 if TYPE_CHECKING:
     from pixtune.families.base import ModelFamily
 
-TEXT_TOKENS = 512
-"""Assumed of the longest caption: as many as the stock pipelines take."""
-PIXELS_PER_VISION_TOKEN = 28 * 28
-"""Of the text encoders that see pictures: patches of 14 pixels, four to a token."""
 SMI_FIELDS = "name,memory.total,memory.used,compute_cap"
 SMI_TIMEOUT_SECONDS = 10
 
@@ -51,6 +48,8 @@ class PlanReport:
     usable_bytes: int
     """By torch's allocator; 0 without a GPU."""
     phases: tuple[Phase, ...]
+    encoders: EncoderPlan
+    """How captions and pictures are encoded."""
     assumptions: tuple[str, ...]
 
     @property
@@ -66,6 +65,7 @@ class PlanReport:
             "is_estimate": self.is_estimate,
             "usable_bytes": self.usable_bytes,
             "plan": self.plan.to_dict(),
+            "encoders": self.encoders.to_dict(),
             "phases": [asdict(phase) for phase in self.phases],
             "assumptions": list(self.assumptions),
         }
@@ -95,7 +95,7 @@ def make_report(config: TrainConfig, card: str | None = None) -> PlanReport:
     folder = find_model(config.pretrained_model_name_or_path)
     family = family_of(folder)
     assumptions = []
-    if not config.random_weights and not has_weights(folder, "transformer"):
+    if not config.random_weights and not folder.has_weights("transformer"):
         config = config.model_copy(update={"random_weights": True})
         assumptions.append(
             "the weights are not there yet: the transformer's sizes are those of the architecture in its config, an "
@@ -105,14 +105,15 @@ def make_report(config: TrainConfig, card: str | None = None) -> PlanReport:
     footprint = footprint_of(config, family, folder, config.batch_size * (tokens.image + tokens.text))
     plan = plan_memory(facts, footprint, config)
     on_gpu = facts.device == "cuda"
-    around = surroundings_of(config, family, folder, tokens)
+    around = surroundings_of(config, family, folder, tokens, facts) if on_gpu else None
     return PlanReport(
         model=f"{folder.pipeline_class}, {footprint.num_weights / 1e6:,.0f} million weights in its transformer",
         facts=facts,
         is_estimate=card is not None,
         plan=plan,
         usable_bytes=usable_bytes(facts, config) if on_gpu else 0,
-        phases=phases_of(plan, footprint, around) if on_gpu else (),
+        phases=phases_of(plan, footprint, around) if around else (),
+        encoders=around.encoders if around else encode_plainly(config.encode_batch_size),
         assumptions=(*assumptions, *assumed),
     )
 
@@ -195,23 +196,6 @@ def find_model(name_or_path: str) -> ModelFolder:
     return open_model_folder(path)
 
 
-def has_weights(folder: ModelFolder, component: str) -> bool:
-    """Whether any weight file of a component is there."""
-    return any((folder.path / component).glob("*.safetensors"))
-
-
-def num_parameters(folder: ModelFolder, component: str) -> int | None:
-    """Of an encoder; None if neither its files nor their index are there.
-
-    An index tells bytes, of weights in 16 bits.
-    """
-    if has_weights(folder, component):
-        return folder.num_parameters(component)
-    for index in (folder.path / component).glob("*.safetensors.index.json"):
-        return int(read_json(index)["metadata"]["total_size"]) // 2
-    return None
-
-
 # ---- the run
 
 
@@ -246,18 +230,23 @@ def _num_controls(config: TrainConfig, family: ModelFamily) -> int:
     return min(family.max_controls, given)
 
 
-def surroundings_of(config: TrainConfig, family: ModelFamily, folder: ModelFolder, tokens: Tokens) -> Surroundings:
+def surroundings_of(
+    config: TrainConfig, family: ModelFamily, folder: ModelFolder, tokens: Tokens, facts: HardwareFacts
+) -> Surroundings:
     """What the run works with besides the transformer; a run with random weights has no encoders."""
-    if config.random_weights and has_weights(folder, "transformer"):
-        return Surroundings(0, 0, 0)
-    element = 2 if config.mixed_precision == "bf16" else 4
-    text = sum(num_parameters(folder, part) or 0 for part in family.text_components)
-    settings, side = config.samples, config.data_config.img_size
+    from pixtune.planning import encoder_sizes, plan_encoders_of
+
+    if config.random_weights and folder.has_weights("transformer"):
+        return Surroundings(EncoderSizes(0, 0), encode_plainly(config.encode_batch_size))
+    data, settings = config.data_config, config.samples
+    side = data.img_size
+    encoded_side = max(side, data.control_size) if _num_controls(config, family) else side
+    caption_tokens = max(tokens.text, TEXT_TOKENS)
+    sizes = encoder_sizes(config, family, folder, caption_tokens, encoded_side * encoded_side)
     draws = bool(settings.prompts)
     return Surroundings(
-        text_encoder_bytes=element * text,
-        autoencoder_bytes=element * (num_parameters(folder, "vae") or 0),
-        encoded_pixels=config.encode_batch_size * side * side,
+        sizes=sizes,
+        encoders=plan_encoders_of(config, facts, sizes),
         drawn_pixels=(settings.width or side) * (settings.height or side) if draws else 0,
         drawn_tokens=tokens.image + tokens.text if draws else 0,
         text_in_loop=not config.precompute_text_embeddings,
@@ -282,7 +271,7 @@ def render(report: PlanReport, console: Console) -> None:
     console.print(Padding(decision_table(report.plan), (0, 0, 0, 2)))
     if report.phases:
         console.print(Padding(phase_table(report), (0, 0, 0, 2)))
-    for heading, lines in (("Why", report.plan.reasons), ("Assumed", report.assumptions)):
+    for heading, lines in (("Why", (*report.plan.reasons, *report.encoders.reasons)), ("Assumed", report.assumptions)):
         console.print(f"[bold]{heading}[/]")
         console.print(Padding(bullets(lines), (0, 0, 0, 2)), highlight=False)
     for phase in report.too_large:
@@ -295,7 +284,7 @@ def render(report: PlanReport, console: Console) -> None:
 
 ADVICE = {
     "captions encoded": "Encode on a larger GPU once: the cache (data_config.cache_dir) can be copied.",
-    "pictures encoded": "Lower encode_batch_size, or encode on a larger GPU once and copy the cache.",
+    "pictures encoded": "Encode on a larger GPU once: the cache (data_config.cache_dir) can be copied.",
     "training step": "Leave out disable_cpu_offload, and let precompute_text_embeddings be true.",
     "samples drawn": "Draw smaller samples (samples.width, samples.height), or none while training.",
 }

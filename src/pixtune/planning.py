@@ -12,9 +12,12 @@ from pixtune.data.buckets import Size
 from pixtune.families.base import ModelFamily
 from pixtune.fit.attention import try_cudnn_attention
 from pixtune.fit.compile import compile_obstacle
+from pixtune.fit.encoders import EncoderPlan, EncoderSizes, plan_encoders
 from pixtune.fit.footprint import Footprint, Shapes, of_all_weights, read_footprint
-from pixtune.fit.plan import MemoryPlan, plan_memory
-from pixtune.hardware.facts import MEMORY_FRACTION, read_facts
+from pixtune.fit.phases import Surroundings, drawing_tile
+from pixtune.fit.plan import MemoryPlan, plan_memory, usable_bytes
+from pixtune.fit.rungs import compute_format_of, is_unified
+from pixtune.hardware.facts import MEMORY_FRACTION, HardwareFacts, read_facts
 from pixtune.weights import ModelFolder, read_header, weight_files
 
 
@@ -47,6 +50,53 @@ def plan_on_this_machine(
     facts = read_facts(device, config.memory_fraction or MEMORY_FRACTION)
     footprint = footprint_of(config, family, folder, num_tokens)
     return plan_memory(facts, footprint, config, trial, can_compile=obstacle is None)
+
+
+def encoder_sizes(
+    config: TrainConfig, family: ModelFamily, folder: ModelFolder, caption_tokens: int, picture_pixels: int
+) -> EncoderSizes:
+    """What is encoded with what; from headers, or an index alone."""
+    element = 2 if compute_format_of(config) == "bf16" else 4
+    text = sum(folder.count_parameters(part) or 0 for part in family.text_components)
+    autoencoder = folder.count_parameters("vae") or 0
+    return EncoderSizes(element * text, element * autoencoder, caption_tokens, picture_pixels, element)
+
+
+def plan_encoders_of(config: TrainConfig, facts: HardwareFacts, sizes: EncoderSizes) -> EncoderPlan:
+    """How a run on a GPU encodes.
+
+    Raises:
+        PlanError: see `plan_encoders`.
+    """
+    return plan_encoders(
+        usable_bytes(facts, config),
+        sizes,
+        config.encode_batch_size,
+        may_quantize=not config.disable_quantization,
+        text_stays=not config.precompute_text_embeddings or encoders_stay(config, is_unified(facts, config)),
+        must_stay=config.disable_cpu_offload is True,
+    )
+
+
+def drawing_tile_of(
+    config: TrainConfig,
+    family: ModelFamily,
+    folder: ModelFolder,
+    plan: MemoryPlan,
+    encoders: EncoderPlan,
+    drawn_pixels: int,
+) -> int | None:
+    """Side of the tiles in which samples of so many pixels are decoded between steps; None: whole."""
+    if not plan.usable_bytes or not drawn_pixels:
+        return None
+    sizes = encoder_sizes(config, family, folder, 0, 0)
+    around = Surroundings(sizes, encoders, drawn_pixels, text_in_loop=not config.precompute_text_embeddings)
+    return drawing_tile(plan, footprint_of(config, family, folder, num_tokens=0), around)
+
+
+def encoders_stay(config: TrainConfig, unified: bool) -> bool:
+    """Whether encoders stay on the device after encoding."""
+    return unified if config.disable_cpu_offload is None else config.disable_cpu_offload
 
 
 def footprint_of(config: TrainConfig, family: ModelFamily, folder: ModelFolder, num_tokens: int) -> Footprint:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from pixtune.data.buckets import Size
 from pixtune.families.base import Conditioning, ModelFamily, Placement
 from pixtune.fit.modulation import announce, most_announced
+from pixtune.fit.tiling import decode_latents
 from pixtune.weights import ModelFolder
 
 if TYPE_CHECKING:
@@ -130,7 +131,11 @@ class SamplerSettings:
 
 
 class PromptSampler:
-    """Draws encoded prompts. The autoencoder is loaded at first use and waits on the CPU in between, unless kept."""
+    """Draws encoded prompts. The autoencoder is loaded at first use and waits on the CPU in between, unless kept.
+
+    Args:
+        tile_pixels: pictures are decoded in tiles of this side; None: whole.
+    """
 
     def __init__(
         self,
@@ -140,9 +145,10 @@ class PromptSampler:
         settings: SamplerSettings,
         placement: Placement,
         keep_autoencoder: bool,
+        tile_pixels: int | None = None,
     ) -> None:
         self.family, self.folder, self.prompts, self.settings = family, folder, prompts, settings
-        self.placement, self.keep_autoencoder = placement, keep_autoencoder
+        self.placement, self.keep_autoencoder, self.tile_pixels = placement, keep_autoencoder, tile_pixels
         self._autoencoder: nn.Module | None = None
 
     def draw(self, transformer: nn.Module) -> Iterator[PromptPicture]:
@@ -171,7 +177,7 @@ class PromptSampler:
         if self._autoencoder is None:
             self._autoencoder = self.family.load_autoencoder(self.folder, self.placement)
         self._autoencoder.to(self.placement.device)
-        pixels_B3HW = self.family.decode_latents(self._autoencoder, latents_BCHW)
+        pixels_B3HW = decode_latents(self.family, self.folder, self._autoencoder, latents_BCHW, self.tile_pixels)
         if not self.keep_autoencoder:
             self._autoencoder.to("cpu")
         return pixels_B3HW

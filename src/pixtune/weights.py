@@ -55,6 +55,21 @@ class ModelFolder:
                     count += math.prod(tensor["shape"])
         return count
 
+    def has_weights(self, component: str) -> bool:
+        """Whether any weight file of a component is there."""
+        return any((self.path / component).glob("*.safetensors"))
+
+    def count_parameters(self, component: str) -> int | None:
+        """The same as `num_parameters` where the files are there, and what their index tells where it is alone.
+
+        An index tells bytes, of weights in 16 bits. None: neither is there.
+        """
+        if self.has_weights(component):
+            return self.num_parameters(component)
+        for index in (self.path / component).glob(f"*{INDEX_SUFFIX}"):
+            return int(read_json(index)["metadata"]["total_size"]) // 2
+        return None
+
     def fingerprint(self, component: str, memo_dir: Path | None = None) -> str:
         """SHA-256 over the names and bytes of a component's files, as hex.
 

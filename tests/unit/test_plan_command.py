@@ -15,6 +15,7 @@ from pixtune import plan_command
 from pixtune.config import load_config
 from pixtune.config.schema import TrainConfig
 from pixtune.errors import PixtuneError, PlanError, WeightsError
+from pixtune.fit.encoders import TEXT_BYTES_PER_TOKEN, TEXT_TOKENS
 from pixtune.fit.plan import CONTEXT_BYTES, GIB, MemoryPlan
 from pixtune.hardware.cards import facts_as
 from pixtune.plan_command import (
@@ -83,17 +84,36 @@ def test_it_counts_pictures_and_captions_as_the_config_says(full_size: dict[str,
 def test_captions_need_what_the_text_encoders_weigh(full_size: dict[str, Path], model: str, billions: float) -> None:
     report = make_report(config_of(full_size[model]), "H100")
     captions = report.phases[0]
-    assert captions.name == "captions encoded"
-    assert captions.device_bytes == pytest.approx(billions * 2e9 + GIB / 2, rel=0.01)
+    assert (captions.name, captions.holds) == ("captions encoded", "text encoder")
+    working = 4 * TEXT_TOKENS * TEXT_BYTES_PER_TOKEN
+    assert captions.device_bytes == pytest.approx(billions * 2e9 + working, rel=0.01)
     assert sum(TEXT_ENCODER[model].values()) == pytest.approx(billions * 1e9, rel=0.01)
 
 
+def test_encoders_are_made_to_fit_and_the_plan_says_how(full_size: dict[str, Path]) -> None:
+    report = make_report(config_of(full_size["qwen_image"], 'samples.prompts=["a cat"]'), "RTX 4060")
+    captions, pictures = report.phases[:2]
+    assert captions.holds == "text encoder in nf4" and report.encoders.text_format == "nf4"
+    assert not {captions.name, pictures.name} & {phase.name for phase in report.too_large}
+    words = " ".join(shown(report).split())
+    assert "text encoder in 4 bits (nf4 weights, 4.9 GiB)" in words and "pictures at a time instead of 4" in words
+    plain = make_report(config_of(full_size["qwen_image"]), "H100")
+    assert not plain.encoders.reasons and "more than there is" not in shown(plain)
+
+
+def test_an_encoder_on_the_cpu_takes_nothing_of_the_gpu(full_size: dict[str, Path]) -> None:
+    words = ("gpu_memory_limit_gib=5.4", "data_config.img_size=512", "data_config.max_text_tokens=256")
+    report = make_report(config_of(full_size["qwen_image"], *words), "RTX 4060")
+    captions = report.phases[0]
+    assert (captions.holds, captions.device_bytes) == ("nothing: the text encoder works on the CPU", 0)
+    assert "captions are encoded on the CPU, which is slow" in " ".join(shown(report).split())
+
+
 def test_a_phase_that_does_not_fit_is_named_with_what_to_do(full_size: dict[str, Path]) -> None:
-    report = make_report(config_of(full_size["qwen_image"]), "RTX 4060")
-    assert "captions encoded" in [phase.name for phase in report.too_large]
-    missing = (report.phases[0].device_bytes - report.usable_bytes) / GIB
-    assert f"captions encoded would need {missing:.1f} GiB more than there is. Encode on a larger" in shown(report)
-    assert "more than there is" not in shown(make_report(config_of(full_size["qwen_image"]), "H100"))
+    report = make_report(config_of(full_size["qwen_image"], "precompute_text_embeddings=false"), "RTX 4090")
+    (training,) = report.too_large
+    missing = (training.device_bytes - report.usable_bytes) / GIB
+    assert f"training step would need {missing:.1f} GiB more than there is. Leave out disable" in shown(report)
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,10 @@ from torch import Tensor
 from pixtune.data.buckets import Framing, Size
 from pixtune.data.cache import CacheKey, Entry, FillReport, Ledger, Store, fill
 from pixtune.data.images import crop_resize, open_rgb, to_pixels
-from pixtune.families.base import LatentDistribution, ModelFamily, Placement, Prompt
+from pixtune.families.base import LatentDistribution, ModelFamily, Placement, Prompt, TextEncoder
+from pixtune.fit.encoders import ON_CPU, EncoderPlan
+from pixtune.fit.tiling import encode_images
+from pixtune.fit.weight_only import quantize_encoder
 from pixtune.progress import track
 from pixtune.weights import ModelFolder
 
@@ -72,7 +75,7 @@ class Encoder:
     family: ModelFamily
     folder: ModelFolder
     placement: Placement
-    batch_size: int
+    plan: EncoderPlan
     max_text_tokens: int | None
     store: Store
     ledger: Ledger
@@ -90,7 +93,7 @@ class Encoder:
             **{part: self._fingerprint(part) for part in self.family.text_components},
             "prompt template": hash_text(self.family.prompt_template),
             "most tokens": str(self.max_text_tokens),
-            "format": str(self.placement.dtype),
+            "format": self._format("weights", self.plan.weights_format),
         }
         return [
             CacheKey(
@@ -109,12 +112,16 @@ class Encoder:
         shared = {
             "kind": "latents",
             "autoencoder": self._fingerprint("vae"),
-            "format": str(self.placement.dtype),
+            "format": self._format("tiles", self.plan.tile_pixels),
         }
         return [
             CacheKey(f"{picture.name} at {picture.framing.width}x{picture.framing.height}", {**shared, **picture.parts})
             for picture in pictures
         ]
+
+    def _format(self, what: str, value: object) -> str:
+        """The number format, and what else of the plan changes results."""
+        return str(self.placement.dtype) if value is None else f"{self.placement.dtype}, {what} {value}"
 
     def _fingerprint(self, component: str) -> str:
         return self.folder.fingerprint(component, self.memo_dir)
@@ -127,7 +134,7 @@ class Encoder:
             encode_batch = self.open_text_encoder()
             # Like lengths together: less padding.
             ordered = sorted(missing, key=lambda key: len(item_of[key.digest].text))
-            chunks = _chunks(ordered, self.batch_size)
+            chunks = _chunks(ordered, self.plan.caption_batch)
             for chunk in track(chunks, "captions", len(chunks), self.console):
                 yield from zip(chunk, encode_batch([item_of[key.digest] for key in chunk]), strict=True)
             del encode_batch
@@ -137,7 +144,7 @@ class Encoder:
 
     def open_text_encoder(self) -> Callable[[Sequence[TextItem]], list[Entry]]:
         """Loads the text encoder; unless it `stays`, it leaves the device when the returned function is dropped."""
-        encoder = self._load("text encoder", self.family.load_text_encoder)
+        encoder = self._load("text encoder", self._load_text_encoder)
         return lambda items: self.family.encode_text(encoder, [item.prompt() for item in items], self.max_text_tokens)
 
     def fill_pictures(self, pictures: Sequence[FramedPicture], keys: Sequence[CacheKey]) -> FillReport:
@@ -156,7 +163,7 @@ class Encoder:
             chunks = [
                 chunk
                 for _, same_size in groupby(sorted(missing, key=size), key=size)
-                for chunk in _chunks(list(same_size), self.batch_size)
+                for chunk in _chunks(list(same_size), self.plan.picture_batch)
             ]
             with ThreadPoolExecutor(DECODE_THREADS) as pool:
                 decoded = track(pool.map(load, chunks), "pictures", len(chunks), self.console)
@@ -171,13 +178,25 @@ class Encoder:
 
     def open_autoencoder(self) -> Callable[[Tensor], LatentDistribution]:
         """Loads the autoencoder; unless it `stays`, it leaves the device when the returned function is dropped."""
-        autoencoder = self._load("autoencoder", self.family.load_autoencoder)
-        return lambda pixels_B3HW: self.family.encode_images(autoencoder, pixels_B3HW.to(self.placement.device))
+        autoencoder = self._load("autoencoder", lambda: self.family.load_autoencoder(self.folder, self.placement))
+        return lambda pixels_B3HW: encode_images(
+            self.family, self.folder, autoencoder, pixels_B3HW.to(self.placement.device), self.plan.tile_pixels
+        )
 
-    def _load(self, part: str, load: Callable[[ModelFolder, Placement], Loaded]) -> Loaded:
+    def _load_text_encoder(self) -> TextEncoder:
+        text_format, device = self.plan.text_format, self.placement.device
+        if text_format is None:
+            return self.family.load_text_encoder(self.folder, self.placement)
+        encoder = self.family.load_text_encoder(self.folder, Placement(torch.device("cpu"), self.placement.dtype))
+        if text_format != ON_CPU:
+            for model in encoder.models:
+                quantize_encoder(model, text_format, device)
+        return encoder
+
+    def _load(self, part: str, load: Callable[[], Loaded]) -> Loaded:
         if part in self._loaded:
             return self._loaded[part]
-        loaded = load(self.folder, self.placement)
+        loaded = load()
         if self.stays:
             self._loaded[part] = loaded
         return loaded

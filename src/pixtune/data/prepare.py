@@ -10,29 +10,28 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from rich.console import Console
 from torch import Tensor
 
 from pixtune import draws
 from pixtune.config.schema import TrainConfig
 from pixtune.data.batches import SampleReader, Signature
 from pixtune.data.buckets import Framing, Size, build_buckets, frame_picture
-from pixtune.data.cache import DiskStore, Ledger, MemoryStore, missing_keys
+from pixtune.data.build_encoder import build_encoder
+from pixtune.data.cache import missing_keys
 from pixtune.data.controls import ControlRules, frame_control
-from pixtune.data.encode import Encoder, FramedPicture, TextItem, hash_text
+from pixtune.data.encode import FramedPicture, TextItem, hash_text
 from pixtune.data.encodings import Encodings, control_pictures, target_picture, text_item
 from pixtune.data.images import read_size
 from pixtune.data.samples import Sample, check_folder, read_samples, split_held_out
 from pixtune.data.swapped import BothWays, EncodedBothWays, choose_pairs, needed_pictures, needed_texts, read_pairs
 from pixtune.errors import DataError
-from pixtune.families.base import Conditioning, LatentDistribution, ModelFamily, Placement
+from pixtune.families.base import Conditioning, LatentDistribution, ModelFamily
+from pixtune.fit.encoders import EncoderPlan, encode_plainly
 from pixtune.hardware.monitor import StageLog
-from pixtune.hardware.unified import is_unified_memory_system
 from pixtune.sample import EncodedPrompt, needs_negative
 from pixtune.validation import HeldOutPicture
 from pixtune.weights import ModelFolder
 
-CACHE_FOLDER = ".pixtune_cache"
 RANDOM_TEXT_TOKENS = 256
 """Length of the stand-in captions of a run with random weights."""
 
@@ -53,6 +52,13 @@ class PreparedData:
     most_text_tokens: int
     fingerprint: str
     """A hash over everything that decides what is trained on."""
+    encoders: EncoderPlan
+    """How it was encoded."""
+
+    @property
+    def drawn_pixels(self) -> int:
+        """Of the largest sample picture; 0 where none is drawn."""
+        return max((math.prod(prompt.size) for prompt in self.prompts), default=0)
 
     @property
     def largest_target(self) -> Size:
@@ -66,13 +72,18 @@ def prepare_data(
     folder: ModelFolder,
     accelerator: Accelerator,
     stages: StageLog | None = None,
+    encoders: EncoderPlan | None = None,
 ) -> PreparedData:
     """Reads the data set, encodes what the cache lacks, and says what it did.
 
     The first process encodes while others wait; with the cache in memory each process encodes for itself.
 
+    Args:
+        encoders: how a run that goes on has encoded; None: as fits this machine now.
+
     Raises:
         DataError: pictures or captions that cannot be used, all at once.
+        PlanError: the config demands an encoder on the GPU where it does not fit.
     """
     multiple, data = family.pixel_multiple(folder), config.data_config
     rules = control_rules(family, folder, data.control_size)
@@ -83,20 +94,22 @@ def prepare_data(
     if config.random_weights:
         return _random_data(config, family, folder, training)
 
-    encodings = Encodings(_build_encoder(config, family, folder, accelerator))
     prompts = _prompt_samples(config, multiple, rules)
     pairs = choose_pairs(training, rules, family.dropped_caption, config.seed)
     items = _needed_texts(config, family, training, held_out, prompts)
     items = list(dict.fromkeys([*items, *needed_texts(pairs, family.dropped_caption)]))
     pictures = _needed_pictures(config, training, held_out, prompts)
     pictures = list(dict.fromkeys([*pictures, *needed_pictures(pairs)]))
-    encoder = encodings.encoder
+    encoder = build_encoder(config, family, folder, accelerator, items, pictures, encoders)
+    encodings = Encodings(encoder)
     if accelerator.is_main_process or not config.save_cache_on_disk:
         if missing_keys(encoder.store, encoder.latent_keys(pictures)):
             for checked in filter(None, (data.img_dir, config.validation.held_out_dir)):
                 for warning in check_folder(data, checked, multiple):
                     encoder.console.print(f"note: {warning}", markup=False, highlight=False, soft_wrap=True)
         stages = stages or StageLog()
+        for reason in encoder.plan.reasons:
+            encoder.console.print(f"encoders: {reason}", markup=False, highlight=False, soft_wrap=True)
         encoder.console.print(f"captions: {encodings.fill_texts(items)}")
         stages.record("text encoding")
         encoder.console.print(f"pictures: {encodings.fill_pictures(pictures)}")
@@ -173,31 +186,6 @@ def _prompt_samples(config: TrainConfig, multiple: int, rules: ControlRules | No
         prompt_sample(text, paths, size, own_shape, multiple, rules)
         for text, paths in zip(settings.prompts, controls, strict=True)
     ]
-
-
-def _build_encoder(config: TrainConfig, family: ModelFamily, folder: ModelFolder, accelerator: Accelerator) -> Encoder:
-    cache_dir = config.data_config.cache_dir or config.data_config.img_dir / CACHE_FOLDER
-    on_disk = config.save_cache_on_disk
-    dtype = torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
-    return Encoder(
-        family=family,
-        folder=folder,
-        placement=Placement(accelerator.device, dtype),
-        batch_size=config.encode_batch_size,
-        max_text_tokens=config.data_config.max_text_tokens,
-        store=DiskStore(cache_dir / "entries") if on_disk else MemoryStore(),
-        ledger=Ledger(cache_dir / "ledger.json" if on_disk else None),
-        console=Console(quiet=not accelerator.is_main_process),
-        memo_dir=cache_dir / "weights" if on_disk else None,
-        stays=_encoders_stay(config),
-    )
-
-
-def _encoders_stay(config: TrainConfig) -> bool:
-    """Whether encoders stay on the device: the plan decides the same, but is made when the data are known."""
-    if config.disable_cpu_offload is not None:
-        return config.disable_cpu_offload
-    return is_unified_memory_system() if config.unified_memory is None else config.unified_memory
 
 
 def _needed_texts(
@@ -284,6 +272,7 @@ def _gather(
         most_image_tokens=_most_image_tokens(family, folder, training),
         most_text_tokens=max(_num_tokens(encodings.text(text_item(s.caption, s, v))) for s, v in longest),
         fingerprint=hash_text("\n".join(key.digest for key in keys)),
+        encoders=encodings.encoder.plan,
     )
 
 
@@ -345,4 +334,5 @@ def _random_data(
         most_image_tokens=_most_image_tokens(family, folder, training),
         most_text_tokens=RANDOM_TEXT_TOKENS,
         fingerprint="random",
+        encoders=encode_plainly(config.encode_batch_size),
     )

@@ -8,27 +8,26 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from pixtune.fit.encoders import (
+    ON_CPU,
+    EncoderPlan,
+    EncoderSizes,
+    coding_bytes,
+    fitting_tile,
+    text_peak_bytes,
+    text_weight_bytes,
+)
 from pixtune.fit.footprint import Footprint
 from pixtune.fit.plan import MemoryPlan
 from pixtune.fit.rungs import Rung, weight_bytes
-from pixtune.hardware.facts import GIB
-
-AUTOENCODER_BYTES_PER_PIXEL = 2600
-"""Of a picture on its way through an autoencoder in bf16, besides the weights. Counted from the widest layers at full
-size of the stock decoders (256 channels in, two copies of them in a normalisation, 128 out), not measured."""
-TEXT_WORKSPACE_BYTES = GIB // 2
-"""Hidden states of all layers and logits of a batch of captions. Counted for 4 captions of 512 tokens, not measured."""
 
 
 @dataclass(frozen=True)
 class Surroundings:
-    """What a run works with besides the transformer, in bytes and pixels."""
+    """What a run works with besides the transformer."""
 
-    text_encoder_bytes: int
-    """In the run's own number format, all encoders together; 0: the run has none."""
-    autoencoder_bytes: int
-    encoded_pixels: int
-    """Of the pictures that are encoded together."""
+    sizes: EncoderSizes
+    encoders: EncoderPlan
     drawn_pixels: int = 0
     """Of a sample picture; 0: none is drawn."""
     drawn_tokens: int = 0
@@ -50,35 +49,49 @@ class Phase:
 
 def phases_of(plan: MemoryPlan, footprint: Footprint, around: Surroundings) -> tuple[Phase, ...]:
     """All phases of a run on a GPU, in their order."""
-    text_stays = around.text_encoder_bytes if plan.encoders_stay or around.text_in_loop else 0
-    autoencoder_stays = around.autoencoder_bytes if plan.encoders_stay or around.pictures_in_loop else 0
+    sizes, encoders = around.sizes, around.encoders
+    text_stays = _staying_text_bytes(plan, around)
+    autoencoder_stays = sizes.autoencoder_bytes if plan.encoders_stay or around.pictures_in_loop else 0
     phases = []
-    if around.text_encoder_bytes:
-        captions = around.text_encoder_bytes + TEXT_WORKSPACE_BYTES
-        pictures = text_stays + around.autoencoder_bytes + coding_bytes(around.encoded_pixels)
-        phases.append(Phase("captions encoded", "text encoder", captions))
-        phases.append(Phase("pictures encoded", "autoencoder" + _beside(text_stays, "text encoder"), pictures))
-    encoders = _beside(text_stays, "text encoder") + _beside(autoencoder_stays, "autoencoder")
+    if sizes.text_bytes:
+        captions = text_peak_bytes(sizes, encoders.text_format, encoders.caption_batch)
+        coding = encoders.picture_batch * coding_bytes(sizes.picture_pixels, encoders.tile_pixels)
+        pictures = text_stays + sizes.autoencoder_bytes + coding
+        tiled = f", tiles of {encoders.tile_pixels} pixels" if encoders.tile_pixels else ""
+        beside = _beside(text_stays, "text encoder")
+        phases.append(Phase("captions encoded", _text_encoder(encoders), captions))
+        phases.append(Phase("pictures encoded", f"autoencoder{tiled}{beside}", pictures))
+    staying = _beside(text_stays, "text encoder") + _beside(autoencoder_stays, "autoencoder")
     phases.append(
         Phase(
             "training step",
-            "transformer, what is trained, activations" + encoders,
+            "transformer, what is trained, activations" + staying,
             plan.expected_peak_bytes + text_stays + autoencoder_stays,
         )
     )
     if around.drawn_pixels:
-        drawing = drawing_bytes(plan, footprint, around) + text_stays
-        phases.append(Phase("samples drawn", "transformer, what is trained, autoencoder", drawing))
+        tile = drawing_tile(plan, footprint, around)
+        held = "transformer, what is trained, autoencoder" + (f" in tiles of {tile} pixels" if tile else "")
+        phases.append(Phase("samples drawn", held, drawing_bytes(plan, footprint, around, tile) + text_stays))
     return tuple(phases)
 
 
-def coding_bytes(num_pixels: int) -> int:
-    """Working memory of encoding or decoding so many pixels at once."""
-    return num_pixels * AUTOENCODER_BYTES_PER_PIXEL
+def drawing_tile(plan: MemoryPlan, footprint: Footprint, around: Surroundings) -> int | None:
+    """Side of the tiles in which a sample's picture is decoded between steps; None: whole."""
+    beside = idle_bytes(plan, footprint) + _staying_text_bytes(plan, around) + around.sizes.autoencoder_bytes
+    return fitting_tile(around.drawn_pixels, plan.usable_bytes - beside)
 
 
-def drawing_bytes(plan: MemoryPlan, footprint: Footprint, around: Surroundings) -> int:
+def drawing_bytes(plan: MemoryPlan, footprint: Footprint, around: Surroundings, tile_pixels: int | None) -> int:
     """Most while a sample is drawn between steps: a pass without gradients, or its picture being decoded."""
+    element = 4 if plan.compute_format == "fp32" else 2
+    one_pass = max(kind.units.forward for kind in footprint.kinds) * around.drawn_tokens * footprint.width * element
+    decoding = around.sizes.autoencoder_bytes + coding_bytes(around.drawn_pixels, tile_pixels)
+    return idle_bytes(plan, footprint) + round(max(one_pass, decoding))
+
+
+def idle_bytes(plan: MemoryPlan, footprint: Footprint) -> int:
+    """What a run holds between its steps: the transformer and what is trained, without the encoders."""
     rung = Rung(
         plan.weights_format, plan.modulation_rows, plan.lean, plan.recomputed_blocks, plan.offload_inputs,
         plan.streamed_blocks,
@@ -87,11 +100,18 @@ def drawing_bytes(plan: MemoryPlan, footprint: Footprint, around: Surroundings) 
     # Between steps the gradients are gone: the weights that are trained and two optimizer states remain.
     own = 0 if footprint.trains_all else 4
     states = footprint.trained_weights * (own + (2 if plan.optimizer == "adamw_8bit" else 8))
-    element = 4 if plan.compute_format == "fp32" else 2
-    one_pass = max(kind.units.forward for kind in footprint.kinds) * around.drawn_tokens * footprint.width * element
-    decoding = around.autoencoder_bytes + coding_bytes(around.drawn_pixels)
-    resident = weight_bytes(rung, footprint, plan.compute_format) + table + states
-    return round(resident + max(one_pass, decoding))
+    return weight_bytes(rung, footprint, plan.compute_format) + table + states
+
+
+def _staying_text_bytes(plan: MemoryPlan, around: Surroundings) -> int:
+    stays = plan.encoders_stay or around.text_in_loop
+    return text_weight_bytes(around.sizes, around.encoders.text_format) if stays else 0
+
+
+def _text_encoder(encoders: EncoderPlan) -> str:
+    if encoders.text_format == ON_CPU:
+        return "nothing: the text encoder works on the CPU"
+    return f"text encoder in {encoders.text_format}" if encoders.text_format else "text encoder"
 
 
 def _beside(num_bytes: int, name: str) -> str:

@@ -26,6 +26,7 @@ from pixtune.data.prepare import prepare_data
 from pixtune.errors import DataError
 from pixtune.families.base import LatentDistribution, Placement, Prompt
 from pixtune.families.qwen_image import CaptionReader, QwenImage
+from pixtune.fit.encoders import encode_plainly
 from pixtune.weights import ModelFolder
 
 # ---- the keys of real captions and pictures, and what is encoded for them
@@ -91,7 +92,7 @@ def encoder(tmp_path: Path, model: ModelFolder) -> Encoder:
         family=CountingFamily(),
         folder=model,
         placement=Placement(torch.device("cpu"), torch.float32),
-        batch_size=2,
+        plan=encode_plainly(batch_size=2),
         max_text_tokens=None,
         store=DiskStore(tmp_path / "entries"),
         ledger=Ledger(tmp_path / "ledger.json"),
@@ -142,7 +143,7 @@ def test_other_weights_or_config_of_an_encoder_change_its_keys_alone(
 
 def test_caption_template_and_number_format_change_the_texts_key(encoder: Encoder) -> None:
     before = text_digest(encoder)
-    assert text_digest(replace(encoder, batch_size=7)) == before
+    assert text_digest(replace(encoder, plan=encode_plainly(batch_size=7))) == before
     bf16 = replace(encoder, placement=Placement(torch.device("cpu"), torch.bfloat16))
     template = replace(encoder, family=CountingFamily(prompt_template="Template {}"))
     shorter = replace(encoder, max_text_tokens=7)

@@ -1,0 +1,105 @@
+"""From a config to the encoder of a run: how it fits this machine, and where its results go."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from rich.console import Console
+
+from pixtune.config.schema import TrainConfig
+from pixtune.data.cache import DiskStore, Ledger, MemoryStore, missing_keys
+from pixtune.data.encode import Encoder, FramedPicture, TextItem
+from pixtune.families.base import ModelFamily, Placement
+from pixtune.fit.encoders import EncoderPlan, count_caption_tokens, encode_plainly, more_exact
+from pixtune.hardware.facts import MEMORY_FRACTION, read_facts
+from pixtune.hardware.unified import is_unified_memory_system
+from pixtune.planning import encoder_sizes, encoders_stay, plan_encoders_of
+from pixtune.weights import ModelFolder
+
+CACHE_FOLDER = ".pixtune_cache"
+
+
+def build_encoder(
+    config: TrainConfig,
+    family: ModelFamily,
+    folder: ModelFolder,
+    accelerator: Accelerator,
+    items: Sequence[TextItem],
+    pictures: Sequence[FramedPicture],
+    plan: EncoderPlan | None = None,
+) -> Encoder:
+    """The encoder of a run, without anything loaded.
+
+    Args:
+        items, pictures: what is encoded beforehand.
+        plan: how a run that goes on has encoded; None: as fits this machine now.
+
+    Raises:
+        PlanError: the config demands an encoder on the GPU where it does not fit.
+    """
+    cache_dir = config.data_config.cache_dir or config.data_config.img_dir / CACHE_FOLDER
+    on_disk = config.save_cache_on_disk
+    dtype = torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
+    encoder = Encoder(
+        family=family,
+        folder=folder,
+        placement=Placement(accelerator.device, dtype),
+        plan=plan or _plan_encoders(config, family, folder, accelerator, items, pictures),
+        max_text_tokens=config.data_config.max_text_tokens,
+        store=DiskStore(cache_dir / "entries") if on_disk else MemoryStore(),
+        ledger=Ledger(cache_dir / "ledger.json" if on_disk else None),
+        console=Console(quiet=not accelerator.is_main_process),
+        memo_dir=cache_dir / "weights" if on_disk else None,
+        stays=_encoders_stay(config),
+    )
+    if plan is None and on_disk:
+        return prefer_more_exact(encoder, items, pictures, config)
+    return encoder
+
+
+def _plan_encoders(
+    config: TrainConfig,
+    family: ModelFamily,
+    folder: ModelFolder,
+    accelerator: Accelerator,
+    items: Sequence[TextItem],
+    pictures: Sequence[FramedPicture],
+) -> EncoderPlan:
+    """How this machine encodes; the first process decides for all, since all must read the same encodings."""
+    if accelerator.device.type != "cuda":
+        return encode_plainly(config.encode_batch_size)
+    decided: list[EncoderPlan | None] = [None]
+    if accelerator.is_main_process:
+        characters = max((len(item.text) for item in items), default=0)
+        vision_pixels = max((sum(math.prod(p.framing.size) for p in item.pictures) for item in items), default=0)
+        picture_pixels = max((math.prod(picture.framing.size) for picture in pictures), default=0)
+        tokens = count_caption_tokens(characters, vision_pixels)
+        facts = read_facts(accelerator.device, config.memory_fraction or MEMORY_FRACTION)
+        sizes = encoder_sizes(config, family, folder, tokens, picture_pixels)
+        decided = [plan_encoders_of(config, facts, sizes)]
+    (plan,) = broadcast_object_list(decided)
+    return plan
+
+
+def prefer_more_exact(
+    encoder: Encoder, items: Sequence[TextItem], pictures: Sequence[FramedPicture], config: TrainConfig
+) -> Encoder:
+    """The same encoder, or one whose better encodings are all in the cache: a larger GPU may have filled it."""
+    for plan in more_exact(encoder.plan) if config.precompute_text_embeddings else ():
+        better = replace(encoder, plan=plan)
+        if not missing_keys(encoder.store, better.text_keys(items)):
+            encoder = better
+            break
+    whole = replace(encoder, plan=replace(encoder.plan, tile_pixels=None))
+    tiled = encoder.plan.tile_pixels is not None and config.precompute_image_embeddings
+    return whole if tiled and not missing_keys(encoder.store, whole.latent_keys(pictures)) else encoder
+
+
+def _encoders_stay(config: TrainConfig) -> bool:
+    """Whether encoders stay on the device: the plan decides the same, but is made when the data are known."""
+    return encoders_stay(config, is_unified_memory_system() if config.unified_memory is None else config.unified_memory)

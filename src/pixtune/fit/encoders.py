@@ -1,0 +1,228 @@
+"""How text encoders and autoencoder are held while captions and pictures are encoded: a pure decision, no torch.
+
+Both come before the training step's own plan and leave room for it, so they are planned against the whole device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+from pixtune.errors import CheckpointError, PlanError
+from pixtune.fit.footprint import bytes_per_weight
+from pixtune.hardware.facts import GIB
+
+ON_CPU = "cpu"
+KEPT_SHARE = 0.07
+"""Most of a text encoder's weights that no format touches: embeddings and norms (6.6% of Qwen2.5-VL 7B, 3.5% of CLIP-L
+and T5-XXL together)."""
+PIECES_BYTES = GIB // 4
+"""A piece of a layer in full precision, as `weight_only.PIECE_WEIGHTS` has it, with what unpacks it."""
+TEXT_BYTES_PER_TOKEN = 640 * 1024
+"""Working memory of a text encoder in 16 bits. Counted for Qwen2.5-VL 7B: hidden states of all layers (208 KB), logits
+(304 KB) and one MLP (114 KB); T5-XXL, whose attention keeps its scores, needs less. Not measured."""
+TEXT_TOKENS = 512
+"""Assumed of the longest caption: as many as the stock pipelines take."""
+CHARACTERS_PER_TOKEN = 3
+"""Of a caption longer than that, at the least."""
+PIXELS_PER_VISION_TOKEN = 28 * 28
+"""Of the text encoders that see pictures: patches of 14 pixels, four to a token."""
+AUTOENCODER_BYTES_PER_PIXEL = 2600
+"""Of a picture on its way through an autoencoder in bf16, besides the weights. Counted from the widest layers at full
+size of the stock decoders (256 channels in, two copies of them in a normalisation, 128 out), not measured."""
+TILE_SIDES = (1024, 768, 512, 384, 256)
+"""In pixels, the largest that fits is taken: the fewer the seams, the nearer to the whole picture."""
+
+
+@dataclass(frozen=True)
+class EncoderSizes:
+    """What is to be encoded with what."""
+
+    text_bytes: int
+    """Weights of all text encoders in the run's number format; 0: there is none."""
+    autoencoder_bytes: int
+    caption_tokens: int = TEXT_TOKENS
+    """Of the longest caption, with those of the control pictures beside it."""
+    picture_pixels: int = 0
+    """Of the largest picture."""
+    element_bytes: int = 2
+    """Of the run's number format."""
+
+
+@dataclass(frozen=True)
+class EncoderPlan:
+    """The decision. Stored in every checkpoint, since features of another format would be other data."""
+
+    text_format: str | None
+    """Of the text encoder's linear layers: "int8", "nf4", or None, the run's own; "cpu": the run's own, on the CPU."""
+    caption_batch: int
+    picture_batch: int
+    tile_pixels: int | None
+    """Pictures are encoded in tiles of this side; None: whole."""
+    reasons: tuple[str, ...] = ()
+
+    @property
+    def weights_format(self) -> str | None:
+        """The text format as far as it decides features: where they are computed does not."""
+        return None if self.text_format == ON_CPU else self.text_format
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "reasons": list(self.reasons)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> EncoderPlan:
+        """
+        Raises:
+            CheckpointError: another version of pixtune wrote it.
+        """
+        names = {field.name for field in fields(cls)}
+        if values.keys() != names:
+            raise CheckpointError(
+                f"the checkpoint's plan of its encoders differs from this version's in "
+                f"{', '.join(sorted(values.keys() ^ names))}. Go on with the version of pixtune that wrote it (see "
+                "`versions` in its state.json), or start anew."
+            )
+        return cls(**{**values, "reasons": tuple(values["reasons"])})
+
+
+def encode_plainly(batch_size: int) -> EncoderPlan:
+    """Everything as it is loaded: what a CPU does."""
+    return EncoderPlan(None, batch_size, batch_size, None)
+
+
+def plan_encoders(
+    usable_bytes: int,
+    sizes: EncoderSizes,
+    batch_size: int,
+    may_quantize: bool = True,
+    text_stays: bool = False,
+    must_stay: bool = False,
+) -> EncoderPlan:
+    """The most exact way to encode that fits a GPU.
+
+    Args:
+        usable_bytes: what torch's allocator may use.
+        batch_size: most captions, or pictures, encoded together.
+        text_stays: the text encoder is still on the device when pictures are encoded.
+        must_stay: the config demands that it is, so the CPU is no way out.
+
+    Raises:
+        PlanError: `must_stay` with a text encoder that fits in no format.
+    """
+    text_format, caption_batch, reasons = _choose_text(usable_bytes, sizes, batch_size, may_quantize)
+    if text_format == ON_CPU and must_stay:
+        least = text_peak_bytes(sizes, _formats(may_quantize)[-1], 1)
+        raise PlanError(
+            f"disable_cpu_offload keeps the text encoder on the GPU, where it needs {least / GIB:.1f} GiB at the least "
+            f"and {usable_bytes / GIB:.1f} GiB are usable. Leave disable_cpu_offload out: captions are then encoded on "
+            "the CPU."
+        )
+    beside = text_weight_bytes(sizes, text_format) if text_stays else 0
+    room = usable_bytes - beside - sizes.autoencoder_bytes
+    tile_pixels = fitting_tile(sizes.picture_pixels, room)
+    picture_batch = _largest_batch(room, coding_bytes(sizes.picture_pixels, tile_pixels), batch_size)
+    if tile_pixels:
+        reasons.append(
+            f"pictures in tiles of {tile_pixels} pixels: one of {sizes.picture_pixels / 1e6:.1f} megapixels would need "
+            f"{coding_bytes(sizes.picture_pixels) / GIB:.1f} GiB beside the weights"
+        )
+    elif picture_batch < batch_size and sizes.picture_pixels:
+        reasons.append(f"{picture_batch} pictures at a time instead of {batch_size}: more would not fit")
+    return EncoderPlan(text_format, caption_batch, picture_batch, tile_pixels, tuple(reasons))
+
+
+def _choose_text(
+    usable_bytes: int, sizes: EncoderSizes, batch_size: int, may_quantize: bool
+) -> tuple[str | None, int, list[str]]:
+    if not sizes.text_bytes:
+        return None, batch_size, []
+    plain_gib, have_gib = sizes.text_bytes / GIB, usable_bytes / GIB
+    for text_format in _formats(may_quantize):
+        if text_peak_bytes(sizes, text_format, 1) > usable_bytes:
+            continue
+        idle = text_peak_bytes(sizes, text_format, 0)
+        batch = _largest_batch(usable_bytes - idle, text_peak_bytes(sizes, text_format, 1) - idle, batch_size)
+        reasons = [f"{batch} captions at a time instead of {batch_size}"] if batch < batch_size else []
+        if text_format:
+            bits = {"int8": "8", "nf4": "4"}[text_format]
+            weight_gib = text_weight_bytes(sizes, text_format) / GIB
+            reasons.insert(
+                0,
+                f"text encoder in {bits} bits ({text_format} weights, {weight_gib:.1f} GiB): it weighs {plain_gib:.1f} "
+                f"GiB and {have_gib:.1f} GiB are usable; its features differ a little",
+            )
+        return text_format, batch, reasons
+    why = "disable_quantization leaves no other way" if not may_quantize else "even in 4 bits it would not fit"
+    reason = (
+        f"captions are encoded on the CPU, which is slow: the text encoder weighs {plain_gib:.1f} GiB, {have_gib:.1f} "
+        f"GiB are usable, and {why}. A cache that a larger GPU filled can be copied (data_config.cache_dir)"
+    )
+    return ON_CPU, batch_size, [reason]
+
+
+def _formats(may_quantize: bool) -> tuple[str | None, ...]:
+    """Most exact first."""
+    return (None, "int8", "nf4") if may_quantize else (None,)
+
+
+def _largest_batch(room_bytes: int, each_bytes: int, most: int) -> int:
+    """At least one: whether one fits is another question."""
+    return max(1, min(most, room_bytes // each_bytes)) if each_bytes else most
+
+
+def more_exact(plan: EncoderPlan) -> Iterator[EncoderPlan]:
+    """Plans whose captions, if they are encoded already, are better than those the plan would make; best first.
+
+    One that turns out to be missing after all, a prompt that is added to a run, is encoded on the CPU: to the run's own
+    format there is no other way here.
+    """
+    formats = _formats(may_quantize=True)
+    for text_format in formats[: formats.index(plan.weights_format)]:
+        reason = f"captions are in the cache in {text_format or 'full'} precision, more than this GPU would have given"
+        yield replace(plan, text_format=text_format or ON_CPU, reasons=(reason,))
+
+
+# ---- bytes
+
+
+def text_weight_bytes(sizes: EncoderSizes, text_format: str | None) -> int:
+    """Of the text encoders on the device."""
+    if text_format == ON_CPU:
+        return 0
+    if text_format is None:
+        return sizes.text_bytes
+    num_weights = sizes.text_bytes / sizes.element_bytes
+    each = KEPT_SHARE * sizes.element_bytes + (1 - KEPT_SHARE) * bytes_per_weight(text_format)
+    return round(num_weights * each)
+
+
+def text_peak_bytes(sizes: EncoderSizes, text_format: str | None, num_captions: int) -> int:
+    """Most on the device while so many captions are encoded together."""
+    if text_format == ON_CPU:
+        return 0
+    pieces = PIECES_BYTES if text_format else 0
+    working = num_captions * sizes.caption_tokens * TEXT_BYTES_PER_TOKEN * sizes.element_bytes // 2
+    return text_weight_bytes(sizes, text_format) + pieces + working
+
+
+def coding_bytes(num_pixels: int, tile_pixels: int | None = None) -> int:
+    """Working memory of encoding or decoding so many pixels at once, or of one tile after the other."""
+    at_once = min(num_pixels, tile_pixels * tile_pixels) if tile_pixels else num_pixels
+    return at_once * AUTOENCODER_BYTES_PER_PIXEL
+
+
+def fitting_tile(num_pixels: int, room_bytes: int) -> int | None:
+    """Side of the tiles in which a picture passes the autoencoder; None: it fits whole.
+
+    Where not even the smallest tile fits that is returned: nothing needs less.
+    """
+    if coding_bytes(num_pixels) <= room_bytes:
+        return None
+    fitting = (side for side in TILE_SIDES if coding_bytes(side * side) <= room_bytes)
+    return next(fitting, TILE_SIDES[-1])
+
+
+def count_caption_tokens(most_characters: int, vision_pixels: int) -> int:
+    """An upper estimate for a caption and the control pictures that the text encoder sees beside it."""
+    return max(TEXT_TOKENS, most_characters // CHARACTERS_PER_TOKEN) + vision_pixels // PIXELS_PER_VISION_TOKEN

@@ -1,0 +1,100 @@
+"""Which encoder a run gets on which machine, and which encodings of another one it reads."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from pixtune.config import load_config
+from pixtune.config.schema import TrainConfig
+from pixtune.data import build_encoder as module
+from pixtune.data.build_encoder import build_encoder, prefer_more_exact
+from pixtune.data.cache import CacheKey, Entry
+from pixtune.data.encode import Encoder, TextItem
+from pixtune.families import family_of
+from pixtune.fit.encoders import ON_CPU, EncoderPlan, encode_plainly
+from pixtune.hardware.cards import facts_as
+from pixtune.hardware.facts import GIB
+from pixtune.weights import open_model_folder
+from tests.runs import TINY_MODEL, overrides
+
+TEXTS = [TextItem("a fox"), TextItem("an owl")]
+CPU: Any = SimpleNamespace(is_main_process=True, device=torch.device("cpu"))
+GPU: Any = SimpleNamespace(is_main_process=True, device=torch.device("cuda"))
+FOUR_BITS = EncoderPlan("nf4", 2, 2, 256)
+
+
+def config_of(tmp_path: Path, **changes: object) -> TrainConfig:
+    return load_config(None, overrides(tmp_path / "out", tmp_path / "cache", **changes))
+
+
+def encoder_of(config: TrainConfig, accelerator: Any = CPU, plan: EncoderPlan | None = None) -> Encoder:
+    folder = open_model_folder(str(TINY_MODEL))
+    return build_encoder(config, family_of(folder), folder, accelerator, TEXTS, [], plan)
+
+
+def features(encoder: Encoder) -> list[Entry]:
+    keys = encoder.text_keys(TEXTS)
+    encoder.fill_texts(TEXTS, keys)
+    return [encoder.store.read(key.digest) for key in keys]
+
+
+def digests(keys: list[CacheKey]) -> list[str]:
+    return [key.digest for key in keys]
+
+
+def test_on_a_cpu_everything_is_as_it_is_loaded(tmp_path: Path) -> None:
+    assert encoder_of(config_of(tmp_path, encode_batch_size=3)).plan == encode_plainly(3)
+
+
+def test_a_gpus_memory_decides_and_the_limit_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "read_facts", lambda device, fraction: facts_as("RTX 4090"))
+    assert encoder_of(config_of(tmp_path), GPU).plan.text_format is None
+    small = encoder_of(config_of(tmp_path, gpu_memory_limit_gib=1.5), GPU).plan
+    assert (small.text_format, small.caption_batch) == (None, 1)
+    least = encoder_of(config_of(tmp_path, gpu_memory_limit_gib=0.9), GPU).plan
+    assert least.text_format == ON_CPU and "slow" in least.reasons[0]
+
+
+def test_a_run_that_goes_on_encodes_as_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "read_facts", lambda device, fraction: replace(facts_as("4090"), free_bytes=80 * GIB))
+    assert encoder_of(config_of(tmp_path), GPU, FOUR_BITS).plan == FOUR_BITS
+
+
+def test_formats_and_tiles_have_keys_of_their_own_and_places_have_not(tmp_path: Path) -> None:
+    plain = encoder_of(config_of(tmp_path))
+
+    def texts(text_format: str | None) -> tuple[str, ...]:
+        return tuple(digests(replace(plain, plan=replace(FOUR_BITS, text_format=text_format)).text_keys(TEXTS)))
+
+    assert texts(None) == texts(ON_CPU) == tuple(digests(plain.text_keys(TEXTS)))
+    assert len({texts(None), texts("int8"), texts("nf4")}) == 3
+
+
+@pytest.mark.parametrize("text_format", ["int8", "nf4", ON_CPU])
+def test_each_format_is_encoded_and_read_again(tmp_path: Path, text_format: str) -> None:
+    config = config_of(tmp_path)
+    exact = features(encoder_of(config))
+    ours = features(encoder_of(config, plan=replace(FOUR_BITS, text_format=text_format)))
+    for mine, theirs in zip(ours, exact, strict=True):
+        a, b = mine["prompt_embeds"], theirs["prompt_embeds"]
+        assert torch.nn.functional.cosine_similarity(a, b, dim=-1).min() > 0.99
+        assert torch.equal(a, b) == (text_format == ON_CPU)
+
+
+def test_what_a_larger_gpu_encoded_is_used(tmp_path: Path) -> None:
+    config = config_of(tmp_path)
+    small = encoder_of(config, plan=FOUR_BITS)
+    assert prefer_more_exact(small, TEXTS, [], config).plan.text_format == "nf4", "nothing is there yet"
+    features(encoder_of(config))
+    better = prefer_more_exact(small, TEXTS, [], config)
+    assert better.plan.text_format == ON_CPU and digests(better.text_keys(TEXTS)) != digests(small.text_keys(TEXTS))
+    in_loop = config.model_copy(update={"precompute_text_embeddings": False})
+    assert prefer_more_exact(small, TEXTS, [], in_loop).plan.text_format == "nf4", "training captions are not there"
+    more = [*TEXTS, TextItem("a bear")]
+    assert prefer_more_exact(small, more, [], config).plan.text_format == "nf4", "not all are there"

@@ -1,0 +1,150 @@
+"""How encoders are held on cards of every size, decided from sizes alone."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from pixtune.errors import CheckpointError, PlanError
+from pixtune.fit.encoders import (
+    ON_CPU,
+    TILE_SIDES,
+    EncoderPlan,
+    EncoderSizes,
+    coding_bytes,
+    count_caption_tokens,
+    encode_plainly,
+    fitting_tile,
+    more_exact,
+    plan_encoders,
+    text_peak_bytes,
+    text_weight_bytes,
+)
+from pixtune.fit.plan import CONTEXT_BYTES, SLACK
+from pixtune.hardware.facts import GIB
+from tests.full_size import AUTOENCODER, TEXT_ENCODER
+
+CARDS_GIB = {80: 79.0, 24: 23.3, 16: 15.3, 12: 11.4, 8: 7.4, 6: 5.4, 4: 3.5}
+"""What a whole process has on a card of so many GB."""
+
+
+def usable(card_gb: int) -> int:
+    return round((CARDS_GIB[card_gb] * GIB - CONTEXT_BYTES) / SLACK)
+
+
+def full_size(family_name: str, side: int = 1024) -> EncoderSizes:
+    text = 2 * sum(TEXT_ENCODER[family_name].values())
+    return EncoderSizes(text, 2 * AUTOENCODER[family_name], picture_pixels=side * side)
+
+
+def peaks(plan: EncoderPlan, sizes: EncoderSizes) -> tuple[int, int]:
+    """Most while captions are encoded, and while pictures are."""
+    coding = plan.picture_batch * coding_bytes(sizes.picture_pixels, plan.tile_pixels)
+    return text_peak_bytes(sizes, plan.text_format, plan.caption_batch), sizes.autoencoder_bytes + coding
+
+
+@pytest.mark.parametrize(
+    ("family_name", "card_gb", "text_format", "picture_batch"),
+    [
+        ("qwen_image", 80, None, 4),
+        ("qwen_image", 24, None, 4),
+        ("qwen_image", 16, "int8", 4),
+        ("qwen_image", 12, "int8", 4 - 1),
+        ("qwen_image", 8, "nf4", 2),
+        ("qwen_image", 6, ON_CPU, 1),
+        ("flux", 16, None, 4),
+        ("flux", 12, None, 4),
+        ("flux", 8, "int8", 2),
+        ("flux", 6, "nf4", 1),
+        ("flux", 4, ON_CPU, 1),
+    ],
+)
+def test_a_full_size_encoder_fits_every_card_as_exactly_as_it_can(
+    family_name: str, card_gb: int, text_format: str | None, picture_batch: int
+) -> None:
+    sizes = full_size(family_name)
+    plan = plan_encoders(usable(card_gb), sizes, batch_size=4)
+    assert (plan.text_format, plan.tile_pixels) == (text_format, None)
+    assert plan.picture_batch >= picture_batch and max(peaks(plan, sizes)) <= usable(card_gb)
+    formats = (None, "int8", "nf4", ON_CPU)
+    for more in formats[: formats.index(text_format)]:
+        assert text_peak_bytes(sizes, more, 1) > usable(card_gb), f"{more} would have fitted"
+    if picture_batch < 4:
+        one_more = replace(plan, picture_batch=plan.picture_batch + 1)
+        assert plan.picture_batch == 4 or peaks(one_more, sizes)[1] > usable(card_gb)
+
+
+def test_what_is_decided_has_a_reason_and_what_is_plain_has_none() -> None:
+    assert plan_encoders(usable(80), full_size("qwen_image"), 4).reasons == encode_plainly(4).reasons == ()
+    (eight,) = plan_encoders(usable(16), full_size("qwen_image"), 4).reasons
+    assert "text encoder in 8 bits" in eight and "15.4 GiB" in eight and "14.3 GiB are usable" in eight
+    slow, fewer = plan_encoders(usable(6), full_size("qwen_image"), 4).reasons
+    assert "on the CPU, which is slow" in slow and "1 pictures at a time instead of 4" in fewer
+
+
+def test_fewer_captions_come_before_fewer_bits() -> None:
+    sizes = full_size("flux")
+    room = text_peak_bytes(sizes, None, 2)
+    plan = plan_encoders(room, sizes, 4)
+    assert (plan.text_format, plan.caption_batch) == (None, 2) and "2 captions at a time" in plan.reasons[0]
+    assert plan_encoders(room, replace(sizes, caption_tokens=4096), 4).text_format == "int8"
+
+
+def test_pictures_are_tiled_only_where_one_alone_does_not_fit() -> None:
+    sizes, room = full_size("flux", side=2048), usable(8)
+    plan = plan_encoders(room, sizes, 4)
+    assert (plan.tile_pixels, plan.picture_batch) == (1024, 2) and "tiles of 1024 pixels" in plan.reasons[-1]
+    assert peaks(plan, sizes)[1] <= room < sizes.autoencoder_bytes + coding_bytes(sizes.picture_pixels)
+    assert plan_encoders(usable(16), sizes, 4).tile_pixels is None
+
+
+def test_a_tile_is_the_largest_that_fits_and_the_smallest_where_none_does() -> None:
+    for side in TILE_SIDES:
+        assert fitting_tile(4096 * 4096, coding_bytes(side * side)) == side
+    assert fitting_tile(512 * 512, coding_bytes(512 * 512)) is None
+    assert fitting_tile(512 * 512, 0) == TILE_SIDES[-1]
+
+
+def test_a_text_encoder_that_stays_leaves_less_for_pictures() -> None:
+    sizes, room = full_size("qwen_image"), usable(24)
+    leaves, stays = plan_encoders(room, sizes, 4), plan_encoders(room, sizes, 4, text_stays=True)
+    assert (leaves.picture_batch, stays.picture_batch) == (4, 2)
+
+
+def test_demands_are_kept() -> None:
+    sizes, room = full_size("qwen_image"), usable(16)
+    plain = plan_encoders(room, sizes, 4, may_quantize=False)
+    assert plain.text_format == ON_CPU and "disable_quantization" in plain.reasons[0]
+    with pytest.raises(PlanError, match=r"disable_cpu_offload keeps .* 15\.8 GiB at the least .* 14\.3 GiB are usable"):
+        plan_encoders(room, sizes, 4, may_quantize=False, must_stay=True)
+
+
+def test_quantised_weights_are_counted_with_what_stays_as_it_is() -> None:
+    sizes = full_size("qwen_image")
+    embeddings_and_norms = 152_064 * 3584 + 400_000
+    linear = sizes.text_bytes // 2 - embeddings_and_norms
+    for text_format, each in (("int8", 1 + 4 / 3584), ("nf4", 0.5 + 2 / 64)):
+        exact = 2 * embeddings_and_norms + linear * each
+        assert exact <= text_weight_bytes(sizes, text_format) <= 1.02 * exact
+
+
+def test_better_encodings_that_are_there_are_named_best_first() -> None:
+    nf4 = EncoderPlan("nf4", 4, 2, None, ("4 bits",))
+    found = list(more_exact(nf4))
+    assert [plan.text_format for plan in found] == [ON_CPU, "int8"] and found[0].weights_format is None
+    assert all(plan.picture_batch == 2 and "in the cache" in plan.reasons[0] for plan in found)
+    assert not list(more_exact(encode_plainly(4))) and not list(more_exact(replace(nf4, text_format=ON_CPU)))
+
+
+def test_a_plan_survives_a_checkpoint() -> None:
+    plan = plan_encoders(usable(8), full_size("qwen_image"), 4)
+    assert EncoderPlan.from_dict(plan.to_dict()) == plan
+    with pytest.raises(CheckpointError, match="differs from this version's in picture_batch"):
+        EncoderPlan.from_dict({name: value for name, value in plan.to_dict().items() if name != "picture_batch"})
+
+
+def test_long_captions_and_pictures_beside_them_count() -> None:
+    assert count_caption_tokens(100, 0) == 512
+    assert count_caption_tokens(3000, 0) == 1000
+    assert count_caption_tokens(100, 28 * 28 * 7) == 519
