@@ -219,6 +219,67 @@ def test_a_cpu_run_shows_no_gpu_memory(run: FakeRun) -> None:
     assert "GPU memory" not in run.report().source
 
 
+# ---- speed and memory
+
+STAGES = (
+    ("text encoding", 31.2, 0.01, 15.9, 16.2, 9.1),
+    ("training steps", 3725.0, 20.9, 21.9, 22.3, 5.25),
+)
+
+
+def memory_line(on_gpu: bool) -> dict[str, Any]:
+    rows = [
+        {
+            "stage": stage, "seconds": seconds, "allocated_gib": now * on_gpu, "reserved_gib": now * on_gpu,
+            "peak_gib": peak * on_gpu, "peak_reserved_gib": reserved * on_gpu, "host_rss_gib": host,
+        }
+        for stage, seconds, now, peak, reserved, host in STAGES
+    ]  # fmt: skip
+    compared = {"expected_peak_gib": 21.5, "measured_peak_gib": 22.3, "reserved_peak_gib": 22.7, "error_percent": -3.6}
+    return {"kind": "memory", "step": 3, "stages": rows, **(compared if on_gpu else {})}
+
+
+def test_memory_stands_by_stage_beside_the_plan(run: FakeRun) -> None:
+    run.steps(1, 3)
+    run.lines.append({**memory_line(on_gpu=True), "process_peak_gib": 23.1})
+    page = run.report()
+    (section,) = [s for s in page.root.find("section") if s.find("h2")[0].text == "Memory"]
+    assert section.find("p")[0].text == (
+        "The plan expected 21.5 GiB at the peak of a step; it was 22.3 GiB, so the estimate was off by −3.6%. "
+        "Torch's allocator reserved 22.7 GiB; the whole process, CUDA included, took 23.1 GiB."
+    )
+    heads, *rows = [[cell.text for cell in row.children] for row in section.find("tr")]
+    assert heads == ["stage", "GPU, peak", "reserved, peak", "GPU, at its end", "host, at its end", "time"]
+    assert rows[1] == ["training steps", "21.90 GiB", "22.30 GiB", "20.90 GiB", "5.25 GiB", "1 h 2 min"]
+
+
+def test_a_cpu_run_shows_the_hosts_memory_alone(run: FakeRun) -> None:
+    run.steps(1, 3, peak_memory_gib=0.0)
+    run.lines.append(memory_line(on_gpu=False))
+    page = run.report()
+    heads, *rows = [[cell.text for cell in row.children] for row in page.root.find("table", "memory")[0].find("tr")]
+    assert heads == ["stage", "host, at its end", "time"]
+    assert rows == [["text encoding", "9.10 GiB", "31.2 s"], ["training steps", "5.25 GiB", "1 h 2 min"]]
+    assert "GPU" not in page.source and "The plan expected" not in page.source
+
+
+def test_a_run_that_has_not_finished_has_no_memory_section(whole_run: FakeRun) -> None:
+    page = whole_run.report()
+    assert not {"Memory", "Slower steps"} & {head.text for head in page.root.find("h2")}
+
+
+def test_the_first_step_and_slower_steps_are_told(run: FakeRun) -> None:
+    for step, seconds, graphs in ((1, 74.2, 6), (51, 60.0, 6)):
+        run.lines.append({"kind": "first_step", "step": step, "first_step_seconds": seconds, "compiled_graphs": graphs})
+    run.steps(1, 100)
+    run.lines.append({"kind": "drift", "step": 60, "ratio": 1.8, "causes": ["data"], "message": f"step 60: {NASTY}"})
+    page = run.report()
+    assert page.tile("First step") == "74.2 s | with 6 graphs compiled"
+    assert [item.text for item in page.root.find("ul", "drifts")[0].find("li")] == [
+        " ".join(f"step 60: {NASTY}".split())
+    ]
+
+
 def test_tables_hold_facts_plan_config_and_versions(whole_run: FakeRun) -> None:
     page = whole_run.report(facts={"LoRA layers": 240, "trained parameters": 23592960})
     plain, code = page.rows("plain"), page.rows("code")

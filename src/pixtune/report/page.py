@@ -284,7 +284,7 @@ def build_comparison(memory: MemoryRecord) -> str:
     more = [
         f"{name} {gib:.1f} GiB"
         for name, gib in (
-            ("torch's allocator reserved", memory.reserved_peak_gib),
+            ("Torch's allocator reserved", memory.reserved_peak_gib),
             ("the whole process, CUDA included, took", memory.process_peak_gib),
         )
         if gib is not None
