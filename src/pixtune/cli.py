@@ -140,10 +140,27 @@ def export(
 
 
 @app.command()
-def doctor(json_output: Annotated[bool, typer.Option("--json", help="For programs and bug reports.")] = False) -> None:
+def doctor(
+    json_output: Annotated[bool, typer.Option("--json", help="For programs and bug reports.")] = False,
+    model: Annotated[
+        str | None, typer.Option(help="Model folder or hub name to check instead: plain, in 8 bits, against diffusers.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="With --model: also write what was measured, as JSON.")] = None,
+) -> None:
     """Show what this machine is and what to mend; exit code 1 if training is impossible. Trains nothing."""
-    from pixtune.doctor import examine, render
+    from pixtune.doctor import examine, examine_model, render, render_model
 
+    if model is not None:
+        check = examine_model(model)
+        if output is not None:
+            check.write(output)
+        if json_output:
+            typer.echo(check.to_json())
+        else:
+            render_model(check, Console())
+        raise typer.Exit(1 if check.faults else 0)
+    if output is not None:
+        raise typer.BadParameter("--output goes with --model; use --json to show the machine")
     examination = examine()
     if json_output:
         typer.echo(examination.to_json())

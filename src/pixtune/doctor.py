@@ -6,6 +6,7 @@ import json
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich import box
 from rich.console import Console
@@ -16,6 +17,11 @@ from rich.table import Table
 from pixtune.hardware.advice import Advice, advise
 from pixtune.hardware.facts import GIB, HardwareFacts
 from pixtune.hardware.machine import Machine, read_machine
+
+if TYPE_CHECKING:
+    from pixtune.model_check import ModelCheck
+
+WORST_LAYERS = 5
 
 LINKS = {
     "pcie": "PCIe",
@@ -69,6 +75,47 @@ def render(examination: Examination, console: Console) -> None:
             f"[{style}]{advice.severity}[/]  [bold]{escape(advice.topic)}[/]  {escape(advice.found)}", highlight=False
         )
         console.print(Padding(escape(advice.remedy), (0, 0, 1, 4)), highlight=False)
+
+
+def examine_model(name_or_path: str) -> ModelCheck:
+    """A model folder on this machine's first GPU, or its CPU. Reads all of its transformer several times.
+
+    Raises:
+        WeightsError: there is no model, or none that can be trained here.
+    """
+    import torch
+
+    from pixtune.families import family_of
+    from pixtune.model_check import check_model
+    from pixtune.weights import open_model_folder
+
+    folder = open_model_folder(name_or_path)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return check_model(folder, family_of(folder), device)
+
+
+def render_model(check: ModelCheck, console: Console) -> None:
+    """The worst layers, the comparisons, and the verdict in a sentence."""
+    table = Table(box=box.SIMPLE, pad_edge=False, title=f"{check.folder_name}: errors of the worst layers")
+    table.add_column("layer", overflow="fold", min_width=24)
+    for heading in ("format", "product", "gradient", "weights*", "inputs*"):
+        table.add_column(heading, no_wrap=True)
+    for layer in sorted(check.layers, key=lambda layer: layer.worst, reverse=True)[:WORST_LAYERS]:
+        errors = (layer.product, layer.gradient, layer.weight_channel, layer.input_channel)
+        table.add_row(escape(layer.path), layer.linear_format, *(f"{error:.1%}" for error in errors))
+    console.print(table)
+    console.print("* of the median input channel", style="dim", highlight=False)
+    stock = check.stock
+    compared = f"not compared: {stock.note}" if stock.error is None else f"{stock.error:.2%} apart {stock.note}"
+    console.print(escape(f"velocity, ours and {check.pipeline_class}'s: {compared.strip()}"), highlight=False)
+    for quantised in check.formats:
+        kept = quantised.cosine_kept
+        then = "" if kept is None else f", {kept:.4f} with keep_plain"
+        console.print(
+            f"LoRA gradients in {quantised.linear_format}: cosine {quantised.cosine:.4f}{then}",
+            highlight=False,
+        )
+    console.print(escape(check.verdict), style="bold red" if check.faults else "bold green", highlight=False)
 
 
 def rows_of(machine: Machine) -> list[tuple[str, str]]:

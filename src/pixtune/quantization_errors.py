@@ -221,9 +221,7 @@ def layer_errors(path: str, layer: QuantizedLinear, passed: LinearPass) -> Layer
     weight_NK, input_MK, gradient_MN = passed.linear.weight.detach(), passed.input_MK, passed.gradient_MN
     with torch.enable_grad():
         leaf_MK = input_MK.clone().requires_grad_()
-        bias, layer.bias = layer.bias, None
-        product_MN = layer(leaf_MK)
-        layer.bias = bias
+        product_MN = layer.product(leaf_MK)
         (input_gradient_MK,) = torch.autograd.grad(product_MN, leaf_MK, gradient_MN)
     codes_MK, scale_M1 = quantize_rows(input_MK, layer.codes)
     return LayerErrors(

@@ -71,7 +71,7 @@ def stock_velocity(
     import diffusers
 
     kind: Any = getattr(diffusers, folder.pipeline_class)
-    parts = {name: None for name in folder.components}
+    parts: dict[str, Any] = dict.fromkeys(folder.components)
     autoencoder = family.load_autoencoder(folder, placement)  # for its config: nothing is encoded
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_pretrained(folder.path / "scheduler")
     pipeline = kind(**{**parts, "vae": autoencoder, "scheduler": scheduler, "transformer": transformer})

@@ -48,8 +48,8 @@ class BlockWeights:
             missing.discard(name)
         if missing:
             raise WeightsError(
-                f"{self.files[0].parent} lacks {len(missing)} tensors of {self.path}, {min(missing)} among them. Was the "
-                "download interrupted? Fetch it again."
+                f"{self.files[0].parent} lacks {len(missing)} tensors of {self.path}, {min(missing)} among them. Was "
+                "the download interrupted? Fetch it again."
             )
 
     def leave(self) -> None:

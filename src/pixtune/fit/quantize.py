@@ -182,9 +182,12 @@ class QuantizedLinear(nn.Linear):
         codes_NK, scale_N1 = row_codes(self.weight, self.scale, self.codes, transposed=False)
         return codes_NK.float() * scale_N1
 
+    def product(self, rows_MK: Tensor) -> Tensor:
+        """`x @ W.T`, without the bias; shape (M, N)."""
+        return FrozenProduct.apply(rows_MK, self.weight, self.scale, self.codes, self.tensor_cores)
+
     def forward(self, input: Tensor) -> Tensor:
-        rows_MK = input.reshape(-1, self.in_features)
-        product_MN = FrozenProduct.apply(rows_MK, self.weight, self.scale, self.codes, self.tensor_cores)
+        product_MN = self.product(input.reshape(-1, self.in_features))
         product = product_MN.view(*input.shape[:-1], self.out_features)
         return product if self.bias is None else product + self.bias
 
