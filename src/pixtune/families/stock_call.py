@@ -29,7 +29,7 @@ class Inputs:
     conditioning: Conditioning
     """Stacked, of one sample."""
     controls: tuple[Tensor, ...]
-    """Latents BCHW at the size that the pipeline gives a square control picture."""
+    """Latents BCHW at a size that the pipeline gives a square control picture."""
     guidance: float
 
 
@@ -45,10 +45,12 @@ def random_inputs(family: ModelFamily, folder: ModelFolder, side: int, num_text_
         return draws.normal((1, *shape_CHW), 0, "random weights", what).to(device)
 
     text = family.stack_conditioning([family.random_text(folder, num_text_tokens, 0)])
-    controls = []
-    if family.max_controls:
-        controls.append(latents(*family.control_size(folder, (CONTROL_SIDE, CONTROL_SIDE), CONTROL_SIDE), "control"))
     side -= side % family.pixel_multiple(folder)
+    controls = []
+    if family.max_controls and family.embedded_guidance:
+        controls.append(latents(side, side, "control"))  # this pipeline can be told to leave a control's size alone
+    elif family.max_controls:
+        controls.append(latents(*family.control_size(folder, (CONTROL_SIDE, CONTROL_SIDE), CONTROL_SIDE), "control"))
     return Inputs(
         latents(side, side, "noisy"), {name: tensor.to(device) for name, tensor in text.items()}, tuple(controls), 3.5
     )
@@ -117,5 +119,6 @@ def _arguments(family: ModelFamily, pipeline: Any, inputs: Inputs, dtype: torch.
         arguments["image"] = Image.new("RGB", (CONTROL_SIDE, CONTROL_SIDE))
         if family.embedded_guidance:
             height, width = (side * pipeline.vae_scale_factor for side in inputs.noisy_BCHW.shape[-2:])
-            arguments["max_area"] = height * width  # else it is enlarged to the area of the controls
+            arguments["image"] = Image.new("RGB", (width, height))
+            arguments |= {"_auto_resize": False, "max_area": height * width}
     return arguments

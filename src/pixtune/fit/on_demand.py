@@ -43,7 +43,9 @@ class BlockWeights:
 
     def arrive(self) -> None:
         missing = set(self.modules)
-        for name, tensor in iterate_tensors(self.files, self.placement.device, wanted=self.modules.__contains__):
+        # fastsafetensors would read whole files for each block.
+        read = iterate_tensors(self.files, self.placement.device, use_fast=False, wanted=self.modules.__contains__)
+        for name, tensor in read:
             put_into(self.modules[name], name, tensor, self.placement)
             missing.discard(name)
         if missing:
@@ -98,7 +100,9 @@ def load_on_demand(
     blocks = {f"{path}.{n}": b for path in family.block_paths for n, b in model.get_submodule(path).named_children()}
     in_blocks = tuple(f"{path}." for path in blocks)
     outside = {name for name in names if not name.startswith(in_blocks)}
-    tensors = iterate_tensors(files, placement.device, wanted=lambda name: not name.startswith(in_blocks))
+    tensors = iterate_tensors(
+        files, placement.device, use_fast=False, wanted=lambda name: not name.startswith(in_blocks)
+    )
     fill(model, tensors, outside, placement, str(folder.path))
     for path, block in blocks.items():
         modules = {name: model.get_submodule(parent(name)) for name in names if name.startswith(f"{path}.")}
