@@ -13,11 +13,13 @@ import torch
 from pixtune.config import load_config
 from pixtune.config.schema import TrainConfig
 from pixtune.data import build_encoder as module
+from pixtune.data.buckets import Framing
 from pixtune.data.build_encoder import build_encoder, prefer_more_exact
 from pixtune.data.cache import CacheKey, Entry
-from pixtune.data.encode import Encoder, TextItem
+from pixtune.data.encode import Encoder, FramedPicture, TextItem
 from pixtune.families import family_of
 from pixtune.fit.encoders import ON_CPU, EncoderPlan, encode_plainly
+from pixtune.fit.tiling import encode_images
 from pixtune.hardware.cards import facts_as
 from pixtune.hardware.facts import GIB
 from pixtune.weights import open_model_folder
@@ -26,6 +28,7 @@ from tests.runs import TINY_MODEL, overrides
 TEXTS = [TextItem("a fox"), TextItem("an owl")]
 CPU: Any = SimpleNamespace(is_main_process=True, device=torch.device("cpu"))
 GPU: Any = SimpleNamespace(is_main_process=True, device=torch.device("cuda"))
+PICTURE = FramedPicture("a.png", Path("a.png"), "0" * 64, Framing(64, 64, 1.0, (0.0, 0.0, 64.0, 64.0), 0.0))
 FOUR_BITS = EncoderPlan("nf4", 2, 2, 256)
 
 
@@ -85,6 +88,21 @@ def test_each_format_is_encoded_and_read_again(tmp_path: Path, text_format: str)
         a, b = mine["prompt_embeds"], theirs["prompt_embeds"]
         assert torch.nn.functional.cosine_similarity(a, b, dim=-1).min() > 0.99
         assert torch.equal(a, b) == (text_format == ON_CPU)
+
+
+@pytest.mark.parametrize("tile_pixels", [None, 32])
+def test_pictures_are_encoded_in_the_planned_tiles(tmp_path: Path, tile_pixels: int | None) -> None:
+    encoder = encoder_of(config_of(tmp_path), plan=replace(FOUR_BITS, tile_pixels=tile_pixels))
+    family, folder, placement = encoder.family, encoder.folder, encoder.placement
+    autoencoder = family.load_autoencoder(folder, placement)
+    pixels_13HW = torch.linspace(-1, 1, 3 * 64 * 96).view(1, 3, 64, 96)
+    expected = encode_images(family, folder, autoencoder, pixels_13HW, tile_pixels).mean_BCHW
+    latents = encoder.open_autoencoder()(pixels_13HW).mean_BCHW
+    assert torch.equal(latents, expected)
+    whole = family.encode_images(autoencoder, pixels_13HW).mean_BCHW
+    assert torch.equal(latents, whole) == (tile_pixels is None)
+    keys = [replace(encoder, plan=encode_plainly(2)).latent_keys([PICTURE]), encoder.latent_keys([PICTURE])]
+    assert (digests(keys[0]) == digests(keys[1])) == (tile_pixels is None)
 
 
 def test_what_a_larger_gpu_encoded_is_used(tmp_path: Path) -> None:

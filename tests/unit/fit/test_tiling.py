@@ -11,8 +11,11 @@ from torch import nn
 from pixtune.families import family_of
 from pixtune.families.base import Placement
 from pixtune.fit.tiling import OVERLAP_SHARE, decode_latents, encode_images, in_tiles, spans
+from pixtune.sample import PromptSampler, SamplerSettings
 from pixtune.weights import open_model_folder
 from tests.runs import ROOT
+
+PLACEMENT = Placement(torch.device("cpu"), torch.float32)
 
 
 @pytest.mark.parametrize(("length", "tile", "multiple"), [(512, 256, 16), (272, 256, 16), (1920, 768, 16), (100, 7, 1)])
@@ -49,7 +52,7 @@ def test_tiles_of_a_real_autoencoder_are_near_the_whole(name: str, latent_error:
     """Measured at 512 pixels in tiles of 256: 0.6% and 54 dB (norms by pixel), 1.4% and 46 dB (norms by group)."""
     folder = open_model_folder(str(ROOT / "assets" / name))
     family = family_of(folder)
-    autoencoder = family.load_autoencoder(folder, Placement(torch.device("cpu"), torch.float32))
+    autoencoder = family.load_autoencoder(folder, PLACEMENT)
     torch.manual_seed(0)
     pixels = torch.tanh(nn.functional.interpolate(torch.randn(1, 3, 64, 64), size=(512, 512), mode="bicubic"))
     whole = encode_images(family, folder, autoencoder, pixels, None)
@@ -58,4 +61,8 @@ def test_tiles_of_a_real_autoencoder_are_near_the_whole(name: str, latent_error:
     assert tiled.std_BCHW.shape == whole.std_BCHW.shape and (tiled.std_BCHW > 0).all()
     drawn = decode_latents(family, folder, autoencoder, whole.mean_BCHW, None)
     in_parts = decode_latents(family, folder, autoencoder, whole.mean_BCHW, 256)
+    sampler = PromptSampler(
+        family, folder, [], SamplerSettings((0,), 1, 1.0), PLACEMENT, keep_autoencoder=True, tile_pixels=256
+    )
+    assert torch.equal(sampler._decode(whole.mean_BCHW), in_parts)
     assert 0 < (in_parts - drawn).square().mean() < 4 * 10 ** (-decoded_db / 10)
