@@ -77,7 +77,7 @@ def assemble(config: TrainConfig) -> tuple[Run, Services]:
     resume_path = resolve_resume(config.output_dir, config.resume_from_checkpoint)
     checkpoint = load_checkpoint(resume_path) if resume_path else None
 
-    encoders = EncoderPlan.from_dict(checkpoint.record["encoders"]) if checkpoint else None
+    encoders = EncoderPlan.from_dict(checkpoint.record.get("encoders", {})) if checkpoint else None
     data = prepare_data(config, family, folder, accelerator, memory.stages, encoders)
     plan = decide_plan(config, family, folder, data, accelerator.device, checkpoint)
     apply_switches(plan)
