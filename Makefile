@@ -10,7 +10,8 @@ PYTHON := $(shell for python in python3 python3.14 python3.13 python3.12 python3
 endif
 # Installed only where there is no torch; the version that the tests run with.
 TORCH ?= torch==2.13.0
-PYTEST_ARGS ?=
+# A process a core with one computing thread each: small models are not faster with more.
+PYTEST_ARGS ?= -n auto
 
 ENV := $(or $(if $(PYTHON),$(shell $(PYTHON) -c 'import sys; print(sys.prefix if sys.prefix != sys.base_prefix else "")')),.venv)
 PINS := $(if $(filter .venv,$(ENV)),-c constraints.txt)
@@ -35,8 +36,8 @@ demo-edit: $(STAMP) ## the same for editing: redraw a picture in a new style
 demo-flux: $(STAMP) ## the same with FLUX's classes
 	@$(PY) -m pixtune.cli train --config train_configs/demo_flux.yaml
 
-test: $(STAMP) ## the whole suite; make test PYTEST_ARGS="-n 2 tests/unit" for a part
-	@$(PY) -m pytest $(PYTEST_ARGS)
+test: $(STAMP) ## the whole suite; make test PYTEST_ARGS="tests/unit -k config" for a part
+	@OMP_NUM_THREADS=1 $(PY) -m pytest $(PYTEST_ARGS)
 
 lint: $(STAMP) ## style, format and types
 	@$(PY) -m ruff check .
