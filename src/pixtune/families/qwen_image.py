@@ -65,7 +65,7 @@ class QwenImage:
     block_paths: tuple[str, ...] = ("transformer_blocks",)
     modulation_layers: tuple[str, ...] = ("img_mod.1", "txt_mod.1")
     # Eager and kept: 434 and 333 MiB a block on one H100 with torch 2.11, 4096 image and 256 text tokens
-    # (benchmarks/RESULTS.md). Lean is what the compiler's partitioner says on a CPU, not measured (docs/experiments.md).
+    # (benchmarks/RESULTS.md). Lean is what the partitioner says on a CPU, not measured (docs/experiments.md).
     activation_units: Mapping[str, ActivationUnits] = {
         "transformer_blocks": ActivationUnits(eager=17.0, kept=13.05, lean=9.1, working=25.0, forward=13.5)
     }
