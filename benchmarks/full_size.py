@@ -13,8 +13,10 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import diffusers
 from environment import describe
@@ -63,6 +65,7 @@ ARCHITECTURES = {
     "flux": Architecture("FluxPipeline", *FLUX, **FLUX_VALUES),
     "flux-kontext": Architecture("FluxKontextPipeline", *FLUX, 1, **FLUX_VALUES),
 }
+Result = dict[str, Any]
 NUM_PICTURES = 4
 WARM_UP_STEPS = 3
 
@@ -98,44 +101,63 @@ def write_pictures(folder: Path, size: int) -> None:
         (folder / "images" / f"{number}.txt").write_text("noise")
 
 
+def prepare(folder: Path, model_name: str, size: int) -> None:
+    """Model folder and pictures of a benchmark."""
+    write_model_folder(folder / "model", ARCHITECTURES[model_name])
+    write_pictures(folder / "pictures", size)
+
+
+def measure(folder: Path, output: Path, model_name: str, size: int, steps: int, overrides: Sequence[str]) -> Result:
+    """Trains in a process of its own and reads what the run wrote about itself.
+
+    Args:
+        folder: of `prepare`.
+        output: the run's folder; what is in it already is gone on with if an override says so.
+
+    Raises:
+        subprocess.CalledProcessError: the run failed; its words went to stderr.
+    """
+    config = folder / f"{output.name}.yaml"
+    pictures = folder / "pictures"
+    config.write_text(
+        f"pretrained_model_name_or_path: {folder / 'model'}\noutput_dir: {output}\nrandom_weights: true\n"
+        f"max_train_steps: {steps}\nlogging_steps: 1\n"
+        f"data_config:\n  img_dir: {pictures / 'images'}\n  img_size: {size}\n"
+        + (f"  control_dir: {pictures / 'control'}\n" if ARCHITECTURES[model_name].num_controls else "")
+    )
+    command = [sys.executable, "-m", "pixtune.cli", "train", "--config", str(config), *overrides]
+    subprocess.run(command, check=True, stdout=sys.stderr)
+    lines = read_metrics(output / "metrics.jsonl")
+    taken = [line for line in lines if line["kind"] == "step"]
+    newest = max(output.glob("checkpoint-*/state.json"), key=lambda path: int(path.parent.name.split("-")[1]))
+    return {
+        "benchmark": "full_size",
+        "model": model_name,
+        "overrides": list(overrides),
+        "size_pixels": size,
+        "seconds_per_step_median": statistics.median(line["seconds"] for line in taken[WARM_UP_STEPS:]),
+        "seconds_per_step_all": [line["seconds"] for line in taken],
+        "peak_memory_gib": max(line["peak_memory_gib"] for line in taken),
+        "memory": [line for line in lines if line["kind"] == "memory"],
+        "losses": [line["loss"] for line in taken],
+        "plan": json.loads(newest.read_text())["record"]["plan"],
+        **describe(),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", choices=ARCHITECTURES, default="qwen-image")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--size", type=int, default=1024, help="pixels")
+    parser.add_argument("--output", type=Path, help="keep the run here, so that it can be gone on with")
     parser.add_argument("overrides", nargs="*", help="key=value of the config")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        model = ARCHITECTURES[arguments.model]
-        write_model_folder(folder / "model", model)
-        write_pictures(folder / "pictures", arguments.size)
-        (folder / "run.yaml").write_text(
-            f"pretrained_model_name_or_path: {folder / 'model'}\noutput_dir: {folder / 'run'}\nrandom_weights: true\n"
-            f"max_train_steps: {arguments.steps}\nlogging_steps: 1\n"
-            f"data_config:\n  img_dir: {folder / 'pictures' / 'images'}\n  img_size: {arguments.size}\n"
-            + (f"  control_dir: {folder / 'pictures' / 'control'}\n" if model.num_controls else "")
-        )
-        command = [sys.executable, "-m", "pixtune.cli", "train", "--config", str(folder / "run.yaml")]
-        subprocess.run([*command, *arguments.overrides], check=True, stdout=sys.stderr)
-        lines = read_metrics(folder / "run" / "metrics.jsonl")
-        steps = [line for line in lines if line["kind"] == "step"]
-        memory = [line for line in lines if line["kind"] == "memory"]
-        plan = json.loads(next((folder / "run").glob("checkpoint-*/state.json")).read_text())["record"]["plan"]
-    seconds = [line["seconds"] for line in steps[WARM_UP_STEPS:]]
-    result = {
-        "benchmark": "full_size",
-        "model": arguments.model,
-        "overrides": arguments.overrides,
-        "size_pixels": arguments.size,
-        "seconds_per_step_median": statistics.median(seconds),
-        "seconds_per_step_all": [line["seconds"] for line in steps],
-        "peak_memory_gib": max(line["peak_memory_gib"] for line in steps),
-        "memory": memory,
-        "losses": [line["loss"] for line in steps],
-        "plan": plan,
-        **describe(),
-    }
+        prepare(folder, arguments.model, arguments.size)
+        output = arguments.output or folder / "run"
+        result = measure(folder, output, arguments.model, arguments.size, arguments.steps, arguments.overrides)
     print(json.dumps(result, indent=2))
 
 

@@ -74,35 +74,36 @@ def load_transformer(
 def random_transformer(
     family: ModelFamily, config: Mapping[str, Any], placement: Placement, layout: Layout = PLAIN
 ) -> nn.Module:
-    """A transformer of the given architecture (empty: the full-size default) with random weights, for measuring."""
+    """A transformer of the given architecture (empty: the full-size default) with random weights, for measuring.
+
+    Modulation layers that are not loaded share one weight for each shape: making them all takes host memory and time,
+    and what streams through the device is as much either way.
+    """
     model = family.build_transformer(config)
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     absent = lay_out(model, family, placement, layout)
-    kept: dict[str, Tensor] = {}
-
-    def tensors() -> Iterator[tuple[str, Tensor]]:
-        for name, tensor in random_tensors(shapes, placement):
-            if parent(name) in absent:
-                kept[name] = tensor.cpu()
-            else:
-                yield name, tensor
-
-    expected = {name for name in shapes if parent(name) not in absent}
-    fill(model, tensors(), expected, placement, "random weights", paths_of_blocks(model, family, layout.on_host))
+    loaded = {name: shape for name, shape in shapes.items() if parent(name) not in absent}
+    tensors = random_tensors(loaded, placement)
+    fill(model, tensors, set(loaded), placement, "random weights", paths_of_blocks(model, family, layout.on_host))
     if absent:
-        attach_table(model, family, absent, kept.__getitem__, layout.modulation_rows)
+        of_shape = {shapes[name]: name for name in shapes if name not in loaded}
+        kept = {shape: random_tensor(name, shape, placement).cpu() for shape, name in of_shape.items()}
+        attach_table(model, family, absent, lambda name: kept[shapes[name]], layout.modulation_rows)
     return model.requires_grad_(False).eval()
 
 
 def random_tensors(shapes: Mapping[str, torch.Size], placement: Placement) -> Iterator[tuple[str, Tensor]]:
-    """Values of about the size that trained ones have."""
+    """One after the other."""
     for name, shape in shapes.items():
-        tensor = torch.empty(shape, device=placement.device, dtype=placement.dtype)
-        if len(shape) >= 2:
-            tensor.normal_(0, 0.5 / math.sqrt(shape[-1]))
-        else:
-            tensor.fill_(1.0 if name.endswith("weight") else 0.0)
-        yield name, tensor
+        yield name, random_tensor(name, shape, placement)
+
+
+def random_tensor(name: str, shape: torch.Size, placement: Placement) -> Tensor:
+    """Values of about the size that trained ones have."""
+    tensor = torch.empty(shape, device=placement.device, dtype=placement.dtype)
+    if len(shape) >= 2:
+        return tensor.normal_(0, 0.5 / math.sqrt(shape[-1]))
+    return tensor.fill_(1.0 if name.endswith("weight") else 0.0)
 
 
 def lay_out(model: nn.Module, family: ModelFamily, placement: Placement, layout: Layout) -> dict[str, ModulationRows]:

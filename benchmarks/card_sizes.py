@@ -1,0 +1,122 @@
+"""Full-size steps within the memory of smaller cards: python benchmarks/card_sizes.py --output results [CELL ...]
+
+A cell is a model, the most that the process may take in GiB, and what else the config says, joined by commas:
+`qwen-image,23.3` or `flux,15.3,rank=64,--size=768`. Without any, the table of RESULTS.md. Each runs in a process of its
+own, and its JSON is written at once; those that are there already are not run again. `--table` prints them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from full_size import ARCHITECTURES, Result, measure, prepare
+
+from pixtune.files import write_atomically
+
+LIMITS_GIB = {
+    "qwen-image": (79, 47, 31, 23.3, 15.3, 11.4, 7.4),
+    "flux": (79, 47, 31, 23.3, 15.3, 11.4, 7.4, 5.5),
+}
+"""Cards of 80, 48, 32, 24, 16, 12, 8 and 6 GB, less what a desktop and the driver take."""
+STEPS = 8
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run."""
+
+    model: str
+    limit_gib: float
+    size: int = 1024
+    overrides: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """As a file's stem."""
+        more = [f"size={self.size}"] if self.size != 1024 else []
+        return "-".join([self.model, f"{self.limit_gib:g}", *more, *self.overrides]).replace(".", "_")
+
+
+def parse_cell(text: str) -> Cell:
+    """
+    Raises:
+        ValueError: not `MODEL,GIB[,key=value ...]`.
+    """
+    model, limit, *rest = text.split(",")
+    if model not in ARCHITECTURES:
+        raise ValueError(f"{text}: the model is one of {', '.join(ARCHITECTURES)}")
+    sizes = [int(part.removeprefix("--size=")) for part in rest if part.startswith("--size=")]
+    return Cell(model, float(limit), *(sizes or [1024]), tuple(part for part in rest if not part.startswith("--")))
+
+
+def run_cell(cell: Cell, output: Path) -> Result:
+    """Runs a cell and writes its JSON; a run that fails leaves its last words there."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        prepare(folder, cell.model, cell.size)
+        overrides = (f"gpu_memory_limit_gib={cell.limit_gib:g}", *cell.overrides)
+        began = time.perf_counter()
+        try:
+            result = measure(folder, folder / "run", cell.model, cell.size, STEPS, overrides)
+        except subprocess.CalledProcessError as error:
+            result = {"model": cell.model, "overrides": list(overrides), "failed": str(error)}
+        result |= {"limit_gib": cell.limit_gib, "wall_seconds": round(time.perf_counter() - began, 1)}
+    write_atomically(output / f"{cell.name}.json", json.dumps(result, indent=1).encode())
+    return result
+
+
+def row(result: Result) -> str:
+    """A line of the table."""
+    if "failed" in result:
+        return f"| {result['model']} | {result['limit_gib']:g} | failed: {result['failed']} | | | | | |"
+    plan, memory = result["plan"], result["memory"][0]
+    ways = [plan["weights_format"]]
+    ways += [f"modulation {plan['modulation_rows']} ahead"] if plan["modulation_rows"] else []
+    ways += ["cheap recomputed"] if plan["lean"] else []
+    ways += [f"{plan['recomputed_blocks']} blocks recomputed"] if plan["recomputed_blocks"] else []
+    ways += ["inputs offloaded"] if plan["offload_inputs"] else []
+    ways += [f"{plan['streamed_blocks']} streamed"] if plan["streamed_blocks"] else []
+    more = [text for text in result["overrides"] if not text.startswith("gpu_memory_limit_gib")]
+    more += [f"{result['size_pixels']} pixels"] if result["size_pixels"] != 1024 else []
+    figures = [
+        f"{result['seconds_per_step_median']:.3f}", f"{memory['measured_peak_gib']:.2f}",
+        f"{memory['expected_peak_gib']:.2f}", f"{memory['error_percent']:+.1f}%", f"{memory['process_peak_gib']:.2f}",
+    ]  # fmt: skip
+    return " | ".join(["|", result["model"], f"{result['limit_gib']:g}", ", ".join(ways + more), *figures, "|"])[2:]
+
+
+HEADER = """\
+| model | limit, GiB | plan | s/step | peak GiB, allocated | planned | error | process GiB |
+|---|---|---|---|---|---|---|---|"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, required=True, help="folder of the results")
+    parser.add_argument("--no-later-than", type=float, default=float("inf"), help="seconds after which no cell starts")
+    parser.add_argument("--table", action="store_true", help="print what is there, run nothing")
+    parser.add_argument("cells", nargs="*", help="MODEL,GIB[,key=value ...]")
+    arguments = parser.parse_args()
+    cells = [parse_cell(text) for text in arguments.cells] or [
+        Cell(model, limit) for model, limits in LIMITS_GIB.items() for limit in limits
+    ]
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    print(HEADER)
+    for cell in cells:
+        file = arguments.output / f"{cell.name}.json"
+        if file.exists():
+            print(row(json.loads(file.read_text())), flush=True)
+        elif not arguments.table and time.monotonic() - START < arguments.no_later_than:
+            print(row(run_cell(cell, arguments.output)), flush=True)
+
+
+START = time.monotonic()
+
+if __name__ == "__main__":
+    main()
