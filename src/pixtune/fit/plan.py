@@ -22,7 +22,7 @@ from pixtune.fit.rungs import (
     ladder_of_all_weights,
     peak_bytes,
 )
-from pixtune.hardware.facts import GIB, MEMORY_FRACTION, HardwareFacts
+from pixtune.hardware.facts import GIB, MEMORY_FRACTION, HardwareFacts, missing_on_host
 
 CONTEXT_BYTES = round(0.75 * GIB)
 """Of a process outside torch's allocator: CUDA context, code of kernels and libraries. Measured on an H100: 0.5 GiB at
@@ -172,9 +172,14 @@ def _choose_rung(
     def needed(rung: Rung) -> int:
         return peak_bytes(rung, footprint, config, optimizer, compiled)
 
-    for rung in demanded:
-        if needed(rung) <= usable:
-            return rung, _reasons(rung, demanded[0], footprint, needed(demanded[0]), needed(rung), usable, config)
+    fitting = [rung for rung in demanded if needed(rung) <= usable]
+    on_host = [host_bytes(rung, footprint) for rung in fitting]
+    for number, rung in enumerate(fitting):
+        if not missing_on_host(facts, on_host[number]):
+            reasons = _reasons(rung, demanded[0], footprint, needed(demanded[0]), needed(rung), usable, config)
+            return rung, [*reasons, *_passed_over(facts, max(on_host[:number], default=0))]
+    if fitting:
+        raise PlanError(_host_lacks(facts, footprint, config, optimizer, compiled, min(on_host)))
     least = min(demanded, key=needed)
     raise PlanError(_nothing_fits(facts, footprint, config, optimizer, compiled, least, usable))
 
@@ -272,6 +277,38 @@ def _reasons(
         training = footprint.trained_weights * bytes_per_trained_weight(footprint, config, "adamw")
         reasons.append(f"gradients, optimizer state and copies of all weights: up to {training / GIB:.1f} GiB")
     return reasons
+
+
+def _passed_over(facts: HardwareFacts, on_host: int) -> list[str]:
+    """That faster ways which fit the GPU keep too much in host memory; nothing where they do not."""
+    missing = missing_on_host(facts, on_host)
+    if not missing:
+        return []
+    return [
+        f"faster ways would keep up to {on_host / GIB:.1f} GiB in host memory, {missing / GIB:.1f} GiB more than may "
+        "be taken there"
+    ]
+
+
+def _host_lacks(
+    facts: HardwareFacts, footprint: Footprint, config: TrainConfig, optimizer: str, compiled: bool, on_host: int
+) -> str:
+    """What fits the GPU needs so much host memory, which is not there."""
+    missing = missing_on_host(facts, on_host)
+    lack = (
+        f"this run needs {on_host / GIB:.1f} GiB of host memory beside {facts.name}, and "
+        f"{(on_host - missing) / GIB:.1f} of the {facts.host_available_bytes / GIB:.1f} GiB available may be taken: "
+        f"{missing / GIB:.1f} GiB are missing."
+    )
+    free, usable = _without_demands(config), usable_bytes(facts, config)
+    rungs = () if footprint.trains_all else ladder(facts, footprint, free)
+    if any(
+        peak_bytes(rung, footprint, free, optimizer, compiled) <= usable
+        and not missing_on_host(facts, host_bytes(rung, footprint))
+        for rung in rungs
+    ):
+        return f"{lack} {_demands(config)} fits."
+    return f"{lack} Close other programs, or lower data_config.img_size or train_batch_size."
 
 
 def _kept_plain(footprint: Footprint) -> list[str]:

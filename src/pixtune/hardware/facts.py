@@ -25,6 +25,8 @@ MEMORY_FRACTION = 0.9
 GIB = 2**30
 LEAST_FLOOR_BYTES = 4 * GIB
 FLOOR_SHARE = 16
+LEAST_HOST_FLOOR_BYTES = GIB
+"""Of a host beside a GPU: page-locked memory cannot be swapped out, so the desktop and the page cache keep some."""
 
 CoherentLink = Literal["pcie", "c2c", "integrated", "none"]
 
@@ -98,6 +100,23 @@ def pool_floor_bytes(pool_bytes: int) -> int:
 def usable_pool_bytes(pool_bytes: int, available_bytes: int, memory_fraction: float = MEMORY_FRACTION) -> int:
     """What a run may take of one pool: what is available less the floor, at most the fraction of the pool."""
     return max(0, min(available_bytes - pool_floor_bytes(pool_bytes), round(pool_bytes * memory_fraction)))
+
+
+def host_room_bytes(facts: HardwareFacts) -> int | None:
+    """What a plan may take of the host's memory beside a GPU's own: what is available less a sixteenth, at least 1 GiB.
+
+    None: there is no such bound, since CPU and GPU share one pool, or nothing is known of the host.
+    """
+    if facts.integrated or not facts.host_total_bytes:
+        return None
+    floor = max(LEAST_HOST_FLOOR_BYTES, facts.host_total_bytes // FLOOR_SHARE)
+    return max(0, facts.host_available_bytes - floor)
+
+
+def missing_on_host(facts: HardwareFacts, num_bytes: int) -> int:
+    """How much of so many bytes the host cannot give."""
+    room = host_room_bytes(facts)
+    return 0 if room is None or not num_bytes else max(0, num_bytes - room)
 
 
 def tensor_core_formats(capability: tuple[int, int]) -> tuple[str, ...]:
