@@ -193,7 +193,7 @@ def edit_features(folder: ModelFolder, pixels: Tensor, prompts: Sequence[tuple[i
         inputs = {name: tensor.to(device) for name, tensor in tokens.items()}
         inputs["pixel_values"] = seen_NPD[[picture for picture, _ in chunk]].float().flatten(0, 1)
         inputs["image_grid_thw"] = torch.tensor([[1, side, side]] * len(chunk), device=device)
-        features_BTD = model(**inputs, output_hidden_states=True).hidden_states[-1][:, NUM_TEMPLATE_TOKENS:]
+        features_BTD = model(**inputs).last_hidden_state[:, NUM_TEMPLATE_TOKENS:]
         rows += features_BTD.bfloat16().unbind()
         masks += inputs["attention_mask"].bool()[:, NUM_TEMPLATE_TOKENS:].unbind()
     places = torch.empty(len(prompts), dtype=torch.long)

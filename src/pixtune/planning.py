@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -57,9 +58,23 @@ def encoder_sizes(
 ) -> EncoderSizes:
     """What is encoded with what; from headers, or an index alone."""
     element = 2 if compute_format_of(config) == "bf16" else 4
-    text = sum(folder.count_parameters(part) or 0 for part in family.text_components)
+    text = count_text_weights(family, folder)
     autoencoder = folder.count_parameters("vae") or 0
     return EncoderSizes(element * text, element * autoencoder, caption_tokens, picture_pixels, element)
+
+
+def count_text_weights(family: ModelFamily, folder: ModelFolder) -> int:
+    """Of all text encoders, those that reach a device. Where an index is alone it tells of all weights together."""
+    total = 0
+    for part in family.text_components:
+        if not folder.has_weights(part):
+            total += folder.count_parameters(part) or 0
+            continue
+        for file in weight_files(folder.path / part):
+            for name, tensor in read_header(file).items():
+                if name != "__metadata__" and not name.startswith(family.unread_text_weights):
+                    total += math.prod(tensor["shape"])
+    return total
 
 
 def plan_encoders_of(config: TrainConfig, facts: HardwareFacts, sizes: EncoderSizes) -> EncoderPlan:

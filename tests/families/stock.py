@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Qwen2VLProcessor
+from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2VLProcessor
 
 from pixtune.families.base import ModelFamily, Placement
 from pixtune.families.qwen_image_edit import VisionTokenizer
@@ -114,8 +114,8 @@ def edit_pipeline(family: ModelFamily, folder: ModelFolder) -> Any:
     import diffusers
 
     placement = Placement(torch.device("cpu"), torch.float32)
-    encoder = family.load_text_encoder(folder, placement)
-    (model,), (tokenizer,) = encoder.models, encoder.tokenizers
+    (tokenizer,) = family.load_text_encoder(folder, placement).tokenizers
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder.path / "text_encoder", dtype=torch.float32)
     pipeline = getattr(diffusers, folder.pipeline_class)(
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler.from_pretrained(folder.path / "scheduler"),
         vae=family.load_autoencoder(folder, placement),

@@ -41,6 +41,7 @@ class ToyFamily:
     time_embedder = "time_text_embed"
     time_features = ("pooled",)
     text_components = ("text_encoder",)
+    unread_text_weights = ()
     prompt_template = "<{}>"
     dropped_caption = ""
     max_controls = 0

@@ -90,6 +90,8 @@ class ModelFamily(Protocol):
     """Entries of the conditioning that the time embedding depends on, besides sigma and guidance."""
     text_components: tuple[str, ...]
     """Folders that decide the text features: part of the text cache's key."""
+    unread_text_weights: tuple[str, ...]
+    """Beginnings of the names of text encoders' tensors that never reach a device: what they compute is not read."""
     prompt_template: str
     """Part of the text cache's key: another template, other features."""
     dropped_caption: str

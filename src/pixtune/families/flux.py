@@ -53,6 +53,7 @@ class Flux:
     time_embedder = "time_text_embed"
     time_features: tuple[str, ...] = ("pooled_embeds",)
     text_components: tuple[str, ...] = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
+    unread_text_weights: tuple[str, ...] = ()
     prompt_template = "{}"
     dropped_caption = ""
     controls_in_text = False

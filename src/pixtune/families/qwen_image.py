@@ -34,6 +34,11 @@ TEXT_ATTENTION = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 MLP = ("img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2")
 
 
+OUTPUT_LAYER = ("lm_head.",)
+VISION_TOWER = ("visual.", "model.visual.")
+"""How names of the text encoder's tensors begin, in files of transformers 4 and 5."""
+
+
 class PromptReader(Protocol):
     """How a variant of the model turns prompts into text features."""
 
@@ -81,6 +86,7 @@ class QwenImage:
         self._reader = reader
         self.prompt_template, self.text_components = reader.template, reader.components
         self.controls_in_text = max_controls > 0
+        self.unread_text_weights = OUTPUT_LAYER if self.controls_in_text else (*OUTPUT_LAYER, *VISION_TOWER)
         self.script = "train_qwen_edit_lora.py" if max_controls else "train.py"
 
     def pixel_multiple(self, folder: ModelFolder) -> int:
@@ -117,9 +123,12 @@ class QwenImage:
     def load_text_encoder(self, folder: ModelFolder, placement: Placement) -> TextEncoder:
         from transformers import Qwen2_5_VLForConditionalGeneration
 
-        model = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+        whole = Qwen2_5_VLForConditionalGeneration.from_pretrained(
             folder.path / "text_encoder", dtype=placement.dtype, use_safetensors=True
         )
+        model = whole.model  # without the output layer: nobody reads logits
+        if not self.controls_in_text:
+            model.visual = None
         model.to(placement.device).eval().requires_grad_(False)
         return TextEncoder((model,), (self._reader.load_tokenizer(folder),))
 
@@ -338,9 +347,9 @@ class CaptionReader:
             truncation=True,
             return_tensors="pt",
         ).to(model.device)
-        output = model(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask, output_hidden_states=True)
+        output = model(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask)
         rows = []
-        for features_TD, keep_T in zip(output.hidden_states[-1], tokens.attention_mask.bool(), strict=True):
+        for features_TD, keep_T in zip(output.last_hidden_state, tokens.attention_mask.bool(), strict=True):
             features_TD = features_TD[keep_T][NUM_TEMPLATE_TOKENS:][: max_tokens or MAX_FEATURE_TOKENS]
             rows.append({"prompt_embeds": features_TD.contiguous()})
         return rows

@@ -96,7 +96,7 @@ class EditReader:
         texts = [self.template.format(self.user_part(prompt)) for prompt in prompts]
         inputs = tokenizer(texts, [prompt.pictures for prompt in prompts])
         inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
-        features_BTD = model(**inputs, output_hidden_states=True).hidden_states[-1]
+        features_BTD = model(**inputs).last_hidden_state
         return [
             {"prompt_embeds": features_TD[keep_T][NUM_TEMPLATE_TOKENS:][:max_tokens].contiguous()}
             for features_TD, keep_T in zip(features_BTD, inputs["attention_mask"].bool(), strict=True)
