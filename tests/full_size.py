@@ -20,9 +20,11 @@ from pixtune.planning import plain_linears, targeted_linears
 
 Shapes = Mapping[str, Sequence[int]]
 
-TEXT_ENCODER = {"qwen_image": {"text_encoder": 8_292_166_656}, "flux": {"text_encoder": 123_060_480,
+TEXT_ENCODER = {"qwen_image": {"text_encoder": 7_070_619_136}, "flux": {"text_encoder": 123_060_480,
                 "text_encoder_2": 4_762_310_656}}  # fmt: skip
-"""Parameters: Qwen2.5-VL 7B; CLIP-L and T5-XXL. From their published files."""
+"""Parameters that reach a device: Qwen2.5-VL 7B; CLIP-L and T5-XXL. From their published files."""
+UNREAD = {"qwen_image": {"lm_head.weight": 544_997_376, "visual.all": 676_550_144}, "flux": {}}
+"""Those of the first text encoder that do not."""
 AUTOENCODER = {"qwen_image": 126_892_531, "flux": 83_819_683}
 TRANSFORMER_CONFIG: dict[str, dict[str, Any]] = {"qwen_image": {}, "flux": {"guidance_embeds": True}}
 """What differs from the defaults of diffusers' classes, which are the full-size models."""
@@ -74,7 +76,9 @@ def build_full_size_folder(path: Path, family_name: str) -> Path:
     write_empty_file(path / "vae" / "diffusion_pytorch_model.safetensors", {"all": (AUTOENCODER[family_name],)})
     for part, count in TEXT_ENCODER[family_name].items():
         _write_json(path / part / "config.json", {})
-        write_empty_file(path / part / "model.safetensors", {"all": (count,)})
+        unread = UNREAD[family_name] if part == "text_encoder" else {}
+        shapes = {name: (size,) for name, size in {"model.all": count, **unread}.items()}
+        write_empty_file(path / part / "model.safetensors", shapes)
     return path
 
 

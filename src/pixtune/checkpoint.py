@@ -14,9 +14,9 @@ import logging
 import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -26,7 +26,11 @@ from pixtune.data.cache import file_digest
 from pixtune.errors import CheckpointError
 from pixtune.files import save_safetensors, sync_folder, write_atomically
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
 log = logging.getLogger(__name__)
+Stored = TypeVar("Stored", bound="DataclassInstance")
 
 CheckpointFiles = dict[str, tuple[Mapping[str, Tensor], Mapping[str, str]]]
 """File stem -> (tensors, metadata)."""
@@ -47,6 +51,22 @@ class Checkpoint:
     record: dict[str, Any]
     """What `save_checkpoint` was given as `record`."""
     path: Path
+
+
+def stored(kind: type[Stored], record: Mapping[str, Any], key: str) -> Stored:
+    """A frozen decision that a record holds under `key` with its fields' names; lists become tuples again.
+
+    Raises:
+        CheckpointError: another version of pixtune wrote it.
+    """
+    values = record.get(key, {})
+    names = {field.name for field in fields(kind)}
+    if values.keys() != names:
+        raise CheckpointError(
+            f"the checkpoint's {key} differs from this version's in {', '.join(sorted(values.keys() ^ names))}. Go on "
+            "with the version of pixtune that wrote it (see `versions` in its state.json), or start anew."
+        )
+    return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
 
 
 def sharded(stem: str, tensors: Mapping[str, Tensor], most_bytes: int = SHARD_BYTES) -> CheckpointFiles:

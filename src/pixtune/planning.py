@@ -18,7 +18,7 @@ from pixtune.fit.footprint import Footprint, Shapes, of_all_weights, read_footpr
 from pixtune.fit.phases import Surroundings, drawing_tile
 from pixtune.fit.plan import MemoryPlan, plan_memory, usable_bytes
 from pixtune.fit.rungs import compute_format_of, is_unified
-from pixtune.hardware.facts import MEMORY_FRACTION, HardwareFacts, read_facts
+from pixtune.hardware.facts import MEMORY_FRACTION, HardwareFacts, host_room_bytes, read_facts
 from pixtune.weights import ModelFolder, read_header, weight_files
 
 
@@ -83,13 +83,15 @@ def plan_encoders_of(config: TrainConfig, facts: HardwareFacts, sizes: EncoderSi
     Raises:
         PlanError: see `plan_encoders`.
     """
+    usable, unified = usable_bytes(facts, config), is_unified(facts, config)
     return plan_encoders(
-        usable_bytes(facts, config),
+        usable,
         sizes,
         config.encode_batch_size,
         may_quantize=not config.disable_quantization,
-        text_stays=not config.precompute_text_embeddings or encoders_stay(config, is_unified(facts, config)),
+        text_stays=not config.precompute_text_embeddings or encoders_stay(config, unified),
         must_stay=config.disable_cpu_offload is True,
+        host_bytes=usable if facts.integrated else host_room_bytes(facts),
     )
 
 

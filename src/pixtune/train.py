@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from pixtune import optim
-from pixtune.checkpoint import Checkpoint, load_checkpoint, resolve_resume
+from pixtune.checkpoint import Checkpoint, load_checkpoint, resolve_resume, stored
 from pixtune.config.schema import TrainConfig
 from pixtune.data.batches import Batch, BatchPlan, BatchSource, read_ahead, timed
 from pixtune.data.prepare import PreparedData, prepare_data
@@ -77,7 +77,7 @@ def assemble(config: TrainConfig) -> tuple[Run, Services]:
     resume_path = resolve_resume(config.output_dir, config.resume_from_checkpoint)
     checkpoint = load_checkpoint(resume_path) if resume_path else None
 
-    encoders = EncoderPlan.from_dict(checkpoint.record.get("encoders", {})) if checkpoint else None
+    encoders = stored(EncoderPlan, checkpoint.record, "encoders") if checkpoint else None
     data = prepare_data(config, family, folder, accelerator, memory.stages, encoders)
     plan = decide_plan(config, family, folder, data, accelerator.device, checkpoint)
     apply_switches(plan)
@@ -191,7 +191,7 @@ def decide_plan(
 ) -> MemoryPlan:
     """The plan of a new run; a resumed run keeps its own, since kernels and formats decide bits."""
     if checkpoint:
-        return MemoryPlan.from_dict(checkpoint.record["plan"])
+        return stored(MemoryPlan, checkpoint.record, "plan")
     num_tokens = config.batch_size * (data.most_image_tokens + data.most_text_tokens)
     return plan_on_this_machine(config, family, folder, num_tokens, data.largest_target, data.most_text_tokens, device)
 

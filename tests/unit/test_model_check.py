@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from pixtune import model_check
+from pixtune.checkpoint import stored
 from pixtune.cli import app
 from pixtune.config.load import load_config
 from pixtune.errors import ConfigError, WeightsError
@@ -69,7 +70,7 @@ def test_layers_that_are_kept_plain_are_not_quantised() -> None:
     everything = load_transformer(family, folder, Placement(CPU, torch.bfloat16), layout_of(plan_with("[]"), 5))
     assert {n for n, m in everything.named_modules() if isinstance(m, QuantizedLinear)} == quantized | kept
     assert any("7 linear layers are not quantised" in reason for reason in plan.reasons)
-    assert MemoryPlan.from_dict(plan.to_dict()) == plan
+    assert stored(MemoryPlan, {"plan": plan.to_dict()}, "plan") == plan
 
 
 def test_layers_that_are_kept_plain_are_counted() -> None:

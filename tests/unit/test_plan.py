@@ -7,12 +7,13 @@ from dataclasses import dataclass, replace
 
 import pytest
 
+from pixtune.checkpoint import stored
 from pixtune.config.schema import CudaFeatures, DataConfig, TrainConfig
 from pixtune.errors import CheckpointError, ConfigError, PlanError
 from pixtune.fit.plan import CONTEXT_BYTES, GIB, MemoryPlan, plan_memory, usable_bytes
 from pixtune.fit.rungs import Rung, peak_bytes
 from pixtune.hardware.cards import facts_as
-from pixtune.hardware.facts import HardwareFacts
+from pixtune.hardware.facts import HardwareFacts, host_room_bytes, missing_on_host
 from tests.full_size import full_size_footprint
 
 H100, CPU = facts_as("H100"), HardwareFacts("cpu", "x86_64", (0, 0), 0, 0)
@@ -321,7 +322,7 @@ def test_the_named_way_out_is_the_plan_that_one_gets_by_it() -> None:
 
 def test_a_plan_survives_the_checkpoint() -> None:
     plan = capped(15.3)
-    assert MemoryPlan.from_dict(plan.to_dict()) == plan
+    assert stored(MemoryPlan, {"plan": plan.to_dict()}, "plan") == plan
 
 
 @pytest.mark.parametrize("change", ["lean", "recompute"])
@@ -329,7 +330,7 @@ def test_a_plan_of_another_version_is_refused_by_the_names_that_differ(change: s
     values = plan_for().to_dict()
     values.pop(change, None) if change in values else values.update({change: True})
     with pytest.raises(CheckpointError, match=rf"differs.*{change}"):
-        MemoryPlan.from_dict(values)
+        stored(MemoryPlan, {"plan": values}, "plan")
 
 
 @pytest.mark.parametrize(
@@ -388,3 +389,58 @@ def test_each_way_has_its_bytes_per_weight(changes: dict[str, object], bytes_per
 def test_what_no_way_fits_names_the_least_and_the_lora() -> None:
     with pytest.raises(PlanError, match=r"(?s)NVIDIA H100.*missing.*The least.*method=lora"):
         plan_for(H100, **EVERY_BLOCK)
+
+
+# ---- the host
+
+
+def in_a_pc(card: str, host_gb: int, **changes: object) -> MemoryPlan:
+    """A card in a machine with so much memory, of which an eighth is in use."""
+    return plan_for(facts_as(card, host_bytes=round(host_gb * 1e9)), **changes)
+
+
+@pytest.mark.parametrize(
+    ("card", "host_gb", "changes", "weights_format", "on_host_gib"),
+    [
+        ("RTX 4060", 16, {}, "nf4", 4),
+        ("RTX 4090", 32, {}, "fp8", 0),
+        ("RTX 4090", 32, {"quantize": False}, "bf16", 9),
+        ("H100", 1024, {}, "bf16", 0),
+        ("H100", 1024, {"train_batch_size": 8, "quantize": False}, "bf16", 9),
+    ],
+)
+def test_a_plan_fits_its_host(
+    card: str, host_gb: int, changes: dict[str, object], weights_format: str, on_host_gib: float
+) -> None:
+    plan = in_a_pc(card, host_gb, **changes)
+    assert plan.weights_format == weights_format and plan.expected_host_bytes <= on_host_gib * GIB
+    assert not any("faster ways" in reason for reason in plan.reasons)
+
+
+def test_what_does_not_fit_the_host_is_passed_over_with_a_reason() -> None:
+    roomy, scarce = in_a_pc("RTX 4080", 32), in_a_pc("RTX 4080", 2)
+    assert (roomy.weights_format, roomy.offload_inputs, scarce.weights_format) == ("fp8", True, "nf4")
+    assert scarce.expected_host_bytes == 0 < roomy.expected_host_bytes
+    on_host, room = roomy.expected_host_bytes / GIB, 2e9 * 7 / 8 / GIB - 1
+    words = f"faster ways would keep up to {on_host:.1f} GiB in host memory, {on_host - room:.1f} GiB more"
+    assert any(words in reason for reason in scarce.reasons), scarce.reasons
+
+
+@pytest.mark.parametrize(
+    ("card", "host_gb", "changes", "way_out"),
+    [
+        ("RTX 4060", 16, {"disable_quantization": True}, "Without disable_quantization it fits"),
+        ("RTX 4060", 4, {}, "Close other programs, or lower data_config.img_size"),
+    ],
+)
+def test_a_host_that_is_too_small_is_named_with_what_is_missing(
+    card: str, host_gb: int, changes: dict[str, object], way_out: str
+) -> None:
+    with pytest.raises(PlanError, match=rf"host memory beside {facts_as(card).name}, .* GiB are missing\. {way_out}"):
+        in_a_pc(card, host_gb, **changes)
+
+
+def test_one_pool_and_an_unknown_host_bound_nothing() -> None:
+    assert host_room_bytes(facts_as("DGX Spark")) is None
+    unknown = replace(facts_as("RTX 4060"), host_total_bytes=0, host_available_bytes=0)
+    assert plan_for(unknown) == plan_for(facts_as("RTX 4060")) and missing_on_host(unknown, 10**12) == 0

@@ -86,7 +86,7 @@ class QwenImage:
         self._reader = reader
         self.prompt_template, self.text_components = reader.template, reader.components
         self.controls_in_text = max_controls > 0
-        self.unread_text_weights = OUTPUT_LAYER if self.controls_in_text else (*OUTPUT_LAYER, *VISION_TOWER)
+        self.unread_text_weights: tuple[str, ...] = OUTPUT_LAYER if max_controls else (*OUTPUT_LAYER, *VISION_TOWER)
         self.script = "train_qwen_edit_lora.py" if max_controls else "train.py"
 
     def pixel_multiple(self, folder: ModelFolder) -> int:

@@ -5,23 +5,24 @@ Both come before the training step's own plan and leave room for it, so they are
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from pixtune.errors import CheckpointError, PlanError
+from pixtune.errors import PlanError
 from pixtune.fit.footprint import bytes_per_weight
 from pixtune.hardware.facts import GIB
 
 ON_CPU = "cpu"
-KEPT_SHARE = 0.07
-"""Most of a text encoder's weights that no format touches: embeddings and norms (6.6% of Qwen2.5-VL 7B, 3.5% of CLIP-L
-and T5-XXL together)."""
+KEPT_SHARE = 0.08
+"""Most of a text encoder's weights that no format touches: embeddings and norms (7.7% of Qwen2.5-VL 7B without what is
+not read of it, 3.5% of CLIP-L and T5-XXL together)."""
 PIECES_BYTES = GIB // 4
 """A piece of a layer in full precision, as `weight_only.PIECE_WEIGHTS` has it, with what unpacks it."""
-TEXT_BYTES_PER_TOKEN = 640 * 1024
-"""Working memory of a text encoder in 16 bits. Counted for Qwen2.5-VL 7B: hidden states of all layers (208 KB), logits
-(304 KB) and one MLP (114 KB); T5-XXL, whose attention keeps its scores, needs less. Not measured."""
+TEXT_BYTES_PER_TOKEN = 256 * 1024
+"""Working memory of a text encoder in 16 bits. What is alive at a time at full size was counted operator by operator:
+197 KiB in Qwen2.5-VL 7B (an MLP; logits and all layers' states would make it 556), 184 in T5-XXL at 512 tokens. Not
+measured on a GPU, whose kernels have workspaces of their own."""
 TEXT_TOKENS = 512
 """Assumed of the longest caption: as many as the stock pipelines take."""
 CHARACTERS_PER_TOKEN = 3
@@ -70,21 +71,6 @@ class EncoderPlan:
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "reasons": list(self.reasons)}
 
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> EncoderPlan:
-        """
-        Raises:
-            CheckpointError: another version of pixtune wrote it.
-        """
-        names = {field.name for field in fields(cls)}
-        if values.keys() != names:
-            raise CheckpointError(
-                f"the checkpoint's plan of its encoders differs from this version's in "
-                f"{', '.join(sorted(values.keys() ^ names))}. Go on with the version of pixtune that wrote it (see "
-                "`versions` in its state.json), or start anew."
-            )
-        return cls(**{**values, "reasons": tuple(values["reasons"])})
-
 
 def encode_plainly(batch_size: int) -> EncoderPlan:
     """Everything as it is loaded: what a CPU does."""
@@ -98,17 +84,19 @@ def plan_encoders(
     may_quantize: bool = True,
     text_stays: bool = False,
     must_stay: bool = False,
+    host_bytes: int | None = None,
 ) -> EncoderPlan:
     """The most exact way to encode that fits a GPU.
 
     Args:
         usable_bytes: what torch's allocator may use.
+        host_bytes: what may be taken of the host's memory; None: enough.
         batch_size: most captions, or pictures, encoded together.
         text_stays: the text encoder is still on the device when pictures are encoded.
         must_stay: the config demands that it is, so the CPU is no way out.
 
     Raises:
-        PlanError: `must_stay` with a text encoder that fits in no format.
+        PlanError: `must_stay` with a text encoder that fits in no format, or the host lacks memory for it.
     """
     text_format, caption_batch, reasons = _choose_text(usable_bytes, sizes, batch_size, may_quantize)
     if text_format == ON_CPU and must_stay:
@@ -118,6 +106,9 @@ def plan_encoders(
             f"and {usable_bytes / GIB:.1f} GiB are usable. Leave disable_cpu_offload out: captions are then encoded on "
             "the CPU."
         )
+    on_host = text_host_bytes(sizes, text_format)
+    if host_bytes is not None and on_host > host_bytes:
+        raise PlanError(_host_lacks(usable_bytes, sizes, _formats(may_quantize)[-1], on_host, host_bytes))
     beside = text_weight_bytes(sizes, text_format) if text_stays else 0
     room = usable_bytes - beside - sizes.autoencoder_bytes
     tile_pixels = fitting_tile(sizes.picture_pixels, room)
@@ -159,6 +150,19 @@ def _choose_text(
         f"GiB are usable, and {why}. A cache that a larger GPU filled can be copied (data_config.cache_dir)"
     )
     return ON_CPU, batch_size, [reason]
+
+
+def _host_lacks(usable_bytes: int, sizes: EncoderSizes, least_format: str | None, on_host: int, host_bytes: int) -> str:
+    least = text_peak_bytes(sizes, least_format, 1)
+    if least <= usable_bytes:
+        why, way_out = "to be brought to the GPU in fp32", "mixed_precision=bf16 needs none for it"
+    else:
+        why = f"to work on the CPU, since the GPU has {usable_bytes / GIB:.1f} and {least / GIB:.1f} would be needed"
+        way_out = "A cache that a larger machine filled can be copied (data_config.cache_dir)"
+    return (
+        f"the text encoder takes {on_host / GIB:.1f} GiB of host memory {why}, and {host_bytes / GIB:.1f} GiB may be "
+        f"taken: {(on_host - host_bytes) / GIB:.1f} GiB are missing. Close other programs. {way_out}."
+    )
 
 
 def _formats(may_quantize: bool) -> tuple[str | None, ...]:
@@ -204,6 +208,18 @@ def text_peak_bytes(sizes: EncoderSizes, text_format: str | None, num_captions: 
     pieces = PIECES_BYTES if text_format else 0
     working = num_captions * sizes.caption_tokens * TEXT_BYTES_PER_TOKEN * sizes.element_bytes // 2
     return text_weight_bytes(sizes, text_format) + pieces + working
+
+
+def text_host_bytes(sizes: EncoderSizes, text_format: str | None) -> int:
+    """Host memory that the text encoders take.
+
+    On their way to a device, weights of 16 bits are views of their mapped files, which the kernel drops when it needs
+    the pages; in fp32 they are copies. Weights that work on the CPU must stay in memory either way: else each batch of
+    captions would read them from the disk again.
+    """
+    if text_format == ON_CPU:
+        return sizes.text_bytes + sizes.caption_tokens * TEXT_BYTES_PER_TOKEN * sizes.element_bytes // 2
+    return sizes.text_bytes if sizes.element_bytes > 2 else 0
 
 
 def coding_bytes(num_pixels: int, tile_pixels: int | None = None) -> int:

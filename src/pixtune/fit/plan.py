@@ -6,11 +6,11 @@ takes rungs off that ladder and never puts one on.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from pixtune.config.schema import TrainConfig
-from pixtune.errors import CheckpointError, PlanError
+from pixtune.errors import PlanError
 from pixtune.fit.footprint import Footprint
 from pixtune.fit.rungs import (
     Rung,
@@ -86,20 +86,6 @@ class MemoryPlan:
 
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "reasons": list(self.reasons), "plain_layers": list(self.plain_layers)}
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> MemoryPlan:
-        """
-        Raises:
-            CheckpointError: another version of pixtune wrote it.
-        """
-        names = {field.name for field in fields(cls)}
-        if values.keys() != names:
-            raise CheckpointError(
-                f"the checkpoint's plan differs from this version's in {', '.join(sorted(values.keys() ^ names))}. "
-                "Go on with the version of pixtune that wrote it (see `versions` in its state.json), or start anew."
-            )
-        return cls(**{**values, "reasons": tuple(values["reasons"]), "plain_layers": tuple(values["plain_layers"])})
 
 
 def plan_memory(
