@@ -101,7 +101,7 @@ def footprint_names(folder: ModelFolder) -> set[str]:
 def stored_bytes(model: nn.Module, names: set[str]) -> int:
     """Of weights with their scales."""
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    return sum(t.nbytes for name, t in tensors.items() if name in names or name.endswith(".scale"))
+    return sum(t.nbytes for name, t in tensors.items() if name in names or name.endswith("scale"))
 
 
 @pytest.mark.parametrize("targets", [None, ("attention_mlp",), ("all_linear",), ("transformer_blocks.1.*",)])

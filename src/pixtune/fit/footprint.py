@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pixtune.families.base import ModelFamily
 
-NF4_BLOCK = 64
+NF4_BLOCK = 16
 Shapes = Mapping[str, Sequence[int]]
 """Tensor name -> shape."""
 
@@ -182,10 +182,10 @@ def block_weight_bytes(kind: BlockKind, weights_format: str, modulation_resident
 
 
 def scales(kind: BlockKind, weights_format: str) -> int:
-    """fp32 scales of a block: one a row in 8 bits."""
-    return kind.rows if weights_format in ("fp8", "int8") else 0
+    """fp32 scales of a block: one a row of a quantised weight."""
+    return kind.rows if weights_format in ("fp8", "int8", "nf4") else 0
 
 
 def bytes_per_weight(weights_format: str) -> float:
     """Of a linear layer's weight, without the scales of its rows."""
-    return {"fp32": 4, "bf16": 2, "fp8": 1, "int8": 1, "nf4": 0.5 + 2 / NF4_BLOCK}[weights_format]
+    return {"fp32": 4, "bf16": 2, "fp8": 1, "int8": 1, "nf4": 0.5 + 1 / NF4_BLOCK}[weights_format]

@@ -12,13 +12,22 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-NF4_BLOCK = 64
+NF4_BLOCK = 16
+"""Neighbours of a row that share a scale."""
 NF4_LEVELS = (
-    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
-    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
-    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+    -0.9836, -0.7338, -0.5726, -0.4397, -0.3226, -0.2138, -0.1080, 0.0,
+    0.0788, 0.1703, 0.2710, 0.3808, 0.5027, 0.6432, 0.8142, 0.9916,
 )  # fmt: skip
-"""Quantiles of a standard normal, scaled to [-1, 1] (Dettmers et al. 2023, arXiv 2305.14314, appendix E)."""
+"""What a 4-bit code stands for, in units of its block's scale: the fixed point of Lloyd's algorithm on Gaussian
+weights whose blocks have the scales that `quantize.pack_nf4` finds. Zero is one of them: pruned weights stay so."""
+NF4_SCALES = tuple(
+    sign * (1 + mantissa / 16) * 2.0 ** (exponent - 7)
+    for sign in (1, -1) for exponent in range(8) for mantissa in range(16)
+)  # fmt: skip
+"""What the byte of a block's scale stands for, in units of its row's: a sign, since the levels are not symmetrical and
+some blocks fit better mirrored, three bits of exponent and four of mantissa."""
+UNIT_CODE = {torch.float8_e4m3fn: 128.0, torch.int8: 64.0}
+"""The 8-bit code of one unit: the largest power of two by which the largest scale stays below the largest code."""
 TILE = 64
 
 
@@ -26,6 +35,12 @@ TILE = 64
 def nf4_levels(device: torch.device) -> Tensor:
     """`NF4_LEVELS` on a device, brought there once: each time anew would wait for the device."""
     return torch.tensor(NF4_LEVELS, device=device)
+
+
+@functools.cache
+def nf4_scales(device: torch.device) -> Tensor:
+    """`NF4_SCALES` on a device, likewise."""
+    return torch.tensor(NF4_SCALES, device=device)
 
 
 def _has_triton(tensor: Tensor) -> bool:
@@ -55,40 +70,44 @@ def _(matrix_NK: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("pixtune::expand_nf4", mutates_args=())
-def expand_nf4(packed: Tensor, block_scale_NB: Tensor, row_scale_N: Tensor, float8: bool, transposed: bool) -> Tensor:
-    """4-bit codes as 8-bit codes with one scale a row.
+def expand_nf4(packed: Tensor, block_scale: Tensor, float8: bool, transposed: bool) -> Tensor:
+    """4-bit codes as 8-bit codes: those of the weight in units of its row's scale, `UNIT_CODE` to a unit.
 
     Args:
         packed: two codes in a byte, the left neighbour in the upper half; uint8 of shape (N, K / 2).
-        block_scale_NB: bf16, of 64 neighbours each, shape (N, K / 64).
-        row_scale_N: fp32; the result times it is the weight.
+        block_scale: of 16 neighbours each, an index of `NF4_SCALES`; uint8 of shape (N, K / 16).
         float8: codes in float8_e4m3fn, else in int8; in any case returned as uint8 bytes.
         transposed: (K, N) instead of (N, K).
     """
     rows, columns = packed.shape[0], 2 * packed.shape[1]
+    codes = torch.float8_e4m3fn if float8 else torch.int8
     if not _has_triton(packed):
-        values_NK = unpack_nf4(packed, block_scale_NB) / row_scale_N.unsqueeze(1)
-        codes_NK = values_NK.to(torch.float8_e4m3fn) if float8 else values_NK.round().to(torch.int8)
-        bytes_NK = codes_NK.view(torch.uint8)
+        bytes_NK = round_to_codes(unpack_nf4(packed, block_scale), codes).view(torch.uint8)
         return bytes_NK.t().contiguous() if transposed else bytes_NK
     from pixtune.fit import triton_kernels
 
     target = packed.new_empty((columns, rows) if transposed else (rows, columns))
     tiles = (-(-rows // TILE), -(-columns // TILE))
     triton_kernels.expand_nf4[tiles](
-        packed, block_scale_NB, row_scale_N, nf4_levels(packed.device), target, rows, columns, transposed, float8, TILE
+        packed, block_scale, nf4_levels(packed.device), target, rows, columns, transposed, float8, TILE
     )
     return target
 
 
 @expand_nf4.register_fake
-def _(packed: Tensor, block_scale_NB: Tensor, row_scale_N: Tensor, float8: bool, transposed: bool) -> Tensor:
+def _(packed: Tensor, block_scale: Tensor, float8: bool, transposed: bool) -> Tensor:
     rows, columns = packed.shape[0], 2 * packed.shape[1]
     return packed.new_empty((columns, rows) if transposed else (rows, columns))
 
 
-def unpack_nf4(packed: Tensor, block_scale_NB: Tensor) -> Tensor:
-    """fp32 weights of shape (N, K) from their 4-bit codes."""
+def unpack_nf4(packed: Tensor, block_scale: Tensor) -> Tensor:
+    """Weights in units of their row's scale, fp32 of shape (N, K), from their 4-bit codes."""
     codes_NK = torch.stack([packed >> 4, packed & 15], dim=-1).flatten(1).int()
-    blocks_NB64 = nf4_levels(packed.device)[codes_NK].view(*block_scale_NB.shape, NF4_BLOCK)
-    return (blocks_NB64 * block_scale_NB.float().unsqueeze(-1)).flatten(1)
+    blocks_NB16 = nf4_levels(packed.device)[codes_NK].view(*block_scale.shape, NF4_BLOCK)
+    return (blocks_NB16 * nf4_scales(packed.device)[block_scale.int()].unsqueeze(-1)).flatten(1)
+
+
+def round_to_codes(units: Tensor, codes: torch.dtype) -> Tensor:
+    """Weights in units of their row's scale as the nearest 8-bit codes, halves to even."""
+    scaled = units * UNIT_CODE[codes]
+    return scaled.to(codes) if codes.is_floating_point else scaled.round().to(codes)

@@ -5,10 +5,12 @@ by the two. The backward pass is a product of the same kind: the weight's row sc
 is then quantised by row itself. No 16-bit copy of a weight outlives the layer's own computation, and no input is kept
 for the backward pass: a frozen weight needs no gradient.
 
-`nf4` stores 4-bit codes (NormalFloat, Dettmers et al. 2023, arXiv 2305.14314, section 3 and appendix E) with a scale
-for 64 neighbours, and expands them to 8 bits when they are used.
+`nf4` stores 4-bit codes for unevenly spaced levels (after NormalFloat, Dettmers et al. 2023, arXiv 2305.14314,
+section 3) and expands them to 8 bits when they are used. Other than there, 16 neighbours and not 64 share a scale. It
+has 8 bits, may be negative, and is fitted to the least squared error, as are the levels: docs/experiments.md says what
+each of these is worth.
 
-Shapes in names: M rows of the input (tokens), K input features, N output features.
+Shapes in names: M rows of the input (tokens), K input features, N output features, B blocks of 16 neighbours of a row.
 """
 
 from __future__ import annotations
@@ -18,7 +20,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pixtune.fit.kernels import NF4_BLOCK, expand_nf4, nf4_levels, transpose_bytes
+from pixtune.fit.kernels import (
+    NF4_BLOCK,
+    NF4_SCALES,
+    UNIT_CODE,
+    expand_nf4,
+    nf4_levels,
+    nf4_scales,
+    round_to_codes,
+    transpose_bytes,
+)
 
 FP8, INT8, NF4 = "fp8", "int8", "nf4"
 FORMATS = (FP8, INT8, NF4)
@@ -32,6 +43,8 @@ SIDE_MULTIPLE = {FP8: 16, INT8: 16, NF4: NF4_BLOCK}
 """Both sides of a weight must be a multiple of this, as the kernels and the packing ask."""
 FEWEST_INT8_ROWS = 17
 """`torch._int_mm` takes no fewer."""
+MOST_WEIGHTS_AT_ONCE = 1 << 22
+"""While a weight becomes 4-bit codes, which takes some 100 MiB beside it."""
 
 
 def can_quantize(linear: nn.Linear, linear_format: str) -> bool:
@@ -43,7 +56,7 @@ def can_quantize(linear: nn.Linear, linear_format: str) -> bool:
 def bytes_per_weight(linear_format: str, in_features: int) -> float:
     """Device memory of one weight in a format, its share of the scales included."""
     if linear_format == NF4:
-        return 0.5 + 2 / NF4_BLOCK
+        return 0.5 + 1 / NF4_BLOCK + 4 / in_features
     return 1 + 4 / in_features
 
 
@@ -90,20 +103,58 @@ def multiply_rows(
 # ---- 4-bit storage
 
 
-def pack_nf4(weight_NK: Tensor) -> tuple[Tensor, Tensor]:
-    """4-bit codes, two in a byte, and the scale of each 64 neighbours of a row.
+def pack_nf4(weight_NK: Tensor, codes: torch.dtype | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """4-bit codes, two in a byte, the scale of each 16 neighbours of a row, and that of each row.
+
+    Args:
+        codes: what the weight is expanded to in use, whose rounding then counts in the choice of scales; None: nothing.
 
     Returns:
-        uint8 of shape (N, K / 2) and bf16 of shape (N, K / 64).
+        uint8 of shape (N, K / 2), uint8 of shape (N, K / 16), and fp32 of shape (N, 1); see `kernels.unpack_nf4`.
     """
-    rows, columns = weight_NK.shape
-    blocks_NB64 = weight_NK.float().view(rows, columns // NF4_BLOCK, NF4_BLOCK)
-    scale_NB = blocks_NB64.abs().amax(dim=-1).clamp_min(SMALLEST_PEAK).to(torch.bfloat16)
-    levels = nf4_levels(weight_NK.device)
-    borders = (levels[1:] + levels[:-1]) / 2
-    codes_NK = torch.bucketize(blocks_NB64 / scale_NB.float().unsqueeze(-1), borders).view(rows, columns)
-    codes_NK = codes_NK.to(torch.uint8)
-    return (codes_NK[:, 0::2] << 4) | codes_NK[:, 1::2], scale_NB
+    num_rows = max(MOST_WEIGHTS_AT_ONCE // weight_NK.shape[1], 1)
+    packed, block_scale, scale = zip(*(_pack_rows(rows, codes) for rows in weight_NK.split(num_rows)), strict=True)
+    return torch.cat(packed), torch.cat(block_scale), torch.cat(scale)
+
+
+def _pack_rows(weight_NK: Tensor, codes: torch.dtype | None) -> tuple[Tensor, Tensor, Tensor]:
+    peak_N1 = weight_NK.abs().amax(dim=1, keepdim=True).float().clamp_min(SMALLEST_PEAK)
+    scale_N1 = peak_N1 / max(NF4_SCALES)
+    units_NB16 = (weight_NK.float() / scale_N1).view(weight_NK.shape[0], -1, NF4_BLOCK)
+    block_scale = _fit_block_scales(units_NB16, codes)
+    codes_NK = _nearest_levels(units_NB16, nf4_scales(weight_NK.device)[block_scale]).flatten(1).to(torch.uint8)
+    return (codes_NK[:, 0::2] << 4) | codes_NK[:, 1::2], block_scale.to(torch.uint8), scale_N1
+
+
+def _fit_block_scales(units_NB16: Tensor, codes: torch.dtype | None) -> Tensor:
+    """The index of `NF4_SCALES` that leaves each block the least squared error; int32 of shape (N, B).
+
+    Tried are the scale nearest to the block's peak and its two neighbours, of both signs. More neighbours gain nothing.
+    """
+    levels, scales = nf4_levels(units_NB16.device), nf4_scales(units_NB16.device)
+    positive = scales[: len(scales) // 2]
+    borders = (positive[1:] + positive[:-1]) / 2
+    nearest_NB = torch.bucketize(units_NB16.abs().amax(dim=-1), borders, out_int32=True)
+    best_NB = torch.zeros_like(nearest_NB)
+    least_NB = torch.full_like(units_NB16[..., 0], torch.inf)
+    for first in (0, len(positive)):
+        for step in (-1, 0, 1):
+            index_NB = (nearest_NB + step).clamp(0, len(positive) - 1) + first
+            tried_NB = scales[index_NB]
+            found_NB16 = levels[_nearest_levels(units_NB16, tried_NB)] * tried_NB.unsqueeze(-1)
+            if codes is not None:
+                found_NB16 = round_to_codes(found_NB16, codes).float() / UNIT_CODE[codes]
+            error_NB = (found_NB16 - units_NB16).square().sum(dim=-1)
+            better_NB = error_NB < least_NB
+            best_NB = torch.where(better_NB, index_NB, best_NB)
+            least_NB = torch.where(better_NB, error_NB, least_NB)
+    return best_NB
+
+
+def _nearest_levels(units_NB16: Tensor, scale_NB: Tensor) -> Tensor:
+    """Indices of `NF4_LEVELS`, int32."""
+    levels = nf4_levels(units_NB16.device)
+    return torch.bucketize(units_NB16 / scale_NB.unsqueeze(-1), (levels[1:] + levels[:-1]) / 2, out_int32=True)
 
 
 # ---- the layer
@@ -114,36 +165,43 @@ class FrozenProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x_MK: Tensor, stored: Tensor, scale: Tensor, codes: torch.dtype, tensor_cores: bool
+        ctx: Any,
+        x_MK: Tensor,
+        stored: Tensor,
+        block_scale: Tensor | None,
+        scale_N1: Tensor,
+        codes: torch.dtype,
+        tensor_cores: bool,
     ) -> Tensor:
-        ctx.save_for_backward(stored, scale)
+        ctx.save_for_backward(stored, block_scale, scale_N1)
         ctx.codes, ctx.tensor_cores = codes, tensor_cores
-        weight_NK, weight_scale_N1 = row_codes(stored, scale, codes, transposed=False)
+        weight_NK, weight_scale_N1 = row_codes(stored, block_scale, scale_N1, codes, transposed=False)
         x_codes_MK, x_scale_M1 = quantize_rows(x_MK, codes)
         return multiply_rows(x_codes_MK, x_scale_M1, weight_NK, weight_scale_N1, x_MK.dtype, tensor_cores)
 
     @staticmethod
-    def backward(ctx: Any, gradient_MN: Tensor) -> tuple[Tensor, None, None, None, None]:
-        stored, scale = ctx.saved_tensors
+    def backward(ctx: Any, gradient_MN: Tensor) -> tuple[Tensor, None, None, None, None, None]:
+        stored, block_scale, scale_N1 = ctx.saved_tensors
         # Tensor cores of 8 bits want both sides along the summed axis.
-        weight_KN, weight_scale_N1 = row_codes(stored, scale, ctx.codes, transposed=True)
+        weight_KN, weight_scale_N1 = row_codes(stored, block_scale, scale_N1, ctx.codes, transposed=True)
         codes_MN, scale_M1 = quantize_rows(gradient_MN.float() * weight_scale_N1.t(), ctx.codes)
         ones_K1 = torch.ones(weight_KN.shape[0], 1, device=weight_KN.device)
         x_gradient_MK = multiply_rows(codes_MN, scale_M1, weight_KN, ones_K1, gradient_MN.dtype, ctx.tensor_cores)
-        return x_gradient_MK, None, None, None, None
+        return x_gradient_MK, None, None, None, None, None
 
 
-def row_codes(stored: Tensor, scale: Tensor, codes: torch.dtype, transposed: bool) -> tuple[Tensor, Tensor]:
+def row_codes(
+    stored: Tensor, block_scale: Tensor | None, scale_N1: Tensor, codes: torch.dtype, transposed: bool
+) -> tuple[Tensor, Tensor]:
     """A stored weight as 8-bit codes, (N, K) or transposed (K, N), and its scale a row (N, 1).
 
     Args:
-        stored: bytes of 8-bit codes with fp32 `scale` (N, 1), or packed 4-bit codes with bf16 `scale` (N, K / 64).
+        stored: bytes of 8-bit codes; with `block_scale`, packed 4-bit codes.
     """
-    if scale.dtype == torch.float32:
-        return (transpose_bytes(stored) if transposed else stored).view(codes), scale
-    row_scale_N = scale.float().amax(dim=1) / LARGEST_CODE[codes]  # the largest level is 1
-    expanded = expand_nf4(stored, scale, row_scale_N, codes == torch.float8_e4m3fn, transposed)
-    return expanded.view(codes), row_scale_N.unsqueeze(1)
+    if block_scale is None:
+        return (transpose_bytes(stored) if transposed else stored).view(codes), scale_N1
+    expanded = expand_nf4(stored, block_scale, codes == torch.float8_e4m3fn, transposed)
+    return expanded.view(codes), scale_N1 / UNIT_CODE[codes]
 
 
 class QuantizedLinear(nn.Linear):
@@ -164,6 +222,7 @@ class QuantizedLinear(nn.Linear):
         self.in_features, self.out_features = in_features, out_features
         self.linear_format, self.codes, self.tensor_cores = linear_format, codes, tensor_cores
         self.register_buffer("weight", None)
+        self.register_buffer("block_scale", None)
         self.register_buffer("scale", None)
         self.register_parameter("bias", None)
 
@@ -171,7 +230,7 @@ class QuantizedLinear(nn.Linear):
     def set_weight(self, weight_NK: Tensor) -> None:
         """Quantises on the weight's device and keeps the result there."""
         if self.linear_format == NF4:
-            self.weight, self.scale = pack_nf4(weight_NK)
+            self.weight, self.block_scale, self.scale = pack_nf4(weight_NK, self.codes)
         else:
             codes_NK, self.scale = quantize_rows(weight_NK, self.codes)
             self.weight = codes_NK.view(torch.uint8)
@@ -179,12 +238,12 @@ class QuantizedLinear(nn.Linear):
     @torch.no_grad()
     def dequantized(self) -> Tensor:
         """The weight that the layer stands for, fp32 of shape (N, K)."""
-        codes_NK, scale_N1 = row_codes(self.weight, self.scale, self.codes, transposed=False)
+        codes_NK, scale_N1 = row_codes(self.weight, self.block_scale, self.scale, self.codes, transposed=False)
         return codes_NK.float() * scale_N1
 
     def product(self, rows_MK: Tensor) -> Tensor:
         """`x @ W.T`, without the bias; shape (M, N)."""
-        return FrozenProduct.apply(rows_MK, self.weight, self.scale, self.codes, self.tensor_cores)
+        return FrozenProduct.apply(rows_MK, self.weight, self.block_scale, self.scale, self.codes, self.tensor_cores)
 
     def forward(self, input: Tensor) -> Tensor:
         product_MN = self.product(input.reshape(-1, self.in_features))

@@ -23,7 +23,6 @@ def transpose_bytes(source, target, num_rows, num_columns, TILE: tl.constexpr):
 def expand_nf4(
     packed,
     block_scale,
-    row_scale,
     levels,
     target,
     num_rows,
@@ -32,28 +31,33 @@ def expand_nf4(
     FLOAT8: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """4-bit codes (N, K / 2) with scales (N, K / 64) to 8-bit codes by row scale (N), as (N, K) or (K, N)."""
+    """4-bit codes (N, K / 2) with scales (N, K / 16) to 8-bit codes, as (N, K) or (K, N)."""
     row = tl.program_id(0) * TILE + tl.arange(0, TILE)
     half = tl.program_id(1) * (TILE // 2) + tl.arange(0, TILE // 2)
     column = tl.program_id(1) * TILE + tl.arange(0, TILE)
-    rows_inside = row < num_rows
     pair = tl.load(
         packed + row[:, None] * (num_columns // 2) + half[None, :],
-        mask=rows_inside[:, None] & (half < num_columns // 2)[None, :],
+        mask=(row < num_rows)[:, None] & (half < num_columns // 2)[None, :],
         other=0,
     )
     code = tl.interleave(pair >> 4, pair & 15).to(tl.int32)
-    inside = rows_inside[:, None] & (column < num_columns)[None, :]
-    scale = tl.load(
-        block_scale + row[:, None] * (num_columns // 64) + (column // 64)[None, :], mask=inside, other=0
-    ).to(tl.float32)
-    divisor = tl.load(row_scale + row, mask=rows_inside, other=1.0)
-    value = tl.load(levels + code) * scale / divisor[:, None]
+    inside = (row < num_rows)[:, None] & (column < num_columns)[None, :]
+    byte = tl.load(block_scale + row[:, None] * (num_columns // 16) + (column // 16)[None, :], mask=inside, other=0).to(
+        tl.int32
+    )
+    # Sign, exponent and mantissa of `kernels.NF4_SCALES` in the places that fp32 has for them. The exponent gets fp32's
+    # bias, less the scales' own, plus that of `kernels.UNIT_CODE`.
+    if FLOAT8:
+        exponent_shift: tl.constexpr = 127 - 7 + 7
+    else:
+        exponent_shift: tl.constexpr = 127 - 7 + 6
+    bits = ((byte & 128) << 24) | (((byte & 127) << 19) + (exponent_shift << 23))
+    value = tl.load(levels + code) * bits.to(tl.float32, bitcast=True)
     if FLOAT8:
         stored = value.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
     else:
-        # Half away from zero; torch rounds halves to even, and no level meets a half but by chance.
-        stored = tl.where(value < 0, value - 0.5, value + 0.5).to(tl.int8).to(tl.uint8, bitcast=True)
+        # Adding 1.5 * 2^23 leaves no place for a fraction: rounded as torch rounds, halves to even.
+        stored = ((value + 12582912.0) - 12582912.0).to(tl.int8).to(tl.uint8, bitcast=True)
     if TRANSPOSED:
         tl.store(target + column[:, None] * num_rows + row[None, :], tl.trans(stored), mask=tl.trans(inside))
     else:

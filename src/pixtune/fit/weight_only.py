@@ -22,15 +22,17 @@ class WeightOnlyLinear(nn.Module):
     """Stands in for a frozen `nn.Linear`. `store` gives it its values.
 
     Args:
-        linear_format: one of `FORMATS`; 4 bits become 8 where the inputs' number is no multiple of 64.
+        linear_format: one of `FORMATS`; 4 bits become 8 where the inputs' number is no multiple of 16.
         dtype: of the layer it stands for.
     """
 
     codes: Tensor
     """int8 of shape (N, K), or two 4-bit codes in a byte, uint8 of shape (N, K / 2)."""
+    block_scale: Tensor | None
+    """Of 4-bit codes, 16 neighbours each: uint8 of shape (N, K / 16)."""
     bias: Tensor | None
     scale: Tensor
-    """fp32 of shape (N, 1), or bf16 of 64 neighbours each, shape (N, K / 64)."""
+    """fp32 of shape (N, 1)."""
 
     def __init__(
         self, in_features: int, out_features: int, linear_format: str, device: torch.device, dtype: torch.dtype
@@ -39,11 +41,12 @@ class WeightOnlyLinear(nn.Module):
         self.in_features, self.out_features = in_features, out_features
         self.linear_format = INT8 if in_features % NF4_BLOCK else linear_format
         packed = self.linear_format == NF4
-        columns, scales = (in_features // 2, in_features // NF4_BLOCK) if packed else (in_features, 1)
+        columns = in_features // 2 if packed else in_features
         codes = torch.empty(out_features, columns, dtype=torch.uint8 if packed else torch.int8, device=device)
-        scale = torch.empty(out_features, scales, dtype=torch.bfloat16 if packed else torch.float32, device=device)
+        blocks = torch.empty(out_features, in_features // NF4_BLOCK, dtype=torch.uint8, device=device)
         self.register_buffer("codes", codes)
-        self.register_buffer("scale", scale)
+        self.register_buffer("block_scale", blocks if packed else None)
+        self.register_buffer("scale", torch.empty(out_features, 1, device=device))
         self.register_parameter("bias", None)
         # Models ask a layer's weight for its dtype, and cast their hidden states to it. One without values answers
         # that, and fails where anything would compute with it.
@@ -54,14 +57,16 @@ class WeightOnlyLinear(nn.Module):
         """Quantises on the layer's device, from wherever the weight is, a piece at a time."""
         for start, end in self._pieces():
             piece = weight_NK[start:end].to(self.codes.device)
-            pack = pack_nf4(piece) if self.linear_format == NF4 else quantize_rows(piece, torch.int8)
-            self.codes[start:end], self.scale[start:end] = pack
+            if self.block_scale is None:
+                self.codes[start:end], self.scale[start:end] = quantize_rows(piece, torch.int8)
+            else:
+                self.codes[start:end], self.block_scale[start:end], self.scale[start:end] = pack_nf4(piece)
 
     def dequantized(self, start: int, end: int, dtype: torch.dtype) -> Tensor:
         """The weight's rows from `start` to before `end`; shape (end - start, K)."""
         codes, scale = self.codes[start:end], self.scale[start:end]
-        if self.linear_format == NF4:
-            return unpack_nf4(codes, scale).to(dtype)
+        if self.block_scale is not None:
+            return (unpack_nf4(codes, self.block_scale[start:end]) * scale).to(dtype)
         return (codes.float() * scale).to(dtype)
 
     def forward(self, input: Tensor) -> Tensor:

@@ -7,14 +7,14 @@ import torch
 from torch import Tensor, nn
 
 from pixtune import adapters
-from pixtune.fit import kernels, quantize
+from pixtune.fit import quantize
 from pixtune.fit.quantize import FP8, INT8, NF4, QuantizedLinear
 
 E4M3, INT = torch.float8_e4m3fn, torch.int8
 KINDS = [(FP8, E4M3), (INT8, INT), (NF4, E4M3), (NF4, INT)]
 # Half a step of rounding, relative to the largest code of a row, and what it makes of Gaussian rows.
-WEIGHT_ERROR = {FP8: 0.03, INT8: 0.01, NF4: 0.10}
-PRODUCT_ERROR = {FP8: 0.045, INT8: 0.015, NF4: 0.12}
+WEIGHT_ERROR = {FP8: 0.03, INT8: 0.01, NF4: 0.07}
+PRODUCT_ERROR = {FP8: 0.045, INT8: 0.015, NF4: 0.085}
 
 
 def error(ours: Tensor, exact: Tensor) -> float:
@@ -66,7 +66,7 @@ def test_what_is_stored_stands_for_the_weight(linear_format: str, codes: torch.d
     plain, quantized = layers(linear_format, codes)
     assert error(quantized.dequantized(), plain.weight) < WEIGHT_ERROR[linear_format]
     stored = sum(buffer.numel() * buffer.element_size() for buffer in quantized.buffers())
-    assert stored == pytest.approx(plain.weight.numel() * quantize.bytes_per_weight(linear_format, 192), rel=0.03)
+    assert stored == pytest.approx(plain.weight.numel() * quantize.bytes_per_weight(linear_format, 192))
     assert not any(buffer.is_floating_point() and buffer.numel() > 500 for buffer in quantized.buffers()), "a copy"
 
 
@@ -77,22 +77,18 @@ def test_rows_of_zeros_and_of_very_different_size_survive() -> None:
         torch.testing.assert_close(stored.float() * scale, rows, rtol=1e-2, atol=0)
 
 
-def test_no_number_stays_no_number() -> None:
+@pytest.mark.parametrize(("linear_format", "codes"), KINDS)
+def test_no_number_stays_no_number(linear_format: str, codes: torch.dtype) -> None:
     """A NaN must reach the loss, where the run stops, and not become a code."""
-    _, quantized = layers(FP8, E4M3)
+    plain, quantized = layers(linear_format, codes)
     inputs = torch.randn(3, 192)
     inputs[1, 5] = float("nan")
     outputs = quantized(inputs)
     assert outputs[1].isnan().all() and outputs[[0, 2]].isfinite().all()
-
-
-def test_nf4_takes_the_nearest_level_of_its_block() -> None:
-    weight = torch.randn(4, 128)
-    packed, scale = quantize.pack_nf4(weight)
-    levels = torch.tensor(kernels.NF4_LEVELS)
-    blocks = weight.view(4, 2, 64) / scale.float().unsqueeze(-1)
-    nearest = levels[(blocks.unsqueeze(-1) - levels).abs().argmin(-1)] * scale.float().unsqueeze(-1)
-    torch.testing.assert_close(kernels.unpack_nf4(packed, scale), nearest.flatten(1))
+    plain.weight[7, 9] = float("nan")
+    quantized.set_weight(plain.weight)
+    outputs = quantized(torch.randn(3, 192))
+    assert outputs[:, 7].isnan().all() and outputs[:, 8].isfinite().all()
 
 
 @pytest.mark.parametrize(("sides", "fits"), [((64, 128), True), ((64, 100), False), ((70, 64), False)])

@@ -37,7 +37,7 @@ def error(ours: Tensor, exact: Tensor) -> float:
 # ---- one layer
 
 
-@pytest.mark.parametrize(("linear_format", "bound"), [("int8", 0.01), ("nf4", 0.10)])
+@pytest.mark.parametrize(("linear_format", "bound"), [("int8", 0.01), ("nf4", 0.07)])
 @torch.no_grad()
 def test_outliers_of_the_input_cost_nothing(linear_format: str, bound: float) -> None:
     """Codes of the input would have one scale for features that differ by a factor of 1000."""
@@ -62,7 +62,7 @@ def test_pieces_of_a_layer_give_the_whole(linear_format: str, monkeypatch: pytes
     whole = stored(plain, linear_format)
     monkeypatch.setattr(weight_only, "PIECE_WEIGHTS", 7 * 128)
     pieces = stored(plain, linear_format)
-    assert torch.equal(pieces.codes, whole.codes) and torch.equal(pieces.scale, whole.scale)
+    assert all(map(torch.equal, pieces.buffers(), whole.buffers()))
     torch.testing.assert_close(pieces(x), nn.functional.linear(x, whole.dequantized(0, 100, x.dtype), plain.bias))
 
 
@@ -127,7 +127,7 @@ def test_it_weighs_its_codes_and_what_stays(name: str, linear_format: str) -> No
     ]  # fmt: skip
     saved = 0.0
     for linear in linears:
-        eight = linear_format == "int8" or linear.in_features % 64
+        eight = linear_format == "int8" or linear.in_features % 16
         per_row = linear.in_features + 4 if eight else linear.in_features / 2 + 2 * linear.in_features / 64
         saved += linear.weight.nbytes - linear.out_features * per_row
     for model in encoder.models:
