@@ -107,8 +107,15 @@ def sample(
     weights_format: Annotated[Literal["bf16", "fp32"], typer.Option(help="Number format.")] = "bf16",
     max_text_tokens: Annotated[int | None, typer.Option(help="As data_config.max_text_tokens in training.")] = None,
     control_size: Annotated[int, typer.Option(help="As data_config.control_size in training.")] = 1024,
+    quantize: Annotated[
+        bool | None,
+        typer.Option("--quantize/--no-quantize", help="Base weights in 8 bits; default: by the memory there is."),
+    ] = None,
+    gpu_memory_limit_gib: Annotated[
+        float | None, typer.Option(min=0.1, help="Most GPU memory to take, CUDA context included.")
+    ] = None,
 ) -> None:
-    """Draw pictures from a model, with or without a LoRA."""
+    """Draw pictures from a model, with or without a LoRA, on whatever GPU there is; says how it fits."""
     from pixtune.draw import DrawRequest, draw
     from pixtune.sample import SamplerSettings
 
@@ -122,8 +129,10 @@ def sample(
         size=(width or 1024, height or 1024) if width or height else None,
         max_text_tokens=max_text_tokens,
         control_size=control_size,
+        quantize=quantize,
+        gpu_memory_limit_gib=gpu_memory_limit_gib,
     )
-    for path in draw(request, output):
+    for path in draw(request, output, lambda line: typer.echo(f"plan: {line}", err=True)):
         typer.echo(path)
 
 

@@ -1,30 +1,45 @@
-"""`pixtune sample`: pictures from a model folder, with a saved LoRA put onto the base as others would load it."""
+"""`pixtune sample`: pictures from a model folder, with a saved LoRA put onto the base as others would load it.
+
+It fits as training does: encoders come first and leave, the transformer comes in the form that `plan_drawing` chose,
+and where not even a decoder fits beside it, it leaves before the pictures are decoded.
+"""
 
 from __future__ import annotations
 
+import gc
 import json
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from rich.console import Console
-from torch import nn
+from torch import Tensor, nn
 
 from pixtune import adapters
+from pixtune.config.schema import DataConfig, TrainConfig
 from pixtune.data.buckets import Size
+from pixtune.data.build_encoder import plan_encoders_for
 from pixtune.data.cache import Ledger, MemoryStore
-from pixtune.data.encode import Encoder
+from pixtune.data.encode import Encoder, FramedPicture, TextItem
 from pixtune.data.encodings import Encodings, control_pictures, text_item
 from pixtune.data.prepare import control_rules, encode_prompt, prompt_sample
+from pixtune.data.samples import Sample
 from pixtune.errors import WeightsError
 from pixtune.export import read_lora_file
 from pixtune.families import family_of
 from pixtune.families.base import CONTROL_SIDE, ModelFamily, Placement
-from pixtune.fit.apply import FORMATS
-from pixtune.fit.encoders import encode_plainly
-from pixtune.fit.load import load_transformer
-from pixtune.sample import EncodedPrompt, PromptSampler, SamplerSettings
+from pixtune.fit.apply import FORMATS, blocks_of
+from pixtune.fit.encoders import EncoderPlan, count_caption_tokens
+from pixtune.fit.footprint import Footprint, read_footprint
+from pixtune.fit.load import Layout, load_transformer
+from pixtune.fit.phases import Drawing, DrawingPlan, plan_drawing
+from pixtune.fit.streaming import choose_streamed, stream_blocks
+from pixtune.hardware.facts import HardwareFacts, read_facts
+from pixtune.memory import RunMemory
+from pixtune.planning import encoder_sizes, tensor_shapes
+from pixtune.sample import EncodedPrompt, PromptPicture, PromptSampler, SamplerSettings, needs_negative
 from pixtune.weights import ModelFolder, open_model_folder
 
 
@@ -44,65 +59,122 @@ class DrawRequest:
     max_text_tokens: int | None
     control_size: int
     """Side in pixels of the square whose area control pictures get."""
+    quantize: bool | None = None
+    """8-bit base weights: true demands, false forbids, None: by the memory there is."""
+    gpu_memory_limit_gib: float | None = None
+    """Most device memory that the process may take."""
 
 
-def draw(request: DrawRequest, output_dir: Path) -> Iterator[Path]:
+@dataclass(frozen=True)
+class SavedLora:
+    """A LoRA file of ours, read."""
+
+    path: Path
+    weights: dict[str, Tensor]
+    """`MODULE.lora_A.weight` and `MODULE.lora_B.weight`."""
+    targets: tuple[str, ...]
+    rank: int
+    alpha: float
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """Paths of the layers that it is put on."""
+        return tuple(dict.fromkeys(name.rsplit(".lora_", 1)[0] for name in self.weights))
+
+
+@dataclass(frozen=True)
+class Plans:
+    """How a request fits a machine."""
+
+    encoders: EncoderPlan
+    drawing: DrawingPlan
+
+
+@dataclass(frozen=True)
+class Task:
+    """A request with the model and the LoRA that it names, and its prompts in the form of training samples."""
+
+    request: DrawRequest
+    family: ModelFamily
+    folder: ModelFolder
+    lora: SavedLora | None
+    samples: tuple[Sample, ...]
+
+    @property
+    def texts(self) -> tuple[TextItem, ...]:
+        """Prompts and what guidance sets against them."""
+        dropped = self.family.dropped_caption
+        return tuple(dict.fromkeys(text_item(text, s, 0) for s in self.samples for text in (s.caption, dropped)))
+
+    @property
+    def controls(self) -> tuple[FramedPicture, ...]:
+        return tuple(dict.fromkeys(picture for sample in self.samples for picture in control_pictures(sample, 0)))
+
+
+def draw(request: DrawRequest, output_dir: Path, say: Callable[[str], None] = lambda line: None) -> Iterator[Path]:
     """Draws each prompt with each seed and yields the paths of the PNG files.
+
+    Args:
+        say: gets the plan in a line or two.
 
     Raises:
         WeightsError: model or LoRA cannot be used.
         DataError: a control picture cannot be used.
+        PlanError: it fits neither the GPU nor the host beside it; says how much is missing.
+        ConfigError: the request demands what this GPU cannot do.
     """
-    folder = open_model_folder(request.model)
-    family = family_of(folder)
+    config = config_of(request, output_dir)
+    memory = RunMemory(config)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    placement = Placement(device, FORMATS[request.weights_format])
-    prompts = encode_request(request, family, folder, placement)
-
-    transformer = load_transformer(family, folder, placement)
-    if request.lora is not None:
-        put_on_lora(transformer, request.lora)
-    sampler = PromptSampler(family, folder, prompts, request.settings, placement, keep_autoencoder=True)
+    memory.start(device)
+    task = open_task(request)
+    plans = make_plans(task, config, read_facts(device))
+    for reason in (*plans.encoders.reasons, *plans.drawing.reasons):
+        say(reason)
     output_dir.mkdir(parents=True, exist_ok=True)
-    for number, picture in enumerate(sampler.draw(transformer)):
+    for number, picture in enumerate(draw_as_planned(task, plans, device)):
         path = output_dir / f"{number:03d}-seed{picture.seed}.png"
         picture.image.save(path)
         yield path
 
 
-def encode_request(
-    request: DrawRequest, family: ModelFamily, folder: ModelFolder, placement: Placement
-) -> list[EncodedPrompt]:
-    """Prompts and control pictures, encoded as in training; encoders leave the device before the transformer comes."""
-    encoder = Encoder(
-        family=family,
-        folder=folder,
-        placement=placement,
-        plan=encode_plainly(batch_size=1),
-        max_text_tokens=request.max_text_tokens,
-        store=MemoryStore(),
-        ledger=Ledger(None),
-        console=Console(quiet=True),
-        memo_dir=None,
+def config_of(request: DrawRequest, output_dir: Path) -> TrainConfig:
+    """The request in the keys of a run, which is what plans are made from."""
+    return TrainConfig(
+        pretrained_model_name_or_path=request.model,
+        output_dir=output_dir,
+        max_train_steps=1,
+        data_config=DataConfig(img_dir=output_dir),
+        mixed_precision="bf16" if request.weights_format == "bf16" else "no",
+        encode_batch_size=1,
+        quantize=request.quantize,
+        disable_quantization=request.quantize is False,
+        gpu_memory_limit_gib=request.gpu_memory_limit_gib,
     )
-    encodings = Encodings(encoder)
+
+
+def open_task(request: DrawRequest) -> Task:
+    """Reads what a request names, but for the model's weights.
+
+    Raises:
+        WeightsError, DataError: see `draw`.
+    """
+    folder = open_model_folder(request.model)
+    family = family_of(folder)
     multiple = family.pixel_multiple(folder)
     rules = control_rules(family, folder, request.control_size)
     size = request.size or (CONTROL_SIDE, CONTROL_SIDE)
-    samples = [
+    samples = tuple(
         prompt_sample(text, request.controls, size, request.size is None, multiple, rules) for text in request.prompts
-    ]
-    items = [text_item(text, s, 0) for s in samples for text in (s.caption, family.dropped_caption)]
-    encodings.fill_texts(list(dict.fromkeys(items)))
-    encodings.fill_pictures(list(dict.fromkeys(p for sample in samples for p in control_pictures(sample, 0))))
-    return [encode_prompt(family, encodings, sample, request.settings.guidance_scale) for sample in samples]
+    )
+    return Task(request, family, folder, read_lora(request.lora) if request.lora else None, samples)
 
 
-def put_on_lora(transformer: nn.Module, path: Path) -> None:
-    """Attaches a LoRA file of ours to a transformer.
+def read_lora(path: Path) -> SavedLora:
+    """A LoRA file of ours.
 
     Raises:
-        WeightsError: not a LoRA that pixtune wrote for diffusers, or for another model.
+        WeightsError: not a LoRA that pixtune wrote for diffusers.
     """
     weights, metadata = read_lora_file(path)
     if "lora_adapter_metadata" not in metadata:
@@ -111,10 +183,141 @@ def put_on_lora(transformer: nn.Module, path: Path) -> None:
             "of a run."
         )
     scale = json.loads(metadata["lora_adapter_metadata"])
-    adapters.attach_lora(
-        transformer, scale["transformer.target_modules"], scale["transformer.r"], scale["transformer.lora_alpha"], 0
+    targets = tuple(scale["transformer.target_modules"])
+    return SavedLora(path, weights, targets, scale["transformer.r"], scale["transformer.lora_alpha"])
+
+
+# ---- plans
+
+
+def make_plans(task: Task, config: TrainConfig, facts: HardwareFacts) -> Plans:
+    """How a request fits a machine, from headers alone.
+
+    Raises:
+        WeightsError: the LoRA is for another model.
+        PlanError, ConfigError: see `draw`.
+    """
+    encoders = plan_encoders_for(config, task.family, task.folder, facts, task.texts, task.controls)
+    settings = task.request.settings
+    passes_per_step = 2 if needs_negative(task.family, settings.guidance_scale) else 1
+    drawing = Drawing(
+        pixels=max(math.prod(sample.framings[0].size) for sample in task.samples),
+        num_passes=passes_per_step * settings.num_steps,
+        autoencoder_bytes=encoder_sizes(config, task.family, task.folder, 0, 0).autoencoder_bytes,
     )
+    return Plans(encoders, plan_drawing(facts, footprint_of(task, config, passes_per_step), config, drawing))
+
+
+def footprint_of(task: Task, config: TrainConfig, passes_per_step: int) -> Footprint:
+    """Of one pass of the transformer, with the LoRA on it.
+
+    Raises:
+        WeightsError: the LoRA is for another model.
+    """
+    family, folder, lora = task.family, task.folder, task.lora
+    shapes = tensor_shapes(config, family, folder)
+    modules = lora.modules if lora else ()
+    if lora and (unknown := [module for module in modules if f"{module}.weight" not in shapes]):
+        raise WeightsError(f"{lora.path} does not fit this model, which has no {unknown[0]}")
+    return read_footprint(
+        family, shapes, family.block_shape(folder)[1], max(_num_tokens(task, sample) for sample in task.samples),
+        modules, lora.rank if lora else 0, passes_per_step,
+    )  # fmt: skip
+
+
+def _num_tokens(task: Task, sample: Sample) -> int:
+    """Of a picture with its controls and prompt: an upper estimate, since nothing is encoded yet."""
+    family, seen = task.family, [picture for item in task.texts for picture in item.pictures]
+    sizes = [family.latent_shape(task.folder, *size)[1:] for size in sample.signature(0)]
+    vision_pixels = sum(math.prod(picture.framing.size) for picture in set(seen))
+    return sum(family.num_image_tokens(*size) for size in sizes) + count_caption_tokens(
+        len(sample.caption), vision_pixels
+    )
+
+
+# ---- carried out
+
+
+def draw_as_planned(task: Task, plans: Plans, device: torch.device) -> Iterator[PromptPicture]:
+    """One picture for each prompt and seed."""
+    placement = Placement(device, FORMATS[plans.drawing.compute_format])
+    prompts = encode_prompts(task, plans.encoders, placement)
+    sampler = PromptSampler(
+        task.family, task.folder, prompts, task.request.settings, placement, keep_autoencoder=False,
+        tile_pixels=plans.drawing.tile_pixels,
+    )  # fmt: skip
+    if not plans.drawing.decode_last:
+        yield from sampler.draw(load_base(task, plans.drawing, placement))
+        return
+    for prompt, seed, latents_BCHW in all_latents(task, plans.drawing, placement, sampler):
+        yield PromptPicture(prompt, seed, sampler.decode(latents_BCHW))
+
+
+def encode_prompts(task: Task, plan: EncoderPlan, placement: Placement) -> list[EncodedPrompt]:
+    """Prompts and control pictures, encoded as in training; encoders leave the device before the transformer comes."""
+    encoder = Encoder(
+        family=task.family,
+        folder=task.folder,
+        placement=placement,
+        plan=plan,
+        max_text_tokens=task.request.max_text_tokens,
+        store=MemoryStore(),
+        ledger=Ledger(None),
+        console=Console(quiet=True),
+        memo_dir=None,
+    )
+    encodings = Encodings(encoder)
+    encodings.fill_texts(task.texts)
+    encodings.fill_pictures(task.controls)
+    guidance_scale = task.request.settings.guidance_scale
+    return [encode_prompt(task.family, encodings, sample, guidance_scale) for sample in task.samples]
+
+
+def all_latents(
+    task: Task, plan: DrawingPlan, placement: Placement, sampler: PromptSampler
+) -> Sequence[tuple[EncodedPrompt, int, Tensor]]:
+    """What is drawn, on the CPU; the transformer has left the device on return."""
+    drawn = [
+        (prompt, seed, latents.cpu()) for prompt, seed, latents in sampler.latents(load_base(task, plan, placement))
+    ]
+    gc.collect()
+    if placement.device.type == "cuda":
+        torch.cuda.empty_cache()
+    return drawn
+
+
+def load_base(task: Task, plan: DrawingPlan, placement: Placement) -> nn.Module:
+    """The transformer in its planned form, with the LoRA on it.
+
+    Raises:
+        WeightsError: files or LoRA do not fit the model.
+    """
+    family, folder = task.family, task.folder
+    num_blocks, _ = family.block_shape(folder)
+    streamed = choose_streamed(num_blocks, plan.streamed_blocks) if plan.streamed_blocks else ()
+    linear_format = None if plan.weights_format == plan.compute_format else plan.weights_format
+    transformer = load_transformer(family, folder, placement, Layout(linear_format, plan.modulation_rows, streamed))
+    if streamed:
+        blocks = blocks_of(transformer, family)
+        stream_blocks([blocks[number] for number in streamed], placement.device)
+    if task.lora is not None:
+        attach(transformer, task.lora)
+    return transformer
+
+
+def put_on_lora(transformer: nn.Module, path: Path) -> None:
+    """Attaches a LoRA file of ours to a transformer.
+
+    Raises:
+        WeightsError: not a LoRA that pixtune wrote for diffusers, or for another model.
+    """
+    attach(transformer, read_lora(path))
+
+
+def attach(transformer: nn.Module, lora: SavedLora) -> None:
+    """As `put_on_lora`, of a file that was read before."""
+    adapters.attach_lora(transformer, lora.targets, lora.rank, lora.alpha, 0)
     try:
-        adapters.load_lora_weights(transformer, weights)
+        adapters.load_lora_weights(transformer, lora.weights)
     except (KeyError, RuntimeError) as error:
-        raise WeightsError(f"{path} does not fit this model: {error}") from error
+        raise WeightsError(f"{lora.path} does not fit this model: {error}") from error

@@ -153,6 +153,11 @@ class PromptSampler:
 
     def draw(self, transformer: nn.Module) -> Iterator[PromptPicture]:
         """One picture for each prompt and seed."""
+        for prompt, seed, latents_BCHW in self.latents(transformer):
+            yield PromptPicture(prompt, seed, self.decode(latents_BCHW))
+
+    def latents(self, transformer: nn.Module) -> Iterator[tuple[EncodedPrompt, int, Tensor]]:
+        """Each prompt with each seed and the latents of its picture, shape 1CHW, on the device."""
         settings, device = self.settings, self.placement.device
         for prompt in self.prompts:
             shape_CHW = self.family.latent_shape(self.folder, *prompt.size)
@@ -168,16 +173,18 @@ class PromptSampler:
                     settings.guidance_scale,
                     [control.to(device) for control in prompt.controls],
                 )
-                yield PromptPicture(prompt, seed, to_image(self._decode(latents_BCHW)[0]))
+                yield prompt, seed, latents_BCHW
 
-    def _on_device(self, row: Conditioning) -> Conditioning:
-        return self.family.stack_conditioning([{name: t.to(self.placement.device) for name, t in row.items()}])
-
-    def _decode(self, latents_BCHW: Tensor) -> Tensor:
+    def decode(self, latents_BCHW: Tensor) -> Image:
+        """The picture of one prompt and seed, from latents of shape 1CHW."""
         if self._autoencoder is None:
             self._autoencoder = self.family.load_autoencoder(self.folder, self.placement)
         self._autoencoder.to(self.placement.device)
+        latents_BCHW = latents_BCHW.to(self.placement.device)
         pixels_B3HW = decode_latents(self.family, self.folder, self._autoencoder, latents_BCHW, self.tile_pixels)
         if not self.keep_autoencoder:
             self._autoencoder.to("cpu")
-        return pixels_B3HW
+        return to_image(pixels_B3HW[0])
+
+    def _on_device(self, row: Conditioning) -> Conditioning:
+        return self.family.stack_conditioning([{name: t.to(self.placement.device) for name, t in row.items()}])

@@ -16,7 +16,7 @@ from pixtune.data.cache import DiskStore, Ledger, MemoryStore, missing_keys
 from pixtune.data.encode import Encoder, FramedPicture, TextItem
 from pixtune.families.base import ModelFamily, Placement
 from pixtune.fit.encoders import EncoderPlan, count_caption_tokens, encode_plainly, more_exact
-from pixtune.hardware.facts import MEMORY_FRACTION, read_facts
+from pixtune.hardware.facts import MEMORY_FRACTION, HardwareFacts, read_facts
 from pixtune.hardware.unified import is_unified_memory_system
 from pixtune.planning import encoder_sizes, encoders_stay, plan_encoders_of
 from pixtune.weights import ModelFolder
@@ -75,15 +75,32 @@ def _plan_encoders(
         return encode_plainly(config.encode_batch_size)
     decided: list[EncoderPlan | None] = [None]
     if accelerator.is_main_process:
-        characters = max((len(item.text) for item in items), default=0)
-        vision_pixels = max((sum(math.prod(p.framing.size) for p in item.pictures) for item in items), default=0)
-        picture_pixels = max((math.prod(picture.framing.size) for picture in pictures), default=0)
-        tokens = count_caption_tokens(characters, vision_pixels)
         facts = read_facts(accelerator.device, config.memory_fraction or MEMORY_FRACTION)
-        sizes = encoder_sizes(config, family, folder, tokens, picture_pixels)
-        decided = [plan_encoders_of(config, facts, sizes)]
+        decided = [plan_encoders_for(config, family, folder, facts, items, pictures)]
     (plan,) = broadcast_object_list(decided)
     return plan
+
+
+def plan_encoders_for(
+    config: TrainConfig,
+    family: ModelFamily,
+    folder: ModelFolder,
+    facts: HardwareFacts,
+    items: Sequence[TextItem],
+    pictures: Sequence[FramedPicture],
+) -> EncoderPlan:
+    """How a machine encodes these.
+
+    Raises:
+        PlanError: see `plan_encoders`.
+    """
+    if facts.device != "cuda":
+        return encode_plainly(config.encode_batch_size)
+    characters = max((len(item.text) for item in items), default=0)
+    vision_pixels = max((sum(math.prod(p.framing.size) for p in item.pictures) for item in items), default=0)
+    picture_pixels = max((math.prod(picture.framing.size) for picture in pictures), default=0)
+    tokens = count_caption_tokens(characters, vision_pixels)
+    return plan_encoders_of(config, facts, encoder_sizes(config, family, folder, tokens, picture_pixels))
 
 
 def prefer_more_exact(

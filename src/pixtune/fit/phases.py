@@ -1,13 +1,18 @@
-"""Device memory of a run's other phases: captions encoded, pictures encoded, samples drawn.
+"""Device memory of a run's other phases: captions encoded, pictures encoded, samples drawn; and drawing without a run.
 
-A plan is made for the training step. These come before it or between steps, and none of them may need more than the
-step does without being said. Numbers alone, no torch.
+A run's plan is made for the training step. The phases come before it or between steps, and none of them may need more
+than the step does without being said. `pixtune sample` trains nothing and has a plan of its own: the ladder of a run
+without what only a backward pass needs. Numbers alone, no torch.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
+from pixtune.errors import PlanError
+from pixtune.fit.all_weights import states_on_device
 from pixtune.fit.encoders import (
     ON_CPU,
     EncoderPlan,
@@ -18,8 +23,19 @@ from pixtune.fit.encoders import (
     text_weight_bytes,
 )
 from pixtune.fit.footprint import Footprint
-from pixtune.fit.plan import MemoryPlan
-from pixtune.fit.rungs import Rung, weight_bytes
+from pixtune.fit.plan import MemoryPlan, usable_bytes
+from pixtune.fit.rungs import Rung, compute_format_of, host_bytes, ladder, weight_bytes
+from pixtune.hardware.facts import GIB, HardwareFacts, missing_on_host
+
+if TYPE_CHECKING:
+    from pixtune.config.schema import TrainConfig
+
+PLAIN_UNITS, QUANTISED_UNITS = 18.0, 36.0
+"""Most that is alive at a time in a pass without gradients and without compilation, in the units of `footprint`.
+Counted operator by operator at full width: 15.1 and 30.3 where all blocks are dual-stream, 17.4 and 35.1 with
+single-stream ones. Quantised, an MLP's input passes through fp32 on its way to codes. Not measured on a GPU."""
+PASS_FIXED_BYTES = round(0.35 * GIB)
+"""Besides: workspaces, latents and conditioning, a modulation layer's weights on their way through. Not measured."""
 
 
 @dataclass(frozen=True)
@@ -92,15 +108,18 @@ def drawing_bytes(plan: MemoryPlan, footprint: Footprint, around: Surroundings, 
 
 def idle_bytes(plan: MemoryPlan, footprint: Footprint) -> int:
     """What a run holds between its steps: the transformer and what is trained, without the encoders."""
-    rung = Rung(
-        plan.weights_format, plan.modulation_rows, plan.lean, plan.recomputed_blocks, plan.offload_inputs,
-        plan.streamed_blocks,
-    )  # fmt: skip
-    table = 2 * plan.modulation_rows * sum(kind.count * kind.modulation_outputs for kind in footprint.kinds)
+    rung = Rung(plan.weights_format, plan.modulation_rows, streamed_blocks=plan.streamed_blocks)
     # Between steps the gradients are gone: the weights that are trained and two optimizer states remain.
-    own = 0 if footprint.trains_all else 4
-    states = footprint.trained_weights * (own + (2 if plan.optimizer == "adamw_8bit" else 8))
-    return weight_bytes(rung, footprint, plan.compute_format) + table + states
+    trained = footprint.trained_weights * (4 + (2 if plan.optimizer == "adamw_8bit" else 8))
+    if footprint.trains_all:
+        trained = round(states_on_device(plan.optimizer, plan.states_on_host, plan.fp32_copies, footprint))
+    return transformer_bytes(rung, footprint, plan.compute_format) + trained
+
+
+def transformer_bytes(rung: Rung, footprint: Footprint, compute_format: str) -> int:
+    """The transformer with the table that stands in for its modulation layers."""
+    outputs = sum(kind.count * kind.modulation_outputs for kind in footprint.kinds)
+    return weight_bytes(rung, footprint, compute_format) + 2 * rung.modulation_rows * outputs
 
 
 def _staying_text_bytes(plan: MemoryPlan, around: Surroundings) -> int:
@@ -116,3 +135,151 @@ def _text_encoder(encoders: EncoderPlan) -> str:
 
 def _beside(num_bytes: int, name: str) -> str:
     return f", {name}" if num_bytes else ""
+
+
+# ---- drawing without a run
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """What is drawn, as far as memory depends on it."""
+
+    pixels: int
+    """Of the largest picture."""
+    num_passes: int
+    """Of the transformer, for one picture."""
+    autoencoder_bytes: int
+
+
+@dataclass(frozen=True)
+class DrawingPlan:
+    """How pictures are drawn."""
+
+    compute_format: str
+    """"bf16" or "fp32"."""
+    weights_format: str
+    """Of the blocks' linear layers: the same, or "fp8", "int8", "nf4"."""
+    modulation_rows: int
+    """Rows of the table that stands in for modulation layers; 0: they are loaded."""
+    streamed_blocks: int
+    decode_last: bool
+    """Pictures are decoded when all are drawn and the transformer has left the device."""
+    tile_pixels: int | None
+    """They are decoded in tiles of this side; None: whole."""
+    expected_peak_bytes: int
+    """Of torch's allocator; 0 on a CPU."""
+    expected_host_bytes: int
+    """Of page-locked host memory."""
+    reasons: tuple[str, ...] = ()
+
+
+def plan_drawing(facts: HardwareFacts, footprint: Footprint, config: TrainConfig, drawing: Drawing) -> DrawingPlan:
+    """The fastest way to draw that fits. `config` brings formats, demands and limits; nothing is trained.
+
+    Args:
+        footprint: `num_tokens` of one pass; `trained_weights` of a LoRA that is put on, 0 without one.
+
+    Raises:
+        PlanError: nothing fits; says how much is missing.
+        ConfigError: the config demands what this GPU cannot do.
+    """
+    plain = compute_format_of(config)
+    if facts.device != "cuda":
+        eight_bits = config.quantize and not config.disable_quantization
+        return DrawingPlan(plain, "int8" if eight_bits else plain, 0, 0, False, None, 0, 0)
+    usable = usable_bytes(facts, config)
+    rungs = drawing_ladder(facts, footprint, config, drawing.num_passes)
+    fitting = [rung for rung in rungs if pass_peak_bytes(rung, footprint, plain) <= usable]
+    rung = next((rung for rung in fitting if not missing_on_host(facts, host_bytes(rung, footprint))), None)
+    if rung is None:
+        raise PlanError(_cannot_draw(facts, footprint, config, drawing, fitting or rungs))
+    beside = transformer_bytes(rung, footprint, plain) + lora_bytes(footprint) + drawing.autoencoder_bytes
+    decode_last = beside + coding_bytes(drawing.pixels) > usable
+    tile = fitting_tile(drawing.pixels, usable - drawing.autoencoder_bytes) if decode_last else None
+    decoding = coding_bytes(drawing.pixels, tile) + (drawing.autoencoder_bytes if decode_last else beside)
+    peak = max(pass_peak_bytes(rung, footprint, plain), decoding)
+    return DrawingPlan(
+        compute_format=plain,
+        weights_format=rung.weights_format,
+        modulation_rows=rung.modulation_rows,
+        streamed_blocks=rung.streamed_blocks,
+        decode_last=decode_last,
+        tile_pixels=tile,
+        expected_peak_bytes=peak,
+        expected_host_bytes=host_bytes(rung, footprint),
+        reasons=_drawing_reasons(rung, footprint, peak, usable, decode_last, tile),
+    )
+
+
+def drawing_ladder(
+    facts: HardwareFacts, footprint: Footprint, config: TrainConfig, num_passes: int
+) -> tuple[Rung, ...]:
+    """The rungs of a run with what only a backward pass needs taken away, fastest first.
+
+    A modulation table needs no more rows than a picture has passes, and one to spare.
+    """
+    rungs = (
+        replace(
+            rung,
+            modulation_rows=min(rung.modulation_rows, num_passes + 1),
+            lean=False,
+            recomputed_blocks=0,
+            offload_inputs=False,
+        )
+        for rung in ladder(facts, footprint, config)
+    )
+    return tuple(dict.fromkeys(rungs))
+
+
+def lora_bytes(footprint: Footprint) -> int:
+    """Of a LoRA that is not trained: its fp32 weights alone."""
+    return 4 * footprint.trained_weights
+
+
+def pass_peak_bytes(rung: Rung, footprint: Footprint, compute_format: str) -> int:
+    """Most that torch's allocator holds while the transformer runs without gradients."""
+    units = QUANTISED_UNITS if rung.weights_format != compute_format else PLAIN_UNITS
+    activations = units * footprint.unit_bytes * (2 if compute_format == "fp32" else 1)
+    held = transformer_bytes(rung, footprint, compute_format) + lora_bytes(footprint)
+    return round(held + PASS_FIXED_BYTES + activations)
+
+
+def _drawing_reasons(
+    rung: Rung, footprint: Footprint, peak: int, usable: int, decode_last: bool, tile: int | None
+) -> tuple[str, ...]:
+    ways = [f"base weights in {rung.weights_format}"]
+    if rung.modulation_rows:
+        ways.append("modulation computed ahead")
+    if rung.streamed_blocks:
+        ways.append(f"{rung.streamed_blocks} of {footprint.num_blocks} blocks from host memory at each pass")
+    if decode_last:
+        ways.append("pictures decoded at the end" + (f" in tiles of {tile} pixels" if tile else ""))
+    return (f"{', '.join(ways)}: about {peak / GIB:.1f} GiB at the peak, {usable / GIB:.1f} GiB usable",)
+
+
+def _cannot_draw(
+    facts: HardwareFacts, footprint: Footprint, config: TrainConfig, drawing: Drawing, rungs: Sequence[Rung]
+) -> str:
+    """Why none of the rungs can be taken, and what could be; those that fit the GPU lack host memory."""
+    plain, usable = compute_format_of(config), usable_bytes(facts, config)
+    least = min(rungs, key=lambda rung: pass_peak_bytes(rung, footprint, plain))
+    needed = pass_peak_bytes(least, footprint, plain)
+    if needed > usable:
+        lack = (
+            f"drawing needs about {needed / GIB:.1f} GiB and {usable / GIB:.1f} GiB of {facts.name} are usable: "
+            f"{(needed - usable) / GIB:.1f} GiB are missing."
+        )
+    else:
+        on_host = min(host_bytes(rung, footprint) for rung in rungs)
+        lack = (
+            f"drawing needs {on_host / GIB:.1f} GiB of host memory beside {facts.name}: "
+            f"{missing_on_host(facts, on_host) / GIB:.1f} GiB are missing."
+        )
+    if config.disable_quantization or config.quantize is not None:
+        free = config.model_copy(update={"quantize": None, "disable_quantization": False})
+        try:
+            plan = plan_drawing(facts, footprint, free, drawing)
+        except PlanError:
+            return f"{lack} Fewer bits would not do either: draw smaller pictures."
+        return f"{lack} Without a demand for or against quantising, {plan.reasons[0]}."
+    return f"{lack} Draw smaller pictures."
