@@ -32,6 +32,12 @@ from pixtune.weights import ModelFolder, open_model_folder
 if TYPE_CHECKING:
     from pixtune.families.base import ModelFamily
 
+CONFIGS = ("model_index.json", "transformer/config.json", "vae/config.json")
+"""Files of a model that a plan cannot do without."""
+CONFIG_PATTERNS = ("model_index.json", "*/config.json", "*.index.json")
+"""Those and the indexes of weights, from which encoders' sizes are known before they are there."""
+PROCESS_HOST_BYTES = 3 * GIB
+"""Host memory of a run before it has loaded anything: Python with its libraries and CUDA's own side. Assumed."""
 SMI_FIELDS = "name,memory.total,memory.used,compute_cap"
 SMI_TIMEOUT_SECONDS = 10
 
@@ -85,7 +91,7 @@ def make_report(config: TrainConfig, card: str | None = None) -> PlanReport:
 
     Raises:
         PlanError: nothing fits.
-        WeightsError: the model is neither in a folder nor in the hub's cache.
+        WeightsError: the model is neither in a folder nor in the hub's cache, or its configs are not all there.
         PixtuneError: no card of that name.
     """
     from pixtune.families import family_of
@@ -94,6 +100,7 @@ def make_report(config: TrainConfig, card: str | None = None) -> PlanReport:
     facts = before_cuda(facts_as(card)) if card else facts_of_this_machine()
     folder = find_model(config.pretrained_model_name_or_path)
     family = family_of(folder)
+    require_configs(folder, config.pretrained_model_name_or_path)
     assumptions = []
     if not config.random_weights and not folder.has_weights("transformer"):
         config = config.model_copy(update={"random_weights": True})
@@ -167,8 +174,9 @@ def facts_from_smi(line: str) -> HardwareFacts:
 
 
 def before_cuda(facts: HardwareFacts) -> HardwareFacts:
-    """Facts as a run will see them: its CUDA context is there by then."""
-    return replace(facts, free_bytes=max(0, facts.free_bytes - CONTEXT_BYTES))
+    """Facts as a run will see them: its process and its CUDA context are there by then."""
+    host = facts.host_available_bytes - (0 if facts.integrated else PROCESS_HOST_BYTES)
+    return replace(facts, free_bytes=max(0, facts.free_bytes - CONTEXT_BYTES), host_available_bytes=max(0, host))
 
 
 # ---- the model
@@ -178,22 +186,50 @@ def find_model(name_or_path: str) -> ModelFolder:
     """A local folder, or what the hub's cache has of a model.
 
     Raises:
-        WeightsError: neither; says what suffices for a plan.
+        WeightsError: neither; says which files suffice for a plan, and how they are fetched.
     """
-    if Path(name_or_path).expanduser().exists():
-        return open_model_folder(name_or_path)
+    path = Path(name_or_path).expanduser()
+    if path.exists():
+        return ModelFolder(path) if (path / CONFIGS[0]).is_file() else open_model_folder(name_or_path)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     try:
-        path = snapshot_download(name_or_path, local_files_only=True)
-    except (LocalEntryNotFoundError, HFValidationError) as error:
+        cached = ModelFolder(Path(snapshot_download(name_or_path, local_files_only=True)))
+    except HFValidationError as error:
         raise WeightsError(
-            f"pretrained_model_name_or_path: {name_or_path!r} is no folder here and not in the hub's cache, and a plan "
-            "downloads nothing. Its configs are enough for a plan, a few hundred kilobytes: "
-            f'`hf download {name_or_path} --include "*.json"`.'
+            f"pretrained_model_name_or_path: {name_or_path!r} is no folder here ({path.absolute()}) and no name of the "
+            "hub. Give a folder in diffusers' layout, or a name like Qwen/Qwen-Image."
         ) from error
-    return open_model_folder(path)
+    except LocalEntryNotFoundError as error:
+        raise WeightsError(
+            f"pretrained_model_name_or_path: {name_or_path!r} is no folder here ({path.absolute()}) and not in the "
+            f"hub's cache, and a plan downloads nothing. {how_to_fetch(name_or_path)}"
+        ) from error
+    if not (cached.path / CONFIGS[0]).is_file():
+        raise WeightsError(f"{cached.path} lacks {CONFIGS[0]}. {how_to_fetch(name_or_path)}")
+    return cached
+
+
+def require_configs(folder: ModelFolder, name: str) -> None:
+    """
+    Raises:
+        WeightsError: one of `CONFIGS` is not there; names all that are not, and how they are fetched.
+    """
+    missing = [file for file in CONFIGS if not (folder.path / file).is_file()]
+    if missing:
+        raise WeightsError(f"{folder.path} lacks {' and '.join(missing)}. {how_to_fetch(name)}")
+
+
+def how_to_fetch(name: str) -> str:
+    """The command that brings what a plan needs of a model of the hub, without its weights."""
+    patterns = " ".join(f'--include "{pattern}"' for pattern in CONFIG_PATTERNS)
+    name = "OWNER/MODEL" if Path(name).expanduser().exists() else name
+    return (
+        f"It needs {', '.join(CONFIGS)}, and the *.index.json of weights in several files tell encoders' sizes: less "
+        f"than a megabyte in all, no weights. Fetch them with `hf download {name} {patterns}`; a model behind a "
+        "licence asks for `hf auth login` before."
+    )
 
 
 # ---- the run

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from io import StringIO
@@ -20,6 +21,9 @@ from pixtune.fit.encoders import TEXT_BYTES_PER_TOKEN, TEXT_TOKENS
 from pixtune.fit.plan import CONTEXT_BYTES, GIB, MemoryPlan
 from pixtune.hardware.cards import facts_as
 from pixtune.plan_command import (
+    CONFIG_PATTERNS,
+    CONFIGS,
+    PROCESS_HOST_BYTES,
     PlanReport,
     before_cuda,
     facts_from_smi,
@@ -186,15 +190,79 @@ def test_an_unknown_card_is_answered_with_near_ones() -> None:
 # ---- models that are not here
 
 
+COMMAND = re.escape(
+    '`hf download Some/Model --include "model_index.json" --include "*/config.json" --include "*.index.json"`'
+)
+PUBLISHED = (
+    "model_index.json", "README.md", "scheduler/scheduler_config.json", "tokenizer/vocab.json", "tokenizer/merges.txt",
+    "text_encoder/config.json", "text_encoder/model-00001-of-00004.safetensors",
+    "text_encoder/model.safetensors.index.json", "transformer/config.json",
+    "transformer/diffusion_pytorch_model.safetensors.index.json",
+    "transformer/diffusion_pytorch_model-00001-of-00009.safetensors", "vae/config.json",
+    "vae/diffusion_pytorch_model.safetensors",
+)  # fmt: skip
+"""Files of a model on the hub."""
+
+
+def cached_model(cache: Path, *files: str) -> None:
+    """A model in the hub's cache, as an interrupted or partial download leaves it."""
+    repository = cache / "models--Some--Model"
+    for file in files:
+        path = repository / "snapshots" / "0" / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"_class_name": "QwenImagePipeline", "vae": ["diffusers", "Part"]}))
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("0")
+
+
 def test_a_model_that_was_not_downloaded_is_not_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(WeightsError, match=r'downloads nothing.*hf download Some/Model --include "\*\.json"'):
+    needs = r"model_index\.json, transformer/config\.json, vae/config\.json"
+    with pytest.raises(WeightsError, match=rf"downloads nothing\. It needs {needs}.* Fetch them with {COMMAND}"):
         find_model("Some/Model")
 
 
+def test_the_command_fetches_what_is_needed_and_no_weights() -> None:
+    from huggingface_hub.utils import filter_repo_objects
+
+    fetched = set(filter_repo_objects(PUBLISHED, allow_patterns=list(CONFIG_PATTERNS)))
+    assert fetched >= {*CONFIGS, "text_encoder/model.safetensors.index.json"}
+    assert all(file.endswith(".json") and "vocab" not in file for file in fetched)
+
+
+@pytest.mark.parametrize(
+    ("files", "missing"),
+    [
+        (["vae/config.json"], "model_index.json"),
+        (["model_index.json"], "transformer/config.json and vae/config.json"),
+        (["model_index.json", "transformer/config.json"], "vae/config.json"),
+    ],
+)
+def test_a_part_of_a_model_in_the_cache_is_told_what_it_lacks(
+    files: list[str], missing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    cached_model(tmp_path, *files)
+    with pytest.raises(WeightsError, match=rf"lacks {missing}\. It needs .*{COMMAND}"):
+        make_report(config_of(Path("Some/Model")), "RTX 4090")
+
+
+@pytest.mark.parametrize("name", ["./models/here", "a/b/c"])
+def test_a_folder_that_is_not_there_is_no_name_of_the_hub(name: str) -> None:
+    with pytest.raises(WeightsError, match=r"no folder here \(.*\) and no name of the hub"):
+        find_model(name)
+
+
+def test_a_folder_of_another_kind_is_told_what_it_is(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"_class_name": "AutoencoderKL"}')
+    with pytest.raises(WeightsError, match="holds one AutoencoderKL"):
+        find_model(str(tmp_path))
+
+
 def test_configs_alone_are_enough(full_size: dict[str, Path], tmp_path: Path) -> None:
-    """What `hf download --include "*.json"` leaves: no weights, but the index of those that come in several files."""
-    for file in full_size["qwen_image"].rglob("*.json"):
+    """What the command of the error leaves: no weights, but the index of those that come in several files."""
+    source = full_size["qwen_image"]
+    for file in {file for pattern in CONFIG_PATTERNS for file in source.glob(pattern.replace("*.", "*/*."))}:
         target = tmp_path / file.relative_to(full_size["qwen_image"])
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(file.read_bytes())
@@ -232,6 +300,8 @@ def test_nvidia_smi_tells_what_a_gpu_is(
 def test_the_context_of_a_run_is_not_there_yet() -> None:
     facts = facts_as("RTX 4090")
     assert before_cuda(facts).free_bytes == facts.free_bytes - CONTEXT_BYTES
+    assert before_cuda(facts).host_available_bytes == facts.host_available_bytes - PROCESS_HOST_BYTES
+    assert before_cuda(facts_as("DGX Spark")).host_available_bytes == facts_as("DGX Spark").host_available_bytes
 
 
 def test_without_a_gpu_the_plan_is_the_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
