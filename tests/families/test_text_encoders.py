@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import math
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForImageTextToText
 
 from pixtune.families import family_of
 from pixtune.families.base import Placement, Prompt, TextEncoder
@@ -99,3 +103,31 @@ def unread(folder: ModelFolder) -> int:
         return 0
     whole = AutoModelForImageTextToText.from_pretrained(folder.path / "text_encoder")
     return sum(math.prod(p.shape) for n, p in whole.named_parameters() if ".visual." in n)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux says what of a process is mapped files")
+def test_weights_of_16_bits_are_views_of_their_files(tmp_path: Path) -> None:
+    """Why an encoder passes through host memory without staying there: `fit.encoders.text_host_bytes`."""
+    config = AutoConfig.from_pretrained(folder_of(LANGUAGE_MODELS[0]).path / "text_encoder")
+    config.text_config.vocab_size = 2**26 // config.text_config.hidden_size
+    AutoModelForImageTextToText.from_config(config).bfloat16().save_pretrained(tmp_path / "text_encoder")
+    shutil.copytree(folder_of(LANGUAGE_MODELS[0]).path / "tokenizer", tmp_path / "tokenizer")
+    code = f"""
+import sys, torch, transformers
+from pathlib import Path
+from pixtune.families import FAMILIES
+from pixtune.families.base import Placement
+from pixtune.weights import ModelFolder
+def anonymous(): return next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith("RssAnon")) >> 10
+family, folder = FAMILIES["qwen_image"], ModelFolder(Path({str(tmp_path)!r}))
+small = ModelFolder(Path({str(folder_of(LANGUAGE_MODELS[0]).path)!r}))
+family.load_text_encoder(small, Placement(torch.device("cpu"), torch.bfloat16))  # what loading anything takes
+before = anonymous()
+encoder = family.load_text_encoder(folder, Placement(torch.device("cpu"), getattr(torch, sys.argv[1])))
+weighs = sum(p.nbytes for p in encoder.models[0].parameters()) >> 20
+print(weighs, anonymous() - before)
+"""
+    for dtype, share in (("bfloat16", 0), ("float32", 1)):
+        run = subprocess.run([sys.executable, "-c", code, dtype], capture_output=True, text=True, check=True)
+        weighs, held = map(int, run.stdout.split()[-2:])
+        assert weighs >= 128 and abs(held / weighs - share) < 0.25, (dtype, weighs, held)

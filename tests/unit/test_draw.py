@@ -185,3 +185,12 @@ def test_a_lora_says_where_it_goes(loras: dict[str, Path]) -> None:
     lora: SavedLora = read_lora(loras[MODELS[0]])
     assert (lora.rank, lora.alpha) == (4, 10.0) and "transformer_blocks.0.attn.to_q" in lora.modules
     assert 2 * len(lora.modules) == len(lora.weights)
+
+
+def test_the_plan_is_said_before_anything_is_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "read_facts", lambda device: facts_as("RTX 4060"))
+    said: list[str] = []
+    drawn = draw(request_for(MODELS[1], prompts=("a fox",)), tmp_path, said.append)
+    assert not said and len(list(drawn)) == 2
+    (line,) = said
+    assert line.startswith("base weights in fp32: about 0.") and "GiB usable" in line
