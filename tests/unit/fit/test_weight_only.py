@@ -128,7 +128,7 @@ def test_it_weighs_its_codes_and_what_stays(name: str, linear_format: str) -> No
     saved = 0.0
     for linear in linears:
         eight = linear_format == "int8" or linear.in_features % 16
-        per_row = linear.in_features + 4 if eight else linear.in_features / 2 + 2 * linear.in_features / 64
+        per_row = linear.in_features * (1 if eight else 1 / 2 + 1 / 16) + 4
         saved += linear.weight.nbytes - linear.out_features * per_row
     for model in encoder.models:
         quantize_encoder(model, linear_format, CPU)
