@@ -2,6 +2,13 @@
 
 Writes a model folder of the full-size architecture without weights, a few pictures, and runs `pixtune train` on them
 with `random_weights=true`: speed and memory are those of a real run, pictures are not. Prints JSON.
+
+With `--output DIR` the run is kept, and `resume_from_checkpoint=latest` goes on with it. All weights of the largest
+model, stopped after five steps and resumed for five more (a checkpoint has 82 GB, the model 41):
+
+    python benchmarks/full_size.py --steps 5 --output DIR method=full checkpoints_total_limit=1
+    python benchmarks/full_size.py --steps 10 --output DIR method=full checkpoints_total_limit=1 \\
+        resume_from_checkpoint=latest
 """
 
 from __future__ import annotations
@@ -9,6 +16,7 @@ from __future__ import annotations
 import argparse
 import inspect
 import json
+import random
 import statistics
 import subprocess
 import sys
@@ -53,8 +61,9 @@ FLUX = ("FluxTransformer2DModel", "AutoencoderKL", FLUX_SCHEDULER)
 FLUX_VALUES: dict[str, dict[str, object]] = {
     "transformer_values": {"guidance_embeds": True},
     "autoencoder_values": {
-        "latent_channels": 16, "block_out_channels": [128, 256, 512, 512], "scaling_factor": 0.3611,
-        "shift_factor": 0.1159,
+        "latent_channels": 16, "block_out_channels": [128, 256, 512, 512], "layers_per_block": 2,
+        "down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4,
+        "scaling_factor": 0.3611, "shift_factor": 0.1159, "use_quant_conv": False, "use_post_quant_conv": False,
     },
 }  # fmt: skip
 ARCHITECTURES = {
@@ -97,7 +106,9 @@ def write_pictures(folder: Path, size: int) -> None:
     for number in range(NUM_PICTURES):
         for part in ("images", "control"):
             (folder / part).mkdir(parents=True, exist_ok=True)
-            Image.effect_noise((size, size), 60).convert("RGB").save(folder / part / f"{number}.png")
+            # The same ones each time: a run that goes on knows its pictures by their content.
+            pixels = random.Random(number).randbytes(3 * size * size)
+            Image.frombytes("RGB", (size, size), pixels).save(folder / part / f"{number}.png")
         (folder / "images" / f"{number}.txt").write_text("noise")
 
 

@@ -1,8 +1,6 @@
-"""All weights of a transformer as what is trained: how a small update reaches a bf16 weight, and the saved model.
+"""All weights of a transformer as what is trained, and the saved model.
 
-A bf16 number has 8 significant bits, so an update below 1/512 of a weight is lost when it is rounded to the nearest.
-Either the update goes to an fp32 copy (`fp32_master`), or the sum is rounded up or down with a chance in proportion to
-its distance, so that it is right on average (`stochastic_rounding`; Gupta et al. 2015, arXiv 1502.02551, section 3).
+How a weight is stepped is in `weight_update.py`, the step within the backward pass in `fused_step.py`.
 """
 
 from __future__ import annotations
@@ -10,107 +8,29 @@ from __future__ import annotations
 import functools
 import json
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pixtune import draws, optim
-from pixtune.checkpoint import Checkpoint, CheckpointFiles, joined, sharded
+from pixtune import optim
+from pixtune.checkpoint import OPTIMIZER_STEM, Checkpoint, CheckpointFiles, joined, sharded
 from pixtune.config.schema import TrainConfig
 from pixtune.errors import CheckpointError, WriteError
 from pixtune.files import sync_folder, write_atomically
+from pixtune.fit.host_states import HostStates
+from pixtune.fit.plan import MemoryPlan
+from pixtune.fused_step import FusedStep
 from pixtune.hardware.facts import package_versions
 from pixtune.resume import config_hash
+from pixtune.weight_update import WeightUpdate
 from pixtune.weights import READ_SUFFIXES, ModelFolder
 
 WEIGHTS_STEM = "transformer"
 MODEL_FOLDER = "model"
 ABOUT_FILE = "pixtune.json"
-
-
-def round_stochastically(values: Tensor, generator: torch.Generator) -> Tensor:
-    """fp32 to bf16, up or down by chance; what bf16 holds exactly stays, and so does what is no finite number.
-
-    Args:
-        values: fp32, any shape.
-        generator: on the same device.
-    """
-    bits = values.contiguous().view(torch.int32)  # bf16 is the upper half of fp32's bits
-    noise = torch.randint(0, 1 << 16, bits.shape, generator=generator, device=bits.device, dtype=torch.int32)
-    rounded = (bits + noise).bitwise_and_(-(1 << 16)).view(torch.float32)
-    return torch.where(values.isfinite(), rounded, values).to(torch.bfloat16)
-
-
-class RoundedUpdate:
-    """An optimizer over bf16 weights that steps each in fp32 and rounds the result by chance.
-
-    One weight at a time stands in fp32, so the cost in memory is that of the largest one.
-
-    Args:
-        build: makes the optimizer of some parameters.
-        first_step: steps already done: the draws of a resumed run go on.
-    """
-
-    def __init__(
-        self,
-        weights: Mapping[str, nn.Parameter],
-        build: Callable[[Iterable[nn.Parameter]], optim.Optimizer],
-        seed: int,
-        first_step: int,
-    ) -> None:
-        self._weights, self._seed, self._steps_done = weights, seed, first_step
-        self._stand_ins = {name: nn.Parameter(_nothing(weight)) for name, weight in weights.items()}
-        self._optimizers = {name: build([stand_in]) for name, stand_in in self._stand_ins.items()}
-
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        return [group for optimizer in self._optimizers.values() for group in optimizer.param_groups]
-
-    @functools.cached_property
-    def state(self) -> dict[nn.Parameter, dict[str, Any]]:
-        """By weight; the very dictionaries that the optimizers of the stand-ins read and write."""
-        return {weight: self._optimizers[name].state[self._stand_ins[name]] for name, weight in self._weights.items()}
-
-    @torch.no_grad()
-    def step(self) -> None:
-        for name, weight in self._weights.items():
-            if weight.grad is None:
-                continue
-            stand_in = self._stand_ins[name]
-            stand_in.data, stand_in.grad = weight.float(), weight.grad.float()
-            self._optimizers[name].step()
-            generator = torch.Generator(weight.device)
-            generator.manual_seed(draws.draw_key(self._seed, "rounding", self._steps_done, name))
-            weight.copy_(round_stochastically(stand_in.data, generator))
-            stand_in.grad = None
-            stand_in.data = _nothing(weight)
-        self._steps_done += 1
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        for weight in self._weights.values():
-            weight.grad = None
-
-
-def _nothing(weight: Tensor) -> Tensor:
-    return torch.empty(0, dtype=torch.float32, device=weight.device)
-
-
-def make_masters(weights: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
-    """fp32 copies that gather the gradients of the weights, in fp32 and as they come, so that none is kept twice."""
-    masters = {name: nn.Parameter(weight.detach().float()) for name, weight in weights.items()}
-
-    def hand_over(master: nn.Parameter, weight: Tensor) -> None:
-        if weight.grad is not None:
-            gradient = weight.grad.float()
-            master.grad = gradient if master.grad is None else master.grad.add_(gradient)
-            weight.grad = None
-
-    for name, weight in weights.items():
-        weight.register_post_accumulate_grad_hook(functools.partial(hand_over, masters[name]))
-    return masters
 
 
 @torch.no_grad()
@@ -120,39 +40,62 @@ def copy_weights(targets: Mapping[str, Tensor], sources: Mapping[str, Tensor]) -
     Raises:
         KeyError: the names differ.
     """
-    if targets.keys() != sources.keys():
-        raise KeyError(f"weights differ: {sorted(targets.keys() ^ sources.keys())[:4]} and perhaps more")
+    require_same_names(targets, sources)
     for name, target in targets.items():
         target.copy_(sources[name])
+
+
+def require_same_names(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> None:
+    """Raises KeyError where weights are not those of the same model."""
+    if one.keys() != other.keys():
+        raise KeyError(f"weights differ: {sorted(one.keys() ^ other.keys())[:4]} and perhaps more")
+
+
+def gather_in_fp32(weights: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    """Sums of the gradients of the weights, in fp32 and as they come, so that none is kept twice.
+
+    Returns:
+        Filled by every backward pass from now on.
+    """
+    sums: dict[str, Tensor] = {}
+
+    def hand_over(name: str, weight: nn.Parameter) -> None:
+        gradient, weight.grad = weight.grad, None
+        assert gradient is not None, "the hook runs once a gradient is there"
+        sums[name] = sums[name].add_(gradient) if name in sums else gradient.float()
+
+    for name, weight in weights.items():
+        weight.register_post_accumulate_grad_hook(functools.partial(hand_over, name))
+    return sums
 
 
 class FullWeights:
     """See `trained.TrainedWeights`. A checkpoint holds the weights in their truest form: fp32 copies where there are.
 
     Args:
-        optimizer: a name in `optim.OPTIMIZERS`.
         first_step: steps already done.
     """
 
     def __init__(
-        self, config: TrainConfig, folder: ModelFolder, optimizer: str, transformer: nn.Module, first_step: int
+        self, config: TrainConfig, folder: ModelFolder, plan: MemoryPlan, transformer: nn.Module, first_step: int
     ) -> None:
         self.config, self.folder, self.transformer = config, folder, transformer
         transformer.requires_grad_(True)
-        weights = dict(transformer.named_parameters())
-        is_bf16 = any(weight.dtype == torch.bfloat16 for weight in weights.values())
-        self.parameters: Mapping[str, nn.Parameter] = weights
-        self.optimizer: optim.Optimizer
-        if is_bf16 and config.weight_update == "stochastic_rounding":
-            build = functools.partial(optim.build_optimizer, config, optimizer)
-            self.optimizer = RoundedUpdate(weights, build, config.seed, first_step)
-            return
-        if is_bf16:
-            self.parameters = masters = make_masters(weights)
-        stepping = optim.build_optimizer(config, optimizer, self.parameters.values())
-        if is_bf16:
-            stepping.register_step_post_hook(lambda *_: copy_weights(weights, masters))
-        self.optimizer = stepping
+        self.parameters: Mapping[str, nn.Parameter] = dict(transformer.named_parameters())
+        weights = self.parameters.values()
+        has_masters = config.weight_update == "fp32_master" and any(w.dtype == torch.bfloat16 for w in weights)
+        self.optimizer = WeightUpdate(
+            self.parameters,
+            functools.partial(optim.build_optimizer, config, plan.optimizer),
+            config.seed,
+            first_step,
+            keeps_masters=has_masters,
+            host=HostStates(next(iter(weights)).device) if plan.states_on_host else None,
+        )
+        self._fused = FusedStep(self.optimizer, config.max_grad_norm) if plan.fused_step else None
+        self._sums: dict[str, Tensor] | None = None
+        if has_masters and not self._fused:
+            self._sums = gather_in_fp32(self.parameters)
 
     def summary(self) -> str:
         return f"all weights: {len(self.parameters)} tensors, {self._count():,} trained parameters"
@@ -163,12 +106,46 @@ class FullWeights:
     def _count(self) -> int:
         return sum(parameter.numel() for parameter in self.parameters.values())
 
-    def checkpoint_files(self, step: int) -> CheckpointFiles:
-        return sharded(WEIGHTS_STEM, {name: parameter.detach() for name, parameter in self.parameters.items()})
+    def backward(self, loss: Tensor) -> None:
+        if self._fused:
+            self._fused.backward(loss)
+        else:
+            loss.backward()
 
-    def load(self, files: Mapping[str, Mapping[str, Tensor]]) -> None:
-        copy_weights(self.parameters, joined(files, WEIGHTS_STEM))
-        copy_weights(dict(self.transformer.named_parameters()), self.parameters)
+    def gradients(self) -> list[Tensor]:
+        return list(self._gradients().values())
+
+    def step(self) -> Tensor:
+        if self._fused:
+            return self._fused.norm()
+        gradients = self._gradients()
+        norm = optim.global_norm([optim.norm_of(gradient) for gradient in gradients.values()])
+        factor = optim.clipping_factor(norm, self.config.max_grad_norm)
+        self.optimizer.begin_step()
+        for name, gradient in gradients.items():
+            self.optimizer.step_weight(name, gradient, factor)
+            self.parameters[name].grad = None
+        self.optimizer.end_step()
+        if self._sums is not None:
+            self._sums.clear()
+        return norm
+
+    def _gradients(self) -> dict[str, Tensor]:
+        if self._sums is None:
+            return optim.gradients_of(self.parameters)
+        return {name: self._sums[name] for name in self.parameters if name in self._sums}
+
+    def checkpoint_files(self, step: int) -> CheckpointFiles:
+        return sharded(WEIGHTS_STEM, {name: self.optimizer.truest(name) for name in self.parameters})
+
+    def load(self, files: Mapping[str, Mapping[str, Tensor]], plain: Mapping[str, Mapping[str, Any]]) -> None:
+        values, tensors = joined(files, WEIGHTS_STEM), joined(files, OPTIMIZER_STEM)
+        require_same_names(self.parameters, values)
+        of_weight: dict[str, dict[str, Tensor]] = {name: {} for name in self.parameters}
+        for path, tensor in tensors.items():
+            of_weight[path.rsplit("/", 1)[0]][path] = tensor
+        for name in self.parameters:  # one at a time on the device: what waits in host memory would not fit there
+            self.optimizer.restore(name, values[name], of_weight[name], plain.get(name, {}))
 
     def export(self, output_dir: Path, step: int) -> list[Path]:
         about = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -12,8 +12,8 @@ from pixtune.config.schema import TrainConfig
 from pixtune.errors import ConfigError
 
 
-class Optimizer(Protocol):
-    """What the loop and the checkpoint ask of an optimizer."""
+class OptimizerState(Protocol):
+    """What the schedule and the checkpoint ask of an optimizer."""
 
     @property
     def param_groups(self) -> list[dict[str, Any]]: ...
@@ -22,9 +22,11 @@ class Optimizer(Protocol):
     def state(self) -> Any:
         """Parameter -> its state by name."""
 
-    def step(self) -> Any: ...
 
-    def zero_grad(self, set_to_none: bool = True) -> None: ...
+class Optimizer(OptimizerState, Protocol):
+    """What steps parameters by their gradients, too."""
+
+    def step(self) -> Any: ...
 
 
 def _adamw(parameters: Iterable[nn.Parameter], **settings: Any) -> torch.optim.Optimizer:
@@ -76,13 +78,54 @@ def build_schedule(config: TrainConfig, num_steps: int) -> Callable[[int], float
     return lambda step: config.learning_rate * float(factor(step))
 
 
-def set_learning_rate(optimizer: Optimizer, rate: float) -> None:
+def set_learning_rate(optimizer: OptimizerState, rate: float) -> None:
     for group in optimizer.param_groups:
         group["lr"] = rate
 
 
+def gradients_of(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    """Those that there are, in a stable order, the same set in all processes.
+
+    Some parameters never get one: what the last block makes of the text, for example, is not used any more.
+    """
+    return {name: parameter.grad for name, parameter in parameters.items() if parameter.grad is not None}
+
+
+def require_some(gradients: Sequence[Tensor]) -> None:
+    """Raises RuntimeError where there is none."""
+    if not gradients:
+        raise RuntimeError("no gradient reached any trained parameter: the loss does not depend on them")
+
+
+def norm_of(gradient: Tensor) -> Tensor:
+    """Of one gradient, in fp32 whatever its format: bf16 would round each of thousands to 3 digits."""
+    return torch.linalg.vector_norm(gradient, dtype=torch.float32)
+
+
+def global_norm(norms: Sequence[Tensor]) -> Tensor:
+    """Of all gradients, from each one's."""
+    require_some(norms)
+    return torch.linalg.vector_norm(torch.stack(list(norms)))
+
+
+def clipping_factor(norm: Tensor, max_norm: float) -> Tensor | None:
+    """What gradients are multiplied by to be of that norm at most; None where 0 says that they are not clipped."""
+    return (max_norm / (norm + 1e-6)).clamp(max=1.0) if max_norm else None
+
+
+def clipped_step(optimizer: Optimizer, parameters: Mapping[str, nn.Parameter], max_norm: float) -> Tensor:
+    """Scales the gradients down to a global norm (0: leaves them) and steps; returns the norm before."""
+    gradients = list(gradients_of(parameters).values())
+    require_some(gradients)
+    norm = nn.utils.get_total_norm(gradients)
+    if max_norm:
+        nn.utils.clip_grads_with_norm_(parameters.values(), max_norm, norm)
+    optimizer.step()
+    return norm
+
+
 def optimizer_state(
-    optimizer: Optimizer, parameters: Mapping[str, nn.Parameter]
+    optimizer: OptimizerState, parameters: Mapping[str, nn.Parameter]
 ) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
     """An optimizer's state as flat tensors `PARAMETER/KEY`, and what is no tensor (step counters) by parameter.
 
@@ -92,8 +135,9 @@ def optimizer_state(
     seen: set[int] = set()
     tensors: dict[str, Tensor] = {}
     plain: dict[str, dict[str, Any]] = {}
+    state = optimizer.state
     for name, parameter in parameters.items():
-        for key, value in optimizer.state.get(parameter, {}).items():
+        for key, value in state.get(parameter, {}).items():
             if isinstance(value, Tensor):
                 tensors[f"{name}/{key}"] = value.clone() if value.data_ptr() in seen else value
                 seen.add(value.data_ptr())
@@ -103,17 +147,17 @@ def optimizer_state(
 
 
 def restore_optimizer_state(
-    optimizer: Optimizer,
+    state: Mapping[nn.Parameter, dict[str, Any]],
     parameters: Mapping[str, nn.Parameter],
     tensors: Mapping[str, Tensor],
     plain: Mapping[str, Mapping[str, Any]],
 ) -> None:
-    """Puts back what `optimizer_state` took, number formats included."""
+    """Puts back what `optimizer_state` took into an optimizer's `state`, number formats included."""
     for name, values in plain.items():
-        optimizer.state[parameters[name]].update(values)
+        state[parameters[name]].update(values)
     for path, tensor in tensors.items():
         name, key = path.rsplit("/", 1)
         parameter = parameters[name]
         # AdamW keeps its scalar step counter on the CPU unless it is fused on a GPU: as torch's own loading decides.
         device = parameter.device if key != "step" or parameter.is_cuda else torch.device("cpu")
-        optimizer.state[parameter][key] = tensor.to(device)
+        state[parameter][key] = tensor.to(device)

@@ -30,6 +30,7 @@ def plan_on_this_machine(
     largest_target: Size,
     num_text_tokens: int,
     device: torch.device,
+    num_processes: int,
 ) -> MemoryPlan:
     """The plan of a run that starts now: what the machine can do is tried out first.
 
@@ -37,6 +38,7 @@ def plan_on_this_machine(
         num_tokens: image and text tokens of one process's largest micro-batch.
         largest_target: (width, height) in pixels.
         num_text_tokens: of the longest caption.
+        num_processes: that train together, on one host.
 
     Raises:
         PlanError, ConfigError: see `plan_memory`.
@@ -50,7 +52,7 @@ def plan_on_this_machine(
             trial = (tried.passed, tried.finding)
     facts = read_facts(device, config.memory_fraction or MEMORY_FRACTION)
     footprint = footprint_of(config, family, folder, num_tokens)
-    return plan_memory(facts, footprint, config, trial, can_compile=obstacle is None)
+    return plan_memory(facts, footprint, config, trial, obstacle is None, num_processes)
 
 
 def encoder_sizes(

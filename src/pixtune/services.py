@@ -21,7 +21,6 @@ from pixtune.checkpoint import (
     OPTIMIZER_STEM,
     Checkpoint,
     checkpoint_path,
-    joined,
     prune_checkpoints,
     remove_unfinished,
     save_checkpoint,
@@ -125,15 +124,9 @@ class Services:
         run = self.run
         refuse_other_run(checkpoint, run.config, self.data.fingerprint)
         try:
-            run.trained.load(checkpoint.tensors)
+            run.trained.load(checkpoint.tensors, checkpoint.record["optimizer_plain"])
         except KeyError as error:
             raise CheckpointError(f"{checkpoint.path} does not fit this model: {error.args[0]}") from error
-        optim.restore_optimizer_state(
-            run.trained.optimizer,
-            run.trained.parameters,
-            joined(checkpoint.tensors, OPTIMIZER_STEM),
-            checkpoint.record["optimizer_plain"],
-        )
         self._print(f"going on after step {checkpoint.step} from {checkpoint.path}")
 
     # ---- around the steps

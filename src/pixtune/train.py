@@ -79,7 +79,7 @@ def assemble(config: TrainConfig) -> tuple[Run, Services]:
 
     encoders = stored(EncoderPlan, checkpoint.record, "encoders") if checkpoint else None
     data = prepare_data(config, family, folder, accelerator, memory.stages, encoders)
-    plan = decide_plan(config, family, folder, data, accelerator.device, checkpoint)
+    plan = decide_plan(config, family, folder, data, accelerator, checkpoint)
     apply_switches(plan)
     transformer = load_transformer(config, family, folder, plan, accelerator.device)
     start_step = checkpoint.step if checkpoint else 0
@@ -137,24 +137,13 @@ def train_step(
         loss_B = sample_losses(velocity_BCHW, velocity_target(batch.latents_BCHW, batch.noise_BCHW))
         weight_B = loss_weights(config.objective.weighting_scheme, batch.sigma_B)
         loss = (weight_B * loss_B).sum() / num_samples
-        loss.backward()
+        run.trained.backward(loss)
         total_loss += loss.detach()
-    average_across_processes(run.accelerator, [total_loss, *gradients(run)])
-    grad_norm = nn.utils.clip_grad_norm_(run.trained.parameters.values(), config.max_grad_norm)
-    run.trained.optimizer.step()
-    run.trained.optimizer.zero_grad(set_to_none=True)
+    average_across_processes(run.accelerator, [total_loss, *run.trained.gradients()])
+    grad_norm = run.trained.step()
+    for parameter in run.trained.parameters.values():
+        parameter.grad = None
     return total_loss, grad_norm
-
-
-def gradients(run: Run) -> list[Tensor]:
-    """Gradients in a stable order, the same set in all processes.
-
-    Some parameters never get one: what the last block makes of the text, for example, is not used any more.
-    """
-    found = [parameter.grad for parameter in run.trained.parameters.values() if parameter.grad is not None]
-    if not found:
-        raise RuntimeError("no gradient reached any trained parameter: the loss does not depend on them")
-    return found
 
 
 def average_across_processes(accelerator: Accelerator, tensors: list[Tensor]) -> None:
@@ -186,14 +175,17 @@ def decide_plan(
     family: ModelFamily,
     folder: ModelFolder,
     data: PreparedData,
-    device: torch.device,
+    accelerator: Accelerator,
     checkpoint: Checkpoint | None,
 ) -> MemoryPlan:
     """The plan of a new run; a resumed run keeps its own, since kernels and formats decide bits."""
     if checkpoint:
         return stored(MemoryPlan, checkpoint.record, "plan")
     num_tokens = config.batch_size * (data.most_image_tokens + data.most_text_tokens)
-    return plan_on_this_machine(config, family, folder, num_tokens, data.largest_target, data.most_text_tokens, device)
+    return plan_on_this_machine(
+        config, family, folder, num_tokens, data.largest_target, data.most_text_tokens, accelerator.device,
+        accelerator.num_processes,
+    )  # fmt: skip
 
 
 def load_transformer(

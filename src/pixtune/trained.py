@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
 from pixtune import adapters, draws, optim
 from pixtune.adapters import AttachedLora
-from pixtune.checkpoint import CheckpointFiles
+from pixtune.checkpoint import OPTIMIZER_STEM, CheckpointFiles, joined
 from pixtune.config.schema import TrainConfig
 from pixtune.export import DIFFUSERS_FILE, LoraDescription, diffusers_file, export_lora
 from pixtune.families.base import ModelFamily
@@ -27,10 +27,10 @@ class TrainedWeights(Protocol):
 
     @property
     def parameters(self) -> Mapping[str, nn.Parameter]:
-        """What the optimizer steps and what is clipped, by name, in a stable order."""
+        """What is trained, by name, in a stable order."""
 
     @property
-    def optimizer(self) -> optim.Optimizer: ...
+    def optimizer(self) -> optim.OptimizerState: ...
 
     def summary(self) -> str:
         """One line for the start of a run."""
@@ -38,11 +38,24 @@ class TrainedWeights(Protocol):
     def facts(self) -> dict[str, int]:
         """Figures for the report, by name."""
 
-    def checkpoint_files(self, step: int) -> CheckpointFiles:
-        """All that `load` needs."""
+    def backward(self, loss: Tensor) -> None:
+        """Gathers gradients; where the plan steps within the backward pass, it steps instead."""
 
-    def load(self, files: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Puts back what a checkpoint holds: file stem -> tensors.
+    def gradients(self) -> list[Tensor]:
+        """Those that wait for the step, the same set in all processes, which may average them in place."""
+
+    def step(self) -> Tensor:
+        """Scales the gradients down to the config's norm and steps; returns the norm before."""
+
+    def checkpoint_files(self, step: int) -> CheckpointFiles:
+        """The weights, for `load`. The optimizer's state is told by `optim.optimizer_state`."""
+
+    def load(self, files: Mapping[str, Mapping[str, Tensor]], plain: Mapping[str, Mapping[str, Any]]) -> None:
+        """Puts back the weights and the optimizer's state.
+
+        Args:
+            files: of a checkpoint, stem -> tensors.
+            plain: what of the optimizer's state is no tensor.
 
         Raises:
             KeyError: the names are not those of this model.
@@ -69,13 +82,24 @@ class LoraWeights:
     def facts(self) -> dict[str, int]:
         return {"LoRA layers": len(self.lora.modules), "trained parameters": self.lora.num_parameters}
 
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
+
+    def gradients(self) -> list[Tensor]:
+        return list(optim.gradients_of(self.parameters).values())
+
+    def step(self) -> Tensor:
+        return optim.clipped_step(self.optimizer, self.parameters, self.config.max_grad_norm)
+
     def checkpoint_files(self, step: int) -> CheckpointFiles:
         return {Path(DIFFUSERS_FILE).stem: diffusers_file(self._tensors(), self._describe(step))}
 
-    def load(self, files: Mapping[str, Mapping[str, Tensor]]) -> None:
+    def load(self, files: Mapping[str, Mapping[str, Tensor]], plain: Mapping[str, Mapping[str, Any]]) -> None:
         saved = files.get(Path(DIFFUSERS_FILE).stem, {})
         weights = {name.removeprefix("transformer."): tensor for name, tensor in saved.items()}
         adapters.load_lora_weights(self.transformer, weights)
+        state = joined(files, OPTIMIZER_STEM)
+        optim.restore_optimizer_state(self.optimizer.state, self.parameters, state, plain)
 
     def export(self, output_dir: Path, step: int) -> list[Path]:
         return list(export_lora(output_dir, self._tensors(), self._describe(step), self.family))
@@ -113,7 +137,7 @@ def train_all(
     config: TrainConfig, family: ModelFamily, folder: ModelFolder, plan: MemoryPlan, transformer: nn.Module, step: int
 ) -> FullWeights:
     """Makes every weight of the transformer trainable."""
-    return FullWeights(config, folder, plan.optimizer, transformer, step)
+    return FullWeights(config, folder, plan, transformer, step)
 
 
 METHODS: dict[str, Callable[[TrainConfig, ModelFamily, ModelFolder, MemoryPlan, nn.Module, int], TrainedWeights]] = {

@@ -1,17 +1,23 @@
-"""All weights: resumed bit for bit, exported as a model that the stock pipeline loads."""
+"""All weights: resumed bit for bit, however memory is saved, and exported as a model that the stock pipeline loads."""
 
 from __future__ import annotations
 
+import functools
 import json
+from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from pixtune.checkpoint import checkpoint_path, joined, load_checkpoint
+from pixtune.checkpoint import Checkpoint, checkpoint_path, joined, load_checkpoint
+from pixtune.config.load import load_config
+from pixtune.metrics import read_metrics
 from tests.runs import ROOT, TINY_MODEL, overrides, pixtune, write_config
 
+training = import_module("pixtune.train")  # the package has a function of that name
 WAYS = {
     "rounded": {"mixed_precision": "bf16", "weight_update": "stochastic_rounding"},
     "masters": {"mixed_precision": "bf16", "weight_update": "fp32_master"},
@@ -47,6 +53,74 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path, way: str) -> Non
     assert changed > 0.8 * len(base), "all but what the last block makes of the text gets a gradient"
     exported = load_base(tmp_path / "whole" / "model")
     assert all(exported[name].equal(trained[name].to(exported[name].dtype)) for name in trained)
+
+
+SAVINGS: dict[str, tuple[str, dict[str, object]]] = {  # of memory: which weights, and what the plan says
+    "recomputed": ("rounded", {"recomputed_blocks": 2}),
+    "fused": ("rounded", {"fused_step": True}),
+    "states on the host": ("rounded", {"states_on_host": True, "optimizer": "adamw_8bit"}),
+    "copies on the host": ("masters", {"states_on_host": True}),
+    "all": ("masters", {"states_on_host": True, "fused_step": True, "recomputed_blocks": 3}),
+    "all in 8 bits": (
+        "rounded",
+        {"states_on_host": True, "fused_step": True, "recomputed_blocks": 99, "optimizer": "adamw_8bit"},
+    ),
+}
+
+
+def train_here(
+    folder: Path, name: str, way: str, steps: int, planned: dict[str, object], **changes: object
+) -> Checkpoint:
+    """A run in this process whose plan is changed; its last checkpoint."""
+    decide = training.decide_plan
+    words = overrides(
+        folder / name, folder / "cache", method="full", learning_rate=1e-5, max_train_steps=steps,
+        resume_from_checkpoint="latest", **{"max_grad_norm": 0.01} | WAYS[way] | changes,
+    )  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "decide_plan", lambda *args: replace(decide(*args), **planned))
+        training.train(load_config(None, words))
+    return load_checkpoint(checkpoint_path(folder / name, steps))
+
+
+def assert_same(one: Checkpoint, other: Checkpoint) -> None:
+    for stem in ("transformer", "optimizer"):
+        tensors, others = joined(one.tensors, stem), joined(other.tensors, stem)
+        assert tensors.keys() == others.keys()
+        assert all(tensors[name].equal(others[name]) for name in tensors), f"{stem} differs"
+    assert one.record["optimizer_plain"] == other.record["optimizer_plain"]
+
+
+def losses(folder: Path) -> list[tuple[float, float]]:
+    """And gradient norms, of all steps."""
+    lines = read_metrics(folder / "metrics.jsonl")
+    return [(line["loss"], line["grad_norm"]) for line in lines if line["kind"] == "step"]
+
+
+@pytest.mark.parametrize("saving", SAVINGS)
+def test_saving_memory_changes_neither_losses_nor_weights_nor_states(tmp_path: Path, saving: str) -> None:
+    way, planned = SAVINGS[saving]
+    optimizer = {"optimizer": planned["optimizer"]} if "optimizer" in planned else {}
+    plain = train_here(tmp_path, "plain", way, 3, optimizer)
+    train_here(tmp_path, "parts", way, 1, planned)
+    assert_same(train_here(tmp_path, "parts", way, 3, planned), plain)
+    assert losses(tmp_path / "parts") == losses(tmp_path / "plain")
+    assert all(norm > 0.01 for _, norm in losses(tmp_path / "plain")), "clipped"
+
+
+@pytest.mark.parametrize("clip", [0, 0.01])
+def test_compiled_blocks_train_all_weights(tmp_path: Path, clip: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Traced with their backward pass and run by torch's own kernels: only the order of sums in fp32 differs."""
+    plain = train_here(tmp_path, "plain", "fp32", 2, {}, max_grad_norm=clip)
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    planned = {"compile": True, "fused_step": True, "recomputed_blocks": 1}
+    compiled = train_here(tmp_path, "compiled", "fp32", 2, planned, max_grad_norm=clip)
+    figures = zip(losses(tmp_path / "plain"), losses(tmp_path / "compiled"), strict=True)
+    for (loss, norm), (own_loss, own_norm) in figures:
+        assert own_loss == pytest.approx(loss, rel=1e-5) and own_norm == pytest.approx(norm, rel=1e-4)
+    one, other = joined(plain.tensors, "transformer"), joined(compiled.tensors, "transformer")
+    # AdamW's first steps are as long as the learning rate, whichever way a gradient near zero points.
+    assert max((one[name] - other[name]).abs().max().item() for name in one) < 4e-5
 
 
 def load_base(folder: Path) -> dict[str, torch.Tensor]:

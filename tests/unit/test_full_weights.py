@@ -1,16 +1,22 @@
-"""How small updates reach bf16 weights: right on average, or exactly in an fp32 copy."""
+"""How small updates reach bf16 weights; stepping within the backward pass or from host memory changes nothing."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from pixtune import optim
 from pixtune.checkpoint import joined, sharded
-from pixtune.full_weights import RoundedUpdate, make_masters, round_stochastically
+from pixtune.fit.host_states import HostStates
+from pixtune.full_weights import gather_in_fp32
+from pixtune.fused_step import FusedStep
 from pixtune.train import buckets_of
+from pixtune.weight_update import WeightUpdate, round_stochastically
 
 LEARNING_RATE = 1e-4
 
@@ -54,12 +60,12 @@ def gradient(name: str, weight: Tensor, step: int) -> Tensor:
     return torch.randn(weight.shape, generator=generator(1000 * step + ord(name[0]))).bfloat16()
 
 
-def take_steps(optimizer: RoundedUpdate, named: dict[str, nn.Parameter], steps: range) -> None:
+def take_steps(update: WeightUpdate, named: dict[str, nn.Parameter], steps: range) -> None:
     for step in steps:
         for name, weight in named.items():
-            weight.grad = None if name == "unused" else gradient(name, weight, step)
-        optimizer.step()
-        optimizer.zero_grad()
+            if name != "unused":
+                update.step_weight(name, gradient(name, weight, step), None)
+        update.end_step()
 
 
 def test_a_rounded_step_is_a_neighbour_of_the_exact_one() -> None:
@@ -67,7 +73,7 @@ def test_a_rounded_step_is_a_neighbour_of_the_exact_one() -> None:
     stand_in = nn.Parameter(exact.clone())
     stand_in.grad = gradient("a", exact, 0).float()
     adamw([stand_in]).step()
-    take_steps(RoundedUpdate(named, adamw, seed=0, first_step=0), named, range(1))
+    take_steps(WeightUpdate(named, adamw, seed=0, first_step=0), named, range(1))
     down = (stand_in.detach().view(torch.int32) & -65536).view(torch.float32)
     up = ((stand_in.detach().view(torch.int32) & -65536) + 65536).view(torch.float32)
     result = named["a"].detach().float()
@@ -78,11 +84,11 @@ def test_a_rounded_step_is_a_neighbour_of_the_exact_one() -> None:
 def test_updates_too_small_for_bf16_are_not_lost() -> None:
     """1000 steps of 1e-4 upon 1.0, whose neighbours in bf16 are 0.0078 and 0.0039 away."""
     named = {"w": nn.Parameter(torch.ones(4000).bfloat16())}
-    optimizer = RoundedUpdate(named, lambda p: torch.optim.SGD(p, lr=1e-4), seed=0, first_step=0)
+    update = WeightUpdate(named, lambda p: torch.optim.SGD(p, lr=1e-4), seed=0, first_step=0)
     nearest = torch.ones(1).bfloat16()
     for _ in range(1000):
-        named["w"].grad = torch.ones(4000).bfloat16()
-        optimizer.step()
+        update.step_weight("w", torch.ones(4000).bfloat16(), None)
+        update.end_step()
         nearest -= 1e-4
     assert nearest.item() == 1.0, "rounded to the nearest, nothing moves"
     assert named["w"].float().mean().item() == pytest.approx(0.9, abs=0.005)
@@ -90,30 +96,214 @@ def test_updates_too_small_for_bf16_are_not_lost() -> None:
 
 def test_rounding_goes_on_where_it_was() -> None:
     straight = weights()
-    take_steps(RoundedUpdate(straight, adamw, seed=3, first_step=0), straight, range(4))
+    take_steps(WeightUpdate(straight, adamw, seed=3, first_step=0), straight, range(4))
     parts = weights()
-    first = RoundedUpdate(parts, adamw, seed=3, first_step=0)
+    first = WeightUpdate(parts, adamw, seed=3, first_step=0)
     take_steps(first, parts, range(2))
-    second = RoundedUpdate(parts, adamw, seed=3, first_step=2)
-    for weight, state in first.state.items():
-        second.state[weight].update(state)
+    second = WeightUpdate(parts, adamw, seed=3, first_step=2)
+    states, plain = optim.optimizer_state(first, parts)
+    for name, weight in parts.items():
+        own = {path: tensor for path, tensor in states.items() if path.startswith(f"{name}/")}
+        second.restore(name, weight.detach().clone(), own, plain.get(name, {}))
     take_steps(second, parts, range(2, 4))
     assert all(parts[name].equal(straight[name]) for name in parts)
 
     other = weights()
-    take_steps(RoundedUpdate(other, adamw, seed=4, first_step=0), other, range(4))
+    take_steps(WeightUpdate(other, adamw, seed=4, first_step=0), other, range(4))
     assert not other["a"].equal(straight["a"]), "another seed rounds otherwise"
 
 
-def test_masters_gather_gradients_in_fp32() -> None:
+def test_sums_of_gradients_are_fp32() -> None:
     """256 gradients of 1 and one of 1/2: a sum in bf16 stops at 256."""
     weight = nn.Parameter(torch.zeros(4).bfloat16())
-    masters = make_masters({"w": weight})
+    sums = gather_in_fp32({"w": weight})
     for scale in [1.0] * 257 + [0.5]:
         (weight.sum() * scale).backward()
         assert weight.grad is None, "kept twice"
-    assert masters["w"].grad is not None
-    assert masters["w"].grad.tolist() == [257.5] * 4
+    assert sums["w"].tolist() == [257.5] * 4
+
+
+# ---- stepping elsewhere is stepping as usual
+
+
+class Network(nn.Module):
+    """Layers of different sizes, one weight that is used twice, and one that no loss depends on."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        sides = [256, 384, 256, 256]
+        layers = [nn.Linear(a, b, dtype=dtype) for a, b in pairwise(sides)]
+        self.layers = nn.ModuleList(layers)
+        self.again = nn.Linear(256, 256, dtype=dtype)
+        self.unused = nn.Linear(256, 256, dtype=dtype)
+        with torch.no_grad():
+            for number, weight in enumerate(self.parameters()):
+                weight.copy_(torch.randn(weight.shape, generator=generator(number)) * 0.1)
+
+    def forward(self, features: Tensor) -> Tensor:
+        features = self.again(features)
+        for layer in self.layers:
+            features = nn.functional.gelu(layer(features))
+        return self.again(features)
+
+
+@dataclass(frozen=True)
+class Trained:
+    network: Network
+    update: WeightUpdate
+    losses: list[float]
+    norms: list[float]
+
+
+def train(
+    kind: str,
+    max_norm: float,
+    build: Any = adamw,
+    fused: bool = False,
+    host: HostStates | None = None,
+    scale: float = 1,
+) -> Trained:
+    """Five steps of a small network, in the way of `FullWeights`."""
+    network = Network(torch.float32 if kind == "fp32" else torch.bfloat16)
+    named = dict(network.named_parameters())
+    update = WeightUpdate(named, build, 7, 0, keeps_masters=kind == "master", host=host)
+    stepping = FusedStep(update, max_norm) if fused else None
+    losses, norms = [], []
+    for step in range(5):
+        features = torch.randn(16, 256, generator=generator(100 + step)).to(named["again.weight"].dtype)
+        loss = scale * network(features).float().square().mean()
+        if stepping:
+            stepping.backward(loss)
+            norm = stepping.norm()
+        else:
+            loss.backward()
+            gradients = optim.gradients_of(named)
+            norm = optim.global_norm([optim.norm_of(gradient) for gradient in gradients.values()])
+            update.begin_step()
+            for name, gradient in gradients.items():
+                update.step_weight(name, gradient, optim.clipping_factor(norm, max_norm))
+                named[name].grad = None
+            update.end_step()
+        losses.append(loss.item())
+        norms.append(norm.item())
+        assert all(weight.grad is None for weight in named.values())
+    return Trained(network, update, losses, norms)
+
+
+def assert_same(one: Trained, other: Trained) -> None:
+    """Bit for bit, what a checkpoint would hold included."""
+    assert one.losses == other.losses and one.norms == other.norms
+    for name, weight in one.network.named_parameters():
+        assert weight.equal(dict(other.network.named_parameters())[name]), name
+        assert one.update.truest(name).equal(other.update.truest(name)), name
+    states = [optim.optimizer_state(t.update, dict(t.network.named_parameters())) for t in (one, other)]
+    assert states[0][0].keys() == states[1][0].keys() and states[0][1] == states[1][1]
+    assert all(tensor.equal(states[1][0][path]) for path, tensor in states[0][0].items())
+
+
+class LateLane:
+    """Copies only when somebody waits for them, and then what they come after first: a slow link at its worst."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.pending: list[Mark] = []
+
+    def reached(self) -> None:
+        return None
+
+    def copy(self, target: Tensor, source: Tensor, after: Mark | None) -> Mark:
+        self.pending.append(Mark(self, target, source, after))
+        return self.pending[-1]
+
+    def wait(self, mark: Mark | None) -> None:
+        if mark is None:
+            return
+        while mark in mark.lane.pending:
+            mark.lane.pending.pop(0).run()
+
+
+@dataclass(eq=False)
+class Mark:
+    lane: LateLane
+    target: Tensor
+    source: Tensor
+    after: Mark | None
+
+    def run(self) -> None:
+        self.lane.wait(self.after)
+        self.target.copy_(self.source)
+
+
+def adamw_8bit(parameters: Any) -> torch.optim.Optimizer:
+    return optim.OPTIMIZERS["adamw_8bit"](parameters, lr=LEARNING_RATE, weight_decay=0.1)
+
+
+KINDS = ("rounded", "master", "fp32")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("max_norm", [0, 0.01, 1e6])
+def test_a_step_within_the_backward_pass_is_the_plain_one(kind: str, max_norm: float) -> None:
+    plain = train(kind, max_norm)
+    assert (min(plain.norms) > max_norm) == (max_norm < 1), "it must clip in one case and not in the other"
+    assert_same(train(kind, max_norm, fused=True), plain)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("build", [adamw, adamw_8bit])
+def test_states_in_host_memory_are_the_same(kind: str, fused: bool, build: Any) -> None:
+    host = HostStates(torch.device("cpu"), ahead_bytes=0, make_lane=LateLane)  # the ring: two of the largest
+    assert_same(train(kind, 0.01, build, fused=fused, host=host), train(kind, 0.01, build))
+    assert host.host_bytes > 2**16, "something lives there"
+
+
+def test_a_ring_that_holds_them_all_changes_nothing() -> None:
+    host = HostStates(torch.device("cpu"), make_lane=LateLane)
+    assert_same(train("master", 0.01, fused=True, host=host), train("master", 0.01))
+
+
+def test_visits_in_another_order_than_the_last_are_only_slower() -> None:
+    results = []
+    for host in (None, HostStates(torch.device("cpu"), ahead_bytes=0, make_lane=LateLane)):
+        named = dict(Network(torch.bfloat16).named_parameters())
+        update = WeightUpdate(named, adamw, 1, 0, keeps_masters=True, host=host)
+        for step in range(6):
+            update.begin_step()
+            names = [list(named)[i] for i in torch.randperm(len(named), generator=generator(step)).tolist()]
+            for name in names[step % 3 :]:
+                update.step_weight(name, gradient(name, named[name], step), None)
+            update.end_step()
+        results.append({name: update.truest(name) for name in named})
+    assert all(results[0][name].equal(results[1][name]) for name in results[0])
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_gradients_that_are_no_numbers_do_what_they_do_in_a_plain_step(fused: bool) -> None:
+    """Every weight that the loss depends on becomes NaN; nothing is skipped in silence."""
+    spoiled = train("fp32", 0.01, fused=fused, scale=float("inf"))
+    assert not torch.tensor(spoiled.norms).isfinite().any()
+    found = {name: weight.isnan().any().item() for name, weight in spoiled.network.named_parameters()}
+    assert all(found[name] != name.startswith("unused") for name in found)
+
+
+def test_a_fused_step_never_holds_all_gradients() -> None:
+    network = Network(torch.float32)
+    named = dict(network.named_parameters())
+    present: list[int] = []
+    for weight in named.values():
+        weight.register_post_accumulate_grad_hook(
+            lambda _: present.append(sum(weight.grad is not None for weight in named.values()))
+        )
+    FusedStep(WeightUpdate(named, adamw, 0, 0), max_norm=1.0).backward(network(torch.ones(2, 256)).square().mean())
+    assert len(present) == 2 * 8, "each weight of two passes"
+    assert max(present) == 1
+
+
+def test_what_depends_on_nothing_is_refused() -> None:
+    named = dict(Network(torch.float32).named_parameters())
+    stepping = FusedStep(WeightUpdate(named, adamw, 0, 0), max_norm=1.0)
+    with pytest.raises(RuntimeError, match="no gradient reached"):
+        stepping.backward(torch.zeros((), requires_grad=True) * 2)
 
 
 def test_shards_hold_everything_and_stay_small() -> None:

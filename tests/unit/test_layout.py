@@ -78,9 +78,10 @@ ALLOWED = {  # what of ours these may import, besides `errors` and their own pac
     "data.buckets": set(),
     "fit.footprint": {"config"},
     "fit.rungs": {"config", "fit.footprint", "hardware"},
-    "fit.plan": {"config", "fit.footprint", "fit.rungs", "hardware"},
+    "fit.all_weights": {"config", "fit.footprint", "fit.rungs", "hardware"},
+    "fit.plan": {"config", "fit.all_weights", "fit.footprint", "fit.rungs", "hardware"},
     "fit.encoders": {"fit.footprint", "hardware"},
-    "fit.phases": {"fit.encoders", "fit.footprint", "fit.plan", "fit.rungs", "hardware"},
+    "fit.phases": {"fit.all_weights", "fit.encoders", "fit.footprint", "fit.plan", "fit.rungs", "hardware"},
 }
 MODEL_CODE = {"diffusers", "transformers", "accelerate", "peft", "bitsandbytes"}
 FORBIDDEN_OUTSIDE = {  # who may not be imported by others, and who may

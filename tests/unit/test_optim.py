@@ -20,6 +20,8 @@ from pixtune.optim import (
     OPTIMIZERS,
     build_optimizer,
     build_schedule,
+    clipped_step,
+    clipping_factor,
     optimizer_state,
     restore_optimizer_state,
     set_learning_rate,
@@ -147,7 +149,7 @@ def test_a_restored_optimizer_goes_on_bit_for_bit(name: str, tmp_path: Path) -> 
 
     resumed = {key: nn.Parameter(parameter.detach().clone()) for key, parameter in first.items()}
     optimizer = built(name, resumed)
-    restore_optimizer_state(optimizer, resumed, load_file(tmp_path / "optimizer.safetensors"), plain)
+    restore_optimizer_state(optimizer.state, resumed, load_file(tmp_path / "optimizer.safetensors"), plain)
     train(optimizer, resumed, range(3, 6))
     for key in straight:
         assert torch.equal(resumed[key], straight[key]), key
@@ -173,7 +175,7 @@ def test_state_is_flat_under_the_parameters_names_and_keeps_its_formats(name: st
         assert plain["block.0.lora_A"]["step"] == 2
     other = parameters()
     fresh = built(name, other)
-    restore_optimizer_state(fresh, other, tensors, plain)
+    restore_optimizer_state(fresh.state, other, tensors, plain)
     again, again_plain = optimizer_state(fresh, other)
     assert again_plain == plain and again.keys() == tensors.keys()
     assert all(again[path].dtype == tensors[path].dtype and again[path].equal(tensors[path]) for path in tensors)
@@ -183,3 +185,20 @@ def test_8bit_without_bitsandbytes_says_what_to_install(monkeypatch: pytest.Monk
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(ConfigError, match=r"adam8bit(.|\n)*pip install bitsandbytes"):
         built("adamw_8bit", parameters())
+
+
+@pytest.mark.parametrize(("max_norm", "expected"), [(0.0, [3.0, 4.0]), (10.0, [3.0, 4.0]), (1.0, [0.6, 0.8])])
+def test_gradients_are_scaled_down_to_a_norm_and_never_up(max_norm: float, expected: list[float]) -> None:
+    named = {name: torch.nn.Parameter(torch.zeros(1)) for name in "ab"} | {"none": torch.nn.Parameter(torch.zeros(1))}
+    named["a"].grad, named["b"].grad = torch.tensor([3.0]), torch.tensor([4.0])
+    norm = clipped_step(torch.optim.SGD(named.values(), lr=1.0), named, max_norm)
+    assert norm.item() == 5.0
+    assert [-named[name].item() for name in "ab"] == pytest.approx(expected)
+    factor = clipping_factor(norm, max_norm)
+    assert (1.0 if factor is None else factor.item()) == pytest.approx(expected[0] / 3)
+
+
+def test_a_step_without_any_gradient_is_refused() -> None:
+    named = {"a": torch.nn.Parameter(torch.zeros(1))}
+    with pytest.raises(RuntimeError, match="no gradient reached"):
+        clipped_step(torch.optim.SGD(named.values(), lr=1.0), named, 1.0)

@@ -355,42 +355,6 @@ def test_deciding_needs_no_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-# ---- all weights
-
-H200 = replace(H100, name="NVIDIA H200", total_bytes=140 * GIB, free_bytes=139 * GIB)
-EVERY_BLOCK = {"method": "full", "disable_gradient_checkpointing": False}
-
-
-def test_all_weights_of_the_large_model_fit_an_h200_only_in_6_bytes_each() -> None:
-    plan = plan_for(H200, adam8bit=True, **EVERY_BLOCK)
-    assert plan.expected_peak_bytes / GIB == pytest.approx(6 * 20.43e9 / GIB + 3, rel=0.03)
-    assert plan.weights_format == "bf16" and plan.modulation_rows == 0
-    with pytest.raises(PlanError, match=r"(?s)missing.*stochastic_rounding adam8bit=true needs 1\d\d.* and fits"):
-        plan_for(H200, adam8bit=False, **EVERY_BLOCK)
-
-
-@pytest.mark.parametrize(
-    ("changes", "bytes_per_weight"),
-    [
-        ({"adam8bit": True}, 6),
-        ({}, 12),
-        ({"weight_update": "fp32_master", "adam8bit": True}, 12),
-        ({"weight_update": "fp32_master"}, 18),
-        ({"mixed_precision": "no"}, 16),
-    ],
-)
-def test_each_way_has_its_bytes_per_weight(changes: dict[str, object], bytes_per_weight: int) -> None:
-    huge = replace(H100, free_bytes=10_000 * GIB)
-    plan = plan_for(huge, **EVERY_BLOCK, **changes)
-    activations = 9 if changes.get("mixed_precision") == "no" else 4.5
-    assert plan.expected_peak_bytes / GIB == pytest.approx(bytes_per_weight * 20.43e9 / GIB, abs=activations)
-
-
-def test_what_no_way_fits_names_the_least_and_the_lora() -> None:
-    with pytest.raises(PlanError, match=r"(?s)NVIDIA H100.*missing.*The least.*method=lora"):
-        plan_for(H100, **EVERY_BLOCK)
-
-
 # ---- the host
 
 

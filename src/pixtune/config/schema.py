@@ -204,8 +204,8 @@ class TrainConfig(Section):
     """Decoupled weight decay."""
     adam_epsilon: float = Field(default=1e-8, gt=0)
     """Added to the root of the second moment."""
-    max_grad_norm: float = Field(default=1.0, gt=0)
-    """Gradients are scaled down to this global norm."""
+    max_grad_norm: float = Field(default=1.0, ge=0)
+    """Gradients are scaled down to this global norm; 0: they are not."""
 
     # ---- what is trained
     method: Literal["lora", "full"] = "lora"

@@ -67,4 +67,5 @@ def apply_to_activations(transformer: nn.Module, family: ModelFamily, plan: Memo
         recompute_blocks(blocks[: plan.recomputed_blocks], plan.offload_inputs)
     if plan.compile:
         computes_in_int8 = any(isinstance(m, QuantizedLinear) and m.codes == torch.int8 for m in transformer.modules())
-        compile_blocks(blocks, plan.lean, plan.cudnn_attention is False and not computes_in_int8)
+        dear_are_known = plan.cudnn_attention is False and not computes_in_int8
+        compile_blocks(blocks, plan.lean, dear_are_known, plan.fused_step)

@@ -39,17 +39,23 @@ def compile_obstacle(device: torch.device) -> str | None:
     return None
 
 
-def compile_blocks(blocks: Iterable[nn.Module], lean: bool, dear_are_known: bool) -> None:
+def compile_blocks(blocks: Iterable[nn.Module], lean: bool, dear_are_known: bool, backward_twice: bool = False) -> None:
     """Replaces each block's computation by a compiled one. Nothing is compiled before the first call.
 
     Args:
         lean: the compiler may compute anything again in the backward pass that is neither a product nor attention:
             norms, rotary embeddings, gates. Else it keeps what it would have to read far to compute again.
+        backward_twice: the backward pass may run twice over one graph, so that it may not use what the forward pass
+            kept as working memory.
         dear_are_known: the partitioner knows all products and the attention; see `LIMIT_TO_KNOWN_OPERATORS`.
+        backward_twice: the backward pass may run twice over one graph, so that it may not use what the forward pass
+            kept as working memory.
     """
     for limit in LIMITS_TO_RECOMPUTING:
         setattr(functorch_config, limit, not lean)
     setattr(functorch_config, LIMIT_TO_KNOWN_OPERATORS, not (lean and dear_are_known))
+    functorch_config.donated_buffer = not backward_twice
+    functorch_config.donated_buffer = not backward_twice
     torch._dynamo.config.recompile_limit = MOST_GRAPHS
     for block in blocks:
         replace_computation(block, torch.compile)

@@ -81,6 +81,8 @@ class Footprint:
     """Paths of the blocks' linear layers that are not quantised where the others are."""
     plain_layer_weights: int = 0
     """Of those."""
+    largest_weight: int = 0
+    """Numbers in the transformer's largest tensor."""
 
     @property
     def num_blocks(self) -> int:
@@ -137,6 +139,7 @@ def read_footprint(
         samples_per_step=samples_per_step,
         plain_layers=tuple(plain_layers),
         plain_layer_weights=sum(math.prod(shapes[f"{path}.weight"]) for path in plain_layers),
+        largest_weight=max(map(math.prod, shapes.values())),
     )
 
 

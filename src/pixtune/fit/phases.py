@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from pixtune.errors import PlanError
+from pixtune.fit.all_weights import states_on_device
 from pixtune.fit.encoders import (
     ON_CPU,
     EncoderPlan,
@@ -109,9 +110,10 @@ def idle_bytes(plan: MemoryPlan, footprint: Footprint) -> int:
     """What a run holds between its steps: the transformer and what is trained, without the encoders."""
     rung = Rung(plan.weights_format, plan.modulation_rows, streamed_blocks=plan.streamed_blocks)
     # Between steps the gradients are gone: the weights that are trained and two optimizer states remain.
-    own = 0 if footprint.trains_all else 4
-    states = footprint.trained_weights * (own + (2 if plan.optimizer == "adamw_8bit" else 8))
-    return transformer_bytes(rung, footprint, plan.compute_format) + states
+    trained = footprint.trained_weights * (4 + (2 if plan.optimizer == "adamw_8bit" else 8))
+    if footprint.trains_all:
+        trained = round(states_on_device(plan.optimizer, plan.states_on_host, plan.fp32_copies, footprint))
+    return transformer_bytes(rung, footprint, plan.compute_format) + trained
 
 
 def transformer_bytes(rung: Rung, footprint: Footprint, compute_format: str) -> int:

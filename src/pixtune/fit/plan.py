@@ -11,15 +11,14 @@ from typing import Any
 
 from pixtune.config.schema import TrainConfig
 from pixtune.errors import PlanError
+from pixtune.fit.all_weights import Situation, choose_way, has_masters
 from pixtune.fit.footprint import Footprint
 from pixtune.fit.rungs import (
     Rung,
-    bytes_per_trained_weight,
     compute_format_of,
     host_bytes,
     is_unified,
     ladder,
-    ladder_of_all_weights,
     peak_bytes,
 )
 from pixtune.hardware.facts import GIB, MEMORY_FRACTION, HardwareFacts, missing_on_host
@@ -78,6 +77,12 @@ class MemoryPlan:
     reasons: tuple[str, ...]
     plain_layers: tuple[str, ...] = ()
     """Paths of the blocks' linear layers that have the `compute_format` where the others are quantised."""
+    fused_step: bool = False
+    """Each weight is stepped within the backward pass, and its gradient freed."""
+    states_on_host: bool = False
+    """Optimizer states of all weights wait in host memory."""
+    fp32_copies: bool = False
+    """bf16 weights have fp32 copies, which are where the optimizer states are."""
 
     @property
     def recompute(self) -> bool:
@@ -94,10 +99,12 @@ def plan_memory(
     config: TrainConfig,
     cudnn_attention: tuple[bool, str] | None = None,
     can_compile: bool = True,
+    num_processes: int = 1,
 ) -> MemoryPlan:
     """Chooses what the config leaves open.
 
     Args:
+        num_processes: that train together, on one host.
         cudnn_attention: whether a trial of it on this machine passed, and its finding; None: not tried.
         can_compile: torch.compile works on this machine.
 
@@ -106,16 +113,23 @@ def plan_memory(
         ConfigError: the config demands what this GPU cannot do.
     """
     on_gpu = facts.device == "cuda"
-    compiled = on_gpu and can_compile and not footprint.trains_all
+    compiled = on_gpu and can_compile
     optimizer, reasons = _optimizer(facts, footprint, config)
-    if on_gpu:
+    choice = None
+    if on_gpu and footprint.trains_all:
+        situation = Situation(facts, footprint, usable_bytes(facts, config), compiled, num_processes)
+        choice = choose_way(situation, config)
+        rung, rung_reasons, optimizer = choice.way.rung(config), list(choice.reasons), choice.way.optimizer
+    elif on_gpu:
         rung, rung_reasons = _choose_rung(facts, footprint, config, optimizer, compiled)
     else:
         rung, rung_reasons = _rung_on_cpu(footprint, config)
+    lora_bytes = (peak_bytes(rung, footprint, config, optimizer, compiled), host_bytes(rung, footprint))
+    peak, on_host = (choice.peak_bytes, choice.host_bytes) if choice else lora_bytes if on_gpu else (0, 0)
     unified = is_unified(facts, config)
     tf32, tf32_reasons = _tf32(facts, config)
     use_cudnn, cudnn_reasons = _cudnn(facts, config, cudnn_attention, rung.lean and on_gpu)
-    if on_gpu and not compiled and not footprint.trains_all:
+    if on_gpu and not compiled:
         rung_reasons.append("blocks are not compiled: torch.compile does not work here (see pixtune doctor)")
     pin_memory = on_gpu and not unified if config.pin_memory is None else config.pin_memory and on_gpu
     return MemoryPlan(
@@ -136,11 +150,14 @@ def plan_memory(
         fast_loading=config.use_fastsafetensors,
         expandable_segments=config.expandable_segments is not False,
         optimizer=optimizer,
-        expected_peak_bytes=peak_bytes(rung, footprint, config, optimizer, compiled) if on_gpu else 0,
-        expected_host_bytes=host_bytes(rung, footprint) if on_gpu else 0,
+        expected_peak_bytes=peak,
+        expected_host_bytes=on_host,
         usable_bytes=usable_bytes(facts, config) if on_gpu else 0,
         reasons=(*rung_reasons, *reasons, *tf32_reasons, *cudnn_reasons),
         plain_layers=footprint.plain_layers if rung.weights_format in QUANTISED else (),
+        fused_step=choice is not None and choice.way.fused_step,
+        states_on_host=choice is not None and choice.way.states_on_host,
+        fp32_copies=footprint.trains_all and has_masters(config),
     )
 
 
@@ -152,8 +169,6 @@ def _choose_rung(
 ) -> tuple[Rung, list[str]]:
     usable = usable_bytes(facts, config)
     demanded = list(ladder(facts, footprint, config))
-    if footprint.trains_all:
-        demanded = list(ladder_of_all_weights(footprint, config))
 
     def needed(rung: Rung) -> int:
         return peak_bytes(rung, footprint, config, optimizer, compiled)
@@ -259,9 +274,6 @@ def _reasons(
         reasons.append("the inputs of recomputed blocks wait in host memory")
     if rung.streamed_blocks:
         reasons.append(f"the weights of {rung.streamed_blocks} blocks come from host memory at each pass")
-    if footprint.trains_all:
-        training = footprint.trained_weights * bytes_per_trained_weight(footprint, config, "adamw")
-        reasons.append(f"gradients, optimizer state and copies of all weights: up to {training / GIB:.1f} GiB")
     return reasons
 
 
@@ -287,7 +299,7 @@ def _host_lacks(
         f"{missing / GIB:.1f} GiB are missing."
     )
     free, usable = _without_demands(config), usable_bytes(facts, config)
-    rungs = () if footprint.trains_all else ladder(facts, footprint, free)
+    rungs = ladder(facts, footprint, free)
     if any(
         peak_bytes(rung, footprint, free, optimizer, compiled) <= usable
         and not missing_on_host(facts, host_bytes(rung, footprint))
@@ -312,29 +324,18 @@ def _nothing_fits(
     usable: int,
 ) -> str:
     wanted = peak_bytes(least, footprint, config, optimizer, compiled)
-    what = "training all weights" if footprint.trains_all else "this run"
     lines = [
-        f"{what} needs about {wanted / GIB:.1f} GiB and {usable / GIB:.1f} GiB of {facts.name} are usable: "
+        f"this run needs about {wanted / GIB:.1f} GiB and {usable / GIB:.1f} GiB of {facts.name} are usable: "
         f"{(wanted - usable) / GIB:.1f} GiB are missing."
     ]
     free = _without_demands(config)
-    if footprint.trains_all:
-        free, optimizer = replace_config(free, weight_update="stochastic_rounding"), "adamw_8bit"
-        rungs = list(ladder_of_all_weights(footprint, free))
-    else:
-        rungs = list(ladder(facts, footprint, free))
+    rungs = list(ladder(facts, footprint, free))
     best = min(rungs, key=lambda rung: peak_bytes(rung, footprint, free, optimizer, compiled))
     best_bytes = peak_bytes(best, footprint, free, optimizer, compiled)
-    demands = "weight_update=stochastic_rounding adam8bit=true" if footprint.trains_all else _demands(config)
     if best_bytes <= usable:
         sizes = (peak_bytes(rung, footprint, free, optimizer, compiled) for rung in rungs)
         fitting = next(size for size in sizes if size <= usable)  # what the planner would choose, not the leanest
-        lines.append(f"{demands} needs {fitting / GIB:.1f} GiB and fits.")
-    elif footprint.trains_all:
-        lines.append(
-            f"The least, stochastic_rounding with adam8bit=true, needs {best_bytes / GIB:.1f} GiB. Train a LoRA: "
-            "method=lora."
-        )
+        lines.append(f"{_demands(config)} needs {fitting / GIB:.1f} GiB and fits.")
     else:
         lines.append(
             f"The least that any plan needs is {best_bytes / GIB:.1f} GiB. Lower data_config.img_size or "

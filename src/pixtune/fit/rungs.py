@@ -7,13 +7,19 @@ from dataclasses import dataclass
 
 from pixtune.config.schema import TrainConfig
 from pixtune.errors import ConfigError
-from pixtune.fit.footprint import INPUT_UNITS, Footprint, block_weight_bytes, bytes_per_weight
+from pixtune.fit.footprint import INPUT_UNITS, BlockKind, Footprint, block_weight_bytes, bytes_per_weight
 from pixtune.hardware.facts import GIB, HardwareFacts
 
 FIXED_BYTES = round(0.35 * GIB)
 """In the allocator, besides what is counted: workspaces of products, latents, noise, the layers at both ends."""
-FULL_INPUT_UNITS = 5
-"""Where all weights are trained: the inputs of the MLP's linears, 1 + 4 channel widths. Counted, not measured."""
+FULL_UNITS = {"compiled": 6.1, "eager": 13.1}
+"""What a block keeps more where all its weights are trained, in units; counted on a CPU from the tensors that autograd
+keeps, for each kind of block (tests/unit/fit/test_all_weights.py). Compiled: the inputs of the MLP's two linear
+layers, 1 + 4, and what the gates multiply, 2, of which one is kept anyhow. Eager also what norms made."""
+AHEAD_BYTES = GIB
+"""On the device, of optimizer states that are on their way from and to host memory."""
+LEAST_HOST_TENSOR_BYTES = 2**16
+"""Smaller optimizer states stay on the device: those of norms and biases are a few megabytes together."""
 TABLE_ROWS = (256, 64, 32)
 """Draws whose modulation is computed in one pass over its weights."""
 STREAM_SLOTS = 3
@@ -64,14 +70,6 @@ def ladder(facts: HardwareFacts, footprint: Footprint, config: TrainConfig) -> I
             if is_last:
                 for count in range(STREAM_SLOTS + 1, blocks + 1):
                     yield Rung(weights_format, rows, no_recompute is None, blocks, True, count)
-
-
-def ladder_of_all_weights(footprint: Footprint, config: TrainConfig) -> Iterator[Rung]:
-    plain = compute_format_of(config)
-    if config.disable_gradient_checkpointing is not False:
-        yield Rung(plain)
-    if config.disable_gradient_checkpointing is not True:
-        yield Rung(plain, recomputed_blocks=footprint.num_blocks)
 
 
 def table_rows(footprint: Footprint) -> tuple[int, ...]:
@@ -133,34 +131,47 @@ def weight_bytes(rung: Rung, footprint: Footprint, compute_format: str) -> int:
 
 
 def peak_bytes(rung: Rung, footprint: Footprint, config: TrainConfig, optimizer: str, compiled: bool) -> int:
-    """Most that a training step allocates."""
+    """Most that a training step of a LoRA allocates: its weights, their gradients and optimizer states are fp32."""
     compute_format = compute_format_of(config)
     outputs = sum(kind.count * kind.modulation_outputs for kind in footprint.kinds)
     table = 2 * outputs * rung.modulation_rows
-    trained = footprint.trained_weights * bytes_per_trained_weight(footprint, config, optimizer)
+    trained = footprint.trained_weights * (4 + 4 + (2 if optimizer == "adamw_8bit" else 8))
     unit = footprint.unit_bytes * (2 if compute_format == "fp32" else 1)
     activations = unit * activation_units(rung, footprint, compiled)
     return round(weight_bytes(rung, footprint, compute_format) + table + trained + FIXED_BYTES + activations)
 
 
-def activation_units(rung: Rung, footprint: Footprint, compiled: bool) -> float:
+def activation_units(rung: Rung, footprint: Footprint, compiled: bool, retained: bool = False) -> float:
     """Most that a step's activations take, in units.
+
+    Args:
+        retained: all that is kept stays until the end of the backward pass, for a second one.
 
     The first blocks are the recomputed ones, so that what later blocks kept is free when one of them runs again.
     """
-    extra = footprint.extra_units + (FULL_INPUT_UNITS if footprint.trains_all else 0)
+    extra = extra_units(footprint, compiled)
     inputs = INPUT_UNITS * (min(3, rung.recomputed_blocks) if rung.offload_inputs else rung.recomputed_blocks)
     kept, forward, working, number = 0.0, 0.0, 0.0, 0
     for kind in footprint.kinds:
         recomputed = min(max(rung.recomputed_blocks - number, 0), kind.count)
         number += kind.count
-        each = kind.units.eager if not compiled else kind.units.lean if rung.lean else kind.units.kept
         if recomputed < kind.count:
-            kept += (kind.count - recomputed) * (each + extra)
+            kept += (kind.count - recomputed) * kept_units(kind, rung, footprint, compiled)
             forward = max(forward, kind.units.forward)
         if recomputed:
             working = max(working, kind.units.working + extra)
-    return inputs + max(kept + forward, working)
+    return inputs + (kept + max(forward, working) if retained else max(kept + forward, working))
+
+
+def kept_units(kind: BlockKind, rung: Rung, footprint: Footprint, compiled: bool) -> float:
+    """Of one block that is not recomputed."""
+    each = kind.units.eager if not compiled else kind.units.lean if rung.lean else kind.units.kept
+    return each + extra_units(footprint, compiled)
+
+
+def extra_units(footprint: Footprint, compiled: bool) -> float:
+    """What is trained lets each block keep so much more."""
+    return footprint.extra_units + (FULL_UNITS["compiled" if compiled else "eager"] if footprint.trains_all else 0)
 
 
 def host_bytes(rung: Rung, footprint: Footprint) -> int:
@@ -170,15 +181,3 @@ def host_bytes(rung: Rung, footprint: Footprint) -> int:
     streamed = rung.streamed_blocks * mean / footprint.num_blocks
     inputs = rung.recomputed_blocks * footprint.unit_bytes if rung.offload_inputs else 0
     return round(streamed + inputs)
-
-
-def bytes_per_trained_weight(footprint: Footprint, config: TrainConfig, optimizer: str) -> int:
-    """Of one trained weight: a LoRA's own fp32 weight, the gradient, two optimizer states, an fp32 copy if any."""
-    states = 2 if optimizer == "adamw_8bit" else 8
-    if not footprint.trains_all:
-        return 4 + 4 + states
-    if compute_format_of(config) == "fp32":
-        return 4 + states
-    if config.weight_update == "fp32_master":
-        return 4 + 4 + states
-    return 2 + states

@@ -1,0 +1,169 @@
+"""Stepping all weights of a transformer one after the other, in fp32, and how a small update reaches a bf16 weight.
+
+A bf16 number has 8 significant bits, so an update below 1/512 of a weight is lost when it is rounded to the nearest.
+Either the update goes to an fp32 copy (`fp32_master`), or the sum is rounded up or down with a chance in proportion to
+its distance, so that it is right on average (`stochastic_rounding`; Gupta et al. 2015, arXiv 1502.02551, section 3).
+
+One weight at a time stands in fp32, so the cost in memory is that of the largest one, and each may be stepped whenever
+its gradient is there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pixtune import draws, optim
+from pixtune.fit.host_states import HostStates
+
+MASTER = "fp32 copy"
+"""A weight's fp32 copy among its tensors in host memory; no optimizer calls its states so."""
+
+
+def round_stochastically(values: Tensor, generator: torch.Generator) -> Tensor:
+    """fp32 to bf16, up or down by chance; what bf16 holds exactly stays, and so does what is no finite number.
+
+    Args:
+        values: fp32, any shape.
+        generator: on the same device.
+    """
+    bits = values.contiguous().view(torch.int32)  # bf16 is the upper half of fp32's bits
+    noise = torch.randint(0, 1 << 16, bits.shape, generator=generator, device=bits.device, dtype=torch.int32)
+    rounded = noise.add_(bits).bitwise_and_(-(1 << 16)).view(torch.float32)
+    return torch.where(values.isfinite(), rounded, values).to(torch.bfloat16)
+
+
+class WeightUpdate:
+    """An optimizer over all weights, of which each is stepped by itself.
+
+    Args:
+        build: makes the optimizer of some parameters.
+        keeps_masters: bf16 weights have fp32 copies; else they are rounded by chance.
+        first_step: steps already done: the draws of a resumed run go on.
+        host: where optimizer states and fp32 copies wait between steps; None: on the device.
+    """
+
+    def __init__(
+        self,
+        weights: Mapping[str, nn.Parameter],
+        build: Callable[[Iterable[nn.Parameter]], optim.Optimizer],
+        seed: int,
+        first_step: int,
+        keeps_masters: bool = False,
+        host: HostStates | None = None,
+    ) -> None:
+        self.weights, self._seed, self._steps_done, self._host = weights, seed, first_step, host
+        self._keeps_masters = keeps_masters
+        self._masters: dict[str, Tensor] = {}
+        """Made when a weight is stepped for the first time: until then they are the weights themselves."""
+        self._stand_ins = {name: nn.Parameter(_nothing(weight)) for name, weight in weights.items()}
+        self._optimizers = {name: build([stand_in]) for name, stand_in in self._stand_ins.items()}
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        return [group for optimizer in self._optimizers.values() for group in optimizer.param_groups]
+
+    @property
+    def state(self) -> dict[nn.Parameter, dict[str, Any]]:
+        """By weight; the very dictionaries that the optimizers read and write, with what lies in host memory."""
+        if self._host is not None:
+            self._host.finish()
+        return {weight: self._state_of(name) for name, weight in self.weights.items()}
+
+    def begin_step(self) -> None:
+        """What waits in host memory begins to come."""
+        if self._host is not None:
+            self._host.begin_step()
+
+    def end_step(self) -> None:
+        """The next draws of rounding are another step's."""
+        self._steps_done += 1
+
+    @torch.no_grad()
+    def step_weight(self, name: str, gradient: Tensor, factor: Tensor | None) -> None:
+        """One weight, by its gradient times the factor. Whoever calls drops the gradient afterwards."""
+        weight, stand_in = self.weights[name], self._stand_ins[name]
+        if self._host is not None:
+            self._arrange(name, self._host.fetch(name))
+        stand_in.data = self._precise(name)
+        scaled = gradient.float()
+        if factor is not None:
+            scaled = scaled * factor if scaled is gradient else scaled.mul_(factor)
+        stand_in.grad = scaled
+        self._optimizers[name].step()
+        stand_in.grad = None
+        self._write_back(name, weight, stand_in.data)
+        stand_in.data = _nothing(weight)
+        if self._host is not None:
+            self._arrange(name, self._host.rest(name, self._tensors_of(name)))
+
+    def truest(self, name: str) -> Tensor:
+        """A weight in its truest form: its fp32 copy where there are such."""
+        if self._host is not None:
+            self._host.finish()
+        weight = self.weights[name].detach()
+        if self._keeps_masters and name not in self._masters:
+            return weight.float()
+        return self._masters.get(name, weight)
+
+    @torch.no_grad()
+    def restore(self, name: str, value: Tensor, tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> None:
+        """Puts back what a checkpoint holds of a weight.
+
+        Args:
+            value: what `truest` gave.
+            tensors: of its optimizer state, by `NAME/KEY`, as `optim.optimizer_state` gave them.
+            plain: those of them that are no tensors.
+        """
+        weight = self.weights[name]
+        weight.copy_(value)
+        if self._keeps_masters:
+            self._masters[name] = value.to(weight.device, torch.float32, copy=True)
+        state = {self.weights[name]: self._state_of(name)}
+        optim.restore_optimizer_state(state, {name: weight}, tensors, {name: plain} if plain else {})
+        if self._host is not None:
+            self._arrange(name, self._host.rest(name, self._tensors_of(name)))
+
+    # ---- inside
+
+    def _state_of(self, name: str) -> dict[str, Any]:
+        return self._optimizers[name].state[self._stand_ins[name]]
+
+    def _tensors_of(self, name: str) -> dict[str, Tensor]:
+        found = {key: value for key, value in self._state_of(name).items() if isinstance(value, Tensor)}
+        return found | ({MASTER: self._masters[name]} if name in self._masters else {})
+
+    def _arrange(self, name: str, moved: Mapping[str, Tensor]) -> None:
+        """Puts tensors that moved into the places where they are looked for."""
+        state = self._state_of(name)
+        for key, tensor in moved.items():
+            if key == MASTER:
+                self._masters[name] = tensor
+            else:
+                state[key] = tensor
+
+    def _precise(self, name: str) -> Tensor:
+        """The weight in fp32, for the optimizer to change: itself, its fp32 copy, or a copy for this moment."""
+        weight = self.weights[name].detach()
+        if not self._keeps_masters:
+            return weight.float()
+        if name not in self._masters:
+            self._masters[name] = weight.float()
+        return self._masters[name]
+
+    def _write_back(self, name: str, weight: Tensor, precise: Tensor) -> None:
+        if weight.dtype == torch.float32:
+            return  # it was changed itself
+        if self._keeps_masters:
+            weight.copy_(precise)
+            return
+        generator = torch.Generator(weight.device)
+        generator.manual_seed(draws.draw_key(self._seed, "rounding", self._steps_done, name))
+        weight.copy_(round_stochastically(precise, generator))
+
+
+def _nothing(weight: Tensor) -> Tensor:
+    return torch.empty(0, dtype=torch.float32, device=weight.device)
