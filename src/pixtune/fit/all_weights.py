@@ -31,6 +31,10 @@ STATE_BYTES = {"adamw": 8.0, "adamw_8bit": 2 + 2 * 4 / 256}
 STEP_BYTES = 16
 """Of one weight of the largest tensor while it is stepped: it and its gradient in fp32, draws and sums of rounding."""
 
+MARGIN_BYTES = GIB
+"""Until runs of full size have been measured: a plan that is a little too careful recomputes two more blocks, one that is
+a little too bold ends the run."""
+
 
 @dataclass(frozen=True)
 class Way:
@@ -142,6 +146,7 @@ def peak_bytes(way: Way, footprint: Footprint, config: TrainConfig, compiled: bo
         + _gradient_bytes(way, footprint, config, element)
         + moment
         + FIXED_BYTES
+        + MARGIN_BYTES
     )
 
 

@@ -17,7 +17,7 @@ from pixtune.config.schema import DataConfig, TrainConfig
 from pixtune.errors import PlanError
 from pixtune.families import FAMILIES
 from pixtune.fit.all_weights import Situation, Way, host_bytes, ladder_of_all_weights, peak_bytes
-from pixtune.fit.plan import CONTEXT_BYTES, MemoryPlan, plan_memory, usable_bytes
+from pixtune.fit.plan import MemoryPlan, plan_memory, usable_bytes
 from pixtune.fit.rungs import FULL_UNITS
 from pixtune.hardware.cards import facts_as
 from pixtune.hardware.facts import GIB, HardwareFacts
@@ -86,7 +86,7 @@ def test_each_machine_resorts_to_what_it_must(model: str, card: str, changes: di
     plan = plan_for(card, model=model, **changes)
     assert (plan.optimizer, plan.fused_step, plan.states_on_host) == (cell.optimizer, cell.fused, cell.on_host)
     assert plan.recomputed_blocks in cell.recomputed
-    assert 0 < plan.expected_peak_bytes + CONTEXT_BYTES <= facts_as(card).total_bytes
+    assert 0 < plan.expected_peak_bytes <= plan.usable_bytes <= facts_as(card).total_bytes
     assert (plan.expected_host_bytes > 0) == cell.on_host
     assert plan.compile and plan.weights_format == "bf16" and plan.modulation_rows == 0
 
@@ -112,7 +112,7 @@ def test_each_way_has_its_bytes_per_weight(way: Way, changes: dict[str, object],
     """Every block recomputed, so that little else is there."""
     config = CONFIG.model_copy(update=changes)
     needed = peak_bytes(replace(way, recomputed_blocks=60), full_size_footprint(config), config, compiled=True)
-    activations = 9 if config.mixed_precision == "no" else 6
+    activations = 10 if config.mixed_precision == "no" else 8
     assert needed / GIB == pytest.approx(bytes_per_weight * BILLIONS / GIB + activations / 2, abs=activations / 2)
 
 
