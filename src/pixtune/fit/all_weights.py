@@ -32,8 +32,8 @@ STEP_BYTES = 16
 """Of one weight of the largest tensor while it is stepped: it and its gradient in fp32, draws and sums of rounding."""
 
 MARGIN_BYTES = GIB
-"""Until runs of full size have been measured: a plan that is a little too careful recomputes two more blocks, one that is
-a little too bold ends the run."""
+"""Until runs of full size have been measured: a plan that is a little too careful recomputes two more blocks, one that
+is a little too bold ends the run."""
 
 
 @dataclass(frozen=True)
