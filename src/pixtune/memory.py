@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ import torch
 from pixtune.config.schema import TrainConfig
 from pixtune.errors import TrainingError
 from pixtune.fit.rungs import is_unified
-from pixtune.hardware.capping import cap_device_memory, outside_allocator_bytes, used_before_cuda
+from pixtune.hardware.capping import cap_device_memory, outside_allocator_bytes, own_gpu, used_before_cuda
 from pixtune.hardware.facts import GIB, MEMORY_FRACTION, read_facts
 from pixtune.hardware.monitor import StageLog, StageMemory
 from pixtune.hardware.unified import MemoryWatchdog, cap_unified_memory, setup_unified_memory_env
@@ -39,7 +40,7 @@ class RunMemory:
         if wants_expandable_segments(config):
             setup_unified_memory_env()
         if config.gpu_memory_limit_gib is not None and torch.version.cuda is not None:
-            self._used_before = used_before_cuda()
+            self._used_before = used_before_cuda(own_gpu(os.environ))
 
     def start(self, device: torch.device) -> None:
         """Caps what the process takes, and watches a pool that it shares with the CPU.

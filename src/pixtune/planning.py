@@ -9,7 +9,6 @@ import torch
 
 from pixtune.adapters import resolve_targets
 from pixtune.config.schema import TrainConfig
-from pixtune.data.buckets import Size
 from pixtune.families.base import ModelFamily
 from pixtune.fit.attention import try_cudnn_attention
 from pixtune.fit.compile import compile_obstacle
@@ -27,8 +26,6 @@ def plan_on_this_machine(
     family: ModelFamily,
     folder: ModelFolder,
     num_tokens: int,
-    largest_target: Size,
-    num_text_tokens: int,
     device: torch.device,
     num_processes: int,
 ) -> MemoryPlan:
@@ -36,8 +33,6 @@ def plan_on_this_machine(
 
     Args:
         num_tokens: image and text tokens of one process's largest micro-batch.
-        largest_target: (width, height) in pixels.
-        num_text_tokens: of the longest caption.
         num_processes: that train together, on one host.
 
     Raises:
@@ -47,8 +42,9 @@ def plan_on_this_machine(
     if device.type == "cuda":
         obstacle = compile_obstacle(device)
         if config.cuda_features.enable_cudnn_sdp is None:
-            _, height, width = family.latent_shape(folder, *largest_target)
-            tried = try_cudnn_attention(folder, height, width, num_text_tokens)
+            transformer = folder.component_config("transformer")
+            heads = (transformer["num_attention_heads"], transformer["attention_head_dim"])
+            tried = try_cudnn_attention(num_tokens // config.batch_size, *heads)
             trial = (tried.passed, tried.finding)
     facts = read_facts(device, config.memory_fraction or MEMORY_FRACTION)
     footprint = footprint_of(config, family, folder, num_tokens)

@@ -6,8 +6,8 @@ bit for bit as it was.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -215,6 +215,13 @@ class Services:
         for reason in self.run.plan.reasons:
             self._print(f"plan: {reason}")
 
+    @contextmanager
+    def _aside(self, stage: str) -> Iterator[None]:
+        """Around what computes on the device between steps: it gets the memory that recorded steps hold."""
+        self.run.forward_backward.release()
+        with self.run.memory.aside(stage):
+            yield
+
     def _print(self, line: str) -> None:
         self.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
@@ -234,7 +241,7 @@ class Services:
         if not self.data.held_out or not self.is_main or step in self._losses:
             return
         run = self.run
-        with run.memory.aside("held-out loss"):
+        with self._aside("held-out loss"):
             loss = measure(
                 run.family, run.transformer, self.data.held_out, self.config.validation.num_draws, self.config.seed,
                 run.accelerator.device, self.config.objective.guidance, self.config.batch_size,
@@ -247,7 +254,7 @@ class Services:
     def _draw_pictures(self, step: int) -> None:
         if not self.data.prompts or not self.is_main:
             return
-        with self.run.memory.aside("samples drawn"):
+        with self._aside("samples drawn"):
             for number, picture in enumerate(self.sampler.draw(self.run.transformer)):
                 path = self.output_dir / SAMPLES_FOLDER / f"step-{step:06d}" / f"{number:03d}.png"
                 path.parent.mkdir(parents=True, exist_ok=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain, islice
 
 import torch
@@ -23,6 +24,7 @@ from pixtune.families import family_of
 from pixtune.families.base import ModelFamily
 from pixtune.fit import load
 from pixtune.fit.apply import apply_switches, apply_to_activations, apply_to_weights, layout_of, placement_of
+from pixtune.fit.capture import GraphRecorder, ReplayedPass
 from pixtune.fit.encoders import EncoderPlan
 from pixtune.fit.modulation import StepsAhead
 from pixtune.fit.plan import MemoryPlan
@@ -50,6 +52,7 @@ class Run:
     memory: RunMemory
     transformer: nn.Module
     trained: TrainedWeights
+    forward_backward: ReplayedPass[Batch]
     learning_rate_at: Callable[[int], float]
     source: BatchSource
     steps_ahead: StepsAhead
@@ -123,27 +126,30 @@ def train_step(
     Returns:
         The loss, a mean over all samples of all processes, and the gradient's norm before clipping; on the device.
     """
-    config = run.config
-    num_samples = config.batch_size * config.gradient_accumulation_steps
     optim.set_learning_rate(run.trained.optimizer, run.learning_rate_at(step))
     total_loss = torch.zeros((), device=run.accelerator.device)
     for batch in chain.from_iterable(micro_batches):
         see_batch(batch)
-        batch = batch.to(run.accelerator.device)
-        noisy_BCHW = add_noise(batch.latents_BCHW, batch.noise_BCHW, batch.sigma_B)
-        velocity_BCHW = run.family.predict_velocity(
-            run.transformer, noisy_BCHW, batch.sigma_B, batch.conditioning, batch.controls, config.objective.guidance
-        )
-        loss_B = sample_losses(velocity_BCHW, velocity_target(batch.latents_BCHW, batch.noise_BCHW))
-        weight_B = loss_weights(config.objective.weighting_scheme, batch.sigma_B)
-        loss = (weight_B * loss_B).sum() / num_samples
-        run.trained.backward(loss)
-        total_loss += loss.detach()
+        total_loss += run.forward_backward(batch.to(run.accelerator.device))
     average_across_processes(run.accelerator, [total_loss, *run.trained.gradients()])
     grad_norm = run.trained.step()
-    for parameter in run.trained.parameters.values():
-        parameter.grad = None
+    run.forward_backward.zero_gradients()
     return total_loss, grad_norm
+
+
+def forward_backward(
+    config: TrainConfig, family: ModelFamily, transformer: nn.Module, backward: Callable[[Tensor], None], batch: Batch
+) -> Tensor:
+    """A micro-batch's share of a step's loss, after `backward` of it: its share of the gradients is there."""
+    noisy_BCHW = add_noise(batch.latents_BCHW, batch.noise_BCHW, batch.sigma_B)
+    velocity_BCHW = family.predict_velocity(
+        transformer, noisy_BCHW, batch.sigma_B, batch.conditioning, batch.controls, config.objective.guidance
+    )
+    loss_B = sample_losses(velocity_BCHW, velocity_target(batch.latents_BCHW, batch.noise_BCHW))
+    weight_B = loss_weights(config.objective.weighting_scheme, batch.sigma_B)
+    loss = (weight_B * loss_B).sum() / (config.batch_size * config.gradient_accumulation_steps)
+    backward(loss)
+    return loss.detach()
 
 
 def average_across_processes(accelerator: Accelerator, tensors: list[Tensor]) -> None:
@@ -182,10 +188,7 @@ def decide_plan(
     if checkpoint:
         return stored(MemoryPlan, checkpoint.record, "plan")
     num_tokens = config.batch_size * (data.most_image_tokens + data.most_text_tokens)
-    return plan_on_this_machine(
-        config, family, folder, num_tokens, data.largest_target, data.most_text_tokens, accelerator.device,
-        accelerator.num_processes,
-    )  # fmt: skip
+    return plan_on_this_machine(config, family, folder, num_tokens, accelerator.device, accelerator.num_processes)
 
 
 def load_transformer(
@@ -232,6 +235,11 @@ def build_run(
         memory=memory,
         transformer=transformer,
         trained=trained,
+        forward_backward=ReplayedPass(
+            partial(forward_backward, config, family, transformer, trained.backward),
+            trained.parameters.values(),
+            GraphRecorder() if plan.cuda_graphs else None,
+        ),
         learning_rate_at=optim.build_schedule(config, num_steps),
         source=source,
         steps_ahead=StepsAhead(

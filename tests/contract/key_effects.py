@@ -127,6 +127,7 @@ EFFECTS: dict[str, Effect] = {
     "disable_quantization": Effect("plan", (False, True), {"quantize": True}),
     "quantize": Effect("plan", (False, True)),
     "keep_plain": Effect("plan", ([], ["to_q"]), {"quantize": True}),
+    "cuda_graphs": Effect("plan", (True, False)),
     "unified_memory": Effect("plan", (False, True)),
     "gpu_memory_limit_gib": Effect("plan", (None, 23.3)),
     "memory_fraction": Effect("plan", (0.9, 0.5), UNIFIED),

@@ -37,7 +37,11 @@ class ToyFamily:
     lora_presets: Mapping[str, tuple[str, ...]] = {"attention": lora_targets}
     block_paths = ("transformer_blocks",)
     modulation_layers = ("norm1.linear", "norm1_context.linear")
-    activation_units: Mapping[str, ActivationUnits] = {"transformer_blocks": ActivationUnits(17, 13, 8, 25, 13)}
+    activation_units: Mapping[str, ActivationUnits] = {
+        "transformer_blocks": ActivationUnits(
+            eager=17, kept=13, lean=8, working=25, forward=13, forward_quantised=18, passing=18, passing_quantised=39
+        )
+    }
     time_embedder = "time_text_embed"
     time_features = ("pooled",)
     text_components = ("text_encoder",)

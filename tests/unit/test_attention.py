@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
-from pathlib import Path
 
 import pytest
+import torch
+from torch import Tensor
 
 from pixtune.fit import attention
-from pixtune.weights import ModelFolder
+from pixtune.fit.attention import with_dense_gradient
+
+
+def outcome(error: float, cudnn_ms: float, flash_ms: float) -> str:
+    return "a line of a library\n" + json.dumps({"error": error, "cudnn_ms": cudnn_ms, "flash_ms": flash_ms}) + "\n"
+
 
 OUTCOMES = {
-    "agrees": (0, "its gradients agree within 0.30%\n", "There are modules that\n", True, "0.30%"),
-    "wrong": (1, "", "note\nError: its gradients are 1e+04 times their size away\n", False, "1e+04 times"),
+    "right and faster": (0, outcome(0.003, 1.5, 2.9), "", True, "right within 0.3%, 1.50 ms a block, 2.90"),
+    "right and slower": (0, outcome(0.003, 3.1, 2.9), "", False, "3.10 ms a block, 2.90"),
+    "wrong": (0, outcome(1.4, 1.5, 2.9), "", False, "1.4 times their size away"),
+    "no number": (0, outcome(float("nan"), 1.5, 2.9), "", False, "nan times"),
     "crash": (1, "", "torch.AcceleratorError: illegal memory access\nSearch for it\n", False, "illegal memory access"),
     "signal": (-11, "", "", False, "exit code -11"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("kind", OUTCOMES)
@@ -28,9 +37,9 @@ def test_a_trial_says_whether_and_what(monkeypatch: pytest.MonkeyPatch, kind: st
         return subprocess.CompletedProcess(command, code, out, err)
 
     monkeypatch.setattr(attention.subprocess, "run", run)
-    trial = attention.try_cudnn_attention(ModelFolder(Path("model")), 128, 96, 512)
+    trial = attention.try_cudnn_attention(4352, 24, 128)
     assert trial.passed == passed and words in trial.finding
-    assert commands[0][1:] == ["-m", "pixtune.fit.attention", "model", "128", "96", "512"]
+    assert commands[0][1:] == ["-m", "pixtune.fit.attention", "4352", "24", "128"]
 
 
 def test_a_trial_that_hangs_is_a_failed_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -38,5 +47,22 @@ def test_a_trial_that_hangs_is_a_failed_one(monkeypatch: pytest.MonkeyPatch) -> 
         raise subprocess.TimeoutExpired(command, attention.TRIAL_SECONDS)
 
     monkeypatch.setattr(attention.subprocess, "run", run)
-    trial = attention.try_cudnn_attention(ModelFolder(Path("model")), 8, 8, 4)
-    assert not trial.passed and "180 s" in trial.finding
+    trial = attention.try_cudnn_attention(8, 1, 16)
+    assert not trial.passed and "120 s" in trial.finding
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_slice_of_a_wider_gradient_arrives_dense(compiled: bool) -> None:
+    """As in blocks that put the MLP's features beside what was attended."""
+    strides = []
+
+    def block(states: Tensor) -> Tensor:
+        doubled = states * 2
+        doubled.register_hook(lambda gradient: strides.append(gradient.stride()))
+        return torch.cat([with_dense_gradient(doubled), states], dim=2).square()
+
+    states = torch.randn(1, 4, 8, requires_grad=True)
+    (torch.compile(block) if compiled else block)(states).sum().backward()
+    assert states.grad is not None
+    torch.testing.assert_close(states.grad, 10 * states.detach())
+    assert strides == [(32, 8, 1)] or compiled

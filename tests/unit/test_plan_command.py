@@ -100,7 +100,7 @@ def test_encoders_are_made_to_fit_and_the_plan_says_how(full_size: dict[str, Pat
     captions, pictures = report.phases[:2]
     assert captions.holds == "text encoder in nf4" and report.encoders.text_format == "nf4"
     assert not {captions.name, pictures.name} & {phase.name for phase in report.too_large}
-    assert report.phases[-1].holds.endswith("autoencoder in tiles of 512 pixels")
+    assert report.phases[-1].holds.endswith("autoencoder in tiles of 384 pixels")
     words = " ".join(shown(report).split())
     assert "text encoder in 4 bits (nf4 weights, 4." in words and "pictures at a time instead of 4" in words
     plain = make_report(config_of(full_size["qwen_image"]), "H100")

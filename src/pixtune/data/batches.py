@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -104,7 +104,19 @@ class Batch:
     """Clean latents of the control pictures, each of shape BCHW with a size of its own."""
     names: list[str]
 
-    def _map(self, change: Callable[[Tensor], Tensor]) -> Batch:
+    @property
+    def shapes(self) -> Hashable:
+        """Equal for batches that the same computation serves."""
+        conditioning = tuple((name, tensor.shape) for name, tensor in self.conditioning.items())
+        return self.latents_BCHW.shape, conditioning, tuple(control.shape for control in self.controls)
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (
+            self.latents_BCHW, self.noise_BCHW, self.sigma_B, *self.conditioning.values(), *self.controls,
+        )  # fmt: skip
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        """With what `change` makes of each tensor in its place."""
         return Batch(
             change(self.latents_BCHW),
             change(self.noise_BCHW),
@@ -116,11 +128,11 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """On the device; does not wait for the copy where memory is pinned."""
-        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+        return self.map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> Batch:
         """The same in page-locked memory, from which copies to the device run in the background."""
-        return self._map(Tensor.pin_memory)
+        return self.map(Tensor.pin_memory)
 
 
 MIN_TOKENS_TO_SPLIT = 1024

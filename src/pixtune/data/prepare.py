@@ -60,11 +60,6 @@ class PreparedData:
         """Of the largest sample picture; 0 where none is drawn."""
         return max((math.prod(prompt.size) for prompt in self.prompts), default=0)
 
-    @property
-    def largest_target(self) -> Size:
-        """The trained size with most pixels."""
-        return max((signature[0] for variants in self.buckets for signature in variants), key=math.prod)
-
 
 def prepare_data(
     config: TrainConfig,

@@ -69,10 +69,18 @@ class QwenImage:
     }
     block_paths: tuple[str, ...] = ("transformer_blocks",)
     modulation_layers: tuple[str, ...] = ("img_mod.1", "txt_mod.1")
-    # Eager and kept: 434 and 333 MiB a block on one H100 with torch 2.11, 4096 image and 256 text tokens
-    # (benchmarks/RESULTS.md). Lean is what the partitioner says on a CPU, not measured (docs/experiments.md).
+    # One H100 with torch 2.11, 4096 image and 256 text tokens, eight blocks of full size (benchmarks/RESULTS.md).
     activation_units: Mapping[str, ActivationUnits] = {
-        "transformer_blocks": ActivationUnits(eager=17.0, kept=13.05, lean=9.1, working=25.0, forward=13.5)
+        "transformer_blocks": ActivationUnits(
+            eager=17.0,
+            kept=13.05,
+            lean=8.2,
+            working=25.0,
+            forward=5.0,
+            forward_quantised=14.5,
+            passing=15.0,
+            passing_quantised=28.0,
+        )
     }
     time_embedder = "time_text_embed"
     time_features: tuple[str, ...] = ()

@@ -15,7 +15,6 @@ from pixtune.fit.compile import compile_blocks
 from pixtune.fit.gelu import compact_gelus
 from pixtune.fit.load import Layout
 from pixtune.fit.plan import MemoryPlan
-from pixtune.fit.quantize import QuantizedLinear
 from pixtune.fit.streaming import choose_streamed, stream_blocks
 
 FORMATS = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -66,6 +65,4 @@ def apply_to_activations(transformer: nn.Module, family: ModelFamily, plan: Memo
     if plan.recomputed_blocks:
         recompute_blocks(blocks[: plan.recomputed_blocks], plan.offload_inputs)
     if plan.compile:
-        computes_in_int8 = any(isinstance(m, QuantizedLinear) and m.codes == torch.int8 for m in transformer.modules())
-        dear_are_known = plan.cudnn_attention is False and not computes_in_int8
-        compile_blocks(blocks, plan.lean, dear_are_known, plan.fused_step)
+        compile_blocks(blocks, plan.lean, plan.fused_step)

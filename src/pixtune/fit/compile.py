@@ -25,8 +25,8 @@ LIMITS_TO_RECOMPUTING = (
 """Of the partitioner (torch._functorch.config, 2.10 to 2.15). `activation_memory_budget` lifts more than these, and
 then computes products twice to stay below its budget."""
 LIMIT_TO_KNOWN_OPERATORS = "ban_recompute_not_in_allowlist"
-"""Lifted, only what the partitioner knows to be dear is kept: `mm`, `_scaled_mm` and flash attention among it, but
-neither `_int_mm` nor cuDNN's attention. Else joined and rotated queries and keys are kept beside the plain ones."""
+"""Lifted, only what is known to be dear is kept (`dear_results.py` adds to what torch knows). Else joined and rotated
+queries and keys are kept beside the plain ones."""
 
 
 @functools.cache
@@ -39,7 +39,7 @@ def compile_obstacle(device: torch.device) -> str | None:
     return None
 
 
-def compile_blocks(blocks: Iterable[nn.Module], lean: bool, dear_are_known: bool, backward_twice: bool = False) -> None:
+def compile_blocks(blocks: Iterable[nn.Module], lean: bool, backward_twice: bool = False) -> None:
     """Replaces each block's computation by a compiled one. Nothing is compiled before the first call.
 
     Args:
@@ -47,14 +47,14 @@ def compile_blocks(blocks: Iterable[nn.Module], lean: bool, dear_are_known: bool
             norms, rotary embeddings, gates. Else it keeps what it would have to read far to compute again.
         backward_twice: the backward pass may run twice over one graph, so that it may not use what the forward pass
             kept as working memory.
-        dear_are_known: the partitioner knows all products and the attention; see `LIMIT_TO_KNOWN_OPERATORS`.
-        backward_twice: the backward pass may run twice over one graph, so that it may not use what the forward pass
-            kept as working memory.
     """
-    for limit in LIMITS_TO_RECOMPUTING:
+    from torch._inductor import config as inductor_config
+
+    from pixtune.fit.dear_results import KeepDearResults
+
+    for limit in (*LIMITS_TO_RECOMPUTING, LIMIT_TO_KNOWN_OPERATORS):
         setattr(functorch_config, limit, not lean)
-    setattr(functorch_config, LIMIT_TO_KNOWN_OPERATORS, not (lean and dear_are_known))
-    functorch_config.donated_buffer = not backward_twice
+    inductor_config.joint_custom_pre_pass = KeepDearResults()
     functorch_config.donated_buffer = not backward_twice
     torch._dynamo.config.recompile_limit = MOST_GRAPHS
     for block in blocks:

@@ -5,7 +5,7 @@ Both come before the training step's own plan and leave room for it, so they are
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -19,19 +19,18 @@ KEPT_SHARE = 0.08
 not read of it, 3.5% of CLIP-L and T5-XXL together)."""
 PIECES_BYTES = GIB // 4
 """A piece of a layer in full precision, as `weight_only.PIECE_WEIGHTS` has it, with what unpacks it."""
-TEXT_BYTES_PER_TOKEN = 256 * 1024
-"""Working memory of a text encoder in 16 bits. What is alive at a time at full size was counted operator by operator:
-197 KiB in Qwen2.5-VL 7B (an MLP; logits and all layers' states would make it 556), 184 in T5-XXL at 512 tokens. Not
-measured on a GPU, whose kernels have workspaces of their own."""
+TEXT_BYTES_PER_TOKEN = 480 * 1024
+"""Working memory of a text encoder in 16 bits. Measured on an H100 at full size: Qwen2.5-VL 7B 199 KiB allocated and up
+to 481 reserved, T5-XXL at 512 tokens 464 and 485, since it holds its attention in fp32."""
 TEXT_TOKENS = 512
 """Assumed of the longest caption: as many as the stock pipelines take."""
 CHARACTERS_PER_TOKEN = 3
 """Of a caption longer than that, at the least."""
 PIXELS_PER_VISION_TOKEN = 28 * 28
 """Of the text encoders that see pictures: patches of 14 pixels, four to a token."""
-AUTOENCODER_BYTES_PER_PIXEL = 2600
-"""Of a picture on its way through an autoencoder in bf16, besides the weights. Counted from the widest layers at full
-size of the stock decoders (256 channels in, two copies of them in a normalisation, 128 out), not measured."""
+ENCODING_BYTES_PER_PIXEL, DECODING_BYTES_PER_PIXEL = 3150, 4750
+"""Of a picture on its way through an autoencoder in bf16, besides the weights. Measured on an H100 with Qwen-Image's at
+512 to 1328 pixels a side: 2700 and 4230 allocated, so much reserved. Others have the same widths and no time axis."""
 TILE_SIDES = (1024, 768, 512, 384, 256)
 """In pixels, the largest that fits is taken: the fewer the seams, the nearer to the whole picture."""
 
@@ -111,12 +110,12 @@ def plan_encoders(
         raise PlanError(_host_lacks(usable_bytes, sizes, _formats(may_quantize)[-1], on_host, host_bytes))
     beside = text_weight_bytes(sizes, text_format) if text_stays else 0
     room = usable_bytes - beside - sizes.autoencoder_bytes
-    tile_pixels = fitting_tile(sizes.picture_pixels, room)
-    picture_batch = _largest_batch(room, coding_bytes(sizes.picture_pixels, tile_pixels), batch_size)
+    tile_pixels = fitting_tile(sizes.picture_pixels, room, encoding_bytes)
+    picture_batch = _largest_batch(room, encoding_bytes(sizes.picture_pixels, tile_pixels), batch_size)
     if tile_pixels:
         reasons.append(
             f"pictures in tiles of {tile_pixels} pixels: one of {sizes.picture_pixels / 1e6:.1f} megapixels would need "
-            f"{coding_bytes(sizes.picture_pixels) / GIB:.1f} GiB beside the weights"
+            f"{encoding_bytes(sizes.picture_pixels) / GIB:.1f} GiB beside the weights"
         )
     elif picture_batch < batch_size and sizes.picture_pixels:
         reasons.append(f"{picture_batch} pictures at a time instead of {batch_size}: more would not fit")
@@ -222,20 +221,31 @@ def text_host_bytes(sizes: EncoderSizes, text_format: str | None) -> int:
     return sizes.text_bytes if sizes.element_bytes > 2 else 0
 
 
-def coding_bytes(num_pixels: int, tile_pixels: int | None = None) -> int:
-    """Working memory of encoding or decoding so many pixels at once, or of one tile after the other."""
-    at_once = min(num_pixels, tile_pixels * tile_pixels) if tile_pixels else num_pixels
-    return at_once * AUTOENCODER_BYTES_PER_PIXEL
+def encoding_bytes(num_pixels: int, tile_pixels: int | None = None) -> int:
+    """Working memory of encoding so many pixels at once, or one tile after the other."""
+    return _at_once(num_pixels, tile_pixels) * ENCODING_BYTES_PER_PIXEL
 
 
-def fitting_tile(num_pixels: int, room_bytes: int) -> int | None:
+def decoding_bytes(num_pixels: int, tile_pixels: int | None = None) -> int:
+    """The same of decoding."""
+    return _at_once(num_pixels, tile_pixels) * DECODING_BYTES_PER_PIXEL
+
+
+def _at_once(num_pixels: int, tile_pixels: int | None) -> int:
+    return min(num_pixels, tile_pixels * tile_pixels) if tile_pixels else num_pixels
+
+
+def fitting_tile(num_pixels: int, room_bytes: int, needed: Callable[[int], int]) -> int | None:
     """Side of the tiles in which a picture passes the autoencoder; None: it fits whole.
 
     Where not even the smallest tile fits that is returned: nothing needs less.
+
+    Args:
+        needed: `encoding_bytes` or `decoding_bytes`.
     """
-    if coding_bytes(num_pixels) <= room_bytes:
+    if needed(num_pixels) <= room_bytes:
         return None
-    fitting = (side for side in TILE_SIDES if coding_bytes(side * side) <= room_bytes)
+    fitting = (side for side in TILE_SIDES if needed(side * side) <= room_bytes)
     return next(fitting, TILE_SIDES[-1])
 
 

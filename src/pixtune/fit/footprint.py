@@ -33,10 +33,16 @@ class ActivationUnits:
     """On top of what it keeps, at most, while the backward pass of a recomputed block runs."""
     forward: float
     """On top of what it keeps, at most, while it runs forward or backward from what was kept."""
+    forward_quantised: float
+    """The same where weights are quantised: codes, scales, and transposed weights."""
+    passing: float
+    """Most that is alive while it runs without gradients, not compiled."""
+    passing_quantised: float
+    """The same where weights are quantised: an MLP's input passes through fp32 on its way to codes."""
 
 
-INPUT_UNITS = 1.1
-"""A recomputed block keeps its input: both streams, and what alignment adds."""
+INPUT_UNITS = 1.0
+"""A recomputed block keeps its input: both streams."""
 
 
 @dataclass(frozen=True)

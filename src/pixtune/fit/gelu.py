@@ -7,8 +7,8 @@ of the gradient.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from functools import partial
+import functools
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -44,16 +44,22 @@ def compact_gelus(blocks: Iterable[nn.Module]) -> int:
     for block in blocks:
         for module in block.modules():
             if isinstance(module, nn.GELU):
-                module.forward = partial(_compact, approximate=module.approximate)  # type: ignore[method-assign]
+                module.forward = compact_gelu(module.approximate)  # type: ignore[method-assign, assignment]
             elif isinstance(module, GELU):
-                module.gelu = partial(_compact, approximate=module.approximate)
+                module.gelu = compact_gelu(module.approximate)
             else:
                 continue
             count += 1
     return count
 
 
-def _compact(inputs: Tensor, approximate: str) -> Tensor:
-    if not torch.is_grad_enabled():
-        return nn.functional.gelu(inputs, approximate=approximate)
-    return CompactGelu.apply(inputs, approximate)
+@functools.cache
+def compact_gelu(approximate: str) -> Callable[[Tensor], Tensor]:
+    """The function in place of a GELU: one for all modules, since each other one would be compiled anew."""
+
+    def compact(inputs: Tensor) -> Tensor:
+        if not torch.is_grad_enabled():
+            return nn.functional.gelu(inputs, approximate=approximate)
+        return CompactGelu.apply(inputs, approximate)
+
+    return compact

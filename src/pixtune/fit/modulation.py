@@ -73,6 +73,7 @@ class ModulationTable:
         self, embedder: nn.Module, layers: dict[str, ModulationRows], read_weight: ReadWeight, num_rows: int
     ) -> None:
         self._layers, self._read_weight, self.num_rows = layers, read_weight, num_rows
+        # These three keep their memory once they have it: recorded steps read and write it (capture.py).
         self._embeddings_ND: Tensor | None = None
         self._table_NO: Tensor | None = None
         self._worst: Tensor | None = None
@@ -105,13 +106,17 @@ class ModulationTable:
             self._computing = False
         assert len(embeddings_ND) <= self.num_rows, (len(embeddings_ND), self.num_rows)
         total = sum(stand_in.out_features for stand_in in self._layers.values())
-        if self._table_NO is None:
+        if self._table_NO is None or self._embeddings_ND is None:
             self._table_NO = embeddings_ND.new_empty(self.num_rows, total)
+            self._embeddings_ND = embeddings_ND.new_empty(self.num_rows, embeddings_ND.shape[1])
+            self._worst = torch.zeros((), device=embeddings_ND.device)
+        self._embeddings_ND.fill_(torch.inf)  # rows without a draw are near to none
+        self._embeddings_ND[: len(embeddings_ND)] = embeddings_ND
         activated_ND = nn.functional.silu(embeddings_ND)
         columns = self._table_NO[: len(embeddings_ND)].split([s.out_features for s in self._layers.values()], dim=1)
         for target_NO, (weight_OD, bias_O) in zip(columns, self._stream(embeddings_ND), strict=True):
             target_NO.copy_(nn.functional.linear(activated_ND, weight_OD, bias_O))
-        self._embeddings_ND, self.purpose = embeddings_ND, purpose
+        self.purpose = purpose
 
     def _stream(self, like: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Weight and bias of each layer on the device, the next one being read meanwhile."""
@@ -137,13 +142,13 @@ class ModulationTable:
         """Finds each embedding in the table, on the device and without waiting for it."""
         if self._computing:
             return
-        if self._embeddings_ND is None or self._table_NO is None:
+        if self._embeddings_ND is None or self._table_NO is None or self._worst is None:
             raise RuntimeError("the modulation table is empty: compute() comes before the first forward pass")
         known_ND, wanted_BD = self._embeddings_ND.float(), embedding_BD.float()
         distance_BN = torch.stack([(known_ND - row_D).norm(dim=1) for row_D in wanted_BD])
         nearest_B, index_B = distance_BN.min(dim=1)
         relative = (nearest_B / wanted_BD.norm(dim=1)).max()
-        self._worst = relative if self._worst is None else torch.maximum(self._worst, relative)
+        torch.maximum(self._worst, relative, out=self._worst)
         chosen_BO = self._table_NO[index_B]
         columns = chosen_BO.split([stand_in.out_features for stand_in in self._layers.values()], dim=1)
         for stand_in, rows in zip(self._layers.values(), columns, strict=True):
@@ -155,10 +160,13 @@ class ModulationTable:
         Raises:
             RuntimeError: a forward pass used an embedding that was not in the table.
         """
-        worst, self._worst = self._worst, None
-        if worst is not None and not float(worst) < LARGEST_DISTANCE:
+        if self._worst is None:
+            return
+        worst = float(self._worst)
+        self._worst.zero_()
+        if not worst < LARGEST_DISTANCE:
             raise RuntimeError(
-                f"a forward pass used a time embedding that is {float(worst):.1%} away from the nearest prepared one: "
+                f"a forward pass used a time embedding that is {worst:.1%} away from the nearest prepared one: "
                 "its sigma was not among those announced. This is a fault of pixtune; please report it."
             )
 

@@ -17,7 +17,8 @@ from pixtune.fit.encoders import (
     ON_CPU,
     EncoderPlan,
     EncoderSizes,
-    coding_bytes,
+    decoding_bytes,
+    encoding_bytes,
     fitting_tile,
     text_peak_bytes,
     text_weight_bytes,
@@ -30,10 +31,6 @@ from pixtune.hardware.facts import GIB, HardwareFacts, missing_on_host
 if TYPE_CHECKING:
     from pixtune.config.schema import TrainConfig
 
-PLAIN_UNITS, QUANTISED_UNITS = 18.0, 36.0
-"""Most that is alive at a time in a pass without gradients and without compilation, in the units of `footprint`.
-Counted operator by operator at full width: 15.1 and 30.3 where all blocks are dual-stream, 17.4 and 35.1 with
-single-stream ones. Quantised, an MLP's input passes through fp32 on its way to codes. Not measured on a GPU."""
 PASS_FIXED_BYTES = round(0.35 * GIB)
 """Besides: workspaces, latents and conditioning, a modulation layer's weights on their way through. Not measured."""
 
@@ -71,7 +68,7 @@ def phases_of(plan: MemoryPlan, footprint: Footprint, around: Surroundings) -> t
     phases = []
     if sizes.text_bytes:
         captions = text_peak_bytes(sizes, encoders.text_format, encoders.caption_batch)
-        coding = encoders.picture_batch * coding_bytes(sizes.picture_pixels, encoders.tile_pixels)
+        coding = encoders.picture_batch * encoding_bytes(sizes.picture_pixels, encoders.tile_pixels)
         pictures = text_stays + sizes.autoencoder_bytes + coding
         tiled = f", tiles of {encoders.tile_pixels} pixels" if encoders.tile_pixels else ""
         beside = _beside(text_stays, "text encoder")
@@ -95,14 +92,14 @@ def phases_of(plan: MemoryPlan, footprint: Footprint, around: Surroundings) -> t
 def drawing_tile(plan: MemoryPlan, footprint: Footprint, around: Surroundings) -> int | None:
     """Side of the tiles in which a sample's picture is decoded between steps; None: whole."""
     beside = idle_bytes(plan, footprint) + _staying_text_bytes(plan, around) + around.sizes.autoencoder_bytes
-    return fitting_tile(around.drawn_pixels, plan.usable_bytes - beside)
+    return fitting_tile(around.drawn_pixels, plan.usable_bytes - beside, decoding_bytes)
 
 
 def drawing_bytes(plan: MemoryPlan, footprint: Footprint, around: Surroundings, tile_pixels: int | None) -> int:
     """Most while a sample is drawn between steps: a pass without gradients, or its picture being decoded."""
     element = 4 if plan.compute_format == "fp32" else 2
     one_pass = max(kind.units.forward for kind in footprint.kinds) * around.drawn_tokens * footprint.width * element
-    decoding = around.sizes.autoencoder_bytes + coding_bytes(around.drawn_pixels, tile_pixels)
+    decoding = around.sizes.autoencoder_bytes + decoding_bytes(around.drawn_pixels, tile_pixels)
     return idle_bytes(plan, footprint) + round(max(one_pass, decoding))
 
 
@@ -194,9 +191,9 @@ def plan_drawing(facts: HardwareFacts, footprint: Footprint, config: TrainConfig
     if rung is None:
         raise PlanError(_cannot_draw(facts, footprint, config, drawing, fitting or rungs))
     beside = transformer_bytes(rung, footprint, plain) + lora_bytes(footprint) + drawing.autoencoder_bytes
-    decode_last = beside + coding_bytes(drawing.pixels) > usable
-    tile = fitting_tile(drawing.pixels, usable - drawing.autoencoder_bytes) if decode_last else None
-    decoding = coding_bytes(drawing.pixels, tile) + (drawing.autoencoder_bytes if decode_last else beside)
+    decode_last = beside + decoding_bytes(drawing.pixels) > usable
+    tile = fitting_tile(drawing.pixels, usable - drawing.autoencoder_bytes, decoding_bytes) if decode_last else None
+    decoding = decoding_bytes(drawing.pixels, tile) + (drawing.autoencoder_bytes if decode_last else beside)
     peak = max(pass_peak_bytes(rung, footprint, plain), decoding)
     return DrawingPlan(
         compute_format=plain,
@@ -238,7 +235,8 @@ def lora_bytes(footprint: Footprint) -> int:
 
 def pass_peak_bytes(rung: Rung, footprint: Footprint, compute_format: str) -> int:
     """Most that torch's allocator holds while the transformer runs without gradients."""
-    units = QUANTISED_UNITS if rung.weights_format != compute_format else PLAIN_UNITS
+    quantised = rung.weights_format != compute_format
+    units = max(k.units.passing_quantised if quantised else k.units.passing for k in footprint.kinds)
     activations = units * footprint.unit_bytes * (2 if compute_format == "fp32" else 1)
     held = transformer_bytes(rung, footprint, compute_format) + lora_bytes(footprint)
     return round(held + PASS_FIXED_BYTES + activations)

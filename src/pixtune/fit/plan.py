@@ -14,8 +14,11 @@ from pixtune.errors import PlanError
 from pixtune.fit.all_weights import Situation, choose_way, has_masters
 from pixtune.fit.footprint import Footprint
 from pixtune.fit.rungs import (
+    QUANTISED,
     Rung,
+    can_be_recorded,
     compute_format_of,
+    fragmented_bytes,
     host_bytes,
     is_unified,
     ladder,
@@ -23,13 +26,11 @@ from pixtune.fit.rungs import (
 )
 from pixtune.hardware.facts import GIB, MEMORY_FRACTION, HardwareFacts, missing_on_host
 
-CONTEXT_BYTES = round(0.75 * GIB)
-"""Of a process outside torch's allocator: CUDA context, code of kernels and libraries. Measured on an H100: 0.5 GiB at
-the start; kernels that are loaded later make up the rest."""
-SLACK = 1.02
-"""What the allocator reserves over what is in use at the peak, with expandable segments."""
-QUANTISED = ("fp8", "int8", "nf4")
-"""Formats of weights that are not the ones of activations."""
+CONTEXT_BYTES = round(0.86 * GIB)
+"""Of a process outside torch's allocator: CUDA context, code of kernels and libraries, recorded steps. On an H100 0.5
+GiB at the start and 0.85 at the end of a run with cuDNN's attention and recorded steps."""
+RESERVE_BYTES = GIB // 4
+"""Reserved by the allocator over what it has given out, however little that is."""
 SMALL_CARD_BYTES = 30 * GIB
 """Below it 8-bit optimizer states, as the documented profile of 24 GB cards has them."""
 
@@ -54,6 +55,8 @@ class MemoryPlan:
     """The weights of so many of them come from host memory each time."""
     compile: bool
     """Blocks are compiled."""
+    cuda_graphs: bool
+    """Forward and backward pass are recorded and replayed."""
     pin_memory: bool
     encoders_stay: bool
     """Text encoder and autoencoder stay on the device after encoding."""
@@ -128,7 +131,7 @@ def plan_memory(
     peak, on_host = (choice.peak_bytes, choice.host_bytes) if choice else lora_bytes if on_gpu else (0, 0)
     unified = is_unified(facts, config)
     tf32, tf32_reasons = _tf32(facts, config)
-    use_cudnn, cudnn_reasons = _cudnn(facts, config, cudnn_attention, rung.lean and on_gpu)
+    use_cudnn, cudnn_reasons = _cudnn(facts, config, cudnn_attention)
     if on_gpu and not compiled:
         rung_reasons.append("blocks are not compiled: torch.compile does not work here (see pixtune doctor)")
     pin_memory = on_gpu and not unified if config.pin_memory is None else config.pin_memory and on_gpu
@@ -141,6 +144,7 @@ def plan_memory(
         offload_inputs=rung.offload_inputs,
         streamed_blocks=rung.streamed_blocks,
         compile=compiled,
+        cuda_graphs=on_gpu and can_be_recorded(rung, footprint) and config.cuda_graphs is not False,
         pin_memory=pin_memory,
         encoders_stay=unified if config.disable_cpu_offload is None else config.disable_cpu_offload,
         tf32=tf32,
@@ -173,7 +177,9 @@ def _choose_rung(
     def needed(rung: Rung) -> int:
         return peak_bytes(rung, footprint, config, optimizer, compiled)
 
-    fitting = [rung for rung in demanded if needed(rung) <= usable]
+    fitting = [
+        rung for rung in demanded if needed(rung) + fragmented_bytes(rung, footprint, config, compiled) <= usable
+    ]
     on_host = [host_bytes(rung, footprint) for rung in fitting]
     for number, rung in enumerate(fitting):
         if not missing_on_host(facts, on_host[number]):
@@ -206,7 +212,7 @@ def usable_bytes(facts: HardwareFacts, config: TrainConfig) -> int:
         usable = min(usable, round(facts.total_bytes * (config.memory_fraction or MEMORY_FRACTION)))
     if config.gpu_memory_limit_gib is not None:
         usable = min(usable, round(config.gpu_memory_limit_gib * GIB) - CONTEXT_BYTES)
-    return round(usable / SLACK)
+    return max(usable - RESERVE_BYTES, 0)
 
 
 # ---- words
@@ -230,14 +236,10 @@ def _tf32(facts: HardwareFacts, config: TrainConfig) -> tuple[bool, list[str]]:
     return on, [f"TF32 {'on' if on else 'off'}: compute capability {major}.{minor}"]
 
 
-def _cudnn(
-    facts: HardwareFacts, config: TrainConfig, trial: tuple[bool, str] | None, lean: bool
-) -> tuple[bool | None, list[str]]:
+def _cudnn(facts: HardwareFacts, config: TrainConfig, trial: tuple[bool, str] | None) -> tuple[bool | None, list[str]]:
     asked = config.cuda_features.enable_cudnn_sdp
     if asked is not None:
         return asked, []
-    if lean:
-        return False, ["cuDNN attention off: the compiler does not know it to be dear and would compute it twice"]
     if trial is None:
         return (True, ["cuDNN attention on: the stable choice on DGX Spark"]) if facts.integrated else (None, [])
     passed, finding = trial
@@ -323,22 +325,25 @@ def _nothing_fits(
     least: Rung,
     usable: int,
 ) -> str:
-    wanted = peak_bytes(least, footprint, config, optimizer, compiled)
+    def needed(rung: Rung, config: TrainConfig) -> int:
+        fragmented = fragmented_bytes(rung, footprint, config, compiled)
+        return peak_bytes(rung, footprint, config, optimizer, compiled) + fragmented
+
+    wanted = needed(least, config)
     lines = [
         f"this run needs about {wanted / GIB:.1f} GiB and {usable / GIB:.1f} GiB of {facts.name} are usable: "
         f"{(wanted - usable) / GIB:.1f} GiB are missing."
     ]
     free = _without_demands(config)
     rungs = list(ladder(facts, footprint, free))
-    best = min(rungs, key=lambda rung: peak_bytes(rung, footprint, free, optimizer, compiled))
-    best_bytes = peak_bytes(best, footprint, free, optimizer, compiled)
-    if best_bytes <= usable:
-        sizes = (peak_bytes(rung, footprint, free, optimizer, compiled) for rung in rungs)
-        fitting = next(size for size in sizes if size <= usable)  # what the planner would choose, not the leanest
-        lines.append(f"{_demands(config)} needs {fitting / GIB:.1f} GiB and fits.")
+    fitting = [rung for rung in rungs if needed(rung, free) <= usable]
+    if fitting:
+        peak = peak_bytes(fitting[0], footprint, free, optimizer, compiled)  # the planner's choice, not the leanest
+        lines.append(f"{_demands(config)} needs {peak / GIB:.1f} GiB and fits.")
     else:
+        least_bytes = min(needed(rung, free) for rung in rungs)
         lines.append(
-            f"The least that any plan needs is {best_bytes / GIB:.1f} GiB. Lower data_config.img_size or "
+            f"The least that any plan needs is {least_bytes / GIB:.1f} GiB. Lower data_config.img_size or "
             "train_batch_size."
         )
     return " ".join(lines)

@@ -15,6 +15,7 @@ there, cudaMemGetInfo counts both, and the difference is the context. Without nv
 from __future__ import annotations
 
 import subprocess
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -24,8 +25,8 @@ from pixtune.hardware.facts import GIB
 
 ASSUMED_OUTSIDE_BYTES = GIB // 2
 """Context of an H100 with torch's libraries loaded, and more than that of smaller chips."""
-LOADED_LATER_BYTES = GIB // 4
-"""Kernels are loaded when they first run: cuBLAS's, cuDNN's, compiled ones."""
+LOADED_LATER_BYTES = round(0.35 * GIB)
+"""Kernels are loaded when they first run: cuBLAS's, cuDNN's, compiled ones; recorded steps are kept there, too."""
 NVIDIA_SMI_TIMEOUT_SECONDS = 20
 
 
@@ -44,16 +45,27 @@ class DeviceCap:
     """False: `outside_bytes` is an assumption."""
 
 
-def used_before_cuda(device_index: int = 0) -> int | None:
+def own_gpu(environ: Mapping[str, str]) -> str:
+    """This process's GPU as nvidia-smi names it, which ignores CUDA_VISIBLE_DEVICES: a number or a UUID.
+
+    Args:
+        environ: with LOCAL_RANK where there are several processes.
+    """
+    rank = int(environ.get("LOCAL_RANK", "0"))
+    visible = [name.strip() for name in environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+    return visible[rank % len(visible)] if visible else str(rank)  # as processes are spread over GPUs
+
+
+def used_before_cuda(gpu: str) -> int | None:
     """Bytes that others hold on a GPU; call it before CUDA starts in this process.
 
     Args:
-        device_index: as nvidia-smi counts, which ignores CUDA_VISIBLE_DEVICES.
+        gpu: of `own_gpu`.
 
     Returns:
         None if nvidia-smi is missing or does not say, as on an integrated GPU.
     """
-    command = ["nvidia-smi", f"--id={device_index}", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+    command = ["nvidia-smi", f"--id={gpu}", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
     try:
         run = subprocess.run(command, capture_output=True, text=True, timeout=NVIDIA_SMI_TIMEOUT_SECONDS, check=False)
     except (FileNotFoundError, subprocess.TimeoutExpired):

@@ -58,9 +58,9 @@ def test_on_a_cpu_everything_is_as_it_is_loaded(tmp_path: Path) -> None:
 def test_a_gpus_memory_decides_and_the_limit_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "read_facts", lambda device, fraction: facts_as("RTX 4090"))
     assert encoder_of(config_of(tmp_path), GPU).plan.text_format is None
-    small = encoder_of(config_of(tmp_path, gpu_memory_limit_gib=1.1), GPU).plan
+    small = encoder_of(config_of(tmp_path, gpu_memory_limit_gib=1.7), GPU).plan
     assert (small.text_format, small.caption_batch) == (None, 1)
-    least = encoder_of(config_of(tmp_path, gpu_memory_limit_gib=0.9), GPU).plan
+    least = encoder_of(config_of(tmp_path, gpu_memory_limit_gib=1.5), GPU).plan
     assert least.text_format == ON_CPU and "slow" in least.reasons[0]
 
 

@@ -9,7 +9,7 @@ import torch
 
 from pixtune.errors import PlanError
 from pixtune.hardware import capping
-from pixtune.hardware.capping import cap_device_memory, divide_limit, used_before_cuda
+from pixtune.hardware.capping import cap_device_memory, divide_limit, own_gpu, used_before_cuda
 from pixtune.hardware.facts import GIB
 
 MIB = 2**20
@@ -44,13 +44,29 @@ def test_an_unmeasured_context_is_assumed_and_said_to_be(gpu: list[float]) -> No
 @pytest.mark.parametrize(
     ("limit_gib", "message"),
     [
-        (0.6, r"is 0\.60, and the CUDA context with its kernels alone takes 0\.75"),
+        (0.6, r"is 0\.60, and the CUDA context with its kernels alone takes 0\.85"),
         (81, r"81\.0 and this GPU has 80"),
     ],
 )
 def test_a_limit_that_cannot_be(limit_gib: float, message: str) -> None:
     with pytest.raises(PlanError, match=message):
         divide_limit(round(limit_gib * GIB), 80 * GIB, GIB // 2, measured=True)
+
+
+@pytest.mark.parametrize(
+    ("environ", "expected"),
+    [
+        ({}, "0"),
+        ({"LOCAL_RANK": "3"}, "3"),
+        ({"CUDA_VISIBLE_DEVICES": ""}, "0"),
+        ({"CUDA_VISIBLE_DEVICES": "4,6"}, "4"),
+        ({"CUDA_VISIBLE_DEVICES": "4, 6", "LOCAL_RANK": "1"}, "6"),
+        ({"CUDA_VISIBLE_DEVICES": "GPU-5a0e,GPU-7b11", "LOCAL_RANK": "1"}, "GPU-7b11"),
+        ({"CUDA_VISIBLE_DEVICES": "5", "LOCAL_RANK": "2"}, "5"),  # spread over what is visible
+    ],
+)
+def test_a_process_asks_about_the_gpu_it_works_on(environ: dict[str, str], expected: str) -> None:
+    assert own_gpu(environ) == expected
 
 
 def script(folder: Path, text: str) -> None:
@@ -63,6 +79,7 @@ def script(folder: Path, text: str) -> None:
     ("text", "expected"),
     [
         ("echo 431", 431 * MIB),
+        ('[ "$1" = --id=GPU-5a ] && echo 431', 431 * MIB),  # it is asked about this GPU alone
         ("echo '[N/A]'", None),  # a GB10
         ("echo 431; exit 9", None),
         ("echo 'No devices were found'", None),
@@ -73,12 +90,12 @@ def test_nvidia_smi_tells_what_others_hold(
 ) -> None:
     script(tmp_path, text)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-    assert used_before_cuda() == expected
+    assert used_before_cuda("GPU-5a") == expected
 
 
 def test_without_nvidia_smi_nobody_tells(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert used_before_cuda() is None
+    assert used_before_cuda("0") is None
 
 
 @pytest.mark.gpu
@@ -87,9 +104,10 @@ def test_beyond_the_cap_torch_refuses_and_the_process_stays_within_it() -> None:
     import sys
 
     code = """
+import os
 import torch
-from pixtune.hardware.capping import cap_device_memory, outside_allocator_bytes, used_before_cuda
-before = used_before_cuda()
+from pixtune.hardware.capping import cap_device_memory, outside_allocator_bytes, own_gpu, used_before_cuda
+before = used_before_cuda(own_gpu(os.environ))
 cap = cap_device_memory(4.0, before)
 kept = []
 try:

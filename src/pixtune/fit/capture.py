@@ -1,0 +1,155 @@
+"""The forward and backward pass of a step, recorded once for each shape and replayed in one launch (CUDA graphs).
+
+A step of a 60-block transformer launches ten thousand kernels from Python, and a GPU that computes in 8 bits is done
+with each before the next one comes. A replay launches them all at once. It runs the very kernels that were recorded,
+in their order, on the memory that they were recorded with: batches are copied to where the recorded one stood, and
+gradients add up where they stood. Numbers are those of the plain pass.
+
+What is recorded must not wait for the device or depend on a value of the batch; whatever such a pass does on the host
+is done once, when it is recorded.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Hashable, Iterable
+from dataclasses import dataclass
+from typing import Generic, Protocol, Self, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+log = logging.getLogger(__name__)
+
+PLAIN_CALLS = 2
+"""Of each shape, before it is recorded: the first ones compile, and try out which products are fastest."""
+MOST_RECORDINGS = 16
+"""Shapes at a time. A recording takes memory for its launches beside what it computes in."""
+
+Replay = Callable[[], Tensor]
+Record = Callable[[Callable[[], Tensor]], Replay]
+"""Runs some work once without its effects, and returns what runs it in earnest."""
+
+
+class Inputs(Protocol):
+    """What a pass computes from."""
+
+    @property
+    def shapes(self) -> Hashable:
+        """Equal where a recording can be used again."""
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Self:
+        """With other tensors in place of each."""
+
+    def tensors(self) -> tuple[Tensor, ...]: ...
+
+
+InputsT = TypeVar("InputsT", bound=Inputs)
+
+
+@dataclass(frozen=True)
+class Recording(Generic[InputsT]):
+    """One shape's."""
+
+    inputs: InputsT
+    """Their memory is what the replay reads."""
+    replay: Replay
+
+
+class ReplayedPass(Generic[InputsT]):
+    """A pass that is recorded for each shape at its third call, and replayed from then on.
+
+    Gradients must be zeroed in place, never dropped, between the steps: see `zero_gradients`.
+
+    Args:
+        compute: forward and backward pass; returns the loss.
+        parameters: whose gradients it adds to.
+        record: None: never.
+    """
+
+    def __init__(
+        self, compute: Callable[[InputsT], Tensor], parameters: Iterable[nn.Parameter], record: Record | None
+    ) -> None:
+        self._compute, self._parameters, self._record = compute, tuple(parameters), record
+        self._calls: Counter[Hashable] = Counter()
+        self._recordings: OrderedDict[Hashable, Recording[InputsT]] = OrderedDict()
+
+    def __call__(self, inputs: InputsT) -> Tensor:
+        if self._record is None:
+            return self._compute(inputs)
+        shapes = inputs.shapes
+        self._calls[shapes] += 1
+        if self._calls[shapes] <= PLAIN_CALLS:
+            return self._compute(inputs)
+        if shapes not in self._recordings and not self._try_to_record(shapes, inputs):
+            return self._compute(inputs)
+        self._recordings.move_to_end(shapes)
+        recording = self._recordings[shapes]
+        for target, source in zip(recording.inputs.tensors(), inputs.tensors(), strict=True):
+            target.copy_(source)
+        return recording.replay()
+
+    def _try_to_record(self, shapes: Hashable, inputs: InputsT) -> bool:
+        """Not recording costs time and nothing else, so what cannot be recorded runs plainly from then on."""
+        assert self._record is not None
+        while len(self._recordings) >= MOST_RECORDINGS:
+            self._recordings.popitem(last=False)
+        standing = inputs.map(Tensor.clone)
+        with_gradient = self._with_gradient()
+        replay, obstacle = None, ""
+        try:
+            replay = self._record(lambda: self._compute(standing))
+        except RuntimeError as error:  # out of memory is one, too
+            obstacle = str(error).strip().splitlines()[0]
+        if replay is None:  # here, since the error holds the memory of what it broke off
+            log.warning("steps are launched kernel by kernel: they could not be recorded (%s)", obstacle)
+            self._record = None
+            self.release()
+            return False
+        if self._with_gradient() != with_gradient:
+            raise RuntimeError(
+                "recording a step gave gradients to parameters that had none before, and a replay would not add to "
+                "them. This is a fault of pixtune; cuda_graphs=false avoids it."
+            )
+        self._recordings[shapes] = Recording(standing, replay)
+        return True
+
+    def _with_gradient(self) -> list[bool]:
+        return [parameter.grad is not None for parameter in self._parameters]
+
+    def zero_gradients(self) -> None:
+        """Drops gradients where nothing is recorded, and else zeroes them where they stand."""
+        if self._record is None:
+            for parameter in self._parameters:
+                parameter.grad = None
+            return
+        gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
+        if gradients:
+            torch._foreach_zero_(gradients)
+
+    def release(self) -> None:
+        """Gives back the memory of all recordings, or of one that failed; each shape is recorded anew when it comes."""
+        self._recordings.clear()
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+class GraphRecorder:
+    """Records CUDA graphs that share their memory: one is done before the next one starts."""
+
+    def __init__(self) -> None:
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, work: Callable[[], Tensor]) -> Replay:
+        graph = torch.cuda.CUDAGraph()
+        # Other threads pin the memory of coming batches meanwhile, which must not spoil the recording.
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            result = work()
+
+        def replay() -> Tensor:
+            graph.replay()
+            return result
+
+        return replay

@@ -1,0 +1,39 @@
+"""Tells the compiler which results are too dear to be computed twice.
+
+torch's partitioner decides what a compiled block keeps for its backward pass. It knows `mm`, `_scaled_mm` and flash
+attention to be dear, but neither cuDNN's attention nor `_int_mm`, and computes those again where it may.
+
+Imported when something is compiled: torch's compiler takes seconds to import.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+from torch.utils.checkpoint import CheckpointPolicy
+
+DEAR_OPERATORS = (
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.aten._int_mm.default,
+    torch.ops.aten._scaled_mm.default,
+    torch.ops.aten.mm.default,
+    torch.ops.aten.addmm.default,
+)
+
+
+class KeepDearResults(CustomGraphPass):
+    """Marks results of the operators above, in the joint graph of forward and backward pass, as not to be computed
+    again. What the backward pass does not need is not kept."""
+
+    def __call__(self, graph: torch.fx.Graph) -> None:
+        for operator in DEAR_OPERATORS:
+            for node in graph.find_nodes(op="call_function", target=operator):
+                results = list(node.users) if isinstance(node.meta.get("val"), tuple | list) else []
+                for kept in (node, *results):
+                    kept.meta["recompute"] = CheckpointPolicy.MUST_SAVE
+
+    def uuid(self) -> object:
+        """Part of the key under which compiled graphs are kept on disk. torch 2.11 leaves out which attention kernels
+        were allowed, and would give a run the graphs of another that had others."""
+        allowed = (torch.backends.cuda.cudnn_sdp_enabled(), torch.backends.cuda.flash_sdp_enabled())
+        return get_hash_for_files((__file__,), str(allowed))

@@ -1,0 +1,121 @@
+"""What only a GPU can show of recorded steps: that they record at all, compute the same, and launch once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pixtune import adapters
+from pixtune.data.batches import Batch
+from pixtune.families import family_of
+from pixtune.families.base import Placement
+from pixtune.fit import activations
+from pixtune.fit.activations import recompute_blocks
+from pixtune.fit.apply import blocks_of
+from pixtune.fit.capture import GraphRecorder, ReplayedPass
+from pixtune.fit.load import Layout, load_transformer
+from pixtune.fit.modulation import announce
+from pixtune.weights import ModelFolder
+from tests.unit.fit.tiny import ASSETS, MODELS
+
+pytestmark = pytest.mark.gpu
+
+DEVICE = torch.device("cuda", 0)
+RANK = 4
+
+
+def losses_and_gradients(name: str, layout: Layout, recompute: str | None, record: bool) -> list[tuple[Tensor, Tensor]]:
+    """Of six steps of two sizes in turn, the sigma another at each."""
+    folder = ModelFolder(ASSETS / name)
+    family = family_of(folder)
+    transformer = load_transformer(family, folder, Placement(DEVICE, torch.bfloat16), layout)
+    adapters.attach_lora(transformer, family.lora_targets, RANK, RANK, 0, family.lora_presets)
+    with torch.no_grad():
+        for number, (path, weight) in enumerate(adapters.lora_weights(transformer).items()):
+            if "lora_B" in path:
+                weight.normal_(0, 0.05, generator=torch.Generator(DEVICE).manual_seed(number))
+    if recompute:
+        recompute_blocks(blocks_of(transformer, family), offload=recompute == "inputs on the host")
+    parameters = list(adapters.trainable_parameters(transformer).values())
+
+    def compute(batch: Batch) -> Tensor:
+        noisy_BCHW = torch.lerp(batch.latents_BCHW, batch.noise_BCHW, batch.sigma_B.view(-1, 1, 1, 1))
+        velocity = family.predict_velocity(transformer, noisy_BCHW, batch.sigma_B, batch.conditioning)
+        loss = (velocity - batch.noise_BCHW + batch.latents_BCHW).square().mean()
+        loss.backward()
+        return loss.detach()
+
+    replayed = ReplayedPass(compute, parameters, GraphRecorder() if record else None)
+    found = []
+    for step in range(10):
+        size = (64, 128)[step % 2]
+        _, height, width = family.latent_shape(folder, size, 64)
+        generator = torch.Generator().manual_seed(step)
+        latents, noise = torch.randn(2, 1, folder_channels(folder), height, width, generator=generator).to(DEVICE)
+        sigma_B = torch.tensor([0.1 + 0.08 * step], device=DEVICE)
+        text = family.stack_conditioning([family.random_text(folder, 7, step)])
+        text = {key: tensor.to(DEVICE) for key, tensor in text.items()}
+        announce(transformer, family, sigma_B, text)
+        loss = replayed(Batch(latents, noise, sigma_B, text, (), ["picture"])).clone()
+        gradients = [p.grad.flatten().clone() for p in parameters if p.grad is not None]
+        found.append((loss, torch.cat(gradients)))
+        replayed.zero_gradients()
+    if record:
+        assert len(replayed._recordings) == 2, "nothing was recorded"
+    return found
+
+
+def folder_channels(folder: ModelFolder) -> int:
+    return family_of(folder).latent_shape(folder, 64, 64)[0]
+
+
+@pytest.fixture(autouse=True)
+def _deterministic() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("recompute", [None, "inputs kept", "inputs on the host"])
+@pytest.mark.parametrize("layout", [Layout(), Layout("fp8", modulation_rows=8), Layout("nf4", modulation_rows=8)])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_replay_gives_the_loss_and_gradients_of_the_plain_pass(
+    name: str, layout: Layout, recompute: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(activations, "LEAST_OFFLOADED_BYTES", 0)
+    plain = losses_and_gradients(name, layout, recompute, record=False)
+    for (loss, gradients), (again, gradients_again) in zip(
+        plain, losses_and_gradients(name, layout, recompute, record=True), strict=True
+    ):
+        torch.testing.assert_close(again, loss, rtol=0, atol=0)
+        torch.testing.assert_close(gradients_again, gradients, rtol=0, atol=0)
+
+
+def test_recorded_steps_of_many_sizes_share_their_memory() -> None:
+    weight = nn.Parameter(torch.randn(1024, 1024, device=DEVICE))
+
+    def compute(values: Tensor) -> Tensor:
+        hidden = values
+        for _ in range(8):
+            hidden = torch.tanh(hidden @ weight)
+        loss = hidden.square().mean()
+        loss.backward()
+        return loss.detach()
+
+    record = GraphRecorder()
+    weight.grad = torch.zeros_like(weight)
+    torch.cuda.synchronize()
+    reserved = []
+    replays = []
+    for rows in (8192, 4096, 2048):
+        values = torch.randn(rows, 1024, device=DEVICE)
+        compute(values)
+        replays.append(record(partial(compute, values)))
+        torch.cuda.empty_cache()
+        reserved.append(torch.cuda.memory_reserved())
+    assert reserved[2] - reserved[0] < 64 * 2**20
+    assert all(torch.isfinite(replay()) for replay in replays)

@@ -1,0 +1,111 @@
+"""What compiled blocks keep for their backward pass, from the compiler's own graphs."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch._functorch.config as functorch_config
+from torch import Tensor, nn
+from torch._dynamo.utils import counters as dynamo_counters
+from torch._inductor import config as inductor_config
+
+from pixtune.adapters import attach_lora
+from pixtune.families import FAMILIES
+from pixtune.families.base import Placement
+from pixtune.fit.compile import LIMIT_TO_KNOWN_OPERATORS, LIMITS_TO_RECOMPUTING, compile_blocks
+from pixtune.fit.dear_results import KeepDearResults
+from pixtune.fit.forwards import replace_computation
+from pixtune.fit.gelu import compact_gelus
+from pixtune.fit.load import random_transformer
+from pixtune.weights import open_model_folder
+from tests.runs import ROOT
+
+
+@pytest.fixture(autouse=True)
+def _own_settings() -> Iterator[None]:
+    names = (*LIMITS_TO_RECOMPUTING, LIMIT_TO_KNOWN_OPERATORS)
+    before = {name: getattr(functorch_config, name) for name in names}
+    torch._dynamo.reset()
+    yield
+    for name, value in before.items():
+        setattr(functorch_config, name, value)
+    inductor_config.joint_custom_pre_pass = None
+    torch._dynamo.reset()
+
+
+class Int8Product(torch.autograd.Function):
+    """A product that torch's partitioner does not know to be dear; the backward pass reads its result."""
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, x_MK: Tensor, weight_NK: Tensor) -> Tensor:
+        ctx.save_for_backward(weight_NK)
+        codes = (x_MK * 20).to(torch.int8)
+        return torch._int_mm(codes, weight_NK.t()).to(x_MK.dtype) / 20
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, gradient_MN: Tensor) -> tuple[Tensor, None]:
+        return gradient_MN @ ctx.saved_tensors[0].to(gradient_MN.dtype), None
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("weight", torch.randint(-8, 8, (32, 32), dtype=torch.int8))
+        self.scale = nn.Parameter(torch.ones(32))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return Int8Product.apply(nn.functional.layer_norm(x * self.scale, (32,)), self.weight).sin()
+
+
+def count_products(monkeypatch: pytest.MonkeyPatch, marked: bool) -> list[int]:
+    """Products in the compiled graphs: forward, backward."""
+    counts = []
+    if not marked:
+        monkeypatch.setattr(KeepDearResults, "__call__", lambda self, graph: None)
+    monkeypatch.setattr(KeepDearResults, "uuid", lambda self: None)  # graphs must be made, not found
+
+    def count(graph: torch.fx.Graph) -> None:
+        counts.append(len(graph.find_nodes(op="call_function", target=torch.ops.aten._int_mm.default)))
+
+    block = Block()
+    compile_blocks([block], lean=True)
+    x = torch.randn(64, 32, requires_grad=True)
+    with inductor_config.patch(post_grad_custom_post_pass=count):
+        block(x).sum().backward()
+    plain = block.scale.grad.clone()
+    block.scale.grad = None
+    type(block).forward(block, x).sum().backward()
+    torch.testing.assert_close(block.scale.grad, plain, rtol=1e-3, atol=1e-3)
+    return counts
+
+
+def test_a_lean_block_computes_no_dear_result_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert count_products(monkeypatch, marked=True) == [1, 0]
+
+
+def test_without_the_mark_it_would(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert count_products(monkeypatch, marked=False) == [1, 1]
+
+
+def test_blocks_of_one_kind_share_their_graphs() -> None:
+    """Two of a kind at the most: the first block of a list may get inputs without gradient, or of other strides."""
+    family, folder = FAMILIES["flux"], open_model_folder(str(ROOT / "assets" / "tiny-flux"))
+    config = {**folder.component_config("transformer"), "num_layers": 2, "num_single_layers": 4}
+    transformer = random_transformer(family, config, Placement(torch.device("cpu"), torch.float32))
+    attach_lora(transformer, family.lora_targets, 4, 4.0, 0, family.lora_presets)
+    kinds = [list(transformer.get_submodule(path).children()) for path in family.block_paths]
+    blocks = [block for kind in kinds for block in kind]
+    assert [len(kind) for kind in kinds] == [2, 4] and compact_gelus(blocks) >= len(blocks)
+    for block in blocks:
+        replace_computation(block, functools.partial(torch.compile, backend="eager"))
+
+    before = dynamo_counters["stats"]["unique_graphs"]
+    latents_1CHW = torch.randn(1, *family.latent_shape(folder, 64, 64))
+    conditioning = family.stack_conditioning([family.random_text(folder, 7, 0)])
+    family.predict_velocity(transformer, latents_1CHW, torch.tensor([0.5]), conditioning).square().mean().backward()
+    graphs = dynamo_counters["stats"]["unique_graphs"] - before
+    assert len(kinds) <= graphs <= 2 * len(kinds)
+    assert all(weight.grad is not None for weight in transformer.parameters() if weight.requires_grad)
