@@ -28,6 +28,7 @@ from pixtune.fit.capture import GraphRecorder, ReplayedPass
 from pixtune.fit.encoders import EncoderPlan
 from pixtune.fit.modulation import StepsAhead
 from pixtune.fit.plan import MemoryPlan
+from pixtune.fit.streaming import stream_of
 from pixtune.hardware.facts import check_torch
 from pixtune.launch import StopSignal, start_accelerator
 from pixtune.memory import RunMemory
@@ -238,7 +239,7 @@ def build_run(
         forward_backward=ReplayedPass(
             partial(forward_backward, config, family, transformer, trained.backward),
             trained.parameters.values(),
-            GraphRecorder() if plan.cuda_graphs else None,
+            GraphRecorder(stream_of(transformer)) if plan.cuda_graphs else None,
         ),
         learning_rate_at=optim.build_schedule(config, num_steps),
         source=source,

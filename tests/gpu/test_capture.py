@@ -19,6 +19,7 @@ from pixtune.fit.apply import blocks_of
 from pixtune.fit.capture import GraphRecorder, ReplayedPass
 from pixtune.fit.load import Layout, load_transformer
 from pixtune.fit.modulation import announce
+from pixtune.fit.streaming import stream_blocks
 from pixtune.weights import ModelFolder
 from tests.unit.fit.tiny import ASSETS, MODELS
 
@@ -33,13 +34,16 @@ def losses_and_gradients(name: str, layout: Layout, recompute: str | None, recor
     folder = ModelFolder(ASSETS / name)
     family = family_of(folder)
     transformer = load_transformer(family, folder, Placement(DEVICE, torch.bfloat16), layout)
+    stream = None
+    if recompute == "and blocks streamed":
+        stream = stream_blocks(blocks_of(transformer, family), DEVICE)
     adapters.attach_lora(transformer, family.lora_targets, RANK, RANK, 0, family.lora_presets)
     with torch.no_grad():
         for number, (path, weight) in enumerate(adapters.lora_weights(transformer).items()):
             if "lora_B" in path:
                 weight.normal_(0, 0.05, generator=torch.Generator(DEVICE).manual_seed(number))
     if recompute:
-        recompute_blocks(blocks_of(transformer, family), offload=recompute == "inputs on the host")
+        recompute_blocks(blocks_of(transformer, family), offload=recompute != "inputs kept")
     parameters = list(adapters.trainable_parameters(transformer).values())
 
     def compute(batch: Batch) -> Tensor:
@@ -49,7 +53,7 @@ def losses_and_gradients(name: str, layout: Layout, recompute: str | None, recor
         loss.backward()
         return loss.detach()
 
-    replayed = ReplayedPass(compute, parameters, GraphRecorder() if record else None)
+    replayed = ReplayedPass(compute, parameters, GraphRecorder(stream) if record else None)
     found = []
     for step in range(10):
         size = (64, 128)[step % 2]
@@ -80,7 +84,7 @@ def _deterministic() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.mark.parametrize("recompute", [None, "inputs kept", "inputs on the host"])
+@pytest.mark.parametrize("recompute", [None, "inputs kept", "inputs on the host", "and blocks streamed"])
 @pytest.mark.parametrize("layout", [Layout(), Layout("fp8", modulation_rows=8), Layout("nf4", modulation_rows=8)])
 @pytest.mark.parametrize("name", MODELS)
 def test_a_replay_gives_the_loss_and_gradients_of_the_plain_pass(

@@ -54,7 +54,8 @@ def apply_to_weights(transformer: nn.Module, family: ModelFamily, plan: MemoryPl
     blocks = blocks_of(transformer, family)
     if plan.streamed_blocks:
         streamed = choose_streamed(len(blocks), plan.streamed_blocks)
-        stream_blocks([blocks[number] for number in streamed], device)
+        stream = stream_blocks([blocks[number] for number in streamed], device)
+        transformer.block_stream = stream  # type: ignore[assignment]
 
 
 def apply_to_activations(transformer: nn.Module, family: ModelFamily, plan: MemoryPlan) -> None:

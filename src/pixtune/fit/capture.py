@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 from typing import Generic, Protocol, Self, TypeVar
@@ -26,7 +26,8 @@ log = logging.getLogger(__name__)
 PLAIN_CALLS = 2
 """Of each shape, before it is recorded: the first ones compile, and try out which products are fastest."""
 MOST_RECORDINGS = 16
-"""Shapes at a time. A recording takes memory for its launches beside what it computes in."""
+"""Shapes, those that come up first. A recording takes memory for its launches beside what it computes in, and to give
+one up for another would cost more time than it saves where many shapes take turns."""
 
 Replay = Callable[[], Tensor]
 Record = Callable[[Callable[[], Tensor]], Replay]
@@ -74,7 +75,7 @@ class ReplayedPass(Generic[InputsT]):
     ) -> None:
         self._compute, self._parameters, self._record = compute, tuple(parameters), record
         self._calls: Counter[Hashable] = Counter()
-        self._recordings: OrderedDict[Hashable, Recording[InputsT]] = OrderedDict()
+        self._recordings: dict[Hashable, Recording[InputsT]] = {}
 
     def __call__(self, inputs: InputsT) -> Tensor:
         if self._record is None:
@@ -85,17 +86,16 @@ class ReplayedPass(Generic[InputsT]):
             return self._compute(inputs)
         if shapes not in self._recordings and not self._try_to_record(shapes, inputs):
             return self._compute(inputs)
-        self._recordings.move_to_end(shapes)
         recording = self._recordings[shapes]
         for target, source in zip(recording.inputs.tensors(), inputs.tensors(), strict=True):
             target.copy_(source)
         return recording.replay()
 
     def _try_to_record(self, shapes: Hashable, inputs: InputsT) -> bool:
-        """Not recording costs time and nothing else, so what cannot be recorded runs plainly from then on."""
+        """Not recording costs time and nothing else, so where it cannot be done all runs plainly from then on."""
         assert self._record is not None
-        while len(self._recordings) >= MOST_RECORDINGS:
-            self._recordings.popitem(last=False)
+        if len(self._recordings) >= MOST_RECORDINGS:
+            return False
         standing = inputs.map(Tensor.clone)
         with_gradient = self._with_gradient()
         replay, obstacle = None, ""
@@ -136,20 +136,66 @@ class ReplayedPass(Generic[InputsT]):
         torch.cuda.empty_cache()
 
 
-class GraphRecorder:
-    """Records CUDA graphs that share their memory: one is done before the next one starts."""
+class Moving(Protocol):
+    """What moves tensors from step to step, so that a recording holds for one arrangement of them only."""
 
-    def __init__(self) -> None:
+    def arrangement(self) -> Hashable:
+        """Where everything is now."""
+
+    def restore(self, arrangement: Hashable) -> None:
+        """Moves everything there; what the computation is told next comes after it."""
+
+    def settle(self) -> None:
+        """All that the computation has been told so far counts as one piece of work, copies included."""
+
+    def forget(self) -> None:
+        """What was told since the last `settle` was never done, so nothing is where it seems to be."""
+
+
+class Still:
+    """Nothing moves; see `Moving`."""
+
+    def arrangement(self) -> Hashable:
+        return None
+
+    def restore(self, arrangement: Hashable) -> None: ...
+
+    def settle(self) -> None: ...
+
+    def forget(self) -> None: ...
+
+
+class GraphRecorder:
+    """Records CUDA graphs that share their memory: one is done before the next one starts.
+
+    Args:
+        moving: what the recorded work moves, if it does. Each recording ends by moving it back to where it was at its
+            beginning.
+    """
+
+    def __init__(self, moving: Moving | None = None) -> None:
         self._pool = torch.cuda.graph_pool_handle()
+        self._moving = moving or Still()
 
     def __call__(self, work: Callable[[], Tensor]) -> Replay:
         graph = torch.cuda.CUDAGraph()
-        # Other threads pin the memory of coming batches meanwhile, which must not spoil the recording.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            result = work()
+        torch.cuda.synchronize()  # a recording cannot wait for what was begun outside of it
+        arrangement = self._moving.arrangement()
+        try:
+            # Other threads pin the memory of coming batches meanwhile, which must not spoil the recording.
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                self._moving.settle()
+                result = work()
+                self._moving.restore(arrangement)
+        except BaseException:
+            self._moving.forget()
+            raise
+        self._moving.settle()
 
         def replay() -> Tensor:
+            self._moving.restore(arrangement)
             graph.replay()
+            self._moving.settle()
             return result
 
         return replay

@@ -16,7 +16,6 @@ from pixtune.fit.footprint import Footprint
 from pixtune.fit.rungs import (
     QUANTISED,
     Rung,
-    can_be_recorded,
     compute_format_of,
     fragmented_bytes,
     host_bytes,
@@ -144,7 +143,7 @@ def plan_memory(
         offload_inputs=rung.offload_inputs,
         streamed_blocks=rung.streamed_blocks,
         compile=compiled,
-        cuda_graphs=on_gpu and can_be_recorded(rung, footprint) and config.cuda_graphs is not False,
+        cuda_graphs=on_gpu and config.cuda_graphs and not footprint.trains_all,
         pin_memory=pin_memory,
         encoders_stay=unified if config.disable_cpu_offload is None else config.disable_cpu_offload,
         tf32=tf32,

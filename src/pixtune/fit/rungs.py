@@ -48,12 +48,6 @@ def is_unified(facts: HardwareFacts, config: TrainConfig) -> bool:
     return facts.integrated if config.unified_memory is None else config.unified_memory
 
 
-def can_be_recorded(rung: Rung, footprint: Footprint) -> bool:
-    """Whether its steps can be replayed as CUDA graphs: a streamed block's copy reaches over from step to step, and
-    training all weights may step each in its backward pass."""
-    return not (rung.streamed_blocks or footprint.trains_all)
-
-
 # ---- the ladder
 
 

@@ -20,7 +20,7 @@ them by mistake gets no other block's weights, and a LoRA attached meanwhile fin
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
@@ -192,10 +192,19 @@ class BlockStream:
         if slot is not None:
             return slot
         place, slot = next((place, slot) for place, slot in enumerate(self._slots) if slot.block not in wanted)
+        self._empty(slot)
+        self._fill(place, index)
+        return slot
+
+    def _empty(self, slot: Slot) -> None:
+        """A slot's memory stays as it is until it is filled again, and no block reads it any more."""
         if slot.block is not None:
             for away in self._blocks[slot.block].tensors:
                 away.tensor.data = away.nothing
-        block = self._blocks[index]
+            slot.block = None
+
+    def _fill(self, place: int, index: int) -> None:
+        slot, block = self._slots[place], self._blocks[index]
         slot.filled = self._lane.copy(slot.memory[: block.host.nbytes], block.host, after=slot.passed)
         slot.block = index
         self.num_copied_bytes += block.host.nbytes
@@ -203,7 +212,42 @@ class BlockStream:
             self._views[index, place] = [packed.view(slot.memory) for packed in block.tensors]
         for packed, view in zip(block.tensors, self._views[index, place], strict=True):
             packed.tensor.data = view
-        return slot
+
+    # ---- for recorded steps, see `capture.Moving`
+
+    def arrangement(self) -> tuple[int | None, ...]:
+        """The block in each slot."""
+        return tuple(slot.block for slot in self._slots)
+
+    def restore(self, arrangement: Hashable) -> None:
+        """Each slot gets the block that it had; one that was empty may hold any other."""
+        assert isinstance(arrangement, tuple)
+        self._pass_running()
+        wanted = {
+            place: index
+            for place, (slot, index) in enumerate(zip(self._slots, arrangement, strict=True))
+            if index is not None and slot.block != index
+        }
+        for place, slot in enumerate(self._slots):
+            if place in wanted or slot.block in wanted.values():
+                self._empty(slot)
+        for place, index in wanted.items():
+            self._fill(place, index)
+        for slot in self._slots:
+            self._lane.wait(slot.filled)
+
+    def settle(self) -> None:
+        """Slots are full, and free again once the computation has reached this point."""
+        self._pass_running()
+        reached = self._lane.reached()
+        for slot in self._slots:
+            slot.filled, slot.passed = None, reached
+
+    def forget(self) -> None:
+        """Slots hold nothing: what was to move there never did."""
+        self._running = None
+        for slot in self._slots:
+            self._empty(slot)
 
 
 def stream_blocks(blocks: Sequence[nn.Module], device: torch.device, num_slots: int = 3) -> BlockStream:
@@ -234,6 +278,11 @@ def stream_blocks(blocks: Sequence[nn.Module], device: torch.device, num_slots: 
     for index, block in enumerate(blocks):
         wrap_forward(block, partial(_run_streamed, stream, index, block))
     return stream
+
+
+def stream_of(transformer: nn.Module) -> BlockStream | None:
+    """Where `apply.apply_to_weights` keeps it; None: no block is streamed."""
+    return getattr(transformer, "block_stream", None)
 
 
 def _run_streamed(

@@ -80,7 +80,7 @@ def test_what_is_replayed_gives_the_plain_gradients() -> None:
     assert plain_weight.grad is None and weight.grad is not None and not weight.grad.any()
 
 
-def test_each_shape_is_recorded_once_and_the_least_used_gives_way(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_shape_is_recorded_once_and_the_first_to_come_are(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(capture, "MOST_RECORDINGS", 2)
     replayed, _, fake = build()
 
@@ -93,12 +93,11 @@ def test_each_shape_is_recorded_once_and_the_least_used_gives_way(monkeypatch: p
     call(1, 3)
     call(2, PLAIN_CALLS + 1)
     call(1, 1)
-    assert fake.recorded == 2
-    call(3, PLAIN_CALLS + 1)  # the shape of 2 gives way
+    assert (fake.recorded, fake.replayed) == (2, 5)
+    call(3, PLAIN_CALLS + 4)  # runs plainly
     call(1, 1)
-    assert fake.recorded == 3
     call(2, 1)
-    assert fake.recorded == 4
+    assert (fake.recorded, fake.replayed) == (2, 7)
 
 
 def test_memory_that_was_given_back_is_taken_again_at_the_next_call() -> None:

@@ -13,7 +13,7 @@ from torch._dynamo.utils import counters as dynamo_counters
 from torch._inductor import config as inductor_config
 
 from pixtune.adapters import attach_lora
-from pixtune.families import FAMILIES
+from pixtune.families import family_of
 from pixtune.families.base import Placement
 from pixtune.fit.compile import LIMIT_TO_KNOWN_OPERATORS, LIMITS_TO_RECOMPUTING, compile_blocks
 from pixtune.fit.dear_results import KeepDearResults
@@ -90,22 +90,31 @@ def test_without_the_mark_it_would(monkeypatch: pytest.MonkeyPatch) -> None:
     assert count_products(monkeypatch, marked=False) == [1, 1]
 
 
-def test_blocks_of_one_kind_share_their_graphs() -> None:
-    """Two of a kind at the most: the first block of a list may get inputs without gradient, or of other strides."""
-    family, folder = FAMILIES["flux"], open_model_folder(str(ROOT / "assets" / "tiny-flux"))
-    config = {**folder.component_config("transformer"), "num_layers": 2, "num_single_layers": 4}
+@pytest.mark.parametrize("name", ["tiny-qwen-image", "tiny-flux"])
+def test_blocks_of_one_kind_share_their_graphs_and_sizes_make_as_many_again(name: str) -> None:
+    """Two of a kind: the first block of a list may get inputs without gradient, or of other strides. The second size of
+    pictures and captions makes graphs of variable sizes, which serve all later ones."""
+    folder = open_model_folder(str(ROOT / "assets" / name))
+    family = family_of(folder)
+    config = folder.component_config("transformer")
+    config |= {key: 4 for key in ("num_layers", "num_single_layers") if key in config}
     transformer = random_transformer(family, config, Placement(torch.device("cpu"), torch.float32))
     attach_lora(transformer, family.lora_targets, 4, 4.0, 0, family.lora_presets)
     kinds = [list(transformer.get_submodule(path).children()) for path in family.block_paths]
     blocks = [block for kind in kinds for block in kind]
-    assert [len(kind) for kind in kinds] == [2, 4] and compact_gelus(blocks) >= len(blocks)
+    assert {len(kind) for kind in kinds} == {4} and compact_gelus(blocks) >= len(blocks)
     for block in blocks:
         replace_computation(block, functools.partial(torch.compile, backend="eager"))
-
     before = dynamo_counters["stats"]["unique_graphs"]
-    latents_1CHW = torch.randn(1, *family.latent_shape(folder, 64, 64))
-    conditioning = family.stack_conditioning([family.random_text(folder, 7, 0)])
-    family.predict_velocity(transformer, latents_1CHW, torch.tensor([0.5]), conditioning).square().mean().backward()
-    graphs = dynamo_counters["stats"]["unique_graphs"] - before
-    assert len(kinds) <= graphs <= 2 * len(kinds)
-    assert all(weight.grad is not None for weight in transformer.parameters() if weight.requires_grad)
+
+    def graphs_after(width: int, height: int, num_text_tokens: int) -> int:
+        latents_1CHW = torch.randn(1, *family.latent_shape(folder, width, height))
+        conditioning = family.stack_conditioning([family.random_text(folder, num_text_tokens, 0)])
+        family.predict_velocity(transformer, latents_1CHW, torch.tensor([0.5]), conditioning).sum().backward()
+        return dynamo_counters["stats"]["unique_graphs"] - before
+
+    assert len(kinds) <= graphs_after(64, 64, 7) <= 2 * len(kinds)
+    graphs = graphs_after(80, 64, 12)
+    assert graphs <= 4 * len(kinds)
+    for width, height, num_text_tokens in ((64, 80, 9), (96, 64, 30), (64, 128, 7), (128, 64, 25), (64, 64, 12)):
+        assert graphs_after(width, height, num_text_tokens) == graphs

@@ -181,6 +181,57 @@ def test_any_order_of_blocks_finds_the_right_weights() -> None:
     assert stream.num_late >= 4  # each jump was fetched on demand
 
 
+# ---- recorded steps: what was recorded finds each block where it was
+
+
+@pytest.mark.parametrize("lane", [transfer.CopyLane, LateLane])
+def test_an_arrangement_is_restored_from_any_other(lane: type, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streaming, "CopyLane", lane)
+    plain = [Block(seed, 16 + seed % 3) for seed in range(7)]
+    blocks, stream = make_blocks(7, num_slots=3)
+    hidden = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
+    for arrangement in [(0, 1, 2), (2, 0, 1), (1, 5, None), (6, 4, 0), (None, None, 3), (3, 6, 4)]:
+        stream.restore(arrangement)
+        stream.settle()
+        assert all(wanted in (None, now) for wanted, now in zip(arrangement, stream.arrangement(), strict=True))
+        here = [index for index in stream.arrangement() if index is not None]
+        assert len(set(here)) == len(here)
+        for index, (block, same) in enumerate(zip(blocks, plain, strict=True)):
+            if index in arrangement:
+                assert torch.equal(block.up.weight, same.up.weight)
+            elif index not in here:
+                assert block.up.weight.isnan().all()
+        with torch.no_grad():
+            assert torch.equal(run_through(blocks, hidden), run_through(plain, hidden))
+
+
+def test_a_step_that_ends_by_restoring_moves_the_same_the_next_time() -> None:
+    blocks, stream = make_blocks(9, num_slots=3)
+    hidden = torch.randn(4, 8)
+    with torch.no_grad():
+        run_through(blocks, hidden)  # ends with other blocks in the ring than a step does
+    arrangement = stream.arrangement()
+    found = []
+    for _ in range(3):
+        before = stream.num_copied_bytes
+        run_through(blocks, hidden).sum().backward()
+        stream.restore(arrangement)
+        found.append((stream.num_copied_bytes - before, stream.arrangement()))
+    assert found[0] == found[1] == found[2] and found[0][1] == arrangement
+
+
+def test_what_was_told_and_never_done_is_told_again() -> None:
+    plain = [Block(seed, 16 + seed % 3) for seed in range(7)]
+    blocks, stream = make_blocks(7)
+    hidden = torch.randn(4, 8)
+    with torch.no_grad():
+        run_through(blocks, hidden)
+        for slot in stream._slots:  # as if a recording had been broken off: nothing of it ran
+            slot.memory.zero_()
+        stream.forget()
+        assert torch.equal(run_through(blocks, hidden), run_through(plain, hidden))
+
+
 # ---- what moves
 
 
