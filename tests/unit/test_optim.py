@@ -18,6 +18,7 @@ from pixtune.errors import ConfigError
 from pixtune.files import save_safetensors
 from pixtune.optim import (
     OPTIMIZERS,
+    Optimizer,
     build_optimizer,
     build_schedule,
     clipped_step,
@@ -87,17 +88,18 @@ def parameters() -> dict[str, nn.Parameter]:
     }
 
 
-def train(optimizer: torch.optim.Optimizer, named: dict[str, nn.Parameter], steps: range) -> None:
+def train(optimizer: Optimizer, named: dict[str, nn.Parameter], steps: range) -> None:
     for step in steps:
         set_learning_rate(optimizer, 1e-2 / (1 + step))
         for number, parameter in enumerate(named.values()):
             generator = torch.Generator().manual_seed(100 * step + number)
             parameter.grad = torch.randn(parameter.shape, generator=generator)
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        for parameter in named.values():
+            parameter.grad = None
 
 
-def built(name: str, named: dict[str, nn.Parameter], **changes: Any) -> torch.optim.Optimizer:
+def built(name: str, named: dict[str, nn.Parameter], **changes: Any) -> Optimizer:
     settings = config(adam_beta1=0.8, adam_beta2=0.95, adam_weight_decay=0.1, adam_epsilon=1e-6, **changes)
     return build_optimizer(settings, name, named.values())
 
@@ -109,7 +111,7 @@ def name(request: pytest.FixtureRequest) -> str:
         named = parameters()
         try:
             train(built(request.param, named), named, range(1))
-        except (RuntimeError, NotImplementedError, AttributeError) as error:
+        except (RuntimeError, NotImplementedError) as error:
             pytest.skip(f"this bitsandbytes has no 8-bit AdamW for the CPU: {error}")
     return str(request.param)
 
@@ -179,6 +181,21 @@ def test_state_is_flat_under_the_parameters_names_and_keeps_its_formats(name: st
     again, again_plain = optimizer_state(fresh, other)
     assert again_plain == plain and again.keys() == tensors.keys()
     assert all(again[path].dtype == tensors[path].dtype and again[path].equal(tensors[path]) for path in tensors)
+
+
+def test_8bit_steps_are_those_of_bitsandbytes_and_wait_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    ours, theirs = parameters(), parameters()
+    settings = {"lr": 2e-3, "betas": (0.8, 0.95), "weight_decay": 0.1, "eps": 1e-6}
+    train(bitsandbytes.optim.AdamW8bit(theirs.values(), **settings), theirs, range(4))
+
+    def wait(tensor: torch.Tensor) -> None:
+        raise AssertionError("waited for the device")
+
+    monkeypatch.setattr("bitsandbytes.optim.optimizer.sync_gpu", wait)
+    train(built("adamw_8bit", ours), ours, range(4))
+    for key, parameter in ours.items():
+        assert torch.equal(parameter, theirs[key])
 
 
 def test_8bit_without_bitsandbytes_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
