@@ -11,6 +11,16 @@ from torch import Tensor
 from pixtune.errors import WriteError
 
 
+def user_cache_folder() -> Path | None:
+    """What can be made again is kept there from run to run; None where this user can keep nothing."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "pixtune"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return None
+    return folder if os.access(folder, os.W_OK) else None
+
+
 def write_atomically(path: Path, data: bytes) -> None:
     """Writes to a temporary name beside `path`, syncs, renames.
 

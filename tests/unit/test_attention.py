@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -27,6 +28,12 @@ OUTCOMES = {
 }
 
 
+@pytest.fixture(autouse=True)
+def _a_gpu_and_nothing_known(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
+
+
 @pytest.mark.parametrize("kind", OUTCOMES)
 def test_a_trial_says_whether_and_what(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     code, out, err, passed, words = OUTCOMES[kind]
@@ -40,6 +47,19 @@ def test_a_trial_says_whether_and_what(monkeypatch: pytest.MonkeyPatch, kind: st
     trial = attention.try_cudnn_attention(4352, 24, 128)
     assert trial.passed == passed and words in trial.finding
     assert commands[0][1:] == ["-m", "pixtune.fit.attention", "4352", "24", "128"]
+
+
+def test_what_was_measured_is_known_the_next_time_and_a_crash_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    outcomes = [(-11, ""), (0, outcome(0.003, 1.5, 2.9)), (0, outcome(0.003, 9.9, 2.9))]
+
+    def run(command: list[str], **options: object) -> subprocess.CompletedProcess[str]:
+        return subprocess.CompletedProcess(command, *outcomes.pop(0), "")
+
+    monkeypatch.setattr(attention.subprocess, "run", run)
+    assert not attention.try_cudnn_attention(4352, 24, 128).passed
+    assert attention.try_cudnn_attention(4352, 24, 128).passed
+    assert attention.try_cudnn_attention(4352, 24, 128).passed and len(outcomes) == 1
+    assert not attention.try_cudnn_attention(4608, 24, 128).passed and not outcomes
 
 
 def test_a_trial_that_hangs_is_a_failed_one(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from pixtune.errors import PixtuneError, WriteError
-from pixtune.files import save_safetensors, write_atomically
+from pixtune.files import save_safetensors, user_cache_folder, write_atomically
 
 
 def files_below(folder: Path) -> dict[str, bytes]:
@@ -82,3 +82,14 @@ def test_tensors_of_any_layout_come_back_with_their_metadata(tmp_path: Path) -> 
         assert loaded[name].dtype == tensor.dtype and torch.equal(loaded[name], tensor.detach())
     with safe_open(tmp_path / "t.safetensors", framework="pt") as file:
         assert file.metadata() == {"step": "3"}
+
+
+def test_where_a_user_keeps_what_can_be_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert user_cache_folder() == tmp_path / "cache" / "pixtune"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert user_cache_folder() == tmp_path / ".cache" / "pixtune"
+    (tmp_path / "a file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "a file"))
+    assert user_cache_folder() is None

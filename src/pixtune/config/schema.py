@@ -266,8 +266,8 @@ class TrainConfig(Section):
     """Layers that are not quantised where the others are: endings of module names, patterns with * over whole paths, or
     presets, as in `lora_targets`. `pixtune doctor --model` names those that lose too much in 8 bits."""
     cuda_graphs: bool = True
-    """On a GPU, forward and backward pass of a LoRA's steps are recorded once a shape and replayed in one launch. False:
-    kernels are launched one by one."""
+    """On a GPU, forward and backward pass of a LoRA's steps are recorded once a shape and replayed in one launch.
+    False: kernels are launched one by one."""
     unified_memory: bool | None = None
     """One memory pool for CPU and GPU (DGX Spark); absent: as the GPU says of itself."""
     gpu_memory_limit_gib: float | None = Field(default=None, gt=0)

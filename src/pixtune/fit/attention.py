@@ -10,6 +10,7 @@ gradient is dense (`with_dense_gradient`), and cuDNN's kernel is checked and tim
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,6 +19,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from pixtune.files import user_cache_folder, write_atomically
 
 TRIAL_SECONDS = 120
 LARGEST_ERROR = 0.02
@@ -53,11 +56,27 @@ class Trial:
 
 
 def try_cudnn_attention(num_tokens: int, num_heads: int, head_size: int) -> Trial:
-    """Runs this module on the process's first GPU; about 6 seconds.
+    """Runs this module on the process's first GPU; about 6 seconds, once for this GPU, these versions and this shape.
 
     Args:
         num_tokens: of a run's longest sequence.
     """
+    folder = user_cache_folder()
+    shape = f"{num_tokens}x{num_heads}x{head_size}"
+    gpu = f"{torch.cuda.get_device_name()}-torch{torch.__version__}-cudnn{torch.backends.cudnn.version()}"
+    kept = folder / "attention" / f"{re.sub('[^A-Za-z0-9.+-]', '_', gpu)}-{shape}.json" if folder else None
+    if kept is not None and kept.exists():
+        return judge(**json.loads(kept.read_text()))
+    trial = run_trial(num_tokens, num_heads, head_size)
+    if isinstance(trial, Trial):
+        return trial
+    if kept is not None:
+        write_atomically(kept, json.dumps(trial).encode())
+    return judge(**trial)
+
+
+def run_trial(num_tokens: int, num_heads: int, head_size: int) -> dict[str, float] | Trial:
+    """In a process of its own: what `measure` returns, or the failed trial."""
     words = [str(num_tokens), str(num_heads), str(head_size)]
     try:
         outcome = subprocess.run(
@@ -70,7 +89,8 @@ def try_cudnn_attention(num_tokens: int, num_heads: int, head_size: int) -> Tria
         lines = [line.strip() for line in outcome.stderr.splitlines() if line.strip()]
         errors = [line for line in lines if "rror" in line]  # the last one is the cause; what follows are hints
         return Trial(False, (errors or lines or [f"it ended with exit code {outcome.returncode}"])[-1][:200])
-    return judge(**json.loads(outcome.stdout.splitlines()[-1]))
+    measured: dict[str, float] = json.loads(outcome.stdout.splitlines()[-1])
+    return measured
 
 
 def judge(error: float, cudnn_ms: float, flash_ms: float) -> Trial:

@@ -181,15 +181,17 @@ class GraphRecorder:
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize()  # a recording cannot wait for what was begun outside of it
         arrangement = self._moving.arrangement()
+        is_whole = False
         try:
             # Other threads pin the memory of coming batches meanwhile, which must not spoil the recording.
             with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 self._moving.settle()
                 result = work()
                 self._moving.restore(arrangement)
-        except BaseException:
-            self._moving.forget()
-            raise
+            is_whole = True
+        finally:
+            if not is_whole:
+                self._moving.forget()
         self._moving.settle()
 
         def replay() -> Tensor:
