@@ -239,7 +239,8 @@ def build_run(
         forward_backward=ReplayedPass(
             partial(forward_backward, config, family, transformer, trained.backward),
             trained.parameters.values(),
-            GraphRecorder(stream_of(transformer)) if plan.cuda_graphs else None,
+            GraphRecorder(stream_of(transformer)) if plan.recordings else None,
+            plan.recordings,
         ),
         learning_rate_at=optim.build_schedule(config, num_steps),
         source=source,

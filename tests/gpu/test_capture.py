@@ -53,7 +53,7 @@ def losses_and_gradients(name: str, layout: Layout, recompute: str | None, recor
         loss.backward()
         return loss.detach()
 
-    replayed = ReplayedPass(compute, parameters, GraphRecorder(stream) if record else None)
+    replayed = ReplayedPass(compute, parameters, GraphRecorder(stream) if record else None, most=2)
     found = []
     for step in range(10):
         size = (64, 128)[step % 2]

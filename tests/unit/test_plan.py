@@ -11,7 +11,15 @@ from pixtune.checkpoint import stored
 from pixtune.config.schema import CudaFeatures, DataConfig, TrainConfig
 from pixtune.errors import CheckpointError, ConfigError, PlanError
 from pixtune.fit.plan import CONTEXT_BYTES, GIB, MemoryPlan, plan_memory, usable_bytes
-from pixtune.fit.rungs import Rung, fragmented_bytes, peak_bytes
+from pixtune.fit.rungs import (
+    LEAST_RECORDINGS,
+    MOST_RECORDINGS,
+    RECORDING_BYTES,
+    Rung,
+    fragmented_bytes,
+    peak_bytes,
+    room_for_recordings,
+)
 from pixtune.hardware.cards import facts_as
 from pixtune.hardware.facts import HardwareFacts, host_room_bytes, missing_on_host
 from tests.full_size import full_size_footprint
@@ -163,7 +171,19 @@ def test_the_fewest_blocks_that_suffice_are_recomputed_and_streamed(model: str) 
         )  # fmt: skip
         one_less = replace(rung, **{counted: getattr(plan, counted) - 1})
         needed = peak_bytes(one_less, footprint, config, plan.optimizer, True)
-        assert needed + fragmented_bytes(one_less, footprint, config, True) > usable_bytes(H100, config)
+        beside = fragmented_bytes(one_less, footprint, config, True) + room_for_recordings(one_less, config)
+        assert needed + beside > usable_bytes(H100, config)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_as_many_shapes_are_recorded_as_there_is_room_for(model: str) -> None:
+    assert plan_for(model=model).recordings == MOST_RECORDINGS
+    for limit_gib in (31, 23.3, 15.3, 11.4, 7.4, 5.5):
+        plan = capped(limit_gib, model)
+        assert LEAST_RECORDINGS <= plan.recordings <= MOST_RECORDINGS
+        held = plan.expected_peak_bytes + (plan.recordings - 1) * RECORDING_BYTES
+        assert held <= plan.usable_bytes
+    assert plan_for(model=model, cuda_graphs=False).recordings == plan_for(CPU, model).recordings == 0
 
 
 def test_a_limit_counts_as_a_smaller_card_for_the_optimizer() -> None:

@@ -25,10 +25,6 @@ log = logging.getLogger(__name__)
 
 PLAIN_CALLS = 2
 """Of each shape, before it is recorded: the first ones compile, and try out which products are fastest."""
-MOST_RECORDINGS = 16
-"""Shapes, those that come up first. A recording takes memory for its launches beside what it computes in, and to give
-one up for another would cost more time than it saves where many shapes take turns."""
-
 Replay = Callable[[], Tensor]
 Record = Callable[[Callable[[], Tensor]], Replay]
 """Runs some work once without its effects, and returns what runs it in earnest."""
@@ -68,12 +64,18 @@ class ReplayedPass(Generic[InputsT]):
         compute: forward and backward pass; returns the loss.
         parameters: whose gradients it adds to.
         record: None: never.
+        most: shapes to record, those that come up first: to give one up for another would cost more time than it saves
+            where many shapes take turns.
     """
 
     def __init__(
-        self, compute: Callable[[InputsT], Tensor], parameters: Iterable[nn.Parameter], record: Record | None
+        self,
+        compute: Callable[[InputsT], Tensor],
+        parameters: Iterable[nn.Parameter],
+        record: Record | None,
+        most: int = 1,
     ) -> None:
-        self._compute, self._parameters, self._record = compute, tuple(parameters), record
+        self._compute, self._parameters, self._record, self._most = compute, tuple(parameters), record, most
         self._calls: Counter[Hashable] = Counter()
         self._recordings: dict[Hashable, Recording[InputsT]] = {}
 
@@ -94,7 +96,7 @@ class ReplayedPass(Generic[InputsT]):
     def _try_to_record(self, shapes: Hashable, inputs: InputsT) -> bool:
         """Not recording costs time and nothing else, so where it cannot be done all runs plainly from then on."""
         assert self._record is not None
-        if len(self._recordings) >= MOST_RECORDINGS:
+        if len(self._recordings) >= self._most:
             return False
         standing = inputs.map(Tensor.clone)
         with_gradient = self._with_gradient()

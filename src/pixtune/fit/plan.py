@@ -14,7 +14,9 @@ from pixtune.errors import PlanError
 from pixtune.fit.all_weights import Situation, choose_way, has_masters
 from pixtune.fit.footprint import Footprint
 from pixtune.fit.rungs import (
+    MOST_RECORDINGS,
     QUANTISED,
+    RECORDING_BYTES,
     Rung,
     compute_format_of,
     fragmented_bytes,
@@ -22,6 +24,7 @@ from pixtune.fit.rungs import (
     is_unified,
     ladder,
     peak_bytes,
+    room_for_recordings,
 )
 from pixtune.hardware.facts import GIB, MEMORY_FRACTION, HardwareFacts, missing_on_host
 
@@ -54,8 +57,8 @@ class MemoryPlan:
     """The weights of so many of them come from host memory each time."""
     compile: bool
     """Blocks are compiled."""
-    cuda_graphs: bool
-    """Forward and backward pass are recorded and replayed."""
+    recordings: int
+    """Of so many shapes, those that come up first, forward and backward pass are recorded and replayed."""
     pin_memory: bool
     encoders_stay: bool
     """Text encoder and autoencoder stay on the device after encoding."""
@@ -143,7 +146,7 @@ def plan_memory(
         offload_inputs=rung.offload_inputs,
         streamed_blocks=rung.streamed_blocks,
         compile=compiled,
-        cuda_graphs=on_gpu and config.cuda_graphs and not footprint.trains_all,
+        recordings=_recordings(rung, facts, footprint, config, peak, compiled) if on_gpu else 0,
         pin_memory=pin_memory,
         encoders_stay=unified if config.disable_cpu_offload is None else config.disable_cpu_offload,
         tf32=tf32,
@@ -176,9 +179,10 @@ def _choose_rung(
     def needed(rung: Rung) -> int:
         return peak_bytes(rung, footprint, config, optimizer, compiled)
 
-    fitting = [
-        rung for rung in demanded if needed(rung) + fragmented_bytes(rung, footprint, config, compiled) <= usable
-    ]
+    def beside(rung: Rung) -> int:
+        return fragmented_bytes(rung, footprint, config, compiled) + room_for_recordings(rung, config)
+
+    fitting = [rung for rung in demanded if needed(rung) + beside(rung) <= usable]
     on_host = [host_bytes(rung, footprint) for rung in fitting]
     for number, rung in enumerate(fitting):
         if not missing_on_host(facts, on_host[number]):
@@ -188,6 +192,16 @@ def _choose_rung(
         raise PlanError(_host_lacks(facts, footprint, config, optimizer, compiled, min(on_host)))
     least = min(demanded, key=needed)
     raise PlanError(_nothing_fits(facts, footprint, config, optimizer, compiled, least, usable))
+
+
+def _recordings(
+    rung: Rung, facts: HardwareFacts, footprint: Footprint, config: TrainConfig, peak: int, compiled: bool
+) -> int:
+    """Training all weights may step each in its backward pass, so nothing is recorded there."""
+    if not config.cuda_graphs or footprint.trains_all:
+        return 0
+    left = usable_bytes(facts, config) - peak - fragmented_bytes(rung, footprint, config, compiled)
+    return min(1 + max(left, 0) // RECORDING_BYTES, MOST_RECORDINGS)
 
 
 def _rung_on_cpu(footprint: Footprint, config: TrainConfig) -> tuple[Rung, list[str]]:
@@ -325,8 +339,8 @@ def _nothing_fits(
     usable: int,
 ) -> str:
     def needed(rung: Rung, config: TrainConfig) -> int:
-        fragmented = fragmented_bytes(rung, footprint, config, compiled)
-        return peak_bytes(rung, footprint, config, optimizer, compiled) + fragmented
+        beside = fragmented_bytes(rung, footprint, config, compiled) + room_for_recordings(rung, config)
+        return peak_bytes(rung, footprint, config, optimizer, compiled) + beside
 
     wanted = needed(least, config)
     lines = [

@@ -18,7 +18,7 @@ from tests.unit.fit.test_load import model
 CPU = torch.device("cpu")
 PLAIN = MemoryPlan(
     compute_format="fp32", weights_format="fp32", modulation_rows=0, lean=False, recomputed_blocks=0,
-    offload_inputs=False, streamed_blocks=0, compile=False, cuda_graphs=False, pin_memory=False,
+    offload_inputs=False, streamed_blocks=0, compile=False, recordings=0, pin_memory=False,
     encoders_stay=False, tf32=False,
     cudnn_attention=None, deterministic=False, loading_threads=1, fast_loading=False, expandable_segments=False,
     optimizer="adamw", expected_peak_bytes=0, expected_host_bytes=0, usable_bytes=0, reasons=(),

@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pixtune.fit import capture
 from pixtune.fit.capture import PLAIN_CALLS, Replay, ReplayedPass
 
 
@@ -53,7 +52,7 @@ class FakeRecorder:
         return replay
 
 
-def build(recorder: bool = True) -> tuple[ReplayedPass[Numbers], nn.Parameter, FakeRecorder]:
+def build(recorder: bool = True, most: int = 1) -> tuple[ReplayedPass[Numbers], nn.Parameter, FakeRecorder]:
     weight = nn.Parameter(torch.tensor([1.0, 2.0]))
 
     def compute(numbers: Numbers) -> Tensor:
@@ -62,7 +61,7 @@ def build(recorder: bool = True) -> tuple[ReplayedPass[Numbers], nn.Parameter, F
         return loss.detach()
 
     fake = FakeRecorder(weight)
-    return ReplayedPass(compute, [weight], fake if recorder else None), weight, fake
+    return ReplayedPass(compute, [weight], fake if recorder else None, most), weight, fake
 
 
 def test_what_is_replayed_gives_the_plain_gradients() -> None:
@@ -80,9 +79,8 @@ def test_what_is_replayed_gives_the_plain_gradients() -> None:
     assert plain_weight.grad is None and weight.grad is not None and not weight.grad.any()
 
 
-def test_each_shape_is_recorded_once_and_the_first_to_come_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(capture, "MOST_RECORDINGS", 2)
-    replayed, _, fake = build()
+def test_each_shape_is_recorded_once_and_the_first_to_come_are() -> None:
+    replayed, _, fake = build(most=2)
 
     def call(length: int, times: int) -> None:
         for _ in range(times):
