@@ -10,7 +10,7 @@ import torch
 from pixtune.adapters import resolve_targets
 from pixtune.config.schema import TrainConfig
 from pixtune.families.base import ModelFamily
-from pixtune.fit.attention import try_cudnn_attention
+from pixtune.fit.attention import flash_attention_3_obstacle, try_cudnn_attention
 from pixtune.fit.compile import compile_obstacle
 from pixtune.fit.encoders import EncoderPlan, EncoderSizes, plan_encoders
 from pixtune.fit.footprint import Footprint, Shapes, of_all_weights, read_footprint
@@ -48,7 +48,9 @@ def plan_on_this_machine(
             trial = (tried.passed, tried.finding)
     facts = read_facts(device, config.memory_fraction or MEMORY_FRACTION)
     footprint = footprint_of(config, family, folder, num_tokens)
-    return plan_memory(facts, footprint, config, trial, obstacle is None, num_processes)
+    return plan_memory(
+        facts, footprint, config, trial, obstacle is None, num_processes, flash_attention_3_obstacle()
+    )
 
 
 def encoder_sizes(

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from pixtune.errors import ConfigError
 from pixtune.fit import attention
 from pixtune.fit.attention import with_dense_gradient
 
@@ -86,3 +87,18 @@ def test_a_slice_of_a_wider_gradient_arrives_dense(compiled: bool) -> None:
     assert states.grad is not None
     torch.testing.assert_close(states.grad, 10 * states.detach())
     assert strides == [(32, 8, 1)] or compiled
+
+
+def test_why_flash_attention_3_cannot_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    activated: list[str] = []
+    monkeypatch.setattr(torch.nn.attention, "activate_flash_attention_impl", activated.append, raising=False)
+    monkeypatch.setattr(attention, "FLASH_ATTENTION_3", "a_module_that_nobody_has")
+    with pytest.raises(ConfigError, match="a_module_that_nobody_has is not installed"):
+        attention.use_flash_attention_3()
+    monkeypatch.setattr(attention, "FLASH_ATTENTION_3", "json")  # one that is there
+    assert attention.flash_attention_3_obstacle() is None
+    attention.use_flash_attention_3()
+    assert activated == ["FA3"]
+    monkeypatch.delattr(torch.nn.attention, "activate_flash_attention_impl")
+    obstacle = attention.flash_attention_3_obstacle()
+    assert obstacle is not None and torch.__version__ in obstacle

@@ -286,6 +286,21 @@ def test_switches_are_taken_as_they_are_given() -> None:
     assert (plan.tf32, plan.cudnn_attention) == (False, False)
 
 
+ASKS_FOR_3 = CONFIG.model_copy(update={"cuda_features": CudaFeatures(enable_flash_attention_3=True)})
+
+
+def test_flash_attention_3_is_used_where_it_runs_and_else_the_plan_says_why_not() -> None:
+    footprint = full_size_footprint(CONFIG)
+    on = plan_memory(H100, footprint, ASKS_FOR_3, cudnn_attention=(True, "faster"))
+    assert (on.flash_attention_3, on.cudnn_attention) == (True, False) and "as asked" in " ".join(on.reasons)
+    not_installed = plan_memory(H100, footprint, ASKS_FOR_3, (True, "faster"), flash_attention_3_obstacle="no module")
+    elsewhere = plan_memory(facts_as("RTX 5090"), footprint, ASKS_FOR_3, (True, "faster"))
+    for plan, why in ((not_installed, "no module"), (elsewhere, "Hopper (compute capability 9.0) alone")):
+        assert (plan.flash_attention_3, plan.cudnn_attention) == (False, True)
+        assert any(f"FlashAttention 3 off, though asked for: {why}" in r or why in r for r in plan.reasons)
+    assert not plan_memory(H100, footprint, CONFIG).flash_attention_3
+
+
 @pytest.mark.parametrize("passed", [True, False])
 def test_a_trial_of_cudnn_attention_decides_unless_the_config_does(passed: bool) -> None:
     footprint = full_size_footprint(CONFIG)

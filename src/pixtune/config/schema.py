@@ -333,6 +333,5 @@ OLDER_NAMES = {"use_8bit_adam": "adam8bit", "cuda_13_features": "cuda_features"}
 
 NOT_YET: dict[str, tuple[object, ...]] = {
     "freeze_text_encoder": (True,),
-    "cuda_features.enable_flash_attention_3": (None, False),
 }
 """Documented keys that this version does not have yet, with the values it can honour. Others raise NotYetError."""

@@ -15,17 +15,22 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import torch
+import torch.nn.attention
 from torch import Tensor
 
+from pixtune.errors import ConfigError
 from pixtune.files import user_cache_folder, write_atomically
 
 TRIAL_SECONDS = 120
 LARGEST_ERROR = 0.02
 """Relative, of outputs and gradients in bf16 against fp32: rounding makes 0.003 of it."""
 ROUNDS = 5
+FLASH_ATTENTION_3 = "flash_attn_interface"
+"""The module that torch looks for."""
 
 
 class _DenseGradient(torch.autograd.Function):
@@ -44,6 +49,26 @@ class _DenseGradient(torch.autograd.Function):
 def with_dense_gradient(attended_BLC: Tensor) -> Tensor:
     """The same tensor; the gradient that attention gets through it is contiguous. See the module."""
     return _DenseGradient.apply(attended_BLC) if attended_BLC.requires_grad else attended_BLC
+
+
+def flash_attention_3_obstacle() -> str | None:
+    """Why this installation cannot use FlashAttention 3; None: it can."""
+    if not hasattr(torch.nn.attention, "activate_flash_attention_impl"):
+        return f"torch {torch.__version__} takes up no other flash attention than its own"
+    if find_spec(FLASH_ATTENTION_3) is None:
+        return f"its module {FLASH_ATTENTION_3} is not installed (the hopper folder of flash-attention builds it)"
+    return None
+
+
+def use_flash_attention_3() -> None:
+    """From now on PyTorch's flash attention is FlashAttention 3, in compiled blocks, too.
+
+    Raises:
+        ConfigError: a resumed run's plan asks for it, and it is not there any more.
+    """
+    if (obstacle := flash_attention_3_obstacle()) is not None:
+        raise ConfigError("the plan of this run uses FlashAttention 3", [f"{obstacle}. Install it, or start anew."])
+    torch.nn.attention.activate_flash_attention_impl("FA3")
 
 
 @dataclass(frozen=True)

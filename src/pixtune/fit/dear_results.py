@@ -9,6 +9,7 @@ Imported when something is compiled: torch's compiler takes seconds to import.
 from __future__ import annotations
 
 import torch
+import torch.nn.attention
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch.utils.checkpoint import CheckpointPolicy
 
@@ -35,5 +36,6 @@ class KeepDearResults(CustomGraphPass):
     def uuid(self) -> object:
         """Part of the key under which compiled graphs are kept on disk. torch 2.11 leaves out which attention kernels
         were allowed, and would give a run the graphs of another that had others."""
-        allowed = (torch.backends.cuda.cudnn_sdp_enabled(), torch.backends.cuda.flash_sdp_enabled())
+        replaced = getattr(torch.nn.attention, "current_flash_attention_impl", lambda: None)()
+        allowed = (torch.backends.cuda.cudnn_sdp_enabled(), torch.backends.cuda.flash_sdp_enabled(), replaced)
         return get_hash_for_files((__file__,), str(allowed))

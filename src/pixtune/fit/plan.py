@@ -26,7 +26,7 @@ from pixtune.fit.rungs import (
     peak_bytes,
     room_for_recordings,
 )
-from pixtune.hardware.facts import GIB, MEMORY_FRACTION, HardwareFacts, missing_on_host
+from pixtune.hardware.facts import GIB, HOPPER, MEMORY_FRACTION, HardwareFacts, missing_on_host
 
 CONTEXT_BYTES = round(0.86 * GIB)
 """Of a process outside torch's allocator: CUDA context, code of kernels and libraries, recorded steps. On an H100 0.5
@@ -65,6 +65,8 @@ class MemoryPlan:
     tf32: bool
     cudnn_attention: bool | None
     """None: PyTorch's own choice."""
+    flash_attention_3: bool
+    """Its kernels stand in for PyTorch's flash attention."""
     deterministic: bool
     loading_threads: int
     fast_loading: bool
@@ -105,12 +107,14 @@ def plan_memory(
     cudnn_attention: tuple[bool, str] | None = None,
     can_compile: bool = True,
     num_processes: int = 1,
+    flash_attention_3_obstacle: str | None = None,
 ) -> MemoryPlan:
     """Chooses what the config leaves open.
 
     Args:
         num_processes: that train together, on one host.
         cudnn_attention: whether a trial of it on this machine passed, and its finding; None: not tried.
+        flash_attention_3_obstacle: why it cannot be used on this machine; None: nothing is known against it.
         can_compile: torch.compile works on this machine.
 
     Raises:
@@ -133,7 +137,8 @@ def plan_memory(
     peak, on_host = (choice.peak_bytes, choice.host_bytes) if choice else lora_bytes if on_gpu else (0, 0)
     unified = is_unified(facts, config)
     tf32, tf32_reasons = _tf32(facts, config)
-    use_cudnn, cudnn_reasons = _cudnn(facts, config, cudnn_attention)
+    use_flash_3, flash_3_reasons = _flash_attention_3(facts, config, flash_attention_3_obstacle)
+    use_cudnn, cudnn_reasons = (False, []) if use_flash_3 else _cudnn(facts, config, cudnn_attention)
     if on_gpu and not compiled:
         rung_reasons.append("blocks are not compiled: torch.compile does not work here (see pixtune doctor)")
     pin_memory = on_gpu and not unified if config.pin_memory is None else config.pin_memory and on_gpu
@@ -151,6 +156,7 @@ def plan_memory(
         encoders_stay=unified if config.disable_cpu_offload is None else config.disable_cpu_offload,
         tf32=tf32,
         cudnn_attention=use_cudnn,
+        flash_attention_3=use_flash_3,
         deterministic=config.deterministic,
         loading_threads=config.fastsafetensors_num_threads,
         fast_loading=config.use_fastsafetensors,
@@ -159,7 +165,7 @@ def plan_memory(
         expected_peak_bytes=peak,
         expected_host_bytes=on_host,
         usable_bytes=usable_bytes(facts, config) if on_gpu else 0,
-        reasons=(*rung_reasons, *reasons, *tf32_reasons, *cudnn_reasons),
+        reasons=(*rung_reasons, *reasons, *tf32_reasons, *flash_3_reasons, *cudnn_reasons),
         plain_layers=footprint.plain_layers if rung.weights_format in QUANTISED else (),
         fused_step=choice is not None and choice.way.fused_step,
         states_on_host=choice is not None and choice.way.states_on_host,
@@ -247,6 +253,18 @@ def _tf32(facts: HardwareFacts, config: TrainConfig) -> tuple[bool, list[str]]:
     major, minor = facts.capability
     on = facts.capability >= (8, 0)
     return on, [f"TF32 {'on' if on else 'off'}: compute capability {major}.{minor}"]
+
+
+def _flash_attention_3(facts: HardwareFacts, config: TrainConfig, obstacle: str | None) -> tuple[bool, list[str]]:
+    """Where it cannot run a config that asks for it runs without: the same file serves GPUs of several kinds."""
+    if not config.cuda_features.enable_flash_attention_3:
+        return False, []
+    if facts.device != "cuda" or facts.capability != HOPPER:
+        obstacle = f"it runs on Hopper (compute capability 9.0) alone, and this is {facts.name}"
+    if obstacle is not None:
+        return False, [f"FlashAttention 3 off, though asked for: {obstacle}"]
+    gives_way = "; cuDNN's, asked for as well, gives way" if config.cuda_features.enable_cudnn_sdp else ""
+    return True, [f"FlashAttention 3 in place of PyTorch's other attention kernels, as asked{gives_way}"]
 
 
 def _cudnn(facts: HardwareFacts, config: TrainConfig, trial: tuple[bool, str] | None) -> tuple[bool | None, list[str]]:

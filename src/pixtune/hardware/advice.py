@@ -11,10 +11,9 @@ from typing import Literal
 
 from packaging.version import Version
 
-from pixtune.hardware.facts import GIB, OLDEST_TORCH, is_too_old, pool_floor_bytes
+from pixtune.hardware.facts import GIB, HOPPER, OLDEST_TORCH, is_too_old, pool_floor_bytes
 from pixtune.hardware.machine import Machine
 
-HOPPER = (9, 0)
 GB10 = (12, 1)
 LEAST_CAPABILITY = (8, 0)
 OLDEST_TORCHAO = "0.16"

@@ -23,6 +23,7 @@ MEMORY_FRACTION = 0.9
 """Most that a run takes of a pool shared with the CPU, unless the config's `memory_fraction` says otherwise."""
 
 GIB = 2**30
+HOPPER = (9, 0)
 LEAST_FLOOR_BYTES = 4 * GIB
 FLOOR_SHARE = 16
 LEAST_HOST_FLOOR_BYTES = GIB

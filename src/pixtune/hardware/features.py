@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from packaging.version import Version
 
+from pixtune.hardware.facts import HOPPER
+
 NO_GPU = (0, 0)
 
 FEATURES: dict[str, tuple[int, int]] = {
@@ -16,7 +18,6 @@ FEATURES: dict[str, tuple[int, int]] = {
     "async_memcpy": (8, 0),
 }
 """The oldest capability that has it. FlashAttention 3 is not among them: it runs on Hopper alone."""
-HOPPER = (9, 0)
 
 
 def get_cuda_version() -> str:

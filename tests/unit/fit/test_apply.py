@@ -20,7 +20,8 @@ PLAIN = MemoryPlan(
     compute_format="fp32", weights_format="fp32", modulation_rows=0, lean=False, recomputed_blocks=0,
     offload_inputs=False, streamed_blocks=0, compile=False, recordings=0, pin_memory=False,
     encoders_stay=False, tf32=False,
-    cudnn_attention=None, deterministic=False, loading_threads=1, fast_loading=False, expandable_segments=False,
+    cudnn_attention=None, flash_attention_3=False, deterministic=False, loading_threads=1, fast_loading=False,
+    expandable_segments=False,
     optimizer="adamw", expected_peak_bytes=0, expected_host_bytes=0, usable_bytes=0, reasons=(),
 )  # fmt: skip
 EXACT = 1.0
