@@ -356,6 +356,7 @@ def decisions(plan: MemoryPlan) -> list[tuple[str, str]]:
         ("inputs of blocks", "in host memory" if plan.offload_inputs else "on the device"),
         ("streamed blocks", str(plan.streamed_blocks) if plan.streamed_blocks else "none"),
         ("compiled", _yes(plan.compile)),
+        ("recorded", f"steps of up to {plan.recordings} shapes (CUDA graphs)" if plan.recordings else "no"),
         ("optimizer", plan.optimizer + ", its states in host memory" * plan.states_on_host),
         ("each weight stepped", "within the backward pass" if plan.fused_step else "after the backward pass"),
         ("encoders", "stay on the device" if plan.encoders_stay else "leave the device after encoding"),
