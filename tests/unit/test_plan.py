@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from dataclasses import dataclass, replace
 
@@ -415,9 +416,11 @@ def test_what_does_not_fit_the_host_is_passed_over_with_a_reason() -> None:
     roomy, scarce = in_a_pc("RTX 4080", 32), in_a_pc("RTX 4080", 2)
     assert (roomy.weights_format, roomy.offload_inputs, scarce.weights_format) == ("fp8", True, "nf4")
     assert scarce.expected_host_bytes == 0 < roomy.expected_host_bytes
-    on_host, room = roomy.expected_host_bytes / GIB, 2e9 * 7 / 8 / GIB - 1
-    words = f"faster ways would keep up to {on_host:.1f} GiB in host memory, {on_host - room:.1f} GiB more"
-    assert any(words in reason for reason in scarce.reasons), scarce.reasons
+    pattern = r"faster ways would keep up to ([\d.]+) GiB in host memory, ([\d.]+) GiB more"
+    (words,) = filter(None, (re.search(pattern, reason) for reason in scarce.reasons))
+    most, missing = (float(number) for number in words.groups())
+    assert most >= round(roomy.expected_host_bytes / GIB, 1)  # the leanest of them keeps the most there
+    assert most - missing == pytest.approx(2e9 * 7 / 8 / GIB - 1, abs=0.11)
 
 
 @pytest.mark.parametrize(

@@ -72,14 +72,13 @@ def ladder(facts: HardwareFacts, footprint: Footprint, config: TrainConfig) -> I
         if no_recompute is True or not (quantised or is_last):
             continue  # products in 8 bits are faster than computing blocks twice in 16
         rows = table_rows(footprint)[-1]
-        some = range(1, blocks) if no_recompute is None else ()
-        for count in (*some, blocks):
-            yield Rung(weights_format, rows, no_recompute is None, count)
+        lean, counts = no_recompute is None, range(1, blocks + 1) if no_recompute is None else (blocks,)
+        yield from (Rung(weights_format, rows, lean, count) for count in counts)
         if not is_unified(facts, config):
-            yield Rung(weights_format, rows, no_recompute is None, blocks, offload_inputs=True)
+            yield from (Rung(weights_format, rows, lean, count, offload_inputs=True) for count in counts)
             if is_last:
                 for count in range(STREAM_SLOTS + 1, blocks + 1):
-                    yield Rung(weights_format, rows, no_recompute is None, blocks, True, count)
+                    yield Rung(weights_format, rows, lean, blocks, True, count)
 
 
 def table_rows(footprint: Footprint) -> tuple[int, ...]:
