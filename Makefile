@@ -12,6 +12,9 @@ endif
 TORCH ?= torch==2.13.0
 # A process a core with one computing thread each: small models are not faster with more.
 PYTEST_ARGS ?= -n auto
+# What `make bench` times, and with which options of `pixtune bench`.
+CONFIG ?= train_configs/demo.yaml
+BENCH_ARGS ?= --steps 20 --text-tokens 40
 
 ENV := $(or $(if $(PYTHON),$(shell $(PYTHON) -c 'import sys; print(sys.prefix if sys.prefix != sys.base_prefix else "")')),.venv)
 PINS := $(if $(filter .venv,$(ENV)),-c constraints.txt)
@@ -21,7 +24,7 @@ PIP := $(PY) -m pip --disable-pip-version-check --no-input
 STAMP := $(ENV)/.pixtune-set-up-$(shell pwd | cksum | cut -d' ' -f1)
 HAS_TORCH := -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("torch") is None)'
 
-.PHONY: help demo demo-edit demo-flux test lint format bench schema setup clean
+.PHONY: help demo demo-edit demo-flux test lint format bench bench-loop schema setup clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -48,7 +51,10 @@ format: $(STAMP) ## bring the code into the form that lint asks for
 	@$(PY) -m ruff check --fix .
 	@$(PY) -m ruff format .
 
-bench: $(STAMP) ## what the training loop costs over a bare one
+bench: $(STAMP) ## time training steps of the demo; make bench CONFIG=FILE BENCH_ARGS="--baseline before.json" for others
+	@$(PY) -m pixtune.cli bench $(CONFIG) $(BENCH_ARGS)
+
+bench-loop: $(STAMP) ## what the training loop costs over a bare one
 	@$(PY) benchmarks/loop_overhead.py
 
 schema: $(STAMP) ## write train_configs/schema.json anew, after a change of the config's keys

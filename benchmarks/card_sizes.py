@@ -8,16 +8,15 @@ own, and its JSON is written at once; those that are there already are not run a
 from __future__ import annotations
 
 import argparse
-import json
 import subprocess
 import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from full_size import ARCHITECTURES, Result, measure, prepare
-
-from pixtune.files import write_atomically
+from architectures import ARCHITECTURES
+from cells import run_cells
+from full_size import Result, measure, prepare
 
 LIMITS_GIB = {
     "qwen-image": (79, 47, 31, 23.3, 15.3, 11.4, 7.4),
@@ -55,8 +54,8 @@ def parse_cell(text: str) -> Cell:
     return Cell(model, float(limit), *(sizes or [1024]), tuple(part for part in rest if not part.startswith("--")))
 
 
-def run_cell(cell: Cell, output: Path) -> Result:
-    """Runs a cell and writes its JSON; a run that fails leaves its last words there."""
+def run_cell(cell: Cell) -> Result:
+    """Runs a cell; one that fails leaves its last words."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         prepare(folder, cell.model, cell.size)
@@ -66,9 +65,7 @@ def run_cell(cell: Cell, output: Path) -> Result:
             result = measure(folder, folder / "run", cell.model, cell.size, STEPS, overrides)
         except subprocess.CalledProcessError as error:
             result = {"model": cell.model, "overrides": list(overrides), "failed": str(error)}
-        result |= {"limit_gib": cell.limit_gib, "wall_seconds": round(time.perf_counter() - began, 1)}
-    write_atomically(output / f"{cell.name}.json", json.dumps(result, indent=1).encode())
-    return result
+        return result | {"limit_gib": cell.limit_gib, "wall_seconds": round(time.perf_counter() - began, 1)}
 
 
 def row(result: Result) -> str:
@@ -106,17 +103,16 @@ def main() -> None:
     cells = [parse_cell(text) for text in arguments.cells] or [
         Cell(model, limit) for model, limits in LIMITS_GIB.items() for limit in limits
     ]
-    arguments.output.mkdir(parents=True, exist_ok=True)
     print(HEADER)
-    for cell in cells:
-        file = arguments.output / f"{cell.name}.json"
-        if file.exists():
-            print(row(json.loads(file.read_text())), flush=True)
-        elif not arguments.table and time.monotonic() - START < arguments.no_later_than:
-            print(row(run_cell(cell, arguments.output)), flush=True)
+    run_cells(
+        cells,
+        arguments.output,
+        run_cell,
+        lambda cell, result: print(row(result), flush=True),
+        arguments.no_later_than,
+        arguments.table,
+    )
 
-
-START = time.monotonic()
 
 if __name__ == "__main__":
     main()

@@ -29,11 +29,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from environment import describe
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from pixtune.bench.environment import describe
 from pixtune.loading.entries import read_entries
 from pixtune.loading.fast import iterate_fast, package_obstacle
 from pixtune.loading.threads import iterate_with_threads

@@ -15,8 +15,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from environment import describe
-
+from pixtune.bench.environment import describe
 from pixtune.config import load_config
 from pixtune.objective import add_noise, sample_losses, velocity_target
 from pixtune.train import Run, assemble, run_steps

@@ -1,7 +1,8 @@
-"""The command line: `pixtune train | plan | validate | sample | export | doctor`, and the entry of the root scripts."""
+"""The command line: `pixtune train | plan | bench | validate | sample | export | doctor`; entry of the root scripts."""
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
 from collections.abc import Callable, Sequence
@@ -68,6 +69,48 @@ def plan(
         typer.echo(report.to_json())
     else:
         render(report, Console())
+
+
+@app.command()
+def bench(
+    config: Annotated[Path, typer.Argument(help="YAML file; see train_configs/.")],
+    overrides: Overrides = None,
+    steps: Annotated[int, typer.Option(min=1, help="Steps to time, after a few that warm up.")] = 20,
+    resolution: Annotated[
+        int | None, typer.Option(min=16, help="Side of the pictures, pixels; default: data_config.img_size.")
+    ] = None,
+    text_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of a caption; default: data_config.max_text_tokens, or 256 words.")
+    ] = None,
+    controls: Annotated[
+        int | None, typer.Option(min=0, help="Control pictures a sample (edit models); default: as the config has.")
+    ] = None,
+    json_output: Annotated[Path | None, typer.Option("--json", help="Also write what was measured.")] = None,
+    baseline: Annotated[
+        Path | None, typer.Option(help="An earlier file of --json: exit code 1 if steps are 5% slower or 2% larger.")
+    ] = None,
+) -> None:
+    """Time training steps of a config on pictures of no meaning: speed, share of the chip's peak, memory. Keeps no
+    file."""
+    from pixtune.bench.baseline import compare, load_baseline, refuse_other
+    from pixtune.bench.result import render
+    from pixtune.bench.steps import Request, case_as_json, measure
+    from pixtune.files import write_atomically
+    from pixtune.train import assemble, run_steps
+
+    before = None if baseline is None else load_baseline(baseline)
+    request = Request(steps, resolution, text_tokens, controls)
+    result = measure(
+        config, overrides or [], request, assemble, run_steps,
+        lambda case: refuse_other(case_as_json(case), before, baseline) if before and baseline else None,
+    )  # fmt: skip
+    if json_output is not None:
+        write_atomically(json_output, json.dumps(result, indent=1).encode())
+    render(result, Console())
+    if before is not None and baseline is not None:
+        comparison = compare(result, before, baseline)
+        typer.echo(comparison.in_words())
+        raise typer.Exit(1 if comparison.is_worse else 0)
 
 
 @app.command()

@@ -38,6 +38,10 @@ class DataError(FaultsError, ValueError):
     """Pictures or captions cannot be used as they are."""
 
 
+class BaselineError(FaultsError, ValueError):
+    """A stored result is none, or of something else than what was measured now."""
+
+
 class WeightsError(PixtuneError, OSError):
     """A model folder is missing, incomplete or of another kind than expected."""
 

@@ -11,8 +11,9 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
+import torch
 from rich.console import Console
 from torch import Tensor
 
@@ -37,7 +38,7 @@ from pixtune.fit.apply import FORMATS
 from pixtune.hardware.facts import package_versions
 from pixtune.hardware.machine import driver_may_spill
 from pixtune.metrics import FILE_NAME, MetricsLog
-from pixtune.planning import drawing_tile_of
+from pixtune.planning import plan_between_steps
 from pixtune.progress import StepBar
 from pixtune.report import write_report
 from pixtune.resume import flatten, refuse_other_run
@@ -64,6 +65,30 @@ class TrainResult:
     last_loss: ValidationLoss | None = None
 
 
+class AroundSteps(Protocol):
+    """What the loop calls around its steps: `Services`, or what stands in their place while steps are timed."""
+
+    start_step: int
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+    def before_first_step(self) -> None: ...
+
+    def see_batch(self, batch: Batch) -> None: ...
+
+    def waited(self, seconds: float) -> None: ...
+
+    def after_step(self, step: int, loss: Tensor, grad_norm: Tensor) -> None: ...
+
+    def interrupted(self, step: int) -> TrainResult: ...
+
+    def finish(self) -> TrainResult: ...
+
+
 class Services:
     """See the module. Only the first process writes; others keep pace."""
 
@@ -72,6 +97,10 @@ class Services:
         self.config, self.output_dir = run.config, run.config.output_dir
         self.is_main = run.accelerator.is_main_process
         self.console = Console(quiet=not self.is_main)
+        num_tokens = run.config.batch_size * (data.most_image_tokens + data.most_text_tokens)
+        self._between_steps = plan_between_steps(
+            run.config, run.family, folder, run.plan, data.encoders, data.drawn_pixels, num_tokens
+        )
         self.sampler = PromptSampler(
             run.family,
             folder,
@@ -79,7 +108,7 @@ class Services:
             SamplerSettings(run.config.samples.seeds, run.config.samples.num_steps, run.config.samples.guidance_scale),
             Placement(run.accelerator.device, FORMATS[run.plan.compute_format]),
             keep_autoencoder=run.plan.encoders_stay,
-            tile_pixels=drawing_tile_of(run.config, run.family, folder, run.plan, data.encoders, data.drawn_pixels),
+            tile_pixels=self._between_steps.tile_pixels,
         )
         self._losses: dict[int, ValidationLoss] = {}
         self._saved_step = start_step
@@ -217,8 +246,9 @@ class Services:
 
     @contextmanager
     def _aside(self, stage: str) -> Iterator[None]:
-        """Around what computes on the device between steps: it gets the memory that recorded steps hold."""
-        self.run.forward_backward.release()
+        """Around what computes on the device between steps: it gets the memory that recorded steps hold, if it must."""
+        if self._between_steps.device_bytes > self.run.plan.usable_bytes - torch.cuda.memory_reserved():
+            self.run.forward_backward.release()
         with self.run.memory.aside(stage):
             yield
 

@@ -34,7 +34,7 @@ from pixtune.launch import StopSignal, start_accelerator
 from pixtune.memory import RunMemory
 from pixtune.objective import add_noise, loss_weights, sample_losses, velocity_target
 from pixtune.planning import plan_on_this_machine
-from pixtune.services import Services, TrainResult
+from pixtune.services import AroundSteps, Services, TrainResult
 from pixtune.trained import METHODS, TrainedWeights
 from pixtune.weights import ModelFolder, open_model_folder
 
@@ -97,7 +97,7 @@ def assemble(config: TrainConfig) -> tuple[Run, Services]:
     return run, services
 
 
-def run_steps(run: Run, services: Services) -> TrainResult:
+def run_steps(run: Run, services: AroundSteps) -> TrainResult:
     """The loop: step, and what is due after it. Stops early, with a checkpoint, when the process is told to stop."""
     config, accumulation = run.config, run.config.gradient_accumulation_steps
     start, end = services.start_step, run.num_steps

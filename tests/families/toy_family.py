@@ -37,6 +37,7 @@ class ToyFamily:
     lora_presets: Mapping[str, tuple[str, ...]] = {"attention": lora_targets}
     block_paths = ("transformer_blocks",)
     modulation_layers = ("norm1.linear", "norm1_context.linear")
+    text_layers = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "ff_context.net.0.proj", "ff_context.net.2")
     activation_units: Mapping[str, ActivationUnits] = {
         "transformer_blocks": ActivationUnits(
             eager=17, kept=13, lean=8, working=25, forward=13, forward_quantised=18, passing=18, passing_quantised=39

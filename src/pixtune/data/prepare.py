@@ -33,7 +33,7 @@ from pixtune.validation import HeldOutPicture
 from pixtune.weights import ModelFolder
 
 RANDOM_TEXT_TOKENS = 256
-"""Length of the stand-in captions of a run with random weights."""
+"""Length of the stand-in captions of a run with random weights that sets no `max_text_tokens`."""
 
 
 @dataclass(frozen=True)
@@ -297,6 +297,7 @@ def _random_data(
     config: TrainConfig, family: ModelFamily, folder: ModelFolder, training: Sequence[Sample]
 ) -> PreparedData:
     """Random latents and text features of the right shapes: speed and memory are real, pictures are not."""
+    num_text_tokens = config.data_config.max_text_tokens or RANDOM_TEXT_TOKENS
 
     def random_latents(size: Size, *place: int) -> Tensor:
         return draws.normal((1, *family.latent_shape(folder, *size)), config.seed, "random weights", *place)
@@ -313,7 +314,7 @@ def _random_data(
         reader=SampleReader(
             read_latents=read_latents,
             read_text=lambda sample, variant, dropped: family.random_text(
-                folder, RANDOM_TEXT_TOKENS, -1 if dropped else sample
+                folder, num_text_tokens, -1 if dropped else sample
             ),
             read_controls=read_controls,
             latent_size=partial(_latent_size, family, folder, training),
@@ -327,7 +328,7 @@ def _random_data(
         prompts=[],
         both_ways=[],
         most_image_tokens=_most_image_tokens(family, folder, training),
-        most_text_tokens=RANDOM_TEXT_TOKENS,
+        most_text_tokens=num_text_tokens,
         fingerprint="random",
         encoders=encode_plainly(config.encode_batch_size),
     )

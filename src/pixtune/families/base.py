@@ -82,6 +82,9 @@ class ModelFamily(Protocol):
     """Attribute paths of the lists of repeated blocks."""
     modulation_layers: tuple[str, ...]
     """Endings of the linear layers in them that see one row a sample, SiLU of the time embedding, instead of tokens."""
+    text_layers: tuple[str, ...]
+    """Endings of the linear layers in them that text tokens alone pass. Where a block has some, its others see only
+    tokens of pictures."""
     activation_units: Mapping[str, ActivationUnits]
     """What a block of each list keeps for the backward pass, measured; by `block_paths`."""
     time_embedder: str

@@ -30,7 +30,8 @@ NUM_TEXT_TOKENS = 512
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 TEXT_ATTENTION = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
-MLP = ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2", "proj_mlp")
+TEXT_MLP = ("ff_context.net.0.proj", "ff_context.net.2")
+MLP = ("ff.net.0.proj", "ff.net.2", *TEXT_MLP, "proj_mlp")
 
 
 class Flux:
@@ -46,6 +47,7 @@ class Flux:
     }
     block_paths: tuple[str, ...] = ("transformer_blocks", "single_transformer_blocks")
     modulation_layers: tuple[str, ...] = ("norm1.linear", "norm1_context.linear", "norm.linear")
+    text_layers: tuple[str, ...] = (*TEXT_ATTENTION, *TEXT_MLP)
     # As for Qwen-Image, 4096 image and 512 text tokens. Eager: of Qwen-Image's blocks, not measured.
     activation_units: Mapping[str, ActivationUnits] = {
         "transformer_blocks": ActivationUnits(

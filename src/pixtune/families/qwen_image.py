@@ -31,7 +31,8 @@ MAX_FEATURE_TOKENS = 512
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 TEXT_ATTENTION = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
-MLP = ("img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2")
+TEXT_MLP = ("txt_mlp.net.0.proj", "txt_mlp.net.2")
+MLP = ("img_mlp.net.0.proj", "img_mlp.net.2", *TEXT_MLP)
 
 
 OUTPUT_LAYER = ("lm_head.",)
@@ -69,6 +70,7 @@ class QwenImage:
     }
     block_paths: tuple[str, ...] = ("transformer_blocks",)
     modulation_layers: tuple[str, ...] = ("img_mod.1", "txt_mod.1")
+    text_layers: tuple[str, ...] = (*TEXT_ATTENTION, *TEXT_MLP)
     # One H100 with torch 2.11, 4096 image and 256 text tokens, eight blocks of full size (benchmarks/RESULTS.md).
     activation_units: Mapping[str, ActivationUnits] = {
         "transformer_blocks": ActivationUnits(

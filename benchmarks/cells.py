@@ -1,0 +1,188 @@
+"""Runs a list of measurements, each in a process of its own; its result is written at once and never measured twice."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from architectures import ARCHITECTURES, write_model_folder
+
+from pixtune.files import write_atomically
+
+Result = dict[str, Any]
+TEXT_TOKENS = {"flux": 512, "flux-kontext": 512}
+"""Of models whose captions are padded to a length; of the others `OTHER_TEXT_TOKENS`."""
+OTHER_TEXT_TOKENS = 256
+WITHOUT_CUDNN = ("flux", "flux-kontext")
+"""Whose stock strides make cuDNN's backward pass read where it must not (docs/experiments.md)."""
+BEGAN = time.monotonic()
+
+
+class Named(Protocol):
+    """A measurement."""
+
+    @property
+    def name(self) -> str:
+        """Of its file, without ending."""
+
+
+CellT = TypeVar("CellT", bound=Named)
+
+
+def run_cells(
+    cells: Iterable[CellT],
+    output: Path,
+    measure: Callable[[CellT], Result],
+    show: Callable[[CellT, Result], None],
+    no_later_than: float = float("inf"),
+    table_only: bool = False,
+) -> list[CellT]:
+    """Measures what is not there yet, and shows all that is.
+
+    Args:
+        no_later_than: seconds of this process after which no cell starts.
+
+    Returns:
+        The cells that have no result yet.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    left = []
+    for cell in cells:
+        file = output / f"{cell.name}.json"
+        if not file.exists() and not table_only and time.monotonic() - BEGAN < no_later_than:
+            write_atomically(file, json.dumps(measure(cell), indent=1).encode())
+        if file.exists():
+            show(cell, json.loads(file.read_text()))
+        else:
+            left.append(cell)
+    return left
+
+
+@dataclass(frozen=True)
+class StepCell:
+    """Training steps of a full-size model with random weights, or of its reference."""
+
+    model: str
+    resolution_pixels: int = 1024
+    batch_size: int = 1
+    num_controls: int = 0
+    overrides: tuple[str, ...] = ()
+    """Of the config; a reference has none."""
+    reference: str | None = None
+    """"eager" or "compiled": of `reference.py`."""
+    label: str = ""
+    """What the table and the file's name call it, besides its sizes."""
+
+    @property
+    def name(self) -> str:
+        sizes = [f"{self.resolution_pixels}px", f"batch{self.batch_size}"]
+        sizes += [f"{self.num_controls}controls"] if self.num_controls else []
+        words = "-".join([self.model, *sizes, *([self.label] if self.label else [])])
+        return re.sub(r"[^a-z0-9=-]+", "_", words)
+
+    @property
+    def num_text_tokens(self) -> int:
+        return TEXT_TOKENS.get(self.model, OTHER_TEXT_TOKENS)
+
+
+def measure_steps(cell: StepCell, output: Path, num_steps: int, most_seconds: float | None = None) -> Result:
+    """Runs a cell; one that fails leaves its last words. All that it printed goes to NAME.log."""
+    with tempfile.TemporaryDirectory() as name:
+        folder, log = Path(name), output / f"{cell.name}.log"
+        file = folder / "result.json"
+        command = reference_command(cell) if cell.reference else bench_command(cell, folder)
+        began, failure = time.monotonic(), ""
+        with log.open("w") as stream:
+            try:
+                subprocess.run(
+                    [*command, "--steps", str(num_steps), "--json", str(file)],
+                    check=True, stdout=stream, stderr=subprocess.STDOUT, timeout=most_seconds,
+                )  # fmt: skip
+            except subprocess.TimeoutExpired:
+                failure = f"took more than {most_seconds:g} s"
+            except subprocess.CalledProcessError as error:
+                failure = f"exit code {error.returncode}: {last_line(log)}"
+        result = {"failed": failure} if failure else json.loads(file.read_text())
+        return result | {"cell": cell.name, "wall_seconds": round(time.monotonic() - began, 1)}
+
+
+def bench_command(cell: StepCell, folder: Path) -> list[str]:
+    """`pixtune bench` of a model folder without weights, which is written for it."""
+    write_model_folder(folder / "model", ARCHITECTURES[cell.model])
+    config = folder / "bench.yaml"
+    values = {
+        "pretrained_model_name_or_path": str(folder / "model"),
+        "output_dir": str(folder / "run"),
+        "random_weights": True,
+        "max_train_steps": 1,
+        "train_batch_size": cell.batch_size,
+        "data_config": {"img_dir": str(folder), "max_text_tokens": cell.num_text_tokens},
+    }
+    config.write_text(json.dumps(values))  # JSON is YAML
+    return [
+        sys.executable, "-m", "pixtune.cli", "bench", str(config), *cell.overrides,
+        "--resolution", str(cell.resolution_pixels), "--controls", str(cell.num_controls),
+    ]  # fmt: skip
+
+
+def reference_command(cell: StepCell) -> list[str]:
+    """`reference.py` of the same sizes."""
+    return [
+        sys.executable, str(Path(__file__).parent / "reference.py"), "--model", cell.model,
+        "--resolution", str(cell.resolution_pixels), "--batch-size", str(cell.batch_size),
+        "--text-tokens", str(cell.num_text_tokens), "--controls", str(cell.num_controls),
+        *(["--compile"] if cell.reference == "compiled" else []),
+        *(["--no-cudnn-attention"] if cell.model in WITHOUT_CUDNN else []),
+    ]  # fmt: skip
+
+
+def last_line(log: Path) -> str:
+    """The last that a process said; nothing if it said nothing."""
+    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    return lines[-1] if lines else ""
+
+
+def median_seconds(result: Result) -> float | None:
+    """None of a cell that failed."""
+    return None if "failed" in result else result["seconds_per_step"]["median"]
+
+
+# ---- the table
+
+
+def table_header(more: Sequence[str]) -> str:
+    """Of `table_row`, with further columns."""
+    columns = ["model", "", "s/step", "middle half", "model TFLOP/s", "hardware TFLOP/s", "of peak (hardware)",
+               "GiB allocated", "GiB process", "first step, s", *more]  # fmt: skip
+    return f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}"
+
+
+def table_row(cell: StepCell, result: Result, more: Sequence[str]) -> str:
+    """Of a Markdown table."""
+    way = ", ".join([text for text in (describe_sizes(cell), cell.label) if text])
+    if "failed" in result:
+        return f"| {cell.model} | {way} | failed: {result['failed'][:160]} |{' |' * (7 + len(more))}"
+    seconds, speed, memory = result["seconds_per_step"], result["tflop_per_second"], result["memory"]
+    gib = ["" if memory[key] is None else f"{memory[key]:.1f}" for key in ("peak_allocated_gib", "peak_process_gib")]
+    figures = [
+        f"{seconds['median']:.4f}", f"{seconds['first_quartile']:.4f} to {seconds['third_quartile']:.4f}",
+        f"{speed['model']:.0f}", f"{speed['hardware']:.0f}", f"{result['share_of_peak']['hardware']:.0%}", *gib,
+        f"{result['first_step_seconds']:.0f}",
+    ]  # fmt: skip
+    return f"| {' | '.join([cell.model, way, *figures, *more])} |"
+
+
+def describe_sizes(cell: StepCell) -> str:
+    """Nothing for one picture of 1024x1024 pixels."""
+    words = [f"{cell.resolution_pixels} pixels"] if cell.resolution_pixels != 1024 else []
+    words += [f"batch {cell.batch_size}"] if cell.batch_size != 1 else []
+    words += [f"{cell.num_controls} controls"] if cell.num_controls else []
+    return ", ".join(words)

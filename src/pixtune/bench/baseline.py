@@ -1,0 +1,91 @@
+"""A result against a stored one: by how much slower or larger, and whether they can be compared at all."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pixtune.bench.result import Result
+from pixtune.errors import BaselineError
+
+MOST_SLOWER, MOST_LARGER = 1.05, 1.02
+"""Ratios up to which a difference is taken for noise: steps vary by some percent, allocations hardly."""
+COMPARED_PARTS = ("case", "machine")
+"""Of a result: must be equal, value by value."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Now over then."""
+
+    time_ratio: float
+    memory_ratio: float | None
+    """Of what was allocated; None without a GPU: a host's memory is not counted exactly enough."""
+    other_versions: tuple[str, ...]
+    """Packages that have changed since."""
+
+    @property
+    def is_worse(self) -> bool:
+        return self.time_ratio > MOST_SLOWER or (self.memory_ratio or 0) > MOST_LARGER
+
+    def in_words(self) -> str:
+        verdict = "worse than the baseline" if self.is_worse else "as good as the baseline"
+        memory = "" if self.memory_ratio is None else f", {self.memory_ratio:.3f} times its memory"
+        changed = f" (changed since: {', '.join(self.other_versions)})" if self.other_versions else ""
+        return f"{verdict}: {self.time_ratio:.3f} times its s/step{memory}{changed}"
+
+
+def load_baseline(path: Path) -> Result:
+    """A stored result.
+
+    Raises:
+        BaselineError: there is none, or it is something else.
+    """
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise BaselineError(f"the baseline {path}", ["there is no such file; write one with --json FILE"]) from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise BaselineError(f"the baseline {path}", [f"is no JSON: {error}"]) from error
+    kind = result.get("benchmark") if isinstance(result, dict) else type(result).__name__
+    if kind != "training_steps":
+        raise BaselineError(
+            f"the baseline {path}", [f"holds {kind!r}, not a result of pixtune bench; write one with --json FILE"]
+        )
+    return result
+
+
+def refuse_other(now: Result, before: Result, path: Path) -> None:
+    """Refuses a baseline of something else than was measured.
+
+    Raises:
+        BaselineError: names each value that differs.
+    """
+    faults = []
+    for part in COMPARED_PARTS:
+        here, there = now[part], before.get(part, {})
+        for key in sorted({*here, *there}):
+            if here.get(key) != there.get(key):
+                faults.append(f"{part}.{key} is {here.get(key)!r} now and {there.get(key)!r} there")
+    if faults:
+        raise BaselineError(f"the baseline {path} is of something else and cannot be compared with", faults)
+
+
+def compare(now: Result, before: Result, path: Path) -> Comparison:
+    """
+    Raises:
+        BaselineError: see `refuse_other`.
+    """
+    refuse_other(now, before, path)
+    allocated = now["memory"]["peak_allocated_gib"], before["memory"]["peak_allocated_gib"]
+    return Comparison(
+        time_ratio=now["seconds_per_step"]["median"] / before["seconds_per_step"]["median"],
+        memory_ratio=None if None in allocated else allocated[0] / allocated[1],
+        other_versions=tuple(_changed(now.get("versions", {}), before.get("versions", {}))),
+    )
+
+
+def _changed(now: dict[str, Any], before: dict[str, Any]) -> list[str]:
+    return [f"{name} {before.get(name)} to {value}" for name, value in sorted(now.items()) if before.get(name) != value]
