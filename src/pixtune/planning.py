@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -14,7 +15,7 @@ from pixtune.fit.attention import flash_attention_3_obstacle, try_cudnn_attentio
 from pixtune.fit.compile import compile_obstacle
 from pixtune.fit.encoders import EncoderPlan, EncoderSizes, plan_encoders
 from pixtune.fit.footprint import Footprint, Shapes, of_all_weights, read_footprint
-from pixtune.fit.phases import Surroundings, drawing_tile
+from pixtune.fit.phases import Surroundings, compiled_pass_bytes, drawing_bytes, drawing_tile, idle_bytes
 from pixtune.fit.plan import MemoryPlan, plan_memory, usable_bytes
 from pixtune.fit.rungs import compute_format_of, is_unified
 from pixtune.hardware.facts import MEMORY_FRACTION, HardwareFacts, host_room_bytes, read_facts
@@ -95,20 +96,41 @@ def plan_encoders_of(config: TrainConfig, facts: HardwareFacts, sizes: EncoderSi
     )
 
 
-def drawing_tile_of(
+@dataclass(frozen=True)
+class BetweenSteps:
+    """What a run's GPU does beside its steps."""
+
+    tile_pixels: int | None
+    """Side of the tiles in which samples are decoded; None: whole."""
+    device_bytes: int
+    """Most that a sample or a held-out loss needs, on top of what the run holds between its steps; 0 on a CPU."""
+
+
+def plan_between_steps(
     config: TrainConfig,
     family: ModelFamily,
     folder: ModelFolder,
     plan: MemoryPlan,
     encoders: EncoderPlan,
     drawn_pixels: int,
-) -> int | None:
-    """Side of the tiles in which samples of so many pixels are decoded between steps; None: whole."""
-    if not plan.usable_bytes or not drawn_pixels:
-        return None
+    num_tokens: int,
+) -> BetweenSteps:
+    """
+    Args:
+        drawn_pixels: of the largest sample; 0: none is drawn.
+        num_tokens: of one process's largest micro-batch, which held-out losses are computed on.
+    """
+    if not plan.usable_bytes:
+        return BetweenSteps(None, 0)
+    footprint = footprint_of(config, family, folder, num_tokens)
+    one_pass = compiled_pass_bytes(plan, footprint, num_tokens)
+    if not drawn_pixels:
+        return BetweenSteps(None, one_pass)
     sizes = encoder_sizes(config, family, folder, 0, 0)
-    around = Surroundings(sizes, encoders, drawn_pixels, text_in_loop=not config.precompute_text_embeddings)
-    return drawing_tile(plan, footprint_of(config, family, folder, num_tokens=0), around)
+    around = Surroundings(sizes, encoders, drawn_pixels, num_tokens, text_in_loop=not config.precompute_text_embeddings)
+    tile = drawing_tile(plan, footprint, around)
+    drawing = drawing_bytes(plan, footprint, around, tile) - idle_bytes(plan, footprint)
+    return BetweenSteps(tile, max(one_pass, drawing))
 
 
 def encoders_stay(config: TrainConfig, unified: bool) -> bool:

@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 
@@ -17,7 +18,8 @@ from pixtune.checkpoint import stored
 from pixtune.config import load_config
 from pixtune.config.schema import TrainConfig
 from pixtune.errors import PixtuneError, PlanError, WeightsError
-from pixtune.fit.encoders import TEXT_BYTES_PER_TOKEN, TEXT_TOKENS
+from pixtune.families import family_of
+from pixtune.fit.encoders import TEXT_BYTES_PER_TOKEN, TEXT_TOKENS, decoding_bytes, encode_plainly
 from pixtune.fit.plan import CONTEXT_BYTES, GIB, MemoryPlan
 from pixtune.hardware.cards import facts_as
 from pixtune.plan_command import (
@@ -32,6 +34,8 @@ from pixtune.plan_command import (
     make_report,
     render,
 )
+from pixtune.planning import BetweenSteps, plan_between_steps
+from pixtune.weights import ModelFolder
 from tests.full_size import TEXT_ENCODER, build_full_size_folder
 from tests.runs import ROOT, TINY_MODEL, environment, pixtune
 
@@ -312,3 +316,22 @@ def test_without_a_gpu_the_plan_is_the_cpus(monkeypatch: pytest.MonkeyPatch) -> 
     assert facts_of_this_machine().device == "cpu"
     report = make_report(config_of(TINY_MODEL))
     assert not report.phases and "There is no GPU here" in shown(report)
+
+
+# ---- between steps
+
+
+def test_what_is_done_between_steps_needs_memory_beside_what_the_run_holds(full_size: dict[str, Path]) -> None:
+    folder = ModelFolder(full_size["qwen_image"])
+    family, config = family_of(folder), config_of(full_size["qwen_image"])
+    tokens, pixels = 4096 + 512, 1024 * 1024
+
+    def between(card: str, drawn_pixels: int, **changes: object) -> BetweenSteps:
+        report = make_report(config, card)
+        plan = replace(report.plan, **changes)  # type: ignore[arg-type]
+        return plan_between_steps(config, family, folder, plan, encode_plainly(1), drawn_pixels, tokens)
+
+    drawn, measured = between("H100", pixels), between("H100", 0)
+    assert drawn.tile_pixels is None and drawn.device_bytes > decoding_bytes(pixels) > measured.device_bytes > 0
+    assert between("RTX 4060", pixels).tile_pixels is not None
+    assert between("H100", pixels, usable_bytes=0) == BetweenSteps(None, 0)  # a CPU

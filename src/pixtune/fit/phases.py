@@ -25,7 +25,7 @@ from pixtune.fit.encoders import (
 )
 from pixtune.fit.footprint import Footprint
 from pixtune.fit.plan import MemoryPlan, usable_bytes
-from pixtune.fit.rungs import Rung, compute_format_of, host_bytes, ladder, weight_bytes
+from pixtune.fit.rungs import QUANTISED, Rung, compute_format_of, host_bytes, ladder, weight_bytes
 from pixtune.hardware.facts import GIB, HardwareFacts, missing_on_host
 
 if TYPE_CHECKING:
@@ -97,10 +97,16 @@ def drawing_tile(plan: MemoryPlan, footprint: Footprint, around: Surroundings) -
 
 def drawing_bytes(plan: MemoryPlan, footprint: Footprint, around: Surroundings, tile_pixels: int | None) -> int:
     """Most while a sample is drawn between steps: a pass without gradients, or its picture being decoded."""
-    element = 4 if plan.compute_format == "fp32" else 2
-    one_pass = max(kind.units.forward for kind in footprint.kinds) * around.drawn_tokens * footprint.width * element
+    one_pass = compiled_pass_bytes(plan, footprint, around.drawn_tokens)
     decoding = around.sizes.autoencoder_bytes + decoding_bytes(around.drawn_pixels, tile_pixels)
-    return idle_bytes(plan, footprint) + round(max(one_pass, decoding))
+    return idle_bytes(plan, footprint) + max(one_pass, decoding)
+
+
+def compiled_pass_bytes(plan: MemoryPlan, footprint: Footprint, num_tokens: int) -> int:
+    """Most that is alive in a run's own pass without gradients."""
+    quantised = plan.weights_format in QUANTISED
+    units = max(k.units.forward_quantised if quantised else k.units.forward for k in footprint.kinds)
+    return round(units * num_tokens * footprint.width * (4 if plan.compute_format == "fp32" else 2))
 
 
 def idle_bytes(plan: MemoryPlan, footprint: Footprint) -> int:
