@@ -11,14 +11,16 @@ from typing import Any
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
-from pixtune.bench import peaks
+from pixtune.bench import peaks, steps
 from pixtune.bench.baseline import compare, load_baseline, refuse_other
 from pixtune.bench.environment import NO_COMMIT, read_commit
 from pixtune.bench.flops import StepFlops
 from pixtune.bench.result import Formats, quartiles, shares_of_peak
 from pixtune.bench.steps import WARM_UP_STEPS, formats_of
 from pixtune.bench.synthetic import write_pictures
+from pixtune.cli import app
 from pixtune.config import load_config
 from pixtune.errors import BaselineError
 from tests.runs import TINY_MODEL, environment, pixtune
@@ -27,7 +29,7 @@ STEPS, BATCH, SIDE, TEXT_TOKENS = 3, 2, 64, 24
 
 
 def write_user_config(folder: Path, **more: object) -> Path:
-    """Of a user whose data is not even there, and who validates, draws and tracks."""
+    """Of a user whose data is not even there, and who validates, draws, tracks and drops captions."""
     values = {
         "pretrained_model_name_or_path": str(TINY_MODEL),
         "output_dir": str(folder / "output"),
@@ -38,7 +40,13 @@ def write_user_config(folder: Path, **more: object) -> Path:
         "rank": 4,
         "report_to": "tensorboard",
         "resume_from_checkpoint": "latest",
-        "data_config": {"img_dir": str(folder / "pictures"), "img_size": SIDE, "cache_dir": str(folder / "cache")},
+        "data_config": {
+            "img_dir": str(folder / "pictures"),
+            "img_size": SIDE,
+            "cache_dir": str(folder / "cache"),
+            "caption_dropout_rate": 0.5,
+            "random_ratio": True,
+        },
         "validation": {"held_out_dir": str(folder / "held out")},
         "samples": {"prompts": ["a cat"]},
         **more,
@@ -98,15 +106,23 @@ def test_it_leaves_nothing_but_the_result(measured: tuple[Path, Any, str]) -> No
     assert not list((folder / "temporary").glob("pixtune-bench-*"))
 
 
-def test_slower_than_the_baseline_is_exit_code_1(measured: tuple[Path, Any, str]) -> None:
+@pytest.mark.parametrize(("factor", "code", "words"), [(100, 0, "as good as"), (0.001, 1, "worse than")])
+def test_slower_than_the_baseline_is_exit_code_1(
+    measured: tuple[Path, Any, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    factor: float,
+    code: int,
+    words: str,
+) -> None:
     folder, result, _ = measured
-    for factor, code, words in ((100, 0, "as good as"), (0.001, 1, "worse than")):
-        before = json.loads(json.dumps(result))
-        before["seconds_per_step"]["median"] *= factor
-        (folder / "before.json").write_text(json.dumps(before))
-        run = bench(folder, "--baseline", folder / "before.json")
-        (folder / "before.json").unlink()
-        assert run.returncode == code and f"{words} the baseline" in run.stdout, run.stdout
+    before = {**result, "seconds_per_step": {"median": result["seconds_per_step"]["median"] * factor}}
+    (tmp_path / "before.json").write_text(json.dumps(before))
+    monkeypatch.setattr(steps, "measure", lambda *_: result)
+    files = ["--baseline", tmp_path / "before.json", "--json", tmp_path / "now.json"]
+    run = CliRunner().invoke(app, ["bench", str(folder / "run.yaml"), *map(str, files)])
+    assert run.exit_code == code and f"{words} the baseline" in run.stdout, run.output
+    assert json.loads((tmp_path / "now.json").read_text()) == result, "kept also where it is worse"
 
 
 def test_another_case_is_refused_before_a_step_is_taken(measured: tuple[Path, Any, str]) -> None:
@@ -140,6 +156,22 @@ def test_captions_and_controls_are_as_many_as_asked_for(tmp_path: Path) -> None:
     assert {len(path.read_text().split()) for path in data.images.glob("*.txt")} == {7}
     contents = {path.read_bytes() for path in tmp_path.rglob("*.png")}
     assert len(contents) == 9, "two pictures are equal, and would be encoded once"
+
+
+@pytest.mark.parametrize(
+    ("model", "data", "count"),
+    [
+        ("tiny-qwen-image-edit", {"control_dir": ["a", "b"]}, 2),
+        ("tiny-qwen-image-edit", {"control_dir": "a"}, 1),
+        ("tiny-qwen-image-edit", {"metadata_file": "rows.jsonl"}, 1),
+        ("tiny-qwen-image", {"metadata_file": "rows.jsonl"}, 0),
+        ("tiny-qwen-image-edit", {}, 0),
+    ],
+)
+def test_a_sample_has_the_configs_controls(tmp_path: Path, model: str, data: dict[str, Any], count: int) -> None:
+    model_folder = str(TINY_MODEL.parent / model)
+    path = write_user_config(tmp_path, pretrained_model_name_or_path=model_folder, data_config={"img_dir": "x", **data})
+    assert steps.usual_controls(load_config(path, folders_must_exist=False)) == count
 
 
 def test_a_spread_is_that_of_all_steps() -> None:

@@ -105,11 +105,15 @@ def test_the_references_target_is_noise_minus_latents(architectures: ModuleType)
     assert wrong > 1
 
 
-def test_reference_and_pixtune_measure_the_same_case(architectures: ModuleType, tmp_path: Path) -> None:
+def test_reference_and_pixtune_measure_the_same_case(
+    architectures: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Through the very command that the tables use for ours; the reference in this process, where its toy is known."""
     cells, reference = script("cells"), script("reference")
+    monkeypatch.setattr(reference, "CONTROL_PIXELS", 64)
+    overrides = ("mixed_precision=bf16", "data_config.control_size=64")
     for name, controls in (("toy-edit", 2), ("toy-flux", 0)):
-        cell = cells.StepCell(name, 64, batch_size=2, num_controls=controls, overrides=("mixed_precision=bf16",))
+        cell = cells.StepCell(name, 64, batch_size=2, num_controls=controls, overrides=overrides)
         ours = cells.measure_steps(cell, tmp_path, num_steps=2)
         assert "failed" not in ours, (tmp_path / f"{cell.name}.log").read_text()
         settings = reference.Settings(

@@ -24,6 +24,7 @@ from pixtune.config import load_config
 from pixtune.config.schema import TrainConfig
 from pixtune.data.batches import Batch
 from pixtune.errors import ConfigError, TrainingError
+from pixtune.families import family_of
 from pixtune.figures import StepFigures, count_compiled_graphs, watch_device
 from pixtune.fit.capture import PLAIN_CALLS
 from pixtune.fit.plan import MemoryPlan
@@ -37,6 +38,7 @@ from pixtune.metrics import FILE_NAME, MetricsLog, read_metrics
 from pixtune.planning import footprint_of, plain_linears, targeted_linears, tensor_shapes
 from pixtune.progress import StepBar
 from pixtune.services import AroundSteps, Services, TrainResult
+from pixtune.weights import open_model_folder
 
 if TYPE_CHECKING:
     from pixtune.train import Run
@@ -61,7 +63,7 @@ class Request:
     num_text_tokens: int | None = None
     """None: the config's `max_text_tokens`, or captions of `DEFAULT_WORDS` words."""
     num_controls: int | None = None
-    """None: as many as the config has folders of them."""
+    """None: see `usual_controls`."""
 
 
 @dataclass(frozen=True)
@@ -96,8 +98,9 @@ def measure(
     with tempfile.TemporaryDirectory(prefix="pixtune-bench-") as name:
         config = write_case(Path(name), path, overrides, request)
         run = time_run(config, assemble, run_steps, check)
-    gc.collect()
     if run.device.type == "cuda":
+        torch.compiler.reset()  # what was compiled holds on to weights
+        gc.collect()
         torch.cuda.empty_cache()
     peaks = measure_peaks((run.formats.plain, run.formats.quantised), run.device)
     return make_result(run.case, run.timing, run.memory, run.flops, run.formats, peaks, describe(), run.plan.to_dict())
@@ -115,13 +118,21 @@ def write_case(folder: Path, path: Path, overrides: Sequence[str], request: Requ
         folder / "pictures",
         size_pixels,
         count_pictures(config),
-        count_controls(config) if request.num_controls is None else request.num_controls,
+        usual_controls(config) if request.num_controls is None else request.num_controls,
         request.num_text_tokens or data.max_text_tokens or DEFAULT_WORDS,
     )
     num_steps = WARM_UP_STEPS + request.num_steps
     return load_config(
         path, [*overrides, *timing_words(folder, pictures, num_steps, size_pixels, request.num_text_tokens)]
     )
+
+
+def usual_controls(config: TrainConfig) -> int:
+    """Control pictures of a sample: one a folder of them; where a metadata file names them, one."""
+    folders = count_controls(config)
+    if folders or config.data_config.metadata_file is None:
+        return folders
+    return min(1, family_of(open_model_folder(config.pretrained_model_name_or_path)).max_controls)
 
 
 def time_run(config: TrainConfig, assemble: Assemble, run_steps: RunSteps, check: Callable[[Case], None]) -> TimedRun:

@@ -70,6 +70,7 @@ def timing_words(
         "data_config.caption_type": "txt",
         "data_config.img_size": size_pixels,
         "data_config.random_ratio": False,
+        "data_config.caption_dropout_rate": 0.0,  # empty captions would be shorter than what is stated
         "data_config.cache_dir": str(folder / "cache"),
         "max_train_steps": num_steps,
         "num_train_epochs": None,

@@ -19,6 +19,7 @@ from pixtune.families.flow_schedule import model_sigmas, model_time_shift, round
 from pixtune.families.packing import PATCH, grid, num_tokens, pack_latents, unpack_latents
 from pixtune.fit.attention import with_dense_gradient
 from pixtune.fit.footprint import ActivationUnits
+from pixtune.fit.lora import project
 from pixtune.weights import ModelFolder
 
 if TYPE_CHECKING:
@@ -154,8 +155,10 @@ class Flux:
 
         with torch.device("meta"):
             model: Any = FluxTransformer2DModel.from_config(config)
+        for block in model.transformer_blocks:
+            block.attn.set_processor(JointAttention())
         for block in model.single_transformer_blocks:
-            block.attn.set_processor(AttentionBesideMlp(block.attn.processor))
+            block.attn.set_processor(AttentionBesideMlp())
         return model
 
     # ---- encoding
@@ -253,14 +256,36 @@ class Flux:
         return tensors
 
 
+class JointAttention:
+    """The stock attention of image and text tokens, the projections of each by `fit.lora.project`."""
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        image = project(hidden_states, (attn.to_q, attn.to_k, attn.to_v))
+        text = project(encoder_hidden_states, (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj))
+        image_q, image_k, image_v = (states.unflatten(-1, (-1, attn.head_dim)) for states in image)
+        text_q, text_k, text_v = (states.unflatten(-1, (-1, attn.head_dim)) for states in text)
+        query = torch.cat([attn.norm_added_q(text_q), attn.norm_q(image_q)], dim=1)
+        key = torch.cat([attn.norm_added_k(text_k), attn.norm_k(image_k)], dim=1)
+        value = torch.cat([text_v, image_v], dim=1)
+        attended = attend(query, key, value, attention_mask, image_rotary_emb)
+        num_text_tokens = encoder_hidden_states.shape[1]
+        (image_output,) = project(attended[:, num_text_tokens:].contiguous(), (attn.to_out[0],))
+        (text_output,) = project(attended[:, :num_text_tokens].contiguous(), (attn.to_add_out,))
+        return attn.to_out[1](image_output), text_output
+
+
 class AttentionBesideMlp:
-    """The stock attention of blocks that put the MLP's features beside what was attended.
+    """The stock attention of blocks that put the MLP's features beside what was attended, with `fit.lora.project`.
 
     Its gradient is then a slice of a wider tensor; see `fit.attention` for what that does.
     """
-
-    def __init__(self, stock: Any) -> None:
-        self._stock = stock
 
     def __call__(
         self,
@@ -270,9 +295,29 @@ class AttentionBesideMlp:
         attention_mask: Tensor | None = None,
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
+        projected = project(hidden_states, (attn.to_q, attn.to_k, attn.to_v))
+        query, key, value = (states.unflatten(-1, (-1, attn.head_dim)) for states in projected)
         return with_dense_gradient(
-            self._stock(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
+            attend(attn.norm_q(query), attn.norm_k(key), value, attention_mask, image_rotary_emb)
         )
+
+
+def attend(
+    query_BLHD: Tensor, key_BLHD: Tensor, value_BLHD: Tensor, mask: Tensor | None, turns: tuple[Tensor, Tensor] | None
+) -> Tensor:
+    """Attention of queries and keys that are turned before; heads side by side in the result, (B, L, H * D).
+
+    Args:
+        turns: cosines and sines of the rotary embedding, (L, D) each.
+    """
+    from diffusers.models.attention_dispatch import dispatch_attention_fn
+    from diffusers.models.embeddings import apply_rotary_emb
+
+    if turns is not None:
+        query_BLHD = apply_rotary_emb(query_BLHD, turns, sequence_dim=1)
+        key_BLHD = apply_rotary_emb(key_BLHD, turns, sequence_dim=1)
+    attended_BLHD = dispatch_attention_fn(query_BLHD, key_BLHD, value_BLHD, attn_mask=mask)
+    return attended_BLHD.flatten(2, 3).to(query_BLHD.dtype)
 
 
 def image_positions(rows: int, columns: int, number: int, device: torch.device) -> Tensor:

@@ -18,6 +18,7 @@ from pixtune.families.base import Conditioning, LatentDistribution, Placement, P
 from pixtune.families.flow_schedule import model_sigmas, model_time_shift, rounded_timestep
 from pixtune.families.packing import PATCH, grid, num_tokens, pack_latents, unpack_latents
 from pixtune.fit.footprint import ActivationUnits
+from pixtune.fit.lora import project
 from pixtune.weights import ModelFolder
 
 if TYPE_CHECKING:
@@ -299,12 +300,8 @@ class JointAttention:
 
         assert image_rotary_emb is not None
         image_turns, text_turns = image_rotary_emb
-        image = (attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states))
-        text = (
-            attn.add_q_proj(encoder_hidden_states),
-            attn.add_k_proj(encoder_hidden_states),
-            attn.add_v_proj(encoder_hidden_states),
-        )
+        image = project(hidden_states, (attn.to_q, attn.to_k, attn.to_v))
+        text = project(encoder_hidden_states, (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj))
         heads = (-1, attn.inner_dim // attn.heads)
         image_q, image_k, image_v = (projected.unflatten(-1, heads) for projected in image)
         text_q, text_k, text_v = (projected.unflatten(-1, heads) for projected in text)
@@ -317,8 +314,9 @@ class JointAttention:
         attended = dispatch_attention_fn(query, key, value, attn_mask=attention_mask, dropout_p=0.0, is_causal=False)
         attended = attended.flatten(2, 3).to(query.dtype)
         num_text_tokens = encoder_hidden_states.shape[1]
-        image_output = attn.to_out[1](attn.to_out[0](attended[:, num_text_tokens:].contiguous()))
-        return image_output, attn.to_add_out(attended[:, :num_text_tokens].contiguous())
+        (image_output,) = project(attended[:, num_text_tokens:].contiguous(), (attn.to_out[0],))
+        (text_output,) = project(attended[:, :num_text_tokens].contiguous(), (attn.to_add_out,))
+        return attn.to_out[1](image_output), text_output
 
 
 def rotate(states_BLHD: Tensor, turns: Tensor) -> Tensor:
