@@ -77,6 +77,8 @@ def row(result: Result) -> str:
     ways += [f"modulation {plan['modulation_rows']} ahead"] if plan["modulation_rows"] else []
     ways += ["cheap recomputed"] if plan["lean"] else []
     ways += [f"{plan['recomputed_blocks']} blocks recomputed"] if plan["recomputed_blocks"] else []
+    again = plan.get("reprojected_blocks", 0)  # rows of older runs have none
+    ways += [f"q, k, v of {again} blocks recomputed"] if again else []
     ways += ["inputs offloaded"] if plan["offload_inputs"] else []
     ways += [f"{plan['streamed_blocks']} streamed"] if plan["streamed_blocks"] else []
     more = [text for text in result["overrides"] if not text.startswith("gpu_memory_limit_gib")]

@@ -347,7 +347,8 @@ def decision_table(plan: MemoryPlan) -> Table:
 def decisions(plan: MemoryPlan) -> list[tuple[str, str]]:
     """Name and value of each decision, in plain words."""
     recomputed = f"{plan.recomputed_blocks} blocks" if plan.recomputed_blocks else "no block"
-    cheap = "; norms, gates and rotary embedding in every block" if plan.lean else ""
+    again = f"; queries, keys and values of {plan.reprojected_blocks}" if plan.reprojected_blocks else ""
+    cheap = f"{again}; norms, gates and rotary embedding in every block" if plan.lean else again
     rows = [
         ("base weights", plan.weights_format),
         ("computed in", plan.compute_format),

@@ -49,9 +49,7 @@ def plan_on_this_machine(
             trial = (tried.passed, tried.finding)
     facts = read_facts(device, config.memory_fraction or MEMORY_FRACTION)
     footprint = footprint_of(config, family, folder, num_tokens)
-    return plan_memory(
-        facts, footprint, config, trial, obstacle is None, num_processes, flash_attention_3_obstacle()
-    )
+    return plan_memory(facts, footprint, config, trial, obstacle is None, num_processes, flash_attention_3_obstacle())
 
 
 def encoder_sizes(

@@ -40,7 +40,15 @@ class ToyFamily:
     text_layers = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "ff_context.net.0.proj", "ff_context.net.2")
     activation_units: Mapping[str, ActivationUnits] = {
         "transformer_blocks": ActivationUnits(
-            eager=17, kept=13, lean=8, working=25, forward=13, forward_quantised=18, passing=18, passing_quantised=39
+            eager=17,
+            kept=13,
+            lean=8,
+            projections=3,
+            working=25,
+            forward=13,
+            forward_quantised=18,
+            passing=18,
+            passing_quantised=39,
         )
     }
     time_embedder = "time_text_embed"

@@ -118,7 +118,9 @@ def test_a_fused_attention_costs_what_torch_says() -> None:
 
 
 def linear(image: bool = False, text: bool = False) -> BlockLinear:
-    return BlockLinear(0, 10, 0, image, text, quantised=False, reads_untrained=False, leads_nowhere=False)
+    return BlockLinear(
+        0, 10, 0, image, text, quantised=False, begins_attention=False, reads_untrained=False, leads_nowhere=False
+    )
 
 
 # ---- full size
@@ -129,6 +131,18 @@ def full_size(family_name: str, num_text_tokens: int, recomputed_blocks: int = 0
     targets = attention_layers(family_name, [name.removesuffix(".weight") for name in shapes])
     linears = read_linears(FAMILIES[family_name], shapes, targets, rank=16, **changes)
     return step_flops(linears, StepSize(1, 4096, num_text_tokens), WIDTH, recomputed_blocks, trains_all=False)
+
+
+def test_queries_keys_and_values_made_twice_are_a_sixth_of_the_forward_products() -> None:
+    plain = full_size("qwen_image", 256)
+    shapes = full_size_shapes("qwen_image")
+    linears = read_linears(FAMILIES["qwen_image"], shapes)
+    size = StepSize(1, 4096, 256)
+    again = step_flops(linears, size, WIDTH, 10, trains_all=False, reprojected_blocks=30)
+    whole = step_flops(linears, size, WIDTH, 10, trains_all=False)
+    per_token_and_block = 2 * 3 * WIDTH**2
+    assert again.plain_again - whole.plain_again == 30 * (4096 + 256) * per_token_and_block
+    assert again.model == whole.model and again.hardware > whole.hardware > plain.model
 
 
 def test_a_full_size_step_is_the_one_that_the_floor_was_computed_for() -> None:

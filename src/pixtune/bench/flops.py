@@ -47,6 +47,8 @@ class BlockLinear:
     text_tokens_pass: bool
     """Neither: one row a sample does, which is what modulation layers see."""
     quantised: bool
+    begins_attention: bool
+    """It makes queries, keys or values."""
     reads_untrained: bool
     """Its input has no gradient unless all weights are trained."""
     leads_nowhere: bool
@@ -138,6 +140,7 @@ def read_linears(
                 image_tokens_pass=not modulates and not for_text,
                 text_tokens_pass=not modulates and (for_text or place not in with_text),
                 quantised=quantised and not modulates and path not in plain,
+                begins_attention=begins,
                 reads_untrained=modulates or (block == 0 and begins),
                 leads_nowhere=block == last and for_text and not begins,
             )
@@ -146,7 +149,12 @@ def read_linears(
 
 
 def step_flops(
-    linears: Sequence[BlockLinear], size: StepSize, width: int, recomputed_blocks: int, trains_all: bool
+    linears: Sequence[BlockLinear],
+    size: StepSize,
+    width: int,
+    recomputed_blocks: int,
+    trains_all: bool,
+    reprojected_blocks: int = 0,
 ) -> StepFlops:
     """Operations of a step.
 
@@ -154,11 +162,13 @@ def step_flops(
         width: features of a token inside the blocks, all attention heads together.
         recomputed_blocks: the first so many run forward twice.
         trains_all: every weight has a gradient.
+        reprojected_blocks: the next so many make queries, keys and values twice.
     """
     passes = [_passes(linear, trains_all) for linear in linears]
     forward = [2 * size.rows(linear) * linear.num_weights for linear in linears]
     lora = [2 * size.rows(linear) * linear.num_lora_weights for linear in linears]
-    again = [linear.block < recomputed_blocks for linear in linears]
+    reprojected = recomputed_blocks + reprojected_blocks
+    again = [linear.block < (reprojected if linear.begins_attention else recomputed_blocks) for linear in linears]
     eight = [linear.quantised for linear in linears]
 
     num_blocks = 1 + max(linear.block for linear in linears)

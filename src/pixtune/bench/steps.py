@@ -199,7 +199,7 @@ def count_flops(run: Run, services: Services, case: Case) -> StepFlops:
     )
     size = StepSize(case.batch_size * case.gradient_accumulation_steps, case.num_image_tokens, case.num_text_tokens)
     _, width = family.block_shape(services.folder)
-    return step_flops(linears, size, width, plan.recomputed_blocks, trains_all)
+    return step_flops(linears, size, width, plan.recomputed_blocks, trains_all, plan.reprojected_blocks)
 
 
 def formats_of(plan: MemoryPlan, device: torch.device) -> Formats:

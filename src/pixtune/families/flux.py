@@ -17,6 +17,7 @@ from pixtune.data.buckets import Size
 from pixtune.families.base import CONTROL_SIDE, Conditioning, LatentDistribution, Placement, Prompt, TextEncoder
 from pixtune.families.flow_schedule import model_sigmas, model_time_shift, rounded_timestep
 from pixtune.families.packing import PATCH, grid, num_tokens, pack_latents, unpack_latents
+from pixtune.fit.activations import recompute
 from pixtune.fit.attention import with_dense_gradient
 from pixtune.fit.footprint import ActivationUnits
 from pixtune.fit.lora import project
@@ -55,6 +56,7 @@ class Flux:
             eager=17.0,
             kept=13.1,
             lean=8.2,
+            projections=2.9,
             working=25.0,
             forward=9.1,
             forward_quantised=12.5,
@@ -65,6 +67,7 @@ class Flux:
             eager=16.0,
             kept=12.35,
             lean=6.95,
+            projections=2.9,
             working=25.0,
             forward=13.2,
             forward_quantised=18.3,
@@ -259,6 +262,9 @@ class Flux:
 class JointAttention:
     """The stock attention of image and text tokens, the projections of each by `fit.lora.project`."""
 
+    recomputes_projections = False
+    """Queries, keys and values are computed again in the backward pass; `fit.activations` switches it on."""
+
     def __call__(
         self,
         attn: Any,
@@ -267,14 +273,9 @@ class JointAttention:
         attention_mask: Tensor | None = None,
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        image = project(hidden_states, (attn.to_q, attn.to_k, attn.to_v))
-        text = project(encoder_hidden_states, (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj))
-        image_q, image_k, image_v = (states.unflatten(-1, (-1, attn.head_dim)) for states in image)
-        text_q, text_k, text_v = (states.unflatten(-1, (-1, attn.head_dim)) for states in text)
-        query = torch.cat([attn.norm_added_q(text_q), attn.norm_q(image_q)], dim=1)
-        key = torch.cat([attn.norm_added_k(text_k), attn.norm_k(image_k)], dim=1)
-        value = torch.cat([text_v, image_v], dim=1)
-        attended = attend(query, key, value, attention_mask, image_rotary_emb)
+        inputs = (attn, hidden_states, encoder_hidden_states, image_rotary_emb)
+        query, key, value = recompute(joint_heads, inputs, {}) if self.recomputes_projections else joint_heads(*inputs)
+        attended = attend(query, key, value, attention_mask)
         num_text_tokens = encoder_hidden_states.shape[1]
         (image_output,) = project(attended[:, num_text_tokens:].contiguous(), (attn.to_out[0],))
         (text_output,) = project(attended[:, :num_text_tokens].contiguous(), (attn.to_add_out,))
@@ -287,6 +288,9 @@ class AttentionBesideMlp:
     Its gradient is then a slice of a wider tensor; see `fit.attention` for what that does.
     """
 
+    recomputes_projections = False
+    """As in `JointAttention`."""
+
     def __call__(
         self,
         attn: Any,
@@ -295,27 +299,46 @@ class AttentionBesideMlp:
         attention_mask: Tensor | None = None,
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        projected = project(hidden_states, (attn.to_q, attn.to_k, attn.to_v))
-        query, key, value = (states.unflatten(-1, (-1, attn.head_dim)) for states in projected)
-        return with_dense_gradient(
-            attend(attn.norm_q(query), attn.norm_k(key), value, attention_mask, image_rotary_emb)
-        )
+        inputs = (attn, hidden_states, image_rotary_emb)
+        again = self.recomputes_projections
+        query, key, value = recompute(single_heads, inputs, {}) if again else single_heads(*inputs)
+        return with_dense_gradient(attend(query, key, value, attention_mask))
 
 
-def attend(
-    query_BLHD: Tensor, key_BLHD: Tensor, value_BLHD: Tensor, mask: Tensor | None, turns: tuple[Tensor, Tensor] | None
-) -> Tensor:
-    """Attention of queries and keys that are turned before; heads side by side in the result, (B, L, H * D).
+def joint_heads(
+    attn: Any, image_BLC: Tensor, text_BTC: Tensor, turns: tuple[Tensor, Tensor] | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries and keys, turned, and values of text and image tokens; shape (B, T + L, H, D) each.
 
     Args:
-        turns: cosines and sines of the rotary embedding, (L, D) each.
+        turns: cosines and sines of the rotary embedding, (T + L, D) each.
     """
-    from diffusers.models.attention_dispatch import dispatch_attention_fn
+    image = project(image_BLC, (attn.to_q, attn.to_k, attn.to_v))
+    text = project(text_BTC, (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj))
+    image_q, image_k, image_v = (states.unflatten(-1, (-1, attn.head_dim)) for states in image)
+    text_q, text_k, text_v = (states.unflatten(-1, (-1, attn.head_dim)) for states in text)
+    query = torch.cat([attn.norm_added_q(text_q), attn.norm_q(image_q)], dim=1)
+    key = torch.cat([attn.norm_added_k(text_k), attn.norm_k(image_k)], dim=1)
+    return turn(query, turns), turn(key, turns), torch.cat([text_v, image_v], dim=1)
+
+
+def single_heads(attn: Any, states_BLC: Tensor, turns: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
+    """The same of one stream."""
+    projected = project(states_BLC, (attn.to_q, attn.to_k, attn.to_v))
+    query, key, value = (states.unflatten(-1, (-1, attn.head_dim)) for states in projected)
+    return turn(attn.norm_q(query), turns), turn(attn.norm_k(key), turns), value
+
+
+def turn(states_BLHD: Tensor, turns: tuple[Tensor, Tensor] | None) -> Tensor:
     from diffusers.models.embeddings import apply_rotary_emb
 
-    if turns is not None:
-        query_BLHD = apply_rotary_emb(query_BLHD, turns, sequence_dim=1)
-        key_BLHD = apply_rotary_emb(key_BLHD, turns, sequence_dim=1)
+    return states_BLHD if turns is None else apply_rotary_emb(states_BLHD, turns, sequence_dim=1)
+
+
+def attend(query_BLHD: Tensor, key_BLHD: Tensor, value_BLHD: Tensor, mask: Tensor | None) -> Tensor:
+    """Heads side by side in the result, (B, L, H * D)."""
+    from diffusers.models.attention_dispatch import dispatch_attention_fn
+
     attended_BLHD = dispatch_attention_fn(query_BLHD, key_BLHD, value_BLHD, attn_mask=mask)
     return attended_BLHD.flatten(2, 3).to(query_BLHD.dtype)
 

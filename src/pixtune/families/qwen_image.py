@@ -17,6 +17,7 @@ from pixtune.errors import WeightsError
 from pixtune.families.base import Conditioning, LatentDistribution, Placement, Prompt, TextEncoder
 from pixtune.families.flow_schedule import model_sigmas, model_time_shift, rounded_timestep
 from pixtune.families.packing import PATCH, grid, num_tokens, pack_latents, unpack_latents
+from pixtune.fit.activations import recompute
 from pixtune.fit.footprint import ActivationUnits
 from pixtune.fit.lora import project
 from pixtune.weights import ModelFolder
@@ -78,6 +79,7 @@ class QwenImage:
             eager=17.0,
             kept=13.05,
             lean=8.2,
+            projections=2.9,
             working=25.0,
             forward=5.0,
             forward_quantised=14.5,
@@ -287,6 +289,9 @@ class JointAttention:
     backward pass beside the plain ones: a sixth of a block's activations.
     """
 
+    recomputes_projections = False
+    """Queries, keys and values are computed again in the backward pass; `fit.activations` switches it on."""
+
     def __call__(
         self,
         attn: Any,
@@ -299,15 +304,8 @@ class JointAttention:
         from diffusers.models.attention_dispatch import dispatch_attention_fn
 
         assert image_rotary_emb is not None
-        image_turns, text_turns = image_rotary_emb
-        image = project(hidden_states, (attn.to_q, attn.to_k, attn.to_v))
-        text = project(encoder_hidden_states, (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj))
-        heads = (-1, attn.inner_dim // attn.heads)
-        image_q, image_k, image_v = (projected.unflatten(-1, heads) for projected in image)
-        text_q, text_k, text_v = (projected.unflatten(-1, heads) for projected in text)
-        query = torch.cat([rotate(attn.norm_added_q(text_q), text_turns), rotate(attn.norm_q(image_q), image_turns)], 1)
-        key = torch.cat([rotate(attn.norm_added_k(text_k), text_turns), rotate(attn.norm_k(image_k), image_turns)], 1)
-        value = torch.cat([text_v, image_v], dim=1)
+        inputs = (attn, hidden_states, encoder_hidden_states, *image_rotary_emb)
+        query, key, value = recompute(heads_of, inputs, {}) if self.recomputes_projections else heads_of(*inputs)
         if encoder_hidden_states_mask is not None:
             image_mask = torch.ones(hidden_states.shape[:2], dtype=torch.bool, device=hidden_states.device)
             attention_mask = torch.cat([encoder_hidden_states_mask, image_mask], dim=1)[:, None, None, :]
@@ -317,6 +315,20 @@ class JointAttention:
         (image_output,) = project(attended[:, num_text_tokens:].contiguous(), (attn.to_out[0],))
         (text_output,) = project(attended[:, :num_text_tokens].contiguous(), (attn.to_add_out,))
         return attn.to_out[1](image_output), text_output
+
+
+def heads_of(
+    attn: Any, image_BLC: Tensor, text_BTC: Tensor, image_turns: Tensor, text_turns: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries and keys, turned, and values of text and image tokens; shape (B, T + L, H, D) each."""
+    image = project(image_BLC, (attn.to_q, attn.to_k, attn.to_v))
+    text = project(text_BTC, (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj))
+    heads = (-1, attn.inner_dim // attn.heads)
+    image_q, image_k, image_v = (projected.unflatten(-1, heads) for projected in image)
+    text_q, text_k, text_v = (projected.unflatten(-1, heads) for projected in text)
+    query = torch.cat([rotate(attn.norm_added_q(text_q), text_turns), rotate(attn.norm_q(image_q), image_turns)], 1)
+    key = torch.cat([rotate(attn.norm_added_k(text_k), text_turns), rotate(attn.norm_k(image_k), image_turns)], 1)
+    return query, key, torch.cat([text_v, image_v], dim=1)
 
 
 def rotate(states_BLHD: Tensor, turns: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from pixtune.families.base import ModelFamily, Placement
-from pixtune.fit.activations import recompute_blocks
+from pixtune.fit.activations import recompute_blocks, recompute_projections
 from pixtune.fit.attention import use_flash_attention_3
 from pixtune.fit.compile import compile_blocks
 from pixtune.fit.gelu import compact_gelus
@@ -68,5 +68,7 @@ def apply_to_activations(transformer: nn.Module, family: ModelFamily, plan: Memo
         compact_gelus(blocks)
     if plan.recomputed_blocks:
         recompute_blocks(blocks[: plan.recomputed_blocks], plan.offload_inputs)
+    if plan.reprojected_blocks:
+        recompute_projections(blocks[plan.recomputed_blocks :][: plan.reprojected_blocks])
     if plan.compile:
         compile_blocks(blocks, plan.lean, plan.fused_step)

@@ -30,8 +30,8 @@ class KeepDearResults(CustomGraphPass):
         for operator in DEAR_OPERATORS:
             for node in graph.find_nodes(op="call_function", target=operator):
                 results = list(node.users) if isinstance(node.meta.get("val"), tuple | list) else []
-                for kept in (node, *results):
-                    kept.meta["recompute"] = CheckpointPolicy.MUST_SAVE
+                for kept in (node, *results):  # what is marked already is meant to be computed again
+                    kept.meta.setdefault("recompute", CheckpointPolicy.MUST_SAVE)
 
     def uuid(self) -> object:
         """Part of the key under which compiled graphs are kept on disk. torch 2.11 leaves out which attention kernels

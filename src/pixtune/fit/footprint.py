@@ -29,6 +29,8 @@ class ActivationUnits:
     """Compiled; no product and no attention is computed twice."""
     lean: float
     """The same, norms, rotary embedding and gates computed again, the MLP's activation kept in 8 bits."""
+    projections: float
+    """Of these, queries, keys and values."""
     working: float
     """On top of what it keeps, at most, while the backward pass of a recomputed block runs."""
     forward: float

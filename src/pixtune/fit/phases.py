@@ -227,6 +227,7 @@ def drawing_ladder(
             modulation_rows=min(rung.modulation_rows, num_passes + 1),
             lean=False,
             recomputed_blocks=0,
+            reprojected_blocks=0,
             offload_inputs=False,
         )
         for rung in ladder(facts, footprint, config)

@@ -14,11 +14,10 @@ from pixtune.errors import PlanError
 from pixtune.fit.all_weights import Situation, choose_way, has_masters
 from pixtune.fit.footprint import Footprint
 from pixtune.fit.rungs import (
-    MOST_RECORDINGS,
     QUANTISED,
-    RECORDING_BYTES,
     Rung,
     compute_format_of,
+    count_recordings,
     fragmented_bytes,
     host_bytes,
     is_unified,
@@ -51,6 +50,8 @@ class MemoryPlan:
     """Norms, rotary embedding and gates are computed again, the MLP's activation is kept in 8 bits."""
     recomputed_blocks: int
     """The first so many keep only their inputs."""
+    reprojected_blocks: int
+    """The next so many compute queries, keys and values again."""
     offload_inputs: bool
     """Those inputs wait in host memory."""
     streamed_blocks: int
@@ -148,10 +149,13 @@ def plan_memory(
         modulation_rows=rung.modulation_rows,
         lean=rung.lean,
         recomputed_blocks=rung.recomputed_blocks,
+        reprojected_blocks=rung.reprojected_blocks,
         offload_inputs=rung.offload_inputs,
         streamed_blocks=rung.streamed_blocks,
         compile=compiled,
-        recordings=_recordings(rung, facts, footprint, config, peak, compiled) if on_gpu else 0,
+        recordings=count_recordings(rung, footprint, config, compiled, usable_bytes(facts, config) - peak)
+        if on_gpu
+        else 0,
         pin_memory=pin_memory,
         encoders_stay=unified if config.disable_cpu_offload is None else config.disable_cpu_offload,
         tf32=tf32,
@@ -198,16 +202,6 @@ def _choose_rung(
         raise PlanError(_host_lacks(facts, footprint, config, optimizer, compiled, min(on_host)))
     least = min(demanded, key=needed)
     raise PlanError(_nothing_fits(facts, footprint, config, optimizer, compiled, least, usable))
-
-
-def _recordings(
-    rung: Rung, facts: HardwareFacts, footprint: Footprint, config: TrainConfig, peak: int, compiled: bool
-) -> int:
-    """Training all weights may step each in its backward pass, so nothing is recorded there."""
-    if not config.cuda_graphs or footprint.trains_all:
-        return 0
-    left = usable_bytes(facts, config) - peak - fragmented_bytes(rung, footprint, config, compiled)
-    return min(1 + max(left, 0) // RECORDING_BYTES, MOST_RECORDINGS)
 
 
 def _rung_on_cpu(footprint: Footprint, config: TrainConfig) -> tuple[Rung, list[str]]:
@@ -303,6 +297,8 @@ def _reasons(
         reasons.append(f"recomputation on for {rung.recomputed_blocks} of {footprint.num_blocks} blocks")
     else:
         reasons.append("recomputation off: no block is computed twice")
+    if rung.reprojected_blocks:
+        reasons.append(f"queries, keys and values computed twice in {rung.reprojected_blocks} blocks")
     if rung.offload_inputs:
         reasons.append("the inputs of recomputed blocks wait in host memory")
     if rung.streamed_blocks:

@@ -46,6 +46,8 @@ class Rung:
     recomputed_blocks: int = 0
     offload_inputs: bool = False
     streamed_blocks: int = 0
+    reprojected_blocks: int = 0
+    """After the recomputed ones: they compute queries, keys and values again."""
 
 
 def is_unified(facts: HardwareFacts, config: TrainConfig) -> bool:
@@ -73,12 +75,15 @@ def ladder(facts: HardwareFacts, footprint: Footprint, config: TrainConfig) -> I
             continue  # products in 8 bits are faster than computing blocks twice in 16
         rows = table_rows(footprint)[-1]
         lean, counts = no_recompute is None, range(1, blocks + 1) if no_recompute is None else (blocks,)
-        yield from (Rung(weights_format, rows, lean, count) for count in counts)
-        if not is_unified(facts, config):
-            yield from (Rung(weights_format, rows, lean, count, offload_inputs=True) for count in counts)
-            if is_last:
-                for count in range(STREAM_SLOTS + 1, blocks + 1):
-                    yield Rung(weights_format, rows, lean, blocks, True, count)
+        if lean:  # a third of what a lean block keeps, for a sixth of its products
+            yield from (Rung(weights_format, rows, lean, reprojected_blocks=count) for count in counts)
+        for offload in (False, True) if not is_unified(facts, config) else (False,):
+            for count in counts:
+                others = blocks - count if lean else 0
+                yield Rung(weights_format, rows, lean, count, offload, reprojected_blocks=others)
+        if is_last and not is_unified(facts, config):
+            for count in range(STREAM_SLOTS + 1, blocks + 1):
+                yield Rung(weights_format, rows, lean, blocks, True, count)
 
 
 def table_rows(footprint: Footprint) -> tuple[int, ...]:
@@ -126,6 +131,20 @@ def room_for_recordings(rung: Rung, config: TrainConfig) -> int:
     """Bytes that are left for recorded steps."""
     wanted = config.cuda_graphs and (rung.lean or rung.recomputed_blocks > 0)
     return (LEAST_RECORDINGS - 1) * RECORDING_BYTES if wanted else 0
+
+
+def count_recordings(
+    rung: Rung, footprint: Footprint, config: TrainConfig, compiled: bool, beside_peak_bytes: int
+) -> int:
+    """Of how many shapes steps are recorded. Training all weights may step each in its backward pass, so none is.
+
+    Args:
+        beside_peak_bytes: what a step leaves of the memory there is.
+    """
+    if not config.cuda_graphs or footprint.trains_all:
+        return 0
+    left = beside_peak_bytes - fragmented_bytes(rung, footprint, config, compiled)
+    return min(1 + max(left, 0) // RECORDING_BYTES, MOST_RECORDINGS)
 
 
 def weight_bytes(rung: Rung, footprint: Footprint, compute_format: str) -> int:
@@ -179,11 +198,14 @@ def activation_units(rung: Rung, footprint: Footprint, compiled: bool, retained:
     kept, forward, working, number = 0.0, 0.0, 0.0, 0
     for kind in footprint.kinds:
         recomputed = min(max(rung.recomputed_blocks - number, 0), kind.count)
+        again = min(max(rung.recomputed_blocks + rung.reprojected_blocks - number, 0), kind.count) - recomputed
         number += kind.count
         if recomputed < kind.count:
             kept += (kind.count - recomputed) * kept_units(kind, rung, footprint, compiled)
+            kept -= again * kind.units.projections
             quantised = rung.weights_format in QUANTISED
-            forward = max(forward, kind.units.forward_quantised if quantised else kind.units.forward)
+            beside = kind.units.forward_quantised if quantised else kind.units.forward
+            forward = max(forward, beside + (kind.units.projections if again else 0))
         if recomputed:
             working = max(working, kind.units.working + extra)
     return inputs + (kept + max(forward, working) if retained else max(kept + forward, working))

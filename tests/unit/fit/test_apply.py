@@ -18,7 +18,7 @@ from tests.unit.fit.test_load import model
 CPU = torch.device("cpu")
 PLAIN = MemoryPlan(
     compute_format="fp32", weights_format="fp32", modulation_rows=0, lean=False, recomputed_blocks=0,
-    offload_inputs=False, streamed_blocks=0, compile=False, recordings=0, pin_memory=False,
+    reprojected_blocks=0, offload_inputs=False, streamed_blocks=0, compile=False, recordings=0, pin_memory=False,
     encoders_stay=False, tf32=False,
     cudnn_attention=None, flash_attention_3=False, deterministic=False, loading_threads=1, fast_loading=False,
     expandable_segments=False,
@@ -27,6 +27,7 @@ PLAIN = MemoryPlan(
 EXACT = 1.0
 WAYS: dict[str, tuple[dict[str, object], float]] = {  # what the plan changes, and the least cosine of the gradients
     "recomputed": ({"recomputed_blocks": 2}, EXACT),
+    "projected again": ({"recomputed_blocks": 1, "reprojected_blocks": 2}, EXACT),
     "inputs on the host": ({"recomputed_blocks": 99, "offload_inputs": True}, EXACT),
     "streamed": ({"recomputed_blocks": 99, "streamed_blocks": 4}, EXACT),
     "modulation ahead": ({"modulation_rows": 8}, 0.999999),

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters as dynamo_counters
 from torch._inductor import config as inductor_config
 
-from pixtune.adapters import attach_lora
+from pixtune.adapters import attach_lora, lora_weights
 from pixtune.families import family_of
 from pixtune.families.base import Placement
+from pixtune.fit.activations import recompute_projections
 from pixtune.fit.compile import LIMIT_TO_KNOWN_OPERATORS, LIMITS_TO_RECOMPUTING, compile_blocks
 from pixtune.fit.dear_results import KeepDearResults
 from pixtune.fit.forwards import replace_computation
@@ -118,3 +119,51 @@ def test_blocks_of_one_kind_share_their_graphs_and_sizes_make_as_many_again(name
     assert graphs <= 4 * len(kinds)
     for width, height, num_text_tokens in ((64, 80, 9), (96, 64, 30), (64, 128, 7), (128, 64, 25), (64, 64, 12)):
         assert graphs_after(width, height, num_text_tokens) == graphs
+
+
+def kept_and_gradients(name: str, recomputes: bool) -> tuple[float, torch.Tensor]:
+    """Bytes that compiled blocks keep, in streams of features a block, and the LoRA's gradients."""
+    torch._dynamo.reset()
+    folder = open_model_folder(str(ROOT / "assets" / name))
+    family = family_of(folder)
+    torch.manual_seed(0)
+    config = folder.component_config("transformer")
+    config |= {key: 2 for key in ("num_layers", "num_single_layers") if key in config}
+    transformer = random_transformer(family, config, Placement(torch.device("cpu"), torch.float32))
+    attach_lora(transformer, family.lora_targets, 4, 4.0, 0, family.lora_presets)
+    with torch.no_grad():
+        for path, weight in lora_weights(transformer).items():
+            if "lora_B" in path:
+                weight.normal_(0, 0.1, generator=torch.Generator().manual_seed(1))
+    blocks = [block for path in family.block_paths for block in transformer.get_submodule(path).children()]
+    if recomputes:
+        recompute_projections(blocks)
+    for block in blocks:
+        replace_computation(block, functools.partial(torch.compile, backend="aot_eager_decomp_partition"))
+    channels, height, width = family.latent_shape(folder, 128, 128)
+    generator = torch.Generator().manual_seed(2)
+    latents_1CHW = torch.randn(1, channels, height, width, generator=generator)
+    text = family.stack_conditioning([family.random_text(folder, 32, 0)])
+    own = {tensor.data_ptr() for tensor in [*transformer.parameters(), *transformer.buffers()]}
+    kept: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        if tensor.data_ptr() not in own:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        velocity = family.predict_velocity(transformer, latents_1CHW, torch.tensor([0.5]), text)
+    num_bytes = sum(kept.values())  # now: memory that the backward pass takes anew may have the same address
+    velocity.square().mean().backward()
+    gradients = [p.grad.flatten() for p in transformer.parameters() if p.grad is not None]
+    unit = (family.num_image_tokens(height, width) + 32) * family.block_shape(folder)[1] * 4
+    return num_bytes / unit / len(blocks), torch.cat(gradients)
+
+
+@pytest.mark.parametrize("name", ["tiny-qwen-image", "tiny-flux"])
+def test_projections_that_are_computed_again_are_not_kept(name: str) -> None:
+    kept, expected = kept_and_gradients(name, recomputes=False)
+    less, gradients = kept_and_gradients(name, recomputes=True)
+    assert kept - less > 2.4
+    torch.testing.assert_close(gradients, expected, rtol=1e-4, atol=1e-6)
