@@ -43,7 +43,7 @@ class ToyFamily:
             eager=17,
             kept=13,
             lean=8,
-            projections=3,
+            projections=0,
             working=25,
             forward=13,
             forward_quantised=18,

@@ -18,6 +18,7 @@ from pixtune.fit.rungs import (
     RECORDING_BYTES,
     Rung,
     fragmented_bytes,
+    ladder,
     peak_bytes,
     room_for_recordings,
 )
@@ -175,6 +176,17 @@ def test_the_fewest_blocks_that_suffice_are_recomputed_and_streamed(model: str) 
         needed = peak_bytes(one_less, footprint, config, plan.optimizer, True)
         beside = fragmented_bytes(one_less, footprint, config, True) + room_for_recordings(one_less, config)
         assert needed + beside > usable_bytes(H100, config)
+
+
+def test_a_family_that_cannot_project_again_is_never_asked_to() -> None:
+    footprint = full_size_footprint(CONFIG)
+    stiff = replace(
+        footprint,
+        kinds=tuple(replace(kind, units=replace(kind.units, projections=0)) for kind in footprint.kinds),
+    )
+    rungs = list(ladder(H100, stiff, CONFIG))
+    assert not any(rung.reprojected_blocks for rung in rungs) and any(rung.recomputed_blocks for rung in rungs)
+    assert any(rung.reprojected_blocks for rung in ladder(H100, footprint, CONFIG))
 
 
 @pytest.mark.parametrize("model", MODELS)

@@ -30,7 +30,7 @@ class ActivationUnits:
     lean: float
     """The same, norms, rotary embedding and gates computed again, the MLP's activation kept in 8 bits."""
     projections: float
-    """Of these, queries, keys and values."""
+    """Of these, queries, keys and values; 0: its attention cannot compute them again (`recomputes_projections`)."""
     working: float
     """On top of what it keeps, at most, while the backward pass of a recomputed block runs."""
     forward: float

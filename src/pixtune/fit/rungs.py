@@ -75,11 +75,12 @@ def ladder(facts: HardwareFacts, footprint: Footprint, config: TrainConfig) -> I
             continue  # products in 8 bits are faster than computing blocks twice in 16
         rows = table_rows(footprint)[-1]
         lean, counts = no_recompute is None, range(1, blocks + 1) if no_recompute is None else (blocks,)
-        if lean:  # a third of what a lean block keeps, for a sixth of its products
+        reprojects = lean and all(kind.units.projections for kind in footprint.kinds)
+        if reprojects:  # a third of what a lean block keeps, for a sixth of its products
             yield from (Rung(weights_format, rows, lean, reprojected_blocks=count) for count in counts)
         for offload in (False, True) if not is_unified(facts, config) else (False,):
             for count in counts:
-                others = blocks - count if lean else 0
+                others = blocks - count if reprojects else 0
                 yield Rung(weights_format, rows, lean, count, offload, reprojected_blocks=others)
         if is_last and not is_unified(facts, config):
             for count in range(STREAM_SLOTS + 1, blocks + 1):
