@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 
 from pixtune import families
-from pixtune.fit.activations import recompute_blocks
+from pixtune.fit.activations import recompute_blocks, recompute_projections
 from pixtune.fit.forwards import replace_computation
 from pixtune.fit.lora import plain_lora, project, summed_outer
 from pixtune.fit.quantize import QuantizedLinear
@@ -214,11 +214,15 @@ def differences(found: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[s
     return {name: float((found[name] - g).norm() / g.norm()) for name, g in expected.items() if g.norm() > 0}
 
 
-@pytest.mark.parametrize("how", ["eager", "compiled", "recomputed", "recomputed and compiled"])
+@pytest.mark.parametrize(
+    "how", ["eager", "compiled", "recomputed", "recomputed and compiled", "reprojected and compiled"]
+)
 @pytest.mark.parametrize("name", tiny.MODELS)
 def test_a_step_is_pefts_within_rounding(name: str, how: str, pefts_way: Callable[[], None]) -> None:
     model = model_with_lora(name)
     blocks = tiny.blocks_of(name, model)
+    if "reprojected" in how:
+        recompute_projections(blocks)
     if "recomputed" in how:
         recompute_blocks(blocks, offload=False)
     if "compiled" in how:
