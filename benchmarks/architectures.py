@@ -6,6 +6,7 @@ import inspect
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import diffusers
 
@@ -31,6 +32,8 @@ class Architecture:
     num_controls: int = 0
     transformer_values: dict[str, object] = field(default_factory=dict)
     autoencoder_values: dict[str, object] = field(default_factory=dict)
+    num_text_tokens: int = 256
+    """Of a caption, as real training has them: FLUX.1's are padded to so many, Qwen-Image's are of any length."""
 
     @property
     def transformer_config(self) -> dict[str, object]:
@@ -39,7 +42,8 @@ class Architecture:
 
 QWEN = ("QwenImageTransformer2DModel", "AutoencoderKLQwenImage", QWEN_SCHEDULER)
 FLUX = ("FluxTransformer2DModel", "AutoencoderKL", FLUX_SCHEDULER)
-FLUX_VALUES: dict[str, dict[str, object]] = {
+FLUX_VALUES: dict[str, Any] = {
+    "num_text_tokens": 512,
     "transformer_values": {"guidance_embeds": True},
     "autoencoder_values": {
         "latent_channels": 16, "block_out_channels": [128, 256, 512, 512], "layers_per_block": 2,

@@ -18,9 +18,6 @@ from architectures import ARCHITECTURES, write_model_folder
 from pixtune.files import write_atomically
 
 Result = dict[str, Any]
-TEXT_TOKENS = {"flux": 512, "flux-kontext": 512}
-"""Of models whose captions are padded to a length; of the others `OTHER_TEXT_TOKENS`."""
-OTHER_TEXT_TOKENS = 256
 WITHOUT_CUDNN = ("flux", "flux-kontext")
 """Whose stock strides make cuDNN's backward pass read where it must not (docs/experiments.md)."""
 BEGAN = time.monotonic()
@@ -90,7 +87,7 @@ class StepCell:
 
     @property
     def num_text_tokens(self) -> int:
-        return TEXT_TOKENS.get(self.model, OTHER_TEXT_TOKENS)
+        return ARCHITECTURES[self.model].num_text_tokens
 
 
 def measure_steps(cell: StepCell, output: Path, num_steps: int, most_seconds: float | None = None) -> Result:

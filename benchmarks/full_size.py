@@ -52,12 +52,13 @@ def measure(folder: Path, output: Path, model_name: str, size: int, steps: int, 
         subprocess.CalledProcessError: the run failed; its words went to stderr.
     """
     config = folder / f"{output.name}.yaml"
-    pictures = folder / "pictures"
+    pictures, model = folder / "pictures", ARCHITECTURES[model_name]
     config.write_text(
         f"pretrained_model_name_or_path: {folder / 'model'}\noutput_dir: {output}\nrandom_weights: true\n"
         f"max_train_steps: {steps}\nlogging_steps: 1\n"
         f"data_config:\n  img_dir: {pictures / 'images'}\n  img_size: {size}\n"
-        + (f"  control_dir: {pictures / 'control_0'}\n" if ARCHITECTURES[model_name].num_controls else "")
+        f"  max_text_tokens: {model.num_text_tokens}\n"
+        + (f"  control_dir: {pictures / 'control_0'}\n" if model.num_controls else "")
     )
     command = [sys.executable, "-m", "pixtune.cli", "train", "--config", str(config), *overrides]
     subprocess.run(command, check=True, stdout=sys.stderr)
