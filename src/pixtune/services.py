@@ -13,7 +13,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
-import torch
 from rich.console import Console
 from torch import Tensor
 
@@ -247,8 +246,7 @@ class Services:
     @contextmanager
     def _aside(self, stage: str) -> Iterator[None]:
         """Around what computes on the device between steps: it gets the memory that recorded steps hold, if it must."""
-        if self._between_steps.device_bytes > self.run.plan.usable_bytes - torch.cuda.memory_reserved():
-            self.run.forward_backward.release()
+        self.run.forward_backward.make_room(self._between_steps.device_bytes)
         with self.run.memory.aside(stage):
             yield
 

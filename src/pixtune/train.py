@@ -241,6 +241,7 @@ def build_run(
             trained.parameters.values(),
             GraphRecorder(stream_of(transformer)) if plan.recordings else None,
             plan.recordings,
+            lambda: plan.usable_bytes - torch.cuda.memory_reserved(),
         ),
         learning_rate_at=optim.build_schedule(config, num_steps),
         source=source,

@@ -24,7 +24,9 @@ from torch import Tensor, nn
 log = logging.getLogger(__name__)
 
 PLAIN_CALLS = 2
-"""Of each shape, before it is recorded: the first ones compile, and try out which products are fastest."""
+"""Of each shape, before it is recorded: the first ones compile, and try out which products are fastest. While new
+shapes come up nothing is recorded: on a full card a plain pass would need the memory that recordings hold."""
+
 Replay = Callable[[], Tensor]
 Record = Callable[[Callable[[], Tensor]], Replay]
 """Runs some work once without its effects, and returns what runs it in earnest."""
@@ -56,7 +58,10 @@ class Recording(Generic[InputsT]):
 
 
 class ReplayedPass(Generic[InputsT]):
-    """A pass that is recorded for each shape at its third call, and replayed from then on.
+    """A pass that is recorded for each shape once it has run plainly, and replayed from then on.
+
+    Recordings hold the memory of one pass, whatever their number. A plain pass beside them needs as much again; where
+    that is not there, they give theirs back first.
 
     Gradients must be zeroed in place, never dropped, between the steps: see `zero_gradients`.
 
@@ -66,6 +71,7 @@ class ReplayedPass(Generic[InputsT]):
         record: None: never.
         most: shapes to record, those that come up first: to give one up for another would cost more time than it saves
             where many shapes take turns.
+        free_bytes: what torch's allocator may still reserve.
     """
 
     def __init__(
@@ -74,43 +80,52 @@ class ReplayedPass(Generic[InputsT]):
         parameters: Iterable[nn.Parameter],
         record: Record | None,
         most: int = 1,
+        free_bytes: Callable[[], int] = lambda: 0,
     ) -> None:
         self._compute, self._parameters, self._record, self._most = compute, tuple(parameters), record, most
+        self._free_bytes = free_bytes
         self._calls: Counter[Hashable] = Counter()
+        self._calls_since_a_new_shape = 0
         self._recordings: dict[Hashable, Recording[InputsT]] = {}
+        self._plain_bytes = 0
+        """What the allocator held for plain passes, most of all times."""
 
     def __call__(self, inputs: InputsT) -> Tensor:
         if self._record is None:
             return self._compute(inputs)
         shapes = inputs.shapes
+        self._calls_since_a_new_shape = self._calls_since_a_new_shape + 1 if shapes in self._calls else 0
         self._calls[shapes] += 1
-        if self._calls[shapes] <= PLAIN_CALLS:
-            return self._compute(inputs)
-        if shapes not in self._recordings and not self._try_to_record(shapes, inputs):
+        if shapes not in self._recordings and not (self._is_ripe(shapes) and self._try_to_record(shapes, inputs)):
+            self._make_room_for_a_plain_pass()
             return self._compute(inputs)
         recording = self._recordings[shapes]
         for target, source in zip(recording.inputs.tensors(), inputs.tensors(), strict=True):
             target.copy_(source)
         return recording.replay()
 
+    def _is_ripe(self, shapes: Hashable) -> bool:
+        if self._calls[shapes] <= PLAIN_CALLS or len(self._recordings) >= self._most:
+            return False
+        return self._calls_since_a_new_shape >= PLAIN_CALLS * len(self._calls)
+
     def _try_to_record(self, shapes: Hashable, inputs: InputsT) -> bool:
         """Not recording costs time and nothing else, so where it cannot be done all runs plainly from then on."""
         assert self._record is not None
-        if len(self._recordings) >= self._most:
-            return False
+        if not self._recordings:
+            held_bytes = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+            self._plain_bytes = max(self._plain_bytes, held_bytes)
         standing = inputs.map(Tensor.clone)
-        with_gradient = self._with_gradient()
+        with_gradient = self._gradients_there()
         replay, obstacle = None, ""
         try:
             replay = self._record(lambda: self._compute(standing))
         except RuntimeError as error:  # out of memory is one, too
-            obstacle = str(error).strip().splitlines()[0]
+            obstacle = next(iter(str(error).strip().splitlines()), type(error).__name__)
         if replay is None:  # here, since the error holds the memory of what it broke off
-            log.warning("steps are launched kernel by kernel: they could not be recorded (%s)", obstacle)
-            self._record = None
-            self.release()
+            self._stop_recording(f"they could not be recorded ({obstacle})")
             return False
-        if self._with_gradient() != with_gradient:
+        if self._gradients_there() != with_gradient:
             raise RuntimeError(
                 "recording a step gave gradients to parameters that had none before, and a replay would not add to "
                 "them. This is a fault of pixtune; cuda_graphs=false avoids it."
@@ -118,7 +133,30 @@ class ReplayedPass(Generic[InputsT]):
         self._recordings[shapes] = Recording(standing, replay)
         return True
 
-    def _with_gradient(self) -> list[bool]:
+    def _make_room_for_a_plain_pass(self) -> None:
+        full = len(self._recordings) >= self._most
+        if self.make_room(self._plain_bytes) and full:  # each such pass would cost all recordings
+            self._stop_recording(
+                f"pictures and captions come in {len(self._calls)} shapes, and memory has room for {self._most} "
+                "recordings but not for a plain pass beside them"
+            )
+
+    def _stop_recording(self, why: str) -> None:
+        log.warning("steps are launched kernel by kernel: %s", why)
+        self._record = None
+        self.release()
+
+    def make_room(self, num_bytes: int) -> bool:
+        """Gives back the memory of all recordings if so much is not free beside them; returns whether it did."""
+        if not self._recordings or self._free_bytes() >= num_bytes:
+            return False
+        torch.cuda.empty_cache()  # what plain passes left behind
+        if self._free_bytes() >= num_bytes:
+            return False
+        self.release()
+        return True
+
+    def _gradients_there(self) -> list[bool]:
         return [parameter.grad is not None for parameter in self._parameters]
 
     def zero_gradients(self) -> None:

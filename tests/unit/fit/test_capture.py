@@ -52,7 +52,9 @@ class FakeRecorder:
         return replay
 
 
-def build(recorder: bool = True, most: int = 1) -> tuple[ReplayedPass[Numbers], nn.Parameter, FakeRecorder]:
+def build(
+    recorder: type[FakeRecorder] | None = FakeRecorder, most: int = 1, free_bytes: Callable[[], int] = lambda: 0
+) -> tuple[ReplayedPass[Numbers], nn.Parameter, FakeRecorder]:
     weight = nn.Parameter(torch.tensor([1.0, 2.0]))
 
     def compute(numbers: Numbers) -> Tensor:
@@ -60,13 +62,13 @@ def build(recorder: bool = True, most: int = 1) -> tuple[ReplayedPass[Numbers], 
         loss.backward()
         return loss.detach()
 
-    fake = FakeRecorder(weight)
-    return ReplayedPass(compute, [weight], fake if recorder else None, most), weight, fake
+    fake = (recorder or FakeRecorder)(weight)
+    return ReplayedPass(compute, [weight], fake if recorder else None, most, free_bytes), weight, fake
 
 
 def test_what_is_replayed_gives_the_plain_gradients() -> None:
     replayed, weight, fake = build()
-    plain, plain_weight, _ = build(recorder=False)
+    plain, plain_weight, _ = build(recorder=None)
     for number in range(6):
         for micro_batch in range(2):  # gradients of two micro-batches add up
             values = torch.arange(3.0) + number + 10 * micro_batch
@@ -89,13 +91,68 @@ def test_each_shape_is_recorded_once_and_the_first_to_come_are() -> None:
     call(1, PLAIN_CALLS)
     assert fake.recorded == 0
     call(1, 3)
-    call(2, PLAIN_CALLS + 1)
+    call(2, 2 * PLAIN_CALLS)  # as long as shapes may still come up, they do not take turns with recordings
+    assert fake.recorded == 1
+    call(2, 1)
     call(1, 1)
     assert (fake.recorded, fake.replayed) == (2, 5)
     call(3, PLAIN_CALLS + 4)  # runs plainly
     call(1, 1)
     call(2, 1)
     assert (fake.recorded, fake.replayed) == (2, 7)
+
+
+class InertRecorder(FakeRecorder):
+    """Neither recording nor replaying is a plain pass."""
+
+    def __call__(self, work: Callable[[], Tensor]) -> Replay:
+        self.recorded += 1
+        return lambda: torch.zeros(())
+
+
+class Card:
+    """Room for so many passes at a time: what recordings hold, all together one, and a plain one."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, passes: int, most: int) -> None:
+        self.passes, self.most_held = passes, 0
+        self.replayed, _, self.fake = build(InertRecorder, most, lambda: passes - bool(self.replayed._recordings))
+        monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 3)
+        monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 2)
+        compute = self.replayed._compute
+
+        def noting(numbers: Numbers) -> Tensor:
+            self.most_held = max(self.most_held, 1 + bool(self.replayed._recordings))
+            return compute(numbers)
+
+        self.replayed._compute = noting
+
+    def run(self, *lengths: int) -> None:
+        for length in lengths:
+            self.replayed(Numbers(torch.ones(length)))
+
+
+@pytest.mark.parametrize("passes", [1, 2])
+def test_a_plain_pass_and_recordings_share_a_card_only_if_it_holds_both(
+    monkeypatch: pytest.MonkeyPatch, passes: int
+) -> None:
+    card = Card(monkeypatch, passes, most=3)
+    card.run(*[1, 2] * 6)
+    assert card.fake.recorded == 2
+    card.run(3)  # one more shape, late
+    assert card.most_held == passes
+    assert len(card.replayed._recordings) == (0 if passes == 1 else 2)
+    card.run(*[1, 2, 3] * 6)
+    assert len(card.replayed._recordings) == 3
+
+
+def test_more_shapes_than_a_full_card_can_record_are_not_recorded_in_turns(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    card = Card(monkeypatch, passes=1, most=2)
+    with caplog.at_level(logging.WARNING):
+        card.run(*[1, 2, 3] * 8)
+    assert card.most_held == 1 and card.fake.recorded == 2 and not card.replayed._recordings
+    assert caplog.text.count("come in 3 shapes, and memory has room for 2 recordings") == 1
 
 
 def test_memory_that_was_given_back_is_taken_again_at_the_next_call() -> None:
@@ -111,7 +168,7 @@ def test_what_cannot_be_recorded_runs_plainly_and_says_why(caplog: pytest.LogCap
     def refuse(work: Callable[[], Tensor]) -> Replay:
         raise RuntimeError("operation not permitted when stream is capturing\nmore")
 
-    plain, weight, _ = build(recorder=False)
+    plain, weight, _ = build(recorder=None)
     replayed = ReplayedPass(plain._compute, [weight], refuse)
     with caplog.at_level(logging.WARNING):
         losses = [replayed(Numbers(torch.ones(2))) for _ in range(PLAIN_CALLS + 3)]
