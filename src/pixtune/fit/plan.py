@@ -13,6 +13,7 @@ from pixtune.config.schema import TrainConfig
 from pixtune.errors import PlanError
 from pixtune.fit.all_weights import Situation, choose_way, has_masters
 from pixtune.fit.footprint import Footprint
+from pixtune.fit.kernel_choice import choose_cudnn_attention, choose_flash_attention_3, choose_tf32
 from pixtune.fit.rungs import (
     QUANTISED,
     Rung,
@@ -25,7 +26,7 @@ from pixtune.fit.rungs import (
     peak_bytes,
     room_for_recordings,
 )
-from pixtune.hardware.facts import GIB, HOPPER, MEMORY_FRACTION, HardwareFacts, missing_on_host
+from pixtune.hardware.facts import GIB, MEMORY_FRACTION, HardwareFacts, missing_on_host
 
 CONTEXT_BYTES = round(0.86 * GIB)
 """Of a process outside torch's allocator: CUDA context, code of kernels and libraries, recorded steps. On an H100 0.5
@@ -124,25 +125,12 @@ def plan_memory(
     """
     on_gpu = facts.device == "cuda"
     compiled = on_gpu and can_compile
-    optimizer, reasons = _optimizer(facts, footprint, config)
-    choice = None
-    if on_gpu and footprint.trains_all:
-        situation = Situation(facts, footprint, usable_bytes(facts, config), compiled, num_processes)
-        choice = choose_way(situation, config)
-        rung, rung_reasons, optimizer = choice.way.rung(config), list(choice.reasons), choice.way.optimizer
-    elif on_gpu:
-        rung, rung_reasons = _choose_rung(facts, footprint, config, optimizer, compiled)
-    else:
-        rung, rung_reasons = _rung_on_cpu(footprint, config)
-    lora_bytes = (peak_bytes(rung, footprint, config, optimizer, compiled), host_bytes(rung, footprint))
-    peak, on_host = (choice.peak_bytes, choice.host_bytes) if choice else lora_bytes if on_gpu else (0, 0)
+    chosen = _choose(facts, footprint, config, compiled, num_processes)
+    rung, usable = chosen.rung, usable_bytes(facts, config) if on_gpu else 0
     unified = is_unified(facts, config)
-    tf32, tf32_reasons = _tf32(facts, config)
-    use_flash_3, flash_3_reasons = _flash_attention_3(facts, config, flash_attention_3_obstacle)
-    use_cudnn, cudnn_reasons = (False, []) if use_flash_3 else _cudnn(facts, config, cudnn_attention)
-    if on_gpu and not compiled:
-        rung_reasons.append("blocks are not compiled: torch.compile does not work here (see pixtune doctor)")
-    pin_memory = on_gpu and not unified if config.pin_memory is None else config.pin_memory and on_gpu
+    tf32, tf32_reasons = choose_tf32(facts, config)
+    use_flash_3, flash_3_reasons = choose_flash_attention_3(facts, config, flash_attention_3_obstacle)
+    use_cudnn, cudnn_reasons = (False, []) if use_flash_3 else choose_cudnn_attention(facts, config, cudnn_attention)
     return MemoryPlan(
         compute_format=compute_format_of(config),
         weights_format=rung.weights_format,
@@ -153,10 +141,8 @@ def plan_memory(
         offload_inputs=rung.offload_inputs,
         streamed_blocks=rung.streamed_blocks,
         compile=compiled,
-        recordings=count_recordings(rung, footprint, config, compiled, usable_bytes(facts, config) - peak)
-        if on_gpu
-        else 0,
-        pin_memory=pin_memory,
+        recordings=count_recordings(rung, footprint, config, compiled, usable - chosen.peak_bytes) if on_gpu else 0,
+        pin_memory=on_gpu and not unified if config.pin_memory is None else config.pin_memory and on_gpu,
         encoders_stay=unified if config.disable_cpu_offload is None else config.disable_cpu_offload,
         tf32=tf32,
         cudnn_attention=use_cudnn,
@@ -165,16 +151,50 @@ def plan_memory(
         loading_threads=config.fastsafetensors_num_threads,
         fast_loading=config.use_fastsafetensors,
         expandable_segments=config.expandable_segments is not False,
-        optimizer=optimizer,
-        expected_peak_bytes=peak,
-        expected_host_bytes=on_host,
-        usable_bytes=usable_bytes(facts, config) if on_gpu else 0,
-        reasons=(*rung_reasons, *reasons, *tf32_reasons, *flash_3_reasons, *cudnn_reasons),
+        optimizer=chosen.optimizer,
+        expected_peak_bytes=chosen.peak_bytes,
+        expected_host_bytes=chosen.host_bytes,
+        usable_bytes=usable,
+        reasons=(*chosen.reasons, *tf32_reasons, *flash_3_reasons, *cudnn_reasons),
         plain_layers=footprint.plain_layers if rung.weights_format in QUANTISED else (),
-        fused_step=choice is not None and choice.way.fused_step,
-        states_on_host=choice is not None and choice.way.states_on_host,
+        fused_step=chosen.fused_step,
+        states_on_host=chosen.states_on_host,
         fp32_copies=footprint.trains_all and has_masters(config),
     )
+
+
+@dataclass(frozen=True)
+class _Chosen:
+    """How the run is held in memory."""
+
+    rung: Rung
+    optimizer: str
+    reasons: list[str]
+    peak_bytes: int = 0
+    host_bytes: int = 0
+    fused_step: bool = False
+    states_on_host: bool = False
+
+
+def _choose(
+    facts: HardwareFacts, footprint: Footprint, config: TrainConfig, compiled: bool, num_processes: int
+) -> _Chosen:
+    optimizer, why_so = _optimizer(facts, footprint, config)
+    if facts.device != "cuda":
+        rung, reasons = _rung_on_cpu(footprint, config)
+        return _Chosen(rung, optimizer, [*reasons, *why_so])
+    slowly = [] if compiled else ["blocks are not compiled: torch.compile does not work here (see pixtune doctor)"]
+    if footprint.trains_all:
+        situation = Situation(facts, footprint, usable_bytes(facts, config), compiled, num_processes)
+        choice = choose_way(situation, config)
+        way, reasons = choice.way, [*choice.reasons, *slowly, *why_so]
+        return _Chosen(
+            way.rung(config), way.optimizer, reasons, choice.peak_bytes, choice.host_bytes, way.fused_step,
+            way.states_on_host,
+        )  # fmt: skip
+    rung, reasons = _choose_rung(facts, footprint, config, optimizer, compiled)
+    peak = peak_bytes(rung, footprint, config, optimizer, compiled)
+    return _Chosen(rung, optimizer, [*reasons, *slowly, *why_so], peak, host_bytes(rung, footprint))
 
 
 # ---- the ladder
@@ -238,37 +258,6 @@ def _optimizer(facts: HardwareFacts, footprint: Footprint, config: TrainConfig) 
     if facts.device != "cuda" or size_gib * GIB > SMALL_CARD_BYTES or footprint.trains_all:
         return "adamw", []
     return "adamw_8bit", [f"8-bit optimizer states: {size_gib:.0f} GiB are the run's at most"]
-
-
-def _tf32(facts: HardwareFacts, config: TrainConfig) -> tuple[bool, list[str]]:
-    asked = config.cuda_features.enable_tf32_compute
-    if asked is not None:
-        return asked, []
-    major, minor = facts.capability
-    on = facts.capability >= (8, 0)
-    return on, [f"TF32 {'on' if on else 'off'}: compute capability {major}.{minor}"]
-
-
-def _flash_attention_3(facts: HardwareFacts, config: TrainConfig, obstacle: str | None) -> tuple[bool, list[str]]:
-    """Where it cannot run a config that asks for it runs without: the same file serves GPUs of several kinds."""
-    if not config.cuda_features.enable_flash_attention_3:
-        return False, []
-    if facts.device != "cuda" or facts.capability != HOPPER:
-        obstacle = f"it runs on Hopper (compute capability 9.0) alone, and this is {facts.name}"
-    if obstacle is not None:
-        return False, [f"FlashAttention 3 off, though asked for: {obstacle}"]
-    gives_way = "; cuDNN's, asked for as well, gives way" if config.cuda_features.enable_cudnn_sdp else ""
-    return True, [f"FlashAttention 3 in place of PyTorch's other attention kernels, as asked{gives_way}"]
-
-
-def _cudnn(facts: HardwareFacts, config: TrainConfig, trial: tuple[bool, str] | None) -> tuple[bool | None, list[str]]:
-    asked = config.cuda_features.enable_cudnn_sdp
-    if asked is not None:
-        return asked, []
-    if trial is None:
-        return (True, ["cuDNN attention on: the stable choice on DGX Spark"]) if facts.integrated else (None, [])
-    passed, finding = trial
-    return passed, [f"cuDNN attention {'allowed' if passed else 'off'}: tried on this machine, {finding}"]
 
 
 def _reasons(
