@@ -7,7 +7,6 @@ own, and its JSON is written at once; those that are there already are not run a
 
 from __future__ import annotations
 
-import argparse
 import subprocess
 import tempfile
 import time
@@ -15,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from architectures import ARCHITECTURES
-from cells import run_cells
+from cells import read_arguments, run_cells
 from full_size import Result, measure, prepare
 
 LIMITS_GIB = {
@@ -87,7 +86,8 @@ def row(result: Result) -> str:
         f"{result['seconds_per_step_median']:.3f}", f"{memory['measured_peak_gib']:.2f}",
         f"{memory['expected_peak_gib']:.2f}", f"{memory['error_percent']:+.1f}%", f"{memory['process_peak_gib']:.2f}",
     ]  # fmt: skip
-    return " | ".join(["|", result["model"], f"{result['limit_gib']:g}", ", ".join(ways + more), *figures, "|"])[2:]
+    columns = [result["model"], f"{result['limit_gib']:g}", ", ".join(ways + more), *figures]
+    return f"| {' | '.join(columns)} |"
 
 
 HEADER = """\
@@ -96,12 +96,7 @@ HEADER = """\
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, required=True, help="folder of the results")
-    parser.add_argument("--no-later-than", type=float, default=float("inf"), help="seconds after which no cell starts")
-    parser.add_argument("--table", action="store_true", help="print what is there, run nothing")
-    parser.add_argument("cells", nargs="*", help="MODEL,GIB[,key=value ...]")
-    arguments = parser.parse_args()
+    arguments = read_arguments(__doc__, "MODEL,GIB[,key=value ...]")
     cells = [parse_cell(text) for text in arguments.cells] or [
         Cell(model, limit) for model, limits in LIMITS_GIB.items() for limit in limits
     ]

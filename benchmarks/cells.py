@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import subprocess
@@ -32,6 +33,24 @@ class Named(Protocol):
 
 
 CellT = TypeVar("CellT", bound=Named)
+
+
+def read_arguments(description: str, cells: str | None = None, steps: int | None = None) -> argparse.Namespace:
+    """Of a script that runs cells.
+
+    Args:
+        cells: how one is written; None: the script has its own.
+        steps: timed in each, if that can be said.
+    """
+    parser = argparse.ArgumentParser(description=description.splitlines()[0])
+    parser.add_argument("--output", type=Path, required=True, help="folder of the results")
+    parser.add_argument("--no-later-than", type=float, default=float("inf"), help="seconds after which no cell starts")
+    parser.add_argument("--table", action="store_true", help="print what is there, run nothing")
+    if steps is not None:
+        parser.add_argument("--steps", type=int, default=steps, help="to time in each cell")
+    if cells is not None:
+        parser.add_argument("cells", nargs="*", help=cells)
+    return parser.parse_args()
 
 
 def run_cells(

@@ -8,10 +8,7 @@ so a call that was cut off is repeated. `--table` prints what is there.
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
-
-from cells import Result, StepCell, measure_steps, median_seconds, run_cells, table_header, table_row
+from cells import Result, StepCell, measure_steps, median_seconds, read_arguments, run_cells, table_header, table_row
 
 MODELS = ("qwen-image", "flux")
 NOTHING_TWICE = "disable_gradient_checkpointing=true"
@@ -37,12 +34,7 @@ def speed_up(result: Result, reference: Result | None) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, required=True, help="folder of the results")
-    parser.add_argument("--no-later-than", type=float, default=float("inf"), help="seconds after which no cell starts")
-    parser.add_argument("--steps", type=int, default=STEPS, help="to time in each cell")
-    parser.add_argument("--table", action="store_true", help="print what is there, run nothing")
-    arguments = parser.parse_args()
+    arguments = read_arguments(__doc__, steps=STEPS)
     results: dict[StepCell, Result] = {}
 
     def show(cell: StepCell, result: Result) -> None:

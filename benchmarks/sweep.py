@@ -10,13 +10,12 @@ A cell is written as MODEL,SIZE,BATCH,CONTROLS[,key=value ...]: `qwen-image,2048
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 
 from architectures import ARCHITECTURES
 from card_sizes import LIMITS_GIB
-from cells import Result, StepCell, measure_steps, run_cells, table_header, table_row
+from cells import Result, StepCell, measure_steps, read_arguments, run_cells, table_header, table_row
 
 from pixtune.files import write_atomically
 
@@ -102,13 +101,7 @@ def over_reference(result: Result) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, required=True, help="folder of the results")
-    parser.add_argument("--no-later-than", type=float, default=float("inf"), help="seconds after which no cell starts")
-    parser.add_argument("--steps", type=int, default=STEPS, help="to time in each cell")
-    parser.add_argument("--table", action="store_true", help="print what is there, run nothing")
-    parser.add_argument("cells", nargs="*", help="MODEL,SIZE,BATCH,CONTROLS[,key=value ...]")
-    arguments = parser.parse_args()
+    arguments = read_arguments(__doc__, "MODEL,SIZE,BATCH,CONTROLS[,key=value ...]", STEPS)
     references = CallReferences(arguments.output, arguments.steps)
     print(table_header(["times its reference's TFLOP/s"]))
     left = run_cells(
