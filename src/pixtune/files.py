@@ -13,10 +13,10 @@ from pixtune.errors import WriteError
 
 def user_cache_folder() -> Path | None:
     """What can be made again is kept there from run to run; None where this user can keep nothing."""
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "pixtune"
     try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "pixtune"
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError:
+    except (OSError, RuntimeError):  # the latter where the user has no home
         return None
     return folder if os.access(folder, os.W_OK) else None
 

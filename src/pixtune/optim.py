@@ -49,7 +49,8 @@ def _adamw_8bit(parameters: Iterable[nn.Parameter], **settings: Any) -> Optimize
 class WithoutWaiting:
     """An optimizer of bitsandbytes whose step does not wait for the device.
 
-    Its own waits after each parameter, which for the 480 of a LoRA on 60 blocks idles an H100 for 30 ms a step.
+    Its own waits after each parameter, and a LoRA on 60 blocks has 480: about 30 ms a step on an H100, by the
+    difference between runs with 8-bit and 32-bit states.
     """
 
     inner: Any
