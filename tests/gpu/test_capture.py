@@ -113,12 +113,11 @@ def test_recorded_steps_of_many_sizes_share_their_memory() -> None:
     record = GraphRecorder()
     weight.grad = torch.zeros_like(weight)
     torch.cuda.synchronize()
-    reserved = []
-    replays = []
+    reserved, replays, inputs = [], [], []
     for rows in (8192, 4096, 2048):
-        values = torch.randn(rows, 1024, device=DEVICE)
-        compute(values)
-        replays.append(record(partial(compute, values)))
+        inputs.append(torch.randn(rows, 1024, device=DEVICE))  # a recording reads them where they are
+        compute(inputs[-1])
+        replays.append(record(partial(compute, inputs[-1])))
         torch.cuda.empty_cache()
         reserved.append(torch.cuda.memory_reserved())
     assert reserved[2] - reserved[0] < 64 * 2**20

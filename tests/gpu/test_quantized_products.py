@@ -100,8 +100,13 @@ def test_expanded_codes_are_the_plain_ones(float8: bool, transposed: bool) -> No
 
 
 def test_a_weight_packs_on_the_gpu_as_on_the_cpu() -> None:
+    """But for blocks that two scales fit equally well within the rounding of sums, which add up in another order."""
     weight = torch.randn(200, 320)
     codes = codes_for(NF4, CUDA)
-    ours, plain = quantize.pack_nf4(weight.to(CUDA), codes), quantize.pack_nf4(weight, codes)
-    for found, expected in zip(ours, plain, strict=True):
-        assert (found.cpu() != expected).float().mean() < 1e-3, "more than sums that round differently"
+    packed_gpu, packed_cpu = quantize.pack_nf4(weight.to(CUDA), codes), quantize.pack_nf4(weight, codes)
+    assert (packed_gpu[1].cpu() != packed_cpu[1]).float().mean() < 0.02
+    errors = []
+    for packed, block_scale, scale in (packed_gpu, packed_cpu):
+        found = kernels.round_to_codes(kernels.unpack_nf4(packed.cpu(), block_scale.cpu()), codes).float()
+        errors.append((found / kernels.UNIT_CODE[codes] * scale.cpu() - weight).square().sum())
+    torch.testing.assert_close(errors[0], errors[1], rtol=1e-4, atol=0)

@@ -74,6 +74,14 @@ def test_it_is_used_where_it_is_there(fake: type[FakeLoader], file: Path, use_fa
     assert fake.arguments["device"] == "cuda:0" and fake.arguments["max_threads"] == 5
 
 
+def test_a_gpu_without_a_number_is_the_current_one(
+    fake: type[FakeLoader], file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    list(iterate_tensors([file], "cuda", use_fast=True))
+    assert fake.arguments["device"] == "cuda:1"
+
+
 def test_the_gpu_is_done_with_a_tensor_before_the_next_is_asked_for(fake: type[FakeLoader], file: Path) -> None:
     list(fast.iterate_fast(read.read_entries([file]), CUDA, 2))
     assert fake.events == [

@@ -22,6 +22,11 @@ DEAR_OPERATORS = (
 )
 
 
+def is_computed_again(node: torch.fx.Node) -> bool:
+    """Whether the backward pass shall compute it from what it comes from."""
+    return node.meta.get("recompute") in (CheckpointPolicy.MUST_RECOMPUTE, CheckpointPolicy.PREFER_RECOMPUTE)
+
+
 class KeepDearResults(CustomGraphPass):
     """Marks results of the operators above, in the joint graph of forward and backward pass, as not to be computed
     again. What the backward pass does not need is not kept."""
@@ -29,9 +34,15 @@ class KeepDearResults(CustomGraphPass):
     def __call__(self, graph: torch.fx.Graph) -> None:
         for operator in DEAR_OPERATORS:
             for node in graph.find_nodes(op="call_function", target=operator):
+                if "recompute" in node.meta:  # within `recompute`
+                    continue
+                # So is this, where torch 2.11 has lost the mark: it leaves it out inside of some autograd functions.
+                again = [user.meta for user in node.users if is_computed_again(user)]
                 results = list(node.users) if isinstance(node.meta.get("val"), tuple | list) else []
-                for kept in (node, *results):  # what is marked already is meant to be computed again
-                    kept.meta.setdefault("recompute", CheckpointPolicy.MUST_SAVE)
+                for kept in (node, *results):
+                    kept.meta["recompute"] = again[0]["recompute"] if again else CheckpointPolicy.MUST_SAVE
+                if again:
+                    node.meta["ac_graph_id"] = again[0]["ac_graph_id"]
 
     def uuid(self) -> object:
         """Part of the key under which compiled graphs are kept on disk. torch 2.11 leaves out which attention kernels

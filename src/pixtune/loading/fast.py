@@ -53,6 +53,13 @@ def obstacle_to(device: torch.device) -> str | None:
     return package_obstacle()
 
 
+def numbered(device: torch.device) -> torch.device:
+    """The current GPU for "cuda", which the package does not take without a number."""
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
+
+
 def iterate_fast(
     entries: Sequence[TensorEntry], device: torch.device, num_threads: int
 ) -> Iterator[tuple[str, Tensor]]:
@@ -72,7 +79,7 @@ def iterate_fast(
         list(dict.fromkeys(str(entry.file) for entry in entries)),
         queue_size=-1,  # taking turns
         use_tqdm_on_load=False,
-        device=str(device),
+        device=str(numbered(device)),
         max_threads=num_threads,
         nogds=not GDS_DEVICE.exists(),
         set_numa=False,  # it would bind the whole process

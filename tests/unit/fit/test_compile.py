@@ -11,6 +11,7 @@ import torch._functorch.config as functorch_config
 from torch import Tensor, nn
 from torch._dynamo.utils import counters as dynamo_counters
 from torch._inductor import config as inductor_config
+from torch.utils.checkpoint import CheckpointPolicy
 
 from pixtune.adapters import attach_lora, lora_weights
 from pixtune.families import family_of
@@ -167,3 +168,18 @@ def test_projections_that_are_computed_again_are_not_kept(name: str) -> None:
     less, gradients = kept_and_gradients(name, recomputes=True)
     assert kept - less > 2.4
     torch.testing.assert_close(gradients, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_product_whose_mark_was_lost_is_computed_again_like_what_reads_it() -> None:
+    """torch 2.11 leaves the mark out inside of some autograd functions."""
+    graph = torch.fx.Graph()
+    x, weight = graph.placeholder("x"), graph.placeholder("weight")
+    marked, lost, dear = (graph.call_function(torch.ops.aten.mm.default, (x, weight)) for _ in range(3))
+    reads_lost = graph.call_function(torch.ops.aten.neg.default, (lost,))
+    graph.output((marked, reads_lost, graph.call_function(torch.ops.aten.neg.default, (dear,))))
+    again = {"recompute": CheckpointPolicy.PREFER_RECOMPUTE, "ac_graph_id": 3}
+    marked.meta.update(again)
+    reads_lost.meta.update(again)
+    KeepDearResults()(graph)
+    assert lost.meta == marked.meta == again
+    assert dear.meta["recompute"] == CheckpointPolicy.MUST_SAVE
