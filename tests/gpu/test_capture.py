@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import gc
+from collections.abc import Callable, Hashable, Iterator
+from dataclasses import dataclass
 from functools import partial
 
 import pytest
@@ -19,7 +21,7 @@ from pixtune.fit.apply import blocks_of
 from pixtune.fit.capture import GraphRecorder, ReplayedPass
 from pixtune.fit.load import Layout, load_transformer
 from pixtune.fit.modulation import announce
-from pixtune.fit.streaming import stream_blocks
+from pixtune.fit.streaming import in_backward_pass, stream_blocks
 from pixtune.weights import ModelFolder
 from tests.unit.fit.tiny import ASSETS, MODELS
 
@@ -122,3 +124,69 @@ def test_recorded_steps_of_many_sizes_share_their_memory() -> None:
         reserved.append(torch.cuda.memory_reserved())
     assert reserved[2] - reserved[0] < 64 * 2**20
     assert all(torch.isfinite(replay()) for replay in replays)
+
+
+def test_a_recording_that_breaks_off_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the middle of a backward pass, with copies of weights and of blocks' inputs under way."""
+    monkeypatch.setattr(activations, "LEAST_OFFLOADED_BYTES", 0)
+    torch.manual_seed(0)
+    blocks = [nn.Sequential(nn.Linear(1024, 1024), BreaksOff()).to(DEVICE) for _ in range(8)]
+    for block in blocks:
+        block[0].requires_grad_(False)
+    stream = stream_blocks(blocks, DEVICE)
+    recompute_blocks(blocks, offload=True)
+    gain = nn.Parameter(torch.ones((), device=DEVICE))
+
+    def compute(values: Tensor) -> Tensor:
+        hidden = values * gain
+        for block in blocks:
+            hidden = block(hidden)
+        loss = hidden.square().mean()
+        loss.backward()
+        return loss.detach()
+
+    values = torch.randn(4096, 1024, device=DEVICE)
+    expected = compute(values)
+    replayed = ReplayedPass(lambda inputs: compute(inputs.values), [gain], GraphRecorder(stream))
+    gc.collect()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved()
+    BreaksOff.is_due = True
+    losses = [replayed(Values(values)) for _ in range(4)]
+    BreaksOff.is_due = False
+    assert replayed._record is None, "recording went well"
+    assert all(loss.equal(expected) for loss in losses)
+    gc.collect()
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_reserved() <= before + 2 * 2**20
+
+
+class BreaksOff(nn.Module):
+    """Passes its input on; where a recording is under way, not in a backward pass's fourth block."""
+
+    is_due = False
+    calls = 0
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        if BreaksOff.is_due and in_backward_pass() and torch.cuda.is_current_stream_capturing():
+            BreaksOff.calls += 1
+            if BreaksOff.calls == 4:
+                raise torch.OutOfMemoryError("no room")
+        return inputs * 1
+
+
+@dataclass(frozen=True)
+class Values:
+    """One tensor as a pass's inputs."""
+
+    values: Tensor
+
+    @property
+    def shapes(self) -> Hashable:
+        return self.values.shape
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Values:
+        return Values(change(self.values))
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (self.values,)

@@ -13,13 +13,17 @@ from __future__ import annotations
 
 import gc
 import logging
+import traceback
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Generic, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
+
+from pixtune.fit.transfer import join_recording
 
 log = logging.getLogger(__name__)
 
@@ -205,6 +209,24 @@ class Still:
     def forget(self) -> None: ...
 
 
+@contextmanager
+def ending_well() -> Iterator[None]:
+    """Lets a recording whose work breaks off end properly: else torch's allocator keeps its memory for ever.
+
+    What the work held is dropped while the recording is still on, since its copies can only be waited for there.
+    """
+    try:
+        yield
+    except RuntimeError as error:  # out of memory is one, too
+        cause: BaseException | None = error
+        while cause is not None:
+            traceback.clear_frames(cause.__traceback__)
+            cause = cause.__context__
+        gc.collect()
+        join_recording()
+        raise
+
+
 class GraphRecorder:
     """Records CUDA graphs that share their memory: one is done before the next one starts.
 
@@ -226,7 +248,8 @@ class GraphRecorder:
             # Other threads pin the memory of coming batches meanwhile, which must not spoil the recording.
             with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 self._moving.settle()
-                result = work()
+                with ending_well():
+                    result = work()
                 self._moving.restore(arrangement)
             is_whole = True
         finally:

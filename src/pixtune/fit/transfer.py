@@ -30,6 +30,7 @@ class CopyLane:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        LANES.add(self)
 
     def reached(self) -> Mark:
         """What the computation has been told to do so far."""
@@ -58,10 +59,31 @@ class CopyLane:
         if mark is not None:
             torch.cuda.current_stream(self._device).wait_event(mark)
 
+    def join_recording(self) -> None:
+        """If copies of this lane are being recorded, what the computation is told from now on comes after them."""
+        if self._stream is None:
+            return
+        with torch.cuda.stream(self._stream):
+            if not torch.cuda.is_current_stream_capturing():
+                return
+            mark = torch.cuda.Event()
+            mark.record()
+        self.wait(mark)
+
     def keep_until_copied(self, memory: Tensor) -> None:
         """Memory that is dropped while copies to it are under way is not used for anything else before they end."""
         if self._stream is not None:
             memory.record_stream(self._stream)
+
+
+LANES: weakref.WeakSet[CopyLane] = weakref.WeakSet()
+"""All of this process."""
+
+
+def join_recording() -> None:
+    """A recording cannot end, not even one that failed, while a copy that it began is not waited for."""
+    for lane in LANES:
+        lane.join_recording()
 
 
 def host_buffer(num_bytes: int, device: torch.device) -> Tensor:
