@@ -130,9 +130,8 @@ def test_a_recording_that_breaks_off_leaves_nothing_behind(monkeypatch: pytest.M
     """In the middle of a backward pass, with copies of weights and of blocks' inputs under way."""
     monkeypatch.setattr(activations, "LEAST_OFFLOADED_BYTES", 0)
     torch.manual_seed(0)
-    blocks = [nn.Sequential(nn.Linear(1024, 1024), BreaksOff()).to(DEVICE) for _ in range(8)]
-    for block in blocks:
-        block[0].requires_grad_(False)
+    # First in its block: a recomputation ends with the last tensor that it has to save.
+    blocks = [nn.Sequential(BreaksOff(), nn.Linear(1024, 1024)).to(DEVICE).requires_grad_(False) for _ in range(8)]
     stream = stream_blocks(blocks, DEVICE)
     recompute_blocks(blocks, offload=True)
     gain = nn.Parameter(torch.ones((), device=DEVICE))

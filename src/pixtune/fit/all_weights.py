@@ -31,9 +31,8 @@ STATE_BYTES = {"adamw": 8.0, "adamw_8bit": 2 + 2 * 4 / 256}
 STEP_BYTES = 16
 """Of one weight of the largest tensor while it is stepped: it and its gradient in fp32, draws and sums of rounding."""
 
-MARGIN_BYTES = GIB
-"""Until runs of full size have been measured: a plan that is a little too careful recomputes two more blocks, one that
-is a little too bold ends the run."""
+MARGIN_BYTES = GIB // 2
+"""One run of full size has been measured (docs/experiments.md): a plan that is a little too bold ends the run."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +73,7 @@ class Situation:
     """On one host, each with a GPU of its own: they share its memory."""
 
     def peak(self, way: Way, config: TrainConfig) -> int:
-        return peak_bytes(way, self.footprint, config, self.compiled)
+        return peak_bytes(way, self.footprint, config, self.compiled, self.num_processes)
 
     def missing_on_host(self, way: Way, config: TrainConfig) -> int:
         return missing_on_host(self.facts, self.num_processes * host_bytes(way, self.footprint, config))
@@ -128,7 +127,7 @@ def _optimizers(config: TrainConfig, on_host: bool) -> tuple[str, ...]:
 # ---- bytes
 
 
-def peak_bytes(way: Way, footprint: Footprint, config: TrainConfig, compiled: bool) -> int:
+def peak_bytes(way: Way, footprint: Footprint, config: TrainConfig, compiled: bool, num_processes: int = 1) -> int:
     """Most that a training step allocates on the device."""
     rung, compute_format = way.rung(config), compute_format_of(config)
     element = 4 if compute_format == "fp32" else 2
@@ -138,12 +137,18 @@ def peak_bytes(way: Way, footprint: Footprint, config: TrainConfig, compiled: bo
     if twice and compiled:  # a compiled backward pass may use what it was given up as working memory only once
         activations += unit * max(kept_units(kind, rung, footprint, compiled) for kind in footprint.kinds)
     step = STEP_BYTES * footprint.largest_weight
-    # Without fusing, activations are gone when the weights are stepped.
-    moment = activations + step if way.fused_step else max(activations, step)
+    one_block = element * max(_block_weights(kind) for kind in footprint.kinds)  # a compiled block's come all at once
+    if way.fused_step:
+        moment = activations + step + one_block
+    elif _are_summed(config, num_processes):  # they are there all the time
+        moment = max(activations, step) + one_block + _gradient_bytes(footprint, config, element)
+    else:  # they come as activations go: most is there at the beginning or at the end of the backward pass
+        first_block = unit * _units_of_first_block(rung, footprint, compiled)
+        at_end = _gradient_bytes(footprint, config, element) + max(step, first_block)
+        moment = max(activations + one_block, at_end)
     return round(
         weight_bytes(rung, footprint, compute_format)
         + states_on_device(way.optimizer, way.states_on_host, has_masters(config), footprint)
-        + _gradient_bytes(way, footprint, config, element)
         + moment
         + FIXED_BYTES
         + MARGIN_BYTES
@@ -167,14 +172,19 @@ def states_on_device(optimizer: str, on_host: bool, masters: bool, footprint: Fo
     return min(every, max(AHEAD_BYTES, 2 * each * footprint.largest_weight)) if on_host else every
 
 
-def _gradient_bytes(way: Way, footprint: Footprint, config: TrainConfig, element: int) -> float:
-    """A compiled block's gradients come all at once; those that are added up elsewhere exist beside their sums."""
-    one_block = element * max(_block_weights(kind) for kind in footprint.kinds)
-    if way.fused_step:
-        return one_block
-    summed = has_masters(config) or config.gradient_accumulation_steps > 1
-    each = 4 if has_masters(config) else element
-    return footprint.trained_weights * each + (one_block if summed else 0)
+def _are_summed(config: TrainConfig, num_processes: int) -> bool:
+    """Whether gradients are added up over backward passes or processes, or beside themselves in fp32."""
+    return has_masters(config) or config.gradient_accumulation_steps > 1 or num_processes > 1
+
+
+def _gradient_bytes(footprint: Footprint, config: TrainConfig, element: int) -> int:
+    """Of all weights."""
+    return footprint.trained_weights * (4 if has_masters(config) else element)
+
+
+def _units_of_first_block(rung: Rung, footprint: Footprint, compiled: bool) -> float:
+    """What its backward pass, the last of all, has on the device."""
+    return activation_units(rung, replace(footprint, kinds=(replace(footprint.kinds[0], count=1),)), compiled)
 
 
 def _block_weights(kind: BlockKind) -> int:

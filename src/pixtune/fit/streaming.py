@@ -244,10 +244,12 @@ class BlockStream:
             slot.filled, slot.passed = None, reached
 
     def forget(self) -> None:
-        """Slots hold nothing: what was to move there never did."""
+        """Slots hold nothing: what was to move there never did, and no mark of it can be waited for."""
         self._running = None
+        reached = self._lane.reached()
         for slot in self._slots:
             self._empty(slot)
+            slot.filled, slot.passed = None, reached
 
 
 def stream_blocks(blocks: Sequence[nn.Module], device: torch.device, num_slots: int = 3) -> BlockStream:
