@@ -15,6 +15,7 @@ from pixtune.fit.attention import use_flash_attention_3
 from pixtune.fit.compile import compile_blocks
 from pixtune.fit.gelu import compact_gelus
 from pixtune.fit.load import Layout
+from pixtune.fit.packing import close_gaps
 from pixtune.fit.plan import MemoryPlan
 from pixtune.fit.streaming import choose_streamed, stream_blocks
 
@@ -53,12 +54,14 @@ def blocks_of(transformer: nn.Module, family: ModelFamily) -> list[nn.Module]:
 
 
 def apply_to_weights(transformer: nn.Module, family: ModelFamily, plan: MemoryPlan, device: torch.device) -> None:
-    """Before a LoRA is attached: blocks whose weights wait in host memory."""
+    """Before a LoRA is attached: blocks whose weights wait in host memory, and how the others lie on the device."""
     blocks = blocks_of(transformer, family)
-    if plan.streamed_blocks:
-        streamed = choose_streamed(len(blocks), plan.streamed_blocks)
+    streamed = choose_streamed(len(blocks), plan.streamed_blocks)
+    if streamed:
         stream = stream_blocks([blocks[number] for number in streamed], device)
         transformer.block_stream = stream  # type: ignore[assignment]
+    if plan.recordings:
+        close_gaps([block for number, block in enumerate(blocks) if number not in streamed], device)
 
 
 def apply_to_activations(transformer: nn.Module, family: ModelFamily, plan: MemoryPlan) -> None:

@@ -29,12 +29,11 @@ import torch
 from torch import Tensor, nn
 
 from pixtune.fit.forwards import Forward, is_recomputed, wrap_forward
-from pixtune.fit.transfer import CopyLane, Mark, host_buffer, require_host_memory, span
+from pixtune.fit.packing import PackedTensor, copy_into, lay_out_frozen, packed_bytes
+from pixtune.fit.transfer import CopyLane, Mark, host_buffer, require_host_memory
 
 Nothing = Callable[[torch.dtype], Tensor]
 
-ALIGNMENT_BYTES = 256
-"""Of every tensor in a slot, as the device's own allocator aligns them: kernels take wider loads then."""
 FEWEST_SLOTS = 2
 """One that computes and one that fills."""
 
@@ -69,34 +68,13 @@ def upcoming(position: int, num_blocks: int, num_ahead: int, backward: bool, gra
 
 
 @dataclass(frozen=True)
-class PackedTensor:
-    """A frozen tensor of a block and its place among the block's bytes."""
-
-    tensor: Tensor
-    """The module's own parameter or buffer."""
-    offset_bytes: int
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    dtype: torch.dtype
-    nothing: Tensor
-    """What it holds while its block is away: one number on the device, in the tensor's shape."""
-
-    @property
-    def num_bytes(self) -> int:
-        return span(self.shape, self.stride) * self.dtype.itemsize
-
-    def view(self, memory: Tensor) -> Tensor:
-        """The tensor in a buffer that holds the block's bytes."""
-        own = memory[self.offset_bytes : self.offset_bytes + self.num_bytes]
-        return own.view(self.dtype).as_strided(self.shape, self.stride)
-
-
-@dataclass(frozen=True)
 class PackedBlock:
     """A block's frozen tensors as one piece of host memory."""
 
     host: Tensor
     tensors: tuple[PackedTensor, ...]
+    nothing: tuple[Tensor, ...]
+    """What each holds while the block is away: one number on the device, in the tensor's shape."""
 
 
 @dataclass
@@ -199,8 +177,9 @@ class BlockStream:
     def _empty(self, slot: Slot) -> None:
         """A slot's memory stays as it is until it is filled again, and no block reads it any more."""
         if slot.block is not None:
-            for away in self._blocks[slot.block].tensors:
-                away.tensor.data = away.nothing
+            away = self._blocks[slot.block]
+            for packed, nothing in zip(away.tensors, away.nothing, strict=True):
+                packed.tensor.data = nothing
             slot.block = None
 
     def _fill(self, place: int, index: int) -> None:
@@ -270,12 +249,12 @@ def stream_blocks(blocks: Sequence[nn.Module], device: torch.device, num_slots: 
     if not blocks or num_slots < FEWEST_SLOTS:
         raise ValueError(f"streaming needs blocks and {FEWEST_SLOTS} slots; got {len(blocks)} and {num_slots}")
     nothing = nothing_on(device)
-    layouts = [lay_out_frozen(block, nothing) for block in blocks]
-    sizes = [layout[-1].offset_bytes + aligned(layout[-1].num_bytes) for layout in layouts]
+    layouts = [lay_out_frozen(block) for block in blocks]
+    sizes = [packed_bytes(layout) for layout in layouts]
     # Blocks that are on the host now are freed one by one as they are packed.
     freed = sum(p.num_bytes for layout in layouts for p in layout if p.tensor.device.type == "cpu")
     require_host_memory(max(sum(sizes) - freed, 0) + max(sizes), f"streaming {len(blocks)} blocks")
-    packed = [pack(layout, size, device) for layout, size in zip(layouts, sizes, strict=True)]
+    packed = [pack(layout, device, nothing) for layout in layouts]
     stream = BlockStream(packed, device, num_slots)
     for index, block in enumerate(blocks):
         wrap_forward(block, partial(_run_streamed, stream, index, block))
@@ -298,26 +277,6 @@ def _run_streamed(
     return stream.run(index, inner, args, kwargs)
 
 
-def lay_out_frozen(block: nn.Module, nothing: Nothing) -> tuple[PackedTensor, ...]:
-    """Every parameter and buffer of a block that needs no gradient, each once, with its place in the block's bytes.
-
-    Raises:
-        ValueError: there are none.
-    """
-    tensors = {id(t): t for t in [*block.parameters(), *block.buffers()] if not t.requires_grad and t.numel()}
-    if not tensors:
-        raise ValueError(f"nothing to stream: {type(block).__name__} has no frozen weights")
-    layout: list[PackedTensor] = []
-    offset = 0
-    for tensor in tensors.values():
-        shape, stride, dtype = tuple(tensor.shape), tensor.stride(), tensor.dtype
-        if span(shape, stride) != tensor.numel():  # a slice of something: its neighbours need not come along
-            stride = torch.empty(shape, device="meta").stride()
-        layout.append(PackedTensor(tensor, offset, shape, stride, dtype, nothing(dtype).expand(shape)))
-        offset += aligned(layout[-1].num_bytes)
-    return tuple(layout)
-
-
 def nothing_on(device: torch.device) -> Nothing:
     """Makes, for each number format once, a NaN on the device; a zero where the format has none."""
 
@@ -329,18 +288,14 @@ def nothing_on(device: torch.device) -> Nothing:
     return nothing
 
 
-def pack(layout: tuple[PackedTensor, ...], num_bytes: int, device: torch.device) -> PackedBlock:
+def pack(layout: tuple[PackedTensor, ...], device: torch.device, nothing: Nothing) -> PackedBlock:
     """Copies a block's tensors into host memory and frees them where they were."""
-    host = host_buffer(num_bytes, device)
-    for packed in layout:
-        packed.view(host).copy_(packed.tensor)
-        packed.tensor.data = packed.nothing
-    return PackedBlock(host, layout)
-
-
-def aligned(num_bytes: int) -> int:
-    """The next multiple of `ALIGNMENT_BYTES`."""
-    return -(-num_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+    host = host_buffer(packed_bytes(layout), device)
+    copy_into(host, layout)
+    stand_ins = tuple(nothing(packed.dtype).expand(packed.shape) for packed in layout)
+    for packed, stand_in in zip(layout, stand_ins, strict=True):
+        packed.tensor.data = stand_in
+    return PackedBlock(host, layout, stand_ins)
 
 
 def in_backward_pass() -> bool:

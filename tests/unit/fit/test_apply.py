@@ -30,6 +30,8 @@ WAYS: dict[str, tuple[dict[str, object], float]] = {  # what the plan changes, a
     "projected again": ({"recomputed_blocks": 1, "reprojected_blocks": 2}, EXACT),
     "inputs on the host": ({"recomputed_blocks": 99, "offload_inputs": True}, EXACT),
     "streamed": ({"recomputed_blocks": 99, "streamed_blocks": 4}, EXACT),
+    "recorded, so without gaps": ({"recordings": 1}, EXACT),
+    "recorded and streamed": ({"recordings": 1, "recomputed_blocks": 99, "streamed_blocks": 4}, EXACT),
     "modulation ahead": ({"modulation_rows": 8}, 0.999999),
     "lean": ({"lean": True}, 0.9999),
     "fp8": ({"weights_format": "fp8"}, 0.985),
