@@ -350,7 +350,7 @@ def decisions(plan: MemoryPlan) -> list[tuple[str, str]]:
     again = f"; queries, keys and values of {plan.reprojected_blocks}" if plan.reprojected_blocks else ""
     cheap = f"{again}; norms, gates and rotary embedding in every block" if plan.lean else again
     rows = [
-        ("base weights", plan.weights_format),
+        ("base weights", plan.weights_format + (", kept transposed, too" if plan.kept_transposes else "")),
         ("computed in", plan.compute_format),
         ("modulation", f"{plan.modulation_rows} draws ahead" if plan.modulation_rows else "on the device"),
         ("computed twice", recomputed + cheap),

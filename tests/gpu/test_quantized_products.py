@@ -84,6 +84,18 @@ def test_no_expanded_weight_is_kept_for_the_backward_pass(linear_format: str) ->
     del output
 
 
+@pytest.mark.parametrize("linear_format", [FP8, INT8])
+def test_a_kept_transpose_changes_no_bit(linear_format: str) -> None:
+    if not available(linear_format):
+        pytest.skip(f"this GPU has no {linear_format} tensor cores")
+    layers = two_layers(linear_format)
+    expected = output_and_gradient(layers, 300)
+    for layer in layers:
+        if isinstance(layer, quantize.QuantizedLinear):
+            layer.turned = kernels.transpose_bytes(layer.weight)
+    assert all(one.equal(other) for one, other in zip(output_and_gradient(layers, 300), expected, strict=True))
+
+
 def test_transposed_bytes_are_the_plain_ones() -> None:
     matrix = torch.randint(0, 256, (200, 330), device=CUDA, dtype=torch.uint8)
     assert kernels.transpose_bytes(matrix).equal(matrix.t().contiguous())

@@ -50,6 +50,20 @@ def capped(limit_gib: float, model: str = "qwen_image", **changes: object) -> Me
     return plan_for(H100, model, gpu_memory_limit_gib=limit_gib, **changes)
 
 
+def test_transposes_are_kept_where_there_is_room_for_them() -> None:
+    assert plan_for(H100, quantize=True).kept_transposes
+    assert capped(47, quantize=True).kept_transposes and capped(47, quantize=True).lean
+    assert not capped(31, quantize=True).kept_transposes
+    assert not plan_for(H100).kept_transposes, "there is nothing to transpose in bf16"
+    footprint = full_size_footprint(CONFIG)
+    one, other = (
+        peak_bytes(Rung("fp8", 32, kept_transposes=kept), footprint, CONFIG, "adamw", True) for kept in (True, False)
+    )
+    assert one - other == 60 * footprint.kinds[0].linear_weights
+    for rung in ladder(H100, footprint, CONFIG):
+        assert not rung.kept_transposes or (rung.weights_format == "fp8" and not rung.recomputed_blocks)
+
+
 # ---- the estimate
 
 

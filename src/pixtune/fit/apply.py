@@ -45,7 +45,7 @@ def layout_of(plan: MemoryPlan, num_blocks: int) -> Layout:
     quantized = plan.weights_format not in FORMATS
     streamed = choose_streamed(num_blocks, plan.streamed_blocks) if plan.streamed_blocks else ()
     weights_format = plan.weights_format if quantized else None
-    return Layout(weights_format, plan.modulation_rows, streamed, plan.plain_layers)
+    return Layout(weights_format, plan.modulation_rows, streamed, plan.kept_transposes, plan.plain_layers)
 
 
 def blocks_of(transformer: nn.Module, family: ModelFamily) -> list[nn.Module]:

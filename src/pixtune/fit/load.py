@@ -28,6 +28,8 @@ class Layout:
     """Modulation layers stay in their files, and a table of so many rows is computed ahead; 0: they are loaded."""
     on_host: tuple[int, ...] = ()
     """Blocks, by number in the order in which they run, whose weights wait in host memory once they have their form."""
+    keeps_transposes: bool = False
+    """8-bit weights are kept a second time, as the backward pass reads them."""
     plain_layers: tuple[str, ...] = ()
     """Paths of linear layers that have the placement's format whatever `linear_format` is."""
 
@@ -126,15 +128,20 @@ def lay_out(model: nn.Module, family: ModelFamily, placement: Placement, layout:
         elif layout.linear_format is None or path in layout.plain_layers:
             continue
         elif can_quantize(linear, layout.linear_format):
-            model.set_submodule(path, quantized_like(linear, layout.linear_format, placement.device))
+            quantized = quantized_like(linear, layout.linear_format, placement.device, layout.keeps_transposes)
+            model.set_submodule(path, quantized)
     return absent
 
 
-def quantized_like(linear: nn.Linear, linear_format: str, device: torch.device) -> QuantizedLinear:
+def quantized_like(
+    linear: nn.Linear, linear_format: str, device: torch.device, keeps_transpose: bool = False
+) -> QuantizedLinear:
     """A layer of the same sides and with the same bias, its weight still to be set."""
     codes = codes_for(linear_format, device)
     tensor_cores = tensor_cores_multiply(codes, device)
-    quantized = QuantizedLinear(linear.in_features, linear.out_features, linear_format, codes, tensor_cores)
+    quantized = QuantizedLinear(
+        linear.in_features, linear.out_features, linear_format, codes, tensor_cores, keeps_transpose
+    )
     quantized.bias = linear.bias
     return quantized
 

@@ -228,6 +228,7 @@ def drawing_ladder(
             lean=False,
             recomputed_blocks=0,
             reprojected_blocks=0,
+            kept_transposes=False,
             offload_inputs=False,
         )
         for rung in ladder(facts, footprint, config)

@@ -45,6 +45,8 @@ class MemoryPlan:
     """"bf16" or "fp32": of activations, and of weights that are not quantised."""
     weights_format: str
     """Of the blocks' linear layers: the same, or "fp8", "int8", "nf4"."""
+    kept_transposes: bool
+    """8-bit weights are kept a second time, transposed, as the backward pass reads them."""
     modulation_rows: int
     """Rows of the table that stands in for modulation layers; 0: they are loaded."""
     lean: bool
@@ -135,6 +137,7 @@ def plan_memory(
         compute_format=compute_format_of(config),
         weights_format=rung.weights_format,
         modulation_rows=rung.modulation_rows,
+        kept_transposes=rung.kept_transposes,
         lean=rung.lean,
         recomputed_blocks=rung.recomputed_blocks,
         reprojected_blocks=rung.reprojected_blocks,
@@ -274,6 +277,8 @@ def _reasons(
         bits = "4-bit (nf4)" if rung.weights_format == "nf4" else f"8-bit ({rung.weights_format})"
         reasons.append(f"{bits} frozen weights, products on 8-bit tensor cores forward and backward")
         reasons += _kept_plain(footprint)
+    if rung.kept_transposes:
+        reasons.append("8-bit weights kept transposed, too: there is room, and the backward pass reads them so")
     if rung.modulation_rows:
         weights = sum(kind.count * kind.modulation_weights for kind in footprint.kinds)
         reasons.append(

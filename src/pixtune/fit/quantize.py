@@ -170,24 +170,28 @@ class FrozenProduct(torch.autograd.Function):
         stored: Tensor,
         block_scale: Tensor | None,
         scale_N1: Tensor,
+        turned: Tensor | None,
         codes: torch.dtype,
         tensor_cores: bool,
     ) -> Tensor:
-        ctx.save_for_backward(stored, block_scale, scale_N1)
+        ctx.save_for_backward(stored, block_scale, scale_N1, turned)
         ctx.codes, ctx.tensor_cores = codes, tensor_cores
         weight_NK, weight_scale_N1 = row_codes(stored, block_scale, scale_N1, codes, transposed=False)
         x_codes_MK, x_scale_M1 = quantize_rows(x_MK, codes)
         return multiply_rows(x_codes_MK, x_scale_M1, weight_NK, weight_scale_N1, x_MK.dtype, tensor_cores)
 
     @staticmethod
-    def backward(ctx: Any, gradient_MN: Tensor) -> tuple[Tensor, None, None, None, None, None]:
-        stored, block_scale, scale_N1 = ctx.saved_tensors
+    def backward(ctx: Any, gradient_MN: Tensor) -> tuple[Tensor, None, None, None, None, None, None]:
+        stored, block_scale, scale_N1, turned = ctx.saved_tensors
         # Tensor cores of 8 bits want both sides along the summed axis.
-        weight_KN, weight_scale_N1 = row_codes(stored, block_scale, scale_N1, ctx.codes, transposed=True)
+        if turned is None:
+            weight_KN, weight_scale_N1 = row_codes(stored, block_scale, scale_N1, ctx.codes, transposed=True)
+        else:
+            weight_KN, weight_scale_N1 = turned.view(ctx.codes), scale_N1
         codes_MN, scale_M1 = quantize_rows(gradient_MN.float() * weight_scale_N1.t(), ctx.codes)
         ones_K1 = torch.ones(weight_KN.shape[0], 1, device=weight_KN.device)
         x_gradient_MK = multiply_rows(codes_MN, scale_M1, weight_KN, ones_K1, gradient_MN.dtype, ctx.tensor_cores)
-        return x_gradient_MK, None, None, None, None, None
+        return x_gradient_MK, None, None, None, None, None, None
 
 
 def row_codes(
@@ -213,17 +217,31 @@ class QuantizedLinear(nn.Linear):
         linear_format: one of `FORMATS`.
         codes: what the tensor cores multiply, float8_e4m3fn or int8.
         tensor_cores: see `multiply_rows`.
+        keeps_transpose: 8-bit codes are kept a second time, as the backward pass reads them.
+
+    Raises:
+        ValueError: a transpose is to be kept of 4-bit codes, which are expanded either way.
     """
 
     def __init__(
-        self, in_features: int, out_features: int, linear_format: str, codes: torch.dtype, tensor_cores: bool
+        self,
+        in_features: int,
+        out_features: int,
+        linear_format: str,
+        codes: torch.dtype,
+        tensor_cores: bool,
+        keeps_transpose: bool = False,
     ) -> None:
+        if keeps_transpose and linear_format == NF4:
+            raise ValueError("4-bit codes are expanded transposed as fast as not, so there is nothing to keep")
         nn.Module.__init__(self)  # not Linear's own, which makes a full weight
         self.in_features, self.out_features = in_features, out_features
         self.linear_format, self.codes, self.tensor_cores = linear_format, codes, tensor_cores
         self.register_buffer("weight", None)
         self.register_buffer("block_scale", None)
         self.register_buffer("scale", None)
+        self.register_buffer("turned", None)
+        self.keeps_transpose = keeps_transpose
         self.register_parameter("bias", None)
 
     @torch.no_grad()
@@ -234,6 +252,7 @@ class QuantizedLinear(nn.Linear):
         else:
             codes_NK, self.scale = quantize_rows(weight_NK, self.codes)
             self.weight = codes_NK.view(torch.uint8)
+            self.turned = transpose_bytes(self.weight) if self.keeps_transpose else None
 
     @torch.no_grad()
     def dequantized(self) -> Tensor:
@@ -243,7 +262,9 @@ class QuantizedLinear(nn.Linear):
 
     def product(self, rows_MK: Tensor) -> Tensor:
         """`x @ W.T`, without the bias; shape (M, N)."""
-        return FrozenProduct.apply(rows_MK, self.weight, self.block_scale, self.scale, self.codes, self.tensor_cores)
+        return FrozenProduct.apply(
+            rows_MK, self.weight, self.block_scale, self.scale, self.turned, self.codes, self.tensor_cores
+        )
 
     def forward(self, input: Tensor) -> Tensor:
         product_MN = self.product(input.reshape(-1, self.in_features))

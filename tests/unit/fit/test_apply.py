@@ -18,7 +18,8 @@ from tests.unit.fit.test_load import model
 CPU = torch.device("cpu")
 PLAIN = MemoryPlan(
     compute_format="fp32", weights_format="fp32", modulation_rows=0, lean=False, recomputed_blocks=0,
-    reprojected_blocks=0, offload_inputs=False, streamed_blocks=0, compile=False, recordings=0, pin_memory=False,
+    reprojected_blocks=0, kept_transposes=False, offload_inputs=False, streamed_blocks=0, compile=False, recordings=0,
+    pin_memory=False,
     encoders_stay=False, tf32=False,
     cudnn_attention=None, flash_attention_3=False, deterministic=False, loading_threads=1, fast_loading=False,
     expandable_segments=False,
@@ -36,6 +37,7 @@ WAYS: dict[str, tuple[dict[str, object], float]] = {  # what the plan changes, a
     "lean": ({"lean": True}, 0.9999),
     "fp8": ({"weights_format": "fp8"}, 0.985),
     "int8": ({"weights_format": "int8"}, 0.997),
+    "int8, transposes kept": ({"weights_format": "int8", "kept_transposes": True}, 0.997),
     "nf4": ({"weights_format": "nf4"}, 0.87),
     "all at once": (
         {

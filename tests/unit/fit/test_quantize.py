@@ -31,6 +31,29 @@ def layers(linear_format: str, codes: torch.dtype, bias: bool = True) -> tuple[n
     return plain, quantized
 
 
+@pytest.mark.parametrize(("linear_format", "codes"), [kind for kind in KINDS if kind[0] != NF4])
+def test_a_kept_transpose_changes_no_bit(linear_format: str, codes: torch.dtype) -> None:
+    plain, quantized = layers(linear_format, codes)
+    keeping = QuantizedLinear(192, 128, linear_format, codes, tensor_cores=False, keeps_transpose=True)
+    keeping.set_weight(plain.weight)
+    keeping.bias = plain.bias
+    assert keeping.turned.equal(quantized.weight.t()) and quantized.turned is None
+    found = []
+    for layer in (keeping, quantized):
+        inputs = torch.randn(5, 192, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        output = layer(inputs)
+        if layer is keeping:
+            layer.weight.data.zero_()  # the backward pass reads the other one
+        output.backward(torch.randn(5, 128, generator=torch.Generator().manual_seed(2)))
+        found.append((output.detach(), inputs.grad))
+    assert all(one.equal(other) for one, other in zip(*found, strict=True))
+
+
+def test_4_bit_codes_keep_no_transpose() -> None:
+    with pytest.raises(ValueError, match="4-bit codes"):
+        QuantizedLinear(192, 128, NF4, torch.int8, tensor_cores=False, keeps_transpose=True)
+
+
 @pytest.mark.parametrize(("linear_format", "codes"), KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_product_and_gradient_are_those_of_the_plain_layer(
