@@ -13,18 +13,20 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from safetensors import SafetensorError
+import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
 from pixtune.data.cache import file_digest
 from pixtune.errors import CheckpointError
-from pixtune.files import save_safetensors, sync_folder, write_atomically
+from pixtune.files import sync_folder, write_atomically
+from pixtune.safetensors_writer import save_safetensors
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -38,7 +40,12 @@ FORMAT = 1
 STATE_FILE = "state.json"
 OPTIMIZER_STEM = "optimizer"
 SHARD_BYTES = 4 * 2**30
+NUM_THREADS = 4
+"""Files written or read at the same time. One thread hashes about as fast as one disk writes; some disks are faster."""
 NAME = re.compile(r"checkpoint-(\d+)")
+
+Argument = TypeVar("Argument")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -72,7 +79,7 @@ def stored(kind: type[Stored], record: Mapping[str, Any], key: str) -> Stored:
 def sharded(stem: str, tensors: Mapping[str, Tensor], most_bytes: int = SHARD_BYTES) -> CheckpointFiles:
     """Tensors as files of at most `most_bytes`, or of one tensor: STEM, or STEM-00001-of-00003 and so on.
 
-    A file is built in memory before it is written, so its size is also what saving costs the host.
+    Files are written and checked side by side, so there should be several of those that take long.
     """
     shards: list[dict[str, Tensor]] = [{}]
     room = most_bytes
@@ -118,11 +125,7 @@ def save_checkpoint(
     try:
         remove_unfinished(output_dir)
         temporary.mkdir(parents=True)
-        files = {}
-        for stem, (values, metadata) in tensors.items():
-            path = temporary / f"{stem}.safetensors"
-            save_safetensors(path, values, metadata)
-            files[path.name] = {"bytes": path.stat().st_size, "sha256": file_digest(path)}
+        files = _write_files(temporary, tensors)
         state: dict[str, Any] = {"format": FORMAT, "step": step, "files": files, "record": record}
         state["sha256"] = _state_digest(state)
         write_atomically(temporary / STATE_FILE, json.dumps(state, indent=1, sort_keys=True).encode())
@@ -130,12 +133,13 @@ def save_checkpoint(
             shutil.rmtree(final)  # the same step saved again, for example by a run that was set back
         temporary.replace(final)
         sync_folder(output_dir)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
+    except OSError as error:
         raise CheckpointError(
             f"the checkpoint of step {step} could not be written to {final} ({error}). Earlier checkpoints are "
             f"untouched. Make room or choose another output_dir, then go on with resume_from_checkpoint=latest."
         ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)  # renamed already, unless something failed
     return final
 
 
@@ -159,15 +163,47 @@ def load_checkpoint(path: Path) -> Checkpoint:
         )
     if not isinstance(state, dict) or state.pop("sha256", None) != _state_digest(state):
         raise CheckpointError(f"{path / STATE_FILE} is damaged: its content is not what was written. {advice}")
-    tensors = {}
-    for name, expected in state["files"].items():
-        file = path / name
+
+    def check(name: str) -> None:
+        file, expected = path / name, state["files"][name]
         if not file.is_file():
             raise CheckpointError(f"{file} is missing. {advice}")
         if file.stat().st_size != expected["bytes"] or file_digest(file) != expected["sha256"]:
             raise CheckpointError(f"{file} is damaged: its content is not what was written. {advice}")
-        tensors[file.stem] = load_file(file)
+
+    _in_threads(check, list(state["files"]))
+    tensors = {Path(name).stem: load_file(path / name) for name in state["files"]}
     return Checkpoint(state["step"], tensors, state["record"], path)
+
+
+def _write_files(
+    folder: Path, tensors: Mapping[str, tuple[Mapping[str, Tensor], Mapping[str, str]]]
+) -> dict[str, dict[str, Any]]:
+    """Files of tensors, several at a time; returns the size and SHA-256 of each by its name."""
+    for device in {tensor.device for values, _ in tensors.values() for tensor in values.values() if tensor.is_cuda}:
+        torch.cuda.synchronize(device)  # the threads' streams do not wait for what the caller's has still to do
+
+    def write(stem: str) -> tuple[str, dict[str, Any]]:
+        path = folder / f"{stem}.safetensors"
+        digest = save_safetensors(path, *tensors[stem])
+        return path.name, {"bytes": path.stat().st_size, "sha256": digest}
+
+    return dict(_in_threads(write, list(tensors)))
+
+
+def _in_threads(work: Callable[[Argument], Result], arguments: Sequence[Argument]) -> list[Result]:
+    """What `work` makes of each, in order; it may run for several at a time.
+
+    After a failure no further ones are begun, and those under way are waited for. The first failure by the arguments'
+    order is raised: all before it have been begun earlier, so it is the same one every time.
+    """
+    with ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="checkpoint") as pool:
+        try:
+            running = [pool.submit(work, argument) for argument in arguments]
+            wait(running, return_when=FIRST_EXCEPTION)
+        finally:
+            pool.shutdown(cancel_futures=True)
+    return [done.result() for done in running]
 
 
 def find_checkpoints(output_dir: Path) -> list[Path]:

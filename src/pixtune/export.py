@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pixtune.errors import CheckpointError, WeightsError
 from pixtune.families.base import ModelFamily
-from pixtune.files import save_safetensors
+from pixtune.safetensors_writer import save_without_digest
 
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 COMFYUI_FILE = "comfyui_lora.safetensors"
@@ -84,7 +84,7 @@ def export_lora(
     for path, (tensors, metadata) in zip(
         paths, (diffusers_file(weights, about), comfyui_file(weights, about, family)), strict=True
     ):
-        save_safetensors(path, tensors, metadata)
+        save_without_digest(path, tensors, metadata)
     return paths
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-
-from torch import Tensor
+from typing import BinaryIO
 
 from pixtune.errors import WriteError
 
@@ -21,33 +21,34 @@ def user_cache_folder() -> Path | None:
     return folder if os.access(folder, os.W_OK) else None
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Writes to a temporary name beside `path`, syncs, renames.
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file to write to, under a temporary name beside `path`; synced and renamed to it at the end.
 
     Raises:
-        WriteError: it could not be written. The old file stands and nothing half-written is left.
+        WriteError: it could not be written. The old file stands and nothing half-written is left, as after any other
+            error within the block.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(path)
+        try:
+            with temporary.open("wb") as stream:
+                yield stream
+                stream.flush()
+                os.fsync(stream.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)  # renamed already, unless something failed
         sync_folder(path.parent)
     except OSError as error:
-        if temporary.exists():  # not where the folder itself could not be made
-            temporary.unlink()
         raise WriteError(f"{path} could not be written ({error.strerror or error}). Is the disk full?") from error
 
 
-def save_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Tensors as one safetensors file, atomically. CPU copies are made; names keep their order by safetensors' rule."""
-    from safetensors.torch import save
-
-    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    write_atomically(path, save(contiguous, metadata=dict(metadata) if metadata else None))
+def write_atomically(path: Path, data: bytes) -> None:
+    """A whole file at once; see `replacing`."""
+    with replacing(path) as stream:
+        stream.write(data)
 
 
 def sync_folder(folder: Path) -> None:

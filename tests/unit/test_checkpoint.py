@@ -8,6 +8,8 @@ import os
 import subprocess
 import sys
 import textwrap
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from pixtune import checkpoint
 from pixtune.checkpoint import (
     STATE_FILE,
     checkpoint_path,
@@ -53,14 +56,14 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 def assert_whole(path: Path, step: int) -> None:
-    checkpoint = load_checkpoint(path)
-    assert (checkpoint.step, checkpoint.record, checkpoint.path) == (step, RECORD, path)
-    assert checkpoint.tensors.keys() == {"lora", "optimizer"}
+    read = load_checkpoint(path)
+    assert (read.step, read.record, read.path) == (step, RECORD, path)
+    assert read.tensors.keys() == {"lora", "optimizer"}
     for stem, (expected, _) in tensors(step).items():
-        assert checkpoint.tensors[stem].keys() == expected.keys()
+        assert read.tensors[stem].keys() == expected.keys()
         for name, tensor in expected.items():
-            assert checkpoint.tensors[stem][name].dtype == tensor.dtype
-            assert torch.equal(checkpoint.tensors[stem][name], tensor)
+            assert read.tensors[stem][name].dtype == tensor.dtype
+            assert torch.equal(read.tensors[stem][name], tensor)
 
 
 # ---- round trip
@@ -81,9 +84,9 @@ def test_a_checkpoint_is_tensors_and_json_only(tmp_path: Path) -> None:
 def test_the_same_step_saved_again_replaces_the_first(tmp_path: Path) -> None:
     save(tmp_path, 7)
     path = save_checkpoint(tmp_path, 7, {"lora": tensors(8)["lora"]}, {"other": 1})
-    checkpoint = load_checkpoint(path)
-    assert checkpoint.record == {"other": 1} and checkpoint.tensors.keys() == {"lora"}
-    assert torch.equal(checkpoint.tensors["lora"]["layer.weight"], tensors(8)["lora"][0]["layer.weight"])
+    read = load_checkpoint(path)
+    assert read.record == {"other": 1} and read.tensors.keys() == {"lora"}
+    assert torch.equal(read.tensors["lora"]["layer.weight"], tensors(8)["lora"][0]["layer.weight"])
 
 
 def test_files_are_synced_before_the_rename_and_the_folder_after(
@@ -195,20 +198,21 @@ def test_disk_full_at_any_sync_leaves_older_ones_and_nothing_half_written(
 ) -> None:
     (older,) = save(tmp_path, 1)
     before = content(older)
-    calls = 0
-    fsync = os.fsync
+    calls: list[int] = []
+    fsync, lock = os.fsync, threading.Lock()
 
     def full(descriptor: int) -> None:
-        nonlocal calls
-        calls += 1
-        if calls == failing_call + 1:
+        with lock:  # several threads write
+            calls.append(descriptor)
+            is_full = len(calls) == failing_call + 1
+        if is_full:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         fsync(descriptor)
 
     monkeypatch.setattr(os, "fsync", full)
     if failing_call >= 7:  # three files, each itself and its folder, and the output folder
         save(tmp_path, 2)
-        assert calls == 7
+        assert len(calls) == 7
         return
     with pytest.raises(CheckpointError, match="No space left on device"):
         save(tmp_path, 2)
@@ -248,6 +252,68 @@ def test_disk_full_in_a_real_process_leaves_the_older_one(tmp_path: Path) -> Non
     assert "step 2 could not be written" in outcome.stdout and "resume_from_checkpoint=latest" in outcome.stdout
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-000001"]
     assert content(older) == before
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "full"), RuntimeError("the device is gone")])
+def test_a_failure_ends_all_threads_before_the_folder_goes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    begun: list[str] = []
+    ended: list[str] = []
+    failed = threading.Event()
+
+    def write(path: Path, tensors: object, metadata: object) -> str:
+        begun.append(path.name)
+        if path.stem == "0":
+            failed.set()
+            raise error
+        failed.wait(60)
+        time.sleep(0.05)
+        path.write_bytes(b"")
+        ended.append(path.name)
+        return ""
+
+    monkeypatch.setattr(checkpoint, "save_safetensors", write)
+    expected = CheckpointError if isinstance(error, OSError) else RuntimeError
+    with pytest.raises(expected, match=str(error.args[-1])):
+        save_checkpoint(tmp_path, 1, {str(number): ({}, {}) for number in range(50)}, {})
+    assert len(begun) == len(ended) + 1 < 20, "the others are not begun any more"
+    assert list(tmp_path.iterdir()) == [], "nothing is written after the folder has gone"
+
+
+def test_files_are_written_and_checked_at_the_same_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    together = threading.Barrier(checkpoint.NUM_THREADS, timeout=60)
+    save_safetensors, file_digest = checkpoint.save_safetensors, checkpoint.file_digest
+
+    def write(*arguments: Any) -> str:
+        together.wait()
+        return save_safetensors(*arguments)
+
+    def check(path: Path) -> str:
+        together.wait()
+        return file_digest(path)
+
+    monkeypatch.setattr(checkpoint, "save_safetensors", write)
+    monkeypatch.setattr(checkpoint, "file_digest", check)
+    files = {str(number): ({"x": torch.tensor(number)}, {}) for number in range(2 * checkpoint.NUM_THREADS)}
+    read = load_checkpoint(save_checkpoint(tmp_path, 1, files, {}))
+    assert list(read.tensors) == sorted(files), "state.json is sorted"
+    assert all(read.tensors[stem]["x"].item() == int(stem) for stem in files)
+
+
+def test_the_first_damaged_file_is_the_one_that_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = save_checkpoint(tmp_path, 1, {f"{n}": ({"x": torch.tensor(n)}, {}) for n in range(9)}, {})
+    flip_byte(path / "2.safetensors")
+    (path / "3.safetensors").unlink()  # found at once, while the one before is still being read
+    file_digest = checkpoint.file_digest
+
+    def slow(file: Path) -> str:
+        time.sleep(0.1 if file.stem == "2" else 0)
+        return file_digest(file)
+
+    monkeypatch.setattr(checkpoint, "file_digest", slow)
+    with pytest.raises(CheckpointError, match=r"/2\.safetensors is damaged"):
+        load_checkpoint(path)
 
 
 def test_an_output_folder_that_is_a_file_is_one_clear_error(tmp_path: Path) -> None:

@@ -7,12 +7,9 @@ import os
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors import safe_open
-from safetensors.torch import load_file
 
 from pixtune.errors import PixtuneError, WriteError
-from pixtune.files import save_safetensors, user_cache_folder, write_atomically
+from pixtune.files import replacing, user_cache_folder, write_atomically
 
 
 def files_below(folder: Path) -> dict[str, bytes]:
@@ -72,16 +69,12 @@ def test_a_folder_that_is_a_file_is_the_same_error(tmp_path: Path) -> None:
     assert files_below(tmp_path) == {"taken": b"mine"}
 
 
-def test_tensors_of_any_layout_come_back_with_their_metadata(tmp_path: Path) -> None:
-    base = torch.arange(12.0).view(3, 4).requires_grad_()
-    tensors = {"turned": base.T, "part": base[:, 1:3], "half": base.detach().bfloat16(), "number": torch.tensor(7)}
-    save_safetensors(tmp_path / "t.safetensors", tensors, {"step": "3"})
-    loaded = load_file(tmp_path / "t.safetensors")
-    assert loaded.keys() == tensors.keys()
-    for name, tensor in tensors.items():
-        assert loaded[name].dtype == tensor.dtype and torch.equal(loaded[name], tensor.detach())
-    with safe_open(tmp_path / "t.safetensors", framework="pt") as file:
-        assert file.metadata() == {"step": "3"}
+def test_any_other_error_within_the_block_leaves_the_old_file_alone(tmp_path: Path) -> None:
+    write_atomically(tmp_path / "file", b"old")
+    with pytest.raises(KeyboardInterrupt), replacing(tmp_path / "file") as stream:
+        stream.write(b"half")
+        raise KeyboardInterrupt
+    assert files_below(tmp_path) == {"file": b"old"}
 
 
 def test_where_a_user_keeps_what_can_be_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

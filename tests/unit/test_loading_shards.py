@@ -6,8 +6,9 @@ import contextlib
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pytest
 import torch
@@ -78,16 +79,16 @@ def test_two_saves_never_mix(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: int, second: int, written: int
 ) -> None:
     save_safetensors_sharded(numbered(1.0), tmp_path, first)
-    write, calls = files.write_atomically, []
+    replacing, calls = files.replacing, []
 
-    def full(path: Path, data: bytes) -> None:
+    def full(path: Path) -> AbstractContextManager[BinaryIO]:
         calls.append(path)
         if len(calls) > written:
             raise WriteError("full")
-        write(path, data)
+        return replacing(path)
 
     with monkeypatch.context() as patch:
-        patch.setattr(files, "write_atomically", full)
+        patch.setattr(files, "replacing", full)
         with contextlib.suppress(WriteError):
             save_safetensors_sharded(numbered(2.0), tmp_path, second)
     try:

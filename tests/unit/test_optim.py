@@ -15,7 +15,6 @@ from torch import nn
 
 from pixtune.config.schema import LR_SCHEDULERS, TrainConfig
 from pixtune.errors import ConfigError
-from pixtune.files import save_safetensors
 from pixtune.optim import (
     OPTIMIZERS,
     Optimizer,
@@ -27,6 +26,7 @@ from pixtune.optim import (
     restore_optimizer_state,
     set_learning_rate,
 )
+from pixtune.safetensors_writer import save_safetensors
 
 
 def config(**changes: Any) -> TrainConfig:

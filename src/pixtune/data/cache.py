@@ -21,7 +21,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from pixtune.files import save_safetensors, write_atomically
+from pixtune.files import write_atomically
+from pixtune.safetensors_writer import save_without_digest
 
 log = logging.getLogger(__name__)
 
@@ -104,7 +105,7 @@ class DiskStore:
         return load_file(self._path(digest))
 
     def write(self, digest: str, entry: Entry) -> None:
-        save_safetensors(self._path(digest), entry)
+        save_without_digest(self._path(digest), entry)
 
 
 class Ledger:

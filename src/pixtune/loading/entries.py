@@ -13,32 +13,13 @@ from typing import Any
 import torch
 
 from pixtune.errors import WeightsError
+from pixtune.safetensors_writer import CODES
 from pixtune.weights import read_header
 
 LENGTH_BYTES = 8
 """A safetensors file begins with the length of its JSON header, as a little-endian integer of this size."""
 
-DTYPES = {
-    "BOOL": torch.bool,
-    "U8": torch.uint8,
-    "U16": torch.uint16,
-    "U32": torch.uint32,
-    "U64": torch.uint64,
-    "I8": torch.int8,
-    "I16": torch.int16,
-    "I32": torch.int32,
-    "I64": torch.int64,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
-    "F8_E8M0": torch.float8_e8m0fnu,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-    "C64": torch.complex64,
-}
+DTYPES = {code: dtype for dtype, code in CODES.items()}
 
 LONGEST_HEADER_BYTES = 2**26
 """No model has a longer one: the largest, of a hundred thousand tensors, are a tenth of it."""
