@@ -1,0 +1,134 @@
+"""Whether faster steps learn the same: python benchmarks/loss_curves.py --output results/loss_curves [--steps 500]
+
+The shipped small models learn the demo's style in bf16 launched operator by operator, with three seeds; and with the
+first of them compiled, and in 8-bit formats. Held-out losses are given as shares of the loss before the first step,
+since another seed also draws another evaluation's noise. How far a faster run is from the plain one of its seed is
+given in units of the spread of seeds. Each run's JSON is written at once; those that are there are not run again.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from cells import read_arguments, run_cells
+
+from pixtune.bench.environment import describe
+from pixtune.config import load_config
+from pixtune.fit.apply import blocks_of
+from pixtune.fit.compile import compile_blocks
+from pixtune.metrics import read_metrics
+from pixtune.train import assemble, run_steps
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIGS = {"qwen-image": "demo.yaml", "flux": "demo_flux.yaml"}
+SEEDS = (42, 43, 44)
+WAYS: dict[str, tuple[str, ...]] = {
+    "eager": (),
+    "compiled": (),
+    "fp8": ("quantize=true", "cuda_features.enable_fp8_training=true"),
+    "int8": ("quantize=true",),
+}
+"""What each changes in the config; "compiled" changes the run."""
+EVALUATIONS = 10
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run."""
+
+    model: str
+    way: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.model}-{self.way}-{self.seed}"
+
+
+CELLS = [Cell(model, "eager", seed) for model in CONFIGS for seed in SEEDS] + [
+    Cell(model, way, SEEDS[0]) for model in CONFIGS for way in WAYS if way != "eager"
+]
+
+
+def run_cell(cell: Cell, steps: int) -> dict[str, Any]:
+    """Trains, and reads what the run wrote about itself."""
+    torch._dynamo.reset()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        words = [
+            f"output_dir={folder / 'run'}", f"data_config.cache_dir={folder / 'cache'}", f"seed={cell.seed}",
+            f"max_train_steps={steps}", f"validation.every={steps // EVALUATIONS}", "mixed_precision=bf16",
+            "samples.prompts=[]", "resume_from_checkpoint=null", f"checkpointing_steps={steps}", "report_to=null",
+            *WAYS[cell.way],
+        ]  # fmt: skip
+        run, services = assemble(load_config(ROOT / "train_configs" / CONFIGS[cell.model], words))
+        if cell.way == "compiled":
+            compile_blocks(blocks_of(run.transformer, run.family), lean=True)
+        began = time.perf_counter()
+        run_steps(run, services)
+        lines = read_metrics(folder / "run" / "metrics.jsonl")
+    held_out = {line["step"]: line["loss"] for line in lines if line["kind"] == "validation"}
+    return {
+        "benchmark": "loss_curves",
+        "model": cell.model,
+        "way": cell.way,
+        "seed": cell.seed,
+        "weights_format": run.plan.weights_format,
+        "held_out": held_out,
+        "losses": [line["loss"] for line in lines if line["kind"] == "step"],
+        "seconds": round(time.perf_counter() - began, 1),
+        **describe(),
+    }
+
+
+def shares(result: dict[str, Any]) -> dict[int, float]:
+    """Held-out loss by step, as a share of that before the first step."""
+    losses = {int(step): loss for step, loss in result["held_out"].items()}
+    return {step: loss / losses[0] for step, loss in losses.items() if step}
+
+
+def table(results: dict[Cell, dict[str, Any]], model: str) -> str:
+    """A line an evaluation: each seed, their spread, and each faster way's distance from its seed's in spreads."""
+    curves = {cell: shares(result) for cell, result in results.items() if cell.model == model}
+    plain = [curves[Cell(model, "eager", seed)] for seed in SEEDS]
+    fast = {way: curves[Cell(model, way, SEEDS[0])] for way in WAYS if way != "eager"}
+    lines = [
+        f"| {model}: step | {' | '.join(f'seed {seed}' for seed in SEEDS)} | spread | {' | '.join(fast)} |",
+        f"|{'---|' * (2 + len(SEEDS) + len(fast))}",
+    ]
+    for step in plain[0]:
+        seeds = [curve[step] for curve in plain]
+        spread = max(seeds) - min(seeds)
+        apart = [f"{curve[step]:.4f} ({abs(curve[step] - seeds[0]) / spread:.2f} spreads)" for curve in fast.values()]
+        lines.append(f"| {step} | {' | '.join(f'{s:.4f}' for s in seeds)} | {spread:.4f} | {' | '.join(apart)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    arguments = read_arguments(__doc__, steps=500)
+    results: dict[Cell, dict[str, Any]] = {}
+
+    def show(cell: Cell, result: dict[str, Any]) -> None:
+        results[cell] = result
+        print(f"{cell.name}: {list(shares(result).values())[-1]:.4f} of the loss at the start", flush=True)
+
+    left = run_cells(
+        CELLS,
+        arguments.output,
+        lambda cell: run_cell(cell, arguments.steps),
+        show,
+        arguments.no_later_than,
+        arguments.table,
+    )
+    for model in CONFIGS:
+        if not any(cell.model == model for cell in left):
+            print(f"\n{table(results, model)}")
+
+
+if __name__ == "__main__":
+    main()
