@@ -247,6 +247,7 @@ def test_card_sizes_keeps_its_files_and_its_table(
     monkeypatch.setattr("sys.argv", ["card_sizes.py", "--output", str(tmp_path), "qwen-image,47", "flux,7.4,rank=64"])
     card_sizes.main()
     printed = capsys.readouterr().out
-    assert "| 0.365 | 45.60 |" in printed and "| 9.000 |" in printed
+    peak_gib = old["memory"][0]["measured_peak_gib"]
+    assert f"| {old['seconds_per_step_median']:.3f} | {peak_gib:.2f} |" in printed and "| 9.000 |" in printed
     written = json.loads((tmp_path / "flux-7_4-rank=64.json").read_text())
     assert written["limit_gib"] == 7.4 and "wall_seconds" in written

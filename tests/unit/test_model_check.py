@@ -17,15 +17,18 @@ from pixtune import model_check
 from pixtune.checkpoint import stored
 from pixtune.cli import app
 from pixtune.config.load import load_config
+from pixtune.config.schema import TrainConfig
 from pixtune.errors import ConfigError, WeightsError
 from pixtune.families import family_of, flux, qwen_image
 from pixtune.families.base import Placement
 from pixtune.families.stock_call import random_inputs
 from pixtune.fit.apply import layout_of
+from pixtune.fit.footprint import Footprint
 from pixtune.fit.load import Layout, load_transformer
 from pixtune.fit.on_demand import load_on_demand
 from pixtune.fit.plan import MemoryPlan, plan_memory
 from pixtune.fit.quantize import QuantizedLinear
+from pixtune.fit.rungs import Rung, weight_bytes
 from pixtune.hardware.facts import GIB, HardwareFacts
 from pixtune.model_check import STOCK_BOUND, ModelCheck, check_model, compare_with_stock, layers_to_keep
 from pixtune.planning import footprint_of
@@ -47,14 +50,22 @@ AMPERE = HardwareFacts("cuda", "an Ampere GPU", (8, 6), 24 * GIB, 23 * GIB)
 # ---- the config key
 
 
-def plan_with(keep_plain: str, *more: str) -> MemoryPlan:
-    family, folder = model("tiny-qwen-image")
+def config_with(keep_plain: str, *more: str) -> TrainConfig:
+    _, folder = model("tiny-qwen-image")
     words = [
         f"pretrained_model_name_or_path={folder.path}", "output_dir=out", f"data_config.img_dir={folder.path}",
         "max_train_steps=1", "quantize=true", f"keep_plain={keep_plain}",
     ]  # fmt: skip
-    config = load_config(None, [*words, *more])
-    return plan_memory(AMPERE, footprint_of(config, family, folder, 64), config)
+    return load_config(None, [*words, *more])
+
+
+def footprint_with(config: TrainConfig) -> Footprint:
+    return footprint_of(config, *model("tiny-qwen-image"), 64)
+
+
+def plan_with(keep_plain: str, *more: str) -> MemoryPlan:
+    config = config_with(keep_plain, *more)
+    return plan_memory(AMPERE, footprint_with(config), config)
 
 
 def test_layers_that_are_kept_plain_are_not_quantised() -> None:
@@ -77,8 +88,13 @@ def test_layers_that_are_kept_plain_are_counted() -> None:
     family, folder = model("tiny-qwen-image")
     transformer = load_transformer(family, folder, Placement(CPU, torch.bfloat16))
     weights = sum(m.weight.numel() for n, m in transformer.named_modules() if n.endswith(".to_q"))  # type: ignore[union-attr, operator]
-    more = plan_with("[to_q]").expected_peak_bytes - plan_with("[]").expected_peak_bytes
-    assert more == weights, "one byte a weight more than in 8 bits"
+    kept, quantized = plan_with("[to_q]"), plan_with("[]")
+    assert quantized.kept_transposes, "so a weight in 8 bits takes two bytes, as one in bf16 does"
+    assert kept.expected_peak_bytes == quantized.expected_peak_bytes
+    of_plain, of_codes = (
+        weight_bytes(Rung("int8", 32), footprint_with(config_with(names)), "bf16") for names in ("[to_q]", "[]")
+    )
+    assert of_plain - of_codes == weights, "one byte a weight more than in 8 bits"
 
 
 def test_a_pattern_that_matches_nothing_is_an_error_of_the_key() -> None:
