@@ -56,7 +56,11 @@ CELLS = [Cell(model, "eager", seed) for model in CONFIGS for seed in SEEDS] + [
 
 
 def run_cell(cell: Cell, steps: int) -> dict[str, Any]:
-    """Trains, and reads what the run wrote about itself."""
+    """Trains, and reads what the run wrote about itself.
+
+    Raises:
+        RuntimeError: the run was told to stop before its end.
+    """
     torch._dynamo.reset()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -73,6 +77,8 @@ def run_cell(cell: Cell, steps: int) -> dict[str, Any]:
         run_steps(run, services)
         lines = read_metrics(folder / "run" / "metrics.jsonl")
     held_out = {line["step"]: line["loss"] for line in lines if line["kind"] == "validation"}
+    if steps not in held_out:
+        raise RuntimeError(f"{cell.name} was stopped before step {steps}; run this again")
     return {
         "benchmark": "loss_curves",
         "model": cell.model,
