@@ -84,7 +84,8 @@ def row(result: Result) -> str:
     more += [f"{result['size_pixels']} pixels"] if result["size_pixels"] != 1024 else []
     figures = [
         f"{result['seconds_per_step_median']:.3f}", f"{memory['measured_peak_gib']:.2f}",
-        f"{memory['expected_peak_gib']:.2f}", f"{memory['error_percent']:+.1f}%", f"{memory['process_peak_gib']:.2f}",
+        f"{memory['expected_peak_gib']:.2f}", f"{memory['error_percent']:+.1f}%",
+        f"{memory['process_peak_gib']:.2f}" if "process_peak_gib" in memory else "not measured",  # without nvidia-smi
     ]  # fmt: skip
     columns = [result["model"], f"{result['limit_gib']:g}", ", ".join(ways + more), *figures]
     return f"| {' | '.join(columns)} |"
