@@ -88,7 +88,7 @@ def assemble(config: TrainConfig) -> tuple[Run, Services]:
     transformer = load_transformer(config, family, folder, plan, accelerator.device)
     start_step = checkpoint.step if checkpoint else 0
     trained = METHODS[config.method](config, family, folder, plan, transformer, start_step)
-    apply_to_activations(transformer, family, plan)
+    apply_to_activations(transformer, family, plan, data.sizes_vary)
     memory.stages.record("transformer")
     run = build_run(config, family, plan, accelerator, memory, transformer, trained, data)
     services = Services(run, folder, data, start_step)

@@ -50,10 +50,17 @@ class PreparedData:
     most_image_tokens: int
     """Target and control pictures together."""
     most_text_tokens: int
+    captions_vary: bool
+    """Whether they have different numbers of tokens, as far as that is known before they are encoded."""
     fingerprint: str
     """A hash over everything that decides what is trained on."""
     encoders: EncoderPlan
     """How it was encoded."""
+
+    @property
+    def sizes_vary(self) -> bool:
+        """Whether steps have different numbers of tokens."""
+        return self.captions_vary or len({size for variants in self.buckets for size in variants}) > 1
 
     @property
     def drawn_pixels(self) -> int:
@@ -241,6 +248,9 @@ def _gather(
     keys = encodings.encoder.text_keys([text_item(s.caption, s, v) for s, v in variants])
     keys += encodings.encoder.latent_keys(pictures)
     longest = variants if config.precompute_text_embeddings else [max(variants, key=lambda v: len(v[0].caption))]
+    dropped = [family.dropped_caption] if config.data_config.caption_dropout_rate > 0 else []
+    captions = [(text, s, v) for s, v in longest for text in (s.caption, *dropped)]
+    text_tokens = {_num_tokens(encodings.text(text_item(*caption))) for caption in captions}
     return PreparedData(
         reader=SampleReader(
             read_latents=lambda sample, variant: encodings.latents(target_picture(training[sample], variant)),
@@ -265,7 +275,8 @@ def _gather(
         prompts=[encode_prompt(family, encodings, sample, config.samples.guidance_scale) for sample in prompts],
         both_ways=read_pairs(pairs, encodings, family.dropped_caption),
         most_image_tokens=_most_image_tokens(family, folder, training),
-        most_text_tokens=max(_num_tokens(encodings.text(text_item(s.caption, s, v))) for s, v in longest),
+        most_text_tokens=max(text_tokens),
+        captions_vary=len(text_tokens) > 1 or not config.precompute_text_embeddings,
         fingerprint=hash_text("\n".join(key.digest for key in keys)),
         encoders=encodings.encoder.plan,
     )
@@ -329,6 +340,7 @@ def _random_data(
         both_ways=[],
         most_image_tokens=_most_image_tokens(family, folder, training),
         most_text_tokens=num_text_tokens,
+        captions_vary=False,
         fingerprint="random",
         encoders=encode_plainly(config.encode_batch_size),
     )

@@ -64,8 +64,14 @@ def apply_to_weights(transformer: nn.Module, family: ModelFamily, plan: MemoryPl
         close_gaps([block for number, block in enumerate(blocks) if number not in streamed], device)
 
 
-def apply_to_activations(transformer: nn.Module, family: ModelFamily, plan: MemoryPlan) -> None:
-    """After a LoRA is attached: what blocks keep for the backward pass, and their compilation."""
+def apply_to_activations(
+    transformer: nn.Module, family: ModelFamily, plan: MemoryPlan, sizes_vary: bool = False
+) -> None:
+    """After a LoRA is attached: what blocks keep for the backward pass, and their compilation.
+
+    Args:
+        sizes_vary: pictures or captions come in several sizes.
+    """
     blocks = blocks_of(transformer, family)
     if plan.lean:
         compact_gelus(blocks)
@@ -74,4 +80,4 @@ def apply_to_activations(transformer: nn.Module, family: ModelFamily, plan: Memo
     if plan.reprojected_blocks:
         recompute_projections(blocks[plan.recomputed_blocks :][: plan.reprojected_blocks])
     if plan.compile:
-        compile_blocks(blocks, plan.lean, plan.fused_step)
+        compile_blocks(blocks, plan.lean, plan.fused_step, sizes_vary)

@@ -8,17 +8,22 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch._functorch.config as functorch_config
-from torch import nn
+from torch import Tensor, nn
 
 from pixtune.files import user_cache_folder
-from pixtune.fit.forwards import replace_computation
+from pixtune.fit.forwards import Forward, replace_computation
 
 MOST_GRAPHS = 64
-"""Graphs of one kind of block. Four serve all sizes, with and without a gradient of the input; as many again without
-gradients and for batches with masks. The default of 8 would be reached, and what comes later run uncompiled."""
+"""Graphs of one kind of block. One or two serve all sizes, by whether a block computes projections again; as many again
+without gradients and for batches with masks. The default of 8 could be reached, and what comes later run uncompiled."""
+STATES = ("hidden_states", "encoder_hidden_states")
+"""What diffusers calls the features of image and text tokens that go from block to block."""
+TOKEN_AXES = {**dict.fromkeys(STATES, 1), "image_rotary_emb": 0, "encoder_hidden_states_mask": 1, "modulate_index": 1}
+"""Where tokens are in what diffusers calls a block with."""
 
 LIMITS_TO_RECOMPUTING = (
     "ban_recompute_used_far_apart", "ban_recompute_long_fusible_chains", "ban_recompute_materialized_backward",
@@ -50,7 +55,9 @@ def compile_obstacle(device: torch.device) -> str | None:
     return None
 
 
-def compile_blocks(blocks: Iterable[nn.Module], lean: bool, backward_twice: bool = False) -> None:
+def compile_blocks(
+    blocks: Iterable[nn.Module], lean: bool, backward_twice: bool = False, sizes_vary: bool = False
+) -> None:
     """Replaces each block's computation by a compiled one. Nothing is compiled before the first call.
 
     Args:
@@ -58,6 +65,8 @@ def compile_blocks(blocks: Iterable[nn.Module], lean: bool, backward_twice: bool
             norms, rotary embeddings, gates. Else it keeps what it would have to read far to compute again.
         backward_twice: the backward pass may run twice over one graph, so that it may not use what the forward pass
             kept as working memory.
+        sizes_vary: pictures or captions come in several sizes. Then the first graph serves them all; else it is made
+            for the first size, a second one would be made for other pictures, and a third one for other captions.
     """
     from torch._inductor import config as inductor_config
 
@@ -70,4 +79,40 @@ def compile_blocks(blocks: Iterable[nn.Module], lean: bool, backward_twice: bool
     functorch_config.donated_buffer = not backward_twice
     torch._dynamo.config.recompile_limit = MOST_GRAPHS
     for block in blocks:
-        replace_computation(block, torch.compile)
+        replace_computation(block, lambda forward: share_graphs(torch.compile(forward), sizes_vary))
+
+
+def share_graphs(compiled: Forward, sizes_vary: bool) -> Forward:
+    """A compiled forward that is called so that one graph serves the first block, too, and all sizes if they vary."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        kwargs |= {name: as_in_later_blocks(kwargs[name]) for name in STATES if isinstance(kwargs.get(name), Tensor)}
+        if sizes_vary:
+            for name in TOKEN_AXES.keys() & kwargs.keys():
+                mark_tokens(kwargs[name], TOKEN_AXES[name])
+        return compiled(*args, **kwargs)
+
+    return call
+
+
+def as_in_later_blocks(states_BLC: Tensor) -> Tensor:
+    """The same states, such that the compiler sees no difference between a first block's and a later one's.
+
+    The first block's need no gradient: another graph would cost ten seconds and more at the start, gradients that
+    nobody asks for under a thousandth of a step. And of a single sample the stride of the batch says nothing, but comes
+    out differently where a kind of block hands on slices.
+    """
+    if states_BLC.shape[0] == 1:
+        states_BLC = states_BLC.flatten(0, 1).unsqueeze(0)
+    if torch.is_grad_enabled() and not states_BLC.requires_grad:
+        states_BLC = states_BLC.detach().requires_grad_()
+    return states_BLC
+
+
+def mark_tokens(value: Any, axis: int) -> None:
+    """Tells the compiler that the size of that axis varies, of a tensor or of each of some."""
+    if isinstance(value, Tensor):
+        torch._dynamo.maybe_mark_dynamic(value, axis)
+    elif isinstance(value, tuple | list):
+        for tensor in value:
+            mark_tokens(tensor, axis)
