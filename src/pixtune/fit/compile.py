@@ -79,14 +79,24 @@ def compile_blocks(
     functorch_config.donated_buffer = not backward_twice
     torch._dynamo.config.recompile_limit = MOST_GRAPHS
     for block in blocks:
-        replace_computation(block, lambda forward: share_graphs(torch.compile(forward), sizes_vary))
+        trained = any(parameter.requires_grad for parameter in block.parameters())
+        replace_computation(block, functools.partial(compile_forward, trained=trained, sizes_vary=sizes_vary))
 
 
-def share_graphs(compiled: Forward, sizes_vary: bool) -> Forward:
-    """A compiled forward that is called so that one graph serves the first block, too, and all sizes if they vary."""
+def compile_forward(forward: Forward, trained: bool, sizes_vary: bool, backend: str = "inductor") -> Forward:
+    """A block's forward, compiled, and called so that one graph serves all of its kind, and all sizes if they vary.
+
+    Args:
+        trained: the block has something that is trained. One that has not, and comes before all that have, runs
+            without gradients and keeps nothing.
+    """
+
+    compiled = torch.compile(forward, backend=backend)
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        kwargs |= {name: as_in_later_blocks(kwargs[name]) for name in STATES if isinstance(kwargs.get(name), Tensor)}
+        if trained:
+            states = {name: kwargs[name] for name in STATES if isinstance(kwargs.get(name), Tensor)}
+            kwargs |= {name: as_in_later_blocks(states_BLC) for name, states_BLC in states.items()}
         if sizes_vary:
             for name in TOKEN_AXES.keys() & kwargs.keys():
                 mark_tokens(kwargs[name], TOKEN_AXES[name])
@@ -96,13 +106,13 @@ def share_graphs(compiled: Forward, sizes_vary: bool) -> Forward:
 
 
 def as_in_later_blocks(states_BLC: Tensor) -> Tensor:
-    """The same states, such that the compiler sees no difference between a first block's and a later one's.
+    """The same states, such that the compiler sees no difference between a first trained block's and a later one's.
 
-    The first block's need no gradient: another graph would cost ten seconds and more at the start, gradients that
-    nobody asks for under a thousandth of a step. And of a single sample the stride of the batch says nothing, but comes
-    out differently where a kind of block hands on slices.
+    The first one's need no gradient: that would be another graph, which takes some seconds to compile (9 on a machine
+    with an H100), while gradients that nobody asks for are reckoned to take a thousandth of a step. And of a single
+    sample the stride of the batch says nothing, but comes out differently where a kind of block hands on slices.
     """
-    if states_BLC.shape[0] == 1:
+    if states_BLC.shape[0] == 1 and states_BLC.stride(0) != states_BLC.numel():
         states_BLC = states_BLC.flatten(0, 1).unsqueeze(0)
     if torch.is_grad_enabled() and not states_BLC.requires_grad:
         states_BLC = states_BLC.detach().requires_grad_()

@@ -17,7 +17,7 @@ from pixtune.adapters import attach_lora, lora_weights
 from pixtune.families import family_of
 from pixtune.families.base import Placement
 from pixtune.fit.activations import recompute_projections
-from pixtune.fit.compile import LIMIT_TO_KNOWN_OPERATORS, LIMITS_TO_RECOMPUTING, compile_blocks, share_graphs
+from pixtune.fit.compile import LIMIT_TO_KNOWN_OPERATORS, LIMITS_TO_RECOMPUTING, compile_blocks, compile_forward
 from pixtune.fit.dear_results import KeepDearResults
 from pixtune.fit.forwards import replace_computation
 from pixtune.fit.gelu import compact_gelus
@@ -107,8 +107,9 @@ def test_blocks_of_one_kind_share_one_graph_and_all_sizes_do_if_they_are_known_t
     kinds = [list(transformer.get_submodule(path).children()) for path in family.block_paths]
     blocks = [block for kind in kinds for block in kind]
     assert {len(kind) for kind in kinds} == {4} and compact_gelus(blocks) >= len(blocks)
+    compile_eagerly = functools.partial(compile_forward, trained=True, sizes_vary=sizes_vary, backend="eager")
     for block in blocks:
-        replace_computation(block, lambda forward: share_graphs(torch.compile(forward, backend="eager"), sizes_vary))
+        replace_computation(block, compile_eagerly)
     before = dynamo_counters["stats"]["unique_graphs"]
 
     def graphs_after(width: int, height: int, num_text_tokens: int) -> int:
@@ -122,6 +123,23 @@ def test_blocks_of_one_kind_share_one_graph_and_all_sizes_do_if_they_are_known_t
     assert (graphs == len(kinds)) == sizes_vary and graphs <= 2 * len(kinds)
     for width, height, num_text_tokens in ((64, 80, 9), (96, 64, 30), (64, 128, 7), (128, 64, 25), (64, 64, 12)):
         assert graphs_after(width, height, num_text_tokens) == graphs
+
+
+def test_blocks_before_the_first_trained_one_keep_nothing() -> None:
+    folder = open_model_folder(str(ROOT / "assets" / "tiny-qwen-image"))
+    family = family_of(folder)
+    config = folder.component_config("transformer") | {"num_layers": 3}
+    transformer = random_transformer(family, config, Placement(torch.device("cpu"), torch.float32))
+    attach_lora(transformer, ["transformer_blocks.1.attn.to_q"], 4, 4.0, 0, family.lora_presets)
+    blocks = list(transformer.transformer_blocks.children())
+    with_gradient = []
+    for block in blocks:
+        block.register_forward_hook(lambda block, inputs, output: with_gradient.append(output[1].requires_grad))
+    compile_blocks(blocks, lean=True)
+    latents_1CHW = torch.randn(1, *family.latent_shape(folder, 64, 64))
+    text = family.stack_conditioning([family.random_text(folder, 7, 0)])
+    family.predict_velocity(transformer, latents_1CHW, torch.tensor([0.5]), text)
+    assert with_gradient == [False, True, True]
 
 
 def kept_and_gradients(name: str, recomputes: bool) -> tuple[float, torch.Tensor]:
