@@ -24,16 +24,8 @@ import torch.nn.functional as F
 from diffusers import DiffusionPipeline
 from emoji_pictures import Icon, read_base_icons, render_all
 from PIL import Image
-from tiny_training import (
-    AutoencoderTraining,
-    TrainingSet,
-    TransformerTraining,
-    cumulative,
-    set_latent_statistics,
-    train_autoencoder,
-    train_transformer,
-    weights_by_group,
-)
+from tiny_autoencoder import AutoencoderTraining, set_latent_statistics, train_autoencoder
+from tiny_training import TrainingSet, TransformerTraining, cumulative, train_transformer, weights_by_group
 from torch import Tensor, nn
 from vary_pictures import vary
 
