@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import weakref
 from dataclasses import replace
@@ -69,13 +70,19 @@ def pictures(model: str, lora: Path | None, plan: DrawingPlan) -> list[Image.Ima
     return [picture.image for picture in draw_as_planned(open_task(request_for(model, lora)), plans, CPU)]
 
 
+@functools.cache
+def plain_pictures(model: str, lora: Path | None) -> list[Image.Image]:
+    """What others are compared with, drawn once: that it is the same every time has a test of its own."""
+    return pictures(model, lora, PLAIN)
+
+
 def same(ours: list[Image.Image], theirs: list[Image.Image]) -> bool:
     return [picture.tobytes() for picture in ours] == [picture.tobytes() for picture in theirs]
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_where_weights_wait_and_when_pictures_are_decoded_changes_nothing(name: str, loras: dict[str, Path]) -> None:
-    plain = pictures(name, loras[name], PLAIN)
+    plain = plain_pictures(name, loras[name])
     assert len(plain) == 4 and plain[0].size == (64, 96)
     assert same(pictures(name, loras[name], replace(PLAIN, streamed_blocks=4)), plain)
     assert same(pictures(name, loras[name], replace(PLAIN, decode_last=True)), plain)
@@ -85,7 +92,7 @@ def test_where_weights_wait_and_when_pictures_are_decoded_changes_nothing(name: 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("rows", [2 * NUM_STEPS + 1, 4])
 def test_modulation_ahead_draws_the_same_pictures(name: str, rows: int, loras: dict[str, Path]) -> None:
-    plain = pictures(name, loras[name], PLAIN)
+    plain = plain_pictures(name, loras[name])
     ahead = pictures(name, loras[name], replace(PLAIN, modulation_rows=rows))
     assert min(psnr(ours, theirs) for ours, theirs in zip(ahead, plain, strict=True)) > 55
 
@@ -98,7 +105,7 @@ def test_a_lora_changes_pictures_of_a_quantised_base_as_those_of_the_plain_one(
     """Measured, the least of four pictures: 0.92 and 0.44 (the smaller model), 0.99 and 0.85. By chance it is 0."""
     plan = replace(PLAIN, weights_format=weights_format, modulation_rows=2 * NUM_STEPS + 1, streamed_blocks=4)
     ours = levels(pictures(name, loras[name], plan)) - levels(pictures(name, None, plan))
-    exact = levels(pictures(name, loras[name], PLAIN)) - levels(pictures(name, None, PLAIN))
+    exact = levels(plain_pictures(name, loras[name])) - levels(plain_pictures(name, None))
     assert nn.functional.cosine_similarity(ours, exact, dim=1).min() > least_cosine and not torch.equal(ours, exact)
 
 
