@@ -47,6 +47,7 @@ class ToyFamily:
             working=25,
             forward=13,
             forward_quantised=18,
+            forward_fused=18,
             passing=18,
             passing_quantised=39,
         )

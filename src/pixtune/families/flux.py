@@ -7,10 +7,11 @@ is an input of the transformer, beside sigma and CLIP's pooled feature.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pixtune import draws
 from pixtune.data.buckets import Size
@@ -20,12 +21,13 @@ from pixtune.families.packing import PATCH, grid, num_tokens, pack_latents, unpa
 from pixtune.fit.activations import recompute
 from pixtune.fit.attention import with_dense_gradient
 from pixtune.fit.footprint import ActivationUnits
+from pixtune.fit.heads import Stream, join_heads
 from pixtune.fit.lora import project
+from pixtune.fit.mlp import mlp
 from pixtune.weights import ModelFolder
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, FluxTransformer2DModel
-    from torch import nn
 
 NUM_TEXT_TOKENS = 512
 """`max_sequence_length` of the pipelines' call: T5's features are padded to it, and the padding is attended to."""
@@ -60,6 +62,7 @@ class Flux:
             working=25.0,
             forward=9.1,
             forward_quantised=12.5,
+            forward_fused=9.9,
             passing=15.0,
             passing_quantised=28.0,
         ),
@@ -71,6 +74,7 @@ class Flux:
             working=25.0,
             forward=13.2,
             forward_quantised=18.3,
+            forward_fused=10.3,
             passing=18.0,
             passing_quantised=39.0,
         ),
@@ -158,10 +162,12 @@ class Flux:
 
         with torch.device("meta"):
             model: Any = FluxTransformer2DModel.from_config(config)
+        model.pos_embed = PairedRotaryEmbedding(model.pos_embed)
         for block in model.transformer_blocks:
             block.attn.set_processor(JointAttention())
         for block in model.single_transformer_blocks:
             block.attn.set_processor(AttentionBesideMlp())
+            block.forward = MethodType(single_block, block)
         return model
 
     # ---- encoding
@@ -259,6 +265,18 @@ class Flux:
         return tensors
 
 
+class PairedRotaryEmbedding(nn.Module):
+    """The stock embedding, which has each cosine and sine twice, as pairs; fp32, (tokens, head size / 2, 2)."""
+
+    def __init__(self, stock: nn.Module) -> None:
+        super().__init__()
+        self.stock = stock
+
+    def forward(self, ids: Tensor) -> Tensor:
+        cosine, sine = self.stock(ids)
+        return torch.stack([cosine[:, ::2], sine[:, ::2]], dim=-1)
+
+
 class JointAttention:
     """The stock attention of image and text tokens, the projections of each by `fit.lora.project`."""
 
@@ -271,8 +289,9 @@ class JointAttention:
         hidden_states: Tensor,
         encoder_hidden_states: Tensor,
         attention_mask: Tensor | None = None,
-        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+        image_rotary_emb: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
+        assert image_rotary_emb is not None
         inputs = (attn, hidden_states, encoder_hidden_states, image_rotary_emb)
         query, key, value = recompute(joint_heads, inputs, {}) if self.recomputes_projections else joint_heads(*inputs)
         attended = attend(query, key, value, attention_mask)
@@ -297,42 +316,58 @@ class AttentionBesideMlp:
         hidden_states: Tensor,
         encoder_hidden_states: None = None,
         attention_mask: Tensor | None = None,
-        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+        image_rotary_emb: Tensor | None = None,
     ) -> Tensor:
+        assert image_rotary_emb is not None
         inputs = (attn, hidden_states, image_rotary_emb)
         again = self.recomputes_projections
         query, key, value = recompute(single_heads, inputs, {}) if again else single_heads(*inputs)
         return with_dense_gradient(attend(query, key, value, attention_mask))
 
 
-def joint_heads(
-    attn: Any, image_BLC: Tensor, text_BTC: Tensor, turns: tuple[Tensor, Tensor] | None
-) -> tuple[Tensor, Tensor, Tensor]:
+def single_block(
+    block: Any,
+    hidden_states: Tensor,
+    encoder_hidden_states: Tensor,
+    temb: Tensor,
+    image_rotary_emb: Tensor,
+    joint_attention_kwargs: Mapping[str, Any] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The stock `FluxSingleTransformerBlock.forward`, its MLP by `fit.mlp`. Its names are those that it is called by.
+
+    It returns copies, not slices of one tensor: slices leave a compiled block as views, whose gradients are then put
+    together outside of it, in four more passes over them.
+    """
+    states_BLC = torch.cat([encoder_hidden_states, hidden_states], dim=1)
+    normed_BLC, gate_BC = block.norm(states_BLC, emb=temb)
+    attended_BLC = block.attn(hidden_states=normed_BLC, image_rotary_emb=image_rotary_emb)
+    update_BLC = mlp(normed_BLC, block.proj_mlp, block.act_mlp, block.proj_out, attended_BLC)
+    text_BTC, image_BLC = (states_BLC + gate_BC.unsqueeze(1) * update_BLC).split(
+        [encoder_hidden_states.shape[1], hidden_states.shape[1]], dim=1
+    )
+    return text_BTC.clone(), image_BLC.clone()
+
+
+def joint_heads(attn: Any, image_BLC: Tensor, text_BTC: Tensor, turns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Queries and keys, turned, and values of text and image tokens; shape (B, T + L, H, D) each.
 
     Args:
-        turns: cosines and sines of the rotary embedding, (T + L, D) each.
+        turns: cosine and sine of each token's angles, shape (T + L, D / 2, 2).
     """
     image = project(image_BLC, (attn.to_q, attn.to_k, attn.to_v))
     text = project(text_BTC, (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj))
-    image_q, image_k, image_v = (states.unflatten(-1, (-1, attn.head_dim)) for states in image)
-    text_q, text_k, text_v = (states.unflatten(-1, (-1, attn.head_dim)) for states in text)
-    query = torch.cat([attn.norm_added_q(text_q), attn.norm_q(image_q)], dim=1)
-    key = torch.cat([attn.norm_added_k(text_k), attn.norm_k(image_k)], dim=1)
-    return turn(query, turns), turn(key, turns), torch.cat([text_v, image_v], dim=1)
+    text_turns, image_turns = turns.split([text_BTC.shape[1], image_BLC.shape[1]])
+    streams = (
+        Stream(text, attn.norm_added_q, attn.norm_added_k, text_turns),
+        Stream(image, attn.norm_q, attn.norm_k, image_turns),
+    )
+    return join_heads(streams, attn.head_dim)
 
 
-def single_heads(attn: Any, states_BLC: Tensor, turns: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
+def single_heads(attn: Any, states_BLC: Tensor, turns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The same of one stream."""
     projected = project(states_BLC, (attn.to_q, attn.to_k, attn.to_v))
-    query, key, value = (states.unflatten(-1, (-1, attn.head_dim)) for states in projected)
-    return turn(attn.norm_q(query), turns), turn(attn.norm_k(key), turns), value
-
-
-def turn(states_BLHD: Tensor, turns: tuple[Tensor, Tensor] | None) -> Tensor:
-    from diffusers.models.embeddings import apply_rotary_emb
-
-    return states_BLHD if turns is None else apply_rotary_emb(states_BLHD, turns, sequence_dim=1)
+    return join_heads((Stream(projected, attn.norm_q, attn.norm_k, turns),), attn.head_dim)
 
 
 def attend(query_BLHD: Tensor, key_BLHD: Tensor, value_BLHD: Tensor, mask: Tensor | None) -> Tensor:

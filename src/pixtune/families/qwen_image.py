@@ -19,6 +19,7 @@ from pixtune.families.flow_schedule import model_sigmas, model_time_shift, round
 from pixtune.families.packing import PATCH, grid, num_tokens, pack_latents, unpack_latents
 from pixtune.fit.activations import recompute
 from pixtune.fit.footprint import ActivationUnits
+from pixtune.fit.heads import Stream, join_heads
 from pixtune.fit.lora import project
 from pixtune.weights import ModelFolder
 
@@ -83,6 +84,7 @@ class QwenImage:
             working=25.0,
             forward=5.0,
             forward_quantised=14.5,
+            forward_fused=9.9,
             passing=15.0,
             passing_quantised=28.0,
         )
@@ -323,24 +325,11 @@ def heads_of(
     """Queries and keys, turned, and values of text and image tokens; shape (B, T + L, H, D) each."""
     image = project(image_BLC, (attn.to_q, attn.to_k, attn.to_v))
     text = project(text_BTC, (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj))
-    heads = (-1, attn.inner_dim // attn.heads)
-    image_q, image_k, image_v = (projected.unflatten(-1, heads) for projected in image)
-    text_q, text_k, text_v = (projected.unflatten(-1, heads) for projected in text)
-    query = torch.cat([rotate(attn.norm_added_q(text_q), text_turns), rotate(attn.norm_q(image_q), image_turns)], 1)
-    key = torch.cat([rotate(attn.norm_added_k(text_k), text_turns), rotate(attn.norm_k(image_k), image_turns)], 1)
-    return query, key, torch.cat([text_v, image_v], dim=1)
-
-
-def rotate(states_BLHD: Tensor, turns: Tensor) -> Tensor:
-    """Turns each pair of neighbouring features by its angle; fp32 inside, as the stock code.
-
-    Args:
-        turns: cosine and sine of each token's angles, shape (L, D / 2, 2).
-    """
-    first, second = states_BLHD.float().unflatten(-1, (-1, 2)).unbind(-1)
-    cosine, sine = turns[:, None, :, 0], turns[:, None, :, 1]
-    turned = torch.stack([first * cosine - second * sine, first * sine + second * cosine], dim=-1)
-    return turned.flatten(-2).type_as(states_BLHD)
+    streams = (
+        Stream(text, attn.norm_added_q, attn.norm_added_k, text_turns),
+        Stream(image, attn.norm_q, attn.norm_k, image_turns),
+    )
+    return join_heads(streams, attn.inner_dim // attn.heads)
 
 
 class CaptionReader:

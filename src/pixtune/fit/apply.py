@@ -15,6 +15,7 @@ from pixtune.fit.attention import use_flash_attention_3
 from pixtune.fit.compile import compile_blocks
 from pixtune.fit.gelu import compact_gelus
 from pixtune.fit.load import Layout
+from pixtune.fit.mlp import fuse_mlps
 from pixtune.fit.packing import close_gaps
 from pixtune.fit.plan import MemoryPlan
 from pixtune.fit.streaming import choose_streamed, stream_blocks
@@ -73,6 +74,7 @@ def apply_to_activations(
         sizes_vary: pictures or captions come in several sizes.
     """
     blocks = blocks_of(transformer, family)
+    fuse_mlps(blocks)
     if plan.lean:
         compact_gelus(blocks)
     if plan.recomputed_blocks:

@@ -37,6 +37,8 @@ class ActivationUnits:
     """On top of what it keeps, at most, while it runs forward or backward from what was kept."""
     forward_quantised: float
     """The same where weights are quantised: codes, scales, and transposed weights."""
+    forward_fused: float
+    """The same where, besides, each MLP is one function (`fit.mlp`)."""
     passing: float
     """Most that is alive while it runs without gradients, not compiled."""
     passing_quantised: float
@@ -91,6 +93,10 @@ class Footprint:
     """Of those."""
     largest_weight: int = 0
     """Numbers in the transformer's largest tensor."""
+    mlps_are_frozen: bool = False
+    """No LoRA is on a layer of an MLP, and all of them are quantised where others are."""
+    fused_formats: tuple[str, ...] = ()
+    """Of weights in which an MLP is one function on the GPU that is planned for."""
 
     @property
     def num_blocks(self) -> int:
@@ -129,6 +135,8 @@ def read_footprint(
         plain_layers: paths of the linear layers that are never quantised.
     """
     kinds = tuple(_read_kind(family, shapes, path) for path in family.block_paths)
+    # What reads or writes other than a token's features is an MLP's, or makes modulations.
+    apart = {path for path in (*lora_targets, *plain_layers) if set(shapes[f"{path}.weight"]) != {width}}
     blocks = tuple(f"{path}." for path in family.block_paths)
     targets = {f"{path}.weight": shapes[f"{path}.weight"] for path in lora_targets}
     beyond = [
@@ -148,6 +156,7 @@ def read_footprint(
         plain_layers=tuple(plain_layers),
         plain_layer_weights=sum(math.prod(shapes[f"{path}.weight"]) for path in plain_layers),
         largest_weight=max(map(math.prod, shapes.values())),
+        mlps_are_frozen=not apart,
     )
 
 

@@ -37,7 +37,7 @@ class CompactGelu(torch.autograd.Function):
 
 
 def compact_gelus(blocks: Iterable[nn.Module]) -> int:
-    """Replaces the GELUs of some blocks; returns how many there were."""
+    """Replaces the GELUs of some blocks and marks them `keeps_codes`; returns how many there were."""
     from diffusers.models.activations import GELU
 
     count = 0
@@ -49,6 +49,7 @@ def compact_gelus(blocks: Iterable[nn.Module]) -> int:
                 module.gelu = compact_gelu(module.approximate)
             else:
                 continue
+            module.keeps_codes = True
             count += 1
     return count
 

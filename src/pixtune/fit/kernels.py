@@ -29,6 +29,7 @@ some blocks fit better mirrored, three bits of exponent and four of mantissa."""
 UNIT_CODE = {torch.float8_e4m3fn: 128.0, torch.int8: 64.0}
 """The 8-bit code of one unit: the largest power of two by which the largest scale stays below the largest code."""
 TILE = 64
+HAS_TRITON = find_spec("triton") is not None
 
 
 @functools.cache
@@ -44,7 +45,7 @@ def nf4_scales(device: torch.device) -> Tensor:
 
 
 def _has_triton(tensor: Tensor) -> bool:
-    return tensor.is_cuda and find_spec("triton") is not None
+    return tensor.is_cuda and HAS_TRITON
 
 
 @torch.library.custom_op("pixtune::transpose_bytes", mutates_args=())

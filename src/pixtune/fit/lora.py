@@ -22,6 +22,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pixtune.fit.kernels import HAS_TRITON
+from pixtune.fit.quantize import QuantizedLinear
+
+TILE_ROWS, TILE_COLUMNS, LEAST_TILE = 64, 128, 16
+"""Of the kernel that adds; the tensor cores of GPUs take no less than the last one."""
+
 
 @dataclass(frozen=True)
 class LowRankPair:
@@ -43,14 +49,9 @@ def project(states: Tensor, layers: Sequence[nn.Module]) -> tuple[Tensor, ...]:
     present = [pair for pair in pairs if pair is not None]
     if not present:
         return tuple(layer(states) for layer in layers)
-    updates = list(low_rank_updates(states, present))
-    results = []
-    for layer, pair in zip(layers, pairs, strict=True):
-        if pair is None:
-            results.append(layer(states))
-        else:
-            results.append(layer.base_layer(states) + updates.pop(0))  # type: ignore[operator]
-    return tuple(results)
+    bases: list[Any] = [layer.base_layer for layer, pair in zip(layers, pairs, strict=True) if pair is not None]
+    sums = list(with_low_rank(states, bases, present))
+    return tuple(layer(states) if pair is None else sums.pop(0) for layer, pair in zip(layers, pairs, strict=True))
 
 
 def plain_lora(layer: nn.Module) -> LowRankPair | None:
@@ -68,28 +69,42 @@ def plain_lora(layer: nn.Module) -> LowRankPair | None:
     return LowRankPair(layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name])
 
 
-def low_rank_updates(states: Tensor, pairs: Sequence[LowRankPair]) -> tuple[Tensor, ...]:
-    """What each pair adds; the shape of `states` but for the last axis."""
+def with_low_rank(states: Tensor, bases: Sequence[nn.Module], pairs: Sequence[LowRankPair]) -> tuple[Tensor, ...]:
+    """What each base layer makes of the states plus what its pair adds; shape as `states`, but for the last axis."""
     rows_MK = states.reshape(-1, states.shape[-1])
+    products, biases = zip(*(product_and_bias(base, rows_MK) for base in bases), strict=True)
     scales = tuple(pair.scale for pair in pairs)
-    updates = LowRankProducts.apply(rows_MK, scales, *(pair.down_rK for pair in pairs), *(pair.up_Nr for pair in pairs))
-    return tuple(update_MN.view(*states.shape[:-1], -1) for update_MN in updates)
+    downs_rK, ups_Nr = [pair.down_rK for pair in pairs], [pair.up_Nr for pair in pairs]
+    sums = WithLowRank.apply(rows_MK, scales, *products, *biases, *downs_rK, *ups_Nr)
+    return tuple(sum_MN.view(*states.shape[:-1], -1) for sum_MN in sums)
 
 
-class LowRankProducts(torch.autograd.Function):
-    """`scale * x @ down.T @ up.T` of several pairs.
+def product_and_bias(layer: nn.Module, rows_MK: Tensor) -> tuple[Tensor, Tensor | None]:
+    """What a layer makes of its input, and what is still to be added to it. Other than the product of 16-bit numbers,
+    that of 8-bit codes comes without the bias, whose addition would be a pass of its own."""
+    if isinstance(layer, QuantizedLinear) and is_fused(rows_MK):
+        return layer.product(rows_MK), layer.bias
+    return layer(rows_MK), None
 
-    `matrices` are all downs, then all ups, in fp32 or the input's format. Their gradients are summed up in fp32.
+
+class WithLowRank(torch.autograd.Function):
+    """`product + bias + scale * x @ down.T @ up.T` of several layers that read the same x.
+
+    `tensors` are all products, all biases, all downs, then all ups. Downs and ups are in fp32 or the input's format,
+    and their gradients are summed up in fp32. Biases are frozen.
     """
 
     @staticmethod
-    def forward(ctx: Any, x_MK: Tensor, scales: tuple[float, ...], *matrices: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, x_MK: Tensor, scales: tuple[float, ...], *tensors: Tensor) -> tuple[Tensor, ...]:
+        count = len(scales)
+        products_MN, biases_N, matrices = tensors[:count], tensors[count : 2 * count], tensors[2 * count :]
         down_RK, ups_Nr = join_rounded(matrices, scales, x_MK.dtype)
         low_MR = x_MK @ down_RK.t()
         ctx.save_for_backward(x_MK, low_MR, *matrices)
         ctx.scales = scales
         lows_Mr = low_MR.split([up_Nr.shape[1] for up_Nr in ups_Nr], dim=1)
-        return tuple(low_Mr @ up_Nr.t() for low_Mr, up_Nr in zip(lows_Mr, ups_Nr, strict=True))
+        parts = zip(products_MN, biases_N, lows_Mr, ups_Nr, strict=True)
+        return tuple(plus_product(*part) for part in parts)
 
     @staticmethod
     def backward(ctx: Any, *gradients_MN: Tensor) -> tuple[Tensor | None, ...]:
@@ -105,7 +120,45 @@ class LowRankProducts(torch.autograd.Function):
             for gradient_MN, low_Mr, scale in zip(gradients_MN, low_MR.split(ranks, dim=1), ctx.scales, strict=True)
         ]
         down_gradients_rK = summed_outer(low_gradient_MR, x_MK).split(ranks)
-        return x_gradient_MK, None, *down_gradients_rK, *up_gradients_Nr
+        # Views: the compiler of torch 2.11 loses a gradient that such a function returns as it came.
+        products = [gradient_MN.view_as(gradient_MN) for gradient_MN in gradients_MN]
+        return x_gradient_MK, None, *products, *(None for _ in products), *down_gradients_rK, *up_gradients_Nr
+
+
+def is_fused(x_MK: Tensor) -> bool:
+    """Whether what a LoRA adds is computed and added in one kernel."""
+    return x_MK.is_cuda and HAS_TRITON and x_MK.dtype in (torch.bfloat16, torch.float16)
+
+
+def plus_product(product_MN: Tensor, bias_N: Tensor | None, low_Mr: Tensor, up_Nr: Tensor) -> Tensor:
+    """`product + bias + low @ up.T`."""
+    if is_fused(product_MN):
+        return add_low_rank(product_MN, bias_N, low_Mr, up_Nr)
+    base_MN = product_MN if bias_N is None else product_MN + bias_N
+    return base_MN + low_Mr @ up_Nr.t()
+
+
+@torch.library.custom_op("pixtune::add_low_rank", mutates_args=())
+def add_low_rank(product_MN: Tensor, bias_N: Tensor | None, low_Mr: Tensor, up_Nr: Tensor) -> Tensor:
+    """`plus_product` in one kernel, on a GPU. Rows of `low_Mr` may be part of longer ones."""
+    from pixtune.fit import triton_kernels
+
+    product_MN, up_Nr = product_MN.contiguous(), up_Nr.contiguous()
+    low_Mr = low_Mr if low_Mr.stride(1) == 1 else low_Mr.contiguous()
+    result_MN = torch.empty_like(product_MN)
+    (rows, columns), rank = product_MN.shape, up_Nr.shape[1]
+    tiles = (-(-rows // TILE_ROWS), -(-columns // TILE_COLUMNS))
+    ranks = min(max(1 << (rank - 1).bit_length(), LEAST_TILE), TILE_ROWS)
+    triton_kernels.plus_product[tiles](
+        product_MN, product_MN if bias_N is None else bias_N, low_Mr, up_Nr, result_MN, rows, columns,
+        low_Mr.stride(0), bias_N is not None, rank, TILE_ROWS, TILE_COLUMNS, ranks,
+    )  # fmt: skip
+    return result_MN
+
+
+@add_low_rank.register_fake
+def _(product_MN: Tensor, bias_N: Tensor | None, low_Mr: Tensor, up_Nr: Tensor) -> Tensor:
+    return product_MN.new_empty(product_MN.shape)
 
 
 def join_rounded(

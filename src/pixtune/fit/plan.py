@@ -25,6 +25,7 @@ from pixtune.fit.rungs import (
     ladder,
     peak_bytes,
     room_for_recordings,
+    with_fused_mlps,
 )
 from pixtune.hardware.facts import GIB, MEMORY_FRACTION, HardwareFacts, missing_on_host
 
@@ -127,6 +128,7 @@ def plan_memory(
     """
     on_gpu = facts.device == "cuda"
     compiled = on_gpu and can_compile
+    footprint = with_fused_mlps(footprint, facts)
     chosen = _choose(facts, footprint, config, compiled, num_processes)
     rung, usable = chosen.rung, usable_bytes(facts, config) if on_gpu else 0
     unified = is_unified(facts, config)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pixtune.config.schema import TrainConfig
 from pixtune.errors import ConfigError
@@ -211,12 +211,31 @@ def activation_units(rung: Rung, footprint: Footprint, compiled: bool, retained:
         if recomputed < kind.count:
             kept += (kind.count - recomputed) * kept_units(kind, rung, footprint, compiled)
             kept -= again * kind.units.projections
-            quantised = rung.weights_format in QUANTISED
-            beside = kind.units.forward_quantised if quantised else kind.units.forward
-            forward = max(forward, beside + (kind.units.projections if again else 0))
+            forward = max(forward, beside_units(kind, rung, footprint) + (kind.units.projections if again else 0))
         if recomputed:
-            working = max(working, kind.units.working + extra)
+            # What a fused MLP saves, it saves in a block's second forward pass, too.
+            saved = kind.units.forward_quantised - kind.units.forward_fused if fuses_mlps(rung, footprint) else 0
+            working = max(working, kind.units.working - saved + extra)
     return inputs + (kept + max(forward, working) if retained else max(kept + forward, working))
+
+
+def beside_units(kind: BlockKind, rung: Rung, footprint: Footprint) -> float:
+    """On top of what one block keeps, while it runs."""
+    if fuses_mlps(rung, footprint):
+        return kind.units.forward_fused
+    return kind.units.forward_quantised if rung.weights_format in QUANTISED else kind.units.forward
+
+
+def fuses_mlps(rung: Rung, footprint: Footprint) -> bool:
+    """Whether MLPs are one function each: frozen, in float8 codes."""
+    return rung.weights_format in footprint.fused_formats
+
+
+def with_fused_mlps(footprint: Footprint, facts: HardwareFacts) -> Footprint:
+    """The same on a GPU: with what it has kernels for."""
+    if not footprint.mlps_are_frozen or footprint.trains_all or facts.capability < (8, 9):
+        return footprint
+    return replace(footprint, fused_formats=("fp8", "nf4"))
 
 
 def kept_units(kind: BlockKind, rung: Rung, footprint: Footprint, compiled: bool) -> float:

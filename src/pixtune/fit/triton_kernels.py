@@ -62,3 +62,248 @@ def expand_nf4(
         tl.store(target + column[:, None] * num_rows + row[None, :], tl.trans(stored), mask=tl.trans(inside))
     else:
         tl.store(target + row[:, None] * num_columns + column[None, :], stored, mask=inside)
+
+
+# ---- heads of an attention: see heads.py. One program: some heads of one token, of B samples by S tokens.
+
+
+@triton.jit
+def _read_heads(first, first_weight, last, last_weight, is_first, row, width, within, feature, inside):
+    """The features of one token's heads and the weights of their norm, both fp32: of one stream or of the other."""
+    states = tl.load(first + row * width + within, mask=inside & is_first, other=0.0).to(tl.float32)
+    states += tl.load(last + row * width + within, mask=inside & (is_first == 0), other=0.0).to(tl.float32)
+    everywhere = feature >= 0
+    weight = tl.load(first_weight + feature, mask=everywhere & is_first, other=0.0).to(tl.float32)
+    weight += tl.load(last_weight + feature, mask=everywhere & (is_first == 0), other=0.0).to(tl.float32)
+    return states, weight
+
+
+@triton.jit
+def _read_turns(first_turns, last_turns, is_first, place, D: tl.constexpr):
+    """Cosine and sine of one token's angles, (1, D / 2) each."""
+    pair = tl.arange(0, D // 2)[None, :]
+    here = pair >= 0
+    turns = place * D + 2 * pair
+    cosine = tl.load(first_turns + turns, mask=here & is_first, other=0.0).to(tl.float32)
+    cosine += tl.load(last_turns + turns, mask=here & (is_first == 0), other=0.0).to(tl.float32)
+    sine = tl.load(first_turns + turns + 1, mask=here & is_first, other=0.0).to(tl.float32)
+    sine += tl.load(last_turns + turns + 1, mask=here & (is_first == 0), other=0.0).to(tl.float32)
+    return cosine, sine
+
+
+@triton.jit
+def turn_heads(
+    first,
+    first_weight,
+    first_turns,
+    last,
+    last_weight,
+    last_turns,
+    joined,
+    num_first,
+    num_last,
+    num_heads,
+    epsilon,
+    HEADS: tl.constexpr,
+    D: tl.constexpr,
+):
+    """(B, L, H * D) of one stream and of another -> (B, S, H, D): a norm over D, then pairs turned by their angles."""
+    token = tl.program_id(0).to(tl.int64)
+    sample, place = token // (num_first + num_last), token % (num_first + num_last)
+    is_first = place < num_first
+    place_in_stream = tl.where(is_first, place, place - num_first)
+    row = sample * tl.where(is_first, num_first, num_last) + place_in_stream
+    head, feature = tl.program_id(1) * HEADS + tl.arange(0, HEADS), tl.arange(0, D)
+    within, inside = head[:, None] * D + feature[None, :], (head < num_heads)[:, None] & (feature >= 0)[None, :]
+
+    states, weight = _read_heads(
+        first, first_weight, last, last_weight, is_first, row, num_heads * D, within, feature, inside
+    )
+    normed = states * tl.rsqrt(tl.sum(states * states, 1) / D + epsilon)[:, None] * weight[None, :]
+    cosine, sine = _read_turns(first_turns, last_turns, is_first, place_in_stream, D)
+    left, right = tl.split(tl.reshape(normed, (HEADS, D // 2, 2)))
+    turned = tl.reshape(tl.join(left * cosine - right * sine, left * sine + right * cosine), (HEADS, D))
+    tl.store(joined + token * num_heads * D + within, turned, mask=inside)
+
+
+@triton.jit
+def turn_heads_backward(
+    first,
+    first_weight,
+    first_turns,
+    last,
+    last_weight,
+    last_turns,
+    gradient,
+    sample_stride,
+    token_stride,
+    head_stride,
+    first_gradient,
+    last_gradient,
+    num_first,
+    num_last,
+    num_heads,
+    epsilon,
+    HEADS: tl.constexpr,
+    D: tl.constexpr,
+):
+    """The gradient (B, S, H, D), of any strides, of what `turn_heads` makes -> those of its two streams."""
+    token = tl.program_id(0).to(tl.int64)
+    sample, place = token // (num_first + num_last), token % (num_first + num_last)
+    is_first = place < num_first
+    place_in_stream = tl.where(is_first, place, place - num_first)
+    row = sample * tl.where(is_first, num_first, num_last) + place_in_stream
+    head, feature = tl.program_id(1) * HEADS + tl.arange(0, HEADS), tl.arange(0, D)
+    within, inside = head[:, None] * D + feature[None, :], (head < num_heads)[:, None] & (feature >= 0)[None, :]
+    width = num_heads * D
+
+    states, weight = _read_heads(first, first_weight, last, last_weight, is_first, row, width, within, feature, inside)
+    cosine, sine = _read_turns(first_turns, last_turns, is_first, place_in_stream, D)
+    turned = tl.load(
+        gradient + sample * sample_stride + place * token_stride + head[:, None] * head_stride + feature[None, :],
+        mask=inside,
+        other=0.0,
+    ).to(tl.float32)
+    left, right = tl.split(tl.reshape(turned, (HEADS, D // 2, 2)))
+    normed = tl.reshape(tl.join(left * cosine + right * sine, right * cosine - left * sine), (HEADS, D))
+    # y = w * x * r with r = (mean(x^2) + e)^(-1/2): dx = r * (w * dy - x * r^2 * mean(w * dy * x))
+    root = tl.rsqrt(tl.sum(states * states, 1) / D + epsilon)[:, None]
+    weighted, unit = normed * weight[None, :], states * root
+    result = root * (weighted - unit * (tl.sum(weighted * unit, 1) / D)[:, None])
+    tl.store(first_gradient + row * width + within, result, mask=inside & is_first)
+    tl.store(last_gradient + row * width + within, result, mask=inside & (is_first == 0))
+
+
+# ---- LoRA: see lora.py
+
+
+@triton.jit
+def plus_product(
+    base,
+    bias,
+    low,
+    up,
+    result,
+    num_rows,
+    num_columns,
+    low_stride,
+    HAS_BIAS: tl.constexpr,
+    RANK: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    RANKS: tl.constexpr,
+):
+    """base (M, N) + bias (N) + low (M, r) @ up (N, r).T, rows of `low` apart by `low_stride`; summed up in fp32."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    here = row < num_rows
+    inside = here[:, None] & (column < num_columns)[None, :]
+    place = row[:, None] * num_columns + column[None, :]
+    total = tl.load(base + place, mask=inside, other=0.0).to(tl.float32)
+    if HAS_BIAS:
+        total += tl.load(bias + column, mask=column < num_columns, other=0.0).to(tl.float32)[None, :]
+    for start in range(0, RANK, RANKS):
+        number = start + tl.arange(0, RANKS)
+        left = tl.load(
+            low + row[:, None] * low_stride + number[None, :], mask=here[:, None] & (number < RANK)[None, :], other=0.0
+        )
+        right = tl.load(
+            up + column[None, :] * RANK + number[:, None],
+            mask=(column < num_columns)[None, :] & (number < RANK)[:, None],
+            other=0.0,
+        )
+        total = tl.dot(left, right, total)
+    tl.store(result + place, total, mask=inside)
+
+
+# ---- MLP: see mlp.py. One program: one row, read once.
+
+SMALLEST_PEAK: tl.constexpr = tl.constexpr(1e-12)
+"""`quantize.SMALLEST_PEAK`."""
+
+
+@triton.jit
+def _store_codes(target, scale_target, values, peak, place, inside, largest):
+    """Values as bytes of float8_e4m3fn in units of the scale that their row's peak gives."""
+    tl.store(target + place, (values * (largest / peak)).to(tl.float8e4nv).to(tl.uint8, bitcast=True), mask=inside)
+    tl.store(scale_target, peak / largest)
+
+
+@triton.jit
+def _gelu(x):
+    """Its tanh form, and the slope: x * s(2u) with s the logistic function and u = sqrt(2 / pi) (x + 0.044715 x^3)."""
+    logistic = tl.sigmoid(1.5957691216057308 * x * (1.0 + 0.044715 * x * x))
+    slope = logistic + x * logistic * (1.0 - logistic) * (1.5957691216057308 * (1.0 + 0.134145 * x * x))
+    return x * logistic, slope
+
+
+@triton.jit
+def gelu_codes(
+    hidden,
+    bias,
+    beside,
+    codes,
+    scale,
+    kept,
+    kept_scale,
+    width,
+    num_beside,
+    largest,
+    HAS_BIAS: tl.constexpr,
+    KEEPS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BESIDE: tl.constexpr,
+):
+    """Codes of a row [beside (P), gelu(hidden + bias) (H)], and of its hidden + bias."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, WIDTH)
+    inside = column < width
+    x = tl.load(hidden + row * width + column, mask=inside, other=0.0).to(tl.float32)
+    if HAS_BIAS:
+        x += tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
+    value, _ = _gelu(x)
+    peak = tl.maximum(tl.max(tl.abs(value), 0), SMALLEST_PEAK)
+    target = codes + row * (num_beside + width)
+    if BESIDE > 1:
+        place = tl.arange(0, BESIDE)
+        other = tl.load(beside + row * num_beside + place, mask=place < num_beside, other=0.0).to(tl.float32)
+        peak = tl.maximum(peak, tl.max(tl.abs(other), 0))
+        _store_codes(target, scale + row, other, peak, place, place < num_beside, largest)
+    _store_codes(target + num_beside, scale + row, value, peak, column, inside, largest)
+    if KEEPS:
+        input_peak = tl.maximum(tl.max(tl.abs(x), 0), SMALLEST_PEAK)
+        _store_codes(kept + row * width, kept_scale + row, x, input_peak, column, inside, largest)
+
+
+@triton.jit
+def gelu_gradient_codes(
+    gradient,
+    gradient_stride,
+    kept,
+    kept_scale,
+    bias,
+    column_scale,
+    codes,
+    scale,
+    width,
+    largest,
+    HAS_BIAS: tl.constexpr,
+    KEPT_CODES: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """Codes of a row gradient * slope(input) * column_scale, H each; the input as codes, or as it is plus a bias."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, WIDTH)
+    inside = column < width
+    if KEPT_CODES:
+        byte = tl.load(kept + row * width + column, mask=inside, other=0)
+        x = byte.to(tl.float8e4nv, bitcast=True).to(tl.float32) * tl.load(kept_scale + row)
+    else:
+        x = tl.load(kept + row * width + column, mask=inside, other=0.0).to(tl.float32)
+    if HAS_BIAS:
+        x += tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
+    _, slope = _gelu(x)
+    value = tl.load(gradient + row * gradient_stride + column, mask=inside, other=0.0).to(tl.float32) * slope
+    value *= tl.load(column_scale + column, mask=inside, other=0.0).to(tl.float32)
+    peak = tl.maximum(tl.max(tl.abs(value), 0), SMALLEST_PEAK)
+    _store_codes(codes + row * width, scale + row, value, peak, column, inside, largest)

@@ -12,8 +12,11 @@ from importlib.util import find_spec
 
 import pytest
 import torch
+from torch import Tensor, nn
 
-from pixtune.fit import kernels
+from pixtune.fit import heads, kernels, mlp
+from pixtune.fit.lora import plus_product
+from pixtune.fit.quantize import quantize_rows
 
 interpreted = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1" or find_spec("triton") is None,
@@ -72,3 +75,76 @@ def test_the_plain_expansion_is_level_times_scale(float8: bool) -> None:
             step = max(abs(exact) / 16, 2**-10) if float8 else 0.5
             assert abs(float(row[number]) - exact) <= step * (1 + 1e-6)
     assert kernels.expand_nf4(packed, block_scale, float8, transposed=True).equal(bytes_NK.t())
+
+
+@interpreted
+@pytest.mark.parametrize("shape", [(2, 3, 5, 3, 32), (1, 0, 6, 24, 128), (1, 4, 7, 9, 16)])
+def test_heads_are_the_plain_ones(shape: tuple[int, int, int, int, int]) -> None:
+    samples, num_first, num_last, num_heads, head_size = shape
+    parts = []
+    for length in (num_first, num_last):
+        norm = nn.RMSNorm(head_size, eps=1e-6).requires_grad_(False)
+        norm.weight.normal_()
+        angles = torch.randn(length, head_size // 2)
+        states = torch.randn(samples, length, num_heads * head_size, requires_grad=True)
+        parts.append((states, norm, torch.stack([angles.cos(), angles.sin()], dim=-1)))
+    parts = parts if num_first else parts[1:]
+    plain = heads.turned(parts, head_size)
+    gradient = torch.randn(samples, num_heads, num_first + num_last, head_size).transpose(1, 2)
+    inputs = [states for states, _, _ in parts]
+    wanted = torch.autograd.grad(plain, inputs, gradient)
+
+    first = (parts[0][0], parts[0][1].weight, parts[0][2]) if num_first else (None, None, None)
+    last = (parts[-1][0], parts[-1][1].weight, parts[-1][2])
+    found = heads.turn_heads(*first, *last, 1e-6)
+    torch.testing.assert_close(found, plain)
+    torch.testing.assert_close(torch.autograd.grad(found, inputs, gradient), wanted)
+
+
+@interpreted
+@pytest.mark.parametrize(("rank", "tile_ranks"), [(16, 16), (100, 64), (4, 16)])
+def test_a_low_rank_product_is_added_as_plainly(rank: int, tile_ranks: int) -> None:
+    from pixtune.fit import triton_kernels
+
+    product_MN, bias_N, up_Nr = torch.randn(70, 200), torch.randn(200), torch.randn(200, rank)
+    low_Mr = torch.randn(70, rank + 32)[:, 16 : 16 + rank]
+    for bias in (bias_N, None):
+        found = torch.empty_like(product_MN)
+        triton_kernels.plus_product[2, 2](
+            product_MN, product_MN if bias is None else bias, low_Mr, up_Nr, found, 70, 200, low_Mr.stride(0),
+            bias is not None, rank, 64, 128, tile_ranks,
+        )  # fmt: skip
+        torch.testing.assert_close(found, plus_product(product_MN, bias, low_Mr, up_Nr), rtol=1e-4, atol=1e-4)
+
+
+@interpreted
+@pytest.mark.parametrize(("width", "num_beside"), [(192, 0), (3072, 100), (100, 48)])
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_an_mlps_codes_are_the_plain_ones(width: int, num_beside: int, with_bias: bool) -> None:
+    hidden = torch.randn(5, width)
+    bias = torch.randn(width) if with_bias else None
+    beside = torch.randn(5, num_beside) if num_beside else None
+    inputs = hidden if bias is None else hidden + bias
+    activated = nn.functional.gelu(inputs, approximate="tanh")
+    joined = activated if beside is None else torch.cat([beside, activated], dim=1)
+    codes, scale, kept, kept_scale = mlp.gelu_codes(hidden, bias, beside, True)
+    assert_same_codes(codes, scale, joined)
+    assert_same_codes(kept, kept_scale, inputs)
+    assert mlp.gelu_codes(hidden, bias, beside, False)[2].numel() == 0
+
+    gradient, column_scale = torch.randn(5, num_beside + width)[:, num_beside:], torch.rand(width) + 0.1
+    for kept_inputs, kept_scales in ((kept, kept_scale), (hidden, None)):
+        read = inputs if kept_scales is None else kept.view(torch.float8_e4m3fn).float() * kept_scales
+        wanted = torch.ops.aten.gelu_backward(gradient, read, approximate="tanh") * column_scale
+        assert_same_codes(*mlp.gelu_gradient_codes(gradient, kept_inputs, kept_scales, bias, column_scale), wanted)
+
+
+def assert_same_codes(codes: Tensor, scale: Tensor, values: Tensor) -> None:
+    """As `quantize_rows` makes them, but for values within a rounding of a border, and for what the interpreter halves
+    (see above)."""
+    wanted, wanted_scale = quantize_rows(values, torch.float8_e4m3fn)
+    torch.testing.assert_close(scale, wanted_scale)
+    bytes_wanted = wanted.view(torch.uint8)
+    compared = codes & 7 != 0
+    assert compared.float().mean() > 0.7
+    assert (codes[compared] != bytes_wanted[compared]).float().mean() < 0.01

@@ -1,0 +1,215 @@
+"""A block's MLP of two frozen 8-bit layers as one function: what lies between their products is one pass.
+
+GELU, the codes of its output for the second product and, for a lean block, those of its input for the backward pass
+are computed from one reading of the first product; likewise the gradient's codes from the gradient and that input. The
+compiler reads each of them twice: once to find a row's peak, once more to divide by it.
+
+Shapes in names: M rows (tokens), K input features, H hidden features, P features that come beside them, N outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pixtune.fit.kernels import HAS_TRITON
+from pixtune.fit.quantize import LARGEST_CODE, QuantizedLinear, multiply_rows, quantize_rows, row_codes
+
+CODES = torch.float8_e4m3fn
+"""The one kind that the kernels write."""
+WARPS = 8, 16
+"""Of a program of the kernels, forward and backward: tried on an H100 with 12,288 hidden features."""
+
+
+def mlp(
+    states_BLK: Tensor, first: nn.Module, gelu: nn.Module, last: nn.Module, beside_BLP: Tensor | None = None
+) -> Tensor:
+    """`last([beside, gelu(first(states))])`, within rounding; shape (B, L, N).
+
+    Args:
+        gelu: a module that computes it and says as `approximate` how. With `keeps_codes` its input is kept in 8 bits.
+        beside_BLP: features that the last layer reads before the hidden ones.
+    """
+    if not are_fused(states_BLK, first, gelu, last):
+        hidden_BLH = gelu(first(states_BLK))
+        return last(hidden_BLH if beside_BLP is None else torch.cat([beside_BLP, hidden_BLH], dim=2))
+    assert isinstance(first, QuantizedLinear) and isinstance(last, QuantizedLinear)
+    rows_MK = states_BLK.reshape(-1, states_BLK.shape[-1])
+    beside_MP = None if beside_BLP is None else beside_BLP.reshape(-1, beside_BLP.shape[-1])
+    product_MN = FrozenMlp.apply(
+        rows_MK, beside_MP, first.bias, getattr(gelu, "keeps_codes", False),
+        first.weight, first.block_scale, first.scale, first.turned,
+        last.weight, last.block_scale, last.scale, last.turned,
+    )  # fmt: skip
+    product = product_MN.view(*states_BLK.shape[:-1], last.out_features)
+    return product if last.bias is None else product + last.bias
+
+
+def are_fused(states: Tensor, first: nn.Module, gelu: nn.Module, last: nn.Module) -> bool:
+    """Whether two layers with a GELU between are computed as one function: frozen, without a LoRA, in these codes."""
+    layers = all(
+        type(layer) is QuantizedLinear and layer.codes == CODES and layer.tensor_cores for layer in (first, last)
+    )
+    kind = states.is_cuda and states.dtype == torch.bfloat16 and getattr(gelu, "approximate", None) == "tanh"
+    return layers and kind and HAS_TRITON
+
+
+def fuse_mlps(blocks: Iterable[nn.Module]) -> None:
+    """Lets diffusers' MLPs of some blocks be computed by `mlp`."""
+    from diffusers.models.activations import GELU
+    from diffusers.models.attention import FeedForward
+
+    for block in blocks:
+        for module in block.modules():
+            if isinstance(module, FeedForward) and len(module.net) == 3 and isinstance(module.net[0], GELU):
+                module.forward = MethodType(feed_forward, module)
+
+
+def feed_forward(module: Any, hidden_states: Tensor) -> Tensor:
+    """In place of diffusers' `FeedForward.forward` where the activation is a GELU. Its dropout is none in any model."""
+    activation, dropout, last = module.net
+    if not are_fused(hidden_states, activation.proj, activation, last) or (module.training and dropout.p):
+        return last(dropout(activation(hidden_states)))
+    return mlp(hidden_states, activation.proj, activation, last)
+
+
+class FrozenMlp(torch.autograd.Function):
+    """`[beside, gelu(x @ first.T + bias)] @ last.T` of quantised layers, without the last one's bias."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_MK: Tensor,
+        beside_MP: Tensor | None,
+        bias_H: Tensor | None,
+        keeps_codes: bool,
+        *layers: Tensor | None,
+    ) -> Tensor:
+        first, last = layers[:4], layers[4:]
+        codes, scale = quantize_rows(x_MK, CODES)
+        hidden_MH = multiply_rows(codes, scale, *_read(first), x_MK.dtype, tensor_cores=True)
+        codes, scale, kept, kept_scale = gelu_codes(hidden_MH, bias_H, beside_MP, keeps_codes)
+        ctx.save_for_backward(bias_H, *((kept, kept_scale) if keeps_codes else (hidden_MH, None)), *layers)
+        ctx.num_beside = 0 if beside_MP is None else beside_MP.shape[1]
+        return multiply_rows(codes.view(CODES), scale, *_read(last), x_MK.dtype, tensor_cores=True)
+
+    @staticmethod
+    def backward(ctx: Any, gradient_MN: Tensor) -> tuple[Tensor | None, ...]:
+        bias_H, kept, kept_scale, *layers = ctx.saved_tensors
+        first, last = layers[:4], layers[4:]
+        weight, scale_N1 = _read_turned(last)
+        codes, scale = quantize_rows(gradient_MN.float() * scale_N1.t(), CODES)
+        inner = multiply_rows(codes, scale, weight, _ones(weight), gradient_MN.dtype, tensor_cores=True)
+        weight, scale_H1 = _read_turned(first)
+        codes, scale = gelu_gradient_codes(inner[:, ctx.num_beside :], kept, kept_scale, bias_H, scale_H1.flatten())
+        x_gradient = multiply_rows(
+            codes.view(CODES), scale, weight, _ones(weight), gradient_MN.dtype, tensor_cores=True
+        )
+        beside_gradient = inner[:, : ctx.num_beside] if ctx.num_beside else None
+        return x_gradient, beside_gradient, None, None, *(None for _ in layers)
+
+
+def _read(layer: Sequence[Any]) -> tuple[Tensor, Tensor]:
+    """A layer's codes and the scale a row."""
+    stored, block_scale, scale, _ = layer
+    return row_codes(stored, block_scale, scale, CODES, transposed=False)
+
+
+def _read_turned(layer: Sequence[Any]) -> tuple[Tensor, Tensor]:
+    """The transposed codes, and the scale a row of the weight."""
+    stored, block_scale, scale, turned = layer
+    if turned is not None:
+        return turned.view(CODES), scale
+    return row_codes(stored, block_scale, scale, CODES, transposed=True)
+
+
+def _ones(weight_KN: Tensor) -> Tensor:
+    return torch.ones(weight_KN.shape[0], 1, device=weight_KN.device)
+
+
+@torch.library.custom_op("pixtune::gelu_codes", mutates_args=())
+def gelu_codes(
+    hidden_MH: Tensor, bias_H: Tensor | None, beside_MP: Tensor | None, keeps_input: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """
+    Returns:
+        Codes of [beside, gelu(hidden + bias)] as bytes, (M, P + H), and their scale, (M, 1); those of hidden + bias, or
+        two empty tensors.
+    """
+    from pixtune.fit import triton_kernels
+
+    results = _new_codes(hidden_MH, beside_MP, keeps_input)
+    hidden_MH, width = hidden_MH.contiguous(), hidden_MH.shape[1]
+    beside_MP = None if beside_MP is None else beside_MP.contiguous()
+    num_beside = 0 if beside_MP is None else beside_MP.shape[1]
+    triton_kernels.gelu_codes[(len(hidden_MH),)](
+        hidden_MH, hidden_MH if bias_H is None else bias_H, hidden_MH if beside_MP is None else beside_MP, *results,
+        width, num_beside, LARGEST_CODE[CODES], bias_H is not None, keeps_input,
+        _power_of_two(width), _power_of_two(num_beside), num_warps=WARPS[0],
+    )  # fmt: skip
+    return results
+
+
+@gelu_codes.register_fake
+def _(
+    hidden_MH: Tensor, bias_H: Tensor | None, beside_MP: Tensor | None, keeps_input: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _new_codes(hidden_MH, beside_MP, keeps_input)
+
+
+def _new_codes(hidden_MH: Tensor, beside_MP: Tensor | None, keeps_input: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows, width = hidden_MH.shape
+    num_beside = 0 if beside_MP is None else beside_MP.shape[1]
+    kept = (rows, width) if keeps_input else (0, 0)
+    return (
+        hidden_MH.new_empty(rows, num_beside + width, dtype=torch.uint8),
+        hidden_MH.new_empty(rows, 1, dtype=torch.float32),
+        hidden_MH.new_empty(*kept, dtype=torch.uint8),
+        hidden_MH.new_empty(kept[0], 1, dtype=torch.float32),
+    )
+
+
+@torch.library.custom_op("pixtune::gelu_gradient_codes", mutates_args=())
+def gelu_gradient_codes(
+    gradient_MH: Tensor, kept_MH: Tensor, kept_scale_M1: Tensor | None, bias_H: Tensor | None, column_scale_H: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Codes, as bytes, and their scale of the gradient that comes out of a GELU, times a scale of each column.
+
+    Args:
+        gradient_MH: of its output; its rows may be parts of longer ones.
+        kept_MH: its input as bytes of codes with a scale; without one, as it is and without the bias.
+    """
+    from pixtune.fit import triton_kernels
+
+    results = _new_gradient_codes(gradient_MH)
+    rows, width = gradient_MH.shape
+    gradient_MH = gradient_MH if gradient_MH.stride(1) == 1 else gradient_MH.contiguous()
+    triton_kernels.gelu_gradient_codes[(rows,)](
+        gradient_MH, gradient_MH.stride(0), kept_MH.contiguous(), kept_MH if kept_scale_M1 is None else kept_scale_M1,
+        kept_MH if bias_H is None else bias_H, column_scale_H.contiguous(), *results, width, LARGEST_CODE[CODES],
+        bias_H is not None and kept_scale_M1 is None, kept_scale_M1 is not None, _power_of_two(width),
+        num_warps=WARPS[1],
+    )  # fmt: skip
+    return results
+
+
+@gelu_gradient_codes.register_fake
+def _(
+    gradient_MH: Tensor, kept_MH: Tensor, kept_scale_M1: Tensor | None, bias_H: Tensor | None, column_scale_H: Tensor
+) -> tuple[Tensor, Tensor]:
+    return _new_gradient_codes(gradient_MH)
+
+
+def _new_gradient_codes(gradient_MH: Tensor) -> tuple[Tensor, Tensor]:
+    rows, width = gradient_MH.shape
+    codes_MH = gradient_MH.new_empty(rows, width, dtype=torch.uint8)
+    return codes_MH, gradient_MH.new_empty(rows, 1, dtype=torch.float32)
+
+
+def _power_of_two(number: int) -> int:
+    """The least that is no smaller; of 0, one that is masked out."""
+    return 1 << max(number - 1, 0).bit_length()
