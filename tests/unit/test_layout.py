@@ -80,7 +80,16 @@ ALLOWED = {  # what of ours these may import, besides `errors` and their own pac
     "fit.rungs": {"config", "fit.footprint", "hardware"},
     "fit.all_weights": {"config", "fit.footprint", "fit.rungs", "hardware"},
     "fit.kernel_choice": {"config", "hardware"},
-    "fit.plan": {"config", "fit.all_weights", "fit.footprint", "fit.kernel_choice", "fit.rungs", "hardware"},
+    "fit.text_padding": {"config", "fit.rungs"},
+    "fit.plan": {
+        "config",
+        "fit.all_weights",
+        "fit.footprint",
+        "fit.kernel_choice",
+        "fit.rungs",
+        "fit.text_padding",
+        "hardware",
+    },
     "fit.encoders": {"fit.footprint", "hardware"},
     "fit.phases": {"fit.all_weights", "fit.encoders", "fit.footprint", "fit.plan", "fit.rungs", "hardware"},
 }

@@ -27,6 +27,7 @@ from pixtune.data.swapped import BothWays, EncodedBothWays, choose_pairs, needed
 from pixtune.errors import DataError
 from pixtune.families.base import Conditioning, LatentDistribution, ModelFamily
 from pixtune.fit.encoders import EncoderPlan, encode_plainly
+from pixtune.fit.text_padding import padded_length
 from pixtune.hardware.monitor import StageLog
 from pixtune.sample import EncodedPrompt, needs_negative
 from pixtune.validation import HeldOutPicture
@@ -66,6 +67,10 @@ class PreparedData:
     def drawn_pixels(self) -> int:
         """Of the largest sample picture; 0 where none is drawn."""
         return max((math.prod(prompt.size) for prompt in self.prompts), default=0)
+
+    def micro_batch_tokens(self, batch_size: int, text_multiple: int = 1) -> int:
+        """Image and text tokens of one process's largest micro-batch, its captions padded to a multiple."""
+        return batch_size * (self.most_image_tokens + padded_length(self.most_text_tokens, text_multiple))
 
 
 def prepare_data(
@@ -249,8 +254,8 @@ def _gather(
     keys += encodings.encoder.latent_keys(pictures)
     longest = variants if config.precompute_text_embeddings else [max(variants, key=lambda v: len(v[0].caption))]
     dropped = [family.dropped_caption] if config.data_config.caption_dropout_rate > 0 else []
-    captions = [(text, s, v) for s, v in longest for text in (s.caption, *dropped)]
-    text_tokens = {_num_tokens(encodings.text(text_item(*caption))) for caption in captions}
+    captions = {text_item(text, s, v) for s, v in longest for text in (s.caption, *dropped)}
+    text_tokens = {_num_tokens(encodings.text(caption)) for caption in captions}
     return PreparedData(
         reader=SampleReader(
             read_latents=lambda sample, variant: encodings.latents(target_picture(training[sample], variant)),

@@ -26,6 +26,7 @@ from pixtune.fit.rungs import (
     peak_bytes,
     room_for_recordings,
 )
+from pixtune.fit.text_padding import choose_text_multiple
 from pixtune.hardware.facts import GIB, MEMORY_FRACTION, HardwareFacts, missing_on_host
 
 CONTEXT_BYTES = round(0.86 * GIB)
@@ -94,6 +95,8 @@ class MemoryPlan:
     """Optimizer states of all weights wait in host memory."""
     fp32_copies: bool = False
     """bf16 weights have fp32 copies, which are where the optimizer states are."""
+    text_multiple: int = 1
+    """Captions of training steps are padded to a multiple of so many tokens."""
 
     @property
     def recompute(self) -> bool:
@@ -112,6 +115,8 @@ def plan_memory(
     can_compile: bool = True,
     num_processes: int = 1,
     flash_attention_3_obstacle: str | None = None,
+    text_lengths_differ: bool = False,
+    padded_attention: bool = False,
 ) -> MemoryPlan:
     """Chooses what the config leaves open.
 
@@ -120,6 +125,8 @@ def plan_memory(
         cudnn_attention: whether a trial of it on this machine passed, and its finding; None: not tried.
         flash_attention_3_obstacle: why it cannot be used on this machine; None: nothing is known against it.
         can_compile: torch.compile works on this machine.
+        text_lengths_differ: captions come in several numbers of tokens, and the family can pad them.
+        padded_attention: a trial of attention to padded captions on this machine passed.
 
     Raises:
         PlanError: nothing fits; says how much is missing and which demand to drop.
@@ -133,6 +140,10 @@ def plan_memory(
     tf32, tf32_reasons = choose_tf32(facts, config)
     use_flash_3, flash_3_reasons = choose_flash_attention_3(facts, config, flash_attention_3_obstacle)
     use_cudnn, cudnn_reasons = (False, []) if use_flash_3 else choose_cudnn_attention(facts, config, cudnn_attention)
+    recordings = count_recordings(rung, footprint, config, compiled, usable - chosen.peak_bytes) if on_gpu else 0
+    text_multiple, text_reasons = choose_text_multiple(
+        config, text_lengths_differ, recordings, use_cudnn, padded_attention
+    )
     return MemoryPlan(
         compute_format=compute_format_of(config),
         weights_format=rung.weights_format,
@@ -144,7 +155,7 @@ def plan_memory(
         offload_inputs=rung.offload_inputs,
         streamed_blocks=rung.streamed_blocks,
         compile=compiled,
-        recordings=count_recordings(rung, footprint, config, compiled, usable - chosen.peak_bytes) if on_gpu else 0,
+        recordings=recordings,
         pin_memory=on_gpu and not unified if config.pin_memory is None else config.pin_memory and on_gpu,
         encoders_stay=unified if config.disable_cpu_offload is None else config.disable_cpu_offload,
         tf32=tf32,
@@ -158,11 +169,12 @@ def plan_memory(
         expected_peak_bytes=chosen.peak_bytes,
         expected_host_bytes=chosen.host_bytes,
         usable_bytes=usable,
-        reasons=(*chosen.reasons, *tf32_reasons, *flash_3_reasons, *cudnn_reasons),
+        reasons=(*chosen.reasons, *tf32_reasons, *flash_3_reasons, *cudnn_reasons, *text_reasons),
         plain_layers=footprint.plain_layers if rung.weights_format in QUANTISED else (),
         fused_step=chosen.fused_step,
         states_on_host=chosen.states_on_host,
         fp32_copies=footprint.trains_all and has_masters(config),
+        text_multiple=text_multiple,
     )
 
 
