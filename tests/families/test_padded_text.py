@@ -9,14 +9,16 @@ from typing import Any
 
 import pytest
 import torch
+import torch._functorch.config as functorch_config
 from torch import Tensor, nn
+from torch._inductor import config as inductor_config
 
 from pixtune.adapters import attach_lora, lora_weights
 from pixtune.families import FAMILIES, family_of, qwen_attention, qwen_image
 from pixtune.families.base import Conditioning, ModelFamily, Placement
 from pixtune.families.packing import pack_latents, unpack_latents
 from pixtune.fit.activations import recompute_blocks, recompute_projections
-from pixtune.fit.compile import compile_blocks
+from pixtune.fit.compile import LIMIT_TO_KNOWN_OPERATORS, LIMITS_TO_RECOMPUTING, compile_blocks
 from pixtune.fit.forwards import replace_computation
 from pixtune.fit.load import random_transformer
 from pixtune.weights import ModelFolder
@@ -39,9 +41,13 @@ BOUND = 1e-5
 
 @pytest.fixture(autouse=True)
 def _own_graphs() -> Iterator[None]:
+    names = (*LIMITS_TO_RECOMPUTING, LIMIT_TO_KNOWN_OPERATORS)
+    before = {name: getattr(functorch_config, name) for name in names}
     torch._dynamo.reset()
     yield
-    torch._inductor.config.joint_custom_pre_pass = None
+    for name, value in before.items():
+        setattr(functorch_config, name, value)
+    inductor_config.joint_custom_pre_pass = None
     torch._dynamo.reset()
 
 

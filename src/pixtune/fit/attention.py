@@ -190,7 +190,8 @@ def run_padded(inputs: list[Tensor], gradient: Tensor, real_BL: Tensor, kernel: 
 def largest_error(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
     """Relative, of all; of the first head alone, which is all that is expected. NaN where any is."""
     errors = [
-        (tensor[:, :1].float() - wanted).norm() / wanted.norm() for tensor, wanted in zip(found, expected, strict=True)
+        (tensor[:, :1].float() - wanted.detach()).norm() / wanted.detach().norm()
+        for tensor, wanted in zip(found, expected, strict=True)
     ]
     return float(torch.stack(errors).max())
 
