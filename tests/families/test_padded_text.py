@@ -189,26 +189,6 @@ def test_nor_where_blocks_are_compiled(model: str, change: Callable[[Case], obje
     assert_padding_changes_nothing(build(model, LENGTHS["two of other lengths"]), change)
 
 
-def test_captions_of_all_lengths_share_compiled_graphs() -> None:
-    """Two shapes of text, after which there is nothing to compile."""
-    from torch._dynamo.utils import counters
-
-    case = build("qwen-image", [5])
-    for block in case.blocks:
-        replace_computation(block, partial(torch.compile, backend="eager"))
-
-    def graphs_after(length: int) -> int:
-        text = case.family.stack_conditioning(
-            [{"prompt_embeds": case.rows[0]["prompt_embeds"][:1].expand(length, -1)}], 16
-        )
-        case.family.predict_velocity(case.transformer, case.noisy_BCHW, case.sigma_B, text).sum().backward()
-        return counters["stats"]["unique_graphs"]
-
-    graphs_after(5)
-    graphs = graphs_after(20)
-    assert [graphs_after(length) for length in (16, 12, 32, 47, 48, 3)] == [graphs] * 6
-
-
 def test_a_padded_step_is_the_stock_models_with_its_mask() -> None:
     """The same padded text and a mask, given to diffusers' own class with its own attention."""
     from diffusers import QwenImageTransformer2DModel

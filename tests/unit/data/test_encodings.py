@@ -311,7 +311,7 @@ def test_whether_captions_come_in_several_lengths(
     settings = {"img_dir": tmp_path / "train", "img_size": 64, "caption_dropout_rate": dropout}
     config = data_config(tmp_path, data_config=settings, precompute_text_embeddings=precomputed)
     data = prepare_data(config, OneTokenALetter(), model, ACCELERATOR)
-    assert (data.text_lengths_differ, data.most_text_tokens) == (differ, longest)
+    assert (data.captions_vary, data.most_text_tokens) == (differ, longest)
     assert data.micro_batch_tokens(2) == 2 * (data.most_image_tokens + longest)
     assert data.micro_batch_tokens(2, text_multiple=64) == 2 * (data.most_image_tokens + 64)
 
