@@ -29,7 +29,6 @@ from pixtune.fit.encoders import EncoderPlan
 from pixtune.fit.modulation import StepsAhead
 from pixtune.fit.plan import MemoryPlan
 from pixtune.fit.streaming import stream_of
-from pixtune.fit.text_padding import wanted_multiple
 from pixtune.hardware.facts import check_torch
 from pixtune.launch import StopSignal, start_accelerator
 from pixtune.memory import RunMemory
@@ -189,10 +188,14 @@ def decide_plan(
     """The plan of a new run; a resumed run keeps its own, since kernels and formats decide bits."""
     if checkpoint:
         return stored(MemoryPlan, checkpoint.record, "plan")
-    lengths_differ = family.pads_text and data.captions_vary
-    num_tokens = data.micro_batch_tokens(config.batch_size, wanted_multiple(config, lengths_differ))
     return plan_on_this_machine(
-        config, family, folder, num_tokens, lengths_differ, accelerator.device, accelerator.num_processes
+        config,
+        family,
+        folder,
+        partial(data.micro_batch_tokens, config.batch_size),
+        data.captions if family.pads_text else None,
+        accelerator.device,
+        accelerator.num_processes,
     )
 
 

@@ -81,11 +81,13 @@ ALLOWED = {  # what of ours these may import, besides `errors` and their own pac
     "fit.all_weights": {"config", "fit.footprint", "fit.rungs", "hardware"},
     "fit.kernel_choice": {"config", "hardware"},
     "fit.text_padding": {"config", "fit.rungs"},
+    "fit.refusals": {"config", "fit.footprint", "fit.rungs", "hardware"},
     "fit.plan": {
         "config",
         "fit.all_weights",
         "fit.footprint",
         "fit.kernel_choice",
+        "fit.refusals",
         "fit.rungs",
         "fit.text_padding",
         "hardware",

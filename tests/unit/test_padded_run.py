@@ -11,11 +11,17 @@ import pytest
 import torch
 from torch import Tensor
 
+from pixtune import planning
 from pixtune import train as training
 from pixtune.config import load_config
 from pixtune.data.batches import Batch, read_ahead
 from pixtune.data.prepare import PreparedData
+from pixtune.fit import rungs
+from pixtune.fit.attention import Trial
 from pixtune.fit.plan import MemoryPlan
+from pixtune.fit.text_padding import CaptionedSize, Captions
+from pixtune.hardware.cards import facts_as
+from tests.full_size import full_size_footprint
 from tests.runs import DEMO_TRAIN, ROOT
 
 STEPS = 4
@@ -61,26 +67,57 @@ def test_a_run_with_padded_captions_learns_the_same(tmp_path: Path, monkeypatch:
     assert len({batch.shapes for batch in padded_batches}) == 1
 
 
-@pytest.mark.parametrize(("words", "counted"), [([], 64), (["cuda_graphs=false"], 7), (["mixed_precision='no'"], 7)])
-def test_a_plan_counts_the_tokens_that_captions_are_padded_to(
-    words: list[str], counted: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """And is told whether padding is of use; how that is decided is in test_plan.py."""
-    given: list[tuple[Any, ...]] = []
-    monkeypatch.setattr(training, "plan_on_this_machine", lambda *arguments: given.append(arguments))
+H100 = facts_as("H100")
+SHORT, LONG = {7: 1.0, 9: 1.0}, dict.fromkeys(range(10, 300), 1.0)
+
+
+def planned(
+    words: list[str], monkeypatch: pytest.MonkeyPatch, draws_by_length: dict[int, float], pads_text: bool = True,
+    most_recordings: int = 64,
+) -> tuple[MemoryPlan, list[int]]:  # fmt: skip
+    """The plan of a run on an H100 whose kernels pass every trial, and the tokens that memory was counted for."""
     required = [
         "pretrained_model_name_or_path=x",
         "output_dir=x",
         "max_train_steps=1",
         f"data_config.img_dir={DEMO_TRAIN}",
     ]
-    config = load_config(None, [*required, "mixed_precision=bf16", "train_batch_size=2", *words])
-    accelerator: Any = type("Accelerator", (), {"device": torch.device("cpu"), "num_processes": 1})
+    config = load_config(None, [*required, "mixed_precision=bf16", *words])
+    counted: list[int] = []
+
+    def footprint_of(config: Any, family: Any, folder: Any, num_tokens: int) -> Any:
+        counted.append(num_tokens)
+        return replace(full_size_footprint(config), num_tokens=num_tokens)
+
+    monkeypatch.setattr(planning, "footprint_of", footprint_of)
+    monkeypatch.setattr(planning, "read_facts", lambda *arguments: H100)
+    monkeypatch.setattr(planning, "compile_obstacle", lambda device: None)
+    monkeypatch.setattr(planning, "try_cudnn_attention", lambda *arguments: Trial(True, "faster", pads=True))
+    monkeypatch.setattr(rungs, "MOST_RECORDINGS", most_recordings)
+    sizes = (CaptionedSize(10_000, draws_by_length),)
+    captions = Captions(len(draws_by_length) > 1, sizes)
+    data: Any = PreparedData(None, [], [], [], [], 10_000, max(draws_by_length), captions, "", None)  # type: ignore[arg-type]
+    accelerator: Any = type("Accelerator", (), {"device": torch.device("cuda"), "num_processes": 1})
+    family: Any = type("Family", (), {"pads_text": pads_text})
+    heads = {"num_attention_heads": 24, "attention_head_dim": 128}
+    folder: Any = type("Folder", (), {"component_config": lambda self, name: heads})()
+    return training.decide_plan(config, family, folder, data, accelerator, None), counted
+
+
+@pytest.mark.parametrize(("word", "text_tokens"), [("", 64), ("cuda_graphs=false", 9), ("mixed_precision='no'", 9)])
+def test_a_plan_counts_the_tokens_that_captions_may_be_padded_to(
+    word: str, text_tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for pads_text in (True, False):
-        for differ in (True, False):
-            data: Any = PreparedData(None, [], [], [], [], 100, 7, differ, "", None)  # type: ignore[arg-type]
-            family: Any = type("Family", (), {"pads_text": pads_text})
-            training.decide_plan(config, family, None, data, accelerator, None)  # type: ignore[arg-type]
-            _, _, _, num_tokens, told, *_ = given.pop()
-            assert told == (pads_text and differ)
-            assert num_tokens == 2 * (100 + (counted if told else 7))
+        for lengths in (SHORT, {9: 2.0}):
+            _, counted = planned([word] if word else [], monkeypatch, lengths, pads_text)
+            assert counted == [10_000 + (text_tokens if pads_text and len(lengths) > 1 else 9)]
+
+
+def test_a_plan_that_pads_further_counts_its_memory_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The longest caption has 299 tokens: 320 in multiples of 64, 384 in those of 128."""
+    plan, counted = planned([], monkeypatch, LONG)
+    assert plan.text_multiple == 64 and counted == [10_320]
+    few, counted = planned([], monkeypatch, LONG, most_recordings=3)
+    assert few.text_multiple == 128 and counted == [10_320, 10_384]
+    assert few.expected_peak_bytes > plan.expected_peak_bytes
