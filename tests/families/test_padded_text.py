@@ -12,6 +12,7 @@ import torch
 import torch._functorch.config as functorch_config
 from torch import Tensor, nn
 from torch._inductor import config as inductor_config
+from torch.overrides import TorchFunctionMode
 
 from pixtune.adapters import attach_lora, lora_weights
 from pixtune.families import FAMILIES, family_of, qwen_attention, qwen_image
@@ -215,6 +216,61 @@ def test_a_padded_step_is_the_stock_models_with_its_mask() -> None:
         )[0]
         velocity = family.predict_velocity(ours, noisy_BCHW, sigma_B, text)
     assert_close(velocity, unpack_latents(expected, height, width), "velocity")
+
+
+class NothingFromTheHost(TorchFunctionMode):
+    """On a GPU a tensor of Python's numbers is copied there and waited for, which a recording cannot."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func not in (torch.tensor, torch.as_tensor), f"{func.__name__} of {args}"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_a_padded_step_copies_no_number_from_the_host(model: str) -> None:
+    case = build(model, LENGTHS["two of other lengths"])
+    text = case.family.stack_conditioning(case.rows, MULTIPLE)
+    masked = case.family.stack_conditioning(case.rows)
+    given = (case.transformer, case.noisy_BCHW, case.sigma_B)
+    case.family.predict_velocity(*given, text, case.controls)  # what is made once, in a step that is not recorded
+    with NothingFromTheHost():
+        case.family.predict_velocity(*given, text, case.controls).sum().backward()
+        with pytest.raises(AssertionError, match="tensor of"):
+            case.family.predict_velocity(*given, masked, case.controls)
+
+
+def test_controls_modulated_as_clean_are_the_stock_models() -> None:
+    """Velocity and gradients of all weights, of diffusers' own class and of ours."""
+    from diffusers import QwenImageTransformer2DModel
+
+    case = build(CLEAN, [7, 7])
+    assert not case.transformer.zero_cond_t and case.transformer.config["zero_cond_t"]  # type: ignore[index]
+    torch.manual_seed(0)
+    stock = QwenImageTransformer2DModel.from_config(dict(case.transformer.config))  # type: ignore[arg-type]
+    give_values(stock)
+    ours = random_transformer(case.family, dict(stock.config), Placement(CPU, torch.float32))
+    ours.load_state_dict(stock.state_dict())
+    ours.requires_grad_(True)
+    assert stock.zero_cond_t
+    images = [case.noisy_BCHW, *case.controls]
+    text = case.family.stack_conditioning(case.rows)
+    expected = stock(
+        hidden_states=torch.cat([pack_latents(image) for image in images], dim=1),
+        timestep=case.sigma_B,
+        encoder_hidden_states=text["prompt_embeds"],
+        img_shapes=[[(1, image.shape[2] // 2, image.shape[3] // 2) for image in images]] * 2,
+        return_dict=False,
+    )[0]
+    velocity = case.family.predict_velocity(ours, case.noisy_BCHW, case.sigma_B, text, case.controls)
+    _, _, height, width = case.noisy_BCHW.shape
+    expected = unpack_latents(expected[:, : height * width // 4], height, width)
+    assert_close(velocity.detach(), expected.detach(), "velocity")
+    velocity.square().mean().backward()
+    expected.square().mean().backward()
+    for (name, weight), wanted in zip(ours.named_parameters(), stock.parameters(), strict=True):
+        assert (weight.grad is None) == (wanted.grad is None), name
+        if weight.grad is not None and wanted.grad is not None:
+            torch.testing.assert_close(weight.grad, wanted.grad, rtol=1e-3, atol=1e-6, msg=name)
 
 
 # ---- these tests can fail

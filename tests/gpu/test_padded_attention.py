@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -95,10 +98,10 @@ def test_the_trial_measures_it() -> None:
 # ---- steps
 
 
-def model(placement: Placement) -> tuple[ModelFamily, nn.Module, list[nn.Parameter]]:
+def model(folder: ModelFolder, placement: Placement) -> tuple[ModelFamily, nn.Module, list[nn.Parameter]]:
     """The small model with a LoRA that changes something, and the LoRA's weights."""
-    family = family_of(FOLDER)
-    transformer = load_transformer(family, FOLDER, placement)
+    family = family_of(folder)
+    transformer = load_transformer(family, folder, placement)
     adapters.attach_lora(transformer, family.lora_targets, 4, 4, 0, family.lora_presets)
     with torch.no_grad():
         for number, (path, weight) in enumerate(adapters.lora_weights(transformer).items()):
@@ -112,29 +115,31 @@ def steps(
     record: bool = False,
     change: Callable[[list[nn.Module]], object] = lambda blocks: None,
     placement: Placement = BF16,
+    folder: ModelFolder = FOLDER,
 ) -> tuple[list[tuple[Tensor, Tensor]], int]:
     """Loss and gradients of each step, captions of `LENGTHS` in turn; and how many shapes were recorded."""
-    family, transformer, parameters = model(placement)
+    family, transformer, parameters = model(folder, placement)
     device = placement.device
     change(blocks_of(transformer, family))
 
     def compute(batch: Batch) -> Tensor:
         noisy_BCHW = torch.lerp(batch.latents_BCHW, batch.noise_BCHW, batch.sigma_B.view(-1, 1, 1, 1))
-        velocity = family.predict_velocity(transformer, noisy_BCHW, batch.sigma_B, batch.conditioning)
+        velocity = family.predict_velocity(transformer, noisy_BCHW, batch.sigma_B, batch.conditioning, batch.controls)
         loss = (velocity - batch.noise_BCHW + batch.latents_BCHW).square().mean()
         loss.backward()
         return loss.detach()
 
     replayed = ReplayedPass(compute, parameters, GraphRecorder() if record else None, most=4)
-    channels, height, width = family.latent_shape(FOLDER, 128, 128)
+    channels, height, width = family.latent_shape(folder, 128, 128)
     found = []
     for step in range(NUM_STEPS):
         generator = torch.Generator().manual_seed(step)
-        latents, noise = torch.randn(2, 1, channels, height, width, generator=generator).to(device)
+        latents, noise, control = torch.randn(3, 1, channels, height, width, generator=generator).to(device)
         sigma_B = torch.tensor([0.1 + 0.07 * step], device=device)
-        row = family.random_text(FOLDER, LENGTHS[step % len(LENGTHS)], step)
+        controls = (control,) if family.max_controls else ()
+        row = family.random_text(folder, LENGTHS[step % len(LENGTHS)], step)
         text = {name: tensor.to(device) for name, tensor in family.stack_conditioning([row], multiple).items()}
-        loss = replayed(Batch(latents, noise, sigma_B, text, (), ["picture"])).clone()
+        loss = replayed(Batch(latents, noise, sigma_B, text, controls, ["picture"])).clone()
         gradients = [p.grad.flatten().clone() for p in parameters if p.grad is not None]
         found.append((loss.cpu(), torch.cat(gradients).cpu()))
         replayed.zero_gradients()
@@ -178,3 +183,21 @@ def test_a_replay_of_padded_steps_is_the_plain_pass() -> None:
         else:  # cuDNN adds up gradients of queries in any order
             torch.testing.assert_close(again, loss, rtol=1e-3, atol=1e-4)
             assert (gradients_again - gradients).norm() < 0.01 * gradients.norm()
+
+
+@pytest.fixture(params=[False, True], ids=["controls as noisy", "controls as clean"])
+def edit_folder(request: pytest.FixtureRequest, tmp_path: Path) -> ModelFolder:
+    """`zero_cond_t`: the stock model copies to the device, in each step, which tokens are modulated as clean."""
+    path = shutil.copytree(ASSETS / "tiny-qwen-image-edit", tmp_path / "model")
+    file = path / "transformer" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "zero_cond_t": request.param}))
+    return ModelFolder(path)
+
+
+def test_steps_of_edit_models_are_recorded(edit_folder: ModelFolder) -> None:
+    plain, _ = steps(MULTIPLE, folder=edit_folder)
+    replayed, num_recorded = steps(MULTIPLE, record=True, folder=edit_folder)
+    assert num_recorded == 1
+    for (loss, gradients), (again, gradients_again) in zip(plain, replayed, strict=True):
+        torch.testing.assert_close(again, loss, rtol=1e-3, atol=1e-4)
+        assert (gradients_again - gradients).norm() < 0.01 * gradients.norm()

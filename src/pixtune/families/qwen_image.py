@@ -18,6 +18,7 @@ from pixtune.families.base import Conditioning, LatentDistribution, Placement, P
 from pixtune.families.flow_schedule import model_sigmas, model_time_shift, rounded_timestep
 from pixtune.families.packing import PATCH, grid, num_tokens, pack_latents, unpack_latents
 from pixtune.families.qwen_attention import JointAttention, RealRotaryEmbedding
+from pixtune.families.qwen_clean_controls import count_on_device
 from pixtune.fit.footprint import ActivationUnits
 from pixtune.fit.text_padding import padded_length
 from pixtune.weights import ModelFolder
@@ -175,6 +176,8 @@ class QwenImage:
         model.pos_embed = RealRotaryEmbedding(stock)
         for block in model.transformer_blocks:
             block.attn.set_processor(JointAttention())
+        if model.zero_cond_t:
+            count_on_device(model)
         return model
 
     # ---- encoding
