@@ -15,7 +15,7 @@ import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -63,14 +63,17 @@ class Checkpoint:
 def stored(kind: type[Stored], record: Mapping[str, Any], key: str) -> Stored:
     """A frozen decision that a record holds under `key` with its fields' names; lists become tuples again.
 
+    A field that has a default may be missing: the default is what versions did that knew no such field.
+
     Raises:
         CheckpointError: another version of pixtune wrote it.
     """
     values = record.get(key, {})
-    names = {field.name for field in fields(kind)}
-    if values.keys() != names:
+    required = {field.name for field in fields(kind) if field.default is MISSING}
+    differing = (required - values.keys()) | (values.keys() - {field.name for field in fields(kind)})
+    if differing:
         raise CheckpointError(
-            f"the checkpoint's {key} differs from this version's in {', '.join(sorted(values.keys() ^ names))}. Go on "
+            f"the checkpoint's {key} differs from this version's in {', '.join(sorted(differing))}. Go on "
             "with the version of pixtune that wrote it (see `versions` in its state.json), or start anew."
         )
     return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})

@@ -24,6 +24,7 @@ from pixtune.errors import WeightsError
 from pixtune.fit.encoders import PIXELS_PER_VISION_TOKEN, TEXT_TOKENS, EncoderPlan, EncoderSizes, encode_plainly
 from pixtune.fit.phases import Phase, Surroundings, phases_of
 from pixtune.fit.plan import CONTEXT_BYTES, MemoryPlan, plan_memory, usable_bytes
+from pixtune.fit.text_padding import Captions, least_multiple, padded_length
 from pixtune.hardware.cards import HOST_BYTES, facts_as, find_card
 from pixtune.hardware.facts import GIB, HardwareFacts, tensor_core_formats
 from pixtune.hardware.meminfo import read_host_memory
@@ -109,7 +110,9 @@ def make_report(config: TrainConfig, card: str | None = None) -> PlanReport:
             "encoder's those in its index, and encoders without an index are left out"
         )
     tokens, assumed = assumed_tokens(config, family, folder)
-    footprint = footprint_of(config, family, folder, config.batch_size * (tokens.image + tokens.text))
+    captions = Captions(differ=True) if family.pads_text else None
+    text = padded_length(tokens.text, least_multiple(config, captions))
+    footprint = footprint_of(config, family, folder, config.batch_size * (tokens.image + text))
     plan = plan_memory(facts, footprint, config)
     on_gpu = facts.device == "cuda"
     around = surroundings_of(config, family, folder, tokens, facts) if on_gpu else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +18,7 @@ from pixtune.fit.footprint import Footprint, Shapes, of_all_weights, read_footpr
 from pixtune.fit.phases import Surroundings, compiled_pass_bytes, drawing_bytes, drawing_tile, idle_bytes
 from pixtune.fit.plan import MemoryPlan, plan_memory, usable_bytes
 from pixtune.fit.rungs import compute_format_of, is_unified
+from pixtune.fit.text_padding import Captions, least_multiple
 from pixtune.hardware.facts import MEMORY_FRACTION, HardwareFacts, host_room_bytes, read_facts
 from pixtune.weights import ModelFolder, read_header, weight_files
 
@@ -26,30 +27,40 @@ def plan_on_this_machine(
     config: TrainConfig,
     family: ModelFamily,
     folder: ModelFolder,
-    num_tokens: int,
+    count_tokens: Callable[[int], int],
+    captions: Captions | None,
     device: torch.device,
     num_processes: int,
 ) -> MemoryPlan:
     """The plan of a run that starts now: what the machine can do is tried out first.
 
     Args:
-        num_tokens: image and text tokens of one process's largest micro-batch.
+        count_tokens: image and text tokens of one process's largest micro-batch, its captions padded to that multiple.
+        captions: None: the family cannot pad them.
         num_processes: that train together, on one host.
 
     Raises:
         PlanError, ConfigError: see `plan_memory`.
     """
-    trial, obstacle = None, None
+    trial, obstacle, pads = None, None, False
+    multiple = least_multiple(config, captions)
     if device.type == "cuda":
         obstacle = compile_obstacle(device)
-        if config.cuda_features.enable_cudnn_sdp is None:
+        asked = config.cuda_features.enable_cudnn_sdp
+        if asked is None or (asked and multiple > 1):
             transformer = folder.component_config("transformer")
             heads = (transformer["num_attention_heads"], transformer["attention_head_dim"])
-            tried = try_cudnn_attention(num_tokens // config.batch_size, *heads)
-            trial = (tried.passed, tried.finding)
+            tried = try_cudnn_attention(count_tokens(multiple) // config.batch_size, *heads)
+            trial, pads = (tried.passed, tried.finding), tried.pads
     facts = read_facts(device, config.memory_fraction or MEMORY_FRACTION)
-    footprint = footprint_of(config, family, folder, num_tokens)
-    return plan_memory(facts, footprint, config, trial, obstacle is None, num_processes, flash_attention_3_obstacle())
+    can_compile, obstacle_to_3 = obstacle is None, flash_attention_3_obstacle()
+    while True:
+        counted = count_tokens(multiple)
+        footprint = footprint_of(config, family, folder, counted)
+        plan = plan_memory(facts, footprint, config, trial, can_compile, num_processes, obstacle_to_3, captions, pads)
+        if count_tokens(plan.text_multiple) <= counted:
+            return plan
+        multiple = plan.text_multiple  # longer captions than memory was counted for, which may leave fewer recordings
 
 
 def encoder_sizes(

@@ -96,7 +96,7 @@ class Services:
         self.config, self.output_dir = run.config, run.config.output_dir
         self.is_main = run.accelerator.is_main_process
         self.console = Console(quiet=not self.is_main)
-        num_tokens = run.config.batch_size * (data.most_image_tokens + data.most_text_tokens)
+        num_tokens = data.micro_batch_tokens(run.config.batch_size, run.plan.text_multiple)
         self._between_steps = plan_between_steps(
             run.config, run.family, folder, run.plan, data.encoders, data.drawn_pixels, num_tokens
         )

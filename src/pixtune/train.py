@@ -188,8 +188,15 @@ def decide_plan(
     """The plan of a new run; a resumed run keeps its own, since kernels and formats decide bits."""
     if checkpoint:
         return stored(MemoryPlan, checkpoint.record, "plan")
-    num_tokens = config.batch_size * (data.most_image_tokens + data.most_text_tokens)
-    return plan_on_this_machine(config, family, folder, num_tokens, accelerator.device, accelerator.num_processes)
+    return plan_on_this_machine(
+        config,
+        family,
+        folder,
+        partial(data.micro_batch_tokens, config.batch_size),
+        data.captions if family.pads_text else None,
+        accelerator.device,
+        accelerator.num_processes,
+    )
 
 
 def load_transformer(
@@ -227,6 +234,7 @@ def build_run(
         config.data_config.caption_dropout_rate,
         accelerator.process_index,
         world_size,
+        plan.text_multiple,
     )
     return Run(
         config=config,

@@ -61,6 +61,7 @@ class ToyFamily:
     max_controls = 0
     controls_in_text = False
     embedded_guidance = False
+    pads_text = False
 
     def pixel_multiple(self, folder: ModelFolder) -> int:
         return PATCH * self._compression(folder)
@@ -118,7 +119,7 @@ class ToyFamily:
         rows = [model(torch.tensor(code, device=next(model.parameters()).device)).detach() for code in codes]
         return [{"features": features_TD, "pooled": features_TD.mean(0)} for features_TD in rows]
 
-    def stack_conditioning(self, rows: Sequence[Conditioning]) -> Conditioning:
+    def stack_conditioning(self, rows: Sequence[Conditioning], multiple: int = 1) -> Conditioning:
         features_BTD = nn.utils.rnn.pad_sequence([row["features"] for row in rows], batch_first=True)
         return {"features": features_BTD, "pooled": torch.stack([row["pooled"] for row in rows])}
 

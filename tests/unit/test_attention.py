@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 from pathlib import Path
 
@@ -15,8 +16,9 @@ from pixtune.fit import attention
 from pixtune.fit.attention import with_dense_gradient
 
 
-def outcome(error: float, cudnn_ms: float, flash_ms: float) -> str:
-    return "a line of a library\n" + json.dumps({"error": error, "cudnn_ms": cudnn_ms, "flash_ms": flash_ms}) + "\n"
+def outcome(error: float, cudnn_ms: float, flash_ms: float, padded_error: float = 0.003) -> str:
+    figures = {"error": error, "padded_error": padded_error, "cudnn_ms": cudnn_ms, "flash_ms": flash_ms}
+    return "a line of a library\n" + json.dumps(figures) + "\n"
 
 
 OUTCOMES = {
@@ -48,6 +50,39 @@ def test_a_trial_says_whether_and_what(monkeypatch: pytest.MonkeyPatch, kind: st
     trial = attention.try_cudnn_attention(4352, 24, 128)
     assert trial.passed == passed and words in trial.finding
     assert commands[0][1:] == ["-m", "pixtune.fit.attention", "4352", "24", "128"]
+
+
+@pytest.mark.parametrize(
+    ("figures", "pads"),
+    [
+        ((0.003, 1.5, 2.9, 0.003), True),
+        ((0.003, 1.5, 2.9, 0.5), False),
+        ((0.003, 1.5, 2.9, math.nan), False),
+        ((0.003, 1.5, 2.9, math.inf), False),
+        ((0.5, 1.5, 2.9, 0.003), False),
+    ],
+    ids=["right", "wrong", "no number", "no kernel", "wrong without padding"],
+)
+def test_attention_to_padded_captions_is_tried_as_well(
+    monkeypatch: pytest.MonkeyPatch, figures: tuple[float, float, float, float], pads: bool
+) -> None:
+    run = subprocess.CompletedProcess([], 0, outcome(*figures), "")
+    monkeypatch.setattr(attention.subprocess, "run", lambda command, **options: run)
+    for _ in ("measured", "known"):
+        trial = attention.try_cudnn_attention(4352, 24, 128)
+        assert (trial.pads, trial.passed) == (pads, figures[0] < 0.02)
+
+
+def test_figures_of_a_version_that_tried_less_are_measured_anew(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    run = subprocess.CompletedProcess([], 0, outcome(0.003, 1.5, 2.9), "")
+    monkeypatch.setattr(attention.subprocess, "run", lambda command, **options: run)
+    assert attention.try_cudnn_attention(4352, 24, 128).pads
+    (kept,) = tmp_path.rglob("*.json")
+    kept.write_text(json.dumps({"error": 0.003, "cudnn_ms": 1.5, "flash_ms": 2.9}))
+    assert attention.try_cudnn_attention(4352, 24, 128).pads
+    assert json.loads(kept.read_text()).keys() == attention.FIGURES
 
 
 def test_what_was_measured_is_known_the_next_time_and_a_crash_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -330,6 +330,22 @@ def test_large_samples_of_mixed_text_length_are_split_and_never_masked() -> None
     assert masked > 2, "equal lengths everywhere would prove nothing"
 
 
+@pytest.mark.parametrize("num_image_tokens", [16, 1024])
+def test_texts_that_are_padded_to_a_multiple_are_one_batch_of_one_shape(num_image_tokens: int) -> None:
+    """Of the dropped caption, which is shorter than most, too. Then one recording serves them."""
+    plan = BatchPlan(EVEN, 4, seed=1)
+    batches = BatchSource(plan, reader(EVEN, 0, num_image_tokens), ObjectiveConfig(), 0.3, text_multiple=8)
+    shapes, lengths = set(), set()
+    for index in range(12):
+        (batch,) = batches.parts(index, plan.micro_batch(index))
+        real = batch.conditioning["prompt_embeds_real"]
+        assert batch.conditioning["prompt_embeds"].shape[:2] == real.shape == (4, 8)
+        assert all(tensor is not None for tensor in batch.tensors()) and any(t is real for t in batch.tensors())
+        lengths.update(real.sum(dim=1).tolist())
+        shapes.add(batch.shapes)
+    assert lengths == {2, 3, 4} and len(shapes) == len({sizes[0] for sizes in EVEN})
+
+
 # ---- reading ahead
 
 

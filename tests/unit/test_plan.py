@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 
@@ -22,6 +23,7 @@ from pixtune.fit.rungs import (
     peak_bytes,
     room_for_recordings,
 )
+from pixtune.fit.text_padding import LEAST_MULTIPLE, CaptionedSize, Captions, least_multiple
 from pixtune.hardware.cards import facts_as
 from pixtune.hardware.facts import HardwareFacts, host_room_bytes, missing_on_host
 from tests.full_size import full_size_footprint
@@ -339,6 +341,54 @@ def test_a_trial_of_cudnn_attention_decides_unless_the_config_does(passed: bool)
     assert plan_memory(H100, footprint, CONFIG).cudnn_attention is None
 
 
+MANY_LENGTHS = Captions(differ=True, sizes=(CaptionedSize(4096, dict.fromkeys(range(20, 120), 1.0)),))
+
+
+def padding_plan(
+    facts: HardwareFacts = H100, captions: Captions | None = MANY_LENGTHS, passed: bool = True, **changes: object
+) -> MemoryPlan:
+    """Where the trials of attention on this machine went well, unless said otherwise."""
+    config = asking(**changes)
+    trial = (True, "faster")
+    return plan_memory(facts, full_size_footprint(config), config, trial, captions=captions, padded_attention=passed)
+
+
+def test_captions_are_padded_where_recorded_steps_gain_by_it_and_kernels_can() -> None:
+    plan = padding_plan()
+    assert plan.recordings > 0 and plan.text_multiple == LEAST_MULTIPLE
+    (reason,) = [reason for reason in plan.reasons if "captions padded" in reason]
+    assert f"multiples of {LEAST_MULTIPLE} tokens" in reason
+    assert f"2 instead of 100 shapes, and {plan.recordings} can be recorded" in reason
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"captions": None},
+        {"captions": Captions(differ=False)},
+        {"passed": False},
+        {"facts": CPU},
+        {"cuda_graphs": False},
+        {"method": "full"},
+        {"mixed_precision": "no"},
+        {"cuda_features": CudaFeatures(enable_cudnn_sdp=False)},
+        {"cuda_features": CudaFeatures(enable_flash_attention_3=True)},
+    ],
+    ids=str,
+)
+def test_captions_keep_their_lengths_elsewhere(changes: dict[str, Any]) -> None:
+    plan = padding_plan(**changes)
+    assert plan.text_multiple == 1 and not any("captions" in reason for reason in plan.reasons)
+    assert plan_for().text_multiple == 1, "nothing was tried"
+
+
+def test_what_is_counted_with_is_what_is_padded_to_at_least() -> None:
+    assert least_multiple(CONFIG, MANY_LENGTHS) == padding_plan().text_multiple
+    for changes in ({"cuda_graphs": False}, {"method": "full"}, {"mixed_precision": "no"}):
+        assert least_multiple(asking(**changes), MANY_LENGTHS) == 1
+    assert least_multiple(CONFIG, Captions(differ=False)) == least_multiple(CONFIG, None) == 1
+
+
 @pytest.mark.parametrize("targets", [("img_mod.1",), ("all_linear",)])
 def test_modulation_stays_where_a_lora_is_on_it(targets: tuple[str, ...]) -> None:
     assert capped(40).modulation_rows > 0
@@ -381,6 +431,12 @@ def test_the_named_way_out_is_the_plan_that_one_gets_by_it() -> None:
 def test_a_plan_survives_the_checkpoint() -> None:
     plan = capped(15.3)
     assert stored(MemoryPlan, {"plan": plan.to_dict()}, "plan") == plan
+
+
+def test_a_plan_from_before_captions_were_padded_goes_on_without() -> None:
+    values = padding_plan().to_dict()
+    del values["text_multiple"]
+    assert stored(MemoryPlan, {"plan": values}, "plan") == replace(padding_plan(), text_multiple=1)
 
 
 @pytest.mark.parametrize("change", ["lean", "recompute"])

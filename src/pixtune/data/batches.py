@@ -139,7 +139,8 @@ MIN_TOKENS_TO_SPLIT = 1024
 """Image tokens of a sample from which a micro-batch of mixed text lengths runs as one part a length, without a mask.
 
 A mask costs 20 to 25% of a step, since the fast attention kernels take none. Samples of this many tokens fill a GPU one
-by one; smaller ones are faster padded and masked together.
+by one; smaller ones are faster padded and masked together. Captions that are padded to a multiple need no mask, and as
+one batch they have the fewest shapes.
 """
 
 
@@ -155,7 +156,8 @@ class SampleReader:
     """Sample, variant -> latents of its control pictures, each with batch size 1."""
     latent_size: Callable[[int, int], Size]
     """Sample, variant -> latent height and width, without reading the latents."""
-    stack: Callable[[Sequence[Conditioning]], Conditioning]
+    stack: Callable[[Sequence[Conditioning], int], Conditioning]
+    """Rows and the multiple to pad them to -> a batch's; see `ModelFamily.stack_conditioning`."""
     time_shift: Callable[[int, int], float]
     """Latent height, width -> mu of the model's own shift."""
     num_image_tokens: Callable[[int, int], int]
@@ -173,6 +175,8 @@ class BatchSource:
     caption_dropout_rate: float
     rank: int = 0
     world_size: int = 1
+    text_multiple: int = 1
+    """Captions are padded to a multiple of so many tokens."""
 
     def parts(self, index: int, members: Sequence[Draw]) -> list[Batch]:
         """Reads and draws this process's share of global micro-batch `index`, whose draws are `members`.
@@ -181,9 +185,10 @@ class BatchSource:
         """
         singles = [self._draw(index, slot, members[slot]) for slot in self._slots]
         tokens = self.reader.num_image_tokens(*singles[0].latents_BCHW.shape[-2:])
+        is_split = tokens >= MIN_TOKENS_TO_SPLIT and self.text_multiple == 1
         by_length: dict[object, list[_Single]] = {}
         for single in singles:
-            by_length.setdefault(single.text_shape if tokens >= MIN_TOKENS_TO_SPLIT else None, []).append(single)
+            by_length.setdefault(single.text_shape if is_split else None, []).append(single)
         return [self._join(group) for group in by_length.values()]
 
     def times(self, index: int, features: Sequence[str]) -> tuple[Tensor, Conditioning]:
@@ -235,7 +240,7 @@ class BatchSource:
             torch.cat([single.latents_BCHW for single in singles]),
             torch.cat([single.noise_BCHW for single in singles]),
             torch.cat([single.sigma for single in singles]),
-            self.reader.stack([single.text for single in singles]),
+            self.reader.stack([single.text for single in singles], self.text_multiple),
             tuple(torch.cat(column) for column in zip(*(single.controls for single in singles), strict=True)),
             [single.name for single in singles],
         )

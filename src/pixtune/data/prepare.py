@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,6 +28,7 @@ from pixtune.data.swapped import BothWays, EncodedBothWays, choose_pairs, needed
 from pixtune.errors import DataError
 from pixtune.families.base import Conditioning, LatentDistribution, ModelFamily
 from pixtune.fit.encoders import EncoderPlan, encode_plainly
+from pixtune.fit.text_padding import CaptionedSize, Captions, padded_length
 from pixtune.hardware.monitor import StageLog
 from pixtune.sample import EncodedPrompt, needs_negative
 from pixtune.validation import HeldOutPicture
@@ -50,8 +52,7 @@ class PreparedData:
     most_image_tokens: int
     """Target and control pictures together."""
     most_text_tokens: int
-    captions_vary: bool
-    """Whether they have different numbers of tokens, as far as that is known before they are encoded."""
+    captions: Captions
     fingerprint: str
     """A hash over everything that decides what is trained on."""
     encoders: EncoderPlan
@@ -60,12 +61,16 @@ class PreparedData:
     @property
     def sizes_vary(self) -> bool:
         """Whether steps have different numbers of tokens."""
-        return self.captions_vary or len({size for variants in self.buckets for size in variants}) > 1
+        return self.captions.differ or len({size for variants in self.buckets for size in variants}) > 1
 
     @property
     def drawn_pixels(self) -> int:
         """Of the largest sample picture; 0 where none is drawn."""
         return max((math.prod(prompt.size) for prompt in self.prompts), default=0)
+
+    def micro_batch_tokens(self, batch_size: int, text_multiple: int = 1) -> int:
+        """Image and text tokens of one process's largest micro-batch, its captions padded to a multiple."""
+        return batch_size * (self.most_image_tokens + padded_length(self.most_text_tokens, text_multiple))
 
 
 def prepare_data(
@@ -248,9 +253,11 @@ def _gather(
     keys = encodings.encoder.text_keys([text_item(s.caption, s, v) for s, v in variants])
     keys += encodings.encoder.latent_keys(pictures)
     longest = variants if config.precompute_text_embeddings else [max(variants, key=lambda v: len(v[0].caption))]
-    dropped = [family.dropped_caption] if config.data_config.caption_dropout_rate > 0 else []
-    captions = [(text, s, v) for s, v in longest for text in (s.caption, *dropped)]
-    text_tokens = {_num_tokens(encodings.text(text_item(*caption))) for caption in captions}
+    dropout = config.data_config.caption_dropout_rate
+    dropped = [family.dropped_caption] if dropout > 0 else []
+    captions = {text_item(text, s, v) for s, v in longest for text in (s.caption, *dropped)}
+    text_tokens = {caption: _num_tokens(encodings.text(caption)) for caption in captions}
+    known = config.precompute_text_embeddings
     return PreparedData(
         reader=SampleReader(
             read_latents=lambda sample, variant: encodings.latents(target_picture(training[sample], variant)),
@@ -275,8 +282,11 @@ def _gather(
         prompts=[encode_prompt(family, encodings, sample, config.samples.guidance_scale) for sample in prompts],
         both_ways=read_pairs(pairs, encodings, family.dropped_caption),
         most_image_tokens=_most_image_tokens(family, folder, training),
-        most_text_tokens=max(text_tokens),
-        captions_vary=len(text_tokens) > 1 or not config.precompute_text_embeddings,
+        most_text_tokens=max(text_tokens.values()),
+        captions=Captions(
+            differ=len(set(text_tokens.values())) > 1 or not known,
+            sizes=_captioned_sizes(family, folder, training, text_tokens, dropout) if known else (),
+        ),
         fingerprint=hash_text("\n".join(key.digest for key in keys)),
         encoders=encodings.encoder.plan,
     )
@@ -284,11 +294,31 @@ def _gather(
 
 def _most_image_tokens(family: ModelFamily, folder: ModelFolder, samples: Sequence[Sample]) -> int:
     signatures = {sample.signature(variant) for sample in samples for variant in range(len(sample.framings))}
+    return max(_image_tokens(family, folder, signature) for signature in signatures)
 
-    def tokens(size: Size) -> int:
-        return family.num_image_tokens(*family.latent_shape(folder, *size)[1:])
 
-    return max(sum(tokens(size) for size in signature) for signature in signatures)
+def _image_tokens(family: ModelFamily, folder: ModelFolder, signature: Signature) -> int:
+    return sum(family.num_image_tokens(*family.latent_shape(folder, *size)[1:]) for size in signature)
+
+
+def _captioned_sizes(
+    family: ModelFamily,
+    folder: ModelFolder,
+    samples: Sequence[Sample],
+    text_tokens: Mapping[TextItem, int],
+    dropout: float,
+) -> tuple[CaptionedSize, ...]:
+    """Which captions are drawn with pictures of which sizes, how often."""
+    draws_of: dict[Signature, dict[int, float]] = {}
+    shares = [(1 - dropout, None), (dropout, family.dropped_caption)]
+    for sample in samples:
+        for variant in range(len(sample.framings)):
+            lengths = draws_of.setdefault(sample.signature(variant), defaultdict(float))
+            for share, instead in shares:
+                if share:
+                    caption = sample.caption if instead is None else instead
+                    lengths[text_tokens[text_item(caption, sample, variant)]] += share / len(sample.framings)
+    return tuple(CaptionedSize(_image_tokens(family, folder, size), lengths) for size, lengths in draws_of.items())
 
 
 def _latent_size(
@@ -340,7 +370,7 @@ def _random_data(
         both_ways=[],
         most_image_tokens=_most_image_tokens(family, folder, training),
         most_text_tokens=num_text_tokens,
-        captions_vary=False,
+        captions=Captions(differ=False),
         fingerprint="random",
         encoders=encode_plainly(config.encode_batch_size),
     )

@@ -105,6 +105,8 @@ class ModelFamily(Protocol):
     """The text encoder sees the control pictures, so text features depend on them."""
     embedded_guidance: bool
     """The guidance scale is an input of the transformer (a distilled model), not a second pass."""
+    pads_text: bool
+    """Captions have lengths of their own, and `stack_conditioning` can pad them to a multiple."""
 
     def pixel_multiple(self, folder: ModelFolder) -> int:
         """Picture sides must be a multiple of this many pixels."""
@@ -150,8 +152,14 @@ class ModelFamily(Protocol):
             max_tokens: longer captions are cut to this many tokens; absent: as the stock pipeline cuts (or pads) them.
         """
 
-    def stack_conditioning(self, rows: Sequence[Conditioning]) -> Conditioning:
-        """Pads and stacks samples to a batch. Never holds an all-true mask: it costs the fast attention path."""
+    def stack_conditioning(self, rows: Sequence[Conditioning], multiple: int = 1) -> Conditioning:
+        """Pads and stacks samples to a batch. Never holds an all-true mask: it costs the fast attention path.
+
+        Args:
+            multiple: above 1, captions of `pads_text` get a multiple of so many tokens, and the batch says in one form,
+                whether or not anything was padded, which tokens are real: `predict_velocity` attends to those by fast
+                kernels (`fit.padded_attention`). Other families leave it unread.
+        """
 
     def encode_images(self, autoencoder: nn.Module, pixels_B3HW: Tensor) -> LatentDistribution:
         """Pixels in [-1, 1] to the distribution of normalised latents."""

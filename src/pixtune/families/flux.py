@@ -87,6 +87,7 @@ class Flux:
     dropped_caption = ""
     controls_in_text = False
     embedded_guidance = True
+    pads_text = False
 
     def __init__(self, name: str, pipeline_classes: tuple[str, ...], max_controls: int = 0) -> None:
         self.name, self.pipeline_classes, self.max_controls = name, pipeline_classes, max_controls
@@ -192,7 +193,7 @@ class Flux:
             for features_TD, pooled_D in zip(features_BTD, pooled_BD, strict=True)
         ]
 
-    def stack_conditioning(self, rows: Sequence[Conditioning]) -> Conditioning:
+    def stack_conditioning(self, rows: Sequence[Conditioning], multiple: int = 1) -> Conditioning:
         return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
 
     @torch.no_grad()

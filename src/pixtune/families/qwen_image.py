@@ -17,10 +17,10 @@ from pixtune.errors import WeightsError
 from pixtune.families.base import Conditioning, LatentDistribution, Placement, Prompt, TextEncoder
 from pixtune.families.flow_schedule import model_sigmas, model_time_shift, rounded_timestep
 from pixtune.families.packing import PATCH, grid, num_tokens, pack_latents, unpack_latents
-from pixtune.fit.activations import recompute
+from pixtune.families.qwen_attention import JointAttention, RealRotaryEmbedding
+from pixtune.families.qwen_clean_controls import count_on_device
 from pixtune.fit.footprint import ActivationUnits
-from pixtune.fit.heads import Stream, join_heads
-from pixtune.fit.lora import project
+from pixtune.fit.text_padding import padded_length
 from pixtune.weights import ModelFolder
 
 if TYPE_CHECKING:
@@ -31,6 +31,10 @@ NUM_TEMPLATE_TOKENS = 34
 MAX_CAPTION_TOKENS = 1024
 MAX_FEATURE_TOKENS = 512
 """`max_sequence_length` of the pipeline's call."""
+
+MASK, REAL = "prompt_embeds_mask", "prompt_embeds_real"
+"""In the conditioning, which text tokens are no padding: as the stock model takes it, and for attention without a
+mask."""
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 TEXT_ATTENTION = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
@@ -93,6 +97,7 @@ class QwenImage:
     time_features: tuple[str, ...] = ()
     dropped_caption = " "
     embedded_guidance = False
+    pads_text = True
 
     def __init__(
         self, name: str, pipeline_classes: tuple[str, ...], reader: PromptReader, max_controls: int = 0
@@ -172,6 +177,8 @@ class QwenImage:
         model.pos_embed = RealRotaryEmbedding(stock)
         for block in model.transformer_blocks:
             block.attn.set_processor(JointAttention())
+        if model.zero_cond_t:
+            count_on_device(model)
         return model
 
     # ---- encoding
@@ -182,15 +189,17 @@ class QwenImage:
     ) -> list[Conditioning]:
         return self._reader.encode(encoder, prompts, max_tokens)
 
-    def stack_conditioning(self, rows: Sequence[Conditioning]) -> Conditioning:
+    def stack_conditioning(self, rows: Sequence[Conditioning], multiple: int = 1) -> Conditioning:
         features = [row["prompt_embeds"] for row in rows]
         lengths = [len(f) for f in features]
         embeds_BTD = nn.utils.rnn.pad_sequence(features, batch_first=True)
-        if min(lengths) == max(lengths):
+        if multiple == 1 and min(lengths) == max(lengths):
             return {"prompt_embeds": embeds_BTD}
-        positions_T = torch.arange(max(lengths), device=embeds_BTD.device)
+        length = padded_length(max(lengths), multiple)
+        embeds_BTD = nn.functional.pad(embeds_BTD, (0, 0, 0, length - max(lengths)))
+        positions_T = torch.arange(length, device=embeds_BTD.device)
         mask_BT = positions_T < torch.tensor(lengths, device=embeds_BTD.device)[:, None]
-        return {"prompt_embeds": embeds_BTD, "prompt_embeds_mask": mask_BT}
+        return {"prompt_embeds": embeds_BTD, (MASK if multiple == 1 else REAL): mask_BT}
 
     @torch.no_grad()
     def encode_images(self, autoencoder: AutoencoderKLQwenImage, pixels_B3HW: Tensor) -> LatentDistribution:
@@ -228,11 +237,13 @@ class QwenImage:
         batch_size, _, height, width = noisy_BCHW.shape
         dtype = transformer.dtype
         images = [noisy_BCHW, *controls]
+        image_BLC = torch.cat([pack_latents(image) for image in images], dim=1).to(dtype)
         velocity_BLC = transformer(
-            hidden_states=torch.cat([pack_latents(image) for image in images], dim=1).to(dtype),
+            hidden_states=image_BLC,
             timestep=rounded_timestep(sigma_B, dtype),
             encoder_hidden_states=conditioning["prompt_embeds"].to(dtype),
-            encoder_hidden_states_mask=conditioning.get("prompt_embeds_mask"),
+            encoder_hidden_states_mask=conditioning.get(MASK),
+            attention_kwargs=real_tokens(conditioning, image_BLC.shape[1]),
             img_shapes=[[(1, *grid(image)) for image in images]] * batch_size,
             return_dict=False,
         )[0]
@@ -272,64 +283,15 @@ class QwenImage:
         return tensors
 
 
-class RealRotaryEmbedding(nn.Module):
-    """The stock embedding as cosines and sines: fp32 of shape (tokens, head size / 2, 2) for image and text."""
+def real_tokens(conditioning: Conditioning, num_image_tokens: int) -> dict[str, Tensor] | None:
+    """What `JointAttention` gets besides: which text and image tokens are no padding, if any may be.
 
-    def __init__(self, stock: nn.Module) -> None:
-        super().__init__()
-        self.stock = stock
-
-    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        image, text = self.stock(*args, **kwargs)
-        return torch.view_as_real(image), torch.view_as_real(text)
-
-
-class JointAttention:
-    """The stock attention of image and text tokens, its rotary embedding in real numbers.
-
-    The compiler neither fuses complex numbers nor computes them again, so rotated queries and keys were kept for the
-    backward pass beside the plain ones: a sixth of a block's activations.
+    Past the model, which would copy a number to the device for a mask, and that cannot be recorded.
     """
-
-    recomputes_projections = False
-    """Queries, keys and values are computed again in the backward pass; `fit.activations` switches it on."""
-
-    def __call__(
-        self,
-        attn: Any,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor,
-        encoder_hidden_states_mask: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        from diffusers.models.attention_dispatch import dispatch_attention_fn
-
-        assert image_rotary_emb is not None
-        inputs = (attn, hidden_states, encoder_hidden_states, *image_rotary_emb)
-        query, key, value = recompute(heads_of, inputs, {}) if self.recomputes_projections else heads_of(*inputs)
-        if encoder_hidden_states_mask is not None:
-            image_mask = torch.ones(hidden_states.shape[:2], dtype=torch.bool, device=hidden_states.device)
-            attention_mask = torch.cat([encoder_hidden_states_mask, image_mask], dim=1)[:, None, None, :]
-        attended = dispatch_attention_fn(query, key, value, attn_mask=attention_mask, dropout_p=0.0, is_causal=False)
-        attended = attended.flatten(2, 3).to(query.dtype)
-        num_text_tokens = encoder_hidden_states.shape[1]
-        (image_output,) = project(attended[:, num_text_tokens:].contiguous(), (attn.to_out[0],))
-        (text_output,) = project(attended[:, :num_text_tokens].contiguous(), (attn.to_add_out,))
-        return attn.to_out[1](image_output), text_output
-
-
-def heads_of(
-    attn: Any, image_BLC: Tensor, text_BTC: Tensor, image_turns: Tensor, text_turns: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries and keys, turned, and values of text and image tokens; shape (B, T + L, H, D) each."""
-    image = project(image_BLC, (attn.to_q, attn.to_k, attn.to_v))
-    text = project(text_BTC, (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj))
-    streams = (
-        Stream(text, attn.norm_added_q, attn.norm_added_k, text_turns),
-        Stream(image, attn.norm_q, attn.norm_k, image_turns),
-    )
-    return join_heads(streams, attn.inner_dim // attn.heads)
+    real_BT = conditioning.get(REAL)
+    if real_BT is None:
+        return None
+    return {"real_BL": nn.functional.pad(real_BT, (0, num_image_tokens), value=True)}
 
 
 class CaptionReader:

@@ -4,16 +4,18 @@ cuDNN's is twice as fast as flash attention on recent GPUs, and not everywhere r
 backward pass by the shapes and strides of queries, keys and values alone, and computes with the strides of the first
 gradient that came for them. Where one kind of block hands it a dense gradient and another one a slice of a wider
 tensor, gradients come out wrong, or the process dies of an illegal memory access. So families see to it that every
-gradient is dense (`with_dense_gradient`), and cuDNN's kernel is checked and timed before it is used.
+gradient is dense (`with_dense_gradient`), and cuDNN's kernel is checked and timed before it is used. So is attention to
+padded captions by the kernels that take no mask (`padded_attention.py`).
 """
 
 from __future__ import annotations
 
 import json
+import math
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
@@ -24,12 +26,15 @@ from torch import Tensor
 
 from pixtune.errors import ConfigError
 from pixtune.files import user_cache_folder, write_atomically
+from pixtune.fit.padded_attention import CUDNN, FLASH, attend_padded
 
 TRIAL_SECONDS = 120
 LARGEST_ERROR = 0.02
 """Relative, of outputs and gradients in bf16 against fp32: rounding makes 0.003 of it."""
 ROUNDS = 5
-FIGURES = {"error", "cudnn_ms", "flash_ms"}
+PADDED = slice(5, 42)
+"""Tokens that are padding where attention to padded captions is tried; the text comes first."""
+FIGURES = {"error", "padded_error", "cudnn_ms", "flash_ms"}
 """Of a trial: what `judge` takes."""
 FLASH_ATTENTION_3 = "flash_attn_interface"
 """The module that torch looks for."""
@@ -80,6 +85,8 @@ class Trial:
     passed: bool
     finding: str
     """For people: what happened."""
+    pads: bool = False
+    """Attention to padded captions is right."""
 
 
 def try_cudnn_attention(num_tokens: int, num_heads: int, head_size: int) -> Trial:
@@ -122,17 +129,18 @@ def run_trial(num_tokens: int, num_heads: int, head_size: int) -> dict[str, floa
     return measured
 
 
-def judge(error: float, cudnn_ms: float, flash_ms: float) -> Trial:
+def judge(error: float, padded_error: float, cudnn_ms: float, flash_ms: float) -> Trial:
     """Takes cuDNN's attention where it is right and faster.
 
     Args:
         error: relative, the largest of output and gradients.
+        padded_error: the same of attention to padded captions, by either kernel.
         cudnn_ms, flash_ms: of one forward and backward pass.
     """
     if not error < LARGEST_ERROR:
         return Trial(False, f"its results are {error:.2g} times their size away from what they should be")
     times = f"{cudnn_ms:.2f} ms a block, {flash_ms:.2f} with PyTorch's other kernels"
-    return Trial(cudnn_ms < flash_ms, f"right within {error:.1%}, {times}")
+    return Trial(cudnn_ms < flash_ms, f"right within {error:.1%}, {times}", padded_error < LARGEST_ERROR)
 
 
 def measure(num_tokens: int, num_heads: int, head_size: int) -> dict[str, float]:
@@ -146,9 +154,9 @@ def measure(num_tokens: int, num_heads: int, head_size: int) -> dict[str, float]
     )
     inputs = [tensor.requires_grad_() for tensor in (query, key, value)]
 
-    def run(inputs: list[Tensor], gradient: Tensor) -> tuple[Tensor, ...]:
+    def run(inputs: list[Tensor], gradient: Tensor, mask: Tensor | None = None) -> tuple[Tensor, ...]:
         query, key, value = inputs
-        attended = torch.nn.functional.scaled_dot_product_attention(query, key, value)
+        attended = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
         return attended, *torch.autograd.grad(attended, inputs, gradient)
 
     with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
@@ -159,11 +167,32 @@ def measure(num_tokens: int, num_heads: int, head_size: int) -> dict[str, float]
     with sdpa_kernel(SDPBackend.MATH):  # heads are independent of one another, and one in fp32 is enough
         one_head = [tensor.detach()[:, :1].float().requires_grad_() for tensor in inputs]
         expected = run(one_head, gradient[:, :1].float())
+        real_BL = torch.ones(1, num_tokens, dtype=torch.bool, device="cuda")
+        real_BL[:, PADDED] = False
+        expected_padded = run(one_head, gradient[:, :1].float(), real_BL[:, None, None])
+    error = largest_error(found, expected)
+    try:
+        by_kernel = [run_padded(inputs, gradient, real_BL, kernel) for kernel in (CUDNN, FLASH)]
+        padded_error = largest_error([*by_kernel[0], *by_kernel[1]], 2 * expected_padded)  # NaN of either, too
+    except RuntimeError:  # this GPU lacks a kernel
+        padded_error = math.inf
+    return {"error": error, "padded_error": padded_error, "cudnn_ms": cudnn_ms, "flash_ms": flash_ms}
+
+
+def run_padded(inputs: list[Tensor], gradient: Tensor, real_BL: Tensor, kernel: str) -> list[Tensor]:
+    """Output and gradients of `attend_padded`, in the layout of `measure`."""
+    query, key, value = (tensor.transpose(1, 2) for tensor in inputs)
+    attended = attend_padded(query, key, value, real_BL, kernel).transpose(1, 2)
+    return [attended.detach(), *torch.autograd.grad(attended, inputs, gradient)]
+
+
+def largest_error(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """Relative, of all; of the first head alone, which is all that is expected. NaN where any is."""
     errors = [
-        float((tensor[:, :1].float() - wanted).norm() / wanted.norm())
+        (tensor[:, :1].float() - wanted.detach()).norm() / wanted.detach().norm()
         for tensor, wanted in zip(found, expected, strict=True)
     ]
-    return {"error": max(errors), "cudnn_ms": cudnn_ms, "flash_ms": flash_ms}
+    return float(torch.stack(errors).max())
 
 
 def time_ms(work: Callable[[], object]) -> float:

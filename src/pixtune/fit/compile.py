@@ -22,8 +22,11 @@ MOST_GRAPHS = 64
 without gradients and for batches with masks. The default of 8 could be reached, and what comes later run uncompiled."""
 STATES = ("hidden_states", "encoder_hidden_states")
 """What diffusers calls the features of image and text tokens that go from block to block."""
-TOKEN_AXES = {**dict.fromkeys(STATES, 1), "image_rotary_emb": 0, "encoder_hidden_states_mask": 1, "modulate_index": 1}
-"""Where tokens are in what diffusers calls a block with."""
+TOKEN_AXES = {
+    **dict.fromkeys(STATES, 1), "image_rotary_emb": 0, "encoder_hidden_states_mask": 1, "modulate_index": 1,
+    "joint_attention_kwargs": 1,
+}  # fmt: skip
+"""Where tokens are in what diffusers calls a block with; the last one is a family's own masks by name."""
 
 LIMITS_TO_RECOMPUTING = (
     "ban_recompute_used_far_apart", "ban_recompute_long_fusible_chains", "ban_recompute_materialized_backward",
@@ -123,6 +126,6 @@ def mark_tokens(value: Any, axis: int) -> None:
     """Tells the compiler that the size of that axis varies, of a tensor or of each of some."""
     if isinstance(value, Tensor):
         torch._dynamo.maybe_mark_dynamic(value, axis)
-    elif isinstance(value, tuple | list):
-        for tensor in value:
+    elif isinstance(value, tuple | list | dict):
+        for tensor in value.values() if isinstance(value, dict) else value:
             mark_tokens(tensor, axis)

@@ -14,6 +14,7 @@ from pixtune.errors import PlanError
 from pixtune.fit.all_weights import Situation, choose_way, has_masters
 from pixtune.fit.footprint import Footprint
 from pixtune.fit.kernel_choice import choose_cudnn_attention, choose_flash_attention_3, choose_tf32
+from pixtune.fit.refusals import host_lacks, nothing_fits
 from pixtune.fit.rungs import (
     QUANTISED,
     Rung,
@@ -27,6 +28,7 @@ from pixtune.fit.rungs import (
     room_for_recordings,
     with_fused_mlps,
 )
+from pixtune.fit.text_padding import Captions, choose_text_multiple
 from pixtune.hardware.facts import GIB, MEMORY_FRACTION, HardwareFacts, missing_on_host
 
 CONTEXT_BYTES = round(0.86 * GIB)
@@ -95,6 +97,8 @@ class MemoryPlan:
     """Optimizer states of all weights wait in host memory."""
     fp32_copies: bool = False
     """bf16 weights have fp32 copies, which are where the optimizer states are."""
+    text_multiple: int = 1
+    """Captions of training steps are padded to a multiple of so many tokens."""
 
     @property
     def recompute(self) -> bool:
@@ -113,6 +117,8 @@ def plan_memory(
     can_compile: bool = True,
     num_processes: int = 1,
     flash_attention_3_obstacle: str | None = None,
+    captions: Captions | None = None,
+    padded_attention: bool = False,
 ) -> MemoryPlan:
     """Chooses what the config leaves open.
 
@@ -121,6 +127,8 @@ def plan_memory(
         cudnn_attention: whether a trial of it on this machine passed, and its finding; None: not tried.
         flash_attention_3_obstacle: why it cannot be used on this machine; None: nothing is known against it.
         can_compile: torch.compile works on this machine.
+        captions: None: nothing is known of them, or the family cannot pad them.
+        padded_attention: a trial of attention to padded captions on this machine passed.
 
     Raises:
         PlanError: nothing fits; says how much is missing and which demand to drop.
@@ -135,6 +143,8 @@ def plan_memory(
     tf32, tf32_reasons = choose_tf32(facts, config)
     use_flash_3, flash_3_reasons = choose_flash_attention_3(facts, config, flash_attention_3_obstacle)
     use_cudnn, cudnn_reasons = (False, []) if use_flash_3 else choose_cudnn_attention(facts, config, cudnn_attention)
+    recordings = count_recordings(rung, footprint, config, compiled, usable - chosen.peak_bytes) if on_gpu else 0
+    text_multiple, text_reasons = choose_text_multiple(config, captions, recordings, use_cudnn, padded_attention)
     return MemoryPlan(
         compute_format=compute_format_of(config),
         weights_format=rung.weights_format,
@@ -146,7 +156,7 @@ def plan_memory(
         offload_inputs=rung.offload_inputs,
         streamed_blocks=rung.streamed_blocks,
         compile=compiled,
-        recordings=count_recordings(rung, footprint, config, compiled, usable - chosen.peak_bytes) if on_gpu else 0,
+        recordings=recordings,
         pin_memory=on_gpu and not unified if config.pin_memory is None else config.pin_memory and on_gpu,
         encoders_stay=unified if config.disable_cpu_offload is None else config.disable_cpu_offload,
         tf32=tf32,
@@ -160,11 +170,12 @@ def plan_memory(
         expected_peak_bytes=chosen.peak_bytes,
         expected_host_bytes=chosen.host_bytes,
         usable_bytes=usable,
-        reasons=(*chosen.reasons, *tf32_reasons, *flash_3_reasons, *cudnn_reasons),
+        reasons=(*chosen.reasons, *tf32_reasons, *flash_3_reasons, *cudnn_reasons, *text_reasons),
         plain_layers=footprint.plain_layers if rung.weights_format in QUANTISED else (),
         fused_step=chosen.fused_step,
         states_on_host=chosen.states_on_host,
         fp32_copies=footprint.trains_all and has_masters(config),
+        text_multiple=text_multiple,
     )
 
 
@@ -224,9 +235,9 @@ def _choose_rung(
             reasons = _reasons(rung, demanded[0], footprint, needed(demanded[0]), needed(rung), usable, config)
             return rung, [*reasons, *_passed_over(facts, max(on_host[:number], default=0))]
     if fitting:
-        raise PlanError(_host_lacks(facts, footprint, config, optimizer, compiled, min(on_host)))
+        raise PlanError(host_lacks(facts, footprint, config, optimizer, compiled, usable, min(on_host)))
     least = min(demanded, key=needed)
-    raise PlanError(_nothing_fits(facts, footprint, config, optimizer, compiled, least, usable))
+    raise PlanError(nothing_fits(facts, footprint, config, optimizer, compiled, usable, least))
 
 
 def _rung_on_cpu(footprint: Footprint, config: TrainConfig) -> tuple[Rung, list[str]]:
@@ -313,78 +324,6 @@ def _passed_over(facts: HardwareFacts, on_host: int) -> list[str]:
     ]
 
 
-def _host_lacks(
-    facts: HardwareFacts, footprint: Footprint, config: TrainConfig, optimizer: str, compiled: bool, on_host: int
-) -> str:
-    """What fits the GPU needs so much host memory, which is not there."""
-    missing = missing_on_host(facts, on_host)
-    lack = (
-        f"this run needs {on_host / GIB:.1f} GiB of host memory beside {facts.name}, and "
-        f"{(on_host - missing) / GIB:.1f} of the {facts.host_available_bytes / GIB:.1f} GiB available may be taken: "
-        f"{missing / GIB:.1f} GiB are missing."
-    )
-    free, usable = _without_demands(config), usable_bytes(facts, config)
-    rungs = ladder(facts, footprint, free)
-    if any(
-        peak_bytes(rung, footprint, free, optimizer, compiled) <= usable
-        and not missing_on_host(facts, host_bytes(rung, footprint))
-        for rung in rungs
-    ):
-        return f"{lack} {_demands(config)} fits."
-    return f"{lack} Close other programs, or lower data_config.img_size or train_batch_size."
-
-
 def _kept_plain(footprint: Footprint) -> list[str]:
     count = len(footprint.plain_layers)
     return [f"{count} linear layers are not quantised, as keep_plain asks"] if count else []
-
-
-def _nothing_fits(
-    facts: HardwareFacts,
-    footprint: Footprint,
-    config: TrainConfig,
-    optimizer: str,
-    compiled: bool,
-    least: Rung,
-    usable: int,
-) -> str:
-    def needed(rung: Rung, config: TrainConfig) -> int:
-        beside = fragmented_bytes(rung, footprint, config, compiled) + room_for_recordings(rung, config)
-        return peak_bytes(rung, footprint, config, optimizer, compiled) + beside
-
-    wanted = needed(least, config)
-    lines = [
-        f"this run needs about {wanted / GIB:.1f} GiB and {usable / GIB:.1f} GiB of {facts.name} are usable: "
-        f"{(wanted - usable) / GIB:.1f} GiB are missing."
-    ]
-    free = _without_demands(config)
-    rungs = list(ladder(facts, footprint, free))
-    fitting = [rung for rung in rungs if needed(rung, free) <= usable]
-    if fitting:
-        peak = peak_bytes(fitting[0], footprint, free, optimizer, compiled)  # the planner's choice, not the leanest
-        lines.append(f"{_demands(config)} needs {peak / GIB:.1f} GiB and fits.")
-    else:
-        least_bytes = min(needed(rung, free) for rung in rungs)
-        lines.append(
-            f"The least that any plan needs is {least_bytes / GIB:.1f} GiB. Lower data_config.img_size or "
-            "train_batch_size."
-        )
-    return " ".join(lines)
-
-
-def _without_demands(config: TrainConfig) -> TrainConfig:
-    return replace_config(
-        config, disable_gradient_checkpointing=None, quantize=None, disable_quantization=False, unified_memory=None
-    )
-
-
-def _demands(config: TrainConfig) -> str:
-    names = ("disable_gradient_checkpointing", "quantize", "disable_quantization", "unified_memory")
-    given = [name for name in names if getattr(config, name) not in (None, False)]
-    given += [name for name in names[:2] if getattr(config, name) is False]
-    return f"Without {' and '.join(given)} it" if given else "It"
-
-
-def replace_config(config: TrainConfig, **changes: object) -> TrainConfig:
-    """A config with other values, unchecked."""
-    return config.model_copy(update=changes)

@@ -139,15 +139,20 @@ def room_for_recordings(rung: Rung, config: TrainConfig) -> int:
     return (LEAST_RECORDINGS - 1) * RECORDING_BYTES if wanted else 0
 
 
+def records_steps(config: TrainConfig) -> bool:
+    """Whether a GPU does. Training all weights may step each in its backward pass, so none is recorded."""
+    return config.cuda_graphs and config.method != "full"
+
+
 def count_recordings(
     rung: Rung, footprint: Footprint, config: TrainConfig, compiled: bool, beside_peak_bytes: int
 ) -> int:
-    """Of how many shapes steps are recorded. Training all weights may step each in its backward pass, so none is.
+    """Of how many shapes steps are recorded.
 
     Args:
         beside_peak_bytes: what a step leaves of the memory there is.
     """
-    if not config.cuda_graphs or footprint.trains_all:
+    if not records_steps(config):
         return 0
     left = beside_peak_bytes - fragmented_bytes(rung, footprint, config, compiled)
     return min(1 + max(left, 0) // RECORDING_BYTES, MOST_RECORDINGS)

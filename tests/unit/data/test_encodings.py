@@ -287,6 +287,53 @@ def test_encoders_stay_loaded_or_make_room(tmp_path: Path, model: ModelFolder, s
     del data
 
 
+class OneTokenALetter(CountingFamily):
+    def encode_text(self, encoder: Any, prompts: Sequence[Prompt], max_tokens: int | None = None) -> Any:
+        return [{"prompt_embeds": torch.zeros(len(prompt.text), 3)} for prompt in prompts]
+
+
+@pytest.mark.parametrize(
+    ("captions", "dropout", "precomputed", "differ", "longest"),
+    [
+        (("five!", "fives"), 0.0, True, False, 5),
+        (("five!", "fives"), 0.1, True, True, 5),  # the dropped caption is one space
+        (("five!", "sixsix"), 0.0, True, True, 6),
+        (("a", "b"), 0.1, True, False, 1),
+        (("five!", "fives"), 0.0, False, True, 5),  # as far as is known
+    ],
+)
+def test_whether_captions_come_in_several_lengths(
+    tmp_path: Path, model: ModelFolder, captions: tuple[str, str], dropout: float, precomputed: bool, differ: bool,
+    longest: int,
+) -> None:  # fmt: skip
+    for number, caption in enumerate(captions):
+        captioned(tmp_path / "train", f"{number}.png", 80 * number, caption)
+    settings = {"img_dir": tmp_path / "train", "img_size": 64, "caption_dropout_rate": dropout}
+    config = data_config(tmp_path, data_config=settings, precompute_text_embeddings=precomputed)
+    data = prepare_data(config, OneTokenALetter(), model, ACCELERATOR)
+    assert (data.captions.differ, data.most_text_tokens) == (differ, longest)
+    assert bool(data.captions.sizes) == precomputed
+    assert data.micro_batch_tokens(2) == 2 * (data.most_image_tokens + longest)
+    assert data.micro_batch_tokens(2, text_multiple=64) == 2 * (data.most_image_tokens + 64)
+
+
+def test_which_captions_are_drawn_with_which_picture_sizes(tmp_path: Path, model: ModelFolder) -> None:
+    """Each picture once an epoch, its variants and the dropped caption by their shares."""
+    for number, (caption, size) in enumerate([("five!", (64, 64)), ("fives", (64, 64)), ("three", (64, 32))]):
+        captioned(tmp_path / "train", f"{number}.png", 80 * number, caption)
+        Image.new("RGB", size).save(tmp_path / "train" / f"{number}.png")
+    captioned(tmp_path / "train", "3.png", 10, "sixsix")
+    settings = {"img_dir": tmp_path / "train", "img_size": 64, "caption_dropout_rate": 0.25}
+    config = data_config(tmp_path, data_config=settings)
+    sizes = prepare_data(config, OneTokenALetter(), model, ACCELERATOR).captions.sizes
+    wide, square = sorted((dict(size.draws_by_length) for size in sizes), key=len)
+    assert square == {5: 1.5, 6: 0.75, 1: 0.75} and wide == {5: 0.75, 1: 0.25}
+    settings = {**settings, "random_ratio": True}
+    varied = prepare_data(data_config(tmp_path, data_config=settings), OneTokenALetter(), model, ACCELERATOR).captions
+    draws = [sum(size.draws_by_length.values()) for size in varied.sizes]
+    assert len(draws) > 2 and sum(draws) == pytest.approx(4)
+
+
 # ---- control pictures
 
 

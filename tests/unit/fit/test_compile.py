@@ -93,11 +93,12 @@ def test_without_the_mark_it_would(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("name", ["tiny-qwen-image", "tiny-flux"])
-@pytest.mark.parametrize("sizes_vary", [True, False])
+@pytest.mark.parametrize(("sizes_vary", "text_multiple"), [(True, 1), (True, 8), (False, 1)])
 def test_blocks_of_one_kind_share_one_graph_and_all_sizes_do_if_they_are_known_to_vary(
-    name: str, sizes_vary: bool
+    name: str, sizes_vary: bool, text_multiple: int
 ) -> None:
-    """Also with the first block, whose input needs no gradient. Else a second size makes one more."""
+    """Also with the first block, whose input needs no gradient, and with captions padded to a multiple. Else a second
+    size makes one more."""
     folder = open_model_folder(str(ROOT / "assets" / name))
     family = family_of(folder)
     config = folder.component_config("transformer")
@@ -114,7 +115,7 @@ def test_blocks_of_one_kind_share_one_graph_and_all_sizes_do_if_they_are_known_t
 
     def graphs_after(width: int, height: int, num_text_tokens: int) -> int:
         latents_1CHW = torch.randn(1, *family.latent_shape(folder, width, height))
-        conditioning = family.stack_conditioning([family.random_text(folder, num_text_tokens, 0)])
+        conditioning = family.stack_conditioning([family.random_text(folder, num_text_tokens, 0)], text_multiple)
         family.predict_velocity(transformer, latents_1CHW, torch.tensor([0.5]), conditioning).sum().backward()
         return dynamo_counters["stats"]["unique_graphs"] - before
 

@@ -197,7 +197,7 @@ def pefts_way(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     """Lets the models call each layer by itself from then on."""
 
     def switch() -> None:
-        for module in (families.qwen_image, families.flux):
+        for module in (families.qwen_attention, families.flux):
             monkeypatch.setattr(module, "project", one_by_one)
 
     return switch

@@ -1,0 +1,83 @@
+"""How a block of Qwen-Image attends: to image and text tokens together, turned by their places.
+
+The same numbers as diffusers' `QwenDoubleStreamAttnProcessor2_0` and `QwenEmbedRope`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pixtune.fit.activations import recompute
+from pixtune.fit.heads import Stream, join_heads
+from pixtune.fit.lora import project
+from pixtune.fit.padded_attention import attend_padded, padding_kernel
+
+
+class RealRotaryEmbedding(nn.Module):
+    """The stock embedding as cosines and sines: fp32 of shape (tokens, head size / 2, 2) for image and text."""
+
+    def __init__(self, stock: nn.Module) -> None:
+        super().__init__()
+        self.stock = stock
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        image, text = self.stock(*args, **kwargs)
+        return torch.view_as_real(image), torch.view_as_real(text)
+
+
+class JointAttention:
+    """The stock attention of image and text tokens, its rotary embedding in real numbers.
+
+    The compiler neither fuses complex numbers nor computes them again, so rotated queries and keys were kept for the
+    backward pass beside the plain ones: a sixth of a block's activations.
+    """
+
+    recomputes_projections = False
+    """Queries, keys and values are computed again in the backward pass; `fit.activations` switches it on."""
+
+    # Its parameters' names are those that diffusers calls it by and, for `real_BL`, hands through.
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        encoder_hidden_states_mask: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+        real_BL: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        from diffusers.models.attention_dispatch import dispatch_attention_fn
+
+        assert image_rotary_emb is not None
+        inputs = (attn, hidden_states, encoder_hidden_states, *image_rotary_emb)
+        query, key, value = recompute(heads_of, inputs, {}) if self.recomputes_projections else heads_of(*inputs)
+        if encoder_hidden_states_mask is not None:
+            image_mask = torch.ones(hidden_states.shape[:2], dtype=torch.bool, device=hidden_states.device)
+            attention_mask = torch.cat([encoder_hidden_states_mask, image_mask], dim=1)[:, None, None, :]
+        if real_BL is not None:
+            attended = attend_padded(query, key, value, real_BL, padding_kernel(query.device))
+        else:
+            attended = dispatch_attention_fn(
+                query, key, value, attn_mask=attention_mask, dropout_p=0.0, is_causal=False
+            )
+        attended = attended.flatten(2, 3).to(query.dtype)
+        num_text_tokens = encoder_hidden_states.shape[1]
+        (image_output,) = project(attended[:, num_text_tokens:].contiguous(), (attn.to_out[0],))
+        (text_output,) = project(attended[:, :num_text_tokens].contiguous(), (attn.to_add_out,))
+        return attn.to_out[1](image_output), text_output
+
+
+def heads_of(
+    attn: Any, image_BLC: Tensor, text_BTC: Tensor, image_turns: Tensor, text_turns: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries and keys, turned, and values of text and image tokens; shape (B, T + L, H, D) each."""
+    image = project(image_BLC, (attn.to_q, attn.to_k, attn.to_v))
+    text = project(text_BTC, (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj))
+    streams = (
+        Stream(text, attn.norm_added_q, attn.norm_added_k, text_turns),
+        Stream(image, attn.norm_q, attn.norm_k, image_turns),
+    )
+    return join_heads(streams, attn.inner_dim // attn.heads)

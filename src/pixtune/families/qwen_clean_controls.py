@@ -1,0 +1,52 @@
+"""Models whose control pictures are modulated as if clean (`zero_cond_t`: Qwen-Image-Edit-2511), without a wait.
+
+The stock model lists on the host which tokens those are and copies the list to the device in each step. That waits for
+the device, and a step that waits cannot be recorded. Here the device counts. What the blocks get is the same.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pixtune.fit.forwards import Forward, wrap_forward
+
+INDEX = "modulate_index"
+"""What diffusers calls the argument of a block that says which time each image token is modulated by: 0 for the step's
+own, 1 for that of a clean picture."""
+
+
+def count_on_device(transformer: Any) -> None:
+    """Takes over from a stock model that has `zero_cond_t` set, which its blocks still have."""
+    transformer.zero_cond_t = False
+    wrap_forward(transformer, _with_clean_times)
+    for block in transformer.transformer_blocks:
+        block.register_forward_pre_hook(_with_index, with_kwargs=True)
+    transformer.norm_out.register_forward_pre_hook(_without_clean_times)
+
+
+def _with_clean_times(forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    image_BLC, timestep_B = kwargs["hidden_states"], kwargs["timestep"]
+    target, *_ = kwargs["img_shapes"][0]  # samples of a batch have pictures of the same sizes
+    is_control_L = torch.arange(image_BLC.shape[1], device=image_BLC.device) >= math.prod(target)
+    index_BL = is_control_L.int().repeat(len(image_BLC), 1)
+    changed = {
+        "timestep": torch.cat([timestep_B, timestep_B * 0]),
+        "attention_kwargs": {**(kwargs.get("attention_kwargs") or {}), INDEX: index_BL},
+    }
+    return forward(*args, **{**kwargs, **changed})
+
+
+def _with_index(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Attention's own arguments are all that the model hands through to its blocks."""
+    own = dict(kwargs["joint_attention_kwargs"])
+    index_BL = own.pop(INDEX)
+    return args, {**kwargs, INDEX: index_BL, "joint_attention_kwargs": own or None}
+
+
+def _without_clean_times(norm_out: nn.Module, args: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    image_BLC, time_embedding = args
+    return image_BLC, time_embedding[: len(image_BLC)]
