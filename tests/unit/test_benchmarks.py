@@ -69,6 +69,27 @@ def test_all_weights_are_trained_saved_and_gone_on_with(architectures: ModuleTyp
     assert (output / "model" / "transformer" / "config.json").is_file()
 
 
+def test_the_loss_of_pictures_that_are_not_trained_on_falls(
+    architectures: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full_size = script("full_size")
+
+    def held_out_losses(learning_rate: float, *more: str) -> list[float]:
+        """Before the first step and after the last."""
+        folder = tmp_path / f"{learning_rate:g}{len(more)}"
+        full_size.prepare(folder, "toy", 64, num_held_out=2)
+        words = ["method=full", f"learning_rate={learning_rate:g}", "mixed_precision=no", *more]
+        result: Result = full_size.measure(folder, folder / "run", "toy", 64, 5, words)
+        assert [line["step"] for line in result["held_out_losses"]] == [0, 5]
+        assert len(result["losses"]) == 5
+        return [line["loss"] for line in result["held_out_losses"]]
+
+    before, after = held_out_losses(1e-3)
+    assert after < 0.99 * before
+    unchanged = held_out_losses(1e-12)
+    assert unchanged[1] == pytest.approx(unchanged[0], rel=1e-6), "noise and sigmas are the same both times"
+
+
 # ---- reference.py
 
 
