@@ -5,14 +5,17 @@ with `random_weights=true`: speed and memory are those of a real run, pictures a
 
 With `--held-out N` the loss of so many pictures that are not trained on, at fixed noise and sigmas, is measured before
 the first step and after the last. Random weights predict noise of their own, so a run that learns at all makes that
-loss fall within a few steps, on pictures that it has never seen.
+loss fall within a few steps, on pictures that it has never seen. How far goes with learning rate times width: on a CPU,
+`method=full` in bf16, five steps, it fell by 0.5% at a width of 3072 (one block) and 1e-5, 4.2% at 1e-4, 6.5% at 256
+(60 blocks) and 5e-4, and no longer steadily from a product of 0.8 on. For the full size, `learning_rate=5e-5`.
 
 With `--output DIR` the run is kept, and `resume_from_checkpoint=latest` goes on with it. All weights of the largest
 model, stopped after five steps and resumed for five more (a checkpoint has 82 GB, the model 41):
 
-    python benchmarks/full_size.py --steps 5 --held-out 2 --output DIR method=full checkpoints_total_limit=1
-    python benchmarks/full_size.py --steps 10 --held-out 2 --output DIR method=full checkpoints_total_limit=1 \\
-        resume_from_checkpoint=latest
+    python benchmarks/full_size.py --steps 5 --held-out 2 --output DIR method=full learning_rate=5e-5 \\
+        checkpoints_total_limit=1
+    python benchmarks/full_size.py --steps 10 --held-out 2 --output DIR method=full learning_rate=5e-5 \\
+        checkpoints_total_limit=1 resume_from_checkpoint=latest
 """
 
 from __future__ import annotations
