@@ -38,18 +38,15 @@ from pixtune.metrics import read_metrics
 
 Result = dict[str, Any]
 NUM_PICTURES = 4
+"""To train on."""
 WARM_UP_STEPS = 3
-HELD_OUT = "held_out"
-"""Folder of the pictures that are not trained on; as random data, their latents and captions are draws of their own."""
 
 
 def prepare(folder: Path, model_name: str, size: int, num_held_out: int = 0) -> None:
     """Model folder and pictures of a benchmark. The same ones each time: a run that goes on knows its pictures."""
     model = ARCHITECTURES[model_name]
     write_model_folder(folder / "model", model)
-    write_pictures(folder / "pictures", size, NUM_PICTURES, model.num_controls, num_words=1)
-    if num_held_out:
-        write_pictures(folder / HELD_OUT, size, num_held_out, model.num_controls, num_words=1)
+    write_pictures(folder / "pictures", size, NUM_PICTURES + num_held_out, model.num_controls, num_words=1)
 
 
 def measure(folder: Path, output: Path, model_name: str, size: int, steps: int, overrides: Sequence[str]) -> Result:
@@ -64,13 +61,15 @@ def measure(folder: Path, output: Path, model_name: str, size: int, steps: int, 
     """
     config = folder / f"{output.name}.yaml"
     pictures, model = folder / "pictures", ARCHITECTURES[model_name]
+    # A share of one folder, since a run that goes on may find its pictures elsewhere, but not its held-out folder.
+    held_out = 1 - NUM_PICTURES / len(list((pictures / "images").glob("*.png")))
     config.write_text(
         f"pretrained_model_name_or_path: {folder / 'model'}\noutput_dir: {output}\nrandom_weights: true\n"
         f"max_train_steps: {steps}\nlogging_steps: 1\n"
         f"data_config:\n  img_dir: {pictures / 'images'}\n  img_size: {size}\n"
         f"  max_text_tokens: {model.num_text_tokens}\n"
         + (f"  control_dir: {pictures / 'control_0'}\n" if model.num_controls else "")
-        + (f"validation:\n  held_out_dir: {folder / HELD_OUT / 'images'}\n" if (folder / HELD_OUT).is_dir() else "")
+        + f"validation:\n  held_out: {held_out}\n"
     )
     command = [sys.executable, "-m", "pixtune.cli", "train", "--config", str(config), *overrides]
     subprocess.run(command, check=True, stdout=sys.stderr)

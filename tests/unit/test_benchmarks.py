@@ -51,7 +51,7 @@ def test_all_weights_are_trained_saved_and_gone_on_with(architectures: ModuleTyp
     def run(steps: int, *more: str) -> Result:
         """As by `main`: model folder and pictures are made anew each time."""
         folder = tmp_path / f"{steps} steps"
-        full_size.prepare(folder, "toy", 64)
+        full_size.prepare(folder, "toy", 64, num_held_out=1)
         result: Result = full_size.measure(folder, output, "toy", 64, steps, [*words, *more])
         return result
 
@@ -60,6 +60,8 @@ def test_all_weights_are_trained_saved_and_gone_on_with(architectures: ModuleTyp
     longer = run(STEPS + 2, "resume_from_checkpoint=latest")
     assert len(first["losses"]) == STEPS and len(longer["losses"]) == STEPS + 2
     assert longer["losses"][:STEPS] == first["losses"]
+    assert [line["step"] for line in longer["held_out_losses"]] == [0, STEPS, STEPS + 2]
+    assert longer["held_out_losses"][:2] == first["held_out_losses"]
     assert [path.name for path in find_checkpoints(output)] == [f"checkpoint-{STEPS + 2:06d}"]
     after = load_checkpoint(checkpoint_path(output, STEPS + 2))
     one, other = joined(before.tensors, "transformer"), joined(after.tensors, "transformer")
