@@ -1,4 +1,4 @@
-"""Full-size models' folders without weights: what a run with `random_weights=true` needs of a model."""
+"""Full-size models: what their configs say, and folders without weights for runs with `random_weights=true`."""
 
 from __future__ import annotations
 
@@ -22,6 +22,18 @@ FLUX_SCHEDULER = {
 
 
 @dataclass(frozen=True)
+class TextEncoder:
+    """What a text encoder's folder says."""
+
+    model_class: str
+    """Of transformers."""
+    values: dict[str, Any]
+    """Of its config, where they differ from the small model's; sections are merged."""
+    names_in_files: dict[str, str] = field(default_factory=dict)
+    """How parameters' names begin in the class, and in the published files."""
+
+
+@dataclass(frozen=True)
 class Architecture:
     """What a full-size model's folder says; the classes' own defaults are the full size, but for a few values."""
 
@@ -32,6 +44,10 @@ class Architecture:
     num_controls: int = 0
     transformer_values: dict[str, object] = field(default_factory=dict)
     autoencoder_values: dict[str, object] = field(default_factory=dict)
+    text_encoders: dict[str, TextEncoder] = field(default_factory=dict)
+    """By component."""
+    small_model: str = ""
+    """In assets/, of the same classes: its tokenizers serve, and its configs where nothing else is said."""
     num_text_tokens: int = 256
     """Of a caption, as real training has them: FLUX.1's are padded to so many, Qwen-Image's are of any length."""
 
@@ -40,10 +56,39 @@ class Architecture:
         return default_config(self.transformer) | self.transformer_values
 
 
+QWEN_LAYERS, QWEN_WIDTH = 28, 3584
+QWEN_TEXT = TextEncoder(
+    "Qwen2_5_VLForConditionalGeneration",
+    {
+        "tie_word_embeddings": False,
+        "text_config": {
+            "hidden_size": QWEN_WIDTH, "intermediate_size": 18944, "num_hidden_layers": QWEN_LAYERS,
+            "num_attention_heads": 28, "num_key_value_heads": 4, "vocab_size": 152064, "tie_word_embeddings": False,
+            "max_position_embeddings": 128000, "layer_types": ["full_attention"] * QWEN_LAYERS,
+            "rope_parameters": {"mrope_section": [16, 24, 24]},
+        },
+        "vision_config": {
+            "depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16,
+            "out_hidden_size": QWEN_WIDTH, "fullatt_block_indexes": [7, 15, 23, 31],
+        },
+    },
+    {"model.language_model.": "model.", "model.visual.": "visual."},
+)  # fmt: skip
+CLIP_TEXT = TextEncoder(
+    "CLIPTextModel",
+    {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
+     "vocab_size": 49408, "projection_dim": 768},
+)  # fmt: skip
+T5_TEXT = TextEncoder(
+    "T5EncoderModel",
+    {"d_model": 4096, "d_ff": 10240, "d_kv": 64, "num_layers": 24, "num_heads": 64, "vocab_size": 32128},
+)
 QWEN = ("QwenImageTransformer2DModel", "AutoencoderKLQwenImage", QWEN_SCHEDULER)
 FLUX = ("FluxTransformer2DModel", "AutoencoderKL", FLUX_SCHEDULER)
 FLUX_VALUES: dict[str, Any] = {
     "num_text_tokens": 512,
+    "small_model": "tiny-flux",
+    "text_encoders": {"text_encoder": CLIP_TEXT, "text_encoder_2": T5_TEXT},
     "transformer_values": {"guidance_embeds": True},
     "autoencoder_values": {
         "latent_channels": 16, "block_out_channels": [128, 256, 512, 512], "layers_per_block": 2,
@@ -52,7 +97,9 @@ FLUX_VALUES: dict[str, Any] = {
     },
 }  # fmt: skip
 ARCHITECTURES = {
-    "qwen-image": Architecture("QwenImagePipeline", *QWEN),
+    "qwen-image": Architecture(
+        "QwenImagePipeline", *QWEN, text_encoders={"text_encoder": QWEN_TEXT}, small_model="tiny-qwen-image"
+    ),
     "qwen-image-edit": Architecture("QwenImageEditPipeline", *QWEN, 1),
     "qwen-image-edit-2509": Architecture("QwenImageEditPlusPipeline", *QWEN, 1),
     "qwen-image-edit-2511": Architecture("QwenImageEditPlusPipeline", *QWEN, 1, {"zero_cond_t": True}),

@@ -35,12 +35,18 @@ class Named(Protocol):
 CellT = TypeVar("CellT", bound=Named)
 
 
-def read_arguments(description: str, cells: str | None = None, steps: int | None = None) -> argparse.Namespace:
+def read_arguments(
+    description: str,
+    cells: str | None = None,
+    steps: int | None = None,
+    add_options: Callable[[argparse.ArgumentParser], None] = lambda parser: None,
+) -> argparse.Namespace:
     """Of a script that runs cells.
 
     Args:
         cells: how one is written; None: the script has its own.
         steps: timed in each, if that can be said.
+        add_options: that this script alone has.
     """
     parser = argparse.ArgumentParser(description=description.splitlines()[0])
     parser.add_argument("--output", type=Path, required=True, help="folder of the results")
@@ -50,6 +56,7 @@ def read_arguments(description: str, cells: str | None = None, steps: int | None
         parser.add_argument("--steps", type=int, default=steps, help="to time in each cell")
     if cells is not None:
         parser.add_argument("cells", nargs="*", help=cells)
+    add_options(parser)
     return parser.parse_args()
 
 
@@ -115,19 +122,29 @@ def measure_steps(cell: StepCell, output: Path, num_steps: int, most_seconds: fl
         folder, log = Path(name), output / f"{cell.name}.log"
         file = folder / "result.json"
         command = reference_command(cell) if cell.reference else bench_command(cell, folder)
-        began, failure = time.monotonic(), ""
-        with log.open("w") as stream:
-            try:
-                subprocess.run(
-                    [*command, "--steps", str(num_steps), "--json", str(file)],
-                    check=True, stdout=stream, stderr=subprocess.STDOUT, timeout=most_seconds,
-                )  # fmt: skip
-            except subprocess.TimeoutExpired:
-                failure = f"took more than {most_seconds:g} s"
-            except subprocess.CalledProcessError as error:
-                failure = f"exit code {error.returncode}: {last_line(log)}"
-        result = {"failed": failure} if failure else json.loads(file.read_text())
-        return result | {"cell": cell.name, "wall_seconds": round(time.monotonic() - began, 1)}
+        command += ["--steps", str(num_steps)]
+        return run_in_process(command, file, log, most_seconds) | {"cell": cell.name}
+
+
+def run_in_process(command: Sequence[str], file: Path, log: Path, most_seconds: float | None = None) -> Result:
+    """What a command writes to `--json FILE`, or why it failed, with the seconds that it took.
+
+    Args:
+        log: gets all that it prints.
+    """
+    began, failure = time.monotonic(), ""
+    with log.open("w") as stream:
+        try:
+            subprocess.run(
+                [*command, "--json", str(file)],
+                check=True, stdout=stream, stderr=subprocess.STDOUT, timeout=most_seconds,
+            )  # fmt: skip
+        except subprocess.TimeoutExpired:
+            failure = f"took more than {most_seconds:g} s"
+        except subprocess.CalledProcessError as error:
+            failure = f"exit code {error.returncode}: {last_line(log)}"
+    result = {"failed": failure} if failure else json.loads(file.read_text())
+    return result | {"wall_seconds": round(time.monotonic() - began, 1)}
 
 
 def bench_command(cell: StepCell, folder: Path) -> list[str]:

@@ -37,10 +37,14 @@ from pixtune.fit.load import Layout, load_transformer
 from pixtune.fit.phases import Drawing, DrawingPlan, plan_drawing
 from pixtune.fit.streaming import choose_streamed, stream_blocks
 from pixtune.hardware.facts import HardwareFacts, read_facts
+from pixtune.hardware.monitor import StageLog
 from pixtune.memory import RunMemory
 from pixtune.planning import encoder_sizes, tensor_shapes
 from pixtune.sample import EncodedPrompt, PromptPicture, PromptSampler, SamplerSettings, needs_negative
 from pixtune.weights import ModelFolder, open_model_folder
+
+ENCODING, LOADING, DRAWING, DECODING = "prompts encoded", "transformer", "pictures drawn", "pictures decoded"
+"""Stages of drawing, as the memory log names them."""
 
 
 @dataclass(frozen=True)
@@ -132,7 +136,7 @@ def draw(request: DrawRequest, output_dir: Path, say: Callable[[str], None] = la
     for reason in (*plans.encoders.reasons, *plans.drawing.reasons):
         say(reason)
     output_dir.mkdir(parents=True, exist_ok=True)
-    for number, picture in enumerate(draw_as_planned(task, plans, device)):
+    for number, picture in enumerate(draw_as_planned(task, plans, device, memory.stages)):
         path = output_dir / f"{number:03d}-seed{picture.seed}.png"
         picture.image.save(path)
         yield path
@@ -238,19 +242,31 @@ def _num_tokens(task: Task, sample: Sample) -> int:
 # ---- carried out
 
 
-def draw_as_planned(task: Task, plans: Plans, device: torch.device) -> Iterator[PromptPicture]:
-    """One picture for each prompt and seed."""
+def draw_as_planned(
+    task: Task, plans: Plans, device: torch.device, stages: StageLog | None = None
+) -> Iterator[PromptPicture]:
+    """One picture for each prompt and seed.
+
+    Args:
+        stages: gets the memory of `ENCODING`, `LOADING`, `DRAWING` and, where pictures are decoded last, `DECODING`.
+    """
+    stages = stages or StageLog()
     placement = Placement(device, FORMATS[plans.drawing.compute_format])
     prompts = encode_prompts(task, plans.encoders, placement)
+    stages.record(ENCODING)
     sampler = PromptSampler(
         task.family, task.folder, prompts, task.request.settings, placement, keep_autoencoder=False,
         tile_pixels=plans.drawing.tile_pixels,
     )  # fmt: skip
     if not plans.drawing.decode_last:
-        yield from sampler.draw(load_base(task, plans.drawing, placement))
+        transformer = load_base(task, plans.drawing, placement)
+        stages.record(LOADING)
+        yield from sampler.draw(transformer)
+        stages.record(DRAWING)
         return
-    for prompt, seed, latents_BCHW in all_latents(task, plans.drawing, placement, sampler):
+    for prompt, seed, latents_BCHW in all_latents(task, plans.drawing, placement, sampler, stages):
         yield PromptPicture(prompt, seed, sampler.decode(latents_BCHW))
+    stages.record(DECODING)
 
 
 def encode_prompts(task: Task, plan: EncoderPlan, placement: Placement) -> list[EncodedPrompt]:
@@ -265,6 +281,7 @@ def encode_prompts(task: Task, plan: EncoderPlan, placement: Placement) -> list[
         ledger=Ledger(None),
         console=Console(quiet=True),
         memo_dir=None,
+        names_weights=False,
     )
     encodings = Encodings(encoder)
     encodings.fill_texts(task.texts)
@@ -274,12 +291,14 @@ def encode_prompts(task: Task, plan: EncoderPlan, placement: Placement) -> list[
 
 
 def all_latents(
-    task: Task, plan: DrawingPlan, placement: Placement, sampler: PromptSampler
+    task: Task, plan: DrawingPlan, placement: Placement, sampler: PromptSampler, stages: StageLog
 ) -> Sequence[tuple[EncodedPrompt, int, Tensor]]:
     """What is drawn, on the CPU; the transformer has left the device on return."""
-    drawn = [
-        (prompt, seed, latents.cpu()) for prompt, seed, latents in sampler.latents(load_base(task, plan, placement))
-    ]
+    transformer = load_base(task, plan, placement)
+    stages.record(LOADING)
+    drawn = [(prompt, seed, latents.cpu()) for prompt, seed, latents in sampler.latents(transformer)]
+    stages.record(DRAWING)
+    del transformer
     gc.collect()
     if placement.device.type == "cuda":
         torch.cuda.empty_cache()

@@ -51,7 +51,7 @@ def test_all_weights_are_trained_saved_and_gone_on_with(architectures: ModuleTyp
     def run(steps: int, *more: str) -> Result:
         """As by `main`: model folder and pictures are made anew each time."""
         folder = tmp_path / f"{steps} steps"
-        full_size.prepare(folder, "toy", 64)
+        full_size.prepare(folder, "toy", 64, num_held_out=1)
         result: Result = full_size.measure(folder, output, "toy", 64, steps, [*words, *more])
         return result
 
@@ -60,6 +60,8 @@ def test_all_weights_are_trained_saved_and_gone_on_with(architectures: ModuleTyp
     longer = run(STEPS + 2, "resume_from_checkpoint=latest")
     assert len(first["losses"]) == STEPS and len(longer["losses"]) == STEPS + 2
     assert longer["losses"][:STEPS] == first["losses"]
+    assert [line["step"] for line in longer["held_out_losses"]] == [0, STEPS, STEPS + 2]
+    assert longer["held_out_losses"][:2] == first["held_out_losses"]
     assert [path.name for path in find_checkpoints(output)] == [f"checkpoint-{STEPS + 2:06d}"]
     after = load_checkpoint(checkpoint_path(output, STEPS + 2))
     one, other = joined(before.tensors, "transformer"), joined(after.tensors, "transformer")
@@ -67,6 +69,27 @@ def test_all_weights_are_trained_saved_and_gone_on_with(architectures: ModuleTyp
     steps_apart = {name: (one[name].float() - other[name].float()).abs().max().item() for name in one}
     assert 0 < max(steps_apart.values()) < 0.02
     assert (output / "model" / "transformer" / "config.json").is_file()
+
+
+def test_the_loss_of_pictures_that_are_not_trained_on_falls(
+    architectures: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full_size = script("full_size")
+
+    def held_out_losses(learning_rate: float, *more: str) -> list[float]:
+        """Before the first step and after the last."""
+        folder = tmp_path / f"{learning_rate:g}{len(more)}"
+        full_size.prepare(folder, "toy", 64, num_held_out=2)
+        words = ["method=full", f"learning_rate={learning_rate:g}", "mixed_precision=no", *more]
+        result: Result = full_size.measure(folder, folder / "run", "toy", 64, 5, words)
+        assert [line["step"] for line in result["held_out_losses"]] == [0, 5]
+        assert len(result["losses"]) == 5
+        return [line["loss"] for line in result["held_out_losses"]]
+
+    before, after = held_out_losses(1e-3)
+    assert after < 0.99 * before
+    unchanged = held_out_losses(1e-12)
+    assert unchanged[1] == pytest.approx(unchanged[0], rel=1e-6), "noise and sigmas are the same both times"
 
 
 # ---- reference.py

@@ -32,8 +32,9 @@ from pixtune.families import family_of
 from pixtune.fit.encoders import encode_plainly
 from pixtune.fit.phases import DrawingPlan
 from pixtune.hardware.cards import facts_as
+from pixtune.hardware.monitor import StageLog
 from pixtune.sample import PromptSampler, SamplerSettings
-from pixtune.weights import open_model_folder
+from pixtune.weights import ModelFolder, open_model_folder
 from tests.families.test_stock_lora import psnr, write_lora
 from tests.full_size import build_full_size_folder
 from tests.runs import ROOT
@@ -137,6 +138,20 @@ def test_the_transformer_is_gone_before_the_first_picture_is_decoded(
         loaded.clear(), alive.clear()
         pictures(MODELS[0], loras[MODELS[0]], replace(PLAIN, decode_last=decode_last, streamed_blocks=2))
         assert alive == [not decode_last] * 4
+
+
+@pytest.mark.parametrize("decode_last", [False, True])
+def test_the_memory_of_each_stage_is_recorded_and_no_weights_are_hashed(
+    decode_last: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> str:
+        raise AssertionError("nothing outlives this process that keys would have to name")
+
+    monkeypatch.setattr(ModelFolder, "fingerprint", refuse)
+    stages, plans = StageLog(), Plans(encode_plainly(1), replace(PLAIN, decode_last=decode_last))
+    assert len(list(draw_as_planned(open_task(request_for(MODELS[0])), plans, CPU, stages))) == 4
+    expected = [module.ENCODING, module.LOADING, module.DRAWING, *([module.DECODING] if decode_last else [])]
+    assert [stage.stage for stage in stages.stages] == expected
 
 
 def test_a_demand_for_8_bits_reaches_the_base(tmp_path: Path, loras: dict[str, Path]) -> None:

@@ -84,6 +84,8 @@ class Encoder:
     """Where digests of large weight files are remembered."""
     stays: bool = False
     """What was loaded stays on the device until the run ends, instead of making room."""
+    names_weights: bool = True
+    """Keys name the weights by their content. What outlives no process need not, and is spared hashing gigabytes."""
     _loaded: dict[str, Any] = field(default_factory=dict, compare=False)
 
     def text_keys(self, items: Sequence[TextItem]) -> list[CacheKey]:
@@ -124,7 +126,7 @@ class Encoder:
         return str(self.placement.dtype) if value is None else f"{self.placement.dtype}, {what} {value}"
 
     def _fingerprint(self, component: str) -> str:
-        return self.folder.fingerprint(component, self.memo_dir)
+        return self.folder.fingerprint(component, self.memo_dir) if self.names_weights else component
 
     def fill_texts(self, items: Sequence[TextItem], keys: Sequence[CacheKey]) -> FillReport:
         """Encodes the captions that the cache lacks."""

@@ -36,6 +36,8 @@ from pixtune.weights import ModelFolder
 
 RANDOM_TEXT_TOKENS = 256
 """Length of the stand-in captions of a run with random weights that sets no `max_text_tokens`."""
+RANDOM_DROPPED_TEXT, RANDOM_HELD_OUT_TEXTS = -1, -2
+"""Seeds of stand-in captions: training samples have their numbers, held-out ones count down from here."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,7 @@ def prepare_data(
     if config.validation.held_out_dir is not None:
         held_out = read_samples(data, config.validation.held_out_dir, multiple, random_ratio=False, controls=rules)
     if config.random_weights:
-        return _random_data(config, family, folder, training)
+        return _random_data(config, family, folder, training, held_out)
 
     prompts = _prompt_samples(config, multiple, rules)
     pairs = choose_pairs(training, rules, family.dropped_caption, config.seed)
@@ -335,13 +337,30 @@ def _num_tokens(row: Conditioning) -> int:
 
 
 def _random_data(
-    config: TrainConfig, family: ModelFamily, folder: ModelFolder, training: Sequence[Sample]
+    config: TrainConfig,
+    family: ModelFamily,
+    folder: ModelFolder,
+    training: Sequence[Sample],
+    held_out: Sequence[Sample],
 ) -> PreparedData:
-    """Random latents and text features of the right shapes: speed and memory are real, pictures are not."""
+    """Random latents and text features of the right shapes: speed and memory are real, pictures are not.
+
+    Held-out pictures are draws of their own, so that what a run learns of all such draws can be told from what it
+    learns of its own.
+    """
     num_text_tokens = config.data_config.max_text_tokens or RANDOM_TEXT_TOKENS
 
-    def random_latents(size: Size, *place: int) -> Tensor:
+    def random_latents(size: Size, *place: int | str) -> Tensor:
         return draws.normal((1, *family.latent_shape(folder, *size)), config.seed, "random weights", *place)
+
+    def held_out_picture(number: int, sample: Sample) -> HeldOutPicture:
+        target, *controls = sample.signature(0)
+        return HeldOutPicture(
+            sample.name,
+            random_latents(target, "held out", number),
+            family.random_text(folder, num_text_tokens, RANDOM_HELD_OUT_TEXTS - number),
+            tuple(random_latents(size, "held out", number, place) for place, size in enumerate(controls)),
+        )
 
     def read_latents(sample: int, variant: int) -> LatentDistribution:
         mean_BCHW = random_latents(training[sample].framings[variant].size, sample)
@@ -355,7 +374,7 @@ def _random_data(
         reader=SampleReader(
             read_latents=read_latents,
             read_text=lambda sample, variant, dropped: family.random_text(
-                folder, num_text_tokens, -1 if dropped else sample
+                folder, num_text_tokens, RANDOM_DROPPED_TEXT if dropped else sample
             ),
             read_controls=read_controls,
             latent_size=partial(_latent_size, family, folder, training),
@@ -365,7 +384,7 @@ def _random_data(
             names=[sample.name for sample in training],
         ),
         buckets=[[sample.signature(variant) for variant in range(len(sample.framings))] for sample in training],
-        held_out=[],
+        held_out=[held_out_picture(number, sample) for number, sample in enumerate(held_out)],
         prompts=[],
         both_ways=[],
         most_image_tokens=_most_image_tokens(family, folder, training),

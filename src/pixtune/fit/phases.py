@@ -65,15 +65,7 @@ def phases_of(plan: MemoryPlan, footprint: Footprint, around: Surroundings) -> t
     sizes, encoders = around.sizes, around.encoders
     text_stays = _staying_text_bytes(plan, around)
     autoencoder_stays = sizes.autoencoder_bytes if plan.encoders_stay or around.pictures_in_loop else 0
-    phases = []
-    if sizes.text_bytes:
-        captions = text_peak_bytes(sizes, encoders.text_format, encoders.caption_batch)
-        coding = encoders.picture_batch * encoding_bytes(sizes.picture_pixels, encoders.tile_pixels)
-        pictures = text_stays + sizes.autoencoder_bytes + coding
-        tiled = f", tiles of {encoders.tile_pixels} pixels" if encoders.tile_pixels else ""
-        beside = _beside(text_stays, "text encoder")
-        phases.append(Phase("captions encoded", _text_encoder(encoders), captions))
-        phases.append(Phase("pictures encoded", f"autoencoder{tiled}{beside}", pictures))
+    phases = list(encoding_phases(sizes, encoders, text_stays)) if sizes.text_bytes else []
     staying = _beside(text_stays, "text encoder") + _beside(autoencoder_stays, "autoencoder")
     phases.append(
         Phase(
@@ -87,6 +79,22 @@ def phases_of(plan: MemoryPlan, footprint: Footprint, around: Surroundings) -> t
         held = "transformer, what is trained, autoencoder" + (f" in tiles of {tile} pixels" if tile else "")
         phases.append(Phase("samples drawn", held, drawing_bytes(plan, footprint, around, tile) + text_stays))
     return tuple(phases)
+
+
+def encoding_phases(sizes: EncoderSizes, encoders: EncoderPlan, text_stays_bytes: int = 0) -> tuple[Phase, Phase]:
+    """Captions, then pictures.
+
+    Args:
+        text_stays_bytes: of the text encoder, where it is still on the device when pictures are encoded.
+    """
+    captions = text_peak_bytes(sizes, encoders.text_format, encoders.caption_batch)
+    coding = encoders.picture_batch * encoding_bytes(sizes.picture_pixels, encoders.tile_pixels)
+    tiled = f", tiles of {encoders.tile_pixels} pixels" if encoders.tile_pixels else ""
+    beside = _beside(text_stays_bytes, "text encoder")
+    return (
+        Phase("captions encoded", _text_encoder(encoders), captions),
+        Phase("pictures encoded", f"autoencoder{tiled}{beside}", text_stays_bytes + sizes.autoencoder_bytes + coding),
+    )
 
 
 def drawing_tile(plan: MemoryPlan, footprint: Footprint, around: Surroundings) -> int | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from pixtune.weights import INDEX_SUFFIX, SHARD_NAME, read_json, weight_files
 
 MAX_SHARD_BYTES = 2 * 2**30
 """A model of many gigabytes in a handful of files, so that one that is lost or damaged is fetched again alone."""
+WRITING_THREADS = 4
 FORMAT = {"format": "pt"}
 """transformers and diffusers refuse a file that does not say so."""
 
@@ -34,7 +36,11 @@ def save_safetensors(
 
 
 def save_safetensors_sharded(
-    tensors: Mapping[str, Tensor], folder: str | Path, max_shard_bytes: int = MAX_SHARD_BYTES, stem: str = "model"
+    tensors: Mapping[str, Tensor],
+    folder: str | Path,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    stem: str = "model",
+    num_threads: int = WRITING_THREADS,
 ) -> list[Path]:
     """Tensors as files of at most `max_shard_bytes`, or of one larger tensor, with the index that transformers and
     diffusers read; one file without an index where they fit.
@@ -44,6 +50,7 @@ def save_safetensors_sharded(
 
     Args:
         stem: how the files' names begin: "model" for transformers, "diffusion_pytorch_model" for diffusers.
+        num_threads: how many files are written at a time.
 
     Returns:
         The files with weights.
@@ -59,8 +66,9 @@ def save_safetensors_sharded(
         names = [f"{stem}-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)]
     index_file = folder / f"{stem}{INDEX_SUFFIX}"
     _remove([index_file])  # first: shards of two saves must never stand under one index
-    for name, shard in zip(names, shards, strict=True):
-        save_safetensors({key: tensors[key] for key in shard}, folder / name)
+    with ThreadPoolExecutor(num_threads, thread_name_prefix="write-weights") as pool:
+        parts = [{key: tensors[key] for key in shard} for shard in shards]
+        list(pool.map(save_safetensors, parts, [folder / name for name in names]))
     if len(shards) > 1:
         index = {
             "metadata": {"total_size": sum(tensor.nbytes for tensor in tensors.values())},

@@ -1,0 +1,267 @@
+"""One phase of a full-size model, measured in this process alone: `phases.py` starts it.
+
+    python benchmarks/phase_worker.py caching --model FOLDER --scratch FOLDER --limit-gib 23.3 --json FILE
+
+Caching runs what `pixtune train` runs before its plan is made, sampling what `pixtune sample` runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pixtune import draw
+from pixtune.bench.environment import describe
+from pixtune.bench.synthetic import write_pictures
+from pixtune.cli import exit_on_user_errors
+from pixtune.config.schema import DataConfig, TrainConfig
+from pixtune.data.encode import Encoder
+from pixtune.data.prepare import prepare_data
+from pixtune.families import family_of
+from pixtune.families.base import ModelFamily
+from pixtune.files import write_atomically
+from pixtune.fit.encoders import count_caption_tokens
+from pixtune.fit.phases import Phase, encoding_phases
+from pixtune.hardware.capping import outside_allocator_bytes, own_gpu, used_before_cuda
+from pixtune.hardware.facts import GIB, read_facts
+from pixtune.hardware.monitor import StageLog
+from pixtune.launch import start_accelerator
+from pixtune.memory import RunMemory
+from pixtune.planning import encoder_sizes
+from pixtune.sample import SamplerSettings, needs_negative
+from pixtune.weights import open_model_folder
+
+Result = dict[str, Any]
+Opening = Callable[[Encoder], Callable[[Any], Any]]
+NUM_PICTURES = 12
+"""Three batches of the config's default, the first of which warms up."""
+CAPTION = " ".join(["a"] * 470)
+"""With template and number about the 512 tokens that plans assume, whichever tokenizer serves."""
+GUIDANCE = 4.0
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("phase", choices=MEASURES)
+    parser.add_argument("--model", type=Path, required=True, help="folder with all weights that the phase needs")
+    parser.add_argument("--scratch", type=Path, required=True, help="folder for what the phase writes")
+    parser.add_argument("--hashes", type=Path, help="folder that remembers the weights' hashes from run to run")
+    parser.add_argument("--limit-gib", type=float, help="most that the process may take of the GPU")
+    parser.add_argument("--size", type=int, default=1024, help="pixels")
+    parser.add_argument("--steps", type=int, default=4, help="of sampling")
+    parser.add_argument("--json", type=Path, required=True, help="where the result goes")
+    arguments = parser.parse_args()
+    used_before = used_before_cuda(own_gpu(os.environ)) if torch.version.cuda else None
+    result = MEASURES[arguments.phase](arguments)
+    outside_gib = None if used_before is None else round(outside_allocator_bytes(used_before) / GIB, 3)
+    result |= {
+        "outside_allocator_gib": outside_gib,
+        "process_peak_gib": process_peak_gib(result["stages"], outside_gib),
+    }
+    write_atomically(arguments.json, json.dumps({**result, **describe()}, indent=1).encode())
+
+
+def process_peak_gib(stages: Sequence[Result], outside_gib: float | None) -> float | None:
+    """Of the whole process with its CUDA context, as the driver counts; None where nobody can say."""
+    peak = max(stage["peak_reserved_gib"] for stage in stages)
+    return None if outside_gib is None else round(peak + outside_gib, 3)
+
+
+# ---- caching
+
+
+def measure_caching(arguments: argparse.Namespace) -> Result:
+    """Captions and pictures into an empty cache, each encoder in and out."""
+    data = write_pictures(arguments.scratch / "data", arguments.size, NUM_PICTURES, num_controls=0, num_words=1)
+    for number in range(NUM_PICTURES):
+        (data.images / f"{number}.txt").write_text(f"{number} {CAPTION}")
+    config = TrainConfig(
+        pretrained_model_name_or_path=str(arguments.model),
+        output_dir=arguments.scratch / "run",
+        max_train_steps=1,
+        gpu_memory_limit_gib=arguments.limit_gib,
+        data_config=DataConfig(
+            img_dir=data.images, img_size=arguments.size, cache_dir=prepare_cache(arguments.scratch, arguments.hashes)
+        ),
+    )
+    captions, pictures = Encodes(), Encodes()
+    Encoder.open_text_encoder = watched(Encoder.open_text_encoder, captions)
+    Encoder.open_autoencoder = watched(Encoder.open_autoencoder, pictures)
+
+    memory = RunMemory(config)
+    accelerator = start_accelerator(config)
+    memory.start(accelerator.device)
+    folder = open_model_folder(config.pretrained_model_name_or_path)
+    family = family_of(folder)
+    prepared = prepare_data(config, family, folder, accelerator, memory.stages)
+    sizes = encoder_sizes(config, family, folder, count_caption_tokens(len(CAPTION) + 3, 0), arguments.size**2)
+    phases = encoding_phases(sizes, prepared.encoders)
+    return {
+        "phase": "caching",
+        "encoders": prepared.encoders.to_dict(),
+        "stages": with_plans(memory.stages, {"text encoding": phases[0], "image encoding": phases[1]}),
+        "captions": captions.rates(),
+        "pictures": pictures.rates(),
+    }
+
+
+def prepare_cache(scratch: Path, hashes: Path | None) -> Path:
+    """An empty cache folder, whose memory of the weights' hashes is shared: hashing 16 GB is no part of encoding."""
+    cache = scratch / "cache"
+    cache.mkdir(parents=True)
+    if hashes is not None:
+        hashes.mkdir(parents=True, exist_ok=True)
+        (cache / "weights").symlink_to(hashes.resolve())
+    return cache
+
+
+@dataclass
+class Encodes:
+    """How long an encoder took."""
+
+    load_seconds: float = 0.0
+    together: list[tuple[int, float]] = field(default_factory=list)
+    """Rows and seconds of each batch."""
+    alone: list[float] = field(default_factory=list)
+    """Seconds of each of the same rows by itself."""
+
+    def rates(self) -> Result:
+        """Rows a second. The first batch warms up, unless it is the only one."""
+        batches = self.together[1:] or self.together
+        rows = sum(count for count, _ in batches)
+        alone = self.alone[self.together[0][0] :] or self.alone
+        return {
+            "load_seconds": round(self.load_seconds, 2),
+            "batch": max(count for count, _ in batches),
+            "per_second": round(rows / sum(seconds for _, seconds in batches), 3),
+            "per_second_alone": round(len(alone) / sum(alone), 3),
+        }
+
+
+def watched(open_encoder: Opening, encodes: Encodes) -> Opening:
+    """An encoder that is timed, and that encodes each batch's rows once more one by one.
+
+    That takes no more memory than the batch did, so the stage's peak is that of a run.
+    """
+
+    def open_watched(encoder: Encoder) -> Callable[[Any], Any]:
+        began = now()
+        encode = open_encoder(encoder)
+        encodes.load_seconds += now() - began
+
+        def encode_watched(rows: Any) -> Any:
+            began = now()
+            encoded = encode(rows)
+            encodes.together.append((len(rows), now() - began))
+            for number in range(len(rows)):
+                began = now()
+                encode(rows[number : number + 1])
+                encodes.alone.append(now() - began)
+            return encoded
+
+        return encode_watched
+
+    return open_watched
+
+
+# ---- sampling
+
+
+def measure_sampling(arguments: argparse.Namespace) -> Result:
+    """One picture, from its prompt."""
+    output_dir = arguments.scratch / "samples"
+    output_dir.mkdir(parents=True)
+    request = draw.DrawRequest(
+        model=str(arguments.model),
+        prompts=(CAPTION,),
+        controls=(),
+        lora=None,
+        weights_format="bf16",
+        settings=SamplerSettings((0,), arguments.steps, GUIDANCE),
+        size=(arguments.size, arguments.size),
+        max_text_tokens=None,
+        control_size=arguments.size,
+        gpu_memory_limit_gib=arguments.limit_gib,
+    )
+    config = draw.config_of(request, output_dir)
+    memory = RunMemory(config)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    memory.start(device)
+    task = draw.open_task(request)
+    passes_per_step = 2 if needs_negative(task.family, GUIDANCE) else 1
+    plans = draw.make_plans(task, config, read_facts(device))
+    family, passes = watch_passes(task.family)
+    for number, picture in enumerate(draw.draw_as_planned(replace(task, family=family), plans, device, memory.stages)):
+        picture.image.save(output_dir / f"{number}.png")
+    sizes = encoder_sizes(config, task.family, task.folder, count_caption_tokens(len(CAPTION), 0), 0)
+    drawing = Phase("pictures drawn", ", ".join(plans.drawing.reasons), plans.drawing.expected_peak_bytes)
+    planned = {draw.ENCODING: encoding_phases(sizes, plans.encoders)[0]}
+    planned |= dict.fromkeys((draw.LOADING, draw.DRAWING, draw.DECODING), drawing)
+    return {
+        "phase": "sampling",
+        "encoders": plans.encoders.to_dict(),
+        "drawing": {**vars(plans.drawing), "reasons": list(plans.drawing.reasons)},
+        "stages": with_plans(memory.stages, planned),
+        "seconds_per_step": statistics.median(seconds_of_steps(passes, passes_per_step)),
+        "passes_per_step": passes_per_step,
+    }
+
+
+def watch_passes(family: ModelFamily) -> tuple[ModelFamily, list[tuple[float, float]]]:
+    """The family, and when each of its passes through the transformer began and ended."""
+    passes: list[tuple[float, float]] = []
+    watching = copy.copy(family)
+
+    def predict_velocity(*arguments: Any, **named: Any) -> Tensor:
+        began = now()
+        velocity = family.predict_velocity(*arguments, **named)
+        passes.append((began, now()))
+        return velocity
+
+    watching.predict_velocity = predict_velocity
+    return watching, passes
+
+
+def seconds_of_steps(passes: Sequence[tuple[float, float]], passes_per_step: int) -> list[float]:
+    """From the first pass of a step to the first of the next, or to its own end; the first step warms up."""
+    begins = [began for began, _ in passes[::passes_per_step]]
+    ends = [*begins[1:], passes[-1][1]]
+    seconds = [end - began for began, end in zip(begins, ends, strict=True)]
+    return seconds[1:] or seconds
+
+
+# ---- both
+
+
+def with_plans(stages: StageLog, planned: dict[str, Phase]) -> list[Result]:
+    """The log's rows with what was planned for each; nothing is planned without a GPU."""
+    rows = []
+    for row in stages.rows():
+        phase = planned[row["stage"]]
+        planned_gib = round(phase.device_bytes / GIB, 3) if torch.cuda.is_available() else None
+        rows.append({**row, "holds": phase.holds, "planned_gib": planned_gib})
+    return rows
+
+
+def now() -> float:
+    """Seconds, when the GPU has done all that was asked of it."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+MEASURES = {"caching": measure_caching, "sampling": measure_sampling}
+
+if __name__ == "__main__":
+    exit_on_user_errors(main)

@@ -1,0 +1,56 @@
+"""Stand-in data of runs with random weights: what is held out is not what is trained on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from accelerate import Accelerator
+
+from pixtune.bench.synthetic import write_pictures
+from pixtune.config.schema import DataConfig, TrainConfig, ValidationConfig
+from pixtune.data.prepare import PreparedData, prepare_data
+from pixtune.families import family_of
+from pixtune.weights import open_model_folder
+from tests.runs import ROOT
+
+
+def prepared(folder: Path, validation: ValidationConfig, model: str = "tiny-qwen-image-edit") -> PreparedData:
+    opened = open_model_folder(str(ROOT / "assets" / model))
+    config = TrainConfig(
+        pretrained_model_name_or_path=str(opened.path),
+        output_dir=folder / "run",
+        max_train_steps=1,
+        random_weights=True,
+        validation=validation,
+        data_config=DataConfig(
+            img_dir=folder / "trained" / "images",
+            control_dir=folder / "trained" / "control_0",
+            control_size=64,
+            img_size=64,
+        ),
+    )
+    return prepare_data(config, family_of(opened), opened, Accelerator(cpu=True))
+
+
+@pytest.mark.parametrize("in_folder_of_their_own", [False, True])
+def test_held_out_pictures_are_draws_of_their_own(tmp_path: Path, in_folder_of_their_own: bool) -> None:
+    write_pictures(tmp_path / "trained", 64, num_pictures=4, num_controls=1, num_words=1)
+    write_pictures(tmp_path / "held_out", 64, num_pictures=2, num_controls=1, num_words=1)
+    if in_folder_of_their_own:
+        data = prepared(tmp_path, ValidationConfig(held_out_dir=tmp_path / "held_out" / "images"))
+    else:
+        data = prepared(tmp_path, ValidationConfig(held_out=0.5))
+    num_trained = len(data.buckets)
+    assert (num_trained, len(data.held_out)) == ((4, 2) if in_folder_of_their_own else (2, 2))
+    latents = [data.reader.read_latents(sample, 0).mean_BCHW for sample in range(num_trained)]
+    latents += [control for sample in range(num_trained) for control in data.reader.read_controls(sample, 0)]
+    texts = [data.reader.read_text(sample, 0, dropped) for sample in range(num_trained) for dropped in (False, True)]
+    for picture in data.held_out:
+        for drawn in (picture.latents_1CHW, *picture.controls):
+            assert drawn.shape == latents[0].shape
+            assert not any(drawn.equal(trained) for trained in latents)
+            latents.append(drawn)
+        assert len(picture.controls) == 1
+        assert not any(picture.conditioning["prompt_embeds"].equal(text["prompt_embeds"]) for text in texts)
+        texts.append(picture.conditioning)
