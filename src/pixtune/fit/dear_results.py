@@ -13,7 +13,10 @@ import torch.nn.attention
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch.utils.checkpoint import CheckpointPolicy
 
+import pixtune.fit.lora  # noqa: F401, which registers its operator
+
 DEAR_OPERATORS = (
+    torch.ops.pixtune.add_low_rank.default,  # before the products that it reads: a lost mark goes from it to them
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
     torch.ops.aten._int_mm.default,
     torch.ops.aten._scaled_mm.default,

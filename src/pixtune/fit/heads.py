@@ -47,7 +47,7 @@ def join_heads(streams: tuple[Stream, ...], head_size: int) -> tuple[Tensor, Ten
 
 def turned(parts: list[tuple[Tensor, nn.Module, Tensor]], head_size: int) -> Tensor:
     """Projections, each with its norm and its turns, as heads that are normed, turned and joined; (B, S, H, D)."""
-    if all(states_BLC.is_cuda and has_kernel(norm) for states_BLC, norm, _ in parts) and HAS_TRITON:
+    if all(is_fused(states_BLC) and has_kernel(norm) for states_BLC, norm, _ in parts):
         *first, (last_BLC, last_norm, last_turns) = parts
         first_BLC, first_norm, first_turns = first[0] if first else (None, None, None)
         first_weight = None if first_norm is None else first_norm.weight
@@ -56,6 +56,11 @@ def turned(parts: list[tuple[Tensor, nn.Module, Tensor]], head_size: int) -> Ten
         )  # fmt: skip
     heads = [rotate(norm(states_BLC.unflatten(-1, (-1, head_size))), turns) for states_BLC, norm, turns in parts]
     return heads[0] if len(heads) == 1 else torch.cat(heads, dim=1)
+
+
+def is_fused(states_BLC: Tensor) -> bool:
+    """Whether heads are made by the kernels."""
+    return states_BLC.is_cuda and HAS_TRITON
 
 
 def has_kernel(norm: nn.Module) -> bool:

@@ -132,8 +132,11 @@ def is_fused(x_MK: Tensor) -> bool:
 
 def plus_product(product_MN: Tensor, bias_N: Tensor | None, low_Mr: Tensor, up_Nr: Tensor) -> Tensor:
     """`product + bias + low @ up.T`."""
-    if is_fused(product_MN):
-        return add_low_rank(product_MN, bias_N, low_Mr, up_Nr)
+    return (add_low_rank if is_fused(product_MN) else plainly_added)(product_MN, bias_N, low_Mr, up_Nr)
+
+
+def plainly_added(product_MN: Tensor, bias_N: Tensor | None, low_Mr: Tensor, up_Nr: Tensor) -> Tensor:
+    """`plus_product` by torch's operators."""
     base_MN = product_MN if bias_N is None else product_MN + bias_N
     return base_MN + low_Mr @ up_Nr.t()
 
