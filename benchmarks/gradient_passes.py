@@ -44,6 +44,9 @@ UP_DEVIATION = 0.002
 first ones' usual 1 / rank the LoRA makes about 5% of what its layer puts out."""
 SIGMA = 0.5
 """1000 times it is a number of bf16's, as the models want it."""
+MODULATION_SIZE = 0.5
+"""Root of the mean square of the shifts, scales and gates in the blocks: 0.3 to 1.1 in the trained small models. With
+the weights as they are drawn it is 0.03, blocks change their streams by a hundredth, and no depth could be seen."""
 NUM_FINGERPRINTED = 64
 E5M2 = torch.float8_e5m2
 
@@ -262,6 +265,7 @@ def build(setting: Setting, plan: MemoryPlan) -> tuple[nn.Module, dict[str, Tens
     num_blocks = len(block_names(family.build_transformer(setting.transformer_config), family))
     placement, layout = placement_of(plan, device), layout_of(plan, num_blocks)
     transformer = random_transformer(family, setting.transformer_config, placement, layout)
+    enlarge_modulations(transformer, setting)
     fingerprint = {
         name: tensor.flatten()[:NUM_FINGERPRINTED].float()
         for name, tensor in transformer.named_parameters()
@@ -273,6 +277,24 @@ def build(setting: Setting, plan: MemoryPlan) -> tuple[nn.Module, dict[str, Tens
         values = draws.normal(parameter.shape, SEED, "random weights", "lora", name)
         parameter.data = (deviation * values).to(device)
     return transformer, fingerprint
+
+
+@torch.no_grad()
+def enlarge_modulations(transformer: nn.Module, setting: Setting) -> None:
+    """Brings them to `MODULATION_SIZE`, within a factor of 1.4: by a power of two, so that no weight is rounded and all
+    ways have the same one."""
+    family, inputs = setting.family, setting.inputs
+    embedding = family.embed_time(transformer, inputs.sigma_B, inputs.conditioning)
+    layers = [
+        module
+        for block in blocks_of(transformer, family)
+        for name, module in block.named_modules()
+        if isinstance(module, nn.Linear) and name.endswith(family.modulation_layers)
+    ]
+    size = layers[0](nn.functional.silu(embedding)).float().square().mean().sqrt()
+    factor = 2.0 ** round(math.log2(MODULATION_SIZE / float(size)))
+    for layer in layers:
+        layer.weight.mul_(factor)
 
 
 def forward_backward(setting: Setting, transformer: nn.Module, fingerprint: Mapping[str, Tensor]) -> Pass:
