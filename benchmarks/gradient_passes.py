@@ -26,7 +26,7 @@ from pixtune import adapters, draws
 from pixtune.config import load_config
 from pixtune.families import family_of
 from pixtune.families.base import Conditioning, ModelFamily
-from pixtune.fit import heads, lora, mlp, quantize
+from pixtune.fit import heads, lora, mlp
 from pixtune.fit.activations import recompute_blocks
 from pixtune.fit.apply import apply_switches, apply_to_activations, blocks_of, layout_of, placement_of
 from pixtune.fit.forwards import Forward, wrap_forward
@@ -305,9 +305,7 @@ def forward_backward(setting: Setting, transformer: nn.Module, fingerprint: Mapp
     """
     inputs, parameters = setting.inputs, adapters.trainable_parameters(transformer)
     transformer.zero_grad(set_to_none=True)
-    velocity_BCHW = setting.family.predict_velocity(
-        transformer, inputs.noisy_BCHW, inputs.sigma_B, inputs.conditioning
-    )
+    velocity_BCHW = setting.family.predict_velocity(transformer, inputs.noisy_BCHW, inputs.sigma_B, inputs.conditioning)
     sample_losses(velocity_BCHW, inputs.target_BCHW).mean().backward()
     gradients = {name: parameter.grad.detach() for name, parameter in parameters.items() if parameter.grad is not None}
     norms = {name: float(gradient.float().norm()) for name, gradient in gradients.items()}

@@ -1,4 +1,4 @@
-"""How far LoRA gradients in 8 and 4 bits are from exact ones, block by block: python benchmarks/gradients.py --output DIR
+"""How far LoRA gradients in 8 and 4 bits are from exact ones, by depth: python benchmarks/gradients.py --output DIR
 
 Full-size transformers with random weights, a LoRA of rank 16 on the attention that changes the output already, one
 picture of 1024x1024 pixels. Every way (gradient_passes.py) has the same weights, LoRA and inputs. Errors are relative
@@ -12,12 +12,13 @@ one block of each kind, by themselves.
     python benchmarks/gradients.py --output DIR --table
 
 Each cell's JSON is written at once and not made twice, so a call that was cut off is repeated. It has every LoRA
-matrix's cosine and relative error. Needs a GPU of 80 GB; without one, toys in the tests.
+matrix's cosine and relative error. Needs a GPU of 80 GB.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import re
 import statistics
 import time
@@ -44,6 +45,8 @@ PRODUCTS = "products"
 NUM_QUARTERS = 4
 ROUNDS, PRODUCTS_PER_ROUND = 7, 10
 DIGITS = 6
+TOLD_OF_PLAN = ("weights_format", "kept_transposes", "lean", "recomputed_blocks", "reprojected_blocks", "compile",
+                "cudnn_attention", "flash_attention_3")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -85,8 +88,14 @@ class Measured:
     """Passes of one model, and what they are compared with, which is computed when it is first needed."""
 
     def __init__(self, setting: Setting) -> None:
+        self.setting = setting
         self._passes = Passes(setting)
         self._references: dict[str, Pass] = {}
+
+    def forget(self) -> None:
+        """Gives all memory back."""
+        self._references = {}
+        self._passes.forget()
 
     def compare(self, name: str) -> Result:
         """One way beside the references.
@@ -98,13 +107,13 @@ class Measured:
             self._references = {"fp32": self._passes.run_exactly(), "bf16": self._passes.run(BF16)}
         (way,) = (way for way in WAYS if way.name == name)
         ours = self._references["bf16"] if way is BF16 else self._passes.run(way)
-        plan = way.plan(self._passes.setting.plan, len(self._passes.blocks))
+        plan = way.plan(self.setting.plan, len(self._passes.blocks)).to_dict()
         beside = {}
         for reference, exact in self._references.items():
             if exact is not ours:
                 check_weights(ours, exact)
                 beside[reference] = errors(ours, exact, self._passes.blocks)
-        return {"plan": plan.to_dict(), "relative_to": beside}
+        return {"plan": {key: plan[key] for key in TOLD_OF_PLAN}, "relative_to": beside}
 
 
 def check_weights(ours: Pass, exact: Pass) -> None:
@@ -112,7 +121,9 @@ def check_weights(ours: Pass, exact: Pass) -> None:
     common = ours.fingerprint.keys() & exact.fingerprint.keys()
     other = [name for name in sorted(common) if not ours.fingerprint[name].equal(exact.fingerprint[name])]
     if other or not common:
-        raise ValueError(f"{len(other)} of {len(common)} tensors have other weights than in the exact pass: {other[:3]}")
+        raise ValueError(
+            f"{len(other)} of {len(common)} tensors have other weights than in the exact pass: {other[:3]}"
+        )
 
 
 def errors(ours: Pass, exact: Pass, blocks: Sequence[str]) -> Result:
@@ -200,35 +211,28 @@ def block_products(setting: Setting) -> dict[str, list[Product]]:
 
 def time_products(setting: Setting) -> Result:
     """Milliseconds of a block's 8-bit products, one after the other, by what they are computed with."""
+
+    def total_ms(products: Sequence[Product], codes: torch.dtype, fast: bool) -> float:
+        return round(sum(product_ms(product, codes, fast, setting.device) for product in products), 4)
+
     kinds = []
-    for path, products in block_products(setting).items():
-        times: dict[tuple[Product, torch.dtype, bool], float] = {}
-
-        def total(
-            parts: Sequence[Product],
-            codes: torch.dtype,
-            fast: bool,
-            times: dict[tuple[Product, torch.dtype, bool], float] = times,
-        ) -> float:
-            for part in set(parts) - {known for known, *how in times if how == [codes, fast]}:
-                times[part, codes, fast] = product_ms(part, codes, fast, setting.device)
-            return round(sum(times[part, codes, fast] for part in parts), 4)
-
-        backward = [product.backward for product in products]
+    for path, forward in block_products(setting).items():
+        backward = [product.backward for product in forward]
         kinds.append({
             "blocks": path,
-            "num_products_forward": len(products),
-            "forward_ms": {"fast sums": total(products, E4M3, True), "exact sums": total(products, E4M3, False)},
+            "num_products": len(forward),
+            "forward_ms": {"fast sums": total_ms(forward, E4M3, True), "exact sums": total_ms(forward, E4M3, False)},
             "backward_ms": {
-                "fast sums": total(backward, E4M3, True),
-                "exact sums": total(backward, E4M3, False),
-                "e5m2 gradients, fast sums": total(backward, E5M2, True),
-                "e5m2 gradients, exact sums": total(backward, E5M2, False),
+                "fast sums": total_ms(backward, E4M3, True),
+                "exact sums": total_ms(backward, E4M3, False),
+                "e5m2, fast sums": total_ms(backward, E5M2, True),
+                "e5m2, exact sums": total_ms(backward, E5M2, False),
             },
         })  # fmt: skip
     return {"kinds": kinds}
 
 
+@functools.cache
 def product_ms(product: Product, codes: torch.dtype, fast: bool, device: torch.device) -> float:
     """The median of some rounds, the first left out.
 
@@ -242,9 +246,7 @@ def product_ms(product: Product, codes: torch.dtype, fast: bool, device: torch.d
     for _ in range(ROUNDS + 1):
         began = mark_time(device)
         for _ in range(PRODUCTS_PER_ROUND):
-            torch._scaled_mm(
-                a, b.t(), scale_a=a_scale, scale_b=b_scale, out_dtype=torch.bfloat16, use_fast_accum=fast
-            )
+            torch._scaled_mm(a, b.t(), scale_a=a_scale, scale_b=b_scale, out_dtype=torch.bfloat16, use_fast_accum=fast)
         ended = mark_time(device)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
@@ -260,24 +262,29 @@ class Models:
 
     def __init__(self, size_pixels: int) -> None:
         self._size_pixels = size_pixels
-        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._model = ""
+        self._measured: Measured | None = None
 
     def measure(self, cell: Cell) -> Result:
         """A cell that fails leaves its words: an old torch may lack a product, a GPU the memory."""
         began = time.monotonic()
-        if cell.model != self._model:
-            self._setting = self._measured = None  # its memory first
-            self._setting = prepare(cell.model, self._size_pixels, self._device)
-            self._measured, self._model = Measured(self._setting), cell.model
+        measured = self._measure(cell.model)
         try:
-            result = time_products(self._setting) if cell.way == PRODUCTS else self._measured.compare(cell.way)
+            result = time_products(measured.setting) if cell.way == PRODUCTS else measured.compare(cell.way)
         except RuntimeError as error:
             result = {"failed": f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"}
         return {
             "benchmark": "gradients", "model": cell.model, "way": cell.way, "size_pixels": self._size_pixels,
             **result, "wall_seconds": round(time.monotonic() - began, 1), **describe(),
         }  # fmt: skip
+
+    def _measure(self, model: str) -> Measured:
+        if self._measured is None or model != self._model:
+            if self._measured is not None:
+                self._measured.forget()
+            device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+            self._model, self._measured = model, Measured(prepare(model, self._size_pixels, device))
+        return self._measured
 
 
 COLUMNS = ["model", "way", "relative to", "velocity: error", "all LoRA gradients: cosine, error",
@@ -292,8 +299,13 @@ def table_rows(cell: Cell, result: Result) -> list[str]:
         return [f"{cell.model}, {products_sentence(kind)}" for kind in result["kinds"]]
     rows = []
     for reference, found in result["relative_to"].items():
-        all_gradients, worst = found["all_gradients"], min(found["quarters"], key=lambda row: row["worst_matrix_cosine"])
-        cells = [f"{row['cosine']:.4f}, {row['relative_error']:.1%} ({short(row['block'])})" for row in found["quarters"]]
+        all_gradients, worst = (
+            found["all_gradients"],
+            min(found["quarters"], key=lambda row: row["worst_matrix_cosine"]),
+        )
+        cells = [
+            f"{row['cosine']:.4f}, {row['relative_error']:.1%} ({short(row['block'])})" for row in found["quarters"]
+        ]
         cells += [""] * (NUM_QUARTERS - len(cells))
         figures = [
             f"{found['velocity_relative_error']:.2%}",
