@@ -15,6 +15,8 @@ import torch
 from pixtune.bench.flops import StepSize, read_linears
 from pixtune.fit.load import random_transformer
 from pixtune.fit.plan import MemoryPlan
+from pixtune.fit.quantize import FP8, QuantizedLinear
+from pixtune.quantization_errors import relative_error
 from tests.runs import ROOT
 
 CPU = torch.device("cpu")
@@ -156,6 +158,24 @@ def test_a_variant_changes_what_it_says_and_nothing_afterwards(
     with module.e5m2_gradients():
         assert module.FrozenProduct.backward is module.e5m2_backward
     assert module.FrozenProduct.backward is before
+
+
+def test_e5m2_gradients_are_the_same_with_tensor_cores(gradients: ModuleType) -> None:
+    module = importlib.import_module("gradient_passes")
+    torch.manual_seed(0)
+    weight_NK, x_MK, gradient_MN = torch.randn(48, 32), torch.randn(20, 32), torch.randn(20, 48).bfloat16()
+    found = {}
+    for tensor_cores in (True, False):
+        layer = QuantizedLinear(32, 48, FP8, torch.float8_e4m3fn, tensor_cores)
+        layer.set_weight(weight_NK)
+        for name, around in (("e5m2", module.e5m2_gradients), ("e4m3", module.nullcontext)):
+            leaf = x_MK.bfloat16().requires_grad_()
+            with around():
+                (found[name, tensor_cores],) = torch.autograd.grad(layer.product(leaf), leaf, gradient_MN)
+    exact = gradient_MN.float() @ layer.dequantized()
+    assert relative_error(found["e5m2", True], found["e5m2", False]) < 0.005
+    coarse, fine = (relative_error(found[name, True], exact) for name in ("e5m2", "e4m3"))
+    assert 1.7 < coarse / fine < 2.3, "one bit of mantissa less"
 
 
 def test_a_way_that_is_not_as_planned_recomputes_every_block(gradients: ModuleType) -> None:
