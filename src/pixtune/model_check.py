@@ -49,7 +49,7 @@ WEIGHT_CHANNEL_BOUND = 0.1
 INPUT_CHANNEL_BOUND = 0.2
 """Sound: below 0.16, where a GELU's output has many small channels."""
 GRADIENT_BOUND = 0.95
-"""Least cosine of all LoRA gradients. Sound small models have 0.99 and more."""
+"""Least cosine of all LoRA gradients. Sound small models have 0.986 and more in fp8, 0.996 and more in int8."""
 SLACK_BYTES = 2 * GIB
 """Beside a whole transformer: activations, the autoencoder, the CUDA context's later growth."""
 
