@@ -17,9 +17,10 @@ from pixtune.data.buckets import Size
 from pixtune.families.base import CONTROL_SIDE, Conditioning, LatentDistribution, Placement, Prompt, TextEncoder
 from pixtune.families.flow_schedule import model_sigmas, model_time_shift, rounded_timestep
 from pixtune.families.packing import PATCH, grid, num_tokens, pack_latents, unpack_latents
+from pixtune.families.transformer_shapes import flux_shapes
 from pixtune.fit.activations import recompute
 from pixtune.fit.attention import with_dense_gradient
-from pixtune.fit.footprint import ActivationUnits
+from pixtune.fit.footprint import ActivationUnits, Shapes
 from pixtune.fit.lora import project
 from pixtune.weights import ModelFolder
 
@@ -163,6 +164,9 @@ class Flux:
         for block in model.single_transformer_blocks:
             block.attn.set_processor(AttentionBesideMlp())
         return model
+
+    def transformer_shapes(self, config: Mapping[str, Any]) -> Shapes:
+        return flux_shapes(config)
 
     # ---- encoding
 

@@ -17,8 +17,9 @@ from pixtune.errors import WeightsError
 from pixtune.families.base import Conditioning, LatentDistribution, Placement, Prompt, TextEncoder
 from pixtune.families.flow_schedule import model_sigmas, model_time_shift, rounded_timestep
 from pixtune.families.packing import PATCH, grid, num_tokens, pack_latents, unpack_latents
+from pixtune.families.transformer_shapes import qwen_image_shapes
 from pixtune.fit.activations import recompute
-from pixtune.fit.footprint import ActivationUnits
+from pixtune.fit.footprint import ActivationUnits, Shapes
 from pixtune.fit.lora import project
 from pixtune.weights import ModelFolder
 
@@ -156,11 +157,7 @@ class QwenImage:
     def build_transformer(self, config: Mapping[str, Any]) -> nn.Module:
         from diffusers import QwenImageTransformer2DModel
 
-        if config.get("guidance_embeds", False):
-            raise WeightsError(
-                "The transformer's config has guidance_embeds set. diffusers' model class cannot run such a model (its "
-                "time embedding takes no guidance), so it cannot be trained either."
-            )
+        refuse_guidance(config)
         with torch.device("meta"):
             model: Any = QwenImageTransformer2DModel.from_config(config)
         # No parameter and in no file: made again, with values.
@@ -171,6 +168,10 @@ class QwenImage:
         for block in model.transformer_blocks:
             block.attn.set_processor(JointAttention())
         return model
+
+    def transformer_shapes(self, config: Mapping[str, Any]) -> Shapes:
+        refuse_guidance(config)
+        return qwen_image_shapes(config)
 
     # ---- encoding
 
@@ -268,6 +269,18 @@ class QwenImage:
             tensors[f"diffusion_model.{name}"] = tensor
             tensors[f"diffusion_model.{module}.alpha"] = torch.tensor(alpha)
         return tensors
+
+
+def refuse_guidance(config: Mapping[str, Any]) -> None:
+    """
+    Raises:
+        WeightsError: the transformer's config is that of a guidance-distilled model.
+    """
+    if config.get("guidance_embeds", False):
+        raise WeightsError(
+            "The transformer's config has guidance_embeds set. diffusers' model class cannot run such a model (its "
+            "time embedding takes no guidance), so it cannot be trained either."
+        )
 
 
 class RealRotaryEmbedding(nn.Module):
