@@ -32,6 +32,12 @@ def repo_root() -> Path:
     return Path(__file__).resolve().parent.parent
 
 
+@pytest.fixture(scope="session")
+def warm_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Encodings that runs share whose tests are not about encoding: named by content, so nobody gets another's."""
+    return tmp_path_factory.mktemp("warm_cache")
+
+
 @pytest.fixture
 def diffusers_warnings(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
     """diffusers says in warnings which keys were missing, unexpected or ignored."""
