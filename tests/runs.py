@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
+from collections.abc import Mapping
 from pathlib import Path
+
+from tests import processes
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY_MODEL = ROOT / "assets" / "tiny-qwen-image"
@@ -44,13 +46,27 @@ def environment(**changes: str) -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", **changes}
 
 
-def pixtune(*arguments: object, **options: object) -> subprocess.CompletedProcess[str]:
-    """Runs `pixtune ...` and returns its outcome with all it printed."""
-    command = [sys.executable, "-m", "pixtune.cli", *map(str, arguments)]
-    return run(command, **options)
+def pixtune(
+    *arguments: object, env: Mapping[str, str] | None = None, before: processes.Before | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Runs `pixtune ...` in a process of its own and returns its outcome with all it printed.
+
+    Args:
+        before: what that process does first.
+    """
+    return python("-m", "pixtune.cli", *arguments, env=env, before=before)
+
+
+def python(
+    *arguments: object, env: Mapping[str, str] | None = None, before: processes.Before | None = None
+) -> subprocess.CompletedProcess[str]:
+    """`python ...` in at most five minutes, from a process that has the libraries already."""
+    words = [*map(str, arguments)]
+    code, printed = processes.run(words, env or environment(), 300, before)
+    return subprocess.CompletedProcess(words, code, printed)
 
 
 def run(command: list[str], **options: object) -> subprocess.CompletedProcess[str]:
-    """A command from the repository's root, in at most five minutes."""
+    """Any command as it is typed, from the repository's root, in at most five minutes."""
     settings = {"cwd": ROOT, "env": environment(), "timeout": 300, "text": True, **options}
     return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **settings)  # type: ignore[call-overload]

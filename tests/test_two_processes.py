@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from pixtune.metrics import read_metrics
-from tests.runs import environment, overrides, run, write_config
+from tests.runs import environment, overrides, pixtune, run, write_config
 
 SETTINGS = {
     "max_train_steps": 6,
@@ -20,22 +20,27 @@ SETTINGS = {
 }
 
 
-def launch(num_processes: int, config: Path, words: list[str], script: Path) -> str:
+def train_alone(config: Path, words: list[str]) -> None:
+    outcome = pixtune("train", "--config", config, *words)
+    assert outcome.returncode == 0, outcome.stdout
+
+
+def train_in_two(config: Path, words: list[str]) -> str:
     """torch's launcher on the CPU, where processes talk through gloo (`accelerate launch` would need MPI there)."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_processes)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py"]
     env = environment(ACCELERATE_USE_CPU="true", GLOO_SOCKET_IFNAME="lo")
-    outcome = run([*command, str(script), "--config", str(config), *words], env=env)
+    outcome = run([*command, "--config", str(config), *words], env=env)
     assert outcome.returncode == 0, outcome.stdout
     return outcome.stdout
 
 
-def test_two_processes_equal_one_with_twice_the_batch(tmp_path: Path, repo_root: Path) -> None:
-    config, cache_dir = write_config(tmp_path), tmp_path / "cache"
+def test_two_processes_equal_one_with_twice_the_batch(tmp_path: Path, warm_cache: Path) -> None:
+    config = write_config(tmp_path)
     one, two = tmp_path / "one", tmp_path / "two"
-    launch(1, config, overrides(one, cache_dir, **SETTINGS, train_batch_size=4), repo_root / "train.py")
-    printed = launch(2, config, overrides(two, cache_dir, **SETTINGS, train_batch_size=2), repo_root / "train.py")
+    train_alone(config, overrides(one, warm_cache, **SETTINGS, train_batch_size=4))
+    printed = train_in_two(config, overrides(two, warm_cache, **SETTINGS, train_batch_size=2))
     assert printed.count("wrote ") == 1, printed
-    assert not list(tmp_path.rglob("*.tmp"))
+    assert not [*tmp_path.rglob("*.tmp"), *warm_cache.rglob("*.tmp")]
 
     mine, theirs = (load_file(folder / "pytorch_lora_weights.safetensors") for folder in (one, two))
     assert mine.keys() == theirs.keys()

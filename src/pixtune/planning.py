@@ -167,8 +167,7 @@ def footprint_of(config: TrainConfig, family: ModelFamily, folder: ModelFolder, 
 def tensor_shapes(config: TrainConfig, family: ModelFamily, folder: ModelFolder) -> Shapes:
     """Of the transformer, from the headers of its files; of a run with random weights, from its config."""
     if config.random_weights:
-        model = family.build_transformer(folder.component_config("transformer"))
-        return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        return family.transformer_shapes(folder.component_config("transformer"))
     return {
         name: tuple(tensor["shape"])
         for file in weight_files(folder.path / "transformer")

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.runs import ROOT, overrides, run, write_config
+from tests.runs import ROOT, overrides, python, write_config
 
 
 def launch(script: str, model: str, folder: Path) -> tuple[int, str]:
@@ -15,7 +14,7 @@ def launch(script: str, model: str, folder: Path) -> tuple[int, str]:
         folder / "run", folder / "cache", pretrained_model_name_or_path=ROOT / "assets" / model, max_train_steps=1,
         random_weights=True,
     )  # fmt: skip
-    outcome = run([sys.executable, script, "--config", str(write_config(folder)), *words])
+    outcome = python(script, "--config", write_config(folder), *words)
     return outcome.returncode, outcome.stdout
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,15 @@ from pixtune.families.qwen_image_edit import EditReader
 from pixtune.fit.load import load_transformer
 from pixtune.sample import sample_latents, starting_noise, to_image
 from pixtune.weights import ModelFolder
-from tests.families.stock import CAPTIONS, assert_same, build_folder, edit_pipeline, real_processor, recorded_calls
+from tests.families.stock import (
+    CAPTIONS,
+    assert_same,
+    build_folder,
+    edit_pipeline,
+    real_processor,
+    recorded_calls,
+    remembered_encodings,
+)
 
 COVERED = ("qwen_image_edit", "qwen_image_edit_plus")
 PLACEMENT = Placement(torch.device("cpu"), torch.float32)
@@ -56,6 +64,13 @@ class Case:
     @property
     def most(self) -> int:
         return self.family.max_controls
+
+
+@pytest.fixture(scope="module", autouse=True)
+def encodings() -> Iterator[None]:
+    """Of all cases: they differ in what they do with them."""
+    with remembered_encodings():
+        yield
 
 
 @pytest.fixture(scope="module", params=["qwen_image_edit", "qwen_image_edit_plus", "qwen_image_edit_plus-2511"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from pixtune.families.base import ModelFamily, Placement
 from pixtune.fit.load import load_transformer
 from pixtune.sample import SamplerSettings
 from pixtune.weights import ModelFolder
-from tests.families.stock import edit_pipeline
+from tests.families.stock import edit_pipeline, remembered_encodings
 from tests.runs import ROOT
 
 MODELS = {
@@ -114,6 +115,14 @@ def psnr(one: Image.Image, other: Image.Image) -> float:
     return float("inf") if error == 0 else float(10 * torch.log10(torch.tensor(255**2 / error)))
 
 
+@pytest.fixture
+def encodings() -> Iterator[None]:
+    """Control pictures are encoded once for both pipelines and both of our pictures."""
+    with remembered_encodings():
+        yield
+
+
+@pytest.mark.usefixtures("encodings")
 @pytest.mark.parametrize("name", MODELS)
 def test_the_stock_pipeline_draws_our_picture(
     name: str, tmp_path: Path, diffusers_warnings: pytest.LogCaptureFixture

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 from safetensors.torch import load_file
 
 from tests.families.toy_family import build_toy_folder
-from tests.runs import overrides, run, write_config
+from tests.runs import overrides, pixtune, python, write_config
 
 LORA = "pytorch_lora_weights.safetensors"
 
 
 def toy(*words: object) -> str:
     """The command line with the toy family in it."""
-    outcome = run([sys.executable, "tests/families/toy_family.py", *map(str, words)])
+    outcome = python("tests/families/toy_family.py", *words)
     assert outcome.returncode == 0, outcome.stdout
     return outcome.stdout
 
@@ -52,5 +51,5 @@ def test_a_family_of_one_file_goes_all_the_way(tmp_path: Path) -> None:
 def test_an_unregistered_family_is_refused_by_its_kind(tmp_path: Path) -> None:
     model = build_toy_folder(tmp_path / "model")
     words = overrides(tmp_path / "run", tmp_path / "cache", pretrained_model_name_or_path=model)
-    outcome = run([sys.executable, "-m", "pixtune.cli", "train", "--config", str(write_config(tmp_path)), *words])
+    outcome = pixtune("train", "--config", write_config(tmp_path), *words)
     assert outcome.returncode == 1 and "ToyPipeline" in outcome.stdout and "Traceback" not in outcome.stdout

@@ -21,7 +21,7 @@ from pixtune.families import FAMILIES
 from pixtune.families.base import Conditioning, LatentDistribution, Placement, Prompt, TextEncoder
 from pixtune.families.flow_schedule import model_sigmas, model_time_shift
 from pixtune.families.packing import PATCH, num_tokens
-from pixtune.fit.footprint import ActivationUnits
+from pixtune.fit.footprint import ActivationUnits, Shapes
 from pixtune.weights import ModelFolder
 
 TEXT_WIDTH = 16
@@ -106,6 +106,9 @@ class ToyFamily:
 
         with torch.device("meta"):
             return SD3Transformer2DModel.from_config(config)
+
+    def transformer_shapes(self, config: Mapping[str, Any]) -> Shapes:
+        return {name: tuple(tensor.shape) for name, tensor in self.build_transformer(config).state_dict().items()}
 
     @staticmethod
     def _placed(model: Any, placement: Placement) -> nn.Module:

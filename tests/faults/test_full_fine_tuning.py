@@ -26,12 +26,12 @@ WAYS = {
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path, way: str) -> None:
+def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path, warm_cache: Path, way: str) -> None:
     config, ends = write_config(tmp_path), {"whole": [4], "parts": [2, 4]}
     for name, stops in ends.items():
         for stop in stops:
             words = overrides(
-                tmp_path / name, tmp_path / "cache", method="full", learning_rate=1e-5, max_train_steps=stop,
+                tmp_path / name, warm_cache, method="full", learning_rate=1e-5, max_train_steps=stop,
                 checkpointing_steps=2, resume_from_checkpoint="latest", **WAYS[way],
             )  # fmt: skip
             outcome = pixtune("train", "--config", config, *words)
@@ -69,12 +69,12 @@ SAVINGS: dict[str, tuple[str, dict[str, object]]] = {  # of memory: which weight
 
 
 def train_here(
-    folder: Path, name: str, way: str, steps: int, planned: dict[str, object], **changes: object
+    folder: Path, cache_dir: Path, name: str, way: str, steps: int, planned: dict[str, object], **changes: object
 ) -> Checkpoint:
     """A run in this process whose plan is changed; its last checkpoint."""
     decide = training.decide_plan
     words = overrides(
-        folder / name, folder / "cache", method="full", learning_rate=1e-5, max_train_steps=steps,
+        folder / name, cache_dir, method="full", learning_rate=1e-5, max_train_steps=steps,
         resume_from_checkpoint="latest", **{"max_grad_norm": 0.01} | WAYS[way] | changes,
     )  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
@@ -98,23 +98,27 @@ def losses(folder: Path) -> list[tuple[float, float]]:
 
 
 @pytest.mark.parametrize("saving", SAVINGS)
-def test_saving_memory_changes_neither_losses_nor_weights_nor_states(tmp_path: Path, saving: str) -> None:
+def test_saving_memory_changes_neither_losses_nor_weights_nor_states(
+    tmp_path: Path, warm_cache: Path, saving: str
+) -> None:
     way, planned = SAVINGS[saving]
     optimizer = {"optimizer": planned["optimizer"]} if "optimizer" in planned else {}
-    plain = train_here(tmp_path, "plain", way, 3, optimizer)
-    train_here(tmp_path, "parts", way, 1, planned)
-    assert_same(train_here(tmp_path, "parts", way, 3, planned), plain)
+    plain = train_here(tmp_path, warm_cache, "plain", way, 3, optimizer)
+    train_here(tmp_path, warm_cache, "parts", way, 1, planned)
+    assert_same(train_here(tmp_path, warm_cache, "parts", way, 3, planned), plain)
     assert losses(tmp_path / "parts") == losses(tmp_path / "plain")
     assert all(norm > 0.01 for _, norm in losses(tmp_path / "plain")), "clipped"
 
 
 @pytest.mark.parametrize("clip", [0, 0.01])
-def test_compiled_blocks_train_all_weights(tmp_path: Path, clip: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiled_blocks_train_all_weights(
+    tmp_path: Path, warm_cache: Path, clip: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Traced with their backward pass and run by torch's own kernels: only the order of sums in fp32 differs."""
-    plain = train_here(tmp_path, "plain", "fp32", 2, {}, max_grad_norm=clip)
+    plain = train_here(tmp_path, warm_cache, "plain", "fp32", 2, {}, max_grad_norm=clip)
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     planned = {"compile": True, "fused_step": True, "recomputed_blocks": 1}
-    compiled = train_here(tmp_path, "compiled", "fp32", 2, planned, max_grad_norm=clip)
+    compiled = train_here(tmp_path, warm_cache, "compiled", "fp32", 2, planned, max_grad_norm=clip)
     figures = zip(losses(tmp_path / "plain"), losses(tmp_path / "compiled"), strict=True)
     for (loss, norm), (own_loss, own_norm) in figures:
         assert own_loss == pytest.approx(loss, rel=1e-5) and own_norm == pytest.approx(norm, rel=1e-4)
@@ -131,10 +135,12 @@ def load_base(folder: Path) -> dict[str, torch.Tensor]:
     }
 
 
-def test_the_exported_model_is_whole_and_an_export_of_the_checkpoint_equals_it(tmp_path: Path) -> None:
+def test_the_exported_model_is_whole_and_an_export_of_the_checkpoint_equals_it(
+    tmp_path: Path, warm_cache: Path
+) -> None:
     from diffusers import QwenImagePipeline
 
-    words = overrides(tmp_path / "run", tmp_path / "cache", method="full", mixed_precision="bf16", max_train_steps=1)
+    words = overrides(tmp_path / "run", warm_cache, method="full", mixed_precision="bf16", max_train_steps=1)
     outcome = pixtune("train", "--config", write_config(tmp_path), *words)
     assert outcome.returncode == 0, outcome.stdout
     model = tmp_path / "run" / "model"
@@ -151,9 +157,9 @@ def test_the_exported_model_is_whole_and_an_export_of_the_checkpoint_equals_it(t
 
 
 @pytest.mark.parametrize("model", ["tiny-flux", "tiny-qwen-image-edit"])
-def test_every_family_trains_all_weights(tmp_path: Path, model: str) -> None:
+def test_every_family_trains_all_weights(tmp_path: Path, warm_cache: Path, model: str) -> None:
     words = overrides(
-        tmp_path / "run", tmp_path / "cache", pretrained_model_name_or_path=ROOT / "assets" / model, method="full",
+        tmp_path / "run", warm_cache, pretrained_model_name_or_path=ROOT / "assets" / model, method="full",
         max_train_steps=1, random_weights=True, data_config__allow_missing_controls=True,
     )  # fmt: skip
     outcome = pixtune("train", "--config", write_config(tmp_path), *words)
@@ -161,7 +167,7 @@ def test_every_family_trains_all_weights(tmp_path: Path, model: str) -> None:
     assert (tmp_path / "run" / "model" / "model_index.json").is_file()
 
 
-def test_lora_keys_with_all_weights_are_refused(tmp_path: Path) -> None:
-    words = overrides(tmp_path / "run", tmp_path / "cache", method="full", lora_alpha=4)
+def test_lora_keys_with_all_weights_are_refused(tmp_path: Path, warm_cache: Path) -> None:
+    words = overrides(tmp_path / "run", warm_cache, method="full", lora_alpha=4)
     outcome = pixtune("train", "--config", write_config(tmp_path), *words)
     assert outcome.returncode == 1 and "lora_alpha given and method is full" in outcome.stdout

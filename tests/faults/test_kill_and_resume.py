@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -15,7 +13,8 @@ from safetensors.torch import load_file
 
 from pixtune.checkpoint import checkpoint_path, find_checkpoints
 from pixtune.metrics import read_metrics
-from tests.runs import ROOT, environment, overrides, pixtune, write_config
+from tests import processes
+from tests.runs import environment, overrides, pixtune, write_config
 
 NUM_STEPS = 20
 SETTINGS = {
@@ -37,16 +36,11 @@ OF_A_SESSION = ("first_step", "drift", "memory")
 
 
 @pytest.fixture(scope="module")
-def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory: pytest.TempPathFactory, cache_dir: Path) -> Path:
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory, warm_cache: Path) -> Path:
     """The output folder of one run in one go."""
     output_dir = tmp_path_factory.mktemp("uninterrupted")
     config = write_config(output_dir.parent)
-    outcome = pixtune("train", "--config", config, *overrides(output_dir / "run", cache_dir, **SETTINGS))
+    outcome = pixtune("train", "--config", config, *overrides(output_dir / "run", warm_cache, **SETTINGS))
     assert outcome.returncode == 0, outcome.stdout
     return output_dir / "run"
 
@@ -74,20 +68,17 @@ def assert_same_state(one: Path, other: Path) -> None:
     assert plain == other_plain
 
 
-def start(output_dir: Path, cache_dir: Path) -> subprocess.Popen[str]:
+def start(output_dir: Path, warm_cache: Path) -> processes.Started:
     config = write_config(output_dir.parent)
-    words = overrides(output_dir, cache_dir, **SETTINGS, resume_from_checkpoint="latest")
-    command = [sys.executable, "-m", "pixtune.cli", "train", "--config", str(config), *words]
-    return subprocess.Popen(
-        command, cwd=ROOT, env=environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
+    words = overrides(output_dir, warm_cache, **SETTINGS, resume_from_checkpoint="latest")
+    return processes.start(["-m", "pixtune.cli", "train", "--config", str(config), *words], environment())
 
 
 def steps_done(output_dir: Path) -> int:
     return max((line["step"] for line in read_metrics(output_dir / "metrics.jsonl")), default=0)
 
 
-def wait_for_step(process: subprocess.Popen[str], output_dir: Path, step: int) -> None:
+def wait_for_step(process: processes.Started, output_dir: Path, step: int) -> None:
     deadline = time.monotonic() + 120
     while steps_done(output_dir) < step:
         assert process.poll() is None, f"ended early: {process.communicate()[0]}"
@@ -96,20 +87,20 @@ def wait_for_step(process: subprocess.Popen[str], output_dir: Path, step: int) -
 
 
 def test_killed_at_random_moments_and_resumed_is_the_uninterrupted_run(
-    tmp_path: Path, cache_dir: Path, uninterrupted: Path
+    tmp_path: Path, warm_cache: Path, uninterrupted: Path
 ) -> None:
     output_dir = tmp_path / "run"
     moments = random.Random(time.time_ns())
     kills = []
     for earliest in (2, 9):
-        process = start(output_dir, cache_dir)
+        process = start(output_dir, warm_cache)
         wait_for_step(process, output_dir, earliest)
         time.sleep(moments.uniform(0, 0.4))
         process.send_signal(signal.SIGKILL)
         process.communicate()
         kills.append((steps_done(output_dir), [path.name for path in find_checkpoints(output_dir)]))
     assert process.returncode == -signal.SIGKILL, "the run ended before it could be killed"
-    last = start(output_dir, cache_dir)
+    last = start(output_dir, warm_cache)
     printed, _ = last.communicate(timeout=120)
     assert last.returncode == 0, printed
     assert "going on after step" in printed, f"started anew instead of resuming; kills: {kills}"
@@ -118,34 +109,34 @@ def test_killed_at_random_moments_and_resumed_is_the_uninterrupted_run(
 
 @pytest.mark.parametrize("stop_signal", [signal.SIGTERM, signal.SIGINT])
 def test_told_to_stop_saves_the_very_step_and_goes_on(
-    tmp_path: Path, cache_dir: Path, uninterrupted: Path, stop_signal: signal.Signals
+    tmp_path: Path, warm_cache: Path, uninterrupted: Path, stop_signal: signal.Signals
 ) -> None:
     output_dir = tmp_path / "run"
-    process = start(output_dir, cache_dir)
+    process = start(output_dir, warm_cache)
     wait_for_step(process, output_dir, 4)
     process.send_signal(stop_signal)
     printed, _ = process.communicate(timeout=60)
     assert process.returncode == 130, printed
     stopped_at = int(find_checkpoints(output_dir)[-1].name.removeprefix("checkpoint-"))
     assert stopped_at == steps_done(output_dir) < NUM_STEPS, printed
-    last = start(output_dir, cache_dir)
+    last = start(output_dir, warm_cache)
     printed, _ = last.communicate(timeout=120)
     assert last.returncode == 0, printed
     assert_same_state(output_dir, uninterrupted)
 
 
-def test_a_cold_start_is_not_the_uninterrupted_run(tmp_path: Path, cache_dir: Path, uninterrupted: Path) -> None:
+def test_a_cold_start_is_not_the_uninterrupted_run(tmp_path: Path, warm_cache: Path, uninterrupted: Path) -> None:
     """The comparison can fail: other steps give other weights."""
     output_dir = tmp_path / "run"
-    words = overrides(output_dir, cache_dir, **{**SETTINGS, "seed": 43})
+    words = overrides(output_dir, warm_cache, **{**SETTINGS, "seed": 43})
     assert pixtune("train", "--config", write_config(tmp_path), *words).returncode == 0
     with pytest.raises(AssertionError):
         assert_same_state(output_dir, uninterrupted)
 
 
-def test_a_finished_run_resumed_changes_nothing(cache_dir: Path, uninterrupted: Path) -> None:
+def test_a_finished_run_resumed_changes_nothing(warm_cache: Path, uninterrupted: Path) -> None:
     before = final_state(uninterrupted)
-    words = overrides(uninterrupted, cache_dir, **SETTINGS, resume_from_checkpoint="latest")
+    words = overrides(uninterrupted, warm_cache, **SETTINGS, resume_from_checkpoint="latest")
     outcome = pixtune("train", "--config", write_config(uninterrupted.parent), *words)
     assert outcome.returncode == 0, outcome.stdout
     after = final_state(uninterrupted)
@@ -153,9 +144,9 @@ def test_a_finished_run_resumed_changes_nothing(cache_dir: Path, uninterrupted: 
     assert all(before[0][name].equal(after[0][name]) for name in before[0])
 
 
-def test_resuming_with_other_settings_is_refused_by_key(cache_dir: Path, uninterrupted: Path) -> None:
+def test_resuming_with_other_settings_is_refused_by_key(warm_cache: Path, uninterrupted: Path) -> None:
     words = overrides(
-        uninterrupted, cache_dir, **{**SETTINGS, "learning_rate": 0.5, "seed": 7}, resume_from_checkpoint="latest"
+        uninterrupted, warm_cache, **{**SETTINGS, "learning_rate": 0.5, "seed": 7}, resume_from_checkpoint="latest"
     )
     outcome = pixtune("train", "--config", write_config(uninterrupted.parent), *words)
     assert outcome.returncode == 1

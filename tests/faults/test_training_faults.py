@@ -19,14 +19,14 @@ def limit_file_size() -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
 
 
-def test_disk_full_at_a_checkpoint_keeps_the_earlier_one_and_says_so(tmp_path: Path) -> None:
-    config, cache_dir, output_dir = write_config(tmp_path), tmp_path / "cache", tmp_path / "run"
-    words = overrides(output_dir, cache_dir, max_train_steps=2)
+def test_disk_full_at_a_checkpoint_keeps_the_earlier_one_and_says_so(tmp_path: Path, warm_cache: Path) -> None:
+    config, output_dir = write_config(tmp_path), tmp_path / "run"
+    words = overrides(output_dir, warm_cache, max_train_steps=2)
     assert pixtune("train", "--config", config, *words).returncode == 0
     before = [path.name for path in find_checkpoints(output_dir)]
 
-    words = overrides(output_dir, cache_dir, max_train_steps=4, resume_from_checkpoint="latest", rank=4)
-    outcome = pixtune("train", "--config", config, *words, preexec_fn=limit_file_size)
+    words = overrides(output_dir, warm_cache, max_train_steps=4, resume_from_checkpoint="latest", rank=4)
+    outcome = pixtune("train", "--config", config, *words, before=limit_file_size)
     assert outcome.returncode == 1, outcome.stdout
     assert "could not be written" in outcome.stdout
     assert "Traceback" not in outcome.stdout
@@ -39,13 +39,15 @@ def test_disk_full_at_a_checkpoint_keeps_the_earlier_one_and_says_so(tmp_path: P
     assert find_checkpoints(output_dir)[-1].name == "checkpoint-000004"
 
 
-def test_disk_full_while_caching_leaves_no_part_of_an_entry(tmp_path: Path) -> None:
-    def tiny_limit() -> None:
-        limit_file_size()
-        resource.setrlimit(resource.RLIMIT_FSIZE, (2_000, 2_000))
+def limit_file_size_more() -> None:
+    """Not even an entry of the cache can be written."""
+    limit_file_size()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2_000, 2_000))
 
+
+def test_disk_full_while_caching_leaves_no_part_of_an_entry(tmp_path: Path) -> None:
     words = overrides(tmp_path / "run", tmp_path / "cache")
-    outcome = pixtune("train", "--config", write_config(tmp_path), *words, preexec_fn=tiny_limit)
+    outcome = pixtune("train", "--config", write_config(tmp_path), *words, before=limit_file_size_more)
     assert outcome.returncode == 1, outcome.stdout
     assert "Traceback" not in outcome.stdout
     assert "cache" in outcome.stdout
@@ -54,9 +56,9 @@ def test_disk_full_while_caching_leaves_no_part_of_an_entry(tmp_path: Path) -> N
     assert outcome.returncode == 0, outcome.stdout
 
 
-def test_a_loss_that_is_no_number_stops_the_run_and_names_the_pictures(tmp_path: Path) -> None:
+def test_a_loss_that_is_no_number_stops_the_run_and_names_the_pictures(tmp_path: Path, warm_cache: Path) -> None:
     words = overrides(
-        tmp_path / "run", tmp_path / "cache", learning_rate="1e30", max_train_steps=40, checkpointing_steps=20,
+        tmp_path / "run", warm_cache, learning_rate="1e30", max_train_steps=40, checkpointing_steps=20,
         logging_steps=1, max_grad_norm="1e30",
     )  # fmt: skip
     outcome = pixtune("train", "--config", write_config(tmp_path), *words)
@@ -90,8 +92,8 @@ def test_all_bad_files_are_reported_together_before_training(tmp_path: Path) -> 
     assert not (tmp_path / "run").exists()
 
 
-def test_a_new_start_does_not_overwrite_a_finished_run(tmp_path: Path) -> None:
-    config, words = write_config(tmp_path), overrides(tmp_path / "run", tmp_path / "cache", max_train_steps=1)
+def test_a_new_start_does_not_overwrite_a_finished_run(tmp_path: Path, warm_cache: Path) -> None:
+    config, words = write_config(tmp_path), overrides(tmp_path / "run", warm_cache, max_train_steps=1)
     assert pixtune("train", "--config", config, *words).returncode == 0
     outcome = pixtune("train", "--config", config, *words)
     assert outcome.returncode == 1

@@ -165,15 +165,17 @@ def test_the_command_prints_json_for_programs(full_size: dict[str, Path]) -> Non
     assert training["device_bytes"] == plan.expected_peak_bytes <= values["usable_bytes"]
 
 
-def test_nothing_is_loaded_and_cuda_is_not_started(full_size: dict[str, Path]) -> None:
+def test_nothing_is_loaded_and_cuda_is_not_started(full_size: dict[str, Path], tmp_path: Path) -> None:
     """Weight files are holes: whoever reads one gets zeros in tens of gigabytes. Libraries of models take seconds."""
+    bare = [configs_alone(folder, tmp_path / name) for name, folder in full_size.items()]
     code = f"""
 import sys, torch
 from pathlib import Path
 from pixtune.config import load_config
 from pixtune.plan_command import make_report
-words = ["pretrained_model_name_or_path={full_size["qwen_image"]}", "output_dir=o", "data_config.img_dir=x"]
-make_report(load_config(None, [*words, "max_train_steps=1"], folders_must_exist=False), "4090")
+for model in {[str(folder) for folder in (full_size["qwen_image"], *bare)]}:
+    words = [f"pretrained_model_name_or_path={{model}}", "output_dir=o", "data_config.img_dir=x"]
+    make_report(load_config(None, [*words, "max_train_steps=1"], folders_must_exist=False), "4090")
 heavy = {{"diffusers", "transformers", "peft", "accelerate", "bitsandbytes"}} & set(sys.modules)
 sys.exit(f"imported {{heavy}}" if heavy else "started CUDA" if torch.cuda.is_initialized() else 0)
 """
@@ -263,13 +265,17 @@ def test_a_folder_of_another_kind_is_told_what_it_is(tmp_path: Path) -> None:
         find_model(str(tmp_path))
 
 
-def test_configs_alone_are_enough(full_size: dict[str, Path], tmp_path: Path) -> None:
+def configs_alone(source: Path, folder: Path) -> Path:
     """What the command of the error leaves: no weights, but the index of those that come in several files."""
-    source = full_size["qwen_image"]
     for file in {file for pattern in CONFIG_PATTERNS for file in source.glob(pattern.replace("*.", "*/*."))}:
-        target = tmp_path / file.relative_to(full_size["qwen_image"])
+        target = folder / file.relative_to(source)
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(file.read_bytes())
+    return folder
+
+
+def test_configs_alone_are_enough(full_size: dict[str, Path], tmp_path: Path) -> None:
+    configs_alone(full_size["qwen_image"], tmp_path)
     total_size = 2 * TEXT_ENCODER["qwen_image"]["text_encoder"]
     index = {"metadata": {"total_size": total_size}, "weight_map": {}}
     (tmp_path / "text_encoder" / "model.safetensors.index.json").write_text(json.dumps(index))

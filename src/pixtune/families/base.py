@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from pixtune.data.buckets import Size
-from pixtune.fit.footprint import ActivationUnits
+from pixtune.fit.footprint import ActivationUnits, Shapes
 from pixtune.weights import ModelFolder
 
 if TYPE_CHECKING:
@@ -141,6 +141,12 @@ class ModelFamily(Protocol):
         """The transformer that a config describes (empty: the full-size default), on the meta device.
 
         Only what its files do not hold has values. `fit.load` gives it the rest.
+        """
+
+    def transformer_shapes(self, config: Mapping[str, Any]) -> Shapes:
+        """Of all that `build_transformer` gives names in its state dict, in the same order.
+
+        By arithmetic, where a plan shall not wait for the import of the model's class.
         """
 
     def encode_text(

@@ -18,9 +18,10 @@ from pixtune.data.buckets import Size
 from pixtune.families.base import CONTROL_SIDE, Conditioning, LatentDistribution, Placement, Prompt, TextEncoder
 from pixtune.families.flow_schedule import model_sigmas, model_time_shift, rounded_timestep
 from pixtune.families.packing import PATCH, grid, num_tokens, pack_latents, unpack_latents
+from pixtune.families.transformer_shapes import flux_shapes
 from pixtune.fit.activations import recompute
 from pixtune.fit.attention import with_dense_gradient
-from pixtune.fit.footprint import ActivationUnits
+from pixtune.fit.footprint import ActivationUnits, Shapes
 from pixtune.fit.heads import Stream, join_heads
 from pixtune.fit.lora import project
 from pixtune.fit.mlp import mlp
@@ -170,6 +171,9 @@ class Flux:
             block.attn.set_processor(AttentionBesideMlp())
             block.forward = MethodType(single_block, block)
         return model
+
+    def transformer_shapes(self, config: Mapping[str, Any]) -> Shapes:
+        return flux_shapes(config)
 
     # ---- encoding
 

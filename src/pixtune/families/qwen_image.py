@@ -19,7 +19,8 @@ from pixtune.families.flow_schedule import model_sigmas, model_time_shift, round
 from pixtune.families.packing import PATCH, grid, num_tokens, pack_latents, unpack_latents
 from pixtune.families.qwen_attention import JointAttention, RealRotaryEmbedding
 from pixtune.families.qwen_clean_controls import count_on_device
-from pixtune.fit.footprint import ActivationUnits
+from pixtune.families.transformer_shapes import qwen_image_shapes
+from pixtune.fit.footprint import ActivationUnits, Shapes
 from pixtune.fit.text_padding import padded_length
 from pixtune.weights import ModelFolder
 
@@ -163,11 +164,7 @@ class QwenImage:
     def build_transformer(self, config: Mapping[str, Any]) -> nn.Module:
         from diffusers import QwenImageTransformer2DModel
 
-        if config.get("guidance_embeds", False):
-            raise WeightsError(
-                "The transformer's config has guidance_embeds set. diffusers' model class cannot run such a model (its "
-                "time embedding takes no guidance), so it cannot be trained either."
-            )
+        refuse_guidance(config)
         with torch.device("meta"):
             model: Any = QwenImageTransformer2DModel.from_config(config)
         # No parameter and in no file: made again, with values.
@@ -180,6 +177,10 @@ class QwenImage:
         if model.zero_cond_t:
             count_on_device(model)
         return model
+
+    def transformer_shapes(self, config: Mapping[str, Any]) -> Shapes:
+        refuse_guidance(config)
+        return qwen_image_shapes(config)
 
     # ---- encoding
 
@@ -281,6 +282,18 @@ class QwenImage:
             tensors[f"diffusion_model.{name}"] = tensor
             tensors[f"diffusion_model.{module}.alpha"] = torch.tensor(alpha)
         return tensors
+
+
+def refuse_guidance(config: Mapping[str, Any]) -> None:
+    """
+    Raises:
+        WeightsError: the transformer's config is that of a guidance-distilled model.
+    """
+    if config.get("guidance_embeds", False):
+        raise WeightsError(
+            "The transformer's config has guidance_embeds set. diffusers' model class cannot run such a model (its "
+            "time embedding takes no guidance), so it cannot be trained either."
+        )
 
 
 def real_tokens(conditioning: Conditioning, num_image_tokens: int) -> dict[str, Tensor] | None:
