@@ -1,12 +1,14 @@
 """Full-size steps within the memory of smaller cards: python benchmarks/card_sizes.py --output results [CELL ...]
 
 A cell is a model, the most that the process may take in GiB, and what else the config says, joined by commas:
-`qwen-image,23.3` or `flux,15.3,rank=64,--size=768`. Without any, the table of RESULTS.md. Each runs in a process of its
+`qwen-image,23.3` or `flux,15.3,rank=64,--size=768`; with `--shapes` pictures and captions come in 20 shapes, and the
+median is of the second half of its steps. Without any, the table of RESULTS.md. Each runs in a process of its
 own, and its JSON is written at once; those that are there already are not run again. `--table` prints them.
 """
 
 from __future__ import annotations
 
+import statistics
 import subprocess
 import tempfile
 import time
@@ -22,7 +24,8 @@ LIMITS_GIB = {
     "flux": (79, 47, 31, 23.3, 15.3, 11.4, 7.4, 5.5),
 }
 """Cards of 80, 48, 32, 24, 16, 12, 8 and 6 GB, less what a desktop and the driver take."""
-STEPS = 8
+STEPS, STEPS_OF_SHAPES = 8, 80
+SHAPES = "--shapes"
 
 
 @dataclass(frozen=True)
@@ -33,11 +36,13 @@ class Cell:
     limit_gib: float
     size: int = 1024
     overrides: tuple[str, ...] = ()
+    shapes: bool = False
 
     @property
     def name(self) -> str:
         """As a file's stem."""
         more = [f"size={self.size}"] if self.size != 1024 else []
+        more += ["shapes"] if self.shapes else []
         return "-".join([self.model, f"{self.limit_gib:g}", *more, *self.overrides]).replace(".", "_")
 
 
@@ -50,18 +55,23 @@ def parse_cell(text: str) -> Cell:
     if model not in ARCHITECTURES:
         raise ValueError(f"{text}: the model is one of {', '.join(ARCHITECTURES)}")
     sizes = [int(part.removeprefix("--size=")) for part in rest if part.startswith("--size=")]
-    return Cell(model, float(limit), *(sizes or [1024]), tuple(part for part in rest if not part.startswith("--")))
+    overrides = tuple(part for part in rest if not part.startswith("--"))
+    return Cell(model, float(limit), *(sizes or [1024]), overrides, shapes=SHAPES in rest)
 
 
 def run_cell(cell: Cell) -> Result:
     """Runs a cell; one that fails leaves its last words."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        prepare(folder, cell.model, cell.size)
+        prepare(folder, cell.model, cell.size, shapes=cell.shapes)
         overrides = (f"gpu_memory_limit_gib={cell.limit_gib:g}", *cell.overrides)
         began = time.perf_counter()
         try:
-            result = measure(folder, folder / "run", cell.model, cell.size, STEPS, overrides)
+            steps = STEPS_OF_SHAPES if cell.shapes else STEPS
+            result = measure(folder, folder / "run", cell.model, cell.size, steps, overrides)
+            if cell.shapes:
+                half = result["seconds_per_step_all"][steps // 2 :]
+                result |= {"shapes": True, "seconds_per_step_median": statistics.median(half)}
         except subprocess.CalledProcessError as error:
             result = {"model": cell.model, "overrides": list(overrides), "failed": str(error)}
         return result | {"limit_gib": cell.limit_gib, "wall_seconds": round(time.perf_counter() - began, 1)}
@@ -82,6 +92,7 @@ def row(result: Result) -> str:
     ways += [f"{plan['streamed_blocks']} streamed"] if plan["streamed_blocks"] else []
     more = [text for text in result["overrides"] if not text.startswith("gpu_memory_limit_gib")]
     more += [f"{result['size_pixels']} pixels"] if result["size_pixels"] != 1024 else []
+    more += ["20 shapes"] if result.get("shapes") else []
     figures = [
         f"{result['seconds_per_step_median']:.3f}", f"{memory['measured_peak_gib']:.2f}",
         f"{memory['expected_peak_gib']:.2f}", f"{memory['error_percent']:+.1f}%",

@@ -21,6 +21,7 @@ model, stopped after five steps and resumed for five more (a checkpoint has 82 G
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import subprocess
@@ -31,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from architectures import ARCHITECTURES, write_model_folder
+from PIL import Image
 
 from pixtune.bench.environment import describe
 from pixtune.bench.synthetic import write_pictures
@@ -39,21 +41,44 @@ from pixtune.metrics import read_metrics
 Result = dict[str, Any]
 NUM_PICTURES = 4
 """To train on."""
+RATIOS, NUM_WORDS = (1.0, 9 / 7, 7 / 9, 16 / 9), (5, 30, 55, 80, 105)
+"""Of pictures in several shapes and of their captions: 20 shapes together."""
 WARM_UP_STEPS = 3
 
 
-def prepare(folder: Path, model_name: str, size: int, num_held_out: int = 0) -> None:
-    """Model folder and pictures of a benchmark. The same ones each time: a run that goes on knows its pictures."""
+def prepare(folder: Path, model_name: str, size: int, num_held_out: int = 0, shapes: bool = False) -> None:
+    """Model folder and pictures of a benchmark. The same ones each time: a run that goes on knows its pictures.
+
+    Args:
+        shapes: pictures of `RATIOS`, each with captions of `NUM_WORDS`, instead of one size and one length.
+    """
     model = ARCHITECTURES[model_name]
     write_model_folder(folder / "model", model)
-    write_pictures(folder / "pictures", size, NUM_PICTURES + num_held_out, model.num_controls, num_words=1)
+    num_pictures = len(RATIOS) * len(NUM_WORDS) if shapes else NUM_PICTURES
+    write_pictures(
+        folder / "pictures", size, num_pictures + num_held_out, model.num_controls, num_words=model.num_text_tokens
+    )
+    if shapes:
+        for number, (ratio, words) in enumerate(itertools.product(RATIOS, NUM_WORDS)):
+            path = folder / "pictures" / "images" / f"{number}.png"
+            with Image.open(path) as picture:
+                picture.resize((round(size * ratio**0.5), round(size / ratio**0.5))).save(path)
+            path.with_suffix(".txt").write_text(" ".join(["noise"] * words))
 
 
-def measure(folder: Path, output: Path, model_name: str, size: int, steps: int, overrides: Sequence[str]) -> Result:
+def measure(
+    folder: Path,
+    output: Path,
+    model_name: str,
+    size: int,
+    steps: int,
+    overrides: Sequence[str],
+    num_held_out: int = 0,
+) -> Result:
     """Trains in a process of its own and reads what the run wrote about itself.
 
     Args:
-        folder: of `prepare`.
+        folder: of `prepare`, and `num_held_out` as there.
         output: the run's folder; what is in it already is gone on with if an override says so.
 
     Raises:
@@ -62,7 +87,7 @@ def measure(folder: Path, output: Path, model_name: str, size: int, steps: int, 
     config = folder / f"{output.name}.yaml"
     pictures, model = folder / "pictures", ARCHITECTURES[model_name]
     # A share of one folder, since a run that goes on may find its pictures elsewhere, but not its held-out folder.
-    held_out = 1 - NUM_PICTURES / len(list((pictures / "images").glob("*.png")))
+    held_out = num_held_out / len(list((pictures / "images").glob("*.png")))
     config.write_text(
         f"pretrained_model_name_or_path: {folder / 'model'}\noutput_dir: {output}\nrandom_weights: true\n"
         f"max_train_steps: {steps}\nlogging_steps: 1\n"
@@ -105,7 +130,9 @@ def main() -> None:
         folder = Path(name)
         prepare(folder, arguments.model, arguments.size, arguments.held_out)
         output = arguments.output or folder / "run"
-        result = measure(folder, output, arguments.model, arguments.size, arguments.steps, arguments.overrides)
+        result = measure(
+            folder, output, arguments.model, arguments.size, arguments.steps, arguments.overrides, arguments.held_out
+        )
     print(json.dumps(result, indent=2))
 
 

@@ -28,7 +28,7 @@ from pixtune.checkpoint import (
 )
 from pixtune.config import to_dict
 from pixtune.data.batches import Batch
-from pixtune.data.prepare import PreparedData
+from pixtune.data.prepared import PreparedData
 from pixtune.data.swapped import measure_gains, swap_warning
 from pixtune.errors import CheckpointError
 from pixtune.families.base import Placement

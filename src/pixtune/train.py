@@ -19,7 +19,8 @@ from pixtune import optim
 from pixtune.checkpoint import Checkpoint, load_checkpoint, resolve_resume, stored
 from pixtune.config.schema import TrainConfig
 from pixtune.data.batches import Batch, BatchPlan, BatchSource, read_ahead, timed
-from pixtune.data.prepare import PreparedData, prepare_data
+from pixtune.data.prepare import prepare_data
+from pixtune.data.prepared import PreparedData
 from pixtune.families import family_of
 from pixtune.families.base import ModelFamily
 from pixtune.fit import load

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from pixtune.checkpoint import checkpoint_path, find_checkpoints, joined, load_checkpoint
 
@@ -52,7 +53,7 @@ def test_all_weights_are_trained_saved_and_gone_on_with(architectures: ModuleTyp
         """As by `main`: model folder and pictures are made anew each time."""
         folder = tmp_path / f"{steps} steps"
         full_size.prepare(folder, "toy", 64, num_held_out=1)
-        result: Result = full_size.measure(folder, output, "toy", 64, steps, [*words, *more])
+        result: Result = full_size.measure(folder, output, "toy", 64, steps, [*words, *more], num_held_out=1)
         return result
 
     first = run(STEPS)
@@ -81,7 +82,7 @@ def test_the_loss_of_pictures_that_are_not_trained_on_falls(
         folder = tmp_path / f"{learning_rate:g}{len(more)}"
         full_size.prepare(folder, "toy", 64, num_held_out=2)
         words = ["method=full", f"learning_rate={learning_rate:g}", "mixed_precision=no", *more]
-        result: Result = full_size.measure(folder, folder / "run", "toy", 64, 5, words)
+        result: Result = full_size.measure(folder, folder / "run", "toy", 64, 5, words, num_held_out=2)
         assert [line["step"] for line in result["held_out_losses"]] == [0, 5]
         assert len(result["losses"]) == 5
         return [line["loss"] for line in result["held_out_losses"]]
@@ -274,3 +275,17 @@ def test_card_sizes_keeps_its_files_and_its_table(
     assert f"| {old['seconds_per_step_median']:.3f} | {peak_gib:.2f} |" in printed and "| 9.000 |" in printed
     written = json.loads((tmp_path / "flux-7_4-rank=64.json").read_text())
     assert written["limit_gib"] == 7.4 and "wall_seconds" in written
+
+
+# ---- card_sizes.py
+
+
+def test_a_cell_of_many_shapes_has_pictures_and_captions_in_many(tmp_path: Path) -> None:
+    card_sizes, full_size = script("card_sizes"), script("full_size")
+    cell = card_sizes.parse_cell("qwen-image,23.3,rank=8,--shapes")
+    assert cell.shapes and cell.overrides == ("rank=8",) and "shapes" in cell.name
+    assert not card_sizes.parse_cell("qwen-image,23.3").shapes
+    full_size.prepare(tmp_path, "qwen-image", 64, shapes=True)
+    images = sorted((tmp_path / "pictures" / "images").glob("*.png"))
+    shapes = {(Image.open(image).size, len(image.with_suffix(".txt").read_text().split())) for image in images}
+    assert len(shapes) == len(images) == 20

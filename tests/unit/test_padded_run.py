@@ -15,7 +15,7 @@ from pixtune import planning
 from pixtune import train as training
 from pixtune.config import load_config
 from pixtune.data.batches import Batch, read_ahead
-from pixtune.data.prepare import PreparedData
+from pixtune.data.prepared import PreparedData
 from pixtune.fit import rungs
 from pixtune.fit.attention import Trial
 from pixtune.fit.plan import MemoryPlan

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import math
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from pixtune import draws
 from pixtune.config.schema import TrainConfig
-from pixtune.data.batches import SampleReader, Signature
+from pixtune.data.batches import SampleReader
 from pixtune.data.buckets import Framing, Size, build_buckets, frame_picture
 from pixtune.data.build_encoder import build_encoder
 from pixtune.data.cache import missing_keys
@@ -23,56 +18,18 @@ from pixtune.data.controls import ControlRules, frame_control
 from pixtune.data.encode import FramedPicture, TextItem, hash_text
 from pixtune.data.encodings import Encodings, control_pictures, target_picture, text_item
 from pixtune.data.images import read_size
+from pixtune.data.prepared import PreparedData, captioned_sizes, latent_size, most_image_tokens
+from pixtune.data.random_data import random_data
 from pixtune.data.samples import Sample, check_folder, read_samples, split_held_out
-from pixtune.data.swapped import BothWays, EncodedBothWays, choose_pairs, needed_pictures, needed_texts, read_pairs
+from pixtune.data.swapped import BothWays, choose_pairs, needed_pictures, needed_texts, read_pairs
 from pixtune.errors import DataError
-from pixtune.families.base import Conditioning, LatentDistribution, ModelFamily
-from pixtune.fit.encoders import EncoderPlan, encode_plainly
-from pixtune.fit.text_padding import CaptionedSize, Captions, padded_length
+from pixtune.families.base import Conditioning, ModelFamily
+from pixtune.fit.encoders import EncoderPlan
+from pixtune.fit.text_padding import Captions
 from pixtune.hardware.monitor import StageLog
 from pixtune.sample import EncodedPrompt, needs_negative
 from pixtune.validation import HeldOutPicture
 from pixtune.weights import ModelFolder
-
-RANDOM_TEXT_TOKENS = 256
-"""Length of the stand-in captions of a run with random weights that sets no `max_text_tokens`."""
-RANDOM_DROPPED_TEXT, RANDOM_HELD_OUT_TEXTS = -1, -2
-"""Seeds of stand-in captions: training samples have their numbers, held-out ones count down from here."""
-
-
-@dataclass(frozen=True)
-class PreparedData:
-    """A data set that no longer needs its encoders, unless the config has them encode in the loop."""
-
-    reader: SampleReader
-    buckets: list[list[Signature]]
-    """Sizes in pixels of each training sample's variants."""
-    held_out: list[HeldOutPicture]
-    prompts: list[EncodedPrompt]
-    both_ways: list[EncodedBothWays]
-    """A few training pairs and their swap, to ask the base model which is right; see `swapped.py`."""
-    most_image_tokens: int
-    """Target and control pictures together."""
-    most_text_tokens: int
-    captions: Captions
-    fingerprint: str
-    """A hash over everything that decides what is trained on."""
-    encoders: EncoderPlan
-    """How it was encoded."""
-
-    @property
-    def sizes_vary(self) -> bool:
-        """Whether steps have different numbers of tokens."""
-        return self.captions.differ or len({size for variants in self.buckets for size in variants}) > 1
-
-    @property
-    def drawn_pixels(self) -> int:
-        """Of the largest sample picture; 0 where none is drawn."""
-        return max((math.prod(prompt.size) for prompt in self.prompts), default=0)
-
-    def micro_batch_tokens(self, batch_size: int, text_multiple: int = 1) -> int:
-        """Image and text tokens of one process's largest micro-batch, its captions padded to a multiple."""
-        return batch_size * (self.most_image_tokens + padded_length(self.most_text_tokens, text_multiple))
 
 
 def prepare_data(
@@ -101,7 +58,7 @@ def prepare_data(
     if config.validation.held_out_dir is not None:
         held_out = read_samples(data, config.validation.held_out_dir, multiple, random_ratio=False, controls=rules)
     if config.random_weights:
-        return _random_data(config, family, folder, training, held_out)
+        return random_data(config, family, folder, training, held_out)
 
     prompts = _prompt_samples(config, multiple, rules)
     pairs = choose_pairs(training, rules, family.dropped_caption, config.seed)
@@ -265,7 +222,7 @@ def _gather(
             read_latents=lambda sample, variant: encodings.latents(target_picture(training[sample], variant)),
             read_text=read_text,
             read_controls=read_controls,
-            latent_size=partial(_latent_size, family, folder, training),
+            latent_size=partial(latent_size, family, folder, training),
             stack=family.stack_conditioning,
             time_shift=lambda height, width: family.time_shift(folder, family.num_image_tokens(height, width)),
             num_image_tokens=family.num_image_tokens,
@@ -283,113 +240,17 @@ def _gather(
         ],
         prompts=[encode_prompt(family, encodings, sample, config.samples.guidance_scale) for sample in prompts],
         both_ways=read_pairs(pairs, encodings, family.dropped_caption),
-        most_image_tokens=_most_image_tokens(family, folder, training),
+        most_image_tokens=most_image_tokens(family, folder, training),
         most_text_tokens=max(text_tokens.values()),
         captions=Captions(
             differ=len(set(text_tokens.values())) > 1 or not known,
-            sizes=_captioned_sizes(family, folder, training, text_tokens, dropout) if known else (),
+            sizes=captioned_sizes(family, folder, training, text_tokens, dropout) if known else (),
         ),
         fingerprint=hash_text("\n".join(key.digest for key in keys)),
         encoders=encodings.encoder.plan,
     )
 
 
-def _most_image_tokens(family: ModelFamily, folder: ModelFolder, samples: Sequence[Sample]) -> int:
-    signatures = {sample.signature(variant) for sample in samples for variant in range(len(sample.framings))}
-    return max(_image_tokens(family, folder, signature) for signature in signatures)
-
-
-def _image_tokens(family: ModelFamily, folder: ModelFolder, signature: Signature) -> int:
-    return sum(family.num_image_tokens(*family.latent_shape(folder, *size)[1:]) for size in signature)
-
-
-def _captioned_sizes(
-    family: ModelFamily,
-    folder: ModelFolder,
-    samples: Sequence[Sample],
-    text_tokens: Mapping[TextItem, int],
-    dropout: float,
-) -> tuple[CaptionedSize, ...]:
-    """Which captions are drawn with pictures of which sizes, how often."""
-    draws_of: dict[Signature, dict[int, float]] = {}
-    shares = [(1 - dropout, None), (dropout, family.dropped_caption)]
-    for sample in samples:
-        for variant in range(len(sample.framings)):
-            lengths = draws_of.setdefault(sample.signature(variant), defaultdict(float))
-            for share, instead in shares:
-                if share:
-                    caption = sample.caption if instead is None else instead
-                    lengths[text_tokens[text_item(caption, sample, variant)]] += share / len(sample.framings)
-    return tuple(CaptionedSize(_image_tokens(family, folder, size), lengths) for size, lengths in draws_of.items())
-
-
-def _latent_size(
-    family: ModelFamily, folder: ModelFolder, samples: Sequence[Sample], sample: int, variant: int
-) -> Size:
-    """Height and width."""
-    _, height, width = family.latent_shape(folder, *samples[sample].framings[variant].size)
-    return height, width
-
-
 def _num_tokens(row: Conditioning) -> int:
     """The longest of a row's sequences; a single vector counts as no sequence."""
     return max(len(tensor) for tensor in row.values() if tensor.ndim > 1)
-
-
-def _random_data(
-    config: TrainConfig,
-    family: ModelFamily,
-    folder: ModelFolder,
-    training: Sequence[Sample],
-    held_out: Sequence[Sample],
-) -> PreparedData:
-    """Random latents and text features of the right shapes: speed and memory are real, pictures are not.
-
-    Held-out pictures are draws of their own, so that what a run learns of all such draws can be told from what it
-    learns of its own.
-    """
-    num_text_tokens = config.data_config.max_text_tokens or RANDOM_TEXT_TOKENS
-
-    def random_latents(size: Size, *place: int | str) -> Tensor:
-        return draws.normal((1, *family.latent_shape(folder, *size)), config.seed, "random weights", *place)
-
-    def held_out_picture(number: int, sample: Sample) -> HeldOutPicture:
-        target, *controls = sample.signature(0)
-        return HeldOutPicture(
-            sample.name,
-            random_latents(target, "held out", number),
-            family.random_text(folder, num_text_tokens, RANDOM_HELD_OUT_TEXTS - number),
-            tuple(random_latents(size, "held out", number, place) for place, size in enumerate(controls)),
-        )
-
-    def read_latents(sample: int, variant: int) -> LatentDistribution:
-        mean_BCHW = random_latents(training[sample].framings[variant].size, sample)
-        return LatentDistribution(mean_BCHW, torch.zeros_like(mean_BCHW))
-
-    def read_controls(sample: int, variant: int) -> list[Tensor]:
-        sizes = training[sample].signature(variant)[1:]
-        return [random_latents(size, sample, number) for number, size in enumerate(sizes)]
-
-    return PreparedData(
-        reader=SampleReader(
-            read_latents=read_latents,
-            read_text=lambda sample, variant, dropped: family.random_text(
-                folder, num_text_tokens, RANDOM_DROPPED_TEXT if dropped else sample
-            ),
-            read_controls=read_controls,
-            latent_size=partial(_latent_size, family, folder, training),
-            stack=family.stack_conditioning,
-            time_shift=lambda height, width: family.time_shift(folder, family.num_image_tokens(height, width)),
-            num_image_tokens=family.num_image_tokens,
-            names=[sample.name for sample in training],
-        ),
-        buckets=[[sample.signature(variant) for variant in range(len(sample.framings))] for sample in training],
-        held_out=[held_out_picture(number, sample) for number, sample in enumerate(held_out)],
-        prompts=[],
-        both_ways=[],
-        most_image_tokens=_most_image_tokens(family, folder, training),
-        most_text_tokens=num_text_tokens,
-        captions=Captions(differ=False),
-        fingerprint="random",
-        encoders=encode_plainly(config.encode_batch_size),
-    )

@@ -9,7 +9,8 @@ from accelerate import Accelerator
 
 from pixtune.bench.synthetic import write_pictures
 from pixtune.config.schema import DataConfig, TrainConfig, ValidationConfig
-from pixtune.data.prepare import PreparedData, prepare_data
+from pixtune.data.prepare import prepare_data
+from pixtune.data.prepared import PreparedData
 from pixtune.families import family_of
 from pixtune.weights import open_model_folder
 from tests.runs import ROOT
@@ -25,7 +26,7 @@ def prepared(folder: Path, validation: ValidationConfig, model: str = "tiny-qwen
         validation=validation,
         data_config=DataConfig(
             img_dir=folder / "trained" / "images",
-            control_dir=folder / "trained" / "control_0",
+            control_dir=folder / "trained" / "control_0" if model.endswith("edit") else None,
             control_size=64,
             img_size=64,
         ),
@@ -54,3 +55,16 @@ def test_held_out_pictures_are_draws_of_their_own(tmp_path: Path, in_folder_of_t
         assert len(picture.controls) == 1
         assert not any(picture.conditioning["prompt_embeds"].equal(text["prompt_embeds"]) for text in texts)
         texts.append(picture.conditioning)
+
+
+def test_captions_have_a_token_for_each_word_where_they_have_lengths_of_their_own(tmp_path: Path) -> None:
+    write_pictures(tmp_path / "trained", 64, num_pictures=3, num_controls=1, num_words=1)
+    for number, words in enumerate((3, 70, 400)):
+        (tmp_path / "trained" / "images" / f"{number}.txt").write_text(" ".join(["word"] * words))
+    data = prepared(tmp_path, ValidationConfig(), "tiny-qwen-image")
+    lengths = [len(data.reader.read_text(sample, 0, False)["prompt_embeds"]) for sample in range(3)]
+    assert lengths == [3, 70, 256] and data.most_text_tokens == 256 and data.captions.differ
+    assert [set(size.draws_by_length) for size in data.captions.sizes] == [{3, 70, 256}]
+    padded = prepared(tmp_path, ValidationConfig(), "tiny-flux")
+    assert {len(padded.reader.read_text(sample, 0, False)["prompt_embeds"]) for sample in range(3)} == {256}
+    assert not padded.captions.differ

@@ -1,0 +1,103 @@
+"""Stand-in data of runs with random weights: speed and memory are real, pictures are not."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from pixtune import draws
+from pixtune.config.schema import TrainConfig
+from pixtune.data.batches import SampleReader
+from pixtune.data.buckets import Size
+from pixtune.data.encodings import text_item
+from pixtune.data.prepared import PreparedData, captioned_sizes, latent_size, most_image_tokens
+from pixtune.data.samples import Sample
+from pixtune.families.base import Conditioning, LatentDistribution, ModelFamily
+from pixtune.fit.encoders import encode_plainly
+from pixtune.fit.text_padding import Captions
+from pixtune.validation import HeldOutPicture
+from pixtune.weights import ModelFolder
+
+MOST_TEXT_TOKENS = 256
+"""Of a stand-in caption, where the config sets no `max_text_tokens`."""
+DROPPED_TEXT, HELD_OUT_TEXTS = -1, -2
+"""Seeds of stand-in captions: training samples have their numbers, held-out ones count down from here."""
+
+
+def random_data(
+    config: TrainConfig,
+    family: ModelFamily,
+    folder: ModelFolder,
+    training: Sequence[Sample],
+    held_out: Sequence[Sample],
+) -> PreparedData:
+    """Random latents and text features of the right shapes.
+
+    A caption has a token for each word, where the family's captions have lengths of their own. Held-out pictures are
+    draws of their own, so that what a run learns of all such draws can be told from what it learns of its own.
+    """
+    most_tokens = config.data_config.max_text_tokens or MOST_TEXT_TOKENS
+    dropout = config.data_config.caption_dropout_rate
+
+    def num_tokens(caption: str) -> int:
+        # A text encoder that sees control pictures makes most of its tokens of them.
+        own_length = family.pads_text and not family.controls_in_text
+        return min(max(len(caption.split()), 1), most_tokens) if own_length else most_tokens
+
+    texts = {
+        text_item(text, sample, variant): num_tokens(text)
+        for sample in training
+        for variant in range(len(sample.framings))
+        for text in (sample.caption, *([family.dropped_caption] if dropout else []))
+    }
+
+    def read_text(sample: int, variant: int, dropped: bool) -> Conditioning:
+        caption = family.dropped_caption if dropped else training[sample].caption
+        return family.random_text(folder, num_tokens(caption), DROPPED_TEXT if dropped else sample)
+
+    def random_latents(size: Size, *place: int | str) -> Tensor:
+        return draws.normal((1, *family.latent_shape(folder, *size)), config.seed, "random weights", *place)
+
+    def held_out_picture(number: int, sample: Sample) -> HeldOutPicture:
+        target, *controls = sample.signature(0)
+        return HeldOutPicture(
+            sample.name,
+            random_latents(target, "held out", number),
+            family.random_text(folder, num_tokens(sample.caption), HELD_OUT_TEXTS - number),
+            tuple(random_latents(size, "held out", number, place) for place, size in enumerate(controls)),
+        )
+
+    def read_latents(sample: int, variant: int) -> LatentDistribution:
+        mean_BCHW = random_latents(training[sample].framings[variant].size, sample)
+        return LatentDistribution(mean_BCHW, torch.zeros_like(mean_BCHW))
+
+    def read_controls(sample: int, variant: int) -> list[Tensor]:
+        sizes = training[sample].signature(variant)[1:]
+        return [random_latents(size, sample, number) for number, size in enumerate(sizes)]
+
+    return PreparedData(
+        reader=SampleReader(
+            read_latents=read_latents,
+            read_text=read_text,
+            read_controls=read_controls,
+            latent_size=partial(latent_size, family, folder, training),
+            stack=family.stack_conditioning,
+            time_shift=lambda height, width: family.time_shift(folder, family.num_image_tokens(height, width)),
+            num_image_tokens=family.num_image_tokens,
+            names=[sample.name for sample in training],
+        ),
+        buckets=[[sample.signature(variant) for variant in range(len(sample.framings))] for sample in training],
+        held_out=[held_out_picture(number, sample) for number, sample in enumerate(held_out)],
+        prompts=[],
+        both_ways=[],
+        most_image_tokens=most_image_tokens(family, folder, training),
+        most_text_tokens=max(texts.values()),
+        captions=Captions(
+            differ=len(set(texts.values())) > 1, sizes=captioned_sizes(family, folder, training, texts, dropout)
+        ),
+        fingerprint="random",
+        encoders=encode_plainly(config.encode_batch_size),
+    )
