@@ -280,6 +280,7 @@ def test_card_sizes_keeps_its_files_and_its_table(
 # ---- card_sizes.py
 
 
+@pytest.mark.usefixtures("architectures")
 def test_a_cell_of_many_shapes_has_pictures_and_captions_in_many(tmp_path: Path) -> None:
     card_sizes, full_size = script("card_sizes"), script("full_size")
     cell = card_sizes.parse_cell("qwen-image,23.3,rank=8,--shapes")
