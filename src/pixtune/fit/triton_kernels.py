@@ -68,6 +68,25 @@ def expand_nf4(
 
 
 @triton.jit
+def _find_token(num_first, num_last):
+    """The program's token among all, its sample, its place there and in its own stream, and that stream's row."""
+    token = tl.program_id(0).to(tl.int64)
+    sample, place = token // (num_first + num_last), token % (num_first + num_last)
+    is_first = place < num_first
+    place_in_stream = tl.where(is_first, place, place - num_first)
+    row = sample * tl.where(is_first, num_first, num_last) + place_in_stream
+    return token, sample, place, is_first, place_in_stream, row
+
+
+@triton.jit
+def _find_heads(num_heads, HEADS: tl.constexpr, D: tl.constexpr):
+    """The program's heads, their features, where these are in a token's row, and which are there at all."""
+    head, feature = tl.program_id(1) * HEADS + tl.arange(0, HEADS), tl.arange(0, D)
+    within, inside = head[:, None] * D + feature[None, :], (head < num_heads)[:, None] & (feature >= 0)[None, :]
+    return head, feature, within, inside
+
+
+@triton.jit
 def _read_heads(first, first_weight, last, last_weight, is_first, row, width, within, feature, inside):
     """The features of one token's heads and the weights of their norm, both fp32: of one stream or of the other."""
     states = tl.load(first + row * width + within, mask=inside & is_first, other=0.0).to(tl.float32)
@@ -108,13 +127,8 @@ def turn_heads(
     D: tl.constexpr,
 ):
     """(B, L, H * D) of one stream and of another -> (B, S, H, D): a norm over D, then pairs turned by their angles."""
-    token = tl.program_id(0).to(tl.int64)
-    sample, place = token // (num_first + num_last), token % (num_first + num_last)
-    is_first = place < num_first
-    place_in_stream = tl.where(is_first, place, place - num_first)
-    row = sample * tl.where(is_first, num_first, num_last) + place_in_stream
-    head, feature = tl.program_id(1) * HEADS + tl.arange(0, HEADS), tl.arange(0, D)
-    within, inside = head[:, None] * D + feature[None, :], (head < num_heads)[:, None] & (feature >= 0)[None, :]
+    token, _, _, is_first, place_in_stream, row = _find_token(num_first, num_last)
+    _, feature, within, inside = _find_heads(num_heads, HEADS, D)
 
     states, weight = _read_heads(
         first, first_weight, last, last_weight, is_first, row, num_heads * D, within, feature, inside
@@ -148,13 +162,8 @@ def turn_heads_backward(
     D: tl.constexpr,
 ):
     """The gradient (B, S, H, D), of any strides, of what `turn_heads` makes -> those of its two streams."""
-    token = tl.program_id(0).to(tl.int64)
-    sample, place = token // (num_first + num_last), token % (num_first + num_last)
-    is_first = place < num_first
-    place_in_stream = tl.where(is_first, place, place - num_first)
-    row = sample * tl.where(is_first, num_first, num_last) + place_in_stream
-    head, feature = tl.program_id(1) * HEADS + tl.arange(0, HEADS), tl.arange(0, D)
-    within, inside = head[:, None] * D + feature[None, :], (head < num_heads)[:, None] & (feature >= 0)[None, :]
+    _, sample, place, is_first, place_in_stream, row = _find_token(num_first, num_last)
+    head, feature, within, inside = _find_heads(num_heads, HEADS, D)
     width = num_heads * D
 
     states, weight = _read_heads(first, first_weight, last, last_weight, is_first, row, width, within, feature, inside)
