@@ -70,7 +70,14 @@ def encoder_sizes(
     element = 2 if compute_format_of(config) == "bf16" else 4
     text = count_text_weights(family, folder)
     autoencoder = folder.count_parameters("vae") or 0
-    return EncoderSizes(element * text, element * autoencoder, caption_tokens, picture_pixels, element)
+    return EncoderSizes(
+        element * text,
+        element * autoencoder,
+        caption_tokens,
+        picture_pixels,
+        element,
+        family.encoding_bytes_per_pixel,
+    )
 
 
 def count_text_weights(family: ModelFamily, folder: ModelFolder) -> int:

@@ -61,6 +61,7 @@ class ToyFamily:
     max_controls = 0
     controls_in_text = False
     embedded_guidance = False
+    encoding_bytes_per_pixel = 3150
     pads_text = False
 
     def pixel_multiple(self, folder: ModelFolder) -> int:

@@ -105,6 +105,8 @@ class ModelFamily(Protocol):
     """The text encoder sees the control pictures, so text features depend on them."""
     embedded_guidance: bool
     """The guidance scale is an input of the transformer (a distilled model), not a second pass."""
+    encoding_bytes_per_pixel: int
+    """Most that the autoencoder takes of a device in bf16, besides its weights, for a pixel that it encodes."""
     pads_text: bool
     """Captions have lengths of their own, and `stack_conditioning` can pad them to a multiple."""
 

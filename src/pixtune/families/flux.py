@@ -88,6 +88,7 @@ class Flux:
     dropped_caption = ""
     controls_in_text = False
     embedded_guidance = True
+    encoding_bytes_per_pixel = 1850  # 1600 reserved on an H200, one to four pictures of 1024 pixels a side
     pads_text = False
 
     def __init__(self, name: str, pipeline_classes: tuple[str, ...], max_controls: int = 0) -> None:

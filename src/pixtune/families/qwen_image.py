@@ -98,6 +98,7 @@ class QwenImage:
     time_features: tuple[str, ...] = ()
     dropped_caption = " "
     embedded_guidance = False
+    encoding_bytes_per_pixel = 3150  # 2700 allocated on an H100 at 512 to 1328 pixels a side, so much reserved
     pads_text = True
 
     def __init__(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 from pixtune.errors import PlanError
@@ -28,9 +29,9 @@ CHARACTERS_PER_TOKEN = 3
 """Of a caption longer than that, at the least."""
 PIXELS_PER_VISION_TOKEN = 28 * 28
 """Of the text encoders that see pictures: patches of 14 pixels, four to a token."""
-ENCODING_BYTES_PER_PIXEL, DECODING_BYTES_PER_PIXEL = 3150, 4750
-"""Of a picture on its way through an autoencoder in bf16, besides the weights. Measured on an H100 with Qwen-Image's at
-512 to 1328 pixels a side: 2700 and 4230 allocated, so much reserved. Others have the same widths and no time axis."""
+DECODING_BYTES_PER_PIXEL = 4750
+"""Of a picture on its way out of an autoencoder in bf16, besides the weights. Measured on an H100 with Qwen-Image's at
+512 to 1328 pixels a side: 4230 allocated, so much reserved. Others have the same widths and no time axis."""
 TILE_SIDES = (1024, 768, 512, 384, 256)
 """In pixels, the largest that fits is taken: the fewer the seams, the nearer to the whole picture."""
 
@@ -48,6 +49,8 @@ class EncoderSizes:
     """Of the largest picture."""
     element_bytes: int = 2
     """Of the run's number format."""
+    encoding_bytes_per_pixel: int = 3150
+    """Of a picture on its way into the autoencoder in bf16, besides the weights (`ModelFamily`)."""
 
 
 @dataclass(frozen=True)
@@ -110,12 +113,12 @@ def plan_encoders(
         raise PlanError(_host_lacks(usable_bytes, sizes, _formats(may_quantize)[-1], on_host, host_bytes))
     beside = text_weight_bytes(sizes, text_format) if text_stays else 0
     room = usable_bytes - beside - sizes.autoencoder_bytes
-    tile_pixels = fitting_tile(sizes.picture_pixels, room, encoding_bytes)
-    picture_batch = _largest_batch(room, encoding_bytes(sizes.picture_pixels, tile_pixels), batch_size)
+    tile_pixels = fitting_tile(sizes.picture_pixels, room, partial(encoding_bytes, sizes))
+    picture_batch = _largest_batch(room, encoding_bytes(sizes, sizes.picture_pixels, tile_pixels), batch_size)
     if tile_pixels:
         reasons.append(
             f"pictures in tiles of {tile_pixels} pixels: one of {sizes.picture_pixels / 1e6:.1f} megapixels would need "
-            f"{encoding_bytes(sizes.picture_pixels) / GIB:.1f} GiB beside the weights"
+            f"{encoding_bytes(sizes, sizes.picture_pixels) / GIB:.1f} GiB beside the weights"
         )
     elif picture_batch < batch_size and sizes.picture_pixels:
         reasons.append(f"{picture_batch} pictures at a time instead of {batch_size}: more would not fit")
@@ -221,9 +224,9 @@ def text_host_bytes(sizes: EncoderSizes, text_format: str | None) -> int:
     return sizes.text_bytes if sizes.element_bytes > 2 else 0
 
 
-def encoding_bytes(num_pixels: int, tile_pixels: int | None = None) -> int:
+def encoding_bytes(sizes: EncoderSizes, num_pixels: int, tile_pixels: int | None = None) -> int:
     """Working memory of encoding so many pixels at once, or one tile after the other."""
-    return _at_once(num_pixels, tile_pixels) * ENCODING_BYTES_PER_PIXEL
+    return _at_once(num_pixels, tile_pixels) * sizes.encoding_bytes_per_pixel
 
 
 def decoding_bytes(num_pixels: int, tile_pixels: int | None = None) -> int:
@@ -241,7 +244,7 @@ def fitting_tile(num_pixels: int, room_bytes: int, needed: Callable[[int], int])
     Where not even the smallest tile fits that is returned: nothing needs less.
 
     Args:
-        needed: `encoding_bytes` or `decoding_bytes`.
+        needed: by a number of pixels, as `decoding_bytes`.
     """
     if needed(num_pixels) <= room_bytes:
         return None

@@ -8,12 +8,14 @@ import pytest
 
 from pixtune.checkpoint import stored
 from pixtune.errors import CheckpointError, PlanError
+from pixtune.families import FAMILIES
 from pixtune.fit.encoders import (
     ON_CPU,
     TILE_SIDES,
     EncoderPlan,
     EncoderSizes,
     count_caption_tokens,
+    decoding_bytes,
     encode_plainly,
     encoding_bytes,
     fitting_tile,
@@ -37,12 +39,15 @@ def usable(card_gb: int) -> int:
 
 def full_size(family_name: str, side: int = 1024) -> EncoderSizes:
     text = 2 * sum(TEXT_ENCODER[family_name].values())
-    return EncoderSizes(text, 2 * AUTOENCODER[family_name], picture_pixels=side * side)
+    per_pixel = FAMILIES[family_name].encoding_bytes_per_pixel
+    return EncoderSizes(
+        text, 2 * AUTOENCODER[family_name], picture_pixels=side * side, encoding_bytes_per_pixel=per_pixel
+    )
 
 
 def peaks(plan: EncoderPlan, sizes: EncoderSizes) -> tuple[int, int]:
     """Most while captions are encoded, and while pictures are."""
-    coding = plan.picture_batch * encoding_bytes(sizes.picture_pixels, plan.tile_pixels)
+    coding = plan.picture_batch * encoding_bytes(sizes, sizes.picture_pixels, plan.tile_pixels)
     return text_peak_bytes(sizes, plan.text_format, plan.caption_batch), sizes.autoencoder_bytes + coding
 
 
@@ -56,10 +61,10 @@ def peaks(plan: EncoderPlan, sizes: EncoderSizes) -> tuple[int, int]:
         ("qwen_image", 8, "nf4", 1, None),
         ("qwen_image", 6, ON_CPU, 1, None),
         ("flux", 16, None, 4, None),
-        ("flux", 12, None, 3, None),
-        ("flux", 8, "int8", 1, None),
-        ("flux", 6, "nf4", 1, None),
-        ("flux", 4, ON_CPU, 1, 768),
+        ("flux", 12, None, 4, None),
+        ("flux", 8, "int8", 3, None),
+        ("flux", 6, "nf4", 2, None),
+        ("flux", 4, ON_CPU, 1, None),
     ],
 )
 def test_a_full_size_encoder_fits_every_card_as_exactly_as_it_can(
@@ -96,21 +101,21 @@ def test_fewer_captions_come_before_fewer_bits() -> None:
     assert plan_encoders(room, replace(sizes, caption_tokens=4096), 4).text_format == "int8"
 
 
-@pytest.mark.parametrize(("card_gb", "picture_batch"), [(8, 1), (12, 3)])
+@pytest.mark.parametrize(("card_gb", "picture_batch"), [(6, 2), (8, 3)])
 def test_pictures_are_tiled_only_where_one_alone_does_not_fit(card_gb: int, picture_batch: int) -> None:
     sizes, room = full_size("flux", side=2048), usable(card_gb)
     plan = plan_encoders(room, sizes, 4)
     assert (plan.tile_pixels, plan.picture_batch) == (1024, picture_batch)
     assert "tiles of 1024 pixels" in plan.reasons[-1]
-    assert peaks(plan, sizes)[1] <= room < sizes.autoencoder_bytes + encoding_bytes(sizes.picture_pixels)
-    assert plan_encoders(usable(16), sizes, 4).tile_pixels is None
+    assert peaks(plan, sizes)[1] <= room < sizes.autoencoder_bytes + encoding_bytes(sizes, sizes.picture_pixels)
+    assert plan_encoders(usable(12), sizes, 4).tile_pixels is None
 
 
 def test_a_tile_is_the_largest_that_fits_and_the_smallest_where_none_does() -> None:
     for side in TILE_SIDES:
-        assert fitting_tile(4096 * 4096, encoding_bytes(side * side), encoding_bytes) == side
-    assert fitting_tile(512 * 512, encoding_bytes(512 * 512), encoding_bytes) is None
-    assert fitting_tile(512 * 512, 0, encoding_bytes) == TILE_SIDES[-1]
+        assert fitting_tile(4096 * 4096, decoding_bytes(side * side), decoding_bytes) == side
+    assert fitting_tile(512 * 512, decoding_bytes(512 * 512), decoding_bytes) is None
+    assert fitting_tile(512 * 512, 0, decoding_bytes) == TILE_SIDES[-1]
 
 
 def test_a_text_encoder_that_stays_leaves_less_for_pictures() -> None:
