@@ -67,3 +67,22 @@ def diffusers_warnings(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogC
     with caplog.at_level(logging.WARNING, logger="diffusers"):
         yield caplog
     diffusers_logging.disable_propagation()
+
+
+@pytest.fixture
+def own_graphs() -> Iterator[None]:
+    """Nothing that was compiled before serves the test, and what `compile_blocks` sets ends with it."""
+    import torch
+    import torch._functorch.config as functorch_config
+    from torch._inductor import config as inductor_config
+
+    from pixtune.fit.compile import LIMIT_TO_KNOWN_OPERATORS, LIMITS_TO_RECOMPUTING
+
+    names = (*LIMITS_TO_RECOMPUTING, LIMIT_TO_KNOWN_OPERATORS)
+    before = {name: getattr(functorch_config, name) for name in names}
+    torch._dynamo.reset()
+    yield
+    for name, value in before.items():
+        setattr(functorch_config, name, value)
+    inductor_config.joint_custom_pre_pass = None
+    torch._dynamo.reset()

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
-import torch._functorch.config as functorch_config
 from torch import Tensor, nn
-from torch._inductor import config as inductor_config
 from torch.overrides import TorchFunctionMode
 
 from pixtune.adapters import attach_lora, lora_weights
@@ -19,12 +17,14 @@ from pixtune.families import FAMILIES, family_of, qwen_attention, qwen_image
 from pixtune.families.base import Conditioning, ModelFamily, Placement
 from pixtune.families.packing import pack_latents, unpack_latents
 from pixtune.fit.activations import recompute_blocks, recompute_projections
-from pixtune.fit.compile import LIMIT_TO_KNOWN_OPERATORS, LIMITS_TO_RECOMPUTING, compile_blocks
+from pixtune.fit.compile import compile_blocks
 from pixtune.fit.forwards import replace_computation
 from pixtune.fit.load import random_transformer
 from pixtune.weights import ModelFolder
 from tests.families.stock import give_values
 from tests.runs import ROOT
+
+pytestmark = pytest.mark.usefixtures("own_graphs")
 
 CPU = torch.device("cpu")
 LAYERS = 2
@@ -38,18 +38,6 @@ MODELS = {  # folder, what its config has besides
 }
 BOUND = 1e-5
 """Relative, in fp32."""
-
-
-@pytest.fixture(autouse=True)
-def _own_graphs() -> Iterator[None]:
-    names = (*LIMITS_TO_RECOMPUTING, LIMIT_TO_KNOWN_OPERATORS)
-    before = {name: getattr(functorch_config, name) for name in names}
-    torch._dynamo.reset()
-    yield
-    for name, value in before.items():
-        setattr(functorch_config, name, value)
-    inductor_config.joint_custom_pre_pass = None
-    torch._dynamo.reset()
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch._functorch.config as functorch_config
 from torch import Tensor, nn
-from torch._inductor import config as inductor_config
 
 from pixtune import adapters
 from pixtune.data.batches import Batch
@@ -20,7 +18,7 @@ from pixtune.families.base import ModelFamily, Placement
 from pixtune.fit.apply import blocks_of
 from pixtune.fit.attention import LARGEST_ERROR, measure
 from pixtune.fit.capture import GraphRecorder, ReplayedPass
-from pixtune.fit.compile import LIMIT_TO_KNOWN_OPERATORS, LIMITS_TO_RECOMPUTING, compile_blocks
+from pixtune.fit.compile import compile_blocks
 from pixtune.fit.load import load_transformer
 from pixtune.fit.padded_attention import CUDNN, FLASH, attend_padded
 from pixtune.weights import ModelFolder
@@ -40,18 +38,6 @@ MOST_ROUNDING = 1.5
 CPU = torch.device("cpu")
 KERNELS = {"cudnn": False, "flash": True}
 """Which is taken, and whether only deterministic ones may be."""
-
-
-@pytest.fixture
-def _own_graphs() -> Iterator[None]:
-    names = (*LIMITS_TO_RECOMPUTING, LIMIT_TO_KNOWN_OPERATORS)
-    before = {name: getattr(functorch_config, name) for name in names}
-    torch._dynamo.reset()
-    yield
-    for name, value in before.items():
-        setattr(functorch_config, name, value)
-    inductor_config.joint_custom_pre_pass = None
-    torch._dynamo.reset()
 
 
 @pytest.fixture(params=KERNELS)
@@ -150,7 +136,7 @@ def lean(blocks: list[nn.Module]) -> None:
     compile_blocks(blocks, lean=True)
 
 
-@pytest.mark.usefixtures("_kernel", "_own_graphs")
+@pytest.mark.usefixtures("_kernel", "own_graphs")
 @pytest.mark.parametrize("change", [lambda blocks: None, lean], ids=["eager", "compiled"])
 def test_captions_of_three_lengths_share_a_recording_and_train_as_unpadded_ones(
     change: Callable[[list[nn.Module]], object],

@@ -10,7 +10,6 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from pixtune.config.schema import TrainConfig
-from pixtune.data.batches import SampleReader
 from pixtune.data.buckets import Framing, Size, build_buckets, frame_picture
 from pixtune.data.build_encoder import build_encoder
 from pixtune.data.cache import missing_keys
@@ -18,12 +17,12 @@ from pixtune.data.controls import ControlRules, frame_control
 from pixtune.data.encode import FramedPicture, TextItem, hash_text
 from pixtune.data.encodings import Encodings, control_pictures, target_picture, text_item
 from pixtune.data.images import read_size
-from pixtune.data.prepared import PreparedData, captioned_sizes, latent_size, most_image_tokens
+from pixtune.data.prepared import PreparedData, captioned_sizes, most_image_tokens, sample_reader
 from pixtune.data.random_data import random_data
 from pixtune.data.samples import Sample, check_folder, read_samples, split_held_out
 from pixtune.data.swapped import BothWays, choose_pairs, needed_pictures, needed_texts, read_pairs
 from pixtune.errors import DataError
-from pixtune.families.base import Conditioning, ModelFamily
+from pixtune.families.base import Conditioning, LatentDistribution, ModelFamily
 from pixtune.fit.encoders import EncoderPlan
 from pixtune.fit.text_padding import Captions
 from pixtune.hardware.monitor import StageLog
@@ -199,6 +198,9 @@ def _gather(
     prompts: Sequence[Sample],
     pairs: Sequence[BothWays],
 ) -> PreparedData:
+    def read_latents(sample: int, variant: int) -> LatentDistribution:
+        return encodings.latents(target_picture(training[sample], variant))
+
     def read_text(sample: int, variant: int, dropped: bool) -> Conditioning:
         text = family.dropped_caption if dropped else training[sample].caption
         return encodings.text(text_item(text, training[sample], variant))
@@ -218,16 +220,7 @@ def _gather(
     text_tokens = {caption: _num_tokens(encodings.text(caption)) for caption in captions}
     known = config.precompute_text_embeddings
     return PreparedData(
-        reader=SampleReader(
-            read_latents=lambda sample, variant: encodings.latents(target_picture(training[sample], variant)),
-            read_text=read_text,
-            read_controls=read_controls,
-            latent_size=partial(latent_size, family, folder, training),
-            stack=family.stack_conditioning,
-            time_shift=lambda height, width: family.time_shift(folder, family.num_image_tokens(height, width)),
-            num_image_tokens=family.num_image_tokens,
-            names=[sample.name for sample in training],
-        ),
+        reader=sample_reader(family, folder, training, read_latents, read_text, read_controls),
         buckets=[[sample.signature(variant) for variant in range(len(sample.framings))] for sample in training],
         held_out=[
             HeldOutPicture(

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+
+from torch import Tensor
 
 from pixtune.data.batches import SampleReader, Signature
 from pixtune.data.buckets import Size
@@ -13,7 +16,7 @@ from pixtune.data.encode import TextItem
 from pixtune.data.encodings import text_item
 from pixtune.data.samples import Sample
 from pixtune.data.swapped import EncodedBothWays
-from pixtune.families.base import ModelFamily
+from pixtune.families.base import Conditioning, LatentDistribution, ModelFamily
 from pixtune.fit.encoders import EncoderPlan
 from pixtune.fit.text_padding import CaptionedSize, Captions, padded_length
 from pixtune.sample import EncodedPrompt
@@ -83,6 +86,27 @@ def captioned_sizes(
                     caption = sample.caption if instead is None else instead
                     lengths[text_tokens[text_item(caption, sample, variant)]] += share / len(sample.framings)
     return tuple(CaptionedSize(image_tokens(family, folder, size), lengths) for size, lengths in draws_of.items())
+
+
+def sample_reader(
+    family: ModelFamily,
+    folder: ModelFolder,
+    samples: Sequence[Sample],
+    read_latents: Callable[[int, int], LatentDistribution],
+    read_text: Callable[[int, int, bool], Conditioning],
+    read_controls: Callable[[int, int], list[Tensor]],
+) -> SampleReader:
+    """Reads a family's samples in the given ways; see `SampleReader`."""
+    return SampleReader(
+        read_latents=read_latents,
+        read_text=read_text,
+        read_controls=read_controls,
+        latent_size=partial(latent_size, family, folder, samples),
+        stack=family.stack_conditioning,
+        time_shift=lambda height, width: family.time_shift(folder, family.num_image_tokens(height, width)),
+        num_image_tokens=family.num_image_tokens,
+        names=[sample.name for sample in samples],
+    )
 
 
 def latent_size(family: ModelFamily, folder: ModelFolder, samples: Sequence[Sample], sample: int, variant: int) -> Size:

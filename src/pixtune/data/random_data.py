@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 
 import torch
 from torch import Tensor
 
 from pixtune import draws
 from pixtune.config.schema import TrainConfig
-from pixtune.data.batches import SampleReader
 from pixtune.data.buckets import Size
 from pixtune.data.encodings import text_item
-from pixtune.data.prepared import PreparedData, captioned_sizes, latent_size, most_image_tokens
+from pixtune.data.prepared import PreparedData, captioned_sizes, most_image_tokens, sample_reader
 from pixtune.data.samples import Sample
 from pixtune.families.base import Conditioning, LatentDistribution, ModelFamily
 from pixtune.fit.encoders import encode_plainly
@@ -79,16 +77,7 @@ def random_data(
         return [random_latents(size, sample, number) for number, size in enumerate(sizes)]
 
     return PreparedData(
-        reader=SampleReader(
-            read_latents=read_latents,
-            read_text=read_text,
-            read_controls=read_controls,
-            latent_size=partial(latent_size, family, folder, training),
-            stack=family.stack_conditioning,
-            time_shift=lambda height, width: family.time_shift(folder, family.num_image_tokens(height, width)),
-            num_image_tokens=family.num_image_tokens,
-            names=[sample.name for sample in training],
-        ),
+        reader=sample_reader(family, folder, training, read_latents, read_text, read_controls),
         buckets=[[sample.signature(variant) for variant in range(len(sample.framings))] for sample in training],
         held_out=[held_out_picture(number, sample) for number, sample in enumerate(held_out)],
         prompts=[],

@@ -9,13 +9,14 @@ Shapes in names: B samples, L tokens of one stream, S of both together, H heads,
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pixtune.fit.kernels import HAS_TRITON
+from pixtune.fit.kernels import has_triton
 
 HEADS_AT_ONCE = 8
 """Of one token, by one program of the kernels."""
@@ -47,7 +48,8 @@ def join_heads(streams: tuple[Stream, ...], head_size: int) -> tuple[Tensor, Ten
 
 def turned(parts: list[tuple[Tensor, nn.Module, Tensor]], head_size: int) -> Tensor:
     """Projections, each with its norm and its turns, as heads that are normed, turned and joined; (B, S, H, D)."""
-    if all(is_fused(states_BLC) and has_kernel(norm) for states_BLC, norm, _ in parts):
+    norms = [norm for _, norm, _ in parts]
+    if all(has_triton(states_BLC) for states_BLC, _, _ in parts) and have_kernel(norms):
         *first, (last_BLC, last_norm, last_turns) = parts
         first_BLC, first_norm, first_turns = first[0] if first else (None, None, None)
         first_weight = None if first_norm is None else first_norm.weight
@@ -58,16 +60,19 @@ def turned(parts: list[tuple[Tensor, nn.Module, Tensor]], head_size: int) -> Ten
     return heads[0] if len(heads) == 1 else torch.cat(heads, dim=1)
 
 
-def is_fused(states_BLC: Tensor) -> bool:
-    """Whether heads are made by the kernels."""
-    return states_BLC.is_cuda and HAS_TRITON
-
-
-def has_kernel(norm: nn.Module) -> bool:
-    """Whether a norm is what the kernels compute: frozen, and a root mean square with a weight."""
-    weight = getattr(norm, "weight", None)
-    plain = isinstance(getattr(norm, "eps", None), float) and getattr(norm, "bias", None) is None
-    return plain and isinstance(weight, Tensor) and not weight.requires_grad and is_power_of_two(weight.shape[0])
+def have_kernel(norms: Sequence[Any]) -> bool:
+    """Whether norms are what the kernels compute: frozen root mean squares with a weight and the same epsilon."""
+    # torch's and diffusers' classes have the same name, and no base that says what they are.
+    kinds = all(type(norm).__name__ == "RMSNorm" and getattr(norm, "bias", None) is None for norm in norms)
+    epsilons = {norm.eps for norm in norms} if kinds else set()
+    weights = [norm.weight for norm in norms] if kinds else []
+    return (
+        len(epsilons) == 1
+        and None not in epsilons
+        and all(
+            weight is not None and not weight.requires_grad and is_power_of_two(weight.shape[0]) for weight in weights
+        )
+    )
 
 
 def is_power_of_two(number: int) -> bool:

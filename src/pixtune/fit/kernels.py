@@ -7,6 +7,9 @@ one that the backward pass needs, and keep it in between: that would cost more t
 from __future__ import annotations
 
 import functools
+import subprocess
+import warnings
+from dataclasses import dataclass
 from importlib.util import find_spec
 
 import torch
@@ -29,7 +32,17 @@ some blocks fit better mirrored, three bits of exponent and four of mantissa."""
 UNIT_CODE = {torch.float8_e4m3fn: 128.0, torch.int8: 64.0}
 """The 8-bit code of one unit: the largest power of two by which the largest scale stays below the largest code."""
 TILE = 64
-HAS_TRITON = find_spec("triton") is not None
+
+
+@dataclass
+class Triton:
+    """What is known of it in this process."""
+
+    works: bool
+    """Its kernels run; until `try_triton` has found out, that it is installed."""
+
+
+TRITON = Triton(works=find_spec("triton") is not None)
 
 
 @functools.cache
@@ -44,8 +57,30 @@ def nf4_scales(device: torch.device) -> Tensor:
     return torch.tensor(NF4_SCALES, device=device)
 
 
-def _has_triton(tensor: Tensor) -> bool:
-    return tensor.is_cuda and HAS_TRITON
+def has_triton(tensor: Tensor) -> bool:
+    """Whether a tensor's device gets Triton's kernels."""
+    return tensor.is_cuda and TRITON.works
+
+
+def try_triton(device: torch.device) -> None:
+    """Before the first kernel is wanted: Triton may be there without the C compiler that it needs, or Python's headers.
+
+    Where it does not work, torch's operators serve all of this process, and a warning says why.
+    """
+    if device.type != "cuda" or not TRITON.works:
+        return
+    if (obstacle := triton_obstacle(device)) is not None:
+        TRITON.works = False
+        warnings.warn(f"kernels of our own do not run here, slower ones of PyTorch do: {obstacle}", stacklevel=2)
+
+
+def triton_obstacle(device: torch.device) -> str | None:
+    """Why the smallest of the kernels does not run on a device; None: it does, and is right."""
+    square = torch.arange(4, dtype=torch.uint8, device=device).view(2, 2)
+    try:
+        return None if transpose_bytes(square).equal(square.t()) else "a matrix came out transposed wrongly"
+    except (RuntimeError, ImportError, OSError, subprocess.SubprocessError) as error:
+        return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 @torch.library.custom_op("pixtune::transpose_bytes", mutates_args=())
@@ -54,7 +89,7 @@ def transpose_bytes(matrix_NK: Tensor) -> Tensor:
 
     torch copies bytes to another order at a tenth of the memory's speed, which is a third of the product that follows.
     """
-    if not _has_triton(matrix_NK):
+    if not has_triton(matrix_NK):
         return matrix_NK.t().contiguous()
     from pixtune.fit import triton_kernels
 
@@ -82,7 +117,7 @@ def expand_nf4(packed: Tensor, block_scale: Tensor, float8: bool, transposed: bo
     """
     rows, columns = packed.shape[0], 2 * packed.shape[1]
     codes = torch.float8_e4m3fn if float8 else torch.int8
-    if not _has_triton(packed):
+    if not has_triton(packed):
         bytes_NK = round_to_codes(unpack_nf4(packed, block_scale), codes).view(torch.uint8)
         return bytes_NK.t().contiguous() if transposed else bytes_NK
     from pixtune.fit import triton_kernels

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from pixtune.errors import WeightsError
 from pixtune.families.base import ModelFamily, Placement
+from pixtune.fit.kernels import try_triton
 from pixtune.fit.modulation import ModulationRows, attach_table, read_from_files
 from pixtune.fit.quantize import QuantizedLinear, can_quantize, codes_for, tensor_cores_multiply
 from pixtune.loading import iterate_tensors, shard_files
@@ -117,6 +118,7 @@ def lay_out(model: nn.Module, family: ModelFamily, placement: Placement, layout:
     Returns:
         What stands in for modulation layers that are not loaded, by path.
     """
+    try_triton(placement.device)
     absent: dict[str, ModulationRows] = {}
     blocks = tuple(f"{path}." for path in family.block_paths)
     linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and n.startswith(blocks)}

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pixtune.fit.kernels import HAS_TRITON
+from pixtune.fit.kernels import has_triton
 from pixtune.fit.quantize import QuantizedLinear
 
 TILE_ROWS, TILE_COLUMNS, LEAST_TILE = 64, 128, 16
@@ -127,7 +127,7 @@ class WithLowRank(torch.autograd.Function):
 
 def is_fused(x_MK: Tensor) -> bool:
     """Whether what a LoRA adds is computed and added in one kernel."""
-    return x_MK.is_cuda and HAS_TRITON and x_MK.dtype in (torch.bfloat16, torch.float16)
+    return has_triton(x_MK) and x_MK.dtype in (torch.bfloat16, torch.float16)
 
 
 def plus_product(product_MN: Tensor, bias_N: Tensor | None, low_Mr: Tensor, up_Nr: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pixtune.fit.kernels import HAS_TRITON
+from pixtune.fit.kernels import has_triton
 from pixtune.fit.quantize import LARGEST_CODE, QuantizedLinear, multiply_rows, quantize_rows, row_codes
 
 CODES = torch.float8_e4m3fn
@@ -54,8 +54,9 @@ def are_fused(states: Tensor, first: nn.Module, gelu: nn.Module, last: nn.Module
     layers = all(
         type(layer) is QuantizedLinear and layer.codes == CODES and layer.tensor_cores for layer in (first, last)
     )
-    kind = states.is_cuda and states.dtype == torch.bfloat16 and getattr(gelu, "approximate", None) == "tanh"
-    return layers and kind and HAS_TRITON
+    return (
+        layers and has_triton(states) and states.dtype == torch.bfloat16 and getattr(gelu, "approximate", "") == "tanh"
+    )
 
 
 def fuse_mlps(blocks: Iterable[nn.Module]) -> None:

@@ -136,7 +136,7 @@ def plan_memory(
     """
     on_gpu = facts.device == "cuda"
     compiled = on_gpu and can_compile
-    footprint = with_fused_mlps(footprint, facts)
+    footprint = with_fused_mlps(footprint, facts) if compiled else footprint
     chosen = _choose(facts, footprint, config, compiled, num_processes)
     rung, usable = chosen.rung, usable_bytes(facts, config) if on_gpu else 0
     unified = is_unified(facts, config)

@@ -1,6 +1,7 @@
-"""The Triton side of `kernels.py`. Imported at first use: Triton comes with CUDA builds of torch only.
+"""The Triton side of `kernels.py`, `heads.py`, `lora.py` and `mlp.py`, in this order.
 
-Both kernels work on tiles of rows and columns of a weight, N by K, and write whole bytes.
+Imported at first use: Triton comes with CUDA builds of torch only. Those of `kernels.py` work on tiles of rows and
+columns of a weight, N by K, and write whole bytes.
 """
 
 from __future__ import annotations

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
-import torch._functorch.config as functorch_config
 from torch import Tensor, nn
 from torch._dynamo.utils import counters as dynamo_counters
 from torch._inductor import config as inductor_config
@@ -20,7 +19,7 @@ from pixtune.families.base import Placement
 from pixtune.fit import heads as heads_module
 from pixtune.fit import lora
 from pixtune.fit.activations import recompute_projections
-from pixtune.fit.compile import LIMIT_TO_KNOWN_OPERATORS, LIMITS_TO_RECOMPUTING, compile_blocks, compile_forward
+from pixtune.fit.compile import compile_blocks, compile_forward
 from pixtune.fit.dear_results import KeepDearResults
 from pixtune.fit.forwards import replace_computation
 from pixtune.fit.gelu import compact_gelus
@@ -28,17 +27,7 @@ from pixtune.fit.load import random_transformer
 from pixtune.weights import open_model_folder
 from tests.runs import ROOT
 
-
-@pytest.fixture(autouse=True)
-def _own_settings() -> Iterator[None]:
-    names = (*LIMITS_TO_RECOMPUTING, LIMIT_TO_KNOWN_OPERATORS)
-    before = {name: getattr(functorch_config, name) for name in names}
-    torch._dynamo.reset()
-    yield
-    for name, value in before.items():
-        setattr(functorch_config, name, value)
-    inductor_config.joint_custom_pre_pass = None
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("own_graphs")
 
 
 class Int8Product(torch.autograd.Function):
@@ -187,10 +176,12 @@ def kept_and_gradients(name: str, recomputes: bool) -> tuple[float, torch.Tensor
 
 
 @pytest.fixture
-def operators_of_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks use the operators that they have on GPUs, here computed by torch's own."""
+def operators_of_gpus(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """Blocks use the operators that they have on GPUs, here computed by torch's own. Returns those that were."""
+    used: set[str] = set()
 
     def plain(*tensors: Tensor | None) -> Tensor:
+        used.add("heads")
         parts = [tensors[:3], tensors[3:6]] if tensors[0] is not None else [tensors[3:6]]
         made = []
         for states_BLC, weight_D, turns in parts:
@@ -200,6 +191,7 @@ def operators_of_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
         return torch.cat(made, dim=1)
 
     def plain_backward(gradient_BSHD: Tensor, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
+        used.add("heads backward")
         made, start = [], 0
         for states_BLC, weight_D, turns in (tensors[:3], tensors[3:6]):
             if states_BLC is None or weight_D is None or turns is None:
@@ -214,18 +206,25 @@ def operators_of_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
             start += len(turns)
         return made[0], made[1]
 
-    lora.add_low_rank.register_kernel("cpu")(lora.plainly_added)
+    def added(*tensors: Any) -> Tensor:
+        used.add("LoRA")
+        return lora.plainly_added(*tensors)
+
+    lora.add_low_rank.register_kernel("cpu")(added)
     heads_module.turn_heads.register_kernel("cpu")(plain)
     heads_module.turn_heads_backward.register_kernel("cpu")(plain_backward)
     monkeypatch.setattr(lora, "is_fused", lambda rows_MK: True)
-    monkeypatch.setattr(heads_module, "is_fused", lambda states_BLC: True)
+    monkeypatch.setattr(heads_module, "has_triton", lambda states_BLC: True)
+    return used
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the operators are the interpreter's")
-@pytest.mark.usefixtures("operators_of_gpus")
 @pytest.mark.parametrize("name", ["tiny-qwen-image", "tiny-flux"])
-def test_with_the_operators_of_gpus_projections_that_are_computed_again_are_not_kept(name: str) -> None:
+def test_with_the_operators_of_gpus_projections_that_are_computed_again_are_not_kept(
+    name: str, operators_of_gpus: set[str]
+) -> None:
     test_projections_that_are_computed_again_are_not_kept(name)
+    assert operators_of_gpus == {"LoRA", "heads", "heads backward"}
 
 
 @pytest.mark.parametrize("name", ["tiny-qwen-image", "tiny-flux"])

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 from importlib.util import find_spec
 
 import pytest
@@ -148,3 +149,46 @@ def assert_same_codes(codes: Tensor, scale: Tensor, values: Tensor) -> None:
     compared = codes & 7 != 0
     assert compared.float().mean() > 0.7
     assert (codes[compared] != bytes_wanted[compared]).float().mean() < 0.01
+
+
+def test_where_triton_does_not_run_torch_serves_and_a_warning_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    class OnGpu:
+        is_cuda = True
+
+    monkeypatch.setattr(kernels, "TRITON", kernels.Triton(works=True))
+    tried: list[object] = []
+    monkeypatch.setattr(kernels, "triton_obstacle", lambda device: tried.append(device))
+    kernels.try_triton(torch.device("cuda"))
+    assert kernels.has_triton(OnGpu()) and not kernels.has_triton(torch.ones(1))  # type: ignore[arg-type]
+
+    monkeypatch.setattr(kernels, "triton_obstacle", lambda device: "RuntimeError: Failed to find C compiler")
+    kernels.try_triton(torch.device("cpu"))
+    assert kernels.has_triton(OnGpu())  # type: ignore[arg-type]
+    with pytest.warns(UserWarning, match="Failed to find C compiler"):
+        kernels.try_triton(torch.device("cuda"))
+    assert not kernels.has_triton(OnGpu())  # type: ignore[arg-type]
+    kernels.try_triton(torch.device("cuda"))  # is known, and said once
+
+
+def test_an_obstacle_is_an_error_or_a_wrong_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    assert kernels.triton_obstacle(cpu) is None
+    monkeypatch.setattr(kernels, "transpose_bytes", lambda matrix: matrix)
+    assert "wrongly" in (kernels.triton_obstacle(cpu) or "")
+    for error in (RuntimeError("no C compiler"), subprocess.CalledProcessError(1, "gcc")):
+        monkeypatch.setattr(kernels, "transpose_bytes", lambda matrix, error=error: raise_it(error))
+        assert type(error).__name__ in (kernels.triton_obstacle(cpu) or "")
+
+
+def raise_it(error: Exception) -> None:
+    raise error
+
+
+def test_kernels_of_heads_serve_frozen_root_mean_squares_of_one_epsilon_alone() -> None:
+    def norm(epsilon: float | None = 1e-6, trained: bool = False, size: int = 16) -> nn.RMSNorm:
+        return nn.RMSNorm(size, eps=epsilon).requires_grad_(trained)
+
+    assert heads.have_kernel([norm()]) and heads.have_kernel([norm(), norm()])
+    others = [norm(trained=True), norm(None), norm(size=24), nn.RMSNorm(16, 1e-6, elementwise_affine=False)]
+    others += [nn.LayerNorm(16, eps=1e-6, bias=False).requires_grad_(False), norm(1e-5)]
+    assert not any(heads.have_kernel([norm(), other]) for other in others)

@@ -22,7 +22,6 @@ from tests.full_size import full_size_footprint
 class OnGpu:
     """All that `are_fused` asks of a tensor."""
 
-    is_cuda = True
     dtype = torch.bfloat16
 
 
@@ -42,7 +41,7 @@ def with_lora(linear: nn.Module) -> nn.Module:
 
 
 def test_only_frozen_float8_layers_around_a_tanh_gelu_are_fused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "HAS_TRITON", True)
+    monkeypatch.setattr(module, "has_triton", lambda states: isinstance(states, OnGpu))
     tanh = nn.GELU("tanh")
     assert are_fused(OnGpu(), layer(), tanh, layer())  # type: ignore[arg-type]
     others = [
@@ -95,3 +94,5 @@ def test_a_plan_counts_less_for_fused_mlps_where_the_gpu_and_the_lora_allow_them
     assert (
         plan_memory(new, footprint, config).expected_peak_bytes < plan_memory(new, unfused, config).expected_peak_bytes
     )
+    without_compiler = [plan_memory(new, kind, config, can_compile=False) for kind in (footprint, unfused)]
+    assert without_compiler[0] == without_compiler[1], "no compiler, no kernels"
