@@ -24,7 +24,15 @@ from pixtune.data.prepared import PreparedData
 from pixtune.families import family_of
 from pixtune.families.base import ModelFamily
 from pixtune.fit import load
-from pixtune.fit.apply import apply_switches, apply_to_activations, apply_to_weights, layout_of, placement_of
+from pixtune.fit.activations import RecomputeMore
+from pixtune.fit.apply import (
+    apply_switches,
+    apply_to_activations,
+    apply_to_weights,
+    blocks_of,
+    layout_of,
+    placement_of,
+)
 from pixtune.fit.capture import GraphRecorder, ReplayedPass
 from pixtune.fit.encoders import EncoderPlan
 from pixtune.fit.modulation import StepsAhead
@@ -85,6 +93,7 @@ def assemble(config: TrainConfig) -> tuple[Run, Services]:
     encoders = stored(EncoderPlan, checkpoint.record, "encoders") if checkpoint else None
     data = prepare_data(config, family, folder, accelerator, memory.stages, encoders)
     plan = decide_plan(config, family, folder, data, accelerator, checkpoint)
+    optim.check_optimizer(plan.optimizer)
     apply_switches(plan)
     transformer = load_transformer(config, family, folder, plan, accelerator.device)
     start_step = checkpoint.step if checkpoint else 0
@@ -251,6 +260,7 @@ def build_run(
             GraphRecorder(stream_of(transformer)) if plan.recordings else None,
             plan.recordings,
             lambda: plan.usable_bytes - torch.cuda.memory_reserved(),
+            RecomputeMore(() if config.disable_gradient_checkpointing else blocks_of(transformer, family)),
         ),
         learning_rate_at=optim.build_schedule(config, num_steps),
         source=source,

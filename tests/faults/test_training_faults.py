@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import resource
+import sys
 from pathlib import Path
 
+import pytest
 import torch
 
+from pixtune import train as training
 from pixtune.checkpoint import find_checkpoints, load_checkpoint
+from pixtune.config import load_config
+from pixtune.errors import ConfigError
 from tests.runs import DEMO_TRAIN, overrides, pixtune, write_config
 
 
@@ -98,3 +103,15 @@ def test_a_new_start_does_not_overwrite_a_finished_run(tmp_path: Path, warm_cach
     outcome = pixtune("train", "--config", config, *words)
     assert outcome.returncode == 1
     assert "already holds a run" in outcome.stdout
+
+
+def test_a_missing_optimizer_package_is_told_before_weights_are_loaded(
+    tmp_path: Path, warm_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(*arguments: object) -> None:
+        raise AssertionError("loaded first, which takes minutes at full size")
+
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)  # an import of it fails
+    monkeypatch.setattr(training, "load_transformer", load)
+    with pytest.raises(ConfigError, match=r"(?s)8 bits.*pip install bitsandbytes.*adam8bit: false"):
+        training.assemble(load_config(None, overrides(tmp_path / "run", warm_cache, adam8bit="true")))

@@ -76,6 +76,9 @@ class ReplayedPass(Generic[InputsT]):
         most: shapes to record, those that come up first: to give one up for another would cost more time than it saves
             where many shapes take turns.
         free_bytes: what torch's allocator may still reserve.
+        keep_less: called where a recording runs out of memory; lets `compute` need less of it and says how, or returns
+            None where nothing is left to do. How well a recording's memory is used is not known before, and computing
+            a few blocks twice costs less than to launch every kernel from Python.
     """
 
     def __init__(
@@ -85,9 +88,10 @@ class ReplayedPass(Generic[InputsT]):
         record: Record | None,
         most: int = 1,
         free_bytes: Callable[[], int] = lambda: 0,
+        keep_less: Callable[[], str | None] = lambda: None,
     ) -> None:
         self._compute, self._parameters, self._record, self._most = compute, tuple(parameters), record, most
-        self._free_bytes = free_bytes
+        self._free_bytes, self._keep_less = free_bytes, keep_less
         self._calls: Counter[Hashable] = Counter()
         self._calls_since_a_new_shape = 0
         self._recordings: dict[Hashable, Recording[InputsT]] = {}
@@ -114,20 +118,27 @@ class ReplayedPass(Generic[InputsT]):
         return self._calls_since_a_new_shape >= PLAIN_CALLS * len(self._calls)
 
     def _try_to_record(self, shapes: Hashable, inputs: InputsT) -> bool:
-        """Not recording costs time and nothing else, so where it cannot be done all runs plainly from then on."""
+        """Where it cannot be done all runs plainly from then on, which costs time and nothing else; where memory is all
+        that lacks, it is tried again after a plain pass that keeps less."""
         assert self._record is not None
         if not self._recordings:
             held_bytes = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
             self._plain_bytes = max(self._plain_bytes, held_bytes)
         standing = inputs.map(Tensor.clone)
         with_gradient = self._gradients_there()
-        replay, obstacle = None, ""
+        replay, obstacle, lacks_memory = None, "", False
         try:
             replay = self._record(lambda: self._compute(standing))
         except RuntimeError as error:  # out of memory is one, too
             obstacle = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            lacks_memory = isinstance(error, torch.OutOfMemoryError)
         if replay is None:  # here, since the error holds the memory of what it broke off
-            self._stop_recording(f"they could not be recorded ({obstacle})")
+            saving = self._keep_less() if lacks_memory else None
+            if saving is None:
+                self._stop_recording(f"they could not be recorded ({obstacle})")
+            else:
+                log.info("a recorded step needs more memory than there is: %s", saving)
+                self.release()
             return False
         if self._gradients_there() != with_gradient:
             raise RuntimeError(

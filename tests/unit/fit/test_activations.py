@@ -12,7 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from pixtune.fit import activations, transfer
-from pixtune.fit.activations import BufferPool, InputOffload, recompute_blocks, round_up
+from pixtune.fit.activations import (
+    BufferPool,
+    InputOffload,
+    RecomputeMore,
+    recompute_blocks,
+    recompute_projections,
+    round_up,
+)
 from pixtune.fit.forwards import is_recomputed, replace_computation
 from pixtune.fit.streaming import stream_blocks
 from tests.unit.fit.tiny import (
@@ -108,6 +115,25 @@ def test_some_blocks_recomputed(name: str, offload: bool) -> None:
     recompute_blocks(blocks[1::2], offload)
     assert [is_recomputed(block) for block in blocks] == [index % 2 == 1 for index in range(len(blocks))]
     assert_same(step(name, model), plain_step(name))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_more_blocks_recomputed_in_the_middle_of_a_run(name: str) -> None:
+    """Compiled blocks, some of which compute queries, keys and values again, stay what they are inside."""
+    model = load_model(name)
+    attach(name, model)
+    blocks = blocks_of(name, model)
+    recompute_projections(blocks[1:])
+    for block in blocks:
+        replace_computation(block, lambda forward: torch.compile(forward, backend="aot_eager"))
+    recompute_more = RecomputeMore(blocks)
+    recomputed = []
+    while True:
+        assert_same(step(name, model), plain_step(name))
+        recomputed.append(sum(is_recomputed(block) for block in blocks))
+        if recompute_more() is None:
+            break
+    assert recomputed[:3] == [0, 1, 3] and recomputed[-1] == len(blocks)
 
 
 @pytest.mark.parametrize("offload", [False, True])

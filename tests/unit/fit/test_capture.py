@@ -176,6 +176,48 @@ def test_what_cannot_be_recorded_runs_plainly_and_says_why(caplog: pytest.LogCap
     assert caplog.text.count("could not be recorded (operation not permitted when stream is capturing)") == 1
 
 
+def test_a_recording_that_lacks_memory_is_tried_again_with_less_kept(caplog: pytest.LogCaptureFixture) -> None:
+    """After a plain pass, which may have to compile; until there is room or nothing is left to be dropped."""
+    replayed, _, fake = build()
+    happened: list[str] = []
+    computes, records = replayed._compute, replayed._record
+    assert records is not None
+
+    def record(work: Callable[[], Tensor]) -> Replay:
+        happened.append("record")
+        if happened.count("record") <= 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 54.00 MiB.")
+        return records(work)
+
+    def keep_less() -> str:
+        happened.append("keep less")
+        return "2 more of 60 blocks recomputed"
+
+    replayed._record, replayed._keep_less = record, keep_less
+    replayed._compute = lambda numbers: happened.append("plain") or computes(numbers)  # type: ignore[func-returns-value]
+    with caplog.at_level(logging.INFO):
+        for _ in range(PLAIN_CALLS + 3):
+            replayed(Numbers(torch.ones(2)))
+    tries = ["record", "keep less", "plain"] * 2
+    assert happened == ["plain"] * PLAIN_CALLS + tries + ["record", "plain", "plain"], "recorded, then replayed once"
+    assert fake.replayed == 1
+    assert caplog.text.count("2 more of 60 blocks recomputed") == 2
+    assert "could not be recorded" not in caplog.text
+
+
+def test_where_nothing_is_left_to_be_dropped_steps_run_plainly(caplog: pytest.LogCaptureFixture) -> None:
+    def refuse(work: Callable[[], Tensor]) -> Replay:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    plain, weight, _ = build(recorder=None)
+    ways = iter(["1 more of 1 blocks recomputed"])
+    replayed = ReplayedPass(plain._compute, [weight], refuse, keep_less=lambda: next(ways, None))
+    with caplog.at_level(logging.WARNING):
+        for _ in range(PLAIN_CALLS + 4):
+            replayed(Numbers(torch.ones(2)))
+    assert caplog.text.count("could not be recorded (CUDA out of memory)") == 1
+
+
 def test_a_parameter_that_gets_its_first_gradient_while_recording_is_a_fault() -> None:
     replayed, weight, _ = build()
     for _ in range(PLAIN_CALLS):
