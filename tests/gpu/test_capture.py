@@ -20,7 +20,7 @@ from pixtune.fit.activations import recompute_blocks
 from pixtune.fit.apply import blocks_of
 from pixtune.fit.capture import GraphRecorder, ReplayedPass
 from pixtune.fit.load import Layout, load_transformer
-from pixtune.fit.modulation import announce
+from pixtune.fit.modulation import table_of
 from pixtune.fit.streaming import in_backward_pass, stream_blocks
 from pixtune.weights import ModelFolder
 from tests.unit.fit.tiny import ASSETS, MODELS
@@ -65,7 +65,10 @@ def losses_and_gradients(name: str, layout: Layout, recompute: str | None, recor
         sigma_B = torch.tensor([0.1 + 0.08 * step], device=DEVICE)
         text = family.stack_conditioning([family.random_text(folder, 7, step)])
         text = {key: tensor.to(DEVICE) for key, tensor in text.items()}
-        announce(transformer, family, sigma_B, text)
+        if (table := table_of(transformer)) is not None:
+            features = {name: text[name] for name in family.time_features}
+            table.use(step, partial(family.embed_time, transformer, sigma_B, features))
+            table.show([0, -1])
         loss = replayed(Batch(latents, noise, sigma_B, text, (), ["picture"])).clone()
         gradients = [p.grad.flatten().clone() for p in parameters if p.grad is not None]
         found.append((loss, torch.cat(gradients)))

@@ -481,8 +481,8 @@ def in_a_pc(card: str, host_gb: int, **changes: object) -> MemoryPlan:
 @pytest.mark.parametrize(
     ("card", "host_gb", "changes", "weights_format", "on_host_gib"),
     [
-        ("RTX 4060", 16, {}, "nf4", 4),
-        ("RTX 4090", 32, {}, "fp8", 0),
+        ("RTX 4060", 16, {}, "nf4", 5),
+        ("RTX 4090", 32, {}, "fp8", 1.3),
         ("RTX 4090", 32, {"quantize": False}, "bf16", 9),
         ("H100", 1024, {}, "bf16", 0),
         ("H100", 1024, {"train_batch_size": 8, "quantize": False}, "bf16", 9),
@@ -499,11 +499,12 @@ def test_a_plan_fits_its_host(
 def test_what_does_not_fit_the_host_is_passed_over_with_a_reason() -> None:
     roomy, scarce = in_a_pc("RTX 4080", 32), in_a_pc("RTX 4080", 2)
     assert (roomy.weights_format, roomy.offload_inputs, scarce.weights_format) == ("fp8", True, "nf4")
-    assert scarce.expected_host_bytes == 0 < roomy.expected_host_bytes
+    assert (roomy.modulation_rows, scarce.modulation_rows) == (128, 32)
+    assert scarce.expected_host_bytes < 0.5 * GIB < roomy.expected_host_bytes
     pattern = r"faster ways would keep up to ([\d.]+) GiB in host memory, ([\d.]+) GiB more"
     (words,) = filter(None, (re.search(pattern, reason) for reason in scarce.reasons))
     most, missing = (float(number) for number in words.groups())
-    assert most >= round(roomy.expected_host_bytes / GIB, 1)  # the leanest of them keeps the most there
+    assert most >= 1.5  # that of the leanest of them, with the smallest tables
     assert most - missing == pytest.approx(2e9 * 7 / 8 / GIB - 1, abs=0.11)
 
 

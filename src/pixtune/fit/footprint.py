@@ -60,6 +60,8 @@ class BlockKind:
     modulation_weights: int
     modulation_outputs: int
     """Features of a row of the modulation table that belong to one block."""
+    largest_modulation: int
+    """Numbers in the largest of its modulation layers."""
     other_weights: int
     """Norms and biases."""
     rows: int
@@ -97,6 +99,9 @@ class Footprint:
     """No LoRA is on a layer of an MLP, and all of them are quantised where others are."""
     fused_formats: tuple[str, ...] = ()
     """Of weights in which an MLP is one function on the GPU that is planned for."""
+
+    one_pool: bool = False
+    """Host memory is the device's, on the machine that is planned for."""
 
     @property
     def num_blocks(self) -> int:
@@ -182,6 +187,7 @@ def _read_kind(family: ModelFamily, shapes: Shapes, path: str) -> BlockKind:
         linear_weights=sum(map(math.prod, linears.values())),
         modulation_weights=sum(map(math.prod, modulation.values())),
         modulation_outputs=sum(shape[0] for shape in modulation.values() if len(shape) == 2),
+        largest_modulation=max(map(math.prod, modulation.values()), default=0),
         other_weights=sum(map(math.prod, others.values())),
         rows=sum(shape[0] for shape in linears.values()),
         units=family.activation_units[path],

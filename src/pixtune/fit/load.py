@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from pixtune.errors import WeightsError
 from pixtune.families.base import ModelFamily, Placement
 from pixtune.fit.kernels import try_triton
-from pixtune.fit.modulation import ModulationRows, attach_table, read_from_files
+from pixtune.fit.modulation import attach_table, read_from_files
+from pixtune.fit.modulation_filling import ModulationRows
 from pixtune.fit.quantize import QuantizedLinear, can_quantize, codes_for, tensor_cores_multiply
 from pixtune.loading import iterate_tensors, shard_files
 from pixtune.weights import ModelFolder
@@ -125,7 +126,7 @@ def lay_out(model: nn.Module, family: ModelFamily, placement: Placement, layout:
     for path, linear in linears.items():
         if path.endswith(family.modulation_layers):
             if layout.modulation_rows:
-                absent[path] = ModulationRows(linear.out_features)
+                absent[path] = ModulationRows(linear.in_features, linear.out_features)
                 model.set_submodule(path, absent[path])
         elif layout.linear_format is None or path in layout.plain_layers:
             continue

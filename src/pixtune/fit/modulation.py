@@ -2,8 +2,10 @@
 
 A modulation layer sees one row a sample: SiLU of the time embedding. In the 20-billion-weight model these layers hold
 a third of all weights. While the base is frozen, the rows of coming steps are known: sigmas are pure functions of the
-step. So the weights stay in their file, and every so often they stream through the device once, layer by layer, and
-fill a table with the rows of the next hundreds of draws.
+step. So the weights stay in their file, and stream through the device layer by layer to fill a table with the rows of
+the next hundred draws. Rows are large, 4.4 MB in that model, so the table is in host memory, and each step has its own
+on the device. While a table is in use the next one is filled, a few layers at each step: reading 13.6 GB at once would
+stop the run for seconds.
 
 Numbers are those of the plain layers within rounding of the format: the same product runs on more rows at once.
 Tables of a training run are cut at fixed step numbers, so a resumed run computes the very same ones.
@@ -11,9 +13,9 @@ Tables of a training run are cut at fixed step numbers, so a resumed run compute
 
 from __future__ import annotations
 
+import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,30 +25,13 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from pixtune.families.base import Conditioning, ModelFamily
+from pixtune.fit.modulation_filling import Filling, ModulationRows, Passage, ReadWeight
+from pixtune.fit.transfer import host_buffer
 from pixtune.weights import read_header
-
-ReadWeight = Callable[[str], Tensor]
-"""Tensor name -> the tensor on the CPU."""
 
 LARGEST_DISTANCE = 0.02
 """Relative, of a time embedding from the nearest one in the table. The same sigma embedded in a batch of another size
 differs by rounding (bf16: 0.004); another sigma by more than this, or its rows are the same within rounding, too."""
-
-
-class ModulationRows(nn.Module):
-    """Stands where a modulation layer stood and hands out the rows that were chosen for this forward pass."""
-
-    def __init__(self, out_features: int) -> None:
-        super().__init__()
-        self.out_features = out_features
-        self.rows: Tensor | None = None
-
-    def forward(self, activated_BD: Tensor) -> Tensor:
-        assert self.rows is not None, "a modulation was asked for before its table was computed"
-        return self.rows[: activated_BD.shape[0]]
-
-    def extra_repr(self) -> str:
-        return f"out_features={self.out_features}"
 
 
 def read_from_files(files: Sequence[Path]) -> ReadWeight:
@@ -63,96 +48,92 @@ def read_from_files(files: Sequence[Path]) -> ReadWeight:
 class ModulationTable:
     """Rows of all modulation layers for up to `num_rows` time embeddings, and the choice among them.
 
+    There are two tables, so that one is filled while the other is in use, or serves pictures between steps.
+
     Args:
         embedder: the module whose output is the time embedding; each call of it chooses the rows for the blocks behind.
         layers: paths of the modulation layers in the model's files, each with its stand-in.
-        num_rows: most rows at once.
+        num_rows: of each table.
     """
 
     def __init__(
         self, embedder: nn.Module, layers: dict[str, ModulationRows], read_weight: ReadWeight, num_rows: int
     ) -> None:
         self._layers, self._read_weight, self.num_rows = layers, read_weight, num_rows
+        self._passage: Passage | None = None
+        self._memory: list[Tensor | None] = [None, None]
+        self._tables: list[Filling | None] = [None, None]
+        self._used = 0
+        """Place of the table that the steps use."""
+        self._asking: Filling | None = None
+        """Of this table any row may be asked for; None: of those that are shown."""
         # These three keep their memory once they have it: recorded steps read and write it (capture.py).
-        self._embeddings_ND: Tensor | None = None
-        self._table_NO: Tensor | None = None
+        self._shown_RD: Tensor | None = None
+        self._shown_RO: Tensor | None = None
         self._worst: Tensor | None = None
         self._computing = False
-        self.purpose: object = None
-        """What the rows were computed for."""
         embedder.register_forward_hook(self._choose)
 
-    @property
-    def row_bytes(self) -> int:
-        """Of one row of the table in bf16."""
-        return 2 * sum(stand_in.out_features for stand_in in self._layers.values())
+    # ---- for steps, which may be recorded and wait for nothing
 
-    @torch.no_grad()
-    def compute(self, embed: Callable[[], Tensor], purpose: object) -> None:
-        """Replaces the table.
+    def use(self, purpose: object, embed: Callable[[], Tensor]) -> None:
+        """From now on rows of this table are shown; filled now, so far as it has not been ahead.
 
         Args:
             embed: returns the time embeddings to prepare for, shape (N, D) with N up to `num_rows`.
-            purpose: kept beside the table.
 
         Raises:
             RuntimeError: a forward pass since the last time used an embedding that was not in the table.
         """
-        self.check()
-        self._computing = True
-        try:
-            embeddings_ND = embed()
-        finally:
-            self._computing = False
-        assert len(embeddings_ND) <= self.num_rows, (len(embeddings_ND), self.num_rows)
-        total = sum(stand_in.out_features for stand_in in self._layers.values())
-        if self._table_NO is None or self._embeddings_ND is None:
-            self._table_NO = embeddings_ND.new_empty(self.num_rows, total)
-            self._embeddings_ND = embeddings_ND.new_empty(self.num_rows, embeddings_ND.shape[1])
-            self._worst = torch.zeros((), device=embeddings_ND.device)
-        self._embeddings_ND.fill_(torch.inf)  # rows without a draw are near to none
-        self._embeddings_ND[: len(embeddings_ND)] = embeddings_ND
-        activated_ND = nn.functional.silu(embeddings_ND)
-        columns = self._table_NO[: len(embeddings_ND)].split([s.out_features for s in self._layers.values()], dim=1)
-        for target_NO, (weight_OD, bias_O) in zip(columns, self._stream(embeddings_ND), strict=True):
-            target_NO.copy_(nn.functional.linear(activated_ND, weight_OD, bias_O))
-        self.purpose = purpose
+        current = self._tables[self._used]
+        if current is None or current.purpose != purpose:
+            self.check()
+            self.prepare(purpose, embed)
+            self._used = 1 - self._used
+            current = self._tables[self._used]
+        assert current is not None
+        current.finish()
+        self._asking = None
 
-    def _stream(self, like: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Weight and bias of each layer on the device, the next one being read meanwhile."""
-        on_gpu = like.device.type == "cuda"
-
-        def read(path: str) -> tuple[Tensor, Tensor]:
-            parts = [self._read_weight(f"{path}.{part}").to(like.dtype) for part in ("weight", "bias")]
-            if on_gpu:  # a copy out of a mapped file is slow, so it goes through page-locked memory
-                parts = [torch.empty_like(part, pin_memory=True).copy_(part) for part in parts]
-            return parts[0], parts[1]
-
-        with ThreadPoolExecutor(1) as reader:
-            paths = list(self._layers)
-            coming = reader.submit(read, paths[0])
-            for following in [*paths[1:], None]:
-                weight, bias = coming.result()
-                if following is not None:
-                    coming = reader.submit(read, following)
-                yield weight.to(like.device, non_blocking=True), bias.to(like.device, non_blocking=True)
+    def prepare(self, purpose: object, embed: Callable[[], Tensor], share: float = 0.0) -> None:
+        """Fills a share of the table that is used after the current one."""
+        place = 1 - self._used
+        coming = self._tables[place]
+        if coming is None or coming.purpose != purpose:
+            coming = self._begin(place, purpose, embed)
+        coming.advance(math.ceil(share * coming.num_layers))
 
     @torch.no_grad()
-    def _choose(self, embedder: nn.Module, arguments: tuple[Any, ...], embedding_BD: Tensor) -> None:
-        """Finds each embedding in the table, on the device and without waiting for it."""
-        if self._computing:
-            return
-        if self._embeddings_ND is None or self._table_NO is None or self._worst is None:
-            raise RuntimeError("the modulation table is empty: compute() comes before the first forward pass")
-        known_ND, wanted_BD = self._embeddings_ND.float(), embedding_BD.float()
-        distance_BN = torch.stack([(known_ND - row_D).norm(dim=1) for row_D in wanted_BD])
-        nearest_B, index_B = distance_BN.min(dim=1)
-        relative = (nearest_B / wanted_BD.norm(dim=1)).max()
-        torch.maximum(self._worst, relative, out=self._worst)
-        chosen_BO = self._table_NO[index_B]
-        columns = chosen_BO.split([stand_in.out_features for stand_in in self._layers.values()], dim=1)
-        for stand_in, rows in zip(self._layers.values(), columns, strict=True):
-            stand_in.rows = rows
+    def show(self, places: Sequence[int]) -> None:
+        """Copies rows of the table in use to where steps look for theirs; their number is always the same.
+
+        Args:
+            places: in the table; -1 is the last one.
+        """
+        table = self._tables[self._used]
+        assert table is not None
+        if self._shown_RD is None or self._shown_RO is None:
+            self._shown_RD = table.embeddings_ND.new_empty(len(places), table.embeddings_ND.shape[1])
+            self._shown_RO = table.embeddings_ND.new_empty(len(places), table.rows_NO.shape[1])
+        for target, place in enumerate(places):
+            place %= len(table.embeddings_ND)
+            self._shown_RD[target] = table.embeddings_ND[place]
+            self._shown_RO[target].copy_(table.rows_NO[place], non_blocking=True)
+
+    # ---- for pictures and validation between steps
+
+    def answer(self, purpose: object, embed: Callable[[], Tensor]) -> None:
+        """From now on any row of this table is found, until `use` is called; each pass then waits for the device.
+
+        Raises:
+            RuntimeError: see `use`.
+        """
+        self.check()
+        self.prepare(purpose, embed)
+        asking = self._tables[1 - self._used]
+        assert asking is not None
+        asking.finish()
+        self._asking = asking
 
     def check(self) -> None:
         """Waits for the device.
@@ -169,6 +150,51 @@ class ModulationTable:
                 f"a forward pass used a time embedding that is {worst:.1%} away from the nearest prepared one: "
                 "its sigma was not among those announced. This is a fault of pixtune; please report it."
             )
+
+    def _begin(self, place: int, purpose: object, embed: Callable[[], Tensor]) -> Filling:
+        if (earlier := self._tables[place]) is not None:
+            earlier.drop()
+            self._tables[place] = None
+        self._computing = True
+        try:
+            with torch.no_grad():
+                embeddings_ND = embed()
+        finally:
+            self._computing = False
+        assert len(embeddings_ND) <= self.num_rows, (len(embeddings_ND), self.num_rows)
+        if self._passage is None:
+            self._passage = Passage(self._layers, self._read_weight, self.num_rows, embeddings_ND)
+            self._worst = torch.zeros((), device=embeddings_ND.device)
+        if self._memory[place] is None:
+            numbers = self.num_rows * sum(layer.out_features for layer in self._layers.values())
+            memory = host_buffer(numbers * embeddings_ND.element_size(), embeddings_ND.device)
+            self._memory[place] = memory.view(embeddings_ND.dtype).view(self.num_rows, -1)
+        rows_NO = self._memory[place]
+        assert rows_NO is not None
+        filling = Filling(self._passage, embeddings_ND, rows_NO, purpose)
+        self._tables[place] = filling
+        return filling
+
+    @torch.no_grad()
+    def _choose(self, embedder: nn.Module, arguments: tuple[Any, ...], embedding_BD: Tensor) -> None:
+        """Finds each embedding; among those that are shown, on the device and without waiting for it."""
+        if self._computing:
+            return
+        known_RD = self._shown_RD if self._asking is None else self._asking.embeddings_ND
+        if known_RD is None or self._worst is None:
+            raise RuntimeError("the modulation table is empty: it is prepared before the first forward pass")
+        distance_BN = torch.stack([(known_RD.float() - row_D).norm(dim=1) for row_D in embedding_BD.float()])
+        nearest_B, index_B = distance_BN.min(dim=1)
+        relative = (nearest_B / embedding_BD.float().norm(dim=1)).max()
+        torch.maximum(self._worst, relative, out=self._worst)
+        if self._asking is None:
+            assert self._shown_RO is not None
+            chosen_BO = self._shown_RO[index_B]
+        else:
+            chosen_BO = self._asking.rows_NO[index_B.cpu()].to(embedding_BD.device)
+        columns = chosen_BO.split([stand_in.out_features for stand_in in self._layers.values()], dim=1)
+        for stand_in, rows in zip(self._layers.values(), columns, strict=True):
+            stand_in.rows = rows
 
 
 def attach_table(
@@ -204,8 +230,7 @@ def announce(
         return
     features = {name: conditioning[name] for name in family.time_features}
     purpose = (sigma_N.tolist(), guidance, {name: tensor.tolist() for name, tensor in features.items()})
-    if table.purpose != purpose:
-        table.compute(lambda: family.embed_time(transformer, sigma_N, features, guidance), purpose)
+    table.answer(purpose, lambda: family.embed_time(transformer, sigma_N, features, guidance))
 
 
 @dataclass
@@ -226,17 +251,23 @@ class StepsAhead:
     device: torch.device
 
     def reach(self, step: int) -> None:
-        """Makes sure that the rows of a step are there."""
+        """Makes sure that the rows of a step are there, and fills its share of those of the next stretch."""
         table = table_of(self.transformer)
         if table is None:
             return
         stretch = (table.num_rows - 1) // self.samples_per_step  # one row is for pictures that are seen as clean
         first = step - step % stretch
-        purpose = ("steps from", first)
-        if table.purpose == purpose:
-            return
+        table.use(("steps from", first), lambda: self._embed(first, stretch))
+        place = (step - first) * self.samples_per_step
+        table.show([*range(place, place + self.samples_per_step), -1])  # the clean one comes last
+        coming = first + stretch
+        if coming < self.num_steps:
+            share = (step - first + 1) / stretch
+            table.prepare(("steps from", coming), lambda: self._embed(coming, stretch), share)
+
+    def _embed(self, first: int, stretch: int) -> Tensor:
         steps = range(first, min(first + stretch, self.num_steps))
         sigmas, features = zip(*(self.times_of(number) for number in steps), strict=True)
         sigma_N = torch.cat(sigmas).to(self.device)
         stacked = {name: torch.cat([row[name] for row in features]).to(self.device) for name in features[0]}
-        table.compute(lambda: self.family.embed_time(self.transformer, sigma_N, stacked, self.guidance), purpose)
+        return self.family.embed_time(self.transformer, sigma_N, stacked, self.guidance)

@@ -25,14 +25,25 @@ from pixtune.fit.encoders import (
 )
 from pixtune.fit.footprint import Footprint
 from pixtune.fit.plan import MemoryPlan, usable_bytes
-from pixtune.fit.rungs import QUANTISED, Rung, compute_format_of, host_bytes, ladder, weight_bytes
+from pixtune.fit.rungs import (
+    QUANTISED,
+    Rung,
+    compute_format_of,
+    fit_host,
+    host_bytes,
+    is_unified,
+    ladder,
+    table_bytes,
+    weight_bytes,
+    with_rows,
+)
 from pixtune.hardware.facts import GIB, HardwareFacts, missing_on_host
 
 if TYPE_CHECKING:
     from pixtune.config.schema import TrainConfig
 
 PASS_FIXED_BYTES = round(0.35 * GIB)
-"""Besides: workspaces, latents and conditioning, a modulation layer's weights on their way through. Not measured."""
+"""Besides: workspaces, latents and conditioning. Not measured."""
 
 
 @dataclass(frozen=True)
@@ -129,8 +140,7 @@ def idle_bytes(plan: MemoryPlan, footprint: Footprint) -> int:
 
 def transformer_bytes(rung: Rung, footprint: Footprint, compute_format: str) -> int:
     """The transformer with the table that stands in for its modulation layers."""
-    outputs = sum(kind.count * kind.modulation_outputs for kind in footprint.kinds)
-    return weight_bytes(rung, footprint, compute_format) + 2 * rung.modulation_rows * outputs
+    return weight_bytes(rung, footprint, compute_format) + table_bytes(rung, footprint, compute_format)
 
 
 def _staying_text_bytes(plan: MemoryPlan, around: Surroundings) -> int:
@@ -171,7 +181,7 @@ class DrawingPlan:
     weights_format: str
     """Of the blocks' linear layers: the same, or "fp8", "int8", "nf4"."""
     modulation_rows: int
-    """Rows of the table that stands in for modulation layers; 0: they are loaded."""
+    """Rows of the table in host memory that stands in for modulation layers; 0: they are loaded."""
     streamed_blocks: int
     decode_last: bool
     """Pictures are decoded when all are drawn and the transformer has left the device."""
@@ -199,9 +209,10 @@ def plan_drawing(facts: HardwareFacts, footprint: Footprint, config: TrainConfig
         eight_bits = config.quantize and not config.disable_quantization
         return DrawingPlan(plain, "int8" if eight_bits else plain, 0, 0, False, None, 0, 0)
     usable = usable_bytes(facts, config)
+    footprint = replace(footprint, one_pool=is_unified(facts, config))
     rungs = drawing_ladder(facts, footprint, config, drawing.num_passes)
     fitting = [rung for rung in rungs if pass_peak_bytes(rung, footprint, plain) <= usable]
-    rung = next((rung for rung in fitting if not missing_on_host(facts, host_bytes(rung, footprint))), None)
+    rung = next(filter(None, (fit_host(rung, footprint, facts, num_tables=1) for rung in fitting)), None)
     if rung is None:
         raise PlanError(_cannot_draw(facts, footprint, config, drawing, fitting or rungs))
     beside = transformer_bytes(rung, footprint, plain) + lora_bytes(footprint) + drawing.autoencoder_bytes
@@ -217,7 +228,7 @@ def plan_drawing(facts: HardwareFacts, footprint: Footprint, config: TrainConfig
         decode_last=decode_last,
         tile_pixels=tile,
         expected_peak_bytes=peak,
-        expected_host_bytes=host_bytes(rung, footprint),
+        expected_host_bytes=host_bytes(rung, footprint, num_tables=1),
         reasons=_drawing_reasons(rung, footprint, peak, usable, decode_last, tile),
     )
 
@@ -284,7 +295,7 @@ def _cannot_draw(
             f"{(needed - usable) / GIB:.1f} GiB are missing."
         )
     else:
-        on_host = min(host_bytes(rung, footprint) for rung in rungs)
+        on_host = min(host_bytes(with_rows(rung, footprint), footprint, num_tables=1) for rung in rungs)
         lack = (
             f"drawing needs {on_host / GIB:.1f} GiB of host memory beside {facts.name}: "
             f"{missing_on_host(facts, on_host) / GIB:.1f} GiB are missing."

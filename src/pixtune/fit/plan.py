@@ -6,7 +6,7 @@ takes rungs off that ladder and never puts one on.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from pixtune.config.schema import TrainConfig
@@ -20,6 +20,7 @@ from pixtune.fit.rungs import (
     Rung,
     compute_format_of,
     count_recordings,
+    fit_host,
     fragmented_bytes,
     host_bytes,
     is_unified,
@@ -27,6 +28,7 @@ from pixtune.fit.rungs import (
     peak_bytes,
     room_for_recordings,
     with_fused_mlps,
+    with_rows,
 )
 from pixtune.fit.text_padding import Captions, choose_text_multiple
 from pixtune.hardware.facts import GIB, MEMORY_FRACTION, HardwareFacts, missing_on_host
@@ -51,7 +53,7 @@ class MemoryPlan:
     kept_transposes: bool
     """8-bit weights are kept a second time, transposed, as the backward pass reads them."""
     modulation_rows: int
-    """Rows of the table that stands in for modulation layers; 0: they are loaded."""
+    """Rows of the table in host memory that stands in for modulation layers; 0: they are loaded."""
     lean: bool
     """Norms, rotary embedding and gates are computed again, the MLP's activation is kept in 8 bits."""
     recomputed_blocks: int
@@ -137,6 +139,7 @@ def plan_memory(
     on_gpu = facts.device == "cuda"
     compiled = on_gpu and can_compile
     footprint = with_fused_mlps(footprint, facts) if compiled else footprint
+    footprint = replace(footprint, one_pool=on_gpu and is_unified(facts, config))
     chosen = _choose(facts, footprint, config, compiled, num_processes)
     rung, usable = chosen.rung, usable_bytes(facts, config) if on_gpu else 0
     unified = is_unified(facts, config)
@@ -229,9 +232,9 @@ def _choose_rung(
         return fragmented_bytes(rung, footprint, config, compiled) + room_for_recordings(rung, config)
 
     fitting = [rung for rung in demanded if needed(rung) + beside(rung) <= usable]
-    on_host = [host_bytes(rung, footprint) for rung in fitting]
-    for number, rung in enumerate(fitting):
-        if not missing_on_host(facts, on_host[number]):
+    on_host = [host_bytes(with_rows(rung, footprint), footprint) for rung in fitting]
+    for number, wanted in enumerate(fitting):
+        if rung := fit_host(wanted, footprint, facts):
             reasons = _reasons(rung, demanded[0], footprint, needed(demanded[0]), needed(rung), usable, config)
             return rung, [*reasons, *_passed_over(facts, max(on_host[:number], default=0))]
     if fitting:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pixtune.config.schema import TrainConfig
 from pixtune.fit.footprint import Footprint
-from pixtune.fit.rungs import Rung, fragmented_bytes, host_bytes, ladder, peak_bytes, room_for_recordings
+from pixtune.fit.rungs import Rung, fit_host, fragmented_bytes, ladder, peak_bytes, room_for_recordings
 from pixtune.hardware.facts import GIB, HardwareFacts, missing_on_host
 
 
@@ -32,8 +32,7 @@ def host_lacks(
     free = _without_demands(config)
     rungs = ladder(facts, footprint, free)
     if any(
-        peak_bytes(rung, footprint, free, optimizer, compiled) <= usable
-        and not missing_on_host(facts, host_bytes(rung, footprint))
+        peak_bytes(rung, footprint, free, optimizer, compiled) <= usable and fit_host(rung, footprint, facts)
         for rung in rungs
     ):
         return f"{lack} {_demands(config)} fits."

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pixtune.config.schema import TrainConfig
 from pixtune.errors import ConfigError
 from pixtune.fit.footprint import INPUT_UNITS, BlockKind, Footprint, block_weight_bytes, bytes_per_weight
-from pixtune.hardware.facts import GIB, HardwareFacts
+from pixtune.hardware.facts import GIB, HardwareFacts, missing_on_host
 
 EIGHT_BIT = ("fp8", "int8")
 QUANTISED = (*EIGHT_BIT, "nf4")
@@ -32,8 +32,11 @@ RECORDING_BYTES = 24 * 2**20
 those that recorded none (H100). The first is part of `plan.CONTEXT_BYTES`."""
 LEAST_RECORDINGS, MOST_RECORDINGS = 4, 64
 """Room is left for so many where blocks are lean or recomputed, which costs less than a block more of them."""
-TABLE_ROWS = (256, 64, 32)
-"""Draws whose modulation is computed in one pass over its weights."""
+TABLE_ROWS = (128, 32)
+"""Draws whose modulation is computed in one pass over its weights. Qwen-Image has 120 such layers and FLUX.1-dev 76, so
+that with 128 rows one is read and multiplied at each step of batch 1. The second where host memory is scarce."""
+TABLES = 2
+"""One is filled while the other one is in use."""
 STREAM_SLOTS = 3
 
 
@@ -43,6 +46,7 @@ class Rung:
 
     weights_format: str
     modulation_rows: int = 0
+    """Of the table in host memory that stands in for modulation layers; 0: they are loaded."""
     lean: bool = False
     recomputed_blocks: int = 0
     offload_inputs: bool = False
@@ -64,21 +68,18 @@ def is_unified(facts: HardwareFacts, config: TrainConfig) -> bool:
 def ladder(facts: HardwareFacts, footprint: Footprint, config: TrainConfig) -> Iterator[Rung]:
     """A LoRA's rungs, fastest first."""
     blocks, no_recompute = footprint.num_blocks, config.disable_gradient_checkpointing
-    plain = compute_format_of(config)
+    plain, rows = compute_format_of(config), table_rows(footprint)
     for number, weights_format in enumerate(allowed_formats(facts, config)):
         quantised = weights_format != plain
         if no_recompute is not False:
             if not quantised:
                 yield Rung(weights_format)
-            # A pass over the modulation's weights costs less than a second, and norms computed twice cost every step.
             for transposes in (True, False) if weights_format in EIGHT_BIT else (False,):
                 for lean in (False, True) if no_recompute is None else (False,):
-                    for rows in table_rows(footprint):
-                        yield Rung(weights_format, rows, lean, kept_transposes=transposes)
+                    yield Rung(weights_format, rows, lean, kept_transposes=transposes)
         is_last = number == len(allowed_formats(facts, config)) - 1
         if no_recompute is True or not (quantised or is_last):
             continue  # products in 8 bits are faster than computing blocks twice in 16
-        rows = table_rows(footprint)[-1]
         lean, counts = no_recompute is None, range(1, blocks + 1) if no_recompute is None else (blocks,)
         reprojects = lean and all(kind.units.projections for kind in footprint.kinds)
         if reprojects:  # a third of what a lean block keeps, for a sixth of its products
@@ -92,12 +93,23 @@ def ladder(facts: HardwareFacts, footprint: Footprint, config: TrainConfig) -> I
                 yield Rung(weights_format, rows, lean, blocks, True, count)
 
 
-def table_rows(footprint: Footprint) -> tuple[int, ...]:
-    """Sizes of the modulation table to try; one row more than a step's samples at the least."""
-    if footprint.trains_modulation:
-        return (0,)
-    least = footprint.samples_per_step + 1
-    return tuple(dict.fromkeys(max(rows, least) for rows in TABLE_ROWS))
+def table_rows(footprint: Footprint, wanted: int = TABLE_ROWS[0]) -> int:
+    """Of the modulation table; one more than a step's samples at the least. 0: its layers must be in place."""
+    return 0 if footprint.trains_modulation else max(wanted, footprint.samples_per_step + 1)
+
+
+def fit_host(rung: Rung, footprint: Footprint, facts: HardwareFacts, num_tables: int = TABLES) -> Rung | None:
+    """The rung with as many rows of the modulation table as host memory allows; None where it lacks for the fewest."""
+    for wanted in TABLE_ROWS:
+        smaller = with_rows(rung, footprint, wanted)
+        if not missing_on_host(facts, host_bytes(smaller, footprint, num_tables)):
+            return smaller
+    return None
+
+
+def with_rows(rung: Rung, footprint: Footprint, wanted: int = TABLE_ROWS[-1]) -> Rung:
+    """The rung with no more rows of the modulation table than that; the fewest by default."""
+    return replace(rung, modulation_rows=min(rung.modulation_rows, table_rows(footprint, wanted)))
 
 
 def allowed_formats(facts: HardwareFacts, config: TrainConfig) -> tuple[str, ...]:
@@ -180,11 +192,37 @@ def weight_bytes(rung: Rung, footprint: Footprint, compute_format: str) -> int:
 def peak_bytes(rung: Rung, footprint: Footprint, config: TrainConfig, optimizer: str, compiled: bool) -> int:
     """Most that a training step of a LoRA allocates: its weights, their gradients and optimizer states are fp32."""
     compute_format = compute_format_of(config)
-    outputs = sum(kind.count * kind.modulation_outputs for kind in footprint.kinds)
-    table = 2 * outputs * rung.modulation_rows
+    table = table_bytes(rung, footprint, compute_format)
     trained = footprint.trained_weights * (4 + 4 + (2 if optimizer == "adamw_8bit" else 8))
     activations = activation_bytes(rung, footprint, config, compiled)
     return round(weight_bytes(rung, footprint, compute_format) + table + trained + FIXED_BYTES + activations)
+
+
+def table_bytes(rung: Rung, footprint: Footprint, compute_format: str) -> int:
+    """On the device, of the modulation table: a step's rows, a layer's weights on their way, and what they make."""
+    if not rung.modulation_rows:
+        return 0
+    row = modulation_row(footprint) * (footprint.samples_per_step + 1)
+    made = rung.modulation_rows * max(kind.modulation_outputs for kind in footprint.kinds)
+    on_host = table_host_numbers(rung, footprint, TABLES) if footprint.one_pool else 0
+    return (4 if compute_format == "fp32" else 2) * (row + made + largest_modulation(footprint) + on_host)
+
+
+def table_host_numbers(rung: Rung, footprint: Footprint, num_tables: int) -> int:
+    """In host memory: the tables, and two layers' weights on their way."""
+    if not rung.modulation_rows:
+        return 0
+    return num_tables * rung.modulation_rows * modulation_row(footprint) + 2 * largest_modulation(footprint)
+
+
+def modulation_row(footprint: Footprint) -> int:
+    """Numbers in a row of the modulation table."""
+    return sum(kind.count * kind.modulation_outputs for kind in footprint.kinds)
+
+
+def largest_modulation(footprint: Footprint) -> int:
+    """Numbers in the largest modulation layer."""
+    return max(kind.largest_modulation for kind in footprint.kinds)
 
 
 def activation_bytes(rung: Rung, footprint: Footprint, config: TrainConfig, compiled: bool) -> float:
@@ -254,10 +292,11 @@ def extra_units(footprint: Footprint, compiled: bool) -> float:
     return footprint.extra_units + (FULL_UNITS["compiled" if compiled else "eager"] if footprint.trains_all else 0)
 
 
-def host_bytes(rung: Rung, footprint: Footprint) -> int:
-    """Page-locked host memory: streamed weights and the inputs of recomputed blocks."""
+def host_bytes(rung: Rung, footprint: Footprint, num_tables: int = TABLES) -> int:
+    """Page-locked host memory: streamed weights, the inputs of recomputed blocks, modulation tables."""
     kinds = footprint.kinds
     mean = sum(k.count * block_weight_bytes(k, rung.weights_format, rung.modulation_rows == 0) for k in kinds)
     streamed = rung.streamed_blocks * mean / footprint.num_blocks
     inputs = rung.recomputed_blocks * footprint.unit_bytes if rung.offload_inputs else 0
-    return round(streamed + inputs)
+    tables = 0 if footprint.one_pool else 2 * table_host_numbers(rung, footprint, num_tables)
+    return round(streamed + inputs + tables)

@@ -43,13 +43,21 @@ class CopyLane:
     @torch.no_grad()
     def copy(self, target: Tensor, source: Tensor, after: Mark) -> Mark:
         """Copies once `after` is done, behind all earlier copies of the lane; returns the mark of its end."""
+        return self.copy_all([target], [source], after)
+
+    @torch.no_grad()
+    def copy_all(self, targets: Sequence[Tensor], sources: Sequence[Tensor], after: Mark) -> Mark:
+        """Copies each source to its target; see `copy`."""
+        pairs = zip(targets, sources, strict=True)
         if self._stream is None:
-            target.copy_(source)
+            for target, source in pairs:
+                target.copy_(source)
             return None
         if after is not None:
             self._stream.wait_event(after)
         with torch.cuda.stream(self._stream):
-            target.copy_(source, non_blocking=True)
+            for target, source in pairs:
+                target.copy_(source, non_blocking=True)
         mark = torch.cuda.Event()
         mark.record(self._stream)
         return mark
@@ -87,14 +95,15 @@ def join_recording() -> None:
 
 
 def host_buffer(num_bytes: int, device: torch.device) -> Tensor:
-    """Bytes on the host, page-locked where `device` is a GPU. Locked as long as the returned tensor itself lives.
+    """Bytes on the host, page-locked where `device` is a GPU with memory of its own. Locked as long as the returned
+    tensor itself lives.
 
     Raises:
         PlanError: the host has too little memory.
     """
     require_host_memory(num_bytes, "a buffer for copies to the device")
     buffer = torch.empty(num_bytes, dtype=torch.uint8)
-    if device.type == "cuda":
+    if device.type == "cuda" and not torch.cuda.get_device_properties(device).is_integrated:
         _lock_pages(buffer, device)
     return buffer
 

@@ -78,11 +78,9 @@ def test_drawing_takes_less_than_training_and_no_more_than_it_must(model: str) -
 def test_no_rung_keeps_anything_for_a_backward_pass() -> None:
     footprint = full_size_footprint(CONFIG)
     rungs = drawing_ladder(facts_as("RTX 4090"), footprint, CONFIG, 60)
-    assert len(rungs) == len(set(rungs)) and {rung.modulation_rows for rung in rungs} == {0, 61, 32}
+    assert len(rungs) == len(set(rungs)) and {rung.modulation_rows for rung in rungs} == {0, 61}
     assert not any(rung.lean or rung.recomputed_blocks or rung.offload_inputs for rung in rungs)
-    assert [rung.weights_format for rung in rungs if not rung.streamed_blocks] == ["bf16"] * 3 + ["fp8"] * 2 + [
-        "nf4"
-    ] * 2
+    assert [rung.weights_format for rung in rungs if not rung.streamed_blocks] == ["bf16"] * 2 + ["fp8", "nf4"]
 
 
 def test_large_pictures_are_tiled_only_where_the_decoder_alone_does_not_fit() -> None:
@@ -123,7 +121,7 @@ def test_what_does_not_fit_says_how_much_is_missing_and_what_would() -> None:
     ):
         plan_for(limit_gib=1.5)
     pc = facts_as("RTX 4060", host_bytes=16 * 10**9)
-    assert plan_for(facts=pc, limit_gib=7.4).expected_host_bytes < 3 * GIB
-    lack = r"21\.\d GiB of host memory beside NVIDIA GeForce RTX 4060: \d\.\d GiB are missing\. Without .* in nf4"
+    assert plan_for(facts=pc, limit_gib=7.4).expected_host_bytes < 3.2 * GIB
+    lack = r"2\d\.\d GiB of host memory beside NVIDIA GeForce RTX 4060: \d\.\d GiB are missing\. Without .* in nf4"
     with pytest.raises(PlanError, match=lack):
         plan_for(facts=pc, limit_gib=7.4, disable_quantization=True)

@@ -15,7 +15,8 @@ from pixtune.errors import WeightsError
 from pixtune.families import family_of
 from pixtune.families.base import ModelFamily, Placement
 from pixtune.fit.load import PLAIN, Layout, load_transformer
-from pixtune.fit.modulation import ModulationRows, announce, table_of
+from pixtune.fit.modulation import announce, table_of
+from pixtune.fit.modulation_filling import ModulationRows
 from pixtune.fit.quantize import FORMATS, QuantizedLinear
 from pixtune.weights import ModelFolder
 from tests.runs import ROOT

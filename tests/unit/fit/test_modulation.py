@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 
 import pixtune.train
 from pixtune.config import load_config
-from pixtune.fit.modulation import StepsAhead, table_of
+from pixtune.fit.modulation import ModulationTable, StepsAhead, table_of
+from pixtune.fit.modulation_filling import ModulationRows
 from pixtune.metrics import read_metrics
 from tests.runs import DEMO_TRAIN, ROOT, overrides
 
@@ -69,29 +70,124 @@ def test_going_on_in_the_middle_of_a_stretch_is_exact(run: Any) -> None:
     assert all(parts[name].equal(tensor) for name, tensor in whole.items())
 
 
-def test_stretches_begin_at_fixed_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    announced: list[list[float]] = []
+class NotedTable:
+    """Says what it is told."""
 
-    class Table:
-        num_rows, purpose = 7, None
+    num_rows = 7
 
-        def compute(self, embed: Any, purpose: object) -> None:
-            self.purpose = purpose
-            announced.append(embed().tolist())
+    def __init__(self) -> None:
+        self.used: list[list[float]] = []
+        self.shown: list[list[int]] = []
+        self.prepared: list[tuple[list[float], float]] = []
 
-    class Family:
-        def embed_time(self, transformer: object, sigmas: torch.Tensor, text: object, guidance: float) -> torch.Tensor:
-            return sigmas
+    def use(self, purpose: object, embed: Any) -> None:
+        self.used.append(embed().tolist())
 
-    table = Table()
+    def show(self, places: list[int]) -> None:
+        self.shown.append(places)
+
+    def prepare(self, purpose: object, embed: Any, share: float) -> None:
+        self.prepared.append((embed().tolist(), share))
+
+
+class Sigmas:
+    """A family whose time embedding is the sigma."""
+
+    def embed_time(self, transformer: object, sigmas: torch.Tensor, text: object, guidance: float) -> torch.Tensor:
+        return sigmas
+
+
+def test_stretches_begin_at_fixed_steps_and_the_next_one_is_filled_on_the_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    table = NotedTable()
     monkeypatch.setattr("pixtune.fit.modulation.table_of", lambda transformer: table)
     ahead = StepsAhead(
-        torch.nn.Identity(), Family(), lambda step: (torch.tensor([step, step + 0.5]), {}), 2, 8, 1.0,
+        torch.nn.Identity(), Sigmas(), lambda step: (torch.tensor([step, step + 0.5]), {}), 2, 8, 1.0,
         torch.device("cpu"),
     )  # type: ignore[arg-type] # fmt: skip
-    for step in (4, 5, 6, 7):
+    for step in (4, 5, 6):
         ahead.reach(step)
-    assert announced == [[3.0, 3.5, 4.0, 4.5, 5.0, 5.5], [6.0, 6.5, 7.0, 7.5]]
+    second, third = [3.0, 3.5, 4.0, 4.5, 5.0, 5.5], [6.0, 6.5, 7.0, 7.5]
+    assert table.used == [second, second, third]
+    assert table.shown == [[2, 3, -1], [4, 5, -1], [0, 1, -1]]
+    assert table.prepared == [(third, 2 / 3), (third, 1)], "and nothing after the last step"
+
+
+class Table:
+    """A real table of six layers, with a model around it, whose weights are counted when they are read."""
+
+    def __init__(self, num_rows: int = 8) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.embedder = torch.nn.Identity()
+        self.layers = {f"blocks.{number}": ModulationRows(5, 4 + number) for number in range(6)}
+        self.weights = {
+            f"{path}.{part}": torch.randn(shape, generator=generator)
+            for path, layer in self.layers.items()
+            for part, shape in (("weight", (layer.out_features, 5)), ("bias", (layer.out_features,)))
+        }
+        self.num_read = 0
+        self.table = ModulationTable(self.embedder, self.layers, self.read, num_rows)
+
+    def read(self, name: str) -> torch.Tensor:
+        self.num_read += name.endswith("weight")
+        return self.weights[name]
+
+    def rows(self, embedding_BD: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What each layer hands out in a pass with these embeddings."""
+        self.embedder(embedding_BD)
+        return {path: layer(embedding_BD) for path, layer in self.layers.items()}
+
+    def expect(self, embedding_BD: torch.Tensor) -> None:
+        for path, found in self.rows(embedding_BD).items():
+            activated = torch.nn.functional.silu(embedding_BD)
+            wanted = torch.nn.functional.linear(activated, self.weights[f"{path}.weight"], self.weights[f"{path}.bias"])
+            torch.testing.assert_close(found, wanted)
+
+
+def test_a_table_in_use_stays_what_it_is_while_the_next_one_is_filled() -> None:
+    tried, generator = Table(), torch.Generator().manual_seed(1)
+    stretches = torch.randn(3, 8, 5, generator=generator)
+    reads = []
+    for number, embeddings_ND in enumerate(stretches):
+        tried.table.use(number, lambda embeddings_ND=embeddings_ND: embeddings_ND)
+        reads.append(tried.num_read)
+        for row in range(8):
+            tried.table.show([row, -1])
+            tried.expect(embeddings_ND[row : row + 1])
+            tried.expect(embeddings_ND[[row, 7]])
+            if number < 2:
+                following = stretches[number + 1]
+                tried.table.prepare(number + 1, lambda following=following: following, (row + 1) / 8)
+        tried.table.check()
+    assert reads == [6, 12, 18], "nothing was left to be read when a stretch began, but for the first one"
+
+
+def test_pictures_between_steps_leave_the_table_of_the_steps_alone() -> None:
+    tried, generator = Table(), torch.Generator().manual_seed(1)
+    steps, following, asked = torch.randn(3, 8, 5, generator=generator)
+    tried.table.use("steps", lambda: steps)
+    tried.table.prepare("following", lambda: following, 0.5)
+    tried.table.answer("pictures", lambda: asked)
+    for row in (6, 1):
+        tried.expect(asked[row : row + 1])
+    before = tried.num_read
+    tried.table.use("steps", lambda: steps)
+    tried.table.show([3, -1])
+    tried.expect(steps[3:4])
+    assert tried.num_read == before, "nothing is computed again for the steps"
+    tried.table.use("following", lambda: following)
+    tried.table.show([2, -1])
+    tried.expect(following[2:3])
+    tried.table.check()
+    tried.rows(following[5:6])
+    with pytest.raises(RuntimeError, match="was not among those announced"):
+        tried.table.check()
+
+
+def test_weights_that_cannot_be_read_any_more_are_an_error() -> None:
+    tried = Table()
+    del tried.weights["blocks.3.bias"]
+    with pytest.raises(KeyError, match=r"blocks\.3\.bias"):
+        tried.table.use("steps", lambda: torch.ones(8, 5))
 
 
 def test_a_model_with_its_modulation_in_place_has_no_table() -> None:

@@ -1,0 +1,156 @@
+"""A modulation table filled layer by layer: weights from their file through the device, and what they make to the host.
+
+Each layer takes three moves, and those of neighbours overlap: read into page-locked memory by a thread, copied to the
+device beside the computation, multiplied and copied back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import torch
+from torch import Tensor, nn
+
+from pixtune.fit.transfer import CopyLane, Mark, host_buffer
+
+ReadWeight = Callable[[str], Tensor]
+"""Tensor name -> the tensor on the CPU."""
+
+
+class ModulationRows(nn.Module):
+    """Stands where a modulation layer stood and hands out the rows that were chosen for this forward pass."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.rows: Tensor | None = None
+
+    def forward(self, activated_BD: Tensor) -> Tensor:
+        assert self.rows is not None, "a modulation was asked for before its table was computed"
+        return self.rows[: activated_BD.shape[0]]
+
+    def extra_repr(self) -> str:
+        return f"out_features={self.out_features}"
+
+
+class Passage:
+    """The way of one layer's weights at a time, for all tables of a transformer: its buffers, its thread, its lane.
+
+    One layer is read while the one before it is copied, so there are two buffers on the host; on the device one.
+
+    Args:
+        layers: paths in the model's files, each with its stand-in.
+        num_rows: most rows at once.
+        like: a tensor of the device and format in which the products are computed.
+    """
+
+    def __init__(
+        self, layers: Mapping[str, ModulationRows], read_weight: ReadWeight, num_rows: int, like: Tensor
+    ) -> None:
+        self.layers, self._read_weight = list(layers.items()), read_weight
+        self.lane = CopyLane(like.device)
+        largest = max(layers.values(), key=lambda layer: layer.out_features * (layer.in_features + 1))
+        numbers = largest.out_features * (largest.in_features + 1)
+        self._weights = like.new_empty(numbers)
+        self._products = like.new_empty(num_rows * max(layer.out_features for layer in layers.values()))
+        self._on_host = [host_buffer(numbers * like.element_size(), like.device).view(like.dtype) for _ in range(2)]
+        self._sent: list[Mark] = [None, None]
+        """When each host buffer may be written again."""
+        self._returned: Mark = None
+        """When the products are all on the host."""
+        self._reader = ThreadPoolExecutor(1, "modulation")
+
+    def read(self, number: int) -> Future[None]:
+        """Begins to read a layer's weights into the host buffer whose turn it is."""
+        return self._reader.submit(self._read, number)
+
+    def _read(self, number: int) -> None:
+        path, layer = self.layers[number]
+        turn = number % 2
+        if (sent := self._sent[turn]) is not None:
+            sent.synchronize()
+        weight_OD, bias_O = split(self._on_host[turn], layer)
+        weight_OD.copy_(self._read_weight(f"{path}.weight"))
+        bias_O.copy_(self._read_weight(f"{path}.bias"))
+
+    def send(self, number: int) -> Mark:
+        """Begins to copy a layer's weights, which have been read, to the device."""
+        size = self.layers[number][1].out_features * (self.layers[number][1].in_features + 1)
+        source = self._on_host[number % 2][:size]
+        self._sent[number % 2] = arrived = self.lane.copy(self._weights[:size], source, after=self.lane.reached())
+        return arrived
+
+    def multiply(self, number: int, arrived: Mark, activated_ND: Tensor, targets: Sequence[Tensor]) -> None:
+        """Multiplies with a layer's weights and begins to copy each row to its target on the host."""
+        layer = self.layers[number][1]
+        weight_OD, bias_O = split(self._weights, layer)
+        products_NO = self._products[: len(activated_ND) * layer.out_features].view(-1, layer.out_features)
+        self.lane.wait(arrived)
+        self.lane.wait(self._returned)
+        torch.addmm(bias_O, activated_ND, weight_OD.T, out=products_NO)
+        self._returned = self.lane.copy_all(targets, products_NO.unbind(), after=self.lane.reached())
+
+    def wait_for_products(self) -> None:
+        """What the computation is told from now on comes after all products are on the host."""
+        self.lane.wait(self._returned)
+
+
+def split(flat: Tensor, layer: ModulationRows) -> tuple[Tensor, Tensor]:
+    """Weight and bias of a layer in memory for at least both."""
+    size = layer.out_features * layer.in_features
+    return flat[:size].view(layer.out_features, layer.in_features), flat[size : size + layer.out_features]
+
+
+class Filling:
+    """One table, filled layer by layer.
+
+    Args:
+        embeddings_ND: the time embeddings to prepare for, on the device.
+        rows_NO: on the host, at least as many.
+        purpose: what the rows are for.
+    """
+
+    def __init__(self, passage: Passage, embeddings_ND: Tensor, rows_NO: Tensor, purpose: object) -> None:
+        self.embeddings_ND, self.rows_NO, self.purpose = embeddings_ND, rows_NO, purpose
+        self._passage, self._activated_ND = passage, nn.functional.silu(embeddings_ND)
+        self._done = self._column = 0
+        self._reading: Future[None] | None = passage.read(0)
+        self._arrived: Mark = None
+        self._is_sent = False
+
+    @property
+    def num_layers(self) -> int:
+        return len(self._passage.layers)
+
+    @torch.no_grad()
+    def advance(self, num_layers: int) -> None:
+        """Until so many layers are done. The next one's weights are on their way then."""
+        while self._done < num_layers:
+            self._send_next()
+            number, width = self._done, self._passage.layers[self._done][1].out_features
+            columns = self.rows_NO[: len(self.embeddings_ND), self._column : self._column + width]
+            self._passage.multiply(number, self._arrived, self._activated_ND, columns.unbind())
+            self._done, self._column, self._is_sent = number + 1, self._column + width, False
+        if self._reading is not None:
+            self._send_next()
+
+    def _send_next(self) -> None:
+        if self._is_sent:
+            return
+        assert self._reading is not None
+        self._reading.result()
+        self._arrived = self._passage.send(self._done)
+        self._is_sent = True
+        following = self._done + 1
+        self._reading = self._passage.read(following) if following < self.num_layers else None
+
+    def finish(self) -> None:
+        self.advance(self.num_layers)
+        self._passage.wait_for_products()
+
+    def drop(self) -> None:
+        """Its memory may be used for another table afterwards."""
+        if self._reading is not None:
+            self._reading.result()
+        self._passage.wait_for_products()
