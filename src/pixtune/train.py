@@ -120,6 +120,7 @@ def run_steps(run: Run, services: AroundSteps) -> TrainResult:
         for step in range(start, end):
             run.steps_ahead.reach(step)
             loss, grad_norm = train_step(run, islice(batches, accumulation), step, services.see_batch)
+            run.steps_ahead.look_ahead(step)
             services.after_step(step + 1, loss, grad_norm)
             if stop.requested(step + 1, config.logging_steps):
                 return services.interrupted(step + 1)

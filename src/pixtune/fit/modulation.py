@@ -71,6 +71,8 @@ class ModulationTable:
         self._shown_RD: Tensor | None = None
         self._shown_RO: Tensor | None = None
         self._worst: Tensor | None = None
+        self._shown: list[tuple[object, int] | None] = []
+        """What is there: of which table, and at which place of it."""
         self._computing = False
         embedder.register_forward_hook(self._choose)
 
@@ -115,8 +117,12 @@ class ModulationTable:
         if self._shown_RD is None or self._shown_RO is None:
             self._shown_RD = table.embeddings_ND.new_empty(len(places), table.embeddings_ND.shape[1])
             self._shown_RO = table.embeddings_ND.new_empty(len(places), table.rows_NO.shape[1])
+            self._shown = [None] * len(places)
         for target, place in enumerate(places):
             place %= len(table.embeddings_ND)
+            if self._shown[target] == (table.purpose, place):
+                continue
+            self._shown[target] = table.purpose, place
             self._shown_RD[target] = table.embeddings_ND[place]
             self._shown_RO[target].copy_(table.rows_NO[place], non_blocking=True)
 
@@ -251,19 +257,30 @@ class StepsAhead:
     device: torch.device
 
     def reach(self, step: int) -> None:
-        """Makes sure that the rows of a step are there, and fills its share of those of the next stretch."""
+        """Makes sure that the rows of a step are there."""
         table = table_of(self.transformer)
         if table is None:
             return
-        stretch = (table.num_rows - 1) // self.samples_per_step  # one row is for pictures that are seen as clean
-        first = step - step % stretch
+        first, stretch = self._stretch_of(step, table)
         table.use(("steps from", first), lambda: self._embed(first, stretch))
         place = (step - first) * self.samples_per_step
         table.show([*range(place, place + self.samples_per_step), -1])  # the clean one comes last
+
+    def look_ahead(self, step: int) -> None:
+        """Fills a step's share of the rows of the next stretch; while the device is busy with the step, best of all."""
+        table = table_of(self.transformer)
+        if table is None:
+            return
+        first, stretch = self._stretch_of(step, table)
         coming = first + stretch
         if coming < self.num_steps:
             share = (step - first + 1) / stretch
             table.prepare(("steps from", coming), lambda: self._embed(coming, stretch), share)
+
+    def _stretch_of(self, step: int, table: ModulationTable) -> tuple[int, int]:
+        """The first step of the stretch that a step is in, and its length."""
+        length = (table.num_rows - 1) // self.samples_per_step  # one row is for pictures that are seen as clean
+        return step - step % length, length
 
     def _embed(self, first: int, stretch: int) -> Tensor:
         steps = range(first, min(first + stretch, self.num_steps))

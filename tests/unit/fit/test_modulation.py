@@ -106,6 +106,7 @@ def test_stretches_begin_at_fixed_steps_and_the_next_one_is_filled_on_the_way(mo
     )  # type: ignore[arg-type] # fmt: skip
     for step in (4, 5, 6):
         ahead.reach(step)
+        ahead.look_ahead(step)
     second, third = [3.0, 3.5, 4.0, 4.5, 5.0, 5.5], [6.0, 6.5, 7.0, 7.5]
     assert table.used == [second, second, third]
     assert table.shown == [[2, 3, -1], [4, 5, -1], [0, 1, -1]]
