@@ -46,15 +46,15 @@ def plan_on_this_machine(
     """
     findings, obstacle = None, None
     multiple = least_multiple(config, captions)
-    facts, obstacle_to_3 = read_facts(device, config.memory_fraction or MEMORY_FRACTION), flash_attention_3_obstacle()
+    fraction, obstacle_to_3 = config.memory_fraction or MEMORY_FRACTION, flash_attention_3_obstacle()
     if device.type == "cuda":
         obstacle = compile_obstacle(device)
         transformer = folder.component_config("transformer")
         heads = (transformer["num_attention_heads"], transformer["attention_head_dim"])
         num_tokens = count_tokens(multiple) // config.batch_size
         shape = Shape(num_tokens, *heads, compute_format_of(config), config.deterministic)
-        findings = try_attention(shape, kernels_to_try(facts, config, obstacle_to_3))
-    can_compile = obstacle is None
+        findings = try_attention(shape, kernels_to_try(read_facts(device, fraction), config, obstacle_to_3))
+    facts, can_compile = read_facts(device, fraction), obstacle is None
     while True:
         counted = count_tokens(multiple)
         footprint = footprint_of(config, family, folder, counted)

@@ -107,15 +107,18 @@ def switch(backend: SDPBackend, on: bool) -> None:
 
 
 def put_first(backend: SDPBackend) -> None:
-    """Lets PyTorch take a kernel before all others. Its own order has cuDNN's first on Hopper and B200 alone, and behind
-    plain products, where nothing reaches it, on all other GPUs."""
+    """Lets PyTorch take a kernel before all others.
+
+    Its own order has cuDNN's first on Hopper and B200 (capabilities 9.0 and 10.0), and on all other GPUs behind plain
+    products, where nothing reaches it.
+    """
     if not hasattr(torch._C, "_set_sdp_priority_order"):
         forbid_instead(backend)
         return
     if torch.cuda.is_available():
         settle_own_order()
-    others = [number for number in torch._C._get_sdp_priority_order() if number != int(backend)]
-    torch._C._set_sdp_priority_order([int(backend), *others])
+    others = [number for number in torch._C._get_sdp_priority_order() if number != backend.value]
+    torch._C._set_sdp_priority_order([backend.value, *others])
 
 
 def forbid_instead(backend: SDPBackend) -> None:
@@ -137,7 +140,7 @@ def settle_own_order() -> None:
 
 def in_force() -> tuple[object, ...]:
     """What decides which kernel PyTorch takes."""
-    order = getattr(torch._C, "_get_sdp_priority_order", list)()
+    order: list[int] = getattr(torch._C, "_get_sdp_priority_order", list)()
     replaced = getattr(torch.nn.attention, "current_flash_attention_impl", lambda: None)()
     enabled = (cuda.cudnn_sdp_enabled(), cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled())
     return (*enabled, replaced, tuple(order))

@@ -34,6 +34,7 @@ FORMAT = 2
 """Of the kept findings. 1, which has no number, knew cuDNN's kernel and all others together."""
 MARK = "pixtune trial: "
 """Begins the lines that are the trial's; libraries print others."""
+DEVICE = "cuda"
 LACKS_MEMORY = "memory was lacking to try it"
 
 
@@ -173,15 +174,18 @@ def last_words(stderr: str, exit_code: int) -> str:
 # ---- in the trial's process
 
 
-def measure(shape: Shape, kernels: Sequence[str]) -> Iterator[tuple[str, str | None, Finding | None]]:
-    """Each kernel's name before and after each part of its trial, whether it is at work then, and what was found."""
-    inputs, gradient = draw_inputs(shape)
-    real_BL = torch.ones(1, shape.num_tokens, dtype=torch.bool, device=gradient.device)
+def measure(
+    shape: Shape, kernels: Sequence[str], device: torch.device
+) -> Iterator[tuple[str, str | None, Finding | None]]:
+    """Each kernel's name before and after each part of its trial, again if it is at work next, and what was found."""
+    inputs, gradient = draw_inputs(shape, device)
+    real_BL = torch.ones(1, shape.num_tokens, dtype=torch.bool, device=device)
     real_BL[:, PADDED] = False
     with sdpa_kernel(SDPBackend.MATH):  # heads are independent of one another, and one in fp32 is enough
         one_head = [tensor.detach()[:, :1].float().requires_grad_() for tensor in inputs]
         expected = attend(one_head, gradient[:, :1].float())
         expected_padded = attend(one_head, gradient[:, :1].float(), real_BL[:, None, None])
+    float(expected_padded[0].sum())  # waits for the device: what fails up to here is no kernel's fault
     torch.use_deterministic_algorithms(shape.deterministic)
     for kernel in sorted(kernels, key=lambda kernel: kernel == FLASH_3):  # replaces flash attention for good
         yield kernel, kernel, None
@@ -193,9 +197,8 @@ def measure(shape: Shape, kernels: Sequence[str]) -> Iterator[tuple[str, str | N
             yield kernel, None, Finding(None, False, finding.error, finding.milliseconds, error)
 
 
-def draw_inputs(shape: Shape) -> tuple[list[Tensor], Tensor]:
-    """Queries, keys and values (B, H, L, D) of one sample, and a gradient; dense as (B, L, H, D), as blocks have them."""
-    device = torch.device("cuda")
+def draw_inputs(shape: Shape, device: torch.device) -> tuple[list[Tensor], Tensor]:
+    """Queries, keys and values (B, H, L, D) of one sample, and a gradient; dense as (B, L, H, D), as in blocks."""
     dtype = torch.bfloat16 if shape.compute_format == "bf16" else torch.float32
     generator = torch.Generator(device).manual_seed(0)
     sizes = (1, shape.num_tokens, shape.num_heads, shape.head_size)
@@ -290,7 +293,7 @@ def main(words: Sequence[str]) -> None:
     """Tells of each kernel as it goes. Dies where a kernel has spoiled the GPU for the others, or kills it."""
     num_tokens, num_heads, head_size, compute_format, deterministic, *kernels = words
     shape = Shape(int(num_tokens), int(num_heads), int(head_size), compute_format, bool(int(deterministic)))
-    for kernel, at_work, finding in measure(shape, kernels):
+    for kernel, at_work, finding in measure(shape, kernels, torch.device(DEVICE)):
         told = {"kernel": kernel, "at_work": at_work, "finding": None if finding is None else asdict(finding)}
         print(f"{MARK}{json.dumps(told)}", flush=True)
 

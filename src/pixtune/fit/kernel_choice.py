@@ -5,9 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from pixtune.config.schema import TrainConfig
 from pixtune.hardware.facts import HOPPER, HardwareFacts
+
+if TYPE_CHECKING:  # importing it takes half a second of a trial's process
+    from pixtune.config.schema import TrainConfig
 
 CUDNN, FLASH, EFFICIENT, FLASH_3 = "cudnn", "flash", "efficient", "flash_3"
 """Attention kernels: cuDNN's, FlashAttention 2 and memory-efficient attention of PyTorch, FlashAttention 3."""
@@ -27,7 +30,7 @@ class Finding:
     """Why it did not come to an end: it raised, crashed, or hung."""
     says_nothing: bool = False
     """That obstacle was not the kernel's fault (memory was lacking): it is not chosen, and may be used all the same."""
-    error: float = math.nan
+    error: float = math.inf
     """Relative, the largest of output and gradients."""
     milliseconds: float = math.inf
     padded_error: float = math.inf
