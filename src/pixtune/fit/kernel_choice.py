@@ -103,22 +103,23 @@ def choose_attention(
     """
     features, found = config.cuda_features, findings or {}
     demanded = [
-        kernel
-        for kernel, flag in ((FLASH_3, features.enable_flash_attention_3), (CUDNN, features.enable_cudnn_sdp))
+        asked
+        for asked, flag in ((FLASH_3, features.enable_flash_attention_3), (CUDNN, features.enable_cudnn_sdp))
         if flag
     ]
     barred = _barred(facts, config, obstacle_to_3)
     faults = {kernel: fault for kernel, finding in found.items() if (fault := finding.fault) is not None}
     reasons: list[str] = []
-    for kernel in demanded:
-        against = barred.get(kernel) or (f"tried on this machine, {faults[kernel]}" if kernel in faults else None)
+    for asked in demanded:
+        against = barred.get(asked) or (f"tried on this machine, {faults[asked]}" if asked in faults else None)
         if against is not None:
-            reasons.append(f"{_title(kernel)} off, though asked for: {against}")
+            reasons.append(f"{_title(asked)} off, though asked for: {against}")
     if facts.device != "cuda":
         return AttentionChoice(None, reasons=tuple(reasons))
-    usable = [kernel for kernel in NAMES if kernel not in barred and kernel not in faults]
-    met = [kernel for kernel in demanded if kernel in usable]
-    right = sorted((kernel for kernel in usable if kernel in found), key=lambda kernel: found[kernel].milliseconds)
+    usable = [each for each in NAMES if each not in barred and each not in faults]
+    met = [asked for asked in demanded if asked in usable]
+    right = sorted((each for each in usable if each in found), key=lambda each: found[each].milliseconds)
+    kernel: str | None
     if met:
         kernel, because = met[0], _as_asked(met, found)
     elif right:
