@@ -46,7 +46,7 @@ NUM_QUARTERS = 4
 ROUNDS, PRODUCTS_PER_ROUND = 7, 10
 DIGITS = 6
 TOLD_OF_PLAN = ("weights_format", "kept_transposes", "lean", "recomputed_blocks", "reprojected_blocks", "compile",
-                "cudnn_attention", "flash_attention_3")  # fmt: skip
+                "attention")  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from rich.table import Table
 from pixtune.config.schema import TrainConfig
 from pixtune.errors import WeightsError
 from pixtune.fit.encoders import PIXELS_PER_VISION_TOKEN, TEXT_TOKENS, EncoderPlan, EncoderSizes, encode_plainly
+from pixtune.fit.kernel_choice import NAMES
 from pixtune.fit.phases import Phase, Surroundings, phases_of
 from pixtune.fit.plan import CONTEXT_BYTES, MemoryPlan, plan_memory, usable_bytes
 from pixtune.fit.text_padding import Captions, least_multiple, padded_length
@@ -361,6 +362,7 @@ def decisions(plan: MemoryPlan) -> list[tuple[str, str]]:
         ("streamed blocks", str(plan.streamed_blocks) if plan.streamed_blocks else "none"),
         ("compiled", _yes(plan.compile)),
         ("recorded", f"steps of up to {plan.recordings} shapes (CUDA graphs)" if plan.recordings else "no"),
+        ("attention", f"{NAMES[plan.attention]}, where it can" if plan.attention else "PyTorch's own choice"),
         ("optimizer", plan.optimizer + ", its states in host memory" * plan.states_on_host),
         ("each weight stepped", "within the backward pass" if plan.fused_step else "after the backward pass"),
         ("encoders", "stay on the device" if plan.encoders_stay else "leave the device after encoding"),

@@ -11,10 +11,12 @@ import torch
 from pixtune.adapters import resolve_targets
 from pixtune.config.schema import TrainConfig
 from pixtune.families.base import ModelFamily
-from pixtune.fit.attention import flash_attention_3_obstacle, try_cudnn_attention
+from pixtune.fit.attention import flash_attention_3_obstacle
+from pixtune.fit.attention_trial import Shape, try_attention
 from pixtune.fit.compile import compile_obstacle
 from pixtune.fit.encoders import EncoderPlan, EncoderSizes, plan_encoders
 from pixtune.fit.footprint import Footprint, Shapes, of_all_weights, read_footprint
+from pixtune.fit.kernel_choice import kernels_to_try
 from pixtune.fit.phases import Surroundings, compiled_pass_bytes, drawing_bytes, drawing_tile, idle_bytes
 from pixtune.fit.plan import MemoryPlan, plan_memory, usable_bytes
 from pixtune.fit.rungs import compute_format_of, is_unified
@@ -42,22 +44,21 @@ def plan_on_this_machine(
     Raises:
         PlanError, ConfigError: see `plan_memory`.
     """
-    trial, obstacle, pads = None, None, False
+    findings, obstacle = None, None
     multiple = least_multiple(config, captions)
+    fraction, obstacle_to_3 = config.memory_fraction or MEMORY_FRACTION, flash_attention_3_obstacle()
     if device.type == "cuda":
         obstacle = compile_obstacle(device)
-        asked = config.cuda_features.enable_cudnn_sdp
-        if asked is None or (asked and multiple > 1):
-            transformer = folder.component_config("transformer")
-            heads = (transformer["num_attention_heads"], transformer["attention_head_dim"])
-            tried = try_cudnn_attention(count_tokens(multiple) // config.batch_size, *heads)
-            trial, pads = (tried.passed, tried.finding), tried.pads
-    facts = read_facts(device, config.memory_fraction or MEMORY_FRACTION)
-    can_compile, obstacle_to_3 = obstacle is None, flash_attention_3_obstacle()
+        transformer = folder.component_config("transformer")
+        heads = (transformer["num_attention_heads"], transformer["attention_head_dim"])
+        num_tokens = count_tokens(multiple) // config.batch_size
+        shape = Shape(num_tokens, *heads, compute_format_of(config), config.deterministic)
+        findings = try_attention(shape, kernels_to_try(read_facts(device, fraction), config, obstacle_to_3))
+    facts, can_compile = read_facts(device, fraction), obstacle is None
     while True:
         counted = count_tokens(multiple)
         footprint = footprint_of(config, family, folder, counted)
-        plan = plan_memory(facts, footprint, config, trial, can_compile, num_processes, obstacle_to_3, captions, pads)
+        plan = plan_memory(facts, footprint, config, findings, can_compile, num_processes, obstacle_to_3, captions)
         if count_tokens(plan.text_multiple) <= counted:
             return plan
         multiple = plan.text_multiple  # longer captions than memory was counted for, which may leave fewer recordings

@@ -36,7 +36,7 @@ from pixtune.fit.apply import (
 from pixtune.fit.capture import GraphRecorder, ReplayedPass
 from pixtune.fit.encoders import EncoderPlan
 from pixtune.fit.modulation import StepsAhead
-from pixtune.fit.plan import MemoryPlan
+from pixtune.fit.plan import MemoryPlan, in_todays_fields
 from pixtune.fit.streaming import stream_of
 from pixtune.hardware.facts import check_torch
 from pixtune.launch import StopSignal, start_accelerator
@@ -198,7 +198,7 @@ def decide_plan(
 ) -> MemoryPlan:
     """The plan of a new run; a resumed run keeps its own, since kernels and formats decide bits."""
     if checkpoint:
-        return stored(MemoryPlan, checkpoint.record, "plan")
+        return stored(MemoryPlan, {"plan": in_todays_fields(checkpoint.record.get("plan", {}))}, "plan")
     return plan_on_this_machine(
         config,
         family,

@@ -25,7 +25,7 @@ def plan_for(card: str) -> MemoryPlan:
 def test_dgx_spark_keeps_everything_in_its_one_pool() -> None:
     plan = plan_for("DGX Spark")
     assert (plan.encoders_stay, plan.pin_memory, plan.recompute) == (True, False, False)
-    assert plan.weights_format == "bf16" and plan.cudnn_attention is True
+    assert plan.weights_format == "bf16" and plan.attention == "cudnn"
 
 
 @pytest.mark.parametrize("card", ["H100", "A100 80 GB", "H200", "RTX PRO 6000", "GH200"])

@@ -103,9 +103,11 @@ def test_switches_of_the_plan_are_switched(on: bool, monkeypatch: pytest.MonkeyP
     switched: dict[str, object] = {}
     monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda name: switched.update(tf32=name == "high"))
     monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", lambda value: switched.update(cudnn=value))
+    monkeypatch.setattr("pixtune.fit.attention.put_first", lambda backend: None)
     monkeypatch.setattr(torch, "use_deterministic_algorithms", lambda value: switched.update(deterministic=value))
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", torch.backends.cudnn.benchmark)
-    apply_switches(replace(plain_plan(), tf32=on, cudnn_attention=on, deterministic=on))
+    kernel, off = ("cudnn", ()) if on else (None, ("cudnn",))
+    apply_switches(replace(plain_plan(), tf32=on, attention=kernel, attention_off=off, deterministic=on))
     assert switched == {"tf32": on, "cudnn": on, **({"deterministic": True} if on else {})}
 
 

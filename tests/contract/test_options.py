@@ -116,7 +116,7 @@ THREE_STATES: dict[str, Callable[[MemoryPlan], Any]] = {
     "adam8bit": lambda plan: plan.optimizer == "adamw_8bit",
     "quantize": lambda plan: plan.weights_format not in ("bf16", "fp32"),
     "cuda_features.enable_tf32_compute": lambda plan: plan.tf32,
-    "cuda_features.enable_cudnn_sdp": lambda plan: plan.cudnn_attention,
+    "cuda_features.enable_cudnn_sdp": lambda plan: plan.attention == "cudnn",
 }
 
 

@@ -16,11 +16,12 @@ from pixtune.data.batches import Batch
 from pixtune.families import family_of
 from pixtune.families.base import ModelFamily, Placement
 from pixtune.fit.apply import blocks_of
-from pixtune.fit.attention import LARGEST_ERROR, measure
+from pixtune.fit.attention_trial import Shape, measure
 from pixtune.fit.capture import GraphRecorder, ReplayedPass
 from pixtune.fit.compile import compile_blocks
+from pixtune.fit.kernel_choice import CUDNN, FLASH, LARGEST_ERROR
 from pixtune.fit.load import load_transformer
-from pixtune.fit.padded_attention import CUDNN, FLASH, attend_padded
+from pixtune.fit.padded_attention import attend_padded
 from pixtune.weights import ModelFolder
 from tests.unit.fit.tiny import ASSETS
 
@@ -77,8 +78,10 @@ def masked(query: Tensor, key: Tensor, value: Tensor, real_BL: Tensor) -> Tensor
     return torch.einsum("bhij,bjhd->bihd", shares, value)
 
 
-def test_the_trial_measures_it() -> None:
-    assert measure(640, 3, 128)["padded_error"] < LARGEST_ERROR
+@pytest.mark.parametrize("kernel", [CUDNN, FLASH])
+def test_the_trial_measures_it(kernel: str) -> None:
+    *_, (_, _, finding) = measure(Shape(640, 3, 128), [kernel], DEVICE)
+    assert finding is not None and finding.padded_error < LARGEST_ERROR
 
 
 # ---- steps

@@ -1,4 +1,7 @@
-"""The switches of `train_configs/train_cuda13_optimized.yaml` change which kernels run, not only the plan."""
+"""The switches of `train_configs/train_cuda13_optimized.yaml` change which kernels run, not only the plan.
+
+Attention's are in `test_attention_kernels.py`.
+"""
 
 from __future__ import annotations
 
@@ -19,10 +22,9 @@ CUDA = torch.device("cuda")
 
 @pytest.fixture(autouse=True)
 def _switches() -> Iterator[None]:
-    precision, cudnn = torch.get_float32_matmul_precision(), torch.backends.cuda.cudnn_sdp_enabled()
+    precision = torch.get_float32_matmul_precision()
     yield
     torch.set_float32_matmul_precision(precision)
-    torch.backends.cuda.enable_cudnn_sdp(cudnn)
 
 
 def kernels_of(work: Callable[[], object]) -> str:
@@ -34,22 +36,6 @@ def kernels_of(work: Callable[[], object]) -> str:
     names = [event.key for event in recorded.key_averages()]
     assert names, "nothing ran on the GPU"
     return " ".join(names).lower()
-
-
-def attend() -> None:
-    query, key, value = (
-        torch.randn(1, 24, 1024, 128, device=CUDA, dtype=torch.bfloat16, requires_grad=True) for _ in range(3)
-    )
-    torch.nn.functional.scaled_dot_product_attention(query, key, value).sum().backward()
-
-
-@pytest.mark.skipif(not torch.cuda.is_available() or torch.cuda.get_device_capability() < (9, 0), reason="cuDNN's")
-def test_cudnn_attention() -> None:
-    apply_switches(replace(PLAIN, cudnn_attention=True))
-    assert "cudnn" in kernels_of(attend)
-    apply_switches(replace(PLAIN, cudnn_attention=False))
-    names = kernels_of(attend)
-    assert "cudnn" not in names and "flash" in names
 
 
 def test_tf32() -> None:

@@ -1,110 +1,141 @@
-"""What becomes of a trial that passes, fails, crashes or hangs. The trial itself needs a GPU: see tests/gpu."""
+"""Which kernel PyTorch is told to take, in which order, and what gradients it gets."""
 
 from __future__ import annotations
 
-import json
-import math
-import subprocess
-from pathlib import Path
+from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend
 
 from pixtune.errors import ConfigError
 from pixtune.fit import attention
-from pixtune.fit.attention import with_dense_gradient
+from pixtune.fit.attention import use_attention, with_dense_gradient
+from pixtune.fit.dear_results import KeepDearResults
+from pixtune.fit.padded_attention import PADDING_KERNEL, padding_kernel
 
-
-def outcome(error: float, cudnn_ms: float, flash_ms: float, padded_error: float = 0.003) -> str:
-    figures = {"error": error, "padded_error": padded_error, "cudnn_ms": cudnn_ms, "flash_ms": flash_ms}
-    return "a line of a library\n" + json.dumps(figures) + "\n"
-
-
-OUTCOMES = {
-    "right and faster": (0, outcome(0.003, 1.5, 2.9), "", True, "right within 0.3%, 1.50 ms a block, 2.90"),
-    "right and slower": (0, outcome(0.003, 3.1, 2.9), "", False, "3.10 ms a block, 2.90"),
-    "wrong": (0, outcome(1.4, 1.5, 2.9), "", False, "1.4 times their size away"),
-    "no number": (0, outcome(float("nan"), 1.5, 2.9), "", False, "nan times"),
-    "crash": (1, "", "torch.AcceleratorError: illegal memory access\nSearch for it\n", False, "illegal memory access"),
-    "signal": (-11, "", "", False, "exit code -11"),
-}
+MATH, FLASH, EFFICIENT, CUDNN = (
+    int(backend)
+    for backend in (
+        SDPBackend.MATH, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION,
+    )
+)  # fmt: skip
+OWN_ORDER = [FLASH, EFFICIENT, MATH, CUDNN, int(SDPBackend.OVERRIDEABLE)]
+"""Of PyTorch, on capabilities 8.x and 12.x."""
+HOPPERS_ORDER = [CUDNN, FLASH, EFFICIENT, MATH, int(SDPBackend.OVERRIDEABLE)]
 
 
 @pytest.fixture(autouse=True)
-def _a_gpu_and_nothing_known(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
+def _switches_as_they_were() -> Iterator[None]:
+    order, allowed = torch._C._get_sdp_priority_order(), allowed_kernels()
+    torch._C._set_sdp_priority_order(OWN_ORDER)
+    yield
+    torch._C._set_sdp_priority_order(order)
+    for backend, name in NAMES.items():
+        attention.switch(backend, on=name in allowed)
+    PADDING_KERNEL.on_gpus = "cudnn"
 
 
-@pytest.mark.parametrize("kind", OUTCOMES)
-def test_a_trial_says_whether_and_what(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
-    code, out, err, passed, words = OUTCOMES[kind]
-    commands = []
+NAMES = {
+    SDPBackend.CUDNN_ATTENTION: "cudnn",
+    SDPBackend.FLASH_ATTENTION: "flash",
+    SDPBackend.EFFICIENT_ATTENTION: "efficient",
+}
 
-    def run(command: list[str], **options: object) -> subprocess.CompletedProcess[str]:
-        commands.append(command)
-        return subprocess.CompletedProcess(command, code, out, err)
 
-    monkeypatch.setattr(attention.subprocess, "run", run)
-    trial = attention.try_cudnn_attention(4352, 24, 128)
-    assert trial.passed == passed and words in trial.finding
-    assert commands[0][1:] == ["-m", "pixtune.fit.attention", "4352", "24", "128"]
+def allowed_kernels() -> set[str]:
+    cuda = torch.backends.cuda
+    enabled = (cuda.cudnn_sdp_enabled(), cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled())
+    return {name for name, on in zip(NAMES.values(), enabled, strict=True) if on}
+
+
+# ---- the order
 
 
 @pytest.mark.parametrize(
-    ("figures", "pads"),
+    ("kernel", "off", "allowed", "order"),
     [
-        ((0.003, 1.5, 2.9, 0.003), True),
-        ((0.003, 1.5, 2.9, 0.5), False),
-        ((0.003, 1.5, 2.9, math.nan), False),
-        ((0.003, 1.5, 2.9, math.inf), False),
-        ((0.5, 1.5, 2.9, 0.003), False),
+        (None, (), {"cudnn", "flash", "efficient"}, OWN_ORDER),
+        (None, ("cudnn",), {"flash", "efficient"}, OWN_ORDER),
+        ("cudnn", (), {"cudnn", "flash", "efficient"}, [CUDNN, FLASH, EFFICIENT, MATH]),
+        ("cudnn", ("flash",), {"cudnn", "efficient"}, [CUDNN, FLASH, EFFICIENT, MATH]),
+        ("flash", ("cudnn",), {"flash", "efficient"}, [FLASH, EFFICIENT, MATH, CUDNN]),
+        ("efficient", ("cudnn", "flash"), {"efficient"}, [EFFICIENT, FLASH, MATH, CUDNN]),
+        (None, ("cudnn", "flash", "efficient", "flash_3"), set(), OWN_ORDER),
     ],
-    ids=["right", "wrong", "no number", "no kernel", "wrong without padding"],
 )
-def test_attention_to_padded_captions_is_tried_as_well(
-    monkeypatch: pytest.MonkeyPatch, figures: tuple[float, float, float, float], pads: bool
+def test_the_chosen_kernel_comes_first_and_others_stay_behind_it(
+    kernel: str | None, off: tuple[str, ...], allowed: set[str], order: list[int]
 ) -> None:
-    run = subprocess.CompletedProcess([], 0, outcome(*figures), "")
-    monkeypatch.setattr(attention.subprocess, "run", lambda command, **options: run)
-    for _ in ("measured", "known"):
-        trial = attention.try_cudnn_attention(4352, 24, 128)
-        assert (trial.pads, trial.passed) == (pads, figures[0] < 0.02)
+    """From the order of capabilities 8.x and 12.x (DGX Spark is 12.1), where cuDNN's is behind plain products."""
+    use_attention(kernel, off)
+    assert allowed_kernels() == allowed and torch.backends.cuda.math_sdp_enabled()
+    assert torch._C._get_sdp_priority_order()[: len(order)] == order
 
 
-def test_figures_of_a_version_that_tried_less_are_measured_anew(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+def test_a_kernel_that_was_off_is_on_when_it_is_chosen() -> None:
+    use_attention("flash", ("cudnn",))
+    use_attention("cudnn", ())
+    assert "cudnn" in allowed_kernels() and torch._C._get_sdp_priority_order()[0] == CUDNN
+
+
+@pytest.mark.parametrize("chosen", ["cudnn", "flash"])
+def test_the_order_is_set_after_hoppers_own(chosen: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch sets it when it chooses for the first time, whatever stood there before."""
+    settled: list[str] = []
+
+    def settle() -> None:
+        settled.append("once")
+        torch._C._set_sdp_priority_order(HOPPERS_ORDER)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(attention, "settle_own_order", settle)
+    use_attention(chosen, ("cudnn",) if chosen == "flash" else ())
+    assert settled and torch._C._get_sdp_priority_order()[0] == {"cudnn": CUDNN, "flash": FLASH}[chosen]
+
+
+@pytest.mark.parametrize(
+    ("kernel", "allowed"),
+    [("cudnn", {"cudnn", "efficient"}), ("flash", {"flash", "efficient"}), ("efficient", {"efficient"})],
+)
+def test_where_the_order_cannot_be_set_what_comes_before_is_forbidden(
+    kernel: str, allowed: set[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = subprocess.CompletedProcess([], 0, outcome(0.003, 1.5, 2.9), "")
-    monkeypatch.setattr(attention.subprocess, "run", lambda command, **options: run)
-    assert attention.try_cudnn_attention(4352, 24, 128).pads
-    (kept,) = tmp_path.rglob("*.json")
-    kept.write_text(json.dumps({"error": 0.003, "cudnn_ms": 1.5, "flash_ms": 2.9}))
-    assert attention.try_cudnn_attention(4352, 24, 128).pads
-    assert json.loads(kept.read_text()).keys() == attention.FIGURES
+    with monkeypatch.context() as patched:
+        patched.delattr(torch._C, "_set_sdp_priority_order")
+        use_attention(kernel, ())
+    assert allowed_kernels() == allowed and torch.backends.cuda.math_sdp_enabled(), "for masks, fp32 and wide heads"
 
 
-def test_what_was_measured_is_known_the_next_time_and_a_crash_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    outcomes = [(-11, ""), (0, outcome(0.003, 1.5, 2.9)), (0, outcome(0.003, 9.9, 2.9))]
+def test_compiled_graphs_are_kept_apart_by_what_comes_first() -> None:
+    """torch's cache of them does not ask."""
+    keys = []
+    for kernel, off in ((None, ()), ("cudnn", ()), ("flash", ()), ("flash", ("efficient",)), ("flash", ("cudnn",))):
+        for name in NAMES:
+            attention.switch(name, on=True)
+        torch._C._set_sdp_priority_order(OWN_ORDER)
+        use_attention(kernel, off)
+        keys.append(KeepDearResults().uuid())
+    assert keys[0] == keys[2] and len(set(keys)) == 4, "flash is PyTorch's own first"
 
-    def run(command: list[str], **options: object) -> subprocess.CompletedProcess[str]:
-        return subprocess.CompletedProcess(command, *outcomes.pop(0), "")
 
-    monkeypatch.setattr(attention.subprocess, "run", run)
-    assert not attention.try_cudnn_attention(4352, 24, 128).passed
-    assert attention.try_cudnn_attention(4352, 24, 128).passed
-    assert attention.try_cudnn_attention(4352, 24, 128).passed and len(outcomes) == 1
-    assert not attention.try_cudnn_attention(4608, 24, 128).passed and not outcomes
+def test_padded_captions_are_attended_to_by_the_runs_kernel() -> None:
+    cuda = torch.device("cuda")
+    for kernel, padding in (("flash", "flash"), ("cudnn", "cudnn"), ("flash", "flash"), (None, "cudnn")):
+        use_attention(kernel, ())
+        assert padding_kernel(cuda) == padding
 
 
-def test_a_trial_that_hangs_is_a_failed_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    def run(command: list[str], **options: object) -> None:
-        raise subprocess.TimeoutExpired(command, attention.TRIAL_SECONDS)
+def test_flash_attention_3_comes_where_flash_attention_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    activated: list[bool] = []
+    monkeypatch.setattr(attention, "use_flash_attention_3", lambda: activated.append(True))
+    use_attention("flash_3", ("cudnn", "flash"))
+    assert activated and allowed_kernels() == {"flash", "efficient"}, "the one that is off has been replaced"
+    assert torch._C._get_sdp_priority_order()[0] == FLASH
 
-    monkeypatch.setattr(attention.subprocess, "run", run)
-    trial = attention.try_cudnn_attention(8, 1, 16)
-    assert not trial.passed and "120 s" in trial.finding
+
+# ---- gradients
 
 
 @pytest.mark.parametrize("compiled", [False, True])

@@ -17,7 +17,7 @@ from pixtune.config import load_config
 from pixtune.data.batches import Batch, read_ahead
 from pixtune.data.prepared import PreparedData
 from pixtune.fit import rungs
-from pixtune.fit.attention import Trial
+from pixtune.fit.kernel_choice import Finding
 from pixtune.fit.plan import MemoryPlan
 from pixtune.fit.text_padding import CaptionedSize, Captions
 from pixtune.hardware.cards import facts_as
@@ -92,7 +92,8 @@ def planned(
     monkeypatch.setattr(planning, "footprint_of", footprint_of)
     monkeypatch.setattr(planning, "read_facts", lambda *arguments: H100)
     monkeypatch.setattr(planning, "compile_obstacle", lambda device: None)
-    monkeypatch.setattr(planning, "try_cudnn_attention", lambda *arguments: Trial(True, "faster", pads=True))
+    right = Finding(error=0.003, milliseconds=1.5, padded_error=0.003)
+    monkeypatch.setattr(planning, "try_attention", lambda shape, kernels: dict.fromkeys(kernels, right))
     monkeypatch.setattr(rungs, "MOST_RECORDINGS", most_recordings)
     sizes = (CaptionedSize(10_000, draws_by_length),)
     captions = Captions(len(draws_by_length) > 1, sizes)

@@ -12,7 +12,8 @@ import pytest
 from pixtune.checkpoint import stored
 from pixtune.config.schema import CudaFeatures, DataConfig, TrainConfig
 from pixtune.errors import CheckpointError, ConfigError, PlanError
-from pixtune.fit.plan import CONTEXT_BYTES, GIB, MemoryPlan, plan_memory, usable_bytes
+from pixtune.fit.kernel_choice import Finding
+from pixtune.fit.plan import CONTEXT_BYTES, GIB, MemoryPlan, in_todays_fields, plan_memory, usable_bytes
 from pixtune.fit.rungs import (
     LEAST_RECORDINGS,
     MOST_RECORDINGS,
@@ -313,32 +314,36 @@ def test_switches_are_taken_as_they_are_given() -> None:
     features = CudaFeatures(enable_tf32_compute=False, enable_cudnn_sdp=False)
     plan = plan_for(adam8bit=True, disable_cpu_offload=True, pin_memory=False, cuda_features=features)
     assert (plan.optimizer, plan.encoders_stay, plan.pin_memory) == ("adamw_8bit", True, False)
-    assert (plan.tf32, plan.cudnn_attention) == (False, False)
+    assert (plan.tf32, plan.attention, plan.attention_off) == (False, None, ("cudnn",))
 
 
 ASKS_FOR_3 = CONFIG.model_copy(update={"cuda_features": CudaFeatures(enable_flash_attention_3=True)})
 
 
+RIGHT = {
+    "cudnn": Finding(error=0.003, milliseconds=1.5, padded_error=0.003),
+    "flash": Finding(error=0.003, milliseconds=2.9, padded_error=0.003),
+}
+
+
 def test_flash_attention_3_is_used_where_it_runs_and_else_the_plan_says_why_not() -> None:
     footprint = full_size_footprint(CONFIG)
-    on = plan_memory(H100, footprint, ASKS_FOR_3, cudnn_attention=(True, "faster"))
-    assert (on.flash_attention_3, on.cudnn_attention) == (True, False) and "as asked" in " ".join(on.reasons)
-    not_installed = plan_memory(H100, footprint, ASKS_FOR_3, (True, "faster"), flash_attention_3_obstacle="no module")
-    elsewhere = plan_memory(facts_as("RTX 5090"), footprint, ASKS_FOR_3, (True, "faster"))
-    for plan, why in ((not_installed, "no module"), (elsewhere, "Hopper (compute capability 9.0) alone")):
-        assert (plan.flash_attention_3, plan.cudnn_attention) == (False, True)
-        assert any(f"FlashAttention 3 off, though asked for: {why}" in r or why in r for r in plan.reasons)
-    assert not plan_memory(H100, footprint, CONFIG).flash_attention_3
+    on = plan_memory(H100, footprint, ASKS_FOR_3, RIGHT)
+    assert (on.attention, on.attention_off) == ("flash_3", ("cudnn",)) and "as asked" in " ".join(on.reasons)
+    not_installed = plan_memory(H100, footprint, ASKS_FOR_3, RIGHT, flash_attention_3_obstacle="no module")
+    elsewhere = plan_memory(facts_as("RTX 5090"), footprint, ASKS_FOR_3, RIGHT)
+    for plan, why in ((not_installed, "no module"), (elsewhere, "it runs on Hopper (compute capability 9.0) alone")):
+        assert (plan.attention, plan.attention_off) == ("cudnn", ())
+        assert any(f"FlashAttention 3 off, though asked for: {why}" in reason for reason in plan.reasons)
+    assert plan_memory(H100, footprint, CONFIG).attention is None
 
 
-@pytest.mark.parametrize("passed", [True, False])
-def test_a_trial_of_cudnn_attention_decides_unless_the_config_does(passed: bool) -> None:
-    footprint = full_size_footprint(CONFIG)
-    plan = plan_memory(H100, footprint, CONFIG, (passed, "the finding"))
-    assert plan.cudnn_attention is passed and any("the finding" in reason for reason in plan.reasons)
-    demanded = asking(cuda_features=CudaFeatures(enable_cudnn_sdp=not passed))
-    assert plan_memory(H100, footprint, demanded, (passed, "the finding")).cudnn_attention is (not passed)
-    assert plan_memory(H100, footprint, CONFIG).cudnn_attention is None
+def test_a_trial_of_attention_kernels_decides() -> None:
+    plan = plan_memory(H100, full_size_footprint(CONFIG), CONFIG, RIGHT)
+    assert (plan.attention, plan.attention_off) == ("cudnn", ())
+    assert "attention by cuDNN: right within 0.3%, 1.50 ms a block; flash 2.90" in plan.reasons
+    untried = plan_memory(H100, full_size_footprint(CONFIG), CONFIG)
+    assert untried.attention is None and any("no kernel was tried" in reason for reason in untried.reasons)
 
 
 MANY_LENGTHS = Captions(differ=True, sizes=(CaptionedSize(4096, dict.fromkeys(range(20, 120), 1.0)),))
@@ -349,8 +354,9 @@ def padding_plan(
 ) -> MemoryPlan:
     """Where the trials of attention on this machine went well, unless said otherwise."""
     config = asking(**changes)
-    trial = (True, "faster")
-    return plan_memory(facts, full_size_footprint(config), config, trial, captions=captions, padded_attention=passed)
+    error = 0.003 if passed else 0.5
+    findings = {kernel: replace(finding, padded_error=error) for kernel, finding in RIGHT.items()}
+    return plan_memory(facts, full_size_footprint(config), config, findings, captions=captions)
 
 
 def test_captions_are_padded_where_recorded_steps_gain_by_it_and_kernels_can() -> None:
@@ -371,7 +377,6 @@ def test_captions_are_padded_where_recorded_steps_gain_by_it_and_kernels_can() -
         {"cuda_graphs": False},
         {"method": "full"},
         {"mixed_precision": "no"},
-        {"cuda_features": CudaFeatures(enable_cudnn_sdp=False)},
         {"cuda_features": CudaFeatures(enable_flash_attention_3=True)},
     ],
     ids=str,
@@ -380,6 +385,12 @@ def test_captions_keep_their_lengths_elsewhere(changes: dict[str, Any]) -> None:
     plan = padding_plan(**changes)
     assert plan.text_multiple == 1 and not any("captions" in reason for reason in plan.reasons)
     assert plan_for().text_multiple == 1, "nothing was tried"
+
+
+@pytest.mark.parametrize("changes", [{"cuda_features": CudaFeatures(enable_cudnn_sdp=False)}, {"deterministic": True}])
+def test_captions_are_padded_for_flash_attention_as_well(changes: dict[str, Any]) -> None:
+    plan = padding_plan(**changes)
+    assert (plan.attention, plan.text_multiple) == ("flash", LEAST_MULTIPLE)
 
 
 def test_what_is_counted_with_is_what_is_padded_to_at_least() -> None:
@@ -431,6 +442,26 @@ def test_the_named_way_out_is_the_plan_that_one_gets_by_it() -> None:
 def test_a_plan_survives_the_checkpoint() -> None:
     plan = capped(15.3)
     assert stored(MemoryPlan, {"plan": plan.to_dict()}, "plan") == plan
+
+
+@pytest.mark.parametrize(
+    ("had_cudnn", "had_3", "kernel", "off"),
+    [
+        (True, False, None, ()),
+        (False, False, None, ("cudnn",)),
+        (None, False, None, ()),
+        (False, True, "flash_3", ("cudnn",)),
+    ],
+)
+def test_a_plan_from_before_kernels_were_put_in_order_keeps_those_it_had(
+    had_cudnn: bool | None, had_3: bool, kernel: str | None, off: tuple[str, ...]
+) -> None:
+    values = padding_plan().to_dict()
+    del values["attention"], values["attention_off"]
+    old = {**values, "cudnn_attention": had_cudnn, "flash_attention_3": had_3}
+    plan = stored(MemoryPlan, {"plan": in_todays_fields(old)}, "plan")
+    assert plan == replace(padding_plan(), attention=kernel, attention_off=off)
+    assert in_todays_fields(plan.to_dict()) == plan.to_dict()
 
 
 def test_a_plan_from_before_captions_were_padded_goes_on_without() -> None:

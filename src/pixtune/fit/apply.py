@@ -11,7 +11,7 @@ from torch import nn
 
 from pixtune.families.base import ModelFamily, Placement
 from pixtune.fit.activations import recompute_blocks, recompute_projections
-from pixtune.fit.attention import use_flash_attention_3
+from pixtune.fit.attention import use_attention
 from pixtune.fit.compile import compile_blocks
 from pixtune.fit.gelu import compact_gelus
 from pixtune.fit.load import Layout
@@ -27,10 +27,7 @@ FORMATS = {"bf16": torch.bfloat16, "fp32": torch.float32}
 def apply_switches(plan: MemoryPlan) -> None:
     """Process-wide switches. Must run before the first CUDA kernel."""
     torch.set_float32_matmul_precision("high" if plan.tf32 else "highest")
-    if plan.cudnn_attention is not None:
-        torch.backends.cuda.enable_cudnn_sdp(plan.cudnn_attention)
-    if plan.flash_attention_3:
-        use_flash_attention_3()
+    use_attention(plan.attention, plan.attention_off)
     if plan.deterministic:
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False

@@ -1,41 +1,35 @@
-"""Which of PyTorch's attention kernels a run uses: tried on this machine, in a process of its own.
+"""How a run's attention comes by the kernel that its plan has chosen, and gets gradients that this kernel takes.
 
 cuDNN's is twice as fast as flash attention on recent GPUs, and not everywhere right: PyTorch 2.11 keeps its plan of a
 backward pass by the shapes and strides of queries, keys and values alone, and computes with the strides of the first
 gradient that came for them. Where one kind of block hands it a dense gradient and another one a slice of a wider
 tensor, gradients come out wrong, or the process dies of an illegal memory access. So families see to it that every
-gradient is dense (`with_dense_gradient`), and cuDNN's kernel is checked and timed before it is used. So is attention to
-padded captions by the kernels that take no mask (`padded_attention.py`).
+gradient is dense (`with_dense_gradient`), and each kernel is checked and timed before it is used
+(`attention_trial.py`).
 """
 
 from __future__ import annotations
 
-import json
-import math
-import re
-import subprocess
-import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 import torch.nn.attention
 from torch import Tensor
+from torch.backends import cuda
+from torch.nn.attention import SDPBackend
 
 from pixtune.errors import ConfigError
-from pixtune.files import user_cache_folder, write_atomically
-from pixtune.fit.padded_attention import CUDNN, FLASH, attend_padded
+from pixtune.fit.kernel_choice import CUDNN, EFFICIENT, FLASH, FLASH_3, PADDING
+from pixtune.fit.padded_attention import PADDING_KERNEL
 
-TRIAL_SECONDS = 120
-LARGEST_ERROR = 0.02
-"""Relative, of outputs and gradients in bf16 against fp32: rounding makes 0.003 of it."""
-ROUNDS = 5
-PADDED = slice(5, 42)
-"""Tokens that are padding where attention to padded captions is tried; the text comes first."""
-FIGURES = {"error", "padded_error", "cudnn_ms", "flash_ms"}
-"""Of a trial: what `judge` takes."""
+BACKENDS = {
+    CUDNN: SDPBackend.CUDNN_ATTENTION,
+    FLASH: SDPBackend.FLASH_ATTENTION,
+    EFFICIENT: SDPBackend.EFFICIENT_ATTENTION,
+    FLASH_3: SDPBackend.FLASH_ATTENTION,  # it stands in for PyTorch's own
+}
 FLASH_ATTENTION_3 = "flash_attn_interface"
 """The module that torch looks for."""
 
@@ -78,140 +72,75 @@ def use_flash_attention_3() -> None:
     torch.nn.attention.activate_flash_attention_impl("FA3")
 
 
-@dataclass(frozen=True)
-class Trial:
-    """How it went."""
+def use_attention(kernel: str | None, off: Sequence[str]) -> None:
+    """From now on the process attends by one kernel wherever it can, in blocks that are compiled later, too.
 
-    passed: bool
-    finding: str
-    """For people: what happened."""
-    pads: bool = False
-    """Attention to padded captions is right."""
-
-
-def try_cudnn_attention(num_tokens: int, num_heads: int, head_size: int) -> Trial:
-    """Runs this module on the process's first GPU; about 6 seconds, once for this GPU, these versions and this shape.
+    What it does not take (masks, fp32, wide heads) goes to the next one that does; PyTorch's plain products are always
+    left. Without a kernel, the order is PyTorch's.
 
     Args:
-        num_tokens: of a run's longest sequence.
+        kernel, off: a plan's `attention` and `attention_off`.
+
+    Raises:
+        ConfigError: see `use_flash_attention_3`.
     """
-    folder = user_cache_folder()
-    shape = f"{num_tokens}x{num_heads}x{head_size}"
-    gpu = f"{torch.cuda.get_device_name()}-torch{torch.__version__}-cudnn{torch.backends.cudnn.version()}"
-    kept = folder / "attention" / f"{re.sub('[^A-Za-z0-9.+-]', '_', gpu)}-{shape}.json" if folder else None
-    if kept is not None and kept.exists():
-        known = json.loads(kept.read_text())
-        if known.keys() == FIGURES:  # another version may have kept others
-            return judge(**known)
-    trial = run_trial(num_tokens, num_heads, head_size)
-    if isinstance(trial, Trial):
-        return trial
-    if kept is not None:
-        write_atomically(kept, json.dumps(trial).encode())
-    return judge(**trial)
+    if kernel == FLASH_3:
+        use_flash_attention_3()
+    first = BACKENDS[kernel] if kernel is not None else None
+    for name in off:
+        if BACKENDS[name] != first and name != FLASH_3:  # torch's own flash attention is not switched off by it
+            switch(BACKENDS[name], on=False)
+    PADDING_KERNEL.on_gpus = kernel if kernel in PADDING else CUDNN
+    if first is not None:
+        switch(first, on=True)
+        put_first(first)
 
 
-def run_trial(num_tokens: int, num_heads: int, head_size: int) -> dict[str, float] | Trial:
-    """In a process of its own: what `measure` returns, or the failed trial."""
-    words = [str(num_tokens), str(num_heads), str(head_size)]
-    try:
-        outcome = subprocess.run(
-            [sys.executable, "-m", "pixtune.fit.attention", *words],
-            capture_output=True, text=True, timeout=TRIAL_SECONDS, check=False,
-        )  # fmt: skip
-    except subprocess.TimeoutExpired:
-        return Trial(False, f"did not end within {TRIAL_SECONDS} s")
-    if outcome.returncode:
-        lines = [line.strip() for line in outcome.stderr.splitlines() if line.strip()]
-        errors = [line for line in lines if "rror" in line]  # the last one is the cause; what follows are hints
-        return Trial(False, (errors or lines or [f"it ended with exit code {outcome.returncode}"])[-1][:200])
-    measured: dict[str, float] = json.loads(outcome.stdout.splitlines()[-1])
-    return measured
+def switch(backend: SDPBackend, on: bool) -> None:
+    """Allows PyTorch a kernel, or forbids it."""
+    switches = {
+        SDPBackend.CUDNN_ATTENTION: cuda.enable_cudnn_sdp,
+        SDPBackend.FLASH_ATTENTION: cuda.enable_flash_sdp,
+        SDPBackend.EFFICIENT_ATTENTION: cuda.enable_mem_efficient_sdp,
+    }
+    switches[backend](on)
 
 
-def judge(error: float, padded_error: float, cudnn_ms: float, flash_ms: float) -> Trial:
-    """Takes cuDNN's attention where it is right and faster.
+def put_first(backend: SDPBackend) -> None:
+    """Lets PyTorch take a kernel before all others.
 
-    Args:
-        error: relative, the largest of output and gradients.
-        padded_error: the same of attention to padded captions, by either kernel.
-        cudnn_ms, flash_ms: of one forward and backward pass.
+    Its own order has cuDNN's first on Hopper and B200 (capabilities 9.0 and 10.0), and on all other GPUs behind plain
+    products, where nothing reaches it.
     """
-    if not error < LARGEST_ERROR:
-        return Trial(False, f"its results are {error:.2g} times their size away from what they should be")
-    times = f"{cudnn_ms:.2f} ms a block, {flash_ms:.2f} with PyTorch's other kernels"
-    return Trial(cudnn_ms < flash_ms, f"right within {error:.1%}, {times}", padded_error < LARGEST_ERROR)
+    if not hasattr(torch._C, "_set_sdp_priority_order"):
+        forbid_instead(backend)
+        return
+    if torch.cuda.is_available():
+        settle_own_order()
+    others = [number for number in torch._C._get_sdp_priority_order() if number != backend.value]
+    torch._C._set_sdp_priority_order([backend.value, *others])
 
 
-def measure(num_tokens: int, num_heads: int, head_size: int) -> dict[str, float]:
-    """Error and times, on the current GPU, of one sample in bf16."""
-    from torch.nn.attention import SDPBackend, sdpa_kernel
+def forbid_instead(backend: SDPBackend) -> None:
+    """For a torch that does not let its order be set (2.6 to 2.13 do): what it prefers is forbidden.
 
-    generator = torch.Generator("cuda").manual_seed(0)
-    shape = (1, num_tokens, num_heads, head_size)
-    query, key, value, gradient = (
-        torch.randn(shape, device="cuda", generator=generator).bfloat16().transpose(1, 2) for _ in range(4)
-    )
-    inputs = [tensor.requires_grad_() for tensor in (query, key, value)]
-
-    def run(inputs: list[Tensor], gradient: Tensor, mask: Tensor | None = None) -> tuple[Tensor, ...]:
-        query, key, value = inputs
-        attended = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-        return attended, *torch.autograd.grad(attended, inputs, gradient)
-
-    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-        found = [tensor.detach() for tensor in run(inputs, gradient)]
-        cudnn_ms = time_ms(lambda: run(inputs, gradient))
-    with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]):
-        flash_ms = time_ms(lambda: run(inputs, gradient))
-    with sdpa_kernel(SDPBackend.MATH):  # heads are independent of one another, and one in fp32 is enough
-        one_head = [tensor.detach()[:, :1].float().requires_grad_() for tensor in inputs]
-        expected = run(one_head, gradient[:, :1].float())
-        real_BL = torch.ones(1, num_tokens, dtype=torch.bool, device="cuda")
-        real_BL[:, PADDED] = False
-        expected_padded = run(one_head, gradient[:, :1].float(), real_BL[:, None, None])
-    error = largest_error(found, expected)
-    try:
-        by_kernel = [run_padded(inputs, gradient, real_BL, kernel) for kernel in (CUDNN, FLASH)]
-        padded_error = largest_error([*by_kernel[0], *by_kernel[1]], 2 * expected_padded)  # NaN of either, too
-    except RuntimeError:  # this GPU lacks a kernel
-        padded_error = math.inf
-    return {"error": error, "padded_error": padded_error, "cudnn_ms": cudnn_ms, "flash_ms": flash_ms}
+    Memory-efficient attention stays, for masks and fp32, and may keep cuDNN's kernel from being reached.
+    """
+    for other in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION):
+        if other != backend:
+            switch(other, on=False)
 
 
-def run_padded(inputs: list[Tensor], gradient: Tensor, real_BL: Tensor, kernel: str) -> list[Tensor]:
-    """Output and gradients of `attend_padded`, in the layout of `measure`."""
-    query, key, value = (tensor.transpose(1, 2) for tensor in inputs)
-    attended = attend_padded(query, key, value, real_BL, kernel).transpose(1, 2)
-    return [attended.detach(), *torch.autograd.grad(attended, inputs, gradient)]
+def settle_own_order() -> None:
+    """Has PyTorch choose a kernel once: on Hopper and B200 the first choice of a process sets the order, over any that
+    was set before it."""
+    states = torch.empty(1, 1, 8, 8, dtype=torch.bfloat16, device="cuda")
+    torch.ops.aten._fused_sdp_choice(states, states, states)
 
 
-def largest_error(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-    """Relative, of all; of the first head alone, which is all that is expected. NaN where any is."""
-    errors = [
-        (tensor[:, :1].float() - wanted.detach()).norm() / wanted.detach().norm()
-        for tensor, wanted in zip(found, expected, strict=True)
-    ]
-    return float(torch.stack(errors).max())
-
-
-def time_ms(work: Callable[[], object]) -> float:
-    """The fastest of a few rounds."""
-    times = []
-    for _ in range(ROUNDS):
-        began, ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        began.record()
-        work()
-        ended.record()
-        ended.synchronize()
-        times.append(began.elapsed_time(ended))
-    return min(times)
-
-
-def main() -> None:
-    """Ends with an error, or by a crash, where cuDNN's attention cannot be used."""
-    print(json.dumps(measure(*(int(word) for word in sys.argv[1:]))))
-
-
-if __name__ == "__main__":
-    main()
+def in_force() -> tuple[object, ...]:
+    """What decides which kernel PyTorch takes."""
+    order: list[int] = getattr(torch._C, "_get_sdp_priority_order", list)()
+    replaced = getattr(torch.nn.attention, "current_flash_attention_impl", lambda: None)()
+    enabled = (cuda.cudnn_sdp_enabled(), cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled())
+    return (*enabled, replaced, tuple(order))

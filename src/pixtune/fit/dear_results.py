@@ -9,11 +9,11 @@ Imported when something is compiled: torch's compiler takes seconds to import.
 from __future__ import annotations
 
 import torch
-import torch.nn.attention
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch.utils.checkpoint import CheckpointPolicy
 
 import pixtune.fit.lora  # noqa: F401, which registers its operator
+from pixtune.fit.attention import in_force
 
 DEAR_OPERATORS = (
     torch.ops.pixtune.add_low_rank.default,  # before the products that it reads: a lost mark goes from it to them
@@ -49,7 +49,5 @@ class KeepDearResults(CustomGraphPass):
 
     def uuid(self) -> object:
         """Part of the key under which compiled graphs are kept on disk. torch 2.11 leaves out which attention kernels
-        were allowed, and would give a run the graphs of another that had others."""
-        replaced = getattr(torch.nn.attention, "current_flash_attention_impl", lambda: None)()
-        allowed = (torch.backends.cuda.cudnn_sdp_enabled(), torch.backends.cuda.flash_sdp_enabled(), replaced)
-        return get_hash_for_files((__file__,), str(allowed))
+        were allowed, and which came first, and would give a run the graphs of another that had others."""
+        return get_hash_for_files((__file__,), str(in_force()))

@@ -2,8 +2,65 @@
 
 from __future__ import annotations
 
-from pixtune.config.schema import TrainConfig
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
 from pixtune.hardware.facts import HOPPER, HardwareFacts
+
+if TYPE_CHECKING:  # importing it takes half a second of a trial's process
+    from pixtune.config.schema import TrainConfig
+
+CUDNN, FLASH, EFFICIENT, FLASH_3 = "cudnn", "flash", "efficient", "flash_3"
+"""Attention kernels: cuDNN's, FlashAttention 2 and memory-efficient attention of PyTorch, FlashAttention 3."""
+NAMES = {CUDNN: "cuDNN", FLASH: "flash", EFFICIENT: "efficient", FLASH_3: "FlashAttention 3"}
+PADDING = (CUDNN, FLASH)
+"""Those that return the log-sum-exp which padded captions need (`padded_attention.py`)."""
+LARGEST_ERROR = 0.02
+"""Relative, of outputs and gradients in bf16 against fp32: rounding makes 0.003 of it."""
+NOT_DETERMINISTIC = "its backward pass adds up in any order, and deterministic is true"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a trial of one attention kernel on this machine found. Of forward and backward pass of one sample."""
+
+    obstacle: str | None = None
+    """Why it did not come to an end: it raised, crashed, or hung."""
+    says_nothing: bool = False
+    """That obstacle was not the kernel's fault (memory was lacking): it is not chosen, and may be used all the same."""
+    error: float = math.inf
+    """Relative, the largest of output and gradients."""
+    milliseconds: float = math.inf
+    padded_error: float = math.inf
+    """The same as `error`, of attention to padded captions; infinite where the kernel cannot do that."""
+
+    @property
+    def fault(self) -> str | None:
+        """Why it cannot be used, for people; None: it is right."""
+        if self.obstacle is not None:
+            return self.obstacle
+        if self.error < LARGEST_ERROR:  # NaN is not
+            return None
+        return f"its results are {self.error:.2g} times their size away from what they should be"
+
+
+Findings = Mapping[str, Finding]
+"""By the kernel's name; of those that were tried."""
+
+
+@dataclass(frozen=True)
+class AttentionChoice:
+    """What a plan says of attention."""
+
+    kernel: str | None
+    """One of the names above; None: PyTorch's own choice."""
+    off: tuple[str, ...] = ()
+    """Kernels that are not used even for what the chosen one does not take (masks, fp32, other head sizes)."""
+    pads: bool = False
+    """It is right for padded captions as well."""
+    reasons: tuple[str, ...] = ()
 
 
 def choose_tf32(facts: HardwareFacts, config: TrainConfig) -> tuple[bool, list[str]]:
@@ -15,25 +72,137 @@ def choose_tf32(facts: HardwareFacts, config: TrainConfig) -> tuple[bool, list[s
     return on, [f"TF32 {'on' if on else 'off'}: compute capability {major}.{minor}"]
 
 
-def choose_flash_attention_3(facts: HardwareFacts, config: TrainConfig, obstacle: str | None) -> tuple[bool, list[str]]:
-    """Where it cannot run a config that asks for it runs without: the same file serves GPUs of several kinds."""
-    if not config.cuda_features.enable_flash_attention_3:
-        return False, []
+def kernels_to_try(facts: HardwareFacts, config: TrainConfig, obstacle_to_3: str | None) -> tuple[str, ...]:
+    """Those whose trial can tell anything: what cannot or may not be used is not run.
+
+    FlashAttention 3 is tried where it is there, so that the plan can tell what it would gain. On ARM64 its builds are
+    reported to crash, so there it is tried only if the config asks for it.
+    """
+    features = config.cuda_features
+    wanted = features.enable_flash_attention_3
+    may_try_3 = wanted is True or (wanted is None and facts.machine != "aarch64")
+    tried = {
+        CUDNN: features.enable_cudnn_sdp is not False and not config.deterministic,
+        FLASH: True,
+        EFFICIENT: True,
+        FLASH_3: may_try_3 and _obstacle_to_3(facts, obstacle_to_3) is None,
+    }
+    return tuple(kernel for kernel, is_tried in tried.items() if is_tried)
+
+
+def choose_attention(
+    facts: HardwareFacts, config: TrainConfig, findings: Findings | None, obstacle_to_3: str | None
+) -> AttentionChoice:
+    """What the config demands if it is right here, else the fastest kernel that is.
+
+    A demand that cannot be met is told and passed over: the same file serves GPUs of several kinds.
+
+    Args:
+        findings: of this machine; None: nothing was tried.
+        obstacle_to_3: why FlashAttention 3 cannot be used on this machine; None: nothing is known against it.
+    """
+    features, found = config.cuda_features, findings or {}
+    demanded = [
+        asked
+        for asked, flag in ((FLASH_3, features.enable_flash_attention_3), (CUDNN, features.enable_cudnn_sdp))
+        if flag
+    ]
+    barred = _barred(facts, config, obstacle_to_3)
+    faults = {kernel: fault for kernel, finding in found.items() if (fault := finding.fault) is not None}
+    reasons: list[str] = []
+    for asked in demanded:
+        against = barred.get(asked) or (f"tried on this machine, {faults[asked]}" if asked in faults else None)
+        if against is not None:
+            reasons.append(f"{_title(asked)} off, though asked for: {against}")
+    if facts.device != "cuda":
+        return AttentionChoice(None, reasons=tuple(reasons))
+    usable = [each for each in NAMES if each not in barred and each not in faults]
+    met = [asked for asked in demanded if asked in usable]
+    right = sorted((each for each in usable if each in found), key=lambda each: found[each].milliseconds)
+    kernel: str | None
+    if met:
+        kernel, because = met[0], _as_asked(met, found)
+    elif right:
+        kernel, because = right[0], _fastest(right[0], found, barred)
+    elif not found and facts.integrated and CUDNN in usable:
+        kernel, because = CUDNN, "attention by cuDNN: the stable choice on DGX Spark"
+    else:
+        kernel, because = None, _own_choice(bool(faults))
+    dropped = [
+        f"{_title(other)} dropped: tried on this machine, {fault}"
+        for other, fault in faults.items()
+        if other not in demanded
+    ]
+    return AttentionChoice(
+        kernel,
+        _off(kernel, [other for other in faults if not found[other].says_nothing], config),
+        pads=kernel in PADDING and kernel in found and found[kernel].padded_error < LARGEST_ERROR,
+        reasons=(*reasons, because, *dropped),
+    )
+
+
+def _barred(facts: HardwareFacts, config: TrainConfig, obstacle_to_3: str | None) -> dict[str, str]:
+    """Kernels that the config or the GPU rules out before any trial, with the reason."""
+    features, barred = config.cuda_features, {}
+    if facts.device != "cuda" and features.enable_cudnn_sdp:
+        barred[CUDNN] = f"it runs on GPUs alone, and this is {facts.name}"
+    elif features.enable_cudnn_sdp is False:
+        barred[CUDNN] = "enable_cudnn_sdp is false"
+    elif config.deterministic:
+        barred[CUDNN] = NOT_DETERMINISTIC
+    if (obstacle := _obstacle_to_3(facts, obstacle_to_3)) is not None:
+        barred[FLASH_3] = obstacle
+    elif not features.enable_flash_attention_3:
+        barred[FLASH_3] = "taken only where enable_flash_attention_3 asks for it"
+    return barred
+
+
+def _obstacle_to_3(facts: HardwareFacts, obstacle: str | None) -> str | None:
     if facts.device != "cuda" or facts.capability != HOPPER:
-        obstacle = f"it runs on Hopper (compute capability 9.0) alone, and this is {facts.name}"
-    if obstacle is not None:
-        return False, [f"FlashAttention 3 off, though asked for: {obstacle}"]
-    gives_way = "; cuDNN's, asked for as well, gives way" if config.cuda_features.enable_cudnn_sdp else ""
-    return True, [f"FlashAttention 3 in place of PyTorch's other attention kernels, as asked{gives_way}"]
+        return f"it runs on Hopper (compute capability 9.0) alone, and this is {facts.name}"
+    return obstacle
 
 
-def choose_cudnn_attention(
-    facts: HardwareFacts, config: TrainConfig, trial: tuple[bool, str] | None
-) -> tuple[bool | None, list[str]]:
-    asked = config.cuda_features.enable_cudnn_sdp
-    if asked is not None:
-        return asked, []
-    if trial is None:
-        return (True, ["cuDNN attention on: the stable choice on DGX Spark"]) if facts.integrated else (None, [])
-    passed, finding = trial
-    return passed, [f"cuDNN attention {'allowed' if passed else 'off'}: tried on this machine, {finding}"]
+def _off(chosen: str | None, faulty: Sequence[str], config: TrainConfig) -> tuple[str, ...]:
+    """Faulty kernels; and cuDNN's unless it is chosen, since PyTorch puts it before all others on some GPUs."""
+    without_cudnn = config.cuda_features.enable_cudnn_sdp is False or chosen not in (None, CUDNN)
+    off = {*faulty, *([CUDNN] if without_cudnn else [])}
+    return tuple(kernel for kernel in NAMES if kernel in off)
+
+
+# ---- words
+
+
+def _title(kernel: str) -> str:
+    return NAMES[kernel] if kernel == FLASH_3 else f"{NAMES[kernel]} attention"
+
+
+def _as_asked(met: list[str], found: Findings) -> str:
+    gives_way = "; cuDNN's, asked for as well, gives way" if len(met) > 1 else ""
+    if met[0] not in found:
+        return f"attention by {NAMES[met[0]]}, as asked{gives_way}"
+    return f"attention by {NAMES[met[0]]}, as asked: {_figures(met[0], found, {})}{gives_way}"
+
+
+def _fastest(kernel: str, found: Findings, barred: Mapping[str, str]) -> str:
+    return f"attention by {NAMES[kernel]}: {_figures(kernel, found, barred)}"
+
+
+def _figures(kernel: str, found: Findings, barred: Mapping[str, str]) -> str:
+    """As in "right within 0.3%, 1.49 ms a block; flash 2.95, efficient 6.10"; of the others those that are right."""
+    finding = found[kernel]
+    words = f"right within {finding.error:.1%}, {_time(finding)} ms a block"
+    others = [
+        f"{NAMES[other]} {_time(its)}" + (f" ({barred[other]})" if other in barred else "")
+        for other, its in found.items()
+        if other != kernel and its.fault is None
+    ]
+    return f"{words}; {', '.join(others)}" if others else words
+
+
+def _time(finding: Finding) -> str:
+    return f"{finding.milliseconds:.2f}"
+
+
+def _own_choice(tried: bool) -> str:
+    return f"attention by PyTorch's own choice: no kernel {'passed its trial' if tried else 'was tried'}"

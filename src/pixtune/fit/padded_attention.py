@@ -17,20 +17,34 @@ make up at least N of the denominator: the padded ones never more than n / (N + 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-CUDNN, FLASH, ON_CPU = "cudnn", "flash", "cpu"
-"""Kernels that return the log-sum-exp. Those of GPUs compute in bf16 and fp16 alone."""
+from pixtune.fit.kernel_choice import CUDNN, FLASH
+
+ON_CPU = "cpu"
+"""Beside cuDNN's and flash attention, what returns the log-sum-exp. Those of GPUs compute in bf16 and fp16 alone."""
+
+
+@dataclass
+class PaddingKernel:
+    """What the process's padded captions are attended to with."""
+
+    on_gpus: str = CUDNN
+    """`attention.use_attention` sets it to the plan's; else what versions took that stored no kernel."""
+
+
+PADDING_KERNEL = PaddingKernel()
 
 
 def padding_kernel(device: torch.device) -> str:
-    """Which one a run takes there: cuDNN's, which a plan has tried, unless results must be the same bits each time."""
+    """Which one a run takes there: the one of its plan, unless results must be the same bits each time."""
     if device.type == "cpu":
         return ON_CPU
-    return FLASH if torch.are_deterministic_algorithms_enabled() else CUDNN
+    return FLASH if torch.are_deterministic_algorithms_enabled() else PADDING_KERNEL.on_gpus
 
 
 def attend_padded(query_BLHD: Tensor, key_BLHD: Tensor, value_BLHD: Tensor, real_BL: Tensor, kernel: str) -> Tensor:

@@ -6,6 +6,7 @@ takes rungs off that ladder and never puts one on.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -13,7 +14,7 @@ from pixtune.config.schema import TrainConfig
 from pixtune.errors import PlanError
 from pixtune.fit.all_weights import Situation, choose_way, has_masters
 from pixtune.fit.footprint import Footprint
-from pixtune.fit.kernel_choice import choose_cudnn_attention, choose_flash_attention_3, choose_tf32
+from pixtune.fit.kernel_choice import CUDNN, FLASH_3, Findings, choose_attention, choose_tf32
 from pixtune.fit.refusals import host_lacks, nothing_fits
 from pixtune.fit.rungs import (
     QUANTISED,
@@ -72,10 +73,6 @@ class MemoryPlan:
     encoders_stay: bool
     """Text encoder and autoencoder stay on the device after encoding."""
     tf32: bool
-    cudnn_attention: bool | None
-    """None: PyTorch's own choice."""
-    flash_attention_3: bool
-    """Its kernels stand in for PyTorch's flash attention."""
     deterministic: bool
     loading_threads: int
     fast_loading: bool
@@ -101,6 +98,10 @@ class MemoryPlan:
     """bf16 weights have fp32 copies, which are where the optimizer states are."""
     text_multiple: int = 1
     """Captions of training steps are padded to a multiple of so many tokens."""
+    attention: str | None = None
+    """A kernel of `kernel_choice`, which comes before all others; None: PyTorch's own choice, on CPUs."""
+    attention_off: tuple[str, ...] = ()
+    """Kernels that are never used."""
 
     @property
     def recompute(self) -> bool:
@@ -108,29 +109,41 @@ class MemoryPlan:
         return self.recomputed_blocks > 0
 
     def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "reasons": list(self.reasons), "plain_layers": list(self.plain_layers)}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+
+
+def in_todays_fields(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A stored plan of versions that knew `cudnn_attention` and `flash_attention_3`, such that the same kernels run.
+
+    These versions allowed cuDNN's kernel and left the order to PyTorch, which puts it first on Hopper and last on most
+    other GPUs, whatever their plan said.
+    """
+    today = dict(values)
+    if "cudnn_attention" not in today or "flash_attention_3" not in today:
+        return today
+    had_cudnn, had_3 = today.pop("cudnn_attention"), today.pop("flash_attention_3")
+    kernel, off = FLASH_3 if had_3 else None, [CUDNN] if had_cudnn is False else []
+    return {**today, "attention": kernel, "attention_off": off}
 
 
 def plan_memory(
     facts: HardwareFacts,
     footprint: Footprint,
     config: TrainConfig,
-    cudnn_attention: tuple[bool, str] | None = None,
+    attention: Findings | None = None,
     can_compile: bool = True,
     num_processes: int = 1,
     flash_attention_3_obstacle: str | None = None,
     captions: Captions | None = None,
-    padded_attention: bool = False,
 ) -> MemoryPlan:
     """Chooses what the config leaves open.
 
     Args:
         num_processes: that train together, on one host.
-        cudnn_attention: whether a trial of it on this machine passed, and its finding; None: not tried.
+        attention: what trials of its kernels on this machine found; None: nothing was tried.
         flash_attention_3_obstacle: why it cannot be used on this machine; None: nothing is known against it.
         can_compile: torch.compile works on this machine.
         captions: None: nothing is known of them, or the family cannot pad them.
-        padded_attention: a trial of attention to padded captions on this machine passed.
 
     Raises:
         PlanError: nothing fits; says how much is missing and which demand to drop.
@@ -144,10 +157,9 @@ def plan_memory(
     rung, usable = chosen.rung, usable_bytes(facts, config) if on_gpu else 0
     unified = is_unified(facts, config)
     tf32, tf32_reasons = choose_tf32(facts, config)
-    use_flash_3, flash_3_reasons = choose_flash_attention_3(facts, config, flash_attention_3_obstacle)
-    use_cudnn, cudnn_reasons = (False, []) if use_flash_3 else choose_cudnn_attention(facts, config, cudnn_attention)
+    attending = choose_attention(facts, config, attention, flash_attention_3_obstacle)
     recordings = count_recordings(rung, footprint, config, compiled, usable - chosen.peak_bytes) if on_gpu else 0
-    text_multiple, text_reasons = choose_text_multiple(config, captions, recordings, use_cudnn, padded_attention)
+    text_multiple, text_reasons = choose_text_multiple(config, captions, recordings, attending.pads)
     return MemoryPlan(
         compute_format=compute_format_of(config),
         weights_format=rung.weights_format,
@@ -163,8 +175,6 @@ def plan_memory(
         pin_memory=on_gpu and not unified if config.pin_memory is None else config.pin_memory and on_gpu,
         encoders_stay=unified if config.disable_cpu_offload is None else config.disable_cpu_offload,
         tf32=tf32,
-        cudnn_attention=use_cudnn,
-        flash_attention_3=use_flash_3,
         deterministic=config.deterministic,
         loading_threads=config.fastsafetensors_num_threads,
         fast_loading=config.use_fastsafetensors,
@@ -173,12 +183,14 @@ def plan_memory(
         expected_peak_bytes=chosen.peak_bytes,
         expected_host_bytes=chosen.host_bytes,
         usable_bytes=usable,
-        reasons=(*chosen.reasons, *tf32_reasons, *flash_3_reasons, *cudnn_reasons, *text_reasons),
+        reasons=(*chosen.reasons, *tf32_reasons, *attending.reasons, *text_reasons),
         plain_layers=footprint.plain_layers if rung.weights_format in QUANTISED else (),
         fused_step=chosen.fused_step,
         states_on_host=chosen.states_on_host,
         fp32_copies=footprint.trains_all and has_masters(config),
         text_multiple=text_multiple,
+        attention=attending.kernel,
+        attention_off=attending.off,
     )
 
 

@@ -58,16 +58,15 @@ def choose_text_multiple(
     config: TrainConfig,
     captions: Captions | None,
     recordings: int,
-    cudnn_attention: bool | None,
-    trial_passed: bool,
+    kernel_pads: bool,
 ) -> tuple[int, list[str]]:
     """What it does pad to, and why.
 
     Args:
         recordings: of how many shapes steps are recorded.
-        trial_passed: attention to padded captions was tried on this machine, and is right.
+        kernel_pads: attention to padded captions by the run's kernel was tried on this machine, and is right.
     """
-    least = least_multiple(config, captions) if recordings and cudnn_attention and trial_passed else 1
+    least = least_multiple(config, captions) if recordings and kernel_pads else 1
     if captions is None or least == 1:
         return 1, []
     if not captions.sizes:

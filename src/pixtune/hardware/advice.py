@@ -195,8 +195,8 @@ def flash_attention_3_off_hopper(machine: Machine) -> Advice | None:
         "warning",
         "attention",
         f"FlashAttention 3 is installed. It runs on Hopper (H100, H200, GH200) alone, not on {facts.name}{arm}.",
-        "cuda_features.enable_flash_attention_3: false (the default here). PyTorch's own attention, with cuDNN's "
-        "kernels (enable_cudnn_sdp), is the one to use.",
+        "cuda_features.enable_flash_attention_3: false (the default here). A run tries PyTorch's own kernels, cuDNN's "
+        "among them unless enable_cudnn_sdp is false, and takes the fastest that is right.",
     )
 
 

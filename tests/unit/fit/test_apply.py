@@ -21,7 +21,7 @@ PLAIN = MemoryPlan(
     reprojected_blocks=0, kept_transposes=False, offload_inputs=False, streamed_blocks=0, compile=False, recordings=0,
     pin_memory=False,
     encoders_stay=False, tf32=False,
-    cudnn_attention=None, flash_attention_3=False, deterministic=False, loading_threads=1, fast_loading=False,
+    deterministic=False, loading_threads=1, fast_loading=False,
     expandable_segments=False,
     optimizer="adamw", expected_peak_bytes=0, expected_host_bytes=0, usable_bytes=0, reasons=(),
 )  # fmt: skip

@@ -32,7 +32,7 @@ def choice(
         pretrained_model_name_or_path="x", output_dir=Path("x"), max_train_steps=1, mixed_precision="bf16",
         train_batch_size=batch_size, data_config=DataConfig(img_dir=Path("x")),
     )  # fmt: skip
-    multiple, reasons = choose_text_multiple(config, Captions(differ, sizes), recordings, True, passed)
+    multiple, reasons = choose_text_multiple(config, Captions(differ, sizes), recordings, passed)
     return multiple, " ".join(reasons)
 
 
