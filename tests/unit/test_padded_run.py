@@ -17,6 +17,7 @@ from pixtune.config import load_config
 from pixtune.data.batches import Batch, read_ahead
 from pixtune.data.prepared import PreparedData
 from pixtune.fit import rungs
+from pixtune.fit.attention_trial import Shape
 from pixtune.fit.kernel_choice import Finding
 from pixtune.fit.plan import MemoryPlan
 from pixtune.fit.text_padding import CaptionedSize, Captions
@@ -73,7 +74,7 @@ SHORT, LONG = {7: 1.0, 9: 1.0}, dict.fromkeys(range(10, 300), 1.0)
 
 def planned(
     words: list[str], monkeypatch: pytest.MonkeyPatch, draws_by_length: dict[int, float], pads_text: bool = True,
-    most_recordings: int = 64,
+    most_recordings: int = 64, trial: Any = None,
 ) -> tuple[MemoryPlan, list[int]]:  # fmt: skip
     """The plan of a run on an H100 whose kernels pass every trial, and the tokens that memory was counted for."""
     required = [
@@ -93,7 +94,7 @@ def planned(
     monkeypatch.setattr(planning, "read_facts", lambda *arguments: H100)
     monkeypatch.setattr(planning, "compile_obstacle", lambda device: None)
     right = Finding(error=0.003, milliseconds=1.5, padded_error=0.003)
-    monkeypatch.setattr(planning, "try_attention", lambda shape, kernels: dict.fromkeys(kernels, right))
+    monkeypatch.setattr(planning, "try_attention", trial or (lambda shape, kernels: dict.fromkeys(kernels, right)))
     monkeypatch.setattr(rungs, "MOST_RECORDINGS", most_recordings)
     sizes = (CaptionedSize(10_000, draws_by_length),)
     captions = Captions(len(draws_by_length) > 1, sizes)
@@ -122,3 +123,36 @@ def test_a_plan_that_pads_further_counts_its_memory_anew(monkeypatch: pytest.Mon
     few, counted = planned([], monkeypatch, LONG, most_recordings=3)
     assert few.text_multiple == 128 and counted == [10_320, 10_384]
     assert few.expected_peak_bytes > plan.expected_peak_bytes
+
+
+def test_a_run_that_goes_on_from_an_older_plan_reads_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = planned([], monkeypatch, SHORT)[0].to_dict()
+    del values["attention"], values["attention_off"]
+    older: Any = type(
+        "Checkpoint", (), {"record": {"plan": {**values, "cudnn_attention": True, "flash_attention_3": False}}}
+    )
+    nothing: Any = None
+    plan = training.decide_plan(nothing, nothing, nothing, nothing, nothing, older)
+    assert (plan.attention, plan.attention_off, plan.text_multiple) == (None, (), values["text_multiple"])
+
+
+@pytest.mark.parametrize(
+    ("word", "tried", "kernel"),
+    [
+        ("", ("cudnn", "flash", "efficient"), "cudnn"),
+        ("deterministic=true", ("flash", "efficient"), "flash"),
+        ("cuda_features.enable_cudnn_sdp=false", ("flash", "efficient"), "flash"),
+    ],
+)
+def test_a_run_tries_its_kernels_at_its_own_shape(
+    word: str, tried: tuple[str, ...], kernel: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[Shape, tuple[str, ...]]] = []
+
+    def try_attention(shape: Shape, kernels: tuple[str, ...]) -> dict[str, Finding]:
+        asked.append((shape, kernels))
+        return {name: Finding(error=0.003, milliseconds=place) for place, name in enumerate(kernels)}
+
+    plan, _ = planned([word] if word else [], monkeypatch, SHORT, trial=try_attention)
+    assert asked == [(Shape(10_064, 24, 128, "bf16", word.startswith("deterministic")), tried)]
+    assert plan.attention == kernel and plan.text_multiple == 1, "it was not found right for padded captions"
