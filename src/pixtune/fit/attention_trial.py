@@ -185,7 +185,7 @@ def measure(
         one_head = [tensor.detach()[:, :1].float().requires_grad_() for tensor in inputs]
         expected = attend(one_head, gradient[:, :1].float())
         expected_padded = attend(one_head, gradient[:, :1].float(), real_BL[:, None, None])
-    float(expected_padded[0].sum())  # waits for the device: what fails up to here is no kernel's fault
+    float(expected_padded[0].detach().sum())  # waits for the device: what fails up to here is no kernel's fault
     torch.use_deterministic_algorithms(shape.deterministic)
     for kernel in sorted(kernels, key=lambda kernel: kernel == FLASH_3):  # replaces flash attention for good
         yield kernel, kernel, None
