@@ -140,7 +140,7 @@ class CudaFeatures(Section):
     enable_tf32_compute: bool | None = None
     """TF32 matrix products for what stays in fp32; absent: on from sm_80."""
     enable_cudnn_sdp: bool | None = None
-    """cuDNN's attention kernels; absent: PyTorch's own order."""
+    """cuDNN's attention kernels; absent: the fastest kernel that a trial on this machine finds right."""
 
 
 class TrainConfig(Section):
