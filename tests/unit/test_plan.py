@@ -539,6 +539,13 @@ def test_what_does_not_fit_the_host_is_passed_over_with_a_reason() -> None:
     assert most - missing == pytest.approx(2e9 * 7 / 8 / GIB - 1, abs=0.11)
 
 
+def test_processes_on_one_host_share_its_memory() -> None:
+    """Each has tables of its own."""
+    facts, footprint = facts_as("RTX 4090", host_bytes=8 * 10**9), full_size_footprint(CONFIG)
+    rows = [plan_memory(facts, footprint, CONFIG, num_processes=number).modulation_rows for number in (1, 8)]
+    assert rows == [128, 32]
+
+
 @pytest.mark.parametrize(
     ("card", "host_gb", "changes", "way_out"),
     [

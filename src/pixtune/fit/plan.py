@@ -223,7 +223,7 @@ def _choose(
             way.rung(config), way.optimizer, reasons, choice.peak_bytes, choice.host_bytes, way.fused_step,
             way.states_on_host,
         )  # fmt: skip
-    rung, reasons = _choose_rung(facts, footprint, config, optimizer, compiled)
+    rung, reasons = _choose_rung(facts, footprint, config, optimizer, compiled, num_processes)
     peak = peak_bytes(rung, footprint, config, optimizer, compiled)
     return _Chosen(rung, optimizer, [*reasons, *slowly, *why_so], peak, host_bytes(rung, footprint))
 
@@ -232,7 +232,7 @@ def _choose(
 
 
 def _choose_rung(
-    facts: HardwareFacts, footprint: Footprint, config: TrainConfig, optimizer: str, compiled: bool
+    facts: HardwareFacts, footprint: Footprint, config: TrainConfig, optimizer: str, compiled: bool, num_processes: int
 ) -> tuple[Rung, list[str]]:
     usable = usable_bytes(facts, config)
     demanded = list(ladder(facts, footprint, config))
@@ -244,9 +244,9 @@ def _choose_rung(
         return fragmented_bytes(rung, footprint, config, compiled) + room_for_recordings(rung, config)
 
     fitting = [rung for rung in demanded if needed(rung) + beside(rung) <= usable]
-    on_host = [host_bytes(with_rows(rung, footprint), footprint) for rung in fitting]
+    on_host = [num_processes * host_bytes(with_rows(rung, footprint), footprint) for rung in fitting]
     for number, wanted in enumerate(fitting):
-        if rung := fit_host(wanted, footprint, facts):
+        if rung := fit_host(wanted, footprint, facts, num_processes=num_processes):
             reasons = _reasons(rung, demanded[0], footprint, needed(demanded[0]), needed(rung), usable, config)
             return rung, [*reasons, *_passed_over(facts, max(on_host[:number], default=0))]
     if fitting:

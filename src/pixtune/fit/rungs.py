@@ -98,11 +98,17 @@ def table_rows(footprint: Footprint, wanted: int = TABLE_ROWS[0]) -> int:
     return 0 if footprint.trains_modulation else max(wanted, footprint.samples_per_step + 1)
 
 
-def fit_host(rung: Rung, footprint: Footprint, facts: HardwareFacts, num_tables: int = TABLES) -> Rung | None:
-    """The rung with as many rows of the modulation table as host memory allows; None where it lacks for the fewest."""
+def fit_host(
+    rung: Rung, footprint: Footprint, facts: HardwareFacts, num_tables: int = TABLES, num_processes: int = 1
+) -> Rung | None:
+    """The rung with as many rows of the modulation table as host memory allows; None where it lacks for the fewest.
+
+    Args:
+        num_processes: on one host, each with all of it.
+    """
     for wanted in TABLE_ROWS:
         smaller = with_rows(rung, footprint, wanted)
-        if not missing_on_host(facts, host_bytes(smaller, footprint, num_tables)):
+        if not missing_on_host(facts, num_processes * host_bytes(smaller, footprint, num_tables)):
             return smaller
     return None
 
