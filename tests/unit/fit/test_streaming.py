@@ -420,9 +420,17 @@ def test_too_little_host_memory(monkeypatch: pytest.MonkeyPatch) -> None:
         stream_blocks(blocks, CPU)
 
 
+def pretend(monkeypatch: pytest.MonkeyPatch, driver: object, integrated: bool = False) -> None:
+    """A GPU with a driver, whose memory is the host's or its own."""
+    properties = types.SimpleNamespace(is_integrated=integrated)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: driver)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+
+
 def test_memory_that_cannot_be_locked(monkeypatch: pytest.MonkeyPatch) -> None:
     driver = types.SimpleNamespace(cudaHostRegister=lambda address, size, flags: 2)
-    monkeypatch.setattr(torch.cuda, "cudart", lambda: driver)
+    pretend(monkeypatch, driver)
     with pytest.raises(PlanError, match=r"could not lock 0\.12 GiB .*CUDA error 2.* GiB are available"):
         transfer.host_buffer(GIB // 8, torch.device("cuda"))
 
@@ -437,9 +445,10 @@ def test_locked_memory_is_unlocked_when_it_is_dropped(monkeypatch: pytest.Monkey
     driver = types.SimpleNamespace(
         cudaHostRegister=register, cudaHostUnregister=lambda address: 0 if locked.pop(address) else 1
     )
-    monkeypatch.setattr(torch.cuda, "cudart", lambda: driver)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    pretend(monkeypatch, driver)
     buffer = transfer.host_buffer(5000, torch.device("cuda"))
     assert locked == {buffer.data_ptr(): 5000}  # exactly what was asked for, not the next power of two
     del buffer
     assert not locked
+    pretend(monkeypatch, driver, integrated=True)
+    assert transfer.host_buffer(5000, torch.device("cuda")).nbytes == 5000 and not locked, "one pool: nothing to lock"
