@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
 
-from pixtune.errors import ConfigError
+from pixtune.targets import resolve_targets
 
 ADAPTER_NAME = "default"
 
@@ -35,40 +33,6 @@ class AttachedLora:
     targets: tuple[str, ...]
     """Endings of their paths, or whole paths: PEFT's `target_modules`."""
     num_parameters: int
-
-
-def resolve_targets(
-    linears: Sequence[str],
-    targets: Sequence[str],
-    presets: Mapping[str, Sequence[str]],
-    key: str = "lora_targets",
-) -> tuple[str, ...]:
-    """Which of a model's linear layers are meant, as endings of paths; whole paths where a pattern was used.
-
-    Args:
-        linears: paths of all linear layers.
-        targets: presets by name, patterns with `*`, `?` or `[...]` over whole paths, or endings of paths.
-        key: of the config, that the targets stand in.
-
-    Raises:
-        ConfigError: a target matches nothing; names it and lists what could have been meant.
-    """
-    found: dict[str, None] = {}
-    faults = []
-    for target in targets:
-        for part in presets.get(target, (target,)):
-            is_pattern = any(mark in part for mark in "*?[")
-            if is_pattern and (matches := [name for name in linears if fnmatchcase(name, part)]):
-                found.update(dict.fromkeys(matches))
-            elif any(name == part or name.endswith(f".{part}") for name in linears):
-                found[part] = None
-            else:
-                faults.append(f"{part!r} matches no linear layer.")
-    if faults:
-        endings = sorted({re.sub(r"^\w+\.\d+\.", "", name) for name in linears})  # without the block and its number
-        known = f"Layers end with: {', '.join(endings)}." + (f" Presets: {', '.join(presets)}." if presets else "")
-        raise ConfigError(f"{key} names layers that this model does not have", [f"{fault} {known}" for fault in faults])
-    return tuple(found)
 
 
 def attach_lora(

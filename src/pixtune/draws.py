@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Purpose = Literal[
     "order",
@@ -43,6 +43,8 @@ def uniform(seed: int, purpose: Purpose, *where: int | str) -> float:
 
 def normal(shape: Sequence[int], seed: int, purpose: Purpose, *where: int | str) -> Tensor:
     """Standard normal numbers, fp32, on the CPU."""
+    import torch
+
     generator = torch.Generator().manual_seed(draw_key(seed, purpose, *where))
     return torch.randn(tuple(shape), generator=generator)
 

@@ -5,15 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-
-from pixtune.adapters import resolve_targets
 from pixtune.config.schema import TrainConfig
 from pixtune.families.base import ModelFamily
-from pixtune.fit.attention import flash_attention_3_obstacle
-from pixtune.fit.attention_trial import Shape, try_attention
-from pixtune.fit.compile import compile_obstacle
 from pixtune.fit.encoders import EncoderPlan, EncoderSizes, plan_encoders
 from pixtune.fit.footprint import Footprint, Shapes, of_all_weights, read_footprint
 from pixtune.fit.kernel_choice import kernels_to_try
@@ -22,7 +17,11 @@ from pixtune.fit.plan import MemoryPlan, plan_memory, usable_bytes
 from pixtune.fit.rungs import compute_format_of, is_unified
 from pixtune.fit.text_padding import Captions, least_multiple
 from pixtune.hardware.facts import MEMORY_FRACTION, HardwareFacts, host_room_bytes, read_facts
+from pixtune.targets import resolve_targets
 from pixtune.weights import ModelFolder, read_header, weight_files
+
+if TYPE_CHECKING:
+    import torch
 
 
 def plan_on_this_machine(
@@ -44,6 +43,11 @@ def plan_on_this_machine(
     Raises:
         PlanError, ConfigError: see `plan_memory`.
     """
+    # `pixtune plan` comes without a device to try, and is not to wait for torch.
+    from pixtune.fit.attention import flash_attention_3_obstacle
+    from pixtune.fit.attention_trial import Shape, try_attention
+    from pixtune.fit.compile import compile_obstacle
+
     findings, obstacle = None, None
     multiple = least_multiple(config, captions)
     fraction, obstacle_to_3 = config.memory_fraction or MEMORY_FRACTION, flash_attention_3_obstacle()

@@ -10,11 +10,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pixtune.adapters import attach_lora, load_lora_weights, lora_weights, resolve_targets, trainable_parameters
+from pixtune.adapters import attach_lora, load_lora_weights, lora_weights, trainable_parameters
 from pixtune.errors import ConfigError
 from pixtune.families import FAMILIES
 from pixtune.families.base import Placement
 from pixtune.fit.load import load_transformer
+from pixtune.targets import resolve_targets
 from pixtune.weights import ModelFolder
 
 FAMILY = FAMILIES["qwen_image"]

@@ -9,20 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
-
-import torch
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from pixtune.data.buckets import Size
 from pixtune.fit.footprint import ActivationUnits, Shapes
 from pixtune.weights import ModelFolder
 
 if TYPE_CHECKING:
+    import torch
     from PIL.Image import Image
+    from torch import Tensor, nn
 
 # One sample's text features by name, without padding: what the cache stores. A family chooses the names.
-Conditioning = dict[str, Tensor]
+Conditioning: TypeAlias = "dict[str, Tensor]"
 
 
 @dataclass(frozen=True)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from pixtune.weights import ModelFolder
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 
 def model_time_shift(folder: ModelFolder, num_image_tokens: int) -> float:

@@ -8,24 +8,24 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
-import torch
-from torch import Tensor, nn
-
 from pixtune import draws
 from pixtune.data.buckets import Size
 from pixtune.errors import WeightsError
 from pixtune.families.base import Conditioning, LatentDistribution, Placement, Prompt, TextEncoder
 from pixtune.families.flow_schedule import model_sigmas, model_time_shift, rounded_timestep
 from pixtune.families.packing import PATCH, grid, num_tokens, pack_latents, unpack_latents
-from pixtune.families.qwen_attention import JointAttention, RealRotaryEmbedding
-from pixtune.families.qwen_clean_controls import count_on_device
 from pixtune.families.transformer_shapes import qwen_image_shapes
 from pixtune.fit.footprint import ActivationUnits, Shapes
 from pixtune.fit.text_padding import padded_length
+from pixtune.late import LateModule
 from pixtune.weights import ModelFolder
 
 if TYPE_CHECKING:
+    import torch
     from diffusers import AutoencoderKLQwenImage, QwenImageTransformer2DModel
+    from torch import Tensor, nn
+else:
+    torch = LateModule("torch")
 
 NUM_TEMPLATE_TOKENS = 34
 """Tokens before the caption, which the pipeline cuts from the features."""
@@ -165,6 +165,9 @@ class QwenImage:
     def build_transformer(self, config: Mapping[str, Any]) -> nn.Module:
         from diffusers import QwenImageTransformer2DModel
 
+        from pixtune.families.qwen_attention import JointAttention, RealRotaryEmbedding
+        from pixtune.families.qwen_clean_controls import count_on_device
+
         refuse_guidance(config)
         with torch.device("meta"):
             model: Any = QwenImageTransformer2DModel.from_config(config)
@@ -185,37 +188,37 @@ class QwenImage:
 
     # ---- encoding
 
-    @torch.no_grad()
     def encode_text(
         self, encoder: TextEncoder, prompts: Sequence[Prompt], max_tokens: int | None = None
     ) -> list[Conditioning]:
-        return self._reader.encode(encoder, prompts, max_tokens)
+        with torch.no_grad():
+            return self._reader.encode(encoder, prompts, max_tokens)
 
     def stack_conditioning(self, rows: Sequence[Conditioning], multiple: int = 1) -> Conditioning:
         features = [row["prompt_embeds"] for row in rows]
         lengths = [len(f) for f in features]
-        embeds_BTD = nn.utils.rnn.pad_sequence(features, batch_first=True)
+        embeds_BTD = torch.nn.utils.rnn.pad_sequence(features, batch_first=True)
         if multiple == 1 and min(lengths) == max(lengths):
             return {"prompt_embeds": embeds_BTD}
         length = padded_length(max(lengths), multiple)
-        embeds_BTD = nn.functional.pad(embeds_BTD, (0, 0, 0, length - max(lengths)))
+        embeds_BTD = torch.nn.functional.pad(embeds_BTD, (0, 0, 0, length - max(lengths)))
         positions_T = torch.arange(length, device=embeds_BTD.device)
         mask_BT = positions_T < torch.tensor(lengths, device=embeds_BTD.device)[:, None]
         return {"prompt_embeds": embeds_BTD, (MASK if multiple == 1 else REAL): mask_BT}
 
-    @torch.no_grad()
     def encode_images(self, autoencoder: AutoencoderKLQwenImage, pixels_B3HW: Tensor) -> LatentDistribution:
-        frames_B3FHW = pixels_B3HW.to(autoencoder.dtype).unsqueeze(2)  # the video autoencoder's frame axis, one frame
-        posterior = autoencoder.encode(frames_B3FHW).latent_dist
-        shift, scale = self._latent_statistics(autoencoder)
-        mean_BCHW = (posterior.mean[:, :, 0].float() - shift) / scale
-        return LatentDistribution(mean_BCHW, posterior.std[:, :, 0].float() / scale)
+        with torch.no_grad():
+            frames_B3FHW = pixels_B3HW.to(autoencoder.dtype).unsqueeze(2)  # a video's frame axis, one frame
+            posterior = autoencoder.encode(frames_B3FHW).latent_dist
+            shift, scale = self._latent_statistics(autoencoder)
+            mean_BCHW = (posterior.mean[:, :, 0].float() - shift) / scale
+            return LatentDistribution(mean_BCHW, posterior.std[:, :, 0].float() / scale)
 
-    @torch.no_grad()
     def decode_latents(self, autoencoder: AutoencoderKLQwenImage, latents_BCHW: Tensor) -> Tensor:
-        shift, scale = self._latent_statistics(autoencoder)
-        latents_BCFHW = (latents_BCHW.float() * scale + shift).to(autoencoder.dtype).unsqueeze(2)
-        return autoencoder.decode(latents_BCFHW).sample[:, :, 0].float()
+        with torch.no_grad():
+            shift, scale = self._latent_statistics(autoencoder)
+            latents_BCFHW = (latents_BCHW.float() * scale + shift).to(autoencoder.dtype).unsqueeze(2)
+            return autoencoder.decode(latents_BCFHW).sample[:, :, 0].float()
 
     @staticmethod
     def _latent_statistics(autoencoder: AutoencoderKLQwenImage) -> tuple[Tensor, Tensor]:
@@ -305,7 +308,7 @@ def real_tokens(conditioning: Conditioning, num_image_tokens: int) -> dict[str, 
     real_BT = conditioning.get(REAL)
     if real_BT is None:
         return None
-    return {"real_BL": nn.functional.pad(real_BT, (0, num_image_tokens), value=True)}
+    return {"real_BL": torch.nn.functional.pad(real_BT, (0, num_image_tokens), value=True)}
 
 
 class CaptionReader:

@@ -12,8 +12,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
 from pixtune.data.buckets import Size
 from pixtune.families.base import Conditioning, Prompt, TextEncoder
 from pixtune.families.qwen_image import QwenImage
@@ -21,6 +19,7 @@ from pixtune.weights import ModelFolder
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+    from torch import Tensor
 
 NUM_TEMPLATE_TOKENS = 64
 """Tokens before the user's part, which the pipelines cut from the features."""

@@ -5,14 +5,24 @@ from __future__ import annotations
 import platform
 import re
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from pixtune.hardware.cards import find_card
-from pixtune.hardware.facts import CoherentLink, HardwareFacts, tensor_core_formats, usable_pool_bytes
+from pixtune.hardware.facts import (
+    CoherentLink,
+    HardwareFacts,
+    installed_version,
+    tensor_core_formats,
+    usable_pool_bytes,
+)
 from pixtune.hardware.links import C2C_BYTES_PER_SECOND, is_coherent_chip, read_pcie_bandwidth
 from pixtune.hardware.meminfo import HostMemory, read_host_memory, read_meminfo
+from pixtune.late import LateModule
+
+if TYPE_CHECKING:
+    import torch
+else:
+    torch = LateModule("torch")
 
 DRIVER_VERSION = Path("/proc/driver/nvidia/version")
 
@@ -36,7 +46,7 @@ def cpu_facts(host: HostMemory, name: str) -> HardwareFacts:
     return HardwareFacts(
         "cpu", name, (0, 0), 0, 0,
         host_total_bytes=host.total_bytes, host_available_bytes=host.available_bytes,
-        page_cache_bytes=host.page_cache_bytes, torch_version=torch.__version__, machine=platform.machine(),
+        page_cache_bytes=host.page_cache_bytes, torch_version=installed_version("torch"), machine=platform.machine(),
     )  # fmt: skip
 
 

@@ -1,0 +1,142 @@
+"""How blocks of FLUX.1 attend, and how those compute that put an MLP beside their attention.
+
+The same numbers as diffusers' `FluxAttnProcessor`, `FluxSingleTransformerBlock` and `FluxPosEmbed`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pixtune.fit.activations import recompute
+from pixtune.fit.attention import with_dense_gradient
+from pixtune.fit.heads import Stream, join_heads
+from pixtune.fit.lora import project
+from pixtune.fit.mlp import mlp
+
+
+def compute_by_ours(model: Any) -> None:
+    """Lets the blocks of a `FluxTransformer2DModel` compute as this file says."""
+    model.pos_embed = PairedRotaryEmbedding(model.pos_embed)
+    for block in model.transformer_blocks:
+        block.attn.set_processor(JointAttention())
+    for block in model.single_transformer_blocks:
+        block.attn.set_processor(AttentionBesideMlp())
+        block.forward = MethodType(single_block, block)
+
+
+class PairedRotaryEmbedding(nn.Module):
+    """The stock embedding, which has each cosine and sine twice, as pairs; fp32, (tokens, head size / 2, 2)."""
+
+    def __init__(self, stock: nn.Module) -> None:
+        super().__init__()
+        self.stock = stock
+
+    def forward(self, ids: Tensor) -> Tensor:
+        cosine, sine = self.stock(ids)
+        return torch.stack([cosine[:, ::2], sine[:, ::2]], dim=-1)
+
+
+class JointAttention:
+    """The stock attention of image and text tokens, the projections of each by `fit.lora.project`."""
+
+    recomputes_projections = False
+    """Queries, keys and values are computed again in the backward pass; `fit.activations` switches it on."""
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        assert image_rotary_emb is not None
+        inputs = (attn, hidden_states, encoder_hidden_states, image_rotary_emb)
+        query, key, value = recompute(joint_heads, inputs, {}) if self.recomputes_projections else joint_heads(*inputs)
+        attended = attend(query, key, value, attention_mask)
+        num_text_tokens = encoder_hidden_states.shape[1]
+        (image_output,) = project(attended[:, num_text_tokens:].contiguous(), (attn.to_out[0],))
+        (text_output,) = project(attended[:, :num_text_tokens].contiguous(), (attn.to_add_out,))
+        return attn.to_out[1](image_output), text_output
+
+
+class AttentionBesideMlp:
+    """The stock attention of blocks that put the MLP's features beside what was attended, with `fit.lora.project`.
+
+    Its gradient is then a slice of a wider tensor; see `fit.attention` for what that does.
+    """
+
+    recomputes_projections = False
+    """As in `JointAttention`."""
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: None = None,
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: Tensor | None = None,
+    ) -> Tensor:
+        assert image_rotary_emb is not None
+        inputs = (attn, hidden_states, image_rotary_emb)
+        again = self.recomputes_projections
+        query, key, value = recompute(single_heads, inputs, {}) if again else single_heads(*inputs)
+        return with_dense_gradient(attend(query, key, value, attention_mask))
+
+
+def single_block(
+    block: Any,
+    hidden_states: Tensor,
+    encoder_hidden_states: Tensor,
+    temb: Tensor,
+    image_rotary_emb: Tensor,
+    joint_attention_kwargs: Mapping[str, Any] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The stock `FluxSingleTransformerBlock.forward`, its MLP by `fit.mlp`. Its names are those that it is called by.
+
+    It returns copies, not slices of one tensor: slices leave a compiled block as views, whose gradients are then put
+    together outside of it, in four more passes over them.
+    """
+    states_BLC = torch.cat([encoder_hidden_states, hidden_states], dim=1)
+    normed_BLC, gate_BC = block.norm(states_BLC, emb=temb)
+    attended_BLC = block.attn(hidden_states=normed_BLC, image_rotary_emb=image_rotary_emb)
+    update_BLC = mlp(normed_BLC, block.proj_mlp, block.act_mlp, block.proj_out, attended_BLC)
+    text_BTC, image_BLC = (states_BLC + gate_BC.unsqueeze(1) * update_BLC).split(
+        [encoder_hidden_states.shape[1], hidden_states.shape[1]], dim=1
+    )
+    return text_BTC.clone(), image_BLC.clone()
+
+
+def joint_heads(attn: Any, image_BLC: Tensor, text_BTC: Tensor, turns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries and keys, turned, and values of text and image tokens; shape (B, T + L, H, D) each.
+
+    Args:
+        turns: cosine and sine of each token's angles, shape (T + L, D / 2, 2).
+    """
+    image = project(image_BLC, (attn.to_q, attn.to_k, attn.to_v))
+    text = project(text_BTC, (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj))
+    text_turns, image_turns = turns.split([text_BTC.shape[1], image_BLC.shape[1]])
+    streams = (
+        Stream(text, attn.norm_added_q, attn.norm_added_k, text_turns),
+        Stream(image, attn.norm_q, attn.norm_k, image_turns),
+    )
+    return join_heads(streams, attn.head_dim)
+
+
+def single_heads(attn: Any, states_BLC: Tensor, turns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The same of one stream."""
+    projected = project(states_BLC, (attn.to_q, attn.to_k, attn.to_v))
+    return join_heads((Stream(projected, attn.norm_q, attn.norm_k, turns),), attn.head_dim)
+
+
+def attend(query_BLHD: Tensor, key_BLHD: Tensor, value_BLHD: Tensor, mask: Tensor | None) -> Tensor:
+    """Heads side by side in the result, (B, L, H * D)."""
+    from diffusers.models.attention_dispatch import dispatch_attention_fn
+
+    attended_BLHD = dispatch_attention_fn(query_BLHD, key_BLHD, value_BLHD, attn_mask=mask)
+    return attended_BLHD.flatten(2, 3).to(query_BLHD.dtype)
