@@ -34,6 +34,7 @@ from pixtune.fit.apply import FORMATS, blocks_of
 from pixtune.fit.encoders import EncoderPlan, count_caption_tokens
 from pixtune.fit.footprint import Footprint, read_footprint
 from pixtune.fit.load import Layout, load_transformer
+from pixtune.fit.mlp import fuse_mlps
 from pixtune.fit.phases import Drawing, DrawingPlan, plan_drawing
 from pixtune.fit.streaming import choose_streamed, stream_blocks
 from pixtune.hardware.facts import HardwareFacts, read_facts
@@ -316,11 +317,12 @@ def load_base(task: Task, plan: DrawingPlan, placement: Placement) -> nn.Module:
     streamed = choose_streamed(num_blocks, plan.streamed_blocks) if plan.streamed_blocks else ()
     linear_format = None if plan.weights_format == plan.compute_format else plan.weights_format
     transformer = load_transformer(family, folder, placement, Layout(linear_format, plan.modulation_rows, streamed))
+    blocks = blocks_of(transformer, family)
     if streamed:
-        blocks = blocks_of(transformer, family)
         stream_blocks([blocks[number] for number in streamed], placement.device)
     if task.lora is not None:
         attach(transformer, task.lora)
+    fuse_mlps(blocks)
     return transformer
 
 

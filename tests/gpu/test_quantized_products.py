@@ -101,6 +101,22 @@ def test_transposed_bytes_are_the_plain_ones() -> None:
     assert kernels.transpose_bytes(matrix).equal(matrix.t().contiguous())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("width", [144, 3072, 15360])
+def test_rows_are_quantised_at_once_as_by_torch(width: int, dtype: torch.dtype) -> None:
+    """Bit for bit, also of rows of zeros and of rows that are parts of longer ones."""
+    if not available(FP8):
+        pytest.skip("this GPU has no fp8 tensor cores")
+    longer = torch.randn(70, width + 16, device=CUDA) * torch.logspace(-6, 6, 70, device=CUDA)[:, None]
+    values = longer.to(dtype)[:, :width]
+    values[3] = 0
+    assert quantize.quantizes_at_once(values, torch.float8_e4m3fn)
+    codes, scale = quantize.quantize_rows_at_once(values)
+    plain, plain_scale = quantize.quantize_rows(values.cpu(), torch.float8_e4m3fn)
+    assert scale.cpu().equal(plain_scale)
+    assert codes.cpu().view(torch.uint8).equal(plain.view(torch.uint8))
+
+
 @pytest.mark.parametrize("float8", [True, False])
 @pytest.mark.parametrize("transposed", [True, False])
 def test_expanded_codes_are_the_plain_ones(float8: bool, transposed: bool) -> None:

@@ -25,6 +25,7 @@ from pixtune.fit.kernels import (
     NF4_SCALES,
     UNIT_CODE,
     expand_nf4,
+    has_triton,
     nf4_levels,
     nf4_scales,
     round_to_codes,
@@ -43,6 +44,8 @@ SIDE_MULTIPLE = {FP8: 16, INT8: 16, NF4: NF4_BLOCK}
 """Both sides of a weight must be a multiple of this, as the kernels and the packing ask."""
 FEWEST_INT8_ROWS = 17
 """`torch._int_mm` takes no fewer."""
+WIDEST_ROW = 1 << 14
+"""That one program of a kernel reads."""
 MOST_WEIGHTS_AT_ONCE = 1 << 22
 """While a weight becomes 4-bit codes, which takes some 100 MiB beside it."""
 
@@ -69,11 +72,40 @@ def quantize_rows(values_MK: Tensor, codes: torch.dtype) -> tuple[Tensor, Tensor
     Returns:
         Codes of shape (M, K) and fp32 scales of shape (M, 1).
     """
+    if quantizes_at_once(values_MK, codes):
+        return quantize_rows_at_once(values_MK)
     peak_M1 = values_MK.abs().amax(dim=-1, keepdim=True).float().clamp_min(SMALLEST_PEAK)
     scaled_MK = values_MK.float() * (LARGEST_CODE[codes] / peak_M1)
     if codes == torch.int8:
         scaled_MK = scaled_MK.round()
     return scaled_MK.to(codes), peak_M1 / LARGEST_CODE[codes]
+
+
+def quantizes_at_once(values_MK: Tensor, codes: torch.dtype) -> bool:
+    """Whether a kernel of our own does it: where nothing is compiled, torch passes over the values seven times."""
+    return (
+        codes == torch.float8_e4m3fn
+        and not torch.compiler.is_compiling()
+        and has_triton(values_MK)
+        and values_MK.dtype in (torch.bfloat16, torch.float16, torch.float32)
+        and values_MK.shape[1] <= WIDEST_ROW
+        and torch.cuda.get_device_capability(values_MK.device) >= OLDEST_CAPABILITY[codes]
+    )
+
+
+def quantize_rows_at_once(values_MK: Tensor) -> tuple[Tensor, Tensor]:
+    """`quantize_rows` to float8_e4m3fn from one reading, with the same codes and scales."""
+    from pixtune.fit import triton_kernels
+
+    rows, width = values_MK.shape
+    values_MK = values_MK if values_MK.stride(1) == 1 else values_MK.contiguous()
+    codes_MK = values_MK.new_empty(rows, width, dtype=torch.uint8)
+    scale_M1 = values_MK.new_empty(rows, 1, dtype=torch.float32)
+    triton_kernels.quantize_row[(rows,)](
+        values_MK, values_MK.stride(0), codes_MK, scale_M1, width, LARGEST_CODE[torch.float8_e4m3fn],
+        1 << (width - 1).bit_length(), num_warps=8,
+    )  # fmt: skip
+    return codes_MK.view(torch.float8_e4m3fn), scale_M1
 
 
 def multiply_rows(

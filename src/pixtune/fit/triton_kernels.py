@@ -1,4 +1,4 @@
-"""The Triton side of `kernels.py`, `heads.py`, `lora.py` and `mlp.py`, in this order.
+"""The Triton side of `kernels.py`, `heads.py`, `lora.py`, `mlp.py` and `quantize.py`, in this order.
 
 Imported at first use: Triton comes with CUDA builds of torch only. Those of `kernels.py` work on tiles of rows and
 columns of a weight, N by K, and write whole bytes.
@@ -317,3 +317,19 @@ def gelu_gradient_codes(
     value *= tl.load(column_scale + column, mask=inside, other=0.0).to(tl.float32)
     peak = tl.maximum(tl.max(tl.abs(value), 0), SMALLEST_PEAK)
     _store_codes(codes + row * width, scale + row, value, peak, column, inside, largest)
+
+
+# ---- rows of 8-bit codes: see quantize.py. One program: one row, read once.
+
+
+@triton.jit
+def quantize_row(values, stride, codes, scale, width, largest, WIDTH: tl.constexpr):
+    """(M, K) with rows apart by `stride` -> bytes of float8_e4m3fn (M, K), and what a row's are in units of (M)."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, WIDTH)
+    inside = column < width
+    value = tl.load(values + row * stride + column, mask=inside, other=0.0).to(tl.float32)
+    peak = tl.maximum(tl.max(tl.abs(value), 0), SMALLEST_PEAK)
+    byte = (value * tl.div_rn(largest, peak)).to(tl.float8e4nv).to(tl.uint8, bitcast=True)
+    tl.store(codes + row * width + column, byte, mask=inside)
+    tl.store(scale + row, tl.div_rn(peak, largest))

@@ -103,6 +103,25 @@ def test_heads_are_the_plain_ones(shape: tuple[int, int, int, int, int]) -> None
 
 
 @interpreted
+@pytest.mark.parametrize("width", [64, 144, 3072])
+def test_rows_are_quantised_as_plainly(width: int) -> None:
+    from pixtune.fit import triton_kernels
+
+    values = torch.randn(7, 3 * width)[:, width : 2 * width] * torch.logspace(-6, 6, 7)[:, None]
+    values[3] = 0
+    plain, plain_scale = quantize_rows(values, torch.float8_e4m3fn)
+    codes, scale = torch.empty(7, width, dtype=torch.uint8), torch.empty(7, 1)
+    triton_kernels.quantize_row[7,](
+        values, values.stride(0), codes, scale, width, 448.0, 1 << (width - 1).bit_length()
+    )  # fmt: skip
+    assert scale.equal(plain_scale)
+    wanted = plain.view(torch.uint8)
+    compared = wanted & 7 != 0  # as above
+    assert compared.float().mean() > 0.6
+    assert codes[compared].equal(wanted[compared])
+
+
+@interpreted
 @pytest.mark.parametrize(("rank", "tile_ranks"), [(16, 16), (100, 64), (4, 16)])
 def test_a_low_rank_product_is_added_as_plainly(rank: int, tile_ranks: int) -> None:
     from pixtune.fit import triton_kernels
