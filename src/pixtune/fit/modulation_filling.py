@@ -57,6 +57,8 @@ class Passage:
         self._on_host = [host_buffer(numbers * like.element_size(), like.device).view(like.dtype) for _ in range(2)]
         self._sent: list[Mark] = [None, None]
         """When each host buffer may be written again."""
+        self._multiplied = self.lane.reached()
+        """When the device's buffer may be."""
         self._returned: Mark = None
         """When the products are all on the host."""
         self._reader = ThreadPoolExecutor(1, "modulation")
@@ -75,10 +77,13 @@ class Passage:
         bias_O.copy_(self._read_weight(f"{path}.bias"))
 
     def send(self, number: int) -> Mark:
-        """Begins to copy a layer's weights, which have been read, to the device."""
+        """Begins to copy a layer's weights, which have been read, to the device: beside the step that has just begun.
+
+        Not behind it, where the next step's rows would wait for a hundred times as many bytes.
+        """
         size = self.layers[number][1].out_features * (self.layers[number][1].in_features + 1)
         source = self._on_host[number % 2][:size]
-        self._sent[number % 2] = arrived = self.lane.copy(self._weights[:size], source, after=self.lane.reached())
+        self._sent[number % 2] = arrived = self.lane.copy(self._weights[:size], source, after=self._multiplied)
         return arrived
 
     def multiply(self, number: int, arrived: Mark, activated_ND: Tensor, targets: Sequence[Tensor]) -> None:
@@ -89,7 +94,8 @@ class Passage:
         self.lane.wait(arrived)
         self.lane.wait(self._returned)
         torch.addmm(bias_O, activated_ND, weight_OD.T, out=products_NO)
-        self._returned = self.lane.copy_all(targets, products_NO.unbind(), after=self.lane.reached())
+        self._multiplied = self.lane.reached()
+        self._returned = self.lane.copy_all(targets, products_NO.unbind(), after=self._multiplied)
 
     def wait_for_products(self) -> None:
         """What the computation is told from now on comes after all products are on the host."""
@@ -116,8 +122,6 @@ class Filling:
         self._passage, self._activated_ND = passage, nn.functional.silu(embeddings_ND)
         self._done = self._column = 0
         self._reading: Future[None] | None = passage.read(0)
-        self._arrived: Mark = None
-        self._is_sent = False
 
     @property
     def num_layers(self) -> int:
@@ -125,25 +129,16 @@ class Filling:
 
     @torch.no_grad()
     def advance(self, num_layers: int) -> None:
-        """Until so many layers are done. The next one's weights are on their way then."""
+        """Until so many layers are done. The next one is being read then."""
         while self._done < num_layers:
-            self._send_next()
+            assert self._reading is not None
+            self._reading.result()
             number, width = self._done, self._passage.layers[self._done][1].out_features
+            arrived = self._passage.send(number)
+            self._reading = self._passage.read(number + 1) if number + 1 < self.num_layers else None
             columns = self.rows_NO[: len(self.embeddings_ND), self._column : self._column + width]
-            self._passage.multiply(number, self._arrived, self._activated_ND, columns.unbind())
-            self._done, self._column, self._is_sent = number + 1, self._column + width, False
-        if self._reading is not None:
-            self._send_next()
-
-    def _send_next(self) -> None:
-        if self._is_sent:
-            return
-        assert self._reading is not None
-        self._reading.result()
-        self._arrived = self._passage.send(self._done)
-        self._is_sent = True
-        following = self._done + 1
-        self._reading = self._passage.read(following) if following < self.num_layers else None
+            self._passage.multiply(number, arrived, self._activated_ND, columns.unbind())
+            self._done, self._column = number + 1, self._column + width
 
     def finish(self) -> None:
         self.advance(self.num_layers)
