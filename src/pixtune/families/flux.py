@@ -53,7 +53,7 @@ class Flux:
     activation_units: Mapping[str, ActivationUnits] = {
         "transformer_blocks": ActivationUnits(
             eager=17.0,
-            kept=13.1,
+            kept=12.85,
             lean=8.2,
             projections=2.9,
             working=25.0,
@@ -62,10 +62,11 @@ class Flux:
             forward_fused=9.9,
             passing=15.0,
             passing_quantised=28.0,
+            cut=0.89,
         ),
         "single_transformer_blocks": ActivationUnits(
             eager=16.0,
-            kept=12.35,
+            kept=12.1,
             lean=6.95,
             projections=2.9,
             working=25.0,

@@ -92,6 +92,7 @@ class QwenImage:
             forward_fused=9.9,
             passing=15.0,
             passing_quantised=28.0,
+            cut=0.94,
         )
     }
     time_embedder = "time_text_embed"

@@ -43,6 +43,9 @@ class ActivationUnits:
     """Most that is alive while it runs without gradients, not compiled."""
     passing_quantised: float
     """The same where weights are quantised: an MLP's input passes through fp32 on its way to codes."""
+    cut: float = 0.0
+    """On top of `kept` where several samples come at once: image tokens cut out of what was attended. One sample's lie
+    together already, several samples' are copied."""
 
 
 INPUT_UNITS = 1.0
@@ -89,6 +92,8 @@ class Footprint:
     """Inputs that a LoRA on other than attention layers keeps, a block, in units."""
     samples_per_step: int = 1
     """Of one process: rows of the modulation table that a step needs."""
+    samples_at_once: int = 1
+    """Of them, in a micro-batch."""
     plain_layers: tuple[str, ...] = ()
     """Paths of the blocks' linear layers that are not quantised where the others are."""
     plain_layer_weights: int = 0
@@ -130,6 +135,7 @@ def read_footprint(
     rank: int = 0,
     samples_per_step: int = 1,
     plain_layers: Sequence[str] = (),
+    samples_at_once: int = 1,
 ) -> Footprint:
     """The footprint of a LoRA run; `of_all_weights` makes that of training all of them.
 
@@ -158,6 +164,7 @@ def read_footprint(
         trains_modulation=any(parent(name).endswith(family.modulation_layers) for name in targets),
         extra_units=sum(beyond) / max(sum(kind.count for kind in kinds), 1),
         samples_per_step=samples_per_step,
+        samples_at_once=samples_at_once,
         plain_layers=tuple(plain_layers),
         plain_layer_weights=sum(math.prod(shapes[f"{path}.weight"]) for path in plain_layers),
         largest_weight=max(map(math.prod, shapes.values())),

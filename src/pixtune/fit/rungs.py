@@ -290,6 +290,8 @@ def with_fused_mlps(footprint: Footprint, facts: HardwareFacts) -> Footprint:
 def kept_units(kind: BlockKind, rung: Rung, footprint: Footprint, compiled: bool) -> float:
     """Of one block that is not recomputed."""
     each = kind.units.eager if not compiled else kind.units.lean if rung.lean else kind.units.kept
+    if compiled and not rung.lean and footprint.samples_at_once > 1:
+        each += kind.units.cut
     return each + extra_units(footprint, compiled)
 
 

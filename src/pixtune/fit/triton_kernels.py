@@ -330,6 +330,7 @@ def quantize_row(values, stride, codes, scale, width, largest, WIDTH: tl.constex
     inside = column < width
     value = tl.load(values + row * stride + column, mask=inside, other=0.0).to(tl.float32)
     peak = tl.maximum(tl.max(tl.abs(value), 0), SMALLEST_PEAK)
-    byte = (value * tl.div_rn(largest, peak)).to(tl.float8e4nv).to(tl.uint8, bitcast=True)
+    # As torch divides a number by a tensor: by its reciprocal. Else values in the middle between two codes go astray.
+    byte = (value * (tl.div_rn(1.0, peak) * largest)).to(tl.float8e4nv).to(tl.uint8, bitcast=True)
     tl.store(codes + row * width + column, byte, mask=inside)
     tl.store(scale + row, tl.div_rn(peak, largest))

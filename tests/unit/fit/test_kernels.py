@@ -103,20 +103,25 @@ def test_heads_are_the_plain_ones(shape: tuple[int, int, int, int, int]) -> None
 
 
 @interpreted
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("width", [64, 144, 3072])
-def test_rows_are_quantised_as_plainly(width: int) -> None:
+def test_rows_are_quantised_as_plainly(width: int, dtype: torch.dtype) -> None:
+    """Numbers of few bits are often next to the middle between two codes, where the last bit of a scale decides."""
     from pixtune.fit import triton_kernels
 
-    values = torch.randn(7, 3 * width)[:, width : 2 * width] * torch.logspace(-6, 6, 7)[:, None]
+    values = torch.randn(70, 3 * width)[:, width : 2 * width] * torch.logspace(-6, 6, 70)[:, None]
     values[3] = 0
+    values = values.to(dtype)
     plain, plain_scale = quantize_rows(values, torch.float8_e4m3fn)
-    codes, scale = torch.empty(7, width, dtype=torch.uint8), torch.empty(7, 1)
-    triton_kernels.quantize_row[7,](
+    codes, scale = torch.empty(70, width, dtype=torch.uint8), torch.empty(70, 1)
+    triton_kernels.quantize_row[70,](
         values, values.stride(0), codes, scale, width, 448.0, 1 << (width - 1).bit_length()
     )  # fmt: skip
     assert scale.equal(plain_scale)
     wanted = plain.view(torch.uint8)
-    compared = wanted & 7 != 0  # as above
+    # Nor are those in the middle between two codes, which it rounds up and a GPU to even, or below all normal codes.
+    scaled = values.float() * (448.0 / values.abs().amax(dim=1, keepdim=True).float().clamp_min(1e-12))
+    compared = (wanted & 7 != 0) & (scaled.view(torch.int32) & 0xFFFFF != 0x80000) & (scaled.abs() >= 2**-6)
     assert compared.float().mean() > 0.6
     assert codes[compared].equal(wanted[compared])
 
