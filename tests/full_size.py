@@ -57,6 +57,7 @@ def full_size_footprint(config: TrainConfig, family_name: str = "qwen_image") ->
         config.rank,
         config.batch_size * config.gradient_accumulation_steps,
         plain_linears(config.keep_plain, family, shapes),
+        config.batch_size,
     )
     return of_all_weights(footprint) if config.method == "full" else footprint
 

@@ -1,0 +1,47 @@
+"""What plans say of memory against what an H200 took, by size, batch, controls and format; nothing recomputed."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from pixtune.config import load_config
+from pixtune.fit.plan import plan_memory
+from pixtune.hardware.cards import facts_as
+from pixtune.hardware.facts import GIB
+from tests.full_size import full_size_footprint
+
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
+FILES = [
+    path
+    for folder in ("sweep", "headline_h200")
+    for path in sorted((RESULTS / folder).glob("*.json"))
+    if "reference" not in path.name
+]
+LARGEST_ERROR = 0.01
+"""Of what is promised, a fifth: these plans are near, and shall stay so."""
+
+
+def test_there_is_something_to_compare_with() -> None:
+    assert len(FILES) >= 19
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_the_planned_peak_is_the_measured_one(path: Path) -> None:
+    result = json.loads(path.read_text())
+    case, family = result["case"], "flux" if path.name.startswith("flux") else "qwen_image"
+    words = [
+        "pretrained_model_name_or_path=model", "output_dir=out", "data_config.img_dir=pictures", "max_train_steps=1",
+        "disable_gradient_checkpointing=true", f"rank={case['rank']}", f"train_batch_size={case['batch_size']}",
+        "quantize=true" if result["plan"]["weights_format"] == "fp8" else "disable_quantization=true",
+    ]  # fmt: skip
+    config = load_config(None, words, folders_must_exist=False)
+    num_tokens = case["batch_size"] * (case["num_image_tokens"] + case["num_text_tokens"])
+    footprint = replace(full_size_footprint(config, family), num_tokens=num_tokens)
+    plan = plan_memory(facts_as("H200"), footprint, config)
+    assert plan.weights_format == result["plan"]["weights_format"]
+    measured_gib = result["memory"]["peak_allocated_gib"]
+    assert plan.expected_peak_bytes / GIB == pytest.approx(measured_gib, rel=LARGEST_ERROR)
