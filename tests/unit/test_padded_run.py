@@ -16,7 +16,8 @@ from pixtune import train as training
 from pixtune.config import load_config
 from pixtune.data.batches import Batch, read_ahead
 from pixtune.data.prepared import PreparedData
-from pixtune.fit import rungs
+from pixtune.fit import attention_trial, rungs
+from pixtune.fit import compile as fit_compile
 from pixtune.fit.attention_trial import Shape
 from pixtune.fit.kernel_choice import Finding
 from pixtune.fit.plan import MemoryPlan
@@ -92,9 +93,10 @@ def planned(
 
     monkeypatch.setattr(planning, "footprint_of", footprint_of)
     monkeypatch.setattr(planning, "read_facts", lambda *arguments: H100)
-    monkeypatch.setattr(planning, "compile_obstacle", lambda device: None)
+    monkeypatch.setattr(fit_compile, "compile_obstacle", lambda device: None)
     right = Finding(error=0.003, milliseconds=1.5, padded_error=0.003)
-    monkeypatch.setattr(planning, "try_attention", trial or (lambda shape, kernels: dict.fromkeys(kernels, right)))
+    trial = trial or (lambda shape, kernels: dict.fromkeys(kernels, right))
+    monkeypatch.setattr(attention_trial, "try_attention", trial)
     monkeypatch.setattr(rungs, "MOST_RECORDINGS", most_recordings)
     sizes = (CaptionedSize(10_000, draws_by_length),)
     captions = Captions(len(draws_by_length) > 1, sizes)
