@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pixtune.families.joint_streams import heads_of, project_out
 from pixtune.fit.activations import recompute
 from pixtune.fit.attention import with_dense_gradient
 from pixtune.fit.heads import Stream, join_heads
@@ -59,10 +60,7 @@ class JointAttention:
         inputs = (attn, hidden_states, encoder_hidden_states, image_rotary_emb)
         query, key, value = recompute(joint_heads, inputs, {}) if self.recomputes_projections else joint_heads(*inputs)
         attended = attend(query, key, value, attention_mask)
-        num_text_tokens = encoder_hidden_states.shape[1]
-        (image_output,) = project(attended[:, num_text_tokens:].contiguous(), (attn.to_out[0],))
-        (text_output,) = project(attended[:, :num_text_tokens].contiguous(), (attn.to_add_out,))
-        return attn.to_out[1](image_output), text_output
+        return project_out(attn, attended, encoder_hidden_states.shape[1])
 
 
 class AttentionBesideMlp:
@@ -118,14 +116,8 @@ def joint_heads(attn: Any, image_BLC: Tensor, text_BTC: Tensor, turns: Tensor) -
     Args:
         turns: cosine and sine of each token's angles, shape (T + L, D / 2, 2).
     """
-    image = project(image_BLC, (attn.to_q, attn.to_k, attn.to_v))
-    text = project(text_BTC, (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj))
     text_turns, image_turns = turns.split([text_BTC.shape[1], image_BLC.shape[1]])
-    streams = (
-        Stream(text, attn.norm_added_q, attn.norm_added_k, text_turns),
-        Stream(image, attn.norm_q, attn.norm_k, image_turns),
-    )
-    return join_heads(streams, attn.head_dim)
+    return heads_of(attn, image_BLC, text_BTC, image_turns, text_turns)
 
 
 def single_heads(attn: Any, states_BLC: Tensor, turns: Tensor) -> tuple[Tensor, Tensor, Tensor]:

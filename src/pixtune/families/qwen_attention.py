@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pixtune.families.joint_streams import heads_of, project_out
 from pixtune.fit.activations import recompute
-from pixtune.fit.heads import Stream, join_heads
-from pixtune.fit.lora import project
 from pixtune.fit.padded_attention import attend_padded, padding_kernel
 
 
@@ -64,20 +63,4 @@ class JointAttention:
                 query, key, value, attn_mask=attention_mask, dropout_p=0.0, is_causal=False
             )
         attended = attended.flatten(2, 3).to(query.dtype)
-        num_text_tokens = encoder_hidden_states.shape[1]
-        (image_output,) = project(attended[:, num_text_tokens:].contiguous(), (attn.to_out[0],))
-        (text_output,) = project(attended[:, :num_text_tokens].contiguous(), (attn.to_add_out,))
-        return attn.to_out[1](image_output), text_output
-
-
-def heads_of(
-    attn: Any, image_BLC: Tensor, text_BTC: Tensor, image_turns: Tensor, text_turns: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries and keys, turned, and values of text and image tokens; shape (B, T + L, H, D) each."""
-    image = project(image_BLC, (attn.to_q, attn.to_k, attn.to_v))
-    text = project(text_BTC, (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj))
-    streams = (
-        Stream(text, attn.norm_added_q, attn.norm_added_k, text_turns),
-        Stream(image, attn.norm_q, attn.norm_k, image_turns),
-    )
-    return join_heads(streams, attn.inner_dim // attn.heads)
+        return project_out(attn, attended, encoder_hidden_states.shape[1])

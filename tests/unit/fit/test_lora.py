@@ -12,7 +12,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 
-from pixtune.families import flux_blocks, qwen_attention
+from pixtune.families import flux_blocks, joint_streams
 from pixtune.fit.activations import recompute_blocks, recompute_projections
 from pixtune.fit.forwards import replace_computation
 from pixtune.fit.lora import plain_lora, project, summed_outer
@@ -197,7 +197,7 @@ def pefts_way(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     """Lets the models call each layer by itself from then on."""
 
     def switch() -> None:
-        for module in (qwen_attention, flux_blocks):
+        for module in (joint_streams, flux_blocks):
             monkeypatch.setattr(module, "project", one_by_one)
 
     return switch

@@ -1,0 +1,33 @@
+"""The ways into and out of an attention that image and text tokens share, in diffusers' names for its layers.
+
+The layers that read one input go through `fit.lora.project` together.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from pixtune.fit.heads import Stream, join_heads
+from pixtune.fit.lora import project
+
+
+def heads_of(
+    attn: Any, image_BLC: Tensor, text_BTC: Tensor, image_turns: Tensor, text_turns: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries and keys, turned, and values of text and image tokens; shape (B, T + L, H, D) each."""
+    image = project(image_BLC, (attn.to_q, attn.to_k, attn.to_v))
+    text = project(text_BTC, (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj))
+    streams = (
+        Stream(text, attn.norm_added_q, attn.norm_added_k, text_turns),
+        Stream(image, attn.norm_q, attn.norm_k, image_turns),
+    )
+    return join_heads(streams, attn.inner_dim // attn.heads)
+
+
+def project_out(attn: Any, attended_BSC: Tensor, num_text_tokens: int) -> tuple[Tensor, Tensor]:
+    """What the attention hands on of image tokens, and of text tokens, which come first in `attended_BSC`."""
+    (image_output,) = project(attended_BSC[:, num_text_tokens:].contiguous(), (attn.to_out[0],))
+    (text_output,) = project(attended_BSC[:, :num_text_tokens].contiguous(), (attn.to_add_out,))
+    return attn.to_out[1](image_output), text_output
