@@ -57,6 +57,11 @@ def nf4_scales(device: torch.device) -> Tensor:
     return torch.tensor(NF4_SCALES, device=device)
 
 
+def power_of_two(number: int) -> int:
+    """The least that is no smaller, as kernels want their tiles; of 0, one that is masked out."""
+    return 1 << max(number - 1, 0).bit_length()
+
+
 def has_triton(tensor: Tensor) -> bool:
     """Whether a tensor's device gets Triton's kernels."""
     return tensor.is_cuda and TRITON.works

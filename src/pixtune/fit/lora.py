@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pixtune.fit.kernels import has_triton
+from pixtune.fit.kernels import has_triton, power_of_two
 from pixtune.fit.quantize import QuantizedLinear
 
 TILE_ROWS, TILE_COLUMNS, LEAST_TILE = 64, 128, 16
@@ -151,7 +151,7 @@ def add_low_rank(product_MN: Tensor, bias_N: Tensor | None, low_Mr: Tensor, up_N
     result_MN = torch.empty_like(product_MN)
     (rows, columns), rank = product_MN.shape, up_Nr.shape[1]
     tiles = (-(-rows // TILE_ROWS), -(-columns // TILE_COLUMNS))
-    ranks = min(max(1 << (rank - 1).bit_length(), LEAST_TILE), TILE_ROWS)
+    ranks = min(max(power_of_two(rank), LEAST_TILE), TILE_ROWS)
     triton_kernels.plus_product[tiles](
         product_MN, product_MN if bias_N is None else bias_N, low_Mr, up_Nr, result_MN, rows, columns,
         low_Mr.stride(0), bias_N is not None, rank, TILE_ROWS, TILE_COLUMNS, ranks,

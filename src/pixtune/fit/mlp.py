@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pixtune.fit.kernels import has_triton
+from pixtune.fit.kernels import has_triton, power_of_two
 from pixtune.fit.quantize import LARGEST_CODE, QuantizedLinear, multiply_rows, quantize_rows, row_codes
 
 CODES = torch.float8_e4m3fn
@@ -150,7 +150,7 @@ def gelu_codes(
     triton_kernels.gelu_codes[(len(hidden_MH),)](
         hidden_MH, hidden_MH if bias_H is None else bias_H, hidden_MH if beside_MP is None else beside_MP, *results,
         width, num_beside, LARGEST_CODE[CODES], bias_H is not None, keeps_input,
-        _power_of_two(width), _power_of_two(num_beside), num_warps=WARPS[0],
+        power_of_two(width), power_of_two(num_beside), num_warps=WARPS[0],
     )  # fmt: skip
     return results
 
@@ -192,7 +192,7 @@ def gelu_gradient_codes(
     triton_kernels.gelu_gradient_codes[(rows,)](
         gradient_MH, gradient_MH.stride(0), kept_MH.contiguous(), kept_MH if kept_scale_M1 is None else kept_scale_M1,
         kept_MH if bias_H is None else bias_H, column_scale_H.contiguous(), *results, width, LARGEST_CODE[CODES],
-        bias_H is not None and kept_scale_M1 is None, kept_scale_M1 is not None, _power_of_two(width),
+        bias_H is not None and kept_scale_M1 is None, kept_scale_M1 is not None, power_of_two(width),
         num_warps=WARPS[1],
     )  # fmt: skip
     return results
@@ -209,8 +209,3 @@ def _new_gradient_codes(gradient_MH: Tensor) -> tuple[Tensor, Tensor]:
     rows, width = gradient_MH.shape
     codes_MH = gradient_MH.new_empty(rows, width, dtype=torch.uint8)
     return codes_MH, gradient_MH.new_empty(rows, 1, dtype=torch.float32)
-
-
-def _power_of_two(number: int) -> int:
-    """The least that is no smaller; of 0, one that is masked out."""
-    return 1 << max(number - 1, 0).bit_length()

@@ -28,6 +28,7 @@ from pixtune.fit.kernels import (
     has_triton,
     nf4_levels,
     nf4_scales,
+    power_of_two,
     round_to_codes,
     transpose_bytes,
 )
@@ -103,7 +104,7 @@ def quantize_rows_at_once(values_MK: Tensor) -> tuple[Tensor, Tensor]:
     scale_M1 = values_MK.new_empty(rows, 1, dtype=torch.float32)
     triton_kernels.quantize_row[(rows,)](
         values_MK, values_MK.stride(0), codes_MK, scale_M1, width, LARGEST_CODE[torch.float8_e4m3fn],
-        1 << (width - 1).bit_length(), num_warps=8,
+        power_of_two(width), num_warps=8,
     )  # fmt: skip
     return codes_MK.view(torch.float8_e4m3fn), scale_M1
 
