@@ -31,9 +31,9 @@ from pixtune.fit.activations import recompute_blocks
 from pixtune.fit.apply import apply_switches, apply_to_activations, blocks_of, layout_of, placement_of
 from pixtune.fit.forwards import Forward, wrap_forward
 from pixtune.fit.load import random_transformer
-from pixtune.fit.plan import MemoryPlan
 from pixtune.fit.quantize import FP8, INT8, NF4, SMALLEST_PEAK, FrozenProduct, row_codes
 from pixtune.objective import add_noise, sample_losses, velocity_target
+from pixtune.plan.memory import MemoryPlan
 from pixtune.planning import plan_on_this_machine
 from pixtune.weights import ModelFolder
 

@@ -31,13 +31,13 @@ from pixtune.data.prepare import prepare_data
 from pixtune.families import family_of
 from pixtune.families.base import ModelFamily
 from pixtune.files import write_atomically
-from pixtune.fit.encoders import count_caption_tokens
-from pixtune.fit.phases import Phase, encoding_phases
 from pixtune.hardware.capping import outside_allocator_bytes, own_gpu, used_before_cuda
 from pixtune.hardware.facts import GIB, read_facts
 from pixtune.hardware.monitor import StageLog
 from pixtune.launch import start_accelerator
 from pixtune.memory import RunMemory
+from pixtune.plan.encoders import count_caption_tokens
+from pixtune.plan.phases import Phase, encoding_phases
 from pixtune.planning import encoder_sizes
 from pixtune.sample import SamplerSettings, needs_negative
 from pixtune.weights import open_model_folder

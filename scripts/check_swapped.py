@@ -47,8 +47,8 @@ from pixtune.data.swapped import (
 )
 from pixtune.families import family_of
 from pixtune.families.base import ModelFamily, Placement
-from pixtune.fit.encoders import encode_plainly
 from pixtune.fit.load import load_transformer
+from pixtune.plan.encoders import encode_plainly
 from pixtune.validation import losses_at
 from pixtune.weights import ModelFolder
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from pixtune.config.schema import TrainConfig
 from pixtune.families import FAMILIES
-from pixtune.fit.footprint import Footprint, of_all_weights, read_footprint
+from pixtune.plan.footprint import Footprint, of_all_weights, read_footprint
 from pixtune.planning import plain_linears, targeted_linears
 
 Shapes = Mapping[str, Sequence[int]]

@@ -31,15 +31,15 @@ from pixtune.export import read_lora_file
 from pixtune.families import family_of
 from pixtune.families.base import CONTROL_SIDE, ModelFamily, Placement
 from pixtune.fit.apply import FORMATS, blocks_of
-from pixtune.fit.encoders import EncoderPlan, count_caption_tokens
-from pixtune.fit.footprint import Footprint, read_footprint
 from pixtune.fit.load import Layout, load_transformer
 from pixtune.fit.mlp import fuse_mlps
-from pixtune.fit.phases import Drawing, DrawingPlan, plan_drawing
 from pixtune.fit.streaming import choose_streamed, stream_blocks
 from pixtune.hardware.facts import HardwareFacts, read_facts
 from pixtune.hardware.monitor import StageLog
 from pixtune.memory import RunMemory
+from pixtune.plan.encoders import EncoderPlan, count_caption_tokens
+from pixtune.plan.footprint import Footprint, read_footprint
+from pixtune.plan.phases import Drawing, DrawingPlan, plan_drawing
 from pixtune.planning import encoder_sizes, tensor_shapes
 from pixtune.sample import EncodedPrompt, PromptPicture, PromptSampler, SamplerSettings, needs_negative
 from pixtune.weights import ModelFolder, open_model_folder

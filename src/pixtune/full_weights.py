@@ -21,9 +21,9 @@ from pixtune.config.schema import TrainConfig
 from pixtune.errors import CheckpointError, WriteError
 from pixtune.files import sync_folder, write_atomically
 from pixtune.fit.host_states import HostStates
-from pixtune.fit.plan import MemoryPlan
 from pixtune.fused_step import FusedStep
 from pixtune.hardware.facts import package_versions
+from pixtune.plan.memory import MemoryPlan
 from pixtune.resume import config_hash
 from pixtune.weight_update import WeightUpdate
 from pixtune.weights import READ_SUFFIXES, ModelFolder

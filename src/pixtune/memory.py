@@ -14,11 +14,11 @@ import torch
 
 from pixtune.config.schema import TrainConfig
 from pixtune.errors import TrainingError
-from pixtune.fit.rungs import is_unified
 from pixtune.hardware.capping import cap_device_memory, outside_allocator_bytes, own_gpu, used_before_cuda
 from pixtune.hardware.facts import GIB, MEMORY_FRACTION, read_facts
 from pixtune.hardware.monitor import StageLog, StageMemory
 from pixtune.hardware.unified import MemoryWatchdog, cap_unified_memory, setup_unified_memory_env
+from pixtune.plan.rungs import is_unified
 
 log = logging.getLogger(__name__)
 

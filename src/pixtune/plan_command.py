@@ -21,14 +21,14 @@ from rich.table import Table
 
 from pixtune.config.schema import TrainConfig
 from pixtune.errors import WeightsError
-from pixtune.fit.encoders import PIXELS_PER_VISION_TOKEN, TEXT_TOKENS, EncoderPlan, EncoderSizes, encode_plainly
-from pixtune.fit.kernel_choice import NAMES
-from pixtune.fit.phases import Phase, Surroundings, phases_of
-from pixtune.fit.plan import CONTEXT_BYTES, MemoryPlan, plan_memory, usable_bytes
-from pixtune.fit.text_padding import Captions, least_multiple, padded_length
 from pixtune.hardware.cards import HOST_BYTES, facts_as, find_card
 from pixtune.hardware.facts import GIB, HardwareFacts, tensor_core_formats
 from pixtune.hardware.meminfo import read_host_memory
+from pixtune.plan.encoders import PIXELS_PER_VISION_TOKEN, TEXT_TOKENS, EncoderPlan, EncoderSizes, encode_plainly
+from pixtune.plan.kernel_choice import NAMES
+from pixtune.plan.memory import CONTEXT_BYTES, MemoryPlan, plan_memory, usable_bytes
+from pixtune.plan.phases import Phase, Surroundings, phases_of
+from pixtune.plan.text_padding import Captions, least_multiple, padded_length
 from pixtune.weights import ModelFolder, open_model_folder
 
 if TYPE_CHECKING:

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING
 
 from pixtune.config.schema import TrainConfig
 from pixtune.families.base import ModelFamily
-from pixtune.fit.encoders import EncoderPlan, EncoderSizes, plan_encoders
-from pixtune.fit.footprint import Footprint, Shapes, of_all_weights, read_footprint
-from pixtune.fit.kernel_choice import kernels_to_try
-from pixtune.fit.phases import Surroundings, compiled_pass_bytes, drawing_bytes, drawing_tile, idle_bytes
-from pixtune.fit.plan import MemoryPlan, plan_memory, usable_bytes
-from pixtune.fit.rungs import compute_format_of, is_unified
-from pixtune.fit.text_padding import Captions, least_multiple
 from pixtune.hardware.facts import MEMORY_FRACTION, HardwareFacts, host_room_bytes, read_facts
+from pixtune.plan.encoders import EncoderPlan, EncoderSizes, plan_encoders
+from pixtune.plan.footprint import Footprint, Shapes, of_all_weights, read_footprint
+from pixtune.plan.kernel_choice import kernels_to_try
+from pixtune.plan.memory import MemoryPlan, plan_memory, usable_bytes
+from pixtune.plan.phases import Surroundings, compiled_pass_bytes, drawing_bytes, drawing_tile, idle_bytes
+from pixtune.plan.rungs import compute_format_of, is_unified
+from pixtune.plan.text_padding import Captions, least_multiple
 from pixtune.targets import resolve_targets
 from pixtune.weights import ModelFolder, read_header, weight_files
 

@@ -1,7 +1,7 @@
 """READ FIRST. One training run: `train` assembles the parts, `run_steps` is the loop, `train_step` is one step.
 
 What a model looks like is in `families/`, what a step learns in `objective.py`, how a batch is drawn in
-`data/batches.py`, what memory allows in `fit/plan.py`, what a crash leaves in `checkpoint.py`.
+`data/batches.py`, what memory allows in `plan/memory.py`, what a crash leaves in `checkpoint.py`.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ from pixtune.fit.apply import (
     placement_of,
 )
 from pixtune.fit.capture import GraphRecorder, ReplayedPass
-from pixtune.fit.encoders import EncoderPlan
 from pixtune.fit.modulation import StepsAhead
-from pixtune.fit.plan import MemoryPlan, in_todays_fields
 from pixtune.fit.streaming import stream_of
 from pixtune.hardware.facts import check_torch
 from pixtune.launch import StopSignal, start_accelerator
 from pixtune.memory import RunMemory
 from pixtune.objective import add_noise, loss_weights, sample_losses, velocity_target
+from pixtune.plan.encoders import EncoderPlan
+from pixtune.plan.memory import MemoryPlan, in_todays_fields
 from pixtune.planning import plan_on_this_machine
 from pixtune.services import AroundSteps, Services, TrainResult
 from pixtune.trained import METHODS, TrainedWeights

@@ -15,9 +15,9 @@ from pixtune.checkpoint import OPTIMIZER_STEM, CheckpointFiles, joined
 from pixtune.config.schema import TrainConfig
 from pixtune.export import DIFFUSERS_FILE, LoraDescription, diffusers_file, export_lora
 from pixtune.families.base import ModelFamily
-from pixtune.fit.plan import MemoryPlan
 from pixtune.full_weights import FullWeights
 from pixtune.hardware.facts import package_versions
+from pixtune.plan.memory import MemoryPlan
 from pixtune.resume import config_hash
 from pixtune.weights import ModelFolder
 

@@ -6,8 +6,8 @@ import pytest
 
 from pixtune.config.schema import DataConfig, TrainConfig
 from pixtune.errors import PlanError
-from pixtune.fit.plan import MemoryPlan, plan_memory
 from pixtune.hardware.cards import facts_as
+from pixtune.plan.memory import MemoryPlan, plan_memory
 from tests.full_size import full_size_footprint
 
 NO_OPINION = TrainConfig(

@@ -17,8 +17,8 @@ from pixtune.families import family_of
 from pixtune.families.base import Placement
 from pixtune.fit.apply import apply_switches, apply_to_activations, blocks_of
 from pixtune.fit.load import load_transformer
-from pixtune.fit.plan import MemoryPlan, plan_memory
 from pixtune.hardware.facts import HardwareFacts
+from pixtune.plan.memory import MemoryPlan, plan_memory
 from pixtune.weights import open_model_folder
 from tests.contract.key_effects import DRAWN, EFFECTS, FRESH_CACHE, MEASURED
 from tests.contract.not_yet import needs

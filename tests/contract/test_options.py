@@ -13,9 +13,9 @@ import pytest
 from pixtune.config import load_config
 from pixtune.config.schema import TrainConfig, leaf_keys
 from pixtune.errors import ConfigError, NotYetError
-from pixtune.fit.plan import GIB, MemoryPlan, plan_memory
 from pixtune.hardware.cards import facts_as
 from pixtune.hardware.facts import HardwareFacts
+from pixtune.plan.memory import GIB, MemoryPlan, plan_memory
 from pixtune.resume import flatten
 from tests.contract.not_yet import needs
 from tests.full_size import full_size_footprint

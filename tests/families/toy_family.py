@@ -21,7 +21,7 @@ from pixtune.families import FAMILIES
 from pixtune.families.base import Conditioning, LatentDistribution, Placement, Prompt, TextEncoder
 from pixtune.families.flow_schedule import model_sigmas, model_time_shift
 from pixtune.families.packing import PATCH, num_tokens
-from pixtune.fit.footprint import ActivationUnits, Shapes
+from pixtune.plan.footprint import ActivationUnits, Shapes
 from pixtune.weights import ModelFolder
 
 TEXT_WIDTH = 16

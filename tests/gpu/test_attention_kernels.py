@@ -20,7 +20,7 @@ from pixtune.fit.apply import apply_switches
 from pixtune.fit.attention import flash_attention_3_obstacle, in_force
 from pixtune.fit.attention_trial import Shape, try_attention
 from pixtune.fit.dear_results import KeepDearResults
-from pixtune.fit.kernel_choice import LARGEST_ERROR
+from pixtune.plan.kernel_choice import LARGEST_ERROR
 from tests.gpu.test_switches import kernels_of
 from tests.runs import ROOT
 from tests.unit.fit.test_apply import PLAIN

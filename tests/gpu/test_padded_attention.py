@@ -19,9 +19,9 @@ from pixtune.fit.apply import blocks_of
 from pixtune.fit.attention_trial import Shape, measure
 from pixtune.fit.capture import GraphRecorder, ReplayedPass
 from pixtune.fit.compile import compile_blocks
-from pixtune.fit.kernel_choice import CUDNN, FLASH, LARGEST_ERROR
 from pixtune.fit.load import load_transformer
 from pixtune.fit.padded_attention import attend_padded
+from pixtune.plan.kernel_choice import CUDNN, FLASH, LARGEST_ERROR
 from pixtune.weights import ModelFolder
 from tests.unit.fit.tiny import ASSETS
 

@@ -13,7 +13,7 @@ import torch
 
 from pixtune.fit import attention_trial as trial
 from pixtune.fit.attention_trial import MARK, Shape, try_attention
-from pixtune.fit.kernel_choice import Finding
+from pixtune.plan.kernel_choice import Finding
 from tests.runs import ROOT
 
 SHAPE = Shape(96, 2, 32)

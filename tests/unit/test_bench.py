@@ -199,8 +199,8 @@ def test_square_products_are_whole() -> None:
 
 
 def test_a_cpu_has_one_format(tmp_path: Path) -> None:
-    from pixtune.fit.plan import plan_memory
     from pixtune.hardware.facts import HardwareFacts
+    from pixtune.plan.memory import plan_memory
     from tests.full_size import full_size_footprint
 
     config = load_config(write_user_config(tmp_path, quantize=True), folders_must_exist=False)

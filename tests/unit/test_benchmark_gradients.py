@@ -14,8 +14,8 @@ import torch
 
 from pixtune.bench.flops import StepSize, read_linears
 from pixtune.fit.load import random_transformer
-from pixtune.fit.plan import MemoryPlan
 from pixtune.fit.quantize import FP8, QuantizedLinear
+from pixtune.plan.memory import MemoryPlan
 from pixtune.quantization_errors import relative_error
 from tests.runs import ROOT
 

@@ -14,9 +14,9 @@ from pixtune.adapters import attach_lora
 from pixtune.config.schema import DataConfig, TrainConfig
 from pixtune.families import FAMILIES, family_of
 from pixtune.families.base import Placement
-from pixtune.fit.footprint import Footprint, read_footprint
 from pixtune.fit.load import Layout, load_transformer
-from pixtune.fit.rungs import Rung, weight_bytes
+from pixtune.plan.footprint import Footprint, read_footprint
+from pixtune.plan.rungs import Rung, weight_bytes
 from pixtune.planning import footprint_of
 from pixtune.weights import ModelFolder, weight_files
 from tests.full_size import build_full_size_folder, full_size_footprint, full_size_shapes

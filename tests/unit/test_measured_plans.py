@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from pixtune.config import load_config
-from pixtune.fit.plan import plan_memory
 from pixtune.hardware.cards import facts_as
 from pixtune.hardware.facts import GIB
+from pixtune.plan.memory import plan_memory
 from tests.full_size import full_size_footprint
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"

@@ -23,14 +23,14 @@ from pixtune.families import family_of, flux, qwen_image
 from pixtune.families.base import Placement
 from pixtune.families.stock_call import random_inputs
 from pixtune.fit.apply import layout_of
-from pixtune.fit.footprint import Footprint
 from pixtune.fit.load import Layout, load_transformer
 from pixtune.fit.on_demand import load_on_demand
-from pixtune.fit.plan import MemoryPlan, plan_memory
 from pixtune.fit.quantize import QuantizedLinear
-from pixtune.fit.rungs import Rung, weight_bytes
 from pixtune.hardware.facts import GIB, HardwareFacts
 from pixtune.model_check import GRADIENT_BOUND, STOCK_BOUND, ModelCheck, check_model, compare_with_stock, layers_to_keep
+from pixtune.plan.footprint import Footprint
+from pixtune.plan.memory import MemoryPlan, plan_memory
+from pixtune.plan.rungs import Rung, weight_bytes
 from pixtune.planning import footprint_of
 from pixtune.quantization_errors import LayerErrors, median_channel_error
 from pixtune.weights import ModelFolder

@@ -16,13 +16,14 @@ from pixtune import train as training
 from pixtune.config import load_config
 from pixtune.data.batches import Batch, read_ahead
 from pixtune.data.prepared import PreparedData
-from pixtune.fit import attention_trial, rungs
+from pixtune.fit import attention_trial
 from pixtune.fit import compile as fit_compile
 from pixtune.fit.attention_trial import Shape
-from pixtune.fit.kernel_choice import Finding
-from pixtune.fit.plan import MemoryPlan
-from pixtune.fit.text_padding import CaptionedSize, Captions
 from pixtune.hardware.cards import facts_as
+from pixtune.plan import rungs
+from pixtune.plan.kernel_choice import Finding
+from pixtune.plan.memory import MemoryPlan
+from pixtune.plan.text_padding import CaptionedSize, Captions
 from tests.full_size import full_size_footprint
 from tests.runs import DEMO_TRAIN, ROOT
 

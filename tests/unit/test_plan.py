@@ -12,9 +12,11 @@ import pytest
 from pixtune.checkpoint import stored
 from pixtune.config.schema import CudaFeatures, DataConfig, TrainConfig
 from pixtune.errors import CheckpointError, ConfigError, PlanError
-from pixtune.fit.kernel_choice import Finding
-from pixtune.fit.plan import CONTEXT_BYTES, GIB, MemoryPlan, in_todays_fields, plan_memory, usable_bytes
-from pixtune.fit.rungs import (
+from pixtune.hardware.cards import facts_as
+from pixtune.hardware.facts import HardwareFacts, host_room_bytes, missing_on_host
+from pixtune.plan.kernel_choice import Finding
+from pixtune.plan.memory import CONTEXT_BYTES, GIB, MemoryPlan, in_todays_fields, plan_memory, usable_bytes
+from pixtune.plan.rungs import (
     LEAST_RECORDINGS,
     MOST_RECORDINGS,
     RECORDING_BYTES,
@@ -26,9 +28,7 @@ from pixtune.fit.rungs import (
     peak_bytes,
     room_for_recordings,
 )
-from pixtune.fit.text_padding import LEAST_MULTIPLE, CaptionedSize, Captions, least_multiple
-from pixtune.hardware.cards import facts_as
-from pixtune.hardware.facts import HardwareFacts, host_room_bytes, missing_on_host
+from pixtune.plan.text_padding import LEAST_MULTIPLE, CaptionedSize, Captions, least_multiple
 from tests.full_size import full_size_footprint
 
 H100, CPU = facts_as("H100"), HardwareFacts("cpu", "x86_64", (0, 0), 0, 0)
@@ -499,7 +499,9 @@ def test_a_plan_says_why(limit_gib: float, words: list[str]) -> None:
 def test_deciding_needs_no_torch() -> None:
     import subprocess
 
-    code = "import sys, pixtune.fit.plan, pixtune.fit.footprint, pixtune.fit.phases; sys.exit('torch' in sys.modules)"
+    code = (
+        "import sys, pixtune.plan.memory, pixtune.plan.footprint, pixtune.plan.phases; sys.exit('torch' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

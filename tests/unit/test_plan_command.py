@@ -19,9 +19,9 @@ from pixtune.config import load_config
 from pixtune.config.schema import TrainConfig
 from pixtune.errors import PixtuneError, PlanError, WeightsError
 from pixtune.families import family_of
-from pixtune.fit.encoders import TEXT_BYTES_PER_TOKEN, TEXT_TOKENS, decoding_bytes, encode_plainly
-from pixtune.fit.plan import CONTEXT_BYTES, GIB, MemoryPlan
 from pixtune.hardware.cards import facts_as
+from pixtune.plan.encoders import TEXT_BYTES_PER_TOKEN, TEXT_TOKENS, decoding_bytes, encode_plainly
+from pixtune.plan.memory import CONTEXT_BYTES, GIB, MemoryPlan
 from pixtune.plan_command import (
     CONFIG_PATTERNS,
     CONFIGS,

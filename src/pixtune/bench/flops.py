@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from pixtune.fit.footprint import Shapes
+from pixtune.plan.footprint import Shapes
 
 if TYPE_CHECKING:
     from pixtune.families.base import ModelFamily

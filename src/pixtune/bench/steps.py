@@ -27,14 +27,14 @@ from pixtune.errors import ConfigError, TrainingError
 from pixtune.families import family_of
 from pixtune.figures import StepFigures, count_compiled_graphs, watch_device
 from pixtune.fit.capture import PLAIN_CALLS
-from pixtune.fit.plan import MemoryPlan
 from pixtune.fit.quantize import codes_for
-from pixtune.fit.rungs import QUANTISED
 from pixtune.hardware.capping import outside_allocator_bytes, own_gpu, used_before_cuda
 from pixtune.hardware.facts import GIB
 from pixtune.hardware.machine import driver_may_spill
 from pixtune.memory import STEPS
 from pixtune.metrics import FILE_NAME, MetricsLog, read_metrics
+from pixtune.plan.memory import MemoryPlan
+from pixtune.plan.rungs import QUANTISED
 from pixtune.planning import footprint_of, plain_linears, targeted_linears, tensor_shapes
 from pixtune.progress import StepBar
 from pixtune.services import AroundSteps, Services, TrainResult

@@ -15,9 +15,9 @@ from pixtune.config.schema import TrainConfig
 from pixtune.data.cache import DiskStore, Ledger, MemoryStore, missing_keys
 from pixtune.data.encode import Encoder, FramedPicture, TextItem
 from pixtune.families.base import ModelFamily, Placement
-from pixtune.fit.encoders import EncoderPlan, count_caption_tokens, encode_plainly, more_exact
 from pixtune.hardware.facts import MEMORY_FRACTION, HardwareFacts, read_facts
 from pixtune.hardware.unified import is_unified_memory_system
+from pixtune.plan.encoders import EncoderPlan, count_caption_tokens, encode_plainly, more_exact
 from pixtune.planning import encoder_sizes, encoders_stay, plan_encoders_of
 from pixtune.weights import ModelFolder
 

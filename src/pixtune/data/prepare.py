@@ -23,9 +23,9 @@ from pixtune.data.samples import Sample, check_folder, read_samples, split_held_
 from pixtune.data.swapped import BothWays, choose_pairs, needed_pictures, needed_texts, read_pairs
 from pixtune.errors import DataError
 from pixtune.families.base import Conditioning, LatentDistribution, ModelFamily
-from pixtune.fit.encoders import EncoderPlan
-from pixtune.fit.text_padding import Captions
 from pixtune.hardware.monitor import StageLog
+from pixtune.plan.encoders import EncoderPlan
+from pixtune.plan.text_padding import Captions
 from pixtune.sample import EncodedPrompt, needs_negative
 from pixtune.validation import HeldOutPicture
 from pixtune.weights import ModelFolder

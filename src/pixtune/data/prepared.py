@@ -17,8 +17,8 @@ from pixtune.data.encodings import text_item
 from pixtune.data.samples import Sample
 from pixtune.data.swapped import EncodedBothWays
 from pixtune.families.base import Conditioning, LatentDistribution, ModelFamily
-from pixtune.fit.encoders import EncoderPlan
-from pixtune.fit.text_padding import CaptionedSize, Captions, padded_length
+from pixtune.plan.encoders import EncoderPlan
+from pixtune.plan.text_padding import CaptionedSize, Captions, padded_length
 from pixtune.sample import EncodedPrompt
 from pixtune.validation import HeldOutPicture
 from pixtune.weights import ModelFolder

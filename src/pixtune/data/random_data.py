@@ -14,8 +14,8 @@ from pixtune.data.encodings import text_item
 from pixtune.data.prepared import PreparedData, captioned_sizes, most_image_tokens, sample_reader
 from pixtune.data.samples import Sample
 from pixtune.families.base import Conditioning, LatentDistribution, ModelFamily
-from pixtune.fit.encoders import encode_plainly
-from pixtune.fit.text_padding import Captions
+from pixtune.plan.encoders import encode_plainly
+from pixtune.plan.text_padding import Captions
 from pixtune.validation import HeldOutPicture
 from pixtune.weights import ModelFolder
 

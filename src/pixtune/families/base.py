@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from pixtune.data.buckets import Size
-from pixtune.fit.footprint import ActivationUnits, Shapes
+from pixtune.plan.footprint import ActivationUnits, Shapes
 from pixtune.weights import ModelFolder
 
 if TYPE_CHECKING:

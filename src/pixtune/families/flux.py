@@ -15,8 +15,8 @@ from pixtune.families.base import CONTROL_SIDE, Conditioning, LatentDistribution
 from pixtune.families.flow_schedule import model_sigmas, model_time_shift, rounded_timestep
 from pixtune.families.packing import PATCH, grid, num_tokens, pack_latents, unpack_latents
 from pixtune.families.transformer_shapes import flux_shapes
-from pixtune.fit.footprint import ActivationUnits, Shapes
 from pixtune.late import LateModule
+from pixtune.plan.footprint import ActivationUnits, Shapes
 from pixtune.weights import ModelFolder
 
 if TYPE_CHECKING:

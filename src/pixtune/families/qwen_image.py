@@ -15,9 +15,9 @@ from pixtune.families.base import Conditioning, LatentDistribution, Placement, P
 from pixtune.families.flow_schedule import model_sigmas, model_time_shift, rounded_timestep
 from pixtune.families.packing import PATCH, grid, num_tokens, pack_latents, unpack_latents
 from pixtune.families.transformer_shapes import qwen_image_shapes
-from pixtune.fit.footprint import ActivationUnits, Shapes
-from pixtune.fit.text_padding import padded_length
 from pixtune.late import LateModule
+from pixtune.plan.footprint import ActivationUnits, Shapes
+from pixtune.plan.text_padding import padded_length
 from pixtune.weights import ModelFolder
 
 if TYPE_CHECKING:

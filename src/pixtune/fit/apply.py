@@ -17,8 +17,8 @@ from pixtune.fit.gelu import compact_gelus
 from pixtune.fit.load import Layout
 from pixtune.fit.mlp import fuse_mlps
 from pixtune.fit.packing import close_gaps
-from pixtune.fit.plan import MemoryPlan
 from pixtune.fit.streaming import choose_streamed, stream_blocks
+from pixtune.plan.memory import MemoryPlan
 
 FORMATS = {"bf16": torch.bfloat16, "fp32": torch.float32}
 """A plan's `compute_format` as torch says it."""

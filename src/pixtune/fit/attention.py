@@ -21,8 +21,8 @@ from torch.backends import cuda
 from torch.nn.attention import SDPBackend
 
 from pixtune.errors import ConfigError
-from pixtune.fit.kernel_choice import CUDNN, EFFICIENT, FLASH, FLASH_3, PADDING
 from pixtune.fit.padded_attention import PADDING_KERNEL
+from pixtune.plan.kernel_choice import CUDNN, EFFICIENT, FLASH, FLASH_3, PADDING
 
 BACKENDS = {
     CUDNN: SDPBackend.CUDNN_ATTENTION,

@@ -22,8 +22,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pixtune.files import user_cache_folder, write_atomically
 from pixtune.fit.attention import BACKENDS, use_flash_attention_3
-from pixtune.fit.kernel_choice import FLASH_3, PADDING, Finding
 from pixtune.fit.padded_attention import attend_padded
+from pixtune.plan.kernel_choice import FLASH_3, PADDING, Finding
 
 TRIAL_SECONDS = 120
 """Of one process. All kernels together take about 7 s on an H100."""

@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from pixtune.fit.rungs import AHEAD_BYTES, LEAST_HOST_TENSOR_BYTES
 from pixtune.fit.transfer import CopyLane, Mark, host_buffer
+from pixtune.plan.rungs import AHEAD_BYTES, LEAST_HOST_TENSOR_BYTES
 
 ALIGNMENT_BYTES = 256
 """Of every tensor, as the device's own allocator aligns them."""

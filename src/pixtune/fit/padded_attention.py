@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pixtune.fit.kernel_choice import CUDNN, FLASH
+from pixtune.plan.kernel_choice import CUDNN, FLASH
 
 ON_CPU = "cpu"
 """Beside cuDNN's and flash attention, what returns the log-sum-exp. Those of GPUs compute in bf16 and fp16 alone."""

@@ -26,7 +26,7 @@ from pixtune.data.prepare import prepare_data
 from pixtune.errors import DataError
 from pixtune.families.base import LatentDistribution, Placement, Prompt
 from pixtune.families.qwen_image import CaptionReader, QwenImage
-from pixtune.fit.encoders import encode_plainly
+from pixtune.plan.encoders import encode_plainly
 from pixtune.weights import ModelFolder
 
 # ---- the keys of real captions and pictures, and what is encoded for them

@@ -16,11 +16,11 @@ from pixtune import adapters
 from pixtune.config.schema import DataConfig, TrainConfig
 from pixtune.errors import PlanError
 from pixtune.families import FAMILIES
-from pixtune.fit.all_weights import Situation, Way, host_bytes, ladder_of_all_weights, peak_bytes
-from pixtune.fit.plan import MemoryPlan, plan_memory, usable_bytes
-from pixtune.fit.rungs import FULL_UNITS
 from pixtune.hardware.cards import facts_as
 from pixtune.hardware.facts import GIB, HardwareFacts
+from pixtune.plan.all_weights import Situation, Way, host_bytes, ladder_of_all_weights, peak_bytes
+from pixtune.plan.memory import MemoryPlan, plan_memory, usable_bytes
+from pixtune.plan.rungs import FULL_UNITS
 from tests.full_size import full_size_footprint
 
 CONFIG = TrainConfig(

@@ -12,7 +12,7 @@ from pixtune import adapters
 from pixtune.fit.apply import apply_to_activations, apply_to_weights, layout_of, placement_of
 from pixtune.fit.load import load_transformer
 from pixtune.fit.modulation import announce
-from pixtune.fit.plan import MemoryPlan
+from pixtune.plan.memory import MemoryPlan
 from tests.unit.fit.test_load import model
 
 CPU = torch.device("cpu")

@@ -8,11 +8,11 @@ import pytest
 
 from pixtune.config.schema import DataConfig, TrainConfig
 from pixtune.errors import PlanError
-from pixtune.fit.phases import Drawing, DrawingPlan, drawing_ladder, pass_peak_bytes, plan_drawing
-from pixtune.fit.plan import CONTEXT_BYTES, GIB, usable_bytes
-from pixtune.fit.rungs import Rung
 from pixtune.hardware.cards import facts_as
 from pixtune.hardware.facts import HardwareFacts
+from pixtune.plan.memory import CONTEXT_BYTES, GIB, usable_bytes
+from pixtune.plan.phases import Drawing, DrawingPlan, drawing_ladder, pass_peak_bytes, plan_drawing
+from pixtune.plan.rungs import Rung
 from tests.full_size import AUTOENCODER, full_size_footprint
 
 CONFIG = TrainConfig(

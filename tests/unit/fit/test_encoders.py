@@ -9,7 +9,8 @@ import pytest
 from pixtune.checkpoint import stored
 from pixtune.errors import CheckpointError, PlanError
 from pixtune.families import FAMILIES
-from pixtune.fit.encoders import (
+from pixtune.hardware.facts import GIB
+from pixtune.plan.encoders import (
     ON_CPU,
     TILE_SIDES,
     EncoderPlan,
@@ -25,8 +26,7 @@ from pixtune.fit.encoders import (
     text_peak_bytes,
     text_weight_bytes,
 )
-from pixtune.fit.plan import CONTEXT_BYTES, RESERVE_BYTES
-from pixtune.hardware.facts import GIB
+from pixtune.plan.memory import CONTEXT_BYTES, RESERVE_BYTES
 from tests.full_size import AUTOENCODER, TEXT_ENCODER
 
 CARDS_GIB = {80: 79.0, 24: 23.3, 16: 15.3, 12: 11.4, 8: 7.4, 6: 5.4, 4: 3.5}

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from pixtune.config.schema import CudaFeatures, DataConfig, TrainConfig
-from pixtune.fit.kernel_choice import AttentionChoice, Finding, choose_attention, kernels_to_try
 from pixtune.hardware.cards import facts_as
 from pixtune.hardware.facts import HardwareFacts
+from pixtune.plan.kernel_choice import AttentionChoice, Finding, choose_attention, kernels_to_try
 
 H100, SPARK, GH200, CPU = (
     facts_as("H100"),

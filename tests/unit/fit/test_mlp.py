@@ -12,10 +12,10 @@ from torch import nn
 from pixtune.config.schema import DataConfig, TrainConfig
 from pixtune.fit import mlp as module
 from pixtune.fit.mlp import are_fused, fuse_mlps, mlp
-from pixtune.fit.plan import plan_memory
 from pixtune.fit.quantize import FP8, INT8, QuantizedLinear
-from pixtune.fit.rungs import with_fused_mlps
 from pixtune.hardware.cards import facts_as
+from pixtune.plan.memory import plan_memory
+from pixtune.plan.rungs import with_fused_mlps
 from tests.full_size import full_size_footprint
 
 

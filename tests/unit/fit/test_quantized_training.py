@@ -26,8 +26,8 @@ from pixtune.export import DIFFUSERS_FILE
 from pixtune.families import family_of
 from pixtune.families.base import Placement
 from pixtune.fit.load import load_transformer
-from pixtune.fit.plan import MemoryPlan
 from pixtune.fit.quantize import QuantizedLinear
+from pixtune.plan.memory import MemoryPlan
 from pixtune.validation import HeldOutPicture, measure
 from pixtune.weights import ModelFolder
 from tests.runs import DEMO_HELD_OUT, DEMO_TRAIN, ROOT

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from pixtune.config.schema import DataConfig, TrainConfig
-from pixtune.fit.text_padding import (
+from pixtune.plan.text_padding import (
     MOST_PADDING,
     CaptionedSize,
     Captions,

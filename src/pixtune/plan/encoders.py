@@ -11,8 +11,8 @@ from functools import partial
 from typing import Any
 
 from pixtune.errors import PlanError
-from pixtune.fit.footprint import bytes_per_weight
 from pixtune.hardware.facts import GIB
+from pixtune.plan.footprint import bytes_per_weight
 
 ON_CPU = "cpu"
 KEPT_SHARE = 0.08

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from pixtune.config.schema import TrainConfig
-from pixtune.fit.rungs import compute_format_of, records_steps
+from pixtune.plan.rungs import compute_format_of, records_steps
 
 LEAST_MULTIPLE = 64
 """Tokens. Half of it is added to a caption on average: below one percent of a picture's 4096."""

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pixtune.config.schema import TrainConfig
-from pixtune.fit.footprint import Footprint
-from pixtune.fit.rungs import Rung, fit_host, fragmented_bytes, ladder, peak_bytes, room_for_recordings
 from pixtune.hardware.facts import GIB, HardwareFacts, missing_on_host
+from pixtune.plan.footprint import Footprint
+from pixtune.plan.rungs import Rung, fit_host, fragmented_bytes, ladder, peak_bytes, room_for_recordings
 
 
 def host_lacks(

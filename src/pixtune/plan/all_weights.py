@@ -13,8 +13,9 @@ from itertools import combinations
 
 from pixtune.config.schema import TrainConfig
 from pixtune.errors import PlanError
-from pixtune.fit.footprint import BlockKind, Footprint, block_weight_bytes
-from pixtune.fit.rungs import (
+from pixtune.hardware.facts import GIB, HardwareFacts, missing_on_host
+from pixtune.plan.footprint import BlockKind, Footprint, block_weight_bytes
+from pixtune.plan.rungs import (
     AHEAD_BYTES,
     FIXED_BYTES,
     Rung,
@@ -24,7 +25,6 @@ from pixtune.fit.rungs import (
     kept_units,
     weight_bytes,
 )
-from pixtune.hardware.facts import GIB, HardwareFacts, missing_on_host
 
 STATE_BYTES = {"adamw": 8.0, "adamw_8bit": 2 + 2 * 4 / 256}
 """Of one weight: two numbers, in 8 bits with an fp32 scale for each 256."""

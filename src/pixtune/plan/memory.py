@@ -12,11 +12,12 @@ from typing import Any
 
 from pixtune.config.schema import TrainConfig
 from pixtune.errors import PlanError
-from pixtune.fit.all_weights import Situation, choose_way, has_masters
-from pixtune.fit.footprint import Footprint
-from pixtune.fit.kernel_choice import CUDNN, FLASH_3, Findings, choose_attention, choose_tf32
-from pixtune.fit.refusals import host_lacks, nothing_fits
-from pixtune.fit.rungs import (
+from pixtune.hardware.facts import GIB, MEMORY_FRACTION, HardwareFacts, missing_on_host
+from pixtune.plan.all_weights import Situation, choose_way, has_masters
+from pixtune.plan.footprint import Footprint
+from pixtune.plan.kernel_choice import CUDNN, FLASH_3, Findings, choose_attention, choose_tf32
+from pixtune.plan.refusals import host_lacks, nothing_fits
+from pixtune.plan.rungs import (
     QUANTISED,
     Rung,
     compute_format_of,
@@ -31,8 +32,7 @@ from pixtune.fit.rungs import (
     with_fused_mlps,
     with_rows,
 )
-from pixtune.fit.text_padding import Captions, choose_text_multiple
-from pixtune.hardware.facts import GIB, MEMORY_FRACTION, HardwareFacts, missing_on_host
+from pixtune.plan.text_padding import Captions, choose_text_multiple
 
 CONTEXT_BYTES = round(0.86 * GIB)
 """Of a process outside torch's allocator: CUDA context, code of kernels and libraries, recorded steps. On an H100 0.5

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 
 from pixtune.config.schema import TrainConfig
 from pixtune.errors import ConfigError
-from pixtune.fit.footprint import INPUT_UNITS, BlockKind, Footprint, block_weight_bytes, bytes_per_weight
 from pixtune.hardware.facts import GIB, HardwareFacts, missing_on_host
+from pixtune.plan.footprint import INPUT_UNITS, BlockKind, Footprint, block_weight_bytes, bytes_per_weight
 
 EIGHT_BIT = ("fp8", "int8")
 QUANTISED = (*EIGHT_BIT, "nf4")

@@ -12,8 +12,9 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from pixtune.errors import PlanError
-from pixtune.fit.all_weights import states_on_device
-from pixtune.fit.encoders import (
+from pixtune.hardware.facts import GIB, HardwareFacts, missing_on_host
+from pixtune.plan.all_weights import states_on_device
+from pixtune.plan.encoders import (
     ON_CPU,
     EncoderPlan,
     EncoderSizes,
@@ -23,9 +24,9 @@ from pixtune.fit.encoders import (
     text_peak_bytes,
     text_weight_bytes,
 )
-from pixtune.fit.footprint import Footprint
-from pixtune.fit.plan import MemoryPlan, usable_bytes
-from pixtune.fit.rungs import (
+from pixtune.plan.footprint import Footprint
+from pixtune.plan.memory import MemoryPlan, usable_bytes
+from pixtune.plan.rungs import (
     QUANTISED,
     Rung,
     compute_format_of,
@@ -37,7 +38,6 @@ from pixtune.fit.rungs import (
     weight_bytes,
     with_rows,
 )
-from pixtune.hardware.facts import GIB, HardwareFacts, missing_on_host
 
 if TYPE_CHECKING:
     from pixtune.config.schema import TrainConfig
