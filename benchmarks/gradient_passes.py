@@ -24,14 +24,14 @@ from torch.func import functional_call
 
 from pixtune import adapters, draws
 from pixtune.config import load_config
+from pixtune.engine import heads, lora, mlp
+from pixtune.engine.activations import recompute_blocks
+from pixtune.engine.apply import apply_switches, apply_to_activations, blocks_of, layout_of, placement_of
+from pixtune.engine.forwards import Forward, wrap_forward
+from pixtune.engine.load import random_transformer
+from pixtune.engine.quantize import FP8, INT8, NF4, SMALLEST_PEAK, FrozenProduct, row_codes
 from pixtune.families import family_of
 from pixtune.families.base import Conditioning, ModelFamily
-from pixtune.fit import heads, lora, mlp
-from pixtune.fit.activations import recompute_blocks
-from pixtune.fit.apply import apply_switches, apply_to_activations, blocks_of, layout_of, placement_of
-from pixtune.fit.forwards import Forward, wrap_forward
-from pixtune.fit.load import random_transformer
-from pixtune.fit.quantize import FP8, INT8, NF4, SMALLEST_PEAK, FrozenProduct, row_codes
 from pixtune.objective import add_noise, sample_losses, velocity_target
 from pixtune.plan.memory import MemoryPlan
 from pixtune.planning import plan_on_this_machine

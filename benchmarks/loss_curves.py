@@ -19,8 +19,8 @@ from cells import read_arguments, run_cells
 
 from pixtune.bench.environment import describe
 from pixtune.config import load_config
-from pixtune.fit.apply import blocks_of
-from pixtune.fit.compile import compile_blocks
+from pixtune.engine.apply import blocks_of
+from pixtune.engine.compile import compile_blocks
 from pixtune.metrics import read_metrics
 from pixtune.train import assemble, run_steps
 

@@ -45,9 +45,9 @@ from pixtune.data.swapped import (
     swap,
     swap_warning,
 )
+from pixtune.engine.load import load_transformer
 from pixtune.families import family_of
 from pixtune.families.base import ModelFamily, Placement
-from pixtune.fit.load import load_transformer
 from pixtune.plan.encoders import encode_plainly
 from pixtune.validation import losses_at
 from pixtune.weights import ModelFolder

@@ -29,10 +29,10 @@ from tiny_training import TrainingSet, TransformerTraining, cumulative, train_tr
 from torch import Tensor, nn
 from vary_pictures import vary
 
+from pixtune.engine.load import load_transformer
 from pixtune.families import family_of
 from pixtune.families.base import LatentDistribution, ModelFamily, Placement, Prompt
 from pixtune.families.qwen_image_edit import NUM_TEMPLATE_TOKENS, EditReader
-from pixtune.fit.load import load_transformer
 from pixtune.weights import ModelFolder
 
 NUM_VARIATIONS = 4

@@ -76,7 +76,7 @@ def own_graphs() -> Iterator[None]:
     import torch._functorch.config as functorch_config
     from torch._inductor import config as inductor_config
 
-    from pixtune.fit.compile import LIMIT_TO_KNOWN_OPERATORS, LIMITS_TO_RECOMPUTING
+    from pixtune.engine.compile import LIMIT_TO_KNOWN_OPERATORS, LIMITS_TO_RECOMPUTING
 
     names = (*LIMITS_TO_RECOMPUTING, LIMIT_TO_KNOWN_OPERATORS)
     before = {name: getattr(functorch_config, name) for name in names}

@@ -26,14 +26,14 @@ from pixtune.data.encode import Encoder, FramedPicture, TextItem
 from pixtune.data.encodings import Encodings, control_pictures, text_item
 from pixtune.data.prepare import control_rules, encode_prompt, prompt_sample
 from pixtune.data.samples import Sample
+from pixtune.engine.apply import FORMATS, blocks_of
+from pixtune.engine.load import Layout, load_transformer
+from pixtune.engine.mlp import fuse_mlps
+from pixtune.engine.streaming import choose_streamed, stream_blocks
 from pixtune.errors import WeightsError
 from pixtune.export import read_lora_file
 from pixtune.families import family_of
 from pixtune.families.base import CONTROL_SIDE, ModelFamily, Placement
-from pixtune.fit.apply import FORMATS, blocks_of
-from pixtune.fit.load import Layout, load_transformer
-from pixtune.fit.mlp import fuse_mlps
-from pixtune.fit.streaming import choose_streamed, stream_blocks
 from pixtune.hardware.facts import HardwareFacts, read_facts
 from pixtune.hardware.monitor import StageLog
 from pixtune.memory import RunMemory

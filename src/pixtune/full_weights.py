@@ -201,10 +201,10 @@ def export_full_checkpoint(checkpoint: Checkpoint, target: Path) -> Path:
     Raises:
         CheckpointError: its weights are not those of the base model that it names.
     """
+    from pixtune.engine.apply import FORMATS
+    from pixtune.engine.load import load_transformer
     from pixtune.families import family_of
     from pixtune.families.base import Placement
-    from pixtune.fit.apply import FORMATS
-    from pixtune.fit.load import load_transformer
     from pixtune.weights import open_model_folder
 
     config, weights_format = checkpoint.record["config"], checkpoint.record["plan"]["compute_format"]

@@ -23,14 +23,14 @@ import torch
 from torch import Tensor
 
 from pixtune import adapters, draws
+from pixtune.engine.activations import recompute_blocks
+from pixtune.engine.apply import blocks_of
+from pixtune.engine.load import Layout
+from pixtune.engine.on_demand import load_on_demand
+from pixtune.engine.quantize import FP8, INT8, tensor_cores_multiply
 from pixtune.families.base import ModelFamily, Placement
 from pixtune.families.stock_call import Inputs, load_stock_transformer, random_inputs, stock_velocity
 from pixtune.files import write_atomically
-from pixtune.fit.activations import recompute_blocks
-from pixtune.fit.apply import blocks_of
-from pixtune.fit.load import Layout
-from pixtune.fit.on_demand import load_on_demand
-from pixtune.fit.quantize import FP8, INT8, tensor_cores_multiply
 from pixtune.hardware.facts import GIB, HardwareFacts, package_versions, read_facts
 from pixtune.quantization_errors import BlockErrors, LayerErrors, Measurement, cosine, relative_error
 from pixtune.weights import ModelFolder

@@ -44,9 +44,9 @@ def plan_on_this_machine(
         PlanError, ConfigError: see `plan_memory`.
     """
     # `pixtune plan` comes without a device to try, and is not to wait for torch.
-    from pixtune.fit.attention import flash_attention_3_obstacle
-    from pixtune.fit.attention_trial import Shape, try_attention
-    from pixtune.fit.compile import compile_obstacle
+    from pixtune.engine.attention import flash_attention_3_obstacle
+    from pixtune.engine.attention_trial import Shape, try_attention
+    from pixtune.engine.compile import compile_obstacle
 
     findings, obstacle = None, None
     multiple = least_multiple(config, captions)

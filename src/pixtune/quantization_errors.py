@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from pixtune import draws
-from pixtune.fit.load import quantized_like
-from pixtune.fit.quantize import QuantizedLinear, can_quantize, quantize_rows
+from pixtune.engine.load import quantized_like
+from pixtune.engine.quantize import QuantizedLinear, can_quantize, quantize_rows
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from pixtune.data.buckets import Size
+from pixtune.engine.modulation import announce, most_announced
+from pixtune.engine.tiling import decode_latents
 from pixtune.families.base import Conditioning, ModelFamily, Placement
-from pixtune.fit.modulation import announce, most_announced
-from pixtune.fit.tiling import decode_latents
 from pixtune.weights import ModelFolder
 
 if TYPE_CHECKING:

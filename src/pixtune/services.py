@@ -30,10 +30,10 @@ from pixtune.config import to_dict
 from pixtune.data.batches import Batch
 from pixtune.data.prepared import PreparedData
 from pixtune.data.swapped import measure_gains, swap_warning
+from pixtune.engine.apply import FORMATS
 from pixtune.errors import CheckpointError
 from pixtune.families.base import Placement
 from pixtune.figures import StepFigures, watch_device
-from pixtune.fit.apply import FORMATS
 from pixtune.hardware.facts import package_versions
 from pixtune.hardware.machine import driver_may_spill
 from pixtune.metrics import FILE_NAME, MetricsLog

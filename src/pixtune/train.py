@@ -21,11 +21,9 @@ from pixtune.config.schema import TrainConfig
 from pixtune.data.batches import Batch, BatchPlan, BatchSource, read_ahead, timed
 from pixtune.data.prepare import prepare_data
 from pixtune.data.prepared import PreparedData
-from pixtune.families import family_of
-from pixtune.families.base import ModelFamily
-from pixtune.fit import load
-from pixtune.fit.activations import RecomputeMore
-from pixtune.fit.apply import (
+from pixtune.engine import load
+from pixtune.engine.activations import RecomputeMore
+from pixtune.engine.apply import (
     apply_switches,
     apply_to_activations,
     apply_to_weights,
@@ -33,9 +31,11 @@ from pixtune.fit.apply import (
     layout_of,
     placement_of,
 )
-from pixtune.fit.capture import GraphRecorder, ReplayedPass
-from pixtune.fit.modulation import StepsAhead
-from pixtune.fit.streaming import stream_of
+from pixtune.engine.capture import GraphRecorder, ReplayedPass
+from pixtune.engine.modulation import StepsAhead
+from pixtune.engine.streaming import stream_of
+from pixtune.families import family_of
+from pixtune.families.base import ModelFamily
 from pixtune.hardware.facts import check_torch
 from pixtune.launch import StopSignal, start_accelerator
 from pixtune.memory import RunMemory

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from pixtune import draws
+from pixtune.engine.modulation import announce
 from pixtune.families.base import Conditioning, ModelFamily
-from pixtune.fit.modulation import announce
 from pixtune.objective import add_noise, sample_losses, velocity_target
 
 NUM_QUARTERS = 4

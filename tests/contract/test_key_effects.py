@@ -12,11 +12,11 @@ import torch
 
 from pixtune.config import load_config
 from pixtune.config.schema import leaf_keys
+from pixtune.engine.apply import apply_switches, apply_to_activations, blocks_of
+from pixtune.engine.load import load_transformer
 from pixtune.errors import PixtuneError
 from pixtune.families import family_of
 from pixtune.families.base import Placement
-from pixtune.fit.apply import apply_switches, apply_to_activations, blocks_of
-from pixtune.fit.load import load_transformer
 from pixtune.hardware.facts import HardwareFacts
 from pixtune.plan.memory import MemoryPlan, plan_memory
 from pixtune.weights import open_model_folder
@@ -103,7 +103,7 @@ def test_switches_of_the_plan_are_switched(on: bool, monkeypatch: pytest.MonkeyP
     switched: dict[str, object] = {}
     monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda name: switched.update(tf32=name == "high"))
     monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", lambda value: switched.update(cudnn=value))
-    monkeypatch.setattr("pixtune.fit.attention.put_first", lambda backend: None)
+    monkeypatch.setattr("pixtune.engine.attention.put_first", lambda backend: None)
     monkeypatch.setattr(torch, "use_deterministic_algorithms", lambda value: switched.update(deterministic=value))
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", torch.backends.cudnn.benchmark)
     kernel, off = ("cudnn", ()) if on else (None, ("cudnn",))

@@ -17,9 +17,9 @@ from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from torch import Tensor, nn
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2VLProcessor
 
+from pixtune.engine.load import load_transformer
 from pixtune.families.base import ModelFamily, Placement
 from pixtune.families.qwen_image_edit import VisionTokenizer
-from pixtune.fit.load import load_transformer
 from pixtune.weights import ModelFolder
 from tests.runs import ROOT
 

@@ -20,11 +20,11 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 from pixtune.data.images import to_pixels
+from pixtune.engine.load import load_transformer
 from pixtune.families import FAMILIES, family_of, qwen_image
 from pixtune.families.base import CONTROL_SIDE, ModelFamily, Placement, Prompt, TextEncoder
 from pixtune.families.packing import unpack_latents
 from pixtune.families.qwen_image_edit import EditReader
-from pixtune.fit.load import load_transformer
 from pixtune.sample import sample_latents, starting_noise, to_image
 from pixtune.weights import ModelFolder
 from tests.families.stock import (

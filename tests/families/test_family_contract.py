@@ -20,12 +20,12 @@ import torch
 from torch import Tensor
 
 from pixtune import objective
+from pixtune.engine.load import load_transformer, random_transformer
 from pixtune.errors import WeightsError
 from pixtune.families import FAMILIES, family_of
 from pixtune.families.base import LatentDistribution, ModelFamily, Placement, Prompt, TextEncoder
 from pixtune.families.packing import pack_latents, unpack_latents
 from pixtune.families.qwen_image import NUM_TEMPLATE_TOKENS
-from pixtune.fit.load import load_transformer, random_transformer
 from pixtune.sample import sample_latents, starting_noise, to_image
 from pixtune.weights import ModelFolder
 

@@ -12,9 +12,9 @@ from PIL import Image
 from torch import Tensor
 
 from pixtune.data.images import to_pixels
+from pixtune.engine.load import load_transformer
 from pixtune.families import FAMILIES, family_of, flux
 from pixtune.families.base import ModelFamily, Placement, Prompt, TextEncoder
-from pixtune.fit.load import load_transformer
 from pixtune.sample import sample_latents, starting_noise, to_image
 from pixtune.weights import ModelFolder
 from tests.families.stock import CAPTIONS, assert_same, build_folder, recorded_calls

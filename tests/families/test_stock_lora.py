@@ -13,10 +13,10 @@ from PIL import Image, ImageOps
 
 from pixtune import adapters
 from pixtune.draw import DrawRequest, draw
+from pixtune.engine.load import load_transformer
 from pixtune.export import COMFYUI_FILE, DIFFUSERS_FILE, LoraDescription, export_lora
 from pixtune.families import FAMILIES
 from pixtune.families.base import ModelFamily, Placement
-from pixtune.fit.load import load_transformer
 from pixtune.sample import SamplerSettings
 from pixtune.weights import ModelFolder
 from tests.families.stock import edit_pipeline, remembered_encodings

@@ -15,11 +15,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from pixtune.fit import attention
-from pixtune.fit.apply import apply_switches
-from pixtune.fit.attention import flash_attention_3_obstacle, in_force
-from pixtune.fit.attention_trial import Shape, try_attention
-from pixtune.fit.dear_results import KeepDearResults
+from pixtune.engine import attention
+from pixtune.engine.apply import apply_switches
+from pixtune.engine.attention import flash_attention_3_obstacle, in_force
+from pixtune.engine.attention_trial import Shape, try_attention
+from pixtune.engine.dear_results import KeepDearResults
 from pixtune.plan.kernel_choice import LARGEST_ERROR
 from tests.gpu.test_switches import kernels_of
 from tests.runs import ROOT
@@ -142,7 +142,7 @@ def test_the_order_outlives_the_first_choice_of_a_process() -> None:
     code = """
 import torch
 from dataclasses import replace
-from pixtune.fit.apply import apply_switches
+from pixtune.engine.apply import apply_switches
 from tests.unit.fit.test_apply import PLAIN
 apply_switches(replace(PLAIN, attention="efficient"))
 states = torch.randn(1, 2, 64, 64, device="cuda", dtype=torch.bfloat16)

@@ -13,15 +13,15 @@ from torch import Tensor, nn
 
 from pixtune import adapters
 from pixtune.data.batches import Batch
+from pixtune.engine import activations
+from pixtune.engine.activations import recompute_blocks
+from pixtune.engine.apply import blocks_of
+from pixtune.engine.capture import GraphRecorder, ReplayedPass
+from pixtune.engine.load import Layout, load_transformer
+from pixtune.engine.modulation import table_of
+from pixtune.engine.streaming import in_backward_pass, stream_blocks
 from pixtune.families import family_of
 from pixtune.families.base import Placement
-from pixtune.fit import activations
-from pixtune.fit.activations import recompute_blocks
-from pixtune.fit.apply import blocks_of
-from pixtune.fit.capture import GraphRecorder, ReplayedPass
-from pixtune.fit.load import Layout, load_transformer
-from pixtune.fit.modulation import table_of
-from pixtune.fit.streaming import in_backward_pass, stream_blocks
 from pixtune.weights import ModelFolder
 from tests.unit.fit.tiny import ASSETS, MODELS
 

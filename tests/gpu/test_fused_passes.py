@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pixtune.fit.gelu import CompactGelu
-from pixtune.fit.heads import Stream, join_heads, rotate
-from pixtune.fit.mlp import are_fused, mlp
-from pixtune.fit.quantize import FP8, NF4, QuantizedLinear, codes_for
+from pixtune.engine.gelu import CompactGelu
+from pixtune.engine.heads import Stream, join_heads, rotate
+from pixtune.engine.mlp import are_fused, mlp
+from pixtune.engine.quantize import FP8, NF4, QuantizedLinear, codes_for
 
 pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda")

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pixtune.fit.modulation import ModulationTable
-from pixtune.fit.modulation_filling import ModulationRows
+from pixtune.engine.modulation import ModulationTable
+from pixtune.engine.modulation_filling import ModulationRows
 
 pytestmark = pytest.mark.gpu
 DEVICE = torch.device("cuda", 0)

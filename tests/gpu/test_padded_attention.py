@@ -13,14 +13,14 @@ from torch import Tensor, nn
 
 from pixtune import adapters
 from pixtune.data.batches import Batch
+from pixtune.engine.apply import blocks_of
+from pixtune.engine.attention_trial import Shape, measure
+from pixtune.engine.capture import GraphRecorder, ReplayedPass
+from pixtune.engine.compile import compile_blocks
+from pixtune.engine.load import load_transformer
+from pixtune.engine.padded_attention import attend_padded
 from pixtune.families import family_of
 from pixtune.families.base import ModelFamily, Placement
-from pixtune.fit.apply import blocks_of
-from pixtune.fit.attention_trial import Shape, measure
-from pixtune.fit.capture import GraphRecorder, ReplayedPass
-from pixtune.fit.compile import compile_blocks
-from pixtune.fit.load import load_transformer
-from pixtune.fit.padded_attention import attend_padded
 from pixtune.plan.kernel_choice import CUDNN, FLASH, LARGEST_ERROR
 from pixtune.weights import ModelFolder
 from tests.unit.fit.tiny import ASSETS

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pixtune.fit import kernels, quantize
-from pixtune.fit.quantize import FP8, INT8, NF4, QuantizedLinear, codes_for, tensor_cores_multiply
+from pixtune.engine import kernels, quantize
+from pixtune.engine.quantize import FP8, INT8, NF4, QuantizedLinear, codes_for, tensor_cores_multiply
 
 pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda")

@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pixtune import adapters
+from pixtune.engine import activations
+from pixtune.engine.activations import recompute_blocks
+from pixtune.engine.forwards import replace_computation
+from pixtune.engine.load import Layout, load_transformer
+from pixtune.engine.streaming import choose_streamed, stream_blocks
+from pixtune.engine.transfer import host_buffer
 from pixtune.families import family_of
 from pixtune.families.base import Placement
-from pixtune.fit import activations
-from pixtune.fit.activations import recompute_blocks
-from pixtune.fit.forwards import replace_computation
-from pixtune.fit.load import Layout, load_transformer
-from pixtune.fit.streaming import choose_streamed, stream_blocks
-from pixtune.fit.transfer import host_buffer
 from pixtune.weights import ModelFolder
 from tests.unit.fit.tiny import ASSETS, MODELS
 

@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from pixtune.fit.apply import apply_switches
-from pixtune.fit.quantize import FP8, QuantizedLinear, codes_for, tensor_cores_multiply
+from pixtune.engine.apply import apply_switches
+from pixtune.engine.quantize import FP8, QuantizedLinear, codes_for, tensor_cores_multiply
 from tests.unit.fit.test_apply import PLAIN
 
 pytestmark = pytest.mark.gpu

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from pixtune.adapters import attach_lora, load_lora_weights, lora_weights, trainable_parameters
+from pixtune.engine.load import load_transformer
 from pixtune.errors import ConfigError
 from pixtune.families import FAMILIES
 from pixtune.families.base import Placement
-from pixtune.fit.load import load_transformer
 from pixtune.targets import resolve_targets
 from pixtune.weights import ModelFolder
 

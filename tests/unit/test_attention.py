@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
+from pixtune.engine import attention
+from pixtune.engine.attention import use_attention, with_dense_gradient
+from pixtune.engine.dear_results import KeepDearResults
+from pixtune.engine.padded_attention import PADDING_KERNEL, padding_kernel
 from pixtune.errors import ConfigError
-from pixtune.fit import attention
-from pixtune.fit.attention import use_attention, with_dense_gradient
-from pixtune.fit.dear_results import KeepDearResults
-from pixtune.fit.padded_attention import PADDING_KERNEL, padding_kernel
 
 MATH, FLASH, EFFICIENT, CUDNN = (
     int(backend)

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from pixtune.fit import attention_trial as trial
-from pixtune.fit.attention_trial import MARK, Shape, try_attention
+from pixtune.engine import attention_trial as trial
+from pixtune.engine.attention_trial import MARK, Shape, try_attention
 from pixtune.plan.kernel_choice import Finding
 from tests.runs import ROOT
 
@@ -47,7 +47,7 @@ class Processes:
         monkeypatch.setattr(trial.subprocess, "run", self)
 
     def __call__(self, command: list[str], **options: object) -> subprocess.CompletedProcess[str]:
-        assert command[:8] == [sys.executable, "-m", "pixtune.fit.attention_trial", "96", "2", "32", "bf16", "0"]
+        assert command[:8] == [sys.executable, "-m", "pixtune.engine.attention_trial", "96", "2", "32", "bf16", "0"]
         self.tried.append(command[8:])
         code, printed, errors = self.outcomes.pop(0)
         return subprocess.CompletedProcess(command, code, printed, errors)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from pixtune import adapters
 from pixtune.checkpoint import save_checkpoint
 from pixtune.draw import put_on_lora
+from pixtune.engine.load import load_transformer
 from pixtune.errors import CheckpointError, WeightsError
 from pixtune.export import (
     COMFYUI_FILE,
@@ -27,7 +28,6 @@ from pixtune.export import (
 )
 from pixtune.families import FAMILIES
 from pixtune.families.base import Placement
-from pixtune.fit.load import load_transformer
 from pixtune.weights import ModelFolder
 
 FAMILY = FAMILIES["qwen_image"]

@@ -12,9 +12,9 @@ from torch import nn
 
 from pixtune.adapters import attach_lora
 from pixtune.config.schema import DataConfig, TrainConfig
+from pixtune.engine.load import Layout, load_transformer
 from pixtune.families import FAMILIES, family_of
 from pixtune.families.base import Placement
-from pixtune.fit.load import Layout, load_transformer
 from pixtune.plan.footprint import Footprint, read_footprint
 from pixtune.plan.rungs import Rung, weight_bytes
 from pixtune.planning import footprint_of

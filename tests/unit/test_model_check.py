@@ -18,14 +18,14 @@ from pixtune.checkpoint import stored
 from pixtune.cli import app
 from pixtune.config.load import load_config
 from pixtune.config.schema import TrainConfig
+from pixtune.engine.apply import layout_of
+from pixtune.engine.load import Layout, load_transformer
+from pixtune.engine.on_demand import load_on_demand
+from pixtune.engine.quantize import QuantizedLinear
 from pixtune.errors import ConfigError, WeightsError
 from pixtune.families import family_of, flux, qwen_image
 from pixtune.families.base import Placement
 from pixtune.families.stock_call import random_inputs
-from pixtune.fit.apply import layout_of
-from pixtune.fit.load import Layout, load_transformer
-from pixtune.fit.on_demand import load_on_demand
-from pixtune.fit.quantize import QuantizedLinear
 from pixtune.hardware.facts import GIB, HardwareFacts
 from pixtune.model_check import GRADIENT_BOUND, STOCK_BOUND, ModelCheck, check_model, compare_with_stock, layers_to_keep
 from pixtune.plan.footprint import Footprint

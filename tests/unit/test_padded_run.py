@@ -16,9 +16,9 @@ from pixtune import train as training
 from pixtune.config import load_config
 from pixtune.data.batches import Batch, read_ahead
 from pixtune.data.prepared import PreparedData
-from pixtune.fit import attention_trial
-from pixtune.fit import compile as fit_compile
-from pixtune.fit.attention_trial import Shape
+from pixtune.engine import attention_trial
+from pixtune.engine import compile as fit_compile
+from pixtune.engine.attention_trial import Shape
 from pixtune.hardware.cards import facts_as
 from pixtune.plan import rungs
 from pixtune.plan.kernel_choice import Finding

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from pixtune.fit import attention_trial as trial
+from pixtune.engine import attention_trial as trial
 
 FAKES: dict[str, str] = json.loads(os.environ["FAKES"])
 MILLISECONDS = {"cudnn": 1.49, "flash": 2.95, "efficient": 6.1}

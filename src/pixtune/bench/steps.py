@@ -23,11 +23,11 @@ from pixtune.bench.synthetic import DEFAULT_WORDS, count_controls, count_picture
 from pixtune.config import load_config
 from pixtune.config.schema import TrainConfig
 from pixtune.data.batches import Batch
+from pixtune.engine.capture import PLAIN_CALLS
+from pixtune.engine.quantize import codes_for
 from pixtune.errors import ConfigError, TrainingError
 from pixtune.families import family_of
 from pixtune.figures import StepFigures, count_compiled_graphs, watch_device
-from pixtune.fit.capture import PLAIN_CALLS
-from pixtune.fit.quantize import codes_for
 from pixtune.hardware.capping import outside_allocator_bytes, own_gpu, used_before_cuda
 from pixtune.hardware.facts import GIB
 from pixtune.hardware.machine import driver_may_spill

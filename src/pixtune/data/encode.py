@@ -21,9 +21,9 @@ from torch import Tensor
 from pixtune.data.buckets import Framing, Size
 from pixtune.data.cache import CacheKey, Entry, FillReport, Ledger, Store, fill
 from pixtune.data.images import crop_resize, open_rgb, to_pixels
+from pixtune.engine.tiling import encode_images
+from pixtune.engine.weight_only import quantize_encoder
 from pixtune.families.base import LatentDistribution, ModelFamily, Placement, Prompt, TextEncoder
-from pixtune.fit.tiling import encode_images
-from pixtune.fit.weight_only import quantize_encoder
 from pixtune.plan.encoders import ON_CPU, EncoderPlan
 from pixtune.progress import track
 from pixtune.weights import ModelFolder

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pixtune.engine.activations import recompute
+from pixtune.engine.attention import with_dense_gradient
+from pixtune.engine.heads import Stream, join_heads
+from pixtune.engine.lora import project
+from pixtune.engine.mlp import mlp
 from pixtune.families.joint_streams import heads_of, project_out
-from pixtune.fit.activations import recompute
-from pixtune.fit.attention import with_dense_gradient
-from pixtune.fit.heads import Stream, join_heads
-from pixtune.fit.lora import project
-from pixtune.fit.mlp import mlp
 
 
 def compute_by_ours(model: Any) -> None:

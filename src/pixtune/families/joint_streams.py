@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
-from pixtune.fit.heads import Stream, join_heads
-from pixtune.fit.lora import project
+from pixtune.engine.heads import Stream, join_heads
+from pixtune.engine.lora import project
 
 
 def heads_of(

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pixtune.engine.activations import recompute
+from pixtune.engine.padded_attention import attend_padded, padding_kernel
 from pixtune.families.joint_streams import heads_of, project_out
-from pixtune.fit.activations import recompute
-from pixtune.fit.padded_attention import attend_padded, padding_kernel
 
 
 class RealRotaryEmbedding(nn.Module):

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pixtune.fit.forwards import Forward, wrap_forward
+from pixtune.engine.forwards import Forward, wrap_forward
 
 INDEX = "modulate_index"
 """What diffusers calls the argument of a block that says which time each image token is modulated by: 0 for the step's

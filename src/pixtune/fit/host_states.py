@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from pixtune.fit.transfer import CopyLane, Mark, host_buffer
+from pixtune.engine.transfer import CopyLane, Mark, host_buffer
 from pixtune.plan.rungs import AHEAD_BYTES, LEAST_HOST_TENSOR_BYTES
 
 ALIGNMENT_BYTES = 256

@@ -17,8 +17,8 @@ from pixtune.data.buckets import Framing
 from pixtune.data.build_encoder import build_encoder, prefer_more_exact
 from pixtune.data.cache import CacheKey, Entry
 from pixtune.data.encode import Encoder, FramedPicture, TextItem
+from pixtune.engine.tiling import encode_images
 from pixtune.families import family_of
-from pixtune.fit.tiling import encode_images
 from pixtune.hardware.cards import facts_as
 from pixtune.hardware.facts import GIB
 from pixtune.plan.encoders import ON_CPU, EncoderPlan, encode_plainly

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pixtune.fit import activations, transfer
-from pixtune.fit.activations import (
+from pixtune.engine import activations, transfer
+from pixtune.engine.activations import (
     BufferPool,
     InputOffload,
     RecomputeMore,
@@ -20,8 +20,8 @@ from pixtune.fit.activations import (
     recompute_projections,
     round_up,
 )
-from pixtune.fit.forwards import is_recomputed, replace_computation
-from pixtune.fit.streaming import stream_blocks
+from pixtune.engine.forwards import is_recomputed, replace_computation
+from pixtune.engine.streaming import stream_blocks
 from tests.unit.fit.tiny import (
     MODELS,
     LateLane,

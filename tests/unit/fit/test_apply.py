@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from pixtune import adapters
-from pixtune.fit.apply import apply_to_activations, apply_to_weights, layout_of, placement_of
-from pixtune.fit.load import load_transformer
-from pixtune.fit.modulation import announce
+from pixtune.engine.apply import apply_to_activations, apply_to_weights, layout_of, placement_of
+from pixtune.engine.load import load_transformer
+from pixtune.engine.modulation import announce
 from pixtune.plan.memory import MemoryPlan
 from tests.unit.fit.test_load import model
 

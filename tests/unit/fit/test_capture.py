@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pixtune.fit.capture import PLAIN_CALLS, Replay, ReplayedPass
+from pixtune.engine.capture import PLAIN_CALLS, Replay, ReplayedPass
 
 
 @dataclass(frozen=True)

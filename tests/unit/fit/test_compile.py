@@ -14,16 +14,16 @@ from torch._inductor import config as inductor_config
 from torch.utils.checkpoint import CheckpointPolicy
 
 from pixtune.adapters import attach_lora, lora_weights
+from pixtune.engine import heads as heads_module
+from pixtune.engine import lora
+from pixtune.engine.activations import recompute_projections
+from pixtune.engine.compile import compile_blocks, compile_forward
+from pixtune.engine.dear_results import KeepDearResults
+from pixtune.engine.forwards import replace_computation
+from pixtune.engine.gelu import compact_gelus
+from pixtune.engine.load import random_transformer
 from pixtune.families import family_of
 from pixtune.families.base import Placement
-from pixtune.fit import heads as heads_module
-from pixtune.fit import lora
-from pixtune.fit.activations import recompute_projections
-from pixtune.fit.compile import compile_blocks, compile_forward
-from pixtune.fit.dear_results import KeepDearResults
-from pixtune.fit.forwards import replace_computation
-from pixtune.fit.gelu import compact_gelus
-from pixtune.fit.load import random_transformer
 from pixtune.weights import open_model_folder
 from tests.runs import ROOT
 

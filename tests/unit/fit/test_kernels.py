@@ -15,9 +15,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pixtune.fit import heads, kernels, mlp
-from pixtune.fit.lora import plus_product
-from pixtune.fit.quantize import quantize_rows
+from pixtune.engine import heads, kernels, mlp
+from pixtune.engine.lora import plus_product
+from pixtune.engine.quantize import quantize_rows
 
 interpreted = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1" or find_spec("triton") is None,
@@ -31,7 +31,7 @@ SHAPES = [(200, 336), (64, 64), (70, 144)]
 @pytest.mark.parametrize("transposed", [True, False])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_expansion_is_the_plain_one(shape: tuple[int, int], transposed: bool, float8: bool) -> None:
-    from pixtune.fit import triton_kernels
+    from pixtune.engine import triton_kernels
 
     rows, columns = shape
     packed = torch.randint(0, 256, (rows, columns // 2), dtype=torch.uint8)
@@ -51,7 +51,7 @@ def test_the_expansion_is_the_plain_one(shape: tuple[int, int], transposed: bool
 @interpreted
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_transpose_is_the_plain_one(shape: tuple[int, int]) -> None:
-    from pixtune.fit import triton_kernels
+    from pixtune.engine import triton_kernels
 
     rows, columns = shape
     matrix = torch.randint(0, 256, shape, dtype=torch.uint8)
@@ -107,7 +107,7 @@ def test_heads_are_the_plain_ones(shape: tuple[int, int, int, int, int]) -> None
 @pytest.mark.parametrize("width", [64, 144, 3072])
 def test_rows_are_quantised_as_plainly(width: int, dtype: torch.dtype) -> None:
     """Numbers of few bits are often next to the middle between two codes, where the last bit of a scale decides."""
-    from pixtune.fit import triton_kernels
+    from pixtune.engine import triton_kernels
 
     values = torch.randn(70, 3 * width)[:, width : 2 * width] * torch.logspace(-6, 6, 70)[:, None]
     values[3] = 0
@@ -129,7 +129,7 @@ def test_rows_are_quantised_as_plainly(width: int, dtype: torch.dtype) -> None:
 @interpreted
 @pytest.mark.parametrize(("rank", "tile_ranks"), [(16, 16), (100, 64), (4, 16)])
 def test_a_low_rank_product_is_added_as_plainly(rank: int, tile_ranks: int) -> None:
-    from pixtune.fit import triton_kernels
+    from pixtune.engine import triton_kernels
 
     product_MN, bias_N, up_Nr = torch.randn(70, 200), torch.randn(200), torch.randn(200, rank)
     low_Mr = torch.randn(70, rank + 32)[:, 16 : 16 + rank]

@@ -11,13 +11,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from pixtune.engine.load import PLAIN, Layout, load_transformer
+from pixtune.engine.modulation import announce, table_of
+from pixtune.engine.modulation_filling import ModulationRows
+from pixtune.engine.quantize import FORMATS, QuantizedLinear
 from pixtune.errors import WeightsError
 from pixtune.families import family_of
 from pixtune.families.base import ModelFamily, Placement
-from pixtune.fit.load import PLAIN, Layout, load_transformer
-from pixtune.fit.modulation import announce, table_of
-from pixtune.fit.modulation_filling import ModulationRows
-from pixtune.fit.quantize import FORMATS, QuantizedLinear
 from pixtune.weights import ModelFolder
 from tests.runs import ROOT
 

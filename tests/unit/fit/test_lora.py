@@ -12,11 +12,11 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 
+from pixtune.engine.activations import recompute_blocks, recompute_projections
+from pixtune.engine.forwards import replace_computation
+from pixtune.engine.lora import plain_lora, project, summed_outer
+from pixtune.engine.quantize import QuantizedLinear
 from pixtune.families import flux_blocks, joint_streams
-from pixtune.fit.activations import recompute_blocks, recompute_projections
-from pixtune.fit.forwards import replace_computation
-from pixtune.fit.lora import plain_lora, project, summed_outer
-from pixtune.fit.quantize import QuantizedLinear
 from tests.unit.fit import tiny
 
 NAMES = ("to_q", "to_k", "to_v")

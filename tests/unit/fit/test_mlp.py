@@ -10,9 +10,9 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
 from pixtune.config.schema import DataConfig, TrainConfig
-from pixtune.fit import mlp as module
-from pixtune.fit.mlp import are_fused, fuse_mlps, mlp
-from pixtune.fit.quantize import FP8, INT8, QuantizedLinear
+from pixtune.engine import mlp as module
+from pixtune.engine.mlp import are_fused, fuse_mlps, mlp
+from pixtune.engine.quantize import FP8, INT8, QuantizedLinear
 from pixtune.hardware.cards import facts_as
 from pixtune.plan.memory import plan_memory
 from pixtune.plan.rungs import with_fused_mlps

@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 
 import pixtune.train
 from pixtune.config import load_config
-from pixtune.fit.modulation import ModulationTable, StepsAhead, table_of
-from pixtune.fit.modulation_filling import ModulationRows
+from pixtune.engine.modulation import ModulationTable, StepsAhead, table_of
+from pixtune.engine.modulation_filling import ModulationRows
 from pixtune.metrics import read_metrics
 from tests.runs import DEMO_TRAIN, ROOT, overrides
 
@@ -99,7 +99,7 @@ class Sigmas:
 
 def test_stretches_begin_at_fixed_steps_and_the_next_one_is_filled_on_the_way(monkeypatch: pytest.MonkeyPatch) -> None:
     table = NotedTable()
-    monkeypatch.setattr("pixtune.fit.modulation.table_of", lambda transformer: table)
+    monkeypatch.setattr("pixtune.engine.modulation.table_of", lambda transformer: table)
     ahead = StepsAhead(
         torch.nn.Identity(), Sigmas(), lambda step: (torch.tensor([step, step + 0.5]), {}), 2, 8, 1.0,
         torch.device("cpu"),

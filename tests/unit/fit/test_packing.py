@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from pixtune.fit.packing import ALIGNMENT_BYTES, close_gaps, lay_out_frozen, packed_bytes
-from pixtune.fit.quantize import NF4, QuantizedLinear
+from pixtune.engine.packing import ALIGNMENT_BYTES, close_gaps, lay_out_frozen, packed_bytes
+from pixtune.engine.quantize import NF4, QuantizedLinear
 
 CPU = torch.device("cpu")
 

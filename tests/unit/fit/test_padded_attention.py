@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pixtune.fit.padded_attention import CUDNN, FLASH, ON_CPU, attend_padded, padding_kernel
+from pixtune.engine.padded_attention import CUDNN, FLASH, ON_CPU, attend_padded, padding_kernel
 
 BATCH, TOKENS, HEADS, SIZE = 2, 90, 3, 32
 REAL_BL = torch.ones(BATCH, TOKENS, dtype=torch.bool)

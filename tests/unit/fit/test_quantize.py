@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from pixtune import adapters
-from pixtune.fit import quantize
-from pixtune.fit.quantize import FP8, INT8, NF4, QuantizedLinear
+from pixtune.engine import quantize
+from pixtune.engine.quantize import FP8, INT8, NF4, QuantizedLinear
 
 E4M3, INT = torch.float8_e4m3fn, torch.int8
 KINDS = [(FP8, E4M3), (INT8, INT), (NF4, E4M3), (NF4, INT)]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pixtune.fit import kernels, quantize
+from pixtune.engine import kernels, quantize
 
 LEVELS, SCALES = torch.tensor(kernels.NF4_LEVELS), torch.tensor(kernels.NF4_SCALES)
 

@@ -22,11 +22,11 @@ from pixtune.config import load_config
 from pixtune.config.schema import TrainConfig
 from pixtune.data.batches import read_ahead
 from pixtune.draw import put_on_lora
+from pixtune.engine.load import load_transformer
+from pixtune.engine.quantize import QuantizedLinear
 from pixtune.export import DIFFUSERS_FILE
 from pixtune.families import family_of
 from pixtune.families.base import Placement
-from pixtune.fit.load import load_transformer
-from pixtune.fit.quantize import QuantizedLinear
 from pixtune.plan.memory import MemoryPlan
 from pixtune.validation import HeldOutPicture, measure
 from pixtune.weights import ModelFolder

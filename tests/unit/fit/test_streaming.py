@@ -12,11 +12,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from pixtune.engine import streaming, transfer
+from pixtune.engine.activations import recompute_blocks
+from pixtune.engine.forwards import replace_computation
+from pixtune.engine.streaming import BlockStream, choose_streamed, stream_blocks, upcoming
 from pixtune.errors import PlanError
-from pixtune.fit import streaming, transfer
-from pixtune.fit.activations import recompute_blocks
-from pixtune.fit.forwards import replace_computation
-from pixtune.fit.streaming import BlockStream, choose_streamed, stream_blocks, upcoming
 from pixtune.hardware.facts import GIB
 from pixtune.hardware.meminfo import HostMemory
 from tests.unit.fit.tiny import (

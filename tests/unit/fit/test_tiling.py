@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
+from pixtune.engine.tiling import OVERLAP_SHARE, decode_latents, encode_images, in_tiles, spans
 from pixtune.families import family_of
 from pixtune.families.base import Placement
-from pixtune.fit.tiling import OVERLAP_SHARE, decode_latents, encode_images, in_tiles, spans
 from pixtune.sample import PromptSampler, SamplerSettings, to_image
 from pixtune.weights import open_model_folder
 from tests.runs import ROOT

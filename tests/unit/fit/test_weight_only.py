@@ -11,11 +11,11 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText
 
+from pixtune.engine import weight_only
+from pixtune.engine.quantize import QuantizedLinear
+from pixtune.engine.weight_only import WeightOnlyLinear, quantize_encoder
 from pixtune.families import family_of
 from pixtune.families.base import Placement, Prompt, TextEncoder
-from pixtune.fit import weight_only
-from pixtune.fit.quantize import QuantizedLinear
-from pixtune.fit.weight_only import WeightOnlyLinear, quantize_encoder
 from pixtune.weights import open_model_folder
 from tests.runs import ROOT
 

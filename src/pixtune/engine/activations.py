@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from pixtune.fit.forwards import Forward, is_recomputed, wrap_forward
-from pixtune.fit.transfer import CopyLane, Mark, host_buffer, span
+from pixtune.engine.forwards import Forward, is_recomputed, wrap_forward
+from pixtune.engine.transfer import CopyLane, Mark, host_buffer, span
 
 LEAST_OFFLOADED_BYTES = 2**20
 """Smaller inputs stay on the device: 60 of them are less than three of the image's."""

@@ -9,15 +9,15 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from pixtune.engine.activations import recompute_blocks, recompute_projections
+from pixtune.engine.attention import use_attention
+from pixtune.engine.compile import compile_blocks
+from pixtune.engine.gelu import compact_gelus
+from pixtune.engine.load import Layout
+from pixtune.engine.mlp import fuse_mlps
+from pixtune.engine.packing import close_gaps
+from pixtune.engine.streaming import choose_streamed, stream_blocks
 from pixtune.families.base import ModelFamily, Placement
-from pixtune.fit.activations import recompute_blocks, recompute_projections
-from pixtune.fit.attention import use_attention
-from pixtune.fit.compile import compile_blocks
-from pixtune.fit.gelu import compact_gelus
-from pixtune.fit.load import Layout
-from pixtune.fit.mlp import fuse_mlps
-from pixtune.fit.packing import close_gaps
-from pixtune.fit.streaming import choose_streamed, stream_blocks
 from pixtune.plan.memory import MemoryPlan
 
 FORMATS = {"bf16": torch.bfloat16, "fp32": torch.float32}

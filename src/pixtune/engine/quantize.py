@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pixtune.fit.kernels import (
+from pixtune.engine.kernels import (
     NF4_BLOCK,
     NF4_SCALES,
     UNIT_CODE,
@@ -96,7 +96,7 @@ def quantizes_at_once(values_MK: Tensor, codes: torch.dtype) -> bool:
 
 def quantize_rows_at_once(values_MK: Tensor) -> tuple[Tensor, Tensor]:
     """`quantize_rows` to float8_e4m3fn from one reading, with the same codes and scales."""
-    from pixtune.fit import triton_kernels
+    from pixtune.engine import triton_kernels
 
     rows, width = values_MK.shape
     values_MK = values_MK if values_MK.stride(1) == 1 else values_MK.contiguous()

@@ -23,7 +23,7 @@ from typing import Generic, Protocol, Self, TypeVar
 import torch
 from torch import Tensor, nn
 
-from pixtune.fit.transfer import join_recording
+from pixtune.engine.transfer import join_recording
 
 log = logging.getLogger(__name__)
 

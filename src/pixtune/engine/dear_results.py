@@ -12,8 +12,8 @@ import torch
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch.utils.checkpoint import CheckpointPolicy
 
-import pixtune.fit.lora  # noqa: F401, which registers its operator
-from pixtune.fit.attention import in_force
+import pixtune.engine.lora  # noqa: F401, which registers its operator
+from pixtune.engine.attention import in_force
 
 DEAR_OPERATORS = (
     torch.ops.pixtune.add_low_rank.default,  # before the products that it reads: a lost mark goes from it to them

@@ -24,9 +24,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from pixtune.engine.modulation_filling import Filling, ModulationRows, Passage, ReadWeight
+from pixtune.engine.transfer import host_buffer
 from pixtune.families.base import Conditioning, ModelFamily
-from pixtune.fit.modulation_filling import Filling, ModulationRows, Passage, ReadWeight
-from pixtune.fit.transfer import host_buffer
 from pixtune.weights import read_header
 
 LARGEST_DISTANCE = 0.02

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pixtune.fit.kernels import has_triton, power_of_two
-from pixtune.fit.quantize import LARGEST_CODE, QuantizedLinear, multiply_rows, quantize_rows, row_codes
+from pixtune.engine.kernels import has_triton, power_of_two
+from pixtune.engine.quantize import LARGEST_CODE, QuantizedLinear, multiply_rows, quantize_rows, row_codes
 
 CODES = torch.float8_e4m3fn
 """The one kind that the kernels write."""
@@ -141,7 +141,7 @@ def gelu_codes(
         Codes of [beside, gelu(hidden + bias)] as bytes, (M, P + H), and their scale, (M, 1); those of hidden + bias, or
         two empty tensors.
     """
-    from pixtune.fit import triton_kernels
+    from pixtune.engine import triton_kernels
 
     results = _new_codes(hidden_MH, beside_MP, keeps_input)
     hidden_MH, width = hidden_MH.contiguous(), hidden_MH.shape[1]
@@ -184,7 +184,7 @@ def gelu_gradient_codes(
         gradient_MH: of its output; its rows may be parts of longer ones.
         kept_MH: its input as bytes of codes with a scale; without one, as it is and without the bias.
     """
-    from pixtune.fit import triton_kernels
+    from pixtune.engine import triton_kernels
 
     results = _new_gradient_codes(gradient_MH)
     rows, width = gradient_MH.shape

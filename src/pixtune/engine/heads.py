@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pixtune.fit.kernels import has_triton
+from pixtune.engine.kernels import has_triton
 
 HEADS_AT_ONCE = 8
 """Of one token, by one program of the kernels."""
@@ -105,7 +105,7 @@ def turn_heads(
     epsilon: float,
 ) -> Tensor:
     """`turned` of one stream or two, in one pass; norms inside in fp32, without roundings in between."""
-    from pixtune.fit import triton_kernels
+    from pixtune.engine import triton_kernels
 
     joined = _new_joined(first_BLC, last_BLC, last_weight_D)
     sources = _sources(first_BLC, first_weight_D, first_turns, last_BLC, last_weight_D, last_turns)
@@ -138,7 +138,7 @@ def turn_heads_backward(
     epsilon: float,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of `first_BLC` (an empty tensor without it) and `last_BLC`."""
-    from pixtune.fit import triton_kernels
+    from pixtune.engine import triton_kernels
 
     gradient_BSHD = gradient_BSHD if gradient_BSHD.stride(-1) == 1 else gradient_BSHD.contiguous()
     first_gradient, last_gradient = _new_gradients(first_BLC, last_BLC)

@@ -96,7 +96,7 @@ def transpose_bytes(matrix_NK: Tensor) -> Tensor:
     """
     if not has_triton(matrix_NK):
         return matrix_NK.t().contiguous()
-    from pixtune.fit import triton_kernels
+    from pixtune.engine import triton_kernels
 
     rows, columns = matrix_NK.shape
     target_KN = matrix_NK.new_empty(columns, rows)
@@ -125,7 +125,7 @@ def expand_nf4(packed: Tensor, block_scale: Tensor, float8: bool, transposed: bo
     if not has_triton(packed):
         bytes_NK = round_to_codes(unpack_nf4(packed, block_scale), codes).view(torch.uint8)
         return bytes_NK.t().contiguous() if transposed else bytes_NK
-    from pixtune.fit import triton_kernels
+    from pixtune.engine import triton_kernels
 
     target = packed.new_empty((columns, rows) if transposed else (rows, columns))
     tiles = (-(-rows // TILE), -(-columns // TILE))

@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pixtune.fit.kernels import has_triton, power_of_two
-from pixtune.fit.quantize import QuantizedLinear
+from pixtune.engine.kernels import has_triton, power_of_two
+from pixtune.engine.quantize import QuantizedLinear
 
 TILE_ROWS, TILE_COLUMNS, LEAST_TILE = 64, 128, 16
 """Of the kernel that adds; the tensor cores of GPUs take no less than the last one."""
@@ -144,7 +144,7 @@ def plainly_added(product_MN: Tensor, bias_N: Tensor | None, low_Mr: Tensor, up_
 @torch.library.custom_op("pixtune::add_low_rank", mutates_args=())
 def add_low_rank(product_MN: Tensor, bias_N: Tensor | None, low_Mr: Tensor, up_Nr: Tensor) -> Tensor:
     """`plus_product` in one kernel, on a GPU. Rows of `low_Mr` may be part of longer ones."""
-    from pixtune.fit import triton_kernels
+    from pixtune.engine import triton_kernels
 
     product_MN, up_Nr = product_MN.contiguous(), up_Nr.contiguous()
     low_Mr = low_Mr if low_Mr.stride(1) == 1 else low_Mr.contiguous()

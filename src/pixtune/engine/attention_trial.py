@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from pixtune.engine.attention import BACKENDS, use_flash_attention_3
+from pixtune.engine.padded_attention import attend_padded
 from pixtune.files import user_cache_folder, write_atomically
-from pixtune.fit.attention import BACKENDS, use_flash_attention_3
-from pixtune.fit.padded_attention import attend_padded
 from pixtune.plan.kernel_choice import FLASH_3, PADDING, Finding
 
 TRIAL_SECONDS = 120
@@ -134,7 +134,7 @@ def run_process(shape: Shape, kernels: Sequence[str]) -> Outcome:
     words += [str(int(shape.deterministic)), *kernels]
     try:
         ended = subprocess.run(
-            [sys.executable, "-m", "pixtune.fit.attention_trial", *words],
+            [sys.executable, "-m", "pixtune.engine.attention_trial", *words],
             capture_output=True, text=True, timeout=TRIAL_SECONDS, check=False,
         )  # fmt: skip
     except subprocess.TimeoutExpired as error:

@@ -14,8 +14,8 @@ import torch
 import torch._functorch.config as functorch_config
 from torch import Tensor, nn
 
+from pixtune.engine.forwards import Forward, replace_computation
 from pixtune.files import user_cache_folder
-from pixtune.fit.forwards import Forward, replace_computation
 
 MOST_GRAPHS = 64
 """Graphs of one kind of block. One or two serve all sizes, by whether a block computes projections again; as many again
@@ -73,7 +73,7 @@ def compile_blocks(
     """
     from torch._inductor import config as inductor_config
 
-    from pixtune.fit.dear_results import KeepDearResults
+    from pixtune.engine.dear_results import KeepDearResults
 
     keep_compiled_code()
     for limit in (*LIMITS_TO_RECOMPUTING, LIMIT_TO_KNOWN_OPERATORS):

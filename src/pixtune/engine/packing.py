@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from pixtune.fit.transfer import span
+from pixtune.engine.transfer import span
 
 ALIGNMENT_BYTES = 256
 """Of every tensor in a piece, as the device's own allocator aligns them: kernels take wider loads then."""

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pixtune.fit.quantize import quantize_rows
+from pixtune.engine.quantize import quantize_rows
 
 
 class CompactGelu(torch.autograd.Function):

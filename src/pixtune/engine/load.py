@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pixtune.engine.kernels import try_triton
+from pixtune.engine.modulation import attach_table, read_from_files
+from pixtune.engine.modulation_filling import ModulationRows
+from pixtune.engine.quantize import QuantizedLinear, can_quantize, codes_for, tensor_cores_multiply
 from pixtune.errors import WeightsError
 from pixtune.families.base import ModelFamily, Placement
-from pixtune.fit.kernels import try_triton
-from pixtune.fit.modulation import attach_table, read_from_files
-from pixtune.fit.modulation_filling import ModulationRows
-from pixtune.fit.quantize import QuantizedLinear, can_quantize, codes_for, tensor_cores_multiply
 from pixtune.loading import iterate_tensors, shard_files
 from pixtune.weights import ModelFolder
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from pixtune.fit.kernels import NF4_BLOCK, unpack_nf4
-from pixtune.fit.quantize import INT8, NF4, pack_nf4, quantize_rows
+from pixtune.engine.kernels import NF4_BLOCK, unpack_nf4
+from pixtune.engine.quantize import INT8, NF4, pack_nf4, quantize_rows
 
 FORMATS = (INT8, NF4)
 PIECE_WEIGHTS = 1 << 24

@@ -28,9 +28,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pixtune.fit.forwards import Forward, is_recomputed, wrap_forward
-from pixtune.fit.packing import PackedTensor, copy_into, lay_out_frozen, packed_bytes
-from pixtune.fit.transfer import CopyLane, Mark, host_buffer, require_host_memory
+from pixtune.engine.forwards import Forward, is_recomputed, wrap_forward
+from pixtune.engine.packing import PackedTensor, copy_into, lay_out_frozen, packed_bytes
+from pixtune.engine.transfer import CopyLane, Mark, host_buffer, require_host_memory
 
 Nothing = Callable[[torch.dtype], Tensor]
 

@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.backends import cuda
 from torch.nn.attention import SDPBackend
 
+from pixtune.engine.padded_attention import PADDING_KERNEL
 from pixtune.errors import ConfigError
-from pixtune.fit.padded_attention import PADDING_KERNEL
 from pixtune.plan.kernel_choice import CUDNN, EFFICIENT, FLASH, FLASH_3, PADDING
 
 BACKENDS = {

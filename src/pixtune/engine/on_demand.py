@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pixtune.engine.forwards import Forward, wrap_forward
+from pixtune.engine.load import PLAIN, Layout, fill, lay_out, parent, put_into
+from pixtune.engine.quantize import QuantizedLinear
 from pixtune.errors import WeightsError
 from pixtune.families.base import ModelFamily, Placement
-from pixtune.fit.forwards import Forward, wrap_forward
-from pixtune.fit.load import PLAIN, Layout, fill, lay_out, parent, put_into
-from pixtune.fit.quantize import QuantizedLinear
 from pixtune.loading import iterate_tensors, shard_files
 from pixtune.weights import ModelFolder
 

@@ -12,7 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 from torch import Tensor, nn
 
-from pixtune.fit.transfer import CopyLane, Mark, host_buffer
+from pixtune.engine.transfer import CopyLane, Mark, host_buffer
 
 ReadWeight = Callable[[str], Tensor]
 """Tensor name -> the tensor on the CPU."""
