@@ -22,7 +22,7 @@ from architectures import ARCHITECTURES, write_model_folder
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from pixtune import adapters, draws
+from pixtune import draws
 from pixtune.config import load_config
 from pixtune.engine import heads, lora, mlp
 from pixtune.engine.activations import recompute_blocks
@@ -35,6 +35,7 @@ from pixtune.families.base import Conditioning, ModelFamily
 from pixtune.objective import add_noise, sample_losses, velocity_target
 from pixtune.plan.memory import MemoryPlan
 from pixtune.planning import plan_on_this_machine
+from pixtune.trained.methods import adapters
 from pixtune.weights import ModelFolder
 
 SEED = 0

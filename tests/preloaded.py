@@ -22,7 +22,7 @@ LIBRARIES = (
     "pixtune.bench.steps",
     "pixtune.cli",
     "pixtune.draw",
-    "pixtune.export",
+    "pixtune.trained.export",
     "pixtune.report",
     "pixtune.train",
 )

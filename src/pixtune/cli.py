@@ -185,7 +185,7 @@ def export(
     output: Annotated[Path, typer.Option(help="Folder for the two files.")] = Path("."),
 ) -> None:
     """Write a checkpoint's LoRA for diffusers and for ComfyUI, or its whole model where all weights were trained."""
-    from pixtune.export import export_checkpoint
+    from pixtune.trained.export import export_checkpoint
 
     for path in export_checkpoint(checkpoint, output):
         typer.echo(path)

@@ -17,7 +17,6 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from pixtune import adapters
 from pixtune.config.schema import DataConfig, TrainConfig
 from pixtune.data.buckets import Size
 from pixtune.data.build_encoder import plan_encoders_for
@@ -31,7 +30,6 @@ from pixtune.engine.load import Layout, load_transformer
 from pixtune.engine.mlp import fuse_mlps
 from pixtune.engine.streaming import choose_streamed, stream_blocks
 from pixtune.errors import WeightsError
-from pixtune.export import read_lora_file
 from pixtune.families import family_of
 from pixtune.families.base import CONTROL_SIDE, ModelFamily, Placement
 from pixtune.hardware.facts import HardwareFacts, read_facts
@@ -42,6 +40,8 @@ from pixtune.plan.footprint import Footprint, read_footprint
 from pixtune.plan.phases import Drawing, DrawingPlan, plan_drawing
 from pixtune.planning import encoder_sizes, tensor_shapes
 from pixtune.sample import EncodedPrompt, PromptPicture, PromptSampler, SamplerSettings, needs_negative
+from pixtune.trained.export import read_lora_file
+from pixtune.trained.methods import adapters
 from pixtune.weights import ModelFolder, open_model_folder
 
 ENCODING, LOADING, DRAWING, DECODING = "prompts encoded", "transformer", "pictures drawn", "pictures decoded"

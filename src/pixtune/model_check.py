@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pixtune import adapters, draws
+from pixtune import draws
 from pixtune.engine.activations import recompute_blocks
 from pixtune.engine.apply import blocks_of
 from pixtune.engine.load import Layout
@@ -33,6 +33,7 @@ from pixtune.families.stock_call import Inputs, load_stock_transformer, random_i
 from pixtune.files import write_atomically
 from pixtune.hardware.facts import GIB, HardwareFacts, package_versions, read_facts
 from pixtune.quantization_errors import BlockErrors, LayerErrors, Measurement, cosine, relative_error
+from pixtune.trained.methods import adapters
 from pixtune.weights import ModelFolder
 
 SIDE_PIXELS, TEXT_TOKENS = 256, 64

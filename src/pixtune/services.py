@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any, Protocol, Self
 from rich.console import Console
 from torch import Tensor
 
-from pixtune import optim
 from pixtune.checkpoint import (
     OPTIMIZER_STEM,
     Checkpoint,
@@ -42,6 +41,7 @@ from pixtune.progress import StepBar
 from pixtune.report import write_report
 from pixtune.resume import flatten, refuse_other_run
 from pixtune.sample import PromptSampler, SamplerSettings
+from pixtune.trained.methods import optim
 from pixtune.validation import ValidationLoss, measure
 from pixtune.weights import ModelFolder
 

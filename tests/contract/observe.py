@@ -20,12 +20,12 @@ from pixtune.config.schema import TrainConfig
 from pixtune.data.batches import BatchSource
 from pixtune.data.encode import Encoder
 from pixtune.errors import PixtuneError
-from pixtune.export import DIFFUSERS_FILE
 from pixtune.figures import StepFigures
 from pixtune.hardware.facts import HardwareFacts
 from pixtune.metrics import FILE_NAME, read_metrics
 from pixtune.plan.memory import GIB, MemoryPlan, plan_memory
 from pixtune.train import train
+from pixtune.trained.export import DIFFUSERS_FILE
 from tests.full_size import full_size_footprint
 from tests.runs import DEMO_HELD_OUT, DEMO_TRAIN, ROOT, TINY_MODEL
 

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from pixtune.adapters import attach_lora, lora_weights
 from pixtune.engine.activations import recompute_blocks, recompute_projections
 from pixtune.engine.compile import compile_blocks
 from pixtune.engine.forwards import replace_computation
@@ -20,6 +19,7 @@ from pixtune.engine.load import random_transformer
 from pixtune.families import FAMILIES, family_of, qwen_attention, qwen_image
 from pixtune.families.base import Conditioning, ModelFamily, Placement
 from pixtune.families.packing import pack_latents, unpack_latents
+from pixtune.trained.adapters import attach_lora, lora_weights
 from pixtune.weights import ModelFolder
 from tests.families.stock import give_values
 from tests.runs import ROOT

@@ -11,13 +11,13 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from pixtune import adapters
 from pixtune.draw import DrawRequest, draw
 from pixtune.engine.load import load_transformer
-from pixtune.export import COMFYUI_FILE, DIFFUSERS_FILE, LoraDescription, export_lora
 from pixtune.families import FAMILIES
 from pixtune.families.base import ModelFamily, Placement
 from pixtune.sample import SamplerSettings
+from pixtune.trained.export import COMFYUI_FILE, DIFFUSERS_FILE, LoraDescription, export_lora
+from pixtune.trained.methods import adapters
 from pixtune.weights import ModelFolder
 from tests.families.stock import edit_pipeline, remembered_encodings
 from tests.runs import ROOT

@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pixtune import adapters
 from pixtune.data.batches import Batch
 from pixtune.engine import activations
 from pixtune.engine.activations import recompute_blocks
@@ -22,6 +21,7 @@ from pixtune.engine.modulation import table_of
 from pixtune.engine.streaming import in_backward_pass, stream_blocks
 from pixtune.families import family_of
 from pixtune.families.base import Placement
+from pixtune.trained.methods import adapters
 from pixtune.weights import ModelFolder
 from tests.unit.fit.tiny import ASSETS, MODELS
 

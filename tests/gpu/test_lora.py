@@ -7,9 +7,9 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
-from pixtune.adapters import RoundedLinear
 from pixtune.engine.lora import project, summed_outer
 from pixtune.engine.quantize import FP8, INT8, QuantizedLinear, codes_for, tensor_cores_multiply
+from pixtune.trained.adapters import RoundedLinear
 
 pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda")

@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pixtune import adapters
 from pixtune.data.batches import Batch
 from pixtune.engine.apply import blocks_of
 from pixtune.engine.attention_trial import Shape, measure
@@ -22,6 +21,7 @@ from pixtune.engine.padded_attention import attend_padded
 from pixtune.families import family_of
 from pixtune.families.base import ModelFamily, Placement
 from pixtune.plan.kernel_choice import CUDNN, FLASH, LARGEST_ERROR
+from pixtune.trained.methods import adapters
 from pixtune.weights import ModelFolder
 from tests.unit.fit.tiny import ASSETS
 

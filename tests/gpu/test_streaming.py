@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from pixtune import adapters
 from pixtune.engine import activations
 from pixtune.engine.activations import recompute_blocks
 from pixtune.engine.forwards import replace_computation
@@ -21,6 +20,7 @@ from pixtune.engine.streaming import choose_streamed, stream_blocks
 from pixtune.engine.transfer import host_buffer
 from pixtune.families import family_of
 from pixtune.families.base import Placement
+from pixtune.trained.methods import adapters
 from pixtune.weights import ModelFolder
 from tests.unit.fit.tiny import ASSETS, MODELS
 

@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pixtune.adapters import attach_lora, load_lora_weights, lora_weights, trainable_parameters
 from pixtune.engine.load import load_transformer
 from pixtune.errors import ConfigError
 from pixtune.families import FAMILIES
 from pixtune.families.base import Placement
-from pixtune.targets import resolve_targets
+from pixtune.trained.adapters import attach_lora, load_lora_weights, lora_weights, trainable_parameters
+from pixtune.trained.targets import resolve_targets
 from pixtune.weights import ModelFolder
 
 FAMILY = FAMILIES["qwen_image"]

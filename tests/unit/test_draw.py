@@ -27,13 +27,13 @@ from pixtune.draw import (
     read_lora,
 )
 from pixtune.errors import WeightsError
-from pixtune.export import DIFFUSERS_FILE
 from pixtune.families import family_of
 from pixtune.hardware.cards import facts_as
 from pixtune.hardware.monitor import StageLog
 from pixtune.plan.encoders import encode_plainly
 from pixtune.plan.phases import DrawingPlan
 from pixtune.sample import PromptSampler, SamplerSettings
+from pixtune.trained.export import DIFFUSERS_FILE
 from pixtune.weights import ModelFolder, open_model_folder
 from tests.families.test_stock_lora import psnr, write_lora
 from tests.full_size import build_full_size_folder

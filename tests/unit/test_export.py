@@ -13,12 +13,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from pixtune import adapters
 from pixtune.checkpoint import save_checkpoint
 from pixtune.draw import put_on_lora
 from pixtune.engine.load import load_transformer
 from pixtune.errors import CheckpointError, WeightsError
-from pixtune.export import (
+from pixtune.families import FAMILIES
+from pixtune.families.base import Placement
+from pixtune.trained.export import (
     COMFYUI_FILE,
     DIFFUSERS_FILE,
     LoraDescription,
@@ -26,8 +27,7 @@ from pixtune.export import (
     export_checkpoint,
     export_lora,
 )
-from pixtune.families import FAMILIES
-from pixtune.families.base import Placement
+from pixtune.trained.methods import adapters
 from pixtune.weights import ModelFolder
 
 FAMILY = FAMILIES["qwen_image"]

@@ -10,7 +10,6 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from pixtune.adapters import attach_lora
 from pixtune.config.schema import DataConfig, TrainConfig
 from pixtune.engine.load import Layout, load_transformer
 from pixtune.families import FAMILIES, family_of
@@ -18,6 +17,7 @@ from pixtune.families.base import Placement
 from pixtune.plan.footprint import Footprint, read_footprint
 from pixtune.plan.rungs import Rung, weight_bytes
 from pixtune.planning import footprint_of
+from pixtune.trained.adapters import attach_lora
 from pixtune.weights import ModelFolder, weight_files
 from tests.full_size import build_full_size_folder, full_size_footprint, full_size_shapes
 from tests.runs import ROOT

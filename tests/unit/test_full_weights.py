@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pixtune import optim
 from pixtune.checkpoint import joined, sharded
-from pixtune.fit.host_states import HostStates
-from pixtune.full_weights import gather_in_fp32
-from pixtune.fused_step import FusedStep
 from pixtune.train import buckets_of
-from pixtune.weight_update import WeightUpdate, round_stochastically
+from pixtune.trained.full_weights import gather_in_fp32
+from pixtune.trained.fused_step import FusedStep
+from pixtune.trained.host_states import HostStates
+from pixtune.trained.methods import optim
+from pixtune.trained.weight_update import WeightUpdate, round_stochastically
 
 LEARNING_RATE = 1e-4
 

@@ -15,7 +15,8 @@ from torch import nn
 
 from pixtune.config.schema import LR_SCHEDULERS, TrainConfig
 from pixtune.errors import ConfigError
-from pixtune.optim import (
+from pixtune.safetensors_writer import save_safetensors
+from pixtune.trained.optim import (
     OPTIMIZERS,
     Optimizer,
     build_optimizer,
@@ -26,7 +27,6 @@ from pixtune.optim import (
     restore_optimizer_state,
     set_learning_rate,
 )
-from pixtune.safetensors_writer import save_safetensors
 
 
 def config(**changes: Any) -> TrainConfig:

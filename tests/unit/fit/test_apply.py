@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from pixtune import adapters
 from pixtune.engine.apply import apply_to_activations, apply_to_weights, layout_of, placement_of
 from pixtune.engine.load import load_transformer
 from pixtune.engine.modulation import announce
 from pixtune.plan.memory import MemoryPlan
+from pixtune.trained.methods import adapters
 from tests.unit.fit.test_load import model
 
 CPU = torch.device("cpu")

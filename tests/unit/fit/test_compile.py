@@ -13,7 +13,6 @@ from torch._dynamo.utils import counters as dynamo_counters
 from torch._inductor import config as inductor_config
 from torch.utils.checkpoint import CheckpointPolicy
 
-from pixtune.adapters import attach_lora, lora_weights
 from pixtune.engine import heads as heads_module
 from pixtune.engine import lora
 from pixtune.engine.activations import recompute_projections
@@ -24,6 +23,7 @@ from pixtune.engine.gelu import compact_gelus
 from pixtune.engine.load import random_transformer
 from pixtune.families import family_of
 from pixtune.families.base import Placement
+from pixtune.trained.adapters import attach_lora, lora_weights
 from pixtune.weights import open_model_folder
 from tests.runs import ROOT
 

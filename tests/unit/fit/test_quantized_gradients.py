@@ -16,10 +16,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from pixtune import adapters
 from pixtune import train as training
 from pixtune.data.batches import read_ahead
 from pixtune.quantization_errors import cosine
+from pixtune.trained.methods import adapters
 from tests.unit.fit.test_quantized_training import read_config
 
 MODELS = ("tiny-qwen-image", "tiny-flux")

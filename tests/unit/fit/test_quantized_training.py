@@ -24,10 +24,10 @@ from pixtune.data.batches import read_ahead
 from pixtune.draw import put_on_lora
 from pixtune.engine.load import load_transformer
 from pixtune.engine.quantize import QuantizedLinear
-from pixtune.export import DIFFUSERS_FILE
 from pixtune.families import family_of
 from pixtune.families.base import Placement
 from pixtune.plan.memory import MemoryPlan
+from pixtune.trained.export import DIFFUSERS_FILE
 from pixtune.validation import HeldOutPicture, measure
 from pixtune.weights import ModelFolder
 from tests.runs import DEMO_HELD_OUT, DEMO_TRAIN, ROOT

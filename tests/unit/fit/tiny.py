@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from pixtune import adapters
 from pixtune.engine.load import Layout, load_transformer
 from pixtune.families import family_of
 from pixtune.families.base import Placement
+from pixtune.trained.methods import adapters
 from pixtune.weights import ModelFolder
 
 ASSETS = Path(__file__).resolve().parents[3] / "assets"

@@ -15,17 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pixtune import optim
 from pixtune.checkpoint import OPTIMIZER_STEM, Checkpoint, CheckpointFiles, joined, sharded
 from pixtune.config.schema import TrainConfig
 from pixtune.errors import CheckpointError, WriteError
 from pixtune.files import sync_folder, write_atomically
-from pixtune.fit.host_states import HostStates
-from pixtune.fused_step import FusedStep
 from pixtune.hardware.facts import package_versions
 from pixtune.plan.memory import MemoryPlan
 from pixtune.resume import config_hash
-from pixtune.weight_update import WeightUpdate
+from pixtune.trained.fused_step import FusedStep
+from pixtune.trained.host_states import HostStates
+from pixtune.trained.methods import optim
+from pixtune.trained.weight_update import WeightUpdate
 from pixtune.weights import READ_SUFFIXES, ModelFolder
 
 WEIGHTS_STEM = "transformer"

@@ -13,8 +13,8 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from pixtune import optim
-from pixtune.weight_update import WeightUpdate
+from pixtune.trained.methods import optim
+from pixtune.trained.weight_update import WeightUpdate
 
 
 class FusedStep:

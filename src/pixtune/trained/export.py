@@ -117,7 +117,7 @@ def export_checkpoint(source: Path, folder: Path) -> tuple[Path, ...]:
     """
     from pixtune.checkpoint import load_checkpoint
     from pixtune.families import FAMILIES
-    from pixtune.full_weights import MODEL_FOLDER, WEIGHTS_STEM, export_full_checkpoint
+    from pixtune.trained.full_weights import MODEL_FOLDER, WEIGHTS_STEM, export_full_checkpoint
 
     if any(source.glob(f"{WEIGHTS_STEM}*.safetensors")):
         return (export_full_checkpoint(load_checkpoint(source), folder / MODEL_FOLDER),)

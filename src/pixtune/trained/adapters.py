@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from pixtune.targets import resolve_targets
+from pixtune.trained.targets import resolve_targets
 
 ADAPTER_NAME = "default"
 

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pixtune import draws, optim
-from pixtune.fit.host_states import HostStates
+from pixtune import draws
+from pixtune.trained.host_states import HostStates
+from pixtune.trained.methods import optim
 
 MASTER = "fp32 copy"
 """A weight's fp32 copy among its tensors in host memory; no optimizer calls its states so."""

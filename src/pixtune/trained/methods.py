@@ -9,16 +9,17 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from pixtune import adapters, draws, optim
-from pixtune.adapters import AttachedLora
+from pixtune import draws
 from pixtune.checkpoint import OPTIMIZER_STEM, CheckpointFiles, joined
 from pixtune.config.schema import TrainConfig
-from pixtune.export import DIFFUSERS_FILE, LoraDescription, diffusers_file, export_lora
 from pixtune.families.base import ModelFamily
-from pixtune.full_weights import FullWeights
 from pixtune.hardware.facts import package_versions
 from pixtune.plan.memory import MemoryPlan
 from pixtune.resume import config_hash
+from pixtune.trained.adapters import AttachedLora
+from pixtune.trained.export import DIFFUSERS_FILE, LoraDescription, diffusers_file, export_lora
+from pixtune.trained.full_weights import FullWeights
+from pixtune.trained.methods import adapters, optim
 from pixtune.weights import ModelFolder
 
 
