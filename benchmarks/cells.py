@@ -16,7 +16,7 @@ from typing import Any, Protocol, TypeVar
 
 from architectures import ARCHITECTURES, write_model_folder
 
-from pixtune.files import write_atomically
+from pixtune.storage.files import write_atomically
 
 Result = dict[str, Any]
 WITHOUT_CUDNN = ("flux", "flux-kontext")

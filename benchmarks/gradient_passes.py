@@ -35,8 +35,8 @@ from pixtune.families.base import Conditioning, ModelFamily
 from pixtune.objective import add_noise, sample_losses, velocity_target
 from pixtune.plan.memory import MemoryPlan
 from pixtune.planning import plan_on_this_machine
+from pixtune.storage.model_folder import ModelFolder
 from pixtune.trained.methods import adapters
-from pixtune.weights import ModelFolder
 
 SEED = 0
 RANK = 16

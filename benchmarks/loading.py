@@ -34,9 +34,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pixtune.bench.environment import describe
-from pixtune.loading.entries import read_entries
-from pixtune.loading.fast import iterate_fast, package_obstacle
-from pixtune.loading.threads import iterate_with_threads
+from pixtune.storage.loading.entries import read_entries
+from pixtune.storage.loading.fast import iterate_fast, package_obstacle
+from pixtune.storage.loading.threads import iterate_with_threads
 
 BLOCK_SHAPES = [(18432, 3072), (18432,), (3072, 3072), (3072,), (12288, 3072), (12288,), (3072, 12288), (128,)]
 CHUNK_BYTES = 16 * 2**20

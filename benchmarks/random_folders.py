@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from pixtune.errors import WriteError
 from pixtune.hardware.facts import GIB
-from pixtune.loading import save_safetensors_sharded
+from pixtune.storage.loading import save_safetensors_sharded
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
 STANDARD_DEVIATION = 0.02

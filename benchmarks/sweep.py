@@ -17,7 +17,7 @@ from architectures import ARCHITECTURES
 from card_sizes import LIMITS_GIB
 from cells import Result, StepCell, measure_steps, read_arguments, run_cells, table_header, table_row
 
-from pixtune.files import write_atomically
+from pixtune.storage.files import write_atomically
 
 BASES = {name: "flux" if name.startswith("flux") else "qwen-image" for name in ARCHITECTURES}
 """The model whose reference a model is compared with."""

@@ -49,8 +49,8 @@ from pixtune.engine.load import load_transformer
 from pixtune.families import family_of
 from pixtune.families.base import ModelFamily, Placement
 from pixtune.plan.encoders import encode_plainly
+from pixtune.storage.model_folder import ModelFolder
 from pixtune.validation import losses_at
-from pixtune.weights import ModelFolder
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZE_PIXELS = 256

@@ -27,7 +27,7 @@ from pixtune.engine.load import load_transformer
 from pixtune.families.base import Conditioning, Placement, Prompt, TextEncoder
 from pixtune.families.qwen_image import QWEN_IMAGE, QwenImage
 from pixtune.objective import add_noise, sample_losses, velocity_target
-from pixtune.weights import ModelFolder, open_model_folder
+from pixtune.storage.model_folder import ModelFolder, open_model_folder
 
 MODEL_DIR = Path(__file__).resolve().parent.parent / "assets" / "tiny-qwen-image"
 NUM_CAPTIONS = 200

@@ -33,7 +33,7 @@ from pixtune.engine.load import load_transformer
 from pixtune.families import family_of
 from pixtune.families.base import LatentDistribution, ModelFamily, Placement, Prompt
 from pixtune.families.qwen_image_edit import NUM_TEMPLATE_TOKENS, EditReader
-from pixtune.weights import ModelFolder
+from pixtune.storage.model_folder import ModelFolder
 
 NUM_VARIATIONS = 4
 FLUX_TEXT_TOKENS = 48

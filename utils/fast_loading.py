@@ -1,6 +1,6 @@
-"""Reading and writing safetensors; see pixtune.loading."""
+"""Reading and writing safetensors; see pixtune.storage.loading."""
 
-from pixtune.loading import (
+from pixtune.storage.loading import (
     is_fastsafetensors_available,
     load_safetensors,
     load_safetensors_sharded,

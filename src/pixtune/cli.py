@@ -95,7 +95,7 @@ def bench(
     from pixtune.bench.baseline import compare, load_baseline, refuse_other
     from pixtune.bench.result import render
     from pixtune.bench.steps import Request, case_as_json, measure
-    from pixtune.files import write_atomically
+    from pixtune.storage.files import write_atomically
     from pixtune.train import assemble, run_steps
 
     before = None if baseline is None else load_baseline(baseline)
@@ -261,7 +261,7 @@ def check_family(settings: TrainConfig, families: Sequence[str]) -> None:
         WeightsError: says what the model is and which script trains it.
     """
     from pixtune.families import family_of
-    from pixtune.weights import open_model_folder
+    from pixtune.storage.model_folder import open_model_folder
 
     folder = open_model_folder(settings.pretrained_model_name_or_path)
     family = family_of(folder)

@@ -87,7 +87,7 @@ def examine_model(name_or_path: str) -> ModelCheck:
 
     from pixtune.families import family_of
     from pixtune.model_check import check_model
-    from pixtune.weights import open_model_folder
+    from pixtune.storage.model_folder import open_model_folder
 
     folder = open_model_folder(name_or_path)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

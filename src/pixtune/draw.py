@@ -40,9 +40,9 @@ from pixtune.plan.footprint import Footprint, read_footprint
 from pixtune.plan.phases import Drawing, DrawingPlan, plan_drawing
 from pixtune.planning import encoder_sizes, tensor_shapes
 from pixtune.sample import EncodedPrompt, PromptPicture, PromptSampler, SamplerSettings, needs_negative
+from pixtune.storage.model_folder import ModelFolder, open_model_folder
 from pixtune.trained.export import read_lora_file
 from pixtune.trained.methods import adapters
-from pixtune.weights import ModelFolder, open_model_folder
 
 ENCODING, LOADING, DRAWING, DECODING = "prompts encoded", "transformer", "pictures drawn", "pictures decoded"
 """Stages of drawing, as the memory log names them."""

@@ -18,7 +18,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from pixtune.files import write_atomically
+from pixtune.storage.files import write_atomically
 
 FILE_NAME = "metrics.jsonl"
 

@@ -30,11 +30,11 @@ from pixtune.engine.on_demand import load_on_demand
 from pixtune.engine.quantize import FP8, INT8, tensor_cores_multiply
 from pixtune.families.base import ModelFamily, Placement
 from pixtune.families.stock_call import Inputs, load_stock_transformer, random_inputs, stock_velocity
-from pixtune.files import write_atomically
 from pixtune.hardware.facts import GIB, HardwareFacts, package_versions, read_facts
 from pixtune.quantization_errors import BlockErrors, LayerErrors, Measurement, cosine, relative_error
+from pixtune.storage.files import write_atomically
+from pixtune.storage.model_folder import ModelFolder
 from pixtune.trained.methods import adapters
-from pixtune.weights import ModelFolder
 
 SIDE_PIXELS, TEXT_TOKENS = 256, 64
 RANK = 4

@@ -29,7 +29,7 @@ from pixtune.plan.kernel_choice import NAMES
 from pixtune.plan.memory import CONTEXT_BYTES, MemoryPlan, plan_memory, usable_bytes
 from pixtune.plan.phases import Phase, Surroundings, phases_of
 from pixtune.plan.text_padding import Captions, least_multiple, padded_length
-from pixtune.weights import ModelFolder, open_model_folder
+from pixtune.storage.model_folder import ModelFolder, open_model_folder
 
 if TYPE_CHECKING:
     from pixtune.families.base import ModelFamily

@@ -17,8 +17,8 @@ from pixtune.plan.memory import MemoryPlan, plan_memory, usable_bytes
 from pixtune.plan.phases import Surroundings, compiled_pass_bytes, drawing_bytes, drawing_tile, idle_bytes
 from pixtune.plan.rungs import compute_format_of, is_unified
 from pixtune.plan.text_padding import Captions, least_multiple
+from pixtune.storage.model_folder import ModelFolder, read_header, weight_files
 from pixtune.trained.targets import resolve_targets
-from pixtune.weights import ModelFolder, read_header, weight_files
 
 if TYPE_CHECKING:
     import torch

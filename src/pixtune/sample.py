@@ -15,7 +15,7 @@ from pixtune.data.buckets import Size
 from pixtune.engine.modulation import announce, most_announced
 from pixtune.engine.tiling import decode_latents
 from pixtune.families.base import Conditioning, ModelFamily, Placement
-from pixtune.weights import ModelFolder
+from pixtune.storage.model_folder import ModelFolder
 
 if TYPE_CHECKING:
     from PIL.Image import Image

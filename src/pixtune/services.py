@@ -16,15 +16,6 @@ from typing import TYPE_CHECKING, Any, Protocol, Self
 from rich.console import Console
 from torch import Tensor
 
-from pixtune.checkpoint import (
-    OPTIMIZER_STEM,
-    Checkpoint,
-    checkpoint_path,
-    prune_checkpoints,
-    remove_unfinished,
-    save_checkpoint,
-    sharded,
-)
 from pixtune.config import to_dict
 from pixtune.data.batches import Batch
 from pixtune.data.prepared import PreparedData
@@ -39,11 +30,20 @@ from pixtune.metrics import FILE_NAME, MetricsLog
 from pixtune.planning import plan_between_steps
 from pixtune.progress import StepBar
 from pixtune.report import write_report
-from pixtune.resume import flatten, refuse_other_run
 from pixtune.sample import PromptSampler, SamplerSettings
+from pixtune.storage.checkpoint import (
+    OPTIMIZER_STEM,
+    Checkpoint,
+    checkpoint_path,
+    prune_checkpoints,
+    remove_unfinished,
+    save_checkpoint,
+    sharded,
+)
+from pixtune.storage.model_folder import ModelFolder
+from pixtune.storage.resume import flatten, refuse_other_run
 from pixtune.trained.methods import optim
 from pixtune.validation import ValidationLoss, measure
-from pixtune.weights import ModelFolder
 
 if TYPE_CHECKING:
     from pixtune.train import Run

@@ -15,7 +15,6 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from pixtune.checkpoint import Checkpoint, load_checkpoint, resolve_resume, stored
 from pixtune.config.schema import TrainConfig
 from pixtune.data.batches import Batch, BatchPlan, BatchSource, read_ahead, timed
 from pixtune.data.prepare import prepare_data
@@ -43,8 +42,9 @@ from pixtune.plan.encoders import EncoderPlan
 from pixtune.plan.memory import MemoryPlan, in_todays_fields
 from pixtune.planning import plan_on_this_machine
 from pixtune.services import AroundSteps, Services, TrainResult
+from pixtune.storage.checkpoint import Checkpoint, load_checkpoint, resolve_resume, stored
+from pixtune.storage.model_folder import ModelFolder, open_model_folder
 from pixtune.trained.methods import METHODS, TrainedWeights, optim
-from pixtune.weights import ModelFolder, open_model_folder
 
 EXCHANGED_NUMBERS = 1 << 28
 """Most numbers that processes exchange at once: 1 GiB in fp32."""

@@ -11,7 +11,7 @@ import yaml
 from pixtune.config.schema import NOT_YET
 from pixtune.config.sources import ConfigLoader
 from pixtune.errors import NotYetError
-from pixtune.resume import flatten
+from pixtune.storage.resume import flatten
 
 
 def needs(*keys: str, raises: type[Exception] = NotYetError) -> pytest.MarkDecorator:

@@ -19,7 +19,7 @@ from pixtune.families import family_of
 from pixtune.families.base import Placement
 from pixtune.hardware.facts import HardwareFacts
 from pixtune.plan.memory import MemoryPlan, plan_memory
-from pixtune.weights import open_model_folder
+from pixtune.storage.model_folder import open_model_folder
 from tests.contract.key_effects import DRAWN, EFFECTS, FRESH_CACHE, MEASURED
 from tests.contract.not_yet import needs
 from tests.contract.observe import BASE, Observed, observe_run, plan_of, words

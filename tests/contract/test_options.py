@@ -16,7 +16,7 @@ from pixtune.errors import ConfigError, NotYetError
 from pixtune.hardware.cards import facts_as
 from pixtune.hardware.facts import HardwareFacts
 from pixtune.plan.memory import GIB, MemoryPlan, plan_memory
-from pixtune.resume import flatten
+from pixtune.storage.resume import flatten
 from tests.contract.not_yet import needs
 from tests.full_size import full_size_footprint
 

@@ -17,8 +17,8 @@ import pixtune.train
 from pixtune.config import load_config
 from pixtune.families import family_of
 from pixtune.families.base import TextEncoder
+from pixtune.storage.model_folder import open_model_folder
 from pixtune.train import assemble, load_transformer, train
-from pixtune.weights import open_model_folder
 from tests.contract.not_yet import needs
 from tests.contract.observe import BASE, words
 from tests.runs import TINY_MODEL

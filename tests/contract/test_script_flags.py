@@ -16,8 +16,8 @@ import pytest
 import pixtune.train
 from pixtune.config.schema import TrainConfig
 from pixtune.errors import PixtuneError
-from pixtune.resume import flatten
 from pixtune.services import TrainResult
+from pixtune.storage.resume import flatten
 from tests.contract.key_effects import EFFECTS
 from tests.contract.not_yet import needs
 from tests.contract.observe import words

@@ -20,7 +20,7 @@ from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2VLProcessor
 from pixtune.engine.load import load_transformer
 from pixtune.families.base import ModelFamily, Placement
 from pixtune.families.qwen_image_edit import VisionTokenizer
-from pixtune.weights import ModelFolder
+from pixtune.storage.model_folder import ModelFolder
 from tests.runs import ROOT
 
 CAPTIONS = [

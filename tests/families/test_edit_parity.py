@@ -26,7 +26,7 @@ from pixtune.families.base import CONTROL_SIDE, ModelFamily, Placement, Prompt, 
 from pixtune.families.packing import unpack_latents
 from pixtune.families.qwen_image_edit import EditReader
 from pixtune.sample import sample_latents, starting_noise, to_image
-from pixtune.weights import ModelFolder
+from pixtune.storage.model_folder import ModelFolder
 from tests.families.stock import (
     CAPTIONS,
     assert_same,

@@ -27,7 +27,7 @@ from pixtune.families.base import LatentDistribution, ModelFamily, Placement, Pr
 from pixtune.families.packing import pack_latents, unpack_latents
 from pixtune.families.qwen_image import NUM_TEMPLATE_TOKENS
 from pixtune.sample import sample_latents, starting_noise, to_image
-from pixtune.weights import ModelFolder
+from pixtune.storage.model_folder import ModelFolder
 
 CPU = torch.device("cpu")
 FP32, BF16 = Placement(CPU, torch.float32), Placement(CPU, torch.bfloat16)

@@ -16,7 +16,7 @@ from pixtune.engine.load import load_transformer
 from pixtune.families import FAMILIES, family_of, flux
 from pixtune.families.base import ModelFamily, Placement, Prompt, TextEncoder
 from pixtune.sample import sample_latents, starting_noise, to_image
-from pixtune.weights import ModelFolder
+from pixtune.storage.model_folder import ModelFolder
 from tests.families.stock import CAPTIONS, assert_same, build_folder, recorded_calls
 
 COVERED = ("flux", "flux_kontext")

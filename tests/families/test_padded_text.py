@@ -19,8 +19,8 @@ from pixtune.engine.load import random_transformer
 from pixtune.families import FAMILIES, family_of, qwen_attention, qwen_image
 from pixtune.families.base import Conditioning, ModelFamily, Placement
 from pixtune.families.packing import pack_latents, unpack_latents
+from pixtune.storage.model_folder import ModelFolder
 from pixtune.trained.adapters import attach_lora, lora_weights
-from pixtune.weights import ModelFolder
 from tests.families.stock import give_values
 from tests.runs import ROOT
 

@@ -16,9 +16,9 @@ from pixtune.engine.load import load_transformer
 from pixtune.families import FAMILIES
 from pixtune.families.base import ModelFamily, Placement
 from pixtune.sample import SamplerSettings
+from pixtune.storage.model_folder import ModelFolder
 from pixtune.trained.export import COMFYUI_FILE, DIFFUSERS_FILE, LoraDescription, export_lora
 from pixtune.trained.methods import adapters
-from pixtune.weights import ModelFolder
 from tests.families.stock import edit_pipeline, remembered_encodings
 from tests.runs import ROOT
 

@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from pixtune.families import family_of
 from pixtune.families.base import Placement, Prompt, TextEncoder
 from pixtune.planning import count_text_weights
-from pixtune.weights import ModelFolder, open_model_folder
+from pixtune.storage.model_folder import ModelFolder, open_model_folder
 from tests.runs import ROOT
 
 CPU = torch.device("cpu")
@@ -117,7 +117,7 @@ import sys, torch, transformers
 from pathlib import Path
 from pixtune.families import FAMILIES
 from pixtune.families.base import Placement
-from pixtune.weights import ModelFolder
+from pixtune.storage.model_folder import ModelFolder
 def anonymous(): return next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith("RssAnon")) >> 10
 family, folder = FAMILIES["qwen_image"], ModelFolder(Path({str(tmp_path)!r}))
 small = ModelFolder(Path({str(folder_of(LANGUAGE_MODELS[0]).path)!r}))

@@ -22,7 +22,7 @@ from pixtune.families.base import Conditioning, LatentDistribution, Placement, P
 from pixtune.families.flow_schedule import model_sigmas, model_time_shift
 from pixtune.families.packing import PATCH, num_tokens
 from pixtune.plan.footprint import ActivationUnits, Shapes
-from pixtune.weights import ModelFolder
+from pixtune.storage.model_folder import ModelFolder
 
 TEXT_WIDTH = 16
 

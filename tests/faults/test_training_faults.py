@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from pixtune import train as training
-from pixtune.checkpoint import find_checkpoints, load_checkpoint
 from pixtune.config import load_config
 from pixtune.errors import ConfigError
+from pixtune.storage.checkpoint import find_checkpoints, load_checkpoint
 from tests.runs import DEMO_TRAIN, overrides, pixtune, write_config
 
 

@@ -21,8 +21,8 @@ from pixtune.engine.padded_attention import attend_padded
 from pixtune.families import family_of
 from pixtune.families.base import ModelFamily, Placement
 from pixtune.plan.kernel_choice import CUDNN, FLASH, LARGEST_ERROR
+from pixtune.storage.model_folder import ModelFolder
 from pixtune.trained.methods import adapters
-from pixtune.weights import ModelFolder
 from tests.unit.fit.tiny import ASSETS
 
 pytestmark = pytest.mark.gpu

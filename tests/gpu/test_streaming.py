@@ -20,8 +20,8 @@ from pixtune.engine.streaming import choose_streamed, stream_blocks
 from pixtune.engine.transfer import host_buffer
 from pixtune.families import family_of
 from pixtune.families.base import Placement
+from pixtune.storage.model_folder import ModelFolder
 from pixtune.trained.methods import adapters
-from pixtune.weights import ModelFolder
 from tests.unit.fit.tiny import ASSETS, MODELS
 
 pytestmark = pytest.mark.gpu

@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 from pixtune.errors import WriteError
 from pixtune.families import family_of
 from pixtune.families.base import Placement, Prompt
-from pixtune.loading import load_safetensors_sharded
 from pixtune.planning import count_text_weights
-from pixtune.weights import ModelFolder, open_model_folder
+from pixtune.storage.loading import load_safetensors_sharded
+from pixtune.storage.model_folder import ModelFolder, open_model_folder
 from tests.full_size import AUTOENCODER, TEXT_ENCODER, UNREAD
 from tests.runs import ROOT
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from pixtune.checkpoint import checkpoint_path, find_checkpoints, joined, load_checkpoint
+from pixtune.storage.checkpoint import checkpoint_path, find_checkpoints, joined, load_checkpoint
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 SIDES = {"num_layers": 2, "num_attention_heads": 1, "attention_head_dim": 128, "joint_attention_dim": 64}

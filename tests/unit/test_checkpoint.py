@@ -17,8 +17,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from pixtune import checkpoint
-from pixtune.checkpoint import (
+from pixtune.errors import CheckpointError
+from pixtune.storage import checkpoint
+from pixtune.storage.checkpoint import (
     STATE_FILE,
     checkpoint_path,
     find_checkpoints,
@@ -28,7 +29,6 @@ from pixtune.checkpoint import (
     resolve_resume,
     save_checkpoint,
 )
-from pixtune.errors import CheckpointError
 
 RECORD = {"config": {"rank": 4, "rate": 1e-4}, "text": "狐", "nothing": None}
 
@@ -234,7 +234,7 @@ def test_disk_full_in_a_real_process_leaves_the_older_one(tmp_path: Path) -> Non
         import resource, signal
         from pathlib import Path
         import torch
-        from pixtune.checkpoint import save_checkpoint
+        from pixtune.storage.checkpoint import save_checkpoint
         from pixtune.errors import CheckpointError
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # the write then fails with an error instead
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))

@@ -33,8 +33,8 @@ from pixtune.hardware.monitor import StageLog
 from pixtune.plan.encoders import encode_plainly
 from pixtune.plan.phases import DrawingPlan
 from pixtune.sample import PromptSampler, SamplerSettings
+from pixtune.storage.model_folder import ModelFolder, open_model_folder
 from pixtune.trained.export import DIFFUSERS_FILE
-from pixtune.weights import ModelFolder, open_model_folder
 from tests.families.test_stock_lora import psnr, write_lora
 from tests.full_size import build_full_size_folder
 from tests.runs import ROOT

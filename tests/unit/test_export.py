@@ -13,12 +13,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from pixtune.checkpoint import save_checkpoint
 from pixtune.draw import put_on_lora
 from pixtune.engine.load import load_transformer
 from pixtune.errors import CheckpointError, WeightsError
 from pixtune.families import FAMILIES
 from pixtune.families.base import Placement
+from pixtune.storage.checkpoint import save_checkpoint
+from pixtune.storage.model_folder import ModelFolder
 from pixtune.trained.export import (
     COMFYUI_FILE,
     DIFFUSERS_FILE,
@@ -28,7 +29,6 @@ from pixtune.trained.export import (
     export_lora,
 )
 from pixtune.trained.methods import adapters
-from pixtune.weights import ModelFolder
 
 FAMILY = FAMILIES["qwen_image"]
 RANK, ALPHA = 4, 10.0

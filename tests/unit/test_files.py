@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from pixtune.errors import PixtuneError, WriteError
-from pixtune.files import replacing, user_cache_folder, write_atomically
+from pixtune.storage.files import replacing, user_cache_folder, write_atomically
 
 
 def files_below(folder: Path) -> dict[str, bytes]:

@@ -17,8 +17,8 @@ from pixtune.families.base import Placement
 from pixtune.plan.footprint import Footprint, read_footprint
 from pixtune.plan.rungs import Rung, weight_bytes
 from pixtune.planning import footprint_of
+from pixtune.storage.model_folder import ModelFolder, weight_files
 from pixtune.trained.adapters import attach_lora
-from pixtune.weights import ModelFolder, weight_files
 from tests.full_size import build_full_size_folder, full_size_footprint, full_size_shapes
 from tests.runs import ROOT
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pixtune.checkpoint import joined, sharded
+from pixtune.storage.checkpoint import joined, sharded
 from pixtune.train import buckets_of
 from pixtune.trained.full_weights import gather_in_fp32
 from pixtune.trained.fused_step import FusedStep

@@ -18,9 +18,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pixtune.errors import WeightsError
-from pixtune.loading import fast, iterate_tensors, load_safetensors, threads
-from pixtune.loading.entries import TensorEntry, read_entries
-from pixtune.loading.threads import iterate_with_threads
+from pixtune.storage.loading import fast, iterate_tensors, load_safetensors, threads
+from pixtune.storage.loading.entries import TensorEntry, read_entries
+from pixtune.storage.loading.threads import iterate_with_threads
 
 CPU = torch.device("cpu")
 Way = Callable[[list[Path]], Iterator[tuple[str, Tensor]]]

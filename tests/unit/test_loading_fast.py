@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pixtune.errors import WeightsError
-from pixtune.loading import fast, is_fastsafetensors_available, iterate_tensors, read
+from pixtune.storage.loading import fast, is_fastsafetensors_available, iterate_tensors, read
 
 CUDA = torch.device("cuda", 0)
 

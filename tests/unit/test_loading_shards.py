@@ -17,9 +17,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import utils.fast_loading
-from pixtune import files, loading
 from pixtune.errors import WeightsError, WriteError
-from pixtune.loading import load_safetensors_sharded, save_safetensors, save_safetensors_sharded, shard_files
+from pixtune.storage import files, loading
+from pixtune.storage.loading import load_safetensors_sharded, save_safetensors, save_safetensors_sharded, shard_files
 from tests.runs import TINY_MODEL
 
 

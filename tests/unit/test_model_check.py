@@ -14,7 +14,6 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from pixtune import model_check
-from pixtune.checkpoint import stored
 from pixtune.cli import app
 from pixtune.config.load import load_config
 from pixtune.config.schema import TrainConfig
@@ -33,7 +32,8 @@ from pixtune.plan.memory import MemoryPlan, plan_memory
 from pixtune.plan.rungs import Rung, weight_bytes
 from pixtune.planning import footprint_of
 from pixtune.quantization_errors import LayerErrors, median_channel_error
-from pixtune.weights import ModelFolder
+from pixtune.storage.checkpoint import stored
+from pixtune.storage.model_folder import ModelFolder
 from tests.runs import ROOT
 from tests.unit.fit.test_load import MODELS, WEIGHTS, model
 

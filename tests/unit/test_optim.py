@@ -15,7 +15,7 @@ from torch import nn
 
 from pixtune.config.schema import LR_SCHEDULERS, TrainConfig
 from pixtune.errors import ConfigError
-from pixtune.safetensors_writer import save_safetensors
+from pixtune.storage.safetensors_writer import save_safetensors
 from pixtune.trained.optim import (
     OPTIMIZERS,
     Optimizer,

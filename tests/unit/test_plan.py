@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from pixtune.checkpoint import stored
 from pixtune.config.schema import CudaFeatures, DataConfig, TrainConfig
 from pixtune.errors import CheckpointError, ConfigError, PlanError
 from pixtune.hardware.cards import facts_as
@@ -29,6 +28,7 @@ from pixtune.plan.rungs import (
     room_for_recordings,
 )
 from pixtune.plan.text_padding import LEAST_MULTIPLE, CaptionedSize, Captions, least_multiple
+from pixtune.storage.checkpoint import stored
 from tests.full_size import full_size_footprint
 
 H100, CPU = facts_as("H100"), HardwareFacts("cpu", "x86_64", (0, 0), 0, 0)

@@ -14,7 +14,6 @@ import pytest
 from rich.console import Console
 
 from pixtune import plan_command
-from pixtune.checkpoint import stored
 from pixtune.config import load_config
 from pixtune.config.schema import TrainConfig
 from pixtune.errors import PixtuneError, PlanError, WeightsError
@@ -35,7 +34,8 @@ from pixtune.plan_command import (
     render,
 )
 from pixtune.planning import BetweenSteps, plan_between_steps
-from pixtune.weights import ModelFolder
+from pixtune.storage.checkpoint import stored
+from pixtune.storage.model_folder import ModelFolder
 from tests.full_size import TEXT_ENCODER, build_full_size_folder
 from tests.runs import ROOT, TINY_MODEL, environment, pixtune
 

@@ -17,9 +17,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from pixtune import safetensors_writer
 from pixtune.errors import WriteError
-from pixtune.safetensors_writer import CODES, PIECE_BYTES, save_safetensors, save_without_digest
+from pixtune.storage import safetensors_writer
+from pixtune.storage.safetensors_writer import CODES, PIECE_BYTES, save_safetensors, save_without_digest
 
 
 def noise(dtype: torch.dtype, *shape: int) -> Tensor:

@@ -10,7 +10,7 @@ import pytest
 
 from pixtune.errors import WeightsError
 from pixtune.families import family_of
-from pixtune.weights import ModelFolder, open_model_folder
+from pixtune.storage.model_folder import ModelFolder, open_model_folder
 from tests.runs import TINY_MODEL
 
 

@@ -38,7 +38,7 @@ from pixtune.plan.rungs import QUANTISED
 from pixtune.planning import footprint_of, plain_linears, targeted_linears, tensor_shapes
 from pixtune.progress import StepBar
 from pixtune.services import AroundSteps, Services, TrainResult
-from pixtune.weights import open_model_folder
+from pixtune.storage.model_folder import open_model_folder
 
 if TYPE_CHECKING:
     from pixtune.train import Run

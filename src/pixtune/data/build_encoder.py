@@ -19,7 +19,7 @@ from pixtune.hardware.facts import MEMORY_FRACTION, HardwareFacts, read_facts
 from pixtune.hardware.unified import is_unified_memory_system
 from pixtune.plan.encoders import EncoderPlan, count_caption_tokens, encode_plainly, more_exact
 from pixtune.planning import encoder_sizes, encoders_stay, plan_encoders_of
-from pixtune.weights import ModelFolder
+from pixtune.storage.model_folder import ModelFolder
 
 CACHE_FOLDER = ".pixtune_cache"
 

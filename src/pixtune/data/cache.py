@@ -21,8 +21,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from pixtune.files import write_atomically
-from pixtune.safetensors_writer import save_without_digest
+from pixtune.storage.files import write_atomically
+from pixtune.storage.safetensors_writer import save_without_digest
 
 log = logging.getLogger(__name__)
 

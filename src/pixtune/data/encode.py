@@ -26,7 +26,7 @@ from pixtune.engine.weight_only import quantize_encoder
 from pixtune.families.base import LatentDistribution, ModelFamily, Placement, Prompt, TextEncoder
 from pixtune.plan.encoders import ON_CPU, EncoderPlan
 from pixtune.progress import track
-from pixtune.weights import ModelFolder
+from pixtune.storage.model_folder import ModelFolder
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -27,8 +27,8 @@ from pixtune.hardware.monitor import StageLog
 from pixtune.plan.encoders import EncoderPlan
 from pixtune.plan.text_padding import Captions
 from pixtune.sample import EncodedPrompt, needs_negative
+from pixtune.storage.model_folder import ModelFolder
 from pixtune.validation import HeldOutPicture
-from pixtune.weights import ModelFolder
 
 
 def prepare_data(

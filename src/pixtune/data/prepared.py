@@ -20,8 +20,8 @@ from pixtune.families.base import Conditioning, LatentDistribution, ModelFamily
 from pixtune.plan.encoders import EncoderPlan
 from pixtune.plan.text_padding import CaptionedSize, Captions, padded_length
 from pixtune.sample import EncodedPrompt
+from pixtune.storage.model_folder import ModelFolder
 from pixtune.validation import HeldOutPicture
-from pixtune.weights import ModelFolder
 
 
 @dataclass(frozen=True)

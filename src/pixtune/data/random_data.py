@@ -16,8 +16,8 @@ from pixtune.data.samples import Sample
 from pixtune.families.base import Conditioning, LatentDistribution, ModelFamily
 from pixtune.plan.encoders import encode_plainly
 from pixtune.plan.text_padding import Captions
+from pixtune.storage.model_folder import ModelFolder
 from pixtune.validation import HeldOutPicture
-from pixtune.weights import ModelFolder
 
 MOST_TEXT_TOKENS = 256
 """Of a stand-in caption, where the config sets no `max_text_tokens`."""

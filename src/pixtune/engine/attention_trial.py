@@ -22,8 +22,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pixtune.engine.attention import BACKENDS, use_flash_attention_3
 from pixtune.engine.padded_attention import attend_padded
-from pixtune.files import user_cache_folder, write_atomically
 from pixtune.plan.kernel_choice import FLASH_3, PADDING, Finding
+from pixtune.storage.files import user_cache_folder, write_atomically
 
 TRIAL_SECONDS = 120
 """Of one process. All kernels together take about 7 s on an H100."""

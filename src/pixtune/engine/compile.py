@@ -15,7 +15,7 @@ import torch._functorch.config as functorch_config
 from torch import Tensor, nn
 
 from pixtune.engine.forwards import Forward, replace_computation
-from pixtune.files import user_cache_folder
+from pixtune.storage.files import user_cache_folder
 
 MOST_GRAPHS = 64
 """Graphs of one kind of block. One or two serve all sizes, by whether a block computes projections again; as many again

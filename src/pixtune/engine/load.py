@@ -16,8 +16,8 @@ from pixtune.engine.modulation_filling import ModulationRows
 from pixtune.engine.quantize import QuantizedLinear, can_quantize, codes_for, tensor_cores_multiply
 from pixtune.errors import WeightsError
 from pixtune.families.base import ModelFamily, Placement
-from pixtune.loading import iterate_tensors, shard_files
-from pixtune.weights import ModelFolder
+from pixtune.storage.loading import iterate_tensors, shard_files
+from pixtune.storage.model_folder import ModelFolder
 
 
 @dataclass(frozen=True)

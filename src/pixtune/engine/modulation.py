@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from pixtune.engine.modulation_filling import Filling, ModulationRows, Passage, ReadWeight
 from pixtune.engine.transfer import host_buffer
 from pixtune.families.base import Conditioning, ModelFamily
-from pixtune.weights import read_header
+from pixtune.storage.model_folder import read_header
 
 LARGEST_DISTANCE = 0.02
 """Relative, of a time embedding from the nearest one in the table. The same sigma embedded in a batch of another size

@@ -24,8 +24,8 @@ from pixtune.engine.load import PLAIN, Layout, fill, lay_out, parent, put_into
 from pixtune.engine.quantize import QuantizedLinear
 from pixtune.errors import WeightsError
 from pixtune.families.base import ModelFamily, Placement
-from pixtune.loading import iterate_tensors, shard_files
-from pixtune.weights import ModelFolder
+from pixtune.storage.loading import iterate_tensors, shard_files
+from pixtune.storage.model_folder import ModelFolder
 
 Visit = Callable[[str, nn.Module, tuple[Any, ...], dict[str, Any]], None]
 """Gets a block's path, the block with its weights in place, and the arguments that it is about to run with."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from pixtune.families.base import LatentDistribution, ModelFamily
-from pixtune.weights import ModelFolder
+from pixtune.storage.model_folder import ModelFolder
 
 OVERLAP_SHARE = 0.25
 """Of a tile's side that it shares with its neighbour, at the least."""

@@ -7,7 +7,7 @@ from pixtune.families.base import ModelFamily
 from pixtune.families.flux import FLUX, FLUX_KONTEXT
 from pixtune.families.qwen_image import QWEN_IMAGE
 from pixtune.families.qwen_image_edit import QWEN_IMAGE_EDIT, QWEN_IMAGE_EDIT_PLUS
-from pixtune.weights import ModelFolder
+from pixtune.storage.model_folder import ModelFolder
 
 FAMILIES: dict[str, ModelFamily] = {
     family.name: family for family in (QWEN_IMAGE, QWEN_IMAGE_EDIT, QWEN_IMAGE_EDIT_PLUS, FLUX, FLUX_KONTEXT)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from pixtune.data.buckets import Size
 from pixtune.plan.footprint import ActivationUnits, Shapes
-from pixtune.weights import ModelFolder
+from pixtune.storage.model_folder import ModelFolder
 
 if TYPE_CHECKING:
     import torch

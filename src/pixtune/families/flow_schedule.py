@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from pixtune.weights import ModelFolder
+from pixtune.storage.model_folder import ModelFolder
 
 if TYPE_CHECKING:
     import torch

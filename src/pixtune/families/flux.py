@@ -17,7 +17,7 @@ from pixtune.families.packing import PATCH, grid, num_tokens, pack_latents, unpa
 from pixtune.families.transformer_shapes import flux_shapes
 from pixtune.late import LateModule
 from pixtune.plan.footprint import ActivationUnits, Shapes
-from pixtune.weights import ModelFolder
+from pixtune.storage.model_folder import ModelFolder
 
 if TYPE_CHECKING:
     import torch

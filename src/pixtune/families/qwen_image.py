@@ -18,7 +18,7 @@ from pixtune.families.transformer_shapes import qwen_image_shapes
 from pixtune.late import LateModule
 from pixtune.plan.footprint import ActivationUnits, Shapes
 from pixtune.plan.text_padding import padded_length
-from pixtune.weights import ModelFolder
+from pixtune.storage.model_folder import ModelFolder
 
 if TYPE_CHECKING:
     import torch

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from pixtune.data.buckets import Size
 from pixtune.families.base import Conditioning, Prompt, TextEncoder
 from pixtune.families.qwen_image import QwenImage
-from pixtune.weights import ModelFolder
+from pixtune.storage.model_folder import ModelFolder
 
 if TYPE_CHECKING:
     from PIL.Image import Image

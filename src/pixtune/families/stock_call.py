@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from pixtune import draws
 from pixtune.families.base import CONTROL_SIDE, Conditioning, ModelFamily, Placement
-from pixtune.weights import ModelFolder
+from pixtune.storage.model_folder import ModelFolder
 
 SIGMAS = [0.7, 0.3]
 """Before the sampler's shift. Two, since the last one of a schedule may be stretched to its end."""

@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pixtune.files import write_atomically
 from pixtune.report.page import build_page
 from pixtune.report.pictures import draw_before_after
 from pixtune.report.record import read_record
+from pixtune.storage.files import write_atomically
 
 PAGE_FILE = "report.html"
 BEFORE_AFTER_FILE = "before_after.png"

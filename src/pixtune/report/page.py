@@ -21,7 +21,7 @@ from pixtune.report.record import (
     smoothing_window,
 )
 from pixtune.report.style import CSS
-from pixtune.resume import flatten
+from pixtune.storage.resume import flatten
 
 GIB = 2**30
 

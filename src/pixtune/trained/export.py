@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pixtune.errors import CheckpointError, WeightsError
 from pixtune.families.base import ModelFamily
-from pixtune.safetensors_writer import save_without_digest
+from pixtune.storage.safetensors_writer import save_without_digest
 
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 COMFYUI_FILE = "comfyui_lora.safetensors"
@@ -115,8 +115,8 @@ def export_checkpoint(source: Path, folder: Path) -> tuple[Path, ...]:
         CheckpointError: there is no LoRA of ours at `source`.
         WeightsError: there is a file that is no safetensors file.
     """
-    from pixtune.checkpoint import load_checkpoint
     from pixtune.families import FAMILIES
+    from pixtune.storage.checkpoint import load_checkpoint
     from pixtune.trained.full_weights import MODEL_FOLDER, WEIGHTS_STEM, export_full_checkpoint
 
     if any(source.glob(f"{WEIGHTS_STEM}*.safetensors")):

@@ -15,18 +15,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pixtune.checkpoint import OPTIMIZER_STEM, Checkpoint, CheckpointFiles, joined, sharded
 from pixtune.config.schema import TrainConfig
 from pixtune.errors import CheckpointError, WriteError
-from pixtune.files import sync_folder, write_atomically
 from pixtune.hardware.facts import package_versions
 from pixtune.plan.memory import MemoryPlan
-from pixtune.resume import config_hash
+from pixtune.storage.checkpoint import OPTIMIZER_STEM, Checkpoint, CheckpointFiles, joined, sharded
+from pixtune.storage.files import sync_folder, write_atomically
+from pixtune.storage.model_folder import READ_SUFFIXES, ModelFolder
+from pixtune.storage.resume import config_hash
 from pixtune.trained.fused_step import FusedStep
 from pixtune.trained.host_states import HostStates
 from pixtune.trained.methods import optim
 from pixtune.trained.weight_update import WeightUpdate
-from pixtune.weights import READ_SUFFIXES, ModelFolder
 
 WEIGHTS_STEM = "transformer"
 MODEL_FOLDER = "model"
@@ -205,7 +205,7 @@ def export_full_checkpoint(checkpoint: Checkpoint, target: Path) -> Path:
     from pixtune.engine.load import load_transformer
     from pixtune.families import family_of
     from pixtune.families.base import Placement
-    from pixtune.weights import open_model_folder
+    from pixtune.storage.model_folder import open_model_folder
 
     config, weights_format = checkpoint.record["config"], checkpoint.record["plan"]["compute_format"]
     base = open_model_folder(config["pretrained_model_name_or_path"])

@@ -10,17 +10,17 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from pixtune import draws
-from pixtune.checkpoint import OPTIMIZER_STEM, CheckpointFiles, joined
 from pixtune.config.schema import TrainConfig
 from pixtune.families.base import ModelFamily
 from pixtune.hardware.facts import package_versions
 from pixtune.plan.memory import MemoryPlan
-from pixtune.resume import config_hash
+from pixtune.storage.checkpoint import OPTIMIZER_STEM, CheckpointFiles, joined
+from pixtune.storage.model_folder import ModelFolder
+from pixtune.storage.resume import config_hash
 from pixtune.trained.adapters import AttachedLora
 from pixtune.trained.export import DIFFUSERS_FILE, LoraDescription, diffusers_file, export_lora
 from pixtune.trained.full_weights import FullWeights
 from pixtune.trained.methods import adapters, optim
-from pixtune.weights import ModelFolder
 
 
 class TrainedWeights(Protocol):

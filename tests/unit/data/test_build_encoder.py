@@ -22,7 +22,7 @@ from pixtune.families import family_of
 from pixtune.hardware.cards import facts_as
 from pixtune.hardware.facts import GIB
 from pixtune.plan.encoders import ON_CPU, EncoderPlan, encode_plainly
-from pixtune.weights import open_model_folder
+from pixtune.storage.model_folder import open_model_folder
 from tests.runs import TINY_MODEL, overrides
 
 TEXTS = [TextItem("a fox"), TextItem("an owl")]

@@ -27,7 +27,7 @@ from pixtune.errors import DataError
 from pixtune.families.base import LatentDistribution, Placement, Prompt
 from pixtune.families.qwen_image import CaptionReader, QwenImage
 from pixtune.plan.encoders import encode_plainly
-from pixtune.weights import ModelFolder
+from pixtune.storage.model_folder import ModelFolder
 
 # ---- the keys of real captions and pictures, and what is encoded for them
 

@@ -12,7 +12,7 @@ from pixtune.config.schema import DataConfig, TrainConfig, ValidationConfig
 from pixtune.data.prepare import prepare_data
 from pixtune.data.prepared import PreparedData
 from pixtune.families import family_of
-from pixtune.weights import open_model_folder
+from pixtune.storage.model_folder import open_model_folder
 from tests.runs import ROOT
 
 

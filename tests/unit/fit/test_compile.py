@@ -23,8 +23,8 @@ from pixtune.engine.gelu import compact_gelus
 from pixtune.engine.load import random_transformer
 from pixtune.families import family_of
 from pixtune.families.base import Placement
+from pixtune.storage.model_folder import open_model_folder
 from pixtune.trained.adapters import attach_lora, lora_weights
-from pixtune.weights import open_model_folder
 from tests.runs import ROOT
 
 pytestmark = pytest.mark.usefixtures("own_graphs")

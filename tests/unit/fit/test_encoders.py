@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import pytest
 
-from pixtune.checkpoint import stored
 from pixtune.errors import CheckpointError, PlanError
 from pixtune.families import FAMILIES
 from pixtune.hardware.facts import GIB
@@ -27,6 +26,7 @@ from pixtune.plan.encoders import (
     text_weight_bytes,
 )
 from pixtune.plan.memory import CONTEXT_BYTES, RESERVE_BYTES
+from pixtune.storage.checkpoint import stored
 from tests.full_size import AUTOENCODER, TEXT_ENCODER
 
 CARDS_GIB = {80: 79.0, 24: 23.3, 16: 15.3, 12: 11.4, 8: 7.4, 6: 5.4, 4: 3.5}

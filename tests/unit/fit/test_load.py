@@ -18,7 +18,7 @@ from pixtune.engine.quantize import FORMATS, QuantizedLinear
 from pixtune.errors import WeightsError
 from pixtune.families import family_of
 from pixtune.families.base import ModelFamily, Placement
-from pixtune.weights import ModelFolder
+from pixtune.storage.model_folder import ModelFolder
 from tests.runs import ROOT
 
 MODELS = ("tiny-qwen-image", "tiny-qwen-image-edit", "tiny-flux")

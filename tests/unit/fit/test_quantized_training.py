@@ -27,9 +27,9 @@ from pixtune.engine.quantize import QuantizedLinear
 from pixtune.families import family_of
 from pixtune.families.base import Placement
 from pixtune.plan.memory import MemoryPlan
+from pixtune.storage.model_folder import ModelFolder
 from pixtune.trained.export import DIFFUSERS_FILE
 from pixtune.validation import HeldOutPicture, measure
-from pixtune.weights import ModelFolder
 from tests.runs import DEMO_HELD_OUT, DEMO_TRAIN, ROOT
 
 NUM_STEPS = {"tiny-qwen-image": 40, "tiny-flux": 15}

@@ -12,7 +12,7 @@ from pixtune.engine.tiling import OVERLAP_SHARE, decode_latents, encode_images, 
 from pixtune.families import family_of
 from pixtune.families.base import Placement
 from pixtune.sample import PromptSampler, SamplerSettings, to_image
-from pixtune.weights import open_model_folder
+from pixtune.storage.model_folder import open_model_folder
 from tests.runs import ROOT
 
 PLACEMENT = Placement(torch.device("cpu"), torch.float32)

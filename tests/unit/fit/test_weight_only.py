@@ -16,7 +16,7 @@ from pixtune.engine.quantize import QuantizedLinear
 from pixtune.engine.weight_only import WeightOnlyLinear, quantize_encoder
 from pixtune.families import family_of
 from pixtune.families.base import Placement, Prompt, TextEncoder
-from pixtune.weights import open_model_folder
+from pixtune.storage.model_folder import open_model_folder
 from tests.runs import ROOT
 
 CPU = torch.device("cpu")

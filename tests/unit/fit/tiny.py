@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from pixtune.engine.load import Layout, load_transformer
 from pixtune.families import family_of
 from pixtune.families.base import Placement
+from pixtune.storage.model_folder import ModelFolder
 from pixtune.trained.methods import adapters
-from pixtune.weights import ModelFolder
 
 ASSETS = Path(__file__).resolve().parents[3] / "assets"
 MODELS = ("tiny-qwen-image", "tiny-flux")

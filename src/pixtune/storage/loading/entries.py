@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from pixtune.errors import WeightsError
-from pixtune.safetensors_writer import CODES
-from pixtune.weights import read_header
+from pixtune.storage.model_folder import read_header
+from pixtune.storage.safetensors_writer import CODES
 
 LENGTH_BYTES = 8
 """A safetensors file begins with the length of its JSON header, as a little-endian integer of this size."""

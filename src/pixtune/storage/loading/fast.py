@@ -16,7 +16,7 @@ from packaging.version import Version
 from torch import Tensor
 
 from pixtune.errors import WeightsError
-from pixtune.loading.entries import TensorEntry
+from pixtune.storage.loading.entries import TensorEntry
 
 PACKAGE = "fastsafetensors"
 OLDEST, TOO_NEW = "0.5", "0.6"

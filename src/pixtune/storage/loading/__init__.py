@@ -1,8 +1,13 @@
 """Safetensors to and from a device: whole files, models in shards, or one tensor after the other."""
 
-from pixtune.loading.fast import is_fastsafetensors_available
-from pixtune.loading.read import iterate_tensors, load_safetensors
-from pixtune.loading.shards import load_safetensors_sharded, save_safetensors, save_safetensors_sharded, shard_files
+from pixtune.storage.loading.fast import is_fastsafetensors_available
+from pixtune.storage.loading.read import iterate_tensors, load_safetensors
+from pixtune.storage.loading.shards import (
+    load_safetensors_sharded,
+    save_safetensors,
+    save_safetensors_sharded,
+    shard_files,
+)
 
 __all__ = [
     "is_fastsafetensors_available",

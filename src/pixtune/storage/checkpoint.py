@@ -25,8 +25,8 @@ from torch import Tensor
 
 from pixtune.data.cache import file_digest
 from pixtune.errors import CheckpointError
-from pixtune.files import sync_folder, write_atomically
-from pixtune.safetensors_writer import save_safetensors
+from pixtune.storage.files import sync_folder, write_atomically
+from pixtune.storage.safetensors_writer import save_safetensors
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pixtune import files
+from pixtune.storage import files
 
 PIECE_BYTES = 8 * 2**20
 """What is copied from a GPU, hashed and written at once: large enough for the bus, small enough for the CPU's cache."""

@@ -13,9 +13,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from pixtune.errors import WeightsError
-from pixtune.loading.entries import TensorEntry, read_entries
-from pixtune.loading.fast import iterate_fast, obstacle_to
-from pixtune.loading.threads import iterate_with_threads
+from pixtune.storage.loading.entries import TensorEntry, read_entries
+from pixtune.storage.loading.fast import iterate_fast, obstacle_to
+from pixtune.storage.loading.threads import iterate_with_threads
 
 logger = logging.getLogger(__name__)
 

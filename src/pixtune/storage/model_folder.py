@@ -210,7 +210,7 @@ def _file_digest(file: Path, memo_dir: Path | None) -> str:
     memo = memo_dir / f"{key}.sha256"
     if memo.is_file():
         return memo.read_text().strip()
-    from pixtune.files import write_atomically
+    from pixtune.storage.files import write_atomically
 
     digest = _sha256(file)
     write_atomically(memo, digest.encode())

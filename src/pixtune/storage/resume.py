@@ -7,10 +7,10 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from pixtune.checkpoint import Checkpoint
 from pixtune.config import to_dict
 from pixtune.config.schema import TrainConfig
 from pixtune.errors import CheckpointError
+from pixtune.storage.checkpoint import Checkpoint
 
 MAY_CHANGE = (
     "output_dir", "logging_dir", "report_to", "tracker_project_name", "logging_steps", "max_train_steps",

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from pixtune.errors import WeightsError
-from pixtune.loading.entries import TensorEntry
+from pixtune.storage.loading.entries import TensorEntry
 
 SLICE_BYTES = 16 * 2**20
 """What a thread reads at once. Large enough that a disk and a bus run at their full speed, small enough to stage."""

@@ -11,11 +11,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pixtune import files, safetensors_writer
 from pixtune.errors import WeightsError, WriteError
-from pixtune.loading.entries import read_entries
-from pixtune.loading.read import NUM_THREADS, iterate_tensors
-from pixtune.weights import INDEX_SUFFIX, SHARD_NAME, read_json, weight_files
+from pixtune.storage import files, safetensors_writer
+from pixtune.storage.loading.entries import read_entries
+from pixtune.storage.loading.read import NUM_THREADS, iterate_tensors
+from pixtune.storage.model_folder import INDEX_SUFFIX, SHARD_NAME, read_json, weight_files
 
 MAX_SHARD_BYTES = 2 * 2**30
 """A model of many gigabytes in a handful of files, so that one that is lost or damaged is fetched again alone."""
