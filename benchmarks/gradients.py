@@ -33,9 +33,9 @@ from gradient_passes import BF16, E5M2, WAYS, Pass, Passes, Setting, prepare
 from torch import Tensor, nn
 
 from pixtune.bench.environment import describe
+from pixtune.commands.quantization_errors import cosine, relative_error
 from pixtune.engine.quantize import FP8, can_quantize
 from pixtune.figures import mark_time, seconds_between
-from pixtune.quantization_errors import cosine, relative_error
 
 MODELS = ("qwen-image", "flux")
 SIZE_PIXELS = 1024

@@ -21,10 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pixtune import draw
 from pixtune.bench.environment import describe
 from pixtune.bench.synthetic import write_pictures
 from pixtune.cli import exit_on_user_errors
+from pixtune.commands import sample as draw
 from pixtune.config.schema import DataConfig, TrainConfig
 from pixtune.data.encode import Encoder
 from pixtune.data.prepare import prepare_data

@@ -21,7 +21,7 @@ LIBRARIES = (
     "transformers.models.t5.modeling_t5",
     "pixtune.bench.steps",
     "pixtune.cli",
-    "pixtune.draw",
+    "pixtune.commands.sample",
     "pixtune.trained.export",
     "pixtune.report",
     "pixtune.train",

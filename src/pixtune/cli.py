@@ -61,8 +61,8 @@ def plan(
     json_output: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
 ) -> None:
     """Say whether a run fits, how it would use the machine and why. Loads no weights, trains nothing."""
+    from pixtune.commands.plan import make_report, render
     from pixtune.config import load_config
-    from pixtune.plan_command import make_report, render
 
     report = make_report(load_config(config, overrides or [], folders_must_exist=False), card)
     if json_output:
@@ -159,7 +159,7 @@ def sample(
     ] = None,
 ) -> None:
     """Draw pictures from a model, with or without a LoRA, on whatever GPU there is; says how it fits."""
-    from pixtune.draw import DrawRequest, draw
+    from pixtune.commands.sample import DrawRequest, draw
     from pixtune.sample import SamplerSettings
 
     request = DrawRequest(
@@ -200,7 +200,7 @@ def doctor(
     output: Annotated[Path | None, typer.Option(help="With --model: also write what was measured, as JSON.")] = None,
 ) -> None:
     """Show what this machine is and what to mend; exit code 1 if training is impossible. Trains nothing."""
-    from pixtune.doctor import examine, examine_model, render, render_model
+    from pixtune.commands.doctor import examine, examine_model, render, render_model
 
     if model is not None:
         check = examine_model(model)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from pixtune.draw import DrawRequest, draw
+from pixtune.commands.sample import DrawRequest, draw
 from pixtune.engine.load import load_transformer
 from pixtune.families import FAMILIES
 from pixtune.families.base import ModelFamily, Placement

@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from pixtune.bench.flops import StepSize, read_linears
+from pixtune.commands.quantization_errors import relative_error
 from pixtune.engine.load import random_transformer
 from pixtune.engine.quantize import FP8, QuantizedLinear
 from pixtune.plan.memory import MemoryPlan
-from pixtune.quantization_errors import relative_error
 from tests.runs import ROOT
 
 CPU = torch.device("cpu")

@@ -10,9 +10,9 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from pixtune import doctor
 from pixtune.cli import app
-from pixtune.doctor import Examination
+from pixtune.commands import doctor
+from pixtune.commands.doctor import Examination
 from pixtune.hardware.advice import advise
 from tests.unit.hardware.test_advice import BROKEN, SOUND, SPARK
 

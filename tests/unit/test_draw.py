@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 from torch import nn
 
-from pixtune import draw as module
-from pixtune.draw import (
+from pixtune.commands import sample as module
+from pixtune.commands.sample import (
     DrawRequest,
     Plans,
     SavedLora,

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from pixtune.draw import put_on_lora
+from pixtune.commands.sample import put_on_lora
 from pixtune.engine.load import load_transformer
 from pixtune.errors import CheckpointError, WeightsError
 from pixtune.families import FAMILIES

@@ -13,8 +13,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from pixtune import model_check
 from pixtune.cli import app
+from pixtune.commands import model_check
+from pixtune.commands.model_check import (
+    GRADIENT_BOUND,
+    STOCK_BOUND,
+    ModelCheck,
+    check_model,
+    compare_with_stock,
+    layers_to_keep,
+)
+from pixtune.commands.quantization_errors import LayerErrors, median_channel_error
 from pixtune.config.load import load_config
 from pixtune.config.schema import TrainConfig
 from pixtune.engine.apply import layout_of
@@ -26,12 +35,10 @@ from pixtune.families import family_of, flux, qwen_image
 from pixtune.families.base import Placement
 from pixtune.families.stock_call import random_inputs
 from pixtune.hardware.facts import GIB, HardwareFacts
-from pixtune.model_check import GRADIENT_BOUND, STOCK_BOUND, ModelCheck, check_model, compare_with_stock, layers_to_keep
 from pixtune.plan.footprint import Footprint
 from pixtune.plan.memory import MemoryPlan, plan_memory
 from pixtune.plan.rungs import Rung, weight_bytes
 from pixtune.planning import footprint_of
-from pixtune.quantization_errors import LayerErrors, median_channel_error
 from pixtune.storage.checkpoint import stored
 from pixtune.storage.model_folder import ModelFolder
 from tests.runs import ROOT

@@ -13,15 +13,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from pixtune import plan_command
-from pixtune.config import load_config
-from pixtune.config.schema import TrainConfig
-from pixtune.errors import PixtuneError, PlanError, WeightsError
-from pixtune.families import family_of
-from pixtune.hardware.cards import facts_as
-from pixtune.plan.encoders import TEXT_BYTES_PER_TOKEN, TEXT_TOKENS, decoding_bytes, encode_plainly
-from pixtune.plan.memory import CONTEXT_BYTES, GIB, MemoryPlan
-from pixtune.plan_command import (
+from pixtune.commands import plan as plan_command
+from pixtune.commands.plan import (
     CONFIG_PATTERNS,
     CONFIGS,
     PROCESS_HOST_BYTES,
@@ -33,6 +26,13 @@ from pixtune.plan_command import (
     make_report,
     render,
 )
+from pixtune.config import load_config
+from pixtune.config.schema import TrainConfig
+from pixtune.errors import PixtuneError, PlanError, WeightsError
+from pixtune.families import family_of
+from pixtune.hardware.cards import facts_as
+from pixtune.plan.encoders import TEXT_BYTES_PER_TOKEN, TEXT_TOKENS, decoding_bytes, encode_plainly
+from pixtune.plan.memory import CONTEXT_BYTES, GIB, MemoryPlan
 from pixtune.planning import BetweenSteps, plan_between_steps
 from pixtune.storage.checkpoint import stored
 from pixtune.storage.model_folder import ModelFolder
@@ -173,7 +173,7 @@ def test_nothing_is_loaded_and_torch_is_not_imported(full_size: dict[str, Path],
 import sys
 from pathlib import Path
 from pixtune.config import load_config
-from pixtune.plan_command import make_report
+from pixtune.commands.plan import make_report
 for model in {[str(folder) for folder in (full_size["qwen_image"], *bare)]}:
     words = [f"pretrained_model_name_or_path={{model}}", "output_dir=o", "data_config.img_dir=x"]
     config = load_config(None, [*words, "max_train_steps=1"], folders_must_exist=False)

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from pixtune import train as training
+from pixtune.commands.quantization_errors import cosine
 from pixtune.data.batches import read_ahead
-from pixtune.quantization_errors import cosine
 from pixtune.trained.methods import adapters
 from tests.unit.fit.test_quantized_training import read_config
 

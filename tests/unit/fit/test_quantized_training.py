@@ -18,10 +18,10 @@ import torch
 from torch import nn
 
 from pixtune import train as training
+from pixtune.commands.sample import put_on_lora
 from pixtune.config import load_config
 from pixtune.config.schema import TrainConfig
 from pixtune.data.batches import read_ahead
-from pixtune.draw import put_on_lora
 from pixtune.engine.load import load_transformer
 from pixtune.engine.quantize import QuantizedLinear
 from pixtune.families import family_of

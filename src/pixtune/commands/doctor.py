@@ -19,7 +19,7 @@ from pixtune.hardware.facts import GIB, HardwareFacts
 from pixtune.hardware.machine import Machine, read_machine
 
 if TYPE_CHECKING:
-    from pixtune.model_check import ModelCheck
+    from pixtune.commands.model_check import ModelCheck
 
 WORST_LAYERS = 5
 
@@ -85,8 +85,8 @@ def examine_model(name_or_path: str) -> ModelCheck:
     """
     import torch
 
+    from pixtune.commands.model_check import check_model
     from pixtune.families import family_of
-    from pixtune.model_check import check_model
     from pixtune.storage.model_folder import open_model_folder
 
     folder = open_model_folder(name_or_path)

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from pixtune import draws
+from pixtune.commands.quantization_errors import BlockErrors, LayerErrors, Measurement, cosine, relative_error
 from pixtune.engine.activations import recompute_blocks
 from pixtune.engine.apply import blocks_of
 from pixtune.engine.load import Layout
@@ -31,7 +32,6 @@ from pixtune.engine.quantize import FP8, INT8, tensor_cores_multiply
 from pixtune.families.base import ModelFamily, Placement
 from pixtune.families.stock_call import Inputs, load_stock_transformer, random_inputs, stock_velocity
 from pixtune.hardware.facts import GIB, HardwareFacts, package_versions, read_facts
-from pixtune.quantization_errors import BlockErrors, LayerErrors, Measurement, cosine, relative_error
 from pixtune.storage.files import write_atomically
 from pixtune.storage.model_folder import ModelFolder
 from pixtune.trained.methods import adapters
