@@ -36,7 +36,7 @@ from PIL import Image
 
 from pixtune.bench.environment import describe
 from pixtune.bench.synthetic import write_pictures
-from pixtune.metrics import read_metrics
+from pixtune.tracking.metrics import read_metrics
 
 Result = dict[str, Any]
 NUM_PICTURES = 4

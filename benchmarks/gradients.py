@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from pixtune.bench.environment import describe
 from pixtune.commands.quantization_errors import cosine, relative_error
 from pixtune.engine.quantize import FP8, can_quantize
-from pixtune.figures import mark_time, seconds_between
+from pixtune.tracking.figures import mark_time, seconds_between
 
 MODELS = ("qwen-image", "flux")
 SIZE_PIXELS = 1024

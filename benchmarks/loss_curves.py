@@ -21,7 +21,7 @@ from pixtune.bench.environment import describe
 from pixtune.config import load_config
 from pixtune.engine.apply import blocks_of
 from pixtune.engine.compile import compile_blocks
-from pixtune.metrics import read_metrics
+from pixtune.tracking.metrics import read_metrics
 from pixtune.train import assemble, run_steps
 
 ROOT = Path(__file__).resolve().parent.parent

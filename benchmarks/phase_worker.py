@@ -34,13 +34,13 @@ from pixtune.hardware.capping import outside_allocator_bytes, own_gpu, used_befo
 from pixtune.hardware.facts import GIB, read_facts
 from pixtune.hardware.monitor import StageLog
 from pixtune.launch import start_accelerator
-from pixtune.memory import RunMemory
 from pixtune.plan.encoders import count_caption_tokens
 from pixtune.plan.phases import Phase, encoding_phases
 from pixtune.planning import encoder_sizes
 from pixtune.sample import SamplerSettings, needs_negative
 from pixtune.storage.files import write_atomically
 from pixtune.storage.model_folder import open_model_folder
+from pixtune.tracking.memory import RunMemory
 
 Result = dict[str, Any]
 Opening = Callable[[Encoder], Callable[[Any], Any]]

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from pixtune.metrics import read_metrics
+from pixtune.tracking.metrics import read_metrics
 from tests.runs import environment, overrides, pixtune, run, write_config
 
 SETTINGS = {

@@ -23,12 +23,9 @@ from pixtune.data.swapped import measure_gains, swap_warning
 from pixtune.engine.apply import FORMATS
 from pixtune.errors import CheckpointError
 from pixtune.families.base import Placement
-from pixtune.figures import StepFigures, watch_device
 from pixtune.hardware.facts import package_versions
 from pixtune.hardware.machine import driver_may_spill
-from pixtune.metrics import FILE_NAME, MetricsLog
 from pixtune.planning import plan_between_steps
-from pixtune.progress import StepBar
 from pixtune.report import write_report
 from pixtune.sample import PromptSampler, SamplerSettings
 from pixtune.storage.checkpoint import (
@@ -42,6 +39,9 @@ from pixtune.storage.checkpoint import (
 )
 from pixtune.storage.model_folder import ModelFolder
 from pixtune.storage.resume import flatten, refuse_other_run
+from pixtune.tracking.figures import StepFigures, watch_device
+from pixtune.tracking.metrics import FILE_NAME, MetricsLog
+from pixtune.tracking.progress import StepBar
 from pixtune.trained.methods import optim
 from pixtune.validation import ValidationLoss, measure
 

@@ -36,7 +36,6 @@ from pixtune.families import family_of
 from pixtune.families.base import ModelFamily
 from pixtune.hardware.facts import check_torch
 from pixtune.launch import StopSignal, start_accelerator
-from pixtune.memory import RunMemory
 from pixtune.objective import add_noise, loss_weights, sample_losses, velocity_target
 from pixtune.plan.encoders import EncoderPlan
 from pixtune.plan.memory import MemoryPlan, in_todays_fields
@@ -44,6 +43,7 @@ from pixtune.planning import plan_on_this_machine
 from pixtune.services import AroundSteps, Services, TrainResult
 from pixtune.storage.checkpoint import Checkpoint, load_checkpoint, resolve_resume, stored
 from pixtune.storage.model_folder import ModelFolder, open_model_folder
+from pixtune.tracking.memory import RunMemory
 from pixtune.trained.methods import METHODS, TrainedWeights, optim
 
 EXCHANGED_NUMBERS = 1 << 28

@@ -20,10 +20,10 @@ from pixtune.config.schema import TrainConfig
 from pixtune.data.batches import BatchSource
 from pixtune.data.encode import Encoder
 from pixtune.errors import PixtuneError
-from pixtune.figures import StepFigures
 from pixtune.hardware.facts import HardwareFacts
-from pixtune.metrics import FILE_NAME, read_metrics
 from pixtune.plan.memory import GIB, MemoryPlan, plan_memory
+from pixtune.tracking.figures import StepFigures
+from pixtune.tracking.metrics import FILE_NAME, read_metrics
 from pixtune.train import train
 from pixtune.trained.export import DIFFUSERS_FILE
 from tests.full_size import full_size_footprint

@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file
 
 from pixtune.config.load import load_config
-from pixtune.metrics import read_metrics
 from pixtune.storage.checkpoint import Checkpoint, checkpoint_path, joined, load_checkpoint
+from pixtune.tracking.metrics import read_metrics
 from tests.runs import ROOT, TINY_MODEL, overrides, pixtune, write_config
 
 training = import_module("pixtune.train")  # the package has a function of that name

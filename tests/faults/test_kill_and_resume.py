@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from pixtune.metrics import read_metrics
 from pixtune.storage.checkpoint import checkpoint_path, find_checkpoints
+from pixtune.tracking.metrics import read_metrics
 from tests import processes
 from tests.runs import environment, overrides, pixtune, write_config
 

@@ -11,12 +11,19 @@ from typing import Any
 import pytest
 import torch
 
-from pixtune import figures
 from pixtune.data.batches import Batch, timed
-from pixtune.figures import DriftWatch, PacedSensors, PendingStep, StepFigures, count_compiled_graphs, size_in_words
 from pixtune.hardware.sensors import GpuSensors
 from pixtune.hardware.steptime import BASELINE_STEPS, WINDOW_STEPS, Drift, StepTimeWatch
-from pixtune.metrics import MetricsLog, read_metrics
+from pixtune.tracking import figures
+from pixtune.tracking.figures import (
+    DriftWatch,
+    PacedSensors,
+    PendingStep,
+    StepFigures,
+    count_compiled_graphs,
+    size_in_words,
+)
+from pixtune.tracking.metrics import MetricsLog, read_metrics
 
 CPU = torch.device("cpu")
 LOSS = torch.tensor(0.5)

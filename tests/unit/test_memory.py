@@ -9,7 +9,7 @@ import pytest
 from pixtune.config import load_config
 from pixtune.hardware.facts import GIB
 from pixtune.hardware.monitor import DeviceMemory, StageLog
-from pixtune.memory import STEPS, RunMemory
+from pixtune.tracking.memory import STEPS, RunMemory
 
 
 class Device:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pixtune.metrics import MetricsLog, read_metrics
+from pixtune.tracking.metrics import MetricsLog, read_metrics
 
 
 def test_a_resumed_log_drops_what_came_after_the_checkpoint_and_a_cut_off_line(tmp_path: Path) -> None:

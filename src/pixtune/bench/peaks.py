@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from pixtune.figures import mark_time, seconds_between
+from pixtune.tracking.figures import mark_time, seconds_between
 
 SIDES = {"cuda": (4096, 8192), "cpu": (1024,)}
 """Of the square matrices that are tried, by the kind of device; the fastest counts. Small GPUs have room for them."""

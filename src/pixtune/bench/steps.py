@@ -27,18 +27,18 @@ from pixtune.engine.capture import PLAIN_CALLS
 from pixtune.engine.quantize import codes_for
 from pixtune.errors import ConfigError, TrainingError
 from pixtune.families import family_of
-from pixtune.figures import StepFigures, count_compiled_graphs, watch_device
 from pixtune.hardware.capping import outside_allocator_bytes, own_gpu, used_before_cuda
 from pixtune.hardware.facts import GIB
 from pixtune.hardware.machine import driver_may_spill
-from pixtune.memory import STEPS
-from pixtune.metrics import FILE_NAME, MetricsLog, read_metrics
 from pixtune.plan.memory import MemoryPlan
 from pixtune.plan.rungs import QUANTISED
 from pixtune.planning import footprint_of, plain_linears, targeted_linears, tensor_shapes
-from pixtune.progress import StepBar
 from pixtune.services import AroundSteps, Services, TrainResult
 from pixtune.storage.model_folder import open_model_folder
+from pixtune.tracking.figures import StepFigures, count_compiled_graphs, watch_device
+from pixtune.tracking.memory import STEPS
+from pixtune.tracking.metrics import FILE_NAME, MetricsLog, read_metrics
+from pixtune.tracking.progress import StepBar
 
 if TYPE_CHECKING:
     from pixtune.train import Run

@@ -34,13 +34,13 @@ from pixtune.families import family_of
 from pixtune.families.base import CONTROL_SIDE, ModelFamily, Placement
 from pixtune.hardware.facts import HardwareFacts, read_facts
 from pixtune.hardware.monitor import StageLog
-from pixtune.memory import RunMemory
 from pixtune.plan.encoders import EncoderPlan, count_caption_tokens
 from pixtune.plan.footprint import Footprint, read_footprint
 from pixtune.plan.phases import Drawing, DrawingPlan, plan_drawing
 from pixtune.planning import encoder_sizes, tensor_shapes
 from pixtune.sample import EncodedPrompt, PromptPicture, PromptSampler, SamplerSettings, needs_negative
 from pixtune.storage.model_folder import ModelFolder, open_model_folder
+from pixtune.tracking.memory import RunMemory
 from pixtune.trained.export import read_lora_file
 from pixtune.trained.methods import adapters
 

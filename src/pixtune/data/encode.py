@@ -25,8 +25,8 @@ from pixtune.engine.tiling import encode_images
 from pixtune.engine.weight_only import quantize_encoder
 from pixtune.families.base import LatentDistribution, ModelFamily, Placement, Prompt, TextEncoder
 from pixtune.plan.encoders import ON_CPU, EncoderPlan
-from pixtune.progress import track
 from pixtune.storage.model_folder import ModelFolder
+from pixtune.tracking.progress import track
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from pixtune.metrics import FILE_NAME, read_metrics
+from pixtune.tracking.metrics import FILE_NAME, read_metrics
 
 Point = tuple[int, float]
 """Step and value."""

@@ -15,7 +15,7 @@ import pixtune.train
 from pixtune.config import load_config
 from pixtune.engine.modulation import ModulationTable, StepsAhead, table_of
 from pixtune.engine.modulation_filling import ModulationRows
-from pixtune.metrics import read_metrics
+from pixtune.tracking.metrics import read_metrics
 from tests.runs import DEMO_TRAIN, ROOT, overrides
 
 LORA = "pytorch_lora_weights.safetensors"
