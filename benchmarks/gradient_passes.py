@@ -22,7 +22,7 @@ from architectures import ARCHITECTURES, write_model_folder
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from pixtune import draws
+from pixtune import randomness as draws
 from pixtune.config import load_config
 from pixtune.engine import heads, lora, mlp
 from pixtune.engine.activations import recompute_blocks
@@ -31,7 +31,7 @@ from pixtune.engine.forwards import Forward, wrap_forward
 from pixtune.engine.load import random_transformer
 from pixtune.engine.quantize import FP8, INT8, NF4, SMALLEST_PEAK, FrozenProduct, row_codes
 from pixtune.families import family_of
-from pixtune.families.base import Conditioning, ModelFamily
+from pixtune.family import Conditioning, ModelFamily
 from pixtune.objective import add_noise, sample_losses, velocity_target
 from pixtune.plan.memory import MemoryPlan
 from pixtune.planning import plan_on_this_machine

@@ -29,7 +29,7 @@ from pixtune.config.schema import DataConfig, TrainConfig
 from pixtune.data.encode import Encoder
 from pixtune.data.prepare import prepare_data
 from pixtune.families import family_of
-from pixtune.families.base import ModelFamily
+from pixtune.family import ModelFamily
 from pixtune.hardware.capping import outside_allocator_bytes, own_gpu, used_before_cuda
 from pixtune.hardware.facts import GIB, read_facts
 from pixtune.hardware.monitor import StageLog
@@ -37,7 +37,7 @@ from pixtune.launch import start_accelerator
 from pixtune.plan.encoders import count_caption_tokens
 from pixtune.plan.phases import Phase, encoding_phases
 from pixtune.planning import encoder_sizes
-from pixtune.sample import SamplerSettings, needs_negative
+from pixtune.sampler import SamplerSettings, needs_negative
 from pixtune.storage.files import write_atomically
 from pixtune.storage.model_folder import open_model_folder
 from pixtune.tracking.memory import RunMemory

@@ -23,7 +23,7 @@ from rich.console import Console
 from torch import Tensor
 from train_tiny_models import EDITS
 
-from pixtune import draws
+from pixtune import randomness as draws
 from pixtune.config.schema import DataConfig
 from pixtune.data.cache import Ledger, MemoryStore
 from pixtune.data.encode import Encoder
@@ -47,7 +47,7 @@ from pixtune.data.swapped import (
 )
 from pixtune.engine.load import load_transformer
 from pixtune.families import family_of
-from pixtune.families.base import ModelFamily, Placement
+from pixtune.family import ModelFamily, Placement
 from pixtune.plan.encoders import encode_plainly
 from pixtune.storage.model_folder import ModelFolder
 from pixtune.validation import losses_at

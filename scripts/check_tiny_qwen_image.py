@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from train_tiny_models import encode_pictures
 
 from pixtune.engine.load import load_transformer
-from pixtune.families.base import Conditioning, Placement, Prompt, TextEncoder
 from pixtune.families.qwen_image import QWEN_IMAGE, QwenImage
+from pixtune.family import Conditioning, Placement, Prompt, TextEncoder
 from pixtune.objective import add_noise, sample_losses, velocity_target
 from pixtune.storage.model_folder import ModelFolder, open_model_folder
 

@@ -21,7 +21,7 @@ from diffusers.models.transformers import transformer_qwenimage
 from emoji_pictures import Icon
 from torch import Tensor, nn
 
-from pixtune.families.base import LatentDistribution, ModelFamily
+from pixtune.family import LatentDistribution, ModelFamily
 from pixtune.objective import add_noise, draw_sigmas, sample_losses, shift_sigmas, velocity_target
 
 CAPTION_DROPOUT = 0.1

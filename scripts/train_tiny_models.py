@@ -31,8 +31,8 @@ from vary_pictures import vary
 
 from pixtune.engine.load import load_transformer
 from pixtune.families import family_of
-from pixtune.families.base import LatentDistribution, ModelFamily, Placement, Prompt
 from pixtune.families.qwen_image_edit import NUM_TEMPLATE_TOKENS, EditReader
+from pixtune.family import LatentDistribution, ModelFamily, Placement, Prompt
 from pixtune.storage.model_folder import ModelFolder
 
 NUM_VARIATIONS = 4

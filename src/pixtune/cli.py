@@ -160,7 +160,7 @@ def sample(
 ) -> None:
     """Draw pictures from a model, with or without a LoRA, on whatever GPU there is; says how it fits."""
     from pixtune.commands.sample import DrawRequest, draw
-    from pixtune.sample import SamplerSettings
+    from pixtune.sampler import SamplerSettings
 
     request = DrawRequest(
         model=model,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from pixtune.config.schema import TrainConfig
-from pixtune.families.base import ModelFamily
+from pixtune.family import ModelFamily
 from pixtune.hardware.facts import MEMORY_FRACTION, HardwareFacts, host_room_bytes, read_facts
 from pixtune.plan.encoders import EncoderPlan, EncoderSizes, plan_encoders
 from pixtune.plan.footprint import Footprint, Shapes, of_all_weights, read_footprint

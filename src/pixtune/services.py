@@ -22,12 +22,12 @@ from pixtune.data.prepared import PreparedData
 from pixtune.data.swapped import measure_gains, swap_warning
 from pixtune.engine.apply import FORMATS
 from pixtune.errors import CheckpointError
-from pixtune.families.base import Placement
+from pixtune.family import Placement
 from pixtune.hardware.facts import package_versions
 from pixtune.hardware.machine import driver_may_spill
 from pixtune.planning import plan_between_steps
 from pixtune.report import write_report
-from pixtune.sample import PromptSampler, SamplerSettings
+from pixtune.sampler import PromptSampler, SamplerSettings
 from pixtune.storage.checkpoint import (
     OPTIMIZER_STEM,
     Checkpoint,

@@ -33,7 +33,7 @@ from pixtune.engine.capture import GraphRecorder, ReplayedPass
 from pixtune.engine.modulation import StepsAhead
 from pixtune.engine.streaming import stream_of
 from pixtune.families import family_of
-from pixtune.families.base import ModelFamily
+from pixtune.family import ModelFamily
 from pixtune.hardware.facts import check_torch
 from pixtune.launch import StopSignal, start_accelerator
 from pixtune.objective import add_noise, loss_weights, sample_losses, velocity_target

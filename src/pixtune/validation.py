@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from pixtune import draws
+from pixtune import randomness as draws
 from pixtune.engine.modulation import announce
-from pixtune.families.base import Conditioning, ModelFamily
+from pixtune.family import Conditioning, ModelFamily
 from pixtune.objective import add_noise, sample_losses, velocity_target
 
 NUM_QUARTERS = 4

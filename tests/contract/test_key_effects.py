@@ -16,7 +16,7 @@ from pixtune.engine.apply import apply_switches, apply_to_activations, blocks_of
 from pixtune.engine.load import load_transformer
 from pixtune.errors import PixtuneError
 from pixtune.families import family_of
-from pixtune.families.base import Placement
+from pixtune.family import Placement
 from pixtune.hardware.facts import HardwareFacts
 from pixtune.plan.memory import MemoryPlan, plan_memory
 from pixtune.storage.model_folder import open_model_folder

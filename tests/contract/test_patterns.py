@@ -16,7 +16,7 @@ from torch import nn
 import pixtune.train
 from pixtune.config import load_config
 from pixtune.families import family_of
-from pixtune.families.base import TextEncoder
+from pixtune.family import TextEncoder
 from pixtune.storage.model_folder import open_model_folder
 from pixtune.train import assemble, load_transformer, train
 from tests.contract.not_yet import needs

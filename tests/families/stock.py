@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2VLProcessor
 
 from pixtune.engine.load import load_transformer
-from pixtune.families.base import ModelFamily, Placement
 from pixtune.families.qwen_image_edit import VisionTokenizer
+from pixtune.family import ModelFamily, Placement
 from pixtune.storage.model_folder import ModelFolder
 from tests.runs import ROOT
 

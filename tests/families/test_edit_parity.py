@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from pixtune.data.images import to_pixels
 from pixtune.engine.load import load_transformer
 from pixtune.families import FAMILIES, family_of, qwen_image
-from pixtune.families.base import CONTROL_SIDE, ModelFamily, Placement, Prompt, TextEncoder
 from pixtune.families.packing import unpack_latents
 from pixtune.families.qwen_image_edit import EditReader
-from pixtune.sample import sample_latents, starting_noise, to_image
+from pixtune.family import CONTROL_SIDE, ModelFamily, Placement, Prompt, TextEncoder
+from pixtune.sampler import sample_latents, starting_noise, to_image
 from pixtune.storage.model_folder import ModelFolder
 from tests.families.stock import (
     CAPTIONS,

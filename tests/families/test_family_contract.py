@@ -23,10 +23,10 @@ from pixtune import objective
 from pixtune.engine.load import load_transformer, random_transformer
 from pixtune.errors import WeightsError
 from pixtune.families import FAMILIES, family_of
-from pixtune.families.base import LatentDistribution, ModelFamily, Placement, Prompt, TextEncoder
 from pixtune.families.packing import pack_latents, unpack_latents
 from pixtune.families.qwen_image import NUM_TEMPLATE_TOKENS
-from pixtune.sample import sample_latents, starting_noise, to_image
+from pixtune.family import LatentDistribution, ModelFamily, Placement, Prompt, TextEncoder
+from pixtune.sampler import sample_latents, starting_noise, to_image
 from pixtune.storage.model_folder import ModelFolder
 
 CPU = torch.device("cpu")

@@ -14,8 +14,8 @@ from torch import Tensor
 from pixtune.data.images import to_pixels
 from pixtune.engine.load import load_transformer
 from pixtune.families import FAMILIES, family_of, flux
-from pixtune.families.base import ModelFamily, Placement, Prompt, TextEncoder
-from pixtune.sample import sample_latents, starting_noise, to_image
+from pixtune.family import ModelFamily, Placement, Prompt, TextEncoder
+from pixtune.sampler import sample_latents, starting_noise, to_image
 from pixtune.storage.model_folder import ModelFolder
 from tests.families.stock import CAPTIONS, assert_same, build_folder, recorded_calls
 

@@ -17,8 +17,8 @@ from pixtune.engine.compile import compile_blocks
 from pixtune.engine.forwards import replace_computation
 from pixtune.engine.load import random_transformer
 from pixtune.families import FAMILIES, family_of, qwen_attention, qwen_image
-from pixtune.families.base import Conditioning, ModelFamily, Placement
 from pixtune.families.packing import pack_latents, unpack_latents
+from pixtune.family import Conditioning, ModelFamily, Placement
 from pixtune.storage.model_folder import ModelFolder
 from pixtune.trained.adapters import attach_lora, lora_weights
 from tests.families.stock import give_values

@@ -14,8 +14,8 @@ from PIL import Image, ImageOps
 from pixtune.commands.sample import DrawRequest, draw
 from pixtune.engine.load import load_transformer
 from pixtune.families import FAMILIES
-from pixtune.families.base import ModelFamily, Placement
-from pixtune.sample import SamplerSettings
+from pixtune.family import ModelFamily, Placement
+from pixtune.sampler import SamplerSettings
 from pixtune.storage.model_folder import ModelFolder
 from pixtune.trained.export import COMFYUI_FILE, DIFFUSERS_FILE, LoraDescription, export_lora
 from pixtune.trained.methods import adapters

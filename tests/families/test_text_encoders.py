@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from pixtune.families import family_of
-from pixtune.families.base import Placement, Prompt, TextEncoder
+from pixtune.family import Placement, Prompt, TextEncoder
 from pixtune.planning import count_text_weights
 from pixtune.storage.model_folder import ModelFolder, open_model_folder
 from tests.runs import ROOT
@@ -116,7 +116,7 @@ def test_weights_of_16_bits_are_views_of_their_files(tmp_path: Path) -> None:
 import sys, torch, transformers
 from pathlib import Path
 from pixtune.families import FAMILIES
-from pixtune.families.base import Placement
+from pixtune.family import Placement
 from pixtune.storage.model_folder import ModelFolder
 def anonymous(): return next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith("RssAnon")) >> 10
 family, folder = FAMILIES["qwen_image"], ModelFolder(Path({str(tmp_path)!r}))

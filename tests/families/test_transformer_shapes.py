@@ -9,7 +9,7 @@ import pytest
 
 from pixtune.errors import WeightsError
 from pixtune.families import FAMILIES
-from pixtune.families.base import ModelFamily
+from pixtune.family import ModelFamily
 
 SMALL = {
     "num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 16, "axes_dims_rope": [4, 6, 6],

@@ -15,12 +15,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from pixtune import draws
+from pixtune import randomness as draws
 from pixtune.data.buckets import Size
 from pixtune.families import FAMILIES
-from pixtune.families.base import Conditioning, LatentDistribution, Placement, Prompt, TextEncoder
 from pixtune.families.flow_schedule import model_sigmas, model_time_shift
 from pixtune.families.packing import PATCH, num_tokens
+from pixtune.family import Conditioning, LatentDistribution, Placement, Prompt, TextEncoder
 from pixtune.plan.footprint import ActivationUnits, Shapes
 from pixtune.storage.model_folder import ModelFolder
 

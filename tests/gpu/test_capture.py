@@ -20,7 +20,7 @@ from pixtune.engine.load import Layout, load_transformer
 from pixtune.engine.modulation import table_of
 from pixtune.engine.streaming import in_backward_pass, stream_blocks
 from pixtune.families import family_of
-from pixtune.families.base import Placement
+from pixtune.family import Placement
 from pixtune.storage.model_folder import ModelFolder
 from pixtune.trained.methods import adapters
 from tests.unit.fit.tiny import ASSETS, MODELS

@@ -19,7 +19,7 @@ from pixtune.engine.compile import compile_blocks
 from pixtune.engine.load import load_transformer
 from pixtune.engine.padded_attention import attend_padded
 from pixtune.families import family_of
-from pixtune.families.base import ModelFamily, Placement
+from pixtune.family import ModelFamily, Placement
 from pixtune.plan.kernel_choice import CUDNN, FLASH, LARGEST_ERROR
 from pixtune.storage.model_folder import ModelFolder
 from pixtune.trained.methods import adapters

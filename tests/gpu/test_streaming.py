@@ -19,7 +19,7 @@ from pixtune.engine.load import Layout, load_transformer
 from pixtune.engine.streaming import choose_streamed, stream_blocks
 from pixtune.engine.transfer import host_buffer
 from pixtune.families import family_of
-from pixtune.families.base import Placement
+from pixtune.family import Placement
 from pixtune.storage.model_folder import ModelFolder
 from pixtune.trained.methods import adapters
 from tests.unit.fit.tiny import ASSETS, MODELS

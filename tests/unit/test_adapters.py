@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from pixtune.engine.load import load_transformer
 from pixtune.errors import ConfigError
 from pixtune.families import FAMILIES
-from pixtune.families.base import Placement
+from pixtune.family import Placement
 from pixtune.storage.model_folder import ModelFolder
 from pixtune.trained.adapters import attach_lora, load_lora_weights, lora_weights, trainable_parameters
 from pixtune.trained.targets import resolve_targets

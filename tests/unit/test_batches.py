@@ -14,8 +14,8 @@ from torch import Tensor
 
 from pixtune.config.schema import ObjectiveConfig
 from pixtune.data.batches import Batch, BatchPlan, BatchSource, Draw, SampleReader, read_ahead
-from pixtune.families.base import Conditioning, LatentDistribution
 from pixtune.families.qwen_image import QWEN_IMAGE
+from pixtune.family import Conditioning, LatentDistribution
 
 WIDE, SQUARE, TALL = (96, 48), (64, 64), (48, 96)
 CHANNELS = 3

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from pixtune.errors import WriteError
 from pixtune.families import family_of
-from pixtune.families.base import Placement, Prompt
+from pixtune.family import Placement, Prompt
 from pixtune.planning import count_text_weights
 from pixtune.storage.loading import load_safetensors_sharded
 from pixtune.storage.model_folder import ModelFolder, open_model_folder

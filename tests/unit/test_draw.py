@@ -32,7 +32,7 @@ from pixtune.hardware.cards import facts_as
 from pixtune.hardware.monitor import StageLog
 from pixtune.plan.encoders import encode_plainly
 from pixtune.plan.phases import DrawingPlan
-from pixtune.sample import PromptSampler, SamplerSettings
+from pixtune.sampler import PromptSampler, SamplerSettings
 from pixtune.storage.model_folder import ModelFolder, open_model_folder
 from pixtune.trained.export import DIFFUSERS_FILE
 from tests.families.test_stock_lora import psnr, write_lora

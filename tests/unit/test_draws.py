@@ -9,7 +9,7 @@ import numpy
 import pytest
 import torch
 
-from pixtune import draws
+from pixtune import randomness as draws
 
 
 def test_the_key_scheme_is_what_saved_runs_were_drawn_with() -> None:

@@ -17,7 +17,7 @@ from pixtune.commands.sample import put_on_lora
 from pixtune.engine.load import load_transformer
 from pixtune.errors import CheckpointError, WeightsError
 from pixtune.families import FAMILIES
-from pixtune.families.base import Placement
+from pixtune.family import Placement
 from pixtune.storage.checkpoint import save_checkpoint
 from pixtune.storage.model_folder import ModelFolder
 from pixtune.trained.export import (

@@ -13,7 +13,7 @@ from torch import nn
 from pixtune.config.schema import DataConfig, TrainConfig
 from pixtune.engine.load import Layout, load_transformer
 from pixtune.families import FAMILIES, family_of
-from pixtune.families.base import Placement
+from pixtune.family import Placement
 from pixtune.plan.footprint import Footprint, read_footprint
 from pixtune.plan.rungs import Rung, weight_bytes
 from pixtune.planning import footprint_of

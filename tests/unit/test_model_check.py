@@ -32,8 +32,8 @@ from pixtune.engine.on_demand import load_on_demand
 from pixtune.engine.quantize import QuantizedLinear
 from pixtune.errors import ConfigError, WeightsError
 from pixtune.families import family_of, flux, qwen_image
-from pixtune.families.base import Placement
 from pixtune.families.stock_call import random_inputs
+from pixtune.family import Placement
 from pixtune.hardware.facts import GIB, HardwareFacts
 from pixtune.plan.footprint import Footprint
 from pixtune.plan.memory import MemoryPlan, plan_memory

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 from pixtune.plan.footprint import Shapes
 
 if TYPE_CHECKING:
-    from pixtune.families.base import ModelFamily
+    from pixtune.family import ModelFamily
 
 ATTENTION_FORWARD = 4
 """Operations for each pair of tokens and feature: scores, and their sum of values."""

@@ -22,15 +22,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pixtune import draws
+from pixtune import randomness as draws
 from pixtune.commands.quantization_errors import BlockErrors, LayerErrors, Measurement, cosine, relative_error
 from pixtune.engine.activations import recompute_blocks
 from pixtune.engine.apply import blocks_of
 from pixtune.engine.load import Layout
 from pixtune.engine.on_demand import load_on_demand
 from pixtune.engine.quantize import FP8, INT8, tensor_cores_multiply
-from pixtune.families.base import ModelFamily, Placement
 from pixtune.families.stock_call import Inputs, load_stock_transformer, random_inputs, stock_velocity
+from pixtune.family import ModelFamily, Placement
 from pixtune.hardware.facts import GIB, HardwareFacts, package_versions, read_facts
 from pixtune.storage.files import write_atomically
 from pixtune.storage.model_folder import ModelFolder

@@ -32,7 +32,7 @@ from pixtune.plan.text_padding import Captions, least_multiple, padded_length
 from pixtune.storage.model_folder import ModelFolder, open_model_folder
 
 if TYPE_CHECKING:
-    from pixtune.families.base import ModelFamily
+    from pixtune.family import ModelFamily
 
 CONFIGS = ("model_index.json", "transformer/config.json", "vae/config.json")
 """Files of a model that a plan cannot do without."""

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pixtune import draws
+from pixtune import randomness as draws
 from pixtune.engine.load import quantized_like
 from pixtune.engine.quantize import QuantizedLinear, can_quantize, quantize_rows
 

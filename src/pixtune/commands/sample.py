@@ -31,14 +31,14 @@ from pixtune.engine.mlp import fuse_mlps
 from pixtune.engine.streaming import choose_streamed, stream_blocks
 from pixtune.errors import WeightsError
 from pixtune.families import family_of
-from pixtune.families.base import CONTROL_SIDE, ModelFamily, Placement
+from pixtune.family import CONTROL_SIDE, ModelFamily, Placement
 from pixtune.hardware.facts import HardwareFacts, read_facts
 from pixtune.hardware.monitor import StageLog
 from pixtune.plan.encoders import EncoderPlan, count_caption_tokens
 from pixtune.plan.footprint import Footprint, read_footprint
 from pixtune.plan.phases import Drawing, DrawingPlan, plan_drawing
 from pixtune.planning import encoder_sizes, tensor_shapes
-from pixtune.sample import EncodedPrompt, PromptPicture, PromptSampler, SamplerSettings, needs_negative
+from pixtune.sampler import EncodedPrompt, PromptPicture, PromptSampler, SamplerSettings, needs_negative
 from pixtune.storage.model_folder import ModelFolder, open_model_folder
 from pixtune.tracking.memory import RunMemory
 from pixtune.trained.export import read_lora_file

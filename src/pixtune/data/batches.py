@@ -17,10 +17,10 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from pixtune import draws
+from pixtune import randomness as draws
 from pixtune.config.schema import ObjectiveConfig
 from pixtune.data.buckets import Size
-from pixtune.families.base import Conditioning, LatentDistribution
+from pixtune.family import Conditioning, LatentDistribution
 from pixtune.objective import draw_sigmas, shift_sigmas
 
 T = TypeVar("T")

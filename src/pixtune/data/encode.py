@@ -23,7 +23,7 @@ from pixtune.data.cache import CacheKey, Entry, FillReport, Ledger, Store, fill
 from pixtune.data.images import crop_resize, open_rgb, to_pixels
 from pixtune.engine.tiling import encode_images
 from pixtune.engine.weight_only import quantize_encoder
-from pixtune.families.base import LatentDistribution, ModelFamily, Placement, Prompt, TextEncoder
+from pixtune.family import LatentDistribution, ModelFamily, Placement, Prompt, TextEncoder
 from pixtune.plan.encoders import ON_CPU, EncoderPlan
 from pixtune.storage.model_folder import ModelFolder
 from pixtune.tracking.progress import track

@@ -16,7 +16,7 @@ from pixtune.data.controls import ControlFraming
 from pixtune.data.encode import Encoder, FramedPicture, TextItem
 from pixtune.data.images import to_pixels
 from pixtune.data.samples import Sample
-from pixtune.families.base import Conditioning, LatentDistribution
+from pixtune.family import Conditioning, LatentDistribution
 
 
 def digest_of(path: Path) -> str:

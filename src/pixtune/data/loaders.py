@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from pixtune import draws
+from pixtune import randomness as draws
 from pixtune.config.schema import DataConfig
 from pixtune.data.batches import BatchPlan
 from pixtune.data.buckets import Framing, Size, build_buckets, frame_picture

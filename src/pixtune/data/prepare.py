@@ -22,11 +22,11 @@ from pixtune.data.random_data import random_data
 from pixtune.data.samples import Sample, check_folder, read_samples, split_held_out
 from pixtune.data.swapped import BothWays, choose_pairs, needed_pictures, needed_texts, read_pairs
 from pixtune.errors import DataError
-from pixtune.families.base import Conditioning, LatentDistribution, ModelFamily
+from pixtune.family import Conditioning, LatentDistribution, ModelFamily
 from pixtune.hardware.monitor import StageLog
 from pixtune.plan.encoders import EncoderPlan
 from pixtune.plan.text_padding import Captions
-from pixtune.sample import EncodedPrompt, needs_negative
+from pixtune.sampler import EncodedPrompt, needs_negative
 from pixtune.storage.model_folder import ModelFolder
 from pixtune.validation import HeldOutPicture
 

@@ -16,10 +16,10 @@ from pixtune.data.encode import TextItem
 from pixtune.data.encodings import text_item
 from pixtune.data.samples import Sample
 from pixtune.data.swapped import EncodedBothWays
-from pixtune.families.base import Conditioning, LatentDistribution, ModelFamily
+from pixtune.family import Conditioning, LatentDistribution, ModelFamily
 from pixtune.plan.encoders import EncoderPlan
 from pixtune.plan.text_padding import CaptionedSize, Captions, padded_length
-from pixtune.sample import EncodedPrompt
+from pixtune.sampler import EncodedPrompt
 from pixtune.storage.model_folder import ModelFolder
 from pixtune.validation import HeldOutPicture
 

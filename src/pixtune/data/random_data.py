@@ -7,13 +7,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pixtune import draws
+from pixtune import randomness as draws
 from pixtune.config.schema import TrainConfig
 from pixtune.data.buckets import Size
 from pixtune.data.encodings import text_item
 from pixtune.data.prepared import PreparedData, captioned_sizes, most_image_tokens, sample_reader
 from pixtune.data.samples import Sample
-from pixtune.families.base import Conditioning, LatentDistribution, ModelFamily
+from pixtune.family import Conditioning, LatentDistribution, ModelFamily
 from pixtune.plan.encoders import encode_plainly
 from pixtune.plan.text_padding import Captions
 from pixtune.storage.model_folder import ModelFolder

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pixtune import draws
+from pixtune import randomness as draws
 from pixtune.config.schema import DataConfig
 from pixtune.data.buckets import Buckets, Framing, Size, build_buckets, frame_picture, frame_variants
 from pixtune.data.controls import ControlFraming, ControlRules, frame_control

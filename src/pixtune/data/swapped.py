@@ -19,14 +19,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from pixtune import draws
+from pixtune import randomness as draws
 from pixtune.data.buckets import Framing, Size
 from pixtune.data.controls import ControlRules, frame_control, same_shape
 from pixtune.data.encode import FramedPicture, TextItem
 from pixtune.data.encodings import Encodings, control_pictures, target_picture, text_item
 from pixtune.data.images import read_size
 from pixtune.data.samples import Sample
-from pixtune.families.base import ModelFamily
+from pixtune.family import ModelFamily
 from pixtune.validation import HeldOutPicture, losses_at
 
 MOST_PAIRS = 8

@@ -17,7 +17,7 @@ from pixtune.engine.load import Layout
 from pixtune.engine.mlp import fuse_mlps
 from pixtune.engine.packing import close_gaps
 from pixtune.engine.streaming import choose_streamed, stream_blocks
-from pixtune.families.base import ModelFamily, Placement
+from pixtune.family import ModelFamily, Placement
 from pixtune.plan.memory import MemoryPlan
 
 FORMATS = {"bf16": torch.bfloat16, "fp32": torch.float32}

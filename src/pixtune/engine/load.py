@@ -15,7 +15,7 @@ from pixtune.engine.modulation import attach_table, read_from_files
 from pixtune.engine.modulation_filling import ModulationRows
 from pixtune.engine.quantize import QuantizedLinear, can_quantize, codes_for, tensor_cores_multiply
 from pixtune.errors import WeightsError
-from pixtune.families.base import ModelFamily, Placement
+from pixtune.family import ModelFamily, Placement
 from pixtune.storage.loading import iterate_tensors, shard_files
 from pixtune.storage.model_folder import ModelFolder
 

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from pixtune.engine.modulation_filling import Filling, ModulationRows, Passage, ReadWeight
 from pixtune.engine.transfer import host_buffer
-from pixtune.families.base import Conditioning, ModelFamily
+from pixtune.family import Conditioning, ModelFamily
 from pixtune.storage.model_folder import read_header
 
 LARGEST_DISTANCE = 0.02

@@ -23,7 +23,7 @@ from pixtune.engine.forwards import Forward, wrap_forward
 from pixtune.engine.load import PLAIN, Layout, fill, lay_out, parent, put_into
 from pixtune.engine.quantize import QuantizedLinear
 from pixtune.errors import WeightsError
-from pixtune.families.base import ModelFamily, Placement
+from pixtune.family import ModelFamily, Placement
 from pixtune.storage.loading import iterate_tensors, shard_files
 from pixtune.storage.model_folder import ModelFolder
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from pixtune.families.base import LatentDistribution, ModelFamily
+from pixtune.family import LatentDistribution, ModelFamily
 from pixtune.storage.model_folder import ModelFolder
 
 OVERLAP_SHARE = 0.25

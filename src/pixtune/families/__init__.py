@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from pixtune.errors import WeightsError
-from pixtune.families.base import ModelFamily
 from pixtune.families.flux import FLUX, FLUX_KONTEXT
 from pixtune.families.qwen_image import QWEN_IMAGE
 from pixtune.families.qwen_image_edit import QWEN_IMAGE_EDIT, QWEN_IMAGE_EDIT_PLUS
+from pixtune.family import ModelFamily
 from pixtune.storage.model_folder import ModelFolder
 
 FAMILIES: dict[str, ModelFamily] = {

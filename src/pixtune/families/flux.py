@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from pixtune import draws
+from pixtune import randomness as draws
 from pixtune.data.buckets import Size
-from pixtune.families.base import CONTROL_SIDE, Conditioning, LatentDistribution, Placement, Prompt, TextEncoder
 from pixtune.families.flow_schedule import model_sigmas, model_time_shift, rounded_timestep
 from pixtune.families.packing import PATCH, grid, num_tokens, pack_latents, unpack_latents
 from pixtune.families.transformer_shapes import flux_shapes
+from pixtune.family import CONTROL_SIDE, Conditioning, LatentDistribution, Placement, Prompt, TextEncoder
 from pixtune.late import LateModule
 from pixtune.plan.footprint import ActivationUnits, Shapes
 from pixtune.storage.model_folder import ModelFolder

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pixtune.data.buckets import Size
-from pixtune.families.base import Conditioning, Prompt, TextEncoder
 from pixtune.families.qwen_image import QwenImage
+from pixtune.family import Conditioning, Prompt, TextEncoder
 from pixtune.storage.model_folder import ModelFolder
 
 if TYPE_CHECKING:

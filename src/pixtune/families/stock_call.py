@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from pixtune import draws
-from pixtune.families.base import CONTROL_SIDE, Conditioning, ModelFamily, Placement
+from pixtune import randomness as draws
+from pixtune.family import CONTROL_SIDE, Conditioning, ModelFamily, Placement
 from pixtune.storage.model_folder import ModelFolder
 
 SIGMAS = [0.7, 0.3]

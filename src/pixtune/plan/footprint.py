@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from pixtune.families.base import ModelFamily
+    from pixtune.family import ModelFamily
 
 NF4_BLOCK = 16
 Shapes = Mapping[str, Sequence[int]]

@@ -15,7 +15,7 @@ from pathlib import Path
 from torch import Tensor
 
 from pixtune.errors import CheckpointError, WeightsError
-from pixtune.families.base import ModelFamily
+from pixtune.family import ModelFamily
 from pixtune.storage.safetensors_writer import save_without_digest
 
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"

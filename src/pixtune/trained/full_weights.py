@@ -204,7 +204,7 @@ def export_full_checkpoint(checkpoint: Checkpoint, target: Path) -> Path:
     from pixtune.engine.apply import FORMATS
     from pixtune.engine.load import load_transformer
     from pixtune.families import family_of
-    from pixtune.families.base import Placement
+    from pixtune.family import Placement
     from pixtune.storage.model_folder import open_model_folder
 
     config, weights_format = checkpoint.record["config"], checkpoint.record["plan"]["compute_format"]

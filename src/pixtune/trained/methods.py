@@ -9,9 +9,9 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from pixtune import draws
+from pixtune import randomness as draws
 from pixtune.config.schema import TrainConfig
-from pixtune.families.base import ModelFamily
+from pixtune.family import ModelFamily
 from pixtune.hardware.facts import package_versions
 from pixtune.plan.memory import MemoryPlan
 from pixtune.storage.checkpoint import OPTIMIZER_STEM, CheckpointFiles, joined

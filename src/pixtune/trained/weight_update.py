@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pixtune import draws
+from pixtune import randomness as draws
 from pixtune.trained.host_states import HostStates
 from pixtune.trained.methods import optim
 

@@ -24,8 +24,8 @@ from pixtune.data.cache import DiskStore, FillReport, Ledger
 from pixtune.data.encode import Encoder, FramedPicture, TextItem
 from pixtune.data.prepare import prepare_data
 from pixtune.errors import DataError
-from pixtune.families.base import LatentDistribution, Placement, Prompt
 from pixtune.families.qwen_image import CaptionReader, QwenImage
+from pixtune.family import LatentDistribution, Placement, Prompt
 from pixtune.plan.encoders import encode_plainly
 from pixtune.storage.model_folder import ModelFolder
 

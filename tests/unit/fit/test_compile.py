@@ -22,7 +22,7 @@ from pixtune.engine.forwards import replace_computation
 from pixtune.engine.gelu import compact_gelus
 from pixtune.engine.load import random_transformer
 from pixtune.families import family_of
-from pixtune.families.base import Placement
+from pixtune.family import Placement
 from pixtune.storage.model_folder import open_model_folder
 from pixtune.trained.adapters import attach_lora, lora_weights
 from tests.runs import ROOT

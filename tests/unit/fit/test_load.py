@@ -17,7 +17,7 @@ from pixtune.engine.modulation_filling import ModulationRows
 from pixtune.engine.quantize import FORMATS, QuantizedLinear
 from pixtune.errors import WeightsError
 from pixtune.families import family_of
-from pixtune.families.base import ModelFamily, Placement
+from pixtune.family import ModelFamily, Placement
 from pixtune.storage.model_folder import ModelFolder
 from tests.runs import ROOT
 

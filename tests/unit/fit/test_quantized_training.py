@@ -25,7 +25,7 @@ from pixtune.data.batches import read_ahead
 from pixtune.engine.load import load_transformer
 from pixtune.engine.quantize import QuantizedLinear
 from pixtune.families import family_of
-from pixtune.families.base import Placement
+from pixtune.family import Placement
 from pixtune.plan.memory import MemoryPlan
 from pixtune.storage.model_folder import ModelFolder
 from pixtune.trained.export import DIFFUSERS_FILE

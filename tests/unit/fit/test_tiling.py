@@ -10,8 +10,8 @@ from torch import nn
 
 from pixtune.engine.tiling import OVERLAP_SHARE, decode_latents, encode_images, in_tiles, spans
 from pixtune.families import family_of
-from pixtune.families.base import Placement
-from pixtune.sample import PromptSampler, SamplerSettings, to_image
+from pixtune.family import Placement
+from pixtune.sampler import PromptSampler, SamplerSettings, to_image
 from pixtune.storage.model_folder import open_model_folder
 from tests.runs import ROOT
 

@@ -15,7 +15,7 @@ from pixtune.engine import weight_only
 from pixtune.engine.quantize import QuantizedLinear
 from pixtune.engine.weight_only import WeightOnlyLinear, quantize_encoder
 from pixtune.families import family_of
-from pixtune.families.base import Placement, Prompt, TextEncoder
+from pixtune.family import Placement, Prompt, TextEncoder
 from pixtune.storage.model_folder import open_model_folder
 from tests.runs import ROOT
 

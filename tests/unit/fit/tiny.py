@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pixtune.engine.load import Layout, load_transformer
 from pixtune.families import family_of
-from pixtune.families.base import Placement
+from pixtune.family import Placement
 from pixtune.storage.model_folder import ModelFolder
 from pixtune.trained.methods import adapters
 

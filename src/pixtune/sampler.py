@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from pixtune.data.buckets import Size
 from pixtune.engine.modulation import announce, most_announced
 from pixtune.engine.tiling import decode_latents
-from pixtune.families.base import Conditioning, ModelFamily, Placement
+from pixtune.family import Conditioning, ModelFamily, Placement
 from pixtune.storage.model_folder import ModelFolder
 
 if TYPE_CHECKING:
