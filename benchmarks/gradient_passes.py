@@ -22,7 +22,7 @@ from architectures import ARCHITECTURES, write_model_folder
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from pixtune import randomness as draws
+from pixtune import randomness
 from pixtune.config import load_config
 from pixtune.engine import heads, lora, mlp
 from pixtune.engine.activations import recompute_blocks
@@ -36,7 +36,7 @@ from pixtune.objective import add_noise, sample_losses, velocity_target
 from pixtune.plan.memory import MemoryPlan
 from pixtune.planning import plan_on_this_machine
 from pixtune.storage.model_folder import ModelFolder
-from pixtune.trained.methods import adapters
+from pixtune.trained import adapters
 
 SEED = 0
 RANK = 16
@@ -195,7 +195,7 @@ def draw_inputs(
 
     shape_CHW = family.latent_shape(folder, size_pixels, size_pixels)
     latents_BCHW, noise_BCHW = (
-        rounded(draws.normal((1, *shape_CHW), SEED, "random weights", what)) for what in ("latents", "noise")
+        rounded(randomness.normal((1, *shape_CHW), SEED, "random weights", what)) for what in ("latents", "noise")
     )
     sigma_B = torch.full((1,), SIGMA, device=device)
     text = family.stack_conditioning([family.random_text(folder, num_text_tokens, SEED)])
@@ -275,7 +275,7 @@ def build(setting: Setting, plan: MemoryPlan) -> tuple[nn.Module, dict[str, Tens
     adapters.attach_lora(transformer, family.lora_targets, RANK, RANK, SEED, family.lora_presets)
     for name, parameter in adapters.trainable_parameters(transformer).items():
         deviation = 1 / RANK if ".lora_A." in name else UP_DEVIATION
-        values = draws.normal(parameter.shape, SEED, "random weights", "lora", name)
+        values = randomness.normal(parameter.shape, SEED, "random weights", "lora", name)
         parameter.data = (deviation * values).to(device)
     return transformer, fingerprint
 

@@ -31,8 +31,9 @@ from pixtune.data.prepare import prepare_data
 from pixtune.families import family_of
 from pixtune.family import ModelFamily
 from pixtune.hardware.capping import outside_allocator_bytes, own_gpu, used_before_cuda
-from pixtune.hardware.facts import GIB, read_facts
+from pixtune.hardware.facts import GIB
 from pixtune.hardware.monitor import StageLog
+from pixtune.hardware.read import read_facts
 from pixtune.launch import start_accelerator
 from pixtune.plan.encoders import count_caption_tokens
 from pixtune.plan.phases import Phase, encoding_phases

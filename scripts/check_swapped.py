@@ -23,7 +23,7 @@ from rich.console import Console
 from torch import Tensor
 from train_tiny_models import EDITS
 
-from pixtune import randomness as draws
+from pixtune import randomness
 from pixtune.config.schema import DataConfig
 from pixtune.data.cache import Ledger, MemoryStore
 from pixtune.data.encode import Encoder
@@ -126,7 +126,7 @@ def beyond_spread(values: Tensor) -> bool:
 
 def rate(num_pairs: int, warns: Callable[[list[int]], bool]) -> str:
     """Share of draws of eight pairs that warn."""
-    drawn = (draws.shuffled(num_pairs, SEED, "swap check", number)[:MOST_PAIRS] for number in range(NUM_DRAWS))
+    drawn = (randomness.shuffled(num_pairs, SEED, "swap check", number)[:MOST_PAIRS] for number in range(NUM_DRAWS))
     return f"{sum(map(warns, drawn)) / NUM_DRAWS:.1%}"
 
 

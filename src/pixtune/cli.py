@@ -96,12 +96,11 @@ def bench(
     from pixtune.bench.result import render
     from pixtune.bench.steps import Request, case_as_json, measure
     from pixtune.storage.files import write_atomically
-    from pixtune.train import assemble, run_steps
 
     before = None if baseline is None else load_baseline(baseline)
     request = Request(steps, resolution, text_tokens, controls)
     result = measure(
-        config, overrides or [], request, assemble, run_steps,
+        config, overrides or [], request,
         lambda case: refuse_other(case_as_json(case), before, baseline) if before and baseline else None,
     )  # fmt: skip
     if json_output is not None:

@@ -11,8 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
-from pixtune.data.buckets import Size
-from pixtune.plan.footprint import ActivationUnits, Shapes
+from pixtune.sizes import Size
 from pixtune.storage.model_folder import ModelFolder
 
 if TYPE_CHECKING:
@@ -33,8 +32,41 @@ class Prompt:
     """Control pictures at `ModelFamily.vision_size`; none where the family's encoder sees no pictures."""
 
 
+Shapes = Mapping[str, Sequence[int]]
+"""Tensor name -> shape."""
+
+
 CONTROL_SIDE = 1024
 """Side in pixels of the square whose area the stock pipelines give a control picture, whatever the target's size."""
+
+
+@dataclass(frozen=True)
+class ActivationUnits:
+    """What one block keeps for the backward pass, in units; see the module."""
+
+    eager: float
+    """Nothing compiled."""
+    kept: float
+    """Compiled; no product and no attention is computed twice."""
+    lean: float
+    """The same, norms, rotary embedding and gates computed again, the MLP's activation kept in 8 bits."""
+    projections: float
+    """Of these, queries, keys and values; 0: its attention cannot compute them again (`recomputes_projections`)."""
+    working: float
+    """On top of what it keeps, at most, while the backward pass of a recomputed block runs."""
+    forward: float
+    """On top of what it keeps, at most, while it runs forward or backward from what was kept."""
+    forward_quantised: float
+    """The same where weights are quantised: codes, scales, and transposed weights."""
+    forward_fused: float
+    """The same where, besides, each MLP is one function (`engine.mlp`)."""
+    passing: float
+    """Most that is alive while it runs without gradients, not compiled."""
+    passing_quantised: float
+    """The same where weights are quantised: an MLP's input passes through fp32 on its way to codes."""
+    cut: float = 0.0
+    """On top of `kept` where several samples come at once: image tokens cut out of what was attended. One sample's lie
+    together already, several samples' are copied."""
 
 
 @dataclass(frozen=True)
@@ -141,7 +173,7 @@ class ModelFamily(Protocol):
     def build_transformer(self, config: Mapping[str, Any]) -> nn.Module:
         """The transformer that a config describes (empty: the full-size default), on the meta device.
 
-        Only what its files do not hold has values. `fit.load` gives it the rest.
+        Only what its files do not hold has values. `engine.load` gives it the rest.
         """
 
     def transformer_shapes(self, config: Mapping[str, Any]) -> Shapes:
@@ -165,7 +197,7 @@ class ModelFamily(Protocol):
         Args:
             multiple: above 1, captions of `pads_text` get a multiple of so many tokens, and the batch says in one form,
                 whether or not anything was padded, which tokens are real: `predict_velocity` attends to those by fast
-                kernels (`fit.padded_attention`). Other families leave it unread.
+                kernels (`engine.padded_attention`). Other families leave it unread.
         """
 
     def encode_images(self, autoencoder: nn.Module, pixels_B3HW: Tensor) -> LatentDistribution:

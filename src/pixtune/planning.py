@@ -1,4 +1,4 @@
-"""From a config and a model folder to a plan: what `fit.plan` decides on, gathered without loading a weight."""
+"""From a config and a model folder to a plan: what `plan.memory` decides on, gathered without loading a weight."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from pixtune.config.schema import TrainConfig
-from pixtune.family import ModelFamily
-from pixtune.hardware.facts import MEMORY_FRACTION, HardwareFacts, host_room_bytes, read_facts
+from pixtune.family import ModelFamily, Shapes
+from pixtune.hardware.facts import MEMORY_FRACTION, HardwareFacts, host_room_bytes
+from pixtune.hardware.read import read_facts
 from pixtune.plan.encoders import EncoderPlan, EncoderSizes, plan_encoders
-from pixtune.plan.footprint import Footprint, Shapes, of_all_weights, read_footprint
+from pixtune.plan.footprint import Footprint, of_all_weights, read_footprint
 from pixtune.plan.kernel_choice import kernels_to_try
 from pixtune.plan.memory import MemoryPlan, plan_memory, usable_bytes
 from pixtune.plan.phases import Surroundings, compiled_pass_bytes, drawing_bytes, drawing_tile, idle_bytes

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from pixtune.data.buckets import Size
 from pixtune.engine.modulation import announce, most_announced
 from pixtune.engine.tiling import decode_latents
 from pixtune.family import Conditioning, ModelFamily, Placement
+from pixtune.sizes import Size
 from pixtune.storage.model_folder import ModelFolder
 
 if TYPE_CHECKING:

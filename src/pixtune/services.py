@@ -8,10 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from typing import Any, Self
 
 from rich.console import Console
 from torch import Tensor
@@ -26,7 +24,9 @@ from pixtune.family import Placement
 from pixtune.hardware.facts import package_versions
 from pixtune.hardware.machine import driver_may_spill
 from pixtune.planning import plan_between_steps
+from pixtune.progress import StepBar
 from pixtune.report import write_report
+from pixtune.run import Run, TrainResult
 from pixtune.sampler import PromptSampler, SamplerSettings
 from pixtune.storage.checkpoint import (
     OPTIMIZER_STEM,
@@ -41,51 +41,10 @@ from pixtune.storage.model_folder import ModelFolder
 from pixtune.storage.resume import flatten, refuse_other_run
 from pixtune.tracking.figures import StepFigures, watch_device
 from pixtune.tracking.metrics import FILE_NAME, MetricsLog
-from pixtune.tracking.progress import StepBar
-from pixtune.trained.methods import optim
+from pixtune.trained import optim
 from pixtune.validation import ValidationLoss, measure
 
-if TYPE_CHECKING:
-    from pixtune.train import Run
-
 SAMPLES_FOLDER = "samples"
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """How a run ended."""
-
-    finished: bool
-    """False: it was told to stop, and can be resumed."""
-    step: int
-    output_dir: Path
-    first_loss: ValidationLoss | None = None
-    """Held-out loss before training."""
-    last_loss: ValidationLoss | None = None
-
-
-class AroundSteps(Protocol):
-    """What the loop calls around its steps: `Services`, or what stands in their place while steps are timed."""
-
-    start_step: int
-
-    def __enter__(self) -> Self: ...
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
-
-    def before_first_step(self) -> None: ...
-
-    def see_batch(self, batch: Batch) -> None: ...
-
-    def waited(self, seconds: float) -> None: ...
-
-    def after_step(self, step: int, loss: Tensor, grad_norm: Tensor) -> None: ...
-
-    def interrupted(self, step: int) -> TrainResult: ...
-
-    def finish(self) -> TrainResult: ...
 
 
 class Services:

@@ -7,7 +7,6 @@ What a model looks like is in `families/`, what a step learns in `objective.py`,
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from functools import partial
 from itertools import chain, islice
 
@@ -40,32 +39,16 @@ from pixtune.objective import add_noise, loss_weights, sample_losses, velocity_t
 from pixtune.plan.encoders import EncoderPlan
 from pixtune.plan.memory import MemoryPlan, in_todays_fields
 from pixtune.planning import plan_on_this_machine
-from pixtune.services import AroundSteps, Services, TrainResult
+from pixtune.run import AroundSteps, Run, TrainResult
+from pixtune.services import Services
 from pixtune.storage.checkpoint import Checkpoint, load_checkpoint, resolve_resume, stored
 from pixtune.storage.model_folder import ModelFolder, open_model_folder
 from pixtune.tracking.memory import RunMemory
-from pixtune.trained.methods import METHODS, TrainedWeights, optim
+from pixtune.trained import optim
+from pixtune.trained.methods import METHODS, TrainedWeights
 
 EXCHANGED_NUMBERS = 1 << 28
 """Most numbers that processes exchange at once: 1 GiB in fp32."""
-
-
-@dataclass(frozen=True)
-class Run:
-    """The parts that a step touches."""
-
-    config: TrainConfig
-    family: ModelFamily
-    plan: MemoryPlan
-    accelerator: Accelerator
-    memory: RunMemory
-    transformer: nn.Module
-    trained: TrainedWeights
-    forward_backward: ReplayedPass[Batch]
-    learning_rate_at: Callable[[int], float]
-    source: BatchSource
-    steps_ahead: StepsAhead
-    num_steps: int
 
 
 def train(config: TrainConfig) -> TrainResult:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from pixtune import randomness as draws
+from pixtune import randomness
 from pixtune.engine.modulation import announce
 from pixtune.family import Conditioning, ModelFamily
 from pixtune.objective import add_noise, sample_losses, velocity_target
@@ -66,7 +66,7 @@ def losses_at(
     """
     sigma_B = torch.tensor(sigmas, device=device)
     shape = picture.latents_1CHW.shape
-    noise = [draws.normal(shape, seed, "validation noise", picture.name, str(sigma)) for sigma in sigmas]
+    noise = [randomness.normal(shape, seed, "validation noise", picture.name, str(sigma)) for sigma in sigmas]
     noise_BCHW = torch.cat(noise).to(device)
     latents_BCHW = picture.latents_1CHW.to(device).expand_as(noise_BCHW)
     row = {name: tensor.to(device) for name, tensor in picture.conditioning.items()}

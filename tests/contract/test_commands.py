@@ -89,7 +89,7 @@ def check_result(command: Command, output: Path) -> None:
     assert json.loads(metadata["lora_adapter_metadata"])["transformer.r"] == 4
     assert metadata["pixtune.base_model"] == str(ROOT / "assets" / command.model)
     with safe_open(output / COMFYUI_FILE, framework="pt") as file:
-        # How ComfyUI names the layers of each model: tests/unit/test_export.py.
+        # How ComfyUI names the layers of each model: tests/unit/trained/test_export.py.
         assert all(name.startswith(("diffusion_model.", "transformer.")) for name in file.keys())  # noqa: SIM118
 
 
@@ -151,7 +151,7 @@ def test_c8_validate_dataset_has_an_exit_code(tmp_path: Path) -> None:
 def test_other_commands_do_not_train() -> None:
     """Nothing but the command line imports the loop (tests/unit/test_layout.py), and there one function does, which
     `pixtune train` and the root scripts call. `pixtune bench` times the loop's steps on pictures of its own and keeps
-    nothing that was trained (tests/unit/test_bench.py)."""
+    nothing that was trained (tests/unit/bench/test_steps.py)."""
     tree = ast.parse((ROOT / "src" / "pixtune" / "cli.py").read_text(encoding="utf-8"))
     code = {node.name: ast.unparse(node) for node in tree.body if isinstance(node, ast.FunctionDef)}
     assert {name for name, text in code.items() if "pixtune.train" in text} == {"run_config", "bench"}

@@ -17,8 +17,8 @@ from pixtune.families import FAMILIES
 from pixtune.family import ModelFamily, Placement
 from pixtune.sampler import SamplerSettings
 from pixtune.storage.model_folder import ModelFolder
+from pixtune.trained import adapters
 from pixtune.trained.export import COMFYUI_FILE, DIFFUSERS_FILE, LoraDescription, export_lora
-from pixtune.trained.methods import adapters
 from tests.families.stock import edit_pipeline, remembered_encodings
 from tests.runs import ROOT
 
@@ -133,7 +133,7 @@ def test_the_stock_pipeline_draws_our_picture(
     controls = write_controls(family, tmp_path)
     control_size = 64 if family.embedded_guidance else 1024
     ours = our_picture(folder, tmp_path / DIFFUSERS_FILE, controls, control_size, tmp_path / "with")
-    # The dear edit pipelines run once; that both files give the same velocity is tested in unit/test_export.py.
+    # The dear edit pipelines run once; that both files give the same velocity is tested in unit/trained/test_export.py.
     for file_name in (DIFFUSERS_FILE,) if family.controls_in_text else (DIFFUSERS_FILE, COMFYUI_FILE):
         stock = stock_picture(family, folder, tmp_path / file_name, controls)
         assert psnr(ours, stock) >= LEAST_PSNR, file_name

@@ -107,7 +107,7 @@ def unread(folder: ModelFolder) -> int:
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux says what of a process is mapped files")
 def test_weights_of_16_bits_are_views_of_their_files(tmp_path: Path) -> None:
-    """Why an encoder passes through host memory without staying there: `fit.encoders.text_host_bytes`."""
+    """Why an encoder passes through host memory without staying there: `plan.encoders.text_host_bytes`."""
     config = AutoConfig.from_pretrained(folder_of(LANGUAGE_MODELS[0]).path / "text_encoder")
     config.text_config.vocab_size = 2**26 // config.text_config.hidden_size
     AutoModelForImageTextToText.from_config(config).bfloat16().save_pretrained(tmp_path / "text_encoder")

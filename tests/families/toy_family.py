@@ -15,20 +15,19 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from pixtune import randomness as draws
-from pixtune.data.buckets import Size
+from pixtune import randomness
 from pixtune.families import FAMILIES
 from pixtune.families.flow_schedule import model_sigmas, model_time_shift
 from pixtune.families.packing import PATCH, num_tokens
-from pixtune.family import Conditioning, LatentDistribution, Placement, Prompt, TextEncoder
-from pixtune.plan.footprint import ActivationUnits, Shapes
+from pixtune.family import ActivationUnits, Conditioning, LatentDistribution, Placement, Prompt, Shapes, TextEncoder
+from pixtune.sizes import Size
 from pixtune.storage.model_folder import ModelFolder
 
 TEXT_WIDTH = 16
 
 
 class ToyFamily:
-    """See `families.base.ModelFamily`."""
+    """See `family.ModelFamily`."""
 
     name = "toy"
     pipeline_classes = ("ToyPipeline",)
@@ -89,7 +88,7 @@ class ToyFamily:
         return config["num_layers"], config["num_attention_heads"] * config["attention_head_dim"]
 
     def random_text(self, folder: ModelFolder, num_tokens: int, seed: int) -> Conditioning:
-        features_TD = draws.normal((num_tokens, TEXT_WIDTH), seed, "random weights", "text")
+        features_TD = randomness.normal((num_tokens, TEXT_WIDTH), seed, "random weights", "text")
         return {"features": features_TD, "pooled": features_TD.mean(0)}
 
     def load_text_encoder(self, folder: ModelFolder, placement: Placement) -> TextEncoder:

@@ -23,7 +23,7 @@ from pixtune.engine.dear_results import KeepDearResults
 from pixtune.plan.kernel_choice import LARGEST_ERROR
 from tests.gpu.test_switches import kernels_of
 from tests.runs import ROOT
-from tests.unit.fit.test_apply import PLAIN
+from tests.unit.engine.test_apply import PLAIN
 
 pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda", 0)
@@ -143,7 +143,7 @@ def test_the_order_outlives_the_first_choice_of_a_process() -> None:
 import torch
 from dataclasses import replace
 from pixtune.engine.apply import apply_switches
-from tests.unit.fit.test_apply import PLAIN
+from tests.unit.engine.test_apply import PLAIN
 apply_switches(replace(PLAIN, attention="efficient"))
 states = torch.randn(1, 2, 64, 64, device="cuda", dtype=torch.bfloat16)
 torch.nn.functional.scaled_dot_product_attention(states, states, states)

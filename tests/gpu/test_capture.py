@@ -22,8 +22,8 @@ from pixtune.engine.streaming import in_backward_pass, stream_blocks
 from pixtune.families import family_of
 from pixtune.family import Placement
 from pixtune.storage.model_folder import ModelFolder
-from pixtune.trained.methods import adapters
-from tests.unit.fit.tiny import ASSETS, MODELS
+from pixtune.trained import adapters
+from tests.unit.engine.tiny import ASSETS, MODELS
 
 pytestmark = pytest.mark.gpu
 

@@ -22,8 +22,8 @@ from pixtune.families import family_of
 from pixtune.family import ModelFamily, Placement
 from pixtune.plan.kernel_choice import CUDNN, FLASH, LARGEST_ERROR
 from pixtune.storage.model_folder import ModelFolder
-from pixtune.trained.methods import adapters
-from tests.unit.fit.tiny import ASSETS
+from pixtune.trained import adapters
+from tests.unit.engine.tiny import ASSETS
 
 pytestmark = pytest.mark.gpu
 

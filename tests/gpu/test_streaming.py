@@ -21,8 +21,8 @@ from pixtune.engine.transfer import host_buffer
 from pixtune.families import family_of
 from pixtune.family import Placement
 from pixtune.storage.model_folder import ModelFolder
-from pixtune.trained.methods import adapters
-from tests.unit.fit.tiny import ASSETS, MODELS
+from pixtune.trained import adapters
+from tests.unit.engine.tiny import ASSETS, MODELS
 
 pytestmark = pytest.mark.gpu
 

@@ -15,7 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from pixtune.engine.apply import apply_switches
 from pixtune.engine.quantize import FP8, QuantizedLinear, codes_for, tensor_cores_multiply
-from tests.unit.fit.test_apply import PLAIN
+from tests.unit.engine.test_apply import PLAIN
 
 pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda")

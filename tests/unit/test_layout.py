@@ -15,7 +15,7 @@ SRC = ROOT / "src" / "pixtune"
 
 
 def module_name(path: Path) -> str:
-    """Dotted, without the package itself: "fit.plan", "config", "" for the package."""
+    """Dotted, without the package itself: "plan.memory", "config", "" for the package."""
     parts = path.relative_to(SRC).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
@@ -49,6 +49,18 @@ def ours(tree: ast.AST) -> set[str]:
     return {name for name in names if name in MODULES}
 
 
+def every_import(tree: ast.AST) -> set[str]:
+    """As `ours`, with those under `if TYPE_CHECKING`: a type is a dependency of the reader."""
+    names: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            names |= {node.module or "", *(f"{node.module}.{alias.name}" for alias in node.names)}
+        elif isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+    names = {name.removeprefix("pixtune.") for name in names if name.startswith("pixtune.")}
+    return {name for name in names if name in MODULES}
+
+
 def within(name: str, packages: set[str]) -> bool:
     return any(name == package or name.startswith(f"{package}.") for package in packages)
 
@@ -72,64 +84,81 @@ def test_root_scripts_only_call_the_package():
 
 # ---- import direction
 
-ALLOWED = {  # what of ours these may import, besides `errors` and their own package
-    "config": set(),
-    "objective": {"draws"},
-    "data.buckets": set(),
-    "fit.footprint": {"config"},
-    "fit.rungs": {"config", "fit.footprint", "hardware"},
-    "fit.all_weights": {"config", "fit.footprint", "fit.rungs", "hardware"},
-    "fit.kernel_choice": {"config", "hardware"},
-    "fit.text_padding": {"config", "fit.rungs"},
-    "fit.refusals": {"config", "fit.footprint", "fit.rungs", "hardware"},
-    "fit.plan": {
-        "config",
-        "fit.all_weights",
-        "fit.footprint",
-        "fit.kernel_choice",
-        "fit.refusals",
-        "fit.rungs",
-        "fit.text_padding",
-        "hardware",
-    },
-    "fit.encoders": {"fit.footprint", "hardware"},
-    "fit.phases": {"fit.all_weights", "fit.encoders", "fit.footprint", "fit.plan", "fit.rungs", "hardware"},
-}
+ROOMS = [
+    "errors",
+    "sizes",
+    "late",
+    "randomness",
+    "objective",
+    "config",
+    "hardware",
+    "progress",
+    "launch",
+    "storage",
+    "family",
+    "plan",
+    "engine",
+    "families",
+    "trained",
+    "planning",
+    "sampler",
+    "validation",
+    "data",
+    "tracking",
+    "report",
+    "run",
+    "services",
+    "train",
+    "bench",
+    "commands",
+    "cli",
+]
+"""Rooms, from the ground up: a folder, or a module that stands alone at the top. Each may import those before it."""
+TORCH_FREE = {"config", "plan"}
+"""Rooms that import neither torch nor a model's library, so that checking and planning take no seconds."""
 MODEL_CODE = {"diffusers", "transformers", "accelerate", "peft", "bitsandbytes"}
-FORBIDDEN_OUTSIDE = {  # who may not be imported by others, and who may
-    "train": {"cli"},
-    "cli": set(),
-}
+FREE_OF_MODELS = {*TORCH_FREE, "objective", "randomness", "hardware", "storage", "sizes", "errors"}
+MAY_IMPORT_THE_LOOP = {"cli", "bench"}
 
 
-def test_pure_modules_import_nothing_above_them():
-    found = []
-    for module, tree in MODULES.items():
-        package = next((name for name in ALLOWED if within(module, {name})), None)
-        if package is None:
-            continue
-        allowed = ALLOWED[package] | {package, "errors"}
-        found += [f"{module} imports {name}" for name in ours(tree) if not within(name, allowed)]
-        found += [f"{module} imports {name}" for name in imported(tree) if within(name, MODEL_CODE)]
-    assert not found, f"{found}; the pure parts stay below the rest and free of model code (ALLOWED, above)"
+def room(module: str) -> str:
+    return module.split(".")[0]
 
 
-def test_only_the_command_line_imports_the_loop():
+def test_every_module_has_a_room():
+    assert {room(module) for module in MODULES if module} == set(ROOMS)
+    alone = [module for module in MODULES if module and "." not in module and module in ROOMS]
+    assert len([module for module in alone if not (SRC / module).is_dir()]) <= 15, "too many modules at the top"
+
+
+def test_rooms_import_only_what_lies_below_them():
     found = [
         f"{module} imports {name}"
         for module, tree in MODULES.items()
-        for name, importers in FORBIDDEN_OUTSIDE.items()
-        if name in ours(tree) and module not in importers | {name}
+        for name in every_import(tree)
+        if module and name and ROOMS.index(room(name)) > ROOMS.index(room(module))
     ]
-    assert not found, f"{found}: pass in what is needed instead"
+    assert not found, f"{found}; the order of the house is ROOMS, above"
+
+
+def test_planning_rooms_know_neither_torch_nor_a_model_library():
+    found = [
+        f"{module} imports {name}"
+        for module, tree in MODULES.items()
+        if room(module) in FREE_OF_MODELS
+        for name in imported(tree)
+        if within(name, MODEL_CODE | ({"torch"} if room(module) in TORCH_FREE else set()))
+    ]
+    assert not found, f"{found}; what needs a model or a device belongs into engine/ or families/"
+
+
+def test_only_the_command_line_and_the_benchmark_import_the_loop():
+    found = [m for m, tree in MODULES.items() if "train" in every_import(tree) and room(m) not in MAY_IMPORT_THE_LOOP]
+    assert not found, f"{found} import train: pass in what is needed instead"
 
 
 def test_no_module_imports_itself_by_a_detour():
-    def at_import_time(tree: ast.Module) -> set[str]:
-        body = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
-        return ours(ast.Module(body=body, type_ignores=[]))
-
-    waiting = {module: at_import_time(tree) - {module} for module, tree in MODULES.items()}
+    waiting = {module: every_import(tree) - {module} for module, tree in MODULES.items()}
     while ready := {module for module, needs in waiting.items() if not needs}:
         waiting = {module: needs - ready for module, needs in waiting.items() if module not in ready}
     assert not waiting, f"these import each other in a circle, or wait for one that does: {waiting}"
@@ -153,7 +182,7 @@ def test_model_families_are_named_only_in_their_own_package():
                 for word in words
                 if isinstance(word, str) and not re.search(r"\s", word) and FAMILY_WORDS.search(word)
             ]
-    assert not found, f"{found}; what differs between families goes behind families.base.ModelFamily"
+    assert not found, f"{found}; what differs between families goes behind family.ModelFamily"
 
 
 # ---- errors and side effects
@@ -170,7 +199,7 @@ def test_nothing_swallows_every_error():
     assert not found, f"{found}: name the errors that can be dealt with there, let the others go on"
 
 
-AT_USE = {"fit.triton_kernels"}
+AT_USE = {"engine.triton_kernels"}
 """Modules that need what CUDA builds alone have: imported inside the functions that use them."""
 CUDA_ONLY = {"triton", "fastsafetensors", "flash_attn"}
 

@@ -17,7 +17,7 @@ from pixtune.config import load_config
 from pixtune.data.batches import Batch, read_ahead
 from pixtune.data.prepared import PreparedData
 from pixtune.engine import attention_trial
-from pixtune.engine import compile as fit_compile
+from pixtune.engine import compile as engine_compile
 from pixtune.engine.attention_trial import Shape
 from pixtune.hardware.cards import facts_as
 from pixtune.plan import rungs
@@ -94,7 +94,7 @@ def planned(
 
     monkeypatch.setattr(planning, "footprint_of", footprint_of)
     monkeypatch.setattr(planning, "read_facts", lambda *arguments: H100)
-    monkeypatch.setattr(fit_compile, "compile_obstacle", lambda device: None)
+    monkeypatch.setattr(engine_compile, "compile_obstacle", lambda device: None)
     right = Finding(error=0.003, milliseconds=1.5, padded_error=0.003)
     trial = trial or (lambda shape, kernels: dict.fromkeys(kernels, right))
     monkeypatch.setattr(attention_trial, "try_attention", trial)

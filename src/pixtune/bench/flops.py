@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from pixtune.plan.footprint import Shapes
+from pixtune.family import Shapes
 
 if TYPE_CHECKING:
     from pixtune.family import ModelFamily

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 import torch
 from rich.console import Console
@@ -33,23 +33,18 @@ from pixtune.hardware.machine import driver_may_spill
 from pixtune.plan.memory import MemoryPlan
 from pixtune.plan.rungs import QUANTISED
 from pixtune.planning import footprint_of, plain_linears, targeted_linears, tensor_shapes
-from pixtune.services import AroundSteps, Services, TrainResult
+from pixtune.progress import StepBar
+from pixtune.run import Run, TrainResult
+from pixtune.services import Services
 from pixtune.storage.model_folder import open_model_folder
 from pixtune.tracking.figures import StepFigures, count_compiled_graphs, watch_device
 from pixtune.tracking.memory import STEPS
 from pixtune.tracking.metrics import FILE_NAME, MetricsLog, read_metrics
-from pixtune.tracking.progress import StepBar
-
-if TYPE_CHECKING:
-    from pixtune.train import Run
+from pixtune.train import assemble, run_steps
 
 WARM_UP_STEPS = PLAIN_CALLS + 2
 """The first ones compile and try out kernels, the next is recorded, and the first replay comes after it."""
 FORMAT_NAMES = {torch.float8_e4m3fn: "fp8", torch.int8: "int8"}
-
-Assemble = Callable[[TrainConfig], "tuple[Run, Services]"]
-RunSteps = Callable[["Run", AroundSteps], TrainResult]
-"""Of `train`, which only the command line imports."""
 
 
 @dataclass(frozen=True)
@@ -83,8 +78,6 @@ def measure(
     path: Path,
     overrides: Sequence[str],
     request: Request,
-    assemble: Assemble,
-    run_steps: RunSteps,
     check: Callable[[Case], None] = lambda case: None,
 ) -> Result:
     """Runs a config's steps and says what they cost. What the config names besides the model is not touched.
@@ -97,7 +90,7 @@ def measure(
     """
     with tempfile.TemporaryDirectory(prefix="pixtune-bench-") as name:
         config = write_case(Path(name), path, overrides, request)
-        run = time_run(config, assemble, run_steps, check)
+        run = time_run(config, check)
     if run.device.type == "cuda":
         torch.compiler.reset()  # what was compiled holds on to weights
         gc.collect()
@@ -135,7 +128,7 @@ def usual_controls(config: TrainConfig) -> int:
     return min(1, family_of(open_model_folder(config.pretrained_model_name_or_path)).max_controls)
 
 
-def time_run(config: TrainConfig, assemble: Assemble, run_steps: RunSteps, check: Callable[[Case], None]) -> TimedRun:
+def time_run(config: TrainConfig, check: Callable[[Case], None]) -> TimedRun:
     """All steps of a run, timed; nothing of it is left on the device.
 
     Raises:

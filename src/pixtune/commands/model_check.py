@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pixtune import randomness as draws
+from pixtune import randomness
 from pixtune.commands.quantization_errors import BlockErrors, LayerErrors, Measurement, cosine, relative_error
 from pixtune.engine.activations import recompute_blocks
 from pixtune.engine.apply import blocks_of
@@ -31,10 +31,11 @@ from pixtune.engine.on_demand import load_on_demand
 from pixtune.engine.quantize import FP8, INT8, tensor_cores_multiply
 from pixtune.families.stock_call import Inputs, load_stock_transformer, random_inputs, stock_velocity
 from pixtune.family import ModelFamily, Placement
-from pixtune.hardware.facts import GIB, HardwareFacts, package_versions, read_facts
+from pixtune.hardware.facts import GIB, HardwareFacts, package_versions
+from pixtune.hardware.read import read_facts
 from pixtune.storage.files import write_atomically
 from pixtune.storage.model_folder import ModelFolder
-from pixtune.trained.methods import adapters
+from pixtune.trained import adapters
 
 SIDE_PIXELS, TEXT_TOKENS = 256, 64
 RANK = 4
@@ -297,14 +298,14 @@ def loss_and_gradients(
     adapters.attach_lora(transformer, family.lora_targets, RANK, float(RANK), 0, family.lora_presets)
     parameters = adapters.trainable_parameters(transformer)
     for name, parameter in parameters.items():
-        values = draws.normal(parameter.shape, 0, "random weights", "lora", name)
+        values = randomness.normal(parameter.shape, 0, "random weights", "lora", name)
         parameter.data = (values / (10 * math.sqrt(parameter.shape[1]))).to(placement.device)
     recompute_blocks(blocks_of(transformer, family), offload=False)
     sigma_B = torch.full((1,), 0.7, device=placement.device)
     velocity_BCHW = family.predict_velocity(
         transformer, inputs.noisy_BCHW, sigma_B, inputs.conditioning, inputs.controls, inputs.guidance
     )
-    target_BCHW = draws.normal(inputs.noisy_BCHW.shape, 0, "random weights", "target").to(placement.device)
+    target_BCHW = randomness.normal(inputs.noisy_BCHW.shape, 0, "random weights", "target").to(placement.device)
     loss = (velocity_BCHW.float() - target_BCHW).square().mean()
     loss.backward()
     gradients = [parameter.grad.flatten() for parameter in parameters.values() if parameter.grad is not None]

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pixtune import randomness as draws
+from pixtune import randomness
 from pixtune.engine.load import quantized_like
 from pixtune.engine.quantize import QuantizedLinear, can_quantize, quantize_rows
 
@@ -106,7 +106,7 @@ def outlier_ratio(values: Tensor) -> float:
 
 
 class Measurement:
-    """Collects errors while an unquantised transformer runs; `visit` is what `fit.on_demand` calls before each block.
+    """Collects errors while an unquantised transformer runs; `engine.on_demand` calls `visit` before each block.
 
     Args:
         formats: of `quantize.FORMATS`, one after the other.
@@ -146,7 +146,7 @@ class Measurement:
 
 
 def quantize(linear: nn.Linear, linear_format: str) -> QuantizedLinear:
-    """The layer in a format, as `fit.load` makes it."""
+    """The layer in a format, as `engine.load` makes it."""
     quantized = quantized_like(linear, linear_format, linear.weight.device)
     quantized.set_weight(linear.weight)
     return quantized
@@ -169,7 +169,7 @@ def run_with_gradients(
 
     result = forward(*map(as_leaf, args), **{name: as_leaf(value) for name, value in kwargs.items()})
     outputs = [result] if isinstance(result, Tensor) else list(result)
-    given = [draws.normal(o.shape, 0, "random weights", "gradient", i).to(o) for i, o in enumerate(outputs)]
+    given = [randomness.normal(o.shape, 0, "random weights", "gradient", i).to(o) for i, o in enumerate(outputs)]
     gradients = torch.autograd.grad(outputs, inputs, given, allow_unused=True)
     return [output.detach() for output in outputs], [gradient for gradient in gradients if gradient is not None]
 

@@ -18,7 +18,6 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from pixtune.config.schema import DataConfig, TrainConfig
-from pixtune.data.buckets import Size
 from pixtune.data.build_encoder import plan_encoders_for
 from pixtune.data.cache import Ledger, MemoryStore
 from pixtune.data.encode import Encoder, FramedPicture, TextItem
@@ -32,17 +31,19 @@ from pixtune.engine.streaming import choose_streamed, stream_blocks
 from pixtune.errors import WeightsError
 from pixtune.families import family_of
 from pixtune.family import CONTROL_SIDE, ModelFamily, Placement
-from pixtune.hardware.facts import HardwareFacts, read_facts
+from pixtune.hardware.facts import HardwareFacts
 from pixtune.hardware.monitor import StageLog
+from pixtune.hardware.read import read_facts
 from pixtune.plan.encoders import EncoderPlan, count_caption_tokens
 from pixtune.plan.footprint import Footprint, read_footprint
 from pixtune.plan.phases import Drawing, DrawingPlan, plan_drawing
 from pixtune.planning import encoder_sizes, tensor_shapes
 from pixtune.sampler import EncodedPrompt, PromptPicture, PromptSampler, SamplerSettings, needs_negative
+from pixtune.sizes import Size
 from pixtune.storage.model_folder import ModelFolder, open_model_folder
 from pixtune.tracking.memory import RunMemory
+from pixtune.trained import adapters
 from pixtune.trained.export import read_lora_file
-from pixtune.trained.methods import adapters
 
 ENCODING, LOADING, DRAWING, DECODING = "prompts encoded", "transformer", "pictures drawn", "pictures decoded"
 """Stages of drawing, as the memory log names them."""

@@ -17,11 +17,11 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from pixtune import randomness as draws
+from pixtune import randomness
 from pixtune.config.schema import ObjectiveConfig
-from pixtune.data.buckets import Size
 from pixtune.family import Conditioning, LatentDistribution
 from pixtune.objective import draw_sigmas, shift_sigmas
+from pixtune.sizes import Size
 
 T = TypeVar("T")
 
@@ -57,9 +57,9 @@ class BatchPlan:
     def _epoch(self, epoch: int) -> list[list[Draw]]:
         """The micro-batches of one epoch: every sample once, then as many again as fill each bucket's last batch."""
         by_bucket: dict[Signature, list[Draw]] = {}
-        for sample in draws.shuffled(len(self.buckets), self.seed, "order", epoch):
+        for sample in randomness.shuffled(len(self.buckets), self.seed, "order", epoch):
             variants = self.buckets[sample]
-            variant = int(draws.uniform(self.seed, "ratio", epoch, sample) * len(variants))
+            variant = int(randomness.uniform(self.seed, "ratio", epoch, sample) * len(variants))
             by_bucket.setdefault(variants[variant], []).append(Draw(sample, variant))
         size = self.global_batch_size
         micro_batches = []
@@ -67,7 +67,7 @@ class BatchPlan:
             # A short batch would weigh its samples more; wrapping round keeps every step's size and every rank's work.
             padded = [members[i % len(members)] for i in range(-(-len(members) // size) * size)]
             micro_batches += [padded[i : i + size] for i in range(0, len(padded), size)]
-        return [micro_batches[i] for i in draws.shuffled(len(micro_batches), self.seed, "order", epoch, "batches")]
+        return [micro_batches[i] for i in randomness.shuffled(len(micro_batches), self.seed, "order", epoch, "batches")]
 
     def epoch_end(self, epoch: int) -> int:
         """Number of micro-batches up to and with this epoch."""
@@ -201,7 +201,7 @@ class BatchSource:
         sigmas, rows = [], []
         for slot in self._slots:
             draw = members[slot]
-            uniform = draws.uniform(self.plan.seed, "sigma", index, slot)
+            uniform = randomness.uniform(self.plan.seed, "sigma", index, slot)
             sigmas.append(self._sigma(uniform, *reader.latent_size(draw.sample, draw.variant)))
             if features:
                 rows.append(reader.read_text(draw.sample, draw.variant, self._is_dropped(index, slot)))
@@ -220,16 +220,16 @@ class BatchSource:
         return range(self.rank * share, (self.rank + 1) * share)
 
     def _is_dropped(self, index: int, slot: int) -> bool:
-        return draws.uniform(self.plan.seed, "caption dropout", index, slot) < self.caption_dropout_rate
+        return randomness.uniform(self.plan.seed, "caption dropout", index, slot) < self.caption_dropout_rate
 
     def _draw(self, index: int, slot: int, draw: Draw) -> _Single:
         seed, reader = self.plan.seed, self.reader
         distribution = reader.read_latents(draw.sample, draw.variant)
         shape = distribution.mean_BCHW.shape
         return _Single(
-            latents_BCHW=distribution.sample(draws.normal(shape, seed, "latents", index, slot)),
-            noise_BCHW=draws.normal(shape, seed, "noise", index, slot),
-            sigma=self._sigma(draws.uniform(seed, "sigma", index, slot), *shape[-2:]),
+            latents_BCHW=distribution.sample(randomness.normal(shape, seed, "latents", index, slot)),
+            noise_BCHW=randomness.normal(shape, seed, "noise", index, slot),
+            sigma=self._sigma(randomness.uniform(seed, "sigma", index, slot), *shape[-2:]),
             text=reader.read_text(draw.sample, draw.variant, self._is_dropped(index, slot)),
             controls=reader.read_controls(draw.sample, draw.variant),
             name=reader.names[draw.sample],

@@ -19,11 +19,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-Size = tuple[int, int]
-"""(width, height) in pixels."""
-
-Ratio = tuple[int, int]
-"""(width, height) as parts, for example (16, 9)."""
+from pixtune.sizes import Ratio, Size
 
 RATIOS: Mapping[str, Ratio | None] = MappingProxyType({"16:9": (16, 9), "4:3": (4, 3), "1:1": (1, 1), "own": None})
 """What `random_ratio` draws from. Always wide, as the option's text says: a portrait becomes 16:9, not 9:16."""

@@ -15,7 +15,8 @@ from pixtune.config.schema import TrainConfig
 from pixtune.data.cache import DiskStore, Ledger, MemoryStore, missing_keys
 from pixtune.data.encode import Encoder, FramedPicture, TextItem
 from pixtune.family import ModelFamily, Placement
-from pixtune.hardware.facts import MEMORY_FRACTION, HardwareFacts, read_facts
+from pixtune.hardware.facts import MEMORY_FRACTION, HardwareFacts
+from pixtune.hardware.read import read_facts
 from pixtune.hardware.unified import is_unified_memory_system
 from pixtune.plan.encoders import EncoderPlan, count_caption_tokens, encode_plainly, more_exact
 from pixtune.planning import encoder_sizes, encoders_stay, plan_encoders_of

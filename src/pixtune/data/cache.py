@@ -176,9 +176,3 @@ def fill(
     ledger.remember(keys)
     unique = len({key.digest for key in keys})
     return FillReport(hits=unique - len(missing), misses=dict(reasons))
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file's bytes, as hex."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

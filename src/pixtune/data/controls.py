@@ -9,7 +9,8 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from pixtune.data.buckets import Framing, Size
+from pixtune.data.buckets import Framing
+from pixtune.sizes import Size
 
 SAME_SHAPE = 0.01
 """Aspect ratios whose logarithms differ by less count as the same: sides rounded to whole pixels."""

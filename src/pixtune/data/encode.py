@@ -18,15 +18,16 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from pixtune.data.buckets import Framing, Size
+from pixtune.data.buckets import Framing
 from pixtune.data.cache import CacheKey, Entry, FillReport, Ledger, Store, fill
 from pixtune.data.images import crop_resize, open_rgb, to_pixels
 from pixtune.engine.tiling import encode_images
 from pixtune.engine.weight_only import quantize_encoder
 from pixtune.family import LatentDistribution, ModelFamily, Placement, Prompt, TextEncoder
 from pixtune.plan.encoders import ON_CPU, EncoderPlan
+from pixtune.progress import track
+from pixtune.sizes import Size
 from pixtune.storage.model_folder import ModelFolder
-from pixtune.tracking.progress import track
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -11,12 +11,13 @@ from threading import Lock
 import torch
 from torch import Tensor
 
-from pixtune.data.cache import CacheKey, FillReport, file_digest
+from pixtune.data.cache import CacheKey, FillReport
 from pixtune.data.controls import ControlFraming
 from pixtune.data.encode import Encoder, FramedPicture, TextItem
 from pixtune.data.images import to_pixels
 from pixtune.data.samples import Sample
 from pixtune.family import Conditioning, LatentDistribution
+from pixtune.storage.files import file_digest
 
 
 def digest_of(path: Path) -> str:

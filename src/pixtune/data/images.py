@@ -21,8 +21,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import ExifTags, Image, ImageChops, ImageCms, UnidentifiedImageError
 
-from pixtune.data.buckets import Framing, Size
+from pixtune.data.buckets import Framing
 from pixtune.errors import DataError
+from pixtune.sizes import Size
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -13,15 +13,16 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from pixtune import randomness as draws
+from pixtune import randomness
 from pixtune.config.schema import DataConfig
 from pixtune.data.batches import BatchPlan
-from pixtune.data.buckets import Framing, Size, build_buckets, frame_picture
+from pixtune.data.buckets import Framing, build_buckets, frame_picture
 from pixtune.data.controls import ControlRules
 from pixtune.data.encodings import control_pictures, target_picture
 from pixtune.data.images import to_pixels
 from pixtune.data.samples import read_samples
 from pixtune.errors import ConfigError
+from pixtune.sizes import Size
 
 MULTIPLE = 16
 """Picture sides are multiples of this many pixels, as the full-size models need."""
@@ -125,7 +126,7 @@ class Turns(Sampler[list[Turn]]):
             ]
 
     def _is_dropped(self, epoch: int, number: int, slot: int) -> bool:
-        return draws.uniform(self.plan.seed, "caption dropout", epoch, number, slot) < self.dropout_rate
+        return randomness.uniform(self.plan.seed, "caption dropout", epoch, number, slot) < self.dropout_rate
 
 
 def _stack(rows: list[tuple[Tensor, str, list[Tensor]]]) -> PictureBatch:

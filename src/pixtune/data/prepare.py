@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from pixtune.config.schema import TrainConfig
-from pixtune.data.buckets import Framing, Size, build_buckets, frame_picture
+from pixtune.data.buckets import Framing, build_buckets, frame_picture
 from pixtune.data.build_encoder import build_encoder
 from pixtune.data.cache import missing_keys
 from pixtune.data.controls import ControlRules, frame_control
@@ -27,6 +27,7 @@ from pixtune.hardware.monitor import StageLog
 from pixtune.plan.encoders import EncoderPlan
 from pixtune.plan.text_padding import Captions
 from pixtune.sampler import EncodedPrompt, needs_negative
+from pixtune.sizes import Size
 from pixtune.storage.model_folder import ModelFolder
 from pixtune.validation import HeldOutPicture
 

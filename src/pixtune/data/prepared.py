@@ -11,7 +11,6 @@ from functools import partial
 from torch import Tensor
 
 from pixtune.data.batches import SampleReader, Signature
-from pixtune.data.buckets import Size
 from pixtune.data.encode import TextItem
 from pixtune.data.encodings import text_item
 from pixtune.data.samples import Sample
@@ -20,6 +19,7 @@ from pixtune.family import Conditioning, LatentDistribution, ModelFamily
 from pixtune.plan.encoders import EncoderPlan
 from pixtune.plan.text_padding import CaptionedSize, Captions, padded_length
 from pixtune.sampler import EncodedPrompt
+from pixtune.sizes import Size
 from pixtune.storage.model_folder import ModelFolder
 from pixtune.validation import HeldOutPicture
 

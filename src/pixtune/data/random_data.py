@@ -7,15 +7,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pixtune import randomness as draws
+from pixtune import randomness
 from pixtune.config.schema import TrainConfig
-from pixtune.data.buckets import Size
 from pixtune.data.encodings import text_item
 from pixtune.data.prepared import PreparedData, captioned_sizes, most_image_tokens, sample_reader
 from pixtune.data.samples import Sample
 from pixtune.family import Conditioning, LatentDistribution, ModelFamily
 from pixtune.plan.encoders import encode_plainly
 from pixtune.plan.text_padding import Captions
+from pixtune.sizes import Size
 from pixtune.storage.model_folder import ModelFolder
 from pixtune.validation import HeldOutPicture
 
@@ -57,7 +57,7 @@ def random_data(
         return family.random_text(folder, num_tokens(caption), DROPPED_TEXT if dropped else sample)
 
     def random_latents(size: Size, *place: int | str) -> Tensor:
-        return draws.normal((1, *family.latent_shape(folder, *size)), config.seed, "random weights", *place)
+        return randomness.normal((1, *family.latent_shape(folder, *size)), config.seed, "random weights", *place)
 
     def held_out_picture(number: int, sample: Sample) -> HeldOutPicture:
         target, *controls = sample.signature(0)

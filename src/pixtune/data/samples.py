@@ -6,15 +6,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pixtune import randomness as draws
+from pixtune import randomness
 from pixtune.config.schema import DataConfig
-from pixtune.data.buckets import Buckets, Framing, Size, build_buckets, frame_picture, frame_variants
+from pixtune.data.buckets import Buckets, Framing, build_buckets, frame_picture, frame_variants
 from pixtune.data.controls import ControlFraming, ControlRules, frame_control
 from pixtune.data.images import read_size
 from pixtune.data.metadata import read_metadata
 from pixtune.data.pairs import Pair, Pairs, find_pairs, shorten
 from pixtune.data.validate import validate_pairs
 from pixtune.errors import DataError
+from pixtune.sizes import Size
 
 
 @dataclass(frozen=True)
@@ -155,5 +156,5 @@ def split_held_out(samples: list[Sample], share: float, seed: int) -> tuple[list
             "validation.held_out leaves nothing to train on",
             [f"{share} of {len(samples)} pictures are {count}; add pictures or lower the share"],
         )
-    chosen = {s.name for s in sorted(samples, key=lambda s: draws.draw_key(seed, "hold out", s.name))[:count]}
+    chosen = {s.name for s in sorted(samples, key=lambda s: randomness.draw_key(seed, "hold out", s.name))[:count]}
     return [s for s in samples if s.name not in chosen], [s for s in samples if s.name in chosen]

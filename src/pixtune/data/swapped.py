@@ -19,14 +19,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from pixtune import randomness as draws
-from pixtune.data.buckets import Framing, Size
+from pixtune import randomness
+from pixtune.data.buckets import Framing
 from pixtune.data.controls import ControlRules, frame_control, same_shape
 from pixtune.data.encode import FramedPicture, TextItem
 from pixtune.data.encodings import Encodings, control_pictures, target_picture, text_item
 from pixtune.data.images import read_size
 from pixtune.data.samples import Sample
 from pixtune.family import ModelFamily
+from pixtune.sizes import Size
 from pixtune.validation import HeldOutPicture, losses_at
 
 MOST_PAIRS = 8
@@ -92,7 +93,7 @@ def choose_pairs(samples: Sequence[Sample], rules: ControlRules | None, dropped:
     if rules is None:
         return []
     chosen: list[BothWays] = []
-    for sample in sorted(samples, key=lambda sample: draws.draw_key(seed, "swap check", sample.name)):
+    for sample in sorted(samples, key=lambda sample: randomness.draw_key(seed, "swap check", sample.name)):
         if len(sample.control_paths) != 1 or sample.caption.strip() == dropped.strip():
             continue
         target, control = read_size(sample.image_path), read_size(sample.control_paths[0])

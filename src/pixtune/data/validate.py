@@ -6,7 +6,6 @@ Needs no torch. `validate_folder` returns a report, `validate_dataset` prints it
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -19,11 +18,13 @@ from warnings import catch_warnings, filterwarnings
 import numpy as np
 from PIL import Image, ImageChops
 
-from pixtune.data.buckets import Buckets, Size, build_buckets, frame_picture
+from pixtune.data.buckets import Buckets, build_buckets, frame_picture
 from pixtune.data.controls import same_shape
 from pixtune.data.images import decode
 from pixtune.data.pairs import Pair, Pairs, find_pairs, shorten
 from pixtune.errors import DataError
+from pixtune.sizes import Size
+from pixtune.storage.files import file_digest
 
 MIN_SIDE_PIXELS = 16
 """Shortest usable side where the model is not known: the smallest `multiple` of the supported families."""
@@ -114,7 +115,7 @@ class _Checked:
 
     path: Path
     size: Size | None
-    digest: bytes
+    digest: str
     faults: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     thumbnail: Image.Image | None = None
@@ -252,12 +253,11 @@ def _check_pictures(
 def _check_picture(path: Path, multiple: int, compared: bool) -> _Checked:
     try:
         decoded = decode(path)
-        with path.open("rb") as stream:
-            digest = hashlib.file_digest(stream, "sha256").digest()
+        digest = file_digest(path)
     except DataError as error:
-        return _Checked(path, None, b"", tuple(error.faults))
+        return _Checked(path, None, "", tuple(error.faults))
     except OSError as error:
-        return _Checked(path, None, b"", (f"{path} cannot be read: {error.strerror or error}.",))
+        return _Checked(path, None, "", (f"{path} cannot be read: {error.strerror or error}.",))
     size = decoded.image.size
     too_small = f"{path} is {size[0]}x{size[1]} pixels; each side must have at least {multiple}. Remove or replace it."
     thumbnail = decoded.image.resize((THUMBNAIL_PIXELS,) * 2, Image.Resampling.BOX) if compared else None
@@ -321,7 +321,7 @@ def _fill_buckets(pictures: Sequence[_Checked], buckets: Buckets, upscale: bool,
 
 def _duplicates(pictures: Sequence[_Checked]) -> list[str]:
     """A warning for every set of files with the same bytes: they count twice in training."""
-    groups: dict[bytes, list[str]] = defaultdict(list)
+    groups: dict[str, list[str]] = defaultdict(list)
     for picture in pictures:
         if picture.digest:
             groups[picture.digest].append(str(picture.path))

@@ -9,14 +9,22 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from pixtune import randomness as draws
-from pixtune.data.buckets import Size
+from pixtune import randomness
 from pixtune.families.flow_schedule import model_sigmas, model_time_shift, rounded_timestep
 from pixtune.families.packing import PATCH, grid, num_tokens, pack_latents, unpack_latents
 from pixtune.families.transformer_shapes import flux_shapes
-from pixtune.family import CONTROL_SIDE, Conditioning, LatentDistribution, Placement, Prompt, TextEncoder
+from pixtune.family import (
+    CONTROL_SIDE,
+    ActivationUnits,
+    Conditioning,
+    LatentDistribution,
+    Placement,
+    Prompt,
+    Shapes,
+    TextEncoder,
+)
 from pixtune.late import LateModule
-from pixtune.plan.footprint import ActivationUnits, Shapes
+from pixtune.sizes import Size
 from pixtune.storage.model_folder import ModelFolder
 
 if TYPE_CHECKING:
@@ -36,7 +44,7 @@ MLP = ("ff.net.0.proj", "ff.net.2", *TEXT_MLP, "proj_mlp")
 
 
 class Flux:
-    """See `families.base.ModelFamily`."""
+    """See `family.ModelFamily`."""
 
     script = "train_flux_lora.py"
     lora_targets: tuple[str, ...] = ATTENTION
@@ -129,8 +137,10 @@ class Flux:
     def random_text(self, folder: ModelFolder, num_tokens: int, seed: int) -> Conditioning:
         config = folder.component_config("transformer")
         return {
-            "prompt_embeds": draws.normal((num_tokens, config["joint_attention_dim"]), seed, "random weights", "text"),
-            "pooled_embeds": draws.normal((config["pooled_projection_dim"],), seed, "random weights", "pooled"),
+            "prompt_embeds": randomness.normal(
+                (num_tokens, config["joint_attention_dim"]), seed, "random weights", "text"
+            ),
+            "pooled_embeds": randomness.normal((config["pooled_projection_dim"],), seed, "random weights", "pooled"),
         }
 
     # ---- loading

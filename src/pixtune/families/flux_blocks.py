@@ -43,10 +43,10 @@ class PairedRotaryEmbedding(nn.Module):
 
 
 class JointAttention:
-    """The stock attention of image and text tokens, the projections of each by `fit.lora.project`."""
+    """The stock attention of image and text tokens, the projections of each by `engine.lora.project`."""
 
     recomputes_projections = False
-    """Queries, keys and values are computed again in the backward pass; `fit.activations` switches it on."""
+    """Queries, keys and values are computed again in the backward pass; `engine.activations` switches it on."""
 
     def __call__(
         self,
@@ -64,9 +64,9 @@ class JointAttention:
 
 
 class AttentionBesideMlp:
-    """The stock attention of blocks that put the MLP's features beside what was attended, with `fit.lora.project`.
+    """The stock attention of blocks that put the MLP's features beside what was attended, with `engine.lora.project`.
 
-    Its gradient is then a slice of a wider tensor; see `fit.attention` for what that does.
+    Its gradient is then a slice of a wider tensor; see `engine.attention` for what that does.
     """
 
     recomputes_projections = False
@@ -95,7 +95,7 @@ def single_block(
     image_rotary_emb: Tensor,
     joint_attention_kwargs: Mapping[str, Any] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The stock `FluxSingleTransformerBlock.forward`, its MLP by `fit.mlp`. Its names are those that it is called by.
+    """The stock `FluxSingleTransformerBlock.forward`, its MLP by `engine.mlp`, with the arguments of the stock one.
 
     It returns copies, not slices of one tensor: slices leave a compiled block as views, whose gradients are then put
     together outside of it, in four more passes over them.

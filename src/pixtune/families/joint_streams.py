@@ -1,6 +1,6 @@
 """The ways into and out of an attention that image and text tokens share, in diffusers' names for its layers.
 
-The layers that read one input go through `fit.lora.project` together.
+The layers that read one input go through `engine.lora.project` together.
 """
 
 from __future__ import annotations

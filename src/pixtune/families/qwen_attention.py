@@ -35,7 +35,7 @@ class JointAttention:
     """
 
     recomputes_projections = False
-    """Queries, keys and values are computed again in the backward pass; `fit.activations` switches it on."""
+    """Queries, keys and values are computed again in the backward pass; `engine.activations` switches it on."""
 
     # Its parameters' names are those that diffusers calls it by and, for `real_BL`, hands through.
     def __call__(

@@ -8,16 +8,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
-from pixtune import randomness as draws
-from pixtune.data.buckets import Size
+from pixtune import randomness
 from pixtune.errors import WeightsError
 from pixtune.families.flow_schedule import model_sigmas, model_time_shift, rounded_timestep
 from pixtune.families.packing import PATCH, grid, num_tokens, pack_latents, unpack_latents
 from pixtune.families.transformer_shapes import qwen_image_shapes
-from pixtune.family import Conditioning, LatentDistribution, Placement, Prompt, TextEncoder
+from pixtune.family import ActivationUnits, Conditioning, LatentDistribution, Placement, Prompt, Shapes, TextEncoder
 from pixtune.late import LateModule
-from pixtune.plan.footprint import ActivationUnits, Shapes
 from pixtune.plan.text_padding import padded_length
+from pixtune.sizes import Size
 from pixtune.storage.model_folder import ModelFolder
 
 if TYPE_CHECKING:
@@ -68,7 +67,7 @@ class PromptReader(Protocol):
 
 
 class QwenImage:
-    """See `families.base.ModelFamily`. The edit models differ in how they read prompts and are composed of the same."""
+    """See `family.ModelFamily`. The edit models differ in how they read prompts and are composed of the same."""
 
     lora_targets: tuple[str, ...] = ATTENTION
     lora_presets: Mapping[str, tuple[str, ...]] = {
@@ -139,7 +138,7 @@ class QwenImage:
 
     def random_text(self, folder: ModelFolder, num_tokens: int, seed: int) -> Conditioning:
         width = folder.component_config("transformer")["joint_attention_dim"]
-        return {"prompt_embeds": draws.normal((num_tokens, width), seed, "random weights", "text")}
+        return {"prompt_embeds": randomness.normal((num_tokens, width), seed, "random weights", "text")}
 
     # ---- loading
 

@@ -12,9 +12,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from pixtune.data.buckets import Size
 from pixtune.families.qwen_image import QwenImage
 from pixtune.family import Conditioning, Prompt, TextEncoder
+from pixtune.sizes import Size
 from pixtune.storage.model_folder import ModelFolder
 
 if TYPE_CHECKING:

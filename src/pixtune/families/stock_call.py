@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from pixtune import randomness as draws
+from pixtune import randomness
 from pixtune.family import CONTROL_SIDE, Conditioning, ModelFamily, Placement
 from pixtune.storage.model_folder import ModelFolder
 
@@ -42,7 +42,7 @@ def random_inputs(family: ModelFamily, folder: ModelFolder, side: int, num_text_
 
     def latents(width: int, height: int, what: str) -> Tensor:
         shape_CHW = family.latent_shape(folder, width, height)
-        return draws.normal((1, *shape_CHW), 0, "random weights", what).to(device)
+        return randomness.normal((1, *shape_CHW), 0, "random weights", what).to(device)
 
     text = family.stack_conditioning([family.random_text(folder, num_text_tokens, 0)])
     side -= side % family.pixel_multiple(folder)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from pixtune.plan.footprint import Shapes
+from pixtune.family import Shapes
 
 SINUSOIDS = 256
 """Features of a timestep before its embedding."""

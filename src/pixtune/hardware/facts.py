@@ -1,6 +1,6 @@
 """What a machine is, as plain values, so that decisions can be tested without it. Imports no torch.
 
-`read_facts` reads this machine; `cards.facts_as` makes the facts of another one from the table of cards.
+`read.read_facts` reads this machine; `cards.facts_as` makes the facts of another one from the table of cards.
 """
 
 from __future__ import annotations
@@ -8,14 +8,11 @@ from __future__ import annotations
 import platform
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from packaging.version import Version
 
 from pixtune.errors import PixtuneError
-
-if TYPE_CHECKING:
-    import torch
 
 OLDEST_TORCH = "2.10.0a0"
 REPORTED_PACKAGES = ("pixtune", "torch", "diffusers", "transformers", "peft", "accelerate", "safetensors")
@@ -73,17 +70,6 @@ class HardwareFacts:
     num_sms: int = 0
     tensor_core_formats: tuple[str, ...] = ()
     """Of "bf16", "int8", "fp8": those this GPU's tensor cores are used for."""
-
-
-def read_facts(device: torch.device, memory_fraction: float = MEMORY_FRACTION) -> HardwareFacts:
-    """The facts of one device of this machine. Starts CUDA if it is a GPU.
-
-    Args:
-        memory_fraction: most that `free_bytes` may be of a pool shared with the CPU; no meaning elsewhere.
-    """
-    from pixtune.hardware.read import read_device_facts  # it imports torch, and `pixtune plan --as` must not
-
-    return read_device_facts(device, memory_fraction)
 
 
 def pool_floor_bytes(pool_bytes: int) -> int:

@@ -111,7 +111,7 @@ def read_torch() -> tuple[TorchState, HardwareFacts | None]:
         import torch
     except (ImportError, OSError) as error:
         return TorchState(version, import_error=None if version is None else str(error)), None
-    from pixtune.hardware.facts import read_facts
+    from pixtune.hardware.read import read_facts
 
     available = torch.cuda.is_available()
     state = TorchState(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from pixtune.hardware.cards import find_card
 from pixtune.hardware.facts import (
+    MEMORY_FRACTION,
     CoherentLink,
     HardwareFacts,
     installed_version,
@@ -27,8 +28,12 @@ else:
 DRIVER_VERSION = Path("/proc/driver/nvidia/version")
 
 
-def read_device_facts(device: torch.device, memory_fraction: float) -> HardwareFacts:
-    """See `facts.read_facts`."""
+def read_facts(device: torch.device, memory_fraction: float = MEMORY_FRACTION) -> HardwareFacts:
+    """Reads the facts of one device of this machine. Starts CUDA if it is a GPU.
+
+    Args:
+        memory_fraction: most that `free_bytes` may be of a pool shared with the CPU; no meaning elsewhere.
+    """
     if device.type != "cuda":
         return cpu_facts(read_host_memory(), platform.processor() or platform.machine())
     properties = torch.cuda.get_device_properties(device)

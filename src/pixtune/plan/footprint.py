@@ -7,47 +7,14 @@ tokens x width x 2 bytes of a bf16 tensor. How many a kind of block keeps is mea
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from pixtune.family import ModelFamily
+    from pixtune.family import ActivationUnits, ModelFamily, Shapes
 
 NF4_BLOCK = 16
-Shapes = Mapping[str, Sequence[int]]
-"""Tensor name -> shape."""
-
-
-@dataclass(frozen=True)
-class ActivationUnits:
-    """What one block keeps for the backward pass, in units; see the module."""
-
-    eager: float
-    """Nothing compiled."""
-    kept: float
-    """Compiled; no product and no attention is computed twice."""
-    lean: float
-    """The same, norms, rotary embedding and gates computed again, the MLP's activation kept in 8 bits."""
-    projections: float
-    """Of these, queries, keys and values; 0: its attention cannot compute them again (`recomputes_projections`)."""
-    working: float
-    """On top of what it keeps, at most, while the backward pass of a recomputed block runs."""
-    forward: float
-    """On top of what it keeps, at most, while it runs forward or backward from what was kept."""
-    forward_quantised: float
-    """The same where weights are quantised: codes, scales, and transposed weights."""
-    forward_fused: float
-    """The same where, besides, each MLP is one function (`fit.mlp`)."""
-    passing: float
-    """Most that is alive while it runs without gradients, not compiled."""
-    passing_quantised: float
-    """The same where weights are quantised: an MLP's input passes through fp32 on its way to codes."""
-    cut: float = 0.0
-    """On top of `kept` where several samples come at once: image tokens cut out of what was attended. One sample's lie
-    together already, several samples' are copied."""
-
-
 INPUT_UNITS = 1.0
 """A recomputed block keeps its input: both streams."""
 

@@ -17,7 +17,7 @@ FIXED_BYTES = round(0.05 * GIB)
 """In the allocator, besides what is counted: workspaces of products, latents, noise, the layers at both ends."""
 FULL_UNITS = {"compiled": 6.1, "eager": 13.1}
 """What a block keeps more where all its weights are trained, in units; counted on a CPU from the tensors that autograd
-keeps, for each kind of block (tests/unit/fit/test_all_weights.py). Compiled: the inputs of the MLP's two linear
+keeps, for each kind of block (tests/unit/plan/test_all_weights.py). Compiled: the inputs of the MLP's two linear
 layers, 1 + 4, and what the gates multiply, 2, of which one is kept anyhow. Eager also what norms made."""
 AHEAD_BYTES = GIB
 """On the device, of optimizer states that are on their way from and to host memory."""

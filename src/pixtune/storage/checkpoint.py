@@ -3,7 +3,7 @@
 A checkpoint is a folder `checkpoint-000500` with the LoRA (itself a file that diffusers loads), the optimizer's state
 and `state.json`: step, config, plan, versions, the size and SHA-256 of the other files, and its own SHA-256. It is
 written under a temporary name, synced and renamed; older ones go only after it stands. There is no pickle and no
-generator state: random draws are functions of the step (see `draws.py`).
+generator state: random draws are functions of the step (see `randomness.py`).
 """
 
 from __future__ import annotations
@@ -23,9 +23,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from pixtune.data.cache import file_digest
 from pixtune.errors import CheckpointError
-from pixtune.storage.files import sync_folder, write_atomically
+from pixtune.storage.files import file_digest, sync_folder, write_atomically
 from pixtune.storage.safetensors_writer import save_safetensors
 
 if TYPE_CHECKING:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from pixtune.errors import WeightsError
+from pixtune.storage.files import file_digest, write_atomically
 
 READ_SUFFIXES = (".json", ".safetensors", ".txt", ".model", ".jinja")
 """All that a model folder needs, and all that is taken from one."""
@@ -79,7 +80,7 @@ class ModelFolder:
         digest = hashlib.sha256()
         for file in sorted((self.path / component).iterdir()):
             if file.suffix in READ_SUFFIXES:
-                digest.update(f"{file.name}\0{_file_digest(file, memo_dir)}\0".encode())
+                digest.update(f"{file.name}\0{_remembered_digest(file, memo_dir)}\0".encode())
         return digest.hexdigest()
 
 
@@ -202,21 +203,14 @@ def read_header(file: Path) -> dict[str, Any]:
         raise WeightsError(f"{file} is no safetensors file, or cut off. Fetch the model again.") from error
 
 
-def _file_digest(file: Path, memo_dir: Path | None) -> str:
+def _remembered_digest(file: Path, memo_dir: Path | None) -> str:
     stat = file.stat()
     if memo_dir is None or stat.st_size < 64 * 2**20:
-        return _sha256(file)
+        return file_digest(file)
     key = hashlib.sha256(f"{file.resolve()}\0{stat.st_size}\0{stat.st_mtime_ns}".encode()).hexdigest()
     memo = memo_dir / f"{key}.sha256"
     if memo.is_file():
         return memo.read_text().strip()
-    from pixtune.storage.files import write_atomically
-
-    digest = _sha256(file)
+    digest = file_digest(file)
     write_atomically(memo, digest.encode())
     return digest
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

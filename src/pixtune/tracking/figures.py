@@ -19,9 +19,9 @@ from pixtune.data.batches import Batch
 from pixtune.errors import TrainingError
 from pixtune.hardware.monitor import get_memory_stats
 from pixtune.hardware.sensors import GpuSensors, read_sensors
-from pixtune.hardware.steptime import Drift, StepSample, StepTimeWatch
+from pixtune.progress import StepBar
 from pixtune.tracking.metrics import MetricsLog
-from pixtune.tracking.progress import StepBar
+from pixtune.tracking.steptime import Drift, StepSample, StepTimeWatch
 
 SENSORS_EVERY_SECONDS = 60.0
 """At most so often: nvidia-smi takes tens of milliseconds."""

@@ -15,8 +15,9 @@ import torch
 from pixtune.config.schema import TrainConfig
 from pixtune.errors import TrainingError
 from pixtune.hardware.capping import cap_device_memory, outside_allocator_bytes, own_gpu, used_before_cuda
-from pixtune.hardware.facts import GIB, MEMORY_FRACTION, read_facts
+from pixtune.hardware.facts import GIB, MEMORY_FRACTION
 from pixtune.hardware.monitor import StageLog, StageMemory
+from pixtune.hardware.read import read_facts
 from pixtune.hardware.unified import MemoryWatchdog, cap_unified_memory, setup_unified_memory_env
 from pixtune.plan.rungs import is_unified
 

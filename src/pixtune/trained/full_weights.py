@@ -23,9 +23,9 @@ from pixtune.storage.checkpoint import OPTIMIZER_STEM, Checkpoint, CheckpointFil
 from pixtune.storage.files import sync_folder, write_atomically
 from pixtune.storage.model_folder import READ_SUFFIXES, ModelFolder
 from pixtune.storage.resume import config_hash
+from pixtune.trained import optim
 from pixtune.trained.fused_step import FusedStep
 from pixtune.trained.host_states import HostStates
-from pixtune.trained.methods import optim
 from pixtune.trained.weight_update import WeightUpdate
 
 WEIGHTS_STEM = "transformer"

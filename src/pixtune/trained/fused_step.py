@@ -13,7 +13,7 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from pixtune.trained.methods import optim
+from pixtune.trained import optim
 from pixtune.trained.weight_update import WeightUpdate
 
 

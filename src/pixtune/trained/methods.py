@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from pixtune import randomness as draws
+from pixtune import randomness
 from pixtune.config.schema import TrainConfig
 from pixtune.family import ModelFamily
 from pixtune.hardware.facts import package_versions
@@ -17,10 +17,10 @@ from pixtune.plan.memory import MemoryPlan
 from pixtune.storage.checkpoint import OPTIMIZER_STEM, CheckpointFiles, joined
 from pixtune.storage.model_folder import ModelFolder
 from pixtune.storage.resume import config_hash
+from pixtune.trained import adapters, optim
 from pixtune.trained.adapters import AttachedLora
 from pixtune.trained.export import DIFFUSERS_FILE, LoraDescription, diffusers_file, export_lora
 from pixtune.trained.full_weights import FullWeights
-from pixtune.trained.methods import adapters, optim
 
 
 class TrainedWeights(Protocol):
@@ -127,7 +127,7 @@ def train_lora(
 ) -> LoraWeights:
     """Attaches the LoRA that the config describes."""
     targets = config.lora_targets or family.lora_targets
-    seed = draws.draw_key(config.seed, "random weights", "lora")
+    seed = randomness.draw_key(config.seed, "random weights", "lora")
     lora = adapters.attach_lora(transformer, targets, config.rank, config.alpha, seed, family.lora_presets)
     parameters = adapters.trainable_parameters(transformer)
     optimizer = optim.build_optimizer(config, plan.optimizer, parameters.values())

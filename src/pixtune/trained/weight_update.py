@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pixtune import randomness as draws
+from pixtune import randomness
+from pixtune.trained import optim
 from pixtune.trained.host_states import HostStates
-from pixtune.trained.methods import optim
 
 MASTER = "fp32 copy"
 """A weight's fp32 copy among its tensors in host memory; no optimizer calls its states so."""
@@ -162,7 +162,7 @@ class WeightUpdate:
             weight.copy_(precise)
             return
         generator = torch.Generator(weight.device)
-        generator.manual_seed(draws.draw_key(self._seed, "rounding", self._steps_done, name))
+        generator.manual_seed(randomness.draw_key(self._seed, "rounding", self._steps_done, name))
         weight.copy_(round_stochastically(precise, generator))
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from pixtune.config.schema import TrainConfig
 from pixtune.data import cache, swapped
-from pixtune.data.buckets import Framing, Size, build_buckets, frame_picture
+from pixtune.data.buckets import Framing, build_buckets, frame_picture
 from pixtune.data.cache import DiskStore, FillReport, Ledger
 from pixtune.data.encode import Encoder, FramedPicture, TextItem
 from pixtune.data.prepare import prepare_data
@@ -27,6 +27,7 @@ from pixtune.errors import DataError
 from pixtune.families.qwen_image import CaptionReader, QwenImage
 from pixtune.family import LatentDistribution, Placement, Prompt
 from pixtune.plan.encoders import encode_plainly
+from pixtune.sizes import Size
 from pixtune.storage.model_folder import ModelFolder
 
 # ---- the keys of real captions and pictures, and what is encoded for them

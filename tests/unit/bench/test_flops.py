@@ -20,7 +20,7 @@ from pixtune.bench.flops import BlockLinear, StepFlops, StepSize, read_linears, 
 from pixtune.families import FAMILIES
 from tests.full_size import WIDTH, full_size_shapes
 
-ASSETS = Path(__file__).resolve().parents[2] / "assets"
+ASSETS = Path(__file__).resolve().parents[3] / "assets"
 MODELS = {"qwen_image": "tiny-qwen-image", "flux": "tiny-flux"}
 DEPTHS = {"qwen_image": ("num_layers",), "flux": ("num_layers", "num_single_layers")}
 RANK = 4

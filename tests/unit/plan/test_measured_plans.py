@@ -14,7 +14,7 @@ from pixtune.hardware.facts import GIB
 from pixtune.plan.memory import plan_memory
 from tests.full_size import full_size_footprint
 
-RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
+RESULTS = Path(__file__).parents[3] / "benchmarks" / "results"
 FILES = [
     path
     for folder in ("sweep", "headline_h200")

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import pytest
 
-from pixtune.hardware.steptime import BASELINE_STEPS, WINDOW_STEPS, Drift, StepSample, StepTimeWatch
+from pixtune.tracking.steptime import BASELINE_STEPS, WINDOW_STEPS, Drift, StepSample, StepTimeWatch
 
 YOUNG = [StepSample(step, 1.0, data_wait_seconds=0.01, clock_mhz=1980) for step in range(BASELINE_STEPS)]
 

@@ -12,7 +12,7 @@ from pixtune.engine.load import Layout, load_transformer
 from pixtune.families import family_of
 from pixtune.family import Placement
 from pixtune.storage.model_folder import ModelFolder
-from pixtune.trained.methods import adapters
+from pixtune.trained import adapters
 
 ASSETS = Path(__file__).resolve().parents[3] / "assets"
 MODELS = ("tiny-qwen-image", "tiny-flux")

@@ -19,8 +19,8 @@ from torch import Tensor
 from pixtune import train as training
 from pixtune.commands.quantization_errors import cosine
 from pixtune.data.batches import read_ahead
-from pixtune.trained.methods import adapters
-from tests.unit.fit.test_quantized_training import read_config
+from pixtune.trained import adapters
+from tests.unit.engine.test_quantized_training import read_config
 
 MODELS = ("tiny-qwen-image", "tiny-flux")
 NUM_LEARNT, MEASURED_STEPS = 10, range(12, 18)

@@ -1,6 +1,6 @@
 """The Triton kernels against plain torch on a CPU, by Triton's interpreter: for those who change one without a GPU.
 
-    TRITON_INTERPRET=1 python -m pytest tests/unit/fit/test_kernels.py
+    TRITON_INTERPRET=1 python -m pytest tests/unit/engine/test_kernels.py
 
 `tests/gpu/test_quantized_products.py` compares what a GPU really runs.
 """

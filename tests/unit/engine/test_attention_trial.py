@@ -62,7 +62,7 @@ def with_fakes(monkeypatch: pytest.MonkeyPatch, **fakes: str) -> list[list[str]]
 
     def run(command: list[str], **options: object) -> subprocess.CompletedProcess[str]:
         tried.append(command[8:])
-        return real_run([sys.executable, "-m", "tests.unit.trial_with_fakes", *command[3:]], cwd=ROOT, **options)  # type: ignore[call-overload, no-any-return]
+        return real_run([sys.executable, "-m", "tests.unit.engine.trial_with_fakes", *command[3:]], cwd=ROOT, **options)  # type: ignore[call-overload, no-any-return]
 
     monkeypatch.setattr(trial.subprocess, "run", run)
     monkeypatch.setenv("FAKES", json.dumps(fakes))

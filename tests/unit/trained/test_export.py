@@ -20,6 +20,7 @@ from pixtune.families import FAMILIES
 from pixtune.family import Placement
 from pixtune.storage.checkpoint import save_checkpoint
 from pixtune.storage.model_folder import ModelFolder
+from pixtune.trained import adapters
 from pixtune.trained.export import (
     COMFYUI_FILE,
     DIFFUSERS_FILE,
@@ -28,7 +29,6 @@ from pixtune.trained.export import (
     export_checkpoint,
     export_lora,
 )
-from pixtune.trained.methods import adapters
 
 FAMILY = FAMILIES["qwen_image"]
 RANK, ALPHA = 4, 10.0

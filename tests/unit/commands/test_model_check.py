@@ -42,7 +42,7 @@ from pixtune.planning import footprint_of
 from pixtune.storage.checkpoint import stored
 from pixtune.storage.model_folder import ModelFolder
 from tests.runs import ROOT
-from tests.unit.fit.test_load import MODELS, WEIGHTS, model
+from tests.unit.engine.test_load import MODELS, WEIGHTS, model
 
 CPU = torch.device("cpu")
 BF16 = Placement(CPU, torch.bfloat16)

@@ -12,8 +12,8 @@ from pixtune.engine.apply import apply_to_activations, apply_to_weights, layout_
 from pixtune.engine.load import load_transformer
 from pixtune.engine.modulation import announce
 from pixtune.plan.memory import MemoryPlan
-from pixtune.trained.methods import adapters
-from tests.unit.fit.test_load import model
+from pixtune.trained import adapters
+from tests.unit.engine.test_load import model
 
 CPU = torch.device("cpu")
 PLAIN = MemoryPlan(

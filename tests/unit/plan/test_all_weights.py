@@ -20,7 +20,7 @@ from pixtune.hardware.facts import GIB, HardwareFacts
 from pixtune.plan.all_weights import Situation, Way, host_bytes, ladder_of_all_weights, peak_bytes
 from pixtune.plan.memory import MemoryPlan, plan_memory, usable_bytes
 from pixtune.plan.rungs import FULL_UNITS
-from pixtune.trained.methods import adapters
+from pixtune.trained import adapters
 from tests.full_size import full_size_footprint
 
 CONFIG = TrainConfig(

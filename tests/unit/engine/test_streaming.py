@@ -19,7 +19,7 @@ from pixtune.engine.streaming import BlockStream, choose_streamed, stream_blocks
 from pixtune.errors import PlanError
 from pixtune.hardware.facts import GIB
 from pixtune.hardware.meminfo import HostMemory
-from tests.unit.fit.tiny import (
+from tests.unit.engine.tiny import (
     MODELS,
     LateLane,
     assert_same,

@@ -13,7 +13,6 @@ import torch
 
 from pixtune.data.batches import Batch, timed
 from pixtune.hardware.sensors import GpuSensors
-from pixtune.hardware.steptime import BASELINE_STEPS, WINDOW_STEPS, Drift, StepTimeWatch
 from pixtune.tracking import figures
 from pixtune.tracking.figures import (
     DriftWatch,
@@ -24,6 +23,7 @@ from pixtune.tracking.figures import (
     size_in_words,
 )
 from pixtune.tracking.metrics import MetricsLog, read_metrics
+from pixtune.tracking.steptime import BASELINE_STEPS, WINDOW_STEPS, Drift, StepTimeWatch
 
 CPU = torch.device("cpu")
 LOSS = torch.tensor(0.5)

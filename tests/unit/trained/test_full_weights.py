@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from pixtune.storage.checkpoint import joined, sharded
 from pixtune.train import buckets_of
+from pixtune.trained import optim
 from pixtune.trained.full_weights import gather_in_fp32
 from pixtune.trained.fused_step import FusedStep
 from pixtune.trained.host_states import HostStates
-from pixtune.trained.methods import optim
 from pixtune.trained.weight_update import WeightUpdate, round_stochastically
 
 LEARNING_RATE = 1e-4

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from pixtune.engine import quantize
 from pixtune.engine.quantize import FP8, INT8, NF4, QuantizedLinear
-from pixtune.trained.methods import adapters
+from pixtune.trained import adapters
 
 E4M3, INT = torch.float8_e4m3fn, torch.int8
 KINDS = [(FP8, E4M3), (INT8, INT), (NF4, E4M3), (NF4, INT)]

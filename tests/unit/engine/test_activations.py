@@ -22,7 +22,7 @@ from pixtune.engine.activations import (
 )
 from pixtune.engine.forwards import is_recomputed, replace_computation
 from pixtune.engine.streaming import stream_blocks
-from tests.unit.fit.tiny import (
+from tests.unit.engine.tiny import (
     MODELS,
     LateLane,
     assert_same,

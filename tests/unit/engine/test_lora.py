@@ -17,7 +17,7 @@ from pixtune.engine.forwards import replace_computation
 from pixtune.engine.lora import plain_lora, project, summed_outer
 from pixtune.engine.quantize import QuantizedLinear
 from pixtune.families import flux_blocks, joint_streams
-from tests.unit.fit import tiny
+from tests.unit.engine import tiny
 
 NAMES = ("to_q", "to_k", "to_v")
 WIDTH_IN, WIDTH_OUT = 64, 96

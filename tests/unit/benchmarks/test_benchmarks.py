@@ -15,7 +15,7 @@ from PIL import Image
 
 from pixtune.storage.checkpoint import checkpoint_path, find_checkpoints, joined, load_checkpoint
 
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+BENCHMARKS = Path(__file__).resolve().parents[3] / "benchmarks"
 SIDES = {"num_layers": 2, "num_attention_heads": 1, "attention_head_dim": 128, "joint_attention_dim": 64}
 FLUX_SIDES = {**SIDES, "num_layers": 1, "num_single_layers": 2, "pooled_projection_dim": 32, "guidance_embeds": True}
 TOYS = {"toy": ("qwen-image", SIDES), "toy-edit": ("qwen-image-edit-2509", SIDES), "toy-flux": ("flux", FLUX_SIDES)}
