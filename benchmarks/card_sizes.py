@@ -84,7 +84,7 @@ def row(result: Result) -> str:
     plan, memory = result["plan"], result["memory"][0]
     ways = [plan["weights_format"]]
     ways += [f"modulation {plan['modulation_rows']} ahead"] if plan["modulation_rows"] else []
-    ways += ["cheap recomputed"] if plan["lean"] else []
+    ways += ["cheap recomputed"] if plan["selective"] else []
     ways += [f"{plan['recomputed_blocks']} blocks recomputed"] if plan["recomputed_blocks"] else []
     again = plan.get("reprojected_blocks", 0)  # rows of older runs have none
     ways += [f"q, k, v of {again} blocks recomputed"] if again else []

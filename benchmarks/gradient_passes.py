@@ -32,8 +32,8 @@ from pixtune.engine.load import random_transformer
 from pixtune.engine.quantize import FP8, INT8, NF4, SMALLEST_PEAK, FrozenProduct, row_codes
 from pixtune.families import family_of
 from pixtune.family import Conditioning, ModelFamily
-from pixtune.objective import add_noise, sample_losses, velocity_target
-from pixtune.plan.memory import MemoryPlan
+from pixtune.objective import add_noise, example_losses, velocity_target
+from pixtune.plan.training import TrainingPlan
 from pixtune.planning import plan_on_this_machine
 from pixtune.storage.model_folder import ModelFolder
 from pixtune.trained import adapters
@@ -70,7 +70,7 @@ class Setting:
 
     family: ModelFamily
     transformer_config: Mapping[str, Any]
-    plan: MemoryPlan
+    plan: TrainingPlan
     """How the product runs it in fp8 on this machine, with all weights on the device."""
     inputs: Inputs
     device: torch.device
@@ -132,16 +132,18 @@ class Way:
     as_planned: bool = False
     """Compiled where that works, and kept for the backward pass what the plan says. Else launched operator by operator,
     every block recomputed, so that it fits in all formats."""
-    lean: bool = False
+    selective: bool = False
     """Without `as_planned`: GELU's input is kept in 8 bits."""
     during: Callable[[], AbstractContextManager[None]] = nullcontext
 
-    def plan(self, planned: MemoryPlan, num_blocks: int) -> MemoryPlan:
+    def plan(self, planned: TrainingPlan, num_blocks: int) -> TrainingPlan:
         transposes = planned.kept_transposes and self.linear_format == FP8
         plan = replace(planned, weights_format=self.linear_format, kept_transposes=transposes)
         if self.as_planned:
             return plan
-        return replace(plan, compile=False, lean=self.lean, recomputed_blocks=num_blocks, reprojected_blocks=0)
+        return replace(
+            plan, compile=False, selective=self.selective, recomputed_blocks=num_blocks, reprojected_blocks=0
+        )
 
 
 BF16 = Way("bf16", "bf16", during=plain_kernels)
@@ -153,7 +155,7 @@ WAYS = (
     Way("fp8-exact-sums", FP8, during=exact_sums),
     Way("fp8-unfused-mlp", FP8, during=unfused_mlps),
     Way("fp8-e5m2-gradients", FP8, during=e5m2_gradients),
-    Way("fp8-lean", FP8, lean=True),
+    Way("fp8-lean", FP8, selective=True),
     Way("int8", INT8),
 )
 """The first is a reference, and an error of its own beside the exact pass. Each variant stands beside "fp8-eager", but
@@ -180,7 +182,7 @@ def prepare(model: str, size_pixels: int, device: torch.device) -> Setting:
         num_tokens = inputs.num_image_tokens + inputs.num_text_tokens
         planned = plan_on_this_machine(config, family, folder, lambda multiple: num_tokens, None, device, 1)
         transformer_config = folder.component_config("transformer")
-    plan = replace(planned, modulation_rows=0, streamed_blocks=0, recordings=0)
+    plan = replace(planned, modulation_rows=0, streamed_blocks=0, captures=0)
     apply_switches(plan)
     return Setting(family, transformer_config, plan, inputs, device)
 
@@ -223,7 +225,7 @@ class Passes:
     def __init__(self, setting: Setting) -> None:
         self.setting = setting
         self.blocks = block_names(setting.family.build_transformer(setting.transformer_config), setting.family)
-        self._kept: tuple[MemoryPlan, nn.Module, dict[str, Tensor]] | None = None
+        self._kept: tuple[TrainingPlan, nn.Module, dict[str, Tensor]] | None = None
 
     def run(self, way: Way) -> Pass:
         plan = way.plan(self.setting.plan, len(self.blocks))
@@ -259,7 +261,7 @@ class Passes:
             torch.cuda.empty_cache()
 
 
-def build(setting: Setting, plan: MemoryPlan) -> tuple[nn.Module, dict[str, Tensor]]:
+def build(setting: Setting, plan: TrainingPlan) -> tuple[nn.Module, dict[str, Tensor]]:
     """A transformer with a LoRA, and the fingerprint of its weights."""
     family, device = setting.family, setting.device
     torch.manual_seed(SEED)  # weights are drawn in the order of their names, each in bf16, whatever becomes of them
@@ -307,7 +309,7 @@ def forward_backward(setting: Setting, transformer: nn.Module, fingerprint: Mapp
     inputs, parameters = setting.inputs, adapters.trainable_parameters(transformer)
     transformer.zero_grad(set_to_none=True)
     velocity_BCHW = setting.family.predict_velocity(transformer, inputs.noisy_BCHW, inputs.sigma_B, inputs.conditioning)
-    sample_losses(velocity_BCHW, inputs.target_BCHW).mean().backward()
+    example_losses(velocity_BCHW, inputs.target_BCHW).mean().backward()
     gradients = {name: parameter.grad.detach() for name, parameter in parameters.items() if parameter.grad is not None}
     norms = {name: float(gradient.float().norm()) for name, gradient in gradients.items()}
     if bad := [name for name, norm in norms.items() if not 0 < norm < math.inf]:

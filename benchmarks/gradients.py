@@ -45,7 +45,7 @@ PRODUCTS = "products"
 NUM_QUARTERS = 4
 ROUNDS, PRODUCTS_PER_ROUND = 7, 10
 DIGITS = 6
-TOLD_OF_PLAN = ("weights_format", "kept_transposes", "lean", "recomputed_blocks", "reprojected_blocks", "compile",
+TOLD_OF_PLAN = ("weights_format", "kept_transposes", "selective", "recomputed_blocks", "reprojected_blocks", "compile",
                 "attention")  # fmt: skip
 
 

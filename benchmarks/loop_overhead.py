@@ -17,7 +17,7 @@ from pathlib import Path
 
 from pixtune.bench.environment import describe
 from pixtune.config import load_config
-from pixtune.objective import add_noise, sample_losses, velocity_target
+from pixtune.objective import add_noise, example_losses, velocity_target
 from pixtune.train import Run, assemble, run_steps
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -39,7 +39,7 @@ def time_bare_loop(run: Run, steps: int) -> float:
     for _ in range(steps):
         noisy_BCHW = add_noise(batch.latents_BCHW, batch.noise_BCHW, batch.sigma_B)
         velocity_BCHW = run.family.predict_velocity(run.transformer, noisy_BCHW, batch.sigma_B, batch.conditioning)
-        sample_losses(velocity_BCHW, velocity_target(batch.latents_BCHW, batch.noise_BCHW)).mean().backward()
+        example_losses(velocity_BCHW, velocity_target(batch.latents_BCHW, batch.noise_BCHW)).mean().backward()
         run.optimizer.step()
         run.optimizer.zero_grad(set_to_none=True)
     return (time.perf_counter() - start) / steps

@@ -183,7 +183,7 @@ def measure_sampling(arguments: argparse.Namespace) -> Result:
     """One picture, from its prompt."""
     output_dir = arguments.scratch / "samples"
     output_dir.mkdir(parents=True)
-    request = draw.DrawRequest(
+    request = draw.SampleRequest(
         model=str(arguments.model),
         prompts=(CAPTION,),
         controls=(),
@@ -203,16 +203,18 @@ def measure_sampling(arguments: argparse.Namespace) -> Result:
     passes_per_step = 2 if needs_negative(task.family, GUIDANCE) else 1
     plans = draw.make_plans(task, config, read_facts(device))
     family, passes = watch_passes(task.family)
-    for number, picture in enumerate(draw.draw_as_planned(replace(task, family=family), plans, device, memory.stages)):
+    for number, picture in enumerate(
+        draw.sample_as_planned(replace(task, family=family), plans, device, memory.stages)
+    ):
         picture.image.save(output_dir / f"{number}.png")
     sizes = encoder_sizes(config, task.family, task.folder, count_caption_tokens(len(CAPTION), 0), 0)
-    drawing = Phase("pictures drawn", ", ".join(plans.drawing.reasons), plans.drawing.expected_peak_bytes)
+    drawing = Phase("pictures drawn", ", ".join(plans.sampling.reasons), plans.sampling.expected_peak_bytes)
     planned = {draw.ENCODING: encoding_phases(sizes, plans.encoders)[0]}
     planned |= dict.fromkeys((draw.LOADING, draw.DRAWING, draw.DECODING), drawing)
     return {
         "phase": "sampling",
         "encoders": plans.encoders.to_dict(),
-        "drawing": {**vars(plans.drawing), "reasons": list(plans.drawing.reasons)},
+        "drawing": {**vars(plans.sampling), "reasons": list(plans.sampling.reasons)},
         "stages": with_plans(memory.stages, planned),
         "seconds_per_step": statistics.median(seconds_of_steps(passes, passes_per_step)),
         "passes_per_step": passes_per_step,

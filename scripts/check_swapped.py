@@ -28,9 +28,9 @@ from pixtune.config.schema import DataConfig
 from pixtune.data.cache import Ledger, MemoryStore
 from pixtune.data.encode import Encoder
 from pixtune.data.encodings import Encodings
+from pixtune.data.examples import Sample, read_examples
 from pixtune.data.images import read_size
 from pixtune.data.prepare import control_rules
-from pixtune.data.samples import Sample, read_samples
 from pixtune.data.swapped import (
     MOST_PAIRS,
     NUM_STANDARD_ERRORS,
@@ -99,7 +99,7 @@ def both_ways(pair_set: PairSet, folder: Path, encodings: Encodings) -> list[Enc
     config = DataConfig(img_dir=folder / "images", control_dir=folder / "control", img_size=SIZE_PIXELS)
     rules = control_rules(family, model, SIZE_PIXELS)
     assert rules is not None, "an edit model takes controls"
-    samples: list[Sample] = read_samples(config, config.img_dir, family.pixel_multiple(model), False, rules)
+    samples: list[Sample] = read_examples(config, config.img_dir, family.pixel_multiple(model), False, rules)
     pairs = [
         BothWays(sample, swap(sample, read_size(sample.image_path), read_size(sample.control_paths[0]), rules))
         for sample in samples

@@ -26,7 +26,7 @@ from train_tiny_models import encode_pictures
 from pixtune.engine.load import load_transformer
 from pixtune.families.qwen_image import QWEN_IMAGE, QwenImage
 from pixtune.family import Conditioning, Placement, Prompt, TextEncoder
-from pixtune.objective import add_noise, sample_losses, velocity_target
+from pixtune.objective import add_noise, example_losses, velocity_target
 from pixtune.storage.model_folder import ModelFolder, open_model_folder
 
 MODEL_DIR = Path(__file__).resolve().parent.parent / "assets" / "tiny-qwen-image"
@@ -223,7 +223,7 @@ def held_out_loss(model: TinyModel, transformer: nn.Module, pictures: Pictures) 
         noise = torch.randn(latents.shape, generator=generator).to(latents.device)
         noisy = add_noise(latents, noise, sigma_B)
         velocity = model.family.predict_velocity(transformer, noisy, sigma_B, pictures.rows(index))
-        losses.append(sample_losses(velocity, velocity_target(latents, noise)).mean())
+        losses.append(example_losses(velocity, velocity_target(latents, noise)).mean())
     return float(torch.stack(losses).mean())
 
 
@@ -248,7 +248,7 @@ def train_lora(model: TinyModel, pictures: Pictures, arguments: argparse.Namespa
         velocity = model.family.predict_velocity(
             adapted, add_noise(latents, noise, sigma_B), sigma_B, pictures.rows(index)
         )
-        sample_losses(velocity, velocity_target(latents, noise)).mean().backward()
+        example_losses(velocity, velocity_target(latents, noise)).mean().backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         warm, cooling = min(1, (step + 1) / 20), 0.5 + 0.5 * math.cos(math.pi * step / arguments.steps)
         optimizer.param_groups[0]["lr"] = arguments.rate * warm * cooling

@@ -27,7 +27,7 @@ def single_frame_convolution(self: QwenImageCausalConv3d, frames: Tensor, cache_
     return F.conv2d(frames[:, :, 0], self.weight[:, :, -1], self.bias, self.stride[1:], padding).unsqueeze(2)
 
 
-def normalise(x: Tensor, gamma: Tensor) -> Tensor:
+def normalize(x: Tensor, gamma: Tensor) -> Tensor:
     """Channels scaled to a root mean square of `gamma`; the compiler makes it one kernel."""
     return (x * torch.rsqrt(x.float().square().mean(1, keepdim=True) + 1e-12) * gamma).to(x.dtype)
 
@@ -35,7 +35,7 @@ def normalise(x: Tensor, gamma: Tensor) -> Tensor:
 @contextmanager
 def fast_autoencoder(on_gpu: bool) -> Iterator[None]:
     """Swaps the autoencoder's parts for equal ones that are fast on single pictures."""
-    function = torch.compile(normalise, dynamic=False) if on_gpu else normalise
+    function = torch.compile(normalize, dynamic=False) if on_gpu else normalize
     with (
         patch.object(QwenImageCausalConv3d, "forward", single_frame_convolution),
         patch.object(QwenImageRMS_norm, "forward", lambda self, x: function(x, self.gamma)),

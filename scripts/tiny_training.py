@@ -22,7 +22,7 @@ from emoji_pictures import Icon
 from torch import Tensor, nn
 
 from pixtune.family import LatentDistribution, ModelFamily
-from pixtune.objective import add_noise, draw_sigmas, sample_losses, shift_sigmas, velocity_target
+from pixtune.objective import add_noise, draw_sigmas, example_losses, shift_sigmas, velocity_target
 
 CAPTION_DROPOUT = 0.1
 EMA_DECAY = 0.999
@@ -215,7 +215,7 @@ class TransformerTraining:
         with torch.autocast(self.device.type, torch.bfloat16, cache_enabled=False):
             noisy = add_noise(latents, noise, sigma_B)
             velocity = self.family.predict_velocity(self.transformer, noisy, sigma_B, conditioning, controls)
-        loss = sample_losses(velocity, velocity_target(latents, noise)).mean()
+        loss = example_losses(velocity, velocity_target(latents, noise)).mean()
         loss.backward()
         for optimizer in self.optimizers:
             optimizer.step()

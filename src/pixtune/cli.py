@@ -158,10 +158,10 @@ def sample(
     ] = None,
 ) -> None:
     """Draw pictures from a model, with or without a LoRA, on whatever GPU there is; says how it fits."""
-    from pixtune.commands.sample import DrawRequest, draw
+    from pixtune.commands.sample import SampleRequest, sample_pictures
     from pixtune.sampler import SamplerSettings
 
-    request = DrawRequest(
+    request = SampleRequest(
         model=model,
         prompts=tuple(prompt),
         controls=tuple(control or ()),
@@ -174,7 +174,7 @@ def sample(
         quantize=quantize,
         gpu_memory_limit_gib=gpu_memory_limit_gib,
     )
-    for path in draw(request, output, lambda line: typer.echo(f"plan: {line}", err=True)):
+    for path in sample_pictures(request, output, lambda line: typer.echo(f"plan: {line}", err=True)):
         typer.echo(path)
 
 

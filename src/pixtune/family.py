@@ -19,13 +19,13 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor, nn
 
-# One sample's text features by name, without padding: what the cache stores. A family chooses the names.
+# One example's text features by name, without padding: what the cache stores. A family chooses the names.
 Conditioning: TypeAlias = "dict[str, Tensor]"
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """What the text encoder is told of one sample."""
+    """What the text encoder is told of one example."""
 
     text: str
     pictures: tuple[Image, ...] = ()
@@ -48,7 +48,7 @@ class ActivationUnits:
     """Nothing compiled."""
     kept: float
     """Compiled; no product and no attention is computed twice."""
-    lean: float
+    selective: float
     """The same, norms, rotary embedding and gates computed again, the MLP's activation kept in 8 bits."""
     projections: float
     """Of these, queries, keys and values; 0: its attention cannot compute them again (`recomputes_projections`)."""
@@ -56,17 +56,17 @@ class ActivationUnits:
     """On top of what it keeps, at most, while the backward pass of a recomputed block runs."""
     forward: float
     """On top of what it keeps, at most, while it runs forward or backward from what was kept."""
-    forward_quantised: float
-    """The same where weights are quantised: codes, scales, and transposed weights."""
+    forward_quantized: float
+    """The same where weights are quantized: codes, scales, and transposed weights."""
     forward_fused: float
     """The same where, besides, each MLP is one function (`engine.mlp`)."""
     passing: float
     """Most that is alive while it runs without gradients, not compiled."""
-    passing_quantised: float
-    """The same where weights are quantised: an MLP's input passes through fp32 on its way to codes."""
+    passing_quantized: float
+    """The same where weights are quantized: an MLP's input passes through fp32 on its way to codes."""
     cut: float = 0.0
-    """On top of `kept` where several samples come at once: image tokens cut out of what was attended. One sample's lie
-    together already, several samples' are copied."""
+    """On top of `kept` with several examples at once: image tokens cut out of what was attended. One
+    example's tokens lie together already; those of several are copied."""
 
 
 @dataclass(frozen=True)
@@ -87,12 +87,12 @@ class TextEncoder:
 
 @dataclass(frozen=True)
 class LatentDistribution:
-    """What the autoencoder says of pictures: a diagonal Gaussian over *normalised* latents."""
+    """What the autoencoder says of pictures: a diagonal Gaussian over *normalized* latents."""
 
     mean_BCHW: Tensor
     std_BCHW: Tensor
 
-    def sample(self, noise_BCHW: Tensor) -> Tensor:
+    def latents(self, noise_BCHW: Tensor) -> Tensor:
         """Latents drawn with the given standard normal noise; shape BCHW."""
         return self.mean_BCHW + self.std_BCHW * noise_BCHW
 
@@ -112,7 +112,7 @@ class ModelFamily(Protocol):
     block_paths: tuple[str, ...]
     """Attribute paths of the lists of repeated blocks."""
     modulation_layers: tuple[str, ...]
-    """Endings of the linear layers in them that see one row a sample, SiLU of the time embedding, instead of tokens."""
+    """Endings of the linear layers in them that see one row per example, SiLU of the time embedding, not tokens."""
     text_layers: tuple[str, ...]
     """Endings of the linear layers in them that text tokens alone pass. Where a block has some, its others see only
     tokens of pictures."""
@@ -131,7 +131,7 @@ class ModelFamily(Protocol):
     dropped_caption: str
     """What stands for a dropped caption, the same text that the stock pipeline gets as an empty negative prompt."""
     max_controls: int
-    """Most control pictures of one sample; 0 where the model does not edit."""
+    """Most control pictures of one example; 0 where the model does not edit."""
     controls_in_text: bool
     """The text encoder sees the control pictures, so text features depend on them."""
     embedded_guidance: bool
@@ -192,7 +192,7 @@ class ModelFamily(Protocol):
         """
 
     def stack_conditioning(self, rows: Sequence[Conditioning], multiple: int = 1) -> Conditioning:
-        """Pads and stacks samples to a batch. Never holds an all-true mask: it costs the fast attention path.
+        """Pads and stacks examples to a batch. Never holds an all-true mask: it costs the fast attention path.
 
         Args:
             multiple: above 1, captions of `pads_text` get a multiple of so many tokens, and the batch says in one form,
@@ -201,10 +201,10 @@ class ModelFamily(Protocol):
         """
 
     def encode_images(self, autoencoder: nn.Module, pixels_B3HW: Tensor) -> LatentDistribution:
-        """Pixels in [-1, 1] to the distribution of normalised latents."""
+        """Pixels in [-1, 1] to the distribution of normalized latents."""
 
     def decode_latents(self, autoencoder: nn.Module, latents_BCHW: Tensor) -> Tensor:
-        """Normalised latents to pixels in [-1, 1], shape B3HW."""
+        """Normalized latents to pixels in [-1, 1], shape B3HW."""
 
     def predict_velocity(
         self,
@@ -227,7 +227,7 @@ class ModelFamily(Protocol):
     ) -> Tensor:
         """Each row of the time embedding that `predict_velocity` makes of these, by a call of `time_embedder`.
 
-        Shape (rows, D): one a sample, and at most one more that all of them share.
+        Shape (rows, D): one an example, and at most one more that all of them share.
         """
 
     def time_shift(self, folder: ModelFolder, num_image_tokens: int) -> float:

@@ -66,7 +66,7 @@ def velocity_target(latents_BCHW: Tensor, noise_BCHW: Tensor) -> Tensor:
 
 
 def loss_weights(scheme: WeightingScheme, sigma_B: Tensor) -> Tensor:
-    """Weight of each sample's loss by its sigma, as diffusers' `compute_loss_weighting_for_sd3`; shape (B,)."""
+    """Weight of each example's loss by its sigma, as diffusers' `compute_loss_weighting_for_sd3`; shape (B,)."""
     if scheme == "none":
         return torch.ones_like(sigma_B)
     if scheme == "sigma_sqrt":
@@ -76,6 +76,6 @@ def loss_weights(scheme: WeightingScheme, sigma_B: Tensor) -> Tensor:
     raise ValueError(f"unknown weighting scheme {scheme!r}")
 
 
-def sample_losses(velocity_BCHW: Tensor, target_BCHW: Tensor) -> Tensor:
-    """Mean squared error of each sample, in fp32; shape (B,)."""
+def example_losses(velocity_BCHW: Tensor, target_BCHW: Tensor) -> Tensor:
+    """Mean squared error of each example, in fp32; shape (B,)."""
     return (velocity_BCHW.float() - target_BCHW.float()).square().flatten(1).mean(1)

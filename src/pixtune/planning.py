@@ -1,4 +1,4 @@
-"""From a config and a model folder to a plan: what `plan.memory` decides on, gathered without loading a weight."""
+"""From a config and a model folder to a plan: what `plan.training` decides on, gathered without loading a weight."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from pixtune.hardware.read import read_facts
 from pixtune.plan.encoders import EncoderPlan, EncoderSizes, plan_encoders
 from pixtune.plan.footprint import Footprint, of_all_weights, read_footprint
 from pixtune.plan.kernel_choice import kernels_to_try
-from pixtune.plan.memory import MemoryPlan, plan_memory, usable_bytes
-from pixtune.plan.phases import Surroundings, compiled_pass_bytes, drawing_bytes, drawing_tile, idle_bytes
+from pixtune.plan.phases import Surroundings, compiled_pass_bytes, idle_bytes, sampling_bytes, sampling_tile
 from pixtune.plan.rungs import compute_format_of, is_unified
 from pixtune.plan.text_padding import Captions, least_multiple
+from pixtune.plan.training import TrainingPlan, plan_training, usable_bytes
 from pixtune.storage.model_folder import ModelFolder, read_header, weight_files
 from pixtune.trained.targets import resolve_targets
 
@@ -33,7 +33,7 @@ def plan_on_this_machine(
     captions: Captions | None,
     device: torch.device,
     num_processes: int,
-) -> MemoryPlan:
+) -> TrainingPlan:
     """The plan of a run that starts now: what the machine can do is tried out first.
 
     Args:
@@ -42,7 +42,7 @@ def plan_on_this_machine(
         num_processes: that train together, on one host.
 
     Raises:
-        PlanError, ConfigError: see `plan_memory`.
+        PlanError, ConfigError: see `plan_training`.
     """
     # `pixtune plan` comes without a device to try, and is not to wait for torch.
     from pixtune.engine.attention import flash_attention_3_obstacle
@@ -63,10 +63,10 @@ def plan_on_this_machine(
     while True:
         counted = count_tokens(multiple)
         footprint = footprint_of(config, family, folder, counted)
-        plan = plan_memory(facts, footprint, config, findings, can_compile, num_processes, obstacle_to_3, captions)
+        plan = plan_training(facts, footprint, config, findings, can_compile, num_processes, obstacle_to_3, captions)
         if count_tokens(plan.text_multiple) <= counted:
             return plan
-        multiple = plan.text_multiple  # longer captions than memory was counted for, which may leave fewer recordings
+        multiple = plan.text_multiple  # longer captions than memory was counted for, which may leave fewer captures
 
 
 def encoder_sizes(
@@ -132,26 +132,28 @@ def plan_between_steps(
     config: TrainConfig,
     family: ModelFamily,
     folder: ModelFolder,
-    plan: MemoryPlan,
+    plan: TrainingPlan,
     encoders: EncoderPlan,
-    drawn_pixels: int,
+    sample_pixels: int,
     num_tokens: int,
 ) -> BetweenSteps:
     """
     Args:
-        drawn_pixels: of the largest sample; 0: none is drawn.
+        sample_pixels: of the largest sample; 0: none is drawn.
         num_tokens: of one process's largest micro-batch, which held-out losses are computed on.
     """
     if not plan.usable_bytes:
         return BetweenSteps(None, 0)
     footprint = footprint_of(config, family, folder, num_tokens)
     one_pass = compiled_pass_bytes(plan, footprint, num_tokens)
-    if not drawn_pixels:
+    if not sample_pixels:
         return BetweenSteps(None, one_pass)
     sizes = encoder_sizes(config, family, folder, 0, 0)
-    around = Surroundings(sizes, encoders, drawn_pixels, num_tokens, text_in_loop=not config.precompute_text_embeddings)
-    tile = drawing_tile(plan, footprint, around)
-    drawing = drawing_bytes(plan, footprint, around, tile) - idle_bytes(plan, footprint)
+    around = Surroundings(
+        sizes, encoders, sample_pixels, num_tokens, text_in_loop=not config.precompute_text_embeddings
+    )
+    tile = sampling_tile(plan, footprint, around)
+    drawing = sampling_bytes(plan, footprint, around, tile) - idle_bytes(plan, footprint)
     return BetweenSteps(tile, max(one_pass, drawing))
 
 
@@ -202,7 +204,7 @@ def targeted_linears(config: TrainConfig, family: ModelFamily, shapes: Shapes) -
 
 
 def plain_linears(patterns: Sequence[str], family: ModelFamily, shapes: Shapes) -> Sequence[str]:
-    """Paths of the blocks' linear layers that `keep_plain` means. Modulation layers are never quantised anyway.
+    """Paths of the blocks' linear layers that `keep_plain` means. Modulation layers are never quantized anyway.
 
     Raises:
         ConfigError: a pattern matches nothing.

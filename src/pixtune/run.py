@@ -16,7 +16,7 @@ from pixtune.data.batches import Batch, BatchSource
 from pixtune.engine.capture import ReplayedPass
 from pixtune.engine.modulation import StepsAhead
 from pixtune.family import ModelFamily
-from pixtune.plan.memory import MemoryPlan
+from pixtune.plan.training import TrainingPlan
 from pixtune.tracking.memory import RunMemory
 from pixtune.trained.methods import TrainedWeights
 from pixtune.validation import ValidationLoss
@@ -28,7 +28,7 @@ class Run:
 
     config: TrainConfig
     family: ModelFamily
-    plan: MemoryPlan
+    plan: TrainingPlan
     accelerator: Accelerator
     memory: RunMemory
     transformer: nn.Module

@@ -41,7 +41,7 @@ def sample_latents(
     controls: Sequence[Tensor] = (),
     on_step: Callable[[], None] = lambda: None,
 ) -> Tensor:
-    """Integrates the velocity from noise to normalised latents; shape BCHW.
+    """Integrates the velocity from noise to normalized latents; shape BCHW.
 
     Args:
         positive, negative: stacked conditioning on the noise's device; no `negative`: one pass a step, and
@@ -151,7 +151,7 @@ class PromptSampler:
         self.placement, self.keep_autoencoder, self.tile_pixels = placement, keep_autoencoder, tile_pixels
         self._autoencoder: nn.Module | None = None
 
-    def draw(self, transformer: nn.Module) -> Iterator[PromptPicture]:
+    def sample(self, transformer: nn.Module) -> Iterator[PromptPicture]:
         """One picture for each prompt and seed."""
         for prompt, seed, latents_BCHW in self.latents(transformer):
             yield PromptPicture(prompt, seed, self.decode(latents_BCHW))

@@ -57,7 +57,7 @@ class Services:
         self.console = Console(quiet=not self.is_main)
         num_tokens = data.micro_batch_tokens(run.config.batch_size, run.plan.text_multiple)
         self._between_steps = plan_between_steps(
-            run.config, run.family, folder, run.plan, data.encoders, data.drawn_pixels, num_tokens
+            run.config, run.family, folder, run.plan, data.encoders, data.sample_pixels, num_tokens
         )
         self.sampler = PromptSampler(
             run.family,
@@ -123,7 +123,7 @@ class Services:
         if self.start_step == 0:
             self._check_direction()
             self._validate(0)
-            self._draw_pictures(0)
+            self._sample_pictures(0)
         self.run.memory.begin_steps()
         self.figures.restart_clock()
 
@@ -147,7 +147,7 @@ class Services:
         if validation_due:
             self._validate(step)
         if pictures_due:
-            self._draw_pictures(step)
+            self._sample_pictures(step)
         if save_due:
             self._save(step)
         if validation_due or pictures_due or save_due:
@@ -238,11 +238,11 @@ class Services:
         self.figures.track(step, {"held_out_loss": loss.mean})
         self._print(f"step {step}: held-out loss {loss.mean:.4f}")
 
-    def _draw_pictures(self, step: int) -> None:
+    def _sample_pictures(self, step: int) -> None:
         if not self.data.prompts or not self.is_main:
             return
         with self._aside("samples drawn"):
-            for number, picture in enumerate(self.sampler.draw(self.run.transformer)):
+            for number, picture in enumerate(self.sampler.sample(self.run.transformer)):
                 path = self.output_dir / SAMPLES_FOLDER / f"step-{step:06d}" / f"{number:03d}.png"
                 path.parent.mkdir(parents=True, exist_ok=True)
                 picture.image.save(path)

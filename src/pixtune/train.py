@@ -1,7 +1,7 @@
 """READ FIRST. One training run: `train` assembles the parts, `run_steps` is the loop, `train_step` is one step.
 
 What a model looks like is in `families/`, what a step learns in `objective.py`, how a batch is drawn in
-`data/batches.py`, what memory allows in `plan/memory.py`, what a crash leaves in `checkpoint.py`.
+`data/batches.py`, what memory allows in `plan/training.py`, what a crash leaves in `checkpoint.py`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from pixtune.config.schema import TrainConfig
-from pixtune.data.batches import Batch, BatchPlan, BatchSource, read_ahead, timed
+from pixtune.data.batches import Batch, BatchOrder, BatchSource, read_ahead, timed
 from pixtune.data.prepare import prepare_data
 from pixtune.data.prepared import PreparedData
 from pixtune.engine import load
@@ -28,16 +28,16 @@ from pixtune.engine.apply import (
     layout_of,
     placement_of,
 )
-from pixtune.engine.capture import GraphRecorder, ReplayedPass
+from pixtune.engine.capture import GraphCapturer, ReplayedPass
 from pixtune.engine.modulation import StepsAhead
 from pixtune.engine.streaming import stream_of
 from pixtune.families import family_of
 from pixtune.family import ModelFamily
 from pixtune.hardware.facts import check_torch
 from pixtune.launch import StopSignal, start_accelerator
-from pixtune.objective import add_noise, loss_weights, sample_losses, velocity_target
+from pixtune.objective import add_noise, example_losses, loss_weights, velocity_target
 from pixtune.plan.encoders import EncoderPlan
-from pixtune.plan.memory import MemoryPlan, in_todays_fields
+from pixtune.plan.training import TrainingPlan, with_todays_names
 from pixtune.planning import plan_on_this_machine
 from pixtune.run import AroundSteps, Run, TrainResult
 from pixtune.services import Services
@@ -118,7 +118,7 @@ def train_step(
     """One optimizer step over its micro-batches. Nothing here waits for the device.
 
     Returns:
-        The loss, a mean over all samples of all processes, and the gradient's norm before clipping; on the device.
+        The loss, a mean over all examples of all processes, and the gradient's norm before clipping; on the device.
     """
     optim.set_learning_rate(run.trained.optimizer, run.learning_rate_at(step))
     total_loss = torch.zeros((), device=run.accelerator.device)
@@ -139,7 +139,7 @@ def forward_backward(
     velocity_BCHW = family.predict_velocity(
         transformer, noisy_BCHW, batch.sigma_B, batch.conditioning, batch.controls, config.objective.guidance
     )
-    loss_B = sample_losses(velocity_BCHW, velocity_target(batch.latents_BCHW, batch.noise_BCHW))
+    loss_B = example_losses(velocity_BCHW, velocity_target(batch.latents_BCHW, batch.noise_BCHW))
     weight_B = loss_weights(config.objective.weighting_scheme, batch.sigma_B)
     loss = (weight_B * loss_B).sum() / (config.batch_size * config.gradient_accumulation_steps)
     backward(loss)
@@ -177,10 +177,10 @@ def decide_plan(
     data: PreparedData,
     accelerator: Accelerator,
     checkpoint: Checkpoint | None,
-) -> MemoryPlan:
+) -> TrainingPlan:
     """The plan of a new run; a resumed run keeps its own, since kernels and formats decide bits."""
     if checkpoint:
-        return stored(MemoryPlan, {"plan": in_todays_fields(checkpoint.record.get("plan", {}))}, "plan")
+        return stored(TrainingPlan, {"plan": with_todays_names(checkpoint.record.get("plan", {}))}, "plan")
     return plan_on_this_machine(
         config,
         family,
@@ -193,7 +193,7 @@ def decide_plan(
 
 
 def load_transformer(
-    config: TrainConfig, family: ModelFamily, folder: ModelFolder, plan: MemoryPlan, device: torch.device
+    config: TrainConfig, family: ModelFamily, folder: ModelFolder, plan: TrainingPlan, device: torch.device
 ) -> nn.Module:
     """The base in its planned form and place; random values only behind the test switch."""
     placement, layout = placement_of(plan, device), layout_of(plan, family.block_shape(folder)[0])
@@ -209,7 +209,7 @@ def load_transformer(
 def build_run(
     config: TrainConfig,
     family: ModelFamily,
-    plan: MemoryPlan,
+    plan: TrainingPlan,
     accelerator: Accelerator,
     memory: RunMemory,
     transformer: nn.Module,
@@ -218,7 +218,7 @@ def build_run(
 ) -> Run:
     """Schedule and order of batches around a transformer and what of it is trained."""
     world_size = accelerator.num_processes
-    order = BatchPlan(data.buckets, config.batch_size * world_size, config.seed)
+    order = BatchOrder(data.buckets, config.batch_size * world_size, config.seed)
     num_steps = planned_steps(config, order)
     source = BatchSource(
         order,
@@ -240,8 +240,8 @@ def build_run(
         forward_backward=ReplayedPass(
             partial(forward_backward, config, family, transformer, trained.backward),
             trained.parameters.values(),
-            GraphRecorder(stream_of(transformer)) if plan.recordings else None,
-            plan.recordings,
+            GraphCapturer(stream_of(transformer)) if plan.captures else None,
+            plan.captures,
             lambda: plan.usable_bytes - torch.cuda.memory_reserved(),
             RecomputeMore(() if config.disable_gradient_checkpointing else blocks_of(transformer, family)),
         ),
@@ -251,7 +251,7 @@ def build_run(
             transformer=transformer,
             family=family,
             times_of=lambda step: source.times_of_step(step, config.gradient_accumulation_steps, family.time_features),
-            samples_per_step=config.batch_size * config.gradient_accumulation_steps,
+            examples_per_step=config.batch_size * config.gradient_accumulation_steps,
             num_steps=num_steps,
             guidance=config.objective.guidance,
             device=accelerator.device,
@@ -260,7 +260,7 @@ def build_run(
     )
 
 
-def planned_steps(config: TrainConfig, order: BatchPlan) -> int:
+def planned_steps(config: TrainConfig, order: BatchOrder) -> int:
     """Optimizer steps of the whole run: `max_train_steps` or `num_train_epochs`, whichever ends first."""
     limits = [config.max_train_steps] if config.max_train_steps is not None else []
     if config.num_train_epochs is not None:

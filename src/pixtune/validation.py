@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from pixtune import randomness
 from pixtune.engine.modulation import announce
 from pixtune.family import Conditioning, ModelFamily
-from pixtune.objective import add_noise, sample_losses, velocity_target
+from pixtune.objective import add_noise, example_losses, velocity_target
 
 NUM_QUARTERS = 4
 
@@ -28,7 +28,7 @@ class HeldOutPicture:
     latents_1CHW: Tensor
     """The mean of the autoencoder's distribution, on the CPU."""
     conditioning: Conditioning
-    """One sample's row, on the CPU."""
+    """One example's row, on the CPU."""
     controls: tuple[Tensor, ...] = ()
     """Latents of its control pictures, each of shape 1CHW, on the CPU."""
 
@@ -81,7 +81,7 @@ def losses_at(
         velocities.append(
             family.predict_velocity(transformer, noisy_BCHW[part], sigma_B[part], text, controls, guidance)
         )
-    return sample_losses(torch.cat(velocities), velocity_target(latents_BCHW, noise_BCHW))
+    return example_losses(torch.cat(velocities), velocity_target(latents_BCHW, noise_BCHW))
 
 
 def measure(
@@ -97,7 +97,7 @@ def measure(
     """The held-out loss. Draws depend on the seed and the picture's name alone, never on the training step.
 
     Args:
-        most_at_once: samples of one forward pass, so that measuring needs no more memory than training; None: all.
+        most_at_once: examples of one forward pass, so that measuring needs no more memory than training; None: all.
     """
     sigmas = fixed_sigmas(num_draws)
     losses = [

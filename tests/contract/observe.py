@@ -21,7 +21,7 @@ from pixtune.data.batches import BatchSource
 from pixtune.data.encode import Encoder
 from pixtune.errors import PixtuneError
 from pixtune.hardware.facts import HardwareFacts
-from pixtune.plan.memory import GIB, MemoryPlan, plan_memory
+from pixtune.plan.training import GIB, TrainingPlan, plan_training
 from pixtune.tracking.figures import StepFigures
 from pixtune.tracking.metrics import FILE_NAME, read_metrics
 from pixtune.train import train
@@ -86,9 +86,9 @@ def words(settings: Mapping[str, object], scene: Path, run: Path) -> list[str]:
     return [f"{key}={placed(value)}" for key, value in settings.items()]
 
 
-def plan_of(config: TrainConfig) -> MemoryPlan:
+def plan_of(config: TrainConfig) -> TrainingPlan:
     """The plan for the full-size Qwen-Image at 1024x1024 on a GPU that holds anything."""
-    return plan_memory(HUGE_GPU, full_size_footprint(config), config)
+    return plan_training(HUGE_GPU, full_size_footprint(config), config)
 
 
 def observe_run(settings: Mapping[str, object], scene: Path, run: Path) -> Observed:

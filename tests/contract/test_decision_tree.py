@@ -7,7 +7,7 @@ import pytest
 from pixtune.config.schema import DataConfig, TrainConfig
 from pixtune.errors import PlanError
 from pixtune.hardware.cards import facts_as
-from pixtune.plan.memory import MemoryPlan, plan_memory
+from pixtune.plan.training import TrainingPlan, plan_training
 from tests.full_size import full_size_footprint
 
 NO_OPINION = TrainConfig(
@@ -18,8 +18,8 @@ NO_OPINION = TrainConfig(
 )
 
 
-def plan_for(card: str) -> MemoryPlan:
-    return plan_memory(facts_as(card), full_size_footprint(NO_OPINION), NO_OPINION)
+def plan_for(card: str) -> TrainingPlan:
+    return plan_training(facts_as(card), full_size_footprint(NO_OPINION), NO_OPINION)
 
 
 def test_dgx_spark_keeps_everything_in_its_one_pool() -> None:
@@ -36,7 +36,7 @@ def test_80_gb_and_more_get_nothing_special(card: str) -> None:
 
 
 @pytest.mark.parametrize("card", ["RTX 4090", "RTX 3090"])
-def test_24_gb_get_a_quantised_base_and_8_bit_adam(card: str) -> None:
+def test_24_gb_get_a_quantized_base_and_8_bit_adam(card: str) -> None:
     plan = plan_for(card)
     assert plan.weights_format not in ("bf16", "fp32") and plan.optimizer == "adamw_8bit"
     assert plan.expected_peak_bytes <= facts_as(card).free_bytes

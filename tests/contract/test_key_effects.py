@@ -18,7 +18,7 @@ from pixtune.errors import PixtuneError
 from pixtune.families import family_of
 from pixtune.family import Placement
 from pixtune.hardware.facts import HardwareFacts
-from pixtune.plan.memory import MemoryPlan, plan_memory
+from pixtune.plan.training import TrainingPlan, plan_training
 from pixtune.storage.model_folder import open_model_folder
 from tests.contract.key_effects import DRAWN, EFFECTS, FRESH_CACHE, MEASURED
 from tests.contract.not_yet import needs
@@ -91,10 +91,10 @@ def test_the_same_settings_show_the_same(scene: Path, tmp_path: Path) -> None:
     assert first == second and first["pictures"] and first["weights"] and first["held-out losses"]
 
 
-def plain_plan() -> MemoryPlan:
+def plain_plan() -> TrainingPlan:
     """A CPU's: nothing is switched on, nothing saved."""
     config = load_config(None, words({**BASE, "data_config.img_dir": "."}, Path(), Path()))
-    return plan_memory(HardwareFacts("cpu", "x86_64", (0, 0), 0, 0), full_size_footprint(config), config)
+    return plan_training(HardwareFacts("cpu", "x86_64", (0, 0), 0, 0), full_size_footprint(config), config)
 
 
 @pytest.mark.parametrize("on", [True, False])

@@ -15,7 +15,7 @@ from pixtune.config.schema import TrainConfig, leaf_keys
 from pixtune.errors import ConfigError, NotYetError
 from pixtune.hardware.cards import facts_as
 from pixtune.hardware.facts import HardwareFacts
-from pixtune.plan.memory import GIB, MemoryPlan, plan_memory
+from pixtune.plan.training import GIB, TrainingPlan, plan_training
 from pixtune.storage.resume import flatten
 from tests.contract.not_yet import needs
 from tests.full_size import full_size_footprint
@@ -36,8 +36,8 @@ def load(tmp_path: Path) -> Load:
     return load
 
 
-def plan_of(config: TrainConfig, facts: HardwareFacts = H100) -> MemoryPlan:
-    return plan_memory(facts, full_size_footprint(config), config)
+def plan_of(config: TrainConfig, facts: HardwareFacts = H100) -> TrainingPlan:
+    return plan_training(facts, full_size_footprint(config), config)
 
 
 # ---- defaults
@@ -88,7 +88,7 @@ def test_a_plain_default(load: Load, key: str) -> None:
     ],
 )
 def test_a_default_is_what_the_planner_yields_on_80_gb(
-    load: Load, key: str, in_force: Callable[[MemoryPlan], bool]
+    load: Load, key: str, in_force: Callable[[TrainingPlan], bool]
 ) -> None:
     assert flatten(load().model_dump())[key] is None, "absent, so that the planner chooses"
     assert in_force(plan_of(load()))
@@ -109,7 +109,7 @@ def test_a_default_of_the_unified_profile_can_be_written_out(load: Load, key: st
 
 # ---- three states
 
-THREE_STATES: dict[str, Callable[[MemoryPlan], Any]] = {
+THREE_STATES: dict[str, Callable[[TrainingPlan], Any]] = {
     "disable_gradient_checkpointing": lambda plan: not plan.recompute,
     "disable_cpu_offload": lambda plan: plan.encoders_stay,
     "pin_memory": lambda plan: plan.pin_memory,

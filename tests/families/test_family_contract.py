@@ -48,7 +48,7 @@ class Reference:
     encode_prompts: Callable[[Any, list[str]], tuple[Tensor, Tensor | None]]
     encode_images: Callable[[Any, Tensor], Tensor]
     draw_latents: Callable[[Any, Tensor, torch.Generator], Tensor]
-    """One draw of the pipeline's own noising path: pixels to a sample of normalised latents."""
+    """One draw of the pipeline's own noising path: pixels to a sample of normalized latents."""
     run: Callable[..., Any]
     """(pipeline, prompts, width, height, steps, seed, guidance, output_type) -> the pipeline's images."""
     unpack: Callable[[Any, Tensor, int, int], Tensor]
@@ -299,7 +299,7 @@ def test_encoded_mean_is_the_pipelines_normalised_latents(case: Case, width: int
 
 
 def test_a_draw_of_the_encoded_distribution_is_the_pipelines(case: Case) -> None:
-    """So the deviation is normalised as the mean is."""
+    """So the deviation is normalized as the mean is."""
     pixels_B3HW = picture_pixels(64, 48)
     with torch.no_grad():
         expected = case.reference.draw_latents(case.pipeline, pixels_B3HW, torch.Generator().manual_seed(5))
@@ -315,7 +315,7 @@ def test_sample_of_a_distribution() -> None:
 
 
 def test_decoding_inverts_the_normalisation(case: Case) -> None:
-    """Decoded normalised latents are what the autoencoder makes of its own raw ones."""
+    """Decoded normalized latents are what the autoencoder makes of its own raw ones."""
     pixels_B3HW = picture_pixels(48, 64, count=2)
     with torch.no_grad():
         raw = case.pipeline.vae.encode(pixels_B3HW.unsqueeze(2)).latent_dist.mean

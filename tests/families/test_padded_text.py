@@ -142,12 +142,12 @@ def recompute_some(case: Case) -> None:
 
 
 def compile_plainly(case: Case) -> None:
-    compile_blocks(case.blocks, lean=False)
+    compile_blocks(case.blocks, selective=False)
 
 
 def compile_lean(case: Case) -> None:
     recompute_projections(case.blocks)
-    compile_blocks(case.blocks, lean=True)
+    compile_blocks(case.blocks, selective=True)
 
 
 def compile_whole(case: Case, dynamic: bool) -> None:

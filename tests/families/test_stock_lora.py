@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from pixtune.commands.sample import DrawRequest, draw
+from pixtune.commands.sample import SampleRequest, draw
 from pixtune.engine.load import load_transformer
 from pixtune.families import FAMILIES
 from pixtune.family import ModelFamily, Placement
@@ -99,7 +99,7 @@ def stock_picture(family: ModelFamily, folder: ModelFolder, lora: Path, controls
 
 
 def our_picture(folder: ModelFolder, lora: Path | None, controls: list[Path], control_size: int, path: Path) -> Any:
-    request = DrawRequest(
+    request = SampleRequest(
         str(folder.path), (PROMPT,), tuple(controls), lora, "fp32", SamplerSettings((SEED,), STEPS, GUIDANCE), SIZE,
         None, control_size,
     )  # fmt: skip

@@ -41,14 +41,14 @@ class ToyFamily:
         "transformer_blocks": ActivationUnits(
             eager=17,
             kept=13,
-            lean=8,
+            selective=8,
             projections=0,
             working=25,
             forward=13,
-            forward_quantised=18,
+            forward_quantized=18,
             forward_fused=18,
             passing=18,
-            passing_quantised=39,
+            passing_quantized=39,
         )
     }
     time_embedder = "time_text_embed"

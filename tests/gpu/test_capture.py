@@ -15,7 +15,7 @@ from pixtune.data.batches import Batch
 from pixtune.engine import activations
 from pixtune.engine.activations import recompute_blocks
 from pixtune.engine.apply import blocks_of
-from pixtune.engine.capture import GraphRecorder, ReplayedPass
+from pixtune.engine.capture import GraphCapturer, ReplayedPass
 from pixtune.engine.load import Layout, load_transformer
 from pixtune.engine.modulation import table_of
 from pixtune.engine.streaming import in_backward_pass, stream_blocks
@@ -55,7 +55,7 @@ def losses_and_gradients(name: str, layout: Layout, recompute: str | None, recor
         loss.backward()
         return loss.detach()
 
-    replayed = ReplayedPass(compute, parameters, GraphRecorder(stream) if record else None, most=2)
+    replayed = ReplayedPass(compute, parameters, GraphCapturer(stream) if record else None, most=2)
     found = []
     for step in range(10):
         size = (64, 128)[step % 2]
@@ -74,7 +74,7 @@ def losses_and_gradients(name: str, layout: Layout, recompute: str | None, recor
         found.append((loss, torch.cat(gradients)))
         replayed.zero_gradients()
     if record:
-        assert len(replayed._recordings) == 2, "nothing was recorded"
+        assert len(replayed._captures) == 2, "nothing was recorded"
     return found
 
 
@@ -115,7 +115,7 @@ def test_recorded_steps_of_many_sizes_share_their_memory() -> None:
         loss.backward()
         return loss.detach()
 
-    record = GraphRecorder()
+    record = GraphCapturer()
     weight.grad = torch.zeros_like(weight)
     torch.cuda.synchronize()
     reserved, replays, inputs = [], [], []
@@ -149,7 +149,7 @@ def test_a_recording_that_breaks_off_leaves_nothing_behind(monkeypatch: pytest.M
 
     values = torch.randn(4096, 1024, device=DEVICE)
     expected = compute(values)
-    replayed = ReplayedPass(lambda inputs: compute(inputs.values), [gain], GraphRecorder(stream))
+    replayed = ReplayedPass(lambda inputs: compute(inputs.values), [gain], GraphCapturer(stream))
     gc.collect()
     torch.cuda.empty_cache()
     before = torch.cuda.memory_reserved()

@@ -40,18 +40,18 @@ def norm() -> nn.RMSNorm:
 
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("lengths", [(40, 300), (300,)])
-@pytest.mark.parametrize("num_samples", [1, 2])
-def test_heads(lengths: tuple[int, ...], num_samples: int, compiled: bool) -> None:
+@pytest.mark.parametrize("num_examples", [1, 2])
+def test_heads(lengths: tuple[int, ...], num_examples: int, compiled: bool) -> None:
     torch.manual_seed(0)
     norms = [(norm(), norm()) for _ in lengths]
     angles = [torch.randn(length, HEAD_SIZE // 2, device=CUDA) for length in lengths]
     turns = [torch.stack([angle.cos(), angle.sin()], dim=-1) for angle in angles]
     inputs = [
-        torch.randn(num_samples, length, WIDTH, device=CUDA).bfloat16().requires_grad_()
+        torch.randn(num_examples, length, WIDTH, device=CUDA).bfloat16().requires_grad_()
         for length in lengths for _ in range(3)
     ]  # fmt: skip
     # Attention hands gradients over with heads before tokens.
-    gradient = torch.randn(3, num_samples, HEADS, sum(lengths), HEAD_SIZE, device=CUDA).transpose(2, 3)
+    gradient = torch.randn(3, num_examples, HEADS, sum(lengths), HEAD_SIZE, device=CUDA).transpose(2, 3)
 
     def fused(*projections: Tensor) -> Tensor:
         streams = [Stream(projections[3 * n :][:3], *norms[n], turns[n]) for n in range(len(lengths))]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from pixtune.data.batches import Batch
 from pixtune.engine.apply import blocks_of
 from pixtune.engine.attention_trial import Shape, measure
-from pixtune.engine.capture import GraphRecorder, ReplayedPass
+from pixtune.engine.capture import GraphCapturer, ReplayedPass
 from pixtune.engine.compile import compile_blocks
 from pixtune.engine.load import load_transformer
 from pixtune.engine.padded_attention import attend_padded
@@ -118,7 +118,7 @@ def steps(
         loss.backward()
         return loss.detach()
 
-    replayed = ReplayedPass(compute, parameters, GraphRecorder() if record else None, most=4)
+    replayed = ReplayedPass(compute, parameters, GraphCapturer() if record else None, most=4)
     channels, height, width = family.latent_shape(folder, 128, 128)
     found = []
     for step in range(NUM_STEPS):
@@ -132,11 +132,11 @@ def steps(
         gradients = [p.grad.flatten().clone() for p in parameters if p.grad is not None]
         found.append((loss.cpu(), torch.cat(gradients).cpu()))
         replayed.zero_gradients()
-    return found, len(replayed._recordings)
+    return found, len(replayed._captures)
 
 
 def lean(blocks: list[nn.Module]) -> None:
-    compile_blocks(blocks, lean=True)
+    compile_blocks(blocks, selective=True)
 
 
 @pytest.mark.usefixtures("_kernel", "own_graphs")

@@ -1,4 +1,4 @@
-"""Quantised products on the tensor cores: against fp32, compiled against not, and the kernels against plain torch."""
+"""Quantized products on the tensor cores: against fp32, compiled against not, and the kernels against plain torch."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_transposed_bytes_are_the_plain_ones() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("width", [144, 3072, 15360])
-def test_rows_are_quantised_at_once_as_by_torch(width: int, dtype: torch.dtype) -> None:
+def test_rows_are_quantized_at_once_as_by_torch(width: int, dtype: torch.dtype) -> None:
     """Bit for bit, also of rows of zeros and of rows that are parts of longer ones."""
     if not available(FP8):
         pytest.skip("this GPU has no fp8 tensor cores")

@@ -227,7 +227,7 @@ def state():
         "deterministic": torch.are_deterministic_algorithms_enabled(),
         "matmul precision": torch.get_float32_matmul_precision(),
         "cudnn": (torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic, torch.backends.cudnn.allow_tf32),
-        "CUDA initialised": torch.cuda.is_initialized(),
+        "CUDA initialized": torch.cuda.is_initialized(),
         "random state": torch.random.get_rng_state().sum().item(),
         "environment": dict(os.environ),
         "root log handlers": list(logging.getLogger().handlers),

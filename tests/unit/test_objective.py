@@ -11,7 +11,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.training_utils import compute_density_for_timestep_sampling, compute_loss_weighting_for_sd3
 from torch import Tensor
 
-from pixtune.objective import add_noise, draw_sigmas, loss_weights, sample_losses, shift_sigmas, velocity_target
+from pixtune.objective import add_noise, draw_sigmas, example_losses, loss_weights, shift_sigmas, velocity_target
 
 UNIFORM = torch.linspace(0.001, 0.999, 999)
 
@@ -133,7 +133,7 @@ def test_losses_are_per_sample_means_in_fp32() -> None:
     target_BCHW = torch.zeros(2, 3, 4, 5)
     velocity_BCHW = torch.stack([torch.full((3, 4, 5), 2.0), torch.zeros(3, 4, 5)]).bfloat16()
     velocity_BCHW[1, 0] = 3.0
-    losses = sample_losses(velocity_BCHW, target_BCHW.bfloat16())
+    losses = example_losses(velocity_BCHW, target_BCHW.bfloat16())
     assert losses.dtype == torch.float32 and losses.tolist() == [4.0, 3.0]
     fine = torch.full((1, 1, 64, 64), 1.0078125).bfloat16()  # its square is no bf16 number
-    assert sample_losses(fine, torch.zeros_like(fine)).item() == pytest.approx(1.0078125**2, rel=1e-6)
+    assert example_losses(fine, torch.zeros_like(fine)).item() == pytest.approx(1.0078125**2, rel=1e-6)

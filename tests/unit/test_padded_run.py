@@ -22,8 +22,8 @@ from pixtune.engine.attention_trial import Shape
 from pixtune.hardware.cards import facts_as
 from pixtune.plan import rungs
 from pixtune.plan.kernel_choice import Finding
-from pixtune.plan.memory import MemoryPlan
 from pixtune.plan.text_padding import CaptionedSize, Captions
+from pixtune.plan.training import TrainingPlan
 from tests.full_size import full_size_footprint
 from tests.runs import DEMO_TRAIN, ROOT
 
@@ -49,7 +49,7 @@ def train(
     ]
     right = training.decide_plan
 
-    def decide(*arguments: Any) -> MemoryPlan:
+    def decide(*arguments: Any) -> TrainingPlan:
         return replace(right(*arguments), text_multiple=text_multiple)
 
     monkeypatch.setattr(training, "decide_plan", decide)
@@ -77,7 +77,7 @@ SHORT, LONG = {7: 1.0, 9: 1.0}, dict.fromkeys(range(10, 300), 1.0)
 def planned(
     words: list[str], monkeypatch: pytest.MonkeyPatch, draws_by_length: dict[int, float], pads_text: bool = True,
     most_recordings: int = 64, trial: Any = None,
-) -> tuple[MemoryPlan, list[int]]:  # fmt: skip
+) -> tuple[TrainingPlan, list[int]]:  # fmt: skip
     """The plan of a run on an H100 whose kernels pass every trial, and the tokens that memory was counted for."""
     required = [
         "pretrained_model_name_or_path=x",
@@ -98,7 +98,7 @@ def planned(
     right = Finding(error=0.003, milliseconds=1.5, padded_error=0.003)
     trial = trial or (lambda shape, kernels: dict.fromkeys(kernels, right))
     monkeypatch.setattr(attention_trial, "try_attention", trial)
-    monkeypatch.setattr(rungs, "MOST_RECORDINGS", most_recordings)
+    monkeypatch.setattr(rungs, "MOST_CAPTURES", most_recordings)
     sizes = (CaptionedSize(10_000, draws_by_length),)
     captions = Captions(len(draws_by_length) > 1, sizes)
     data: Any = PreparedData(None, [], [], [], [], 10_000, max(draws_by_length), captions, "", None)  # type: ignore[arg-type]

@@ -45,7 +45,7 @@ class BlockLinear:
     num_lora_weights: int
     image_tokens_pass: bool
     text_tokens_pass: bool
-    """Neither: one row a sample does, which is what modulation layers see."""
+    """Neither: one row an example does, which is what modulation layers see."""
     quantised: bool
     begins_attention: bool
     """It makes queries, keys or values."""
@@ -59,17 +59,17 @@ class BlockLinear:
 class StepSize:
     """What a step of one process learns from."""
 
-    num_samples: int
+    num_examples: int
     """Of an optimizer step, all micro-batches together."""
     num_image_tokens: int
-    """Of one sample: its picture and its controls."""
+    """Of one example: its picture and its controls."""
     num_text_tokens: int
-    """Of one sample."""
+    """Of one example."""
 
     def rows(self, linear: BlockLinear) -> int:
         """That a layer is given in a step."""
         tokens = self.num_image_tokens * linear.image_tokens_pass + self.num_text_tokens * linear.text_tokens_pass
-        return self.num_samples * (tokens or 1)
+        return self.num_examples * (tokens or 1)
 
 
 @dataclass(frozen=True)
@@ -173,7 +173,7 @@ def step_flops(
 
     num_blocks = 1 + max(linear.block for linear in linears)
     num_tokens = size.num_image_tokens + size.num_text_tokens
-    attention = num_blocks * size.num_samples * num_tokens**2 * width
+    attention = num_blocks * size.num_examples * num_tokens**2 * width
     attention_again = ATTENTION_BACKWARD_AGAIN + ATTENTION_FORWARD * min(recomputed_blocks, num_blocks) / num_blocks
     return StepFlops(
         plain=sum(f * p for f, p, q in zip(forward, passes, eight, strict=True) if not q),

@@ -30,7 +30,7 @@ class Case:
     """Side of the square pictures."""
     num_controls: int
     num_image_tokens: int
-    """Of one sample, its controls' included."""
+    """Of one example, its controls' included."""
     num_text_tokens: int
     batch_size: int
     gradient_accumulation_steps: int

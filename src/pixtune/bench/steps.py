@@ -30,8 +30,8 @@ from pixtune.families import family_of
 from pixtune.hardware.capping import outside_allocator_bytes, own_gpu, used_before_cuda
 from pixtune.hardware.facts import GIB
 from pixtune.hardware.machine import driver_may_spill
-from pixtune.plan.memory import MemoryPlan
-from pixtune.plan.rungs import QUANTISED
+from pixtune.plan.rungs import QUANTIZED
+from pixtune.plan.training import TrainingPlan
 from pixtune.planning import footprint_of, plain_linears, targeted_linears, tensor_shapes
 from pixtune.progress import StepBar
 from pixtune.run import Run, TrainResult
@@ -70,7 +70,7 @@ class TimedRun:
     memory: Memory
     flops: StepFlops
     formats: Formats
-    plan: MemoryPlan
+    plan: TrainingPlan
     device: torch.device
 
 
@@ -121,7 +121,7 @@ def write_case(folder: Path, path: Path, overrides: Sequence[str], request: Requ
 
 
 def usual_controls(config: TrainConfig) -> int:
-    """Control pictures of a sample: one a folder of them; where a metadata file names them, one."""
+    """Control pictures of an example: one a folder of them; where a metadata file names them, one."""
     folders = count_controls(config)
     if folders or config.data_config.metadata_file is None:
         return folders
@@ -187,7 +187,7 @@ def count_flops(run: Run, services: Services, case: Case) -> StepFlops:
         shapes,
         () if trains_all else targeted_linears(config, family, shapes),
         config.rank,
-        plan.weights_format in QUANTISED,
+        plan.weights_format in QUANTIZED,
         plain_linears(config.keep_plain, family, shapes),
     )
     size = StepSize(case.batch_size * case.gradient_accumulation_steps, case.num_image_tokens, case.num_text_tokens)
@@ -195,12 +195,12 @@ def count_flops(run: Run, services: Services, case: Case) -> StepFlops:
     return step_flops(linears, size, width, plan.recomputed_blocks, trains_all, plan.reprojected_blocks)
 
 
-def formats_of(plan: MemoryPlan, device: torch.device) -> Formats:
+def formats_of(plan: TrainingPlan, device: torch.device) -> Formats:
     """What a plan's products are computed in. A CPU computes all of them in fp32 or as slowly."""
     if device.type != "cuda":
         return Formats("fp32", "fp32")
     plain = plan.compute_format
-    eight = FORMAT_NAMES[codes_for(plan.weights_format, device)] if plan.weights_format in QUANTISED else plain
+    eight = FORMAT_NAMES[codes_for(plan.weights_format, device)] if plan.weights_format in QUANTIZED else plain
     return Formats(plain, eight)
 
 

@@ -44,7 +44,7 @@ def write_pictures(
 
 
 def count_controls(config: TrainConfig) -> int:
-    """Control pictures that a sample of this config has, going by its folders."""
+    """Control pictures that an example of this config has, going by its folders."""
     folders = config.data_config.control_dir
     return 0 if folders is None else len(folders) if isinstance(folders, tuple) else 1
 

@@ -108,11 +108,11 @@ def render_model(check: ModelCheck, console: Console) -> None:
     stock = check.stock
     compared = f"not compared: {stock.note}" if stock.error is None else f"{stock.error:.2%} apart {stock.note}"
     console.print(escape(f"velocity, ours and {check.pipeline_class}'s: {compared.strip()}"), highlight=False)
-    for quantised in check.formats:
-        kept = quantised.cosine_kept
+    for quantized in check.formats:
+        kept = quantized.cosine_kept
         then = "" if kept is None else f", {kept:.4f} with keep_plain"
         console.print(
-            f"LoRA gradients in {quantised.linear_format}: cosine {quantised.cosine:.4f}{then}",
+            f"LoRA gradients in {quantized.linear_format}: cosine {quantized.cosine:.4f}{then}",
             highlight=False,
         )
     console.print(escape(check.verdict), style="bold red" if check.faults else "bold green", highlight=False)

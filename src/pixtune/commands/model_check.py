@@ -1,7 +1,7 @@
 """`pixtune doctor --model`: whether a user's real weights compute here as they should, plain and in 8 bits.
 
 Three questions. Is our velocity the stock pipeline's? Which layers lose too much in 8 bits (`quantization_errors`)? Do
-loss and LoRA gradients of the whole quantised model point where the plain model's do? Everything but the first is
+loss and LoRA gradients of the whole quantized model point where the plain model's do? Everything but the first is
 computed with blocks that are read when they run, so it needs no more memory than one block.
 
 Inputs are random numbers of fixed seed in the model's shapes: noise where a noisy latent is, which is nearly what that
@@ -189,7 +189,7 @@ def check_model(folder: ModelFolder, family: ModelFamily, device: torch.device) 
 
 
 def formats_of(device: torch.device) -> tuple[str, ...]:
-    """What a run on the device would quantise to; on a CPU both, since the GPU of the run is not known."""
+    """What a run on the device would quantize to; on a CPU both, since the GPU of the run is not known."""
     if device.type == "cpu":
         return (FP8, INT8)
     return (FP8,) if tensor_cores_multiply(torch.float8_e4m3fn, device) else (INT8,)
@@ -273,7 +273,7 @@ def check_format(
     layers: Iterable[LayerErrors],
     exact: tuple[float, Tensor],
 ) -> FormatCheck:
-    """A quantised step beside the plain one; once more without quantising the layers that lose too much, if any do.
+    """A quantized step beside the plain one; once more without quantizing the layers that lose too much, if any do.
 
     Args:
         layers: of all formats.

@@ -26,9 +26,9 @@ from pixtune.hardware.facts import GIB, HardwareFacts, tensor_core_formats
 from pixtune.hardware.meminfo import read_host_memory
 from pixtune.plan.encoders import PIXELS_PER_VISION_TOKEN, TEXT_TOKENS, EncoderPlan, EncoderSizes, encode_plainly
 from pixtune.plan.kernel_choice import NAMES
-from pixtune.plan.memory import CONTEXT_BYTES, MemoryPlan, plan_memory, usable_bytes
 from pixtune.plan.phases import Phase, Surroundings, phases_of
 from pixtune.plan.text_padding import Captions, least_multiple, padded_length
+from pixtune.plan.training import CONTEXT_BYTES, TrainingPlan, plan_training, usable_bytes
 from pixtune.storage.model_folder import ModelFolder, open_model_folder
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ class PlanReport:
     facts: HardwareFacts
     is_estimate: bool
     """For a card of the table, not for this machine."""
-    plan: MemoryPlan
+    plan: TrainingPlan
     usable_bytes: int
     """By torch's allocator; 0 without a GPU."""
     phases: tuple[Phase, ...]
@@ -114,7 +114,7 @@ def make_report(config: TrainConfig, card: str | None = None) -> PlanReport:
     captions = Captions(differ=True) if family.pads_text else None
     text = padded_length(tokens.text, least_multiple(config, captions))
     footprint = footprint_of(config, family, folder, config.batch_size * (tokens.image + text))
-    plan = plan_memory(facts, footprint, config)
+    plan = plan_training(facts, footprint, config)
     on_gpu = facts.device == "cuda"
     around = surroundings_of(config, family, folder, tokens, facts) if on_gpu else None
     return PlanReport(
@@ -287,8 +287,8 @@ def surroundings_of(
     return Surroundings(
         sizes=sizes,
         encoders=plan_encoders_of(config, facts, sizes),
-        drawn_pixels=(settings.width or side) * (settings.height or side) if draws else 0,
-        drawn_tokens=tokens.image + tokens.text if draws else 0,
+        sample_pixels=(settings.width or side) * (settings.height or side) if draws else 0,
+        sample_tokens=tokens.image + tokens.text if draws else 0,
         text_in_loop=not config.precompute_text_embeddings,
         pictures_in_loop=not config.precompute_image_embeddings,
     )
@@ -338,7 +338,7 @@ def bullets(lines: Sequence[str]) -> Table:
     return table
 
 
-def decision_table(plan: MemoryPlan) -> Table:
+def decision_table(plan: TrainingPlan) -> Table:
     """What the plan decides, in words."""
     table = Table(box=box.SIMPLE, show_header=False, pad_edge=False)
     table.add_column(style="bold", no_wrap=True)
@@ -348,11 +348,11 @@ def decision_table(plan: MemoryPlan) -> Table:
     return table
 
 
-def decisions(plan: MemoryPlan) -> list[tuple[str, str]]:
+def decisions(plan: TrainingPlan) -> list[tuple[str, str]]:
     """Name and value of each decision, in plain words."""
     recomputed = f"{plan.recomputed_blocks} blocks" if plan.recomputed_blocks else "no block"
     again = f"; queries, keys and values of {plan.reprojected_blocks}" if plan.reprojected_blocks else ""
-    cheap = f"{again}; norms, gates and rotary embedding in every block" if plan.lean else again
+    cheap = f"{again}; norms, gates and rotary embedding in every block" if plan.selective else again
     rows = [
         ("base weights", plan.weights_format + (", kept transposed, too" if plan.kept_transposes else "")),
         ("computed in", plan.compute_format),
@@ -361,7 +361,7 @@ def decisions(plan: MemoryPlan) -> list[tuple[str, str]]:
         ("inputs of blocks", "in host memory" if plan.offload_inputs else "on the device"),
         ("streamed blocks", str(plan.streamed_blocks) if plan.streamed_blocks else "none"),
         ("compiled", _yes(plan.compile)),
-        ("recorded", f"steps of up to {plan.recordings} shapes (CUDA graphs)" if plan.recordings else "no"),
+        ("recorded", f"steps of up to {plan.captures} shapes (CUDA graphs)" if plan.captures else "no"),
         ("attention", f"{NAMES[plan.attention]}, where it can" if plan.attention else "PyTorch's own choice"),
         ("optimizer", plan.optimizer + ", its states in host memory" * plan.states_on_host),
         ("each weight stepped", "within the backward pass" if plan.fused_step else "after the backward pass"),

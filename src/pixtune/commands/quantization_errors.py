@@ -1,6 +1,6 @@
-"""What quantising costs a model, block by block and layer by layer, from the inputs that they really get.
+"""What quantizing costs a model, block by block and layer by layer, from the inputs that they really get.
 
-Each block runs with the inputs of the unquantised model, so an error is this block's own and not what earlier ones left
+Each block runs with the inputs of the unquantized model, so an error is this block's own and not what earlier ones left
 behind. Its output gets a random gradient of fixed seed, and what that becomes on the way through is compared, too.
 
 A product's relative error alone is blind to the worst case: one input channel of huge weights fills every row's scale
@@ -67,7 +67,7 @@ class BlockErrors:
 
 @dataclass(frozen=True)
 class LinearPass:
-    """What went through a linear layer of the unquantised block."""
+    """What went through a linear layer of the unquantized block."""
 
     linear: nn.Linear
     input_MK: Tensor
@@ -106,11 +106,11 @@ def outlier_ratio(values: Tensor) -> float:
 
 
 class Measurement:
-    """Collects errors while an unquantised transformer runs; `engine.on_demand` calls `visit` before each block.
+    """Collects errors while an unquantized transformer runs; `engine.on_demand` calls `visit` before each block.
 
     Args:
         formats: of `quantize.FORMATS`, one after the other.
-        modulation_layers: endings of paths of layers that are never quantised.
+        modulation_layers: endings of paths of layers that are never quantized.
     """
 
     def __init__(self, formats: Sequence[str], modulation_layers: tuple[str, ...]) -> None:
@@ -118,7 +118,7 @@ class Measurement:
         self.layers: list[LayerErrors] = []
         self.blocks: list[BlockErrors] = []
         self.not_finite: list[str] = []
-        """Paths of blocks whose unquantised output or gradient has an infinity or what is no number."""
+        """Paths of blocks whose unquantized output or gradient has an infinity or what is no number."""
 
     def visit(self, path: str, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         linears = {
@@ -217,7 +217,7 @@ def replaced(block: nn.Module, path: str, layers: Mapping[str, nn.Module]) -> It
 
 @torch.no_grad()
 def layer_errors(path: str, layer: QuantizedLinear, passed: LinearPass) -> LayerErrors:
-    """A quantised layer beside what went through the one that it stands for."""
+    """A quantized layer beside what went through the one that it stands for."""
     weight_NK, input_MK, gradient_MN = passed.linear.weight.detach(), passed.input_MK, passed.gradient_MN
     with torch.enable_grad():
         leaf_MK = input_MK.clone().requires_grad_()
@@ -240,7 +240,7 @@ Passed = tuple[list[Tensor], list[Tensor]]
 
 
 def block_errors(path: str, linear_format: str, ours: Passed, exact: Passed) -> BlockErrors:
-    """Outputs and gradients of a quantised block beside the unquantised one's."""
+    """Outputs and gradients of a quantized block beside the unquantized one's."""
     output, gradient, exact_output, exact_gradient = (
         torch.cat([tensor.float().flatten() for tensor in tensors]) for tensors in (*ours, *exact)
     )

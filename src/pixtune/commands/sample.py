@@ -1,6 +1,6 @@
 """`pixtune sample`: pictures from a model folder, with a saved LoRA put onto the base as others would load it.
 
-It fits as training does: encoders come first and leave, the transformer comes in the form that `plan_drawing` chose,
+It fits as training does: encoders come first and leave, the transformer comes in the form that `plan_sampling` chose,
 and where not even a decoder fits beside it, it leaves before the pictures are decoded.
 """
 
@@ -22,8 +22,8 @@ from pixtune.data.build_encoder import plan_encoders_for
 from pixtune.data.cache import Ledger, MemoryStore
 from pixtune.data.encode import Encoder, FramedPicture, TextItem
 from pixtune.data.encodings import Encodings, control_pictures, text_item
-from pixtune.data.prepare import control_rules, encode_prompt, prompt_sample
-from pixtune.data.samples import Sample
+from pixtune.data.examples import Example
+from pixtune.data.prepare import control_rules, encode_prompt, prompt_example
 from pixtune.engine.apply import FORMATS, blocks_of
 from pixtune.engine.load import Layout, load_transformer
 from pixtune.engine.mlp import fuse_mlps
@@ -36,7 +36,7 @@ from pixtune.hardware.monitor import StageLog
 from pixtune.hardware.read import read_facts
 from pixtune.plan.encoders import EncoderPlan, count_caption_tokens
 from pixtune.plan.footprint import Footprint, read_footprint
-from pixtune.plan.phases import Drawing, DrawingPlan, plan_drawing
+from pixtune.plan.phases import SampleSizes, SamplingPlan, plan_sampling
 from pixtune.planning import encoder_sizes, tensor_shapes
 from pixtune.sampler import EncodedPrompt, PromptPicture, PromptSampler, SamplerSettings, needs_negative
 from pixtune.sizes import Size
@@ -45,12 +45,12 @@ from pixtune.tracking.memory import RunMemory
 from pixtune.trained import adapters
 from pixtune.trained.export import read_lora_file
 
-ENCODING, LOADING, DRAWING, DECODING = "prompts encoded", "transformer", "pictures drawn", "pictures decoded"
+ENCODING, LOADING, SAMPLING, DECODING = "prompts encoded", "transformer", "pictures drawn", "pictures decoded"
 """Stages of drawing, as the memory log names them."""
 
 
 @dataclass(frozen=True)
-class DrawRequest:
+class SampleRequest:
     """What to draw with what."""
 
     model: str
@@ -93,31 +93,33 @@ class Plans:
     """How a request fits a machine."""
 
     encoders: EncoderPlan
-    drawing: DrawingPlan
+    sampling: SamplingPlan
 
 
 @dataclass(frozen=True)
 class Task:
     """A request with the model and the LoRA that it names, and its prompts in the form of training samples."""
 
-    request: DrawRequest
+    request: SampleRequest
     family: ModelFamily
     folder: ModelFolder
     lora: SavedLora | None
-    samples: tuple[Sample, ...]
+    examples: tuple[Example, ...]
 
     @property
     def texts(self) -> tuple[TextItem, ...]:
         """Prompts and what guidance sets against them."""
         dropped = self.family.dropped_caption
-        return tuple(dict.fromkeys(text_item(text, s, 0) for s in self.samples for text in (s.caption, dropped)))
+        return tuple(dict.fromkeys(text_item(text, s, 0) for s in self.examples for text in (s.caption, dropped)))
 
     @property
     def controls(self) -> tuple[FramedPicture, ...]:
-        return tuple(dict.fromkeys(picture for sample in self.samples for picture in control_pictures(sample, 0)))
+        return tuple(dict.fromkeys(picture for example in self.examples for picture in control_pictures(example, 0)))
 
 
-def draw(request: DrawRequest, output_dir: Path, say: Callable[[str], None] = lambda line: None) -> Iterator[Path]:
+def sample_pictures(
+    request: SampleRequest, output_dir: Path, say: Callable[[str], None] = lambda line: None
+) -> Iterator[Path]:
     """Draws each prompt with each seed and yields the paths of the PNG files.
 
     Args:
@@ -135,16 +137,16 @@ def draw(request: DrawRequest, output_dir: Path, say: Callable[[str], None] = la
     memory.start(device)
     task = open_task(request)
     plans = make_plans(task, config, read_facts(device))
-    for reason in (*plans.encoders.reasons, *plans.drawing.reasons):
+    for reason in (*plans.encoders.reasons, *plans.sampling.reasons):
         say(reason)
     output_dir.mkdir(parents=True, exist_ok=True)
-    for number, picture in enumerate(draw_as_planned(task, plans, device, memory.stages)):
+    for number, picture in enumerate(sample_as_planned(task, plans, device, memory.stages)):
         path = output_dir / f"{number:03d}-seed{picture.seed}.png"
         picture.image.save(path)
         yield path
 
 
-def config_of(request: DrawRequest, output_dir: Path) -> TrainConfig:
+def config_of(request: SampleRequest, output_dir: Path) -> TrainConfig:
     """The request in the keys of a run, which is what plans are made from."""
     return TrainConfig(
         pretrained_model_name_or_path=request.model,
@@ -159,21 +161,21 @@ def config_of(request: DrawRequest, output_dir: Path) -> TrainConfig:
     )
 
 
-def open_task(request: DrawRequest) -> Task:
+def open_task(request: SampleRequest) -> Task:
     """Reads what a request names, but for the model's weights.
 
     Raises:
-        WeightsError, DataError: see `draw`.
+        WeightsError, DataError: see `sample_pictures`.
     """
     folder = open_model_folder(request.model)
     family = family_of(folder)
     multiple = family.pixel_multiple(folder)
     rules = control_rules(family, folder, request.control_size)
     size = request.size or (CONTROL_SIDE, CONTROL_SIDE)
-    samples = tuple(
-        prompt_sample(text, request.controls, size, request.size is None, multiple, rules) for text in request.prompts
+    examples = tuple(
+        prompt_example(text, request.controls, size, request.size is None, multiple, rules) for text in request.prompts
     )
-    return Task(request, family, folder, read_lora(request.lora) if request.lora else None, samples)
+    return Task(request, family, folder, read_lora(request.lora) if request.lora else None, examples)
 
 
 def read_lora(path: Path) -> SavedLora:
@@ -201,17 +203,17 @@ def make_plans(task: Task, config: TrainConfig, facts: HardwareFacts) -> Plans:
 
     Raises:
         WeightsError: the LoRA is for another model.
-        PlanError, ConfigError: see `draw`.
+        PlanError, ConfigError: see `sample_pictures`.
     """
     encoders = plan_encoders_for(config, task.family, task.folder, facts, task.texts, task.controls)
     settings = task.request.settings
     passes_per_step = 2 if needs_negative(task.family, settings.guidance_scale) else 1
-    drawing = Drawing(
-        pixels=max(math.prod(sample.framings[0].size) for sample in task.samples),
+    sizes = SampleSizes(
+        pixels=max(math.prod(example.framings[0].size) for example in task.examples),
         num_passes=passes_per_step * settings.num_steps,
         autoencoder_bytes=encoder_sizes(config, task.family, task.folder, 0, 0).autoencoder_bytes,
     )
-    return Plans(encoders, plan_drawing(facts, footprint_of(task, config, passes_per_step), config, drawing))
+    return Plans(encoders, plan_sampling(facts, footprint_of(task, config, passes_per_step), config, sizes))
 
 
 def footprint_of(task: Task, config: TrainConfig, passes_per_step: int) -> Footprint:
@@ -226,47 +228,47 @@ def footprint_of(task: Task, config: TrainConfig, passes_per_step: int) -> Footp
     if lora and (unknown := [module for module in modules if f"{module}.weight" not in shapes]):
         raise WeightsError(f"{lora.path} does not fit this model, which has no {unknown[0]}")
     return read_footprint(
-        family, shapes, family.block_shape(folder)[1], max(_num_tokens(task, sample) for sample in task.samples),
+        family, shapes, family.block_shape(folder)[1], max(_num_tokens(task, example) for example in task.examples),
         modules, lora.rank if lora else 0, passes_per_step,
     )  # fmt: skip
 
 
-def _num_tokens(task: Task, sample: Sample) -> int:
+def _num_tokens(task: Task, example: Example) -> int:
     """Of a picture with its controls and prompt: an upper estimate, since nothing is encoded yet."""
     family, seen = task.family, [picture for item in task.texts for picture in item.pictures]
-    sizes = [family.latent_shape(task.folder, *size)[1:] for size in sample.signature(0)]
+    sizes = [family.latent_shape(task.folder, *size)[1:] for size in example.signature(0)]
     vision_pixels = sum(math.prod(picture.framing.size) for picture in set(seen))
     return sum(family.num_image_tokens(*size) for size in sizes) + count_caption_tokens(
-        len(sample.caption), vision_pixels
+        len(example.caption), vision_pixels
     )
 
 
 # ---- carried out
 
 
-def draw_as_planned(
+def sample_as_planned(
     task: Task, plans: Plans, device: torch.device, stages: StageLog | None = None
 ) -> Iterator[PromptPicture]:
     """One picture for each prompt and seed.
 
     Args:
-        stages: gets the memory of `ENCODING`, `LOADING`, `DRAWING` and, where pictures are decoded last, `DECODING`.
+        stages: gets the memory of `ENCODING`, `LOADING`, `SAMPLING` and, where pictures are decoded last, `DECODING`.
     """
     stages = stages or StageLog()
-    placement = Placement(device, FORMATS[plans.drawing.compute_format])
+    placement = Placement(device, FORMATS[plans.sampling.compute_format])
     prompts = encode_prompts(task, plans.encoders, placement)
     stages.record(ENCODING)
     sampler = PromptSampler(
         task.family, task.folder, prompts, task.request.settings, placement, keep_autoencoder=False,
-        tile_pixels=plans.drawing.tile_pixels,
+        tile_pixels=plans.sampling.tile_pixels,
     )  # fmt: skip
-    if not plans.drawing.decode_last:
-        transformer = load_base(task, plans.drawing, placement)
+    if not plans.sampling.decode_last:
+        transformer = load_base(task, plans.sampling, placement)
         stages.record(LOADING)
-        yield from sampler.draw(transformer)
-        stages.record(DRAWING)
+        yield from sampler.sample(transformer)
+        stages.record(SAMPLING)
         return
-    for prompt, seed, latents_BCHW in all_latents(task, plans.drawing, placement, sampler, stages):
+    for prompt, seed, latents_BCHW in all_latents(task, plans.sampling, placement, sampler, stages):
         yield PromptPicture(prompt, seed, sampler.decode(latents_BCHW))
     stages.record(DECODING)
 
@@ -289,17 +291,17 @@ def encode_prompts(task: Task, plan: EncoderPlan, placement: Placement) -> list[
     encodings.fill_texts(task.texts)
     encodings.fill_pictures(task.controls)
     guidance_scale = task.request.settings.guidance_scale
-    return [encode_prompt(task.family, encodings, sample, guidance_scale) for sample in task.samples]
+    return [encode_prompt(task.family, encodings, example, guidance_scale) for example in task.examples]
 
 
 def all_latents(
-    task: Task, plan: DrawingPlan, placement: Placement, sampler: PromptSampler, stages: StageLog
+    task: Task, plan: SamplingPlan, placement: Placement, sampler: PromptSampler, stages: StageLog
 ) -> Sequence[tuple[EncodedPrompt, int, Tensor]]:
     """What is drawn, on the CPU; the transformer has left the device on return."""
     transformer = load_base(task, plan, placement)
     stages.record(LOADING)
     drawn = [(prompt, seed, latents.cpu()) for prompt, seed, latents in sampler.latents(transformer)]
-    stages.record(DRAWING)
+    stages.record(SAMPLING)
     del transformer
     gc.collect()
     if placement.device.type == "cuda":
@@ -307,7 +309,7 @@ def all_latents(
     return drawn
 
 
-def load_base(task: Task, plan: DrawingPlan, placement: Placement) -> nn.Module:
+def load_base(task: Task, plan: SamplingPlan, placement: Placement) -> nn.Module:
     """The transformer in its planned form, with the LoRA on it.
 
     Raises:

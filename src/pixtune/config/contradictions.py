@@ -69,9 +69,9 @@ def _lora_keys_with_a_lora(method: str, targets: object, alpha: object) -> str |
     return None
 
 
-def _nothing_is_quantised_in_full(method: str, kept: Sequence[str]) -> str | None:
+def _nothing_is_quantized_in_full(method: str, kept: Sequence[str]) -> str | None:
     if method == "full" and kept:
-        return "keep_plain given and method is full, which trains all weights and quantises none"
+        return "keep_plain given and method is full, which trains all weights and quantizes none"
     return None
 
 
@@ -89,7 +89,7 @@ _RULES: tuple[tuple[tuple[str, ...], Callable[..., str | None]], ...] = (
     (("lr_scheduler", "lr_step_rules"), _rules_for_their_schedule),
     (("validation.held_out", "validation.held_out_dir"), _one_held_out_set),
     (("method", "lora_targets", "lora_alpha"), _lora_keys_with_a_lora),
-    (("method", "keep_plain"), _nothing_is_quantised_in_full),
+    (("method", "keep_plain"), _nothing_is_quantized_in_full),
     (("samples.prompts", "samples.controls"), _controls_for_prompts),
     (("data_config.control_dir", "data_config.metadata_file"), _one_source_of_controls),
 )

@@ -64,7 +64,7 @@ def load_config(path: Path | None, overrides: Sequence[str] = (), folders_must_e
         raise _error(whole, faults)
 
     if config.disable_quantization and config.quantize:
-        logger.warning("disable_quantization is true and wins over quantize: nothing is quantised")
+        logger.warning("disable_quantization is true and wins over quantize: nothing is quantized")
         config = config.model_copy(update={"quantize": False})
     _refuse_what_is_missing_yet(config, entries)
     return config

@@ -259,11 +259,11 @@ class TrainConfig(Section):
     pin_memory: bool | None = None
     """Page-locked host memory for batches; absent: on with a GPU."""
     disable_quantization: bool = False
-    """Never quantise; wins over `quantize`."""
+    """Never quantize; wins over `quantize`."""
     quantize: bool | None = None
     """8-bit frozen weights, computed in 8 bits: true demands, false forbids, absent: by the memory there is."""
     keep_plain: Words = ()
-    """Layers that are not quantised where the others are: endings of module names, patterns with * over whole paths, or
+    """Layers that are not quantized where the others are: endings of module names, patterns with * over whole paths, or
     presets, as in `lora_targets`. `pixtune doctor --model` names those that lose too much in 8 bits."""
     cuda_graphs: bool = True
     """On a GPU, forward and backward pass of a LoRA's steps are recorded once a shape and replayed in one launch.

@@ -1,4 +1,4 @@
-"""Which samples meet in which batch, and what is drawn for them: a pure function of the seed, so it can be resumed.
+"""Which examples meet in which batch, and what is drawn for them: a pure function of the seed, so it can be resumed.
 
 The unit is the *global micro-batch*: `batch_size * num_processes` draws of one bucket, of which process r takes its
 contiguous share. Two processes therefore see exactly what one process with twice the batch size sees.
@@ -26,22 +26,22 @@ from pixtune.sizes import Size
 T = TypeVar("T")
 
 Signature = tuple[Size, ...]
-"""Sizes in pixels of a sample's target and control pictures."""
+"""Sizes in pixels of an example's target and control pictures."""
 
 
 @dataclass(frozen=True)
-class Draw:
-    """One sample's turn: which sample, and which of its framings (see `random_ratio`)."""
+class Turn:
+    """One example's turn: which example, and which of its framings (see `random_ratio`)."""
 
-    sample: int
+    example: int
     variant: int
 
 
-class BatchPlan:
+class BatchOrder:
     """The order of draws of a whole run.
 
     Args:
-        buckets: the sizes of each sample and variant, target first and then its controls: `buckets[sample][variant]`.
+        buckets: the sizes of each example and variant, target first and then its controls: `buckets[example][variant]`.
             Draws meet only where all sizes are equal.
         global_batch_size: draws in one global micro-batch.
         seed: the run's seed.
@@ -54,17 +54,17 @@ class BatchPlan:
         self._epoch_ends: list[int] = []
         self.epoch = lru_cache(maxsize=4)(self._epoch)
 
-    def _epoch(self, epoch: int) -> list[list[Draw]]:
-        """The micro-batches of one epoch: every sample once, then as many again as fill each bucket's last batch."""
-        by_bucket: dict[Signature, list[Draw]] = {}
-        for sample in randomness.shuffled(len(self.buckets), self.seed, "order", epoch):
-            variants = self.buckets[sample]
-            variant = int(randomness.uniform(self.seed, "ratio", epoch, sample) * len(variants))
-            by_bucket.setdefault(variants[variant], []).append(Draw(sample, variant))
+    def _epoch(self, epoch: int) -> list[list[Turn]]:
+        """The micro-batches of one epoch: every example once, then as many again as fill each bucket's last batch."""
+        by_bucket: dict[Signature, list[Turn]] = {}
+        for example in randomness.shuffled(len(self.buckets), self.seed, "order", epoch):
+            variants = self.buckets[example]
+            variant = int(randomness.uniform(self.seed, "ratio", epoch, example) * len(variants))
+            by_bucket.setdefault(variants[variant], []).append(Turn(example, variant))
         size = self.global_batch_size
         micro_batches = []
         for members in by_bucket.values():
-            # A short batch would weigh its samples more; wrapping round keeps every step's size and every rank's work.
+            # A short batch would weigh its examples more; wrapping round keeps every step's size and every rank's work.
             padded = [members[i % len(members)] for i in range(-(-len(members) // size) * size)]
             micro_batches += [padded[i : i + size] for i in range(0, len(padded), size)]
         return [micro_batches[i] for i in randomness.shuffled(len(micro_batches), self.seed, "order", epoch, "batches")]
@@ -85,7 +85,7 @@ class BatchPlan:
             epoch += 1
         return epoch
 
-    def micro_batch(self, index: int) -> list[Draw]:
+    def micro_batch(self, index: int) -> list[Turn]:
         """The draws of global micro-batch `index` of the run."""
         epoch = self.epoch_of(index)
         start = self.epoch_end(epoch - 1) if epoch else 0
@@ -136,26 +136,26 @@ class Batch:
 
 
 MIN_TOKENS_TO_SPLIT = 1024
-"""Image tokens of a sample from which a micro-batch of mixed text lengths runs as one part a length, without a mask.
+"""Image tokens per example from which a micro-batch of captions of several lengths is split by length, without a mask.
 
-A mask costs 20 to 25% of a step, since the fast attention kernels take none. Samples of this many tokens fill a GPU one
-by one; smaller ones are faster padded and masked together. Captions that are padded to a multiple need no mask, and as
-one batch they have the fewest shapes.
+A mask costs 20 to 25% of a step, since the fast attention kernels take none. Examples of this many tokens fill a GPU
+one by one; smaller ones are faster padded and masked together. Captions that are padded to a multiple need no mask, and
+as one batch they have the fewest shapes.
 """
 
 
 @dataclass(frozen=True)
-class SampleReader:
-    """How a batch gets at a sample's encodings, wherever they live."""
+class ExampleReader:
+    """How a batch gets at an example's encodings, wherever they live."""
 
     read_latents: Callable[[int, int], LatentDistribution]
-    """Sample, variant -> distribution with batch size 1."""
+    """Example, variant -> distribution with batch size 1."""
     read_text: Callable[[int, int, bool], Conditioning]
-    """Sample, variant, dropped -> features of its caption, or of the dropped caption in its place."""
+    """Example, variant, dropped -> features of its caption, or of the dropped caption in its place."""
     read_controls: Callable[[int, int], Sequence[Tensor]]
-    """Sample, variant -> latents of its control pictures, each with batch size 1."""
+    """Example, variant -> latents of its control pictures, each with batch size 1."""
     latent_size: Callable[[int, int], Size]
-    """Sample, variant -> latent height and width, without reading the latents."""
+    """Example, variant -> latent height and width, without reading the latents."""
     stack: Callable[[Sequence[Conditioning], int], Conditioning]
     """Rows and the multiple to pad them to -> a batch's; see `ModelFamily.stack_conditioning`."""
     time_shift: Callable[[int, int], float]
@@ -169,8 +169,8 @@ class SampleReader:
 class BatchSource:
     """Micro-batch number -> this process's share of it. Position alone decides everything."""
 
-    plan: BatchPlan
-    reader: SampleReader
+    order: BatchOrder
+    reader: ExampleReader
     objective: ObjectiveConfig
     caption_dropout_rate: float
     rank: int = 0
@@ -178,7 +178,7 @@ class BatchSource:
     text_multiple: int = 1
     """Captions are padded to a multiple of so many tokens."""
 
-    def parts(self, index: int, members: Sequence[Draw]) -> list[Batch]:
+    def parts(self, index: int, members: Sequence[Turn]) -> list[Batch]:
         """Reads and draws this process's share of global micro-batch `index`, whose draws are `members`.
 
         One batch, or several that together are the micro-batch: see `MIN_TOKENS_TO_SPLIT`.
@@ -197,14 +197,14 @@ class BatchSource:
         Args:
             features: which entries of the conditioning to read; stacked.
         """
-        members, reader = self.plan.micro_batch(index), self.reader
+        members, reader = self.order.micro_batch(index), self.reader
         sigmas, rows = [], []
         for slot in self._slots:
-            draw = members[slot]
-            uniform = randomness.uniform(self.plan.seed, "sigma", index, slot)
-            sigmas.append(self._sigma(uniform, *reader.latent_size(draw.sample, draw.variant)))
+            turn = members[slot]
+            uniform = randomness.uniform(self.order.seed, "sigma", index, slot)
+            sigmas.append(self._sigma(uniform, *reader.latent_size(turn.example, turn.variant)))
             if features:
-                rows.append(reader.read_text(draw.sample, draw.variant, self._is_dropped(index, slot)))
+                rows.append(reader.read_text(turn.example, turn.variant, self._is_dropped(index, slot)))
         return torch.cat(sigmas), {name: torch.stack([row[name] for row in rows]) for name in features}
 
     def times_of_step(self, step: int, accumulation: int, features: Sequence[str]) -> tuple[Tensor, Conditioning]:
@@ -216,23 +216,23 @@ class BatchSource:
     @property
     def _slots(self) -> range:
         """This process's places in a global micro-batch."""
-        share = self.plan.global_batch_size // self.world_size
+        share = self.order.global_batch_size // self.world_size
         return range(self.rank * share, (self.rank + 1) * share)
 
     def _is_dropped(self, index: int, slot: int) -> bool:
-        return randomness.uniform(self.plan.seed, "caption dropout", index, slot) < self.caption_dropout_rate
+        return randomness.uniform(self.order.seed, "caption dropout", index, slot) < self.caption_dropout_rate
 
-    def _draw(self, index: int, slot: int, draw: Draw) -> _Single:
-        seed, reader = self.plan.seed, self.reader
-        distribution = reader.read_latents(draw.sample, draw.variant)
+    def _draw(self, index: int, slot: int, turn: Turn) -> _Single:
+        seed, reader = self.order.seed, self.reader
+        distribution = reader.read_latents(turn.example, turn.variant)
         shape = distribution.mean_BCHW.shape
         return _Single(
-            latents_BCHW=distribution.sample(randomness.normal(shape, seed, "latents", index, slot)),
+            latents_BCHW=distribution.latents(randomness.normal(shape, seed, "latents", index, slot)),
             noise_BCHW=randomness.normal(shape, seed, "noise", index, slot),
             sigma=self._sigma(randomness.uniform(seed, "sigma", index, slot), *shape[-2:]),
-            text=reader.read_text(draw.sample, draw.variant, self._is_dropped(index, slot)),
-            controls=reader.read_controls(draw.sample, draw.variant),
-            name=reader.names[draw.sample],
+            text=reader.read_text(turn.example, turn.variant, self._is_dropped(index, slot)),
+            controls=reader.read_controls(turn.example, turn.variant),
+            name=reader.names[turn.example],
         )
 
     def _join(self, singles: Sequence[_Single]) -> Batch:
@@ -246,7 +246,7 @@ class BatchSource:
         )
 
     def _sigma(self, uniform: float, height: int, width: int) -> Tensor:
-        """Of one sample; shape (1,)."""
+        """Of one example; shape (1,)."""
         objective = self.objective
         sigma = draw_sigmas(
             objective.sigma_distribution,
@@ -264,7 +264,7 @@ class BatchSource:
 
 @dataclass(frozen=True)
 class _Single:
-    """One drawn sample, with batch size 1."""
+    """One drawn example, with batch size 1."""
 
     latents_BCHW: Tensor
     noise_BCHW: Tensor
@@ -294,20 +294,20 @@ def read_ahead(source: BatchSource, start: int, end: int, num_workers: int, pin_
     nothing has to be copied between processes or through /dev/shm.
     """
 
-    def make(index: int, members: Sequence[Draw]) -> list[Batch]:
+    def make(index: int, members: Sequence[Turn]) -> list[Batch]:
         parts = source.parts(index, members)
         return [part.pin_memory() for part in parts] if pin_memory else parts
 
     if num_workers == 0:
         for index in range(start, end):
-            yield make(index, source.plan.micro_batch(index))
+            yield make(index, source.order.micro_batch(index))
         return
     pool = ThreadPoolExecutor(num_workers, thread_name_prefix="read-ahead")
     try:
         pending: deque[Future[list[Batch]]] = deque()
         for index in range(start, end):
             # The plan is consulted here, in one thread: it keeps state between calls.
-            pending.append(pool.submit(make, index, source.plan.micro_batch(index)))
+            pending.append(pool.submit(make, index, source.order.micro_batch(index)))
             if len(pending) > 2 * num_workers:
                 yield pending.popleft().result()
         while pending:

@@ -21,7 +21,7 @@ class ControlRules:
     """What a model family does with control pictures."""
 
     most: int
-    """Control pictures of one sample."""
+    """Control pictures of one example."""
     latents_size: Callable[[Size], Size]
     """Size of the picture's used part -> size at which it joins the latents."""
     vision_size: Callable[[Size], Size] | None

@@ -151,7 +151,7 @@ class Encoder:
         return lambda items: self.family.encode_text(encoder, [item.prompt() for item in items], self.max_text_tokens)
 
     def fill_pictures(self, pictures: Sequence[FramedPicture], keys: Sequence[CacheKey]) -> FillReport:
-        """Encodes the pictures that the cache lacks; they were checked before (`samples.check_folder`)."""
+        """Encodes the pictures that the cache lacks; they were checked before (`examples.check_folder`)."""
         picture_of = {key.digest: picture for key, picture in zip(keys, pictures, strict=True)}
 
         def encode(missing: Sequence[CacheKey]) -> Iterator[tuple[CacheKey, Entry]]:

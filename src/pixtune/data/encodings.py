@@ -1,4 +1,4 @@
-"""Where a sample's encodings come from: the cache, or encoders that stay loaded and encode at each draw."""
+"""Where an example's encodings come from: the cache, or encoders that stay loaded and encode at each draw."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from torch import Tensor
 from pixtune.data.cache import CacheKey, FillReport
 from pixtune.data.controls import ControlFraming
 from pixtune.data.encode import Encoder, FramedPicture, TextItem
+from pixtune.data.examples import Example
 from pixtune.data.images import to_pixels
-from pixtune.data.samples import Sample
 from pixtune.family import Conditioning, LatentDistribution
 from pixtune.storage.files import file_digest
 
@@ -31,32 +31,32 @@ def _digest(path: Path, size: int, changed_ns: int) -> str:
     return file_digest(path)
 
 
-def target_picture(sample: Sample, variant: int) -> FramedPicture:
-    """What the autoencoder gets of a sample's target."""
-    path = sample.image_path
-    return FramedPicture(sample.name, path, digest_of(path), sample.framings[variant])
+def target_picture(example: Example, variant: int) -> FramedPicture:
+    """What the autoencoder gets of an example's target."""
+    path = example.image_path
+    return FramedPicture(example.name, path, digest_of(path), example.framings[variant])
 
 
-def control_pictures(sample: Sample, variant: int) -> tuple[FramedPicture, ...]:
-    """What the autoencoder gets of a sample's control pictures."""
+def control_pictures(example: Example, variant: int) -> tuple[FramedPicture, ...]:
+    """What the autoencoder gets of an example's control pictures."""
     return tuple(
         FramedPicture(_control_name(path), path, digest_of(path), framing.latents)
-        for path, framing in _controls(sample, variant)
+        for path, framing in _controls(example, variant)
     )
 
 
-def text_item(text: str, sample: Sample, variant: int) -> TextItem:
-    """A caption as the text encoder gets it for this sample: beside the control pictures, if it sees them."""
+def text_item(text: str, example: Example, variant: int) -> TextItem:
+    """A caption as the text encoder gets it for this example: beside the control pictures, if it sees them."""
     pictures = [
         FramedPicture(_control_name(path), path, digest_of(path), framing.vision)
-        for path, framing in _controls(sample, variant)
+        for path, framing in _controls(example, variant)
         if framing.vision is not None
     ]
     return TextItem(text, tuple(pictures))
 
 
-def _controls(sample: Sample, variant: int) -> Iterable[tuple[Path, ControlFraming]]:
-    return zip(sample.control_paths, sample.control_framings[variant], strict=True) if sample.control_paths else ()
+def _controls(example: Example, variant: int) -> Iterable[tuple[Path, ControlFraming]]:
+    return zip(example.control_paths, example.control_framings[variant], strict=True) if example.control_paths else ()
 
 
 def _control_name(path: Path) -> str:

@@ -15,12 +15,12 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from pixtune import randomness
 from pixtune.config.schema import DataConfig
-from pixtune.data.batches import BatchPlan
+from pixtune.data.batches import BatchOrder
 from pixtune.data.buckets import Framing, build_buckets, frame_picture
 from pixtune.data.controls import ControlRules
 from pixtune.data.encodings import control_pictures, target_picture
+from pixtune.data.examples import read_examples
 from pixtune.data.images import to_pixels
-from pixtune.data.samples import read_samples
 from pixtune.errors import ConfigError
 from pixtune.sizes import Size
 
@@ -30,9 +30,9 @@ MOST_CONTROLS = 3
 
 
 class Turn(NamedTuple):
-    """One sample's turn in a batch."""
+    """One example's turn in a batch."""
 
-    sample: int
+    example: int
     variant: int
     dropped: bool
     """Its caption is replaced by the empty one."""
@@ -60,8 +60,8 @@ def loader(train_batch_size: int, num_workers: int, seed: int = 0, **data_config
         DataError: every fault of the data set.
     """
     pictures = Pictures(read_data_config({**data_config, "train_batch_size": train_batch_size}))
-    plan = BatchPlan(
-        [[sample.signature(v) for v in range(len(sample.framings))] for sample in pictures.samples],
+    plan = BatchOrder(
+        [[example.signature(v) for v in range(len(example.framings))] for example in pictures.examples],
         train_batch_size, seed,
     )  # fmt: skip
     turns = Turns(plan, pictures.config.caption_dropout_rate)
@@ -96,22 +96,22 @@ class Pictures(Dataset[tuple[Tensor, str, list[Tensor]]]):
 
         has_controls = config.control_dir is not None or config.metadata_file is not None
         rules = ControlRules(MOST_CONTROLS, near_control_size, None) if has_controls else None
-        self.samples = read_samples(config, config.img_dir, MULTIPLE, config.random_ratio, rules)
+        self.examples = read_examples(config, config.img_dir, MULTIPLE, config.random_ratio, rules)
 
     def __len__(self) -> int:
-        return len(self.samples)
+        return len(self.examples)
 
     def __getitem__(self, turn: Turn) -> tuple[Tensor, str, list[Tensor]]:
-        sample = self.samples[turn.sample]
-        controls = [to_pixels(picture.read()) for picture in control_pictures(sample, turn.variant)]
-        pixels_3HW = to_pixels(target_picture(sample, turn.variant).read())
-        return pixels_3HW, "" if turn.dropped else sample.caption, controls
+        example = self.examples[turn.example]
+        controls = [to_pixels(picture.read()) for picture in control_pictures(example, turn.variant)]
+        pixels_3HW = to_pixels(target_picture(example, turn.variant).read())
+        return pixels_3HW, "" if turn.dropped else example.caption, controls
 
 
 class Turns(Sampler[list[Turn]]):
     """The batches of one epoch after the other, in the order that the trainer draws them."""
 
-    def __init__(self, plan: BatchPlan, dropout_rate: float) -> None:
+    def __init__(self, plan: BatchOrder, dropout_rate: float) -> None:
         self.plan, self.dropout_rate, self.epoch = plan, dropout_rate, 0
 
     def __len__(self) -> int:
@@ -121,7 +121,7 @@ class Turns(Sampler[list[Turn]]):
         epoch, self.epoch = self.epoch, self.epoch + 1
         for number, members in enumerate(self.plan.epoch(epoch)):
             yield [
-                Turn(draw.sample, draw.variant, self._is_dropped(epoch, number, slot))
+                Turn(draw.example, draw.variant, self._is_dropped(epoch, number, slot))
                 for slot, draw in enumerate(members)
             ]
 

@@ -80,7 +80,7 @@ def find_pairs(
     Args:
         image_folder: the pictures and captions.
         caption_extension: the contract's `caption_type`, with or without a leading dot.
-        control_folders: control pictures of the same stems, for editing; one folder for each control of a sample.
+        control_folders: control pictures of the same stems, for editing; one folder for each control of an example.
         allow_missing_controls: a picture without a control of its stem is no fault.
     """
     extension = caption_extension.lstrip(".").lower()

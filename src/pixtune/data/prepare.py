@@ -1,4 +1,4 @@
-"""From a folder of pictures to what the loop reads: samples, held-out pictures, encoded prompts."""
+"""From a folder of pictures to what the loop reads: examples, held-out pictures, encoded prompts."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from pixtune.data.cache import missing_keys
 from pixtune.data.controls import ControlRules, frame_control
 from pixtune.data.encode import FramedPicture, TextItem, hash_text
 from pixtune.data.encodings import Encodings, control_pictures, target_picture, text_item
+from pixtune.data.examples import Example, check_folder, read_examples, split_held_out
 from pixtune.data.images import read_size
-from pixtune.data.prepared import PreparedData, captioned_sizes, most_image_tokens, sample_reader
+from pixtune.data.prepared import PreparedData, captioned_sizes, example_reader, most_image_tokens
 from pixtune.data.random_data import random_data
-from pixtune.data.samples import Sample, check_folder, read_samples, split_held_out
 from pixtune.data.swapped import BothWays, choose_pairs, needed_pictures, needed_texts, read_pairs
 from pixtune.errors import DataError
 from pixtune.family import Conditioning, LatentDistribution, ModelFamily
@@ -53,14 +53,14 @@ def prepare_data(
     """
     multiple, data = family.pixel_multiple(folder), config.data_config
     rules = control_rules(family, folder, data.control_size)
-    samples = read_samples(data, data.img_dir, multiple, data.random_ratio, rules)
-    training, held_out = split_held_out(samples, config.validation.held_out, config.seed)
+    examples = read_examples(data, data.img_dir, multiple, data.random_ratio, rules)
+    training, held_out = split_held_out(examples, config.validation.held_out, config.seed)
     if config.validation.held_out_dir is not None:
-        held_out = read_samples(data, config.validation.held_out_dir, multiple, random_ratio=False, controls=rules)
+        held_out = read_examples(data, config.validation.held_out_dir, multiple, random_ratio=False, controls=rules)
     if config.random_weights:
         return random_data(config, family, folder, training, held_out)
 
-    prompts = _prompt_samples(config, multiple, rules)
+    prompts = _prompt_examples(config, multiple, rules)
     pairs = choose_pairs(training, rules, family.dropped_caption, config.seed)
     items = _needed_texts(config, family, training, held_out, prompts)
     items = list(dict.fromkeys([*items, *needed_texts(pairs, family.dropped_caption)]))
@@ -101,10 +101,10 @@ def control_rules(family: ModelFamily, folder: ModelFolder, side: int) -> Contro
     )
 
 
-def prompt_sample(
+def prompt_example(
     text: str, controls: Sequence[Path], size: Size, own_shape: bool, multiple: int, rules: ControlRules | None
-) -> Sample:
-    """A prompt with its control pictures in the form of a training sample, so that both are encoded alike.
+) -> Example:
+    """A prompt with its control pictures in the form of a training example, so that both are encoded alike.
 
     Args:
         size: of the picture to draw, (width, height) in pixels.
@@ -125,31 +125,31 @@ def prompt_sample(
         size = frame_picture(*sizes[-1], build_buckets(side, multiple), upscale=True).size
     whole = Framing(*size, 1.0, (0.0, 0.0, float(size[0]), float(size[1])), 0.0)
     framings = tuple(frame_control(control, size, whole, rules) for control in sizes if rules)
-    return Sample(text, controls[-1] if controls else Path(), text, (whole,), tuple(controls), (framings,))
+    return Example(text, controls[-1] if controls else Path(), text, (whole,), tuple(controls), (framings,))
 
 
-def encode_prompt(family: ModelFamily, encodings: Encodings, sample: Sample, guidance_scale: float) -> EncodedPrompt:
-    """Everything the sampler needs of a `prompt_sample`."""
+def encode_prompt(family: ModelFamily, encodings: Encodings, example: Example, guidance_scale: float) -> EncodedPrompt:
+    """Everything the sampler needs of a `prompt_example`."""
     negative = None
     if needs_negative(family, guidance_scale):
-        negative = encodings.text(text_item(family.dropped_caption, sample, 0))
+        negative = encodings.text(text_item(family.dropped_caption, example, 0))
     return EncodedPrompt(
-        sample.caption,
-        encodings.text(text_item(sample.caption, sample, 0)),
+        example.caption,
+        encodings.text(text_item(example.caption, example, 0)),
         negative,
-        tuple(encodings.latents(picture).mean_BCHW for picture in control_pictures(sample, 0)),
-        sample.framings[0].size,
-        sample.control_paths,
+        tuple(encodings.latents(picture).mean_BCHW for picture in control_pictures(example, 0)),
+        example.framings[0].size,
+        example.control_paths,
     )
 
 
-def _prompt_samples(config: TrainConfig, multiple: int, rules: ControlRules | None) -> list[Sample]:
+def _prompt_examples(config: TrainConfig, multiple: int, rules: ControlRules | None) -> list[Example]:
     settings, side = config.samples, config.data_config.img_size
     size = (settings.width or side, settings.height or side)
     own_shape = settings.width is None and settings.height is None
     controls = settings.controls or ((),) * len(settings.prompts)
     return [
-        prompt_sample(text, paths, size, own_shape, multiple, rules)
+        prompt_example(text, paths, size, own_shape, multiple, rules)
         for text, paths in zip(settings.prompts, controls, strict=True)
     ]
 
@@ -157,35 +157,35 @@ def _prompt_samples(config: TrainConfig, multiple: int, rules: ControlRules | No
 def _needed_texts(
     config: TrainConfig,
     family: ModelFamily,
-    training: Sequence[Sample],
-    held_out: Sequence[Sample],
-    prompts: Sequence[Sample],
+    training: Sequence[Example],
+    held_out: Sequence[Example],
+    prompts: Sequence[Example],
 ) -> list[TextItem]:
     """Captions to encode beforehand, each once."""
-    items = [text_item(sample.caption, sample, 0) for sample in [*held_out, *prompts]]
+    items = [text_item(example.caption, example, 0) for example in [*held_out, *prompts]]
     if needs_negative(family, config.samples.guidance_scale):
-        items += [text_item(family.dropped_caption, sample, 0) for sample in prompts]
+        items += [text_item(family.dropped_caption, example, 0) for example in prompts]
     if config.precompute_text_embeddings:
         instead = [family.dropped_caption] if config.data_config.caption_dropout_rate else []
         items += [
-            text_item(text, sample, variant)
-            for sample in training
-            for variant in range(len(sample.framings))
-            for text in (sample.caption, *instead)
+            text_item(text, example, variant)
+            for example in training
+            for variant in range(len(example.framings))
+            for text in (example.caption, *instead)
         ]
     return list(dict.fromkeys(items))
 
 
 def _needed_pictures(
-    config: TrainConfig, training: Sequence[Sample], held_out: Sequence[Sample], prompts: Sequence[Sample]
+    config: TrainConfig, training: Sequence[Example], held_out: Sequence[Example], prompts: Sequence[Example]
 ) -> list[FramedPicture]:
     """Pictures to encode beforehand, each once."""
-    pictures = [picture for sample in prompts for picture in control_pictures(sample, 0)]
-    drawn = [(sample, 0) for sample in held_out]
+    pictures = [picture for example in prompts for picture in control_pictures(example, 0)]
+    drawn = [(example, 0) for example in held_out]
     if config.precompute_image_embeddings:
-        drawn += [(sample, variant) for sample in training for variant in range(len(sample.framings))]
-    for sample, variant in drawn:
-        pictures += [target_picture(sample, variant), *control_pictures(sample, variant)]
+        drawn += [(example, variant) for example in training for variant in range(len(example.framings))]
+    for example, variant in drawn:
+        pictures += [target_picture(example, variant), *control_pictures(example, variant)]
     return list(dict.fromkeys(pictures))
 
 
@@ -194,23 +194,23 @@ def _gather(
     family: ModelFamily,
     folder: ModelFolder,
     encodings: Encodings,
-    training: Sequence[Sample],
-    held_out: Sequence[Sample],
-    prompts: Sequence[Sample],
+    training: Sequence[Example],
+    held_out: Sequence[Example],
+    prompts: Sequence[Example],
     pairs: Sequence[BothWays],
 ) -> PreparedData:
-    def read_latents(sample: int, variant: int) -> LatentDistribution:
-        return encodings.latents(target_picture(training[sample], variant))
+    def read_latents(example: int, variant: int) -> LatentDistribution:
+        return encodings.latents(target_picture(training[example], variant))
 
-    def read_text(sample: int, variant: int, dropped: bool) -> Conditioning:
-        text = family.dropped_caption if dropped else training[sample].caption
-        return encodings.text(text_item(text, training[sample], variant))
+    def read_text(example: int, variant: int, dropped: bool) -> Conditioning:
+        text = family.dropped_caption if dropped else training[example].caption
+        return encodings.text(text_item(text, training[example], variant))
 
-    def read_controls(sample: int, variant: int) -> list[Tensor]:
+    def read_controls(example: int, variant: int) -> list[Tensor]:
         # The most likely latents, as the stock pipelines take them: a control is seen clean.
-        return [encodings.latents(picture).mean_BCHW for picture in control_pictures(training[sample], variant)]
+        return [encodings.latents(picture).mean_BCHW for picture in control_pictures(training[example], variant)]
 
-    variants = [(sample, variant) for sample in training for variant in range(len(sample.framings))]
+    variants = [(example, variant) for example in training for variant in range(len(example.framings))]
     pictures = [p for s, v in variants for p in (target_picture(s, v), *control_pictures(s, v))]
     keys = encodings.encoder.text_keys([text_item(s.caption, s, v) for s, v in variants])
     keys += encodings.encoder.latent_keys(pictures)
@@ -221,16 +221,16 @@ def _gather(
     text_tokens = {caption: _num_tokens(encodings.text(caption)) for caption in captions}
     known = config.precompute_text_embeddings
     return PreparedData(
-        reader=sample_reader(family, folder, training, read_latents, read_text, read_controls),
-        buckets=[[sample.signature(variant) for variant in range(len(sample.framings))] for sample in training],
+        reader=example_reader(family, folder, training, read_latents, read_text, read_controls),
+        buckets=[[example.signature(variant) for variant in range(len(example.framings))] for example in training],
         held_out=[
             HeldOutPicture(
-                sample.name,
-                encodings.latents(target_picture(sample, 0)).mean_BCHW,
-                encodings.text(text_item(sample.caption, sample, 0)),
-                tuple(encodings.latents(picture).mean_BCHW for picture in control_pictures(sample, 0)),
+                example.name,
+                encodings.latents(target_picture(example, 0)).mean_BCHW,
+                encodings.text(text_item(example.caption, example, 0)),
+                tuple(encodings.latents(picture).mean_BCHW for picture in control_pictures(example, 0)),
             )
-            for sample in held_out
+            for example in held_out
         ],
         prompts=[encode_prompt(family, encodings, sample, config.samples.guidance_scale) for sample in prompts],
         both_ways=read_pairs(pairs, encodings, family.dropped_caption),

@@ -10,10 +10,10 @@ from functools import partial
 
 from torch import Tensor
 
-from pixtune.data.batches import SampleReader, Signature
+from pixtune.data.batches import ExampleReader, Signature
 from pixtune.data.encode import TextItem
 from pixtune.data.encodings import text_item
-from pixtune.data.samples import Sample
+from pixtune.data.examples import Example
 from pixtune.data.swapped import EncodedBothWays
 from pixtune.family import Conditioning, LatentDistribution, ModelFamily
 from pixtune.plan.encoders import EncoderPlan
@@ -28,9 +28,9 @@ from pixtune.validation import HeldOutPicture
 class PreparedData:
     """A data set that no longer needs its encoders, unless the config has them encode in the loop."""
 
-    reader: SampleReader
+    reader: ExampleReader
     buckets: list[list[Signature]]
-    """Sizes in pixels of each training sample's variants."""
+    """Sizes in pixels of each training example's variants."""
     held_out: list[HeldOutPicture]
     prompts: list[EncodedPrompt]
     both_ways: list[EncodedBothWays]
@@ -50,7 +50,7 @@ class PreparedData:
         return self.captions.differ or len({size for variants in self.buckets for size in variants}) > 1
 
     @property
-    def drawn_pixels(self) -> int:
+    def sample_pixels(self) -> int:
         """Of the largest sample picture; 0 where none is drawn."""
         return max((math.prod(prompt.size) for prompt in self.prompts), default=0)
 
@@ -59,8 +59,8 @@ class PreparedData:
         return batch_size * (self.most_image_tokens + padded_length(self.most_text_tokens, text_multiple))
 
 
-def most_image_tokens(family: ModelFamily, folder: ModelFolder, samples: Sequence[Sample]) -> int:
-    signatures = {sample.signature(variant) for sample in samples for variant in range(len(sample.framings))}
+def most_image_tokens(family: ModelFamily, folder: ModelFolder, examples: Sequence[Example]) -> int:
+    signatures = {example.signature(variant) for example in examples for variant in range(len(example.framings))}
     return max(image_tokens(family, folder, signature) for signature in signatures)
 
 
@@ -71,45 +71,47 @@ def image_tokens(family: ModelFamily, folder: ModelFolder, signature: Signature)
 def captioned_sizes(
     family: ModelFamily,
     folder: ModelFolder,
-    samples: Sequence[Sample],
+    examples: Sequence[Example],
     text_tokens: Mapping[TextItem, int],
     dropout: float,
 ) -> tuple[CaptionedSize, ...]:
     """Which captions are drawn with pictures of which sizes, how often."""
     draws_of: dict[Signature, dict[int, float]] = {}
     shares = [(1 - dropout, None), (dropout, family.dropped_caption)]
-    for sample in samples:
-        for variant in range(len(sample.framings)):
-            lengths = draws_of.setdefault(sample.signature(variant), defaultdict(float))
+    for example in examples:
+        for variant in range(len(example.framings)):
+            lengths = draws_of.setdefault(example.signature(variant), defaultdict(float))
             for share, instead in shares:
                 if share:
-                    caption = sample.caption if instead is None else instead
-                    lengths[text_tokens[text_item(caption, sample, variant)]] += share / len(sample.framings)
+                    caption = example.caption if instead is None else instead
+                    lengths[text_tokens[text_item(caption, example, variant)]] += share / len(example.framings)
     return tuple(CaptionedSize(image_tokens(family, folder, size), lengths) for size, lengths in draws_of.items())
 
 
-def sample_reader(
+def example_reader(
     family: ModelFamily,
     folder: ModelFolder,
-    samples: Sequence[Sample],
+    examples: Sequence[Example],
     read_latents: Callable[[int, int], LatentDistribution],
     read_text: Callable[[int, int, bool], Conditioning],
     read_controls: Callable[[int, int], list[Tensor]],
-) -> SampleReader:
-    """Reads a family's samples in the given ways; see `SampleReader`."""
-    return SampleReader(
+) -> ExampleReader:
+    """Reads a family's examples in the given ways; see `ExampleReader`."""
+    return ExampleReader(
         read_latents=read_latents,
         read_text=read_text,
         read_controls=read_controls,
-        latent_size=partial(latent_size, family, folder, samples),
+        latent_size=partial(latent_size, family, folder, examples),
         stack=family.stack_conditioning,
         time_shift=lambda height, width: family.time_shift(folder, family.num_image_tokens(height, width)),
         num_image_tokens=family.num_image_tokens,
-        names=[sample.name for sample in samples],
+        names=[example.name for example in examples],
     )
 
 
-def latent_size(family: ModelFamily, folder: ModelFolder, samples: Sequence[Sample], sample: int, variant: int) -> Size:
+def latent_size(
+    family: ModelFamily, folder: ModelFolder, examples: Sequence[Example], example: int, variant: int
+) -> Size:
     """Height and width."""
-    _, height, width = family.latent_shape(folder, *samples[sample].framings[variant].size)
+    _, height, width = family.latent_shape(folder, *examples[example].framings[variant].size)
     return height, width

@@ -10,8 +10,8 @@ from torch import Tensor
 from pixtune import randomness
 from pixtune.config.schema import TrainConfig
 from pixtune.data.encodings import text_item
-from pixtune.data.prepared import PreparedData, captioned_sizes, most_image_tokens, sample_reader
-from pixtune.data.samples import Sample
+from pixtune.data.examples import Example
+from pixtune.data.prepared import PreparedData, captioned_sizes, example_reader, most_image_tokens
 from pixtune.family import Conditioning, LatentDistribution, ModelFamily
 from pixtune.plan.encoders import encode_plainly
 from pixtune.plan.text_padding import Captions
@@ -22,15 +22,15 @@ from pixtune.validation import HeldOutPicture
 MOST_TEXT_TOKENS = 256
 """Of a stand-in caption, where the config sets no `max_text_tokens`."""
 DROPPED_TEXT, HELD_OUT_TEXTS = -1, -2
-"""Seeds of stand-in captions: training samples have their numbers, held-out ones count down from here."""
+"""Seeds of stand-in captions: training examples have their numbers, held-out ones count down from here."""
 
 
 def random_data(
     config: TrainConfig,
     family: ModelFamily,
     folder: ModelFolder,
-    training: Sequence[Sample],
-    held_out: Sequence[Sample],
+    training: Sequence[Example],
+    held_out: Sequence[Example],
 ) -> PreparedData:
     """Random latents and text features of the right shapes.
 
@@ -46,40 +46,40 @@ def random_data(
         return min(max(len(caption.split()), 1), most_tokens) if own_length else most_tokens
 
     texts = {
-        text_item(text, sample, variant): num_tokens(text)
-        for sample in training
-        for variant in range(len(sample.framings))
-        for text in (sample.caption, *([family.dropped_caption] if dropout else []))
+        text_item(text, example, variant): num_tokens(text)
+        for example in training
+        for variant in range(len(example.framings))
+        for text in (example.caption, *([family.dropped_caption] if dropout else []))
     }
 
-    def read_text(sample: int, variant: int, dropped: bool) -> Conditioning:
-        caption = family.dropped_caption if dropped else training[sample].caption
-        return family.random_text(folder, num_tokens(caption), DROPPED_TEXT if dropped else sample)
+    def read_text(example: int, variant: int, dropped: bool) -> Conditioning:
+        caption = family.dropped_caption if dropped else training[example].caption
+        return family.random_text(folder, num_tokens(caption), DROPPED_TEXT if dropped else example)
 
     def random_latents(size: Size, *place: int | str) -> Tensor:
         return randomness.normal((1, *family.latent_shape(folder, *size)), config.seed, "random weights", *place)
 
-    def held_out_picture(number: int, sample: Sample) -> HeldOutPicture:
-        target, *controls = sample.signature(0)
+    def held_out_picture(number: int, example: Example) -> HeldOutPicture:
+        target, *controls = example.signature(0)
         return HeldOutPicture(
-            sample.name,
+            example.name,
             random_latents(target, "held out", number),
-            family.random_text(folder, num_tokens(sample.caption), HELD_OUT_TEXTS - number),
+            family.random_text(folder, num_tokens(example.caption), HELD_OUT_TEXTS - number),
             tuple(random_latents(size, "held out", number, place) for place, size in enumerate(controls)),
         )
 
-    def read_latents(sample: int, variant: int) -> LatentDistribution:
-        mean_BCHW = random_latents(training[sample].framings[variant].size, sample)
+    def read_latents(example: int, variant: int) -> LatentDistribution:
+        mean_BCHW = random_latents(training[example].framings[variant].size, example)
         return LatentDistribution(mean_BCHW, torch.zeros_like(mean_BCHW))
 
-    def read_controls(sample: int, variant: int) -> list[Tensor]:
-        sizes = training[sample].signature(variant)[1:]
-        return [random_latents(size, sample, number) for number, size in enumerate(sizes)]
+    def read_controls(example: int, variant: int) -> list[Tensor]:
+        sizes = training[example].signature(variant)[1:]
+        return [random_latents(size, example, number) for number, size in enumerate(sizes)]
 
     return PreparedData(
-        reader=sample_reader(family, folder, training, read_latents, read_text, read_controls),
-        buckets=[[sample.signature(variant) for variant in range(len(sample.framings))] for sample in training],
-        held_out=[held_out_picture(number, sample) for number, sample in enumerate(held_out)],
+        reader=example_reader(family, folder, training, read_latents, read_text, read_controls),
+        buckets=[[example.signature(variant) for variant in range(len(example.framings))] for example in training],
+        held_out=[held_out_picture(number, example) for number, example in enumerate(held_out)],
         prompts=[],
         both_ways=[],
         most_image_tokens=most_image_tokens(family, folder, training),

@@ -24,8 +24,8 @@ from pixtune.data.buckets import Framing
 from pixtune.data.controls import ControlRules, frame_control, same_shape
 from pixtune.data.encode import FramedPicture, TextItem
 from pixtune.data.encodings import Encodings, control_pictures, target_picture, text_item
+from pixtune.data.examples import Example
 from pixtune.data.images import read_size
-from pixtune.data.samples import Sample
 from pixtune.family import ModelFamily
 from pixtune.sizes import Size
 from pixtune.validation import HeldOutPicture, losses_at
@@ -51,8 +51,8 @@ LEAST_GAIN = 0.02
 class BothWays:
     """One pair as it is given and the other way round."""
 
-    as_given: Sample
-    swapped: Sample
+    as_given: Example
+    swapped: Example
 
 
 @dataclass(frozen=True)
@@ -82,8 +82,8 @@ class Gains:
 # ---- which pairs, and their encodings
 
 
-def choose_pairs(samples: Sequence[Sample], rules: ControlRules | None, dropped: str, seed: int) -> list[BothWays]:
-    """Up to `MOST_PAIRS` captioned samples with one control of the target's shape; none if they are too few to tell.
+def choose_pairs(examples: Sequence[Example], rules: ControlRules | None, dropped: str, seed: int) -> list[BothWays]:
+    """Up to `MOST_PAIRS` captioned examples with one control of the target's shape; none if they are too few to tell.
 
     A control of another shape is a reference: it could not have been the target.
 
@@ -93,19 +93,19 @@ def choose_pairs(samples: Sequence[Sample], rules: ControlRules | None, dropped:
     if rules is None:
         return []
     chosen: list[BothWays] = []
-    for sample in sorted(samples, key=lambda sample: randomness.draw_key(seed, "swap check", sample.name)):
-        if len(sample.control_paths) != 1 or sample.caption.strip() == dropped.strip():
+    for example in sorted(examples, key=lambda example: randomness.draw_key(seed, "swap check", example.name)):
+        if len(example.control_paths) != 1 or example.caption.strip() == dropped.strip():
             continue
-        target, control = read_size(sample.image_path), read_size(sample.control_paths[0])
+        target, control = read_size(example.image_path), read_size(example.control_paths[0])
         if same_shape(target, control):
-            chosen.append(BothWays(sample, swap(sample, target, control, rules)))
+            chosen.append(BothWays(example, swap(example, target, control, rules)))
         if len(chosen) == MOST_PAIRS:
             break
     return chosen if len(chosen) >= FEWEST_PAIRS else []
 
 
-def swap(sample: Sample, target: Size, control: Size, rules: ControlRules) -> Sample:
-    """The sample in its first framing with control and target in each other's place.
+def swap(example: Example, target: Size, control: Size, rules: ControlRules) -> Example:
+    """The example in its first framing with control and target in each other's place.
 
     The control is cut where the target was and brought to the target's size, enlarged if need be: both ways then have
     latents of one shape and the same noise.
@@ -113,17 +113,17 @@ def swap(sample: Sample, target: Size, control: Size, rules: ControlRules) -> Sa
     Args:
         target, control: sizes of the upright originals in pixels, of one shape.
     """
-    framing = sample.framings[0]
+    framing = example.framings[0]
     across, down = control[0] / target[0], control[1] / target[1]
     left, top, right, bottom = framing.crop_box
     box = (left * across, top * down, min(right * across, control[0]), min(bottom * down, control[1]))
     turned = Framing(framing.width, framing.height, framing.width / (box[2] - box[0]), box, framing.share_lost)
-    return Sample(
-        f"{sample.name}, swapped",
-        sample.control_paths[0],
-        sample.caption,
+    return Example(
+        f"{example.name}, swapped",
+        example.control_paths[0],
+        example.caption,
         (turned,),
-        (sample.image_path,),
+        (example.image_path,),
         ((frame_control(target, control, turned, rules),),),
     )
 
@@ -143,7 +143,7 @@ def needed_pictures(pairs: Sequence[BothWays]) -> list[FramedPicture]:
 def read_pairs(pairs: Sequence[BothWays], encodings: Encodings, dropped: str) -> list[EncodedBothWays]:
     """The encodings of `needed_texts` and `needed_pictures`."""
 
-    def read(way: Sample, name: str) -> Encoded:
+    def read(way: Example, name: str) -> Encoded:
         latents_1CHW = encodings.latents(target_picture(way, 0)).mean_BCHW
         controls = tuple(encodings.latents(picture).mean_BCHW for picture in control_pictures(way, 0))
         told, untold = (

@@ -18,13 +18,13 @@ from pixtune.engine.mlp import fuse_mlps
 from pixtune.engine.packing import close_gaps
 from pixtune.engine.streaming import choose_streamed, stream_blocks
 from pixtune.family import ModelFamily, Placement
-from pixtune.plan.memory import MemoryPlan
+from pixtune.plan.training import TrainingPlan
 
 FORMATS = {"bf16": torch.bfloat16, "fp32": torch.float32}
 """A plan's `compute_format` as torch says it."""
 
 
-def apply_switches(plan: MemoryPlan) -> None:
+def apply_switches(plan: TrainingPlan) -> None:
     """Process-wide switches. Must run before the first CUDA kernel."""
     torch.set_float32_matmul_precision("high" if plan.tf32 else "highest")
     use_attention(plan.attention, plan.attention_off)
@@ -33,12 +33,12 @@ def apply_switches(plan: MemoryPlan) -> None:
         torch.backends.cudnn.benchmark = False
 
 
-def placement_of(plan: MemoryPlan, device: torch.device) -> Placement:
+def placement_of(plan: TrainingPlan, device: torch.device) -> Placement:
     """Where and in which format activations and plain weights are."""
     return Placement(device, FORMATS[plan.compute_format])
 
 
-def layout_of(plan: MemoryPlan, num_blocks: int) -> Layout:
+def layout_of(plan: TrainingPlan, num_blocks: int) -> Layout:
     """The form in which the transformer is loaded."""
     quantized = plan.weights_format not in FORMATS
     streamed = choose_streamed(num_blocks, plan.streamed_blocks) if plan.streamed_blocks else ()
@@ -51,19 +51,19 @@ def blocks_of(transformer: nn.Module, family: ModelFamily) -> list[nn.Module]:
     return [block for path in family.block_paths for block in transformer.get_submodule(path).children()]
 
 
-def apply_to_weights(transformer: nn.Module, family: ModelFamily, plan: MemoryPlan, device: torch.device) -> None:
+def apply_to_weights(transformer: nn.Module, family: ModelFamily, plan: TrainingPlan, device: torch.device) -> None:
     """Before a LoRA is attached: blocks whose weights wait in host memory, and how the others lie on the device."""
     blocks = blocks_of(transformer, family)
     streamed = choose_streamed(len(blocks), plan.streamed_blocks)
     if streamed:
         stream = stream_blocks([blocks[number] for number in streamed], device)
         transformer.block_stream = stream  # type: ignore[assignment]
-    if plan.recordings:
+    if plan.captures:
         close_gaps([block for number, block in enumerate(blocks) if number not in streamed], device)
 
 
 def apply_to_activations(
-    transformer: nn.Module, family: ModelFamily, plan: MemoryPlan, sizes_vary: bool = False
+    transformer: nn.Module, family: ModelFamily, plan: TrainingPlan, sizes_vary: bool = False
 ) -> None:
     """After a LoRA is attached: what blocks keep for the backward pass, and their compilation.
 
@@ -72,11 +72,11 @@ def apply_to_activations(
     """
     blocks = blocks_of(transformer, family)
     fuse_mlps(blocks)
-    if plan.lean:
+    if plan.selective:
         compact_gelus(blocks)
     if plan.recomputed_blocks:
         recompute_blocks(blocks[: plan.recomputed_blocks], plan.offload_inputs)
     if plan.reprojected_blocks:
         recompute_projections(blocks[plan.recomputed_blocks :][: plan.reprojected_blocks])
     if plan.compile:
-        compile_blocks(blocks, plan.lean, plan.fused_step, sizes_vary)
+        compile_blocks(blocks, plan.selective, plan.fused_step, sizes_vary)

@@ -198,7 +198,7 @@ def measure(
 
 
 def draw_inputs(shape: Shape, device: torch.device) -> tuple[list[Tensor], Tensor]:
-    """Queries, keys and values (B, H, L, D) of one sample, and a gradient; dense as (B, L, H, D), as in blocks."""
+    """Queries, keys and values (B, H, L, D) of one example, and a gradient; dense as (B, L, H, D), as in blocks."""
     dtype = torch.bfloat16 if shape.compute_format == "bf16" else torch.float32
     generator = torch.Generator(device).manual_seed(0)
     sizes = (1, shape.num_tokens, shape.num_heads, shape.head_size)

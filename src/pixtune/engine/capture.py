@@ -1,12 +1,12 @@
-"""The forward and backward pass of a step, recorded once for each shape and replayed in one launch (CUDA graphs).
+"""The forward and backward pass of a step, captured once for each shape and replayed in one launch (CUDA graphs).
 
 A step of a 60-block transformer launches ten thousand kernels from Python, and a GPU that computes in 8 bits is done
-with each before the next one comes. A replay launches them all at once. It runs the very kernels that were recorded,
-in their order, on the memory that they were recorded with: batches are copied to where the recorded one stood, and
+with each before the next one comes. A replay launches them all at once. It runs the very kernels that were captured,
+in their order, on the memory that they were captured with: batches are copied to where the captured one stood, and
 gradients add up where they stood. Numbers are those of the plain pass.
 
-What is recorded must not wait for the device or depend on a value of the batch; whatever such a pass does on the host
-is done once, when it is recorded.
+What is captured must not wait for the device or depend on a value of the batch; whatever such a pass does on the host
+is done once, when it is captured.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from typing import Generic, Protocol, Self, TypeVar
 import torch
 from torch import Tensor, nn
 
-from pixtune.engine.transfer import join_recording
+from pixtune.engine.transfer import join_capture
 
 log = logging.getLogger(__name__)
 
 PLAIN_CALLS = 2
-"""Of each shape, before it is recorded: the first ones compile, and try out which products are fastest. While new
-shapes come up nothing is recorded: on a full card a plain pass would need the memory that recordings hold."""
+"""Of each shape, before it is captured: the first ones compile, and try out which products are fastest. While new
+shapes come up nothing is captured: on a full card a plain pass would need the memory that captures hold."""
 
 Replay = Callable[[], Tensor]
-Record = Callable[[Callable[[], Tensor]], Replay]
+Capture = Callable[[Callable[[], Tensor]], Replay]
 """Runs some work once without its effects, and returns what runs it in earnest."""
 
 
@@ -41,7 +41,7 @@ class Inputs(Protocol):
 
     @property
     def shapes(self) -> Hashable:
-        """Equal where a recording can be used again."""
+        """Equal where a capture can be used again."""
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Self:
         """With other tensors in place of each."""
@@ -53,7 +53,7 @@ InputsT = TypeVar("InputsT", bound=Inputs)
 
 
 @dataclass(frozen=True)
-class Recording(Generic[InputsT]):
+class CapturedPass(Generic[InputsT]):
     """One shape's."""
 
     inputs: InputsT
@@ -62,7 +62,7 @@ class Recording(Generic[InputsT]):
 
 
 class ReplayedPass(Generic[InputsT]):
-    """A pass that is recorded for each shape once it has run plainly, and replayed from then on.
+    """A pass that is captured for each shape once it has run plainly, and replayed from then on.
 
     Recordings hold the memory of one pass, whatever their number. A plain pass beside them needs as much again; where
     that is not there, they give theirs back first.
@@ -76,8 +76,8 @@ class ReplayedPass(Generic[InputsT]):
         most: shapes to record, those that come up first: to give one up for another would cost more time than it saves
             where many shapes take turns.
         free_bytes: what torch's allocator may still reserve.
-        keep_less: called where a recording runs out of memory; lets `compute` need less of it and says how, or returns
-            None where nothing is left to do. How well a recording's memory is used is not known before, and computing
+        keep_less: called where a capture runs out of memory; lets `compute` need less of it and says how, or returns
+            None where nothing is left to do. How well a capture's memory is used is not known before, and computing
             a few blocks twice costs less than to launch every kernel from Python.
     """
 
@@ -85,85 +85,85 @@ class ReplayedPass(Generic[InputsT]):
         self,
         compute: Callable[[InputsT], Tensor],
         parameters: Iterable[nn.Parameter],
-        record: Record | None,
+        record: Capture | None,
         most: int = 1,
         free_bytes: Callable[[], int] = lambda: 0,
         keep_less: Callable[[], str | None] = lambda: None,
     ) -> None:
-        self._compute, self._parameters, self._record, self._most = compute, tuple(parameters), record, most
+        self._compute, self._parameters, self._capture, self._most = compute, tuple(parameters), record, most
         self._free_bytes, self._keep_less = free_bytes, keep_less
         self._calls: Counter[Hashable] = Counter()
         self._calls_since_a_new_shape = 0
-        self._recordings: dict[Hashable, Recording[InputsT]] = {}
+        self._captures: dict[Hashable, CapturedPass[InputsT]] = {}
         self._plain_bytes = 0
         """What the allocator held for plain passes, most of all times."""
 
     def __call__(self, inputs: InputsT) -> Tensor:
-        if self._record is None:
+        if self._capture is None:
             return self._compute(inputs)
         shapes = inputs.shapes
         self._calls_since_a_new_shape = self._calls_since_a_new_shape + 1 if shapes in self._calls else 0
         self._calls[shapes] += 1
-        if shapes not in self._recordings and not (self._is_ripe(shapes) and self._try_to_record(shapes, inputs)):
+        if shapes not in self._captures and not (self._is_ripe(shapes) and self._try_to_capture(shapes, inputs)):
             self._make_room_for_a_plain_pass()
             return self._compute(inputs)
-        recording = self._recordings[shapes]
-        for target, source in zip(recording.inputs.tensors(), inputs.tensors(), strict=True):
+        capture = self._captures[shapes]
+        for target, source in zip(capture.inputs.tensors(), inputs.tensors(), strict=True):
             target.copy_(source)
-        return recording.replay()
+        return capture.replay()
 
     def _is_ripe(self, shapes: Hashable) -> bool:
-        if self._calls[shapes] <= PLAIN_CALLS or len(self._recordings) >= self._most:
+        if self._calls[shapes] <= PLAIN_CALLS or len(self._captures) >= self._most:
             return False
         return self._calls_since_a_new_shape >= PLAIN_CALLS * len(self._calls)
 
-    def _try_to_record(self, shapes: Hashable, inputs: InputsT) -> bool:
+    def _try_to_capture(self, shapes: Hashable, inputs: InputsT) -> bool:
         """Where it cannot be done all runs plainly from then on, which costs time and nothing else; where memory is all
         that lacks, it is tried again after a plain pass that keeps less."""
-        assert self._record is not None
-        if not self._recordings:
+        assert self._capture is not None
+        if not self._captures:
             held_bytes = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
             self._plain_bytes = max(self._plain_bytes, held_bytes)
         standing = inputs.map(Tensor.clone)
         with_gradient = self._gradients_there()
         replay, obstacle, lacks_memory = None, "", False
         try:
-            replay = self._record(lambda: self._compute(standing))
+            replay = self._capture(lambda: self._compute(standing))
         except RuntimeError as error:  # out of memory is one, too
             obstacle = next(iter(str(error).strip().splitlines()), type(error).__name__)
             lacks_memory = isinstance(error, torch.OutOfMemoryError)
         if replay is None:  # here, since the error holds the memory of what it broke off
             saving = self._keep_less() if lacks_memory else None
             if saving is None:
-                self._stop_recording(f"they could not be recorded ({obstacle})")
+                self._stop_capturing(f"they could not be captured ({obstacle})")
             else:
-                log.info("a recorded step needs more memory than there is: %s", saving)
+                log.info("a captured step needs more memory than there is: %s", saving)
                 self.release()
             return False
         if self._gradients_there() != with_gradient:
             raise RuntimeError(
-                "recording a step gave gradients to parameters that had none before, and a replay would not add to "
+                "capture a step gave gradients to parameters that had none before, and a replay would not add to "
                 "them. This is a fault of pixtune; cuda_graphs=false avoids it."
             )
-        self._recordings[shapes] = Recording(standing, replay)
+        self._captures[shapes] = CapturedPass(standing, replay)
         return True
 
     def _make_room_for_a_plain_pass(self) -> None:
-        full = len(self._recordings) >= self._most
-        if self.make_room(self._plain_bytes) and full:  # each such pass would cost all recordings
-            self._stop_recording(
+        full = len(self._captures) >= self._most
+        if self.make_room(self._plain_bytes) and full:  # each such pass would cost all captures
+            self._stop_capturing(
                 f"pictures and captions come in {len(self._calls)} shapes, and memory has room for {self._most} "
-                "recordings but not for a plain pass beside them"
+                "captures but not for a plain pass beside them"
             )
 
-    def _stop_recording(self, why: str) -> None:
+    def _stop_capturing(self, why: str) -> None:
         log.warning("steps are launched kernel by kernel: %s", why)
-        self._record = None
+        self._capture = None
         self.release()
 
     def make_room(self, num_bytes: int) -> bool:
-        """Gives back the memory of all recordings if so much is not free beside them; returns whether it did."""
-        if not self._recordings or self._free_bytes() >= num_bytes:
+        """Gives back the memory of all captures if so much is not free beside them; returns whether it did."""
+        if not self._captures or self._free_bytes() >= num_bytes:
             return False
         torch.cuda.empty_cache()  # what plain passes left behind
         if self._free_bytes() >= num_bytes:
@@ -175,8 +175,8 @@ class ReplayedPass(Generic[InputsT]):
         return [parameter.grad is not None for parameter in self._parameters]
 
     def zero_gradients(self) -> None:
-        """Drops gradients where nothing is recorded, and else zeroes them where they stand."""
-        if self._record is None:
+        """Drops gradients where nothing is captured, and else zeroes them where they stand."""
+        if self._capture is None:
             for parameter in self._parameters:
                 parameter.grad = None
             return
@@ -185,14 +185,14 @@ class ReplayedPass(Generic[InputsT]):
             torch._foreach_zero_(gradients)
 
     def release(self) -> None:
-        """Gives back the memory of all recordings, or of one that failed; each shape is recorded anew when it comes."""
-        self._recordings.clear()
+        """Gives back the memory of all captures, or of one that failed; each shape is captured anew when it comes."""
+        self._captures.clear()
         gc.collect()
         torch.cuda.empty_cache()
 
 
 class Moving(Protocol):
-    """What moves tensors from step to step, so that a recording holds for one arrangement of them only."""
+    """What moves tensors from step to step, so that a capture holds for one arrangement of them only."""
 
     def arrangement(self) -> Hashable:
         """Where everything is now."""
@@ -222,9 +222,9 @@ class Still:
 
 @contextmanager
 def ending_well() -> Iterator[None]:
-    """Lets a recording whose work breaks off end properly: else torch's allocator keeps its memory for ever.
+    """Lets a capture whose work breaks off end properly: else torch's allocator keeps its memory for ever.
 
-    What the work held is dropped while the recording is still on, since its copies can only be waited for there.
+    What the work held is dropped while the capture is still on, since its copies can only be waited for there.
     """
     try:
         yield
@@ -234,15 +234,15 @@ def ending_well() -> Iterator[None]:
             traceback.clear_frames(cause.__traceback__)
             cause = cause.__context__
         gc.collect()
-        join_recording()
+        join_capture()
         raise
 
 
-class GraphRecorder:
+class GraphCapturer:
     """Records CUDA graphs that share their memory: one is done before the next one starts.
 
     Args:
-        moving: what the recorded work moves, if it does. Each recording ends by moving it back to where it was at its
+        moving: what the captured work moves, if it does. Each capture ends by moving it back to where it was at its
             beginning.
     """
 
@@ -252,11 +252,11 @@ class GraphRecorder:
 
     def __call__(self, work: Callable[[], Tensor]) -> Replay:
         graph = torch.cuda.CUDAGraph()
-        torch.cuda.synchronize()  # a recording cannot wait for what was begun outside of it
+        torch.cuda.synchronize()  # a capture cannot wait for what was begun outside of it
         arrangement = self._moving.arrangement()
         is_whole = False
         try:
-            # Other threads pin the memory of coming batches meanwhile, which must not spoil the recording.
+            # Other threads pin the memory of coming batches meanwhile, which must not spoil the capture.
             with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 self._moving.settle()
                 with ending_well():

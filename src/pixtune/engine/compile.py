@@ -59,12 +59,12 @@ def compile_obstacle(device: torch.device) -> str | None:
 
 
 def compile_blocks(
-    blocks: Iterable[nn.Module], lean: bool, backward_twice: bool = False, sizes_vary: bool = False
+    blocks: Iterable[nn.Module], selective: bool, backward_twice: bool = False, sizes_vary: bool = False
 ) -> None:
     """Replaces each block's computation by a compiled one. Nothing is compiled before the first call.
 
     Args:
-        lean: the compiler may compute anything again in the backward pass that is neither a product nor attention:
+        selective: the compiler may compute anything again in the backward pass that is neither a product nor attention:
             norms, rotary embeddings, gates. Else it keeps what it would have to read far to compute again.
         backward_twice: the backward pass may run twice over one graph, so that it may not use what the forward pass
             kept as working memory.
@@ -77,7 +77,7 @@ def compile_blocks(
 
     keep_compiled_code()
     for limit in (*LIMITS_TO_RECOMPUTING, LIMIT_TO_KNOWN_OPERATORS):
-        setattr(functorch_config, limit, not lean)
+        setattr(functorch_config, limit, not selective)
     inductor_config.joint_custom_pre_pass = KeepDearResults()
     functorch_config.donated_buffer = not backward_twice
     torch._dynamo.config.recompile_limit = MOST_GRAPHS
@@ -113,7 +113,7 @@ def as_in_later_blocks(states_BLC: Tensor) -> Tensor:
 
     The first one's need no gradient: that would be another graph, which takes some seconds to compile (9 on a machine
     with an H100), while gradients that nobody asks for are reckoned to take a thousandth of a step. And of a single
-    sample the stride of the batch says nothing, but comes out differently where a kind of block hands on slices.
+    example the stride of the batch says nothing, but comes out differently where a kind of block hands on slices.
     """
     if states_BLC.shape[0] == 1 and states_BLC.stride(0) != states_BLC.numel():
         states_BLC = states_BLC.flatten(0, 1).unsqueeze(0)

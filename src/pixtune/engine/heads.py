@@ -1,10 +1,10 @@
-"""Queries, keys and values of a block's attention, from the projections of its tokens: normed, turned, joined.
+"""Queries, keys and values of a block's attention, from the projections of its tokens: normed, rotated, joined.
 
 Between projections and attention stand a norm over each head, the rotary embedding and, where text and image tokens
 attend to each other, their joining. Each is a pass over all queries and keys, and again in the backward pass. On a GPU
 they are one pass forward and one backward, from the projections alone: nothing in between is kept.
 
-Shapes in names: B samples, L tokens of one stream, S of both together, H heads, D features of one, C = H * D.
+Shapes in names: B examples, L tokens of one stream, S of both together, H heads, D features of one, C = H * D.
 """
 
 from __future__ import annotations
@@ -29,34 +29,34 @@ class Stream:
     Args:
         projections_BLC: to queries, keys and values.
         query_norm, key_norm: root mean square norms over the features of a head.
-        turns: the rotary embedding, cosine and sine of each token's angles; shape (L, D / 2, 2).
+        rotary: the rotary embedding, cosine and sine of each token's angles; shape (L, D / 2, 2).
     """
 
     projections_BLC: tuple[Tensor, ...]
     query_norm: nn.Module
     key_norm: nn.Module
-    turns: Tensor
+    rotary: Tensor
 
 
 def join_heads(streams: tuple[Stream, ...], head_size: int) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values of all streams' tokens, one stream after the other; shape (B, S, H, D) each."""
-    query = turned([(stream.projections_BLC[0], stream.query_norm, stream.turns) for stream in streams], head_size)
-    key = turned([(stream.projections_BLC[1], stream.key_norm, stream.turns) for stream in streams], head_size)
+    query = rotated([(stream.projections_BLC[0], stream.query_norm, stream.rotary) for stream in streams], head_size)
+    key = rotated([(stream.projections_BLC[1], stream.key_norm, stream.rotary) for stream in streams], head_size)
     values = [stream.projections_BLC[2].unflatten(-1, (-1, head_size)) for stream in streams]
     return query, key, values[0] if len(values) == 1 else torch.cat(values, dim=1)
 
 
-def turned(parts: list[tuple[Tensor, nn.Module, Tensor]], head_size: int) -> Tensor:
-    """Projections, each with its norm and its turns, as heads that are normed, turned and joined; (B, S, H, D)."""
+def rotated(parts: list[tuple[Tensor, nn.Module, Tensor]], head_size: int) -> Tensor:
+    """Projections, each with its norm and its rotary, as heads that are normed, rotated and joined; (B, S, H, D)."""
     norms = [norm for _, norm, _ in parts]
     if all(has_triton(states_BLC) for states_BLC, _, _ in parts) and have_kernel(norms):
-        *first, (last_BLC, last_norm, last_turns) = parts
-        first_BLC, first_norm, first_turns = first[0] if first else (None, None, None)
+        *first, (last_BLC, last_norm, last_rotary) = parts
+        first_BLC, first_norm, first_rotary = first[0] if first else (None, None, None)
         first_weight = None if first_norm is None else first_norm.weight
-        return turn_heads(
-            first_BLC, first_weight, first_turns, last_BLC, last_norm.weight, last_turns, last_norm.eps
+        return rotate_heads(
+            first_BLC, first_weight, first_rotary, last_BLC, last_norm.weight, last_rotary, last_norm.eps
         )  # fmt: skip
-    heads = [rotate(norm(states_BLC.unflatten(-1, (-1, head_size))), turns) for states_BLC, norm, turns in parts]
+    heads = [rotate(norm(states_BLC.unflatten(-1, (-1, head_size))), rotary) for states_BLC, norm, rotary in parts]
     return heads[0] if len(heads) == 1 else torch.cat(heads, dim=1)
 
 
@@ -79,62 +79,64 @@ def is_power_of_two(number: int) -> bool:
     return number & (number - 1) == 0
 
 
-def rotate(states_BLHD: Tensor, turns: Tensor) -> Tensor:
+def rotate(states_BLHD: Tensor, rotary: Tensor) -> Tensor:
     """Turns each pair of neighbouring features by its angle; fp32 inside, as the stock code of all families.
 
     Args:
-        turns: cosine and sine of each token's angles, shape (L, D / 2, 2).
+        rotary: cosine and sine of each token's angles, shape (L, D / 2, 2).
     """
     first, second = states_BLHD.float().unflatten(-1, (-1, 2)).unbind(-1)
-    cosine, sine = turns[:, None, :, 0], turns[:, None, :, 1]
-    turned = torch.stack([first * cosine - second * sine, first * sine + second * cosine], dim=-1)
-    return turned.flatten(-2).type_as(states_BLHD)
+    cosine, sine = rotary[:, None, :, 0], rotary[:, None, :, 1]
+    rotated = torch.stack([first * cosine - second * sine, first * sine + second * cosine], dim=-1)
+    return rotated.flatten(-2).type_as(states_BLHD)
 
 
 # ---- the same as one operator, on a GPU
 
 
-@torch.library.custom_op("pixtune::turn_heads", mutates_args=())
-def turn_heads(
+@torch.library.custom_op("pixtune::rotate_heads", mutates_args=())
+def rotate_heads(
     first_BLC: Tensor | None,
     first_weight_D: Tensor | None,
-    first_turns: Tensor | None,
+    first_rotary: Tensor | None,
     last_BLC: Tensor,
     last_weight_D: Tensor,
-    last_turns: Tensor,
+    last_rotary: Tensor,
     epsilon: float,
 ) -> Tensor:
-    """`turned` of one stream or two, in one pass; norms inside in fp32, without roundings in between."""
+    """`rotated` of one stream or two, in one pass; norms inside in fp32, without roundings in between."""
     from pixtune.engine import triton_kernels
 
     joined = _new_joined(first_BLC, last_BLC, last_weight_D)
-    sources = _sources(first_BLC, first_weight_D, first_turns, last_BLC, last_weight_D, last_turns)
-    triton_kernels.turn_heads[_programs(joined)](*sources, joined, *_sizes(first_BLC, joined), epsilon, *_tile(joined))
+    sources = _sources(first_BLC, first_weight_D, first_rotary, last_BLC, last_weight_D, last_rotary)
+    triton_kernels.rotate_heads[_programs(joined)](
+        *sources, joined, *_sizes(first_BLC, joined), epsilon, *_tile(joined)
+    )
     return joined
 
 
-@turn_heads.register_fake
+@rotate_heads.register_fake
 def _(
     first_BLC: Tensor | None,
     first_weight_D: Tensor | None,
-    first_turns: Tensor | None,
+    first_rotary: Tensor | None,
     last_BLC: Tensor,
     last_weight_D: Tensor,
-    last_turns: Tensor,
+    last_rotary: Tensor,
     epsilon: float,
 ) -> Tensor:
     return _new_joined(first_BLC, last_BLC, last_weight_D)
 
 
-@torch.library.custom_op("pixtune::turn_heads_backward", mutates_args=())
-def turn_heads_backward(
+@torch.library.custom_op("pixtune::rotate_heads_backward", mutates_args=())
+def rotate_heads_backward(
     gradient_BSHD: Tensor,
     first_BLC: Tensor | None,
     first_weight_D: Tensor | None,
-    first_turns: Tensor | None,
+    first_rotary: Tensor | None,
     last_BLC: Tensor,
     last_weight_D: Tensor,
-    last_turns: Tensor,
+    last_rotary: Tensor,
     epsilon: float,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of `first_BLC` (an empty tensor without it) and `last_BLC`."""
@@ -142,23 +144,23 @@ def turn_heads_backward(
 
     gradient_BSHD = gradient_BSHD if gradient_BSHD.stride(-1) == 1 else gradient_BSHD.contiguous()
     first_gradient, last_gradient = _new_gradients(first_BLC, last_BLC)
-    sources = _sources(first_BLC, first_weight_D, first_turns, last_BLC, last_weight_D, last_turns)
-    triton_kernels.turn_heads_backward[_programs(gradient_BSHD)](
+    sources = _sources(first_BLC, first_weight_D, first_rotary, last_BLC, last_weight_D, last_rotary)
+    triton_kernels.rotate_heads_backward[_programs(gradient_BSHD)](
         *sources, gradient_BSHD, *gradient_BSHD.stride()[:3], first_gradient, last_gradient,
         *_sizes(first_BLC, gradient_BSHD), epsilon, *_tile(gradient_BSHD),
     )  # fmt: skip
     return first_gradient, last_gradient
 
 
-@turn_heads_backward.register_fake
+@rotate_heads_backward.register_fake
 def _(
     gradient_BSHD: Tensor,
     first_BLC: Tensor | None,
     first_weight_D: Tensor | None,
-    first_turns: Tensor | None,
+    first_rotary: Tensor | None,
     last_BLC: Tensor,
     last_weight_D: Tensor,
-    last_turns: Tensor,
+    last_rotary: Tensor,
     epsilon: float,
 ) -> tuple[Tensor, Tensor]:
     return _new_gradients(first_BLC, last_BLC)
@@ -171,17 +173,17 @@ def _keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, gradient_BSHD: Tensor) -> tuple[Tensor | None, ...]:
     first_BLC, *others = ctx.saved_tensors
-    first_gradient, last_gradient = turn_heads_backward(gradient_BSHD, first_BLC, *others, ctx.epsilon)
+    first_gradient, last_gradient = rotate_heads_backward(gradient_BSHD, first_BLC, *others, ctx.epsilon)
     return None if first_BLC is None else first_gradient, None, None, last_gradient, None, None, None
 
 
-turn_heads.register_autograd(_backward, setup_context=_keep_inputs)
+rotate_heads.register_autograd(_backward, setup_context=_keep_inputs)
 
 
 def _new_joined(first_BLC: Tensor | None, last_BLC: Tensor, weight_D: Tensor) -> Tensor:
-    num_samples, num_tokens, width = last_BLC.shape
+    num_examples, num_tokens, width = last_BLC.shape
     num_tokens += 0 if first_BLC is None else first_BLC.shape[1]
-    return last_BLC.new_empty(num_samples, num_tokens, width // weight_D.shape[0], weight_D.shape[0])
+    return last_BLC.new_empty(num_examples, num_tokens, width // weight_D.shape[0], weight_D.shape[0])
 
 
 def _new_gradients(first_BLC: Tensor | None, last_BLC: Tensor) -> tuple[Tensor, Tensor]:
@@ -202,8 +204,8 @@ def _sizes(first_BLC: Tensor | None, joined_BSHD: Tensor) -> tuple[int, int, int
 
 
 def _programs(joined_BSHD: Tensor) -> tuple[int, int]:
-    num_samples, num_tokens, num_heads, _ = joined_BSHD.shape
-    return num_samples * num_tokens, -(-num_heads // HEADS_AT_ONCE)
+    num_examples, num_tokens, num_heads, _ = joined_BSHD.shape
+    return num_examples * num_tokens, -(-num_heads // HEADS_AT_ONCE)
 
 
 def _tile(joined_BSHD: Tensor) -> tuple[int, int]:

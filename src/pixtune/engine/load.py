@@ -113,7 +113,7 @@ def random_tensor(name: str, shape: torch.Size, placement: Placement) -> Tensor:
 def lay_out(model: nn.Module, family: ModelFamily, placement: Placement, layout: Layout) -> dict[str, ModulationRows]:
     """Replaces the linear layers of the repeated blocks by those of the layout, still without values.
 
-    A modulation layer is never quantised: it sees one row a sample, so it costs memory and no time, and an error of its
+    A modulation layer is never quantized: it sees one row per example, so it costs memory and no time, and its error
     would reach every token.
 
     Returns:
@@ -183,7 +183,7 @@ def fill(
         put(model, name, tensor, placement)
         if name.startswith(on_host):
             send_to_host(model.get_submodule(parent(name)))
-        del tensor  # one that was quantised is gone before the next one comes
+        del tensor  # one that was quantized is gone before the next one comes
     if missing:
         raise WeightsError(
             f"{source} lacks {len(missing)} tensors of the architecture in the transformer's config, {min(missing)} "

@@ -79,7 +79,7 @@ def feed_forward(module: Any, hidden_states: Tensor) -> Tensor:
 
 
 class FrozenMlp(torch.autograd.Function):
-    """`[beside, gelu(x @ first.T + bias)] @ last.T` of quantised layers, without the last one's bias."""
+    """`[beside, gelu(x @ first.T + bias)] @ last.T` of quantized layers, without the last one's bias."""
 
     @staticmethod
     def forward(
@@ -102,10 +102,10 @@ class FrozenMlp(torch.autograd.Function):
     def backward(ctx: Any, gradient_MN: Tensor) -> tuple[Tensor | None, ...]:
         bias_H, kept, kept_scale, *layers = ctx.saved_tensors
         first, last = layers[:4], layers[4:]
-        weight, scale_N1 = _read_turned(last)
+        weight, scale_N1 = _read_rotated(last)
         codes, scale = quantize_rows(gradient_MN.float() * scale_N1.t(), CODES)
         inner = multiply_rows(codes, scale, weight, _ones(weight), gradient_MN.dtype, tensor_cores=True)
-        weight, scale_H1 = _read_turned(first)
+        weight, scale_H1 = _read_rotated(first)
         codes, scale = gelu_gradient_codes(inner[:, ctx.num_beside :], kept, kept_scale, bias_H, scale_H1.flatten())
         x_gradient = multiply_rows(
             codes.view(CODES), scale, weight, _ones(weight), gradient_MN.dtype, tensor_cores=True
@@ -120,7 +120,7 @@ def _read(layer: Sequence[Any]) -> tuple[Tensor, Tensor]:
     return row_codes(stored, block_scale, scale, CODES, transposed=False)
 
 
-def _read_turned(layer: Sequence[Any]) -> tuple[Tensor, Tensor]:
+def _read_rotated(layer: Sequence[Any]) -> tuple[Tensor, Tensor]:
     """The transposed codes, and the scale a row of the weight."""
     stored, block_scale, scale, turned = layer
     if turned is not None:

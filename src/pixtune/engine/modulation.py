@@ -1,6 +1,6 @@
 """Modulation layers off the device: what they make of coming steps is computed ahead, many steps in one pass.
 
-A modulation layer sees one row a sample: SiLU of the time embedding. In the 20-billion-weight model these layers hold
+A modulation layer sees one row an example: SiLU of the time embedding. In the 20-billion-weight model these layers hold
 a third of all weights. While the base is frozen, the rows of coming steps are known: sigmas are pure functions of the
 step. So the weights stay in their file, and stream through the device layer by layer to fill a table with the rows of
 the next hundred draws. Rows are large, 4.4 MB in that model, so the table is in host memory, and each step has its own
@@ -67,7 +67,7 @@ class ModulationTable:
         """Place of the table that the steps use."""
         self._asking: Filling | None = None
         """Of this table any row may be asked for; None: of those that are shown."""
-        # These three keep their memory once they have it: recorded steps read and write it (capture.py).
+        # These three keep their memory once they have it: captured steps read and write it (capture.py).
         self._shown_RD: Tensor | None = None
         self._shown_RO: Tensor | None = None
         self._worst: Tensor | None = None
@@ -76,7 +76,7 @@ class ModulationTable:
         self._computing = False
         embedder.register_forward_hook(self._choose)
 
-    # ---- for steps, which may be recorded and wait for nothing
+    # ---- for steps, which may be captured and wait for nothing
 
     def use(self, purpose: object, embed: Callable[[], Tensor]) -> None:
         """From now on rows of this table are shown; filled now, so far as it has not been ahead.
@@ -217,7 +217,7 @@ def table_of(transformer: nn.Module) -> ModulationTable | None:
 
 
 def most_announced(transformer: nn.Module) -> int:
-    """How many samples `announce` takes at a time."""
+    """How many examples `announce` takes at a time."""
     table = table_of(transformer)
     return sys.maxsize if table is None else table.num_rows - 1
 
@@ -228,8 +228,8 @@ def announce(
     """Prepares the forward passes to come. Does nothing where the modulation layers are in place, or nothing changes.
 
     Args:
-        sigma_N: of all samples of those passes, on the model's device; N below the table's number of rows.
-        conditioning: stacked, of the same samples; only what `family.time_features` names is read.
+        sigma_N: of all examples of those passes, on the model's device; N below the table's number of rows.
+        conditioning: stacked, of the same examples; only what `family.time_features` names is read.
     """
     table = table_of(transformer)
     if table is None:
@@ -244,14 +244,14 @@ class StepsAhead:
     """Keeps the table of a training run ahead of its steps, in stretches cut at fixed step numbers.
 
     Args:
-        times_of: step -> sigmas of all this process's samples in it and their `time_features`, stacked; on the CPU.
-        samples_per_step: of this process.
+        times_of: step -> sigmas of all this process's examples in it and their `time_features`, stacked; on the CPU.
+        examples_per_step: of this process.
     """
 
     transformer: nn.Module
     family: ModelFamily
     times_of: Callable[[int], tuple[Tensor, Conditioning]]
-    samples_per_step: int
+    examples_per_step: int
     num_steps: int
     guidance: float
     device: torch.device
@@ -263,8 +263,8 @@ class StepsAhead:
             return
         first, stretch = self._stretch_of(step, table)
         table.use(("steps from", first), lambda: self._embed(first, stretch))
-        place = (step - first) * self.samples_per_step
-        table.show([*range(place, place + self.samples_per_step), -1])  # the clean one comes last
+        place = (step - first) * self.examples_per_step
+        table.show([*range(place, place + self.examples_per_step), -1])  # the clean one comes last
 
     def look_ahead(self, step: int) -> None:
         """Fills a step's share of the rows of the next stretch; while the device is busy with the step, best of all."""
@@ -279,7 +279,7 @@ class StepsAhead:
 
     def _stretch_of(self, step: int, table: ModulationTable) -> tuple[int, int]:
         """The first step of the stretch that a step is in, and its length."""
-        length = (table.num_rows - 1) // self.samples_per_step  # one row is for pictures that are seen as clean
+        length = (table.num_rows - 1) // self.examples_per_step  # one row is for pictures that are seen as clean
         return step - step % length, length
 
     def _embed(self, first: int, stretch: int) -> Tensor:

@@ -1,8 +1,8 @@
 """A block's frozen tensors as one piece of memory: to be copied in one go, or to leave no gaps between blocks.
 
-Weights that are read, cast and quantised one after the other leave gaps where the forms were that they came in: 0.1 GiB
-of bf16 weights, 0.3 to 0.4 of quantised ones, measured on an H100. A step that is launched kernel by kernel uses them;
-a recorded one has memory of its own and cannot.
+Weights that are read, cast and quantized one after the other leave gaps where the forms were that they came in: 0.1 GiB
+of bf16 weights, 0.3 to 0.4 of quantized ones, measured on an H100. A step that is launched kernel by kernel uses them;
+a captured one has memory of its own and cannot.
 """
 
 from __future__ import annotations

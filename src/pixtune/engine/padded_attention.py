@@ -1,6 +1,6 @@
 """Attention over sequences that are padded, by kernels that know of no padding.
 
-Captions differ in length, and a step that is recorded has one shape. A mask would force the slowest kernel. Instead
+Captions differ in length, and a step that is captured has one shape. A mask would force the slowest kernel. Instead
 padded keys and values are zero: each adds exp(0) = 1 to the denominator of a softmax and nothing to its numerator. With
 L the log-sum-exp of a row that the kernel returns, and n padded keys, the true one is L' = log(exp(L) - n), and the
 true output is exp(L - L') times the kernel's. That holds for any query, one of a padded token too.
@@ -51,7 +51,7 @@ def attend_padded(query_BLHD: Tensor, key_BLHD: Tensor, value_BLHD: Tensor, real
     """Attention of all tokens, padded ones as well, to the real ones, as with a mask; shape (B, L, H, D).
 
     Args:
-        real_BL: False where a token is padding; at least one of each sample is real. Keys and values of the others may
+        real_BL: False where a token is padding; at least one of each example is real. Keys and values of the others may
             be anything, NaN too, and get a gradient of zero.
         kernel: one of the above.
     """

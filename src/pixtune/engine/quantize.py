@@ -2,7 +2,7 @@
 
 A row of the weight and a row of the input each get one scale, so a product of 8-bit codes only needs to be multiplied
 by the two. The backward pass is a product of the same kind: the weight's row scales are folded into the gradient, which
-is then quantised by row itself. No 16-bit copy of a weight outlives the layer's own computation, and no input is kept
+is then quantized by row itself. No 16-bit copy of a weight outlives the layer's own computation, and no input is kept
 for the backward pass: a frozen weight needs no gradient.
 
 `nf4` stores 4-bit codes for unevenly spaced levels (after NormalFloat, Dettmers et al. 2023, arXiv 2305.14314,
@@ -194,7 +194,7 @@ def _nearest_levels(units_NB16: Tensor, scale_NB: Tensor) -> Tensor:
 
 
 class FrozenProduct(torch.autograd.Function):
-    """`x @ W.T` of a quantised W, whose only gradient is x's."""
+    """`x @ W.T` of a quantized W, whose only gradient is x's."""
 
     @staticmethod
     def forward(
@@ -279,7 +279,7 @@ class QuantizedLinear(nn.Linear):
 
     @torch.no_grad()
     def set_weight(self, weight_NK: Tensor) -> None:
-        """Quantises on the weight's device and keeps the result there."""
+        """Quantizes on the weight's device and keeps the result there."""
         if self.linear_format == NF4:
             self.weight, self.block_scale, self.scale = pack_nf4(weight_NK, self.codes)
         else:

@@ -192,7 +192,7 @@ class BlockStream:
         for packed, view in zip(block.tensors, self._views[index, place], strict=True):
             packed.tensor.data = view
 
-    # ---- for recorded steps, see `capture.Moving`
+    # ---- for captured steps, see `capture.Moving`
 
     def arrangement(self) -> tuple[int | None, ...]:
         """The block in each slot."""

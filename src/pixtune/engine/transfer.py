@@ -67,8 +67,8 @@ class CopyLane:
         if mark is not None:
             torch.cuda.current_stream(self._device).wait_event(mark)
 
-    def join_recording(self) -> None:
-        """If copies of this lane are being recorded, what the computation is told from now on comes after them."""
+    def join_capture(self) -> None:
+        """If copies of this lane are being captured, what the computation is told from now on comes after them."""
         if self._stream is None:
             return
         with torch.cuda.stream(self._stream):
@@ -88,10 +88,10 @@ LANES: weakref.WeakSet[CopyLane] = weakref.WeakSet()
 """All of this process."""
 
 
-def join_recording() -> None:
-    """A recording cannot end, not even one that failed, while a copy that it began is not waited for."""
+def join_capture() -> None:
+    """A capture cannot end, not even one that failed, while a copy that it began is not waited for."""
     for lane in LANES:
-        lane.join_recording()
+        lane.join_capture()
 
 
 def host_buffer(num_bytes: int, device: torch.device) -> Tensor:

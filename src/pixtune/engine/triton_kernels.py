@@ -65,18 +65,18 @@ def expand_nf4(
         tl.store(target + row[:, None] * num_columns + column[None, :], stored, mask=inside)
 
 
-# ---- heads of an attention: see heads.py. One program: some heads of one token, of B samples by S tokens.
+# ---- heads of an attention: see heads.py. One program: some heads of one token, of B examples by S tokens.
 
 
 @triton.jit
 def _find_token(num_first, num_last):
-    """The program's token among all, its sample, its place there and in its own stream, and that stream's row."""
+    """The program's token among all, its example, its place there and in its own stream, and that stream's row."""
     token = tl.program_id(0).to(tl.int64)
-    sample, place = token // (num_first + num_last), token % (num_first + num_last)
+    example, place = token // (num_first + num_last), token % (num_first + num_last)
     is_first = place < num_first
     place_in_stream = tl.where(is_first, place, place - num_first)
-    row = sample * tl.where(is_first, num_first, num_last) + place_in_stream
-    return token, sample, place, is_first, place_in_stream, row
+    row = example * tl.where(is_first, num_first, num_last) + place_in_stream
+    return token, example, place, is_first, place_in_stream, row
 
 
 @triton.jit
@@ -99,26 +99,26 @@ def _read_heads(first, first_weight, last, last_weight, is_first, row, width, wi
 
 
 @triton.jit
-def _read_turns(first_turns, last_turns, is_first, place, D: tl.constexpr):
+def _read_rotary(first_rotary, last_rotary, is_first, place, D: tl.constexpr):
     """Cosine and sine of one token's angles, (1, D / 2) each."""
     pair = tl.arange(0, D // 2)[None, :]
     here = pair >= 0
-    turns = place * D + 2 * pair
-    cosine = tl.load(first_turns + turns, mask=here & is_first, other=0.0).to(tl.float32)
-    cosine += tl.load(last_turns + turns, mask=here & (is_first == 0), other=0.0).to(tl.float32)
-    sine = tl.load(first_turns + turns + 1, mask=here & is_first, other=0.0).to(tl.float32)
-    sine += tl.load(last_turns + turns + 1, mask=here & (is_first == 0), other=0.0).to(tl.float32)
+    rotary = place * D + 2 * pair
+    cosine = tl.load(first_rotary + rotary, mask=here & is_first, other=0.0).to(tl.float32)
+    cosine += tl.load(last_rotary + rotary, mask=here & (is_first == 0), other=0.0).to(tl.float32)
+    sine = tl.load(first_rotary + rotary + 1, mask=here & is_first, other=0.0).to(tl.float32)
+    sine += tl.load(last_rotary + rotary + 1, mask=here & (is_first == 0), other=0.0).to(tl.float32)
     return cosine, sine
 
 
 @triton.jit
-def turn_heads(
+def rotate_heads(
     first,
     first_weight,
-    first_turns,
+    first_rotary,
     last,
     last_weight,
-    last_turns,
+    last_rotary,
     joined,
     num_first,
     num_last,
@@ -127,7 +127,7 @@ def turn_heads(
     HEADS: tl.constexpr,
     D: tl.constexpr,
 ):
-    """(B, L, H * D) of one stream and of another -> (B, S, H, D): a norm over D, then pairs turned by their angles."""
+    """(B, L, H * D) of one stream and of another -> (B, S, H, D): a norm over D, then pairs rotated by their angles."""
     token, _, _, is_first, place_in_stream, row = _find_token(num_first, num_last)
     _, feature, within, inside = _find_heads(num_heads, HEADS, D)
 
@@ -135,22 +135,22 @@ def turn_heads(
         first, first_weight, last, last_weight, is_first, row, num_heads * D, within, feature, inside
     )
     normed = states * tl.rsqrt(tl.sum(states * states, 1) / D + epsilon)[:, None] * weight[None, :]
-    cosine, sine = _read_turns(first_turns, last_turns, is_first, place_in_stream, D)
+    cosine, sine = _read_rotary(first_rotary, last_rotary, is_first, place_in_stream, D)
     left, right = tl.split(tl.reshape(normed, (HEADS, D // 2, 2)))
-    turned = tl.reshape(tl.join(left * cosine - right * sine, left * sine + right * cosine), (HEADS, D))
-    tl.store(joined + token * num_heads * D + within, turned, mask=inside)
+    rotated = tl.reshape(tl.join(left * cosine - right * sine, left * sine + right * cosine), (HEADS, D))
+    tl.store(joined + token * num_heads * D + within, rotated, mask=inside)
 
 
 @triton.jit
-def turn_heads_backward(
+def rotate_heads_backward(
     first,
     first_weight,
-    first_turns,
+    first_rotary,
     last,
     last_weight,
-    last_turns,
+    last_rotary,
     gradient,
-    sample_stride,
+    example_stride,
     token_stride,
     head_stride,
     first_gradient,
@@ -162,19 +162,19 @@ def turn_heads_backward(
     HEADS: tl.constexpr,
     D: tl.constexpr,
 ):
-    """The gradient (B, S, H, D), of any strides, of what `turn_heads` makes -> those of its two streams."""
-    _, sample, place, is_first, place_in_stream, row = _find_token(num_first, num_last)
+    """The gradient (B, S, H, D), of any strides, of what `rotate_heads` makes -> those of its two streams."""
+    _, example, place, is_first, place_in_stream, row = _find_token(num_first, num_last)
     head, feature, within, inside = _find_heads(num_heads, HEADS, D)
     width = num_heads * D
 
     states, weight = _read_heads(first, first_weight, last, last_weight, is_first, row, width, within, feature, inside)
-    cosine, sine = _read_turns(first_turns, last_turns, is_first, place_in_stream, D)
-    turned = tl.load(
-        gradient + sample * sample_stride + place * token_stride + head[:, None] * head_stride + feature[None, :],
+    cosine, sine = _read_rotary(first_rotary, last_rotary, is_first, place_in_stream, D)
+    rotated = tl.load(
+        gradient + example * example_stride + place * token_stride + head[:, None] * head_stride + feature[None, :],
         mask=inside,
         other=0.0,
     ).to(tl.float32)
-    left, right = tl.split(tl.reshape(turned, (HEADS, D // 2, 2)))
+    left, right = tl.split(tl.reshape(rotated, (HEADS, D // 2, 2)))
     normed = tl.reshape(tl.join(left * cosine + right * sine, right * cosine - left * sine), (HEADS, D))
     # y = w * x * r with r = (mean(x^2) + e)^(-1/2): dx = r * (w * dy - x * r^2 * mean(w * dy * x))
     root = tl.rsqrt(tl.sum(states * states, 1) / D + epsilon)[:, None]

@@ -1,6 +1,6 @@
 """Frozen linear layers of encoders: weights stored in 8 or 4 bits, multiplied in the input's own format.
 
-Inputs are not quantised, unlike in `quantize.py`: a language model's have features hundreds of times larger than the
+Inputs are not quantized, unlike in `quantize.py`: a language model's have features hundreds of times larger than the
 rest, which one scale a row cannot hold. That costs speed where captions are encoded once, and nothing where a step is.
 """
 
@@ -14,7 +14,7 @@ from pixtune.engine.quantize import INT8, NF4, pack_nf4, quantize_rows
 
 FORMATS = (INT8, NF4)
 PIECE_WEIGHTS = 1 << 24
-"""Weights that are in full precision at once, while a layer is quantised or multiplies. The output layer of a language
+"""Weights that are in full precision at once, while a layer is quantized or multiplies. The output layer of a language
 model holds half a billion, which would be a second small model."""
 
 
@@ -54,7 +54,7 @@ class WeightOnlyLinear(nn.Module):
 
     @torch.no_grad()
     def store(self, weight_NK: Tensor) -> None:
-        """Quantises on the layer's device, from wherever the weight is, a piece at a time."""
+        """Quantizes on the layer's device, from wherever the weight is, a piece at a time."""
         for start, end in self._pieces():
             piece = weight_NK[start:end].to(self.codes.device)
             if self.block_scale is None:

@@ -110,20 +110,20 @@ def single_block(
     return text_BTC.clone(), image_BLC.clone()
 
 
-def joint_heads(attn: Any, image_BLC: Tensor, text_BTC: Tensor, turns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries and keys, turned, and values of text and image tokens; shape (B, T + L, H, D) each.
+def joint_heads(attn: Any, image_BLC: Tensor, text_BTC: Tensor, rotary: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries and keys, rotated, and values of text and image tokens; shape (B, T + L, H, D) each.
 
     Args:
-        turns: cosine and sine of each token's angles, shape (T + L, D / 2, 2).
+        rotary: cosine and sine of each token's angles, shape (T + L, D / 2, 2).
     """
-    text_turns, image_turns = turns.split([text_BTC.shape[1], image_BLC.shape[1]])
-    return heads_of(attn, image_BLC, text_BTC, image_turns, text_turns)
+    text_rotary, image_rotary = rotary.split([text_BTC.shape[1], image_BLC.shape[1]])
+    return heads_of(attn, image_BLC, text_BTC, image_rotary, text_rotary)
 
 
-def single_heads(attn: Any, states_BLC: Tensor, turns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def single_heads(attn: Any, states_BLC: Tensor, rotary: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The same of one stream."""
     projected = project(states_BLC, (attn.to_q, attn.to_k, attn.to_v))
-    return join_heads((Stream(projected, attn.norm_q, attn.norm_k, turns),), attn.head_dim)
+    return join_heads((Stream(projected, attn.norm_q, attn.norm_k, rotary),), attn.head_dim)
 
 
 def attend(query_BLHD: Tensor, key_BLHD: Tensor, value_BLHD: Tensor, mask: Tensor | None) -> Tensor:

@@ -14,14 +14,14 @@ from pixtune.engine.lora import project
 
 
 def heads_of(
-    attn: Any, image_BLC: Tensor, text_BTC: Tensor, image_turns: Tensor, text_turns: Tensor
+    attn: Any, image_BLC: Tensor, text_BTC: Tensor, image_rotary: Tensor, text_rotary: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries and keys, turned, and values of text and image tokens; shape (B, T + L, H, D) each."""
+    """Queries and keys, rotated, and values of text and image tokens; shape (B, T + L, H, D) each."""
     image = project(image_BLC, (attn.to_q, attn.to_k, attn.to_v))
     text = project(text_BTC, (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj))
     streams = (
-        Stream(text, attn.norm_added_q, attn.norm_added_k, text_turns),
-        Stream(image, attn.norm_q, attn.norm_k, image_turns),
+        Stream(text, attn.norm_added_q, attn.norm_added_k, text_rotary),
+        Stream(image, attn.norm_q, attn.norm_k, image_rotary),
     )
     return join_heads(streams, attn.inner_dim // attn.heads)
 

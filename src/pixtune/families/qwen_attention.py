@@ -1,4 +1,4 @@
-"""How a block of Qwen-Image attends: to image and text tokens together, turned by their places.
+"""How a block of Qwen-Image attends: to image and text tokens together, rotated by their places.
 
 The same numbers as diffusers' `QwenDoubleStreamAttnProcessor2_0` and `QwenEmbedRope`.
 """

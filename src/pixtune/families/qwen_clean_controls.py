@@ -1,7 +1,7 @@
 """Models whose control pictures are modulated as if clean (`zero_cond_t`: Qwen-Image-Edit-2511), without a wait.
 
 The stock model lists on the host which tokens those are and copies the list to the device in each step. That waits for
-the device, and a step that waits cannot be recorded. Here the device counts. What the blocks get is the same.
+the device, and a step that waits cannot be captured. Here the device counts. What the blocks get is the same.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def count_on_device(transformer: Any) -> None:
 
 def _with_clean_times(forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     image_BLC, timestep_B = kwargs["hidden_states"], kwargs["timestep"]
-    target, *_ = kwargs["img_shapes"][0]  # samples of a batch have pictures of the same sizes
+    target, *_ = kwargs["img_shapes"][0]  # examples of a batch have pictures of the same sizes
     is_control_L = torch.arange(image_BLC.shape[1], device=image_BLC.device) >= math.prod(target)
     index_BL = is_control_L.int().repeat(len(image_BLC), 1)
     changed = {

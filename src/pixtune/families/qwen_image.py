@@ -83,14 +83,14 @@ class QwenImage:
         "transformer_blocks": ActivationUnits(
             eager=17.0,
             kept=13.05,
-            lean=8.2,
+            selective=8.2,
             projections=2.9,
             working=25.0,
             forward=5.0,
-            forward_quantised=14.5,
+            forward_quantized=14.5,
             forward_fused=9.9,
             passing=15.0,
-            passing_quantised=28.0,
+            passing_quantized=28.0,
             cut=0.94,
         )
     }
@@ -303,7 +303,7 @@ def refuse_guidance(config: Mapping[str, Any]) -> None:
 def real_tokens(conditioning: Conditioning, num_image_tokens: int) -> dict[str, Tensor] | None:
     """What `JointAttention` gets besides: which text and image tokens are no padding, if any may be.
 
-    Past the model, which would copy a number to the device for a mask, and that cannot be recorded.
+    Past the model, which would copy a number to the device for a mask, and that cannot be captured.
     """
     real_BT = conditioning.get(REAL)
     if real_BT is None:

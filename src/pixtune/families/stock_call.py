@@ -27,7 +27,7 @@ class Inputs:
 
     noisy_BCHW: Tensor
     conditioning: Conditioning
-    """Stacked, of one sample."""
+    """Stacked, of one example."""
     controls: tuple[Tensor, ...]
     """Latents BCHW at a size that the pipeline gives a square control picture."""
     guidance: float

@@ -57,18 +57,18 @@ class Footprint:
     """A LoRA is on modulation layers, so they must be in place."""
     extra_units: float = 0.0
     """Inputs that a LoRA on other than attention layers keeps, a block, in units."""
-    samples_per_step: int = 1
+    examples_per_step: int = 1
     """Of one process: rows of the modulation table that a step needs."""
-    samples_at_once: int = 1
+    examples_at_once: int = 1
     """Of them, in a micro-batch."""
     plain_layers: tuple[str, ...] = ()
-    """Paths of the blocks' linear layers that are not quantised where the others are."""
+    """Paths of the blocks' linear layers that are not quantized where the others are."""
     plain_layer_weights: int = 0
     """Of those."""
     largest_weight: int = 0
     """Numbers in the transformer's largest tensor."""
     mlps_are_frozen: bool = False
-    """No LoRA is on a layer of an MLP, and all of them are quantised where others are."""
+    """No LoRA is on a layer of an MLP, and all of them are quantized where others are."""
     fused_formats: tuple[str, ...] = ()
     """Of weights in which an MLP is one function on the GPU that is planned for."""
 
@@ -100,9 +100,9 @@ def read_footprint(
     num_tokens: int,
     lora_targets: Sequence[str] = (),
     rank: int = 0,
-    samples_per_step: int = 1,
+    examples_per_step: int = 1,
     plain_layers: Sequence[str] = (),
-    samples_at_once: int = 1,
+    examples_at_once: int = 1,
 ) -> Footprint:
     """The footprint of a LoRA run; `of_all_weights` makes that of training all of them.
 
@@ -110,7 +110,7 @@ def read_footprint(
         shapes: of the transformer's tensors, from its files' headers.
         width: features of a token inside the blocks.
         lora_targets: paths of the linear layers that get a LoRA of `rank`.
-        plain_layers: paths of the linear layers that are never quantised.
+        plain_layers: paths of the linear layers that are never quantized.
     """
     kinds = tuple(_read_kind(family, shapes, path) for path in family.block_paths)
     # What reads or writes other than a token's features is an MLP's, or makes modulations.
@@ -130,8 +130,8 @@ def read_footprint(
         trained_weights=sum(rank * sum(shape) for shape in targets.values()),
         trains_modulation=any(parent(name).endswith(family.modulation_layers) for name in targets),
         extra_units=sum(beyond) / max(sum(kind.count for kind in kinds), 1),
-        samples_per_step=samples_per_step,
-        samples_at_once=samples_at_once,
+        examples_per_step=examples_per_step,
+        examples_at_once=examples_at_once,
         plain_layers=tuple(plain_layers),
         plain_layer_weights=sum(math.prod(shapes[f"{path}.weight"]) for path in plain_layers),
         largest_weight=max(map(math.prod, shapes.values())),
@@ -182,7 +182,7 @@ def block_weight_bytes(kind: BlockKind, weights_format: str, modulation_resident
 
 
 def scales(kind: BlockKind, weights_format: str) -> int:
-    """fp32 scales of a block: one a row of a quantised weight."""
+    """fp32 scales of a block: one a row of a quantized weight."""
     return kind.rows if weights_format in ("fp8", "int8", "nf4") else 0
 
 

@@ -24,7 +24,7 @@ NOT_DETERMINISTIC = "its backward pass adds up in any order, and deterministic i
 
 @dataclass(frozen=True)
 class Finding:
-    """What a trial of one attention kernel on this machine found. Of forward and backward pass of one sample."""
+    """What a trial of one attention kernel on this machine found. Of forward and backward pass of one example."""
 
     obstacle: str | None = None
     """Why it did not come to an end: it raised, crashed, or hung."""

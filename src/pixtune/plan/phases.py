@@ -25,9 +25,8 @@ from pixtune.plan.encoders import (
     text_weight_bytes,
 )
 from pixtune.plan.footprint import Footprint
-from pixtune.plan.memory import MemoryPlan, usable_bytes
 from pixtune.plan.rungs import (
-    QUANTISED,
+    QUANTIZED,
     Rung,
     compute_format_of,
     fit_host,
@@ -38,6 +37,7 @@ from pixtune.plan.rungs import (
     weight_bytes,
     with_rows,
 )
+from pixtune.plan.training import TrainingPlan, usable_bytes
 
 if TYPE_CHECKING:
     from pixtune.config.schema import TrainConfig
@@ -52,9 +52,9 @@ class Surroundings:
 
     sizes: EncoderSizes
     encoders: EncoderPlan
-    drawn_pixels: int = 0
+    sample_pixels: int = 0
     """Of a sample picture; 0: none is drawn."""
-    drawn_tokens: int = 0
+    sample_tokens: int = 0
     """Image, control and text tokens of one pass for it."""
     text_in_loop: bool = False
     """Captions are encoded while training, so their encoder stays."""
@@ -71,7 +71,7 @@ class Phase:
     device_bytes: int
 
 
-def phases_of(plan: MemoryPlan, footprint: Footprint, around: Surroundings) -> tuple[Phase, ...]:
+def phases_of(plan: TrainingPlan, footprint: Footprint, around: Surroundings) -> tuple[Phase, ...]:
     """All phases of a run on a GPU, in their order."""
     sizes, encoders = around.sizes, around.encoders
     text_stays = _staying_text_bytes(plan, around)
@@ -85,10 +85,10 @@ def phases_of(plan: MemoryPlan, footprint: Footprint, around: Surroundings) -> t
             plan.expected_peak_bytes + text_stays + autoencoder_stays,
         )
     )
-    if around.drawn_pixels:
-        tile = drawing_tile(plan, footprint, around)
+    if around.sample_pixels:
+        tile = sampling_tile(plan, footprint, around)
         held = "transformer, what is trained, autoencoder" + (f" in tiles of {tile} pixels" if tile else "")
-        phases.append(Phase("samples drawn", held, drawing_bytes(plan, footprint, around, tile) + text_stays))
+        phases.append(Phase("samples drawn", held, sampling_bytes(plan, footprint, around, tile) + text_stays))
     return tuple(phases)
 
 
@@ -108,27 +108,27 @@ def encoding_phases(sizes: EncoderSizes, encoders: EncoderPlan, text_stays_bytes
     )
 
 
-def drawing_tile(plan: MemoryPlan, footprint: Footprint, around: Surroundings) -> int | None:
+def sampling_tile(plan: TrainingPlan, footprint: Footprint, around: Surroundings) -> int | None:
     """Side of the tiles in which a sample's picture is decoded between steps; None: whole."""
     beside = idle_bytes(plan, footprint) + _staying_text_bytes(plan, around) + around.sizes.autoencoder_bytes
-    return fitting_tile(around.drawn_pixels, plan.usable_bytes - beside, decoding_bytes)
+    return fitting_tile(around.sample_pixels, plan.usable_bytes - beside, decoding_bytes)
 
 
-def drawing_bytes(plan: MemoryPlan, footprint: Footprint, around: Surroundings, tile_pixels: int | None) -> int:
+def sampling_bytes(plan: TrainingPlan, footprint: Footprint, around: Surroundings, tile_pixels: int | None) -> int:
     """Most while a sample is drawn between steps: a pass without gradients, or its picture being decoded."""
-    one_pass = compiled_pass_bytes(plan, footprint, around.drawn_tokens)
-    decoding = around.sizes.autoencoder_bytes + decoding_bytes(around.drawn_pixels, tile_pixels)
+    one_pass = compiled_pass_bytes(plan, footprint, around.sample_tokens)
+    decoding = around.sizes.autoencoder_bytes + decoding_bytes(around.sample_pixels, tile_pixels)
     return idle_bytes(plan, footprint) + max(one_pass, decoding)
 
 
-def compiled_pass_bytes(plan: MemoryPlan, footprint: Footprint, num_tokens: int) -> int:
+def compiled_pass_bytes(plan: TrainingPlan, footprint: Footprint, num_tokens: int) -> int:
     """Most that is alive in a run's own pass without gradients."""
-    quantised = plan.weights_format in QUANTISED
-    units = max(k.units.forward_quantised if quantised else k.units.forward for k in footprint.kinds)
+    quantized = plan.weights_format in QUANTIZED
+    units = max(k.units.forward_quantized if quantized else k.units.forward for k in footprint.kinds)
     return round(units * num_tokens * footprint.width * (4 if plan.compute_format == "fp32" else 2))
 
 
-def idle_bytes(plan: MemoryPlan, footprint: Footprint) -> int:
+def idle_bytes(plan: TrainingPlan, footprint: Footprint) -> int:
     """What a run holds between its steps: the transformer and what is trained, without the encoders."""
     rung = Rung(plan.weights_format, plan.modulation_rows, streamed_blocks=plan.streamed_blocks)
     # Between steps the gradients are gone: the weights that are trained and two optimizer states remain.
@@ -143,7 +143,7 @@ def transformer_bytes(rung: Rung, footprint: Footprint, compute_format: str) -> 
     return weight_bytes(rung, footprint, compute_format) + table_bytes(rung, footprint, compute_format)
 
 
-def _staying_text_bytes(plan: MemoryPlan, around: Surroundings) -> int:
+def _staying_text_bytes(plan: TrainingPlan, around: Surroundings) -> int:
     stays = plan.encoders_stay or around.text_in_loop
     return text_weight_bytes(around.sizes, around.encoders.text_format) if stays else 0
 
@@ -162,7 +162,7 @@ def _beside(num_bytes: int, name: str) -> str:
 
 
 @dataclass(frozen=True)
-class Drawing:
+class SampleSizes:
     """What is drawn, as far as memory depends on it."""
 
     pixels: int
@@ -173,7 +173,7 @@ class Drawing:
 
 
 @dataclass(frozen=True)
-class DrawingPlan:
+class SamplingPlan:
     """How pictures are drawn."""
 
     compute_format: str
@@ -194,7 +194,7 @@ class DrawingPlan:
     reasons: tuple[str, ...] = ()
 
 
-def plan_drawing(facts: HardwareFacts, footprint: Footprint, config: TrainConfig, drawing: Drawing) -> DrawingPlan:
+def plan_sampling(facts: HardwareFacts, footprint: Footprint, config: TrainConfig, sizes: SampleSizes) -> SamplingPlan:
     """The fastest way to draw that fits. `config` brings formats, demands and limits; nothing is trained.
 
     Args:
@@ -207,20 +207,20 @@ def plan_drawing(facts: HardwareFacts, footprint: Footprint, config: TrainConfig
     plain = compute_format_of(config)
     if facts.device != "cuda":
         eight_bits = config.quantize and not config.disable_quantization
-        return DrawingPlan(plain, "int8" if eight_bits else plain, 0, 0, False, None, 0, 0)
+        return SamplingPlan(plain, "int8" if eight_bits else plain, 0, 0, False, None, 0, 0)
     usable = usable_bytes(facts, config)
     footprint = replace(footprint, one_pool=is_unified(facts, config))
-    rungs = drawing_ladder(facts, footprint, config, drawing.num_passes)
+    rungs = sampling_ladder(facts, footprint, config, sizes.num_passes)
     fitting = [rung for rung in rungs if pass_peak_bytes(rung, footprint, plain) <= usable]
     rung = next(filter(None, (fit_host(rung, footprint, facts, num_tables=1) for rung in fitting)), None)
     if rung is None:
-        raise PlanError(_cannot_draw(facts, footprint, config, drawing, fitting or rungs))
-    beside = transformer_bytes(rung, footprint, plain) + lora_bytes(footprint) + drawing.autoencoder_bytes
-    decode_last = beside + decoding_bytes(drawing.pixels) > usable
-    tile = fitting_tile(drawing.pixels, usable - drawing.autoencoder_bytes, decoding_bytes) if decode_last else None
-    decoding = decoding_bytes(drawing.pixels, tile) + (drawing.autoencoder_bytes if decode_last else beside)
+        raise PlanError(_cannot_sample(facts, footprint, config, sizes, fitting or rungs))
+    beside = transformer_bytes(rung, footprint, plain) + lora_bytes(footprint) + sizes.autoencoder_bytes
+    decode_last = beside + decoding_bytes(sizes.pixels) > usable
+    tile = fitting_tile(sizes.pixels, usable - sizes.autoencoder_bytes, decoding_bytes) if decode_last else None
+    decoding = decoding_bytes(sizes.pixels, tile) + (sizes.autoencoder_bytes if decode_last else beside)
     peak = max(pass_peak_bytes(rung, footprint, plain), decoding)
-    return DrawingPlan(
+    return SamplingPlan(
         compute_format=plain,
         weights_format=rung.weights_format,
         modulation_rows=rung.modulation_rows,
@@ -229,11 +229,11 @@ def plan_drawing(facts: HardwareFacts, footprint: Footprint, config: TrainConfig
         tile_pixels=tile,
         expected_peak_bytes=peak,
         expected_host_bytes=host_bytes(rung, footprint, num_tables=1),
-        reasons=_drawing_reasons(rung, footprint, peak, usable, decode_last, tile),
+        reasons=_sampling_reasons(rung, footprint, peak, usable, decode_last, tile),
     )
 
 
-def drawing_ladder(
+def sampling_ladder(
     facts: HardwareFacts, footprint: Footprint, config: TrainConfig, num_passes: int
 ) -> tuple[Rung, ...]:
     """The rungs of a run with what only a backward pass needs taken away, fastest first.
@@ -244,7 +244,7 @@ def drawing_ladder(
         replace(
             rung,
             modulation_rows=min(rung.modulation_rows, num_passes + 1),
-            lean=False,
+            selective=False,
             recomputed_blocks=0,
             reprojected_blocks=0,
             kept_transposes=False,
@@ -262,14 +262,14 @@ def lora_bytes(footprint: Footprint) -> int:
 
 def pass_peak_bytes(rung: Rung, footprint: Footprint, compute_format: str) -> int:
     """Most that torch's allocator holds while the transformer runs without gradients."""
-    quantised = rung.weights_format != compute_format
-    units = max(k.units.passing_quantised if quantised else k.units.passing for k in footprint.kinds)
+    quantized = rung.weights_format != compute_format
+    units = max(k.units.passing_quantized if quantized else k.units.passing for k in footprint.kinds)
     activations = units * footprint.unit_bytes * (2 if compute_format == "fp32" else 1)
     held = transformer_bytes(rung, footprint, compute_format) + lora_bytes(footprint)
     return round(held + PASS_FIXED_BYTES + activations)
 
 
-def _drawing_reasons(
+def _sampling_reasons(
     rung: Rung, footprint: Footprint, peak: int, usable: int, decode_last: bool, tile: int | None
 ) -> tuple[str, ...]:
     ways = [f"base weights in {rung.weights_format}"]
@@ -282,8 +282,8 @@ def _drawing_reasons(
     return (f"{', '.join(ways)}: about {peak / GIB:.1f} GiB at the peak, {usable / GIB:.1f} GiB usable",)
 
 
-def _cannot_draw(
-    facts: HardwareFacts, footprint: Footprint, config: TrainConfig, drawing: Drawing, rungs: Sequence[Rung]
+def _cannot_sample(
+    facts: HardwareFacts, footprint: Footprint, config: TrainConfig, sizes: SampleSizes, rungs: Sequence[Rung]
 ) -> str:
     """Why none of the rungs can be taken, and what could be; those that fit the GPU lack host memory."""
     plain, usable = compute_format_of(config), usable_bytes(facts, config)
@@ -303,8 +303,8 @@ def _cannot_draw(
     if config.disable_quantization or config.quantize is not None:
         free = config.model_copy(update={"quantize": None, "disable_quantization": False})
         try:
-            plan = plan_drawing(facts, footprint, free, drawing)
+            plan = plan_sampling(facts, footprint, free, sizes)
         except PlanError:
             return f"{lack} Fewer bits would not do either: draw smaller pictures."
-        return f"{lack} Without a demand for or against quantising, {plan.reasons[0]}."
+        return f"{lack} Without a demand for or against quantizing, {plan.reasons[0]}."
     return f"{lack} Draw smaller pictures."

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pixtune.config.schema import TrainConfig
 from pixtune.hardware.facts import GIB, HardwareFacts, missing_on_host
 from pixtune.plan.footprint import Footprint
-from pixtune.plan.rungs import Rung, fit_host, fragmented_bytes, ladder, peak_bytes, room_for_recordings
+from pixtune.plan.rungs import Rung, fit_host, fragmented_bytes, ladder, peak_bytes, room_for_captures
 
 
 def host_lacks(
@@ -55,7 +55,7 @@ def nothing_fits(
     """
 
     def needed(rung: Rung, config: TrainConfig) -> int:
-        beside = fragmented_bytes(rung, footprint, config, compiled) + room_for_recordings(rung, config)
+        beside = fragmented_bytes(rung, footprint, config, compiled) + room_for_captures(rung, config)
         return peak_bytes(rung, footprint, config, optimizer, compiled) + beside
 
     wanted = needed(least, config)

@@ -11,7 +11,7 @@ from pixtune.hardware.facts import GIB, HardwareFacts, missing_on_host
 from pixtune.plan.footprint import INPUT_UNITS, BlockKind, Footprint, block_weight_bytes, bytes_per_weight
 
 EIGHT_BIT = ("fp8", "int8")
-QUANTISED = (*EIGHT_BIT, "nf4")
+QUANTIZED = (*EIGHT_BIT, "nf4")
 """Formats of weights that are not the ones of activations."""
 FIXED_BYTES = round(0.05 * GIB)
 """In the allocator, besides what is counted: workspaces of products, latents, noise, the layers at both ends."""
@@ -27,10 +27,10 @@ FRAGMENTED, FRAGMENTED_BY_RECOMPUTING = 0.017, 0.06
 """Of a step's activations. Measured on an H100, between allocated and reserved: 0.57 GiB at 19.6 GiB of activations
 that are all kept, 0.98 at 12.4 of lean blocks, 0.74 at 8.7 where 21 of 60 blocks are recomputed; `plan.RESERVE_BYTES`
 is part of each."""
-RECORDING_BYTES = 24 * 2**20
-"""Of one shape's recorded steps, outside the allocator: processes that recorded one held 0.02 to 0.03 GiB more than
-those that recorded none (H100). The first is part of `plan.CONTEXT_BYTES`."""
-LEAST_RECORDINGS, MOST_RECORDINGS = 4, 64
+CAPTURE_BYTES = 24 * 2**20
+"""Of one shape's captured steps, outside the allocator: processes that captured one held 0.02 to 0.03 GiB more than
+those that captured none (H100). The first is part of `plan.CONTEXT_BYTES`."""
+LEAST_CAPTURES, MOST_CAPTURES = 4, 64
 """Room is left for so many where blocks are lean or recomputed, which costs less than a block more of them."""
 TABLE_ROWS = (128, 32)
 """Draws whose modulation is computed in one pass over its weights. Qwen-Image has 120 such layers and FLUX.1-dev 76, so
@@ -47,7 +47,7 @@ class Rung:
     weights_format: str
     modulation_rows: int = 0
     """Of the table in host memory that stands in for modulation layers; 0: they are loaded."""
-    lean: bool = False
+    selective: bool = False
     recomputed_blocks: int = 0
     offload_inputs: bool = False
     streamed_blocks: int = 0
@@ -70,32 +70,32 @@ def ladder(facts: HardwareFacts, footprint: Footprint, config: TrainConfig) -> I
     blocks, no_recompute = footprint.num_blocks, config.disable_gradient_checkpointing
     plain, rows = compute_format_of(config), table_rows(footprint)
     for number, weights_format in enumerate(allowed_formats(facts, config)):
-        quantised = weights_format != plain
+        quantized = weights_format != plain
         if no_recompute is not False:
-            if not quantised:
+            if not quantized:
                 yield Rung(weights_format)
             for transposes in (True, False) if weights_format in EIGHT_BIT else (False,):
-                for lean in (False, True) if no_recompute is None else (False,):
-                    yield Rung(weights_format, rows, lean, kept_transposes=transposes)
+                for selective in (False, True) if no_recompute is None else (False,):
+                    yield Rung(weights_format, rows, selective, kept_transposes=transposes)
         is_last = number == len(allowed_formats(facts, config)) - 1
-        if no_recompute is True or not (quantised or is_last):
+        if no_recompute is True or not (quantized or is_last):
             continue  # products in 8 bits are faster than computing blocks twice in 16
-        lean, counts = no_recompute is None, range(1, blocks + 1) if no_recompute is None else (blocks,)
-        reprojects = lean and all(kind.units.projections for kind in footprint.kinds)
+        selective, counts = no_recompute is None, range(1, blocks + 1) if no_recompute is None else (blocks,)
+        reprojects = selective and all(kind.units.projections for kind in footprint.kinds)
         if reprojects:  # a third of what a lean block keeps, for a sixth of its products
-            yield from (Rung(weights_format, rows, lean, reprojected_blocks=count) for count in counts)
+            yield from (Rung(weights_format, rows, selective, reprojected_blocks=count) for count in counts)
         for offload in (False, True) if not is_unified(facts, config) else (False,):
             for count in counts:
                 others = blocks - count if reprojects else 0
-                yield Rung(weights_format, rows, lean, count, offload, reprojected_blocks=others)
+                yield Rung(weights_format, rows, selective, count, offload, reprojected_blocks=others)
         if is_last and not is_unified(facts, config):
             for count in range(STREAM_SLOTS + 1, blocks + 1):
-                yield Rung(weights_format, rows, lean, blocks, True, count)
+                yield Rung(weights_format, rows, selective, blocks, True, count)
 
 
 def table_rows(footprint: Footprint, wanted: int = TABLE_ROWS[0]) -> int:
-    """Of the modulation table; one more than a step's samples at the least. 0: its layers must be in place."""
-    return 0 if footprint.trains_modulation else max(wanted, footprint.samples_per_step + 1)
+    """Of the modulation table; one more than a step's examples at the least. 0: its layers must be in place."""
+    return 0 if footprint.trains_modulation else max(wanted, footprint.examples_per_step + 1)
 
 
 def fit_host(
@@ -151,29 +151,29 @@ def compute_format_of(config: TrainConfig) -> str:
 # ---- bytes
 
 
-def room_for_recordings(rung: Rung, config: TrainConfig) -> int:
-    """Bytes that are left for recorded steps."""
-    wanted = config.cuda_graphs and (rung.lean or rung.recomputed_blocks > 0)
-    return (LEAST_RECORDINGS - 1) * RECORDING_BYTES if wanted else 0
+def room_for_captures(rung: Rung, config: TrainConfig) -> int:
+    """Bytes that are left for captured steps."""
+    wanted = config.cuda_graphs and (rung.selective or rung.recomputed_blocks > 0)
+    return (LEAST_CAPTURES - 1) * CAPTURE_BYTES if wanted else 0
 
 
-def records_steps(config: TrainConfig) -> bool:
-    """Whether a GPU does. Training all weights may step each in its backward pass, so none is recorded."""
+def captures_steps(config: TrainConfig) -> bool:
+    """Whether a GPU does. Training all weights may step each in its backward pass, so none is captured."""
     return config.cuda_graphs and config.method != "full"
 
 
-def count_recordings(
+def count_captures(
     rung: Rung, footprint: Footprint, config: TrainConfig, compiled: bool, beside_peak_bytes: int
 ) -> int:
-    """Of how many shapes steps are recorded.
+    """Of how many shapes steps are captured.
 
     Args:
         beside_peak_bytes: what a step leaves of the memory there is.
     """
-    if not records_steps(config):
+    if not captures_steps(config):
         return 0
     left = beside_peak_bytes - fragmented_bytes(rung, footprint, config, compiled)
-    return min(1 + max(left, 0) // RECORDING_BYTES, MOST_RECORDINGS)
+    return min(1 + max(left, 0) // CAPTURE_BYTES, MOST_CAPTURES)
 
 
 def weight_bytes(rung: Rung, footprint: Footprint, compute_format: str) -> int:
@@ -208,7 +208,7 @@ def table_bytes(rung: Rung, footprint: Footprint, compute_format: str) -> int:
     """On the device, of the modulation table: a step's rows, a layer's weights on their way, and what they make."""
     if not rung.modulation_rows:
         return 0
-    row = modulation_row(footprint) * (footprint.samples_per_step + 1)
+    row = modulation_row(footprint) * (footprint.examples_per_step + 1)
     made = rung.modulation_rows * max(kind.modulation_outputs for kind in footprint.kinds)
     on_host = table_host_numbers(rung, footprint, TABLES) if footprint.one_pool else 0
     return (4 if compute_format == "fp32" else 2) * (row + made + largest_modulation(footprint) + on_host)
@@ -237,8 +237,8 @@ def activation_bytes(rung: Rung, footprint: Footprint, config: TrainConfig, comp
 
 
 def fragmented_bytes(rung: Rung, footprint: Footprint, config: TrainConfig, compiled: bool) -> int:
-    """What the allocator cannot use between a step's activations. A step that is recorded cannot move them together."""
-    share = FRAGMENTED_BY_RECOMPUTING if rung.lean or rung.recomputed_blocks else FRAGMENTED
+    """What the allocator cannot use between a step's activations. A step that is captured cannot move them together."""
+    share = FRAGMENTED_BY_RECOMPUTING if rung.selective or rung.recomputed_blocks else FRAGMENTED
     return round(share * activation_bytes(rung, footprint, config, compiled))
 
 
@@ -263,7 +263,7 @@ def activation_units(rung: Rung, footprint: Footprint, compiled: bool, retained:
             forward = max(forward, beside_units(kind, rung, footprint) + (kind.units.projections if again else 0))
         if recomputed:
             # What a fused MLP saves, it saves in a block's second forward pass, too.
-            saved = kind.units.forward_quantised - kind.units.forward_fused if fuses_mlps(rung, footprint) else 0
+            saved = kind.units.forward_quantized - kind.units.forward_fused if fuses_mlps(rung, footprint) else 0
             working = max(working, kind.units.working - saved + extra)
     return inputs + (kept + max(forward, working) if retained else max(kept + forward, working))
 
@@ -272,7 +272,7 @@ def beside_units(kind: BlockKind, rung: Rung, footprint: Footprint) -> float:
     """On top of what one block keeps, while it runs."""
     if fuses_mlps(rung, footprint):
         return kind.units.forward_fused
-    return kind.units.forward_quantised if rung.weights_format in QUANTISED else kind.units.forward
+    return kind.units.forward_quantized if rung.weights_format in QUANTIZED else kind.units.forward
 
 
 def fuses_mlps(rung: Rung, footprint: Footprint) -> bool:
@@ -289,8 +289,8 @@ def with_fused_mlps(footprint: Footprint, facts: HardwareFacts) -> Footprint:
 
 def kept_units(kind: BlockKind, rung: Rung, footprint: Footprint, compiled: bool) -> float:
     """Of one block that is not recomputed."""
-    each = kind.units.eager if not compiled else kind.units.lean if rung.lean else kind.units.kept
-    if compiled and not rung.lean and footprint.samples_at_once > 1:
+    each = kind.units.eager if not compiled else kind.units.selective if rung.selective else kind.units.kept
+    if compiled and not rung.selective and footprint.examples_at_once > 1:
         each += kind.units.cut
     return each + extra_units(footprint, compiled)
 

@@ -1,6 +1,6 @@
 """How long a run makes its captions: each as it is, or the next multiple of some number of tokens.
 
-A step is recorded for one shape, so captions of any length would leave nothing to replay. Attention to padded captions
+A step is captured for one shape, so captions of any length would leave nothing to replay. Attention to padded captions
 without a mask (`padded_attention.py`) lets many lengths share a shape.
 """
 
@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from pixtune.config.schema import TrainConfig
-from pixtune.plan.rungs import compute_format_of, records_steps
+from pixtune.plan.rungs import captures_steps, compute_format_of
 
 LEAST_MULTIPLE = 64
 """Tokens. Half of it is added to a caption on average: below one percent of a picture's 4096."""
@@ -23,7 +23,7 @@ class CaptionedSize:
     """Training pictures of one size, their control pictures' sizes included."""
 
     image_tokens: int
-    """Of one sample, its control pictures included."""
+    """Of one example, its control pictures included."""
     draws_by_length: Mapping[int, float]
     """How often captions of so many tokens are drawn in an epoch. The dropped caption is one of them."""
 
@@ -49,7 +49,7 @@ def least_multiple(config: TrainConfig, captions: Captions | None) -> int:
     Args:
         captions: None: the family cannot pad them.
     """
-    can_gain = captions is not None and captions.differ and records_steps(config)
+    can_gain = captions is not None and captions.differ and captures_steps(config)
     # The kernels that take no mask compute in half the width alone.
     return LEAST_MULTIPLE if can_gain and compute_format_of(config) == "bf16" else 1
 
@@ -57,26 +57,26 @@ def least_multiple(config: TrainConfig, captions: Captions | None) -> int:
 def choose_text_multiple(
     config: TrainConfig,
     captions: Captions | None,
-    recordings: int,
+    captures: int,
     kernel_pads: bool,
 ) -> tuple[int, list[str]]:
     """What it does pad to, and why.
 
     Args:
-        recordings: of how many shapes steps are recorded.
+        captures: of how many shapes steps are captured.
         kernel_pads: attention to padded captions by the run's kernel was tried on this machine, and is right.
     """
-    least = least_multiple(config, captions) if recordings and kernel_pads else 1
+    least = least_multiple(config, captions) if captures and kernel_pads else 1
     if captions is None or least == 1:
         return 1, []
     if not captions.sizes:
         return least, [f"captions padded to multiples of {least} tokens: how long they are is known in the loop alone"]
-    as_they_are, room = num_shapes(captions.sizes, 1), f"{recordings} can be recorded"
+    as_they_are, room = num_shapes(captions.sizes, 1), f"{captures} can be captured"
     # Larger batches of captions that differ would be split, into parts of any size, or masked.
     is_whole = config.batch_size == 1 or all(len(size.draws_by_length) == 1 for size in captions.sizes)
-    if is_whole and as_they_are <= recordings:
+    if is_whole and as_they_are <= captures:
         return 1, [f"captions not padded: pictures and captions have {as_they_are} shapes, and {room}"]
-    multiple = fitting_multiple(captions.sizes, recordings)
+    multiple = fitting_multiple(captions.sizes, captures)
     shapes, added = num_shapes(captions.sizes, multiple), padding_share(captions.sizes, multiple)
     if is_whole and shapes == as_they_are:
         return 1, [f"captions not padded: pictures and captions would have {shapes} shapes all the same"]
@@ -109,7 +109,7 @@ def num_shapes(sizes: Sequence[CaptionedSize], multiple: int) -> int:
 
 
 def padding_share(sizes: Sequence[CaptionedSize], multiple: int) -> float:
-    """Of all tokens of an epoch, where batches are of one sample; larger ones have more."""
+    """Of all tokens of an epoch, where batches are of one example; larger ones have more."""
     added = whole = 0.0
     for size in sizes:
         for length, draws in size.draws_by_length.items():

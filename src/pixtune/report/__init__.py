@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pixtune.report.page import build_page
-from pixtune.report.pictures import draw_before_after
+from pixtune.report.pictures import render_before_after
 from pixtune.report.record import read_record
 from pixtune.storage.files import write_atomically
 
@@ -31,7 +31,7 @@ def write_report(
     Args:
         output_dir: the run's folder, with `metrics.jsonl` and the samples that it names.
         config: nested, as `config.to_dict` gives it.
-        plan: as `MemoryPlan.to_dict` gives it.
+        plan: as `TrainingPlan.to_dict` gives it.
         versions: of packages, by name.
         facts: what else a reader wants to know, by the words to show.
 
@@ -40,7 +40,7 @@ def write_report(
     """
     record = read_record(output_dir)
     if record.pairs:
-        write_atomically(output_dir / BEFORE_AFTER_FILE, draw_before_after(output_dir, record))
+        write_atomically(output_dir / BEFORE_AFTER_FILE, render_before_after(output_dir, record))
     page = build_page(output_dir, record, config=config, plan=plan, versions=versions, facts=facts)
     path = output_dir / PAGE_FILE
     write_atomically(path, page.encode("utf-8", errors="replace"))  # "replace": a prompt may hold half a surrogate pair

@@ -63,7 +63,7 @@ class Axis:
         return (value - self.low) / (self.high - self.low)
 
 
-def draw_chart(chart: Chart) -> str:
+def render_chart(chart: Chart) -> str:
     """A `<figure>`; empty text if there is nothing to draw."""
     series = [one for one in chart.series if one.points]
     if not series:
@@ -77,14 +77,14 @@ def draw_chart(chart: Chart) -> str:
         x = left + x_axis.share(point[0]) * (WIDTH - RIGHT - left)
         return round(x, 1), round(HEIGHT - BOTTOM - y_axis.share(point[1]) * (HEIGHT - BOTTOM - TOP), 1)
 
-    lines = draw_grid(x_axis, y_axis, labels, left, place)
-    lines += [draw_series(one, place, chart.suffix) for one in series]
+    lines = render_grid(x_axis, y_axis, labels, left, place)
+    lines += [render_series(one, place, chart.suffix) for one in series]
     subtitle = chart.subtitle + (", logarithmic" if y_axis.log else "")
     return "\n".join(
         [
             '<figure class="chart">',
             f"<figcaption><b>{escape(chart.title)}</b> <span>{escape(subtitle)}</span></figcaption>",
-            draw_legend(series) if len(series) > 1 else "",
+            render_legend(series) if len(series) > 1 else "",
             f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(describe(chart, series))}">',
             *lines,
             "</svg></figure>",
@@ -92,7 +92,7 @@ def draw_chart(chart: Chart) -> str:
     )
 
 
-def draw_grid(
+def render_grid(
     x_axis: Axis, y_axis: Axis, labels: Sequence[str], left: float, place: Callable[[Point], tuple[float, float]]
 ) -> list[str]:
     """Grid lines, ticks and their labels."""
@@ -110,7 +110,7 @@ def draw_grid(
     return lines
 
 
-def draw_series(series: Series, place: Callable[[Point], tuple[float, float]], suffix: str) -> str:
+def render_series(series: Series, place: Callable[[Point], tuple[float, float]], suffix: str) -> str:
     """A series as one path, with marks that tell their value where they are few."""
     places = [place(point) for point in thin(series.points)]
     style = path_style(series)
@@ -122,7 +122,7 @@ def draw_series(series: Series, place: Callable[[Point], tuple[float, float]], s
     if series.kind == "marked" and len(series.points) <= MOST_MARKERS:
         for step, value in series.points:
             hover = escape(f"{series.label}, step {step:,}: {format_value(value)}{suffix}")
-            drawn += draw_mark(series.color, *place((step, value)), f"<title>{hover}</title>")
+            drawn += render_mark(series.color, *place((step, value)), f"<title>{hover}</title>")
     return drawn
 
 
@@ -135,7 +135,7 @@ def path_style(series: Series) -> str:
     return "line"
 
 
-def draw_mark(color: int, x: float, y: float, inner: str = "") -> str:
+def render_mark(color: int, x: float, y: float, inner: str = "") -> str:
     """A mark whose shape, besides its colour, tells the series."""
     path = {
         "circle": f"M{x - 4:.1f} {y}a4 4 0 1 0 8 0a4 4 0 1 0 -8 0z",
@@ -146,14 +146,14 @@ def draw_mark(color: int, x: float, y: float, inner: str = "") -> str:
     return f'<path class="mark c{color}" d="{path}">{inner}</path>'
 
 
-def draw_legend(series: Sequence[Series]) -> str:
+def render_legend(series: Sequence[Series]) -> str:
     """Names of the series, each with a small picture of its line."""
     entries = []
     for one in series:
         style = path_style(one)
         path = {"dots": "M4 9h0M11 4h0M18 7h0", "dot": "M11 6h0"}.get(style, "M1 6H21")
         swatch = f'<path class="{style} c{one.color}" d="{path}"/>'
-        swatch += draw_mark(one.color, 11, 6) if one.kind == "marked" else ""
+        swatch += render_mark(one.color, 11, 6) if one.kind == "marked" else ""
         icon = f'<svg viewBox="0 0 22 12" width="22" height="12" aria-hidden="true">{swatch}</svg>'
         entries.append(f"<li>{icon} {escape(one.label)}</li>")
     return f'<ul class="legend">{"".join(entries)}</ul>'

@@ -8,7 +8,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from pixtune.report.charts import Chart, Series, draw_chart
+from pixtune.report.charts import Chart, Series, render_chart
 from pixtune.report.pictures import data_uri, edge_for, open_picture, spread
 from pixtune.report.record import (
     MemoryRecord,
@@ -190,7 +190,7 @@ def build_picture(output_dir: Path, sample: Sample, edge: int, caption: str) -> 
 
 def build_charts(record: RunRecord) -> str:
     """Curves over steps, and the held-out figures as a table."""
-    charts = [draw_chart(chart) for chart in plan_charts(record)]
+    charts = [render_chart(chart) for chart in plan_charts(record)]
     if not any(charts):
         return "<section><h2>Curves</h2><p>No step was logged.</p></section>"
     table = build_validations(record.validations) if record.validations else ""

@@ -85,7 +85,7 @@ def spread(items: Sequence[Item], most: int) -> list[Item]:
 # ---- before_after.png
 
 
-def draw_before_after(output_dir: Path, record: RunRecord) -> bytes:
+def render_before_after(output_dir: Path, record: RunRecord) -> bytes:
     """A PNG: one row a prompt and seed, its words, the picture before and the picture after training."""
     pairs = spread(record.pairs, MOST_ROWS)
     rows = [[open_picture(output_dir / sample.path) for sample in pair] for pair in pairs]
@@ -106,13 +106,13 @@ def draw_before_after(output_dir: Path, record: RunRecord) -> bytes:
         pen.text((x, MARGIN + TITLE_HEIGHT + 4), header, "#444444", own_font(18))
     for number, (pair, row) in enumerate(zip(pairs, tiles, strict=True)):
         y = first_row + number * (height + GAP)
-        draw_label(pen, (MARGIN, y), height, pair[0], number + 1)
+        render_label(pen, (MARGIN, y), height, pair[0], number + 1)
         for x, sample, tile in zip(columns, pair, row, strict=True):
             if tile:
                 grid.paste(tile, (x, y))
                 pen.rectangle((x - 1, y - 1, x + tile.width, y + tile.height), outline="#d0d4da")
             else:
-                draw_missing(pen, (x, y, x + width - 1, y + height - 1), sample.path)
+                render_missing(pen, (x, y, x + width - 1, y + height - 1), sample.path)
     return encode(grid, "png")
 
 
@@ -121,7 +121,7 @@ def tile_edge(picture: Image.Image) -> int:
     return min(max(*picture.size, SMALLEST_TILE), LARGEST_TILE)
 
 
-def draw_label(pen: ImageDraw.ImageDraw, place: tuple[int, int], height: int, sample: Sample, number: int) -> None:
+def render_label(pen: ImageDraw.ImageDraw, place: tuple[int, int], height: int, sample: Sample, number: int) -> None:
     """Prompt, seed and control pictures beside a row."""
     prompt, font = " ".join(sample.prompt.split()), font_for(sample.prompt, 17)
     if font is None:
@@ -132,7 +132,7 @@ def draw_label(pen: ImageDraw.ImageDraw, place: tuple[int, int], height: int, sa
     pen.text((place[0], place[1] + 23 * len(lines) + 2), sample.detail, "#555555", own_font(14))
 
 
-def draw_missing(pen: ImageDraw.ImageDraw, box: tuple[int, int, int, int], path: str) -> None:
+def render_missing(pen: ImageDraw.ImageDraw, box: tuple[int, int, int, int], path: str) -> None:
     """A grey field in place of a picture that cannot be read."""
     pen.rectangle(box, "#e8e8e8", "#b0b0b0")
     font = own_font(15)

@@ -20,7 +20,7 @@ MAY_CHANGE = (
     "pin_memory", "data_config.control_dir", "data_config.metadata_file", "precompute_text_embeddings",
     "precompute_image_embeddings",
 )  # fmt: skip
-"""Keys that leave each step as it was. Folders may move: data and weights are recognised by content."""
+"""Keys that leave each step as it was. Folders may move: data and weights are recognized by content."""
 
 
 def config_hash(config: TrainConfig) -> str:

@@ -21,7 +21,7 @@ from pixtune.hardware.monitor import get_memory_stats
 from pixtune.hardware.sensors import GpuSensors, read_sensors
 from pixtune.progress import StepBar
 from pixtune.tracking.metrics import MetricsLog
-from pixtune.tracking.steptime import Drift, StepSample, StepTimeWatch
+from pixtune.tracking.steptime import Drift, StepTimeWatch, StepTiming
 
 SENSORS_EVERY_SECONDS = 60.0
 """At most so often: nvidia-smi takes tens of milliseconds."""
@@ -197,7 +197,7 @@ class DriftWatch:
         drifts = []
         for entry, own_seconds in zip(steps, seconds, strict=True):
             sensors = self._sensors.reading(self._times.is_telling(entry.size, own_seconds))
-            sample = StepSample(
+            sample = StepTiming(
                 entry.step, own_seconds, entry.size, entry.data_wait_seconds, entry.compiled_graphs,
                 retries - self._retries if entry is steps[-1] else 0, free_share,
                 sensors.clock_mhz if sensors else None, sensors.temperature_celsius if sensors else None,

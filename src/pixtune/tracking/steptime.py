@@ -25,7 +25,7 @@ RECOMPILING_STEPS = 3
 
 
 @dataclass(frozen=True)
-class StepSample:
+class StepTiming:
     """What is known of one step. Only `step` and `seconds` are needed; each other figure can show one cause."""
 
     step: int
@@ -70,16 +70,16 @@ class Baseline:
 class Measured:
     """A step beside its baseline."""
 
-    sample: StepSample
+    timing: StepTiming
     baseline: Baseline
 
     @property
     def ratio(self) -> float:
-        return self.sample.seconds / self.baseline.seconds
+        return self.timing.seconds / self.baseline.seconds
 
 
 class StepTimeWatch:
-    """Takes one sample a step and answers with a drift when one begins; silent while it lasts and when all is well.
+    """Takes one timing a step and answers with a drift when one begins; silent while it lasts and when all is well.
 
     Args:
         spills_to_host: this system's driver moves GPU memory to the host when it is full (Windows and WSL), which shows
@@ -88,18 +88,18 @@ class StepTimeWatch:
 
     def __init__(self, spills_to_host: bool = False) -> None:
         self._spills_to_host = spills_to_host
-        self._young: dict[str, list[StepSample]] = defaultdict(list)
+        self._young: dict[str, list[StepTiming]] = defaultdict(list)
         self._baselines: dict[str, Baseline] = {}
         self._window: deque[Measured] = deque(maxlen=WINDOW_STEPS)
         self._drifting = False
 
-    def add(self, sample: StepSample) -> Drift | None:
+    def add(self, timing: StepTiming) -> Drift | None:
         """The drift that has begun with this step, or None."""
-        baseline = self._baselines.get(sample.size)
+        baseline = self._baselines.get(timing.size)
         if baseline is None:
-            self._learn(sample)
+            self._learn(timing)
             return None
-        self._window.append(Measured(sample, baseline))
+        self._window.append(Measured(timing, baseline))
         if len(self._window) < WINDOW_STEPS:
             return None
         ratio = slowness(self._window)
@@ -116,19 +116,19 @@ class StepTimeWatch:
         baseline = self._baselines.get(size)
         return baseline is None or seconds >= DRIFT_RATIO * baseline.seconds
 
-    def _learn(self, sample: StepSample) -> None:
-        young = self._young[sample.size]
-        young.append(sample)
+    def _learn(self, timing: StepTiming) -> None:
+        young = self._young[timing.size]
+        young.append(timing)
         if len(young) == BASELINE_STEPS:
-            self._baselines[sample.size] = baseline_of(self._young.pop(sample.size))
+            self._baselines[timing.size] = baseline_of(self._young.pop(timing.size))
 
 
-def baseline_of(samples: Sequence[StepSample]) -> Baseline:
+def baseline_of(timings: Sequence[StepTiming]) -> Baseline:
     """Medians, so that steps which compiled or read a cold cache do not count."""
     return Baseline(
-        statistics.median(sample.seconds for sample in samples),
-        statistics.median(sample.data_wait_seconds for sample in samples),
-        _median([sample.clock_mhz for sample in samples]),
+        statistics.median(timing.seconds for timing in timings),
+        statistics.median(timing.data_wait_seconds for timing in timings),
+        _median([timing.clock_mhz for timing in timings]),
     )
 
 
@@ -136,20 +136,20 @@ def slowness(window: Sequence[Measured]) -> float:
     """How slow the last steps are. The median; but the mean where several of them compiled anew, which costs minutes
     in a few steps and would hide from a median."""
     ratios = [measured.ratio for measured in window]
-    recompiling = sum(measured.sample.recompilations > 0 for measured in window)
+    recompiling = sum(measured.timing.recompilations > 0 for measured in window)
     return statistics.fmean(ratios) if recompiling >= RECOMPILING_STEPS else statistics.median(ratios)
 
 
 def explain(window: Sequence[Measured], ratio: float, spills_to_host: bool) -> Drift:
     """The drift of a window of steps, with what was measured of its causes."""
     findings = [(cause, finding) for cause, find in CAUSES.items() if (finding := find(window, spills_to_host))]
-    seconds = statistics.fmean(measured.sample.seconds for measured in window)
+    seconds = statistics.fmean(measured.timing.seconds for measured in window)
     before = statistics.fmean(measured.baseline.seconds for measured in window)
     told = " ".join(finding for _, finding in findings) or (
         "Nothing that is measured here explains it: neither data, recompilation, memory nor clock. Look for other "
         "programs on this machine."
     )
-    last = window[-1].sample.step
+    last = window[-1].timing.step
     return Drift(
         last,
         ratio,
@@ -161,9 +161,9 @@ def explain(window: Sequence[Measured], ratio: float, spills_to_host: bool) -> D
 
 def _data(window: Sequence[Measured], spills_to_host: bool) -> str | None:
     """Waiting for data makes up at least half of what a step takes longer."""
-    wait = statistics.fmean(measured.sample.data_wait_seconds for measured in window)
+    wait = statistics.fmean(measured.timing.data_wait_seconds for measured in window)
     longer_wait = wait - statistics.fmean(measured.baseline.data_wait_seconds for measured in window)
-    longer = statistics.fmean(measured.sample.seconds - measured.baseline.seconds for measured in window)
+    longer = statistics.fmean(measured.timing.seconds - measured.baseline.seconds for measured in window)
     if longer_wait < longer / 2:
         return None
     return (
@@ -174,11 +174,11 @@ def _data(window: Sequence[Measured], spills_to_host: bool) -> str | None:
 
 def _recompilation(window: Sequence[Measured], spills_to_host: bool) -> str | None:
     """Steps that compile are the slow ones: without them there is no drift."""
-    compiling = [measured for measured in window if measured.sample.recompilations]
-    others = [measured.ratio for measured in window if not measured.sample.recompilations]
+    compiling = [measured for measured in window if measured.timing.recompilations]
+    others = [measured.ratio for measured in window if not measured.timing.recompilations]
     if not compiling or (others and statistics.median(others) >= DRIFT_RATIO):
         return None
-    sizes = sorted({measured.sample.size for measured in compiling} - {""})
+    sizes = sorted({measured.timing.size for measured in compiling} - {""})
     return (
         f"{len(compiling)} of them compiled anew{' for ' + ', '.join(sizes) if sizes else ''}. Fewer bucket sizes "
         "compile less often; TORCH_LOGS=recompiles tells why it happens."
@@ -187,7 +187,7 @@ def _recompilation(window: Sequence[Measured], spills_to_host: bool) -> str | No
 
 def _memory(window: Sequence[Measured], spills_to_host: bool) -> str | None:
     """The allocator had to give memory back and ask again."""
-    retries = sum(measured.sample.allocation_retries for measured in window)
+    retries = sum(measured.timing.allocation_retries for measured in window)
     if not retries:
         return None
     return (
@@ -198,7 +198,7 @@ def _memory(window: Sequence[Measured], spills_to_host: bool) -> str | None:
 
 def _spill(window: Sequence[Measured], spills_to_host: bool) -> str | None:
     """The driver has no room left, on a system where it then uses the host's memory."""
-    shares = [measured.sample.free_share for measured in window if measured.sample.free_share is not None]
+    shares = [measured.timing.free_share for measured in window if measured.timing.free_share is not None]
     if not spills_to_host or not shares or min(shares) >= FULL_SHARE:
         return None
     return (
@@ -210,11 +210,11 @@ def _spill(window: Sequence[Measured], spills_to_host: bool) -> str | None:
 
 def _throttling(window: Sequence[Measured], spills_to_host: bool) -> str | None:
     """The clock is lower than at first."""
-    now = _median([measured.sample.clock_mhz for measured in window])
+    now = _median([measured.timing.clock_mhz for measured in window])
     before = _median([measured.baseline.clock_mhz for measured in window])
     if now is None or before is None or now >= CLOCK_SHARE * before:
         return None
-    temperature = _median([measured.sample.temperature_celsius for measured in window])
+    temperature = _median([measured.timing.temperature_celsius for measured in window])
     heat = "" if temperature is None else f" at {temperature:.0f} °C"
     return (
         f"The GPU runs at {now:.0f} MHz{heat} instead of {before:.0f}: heat or a power limit slows it. Look at "

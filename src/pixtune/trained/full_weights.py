@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from pixtune.config.schema import TrainConfig
 from pixtune.errors import CheckpointError, WriteError
 from pixtune.hardware.facts import package_versions
-from pixtune.plan.memory import MemoryPlan
+from pixtune.plan.training import TrainingPlan
 from pixtune.storage.checkpoint import OPTIMIZER_STEM, Checkpoint, CheckpointFiles, joined, sharded
 from pixtune.storage.files import sync_folder, write_atomically
 from pixtune.storage.model_folder import READ_SUFFIXES, ModelFolder
@@ -77,7 +77,7 @@ class FullWeights:
     """
 
     def __init__(
-        self, config: TrainConfig, folder: ModelFolder, plan: MemoryPlan, transformer: nn.Module, first_step: int
+        self, config: TrainConfig, folder: ModelFolder, plan: TrainingPlan, transformer: nn.Module, first_step: int
     ) -> None:
         self.config, self.folder, self.transformer = config, folder, transformer
         transformer.requires_grad_(True)

@@ -13,7 +13,7 @@ from pixtune import randomness
 from pixtune.config.schema import TrainConfig
 from pixtune.family import ModelFamily
 from pixtune.hardware.facts import package_versions
-from pixtune.plan.memory import MemoryPlan
+from pixtune.plan.training import TrainingPlan
 from pixtune.storage.checkpoint import OPTIMIZER_STEM, CheckpointFiles, joined
 from pixtune.storage.model_folder import ModelFolder
 from pixtune.storage.resume import config_hash
@@ -123,7 +123,7 @@ class LoraWeights:
 
 
 def train_lora(
-    config: TrainConfig, family: ModelFamily, folder: ModelFolder, plan: MemoryPlan, transformer: nn.Module, step: int
+    config: TrainConfig, family: ModelFamily, folder: ModelFolder, plan: TrainingPlan, transformer: nn.Module, step: int
 ) -> LoraWeights:
     """Attaches the LoRA that the config describes."""
     targets = config.lora_targets or family.lora_targets
@@ -135,13 +135,13 @@ def train_lora(
 
 
 def train_all(
-    config: TrainConfig, family: ModelFamily, folder: ModelFolder, plan: MemoryPlan, transformer: nn.Module, step: int
+    config: TrainConfig, family: ModelFamily, folder: ModelFolder, plan: TrainingPlan, transformer: nn.Module, step: int
 ) -> FullWeights:
     """Makes every weight of the transformer trainable."""
     return FullWeights(config, folder, plan, transformer, step)
 
 
-METHODS: dict[str, Callable[[TrainConfig, ModelFamily, ModelFolder, MemoryPlan, nn.Module, int], TrainedWeights]] = {
+METHODS: dict[str, Callable[[TrainConfig, ModelFamily, ModelFolder, TrainingPlan, nn.Module, int], TrainedWeights]] = {
     "lora": train_lora,
     "full": train_all,
 }

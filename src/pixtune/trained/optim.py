@@ -185,7 +185,7 @@ def optimizer_state(
 ) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
     """An optimizer's state as flat tensors `PARAMETER/KEY`, and what is no tensor (step counters) by parameter.
 
-    8-bit codes, scales and code books are taken as they are, so that nothing is requantised on the way back. A code
+    8-bit codes, scales and code books are taken as they are, so that nothing is requantized on the way back. A code
     book that parameters share is copied for each: a safetensors file holds no tensor twice.
     """
     seen: set[int] = set()

@@ -24,7 +24,7 @@ ASSETS = Path(__file__).resolve().parents[3] / "assets"
 MODELS = {"qwen_image": "tiny-qwen-image", "flux": "tiny-flux"}
 DEPTHS = {"qwen_image": ("num_layers",), "flux": ("num_layers", "num_single_layers")}
 RANK = 4
-LATENT_SIDE, SIZE = 32, StepSize(num_samples=2, num_image_tokens=256, num_text_tokens=40)
+LATENT_SIDE, SIZE = 32, StepSize(num_examples=2, num_image_tokens=256, num_text_tokens=40)
 TERA = 10**12
 
 
@@ -56,7 +56,7 @@ def count(family_name: str, config: dict[str, Any], trains_all: bool = False, re
     if recompute:
         model.train()
         model.enable_gradient_checkpointing()
-    batch = SIZE.num_samples
+    batch = SIZE.num_examples
     latents_BCHW = torch.randn(batch, config["in_channels"] // 4, LATENT_SIDE, LATENT_SIDE)
     text = {"prompt_embeds": torch.randn(batch, SIZE.num_text_tokens, config["joint_attention_dim"])}
     if "pooled_projection_dim" in config:

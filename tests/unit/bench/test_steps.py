@@ -200,12 +200,12 @@ def test_square_products_are_whole() -> None:
 
 def test_a_cpu_has_one_format(tmp_path: Path) -> None:
     from pixtune.hardware.facts import HardwareFacts
-    from pixtune.plan.memory import plan_memory
+    from pixtune.plan.training import plan_training
     from tests.full_size import full_size_footprint
 
     config = load_config(write_user_config(tmp_path, quantize=True), folders_must_exist=False)
     facts = HardwareFacts("cpu", "a CPU", (0, 0), 0, 0)
-    plan = plan_memory(facts, full_size_footprint(config), config)
+    plan = plan_training(facts, full_size_footprint(config), config)
     assert plan.weights_format == "int8" and formats_of(plan, torch.device("cpu")) == Formats("fp32", "fp32")
 
 

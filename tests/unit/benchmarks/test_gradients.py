@@ -16,7 +16,7 @@ from pixtune.bench.flops import StepSize, read_linears
 from pixtune.commands.quantization_errors import relative_error
 from pixtune.engine.load import random_transformer
 from pixtune.engine.quantize import FP8, QuantizedLinear
-from pixtune.plan.memory import MemoryPlan
+from pixtune.plan.training import TrainingPlan
 from tests.runs import ROOT
 
 CPU = torch.device("cpu")
@@ -179,13 +179,13 @@ def test_e5m2_gradients_are_the_same_with_tensor_cores(gradients: ModuleType) ->
 
 
 def test_a_way_that_is_not_as_planned_recomputes_every_block(gradients: ModuleType) -> None:
-    planned: MemoryPlan = replace(passes_of(gradients, "toy").setting.plan, kept_transposes=True, compile=True)
+    planned: TrainingPlan = replace(passes_of(gradients, "toy").setting.plan, kept_transposes=True, compile=True)
     plans = {way.name: way.plan(planned, 4) for way in gradients.WAYS}
     assert plans["fp8"] == planned and plans["nf4"].compile
     assert not plans["nf4"].kept_transposes and not plans["int8"].kept_transposes
     others = [plan for name, plan in plans.items() if name not in ("fp8", "nf4")]
     assert all(plan.recomputed_blocks == 4 and not plan.compile for plan in others)
-    assert [name for name, plan in plans.items() if plan.lean] == ["fp8-lean"]
+    assert [name for name, plan in plans.items() if plan.selective] == ["fp8-lean"]
 
 
 def test_each_quarter_shows_its_worst(gradients: ModuleType) -> None:

@@ -36,8 +36,8 @@ from pixtune.families.stock_call import random_inputs
 from pixtune.family import Placement
 from pixtune.hardware.facts import GIB, HardwareFacts
 from pixtune.plan.footprint import Footprint
-from pixtune.plan.memory import MemoryPlan, plan_memory
 from pixtune.plan.rungs import Rung, weight_bytes
+from pixtune.plan.training import TrainingPlan, plan_training
 from pixtune.planning import footprint_of
 from pixtune.storage.checkpoint import stored
 from pixtune.storage.model_folder import ModelFolder
@@ -70,12 +70,12 @@ def footprint_with(config: TrainConfig) -> Footprint:
     return footprint_of(config, *model("tiny-qwen-image"), 64)
 
 
-def plan_with(keep_plain: str, *more: str) -> MemoryPlan:
+def plan_with(keep_plain: str, *more: str) -> TrainingPlan:
     config = config_with(keep_plain, *more)
-    return plan_memory(AMPERE, footprint_with(config), config)
+    return plan_training(AMPERE, footprint_with(config), config)
 
 
-def test_layers_that_are_kept_plain_are_not_quantised() -> None:
+def test_layers_that_are_kept_plain_are_not_quantized() -> None:
     family, folder = model("tiny-qwen-image")
     plan = plan_with("[to_q, transformer_blocks.1.img_mlp.*]")
     layout = layout_of(plan, family.block_shape(folder)[0])
@@ -87,8 +87,8 @@ def test_layers_that_are_kept_plain_are_not_quantised() -> None:
     assert quantized.isdisjoint(kept) and "transformer_blocks.0.attn.to_k" in quantized
     everything = load_transformer(family, folder, Placement(CPU, torch.bfloat16), layout_of(plan_with("[]"), 5))
     assert {n for n, m in everything.named_modules() if isinstance(m, QuantizedLinear)} == quantized | kept
-    assert any("7 linear layers are not quantised" in reason for reason in plan.reasons)
-    assert stored(MemoryPlan, {"plan": plan.to_dict()}, "plan") == plan
+    assert any("7 linear layers are not quantized" in reason for reason in plan.reasons)
+    assert stored(TrainingPlan, {"plan": plan.to_dict()}, "plan") == plan
 
 
 def test_layers_that_are_kept_plain_are_counted() -> None:
@@ -182,7 +182,7 @@ def test_a_sound_model_passes(name: str, pipeline: str | None, tmp_path: Path) -
     assert {layer.linear_format for layer in check.layers} == {"fp8", "int8"}
     assert len(check.blocks) == 2 * family.block_shape(folder)[0]
     least = {"fp8": 0.98, "int8": 0.99}
-    assert all(least[quantised.linear_format] < quantised.cosine < 0.99999 for quantised in check.formats)
+    assert all(least[quantized.linear_format] < quantized.cosine < 0.99999 for quantized in check.formats)
     # Uniform rounding of a normal row to 127 steps; fp8 rounds each number to 3 bits of mantissa: 2 ** -4 / sqrt(6).
     for layer in check.layers:
         low, high = (0.02, 0.03) if layer.linear_format == "fp8" else (0.0039, 0.015)
@@ -294,8 +294,8 @@ PLANTS = [
 def test_planted_outlier_channels_are_named_and_keeping_their_layer_plain_helps(plant: Plant, tmp_path: Path) -> None:
     folder = changed(plant.model, tmp_path / "model", plant.scales)
     check = check_model(folder, family_of(folder), CPU)
-    (int8,) = (quantised for quantised in check.formats if quantised.linear_format == "int8")
-    (fp8,) = (quantised for quantised in check.formats if quantised.linear_format == "fp8")
+    (int8,) = (quantized for quantized in check.formats if quantized.linear_format == "int8")
+    (fp8,) = (quantized for quantized in check.formats if quantized.linear_format == "fp8")
     of_text = plant.layer.replace("to_out.0", "to_add_out")  # gets to_v's output, too
     assert plant.layer in int8.keep_plain and set(int8.keep_plain) <= {plant.layer, of_text}
     assert int8.cosine_kept is not None and int8.cosine_kept > 0.996 and int8.cosine_kept > int8.cosine

@@ -32,7 +32,7 @@ from pixtune.errors import PixtuneError, PlanError, WeightsError
 from pixtune.families import family_of
 from pixtune.hardware.cards import facts_as
 from pixtune.plan.encoders import TEXT_BYTES_PER_TOKEN, TEXT_TOKENS, decoding_bytes, encode_plainly
-from pixtune.plan.memory import CONTEXT_BYTES, GIB, MemoryPlan
+from pixtune.plan.training import CONTEXT_BYTES, GIB, TrainingPlan
 from pixtune.planning import BetweenSteps, plan_between_steps
 from pixtune.storage.checkpoint import stored
 from pixtune.storage.model_folder import ModelFolder
@@ -160,7 +160,7 @@ def test_the_command_prints_json_for_programs(full_size: dict[str, Path]) -> Non
     assert run.returncode == 0, run.stdout
     values = json.loads(run.stdout[run.stdout.index("{") :])
     assert values["is_estimate"] is True and values["machine"]["name"] == facts_as("H100").name
-    plan = stored(MemoryPlan, values, "plan")
+    plan = stored(TrainingPlan, values, "plan")
     training = next(phase for phase in values["phases"] if phase["name"] == "training step")
     assert training["device_bytes"] == plan.expected_peak_bytes <= values["usable_bytes"]
 
@@ -335,10 +335,10 @@ def test_what_is_done_between_steps_needs_memory_beside_what_the_run_holds(full_
     family, config = family_of(folder), config_of(full_size["qwen_image"])
     tokens, pixels = 4096 + 512, 1024 * 1024
 
-    def between(card: str, drawn_pixels: int, **changes: object) -> BetweenSteps:
+    def between(card: str, sample_pixels: int, **changes: object) -> BetweenSteps:
         report = make_report(config, card)
         plan = replace(report.plan, **changes)  # type: ignore[arg-type]
-        return plan_between_steps(config, family, folder, plan, encode_plainly(1), drawn_pixels, tokens)
+        return plan_between_steps(config, family, folder, plan, encode_plainly(1), sample_pixels, tokens)
 
     drawn, measured = between("H100", pixels), between("H100", 0)
     assert drawn.tile_pixels is None and drawn.device_bytes > decoding_bytes(pixels) > measured.device_bytes > 0

@@ -16,22 +16,22 @@ from torch import nn
 
 from pixtune.commands import sample as module
 from pixtune.commands.sample import (
-    DrawRequest,
     Plans,
+    SampleRequest,
     SavedLora,
     config_of,
     draw,
-    draw_as_planned,
     make_plans,
     open_task,
     read_lora,
+    sample_as_planned,
 )
 from pixtune.errors import WeightsError
 from pixtune.families import family_of
 from pixtune.hardware.cards import facts_as
 from pixtune.hardware.monitor import StageLog
 from pixtune.plan.encoders import encode_plainly
-from pixtune.plan.phases import DrawingPlan
+from pixtune.plan.phases import SamplingPlan
 from pixtune.sampler import PromptSampler, SamplerSettings
 from pixtune.storage.model_folder import ModelFolder, open_model_folder
 from pixtune.trained.export import DIFFUSERS_FILE
@@ -41,7 +41,7 @@ from tests.runs import ROOT
 
 CPU = torch.device("cpu")
 MODELS = ("tiny-qwen-image", "tiny-flux")
-PLAIN = DrawingPlan("fp32", "fp32", 0, 0, False, None, 0, 0)
+PLAIN = SamplingPlan("fp32", "fp32", 0, 0, False, None, 0, 0)
 NUM_STEPS = 3
 
 
@@ -57,18 +57,18 @@ def loras(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return paths
 
 
-def request_for(model: str | Path, lora: Path | None = None, **changes: Any) -> DrawRequest:
+def request_for(model: str | Path, lora: Path | None = None, **changes: Any) -> SampleRequest:
     settings = SamplerSettings((4, 5), NUM_STEPS, 3.0)
-    request = DrawRequest(
+    request = SampleRequest(
         str(ROOT / "assets" / model), ("red heart, flat emoji style", "a fox"), (), lora, "fp32", settings, (64, 96),
         None, 1024,
     )  # fmt: skip
     return replace(request, **changes)
 
 
-def pictures(model: str, lora: Path | None, plan: DrawingPlan) -> list[Image.Image]:
+def pictures(model: str, lora: Path | None, plan: SamplingPlan) -> list[Image.Image]:
     plans = Plans(encode_plainly(1), plan)
-    return [picture.image for picture in draw_as_planned(open_task(request_for(model, lora)), plans, CPU)]
+    return [picture.image for picture in sample_as_planned(open_task(request_for(model, lora)), plans, CPU)]
 
 
 @functools.cache
@@ -100,7 +100,7 @@ def test_modulation_ahead_draws_the_same_pictures(name: str, rows: int, loras: d
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize(("weights_format", "least_cosine"), [("int8", 0.85), ("nf4", 0.3)])
-def test_a_lora_changes_pictures_of_a_quantised_base_as_those_of_the_plain_one(
+def test_a_lora_changes_pictures_of_a_quantized_base_as_those_of_the_plain_one(
     name: str, weights_format: str, least_cosine: float, loras: dict[str, Path]
 ) -> None:
     """Measured, the least of four pictures: 0.92 and 0.44 (the smaller model), 0.99 and 0.85. By chance it is 0."""
@@ -149,7 +149,7 @@ def test_the_memory_of_each_stage_is_recorded_and_no_weights_are_hashed(
 
     monkeypatch.setattr(ModelFolder, "fingerprint", refuse)
     stages, plans = StageLog(), Plans(encode_plainly(1), replace(PLAIN, decode_last=decode_last))
-    assert len(list(draw_as_planned(open_task(request_for(MODELS[0])), plans, CPU, stages))) == 4
+    assert len(list(sample_as_planned(open_task(request_for(MODELS[0])), plans, CPU, stages))) == 4
     expected = [module.ENCODING, module.LOADING, module.DRAWING, *([module.DECODING] if decode_last else [])]
     assert [stage.stage for stage in stages.stages] == expected
 
@@ -181,8 +181,8 @@ def test_encoders_and_base_are_planned_for_the_card(
 ) -> None:
     request = request_for(full_size, weights_format="bf16", size=(1024, 1024))
     plans = make_plans(open_task(request), config_of(request, Path("out")), facts_as(card))
-    assert (plans.encoders.text_format, plans.drawing.weights_format) == (text_format, weights_format)
-    assert plans.drawing.expected_peak_bytes < facts_as(card).free_bytes
+    assert (plans.encoders.text_format, plans.sampling.weights_format) == (text_format, weights_format)
+    assert plans.sampling.expected_peak_bytes < facts_as(card).free_bytes
 
 
 def test_a_limit_is_a_smaller_card_and_a_larger_picture_needs_more(full_size: Path) -> None:

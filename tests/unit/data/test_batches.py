@@ -13,18 +13,18 @@ import torch
 from torch import Tensor
 
 from pixtune.config.schema import ObjectiveConfig
-from pixtune.data.batches import Batch, BatchPlan, BatchSource, Draw, SampleReader, read_ahead
+from pixtune.data.batches import Batch, BatchOrder, BatchSource, ExampleReader, Turn, read_ahead
 from pixtune.families.qwen_image import QWEN_IMAGE
 from pixtune.family import Conditioning, LatentDistribution
 
 WIDE, SQUARE, TALL = (96, 48), (64, 64), (48, 96)
 CHANNELS = 3
 DROPPED = -1.0
-"""Value of the dropped caption's features in these tests; a sample's are its number."""
+"""Value of the dropped caption's features in these tests; an example's are its number."""
 
 
 def buckets(*counts: tuple[tuple[int, int], int]) -> list[list[tuple[int, int]]]:
-    """One framing a sample, `count` samples of each size, sizes interleaved."""
+    """One framing an example, `count` examples of each size, sizes interleaved."""
     sizes = [size for size, count in counts for _ in range(count)]
     return [[size] for size in sizes[::2] + sizes[1::2]]
 
@@ -36,23 +36,25 @@ VARIANTS = [[WIDE, SQUARE, SQUARE, TALL] for _ in range(12)]
 
 def reader(
     sizes: Sequence[Sequence[tuple[int, int]]], num_controls: int = 0, num_image_tokens: int = 16
-) -> SampleReader:
-    """Encodings whose values tell the sample and variant they belong to."""
+) -> ExampleReader:
+    """Encodings whose values tell the example and variant they belong to."""
 
-    def read_latents(sample: int, variant: int) -> LatentDistribution:
-        width, height = sizes[sample][variant]
-        mean_BCHW = torch.full((1, CHANNELS, height // 8, width // 8), 100.0 * sample + variant)
+    def read_latents(example: int, variant: int) -> LatentDistribution:
+        width, height = sizes[example][variant]
+        mean_BCHW = torch.full((1, CHANNELS, height // 8, width // 8), 100.0 * example + variant)
         return LatentDistribution(mean_BCHW, torch.full_like(mean_BCHW, 0.5))
 
-    def read_text(sample: int, variant: int, dropped: bool) -> Conditioning:
-        length = 2 if dropped else 2 + sample % 3
-        return {"prompt_embeds": torch.full((length, 4), DROPPED if dropped else float(sample))}
+    def read_text(example: int, variant: int, dropped: bool) -> Conditioning:
+        length = 2 if dropped else 2 + example % 3
+        return {"prompt_embeds": torch.full((length, 4), DROPPED if dropped else float(example))}
 
-    return SampleReader(
+    return ExampleReader(
         read_latents=read_latents,
         read_text=read_text,
-        read_controls=lambda sample, variant: [torch.full((1, CHANNELS, 2, 3), 10.0 * sample + variant)] * num_controls,
-        latent_size=lambda sample, variant: (sizes[sample][variant][1] // 8, sizes[sample][variant][0] // 8),
+        read_controls=lambda example, variant: (
+            [torch.full((1, CHANNELS, 2, 3), 10.0 * example + variant)] * num_controls
+        ),
+        latent_size=lambda example, variant: (sizes[example][variant][1] // 8, sizes[example][variant][0] // 8),
         stack=QWEN_IMAGE.stack_conditioning,
         time_shift=lambda height, width: height * width / 64,
         num_image_tokens=lambda height, width: num_image_tokens,
@@ -62,12 +64,12 @@ def reader(
 
 def source(sizes: list[list[tuple[int, int]]] = UNEVEN, batch_size: int = 4, **changes: Any) -> BatchSource:
     objective = ObjectiveConfig(**changes.pop("objective", {}))
-    plan = BatchPlan(sizes, batch_size, changes.pop("seed", 42))
-    return BatchSource(plan, reader(sizes), objective, changes.pop("dropout", 0.0), **changes)
+    order = BatchOrder(sizes, batch_size, changes.pop("seed", 42))
+    return BatchSource(order, reader(sizes), objective, changes.pop("dropout", 0.0), **changes)
 
 
 def batch_at(batches: BatchSource, index: int) -> Batch:
-    (batch,) = batches.parts(index, batches.plan.micro_batch(index))
+    (batch,) = batches.parts(index, batches.order.micro_batch(index))
     return batch
 
 
@@ -84,77 +86,77 @@ def assert_equal(one: Batch, other: Batch) -> None:
 
 @pytest.mark.parametrize("epoch", [0, 1, 5])
 def test_every_sample_comes_exactly_once_an_epoch_when_buckets_divide(epoch: int) -> None:
-    micro_batches = BatchPlan(EVEN, 4, seed=1).epoch(epoch)
-    assert sorted(draw.sample for batch in micro_batches for draw in batch) == list(range(16))
+    micro_batches = BatchOrder(EVEN, 4, seed=1).epoch(epoch)
+    assert sorted(turn.example for batch in micro_batches for turn in batch) == list(range(16))
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 4, 5])
 def test_buckets_that_do_not_divide_wrap_around(batch_size: int) -> None:
     for epoch in range(3):
-        micro_batches = BatchPlan(UNEVEN, batch_size, seed=1).epoch(epoch)
+        micro_batches = BatchOrder(UNEVEN, batch_size, seed=1).epoch(epoch)
         assert {len(batch) for batch in micro_batches} == {batch_size}
-        counts = Counter(draw.sample for batch in micro_batches for draw in batch)
+        counts = Counter(turn.example for batch in micro_batches for turn in batch)
         assert counts.keys() == set(range(len(UNEVEN)))
         sizes = {size: [n for n, (own,) in enumerate(UNEVEN) if own == size] for size in (WIDE, SQUARE, TALL)}
         for members in sizes.values():
-            total = sum(counts[sample] for sample in members)
+            total = sum(counts[example] for example in members)
             assert total == math.ceil(len(members) / batch_size) * batch_size
             assert max(counts[s] for s in members) - min(counts[s] for s in members) <= 1, "some weigh more"
 
 
 @pytest.mark.parametrize("sizes", [EVEN, UNEVEN, VARIANTS], ids=["even", "uneven", "variants"])
 def test_a_micro_batch_is_of_one_bucket(sizes: list[list[tuple[int, int]]]) -> None:
-    plan = BatchPlan(sizes, 3, seed=0)
+    order = BatchOrder(sizes, 3, seed=0)
     for index in range(60):
-        assert len({sizes[draw.sample][draw.variant] for draw in plan.micro_batch(index)}) == 1
+        assert len({sizes[turn.example][turn.variant] for turn in order.micro_batch(index)}) == 1
 
 
 def test_order_changes_by_epoch_and_seed_and_not_otherwise() -> None:
-    epochs = [BatchPlan(EVEN, 4, seed=1).epoch(number) for number in range(3)]
+    epochs = [BatchOrder(EVEN, 4, seed=1).epoch(number) for number in range(3)]
     assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
-    assert epochs[0] != BatchPlan(EVEN, 4, seed=2).epoch(0)
-    assert epochs[0] == BatchPlan(EVEN, 4, seed=1).epoch(0)
+    assert epochs[0] != BatchOrder(EVEN, 4, seed=2).epoch(0)
+    assert epochs[0] == BatchOrder(EVEN, 4, seed=1).epoch(0)
 
 
 def test_buckets_are_mixed_within_an_epoch() -> None:
     """All wide pictures first would be a curriculum nobody asked for."""
-    plan = BatchPlan(buckets((WIDE, 32), (SQUARE, 32)), 2, seed=3)
-    first_half = [plan.buckets[batch[0].sample][0] for batch in plan.epoch(0)[:16]]
+    order = BatchOrder(buckets((WIDE, 32), (SQUARE, 32)), 2, seed=3)
+    first_half = [order.buckets[batch[0].example][0] for batch in order.epoch(0)[:16]]
     assert 4 <= first_half.count(WIDE) <= 12
 
 
 def test_batch_mates_change_by_epoch() -> None:
-    plan = BatchPlan(buckets((SQUARE, 16)), 4, seed=3)
-    mates = [{frozenset(draw.sample for draw in batch) for batch in plan.epoch(epoch)} for epoch in range(2)]
+    order = BatchOrder(buckets((SQUARE, 16)), 4, seed=3)
+    mates = [{frozenset(turn.example for turn in batch) for batch in order.epoch(epoch)} for epoch in range(2)]
     assert not mates[0] & mates[1]
 
 
 def test_all_variants_occur_equally_often() -> None:
-    plan = BatchPlan(VARIANTS, 1, seed=0)
-    counts = Counter(draw.variant for epoch in range(100) for batch in plan.epoch(epoch) for draw in batch)
+    order = BatchOrder(VARIANTS, 1, seed=0)
+    counts = Counter(turn.variant for epoch in range(100) for batch in order.epoch(epoch) for turn in batch)
     assert counts.keys() == {0, 1, 2, 3}
     assert all(250 < count < 350 for count in counts.values()), counts  # 300 each expected, deviation 15
 
 
 def test_a_sample_changes_its_variant_by_epoch_and_independently_of_others() -> None:
-    plan = BatchPlan(VARIANTS, 1, seed=0)
-    variant_of = [{d.sample: d.variant for batch in plan.epoch(epoch) for d in batch} for epoch in range(30)]
+    order = BatchOrder(VARIANTS, 1, seed=0)
+    variant_of = [{d.example: d.variant for batch in order.epoch(epoch) for d in batch} for epoch in range(30)]
     assert len({variants[0] for variants in variant_of}) == 4
     assert len(set(variant_of[0].values())) > 1
 
 
 def test_epochs_of_varying_length_are_found_from_any_index_in_any_order() -> None:
     sizes = [[WIDE, SQUARE] for _ in range(7)]  # the number of short batches depends on the variants drawn
-    forward = BatchPlan(sizes, 4, seed=5)
+    forward = BatchOrder(sizes, 4, seed=5)
     lengths = [len(forward.epoch(epoch)) for epoch in range(12)]
     assert len(set(lengths)) > 1, "epochs of one length would not test the search"
     expected = [epoch for epoch, length in enumerate(lengths) for _ in range(length)]
     order = [(7 * number) % len(expected) for number in range(len(expected))]
     assert sorted(order) == list(range(len(expected)))
-    jumping = BatchPlan(sizes, 4, seed=5)
+    jumping = BatchOrder(sizes, 4, seed=5)
     assert [jumping.epoch_of(index) for index in order] == [expected[index] for index in order]
     assert [jumping.epoch_of(index) for index in range(len(expected))] == expected
-    assert BatchPlan(sizes, 4, seed=5).epoch_of(len(expected) - 1) == 11
+    assert BatchOrder(sizes, 4, seed=5).epoch_of(len(expected) - 1) == 11
     assert [jumping.epoch_end(epoch) for epoch in range(12)] == [sum(lengths[: e + 1]) for e in range(12)]
     in_order = [batch for epoch in range(12) for batch in forward.epoch(epoch)]
     assert [jumping.micro_batch(index) for index in order] == [in_order[index] for index in order]
@@ -165,17 +167,17 @@ def test_epochs_of_varying_length_are_found_from_any_index_in_any_order() -> Non
 
 def test_a_draw_of_the_distribution_and_its_own_sample() -> None:
     batch = batch_at(source(), 3)
-    plan = source().plan
-    for row, draw in enumerate(plan.micro_batch(3)):
-        drawn = (batch.latents_BCHW[row] - 100.0 * draw.sample - draw.variant) / 0.5
+    order = source().order
+    for row, turn in enumerate(order.micro_batch(3)):
+        drawn = (batch.latents_BCHW[row] - 100.0 * turn.example - turn.variant) / 0.5
         assert 0.7 < drawn.std() < 1.3 and drawn.abs().max() < 5
-        length = 2 + draw.sample % 3
-        assert (batch.conditioning["prompt_embeds"][row, :length] == draw.sample).all()
-        assert batch.names[row] == f"picture {draw.sample}"
+        length = 2 + turn.example % 3
+        assert (batch.conditioning["prompt_embeds"][row, :length] == turn.example).all()
+        assert batch.names[row] == f"picture {turn.example}"
 
 
 def test_latents_noise_and_sigma_are_drawn_apart_for_each_slot_and_batch() -> None:
-    """A sample met twice, also twice in one batch, gets other noise, sigma and latents."""
+    """An example met twice, also twice in one batch, gets other noise, sigma and latents."""
     batches = source(buckets((TALL, 1)))  # one picture fills all four slots
     drawn = [batch_at(batches, index) for index in range(3)]
     rows = [tensor for batch in drawn for tensor in batch.latents_BCHW - batch.latents_BCHW.round(decimals=-2)]
@@ -222,8 +224,8 @@ def test_the_shift_of_the_config_is_applied(shift: object, mu: float) -> None:
 def test_the_models_shift_gets_height_and_width_in_this_order() -> None:
     asked: list[tuple[int, int]] = []
     batches = source(buckets((WIDE, 4)))
-    noting = SampleReader(**{**vars(batches.reader), "time_shift": lambda *size: asked.append(size) or 0.0})
-    BatchSource(batches.plan, noting, ObjectiveConfig(shift="model"), 0.0).parts(0, batches.plan.micro_batch(0))
+    noting = ExampleReader(**{**vars(batches.reader), "time_shift": lambda *size: asked.append(size) or 0.0})
+    BatchSource(batches.plan, noting, ObjectiveConfig(shift="model"), 0.0).parts(0, batches.order.micro_batch(0))
     assert set(asked) == {(48 // 8, 96 // 8)}
 
 
@@ -295,18 +297,18 @@ def test_shares_of_several_processes_are_the_one_batch_bit_for_bit(world_size: i
 
 def test_samples_meet_only_where_target_and_all_controls_have_equal_sizes() -> None:
     one, other, without = (SQUARE, SQUARE), (SQUARE, WIDE), (SQUARE,)
-    plan = BatchPlan([[signature] for signature in (one, other, without) * 5], 2, seed=0)
+    order = BatchOrder([[signature] for signature in (one, other, without) * 5], 2, seed=0)
     for index in range(40):
-        first, second = (plan.buckets[draw.sample] for draw in plan.micro_batch(index))
+        first, second = (order.buckets[turn.example] for turn in order.micro_batch(index))
         assert first == second
 
 
 @pytest.mark.parametrize("num_controls", [0, 1, 3])
 def test_each_control_becomes_a_tensor_of_its_own_with_its_samples_rows(num_controls: int) -> None:
-    plan = BatchPlan(EVEN, 4, seed=1)
-    batch = batch_at(BatchSource(plan, reader(EVEN, num_controls), ObjectiveConfig(), 0.0), 0)
+    order = BatchOrder(EVEN, 4, seed=1)
+    batch = batch_at(BatchSource(order, reader(EVEN, num_controls), ObjectiveConfig(), 0.0), 0)
     assert len(batch.controls) == num_controls
-    expected = torch.tensor([10.0 * draw.sample for draw in plan.micro_batch(0)])
+    expected = torch.tensor([10.0 * turn.example for turn in order.micro_batch(0)])
     for control_BCHW in batch.controls:
         assert control_BCHW.shape == (4, CHANNELS, 2, 3)
         assert torch.equal(control_BCHW[:, 0, 0, 0], expected)
@@ -319,7 +321,7 @@ def test_large_samples_of_mixed_text_length_are_split_and_never_masked() -> None
     small, large = source(EVEN), BatchSource(source(EVEN).plan, reader(EVEN, 1, 1024), ObjectiveConfig(), 0.0)
     masked = 0
     for index in range(8):
-        whole, parts = batch_at(small, index), large.parts(index, large.plan.micro_batch(index))
+        whole, parts = batch_at(small, index), large.parts(index, large.order.micro_batch(index))
         masked += "prompt_embeds_mask" in whole.conditioning
         assert all("prompt_embeds_mask" not in part.conditioning for part in parts)
         assert len(parts) == len({len(row) for part in parts for row in part.conditioning["prompt_embeds"]})
@@ -333,11 +335,11 @@ def test_large_samples_of_mixed_text_length_are_split_and_never_masked() -> None
 @pytest.mark.parametrize("num_image_tokens", [16, 1024])
 def test_texts_that_are_padded_to_a_multiple_are_one_batch_of_one_shape(num_image_tokens: int) -> None:
     """Of the dropped caption, which is shorter than most, too. Then one recording serves them."""
-    plan = BatchPlan(EVEN, 4, seed=1)
-    batches = BatchSource(plan, reader(EVEN, 0, num_image_tokens), ObjectiveConfig(), 0.3, text_multiple=8)
+    order = BatchOrder(EVEN, 4, seed=1)
+    batches = BatchSource(order, reader(EVEN, 0, num_image_tokens), ObjectiveConfig(), 0.3, text_multiple=8)
     shapes, lengths = set(), set()
     for index in range(12):
-        (batch,) = batches.parts(index, plan.micro_batch(index))
+        (batch,) = batches.parts(index, order.micro_batch(index))
         real = batch.conditioning["prompt_embeds_real"]
         assert batch.conditioning["prompt_embeds"].shape[:2] == real.shape == (4, 8)
         assert all(tensor is not None for tensor in batch.tensors()) and any(t is real for t in batch.tensors())
@@ -366,7 +368,7 @@ class BrokenSource(BatchSource):
 
     made: list[int]
 
-    def parts(self, index: int, members: Sequence[Draw]) -> list[Batch]:
+    def parts(self, index: int, members: Sequence[Turn]) -> list[Batch]:
         self.__dict__.setdefault("made", []).append(index)
         if index == 5:
             raise OSError("picture 3 vanished")

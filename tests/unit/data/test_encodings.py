@@ -183,7 +183,7 @@ def test_one_changed_caption_reencodes_one_caption(encoder: Encoder) -> None:
 
 
 def test_pictures_are_stored_as_mean_and_deviation_each_under_its_own_key(encoder: Encoder, tmp_path: Path) -> None:
-    """A stored sample would make every epoch's latents the same."""
+    """A stored example would make every epoch's latents the same."""
     wide = frame_picture(64, 32, build_buckets(64, 16))
     pictures = [picture(tmp_path, f"{grey}.png", grey) for grey in (0, 255, 102)]
     pictures.append(picture(tmp_path, "wide.png", 204, wide))
@@ -432,7 +432,7 @@ def test_a_metadata_file_gives_each_row_its_own_controls(tmp_path: Path, model: 
 
 def test_prompts_to_draw_bring_their_controls(tmp_path: Path, model: ModelFolder) -> None:
     controls = [[tmp_path / "control" / "b.png"], [tmp_path / "control" / "a.png"]]
-    config = edit_set(tmp_path, samples={"prompts": ["x", "yy"], "controls": controls, "guidance_scale": 2.0})
+    config = edit_set(tmp_path, examples={"prompts": ["x", "yy"], "controls": controls, "guidance_scale": 2.0})
     wide, square = prepare_data(config, CountingFamily(max_controls=1), model, ACCELERATOR).prompts
     assert wide.size[0] > wide.size[1] and square.size == (64, 64), "drawn in the control's shape"
     assert wide.controls[0].shape == (1, 2, 4, 6)
@@ -492,14 +492,14 @@ def test_encoding_in_the_loop_gives_what_the_cache_gives(tmp_path: Path, model: 
     config = edit_set(tmp_path, **{key: False}, save_cache_on_disk=False)
     live = prepare_data(config, family, model, ACCELERATOR)
     encoded_before = len(family.encoded)
-    for sample in range(2):
+    for example in range(2):
         for dropped in (False, True):
-            one, other = (data.reader.read_text(sample, 0, dropped) for data in (cached, live))
+            one, other = (data.reader.read_text(example, 0, dropped) for data in (cached, live))
             assert torch.equal(one["prompt_embeds"], other["prompt_embeds"])
-        one, other = (data.reader.read_latents(sample, 0) for data in (cached, live))
+        one, other = (data.reader.read_latents(example, 0) for data in (cached, live))
         torch.testing.assert_close(one.mean_BCHW, other.mean_BCHW)
         torch.testing.assert_close(one.std_BCHW, other.std_BCHW)
-        torch.testing.assert_close(cached.reader.read_controls(sample, 0), live.reader.read_controls(sample, 0))
+        torch.testing.assert_close(cached.reader.read_controls(example, 0), live.reader.read_controls(example, 0))
     assert len(family.encoded) > encoded_before, "nothing was encoded in the loop"
     assert live.fingerprint == cached.fingerprint, "a run may go on either way"
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 from pixtune.config.schema import DataConfig
 from pixtune.data.controls import ControlRules, frame_control
-from pixtune.data.samples import Sample, read_samples
+from pixtune.data.examples import Example, read_examples
 from pixtune.data.swapped import Encoded, EncodedBothWays, Gains, choose_pairs, measure_gains, swap, swap_warning
 from pixtune.validation import HeldOutPicture
 from tests.runs import ROOT, overrides, pixtune, write_config
@@ -63,7 +63,7 @@ def test_a_few_pairs_alike_in_both_directions_hide_no_swap():
 # ---- turning a pair round
 
 
-def edit_samples(folder: Path, count: int, size: tuple[int, int] = (96, 64), control_scale: int = 2) -> list[Sample]:
+def edit_samples(folder: Path, count: int, size: tuple[int, int] = (96, 64), control_scale: int = 2) -> list[Example]:
     """Rows whose controls show the same at another size; at 64 pixels each loses its sides."""
     for number in range(count):
         target = np.zeros((size[1], size[0], 3), np.uint8)
@@ -74,53 +74,53 @@ def edit_samples(folder: Path, count: int, size: tuple[int, int] = (96, 64), con
             Image.fromarray(pixels).save(folder / part / f"{number:02d}.png")
         (folder / "images" / f"{number:02d}.txt").write_text("invert it")
     config = DataConfig(img_dir=folder / "images", control_dir=folder / "control", img_size=64)
-    return read_samples(config, config.img_dir, 32, False, RULES)
+    return read_examples(config, config.img_dir, 32, False, RULES)
 
 
 def test_the_swapped_pair_shows_the_same_part_at_the_same_size(tmp_path):
-    (sample,) = edit_samples(tmp_path, 1, size=(128, 70))
-    turned = swap(sample, (128, 70), (256, 140), RULES)
-    (before,), (after,) = sample.framings, turned.framings
+    (example,) = edit_samples(tmp_path, 1, size=(128, 70))
+    turned = swap(example, (128, 70), (256, 140), RULES)
+    (before,), (after,) = example.framings, turned.framings
     assert before.share_lost > 0, "the test needs a crop"
     assert after.size == before.size and after.share_lost == before.share_lost
     assert after.crop_box == tuple(2 * edge for edge in before.crop_box)
     assert after.scale == pytest.approx(before.scale / 2)
-    assert (turned.image_path, turned.control_paths) == (sample.control_paths[0], (sample.image_path,))
+    assert (turned.image_path, turned.control_paths) == (example.control_paths[0], (example.image_path,))
     assert turned.control_framings == ((frame_control((128, 70), (256, 140), after, RULES),),)
     assert turned.control_framings[0][0].latents.crop_box == before.crop_box
-    assert turned.caption == sample.caption and turned.name != sample.name, "the ledger tells them apart"
+    assert turned.caption == example.caption and turned.name != example.name, "the ledger tells them apart"
 
 
 def test_turned_round_twice_is_the_pair_itself(tmp_path):
-    (sample,) = edit_samples(tmp_path, 1)
-    back = swap(swap(sample, (96, 64), (192, 128), RULES), (192, 128), (96, 64), RULES)
-    assert back.framings == sample.framings and back.control_framings == sample.control_framings
+    (example,) = edit_samples(tmp_path, 1)
+    back = swap(swap(example, (96, 64), (192, 128), RULES), (192, 128), (96, 64), RULES)
+    assert back.framings == example.framings and back.control_framings == example.control_framings
 
 
 # ---- which pairs
 
 
 def test_eight_pairs_are_chosen_by_seed_and_name(tmp_path):
-    samples = edit_samples(tmp_path, 12)
-    chosen = [pair.as_given.name for pair in choose_pairs(samples, RULES, " ", seed=1)]
+    examples = edit_samples(tmp_path, 12)
+    chosen = [pair.as_given.name for pair in choose_pairs(examples, RULES, " ", seed=1)]
     assert len(set(chosen)) == 8
-    assert [pair.as_given.name for pair in choose_pairs(samples[::-1], RULES, " ", seed=1)] == chosen
-    assert [pair.as_given.name for pair in choose_pairs(samples, RULES, " ", seed=2)] != chosen
+    assert [pair.as_given.name for pair in choose_pairs(examples[::-1], RULES, " ", seed=1)] == chosen
+    assert [pair.as_given.name for pair in choose_pairs(examples, RULES, " ", seed=2)] != chosen
 
 
 def test_only_captioned_pairs_with_one_control_of_the_targets_shape_are_asked_about(tmp_path):
-    samples = edit_samples(tmp_path, 7)
+    examples = edit_samples(tmp_path, 7)
     Image.new("RGB", (64, 64)).save(tmp_path / "control" / "00.png")
     (tmp_path / "images" / "01.txt").write_text("")
     config = DataConfig(img_dir=tmp_path / "images", control_dir=tmp_path / "control", img_size=64)
-    samples = read_samples(config, config.img_dir, 32, False, RULES)
+    examples = read_examples(config, config.img_dir, 32, False, RULES)
     both = DataConfig(img_dir=tmp_path / "images", control_dir=[tmp_path / "control"] * 2, img_size=64)
-    samples[2] = read_samples(both, both.img_dir, 32, False, RULES)[2]
-    assert sorted(pair.as_given.name for pair in choose_pairs(samples, RULES, " ", seed=0)) == [
+    examples[2] = read_examples(both, both.img_dir, 32, False, RULES)[2]
+    assert sorted(pair.as_given.name for pair in choose_pairs(examples, RULES, " ", seed=0)) == [
         "03.png", "04.png", "05.png", "06.png",
     ]  # fmt: skip
-    assert choose_pairs(samples[:-1], RULES, " ", seed=0) == [], "three pairs have no spread"
-    assert choose_pairs(samples, None, " ", seed=0) == [], "the model takes no controls"
+    assert choose_pairs(examples[:-1], RULES, " ", seed=0) == [], "three pairs have no spread"
+    assert choose_pairs(examples, None, " ", seed=0) == [], "the model takes no controls"
 
 
 # ---- the measurement

@@ -11,14 +11,14 @@ from torch import Tensor
 from pixtune.engine.apply import apply_to_activations, apply_to_weights, layout_of, placement_of
 from pixtune.engine.load import load_transformer
 from pixtune.engine.modulation import announce
-from pixtune.plan.memory import MemoryPlan
+from pixtune.plan.training import TrainingPlan
 from pixtune.trained import adapters
 from tests.unit.engine.test_load import model
 
 CPU = torch.device("cpu")
-PLAIN = MemoryPlan(
-    compute_format="fp32", weights_format="fp32", modulation_rows=0, lean=False, recomputed_blocks=0,
-    reprojected_blocks=0, kept_transposes=False, offload_inputs=False, streamed_blocks=0, compile=False, recordings=0,
+PLAIN = TrainingPlan(
+    compute_format="fp32", weights_format="fp32", modulation_rows=0, selective=False, recomputed_blocks=0,
+    reprojected_blocks=0, kept_transposes=False, offload_inputs=False, streamed_blocks=0, compile=False, captures=0,
     pin_memory=False,
     encoders_stay=False, tf32=False,
     deterministic=False, loading_threads=1, fast_loading=False,
@@ -31,17 +31,17 @@ WAYS: dict[str, tuple[dict[str, object], float]] = {  # what the plan changes, a
     "projected again": ({"recomputed_blocks": 1, "reprojected_blocks": 2}, EXACT),
     "inputs on the host": ({"recomputed_blocks": 99, "offload_inputs": True}, EXACT),
     "streamed": ({"recomputed_blocks": 99, "streamed_blocks": 4}, EXACT),
-    "recorded, so without gaps": ({"recordings": 1}, EXACT),
-    "recorded and streamed": ({"recordings": 1, "recomputed_blocks": 99, "streamed_blocks": 4}, EXACT),
+    "recorded, so without gaps": ({"captures": 1}, EXACT),
+    "recorded and streamed": ({"captures": 1, "recomputed_blocks": 99, "streamed_blocks": 4}, EXACT),
     "modulation ahead": ({"modulation_rows": 8}, 0.999999),
-    "lean": ({"lean": True}, 0.9999),
+    "selective": ({"selective": True}, 0.9999),
     "fp8": ({"weights_format": "fp8"}, 0.985),
     "int8": ({"weights_format": "int8"}, 0.997),
     "int8, transposes kept": ({"weights_format": "int8", "kept_transposes": True}, 0.997),
     "nf4": ({"weights_format": "nf4"}, 0.87),
     "all at once": (
         {
-            "weights_format": "int8", "modulation_rows": 8, "lean": True, "recomputed_blocks": 99,
+            "weights_format": "int8", "modulation_rows": 8, "selective": True, "recomputed_blocks": 99,
             "offload_inputs": True, "streamed_blocks": 4,
         },
         0.997,
@@ -49,7 +49,7 @@ WAYS: dict[str, tuple[dict[str, object], float]] = {  # what the plan changes, a
 }  # fmt: skip
 
 
-def loss_and_gradients(name: str, plan: MemoryPlan) -> tuple[float, Tensor]:
+def loss_and_gradients(name: str, plan: TrainingPlan) -> tuple[float, Tensor]:
     """Of one step with two samples and a LoRA that already changes the output."""
     family, folder = model(name)
     placement, layout = placement_of(plan, CPU), layout_of(plan, family.block_shape(folder)[0])

@@ -91,7 +91,7 @@ def test_each_shape_is_recorded_once_and_the_first_to_come_are() -> None:
     call(1, PLAIN_CALLS)
     assert fake.recorded == 0
     call(1, 3)
-    call(2, 2 * PLAIN_CALLS)  # as long as shapes may still come up, they do not take turns with recordings
+    call(2, 2 * PLAIN_CALLS)  # as long as shapes may still come up, they do not take turns with captures
     assert fake.recorded == 1
     call(2, 1)
     call(1, 1)
@@ -111,17 +111,17 @@ class InertRecorder(FakeRecorder):
 
 
 class Card:
-    """Room for so many passes at a time: what recordings hold, all together one, and a plain one."""
+    """Room for so many passes at a time: what captures hold, all together one, and a plain one."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, passes: int, most: int) -> None:
         self.passes, self.most_held = passes, 0
-        self.replayed, _, self.fake = build(InertRecorder, most, lambda: passes - bool(self.replayed._recordings))
+        self.replayed, _, self.fake = build(InertRecorder, most, lambda: passes - bool(self.replayed._captures))
         monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 3)
         monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 2)
         compute = self.replayed._compute
 
         def noting(numbers: Numbers) -> Tensor:
-            self.most_held = max(self.most_held, 1 + bool(self.replayed._recordings))
+            self.most_held = max(self.most_held, 1 + bool(self.replayed._captures))
             return compute(numbers)
 
         self.replayed._compute = noting
@@ -140,9 +140,9 @@ def test_a_plain_pass_and_recordings_share_a_card_only_if_it_holds_both(
     assert card.fake.recorded == 2
     card.run(3)  # one more shape, late
     assert card.most_held == passes
-    assert len(card.replayed._recordings) == (0 if passes == 1 else 2)
+    assert len(card.replayed._captures) == (0 if passes == 1 else 2)
     card.run(*[1, 2, 3] * 6)
-    assert len(card.replayed._recordings) == 3
+    assert len(card.replayed._captures) == 3
 
 
 def test_more_shapes_than_a_full_card_can_record_are_not_recorded_in_turns(
@@ -151,8 +151,8 @@ def test_more_shapes_than_a_full_card_can_record_are_not_recorded_in_turns(
     card = Card(monkeypatch, passes=1, most=2)
     with caplog.at_level(logging.WARNING):
         card.run(*[1, 2, 3] * 8)
-    assert card.most_held == 1 and card.fake.recorded == 2 and not card.replayed._recordings
-    assert caplog.text.count("come in 3 shapes, and memory has room for 2 recordings") == 1
+    assert card.most_held == 1 and card.fake.recorded == 2 and not card.replayed._captures
+    assert caplog.text.count("come in 3 shapes, and memory has room for 2 captures") == 1
 
 
 def test_memory_that_was_given_back_is_taken_again_at_the_next_call() -> None:

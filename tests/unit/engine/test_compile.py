@@ -65,7 +65,7 @@ def count_products(monkeypatch: pytest.MonkeyPatch, marked: bool) -> list[int]:
         counts.append(len(graph.find_nodes(op="call_function", target=torch.ops.aten._int_mm.default)))
 
     block = Block()
-    compile_blocks([block], lean=True)
+    compile_blocks([block], selective=True)
     x = torch.randn(64, 32, requires_grad=True)
     with inductor_config.patch(post_grad_custom_post_pass=count):
         block(x).sum().backward()
@@ -128,7 +128,7 @@ def test_blocks_before_the_first_trained_one_keep_nothing() -> None:
     with_gradient = []
     for block in blocks:
         block.register_forward_hook(lambda block, inputs, output: with_gradient.append(output[1].requires_grad))
-    compile_blocks(blocks, lean=True)
+    compile_blocks(blocks, selective=True)
     latents_1CHW = torch.randn(1, *family.latent_shape(folder, 64, 64))
     text = family.stack_conditioning([family.random_text(folder, 7, 0)])
     family.predict_velocity(transformer, latents_1CHW, torch.tensor([0.5]), text)
@@ -211,8 +211,8 @@ def operators_of_gpus(monkeypatch: pytest.MonkeyPatch) -> set[str]:
         return lora.plainly_added(*tensors)
 
     lora.add_low_rank.register_kernel("cpu")(added)
-    heads_module.turn_heads.register_kernel("cpu")(plain)
-    heads_module.turn_heads_backward.register_kernel("cpu")(plain_backward)
+    heads_module.rotate_heads.register_kernel("cpu")(plain)
+    heads_module.rotate_heads_backward.register_kernel("cpu")(plain_backward)
     monkeypatch.setattr(lora, "is_fused", lambda rows_MK: True)
     monkeypatch.setattr(heads_module, "has_triton", lambda states_BLC: True)
     return used

@@ -97,7 +97,7 @@ def test_heads_are_the_plain_ones(shape: tuple[int, int, int, int, int]) -> None
 
     first = (parts[0][0], parts[0][1].weight, parts[0][2]) if num_first else (None, None, None)
     last = (parts[-1][0], parts[-1][1].weight, parts[-1][2])
-    found = heads.turn_heads(*first, *last, 1e-6)
+    found = heads.rotate_heads(*first, *last, 1e-6)
     torch.testing.assert_close(found, plain)
     torch.testing.assert_close(torch.autograd.grad(found, inputs, gradient), wanted)
 
@@ -105,7 +105,7 @@ def test_heads_are_the_plain_ones(shape: tuple[int, int, int, int, int]) -> None
 @interpreted
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("width", [64, 144, 3072])
-def test_rows_are_quantised_as_plainly(width: int, dtype: torch.dtype) -> None:
+def test_rows_are_quantized_as_plainly(width: int, dtype: torch.dtype) -> None:
     """Numbers of few bits are often next to the middle between two codes, where the last bit of a scale decides."""
     from pixtune.engine import triton_kernels
 

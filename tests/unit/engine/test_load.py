@@ -45,7 +45,7 @@ def velocity(family: ModelFamily, folder: ModelFolder, transformer: nn.Module, s
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("linear_format", FORMATS)
-def test_blocks_are_quantised_and_nothing_else(name: str, linear_format: str) -> None:
+def test_blocks_are_quantized_and_nothing_else(name: str, linear_format: str) -> None:
     family, folder = model(name)
     transformer = load_transformer(family, folder, BF16, Layout(linear_format))
     blocks = tuple(f"{path}." for path in family.block_paths)
@@ -58,7 +58,7 @@ def test_blocks_are_quantised_and_nothing_else(name: str, linear_format: str) ->
     exact = velocity(family, folder, load_transformer(family, folder, FP32), sigmas)
     ours = velocity(family, folder, load_transformer(family, folder, FP32, Layout(linear_format)), sigmas)
     similarity = torch.cosine_similarity(ours.flatten(), exact.flatten(), dim=0)
-    assert 0.95 < similarity < 0.9999999, "wrong, or not quantised at all"
+    assert 0.95 < similarity < 0.9999999, "wrong, or not quantized at all"
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -1,4 +1,4 @@
-"""Quantised products against fp64, their gradient against a plain layer's, and what a LoRA sees of them."""
+"""Quantized products against fp64, their gradient against a plain layer's, and what a LoRA sees of them."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def test_odd_sides_stay_plain(sides: tuple[int, int], fits: bool) -> None:
 
 @pytest.mark.parametrize(("linear_format", "codes"), KINDS)
 def test_a_lora_on_top_learns_as_on_the_plain_layer(linear_format: str, codes: torch.dtype) -> None:
-    """Two layers deep, so that the first LoRA's gradient has come back through a quantised product."""
+    """Two layers deep, so that the first LoRA's gradient has come back through a quantized product."""
     gradients = []
     for part in (0, 1):
         first = layers(linear_format, codes)[part]

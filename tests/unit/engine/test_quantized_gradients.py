@@ -60,7 +60,7 @@ def test_every_blocks_gradient_points_where_the_plain_models_does(
     blocks = {name: cosine(ours.by_block[name], exact.by_block[name]) for name in exact.by_block}
     matrices = {name: cosine(ours.by_matrix[name], exact.by_matrix[name]) for name in exact.by_matrix}
     assert len(blocks) in (5, 7) and min(blocks.values()) >= of_block, blocks
-    assert max(blocks.values()) < 0.9999, "was it quantised at all?"
+    assert max(blocks.values()) < 0.9999, "was it quantized at all?"
     worst = min(matrices, key=lambda name: matrices[name])
     assert matrices[worst] >= of_matrix, f"{worst}: {matrices[worst]}"
 

@@ -1,8 +1,8 @@
-"""A LoRA that was trained on a quantised base is about as good as one that was trained on the plain base.
+"""A LoRA that was trained on a quantized base is about as good as one that was trained on the plain base.
 
 Improvement is measured on the plain base, where people use the file: held-out loss of the base minus held-out loss of
-the base with the exported LoRA on it. A quantised base of its own has another loss to begin with, so a difference to
-that would mix the damage of quantising with what was learnt. A run's share is its improvement over the improvement of
+the base with the exported LoRA on it. A quantized base of its own has another loss to begin with, so a difference to
+that would mix the damage of quantizing with what was learnt. A run's share is its improvement over the improvement of
 the run in full precision with the same seed, batches and noise.
 """
 
@@ -26,7 +26,7 @@ from pixtune.engine.load import load_transformer
 from pixtune.engine.quantize import QuantizedLinear
 from pixtune.families import family_of
 from pixtune.family import Placement
-from pixtune.plan.memory import MemoryPlan
+from pixtune.plan.training import TrainingPlan
 from pixtune.storage.model_folder import ModelFolder
 from pixtune.trained.export import DIFFUSERS_FILE
 from pixtune.validation import HeldOutPicture, measure
@@ -73,11 +73,11 @@ def scene(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 @pytest.mark.parametrize("linear_format", LEAST_SHARE)
-def test_a_quantised_base_keeps_the_improvement(scene: Scene, linear_format: str) -> None:
+def test_a_quantized_base_keeps_the_improvement(scene: Scene, linear_format: str) -> None:
     assert scene.losses["plain"] < 0.8 * scene.base_loss, "too little was learnt to compare anything"
     share = scene.share(linear_format)
     assert share >= LEAST_SHARE[linear_format], f"{share:.3f} of the plain run's improvement: {scene}"
-    assert scene.losses[linear_format] != scene.losses["plain"], "was it quantised at all?"
+    assert scene.losses[linear_format] != scene.losses["plain"], "was it quantized at all?"
 
 
 def read_config(name: str, folder: Path, linear_format: str) -> TrainConfig:
@@ -116,7 +116,7 @@ def train_and_export(config: TrainConfig, linear_format: str) -> list[HeldOutPic
     return list(services.data.held_out)[:NUM_MEASURED]
 
 
-def decide_four_bits(*arguments: object, decide: object = training.decide_plan) -> MemoryPlan:
+def decide_four_bits(*arguments: object, decide: object = training.decide_plan) -> TrainingPlan:
     assert callable(decide)
     return replace(decide(*arguments), weights_format="nf4")
 

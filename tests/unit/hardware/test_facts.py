@@ -153,7 +153,7 @@ def test_facts_and_cards_need_no_torch() -> None:
     """`pixtune plan --as` has three seconds; torch alone takes longer on a slow disk."""
     code = (
         "import sys; from pixtune.hardware.cards import facts_as; facts_as('RTX 4090'); "
-        "import pixtune.plan.memory, pixtune.hardware.meminfo; print('torch' in sys.modules)"
+        "import pixtune.plan.training, pixtune.hardware.meminfo; print('torch' in sys.modules)"
     )
     outcome = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert outcome.stdout.strip() == "False"

@@ -18,8 +18,8 @@ from pixtune.families import FAMILIES
 from pixtune.hardware.cards import facts_as
 from pixtune.hardware.facts import GIB, HardwareFacts
 from pixtune.plan.all_weights import Situation, Way, host_bytes, ladder_of_all_weights, peak_bytes
-from pixtune.plan.memory import MemoryPlan, plan_memory, usable_bytes
 from pixtune.plan.rungs import FULL_UNITS
+from pixtune.plan.training import TrainingPlan, plan_training, usable_bytes
 from pixtune.trained import adapters
 from tests.full_size import full_size_footprint
 
@@ -33,10 +33,10 @@ BILLIONS = 20.43e9
 
 def plan_for(
     card: str, host_gib: int = 256, model: str = "qwen_image", num_processes: int = 1, **changes: object
-) -> MemoryPlan:
+) -> TrainingPlan:
     config = CONFIG.model_copy(update=changes)
     facts = facts_as(card, host_gib * GIB)
-    return plan_memory(facts, full_size_footprint(config, model), config, num_processes=num_processes)
+    return plan_training(facts, full_size_footprint(config, model), config, num_processes=num_processes)
 
 
 def refusal(*args: Any, **changes: Any) -> str:
@@ -200,7 +200,7 @@ def test_less_memory_never_means_a_faster_way() -> None:
 
 def test_what_cannot_be_compiled_is_trained_eagerly() -> None:
     facts, footprint = facts_as("H200"), full_size_footprint(CONFIG)
-    plan = plan_memory(facts, footprint, CONFIG, can_compile=False)
+    plan = plan_training(facts, footprint, CONFIG, can_compile=False)
     assert not plan.compile and any("not compiled" in reason for reason in plan.reasons)
 
 

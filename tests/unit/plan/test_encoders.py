@@ -25,7 +25,7 @@ from pixtune.plan.encoders import (
     text_peak_bytes,
     text_weight_bytes,
 )
-from pixtune.plan.memory import CONTEXT_BYTES, RESERVE_BYTES
+from pixtune.plan.training import CONTEXT_BYTES, RESERVE_BYTES
 from pixtune.storage.checkpoint import stored
 from tests.full_size import AUTOENCODER, TEXT_ENCODER
 
@@ -132,7 +132,7 @@ def test_demands_are_kept() -> None:
         plan_encoders(room, sizes, 4, may_quantize=False, must_stay=True)
 
 
-def test_quantised_weights_are_counted_with_what_stays_as_it_is() -> None:
+def test_quantized_weights_are_counted_with_what_stays_as_it_is() -> None:
     sizes = full_size("qwen_image")
     embeddings_and_norms = 152_064 * 3584 + 400_000  # norms and biases
     linear = sizes.text_bytes // 2 - embeddings_and_norms

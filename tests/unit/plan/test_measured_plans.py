@@ -11,7 +11,7 @@ import pytest
 from pixtune.config import load_config
 from pixtune.hardware.cards import facts_as
 from pixtune.hardware.facts import GIB
-from pixtune.plan.memory import plan_memory
+from pixtune.plan.training import plan_training
 from tests.full_size import full_size_footprint
 
 RESULTS = Path(__file__).parents[3] / "benchmarks" / "results"
@@ -41,7 +41,7 @@ def test_the_planned_peak_is_the_measured_one(path: Path) -> None:
     config = load_config(None, words, folders_must_exist=False)
     num_tokens = case["batch_size"] * (case["num_image_tokens"] + case["num_text_tokens"])
     footprint = replace(full_size_footprint(config, family), num_tokens=num_tokens)
-    plan = plan_memory(facts_as("H200"), footprint, config)
+    plan = plan_training(facts_as("H200"), footprint, config)
     assert plan.weights_format == result["plan"]["weights_format"]
     measured_gib = result["memory"]["peak_allocated_gib"]
     assert plan.expected_peak_bytes / GIB == pytest.approx(measured_gib, rel=LARGEST_ERROR)

@@ -10,9 +10,9 @@ from pixtune.config.schema import DataConfig, TrainConfig
 from pixtune.errors import PlanError
 from pixtune.hardware.cards import facts_as
 from pixtune.hardware.facts import HardwareFacts
-from pixtune.plan.memory import CONTEXT_BYTES, GIB, usable_bytes
-from pixtune.plan.phases import Drawing, DrawingPlan, drawing_ladder, pass_peak_bytes, plan_drawing
+from pixtune.plan.phases import SampleSizes, SamplingPlan, pass_peak_bytes, plan_sampling, sampling_ladder
 from pixtune.plan.rungs import Rung
+from pixtune.plan.training import CONTEXT_BYTES, GIB, usable_bytes
 from tests.full_size import AUTOENCODER, full_size_footprint
 
 CONFIG = TrainConfig(
@@ -26,12 +26,12 @@ NUM_PASSES = {"qwen_image": 60, "flux": 30}
 
 def plan_for(
     model: str = "qwen_image", limit_gib: float = 79.0, facts: HardwareFacts | None = None, **changes: object
-) -> DrawingPlan:
+) -> SamplingPlan:
     """With a LoRA of rank 16 on the attention layers."""
     config = CONFIG.model_copy(update={"gpu_memory_limit_gib": limit_gib, **changes})
     footprint = full_size_footprint(config, model)
-    drawing = Drawing(1024 * 1024, NUM_PASSES[model], 2 * AUTOENCODER[model])
-    return plan_drawing(facts or facts_as("H100"), footprint, config, drawing)
+    drawing = SampleSizes(1024 * 1024, NUM_PASSES[model], 2 * AUTOENCODER[model])
+    return plan_sampling(facts or facts_as("H100"), footprint, config, drawing)
 
 
 @pytest.mark.parametrize(
@@ -69,7 +69,7 @@ def test_drawing_takes_less_than_training_and_no_more_than_it_must(model: str) -
     for limit_gib in (*CARDS_GIB.values(), 5.4, 4.4):
         config = CONFIG.model_copy(update={"gpu_memory_limit_gib": limit_gib})
         plan, footprint = plan_for(model, limit_gib), full_size_footprint(config, model)
-        rungs = drawing_ladder(facts_as("H100"), footprint, config, NUM_PASSES[model])
+        rungs = sampling_ladder(facts_as("H100"), footprint, config, NUM_PASSES[model])
         taken = Rung(plan.weights_format, plan.modulation_rows, streamed_blocks=plan.streamed_blocks)
         usable = usable_bytes(facts_as("H100"), config)
         assert all(pass_peak_bytes(rung, footprint, "bf16") > usable for rung in rungs[: rungs.index(taken)])
@@ -77,16 +77,16 @@ def test_drawing_takes_less_than_training_and_no_more_than_it_must(model: str) -
 
 def test_no_rung_keeps_anything_for_a_backward_pass() -> None:
     footprint = full_size_footprint(CONFIG)
-    rungs = drawing_ladder(facts_as("RTX 4090"), footprint, CONFIG, 60)
+    rungs = sampling_ladder(facts_as("RTX 4090"), footprint, CONFIG, 60)
     assert len(rungs) == len(set(rungs)) and {rung.modulation_rows for rung in rungs} == {0, 61}
-    assert not any(rung.lean or rung.recomputed_blocks or rung.offload_inputs for rung in rungs)
+    assert not any(rung.selective or rung.recomputed_blocks or rung.offload_inputs for rung in rungs)
     assert [rung.weights_format for rung in rungs if not rung.streamed_blocks] == ["bf16"] * 2 + ["fp8", "nf4"]
 
 
 def test_large_pictures_are_tiled_only_where_the_decoder_alone_does_not_fit() -> None:
     config = CONFIG.model_copy(update={"gpu_memory_limit_gib": 7.4})
     footprint = full_size_footprint(config, "flux")
-    plan = plan_drawing(facts_as("H100"), footprint, config, Drawing(2048 * 2048, 30, 2 * AUTOENCODER["flux"]))
+    plan = plan_sampling(facts_as("H100"), footprint, config, SampleSizes(2048 * 2048, 30, 2 * AUTOENCODER["flux"]))
     assert plan.decode_last and plan.tile_pixels == 1024 and "in tiles of 1024 pixels" in plan.reasons[0]
 
 

@@ -26,13 +26,13 @@ def pictures(*lengths: int, image_tokens: int = 4096) -> CaptionedSize:
 
 
 def choice(
-    *sizes: CaptionedSize, recordings: int = 8, batch_size: int = 1, differ: bool = True, passed: bool = True
+    *sizes: CaptionedSize, captures: int = 8, batch_size: int = 1, differ: bool = True, passed: bool = True
 ) -> tuple[int, str]:
     config = TrainConfig(
         pretrained_model_name_or_path="x", output_dir=Path("x"), max_train_steps=1, mixed_precision="bf16",
         train_batch_size=batch_size, data_config=DataConfig(img_dir=Path("x")),
     )  # fmt: skip
-    multiple, reasons = choose_text_multiple(config, Captions(differ, sizes), recordings, passed)
+    multiple, reasons = choose_text_multiple(config, Captions(differ, sizes), captures, passed)
     return multiple, " ".join(reasons)
 
 
@@ -49,14 +49,14 @@ def test_what_is_counted() -> None:
 
 
 @pytest.mark.parametrize(
-    ("recordings", "multiple"),
+    ("captures", "multiple"),
     [(64, 64), (5, 64), (4, 128), (3, 128), (2, 256), (1, 320)],
 )
-def test_the_smallest_multiple_is_taken_by_which_all_shapes_are_recorded(recordings: int, multiple: int) -> None:
+def test_the_smallest_multiple_is_taken_by_which_all_shapes_are_recorded(captures: int, multiple: int) -> None:
     """Up to 320, the longest caption's, which makes all captions as long."""
     sizes = [pictures(*LONG, image_tokens=16384)]
-    assert fitting_multiple(sizes, recordings) == multiple
-    assert num_shapes(sizes, multiple) <= recordings
+    assert fitting_multiple(sizes, captures) == multiple
+    assert num_shapes(sizes, multiple) <= captures
 
 
 def test_where_nothing_is_enough_it_is_the_smallest_that_leaves_fewest_shapes() -> None:
@@ -74,16 +74,16 @@ def test_padding_that_would_cost_a_plain_steps_time_is_left_out() -> None:
 
 
 def test_the_reason_says_what_is_gained_and_what_it_costs() -> None:
-    multiple, reason = choice(pictures(*LONG), recordings=3)
+    multiple, reason = choice(pictures(*LONG), captures=3)
     assert multiple == 128
     assert "multiples of 128 tokens" in reason and f"3 instead of {len(LONG)} shapes, and 3 can be recorded" in reason
     assert f"{padding_share([pictures(*LONG)], 128):.1%}" in reason
 
 
 def test_captions_that_share_few_shapes_are_left_alone() -> None:
-    multiple, reason = choice(pictures(10, 20), pictures(30), recordings=3)
+    multiple, reason = choice(pictures(10, 20), pictures(30), captures=3)
     assert multiple == 1 and "have 3 shapes, and 3 can be recorded" in reason
-    assert choice(pictures(10, 20), pictures(30), recordings=2)[0] == 64
+    assert choice(pictures(10, 20), pictures(30), captures=2)[0] == 64
 
 
 def test_captions_that_stay_apart_are_left_alone() -> None:
@@ -100,4 +100,4 @@ def test_a_batch_of_several_captions_is_padded_instead_of_split_or_masked() -> N
 def test_lengths_that_are_not_known_get_the_least_multiple() -> None:
     multiple, reason = choice()
     assert multiple == 64 and "in the loop" in reason
-    assert choice(differ=False) == choice(passed=False) == choice(recordings=0) == (1, "")
+    assert choice(differ=False) == choice(passed=False) == choice(captures=0) == (1, "")

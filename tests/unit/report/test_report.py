@@ -16,7 +16,7 @@ import pytest
 from PIL import Image, ImageChops
 
 from pixtune.report import write_report
-from pixtune.report.charts import Chart, Series, draw_chart, log_axis, step_axis, tick_labels, value_axis
+from pixtune.report.charts import Chart, Series, log_axis, render_chart, step_axis, tick_labels, value_axis
 from pixtune.report.page import format_duration, format_seconds
 from pixtune.report.pictures import data_uri, edge_for, font_for, own_font, spread, wrap
 from pixtune.report.record import read_record, smooth, thin
@@ -343,7 +343,7 @@ def test_charts_are_told_in_words_and_stay_inside_their_frame(whole_run: FakeRun
 
 
 def test_higher_values_are_drawn_higher() -> None:
-    drawing = Page.parse(draw_chart(Chart("t", "s", [Series("x", [(0, 1.0), (5, 3.0), (10, 2.0)], 0)], 10)))
+    drawing = Page.parse(render_chart(Chart("t", "s", [Series("x", [(0, 1.0), (5, 3.0), (10, 2.0)], 0)], 10)))
     (path,) = drawing.root.find("path", "line")
     places = [tuple(map(float, pair)) for pair in re.findall(r"([\d.]+) ([\d.]+)", path.attributes["d"])]
     assert places[0][0] < places[1][0] < places[2][0]
@@ -458,7 +458,7 @@ def test_text_from_outside_is_escaped_everywhere(tmp_path: Path) -> None:
 
 def test_names_in_a_chart_are_escaped() -> None:
     series = [Series(NASTY, [(0, 1.0), (1, 2.0)], 0, "marked"), Series("b", [(0, 1.0)], 1)]
-    drawing = Page.parse(draw_chart(Chart(NASTY, NASTY, series, 1))).root
+    drawing = Page.parse(render_chart(Chart(NASTY, NASTY, series, 1))).root
     assert not drawing.find("script")
     assert drawing.find("b")[0].text == NASTY and drawing.find("li")[0].text == NASTY
     assert NASTY in drawing.find("svg")[-1].attributes["aria-label"]

@@ -77,11 +77,11 @@ def scene(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Scene:
     return Scene(tmp_path, monkeypatch)
 
 
-def batch_of(num_samples: int, height: int = 16, width: int = 16, controls: Sequence[tuple[int, int]] = ()) -> Batch:
-    latents = torch.zeros(num_samples, 4, height, width)
+def batch_of(num_examples: int, height: int = 16, width: int = 16, controls: Sequence[tuple[int, int]] = ()) -> Batch:
+    latents = torch.zeros(num_examples, 4, height, width)
     return Batch(
-        latents, latents, torch.zeros(num_samples), {},
-        tuple(torch.zeros(num_samples, 4, *size) for size in controls), ["a.png"] * num_samples,
+        latents, latents, torch.zeros(num_examples), {},
+        tuple(torch.zeros(num_examples, 4, *size) for size in controls), ["a.png"] * num_examples,
     )  # fmt: skip
 
 

@@ -6,32 +6,32 @@ from collections.abc import Iterable
 
 import pytest
 
-from pixtune.tracking.steptime import BASELINE_STEPS, WINDOW_STEPS, Drift, StepSample, StepTimeWatch
+from pixtune.tracking.steptime import BASELINE_STEPS, WINDOW_STEPS, Drift, StepTimeWatch, StepTiming
 
-YOUNG = [StepSample(step, 1.0, data_wait_seconds=0.01, clock_mhz=1980) for step in range(BASELINE_STEPS)]
+YOUNG = [StepTiming(step, 1.0, data_wait_seconds=0.01, clock_mhz=1980) for step in range(BASELINE_STEPS)]
 
 
-def drifts(samples: Iterable[StepSample], spills_to_host: bool = False) -> list[Drift]:
+def drifts(timings: Iterable[StepTiming], spills_to_host: bool = False) -> list[Drift]:
     watch = StepTimeWatch(spills_to_host)
-    return [drift for sample in samples if (drift := watch.add(sample))]
+    return [drift for timing in timings if (drift := watch.add(timing))]
 
 
-def later(seconds: float, count: int = 3 * WINDOW_STEPS, **figures: object) -> list[StepSample]:
-    return [StepSample(BASELINE_STEPS + number, seconds, **figures) for number in range(count)]
+def later(seconds: float, count: int = 3 * WINDOW_STEPS, **figures: object) -> list[StepTiming]:
+    return [StepTiming(BASELINE_STEPS + number, seconds, **figures) for number in range(count)]
 
 
 def test_steady_steps_say_nothing() -> None:
-    jitter = [StepSample(step, 1.0 + 0.2 * (step % 3)) for step in range(200)]
+    jitter = [StepTiming(step, 1.0 + 0.2 * (step % 3)) for step in range(200)]
     assert drifts(jitter) == []
 
 
 def test_a_few_slow_steps_are_no_drift() -> None:
-    samples = [StepSample(step, 60.0 if step % 50 == 0 else 1.0) for step in range(400)]  # a save, a validation
-    assert drifts(samples) == []
+    timings = [StepTiming(step, 60.0 if step % 50 == 0 else 1.0) for step in range(400)]  # a save, a validation
+    assert drifts(timings) == []
 
 
 def test_slow_first_steps_are_not_the_baseline() -> None:
-    compiling = [StepSample(step, 90.0 if step < 3 else 1.0) for step in range(BASELINE_STEPS)]
+    compiling = [StepTiming(step, 90.0 if step < 3 else 1.0) for step in range(BASELINE_STEPS)]
     (drift,) = drifts(compiling + later(1.5))
     assert drift.ratio == pytest.approx(1.5)
 
@@ -44,9 +44,9 @@ def test_drift_without_evidence_names_no_cause() -> None:
 
 def test_a_drift_is_found_as_soon_as_the_median_has_it() -> None:
     steady = WINDOW_STEPS
-    samples = YOUNG + later(1.0, steady) + later(2.0)
+    timings = YOUNG + later(1.0, steady) + later(2.0)
     watch = StepTimeWatch()
-    found = [index for index, sample in enumerate(samples) if watch.add(sample)]
+    found = [index for index, timing in enumerate(timings) if watch.add(timing)]
     assert found == [BASELINE_STEPS + steady + WINDOW_STEPS // 2 - 1]  # half the window at 2.0: the median is 1.5
 
 
@@ -57,10 +57,10 @@ def test_it_is_said_once_and_again_after_recovery() -> None:
 
 
 def test_another_size_is_no_drift() -> None:
-    small = [StepSample(step, 0.25, "512x512") for step in range(100)]
-    large = [StepSample(step, 1.0, "1024x1024") for step in range(100, 200)]
+    small = [StepTiming(step, 0.25, "512x512") for step in range(100)]
+    large = [StepTiming(step, 1.0, "1024x1024") for step in range(100, 200)]
     assert drifts(small + large) == []
-    slow = [StepSample(step, 0.5, "512x512") for step in range(200, 300)]
+    slow = [StepTiming(step, 0.5, "512x512") for step in range(200, 300)]
     assert [drift.ratio for drift in drifts(small + large + slow)] == [pytest.approx(1.5)]  # the median on its way to 2
 
 
@@ -90,21 +90,21 @@ def test_weak_evidence_is_none(figures: dict[str, object]) -> None:
 
 
 def test_a_full_card_spills_only_where_drivers_do_that() -> None:
-    samples = YOUNG + later(10.0, free_share=0.01)
-    (windows,), (linux,) = drifts(samples, spills_to_host=True), drifts(samples)
+    timings = YOUNG + later(10.0, free_share=0.01)
+    (windows,), (linux,) = drifts(timings, spills_to_host=True), drifts(timings)
     assert windows.causes == ("spill",) and "Sysmem Fallback Policy" in windows.message
     assert linux.causes == ()
 
 
 def test_recompiling_now_and_then_costs_more_than_a_median_shows() -> None:
-    samples = [
-        StepSample(step, 30.0 if step % 5 == 0 else 1.0, recompilations=step % 5 == 0)
+    timings = [
+        StepTiming(step, 30.0 if step % 5 == 0 else 1.0, recompilations=step % 5 == 0)
         for step in range(BASELINE_STEPS, 100)
     ]
-    (drift,) = drifts(YOUNG + samples)
+    (drift,) = drifts(YOUNG + timings)
     assert drift.causes == ("recompilation",) and drift.ratio > 5
 
 
 def test_recompilation_is_not_blamed_for_steps_without_it() -> None:
-    samples = [StepSample(step, 2.0, recompilations=step % 10 == 0) for step in range(BASELINE_STEPS, 100)]
-    assert drifts(YOUNG + samples)[0].causes == ()
+    timings = [StepTiming(step, 2.0, recompilations=step % 10 == 0) for step in range(BASELINE_STEPS, 100)]
+    assert drifts(YOUNG + timings)[0].causes == ()

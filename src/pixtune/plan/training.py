@@ -15,28 +15,28 @@ from pixtune.errors import PlanError
 from pixtune.hardware.facts import GIB, MEMORY_FRACTION, HardwareFacts, missing_on_host
 from pixtune.plan.all_weights import Situation, choose_way, has_masters
 from pixtune.plan.footprint import Footprint
-from pixtune.plan.kernel_choice import CUDNN, FLASH_3, Findings, choose_attention, choose_tf32
+from pixtune.plan.kernel_choice import Findings, choose_attention, choose_tf32
 from pixtune.plan.refusals import host_lacks, nothing_fits
 from pixtune.plan.rungs import (
-    QUANTISED,
+    QUANTIZED,
     Rung,
     compute_format_of,
-    count_recordings,
+    count_captures,
     fit_host,
     fragmented_bytes,
     host_bytes,
     is_unified,
     ladder,
     peak_bytes,
-    room_for_recordings,
+    room_for_captures,
     with_fused_mlps,
     with_rows,
 )
 from pixtune.plan.text_padding import Captions, choose_text_multiple
 
 CONTEXT_BYTES = round(0.86 * GIB)
-"""Of a process outside torch's allocator: CUDA context, code of kernels and libraries, recorded steps. On an H100 0.5
-GiB at the start and 0.85 at the end of a run with cuDNN's attention and recorded steps."""
+"""Of a process outside torch's allocator: CUDA context, code of kernels and libraries, captured steps. On an H100 0.5
+GiB at the start and 0.85 at the end of a run with cuDNN's attention and captured steps."""
 RESERVE_BYTES = GIB // 4
 """Reserved by the allocator over what it has given out, however little that is."""
 SMALL_CARD_BYTES = 30 * GIB
@@ -44,18 +44,18 @@ SMALL_CARD_BYTES = 30 * GIB
 
 
 @dataclass(frozen=True)
-class MemoryPlan:
+class TrainingPlan:
     """The decisions. Stored in every checkpoint and used again on resume."""
 
     compute_format: str
-    """"bf16" or "fp32": of activations, and of weights that are not quantised."""
+    """"bf16" or "fp32": of activations, and of weights that are not quantized."""
     weights_format: str
     """Of the blocks' linear layers: the same, or "fp8", "int8", "nf4"."""
     kept_transposes: bool
     """8-bit weights are kept a second time, transposed, as the backward pass reads them."""
     modulation_rows: int
     """Rows of the table in host memory that stands in for modulation layers; 0: they are loaded."""
-    lean: bool
+    selective: bool
     """Norms, rotary embedding and gates are computed again, the MLP's activation is kept in 8 bits."""
     recomputed_blocks: int
     """The first so many keep only their inputs."""
@@ -67,8 +67,8 @@ class MemoryPlan:
     """The weights of so many of them come from host memory each time."""
     compile: bool
     """Blocks are compiled."""
-    recordings: int
-    """Of so many shapes, those that come up first, forward and backward pass are recorded and replayed."""
+    captures: int
+    """Of so many shapes, those that come up first, forward and backward pass are captured and replayed."""
     pin_memory: bool
     encoders_stay: bool
     """Text encoder and autoencoder stay on the device after encoding."""
@@ -89,7 +89,7 @@ class MemoryPlan:
     """What torch's allocator was taken to have; 0 on a CPU."""
     reasons: tuple[str, ...]
     plain_layers: tuple[str, ...] = ()
-    """Paths of the blocks' linear layers that have the `compute_format` where the others are quantised."""
+    """Paths of the blocks' linear layers that have the `compute_format` where the others are quantized."""
     fused_step: bool = False
     """Each weight is stepped within the backward pass, and its gradient freed."""
     states_on_host: bool = False
@@ -112,21 +112,16 @@ class MemoryPlan:
         return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
 
 
-def in_todays_fields(values: Mapping[str, Any]) -> dict[str, Any]:
-    """A stored plan of versions that knew `cudnn_attention` and `flash_attention_3`, such that the same kernels run.
-
-    These versions allowed cuDNN's kernel and left the order to PyTorch, which puts it first on Hopper and last on most
-    other GPUs, whatever their plan said.
-    """
-    today = dict(values)
-    if "cudnn_attention" not in today or "flash_attention_3" not in today:
-        return today
-    had_cudnn, had_3 = today.pop("cudnn_attention"), today.pop("flash_attention_3")
-    kernel, off = FLASH_3 if had_3 else None, [CUDNN] if had_cudnn is False else []
-    return {**today, "attention": kernel, "attention_off": off}
+OLDER_NAMES = {"lean": "selective", "recordings": "captures"}
+"""Fields as checkpoints of November 2026 and before call them, and what they are called here."""
 
 
-def plan_memory(
+def with_todays_names(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Renames the fields of a stored plan that have other names today."""
+    return {OLDER_NAMES.get(name, name): value for name, value in values.items()}
+
+
+def plan_training(
     facts: HardwareFacts,
     footprint: Footprint,
     config: TrainConfig,
@@ -135,7 +130,7 @@ def plan_memory(
     num_processes: int = 1,
     flash_attention_3_obstacle: str | None = None,
     captions: Captions | None = None,
-) -> MemoryPlan:
+) -> TrainingPlan:
     """Chooses what the config leaves open.
 
     Args:
@@ -158,20 +153,20 @@ def plan_memory(
     unified = is_unified(facts, config)
     tf32, tf32_reasons = choose_tf32(facts, config)
     attending = choose_attention(facts, config, attention, flash_attention_3_obstacle)
-    recordings = count_recordings(rung, footprint, config, compiled, usable - chosen.peak_bytes) if on_gpu else 0
-    text_multiple, text_reasons = choose_text_multiple(config, captions, recordings, attending.pads)
-    return MemoryPlan(
+    captures = count_captures(rung, footprint, config, compiled, usable - chosen.peak_bytes) if on_gpu else 0
+    text_multiple, text_reasons = choose_text_multiple(config, captions, captures, attending.pads)
+    return TrainingPlan(
         compute_format=compute_format_of(config),
         weights_format=rung.weights_format,
         modulation_rows=rung.modulation_rows,
         kept_transposes=rung.kept_transposes,
-        lean=rung.lean,
+        selective=rung.selective,
         recomputed_blocks=rung.recomputed_blocks,
         reprojected_blocks=rung.reprojected_blocks,
         offload_inputs=rung.offload_inputs,
         streamed_blocks=rung.streamed_blocks,
         compile=compiled,
-        recordings=recordings,
+        captures=captures,
         pin_memory=on_gpu and not unified if config.pin_memory is None else config.pin_memory and on_gpu,
         encoders_stay=unified if config.disable_cpu_offload is None else config.disable_cpu_offload,
         tf32=tf32,
@@ -184,7 +179,7 @@ def plan_memory(
         expected_host_bytes=chosen.host_bytes,
         usable_bytes=usable,
         reasons=(*chosen.reasons, *tf32_reasons, *attending.reasons, *text_reasons),
-        plain_layers=footprint.plain_layers if rung.weights_format in QUANTISED else (),
+        plain_layers=footprint.plain_layers if rung.weights_format in QUANTIZED else (),
         fused_step=chosen.fused_step,
         states_on_host=chosen.states_on_host,
         fp32_copies=footprint.trains_all and has_masters(config),
@@ -241,7 +236,7 @@ def _choose_rung(
         return peak_bytes(rung, footprint, config, optimizer, compiled)
 
     def beside(rung: Rung) -> int:
-        return fragmented_bytes(rung, footprint, config, compiled) + room_for_recordings(rung, config)
+        return fragmented_bytes(rung, footprint, config, compiled) + room_for_captures(rung, config)
 
     fitting = [rung for rung in demanded if needed(rung) + beside(rung) <= usable]
     on_host = [num_processes * host_bytes(with_rows(rung, footprint), footprint) for rung in fitting]
@@ -298,10 +293,10 @@ def _reasons(
     have = f"{usable / GIB:.1f} GiB usable"
     reasons = [f"about {bytes_ / GIB:.1f} GiB at the peak of a step, {have}"]
     if config.disable_quantization and (config.quantize or config.cuda_features.enable_fp8_training):
-        reasons.append("not quantised: disable_quantization wins over quantize and enable_fp8_training")
+        reasons.append("not quantized: disable_quantization wins over quantize and enable_fp8_training")
     if rung != first:
         reasons.append(f"the fastest way would need {first_bytes / GIB:.1f} GiB, so memory is saved:")
-    if rung.weights_format in QUANTISED:
+    if rung.weights_format in QUANTIZED:
         bits = "4-bit (nf4)" if rung.weights_format == "nf4" else f"8-bit ({rung.weights_format})"
         reasons.append(f"{bits} frozen weights, products on 8-bit tensor cores forward and backward")
         reasons += _kept_plain(footprint)
@@ -313,7 +308,7 @@ def _reasons(
             f"modulation computed {rung.modulation_rows} draws ahead: its {weights / 1e9:.1f} billion weights stay in "
             "their file"
         )
-    if rung.lean:
+    if rung.selective:
         reasons.append("norms, rotary embedding and gates computed twice, GELU's input kept in 8 bits")
     if rung.recomputed_blocks:
         reasons.append(f"recomputation on for {rung.recomputed_blocks} of {footprint.num_blocks} blocks")
@@ -341,4 +336,4 @@ def _passed_over(facts: HardwareFacts, on_host: int) -> list[str]:
 
 def _kept_plain(footprint: Footprint) -> list[str]:
     count = len(footprint.plain_layers)
-    return [f"{count} linear layers are not quantised, as keep_plain asks"] if count else []
+    return [f"{count} linear layers are not quantized, as keep_plain asks"] if count else []

@@ -14,20 +14,20 @@ from pixtune.errors import CheckpointError, ConfigError, PlanError
 from pixtune.hardware.cards import facts_as
 from pixtune.hardware.facts import HardwareFacts, host_room_bytes, missing_on_host
 from pixtune.plan.kernel_choice import Finding
-from pixtune.plan.memory import CONTEXT_BYTES, GIB, MemoryPlan, in_todays_fields, plan_memory, usable_bytes
 from pixtune.plan.rungs import (
-    LEAST_RECORDINGS,
-    MOST_RECORDINGS,
-    RECORDING_BYTES,
+    CAPTURE_BYTES,
+    LEAST_CAPTURES,
+    MOST_CAPTURES,
     TABLES,
     Rung,
     fragmented_bytes,
     ladder,
     modulation_row,
     peak_bytes,
-    room_for_recordings,
+    room_for_captures,
 )
 from pixtune.plan.text_padding import LEAST_MULTIPLE, CaptionedSize, Captions, least_multiple
+from pixtune.plan.training import CONTEXT_BYTES, GIB, TrainingPlan, plan_training, usable_bytes
 from pixtune.storage.checkpoint import stored
 from tests.full_size import full_size_footprint
 
@@ -45,19 +45,19 @@ def asking(**changes: object) -> TrainConfig:
     return CONFIG.model_copy(update=changes)
 
 
-def plan_for(facts: HardwareFacts = H100, model: str = "qwen_image", **changes: object) -> MemoryPlan:
+def plan_for(facts: HardwareFacts = H100, model: str = "qwen_image", **changes: object) -> TrainingPlan:
     config = asking(**changes)
-    return plan_memory(facts, full_size_footprint(config, model), config)
+    return plan_training(facts, full_size_footprint(config, model), config)
 
 
-def capped(limit_gib: float, model: str = "qwen_image", **changes: object) -> MemoryPlan:
+def capped(limit_gib: float, model: str = "qwen_image", **changes: object) -> TrainingPlan:
     """An H100 under a limit for the whole process."""
     return plan_for(H100, model, gpu_memory_limit_gib=limit_gib, **changes)
 
 
 def test_transposes_are_kept_where_there_is_room_for_them() -> None:
     assert plan_for(H100, quantize=True).kept_transposes
-    assert capped(47, quantize=True).kept_transposes and capped(47, quantize=True).lean
+    assert capped(47, quantize=True).kept_transposes and capped(47, quantize=True).selective
     assert not capped(31, quantize=True).kept_transposes
     assert not plan_for(H100).kept_transposes, "there is nothing to transpose in bf16"
     footprint = full_size_footprint(CONFIG)
@@ -92,7 +92,7 @@ def test_it_is_within_5_percent_of_peaks_that_were_measured(
 
 
 @pytest.mark.parametrize("leaner", [
-    {"modulation_rows": 64}, {"weights_format": "fp8"}, {"weights_format": "nf4"}, {"lean": True},
+    {"modulation_rows": 64}, {"weights_format": "fp8"}, {"weights_format": "nf4"}, {"selective": True},
     {"recomputed_blocks": 30}, {"recomputed_blocks": 60, "offload_inputs": True},
     {"recomputed_blocks": 60, "streamed_blocks": 30},
 ])  # fmt: skip
@@ -116,7 +116,7 @@ class Cell:
     """The most that a plan may resort to."""
 
     formats: tuple[str, ...]
-    lean: bool = True
+    selective: bool = True
     most_recomputed: float = 0
     """Share of the blocks."""
     offload: bool = False
@@ -124,7 +124,7 @@ class Cell:
 
 
 EIGHT = ("fp8", "int8")
-KEEP = Cell(("bf16",), lean=False)
+KEEP = Cell(("bf16",), selective=False)
 TABLE = [
     ("qwen_image", 79, KEEP),
     ("qwen_image", 47, KEEP),
@@ -157,7 +157,7 @@ def test_a_card_resorts_to_no_more_than_it_must(model: str, limit_gib: float, ce
     num_blocks = full_size_footprint(CONFIG, model).num_blocks
     assert plan.weights_format in cell.formats
     assert plan.recomputed_blocks <= cell.most_recomputed * num_blocks
-    assert plan.lean <= cell.lean and plan.offload_inputs <= cell.offload
+    assert plan.selective <= cell.selective and plan.offload_inputs <= cell.offload
     assert (plan.streamed_blocks > 0) <= cell.streaming
 
 
@@ -172,7 +172,7 @@ def test_every_plan_fits_its_limit_with_the_context(model: str, limit_gib: float
 def test_less_memory_never_means_fewer_savings(model: str) -> None:
     plans = [capped(limit, model) for limit in (79, 60, 47, 40, 31, 23.3, 15.3, 11.4, 7.4, 5.5)]
     order = ["bf16", "fp8", "nf4"]
-    effort = [(order.index(p.weights_format), p.lean, p.recomputed_blocks, p.offload_inputs, p.streamed_blocks)
+    effort = [(order.index(p.weights_format), p.selective, p.recomputed_blocks, p.offload_inputs, p.streamed_blocks)
               for p in plans]  # fmt: skip
     assert effort == sorted(effort)
 
@@ -188,12 +188,12 @@ def test_the_fewest_blocks_that_suffice_are_recomputed_and_streamed(model: str) 
         footprint, plan = full_size_footprint(config, model), capped(limit_gib, model)
         assert getattr(plan, counted) > 1
         rung = Rung(
-            plan.weights_format, plan.modulation_rows, plan.lean, plan.recomputed_blocks, plan.offload_inputs,
+            plan.weights_format, plan.modulation_rows, plan.selective, plan.recomputed_blocks, plan.offload_inputs,
             plan.streamed_blocks, plan.reprojected_blocks,
         )  # fmt: skip
         one_less = replace(rung, **{counted: getattr(plan, counted) - 1})
         needed = peak_bytes(one_less, footprint, config, plan.optimizer, True)
-        beside = fragmented_bytes(one_less, footprint, config, True) + room_for_recordings(one_less, config)
+        beside = fragmented_bytes(one_less, footprint, config, True) + room_for_captures(one_less, config)
         assert needed + beside > usable_bytes(H100, config)
 
 
@@ -210,13 +210,13 @@ def test_a_family_that_cannot_project_again_is_never_asked_to() -> None:
 
 @pytest.mark.parametrize("model", MODELS)
 def test_as_many_shapes_are_recorded_as_there_is_room_for(model: str) -> None:
-    assert plan_for(model=model).recordings == MOST_RECORDINGS
+    assert plan_for(model=model).captures == MOST_CAPTURES
     for limit_gib in (31, 23.3, 15.3, 11.4, 7.4, 5.5):
         plan = capped(limit_gib, model)
-        assert LEAST_RECORDINGS <= plan.recordings <= MOST_RECORDINGS
-        held = plan.expected_peak_bytes + (plan.recordings - 1) * RECORDING_BYTES
+        assert LEAST_CAPTURES <= plan.captures <= MOST_CAPTURES
+        held = plan.expected_peak_bytes + (plan.captures - 1) * CAPTURE_BYTES
         assert held <= plan.usable_bytes
-    assert plan_for(model=model, cuda_graphs=False).recordings == plan_for(CPU, model).recordings == 0
+    assert plan_for(model=model, cuda_graphs=False).captures == plan_for(CPU, model).captures == 0
 
 
 def test_a_limit_counts_as_a_smaller_card_for_the_optimizer() -> None:
@@ -229,14 +229,14 @@ def test_a_limit_counts_as_a_smaller_card_for_the_optimizer() -> None:
 
 def test_one_pool_needs_nothing_special() -> None:
     plan = plan_for(facts_as("DGX Spark"))
-    assert (plan.weights_format, plan.recomputed_blocks, plan.lean, plan.modulation_rows) == ("bf16", 0, False, 0)
+    assert (plan.weights_format, plan.recomputed_blocks, plan.selective, plan.modulation_rows) == ("bf16", 0, False, 0)
     assert (plan.pin_memory, plan.encoders_stay, plan.offload_inputs, plan.streamed_blocks) == (False, True, False, 0)
 
 
 @pytest.mark.parametrize("card", ["H100", "A100 80 GB", "H200", "RTX PRO 6000", "GH200"])
 def test_80_gb_need_nothing_special(card: str) -> None:
     plan = plan_for(facts_as(card))
-    assert (plan.weights_format, plan.recomputed_blocks, plan.lean, plan.modulation_rows) == ("bf16", 0, False, 0)
+    assert (plan.weights_format, plan.recomputed_blocks, plan.selective, plan.modulation_rows) == ("bf16", 0, False, 0)
     assert (plan.pin_memory, plan.encoders_stay, plan.optimizer) == (True, False, "adamw")
 
 
@@ -263,13 +263,13 @@ def test_one_pool_moves_nothing_to_the_host_which_is_the_same_memory(limit_gib: 
 def test_a_cpu_pins_nothing_and_saves_nothing() -> None:
     plan = plan_for(CPU, pin_memory=True, mixed_precision="no")
     assert (plan.compute_format, plan.weights_format, plan.expected_peak_bytes) == ("fp32", "fp32", 0)
-    assert not (plan.pin_memory or plan.recomputed_blocks or plan.tf32 or plan.compile or plan.lean)
+    assert not (plan.pin_memory or plan.recomputed_blocks or plan.tf32 or plan.compile or plan.selective)
 
 
 def test_blocks_are_compiled_where_that_works() -> None:
     footprint = full_size_footprint(CONFIG)
-    assert plan_memory(H100, footprint, CONFIG).compile
-    plan = plan_memory(H100, footprint, CONFIG, can_compile=False)
+    assert plan_training(H100, footprint, CONFIG).compile
+    plan = plan_training(H100, footprint, CONFIG, can_compile=False)
     assert not plan.compile and any("torch.compile" in reason for reason in plan.reasons)
 
 
@@ -300,7 +300,7 @@ def test_fp8_is_refused_where_no_core_has_it() -> None:
 @pytest.mark.parametrize("card", ["H100", "RTX 5090"])
 def test_recomputation_is_forbidden_or_demanded_whole(card: str) -> None:
     none = plan_for(facts_as(card), "flux", disable_gradient_checkpointing=True)
-    assert none.recomputed_blocks == 0 and not none.lean
+    assert none.recomputed_blocks == 0 and not none.selective
     every = plan_for(facts_as(card), "flux", disable_gradient_checkpointing=False)
     assert every.recomputed_blocks == 57
 
@@ -330,21 +330,21 @@ RIGHT = {
 
 def test_flash_attention_3_is_used_where_it_runs_and_else_the_plan_says_why_not() -> None:
     footprint = full_size_footprint(CONFIG)
-    on = plan_memory(H100, footprint, ASKS_FOR_3, RIGHT)
+    on = plan_training(H100, footprint, ASKS_FOR_3, RIGHT)
     assert (on.attention, on.attention_off) == ("flash_3", ("cudnn",)) and "as asked" in " ".join(on.reasons)
-    not_installed = plan_memory(H100, footprint, ASKS_FOR_3, RIGHT, flash_attention_3_obstacle="no module")
-    elsewhere = plan_memory(facts_as("RTX 5090"), footprint, ASKS_FOR_3, RIGHT)
+    not_installed = plan_training(H100, footprint, ASKS_FOR_3, RIGHT, flash_attention_3_obstacle="no module")
+    elsewhere = plan_training(facts_as("RTX 5090"), footprint, ASKS_FOR_3, RIGHT)
     for plan, why in ((not_installed, "no module"), (elsewhere, "it runs on Hopper (compute capability 9.0) alone")):
         assert (plan.attention, plan.attention_off) == ("cudnn", ())
         assert any(f"FlashAttention 3 off, though asked for: {why}" in reason for reason in plan.reasons)
-    assert plan_memory(H100, footprint, CONFIG).attention is None
+    assert plan_training(H100, footprint, CONFIG).attention is None
 
 
 def test_a_trial_of_attention_kernels_decides() -> None:
-    plan = plan_memory(H100, full_size_footprint(CONFIG), CONFIG, RIGHT)
+    plan = plan_training(H100, full_size_footprint(CONFIG), CONFIG, RIGHT)
     assert (plan.attention, plan.attention_off) == ("cudnn", ())
     assert "attention by cuDNN: right within 0.3%, 1.50 ms a block; flash 2.90" in plan.reasons
-    untried = plan_memory(H100, full_size_footprint(CONFIG), CONFIG)
+    untried = plan_training(H100, full_size_footprint(CONFIG), CONFIG)
     assert untried.attention is None and any("no kernel was tried" in reason for reason in untried.reasons)
 
 
@@ -353,20 +353,20 @@ MANY_LENGTHS = Captions(differ=True, sizes=(CaptionedSize(4096, dict.fromkeys(ra
 
 def padding_plan(
     facts: HardwareFacts = H100, captions: Captions | None = MANY_LENGTHS, passed: bool = True, **changes: object
-) -> MemoryPlan:
+) -> TrainingPlan:
     """Where the trials of attention on this machine went well, unless said otherwise."""
     config = asking(**changes)
     error = 0.003 if passed else 0.5
     findings = {kernel: replace(finding, padded_error=error) for kernel, finding in RIGHT.items()}
-    return plan_memory(facts, full_size_footprint(config), config, findings, captions=captions)
+    return plan_training(facts, full_size_footprint(config), config, findings, captions=captions)
 
 
 def test_captions_are_padded_where_recorded_steps_gain_by_it_and_kernels_can() -> None:
     plan = padding_plan()
-    assert plan.recordings > 0 and plan.text_multiple == LEAST_MULTIPLE
+    assert plan.captures > 0 and plan.text_multiple == LEAST_MULTIPLE
     (reason,) = [reason for reason in plan.reasons if "captions padded" in reason]
     assert f"multiples of {LEAST_MULTIPLE} tokens" in reason
-    assert f"2 instead of 100 shapes, and {plan.recordings} can be recorded" in reason
+    assert f"2 instead of 100 shapes, and {plan.captures} can be recorded" in reason
 
 
 @pytest.mark.parametrize(
@@ -443,41 +443,15 @@ def test_the_named_way_out_is_the_plan_that_one_gets_by_it() -> None:
 
 def test_a_plan_survives_the_checkpoint() -> None:
     plan = capped(15.3)
-    assert stored(MemoryPlan, {"plan": plan.to_dict()}, "plan") == plan
+    assert stored(TrainingPlan, {"plan": plan.to_dict()}, "plan") == plan
 
 
-@pytest.mark.parametrize(
-    ("had_cudnn", "had_3", "kernel", "off"),
-    [
-        (True, False, None, ()),
-        (False, False, None, ("cudnn",)),
-        (None, False, None, ()),
-        (False, True, "flash_3", ("cudnn",)),
-    ],
-)
-def test_a_plan_from_before_kernels_were_put_in_order_keeps_those_it_had(
-    had_cudnn: bool | None, had_3: bool, kernel: str | None, off: tuple[str, ...]
-) -> None:
-    values = padding_plan().to_dict()
-    del values["attention"], values["attention_off"]
-    old = {**values, "cudnn_attention": had_cudnn, "flash_attention_3": had_3}
-    plan = stored(MemoryPlan, {"plan": in_todays_fields(old)}, "plan")
-    assert plan == replace(padding_plan(), attention=kernel, attention_off=off)
-    assert in_todays_fields(plan.to_dict()) == plan.to_dict()
-
-
-def test_a_plan_from_before_captions_were_padded_goes_on_without() -> None:
-    values = padding_plan().to_dict()
-    del values["text_multiple"]
-    assert stored(MemoryPlan, {"plan": values}, "plan") == replace(padding_plan(), text_multiple=1)
-
-
-@pytest.mark.parametrize("change", ["lean", "recompute"])
+@pytest.mark.parametrize("change", ["selective", "recompute"])
 def test_a_plan_of_another_version_is_refused_by_the_names_that_differ(change: str) -> None:
     values = plan_for().to_dict()
     values.pop(change, None) if change in values else values.update({change: True})
     with pytest.raises(CheckpointError, match=rf"differs.*{change}"):
-        stored(MemoryPlan, {"plan": values}, "plan")
+        stored(TrainingPlan, {"plan": values}, "plan")
 
 
 @pytest.mark.parametrize(
@@ -499,16 +473,15 @@ def test_a_plan_says_why(limit_gib: float, words: list[str]) -> None:
 def test_deciding_needs_no_torch() -> None:
     import subprocess
 
-    code = (
-        "import sys, pixtune.plan.memory, pixtune.plan.footprint, pixtune.plan.phases; sys.exit('torch' in sys.modules)"
-    )
+    modules = "pixtune.plan.training, pixtune.plan.footprint, pixtune.plan.phases"
+    code = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 # ---- the host
 
 
-def in_a_pc(card: str, host_gb: int, **changes: object) -> MemoryPlan:
+def in_a_pc(card: str, host_gb: int, **changes: object) -> TrainingPlan:
     """A card in a machine with so much memory, of which an eighth is in use."""
     return plan_for(facts_as(card, host_bytes=round(host_gb * 1e9)), **changes)
 
@@ -547,7 +520,7 @@ def test_what_does_not_fit_the_host_is_passed_over_with_a_reason() -> None:
 def test_processes_on_one_host_share_its_memory() -> None:
     """Each has tables of its own."""
     facts, footprint = facts_as("RTX 4090", host_bytes=8 * 10**9), full_size_footprint(CONFIG)
-    rows = [plan_memory(facts, footprint, CONFIG, num_processes=number).modulation_rows for number in (1, 8)]
+    rows = [plan_training(facts, footprint, CONFIG, num_processes=number).modulation_rows for number in (1, 8)]
     assert rows == [128, 32]
 
 

@@ -1,4 +1,4 @@
-"""The samples of a run: which pictures, with which caption and framings, and which of them are held out."""
+"""The examples of a run: which pictures, with which caption and framings, and which of them are held out."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pixtune.sizes import Size
 
 
 @dataclass(frozen=True)
-class Sample:
+class Example:
     """One captioned picture."""
 
     name: str
@@ -32,7 +32,7 @@ class Sample:
     """For each of `framings`, one for each control picture."""
 
     def signature(self, variant: int) -> tuple[Size, ...]:
-        """Sizes of target and controls in pixels: only samples that agree in all of them fit into one batch."""
+        """Sizes of target and controls in pixels: only examples that agree in all of them fit into one batch."""
         controls = self.control_framings[variant] if self.control_paths else ()
         return (self.framings[variant].size, *(control.latents.size for control in controls))
 
@@ -43,7 +43,7 @@ def control_folders(config: DataConfig) -> tuple[Path, ...]:
     return () if folders is None else (folders,) if isinstance(folders, Path) else folders
 
 
-def find_samples(config: DataConfig, folder: Path) -> Pairs:
+def find_examples(config: DataConfig, folder: Path) -> Pairs:
     """What belongs together in a folder, by the config's layout."""
     if config.metadata_file is not None and folder == config.img_dir:
         return read_metadata(config.metadata_file, folder)
@@ -58,10 +58,10 @@ def _controls_beside(config: DataConfig, folder: Path) -> tuple[Path, ...]:
     return tuple(folder.parent / control.name for control in folders)
 
 
-def read_samples(
+def read_examples(
     config: DataConfig, folder: Path, multiple: int, random_ratio: bool, controls: ControlRules | None = None
-) -> list[Sample]:
-    """All samples of a folder, in the order of their names.
+) -> list[Example]:
+    """All examples of a folder, in the order of their names.
 
     Args:
         multiple: picture sides in pixels must be a multiple of this.
@@ -71,13 +71,13 @@ def read_samples(
     Raises:
         DataError: every fault of the folder at once. Reads headers only; damage behind them is for `check_folder`.
     """
-    found = find_samples(config, folder)
+    found = find_examples(config, folder)
     buckets = build_buckets(config.img_size, multiple)
     faults = [*found.faults, *_control_faults(found.pairs, controls, config.allow_missing_controls)]
-    samples = []
+    examples = []
     for pair in found.pairs:
         try:
-            samples.append(_read_sample(pair, buckets, config.upscale, random_ratio, controls))
+            examples.append(_read_example(pair, buckets, config.upscale, random_ratio, controls))
         except DataError as error:
             faults += error.faults
         except ValueError as error:
@@ -85,12 +85,12 @@ def read_samples(
     if faults:
         check_folder(config, folder, multiple)  # finds these and damaged pictures, too, so that all come together
         raise DataError(f"{folder} cannot be trained on", faults)
-    return samples
+    return examples
 
 
-def _read_sample(
+def _read_example(
     pair: Pair, buckets: Buckets, upscale: bool, random_ratio: bool, controls: ControlRules | None
-) -> Sample:
+) -> Example:
     size = read_size(pair.image_path)
     framings = _framings(*size, buckets, upscale, random_ratio)
     paths = pair.control_paths if controls else ()
@@ -98,7 +98,7 @@ def _read_sample(
     control_framings = tuple(
         tuple(frame_control(control, size, framing, controls) for control in sizes) for framing in framings if controls
     )
-    return Sample(pair.name, pair.image_path, pair.read_caption(), framings, paths, control_framings)
+    return Example(pair.name, pair.image_path, pair.read_caption(), framings, paths, control_framings)
 
 
 def _control_faults(pairs: Sequence[Pair], controls: ControlRules | None, may_be_missing: bool) -> list[str]:
@@ -129,7 +129,7 @@ def check_folder(config: DataConfig, folder: Path, multiple: int) -> tuple[str, 
         DataError: all faults of the folder.
     """
     report = validate_pairs(
-        find_samples(config, folder), img_size=config.img_size, multiple=multiple, upscale=config.upscale
+        find_examples(config, folder), img_size=config.img_size, multiple=multiple, upscale=config.upscale
     )
     if not report.ok:
         raise DataError(f"{folder} cannot be trained on, {len(report.faults)} faults", report.faults)
@@ -142,19 +142,19 @@ def _framings(width: int, height: int, buckets: Buckets, upscale: bool, random_r
     return (frame_picture(width, height, buckets, upscale=upscale),)
 
 
-def split_held_out(samples: list[Sample], share: float, seed: int) -> tuple[list[Sample], list[Sample]]:
-    """(training, held out): about `share` of the samples, at least one if share is not 0, chosen by seed and name.
+def split_held_out(examples: list[Example], share: float, seed: int) -> tuple[list[Example], list[Example]]:
+    """(training, held out): about `share` of the examples, at least one if share is not 0, chosen by seed and name.
 
     Raises:
         DataError: nothing would be left to train on.
     """
     if share == 0:
-        return samples, []
-    count = max(1, round(share * len(samples)))
-    if count >= len(samples):
+        return examples, []
+    count = max(1, round(share * len(examples)))
+    if count >= len(examples):
         raise DataError(
             "validation.held_out leaves nothing to train on",
-            [f"{share} of {len(samples)} pictures are {count}; add pictures or lower the share"],
+            [f"{share} of {len(examples)} pictures are {count}; add pictures or lower the share"],
         )
-    chosen = {s.name for s in sorted(samples, key=lambda s: randomness.draw_key(seed, "hold out", s.name))[:count]}
-    return [s for s in samples if s.name not in chosen], [s for s in samples if s.name in chosen]
+    chosen = {s.name for s in sorted(examples, key=lambda s: randomness.draw_key(seed, "hold out", s.name))[:count]}
+    return [s for s in examples if s.name not in chosen], [s for s in examples if s.name in chosen]
