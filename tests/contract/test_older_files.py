@@ -24,7 +24,7 @@ RUNS = {  # folder -> the shipped model and what the run changed
 }
 DRIFT = 2e-3
 """Between two CPUs, relative to the largest weight, after two steps of Adam, which divides by tiny numbers. On the CPU
-that wrote the files it is 0. Steps that forget the optimizer's state differ by 0.1 and more."""
+that wrote the files it is 0. Resuming without the optimizer's state moves the most distant tensor by 0.8 (measured)."""
 
 
 @pytest.mark.parametrize("name", RUNS)
