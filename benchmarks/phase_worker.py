@@ -24,7 +24,7 @@ from torch import Tensor
 from pixtune.bench.environment import describe
 from pixtune.bench.synthetic import write_pictures
 from pixtune.cli import exit_on_user_errors
-from pixtune.commands import sample as draw
+from pixtune.commands import sample
 from pixtune.config.schema import DataConfig, TrainConfig
 from pixtune.data.encode import Encoder
 from pixtune.data.prepare import prepare_data
@@ -183,7 +183,7 @@ def measure_sampling(arguments: argparse.Namespace) -> Result:
     """One picture, from its prompt."""
     output_dir = arguments.scratch / "samples"
     output_dir.mkdir(parents=True)
-    request = draw.SampleRequest(
+    request = sample.SampleRequest(
         model=str(arguments.model),
         prompts=(CAPTION,),
         controls=(),
@@ -195,22 +195,22 @@ def measure_sampling(arguments: argparse.Namespace) -> Result:
         control_size=arguments.size,
         gpu_memory_limit_gib=arguments.limit_gib,
     )
-    config = draw.config_of(request, output_dir)
+    config = sample.config_of(request, output_dir)
     memory = RunMemory(config)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     memory.start(device)
-    task = draw.open_task(request)
+    task = sample.open_task(request)
     passes_per_step = 2 if needs_negative(task.family, GUIDANCE) else 1
-    plans = draw.make_plans(task, config, read_facts(device))
+    plans = sample.make_plans(task, config, read_facts(device))
     family, passes = watch_passes(task.family)
     for number, picture in enumerate(
-        draw.sample_as_planned(replace(task, family=family), plans, device, memory.stages)
+        sample.sample_as_planned(replace(task, family=family), plans, device, memory.stages)
     ):
         picture.image.save(output_dir / f"{number}.png")
     sizes = encoder_sizes(config, task.family, task.folder, count_caption_tokens(len(CAPTION), 0), 0)
     drawing = Phase("pictures drawn", ", ".join(plans.sampling.reasons), plans.sampling.expected_peak_bytes)
-    planned = {draw.ENCODING: encoding_phases(sizes, plans.encoders)[0]}
-    planned |= dict.fromkeys((draw.LOADING, draw.DRAWING, draw.DECODING), drawing)
+    planned = {sample.ENCODING: encoding_phases(sizes, plans.encoders)[0]}
+    planned |= dict.fromkeys((sample.LOADING, sample.SAMPLING, sample.DECODING), drawing)
     return {
         "phase": "sampling",
         "encoders": plans.encoders.to_dict(),

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from pixtune.commands.sample import SampleRequest, draw
+from pixtune.commands.sample import SampleRequest, sample_pictures
 from pixtune.engine.load import load_transformer
 from pixtune.families import FAMILIES
 from pixtune.family import ModelFamily, Placement
@@ -103,7 +103,7 @@ def our_picture(folder: ModelFolder, lora: Path | None, controls: list[Path], co
         str(folder.path), (PROMPT,), tuple(controls), lora, "fp32", SamplerSettings((SEED,), STEPS, GUIDANCE), SIZE,
         None, control_size,
     )  # fmt: skip
-    (written,) = draw(request, path)
+    (written,) = sample_pictures(request, path)
     return Image.open(written)
 
 

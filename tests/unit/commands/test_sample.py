@@ -20,11 +20,11 @@ from pixtune.commands.sample import (
     SampleRequest,
     SavedLora,
     config_of,
-    draw,
     make_plans,
     open_task,
     read_lora,
     sample_as_planned,
+    sample_pictures,
 )
 from pixtune.errors import WeightsError
 from pixtune.families import family_of
@@ -150,15 +150,15 @@ def test_the_memory_of_each_stage_is_recorded_and_no_weights_are_hashed(
     monkeypatch.setattr(ModelFolder, "fingerprint", refuse)
     stages, plans = StageLog(), Plans(encode_plainly(1), replace(PLAIN, decode_last=decode_last))
     assert len(list(sample_as_planned(open_task(request_for(MODELS[0])), plans, CPU, stages))) == 4
-    expected = [module.ENCODING, module.LOADING, module.DRAWING, *([module.DECODING] if decode_last else [])]
+    expected = [module.ENCODING, module.LOADING, module.SAMPLING, *([module.DECODING] if decode_last else [])]
     assert [stage.stage for stage in stages.stages] == expected
 
 
 def test_a_demand_for_8_bits_reaches_the_base(tmp_path: Path, loras: dict[str, Path]) -> None:
     name = MODELS[0]
     plain, eight = (
-        [Image.open(path) for path in draw(request_for(name, loras[name], quantize=quantize), tmp_path / str(quantize))]
-        for quantize in (None, True)
+        [Image.open(path) for path in sample_pictures(request, tmp_path / str(request.quantize))]
+        for request in (request_for(name, loras[name], quantize=quantize) for quantize in (None, True))
     )
     assert not same(plain, eight) and same(plain, pictures(name, loras[name], PLAIN))
     assert same(eight, pictures(name, loras[name], replace(PLAIN, weights_format="int8")))
@@ -190,11 +190,11 @@ def test_a_limit_is_a_smaller_card_and_a_larger_picture_needs_more(full_size: Pa
         request = request_for(full_size, weights_format="bf16", **{"size": (1024, 1024), **changes})
         return make_plans(open_task(request), config_of(request, Path("out")), facts_as("H100"))
 
-    assert plans(gpu_memory_limit_gib=23.3).drawing.weights_format == "fp8"
-    assert plans(quantize=False, gpu_memory_limit_gib=15.3).drawing.streamed_blocks > 0
-    assert plans(size=(2048, 2048)).drawing.expected_peak_bytes > plans().drawing.expected_peak_bytes
-    one_pass = plans(settings=SamplerSettings((0,), 10, 1.0), gpu_memory_limit_gib=31).drawing
-    assert one_pass.modulation_rows == 11 and plans(gpu_memory_limit_gib=31).drawing.modulation_rows == 7
+    assert plans(gpu_memory_limit_gib=23.3).sampling.weights_format == "fp8"
+    assert plans(quantize=False, gpu_memory_limit_gib=15.3).sampling.streamed_blocks > 0
+    assert plans(size=(2048, 2048)).sampling.expected_peak_bytes > plans().sampling.expected_peak_bytes
+    one_pass = plans(settings=SamplerSettings((0,), 10, 1.0), gpu_memory_limit_gib=31).sampling
+    assert one_pass.modulation_rows == 11 and plans(gpu_memory_limit_gib=31).sampling.modulation_rows == 7
 
 
 def test_a_lora_of_another_model_is_refused_before_anything_is_loaded(full_size: Path, loras: dict[str, Path]) -> None:
@@ -212,7 +212,7 @@ def test_a_lora_says_where_it_goes(loras: dict[str, Path]) -> None:
 def test_the_plan_is_said_before_anything_is_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "read_facts", lambda device: facts_as("RTX 4060"))
     said: list[str] = []
-    drawn = draw(request_for(MODELS[1], prompts=("a fox",)), tmp_path, said.append)
+    drawn = sample_pictures(request_for(MODELS[1], prompts=("a fox",)), tmp_path, said.append)
     assert not said and len(list(drawn)) == 2
     (line,) = said
     assert line.startswith("base weights in fp32: about 0.") and "GiB usable" in line

@@ -90,7 +90,7 @@ def test_heads_are_the_plain_ones(shape: tuple[int, int, int, int, int]) -> None
         states = torch.randn(samples, length, num_heads * head_size, requires_grad=True)
         parts.append((states, norm, torch.stack([angles.cos(), angles.sin()], dim=-1)))
     parts = parts if num_first else parts[1:]
-    plain = heads.turned(parts, head_size)
+    plain = heads.rotated(parts, head_size)
     gradient = torch.randn(samples, num_heads, num_first + num_last, head_size).transpose(1, 2)
     inputs = [states for states, _, _ in parts]
     wanted = torch.autograd.grad(plain, inputs, gradient)
