@@ -1,7 +1,9 @@
-"""Every key a run can have: one schema, in the contract's own names, frozen once read.
+"""Every key that a run can have: one schema, in the contract's own names, frozen once read.
 
 Imports neither torch nor a model, so that checking a config takes milliseconds. `load.py` reads files into it.
 Three-state keys (`bool | None`) are constraints on the planner: true demands, false forbids, absent lets it choose.
+Each attribute's docstring is what editors show and `train_configs/schema.json` holds: meaning, unit, and what holds
+where the key is absent. `tests/unit/config/test_schema.py` checks that none is missing.
 """
 
 from __future__ import annotations
@@ -17,10 +19,8 @@ from pixtune.config.contradictions import contradictions
 
 
 def _not_empty(value: object) -> object:
-    if value == "":
-        raise ValueError(
-            "must be a path, which empty text is not"
-        )  # Path("") is the current folder, which nobody means
+    if value == "":  # Path("") is the current folder, which nobody means
+        raise ValueError("must be a path, which empty text is not")
     return value
 
 
@@ -43,7 +43,7 @@ LR_SCHEDULERS = Literal[
 
 
 class Section(BaseModel):
-    """Base of all sections: unknown keys are faults, values are not silently converted, nothing changes later."""
+    """Base of all sections: unknown keys are problems, values are not converted silently, nothing changes later."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
@@ -51,96 +51,118 @@ class Section(BaseModel):
 
 
 class DataConfig(Section):
+    """Keys of the data set: pictures, captions, controls, and where their encodings are kept."""
+
     img_dir: FilePath
-    """Folder of pictures, each with a caption file of the same stem beside it."""
+    """Folder of pictures, each with a caption file of the same stem beside it. Subfolders are read too."""
     control_dir: FilePath | FilePaths | None = None
-    """Folder of control pictures with the targets' names (edit models), or a list of folders: one a control."""
+    """Folder of control pictures with the targets' names (edit models), or a list of folders, one for each control of
+    an example. Absent: no controls."""
     allow_missing_controls: bool = False
-    """True: a picture without a control of its name is trained on without it. False: it is a fault."""
+    """Whether a picture without a control of its name is trained on without one. False: it is a problem."""
     control_size: int = Field(default=1024, ge=16)
-    """Control pictures are brought to an area near its square, in pixels. The stock pipelines use 1024 whatever the
-    target's size; smaller is faster."""
+    """Side, in pixels, of the square whose area control pictures are brought near to. The stock pipelines use 1024
+    whatever the target's size; smaller is faster."""
     metadata_file: FilePath | None = None
-    """A JSONL file instead of caption files and `control_dir`: one {"image": ..., "caption": ..., "control": [...]} a
-    line, paths relative to `img_dir`."""
+    """A JSONL file in place of caption files and `control_dir`: one {"image": ..., "caption": ..., "control": [...]} a
+    line, with paths relative to `img_dir`. Absent: caption files."""
     img_size: int = Field(default=1024, ge=16)
-    """Pictures are brought to an area near `img_size` squared pixels, in a bucket of their own aspect ratio."""
+    """Side, in pixels, of the square whose area pictures are brought near to, each in a bucket of its own aspect
+    ratio."""
     train_batch_size: Count | None = None
-    """May stand here or at top level; unequal values are a fault."""
+    """Another place for the top level's `train_batch_size`, which decides where this is absent; unequal values are a
+    problem."""
     num_workers: int = Field(default=2, ge=0)
-    """Threads that read the cache and draw noise ahead of the step. 0: between the steps."""
+    """Number of threads that read the cache and draw noise ahead of the step. 0: batches are made between steps."""
     caption_type: str = "txt"
     """Extension of the caption files."""
     max_text_tokens: Count | None = None
-    """Captions are cut to this many tokens, and padded to it where a model wants a fixed length (FLUX); absent: as the
-    stock pipeline does."""
+    """Number of tokens that captions are cut to, and padded to where a model wants a fixed length (FLUX). Absent: the
+    stock pipeline's (512 for Qwen-Image and FLUX; the edit models cut nothing)."""
     caption_dropout_rate: Share = 0.0
-    """Share of draws whose caption is replaced by the empty one, which classifier-free guidance needs."""
+    """Share of turns, 0 to 1, in which the empty caption replaces the example's. Classifier-free guidance needs some
+    (0.1 is common)."""
     random_ratio: bool = False
-    """Each time a picture is drawn, crop it to one of 16:9, 4:3, 1:1 or its own ratio."""
+    """Whether each turn crops the picture to one of 16:9, 4:3, 1:1 or its own ratio. False: its own ratio always."""
     upscale: bool = False
-    """Enlarge pictures smaller than `img_size`. False keeps them in a smaller bucket."""
+    """Whether pictures smaller than `img_size` are enlarged. False: they are trained on in a smaller bucket."""
     cache_dir: FilePath | None = None
-    """Where encoded pictures and captions are kept. Default: `.pixtune_cache` inside `img_dir`."""
+    """Folder for encoded pictures and captions. Absent: `.pixtune_cache` inside `img_dir`."""
 
 
 class ObjectiveConfig(Section):
+    """Keys of what a step learns: noise levels and the weight of their losses."""
+
     sigma_distribution: Literal["uniform", "logit_normal", "sigmoid", "mode"] = "logit_normal"
-    """How noise levels are drawn, before the shift."""
+    """Distribution of the noise levels (sigmas, 0 to 1) that training draws, before the shift."""
     logit_mean: float = 0.0
-    """Mean of "logit_normal"."""
+    """Mean of the normal distribution inside "logit_normal"; larger means more noise."""
     logit_std: float = Field(default=1.0, gt=0)
-    """Standard deviation of "logit_normal"."""
+    """Standard deviation of the normal distribution inside "logit_normal"."""
     mode_scale: float = 1.29
     """Scale of "mode"."""
     shift: Literal["model", "none"] | float = "model"
-    """Resolution-dependent shift towards noise: the model's own scheduler config, none, or a fixed `mu` (log-shift)."""
+    """Resolution-dependent shift of sigmas towards noise: "model" takes it from the model's own scheduler config,
+    "none" leaves sigmas as they are, a number is a fixed `mu` (the logarithm of the shift)."""
     guidance: float = Field(default=1.0, ge=0)
-    """Guidance input of distilled models (FLUX.1-dev) while training; others have none."""
+    """Guidance input of distilled models (FLUX.1-dev) during training and validation; other models have none."""
     weighting_scheme: Literal["none", "sigma_sqrt", "cosmap"] = "none"
-    """Loss weight by sigma, with diffusers' names."""
+    """Weight of each example's loss by its sigma, under diffusers' names. "none": all weigh the same."""
 
 
 class ValidationConfig(Section):
+    """Keys of the held-out loss: which pictures measure, and how often."""
+
     held_out: Share = 0.0
-    """Share of the data set that is never trained on and serves to measure. 0 with no `held_out_dir`: no validation."""
+    """Share of the data set, 0 to 1, that is never trained on and serves to measure; at least one picture. 0 without
+    `held_out_dir`: no validation."""
     held_out_dir: FilePath | None = None
-    """A folder of its own instead of a share. Its control pictures (edit models) lie beside it, in folders of the same
-    names as those of the training pictures: data/images with data/control."""
+    """A folder of held-out pictures in place of a share. Its control pictures (edit models) lie beside it, in folders
+    of the same names as those of the training pictures: data/images with data/control. Absent: `held_out` decides."""
     every: Count = 100
-    """Validate every so many steps, besides before the first and after the last."""
+    """Number of steps between two validations; there is also one before the first step and one after the last."""
     num_draws: Count = 2
-    """Fixed noises per held-out picture in each quarter of the sigma range."""
+    """Number of fixed noises for each held-out picture in each quarter of the sigma range."""
 
 
 class SamplesConfig(Section):
+    """Keys of the pictures that the model generates during training."""
+
     prompts: Words = ()
-    """Pictures drawn during training, one a prompt and seed. None: no pictures."""
+    """Prompts to sample during training, one picture for each prompt and seed. Empty: no samples."""
     controls: PathLists = ()
-    """Control pictures of each prompt (edit models): a list of paths a prompt."""
+    """Control pictures of each prompt (edit models): one list of paths for each prompt. Empty: none."""
     seeds: Integers = (0,)
-    """Seeds of the starting noise, each used with each prompt."""
+    """Seeds of the starting noise; each is used with each prompt."""
     every: Count = 500
-    """Draw every so many steps, besides before the first and after the last."""
+    """Number of steps between two rounds of samples; there is also one before the first step and one after the last."""
     num_steps: Count = 20
-    """Sampler steps."""
+    """Number of sampler steps."""
     guidance_scale: float = Field(default=4.0, ge=1)
-    """Classifier-free guidance; 1 turns it off and halves the time. For distilled models (FLUX) the guidance input."""
+    """Scale of classifier-free guidance; 1 turns it off and halves the time. For distilled models (FLUX) the guidance
+    input."""
     width: Count | None = None
-    """Pixels; default `img_size`."""
+    """Width of the samples in pixels. Absent: `img_size`; with controls and no `height` either, the last control's
+    shape at the area of `img_size` squared."""
     height: Count | None = None
-    """Pixels; default `img_size`."""
+    """Height of the samples in pixels. Absent: as for `width`."""
 
 
 class CudaFeatures(Section):
+    """Keys of kernels and number formats that only some GPUs have."""
+
     enable_flash_attention_3: bool | None = None
-    """FlashAttention 3; Hopper only."""
+    """Whether attention runs by FlashAttention 3 (Hopper with the flash_attn_interface module only). True: where it is
+    usable and passes its trial; the plan says why where it is not. False or absent: never."""
     enable_fp8_training: bool | None = None
-    """Native FP8 compute; capability 8.9 and newer."""
+    """Whether frozen weights are quantized to FP8 and multiplied in it. True: demanded, an error below compute
+    capability 8.9. False: the 8-bit format is int8. Absent: FP8 is the 8-bit format from 8.9 on, and the planner
+    chooses whether to quantize. `quantize: false`, `disable_quantization` and `method: full` win over it."""
     enable_tf32_compute: bool | None = None
-    """TF32 matrix products for what stays in fp32; absent: on from sm_80."""
+    """Whether matrix products of what stays in fp32 run in TF32. Absent: on from compute capability 8.0."""
     enable_cudnn_sdp: bool | None = None
-    """cuDNN's attention kernels; absent: the fastest kernel that a trial on this machine finds right."""
+    """Whether attention runs by cuDNN, which `deterministic` rules out. True: where it passes its trial. False: never.
+    Absent: the fastest kernel that a trial on this machine finds right; untried, cuDNN's on a DGX Spark."""
 
 
 class TrainConfig(Section):
@@ -150,80 +172,86 @@ class TrainConfig(Section):
     pretrained_model_name_or_path: str
     """A folder in diffusers' layout or a hub name, for example Qwen/Qwen-Image."""
     output_dir: FilePath
-    """Checkpoints, the LoRA, metrics and the report go here."""
+    """Folder for checkpoints, the LoRA, metrics and the report."""
     data_config: DataConfig
     """The data set."""
     random_weights: bool = False
-    """TEST ONLY: a transformer of the model's architecture with random weights, and random latents and text features
-    instead of encoded data. Measures speed and memory where the real weights are absent."""
+    """TEST ONLY: whether the transformer has the model's architecture with random weights, and random latents and text
+    features stand in for encoded data. Measures speed and memory where the real weights are absent."""
 
     # ---- logging
     logging_dir: FilePath = Path("logs")
-    """Trackers' files; relative to `output_dir`."""
+    """Folder for the tracker's files, relative to `output_dir`."""
     report_to: Literal["tensorboard", "wandb"] | None = None
-    """Tracker besides `metrics.jsonl`, which is always written."""
+    """Tracker besides `metrics.jsonl`, which is always written. Absent: none."""
     tracker_project_name: str = "pixtune"
-    """Project name for the tracker."""
+    """Name of the project in the tracker."""
     logging_steps: Count = 10
-    """Read losses back from the device every so many steps; each step's loss is recorded all the same."""
+    """Number of steps after which losses are read back from the device; each step's loss is recorded all the same.
+    Several processes agree as often on whether to stop."""
 
     # ---- length and rate
     seed: int = Field(default=42, ge=0)
-    """Every random draw is a function of this, the step, the sample and the purpose."""
+    """Seed of the run: every draw is a function of it, the step, the example and the purpose."""
     deterministic: bool = False
-    """Bit-exact steps on a GPU too, at a price in speed. On a CPU they always are."""
+    """Whether steps are bit-exact on a GPU too, at a price in speed. On a CPU they always are."""
     mixed_precision: Literal["no", "bf16"] = "bf16"
-    """Format of the frozen weights and activations; the LoRA and its optimizer state are always fp32."""
+    """Number format of activations and of weights that are not quantized: "bf16", or "no" for fp32. A LoRA and its
+    gradients are fp32 in either; with `method: full` the trained weights have this format."""
     train_batch_size: Count | None = None
-    """Pictures per process and micro-batch; default 1. May stand in `data_config` instead."""
+    """Number of examples in a process's micro-batch. Absent here and in `data_config`: 1."""
     gradient_accumulation_steps: Count = 1
-    """Micro-batches per optimizer step."""
+    """Number of micro-batches per optimizer step."""
     max_train_steps: Count | None = None
-    """Optimizer steps. With `num_train_epochs` as well, whichever ends first."""
+    """Number of optimizer steps; with `num_train_epochs` as well, whichever ends first. Absent: `num_train_epochs`
+    decides; one of the two is required."""
     num_train_epochs: Count | None = None
-    """Passes over the data set."""
+    """Number of passes over the data set. Absent: `max_train_steps` decides."""
     learning_rate: float = Field(default=1e-4, gt=0)
     """Peak learning rate."""
     lr_scheduler: LR_SCHEDULERS = "constant"
-    """Schedule of diffusers' `get_scheduler`."""
+    """Schedule of the learning rate, by diffusers' `get_scheduler`."""
     lr_warmup_steps: int = Field(default=0, ge=0)
-    """Optimizer steps from 0 to the peak rate; with "constant" as well."""
+    """Number of optimizer steps from rate 0 to the peak rate; counts for "constant" as well."""
     lr_num_cycles: Count = 1
-    """Restarts of "cosine_with_restarts"."""
+    """Number of cycles of "cosine_with_restarts"."""
     lr_power: float = Field(default=1.0, gt=0)
     """Exponent of "polynomial"."""
     lr_step_rules: str | None = Field(default=None, pattern=r"^([0-9.eE+-]+:[0-9]+,)*[0-9.eE+-]+$")
-    """Rules of "piecewise_constant", for example "1:10,0.1:20,0.01:30,0.005"."""
+    """Rules of "piecewise_constant", for example "1:10,0.1:20,0.01:30,0.005": FACTOR:UNTIL_STEP, and a last factor.
+    Required for that schedule; absent for all others."""
     adam8bit: bool | None = None
-    """8-bit AdamW states (bitsandbytes). `use_8bit_adam` is an older name of it."""
+    """Whether AdamW keeps its states in 8 bits (bitsandbytes): 2 bytes a trained weight in place of 8. Absent: for a
+    LoRA on GPUs of up to 30 GiB; for `method: full` the planner decides. `use_8bit_adam` is an older name."""
     adam_beta1: float = Field(default=0.9, ge=0, lt=1)
-    """Decay of the first moment."""
+    """Decay of AdamW's first moment."""
     adam_beta2: float = Field(default=0.999, ge=0, lt=1)
-    """Decay of the second moment."""
+    """Decay of AdamW's second moment."""
     adam_weight_decay: float = Field(default=0.01, ge=0)
-    """Decoupled weight decay."""
+    """Decoupled weight decay of AdamW."""
     adam_epsilon: float = Field(default=1e-8, gt=0)
-    """Added to the root of the second moment."""
+    """Constant that AdamW adds to the root of the second moment."""
     max_grad_norm: float = Field(default=1.0, ge=0)
-    """Gradients are scaled down to this global norm; 0: they are not."""
+    """Global norm to which larger gradients are scaled down. 0: no clipping."""
 
     # ---- what is trained
     method: Literal["lora", "full"] = "lora"
-    """A LoRA beside the frozen weights, or all weights of the transformer."""
+    """Choice of what is trained: a LoRA beside the frozen weights, or all weights of the transformer."""
     weight_update: Literal["stochastic_rounding", "fp32_master"] = "stochastic_rounding"
-    """How `method: full` adds a small update to a bf16 weight: rounded up or down by chance (2 bytes a weight), or
-    to an fp32 copy that also gathers the gradients (10 bytes with them, against 4)."""
+    """Way in which `method: full` adds a small update to a bf16 weight: rounded up or down by chance (weight and
+    gradient take 4 bytes), or to an fp32 copy, beside gradients in fp32 (10 bytes)."""
     rank: Count = 16
     """Rank of the LoRA."""
     lora_alpha: float | None = Field(default=None, gt=0)
-    """The LoRA is scaled by alpha / rank; absent: alpha = rank."""
+    """Alpha of the LoRA, which is scaled by alpha / rank. Absent: the rank."""
     lora_targets: Words | None = None
-    """Endings of module names that get a LoRA, patterns with * over whole module paths, or presets: attention,
-    attention_mlp, all_linear. Absent: attention, the contract's to_q, to_k, to_v, to_out.0."""
+    """Linear layers that get a LoRA: endings of module names, patterns with * over whole module paths, or the presets
+    attention, attention_mlp and all_linear. Absent: attention (the contract's to_q, to_k, to_v, to_out.0)."""
     trigger_words: Words = ()
-    """Written into the LoRA file's metadata, for those who use it later."""
+    """Words written into the LoRA file's metadata for its users. Empty: none. Captions are not changed: write the words
+    there too."""
     freeze_text_encoder: bool = True
-    """False would train the text encoder."""
+    """Whether the text encoder stays as it is. False, training it, is refused: this version cannot do it yet."""
 
     # ---- objective, validation, samples
     objective: ObjectiveConfig = ObjectiveConfig()
@@ -231,59 +259,66 @@ class TrainConfig(Section):
     validation: ValidationConfig = ValidationConfig()
     """Loss on held-out pictures with fixed noise and sigmas."""
     samples: SamplesConfig = SamplesConfig()
-    """Pictures drawn while training."""
+    """Pictures that the model generates during training."""
 
     # ---- checkpoints
     checkpointing_steps: Count = 500
-    """Save every so many steps; the last step and an interrupted run are always saved."""
+    """Number of steps between two checkpoints; the last step and an interrupted run are always saved."""
     checkpoints_total_limit: Count | None = None
-    """Keep so many of the newest; absent: all."""
+    """Number of checkpoints to keep, the newest. Absent: all."""
     resume_from_checkpoint: str | None = None
-    """A checkpoint folder, "latest" (start anew where there is none), or absent: start anew."""
+    """Checkpoint to resume from: its folder, or "latest" (the newest in `output_dir`; a new run where there is none).
+    Absent: a new run, refused where `output_dir` holds one."""
 
     # ---- encoding and cache
     precompute_text_embeddings: bool = True
-    """Encode captions once, before training."""
+    """Whether captions are encoded once, before training. False: at each turn, with the text encoder kept loaded."""
     precompute_image_embeddings: bool = True
-    """Encode pictures once, before training."""
+    """Whether pictures are encoded once, before training. False: at each turn, with the autoencoder kept loaded."""
     save_cache_on_disk: bool = True
-    """False keeps the cache in memory."""
+    """Whether encodings are kept on disk for later runs. False: in host memory, by each process for itself."""
     encode_batch_size: Count = 4
-    """Captions, and pictures of one size, encoded together."""
+    """Number of captions, or of pictures of one size, that are encoded together; fewer where memory is short."""
 
     # ---- constraints on the planner
     disable_gradient_checkpointing: bool | None = None
-    """True: recompute nothing. False: recompute every block. Absent: by the memory there is."""
+    """Whether recomputation is ruled out. True: nothing is recomputed, and a LoRA run streams no weights either.
+    False: every block is recomputed. Absent: the planner recomputes as little as memory allows."""
     disable_cpu_offload: bool | None = None
-    """True: encoders stay on the device after encoding. False or absent: they leave it."""
+    """Whether text encoder and autoencoder stay on the GPU after encoding. False: they leave it. Absent: they stay
+    where memory is unified and leave elsewhere."""
     pin_memory: bool | None = None
-    """Page-locked host memory for batches; absent: on with a GPU."""
+    """Whether batches wait in page-locked host memory, if there is a GPU. Absent: where memory is not unified."""
     disable_quantization: bool = False
-    """Never quantize; wins over `quantize`."""
+    """Whether quantization is ruled out, of text encoders too. Wins over `quantize` and `enable_fp8_training`."""
     quantize: bool | None = None
-    """8-bit frozen weights, computed in 8 bits: true demands, false forbids, absent: by the memory there is."""
+    """Whether the frozen weights of the transformer's blocks are quantized to 8 bits and multiplied in 8 bits (FP8, or
+    int8 below compute capability 8.9). Absent: the planner takes 16, 8 or 4 bits by the memory there is, on a CPU 16 or
+    32. GPUs below capability 8.0 quantize nothing."""
     keep_plain: Words = ()
-    """Layers that are not quantized where the others are: endings of module names, patterns with * over whole paths, or
-    presets, as in `lora_targets`. `pixtune doctor --model` names those that lose too much in 8 bits."""
+    """Linear layers that are not quantized where the others are, named as in `lora_targets`. Empty: none.
+    `pixtune doctor --model` names those that lose too much in 8 bits."""
     cuda_graphs: bool = True
-    """On a GPU, forward and backward pass of a LoRA's steps are recorded once a shape and replayed in one launch.
-    False: kernels are launched one by one."""
+    """Whether a LoRA's steps on a GPU are captured as CUDA graphs, once a shape, and replayed in one launch. False:
+    kernels are launched one by one."""
     unified_memory: bool | None = None
-    """One memory pool for CPU and GPU (DGX Spark); absent: as the GPU says of itself."""
+    """Whether CPU and GPU are treated as one pool of memory (DGX Spark): no offload, no pinned memory, encoders stay.
+    Absent: as the GPU reports."""
     gpu_memory_limit_gib: float | None = Field(default=None, gt=0)
-    """Most device memory that the whole process may take, CUDA context included: tries a smaller card on a larger one,
-    or leaves room for others."""
+    """Upper limit of the process's GPU memory in GiB, CUDA context included: tries a smaller card on a larger one, or
+    leaves room for others. Absent: all that is free."""
     memory_fraction: float | None = Field(default=None, gt=0, le=1)
-    """Largest share of the unified pool to use; absent: 0.9."""
+    """Largest share of the unified pool that a run uses, 0 to 1. Absent: 0.9. Without effect elsewhere."""
     expandable_segments: bool | None = None
-    """Whether torch's allocator grows its segments, which loses less to fragmentation; absent: on."""
+    """Whether torch's allocator grows its segments, which loses less to fragmentation. Absent: on, where torch has it
+    (Linux)."""
     use_fastsafetensors: bool = True
-    """Weights are read by the fastsafetensors package, where it is installed and there is a GPU; else, and where it is
-    not, by threads of our own."""
+    """Whether the fastsafetensors package reads weights, where it is installed and there is a GPU. Otherwise threads of
+    pixtune's own read them."""
     fastsafetensors_num_threads: Count = 8
-    """Threads that read weights, either way."""
+    """Number of threads that read weights, with or without that package; without effect on a CPU."""
     cuda_features: CudaFeatures = CudaFeatures()
-    """Kernels to use or avoid."""
+    """Kernels and number formats to use or avoid."""
 
     @model_validator(mode="after")
     def _no_contradictions(self) -> TrainConfig:
@@ -294,7 +329,7 @@ class TrainConfig(Section):
 
     @property
     def batch_size(self) -> int:
-        """Pictures per process and micro-batch, from whichever place it was given."""
+        """Number of examples in a process's micro-batch, from whichever place it was given."""
         return self.train_batch_size or self.data_config.train_batch_size or 1
 
     @property
@@ -304,7 +339,7 @@ class TrainConfig(Section):
 
 
 def sections() -> dict[str, type[Section]]:
-    """The nested sections by name, for example "data_config". They do not nest further."""
+    """Returns the nested sections by name, for example "data_config". They do not nest further."""
     fields = TrainConfig.model_fields.items()
     return {
         name: field.annotation
@@ -314,7 +349,7 @@ def sections() -> dict[str, type[Section]]:
 
 
 def leaf_keys() -> Iterator[str]:
-    """Every key that holds a value, dotted: "rank", "data_config.img_dir"."""
+    """Yields every key that holds a value, dotted: "rank", "data_config.img_dir"."""
     inner = sections()
     for name in TrainConfig.model_fields:
         if name in inner:
@@ -329,9 +364,9 @@ def _value_at(config: TrainConfig, key: str) -> object:
 
 
 OLDER_NAMES = {"use_8bit_adam": "adam8bit", "cuda_13_features": "cuda_features"}
-"""Names that the contract's older documents use, and what they are called here."""
+"""Names that the contract's older documents use, each with the name it has here."""
 
 NOT_YET: dict[str, tuple[object, ...]] = {
     "freeze_text_encoder": (True,),
 }
-"""Documented keys that this version does not have yet, with the values it can honour. Others raise NotYetError."""
+"""Documented keys that this version cannot do yet, with the values it can honour. Others raise NotYetError."""
