@@ -252,9 +252,10 @@ sys.exit(f"importing pixtune changes: {changed}" if changed else 0)
 
 
 def text_files() -> Iterator[Path]:
-    skipped = {"runs", "build", "dist", "assets", "__pycache__", "node_modules"}
+    skipped = {"runs", "dataset", "samples", "build", "dist", "assets", "__pycache__", "node_modules"}
+    hidden = {".ci", ".github"}
     for folder, folders, files in os.walk(ROOT):
-        folders[:] = [name for name in folders if name not in skipped and (not name.startswith(".") or name == ".ci")]
+        folders[:] = [name for name in folders if name not in skipped and (not name.startswith(".") or name in hidden)]
         for name in files:
             path = Path(folder, name)
             if path.suffix in {".py", ".md", ".toml", ".txt", ".yaml", ".yml", ".json", ".sh", ""} and path != Path(
