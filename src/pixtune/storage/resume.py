@@ -23,9 +23,9 @@ MAY_CHANGE = (
 """Keys that leave each step as it was. Folders may move: data and weights are recognized by content."""
 
 
-def config_hash(config: TrainConfig) -> str:
-    """A short name for a config's content."""
-    return hashlib.sha256(json.dumps(to_dict(config), sort_keys=True).encode()).hexdigest()[:16]
+def config_hash(config: Mapping[str, Any]) -> str:
+    """Returns 16 hex digits that name a config by its content, which is given as `to_dict` gives it."""
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def refuse_other_run(checkpoint: Checkpoint, config: TrainConfig, data_fingerprint: str) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pixtune.errors import CheckpointError, WeightsError
 from pixtune.family import ModelFamily
+from pixtune.storage.base_reference import BaseReference, last_part
 from pixtune.storage.safetensors_writer import save_without_digest
 
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
@@ -30,7 +31,7 @@ class LoraDescription:
     rank: int
     alpha: float
     targets: Sequence[str]
-    base_model: str
+    base: BaseReference
     family: str
     step: int
     config_hash: str
@@ -41,7 +42,7 @@ class LoraDescription:
         """Safetensors metadata: text to text."""
         return {
             "format": "pt",
-            "pixtune.base_model": self.base_model,
+            **self.base.entries("pixtune."),
             "pixtune.family": self.family,
             "pixtune.step": str(self.step),
             "pixtune.config_hash": self.config_hash,
@@ -133,7 +134,7 @@ def export_checkpoint(source: Path, folder: Path) -> tuple[Path, ...]:
         rank=scale[f"{DIFFUSERS_PREFIX}r"],
         alpha=scale[f"{DIFFUSERS_PREFIX}lora_alpha"],
         targets=scale[f"{DIFFUSERS_PREFIX}target_modules"],
-        base_model=metadata["pixtune.base_model"],
+        base=_read_base(metadata),
         family=metadata["pixtune.family"],
         step=int(metadata["pixtune.step"]),
         config_hash=metadata["pixtune.config_hash"],
@@ -141,3 +142,9 @@ def export_checkpoint(source: Path, folder: Path) -> tuple[Path, ...]:
         versions=json.loads(metadata["pixtune.versions"]),
     )
     return export_lora(folder, weights, about, FAMILIES[about.family])
+
+
+def _read_base(metadata: Mapping[str, str]) -> BaseReference:
+    """Reads a LoRA file's base. Version 0.1.0 wrote no digest, and the config's own text, which may be a path."""
+    name, digest = metadata["pixtune.base_model"], metadata.get("pixtune.base_model_hash")
+    return BaseReference(name if digest else last_part(name), digest)

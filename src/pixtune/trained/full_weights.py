@@ -15,10 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pixtune.config import to_dict
 from pixtune.config.schema import TrainConfig
 from pixtune.errors import CheckpointError, WriteError
 from pixtune.hardware.facts import package_versions
 from pixtune.plan.training import TrainingPlan
+from pixtune.storage.base_reference import copy_without_paths, refer_to_base
 from pixtune.storage.checkpoint import OPTIMIZER_STEM, Checkpoint, CheckpointFiles, joined, sharded
 from pixtune.storage.files import sync_folder, write_atomically
 from pixtune.storage.model_folder import READ_SUFFIXES, ModelFolder
@@ -148,18 +150,29 @@ class FullWeights:
             self.optimizer.restore(name, values[name], of_weight[name], plain.get(name, {}))
 
     def export(self, output_dir: Path, step: int) -> list[Path]:
-        about = {
-            "base_model": self.config.pretrained_model_name_or_path,
-            "step": step,
-            "config_hash": config_hash(self.config),
-            "trigger_words": list(self.config.trigger_words),
-            "versions": package_versions(),
-        }
+        about = describe_model(to_dict(self.config), self.folder, step, package_versions())
         return [export_model(output_dir / MODEL_FOLDER, self.folder, self.transformer, about)]
 
 
+def describe_model(
+    config: Mapping[str, Any], base: ModelFolder, step: int, versions: Mapping[str, str]
+) -> dict[str, Any]:
+    """Builds the content of a saved model's `pixtune.json`: where its weights come from, without a path.
+
+    Args:
+        config: of the run that trained it, as `to_dict` gives it.
+    """
+    return {
+        **refer_to_base(config["pretrained_model_name_or_path"], base).entries(),
+        "step": step,
+        "config_hash": config_hash(config),
+        "trigger_words": list(config["trigger_words"]),
+        "versions": dict(versions),
+    }
+
+
 def export_model(target: Path, base: ModelFolder, transformer: nn.Module, about: Mapping[str, Any]) -> Path:
-    """A whole model folder in diffusers' layout: this transformer, sharded, and the other parts of its base.
+    """Writes a whole model folder in diffusers' layout: this transformer, sharded, and the other parts of its base.
 
     The other parts are copied, not linked: a tool that writes into the folder must not reach the user's base model.
 
@@ -169,8 +182,10 @@ def export_model(target: Path, base: ModelFolder, transformer: nn.Module, about:
     temporary = target.with_name(f".{target.name}.writing")
     try:
         shutil.rmtree(temporary, ignore_errors=True)
-        shutil.copytree(base.path, temporary, ignore=_only_parts_of(base))
+        shutil.copytree(base.path, temporary, ignore=_only_parts_of(base), copy_function=copy_without_paths)
         transformer.save_pretrained(temporary / "transformer", max_shard_size="5GB")  # type: ignore[operator]
+        own_config = str(temporary / "transformer" / "config.json")
+        copy_without_paths(own_config, own_config)
         write_atomically(temporary / ABOUT_FILE, json.dumps(about, indent=1).encode())
         if target.exists():
             shutil.rmtree(target)
@@ -215,10 +230,5 @@ def export_full_checkpoint(checkpoint: Checkpoint, target: Path) -> Path:
         copy_weights(dict(transformer.named_parameters()), joined(checkpoint.tensors, WEIGHTS_STEM))
     except (KeyError, RuntimeError) as error:
         raise CheckpointError(f"{checkpoint.path} does not fit {base.path}: {error.args[0]}") from error
-    about = {
-        "base_model": config["pretrained_model_name_or_path"],
-        "step": checkpoint.step,
-        "trigger_words": config["trigger_words"],
-        "versions": checkpoint.record["versions"],
-    }
+    about = describe_model(config, base, checkpoint.step, checkpoint.record["versions"])
     return export_model(target, base, transformer, about)

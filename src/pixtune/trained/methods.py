@@ -10,10 +10,12 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from pixtune import randomness
+from pixtune.config import to_dict
 from pixtune.config.schema import TrainConfig
 from pixtune.family import ModelFamily
 from pixtune.hardware.facts import package_versions
 from pixtune.plan.training import TrainingPlan
+from pixtune.storage.base_reference import BaseReference, refer_to_base
 from pixtune.storage.checkpoint import OPTIMIZER_STEM, CheckpointFiles, joined
 from pixtune.storage.model_folder import ModelFolder
 from pixtune.storage.resume import config_hash
@@ -74,6 +76,7 @@ class LoraWeights:
     family: ModelFamily
     config: TrainConfig
     lora: AttachedLora
+    base: BaseReference
     parameters: Mapping[str, nn.Parameter]
     optimizer: optim.Optimizer
 
@@ -113,10 +116,10 @@ class LoraWeights:
             rank=self.config.rank,
             alpha=self.config.alpha,
             targets=self.lora.targets,
-            base_model=self.config.pretrained_model_name_or_path,
+            base=self.base,
             family=self.family.name,
             step=step,
-            config_hash=config_hash(self.config),
+            config_hash=config_hash(to_dict(self.config)),
             trigger_words=self.config.trigger_words,
             versions=package_versions(),
         )
@@ -131,7 +134,8 @@ def train_lora(
     lora = adapters.attach_lora(transformer, targets, config.rank, config.alpha, seed, family.lora_presets)
     parameters = adapters.trainable_parameters(transformer)
     optimizer = optim.build_optimizer(config, plan.optimizer, parameters.values())
-    return LoraWeights(transformer, family, config, lora, parameters, optimizer)
+    base = refer_to_base(config.pretrained_model_name_or_path, folder)
+    return LoraWeights(transformer, family, config, lora, base, parameters, optimizer)
 
 
 def train_all(

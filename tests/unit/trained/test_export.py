@@ -18,6 +18,7 @@ from pixtune.engine.load import load_transformer
 from pixtune.errors import CheckpointError, WeightsError
 from pixtune.families import FAMILIES
 from pixtune.family import Placement
+from pixtune.storage.base_reference import BaseReference
 from pixtune.storage.checkpoint import save_checkpoint
 from pixtune.storage.model_folder import ModelFolder
 from pixtune.trained import adapters
@@ -38,7 +39,7 @@ ABOUT = LoraDescription(
     rank=RANK,
     alpha=ALPHA,
     targets=TARGETS,
-    base_model="some/base",
+    base=BaseReference("some/base", "fedcba9876543210"),
     family="qwen_image",
     step=1234,
     config_hash="0123456789abcdef",
@@ -168,6 +169,7 @@ def test_metadata_says_where_the_lora_comes_from(files: Path, file_name: str) ->
     assert metadata == {
         "format": "pt",
         "pixtune.base_model": "some/base",
+        "pixtune.base_model_hash": "fedcba9876543210",
         "pixtune.family": "qwen_image",
         "pixtune.step": "1234",
         "pixtune.config_hash": "0123456789abcdef",

@@ -1,0 +1,93 @@
+"""Names a base model in files that others receive, without a path of the machine that wrote them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path, PureWindowsPath
+
+from pixtune.errors import WeightsError
+from pixtune.storage.model_folder import ModelFolder, weight_files
+
+SAMPLED_PLACES = 16
+"""Number of places at which each weight file is read."""
+SAMPLED_BYTES = 4096
+"""Bytes that are read at each place."""
+PATH_ENTRY = re.compile(rb'(?P<key>"\w*(?:path|file|dir)"\s*:\s*)(?P<text>"(?:[^"\\]|\\.)*")')
+"""An entry of a JSON file whose key says that its text may be a path: `_name_or_path`, `tokenizer_file`."""
+
+
+@dataclass(frozen=True)
+class BaseReference:
+    """The base model that weights were trained on, as exported files state it."""
+
+    name: str
+    """Hub name, or the last part of a local folder's path."""
+    digest: str | None
+    """`transformer_digest` of the base; None in exports of LoRA files that were written without one."""
+
+    def entries(self, prefix: str = "") -> dict[str, str]:
+        """Returns the entries of an exported file's metadata, each key with the prefix."""
+        entries = {"base_model": self.name} | ({} if self.digest is None else {"base_model_hash": self.digest})
+        return {f"{prefix}{key}": value for key, value in entries.items()}
+
+
+def refer_to_base(name_or_path: str, folder: ModelFolder) -> BaseReference:
+    """Describes the base model that the config calls `name_or_path` and that was opened as `folder`."""
+    is_local = Path(name_or_path).expanduser().exists()  # as `open_model_folder` decides
+    name = (last_part(name_or_path) or folder.path.resolve().name) if is_local else name_or_path
+    return BaseReference(name, transformer_digest(folder))
+
+
+def last_part(path: str) -> str:
+    r"""Returns the last part of a path with either kind of slash; empty for `.`, `/` or `C:\`.
+
+    A name of two parts may be a hub name or a relative folder, which its text alone does not tell apart. Where only
+    the text is known, losing the hub name's first part is the lesser evil.
+    """
+    return PureWindowsPath(path).name
+
+
+def transformer_digest(folder: ModelFolder) -> str:
+    """Returns 16 hex digits that identify a base model's transformer, from less than a megabyte of its files.
+
+    They cover its config, and of each weight file its size, its first bytes and samples of evenly spaced places. Models
+    that were trained differently therefore differ in them, and copies of one model agree wherever they lie. They are no
+    checksum: a change between the sampled places is not seen.
+    """
+    config = {key: value for key, value in folder.component_config("transformer").items() if not key.startswith("_")}
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+    try:
+        files = weight_files(folder.path / "transformer")
+    except WeightsError:  # runs with random weights need no files
+        files = []
+    for file in files:
+        size = file.stat().st_size
+        digest.update(f"\0{size}\0".encode())
+        with file.open("rb") as stream:
+            for place in range(SAMPLED_PLACES):
+                stream.seek(place * size // SAMPLED_PLACES)
+                digest.update(stream.read(SAMPLED_BYTES))
+    return digest.hexdigest()[:16]
+
+
+def copy_without_paths(source: str, target: str) -> None:
+    """Copies a file of a model folder; in JSON files, paths of the machine that saved them shrink to their last part.
+
+    diffusers and transformers note in `_name_or_path` and `tokenizer_file` where a part was loaded from, and do not
+    read it from there again.
+    """
+    if Path(source).suffix != ".json":
+        shutil.copyfile(source, target)
+        return
+    Path(target).write_bytes(PATH_ENTRY.sub(_shrink_entry, Path(source).read_bytes()))
+
+
+def _shrink_entry(match: re.Match[bytes]) -> bytes:
+    try:
+        return match["key"] + json.dumps(last_part(json.loads(match["text"]))).encode()
+    except ValueError:  # not valid JSON or UTF-8: left as it is, for the file's readers to judge
+        return match[0]

@@ -1,0 +1,107 @@
+"""A base model is named by its hub name or folder, and recognized by samples of its content, wherever it lies."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from pixtune.storage.base_reference import (
+    BaseReference,
+    copy_without_paths,
+    last_part,
+    refer_to_base,
+    transformer_digest,
+)
+from pixtune.storage.model_folder import ModelFolder
+
+
+@pytest.fixture(scope="module")
+def shipped(repo_root: Path) -> ModelFolder:
+    return ModelFolder(repo_root / "assets" / "tiny-qwen-image")
+
+
+@pytest.fixture
+def copy(shipped: ModelFolder, tmp_path: Path) -> ModelFolder:
+    shutil.copytree(shipped.path, tmp_path / "elsewhere")
+    return ModelFolder(tmp_path / "elsewhere")
+
+
+def test_a_hub_name_stays_and_a_folder_becomes_its_last_part(
+    shipped: ModelFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert refer_to_base("Qwen/Qwen-Image", shipped).name == "Qwen/Qwen-Image"
+    assert refer_to_base(f"{shipped.path}/", shipped).name == "tiny-qwen-image"
+    monkeypatch.setenv("HOME", str(shipped.path.parent))
+    assert refer_to_base("~/tiny-qwen-image", shipped).name == "tiny-qwen-image"
+    monkeypatch.chdir(shipped.path.parent.parent)
+    assert refer_to_base("assets/tiny-qwen-image", shipped).name == "tiny-qwen-image", "looks like a hub name"
+    monkeypatch.chdir(shipped.path)
+    assert refer_to_base(".", shipped).name == "tiny-qwen-image"
+
+
+@pytest.mark.parametrize(
+    "path", ["/home/a/model", "/home/a/model/", "~/model", "../model", r"C:\Users\a\model", "runs/model", "model"]
+)
+def test_a_paths_last_part(path: str) -> None:
+    assert last_part(path) == "model"
+
+
+def test_an_unknown_digest_is_left_out() -> None:
+    assert BaseReference("a", None).entries("x.") == {"x.base_model": "a"}
+    assert BaseReference("a", "1").entries() == {"base_model": "a", "base_model_hash": "1"}
+
+
+def test_a_copy_has_the_same_digest_whatever_its_config_says_of_its_origin(
+    shipped: ModelFolder, copy: ModelFolder
+) -> None:
+    config = copy.path / "transformer" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "_name_or_path": "/elsewhere", "_more": 1}))
+    assert transformer_digest(copy) == transformer_digest(shipped)
+
+
+def test_other_weights_and_another_config_have_another_digest(shipped: ModelFolder, copy: ModelFolder) -> None:
+    (weights,) = (copy.path / "transformer").glob("*.safetensors")
+    original = weights.read_bytes()
+    save_file({name: torch.nextafter(t, t + 1) for name, t in load_file(weights).items()}, weights, {"format": "pt"})
+    assert weights.stat().st_size == len(original)
+    assert transformer_digest(copy) != transformer_digest(shipped)
+    weights.write_bytes(original)
+    config = copy.path / "transformer" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "num_layers": 99}))
+    assert transformer_digest(copy) != transformer_digest(shipped)
+
+
+def test_a_folder_without_weights_is_known_by_its_config(copy: ModelFolder) -> None:
+    for file in (copy.path / "transformer").glob("*.safetensors"):
+        file.unlink()
+    assert len(transformer_digest(copy)) == 16
+
+
+def test_copies_of_json_lose_paths_and_nothing_else(tmp_path: Path) -> None:
+    before = {
+        "_name_or_path": "/home/jürgen/models/base",
+        "inner": {"tokenizer_file": r"C:\Users\j\tokenizer.json", "pad_dir": ""},
+        "chat_template": "{{ '/home' }}",
+        "vocab_file": "vocab.json",
+        "weight_map": {"a.path": "model.safetensors"},
+        "path": None,
+    }
+    for ascii_only in (True, False):
+        (tmp_path / "one.json").write_text(json.dumps(before, ensure_ascii=ascii_only))
+        copy_without_paths(str(tmp_path / "one.json"), str(tmp_path / "other.json"))
+        after = json.loads((tmp_path / "other.json").read_text())
+        expected = {**before, "_name_or_path": "base", "inner": {"tokenizer_file": "tokenizer.json", "pad_dir": ""}}
+        assert after == expected
+
+
+@pytest.mark.parametrize("name", ["merges.txt", "broken.json"])
+def test_what_is_no_json_is_copied_byte_for_byte(name: str, tmp_path: Path) -> None:
+    data = b'"a_path": "\xff/b"\r\n'
+    (tmp_path / name).write_bytes(data)
+    copy_without_paths(str(tmp_path / name), str(tmp_path / "copy"))
+    assert (tmp_path / "copy").read_bytes() == data
