@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
-from pixtune.sizes import Size
+from pixtune.sizes import LatentShape, Size
 from pixtune.storage.model_folder import ModelFolder
 
 if TYPE_CHECKING:
@@ -144,11 +144,11 @@ class ModelFamily(Protocol):
     def pixel_multiple(self, folder: ModelFolder) -> int:
         """Picture sides must be a multiple of this many pixels."""
 
-    def latent_shape(self, folder: ModelFolder, width: int, height: int) -> tuple[int, int, int]:
-        """(C, H, W) of the latents of a picture of `width` x `height` pixels."""
+    def latent_shape(self, folder: ModelFolder, width: int, height: int) -> LatentShape:
+        """Shape of the latents of a picture of `width` x `height` pixels."""
 
     def num_image_tokens(self, latent_height: int, latent_width: int) -> int:
-        """Tokens the transformer sees for latents of this size."""
+        """Tokens the transformer sees for latents of this height and width."""
 
     def control_size(self, folder: ModelFolder, picture: Size, side: int) -> Size:
         """(width, height) in pixels at which a control picture of this size joins the latents.

@@ -1,8 +1,4 @@
-"""Sizes in pixels, as everything outside the autoencoder counts them.
-
-A tensor of latents or pixels says its shape in its name (`latents_BCHW`), height before width; these are the other way
-round, as Pillow and people say them.
-"""
+"""Sizes in pixels, (width, height) as Pillow and people give them, and shapes of latents, height before width."""
 
 from __future__ import annotations
 
@@ -11,3 +7,6 @@ Size = tuple[int, int]
 
 Ratio = tuple[int, int]
 """(width, height) as parts, for example (16, 9)."""
+
+LatentShape = tuple[int, int, int]
+"""(channels, height, width) of one picture's latents: the axes of a tensor named `latents_CHW`."""

@@ -227,7 +227,7 @@ def test_the_transformer_gets_what_the_pipeline_gives_it(case: Case, num_control
     torch.testing.assert_close(velocity_BCHW, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_a_batch_is_its_samples_one_by_one(case: Case) -> None:
+def test_a_batch_is_its_examples_one_by_one(case: Case) -> None:
     generator = torch.Generator().manual_seed(2)
     noisy_BCHW = torch.randn(3, 48, 4, 6, generator=generator)
     controls = [torch.randn(3, 48, 6, 4, generator=generator), torch.randn(3, 48, 2, 4, generator=generator)]

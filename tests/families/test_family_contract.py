@@ -48,7 +48,7 @@ class Reference:
     encode_prompts: Callable[[Any, list[str]], tuple[Tensor, Tensor | None]]
     encode_images: Callable[[Any, Tensor], Tensor]
     draw_latents: Callable[[Any, Tensor, torch.Generator], Tensor]
-    """One draw of the pipeline's own noising path: pixels to a sample of normalized latents."""
+    """One draw of the pipeline's own noising path: pixels to normalized latents."""
     run: Callable[..., Any]
     """(pipeline, prompts, width, height, steps, seed, guidance, output_type) -> the pipeline's images."""
     unpack: Callable[[Any, Tensor, int, int], Tensor]
@@ -306,11 +306,11 @@ def test_a_draw_of_the_encoded_distribution_is_the_pipelines(case: Case) -> None
     ours = case.family.encode_images(case.autoencoder, pixels_B3HW)
     same_noise = torch.randn(expected.unsqueeze(2).shape, generator=torch.Generator().manual_seed(5))[:, :, 0]
     assert ours.std_BCHW.min() > 0
-    torch.testing.assert_close(ours.sample(same_noise), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(ours.latents(same_noise), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_sample_of_a_distribution() -> None:
-    drawn = LatentDistribution(torch.tensor([2.0]), torch.tensor([3.0])).sample(torch.tensor([0.5]))
+def test_latents_of_a_distribution() -> None:
+    drawn = LatentDistribution(torch.tensor([2.0]), torch.tensor([3.0])).latents(torch.tensor([0.5]))
     assert drawn.item() == 3.5
 
 
@@ -377,7 +377,7 @@ def test_bf16_timesteps_are_rounded_as_the_pipeline_rounds_them(case: Case) -> N
     assert not torch.equal(torch.cat(given), sigmas.to(torch.bfloat16)), "these steps cannot tell the roundings apart"
 
 
-def test_a_batch_is_its_samples_one_by_one(case: Case) -> None:
+def test_a_batch_is_its_examples_one_by_one(case: Case) -> None:
     rows = encode(case, PROMPTS)
     noisy_BCHW = noise(case, 96, 48, count=len(rows))
     sigma_B = torch.tensor([0.1, 0.5, 0.95])
@@ -393,7 +393,7 @@ def test_a_batch_is_its_samples_one_by_one(case: Case) -> None:
                 case.family.stack_conditioning([row]),
             )
             torch.testing.assert_close(together[index : index + 1], alone, rtol=1e-4, atol=1e-4)
-    assert (together[0] - together[1]).abs().max() > 1e-2, "samples that are all alike would prove nothing"
+    assert (together[0] - together[1]).abs().max() > 1e-2, "examples that are all alike would prove nothing"
 
 
 def test_the_mask_and_the_prompt_reach_the_velocity(case: Case) -> None:

@@ -98,7 +98,7 @@ def test_latents_are_normalised_and_decoded_as_the_pipeline_does(case: Case) -> 
         noise = torch.randn(posterior.mean.shape, generator=torch.Generator().manual_seed(1))
         drawn = (posterior.sample(torch.Generator().manual_seed(1)) - 0.3) * 0.7
         expected = vae.decode(posterior.mean).sample
-    torch.testing.assert_close(latents.sample(noise), drawn, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(latents.latents(noise), drawn, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(case.family.decode_latents(case.autoencoder, latents.mean_BCHW), expected)
     assert latents.mean_BCHW.shape[1:] == case.family.latent_shape(case.folder, 64, 48)
 
@@ -160,7 +160,7 @@ def test_bf16_timesteps_are_rounded_as_the_pipeline_rounds_them(case: Case) -> N
     assert not torch.equal(stock, sigmas.to(torch.bfloat16)), "these cannot tell the roundings apart"
 
 
-def test_a_batch_is_its_samples_one_by_one(case: Case) -> None:
+def test_a_batch_is_its_examples_one_by_one(case: Case) -> None:
     noisy_BCHW = torch.randn(3, 16, 6, 8, generator=torch.Generator().manual_seed(2))
     control_BCHW = torch.randn(3, 16, 4, 6, generator=torch.Generator().manual_seed(3))
     controls = [control_BCHW] if case.family.max_controls else []

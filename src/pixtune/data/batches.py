@@ -1,6 +1,6 @@
 """Which examples meet in which batch, and what is drawn for them: a pure function of the seed, so it can be resumed.
 
-The unit is the *global micro-batch*: `batch_size * num_processes` draws of one bucket, of which process r takes its
+The unit is the *global micro-batch*: `batch_size * num_processes` turns of one bucket, of which process r takes its
 contiguous share. Two processes therefore see exactly what one process with twice the batch size sees.
 """
 
@@ -21,7 +21,7 @@ from pixtune import randomness
 from pixtune.config.schema import ObjectiveConfig
 from pixtune.family import Conditioning, LatentDistribution
 from pixtune.objective import draw_sigmas, shift_sigmas
-from pixtune.sizes import Size
+from pixtune.sizes import LatentShape, Size
 
 T = TypeVar("T")
 
@@ -38,12 +38,12 @@ class Turn:
 
 
 class BatchOrder:
-    """The order of draws of a whole run.
+    """The order of turns of a whole run.
 
     Args:
         buckets: the sizes of each example and variant, target first and then its controls: `buckets[example][variant]`.
-            Draws meet only where all sizes are equal.
-        global_batch_size: draws in one global micro-batch.
+            Turns meet only where all sizes are equal.
+        global_batch_size: turns in one global micro-batch.
         seed: the run's seed.
     """
 
@@ -86,7 +86,7 @@ class BatchOrder:
         return epoch
 
     def micro_batch(self, index: int) -> list[Turn]:
-        """The draws of global micro-batch `index` of the run."""
+        """The turns of global micro-batch `index` of the run."""
         epoch = self.epoch_of(index)
         start = self.epoch_end(epoch - 1) if epoch else 0
         return self.epoch(epoch)[index - start]
@@ -154,8 +154,8 @@ class ExampleReader:
     """Example, variant, dropped -> features of its caption, or of the dropped caption in its place."""
     read_controls: Callable[[int, int], Sequence[Tensor]]
     """Example, variant -> latents of its control pictures, each with batch size 1."""
-    latent_size: Callable[[int, int], Size]
-    """Example, variant -> latent height and width, without reading the latents."""
+    latent_shape: Callable[[int, int], LatentShape]
+    """Example, variant -> shape of its latents, without reading them."""
     stack: Callable[[Sequence[Conditioning], int], Conditioning]
     """Rows and the multiple to pad them to -> a batch's; see `ModelFamily.stack_conditioning`."""
     time_shift: Callable[[int, int], float]
@@ -179,7 +179,7 @@ class BatchSource:
     """Captions are padded to a multiple of so many tokens."""
 
     def parts(self, index: int, members: Sequence[Turn]) -> list[Batch]:
-        """Reads and draws this process's share of global micro-batch `index`, whose draws are `members`.
+        """Reads and draws this process's share of global micro-batch `index`, whose turns are `members`.
 
         One batch, or several that together are the micro-batch: see `MIN_TOKENS_TO_SPLIT`.
         """
@@ -202,7 +202,8 @@ class BatchSource:
         for slot in self._slots:
             turn = members[slot]
             uniform = randomness.uniform(self.order.seed, "sigma", index, slot)
-            sigmas.append(self._sigma(uniform, *reader.latent_size(turn.example, turn.variant)))
+            _, height, width = reader.latent_shape(turn.example, turn.variant)
+            sigmas.append(self._sigma(uniform, height, width))
             if features:
                 rows.append(reader.read_text(turn.example, turn.variant, self._is_dropped(index, slot)))
         return torch.cat(sigmas), {name: torch.stack([row[name] for row in rows]) for name in features}
@@ -306,7 +307,7 @@ def read_ahead(source: BatchSource, start: int, end: int, num_workers: int, pin_
     try:
         pending: deque[Future[list[Batch]]] = deque()
         for index in range(start, end):
-            # The plan is consulted here, in one thread: it keeps state between calls.
+            # The order is asked here, in one thread: it keeps state between calls.
             pending.append(pool.submit(make, index, source.order.micro_batch(index)))
             if len(pending) > 2 * num_workers:
                 yield pending.popleft().result()

@@ -3,7 +3,7 @@
 An entry's key is a hash of everything that decides its content: picture bytes or caption, size and crop, the encoder's
 weights, the prompt template, number format and this code's version. Nothing stale can be read, and one changed caption
 re-encodes one caption. A ledger remembers which parts each item had last time, so that every miss can say why.
-Pictures are stored as the mean and deviation of the autoencoder's distribution: each draw examples anew.
+Pictures are stored as the mean and deviation of the autoencoder's distribution: each turn draws its latents anew.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Where an example's encodings come from: the cache, or encoders that stay loaded and encode at each draw."""
+"""Where an example's encodings come from: the cache, or encoders that stay loaded and encode at each turn."""
 
 from __future__ import annotations
 

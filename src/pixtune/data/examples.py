@@ -26,7 +26,7 @@ class Example:
     image_path: Path
     caption: str
     framings: tuple[Framing, ...]
-    """The crops it is drawn at: its own, or one for each ratio of `random_ratio`."""
+    """The crops it is trained at: its own, or one for each ratio of `random_ratio`."""
     control_paths: tuple[Path, ...] = ()
     control_framings: tuple[tuple[ControlFraming, ...], ...] = ()
     """For each of `framings`, one for each control picture."""
@@ -156,5 +156,9 @@ def split_held_out(examples: list[Example], share: float, seed: int) -> tuple[li
             "validation.held_out leaves nothing to train on",
             [f"{share} of {len(examples)} pictures are {count}; add pictures or lower the share"],
         )
-    chosen = {s.name for s in sorted(examples, key=lambda s: randomness.draw_key(seed, "hold out", s.name))[:count]}
-    return [s for s in examples if s.name not in chosen], [s for s in examples if s.name in chosen]
+    in_random_order = sorted(examples, key=lambda example: randomness.draw_key(seed, "hold out", example.name))
+    chosen = {example.name for example in in_random_order[:count]}
+    return (
+        [example for example in examples if example.name not in chosen],
+        [example for example in examples if example.name in chosen],
+    )

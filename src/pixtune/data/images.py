@@ -186,7 +186,7 @@ def _describe_content(path: Path) -> str:
 
 
 def _raw_mode(image: Image.Image) -> str:
-    """How examples are stored in the file, for example "L;4": only known before the pixels are loaded."""
+    """How levels are stored in the file, for example "L;4": only known before the pixels are loaded."""
     tiles = getattr(image, "tile", [])  # of files only, not of pictures made in memory
     arguments = tiles[0].args if tiles else None
     return str(arguments[0] if isinstance(arguments, tuple) and arguments else arguments or image.mode)

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from pixtune import randomness
 from pixtune.config.schema import DataConfig
-from pixtune.data.batches import BatchOrder
+from pixtune.data.batches import BatchOrder, Turn
 from pixtune.data.buckets import Framing, build_buckets, frame_picture
 from pixtune.data.controls import ControlRules
 from pixtune.data.encodings import control_pictures, target_picture
@@ -29,13 +29,12 @@ MULTIPLE = 16
 MOST_CONTROLS = 3
 
 
-class Turn(NamedTuple):
-    """One example's turn in a batch."""
+class CaptionedTurn(NamedTuple):
+    """One example's turn in a batch, and what becomes of its caption."""
 
-    example: int
-    variant: int
+    turn: Turn
     dropped: bool
-    """Its caption is replaced by the empty one."""
+    """Whether the empty caption replaces its own."""
 
 
 class PictureBatch(NamedTuple):
@@ -60,12 +59,12 @@ def loader(train_batch_size: int, num_workers: int, seed: int = 0, **data_config
         DataError: every fault of the data set.
     """
     pictures = Pictures(read_data_config({**data_config, "train_batch_size": train_batch_size}))
-    plan = BatchOrder(
+    order = BatchOrder(
         [[example.signature(v) for v in range(len(example.framings))] for example in pictures.examples],
         train_batch_size, seed,
     )  # fmt: skip
-    turns = Turns(plan, pictures.config.caption_dropout_rate)
-    return DataLoader(pictures, batch_sampler=turns, num_workers=num_workers, collate_fn=_stack)
+    batches = EpochBatches(order, pictures.config.caption_dropout_rate)
+    return DataLoader(pictures, batch_sampler=batches, num_workers=num_workers, collate_fn=_stack)
 
 
 def read_data_config(values: Mapping[str, Any]) -> DataConfig:
@@ -101,32 +100,30 @@ class Pictures(Dataset[tuple[Tensor, str, list[Tensor]]]):
     def __len__(self) -> int:
         return len(self.examples)
 
-    def __getitem__(self, turn: Turn) -> tuple[Tensor, str, list[Tensor]]:
+    def __getitem__(self, captioned: CaptionedTurn) -> tuple[Tensor, str, list[Tensor]]:
+        turn, dropped = captioned
         example = self.examples[turn.example]
         controls = [to_pixels(picture.read()) for picture in control_pictures(example, turn.variant)]
         pixels_3HW = to_pixels(target_picture(example, turn.variant).read())
-        return pixels_3HW, "" if turn.dropped else example.caption, controls
+        return pixels_3HW, "" if dropped else example.caption, controls
 
 
-class Turns(Sampler[list[Turn]]):
-    """The batches of one epoch after the other, in the order that the trainer draws them."""
+class EpochBatches(Sampler[list[CaptionedTurn]]):
+    """The batches of one epoch after the other, in the trainer's order."""
 
-    def __init__(self, plan: BatchOrder, dropout_rate: float) -> None:
-        self.plan, self.dropout_rate, self.epoch = plan, dropout_rate, 0
+    def __init__(self, order: BatchOrder, dropout_rate: float) -> None:
+        self.order, self.dropout_rate, self.epoch = order, dropout_rate, 0
 
     def __len__(self) -> int:
-        return len(self.plan.epoch(self.epoch))
+        return len(self.order.epoch(self.epoch))
 
-    def __iter__(self) -> Iterator[list[Turn]]:
+    def __iter__(self) -> Iterator[list[CaptionedTurn]]:
         epoch, self.epoch = self.epoch, self.epoch + 1
-        for number, members in enumerate(self.plan.epoch(epoch)):
-            yield [
-                Turn(draw.example, draw.variant, self._is_dropped(epoch, number, slot))
-                for slot, draw in enumerate(members)
-            ]
+        for number, members in enumerate(self.order.epoch(epoch)):
+            yield [CaptionedTurn(turn, self._is_dropped(epoch, number, slot)) for slot, turn in enumerate(members)]
 
     def _is_dropped(self, epoch: int, number: int, slot: int) -> bool:
-        return randomness.uniform(self.plan.seed, "caption dropout", epoch, number, slot) < self.dropout_rate
+        return randomness.uniform(self.order.seed, "caption dropout", epoch, number, slot) < self.dropout_rate
 
 
 def _stack(rows: list[tuple[Tensor, str, list[Tensor]]]) -> PictureBatch:

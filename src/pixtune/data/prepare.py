@@ -181,10 +181,10 @@ def _needed_pictures(
 ) -> list[FramedPicture]:
     """Pictures to encode beforehand, each once."""
     pictures = [picture for example in prompts for picture in control_pictures(example, 0)]
-    drawn = [(example, 0) for example in held_out]
+    framed = [(example, 0) for example in held_out]
     if config.precompute_image_embeddings:
-        drawn += [(example, variant) for example in training for variant in range(len(example.framings))]
-    for example, variant in drawn:
+        framed += [(example, variant) for example in training for variant in range(len(example.framings))]
+    for example, variant in framed:
         pictures += [target_picture(example, variant), *control_pictures(example, variant)]
     return list(dict.fromkeys(pictures))
 
@@ -211,13 +211,19 @@ def _gather(
         return [encodings.latents(picture).mean_BCHW for picture in control_pictures(training[example], variant)]
 
     variants = [(example, variant) for example in training for variant in range(len(example.framings))]
-    pictures = [p for s, v in variants for p in (target_picture(s, v), *control_pictures(s, v))]
-    keys = encodings.encoder.text_keys([text_item(s.caption, s, v) for s, v in variants])
+    pictures = [
+        picture
+        for example, variant in variants
+        for picture in (target_picture(example, variant), *control_pictures(example, variant))
+    ]
+    keys = encodings.encoder.text_keys([text_item(example.caption, example, variant) for example, variant in variants])
     keys += encodings.encoder.latent_keys(pictures)
-    longest = variants if config.precompute_text_embeddings else [max(variants, key=lambda v: len(v[0].caption))]
+    longest = variants if config.precompute_text_embeddings else [max(variants, key=lambda row: len(row[0].caption))]
     dropout = config.data_config.caption_dropout_rate
     dropped = [family.dropped_caption] if dropout > 0 else []
-    captions = {text_item(text, s, v) for s, v in longest for text in (s.caption, *dropped)}
+    captions = {
+        text_item(text, example, variant) for example, variant in longest for text in (example.caption, *dropped)
+    }
     text_tokens = {caption: _num_tokens(encodings.text(caption)) for caption in captions}
     known = config.precompute_text_embeddings
     return PreparedData(
@@ -232,7 +238,7 @@ def _gather(
             )
             for example in held_out
         ],
-        prompts=[encode_prompt(family, encodings, sample, config.samples.guidance_scale) for sample in prompts],
+        prompts=[encode_prompt(family, encodings, prompt, config.samples.guidance_scale) for prompt in prompts],
         both_ways=read_pairs(pairs, encodings, family.dropped_caption),
         most_image_tokens=most_image_tokens(family, folder, training),
         most_text_tokens=max(text_tokens.values()),

@@ -6,7 +6,6 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 from torch import Tensor
 
@@ -19,7 +18,6 @@ from pixtune.family import Conditioning, LatentDistribution, ModelFamily
 from pixtune.plan.encoders import EncoderPlan
 from pixtune.plan.text_padding import CaptionedSize, Captions, padded_length
 from pixtune.sampler import EncodedPrompt
-from pixtune.sizes import Size
 from pixtune.storage.model_folder import ModelFolder
 from pixtune.validation import HeldOutPicture
 
@@ -51,7 +49,7 @@ class PreparedData:
 
     @property
     def sample_pixels(self) -> int:
-        """Of the largest sample picture; 0 where none is drawn."""
+        """Of the largest sample; 0 where none is wanted."""
         return max((math.prod(prompt.size) for prompt in self.prompts), default=0)
 
     def micro_batch_tokens(self, batch_size: int, text_multiple: int = 1) -> int:
@@ -75,17 +73,17 @@ def captioned_sizes(
     text_tokens: Mapping[TextItem, int],
     dropout: float,
 ) -> tuple[CaptionedSize, ...]:
-    """Which captions are drawn with pictures of which sizes, how often."""
-    draws_of: dict[Signature, dict[int, float]] = {}
+    """Counts how often captions of each length meet pictures of each size in an epoch."""
+    turns_of: dict[Signature, dict[int, float]] = {}
     shares = [(1 - dropout, None), (dropout, family.dropped_caption)]
     for example in examples:
         for variant in range(len(example.framings)):
-            lengths = draws_of.setdefault(example.signature(variant), defaultdict(float))
+            lengths = turns_of.setdefault(example.signature(variant), defaultdict(float))
             for share, instead in shares:
                 if share:
                     caption = example.caption if instead is None else instead
                     lengths[text_tokens[text_item(caption, example, variant)]] += share / len(example.framings)
-    return tuple(CaptionedSize(image_tokens(family, folder, size), lengths) for size, lengths in draws_of.items())
+    return tuple(CaptionedSize(image_tokens(family, folder, size), lengths) for size, lengths in turns_of.items())
 
 
 def example_reader(
@@ -101,17 +99,9 @@ def example_reader(
         read_latents=read_latents,
         read_text=read_text,
         read_controls=read_controls,
-        latent_size=partial(latent_size, family, folder, examples),
+        latent_shape=lambda example, variant: family.latent_shape(folder, *examples[example].framings[variant].size),
         stack=family.stack_conditioning,
         time_shift=lambda height, width: family.time_shift(folder, family.num_image_tokens(height, width)),
         num_image_tokens=family.num_image_tokens,
         names=[example.name for example in examples],
     )
-
-
-def latent_size(
-    family: ModelFamily, folder: ModelFolder, examples: Sequence[Example], example: int, variant: int
-) -> Size:
-    """Height and width."""
-    _, height, width = family.latent_shape(folder, *examples[example].framings[variant].size)
-    return height, width

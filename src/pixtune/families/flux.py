@@ -24,7 +24,7 @@ from pixtune.family import (
     TextEncoder,
 )
 from pixtune.late import LateModule
-from pixtune.sizes import Size
+from pixtune.sizes import LatentShape, Size
 from pixtune.storage.model_folder import ModelFolder
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ class Flux:
     def pixel_multiple(self, folder: ModelFolder) -> int:
         return PATCH * self._compression(folder)
 
-    def latent_shape(self, folder: ModelFolder, width: int, height: int) -> tuple[int, int, int]:
+    def latent_shape(self, folder: ModelFolder, width: int, height: int) -> LatentShape:
         factor = self._compression(folder)
         return folder.component_config("vae")["latent_channels"], height // factor, width // factor
 

@@ -32,5 +32,5 @@ def grid(latents_BCHW: Tensor) -> tuple[int, int]:
 
 
 def num_tokens(latent_height: int, latent_width: int) -> int:
-    """Tokens of latents of this size."""
+    """Tokens of latents of this height and width."""
     return (latent_height // PATCH) * (latent_width // PATCH)

@@ -16,7 +16,7 @@ from pixtune.families.transformer_shapes import qwen_image_shapes
 from pixtune.family import ActivationUnits, Conditioning, LatentDistribution, Placement, Prompt, Shapes, TextEncoder
 from pixtune.late import LateModule
 from pixtune.plan.text_padding import padded_length
-from pixtune.sizes import Size
+from pixtune.sizes import LatentShape, Size
 from pixtune.storage.model_folder import ModelFolder
 
 if TYPE_CHECKING:
@@ -114,7 +114,7 @@ class QwenImage:
     def pixel_multiple(self, folder: ModelFolder) -> int:
         return PATCH * self._compression(folder)
 
-    def latent_shape(self, folder: ModelFolder, width: int, height: int) -> tuple[int, int, int]:
+    def latent_shape(self, folder: ModelFolder, width: int, height: int) -> LatentShape:
         factor = self._compression(folder)
         return folder.component_config("vae")["z_dim"], height // factor, width // factor
 

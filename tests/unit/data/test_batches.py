@@ -54,7 +54,11 @@ def reader(
         read_controls=lambda example, variant: (
             [torch.full((1, CHANNELS, 2, 3), 10.0 * example + variant)] * num_controls
         ),
-        latent_size=lambda example, variant: (sizes[example][variant][1] // 8, sizes[example][variant][0] // 8),
+        latent_shape=lambda example, variant: (
+            CHANNELS,
+            sizes[example][variant][1] // 8,
+            sizes[example][variant][0] // 8,
+        ),
         stack=QWEN_IMAGE.stack_conditioning,
         time_shift=lambda height, width: height * width / 64,
         num_image_tokens=lambda height, width: num_image_tokens,
@@ -81,11 +85,11 @@ def assert_equal(one: Batch, other: Batch) -> None:
     assert all(torch.equal(one.conditioning[name], other.conditioning[name]) for name in one.conditioning)
 
 
-# ---- the plan
+# ---- the order
 
 
 @pytest.mark.parametrize("epoch", [0, 1, 5])
-def test_every_sample_comes_exactly_once_an_epoch_when_buckets_divide(epoch: int) -> None:
+def test_every_example_comes_exactly_once_an_epoch_when_buckets_divide(epoch: int) -> None:
     micro_batches = BatchOrder(EVEN, 4, seed=1).epoch(epoch)
     assert sorted(turn.example for batch in micro_batches for turn in batch) == list(range(16))
 
@@ -138,7 +142,7 @@ def test_all_variants_occur_equally_often() -> None:
     assert all(250 < count < 350 for count in counts.values()), counts  # 300 each expected, deviation 15
 
 
-def test_a_sample_changes_its_variant_by_epoch_and_independently_of_others() -> None:
+def test_an_example_changes_its_variant_by_epoch_and_independently_of_others() -> None:
     order = BatchOrder(VARIANTS, 1, seed=0)
     variant_of = [{d.example: d.variant for batch in order.epoch(epoch) for d in batch} for epoch in range(30)]
     assert len({variants[0] for variants in variant_of}) == 4
@@ -225,7 +229,7 @@ def test_the_models_shift_gets_height_and_width_in_this_order() -> None:
     asked: list[tuple[int, int]] = []
     batches = source(buckets((WIDE, 4)))
     noting = ExampleReader(**{**vars(batches.reader), "time_shift": lambda *size: asked.append(size) or 0.0})
-    BatchSource(batches.plan, noting, ObjectiveConfig(shift="model"), 0.0).parts(0, batches.order.micro_batch(0))
+    BatchSource(batches.order, noting, ObjectiveConfig(shift="model"), 0.0).parts(0, batches.order.micro_batch(0))
     assert set(asked) == {(48 // 8, 96 // 8)}
 
 
@@ -295,7 +299,7 @@ def test_shares_of_several_processes_are_the_one_batch_bit_for_bit(world_size: i
 # ---- control pictures
 
 
-def test_samples_meet_only_where_target_and_all_controls_have_equal_sizes() -> None:
+def test_examples_meet_only_where_target_and_all_controls_have_equal_sizes() -> None:
     one, other, without = (SQUARE, SQUARE), (SQUARE, WIDE), (SQUARE,)
     order = BatchOrder([[signature] for signature in (one, other, without) * 5], 2, seed=0)
     for index in range(40):
@@ -304,7 +308,7 @@ def test_samples_meet_only_where_target_and_all_controls_have_equal_sizes() -> N
 
 
 @pytest.mark.parametrize("num_controls", [0, 1, 3])
-def test_each_control_becomes_a_tensor_of_its_own_with_its_samples_rows(num_controls: int) -> None:
+def test_each_control_becomes_a_tensor_of_its_own_with_its_examples_rows(num_controls: int) -> None:
     order = BatchOrder(EVEN, 4, seed=1)
     batch = batch_at(BatchSource(order, reader(EVEN, num_controls), ObjectiveConfig(), 0.0), 0)
     assert len(batch.controls) == num_controls
@@ -317,8 +321,8 @@ def test_each_control_becomes_a_tensor_of_its_own_with_its_samples_rows(num_cont
 # ---- mixed text lengths
 
 
-def test_large_samples_of_mixed_text_length_are_split_and_never_masked() -> None:
-    small, large = source(EVEN), BatchSource(source(EVEN).plan, reader(EVEN, 1, 1024), ObjectiveConfig(), 0.0)
+def test_large_examples_of_mixed_text_length_are_split_and_never_masked() -> None:
+    small, large = source(EVEN), BatchSource(source(EVEN).order, reader(EVEN, 1, 1024), ObjectiveConfig(), 0.0)
     masked = 0
     for index in range(8):
         whole, parts = batch_at(small, index), large.parts(index, large.order.micro_batch(index))
@@ -382,7 +386,7 @@ def read_ahead_threads() -> list[threading.Thread]:
 @pytest.mark.parametrize("num_workers", [0, 3])
 def test_a_failing_read_surfaces_after_the_batches_before_it_and_ends_the_pool(num_workers: int) -> None:
     good = source()
-    broken = BrokenSource(good.plan, good.reader, good.objective, 0.0)
+    broken = BrokenSource(good.order, good.reader, good.objective, 0.0)
     batches = read_ahead(broken, 0, 1000, num_workers, pin_memory=False)
     for index in range(5):
         assert_equal(*next(batches), batch_at(good, index))
@@ -399,7 +403,7 @@ def test_a_failing_read_surfaces_after_the_batches_before_it_and_ends_the_pool(n
 
 def test_workers_read_ahead_but_not_without_bound() -> None:
     good = source()
-    counting = BrokenSource(good.plan, good.reader, good.objective, 0.0)
+    counting = BrokenSource(good.order, good.reader, good.objective, 0.0)
     batches = read_ahead(counting, 10, 1000, 3, pin_memory=False)
     next(batches)
     batches.close()  # type: ignore[attr-defined]

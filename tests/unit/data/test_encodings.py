@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pixtune.config.schema import TrainConfig
-from pixtune.data import cache, swapped
+from pixtune.data import swapped
 from pixtune.data.buckets import Framing, build_buckets, frame_picture
 from pixtune.data.cache import DiskStore, FillReport, Ledger
 from pixtune.data.encode import Encoder, FramedPicture, TextItem
@@ -28,6 +28,7 @@ from pixtune.families.qwen_image import CaptionReader, QwenImage
 from pixtune.family import LatentDistribution, Placement, Prompt
 from pixtune.plan.encoders import encode_plainly
 from pixtune.sizes import Size
+from pixtune.storage.files import file_digest
 from pixtune.storage.model_folder import ModelFolder
 
 # ---- the keys of real captions and pictures, and what is encoded for them
@@ -109,7 +110,7 @@ def picture(folder: Path, name: str, grey: int, framing: Framing = FRAMING) -> F
     path = folder / name
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", (64, 64), (grey, grey, grey)).save(path)
-    return FramedPicture(name, path, cache.file_digest(path), framing)
+    return FramedPicture(name, path, file_digest(path), framing)
 
 
 def other_weights(folder: ModelFolder, part: str) -> None:
@@ -183,7 +184,7 @@ def test_one_changed_caption_reencodes_one_caption(encoder: Encoder) -> None:
 
 
 def test_pictures_are_stored_as_mean_and_deviation_each_under_its_own_key(encoder: Encoder, tmp_path: Path) -> None:
-    """A stored example would make every epoch's latents the same."""
+    """Stored latents that were drawn would make every epoch's latents the same."""
     wide = frame_picture(64, 32, build_buckets(64, 16))
     pictures = [picture(tmp_path, f"{grey}.png", grey) for grey in (0, 255, 102)]
     pictures.append(picture(tmp_path, "wide.png", 204, wide))
@@ -318,7 +319,7 @@ def test_whether_captions_come_in_several_lengths(
     assert data.micro_batch_tokens(2, text_multiple=64) == 2 * (data.most_image_tokens + 64)
 
 
-def test_which_captions_are_drawn_with_which_picture_sizes(tmp_path: Path, model: ModelFolder) -> None:
+def test_which_captions_meet_which_picture_sizes(tmp_path: Path, model: ModelFolder) -> None:
     """Each picture once an epoch, its variants and the dropped caption by their shares."""
     for number, (caption, size) in enumerate([("five!", (64, 64)), ("fives", (64, 64)), ("three", (64, 32))]):
         captioned(tmp_path / "train", f"{number}.png", 80 * number, caption)
@@ -430,9 +431,9 @@ def test_a_metadata_file_gives_each_row_its_own_controls(tmp_path: Path, model: 
     assert data.reader.read_text(1, 0, False)["prompt_embeds"][0, 0] == len("two") + 30_000
 
 
-def test_prompts_to_draw_bring_their_controls(tmp_path: Path, model: ModelFolder) -> None:
+def test_prompts_of_samples_bring_their_controls(tmp_path: Path, model: ModelFolder) -> None:
     controls = [[tmp_path / "control" / "b.png"], [tmp_path / "control" / "a.png"]]
-    config = edit_set(tmp_path, examples={"prompts": ["x", "yy"], "controls": controls, "guidance_scale": 2.0})
+    config = edit_set(tmp_path, samples={"prompts": ["x", "yy"], "controls": controls, "guidance_scale": 2.0})
     wide, square = prepare_data(config, CountingFamily(max_controls=1), model, ACCELERATOR).prompts
     assert wide.size[0] > wide.size[1] and square.size == (64, 64), "drawn in the control's shape"
     assert wide.controls[0].shape == (1, 2, 4, 6)

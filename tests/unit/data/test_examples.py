@@ -17,7 +17,7 @@ def examples() -> list:
     return read_examples(DataConfig(img_dir=DEMO_TRAIN, img_size=128), DEMO_TRAIN, 16, random_ratio=False)
 
 
-def test_every_pair_is_a_sample_with_its_caption(examples: list) -> None:
+def test_every_pair_is_an_example_with_its_caption(examples: list) -> None:
     assert len(examples) == 48
     assert examples[0].caption == examples[0].image_path.with_suffix(".txt").read_text().strip()
     assert {framing.size for example in examples for framing in example.framings} == {(128, 128)}

@@ -63,7 +63,7 @@ def test_a_few_pairs_alike_in_both_directions_hide_no_swap():
 # ---- turning a pair round
 
 
-def edit_samples(folder: Path, count: int, size: tuple[int, int] = (96, 64), control_scale: int = 2) -> list[Example]:
+def edit_examples(folder: Path, count: int, size: tuple[int, int] = (96, 64), control_scale: int = 2) -> list[Example]:
     """Rows whose controls show the same at another size; at 64 pixels each loses its sides."""
     for number in range(count):
         target = np.zeros((size[1], size[0], 3), np.uint8)
@@ -78,7 +78,7 @@ def edit_samples(folder: Path, count: int, size: tuple[int, int] = (96, 64), con
 
 
 def test_the_swapped_pair_shows_the_same_part_at_the_same_size(tmp_path):
-    (example,) = edit_samples(tmp_path, 1, size=(128, 70))
+    (example,) = edit_examples(tmp_path, 1, size=(128, 70))
     turned = swap(example, (128, 70), (256, 140), RULES)
     (before,), (after,) = example.framings, turned.framings
     assert before.share_lost > 0, "the test needs a crop"
@@ -92,7 +92,7 @@ def test_the_swapped_pair_shows_the_same_part_at_the_same_size(tmp_path):
 
 
 def test_turned_round_twice_is_the_pair_itself(tmp_path):
-    (example,) = edit_samples(tmp_path, 1)
+    (example,) = edit_examples(tmp_path, 1)
     back = swap(swap(example, (96, 64), (192, 128), RULES), (192, 128), (96, 64), RULES)
     assert back.framings == example.framings and back.control_framings == example.control_framings
 
@@ -101,7 +101,7 @@ def test_turned_round_twice_is_the_pair_itself(tmp_path):
 
 
 def test_eight_pairs_are_chosen_by_seed_and_name(tmp_path):
-    examples = edit_samples(tmp_path, 12)
+    examples = edit_examples(tmp_path, 12)
     chosen = [pair.as_given.name for pair in choose_pairs(examples, RULES, " ", seed=1)]
     assert len(set(chosen)) == 8
     assert [pair.as_given.name for pair in choose_pairs(examples[::-1], RULES, " ", seed=1)] == chosen
@@ -109,7 +109,7 @@ def test_eight_pairs_are_chosen_by_seed_and_name(tmp_path):
 
 
 def test_only_captioned_pairs_with_one_control_of_the_targets_shape_are_asked_about(tmp_path):
-    examples = edit_samples(tmp_path, 7)
+    examples = edit_examples(tmp_path, 7)
     Image.new("RGB", (64, 64)).save(tmp_path / "control" / "00.png")
     (tmp_path / "images" / "01.txt").write_text("")
     config = DataConfig(img_dir=tmp_path / "images", control_dir=tmp_path / "control", img_size=64)
