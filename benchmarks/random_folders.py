@@ -18,7 +18,7 @@ from typing import Any
 import diffusers
 import torch
 import transformers
-from architectures import Architecture, default_config
+from architectures import Architecture
 from torch import Tensor, nn
 
 from pixtune.errors import WriteError
@@ -70,7 +70,7 @@ def write_random_model(folder: Path, model: Architecture, with_transformer: bool
     small = ASSETS / model.small_model
     shutil.copytree(small, folder, ignore=shutil.ignore_patterns("*.safetensors", "config.json"), dirs_exist_ok=True)
     write_json(folder / "scheduler" / "scheduler_config.json", model.scheduler)
-    write_json(folder / "transformer" / "config.json", model.transformer_config)
+    write_json(folder / "transformer" / "config.json", model.transformer)
     for part in missing:
         save_safetensors_sharded(
             {name_in_file(name, part.names_in_files): tensor for name, tensor in random_weights(part.model).items()},
@@ -102,12 +102,10 @@ def parts_of(model: Architecture, with_transformer: bool) -> list[Part]:
             text_encoder = kind(kind.config_class.from_dict(config))
         parts.append(Part(name, "model", config, text_encoder, encoder.names_in_files))
     with torch.device("meta"):
-        config = default_config(model.autoencoder) | model.autoencoder_values
-        autoencoder = getattr(diffusers, model.autoencoder).from_config(config)
-        parts.append(Part("vae", "diffusion_pytorch_model", config, autoencoder))
-        if with_transformer:
-            transformer = getattr(diffusers, model.transformer).from_config(model.transformer_config)
-            parts.append(Part("transformer", "diffusion_pytorch_model", model.transformer_config, transformer))
+        stock = {"vae": model.autoencoder} | ({"transformer": model.transformer} if with_transformer else {})
+        for name, config in stock.items():
+            built = getattr(diffusers, config["_class_name"]).from_config(config)
+            parts.append(Part(name, "diffusion_pytorch_model", config, built))
     return parts
 
 

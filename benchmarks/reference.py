@@ -72,8 +72,8 @@ def build_model(settings: Settings, device: torch.device) -> Any:
     from peft import LoraConfig
 
     with init_empty_weights(include_buffers=False):
-        model_class = getattr(diffusers, settings.architecture.transformer)
-        model = model_class.from_config(settings.architecture.transformer_config)
+        config = settings.architecture.transformer
+        model = getattr(diffusers, config["_class_name"]).from_config(config)
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             value = torch.empty(parameter.shape, device=device, dtype=torch.bfloat16)

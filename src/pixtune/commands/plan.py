@@ -1,7 +1,7 @@
 """`pixtune plan`: whether a run fits, how it would use the machine, and why. Loads no weight and starts no CUDA.
 
 Sizes come from headers of weight files. Where the files are not there yet, the configs alone do: they are a few hundred
-kilobytes of a download of tens of gigabytes.
+kilobytes of a download of tens of gigabytes. Of the models that pixtune names, it ships the architecture.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import json
 import subprocess
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich import box
@@ -20,24 +19,21 @@ from rich.padding import Padding
 from rich.table import Table
 
 from pixtune.config.schema import TrainConfig
-from pixtune.errors import WeightsError
 from pixtune.hardware.cards import HOST_BYTES, facts_as, find_card
 from pixtune.hardware.facts import GIB, HardwareFacts, tensor_core_formats
 from pixtune.hardware.meminfo import read_host_memory
 from pixtune.plan.encoders import PIXELS_PER_VISION_TOKEN, TEXT_TOKENS, EncoderPlan, EncoderSizes, encode_plainly
 from pixtune.plan.kernel_choice import NAMES
 from pixtune.plan.phases import Phase, Surroundings, phases_of
+from pixtune.plan.situation import CONTEXT_BYTES
 from pixtune.plan.text_padding import Captions, least_multiple, padded_length
-from pixtune.plan.training import CONTEXT_BYTES, TrainingPlan, plan_training, usable_bytes
-from pixtune.storage.model_folder import ModelFolder, open_model_folder
+from pixtune.plan.training import TrainingPlan, plan_training
+from pixtune.storage.architecture import ShippedModel, find_architecture, require_configs
+from pixtune.storage.model_folder import ModelFolder, download_command
 
 if TYPE_CHECKING:
     from pixtune.family import ModelFamily
 
-CONFIGS = ("model_index.json", "transformer/config.json", "vae/config.json")
-"""Files of a model that a plan cannot do without."""
-CONFIG_PATTERNS = ("model_index.json", "*/config.json", "*.index.json")
-"""Those and the indexes of weights, from which encoders' sizes are known before they are there."""
 PROCESS_HOST_BYTES = 3 * GIB
 """Host memory of a run before it has loaded anything: Python with its libraries and CUDA's own side. Assumed."""
 SMI_FIELDS = "name,memory.total,memory.used,compute_cap"
@@ -100,16 +96,22 @@ def make_report(config: TrainConfig, card: str | None = None) -> PlanReport:
     from pixtune.planning import footprint_of
 
     facts = before_cuda(facts_as(card)) if card else facts_of_this_machine()
-    folder = find_model(config.pretrained_model_name_or_path)
+    folder = find_architecture(config.pretrained_model_name_or_path)
     family = family_of(folder)
-    require_configs(folder, config.pretrained_model_name_or_path)
     assumptions = []
-    if not config.random_weights and not folder.has_weights("transformer"):
+    if isinstance(folder, ShippedModel):
         config = config.model_copy(update={"random_weights": True})
         assumptions.append(
-            "the weights are not there yet: the transformer's sizes are those of the architecture in its config, an "
-            "encoder's those in its index, and encoders without an index are left out"
+            f"architecture: shipped with pixtune; fetch the model for training: `{download_command(folder.name)}`"
         )
+    else:
+        require_configs(folder, config.pretrained_model_name_or_path)
+        if not config.random_weights and not folder.has_weights("transformer"):
+            config = config.model_copy(update={"random_weights": True})
+            assumptions.append(
+                "the weights are not there yet: the transformer's sizes are those of the architecture in its config, "
+                "an encoder's those in its index, and encoders without an index are left out"
+            )
     tokens, assumed = assumed_tokens(config, family, folder)
     captions = Captions(differ=True) if family.pads_text else None
     text = padded_length(tokens.text, least_multiple(config, captions))
@@ -122,7 +124,7 @@ def make_report(config: TrainConfig, card: str | None = None) -> PlanReport:
         facts=facts,
         is_estimate=card is not None,
         plan=plan,
-        usable_bytes=usable_bytes(facts, config) if on_gpu else 0,
+        usable_bytes=plan.usable_bytes,
         phases=phases_of(plan, footprint, around) if around else (),
         encoders=around.encoders if around else encode_plainly(config.encode_batch_size),
         assumptions=(*assumptions, *assumed),
@@ -181,59 +183,6 @@ def before_cuda(facts: HardwareFacts) -> HardwareFacts:
     """Facts as a run will see them: its process and its CUDA context are there by then."""
     host = facts.host_available_bytes - (0 if facts.integrated else PROCESS_HOST_BYTES)
     return replace(facts, free_bytes=max(0, facts.free_bytes - CONTEXT_BYTES), host_available_bytes=max(0, host))
-
-
-# ---- the model
-
-
-def find_model(name_or_path: str) -> ModelFolder:
-    """A local folder, or what the hub's cache has of a model.
-
-    Raises:
-        WeightsError: neither; says which files suffice for a plan, and how they are fetched.
-    """
-    path = Path(name_or_path).expanduser()
-    if path.exists():
-        return ModelFolder(path) if (path / CONFIGS[0]).is_file() else open_model_folder(name_or_path)
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-
-    try:
-        cached = ModelFolder(Path(snapshot_download(name_or_path, local_files_only=True)))
-    except HFValidationError as error:
-        raise WeightsError(
-            f"pretrained_model_name_or_path: {name_or_path!r} is no folder here ({path.absolute()}) and no name of the "
-            "hub. Give a folder in diffusers' layout, or a name like Qwen/Qwen-Image."
-        ) from error
-    except LocalEntryNotFoundError as error:
-        raise WeightsError(
-            f"pretrained_model_name_or_path: {name_or_path!r} is no folder here ({path.absolute()}) and not in the "
-            f"hub's cache, and a plan downloads nothing. {how_to_fetch(name_or_path)}"
-        ) from error
-    if not (cached.path / CONFIGS[0]).is_file():
-        raise WeightsError(f"{cached.path} lacks {CONFIGS[0]}. {how_to_fetch(name_or_path)}")
-    return cached
-
-
-def require_configs(folder: ModelFolder, name: str) -> None:
-    """
-    Raises:
-        WeightsError: one of `CONFIGS` is not there; names all that are not, and how they are fetched.
-    """
-    missing = [file for file in CONFIGS if not (folder.path / file).is_file()]
-    if missing:
-        raise WeightsError(f"{folder.path} lacks {' and '.join(missing)}. {how_to_fetch(name)}")
-
-
-def how_to_fetch(name: str) -> str:
-    """The command that brings what a plan needs of a model of the hub, without its weights."""
-    patterns = " ".join(f'--include "{pattern}"' for pattern in CONFIG_PATTERNS)
-    name = "OWNER/MODEL" if Path(name).expanduser().exists() else name
-    return (
-        f"It needs {', '.join(CONFIGS)}, and the *.index.json of weights in several files tell encoders' sizes: less "
-        f"than a megabyte in all, no weights. Fetch them with `hf download {name} {patterns}`; a model behind a "
-        "licence asks for `hf auth login` before."
-    )
 
 
 # ---- the run

@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,10 +17,15 @@ from typing import Any
 
 from pixtune.errors import WeightsError
 from pixtune.storage.files import file_digest, write_atomically
+from pixtune.storage.shipped import spelling_hint
 
+MODEL_INDEX = "model_index.json"
 READ_SUFFIXES = (".json", ".safetensors", ".txt", ".model", ".jinja")
-"""All that a model folder needs, and all that is taken from one."""
-HUB_PATTERNS = tuple(f"*{suffix}" for suffix in READ_SUFFIXES)
+"""Endings of the files that a model folder needs, and of all that are taken from one."""
+HUB_PATTERNS = (MODEL_INDEX, *(f"*/*{suffix}" for suffix in READ_SUFFIXES))
+"""Files of a download: the components' folders alone. FLUX.1 has its weights beside them again, in a file of 24 GB."""
+INDEX_SUFFIX = ".safetensors.index.json"
+SHARD_NAME = re.compile(r"-\d{5}-of-\d{5}\.safetensors$")
 
 
 @dataclass(frozen=True)
@@ -31,7 +37,7 @@ class ModelFolder:
     @cached_property
     def index(self) -> dict[str, Any]:
         """The parsed `model_index.json`."""
-        return read_json(self.path / "model_index.json")
+        return read_json(self.path / MODEL_INDEX)
 
     @property
     def pipeline_class(self) -> str:
@@ -84,10 +90,6 @@ class ModelFolder:
         return digest.hexdigest()
 
 
-INDEX_SUFFIX = ".safetensors.index.json"
-SHARD_NAME = re.compile(r"-\d{5}-of-\d{5}\.safetensors$")
-
-
 def weight_files(folder: Path) -> list[Path]:
     """The files with a model's weights, in the order of their names: those of its index, or the only one.
 
@@ -137,7 +139,7 @@ def open_model_folder(name_or_path: str) -> ModelFolder:
     path = Path(name_or_path).expanduser()
     if not path.exists():
         path = _download(name_or_path)
-    if not (path / "model_index.json").is_file():
+    if not (path / MODEL_INDEX).is_file():
         raise WeightsError(_not_a_pipeline(path))
     folder = ModelFolder(path)
     missing = [part for part in folder.components if not (path / part).is_dir()]
@@ -158,9 +160,15 @@ def _download(name: str) -> Path:
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise WeightsError(
             f"pretrained_model_name_or_path: {name!r} is no folder here ({Path(name).absolute()}) and could not be "
-            f"fetched from the hub ({type(error).__name__}: {str(error).splitlines()[0]}). Give a local folder in "
-            "diffusers' layout, or log in with `hf auth login` if the model is gated."
+            f"fetched from the hub ({type(error).__name__}: {str(error).splitlines()[0]}).{spelling_hint(name)} Give a "
+            f"local folder in diffusers' layout, or fetch the model with `{download_command(name)}`; a model behind a "
+            "licence asks for `hf auth login` before."
         ) from error
+
+
+def download_command(name: str, patterns: Sequence[str] = (MODEL_INDEX, "*/*")) -> str:
+    """Returns the command line that fetches a model of the hub, or those of its files that match `patterns`."""
+    return " ".join(["hf", "download", name, *(f'--include "{pattern}"' for pattern in patterns)])
 
 
 def _not_a_pipeline(path: Path) -> str:

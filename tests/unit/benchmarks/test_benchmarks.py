@@ -30,7 +30,8 @@ def architectures(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.syspath_prepend(BENCHMARKS)
     module = importlib.import_module("architectures")
     for name, (model, sides) in TOYS.items():
-        toy = replace(module.ARCHITECTURES[model], transformer_values=sides)
+        full = module.ARCHITECTURES[model]
+        toy = replace(full, transformer=full.transformer | sides)
         monkeypatch.setitem(module.ARCHITECTURES, name, toy)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     return module

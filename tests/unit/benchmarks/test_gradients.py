@@ -14,7 +14,7 @@ import torch
 
 from pixtune.bench.flops import StepSize, read_linears
 from pixtune.commands.quantization_errors import relative_error
-from pixtune.engine.load import random_transformer
+from pixtune.engine.load import LoadedTransformer, random_transformer
 from pixtune.engine.quantize import FP8, QuantizedLinear
 from pixtune.plan.training import TrainingPlan
 from tests.runs import ROOT
@@ -33,7 +33,8 @@ def gradients(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     architectures = importlib.import_module("architectures")
     for name, (model, sides) in TOYS.items():
-        toy = replace(architectures.ARCHITECTURES[model], transformer_values=sides, num_text_tokens=8)
+        full = architectures.ARCHITECTURES[model]
+        toy = replace(full, transformer=full.transformer | sides, num_text_tokens=8)
         monkeypatch.setitem(architectures.ARCHITECTURES, name, toy)
     return importlib.import_module("gradients")
 
@@ -117,7 +118,7 @@ def test_other_weights_are_noticed(gradients: ModuleType, monkeypatch: pytest.Mo
     gradients.check_weights(passes.run(fp8), exact)
     passes.forget()
 
-    def drawn_later(*arguments: Any) -> torch.nn.Module:
+    def drawn_later(*arguments: Any) -> LoadedTransformer:
         torch.randn(1)
         return random_transformer(*arguments)
 

@@ -30,7 +30,7 @@ Result = dict[str, Any]
 
 def small_config(model: str, part: str) -> dict[str, Any]:
     config: dict[str, Any] = json.loads((ROOT / "assets" / model / part / "config.json").read_text())
-    return {key: value for key, value in config.items() if not key.startswith("_")}
+    return config
 
 
 @pytest.fixture
@@ -42,8 +42,8 @@ def architectures(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
         full = module.ARCHITECTURES[name]
         toy = replace(
             full,
-            transformer_values=small_config(full.small_model, "transformer"),
-            autoencoder_values=small_config(full.small_model, "vae"),
+            transformer=small_config(full.small_model, "transformer"),
+            autoencoder=small_config(full.small_model, "vae"),
             text_encoders={part: replace(encoder, values={}) for part, encoder in full.text_encoders.items()},
         )
         monkeypatch.setitem(module.ARCHITECTURES, f"toy-{name}", toy)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -15,25 +14,23 @@ from rich.console import Console
 
 from pixtune.commands import plan as plan_command
 from pixtune.commands.plan import (
-    CONFIG_PATTERNS,
-    CONFIGS,
     PROCESS_HOST_BYTES,
     PlanReport,
     before_cuda,
     facts_from_smi,
     facts_of_this_machine,
-    find_model,
     make_report,
     render,
 )
 from pixtune.config import load_config
 from pixtune.config.schema import TrainConfig
-from pixtune.errors import PixtuneError, PlanError, WeightsError
+from pixtune.errors import PixtuneError, PlanError
 from pixtune.families import family_of
 from pixtune.hardware.cards import facts_as
 from pixtune.plan.encoders import TEXT_BYTES_PER_TOKEN, TEXT_TOKENS, decoding_bytes, encode_plainly
 from pixtune.plan.training import CONTEXT_BYTES, GIB, TrainingPlan
 from pixtune.planning import BetweenSteps, plan_between_steps
+from pixtune.storage.architecture import CONFIG_PATTERNS
 from pixtune.storage.checkpoint import stored
 from pixtune.storage.model_folder import ModelFolder
 from tests.full_size import TEXT_ENCODER, build_full_size_folder
@@ -174,7 +171,7 @@ import sys
 from pathlib import Path
 from pixtune.config import load_config
 from pixtune.commands.plan import make_report
-for model in {[str(folder) for folder in (full_size["qwen_image"], *bare)]}:
+for model in {[str(folder) for folder in (full_size["qwen_image"], *bare, "Qwen/Qwen-Image")]}:
     words = [f"pretrained_model_name_or_path={{model}}", "output_dir=o", "data_config.img_dir=x"]
     config = load_config(None, [*words, "max_train_steps=1"], folders_must_exist=False)
     for card in ("4090", None):
@@ -182,7 +179,8 @@ for model in {[str(folder) for folder in (full_size["qwen_image"], *bare)]}:
 heavy = {{"torch", "diffusers", "transformers", "peft", "accelerate", "bitsandbytes"}} & set(sys.modules)
 sys.exit(f"imported {{heavy}}" if heavy else 0)
 """
-    run = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=False)
+    env = environment(HF_HOME=str(tmp_path))  # an empty cache
+    run = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
 
 
@@ -196,76 +194,7 @@ def test_an_unknown_card_is_answered_with_near_ones() -> None:
         make_report(config_of(TINY_MODEL), "RTX 4095")
 
 
-# ---- models that are not here
-
-
-COMMAND = re.escape(
-    '`hf download Some/Model --include "model_index.json" --include "*/config.json" --include "*.index.json"`'
-)
-PUBLISHED = (
-    "model_index.json", "README.md", "scheduler/scheduler_config.json", "tokenizer/vocab.json", "tokenizer/merges.txt",
-    "text_encoder/config.json", "text_encoder/model-00001-of-00004.safetensors",
-    "text_encoder/model.safetensors.index.json", "transformer/config.json",
-    "transformer/diffusion_pytorch_model.safetensors.index.json",
-    "transformer/diffusion_pytorch_model-00001-of-00009.safetensors", "vae/config.json",
-    "vae/diffusion_pytorch_model.safetensors",
-)  # fmt: skip
-"""Files of a model on the hub."""
-
-
-def cached_model(cache: Path, *files: str) -> None:
-    """A model in the hub's cache, as an interrupted or partial download leaves it."""
-    repository = cache / "models--Some--Model"
-    for file in files:
-        path = repository / "snapshots" / "0" / file
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"_class_name": "QwenImagePipeline", "vae": ["diffusers", "Part"]}))
-    (repository / "refs").mkdir(parents=True)
-    (repository / "refs" / "main").write_text("0")
-
-
-def test_a_model_that_was_not_downloaded_is_not_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    needs = r"model_index\.json, transformer/config\.json, vae/config\.json"
-    with pytest.raises(WeightsError, match=rf"downloads nothing\. It needs {needs}.* Fetch them with {COMMAND}"):
-        find_model("Some/Model")
-
-
-def test_the_command_fetches_what_is_needed_and_no_weights() -> None:
-    from huggingface_hub.utils import filter_repo_objects
-
-    fetched = set(filter_repo_objects(PUBLISHED, allow_patterns=list(CONFIG_PATTERNS)))
-    assert fetched >= {*CONFIGS, "text_encoder/model.safetensors.index.json"}
-    assert all(file.endswith(".json") and "vocab" not in file for file in fetched)
-
-
-@pytest.mark.parametrize(
-    ("files", "missing"),
-    [
-        (["vae/config.json"], "model_index.json"),
-        (["model_index.json"], "transformer/config.json and vae/config.json"),
-        (["model_index.json", "transformer/config.json"], "vae/config.json"),
-    ],
-)
-def test_a_part_of_a_model_in_the_cache_is_told_what_it_lacks(
-    files: list[str], missing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    cached_model(tmp_path, *files)
-    with pytest.raises(WeightsError, match=rf"lacks {missing}\. It needs .*{COMMAND}"):
-        make_report(config_of(Path("Some/Model")), "RTX 4090")
-
-
-@pytest.mark.parametrize("name", ["./models/here", "a/b/c"])
-def test_a_folder_that_is_not_there_is_no_name_of_the_hub(name: str) -> None:
-    with pytest.raises(WeightsError, match=r"no folder here \(.*\) and no name of the hub"):
-        find_model(name)
-
-
-def test_a_folder_of_another_kind_is_told_what_it_is(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text('{"_class_name": "AutoencoderKL"}')
-    with pytest.raises(WeightsError, match="holds one AutoencoderKL"):
-        find_model(str(tmp_path))
+# ---- models without weights
 
 
 def configs_alone(source: Path, folder: Path) -> Path:
