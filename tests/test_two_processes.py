@@ -34,6 +34,14 @@ def train_in_two(config: Path, words: list[str]) -> str:
     return outcome.stdout
 
 
+def assert_same_weights(one: Path, two: Path) -> None:
+    mine, theirs = (load_file(folder / "pytorch_lora_weights.safetensors") for folder in (one, two))
+    assert mine.keys() == theirs.keys()
+    assert any(tensor.any() for name, tensor in mine.items() if "lora_B" in name), "nothing was learned"
+    for name in mine:
+        torch.testing.assert_close(mine[name], theirs[name], rtol=1e-3, atol=1e-6)
+
+
 def test_two_processes_equal_one_with_twice_the_batch(tmp_path: Path, warm_cache: Path) -> None:
     config = write_config(tmp_path)
     one, two = tmp_path / "one", tmp_path / "two"
@@ -42,12 +50,16 @@ def test_two_processes_equal_one_with_twice_the_batch(tmp_path: Path, warm_cache
     assert printed.count("wrote ") == 1, printed
     assert not [*tmp_path.rglob("*.tmp"), *warm_cache.rglob("*.tmp")]
 
-    mine, theirs = (load_file(folder / "pytorch_lora_weights.safetensors") for folder in (one, two))
-    assert mine.keys() == theirs.keys()
-    assert any(tensor.any() for name, tensor in mine.items() if "lora_B" in name), "nothing was learned"
-    for name in mine:
-        torch.testing.assert_close(mine[name], theirs[name], rtol=1e-3, atol=1e-6)
+    assert_same_weights(one, two)
     metrics = [read_metrics(folder / "metrics.jsonl") for folder in (one, two)]
     losses = [[line["loss"] for line in lines if "loss" in line] for lines in metrics]
     assert len(losses[0]) == 6
     torch.testing.assert_close(torch.tensor(losses[0]), torch.tensor(losses[1]), rtol=1e-4, atol=1e-6)
+
+    longer = {**SETTINGS, "max_train_steps": 8, "resume_from_checkpoint": "latest"}
+    words = overrides(two, warm_cache, **longer, train_batch_size=2)
+    refused = pixtune("train", "--config", config, *words)
+    assert refused.returncode == 1 and "num_processes: was 2, is 1 (a batch of all" in refused.stdout
+    for folder in (one, two):  # the run of two goes on in one: the same batches, since the product is the same
+        train_alone(config, overrides(folder, warm_cache, **longer, train_batch_size=4))
+    assert_same_weights(one, two)

@@ -18,9 +18,8 @@ from pixtune.config import to_dict
 from pixtune.data.batches import Batch
 from pixtune.data.prepared import PreparedData
 from pixtune.data.swapped import measure_gains, swap_warning
-from pixtune.engine.apply import FORMATS
+from pixtune.engine.apply import placement_of
 from pixtune.errors import CheckpointError
-from pixtune.family import Placement
 from pixtune.hardware.facts import package_versions
 from pixtune.hardware.machine import driver_may_spill
 from pixtune.planning import plan_between_steps
@@ -38,7 +37,7 @@ from pixtune.storage.checkpoint import (
     sharded,
 )
 from pixtune.storage.model_folder import ModelFolder
-from pixtune.storage.resume import flatten, refuse_other_run
+from pixtune.storage.resume import RunIdentity, flatten, refuse_other_run
 from pixtune.tracking.figures import StepFigures, watch_device
 from pixtune.tracking.metrics import FILE_NAME, MetricsLog
 from pixtune.trained import optim
@@ -64,7 +63,7 @@ class Services:
             folder,
             data.prompts,
             SamplerSettings(run.config.samples.seeds, run.config.samples.num_steps, run.config.samples.guidance_scale),
-            Placement(run.accelerator.device, FORMATS[run.plan.compute_format]),
+            placement_of(run.plan, run.accelerator.device),
             keep_autoencoder=run.plan.encoders_stay,
             tile_pixels=self._between_steps.tile_pixels,
         )
@@ -109,12 +108,16 @@ class Services:
             CheckpointError: the checkpoint belongs to a run with other settings.
         """
         run = self.run
-        refuse_other_run(checkpoint, run.config, self.data.fingerprint)
+        refuse_other_run(checkpoint, self._identity())
         try:
             run.trained.load(checkpoint.tensors, checkpoint.record["optimizer_plain"])
         except KeyError as error:
             raise CheckpointError(f"{checkpoint.path} does not fit this model: {error.args[0]}") from error
         self._print(f"going on after step {checkpoint.step} from {checkpoint.path}")
+
+    def _identity(self) -> RunIdentity:
+        run = self.run
+        return RunIdentity(to_dict(run.config), self.data.fingerprint, run.accelerator.num_processes, run.num_steps)
 
     # ---- around the steps
 
@@ -267,10 +270,9 @@ class Services:
                 step,
                 {**self.run.trained.checkpoint_files(step), **sharded(OPTIMIZER_STEM, state)},
                 {
-                    "config": to_dict(self.config),
+                    **self._identity().to_dict(),
                     "plan": self.run.plan.to_dict(),
                     "encoders": self.data.encoders.to_dict(),
-                    "data": self.data.fingerprint,
                     "versions": package_versions(),
                     "optimizer_plain": plain,
                 },

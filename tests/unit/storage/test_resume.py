@@ -1,0 +1,142 @@
+"""A checkpoint is resumed with settings that leave every step as it was, and with no others."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+
+from pixtune.config import to_dict
+from pixtune.config.schema import LR_SCHEDULERS, TrainConfig
+from pixtune.errors import CheckpointError
+from pixtune.storage.checkpoint import Checkpoint
+from pixtune.storage.resume import LENGTH_FREE_SCHEDULES, RULES, RunIdentity, flatten, refuse_other_run
+from pixtune.trained.optim import build_schedule
+
+REQUIRED = {
+    "pretrained_model_name_or_path": "x",
+    "output_dir": "out",
+    "data_config": {"img_dir": "pictures"},
+    "max_train_steps": 100,
+}
+
+
+def config(**changes: Any) -> TrainConfig:
+    return TrainConfig.model_validate({**REQUIRED, **changes})
+
+
+def run(num_processes: int | None = 1, num_steps: int | None = 100, data: str = "d", **changes: Any) -> RunIdentity:
+    return RunIdentity(to_dict(config(**changes)), data, num_processes, num_steps)
+
+
+def refusal(before: RunIdentity, now: RunIdentity, record: Mapping[str, Any] | None = None) -> str:
+    """The message; empty where the checkpoint is accepted."""
+    checkpoint = Checkpoint(5, {}, dict(record or before.to_dict()), Path("run/checkpoint-000005"))
+    try:
+        refuse_other_run(checkpoint, now)
+    except CheckpointError as error:
+        return str(error)
+    return ""
+
+
+def test_the_same_run_is_accepted() -> None:
+    assert refusal(run(), run()) == ""
+
+
+def test_every_difference_is_named_with_both_values() -> None:
+    message = refusal(run(seed=1), run(seed=2, learning_rate=0.5, objective={"shift": "none"}, data="other"))
+    assert "run/checkpoint-000005" in message
+    assert "  - learning_rate: was 0.0001, is 0.5\n" in message and "  - seed: was 1, is 2\n" in message
+    assert "  - objective.shift: was 'model', is 'none'\n" in message and "the data set" in message
+    assert message.endswith("Set them back, or start anew in another output_dir.")
+
+
+def test_what_leaves_the_steps_alone_may_change() -> None:
+    changed = {
+        "output_dir": "moved",
+        "pretrained_model_name_or_path": "moved",
+        "data_config": {"img_dir": "moved", "num_workers": 0},
+        "samples": {"prompts": ["a cat"], "every": 3},
+        "validation": {"every": 7},
+        "trigger_words": ["sks"],
+    }
+    assert refusal(run(), run(**changed)) == ""
+    assert "validation.num_draws" in refusal(run(), run(validation={"num_draws": 7})), "not all of the section"
+
+
+def test_rules_are_of_keys_that_there_are() -> None:
+    keys = flatten(to_dict(config()))
+    assert RULES.keys() - keys.keys() == {"num_processes", "samples"}
+
+
+# ---- length
+
+
+@pytest.mark.parametrize("name", get_args(LR_SCHEDULERS))
+def test_the_schedules_that_do_not_depend_on_the_length_are_known(name: str) -> None:
+    settings = {"lr_scheduler": name, "lr_warmup_steps": 3}
+    if name == "piecewise_constant":
+        settings["lr_step_rules"] = "1:10,0.1"
+    one, other = (build_schedule(config(**settings), num_steps) for num_steps in (100, 200))
+    assert all(one(step) == other(step) for step in range(100)) == (name in LENGTH_FREE_SCHEDULES)
+
+
+@pytest.mark.parametrize("name", LENGTH_FREE_SCHEDULES)
+def test_a_run_with_such_a_schedule_may_become_longer(name: str) -> None:
+    settings: dict[str, Any] = {"lr_scheduler": name}
+    if name == "piecewise_constant":
+        settings["lr_step_rules"] = "1:10,0.1"
+    assert refusal(run(**settings), run(num_steps=200, max_train_steps=200, **settings)) == ""
+
+
+@pytest.mark.parametrize("name", [name for name in get_args(LR_SCHEDULERS) if name not in LENGTH_FREE_SCHEDULES])
+def test_under_other_schedules_another_length_is_refused(name: str) -> None:
+    message = refusal(run(lr_scheduler=name), run(num_steps=200, lr_scheduler=name, max_train_steps=200))
+    assert f"max_train_steps: was 100, is 200 (with lr_scheduler '{name}'" in message
+    assert "another learning rate at every step" in message and "constant_with_warmup" in message
+    assert "another output_dir" in message
+
+
+def test_epochs_are_a_length_too() -> None:
+    before = run(lr_scheduler="cosine", num_train_epochs=2, max_train_steps=None)
+    now = run(num_steps=150, lr_scheduler="cosine", num_train_epochs=3, max_train_steps=None)
+    assert "num_train_epochs: was 2, is 3" in refusal(before, now)
+
+
+def test_the_same_length_in_other_words_is_the_same_length() -> None:
+    before = run(lr_scheduler="cosine")
+    assert refusal(before, run(lr_scheduler="cosine", num_train_epochs=1000)) == ""
+    without_length = {key: value for key, value in before.to_dict().items() if key != "num_steps"}
+    now = run(lr_scheduler="cosine", num_train_epochs=1000)
+    assert "num_train_epochs: was None, is 1000" in refusal(before, now, without_length), "an older checkpoint"
+
+
+# ---- processes
+
+
+def test_another_number_of_processes_is_refused() -> None:
+    message = refusal(run(num_processes=2), run(num_processes=1))
+    assert "num_processes: was 2, is 1 (a batch of all processes together would have size 1 instead of 2" in message
+    assert "Keep train_batch_size times the number of processes at 2" in message and "output_dir" in message
+
+
+@pytest.mark.parametrize("place", ["top", "data_config"])
+def test_processes_and_batch_size_with_the_same_product_are_accepted(place: str) -> None:
+    in_section = {"data_config": {"img_dir": "pictures", "train_batch_size": 2}}
+    now = run(num_processes=1, **({"train_batch_size": 2} if place == "top" else in_section))
+    assert refusal(run(num_processes=2), now) == ""
+    assert refusal(now, run(num_processes=2)) == ""
+    message = refusal(now, run(num_processes=2, train_batch_size=2))
+    assert "num_processes: was 1, is 2" in message and "size 4 instead of 2" in message
+
+
+def test_an_older_checkpoint_without_processes_is_accepted_and_its_batch_size_still_counts() -> None:
+    older = {key: value for key, value in run().to_dict().items() if key not in ("num_processes", "num_steps")}
+    assert refusal(run(), run(num_processes=2), older) == ""
+    assert "train_batch_size: was None, is 3" in refusal(run(), run(train_batch_size=3), older)
+
+
+def test_what_is_compared_is_what_a_checkpoint_records() -> None:
+    assert run().to_dict().keys() == {"config", "data", "num_processes", "num_steps"}
