@@ -1,1 +1,1 @@
-"""Import paths that users know, re-exported from pixtune. Nothing else lives here."""
+"""Import paths that users know, re-exported from pixtune. Nothing else is here."""

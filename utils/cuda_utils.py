@@ -1,4 +1,4 @@
-"""What this GPU can do; see pixtune.hardware.features."""
+"""Features of this GPU, re-exported from pixtune.hardware.features."""
 
 from pixtune.hardware.features import (
     compare_versions,

@@ -1,4 +1,4 @@
-"""Reading and writing safetensors; see pixtune.storage.loading."""
+"""Reading and writing of safetensors, re-exported from pixtune.storage.loading."""
 
 from pixtune.storage.loading import (
     is_fastsafetensors_available,

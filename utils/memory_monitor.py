@@ -1,4 +1,4 @@
-"""Device memory in use; see pixtune.hardware.monitor."""
+"""Device memory in use, re-exported from pixtune.hardware.monitor."""
 
 from pixtune.hardware.monitor import get_memory_stats, log_memory_usage, reset_peak_memory_stats
 

@@ -71,7 +71,7 @@ def train_small(command: Command, scene: Path, folder: Path, left_out: list[str]
         validation__num_draws=1, **(with_controls if "edit" in command.config else pictures),
     )  # fmt: skip
     outcome = run([*command.typed(), *words, *without(left_out)])
-    if outcome.returncode and "this version of pixtune does not have these yet" in outcome.stdout:
+    if outcome.returncode and "this version of pixtune cannot do these yet" in outcome.stdout:
         raise NotYetError(outcome.stdout)
     assert outcome.returncode == 0, outcome.stdout
     return folder / "run"

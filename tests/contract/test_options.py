@@ -174,9 +174,9 @@ def test_all_faults_come_at_once_with_key_value_file_and_nearest_key(tmp_path: P
     faults = caught.value.faults
     assert len(faults) == 4
     for line, *parts in (
-        (4, "learning_rat is no known key (value 0.0001)", "did you mean learning_rate?"),
+        (4, "learning_rat is not a known key (value 0.0001)", "did you mean learning_rate?"),
         (5, 'rank is "sixteen"', "must be a whole number"),
         (7, "train_batch_size is 2 and data_config.train_batch_size is 4"),
-        (7, "data_config.random_ration is no known key", "did you mean data_config.random_ratio?"),
+        (7, "data_config.random_ration is not a known key", "did you mean data_config.random_ratio?"),
     ):
         assert any(fault.startswith(f"{path}:{line}: ") and all(p in fault for p in parts) for fault in faults), faults

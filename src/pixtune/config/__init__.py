@@ -1,4 +1,4 @@
-"""A run's settings: the schema, and the reader that reports every fault at once. Imports neither torch nor numpy."""
+"""A run's settings: the schema, and the reader that reports all problems together. Imports neither torch nor numpy."""
 
 from pixtune.config.load import load_config, resolved_yaml, to_dict
 from pixtune.config.schema import TrainConfig

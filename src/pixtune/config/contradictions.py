@@ -1,4 +1,4 @@
-"""Keys that are each right and together wrong: one rule a contradiction, over plain values."""
+"""Finds keys that are each right and together wrong: one rule per contradiction, over plain values."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ class Contradiction(NamedTuple):
 
 
 def contradictions(values: Mapping[str, Any]) -> list[Contradiction]:
-    """Every contradiction among `values` (dotted key -> value, defaults filled in).
+    """Returns every contradiction among `values` (dotted key -> value, defaults filled in).
 
-    A rule whose keys are not all there is passed over, so that a value found wrong already causes no second fault.
+    A rule whose keys are not all there is skipped, so that a value that is already known to be wrong causes no second
+    problem.
     """
     found = []
     for keys, rule in _RULES:
@@ -36,7 +37,7 @@ def _one_batch_size(outer: int | None, inner: int | None) -> str | None:
 
 def _some_length(steps: int | None, epochs: int | None) -> str | None:
     if steps is None and epochs is None:
-        return "neither max_train_steps nor num_train_epochs is given: say how long to train"
+        return "neither max_train_steps nor num_train_epochs is given: set one of them"
     return None
 
 
@@ -50,9 +51,8 @@ def _rules_for_their_schedule(scheduler: str, rules: str | None) -> str | None:
 
 def _controls_for_prompts(prompts: Sequence[str], controls: Sequence[object]) -> str | None:
     if controls and len(controls) != len(prompts):
-        return (
-            f"samples.controls has {len(controls)} lists and samples.prompts {len(prompts)} prompts: one list a prompt"
-        )
+        counts = f"samples.controls has {len(controls)} lists and samples.prompts {len(prompts)} prompts"
+        return f"{counts}: give one list per prompt"
     return None
 
 

@@ -1,4 +1,4 @@
-"""From a YAML file and `key=value` words to a frozen TrainConfig, or to one error that lists every fault there is."""
+"""Reads a YAML file and `key=value` words into a frozen TrainConfig, or raises one error that lists all problems."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ from pixtune.errors import ConfigError, NotYetError
 logger = logging.getLogger(__name__)
 
 FOLDERS = ("data_config.img_dir", "data_config.control_dir", "validation.held_out_dir")
-"""Keys whose folders must exist before anything else is done."""
+"""Keys whose folders must exist before a run does anything else."""
 
 
 def load_config(path: Path | None, overrides: Sequence[str] = (), folders_must_exist: bool = True) -> TrainConfig:
     """Reads a config file, then overrides such as `rank=8` or `data_config.img_dir=/pictures`, which win.
 
-    Relative paths are relative to the current folder. `disable_quantization` wins over `quantize`, and says so in the
-    log (logger "pixtune.config.load", a warning).
+    Relative paths are relative to the current folder. `disable_quantization` wins over `quantize`, with a warning in
+    the log (logger "pixtune.config.load").
 
     Args:
-        path: the YAML file; None where everything stands in `overrides`.
-        overrides: `key=value` words, values in YAML; of two equal keys the last wins.
-        folders_must_exist: those of pictures; a plan can be made before they are there.
+        path: the YAML file; None where `overrides` hold everything.
+        overrides: `key=value` words with values in YAML; of two equal keys the last one wins.
+        folders_must_exist: whether a missing folder of pictures is a problem; a plan can be made without it.
 
     Raises:
-        ConfigError: every fault, each with its place, key, value and what would be right.
-        NotYetError: the config is right, but asks for documented things that this version does not have.
+        ConfigError: lists all problems, each with its place, key, value and what would be right.
+        NotYetError: the config is right, but asks for documented things that this version cannot do.
     """
     from_command = read_overrides(overrides)
     if path is None:
@@ -71,12 +71,12 @@ def load_config(path: Path | None, overrides: Sequence[str] = (), folders_must_e
 
 
 def to_dict(config: TrainConfig) -> dict[str, Any]:
-    """Every key with its value in force, as JSON can hold it."""
+    """Returns every key with its value in force, as JSON can hold it."""
     return config.model_dump(mode="json")
 
 
 def resolved_yaml(config: TrainConfig) -> str:
-    """Every key with its value in force, as a config file that loads to the same config."""
+    """Returns every key with its value in force, as the text of a config file that loads to the same config."""
     text: str = yaml.dump(to_dict(config), Dumper=ConfigDumper, sort_keys=False, allow_unicode=True, width=120)
     return text
 
@@ -93,7 +93,7 @@ def _nested(entries: Iterable[Entry]) -> dict[str, Any]:
 
 
 def _errors_by_key(error: ValidationError) -> dict[str, list[ErrorDetails]]:
-    """Pydantic's errors by dotted key. Those of the model as a whole (contradictions) are left to `_contradictions`."""
+    """Groups pydantic's errors by dotted key. Errors of the model as a whole are left to `_contradictions`."""
     known, by_key = set(leaf_keys()), dict[str, list[ErrorDetails]]()
     for details in error.errors():
         words = [str(word) for word in details["loc"]]
@@ -130,10 +130,10 @@ _WANTED = {
     "greater_than_equal": "at least {ge:g}",
     "less_than": "less than {lt:g}",
     "less_than_equal": "at most {le:g}",
-    "string_pattern_mismatch": "of another form",
+    "string_pattern_mismatch": "in the right form",
     "literal_error": "{expected}",
 }
-"""What pydantic's error types mean, to follow "must be"."""
+"""Meaning of pydantic's error types, in words that follow "must be"."""
 
 
 def _wanted(details: ErrorDetails) -> str:
@@ -191,7 +191,7 @@ def _refuse_what_is_missing_yet(config: TrainConfig, entries: Mapping[str, Entry
             possible = " or ".join("absent" if choice is None else show(choice) for choice in honoured)
             lines.append(f"  - {entries[key].place.text}: {key} is {show(value)}: must be {possible} for now")
     if lines:
-        raise NotYetError("\n".join(["this version of pixtune does not have these yet:", *lines]))
+        raise NotYetError("\n".join(["this version of pixtune cannot do these yet:", *lines]))
 
 
 def _field(key: str) -> FieldInfo:
@@ -200,5 +200,5 @@ def _field(key: str) -> FieldInfo:
 
 
 def _error(whole: Place, faults: Sequence[Fault]) -> ConfigError:
-    count = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
+    count = "1 problem" if len(faults) == 1 else f"{len(faults)} problems"
     return ConfigError(f"{whole.text} has {count}", [str(fault) for fault in sorted(faults)])

@@ -16,7 +16,7 @@ DEFAULT_PATH = Path("train_configs/schema.json")
 
 
 def json_schema() -> dict[str, Any]:
-    """Every key with its type, bounds, default and description; older names too, marked as deprecated."""
+    """Returns every key with its type, bounds, default and description; older names too, marked as deprecated."""
     schema = TrainConfig.model_json_schema()
     properties = schema["properties"]
     for older, current in OLDER_NAMES.items():
@@ -26,7 +26,7 @@ def json_schema() -> dict[str, Any]:
 
 
 def schema_text() -> str:
-    """The file's content."""
+    """Returns the content of `schema.json`."""
     return json.dumps(json_schema(), indent=2, ensure_ascii=False) + "\n"
 
 

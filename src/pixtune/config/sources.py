@@ -1,4 +1,4 @@
-"""Where config values come from: a YAML file or `key=value` words. Both become flat entries that know their place."""
+"""Sources of config values: a YAML file or `key=value` words. Both become flat entries that know their place."""
 
 from __future__ import annotations
 
@@ -15,13 +15,15 @@ from pixtune.config.schema import OLDER_NAMES, leaf_keys, sections
 
 
 class Place(NamedTuple):
-    """Where something was written. Sorts by line; the command line comes last."""
+    """A place where something was written. Sorts by line; the command line comes last."""
 
     line: int
     text: str
 
 
 class Fault(NamedTuple):
+    """One problem of a config, with the place to look at."""
+
     place: Place
     sentence: str
 
@@ -40,7 +42,7 @@ class Entry:
 
 
 class Source(NamedTuple):
-    """What one source says. `readable` is false where nothing more can be learned of it."""
+    """Entries and faults of one source. `readable` is false where nothing more can be learned from it."""
 
     entries: dict[str, Entry]
     faults: list[Fault]
@@ -63,7 +65,7 @@ _PLAIN_WORDS = (  # kind, what it looks like, its possible first characters
 
 
 class ConfigLoader(yaml.SafeLoader):
-    """YAML with the core types of YAML 1.2, as editors understand it, and nothing else.
+    """Reads YAML with the core types of YAML 1.2, as editors understand it, and nothing else.
 
     PyYAML's own loader reads `3e-4` as text, `no` as false, `1:30` as 90 and `2025-11-16` as a date.
     """
@@ -75,7 +77,7 @@ class ConfigLoader(yaml.SafeLoader):
 
 
 class ConfigDumper(yaml.SafeDumper):
-    """Writes what ConfigLoader reads back as the same values."""
+    """Writes YAML that ConfigLoader reads back as the same values."""
 
     yaml_implicit_resolvers = {}  # noqa: RUF012
 
@@ -86,7 +88,7 @@ for _kind, _pattern, _first in _PLAIN_WORDS:
 
 
 def read_file(path: Path) -> Source:
-    """The entries of a YAML file, and everything that is wrong with its form."""
+    """Returns the entries of a YAML file, and everything that is wrong with its form."""
 
     def at(node: yaml.Node) -> Place:
         line = node.start_mark.line + 1
@@ -113,13 +115,13 @@ def read_file(path: Path) -> Source:
 
 
 def read_overrides(words: Sequence[str]) -> Source:
-    """The entries of `key=value` words, nested by dots. The last of two equal keys wins, as on any command line."""
+    """Returns the entries of `key=value` words, nested by dots. The last of two equal keys wins."""
     source = Source({}, [])
     for word in words:
         key, equals, text = word.partition("=")
         if not equals or not key:
             hint = " (key=value, without dashes)" if word.startswith("-") else " (key=value)"
-            source.faults.append(Fault(COMMAND_LINE, f"{word!r} is no override{hint}"))
+            source.faults.append(Fault(COMMAND_LINE, f"{word!r} is not an override{hint}"))
             continue
         try:
             node = yaml.compose(text, ConfigLoader)
@@ -189,22 +191,22 @@ def _collect_value(
         elif node.tag != _CORE["null"]:  # a section whose keys are all commented out is an empty section
             keys = ", ".join(known_sections[key].model_fields)
             source.faults.append(
-                Fault(place, f"{written_as} is {show(_plain(node))}: it is a section of keys of its own: {keys}")
+                Fault(place, f"{written_as} is {show(_plain(node))}: it is a section with keys of its own: {keys}")
             )
         return
     if key not in set(leaf_keys()):
-        source.faults.append(Fault(place, f"{written_as} is no known key (value {show(_plain(node))}){_hint(key)}"))
+        source.faults.append(Fault(place, f"{written_as} is not a known key (value {show(_plain(node))}){_hint(key)}"))
         return
     try:
         value = ConfigLoader("").construct_document(node)
     except (yaml.YAMLError, ValueError, KeyError):  # a YAML tag of another kind, or one that its text does not fit
-        source.faults.append(Fault(place, f"{key} has a value of a kind that configs do not have ({node.tag})"))
+        source.faults.append(Fault(place, f"{key} has a value of a kind that configs do not support ({node.tag})"))
         return
     _add_entries(source, [Entry(key, written_as, value, place)])
 
 
 def _plain(node: yaml.Node) -> object:
-    """A value for a message: as it was written, or what kind of thing it is."""
+    """Returns a value for a message: as it was written, or the kind of thing it is."""
     try:
         return ConfigLoader("").construct_document(node)
     except (yaml.YAMLError, ValueError, KeyError):
@@ -212,7 +214,7 @@ def _plain(node: yaml.Node) -> object:
 
 
 def _add_entries(source: Source, entries: Iterable[Entry]) -> None:
-    """Adds entries; an older and a newer name of one key with different values are a fault."""
+    """Adds entries; an older and a newer name of one key with different values are a problem."""
     for entry in entries:
         earlier = source.entries.get(entry.key)
         if earlier is not None and earlier.written_as != entry.written_as and earlier.value != entry.value:
@@ -230,12 +232,12 @@ def _add_entries(source: Source, entries: Iterable[Entry]) -> None:
 
 
 def current_name(key: str) -> str:
-    """A dotted key with older names replaced by today's."""
+    """Replaces older names in a dotted key by their current ones."""
     return ".".join(OLDER_NAMES.get(part, part) for part in key.split("."))
 
 
 def nearest_keys(key: str) -> list[str]:
-    """Known keys that somebody who wrote `key` most likely meant, best first; several only where they are equally good.
+    """Returns the known keys that `key` most likely meant, best first; several only where they are equally good.
 
     Keys are compared by their last part, so that one in the wrong section is found too.
     """
@@ -256,7 +258,7 @@ def _hint(key: str) -> str:
 
 
 def show(value: object) -> str:
-    """A value as one would write it in YAML, shortened."""
+    """Returns a value as one would write it in YAML, shortened."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     text = f'"{value}"' if isinstance(value, str) else str(value)

@@ -28,17 +28,17 @@ def test_all_faults_come_together_in_the_order_of_the_file(faults_of):
     )
     expected = [
         ("run.yaml", "output_dir is required and missing"),
-        ("run.yaml:2", 'img_dir is no known key (value "/pictures"); did you mean data_config.img_dir?'),
+        ("run.yaml:2", 'img_dir is not a known key (value "/pictures"); did you mean data_config.img_dir?'),
         ("run.yaml:3", "rank is true: must be a whole number"),
-        ("run.yaml:4", "learning_rat is no known key (value 0.0003); did you mean learning_rate?"),
+        ("run.yaml:4", "learning_rat is not a known key (value 0.0003); did you mean learning_rate?"),
         ("run.yaml:5", "adam_beta1 is 1.5: must be less than 1"),
         ("run.yaml:7", 'lr_scheduler is "cosin": must be "constant", "constant_with_warmup"'),
         ("run.yaml:8", 'data_config.img_dir is "/no/such/folder": there is no such folder'),
         ("run.yaml:9", "train_batch_size is 4 and data_config.train_batch_size is 2: give it once, or equal"),
         ("run.yaml:10", "validation.held_out is 0.5 and validation.held_out_dir is '/no/other/folder': choose one"),
         ("run.yaml:10", 'validation.held_out_dir is "/no/other/folder": there is no such folder'),
-        ("command line", "'nonsense' is no override (key=value)"),
-        ("command line", "rank.x is no known key (value 1)"),
+        ("command line", "'nonsense' is not an override (key=value)"),
+        ("command line", "rank.x is not a known key (value 1)"),
         ("command line", "seed is -1: must be at least 0"),
     ]
     assert len(faults) == len(expected), faults
@@ -50,7 +50,7 @@ def test_the_message_is_headed_by_file_and_count(write, minimal):
     path = write(f"{minimal}rank: 0\n")
     with pytest.raises(ConfigError) as caught:
         load_config(path)
-    assert str(caught.value) == f"{path} has 1 fault:\n  - {path}:5: rank is 0: must be at least 1"
+    assert str(caught.value) == f"{path} has 1 problem:\n  - {path}:5: rank is 0: must be at least 1"
 
 
 @pytest.mark.parametrize(
@@ -80,8 +80,8 @@ def test_the_message_is_headed_by_file_and_count(write, minimal):
         ("trigger_words: sks", 'trigger_words is "sks": must be a list'),
         ("trigger_words: [sks, 3]", "trigger_words is ['sks', 3]: must be text (put it in quotes) in item 2"),
         ("samples: {seeds: [0, x]}", "samples.seeds is [0, 'x']: must be a whole number in item 2"),
-        ("samples: 3", "samples is 3: it is a section of keys of its own: prompts, controls, seeds, every"),
-        ("samples: [prompts]", "samples is ['prompts']: it is a section of keys of its own: prompts"),
+        ("samples: 3", "samples is 3: it is a section with keys of its own: prompts, controls, seeds, every"),
+        ("samples: [prompts]", "samples is ['prompts']: it is a section with keys of its own: prompts"),
         (
             "objective: {shift: modl}",
             'objective.shift is "modl": must be "model" or "none" or a number; did you mean "model"?',
@@ -89,12 +89,15 @@ def test_the_message_is_headed_by_file_and_count(write, minimal):
         ("objective: {logit_std: 0}", "objective.logit_std is 0: must be greater than 0"),
         (
             "lr_step_rules: 1-x",
-            'lr_step_rules is "1-x": must be of another form. Rules of "piecewise_constant", for example',
+            'lr_step_rules is "1-x": must be in the right form. Rules of "piecewise_constant", for example',
         ),
         ("logging_dir: ''", 'logging_dir is "": must be a path, which empty text is not'),
         ("logging_dir: 5", "logging_dir is 5: must be a path"),
-        ("rank: !!timestamp 2001-01-01", "rank has a value of a kind that configs do not have"),
-        ("trigger_words: [!!python/name:os.system x]", "trigger_words has a value of a kind that configs do not have"),
+        ("rank: !!timestamp 2001-01-01", "rank has a value of a kind that configs do not support"),
+        (
+            "trigger_words: [!!python/name:os.system x]",
+            "trigger_words has a value of a kind that configs do not support",
+        ),
         ("data_config.img_size: 64", "data_config.img_size cannot be a key here: nest keys by indenting them"),
         ("[a]: 3", "a list or mapping cannot be a key here"),
         ("max_train_steps: 11", "max_train_steps is given twice, first at run.yaml:3: keep one"),
@@ -102,7 +105,7 @@ def test_the_message_is_headed_by_file_and_count(write, minimal):
         ("lr_scheduler: piecewise_constant", 'lr_scheduler is "piecewise_constant", which needs lr_step_rules'),
         ('lr_step_rules: "1:10,0.1"', 'lr_step_rules is given and lr_scheduler is "constant", which does not read it'),
         ("? {a: 1}\n: 3", "a list or mapping cannot be a key here"),
-        ("8: 3", "8 is no known key (value 3)"),
+        ("8: 3", "8 is not a known key (value 3)"),
     ],
 )
 def test_one_wrong_line_is_one_plain_sentence(faults_of, minimal, line, sentence):
@@ -217,7 +220,7 @@ def test_a_file_that_is_no_config(tmp_path, content, place, sentence):
         load_config(path, ["rank=0", "no-override"])
     faults = [fault.replace(str(path), "run.yaml") for fault in caught.value.faults]
     assert faults[0].startswith(f"{place}: {sentence}"), faults
-    assert faults[1:] == ["command line: 'no-override' is no override (key=value)"]  # no talk of missing keys
+    assert faults[1:] == ["command line: 'no-override' is not an override (key=value)"]  # no talk of missing keys
 
 
 def test_a_missing_file_names_the_nearest(tmp_path, write, minimal):
@@ -231,7 +234,7 @@ def test_a_missing_file_names_the_nearest(tmp_path, write, minimal):
 
 
 def test_a_mapping_that_holds_itself_is_a_fault_like_any_other(faults_of):
-    assert any("no known key" in fault for fault in faults_of("a: &a {b: *a}\n"))
+    assert any("not a known key" in fault for fault in faults_of("a: &a {b: *a}\n"))
     assert faults_of("data_config: &a {img_dir: *a}\n")
 
 
@@ -239,7 +242,7 @@ def test_overrides_that_are_not_yaml(faults_of, minimal):
     (fault,) = faults_of(minimal, "samples.prompts=[a")
     assert fault.startswith("command line: samples.prompts is '[a', which is not YAML")
     (fault,) = faults_of(minimal, "--rank=3")
-    assert fault == "command line: --rank is no known key (value 3); did you mean rank?"
+    assert fault == "command line: --rank is not a known key (value 3); did you mean rank?"
 
 
 # ---- names

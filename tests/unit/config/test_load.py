@@ -114,7 +114,7 @@ def test_config_is_frozen(write, minimal):
 
 
 def test_contradictions_are_found_without_a_file_too(pictures):
-    with pytest.raises(ValidationError, match="say how long to train"):
+    with pytest.raises(ValidationError, match="set one of them"):
         TrainConfig(pretrained_model_name_or_path="m", output_dir="o", data_config={"img_dir": pictures})
 
 
