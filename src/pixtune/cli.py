@@ -1,4 +1,4 @@
-"""The command line: `pixtune train | plan | bench | validate | sample | export | doctor`; entry of the root scripts."""
+"""Command line: `pixtune train | plan | bench | validate | sample | export | doctor`, and entry of the root scripts."""
 
 from __future__ import annotations
 
@@ -16,28 +16,34 @@ from pixtune.config.schema import TrainConfig
 from pixtune.errors import PixtuneError, WeightsError
 
 app = typer.Typer(
-    help="Fine-tune image models on the GPU you have.",
+    help="Fine-tune Qwen-Image, Qwen-Image-Edit and FLUX.1-dev on the GPU you have.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
 
-Config = Annotated[Path, typer.Option("--config", help="YAML file; see train_configs/.")]
-Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, nested: data_config.img_dir=./pictures")]
+Config = Annotated[Path, typer.Option("--config", help="YAML file, for example one of train_configs/.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="Config keys as key=value; nested ones as data_config.img_dir=./pictures.")
+]
 INTERRUPTED = 130
-"""Exit code of a run that was told to stop and saved itself."""
+"""Exit code of a run that was asked to stop and saved itself."""
 
 
 @app.command()
 def train(config: Config, overrides: Overrides = None) -> None:
-    """Train a LoRA and write it with a report."""
+    """Train a LoRA, or all weights, and write the result with a report."""
     run_config(config, overrides or [])
 
 
 def run_config(
     config: Path, overrides: list[str], check: Callable[[TrainConfig], None] = lambda settings: None
 ) -> None:
-    """A whole run, and its result in a line; `check` may refuse the config."""
+    """Trains as a config says and prints the result in a line.
+
+    Args:
+        check: may refuse the config by raising.
+    """
     from pixtune.config import load_config
 
     settings = load_config(config, overrides)
@@ -55,12 +61,12 @@ def run_config(
 
 @app.command()
 def plan(
-    config: Annotated[Path, typer.Argument(help="YAML file; see train_configs/.")],
+    config: Annotated[Path, typer.Argument(help="YAML file, for example one of train_configs/.")],
     overrides: Overrides = None,
-    card: Annotated[str | None, typer.Option("--as", help='Plan for another GPU, for example "RTX 4090".')] = None,
-    json_output: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+    card: Annotated[str | None, typer.Option("--as", help='Another GPU to plan for, for example "RTX 4090".')] = None,
+    json_output: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
 ) -> None:
-    """Say whether a run fits, how it would use the machine and why. Loads no weights, trains nothing."""
+    """Report whether a run fits, how it would use the machine and why. Loads no weights, trains nothing."""
     from pixtune.commands.plan import make_report, render
     from pixtune.config import load_config
 
@@ -73,25 +79,26 @@ def plan(
 
 @app.command()
 def bench(
-    config: Annotated[Path, typer.Argument(help="YAML file; see train_configs/.")],
+    config: Annotated[Path, typer.Argument(help="YAML file, for example one of train_configs/.")],
     overrides: Overrides = None,
-    steps: Annotated[int, typer.Option(min=1, help="Steps to time, after a few that warm up.")] = 20,
+    steps: Annotated[int, typer.Option(min=1, help="Number of steps to time, after a few that warm up.")] = 20,
     resolution: Annotated[
-        int | None, typer.Option(min=16, help="Side of the pictures, pixels; default: data_config.img_size.")
+        int | None, typer.Option(min=16, help="Side of the pictures in pixels; default: data_config.img_size.")
     ] = None,
     text_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Tokens of a caption; default: data_config.max_text_tokens, or 256 words.")
+        int | None, typer.Option(min=1, help="Tokens per caption; default: data_config.max_text_tokens, or 256 words.")
     ] = None,
     controls: Annotated[
-        int | None, typer.Option(min=0, help="Control pictures a sample (edit models); default: as the config has.")
+        int | None, typer.Option(min=0, help="Control pictures per example (edit models); default: the config's.")
     ] = None,
-    json_output: Annotated[Path | None, typer.Option("--json", help="Also write what was measured.")] = None,
+    json_output: Annotated[
+        Path | None, typer.Option("--json", help="File for the figures, besides printing them.")
+    ] = None,
     baseline: Annotated[
-        Path | None, typer.Option(help="An earlier file of --json: exit code 1 if steps are 5% slower or 2% larger.")
+        Path | None, typer.Option(help="Earlier file of --json: exit code 1 if steps are 5% slower or 2% larger.")
     ] = None,
 ) -> None:
-    """Time training steps of a config on pictures of no meaning: speed, share of the chip's peak, memory. Keeps no
-    file."""
+    """Time training steps of a config on synthetic pictures: speed, share of the chip's peak, memory. Keeps no file."""
     from pixtune.bench.baseline import compare, load_baseline, refuse_other
     from pixtune.bench.result import render
     from pixtune.bench.steps import Request, case_as_json, measure
@@ -114,15 +121,21 @@ def bench(
 
 @app.command()
 def validate(
-    path: Annotated[Path, typer.Option("--path", help="Folder of pictures and captions, or of images/ and control/.")],
+    path: Annotated[Path, typer.Option("--path", help="Folder of pictures with captions, or of images/ and control/.")],
     caption_type: Annotated[str, typer.Option(help="Extension of the caption files.")] = "txt",
-    img_size: Annotated[int | None, typer.Option(help="Also show buckets for this training size, pixels.")] = None,
-    multiple: Annotated[int | None, typer.Option(help="What the model's picture sides must be divisible by.")] = None,
-    upscale: Annotated[bool, typer.Option(help="Small pictures will be enlarged.")] = False,
-    control_dir: Annotated[list[Path] | None, typer.Option(help="Control pictures; several for several.")] = None,
-    allow_missing_controls: Annotated[bool, typer.Option(help="Pictures without a control are no fault.")] = False,
+    img_size: Annotated[int | None, typer.Option(help="Training size in pixels, to show its buckets too.")] = None,
+    multiple: Annotated[
+        int | None, typer.Option(help="Number that the sides of the model's pictures must be divisible by.")
+    ] = None,
+    upscale: Annotated[
+        bool, typer.Option(help="Count small pictures as enlarged, as data_config.upscale does.")
+    ] = False,
+    control_dir: Annotated[
+        list[Path] | None, typer.Option(help="Folder of control pictures; give one for each control.")
+    ] = None,
+    allow_missing_controls: Annotated[bool, typer.Option(help="Accept pictures without a control.")] = False,
 ) -> None:
-    """Check a data set: every fault at once, exit code 1 if there is one."""
+    """Check a data set and report all problems together; exit code 1 if there is one."""
     from pixtune.data.validate import validate_folder
 
     report = validate_folder(path, caption_type, img_size, multiple, control_dir or (), allow_missing_controls, upscale)
@@ -133,31 +146,35 @@ def validate(
 @app.command()
 def sample(
     model: Annotated[str, typer.Option(help="Model folder or hub name.")],
-    prompt: Annotated[list[str], typer.Option(help="May be given several times.")],
-    output: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("samples"),
-    lora: Annotated[Path | None, typer.Option(help="A LoRA file of pixtune.")] = None,
+    prompt: Annotated[list[str], typer.Option(help="Prompt to sample; may be given several times.")],
+    output: Annotated[Path, typer.Option(help="Folder for the samples.")] = Path("samples"),
+    lora: Annotated[Path | None, typer.Option(help="LoRA file that pixtune wrote.")] = None,
     control: Annotated[
-        list[Path] | None, typer.Option(help="Control picture (edit models); several for several.")
+        list[Path] | None, typer.Option(help="Control picture (edit models); may be given several times.")
     ] = None,
-    seed: Annotated[list[int] | None, typer.Option(help="May be given several times; default 0.")] = None,
-    steps: Annotated[int, typer.Option(help="Sampler steps.")] = 30,
+    seed: Annotated[
+        list[int] | None, typer.Option(help="Seed of the noise; may be given several times; default: 0.")
+    ] = None,
+    steps: Annotated[int, typer.Option(help="Number of sampler steps.")] = 30,
     guidance: Annotated[
-        float, typer.Option(help="Guidance; for models with classifier-free guidance, 1 is off.")
+        float, typer.Option(help="Guidance scale; with classifier-free guidance, 1 turns it off.")
     ] = 4.0,
-    width: Annotated[int | None, typer.Option(help="Pixels; default 1024, or by the control's shape.")] = None,
-    height: Annotated[int | None, typer.Option(help="Pixels; default 1024, or by the control's shape.")] = None,
-    weights_format: Annotated[Literal["bf16", "fp32"], typer.Option(help="Number format.")] = "bf16",
-    max_text_tokens: Annotated[int | None, typer.Option(help="As data_config.max_text_tokens in training.")] = None,
-    control_size: Annotated[int, typer.Option(help="As data_config.control_size in training.")] = 1024,
+    width: Annotated[int | None, typer.Option(help="Width in pixels; default: 1024, or by the control.")] = None,
+    height: Annotated[int | None, typer.Option(help="Height in pixels; default: 1024, or by the control.")] = None,
+    weights_format: Annotated[Literal["bf16", "fp32"], typer.Option(help="Number format of plain weights.")] = "bf16",
+    max_text_tokens: Annotated[
+        int | None, typer.Option(help="Value of data_config.max_text_tokens in training.")
+    ] = None,
+    control_size: Annotated[int, typer.Option(help="Value of data_config.control_size in training.")] = 1024,
     quantize: Annotated[
         bool | None,
         typer.Option("--quantize/--no-quantize", help="Base weights in 8 bits; default: by the memory there is."),
     ] = None,
     gpu_memory_limit_gib: Annotated[
-        float | None, typer.Option(min=0.1, help="Most GPU memory to take, CUDA context included.")
+        float | None, typer.Option(min=0.1, help="Limit of GPU memory in GiB, CUDA context included.")
     ] = None,
 ) -> None:
-    """Draw pictures from a model, with or without a LoRA, on whatever GPU there is; says how it fits."""
+    """Sample pictures from a model, with or without a LoRA, on the GPU there is; reports how it fits."""
     from pixtune.commands.sample import SampleRequest, sample_pictures
     from pixtune.sampler import SamplerSettings
 
@@ -180,8 +197,8 @@ def sample(
 
 @app.command()
 def export(
-    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint folder or LoRA file.")],
-    output: Annotated[Path, typer.Option(help="Folder for the two files.")] = Path("."),
+    checkpoint: Annotated[Path, typer.Argument(help="Checkpoint folder or LoRA file.")],
+    output: Annotated[Path, typer.Option(help="Folder for the written files.")] = Path("."),
 ) -> None:
     """Write a checkpoint's LoRA for diffusers and for ComfyUI, or its whole model where all weights were trained."""
     from pixtune.trained.export import export_checkpoint
@@ -192,13 +209,13 @@ def export(
 
 @app.command()
 def doctor(
-    json_output: Annotated[bool, typer.Option("--json", help="For programs and bug reports.")] = False,
+    json_output: Annotated[bool, typer.Option("--json", help="Print JSON, for programs and bug reports.")] = False,
     model: Annotated[
         str | None, typer.Option(help="Model folder or hub name to check instead: plain, in 8 bits, against diffusers.")
     ] = None,
-    output: Annotated[Path | None, typer.Option(help="With --model: also write what was measured, as JSON.")] = None,
+    output: Annotated[Path | None, typer.Option(help="JSON file for the figures of --model.")] = None,
 ) -> None:
-    """Show what this machine is and what to mend; exit code 1 if training is impossible. Trains nothing."""
+    """Report your hardware and what to fix; exit code 1 if training is impossible. Trains nothing."""
     from pixtune.commands.doctor import examine, examine_model, render, render_model
 
     if model is not None:
@@ -211,7 +228,7 @@ def doctor(
             render_model(check, Console())
         raise typer.Exit(1 if check.faults else 0)
     if output is not None:
-        raise typer.BadParameter("--output goes with --model; use --json to show the machine")
+        raise typer.BadParameter("--output works with --model only; use --json for a report of the machine")
     examination = examine()
     if json_output:
         typer.echo(examination.to_json())
@@ -221,12 +238,12 @@ def doctor(
 
 
 def main() -> None:
-    """Runs the command line; what a user can mend is one readable block, without a traceback, and exit code 1."""
+    """Runs the command line; an error that a user can fix is one readable block and exit code 1, no traceback."""
     exit_on_user_errors(app)
 
 
 def exit_on_user_errors(run: Callable[[], object]) -> None:
-    """Runs something with warnings shown as lines and errors of the user's as one block."""
+    """Runs something; warnings are printed as lines and users' errors as one block."""
     logging.basicConfig(format="%(levelname)s: %(message)s")
     # On import it tells every user without a GPU to install a package that is of no use to training.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
@@ -239,11 +256,11 @@ def exit_on_user_errors(run: Callable[[], object]) -> None:
 
 
 def run_script(families: Sequence[str] = (), method: str | None = None) -> None:
-    """The root scripts: `accelerate launch train.py --config FILE [key=value ...]` is `pixtune train`.
+    """Runs a root script: `accelerate launch train.py --config FILE [key=value ...]` is `pixtune train`.
 
     Args:
-        families: the only ones that this script trains; none: all.
-        method: what this script trains, whatever the config says.
+        families: names of the only families that the script trains; empty: all.
+        method: the `method` that the script trains, whatever the config says; None: the config's.
     """
 
     def script(config: Config, overrides: Overrides = None) -> None:
@@ -257,7 +274,7 @@ def check_family(settings: TrainConfig, families: Sequence[str]) -> None:
     """Refuses a model of another family than a script is for.
 
     Raises:
-        WeightsError: says what the model is and which script trains it.
+        WeightsError: names the model's family and the script that trains it.
     """
     from pixtune.families import family_of
     from pixtune.storage.model_folder import open_model_folder
