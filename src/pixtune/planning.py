@@ -11,13 +11,14 @@ from pixtune.config.schema import TrainConfig
 from pixtune.family import ModelFamily, Shapes
 from pixtune.hardware.facts import MEMORY_FRACTION, HardwareFacts, host_room_bytes
 from pixtune.hardware.read import read_facts
+from pixtune.plan.demands import demands_of
 from pixtune.plan.encoders import EncoderPlan, EncoderSizes, plan_encoders
-from pixtune.plan.footprint import Footprint, of_all_weights, read_footprint
+from pixtune.plan.footprint import ELEMENT_BYTES, Footprint, of_all_weights, read_footprint
 from pixtune.plan.kernel_choice import kernels_to_try
 from pixtune.plan.phases import Surroundings, compiled_pass_bytes, idle_bytes, sampling_bytes, sampling_tile
-from pixtune.plan.rungs import compute_format_of, is_unified
+from pixtune.plan.situation import usable_bytes
 from pixtune.plan.text_padding import Captions, least_multiple
-from pixtune.plan.training import TrainingPlan, plan_training, usable_bytes
+from pixtune.plan.training import TrainingPlan, plan_training
 from pixtune.storage.model_folder import ModelFolder, read_header, weight_files
 from pixtune.trained.targets import resolve_targets
 
@@ -57,7 +58,7 @@ def plan_on_this_machine(
         transformer = folder.component_config("transformer")
         heads = (transformer["num_attention_heads"], transformer["attention_head_dim"])
         num_tokens = count_tokens(multiple) // config.batch_size
-        shape = Shape(num_tokens, *heads, compute_format_of(config), config.deterministic)
+        shape = Shape(num_tokens, *heads, demands_of(config).compute_format, config.deterministic)
         findings = try_attention(shape, kernels_to_try(read_facts(device, fraction), config, obstacle_to_3))
     facts, can_compile = read_facts(device, fraction), obstacle is None
     while True:
@@ -73,7 +74,7 @@ def encoder_sizes(
     config: TrainConfig, family: ModelFamily, folder: ModelFolder, caption_tokens: int, picture_pixels: int
 ) -> EncoderSizes:
     """What is encoded with what; from headers, or an index alone."""
-    element = 2 if compute_format_of(config) == "bf16" else 4
+    element = ELEMENT_BYTES[demands_of(config).compute_format]
     text = count_text_weights(family, folder)
     autoencoder = folder.count_parameters("vae") or 0
     return EncoderSizes(
@@ -106,14 +107,15 @@ def plan_encoders_of(config: TrainConfig, facts: HardwareFacts, sizes: EncoderSi
     Raises:
         PlanError: see `plan_encoders`.
     """
-    usable, unified = usable_bytes(facts, config), is_unified(facts, config)
+    demands = demands_of(config)
+    usable = usable_bytes(facts, demands)
     return plan_encoders(
         usable,
         sizes,
         config.encode_batch_size,
-        may_quantize=not config.disable_quantization,
-        text_stays=not config.precompute_text_embeddings or encoders_stay(config, unified),
-        must_stay=config.disable_cpu_offload is True,
+        may_quantize=demands.may_quantize_encoders,
+        text_stays=not config.precompute_text_embeddings or demands.keeps_encoders(demands.is_unified(facts)),
+        must_stay=demands.encoders_stay is True,
         host_bytes=usable if facts.integrated else host_room_bytes(facts),
     )
 
@@ -155,11 +157,6 @@ def plan_between_steps(
     tile = sampling_tile(plan, footprint, around)
     drawing = sampling_bytes(plan, footprint, around, tile) - idle_bytes(plan, footprint)
     return BetweenSteps(tile, max(one_pass, drawing))
-
-
-def encoders_stay(config: TrainConfig, unified: bool) -> bool:
-    """Whether encoders stay on the device after encoding."""
-    return unified if config.disable_cpu_offload is None else config.disable_cpu_offload
 
 
 def footprint_of(config: TrainConfig, family: ModelFamily, folder: ModelFolder, num_tokens: int) -> Footprint:

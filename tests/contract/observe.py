@@ -20,8 +20,8 @@ from pixtune.config.schema import TrainConfig
 from pixtune.data.batches import BatchSource
 from pixtune.data.encode import Encoder
 from pixtune.errors import PixtuneError
-from pixtune.hardware.facts import HardwareFacts
-from pixtune.plan.training import GIB, TrainingPlan, plan_training
+from pixtune.hardware.facts import GIB, HardwareFacts
+from pixtune.plan.training import TrainingPlan, plan_training
 from pixtune.tracking.figures import StepFigures
 from pixtune.tracking.metrics import FILE_NAME, read_metrics
 from pixtune.train import train

@@ -14,8 +14,8 @@ from pixtune.config import load_config
 from pixtune.config.schema import TrainConfig, leaf_keys
 from pixtune.errors import ConfigError, NotYetError
 from pixtune.hardware.cards import facts_as
-from pixtune.hardware.facts import HardwareFacts
-from pixtune.plan.training import GIB, TrainingPlan, plan_training
+from pixtune.hardware.facts import GIB, HardwareFacts
+from pixtune.plan.training import TrainingPlan, plan_training
 from pixtune.storage.resume import flatten
 from tests.contract.not_yet import needs
 from tests.full_size import full_size_footprint

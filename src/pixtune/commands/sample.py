@@ -36,7 +36,7 @@ from pixtune.hardware.monitor import StageLog
 from pixtune.hardware.read import read_facts
 from pixtune.plan.encoders import EncoderPlan, count_caption_tokens
 from pixtune.plan.footprint import Footprint, read_footprint
-from pixtune.plan.phases import SampleSizes, SamplingPlan, plan_sampling
+from pixtune.plan.sampling import SampleSizes, SamplingPlan, plan_sampling
 from pixtune.planning import encoder_sizes, tensor_shapes
 from pixtune.sampler import EncodedPrompt, PromptPicture, PromptSampler, SamplerSettings, needs_negative
 from pixtune.sizes import Size

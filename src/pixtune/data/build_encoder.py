@@ -18,8 +18,9 @@ from pixtune.family import ModelFamily, Placement
 from pixtune.hardware.facts import MEMORY_FRACTION, HardwareFacts
 from pixtune.hardware.read import read_facts
 from pixtune.hardware.unified import is_unified_memory_system
+from pixtune.plan.demands import demands_of
 from pixtune.plan.encoders import EncoderPlan, count_caption_tokens, encode_plainly, more_exact
-from pixtune.planning import encoder_sizes, encoders_stay, plan_encoders_of
+from pixtune.planning import encoder_sizes, plan_encoders_of
 from pixtune.storage.model_folder import ModelFolder
 
 CACHE_FOLDER = ".pixtune_cache"
@@ -120,4 +121,5 @@ def prefer_more_exact(
 
 def _encoders_stay(config: TrainConfig) -> bool:
     """Whether encoders stay on the device: the plan decides the same, but is made when the data are known."""
-    return encoders_stay(config, is_unified_memory_system() if config.unified_memory is None else config.unified_memory)
+    demands = demands_of(config)
+    return demands.keeps_encoders(is_unified_memory_system() if demands.unified is None else demands.unified)

@@ -12,7 +12,7 @@ from typing import Any
 
 from pixtune.errors import PlanError
 from pixtune.hardware.facts import GIB
-from pixtune.plan.footprint import bytes_per_weight
+from pixtune.plan.footprint import BYTES_PER_WEIGHT
 
 ON_CPU = "cpu"
 KEPT_SHARE = 0.08
@@ -199,7 +199,7 @@ def text_weight_bytes(sizes: EncoderSizes, text_format: str | None) -> int:
     if text_format is None:
         return sizes.text_bytes
     num_weights = sizes.text_bytes / sizes.element_bytes
-    each = KEPT_SHARE * sizes.element_bytes + (1 - KEPT_SHARE) * bytes_per_weight(text_format)
+    each = KEPT_SHARE * sizes.element_bytes + (1 - KEPT_SHARE) * BYTES_PER_WEIGHT[text_format]
     return round(num_weights * each)
 
 

@@ -11,12 +11,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from pixtune.hardware.facts import HardwareFacts
+
 if TYPE_CHECKING:
     from pixtune.family import ActivationUnits, ModelFamily, Shapes
 
 NF4_BLOCK = 16
+ELEMENT_BYTES = {"fp32": 4, "bf16": 2}
+"""Bytes of a number in each format of a run's activations."""
+BYTES_PER_WEIGHT: dict[str, float] = {**ELEMENT_BYTES, "fp8": 1, "int8": 1, "nf4": 0.5 + 1 / NF4_BLOCK}
+"""Bytes of a linear layer's weight, without the scales of its rows."""
+STATE_BYTES = {"adamw": 8.0, "adamw_8bit": 2 + 2 * 4 / 256}
+"""Bytes of optimizer states per trained weight: two numbers, in 8 bits with an fp32 scale for each 256."""
 INPUT_UNITS = 1.0
-"""A recomputed block keeps its input: both streams."""
+"""Units that a recomputed block keeps: its input, both streams."""
 
 
 @dataclass(frozen=True)
@@ -168,24 +176,20 @@ def _read_kind(family: ModelFamily, shapes: Shapes, path: str) -> BlockKind:
     )
 
 
+def with_fused_mlps(footprint: Footprint, facts: HardwareFacts) -> Footprint:
+    """Returns the footprint on a GPU whose kernels fuse MLPs, where there are any."""
+    if not footprint.mlps_are_frozen or footprint.trains_all or facts.capability < (8, 9):
+        return footprint
+    return replace(footprint, fused_formats=("fp8", "nf4"))
+
+
 def block_weight_bytes(kind: BlockKind, weights_format: str, modulation_resident: bool) -> int:
-    """Device memory of one block's weights.
+    """Returns the device memory of one block's weights.
 
     Args:
         weights_format: of its linear layers: "fp32", "bf16", "fp8", "int8" or "nf4".
     """
-    plain = 4 if weights_format == "fp32" else 2
     small = kind.other_weights + (kind.modulation_weights if modulation_resident else 0)
-    return (
-        round(kind.linear_weights * bytes_per_weight(weights_format) + 4 * scales(kind, weights_format)) + plain * small
-    )
-
-
-def scales(kind: BlockKind, weights_format: str) -> int:
-    """fp32 scales of a block: one a row of a quantized weight."""
-    return kind.rows if weights_format in ("fp8", "int8", "nf4") else 0
-
-
-def bytes_per_weight(weights_format: str) -> float:
-    """Of a linear layer's weight, without the scales of its rows."""
-    return {"fp32": 4, "bf16": 2, "fp8": 1, "int8": 1, "nf4": 0.5 + 1 / NF4_BLOCK}[weights_format]
+    scale_bytes = 0 if weights_format in ELEMENT_BYTES else 4 * kind.rows  # fp32, one a row of a quantized weight
+    linear_bytes = round(kind.linear_weights * BYTES_PER_WEIGHT[weights_format] + scale_bytes)
+    return linear_bytes + ELEMENT_BYTES.get(weights_format, ELEMENT_BYTES["bf16"]) * small

@@ -1,91 +1,169 @@
-"""What a plan says that does not fit: how much is missing, and which demand of the config to drop."""
+"""Words for a run that fits no rung: how much is missing, and the smallest change of the config by which it fits."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import combinations
+from operator import attrgetter
+from typing import NamedTuple
+
 from pixtune.config.schema import TrainConfig
-from pixtune.hardware.facts import GIB, HardwareFacts, missing_on_host
-from pixtune.plan.footprint import Footprint
-from pixtune.plan.rungs import Rung, fit_host, fragmented_bytes, ladder, peak_bytes, room_for_captures
+from pixtune.hardware.facts import GIB, missing_on_host
+from pixtune.plan import all_weights, rungs
+from pixtune.plan.demands import demands_of
+from pixtune.plan.situation import AnyRung, Situation
 
 
-def host_lacks(
-    facts: HardwareFacts,
-    footprint: Footprint,
-    config: TrainConfig,
-    optimizer: str,
-    compiled: bool,
-    usable: int,
-    on_host: int,
-) -> str:
-    """What fits the GPU needs so much host memory, which is not there.
+class Change(NamedTuple):
+    """Another value for a key of the config."""
 
-    Args:
-        usable: bytes of device memory that torch's allocator may use.
-        on_host: bytes.
-    """
-    missing = missing_on_host(facts, on_host)
-    lack = (
-        f"this run needs {on_host / GIB:.1f} GiB of host memory beside {facts.name}, and "
-        f"{(on_host - missing) / GIB:.1f} of the {facts.host_available_bytes / GIB:.1f} GiB available may be taken: "
-        f"{missing / GIB:.1f} GiB are missing."
-    )
-    free = _without_demands(config)
-    rungs = ladder(facts, footprint, free)
-    if any(
-        peak_bytes(rung, footprint, free, optimizer, compiled) <= usable and fit_host(rung, footprint, facts)
-        for rung in rungs
-    ):
-        return f"{lack} {_demands(config)} fits."
-    return f"{lack} Close other programs, or lower data_config.img_size or train_batch_size."
+    key: str
+    value: object = None
+    """Value that is tried; None and False leave the key out."""
+    instead_of: tuple[object, ...] | None = None
+    """Values in whose place it is tried; None: any other one."""
 
 
-def nothing_fits(
-    facts: HardwareFacts,
-    footprint: Footprint,
-    config: TrainConfig,
-    optimizer: str,
-    compiled: bool,
-    usable: int,
-    least: Rung,
-) -> str:
-    """Not even the rung that needs least.
+LORA_CHANGES = (
+    Change("disable_gradient_checkpointing"),
+    Change("quantize"),
+    Change("disable_quantization", False),
+    Change("adam8bit", True),
+    Change("cuda_features.enable_fp8_training"),
+    Change("unified_memory", instead_of=(True,)),
+)
+ALL_WEIGHTS_CHANGES = (
+    Change("disable_gradient_checkpointing"),
+    Change("adam8bit", True),
+    Change("unified_memory", instead_of=(True,)),
+    Change("gradient_accumulation_steps", 1),
+    Change("weight_update", "stochastic_rounding"),
+)
+"""Changes by which a run may fit, the least change to what is learnt first."""
 
-    Args:
-        usable: bytes of device memory that torch's allocator may use.
-    """
 
-    def needed(rung: Rung, config: TrainConfig) -> int:
-        beside = fragmented_bytes(rung, footprint, config, compiled) + room_for_captures(rung, config)
-        return peak_bytes(rung, footprint, config, optimizer, compiled) + beside
-
-    wanted = needed(least, config)
-    lines = [
-        f"this run needs about {wanted / GIB:.1f} GiB and {usable / GIB:.1f} GiB of {facts.name} are usable: "
-        f"{(wanted - usable) / GIB:.1f} GiB are missing."
-    ]
-    free = _without_demands(config)
-    rungs = list(ladder(facts, footprint, free))
-    fitting = [rung for rung in rungs if needed(rung, free) <= usable]
-    if fitting:
-        peak = peak_bytes(fitting[0], footprint, free, optimizer, compiled)  # the planner's choice, not the leanest
-        lines.append(f"{_demands(config)} needs {peak / GIB:.1f} GiB and fits.")
+def refuse_lora(situation: Situation, config: TrainConfig) -> str:
+    """Returns why a LoRA run cannot be held in memory, and what would help."""
+    needed = min(map(situation.needed, rungs.ladder(situation)))
+    fits_device = needed <= situation.usable_bytes
+    if fits_device:
+        lack = f"this run needs {_host_lack(situation, _least_on_host(situation))}"
     else:
-        least_bytes = min(needed(rung, free) for rung in rungs)
-        lines.append(
-            f"The least that any plan needs is {least_bytes / GIB:.1f} GiB. Lower data_config.img_size or "
-            "train_batch_size."
-        )
-    return " ".join(lines)
+        lack = _device_lack("this run", situation, needed)
+    changes = _that_apply(LORA_CHANGES, situation, config)
+    if found := _smallest(changes, situation, config, rungs.first_that_fits):
+        words, peak = found
+        return f"{lack} {words} it fits." if fits_device else f"{lack} {words} it needs {_gib(peak)} and fits."
+    if situation.num_processes > 1 and rungs.first_that_fits(replace(situation, num_processes=1)):
+        return f"{lack} With one process instead of {situation.num_processes} it fits: they share the host's memory."
+    smaller = "lower data_config.img_size or train_batch_size."
+    leanest = situation.under(demands_of(_changed(config, changes)))
+    least_bytes = min(map(leanest.needed, rungs.ladder(leanest)))
+    if least_bytes > leanest.usable_bytes:
+        return f"{lack} The least that any plan needs is {_gib(least_bytes)}. {smaller.capitalize()}"
+    if not fits_device:
+        missing = missing_on_host(leanest.facts, _least_on_host(leanest))
+        lack += f" {_words(changes)} it fits the GPU, and {_gib(missing)} of host memory are missing."
+    return f"{lack} Close other programs, or {smaller}"
 
 
-def _without_demands(config: TrainConfig) -> TrainConfig:
-    """The same config, unchecked."""
-    left_open = {"disable_gradient_checkpointing": None, "quantize": None, "unified_memory": None}
-    return config.model_copy(update={**left_open, "disable_quantization": False})
+def _least_on_host(situation: Situation) -> int:
+    """Returns the least host memory of a LoRA run that fits the GPU, in bytes."""
+    fitting = (rung for rung in rungs.ladder(situation) if situation.fits_device(rung))
+    return min(situation.on_host(rungs.with_rows(rung, situation.footprint)) for rung in fitting)
 
 
-def _demands(config: TrainConfig) -> str:
-    names = ("disable_gradient_checkpointing", "quantize", "disable_quantization", "unified_memory")
-    given = [name for name in names if getattr(config, name) not in (None, False)]
-    given += [name for name in names[:2] if getattr(config, name) is False]
-    return f"Without {' and '.join(given)} it" if given else "It"
+def refuse_all_weights(situation: Situation, config: TrainConfig) -> str:
+    """Returns why a run that trains all weights cannot be held in memory, and what would help."""
+    ladder = all_weights.ladder_of_all_weights(situation)
+    fitting = [rung for rung in ladder if situation.fits_device(rung)]
+    if fitting:
+        on_host = min(map(situation.on_host, fitting))
+        lack = f"training all weights needs {_host_lack(situation, on_host)}"
+    else:
+        lack = _device_lack("training all weights", situation, min(map(situation.needed, ladder)))
+    changes = _that_apply(ALL_WEIGHTS_CHANGES, situation, config)
+    if found := _smallest(changes, situation, config, all_weights.first_that_fits):
+        words, peak = found
+        return f"{lack} {words} it needs {_gib(peak)} and fits."
+    if situation.num_processes > 1 and all_weights.first_that_fits(replace(situation, num_processes=1)):
+        return f"{lack} With one process instead of {situation.num_processes} it fits: more of them share no weights."
+    leanest = situation.under(demands_of(_changed(config, changes)))
+    least = min(all_weights.ladder_of_all_weights(leanest), key=leanest.needed)
+    size = least.host_bytes(leanest)
+    host = f" and {_gib(size)} of host memory" if size else ""
+    return (
+        f"{lack} The least that any plan needs is {_gib(leanest.needed(least))}{host}. Several GPUs do not help: each "
+        "holds all weights. Train a LoRA: method=lora."
+    )
+
+
+# ---- what is missing
+
+
+def _device_lack(subject: str, situation: Situation, needed: int) -> str:
+    usable = situation.usable_bytes
+    return (
+        f"{subject} needs about {_gib(needed)} and {_gib(usable)} of {situation.facts.name} are usable: "
+        f"{_gib(needed - usable)} are missing."
+    )
+
+
+def _host_lack(situation: Situation, on_host: int) -> str:
+    facts, missing = situation.facts, missing_on_host(situation.facts, on_host)
+    processes = f" for {situation.num_processes} processes" if situation.num_processes > 1 else ""
+    return (
+        f"{_gib(on_host)} of host memory{processes} beside {facts.name}, and {_gib(on_host - missing)} of the "
+        f"{_gib(facts.host_available_bytes)} available may be taken: {_gib(missing)} are missing."
+    )
+
+
+# ---- what would help
+
+
+def _that_apply(changes: Sequence[Change], situation: Situation, config: TrainConfig) -> list[Change]:
+    """Returns the changes that make a difference."""
+    found = []
+    for change in changes:
+        value = attrgetter(change.key)(config)
+        is_other = value in change.instead_of if change.instead_of else value != change.value
+        if is_other and not (change.key == "adam8bit" and situation.optimizer == "adamw_8bit"):
+            found.append(change)
+    return found
+
+
+def _smallest(
+    changes: Sequence[Change],
+    situation: Situation,
+    config: TrainConfig,
+    first_that_fits: Callable[[Situation], AnyRung | None],
+) -> tuple[str, int] | None:
+    """Returns the fewest changes by which a rung fits, in words, and that rung's peak in bytes; None: nothing helps."""
+    for count in range(1, len(changes) + 1):
+        for some in combinations(changes, count):
+            relaxed = situation.under(demands_of(_changed(config, some)))
+            if rung := first_that_fits(relaxed):
+                return _words(some), relaxed.peak(rung)
+    return None
+
+
+def _changed(config: TrainConfig, changes: Sequence[Change]) -> TrainConfig:
+    """Returns the config with the changes made, unchecked."""
+    section = "cuda_features."
+    features = {key.removeprefix(section): value for key, value, _ in changes if key.startswith(section)}
+    values = {key: value for key, value, _ in changes if not key.startswith(section)}
+    return config.model_copy(update={**values, "cuda_features": config.cuda_features.model_copy(update=features)})
+
+
+def _words(changes: Sequence[Change]) -> str:
+    """Returns "Without a and b", "With c=true", or both in one."""
+    left_out = [key for key, value, _ in changes if value in (None, False)]
+    given = [f"{key}={'true' if value is True else value}" for key, value, _ in changes if value not in (None, False)]
+    if not left_out:
+        return f"With {' and '.join(given)}"
+    return f"Without {' and '.join(left_out)}" + (f" and with {' and '.join(given)}" if given else "")
+
+
+def _gib(num_bytes: float) -> str:
+    return f"{num_bytes / GIB:.1f} GiB"

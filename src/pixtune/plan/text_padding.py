@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from pixtune.config.schema import TrainConfig
-from pixtune.plan.rungs import captures_steps, compute_format_of
+from pixtune.plan.demands import demands_of
 
 LEAST_MULTIPLE = 64
 """Tokens. Half of it is added to a caption on average: below one percent of a picture's 4096."""
@@ -49,9 +49,10 @@ def least_multiple(config: TrainConfig, captions: Captions | None) -> int:
     Args:
         captions: None: the family cannot pad them.
     """
-    can_gain = captions is not None and captions.differ and captures_steps(config)
+    demands = demands_of(config)
+    can_gain = captions is not None and captions.differ and demands.captures
     # The kernels that take no mask compute in half the width alone.
-    return LEAST_MULTIPLE if can_gain and compute_format_of(config) == "bf16" else 1
+    return LEAST_MULTIPLE if can_gain and demands.compute_format == "bf16" else 1
 
 
 def choose_text_multiple(

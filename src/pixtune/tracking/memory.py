@@ -19,7 +19,7 @@ from pixtune.hardware.facts import GIB, MEMORY_FRACTION
 from pixtune.hardware.monitor import StageLog, StageMemory
 from pixtune.hardware.read import read_facts
 from pixtune.hardware.unified import MemoryWatchdog, cap_unified_memory, setup_unified_memory_env
-from pixtune.plan.rungs import is_unified
+from pixtune.plan.demands import demands_of
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ class RunMemory:
         if self._config.gpu_memory_limit_gib is not None:
             cap_device_memory(self._config.gpu_memory_limit_gib, self._used_before, device)
         facts = read_facts(device, self._config.memory_fraction or MEMORY_FRACTION)
-        if facts.integrated and is_unified(facts, self._config):
+        if facts.integrated and demands_of(self._config).is_unified(facts):
             cap_unified_memory(facts)
             self._watchdog = MemoryWatchdog(facts.total_bytes)
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from pixtune.engine.transfer import CopyLane, Mark, host_buffer
-from pixtune.plan.rungs import AHEAD_BYTES, LEAST_HOST_TENSOR_BYTES
+from pixtune.plan.all_weights import AHEAD_BYTES, LEAST_HOST_TENSOR_BYTES
 
 ALIGNMENT_BYTES = 256
 """Of every tensor, as the device's own allocator aligns them."""

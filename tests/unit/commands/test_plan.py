@@ -27,8 +27,10 @@ from pixtune.config.schema import TrainConfig
 from pixtune.errors import PixtuneError, PlanError
 from pixtune.families import family_of
 from pixtune.hardware.cards import facts_as
+from pixtune.hardware.facts import GIB
 from pixtune.plan.encoders import TEXT_BYTES_PER_TOKEN, TEXT_TOKENS, decoding_bytes, encode_plainly
-from pixtune.plan.training import CONTEXT_BYTES, GIB, TrainingPlan
+from pixtune.plan.situation import CONTEXT_BYTES
+from pixtune.plan.training import TrainingPlan
 from pixtune.planning import BetweenSteps, plan_between_steps
 from pixtune.storage.architecture import CONFIG_PATTERNS
 from pixtune.storage.checkpoint import stored

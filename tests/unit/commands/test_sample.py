@@ -31,7 +31,7 @@ from pixtune.families import family_of
 from pixtune.hardware.cards import facts_as
 from pixtune.hardware.monitor import StageLog
 from pixtune.plan.encoders import encode_plainly
-from pixtune.plan.phases import SamplingPlan
+from pixtune.plan.sampling import SamplingPlan
 from pixtune.sampler import PromptSampler, SamplerSettings
 from pixtune.storage.model_folder import ModelFolder, open_model_folder
 from pixtune.trained.export import DIFFUSERS_FILE

@@ -14,7 +14,7 @@ from pixtune.engine import mlp as module
 from pixtune.engine.mlp import are_fused, fuse_mlps, mlp
 from pixtune.engine.quantize import FP8, INT8, QuantizedLinear
 from pixtune.hardware.cards import facts_as
-from pixtune.plan.rungs import with_fused_mlps
+from pixtune.plan.footprint import with_fused_mlps
 from pixtune.plan.training import plan_training
 from tests.full_size import full_size_footprint
 

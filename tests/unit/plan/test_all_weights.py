@@ -16,10 +16,13 @@ from pixtune.config.schema import DataConfig, TrainConfig
 from pixtune.errors import PlanError
 from pixtune.families import FAMILIES
 from pixtune.hardware.cards import facts_as
-from pixtune.hardware.facts import GIB, HardwareFacts
-from pixtune.plan.all_weights import Situation, Way, host_bytes, ladder_of_all_weights, peak_bytes
+from pixtune.hardware.facts import GIB
+from pixtune.plan.all_weights import AllWeightsRung, ladder_of_all_weights
+from pixtune.plan.demands import demands_of
+from pixtune.plan.footprint import Footprint
 from pixtune.plan.rungs import FULL_UNITS
-from pixtune.plan.training import TrainingPlan, plan_training, usable_bytes
+from pixtune.plan.situation import Situation, situation_of
+from pixtune.plan.training import TrainingPlan, plan_training
 from pixtune.trained import adapters
 from tests.full_size import full_size_footprint
 
@@ -45,8 +48,16 @@ def refusal(*args: Any, **changes: Any) -> str:
     return str(caught.value)
 
 
-def situation_of(facts: HardwareFacts, model: str = "qwen_image") -> Situation:
-    return Situation(facts, full_size_footprint(CONFIG, model), usable_bytes(facts, CONFIG), compiled=True)
+def situation_on(
+    card: str = "H100",
+    compiled: bool = True,
+    num_processes: int = 1,
+    footprint: Footprint | None = None,
+    **changes: object,
+) -> Situation:
+    config = CONFIG.model_copy(update=changes)
+    weighed = footprint or full_size_footprint(config)
+    return situation_of(facts_as(card), weighed, demands_of(config), compiled, num_processes)
 
 
 # ---- the table of machines: 1024x1024, batch 1, no demands
@@ -96,24 +107,25 @@ def test_each_machine_resorts_to_what_it_must(model: str, card: str, changes: di
 
 
 @pytest.mark.parametrize(
-    ("way", "changes", "bytes_per_weight"),
+    ("rung", "changes", "bytes_per_weight"),
     [
-        (Way("adamw"), {}, 2 + 2 + 8),
-        (Way("adamw_8bit"), {}, 2 + 2 + 2.03),
-        (Way("adamw_8bit"), {"weight_update": "fp32_master"}, 2 + 4 + 4 + 2.03),
-        (Way("adamw"), {"mixed_precision": "no"}, 4 + 4 + 8),
-        (Way("adamw_8bit", fused_step=True), {}, 2 + 2.03),
-        (Way("adamw", fused_step=True), {"weight_update": "fp32_master"}, 2 + 4 + 8),
-        (Way("adamw", states_on_host=True), {}, 2 + 2),
-        (Way("adamw_8bit", states_on_host=True), {"weight_update": "fp32_master"}, 2 + 4),
-        (Way("adamw_8bit", fused_step=True, states_on_host=True), {"weight_update": "fp32_master"}, 2),
+        (AllWeightsRung("adamw"), {}, 2 + 2 + 8),
+        (AllWeightsRung("adamw_8bit"), {}, 2 + 2 + 2.03),
+        (AllWeightsRung("adamw_8bit"), {"weight_update": "fp32_master"}, 2 + 4 + 4 + 2.03),
+        (AllWeightsRung("adamw"), {"mixed_precision": "no"}, 4 + 4 + 8),
+        (AllWeightsRung("adamw_8bit", fused_step=True), {}, 2 + 2.03),
+        (AllWeightsRung("adamw", fused_step=True), {"weight_update": "fp32_master"}, 2 + 4 + 8),
+        (AllWeightsRung("adamw", states_on_host=True), {}, 2 + 2),
+        (AllWeightsRung("adamw_8bit", states_on_host=True), {"weight_update": "fp32_master"}, 2 + 4),
+        (AllWeightsRung("adamw_8bit", fused_step=True, states_on_host=True), {"weight_update": "fp32_master"}, 2),
     ],
 )
-def test_each_way_has_its_bytes_per_weight(way: Way, changes: dict[str, object], bytes_per_weight: float) -> None:
+def test_each_rung_has_its_bytes_per_weight(
+    rung: AllWeightsRung, changes: dict[str, object], bytes_per_weight: float
+) -> None:
     """Every block recomputed, so that little else is there."""
-    config = CONFIG.model_copy(update=changes)
-    needed = peak_bytes(replace(way, recomputed_blocks=60), full_size_footprint(config), config, compiled=True)
-    activations = 10 if config.mixed_precision == "no" else 8
+    needed = situation_on(**changes).needed(replace(rung, recomputed_blocks=60))
+    activations = 10 if "mixed_precision" in changes else 8
     assert needed / GIB == pytest.approx(bytes_per_weight * BILLIONS / GIB + activations / 2, abs=activations / 2)
 
 
@@ -122,10 +134,9 @@ def test_each_way_has_its_bytes_per_weight(way: Way, changes: dict[str, object],
     [("adamw_8bit", "stochastic_rounding", 2.03), ("adamw", "stochastic_rounding", 8), ("adamw", "fp32_master", 12)],
 )
 def test_host_memory_is_what_left_the_device(optimizer: str, update: str, bytes_per_weight: float) -> None:
-    config = CONFIG.model_copy(update={"weight_update": update})
-    footprint = full_size_footprint(config)
-    assert host_bytes(Way(optimizer), footprint, config) == 0
-    size = host_bytes(Way(optimizer, states_on_host=True), footprint, config)
+    situation = situation_on(weight_update=update)
+    assert situation.on_host(AllWeightsRung(optimizer)) == 0
+    size = situation.on_host(AllWeightsRung(optimizer, states_on_host=True))
     assert size / GIB == pytest.approx(bytes_per_weight * BILLIONS / GIB + 1, rel=0.01)
 
 
@@ -133,68 +144,75 @@ def test_each_technique_saves_memory() -> None:
     footprint = full_size_footprint(CONFIG)
     # Not fused, gradients take the place of activations in the backward pass, and more of it.
     for count, batch in ((1, 4), (60, 2)):
-        large = replace(footprint, num_tokens=batch * footprint.num_tokens)
-        one, other = (peak_bytes(Way("adamw", blocks), large, CONFIG, compiled=True) for blocks in (0, count))
+        large = situation_on(footprint=replace(footprint, num_tokens=batch * footprint.num_tokens))
+        one, other = (large.peak(AllWeightsRung("adamw", blocks)) for blocks in (0, count))
         assert other < one
-    plain = Way("adamw", fused_step=True)
+    plain = AllWeightsRung("adamw", fused_step=True)
     for leaner in (
         {"recomputed_blocks": 60}, {"optimizer": "adamw_8bit"}, {"states_on_host": True},
     ):  # fmt: skip
         for compiled in (True, False):
-            saving = replace(plain, **leaner)  # type: ignore[arg-type]
-            assert peak_bytes(saving, footprint, CONFIG, compiled) < peak_bytes(plain, footprint, CONFIG, compiled)
+            situation, saving = situation_on(compiled=compiled), replace(plain, **leaner)  # type: ignore[arg-type]
+            assert situation.peak(saving) < situation.peak(plain)
 
 
 # ---- order
 
 
 def test_the_ladder_goes_from_fast_to_lean() -> None:
-    ways = ladder_of_all_weights(situation_of(facts_as("H100")), CONFIG)
-    assert ways[0] == Way("adamw")
+    rungs = ladder_of_all_weights(situation_on())
+    assert rungs[0] == AllWeightsRung("adamw")
     first_of = [  # in this order: keep all, in 8 bits, recompute, step within the backward pass, states on the host
-        Way("adamw"), Way("adamw_8bit"), Way("adamw", 1), Way("adamw_8bit", 60), Way("adamw", 0, True),
-        Way("adamw_8bit", 60, True), Way("adamw_8bit", 0, False, True), Way("adamw_8bit", 0, True, True),
-        Way("adamw_8bit", 60, True, True),
+        AllWeightsRung(*fields)
+        for fields in (
+            ("adamw",), ("adamw_8bit",), ("adamw", 1), ("adamw_8bit", 60), ("adamw", 0, True), ("adamw_8bit", 60, True),
+            ("adamw_8bit", 0, False, True), ("adamw_8bit", 0, True, True), ("adamw_8bit", 60, True, True),
+        )
     ]  # fmt: skip
-    places = [ways.index(way) for way in first_of]
-    assert places == sorted(places) and places[-1] == len(ways) - 1
+    places = [rungs.index(rung) for rung in first_of]
+    assert places == sorted(places) and places[-1] == len(rungs) - 1
 
 
 def test_without_clipping_a_fused_step_costs_nothing_so_it_comes_before_recomputation() -> None:
-    ways = ladder_of_all_weights(situation_of(facts_as("H100")), CONFIG.model_copy(update={"max_grad_norm": 0.0}))
-    assert ways.index(Way("adamw", 0, True)) < ways.index(Way("adamw", 1)) < ways.index(Way("adamw", 1, True))
+    rungs = ladder_of_all_weights(situation_on(max_grad_norm=0.0))
+    assert (
+        rungs.index(AllWeightsRung("adamw", 0, True))
+        < rungs.index(AllWeightsRung("adamw", 1))
+        < rungs.index(AllWeightsRung("adamw", 1, True))
+    )
 
 
 @pytest.mark.parametrize(
     ("changes", "num_processes"), [({"gradient_accumulation_steps": 2}, 1), ({}, 2)], ids=["accumulated", "averaged"]
 )
 def test_no_step_is_fused_whose_gradients_are_not_whole(changes: dict[str, object], num_processes: int) -> None:
-    situation = replace(situation_of(facts_as("H100")), num_processes=num_processes)
-    assert not any(way.fused_step for way in ladder_of_all_weights(situation, CONFIG.model_copy(update=changes)))
+    situation = situation_on(num_processes=num_processes, **changes)
+    assert not any(rung.fused_step for rung in ladder_of_all_weights(situation))
 
 
 def test_one_pool_sends_nothing_to_the_host() -> None:
-    assert not any(w.states_on_host for w in ladder_of_all_weights(situation_of(facts_as("DGX Spark")), CONFIG))
+    assert not any(rung.states_on_host for rung in ladder_of_all_weights(situation_on("DGX Spark")))
 
 
 @pytest.mark.parametrize(("demand", "counts"), [(True, {0}), (False, {60}), (None, set(range(61)))])
 def test_recomputation_is_as_demanded(demand: bool | None, counts: set[int]) -> None:
-    config = CONFIG.model_copy(update={"disable_gradient_checkpointing": demand})
-    assert {w.recomputed_blocks for w in ladder_of_all_weights(situation_of(facts_as("H200")), config)} == counts
+    rungs = ladder_of_all_weights(situation_on(disable_gradient_checkpointing=demand))
+    assert {rung.recomputed_blocks for rung in rungs} == counts
 
 
 @pytest.mark.parametrize(("demand", "optimizer"), [(True, "adamw_8bit"), (False, "adamw")])
 def test_the_optimizer_is_as_demanded(demand: bool, optimizer: str) -> None:
-    config = CONFIG.model_copy(update={"adam8bit": demand})
-    assert {w.optimizer for w in ladder_of_all_weights(situation_of(facts_as("H200")), config)} == {optimizer}
+    assert {rung.optimizer for rung in ladder_of_all_weights(situation_on(adam8bit=demand))} == {optimizer}
 
 
 def test_less_memory_never_means_a_faster_way() -> None:
-    ways = ladder_of_all_weights(situation_of(facts_as("H200", 1000 * GIB)), CONFIG)
+    rungs = ladder_of_all_weights(situation_on("H200"))
     places = []
     for limit in (139, 120, 100, 90, 79, 60, 50):
         plan = plan_for("H200", 1000, gpu_memory_limit_gib=limit)
-        places.append(ways.index(Way(plan.optimizer, plan.recomputed_blocks, plan.fused_step, plan.states_on_host)))
+        places.append(
+            rungs.index(AllWeightsRung(plan.optimizer, plan.recomputed_blocks, plan.fused_step, plan.states_on_host))
+        )
     assert places == sorted(places) and len(set(places)) > 4
 
 
@@ -249,9 +267,9 @@ def test_the_named_way_out_is_the_plan_that_one_gets_by_it(
     card: str, host_gib: int, changes: dict[str, object], way_out: dict[str, object]
 ) -> None:
     (key, value), message = next(iter(way_out.items())), refusal(card, host_gib, **changes)
-    named = f"{key} left out" if value is None else f"{key}={str(value).lower() if value is True else value}"
+    named = f"Without {key}" if value is None else f"With {key}={'true' if value is True else value}"
     fitting = plan_for(card, host_gib, **changes | way_out)
-    assert f"With {named} it needs {fitting.expected_peak_bytes / GIB:.1f} GiB and fits." in message
+    assert f"{named} it needs {fitting.expected_peak_bytes / GIB:.1f} GiB and fits." in message
     assert "missing" in message
 
 

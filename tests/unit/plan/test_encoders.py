@@ -25,7 +25,7 @@ from pixtune.plan.encoders import (
     text_peak_bytes,
     text_weight_bytes,
 )
-from pixtune.plan.training import CONTEXT_BYTES, RESERVE_BYTES
+from pixtune.plan.situation import CONTEXT_BYTES, RESERVE_BYTES
 from pixtune.storage.checkpoint import stored
 from tests.full_size import AUTOENCODER, TEXT_ENCODER
 

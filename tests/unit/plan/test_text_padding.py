@@ -1,4 +1,4 @@
-"""To which multiple captions are padded: the smallest by which all shapes can be recorded."""
+"""To which multiple captions are padded: the smallest by which all shapes can be captured."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_what_is_counted() -> None:
     ("captures", "multiple"),
     [(64, 64), (5, 64), (4, 128), (3, 128), (2, 256), (1, 320)],
 )
-def test_the_smallest_multiple_is_taken_by_which_all_shapes_are_recorded(captures: int, multiple: int) -> None:
+def test_the_smallest_multiple_is_taken_by_which_all_shapes_are_captured(captures: int, multiple: int) -> None:
     """Up to 320, the longest caption's, which makes all captions as long."""
     sizes = [pictures(*LONG, image_tokens=16384)]
     assert fitting_multiple(sizes, captures) == multiple
@@ -76,13 +76,13 @@ def test_padding_that_would_cost_a_plain_steps_time_is_left_out() -> None:
 def test_the_reason_says_what_is_gained_and_what_it_costs() -> None:
     multiple, reason = choice(pictures(*LONG), captures=3)
     assert multiple == 128
-    assert "multiples of 128 tokens" in reason and f"3 instead of {len(LONG)} shapes, and 3 can be recorded" in reason
+    assert "multiples of 128 tokens" in reason and f"3 instead of {len(LONG)} shapes, and 3 can be captured" in reason
     assert f"{padding_share([pictures(*LONG)], 128):.1%}" in reason
 
 
 def test_captions_that_share_few_shapes_are_left_alone() -> None:
     multiple, reason = choice(pictures(10, 20), pictures(30), captures=3)
-    assert multiple == 1 and "have 3 shapes, and 3 can be recorded" in reason
+    assert multiple == 1 and "have 3 shapes, and 3 can be captured" in reason
     assert choice(pictures(10, 20), pictures(30), captures=2)[0] == 64
 
 

@@ -12,22 +12,14 @@ import pytest
 from pixtune.config.schema import CudaFeatures, DataConfig, TrainConfig
 from pixtune.errors import CheckpointError, ConfigError, PlanError
 from pixtune.hardware.cards import facts_as
-from pixtune.hardware.facts import HardwareFacts, host_room_bytes, missing_on_host
+from pixtune.hardware.facts import GIB, HardwareFacts, host_room_bytes, missing_on_host
+from pixtune.plan.demands import demands_of
+from pixtune.plan.footprint import Footprint
 from pixtune.plan.kernel_choice import Finding
-from pixtune.plan.rungs import (
-    CAPTURE_BYTES,
-    LEAST_CAPTURES,
-    MOST_CAPTURES,
-    TABLES,
-    Rung,
-    fragmented_bytes,
-    ladder,
-    modulation_row,
-    peak_bytes,
-    room_for_captures,
-)
+from pixtune.plan.rungs import CAPTURE_BYTES, LEAST_CAPTURES, MOST_CAPTURES, Rung, ladder, modulation_row
+from pixtune.plan.situation import CONTEXT_BYTES, TABLES, Situation, situation_of
 from pixtune.plan.text_padding import LEAST_MULTIPLE, CaptionedSize, Captions, least_multiple
-from pixtune.plan.training import CONTEXT_BYTES, GIB, TrainingPlan, plan_training, usable_bytes
+from pixtune.plan.training import TrainingPlan, plan_training
 from pixtune.storage.checkpoint import stored
 from tests.full_size import full_size_footprint
 
@@ -50,6 +42,13 @@ def plan_for(facts: HardwareFacts = H100, model: str = "qwen_image", **changes: 
     return plan_training(facts, full_size_footprint(config, model), config)
 
 
+def situation_for(
+    config: TrainConfig = CONFIG, model: str = "qwen_image", compiled: bool = True, footprint: Footprint | None = None
+) -> Situation:
+    """A run on an H100."""
+    return situation_of(H100, footprint or full_size_footprint(config, model), demands_of(config), compiled)
+
+
 def capped(limit_gib: float, model: str = "qwen_image", **changes: object) -> TrainingPlan:
     """An H100 under a limit for the whole process."""
     return plan_for(H100, model, gpu_memory_limit_gib=limit_gib, **changes)
@@ -60,12 +59,10 @@ def test_transposes_are_kept_where_there_is_room_for_them() -> None:
     assert capped(47, quantize=True).kept_transposes and capped(47, quantize=True).selective
     assert not capped(31, quantize=True).kept_transposes
     assert not plan_for(H100).kept_transposes, "there is nothing to transpose in bf16"
-    footprint = full_size_footprint(CONFIG)
-    one, other = (
-        peak_bytes(Rung("fp8", 32, kept_transposes=kept), footprint, CONFIG, "adamw", True) for kept in (True, False)
-    )
-    assert one - other == 60 * footprint.kinds[0].linear_weights
-    for rung in ladder(H100, footprint, CONFIG):
+    situation = situation_for()
+    one, other = (situation.peak(Rung("fp8", 32, kept_transposes=kept)) for kept in (True, False))
+    assert one - other == 60 * situation.footprint.kinds[0].linear_weights
+    for rung in ladder(situation):
         assert not rung.kept_transposes or (rung.weights_format == "fp8" and not rung.recomputed_blocks)
 
 
@@ -87,7 +84,7 @@ def test_it_is_within_5_percent_of_peaks_that_were_measured(
     model: str, rung: Rung, compiled: bool, measured_gib: float
 ) -> None:
     """One H100, 1024x1024, batch 1, rank 16: benchmarks/RESULTS.md and a bare loop before it."""
-    predicted = peak_bytes(rung, full_size_footprint(CONFIG, model), CONFIG, "adamw", compiled)
+    predicted = situation_for(model=model, compiled=compiled).peak(rung)
     assert predicted / GIB == pytest.approx(measured_gib, rel=0.05)
 
 
@@ -97,9 +94,8 @@ def test_it_is_within_5_percent_of_peaks_that_were_measured(
     {"recomputed_blocks": 60, "streamed_blocks": 30},
 ])  # fmt: skip
 def test_each_technique_saves_memory(leaner: dict[str, object]) -> None:
-    footprint = full_size_footprint(CONFIG)
     plain, saving = Rung("bf16"), replace(Rung("bf16"), **leaner)  # type: ignore[arg-type]
-    assert peak_bytes(saving, footprint, CONFIG, "adamw", True) < peak_bytes(plain, footprint, CONFIG, "adamw", True)
+    assert situation_for().peak(saving) < situation_for().peak(plain)
 
 
 @pytest.mark.parametrize("changes", [{"train_batch_size": 2}, {"rank": 256}, {"mixed_precision": "no"}])
@@ -185,16 +181,14 @@ def test_the_fewest_blocks_that_suffice_are_recomputed_and_streamed(model: str) 
         (5.5, "streamed_blocks"),
     ):
         config = asking(gpu_memory_limit_gib=limit_gib)
-        footprint, plan = full_size_footprint(config, model), capped(limit_gib, model)
+        situation, plan = situation_for(config, model), capped(limit_gib, model)
         assert getattr(plan, counted) > 1
         rung = Rung(
             plan.weights_format, plan.modulation_rows, plan.selective, plan.recomputed_blocks, plan.offload_inputs,
             plan.streamed_blocks, plan.reprojected_blocks,
         )  # fmt: skip
         one_less = replace(rung, **{counted: getattr(plan, counted) - 1})
-        needed = peak_bytes(one_less, footprint, config, plan.optimizer, True)
-        beside = fragmented_bytes(one_less, footprint, config, True) + room_for_captures(one_less, config)
-        assert needed + beside > usable_bytes(H100, config)
+        assert situation.fits_device(rung) and not situation.fits_device(one_less)
 
 
 def test_a_family_that_cannot_project_again_is_never_asked_to() -> None:
@@ -203,13 +197,13 @@ def test_a_family_that_cannot_project_again_is_never_asked_to() -> None:
         footprint,
         kinds=tuple(replace(kind, units=replace(kind.units, projections=0)) for kind in footprint.kinds),
     )
-    rungs = list(ladder(H100, stiff, CONFIG))
+    rungs = list(ladder(situation_for(footprint=stiff)))
     assert not any(rung.reprojected_blocks for rung in rungs) and any(rung.recomputed_blocks for rung in rungs)
-    assert any(rung.reprojected_blocks for rung in ladder(H100, footprint, CONFIG))
+    assert any(rung.reprojected_blocks for rung in ladder(situation_for()))
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_as_many_shapes_are_recorded_as_there_is_room_for(model: str) -> None:
+def test_as_many_shapes_are_captured_as_there_is_room_for(model: str) -> None:
     assert plan_for(model=model).captures == MOST_CAPTURES
     for limit_gib in (31, 23.3, 15.3, 11.4, 7.4, 5.5):
         plan = capped(limit_gib, model)
@@ -361,12 +355,12 @@ def padding_plan(
     return plan_training(facts, full_size_footprint(config), config, findings, captions=captions)
 
 
-def test_captions_are_padded_where_recorded_steps_gain_by_it_and_kernels_can() -> None:
+def test_captions_are_padded_where_captured_steps_gain_by_it_and_kernels_can() -> None:
     plan = padding_plan()
     assert plan.captures > 0 and plan.text_multiple == LEAST_MULTIPLE
     (reason,) = [reason for reason in plan.reasons if "captions padded" in reason]
     assert f"multiples of {LEAST_MULTIPLE} tokens" in reason
-    assert f"2 instead of 100 shapes, and {plan.captures} can be recorded" in reason
+    assert f"2 instead of 100 shapes, and {plan.captures} can be captured" in reason
 
 
 @pytest.mark.parametrize(
@@ -473,7 +467,7 @@ def test_a_plan_says_why(limit_gib: float, words: list[str]) -> None:
 def test_deciding_needs_no_torch() -> None:
     import subprocess
 
-    modules = "pixtune.plan.training, pixtune.plan.footprint, pixtune.plan.phases"
+    modules = "pixtune.plan.training, pixtune.plan.phases, pixtune.plan.sampling"
     code = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 

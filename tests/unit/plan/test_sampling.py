@@ -1,4 +1,4 @@
-"""How pictures are drawn on cards of every size, decided from sizes alone, at full size."""
+"""Plans of sampling on cards of every size, decided from sizes alone, at full size."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ import pytest
 from pixtune.config.schema import DataConfig, TrainConfig
 from pixtune.errors import PlanError
 from pixtune.hardware.cards import facts_as
-from pixtune.hardware.facts import HardwareFacts
-from pixtune.plan.phases import SampleSizes, SamplingPlan, pass_peak_bytes, plan_sampling, sampling_ladder
+from pixtune.hardware.facts import GIB, HardwareFacts
+from pixtune.plan.demands import demands_of
+from pixtune.plan.footprint import Footprint
 from pixtune.plan.rungs import Rung
-from pixtune.plan.training import CONTEXT_BYTES, GIB, usable_bytes
+from pixtune.plan.sampling import SampleSizes, SamplingPlan, pass_peak_bytes, plan_sampling, sampling_ladder
+from pixtune.plan.situation import CONTEXT_BYTES, Situation, situation_of
 from tests.full_size import AUTOENCODER, full_size_footprint
 
 CONFIG = TrainConfig(
@@ -30,8 +32,18 @@ def plan_for(
     """With a LoRA of rank 16 on the attention layers."""
     config = CONFIG.model_copy(update={"gpu_memory_limit_gib": limit_gib, **changes})
     footprint = full_size_footprint(config, model)
-    drawing = SampleSizes(1024 * 1024, NUM_PASSES[model], 2 * AUTOENCODER[model])
-    return plan_sampling(facts or facts_as("H100"), footprint, config, drawing)
+    sizes = SampleSizes(1024 * 1024, NUM_PASSES[model], 2 * AUTOENCODER[model])
+    return plan_sampling(facts or facts_as("H100"), footprint, config, sizes)
+
+
+def situation_on(
+    card: str = "H100",
+    model: str = "qwen_image",
+    limit_gib: float | None = None,
+    footprint: Footprint | None = None,
+) -> Situation:
+    demands = demands_of(CONFIG.model_copy(update={"gpu_memory_limit_gib": limit_gib}))
+    return situation_of(facts_as(card), footprint or full_size_footprint(CONFIG, model), demands, compiled=False)
 
 
 @pytest.mark.parametrize(
@@ -49,7 +61,7 @@ def plan_for(
         ("flux", 8, "nf4", True, False, True),
     ],
 )
-def test_a_full_size_model_draws_on_every_card(
+def test_a_full_size_model_samples_on_every_card(
     model: str, card_gb: int, weights_format: str, ahead: bool, streams: bool, decode_last: bool
 ) -> None:
     plan = plan_for(model, CARDS_GIB[card_gb])
@@ -64,20 +76,18 @@ def test_a_full_size_model_draws_on_every_card(
 
 
 @pytest.mark.parametrize("model", NUM_PASSES)
-def test_drawing_takes_less_than_training_and_no_more_than_it_must(model: str) -> None:
+def test_sampling_takes_less_than_training_and_no_more_than_it_must(model: str) -> None:
     """The rung before the one that is taken does not fit."""
     for limit_gib in (*CARDS_GIB.values(), 5.4, 4.4):
-        config = CONFIG.model_copy(update={"gpu_memory_limit_gib": limit_gib})
-        plan, footprint = plan_for(model, limit_gib), full_size_footprint(config, model)
-        rungs = sampling_ladder(facts_as("H100"), footprint, config, NUM_PASSES[model])
+        plan, situation = plan_for(model, limit_gib), situation_on("H100", model, limit_gib)
+        rungs = sampling_ladder(situation, NUM_PASSES[model])
         taken = Rung(plan.weights_format, plan.modulation_rows, streamed_blocks=plan.streamed_blocks)
-        usable = usable_bytes(facts_as("H100"), config)
-        assert all(pass_peak_bytes(rung, footprint, "bf16") > usable for rung in rungs[: rungs.index(taken)])
+        faster = rungs[: rungs.index(taken)]
+        assert all(pass_peak_bytes(rung, situation) > situation.usable_bytes for rung in faster)
 
 
 def test_no_rung_keeps_anything_for_a_backward_pass() -> None:
-    footprint = full_size_footprint(CONFIG)
-    rungs = sampling_ladder(facts_as("RTX 4090"), footprint, CONFIG, 60)
+    rungs = sampling_ladder(situation_on("RTX 4090"), 60)
     assert len(rungs) == len(set(rungs)) and {rung.modulation_rows for rung in rungs} == {0, 61}
     assert not any(rung.selective or rung.recomputed_blocks or rung.offload_inputs for rung in rungs)
     assert [rung.weights_format for rung in rungs if not rung.streamed_blocks] == ["bf16"] * 2 + ["fp8", "nf4"]
@@ -92,8 +102,8 @@ def test_large_pictures_are_tiled_only_where_the_decoder_alone_does_not_fit() ->
 
 def test_a_lora_costs_its_weights_alone_and_keeps_its_layers_in_place() -> None:
     footprint = full_size_footprint(CONFIG)
-    without, rung = replace(footprint, trained_weights=0), Rung("bf16")
-    more = pass_peak_bytes(rung, footprint, "bf16") - pass_peak_bytes(rung, without, "bf16")
+    without = situation_on(footprint=replace(footprint, trained_weights=0))
+    more = pass_peak_bytes(Rung("bf16"), situation_on()) - pass_peak_bytes(Rung("bf16"), without)
     assert more == 4 * footprint.trained_weights > 0
     on_modulation = plan_for(limit_gib=23.3, lora_targets=("img_mod.1",))
     assert on_modulation.modulation_rows == 0 and plan_for(limit_gib=23.3).modulation_rows == 61
@@ -117,7 +127,7 @@ def test_a_cpu_has_no_limit(quantize: bool | None) -> None:
 
 def test_what_does_not_fit_says_how_much_is_missing_and_what_would() -> None:
     with pytest.raises(
-        PlanError, match=r"about 1\.7 GiB and 0\.4 GiB of NVIDIA H100.* 1\.3 GiB are missing\. Draw smaller"
+        PlanError, match=r"about 1\.7 GiB and 0\.4 GiB of NVIDIA H100.* 1\.3 GiB are missing\. Sample smaller"
     ):
         plan_for(limit_gib=1.5)
     pc = facts_as("RTX 4060", host_bytes=16 * 10**9)

@@ -1,0 +1,138 @@
+"""Situation of a run: the machine, what its parts weigh and what it demands, against which rungs are weighed. No torch.
+
+A rung is one way of holding a run in memory. LoRA runs have one ladder of rungs (`rungs.py`), runs that train all
+weights another (`all_weights.py`); what a rung must fit is the same for both.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from pixtune.hardware.facts import GIB, HardwareFacts, missing_on_host
+from pixtune.plan.demands import Demands
+from pixtune.plan.footprint import Footprint, with_fused_mlps
+
+CONTEXT_BYTES = round(0.86 * GIB)
+"""Memory of a process outside torch's allocator: CUDA context, code of kernels and libraries, captured steps. On an
+H100 0.5 GiB at the start and 0.85 at the end of a run with cuDNN's attention and captured steps."""
+RESERVE_BYTES = GIB // 4
+"""Reserve of the allocator over what it has given out, however little that is."""
+SMALL_CARD_BYTES = 30 * GIB
+"""Device memory up to which a LoRA's optimizer has 8-bit states, as the documented profile of 24 GB cards has them."""
+TABLES = 2
+"""Modulation tables of a training step in host memory: one is filled while the other one is in use."""
+
+
+class AnyRung(Protocol):
+    """A rung of either ladder. All sizes are bytes of one process."""
+
+    def peak_bytes(self, situation: Situation) -> int:
+        """Returns the peak of what torch's allocator gives out in a training step."""
+
+    def beside_bytes(self, situation: Situation) -> int:
+        """Returns what a step needs beside its peak: fragments between activations, and room for captured steps."""
+
+    def host_bytes(self, situation: Situation) -> int:
+        """Returns the page-locked host memory."""
+
+
+@dataclass(frozen=True)
+class Situation:
+    """Everything that a rung has to fit. `situation_of` builds it."""
+
+    facts: HardwareFacts
+    footprint: Footprint
+    demands: Demands
+    compiled: bool = True
+    """Blocks are compiled."""
+    num_processes: int = 1
+    """Processes on one host, each with a GPU of its own: they share the host's memory."""
+    num_tables: int = TABLES
+    """Modulation tables in host memory."""
+
+    @property
+    def unified(self) -> bool:
+        """Whether CPU and GPU are treated as one pool of memory."""
+        return self.demands.is_unified(self.facts)
+
+    @property
+    def usable_bytes(self) -> int:
+        """Memory that torch's allocator may use."""
+        return usable_bytes(self.facts, self.demands)
+
+    @property
+    def size_bytes(self) -> int:
+        """Device memory, or the limit that the run demands."""
+        limit = self.demands.memory_limit_bytes
+        return self.facts.total_bytes if limit is None else min(self.facts.total_bytes, limit)
+
+    @property
+    def optimizer(self) -> str:
+        """A LoRA's optimizer; where all weights are trained it is part of a rung, and this is the most exact one."""
+        eight_bits = self.demands.eight_bit_states
+        if eight_bits is None:
+            small = self.facts.device == "cuda" and self.size_bytes <= SMALL_CARD_BYTES
+            eight_bits = small and not self.footprint.trains_all
+        return "adamw_8bit" if eight_bits else "adamw"
+
+    def under(self, demands: Demands) -> Situation:
+        """Returns the same run on the same machine with other demands."""
+        return situation_of(self.facts, self.footprint, demands, self.compiled, self.num_processes, self.num_tables)
+
+    def peak(self, rung: AnyRung) -> int:
+        """Returns the peak of a training step in bytes."""
+        return rung.peak_bytes(self)
+
+    def beside(self, rung: AnyRung) -> int:
+        """Returns the bytes that a step needs beside its peak."""
+        return rung.beside_bytes(self)
+
+    def needed(self, rung: AnyRung) -> int:
+        """Returns the device memory that a rung takes, in bytes."""
+        return self.peak(rung) + self.beside(rung)
+
+    def fits_device(self, rung: AnyRung) -> bool:
+        """Returns whether each process's GPU holds a rung."""
+        return self.needed(rung) <= self.usable_bytes
+
+    def on_host(self, rung: AnyRung) -> int:
+        """Returns the host memory of all processes together, in bytes."""
+        return self.num_processes * rung.host_bytes(self)
+
+    def missing_on_host(self, rung: AnyRung) -> int:
+        """Returns how many bytes of that the host cannot give."""
+        return missing_on_host(self.facts, self.on_host(rung))
+
+    def fits_host(self, rung: AnyRung) -> bool:
+        """Returns whether the host holds a rung of every process."""
+        return not self.missing_on_host(rung)
+
+    def fits(self, rung: AnyRung) -> bool:
+        """Returns whether GPU and host hold a rung."""
+        return self.fits_device(rung) and self.fits_host(rung)
+
+
+def situation_of(
+    facts: HardwareFacts,
+    footprint: Footprint,
+    demands: Demands,
+    compiled: bool = True,
+    num_processes: int = 1,
+    num_tables: int = TABLES,
+) -> Situation:
+    """Builds the situation of a run; its footprint becomes the one that it has on this machine."""
+    on_gpu = facts.device == "cuda"
+    fused = with_fused_mlps(footprint, facts) if on_gpu and compiled else footprint
+    here = replace(fused, one_pool=on_gpu and demands.is_unified(facts))
+    return Situation(facts, here, demands, compiled, num_processes, num_tables)
+
+
+def usable_bytes(facts: HardwareFacts, demands: Demands) -> int:
+    """Returns the device memory that torch's allocator may use."""
+    usable = facts.free_bytes
+    if demands.is_unified(facts):
+        usable = min(usable, round(facts.total_bytes * demands.memory_fraction))
+    if demands.memory_limit_bytes is not None:
+        usable = min(usable, demands.memory_limit_bytes - CONTEXT_BYTES)
+    return max(usable - RESERVE_BYTES, 0)

@@ -1,0 +1,122 @@
+"""A refusal names what is missing, and what it promises to fit does fit on the same machine."""
+
+from __future__ import annotations
+
+import re
+from random import Random
+
+import pytest
+
+from pixtune.config.schema import CudaFeatures, DataConfig, TrainConfig
+from pixtune.errors import PlanError
+from pixtune.hardware.cards import facts_as
+from pixtune.hardware.facts import GIB, host_room_bytes
+from pixtune.plan.demands import demands_of
+from pixtune.plan.rungs import ladder, with_rows
+from pixtune.plan.situation import situation_of
+from pixtune.plan.training import TrainingPlan, plan_training
+from tests.full_size import full_size_footprint
+
+CONFIG = TrainConfig(
+    pretrained_model_name_or_path="model", output_dir="out", max_train_steps=1, data_config=DataConfig(img_dir="data")
+)
+CARDS = ("RTX 3080", "RTX 4060", "RTX 4070", "RTX 4090", "RTX 5090", "A100 80 GB", "H100", "H200", "DGX Spark")
+FP8 = "cuda_features.enable_fp8_training"
+VALUES: dict[str, tuple[object, ...]] = {
+    "disable_gradient_checkpointing": (True, False, None, None),
+    "quantize": (True, False, None, None),
+    "disable_quantization": (True, False, False),
+    "adam8bit": (True, False, None),
+    "unified_memory": (True, False, None, None, None),
+    "train_batch_size": (1, 1, 2, 4),
+    "rank": (16, 256),
+    "gradient_accumulation_steps": (1, 1, 4),
+    "weight_update": ("stochastic_rounding", "fp32_master"),
+    FP8: (None, None, True),
+}
+"""Values that keys are drawn from; those that are there several times more often."""
+PROMISE = re.compile(
+    r"missing\. (?:Without (?P<without>[\w. ]+?))?(?: and )?(?:[Ww]ith (?P<given>[\w.= ]+?))?"
+    r"(?: instead of \d+)? it (?:needs (?P<gib>[\d.]+) GiB and )?fits[.:]"
+)
+
+
+def plan_for(
+    card: str, host_gb: float = 64, num_processes: int = 1, model: str = "qwen_image", **keys: object
+) -> TrainingPlan:
+    fp8 = keys.pop(FP8, None)
+    config = CONFIG.model_copy(update={**keys, "cuda_features": CudaFeatures(enable_fp8_training=fp8)})  # type: ignore[arg-type]
+    facts, footprint = facts_as(card, round(host_gb * 1e9)), full_size_footprint(config, model)
+    return plan_training(facts, footprint, config, num_processes=num_processes)
+
+
+def refusal(*args: object, **keys: object) -> str:
+    """The words of a refusal, or none where there is a plan."""
+    try:
+        plan_for(*args, **keys)  # type: ignore[arg-type]
+    except PlanError as error:
+        return str(error)
+    return ""
+
+
+def changed_by(promise: re.Match[str]) -> dict[str, object]:
+    """The keys that a refusal would have otherwise."""
+    without = promise["without"].split(" and ") if promise["without"] else []
+    keys: dict[str, object] = {key: False if key == "disable_quantization" else None for key in without}
+    if promise["given"] == "one process":
+        return {"num_processes": 1}
+    for word in promise["given"].split(" and ") if promise["given"] else []:
+        key, value = word.split("=")
+        keys[key] = {"true": True, "1": 1}.get(value, value)
+    return keys
+
+
+@pytest.mark.parametrize(("method", "cards", "least_promises"), [("lora", CARDS, 8), ("full", CARDS[3:], 6)])
+def test_what_is_promised_to_fit_gets_a_plan(method: str, cards: tuple[str, ...], least_promises: int) -> None:
+    """Over random machines and demands; 8 bits of float8 are asked of no GPU that lacks them."""
+    random, num_promises = Random(5), 0
+    for _ in range(40):
+        card, host_gb, processes = random.choice(cards), random.choice([4, 8, 16, 64, 128]), random.choice([1, 1, 2, 8])
+        keys = {"method": method, **{key: random.choice(values) for key, values in VALUES.items()}}
+        if facts_as(card).capability < (8, 9):
+            keys[FP8] = None
+        message = refusal(card, host_gb, processes, **keys)
+        assert not message or "GiB are missing" in message
+        if promise := PROMISE.search(message):
+            num_promises += 1
+            plan = plan_for(card, host_gb, **{"num_processes": processes, **keys, **changed_by(promise)})  # type: ignore[arg-type]
+            if promise["gib"]:
+                assert f"{plan.expected_peak_bytes / GIB:.1f}" == promise["gib"], message
+    assert num_promises >= least_promises, "too few to show anything"
+
+
+def test_no_more_is_named_than_is_in_the_way() -> None:
+    """A demand for 8 bits stays where recomputation is what lacks."""
+    message = refusal("RTX 4080", disable_gradient_checkpointing=True, quantize=True, adam8bit=True)
+    assert "Without disable_gradient_checkpointing it needs" in message
+    both = refusal("RTX 4060", 16, disable_gradient_checkpointing=True, disable_quantization=True)
+    assert "Without disable_gradient_checkpointing and disable_quantization it needs" in both
+
+
+def test_float8_that_is_demanded_can_be_in_the_way() -> None:
+    message = refusal("RTX 4060", 12, **{FP8: True})
+    assert f"Without {FP8} it fits." in message
+
+
+def test_processes_lack_host_memory_together_and_one_of_them_fits() -> None:
+    facts, footprint = facts_as("RTX 4060", 16 * 10**9), full_size_footprint(CONFIG)
+    message = refusal("RTX 4060", 16, 8)
+    situation = situation_of(facts, footprint, demands_of(CONFIG), num_processes=8)
+    fitting = [with_rows(rung, footprint) for rung in ladder(situation) if situation.fits_device(rung)]
+    least = 8 * min(rung.host_bytes(situation) for rung in fitting)
+    room = host_room_bytes(facts)
+    assert room is not None and f"needs {least / GIB:.1f} GiB of host memory for 8 processes" in message
+    assert f": {(least - room) / GIB:.1f} GiB are missing. With one process instead of 8 it fits" in message
+    assert plan_for("RTX 4060", 16, 1)
+
+
+def test_what_fits_the_gpu_and_not_the_host_is_not_promised() -> None:
+    message = refusal("RTX 4060", 4, disable_gradient_checkpointing=True)
+    assert not PROMISE.search(message) and "Without disable_gradient_checkpointing it fits the GPU, and" in message
+    missing = re.search(r"it fits the GPU, and ([\d.]+) GiB of host memory are missing\. Close other", message)
+    assert missing and f": {missing[1]} GiB are missing" in refusal("RTX 4060", 4)
