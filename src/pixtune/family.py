@@ -32,6 +32,29 @@ class Prompt:
     """Control pictures at `ModelFamily.vision_size`; none where the family's encoder sees no pictures."""
 
 
+@dataclass(frozen=True)
+class PromptOutline:
+    """A prompt whose control pictures are not read: their sizes alone decide how many tokens they take."""
+
+    text: str
+    picture_sizes: tuple[Size, ...] = ()
+    """Sizes that `ModelFamily.vision_size` gives; none where the family's encoder sees no pictures."""
+
+
+@dataclass(frozen=True)
+class TextLength:
+    """Number of a prompt's tokens in one text encoder, and how many of them that encoder reads."""
+
+    reader: str
+    """The encoder for messages, with its verb: "T5 reads"."""
+    num_tokens: int
+    limit: int
+
+    @property
+    def is_cut(self) -> bool:
+        return self.num_tokens > self.limit
+
+
 Shapes = Mapping[str, Sequence[int]]
 """Tensor name -> shape."""
 
@@ -189,6 +212,18 @@ class ModelFamily(Protocol):
 
         Args:
             max_tokens: longer captions are cut to this many tokens; absent: as the stock pipeline cuts (or pads) them.
+        """
+
+    def text_lengths(
+        self, folder: ModelFolder, prompts: Sequence[PromptOutline], max_tokens: int | None = None
+    ) -> list[tuple[TextLength, ...]]:
+        """Counts the tokens of each prompt by the folder's tokenizers, without loading an encoder.
+
+        Args:
+            max_tokens: as in `encode_text`.
+
+        Returns:
+            For each prompt one length for each encoder that cuts; none where nothing is ever cut.
         """
 
     def stack_conditioning(self, rows: Sequence[Conditioning], multiple: int = 1) -> Conditioning:

@@ -183,7 +183,7 @@ def test_the_tokenizer_does_what_the_real_processor_does(case: Case) -> None:
     controls = control_pictures(min(2, case.most))
     reader = EditReader(numbered=case.most > 1, vision_side=None)
     prompt = Prompt("redraw it", tuple(controls))
-    text = reader.template.format(reader.user_part(prompt))
+    text = reader.template.format(reader.user_part(prompt.text, len(controls)))
     stock = real_processor(tokenizer)(text=[text], images=controls, padding=True, return_tensors="pt")
     ours = tokenizer([text], [controls])
     for name in ("input_ids", "attention_mask", "pixel_values", "image_grid_thw", "mm_token_type_ids"):

@@ -19,7 +19,17 @@ from pixtune import randomness
 from pixtune.families import FAMILIES
 from pixtune.families.flow_schedule import model_sigmas, model_time_shift
 from pixtune.families.packing import PATCH, num_tokens
-from pixtune.family import ActivationUnits, Conditioning, LatentDistribution, Placement, Prompt, Shapes, TextEncoder
+from pixtune.family import (
+    ActivationUnits,
+    Conditioning,
+    LatentDistribution,
+    Placement,
+    Prompt,
+    PromptOutline,
+    Shapes,
+    TextEncoder,
+    TextLength,
+)
 from pixtune.sizes import Size
 from pixtune.storage.model_folder import ModelFolder
 
@@ -121,6 +131,14 @@ class ToyFamily:
         codes = [list(self.prompt_template.format(prompt.text).encode())[:max_tokens] for prompt in prompts]
         rows = [model(torch.tensor(code, device=next(model.parameters()).device)).detach() for code in codes]
         return [{"features": features_TD, "pooled": features_TD.mean(0)} for features_TD in rows]
+
+    def text_lengths(
+        self, folder: ModelFolder, prompts: Sequence[PromptOutline], max_tokens: int | None = None
+    ) -> list[tuple[TextLength, ...]]:
+        if max_tokens is None:
+            return [()] * len(prompts)
+        counts = [len(self.prompt_template.format(prompt.text).encode()) for prompt in prompts]
+        return [(TextLength("the toy reads", count, max_tokens),) for count in counts]
 
     def stack_conditioning(self, rows: Sequence[Conditioning], multiple: int = 1) -> Conditioning:
         features_BTD = nn.utils.rnn.pad_sequence([row["features"] for row in rows], batch_first=True)

@@ -57,6 +57,7 @@ def build_encoder(
         ledger=Ledger(cache_dir / "ledger.json" if on_disk else None),
         console=Console(quiet=not accelerator.is_main_process),
         memo_dir=cache_dir / "weights" if on_disk else None,
+        counts_file=cache_dir / "caption_tokens.json" if on_disk else None,
         stays=_encoders_stay(config),
     )
     if plan is None and on_disk:

@@ -20,10 +20,11 @@ from torch import Tensor
 
 from pixtune.data.buckets import Framing
 from pixtune.data.cache import CacheKey, Entry, FillReport, Ledger, Store, fill
+from pixtune.data.caption_tokens import Lengths, count_new, cut_captions
 from pixtune.data.images import crop_resize, open_rgb, to_pixels
 from pixtune.engine.tiling import encode_images
 from pixtune.engine.weight_only import quantize_encoder
-from pixtune.family import LatentDistribution, ModelFamily, Placement, Prompt, TextEncoder
+from pixtune.family import LatentDistribution, ModelFamily, Placement, Prompt, PromptOutline, TextEncoder
 from pixtune.plan.encoders import ON_CPU, EncoderPlan
 from pixtune.progress import track
 from pixtune.sizes import Size
@@ -68,6 +69,10 @@ class TextItem:
         """Reads the pictures."""
         return Prompt(self.text, tuple(picture.read() for picture in self.pictures))
 
+    def outline(self) -> PromptOutline:
+        """The prompt without reading the pictures."""
+        return PromptOutline(self.text, tuple(picture.framing.size for picture in self.pictures))
+
 
 @dataclass(frozen=True)
 class Encoder:
@@ -83,6 +88,8 @@ class Encoder:
     console: Console
     memo_dir: Path | None
     """Where digests of large weight files are remembered."""
+    counts_file: Path | None = None
+    """Where captions' numbers of tokens are remembered; see `caption_tokens`."""
     stays: bool = False
     """What was loaded stays on the device until the run ends, instead of making room."""
     names_weights: bool = True
@@ -109,6 +116,17 @@ class Encoder:
             )
             for item in items
         ]
+
+    def cut_captions(self, named: Sequence[tuple[str, TextItem]]) -> list[str]:
+        """Sentences on captions that the text encoders cut, by their names. Loads tokenizers at most."""
+        items = list(dict.fromkeys(item for _, item in named))
+        digest_of = {item: key.digest for item, key in zip(items, self.text_keys(items), strict=True)}
+
+        def count(prompts: Sequence[PromptOutline]) -> list[Lengths]:
+            return self.family.text_lengths(self.folder, prompts, self.max_text_tokens)
+
+        lengths_of = count_new({digest_of[item]: item.outline() for item in items}, count, self.counts_file)
+        return cut_captions([(name, lengths_of[digest_of[item]]) for name, item in named])
 
     def latent_keys(self, pictures: Sequence[FramedPicture]) -> list[CacheKey]:
         """Everything that decides a picture's latents."""

@@ -14,7 +14,7 @@ from pixtune.data.buckets import Framing, build_buckets, frame_picture
 from pixtune.data.build_encoder import build_encoder
 from pixtune.data.cache import missing_keys
 from pixtune.data.controls import ControlRules, frame_control
-from pixtune.data.encode import FramedPicture, TextItem, hash_text
+from pixtune.data.encode import FramedPicture, TextItem, hash_text, shorten
 from pixtune.data.encodings import Encodings, control_pictures, target_picture, text_item
 from pixtune.data.examples import Example, check_folder, read_examples, split_held_out
 from pixtune.data.images import read_size
@@ -74,6 +74,8 @@ def prepare_data(
                 for warning in check_folder(data, checked, multiple):
                     encoder.console.print(f"note: {warning}", markup=False, highlight=False, soft_wrap=True)
         stages = stages or StageLog()
+        for sentence in encoder.cut_captions(_named_texts(training, held_out, prompts)):
+            encoder.console.print(f"note: {sentence}", markup=False, highlight=False, soft_wrap=True)
         for reason in encoder.plan.reasons:
             encoder.console.print(f"encoders: {reason}", markup=False, highlight=False, soft_wrap=True)
         encoder.console.print(f"captions: {encodings.fill_texts(items)}")
@@ -151,6 +153,17 @@ def _prompt_examples(config: TrainConfig, multiple: int, rules: ControlRules | N
     return [
         prompt_example(text, paths, size, own_shape, multiple, rules)
         for text, paths in zip(settings.prompts, controls, strict=True)
+    ]
+
+
+def _named_texts(
+    training: Sequence[Example], held_out: Sequence[Example], prompts: Sequence[Example]
+) -> list[tuple[str, TextItem]]:
+    """Captions and prompts of samples as the text encoder gets them, by what a message calls them."""
+    return [
+        *((each.name, text_item(each.caption, each, v)) for each in training for v in range(len(each.framings))),
+        *((each.name, text_item(each.caption, each, 0)) for each in held_out),
+        *((f"the prompt {shorten(each.caption)}", text_item(each.caption, each, 0)) for each in prompts),
     ]
 
 

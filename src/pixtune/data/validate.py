@@ -19,6 +19,7 @@ import numpy as np
 from PIL import Image, ImageChops
 
 from pixtune.data.buckets import Buckets, build_buckets, frame_picture
+from pixtune.data.caption_tokens import CaptionCounter, cut_captions
 from pixtune.data.controls import same_shape
 from pixtune.data.images import decode
 from pixtune.data.pairs import Pair, Pairs, find_pairs, shorten
@@ -28,6 +29,10 @@ from pixtune.storage.files import file_digest
 
 MIN_SIDE_PIXELS = 16
 """Shortest usable side where the model is not known: the smallest `multiple` of the supported families."""
+
+MANY_WORDS = 512
+"""Captions of more words are named where the model is not known. The text-to-image families read 512 tokens, and each
+word is at least one."""
 
 NOTABLE_SHARE_LOST = 0.1
 """Losing more of a picture to cropping than this is worth a warning; a bucket near its shape costs about 0.02. Also how
@@ -83,6 +88,8 @@ class DatasetReport:
     bucket_counts: dict[Size, int]
     """(width, height) to number of pictures; empty unless `img_size` was given."""
     longest_caption: LongestCaption | None
+    wordy_captions: tuple[str, ...] | None
+    """Captions of more than `MANY_WORDS` words; None where their tokens were counted as a model does."""
 
     @property
     def ok(self) -> bool:
@@ -96,6 +103,16 @@ class DatasetReport:
         if self.longest_caption is not None:
             longest = self.longest_caption
             lines.append(f"Longest caption: {longest.num_characters} characters ({longest.path})")
+        if self.wordy_captions is not None:
+            lines.append(
+                "Not checked without a model: whether it reads every caption to the end (pixtune validate --path DIR "
+                "--model MODEL)"
+            )
+        if self.wordy_captions:
+            lines.append(
+                f"  More than {MANY_WORDS} words, so cut by models that read {MANY_WORDS} tokens: "
+                f"{shorten(self.wordy_captions)}"
+            )
         if self.bucket_counts:
             lines.append("Sizes in training (width x height: pictures):")
             lines += [f"  {width} x {height}: {count}" for (width, height), count in sorted(self.bucket_counts.items())]
@@ -131,6 +148,7 @@ def validate_folder(
     allow_missing_controls: bool = False,
     upscale: bool = False,
     on_progress: Callable[[int, int], None] | None = None,
+    counter: CaptionCounter | None = None,
 ) -> DatasetReport:
     """Checks all pictures, captions and control pictures of a data set; what it finds is reported, not raised.
 
@@ -138,11 +156,11 @@ def validate_folder(
         image_folder: pictures with captions beside them, or a folder with `images/` and `control/` in it.
         caption_extension: the contract's `caption_type`.
         control_folders: control pictures, where they are not in `image_folder / "control"`.
-        img_size, multiple, upscale, on_progress: as for `validate_pairs`.
+        img_size, multiple, upscale, on_progress, counter: as for `validate_pairs`.
     """
     image_folder, control_folders = _find_layout(Path(image_folder), control_folders)
     found = find_pairs(image_folder, caption_extension, control_folders, allow_missing_controls)
-    return validate_pairs(found, img_size, multiple, upscale, control_folders, on_progress)
+    return validate_pairs(found, img_size, multiple, upscale, control_folders, on_progress, counter)
 
 
 def validate_pairs(
@@ -152,6 +170,7 @@ def validate_pairs(
     upscale: bool = False,
     control_folders: Sequence[Path] = (),
     on_progress: Callable[[int, int], None] | None = None,
+    counter: CaptionCounter | None = None,
 ) -> DatasetReport:
     """Checks what `find_pairs` or `read_metadata` found.
 
@@ -160,6 +179,7 @@ def validate_pairs(
         multiple: what the model's picture sides must be divisible by, in pixels; `MIN_SIDE_PIXELS` if not known.
         upscale: small pictures will be enlarged, as in `buckets.frame_picture`.
         on_progress: called with (pictures checked, pictures in all) after each picture.
+        counter: reports captions that its model cuts; None: no model is known.
     """
     multiple = multiple or MIN_SIDE_PIXELS
     faults, warnings = list(found.faults), list(found.warnings)
@@ -170,7 +190,17 @@ def validate_pairs(
     for picture in checked:
         faults += picture.faults
         warnings += [f"{picture.path} {note}." for note in picture.notes]
-    longest = _check_captions(found.pairs, faults, warnings)
+    captions = _read_captions(found.pairs, faults)
+    longest = _check_captions(captions, warnings)
+    wordy = None
+    if counter is None:
+        wordy = tuple(
+            f"{pair.caption_place} ({num_words} words)"
+            for pair, text in captions
+            if (num_words := len(text.split())) > MANY_WORDS
+        )
+    else:
+        warnings += _cut_captions(captions, {picture.path: picture for picture in checked}, counter)
     bucket_counts: Counter[Size] = Counter()
     if img_size is not None and img_size < multiple:
         faults.append(f"img_size is {img_size}; it must be at least {multiple}.")
@@ -180,8 +210,9 @@ def validate_pairs(
     warnings += _duplicates(checked[: len(targets)])
     warnings += _unchanged(found.pairs, {picture.path: picture for picture in checked})
     return DatasetReport(
-        found.folder, tuple(control_folders), len(targets), tuple(faults), tuple(warnings), dict(bucket_counts), longest
-    )
+        found.folder, tuple(control_folders), len(targets), tuple(faults), tuple(warnings), dict(bucket_counts),
+        longest, wordy,
+    )  # fmt: skip
 
 
 def validate_dataset(path: str | Path, caption_extension: str = "txt", img_size: int | None = None) -> bool:
@@ -264,28 +295,41 @@ def _check_picture(path: Path, multiple: int, compared: bool) -> _Checked:
     return _Checked(path, size, digest, (too_small,) if min(size) < multiple else (), decoded.notes, thumbnail)
 
 
-def _check_captions(pairs: Sequence[Pair], faults: list[str], warnings: list[str]) -> LongestCaption | None:
-    """Reads every caption; returns the longest.
+def _read_captions(pairs: Sequence[Pair], faults: list[str]) -> list[tuple[Pair, str]]:
+    """Every caption that can be read, with its pair."""
+    captions = []
+    for pair in pairs:
+        try:
+            captions.append((pair, pair.read_caption()))
+        except DataError as error:
+            faults += error.faults
+    return captions
+
+
+def _check_captions(captions: Sequence[tuple[Pair, str]], warnings: list[str]) -> LongestCaption | None:
+    """Returns the longest caption.
 
     An empty caption is a warning, not a fault: it trains like a dropped caption, which some styles want.
     """
     longest: LongestCaption | None = None
-    empty = []
-    for pair in pairs:
-        try:
-            text = pair.read_caption()
-        except DataError as error:
-            faults += error.faults
-            continue
-        if not text:
-            empty.append(str(pair.caption_place))
-        elif longest is None or len(text) > longest.num_characters:
+    for pair, text in captions:
+        if text and (longest is None or len(text) > longest.num_characters):
             longest = LongestCaption(pair.caption_place, len(text))
-    if empty:
+    if empty := [str(pair.caption_place) for pair, text in captions if not text]:
         warnings.append(
             f"{_count(len(empty), 'caption is', 'captions are')} empty, to be trained without words: {shorten(empty)}."
         )
     return longest
+
+
+def _cut_captions(
+    captions: Sequence[tuple[Pair, str]], checked: Mapping[Path, _Checked], counter: CaptionCounter
+) -> list[str]:
+    """Warnings of captions that the counter's model cuts. Control pictures that cannot be read take no tokens here."""
+    lengths = counter.count(
+        [(text, [size for path in pair.control_paths if (size := checked[path].size)]) for pair, text in captions]
+    )
+    return cut_captions([(str(pair.caption_place), row) for (pair, _), row in zip(captions, lengths, strict=True)])
 
 
 def _fill_buckets(pictures: Sequence[_Checked], buckets: Buckets, upscale: bool, warnings: list[str]) -> Counter[Size]:

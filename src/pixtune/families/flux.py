@@ -20,8 +20,10 @@ from pixtune.family import (
     LatentDistribution,
     Placement,
     Prompt,
+    PromptOutline,
     Shapes,
     TextEncoder,
+    TextLength,
 )
 from pixtune.late import LateModule
 from pixtune.sizes import LatentShape, Size
@@ -146,7 +148,7 @@ class Flux:
     # ---- loading
 
     def load_text_encoder(self, folder: ModelFolder, placement: Placement) -> TextEncoder:
-        from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
+        from transformers import CLIPTextModel, T5EncoderModel
 
         models = tuple(
             kind.from_pretrained(folder.path / part, dtype=placement.dtype, use_safetensors=True)
@@ -155,11 +157,17 @@ class Flux:
             .requires_grad_(False)
             for kind, part in ((CLIPTextModel, "text_encoder"), (T5EncoderModel, "text_encoder_2"))
         )
-        tokenizers = (
+        return TextEncoder(models, self._load_tokenizers(folder))
+
+    @staticmethod
+    def _load_tokenizers(folder: ModelFolder) -> tuple[Any, Any]:
+        """CLIP's and T5's."""
+        from transformers import CLIPTokenizer, T5TokenizerFast
+
+        return (
             CLIPTokenizer.from_pretrained(folder.path / "tokenizer"),
             T5TokenizerFast.from_pretrained(folder.path / "tokenizer_2"),
         )
-        return TextEncoder(models, tokenizers)
 
     def load_autoencoder(self, folder: ModelFolder, placement: Placement) -> nn.Module:
         from diffusers import AutoencoderKL
@@ -201,6 +209,22 @@ class Flux:
                 {"prompt_embeds": features_TD.contiguous(), "pooled_embeds": pooled_D.contiguous()}
                 for features_TD, pooled_D in zip(features_BTD, pooled_BD, strict=True)
             ]
+
+    def text_lengths(
+        self, folder: ModelFolder, prompts: Sequence[PromptOutline], max_tokens: int | None = None
+    ) -> list[tuple[TextLength, ...]]:
+        clip_tokenizer, t5_tokenizer = self._load_tokenizers(folder)
+        t5_limit = max_tokens or NUM_TEXT_TOKENS
+        encoders = (
+            (clip_tokenizer, f"CLIP reads (T5 reads {t5_limit})", clip_tokenizer.model_max_length),
+            (t5_tokenizer, "T5 reads", t5_limit),
+        )
+        texts = [prompt.text for prompt in prompts]
+        columns = [
+            [TextLength(reader, len(token_ids), limit) for token_ids in tokenizer(texts, verbose=False).input_ids]
+            for tokenizer, reader, limit in encoders
+        ]
+        return list(zip(*columns, strict=True))
 
     def stack_conditioning(self, rows: Sequence[Conditioning], multiple: int = 1) -> Conditioning:
         return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}

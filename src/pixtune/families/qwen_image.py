@@ -13,7 +13,17 @@ from pixtune.errors import WeightsError
 from pixtune.families.flow_schedule import model_sigmas, model_time_shift, rounded_timestep
 from pixtune.families.packing import PATCH, grid, num_tokens, pack_latents, unpack_latents
 from pixtune.families.transformer_shapes import qwen_image_shapes
-from pixtune.family import ActivationUnits, Conditioning, LatentDistribution, Placement, Prompt, Shapes, TextEncoder
+from pixtune.family import (
+    ActivationUnits,
+    Conditioning,
+    LatentDistribution,
+    Placement,
+    Prompt,
+    PromptOutline,
+    Shapes,
+    TextEncoder,
+    TextLength,
+)
 from pixtune.late import LateModule
 from pixtune.plan.text_padding import padded_length
 from pixtune.sizes import LatentShape, Size
@@ -60,6 +70,10 @@ class PromptReader(Protocol):
     def load_tokenizer(self, folder: ModelFolder) -> Any: ...
 
     def encode(self, encoder: TextEncoder, prompts: Sequence[Prompt], max_tokens: int | None) -> list[Conditioning]: ...
+
+    def text_lengths(
+        self, folder: ModelFolder, prompts: Sequence[PromptOutline], max_tokens: int | None
+    ) -> list[tuple[TextLength, ...]]: ...
 
     def control_size(self, folder: ModelFolder, picture: Size, side: int, multiple: int) -> Size: ...
 
@@ -194,6 +208,11 @@ class QwenImage:
         with torch.no_grad():
             return self._reader.encode(encoder, prompts, max_tokens)
 
+    def text_lengths(
+        self, folder: ModelFolder, prompts: Sequence[PromptOutline], max_tokens: int | None = None
+    ) -> list[tuple[TextLength, ...]]:
+        return self._reader.text_lengths(folder, prompts, max_tokens)
+
     def stack_conditioning(self, rows: Sequence[Conditioning], multiple: int = 1) -> Conditioning:
         features = [row["prompt_embeds"] for row in rows]
         lengths = [len(f) for f in features]
@@ -311,6 +330,12 @@ def real_tokens(conditioning: Conditioning, num_image_tokens: int) -> dict[str, 
     return {"real_BL": torch.nn.functional.pad(real_BT, (0, num_image_tokens), value=True)}
 
 
+def count_inside(template: str, tokenizer: Any, texts: Sequence[str]) -> list[int]:
+    """Counts the tokens of each text where it stands in the template, without the template's own."""
+    whole = tokenizer([template.format(text) for text in ("", *texts)], verbose=False).input_ids
+    return [len(token_ids) - len(whole[0]) for token_ids in whole[1:]]
+
+
 class CaptionReader:
     """The text-to-image pipeline's prompt: a fixed template around the caption, whose features are cut off."""
 
@@ -341,6 +366,13 @@ class CaptionReader:
             features_TD = features_TD[keep_T][NUM_TEMPLATE_TOKENS:][: max_tokens or MAX_FEATURE_TOKENS]
             rows.append({"prompt_embeds": features_TD.contiguous()})
         return rows
+
+    def text_lengths(
+        self, folder: ModelFolder, prompts: Sequence[PromptOutline], max_tokens: int | None
+    ) -> list[tuple[TextLength, ...]]:
+        limit = min(max_tokens or MAX_FEATURE_TOKENS, MAX_CAPTION_TOKENS)
+        counts = count_inside(self.template, self.load_tokenizer(folder), [prompt.text for prompt in prompts])
+        return [(TextLength("the text encoder reads", count, limit),) for count in counts]
 
     def control_size(self, folder: ModelFolder, picture: Size, side: int, multiple: int) -> Size:
         raise NotImplementedError("a text-to-image model has no control pictures")

@@ -12,8 +12,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from pixtune.families.qwen_image import QwenImage
-from pixtune.family import Conditioning, Prompt, TextEncoder
+from pixtune.families.qwen_image import QwenImage, count_inside
+from pixtune.family import Conditioning, Prompt, PromptOutline, TextEncoder, TextLength
 from pixtune.sizes import Size
 from pixtune.storage.model_folder import ModelFolder
 
@@ -45,6 +45,11 @@ class VisionTokenizer:
             seen = dict(self.image_processor(images=flat, return_tensors="pt"))
             counts = (seen["image_grid_thw"].prod(dim=1) // self.image_processor.merge_size**2).tolist()
         return {**self.tokens(texts, iter(counts)), **seen}
+
+    def num_features(self, size: Size) -> int:
+        """Counts the tokens that a picture of this size becomes."""
+        width, height = size
+        return self.image_processor.get_number_of_image_patches(height, width) // self.image_processor.merge_size**2
 
     def tokens(self, texts: Sequence[str], counts: Iterator[int]) -> dict[str, Tensor]:
         """The same without the pixels.
@@ -85,14 +90,14 @@ class EditReader:
             AutoImageProcessor.from_pretrained(folder.path / "processor"),
         )
 
-    def user_part(self, prompt: Prompt) -> str:
+    def user_part(self, text: str, num_pictures: int) -> str:
         """The instruction with a placeholder for each control picture before it."""
-        names = [f"Picture {number + 1}: " if self.numbered else "" for number in range(len(prompt.pictures))]
-        return "".join(f"{name}{PICTURE}" for name in names) + prompt.text
+        names = [f"Picture {number + 1}: " if self.numbered else "" for number in range(num_pictures)]
+        return "".join(f"{name}{PICTURE}" for name in names) + text
 
     def encode(self, encoder: TextEncoder, prompts: Sequence[Prompt], max_tokens: int | None) -> list[Conditioning]:
         (model,), (tokenizer,) = encoder.models, encoder.tokenizers
-        texts = [self.template.format(self.user_part(prompt)) for prompt in prompts]
+        texts = [self.template.format(self.user_part(prompt.text, len(prompt.pictures))) for prompt in prompts]
         inputs = tokenizer(texts, [prompt.pictures for prompt in prompts])
         inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
         features_BTD = model(**inputs).last_hidden_state
@@ -100,6 +105,19 @@ class EditReader:
             {"prompt_embeds": features_TD[keep_T][NUM_TEMPLATE_TOKENS:][:max_tokens].contiguous()}
             for features_TD, keep_T in zip(features_BTD, inputs["attention_mask"].bool(), strict=True)
         ]
+
+    def text_lengths(
+        self, folder: ModelFolder, prompts: Sequence[PromptOutline], max_tokens: int | None
+    ) -> list[tuple[TextLength, ...]]:
+        if max_tokens is None:
+            return [()] * len(prompts)
+        vision = self.load_tokenizer(folder)
+        user_parts = [self.user_part(prompt.text, len(prompt.picture_sizes)) for prompt in prompts]
+        counts = count_inside(self.template, vision.tokenizer, user_parts)
+        # Each picture has one token so far, its placeholder.
+        extra = [sum(vision.num_features(size) - 1 for size in prompt.picture_sizes) for prompt in prompts]
+        reader = "the text encoder reads (control pictures included)"
+        return [(TextLength(reader, count + more, max_tokens),) for count, more in zip(counts, extra, strict=True)]
 
     def control_size(self, folder: ModelFolder, picture: Size, side: int, multiple: int) -> Size:
         width, height = size_of_area(picture, side)

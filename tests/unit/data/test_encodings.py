@@ -25,7 +25,7 @@ from pixtune.data.encode import Encoder, FramedPicture, TextItem
 from pixtune.data.prepare import prepare_data
 from pixtune.errors import DataError
 from pixtune.families.qwen_image import CaptionReader, QwenImage
-from pixtune.family import LatentDistribution, Placement, Prompt
+from pixtune.family import LatentDistribution, Placement, Prompt, PromptOutline, TextLength
 from pixtune.plan.encoders import encode_plainly
 from pixtune.sizes import Size
 from pixtune.storage.files import file_digest
@@ -43,6 +43,7 @@ class CountingFamily(QwenImage):
         self.loaded: list[str] = []
         self.encoded: list[str] = []
         self.max_tokens: list[int | None] = []
+        self.counted: list[str] = []
 
     def control_size(self, folder: ModelFolder, picture: Size, side: int) -> Size:
         return (side // 16 * 16, 16 * round(side * picture[1] / picture[0] / 16))
@@ -67,6 +68,16 @@ class CountingFamily(QwenImage):
         return [
             {"prompt_embeds": torch.full((2 + len(prompt.pictures), 3), float(len(prompt.text) + 1000 * grey))}
             for prompt, grey in zip(prompts, greys, strict=True)
+        ]
+
+    def text_lengths(
+        self, folder: ModelFolder, prompts: Sequence[PromptOutline], max_tokens: int | None = None
+    ) -> list[tuple[TextLength, ...]]:
+        """A token for each letter, and ten for each picture."""
+        self.counted += [prompt.text for prompt in prompts]
+        limit = max_tokens or 40
+        return [
+            (TextLength("it reads", len(prompt.text) + 10 * len(prompt.picture_sizes), limit),) for prompt in prompts
         ]
 
     def encode_images(self, autoencoder: Any, pixels_B3HW: Tensor) -> LatentDistribution:
@@ -511,3 +522,41 @@ def test_the_captions_cut_reaches_the_family(tmp_path: Path, model: ModelFolder)
     config = data_config(tmp_path, data_config={"img_dir": tmp_path / "train", "img_size": 64, "max_text_tokens": 9})
     prepare_data(config, family, model, ACCELERATOR)
     assert set(family.max_tokens) == {9}
+
+
+# ---- captions that are cut
+
+
+def test_captions_that_are_cut_are_named_once_and_counted_once(
+    tmp_path: Path, model: ModelFolder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    captioned(tmp_path / "train", "a.png", 0, "short")
+    captioned(tmp_path / "train", "b.png", 100, "twelve words")
+    captioned(tmp_path / "held_out", "c.png", 200, "thirteen signs")
+    changes: dict[str, Any] = {
+        "data_config": {"img_dir": tmp_path / "train", "img_size": 64, "max_text_tokens": 9},
+        "validation": {"held_out_dir": tmp_path / "held_out"},
+        "samples": {"prompts": ["a prompt too long"]},
+    }
+    sentence = (
+        "note: 3 captions are longer than the 9 tokens that it reads, and are cut there: b.png (12 tokens), c.png (14 "
+        "tokens), the prompt 'a prompt too long' (17 tokens).\n"
+    )
+    prepare_data(data_config(tmp_path, **changes), CountingFamily(), model, ACCELERATOR)
+    assert capsys.readouterr().out.count(sentence) == 1
+    family = CountingFamily()
+    prepare_data(data_config(tmp_path, **changes), family, model, ACCELERATOR)
+    assert capsys.readouterr().out.count(sentence) == 1 and not family.counted, "a warm cache counts nothing"
+    changes["data_config"]["max_text_tokens"] = 17
+    prepare_data(data_config(tmp_path, **changes), family, model, ACCELERATOR)
+    assert "longer than" not in capsys.readouterr().out and len(family.counted) == 4
+
+
+def test_captions_in_the_loop_and_beside_pictures_are_counted_before_training(
+    tmp_path: Path, model: ModelFolder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changes = {"precompute_text_embeddings": False, "data_config": {"max_text_tokens": 20, "random_ratio": True}}
+    prepare_data(edit_set(tmp_path, **changes), CountingFamily(max_controls=1), model, ACCELERATOR)
+    assert "1 caption is longer than the 20 tokens that it reads, and is cut there: b.png (23 tokens)." in " ".join(
+        capsys.readouterr().out.split()
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -11,8 +12,12 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
+from pixtune.data.caption_tokens import CaptionCounter
 from pixtune.data.validate import validate_dataset, validate_folder
+from pixtune.families import family_of
+from pixtune.storage.model_folder import ModelFolder
 from tests.pictures import save_pair
+from tests.runs import ROOT, pixtune
 from utils import validate_dataset as script
 
 
@@ -247,6 +252,64 @@ def test_the_contracts_command(tmp_path, repo_root):
     assert (good.returncode, missing.returncode) == (0, 1), good.stderr + missing.stderr
     assert "64 x 64: 1" in good.stdout
     assert f"{tmp_path}/absent does not exist" in missing.stdout and missing.stderr == ""
+
+
+# ---- captions that are cut
+
+
+def long_captions(folder: Path) -> None:
+    for seed, caption in enumerate(("a cat", "word " * 600, "word " * 512)):
+        save_pair(folder, f"{'abc'[seed]}.png", seed, caption)
+
+
+def test_without_a_model_the_report_says_that_captions_were_not_counted(tmp_path):
+    long_captions(tmp_path)
+    report = validate_folder(tmp_path)
+    text = " ".join(report.render().split())
+    assert "Not checked without a model: whether it reads every caption to the end" in text
+    assert f"cut by models that read 512 tokens: {tmp_path}/b.txt (600 words) The data set is fine." in text
+    (tmp_path / "b.txt").write_text("a dog")
+    assert "Not checked" in validate_folder(tmp_path).render() and "512" not in validate_folder(tmp_path).render()
+
+
+def test_a_model_names_captions_that_it_cuts(tmp_path):
+    long_captions(tmp_path)
+
+    def warnings(model: str, **settings: int) -> tuple[str, ...]:
+        folder = ModelFolder(ROOT / "assets" / model)
+        report = validate_folder(tmp_path, counter=CaptionCounter(family_of(folder), folder, **settings))
+        assert report.ok and "Not checked" not in report.render()
+        return tuple(warning for warning in report.warnings if "longer than" in warning)
+
+    (qwen,) = warnings("tiny-qwen-image")
+    assert qwen.startswith("2 captions are longer than the 512 tokens") and f"{tmp_path}/b.txt (" in qwen
+    clip, t5 = warnings("tiny-flux", max_tokens=1000)
+    assert "77 tokens that CLIP reads" in clip and "1000 tokens that T5 reads" in t5
+    assert warnings("tiny-qwen-image-edit") == ()
+    (edit,) = warnings("tiny-qwen-image-edit", max_tokens=1)
+    assert edit.startswith("3 captions")
+
+
+def test_control_pictures_count_at_the_size_that_the_text_encoder_sees(tmp_path):
+    make_edit_set(tmp_path)
+    folder = ModelFolder(ROOT / "assets" / "tiny-qwen-image-edit")
+
+    def tokens(control_size: int) -> list[int]:
+        counter = CaptionCounter(family_of(folder), folder, 1, control_size)
+        (warning,) = [w for w in validate_folder(tmp_path, counter=counter).warnings if "longer than" in w]
+        return [int(number) for number in re.findall(r"\((\d+) tokens\)", warning)]
+
+    more = [large - small for small, large in zip(tokens(256), tokens(512), strict=True)]
+    assert more == [round(512 / 28) ** 2 - round(256 / 28) ** 2] * 2, "a token a square of 28 pixels"
+
+
+def test_the_command_takes_a_model(tmp_path):
+    long_captions(tmp_path)
+    model = ROOT / "assets" / "tiny-qwen-image"
+    result = pixtune("validate", "--path", tmp_path, "--model", model, "--max-text-tokens", 1)
+    assert result.returncode == 0 and "3 captions are longer than the 1 token" in result.stdout
+    lone = pixtune("validate", "--path", tmp_path, "--max-text-tokens", 1)
+    assert lone.returncode == 2 and "goes with --model" in lone.stdout
 
 
 def test_pixels_are_not_kept(tmp_path):

@@ -1,0 +1,98 @@
+"""Which captions a model's text encoders cut, counted by the tokenizers alone.
+
+A tokenizer loads in a second and reads thousands of captions in another, and a run whose captions are all in the cache
+needs neither: numbers of tokens are remembered beside the cache.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pixtune.data.pairs import shorten
+from pixtune.family import CONTROL_SIDE, ModelFamily, PromptOutline, TextLength
+from pixtune.sizes import Size
+from pixtune.storage.files import write_atomically
+from pixtune.storage.model_folder import ModelFolder
+
+log = logging.getLogger(__name__)
+
+Lengths = tuple[TextLength, ...]
+"""A prompt's length in each text encoder that cuts."""
+
+
+@dataclass(frozen=True)
+class CaptionCounter:
+    """Counts the captions of a data set that is checked for one model."""
+
+    family: ModelFamily
+    folder: ModelFolder
+    max_tokens: int | None = None
+    """The config's `data_config.max_text_tokens`."""
+    control_size: int = CONTROL_SIDE
+    """The config's `data_config.control_size`."""
+
+    def count(self, captions: Sequence[tuple[str, Sequence[Size]]]) -> list[Lengths]:
+        """Lengths of captions, each with the sizes of its control pictures, which are taken whole."""
+        outlines = [
+            PromptOutline(text, tuple(self.family.vision_size(size, self.control_size) for size in sizes))
+            if self.family.controls_in_text
+            else PromptOutline(text)
+            for text, sizes in captions
+        ]
+        return self.family.text_lengths(self.folder, outlines, self.max_tokens)
+
+
+def count_new(
+    prompts: Mapping[str, PromptOutline], count: Callable[[Sequence[PromptOutline]], list[Lengths]], path: Path | None
+) -> dict[str, Lengths]:
+    """Lengths of prompts by name. Counts only those that the file at `path` does not hold, and adds them to it.
+
+    Args:
+        prompts: by names that stand for all that decides the numbers, such as digests of cache keys.
+        path: None: nothing is remembered.
+    """
+    known = _read(path) if path is not None and path.is_file() else {}
+    new = {name: prompt for name, prompt in prompts.items() if name not in known}
+    if new:
+        known |= zip(new, count(list(new.values())), strict=True)
+        if path is not None:
+            rows = {name: [[each.reader, each.num_tokens, each.limit] for each in row] for name, row in known.items()}
+            write_atomically(path, json.dumps(rows, indent=0, sort_keys=True).encode())
+    return {name: known[name] for name in prompts}
+
+
+def _read(path: Path) -> dict[str, Lengths]:
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+        return {name: tuple(TextLength(*each) for each in row) for name, row in rows.items()}
+    except (ValueError, TypeError, AttributeError):  # no JSON, or JSON of another shape
+        log.warning("%s is damaged; captions are counted again", path)
+        return {}
+
+
+def cut_captions(named: Sequence[tuple[str, Lengths]]) -> list[str]:
+    """A sentence for each encoder that cuts captions: how many, at how many tokens, and the first few of them.
+
+    Args:
+        named: pairs of a caption's name and its lengths. A name that stands more than once (beside control pictures at
+            several sizes) counts once, with its largest number of tokens.
+    """
+    longest: dict[tuple[str, int], dict[str, int]] = {}
+    for name, lengths in named:
+        for length in lengths:
+            if length.is_cut:
+                of_encoder = longest.setdefault((length.reader, length.limit), {})
+                of_encoder[name] = max(length.num_tokens, of_encoder.get(name, 0))
+    sentences = []
+    for (reader, limit), cut in longest.items():
+        subject, verb = ("1 caption", "is") if len(cut) == 1 else (f"{len(cut)} captions", "are")
+        tokens = "1 token" if limit == 1 else f"{limit} tokens"
+        sentences.append(
+            f"{subject} {verb} longer than the {tokens} that {reader}, and {verb} cut there: "
+            f"{shorten(f'{name} ({num_tokens} tokens)' for name, num_tokens in cut.items())}."
+        )
+    return sentences
