@@ -1,4 +1,4 @@
-"""`pixtune doctor`: what this machine is, and what keeps it from training or slows it, with what to do about it."""
+"""`pixtune doctor`: reports this machine's hardware, what keeps it from training or slows it, and what to fix."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Examination:
         return all(advice.severity != "fault" for advice in self.advice)
 
     def to_json(self) -> str:
-        """Plain values, bytes as bytes; made for programs and for bug reports."""
+        """Returns plain values, bytes as bytes, for programs and for bug reports."""
         values = {
             "can_train": self.can_train,
             "advice": [asdict(advice) for advice in self.advice],
@@ -53,13 +53,13 @@ class Examination:
 
 
 def examine() -> Examination:
-    """This machine, with the working folder as the place of runs. Starts CUDA, loads and trains nothing."""
+    """Examines this machine, with the working folder as the place of runs. Starts CUDA, loads and trains nothing."""
     machine = read_machine(dict(os.environ), Path.cwd())
     return Examination(machine, tuple(advise(machine)))
 
 
 def render(examination: Examination, console: Console) -> None:
-    """Facts and advice as tables."""
+    """Prints facts and advice as tables."""
     facts = Table(box=box.SIMPLE, show_header=False, pad_edge=False)
     facts.add_column(style="bold", no_wrap=True)
     facts.add_column(overflow="fold")
@@ -67,7 +67,7 @@ def render(examination: Examination, console: Console) -> None:
         facts.add_row(name, escape(value))
     console.print(facts)
     if not examination.advice:
-        console.print("Nothing to mend was found.", style="green")
+        console.print("No problem was found.", style="green")
         return
     for advice in examination.advice:
         style = "bold red" if advice.severity == "fault" else "bold yellow"
@@ -78,7 +78,7 @@ def render(examination: Examination, console: Console) -> None:
 
 
 def examine_model(name_or_path: str) -> ModelCheck:
-    """A model folder on this machine's first GPU, or its CPU. Reads all of its transformer several times.
+    """Checks a model folder on this machine's first GPU, or its CPU. Reads all of its transformer several times.
 
     Raises:
         WeightsError: there is no model, or none that can be trained here.
@@ -95,7 +95,7 @@ def examine_model(name_or_path: str) -> ModelCheck:
 
 
 def render_model(check: ModelCheck, console: Console) -> None:
-    """The worst layers, the comparisons, and the verdict in a sentence."""
+    """Prints the worst layers, the comparisons, and the verdict in a sentence."""
     table = Table(box=box.SIMPLE, pad_edge=False, title=f"{check.folder_name}: errors of the worst layers")
     table.add_column("layer", overflow="fold", min_width=24)
     for heading in ("format", "product", "gradient", "weights*", "inputs*"):
@@ -107,7 +107,7 @@ def render_model(check: ModelCheck, console: Console) -> None:
     console.print("* of the median input channel", style="dim", highlight=False)
     stock = check.stock
     compared = f"not compared: {stock.note}" if stock.error is None else f"{stock.error:.2%} apart {stock.note}"
-    console.print(escape(f"velocity, ours and {check.pipeline_class}'s: {compared.strip()}"), highlight=False)
+    console.print(escape(f"velocity, pixtune's and {check.pipeline_class}'s: {compared.strip()}"), highlight=False)
     for quantized in check.formats:
         kept = quantized.cosine_kept
         then = "" if kept is None else f", {kept:.4f} with keep_plain"
@@ -119,12 +119,12 @@ def render_model(check: ModelCheck, console: Console) -> None:
 
 
 def rows_of(machine: Machine) -> list[tuple[str, str]]:
-    """Names and values for people."""
-    facts, torch = machine.facts, machine.torch
+    """Returns names and values for people."""
+    facts = machine.facts
     system = f"{machine.system}{' (WSL)' if machine.is_wsl else ''}, {machine.machine}, Python {machine.python}"
     rows = [("system", system), ("torch", _torch(machine))]
     if facts is not None and facts.device == "cuda":
-        rows += _gpu_rows(facts, torch.num_gpus)
+        rows += _gpu_rows(facts, machine)
     elif facts is not None:
         rows.append(("device", f"CPU ({facts.name})"))
     rows += [
@@ -141,22 +141,21 @@ def _torch(machine: Machine) -> str:
         return "not installed"
     if torch.import_error is not None:
         return f"{torch.version}, cannot be imported"
-    cudnn = machine.facts.cudnn_version if machine.facts else None
     build = f"CUDA {torch.cuda_version}" if torch.cuda_version else "no CUDA"
-    return f"{torch.version}, {build}{f', cuDNN {cudnn}' if cudnn else ''}"
+    return f"{torch.version}, {build}{f', cuDNN {torch.cudnn_version}' if torch.cudnn_version else ''}"
 
 
-def _gpu_rows(facts: HardwareFacts, num_gpus: int) -> list[tuple[str, str]]:
+def _gpu_rows(facts: HardwareFacts, machine: Machine) -> list[tuple[str, str]]:
     capability = f"compute capability {facts.capability[0]}.{facts.capability[1]}"
-    others = f", and {num_gpus - 1} more" if num_gpus > 1 else ""
+    others = f", and {machine.torch.num_gpus - 1} more" if machine.torch.num_gpus > 1 else ""
     memory = f"{_gib(facts.total_bytes)}, of which a run may take {_gib(facts.free_bytes)}"
     if facts.integrated:
-        memory += f"; one pool with the CPU, {_gib(facts.page_cache_bytes)} of it cached files"
+        memory += f"; one pool with the CPU, {_gib(machine.memory.page_cache_bytes)} of it cached files"
     bandwidth = facts.memory_bandwidth_bytes_per_second
     speed = facts.link_bandwidth_bytes_per_second
     return [
         ("GPU", f"{facts.name}, {capability}, {facts.num_sms} SMs{others}"),
-        ("driver", facts.driver_version or "unknown"),
+        ("driver", machine.driver_version or "unknown"),
         ("GPU memory", memory),
         ("bandwidth", f"{bandwidth / 1e9:.0f} GB/s (nominal)" if bandwidth else "unknown: not in the table of cards"),
         ("link to host", LINKS[facts.coherent_link] + (f", about {speed / 1e9:.0f} GB/s" if speed else "")),

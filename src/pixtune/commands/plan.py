@@ -7,7 +7,6 @@ kilobytes of a download of tens of gigabytes. Of the models that pixtune names, 
 from __future__ import annotations
 
 import json
-import subprocess
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -19,9 +18,10 @@ from rich.padding import Padding
 from rich.table import Table
 
 from pixtune.config.schema import TrainConfig
-from pixtune.hardware.cards import HOST_BYTES, facts_as, find_card
-from pixtune.hardware.facts import GIB, HardwareFacts, tensor_core_formats
+from pixtune.hardware.cards import HOST_BYTES, facts_as
+from pixtune.hardware.facts import GIB, HardwareFacts
 from pixtune.hardware.meminfo import read_host_memory
+from pixtune.hardware.read import cpu_facts, read_facts_without_cuda
 from pixtune.plan.encoders import PIXELS_PER_VISION_TOKEN, TEXT_TOKENS, EncoderPlan, EncoderSizes, encode_plainly
 from pixtune.plan.kernel_choice import NAMES
 from pixtune.plan.phases import Phase, Surroundings, phases_of
@@ -36,8 +36,6 @@ if TYPE_CHECKING:
 
 PROCESS_HOST_BYTES = 3 * GIB
 """Host memory of a run before it has loaded anything: Python with its libraries and CUDA's own side. Assumed."""
-SMI_FIELDS = "name,memory.total,memory.used,compute_cap"
-SMI_TIMEOUT_SECONDS = 10
 
 
 @dataclass(frozen=True)
@@ -135,48 +133,9 @@ def make_report(config: TrainConfig, card: str | None = None) -> PlanReport:
 
 
 def facts_of_this_machine() -> HardwareFacts:
-    """The first GPU, from nvidia-smi and the table of cards; the CPU where there is none. Starts no CUDA."""
-    command = ["nvidia-smi", "--id=0", f"--query-gpu={SMI_FIELDS}", "--format=csv,noheader,nounits"]
-    try:
-        run = subprocess.run(command, capture_output=True, text=True, timeout=SMI_TIMEOUT_SECONDS, check=False)
-    except (FileNotFoundError, subprocess.TimeoutExpired):
-        return cpu_facts()
-    return facts_from_smi(run.stdout) if run.returncode == 0 else cpu_facts()
-
-
-def cpu_facts() -> HardwareFacts:
-    """A machine without a GPU."""
-    from pixtune.hardware import read
-
-    return read.cpu_facts(read_host_memory(), "this machine's CPU")
-
-
-def facts_from_smi(line: str) -> HardwareFacts:
-    """From what nvidia-smi says of one GPU.
-
-    A GPU in the CPU's pool has no memory of its own to tell of ("[N/A]"): it is taken from the table.
-    """
-    name, total_mib, used_mib, capability = (word.strip() for word in line.split(","))
-    major, minor = map(int, capability.split("."))
-    if not total_mib.isdigit():
-        return before_cuda(facts_as(name.removeprefix("NVIDIA ")))
-    total_bytes, free_bytes = int(total_mib) << 20, (int(total_mib) - int(used_mib)) << 20
-    card, host = find_card(name, total_bytes), read_host_memory()
-    return before_cuda(
-        HardwareFacts(
-            device="cuda",
-            name=name,
-            capability=(major, minor),
-            total_bytes=total_bytes,
-            free_bytes=free_bytes,
-            coherent_link=card.link if card else "pcie",
-            host_total_bytes=host.total_bytes,
-            host_available_bytes=host.available_bytes,
-            memory_bandwidth_bytes_per_second=card.memory_bandwidth_bytes_per_second if card else None,
-            link_bandwidth_bytes_per_second=card.link_bandwidth if card else None,
-            tensor_core_formats=tensor_core_formats((major, minor)),
-        )
-    )
+    """Reads the first GPU from nvidia-smi and the table of cards; the CPU where there is none. Starts no CUDA."""
+    facts = read_facts_without_cuda()
+    return before_cuda(facts) if facts else cpu_facts(read_host_memory(), "this machine's CPU")
 
 
 def before_cuda(facts: HardwareFacts) -> HardwareFacts:

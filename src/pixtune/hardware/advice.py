@@ -1,6 +1,6 @@
-"""What a machine's state keeps from working, or from working well, and what to do about it. Pure rules, one a fault.
+"""Rules that find what is wrong with a machine and how to fix it, one problem each; pure functions.
 
-A rule speaks only of what it sees: it returns None unless the fault is there.
+A rule reports only what it sees: it returns None unless the problem is there.
 """
 
 from __future__ import annotations
@@ -17,28 +17,28 @@ from pixtune.hardware.machine import Machine
 GB10 = (12, 1)
 LEAST_CAPABILITY = (8, 0)
 OLDEST_TORCHAO = "0.16"
-"""peft refuses to make a LoRA layer while an older one is installed, even where it is not used."""
+"""Oldest torchao beside which peft makes a LoRA layer; it refuses to beside an older one, even an unused one."""
 OLDEST_CUDA_FOR_GB10 = "13.0"
 OLDEST_TRITON_FOR_GB10 = "3.7"
 LEAST_SHARED_MEMORY_BYTES = GIB // 4
 LEAST_DISK_BYTES = 10 * GIB
 PAGE_CACHE_SHARE = 0.25
-"""Of a pool; more than this is worth a line, if little else is free."""
+"""Share of a pool from which page cache is worth a line, if little else is free."""
 
 
 @dataclass(frozen=True)
 class Advice:
-    """One thing to mend."""
+    """One problem and its remedy."""
 
     severity: Literal["fault", "warning"]
-    """"fault": training cannot work, or not on the GPU. "warning": it works, worse than it could."""
+    """"fault": training cannot work, or not on the GPU. "warning": it works, but worse than it could."""
     topic: str
     found: str
     remedy: str
 
 
 def advise(machine: Machine) -> list[Advice]:
-    """All advice for a machine, faults first, as `RULES` has them."""
+    """Returns all advice for a machine, faults first, in the order of `RULES`."""
     return [advice for rule in RULES if (advice := rule(machine)) is not None]
 
 
@@ -113,8 +113,8 @@ def gpu_out_of_reach(machine: Machine) -> Advice | None:
         remedy = f"CUDA_VISIBLE_DEVICES is {machine.visible_devices!r}, which hides every GPU: unset it."
     else:
         remedy = (
-            "Look whether `nvidia-smi` works. In a container: start it with `--gpus all`. If it works, the driver may "
-            f"be too old for CUDA {torch.cuda_version}: its own version stands in nvidia-smi's first line."
+            "Check whether `nvidia-smi` works. In a container: start it with `--gpus all`. If it works, the driver may "
+            f"be too old for CUDA {torch.cuda_version}: nvidia-smi's first line shows its version."
         )
     return Advice("fault", "GPU", f"torch {torch.version} has CUDA {torch.cuda_version} and finds no GPU.", remedy)
 
@@ -127,17 +127,18 @@ def no_gpu(machine: Machine) -> Advice | None:
         "warning",
         "GPU",
         "There is no NVIDIA GPU and no driver here.",
-        "`make demo` trains a small model on the CPU; full-size models need a GPU from Ampere (RTX 30) on, with 8 GB.",
+        "`make demo` trains a small model on the CPU; full-size models need a GPU of the Ampere generation (RTX 30) or "
+        "newer with at least 8 GB.",
     )
 
 
 def cudnn_missing(machine: Machine) -> Advice | None:
-    if not machine.torch.cuda_available or machine.torch.cudnn_available:
+    if not machine.torch.cuda_available or machine.torch.cudnn_version is not None:
         return None
     return Advice(
         "warning",
         "cuDNN",
-        f"torch {machine.torch.version} runs without cuDNN: the autoencoder is slower, cuDNN's attention missing.",
+        f"torch {machine.torch.version} runs without cuDNN: the autoencoder is slower, cuDNN's attention is missing.",
         "Install cuDNN 9 for your CUDA; `ldconfig -p | grep libcudnn.so.9` shows whether the loader finds it.",
     )
 
@@ -152,9 +153,9 @@ def gpu_too_old(machine: Machine) -> Advice | None:
     return Advice(
         "warning",
         "GPU",
-        f"{facts.name} has compute capability {facts.capability[0]}.{facts.capability[1]}: no bf16, and nothing here "
-        "was tried on it.",
-        "Use a GPU from Ampere (RTX 30, A100) on.",
+        f"{facts.name} has compute capability {facts.capability[0]}.{facts.capability[1]}: it has no bf16, and pixtune "
+        "was never tried on it.",
+        "Use a GPU of the Ampere generation (RTX 30, A100) or newer.",
     )
 
 
@@ -165,10 +166,10 @@ def old_cuda_on_gb10(machine: Machine) -> Advice | None:
     return Advice(
         "warning",
         "CUDA",
-        f"torch {machine.torch.version} was built with CUDA {cuda}; GB10 (sm_121) is supported from CUDA "
-        f"{OLDEST_CUDA_FOR_GB10} on. A public comparison of the two saw a factor of 2.9 in speed.",
+        f"torch {machine.torch.version} was built with CUDA {cuda}; GB10 (sm_121) is supported by CUDA "
+        f"{OLDEST_CUDA_FOR_GB10} and newer. A public comparison of the two found a factor of 2.9 in speed.",
         "Install a build with CUDA 13: `pip install torch` has one for ARM64. torch's warning that sm_121 is not among "
-        "its architectures is harmless there: binaries for sm_120 run.",
+        "its architectures is harmless: binaries for sm_120 run.",
     )
 
 
@@ -182,7 +183,7 @@ def old_triton_on_gb10(machine: Machine) -> Advice | None:
         "warning",
         "Triton",
         f"Triton {triton} brings an assembler that does not know sm_121; compiled training would fail.",
-        "export TRITON_PTXAS_PATH=/usr/local/cuda/bin/ptxas (of CUDA 13), or a newer torch with its Triton.",
+        "export TRITON_PTXAS_PATH=/usr/local/cuda/bin/ptxas (of CUDA 13), or install a newer torch with its Triton.",
     )
 
 
@@ -195,8 +196,8 @@ def flash_attention_3_off_hopper(machine: Machine) -> Advice | None:
         "warning",
         "attention",
         f"FlashAttention 3 is installed. It runs on Hopper (H100, H200, GH200) alone, not on {facts.name}{arm}.",
-        "cuda_features.enable_flash_attention_3: false (the default here). A run tries PyTorch's own kernels, cuDNN's "
-        "among them unless enable_cudnn_sdp is false, and takes the fastest that is right.",
+        "Set cuda_features.enable_flash_attention_3: false (the default here). A run tries PyTorch's own kernels, "
+        "cuDNN's among them unless enable_cudnn_sdp is false, and takes the fastest that is right.",
     )
 
 
@@ -209,7 +210,8 @@ def driver_spills_to_host(machine: Machine) -> Advice | None:
         "memory",
         "On Windows and WSL the driver moves GPU memory to the host when it is full; steps then take 10 to 100 times "
         "as long, without an error.",
-        "NVIDIA Control Panel, Manage 3D settings, 'CUDA - Sysmem Fallback Policy': 'Prefer No Sysmem Fallback'.",
+        "In NVIDIA Control Panel, Manage 3D settings, set 'CUDA - Sysmem Fallback Policy' to 'Prefer No Sysmem "
+        "Fallback'.",
     )
 
 
@@ -229,7 +231,7 @@ def page_cache_fills_the_pool(machine: Machine) -> Advice | None:
     )
 
 
-# ---- around it
+# ---- packages and disks
 
 
 def torchao_too_old(machine: Machine) -> Advice | None:
@@ -240,7 +242,7 @@ def torchao_too_old(machine: Machine) -> Advice | None:
         "fault",
         "torchao",
         f"torchao {torchao} is installed, and peft refuses to attach a LoRA beside one older than {OLDEST_TORCHAO}.",
-        "`pip uninstall torchao` (pixtune does not use it), or a newer one.",
+        "`pip uninstall torchao` (pixtune does not use it), or install a newer one.",
     )
 
 
@@ -252,7 +254,7 @@ def little_shared_memory(machine: Machine) -> Advice | None:
         "warning",
         "/dev/shm",
         f"/dev/shm has {size / 2**20:.0f} MiB, through which {machine.torch.num_gpus} GPUs may exchange gradients.",
-        "In a container: `docker run --shm-size=1g`.",
+        "In a container: start it with `docker run --shm-size=1g`.",
     )
 
 

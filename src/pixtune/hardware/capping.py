@@ -1,55 +1,38 @@
 """A hard limit on what this process takes of a GPU, so that a smaller card can be tried on a larger one.
 
 torch can cap its allocator only (`set_per_process_memory_fraction`), and a process holds more than that: the CUDA
-context, the code of kernels and libraries, NCCL's buffers. A card of 24 GB has to hold all of it, so the limit here is
-for the whole process, and the allocator gets what is left of it:
+context, the code of kernels and libraries, NCCL's buffers. A card of 24 GB has to hold all of it, so the limit here
+covers the whole process, and the allocator gets what is left of it:
 
     limit = outside the allocator, measured after CUDA has started + room for what is loaded later + allocator
 
 `used_before_cuda` reads from nvidia-smi what others hold before this process has a context; after the context is
-there, cudaMemGetInfo counts both, and the difference is the context. Without nvidia-smi the context is assumed, and
-`DeviceCap.measured` says so. The memory that runs use outside is best checked at their end with
-`outside_allocator_bytes`: whoever reports a capped run reports that figure beside the limit.
+there, cudaMemGetInfo counts both, and the difference is the context. Without nvidia-smi the context is assumed. The
+memory that runs use outside is best checked at their end with `outside_allocator_bytes`: whoever reports a capped run
+reports that figure beside the limit.
 """
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 
 from pixtune.errors import PlanError
 from pixtune.hardware.facts import GIB
+from pixtune.hardware.nvidia_smi import query
 
 ASSUMED_OUTSIDE_BYTES = GIB // 2
-"""Context of an H100 with torch's libraries loaded, and more than that of smaller chips."""
+"""Context of an H100 with torch's libraries loaded; smaller chips have a smaller one."""
 LOADED_LATER_BYTES = round(0.35 * GIB)
-"""Kernels are loaded when they first run: cuBLAS's, cuDNN's, compiled ones; recorded steps are kept there, too."""
-NVIDIA_SMI_TIMEOUT_SECONDS = 20
-
-
-@dataclass(frozen=True)
-class DeviceCap:
-    """How a limit was divided, in bytes."""
-
-    limit_bytes: int
-    outside_bytes: int
-    """Held outside torch's allocator when the cap was set."""
-    later_bytes: int
-    """Set aside for what is loaded later."""
-    allocator_bytes: int
-    """What torch may reserve; beyond it, it raises out-of-memory."""
-    measured: bool
-    """False: `outside_bytes` is an assumption."""
+"""Room for kernels that are loaded when they first run (cuBLAS's, cuDNN's, compiled ones), and for CUDA graphs."""
 
 
 def own_gpu(environ: Mapping[str, str]) -> str:
-    """This process's GPU as nvidia-smi names it, which ignores CUDA_VISIBLE_DEVICES: a number or a UUID.
+    """Returns the number or UUID of this process's GPU for nvidia-smi, which ignores CUDA_VISIBLE_DEVICES.
 
     Args:
-        environ: with LOCAL_RANK where there are several processes.
+        environ: environment with LOCAL_RANK where there are several processes.
     """
     rank = int(environ.get("LOCAL_RANK", "0"))
     visible = [name.strip() for name in environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
@@ -57,28 +40,25 @@ def own_gpu(environ: Mapping[str, str]) -> str:
 
 
 def used_before_cuda(gpu: str) -> int | None:
-    """Bytes that others hold on a GPU; call it before CUDA starts in this process.
+    """Reads how many bytes others hold on a GPU; call it before CUDA starts in this process.
 
     Args:
-        gpu: of `own_gpu`.
+        gpu: as `own_gpu` returns it.
 
     Returns:
-        None if nvidia-smi is missing or does not say, as on an integrated GPU.
+        None if nvidia-smi is missing or does not report it, as on an integrated GPU.
     """
-    command = ["nvidia-smi", f"--id={gpu}", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
-    try:
-        run = subprocess.run(command, capture_output=True, text=True, timeout=NVIDIA_SMI_TIMEOUT_SECONDS, check=False)
-    except (FileNotFoundError, subprocess.TimeoutExpired):
-        return None
-    mebibytes = run.stdout.strip()
-    return int(mebibytes) * 2**20 if run.returncode == 0 and mebibytes.isdigit() else None
+    values = query(gpu, "memory.used")
+    return int(values[0]) * 2**20 if values and values[0].isdigit() else None
 
 
 def outside_allocator_bytes(used_before_bytes: int, device: torch.device | None = None) -> int:
-    """What this process holds on the GPU beside torch's allocator. Others must not have grown since the reading.
+    """Counts the bytes that this process holds on the GPU beside torch's allocator.
+
+    What others hold must not have grown since the reading.
 
     Args:
-        used_before_bytes: what `used_before_cuda` said.
+        used_before_bytes: as `used_before_cuda` returned it.
     """
     free_bytes, total_bytes = torch.cuda.mem_get_info(device)
     return max(0, total_bytes - free_bytes - used_before_bytes - torch.cuda.memory_reserved(device))
@@ -86,12 +66,15 @@ def outside_allocator_bytes(used_before_bytes: int, device: torch.device | None 
 
 def cap_device_memory(
     limit_gib: float, used_before_bytes: int | None = None, device: torch.device | None = None
-) -> DeviceCap:
+) -> int:
     """Caps what this process can take of a GPU, its CUDA context included. Starts CUDA.
 
     Args:
-        limit_gib: of the whole process, GiB.
-        used_before_bytes: what `used_before_cuda` said, before CUDA started; None assumes the size of the context.
+        limit_gib: limit of the whole process, GiB.
+        used_before_bytes: as `used_before_cuda` returned it before CUDA started; None assumes the size of the context.
+
+    Returns:
+        Bytes that torch may reserve; beyond them it raises out-of-memory.
 
     Raises:
         PlanError: the limit leaves nothing to the allocator, or the GPU is smaller than it.
@@ -101,16 +84,20 @@ def cap_device_memory(
     torch.cuda.synchronize(device)  # the context is there from here on
     outside = ASSUMED_OUTSIDE_BYTES if used_before_bytes is None else outside_allocator_bytes(used_before_bytes, device)
     total_bytes = torch.cuda.mem_get_info(device)[1]
-    cap = divide_limit(round(limit_gib * GIB), total_bytes, outside, measured=used_before_bytes is not None)
-    torch.cuda.set_per_process_memory_fraction(cap.allocator_bytes / total_bytes, device)
-    return cap
+    allocator_bytes = allocator_share(round(limit_gib * GIB), total_bytes, outside)
+    torch.cuda.set_per_process_memory_fraction(allocator_bytes / total_bytes, device)
+    return allocator_bytes
 
 
-def divide_limit(limit_bytes: int, total_bytes: int, outside_bytes: int, measured: bool) -> DeviceCap:
-    """The allocator's share of a limit.
+def allocator_share(limit_bytes: int, total_bytes: int, outside_bytes: int) -> int:
+    """Returns what of a limit is left to torch's allocator.
+
+    Args:
+        total_bytes: memory of the GPU.
+        outside_bytes: held outside the allocator when the cap is set.
 
     Raises:
-        PlanError: nothing is left for it, or the GPU is smaller than the limit.
+        PlanError: nothing is left, or the GPU is smaller than the limit.
     """
     if limit_bytes > total_bytes:
         raise PlanError(
@@ -123,4 +110,4 @@ def divide_limit(limit_bytes: int, total_bytes: int, outside_bytes: int, measure
             f"gpu_memory_limit_gib is {limit_bytes / GIB:.2f}, and the CUDA context with its kernels alone takes "
             f"{(outside_bytes + LOADED_LATER_BYTES) / GIB:.2f} GiB. Give more."
         )
-    return DeviceCap(limit_bytes, outside_bytes, LOADED_LATER_BYTES, allocator_bytes, measured)
+    return allocator_bytes

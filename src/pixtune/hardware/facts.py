@@ -1,4 +1,4 @@
-"""What a machine is, as plain values, so that decisions can be tested without it. Imports no torch.
+"""A machine as plain values, so that decisions can be tested without it. Imports no torch.
 
 `read.read_facts` reads this machine; `cards.facts_as` makes the facts of another one from the table of cards.
 """
@@ -17,19 +17,20 @@ from pixtune.errors import PixtuneError
 OLDEST_TORCH = "2.10.0a0"
 REPORTED_PACKAGES = ("pixtune", "torch", "diffusers", "transformers", "peft", "accelerate", "safetensors")
 MEMORY_FRACTION = 0.9
-"""Most that a run takes of a pool shared with the CPU, unless the config's `memory_fraction` says otherwise."""
+"""Largest share that a run takes of a pool shared with the CPU, unless the config's `memory_fraction` differs."""
 
 GIB = 2**30
 HOPPER = (9, 0)
 LEAST_FLOOR_BYTES = 4 * GIB
 FLOOR_SHARE = 16
 LEAST_HOST_FLOOR_BYTES = GIB
-"""Of a host beside a GPU: page-locked memory cannot be swapped out, so the desktop and the page cache keep some."""
+"""Memory of a GPU's host that stays free at least: page-locked memory cannot be swapped out, and the desktop and the
+page cache need some."""
 
 CoherentLink = Literal["pcie", "c2c", "integrated", "none"]
 
 TENSOR_CORE_FORMATS = {"bf16": (8, 0), "int8": (8, 0), "fp8": (8, 9)}
-"""The oldest capability whose tensor cores are used for a format. Turing (7.5) has int8 too, but no bf16 beside it, and
+"""Oldest capability whose tensor cores are used for a format. Turing (7.5) has int8 too, but no bf16 beside it, and
 nothing here was ever run on it."""
 
 
@@ -45,35 +46,37 @@ class HardwareFacts:
     total_bytes: int
     """Device memory as the driver reports it; 0 without a GPU."""
     free_bytes: int
-    """What a run may take: free device memory; of a pool shared with the CPU what `usable_pool_bytes` leaves."""
-    integrated: bool = False
-    """CPU and GPU share one pool of memory, and the device says so itself (DGX Spark)."""
+    """Memory that a run may take: free device memory; of a pool shared with the CPU what `usable_pool_bytes` leaves."""
     coherent_link: CoherentLink = "none"
-    """"integrated": one pool. "c2c": two pools, and each side reads the other's (GH200). "pcie": copies."""
+    """"integrated": CPU and GPU share one pool of memory, and the device reports it itself (DGX Spark). "c2c": two
+    pools, and each side reads the other's (GH200). "pcie": copies. "none": no GPU."""
     host_total_bytes: int = 0
-    """Without what a container may not have, and without the GPU's own memory. On an integrated machine the pool."""
+    """Host memory without what a container may not have, and without the GPU's own; on an integrated machine the
+    pool."""
     host_available_bytes: int = 0
-    """What processes can get without swapping; page cache counts, since it can be dropped."""
-    page_cache_bytes: int = 0
-    """Of the host, as /proc/meminfo has it; on an integrated machine it stands in the GPU's pool."""
+    """Host memory that processes can get without swapping; page cache counts, since it can be dropped."""
     memory_bandwidth_bytes_per_second: int | None = None
-    """Of device memory, nominal, from the table of cards; None for a card that is not in it."""
+    """Nominal bandwidth of device memory, from the table of cards; None for a card that is not in it."""
     link_bandwidth_bytes_per_second: int | None = None
-    """Host to device from pinned memory, an estimate from the link's kind; None if unknown or one pool."""
-    cuda_version: str | None = None
-    """That torch was built with."""
-    driver_version: str | None = None
-    cudnn_version: str | None = None
-    torch_version: str | None = None
+    """Bandwidth from pinned host memory to the device, estimated from the kind of link; None if unknown or one pool."""
     machine: str = ""
     """"x86_64", "aarch64", ..."""
     num_sms: int = 0
-    tensor_core_formats: tuple[str, ...] = ()
-    """Of "bf16", "int8", "fp8": those this GPU's tensor cores are used for."""
+    """Streaming multiprocessors; 0 without a GPU, and where nobody asked."""
+
+    @property
+    def integrated(self) -> bool:
+        """Whether CPU and GPU share one pool of memory."""
+        return self.coherent_link == "integrated"
+
+    @property
+    def tensor_core_formats(self) -> tuple[str, ...]:
+        """Formats among "bf16", "int8" and "fp8" that this GPU's tensor cores are used for."""
+        return tuple(name for name, oldest in TENSOR_CORE_FORMATS.items() if self.capability >= oldest)
 
 
 def pool_floor_bytes(pool_bytes: int) -> int:
-    """What a plan leaves untouched of a pool shared with the CPU: a sixteenth, at least 4 GiB (7.5 of 119.7 GiB).
+    """Returns what a plan leaves untouched of a pool shared with the CPU: a sixteenth, at least 4 GiB (7.5 of 119.7).
 
     A machine with one pool does not run out of memory, it hangs: the kernel's out-of-memory killer does not count what
     CUDA took, and containers' limits do not either. So the rest of the system must never have to fight for its pages:
@@ -85,14 +88,14 @@ def pool_floor_bytes(pool_bytes: int) -> int:
 
 
 def usable_pool_bytes(pool_bytes: int, available_bytes: int, memory_fraction: float = MEMORY_FRACTION) -> int:
-    """What a run may take of one pool: what is available less the floor, at most the fraction of the pool."""
+    """Returns what a run may take of one pool: what is available less the floor, at most the fraction of the pool."""
     return max(0, min(available_bytes - pool_floor_bytes(pool_bytes), round(pool_bytes * memory_fraction)))
 
 
 def host_room_bytes(facts: HardwareFacts) -> int | None:
-    """What a plan may take of the host's memory beside a GPU's own: what is available less a sixteenth, at least 1 GiB.
+    """Returns what a plan may take of the memory of a GPU's host: what is available less a sixteenth, at least 1 GiB.
 
-    None: there is no such bound, since CPU and GPU share one pool, or nothing is known of the host.
+    None means that there is no such bound: CPU and GPU share one pool, or nothing is known of the host.
     """
     if facts.integrated or not facts.host_total_bytes:
         return None
@@ -101,18 +104,13 @@ def host_room_bytes(facts: HardwareFacts) -> int | None:
 
 
 def missing_on_host(facts: HardwareFacts, num_bytes: int) -> int:
-    """How much of so many bytes the host cannot give."""
+    """Returns how many of `num_bytes` the host cannot give."""
     room = host_room_bytes(facts)
     return 0 if room is None or not num_bytes else max(0, num_bytes - room)
 
 
-def tensor_core_formats(capability: tuple[int, int]) -> tuple[str, ...]:
-    """Of "bf16", "int8", "fp8": those that the tensor cores of a capability are used for here."""
-    return tuple(name for name, oldest in TENSOR_CORE_FORMATS.items() if capability >= oldest)
-
-
 def package_versions() -> dict[str, str]:
-    """Versions that a result depends on, Python's included."""
+    """Returns the versions that a result depends on, Python's included."""
     versions = {"python": platform.python_version()}
     for name in REPORTED_PACKAGES:
         versions[name] = installed_version(name) or "not installed"
@@ -120,7 +118,7 @@ def package_versions() -> dict[str, str]:
 
 
 def installed_version(name: str) -> str | None:
-    """A package's version from its metadata, without importing it; None if it is not installed."""
+    """Returns a package's version from its metadata, without importing it; None if it is not installed."""
     try:
         return version(name)
     except PackageNotFoundError:
@@ -128,10 +126,10 @@ def installed_version(name: str) -> str | None:
 
 
 def check_torch() -> None:
-    """torch stands in no dependency list of ours, so its version is checked here.
+    """Checks torch's version here, since no dependency list of pixtune names torch.
 
     Raises:
-        PixtuneError: it is older than what this was built for.
+        PixtuneError: it is older than what pixtune was built for.
     """
     import torch
 
@@ -143,5 +141,5 @@ def check_torch() -> None:
 
 
 def is_too_old(torch_version: str) -> bool:
-    """Whether pixtune refuses a version of torch."""
+    """Returns whether pixtune refuses a version of torch."""
     return Version(torch_version) < Version(OLDEST_TORCH)

@@ -1,4 +1,4 @@
-"""What the GPU of this machine can do, by its compute capability; all of it answers without a GPU, too."""
+"""Features of this machine's GPU, by its compute capability; every function answers without a GPU, too."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ FEATURES: dict[str, tuple[int, int]] = {
     "flash_attention_2": (8, 0),
     "async_memcpy": (8, 0),
 }
-"""The oldest capability that has it. FlashAttention 3 is not among them: it runs on Hopper alone."""
+"""Oldest capability that has each feature. FlashAttention 3 is not among them: it runs on Hopper alone."""
 
 
 def get_cuda_version() -> str:
-    """CUDA's version that torch was built with, for example "13.0"; "none" for a CPU build."""
+    """Returns the version of CUDA that torch was built with, for example "13.0"; "none" for a CPU build."""
     return torch.version.cuda or "none"
 
 
 def compare_versions(one: str, other: str) -> int:
-    """-1, 0 or 1 as `one` is older than, equal to or newer than `other`: "12.10" is newer than "12.9"."""
+    """Returns -1, 0 or 1 as `one` is older than, equal to or newer than `other`: "12.10" is newer than "12.9"."""
     first, second = Version(one), Version(other)
     return (first > second) - (first < second)
 
 
 def get_device_capability() -> tuple[int, int]:
-    """Compute capability of the current GPU, for example (9, 0); (0, 0) without one."""
+    """Returns the compute capability of the current GPU, for example (9, 0); (0, 0) without one."""
     return torch.cuda.get_device_capability() if torch.cuda.is_available() else NO_GPU
 
 
@@ -45,11 +45,14 @@ def is_ampere_or_newer() -> bool:
 
 
 def supports_feature(name: str) -> bool:
-    """Whether this GPU has a feature: flash_attention_3, fp8_native, tf32_compute, flash_attention_2 or async_memcpy
-    (copies from global to shared memory beside computation).
+    """Returns whether this GPU has a feature.
+
+    Args:
+        name: flash_attention_3, fp8_native, tf32_compute, flash_attention_2 or async_memcpy (copies from global to
+            shared memory beside computation).
 
     Raises:
-        ValueError: no feature of this name; lists those there are.
+        ValueError: no feature has this name; lists all names.
     """
     capability = get_device_capability()
     if name == "flash_attention_3":  # its kernels are built from instructions that later chips do not have
@@ -60,7 +63,7 @@ def supports_feature(name: str) -> bool:
 
 
 def get_optimal_settings() -> dict[str, Any]:
-    """What to switch on, as JSON can hold it."""
+    """Returns which features to switch on, as values that JSON can hold."""
     return {
         "use_flash_attention_3": supports_feature("flash_attention_3"),
         "use_fp8": supports_feature("fp8_native"),
@@ -72,7 +75,7 @@ def get_optimal_settings() -> dict[str, Any]:
 
 
 def enable_tf32() -> bool:
-    """TF32 for fp32 matrix products, where the GPU has it; returns whether it is on now."""
+    """Switches on TF32 for fp32 matrix products where the GPU has it, and returns whether it is on."""
     if not supports_feature("tf32_compute"):
         return False
     torch.set_float32_matmul_precision("high")
@@ -80,5 +83,5 @@ def enable_tf32() -> bool:
 
 
 def get_recommended_dtype() -> torch.dtype:
-    """bf16 where the GPU computes in it, else fp32: fp16 overflows in these models."""
+    """Returns bf16 where the GPU computes in it, else fp32: fp16 overflows in these models."""
     return torch.bfloat16 if is_ampere_or_newer() else torch.float32

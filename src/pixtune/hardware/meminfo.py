@@ -12,7 +12,7 @@ CGROUP_FILES = (
     ("memory.max", "memory.current", "memory.stat", "inactive_file"),
     ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "total_inactive_file"),
 )
-"""Limit, usage, statistics and the name in them of page cache that can be dropped: version 2, then 1."""
+"""Files with limit, usage and statistics, and the name in the last of droppable page cache: version 2, then 1."""
 
 
 @dataclass(frozen=True)
@@ -21,23 +21,23 @@ class HostMemory:
 
     total_bytes: int
     available_bytes: int
-    """What can be had without swapping; page cache counts, since the kernel drops it when asked."""
+    """Memory that can be had without swapping; page cache counts, since the kernel drops it when asked."""
     free_bytes: int
-    """Used by nobody. cudaMemGetInfo follows this one on an integrated GPU, and so calls a machine full that is not."""
+    """Memory that nobody uses. cudaMemGetInfo follows it on an integrated GPU: a machine seems full that is not."""
     page_cache_bytes: int
 
 
 def read_host_memory() -> HostMemory:
-    """This machine's memory, no more than a container's limit allows.
+    """Reads this machine's memory, no more than a container's limit allows.
 
-    On an integrated machine read `read_meminfo` instead: containers' limits do not count what CUDA takes there.
+    On an integrated machine use `read_meminfo` instead: containers' limits do not count what CUDA takes there.
     """
     memory, limit = read_meminfo(), read_cgroup_limit(CGROUP)
     return memory if limit is None else within(memory, *limit)
 
 
 def read_meminfo() -> HostMemory:
-    """The whole machine's memory, as the kernel counts it."""
+    """Reads the whole machine's memory, as the kernel counts it."""
     if MEMINFO.exists():
         return parse_meminfo(MEMINFO.read_text(encoding="ascii"))
     import psutil  # type: ignore[import-untyped]  # Windows and macOS
@@ -59,7 +59,7 @@ def parse_meminfo(text: str) -> HostMemory:
 
 
 def within(memory: HostMemory, limit_bytes: int, used_bytes: int) -> HostMemory:
-    """A container's view: what its limit leaves, or the machine, whichever is less."""
+    """Narrows a machine's memory to what a container's limit leaves, where that is less."""
     room = max(0, limit_bytes - used_bytes)
     return HostMemory(
         min(memory.total_bytes, limit_bytes),
@@ -70,7 +70,7 @@ def within(memory: HostMemory, limit_bytes: int, used_bytes: int) -> HostMemory:
 
 
 def read_cgroup_limit(root: Path) -> tuple[int, int] | None:
-    """Limit and usage of this control group in bytes, without page cache that can be dropped; None without a limit."""
+    """Reads limit and usage of this control group in bytes, without droppable page cache; None without a limit."""
     for limit_name, used_name, statistics_name, cache_name in CGROUP_FILES:
         paths = [root / name for name in (limit_name, used_name, statistics_name)]
         if not all(path.is_file() for path in paths):
@@ -84,21 +84,16 @@ def read_cgroup_limit(root: Path) -> tuple[int, int] | None:
 
 
 def read_process_bytes() -> int:
-    """Host memory of this process that is in RAM (resident set size)."""
+    """Reads how much memory of this process is in RAM (resident set size)."""
     if STATUS.exists():
-        return parse_status(STATUS.read_text(encoding="utf-8", errors="replace"))
+        return _kibibytes(STATUS.read_text(encoding="utf-8", errors="replace"))["VmRSS"]
     import psutil
 
     return int(psutil.Process().memory_info().rss)
 
 
-def parse_status(text: str) -> int:
-    """Resident set size from the text of /proc/self/status, bytes."""
-    return _kibibytes(text)["VmRSS"]
-
-
 def _kibibytes(text: str) -> dict[str, int]:
-    """All lines of the form "Name:   123 kB", in bytes."""
+    """Reads all lines of the form "Name:   123 kB", in bytes."""
     fields = {}
     for line in text.splitlines():
         name, _, value = line.partition(":")

@@ -1,4 +1,4 @@
-"""How much memory is in use, of the device and of the host, in GiB (2^30 bytes)."""
+"""Memory in use, of the device and of the host, in GiB (2^30 bytes)."""
 
 from __future__ import annotations
 
@@ -17,18 +17,15 @@ log = logging.getLogger(__name__)
 
 
 def get_memory_stats() -> dict[str, float]:
-    """`allocated_gb`, `reserved_gb` and `max_allocated_gb` of the current device; zeros without a GPU."""
-    if not torch.cuda.is_available():
-        return {"allocated_gb": 0.0, "reserved_gb": 0.0, "max_allocated_gb": 0.0}
+    """Returns `allocated_gb`, `reserved_gb` and `max_allocated_gb` of the current device; zeros without a GPU."""
+    memory = read_device_memory()
     return {
-        "allocated_gb": torch.cuda.memory_allocated() / GIB,
-        "reserved_gb": torch.cuda.memory_reserved() / GIB,
-        "max_allocated_gb": torch.cuda.max_memory_allocated() / GIB,
-    }
+        "allocated_gb": memory.allocated_gib, "reserved_gb": memory.reserved_gib, "max_allocated_gb": memory.peak_gib
+    }  # fmt: skip
 
 
 def log_memory_usage(checkpoint_name: str) -> None:
-    """One line in the log (logger "pixtune.hardware.monitor") on what is in use at a named moment."""
+    """Writes a line to the log (logger "pixtune.hardware.monitor") on what is in use at a named moment."""
     stats = get_memory_stats()
     log.info(
         "%s: %.2f GiB allocated, %.2f GiB reserved, peak %.2f GiB",
@@ -44,37 +41,37 @@ def reset_peak_memory_stats() -> None:
 
 @dataclass(frozen=True)
 class DeviceMemory:
-    """One reading of torch's allocator, GiB. The CUDA context is in none of them."""
+    """One reading of torch's allocator, GiB. No figure includes the CUDA context."""
 
     allocated_gib: float
     reserved_gib: float
     peak_gib: float
-    """Most that was allocated since the peak was last reset."""
+    """Largest amount that was allocated since the peak was last reset."""
     peak_reserved_gib: float
 
 
 @dataclass(frozen=True)
 class StageMemory:
-    """What was in use when a stage of a run ended."""
+    """Memory in use when a stage of a run ended."""
 
     stage: str
     seconds: float
-    """Since the stage before it ended, or since the log began."""
+    """Time since the stage before it ended, or since the log began."""
     allocated_gib: float
     reserved_gib: float
     peak_gib: float
-    """Most that was allocated during the stage."""
+    """Largest amount that was allocated during the stage."""
     peak_reserved_gib: float
     host_rss_gib: float
     """Host memory of this process at the stage's end."""
 
     def row(self) -> dict[str, Any]:
-        """For the report and for JSON; rounded to a MiB and a millisecond."""
+        """Returns the values for the report and for JSON, rounded to a MiB and a millisecond."""
         return {name: round(value, 3) if isinstance(value, float) else value for name, value in asdict(self).items()}
 
 
 def read_device_memory() -> DeviceMemory:
-    """Of the current device; zeros without a GPU."""
+    """Reads the current device's memory; zeros without a GPU."""
     if not torch.cuda.is_available():
         return DeviceMemory(0.0, 0.0, 0.0, 0.0)
     return DeviceMemory(
@@ -92,7 +89,7 @@ class StageLog:
     common peak is wanted.
 
     Args:
-        read_device, reset_peak, read_host_bytes, clock: where the figures come from.
+        read_device, reset_peak, read_host_bytes, clock: sources of the figures.
     """
 
     def __init__(
@@ -108,7 +105,7 @@ class StageLog:
         self._began = clock()
 
     def record(self, stage: str) -> StageMemory:
-        """A stage has ended."""
+        """Records and logs the memory of a stage that has just ended."""
         now, device = self._clock(), self._read_device()
         entry = StageMemory(
             stage,
@@ -133,5 +130,5 @@ class StageLog:
         return tuple(self._stages)
 
     def rows(self) -> list[dict[str, Any]]:
-        """One a stage, in order."""
+        """Returns one row a stage, in order."""
         return [stage.row() for stage in self._stages]

@@ -1,7 +1,7 @@
 """Machines whose CPU and GPU share one pool of memory (DGX Spark), and what follows from it.
 
-The device says so itself (`integrated`). Capability does not: an H100 or an RTX 5090 has its own memory, and a GH200
-has two coherent pools.
+The device reports it itself (`integrated`). Capability does not show it: an H100 or an RTX 5090 has its own memory, and
+a GH200 has two coherent pools.
 """
 
 from __future__ import annotations
@@ -20,20 +20,21 @@ from pixtune.hardware.facts import GIB, HardwareFacts, pool_floor_bytes
 from pixtune.hardware.meminfo import HostMemory, read_meminfo
 
 ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
-"""The newer name, and the one that older torch and most users know. torch reads both, the newer one first."""
+"""Names of the allocator's settings: the newer, and the one that older torch and most users know. torch reads both, the
+newer one first."""
 EXPANDABLE = "expandable_segments:True"
 
 
 def is_unified_memory_system() -> bool:
-    """Whether the current GPU and the CPU share one pool of memory. Starts CUDA."""
+    """Returns whether the current GPU and the CPU share one pool of memory. Starts CUDA."""
     return torch.cuda.is_available() and bool(torch.cuda.get_device_properties().is_integrated)
 
 
 def get_memory_config(unified_memory: bool | None = None) -> dict[str, Any]:
-    """The preset of a machine.
+    """Returns the preset of a machine with or without one pool of memory.
 
     Args:
-        unified_memory: None asks the machine.
+        unified_memory: None to ask the machine.
     """
     unified = is_unified_memory_system() if unified_memory is None else unified_memory
     return {
@@ -47,7 +48,7 @@ def get_memory_config(unified_memory: bool | None = None) -> dict[str, Any]:
 
 
 def setup_unified_memory_env() -> None:
-    """Has torch's allocator grow its segments instead of reserving new ones. A user's own settings are kept.
+    """Makes torch's allocator grow its segments instead of reserving new ones. A user's own settings are kept.
 
     Raises:
         RuntimeError: CUDA has started: the allocator has read its settings.
@@ -61,7 +62,7 @@ def setup_unified_memory_env() -> None:
 
 
 def cap_unified_memory(facts: HardwareFacts) -> int:
-    """Has torch raise out-of-memory before the machine hangs: caps the allocator at what the facts call free.
+    """Makes torch raise out-of-memory before the machine hangs: caps the allocator at what the facts call free.
 
     Call it once, when the facts are read and before anything is loaded; elsewhere than on an integrated machine use
     `capping.cap_device_memory`, or nothing.
@@ -84,7 +85,7 @@ def cap_unified_memory(facts: HardwareFacts) -> int:
 
 @dataclass(frozen=True)
 class MemoryVerdict:
-    """Whether a run can go on."""
+    """Answer to whether a run can continue."""
 
     available_bytes: int
     floor_bytes: int
@@ -95,11 +96,11 @@ class MemoryVerdict:
 
     @property
     def message(self) -> str:
-        """Why, and what to do; for the error that follows the checkpoint."""
+        """Reason and remedy, for the error that follows the checkpoint."""
         return (
             f"{self.available_bytes / GIB:.1f} GiB of memory are available and this run stops below "
             f"{self.floor_bytes / GIB:.1f} GiB, since a machine whose GPU shares its memory hangs when none is left. "
-            "The run is saved. End other programs, or lower memory_fraction or train_batch_size, and go on with "
+            "The run is saved. End other programs, or lower memory_fraction or train_batch_size, and resume with "
             "resume_from_checkpoint=latest."
         )
 
@@ -113,7 +114,7 @@ class MemoryWatchdog:
 
     Args:
         pool_bytes: the whole pool. The run stops at half of `facts.pool_floor_bytes`, which the plan leaves free.
-        read: gives the machine's memory.
+        read: returns the machine's memory.
     """
 
     def __init__(
@@ -129,7 +130,7 @@ class MemoryWatchdog:
         self._verdict = MemoryVerdict(pool_bytes, self._floor_bytes)
 
     def check(self) -> MemoryVerdict:
-        """The latest verdict, at most `interval_seconds` old."""
+        """Returns the latest verdict, at most `interval_seconds` old."""
         now = self._clock()
         if now >= self._next_reading:
             self._next_reading = now + self._interval_seconds

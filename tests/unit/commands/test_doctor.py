@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-from dataclasses import replace
 
 import pytest
 from rich.console import Console
@@ -24,7 +23,7 @@ def printed(examination: Examination) -> str:
 
 
 def test_a_sound_machine() -> None:
-    text = printed(Examination(replace(SOUND, facts=replace(SOUND.facts, cudnn_version="9.19.0")), ()))
+    text = printed(Examination(SOUND, ()))
     for part in (
         "NVIDIA GeForce RTX 4090, compute capability 8.9, 128 SMs",
         "23.6 GiB, of which a run may take 23.3 GiB",
@@ -33,7 +32,8 @@ def test_a_sound_machine() -> None:
         "bf16, int8, fp8",
         "2.13.0, CUDA 13.0, cuDNN 9.19.0",
         "peft 0.21.2",
-        "Nothing to mend",
+        "580.95.05",
+        "No problem was found",
     ):
         assert part in text
     assert "torchao" not in text  # not installed
@@ -48,7 +48,7 @@ def test_a_pool_is_called_one() -> None:
 def test_every_broken_machine_can_be_shown(name: str) -> None:
     advice = tuple(advise(BROKEN[name][0]))
     text = printed(Examination(BROKEN[name][0], advice))
-    assert advice[0].severity in text and advice[0].topic in text and "Nothing to mend" not in text
+    assert advice[0].severity in text and advice[0].topic in text and "No problem" not in text
 
 
 @pytest.mark.parametrize(("machine", "code"), [(SOUND, 0), (BROKEN["WSL"][0], 0), (BROKEN["torchao"][0], 1)])

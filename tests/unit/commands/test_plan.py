@@ -17,7 +17,6 @@ from pixtune.commands.plan import (
     PROCESS_HOST_BYTES,
     PlanReport,
     before_cuda,
-    facts_from_smi,
     facts_of_this_machine,
     make_report,
     render,
@@ -222,25 +221,6 @@ def test_configs_alone_are_enough(full_size: dict[str, Path], tmp_path: Path) ->
 # ---- machines
 
 
-@pytest.mark.parametrize(
-    ("line", "name", "capability", "free_gib", "link"),
-    [
-        ("NVIDIA GeForce RTX 4090, 24564, 512, 8.9", "NVIDIA GeForce RTX 4090", (8, 9), 23.49, "pcie"),
-        ("NVIDIA H100 80GB HBM3, 81559, 4, 9.0", "NVIDIA H100 80GB HBM3", (9, 0), 79.64, "pcie"),
-        ("NVIDIA GeForce RTX 6090, 40960, 0, 13.0", "NVIDIA GeForce RTX 6090", (13, 0), 40, "pcie"),
-        ("NVIDIA GB10, [N/A], [N/A], 12.1", "NVIDIA GB10", (12, 1), None, "integrated"),
-    ],
-)
-def test_nvidia_smi_tells_what_a_gpu_is(
-    line: str, name: str, capability: tuple[int, int], free_gib: float | None, link: str
-) -> None:
-    facts = facts_from_smi(line)
-    assert (facts.name, facts.capability, facts.coherent_link) == (name, capability, link)
-    if free_gib is not None:
-        assert facts.free_bytes / GIB == pytest.approx(free_gib - CONTEXT_BYTES / GIB, abs=0.01)
-    assert facts.integrated is (link == "integrated")
-
-
 def test_the_context_of_a_run_is_not_there_yet() -> None:
     facts = facts_as("RTX 4090")
     assert before_cuda(facts).free_bytes == facts.free_bytes - CONTEXT_BYTES
@@ -248,11 +228,13 @@ def test_the_context_of_a_run_is_not_there_yet() -> None:
     assert before_cuda(facts_as("DGX Spark")).host_available_bytes == facts_as("DGX Spark").host_available_bytes
 
 
-def test_without_a_gpu_the_plan_is_the_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    def missing(*arguments: object, **options: object) -> None:
-        raise FileNotFoundError("nvidia-smi")
+def test_a_plan_for_this_machine_leaves_room_for_the_context(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan_command, "read_facts_without_cuda", lambda: facts_as("RTX 4090"))
+    assert facts_of_this_machine() == before_cuda(facts_as("RTX 4090"))
 
-    monkeypatch.setattr(plan_command.subprocess, "run", missing)
+
+def test_without_a_gpu_the_plan_is_the_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan_command, "read_facts_without_cuda", lambda: None)
     assert facts_of_this_machine().device == "cpu"
     report = make_report(config_of(TINY_MODEL))
     assert not report.phases and "There is no GPU here" in shown(report)

@@ -17,12 +17,13 @@ from pixtune.hardware.machine import Machine, TorchState, is_wsl, read_machine
 from pixtune.hardware.meminfo import HostMemory
 
 SOUND = Machine(
-    torch=TorchState("2.13.0", cuda_version="13.0", cuda_available=True, cudnn_available=True, num_gpus=1),
+    torch=TorchState("2.13.0", cuda_version="13.0", cuda_available=True, cudnn_version="9.19.0", num_gpus=1),
     facts=facts_as("RTX 4090"),
     memory=HostMemory(64 * GIB, 56 * GIB, 30 * GIB, 20 * GIB),
     packages={"peft": "0.21.2", "torchao": None, "triton": "3.6.0"},
     has_flash_attention_3=False,
     driver_present=True,
+    driver_version="580.95.05",
     visible_devices=None,
     ptxas_path=None,
     system="Linux",
@@ -86,7 +87,7 @@ BROKEN: dict[str, tuple[Machine, str, str, str]] = {  # the machine, severity, w
         replace(SOUND, torch=CPU_BUILD, facts=CPU, driver_present=False),
         "warning", "no NVIDIA GPU", "make demo",
     ),
-    "no cuDNN": (with_torch(SOUND, cudnn_available=False), "warning", "without cuDNN", "libcudnn.so.9"),
+    "no cuDNN": (with_torch(SOUND, cudnn_version=None), "warning", "without cuDNN", "libcudnn.so.9"),
     "Turing": (
         replace(SOUND, facts=replace(SOUND.facts, name="Tesla T4", capability=(7, 5))),
         "warning", "Tesla T4 has compute capability 7.5", "Ampere",

@@ -13,10 +13,7 @@ from tests.unit.hardware.machines import MACHINES, Machine
 @pytest.mark.parametrize("card", CARDS, ids=lambda card: card.name)
 def test_every_card_can_be_true(card: Card) -> None:
     assert 0.9 < card.total_gib * (1 if card.size_gb < 90 else GIB / 1e9) / card.size_gb <= 1.07
-    assert (card.rates.fp8_tflops is not None) is (card.capability >= (8, 9))
-    assert card.rates.int8_tflops >= 2 * card.rates.bf16_tflops * 0.99  # every tensor core since Ampere doubles
-    rate_per_sm = card.rates.bf16_tflops / card.num_sms
-    assert 0.7 < rate_per_sm < 18  # TFLOP/s: a 3060's to a B200's
+    assert 3 < card.bandwidth_gb_per_second / card.num_sms < 55  # GB/s: an RTX 6000 Ada's, a B200's
     assert find_card(f"NVIDIA {card.driver_name}", card.total_bytes) is card
 
 
@@ -93,12 +90,3 @@ def test_made_up_machines_are_the_tables_cards(machine: Machine) -> None:
     card = find_card(machine.name, machine.total_bytes)
     assert card is not None and (card.capability, card.num_sms) == (machine.capability, machine.num_sms)
     assert facts_as(machine.name).tensor_core_formats == facts_as(card.name).tensor_core_formats
-
-
-def test_rates_are_the_papers() -> None:
-    """AD102's paper: RTX 4090 165.2 / 660.6 / 330.3 (fp8 with fp32 accumulation); GA102's: RTX 3090 71 / 284."""
-    rates = card_named("RTX 4090").rates
-    assert (rates.bf16_tflops, rates.int8_tflops, rates.fp8_tflops) == pytest.approx((165.2, 660.6, 330.3), rel=1e-3)
-    ampere = card_named("RTX 3090").rates
-    assert (ampere.bf16_tflops, ampere.int8_tflops) == pytest.approx((71, 284), rel=5e-3)
-    assert card_named("RTX 6000 Ada").rates.fp8_tflops == pytest.approx(728.5, rel=1e-3)

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from pixtune.errors import PixtuneError
-from pixtune.hardware import facts, links, read
+from pixtune.hardware import facts, links, machine, read
 from pixtune.hardware.facts import GIB, HardwareFacts
-from pixtune.hardware.meminfo import parse_meminfo
+from pixtune.hardware.meminfo import parse_meminfo, read_host_memory
 from tests.unit.hardware import machines
 from tests.unit.hardware.machines import MACHINES, Machine
 
@@ -31,9 +31,15 @@ EXPECTED = {  # link, formats of its tensor cores, memory GB/s, host to device G
 }
 
 
-def facts_of(machine: Machine, fraction: float = 0.9, slot: int | None = None) -> HardwareFacts:
-    return read.device_facts(
-        machine.properties, machine.device_free_bytes, parse_meminfo(machine.meminfo), fraction, slot
+def facts_of(machine: Machine, slot: int | None = None) -> HardwareFacts:
+    return read.gpu_facts(
+        machine.name,
+        machine.capability,
+        machine.total_bytes,
+        machine.device_free_bytes,
+        parse_meminfo(machine.meminfo),
+        read.kind_of_link(machine.name, machine.integrated),
+        pcie_bytes_per_second=slot,
     )
 
 
@@ -43,11 +49,7 @@ def test_what_a_machine_is(machine: Machine) -> None:
     link, formats, memory_gb, link_gb = EXPECTED[machine]
     assert (found.integrated, found.coherent_link) == (machine is machines.GB10, link)
     assert found.tensor_core_formats == formats
-    assert (found.capability, found.num_sms, found.total_bytes) == (
-        machine.capability,
-        machine.num_sms,
-        machine.total_bytes,
-    )
+    assert (found.capability, found.total_bytes) == (machine.capability, machine.total_bytes)
     assert found.memory_bandwidth_bytes_per_second == (memory_gb and memory_gb * 10**9)
     assert found.link_bandwidth_bytes_per_second == (link_gb and pytest.approx(link_gb * 1e9, rel=0.01))
 
@@ -61,7 +63,6 @@ def test_a_pool_is_as_free_as_the_kernel_says_not_as_cuda_says() -> None:
     """cudaMemGetInfo sees 33 GiB, since page cache fills the rest; 112 can be had, and 7.48 stay for the system."""
     found = facts_of(machines.GB10)
     assert found.free_bytes == pytest.approx((112 - 119.68 / 16) * GIB, rel=1e-4)
-    assert found.page_cache_bytes == pytest.approx(80 * GIB, rel=1e-6)
     assert found.host_total_bytes == pytest.approx(119.68 * GIB, rel=1e-6)
 
 
@@ -107,35 +108,71 @@ def test_the_variable_of_another_program_changes_nothing(monkeypatch: pytest.Mon
 
 
 def test_facts_of_this_machines_cpu() -> None:
-    found = facts.read_facts(torch.device("cpu"))
+    found = read.read_facts(torch.device("cpu"))
     assert (found.device, found.capability, found.total_bytes, found.tensor_core_formats) == ("cpu", (0, 0), 0, ())
     assert 0 < found.host_available_bytes <= found.host_total_bytes
-    assert (found.torch_version, found.machine) == (torch.__version__, platform.machine())
+    assert found.machine == platform.machine()
 
 
 def test_reading_a_gpu_asks_torch_for_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    machine = machines.GB10
-    (tmp_path / "meminfo").write_text(machine.meminfo)
+    spark = machines.GB10
+    (tmp_path / "meminfo").write_text(spark.meminfo)
     monkeypatch.setattr("pixtune.hardware.meminfo.MEMINFO", tmp_path / "meminfo")
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: machine.properties)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (machine.device_free_bytes, machine.total_bytes))
-    found = facts.read_facts(torch.device("cuda", 0), memory_fraction=0.5)
-    assert found.free_bytes == round(0.5 * machine.total_bytes) and found.name == "NVIDIA GB10"
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: spark.properties)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (spark.device_free_bytes, spark.total_bytes))
+    found = read.read_facts(torch.device("cuda", 0), memory_fraction=0.5)
+    assert found.free_bytes == round(0.5 * spark.total_bytes) and found.num_sms == spark.num_sms
+    assert (found.name, found.coherent_link) == ("NVIDIA GB10", "integrated")
+
+
+@pytest.mark.parametrize(
+    ("line", "capability", "free_gib", "link"),
+    [
+        ("NVIDIA GeForce RTX 4090, 24564, 512, 8.9", (8, 9), 23.49, "pcie"),
+        ("NVIDIA H100 80GB HBM3, 81559, 4, 9.0", (9, 0), 79.64, "pcie"),
+        ("NVIDIA GeForce RTX 6090, 40960, 0, 13.0", (13, 0), 40, "pcie"),
+        ("NVIDIA GH200 480GB, 96768, 0, 9.0", (9, 0), 94.5, "c2c"),
+        ("NVIDIA GB10, [N/A], [N/A], 12.1", (12, 1), None, "integrated"),
+    ],
+)
+def test_nvidia_smi_tells_what_a_gpu_is(
+    monkeypatch: pytest.MonkeyPatch, line: str, capability: tuple[int, int], free_gib: float | None, link: str
+) -> None:
+    monkeypatch.setattr(read, "query", lambda *words: [value.strip() for value in line.split(",")])
+    found = read.read_facts_without_cuda()
+    assert found is not None and line.startswith(found.name)
+    assert (found.capability, found.coherent_link) == (capability, link)
+    if free_gib is not None:
+        assert found.free_bytes == pytest.approx(free_gib * GIB, rel=1e-3)
+    if link == "pcie":
+        assert found.host_total_bytes == read_host_memory().total_bytes
+
+
+def test_without_nvidia_smi_there_are_no_facts_of_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert read.read_facts_without_cuda() is None
 
 
 # ---- versions
 
 
-def test_driver_version() -> None:
-    closed = "NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.15  Tue Mar  5 22:23:56 UTC 2024\nGCC version:\n"
-    opened = (
-        "NVRM version: NVIDIA UNIX Open Kernel Module for aarch64  580.95.05  Release Build  (bld@host)  Tue Sep 23\n"
-    )
-    assert [read.parse_driver_version(text) for text in (closed, opened, "")] == ["550.54.15", "580.95.05", None]
+@pytest.mark.parametrize(
+    ("text", "version"),
+    [
+        ("NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.15  Tue Mar  5 22:23:56 UTC 2024\n", "550.54.15"),
+        ("NVRM version: NVIDIA UNIX Open Kernel Module for aarch64  580.95.05  Release Build  (x@y)\n", "580.95.05"),
+        ("", None),
+    ],
+)
+def test_driver_version(tmp_path: Path, text: str, version: str | None) -> None:
+    (tmp_path / "version").write_text(text)
+    assert machine.read_driver_version(tmp_path / "version") == version
+    assert machine.read_driver_version(tmp_path / "none") is None
 
 
 def test_cudnn_version() -> None:
-    assert [read.cudnn_version(number) for number in (91900, 92600, 8907, None)] == ["9.19.0", "9.26.0", "8.9.7", None]
+    numbers = (91900, 92600, 8907, None)
+    assert [machine.cudnn_version(number) for number in numbers] == ["9.19.0", "9.26.0", "8.9.7", None]
 
 
 @pytest.mark.parametrize(("version", "old"), [("2.9.1", True), ("2.10.0a0+cu130", False), ("2.13.0+cpu", False)])

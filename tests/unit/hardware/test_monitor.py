@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
+from pathlib import Path
 
 import pytest
 
 from pixtune.hardware.facts import GIB
 from pixtune.hardware.monitor import DeviceMemory, StageLog, log_memory_usage
-from pixtune.hardware.sensors import GpuSensors, parse_sensors, read_sensors
+from pixtune.hardware.sensors import GpuSensors, read_sensors
 
 
 class Machine:
@@ -63,16 +64,20 @@ def test_memory_is_logged_by_name(caplog: pytest.LogCaptureFixture) -> None:
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("1980, 64, 512.30\n", GpuSensors(1980, 64, 512.3)),
-        ("2418, 71, [N/A]\n", GpuSensors(2418, 71, None)),
-        ("No devices were found\n", None),
+        ("1980, 64", GpuSensors(1980, 64)),
+        ("2418.5, [N/A]", GpuSensors(2418.5, None)),
+        ("No devices were found", None),
         ("", None),
     ],
 )
-def test_sensors(text: str, expected: GpuSensors | None) -> None:
-    assert parse_sensors(text) == expected
+def test_sensors(text: str, expected: GpuSensors | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    script = tmp_path / "nvidia-smi"
+    script.write_text(f"#!/bin/sh\necho '{text}'\n")
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert read_sensors("2dee1e25") == expected
 
 
-def test_without_nvidia_smi_no_sensor(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
+def test_without_nvidia_smi_no_sensor(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     assert read_sensors("2dee1e25") is None

@@ -163,7 +163,7 @@ def test_a_lower_clock_is_found_although_the_card_is_rarely_asked() -> None:
 
     def read() -> GpuSensors:
         asked.append(clock.now)
-        return GpuSensors(1980.0 if len(asked) == 1 else 1200.0, 70.0, 300.0)
+        return GpuSensors(1980.0 if len(asked) == 1 else 1200.0, 70.0)
 
     sensors = PacedSensors(read, clock)
     watch = DriftWatch(StepTimeWatch(), sensors, lambda: (0.5, 0))
@@ -176,10 +176,10 @@ def test_a_lower_clock_is_found_although_the_card_is_rarely_asked() -> None:
 
 def test_sensors_are_asked_at_most_once_a_minute_and_only_if_wanted() -> None:
     clock = Clock()
-    answers: list[GpuSensors | None] = [GpuSensors(1.0, 1.0, 1.0), None, GpuSensors(3.0, 3.0, 3.0)]
+    answers: list[GpuSensors | None] = [GpuSensors(1.0, 1.0), None, GpuSensors(3.0, 3.0)]
     sensors = PacedSensors(lambda: answers.pop(0), clock)
     assert sensors.reading(wanted=False) is None and len(answers) == 3
-    assert [sensors.reading(wanted=wanted) for wanted in (True, True, False)] == [GpuSensors(1.0, 1.0, 1.0)] * 3
+    assert [sensors.reading(wanted=wanted) for wanted in (True, True, False)] == [GpuSensors(1.0, 1.0)] * 3
     clock.now += 61
     assert sensors.reading(wanted=False) is None and len(answers) == 2, "an old answer says nothing of now"
     assert sensors.reading(wanted=True) is None and sensors.reading(wanted=True) is None and len(answers) == 1
