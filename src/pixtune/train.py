@@ -36,6 +36,7 @@ from pixtune.family import ModelFamily
 from pixtune.hardware.facts import check_torch
 from pixtune.launch import StopSignal, start_accelerator
 from pixtune.objective import add_noise, example_losses, loss_weights, velocity_target
+from pixtune.plan.demands import demands_of
 from pixtune.plan.encoders import EncoderPlan
 from pixtune.plan.training import TrainingPlan, with_todays_names
 from pixtune.planning import plan_on_this_machine
@@ -243,7 +244,7 @@ def build_run(
             GraphCapturer(stream_of(transformer)) if plan.captures else None,
             plan.captures,
             lambda: plan.usable_bytes - torch.cuda.memory_reserved(),
-            RecomputeMore(() if config.disable_gradient_checkpointing else blocks_of(transformer, family)),
+            RecomputeMore(() if demands_of(config).recompute is False else blocks_of(transformer, family)),
         ),
         learning_rate_at=optim.build_schedule(config, num_steps),
         source=source,
