@@ -178,7 +178,7 @@ class Services:
                 plan=self.run.plan.to_dict(),
                 versions=package_versions(),
                 facts={
-                    **self.run.trained.facts(),
+                    **self.run.trained.counts(),
                     "training pictures": len(self.data.buckets),
                     "held-out pictures": len(self.data.held_out),
                 },

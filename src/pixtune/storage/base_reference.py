@@ -11,6 +11,7 @@ from pathlib import Path, PureWindowsPath
 
 from pixtune.errors import WeightsError
 from pixtune.storage.model_folder import ModelFolder, weight_files
+from pixtune.storage.shipped import shipped_names
 
 SAMPLED_PLACES = 16
 """Number of places at which each weight file is read."""
@@ -26,32 +27,32 @@ class BaseReference:
 
     name: str
     """Hub name, or the last part of a local folder's path."""
-    digest: str | None
-    """`transformer_digest` of the base; None in exports of LoRA files that were written without one."""
+    fingerprint: str | None
+    """`sampled_fingerprint` of the base's transformer; None in exports of LoRA files that were written without one."""
 
     def entries(self, prefix: str = "") -> dict[str, str]:
         """Returns the entries of an exported file's metadata, each key with the prefix."""
-        entries = {"base_model": self.name} | ({} if self.digest is None else {"base_model_hash": self.digest})
-        return {f"{prefix}{key}": value for key, value in entries.items()}
+        entries = {"base_model": self.name, "base_model_hash": self.fingerprint}
+        return {f"{prefix}{key}": value for key, value in entries.items() if value is not None}
 
 
 def refer_to_base(name_or_path: str, folder: ModelFolder) -> BaseReference:
     """Describes the base model that the config calls `name_or_path` and that was opened as `folder`."""
     is_local = Path(name_or_path).expanduser().exists()  # as `open_model_folder` decides
-    name = (last_part(name_or_path) or folder.path.resolve().name) if is_local else name_or_path
-    return BaseReference(name, transformer_digest(folder))
+    name = folder.path.expanduser().absolute().name if is_local else name_or_path
+    return BaseReference(name, sampled_fingerprint(folder))
 
 
-def last_part(path: str) -> str:
-    r"""Returns the last part of a path with either kind of slash; empty for `.`, `/` or `C:\`.
+def without_path(name_or_path: str) -> str:
+    r"""Returns the hub name of a published model, and of everything else the last part of its path.
 
-    A name of two parts may be a hub name or a relative folder, which its text alone does not tell apart. Where only
-    the text is known, losing the hub name's first part is the lesser evil.
+    A name of two parts may be a hub name or a relative folder, which its text does not tell; losing the first part of
+    a hub name is the lesser evil. Slashes of either kind separate parts; nothing is left of `.`, `/` and `C:\`.
     """
-    return PureWindowsPath(path).name
+    return name_or_path if name_or_path in shipped_names() else PureWindowsPath(name_or_path).name
 
 
-def transformer_digest(folder: ModelFolder) -> str:
+def sampled_fingerprint(folder: ModelFolder) -> str:
     """Returns 16 hex digits that identify a base model's transformer, from less than a megabyte of its files.
 
     They cover its config, and of each weight file its size, its first bytes and samples of evenly spaced places. Models
@@ -88,6 +89,6 @@ def copy_without_paths(source: str, target: str) -> None:
 
 def _shrink_entry(match: re.Match[bytes]) -> bytes:
     try:
-        return match["key"] + json.dumps(last_part(json.loads(match["text"]))).encode()
+        return match["key"] + json.dumps(without_path(json.loads(match["text"]))).encode()
     except ValueError:  # not valid JSON or UTF-8: left as it is, for the file's readers to judge
         return match[0]

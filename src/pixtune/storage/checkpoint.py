@@ -1,9 +1,9 @@
-"""Everything a run needs to go on, written so that a crash at any moment loses nothing.
+"""Saves everything that a run needs to resume, so that a crash at any moment loses nothing.
 
 A checkpoint is a folder `checkpoint-000500` with the LoRA (itself a file that diffusers loads), the optimizer's state
 and `state.json`: step, config, plan, versions, the size and SHA-256 of the other files, and its own SHA-256. It is
-written under a temporary name, synced and renamed; older ones go only after it stands. There is no pickle and no
-generator state: random draws are functions of the step (see `randomness.py`).
+written under a temporary name, synced and renamed; older ones are deleted only after that. There is no pickle and no
+generator state: random draws are functions of the step (`randomness.py`).
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from torch import Tensor
 
 from pixtune.errors import CheckpointError
 from pixtune.storage.files import file_digest, sync_folder, write_atomically
-from pixtune.storage.safetensors_writer import save_safetensors
+from pixtune.storage.grouping import group_neighbours
+from pixtune.storage.safetensors_writer import TensorFile, save_safetensors
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -33,14 +34,14 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 Stored = TypeVar("Stored", bound="DataclassInstance")
 
-CheckpointFiles = dict[str, tuple[Mapping[str, Tensor], Mapping[str, str]]]
-"""File stem -> (tensors, metadata)."""
+CheckpointFiles = Mapping[str, TensorFile]
+"""Tensors and metadata of a checkpoint's files by the files' names without their ending, for example "optimizer"."""
 FORMAT = 1
 STATE_FILE = "state.json"
 OPTIMIZER_STEM = "optimizer"
 SHARD_BYTES = 4 * 2**30
 NUM_THREADS = 4
-"""Files written or read at the same time. One thread hashes about as fast as one disk writes; some disks are faster."""
+"""Number of files written or read at a time. One thread hashes about as fast as one disk writes; some are faster."""
 NAME = re.compile(r"checkpoint-(\d+)")
 
 Argument = TypeVar("Argument")
@@ -53,16 +54,16 @@ class Checkpoint:
 
     step: int
     tensors: dict[str, dict[str, Tensor]]
-    """By file name without its ending, for example "optimizer"."""
+    """Tensors of each file, by the file's name without its ending."""
     record: dict[str, Any]
-    """What `save_checkpoint` was given as `record`."""
+    """JSON values that `save_checkpoint` was given."""
     path: Path
 
 
 def stored(kind: type[Stored], record: Mapping[str, Any], key: str) -> Stored:
-    """A frozen decision that a record holds under `key` with its fields' names; lists become tuples again.
+    """Reads a frozen decision that a record holds under `key` with its fields' names; lists become tuples again.
 
-    A field that has a default may be missing: the default is what versions did that knew no such field.
+    A field that has a default may be missing: versions that did not have it did what the default says.
 
     Raises:
         CheckpointError: another version of pixtune wrote it.
@@ -72,32 +73,25 @@ def stored(kind: type[Stored], record: Mapping[str, Any], key: str) -> Stored:
     differing = (required - values.keys()) | (values.keys() - {field.name for field in fields(kind)})
     if differing:
         raise CheckpointError(
-            f"the checkpoint's {key} differs from this version's in {', '.join(sorted(differing))}. Go on "
-            "with the version of pixtune that wrote it (see `versions` in its state.json), or start anew."
+            f"the checkpoint's {key} differs from this version's in {', '.join(sorted(differing))}. Resume with the "
+            "version of pixtune that wrote it (`versions` in its state.json), or start anew."
         )
     return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
 
 
-def sharded(stem: str, tensors: Mapping[str, Tensor], most_bytes: int = SHARD_BYTES) -> CheckpointFiles:
-    """Tensors as files of at most `most_bytes`, or of one tensor: STEM, or STEM-00001-of-00003 and so on.
+def sharded(stem: str, tensors: Mapping[str, Tensor], max_bytes: int = SHARD_BYTES) -> CheckpointFiles:
+    """Divides tensors among files of at most `max_bytes`, or of one tensor: STEM, or STEM-00001-of-00003 and so on.
 
-    Files are written and checked side by side, so there should be several of those that take long.
+    Files are written and checked side by side, so there should be several where that takes long.
     """
-    shards: list[dict[str, Tensor]] = [{}]
-    room = most_bytes
-    for name, tensor in tensors.items():
-        if shards[-1] and tensor.nbytes > room:
-            shards.append({})
-            room = most_bytes
-        shards[-1][name] = tensor
-        room -= tensor.nbytes
-    if len(shards) == 1:
-        return {stem: (shards[0], {})}
-    return {f"{stem}-{i:05d}-of-{len(shards):05d}": (shard, {}) for i, shard in enumerate(shards, start=1)}
+    shards = [dict(shard) for shard in group_neighbours(tensors.items(), lambda item: item[1].nbytes, max_bytes)]
+    if len(shards) < 2:
+        return {stem: TensorFile(tensors)}
+    return {f"{stem}-{i:05d}-of-{len(shards):05d}": TensorFile(shard) for i, shard in enumerate(shards, start=1)}
 
 
 def joined(files: Mapping[str, Mapping[str, Tensor]], stem: str) -> dict[str, Tensor]:
-    """What `sharded` took apart, from all files of a checkpoint."""
+    """Joins what `sharded` divided, out of all files of a checkpoint."""
     mine = re.compile(rf"{re.escape(stem)}(-\d+-of-\d+)?")
     return {name: tensor for key, tensors in files.items() if mine.fullmatch(key) for name, tensor in tensors.items()}
 
@@ -109,14 +103,13 @@ def checkpoint_path(output_dir: Path, step: int) -> Path:
 def save_checkpoint(
     output_dir: Path,
     step: int,
-    tensors: Mapping[str, tuple[Mapping[str, Tensor], Mapping[str, str]]],
+    files: CheckpointFiles,
     record: Mapping[str, Any],
 ) -> Path:
     """Writes a checkpoint and returns its folder.
 
     Args:
-        tensors: file stem -> (tensors, metadata).
-        record: JSON values.
+        record: everything else that resuming needs, as JSON values.
 
     Raises:
         CheckpointError: it could not be written, for example because the disk is full. Nothing half-written stays and
@@ -127,8 +120,8 @@ def save_checkpoint(
     try:
         remove_unfinished(output_dir)
         temporary.mkdir(parents=True)
-        files = _write_files(temporary, tensors)
-        state: dict[str, Any] = {"format": FORMAT, "step": step, "files": files, "record": record}
+        written = _write_files(temporary, files)
+        state: dict[str, Any] = {"format": FORMAT, "step": step, "files": written, "record": record}
         state["sha256"] = _state_digest(state)
         write_atomically(temporary / STATE_FILE, json.dumps(state, indent=1, sort_keys=True).encode())
         if final.exists():
@@ -138,7 +131,7 @@ def save_checkpoint(
     except OSError as error:
         raise CheckpointError(
             f"the checkpoint of step {step} could not be written to {final} ({error}). Earlier checkpoints are "
-            f"untouched. Make room or choose another output_dir, then go on with resume_from_checkpoint=latest."
+            f"untouched. Make room or choose another output_dir, then resume with resume_from_checkpoint=latest."
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)  # renamed already, unless something failed
@@ -149,7 +142,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
     """Reads a checkpoint and checks every file against its recorded size and hash.
 
     Raises:
-        CheckpointError: not a checkpoint, of a newer format, or damaged; names the file and what to resume from.
+        CheckpointError: it is no checkpoint, of another format, or damaged; names the file and what to resume from.
     """
     advice = _advice(path)
     try:
@@ -178,26 +171,24 @@ def load_checkpoint(path: Path) -> Checkpoint:
     return Checkpoint(state["step"], tensors, state["record"], path)
 
 
-def _write_files(
-    folder: Path, tensors: Mapping[str, tuple[Mapping[str, Tensor], Mapping[str, str]]]
-) -> dict[str, dict[str, Any]]:
-    """Files of tensors, several at a time; returns the size and SHA-256 of each by its name."""
-    for device in {tensor.device for values, _ in tensors.values() for tensor in values.values() if tensor.is_cuda}:
+def _write_files(folder: Path, files: CheckpointFiles) -> dict[str, dict[str, Any]]:
+    """Writes several files at a time; returns the size and SHA-256 of each by its name."""
+    for device in {tensor.device for tensors, _ in files.values() for tensor in tensors.values() if tensor.is_cuda}:
         torch.cuda.synchronize(device)  # the threads' streams do not wait for what the caller's has still to do
 
     def write(stem: str) -> tuple[str, dict[str, Any]]:
         path = folder / f"{stem}.safetensors"
-        digest = save_safetensors(path, *tensors[stem])
+        digest = save_safetensors(path, *files[stem])
         return path.name, {"bytes": path.stat().st_size, "sha256": digest}
 
-    return dict(_in_threads(write, list(tensors)))
+    return dict(_in_threads(write, list(files)))
 
 
 def _in_threads(work: Callable[[Argument], Result], arguments: Sequence[Argument]) -> list[Result]:
-    """What `work` makes of each, in order; it may run for several at a time.
+    """Calls `work` with each argument, several at a time, and returns the results in order.
 
-    After a failure no further ones are begun, and those under way are waited for. The first failure by the arguments'
-    order is raised: all before it have been begun earlier, so it is the same one every time.
+    After a failure no further calls are begun, and those under way are waited for. The first failure in the arguments'
+    order is raised: all calls before it have been begun earlier, so it is the same one every time.
     """
     with ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="checkpoint") as pool:
         try:
@@ -209,7 +200,7 @@ def _in_threads(work: Callable[[Argument], Result], arguments: Sequence[Argument
 
 
 def find_checkpoints(output_dir: Path) -> list[Path]:
-    """Finished checkpoints, oldest step first."""
+    """Lists the finished checkpoints, the lowest step first."""
     if not output_dir.is_dir():
         return []
     found = [(int(match[1]), path) for path in output_dir.iterdir() if (match := NAME.fullmatch(path.name))]
@@ -217,7 +208,7 @@ def find_checkpoints(output_dir: Path) -> list[Path]:
 
 
 def resolve_resume(output_dir: Path, resume_from: str | None) -> Path | None:
-    """The checkpoint folder to go on from, or None to start anew.
+    """Returns the checkpoint folder to resume from, or None to start anew.
 
     Args:
         resume_from: the config's `resume_from_checkpoint`: None, "latest", or a folder (also by its name alone).
@@ -230,7 +221,7 @@ def resolve_resume(output_dir: Path, resume_from: str | None) -> Path | None:
         if existing:
             raise CheckpointError(
                 f"{output_dir} already holds a run (up to {existing[-1].name}), which a new start would overwrite. "
-                "Pass resume_from_checkpoint=latest to go on with it, or choose another output_dir, or delete it."
+                "Pass resume_from_checkpoint=latest to resume it, or choose another output_dir, or delete it."
             )
         return None
     if resume_from == "latest":
@@ -245,20 +236,20 @@ def resolve_resume(output_dir: Path, resume_from: str | None) -> Path | None:
 
 
 def prune_checkpoints(output_dir: Path, limit: int | None) -> None:
-    """Deletes the oldest finished checkpoints beyond `limit`. Called only after a newer one stands."""
+    """Deletes the oldest finished checkpoints beyond `limit`. Must be called only after a newer one is complete."""
     for path in find_checkpoints(output_dir)[: -limit or None] if limit else []:
         shutil.rmtree(path)
 
 
 def remove_unfinished(output_dir: Path) -> None:
-    """Deletes what a killed process was writing."""
+    """Deletes checkpoints that a killed process did not finish writing."""
     for path in output_dir.glob(".checkpoint-*.writing"):
         log.info("removing %s, left by an interrupted write", path)
         shutil.rmtree(path)
 
 
 def _state_digest(state: Mapping[str, Any]) -> str:
-    """Over all of the state but the digest itself."""
+    """Returns the SHA-256 of all of the state but the digest itself."""
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 

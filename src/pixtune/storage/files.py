@@ -1,4 +1,4 @@
-"""Writing files so that a reader, or a run that goes on after a crash, never sees half of one."""
+"""Writes files so that a reader, or a run that resumes after a crash, never sees half of one."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pixtune.errors import WriteError
 
 
 def user_cache_folder() -> Path | None:
-    """What can be made again is kept there from run to run; None where this user can keep nothing."""
+    """Returns the folder for what can be made again but is kept from run to run; None where this user has none."""
     try:
         folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "pixtune"
         folder.mkdir(parents=True, exist_ok=True)
@@ -24,11 +24,11 @@ def user_cache_folder() -> Path | None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file to write to, under a temporary name beside `path`; synced and renamed to it at the end.
+    """Opens a file to write to, under a temporary name beside `path`; it is synced and renamed to `path` at the end.
 
     Raises:
-        WriteError: it could not be written. The old file stands and nothing half-written is left, as after any other
-            error within the block.
+        WriteError: it could not be written. The old file still stands and nothing half-written is left, as after any
+            other error within the block.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -47,7 +47,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """A whole file at once; see `replacing`."""
+    """Writes a whole file at once, by `replacing`."""
     with replacing(path) as stream:
         stream.write(data)
 
@@ -62,6 +62,6 @@ def sync_folder(folder: Path) -> None:
 
 
 def file_digest(path: Path) -> str:
-    """SHA-256 of a file's bytes, as hex."""
+    """Returns the SHA-256 of a file's bytes, as hex."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

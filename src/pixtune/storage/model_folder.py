@@ -1,4 +1,4 @@
-"""Model folders in diffusers' layout: find them, read their configs, name their content.
+"""Opens model folders in diffusers' layout, reads their configs and names their content.
 
 Only safetensors and JSON are ever read from a user's path, and a download takes only those plus tokenizer text.
 """
@@ -30,13 +30,13 @@ SHARD_NAME = re.compile(r"-\d{5}-of-\d{5}\.safetensors$")
 
 @dataclass(frozen=True)
 class ModelFolder:
-    """A local folder as `DiffusionPipeline.save_pretrained` writes it."""
+    """Local folder as `DiffusionPipeline.save_pretrained` writes it."""
 
     path: Path
 
     @cached_property
     def index(self) -> dict[str, Any]:
-        """The parsed `model_index.json`."""
+        """Content of `model_index.json`."""
         return read_json(self.path / MODEL_INDEX)
 
     @property
@@ -49,12 +49,12 @@ class ModelFolder:
         return tuple(name for name, kind in self.index.items() if isinstance(kind, list) and len(kind) == 2 and kind[0])
 
     def component_config(self, component: str) -> dict[str, Any]:
-        """A component's own config: `config.json`, or `scheduler_config.json` for the scheduler."""
+        """Reads a component's own config: `config.json`, or `scheduler_config.json` for the scheduler."""
         name = "scheduler_config.json" if component == "scheduler" else "config.json"
         return read_json(self.path / component / name)
 
     def num_parameters(self, component: str) -> int:
-        """Parameters of a component, from its safetensors headers alone."""
+        """Counts the parameters of a component, from its safetensors headers alone."""
         count = 0
         for file in weight_files(self.path / component):
             for name, tensor in read_header(file).items():
@@ -63,13 +63,16 @@ class ModelFolder:
         return count
 
     def has_weights(self, component: str) -> bool:
-        """Whether any weight file of a component is there."""
+        """Returns whether any weight file of a component is there."""
         return any((self.path / component).glob("*.safetensors"))
 
     def count_parameters(self, component: str) -> int | None:
-        """The same as `num_parameters` where the files are there, and what their index tells where it is alone.
+        """Counts the parameters of a component as `num_parameters` does, or from the index where it is alone.
 
-        An index tells bytes, of weights in 16 bits. None: neither is there.
+        An index tells bytes, of weights in 16 bits.
+
+        Returns:
+            None where neither files nor an index are there.
         """
         if self.has_weights(component):
             return self.num_parameters(component)
@@ -78,7 +81,7 @@ class ModelFolder:
         return None
 
     def fingerprint(self, component: str, memo_dir: Path | None = None) -> str:
-        """SHA-256 over the names and bytes of a component's files, as hex.
+        """Returns the SHA-256 over the names and bytes of a component's files, as hex.
 
         Hashing 16 GB takes a while, so digests of large files are remembered in `memo_dir` under path, size and
         modification time in nanoseconds.
@@ -91,10 +94,10 @@ class ModelFolder:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files with a model's weights, in the order of their names: those of its index, or the only one.
+    """Returns the files with a model's weights, in the order of their names: those of its index, or the only one.
 
     Raises:
-        WeightsError: no weights, no index where one is needed, or not all that the index names; names all of it.
+        WeightsError: there are no weights, no index where one is needed, or not all files that the index names.
     """
     indexes = sorted(folder.glob(f"*{INDEX_SUFFIX}"))
     if len(indexes) > 1:
@@ -116,7 +119,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def _only_file(folder: Path) -> Path:
-    """The one file with weights of a folder without an index."""
+    """Returns the one file with weights of a folder without an index."""
     names = sorted(path.name for path in folder.glob("*.safetensors"))
     if len(names) == 1 and not SHARD_NAME.search(names[0]):
         return folder / names[0]
@@ -183,10 +186,10 @@ def _not_a_pipeline(path: Path) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
+    """Reads a JSON object from a file.
 
     Raises:
-        WeightsError: no such file, or not JSON; names it.
+        WeightsError: there is no such file, or it is not JSON; names it.
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
@@ -197,7 +200,9 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_header(file: Path) -> dict[str, Any]:
-    """The header of a safetensors file: tensor name -> dtype, shape and offsets (format: 8 bytes length, then JSON).
+    """Reads the header of a safetensors file: tensor name -> dtype, shape and offsets.
+
+    The format: 8 bytes that hold the header's length, then the header as JSON.
 
     Raises:
         WeightsError: the file is cut off or no safetensors file.

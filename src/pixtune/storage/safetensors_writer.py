@@ -1,7 +1,7 @@
-"""Safetensors files, written straight from the tensors' memory, with their SHA-256 taken on the way.
+"""Writes safetensors files straight from the tensors' memory, and takes their SHA-256 on the way.
 
-The stock library builds a file in memory first, and a digest means that all of it is read again: for checkpoints of
-tens of gigabytes that takes longer than the disk does.
+The stock library builds a file in memory first, and a digest then reads all of it again: for checkpoints of tens of
+gigabytes that takes longer than the disk does.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,9 +20,9 @@ from torch import Tensor
 from pixtune.storage import files
 
 PIECE_BYTES = 8 * 2**20
-"""What is copied from a GPU, hashed and written at once: large enough for the bus, small enough for the CPU's cache."""
+"""Bytes that are copied from a GPU, hashed and written at once: enough for the bus, few enough for the CPU's cache."""
 ALIGNMENT_BYTES = 8
-"""Headers are padded to it, so that a mapped file's tensors are aligned."""
+"""Multiple to which headers are padded, so that a mapped file's tensors are aligned."""
 
 CODES = {
     torch.uint64: "U64",
@@ -47,19 +49,26 @@ CODES = {
 RANKS = {dtype: rank for rank, dtype in enumerate(CODES)}
 
 
-def save_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> str:
-    """Tensors as one safetensors file, atomically; its bytes are those that `safetensors.torch.save` gives.
+class TensorFile(NamedTuple):
+    """The content of a safetensors file."""
 
-    But for two things: metadata are sorted by name, where the stock library's order is another every time, and tensors
-    that share memory are written each for itself, where it refuses them. Tensors in host memory are not copied, unless
-    they are not contiguous; those on a device pass through a buffer of at most `PIECE_BYTES`.
+    tensors: Mapping[str, Tensor]
+    metadata: Mapping[str, str] = MappingProxyType({})
+
+
+def save_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> str:
+    """Writes tensors as one safetensors file, atomically, with the bytes that `safetensors.torch.save` gives.
+
+    Two things differ: metadata are sorted by name, where the stock library's order varies, and tensors that share
+    memory are each written whole, where it refuses them. Tensors in host memory are not copied, unless they are not
+    contiguous; those on a device pass through a buffer of at most `PIECE_BYTES`.
 
     Returns:
         The file's SHA-256, as hex.
 
     Raises:
         TypeError: a number format or a value of the metadata that such files cannot hold.
-        WriteError: it could not be written. The old file stands and nothing half-written is left.
+        WriteError: it could not be written. The old file still stands and nothing half-written is left.
     """
     digest = hashlib.sha256()
     _write(path, tensors, metadata or {}, digest.update)
@@ -67,7 +76,7 @@ def save_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mappin
 
 
 def save_without_digest(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """The same for those who have no use for the SHA-256, which is most of the CPU's work on a file."""
+    """Writes as `save_safetensors` does, without the SHA-256, which is most of the CPU's work on a file."""
     _write(path, tensors, metadata or {}, lambda piece: None)
 
 
@@ -77,7 +86,7 @@ def _write(
     metadata: Mapping[str, str],
     look_at: Callable[[memoryview], object],
 ) -> None:
-    """Writes the file, and shows every piece of it on the way."""
+    """Writes the file, and hands every piece of it to `look_at` on the way."""
     unknown = [f"{name} ({tensor.dtype})" for name, tensor in tensors.items() if tensor.dtype not in CODES]
     if unknown:
         raise TypeError(f"safetensors files cannot hold the number format of {', '.join(unknown)}")
@@ -90,7 +99,7 @@ def _write(
 
 
 def _header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
-    """What stands before the tensors' bytes: a length, and JSON that says which tensor lies where."""
+    """Builds the part before the tensors' bytes: a length, and JSON that says which tensor lies where."""
     if not all(isinstance(text, str) for item in metadata.items() for text in item):
         raise TypeError(f"safetensors files hold metadata as texts by text, not {dict(metadata)}")
     content: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
@@ -105,7 +114,7 @@ def _header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes
 
 
 def _pieces(tensors: Sequence[Tensor]) -> Iterator[memoryview]:
-    """The tensors' bytes, one after the other. A piece is valid until the next one is asked for."""
+    """Yields the tensors' bytes, one after the other. A piece is valid until the next one is asked for."""
     on_device = [tensor for tensor in tensors if not tensor.is_cpu]
     staging_bytes = min(PIECE_BYTES, max((tensor.nbytes for tensor in on_device), default=0))
     staging_B = torch.empty(
@@ -117,6 +126,6 @@ def _pieces(tensors: Sequence[Tensor]) -> Iterator[memoryview]:
 
 
 def _flat_bytes(tensor: Tensor) -> Tensor:
-    """A view of a tensor's memory; of a copy in host memory where it is not contiguous, as a device may be full."""
+    """Returns a view of a tensor's memory; of a host copy where it is not contiguous, as a device may be full."""
     tensor = tensor.detach()
     return (tensor if tensor.is_contiguous() else tensor.cpu().contiguous()).flatten().view(torch.uint8)

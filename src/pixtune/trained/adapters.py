@@ -1,4 +1,4 @@
-"""Attach a LoRA to a frozen transformer with PEFT, and say what it attached to."""
+"""Attaches a LoRA to a frozen transformer with PEFT, and reports the layers that it attached to."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class RoundedLinear(nn.Linear):
     """A linear layer without bias whose fp32 weight is rounded to its input's format for the product.
 
     PEFT casts the input up to fp32 instead, and the backward pass then keeps an fp32 copy of it for every layer: 10 GiB
-    and a tenth of the step for Qwen-Image at 1024x1024.
+    and a tenth of the step's time for Qwen-Image at 1024x1024.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -26,12 +26,12 @@ class RoundedLinear(nn.Linear):
 
 @dataclass(frozen=True)
 class AttachedLora:
-    """What carries a LoRA now."""
+    """The layers of a transformer that carry a LoRA."""
 
     modules: tuple[str, ...]
     """Paths of the linear layers."""
     targets: tuple[str, ...]
-    """Endings of their paths, or whole paths: PEFT's `target_modules`."""
+    """Endings of their paths, or whole paths, as PEFT's `target_modules` takes them."""
     num_parameters: int
 
 
@@ -43,17 +43,17 @@ def attach_lora(
     generator_seed: int,
     presets: Mapping[str, Sequence[str]] | None = None,
 ) -> AttachedLora:
-    """Adds a LoRA (Hu et al. 2021, arXiv 2106.09685) to every linear layer that `targets` mean: see `resolve_targets`.
+    """Adds a LoRA (Hu et al. 2021, arXiv 2106.09685) to every linear layer that `resolve_targets` finds.
 
     The down-projection starts Gaussian with deviation 1 / rank, the up-projection zero, both fp32 whatever the base is:
     in bf16 an update of a few thousandths of a weight would be rounded away.
 
     Args:
-        generator_seed: seeds the down-projections; the global generators are left as they were.
+        generator_seed: seed of the down-projections; the global generators are left as they were.
         presets: the family's `lora_presets`.
 
     Raises:
-        ConfigError: a target matches nothing; names it and lists what could have been meant.
+        ConfigError: a target matches nothing; names it and lists the layers that there are.
     """
     from peft import LoraConfig
     from peft.tuners.lora import LoraLayer
@@ -80,12 +80,12 @@ def _with_fp32_weight(linear: nn.Linear) -> RoundedLinear:
 
 
 def trainable_parameters(transformer: nn.Module) -> dict[str, nn.Parameter]:
-    """The trained parameters by name, in a stable order."""
+    """Returns the trained parameters by name, in a stable order."""
     return {name: parameter for name, parameter in transformer.named_parameters() if parameter.requires_grad}
 
 
 def lora_weights(transformer: nn.Module) -> dict[str, Tensor]:
-    """The LoRA as `MODULE.lora_A.weight` and `MODULE.lora_B.weight`, detached."""
+    """Returns the LoRA as `MODULE.lora_A.weight` and `MODULE.lora_B.weight`, detached."""
     return {
         name.replace(f".{ADAPTER_NAME}.weight", ".weight"): parameter.detach()
         for name, parameter in trainable_parameters(transformer).items()
@@ -96,7 +96,7 @@ def load_lora_weights(transformer: nn.Module, weights: Mapping[str, Tensor]) -> 
     """Copies weights named as by `lora_weights` into an attached LoRA.
 
     Raises:
-        KeyError: names differ from what is attached.
+        KeyError: the names are not those of the attached LoRA.
     """
     own = lora_weights(transformer)
     if own.keys() != weights.keys():

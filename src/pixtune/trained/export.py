@@ -1,8 +1,8 @@
-"""The LoRA as others load it: one file for diffusers, one for ComfyUI.
+"""Writes a LoRA as others load it: one file for diffusers, one for ComfyUI.
 
-The two differ in where the scale alpha / rank stands. Diffusers reads it from `lora_adapter_metadata`; ComfyUI's file
-has an `.alpha` tensor beside each layer, or the scale multiplied in: the family knows. A file with two scales would be
-scaled twice by diffusers, so each has one.
+The two differ in where they have the scale alpha / rank. Diffusers reads it from `lora_adapter_metadata`; ComfyUI's
+file has an `.alpha` tensor beside each layer, or the scale multiplied in, as the family decides. Diffusers would apply
+two scales one after the other, so each file has one.
 """
 
 from __future__ import annotations
@@ -16,17 +16,18 @@ from torch import Tensor
 
 from pixtune.errors import CheckpointError, WeightsError
 from pixtune.family import ModelFamily
-from pixtune.storage.base_reference import BaseReference, last_part
-from pixtune.storage.safetensors_writer import save_without_digest
+from pixtune.storage.base_reference import BaseReference, without_path
+from pixtune.storage.safetensors_writer import TensorFile, save_without_digest
 
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 COMFYUI_FILE = "comfyui_lora.safetensors"
 DIFFUSERS_PREFIX = "transformer."
+"""Beginning of a weight's name in diffusers' file; the module's path in the transformer follows."""
 
 
 @dataclass(frozen=True)
 class LoraDescription:
-    """What a LoRA file says of itself, besides its weights."""
+    """The statements of a LoRA file about itself, besides its weights."""
 
     rank: int
     alpha: float
@@ -39,7 +40,7 @@ class LoraDescription:
     versions: Mapping[str, str]
 
     def metadata(self) -> dict[str, str]:
-        """Safetensors metadata: text to text."""
+        """Builds safetensors metadata, which are texts by text."""
         return {
             "format": "pt",
             **self.base.entries("pixtune."),
@@ -53,8 +54,8 @@ class LoraDescription:
         }
 
 
-def diffusers_file(weights: Mapping[str, Tensor], about: LoraDescription) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of the file that diffusers' `load_lora_weights` reads.
+def diffusers_file(weights: Mapping[str, Tensor], about: LoraDescription) -> TensorFile:
+    """Builds the file that diffusers' `load_lora_weights` reads.
 
     Args:
         weights: `MODULE.lora_A.weight` (rank x in) and `MODULE.lora_B.weight` (out x rank).
@@ -67,54 +68,54 @@ def diffusers_file(weights: Mapping[str, Tensor], about: LoraDescription) -> tup
     }
     tensors = {f"{DIFFUSERS_PREFIX}{name}": tensor for name, tensor in weights.items()}
     scale = {f"{DIFFUSERS_PREFIX}{key}": value for key, value in lora_config.items()}
-    return tensors, {**about.metadata(), "lora_adapter_metadata": json.dumps(scale, sort_keys=True)}
+    return TensorFile(tensors, {**about.metadata(), "lora_adapter_metadata": json.dumps(scale, sort_keys=True)})
 
 
-def comfyui_file(
-    weights: Mapping[str, Tensor], about: LoraDescription, family: ModelFamily
-) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of the file for ComfyUI, which stock diffusers loads as well."""
-    return family.comfyui_tensors(weights, about.alpha), about.metadata()
+def comfyui_file(weights: Mapping[str, Tensor], about: LoraDescription, family: ModelFamily) -> TensorFile:
+    """Builds the file for ComfyUI, which stock diffusers loads as well."""
+    return TensorFile(family.comfyui_tensors(weights, about.alpha), about.metadata())
+
+
+def weights_by_module(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Names the tensors of a diffusers file by module again."""
+    return {name.removeprefix(DIFFUSERS_PREFIX): tensor for name, tensor in tensors.items()}
 
 
 def export_lora(
     folder: Path, weights: Mapping[str, Tensor], about: LoraDescription, family: ModelFamily
 ) -> tuple[Path, Path]:
     """Writes both files into `folder` and returns their paths."""
-    paths = (folder / DIFFUSERS_FILE, folder / COMFYUI_FILE)
-    for path, (tensors, metadata) in zip(
-        paths, (diffusers_file(weights, about), comfyui_file(weights, about, family)), strict=True
-    ):
-        save_without_digest(path, tensors, metadata)
-    return paths
+    diffusers_path, comfyui_path = folder / DIFFUSERS_FILE, folder / COMFYUI_FILE
+    save_without_digest(diffusers_path, *diffusers_file(weights, about))
+    save_without_digest(comfyui_path, *comfyui_file(weights, about, family))
+    return diffusers_path, comfyui_path
 
 
 def read_lora_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Weights named by module, and metadata, of a file that `diffusers_file` described.
+    """Reads weights, named by module, and metadata from a file that `diffusers_file` built.
 
     Raises:
-        WeightsError: no such file, or no safetensors file.
+        WeightsError: there is no such file, or it is no safetensors file.
     """
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
             names = file.keys()
-            return {name.removeprefix(DIFFUSERS_PREFIX): file.get_tensor(name) for name in names}, metadata
+            return weights_by_module({name: file.get_tensor(name) for name in names}), file.metadata() or {}
     except (OSError, SafetensorError) as error:
         raise WeightsError(f"{path} cannot be read as a LoRA file ({error}).") from error
 
 
 def export_checkpoint(source: Path, folder: Path) -> tuple[Path, ...]:
-    """Writes anew what a run writes at its end: a LoRA's two files, or the model folder of `method: full`.
+    """Writes the files of a run's end from a checkpoint: a LoRA's two files, or the model folder of `method: full`.
 
     Args:
-        source: a checkpoint folder, or a LoRA file that `diffusers_file` described.
+        source: a checkpoint folder, or a LoRA file that `diffusers_file` built.
 
     Raises:
-        CheckpointError: there is no LoRA of ours at `source`.
-        WeightsError: there is a file that is no safetensors file.
+        CheckpointError: there is no LoRA of pixtune at `source`.
+        WeightsError: the file is no safetensors file.
     """
     from pixtune.families import FAMILIES
     from pixtune.storage.checkpoint import load_checkpoint
@@ -128,7 +129,7 @@ def export_checkpoint(source: Path, folder: Path) -> tuple[Path, ...]:
     weights, metadata = read_lora_file(path)
     for key in ("pixtune.family", "lora_adapter_metadata"):
         if key not in metadata:
-            raise CheckpointError(f"{path} is no {DIFFUSERS_FILE} of pixtune: it has no {key} in its metadata.")
+            raise CheckpointError(f"{path} is no {DIFFUSERS_FILE} of pixtune: its metadata lack {key}.")
     scale = json.loads(metadata["lora_adapter_metadata"])
     about = LoraDescription(
         rank=scale[f"{DIFFUSERS_PREFIX}r"],
@@ -145,6 +146,6 @@ def export_checkpoint(source: Path, folder: Path) -> tuple[Path, ...]:
 
 
 def _read_base(metadata: Mapping[str, str]) -> BaseReference:
-    """Reads a LoRA file's base. Version 0.1.0 wrote no digest, and the config's own text, which may be a path."""
-    name, digest = metadata["pixtune.base_model"], metadata.get("pixtune.base_model_hash")
-    return BaseReference(name if digest else last_part(name), digest)
+    """Reads a LoRA file's base. Version 0.1.0 wrote no fingerprint, and the config's own text, which may be a path."""
+    name, fingerprint = metadata["pixtune.base_model"], metadata.get("pixtune.base_model_hash")
+    return BaseReference(name if fingerprint else without_path(name), fingerprint)

@@ -102,7 +102,7 @@ class FullWeights:
     def summary(self) -> str:
         return f"all weights: {len(self.parameters)} tensors, {self._count():,} trained parameters"
 
-    def facts(self) -> dict[str, int]:
+    def counts(self) -> dict[str, int]:
         return {"trained tensors": len(self.parameters), "trained parameters": self._count()}
 
     def _count(self) -> int:

@@ -1,9 +1,10 @@
-"""The optimizer's step within the backward pass: each weight is stepped when its gradient is there, and the gradient
-freed, so that gradients of all weights never exist at once.
+"""Steps each weight within the backward pass, so that gradients of all weights never exist at once.
 
-Clipping by the global norm needs the norm of all gradients before the first weight moves. So the backward pass runs
+A weight is stepped as soon as its gradient is there, and the gradient is freed.
+
+Clipping by the global norm needs the norm of all gradients before the first weight changes. So the backward pass runs
 twice over the same graph: once to measure, every gradient freed as soon as its norm is known, and once to step. Both
-give the same gradients, so the result is that of clipping gradients that are all there.
+passes give the same gradients, so the result is that of clipping them together.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ from pixtune.trained.weight_update import WeightUpdate
 
 
 class FusedStep:
-    """Takes every gradient of the weights from the moment it is made; so nothing else may wait for them.
+    """Takes every gradient of the weights as soon as it is there, so nothing else may wait for gradients.
 
     Args:
-        max_norm: of all gradients together; 0: they are not scaled down, and one backward pass is enough.
+        max_norm: largest norm of all gradients together; 0: they are not clipped, and one backward pass is enough.
     """
 
     def __init__(self, update: WeightUpdate, max_norm: float) -> None:
@@ -32,7 +33,7 @@ class FusedStep:
             weight.register_post_accumulate_grad_hook(partial(self._arrived, name))
 
     def backward(self, loss: Tensor) -> None:
-        """One step of every weight that the loss depends on."""
+        """Steps every weight that the loss depends on."""
         self._update.begin_step()
         self._norms = {}
         factor = None
@@ -45,8 +46,8 @@ class FusedStep:
         self._update.end_step()
 
     def norm(self) -> Tensor:
-        """Of all gradients of the last step, before they were scaled down."""
-        names = [name for name in self._update.weights if name in self._norms]  # in the order of a step that waits
+        """Returns the norm of all gradients of the last step, before they were clipped."""
+        names = [name for name in self._update.weights if name in self._norms]  # in the order of a plain step
         return optim.global_norm([self._norms[name] for name in names])
 
     def _arrived(self, name: str, weight: nn.Parameter) -> None:

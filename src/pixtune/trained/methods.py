@@ -1,4 +1,4 @@
-"""What a run trains: a LoRA beside frozen weights, or all weights. The loop and its services see no difference."""
+"""Trains a LoRA beside frozen weights, or all weights, behind one protocol: the loop sees no difference."""
 
 from __future__ import annotations
 
@@ -21,51 +21,54 @@ from pixtune.storage.model_folder import ModelFolder
 from pixtune.storage.resume import config_hash
 from pixtune.trained import adapters, optim
 from pixtune.trained.adapters import AttachedLora
-from pixtune.trained.export import DIFFUSERS_FILE, LoraDescription, diffusers_file, export_lora
+from pixtune.trained.export import DIFFUSERS_FILE, LoraDescription, diffusers_file, export_lora, weights_by_module
 from pixtune.trained.full_weights import FullWeights
 
 
 class TrainedWeights(Protocol):
-    """What is trained, with its optimizer and its files."""
+    """The trained weights of a run, with their optimizer and their files."""
 
     @property
     def parameters(self) -> Mapping[str, nn.Parameter]:
-        """What is trained, by name, in a stable order."""
+        """Trained parameters by name, in a stable order."""
 
     @property
     def optimizer(self) -> optim.OptimizerState: ...
 
     def summary(self) -> str:
-        """One line for the start of a run."""
+        """Returns a line for the start of a run."""
 
-    def facts(self) -> dict[str, int]:
-        """Figures for the report, by name."""
+    def counts(self) -> dict[str, int]:
+        """Counts what is trained, for the report, by the words to show."""
 
     def backward(self, loss: Tensor) -> None:
         """Gathers gradients; where the plan steps within the backward pass, it steps instead."""
 
     def gradients(self) -> list[Tensor]:
-        """Those that wait for the step, the same set in all processes, which may average them in place."""
+        """Returns the gradients that wait for the step, which may be averaged in place.
+
+        They are of the same parameters in all processes.
+        """
 
     def step(self) -> Tensor:
         """Scales the gradients down to the config's norm and steps; returns the norm before."""
 
     def checkpoint_files(self, step: int) -> CheckpointFiles:
-        """The weights, for `load`. The optimizer's state is told by `optim.optimizer_state`."""
+        """Returns the weights as `load` takes them. The optimizer's state is read by `optim.optimizer_state`."""
 
     def load(self, files: Mapping[str, Mapping[str, Tensor]], plain: Mapping[str, Mapping[str, Any]]) -> None:
         """Puts back the weights and the optimizer's state.
 
         Args:
-            files: of a checkpoint, stem -> tensors.
-            plain: what of the optimizer's state is no tensor.
+            files: tensors of a checkpoint's files, by the files' names without their ending.
+            plain: the part of the optimizer's state that is no tensor.
 
         Raises:
             KeyError: the names are not those of this model.
         """
 
     def export(self, output_dir: Path, step: int) -> list[Path]:
-        """Writes what others load, and returns where."""
+        """Writes the files that others load, and returns their paths."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +86,7 @@ class LoraWeights:
     def summary(self) -> str:
         return f"LoRA: {len(self.lora.modules)} layers, {self.lora.num_parameters:,} trained parameters"
 
-    def facts(self) -> dict[str, int]:
+    def counts(self) -> dict[str, int]:
         return {"LoRA layers": len(self.lora.modules), "trained parameters": self.lora.num_parameters}
 
     def backward(self, loss: Tensor) -> None:
@@ -96,20 +99,18 @@ class LoraWeights:
         return optim.clipped_step(self.optimizer, self.parameters, self.config.max_grad_norm)
 
     def checkpoint_files(self, step: int) -> CheckpointFiles:
-        return {Path(DIFFUSERS_FILE).stem: diffusers_file(self._tensors(), self._describe(step))}
+        weights = adapters.lora_weights(self.transformer)
+        return {Path(DIFFUSERS_FILE).stem: diffusers_file(weights, self._describe(step))}
 
     def load(self, files: Mapping[str, Mapping[str, Tensor]], plain: Mapping[str, Mapping[str, Any]]) -> None:
         saved = files.get(Path(DIFFUSERS_FILE).stem, {})
-        weights = {name.removeprefix("transformer."): tensor for name, tensor in saved.items()}
-        adapters.load_lora_weights(self.transformer, weights)
+        adapters.load_lora_weights(self.transformer, weights_by_module(saved))
         state = joined(files, OPTIMIZER_STEM)
         optim.restore_optimizer_state(self.optimizer.state, self.parameters, state, plain)
 
     def export(self, output_dir: Path, step: int) -> list[Path]:
-        return list(export_lora(output_dir, self._tensors(), self._describe(step), self.family))
-
-    def _tensors(self) -> dict[str, Tensor]:
-        return adapters.lora_weights(self.transformer)
+        weights = adapters.lora_weights(self.transformer)
+        return list(export_lora(output_dir, weights, self._describe(step), self.family))
 
     def _describe(self, step: int) -> LoraDescription:
         return LoraDescription(

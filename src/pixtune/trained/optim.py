@@ -1,4 +1,4 @@
-"""Optimizers and learning-rate schedules: one table, and a schedule that is a pure function of the step."""
+"""Builds optimizers from one table, and learning-rate schedules that are pure functions of the step."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from pixtune.errors import ConfigError
 
 
 class OptimizerState(Protocol):
-    """What the schedule and the checkpoint ask of an optimizer."""
+    """The part of an optimizer that the schedule and the checkpoint use."""
 
     @property
     def param_groups(self) -> list[dict[str, Any]]: ...
 
     @property
     def state(self) -> Any:
-        """Parameter -> its state by name."""
+        """State of each parameter, by name."""
 
 
 class Optimizer(OptimizerState, Protocol):
-    """What steps parameters by their gradients, too."""
+    """An optimizer, which steps parameters by their gradients."""
 
     def step(self) -> Any: ...
 
@@ -39,7 +39,8 @@ def _adamw_8bit(parameters: Iterable[nn.Parameter], **settings: Any) -> Optimize
 
 
 def import_bitsandbytes() -> Any:
-    """
+    """Imports bitsandbytes, which only 8-bit optimizer states need.
+
     Raises:
         ConfigError: it cannot be imported.
     """
@@ -50,7 +51,7 @@ def import_bitsandbytes() -> Any:
             "the plan keeps optimizer states in 8 bits",
             [
                 f"8-bit AdamW needs bitsandbytes, which cannot be imported ({error}). Run `pip install bitsandbytes`, "
-                "or set adam8bit: false, which takes 6 bytes more for each trained parameter."
+                "or set adam8bit: false, which takes 6 more bytes for each trained parameter."
             ],
         ) from error
     return bitsandbytes
@@ -94,7 +95,7 @@ OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {"adamw": _adamw, "adamw_8bit"
 
 
 def check_optimizer(name: str) -> None:
-    """Before weights are loaded, which takes minutes: whether there is what the optimizer needs.
+    """Checks that an optimizer's package is there, before weights are loaded, which takes minutes.
 
     Raises:
         ConfigError: a package is missing.
@@ -104,7 +105,7 @@ def check_optimizer(name: str) -> None:
 
 
 def build_optimizer(config: TrainConfig, name: str, parameters: Iterable[nn.Parameter]) -> Optimizer:
-    """The optimizer of a run (AdamW: Loshchilov and Hutter 2017, arXiv 1711.05101, algorithm 2)."""
+    """Builds the optimizer of a run (AdamW: Loshchilov and Hutter 2017, arXiv 1711.05101, algorithm 2)."""
     return OPTIMIZERS[name](
         parameters,
         lr=config.learning_rate,
@@ -115,11 +116,14 @@ def build_optimizer(config: TrainConfig, name: str, parameters: Iterable[nn.Para
 
 
 def build_schedule(config: TrainConfig, num_steps: int) -> Callable[[int], float]:
-    """Step (0 for the first) -> learning rate, by diffusers' `get_scheduler`; without state, so nothing to resume."""
+    """Builds the learning rate as a function of the step (0 for the first), by diffusers' `get_scheduler`.
+
+    It has no state, so there is nothing to resume.
+    """
     from diffusers.optimization import get_scheduler
 
     placeholder = torch.optim.SGD([torch.zeros(1)], lr=config.learning_rate)
-    # diffusers' "constant" ignores a warm-up, and a key that is set must have an effect.
+    # diffusers' "constant" ignores a warm-up, but a key that is set must have an effect.
     warm_constant = config.lr_scheduler == "constant" and config.lr_warmup_steps > 0
     schedule = get_scheduler(
         "constant_with_warmup" if warm_constant else config.lr_scheduler,
@@ -140,32 +144,32 @@ def set_learning_rate(optimizer: OptimizerState, rate: float) -> None:
 
 
 def gradients_of(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-    """Those that there are, in a stable order, the same set in all processes.
+    """Returns the gradients of all parameters that have one, in a stable order, the same set in all processes.
 
-    Some parameters never get one: what the last block makes of the text, for example, is not used any more.
+    Some parameters never have one: the last block's output for the text, for example, is not used.
     """
     return {name: parameter.grad for name, parameter in parameters.items() if parameter.grad is not None}
 
 
 def require_some(gradients: Sequence[Tensor]) -> None:
-    """Raises RuntimeError where there is none."""
+    """Raises RuntimeError where there is no gradient at all."""
     if not gradients:
         raise RuntimeError("no gradient reached any trained parameter: the loss does not depend on them")
 
 
 def norm_of(gradient: Tensor) -> Tensor:
-    """Of one gradient, in fp32 whatever its format: bf16 would round each of thousands to 3 digits."""
+    """Returns a gradient's norm, in fp32 whatever its format: bf16 would round each of thousands to 3 digits."""
     return torch.linalg.vector_norm(gradient, dtype=torch.float32)
 
 
 def global_norm(norms: Sequence[Tensor]) -> Tensor:
-    """Of all gradients, from each one's."""
+    """Returns the norm of all gradients together, from the norm of each."""
     require_some(norms)
     return torch.linalg.vector_norm(torch.stack(list(norms)))
 
 
 def clipping_factor(norm: Tensor, max_norm: float) -> Tensor | None:
-    """What gradients are multiplied by to be of that norm at most; None where 0 says that they are not clipped."""
+    """Returns the factor that brings gradients to at most that norm; None where 0 says that they are not clipped."""
     return (max_norm / (norm + 1e-6)).clamp(max=1.0) if max_norm else None
 
 
@@ -183,9 +187,9 @@ def clipped_step(optimizer: Optimizer, parameters: Mapping[str, nn.Parameter], m
 def optimizer_state(
     optimizer: OptimizerState, parameters: Mapping[str, nn.Parameter]
 ) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
-    """An optimizer's state as flat tensors `PARAMETER/KEY`, and what is no tensor (step counters) by parameter.
+    """Returns an optimizer's state as flat tensors `PARAMETER/KEY`, and its other values (step counters) by parameter.
 
-    8-bit codes, scales and code books are taken as they are, so that nothing is requantized on the way back. A code
+    8-bit codes, scales and code books are taken as they are, so that nothing is quantized again on the way back. A code
     book that parameters share is copied for each: a safetensors file holds no tensor twice.
     """
     seen: set[int] = set()
@@ -208,7 +212,7 @@ def restore_optimizer_state(
     tensors: Mapping[str, Tensor],
     plain: Mapping[str, Mapping[str, Any]],
 ) -> None:
-    """Puts back what `optimizer_state` took into an optimizer's `state`, number formats included."""
+    """Puts the tensors and values of `optimizer_state` back into an optimizer's `state`, number formats included."""
     for name, values in plain.items():
         state[parameters[name]].update(values)
     for path, tensor in tensors.items():

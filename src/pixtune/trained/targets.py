@@ -1,4 +1,4 @@
-"""Which linear layers the words of a config mean: presets, patterns and endings of paths."""
+"""Finds the linear layers that the words of a config mean: presets, patterns and endings of paths."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ def resolve_targets(
     presets: Mapping[str, Sequence[str]],
     key: str = "lora_targets",
 ) -> tuple[str, ...]:
-    """Which of a model's linear layers are meant, as endings of paths; whole paths where a pattern was used.
+    """Returns the linear layers that are meant, as endings of paths; whole paths where a pattern was used.
 
     Args:
-        linears: paths of all linear layers.
+        linears: paths of all linear layers of the model.
         targets: presets by name, patterns with `*`, `?` or `[...]` over whole paths, or endings of paths.
-        key: of the config, that the targets stand in.
+        key: the config's key that has the targets, for the error.
 
     Raises:
-        ConfigError: a target matches nothing; names it and lists what could have been meant.
+        ConfigError: a target matches nothing; names it and lists the layers that there are.
     """
     found: dict[str, None] = {}
     faults = []

@@ -1,11 +1,11 @@
-"""Stepping all weights of a transformer one after the other, in fp32, and how a small update reaches a bf16 weight.
+"""Steps all weights of a transformer one after the other in fp32, so that small updates reach bf16 weights.
 
 A bf16 number has 8 significant bits, so an update below 1/512 of a weight is lost when it is rounded to the nearest.
 Either the update goes to an fp32 copy (`fp32_master`), or the sum is rounded up or down with a chance in proportion to
 its distance, so that it is right on average (`stochastic_rounding`; Gupta et al. 2015, arXiv 1502.02551, section 3).
 
-One weight at a time stands in fp32, so the cost in memory is that of the largest one, and each may be stepped whenever
-its gradient is there.
+One weight at a time is held in fp32, so the cost in memory is that of the largest one, and each may be stepped as soon
+as its gradient is there.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from pixtune.trained import optim
 from pixtune.trained.host_states import HostStates
 
 MASTER = "fp32 copy"
-"""A weight's fp32 copy among its tensors in host memory; no optimizer calls its states so."""
+"""Name of a weight's fp32 copy among its tensors in host memory; no optimizer has a state of that name."""
 
 
 def round_stochastically(values: Tensor, generator: torch.Generator) -> Tensor:
-    """fp32 to bf16, up or down by chance; what bf16 holds exactly stays, and so does what is no finite number.
+    """Rounds fp32 to bf16, up or down by chance; exact bf16 values and values that are not finite stay as they are.
 
     Args:
-        values: fp32, any shape.
-        generator: on the same device.
+        values: fp32, of any shape.
+        generator: a generator of the same device.
     """
     bits = values.contiguous().view(torch.int32)  # bf16 is the upper half of fp32's bits
     noise = torch.randint(0, 1 << 16, bits.shape, generator=generator, device=bits.device, dtype=torch.int32)
@@ -41,10 +41,10 @@ class WeightUpdate:
     """An optimizer over all weights, of which each is stepped by itself.
 
     Args:
-        build: makes the optimizer of some parameters.
-        keeps_masters: bf16 weights have fp32 copies; else they are rounded by chance.
-        first_step: steps already done: the draws of a resumed run go on.
-        host: where optimizer states and fp32 copies wait between steps; None: on the device.
+        build: builds the optimizer of some parameters.
+        first_step: number of steps already done, from which a resumed run continues its draws.
+        keeps_masters: whether bf16 weights have fp32 copies; if not, they are rounded by chance.
+        host: holds optimizer states and fp32 copies between steps; None: they stay on the device.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class WeightUpdate:
         self.weights, self._seed, self._steps_done, self._host = weights, seed, first_step, host
         self._keeps_masters = keeps_masters
         self._masters: dict[str, Tensor] = {}
-        """Made when a weight is stepped for the first time: until then they are the weights themselves."""
+        """fp32 copies, each made when its weight is stepped for the first time: until then the weight is the copy."""
         self._stand_ins = {name: nn.Parameter(_nothing(weight)) for name, weight in weights.items()}
         self._optimizers = {name: build([stand_in]) for name, stand_in in self._stand_ins.items()}
 
@@ -69,23 +69,23 @@ class WeightUpdate:
 
     @property
     def state(self) -> dict[nn.Parameter, dict[str, Any]]:
-        """By weight; the very dictionaries that the optimizers read and write, with what lies in host memory."""
+        """State of each weight: the very dictionaries that the optimizers read and write, host memory included."""
         if self._host is not None:
             self._host.finish()
         return {weight: self._state_of(name) for name, weight in self.weights.items()}
 
     def begin_step(self) -> None:
-        """What waits in host memory begins to come."""
+        """Begins to fetch what waits in host memory."""
         if self._host is not None:
             self._host.begin_step()
 
     def end_step(self) -> None:
-        """The next draws of rounding are another step's."""
+        """Counts the step: the next draws for rounding are another step's."""
         self._steps_done += 1
 
     @torch.no_grad()
     def step_weight(self, name: str, gradient: Tensor, factor: Tensor | None) -> None:
-        """One weight, by its gradient times the factor. Whoever calls drops the gradient afterwards."""
+        """Steps one weight by its gradient times the factor. The caller drops the gradient afterwards."""
         weight, stand_in = self.weights[name], self._stand_ins[name]
         if self._host is not None:
             self._arrange(name, self._host.fetch(name))
@@ -102,7 +102,7 @@ class WeightUpdate:
             self._arrange(name, self._host.rest(name, self._tensors_of(name)))
 
     def truest(self, name: str) -> Tensor:
-        """A weight in its truest form: its fp32 copy where there are such."""
+        """Returns a weight in its truest form: its fp32 copy where weights have one."""
         if self._host is not None:
             self._host.finish()
         weight = self.weights[name].detach()
@@ -112,12 +112,12 @@ class WeightUpdate:
 
     @torch.no_grad()
     def restore(self, name: str, value: Tensor, tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> None:
-        """Puts back what a checkpoint holds of a weight.
+        """Puts back a weight and its optimizer state from a checkpoint.
 
         Args:
-            value: what `truest` gave.
-            tensors: of its optimizer state, by `NAME/KEY`, as `optim.optimizer_state` gave them.
-            plain: those of them that are no tensors.
+            value: the weight as `truest` returned it.
+            tensors: its optimizer state by `NAME/KEY`, as `optim.optimizer_state` returned it.
+            plain: the values of that state that are no tensors.
         """
         weight = self.weights[name]
         weight.copy_(value)
@@ -138,7 +138,7 @@ class WeightUpdate:
         return found | ({MASTER: self._masters[name]} if name in self._masters else {})
 
     def _arrange(self, name: str, moved: Mapping[str, Tensor]) -> None:
-        """Puts tensors that moved into the places where they are looked for."""
+        """Stores tensors that moved where the optimizer and this class look for them."""
         state = self._state_of(name)
         for key, tensor in moved.items():
             if key == MASTER:
@@ -147,7 +147,7 @@ class WeightUpdate:
                 state[key] = tensor
 
     def _precise(self, name: str) -> Tensor:
-        """The weight in fp32, for the optimizer to change: itself, its fp32 copy, or a copy for this moment."""
+        """Returns the weight in fp32 for the optimizer to change: itself, its fp32 copy, or a copy for this step."""
         weight = self.weights[name].detach()
         if not self._keeps_masters:
             return weight.float()
@@ -157,7 +157,7 @@ class WeightUpdate:
 
     def _write_back(self, name: str, weight: Tensor, precise: Tensor) -> None:
         if weight.dtype == torch.float32:
-            return  # it was changed itself
+            return  # the optimizer changed the weight itself
         if self._keeps_masters:
             weight.copy_(precise)
             return

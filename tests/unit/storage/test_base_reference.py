@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 from pixtune.storage.base_reference import (
     BaseReference,
     copy_without_paths,
-    last_part,
     refer_to_base,
-    transformer_digest,
+    sampled_fingerprint,
+    without_path,
 )
 from pixtune.storage.model_folder import ModelFolder
 
@@ -45,48 +45,53 @@ def test_a_hub_name_stays_and_a_folder_becomes_its_last_part(
 
 
 @pytest.mark.parametrize(
-    "path", ["/home/a/model", "/home/a/model/", "~/model", "../model", r"C:\Users\a\model", "runs/model", "model"]
+    "path", ["/srv/a/model", "/srv/a/model/", "~/model", "../model", r"D:\people\a\model", "runs/model", "model"]
 )
 def test_a_paths_last_part(path: str) -> None:
-    assert last_part(path) == "model"
+    assert without_path(path) == "model"
 
 
-def test_an_unknown_digest_is_left_out() -> None:
+def test_a_published_models_name_is_no_path() -> None:
+    assert without_path("Qwen/Qwen-Image") == "Qwen/Qwen-Image"
+    assert without_path("/srv/a/Qwen/Qwen-Image") == "Qwen-Image"
+
+
+def test_an_unknown_fingerprint_is_left_out() -> None:
     assert BaseReference("a", None).entries("x.") == {"x.base_model": "a"}
     assert BaseReference("a", "1").entries() == {"base_model": "a", "base_model_hash": "1"}
 
 
-def test_a_copy_has_the_same_digest_whatever_its_config_says_of_its_origin(
+def test_a_copy_has_the_same_fingerprint_whatever_its_config_says_of_its_origin(
     shipped: ModelFolder, copy: ModelFolder
 ) -> None:
     config = copy.path / "transformer" / "config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "_name_or_path": "/elsewhere", "_more": 1}))
-    assert transformer_digest(copy) == transformer_digest(shipped)
+    assert sampled_fingerprint(copy) == sampled_fingerprint(shipped)
 
 
-def test_other_weights_and_another_config_have_another_digest(shipped: ModelFolder, copy: ModelFolder) -> None:
+def test_other_weights_and_another_config_have_another_fingerprint(shipped: ModelFolder, copy: ModelFolder) -> None:
     (weights,) = (copy.path / "transformer").glob("*.safetensors")
     original = weights.read_bytes()
     save_file({name: torch.nextafter(t, t + 1) for name, t in load_file(weights).items()}, weights, {"format": "pt"})
     assert weights.stat().st_size == len(original)
-    assert transformer_digest(copy) != transformer_digest(shipped)
+    assert sampled_fingerprint(copy) != sampled_fingerprint(shipped)
     weights.write_bytes(original)
     config = copy.path / "transformer" / "config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "num_layers": 99}))
-    assert transformer_digest(copy) != transformer_digest(shipped)
+    assert sampled_fingerprint(copy) != sampled_fingerprint(shipped)
 
 
 def test_a_folder_without_weights_is_known_by_its_config(copy: ModelFolder) -> None:
     for file in (copy.path / "transformer").glob("*.safetensors"):
         file.unlink()
-    assert len(transformer_digest(copy)) == 16
+    assert len(sampled_fingerprint(copy)) == 16
 
 
 def test_copies_of_json_lose_paths_and_nothing_else(tmp_path: Path) -> None:
     before = {
-        "_name_or_path": "/home/jürgen/models/base",
-        "inner": {"tokenizer_file": r"C:\Users\j\tokenizer.json", "pad_dir": ""},
-        "chat_template": "{{ '/home' }}",
+        "_name_or_path": "/srv/jürgen/models/base",
+        "inner": {"tokenizer_file": r"D:\people\j\tokenizer.json", "pad_dir": ""},
+        "chat_template": "{{ '/srv' }}",
         "vocab_file": "vocab.json",
         "weight_map": {"a.path": "model.safetensors"},
         "path": None,

@@ -308,7 +308,7 @@ def test_what_depends_on_nothing_is_refused() -> None:
 
 def test_shards_hold_everything_and_stay_small() -> None:
     tensors = {f"t{i}": torch.full((size,), float(i)) for i, size in enumerate([10, 10, 100, 1, 1])}
-    files = sharded("weights", tensors, most_bytes=100)
+    files = sharded("weights", tensors, max_bytes=100)
     assert [list(part) for part, _ in files.values()] == [["t0", "t1"], ["t2"], ["t3", "t4"]]
     assert next(iter(files)) == "weights-00001-of-00003"
     read = {stem: dict(part) for stem, (part, _) in files.items()} | {"weights_other": {"x": torch.zeros(1)}}

@@ -1,4 +1,4 @@
-"""What safetensors files hold and where: one entry a tensor, checked against its file before a byte of it is read."""
+"""Lists what safetensors files hold and where, and checks it against the files before a tensor is read."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from pixtune.storage.model_folder import read_header
 from pixtune.storage.safetensors_writer import CODES
 
 LENGTH_BYTES = 8
-"""A safetensors file begins with the length of its JSON header, as a little-endian integer of this size."""
+"""Size of the little-endian integer that a safetensors file begins with: the length of its JSON header."""
 
 DTYPES = {code: dtype for dtype, code in CODES.items()}
 
 LONGEST_HEADER_BYTES = 2**26
-"""No model has a longer one: the largest, of a hundred thousand tensors, are a tenth of it."""
+"""Length that no model's header reaches: the largest, of a hundred thousand tensors, are a tenth of it."""
 
 PICKLE = "a PyTorch pickle (.pt, .bin, .ckpt), which may run any code when it is read. Take the model's .safetensors"
 OTHER_FORMATS = {
@@ -31,7 +31,7 @@ OTHER_FORMATS = {
     b"version ": "a git-lfs pointer: the weights were not downloaded. Run `git lfs pull` in its folder",
     b"<": "a web page, most likely an error message saved in place of the weights. Fetch the model again",
 }
-"""How files begin that are found under a safetensors name. Read as a header's length, each is longer than any."""
+"""First bytes of files that are found under a safetensors name. Read as a header's length, each exceeds the longest."""
 
 
 @dataclass(frozen=True)
@@ -43,12 +43,12 @@ class TensorEntry:
     dtype: torch.dtype
     shape: tuple[int, ...]
     offset_bytes: int
-    """From the start of the file."""
+    """Position of its first byte, from the start of the file."""
     num_bytes: int
 
 
 def read_entries(files: Iterable[Path]) -> list[TensorEntry]:
-    """All tensors of some files, file by file, in the order in which they lie there. Reads headers alone.
+    """Lists all tensors of some files, file by file, in the order in which they lie there. Reads headers alone.
 
     Raises:
         WeightsError: a file is missing, cut off or of another format, or a name stands in two places.
@@ -81,7 +81,7 @@ def _entries_of(file: Path) -> list[TensorEntry]:
 
 
 def _header_bytes(file: Path) -> int:
-    """The length of the JSON header, unless the file begins like one of another format."""
+    """Reads the length of the JSON header; refuses a file that begins like one of another format."""
     if not file.is_file():
         raise WeightsError(f"{file} is missing. Is the path right, or was the download interrupted?")
     with file.open("rb") as stream:

@@ -1,4 +1,4 @@
-"""Tensors read by the fastsafetensors package, where it is installed: it can go from disk to GPU past the CPU (GDS).
+"""Reads tensors by the fastsafetensors package, where it is installed: it can go from disk to GPU past the CPU (GDS).
 
 Its tensors are views of one large buffer; what is handed out here are copies that own their memory.
 """
@@ -20,20 +20,20 @@ from pixtune.storage.loading.entries import TensorEntry
 
 PACKAGE = "fastsafetensors"
 OLDEST, TOO_NEW = "0.5", "0.6"
-"""Before, one call could not read a part of a file; after, nothing was tried. The bounds of the extra `fast`, too."""
+"""Bounds of its version, those of the extra `fast`: older ones cannot read parts of files, newer ones are untried."""
 CHUNK_BYTES = 512 * 2**20
-"""What stands in its buffer on the device at a time."""
+"""Bytes in its buffer on the device at a time."""
 GDS_DEVICE = Path("/dev/nvidia-fs0")
-"""There where GPUDirect Storage works. Asked for without it, the package warns and takes the way through the CPU."""
+"""Device file that exists where GPUDirect Storage works. Without it, the package warns and reads through the CPU."""
 
 
 def is_fastsafetensors_available() -> bool:
-    """Whether a version that pixtune knows is installed and can be imported."""
+    """Returns whether a version that pixtune knows is installed and can be imported."""
     return package_obstacle() is None
 
 
 def package_obstacle() -> str | None:
-    """Why the package cannot be used at all."""
+    """Returns why the package cannot be used on any device; None where it can."""
     try:
         found = version(PACKAGE)
         importlib.import_module(PACKAGE)
@@ -47,14 +47,14 @@ def package_obstacle() -> str | None:
 
 
 def obstacle_to(device: torch.device) -> str | None:
-    """Why the package is not used for this device; None where it is."""
+    """Returns why the package is not used for this device; None where it is."""
     if device.type != "cuda":
         return f"{PACKAGE} gains nothing on a {device.type} device"
     return package_obstacle()
 
 
 def numbered(device: torch.device) -> torch.device:
-    """The current GPU for "cuda", which the package does not take without a number."""
+    """Replaces "cuda" by the current GPU, since the package does not take it without a number."""
     if device.type == "cuda" and device.index is None:
         return torch.device("cuda", torch.cuda.current_device())
     return device
@@ -63,13 +63,13 @@ def numbered(device: torch.device) -> torch.device:
 def iterate_fast(
     entries: Sequence[TensorEntry], device: torch.device, num_threads: int
 ) -> Iterator[tuple[str, Tensor]]:
-    """Name and tensor, each on `device` and independent of the reader.
+    """Yields name and tensor, each on `device` and independent of the reader.
 
     Reading and consuming take turns, chunk by chunk. The package's own threads know nothing of the consumer's stream,
     and would otherwise write into memory that the consumer has freed while its kernels still read it.
 
     Raises:
-        WeightsError: it delivered other tensors than the files' headers name.
+        WeightsError: it left out tensors that the files' headers name.
     """
     from fastsafetensors import ParallelLoader
 

@@ -1,4 +1,4 @@
-"""Reading safetensors: one tensor after the other on the wanted device, by the fastest way that this machine has."""
+"""Reads safetensors one tensor after the other onto a device, by the fastest way that this machine has."""
 
 from __future__ import annotations
 
@@ -29,16 +29,17 @@ def iterate_tensors(
     use_fast: bool | None = None,
     wanted: Callable[[str], bool] = lambda name: True,
 ) -> Iterator[tuple[str, Tensor]]:
-    """Name and tensor of some safetensors files, in the files' order, each directly on `device`.
+    """Yields name and tensor of some safetensors files, in the files' order, each directly on `device`.
 
     Nothing keeps a tensor once the next one is asked for, so a consumer that drops each needs a few hundred megabytes
     however large the model: `num_threads` times 16 MiB in host memory, and what was read ahead on the device. On a CPU
     they are views of the mapped file, which must stay as it is while they live.
 
     Args:
-        num_threads: how many slices are read at a time. Without effect on a CPU.
-        wanted: which tensors to read, by name; the others cost nothing.
-        use_fast: True and None take fastsafetensors where it can be used; True says why where it cannot. False never.
+        num_threads: number of slices that are read at a time. Without effect on a CPU.
+        use_fast: True and None take fastsafetensors where it can be used; where it cannot, True warns why. False never
+            takes it.
+        wanted: returns whether to read the tensor of a name; the others cost nothing.
 
     Raises:
         WeightsError: a file is missing, cut off or of another format; before anything is read.
@@ -58,12 +59,12 @@ def iterate_tensors(
 def load_safetensors(
     path: str | Path, num_threads: int = NUM_THREADS, device: torch.device | str = "cpu", use_fast: bool = True
 ) -> dict[str, Tensor]:
-    """All tensors of one file; see `iterate_tensors`."""
+    """Reads all tensors of one file by `iterate_tensors`."""
     return dict(iterate_tensors([path], device, num_threads, use_fast))
 
 
 def _iterate_mapped(entries: Sequence[TensorEntry]) -> Iterator[tuple[str, Tensor]]:
-    """Views of the mapped files: where nothing is copied to a device, no way of reading is faster (benchmarks)."""
+    """Yields views of the mapped files: where nothing is copied to a device, no way is faster (benchmarks)."""
     for path, of_file in itertools.groupby(entries, key=lambda entry: entry.file):
         try:
             opened = safe_open(path, framework="pt")
@@ -75,7 +76,7 @@ def _iterate_mapped(entries: Sequence[TensorEntry]) -> Iterator[tuple[str, Tenso
 
 
 def _is_integrated(device: torch.device) -> bool:
-    """Whether the GPU takes its memory from the CPU's, where the page cache of what was read would be in its way."""
+    """Returns whether the GPU takes its memory from the CPU's, where the page cache of what was read is in its way."""
     return device.type == "cuda" and bool(torch.cuda.get_device_properties(device).is_integrated)
 
 

@@ -1,4 +1,4 @@
-"""Writing safetensors, and models whose weights are spread over several files with an index beside them."""
+"""Writes safetensors, and reads and writes models whose weights are in several files with an index beside them."""
 
 from __future__ import annotations
 
@@ -13,24 +13,25 @@ from torch import Tensor
 
 from pixtune.errors import WeightsError, WriteError
 from pixtune.storage import files, safetensors_writer
+from pixtune.storage.grouping import group_neighbours
 from pixtune.storage.loading.entries import read_entries
 from pixtune.storage.loading.read import NUM_THREADS, iterate_tensors
 from pixtune.storage.model_folder import INDEX_SUFFIX, SHARD_NAME, read_json, weight_files
 
 MAX_SHARD_BYTES = 2 * 2**30
-"""A model of many gigabytes in a handful of files, so that one that is lost or damaged is fetched again alone."""
+"""Bytes of a shard at most: a large model is a handful of files, so that a damaged one can be fetched again alone."""
 WRITING_THREADS = 4
 FORMAT = {"format": "pt"}
-"""transformers and diffusers refuse a file that does not say so."""
+"""Metadata without which transformers and diffusers refuse a file."""
 
 
 def save_safetensors(
     tensors: Mapping[str, Tensor], path: str | Path, metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Tensors as one file, which is there whole or not at all.
+    """Writes tensors as one file, which is there whole or not at all.
 
     Raises:
-        WriteError: it could not be written. What stood there before still stands.
+        WriteError: it could not be written. A file that stood there before still stands.
     """
     safetensors_writer.save_without_digest(Path(path), tensors, {**FORMAT, **(metadata or {})})
 
@@ -42,8 +43,9 @@ def save_safetensors_sharded(
     stem: str = "model",
     num_threads: int = WRITING_THREADS,
 ) -> list[Path]:
-    """Tensors as files of at most `max_shard_bytes`, or of one larger tensor, with the index that transformers and
-    diffusers read; one file without an index where they fit.
+    """Writes tensors as files of at most `max_shard_bytes`, or of one larger tensor, with their index.
+
+    The index is the one that transformers and diffusers read; one file that holds everything has none.
 
     Weights of the same stem that stand in the folder are replaced. A crash leaves the old ones, the new ones, or a
     folder that `shard_files` refuses; never a mixture that loads.
@@ -59,7 +61,7 @@ def save_safetensors_sharded(
         WriteError: they could not be written.
     """
     folder = Path(folder)
-    shards = _plan_shards(tensors, max_shard_bytes)
+    shards = group_neighbours(tensors, lambda name: tensors[name].nbytes, max_shard_bytes) or [[]]
     if len(shards) == 1:
         names = [f"{stem}.safetensors"]
     else:
@@ -81,10 +83,10 @@ def save_safetensors_sharded(
 
 
 def shard_files(folder: str | Path) -> list[Path]:
-    """The files with a model's weights, as `weights.weight_files` finds them, compared with what they hold.
+    """Returns the files with a model's weights, as `weight_files` finds them, and checks that each holds its tensors.
 
     Raises:
-        WeightsError: files missing, cut off, or of different models; names all of it.
+        WeightsError: files are missing, cut off, or of different models; names all of them.
     """
     folder = Path(folder)
     paths = weight_files(folder)
@@ -103,25 +105,12 @@ def shard_files(folder: str | Path) -> list[Path]:
 def load_safetensors_sharded(
     folder: str | Path, num_threads: int = NUM_THREADS, device: torch.device | str = "cpu", use_fast: bool = True
 ) -> dict[str, Tensor]:
-    """All tensors of a model in one file or several; see `shard_files` and `iterate_tensors`."""
+    """Reads all tensors of a model in one file or several, by `shard_files` and `iterate_tensors`."""
     return dict(iterate_tensors(shard_files(folder), device, num_threads, use_fast))
 
 
-def _plan_shards(tensors: Mapping[str, Tensor], max_shard_bytes: int) -> list[list[str]]:
-    """Names of each shard, in the tensors' order."""
-    shards: list[list[str]] = [[]]
-    room_bytes = max_shard_bytes
-    for name, tensor in tensors.items():
-        if shards[-1] and tensor.nbytes > room_bytes:
-            shards.append([])
-            room_bytes = max_shard_bytes
-        shards[-1].append(name)
-        room_bytes -= tensor.nbytes
-    return shards
-
-
 def _remove(paths: Sequence[Path]) -> None:
-    """Durably: what is written next must not reach the disk before."""
+    """Deletes files durably: what is written next must not reach the disk before."""
     present = [path for path in paths if path.exists()]
     try:
         for path in present:

@@ -1,7 +1,7 @@
-"""Tensors from files to a device by several threads: each reads a slice into a staging buffer and uploads it.
+"""Reads tensors onto a device by several threads: each reads a slice into a staging buffer and uploads it.
 
-Mapped files are slow to copy from: every page is a fault, and the driver stages it once more. Where CPU and GPU share
-one pool, the mapped pages stand in it beside the tensors.
+Mapped files are slow to copy from: every page is a page fault, and the driver stages it once more. Where CPU and GPU
+share one pool, the mapped pages take room in it beside the tensors.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from pixtune.errors import WeightsError
 from pixtune.storage.loading.entries import TensorEntry
 
 SLICE_BYTES = 16 * 2**20
-"""What a thread reads at once. Large enough that a disk and a bus run at their full speed, small enough to stage."""
+"""Bytes that a thread reads at once: enough for a disk and a bus to run at their full speed, few enough to stage."""
 AHEAD_BYTES = 256 * 2**20
-"""What is read while the consumer works on a tensor. A tensor that is larger is read alone."""
+"""Bytes that are read while the consumer works on a tensor. A tensor that is larger is read alone."""
 
 
 @dataclass(frozen=True)
 class Lane:
-    """What one slice on its way needs for itself."""
+    """Buffer and stream of one slice that is being read."""
 
     staging_B: Tensor
     """Bytes in host memory, pinned where the device is a GPU."""
@@ -41,7 +41,7 @@ class Pending:
 
     entry: TensorEntry
     data_B: Tensor
-    """Its bytes on the device."""
+    """Bytes of the tensor, on the device."""
     slices: list[Future[None]]
 
     def wait(self) -> tuple[str, Tensor]:
@@ -60,13 +60,13 @@ def iterate_with_threads(
     slice_bytes: int = SLICE_BYTES,
     ahead_bytes: int = AHEAD_BYTES,
 ) -> Iterator[tuple[str, Tensor]]:
-    """Name and tensor, in the order of `entries`, each on `device` and complete.
+    """Yields name and tensor, in the order of `entries`, each on `device` and complete.
 
     At most `ahead_bytes` (or one tensor) are on the device and not yet handed out, and `num_threads` slices in host
     memory. Nothing keeps a tensor that was handed out.
 
     Args:
-        drop_cache: forget the files' pages once they are read, for machines where page cache takes GPU memory.
+        drop_cache: drops the files' pages once they are read, for machines where page cache takes GPU memory.
 
     Raises:
         WeightsError: a file became shorter, or could not be read.
@@ -134,7 +134,7 @@ def _fill(
     allocated: torch.cuda.Event | None,
     drop_cache: bool,
 ) -> None:
-    """Bytes of a file into a part of a tensor, which is complete on every stream once this returns."""
+    """Reads bytes of a file into a part of a tensor, which is complete on every stream once this returns."""
     lane = lanes.get()
     try:
         staged_B = lane.staging_B[: target_B.numel()]
