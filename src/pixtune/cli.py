@@ -135,13 +135,13 @@ def validate(
     ] = None,
     allow_missing_controls: Annotated[bool, typer.Option(help="Accept pictures without a control.")] = False,
     model: Annotated[
-        str | None, typer.Option(help="Model folder or hub name: also name captions that its text encoders cut.")
+        str | None, typer.Option(help="Model folder or hub name, to find captions that its text encoders cut.")
     ] = None,
     max_text_tokens: Annotated[
-        int | None, typer.Option(min=1, help="With --model: as data_config.max_text_tokens in training.")
+        int | None, typer.Option(min=1, help="With --model: value of data_config.max_text_tokens in training.")
     ] = None,
     control_size: Annotated[
-        int, typer.Option(min=16, help="With --model: as data_config.control_size in training.")
+        int, typer.Option(min=16, help="With --model: value of data_config.control_size in training.")
     ] = 1024,
 ) -> None:
     """Check a data set and report all problems together; exit code 1 if there is one."""
@@ -157,7 +157,7 @@ def validate(
         counter = CaptionCounter(family_of(folder), folder, max_text_tokens, control_size)
         multiple = multiple or counter.family.pixel_multiple(folder)
     elif max_text_tokens is not None:
-        raise typer.BadParameter("--max-text-tokens goes with --model, whose tokenizer counts the tokens")
+        raise typer.BadParameter("--max-text-tokens works with --model only, whose tokenizer counts the tokens")
     report = validate_folder(
         path, caption_type, img_size, multiple, control_dir or (), allow_missing_controls, upscale, counter=counter
     )

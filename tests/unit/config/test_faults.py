@@ -1,4 +1,4 @@
-"""Wrong configs: every fault at once, each with its place, key, value and what would be right."""
+"""Wrong configs: all problems together, each with its place, key, value and what would be right."""
 
 from __future__ import annotations
 
