@@ -26,7 +26,14 @@ from pixtune import randomness
 from pixtune.config import load_config
 from pixtune.engine import heads, lora, mlp
 from pixtune.engine.activations import recompute_blocks
-from pixtune.engine.apply import apply_switches, apply_to_activations, blocks_of, layout_of, placement_of
+from pixtune.engine.apply import (
+    apply_switches,
+    apply_to_activations,
+    apply_to_weights,
+    blocks_of,
+    layout_of,
+    placement_of,
+)
 from pixtune.engine.forwards import Forward, wrap_forward
 from pixtune.engine.load import random_transformer
 from pixtune.engine.quantize import FP8, INT8, NF4, SMALLEST_PEAK, FrozenProduct, row_codes
@@ -267,7 +274,8 @@ def build(setting: Setting, plan: TrainingPlan) -> tuple[nn.Module, dict[str, Te
     torch.manual_seed(SEED)  # weights are drawn in the order of their names, each in bf16, whatever becomes of them
     num_blocks = len(block_names(family.build_transformer(setting.transformer_config), family))
     placement, layout = placement_of(plan, device), layout_of(plan, num_blocks)
-    transformer = random_transformer(family, setting.transformer_config, placement, layout)
+    loaded = random_transformer(family, setting.transformer_config, placement, layout)
+    transformer = apply_to_weights(loaded, family, layout, device).module
     enlarge_modulations(transformer, setting)
     fingerprint = {
         name: tensor.flatten()[:NUM_FINGERPRINTED].float()

@@ -38,7 +38,9 @@ def time_bare_loop(run: Run, steps: int) -> float:
     start = time.perf_counter()
     for _ in range(steps):
         noisy_BCHW = add_noise(batch.latents_BCHW, batch.noise_BCHW, batch.sigma_B)
-        velocity_BCHW = run.family.predict_velocity(run.transformer, noisy_BCHW, batch.sigma_B, batch.conditioning)
+        velocity_BCHW = run.family.predict_velocity(
+            run.transformer.module, noisy_BCHW, batch.sigma_B, batch.conditioning
+        )
         example_losses(velocity_BCHW, velocity_target(batch.latents_BCHW, batch.noise_BCHW)).mean().backward()
         run.optimizer.step()
         run.optimizer.zero_grad(set_to_none=True)

@@ -72,7 +72,7 @@ def run_cell(cell: Cell, steps: int) -> dict[str, Any]:
         ]  # fmt: skip
         run, services = assemble(load_config(ROOT / "train_configs" / CONFIGS[cell.model], words))
         if cell.way == "compiled":
-            compile_blocks(blocks_of(run.transformer, run.family), selective=True)
+            compile_blocks(blocks_of(run.transformer.module, run.family), selective=True)
         began = time.perf_counter()
         run_steps(run, services)
         lines = read_metrics(folder / "run" / "metrics.jsonl")

@@ -45,7 +45,7 @@ from pixtune.data.swapped import (
     swap,
     swap_warning,
 )
-from pixtune.engine.load import load_transformer
+from pixtune.engine.load import LoadedTransformer, load_transformer
 from pixtune.families import family_of
 from pixtune.family import ModelFamily, Placement
 from pixtune.plan.encoders import encode_plainly
@@ -110,7 +110,7 @@ def both_ways(pair_set: PairSet, folder: Path, encodings: Encodings) -> list[Enc
 
 
 def log_loss_ratios(
-    family: ModelFamily, transformer: torch.nn.Module, pairs: Sequence[EncodedBothWays], device: torch.device
+    family: ModelFamily, transformer: LoadedTransformer, pairs: Sequence[EncodedBothWays], device: torch.device
 ) -> list[float]:
     """Log of the loss as given over the loss swapped, captions told: what the plain criterion looks at."""
 

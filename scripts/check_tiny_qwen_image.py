@@ -82,7 +82,7 @@ class TinyModel:
         self.folder: ModelFolder = open_model_folder(str(path))
         self.encoder = self.family.load_text_encoder(self.folder, placement)
         self.autoencoder = self.family.load_autoencoder(self.folder, placement)
-        self.transformer = load_transformer(self.family, self.folder, placement)
+        self.transformer = load_transformer(self.family, self.folder, placement).module
 
     def conditioning(self, captions: Sequence[str]) -> Conditioning:
         return encode_captions(self.family, self.encoder, captions)
@@ -233,7 +233,7 @@ def train_lora(model: TinyModel, pictures: Pictures, arguments: argparse.Namespa
 
     torch.manual_seed(0)
     config = LoraConfig(r=arguments.rank, lora_alpha=arguments.rank, target_modules=list(arguments.targets.split(",")))
-    base = load_transformer(model.family, model.folder, Placement(model.device, torch.float32))
+    base = load_transformer(model.family, model.folder, Placement(model.device, torch.float32)).module
     adapted = get_peft_model(base, config).base_model.model
     parameters = [p for p in adapted.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=arguments.rate, weight_decay=0.01)

@@ -259,7 +259,7 @@ def run_transformer_stage(recipe: Recipe, icons: list[Icon], pixels: Tensor, arg
     family = family_of(folder)
     data = recipe.training_set(folder, icons, pixels)
     placement = Placement(pixels.device, torch.float32)
-    start = load_transformer(family, folder, placement) if arguments.resume else recipe.build_transformer()
+    start = load_transformer(family, folder, placement).module if arguments.resume else recipe.build_transformer()
     training = TransformerTraining(family, start.to(pixels.device), data, arguments.batch_size)
 
     def save(model: nn.Module) -> None:

@@ -9,12 +9,13 @@ from types import TracebackType
 from typing import Protocol, Self
 
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import Tensor
 
 from pixtune.config.schema import TrainConfig
 from pixtune.data.batches import Batch, BatchSource
 from pixtune.engine.capture import ReplayedPass
-from pixtune.engine.modulation import StepsAhead
+from pixtune.engine.load import LoadedTransformer
+from pixtune.engine.modulation_ahead import StepsAhead
 from pixtune.family import ModelFamily
 from pixtune.plan.training import TrainingPlan
 from pixtune.tracking.memory import RunMemory
@@ -31,7 +32,7 @@ class Run:
     plan: TrainingPlan
     accelerator: Accelerator
     memory: RunMemory
-    transformer: nn.Module
+    transformer: LoadedTransformer
     trained: TrainedWeights
     forward_backward: ReplayedPass[Batch]
     learning_rate_at: Callable[[int], float]

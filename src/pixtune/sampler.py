@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from pixtune.engine.modulation import announce, most_announced
+from pixtune.engine.load import LoadedTransformer
+from pixtune.engine.modulation_ahead import announce, max_announced
 from pixtune.engine.tiling import decode_latents
 from pixtune.family import Conditioning, ModelFamily, Placement
 from pixtune.sizes import Size
@@ -32,7 +33,7 @@ def starting_noise(shape_CHW: tuple[int, int, int], seed: int) -> Tensor:
 def sample_latents(
     family: ModelFamily,
     folder: ModelFolder,
-    transformer: nn.Module,
+    transformer: LoadedTransformer,
     noise_BCHW: Tensor,
     positive: Conditioning,
     negative: Conditioning | None,
@@ -52,14 +53,16 @@ def sample_latents(
     latents_BCHW = noise_BCHW
     num_tokens = family.num_image_tokens(*noise_BCHW.shape[-2:])
     sigmas = family.sigma_schedule(folder, num_steps, num_tokens)
-    stretch = most_announced(transformer) // (len(latents_BCHW) * (1 if negative is None else 2))
+    stretch = max_announced(transformer) // (len(latents_BCHW) * (1 if negative is None else 2))
     for number, (sigma, next_sigma) in enumerate(pairwise(sigmas)):
         if number % stretch == 0:
             _announce(family, transformer, sigmas[number:-1][:stretch], positive, negative, guidance_scale)
         sigma_B = torch.full((len(latents_BCHW),), sigma, device=latents_BCHW.device)
-        velocity_BCHW = family.predict_velocity(transformer, latents_BCHW, sigma_B, positive, controls, guidance_scale)
+        velocity_BCHW = family.predict_velocity(
+            transformer.module, latents_BCHW, sigma_B, positive, controls, guidance_scale
+        )
         if negative is not None:
-            unconditional_BCHW = family.predict_velocity(transformer, latents_BCHW, sigma_B, negative, controls)
+            unconditional_BCHW = family.predict_velocity(transformer.module, latents_BCHW, sigma_B, negative, controls)
             velocity_BCHW = family.guide(velocity_BCHW, unconditional_BCHW, guidance_scale)
         latents_BCHW = latents_BCHW + (next_sigma - sigma) * velocity_BCHW.float()
         on_step()
@@ -68,7 +71,7 @@ def sample_latents(
 
 def _announce(
     family: ModelFamily,
-    transformer: nn.Module,
+    transformer: LoadedTransformer,
     sigmas: Sequence[float],
     positive: Conditioning,
     negative: Conditioning | None,
@@ -151,12 +154,12 @@ class PromptSampler:
         self.placement, self.keep_autoencoder, self.tile_pixels = placement, keep_autoencoder, tile_pixels
         self._autoencoder: nn.Module | None = None
 
-    def sample(self, transformer: nn.Module) -> Iterator[PromptPicture]:
+    def sample(self, transformer: LoadedTransformer) -> Iterator[PromptPicture]:
         """One picture for each prompt and seed."""
         for prompt, seed, latents_BCHW in self.latents(transformer):
             yield PromptPicture(prompt, seed, self.decode(latents_BCHW))
 
-    def latents(self, transformer: nn.Module) -> Iterator[tuple[EncodedPrompt, int, Tensor]]:
+    def latents(self, transformer: LoadedTransformer) -> Iterator[tuple[EncodedPrompt, int, Tensor]]:
         """Each prompt with each seed and the latents of its picture, shape 1CHW, on the device."""
         settings, device = self.settings, self.placement.device
         for prompt in self.prompts:

@@ -18,19 +18,11 @@ from pixtune.config.schema import TrainConfig
 from pixtune.data.batches import Batch, BatchOrder, BatchSource, read_ahead, timed
 from pixtune.data.prepare import prepare_data
 from pixtune.data.prepared import PreparedData
-from pixtune.engine import load
 from pixtune.engine.activations import RecomputeMore
-from pixtune.engine.apply import (
-    apply_switches,
-    apply_to_activations,
-    apply_to_weights,
-    blocks_of,
-    layout_of,
-    placement_of,
-)
+from pixtune.engine.apply import apply_switches, apply_to_activations, blocks_of, load_planned
 from pixtune.engine.capture import GraphCapturer, ReplayedPass
-from pixtune.engine.modulation import StepsAhead
-from pixtune.engine.streaming import stream_of
+from pixtune.engine.load import LoadedTransformer, Reading
+from pixtune.engine.modulation_ahead import StepsAhead
 from pixtune.families import family_of
 from pixtune.family import ModelFamily
 from pixtune.hardware.facts import check_torch
@@ -80,8 +72,8 @@ def assemble(config: TrainConfig) -> tuple[Run, Services]:
     apply_switches(plan)
     transformer = load_transformer(config, family, folder, plan, accelerator.device)
     start_step = checkpoint.step if checkpoint else 0
-    trained = METHODS[config.method](config, family, folder, plan, transformer, start_step)
-    apply_to_activations(transformer, family, plan, data.sizes_vary)
+    trained = METHODS[config.method](config, family, folder, plan, transformer.module, start_step)
+    apply_to_activations(transformer.module, family, plan, data.sizes_vary)
     memory.stages.record("transformer")
     run = build_run(config, family, plan, accelerator, memory, transformer, trained, data)
     services = Services(run, folder, data, start_step)
@@ -195,16 +187,10 @@ def decide_plan(
 
 def load_transformer(
     config: TrainConfig, family: ModelFamily, folder: ModelFolder, plan: TrainingPlan, device: torch.device
-) -> nn.Module:
-    """The base in its planned form and place; random values only behind the test switch."""
-    placement, layout = placement_of(plan, device), layout_of(plan, family.block_shape(folder)[0])
-    if config.random_weights:
-        transformer = load.random_transformer(family, folder.component_config("transformer"), placement, layout)
-    else:
-        reading = load.Reading(plan.loading_threads, plan.fast_loading)
-        transformer = load.load_transformer(family, folder, placement, layout, reading)
-    apply_to_weights(transformer, family, plan, device)
-    return transformer
+) -> LoadedTransformer:
+    """Loads the base in its planned form and place; random values only behind the test switch."""
+    reading = Reading(plan.loading_threads, plan.fast_loading)
+    return load_planned(family, folder, plan, device, reading, config.random_weights)
 
 
 def build_run(
@@ -213,7 +199,7 @@ def build_run(
     plan: TrainingPlan,
     accelerator: Accelerator,
     memory: RunMemory,
-    transformer: nn.Module,
+    transformer: LoadedTransformer,
     trained: TrainedWeights,
     data: PreparedData,
 ) -> Run:
@@ -239,12 +225,12 @@ def build_run(
         transformer=transformer,
         trained=trained,
         forward_backward=ReplayedPass(
-            partial(forward_backward, config, family, transformer, trained.backward),
+            partial(forward_backward, config, family, transformer.module, trained.backward),
             trained.parameters.values(),
-            GraphCapturer(stream_of(transformer)) if plan.captures else None,
+            GraphCapturer(transformer.stream) if plan.captures else None,
             plan.captures,
             lambda: plan.usable_bytes - torch.cuda.memory_reserved(),
-            RecomputeMore(() if demands_of(config).recompute is False else blocks_of(transformer, family)),
+            RecomputeMore(() if demands_of(config).recompute is False else blocks_of(transformer.module, family)),
         ),
         learning_rate_at=optim.build_schedule(config, num_steps),
         source=source,

@@ -10,10 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pixtune import randomness
-from pixtune.engine.modulation import announce
+from pixtune.engine.load import LoadedTransformer
+from pixtune.engine.modulation_ahead import announce
 from pixtune.family import Conditioning, ModelFamily
 from pixtune.objective import add_noise, example_losses, velocity_target
 
@@ -51,7 +52,7 @@ def fixed_sigmas(num_draws: int) -> list[float]:
 @torch.no_grad()
 def losses_at(
     family: ModelFamily,
-    transformer: nn.Module,
+    transformer: LoadedTransformer,
     picture: HeldOutPicture,
     sigmas: Sequence[float],
     seed: int,
@@ -79,14 +80,14 @@ def losses_at(
         text = {name: tensor[part] for name, tensor in conditioning.items()}
         controls = [control.to(device).expand(len(rows), -1, -1, -1) for control in picture.controls]
         velocities.append(
-            family.predict_velocity(transformer, noisy_BCHW[part], sigma_B[part], text, controls, guidance)
+            family.predict_velocity(transformer.module, noisy_BCHW[part], sigma_B[part], text, controls, guidance)
         )
     return example_losses(torch.cat(velocities), velocity_target(latents_BCHW, noise_BCHW))
 
 
 def measure(
     family: ModelFamily,
-    transformer: nn.Module,
+    transformer: LoadedTransformer,
     pictures: Sequence[HeldOutPicture],
     num_draws: int,
     seed: int,

@@ -116,7 +116,7 @@ def test_recomputation_of_the_plan_reaches_the_blocks(num_recomputed: int) -> No
     """disable_gradient_checkpointing ends here."""
     folder = open_model_folder(str(TINY_MODEL))
     family = family_of(folder)
-    transformer = load_transformer(family, folder, Placement(torch.device("cpu"), torch.float32))
+    transformer = load_transformer(family, folder, Placement(torch.device("cpu"), torch.float32)).module
     apply_to_activations(transformer, family, replace(plain_plan(), recomputed_blocks=num_recomputed))
     runs: list[int] = []
     for number, block in enumerate(blocks_of(transformer, family)):

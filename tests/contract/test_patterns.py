@@ -15,6 +15,7 @@ from torch import nn
 
 import pixtune.train
 from pixtune.config import load_config
+from pixtune.engine.load import LoadedTransformer
 from pixtune.families import family_of
 from pixtune.family import TextEncoder
 from pixtune.storage.model_folder import open_model_folder
@@ -53,7 +54,7 @@ def alive_when_the_base_is_loaded(
 ) -> list[bool]:
     alive: list[bool] = []
 
-    def load(*arguments: Any) -> nn.Module:
+    def load(*arguments: Any) -> LoadedTransformer:
         alive.extend(reference() is not None for reference in encoders)
         return load_transformer(*arguments)
 
@@ -106,7 +107,7 @@ def test_pattern_3_no_block_is_held_in_full_precision(scene: Path, tmp_path: Pat
     run, _ = assemble(load_config(None, words({**BASE, "quantize": True}, scene, tmp_path)))
     frozen = [
         name
-        for name, parameter in run.transformer.named_parameters()
+        for name, parameter in run.transformer.module.named_parameters()
         if "transformer_blocks" in name
         and "lora" not in name
         and not name.removesuffix(".weight").endswith(run.family.modulation_layers)  # one row a sample: they stay plain

@@ -158,7 +158,7 @@ def edit_pipeline(family: ModelFamily, folder: ModelFolder) -> Any:
         text_encoder=ForwardsTokenTypes(model, tokenizer.tokenizer.convert_tokens_to_ids("<|image_pad|>")),
         tokenizer=tokenizer.tokenizer,
         processor=real_processor(tokenizer),
-        transformer=load_transformer(family, folder, placement),
+        transformer=load_transformer(family, folder, placement).module,
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

@@ -20,7 +20,7 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 from pixtune.data.images import to_pixels
-from pixtune.engine.load import load_transformer
+from pixtune.engine.load import LoadedTransformer, load_transformer
 from pixtune.families import FAMILIES, family_of, qwen_image
 from pixtune.families.packing import unpack_latents
 from pixtune.families.qwen_image_edit import EditReader
@@ -92,7 +92,7 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     assert family.name == name
     return Case(
         family, folder, edit_pipeline(family, folder), family.load_text_encoder(folder, PLACEMENT),
-        family.load_autoencoder(folder, PLACEMENT), load_transformer(family, folder, PLACEMENT),
+        family.load_autoencoder(folder, PLACEMENT), load_transformer(family, folder, PLACEMENT).module,
     )  # fmt: skip
 
 
@@ -253,7 +253,8 @@ def test_the_picture_is_the_pipelines(case: Case) -> None:
         num_inference_steps=2,
     )  # fmt: skip
     latents_BCHW = sample_latents(
-        case.family, case.folder, case.transformer, starting_noise(case.family.latent_shape(case.folder, *size), 4),
+        case.family, case.folder, LoadedTransformer(case.transformer),
+        starting_noise(case.family.latent_shape(case.folder, *size), 4),
         encoded(case, CAPTIONS[0], controls), encoded(case, case.family.dropped_caption, controls), 2, 3.0,
         encoded_controls(case, len(controls)),
     )  # fmt: skip

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from pixtune import objective
-from pixtune.engine.load import load_transformer, random_transformer
+from pixtune.engine.load import LoadedTransformer, load_transformer, random_transformer
 from pixtune.errors import WeightsError
 from pixtune.families import FAMILIES, family_of
 from pixtune.families.packing import pack_latents, unpack_latents
@@ -155,7 +155,7 @@ def case(request: pytest.FixtureRequest, repo_root: Path, tmp_path_factory: pyte
         stock_pipeline(reference, path, torch.float32),
         family.load_text_encoder(folder, FP32),
         family.load_autoencoder(folder, FP32),
-        load_transformer(family, folder, FP32),
+        load_transformer(family, folder, FP32).module,
     )
 
 
@@ -228,7 +228,7 @@ def test_blocks_and_lora_targets_are_there(case: Case) -> None:
 
 
 def test_loaded_parts_are_frozen_and_in_the_asked_format(case: Case) -> None:
-    transformer = load_transformer(case.family, case.folder, BF16)
+    transformer = load_transformer(case.family, case.folder, BF16).module
     encoder, autoencoder = case.text_encoder.models[0], case.autoencoder
     assert {p.dtype for p in transformer.parameters()} == {torch.bfloat16}
     for part in (transformer, encoder, autoencoder):
@@ -418,7 +418,7 @@ def test_packing_is_the_pipelines_and_unpacking_its_inverse(case: Case) -> None:
 def test_random_transformer_is_the_same_architecture(case: Case) -> None:
     """Given the real weights, it computes what the loaded one does: nothing that is no parameter was left out."""
     config = case.folder.component_config("transformer")
-    random = random_transformer(case.family, config, FP32)
+    random = random_transformer(case.family, config, FP32).module
     noisy_BCHW, sigma_B = noise(case, 96, 48), torch.tensor([0.5])
     text = case.family.stack_conditioning([case.family.random_text(case.folder, 9, seed=1)])
     with torch.no_grad():
@@ -484,7 +484,7 @@ def test_sampled_latents_are_the_pipelines(case: Case, width: int, height: int, 
     positive, negative = encoded(case, PROMPTS[1:2], guidance)
     steps: list[None] = []
     latents_BCHW = sample_latents(
-        case.family, case.folder, case.transformer, noise_BCHW, positive, negative, 4, guidance,
+        case.family, case.folder, LoadedTransformer(case.transformer), noise_BCHW, positive, negative, 4, guidance,
         on_step=lambda: steps.append(None),
     )  # fmt: skip
     torch.testing.assert_close(latents_BCHW, expected, rtol=1e-4, atol=1e-4)
@@ -499,7 +499,8 @@ def test_guidance_changes_the_latents(case: Case) -> None:
         positive, negative = encoded(case, PROMPTS[1:2], guidance)
         results.append(
             sample_latents(
-                case.family, case.folder, case.transformer, noise_BCHW, positive, negative, 4, guidance
+                case.family, case.folder, LoadedTransformer(case.transformer), noise_BCHW, positive, negative, 4,
+                guidance,
             )
         )  # fmt: skip
     assert (results[0] - results[1]).abs().max() > 1e-2
@@ -511,7 +512,7 @@ def test_the_picture_is_the_pipelines(case: Case) -> None:
     noise_BCHW = starting_noise(case.family.latent_shape(case.folder, width, height), 2)
     positive, negative = encoded(case, PROMPTS[:1], 4.0)
     latents_BCHW = sample_latents(
-        case.family, case.folder, case.transformer, noise_BCHW, positive, negative, 3, 4.0
+        case.family, case.folder, LoadedTransformer(case.transformer), noise_BCHW, positive, negative, 3, 4.0
     )  # fmt: skip
     image = to_image(case.family.decode_latents(case.autoencoder, latents_BCHW)[0])
     assert image.size == expected.size == (width, height) and image.mode == "RGB"

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from pixtune.data.images import to_pixels
-from pixtune.engine.load import load_transformer
+from pixtune.engine.load import LoadedTransformer, load_transformer
 from pixtune.families import FAMILIES, family_of, flux
 from pixtune.family import ModelFamily, Placement, Prompt, TextEncoder
 from pixtune.sampler import sample_latents, starting_noise, to_image
@@ -51,7 +51,7 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     pipeline.set_progress_bar_config(disable=True)
     return Case(
         family, folder, pipeline, family.load_text_encoder(folder, PLACEMENT),
-        family.load_autoencoder(folder, PLACEMENT), load_transformer(family, folder, PLACEMENT),
+        family.load_autoencoder(folder, PLACEMENT), load_transformer(family, folder, PLACEMENT).module,
     )  # fmt: skip
 
 
@@ -149,7 +149,7 @@ def test_the_transformer_gets_what_the_pipeline_gives_it(case: Case, size: tuple
 
 
 def test_bf16_timesteps_are_rounded_as_the_pipeline_rounds_them(case: Case) -> None:
-    transformer = load_transformer(case.family, case.folder, Placement(torch.device("cpu"), torch.bfloat16))
+    transformer = load_transformer(case.family, case.folder, Placement(torch.device("cpu"), torch.bfloat16)).module
     sigmas = torch.linspace(0.98, 0.02, 60)
     noisy = torch.zeros(60, 16, 2, 2)
     text = {name: tensor.expand(60, *tensor.shape[1:]) for name, tensor in encoded(case, CAPTIONS[:1]).items()}
@@ -196,7 +196,8 @@ def test_the_picture_is_the_pipelines(case: Case) -> None:
     (expected,) = run(case, CAPTIONS[0], size, control, num_inference_steps=3, output_type="pil")
     controls = [encoded_control(case, control)] if control else []
     latents_BCHW = sample_latents(
-        case.family, case.folder, case.transformer, starting_noise(case.family.latent_shape(case.folder, *size), 4),
+        case.family, case.folder, LoadedTransformer(case.transformer),
+        starting_noise(case.family.latent_shape(case.folder, *size), 4),
         encoded(case, CAPTIONS[:1]), None, 3, 3.5, controls,
     )  # fmt: skip
     image = to_image(case.family.decode_latents(case.autoencoder, latents_BCHW)[0])

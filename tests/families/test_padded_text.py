@@ -75,7 +75,7 @@ def build(model: str, lengths: list[int]) -> Case:
     family = family_of(folder)
     config = {**folder.component_config("transformer"), "num_layers": LAYERS, **changes}
     torch.manual_seed(0)
-    transformer = random_transformer(family, config, Placement(CPU, torch.float32))
+    transformer = random_transformer(family, config, Placement(CPU, torch.float32)).module
     give_values(transformer)
     attach_lora(transformer, ["attention_mlp"], 4, 4.0, 0, family.lora_presets)
     give_values_to_lora(transformer)
@@ -187,7 +187,7 @@ def test_a_padded_step_is_the_stock_models_with_its_mask() -> None:
     family = family_of(folder)
     stock = QwenImageTransformer2DModel.from_config({**folder.component_config("transformer"), "num_layers": LAYERS})
     give_values(stock)
-    ours = random_transformer(family, dict(stock.config), Placement(CPU, torch.float32))
+    ours = random_transformer(family, dict(stock.config), Placement(CPU, torch.float32)).module
     ours.load_state_dict(stock.state_dict())
     rows = [family.random_text(folder, length, seed) for seed, length in enumerate((19, 7))]
     text = family.stack_conditioning(rows, MULTIPLE)
@@ -236,7 +236,7 @@ def test_controls_modulated_as_clean_are_the_stock_models() -> None:
     torch.manual_seed(0)
     stock = QwenImageTransformer2DModel.from_config(dict(case.transformer.config))  # type: ignore[arg-type]
     give_values(stock)
-    ours = random_transformer(case.family, dict(stock.config), Placement(CPU, torch.float32))
+    ours = random_transformer(case.family, dict(stock.config), Placement(CPU, torch.float32)).module
     ours.load_state_dict(stock.state_dict())
     ours.requires_grad_(True)
     assert stock.zero_cond_t

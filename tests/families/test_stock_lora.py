@@ -16,6 +16,7 @@ from pixtune.engine.load import load_transformer
 from pixtune.families import FAMILIES
 from pixtune.family import ModelFamily, Placement
 from pixtune.sampler import SamplerSettings
+from pixtune.storage.base_reference import BaseReference
 from pixtune.storage.model_folder import ModelFolder
 from pixtune.trained import adapters
 from pixtune.trained.export import COMFYUI_FILE, DIFFUSERS_FILE, LoraDescription, export_lora
@@ -53,13 +54,13 @@ def model_folder(family: ModelFamily, path: Path) -> ModelFolder:
 
 def write_lora(family: ModelFamily, folder: ModelFolder, path: Path) -> None:
     """Both files of a LoRA that changes pictures, at a scale that is not 1."""
-    transformer = load_transformer(family, folder, Placement(torch.device("cpu"), torch.float32))
+    transformer = load_transformer(family, folder, Placement(torch.device("cpu"), torch.float32)).module
     lora = adapters.attach_lora(transformer, family.lora_targets, 4, 10.0, 3, family.lora_presets)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for tensor in adapters.lora_weights(transformer).values():
             tensor.copy_(torch.randn(tensor.shape, generator=generator) * 0.1)
-    about = LoraDescription(4, 10.0, lora.targets, "base", family.name, 1, "0" * 16, [], {})
+    about = LoraDescription(4, 10.0, lora.targets, BaseReference("base", None), family.name, 1, "0" * 16, [], {})
     export_lora(path, adapters.lora_weights(transformer), about, family)
 
 

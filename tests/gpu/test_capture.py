@@ -17,7 +17,6 @@ from pixtune.engine.activations import recompute_blocks
 from pixtune.engine.apply import blocks_of
 from pixtune.engine.capture import GraphCapturer, ReplayedPass
 from pixtune.engine.load import Layout, load_transformer
-from pixtune.engine.modulation import table_of
 from pixtune.engine.streaming import in_backward_pass, stream_blocks
 from pixtune.families import family_of
 from pixtune.family import Placement
@@ -35,8 +34,8 @@ def losses_and_gradients(name: str, layout: Layout, recompute: str | None, recor
     """Of six steps of two sizes in turn, the sigma another at each."""
     folder = ModelFolder(ASSETS / name)
     family = family_of(folder)
-    transformer = load_transformer(family, folder, Placement(DEVICE, torch.bfloat16), layout)
-    stream = None
+    loaded = load_transformer(family, folder, Placement(DEVICE, torch.bfloat16), layout)
+    transformer, table, stream = loaded.module, loaded.table, None
     if recompute == "and blocks streamed":
         stream = stream_blocks(blocks_of(transformer, family), DEVICE)
     adapters.attach_lora(transformer, family.lora_targets, RANK, RANK, 0, family.lora_presets)
@@ -65,7 +64,7 @@ def losses_and_gradients(name: str, layout: Layout, recompute: str | None, recor
         sigma_B = torch.tensor([0.1 + 0.08 * step], device=DEVICE)
         text = family.stack_conditioning([family.random_text(folder, 7, step)])
         text = {key: tensor.to(DEVICE) for key, tensor in text.items()}
-        if (table := table_of(transformer)) is not None:
+        if table is not None:
             features = {name: text[name] for name in family.time_features}
             table.use(step, partial(family.embed_time, transformer, sigma_B, features))
             table.show([0, -1])

@@ -90,7 +90,7 @@ def test_the_trial_measures_it(kernel: str) -> None:
 def model(folder: ModelFolder, placement: Placement) -> tuple[ModelFamily, nn.Module, list[nn.Parameter]]:
     """The small model with a LoRA that changes something, and the LoRA's weights."""
     family = family_of(folder)
-    transformer = load_transformer(family, folder, placement)
+    transformer = load_transformer(family, folder, placement).module
     adapters.attach_lora(transformer, family.lora_targets, 4, 4, 0, family.lora_presets)
     with torch.no_grad():
         for number, (path, weight) in enumerate(adapters.lora_weights(transformer).items()):

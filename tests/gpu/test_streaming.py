@@ -141,7 +141,7 @@ def test_the_small_models_train_as_resident_ones(
     def losses(folder: ModelFolder, streamed: bool) -> list[Tensor]:
         torch._dynamo.reset()
         family = family_of(folder)
-        model = load_transformer(family, folder, Placement(DEVICE, torch.bfloat16), Layout(linear_format))
+        model = load_transformer(family, folder, Placement(DEVICE, torch.bfloat16), Layout(linear_format)).module
         blocks = [block for path in family.block_paths for block in model.get_submodule(path)]
         if streamed:
             stream_blocks(blocks, DEVICE, num_slots=2)

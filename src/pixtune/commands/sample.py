@@ -24,10 +24,8 @@ from pixtune.data.encode import Encoder, FramedPicture, TextItem
 from pixtune.data.encodings import Encodings, control_pictures, text_item
 from pixtune.data.examples import Example
 from pixtune.data.prepare import control_rules, encode_prompt, prompt_example
-from pixtune.engine.apply import FORMATS, blocks_of
-from pixtune.engine.load import Layout, load_transformer
-from pixtune.engine.mlp import fuse_mlps
-from pixtune.engine.streaming import choose_streamed, stream_blocks
+from pixtune.engine.apply import load_planned, placement_of
+from pixtune.engine.load import LoadedTransformer
 from pixtune.errors import WeightsError
 from pixtune.families import family_of
 from pixtune.family import CONTROL_SIDE, ModelFamily, Placement
@@ -255,7 +253,7 @@ def sample_as_planned(
         stages: gets the memory of `ENCODING`, `LOADING`, `SAMPLING` and, where pictures are decoded last, `DECODING`.
     """
     stages = stages or StageLog()
-    placement = Placement(device, FORMATS[plans.sampling.compute_format])
+    placement = placement_of(plans.sampling, device)
     prompts = encode_prompts(task, plans.encoders, placement)
     stages.record(ENCODING)
     sampler = PromptSampler(
@@ -263,12 +261,12 @@ def sample_as_planned(
         tile_pixels=plans.sampling.tile_pixels,
     )  # fmt: skip
     if not plans.sampling.decode_last:
-        transformer = load_base(task, plans.sampling, placement)
+        transformer = load_base(task, plans.sampling, device)
         stages.record(LOADING)
         yield from sampler.sample(transformer)
         stages.record(SAMPLING)
         return
-    for prompt, seed, latents_BCHW in all_latents(task, plans.sampling, placement, sampler, stages):
+    for prompt, seed, latents_BCHW in all_latents(task, plans.sampling, device, sampler, stages):
         yield PromptPicture(prompt, seed, sampler.decode(latents_BCHW))
     stages.record(DECODING)
 
@@ -295,51 +293,38 @@ def encode_prompts(task: Task, plan: EncoderPlan, placement: Placement) -> list[
 
 
 def all_latents(
-    task: Task, plan: SamplingPlan, placement: Placement, sampler: PromptSampler, stages: StageLog
+    task: Task, plan: SamplingPlan, device: torch.device, sampler: PromptSampler, stages: StageLog
 ) -> Sequence[tuple[EncodedPrompt, int, Tensor]]:
     """What is drawn, on the CPU; the transformer has left the device on return."""
-    transformer = load_base(task, plan, placement)
+    transformer = load_base(task, plan, device)
     stages.record(LOADING)
     drawn = [(prompt, seed, latents.cpu()) for prompt, seed, latents in sampler.latents(transformer)]
     stages.record(SAMPLING)
     del transformer
     gc.collect()
-    if placement.device.type == "cuda":
+    if device.type == "cuda":
         torch.cuda.empty_cache()
     return drawn
 
 
-def load_base(task: Task, plan: SamplingPlan, placement: Placement) -> nn.Module:
-    """The transformer in its planned form, with the LoRA on it.
+def load_base(task: Task, plan: SamplingPlan, device: torch.device) -> LoadedTransformer:
+    """Loads the transformer in its planned form, and attaches the LoRA to it.
 
     Raises:
         WeightsError: files or LoRA do not fit the model.
     """
-    family, folder = task.family, task.folder
-    num_blocks, _ = family.block_shape(folder)
-    streamed = choose_streamed(num_blocks, plan.streamed_blocks) if plan.streamed_blocks else ()
-    linear_format = None if plan.weights_format == plan.compute_format else plan.weights_format
-    transformer = load_transformer(family, folder, placement, Layout(linear_format, plan.modulation_rows, streamed))
-    blocks = blocks_of(transformer, family)
-    if streamed:
-        stream_blocks([blocks[number] for number in streamed], placement.device)
+    transformer = load_planned(task.family, task.folder, plan, device)
     if task.lora is not None:
-        attach(transformer, task.lora)
-    fuse_mlps(blocks)
+        attach(transformer.module, task.lora)
     return transformer
 
 
-def put_on_lora(transformer: nn.Module, path: Path) -> None:
-    """Attaches a LoRA file of ours to a transformer.
+def attach(transformer: nn.Module, lora: SavedLora) -> None:
+    """Attaches a saved LoRA to a transformer.
 
     Raises:
-        WeightsError: not a LoRA that pixtune wrote for diffusers, or for another model.
+        WeightsError: it is for another model.
     """
-    attach(transformer, read_lora(path))
-
-
-def attach(transformer: nn.Module, lora: SavedLora) -> None:
-    """As `put_on_lora`, of a file that was read before."""
     adapters.attach_lora(transformer, lora.targets, lora.rank, lora.alpha, 0)
     try:
         adapters.load_lora_weights(transformer, lora.weights)

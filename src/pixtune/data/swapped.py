@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pixtune import randomness
 from pixtune.data.buckets import Framing
@@ -26,6 +26,7 @@ from pixtune.data.encode import FramedPicture, TextItem
 from pixtune.data.encodings import Encodings, control_pictures, target_picture, text_item
 from pixtune.data.examples import Example
 from pixtune.data.images import read_size
+from pixtune.engine.load import LoadedTransformer
 from pixtune.family import ModelFamily
 from pixtune.sizes import Size
 from pixtune.validation import HeldOutPicture, losses_at
@@ -164,7 +165,7 @@ def read_pairs(pairs: Sequence[BothWays], encodings: Encodings, dropped: str) ->
 
 def measure_gains(
     family: ModelFamily,
-    transformer: nn.Module,
+    transformer: LoadedTransformer,
     pairs: Sequence[EncodedBothWays],
     seed: int,
     device: torch.device,

@@ -1,10 +1,12 @@
-"""The one place that carries a plan out, in its one order.
+"""Carries a plan out: the only place that does, in its one order.
 
-Switches of the process; the transformer loaded in its form (`load.py`); blocks that stream; then, when a LoRA is
-attached, what is kept for the backward pass; last, compilation.
+First the process's switches, then the transformer, loaded in its form (`load.py`) and with its blocks in their places.
+Once a LoRA is attached comes what blocks keep for the backward pass, and last their compilation.
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -13,19 +15,28 @@ from pixtune.engine.activations import recompute_blocks, recompute_projections
 from pixtune.engine.attention import use_attention
 from pixtune.engine.compile import compile_blocks
 from pixtune.engine.gelu import compact_gelus
-from pixtune.engine.load import Layout
+from pixtune.engine.load import (
+    DEFAULT_READING,
+    Layout,
+    LoadedTransformer,
+    Reading,
+    load_transformer,
+    random_transformer,
+)
 from pixtune.engine.mlp import fuse_mlps
 from pixtune.engine.packing import close_gaps
 from pixtune.engine.streaming import choose_streamed, stream_blocks
 from pixtune.family import ModelFamily, Placement
+from pixtune.plan.sampling import SamplingPlan
 from pixtune.plan.training import TrainingPlan
+from pixtune.storage.model_folder import ModelFolder
 
-FORMATS = {"bf16": torch.bfloat16, "fp32": torch.float32}
-"""A plan's `compute_format` as torch says it."""
+COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+"""torch's name of each `compute_format` of a plan."""
 
 
 def apply_switches(plan: TrainingPlan) -> None:
-    """Process-wide switches. Must run before the first CUDA kernel."""
+    """Sets process-wide switches. Must run before the first CUDA kernel."""
     torch.set_float32_matmul_precision("high" if plan.tf32 else "highest")
     use_attention(plan.attention, plan.attention_off)
     if plan.deterministic:
@@ -33,45 +44,81 @@ def apply_switches(plan: TrainingPlan) -> None:
         torch.backends.cudnn.benchmark = False
 
 
-def placement_of(plan: TrainingPlan, device: torch.device) -> Placement:
-    """Where and in which format activations and plain weights are."""
-    return Placement(device, FORMATS[plan.compute_format])
+def placement_of(plan: TrainingPlan | SamplingPlan, device: torch.device) -> Placement:
+    """Returns where activations and plain weights are, and in which format."""
+    return Placement(device, COMPUTE_DTYPES[plan.compute_format])
 
 
-def layout_of(plan: TrainingPlan, num_blocks: int) -> Layout:
-    """The form in which the transformer is loaded."""
-    quantized = plan.weights_format not in FORMATS
+def layout_of(plan: TrainingPlan | SamplingPlan, num_blocks: int) -> Layout:
+    """Returns a plan's decisions about weights: all of them but the placement."""
+    linear_format = None if plan.weights_format in COMPUTE_DTYPES else plan.weights_format
     streamed = choose_streamed(num_blocks, plan.streamed_blocks) if plan.streamed_blocks else ()
-    weights_format = plan.weights_format if quantized else None
-    return Layout(weights_format, plan.modulation_rows, streamed, plan.kept_transposes, plan.plain_layers)
+    layout = Layout(linear_format, plan.modulation_rows, streamed)
+    if isinstance(plan, SamplingPlan):  # nothing runs backward or is captured
+        return layout
+    return replace(
+        layout,
+        keeps_transposes=plan.kept_transposes,
+        plain_layers=plan.plain_layers,
+        gapless=plan.captures > 0,
+    )
 
 
 def blocks_of(transformer: nn.Module, family: ModelFamily) -> list[nn.Module]:
-    """All repeated blocks, in the order in which they run."""
+    """Returns all repeated blocks, in the order in which they run."""
     return [block for path in family.block_paths for block in transformer.get_submodule(path).children()]
 
 
-def apply_to_weights(transformer: nn.Module, family: ModelFamily, plan: TrainingPlan, device: torch.device) -> None:
-    """Before a LoRA is attached: blocks whose weights wait in host memory, and how the others lie on the device."""
-    blocks = blocks_of(transformer, family)
-    streamed = choose_streamed(len(blocks), plan.streamed_blocks)
-    if streamed:
-        stream = stream_blocks([blocks[number] for number in streamed], device)
-        transformer.block_stream = stream  # type: ignore[assignment]
-    if plan.captures:
-        close_gaps([block for number, block in enumerate(blocks) if number not in streamed], device)
+def load_planned(
+    family: ModelFamily,
+    folder: ModelFolder,
+    plan: TrainingPlan | SamplingPlan,
+    device: torch.device,
+    reading: Reading = DEFAULT_READING,
+    random_weights: bool = False,
+) -> LoadedTransformer:
+    """Loads a transformer and applies everything that a plan says of its weights. A LoRA may be attached afterwards.
+
+    Args:
+        random_weights: the folder's config alone is read.
+
+    Raises:
+        WeightsError: see `load_transformer`.
+        PlanError: see `stream_blocks`.
+    """
+    placement, layout = placement_of(plan, device), layout_of(plan, family.block_shape(folder)[0])
+    if random_weights:
+        transformer = random_transformer(family, folder.component_config("transformer"), placement, layout)
+    else:
+        transformer = load_transformer(family, folder, placement, layout, reading)
+    return apply_to_weights(transformer, family, layout, device)
+
+
+def apply_to_weights(
+    transformer: LoadedTransformer, family: ModelFamily, layout: Layout, device: torch.device
+) -> LoadedTransformer:
+    """Streams the layout's streamed blocks, places the others on the device, and fuses the MLPs of all.
+
+    Raises:
+        PlanError: see `stream_blocks`.
+    """
+    blocks = blocks_of(transformer.module, family)
+    stream = stream_blocks([blocks[number] for number in layout.streamed], device) if layout.streamed else None
+    if layout.gapless:
+        close_gaps([block for number, block in enumerate(blocks) if number not in layout.streamed], device)
+    fuse_mlps(blocks)
+    return replace(transformer, stream=stream)
 
 
 def apply_to_activations(
     transformer: nn.Module, family: ModelFamily, plan: TrainingPlan, sizes_vary: bool = False
 ) -> None:
-    """After a LoRA is attached: what blocks keep for the backward pass, and their compilation.
+    """Applies what a plan says of activations, and compiles the blocks. Must run after a LoRA has been attached.
 
     Args:
         sizes_vary: pictures or captions come in several sizes.
     """
     blocks = blocks_of(transformer, family)
-    fuse_mlps(blocks)
     if plan.selective:
         compact_gelus(blocks)
     if plan.recomputed_blocks:

@@ -1,4 +1,4 @@
-"""A transformer straight into its planned form, tensor by tensor: it never stands anywhere whole in full precision."""
+"""Loads a transformer straight into its planned form, tensor by tensor: all of it in full precision exists nowhere."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from pixtune.engine.kernels import try_triton
-from pixtune.engine.modulation import attach_table, read_from_files
+from pixtune.engine.modulation import ModulationTable, read_from_files
 from pixtune.engine.modulation_filling import ModulationRows
 from pixtune.engine.quantize import QuantizedLinear, can_quantize, codes_for, tensor_cores_multiply
+from pixtune.engine.streaming import BlockStream
 from pixtune.errors import WeightsError
 from pixtune.family import ModelFamily, Placement
 from pixtune.storage.loading import iterate_tensors, shard_files
@@ -22,18 +23,20 @@ from pixtune.storage.model_folder import ModelFolder
 
 @dataclass(frozen=True)
 class Layout:
-    """The form of a transformer's repeated blocks; what is outside them always has the placement's own format."""
+    """Form of a transformer's repeated blocks; what is outside them always has the placement's own format."""
 
     linear_format: str | None = None
     """"fp8", "int8" or "nf4"; None: the placement's own."""
     modulation_rows: int = 0
-    """Modulation layers stay in their files, and a table of so many rows is computed ahead; 0: they are loaded."""
-    on_host: tuple[int, ...] = ()
-    """Blocks, by number in the order in which they run, whose weights wait in host memory once they have their form."""
+    """Rows of the table that is computed ahead while modulation layers stay in their files; 0: they are loaded."""
+    streamed: tuple[int, ...] = ()
+    """Numbers of the blocks, in the order in which they run, whose weights wait in host memory."""
     keeps_transposes: bool = False
-    """8-bit weights are kept a second time, as the backward pass reads them."""
+    """Whether 8-bit weights are kept a second time, as the backward pass reads them."""
     plain_layers: tuple[str, ...] = ()
     """Paths of linear layers that have the placement's format whatever `linear_format` is."""
+    gapless: bool = False
+    """Whether the other blocks' weights are moved together, so that no memory is left unused between them."""
 
 
 PLAIN = Layout()
@@ -41,11 +44,25 @@ PLAIN = Layout()
 
 @dataclass(frozen=True)
 class Reading:
-    """How weight files are read; see `loading.iterate_tensors`."""
+    """Settings of `loading.iterate_tensors`, which reads the weight files."""
 
     num_threads: int = 8
     fast: bool = False
-    """By fastsafetensors, where it is installed and the device is a GPU."""
+    """Whether fastsafetensors reads them, where it is installed and the device is a GPU."""
+
+
+DEFAULT_READING = Reading()
+
+
+@dataclass(frozen=True)
+class LoadedTransformer:
+    """A transformer, and what supplies the weights that it does not hold itself."""
+
+    module: nn.Module
+    stream: BlockStream | None = None
+    """Supplier of streamed blocks' weights (`apply.apply_to_weights`); None: no block is streamed."""
+    table: ModulationTable | None = None
+    """Supplier of the modulation layers' outputs; None: these layers are in place."""
 
 
 def load_transformer(
@@ -53,57 +70,62 @@ def load_transformer(
     folder: ModelFolder,
     placement: Placement,
     layout: Layout = PLAIN,
-    reading: Reading = Reading(),
-) -> nn.Module:
-    """A frozen transformer from a model folder.
+    reading: Reading = DEFAULT_READING,
+) -> LoadedTransformer:
+    """Loads a frozen transformer from a model folder.
 
     Raises:
         WeightsError: the files' tensors are not those of the architecture that the config describes; names some.
     """
-    model = family.build_transformer(folder.component_config("transformer"))
-    awaited = set(model.state_dict())
-    absent = lay_out(model, family, placement, layout)
+    module = family.build_transformer(folder.component_config("transformer"))
+    in_config = set(module.state_dict())
+    absent = lay_out(module, family, placement, layout)
     files = shard_files(folder.path / "transformer")
     tensors = iterate_tensors(
         files, placement.device, reading.num_threads, None if reading.fast else False,
         wanted=lambda name: parent(name) not in absent,
     )  # fmt: skip
-    expected = {name for name in awaited if parent(name) not in absent}
-    fill(model, tensors, expected, placement, str(folder.path), paths_of_blocks(model, family, layout.on_host))
-    if absent:
-        attach_table(model, family, absent, read_from_files(files), layout.modulation_rows)
-    return model.requires_grad_(False).eval()
+    expected = {name for name in in_config if parent(name) not in absent}
+    fill(module, tensors, expected, placement, str(folder.path), prefixes_of_blocks(module, family, layout.streamed))
+    module.requires_grad_(False).eval()
+    if not absent:
+        return LoadedTransformer(module)
+    embedder, read = module.get_submodule(family.time_embedder), read_from_files(files)
+    return LoadedTransformer(module, table=ModulationTable(embedder, absent, read, layout.modulation_rows))
 
 
 def random_transformer(
     family: ModelFamily, config: Mapping[str, Any], placement: Placement, layout: Layout = PLAIN
-) -> nn.Module:
-    """A transformer of the given architecture (empty: the full-size default) with random weights, for measuring.
+) -> LoadedTransformer:
+    """Builds a transformer of the given architecture (empty: the full-size default) with random weights, for measuring.
 
     Modulation layers that are not loaded share one weight for each shape: making them all takes host memory and time,
     and what streams through the device is as much either way.
     """
-    model = family.build_transformer(config)
-    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    absent = lay_out(model, family, placement, layout)
+    module = family.build_transformer(config)
+    shapes = {name: tensor.shape for name, tensor in module.state_dict().items()}
+    absent = lay_out(module, family, placement, layout)
     loaded = {name: shape for name, shape in shapes.items() if parent(name) not in absent}
     tensors = random_tensors(loaded, placement)
-    fill(model, tensors, set(loaded), placement, "random weights", paths_of_blocks(model, family, layout.on_host))
-    if absent:
-        of_shape = {shapes[name]: name for name in shapes if name not in loaded}
-        kept = {shape: random_tensor(name, shape, placement).cpu() for shape, name in of_shape.items()}
-        attach_table(model, family, absent, lambda name: kept[shapes[name]], layout.modulation_rows)
-    return model.requires_grad_(False).eval()
+    fill(module, tensors, set(loaded), placement, "random weights", prefixes_of_blocks(module, family, layout.streamed))
+    module.requires_grad_(False).eval()
+    if not absent:
+        return LoadedTransformer(module)
+    of_shape = {shapes[name]: name for name in shapes if name not in loaded}
+    kept = {shape: random_tensor(name, shape, placement).cpu() for shape, name in of_shape.items()}
+    embedder = module.get_submodule(family.time_embedder)
+    table = ModulationTable(embedder, absent, lambda name: kept[shapes[name]], layout.modulation_rows)
+    return LoadedTransformer(module, table=table)
 
 
 def random_tensors(shapes: Mapping[str, torch.Size], placement: Placement) -> Iterator[tuple[str, Tensor]]:
-    """One after the other."""
+    """Yields tensors of the given shapes one after the other."""
     for name, shape in shapes.items():
         yield name, random_tensor(name, shape, placement)
 
 
 def random_tensor(name: str, shape: torch.Size, placement: Placement) -> Tensor:
-    """Values of about the size that trained ones have."""
+    """Returns values of about the size that trained ones have."""
     tensor = torch.empty(shape, device=placement.device, dtype=placement.dtype)
     if len(shape) >= 2:
         return tensor.normal_(0, 0.5 / math.sqrt(shape[-1]))
@@ -117,7 +139,7 @@ def lay_out(model: nn.Module, family: ModelFamily, placement: Placement, layout:
     would reach every token.
 
     Returns:
-        What stands in for modulation layers that are not loaded, by path.
+        The stand-ins for modulation layers that are not loaded, by path.
     """
     try_triton(placement.device)
     absent: dict[str, ModulationRows] = {}
@@ -139,7 +161,7 @@ def lay_out(model: nn.Module, family: ModelFamily, placement: Placement, layout:
 def quantized_like(
     linear: nn.Linear, linear_format: str, device: torch.device, keeps_transpose: bool = False
 ) -> QuantizedLinear:
-    """A layer of the same sides and with the same bias, its weight still to be set."""
+    """Returns a quantized layer of the same sides and with the same bias, its weight still to be set."""
     codes = codes_for(linear_format, device)
     tensor_cores = tensor_cores_multiply(codes, device)
     quantized = QuantizedLinear(
@@ -149,41 +171,44 @@ def quantized_like(
     return quantized
 
 
-def paths_of_blocks(model: nn.Module, family: ModelFamily, numbers: Sequence[int]) -> tuple[str, ...]:
-    """How the names of some blocks' tensors begin."""
+def prefixes_of_blocks(model: nn.Module, family: ModelFamily, numbers: Sequence[int]) -> tuple[str, ...]:
+    """Returns how the names of these blocks' tensors begin."""
     names = [f"{path}.{name}." for path in family.block_paths for name, _ in model.get_submodule(path).named_children()]
     return tuple(names[number] for number in numbers)
 
 
 def parent(name: str) -> str:
-    """The module path of a parameter's name."""
+    """Returns the path of the module that a tensor of this name belongs to."""
     return name.rpartition(".")[0]
 
 
 def fill(
     model: nn.Module,
     tensors: Iterable[tuple[str, Tensor]],
-    awaited: set[str],
+    expected: set[str],
     placement: Placement,
     source: str,
-    on_host: tuple[str, ...] = (),
+    host_prefixes: tuple[str, ...] = (),
 ) -> None:
-    """Gives a model on the meta device its values, each in its planned form as soon as it is there.
+    """Gives a model on the meta device its values, each in its planned form as soon as it has been read.
 
     Args:
-        awaited: names of the tensors that must come.
+        expected: names of the tensors that must come.
         source: what an error calls their origin.
-        on_host: beginnings of the names of those that wait in host memory.
+        host_prefixes: beginnings of the names of those that go to host memory.
+
+    Raises:
+        WeightsError: a tensor is missing, is not expected, or has another shape.
     """
-    missing = set(awaited)
+    missing = set(expected)
     for name, tensor in tensors:
-        if name not in awaited:
+        if name not in expected:
             raise WeightsError(f"{source} holds {name}, which the architecture in the transformer's config lacks.")
         missing.discard(name)
-        put(model, name, tensor, placement)
-        if name.startswith(on_host):
+        put_into(model.get_submodule(parent(name)), name, tensor, placement)
+        if name.startswith(host_prefixes):
             send_to_host(model.get_submodule(parent(name)))
-        del tensor  # one that was quantized is gone before the next one comes
+        del tensor  # the unquantized form is freed before the next tensor is read
     if missing:
         raise WeightsError(
             f"{source} lacks {len(missing)} tensors of the architecture in the transformer's config, {min(missing)} "
@@ -191,15 +216,17 @@ def fill(
         )
 
 
-def put(model: nn.Module, name: str, tensor: Tensor, placement: Placement) -> None:
-    """One tensor into its place, in that place's form."""
-    put_into(model.get_submodule(parent(name)), name, tensor, placement)
-
-
 def put_into(module: nn.Module, name: str, tensor: Tensor, placement: Placement) -> None:
-    """As `put`, into the module that `name` is a tensor of."""
+    """Stores a tensor in the form that its module has for it.
+
+    Args:
+        module: the one that `name`, a path in the whole model, is a tensor of.
+
+    Raises:
+        WeightsError: the module has another shape.
+    """
     leaf = name.rpartition(".")[2]
-    # On a CPU tensors come as views of their mapped file; what is kept must outlive it.
+    # On a CPU tensors are views of their mapped file; what is kept must outlive it.
     format = placement.dtype if tensor.is_floating_point() else tensor.dtype
     value = tensor.to(format, copy=placement.device.type == "cpu")
     if isinstance(module, QuantizedLinear) and leaf == "weight":
@@ -217,7 +244,7 @@ def put_into(module: nn.Module, name: str, tensor: Tensor, placement: Placement)
 
 
 def send_to_host(module: nn.Module) -> None:
-    """A module's own tensors, those that have values, to host memory."""
+    """Moves a module's own tensors to host memory, apart from those that have no values yet."""
     for name, parameter in module._parameters.items():
         if parameter is not None and not parameter.is_meta:
             module._parameters[name] = nn.Parameter(parameter.detach().cpu(), requires_grad=False)

@@ -14,9 +14,7 @@ Tables of a training run are cut at fixed step numbers, so a resumed run compute
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +24,6 @@ from torch import Tensor, nn
 
 from pixtune.engine.modulation_filling import Filling, ModulationRows, Passage, ReadWeight
 from pixtune.engine.transfer import host_buffer
-from pixtune.family import Conditioning, ModelFamily
 from pixtune.storage.model_folder import read_header
 
 LARGEST_DISTANCE = 0.02
@@ -201,90 +198,3 @@ class ModulationTable:
         columns = chosen_BO.split([stand_in.out_features for stand_in in self._layers.values()], dim=1)
         for stand_in, rows in zip(self._layers.values(), columns, strict=True):
             stand_in.rows = rows
-
-
-def attach_table(
-    transformer: nn.Module, family: ModelFamily, layers: dict[str, ModulationRows], read: ReadWeight, num_rows: int
-) -> None:
-    """Connects the stand-ins of a loaded transformer; `table_of` finds the table again."""
-    embedder = transformer.get_submodule(family.time_embedder)
-    transformer.modulation_table = ModulationTable(embedder, layers, read, num_rows)  # type: ignore[assignment]
-
-
-def table_of(transformer: nn.Module) -> ModulationTable | None:
-    """The transformer's table; None where its modulation layers are in place."""
-    return getattr(transformer, "modulation_table", None)
-
-
-def most_announced(transformer: nn.Module) -> int:
-    """How many examples `announce` takes at a time."""
-    table = table_of(transformer)
-    return sys.maxsize if table is None else table.num_rows - 1
-
-
-def announce(
-    transformer: nn.Module, family: ModelFamily, sigma_N: Tensor, conditioning: Conditioning, guidance: float = 1.0
-) -> None:
-    """Prepares the forward passes to come. Does nothing where the modulation layers are in place, or nothing changes.
-
-    Args:
-        sigma_N: of all examples of those passes, on the model's device; N below the table's number of rows.
-        conditioning: stacked, of the same examples; only what `family.time_features` names is read.
-    """
-    table = table_of(transformer)
-    if table is None:
-        return
-    features = {name: conditioning[name] for name in family.time_features}
-    purpose = (sigma_N.tolist(), guidance, {name: tensor.tolist() for name, tensor in features.items()})
-    table.answer(purpose, lambda: family.embed_time(transformer, sigma_N, features, guidance))
-
-
-@dataclass
-class StepsAhead:
-    """Keeps the table of a training run ahead of its steps, in stretches cut at fixed step numbers.
-
-    Args:
-        times_of: step -> sigmas of all this process's examples in it and their `time_features`, stacked; on the CPU.
-        examples_per_step: of this process.
-    """
-
-    transformer: nn.Module
-    family: ModelFamily
-    times_of: Callable[[int], tuple[Tensor, Conditioning]]
-    examples_per_step: int
-    num_steps: int
-    guidance: float
-    device: torch.device
-
-    def reach(self, step: int) -> None:
-        """Makes sure that the rows of a step are there."""
-        table = table_of(self.transformer)
-        if table is None:
-            return
-        first, stretch = self._stretch_of(step, table)
-        table.use(("steps from", first), lambda: self._embed(first, stretch))
-        place = (step - first) * self.examples_per_step
-        table.show([*range(place, place + self.examples_per_step), -1])  # the clean one comes last
-
-    def look_ahead(self, step: int) -> None:
-        """Fills a step's share of the rows of the next stretch; while the device is busy with the step, best of all."""
-        table = table_of(self.transformer)
-        if table is None:
-            return
-        first, stretch = self._stretch_of(step, table)
-        coming = first + stretch
-        if coming < self.num_steps:
-            share = (step - first + 1) / stretch
-            table.prepare(("steps from", coming), lambda: self._embed(coming, stretch), share)
-
-    def _stretch_of(self, step: int, table: ModulationTable) -> tuple[int, int]:
-        """The first step of the stretch that a step is in, and its length."""
-        length = (table.num_rows - 1) // self.examples_per_step  # one row is for pictures that are seen as clean
-        return step - step % length, length
-
-    def _embed(self, first: int, stretch: int) -> Tensor:
-        steps = range(first, min(first + stretch, self.num_steps))
-        sigmas, features = zip(*(self.times_of(number) for number in steps), strict=True)
-        sigma_N = torch.cat(sigmas).to(self.device)
-        stacked = {name: torch.cat([row[name] for row in features]).to(self.device) for name in features[0]}
-        return self.family.embed_time(self.transformer, sigma_N, stacked, self.guidance)

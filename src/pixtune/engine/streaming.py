@@ -261,11 +261,6 @@ def stream_blocks(blocks: Sequence[nn.Module], device: torch.device, num_slots: 
     return stream
 
 
-def stream_of(transformer: nn.Module) -> BlockStream | None:
-    """Where `apply.apply_to_weights` keeps it; None: no block is streamed."""
-    return getattr(transformer, "block_stream", None)
-
-
 def _run_streamed(
     stream: BlockStream, index: int, block: nn.Module, inner: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:

@@ -216,7 +216,7 @@ def export_full_checkpoint(checkpoint: Checkpoint, target: Path) -> Path:
     Raises:
         CheckpointError: its weights are not those of the base model that it names.
     """
-    from pixtune.engine.apply import FORMATS
+    from pixtune.engine.apply import COMPUTE_DTYPES
     from pixtune.engine.load import load_transformer
     from pixtune.families import family_of
     from pixtune.family import Placement
@@ -224,8 +224,8 @@ def export_full_checkpoint(checkpoint: Checkpoint, target: Path) -> Path:
 
     config, weights_format = checkpoint.record["config"], checkpoint.record["plan"]["compute_format"]
     base = open_model_folder(config["pretrained_model_name_or_path"])
-    placement = Placement(torch.device("cpu"), FORMATS[weights_format])
-    transformer = load_transformer(family_of(base), base, placement)
+    placement = Placement(torch.device("cpu"), COMPUTE_DTYPES[weights_format])
+    transformer = load_transformer(family_of(base), base, placement).module
     try:
         copy_weights(dict(transformer.named_parameters()), joined(checkpoint.tensors, WEIGHTS_STEM))
     except (KeyError, RuntimeError) as error:

@@ -136,7 +136,7 @@ def test_the_timed_products_are_those_of_a_block(gradients: ModuleType, model: s
         for name, tensor in setting.family.build_transformer(setting.transformer_config).state_dict().items()
     }
     size = StepSize(1, setting.inputs.num_image_tokens, setting.inputs.num_text_tokens)
-    linears = [linear for linear in read_linears(setting.family, shapes, quantised=True) if linear.quantised]
+    linears = [linear for linear in read_linears(setting.family, shapes, quantized=True) if linear.quantized]
     first_of_kind = {"toy": [0], "toy-flux": [0, 1]}[model]
     found = gradients.block_products(setting)
     for products, number in zip(found.values(), first_of_kind, strict=True):

@@ -79,13 +79,13 @@ def test_layers_that_are_kept_plain_are_not_quantized() -> None:
     family, folder = model("tiny-qwen-image")
     plan = plan_with("[to_q, transformer_blocks.1.img_mlp.*]")
     layout = layout_of(plan, family.block_shape(folder)[0])
-    transformer = load_transformer(family, folder, Placement(CPU, torch.bfloat16), layout)
+    transformer = load_transformer(family, folder, Placement(CPU, torch.bfloat16), layout).module
     linears = {name for name, module in transformer.named_modules() if isinstance(module, torch.nn.Linear)}
     quantized = {n for n, m in transformer.named_modules() if isinstance(m, QuantizedLinear)}
     kept = {n for n in linears if n.endswith(".to_q") or n.startswith("transformer_blocks.1.img_mlp.")}
     assert len(kept) == 5 + 2 and set(plan.plain_layers) == kept
     assert quantized.isdisjoint(kept) and "transformer_blocks.0.attn.to_k" in quantized
-    everything = load_transformer(family, folder, Placement(CPU, torch.bfloat16), layout_of(plan_with("[]"), 5))
+    everything = load_transformer(family, folder, Placement(CPU, torch.bfloat16), layout_of(plan_with("[]"), 5)).module
     assert {n for n, m in everything.named_modules() if isinstance(m, QuantizedLinear)} == quantized | kept
     assert any("7 linear layers are not quantized" in reason for reason in plan.reasons)
     assert stored(TrainingPlan, {"plan": plan.to_dict()}, "plan") == plan
@@ -93,7 +93,7 @@ def test_layers_that_are_kept_plain_are_not_quantized() -> None:
 
 def test_layers_that_are_kept_plain_are_counted() -> None:
     family, folder = model("tiny-qwen-image")
-    transformer = load_transformer(family, folder, Placement(CPU, torch.bfloat16))
+    transformer = load_transformer(family, folder, Placement(CPU, torch.bfloat16)).module
     weights = sum(m.weight.numel() for n, m in transformer.named_modules() if n.endswith(".to_q"))  # type: ignore[union-attr, operator]
     kept, quantized = plan_with("[to_q]"), plan_with("[]")
     assert quantized.kept_transposes, "so a weight in 8 bits takes two bytes, as one in bf16 does"
@@ -121,9 +121,13 @@ def test_nothing_is_kept_plain_where_all_weights_are_trained() -> None:
 def test_blocks_that_are_read_when_they_run_compute_the_same(linear_format: str | None) -> None:
     family, folder = model("tiny-flux")
     inputs = random_inputs(family, folder, 64, 7, CPU)
+    layout = Layout(linear_format)
     velocities = [
-        model_check.velocity_of(family, load(family, folder, BF16, Layout(linear_format)), inputs, torch.tensor([0.4]))
-        for load in (load_transformer, load_on_demand)
+        model_check.velocity_of(family, transformer, inputs, torch.tensor([0.4]))
+        for transformer in (
+            load_transformer(family, folder, BF16, layout).module,
+            load_on_demand(family, folder, BF16, layout),
+        )
     ]
     assert velocities[0].equal(velocities[1])
 

@@ -26,6 +26,7 @@ from pixtune.commands.sample import (
     sample_as_planned,
     sample_pictures,
 )
+from pixtune.engine.load import LoadedTransformer
 from pixtune.errors import WeightsError
 from pixtune.families import family_of
 from pixtune.hardware.cards import facts_as
@@ -120,11 +121,11 @@ def test_the_transformer_is_gone_before_the_first_picture_is_decoded(
 ) -> None:
     loaded: list[weakref.ref[nn.Module]] = []
     alive: list[bool] = []
-    load, decode = module.load_transformer, PromptSampler.decode
+    load, decode = module.load_planned, PromptSampler.decode
 
-    def watched_load(*arguments: Any) -> nn.Module:
+    def watched_load(*arguments: Any) -> LoadedTransformer:
         transformer = load(*arguments)
-        loaded.append(weakref.ref(transformer))
+        loaded.append(weakref.ref(transformer.module))
         return transformer
 
     def watched_decode(sampler: PromptSampler, *arguments: Any) -> Image.Image:
@@ -132,7 +133,7 @@ def test_the_transformer_is_gone_before_the_first_picture_is_decoded(
         alive.append(loaded[0]() is not None)
         return decode(sampler, *arguments)
 
-    monkeypatch.setattr(module, "load_transformer", watched_load)
+    monkeypatch.setattr(module, "load_planned", watched_load)
     monkeypatch.setattr(PromptSampler, "decode", watched_decode)
     for decode_last in (True, False):
         loaded.clear(), alive.clear()

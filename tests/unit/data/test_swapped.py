@@ -14,6 +14,7 @@ from pixtune.config.schema import DataConfig
 from pixtune.data.controls import ControlRules, frame_control
 from pixtune.data.examples import Example, read_examples
 from pixtune.data.swapped import Encoded, EncodedBothWays, Gains, choose_pairs, measure_gains, swap, swap_warning
+from pixtune.engine.load import LoadedTransformer
 from pixtune.validation import HeldOutPicture
 from tests.runs import ROOT, overrides, pixtune, write_config
 
@@ -149,7 +150,7 @@ def encoded(told_error: float, untold_error: float, control: float) -> Encoded:
 def test_a_gain_is_the_log_of_loss_without_caption_over_loss_with_it():
     pairs = [EncodedBothWays(encoded(1.0, 2.0, 0.5), encoded(3.0, 1.0, 2.0))]
     state = torch.random.get_rng_state()
-    gains = measure_gains(KnownError(), torch.nn.Identity(), pairs, 42, torch.device("cpu"), 1.0)
+    gains = measure_gains(KnownError(), LoadedTransformer(torch.nn.Identity()), pairs, 42, torch.device("cpu"), 1.0)
     assert gains.as_given == pytest.approx([math.log(4)], abs=1e-4)
     assert gains.swapped == pytest.approx([math.log(1 / 9)], abs=1e-4)
     assert torch.equal(torch.random.get_rng_state(), state), "draws are functions of their place"

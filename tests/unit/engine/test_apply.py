@@ -8,9 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from pixtune.engine.apply import apply_to_activations, apply_to_weights, layout_of, placement_of
-from pixtune.engine.load import load_transformer
-from pixtune.engine.modulation import announce
+from pixtune.engine.apply import apply_to_activations, load_planned
+from pixtune.engine.modulation_ahead import announce
 from pixtune.plan.training import TrainingPlan
 from pixtune.trained import adapters
 from tests.unit.engine.test_load import model
@@ -52,9 +51,8 @@ WAYS: dict[str, tuple[dict[str, object], float]] = {  # what the plan changes, a
 def loss_and_gradients(name: str, plan: TrainingPlan) -> tuple[float, Tensor]:
     """Of one step with two samples and a LoRA that already changes the output."""
     family, folder = model(name)
-    placement, layout = placement_of(plan, CPU), layout_of(plan, family.block_shape(folder)[0])
-    transformer = load_transformer(family, folder, placement, layout)
-    apply_to_weights(transformer, family, plan, CPU)
+    loaded = load_planned(family, folder, plan, CPU)
+    transformer = loaded.module
     adapters.attach_lora(transformer, family.lora_targets, 4, 4.0, 0, family.lora_presets)
     generator = torch.Generator().manual_seed(3)
     parameters = adapters.trainable_parameters(transformer)
@@ -65,7 +63,7 @@ def loss_and_gradients(name: str, plan: TrainingPlan) -> tuple[float, Tensor]:
     noisy_BCHW, target_BCHW = torch.randn(2, 2, channels, height, width, generator=generator)
     text = family.stack_conditioning([family.random_text(folder, 11, seed) for seed in range(2)])
     sigmas = torch.tensor([0.3, 0.8])
-    announce(transformer, family, sigmas, text)
+    announce(loaded, family, sigmas, text)
     loss = (family.predict_velocity(transformer, noisy_BCHW, sigmas, text) - target_BCHW).square().mean()
     loss.backward()
     return float(loss.detach()), torch.cat([p.grad.flatten() for p in parameters.values() if p.grad is not None])

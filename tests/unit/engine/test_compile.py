@@ -95,7 +95,7 @@ def test_blocks_of_one_kind_share_one_graph_and_all_sizes_do_if_they_are_known_t
     family = family_of(folder)
     config = folder.component_config("transformer")
     config |= {key: 4 for key in ("num_layers", "num_single_layers") if key in config}
-    transformer = random_transformer(family, config, Placement(torch.device("cpu"), torch.float32))
+    transformer = random_transformer(family, config, Placement(torch.device("cpu"), torch.float32)).module
     attach_lora(transformer, family.lora_targets, 4, 4.0, 0, family.lora_presets)
     kinds = [list(transformer.get_submodule(path).children()) for path in family.block_paths]
     blocks = [block for kind in kinds for block in kind]
@@ -122,7 +122,7 @@ def test_blocks_before_the_first_trained_one_keep_nothing() -> None:
     folder = open_model_folder(str(ROOT / "assets" / "tiny-qwen-image"))
     family = family_of(folder)
     config = folder.component_config("transformer") | {"num_layers": 3}
-    transformer = random_transformer(family, config, Placement(torch.device("cpu"), torch.float32))
+    transformer = random_transformer(family, config, Placement(torch.device("cpu"), torch.float32)).module
     attach_lora(transformer, ["transformer_blocks.1.attn.to_q"], 4, 4.0, 0, family.lora_presets)
     blocks = list(transformer.transformer_blocks.children())
     with_gradient = []
@@ -143,7 +143,7 @@ def kept_and_gradients(name: str, recomputes: bool) -> tuple[float, torch.Tensor
     torch.manual_seed(0)
     config = folder.component_config("transformer")
     config |= {key: 2 for key in ("num_layers", "num_single_layers") if key in config}
-    transformer = random_transformer(family, config, Placement(torch.device("cpu"), torch.float32))
+    transformer = random_transformer(family, config, Placement(torch.device("cpu"), torch.float32)).module
     attach_lora(transformer, family.lora_targets, 4, 4.0, 0, family.lora_presets)
     with torch.no_grad():
         for path, weight in lora_weights(transformer).items():

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from pixtune.engine.load import PLAIN, Layout, load_transformer
-from pixtune.engine.modulation import announce, table_of
+from pixtune.engine.load import PLAIN, Layout, LoadedTransformer, load_transformer
+from pixtune.engine.modulation_ahead import announce
 from pixtune.engine.modulation_filling import ModulationRows
 from pixtune.engine.quantize import FORMATS, QuantizedLinear
 from pixtune.errors import WeightsError
@@ -32,7 +32,7 @@ def model(name: str) -> tuple[ModelFamily, ModelFolder]:
     return family_of(folder), folder
 
 
-def velocity(family: ModelFamily, folder: ModelFolder, transformer: nn.Module, sigmas: Tensor) -> Tensor:
+def velocity(family: ModelFamily, folder: ModelFolder, transformer: LoadedTransformer, sigmas: Tensor) -> Tensor:
     """The same inputs at each call."""
     generator = torch.Generator().manual_seed(4)
     channels, height, width = family.latent_shape(folder, 128, 192)
@@ -40,14 +40,14 @@ def velocity(family: ModelFamily, folder: ModelFolder, transformer: nn.Module, s
     text = family.stack_conditioning([family.random_text(folder, 11, seed) for seed in range(len(sigmas))])
     announce(transformer, family, sigmas, text)
     with torch.no_grad():
-        return family.predict_velocity(transformer, noisy_BCHW, sigmas, text)
+        return family.predict_velocity(transformer.module, noisy_BCHW, sigmas, text)
 
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("linear_format", FORMATS)
 def test_blocks_are_quantized_and_nothing_else(name: str, linear_format: str) -> None:
     family, folder = model(name)
-    transformer = load_transformer(family, folder, BF16, Layout(linear_format))
+    transformer = load_transformer(family, folder, BF16, Layout(linear_format)).module
     blocks = tuple(f"{path}." for path in family.block_paths)
     quantized = {n for n, m in transformer.named_modules() if isinstance(m, QuantizedLinear)}
     plain = {n for n, m in transformer.named_modules() if type(m) is nn.Linear}
@@ -69,13 +69,13 @@ def test_modulation_ahead_gives_the_same_velocity(name: str) -> None:
     for placement, bound in ((FP32, 2e-6), (BF16, 2**-8)):
         ahead = load_transformer(family, folder, placement, Layout(modulation_rows=4))
         plain = load_transformer(family, folder, placement)
-        assert not any(n.endswith(tuple(f"{x}.weight" for x in family.modulation_layers)) for n in ahead.state_dict())
+        absent = tuple(f"{path}.weight" for path in family.modulation_layers)
+        assert not any(name.endswith(absent) for name in ahead.module.state_dict())
         expected = velocity(family, folder, plain, sigmas)
         ours = velocity(family, folder, ahead, sigmas)
         assert (ours - expected).norm() <= bound * expected.norm()
-        table = table_of(ahead)
-        assert table is not None
-        table.check()
+        assert ahead.table is not None and plain.table is None
+        ahead.table.check()
 
 
 def test_control_tokens_of_2511_are_modulated_as_clean(tmp_path: Path) -> None:
@@ -95,7 +95,7 @@ def test_control_tokens_of_2511_are_modulated_as_clean(tmp_path: Path) -> None:
         sigmas = torch.tensor([0.3, 0.8])
         announce(transformer, family, sigmas, text)
         with torch.no_grad():
-            velocities.append(family.predict_velocity(transformer, noisy_BCHW, sigmas, text, [control_BCHW]))
+            velocities.append(family.predict_velocity(transformer.module, noisy_BCHW, sigmas, text, [control_BCHW]))
     torch.testing.assert_close(velocities[1], velocities[0], rtol=1e-5, atol=1e-5)
 
 
@@ -103,13 +103,13 @@ def test_a_sigma_that_was_not_announced_is_noticed() -> None:
     family, folder = model("tiny-flux")
     transformer = load_transformer(family, folder, FP32, Layout(modulation_rows=4))
     velocity(family, folder, transformer, torch.tensor([0.2]))
-    table = table_of(transformer)
+    table = transformer.table
     assert table is not None
     table.check()
     channels, height, width = family.latent_shape(folder, 64, 64)
     text = family.stack_conditioning([family.random_text(folder, 11, 0)])
     with torch.no_grad():
-        family.predict_velocity(transformer, torch.zeros(1, channels, height, width), torch.tensor([0.7]), text)
+        family.predict_velocity(transformer.module, torch.zeros(1, channels, height, width), torch.tensor([0.7]), text)
     with pytest.raises(RuntimeError, match="was not among those announced"):
         table.check()
 
@@ -117,15 +117,14 @@ def test_a_sigma_that_was_not_announced_is_noticed() -> None:
 def test_no_table_is_computed_twice_for_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     family, folder = model("tiny-qwen-image")
     transformer = load_transformer(family, folder, FP32, Layout(modulation_rows=4))
-    table = table_of(transformer)
+    table = transformer.table
     assert table is not None
     passes = []
     monkeypatch.setattr(table, "_read_weight", lambda name, read=table._read_weight: passes.append(name) or read(name))
     velocity(family, folder, transformer, torch.tensor([0.2, 0.4]))
     velocity(family, folder, transformer, torch.tensor([0.2, 0.4]))
-    assert (
-        len(passes) == len(set(passes)) == 2 * len([m for m in transformer.modules() if isinstance(m, ModulationRows)])
-    )
+    layers = [module for module in transformer.module.modules() if isinstance(module, ModulationRows)]
+    assert len(passes) == len(set(passes)) == 2 * len(layers)
 
 
 @pytest.mark.parametrize("fault", ["missing", "foreign", "shape"])
@@ -152,7 +151,7 @@ def test_weights_that_do_not_fit_are_named(tmp_path: Path, fault: str) -> None:
 def test_loaded_weights_do_not_hang_on_their_file(tmp_path: Path) -> None:
     family, folder = model("tiny-qwen-image")
     shutil.copytree(folder.path / "transformer", tmp_path / "transformer")
-    transformer = load_transformer(family, ModelFolder(tmp_path), FP32)
+    transformer = load_transformer(family, ModelFolder(tmp_path), FP32).module
     before = transformer.img_in.weight.clone()
     with (tmp_path / "transformer" / WEIGHTS).open("r+b") as file:
         file.seek(-1000, 2)

@@ -13,7 +13,9 @@ from safetensors.torch import load_file
 
 import pixtune.train
 from pixtune.config import load_config
-from pixtune.engine.modulation import ModulationTable, StepsAhead, table_of
+from pixtune.engine.load import LoadedTransformer
+from pixtune.engine.modulation import ModulationTable
+from pixtune.engine.modulation_ahead import StepsAhead
 from pixtune.engine.modulation_filling import ModulationRows
 from pixtune.tracking.metrics import read_metrics
 from tests.runs import DEMO_TRAIN, ROOT, overrides
@@ -97,12 +99,11 @@ class Sigmas:
         return sigmas
 
 
-def test_stretches_begin_at_fixed_steps_and_the_next_one_is_filled_on_the_way(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stretches_begin_at_fixed_steps_and_the_next_one_is_filled_on_the_way() -> None:
     table = NotedTable()
-    monkeypatch.setattr("pixtune.engine.modulation.table_of", lambda transformer: table)
     ahead = StepsAhead(
-        torch.nn.Identity(), Sigmas(), lambda step: (torch.tensor([step, step + 0.5]), {}), 2, 8, 1.0,
-        torch.device("cpu"),
+        LoadedTransformer(torch.nn.Identity(), table=table), Sigmas(),
+        lambda step: (torch.tensor([step, step + 0.5]), {}), 2, 8, 1.0, torch.device("cpu"),
     )  # type: ignore[arg-type] # fmt: skip
     for step in (4, 5, 6):
         ahead.reach(step)
@@ -189,7 +190,3 @@ def test_weights_that_cannot_be_read_any_more_are_an_error() -> None:
     del tried.weights["blocks.3.bias"]
     with pytest.raises(KeyError, match=r"blocks\.3\.bias"):
         tried.table.use("steps", lambda: torch.ones(8, 5))
-
-
-def test_a_model_with_its_modulation_in_place_has_no_table() -> None:
-    assert table_of(torch.nn.Identity()) is None

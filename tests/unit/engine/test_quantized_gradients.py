@@ -75,8 +75,8 @@ def measure(model: str, folder: Path, linear_format: str, learnt: dict[str, Tens
         batches = read_ahead(run.source, 0, NUM_LEARNT, 0, pin_memory=False)
         for step in range(NUM_LEARNT):
             training.train_step(run, islice(batches, 1), step, lambda batch: None)
-        learnt |= {name: weight.clone() for name, weight in adapters.lora_weights(run.transformer).items()}
-    adapters.load_lora_weights(run.transformer, learnt)
+        learnt |= {name: weight.clone() for name, weight in adapters.lora_weights(run.transformer.module).items()}
+    adapters.load_lora_weights(run.transformer.module, learnt)
     run.forward_backward.zero_gradients()
     for batches in read_ahead(run.source, MEASURED_STEPS.start, MEASURED_STEPS.stop, 0, pin_memory=False):
         for batch in batches:

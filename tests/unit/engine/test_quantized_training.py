@@ -15,10 +15,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
 
 from pixtune import train as training
-from pixtune.commands.sample import put_on_lora
+from pixtune.commands.sample import attach, read_lora
 from pixtune.config import load_config
 from pixtune.config.schema import TrainConfig
 from pixtune.data.batches import read_ahead
@@ -125,7 +124,7 @@ def loss_with(name: str, config: TrainConfig, pictures: list[HeldOutPicture], lo
     """The plain base's held-out loss, with a LoRA file on it or without."""
     folder = ModelFolder(ROOT / "assets" / name)
     family, device = family_of(folder), torch.device("cpu")
-    transformer: nn.Module = load_transformer(family, folder, Placement(device, torch.float32))
+    transformer = load_transformer(family, folder, Placement(device, torch.float32))
     if lora is not None:
-        put_on_lora(transformer, lora)
+        attach(transformer.module, read_lora(lora))
     return measure(family, transformer, pictures, 1, config.seed, device, config.objective.guidance, 16).mean

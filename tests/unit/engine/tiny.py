@@ -23,7 +23,7 @@ LATENT_SIDE, NUM_TEXT_TOKENS, BATCH_SIZE = 16, 12, 2
 def load_model(name: str, linear_format: str | None = None) -> nn.Module:
     folder = ModelFolder(ASSETS / name)
     placement = Placement(torch.device("cpu"), torch.float32)
-    return load_transformer(family_of(folder), folder, placement, Layout(linear_format))
+    return load_transformer(family_of(folder), folder, placement, Layout(linear_format)).module
 
 
 def blocks_of(name: str, model: nn.Module) -> list[nn.Module]:

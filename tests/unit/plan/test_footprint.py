@@ -84,7 +84,7 @@ def test_weights_take_as_many_bytes_as_a_loaded_model_holds(path: Path, weights_
     family = family_of(folder)
     layout = Layout(None if weights_format == "bf16" else weights_format, rows)
     placement = Placement(torch.device("cpu"), torch.bfloat16)
-    model = load_transformer(family, folder, placement, layout)
+    model = load_transformer(family, folder, placement, layout).module
     footprint = footprint_of(CONFIG, family, folder, 64)
     assert weight_bytes(Rung(weights_format, rows), footprint, "bf16") == stored_bytes(model, footprint_names(folder))
 
@@ -111,7 +111,7 @@ def test_a_lora_has_as_many_weights_as_peft_attaches(path: Path, targets: tuple[
     family = family_of(folder)
     config = CONFIG.model_copy(update={"lora_targets": targets, "rank": 3})
     footprint = footprint_of(config, family, folder, 64)
-    model = load_transformer(family, folder, Placement(torch.device("cpu"), torch.float32))
+    model = load_transformer(family, folder, Placement(torch.device("cpu"), torch.float32)).module
     attached = attach_lora(model, targets or family.lora_targets, 3, 3.0, 0, family.lora_presets)
     assert footprint.trained_weights == attached.num_parameters
     on_modulation = any(path.endswith(family.modulation_layers) for path in attached.modules)

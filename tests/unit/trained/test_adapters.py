@@ -35,7 +35,7 @@ def fresh(folder: ModelFolder) -> Callable[..., nn.Module]:
 
     def make(dtype: torch.dtype = torch.float32) -> nn.Module:
         if dtype not in bases:
-            bases[dtype] = load_transformer(FAMILY, folder, Placement(CPU, dtype))
+            bases[dtype] = load_transformer(FAMILY, folder, Placement(CPU, dtype)).module
         return copy.deepcopy(bases[dtype])
 
     return make

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from pixtune.commands.sample import put_on_lora
+from pixtune.commands.sample import attach, read_lora
 from pixtune.engine.load import load_transformer
 from pixtune.errors import CheckpointError, WeightsError
 from pixtune.families import FAMILIES
@@ -56,7 +56,7 @@ def folder(repo_root: Path) -> ModelFolder:
 @pytest.fixture(scope="module")
 def base(folder: ModelFolder) -> nn.Module:
     """The transformer without a LoRA; copy it before changing it."""
-    return load_transformer(FAMILY, folder, Placement(torch.device("cpu"), torch.float32))
+    return load_transformer(FAMILY, folder, Placement(torch.device("cpu"), torch.float32)).module
 
 
 @pytest.fixture(scope="module")
@@ -213,7 +213,7 @@ def test_a_saved_lora_put_on_a_base_is_the_trained_one(
     files: Path, folder: ModelFolder, base: nn.Module, adapted: nn.Module
 ) -> None:
     transformer = copy.deepcopy(base)
-    put_on_lora(transformer, files / DIFFUSERS_FILE)
+    attach(transformer, read_lora(files / DIFFUSERS_FILE))
     assert torch.equal(velocity(transformer, folder), velocity(adapted, folder))
 
 
@@ -221,11 +221,11 @@ def test_a_lora_without_scale_or_for_another_model_is_not_put_on(
     files: Path, base: nn.Module, adapted: nn.Module, tmp_path: Path
 ) -> None:
     with pytest.raises(WeightsError, match=r"nowhere\.safetensors cannot be read"):
-        put_on_lora(copy.deepcopy(base), tmp_path / "nowhere.safetensors")
+        attach(copy.deepcopy(base), read_lora(tmp_path / "nowhere.safetensors"))
     with pytest.raises(WeightsError, match="scale is unknown"):
-        put_on_lora(copy.deepcopy(base), files / COMFYUI_FILE)
+        attach(copy.deepcopy(base), read_lora(files / COMFYUI_FILE))
     weights = adapters.lora_weights(adapted)
     weights.pop(next(iter(weights)))
     export_lora(tmp_path, weights, ABOUT, FAMILY)
     with pytest.raises(WeightsError, match="does not fit this model"):
-        put_on_lora(copy.deepcopy(base), tmp_path / DIFFUSERS_FILE)
+        attach(copy.deepcopy(base), read_lora(tmp_path / DIFFUSERS_FILE))
