@@ -1,7 +1,7 @@
-"""Every error a user can cause, in one small tree.
+"""Defines every error that a user can cause, in one small tree.
 
-A message says what is wrong, which value was found, where, and what to do about it. `PixtuneError` is what the command
-line turns into one readable block and exit code 1; anything else is a bug of ours and keeps its traceback.
+A message says what is wrong, which value was found, where, and what to do about it. The command line prints a
+`PixtuneError` as one readable block and exits with code 1; anything else is a bug of pixtune and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ class PixtuneError(Exception):
 
 
 class FaultsError(PixtuneError):
-    """Several faults found in one go, so that a user mends them all at once.
+    """Several problems that are reported together, so that a user can fix them in one go.
 
     Args:
-        headline: what was being checked, for example "the config train.yaml has 3 faults".
-        faults: one complete sentence each.
+        headline: the thing that was checked, for example "the config train.yaml has 3 problems".
+        faults: problems, one complete sentence each.
     """
 
     def __init__(self, headline: str, faults: Sequence[str]) -> None:
@@ -39,11 +39,11 @@ class DataError(FaultsError, ValueError):
 
 
 class BaselineError(FaultsError, ValueError):
-    """A stored result is none, or of something else than what was measured now."""
+    """A stored result cannot be read, or is of something else than the current measurement."""
 
 
 class WeightsError(PixtuneError, OSError):
-    """A model folder is missing, incomplete or of another kind than expected."""
+    """A model folder is missing, incomplete or of an unexpected kind."""
 
 
 class CheckpointError(PixtuneError, ValueError):
@@ -51,16 +51,16 @@ class CheckpointError(PixtuneError, ValueError):
 
 
 class PlanError(PixtuneError, RuntimeError):
-    """The run does not fit the machine. Says how much is missing and what would fit."""
+    """The run does not fit the machine. The message says how much is missing and what would fit."""
 
 
 class WriteError(PixtuneError, OSError):
-    """A file could not be written, most often because the disk is full. What stood there before still stands."""
+    """A file could not be written, most often because the disk is full. An older file in its place still stands."""
 
 
 class TrainingError(PixtuneError, RuntimeError):
-    """Training cannot go on, for example because the loss is no longer a number."""
+    """Training cannot continue, for example because the loss is no longer a number."""
 
 
 class NotYetError(PixtuneError, NotImplementedError):
-    """A documented option that this version does not have yet. Names the key; never silently ignored."""
+    """A documented option is asked for that this version does not have yet. The message names the key."""

@@ -1,4 +1,4 @@
-"""Starting and stopping processes: the accelerator, and signals that ask a run to end."""
+"""Starts the processes of a run, and turns signals into a request to stop."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from pixtune.config.schema import TrainConfig
 from pixtune.errors import ConfigError
 
 CACHING_TIMEOUT = timedelta(hours=12)
-"""Other processes wait while the first fills the cache; the default of 10 minutes would end the run."""
+"""Time that the other processes wait while the first fills the cache; the default of 10 minutes would end the run."""
 
 
 def start_accelerator(config: TrainConfig) -> Accelerator:
-    """The process group, device and trackers; the same under `accelerate launch` and plain `python`.
+    """Starts the process group, device and trackers, under `accelerate launch` as under plain `python`.
 
-    Precision, accumulation and gradient exchange are the loop's own: see `train.train_step`.
+    Precision, accumulation and gradient exchange are the loop's own (`train.train_step`).
 
     Raises:
-        ConfigError: the tracker in `report_to` is not installed; accelerate would go on without it.
+        ConfigError: the tracker in `report_to` is not installed; accelerate would continue without it.
     """
     if config.report_to and find_spec(config.report_to) is None:
         raise ConfigError(
@@ -45,7 +45,7 @@ def start_accelerator(config: TrainConfig) -> Accelerator:
 
 
 class StopSignal:
-    """Turns the first SIGINT or SIGTERM into "stop after this step"; a second one ends the process at once."""
+    """Turns the first SIGINT or SIGTERM into a request to stop after this step; a second one ends the process."""
 
     def __init__(self, accelerator: Accelerator) -> None:
         self._accelerator = accelerator
@@ -69,7 +69,7 @@ class StopSignal:
         print(f"\n{signal.Signals(number).name}: stopping after this step, with a checkpoint", flush=True)
 
     def requested(self, step: int, agree_every: int) -> bool:
-        """Whether to stop now. Several processes agree, every `agree_every` steps, since asking waits for all."""
+        """Returns whether to stop now. Several processes agree every `agree_every` steps, since each waits for all."""
         if self._accelerator.num_processes == 1:
             return self._received is not None
         if step % agree_every:

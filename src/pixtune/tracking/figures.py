@@ -1,4 +1,4 @@
-"""Loss, rate, speed and memory of each step, read back from the device now and then instead of at every step."""
+"""Collects loss, rate, speed and memory of each step, and reads them back from the device only now and then."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from pixtune.tracking.metrics import MetricsLog
 from pixtune.tracking.steptime import Drift, StepTimeWatch, StepTiming
 
 SENSORS_EVERY_SECONDS = 60.0
-"""At most so often: nvidia-smi takes tens of milliseconds."""
+"""Shortest time between two readings: nvidia-smi takes tens of milliseconds."""
 
 Moment = float | torch.cuda.Event
-"""Seconds of the host's clock; on a GPU a mark among the device's work, since the host runs ahead of it."""
+"""Seconds of the host's clock; on a GPU an event among the device's work, since the host runs ahead of it."""
 
 
 @dataclass(frozen=True)
@@ -39,11 +39,11 @@ class PendingStep:
     grad_norm: Tensor
     learning_rate: float
     names: list[str]
-    """Pictures that the step saw, to name them if its loss is no number."""
+    """Examples of the step, to be named if its loss is no number."""
     size: str
     data_wait_seconds: float
     compiled_graphs: int
-    """Made during this step."""
+    """Number of graphs that were compiled during this step."""
     end: Moment
 
 
@@ -51,10 +51,11 @@ class StepFigures:
     """Collects steps and hands their figures to the log, the bar and the tracker; warns when steps become slower.
 
     Args:
-        log: None in all processes but the first.
-        images_per_step: of all processes.
-        say: prints a line.
-        watch: None in all processes but the first.
+        log: log of the run; None in all processes but the first.
+        images_per_step: number of examples in a step of all processes together.
+        tracked: whether the config has a tracker.
+        print_line: prints a line for the user.
+        watch: watch over the steps' speed; None in all processes but the first.
     """
 
     def __init__(
@@ -64,33 +65,33 @@ class StepFigures:
         bar: StepBar,
         images_per_step: int,
         tracked: bool,
-        say: Callable[[str], None],
+        print_line: Callable[[str], None],
         watch: DriftWatch | None,
     ) -> None:
         self._accelerator, self._log, self._bar = accelerator, log, bar
         self._images_per_step, self._tracked = images_per_step, tracked
-        self._say, self._watch = say, watch
+        self._print_line, self._watch = print_line, watch
         self._pending: list[PendingStep] = []
         self._batches: list[Batch] = []
         self._waited_seconds = 0.0
-        self._first_is_told = False
+        self._first_is_reported = False
         self.restart_clock()
 
     def restart_clock(self) -> None:
-        """Leaves what has happened since the last step out of the next one's seconds."""
+        """Leaves the time since the last step out of the next one's seconds."""
         self._began = mark_time(self._accelerator.device)
         self._num_graphs = count_compiled_graphs()
 
     def see_batch(self, batch: Batch) -> None:
-        """The step that is being made sees this batch."""
+        """Adds a batch to the current step."""
         self._batches.append(batch)
 
     def waited(self, seconds: float) -> None:
-        """The step that is being made had to wait so long for a batch."""
+        """Adds time that the current step spent waiting for a batch."""
         self._waited_seconds += seconds
 
     def add(self, step: int, loss: Tensor, grad_norm: Tensor, learning_rate: float) -> None:
-        """A step has been launched. Waits for the first one of a session alone, to tell how long it took."""
+        """Adds a step that has been launched. Waits for the first one of a session only, to report its time."""
         num_graphs = count_compiled_graphs()
         entry = PendingStep(
             step, loss, grad_norm, learning_rate, [name for batch in self._batches for name in batch.names],
@@ -99,14 +100,14 @@ class StepFigures:
         )  # fmt: skip
         self._pending.append(entry)
         self._batches, self._waited_seconds, self._num_graphs = [], 0.0, num_graphs
-        if not self._first_is_told:
-            self._tell_first_step(entry)
+        if not self._first_is_reported:
+            self._report_first_step(entry)
 
     def read_back(self) -> None:
-        """The one place that waits for the device: takes the figures of all steps since the last time.
+        """Reads the figures of all steps since the last call, and is the one place that waits for the device.
 
         Raises:
-            TrainingError: a loss or gradient is no number; names the step and its pictures.
+            TrainingError: a loss or gradient is no number; names the step and its examples.
         """
         if not self._pending:
             return
@@ -123,7 +124,7 @@ class StepFigures:
                     peak_memory_gib=round(memory, 3),
                 )  # fmt: skip
         for drift in self._watch.look_at(pending, seconds) if self._watch else ():
-            self._tell_drift(drift)
+            self._report_drift(drift)
         mean_seconds = statistics.fmean(seconds)
         self._bar.figures(losses[-1], mean_seconds, self._images_per_step / mean_seconds, memory)
         values = {"loss": losses[-1], "grad_norm": norms[-1], "learning_rate": pending[-1].learning_rate}
@@ -135,18 +136,18 @@ class StepFigures:
         if self._tracked:
             self._accelerator.log(dict(values), step=step)
 
-    def _tell_first_step(self, entry: PendingStep) -> None:
-        self._first_is_told = True
+    def _report_first_step(self, entry: PendingStep) -> None:
+        self._first_is_reported = True
         if isinstance(entry.end, torch.cuda.Event):
             entry.end.synchronize()
         seconds, graphs = seconds_between(self._began, entry.end), entry.compiled_graphs
         if self._log:
             self._log.write("first_step", entry.step, first_step_seconds=round(seconds, 3), compiled_graphs=graphs)
         compiled = f", with {graphs} graphs compiled once for all later steps" if graphs else ""
-        self._say(f"first step: {seconds:.2f} s{compiled}")
+        self._print_line(f"first step: {seconds:.2f} s{compiled}")
 
-    def _tell_drift(self, drift: Drift) -> None:
-        self._say(f"warning: {drift.message}")
+    def _report_drift(self, drift: Drift) -> None:
+        self._print_line(f"warning: {drift.message}")
         if self._log:
             self._log.write(
                 "drift", drift.step, ratio=round(drift.ratio, 3), causes=list(drift.causes), message=drift.message
@@ -157,7 +158,7 @@ class StepFigures:
 
 
 class PacedSensors:
-    """A GPU's clock and temperature, asked for at most once in `SENSORS_EVERY_SECONDS`; so long an answer stands."""
+    """Clock and temperature of a GPU, read at most once in `SENSORS_EVERY_SECONDS`; until then a reading is reused."""
 
     def __init__(
         self, read: Callable[[], GpuSensors | None], clock_seconds: Callable[[], float] = time.monotonic
@@ -167,7 +168,7 @@ class PacedSensors:
         self._asked_at = -math.inf
 
     def reading(self, wanted: bool) -> GpuSensors | None:
-        """None where the card does not tell, and where nothing recent is known and nothing is wanted."""
+        """Returns the last reading, or takes one if it is wanted and the last is old; None where there is none."""
         now = self._clock_seconds()
         is_recent = now - self._asked_at < SENSORS_EVERY_SECONDS
         if not is_recent and wanted:
@@ -176,13 +177,13 @@ class PacedSensors:
 
 
 class DriftWatch:
-    """Gives `StepTimeWatch` each step's own seconds, with what was measured about them.
+    """Gives `StepTimeWatch` the seconds of each step, with the measurements that may explain them.
 
-    What costs a call of the driver is read once for all steps that are read back together: allocation retries count for
-    the last of them, free memory for each.
+    Figures that cost a call of the driver are read once for all steps that are read back together: allocation retries
+    count for the last of them, free memory for each.
 
     Args:
-        read_gpu_memory: free share of the device's memory and the number of allocation retries so far.
+        read_gpu_memory: returns the free share of the device's memory and the number of allocation retries so far.
     """
 
     def __init__(
@@ -192,24 +193,24 @@ class DriftWatch:
         self._retries = read_gpu_memory()[1]
 
     def look_at(self, steps: Sequence[PendingStep], seconds: Sequence[float]) -> list[Drift]:
-        """The drifts that have begun in these steps, at most one unless sizes differ much."""
+        """Returns the drifts that have begun in these steps, at most one unless sizes differ much."""
         free_share, retries = self._read_gpu_memory()
         drifts = []
         for entry, own_seconds in zip(steps, seconds, strict=True):
-            sensors = self._sensors.reading(self._times.is_telling(entry.size, own_seconds))
-            sample = StepTiming(
+            sensors = self._sensors.reading(self._times.wants_clock(entry.size, own_seconds))
+            timing = StepTiming(
                 entry.step, own_seconds, entry.size, entry.data_wait_seconds, entry.compiled_graphs,
                 retries - self._retries if entry is steps[-1] else 0, free_share,
                 sensors.clock_mhz if sensors else None, sensors.temperature_celsius if sensors else None,
             )  # fmt: skip
-            if (drift := self._times.add(sample)) is not None:
+            if (drift := self._times.add(timing)) is not None:
                 drifts.append(drift)
         self._retries = retries
         return drifts
 
 
 def watch_device(device: torch.device, spills_to_host: bool) -> DriftWatch:
-    """The watch over a run on this device. On a CPU only data and other programs can slow a run down."""
+    """Builds the watch over a run on this device. On a CPU only data and other programs can slow a run down."""
     times = StepTimeWatch(spills_to_host)
     if device.type != "cuda":
         return DriftWatch(times, PacedSensors(lambda: None), lambda: (None, 0))
@@ -223,7 +224,7 @@ def watch_device(device: torch.device, spills_to_host: bool) -> DriftWatch:
 
 
 def mark_time(device: torch.device) -> Moment:
-    """Now, or on a GPU the moment at which it will have done what was asked of it so far."""
+    """Returns the current time, or on a GPU the moment at which it will have finished its work so far."""
     if device.type != "cuda":
         return time.perf_counter()
     event = torch.cuda.Event(enable_timing=True)
@@ -232,7 +233,7 @@ def mark_time(device: torch.device) -> Moment:
 
 
 def seconds_between(before: Moment, after: Moment) -> float:
-    """Of two moments of one device, both past."""
+    """Returns the seconds between two moments of one device, both past."""
     if isinstance(before, torch.cuda.Event) and isinstance(after, torch.cuda.Event):
         return before.elapsed_time(after) / 1000
     assert isinstance(before, float) and isinstance(after, float)
@@ -240,13 +241,13 @@ def seconds_between(before: Moment, after: Moment) -> float:
 
 
 def count_compiled_graphs() -> int:
-    """Graphs that torch.compile has made in this process so far."""
-    dynamo = sys.modules.get("torch._dynamo.utils")  # importing it takes seconds; who never compiles need not
+    """Counts the graphs that torch.compile has built in this process so far."""
+    dynamo = sys.modules.get("torch._dynamo.utils")  # importing it takes seconds, which runs without compilation save
     return int(dynamo.counters["stats"]["unique_graphs"]) if dynamo else 0
 
 
 def size_in_words(batches: Iterable[Batch]) -> str:
-    """Steps of one size cost alike: "8 latents of 16x16" (height by width), controls after a plus."""
+    """Describes a step's batches: "8 latents of 16x16" (height by width), controls after a plus."""
     counts: Counter[str] = Counter()
     for batch in batches:
         shapes = [tensor.shape for tensor in (batch.latents_BCHW, *batch.controls)]
@@ -258,7 +259,7 @@ def _refuse_no_number(entry: PendingStep, loss: float, norm: float) -> None:
     if math.isfinite(loss) and math.isfinite(norm):
         return
     raise TrainingError(
-        f"step {entry.step}: loss {loss}, gradient norm {norm}. Training stops here; later steps are not saved. "
-        f"Pictures of this step: {', '.join(entry.names)}. Look at them, or lower learning_rate, and go on from the "
-        "last checkpoint with resume_from_checkpoint=latest."
+        f"step {entry.step}: loss {loss}, gradient norm {norm}. Training stops here, and no later step is saved. "
+        f"Examples of this step: {', '.join(entry.names)}. Look at them, and resume from the last checkpoint with "
+        "resume_from_checkpoint=latest, or start anew with a lower learning_rate in another output_dir."
     )

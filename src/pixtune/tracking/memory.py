@@ -1,4 +1,4 @@
-"""What a run does about memory around its steps: the allocator's environment, caps, a line a stage, the watchdog."""
+"""Manages a run's memory around its steps: the allocator's environment, caps, a line for each stage, the watchdog."""
 
 from __future__ import annotations
 
@@ -24,11 +24,15 @@ from pixtune.plan.demands import demands_of
 log = logging.getLogger(__name__)
 
 SETUP, STEPS = "other set-up", "training steps"
-"""Stages of every run, after those that encode and load."""
+"""Names of the last two stages of every run, after those that encode and load."""
 
 
 class RunMemory:
-    """Made before CUDA starts, which reads the allocator's settings once; `start` follows when the device is known."""
+    """Memory of one run: its settings, its caps and its stages.
+
+    Must be created before CUDA starts, which reads the allocator's settings once; `start` follows when the device is
+    known.
+    """
 
     def __init__(self, config: TrainConfig) -> None:
         self.stages = StageLog()
@@ -44,10 +48,10 @@ class RunMemory:
             self._used_before = used_before_cuda(own_gpu(os.environ))
 
     def start(self, device: torch.device) -> None:
-        """Caps what the process takes, and watches a pool that it shares with the CPU.
+        """Caps the process's device memory, and watches a pool that the GPU shares with the CPU.
 
         Raises:
-            PlanError: the cap leaves nothing.
+            PlanError: the cap leaves no memory.
         """
         if device.type != "cuda":
             return
@@ -59,37 +63,38 @@ class RunMemory:
             self._watchdog = MemoryWatchdog(facts.total_bytes)
 
     def scarcity(self) -> TrainingError | None:
-        """The error to end with, once this step is saved, where a shared pool is nearly used up."""
+        """Returns the error to raise once this step is saved, where a shared pool is nearly used up; None elsewhere."""
         if self._watchdog is None:
             return None
         verdict = self._watchdog.check()
         return TrainingError(verdict.message) if verdict.should_stop else None
 
     def begin_steps(self) -> None:
-        """All is ready for the first step."""
+        """Marks the end of the set-up: the first step follows."""
         self.stages.record(SETUP)
         self._steps_began = True
 
     @contextmanager
     def aside(self, stage: str) -> Iterator[None]:
-        """Around what is done before or between steps: its memory counts for its own stage, not for the steps."""
+        """Counts the memory of work before or between steps for a stage of its own, not for the steps."""
         if self._steps_began:
             self.stages.record(STEPS)
         yield
         self.stages.record(stage)
 
     def end_steps(self) -> None:
-        """No step follows."""
+        """Marks the end of the last step."""
         self.stages.record(STEPS)
 
     def rows(self) -> list[dict[str, Any]]:
-        """One a stage, however often it was entered."""
+        """Returns a row for each stage, however often it was entered."""
         return [stage.row() for stage in merge_stages(self.stages.stages)]
 
     def compare(self, expected_bytes: int) -> dict[str, float]:
-        """The most that steps had allocated, against the plan's estimate; empty where no GPU trained.
+        """Compares the steps' peak memory with the plan's estimate; empty where no GPU trained.
 
-        `process_peak_gib`, of runs with a memory limit, is that of the whole run and process, CUDA context included.
+        `process_peak_gib`, which runs with a memory limit have, is the peak of the whole run and process, CUDA context
+        included.
         """
         stages = merge_stages(self.stages.stages)
         steps = next((stage for stage in stages if stage.stage == STEPS), None)
@@ -108,9 +113,9 @@ class RunMemory:
 
 
 def merge_stages(stages: Iterable[StageMemory]) -> list[StageMemory]:
-    """Stages of one name as one, in the order of their first: seconds add up, peaks are the highest, the rest the last.
+    """Merges stages of one name, in order of appearance: seconds are summed, peaks are the highest, the rest the last.
 
-    The host's memory is read at a stage's end only; of several ends the fullest counts.
+    The host's memory is read at a stage's end only; of several ends the highest value counts.
     """
     merged: dict[str, StageMemory] = {}
     for stage in stages:
@@ -126,5 +131,5 @@ def merge_stages(stages: Iterable[StageMemory]) -> list[StageMemory]:
 
 
 def wants_expandable_segments(config: TrainConfig) -> bool:
-    """Segments that grow lose less to fragmentation; torch has them on Linux."""
+    """Returns whether torch's allocator may grow its segments, which lose less to fragmentation; only on Linux."""
     return sys.platform == "linux" and config.expandable_segments is not False

@@ -1,14 +1,14 @@
-"""`metrics.jsonl`: one JSON object a line. Always written.
+"""Writes and reads `metrics.jsonl`, which every run has: one JSON object a line.
 
 Lines have `kind` and `step`; figures carry their unit in the name. The kinds:
 
 "step": loss, gradient norm, rate, seconds and peak memory of a step.
-"first_step": how long the first step of a session took, compilation included. A resumed run has one a session.
+"first_step": how long the first step of a session took, compilation included. A resumed run has one for each session.
 "drift": steps have become slower, with the causes that were measured ("data", "recompilation", "memory", "spill",
     "throttling") and the warning that was printed.
 "validation": held-out loss, and its four quarters by sigma.
-"sample": a drawn picture and what it was drawn from.
-"memory": once, at the end of a run: what each stage took, and on a GPU the plan's estimate beside it.
+"sample": path of a generated picture, with its prompt, seed and controls.
+"memory": once, at the end of a run: the memory of each stage, and on a GPU the plan's estimate beside it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ FILE_NAME = "metrics.jsonl"
 
 
 class MetricsLog:
-    """Appends lines; a resumed run first drops what came after its checkpoint, so the log is that of one run."""
+    """Appends lines; a resumed run first drops those after its checkpoint, so that the log is that of one run."""
 
     def __init__(self, path: Path, resume_step: int) -> None:
         self.path = path
@@ -39,7 +39,7 @@ class MetricsLog:
         self._stream.flush()
 
     def sync(self) -> None:
-        """Before a checkpoint is written: the log must reach at least as far."""
+        """Makes the lines durable. Must be called before a checkpoint, since the log must reach at least as far."""
         os.fsync(self._stream.fileno())
 
     def close(self) -> None:
@@ -47,7 +47,7 @@ class MetricsLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All complete lines; a last line cut off by a crash is left out."""
+    """Reads all complete lines; a last line cut off by a crash is left out."""
     if not path.is_file():
         return []
     lines = path.read_text(encoding="utf-8").split("\n")

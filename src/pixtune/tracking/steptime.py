@@ -1,6 +1,6 @@
-"""Says when steps become slower than the run's own beginning, and why, if something measured tells.
+"""Reports when steps become slower than at the beginning of the run, and why, where a measurement shows it.
 
-Slow steps are told from a run's own baseline, size by size, since a batch of large pictures is no drift. A cause is
+Steps are compared with the run's own baseline, size by size, since a batch of large pictures is no drift. A cause is
 named only on evidence of its own; where there is none, the drift is reported without one.
 """
 
@@ -12,54 +12,54 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 BASELINE_STEPS = 16
-"""Steps of one size whose median is what later ones are held against. Half of them may compile without harm."""
+"""Number of steps of one size whose median is the baseline. Nearly half of them may compile without changing it."""
 WINDOW_STEPS = 20
 DRIFT_RATIO = 1.3
 RECOVERED_RATIO = 1.15
-"""Below it a reported drift is over, and the next one is reported again."""
+"""Ratio below which a reported drift is over, so that the next one is reported again."""
 CLOCK_SHARE = 0.9
-"""Of the baseline's clock; below it the card is throttling."""
+"""Share of the baseline's clock below which the card is throttling."""
 FULL_SHARE = 0.03
-"""Of device memory that is free; below it the driver of Windows moves memory to the host instead of refusing."""
+"""Share of free device memory below which the driver of Windows moves memory to the host instead of refusing."""
 RECOMPILING_STEPS = 3
 
 
 @dataclass(frozen=True)
 class StepTiming:
-    """What is known of one step. Only `step` and `seconds` are needed; each other figure can show one cause."""
+    """Measurements of one step. Only `step` and `seconds` are needed; each other figure can show one cause."""
 
     step: int
     seconds: float
     size: str = ""
-    """Steps of one size cost alike: for example "1024x1024 x2"."""
+    """Description of the batch, for example "1024x1024 x2"; steps of one size cost alike."""
     data_wait_seconds: float = 0.0
-    """Of `seconds`: waiting for the next batch."""
+    """Part of `seconds` that was spent waiting for the next batch."""
     recompilations: int = 0
-    """In this step."""
+    """Number of graphs that were compiled in this step."""
     allocation_retries: int = 0
-    """In this step: times that the allocator had to give memory back to the driver and ask again
-    (`num_alloc_retries` of torch's memory statistics, as a difference)."""
+    """Number of times in this step that the allocator had to give memory back to the driver and ask again, as a
+    difference of `num_alloc_retries` in torch's memory statistics."""
     free_share: float | None = None
-    """Of device memory, as the driver sees it."""
+    """Free share of device memory, as the driver sees it."""
     clock_mhz: float | None = None
     temperature_celsius: float | None = None
 
 
 @dataclass(frozen=True)
 class Drift:
-    """Steps have become slower."""
+    """The report that steps have become slower."""
 
     step: int
     ratio: float
     """Median of the last steps over their baselines."""
     causes: tuple[str, ...]
-    """"data", "recompilation", "memory", "spill", "throttling": those that were measured; may be none."""
+    """Causes that were measured, among "data", "recompilation", "memory", "spill" and "throttling"; may be none."""
     message: str
 
 
 @dataclass(frozen=True)
 class Baseline:
-    """What a size cost when the run was young."""
+    """Cost of a step of one size at the beginning of the run."""
 
     seconds: float
     data_wait_seconds: float
@@ -79,11 +79,11 @@ class Measured:
 
 
 class StepTimeWatch:
-    """Takes one timing a step and answers with a drift when one begins; silent while it lasts and when all is well.
+    """Takes the timing of each step and returns a drift when one begins; None while it lasts or where there is none.
 
     Args:
-        spills_to_host: this system's driver moves GPU memory to the host when it is full (Windows and WSL), which shows
-            as slowness instead of an error.
+        spills_to_host: whether this system's driver moves GPU memory to the host when it is full (Windows and WSL),
+            which shows as slowness instead of an error.
     """
 
     def __init__(self, spills_to_host: bool = False) -> None:
@@ -94,7 +94,7 @@ class StepTimeWatch:
         self._drifting = False
 
     def add(self, timing: StepTiming) -> Drift | None:
-        """The drift that has begun with this step, or None."""
+        """Returns the drift that has begun with this step, or None."""
         baseline = self._baselines.get(timing.size)
         if baseline is None:
             self._learn(timing)
@@ -111,8 +111,8 @@ class StepTimeWatch:
         self._drifting = True
         return explain(tuple(self._window), ratio, self._spills_to_host)
 
-    def is_telling(self, size: str, seconds: float) -> bool:
-        """Whether the clock during such a step is worth asking for: its baseline is being learnt, or it is slow."""
+    def wants_clock(self, size: str, seconds: float) -> bool:
+        """Returns whether the clock of such a step is worth reading: its baseline is being learnt, or it is slow."""
         baseline = self._baselines.get(size)
         return baseline is None or seconds >= DRIFT_RATIO * baseline.seconds
 
@@ -124,7 +124,7 @@ class StepTimeWatch:
 
 
 def baseline_of(timings: Sequence[StepTiming]) -> Baseline:
-    """Medians, so that steps which compiled or read a cold cache do not count."""
+    """Takes medians, so that steps which compiled or read a cold cache do not count."""
     return Baseline(
         statistics.median(timing.seconds for timing in timings),
         statistics.median(timing.data_wait_seconds for timing in timings),
@@ -133,21 +133,24 @@ def baseline_of(timings: Sequence[StepTiming]) -> Baseline:
 
 
 def slowness(window: Sequence[Measured]) -> float:
-    """How slow the last steps are. The median; but the mean where several of them compiled anew, which costs minutes
-    in a few steps and would hide from a median."""
+    """Returns how slow the last steps are, as a multiple of their baselines.
+
+    It is the median, but the mean where several steps compiled anew, which costs minutes in a few steps and would not
+    show in a median.
+    """
     ratios = [measured.ratio for measured in window]
     recompiling = sum(measured.timing.recompilations > 0 for measured in window)
     return statistics.fmean(ratios) if recompiling >= RECOMPILING_STEPS else statistics.median(ratios)
 
 
 def explain(window: Sequence[Measured], ratio: float, spills_to_host: bool) -> Drift:
-    """The drift of a window of steps, with what was measured of its causes."""
+    """Builds the drift of a window of steps, with its measured causes."""
     findings = [(cause, finding) for cause, find in CAUSES.items() if (finding := find(window, spills_to_host))]
     seconds = statistics.fmean(measured.timing.seconds for measured in window)
     before = statistics.fmean(measured.baseline.seconds for measured in window)
-    told = " ".join(finding for _, finding in findings) or (
-        "Nothing that is measured here explains it: neither data, recompilation, memory nor clock. Look for other "
-        "programs on this machine."
+    reason = " ".join(finding for _, finding in findings) or (
+        "No measurement explains it: neither data, recompilation, memory nor clock. Look for other programs on this "
+        "machine."
     )
     last = window[-1].timing.step
     return Drift(
@@ -155,12 +158,12 @@ def explain(window: Sequence[Measured], ratio: float, spills_to_host: bool) -> D
         ratio,
         tuple(cause for cause, _ in findings),
         f"step {last}: the last {len(window)} steps took {seconds:.2f} s each, {ratio:.1f} times as long as at first "
-        f"({before:.2f} s). {told}",
+        f"({before:.2f} s). {reason}",
     )
 
 
 def _data(window: Sequence[Measured], spills_to_host: bool) -> str | None:
-    """Waiting for data makes up at least half of what a step takes longer."""
+    """Finds that waiting for data makes up at least half of the additional time."""
     wait = statistics.fmean(measured.timing.data_wait_seconds for measured in window)
     longer_wait = wait - statistics.fmean(measured.baseline.data_wait_seconds for measured in window)
     longer = statistics.fmean(measured.timing.seconds - measured.baseline.seconds for measured in window)
@@ -173,7 +176,7 @@ def _data(window: Sequence[Measured], spills_to_host: bool) -> str | None:
 
 
 def _recompilation(window: Sequence[Measured], spills_to_host: bool) -> str | None:
-    """Steps that compile are the slow ones: without them there is no drift."""
+    """Finds that only steps that compile are slow."""
     compiling = [measured for measured in window if measured.timing.recompilations]
     others = [measured.ratio for measured in window if not measured.timing.recompilations]
     if not compiling or (others and statistics.median(others) >= DRIFT_RATIO):
@@ -181,12 +184,12 @@ def _recompilation(window: Sequence[Measured], spills_to_host: bool) -> str | No
     sizes = sorted({measured.timing.size for measured in compiling} - {""})
     return (
         f"{len(compiling)} of them compiled anew{' for ' + ', '.join(sizes) if sizes else ''}. Fewer bucket sizes "
-        "compile less often; TORCH_LOGS=recompiles tells why it happens."
+        "compile less often; TORCH_LOGS=recompiles shows why it happens."
     )
 
 
 def _memory(window: Sequence[Measured], spills_to_host: bool) -> str | None:
-    """The allocator had to give memory back and ask again."""
+    """Finds that the allocator had to give memory back and ask again."""
     retries = sum(measured.timing.allocation_retries for measured in window)
     if not retries:
         return None
@@ -197,7 +200,7 @@ def _memory(window: Sequence[Measured], spills_to_host: bool) -> str | None:
 
 
 def _spill(window: Sequence[Measured], spills_to_host: bool) -> str | None:
-    """The driver has no room left, on a system where it then uses the host's memory."""
+    """Finds that the driver has no room left, on a system where it then uses the host's memory."""
     shares = [measured.timing.free_share for measured in window if measured.timing.free_share is not None]
     if not spills_to_host or not shares or min(shares) >= FULL_SHARE:
         return None
@@ -209,7 +212,7 @@ def _spill(window: Sequence[Measured], spills_to_host: bool) -> str | None:
 
 
 def _throttling(window: Sequence[Measured], spills_to_host: bool) -> str | None:
-    """The clock is lower than at first."""
+    """Finds that the clock is lower than at first."""
     now = _median([measured.timing.clock_mhz for measured in window])
     before = _median([measured.baseline.clock_mhz for measured in window])
     if now is None or before is None or now >= CLOCK_SHARE * before:

@@ -1,12 +1,12 @@
-"""Optimizer states in page-locked host memory, which visit the device one weight at a time when it is stepped.
+"""Keeps optimizer states in page-locked host memory; each weight's visit the device while that weight is stepped.
 
-A weight's state goes both ways in a step: fetched before, written back after, each on a lane of its own, since a link
-carries both directions at once. All of a weight's tensors lie side by side in host memory, so that a visit is one copy.
-On the device they lie in a ring of bytes: weights are stepped in the same order every time, so the next ones are
-fetched while their gradients are still being computed, as far as the ring has room.
+In each step a weight's state is fetched before and sent back after, each on a lane of its own, since a link carries
+both directions at once. All of a weight's tensors lie side by side in host memory, so that a visit is one copy. On the
+device they lie in a ring of bytes: weights are stepped in the same order every time, so the next ones are fetched while
+their gradients are still being computed, as far as the ring has room.
 
-Nothing here makes the host wait but `finish` and the first visit of each weight. A span of the ring is filled again
-once its last guest has been sent back, and a guest is fetched again once it has arrived; both by marks.
+Only `finish` and the first visit of each weight make the host wait. Marks order the copies: a span of the ring is
+filled again once its last guest has been sent back, and a guest is fetched again once it has arrived.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from pixtune.engine.transfer import CopyLane, Mark, host_buffer
 from pixtune.plan.all_weights import AHEAD_BYTES, LEAST_HOST_TENSOR_BYTES
 
 ALIGNMENT_BYTES = 256
-"""Of every tensor, as the device's own allocator aligns them."""
+"""Alignment of every tensor, that of the device's own allocator."""
 CHUNK_BYTES = 2**30
-"""Host memory is taken and locked in pieces of this size: small ones share pages, which cannot be locked twice."""
+"""Size of the pieces in which host memory is taken and locked: small ones share pages, which cannot be locked twice."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """One tensor within its weight's bytes."""
+    """Place of one tensor within its weight's bytes."""
 
     offset: int
     shape: torch.Size
@@ -42,7 +42,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Sent:
-    """The end of a copy to the host. Copies of one lane end in their order, so a later number implies the earlier."""
+    """End of a copy to the host. Copies of one lane end in order, so a later number implies the earlier ones."""
 
     number: int = 0
     mark: Mark = None
@@ -50,21 +50,21 @@ class Sent:
 
 @dataclass
 class Resident:
-    """One weight's large tensors, in host memory."""
+    """Large tensors of one weight, in host memory."""
 
     host: Tensor
     places: Mapping[str, Place]
     sent: Sent = Sent()
-    """When what lies in host memory is the newest."""
+    """Copy after which host memory has the newest values."""
 
     def views(self, memory: Tensor) -> dict[str, Tensor]:
-        """They, in bytes laid out as those in host memory."""
+        """Returns the tensors as views of bytes that are laid out as those in host memory."""
         return {key: place.view(memory) for key, place in self.places.items()}
 
 
 @dataclass
 class Chunk:
-    """Page-locked memory, given away piece by piece. It is locked as long as its own tensor lives."""
+    """Page-locked memory that is given away piece by piece. It is locked as long as its own tensor lives."""
 
     memory: Tensor
     used_bytes: int = 0
@@ -80,14 +80,14 @@ class Chunk:
 
 @dataclass
 class Guest:
-    """A weight's tensors on the device, in a span of the ring."""
+    """Tensors of one weight on the device, in a span of the ring."""
 
     name: str
     start: int
     end: int
     arrived: Mark = None
     left: Sent | None = None
-    """Set once it is on its way back: the span may be filled again after that."""
+    """Copy back to the host, once it has been started: the span may be filled again after it."""
 
 
 @dataclass
@@ -96,11 +96,11 @@ class Ring:
 
     memory: Tensor
     guests: deque[Guest] = field(default_factory=deque)
-    """The oldest first."""
+    """Guests that may still be there, the oldest first."""
     next_start: int = 0
 
     def admit(self, name: str, num_bytes: int) -> tuple[Guest, Sent] | None:
-        """A span and what must have left before it is filled; None while somebody who is needed is in the way."""
+        """Returns a span and the copy that must end before it is filled; None while a needed guest is in the way."""
         wraps = self.next_start + num_bytes > self.memory.numel()
         claimed = [(self.next_start, self.memory.numel()), (0, num_bytes)] if wraps else []
         start = 0 if wraps else self.next_start
@@ -108,7 +108,7 @@ class Ring:
         in_the_way = []
         for guest in self.guests:
             if not any(guest.start < end and begin < guest.end for begin, end in claimed):
-                break  # spans are claimed in their order, so what lies beyond is not reached
+                break  # spans are claimed in their order, so none of the later guests is in the way
             if guest.left is None:
                 return None
             in_the_way.append(guest.left)
@@ -120,17 +120,17 @@ class Ring:
         return admitted, max(in_the_way, key=lambda sent: sent.number, default=Sent())
 
     def drop_all(self) -> None:
-        """Gives up what was fetched in vain. Their copies come before any later one of the same lane."""
+        """Gives up guests that were fetched in vain. Their copies end before any later one of the same lane."""
         for guest in self.guests:
             guest.left = guest.left or Sent()
 
 
 class HostStates:
-    """See the module.
+    """Optimizer states of all weights, which rest in host memory and visit the device.
 
     Args:
-        ahead_bytes: of the ring, unless two of the largest guests need more or all together less.
-        make_lane: a `CopyLane`, or what a test puts in its place.
+        ahead_bytes: size of the ring, unless the two largest guests need more or all together less.
+        make_lane: builds a `CopyLane`, or a test's stand-in for one.
     """
 
     def __init__(
@@ -147,23 +147,23 @@ class HostStates:
         self._ring: Ring | None = None
         self._here: dict[str, Guest] = {}
         self._order: list[str] = []
-        """Of the visits in the last step."""
+        """Names of the weights, in the order of their visits in the last step."""
         self._visited: dict[str, None] = {}
         self._num_considered = 0
-        """Of `_order`, for fetching ahead in this step."""
+        """Number of weights of `_order` that fetching ahead has passed in this step."""
 
     @property
     def host_bytes(self) -> int:
-        """Host memory that holds something."""
+        """Bytes of host memory that hold a state."""
         return sum(resident.host.numel() for resident in self._residents.values())
 
     def begin_step(self) -> None:
-        """The visits of another step follow; the first ones are fetched at once."""
+        """Begins the visits of another step, and fetches the first states."""
         self._order, self._visited, self._num_considered = list(self._visited) or self._order, {}, 0
         self._fetch_ahead()
 
     def fetch(self, name: str) -> dict[str, Tensor]:
-        """A weight's tensors on the device, to be changed in place and handed to `rest`; empty if it has none yet."""
+        """Returns a weight's tensors on the device, to change in place and hand to `rest`; empty if it has none."""
         self._visited[name] = None
         if name not in self._residents:
             return {}
@@ -179,10 +179,10 @@ class HostStates:
         return self._residents[name].views(memory)
 
     def rest(self, name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Sends a weight's tensors back to the host, the first time into a home made for them.
+        """Sends a weight's tensors back to the host, where the first call takes memory for them.
 
         Returns:
-            They as they lie in host memory. What is small stays where it is and is not returned.
+            The tensors in host memory. Small ones stay where they are and are not among them.
         """
         if guest := self._here.pop(name, None):
             resident = self._residents[name]
@@ -194,7 +194,7 @@ class HostStates:
         return self._settle(name, large) if large else {}
 
     def finish(self) -> None:
-        """Waits until all that was sent lies in host memory, for those who read it there."""
+        """Waits until everything that was sent is in host memory, before it is read there."""
         self._sending.wait(self._last_sent.mark)
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
@@ -202,7 +202,7 @@ class HostStates:
     # ---- inside
 
     def _settle(self, name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Home and values; the host waits until they are there."""
+        """Takes host memory for a weight's tensors and copies them there; the host waits for the copies."""
         places: dict[str, Place] = {}
         end = 0
         for key, tensor in tensors.items():
@@ -213,7 +213,7 @@ class HostStates:
             view.copy_(tensors[key])
         if self._ring is not None and 2 * end > self._ring.memory.numel():
             self.finish()
-            self._ring = None  # made anew, large enough, when it is needed
+            self._ring = None  # built anew, large enough, when it is needed
             self._here.clear()
         return resident.views(resident.host)
 
@@ -229,11 +229,11 @@ class HostStates:
             sizes = [resident.host.numel() for resident in self._residents.values()]
             num_bytes = max(2 * max(sizes), min(sum(sizes), self._ahead_bytes))
             self._ring = Ring(torch.empty(num_bytes, dtype=torch.uint8, device=self._device))
-            self.finish()  # that memory may still be in use by what the computation was told before
+            self.finish()  # kernels that were launched before may still use that memory
         return self._ring
 
     def _fetch_ahead(self) -> None:
-        """As many of those that come next as the ring has room for."""
+        """Fetches as many of the next weights' states as the ring has room for."""
         while self._num_considered < len(self._order):
             name = self._order[self._num_considered]
             wanted = name in self._residents and name not in self._here and name not in self._visited
