@@ -23,6 +23,7 @@ from pixtune.engine.apply import apply_switches, apply_to_activations, blocks_of
 from pixtune.engine.capture import GraphCapturer, ReplayedPass
 from pixtune.engine.load import LoadedTransformer, Reading
 from pixtune.engine.modulation_ahead import StepsAhead
+from pixtune.errors import DataError
 from pixtune.families import family_of
 from pixtune.family import ModelFamily
 from pixtune.hardware.facts import check_torch
@@ -94,7 +95,11 @@ def run_steps(run: Run, services: AroundSteps) -> TrainResult:
         services.before_first_step()
         for step in range(start, end):
             run.steps_ahead.reach(step)
-            loss, grad_norm = train_step(run, islice(batches, accumulation), step, services.see_batch)
+            try:
+                loss, grad_norm = train_step(run, islice(batches, accumulation), step, services.see_batch)
+            except DataError:  # a picture that is encoded in the loop has changed or is gone
+                services.interrupted(step)
+                raise
             run.steps_ahead.look_ahead(step)
             services.after_step(step + 1, loss, grad_norm)
             if stop.requested(step + 1, config.logging_steps):

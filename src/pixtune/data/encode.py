@@ -21,7 +21,7 @@ from torch import Tensor
 from pixtune.data.buckets import Framing
 from pixtune.data.cache import CacheKey, Entry, FillReport, Ledger, Store, fill
 from pixtune.data.caption_tokens import Lengths, count_new, cut_captions
-from pixtune.data.images import crop_resize, open_rgb, to_pixels
+from pixtune.data.images import check_unchanged, crop_resize, open_rgb, to_pixels
 from pixtune.engine.tiling import encode_images
 from pixtune.engine.weight_only import quantize_encoder
 from pixtune.family import LatentDistribution, ModelFamily, Placement, Prompt, PromptOutline, TextEncoder
@@ -54,7 +54,12 @@ class FramedPicture:
         return {"picture": self.digest, "size": size, "crop": repr(self.framing.crop_box)}
 
     def read(self) -> Image:
-        """The framed part as an upright RGB picture at its size."""
+        """The framed part as an upright RGB picture at its size.
+
+        Raises:
+            DataError: the file cannot be read, or is not the one that `digest` was taken of.
+        """
+        check_unchanged(self.path, self.digest)
         return crop_resize(open_rgb(self.path), self.framing)
 
 

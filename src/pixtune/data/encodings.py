@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from threading import Lock
 
@@ -17,46 +16,35 @@ from pixtune.data.encode import Encoder, FramedPicture, TextItem
 from pixtune.data.examples import Example
 from pixtune.data.images import to_pixels
 from pixtune.family import Conditioning, LatentDistribution
-from pixtune.storage.files import file_digest
-
-
-def digest_of(path: Path) -> str:
-    """SHA-256 of a file, read once as long as its size and time of change stay."""
-    stat = path.stat()
-    return _digest(path, stat.st_size, stat.st_mtime_ns)
-
-
-@cache
-def _digest(path: Path, size: int, changed_ns: int) -> str:
-    return file_digest(path)
 
 
 def target_picture(example: Example, variant: int) -> FramedPicture:
     """What the autoencoder gets of an example's target."""
-    path = example.image_path
-    return FramedPicture(example.name, path, digest_of(path), example.framings[variant])
+    return FramedPicture(example.name, example.image_path, example.image_digest, example.framings[variant])
 
 
 def control_pictures(example: Example, variant: int) -> tuple[FramedPicture, ...]:
     """What the autoencoder gets of an example's control pictures."""
     return tuple(
-        FramedPicture(_control_name(path), path, digest_of(path), framing.latents)
-        for path, framing in _controls(example, variant)
+        FramedPicture(_control_name(path), path, digest, framing.latents)
+        for path, digest, framing in _controls(example, variant)
     )
 
 
 def text_item(text: str, example: Example, variant: int) -> TextItem:
     """A caption as the text encoder gets it for this example: beside the control pictures, if it sees them."""
     pictures = [
-        FramedPicture(_control_name(path), path, digest_of(path), framing.vision)
-        for path, framing in _controls(example, variant)
+        FramedPicture(_control_name(path), path, digest, framing.vision)
+        for path, digest, framing in _controls(example, variant)
         if framing.vision is not None
     ]
     return TextItem(text, tuple(pictures))
 
 
-def _controls(example: Example, variant: int) -> Iterable[tuple[Path, ControlFraming]]:
-    return zip(example.control_paths, example.control_framings[variant], strict=True) if example.control_paths else ()
+def _controls(example: Example, variant: int) -> Iterable[tuple[Path, str, ControlFraming]]:
+    if not example.control_paths:
+        return ()
+    return zip(example.control_paths, example.control_digests, example.control_framings[variant], strict=True)
 
 
 def _control_name(path: Path) -> str:
@@ -103,7 +91,11 @@ class Encodings:
         self._encode_pictures = self.encoder.open_autoencoder()
 
     def text(self, item: TextItem) -> Conditioning:
-        """Features of a caption, on the CPU."""
+        """Features of a caption, on the CPU.
+
+        Raises:
+            DataError: it is encoded now, and a control picture beside it has changed or is gone.
+        """
         if item in self._text_keys:
             return self.encoder.store.read(self._text_keys[item].digest)
         assert self._encode_texts is not None, f"{item.text!r} was neither filled nor is it to be encoded live"
@@ -112,7 +104,11 @@ class Encodings:
         return {name: tensor.cpu() for name, tensor in row.items()}
 
     def latents(self, picture: FramedPicture) -> LatentDistribution:
-        """The latents' distribution with batch size 1, on the CPU."""
+        """The latents' distribution with batch size 1, on the CPU.
+
+        Raises:
+            DataError: the picture is encoded now, and has changed or is gone.
+        """
         if picture in self._latent_keys:
             entry = self.encoder.store.read(self._latent_keys[picture].digest)
             return LatentDistribution(entry["mean"], entry["std"])

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from pixtune import randomness
 from pixtune.config.schema import DataConfig
 from pixtune.data.buckets import Buckets, Framing, build_buckets, frame_picture, frame_variants
 from pixtune.data.controls import ControlFraming, ControlRules, frame_control
-from pixtune.data.images import read_size
+from pixtune.data.images import picture_digest, read_size
 from pixtune.data.metadata import read_metadata
 from pixtune.data.pairs import Pair, Pairs, find_pairs, shorten
 from pixtune.data.validate import validate_pairs
@@ -30,6 +31,16 @@ class Example:
     control_paths: tuple[Path, ...] = ()
     control_framings: tuple[tuple[ControlFraming, ...], ...] = ()
     """For each of `framings`, one for each control picture."""
+
+    @cached_property
+    def image_digest(self) -> str:
+        """SHA-256 of the picture's file when it was first asked for: what a run began with, whatever becomes of it."""
+        return picture_digest(self.image_path)
+
+    @cached_property
+    def control_digests(self) -> tuple[str, ...]:
+        """SHA-256 of each control picture's file when it was first asked for."""
+        return tuple(picture_digest(path) for path in self.control_paths)
 
     def signature(self, variant: int) -> tuple[Size, ...]:
         """Sizes of target and controls in pixels: only examples that agree in all of them fit into one batch."""

@@ -15,6 +15,8 @@ import warnings
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import datetime
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,6 +26,7 @@ from PIL import ExifTags, Image, ImageChops, ImageCms, UnidentifiedImageError
 from pixtune.data.buckets import Framing
 from pixtune.errors import DataError
 from pixtune.sizes import Size
+from pixtune.storage.files import file_digest
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -115,6 +118,43 @@ def read_size(path: Path) -> Size:
             image.load()  # the orientation may stand behind the pixels
         width, height = image.size
         return (height, width) if _orientation(image) in (5, 6, 7, 8) else (width, height)
+
+
+def picture_digest(path: Path) -> str:
+    """SHA-256 of a picture file, read again only if its size or time of change has changed.
+
+    Raises:
+        DataError: the file cannot be read.
+    """
+    try:
+        stat = path.stat()
+        return _digest(path, stat.st_size, stat.st_mtime_ns)
+    except OSError as error:
+        raise _data_error(path, f"cannot be read: {error.strerror or error}.") from error
+
+
+@cache
+def _digest(path: Path, size: int, changed_ns: int) -> str:
+    return file_digest(path)
+
+
+def check_unchanged(path: Path, digest: str) -> None:
+    """Makes sure that a picture file is the one whose digest was taken before.
+
+    Raises:
+        DataError: it is gone, or has other content.
+    """
+    try:
+        if picture_digest(path) == digest:
+            return
+        changed = f"{datetime.fromtimestamp(path.stat().st_mtime):%Y-%m-%d %H:%M:%S}"
+        problem = f"has other content than when it was first read (the file is now of {changed})"
+    except (DataError, OSError):
+        problem = "was moved or deleted after it was first read, or its folder cannot be reached"
+    raise DataError(
+        "a picture changed while it was in use",
+        [f"{path} {problem}. Put it back as it was and resume, or start a new run with the pictures as they are now."],
+    )
 
 
 def crop_resize(image: Image.Image, framing: Framing) -> Image.Image:

@@ -23,6 +23,7 @@ from pixtune.data.buckets import Framing, build_buckets, frame_picture
 from pixtune.data.cache import DiskStore, FillReport, Ledger
 from pixtune.data.encode import Encoder, FramedPicture, TextItem
 from pixtune.data.prepare import prepare_data
+from pixtune.data.prepared import PreparedData
 from pixtune.errors import DataError
 from pixtune.families.qwen_image import CaptionReader, QwenImage
 from pixtune.family import LatentDistribution, Placement, Prompt, PromptOutline, TextLength
@@ -522,6 +523,67 @@ def test_the_captions_cut_reaches_the_family(tmp_path: Path, model: ModelFolder)
     config = data_config(tmp_path, data_config={"img_dir": tmp_path / "train", "img_size": 64, "max_text_tokens": 9})
     prepare_data(config, family, model, ACCELERATOR)
     assert set(family.max_tokens) == {9}
+
+
+# ---- pictures that change during a run
+
+
+def edit(path: Path) -> None:
+    Image.new("RGB", (64, 64), (250, 250, 250)).save(path)
+
+
+def readings(data: PreparedData) -> list[Tensor]:
+    """All that a step reads of the first example."""
+    latents, reader = data.reader.read_latents(0, 0), data.reader
+    texts = [reader.read_text(0, 0, dropped)["prompt_embeds"] for dropped in (False, True)]
+    return [latents.mean_BCHW, latents.std_BCHW, *texts, *reader.read_controls(0, 0)]
+
+
+@pytest.mark.parametrize("change", [edit, Path.unlink])
+def test_what_is_in_the_cache_is_trained_on_whatever_becomes_of_the_files(
+    tmp_path: Path, model: ModelFolder, change: Callable[[Path], None]
+) -> None:
+    data = prepare_data(edit_set(tmp_path), CountingFamily(max_controls=1), model, ACCELERATOR)
+    before = readings(data)
+    change(tmp_path / "train" / "a.png")
+    change(tmp_path / "control" / "a.png")
+    assert all(torch.equal(one, other) for one, other in zip(before, readings(data), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("key", "changed", "read"),
+    [
+        ("precompute_image_embeddings", "train/a.png", lambda reader: reader.read_latents(0, 0)),
+        ("precompute_image_embeddings", "control/a.png", lambda reader: reader.read_controls(0, 0)),
+        ("precompute_text_embeddings", "control/a.png", lambda reader: reader.read_text(0, 0, True)),
+    ],
+)
+def test_a_picture_that_changed_is_named_where_it_is_encoded_in_the_loop(
+    tmp_path: Path, model: ModelFolder, key: str, changed: str, read: Callable[[Any], Any]
+) -> None:
+    data = prepare_data(edit_set(tmp_path, **{key: False}), CountingFamily(max_controls=1), model, ACCELERATOR)
+    path = tmp_path / changed
+    original = path.read_bytes()
+    read(data.reader)
+    edit(path)
+    with pytest.raises(DataError, match=rf"{path} has other content than when it was first read \(.*\d\d:\d\d"):
+        read(data.reader)
+    path.unlink()
+    with pytest.raises(DataError, match=rf"{path} was moved or deleted .*Put it back as it was and resume"):
+        read(data.reader)
+    path.write_bytes(original)
+    read(data.reader)
+
+
+def test_a_picture_that_changes_before_it_is_encoded_is_not_stored_under_the_old_content(
+    encoder: Encoder, tmp_path: Path
+) -> None:
+    framed = picture(tmp_path, "a.png", 10)
+    keys = encoder.latent_keys([framed])
+    edit(framed.path)
+    with pytest.raises(DataError, match="other content"):
+        encoder.fill_pictures([framed], keys)
+    assert not encoder.store.has(keys[0].digest)
 
 
 # ---- captions that are cut
