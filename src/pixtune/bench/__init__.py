@@ -1,1 +1,1 @@
-"""`pixtune bench`: what real training steps of a config cost on this machine, and against a stored result."""
+"""`pixtune bench`: measures real training steps of a config on this machine, and compares them with a stored result."""

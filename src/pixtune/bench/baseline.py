@@ -1,11 +1,10 @@
-"""A result against a stored one: by how much slower or larger, and whether they can be compared at all."""
+"""Compares a result with a stored one: by how much slower or larger it is, and whether the two can be compared."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from pixtune.bench.result import Result
 from pixtune.errors import BaselineError
@@ -13,18 +12,18 @@ from pixtune.errors import BaselineError
 MOST_SLOWER, MOST_LARGER = 1.05, 1.02
 """Ratios up to which a difference is taken for noise: steps vary by some percent, allocations hardly."""
 COMPARED_PARTS = ("case", "machine")
-"""Of a result: must be equal, value by value."""
+"""Parts of a result that must be equal, value by value."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Now over then."""
+    """Ratios of a result to a stored one."""
 
     time_ratio: float
     memory_ratio: float | None
-    """Of what was allocated; None without a GPU: a host's memory is not counted exactly enough."""
+    """Ratio of allocated memory; None without a GPU: a host's memory is not counted exactly enough."""
     other_versions: tuple[str, ...]
-    """Packages that have changed since."""
+    """Packages whose version has changed, with both versions."""
 
     @property
     def is_worse(self) -> bool:
@@ -38,7 +37,7 @@ class Comparison:
 
 
 def load_baseline(path: Path) -> Result:
-    """A stored result.
+    """Reads a stored result.
 
     Raises:
         BaselineError: there is none, or it is something else.
@@ -58,7 +57,7 @@ def load_baseline(path: Path) -> Result:
 
 
 def refuse_other(now: Result, before: Result, path: Path) -> None:
-    """Refuses a baseline of something else than was measured.
+    """Refuses a baseline that was not measured on the same case and machine.
 
     Raises:
         BaselineError: names each value that differs.
@@ -74,18 +73,20 @@ def refuse_other(now: Result, before: Result, path: Path) -> None:
 
 
 def compare(now: Result, before: Result, path: Path) -> Comparison:
-    """
+    """Compares a result with a baseline.
+
     Raises:
-        BaselineError: see `refuse_other`.
+        BaselineError: the baseline is of another case or machine.
     """
     refuse_other(now, before, path)
+    versions: dict[str, str] = before.get("versions", {})
     allocated = now["memory"]["peak_allocated_gib"], before["memory"]["peak_allocated_gib"]
     return Comparison(
         time_ratio=now["seconds_per_step"]["median"] / before["seconds_per_step"]["median"],
         memory_ratio=None if None in allocated else allocated[0] / allocated[1],
-        other_versions=tuple(_changed(now.get("versions", {}), before.get("versions", {}))),
+        other_versions=tuple(
+            f"{name} {versions.get(name)} to {version}"
+            for name, version in sorted(now.get("versions", {}).items())
+            if versions.get(name) != version
+        ),
     )
-
-
-def _changed(now: dict[str, Any], before: dict[str, Any]) -> list[str]:
-    return [f"{name} {before.get(name)} to {value}" for name, value in sorted(now.items()) if before.get(name) != value]

@@ -1,4 +1,4 @@
-"""What a benchmark's figures belong to: machine, versions, commit, date."""
+"""The environment that a benchmark's figures belong to: machine, versions, commit, date."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NO_COMMIT = "unknown (not in a git checkout)"
 
 
 def describe() -> dict[str, Any]:
-    """JSON values that stand in every result."""
+    """Returns the JSON values that stand in every result."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "machine": {"gpu": gpu, "cpu": platform.machine(), "cores": os.cpu_count()},
@@ -28,7 +28,7 @@ def describe() -> dict[str, Any]:
 
 
 def read_commit(source: Path) -> str:
-    """The commit that a source file belongs to, "-dirty" where the checkout has changes.
+    """Returns the commit that a source file belongs to, with "-dirty" where the checkout has changes.
 
     An installed package may lie in a repository of the user's own, whose commit says nothing about it: there the file
     is not tracked.
@@ -39,7 +39,7 @@ def read_commit(source: Path) -> str:
 
 
 def _git(source: Path, *words: str) -> str | None:
-    """What git says in a file's folder; None where it fails or is not installed."""
+    """Runs git in a file's folder and returns its output; None where it fails or is not installed."""
     try:
         run = subprocess.run(["git", *words], cwd=source.parent, capture_output=True, text=True, check=False)
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""Times real training steps: `pixtune train`'s own run of a config, on pictures of no meaning in a temporary folder."""
+"""Times real training steps: `pixtune train`'s own run of a config, on meaningless pictures in a temporary folder."""
 
 from __future__ import annotations
 
@@ -43,27 +43,27 @@ from pixtune.tracking.metrics import FILE_NAME, MetricsLog, read_metrics
 from pixtune.train import assemble, run_steps
 
 WARM_UP_STEPS = PLAIN_CALLS + 2
-"""The first ones compile and try out kernels, the next is recorded, and the first replay comes after it."""
+"""Steps before the timed ones: the first compile and try out kernels, the next is captured and one more replayed."""
 FORMAT_NAMES = {torch.float8_e4m3fn: "fp8", torch.int8: "int8"}
 
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked for on the command line."""
+    """Options of the command line."""
 
     num_steps: int
-    """That are timed, after those that warm up."""
+    """Steps that are timed, after those that warm up."""
     resolution_pixels: int | None = None
-    """None: the config's own."""
+    """Side of the pictures; None for the config's own."""
     num_text_tokens: int | None = None
-    """None: the config's `max_text_tokens`, or captions of `DEFAULT_WORDS` words."""
+    """Tokens of a caption; None for the config's `max_text_tokens`, or captions of `DEFAULT_WORDS` words."""
     num_controls: int | None = None
-    """None: see `usual_controls`."""
+    """Control pictures of an example; None for `usual_controls`."""
 
 
 @dataclass(frozen=True)
 class TimedRun:
-    """What is known when the steps are over and their memory is free again."""
+    """Everything that is known when the steps are over and their memory is free again."""
 
     case: Case
     timing: Timing
@@ -80,13 +80,13 @@ def measure(
     request: Request,
     check: Callable[[Case], None] = lambda case: None,
 ) -> Result:
-    """Runs a config's steps and says what they cost. What the config names besides the model is not touched.
+    """Runs a config's steps and measures their cost. What the config names besides the model is not touched.
 
     Args:
-        check: may refuse what is going to be measured before the first step.
+        check: may refuse the case before the first step.
 
     Raises:
-        PixtuneError: as training does.
+        PixtuneError: as in training.
     """
     with tempfile.TemporaryDirectory(prefix="pixtune-bench-") as name:
         config = write_case(Path(name), path, overrides, request)
@@ -95,7 +95,7 @@ def measure(
         torch.compiler.reset()  # what was compiled holds on to weights
         gc.collect()
         torch.cuda.empty_cache()
-    peaks = measure_peaks((run.formats.plain, run.formats.quantised), run.device)
+    peaks = measure_peaks((run.formats.plain, run.formats.quantized), run.device)
     return make_result(run.case, run.timing, run.memory, run.flops, run.formats, peaks, describe(), run.plan.to_dict())
 
 
@@ -121,7 +121,7 @@ def write_case(folder: Path, path: Path, overrides: Sequence[str], request: Requ
 
 
 def usual_controls(config: TrainConfig) -> int:
-    """Control pictures of an example: one a folder of them; where a metadata file names them, one."""
+    """Counts the control pictures of an example: one a folder; one where a metadata file names them."""
     folders = count_controls(config)
     if folders or config.data_config.metadata_file is None:
         return folders
@@ -129,11 +129,11 @@ def usual_controls(config: TrainConfig) -> int:
 
 
 def time_run(config: TrainConfig, check: Callable[[Case], None]) -> TimedRun:
-    """All steps of a run, timed; nothing of it is left on the device.
+    """Times all steps of a run; nothing of it is left on the device.
 
     Raises:
         ConfigError: several processes were started.
-        TrainingError: it was told to stop.
+        TrainingError: the run was asked to stop.
     """
     can_tell = torch.version.cuda is not None and not torch.cuda.is_initialized()
     used_before_bytes = used_before_cuda(own_gpu(os.environ)) if can_tell else None
@@ -146,7 +146,7 @@ def time_run(config: TrainConfig, check: Callable[[Case], None]) -> TimedRun:
     check(case)
     timed = TimedSteps(run)
     if not run_steps(run, timed).finished:
-        raise TrainingError("the benchmark was told to stop before all of its steps were timed; nothing was measured")
+        raise TrainingError("the benchmark was asked to stop before all of its steps were timed; nothing was measured")
     return TimedRun(
         case=case,
         timing=timed.timing(),
@@ -159,7 +159,7 @@ def time_run(config: TrainConfig, check: Callable[[Case], None]) -> TimedRun:
 
 
 def describe_case(run: Run, services: Services) -> Case:
-    """What is about to be measured."""
+    """Describes the case that is about to be measured."""
     config, data = run.config, services.data
     footprint = footprint_of(config, run.family, services.folder, num_tokens=0)
     return Case(
@@ -178,7 +178,7 @@ def describe_case(run: Run, services: Services) -> Case:
 
 
 def count_flops(run: Run, services: Services, case: Case) -> StepFlops:
-    """Of one of the run's steps, as it was planned."""
+    """Counts the operations of one of the run's steps, as it was planned."""
     config, family, plan = run.config, run.family, run.plan
     shapes = tensor_shapes(config, family, services.folder)
     trains_all = config.method == "full"
@@ -196,7 +196,7 @@ def count_flops(run: Run, services: Services, case: Case) -> StepFlops:
 
 
 def formats_of(plan: TrainingPlan, device: torch.device) -> Formats:
-    """What a plan's products are computed in. A CPU computes all of them in fp32 or as slowly."""
+    """Returns the formats of a plan's products. A CPU computes all of them in fp32 or as slowly."""
     if device.type != "cuda":
         return Formats("fp32", "fp32")
     plain = plan.compute_format
@@ -205,7 +205,7 @@ def formats_of(plan: TrainingPlan, device: torch.device) -> Formats:
 
 
 class TimedSteps:
-    """Stands where `Services` does in training: the same figures of each step; nothing validated, drawn or saved."""
+    """Stand-in for `Services` in a timed run: the same figures of each step; nothing is validated, sampled or saved."""
 
     start_step = 0
 
@@ -261,7 +261,7 @@ class TimedSteps:
     # ---- afterwards
 
     def timing(self) -> Timing:
-        """Of the steps after those that warm up."""
+        """Returns the timing of the steps after those that warm up."""
         lines = read_metrics(self._path)
         steps = [line for line in lines if line["kind"] == "step"]
         (first,) = (line for line in lines if line["kind"] == "first_step")
@@ -276,10 +276,10 @@ class TimedSteps:
         )
 
     def memory(self, used_before_bytes: int | None) -> Memory:
-        """The steps' peaks. Call it while what the steps needed is still there.
+        """Returns the steps' peaks. Call it while the steps' memory is still held.
 
         Args:
-            used_before_bytes: what others held on the GPU before this process did; None: not known.
+            used_before_bytes: what others held on the GPU before this process did; None if unknown.
         """
         (steps,) = (row for row in self._run.memory.rows() if row["stage"] == STEPS)
         if self._run.accelerator.device.type != "cuda":
@@ -291,5 +291,5 @@ class TimedSteps:
 
 
 def case_as_json(case: Case) -> Result:
-    """As it stands in a result, with this machine's own description."""
+    """Returns a case as it stands in a result, with the description of this machine."""
     return {"case": asdict(case), **describe()}

@@ -1,4 +1,4 @@
-"""Pictures and captions that stand in for a data set while steps are timed: one size, one length, no meaning."""
+"""Pictures and captions that stand in for a data set while steps are timed: of one size and length, without meaning."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from PIL import Image
 from pixtune.config.schema import TrainConfig
 
 PATCHES = 8
-"""A picture is so many random colours squared, enlarged: quick to write and to read at any size."""
+"""Colour patches along a picture's side, enlarged: quick to write and to read at any size."""
 FEWEST_PICTURES = 4
 DEFAULT_WORDS = 256
-"""Of a caption, about a token each, where neither the caller nor the config sets a length."""
+"""Words of a caption, about a token each, where neither the caller nor the config sets a length."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class SyntheticData:
 def write_pictures(
     folder: Path, size_pixels: int, num_pictures: int, num_controls: int, num_words: int
 ) -> SyntheticData:
-    """Square pictures with captions, and controls of the same names and size. Equal calls write equal files."""
+    """Writes square pictures with captions, and controls of the same names and size. Equal calls write equal files."""
     images = folder / "images"
     controls = tuple(folder / f"control_{number}" for number in range(num_controls))
     for part, place in enumerate((images, *controls)):
@@ -44,23 +44,23 @@ def write_pictures(
 
 
 def count_controls(config: TrainConfig) -> int:
-    """Control pictures that an example of this config has, going by its folders."""
+    """Counts the control pictures that an example of this config has, going by its folders."""
     folders = config.data_config.control_dir
     return 0 if folders is None else len(folders) if isinstance(folders, tuple) else 1
 
 
 def count_pictures(config: TrainConfig) -> int:
-    """Enough for two steps of different pictures."""
+    """Counts the pictures of two steps without repetition."""
     return max(FEWEST_PICTURES, 2 * config.batch_size * config.gradient_accumulation_steps)
 
 
 def timing_words(
     folder: Path, data: SyntheticData, num_steps: int, size_pixels: int, num_text_tokens: int | None
 ) -> list[str]:
-    """`key=value` words that turn any config into a run of `num_steps` in `folder`, which leaves nothing elsewhere.
+    """Returns `key=value` words that turn any config into a run of `num_steps` in `folder`, without traces elsewhere.
 
     Args:
-        num_text_tokens: length of each caption in tokens; None: as the config has it.
+        num_text_tokens: length of each caption in tokens; None for the config's own.
     """
     values: dict[str, object] = {
         "output_dir": str(folder / "run"),

@@ -1,6 +1,6 @@
-"""`report.html` and `before_after.png`: what a run did, in files that need nothing else to be looked at.
+"""`report.html` and `before_after.png`: a run's results in files that need nothing else to be viewed.
 
-`record` reads the log, `charts` draws it as SVG, `pictures` sizes and embeds samples, `page` puts the whole together.
+`record` reads the log, `charts` draws it as SVG, `pictures` resizes and embeds samples, `page` puts the whole together.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ def write_report(
     versions: Mapping[str, str],
     facts: Mapping[str, str | int | float],
 ) -> Path:
-    """Writes `report.html` from `metrics.jsonl`, and `before_after.png` if pictures were drawn at step 0 and later.
+    """Writes `report.html` from `metrics.jsonl`, and `before_after.png` if there are samples of step 0 and a later one.
 
     Args:
         output_dir: the run's folder, with `metrics.jsonl` and the samples that it names.
-        config: nested, as `config.to_dict` gives it.
-        plan: as `TrainingPlan.to_dict` gives it.
-        versions: of packages, by name.
-        facts: what else a reader wants to know, by the words to show.
+        config: nested, as `config.to_dict` returns it.
+        plan: as `TrainingPlan.to_dict` returns it.
+        versions: versions of packages, by name.
+        facts: other values to show, by the words to show them under.
 
     Returns:
         The page's path.

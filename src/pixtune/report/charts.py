@@ -14,9 +14,9 @@ WIDTH, HEIGHT = 520, 250
 TOP, RIGHT, BOTTOM = 12, 24, 40
 """Margins; the left one depends on the labels."""
 LABEL_WIDTH = 9.0
-"""Of one digit at the charts' larger font size, 15."""
+"""Width of one digit at the charts' larger font size, 15."""
 LOG_FROM_RATIO = 50
-"""Highest over lowest value, from which a logarithmic axis shows more."""
+"""Ratio of the highest to the lowest value from which a logarithmic axis shows more."""
 MOST_MARKERS = 60
 SHAPES = ("circle", "square", "triangle", "diamond")
 
@@ -28,28 +28,28 @@ class Series:
     label: str
     points: Sequence[Point]
     color: int
-    """Number of a colour in the CSS."""
+    """Number of its colour in the CSS."""
     kind: str = "line"
     """"line"; "marked": a line with a mark at each point; "raw": a pale cloud behind the others."""
 
 
 @dataclass(frozen=True)
 class Chart:
-    """What to draw. All charts of a page share `last_step`, so that they line up."""
+    """A chart's contents. All charts of a page share `last_step`, so that they line up."""
 
     title: str
     subtitle: str
     series: Sequence[Series]
     last_step: int
     from_zero: bool = False
-    """The y axis starts at 0."""
+    """Whether the y axis starts at 0."""
     suffix: str = ""
-    """Behind the y axis' numbers."""
+    """Text behind the y axis' numbers."""
 
 
 @dataclass(frozen=True)
 class Axis:
-    """From values to places."""
+    """A mapping from values to places."""
 
     low: float
     high: float
@@ -57,14 +57,14 @@ class Axis:
     log: bool = False
 
     def share(self, value: float) -> float:
-        """0 at the axis' low end, 1 at its high end."""
+        """Returns a value's place: 0 at the axis' low end, 1 at its high end."""
         if self.log:
             return math.log(value / self.low) / math.log(self.high / self.low)
         return (value - self.low) / (self.high - self.low)
 
 
 def render_chart(chart: Chart) -> str:
-    """A `<figure>`; empty text if there is nothing to draw."""
+    """Renders a `<figure>`; empty text if there is nothing to plot."""
     series = [one for one in chart.series if one.points]
     if not series:
         return ""
@@ -95,7 +95,7 @@ def render_chart(chart: Chart) -> str:
 def render_grid(
     x_axis: Axis, y_axis: Axis, labels: Sequence[str], left: float, place: Callable[[Point], tuple[float, float]]
 ) -> list[str]:
-    """Grid lines, ticks and their labels."""
+    """Renders grid lines, ticks and their labels."""
     lines, floor = [], HEIGHT - BOTTOM
     for value, label in zip(y_axis.ticks, labels, strict=True):
         y = place((0, value))[1]
@@ -111,7 +111,7 @@ def render_grid(
 
 
 def render_series(series: Series, place: Callable[[Point], tuple[float, float]], suffix: str) -> str:
-    """A series as one path, with marks that tell their value where they are few."""
+    """Renders a series as one path, with marks that show their value on hover where they are few."""
     places = [place(point) for point in thin(series.points)]
     style = path_style(series)
     if style in ("dot", "dots"):
@@ -127,7 +127,7 @@ def render_series(series: Series, place: Callable[[Point], tuple[float, float]],
 
 
 def path_style(series: Series) -> str:
-    """The CSS class of a series' path. A cloud of more points than can be told apart is drawn as a pale line."""
+    """Returns the CSS class of a series' path. A cloud of more points than can be told apart becomes a pale line."""
     if len(series.points) == 1:
         return "dot"
     if series.kind == "raw":
@@ -136,7 +136,7 @@ def path_style(series: Series) -> str:
 
 
 def render_mark(color: int, x: float, y: float, inner: str = "") -> str:
-    """A mark whose shape, besides its colour, tells the series."""
+    """Renders a mark whose shape, besides its colour, identifies the series."""
     path = {
         "circle": f"M{x - 4:.1f} {y}a4 4 0 1 0 8 0a4 4 0 1 0 -8 0z",
         "square": f"M{x - 3.5:.1f} {y - 3.5:.1f}h7v7h-7z",
@@ -147,7 +147,7 @@ def render_mark(color: int, x: float, y: float, inner: str = "") -> str:
 
 
 def render_legend(series: Sequence[Series]) -> str:
-    """Names of the series, each with a small picture of its line."""
+    """Renders the names of the series, each with a small picture of its line."""
     entries = []
     for one in series:
         style = path_style(one)
@@ -160,7 +160,7 @@ def render_legend(series: Sequence[Series]) -> str:
 
 
 def describe(chart: Chart, series: Sequence[Series]) -> str:
-    """The chart in words, for those who do not see it."""
+    """Describes the chart in words, for those who do not see it."""
     parts = []
     for one in series:
         (first_step, first), (last_step, last) = one.points[0], one.points[-1]
@@ -175,14 +175,14 @@ def describe(chart: Chart, series: Sequence[Series]) -> str:
 
 
 def step_axis(last_step: int) -> Axis:
-    """From 0 to the last step, ticks at whole steps."""
+    """Builds the axis from 0 to the last step, with ticks at whole steps."""
     high = max(last_step, 1)
     size = max(nice_step(high, 6), 1)
     return Axis(0, high, tuple(round(number * size) for number in range(math.floor(high / size + 1e-9) + 1)))
 
 
 def value_axis(values: Sequence[float], from_zero: bool) -> Axis:
-    """Around all values; logarithmic where they span orders of magnitude."""
+    """Builds an axis around all values; logarithmic where they span orders of magnitude."""
     low, high = min(values), max(values)
     if low > 0 and not from_zero and high / low > LOG_FROM_RATIO:
         return log_axis(low, high)
@@ -197,7 +197,7 @@ def value_axis(values: Sequence[float], from_zero: bool) -> Axis:
 
 
 def log_axis(low: float, high: float) -> Axis:
-    """From one round number to another; ticks at 1, 2 and 5 times powers of ten, or fewer over many orders."""
+    """Builds an axis between round numbers, with ticks at 1, 2 and 5 times powers of ten, fewer over many orders."""
     exponents = range(math.floor(math.log10(low)), math.floor(math.log10(high)) + 2)
     rounds = [float(f"{digit}e{exponent}") for exponent in exponents for digit in (1, 2, 5)]
     inside = [
@@ -211,13 +211,13 @@ def log_axis(low: float, high: float) -> Axis:
 
 
 def nice_step(span: float, most_steps: int) -> float:
-    """The smallest of 1, 2 or 5 times a power of ten that divides `span` into at most that many steps."""
+    """Returns the smallest of 1, 2 or 5 times a power of ten that divides `span` into at most `most_steps` steps."""
     power = 10.0 ** math.floor(math.log10(span / most_steps))
     return next(factor * power for factor in (1, 2, 5, 10) if factor * power * most_steps >= span * (1 - 1e-9))
 
 
 def tick_labels(ticks: Sequence[float], suffix: str = "") -> list[str]:
-    """Labels with the same number of decimals; as powers of ten where they would be long."""
+    """Formats labels with the same number of decimals, or as powers of ten where they would be long."""
     sizes = [abs(tick) for tick in ticks if tick]
     if sizes and (max(sizes) >= 1e6 or min(sizes) < 1e-3):
         return [scientific(tick) + suffix for tick in ticks]
@@ -232,7 +232,7 @@ def tick_labels(ticks: Sequence[float], suffix: str = "") -> list[str]:
 
 
 def scientific(value: float) -> str:
-    """As people write it in a config: 5e-5."""
+    """Formats a number as people write it in a config: 5e-5."""
     if not value:
         return "0"
     mantissa, exponent = f"{value:.2e}".split("e")
@@ -240,5 +240,5 @@ def scientific(value: float) -> str:
 
 
 def format_value(value: float) -> str:
-    """Four significant digits."""
+    """Formats a value with four significant digits."""
     return scientific(value) if value and not 1e-3 <= abs(value) < 1e6 else f"{value:,.4g}".replace("-", "−")

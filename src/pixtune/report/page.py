@@ -1,4 +1,4 @@
-"""The page: what a user wants to know first stands first. Every text from outside goes through `escape`."""
+"""The report's page, in the order of a user's questions. Every text from outside goes through `escape`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from pixtune.hardware.facts import GIB
 from pixtune.report.charts import Chart, Series, render_chart
 from pixtune.report.pictures import data_uri, edge_for, open_picture, spread
 from pixtune.report.record import (
@@ -23,18 +24,16 @@ from pixtune.report.record import (
 from pixtune.report.style import CSS
 from pixtune.storage.resume import flatten
 
-GIB = 2**30
-
 # A JPEG pixel takes about 0.3 bytes here, base64 adds a third: together some 7 MB at most.
 MOST_PAIR_PIXELS, PAIR_EDGES = 6_000_000, (512, 384, 256)
 MOST_STRIP_PIXELS, STRIP_EDGES = 10_000_000, (256, 192)
 MOST_PAIRS = 60
 
 QUARTERS = ("nearly clean [0, 1/4)", "[1/4, 1/2)", "[1/2, 3/4)", "nearly noise [3/4, 1]")
-"""Of sigma, in the order of `ValidationLoss.quarters`."""
+"""Names of sigma's quarters, in the order of `ValidationLoss.quarters`."""
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
-"""The browser itself keeps the page from loading anything."""
+"""Content security policy by which the browser itself keeps the page from loading anything."""
 
 
 def build_page(
@@ -46,7 +45,7 @@ def build_page(
     versions: Mapping[str, str],
     facts: Mapping[str, str | int | float],
 ) -> str:
-    """The whole HTML document. See `write_report` for the arguments."""
+    """Builds the whole HTML document. The arguments are those of `write_report`."""
     name = escape(output_dir.resolve().name)
     decisions = [format_decision(key, value) for key, value in plan.items() if key != "reasons"]
     body = [
@@ -80,7 +79,7 @@ def build_page(
 
 
 def build_outcome(record: RunRecord) -> str:
-    """One sentence: what came of it."""
+    """Builds the sentence with the run's outcome."""
     outcome = record.outcome
     if outcome is None:
         only = "".join(f"Held-out loss at step {v.step:,}: {v.loss:.4f}. " for v in record.validations)
@@ -96,7 +95,7 @@ def build_outcome(record: RunRecord) -> str:
 
 
 def build_best(outcome: Outcome) -> str:
-    """A word if training went on past its best point."""
+    """Builds a remark if the held-out loss was lowest before the end."""
     if outcome.best.loss >= outcome.last.loss * 0.995:
         return ""
     best = outcome.best
@@ -107,7 +106,7 @@ def build_best(outcome: Outcome) -> str:
 
 
 def build_tiles(record: RunRecord, plan: Mapping[str, Any]) -> str:
-    """The run's figures."""
+    """Builds the tiles with the run's figures."""
     tiles = [("Steps", f"{record.last_step:,}", "")]
     if record.median_seconds is not None:
         tiles.append(("Time in steps", format_duration(record.total_seconds), "without validation and samples"))
@@ -131,7 +130,7 @@ def build_tiles(record: RunRecord, plan: Mapping[str, Any]) -> str:
 
 
 def build_pairs(output_dir: Path, record: RunRecord) -> str:
-    """Before and after, side by side."""
+    """Builds the pairs of samples before and after training."""
     pairs = spread(record.pairs, MOST_PAIRS)
     if not pairs:
         return ""
@@ -151,7 +150,7 @@ def build_pairs(output_dir: Path, record: RunRecord) -> str:
 
 
 def build_strips(output_dir: Path, record: RunRecord) -> str:
-    """All pictures of a prompt in a row. Left out where before and after already say it all."""
+    """Builds a row of all samples of each prompt. Left out where the pairs before and after show them all."""
     if len(record.pairs) == len(record.strips) and all(len(strip.samples) == 2 for strip in record.strips):
         return ""
     strips = spread(record.strips, MOST_PAIRS)
@@ -172,7 +171,7 @@ def build_strips(output_dir: Path, record: RunRecord) -> str:
 
 
 def build_picture(output_dir: Path, sample: Sample, edge: int, caption: str) -> str:
-    """An embedded picture, or a word about why there is none."""
+    """Builds an embedded picture, or a remark on why there is none."""
     picture = open_picture(output_dir / sample.path)
     if picture is None:
         shown = f'<span class="missing">missing or damaged: {escape(sample.path)}</span>'
@@ -189,7 +188,7 @@ def build_picture(output_dir: Path, sample: Sample, edge: int, caption: str) -> 
 
 
 def build_charts(record: RunRecord) -> str:
-    """Curves over steps, and the held-out figures as a table."""
+    """Builds the curves over steps, and the held-out figures as a table."""
     charts = [render_chart(chart) for chart in plan_charts(record)]
     if not any(charts):
         return "<section><h2>Curves</h2><p>No step was logged.</p></section>"
@@ -198,7 +197,7 @@ def build_charts(record: RunRecord) -> str:
 
 
 def plan_charts(record: RunRecord) -> list[Chart]:
-    """The charts in the order shown."""
+    """Returns the charts in the order shown."""
     end = record.last_step
     held_out = [Series("held-out", [(v.step, v.loss) for v in record.validations], 0, "marked")]
     return [
@@ -212,7 +211,7 @@ def plan_charts(record: RunRecord) -> list[Chart]:
 
 
 def smoothed(record: RunRecord, name: str) -> list[Series]:
-    """A noisy figure: each step, and the mean around it."""
+    """Returns the series of a noisy figure: each step, and the mean around it."""
     points = record.series(name)
     window = smoothing_window(len(points))
     if window == 1:
@@ -221,7 +220,7 @@ def smoothed(record: RunRecord, name: str) -> list[Series]:
 
 
 def quarter_changes(record: RunRecord) -> list[Series]:
-    """Each sigma quarter's loss against its first, in percent; levels differ too much to share an axis."""
+    """Returns the change of each sigma quarter's loss in percent; the losses differ too much to share an axis."""
     if record.outcome is None:
         return []
     first = record.outcome.first.quarters
@@ -237,7 +236,7 @@ def quarter_changes(record: RunRecord) -> list[Series]:
 
 
 def build_validations(validations: Sequence[Validation]) -> str:
-    """Held-out loss in figures."""
+    """Builds the table of held-out losses."""
     heads = "".join(f'<th scope="col">{escape(head)}</th>' for head in ("step", "all", *QUARTERS))
     rows = "".join(
         f'<tr><th scope="row">{v.step:,}</th>{"".join(f"<td>{loss:.4f}</td>" for loss in (v.loss, *v.quarters))}</tr>'
@@ -253,7 +252,7 @@ def build_validations(validations: Sequence[Validation]) -> str:
 
 
 def build_drifts(drifts: Sequence[str]) -> str:
-    """The warnings of steps that became slower."""
+    """Builds the warnings about steps that became slower."""
     if not drifts:
         return ""
     listed = "".join(f"<li>{escape(drift)}</li>" for drift in drifts)
@@ -261,7 +260,7 @@ def build_drifts(drifts: Sequence[str]) -> str:
 
 
 def build_memory(memory: MemoryRecord) -> str:
-    """Memory by stage; of the GPU only where one was used, and there beside the plan's estimate."""
+    """Builds the table of memory by stage; GPU memory only where one was used, beside the plan's estimate."""
     columns = GPU_COLUMNS + HOST_COLUMNS if memory.on_gpu else HOST_COLUMNS
     heads = "".join(f'<th scope="col">{head}</th>' for head in ("stage", *(head for head, _ in columns)))
     rows = "".join(
@@ -277,7 +276,7 @@ def build_memory(memory: MemoryRecord) -> str:
 
 
 def build_comparison(memory: MemoryRecord) -> str:
-    """The plan's estimate against what was measured, in words."""
+    """Compares the plan's estimate with the measured memory, in words."""
     expected, measured = memory.expected_peak_gib, memory.measured_peak_gib
     if not expected or not measured:
         return ""
@@ -310,19 +309,19 @@ HOST_COLUMNS: tuple[tuple[str, Callable[[StageRow], str]], ...] = (
 
 
 def build_table(title: str, values: Mapping[str, str], reasons: Sequence[str] = ()) -> str:
-    """Names and values, with the reasons for them."""
+    """Builds a section of names and values, with the reasons for them."""
     why = "".join(f"<li>{escape(reason)}</li>" for reason in reasons)
     listed = f'<ul class="reasons">{why}</ul>' if why else ""
     return f"<section><h2>{title}</h2>{build_rows(values)}{listed}</section>" if values or why else ""
 
 
 def build_details(title: str, values: Mapping[str, str]) -> str:
-    """The same, folded away."""
+    """Builds names and values that are folded away at first."""
     return f"<details><summary>{title}</summary>{build_rows(values, 'code')}</details>" if values else ""
 
 
 def build_rows(values: Mapping[str, str], kind: str = "plain") -> str:
-    """A table of two columns."""
+    """Builds a table of two columns."""
     rows = (
         f'<tr><th scope="row">{escape(key)}</th><td dir="auto">{escape(value)}</td></tr>'
         for key, value in values.items()
@@ -334,7 +333,7 @@ def build_rows(values: Mapping[str, str], kind: str = "plain") -> str:
 
 
 def format_plain(value: object) -> str:
-    """Numbers with thousands separators, yes and no, the rest as it is."""
+    """Formats numbers with thousands separators, truth values as yes and no, the rest as it is."""
     if isinstance(value, bool):
         return "yes" if value else "no"
     if value is None:
@@ -343,31 +342,31 @@ def format_plain(value: object) -> str:
 
 
 def format_decision(key: str, value: object) -> tuple[str, str]:
-    """A name and a value of the plan in words; bytes in GiB."""
+    """Formats a name and a value of the plan in words; bytes in GiB."""
     if key.endswith("_bytes") and isinstance(value, int):
         return key.removesuffix("_bytes").replace("_", " "), f"{value / GIB:.2f} GiB" if value else "not estimated"
     return key.replace("_", " "), format_plain(value)
 
 
 def format_setting(value: object) -> str:
-    """As it would stand in the YAML."""
+    """Formats a value as it would stand in the YAML."""
     if isinstance(value, list | tuple):
         return "\n".join(f"- {format_setting(item)}" for item in value) or "[]"
     return value if isinstance(value, str) else json.dumps(value, default=str)
 
 
 def format_percent(share: float) -> str:
-    """A change with its sign, for example −16.1%."""
+    """Formats a change with its sign, for example −16.1%."""
     return f"{share:+.1%}".replace("-", "−")
 
 
 def format_seconds(seconds: float) -> str:
-    """A short time, three digits."""
+    """Formats a short time with three digits."""
     return f"{seconds * 1000:.3g} ms" if seconds < 0.1 else f"{seconds:.3g} s"
 
 
 def format_duration(seconds: float) -> str:
-    """The two largest units."""
+    """Formats a time in its two largest units."""
     whole = round(seconds)
     if whole < 60:
         return f"{seconds:.1f} s"

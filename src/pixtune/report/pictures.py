@@ -1,4 +1,4 @@
-"""Samples in the report: opened, brought to size, embedded; and the grid of `before_after.png`."""
+"""Samples in the report, opened, resized and embedded; and the grid of `before_after.png`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Item = TypeVar("Item")
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 KEPT_EDGE = 256
-"""Pictures up to this many pixels are embedded as they are, unless they are noisy."""
+"""Longest side in pixels of pictures that are embedded as they are, unless they are noisy."""
 MOST_PNG_BYTES_PER_PIXEL = 1.5
 JPEG_QUALITY = 88
 
@@ -28,11 +28,11 @@ FONTS = (
     "NotoSans-Regular.ttf", "DejaVuSans.ttf", "NotoSansCJK-Regular.ttc", "wqy-zenhei.ttc", "DroidSansFallback.ttf",
     "Arial Unicode.ttf", "PingFang.ttc", "msyh.ttc", "malgun.ttf",
 )  # fmt: skip
-"""Tried in this order for what Pillow's own font, which is Latin, lacks."""
+"""Fonts that are tried in this order for letters that Pillow's own font, which is Latin, lacks."""
 
 
 def open_picture(path: Path) -> Image.Image | None:
-    """The picture as RGB; None if it is missing or damaged."""
+    """Opens a picture as RGB; None if it is missing or damaged."""
     try:
         with Image.open(path) as picture:
             return picture.convert("RGB")
@@ -41,14 +41,14 @@ def open_picture(path: Path) -> Image.Image | None:
 
 
 def resize(picture: Image.Image, edge: int) -> Image.Image:
-    """A copy whose longer side has `edge` pixels."""
+    """Returns a copy whose longer side has `edge` pixels."""
     scale = edge / max(picture.size)
     size = max(round(picture.width * scale), 1), max(round(picture.height * scale), 1)
     return picture.resize(size, Image.Resampling.LANCZOS)
 
 
 def data_uri(picture: Image.Image, edge: int) -> str:
-    """The picture, at most `edge` pixels long, as text that a page can hold: a small one as it is, else a JPEG."""
+    """Returns a picture of at most `edge` pixels a side as text that a page can hold: small ones as is, else a JPEG."""
     if max(picture.size) <= min(edge, KEPT_EDGE):
         data = encode(picture, "png")
         if len(data) <= MOST_PNG_BYTES_PER_PIXEL * picture.width * picture.height:
@@ -59,24 +59,24 @@ def data_uri(picture: Image.Image, edge: int) -> str:
 
 
 def encode(picture: Image.Image, kind: str, **options: int) -> bytes:
-    """A picture file's content."""
+    """Returns the content of a picture's file."""
     stream = io.BytesIO()
     picture.save(stream, kind, optimize=True, **options)
     return stream.getvalue()
 
 
 def as_uri(data: bytes, kind: str) -> str:
-    """A picture file as the address of itself."""
+    """Returns a picture's file as a data URI."""
     return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
 
 
 def edge_for(num_pictures: int, most_pixels: int, edges: Sequence[int]) -> int:
-    """The first of `edges` at which all pictures together stay below `most_pixels`; else the last."""
+    """Returns the first of `edges` at which all pictures together stay below `most_pixels`; else the last."""
     return next((edge for edge in edges if num_pictures * edge * edge <= most_pixels), edges[-1])
 
 
 def spread(items: Sequence[Item], most: int) -> list[Item]:
-    """At most `most` (2 or more) items, evenly chosen, the first and the last among them."""
+    """Chooses at most `most` (2 or more) items evenly, the first and the last among them."""
     if len(items) <= most:
         return list(items)
     return [items[round(number * (len(items) - 1) / (most - 1))] for number in range(most)]
@@ -86,7 +86,7 @@ def spread(items: Sequence[Item], most: int) -> list[Item]:
 
 
 def render_before_after(output_dir: Path, record: RunRecord) -> bytes:
-    """A PNG: one row a prompt and seed, its words, the picture before and the picture after training."""
+    """Renders a PNG with a row for each prompt and seed: its words, the samples before and after training."""
     pairs = spread(record.pairs, MOST_ROWS)
     rows = [[open_picture(output_dir / sample.path) for sample in pair] for pair in pairs]
     tiles = [[picture and resize(picture, tile_edge(picture)) for picture in row] for row in rows]
@@ -117,12 +117,12 @@ def render_before_after(output_dir: Path, record: RunRecord) -> bytes:
 
 
 def tile_edge(picture: Image.Image) -> int:
-    """Small pictures are enlarged until they can be seen, large ones reduced."""
+    """Returns the longer side in the grid: small pictures are enlarged until they can be seen, large ones reduced."""
     return min(max(*picture.size, SMALLEST_TILE), LARGEST_TILE)
 
 
 def render_label(pen: ImageDraw.ImageDraw, place: tuple[int, int], height: int, sample: Sample, number: int) -> None:
-    """Prompt, seed and control pictures beside a row."""
+    """Renders prompt, seed and control pictures beside a row."""
     prompt, font = " ".join(sample.prompt.split()), font_for(sample.prompt, 17)
     if font is None:
         prompt, font = f"prompt {number} (its words are in report.html)", own_font(17)
@@ -133,7 +133,7 @@ def render_label(pen: ImageDraw.ImageDraw, place: tuple[int, int], height: int, 
 
 
 def render_missing(pen: ImageDraw.ImageDraw, box: tuple[int, int, int, int], path: str) -> None:
-    """A grey field in place of a picture that cannot be read."""
+    """Renders a grey field in place of a picture that cannot be read."""
     pen.rectangle(box, "#e8e8e8", "#b0b0b0")
     font = own_font(15)
     for index, line in enumerate(["no picture:", *wrap(path, font, box[2] - box[0] - 2 * GAP, most_lines=5)]):
@@ -141,12 +141,12 @@ def render_missing(pen: ImageDraw.ImageDraw, box: tuple[int, int, int, int], pat
 
 
 def own_font(size: int) -> Font:
-    """Pillow's own font, which is there on every machine."""
+    """Returns Pillow's own font, which exists on every machine."""
     return ImageFont.load_default(size)
 
 
 def font_for(text: str, size: int) -> Font | None:
-    """A font that has every letter of the text: Pillow's own or one of this machine; None if there is none."""
+    """Finds a font that has every letter of the text: Pillow's own or one of this machine; None if there is none."""
     for name in ("", *FONTS):
         try:
             font = ImageFont.truetype(name, size) if name else own_font(size)
@@ -159,7 +159,7 @@ def font_for(text: str, size: int) -> Font | None:
 
 
 def wrap(text: str, font: Font, width: int, most_lines: int) -> list[str]:
-    """Lines at most `width` pixels long, broken between words or, where a word is longer, within it."""
+    """Breaks text into lines of at most `width` pixels, between words or, where a word is longer, within it."""
     lines: list[str] = []
     rest = text
     while rest and len(lines) <= most_lines:

@@ -1,4 +1,4 @@
-"""A run's `metrics.jsonl` as series, and the few figures that sum it up."""
+"""Reads a run's `metrics.jsonl` as series, and sums it up in a few figures."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Point = tuple[int, float]
 """Step and value."""
 
 MOST_POINTS = 800
-"""Of a drawn line; more cannot be told apart."""
+"""Largest number of points of a plotted line; more cannot be told apart."""
 
 
 @dataclass(frozen=True)
@@ -25,12 +25,12 @@ class Validation:
     step: int
     loss: float
     quarters: tuple[float, ...]
-    """By sigma: [0, 1/4), [1/4, 1/2), [1/2, 3/4), [3/4, 1]."""
+    """Losses by quarter of sigma: [0, 1/4), [1/4, 1/2), [1/2, 3/4), [3/4, 1]."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One drawn picture; `path` is relative to the run's folder."""
+    """One sample; `path` is relative to the run's folder."""
 
     step: int
     prompt: str
@@ -41,13 +41,13 @@ class Sample:
 
     @property
     def detail(self) -> str:
-        """What tells it from others of the same prompt."""
+        """Words that tell it from others of the same prompt."""
         return ", ".join([f"seed {self.seed}", *(Path(control).name for control in self.controls)])
 
 
 @dataclass(frozen=True)
 class Strip:
-    """All pictures of one prompt, seed and list of controls, by step."""
+    """All samples of one prompt, seed and list of controls, by step."""
 
     prompt: str
     seed: int
@@ -64,7 +64,7 @@ class Outcome:
 
     @property
     def change(self) -> float | None:
-        """Last against first, for example -0.25; None if the first is 0."""
+        """Relative change from first to last, for example -0.25; None if the first is 0."""
         return self.last.loss / self.first.loss - 1 if self.first.loss else None
 
     def __str__(self) -> str:
@@ -74,7 +74,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class FirstStep:
-    """The first step of a session, with what is done once."""
+    """The first step of a session, which compiles."""
 
     step: int
     seconds: float
@@ -88,24 +88,24 @@ class StageRow:
     stage: str
     seconds: float
     allocated_gib: float
-    """At the stage's end."""
+    """Memory at the stage's end."""
     peak_gib: float
     peak_reserved_gib: float
     host_rss_gib: float
-    """Of this process, at the stage's end."""
+    """Host memory of the process at the stage's end."""
 
 
 @dataclass(frozen=True)
 class MemoryRecord:
-    """What a finished run took, stage by stage; the rest is None where no GPU trained."""
+    """Memory of a finished run, stage by stage; the peaks are None where no GPU trained."""
 
     stages: Sequence[StageRow]
     expected_peak_gib: float | None = None
     measured_peak_gib: float | None = None
-    """Of the steps."""
+    """Peak of the steps."""
     reserved_peak_gib: float | None = None
     process_peak_gib: float | None = None
-    """None also where the run had no limit."""
+    """Peak of the whole process; None also where the run had no limit."""
 
     @property
     def on_gpu(self) -> bool:
@@ -114,38 +114,38 @@ class MemoryRecord:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """Everything the log holds, in order of steps. Values that are no finite number are left out."""
+    """Everything that the log holds, in order of steps. Values that are not finite are left out."""
 
     steps: Sequence[dict[str, Any]]
     validations: Sequence[Validation]
     strips: Sequence[Strip]
     first_steps: Sequence[FirstStep] = ()
-    """One a session."""
+    """First steps, one a session."""
     drifts: Sequence[str] = ()
     """Warnings about steps that became slower."""
     memory: MemoryRecord | None = None
-    """None while a run has not finished."""
+    """Memory by stage; None while a run has not finished."""
 
     def series(self, name: str) -> list[Point]:
-        """One figure of every step."""
+        """Returns one figure of every step."""
         return [(line["step"], line[name]) for line in self.steps if is_finite(line.get(name))]
 
     @property
     def last_step(self) -> int:
-        """0 if nothing was logged."""
+        """Number of the last step that anything was logged of; 0 if there is none."""
         steps = [line["step"] for line in self.steps[-1:]] + [v.step for v in self.validations[-1:]]
         return max(steps + [strip.samples[-1].step for strip in self.strips], default=0)
 
     @property
     def outcome(self) -> Outcome | None:
-        """None unless held-out pictures were measured twice."""
+        """First, last and best held-out loss; None unless it was measured twice."""
         if len(self.validations) < 2:
             return None
         return Outcome(self.validations[0], self.validations[-1], min(self.validations, key=lambda v: v.loss))
 
     @property
     def pairs(self) -> list[tuple[Sample, Sample]]:
-        """For each prompt, seed and controls: the picture before training and the one after the last drawn step."""
+        """Samples before training and after the last sampled step, for each prompt, seed and list of controls."""
         last = max((strip.samples[-1].step for strip in self.strips), default=0)
         ends = [(strip.samples[0], strip.samples[-1]) for strip in self.strips]
         return [(first, end) for first, end in ends if first.step == 0 and end.step == last > 0]
@@ -157,18 +157,18 @@ class RunRecord:
 
     @property
     def median_seconds(self) -> float | None:
-        """Of a step; the first steps, which may compile, hardly move it."""
+        """Median time of a step; the first steps, which may compile, hardly move it."""
         seconds = [seconds for _, seconds in self.series("seconds")]
         return statistics.median(seconds) if seconds else None
 
     @property
     def peak_memory_gib(self) -> float:
-        """0 without a GPU."""
+        """Peak device memory of all steps; 0 without a GPU."""
         return max((peak for _, peak in self.series("peak_memory_gib")), default=0.0)
 
 
 def read_record(output_dir: Path) -> RunRecord:
-    """Reads `metrics.jsonl`. Where a step stands twice, as after a crash, the later line counts."""
+    """Reads `metrics.jsonl`. Where a step occurs twice, as after a crash, the later line counts."""
     steps: dict[int, dict[str, Any]] = {}
     validations: dict[int, Validation] = {}
     strips: dict[tuple[str, int, tuple[str, ...]], dict[int, Sample]] = {}
@@ -204,19 +204,19 @@ def read_record(output_dir: Path) -> RunRecord:
 
 
 def read_memory(line: Mapping[str, Any]) -> MemoryRecord:
-    """A line of the kind "memory"; it may hold more than is shown."""
+    """Reads a line of the kind "memory"; it may hold more than is shown."""
     stages = [StageRow(**{each.name: row[each.name] for each in fields(StageRow)}) for row in line["stages"]]
     names = [each.name for each in fields(MemoryRecord) if each.name != "stages"]
     return MemoryRecord(stages, **{name: line.get(name) for name in names})
 
 
 def is_finite(value: object) -> bool:
-    """Whether a logged value can be drawn."""
+    """Returns whether a logged value can be plotted."""
     return isinstance(value, int | float) and math.isfinite(value)
 
 
 def thin(points: Sequence[Point], limit: int = MOST_POINTS) -> list[Point]:
-    """At most `limit` points that draw the same line: both ends, and the lowest and highest of each stretch."""
+    """Selects at most `limit` points that plot the same line: both ends, and the extremes of each stretch."""
     if len(points) <= limit:
         return list(points)
     inner, num_stretches = range(1, len(points) - 1), limit // 2 - 1
@@ -229,7 +229,7 @@ def thin(points: Sequence[Point], limit: int = MOST_POINTS) -> list[Point]:
 
 
 def smooth(points: Sequence[Point], window: int) -> list[Point]:
-    """A moving mean of `window` (odd) points around each, cut off at the ends. An exponential mean would lag."""
+    """Computes a moving mean of `window` (odd) points around each, cut at the ends. An exponential mean would lag."""
     sums = [0.0]
     for _, value in points:
         sums.append(sums[-1] + value)
@@ -241,5 +241,5 @@ def smooth(points: Sequence[Point], window: int) -> list[Point]:
 
 
 def smoothing_window(num_points: int) -> int:
-    """A tenth of the run, at most 201, odd; 1 (no smoothing) where there is too little to smooth."""
+    """Returns a tenth of the run, at most 201, odd; 1 (no smoothing) where there is too little to smooth."""
     return min(num_points // 20 * 2 + 1, 201) if num_points >= 20 else 1

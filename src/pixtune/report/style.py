@@ -1,4 +1,4 @@
-"""The page's CSS: light and dark by the reader's setting, one column on a phone."""
+"""CSS of the report's page: light and dark by the reader's setting, one column on a phone."""
 
 CSS = """
 :root {

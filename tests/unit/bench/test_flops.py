@@ -119,7 +119,7 @@ def test_a_fused_attention_costs_what_torch_says() -> None:
 
 def linear(image: bool = False, text: bool = False) -> BlockLinear:
     return BlockLinear(
-        0, 10, 0, image, text, quantised=False, begins_attention=False, reads_untrained=False, leads_nowhere=False
+        0, 10, 0, image, text, quantized=False, begins_attention=False, reads_untrained=False, leads_nowhere=False
     )
 
 
@@ -169,13 +169,13 @@ def test_recomputing_half_the_blocks_adds_half_a_forward_pass() -> None:
 
 
 def test_in_8_bits_are_linear_layers_that_are_not_kept_plain() -> None:
-    plain, eight = full_size("qwen_image", 256), full_size("qwen_image", 256, quantised=True)
+    plain, eight = full_size("qwen_image", 256), full_size("qwen_image", 256, quantized=True)
     assert eight.model == plain.model and eight.plain < 0.001 * plain.plain  # what makes modulations stays plain
-    assert eight.quantised_share[0] == pytest.approx(118 / 161, rel=0.01)
+    assert eight.quantized_share[0] == pytest.approx(118 / 161, rel=0.01)
     queries = [f"transformer_blocks.{number}.attn.to_q" for number in range(60)]
-    some = full_size("qwen_image", 256, quantised=True, plain_layers=queries)
+    some = full_size("qwen_image", 256, quantized=True, plain_layers=queries)
     of_one_layer = 2 * 2 * WIDTH**2 * 4096
-    assert eight.quantised - some.quantised == of_one_layer * 60 - of_one_layer // 2  # the first one's input is given
+    assert eight.quantized - some.quantized == of_one_layer * 60 - of_one_layer // 2  # the first one's input is given
 
 
 def test_steps_of_more_samples_cost_as_many_times_as_much() -> None:

@@ -23,7 +23,7 @@ from pixtune.bench.synthetic import write_pictures
 from pixtune.cli import app
 from pixtune.config import load_config
 from pixtune.errors import BaselineError
-from tests.runs import TINY_MODEL, environment, pixtune
+from tests.runs import ROOT, TINY_MODEL, environment, pixtune
 
 STEPS, BATCH, SIDE, TEXT_TOKENS = 3, 2, 64, 24
 
@@ -98,6 +98,14 @@ def test_speed_is_operations_over_time(measured: tuple[Path, Any, str]) -> None:
     # 5 blocks of 24 width² weights, half of which each token passes forward and backward; without their ends.
     tokens, width = BATCH * (16 + TEXT_TOKENS), 256
     assert tflop["parts"]["plain"] * 1e12 == pytest.approx(2 * 2 * tokens * 12 * width**2 * 5, rel=0.1)
+
+
+def test_the_keys_are_those_of_stored_results(measured: tuple[Path, Any, str]) -> None:
+    _, result, _ = measured
+    earlier = json.loads((ROOT / "benchmarks/results/headline_h200/flux-1024px-batch1-bf16.json").read_text())
+    for part in ("tflop", "share_of_peak", "memory", "seconds_per_step", "case"):
+        assert result[part].keys() == earlier[part].keys()
+    assert result["tflop"]["parts"].keys() == earlier["tflop"]["parts"].keys()
 
 
 def test_it_leaves_nothing_but_the_result(measured: tuple[Path, Any, str]) -> None:
@@ -181,7 +189,7 @@ def test_a_spread_is_that_of_all_steps() -> None:
 
 def test_each_formats_operations_are_held_against_its_own_peak() -> None:
     """A second of bf16 and half a second of fp8 at the peak, in a step of three."""
-    flops = StepFlops(plain=60, attention=40, quantised=100, quantised_again=50)
+    flops = StepFlops(plain=60, attention=40, quantized=100, quantized_again=50)
     found = shares_of_peak(flops, Formats("bf16", "fp8"), {"bf16": 100.0, "fp8": 200.0}, seconds=3.0)
     assert found["model"] == pytest.approx(1.5 / 3)
     assert found["hardware"] == pytest.approx(1.75 / 3)
