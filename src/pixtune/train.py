@@ -1,7 +1,8 @@
-"""READ FIRST. One training run: `train` assembles the parts, `run_steps` is the loop, `train_step` is one step.
+"""READ FIRST. One training run: `train` assembles it, `run_steps` is the loop, `train_step` is one step.
 
-What a model looks like is in `families/`, what a step learns in `objective.py`, how a batch is drawn in
-`data/batches.py`, what memory allows in `plan/training.py`, what a crash leaves in `checkpoint.py`.
+The story continues in `objective.py` (what a step learns), `data/batches.py` (what it sees), `families/` (what a model
+looks like), `plan/training.py` (what memory allows), `services.py` (what happens around the steps) and
+`storage/checkpoint.py` (what a crash leaves).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from pixtune.data.prepared import PreparedData
 from pixtune.engine.activations import RecomputeMore
 from pixtune.engine.apply import apply_switches, apply_to_activations, blocks_of, load_planned
 from pixtune.engine.capture import GraphCapturer, ReplayedPass
-from pixtune.engine.load import LoadedTransformer, Reading
+from pixtune.engine.load import Reading
 from pixtune.engine.modulation_ahead import StepsAhead
 from pixtune.errors import DataError
 from pixtune.families import family_of
@@ -35,74 +36,52 @@ from pixtune.plan.training import TrainingPlan, with_todays_names
 from pixtune.planning import plan_on_this_machine
 from pixtune.run import AroundSteps, Run, TrainResult
 from pixtune.services import Services
-from pixtune.storage.checkpoint import Checkpoint, load_checkpoint, resolve_resume, stored
+from pixtune.storage.checkpoint import Checkpoint, load_checkpoint, read_decision, resolve_resume
+from pixtune.storage.grouping import group_neighbours
 from pixtune.storage.model_folder import ModelFolder, open_model_folder
 from pixtune.tracking.memory import RunMemory
 from pixtune.trained import optim
+from pixtune.trained.base import Base
 from pixtune.trained.methods import METHODS, TrainedWeights
 
 EXCHANGED_NUMBERS = 1 << 28
-"""Most numbers that processes exchange at once: 1 GiB in fp32."""
+"""Number of values that processes exchange at once, at most: 1 GiB in fp32."""
 
 
 def train(config: TrainConfig) -> TrainResult:
-    """Trains a LoRA, or all weights, as the config says, anew or from a checkpoint, and writes it with a report.
+    """Trains a LoRA, or all weights, anew or from a checkpoint, and writes files that others load and a report.
 
     Raises:
-        PixtuneError: something a user can mend; nothing is lost, and the message says what to do.
+        PixtuneError: a problem that a user can fix; nothing is lost, and the message says what to do.
     """
     return run_steps(*assemble(config))
 
 
-def assemble(config: TrainConfig) -> tuple[Run, Services]:
-    """Everything up to the first step, in its one order: data encoded, plan made, base loaded, what is trained
-    attached."""
-    check_torch()
-    memory = RunMemory(config)
-    accelerator = start_accelerator(config)
-    memory.start(accelerator.device)
-    folder = open_model_folder(config.pretrained_model_name_or_path)
-    family = family_of(folder)
-    resume_path = resolve_resume(config.output_dir, config.resume_from_checkpoint)
-    checkpoint = load_checkpoint(resume_path) if resume_path else None
-
-    encoders = stored(EncoderPlan, checkpoint.record, "encoders") if checkpoint else None
-    data = prepare_data(config, family, folder, accelerator, memory.stages, encoders)
-    plan = decide_plan(config, family, folder, data, accelerator, checkpoint)
-    optim.check_optimizer(plan.optimizer)
-    apply_switches(plan)
-    transformer = load_transformer(config, family, folder, plan, accelerator.device)
-    start_step = checkpoint.step if checkpoint else 0
-    trained = METHODS[config.method](config, family, folder, plan, transformer.module, start_step)
-    apply_to_activations(transformer.module, family, plan, data.sizes_vary)
-    memory.stages.record("transformer")
-    run = build_run(config, family, plan, accelerator, memory, transformer, trained, data)
-    services = Services(run, folder, data, start_step)
-    if checkpoint:
-        services.restore(checkpoint)
-    return run, services
-
-
 def run_steps(run: Run, services: AroundSteps) -> TrainResult:
-    """The loop: step, and what is due after it. Stops early, with a checkpoint, when the process is told to stop."""
-    config, accumulation = run.config, run.config.gradient_accumulation_steps
-    start, end = services.start_step, run.num_steps
-    made = read_ahead(
-        run.source, start * accumulation, end * accumulation, config.data_config.num_workers, run.plan.pin_memory
-    )
-    batches = timed(made, services.waited)
+    """Takes a run's steps, and calls the services that are due before, between and after them.
+
+    A request to stop ends the run after the current step, with a checkpoint. So do the errors below.
+
+    Raises:
+        DataError: a picture that is encoded in the loop has changed or is gone.
+        TrainingError: the machine runs out of memory that it shares with the GPU.
+    """
+    per_step = run.config.gradient_accumulation_steps
+    first, last = services.start_step * per_step, run.num_steps * per_step
+    made = read_ahead(run.source, first, last, run.config.data_config.num_workers, run.plan.pin_memory)
+    micro_batches = timed(made, services.waited)
     with services, StopSignal(run.accelerator) as stop:
         services.before_first_step()
-        for step in range(start, end):
+        for step in range(services.start_step, run.num_steps):
             run.steps_ahead.reach(step)
             try:
-                loss, grad_norm = train_step(run, islice(batches, accumulation), step, services.see_batch)
-            except DataError:  # a picture that is encoded in the loop has changed or is gone
+                loss, grad_norm = train_step(run, islice(micro_batches, per_step), step, services.see_batch)
+            except DataError:
                 services.interrupted(step)
                 raise
             run.steps_ahead.look_ahead(step)
             services.after_step(step + 1, loss, grad_norm)
-            if stop.requested(step + 1, config.logging_steps):
+            if stop.requested(step + 1, run.config.logging_steps):
                 return services.interrupted(step + 1)
             if scarcity := run.memory.scarcity():
                 services.interrupted(step + 1)
@@ -113,7 +92,7 @@ def run_steps(run: Run, services: AroundSteps) -> TrainResult:
 def train_step(
     run: Run, micro_batches: Iterable[list[Batch]], step: int, see_batch: Callable[[Batch], None]
 ) -> tuple[Tensor, Tensor]:
-    """One optimizer step over its micro-batches. Nothing here waits for the device.
+    """Takes one optimizer step over its micro-batches, without waiting for the device.
 
     Returns:
         The loss, a mean over all examples of all processes, and the gradient's norm before clipping; on the device.
@@ -132,7 +111,7 @@ def train_step(
 def forward_backward(
     config: TrainConfig, family: ModelFamily, transformer: nn.Module, backward: Callable[[Tensor], None], batch: Batch
 ) -> Tensor:
-    """A micro-batch's share of a step's loss, after `backward` of it: its share of the gradients is there."""
+    """Computes a batch's share of a step's loss, and by `backward` its share of the gradients."""
     noisy_BCHW = add_noise(batch.latents_BCHW, batch.noise_BCHW, batch.sigma_B)
     velocity_BCHW = family.predict_velocity(
         transformer, noisy_BCHW, batch.sigma_B, batch.conditioning, batch.controls, config.objective.guidance
@@ -145,27 +124,71 @@ def forward_backward(
 
 
 def average_across_processes(accelerator: Accelerator, tensors: list[Tensor]) -> None:
-    """Means over all processes, in place. A LoRA's gradients are one exchange; all weights' would not fit twice."""
+    """Replaces tensors by their means over all processes.
+
+    A LoRA's gradients are one exchange; a copy of all weights' gradients would not fit beside them.
+    """
     if accelerator.num_processes == 1:
         return
-    for bucket in buckets_of(tensors, EXCHANGED_NUMBERS):
-        flat = torch.cat([tensor.flatten() for tensor in bucket])
+    for group in group_neighbours(tensors, Tensor.numel, EXCHANGED_NUMBERS):
+        flat = torch.cat([tensor.flatten() for tensor in group])
         flat = accelerator.reduce(flat, reduction="mean")
-        for tensor, mean in zip(bucket, flat.split([tensor.numel() for tensor in bucket]), strict=True):
+        for tensor, mean in zip(group, flat.split([tensor.numel() for tensor in group]), strict=True):
             tensor.copy_(mean.view_as(tensor))
 
 
-def buckets_of(tensors: Iterable[Tensor], most_numbers: int) -> list[list[Tensor]]:
-    """Neighbours together, up to so many numbers, or one larger tensor alone."""
-    buckets: list[list[Tensor]] = []
-    room = 0
-    for tensor in tensors:
-        if not buckets or tensor.numel() > room:
-            buckets.append([])
-            room = most_numbers
-        buckets[-1].append(tensor)
-        room -= tensor.numel()
-    return buckets
+# ---- what a run is assembled from
+
+
+def assemble(config: TrainConfig) -> tuple[Run, Services]:
+    """Does everything up to the first step, in its one order.
+
+    The device is prepared, the data encoded, the plan made, the base loaded, the trained weights attached and, where a
+    run is resumed, restored.
+    """
+    check_torch()
+    memory = RunMemory(config)
+    accelerator = start_accelerator(config)
+    memory.start(accelerator.device)
+    folder = open_model_folder(config.pretrained_model_name_or_path)
+    family = family_of(folder)
+    resume_path = resolve_resume(config.output_dir, config.resume_from_checkpoint)
+    checkpoint = load_checkpoint(resume_path) if resume_path else None
+    start_step = checkpoint.step if checkpoint else 0
+
+    encoders = read_decision(EncoderPlan, checkpoint.record.get("encoders", {}), "encoders") if checkpoint else None
+    data = prepare_data(config, family, folder, accelerator, memory.stages, encoders)
+    plan = decide_plan(config, family, folder, data, accelerator, checkpoint)
+    optim.check_optimizer(plan.optimizer)
+    apply_switches(plan)
+
+    reading = Reading(plan.loading_threads, plan.fast_loading)
+    transformer = load_planned(family, folder, plan, accelerator.device, reading, config.random_weights)
+    base = Base(folder, family, transformer)
+    trained = METHODS[config.method](config, plan, base, start_step)
+    apply_to_activations(base.module, family, plan, data.sizes_vary)
+    memory.stages.record("transformer")
+
+    source = build_source(config, plan, data, accelerator)
+    num_steps = planned_steps(config, source.order)
+    run = Run(
+        config=config,
+        family=family,
+        plan=plan,
+        accelerator=accelerator,
+        memory=memory,
+        transformer=transformer,
+        trained=trained,
+        forward_backward=build_pass(config, plan, base, trained),
+        learning_rate_at=optim.build_schedule(config, num_steps),
+        source=source,
+        steps_ahead=build_steps_ahead(config, base, source, num_steps, accelerator.device),
+        num_steps=num_steps,
+    )
+    services = Services(run, folder, data, start_step)
+    if checkpoint:
+        services.restore(checkpoint)
+    return run, services
 
 
 def decide_plan(
@@ -176,9 +199,9 @@ def decide_plan(
     accelerator: Accelerator,
     checkpoint: Checkpoint | None,
 ) -> TrainingPlan:
-    """The plan of a new run; a resumed run keeps its own, since kernels and formats decide bits."""
+    """Plans a new run; a resumed run keeps its plan, since kernels and formats decide bits."""
     if checkpoint:
-        return stored(TrainingPlan, {"plan": with_todays_names(checkpoint.record.get("plan", {}))}, "plan")
+        return read_decision(TrainingPlan, with_todays_names(checkpoint.record.get("plan", {})), "plan")
     return plan_on_this_machine(
         config,
         family,
@@ -190,70 +213,53 @@ def decide_plan(
     )
 
 
-def load_transformer(
-    config: TrainConfig, family: ModelFamily, folder: ModelFolder, plan: TrainingPlan, device: torch.device
-) -> LoadedTransformer:
-    """Loads the base in its planned form and place; random values only behind the test switch."""
-    reading = Reading(plan.loading_threads, plan.fast_loading)
-    return load_planned(family, folder, plan, device, reading, config.random_weights)
-
-
-def build_run(
-    config: TrainConfig,
-    family: ModelFamily,
-    plan: TrainingPlan,
-    accelerator: Accelerator,
-    memory: RunMemory,
-    transformer: LoadedTransformer,
-    trained: TrainedWeights,
-    data: PreparedData,
-) -> Run:
-    """Schedule and order of batches around a transformer and what of it is trained."""
-    world_size = accelerator.num_processes
-    order = BatchOrder(data.buckets, config.batch_size * world_size, config.seed)
-    num_steps = planned_steps(config, order)
-    source = BatchSource(
-        order,
+def build_source(config: TrainConfig, plan: TrainingPlan, data: PreparedData, accelerator: Accelerator) -> BatchSource:
+    """Builds the source of this process's batches."""
+    return BatchSource(
+        BatchOrder(data.buckets, config.batch_size * accelerator.num_processes, config.seed),
         data.reader,
         config.objective,
         config.data_config.caption_dropout_rate,
         accelerator.process_index,
-        world_size,
+        accelerator.num_processes,
         plan.text_multiple,
     )
-    return Run(
-        config=config,
-        family=family,
-        plan=plan,
-        accelerator=accelerator,
-        memory=memory,
-        transformer=transformer,
-        trained=trained,
-        forward_backward=ReplayedPass(
-            partial(forward_backward, config, family, transformer.module, trained.backward),
-            trained.parameters.values(),
-            GraphCapturer(transformer.stream) if plan.captures else None,
-            plan.captures,
-            lambda: plan.usable_bytes - torch.cuda.memory_reserved(),
-            RecomputeMore(() if demands_of(config).recompute is False else blocks_of(transformer.module, family)),
-        ),
-        learning_rate_at=optim.build_schedule(config, num_steps),
-        source=source,
-        steps_ahead=StepsAhead(
-            transformer=transformer,
-            family=family,
-            times_of=lambda step: source.times_of_step(step, config.gradient_accumulation_steps, family.time_features),
-            examples_per_step=config.batch_size * config.gradient_accumulation_steps,
-            num_steps=num_steps,
-            guidance=config.objective.guidance,
-            device=accelerator.device,
-        ),
+
+
+def build_pass(config: TrainConfig, plan: TrainingPlan, base: Base, trained: TrainedWeights) -> ReplayedPass[Batch]:
+    """Builds `forward_backward` of a batch, which is captured and replayed where the plan says so.
+
+    Where a capture runs out of memory, more blocks are recomputed, unless the config forbids it.
+    """
+    may_recompute = demands_of(config).recompute is not False
+    return ReplayedPass(
+        partial(forward_backward, config, base.family, base.module, trained.backward),
+        trained.parameters.values(),
+        GraphCapturer(base.transformer.stream) if plan.captures else None,
+        plan.captures,
+        lambda: plan.usable_bytes - torch.cuda.memory_reserved(),
+        RecomputeMore(blocks_of(base.module, base.family) if may_recompute else ()),
+    )
+
+
+def build_steps_ahead(
+    config: TrainConfig, base: Base, source: BatchSource, num_steps: int, device: torch.device
+) -> StepsAhead:
+    """Builds the announcer of coming steps to the modulation table. It does nothing where there is no table."""
+    per_step, features = config.gradient_accumulation_steps, base.family.time_features
+    return StepsAhead(
+        transformer=base.transformer,
+        family=base.family,
+        times_of=lambda step: source.times_of_step(step, per_step, features),
+        examples_per_step=config.batch_size * per_step,
         num_steps=num_steps,
+        guidance=config.objective.guidance,
+        device=device,
     )
 
 
 def planned_steps(config: TrainConfig, order: BatchOrder) -> int:
-    """Optimizer steps of the whole run: `max_train_steps` or `num_train_epochs`, whichever ends first."""
+    """Counts the optimizer steps of the whole run: `max_train_steps` or `num_train_epochs`, whichever ends first."""
     limits = [config.max_train_steps] if config.max_train_steps is not None else []
     if config.num_train_epochs is not None:
         micro_batches = order.epoch_end(config.num_train_epochs - 1)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from pixtune.plan.encoders import EncoderPlan
 from pixtune.plan.training import TrainingPlan, with_todays_names
-from pixtune.storage.checkpoint import stored
+from pixtune.storage.checkpoint import read_decision
 from tests.runs import ROOT, overrides, pixtune, write_config
 
 WRITTEN = Path(__file__).resolve().parents[1] / "fixtures" / "written_by_0.1.0"
@@ -57,6 +57,6 @@ def test_an_older_lora_samples(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", [*(f"{name}/checkpoint-000002" for name in RUNS), "qwen-image-all-weights"])
 def test_the_plans_in_an_older_checkpoint_are_whole(name: str) -> None:
     record = json.loads((WRITTEN / name / "state.json").read_text())["record"]
-    plan = stored(TrainingPlan, {"plan": with_todays_names(record["plan"])}, "plan")
+    plan = read_decision(TrainingPlan, with_todays_names(record["plan"]), "plan")
     assert plan.weights_format == record["plan"]["weights_format"] and plan.captures == record["plan"]["recordings"]
-    assert stored(EncoderPlan, record, "encoders").caption_batch == 4
+    assert read_decision(EncoderPlan, record["encoders"], "encoders").caption_batch == 4

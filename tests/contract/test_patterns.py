@@ -19,7 +19,7 @@ from pixtune.engine.load import LoadedTransformer
 from pixtune.families import family_of
 from pixtune.family import TextEncoder
 from pixtune.storage.model_folder import open_model_folder
-from pixtune.train import assemble, load_transformer, train
+from pixtune.train import assemble, load_planned, train
 from tests.contract.not_yet import needs
 from tests.contract.observe import BASE, words
 from tests.runs import TINY_MODEL
@@ -56,9 +56,9 @@ def alive_when_the_base_is_loaded(
 
     def load(*arguments: Any) -> LoadedTransformer:
         alive.extend(reference() is not None for reference in encoders)
-        return load_transformer(*arguments)
+        return load_planned(*arguments)
 
-    monkeypatch.setattr(pixtune.train, "load_transformer", load)
+    monkeypatch.setattr(pixtune.train, "load_planned", load)
     assemble(load_config(None, arguments))
     return alive
 

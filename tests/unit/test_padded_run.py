@@ -128,15 +128,13 @@ def test_a_plan_that_pads_further_counts_its_memory_anew(monkeypatch: pytest.Mon
     assert few.expected_peak_bytes > plan.expected_peak_bytes
 
 
-def test_a_run_that_goes_on_from_an_older_plan_reads_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    values = planned([], monkeypatch, SHORT)[0].to_dict()
-    del values["attention"], values["attention_off"]
-    older: Any = type(
-        "Checkpoint", (), {"record": {"plan": {**values, "cudnn_attention": True, "flash_attention_3": False}}}
-    )
+def test_a_resumed_run_keeps_its_plan_also_under_the_names_of_version_0_1_0(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = planned([], monkeypatch, SHORT)[0]
+    older_names = {"selective": "lean", "captures": "recordings"}
+    values = {older_names.get(name, name): value for name, value in plan.to_dict().items()}
+    older: Any = type("Checkpoint", (), {"record": {"plan": values}})
     nothing: Any = None
-    plan = training.decide_plan(nothing, nothing, nothing, nothing, nothing, older)
-    assert (plan.attention, plan.attention_off, plan.text_multiple) == (None, (), values["text_multiple"])
+    assert training.decide_plan(nothing, nothing, nothing, nothing, nothing, older) == plan
 
 
 @pytest.mark.parametrize(

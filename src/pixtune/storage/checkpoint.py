@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 log = logging.getLogger(__name__)
-Stored = TypeVar("Stored", bound="DataclassInstance")
+Decision = TypeVar("Decision", bound="DataclassInstance")
 
 CheckpointFiles = Mapping[str, TensorFile]
 """Tensors and metadata of a checkpoint's files by the files' names without their ending, for example "optimizer"."""
@@ -60,20 +60,22 @@ class Checkpoint:
     path: Path
 
 
-def stored(kind: type[Stored], record: Mapping[str, Any], key: str) -> Stored:
-    """Reads a frozen decision that a record holds under `key` with its fields' names; lists become tuples again.
+def read_decision(kind: type[Decision], values: Mapping[str, Any], name: str) -> Decision:
+    """Reads a frozen decision from its fields' values in a checkpoint's record; lists become tuples again.
 
     A field that has a default may be missing: versions that did not have it did what the default says.
+
+    Args:
+        name: the decision's name in an error.
 
     Raises:
         CheckpointError: another version of pixtune wrote it.
     """
-    values = record.get(key, {})
     required = {field.name for field in fields(kind) if field.default is MISSING}
     differing = (required - values.keys()) | (values.keys() - {field.name for field in fields(kind)})
     if differing:
         raise CheckpointError(
-            f"the checkpoint's {key} differs from this version's in {', '.join(sorted(differing))}. Resume with the "
+            f"the checkpoint's {name} differs from this version's in {', '.join(sorted(differing))}. Resume with the "
             "version of pixtune that wrote it (`versions` in its state.json), or start anew."
         )
     return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})

@@ -1,6 +1,6 @@
-"""All weights of a transformer as what is trained, and the saved model.
+"""Trains all weights of a transformer, and saves the model.
 
-How a weight is stepped is in `weight_update.py`, the step within the backward pass in `fused_step.py`.
+`weight_update.py` steps one weight, `fused_step.py` all of them within the backward pass.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ from pixtune.plan.training import TrainingPlan
 from pixtune.storage.base_reference import copy_without_paths, refer_to_base
 from pixtune.storage.checkpoint import OPTIMIZER_STEM, Checkpoint, CheckpointFiles, joined, sharded
 from pixtune.storage.files import sync_folder, write_atomically
-from pixtune.storage.model_folder import READ_SUFFIXES, ModelFolder
+from pixtune.storage.model_folder import MODEL_INDEX, READ_SUFFIXES, ModelFolder
 from pixtune.storage.resume import config_hash
 from pixtune.trained import optim
+from pixtune.trained.base import Base
 from pixtune.trained.fused_step import FusedStep
 from pixtune.trained.host_states import HostStates
 from pixtune.trained.weight_update import WeightUpdate
@@ -35,29 +36,17 @@ MODEL_FOLDER = "model"
 ABOUT_FILE = "pixtune.json"
 
 
-@torch.no_grad()
-def copy_weights(targets: Mapping[str, Tensor], sources: Mapping[str, Tensor]) -> None:
-    """Values of the same names, in the targets' number format.
-
-    Raises:
-        KeyError: the names differ.
-    """
-    require_same_names(targets, sources)
-    for name, target in targets.items():
-        target.copy_(sources[name])
-
-
 def require_same_names(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> None:
-    """Raises KeyError where weights are not those of the same model."""
+    """Raises KeyError where names are not those of the same model."""
     if one.keys() != other.keys():
         raise KeyError(f"weights differ: {sorted(one.keys() ^ other.keys())[:4]} and perhaps more")
 
 
 def gather_in_fp32(weights: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-    """Sums of the gradients of the weights, in fp32 and as they come, so that none is kept twice.
+    """Sums the weights' gradients in fp32 as each is computed, so that none is kept twice.
 
     Returns:
-        Filled by every backward pass from now on.
+        The sums by name, to which every later backward pass adds.
     """
     sums: dict[str, Tensor] = {}
 
@@ -72,18 +61,18 @@ def gather_in_fp32(weights: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
 
 
 class FullWeights:
-    """See `trained.TrainedWeights`. A checkpoint holds the weights in their truest form: fp32 copies where there are.
+    """All weights of a transformer as `methods.TrainedWeights`.
+
+    A checkpoint holds the weights in their truest form: their fp32 copies, where they have them.
 
     Args:
-        first_step: steps already done.
+        first_step: number of steps already done.
     """
 
-    def __init__(
-        self, config: TrainConfig, folder: ModelFolder, plan: TrainingPlan, transformer: nn.Module, first_step: int
-    ) -> None:
-        self.config, self.folder, self.transformer = config, folder, transformer
-        transformer.requires_grad_(True)
-        self.parameters: Mapping[str, nn.Parameter] = dict(transformer.named_parameters())
+    def __init__(self, config: TrainConfig, plan: TrainingPlan, base: Base, first_step: int) -> None:
+        self.config, self.base = config, base
+        base.module.requires_grad_(True)
+        self.parameters: Mapping[str, nn.Parameter] = dict(base.module.named_parameters())
         weights = self.parameters.values()
         has_masters = config.weight_update == "fp32_master" and any(w.dtype == torch.bfloat16 for w in weights)
         self.optimizer = WeightUpdate(
@@ -150,20 +139,21 @@ class FullWeights:
             self.optimizer.restore(name, values[name], of_weight[name], plain.get(name, {}))
 
     def export(self, output_dir: Path, step: int) -> list[Path]:
-        about = describe_model(to_dict(self.config), self.folder, step, package_versions())
-        return [export_model(output_dir / MODEL_FOLDER, self.folder, self.transformer, about)]
+        about = describe_model(to_dict(self.config), self.base.folder, step, package_versions())
+        return [export_model(output_dir / MODEL_FOLDER, self.base, about)]
 
 
 def describe_model(
-    config: Mapping[str, Any], base: ModelFolder, step: int, versions: Mapping[str, str]
+    config: Mapping[str, Any], folder: ModelFolder, step: int, versions: Mapping[str, str]
 ) -> dict[str, Any]:
     """Builds the content of a saved model's `pixtune.json`: where its weights come from, without a path.
 
     Args:
-        config: of the run that trained it, as `to_dict` gives it.
+        config: the config of the run that trained it, as `to_dict` gives it.
+        folder: the base model's folder.
     """
     return {
-        **refer_to_base(config["pretrained_model_name_or_path"], base).entries(),
+        **refer_to_base(config["pretrained_model_name_or_path"], folder).entries(),
         "step": step,
         "config_hash": config_hash(config),
         "trigger_words": list(config["trigger_words"]),
@@ -171,8 +161,8 @@ def describe_model(
     }
 
 
-def export_model(target: Path, base: ModelFolder, transformer: nn.Module, about: Mapping[str, Any]) -> Path:
-    """Writes a whole model folder in diffusers' layout: this transformer, sharded, and the other parts of its base.
+def export_model(target: Path, base: Base, about: Mapping[str, Any]) -> Path:
+    """Writes a whole model folder in diffusers' layout: the transformer, sharded, and the other parts of its base.
 
     The other parts are copied, not linked: a tool that writes into the folder must not reach the user's base model.
 
@@ -182,8 +172,9 @@ def export_model(target: Path, base: ModelFolder, transformer: nn.Module, about:
     temporary = target.with_name(f".{target.name}.writing")
     try:
         shutil.rmtree(temporary, ignore_errors=True)
-        shutil.copytree(base.path, temporary, ignore=_only_parts_of(base), copy_function=copy_without_paths)
-        transformer.save_pretrained(temporary / "transformer", max_shard_size="5GB")  # type: ignore[operator]
+        ignore = _only_parts_of(base.folder)
+        shutil.copytree(base.folder.path, temporary, ignore=ignore, copy_function=copy_without_paths)
+        base.module.save_pretrained(temporary / "transformer", max_shard_size="5GB")  # type: ignore[operator]
         own_config = str(temporary / "transformer" / "config.json")
         copy_without_paths(own_config, own_config)
         write_atomically(temporary / ABOUT_FILE, json.dumps(about, indent=1).encode())
@@ -197,21 +188,21 @@ def export_model(target: Path, base: ModelFolder, transformer: nn.Module, about:
     return target
 
 
-def _only_parts_of(base: ModelFolder) -> Callable[[str, list[str]], list[str]]:
-    """Leaves out the transformer, what lies beside a pipeline's parts, and other formats of weights."""
-    wanted = {*base.components, "model_index.json"} - {"transformer"}
+def _only_parts_of(folder: ModelFolder) -> Callable[[str, list[str]], list[str]]:
+    """Returns a filter that leaves out the transformer, files beside a pipeline's parts, and other weight formats."""
+    wanted = {*folder.components, MODEL_INDEX} - {"transformer"}
 
-    def ignored(folder: str, names: list[str]) -> list[str]:
-        if Path(folder) == base.path:
+    def ignored(copied: str, names: list[str]) -> list[str]:
+        if Path(copied) == folder.path:
             return [name for name in names if name not in wanted]
-        files = (name for name in names if not (Path(folder) / name).is_dir())
+        files = (name for name in names if not (Path(copied) / name).is_dir())
         return [name for name in files if Path(name).suffix not in READ_SUFFIXES]
 
     return ignored
 
 
 def export_full_checkpoint(checkpoint: Checkpoint, target: Path) -> Path:
-    """The model folder of a checkpoint of `method: full`.
+    """Writes the model folder of a checkpoint of `method: full`.
 
     Raises:
         CheckpointError: its weights are not those of the base model that it names.
@@ -223,12 +214,15 @@ def export_full_checkpoint(checkpoint: Checkpoint, target: Path) -> Path:
     from pixtune.storage.model_folder import open_model_folder
 
     config, weights_format = checkpoint.record["config"], checkpoint.record["plan"]["compute_format"]
-    base = open_model_folder(config["pretrained_model_name_or_path"])
-    placement = Placement(torch.device("cpu"), COMPUTE_DTYPES[weights_format])
-    transformer = load_transformer(family_of(base), base, placement).module
+    folder = open_model_folder(config["pretrained_model_name_or_path"])
+    family, placement = family_of(folder), Placement(torch.device("cpu"), COMPUTE_DTYPES[weights_format])
+    base = Base(folder, family, load_transformer(family, folder, placement))
+    weights, values = dict(base.module.named_parameters()), joined(checkpoint.tensors, WEIGHTS_STEM)
     try:
-        copy_weights(dict(transformer.named_parameters()), joined(checkpoint.tensors, WEIGHTS_STEM))
+        require_same_names(weights, values)
+        with torch.no_grad():
+            for name, weight in weights.items():
+                weight.copy_(values[name])
     except (KeyError, RuntimeError) as error:
-        raise CheckpointError(f"{checkpoint.path} does not fit {base.path}: {error.args[0]}") from error
-    about = describe_model(config, base, checkpoint.step, checkpoint.record["versions"])
-    return export_model(target, base, transformer, about)
+        raise CheckpointError(f"{checkpoint.path} does not fit {folder.path}: {error.args[0]}") from error
+    return export_model(target, base, describe_model(config, folder, checkpoint.step, checkpoint.record["versions"]))

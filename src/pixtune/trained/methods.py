@@ -12,15 +12,14 @@ from torch import Tensor, nn
 from pixtune import randomness
 from pixtune.config import to_dict
 from pixtune.config.schema import TrainConfig
-from pixtune.family import ModelFamily
 from pixtune.hardware.facts import package_versions
 from pixtune.plan.training import TrainingPlan
 from pixtune.storage.base_reference import BaseReference, refer_to_base
 from pixtune.storage.checkpoint import OPTIMIZER_STEM, CheckpointFiles, joined
-from pixtune.storage.model_folder import ModelFolder
 from pixtune.storage.resume import config_hash
 from pixtune.trained import adapters, optim
 from pixtune.trained.adapters import AttachedLora
+from pixtune.trained.base import Base
 from pixtune.trained.export import DIFFUSERS_FILE, LoraDescription, diffusers_file, export_lora, weights_by_module
 from pixtune.trained.full_weights import FullWeights
 
@@ -75,11 +74,11 @@ class TrainedWeights(Protocol):
 class LoraWeights:
     """A LoRA on a frozen transformer."""
 
-    transformer: nn.Module
-    family: ModelFamily
     config: TrainConfig
+    base: Base
+    reference: BaseReference
+    """The base as exported files name it."""
     lora: AttachedLora
-    base: BaseReference
     parameters: Mapping[str, nn.Parameter]
     optimizer: optim.Optimizer
 
@@ -99,26 +98,26 @@ class LoraWeights:
         return optim.clipped_step(self.optimizer, self.parameters, self.config.max_grad_norm)
 
     def checkpoint_files(self, step: int) -> CheckpointFiles:
-        weights = adapters.lora_weights(self.transformer)
+        weights = adapters.lora_weights(self.base.module)
         return {Path(DIFFUSERS_FILE).stem: diffusers_file(weights, self._describe(step))}
 
     def load(self, files: Mapping[str, Mapping[str, Tensor]], plain: Mapping[str, Mapping[str, Any]]) -> None:
         saved = files.get(Path(DIFFUSERS_FILE).stem, {})
-        adapters.load_lora_weights(self.transformer, weights_by_module(saved))
+        adapters.load_lora_weights(self.base.module, weights_by_module(saved))
         state = joined(files, OPTIMIZER_STEM)
         optim.restore_optimizer_state(self.optimizer.state, self.parameters, state, plain)
 
     def export(self, output_dir: Path, step: int) -> list[Path]:
-        weights = adapters.lora_weights(self.transformer)
-        return list(export_lora(output_dir, weights, self._describe(step), self.family))
+        weights = adapters.lora_weights(self.base.module)
+        return list(export_lora(output_dir, weights, self._describe(step), self.base.family))
 
     def _describe(self, step: int) -> LoraDescription:
         return LoraDescription(
             rank=self.config.rank,
             alpha=self.config.alpha,
             targets=self.lora.targets,
-            base=self.base,
-            family=self.family.name,
+            base=self.reference,
+            family=self.base.family.name,
             step=step,
             config_hash=config_hash(to_dict(self.config)),
             trigger_words=self.config.trigger_words,
@@ -126,28 +125,20 @@ class LoraWeights:
         )
 
 
-def train_lora(
-    config: TrainConfig, family: ModelFamily, folder: ModelFolder, plan: TrainingPlan, transformer: nn.Module, step: int
-) -> LoraWeights:
+def train_lora(config: TrainConfig, plan: TrainingPlan, base: Base, first_step: int) -> LoraWeights:
     """Attaches the LoRA that the config describes."""
+    family = base.family
     targets = config.lora_targets or family.lora_targets
     seed = randomness.draw_key(config.seed, "random weights", "lora")
-    lora = adapters.attach_lora(transformer, targets, config.rank, config.alpha, seed, family.lora_presets)
-    parameters = adapters.trainable_parameters(transformer)
+    lora = adapters.attach_lora(base.module, targets, config.rank, config.alpha, seed, family.lora_presets)
+    parameters = adapters.trainable_parameters(base.module)
     optimizer = optim.build_optimizer(config, plan.optimizer, parameters.values())
-    base = refer_to_base(config.pretrained_model_name_or_path, folder)
-    return LoraWeights(transformer, family, config, lora, base, parameters, optimizer)
+    reference = refer_to_base(config.pretrained_model_name_or_path, base.folder)
+    return LoraWeights(config, base, reference, lora, parameters, optimizer)
 
 
-def train_all(
-    config: TrainConfig, family: ModelFamily, folder: ModelFolder, plan: TrainingPlan, transformer: nn.Module, step: int
-) -> FullWeights:
-    """Makes every weight of the transformer trainable."""
-    return FullWeights(config, folder, plan, transformer, step)
-
-
-METHODS: dict[str, Callable[[TrainConfig, ModelFamily, ModelFolder, TrainingPlan, nn.Module, int], TrainedWeights]] = {
+METHODS: Mapping[str, Callable[[TrainConfig, TrainingPlan, Base, int], TrainedWeights]] = {
     "lora": train_lora,
-    "full": train_all,
+    "full": FullWeights,
 }
-"""The config's `method`. The last argument is the number of steps already done."""
+"""Builders of the trained weights on a base, by the config's `method`. The last argument counts steps already done."""

@@ -105,7 +105,7 @@ def train_and_export(config: TrainConfig, linear_format: str) -> list[HeldOutPic
         if linear_format == "nf4":
             patch.setattr(training, "decide_plan", decide_four_bits)
         run, services = training.assemble(config)
-    formats = {m.linear_format for m in run.transformer.modules() if isinstance(m, QuantizedLinear)}
+    formats = {m.linear_format for m in run.transformer.module.modules() if isinstance(m, QuantizedLinear)}
     assert formats == ({linear_format} if linear_format != "plain" else set())
     batches = read_ahead(run.source, 0, run.num_steps, 0, pin_memory=False)
     for step in range(run.num_steps):

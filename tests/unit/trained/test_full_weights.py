@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from pixtune.storage.checkpoint import joined, sharded
-from pixtune.train import buckets_of
 from pixtune.trained import optim
 from pixtune.trained.full_weights import gather_in_fp32
 from pixtune.trained.fused_step import FusedStep
@@ -315,9 +314,3 @@ def test_shards_hold_everything_and_stay_small() -> None:
     back = joined(read, "weights")
     assert back.keys() == tensors.keys() and all(back[name].equal(tensors[name]) for name in tensors)
     assert list(sharded("weights", tensors)) == ["weights"]
-
-
-def test_exchanges_are_bounded() -> None:
-    tensors = [torch.zeros(n) for n in (1, 5, 6, 30, 2)]
-    assert [[t.numel() for t in bucket] for bucket in buckets_of(tensors, 10)] == [[1, 5], [6], [30], [2]]
-    assert buckets_of([], 10) == []
