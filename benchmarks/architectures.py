@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,12 @@ ARCHITECTURES = {
 """Models by the names that cells have in results."""
 
 
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Writes a JSON file, and its folder if that is missing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(values, indent=1))
+
+
 def write_model_folder(folder: Path, model: Architecture) -> None:
     """Writes the model's folders with configs and no weights."""
     configs: dict[str, dict[str, Any]] = {
@@ -107,6 +114,4 @@ def write_model_folder(folder: Path, model: Architecture) -> None:
     for part in ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "processor"):
         configs[f"{part}/config.json"] = {}
     for name, config in configs.items():
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(config))
+        write_json(folder / name, config)

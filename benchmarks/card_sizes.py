@@ -1,9 +1,9 @@
-"""Full-size steps within the memory of smaller cards: python benchmarks/card_sizes.py --output results [CELL ...]
+"""Measures full-size steps within the memory of smaller cards: python benchmarks/card_sizes.py --output DIR [CELL ...]
 
-A cell is a model, the most that the process may take in GiB, and what else the config says, joined by commas:
-`qwen-image,23.3` or `flux,15.3,rank=64,--size=768`; with `--shapes` pictures and captions come in 20 shapes, and the
-median is of the second half of its steps. Without any, the table of RESULTS.md. Each runs in a process of its
-own, and its JSON is written at once; those that are there already are not run again. `--table` prints them.
+A cell is a model, the process's memory limit in GiB and further keys of the config, joined by commas: `qwen-image,23.3`
+or `flux,15.3,rank=64,--size=768`; with `--shapes` pictures and captions come in 20 shapes, and the median is of the
+second half of its steps. Without any cell it measures the table of RESULTS.md. Each runs in a process of its own, and
+its JSON is written at once; existing results are not measured again. `--table` prints them.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from architectures import ARCHITECTURES
-from cells import read_arguments, run_cells
+from cells import check_model, failed_line, markdown_header, markdown_line, read_arguments, run_cells
 from full_size import Result, measure, prepare
+
+from pixtune.plan.training import with_todays_names
 
 LIMITS_GIB = {
     "qwen-image": (79, 47, 31, 23.3, 15.3, 11.4, 7.4),
@@ -26,6 +27,7 @@ LIMITS_GIB = {
 """Cards of 80, 48, 32, 24, 16, 12, 8 and 6 GB, less what a desktop and the driver take."""
 STEPS, STEPS_OF_SHAPES = 8, 80
 SHAPES = "--shapes"
+COLUMNS = ("model", "limit, GiB", "plan", "s/step", "peak GiB, allocated", "planned", "error", "process GiB")
 
 
 @dataclass(frozen=True)
@@ -40,27 +42,27 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """As a file's stem."""
+        """Stem of its file."""
         more = [f"size={self.size}"] if self.size != 1024 else []
         more += ["shapes"] if self.shapes else []
         return "-".join([self.model, f"{self.limit_gib:g}", *more, *self.overrides]).replace(".", "_")
 
 
 def parse_cell(text: str) -> Cell:
-    """
+    """Reads `MODEL,GIB[,key=value ...]`.
+
     Raises:
-        ValueError: not `MODEL,GIB[,key=value ...]`.
+        ValueError: it is not written so.
     """
     model, limit, *rest = text.split(",")
-    if model not in ARCHITECTURES:
-        raise ValueError(f"{text}: the model is one of {', '.join(ARCHITECTURES)}")
+    check_model(model, text)
     sizes = [int(part.removeprefix("--size=")) for part in rest if part.startswith("--size=")]
     overrides = tuple(part for part in rest if not part.startswith("--"))
     return Cell(model, float(limit), *(sizes or [1024]), overrides, shapes=SHAPES in rest)
 
 
 def run_cell(cell: Cell) -> Result:
-    """Runs a cell; one that fails leaves its last words."""
+    """Runs a cell; one that fails leaves the reason."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         prepare(folder, cell.model, cell.size, shapes=cell.shapes)
@@ -78,10 +80,10 @@ def run_cell(cell: Cell) -> Result:
 
 
 def row(result: Result) -> str:
-    """A line of the table."""
+    """Formats a line of the table."""
     if "failed" in result:
-        return f"| {result['model']} | {result['limit_gib']:g} | failed: {result['failed']} | | | | | |"
-    plan, memory = result["plan"], result["memory"][0]
+        return failed_line([result["model"], f"{result['limit_gib']:g}"], result, len(COLUMNS))
+    plan, memory = with_todays_names(result["plan"]), result["memory"][0]
     ways = [plan["weights_format"]]
     ways += [f"modulation {plan['modulation_rows']} ahead"] if plan["modulation_rows"] else []
     ways += ["cheap recomputed"] if plan["selective"] else []
@@ -99,12 +101,7 @@ def row(result: Result) -> str:
         f"{memory['process_peak_gib']:.2f}" if "process_peak_gib" in memory else "not measured",  # without nvidia-smi
     ]  # fmt: skip
     columns = [result["model"], f"{result['limit_gib']:g}", ", ".join(ways + more), *figures]
-    return f"| {' | '.join(columns)} |"
-
-
-HEADER = """\
-| model | limit, GiB | plan | s/step | peak GiB, allocated | planned | error | process GiB |
-|---|---|---|---|---|---|---|---|"""
+    return markdown_line(columns)
 
 
 def main() -> None:
@@ -112,15 +109,8 @@ def main() -> None:
     cells = [parse_cell(text) for text in arguments.cells] or [
         Cell(model, limit) for model, limits in LIMITS_GIB.items() for limit in limits
     ]
-    print(HEADER)
-    run_cells(
-        cells,
-        arguments.output,
-        run_cell,
-        lambda cell, result: print(row(result), flush=True),
-        arguments.no_later_than,
-        arguments.table,
-    )
+    print(markdown_header(COLUMNS))
+    run_cells(cells, arguments, run_cell, lambda cell, result: print(row(result), flush=True))
 
 
 if __name__ == "__main__":

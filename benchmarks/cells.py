@@ -1,4 +1,4 @@
-"""Runs a list of measurements, each in a process of its own; its result is written at once and never measured twice."""
+"""Runs a list of measurements, each in a process of its own; results are written at once and never measured twice."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 from architectures import ARCHITECTURES, write_model_folder
 
+from pixtune.bench.result import Result
 from pixtune.storage.files import write_atomically
 
-Result = dict[str, Any]
 WITHOUT_CUDNN = ("flux", "flux-kontext")
-"""Whose stock strides make cuDNN's backward pass read where it must not (docs/experiments.md)."""
+"""Models whose stock strides make cuDNN's backward pass read where it must not (docs/experiments.md)."""
 BEGAN = time.monotonic()
 
 
@@ -29,7 +29,7 @@ class Named(Protocol):
 
     @property
     def name(self) -> str:
-        """Of its file, without ending."""
+        """Stem of its file."""
 
 
 CellT = TypeVar("CellT", bound=Named)
@@ -41,12 +41,12 @@ def read_arguments(
     steps: int | None = None,
     add_options: Callable[[argparse.ArgumentParser], None] = lambda parser: None,
 ) -> argparse.Namespace:
-    """Of a script that runs cells.
+    """Reads the command line of a script that runs cells.
 
     Args:
-        cells: how one is written; None: the script has its own.
-        steps: timed in each, if that can be said.
-        add_options: that this script alone has.
+        cells: how a cell is written; None if the script takes none.
+        steps: default number of steps to time in each cell; None if the script takes none.
+        add_options: adds options that this script alone has.
     """
     parser = argparse.ArgumentParser(description=description.splitlines()[0])
     parser.add_argument("--output", type=Path, required=True, help="folder of the results")
@@ -62,31 +62,42 @@ def read_arguments(
 
 def run_cells(
     cells: Iterable[CellT],
-    output: Path,
+    arguments: argparse.Namespace,
     measure: Callable[[CellT], Result],
     show: Callable[[CellT, Result], None],
-    no_later_than: float = float("inf"),
-    table_only: bool = False,
 ) -> list[CellT]:
-    """Measures what is not there yet, and shows all that is.
+    """Measures the cells that have no result yet, and shows all results.
 
     Args:
-        no_later_than: seconds of this process after which no cell starts.
+        arguments: as `read_arguments` returns them.
 
     Returns:
-        The cells that have no result yet.
+        The cells that still have no result, which are also named on stderr.
     """
-    output.mkdir(parents=True, exist_ok=True)
+    arguments.output.mkdir(parents=True, exist_ok=True)
     left = []
     for cell in cells:
-        file = output / f"{cell.name}.json"
-        if not file.exists() and not table_only and time.monotonic() - BEGAN < no_later_than:
+        file = arguments.output / f"{cell.name}.json"
+        in_time = time.monotonic() - BEGAN < arguments.no_later_than
+        if not file.exists() and not arguments.table and in_time:
             write_atomically(file, json.dumps(measure(cell), indent=1).encode())
         if file.exists():
             show(cell, json.loads(file.read_text()))
         else:
             left.append(cell)
+    if left:
+        print(f"not run yet: {', '.join(cell.name for cell in left)}", file=sys.stderr)
     return left
+
+
+def check_model(model: str, cell: str, known: Iterable[str] = ARCHITECTURES) -> None:
+    """Checks the model that a cell names.
+
+    Raises:
+        ValueError: it is not among the known ones.
+    """
+    if model not in known:
+        raise ValueError(f"{cell!r}: the model is one of {', '.join(known)}")
 
 
 @dataclass(frozen=True)
@@ -98,11 +109,11 @@ class StepCell:
     batch_size: int = 1
     num_controls: int = 0
     overrides: tuple[str, ...] = ()
-    """Of the config; a reference has none."""
+    """`key=value` words of the config; a reference has none."""
     reference: str | None = None
-    """"eager" or "compiled": of `reference.py`."""
+    """"eager" or "compiled" for a run of `reference.py`."""
     label: str = ""
-    """What the table and the file's name call it, besides its sizes."""
+    """Name in the table and of the file, besides its sizes."""
 
     @property
     def name(self) -> str:
@@ -117,7 +128,7 @@ class StepCell:
 
 
 def measure_steps(cell: StepCell, output: Path, num_steps: int, most_seconds: float | None = None) -> Result:
-    """Runs a cell; one that fails leaves its last words. All that it printed goes to NAME.log."""
+    """Runs a cell; one that fails leaves its last line. All that it prints goes to NAME.log."""
     with tempfile.TemporaryDirectory() as name:
         folder, log = Path(name), output / f"{cell.name}.log"
         file = folder / "result.json"
@@ -127,10 +138,10 @@ def measure_steps(cell: StepCell, output: Path, num_steps: int, most_seconds: fl
 
 
 def run_in_process(command: Sequence[str], file: Path, log: Path, most_seconds: float | None = None) -> Result:
-    """What a command writes to `--json FILE`, or why it failed, with the seconds that it took.
+    """Runs a command and returns what it wrote to `--json FILE`, or why it failed, with the seconds that it took.
 
     Args:
-        log: gets all that it prints.
+        log: file for all that it prints.
     """
     began, failure = time.monotonic(), ""
     with log.open("w") as stream:
@@ -148,7 +159,7 @@ def run_in_process(command: Sequence[str], file: Path, log: Path, most_seconds: 
 
 
 def bench_command(cell: StepCell, folder: Path) -> list[str]:
-    """`pixtune bench` of a model folder without weights, which is written for it."""
+    """Returns the command line of `pixtune bench` on a model folder without weights, which is written for it."""
     write_model_folder(folder / "model", ARCHITECTURES[cell.model])
     config = folder / "bench.yaml"
     values = {
@@ -167,7 +178,7 @@ def bench_command(cell: StepCell, folder: Path) -> list[str]:
 
 
 def reference_command(cell: StepCell) -> list[str]:
-    """`reference.py` of the same sizes."""
+    """Returns the command line of `reference.py` for the same sizes."""
     return [
         sys.executable, str(Path(__file__).parent / "reference.py"), "--model", cell.model,
         "--resolution", str(cell.resolution_pixels), "--batch-size", str(cell.batch_size),
@@ -178,31 +189,49 @@ def reference_command(cell: StepCell) -> list[str]:
 
 
 def last_line(log: Path) -> str:
-    """The last that a process said; nothing if it said nothing."""
+    """Returns the last line that a process printed; empty if it printed none."""
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
     return lines[-1] if lines else ""
 
 
 def median_seconds(result: Result) -> float | None:
-    """None of a cell that failed."""
+    """Returns the median seconds per step; None if the cell failed."""
     return None if "failed" in result else result["seconds_per_step"]["median"]
 
 
 # ---- the table
 
 
+def markdown_line(columns: Sequence[str]) -> str:
+    """Formats a line of a Markdown table."""
+    return f"| {' | '.join(columns)} |"
+
+
+def markdown_header(columns: Sequence[str]) -> str:
+    """Formats the first two lines of a Markdown table."""
+    return f"{markdown_line(columns)}\n|{'---|' * len(columns)}"
+
+
+def failed_line(columns: Sequence[str], result: Result, num_columns: int) -> str:
+    """Formats the line of a cell that failed, with the reason after its first columns."""
+    empty = [""] * (num_columns - len(columns) - 1)
+    return markdown_line([*columns, f"failed: {result['failed'][:160]}", *empty])
+
+
+COLUMNS = ("model", "", "s/step", "middle half", "model TFLOP/s", "hardware TFLOP/s", "of peak (hardware)",
+           "GiB allocated", "GiB process", "first step, s")  # fmt: skip
+
+
 def table_header(more: Sequence[str]) -> str:
-    """Of `table_row`, with further columns."""
-    columns = ["model", "", "s/step", "middle half", "model TFLOP/s", "hardware TFLOP/s", "of peak (hardware)",
-               "GiB allocated", "GiB process", "first step, s", *more]  # fmt: skip
-    return f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}"
+    """Formats the header of `table_row`'s table, with further columns."""
+    return markdown_header([*COLUMNS, *more])
 
 
 def table_row(cell: StepCell, result: Result, more: Sequence[str]) -> str:
-    """Of a Markdown table."""
+    """Formats a cell's line of the table, with further columns."""
     way = ", ".join([text for text in (describe_sizes(cell), cell.label) if text])
     if "failed" in result:
-        return f"| {cell.model} | {way} | failed: {result['failed'][:160]} |{' |' * (7 + len(more))}"
+        return failed_line([cell.model, way], result, len(COLUMNS) + len(more))
     seconds, speed, memory = result["seconds_per_step"], result["tflop_per_second"], result["memory"]
     gib = ["" if memory[key] is None else f"{memory[key]:.1f}" for key in ("peak_allocated_gib", "peak_process_gib")]
     figures = [
@@ -210,11 +239,11 @@ def table_row(cell: StepCell, result: Result, more: Sequence[str]) -> str:
         f"{speed['model']:.0f}", f"{speed['hardware']:.0f}", f"{result['share_of_peak']['hardware']:.0%}", *gib,
         f"{result['first_step_seconds']:.0f}",
     ]  # fmt: skip
-    return f"| {' | '.join([cell.model, way, *figures, *more])} |"
+    return markdown_line([cell.model, way, *figures, *more])
 
 
 def describe_sizes(cell: StepCell) -> str:
-    """Nothing for one picture of 1024x1024 pixels."""
+    """Describes a cell's sizes as far as they differ from one picture of 1024x1024 pixels without controls."""
     words = [f"{cell.resolution_pixels} pixels"] if cell.resolution_pixels != 1024 else []
     words += [f"batch {cell.batch_size}"] if cell.batch_size != 1 else []
     words += [f"{cell.num_controls} controls"] if cell.num_controls else []

@@ -1,16 +1,16 @@
-"""Full-size training steps with random weights: python benchmarks/full_size.py --steps 10 key=value ...
+"""Measures full-size training steps with random weights: python benchmarks/full_size.py --steps 10 key=value ...
 
 Writes a model folder of the full-size architecture without weights, a few pictures, and runs `pixtune train` on them
 with `random_weights=true`: speed and memory are those of a real run, pictures are not. Prints JSON.
 
-With `--held-out N` the loss of so many pictures that are not trained on, at fixed noise and sigmas, is measured before
-the first step and after the last. Random weights predict noise of their own, so a run that learns at all makes that
-loss fall within a few steps, on pictures that it has never seen. How far goes with learning rate times width: on a CPU,
-`method=full` in bf16, five steps, it fell by 0.5% at a width of 3072 (one block) and 1e-5, 4.2% at 1e-4, 6.5% at 256
-(60 blocks) and 5e-4, and no longer steadily from a product of 0.8 on. For the full size, `learning_rate=5e-5`.
+With `--held-out N` the loss of N pictures that are not trained on, at fixed noise and sigmas, is measured before the
+first step and after the last. Random weights predict noise of their own, so a run that learns at all makes that loss
+fall within a few steps, on pictures that it has never seen. The fall grows with learning rate times width: on a CPU,
+`method=full` in bf16, five steps, it was 0.5% at a width of 3072 (one block) and 1e-5, 4.2% at 1e-4, 6.5% at 256
+(60 blocks) and 5e-4, and no longer steady from a product of 0.8 on. For the full size, use `learning_rate=5e-5`.
 
-With `--output DIR` the run is kept, and `resume_from_checkpoint=latest` goes on with it. All weights of the largest
-model, stopped after five steps and resumed for five more (a checkpoint has 82 GB, the model 41):
+With `--output DIR` the run is kept, and `resume_from_checkpoint=latest` resumes it. All weights of the largest model,
+stopped after five steps and resumed for five more (a checkpoint has 82 GB, the model 41):
 
     python benchmarks/full_size.py --steps 5 --held-out 2 --output DIR method=full learning_rate=5e-5 \\
         checkpoints_total_limit=1
@@ -29,28 +29,27 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from architectures import ARCHITECTURES, write_model_folder
 from PIL import Image
 
 from pixtune.bench.environment import describe
+from pixtune.bench.result import Result
 from pixtune.bench.synthetic import write_pictures
 from pixtune.tracking.metrics import read_metrics
 
-Result = dict[str, Any]
 NUM_PICTURES = 4
-"""To train on."""
+"""Pictures to train on."""
 RATIOS, NUM_WORDS = (1.0, 9 / 7, 7 / 9, 16 / 9), (5, 30, 55, 80, 105)
-"""Of pictures in several shapes and of their captions: 20 shapes together."""
+"""Aspect ratios of pictures in several shapes, and words of their captions: 20 shapes together."""
 WARM_UP_STEPS = 3
 
 
 def prepare(folder: Path, model_name: str, size: int, num_held_out: int = 0, shapes: bool = False) -> None:
-    """Model folder and pictures of a benchmark. The same ones each time: a run that goes on knows its pictures.
+    """Writes model folder and pictures of a benchmark. They are equal each time, so a resumed run knows its pictures.
 
     Args:
-        shapes: pictures of `RATIOS`, each with captions of `NUM_WORDS`, instead of one size and one length.
+        shapes: whether pictures have `RATIOS`, each with captions of `NUM_WORDS`, instead of one size and one length.
     """
     model = ARCHITECTURES[model_name]
     write_model_folder(folder / "model", model)
@@ -78,15 +77,15 @@ def measure(
     """Trains in a process of its own and reads what the run wrote about itself.
 
     Args:
-        folder: of `prepare`, and `num_held_out` as there.
-        output: the run's folder; what is in it already is gone on with if an override says so.
+        folder: folder that `prepare` has filled, with the same `num_held_out`.
+        output: the run's folder; a run in it is resumed if an override says so.
 
     Raises:
-        subprocess.CalledProcessError: the run failed; its words went to stderr.
+        subprocess.CalledProcessError: the run failed; its output went to stderr.
     """
     config = folder / f"{output.name}.yaml"
     pictures, model = folder / "pictures", ARCHITECTURES[model_name]
-    # A share of one folder, since a run that goes on may find its pictures elsewhere, but not its held-out folder.
+    # A share of one folder, since a resumed run may find its pictures elsewhere, but not its held-out folder.
     held_out = num_held_out / len(list((pictures / "images").glob("*.png")))
     config.write_text(
         f"pretrained_model_name_or_path: {folder / 'model'}\noutput_dir: {output}\nrandom_weights: true\n"
@@ -123,7 +122,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--size", type=int, default=1024, help="pixels")
     parser.add_argument("--held-out", type=int, default=0, help="pictures that are not trained on, to measure on")
-    parser.add_argument("--output", type=Path, help="keep the run here, so that it can be gone on with")
+    parser.add_argument("--output", type=Path, help="keep the run here, so that it can be resumed")
     parser.add_argument("overrides", nargs="*", help="key=value of the config")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:

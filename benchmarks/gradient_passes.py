@@ -1,7 +1,7 @@
-"""One forward and backward pass of a full-size transformer with random weights, in any of several number formats.
+"""Runs a forward and a backward pass of a full-size transformer with random weights in several number formats.
 
 All ways of one model have the same weights, the same LoRA and the same inputs. Inputs and noise level are numbers that
-bf16 can hold, so that the exact pass does not see others.
+bf16 can hold, so that the exact pass sees the same ones.
 """
 
 from __future__ import annotations
@@ -48,20 +48,20 @@ from pixtune.trained import adapters
 SEED = 0
 RANK = 16
 UP_DEVIATION = 0.002
-"""Of the LoRA's second matrices, which are zero at first and then have no say in the first ones' gradient. With the
-first ones' usual 1 / rank the LoRA makes about 5% of what its layer puts out."""
+"""Standard deviation of the LoRA's second matrices, which start at zero and then give the first ones no gradient. With
+the first ones' usual 1 / rank the LoRA makes about 5% of its layer's output."""
 SIGMA = 0.5
-"""1000 times it is a number of bf16's, as the models want it."""
+"""Noise level; 1000 times it is a number that bf16 holds, as the models want it."""
 MODULATION_SIZE = 0.5
 """Root of the mean square of the shifts, scales and gates in the blocks: 0.3 to 1.1 in the trained small models. With
-the weights as they are drawn it is 0.03, blocks change their streams by a hundredth, and no depth could be seen."""
+the weights as they are drawn it is 0.03, blocks change their streams by a hundredth, and depth would have no effect."""
 NUM_FINGERPRINTED = 64
 E5M2 = torch.float8_e5m2
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a pass is given; one sample, on the device."""
+    """Inputs of a pass: one example, on the device."""
 
     noisy_BCHW: Tensor
     sigma_B: Tensor
@@ -73,30 +73,30 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Setting:
-    """What all ways of one model have in common."""
+    """Everything that all ways of one model have in common."""
 
     family: ModelFamily
     transformer_config: Mapping[str, Any]
     plan: TrainingPlan
-    """How the product runs it in fp8 on this machine, with all weights on the device."""
+    """Plan by which pixtune runs it in fp8 on this machine, with all weights on the device."""
     inputs: Inputs
     device: torch.device
 
 
 @dataclass(frozen=True)
 class Pass:
-    """What came out of it."""
+    """Results of a pass."""
 
     velocity_BCHW: Tensor
     gradients: Mapping[str, Tensor]
-    """Of each LoRA matrix."""
+    """Gradient of each LoRA matrix."""
     fingerprint: Mapping[str, Tensor]
-    """The first values of each frozen tensor that was drawn and is not quantised, by name."""
+    """First values of each frozen tensor that was drawn and is not quantized, by name."""
 
 
 @contextmanager
 def plain_kernels() -> Iterator[None]:
-    """torch's own operators in place of the kernels that join several of them."""
+    """Puts torch's own operators in place of the kernels that fuse several of them."""
     with ExitStack() as stack:
         for module in (heads, lora, mlp):
             stack.enter_context(patch.object(module, "has_triton", lambda tensor: False))
@@ -105,7 +105,7 @@ def plain_kernels() -> Iterator[None]:
 
 @contextmanager
 def exact_sums() -> Iterator[None]:
-    """8-bit products without fast accumulation: partial sums are added up outside of the tensor cores, in fp32."""
+    """Computes 8-bit products without fast accumulation: partial sums are added outside the tensor cores, in fp32."""
     multiply = torch._scaled_mm
 
     def exactly(*args: Any, **kwargs: Any) -> Tensor:
@@ -117,30 +117,32 @@ def exact_sums() -> Iterator[None]:
 
 @contextmanager
 def unfused_mlps() -> Iterator[None]:
-    """Each layer of an MLP by itself."""
+    """Computes each layer of an MLP by itself."""
     with patch.object(mlp, "has_triton", lambda states: False):
         yield
 
 
 @contextmanager
 def e5m2_gradients() -> Iterator[None]:
-    """Gradients become e5m2: more powers of two, a bit less of each number. MLPs are not fused, whose kernels write
-    e4m3."""
+    """Computes gradients in e5m2: more powers of two, a bit less of each number.
+
+    MLPs are not fused, since their kernels write e4m3.
+    """
     with unfused_mlps(), patch.object(FrozenProduct, "backward", staticmethod(e5m2_backward)):
         yield
 
 
 @dataclass(frozen=True)
 class Way:
-    """How the blocks compute."""
+    """One way for the blocks to compute."""
 
     name: str
     linear_format: str
     as_planned: bool = False
-    """Compiled where that works, and kept for the backward pass what the plan says. Else launched operator by operator,
-    every block recomputed, so that it fits in all formats."""
+    """Whether it is compiled where that works, and keeps for the backward pass what the plan says. Else it is launched
+    operator by operator with every block recomputed, so that it fits in all formats."""
     selective: bool = False
-    """Without `as_planned`: GELU's input is kept in 8 bits."""
+    """Whether GELU's input is kept in 8 bits where the way is not as planned."""
     during: Callable[[], AbstractContextManager[None]] = nullcontext
 
     def plan(self, planned: TrainingPlan, num_blocks: int) -> TrainingPlan:
@@ -165,15 +167,15 @@ WAYS = (
     Way("fp8-lean", FP8, selective=True),
     Way("int8", INT8),
 )
-"""The first is a reference, and an error of its own beside the exact pass. Each variant stands beside "fp8-eager", but
-for e5m2, which stands beside "fp8-unfused-mlp"."""
+"""Ways that are compared. The first is a reference, and has an error of its own beside the exact pass. Compare each
+variant with "fp8-eager", but e5m2 with "fp8-unfused-mlp"."""
 
 
 # ---- what all ways share
 
 
 def prepare(model: str, size_pixels: int, device: torch.device) -> Setting:
-    """Plans, and sets the switches of the process as that plan says."""
+    """Makes the plan, and sets the switches of the process as that plan says."""
     architecture = ARCHITECTURES[model]
     with tempfile.TemporaryDirectory() as name:
         write_model_folder(Path(name), architecture)
@@ -197,7 +199,7 @@ def prepare(model: str, size_pixels: int, device: torch.device) -> Setting:
 def draw_inputs(
     family: ModelFamily, folder: ModelFolder, size_pixels: int, num_text_tokens: int, device: torch.device
 ) -> Inputs:
-    """One training sample of no meaning."""
+    """Draws one training example without meaning."""
 
     def rounded(tensor: Tensor) -> Tensor:
         return tensor.to(device).bfloat16().float()
@@ -219,7 +221,7 @@ def draw_inputs(
 
 
 def block_names(transformer: nn.Module, family: ModelFamily) -> list[str]:
-    """Paths, in the order in which they run."""
+    """Returns the blocks' paths in the order in which they run."""
     return [f"{path}.{n}" for path in family.block_paths for n, _ in transformer.get_submodule(path).named_children()]
 
 
@@ -227,7 +229,7 @@ def block_names(transformer: nn.Module, family: ModelFamily) -> list[str]:
 
 
 class Passes:
-    """Runs passes of one model. Keeps the latest transformer for a next way that needs the same."""
+    """Runs passes of one model, and keeps the latest transformer for a next way that needs the same."""
 
     def __init__(self, setting: Setting) -> None:
         self.setting = setting
@@ -246,7 +248,7 @@ class Passes:
             return forward_backward(self.setting, transformer, fingerprint)
 
     def run_exactly(self) -> Pass:
-        """In fp32, TF32 off, by torch's own operators."""
+        """Runs a pass in fp32, TF32 off, by torch's own operators."""
         self.forget()
         plan = BF16.plan(self.setting.plan, len(self.blocks))
         transformer, fingerprint = build(self.setting, plan)
@@ -260,7 +262,7 @@ class Passes:
             torch.set_float32_matmul_precision(before)
 
     def forget(self) -> None:
-        """Gives memory back; what was compiled holds on to weights."""
+        """Frees memory; compiled code holds on to weights."""
         self._kept = None
         torch.compiler.reset()
         gc.collect()
@@ -269,7 +271,7 @@ class Passes:
 
 
 def build(setting: Setting, plan: TrainingPlan) -> tuple[nn.Module, dict[str, Tensor]]:
-    """A transformer with a LoRA, and the fingerprint of its weights."""
+    """Builds a transformer with a LoRA, and the fingerprint of its weights."""
     family, device = setting.family, setting.device
     torch.manual_seed(SEED)  # weights are drawn in the order of their names, each in bf16, whatever becomes of them
     num_blocks = len(block_names(family.build_transformer(setting.transformer_config), family))
@@ -292,8 +294,10 @@ def build(setting: Setting, plan: TrainingPlan) -> tuple[nn.Module, dict[str, Te
 
 @torch.no_grad()
 def enlarge_modulations(transformer: nn.Module, setting: Setting) -> None:
-    """Brings them to `MODULATION_SIZE`, within a factor of 1.4: by a power of two, so that no weight is rounded and all
-    ways have the same one."""
+    """Brings modulations to `MODULATION_SIZE`, within a factor of 1.4.
+
+    The factor is a power of two, so that no weight is rounded and all ways have the same one.
+    """
     family, inputs = setting.family, setting.inputs
     embedding = family.embed_time(transformer, inputs.sigma_B, inputs.conditioning)
     layers = [
@@ -309,7 +313,7 @@ def enlarge_modulations(transformer: nn.Module, setting: Setting) -> None:
 
 
 def forward_backward(setting: Setting, transformer: nn.Module, fingerprint: Mapping[str, Tensor]) -> Pass:
-    """A training step without its optimizer.
+    """Runs a training step without its optimizer.
 
     Raises:
         ValueError: a gradient is not finite, or a whole matrix's is zero.
@@ -326,7 +330,7 @@ def forward_backward(setting: Setting, transformer: nn.Module, fingerprint: Mapp
 
 
 def compute_in_fp32(transformer: nn.Module, family: ModelFamily) -> None:
-    """The same weights, but all arithmetic in fp32; every block is recomputed, and has fp32 weights only meanwhile."""
+    """Makes all arithmetic fp32 with the same weights; each block is recomputed and has fp32 weights only meanwhile."""
     in_blocks = tuple(f"{path}." for path in family.block_paths)
     for name, parameter in transformer.named_parameters():
         if not name.startswith(in_blocks):
@@ -349,7 +353,7 @@ class Call(nn.Module):
 
 
 def run_in_fp32(block: nn.Module, inner: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """One call of a block."""
+    """Runs one call of a block with its weights in fp32."""
     weights = {
         f"block.{name}": parameter.float()
         for name, parameter in block.named_parameters()
@@ -359,12 +363,12 @@ def run_in_fp32(block: nn.Module, inner: Forward, args: tuple[Any, ...], kwargs:
 
 
 def e5m2_backward(ctx: Any, gradient_MN: Tensor) -> tuple[Tensor, None, None, None, None, None, None]:
-    """`FrozenProduct.backward` with the gradient's codes in e5m2 and the weight's as they are."""
-    stored, block_scale, scale_N1, turned = ctx.saved_tensors
-    if turned is None:
+    """Replaces `FrozenProduct.backward`, with the gradient's codes in e5m2 and the weight's as they are."""
+    stored, block_scale, scale_N1, transpose = ctx.saved_tensors
+    if transpose is None:
         weight_KN, weight_scale_N1 = row_codes(stored, block_scale, scale_N1, ctx.codes, transposed=True)
     else:
-        weight_KN, weight_scale_N1 = turned.view(ctx.codes), scale_N1
+        weight_KN, weight_scale_N1 = transpose.view(ctx.codes), scale_N1
     scaled_MN = gradient_MN.float() * weight_scale_N1.t()
     scale_M1 = scaled_MN.abs().amax(dim=1, keepdim=True).clamp_min(SMALLEST_PEAK) / torch.finfo(E5M2).max
     codes_MN = (scaled_MN / scale_M1).to(E5M2)

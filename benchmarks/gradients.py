@@ -1,17 +1,16 @@
-"""How far LoRA gradients in 8 and 4 bits are from exact ones, by depth: python benchmarks/gradients.py --output DIR
+"""Measures errors of LoRA gradients in 8 and 4 bits, by depth: python benchmarks/gradients.py --output DIR
 
-Full-size transformers with random weights, a LoRA of rank 16 on the attention that changes the output already, one
+Full-size transformers have random weights, a LoRA of rank 16 on the attention that changes the output already, and one
 picture of 1024x1024 pixels. Every way (gradient_passes.py) has the same weights, LoRA and inputs. Errors are relative
-to two passes: one in fp32 throughout, and one in bf16 by torch's own operators, whose own error beside fp32 is what no
-format can be better than. "fp8" and "nf4" are what training runs, compiled and with its kernels; the others are
-launched operator by operator with every block recomputed, and tell what one decision costs: fast accumulation, the
-format of gradients, a GELU's input kept in 8 bits. What the first two are worth in time is measured on the products of
-one block of each kind, by themselves.
+to two passes: one in fp32 throughout, and one in bf16 by torch's own operators, whose own error beside fp32 no format
+can undercut. "fp8" and "nf4" are what training runs, compiled and with its kernels; the others are launched operator by
+operator with every block recomputed, and show the cost of one decision: fast accumulation, the format of gradients, a
+GELU's input kept in 8 bits. The gain in time of the first two is measured on the products of one block of each kind.
 
     python benchmarks/gradients.py --output DIR [qwen-image] [flux] [qwen-image,fp8 ...]
     python benchmarks/gradients.py --output DIR --table
 
-Each cell's JSON is written at once and not made twice, so a call that was cut off is repeated. It has every LoRA
+Each cell's JSON is written at once and not measured again, so repeat a call that was cut off. It has every LoRA
 matrix's cosine and relative error. Needs a GPU of 80 GB.
 """
 
@@ -20,28 +19,26 @@ from __future__ import annotations
 import argparse
 import functools
 import re
-import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from architectures import ARCHITECTURES
-from cells import Result, read_arguments, run_cells
+from cells import Result, check_model, failed_line, markdown_header, markdown_line, read_arguments, run_cells
 from gradient_passes import BF16, E5M2, WAYS, Pass, Passes, Setting, prepare
 from torch import Tensor, nn
 
 from pixtune.bench.environment import describe
+from pixtune.bench.peaks import median_seconds
 from pixtune.commands.quantization_errors import cosine, relative_error
 from pixtune.engine.quantize import FP8, can_quantize
-from pixtune.tracking.figures import mark_time, seconds_between
 
 MODELS = ("qwen-image", "flux")
 SIZE_PIXELS = 1024
 E4M3 = torch.float8_e4m3fn
 PRODUCTS = "products"
-"""The cell in which products are timed."""
+"""Name of the cell in which products are timed."""
 NUM_QUARTERS = 4
 ROUNDS, PRODUCTS_PER_ROUND = 7, 10
 DIGITS = 6
@@ -62,7 +59,8 @@ class Cell:
 
 
 def parse_cells(words: Sequence[str]) -> list[Cell]:
-    """
+    """Reads cells.
+
     Args:
         words: "MODEL" for all of its cells, or "MODEL,CELL".
 
@@ -73,8 +71,7 @@ def parse_cells(words: Sequence[str]) -> list[Cell]:
     cells = []
     for word in words:
         model, _, way = word.partition(",")
-        if model not in ARCHITECTURES:
-            raise ValueError(f"{word!r}: the model is one of {', '.join(ARCHITECTURES)}")
+        check_model(model, word)
         if way and way not in known:
             raise ValueError(f"{word!r}: a cell is one of {', '.join(known)}")
         cells += [Cell(model, name) for name in ([way] if way else known)]
@@ -85,7 +82,7 @@ def parse_cells(words: Sequence[str]) -> list[Cell]:
 
 
 class Measured:
-    """Passes of one model, and what they are compared with, which is computed when it is first needed."""
+    """Passes of one model, and the references that they are compared with, computed when they are first needed."""
 
     def __init__(self, setting: Setting) -> None:
         self.setting = setting
@@ -93,15 +90,15 @@ class Measured:
         self._references: dict[str, Pass] = {}
 
     def forget(self) -> None:
-        """Gives all memory back."""
+        """Frees all memory."""
         self._references = {}
         self._passes.forget()
 
     def compare(self, name: str) -> Result:
-        """One way beside the references.
+        """Compares one way with the references.
 
         Raises:
-            ValueError: its weights are others than the exact pass's.
+            ValueError: its weights differ from the exact pass's.
         """
         if not self._references:
             self._references = {"fp32": self._passes.run_exactly(), "bf16": self._passes.run(BF16)}
@@ -117,7 +114,11 @@ class Measured:
 
 
 def check_weights(ours: Pass, exact: Pass) -> None:
-    """Raises ValueError if two passes had other weights, going by all tensors that are plain in both."""
+    """Checks that two passes had the same weights, going by all tensors that are plain in both.
+
+    Raises:
+        ValueError: some differ.
+    """
     common = ours.fingerprint.keys() & exact.fingerprint.keys()
     other = [name for name in sorted(common) if not ours.fingerprint[name].equal(exact.fingerprint[name])]
     if other or not common:
@@ -127,7 +128,7 @@ def check_weights(ours: Pass, exact: Pass) -> None:
 
 
 def errors(ours: Pass, exact: Pass, blocks: Sequence[str]) -> Result:
-    """Of the velocity, of all LoRA gradients together, of each block's, and of each matrix's."""
+    """Computes errors of the velocity, of all LoRA gradients together, of each block's, and of each matrix's."""
     if ours.gradients.keys() != exact.gradients.keys():
         raise ValueError(f"gradients are of other matrices: {sorted(ours.gradients.keys() ^ exact.gradients)[:4]}")
     matrices = {name: error_pair(ours.gradients[name], exact.gradients[name]) for name in exact.gradients}
@@ -147,7 +148,7 @@ def errors(ours: Pass, exact: Pass, blocks: Sequence[str]) -> Result:
 
 
 def error_pair(ours: Tensor, exact: Tensor) -> dict[str, float]:
-    """The cosine of the angle between two tensors, and the length of their difference over that of the exact one."""
+    """Computes the cosine between two tensors, and the length of their difference over that of the exact one."""
     pair = {"cosine": cosine(ours, exact), "relative_error": relative_error(ours, exact)}
     return {name: round(value, DIGITS) for name, value in pair.items()}
 
@@ -157,7 +158,7 @@ def joined(gradients: Mapping[str, Tensor], names: Sequence[str] | Mapping[str, 
 
 
 def quarters(rows: Sequence[Result]) -> list[Result]:
-    """The worst block of each quarter of the depth, and the worst matrix in it."""
+    """Finds the worst block of each quarter of the depth, and the worst matrix in it."""
     found = []
     for number in range(NUM_QUARTERS):
         start, end = (len(rows) * edge // NUM_QUARTERS for edge in (number, number + 1))
@@ -174,7 +175,7 @@ def quarters(rows: Sequence[Result]) -> list[Result]:
 
 @dataclass(frozen=True)
 class Product:
-    """`(M, K) @ (N, K).T`."""
+    """Shape of a product `(M, K) @ (N, K).T`."""
 
     rows: int
     summed: int
@@ -182,12 +183,12 @@ class Product:
 
     @property
     def backward(self) -> Product:
-        """That of the input's gradient."""
+        """Shape of the product for the input's gradient."""
         return Product(self.rows, self.columns, self.summed)
 
 
 def block_products(setting: Setting) -> dict[str, list[Product]]:
-    """Of the 8-bit layers of one block of each kind, forward."""
+    """Lists the forward products of the 8-bit layers of one block of each kind."""
     family, inputs = setting.family, setting.inputs
     model = family.build_transformer(setting.transformer_config)
     found = {}
@@ -210,7 +211,7 @@ def block_products(setting: Setting) -> dict[str, list[Product]]:
 
 
 def time_products(setting: Setting) -> Result:
-    """Milliseconds of a block's 8-bit products, one after the other, by what they are computed with."""
+    """Measures the milliseconds of a block's 8-bit products, one after the other, by their way of computation."""
 
     def total_ms(products: Sequence[Product], codes: torch.dtype, fast: bool) -> float:
         return round(sum(product_ms(product, codes, fast, setting.device) for product in products), 4)
@@ -234,31 +235,28 @@ def time_products(setting: Setting) -> Result:
 
 @functools.cache
 def product_ms(product: Product, codes: torch.dtype, fast: bool, device: torch.device) -> float:
-    """The median of some rounds, the first left out.
+    """Measures the milliseconds of a product.
 
     Args:
-        codes: of the first factor; the second one's are e4m3.
+        codes: format of the first factor; the second one's is e4m3.
     """
     a = torch.randn(product.rows, product.summed, device=device).to(codes)
     b = torch.randn(product.columns, product.summed, device=device).to(E4M3)
     a_scale, b_scale = torch.ones(product.rows, 1, device=device), torch.ones(1, product.columns, device=device)
-    seconds = []
-    for _ in range(ROUNDS + 1):
-        began = mark_time(device)
-        for _ in range(PRODUCTS_PER_ROUND):
-            torch._scaled_mm(a, b.t(), scale_a=a_scale, scale_b=b_scale, out_dtype=torch.bfloat16, use_fast_accum=fast)
-        ended = mark_time(device)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        seconds.append(seconds_between(began, ended))
-    return 1000 * statistics.median(seconds[1:]) / PRODUCTS_PER_ROUND
+
+    def multiply() -> Tensor:
+        return torch._scaled_mm(
+            a, b.t(), scale_a=a_scale, scale_b=b_scale, out_dtype=torch.bfloat16, use_fast_accum=fast
+        )
+
+    return 1000 * median_seconds(multiply, device, ROUNDS, PRODUCTS_PER_ROUND)
 
 
 # ---- cells and table
 
 
 class Models:
-    """Measures cells; of one model at a time there is something on the device."""
+    """Measures cells; one model at a time is on the device."""
 
     def __init__(self, size_pixels: int) -> None:
         self._size_pixels = size_pixels
@@ -266,7 +264,7 @@ class Models:
         self._measured: Measured | None = None
 
     def measure(self, cell: Cell) -> Result:
-        """A cell that fails leaves its words: an old torch may lack a product, a GPU the memory."""
+        """Measures a cell; one that fails leaves the reason: an old torch may lack a product, a GPU the memory."""
         began = time.monotonic()
         measured = self._measure(cell.model)
         try:
@@ -292,9 +290,9 @@ COLUMNS = ["model", "way", "relative to", "velocity: error", "all LoRA gradients
 
 
 def table_rows(cell: Cell, result: Result) -> list[str]:
-    """Of a Markdown table: a row a reference; a sentence a kind of block where products were timed."""
+    """Formats a line of the table for each reference, or a sentence for each kind of block with timed products."""
     if "failed" in result:
-        return [f"| {cell.model} | {cell.way} | failed: {result['failed'][:160]} |{' |' * (len(COLUMNS) - 3)}"]
+        return [failed_line([cell.model, cell.way], result, len(COLUMNS))]
     if cell.way == PRODUCTS:
         return [f"{cell.model}, {products_sentence(kind)}" for kind in result["kinds"]]
     rows = []
@@ -312,12 +310,12 @@ def table_rows(cell: Cell, result: Result) -> list[str]:
             f"{all_gradients['cosine']:.4f}, {all_gradients['relative_error']:.1%}", *cells,
             f"{worst['worst_matrix_cosine']:.4f} ({short(worst['worst_matrix'])})",
         ]  # fmt: skip
-        rows.append(f"| {' | '.join([cell.model, cell.way, reference, *figures])} |")
+        rows.append(markdown_line([cell.model, cell.way, reference, *figures]))
     return rows
 
 
 def products_sentence(kind: Result) -> str:
-    """What a block's products take."""
+    """Describes the time of a block's products."""
     parts = [
         f"{direction} " + ", ".join(f"{way} {ms:.3f}" for way, ms in kind[f"{direction}_ms"].items())
         for direction in ("forward", "backward")
@@ -326,29 +324,25 @@ def products_sentence(kind: Result) -> str:
 
 
 def short(path: str) -> str:
-    """Without what all names have."""
+    """Shortens a path by what all names have in common."""
     path = re.sub(r"\.default\.weight$|\.attn(?=\.)", "", path)
     return re.sub(r"^(single_)?transformer_blocks\.", lambda match: "s" if match[1] else "", path)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--size", type=int, default=SIZE_PIXELS, help="of the picture, pixels")
+    parser.add_argument("--size", type=int, default=SIZE_PIXELS, help="side of the picture, pixels")
 
 
 def main() -> None:
     arguments = read_arguments(__doc__, "MODEL for all of its cells, or MODEL,CELL", add_options=add_options)
     models = Models(arguments.size)
-    print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}", flush=True)
-    left = run_cells(
+    print(markdown_header(COLUMNS), flush=True)
+    run_cells(
         parse_cells(arguments.cells or MODELS),
-        arguments.output,
+        arguments,
         models.measure,
         lambda cell, result: print("\n".join(table_rows(cell, result)), flush=True),
-        arguments.no_later_than,
-        arguments.table,
     )
-    if left:
-        print(f"not run yet: {', '.join(cell.name for cell in left)}")
 
 
 if __name__ == "__main__":

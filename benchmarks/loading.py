@@ -1,15 +1,15 @@
-"""How fast weights arrive on a device: python benchmarks/loading.py [--gigabytes 2] [--device cuda] [--rounds 3]
+"""Measures how fast weights reach a device: python benchmarks/loading.py [--gigabytes 2] [--device cuda] [--rounds 3]
 
 Writes a file of that size, whose tensors have the shapes of a large transformer's block, and reads it by
 
-* disk: 16 MiB after 16 MiB into one buffer, past the page cache where the file system allows it (O_DIRECT);
+* disk: 16 MiB at a time into one buffer, past the page cache where the file system allows it (O_DIRECT);
 * mapped: stock safetensors, each tensor to the device as soon as it is asked for;
 * threads: pixtune's own loader;
 * fastsafetensors, where it is installed.
 
 The consumer reads every tensor once on the device and drops it. "cold" is after the file's pages were dropped from the
-page cache, "warm" right after that. Rounds alternate, the figure is their median. Beside it stands by how much the
-process's own memory grew, without the pages of mapped files. Each way has a process of its own. Prints JSON.
+page cache, "warm" right after that. Rounds alternate, the figure is their median. Beside it stands the growth of the
+process's own memory, without the pages of mapped files. Each way has a process of its own. Prints JSON.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ CHUNK_BYTES = 16 * 2**20
 
 
 def write_model(path: Path, num_bytes: int) -> None:
-    """bf16 tensors, block after block, until there are `num_bytes`."""
+    """Writes bf16 tensors, block after block, until there are `num_bytes`."""
     tensors: dict[str, Tensor] = {}
     written_bytes, generator = 0, torch.Generator().manual_seed(0)
     while written_bytes < num_bytes:
@@ -61,7 +61,7 @@ def drop_cache(path: Path) -> None:
 
 
 def read_disk(path: Path) -> str:
-    """Reads the file in order. Returns how: past the page cache, or through it."""
+    """Reads the file in order, and returns whether past the page cache or through it, in words."""
     buffer = mmap.mmap(-1, CHUNK_BYTES)  # O_DIRECT asks for aligned memory
     try:
         descriptor, how = os.open(path, os.O_RDONLY | os.O_DIRECT), "O_DIRECT"
@@ -81,13 +81,13 @@ def iterate_stock(path: Path, device: torch.device) -> Iterator[tuple[str, Tenso
 
 
 def private_bytes() -> int:
-    """This process's memory without the pages of files."""
+    """Reads this process's memory without the pages of files."""
     (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon")]
     return int(line.split()[1]) * 1024
 
 
 def time_once(tensors: Callable[[], Iterator[tuple[str, Tensor]]], device: torch.device) -> dict[str, float]:
-    """Seconds until every tensor has been read once on the device, and by how many bytes the process grew."""
+    """Measures the seconds until every tensor has been read once on the device, and the growth of the process."""
     before_bytes, most_bytes = private_bytes(), 0
     start = time.perf_counter()
     for _, tensor in tensors():
@@ -100,7 +100,7 @@ def time_once(tensors: Callable[[], Iterator[tuple[str, Tensor]]], device: torch
 
 
 def measure(way: str, path: Path, device: torch.device, num_threads: int) -> dict[str, Any]:
-    """One cold and one warm run, in this process."""
+    """Measures one cold and one warm run in this process."""
     if way == "disk":
         drop_cache(path)
         start = time.perf_counter()
@@ -118,7 +118,7 @@ def measure(way: str, path: Path, device: torch.device, num_threads: int) -> dic
 
 
 def measure_apart(way: str, path: Path, arguments: argparse.Namespace) -> dict[str, Any]:
-    """`measure` in a process of its own."""
+    """Runs `measure` in a process of its own."""
     words = ["--measure", way, str(path), "--device", arguments.device, "--threads", str(arguments.threads)]
     result = subprocess.run([sys.executable, __file__, *words], stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(result.stdout)
@@ -144,7 +144,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument(
-        "--folder", help="where the file is written: on the disk to measure (default: for temporary files)"
+        "--folder", help="folder of the file, on the disk to measure (default: that of temporary files)"
     )
     parser.add_argument("--measure", nargs=2, metavar=("WAY", "FILE"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()

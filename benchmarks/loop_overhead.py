@@ -1,9 +1,9 @@
-"""What the training loop costs over a bare one: python benchmarks/loop_overhead.py [--steps 40] [--rounds 5]
+"""Measures the training loop's cost over a bare one: python benchmarks/loop_overhead.py [--steps 40] [--rounds 5]
 
 Both run the same forward, backward and optimizer step on the shipped small model. The bare loop has its batch at
-hand and does nothing else; ours reads the cache, draws noise, clips, writes metrics and TensorBoard, shows progress,
-and saves a checkpoint and the report at the end. Rounds alternate in one process, and the figure is the median of their
-ratios. Prints JSON.
+hand and does nothing else; pixtune's reads the cache, draws noise, clips, writes metrics and TensorBoard, shows
+progress, and saves a checkpoint and the report at the end. Rounds alternate in one process, and the figure is the
+median of their ratios. Prints JSON.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def settings(folder: Path, output: str, steps: int) -> list[str]:
-    """A run of the demo's size without validation and pictures, which are extra work by request."""
+    """Returns the words of a run of the demo's size, without validation and samples, which are extra work."""
     return [
         f"output_dir={folder / output}", f"data_config.cache_dir={folder / 'cache'}", f"max_train_steps={steps}",
         "validation.held_out_dir=null", "samples.prompts=[]", "report_to=tensorboard", "resume_from_checkpoint=null",
@@ -33,7 +33,7 @@ def settings(folder: Path, output: str, steps: int) -> list[str]:
 
 
 def time_bare_loop(run: Run, steps: int) -> float:
-    """Seconds per step of forward, backward and optimizer step alone."""
+    """Measures the seconds per step of forward, backward and optimizer step alone."""
     batch = run.source.batch(0, run.source.plan.micro_batch(0))
     start = time.perf_counter()
     for _ in range(steps):

@@ -1,9 +1,10 @@
-"""Whether faster steps learn the same: python benchmarks/loss_curves.py --output results/loss_curves [--steps 500]
+"""Measures whether faster steps learn the same: python benchmarks/loss_curves.py --output results/loss_curves
 
 The shipped small models learn the demo's style in bf16 launched operator by operator, with three seeds; and with the
 first of them compiled, and in 8-bit formats. Held-out losses are given as shares of the loss before the first step,
-since another seed also draws another evaluation's noise. How far a faster run is from the plain one of its seed is
-given in units of the spread of seeds. Each run's JSON is written at once; those that are there are not run again.
+since another seed also draws other noise for the evaluation. The distance of a faster run from the plain one of its
+seed is given in units of the spread of seeds. Each run's JSON is written at once; existing results are not measured
+again.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cells import read_arguments, run_cells
+from cells import markdown_header, markdown_line, read_arguments, run_cells
 
 from pixtune.bench.environment import describe
 from pixtune.config import load_config
@@ -33,7 +34,7 @@ WAYS: dict[str, tuple[str, ...]] = {
     "fp8": ("quantize=true", "cuda_features.enable_fp8_training=true"),
     "int8": ("quantize=true",),
 }
-"""What each changes in the config; "compiled" changes the run."""
+"""Changes of each way in the config; "compiled" changes the run."""
 EVALUATIONS = 10
 
 
@@ -59,7 +60,7 @@ def run_cell(cell: Cell, steps: int) -> dict[str, Any]:
     """Trains, and reads what the run wrote about itself.
 
     Raises:
-        RuntimeError: the run was told to stop before its end.
+        RuntimeError: the run was asked to stop before its end.
     """
     torch._dynamo.reset()
     with tempfile.TemporaryDirectory() as name:
@@ -93,25 +94,22 @@ def run_cell(cell: Cell, steps: int) -> dict[str, Any]:
 
 
 def shares(result: dict[str, Any]) -> dict[int, float]:
-    """Held-out loss by step, as a share of that before the first step."""
+    """Returns the held-out loss by step, as a share of that before the first step."""
     losses = {int(step): loss for step, loss in result["held_out"].items()}
     return {step: loss / losses[0] for step, loss in losses.items() if step}
 
 
 def table(results: dict[Cell, dict[str, Any]], model: str) -> str:
-    """A line an evaluation: each seed, their spread, and each faster way's distance from its seed's in spreads."""
+    """Formats a line an evaluation: each seed, their spread, and each faster way's distance in spreads."""
     curves = {cell: shares(result) for cell, result in results.items() if cell.model == model}
     plain = [curves[Cell(model, "eager", seed)] for seed in SEEDS]
     fast = {way: curves[Cell(model, way, SEEDS[0])] for way in WAYS if way != "eager"}
-    lines = [
-        f"| {model}: step | {' | '.join(f'seed {seed}' for seed in SEEDS)} | spread | {' | '.join(fast)} |",
-        f"|{'---|' * (2 + len(SEEDS) + len(fast))}",
-    ]
+    lines = [markdown_header([f"{model}: step", *(f"seed {seed}" for seed in SEEDS), "spread", *fast])]
     for step in plain[0]:
         seeds = [curve[step] for curve in plain]
         spread = max(seeds) - min(seeds)
         apart = [f"{curve[step]:.4f} ({abs(curve[step] - seeds[0]) / spread:.2f} spreads)" for curve in fast.values()]
-        lines.append(f"| {step} | {' | '.join(f'{s:.4f}' for s in seeds)} | {spread:.4f} | {' | '.join(apart)} |")
+        lines.append(markdown_line([str(step), *(f"{loss:.4f}" for loss in seeds), f"{spread:.4f}", *apart]))
     return "\n".join(lines)
 
 
@@ -123,14 +121,7 @@ def main() -> None:
         results[cell] = result
         print(f"{cell.name}: {list(shares(result).values())[-1]:.4f} of the loss at the start", flush=True)
 
-    left = run_cells(
-        CELLS,
-        arguments.output,
-        lambda cell: run_cell(cell, arguments.steps),
-        show,
-        arguments.no_later_than,
-        arguments.table,
-    )
+    left = run_cells(CELLS, arguments, lambda cell: run_cell(cell, arguments.steps), show)
     for model in CONFIGS:
         if not any(cell.model == model for cell in left):
             print(f"\n{table(results, model)}")

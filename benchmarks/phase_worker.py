@@ -1,4 +1,4 @@
-"""One phase of a full-size model, measured in this process alone: `phases.py` starts it.
+"""Measures one phase of a full-size model in this process alone; `phases.py` starts it.
 
     python benchmarks/phase_worker.py caching --model FOLDER --scratch FOLDER --limit-gib 23.3 --json FILE
 
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from pixtune.bench.environment import describe
+from pixtune.bench.result import Result
 from pixtune.bench.synthetic import write_pictures
 from pixtune.cli import exit_on_user_errors
 from pixtune.commands import sample
@@ -43,12 +44,11 @@ from pixtune.storage.files import write_atomically
 from pixtune.storage.model_folder import open_model_folder
 from pixtune.tracking.memory import RunMemory
 
-Result = dict[str, Any]
 Opening = Callable[[Encoder], Callable[[Any], Any]]
 NUM_PICTURES = 12
 """Three batches of the config's default, the first of which warms up."""
 CAPTION = " ".join(["a"] * 470)
-"""With template and number about the 512 tokens that plans assume, whichever tokenizer serves."""
+"""Caption that has, with template and number, about the 512 tokens that plans assume, whichever tokenizer serves."""
 GUIDANCE = 4.0
 
 
@@ -58,10 +58,10 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True, help="folder with all weights that the phase needs")
     parser.add_argument("--scratch", type=Path, required=True, help="folder for what the phase writes")
     parser.add_argument("--hashes", type=Path, help="folder that remembers the weights' hashes from run to run")
-    parser.add_argument("--limit-gib", type=float, help="most that the process may take of the GPU")
+    parser.add_argument("--limit-gib", type=float, help="limit of the process's GPU memory")
     parser.add_argument("--size", type=int, default=1024, help="pixels")
-    parser.add_argument("--steps", type=int, default=4, help="of sampling")
-    parser.add_argument("--json", type=Path, required=True, help="where the result goes")
+    parser.add_argument("--steps", type=int, default=4, help="sampling steps")
+    parser.add_argument("--json", type=Path, required=True, help="file of the result")
     arguments = parser.parse_args()
     used_before = used_before_cuda(own_gpu(os.environ)) if torch.version.cuda else None
     result = MEASURES[arguments.phase](arguments)
@@ -74,7 +74,7 @@ def main() -> None:
 
 
 def process_peak_gib(stages: Sequence[Result], outside_gib: float | None) -> float | None:
-    """Of the whole process with its CUDA context, as the driver counts; None where nobody can say."""
+    """Returns the peak of the process with its CUDA context, as the driver counts; None where it is not known."""
     peak = max(stage["peak_reserved_gib"] for stage in stages)
     return None if outside_gib is None else round(peak + outside_gib, 3)
 
@@ -83,7 +83,7 @@ def process_peak_gib(stages: Sequence[Result], outside_gib: float | None) -> flo
 
 
 def measure_caching(arguments: argparse.Namespace) -> Result:
-    """Captions and pictures into an empty cache, each encoder in and out."""
+    """Measures encoding captions and pictures into an empty cache, each encoder loaded and removed."""
     data = write_pictures(arguments.scratch / "data", arguments.size, NUM_PICTURES, num_controls=0, num_words=1)
     for number in range(NUM_PICTURES):
         (data.images / f"{number}.txt").write_text(f"{number} {CAPTION}")
@@ -118,7 +118,7 @@ def measure_caching(arguments: argparse.Namespace) -> Result:
 
 
 def prepare_cache(scratch: Path, hashes: Path | None) -> Path:
-    """An empty cache folder, whose memory of the weights' hashes is shared: hashing 16 GB is no part of encoding."""
+    """Makes an empty cache folder that shares the weights' hashes: hashing 16 GB is no part of encoding."""
     cache = scratch / "cache"
     cache.mkdir(parents=True)
     if hashes is not None:
@@ -129,7 +129,7 @@ def prepare_cache(scratch: Path, hashes: Path | None) -> Path:
 
 @dataclass
 class Encodes:
-    """How long an encoder took."""
+    """Times of an encoder."""
 
     load_seconds: float = 0.0
     together: list[tuple[int, float]] = field(default_factory=list)
@@ -138,7 +138,7 @@ class Encodes:
     """Seconds of each of the same rows by itself."""
 
     def rates(self) -> Result:
-        """Rows a second. The first batch warms up, unless it is the only one."""
+        """Returns the rows a second. The first batch warms up, unless it is the only one."""
         batches = self.together[1:] or self.together
         rows = sum(count for count, _ in batches)
         alone = self.alone[self.together[0][0] :] or self.alone
@@ -151,7 +151,7 @@ class Encodes:
 
 
 def watched(open_encoder: Opening, encodes: Encodes) -> Opening:
-    """An encoder that is timed, and that encodes each batch's rows once more one by one.
+    """Wraps an encoder so that it is timed, and encodes each batch's rows once more one by one.
 
     That takes no more memory than the batch did, so the stage's peak is that of a run.
     """
@@ -180,7 +180,7 @@ def watched(open_encoder: Opening, encodes: Encodes) -> Opening:
 
 
 def measure_sampling(arguments: argparse.Namespace) -> Result:
-    """One picture, from its prompt."""
+    """Measures sampling one picture from its prompt."""
     output_dir = arguments.scratch / "samples"
     output_dir.mkdir(parents=True)
     request = sample.SampleRequest(
@@ -222,7 +222,7 @@ def measure_sampling(arguments: argparse.Namespace) -> Result:
 
 
 def watch_passes(family: ModelFamily) -> tuple[ModelFamily, list[tuple[float, float]]]:
-    """The family, and when each of its passes through the transformer began and ended."""
+    """Returns the family, and a list that gets the begin and end of each of its passes through the transformer."""
     passes: list[tuple[float, float]] = []
     watching = copy.copy(family)
 
@@ -237,7 +237,7 @@ def watch_passes(family: ModelFamily) -> tuple[ModelFamily, list[tuple[float, fl
 
 
 def seconds_of_steps(passes: Sequence[tuple[float, float]], passes_per_step: int) -> list[float]:
-    """From the first pass of a step to the first of the next, or to its own end; the first step warms up."""
+    """Returns the seconds between first passes of steps, or to the last one's end; the first step warms up."""
     begins = [began for began, _ in passes[::passes_per_step]]
     ends = [*begins[1:], passes[-1][1]]
     seconds = [end - began for began, end in zip(begins, ends, strict=True)]
@@ -248,7 +248,7 @@ def seconds_of_steps(passes: Sequence[tuple[float, float]], passes_per_step: int
 
 
 def with_plans(stages: StageLog, planned: dict[str, Phase]) -> list[Result]:
-    """The log's rows with what was planned for each; nothing is planned without a GPU."""
+    """Returns the log's rows with what was planned for each; nothing is planned without a GPU."""
     rows = []
     for row in stages.rows():
         phase = planned[row["stage"]]
@@ -258,7 +258,7 @@ def with_plans(stages: StageLog, planned: dict[str, Phase]) -> list[Result]:
 
 
 def now() -> float:
-    """Seconds, when the GPU has done all that was asked of it."""
+    """Reads the clock after the GPU has finished all work."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()

@@ -1,12 +1,12 @@
-"""Caching and sampling of full-size models within the memory of smaller cards.
+"""Measures caching and sampling of full-size models within the memory of smaller cards.
 
     python benchmarks/phases.py --output results --folder /dev/shm/models [MODEL,GIB ...]
 
 Training within a limit is no use if captions, pictures or samples need more, so each limit is put on those phases, too:
 `caching` is what `pixtune train` does before its first step, `sampling` is `pixtune sample`. Weights are random and of
 full size; they are written to `--folder` once a model (58 GB for Qwen-Image, 34 for FLUX.1-dev) and removed when its
-cells are done. Each cell runs in a process of its own, and its JSON is written at once; those that are there already
-are not run again. `--table` prints them.
+cells are done. Each cell runs in a process of its own, and its JSON is written at once; existing results are not
+measured again. `--table` prints them.
 """
 
 from __future__ import annotations
@@ -21,14 +21,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from architectures import ARCHITECTURES
-from cells import Result, read_arguments, run_cells, run_in_process
+from cells import (
+    Result,
+    check_model,
+    failed_line,
+    markdown_header,
+    markdown_line,
+    read_arguments,
+    run_cells,
+    run_in_process,
+)
 from random_folders import write_random_model
 
 from pixtune.errors import WriteError
 
 PHASES = ("caching", "sampling")
 LIMITS_GIB = {"qwen-image": (79, 23.3, 15.3, 11.4, 7.4), "flux": (79, 23.3, 11.4, 7.4, 5.5)}
-"""Those of card_sizes.py where what a phase does changes."""
+"""Limits of card_sizes.py at which the way of a phase changes."""
 STEPS = 4
 MOST_SECONDS = 300
 
@@ -44,16 +53,16 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """As a file's stem."""
+        """Stem of its file."""
         more = [f"size={self.size}"] if self.size != 1024 else []
         return "-".join([self.model, f"{self.limit_gib:g}", self.phase, *more]).replace(".", "_")
 
 
 def parse_cells(texts: Sequence[str], phases: Sequence[str]) -> list[Cell]:
-    """A model's cells together, so that its weights are written once; caching first, which needs less of them.
+    """Reads cells, a model's together, so that its weights are written once; caching first, which needs less of them.
 
     Raises:
-        ValueError: not `MODEL,GIB[,PIXELS]`, or a model or phase that there is none of.
+        ValueError: a cell is not `MODEL,GIB[,PIXELS]`, or there is no such model or phase.
     """
     if unknown := [phase for phase in phases if phase not in PHASES]:
         raise ValueError(f"{unknown[0]}: a phase is one of {', '.join(PHASES)}")
@@ -71,11 +80,9 @@ def parse_cells(texts: Sequence[str], phases: Sequence[str]) -> list[Cell]:
 
 
 def parse_cell(text: str) -> tuple[str, float, int]:
-    """Model, limit in GiB, side of the pictures in pixels."""
+    """Reads model, limit in GiB and side of the pictures in pixels."""
     model, limit, *size = text.split(",")
-    known = [name for name, architecture in ARCHITECTURES.items() if architecture.text_encoders]
-    if model not in known:
-        raise ValueError(f"{text}: the model is one of {', '.join(known)}")
+    check_model(model, text, [name for name, architecture in ARCHITECTURES.items() if architecture.text_encoders])
     return model, float(limit), int(size[0]) if size else 1024
 
 
@@ -85,14 +92,14 @@ class Weights:
 
     place: Path
     keep: bool
-    """What was written stays for the next call."""
+    """Whether written folders stay for the next call."""
     _current: str | None = field(default=None, init=False)
 
     def provide(self, model: str, with_transformer: bool) -> Path:
-        """The model's folder, written if it is not there.
+        """Returns the model's folder, and writes it if it is missing.
 
         Raises:
-            WriteError: no room.
+            WriteError: there is no room for it.
         """
         if self._current != model:
             self.remove()
@@ -104,11 +111,11 @@ class Weights:
         return self.place / model
 
     def hashes(self, model: str) -> Path:
-        """Beside the model's folder, and gone with it."""
+        """Returns the folder of a model's hashes, which is removed with the model's."""
         return self.place / f"{model}-hashes"
 
     def remove(self) -> None:
-        """Gives its disk space back."""
+        """Removes the current model's folders."""
         if self._current is not None and not self.keep:
             for folder in (self.place / self._current, self.hashes(self._current)):
                 if folder.exists():
@@ -117,7 +124,7 @@ class Weights:
 
 
 def run_cell(cell: Cell, weights: Weights, output: Path, steps: int) -> Result:
-    """Runs a cell; one that fails leaves its last words, and all of them in NAME.log."""
+    """Runs a cell; one that fails leaves its last line, and all lines in NAME.log."""
     model_folder = weights.provide(cell.model, with_transformer=cell.phase == "sampling")
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
@@ -138,10 +145,10 @@ COLUMNS = ("model", "limit, GiB", "phase", "stage", "on the device", "planned Gi
 
 
 def rows(result: Result) -> list[str]:
-    """A line for each stage of a cell."""
+    """Formats a line for each stage of a cell."""
     begin = [result["model"], f"{result['limit_gib']:g}", result["phase"]]
     if "failed" in result:
-        return [line([*begin, f"failed: {result['failed'][:160]}", *[""] * (len(COLUMNS) - 4)])]
+        return [failed_line(begin, result, len(COLUMNS))]
     outside, speeds = result["outside_allocator_gib"], speed_of_stages(result)
     lines = []
     for stage in result["stages"]:
@@ -149,12 +156,13 @@ def rows(result: Result) -> list[str]:
         within = "" if process is None else "yes" if process <= result["limit_gib"] else "NO"
         gib = [stage["planned_gib"], stage["peak_gib"], stage["peak_reserved_gib"], process]
         figures = ["" if value is None else f"{value:.2f}" for value in gib]
-        lines.append(line([*begin, stage["stage"], stage["holds"], *figures, within, speeds.get(stage["stage"], "")]))
+        speed = speeds.get(stage["stage"], "")
+        lines.append(markdown_line([*begin, stage["stage"], stage["holds"], *figures, within, speed]))
     return lines
 
 
 def speed_of_stages(result: Result) -> dict[str, str]:
-    """In words, by the stage's name."""
+    """Describes the speed of stages, by their names."""
     if result["phase"] == "sampling":
         return {"pictures drawn": f"{result['seconds_per_step']:.3f} s/step"}
     return {
@@ -163,31 +171,24 @@ def speed_of_stages(result: Result) -> dict[str, str]:
     }
 
 
-def line(columns: Sequence[str]) -> str:
-    """Of a Markdown table."""
-    return f"| {' | '.join(columns)} |"
-
-
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Of this script alone."""
-    parser.add_argument("--folder", type=Path, help="for models' folders; a fast disk, or memory: /dev/shm/models")
-    parser.add_argument("--phases", default=",".join(PHASES), help="which ones, joined by commas")
-    parser.add_argument("--keep", action="store_true", help="leave the models' folders there for the next call")
+    """Adds the options of this script alone."""
+    parser.add_argument("--folder", type=Path, help="place of models' folders; a fast disk, or memory: /dev/shm/models")
+    parser.add_argument("--phases", default=",".join(PHASES), help="phases to measure, joined by commas")
+    parser.add_argument("--keep", action="store_true", help="leave the models' folders for the next call")
 
 
 def main() -> None:
     arguments = read_arguments(__doc__, "MODEL,GIB[,PIXELS]", STEPS, add_options)
     with tempfile.TemporaryDirectory() as temporary:
         weights = Weights(arguments.folder or Path(temporary), arguments.keep)
-        print(line(COLUMNS) + "\n|" + "---|" * len(COLUMNS))
+        print(markdown_header(COLUMNS))
         try:
             run_cells(
                 parse_cells(arguments.cells, arguments.phases.split(",")),
-                arguments.output,
+                arguments,
                 lambda cell: run_cell(cell, weights, arguments.output, arguments.steps),
                 lambda cell, result: print("\n".join(rows(result)), flush=True),
-                arguments.no_later_than,
-                arguments.table,
             )
         finally:
             weights.remove()

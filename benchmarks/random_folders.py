@@ -1,8 +1,8 @@
-"""Full-size models' folders with random weights, written in seconds: what loading, caching and sampling need.
+"""Writes full-size models' folders with random weights in seconds, for loading, caching and sampling.
 
-Every file has the names, shapes and number format of the real one, so the usual code reads it. Values are those of one
-pool of random numbers, used again and again: none overflows, and none means anything. Tokenizers are a small model's;
-the vocabulary is as large as the real one.
+Every file has the names, shapes and number format of the real one, so the usual code reads it. Values come from one
+pool of random numbers that is used again and again: none overflows, and none means anything. Tokenizers are a small
+model's; the vocabulary is as large as the real one.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 import diffusers
 import torch
 import transformers
-from architectures import Architecture
+from architectures import Architecture, write_json
 from torch import Tensor, nn
 
 from pixtune.errors import WriteError
@@ -27,12 +27,12 @@ from pixtune.storage.loading import save_safetensors_sharded
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
 STANDARD_DEVIATION = 0.02
-"""Of weights, as models are commonly initialised."""
+"""Standard deviation of weights, as models are commonly initialized."""
 DRAWN_NUMBERS = 1 << 25
-"""So many different values; the pool is these over and over, as long as the largest tensor."""
+"""Number of different values; the pool repeats them up to the length of the largest tensor."""
 WRITING_THREADS = 8
 SPARE_BYTES = GIB
-"""Left free on the disk."""
+"""Disk space that is left free."""
 
 
 @dataclass(frozen=True)
@@ -41,12 +41,12 @@ class Part:
 
     name: str
     stem: str
-    """Of its files' names."""
+    """Beginning of its files' names."""
     config: dict[str, Any]
     model: nn.Module
-    """On the meta device."""
+    """Model on the meta device."""
     names_in_files: Mapping[str, str] = field(default_factory=dict)
-    """See `TextEncoder`."""
+    """Beginnings of parameters' names, as in `TextEncoder`."""
 
     @property
     def num_bytes(self) -> int:
@@ -54,18 +54,19 @@ class Part:
 
 
 def write_random_model(folder: Path, model: Architecture, with_transformer: bool = True) -> int:
-    """A model folder with random weights in bf16. Parts that are there already stay as they are.
+    """Writes a model folder with random weights in bf16. Parts that exist already stay as they are.
 
     Args:
-        with_transformer: False: caching needs its config alone.
+        with_transformer: whether the transformer's weights are needed; caching needs its config alone.
 
     Returns:
         Bytes of weights that were written.
 
     Raises:
-        WriteError: they do not fit the disk, or could not be written.
+        WriteError: the weights do not fit the disk, or could not be written.
     """
-    missing = [part for part in parts_of(model, with_transformer) if not is_complete(folder / part.name)]
+    parts = parts_of(model, with_transformer)
+    missing = [part for part in parts if not (folder / part.name / COMPLETE).is_file()]
     check_space(folder, sum(part.num_bytes for part in missing))
     small = ASSETS / model.small_model
     shutil.copytree(small, folder, ignore=shutil.ignore_patterns("*.safetensors", "config.json"), dirs_exist_ok=True)
@@ -84,16 +85,11 @@ def write_random_model(folder: Path, model: Architecture, with_transformer: bool
 
 
 COMPLETE = ".complete"
-"""Written last: a part without it was broken off, and is made again."""
-
-
-def is_complete(part_folder: Path) -> bool:
-    """Whether a part was written to its end."""
-    return (part_folder / COMPLETE).is_file()
+"""File that is written last: a part without it was interrupted, and is written again."""
 
 
 def parts_of(model: Architecture, with_transformer: bool) -> list[Part]:
-    """All components with weights, none of which has values."""
+    """Builds all components that have weights on the meta device."""
     parts = []
     for name, encoder in model.text_encoders.items():
         config = merged(json.loads((ASSETS / model.small_model / name / "config.json").read_text()), encoder.values)
@@ -110,7 +106,7 @@ def parts_of(model: Architecture, with_transformer: bool) -> list[Part]:
 
 
 def name_in_file(name: str, beginnings: Mapping[str, str]) -> str:
-    """A parameter's, with its beginning as the published files have it."""
+    """Returns a parameter's name with its beginning as the published files have it."""
     for in_class, in_files in beginnings.items():
         if name.startswith(in_class):
             return in_files + name.removeprefix(in_class)
@@ -118,15 +114,15 @@ def name_in_file(name: str, beginnings: Mapping[str, str]) -> str:
 
 
 def merged(config: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
-    """`config` with `values` in their places, section by section."""
+    """Returns `config` with `values` in their places, section by section."""
     inner = {key: merged(config[key], value) for key, value in values.items() if isinstance(value, dict)}
     return {**config, **values, **inner}
 
 
 def random_weights(model: nn.Module) -> dict[str, Tensor]:
-    """Values for a model on the meta device, all of them views of one pool. A tied weight comes once, as in real files.
+    """Returns values for a model on the meta device, all views of one pool. Tied weights come once, as in files.
 
-    Scales are one and offsets zero: a norm's weights are no matrix.
+    Scales are one and offsets zero: a norm's weights are not a matrix.
     """
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     longest = max(shape.numel() for shape in shapes.values())
@@ -146,9 +142,10 @@ def random_weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 def check_space(folder: Path, num_bytes: int) -> None:
-    """
+    """Checks that a folder's disk has room for `num_bytes`.
+
     Raises:
-        WriteError: the disk that `folder` is to be on has no room for so much.
+        WriteError: it has not.
     """
     place = next(place for place in (folder, *folder.parents) if place.exists())
     free = shutil.disk_usage(place).free
@@ -157,9 +154,3 @@ def check_space(folder: Path, num_bytes: int) -> None:
             f"{folder} would take {num_bytes / GIB:.1f} GiB, and {free / GIB:.1f} GiB are free in {place}. Give a "
             "--folder on another disk, or write less: --phases caching needs no transformer."
         )
-
-
-def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """With its folder, if that is missing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(values, indent=1))

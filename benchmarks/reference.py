@@ -1,7 +1,7 @@
-"""The step that others take: python benchmarks/reference.py --model flux [--compile] --json FILE
+"""Measures a step of diffusers and PEFT: python benchmarks/reference.py --model flux [--compile] --json FILE
 
 diffusers' own transformer with random weights, a LoRA of PEFT on the same layers, AdamW, gradient checkpointing, bf16,
-in a bare loop: no data is read, nothing is logged. Eager, or with the repeated blocks compiled by diffusers' own
+in a bare loop: no data is read, nothing is logged. It runs eager, or with the repeated blocks compiled by diffusers'
 `compile_repeated_blocks`. Nothing of pixtune takes part in the step. The LoRA has the base's format, as PEFT makes it,
 which is faster than fp32. Prints the table of `pixtune bench`, and writes the same JSON.
 """
@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
@@ -29,13 +28,14 @@ from pixtune.bench.flops import StepSize, read_linears, step_flops
 from pixtune.bench.peaks import measure_peaks
 from pixtune.bench.result import Case, Formats, Memory, Result, Timing, make_result, render
 from pixtune.families import FAMILIES
+from pixtune.hardware.facts import GIB
+from pixtune.tracking.figures import mark_time, seconds_between
 
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 PIXELS_PER_TOKEN = 16
 CONTROL_PIXELS = 1024
 WARM_UP_STEPS = 3
 LEARNING_RATE = 1e-4
-GIB = 2**30
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Settings:
 
     @property
     def picture_grids(self) -> list[tuple[int, int]]:
-        """Rows and columns of tokens of the target, then of each control."""
+        """Rows and columns of the target's tokens, then of each control's."""
         sides = [self.resolution_pixels, *[CONTROL_PIXELS] * self.num_controls]
         return [(side // PIXELS_PER_TOKEN, side // PIXELS_PER_TOKEN) for side in sides]
 
@@ -67,7 +67,7 @@ class Settings:
 
 
 def build_model(settings: Settings, device: torch.device) -> Any:
-    """The stock class with random bf16 weights on the device, and a LoRA."""
+    """Builds the stock class with random bf16 weights on the device, and a LoRA."""
     from accelerate import init_empty_weights
     from peft import LoraConfig
 
@@ -91,7 +91,7 @@ def build_model(settings: Settings, device: torch.device) -> Any:
 
 
 def build_inputs(settings: Settings, model: Any, device: torch.device) -> dict[str, Any]:
-    """All that the transformer is given besides noisy latents and their noise levels."""
+    """Builds all inputs of the transformer besides noisy latents and their noise levels."""
     config, batch = model.config, settings.batch_size
 
     def features(*shape: int) -> Tensor:
@@ -113,7 +113,7 @@ def build_inputs(settings: Settings, model: Any, device: torch.device) -> dict[s
 
 
 def flow_matching_loss(model: Any, latents_BLC: Tensor, controls_BLC: Tensor, inputs: dict[str, Any]) -> Tensor:
-    """Mean squared error of the predicted velocity, noise minus latents, at a random noise level.
+    """Computes the mean squared error of the predicted velocity, noise minus latents, at a random noise level.
 
     Liu et al. 2022 (arXiv 2209.03003), equation 1, with logit-normal levels (Esser et al. 2024, arXiv 2403.03206, 3.1).
     """
@@ -132,7 +132,7 @@ def flow_matching_loss(model: Any, latents_BLC: Tensor, controls_BLC: Tensor, in
 
 
 def build_step(settings: Settings, model: Any, device: torch.device) -> Callable[[], Tensor]:
-    """A function that takes one training step and returns its loss."""
+    """Builds a function that takes one training step and returns its loss."""
     inputs, channels = build_inputs(settings, model, device), model.config.in_channels
     num_target, num_all = math.prod(settings.picture_grids[0]), settings.num_image_tokens
     latents_BLC = torch.randn(settings.batch_size, num_target, channels, device=device)
@@ -155,26 +155,16 @@ def build_step(settings: Settings, model: Any, device: torch.device) -> Callable
 
 
 def time_steps(step: Callable[[], Tensor], num_steps: int, device: torch.device) -> Timing:
-    """Seconds of each step; on a GPU by its own clock, the host running ahead as far as it can."""
-    losses, marks = [], []
-
-    def mark() -> None:
-        marks.append(torch.cuda.Event(enable_timing=True) if device.type == "cuda" else time.perf_counter())
-        if device.type == "cuda":
-            marks[-1].record()
-
-    mark()
+    """Times each step; on a GPU by its own clock, while the host runs ahead as far as it can."""
+    losses, marks = [], [mark_time(device)]
     for number in range(WARM_UP_STEPS + num_steps):
         losses.append(step())
-        mark()
+        marks.append(mark_time(device))
         if device.type == "cuda" and number < WARM_UP_STEPS:
             torch.cuda.synchronize(device)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    seconds = [
-        before.elapsed_time(after) / 1000 if device.type == "cuda" else after - before
-        for before, after in pairwise(marks)
-    ]
+    seconds = [seconds_between(before, after) for before, after in pairwise(marks)]
     return Timing(
         seconds=tuple(seconds[WARM_UP_STEPS:]),
         num_warm_up_steps=WARM_UP_STEPS,
@@ -186,7 +176,7 @@ def time_steps(step: Callable[[], Tensor], num_steps: int, device: torch.device)
 
 
 def measure(settings: Settings, device: torch.device) -> Result:
-    """A whole reference run."""
+    """Measures a whole reference run."""
     torch.backends.cuda.enable_cudnn_sdp(settings.cudnn_attention)
     torch.manual_seed(0)
     model = build_model(settings, device)
@@ -194,7 +184,8 @@ def measure(settings: Settings, device: torch.device) -> Result:
     shapes = {
         name.replace(".base_layer", ""): tuple(p.shape) for name, p in model.named_parameters() if name not in trained
     }
-    width, num_blocks = model.config.num_attention_heads * model.config.attention_head_dim, count_blocks(model)
+    width = model.config.num_attention_heads * model.config.attention_head_dim
+    num_blocks = sum(type(module).__name__ in model._repeated_blocks for module in model.modules())
     timing = time_steps(build_step(settings, model, device), settings.num_steps, device)
     memory = Memory(None, None)
     if device.type == "cuda":
@@ -226,7 +217,7 @@ def measure(settings: Settings, device: torch.device) -> Result:
 
 
 def plan_of(settings: Settings) -> dict[str, Any]:
-    """What stands in the place of a plan."""
+    """Describes the run in the place of a plan."""
     how = "the repeated blocks compiled" if settings.compile else "eager"
     attention = "PyTorch's own choice of attention" if settings.cudnn_attention else "attention without cuDNN"
     return {
@@ -234,11 +225,6 @@ def plan_of(settings: Settings) -> dict[str, Any]:
         "weights_format": "bf16",
         "compile": settings.compile,
     }
-
-
-def count_blocks(model: Any) -> int:
-    """Repeated blocks of all kinds."""
-    return sum(type(module).__name__ in model._repeated_blocks for module in model.modules())
 
 
 def main() -> None:

@@ -1,9 +1,9 @@
-"""How the cost grows: python benchmarks/sweep.py --output DIR --no-later-than 480 [CELL ...]
+"""Measures how the cost grows: python benchmarks/sweep.py --output DIR --no-later-than 480 [CELL ...]
 
-Resolutions, batch sizes, edit models with one and two controls, and the memory of smaller cards, one at a time around
-1024x1024 pixels and batch 1. Cells run as in headline.py, and what is there already is not run again: about four calls
-of ten minutes on one H100 measure all. Each call first measures the compiled reference of each model that it comes to,
-since machines differ; a cell's last column is its model TFLOP/s over those of its own call's reference.
+Resolutions, batch sizes, edit models with one and two controls, and the memory of smaller cards vary one at a time
+around 1024x1024 pixels and batch 1. Cells run as in headline.py, and existing results are not measured again: about
+four calls of ten minutes on one H100 measure all. Each call first measures the compiled reference of each model that it
+comes to, since machines differ; a cell's last column is its model TFLOP/s over those of its own call's reference.
 
 A cell is written as MODEL,SIZE,BATCH,CONTROLS[,key=value ...]: `qwen-image,2048,1,0`.
 """
@@ -15,12 +15,12 @@ from pathlib import Path
 
 from architectures import ARCHITECTURES
 from card_sizes import LIMITS_GIB
-from cells import Result, StepCell, measure_steps, read_arguments, run_cells, table_header, table_row
+from cells import Result, StepCell, check_model, measure_steps, read_arguments, run_cells, table_header, table_row
 
 from pixtune.storage.files import write_atomically
 
 BASES = {name: "flux" if name.startswith("flux") else "qwen-image" for name in ARCHITECTURES}
-"""The model whose reference a model is compared with."""
+"""Model whose reference each model is compared with."""
 RESOLUTIONS_PIXELS = (512, 1024, 1328, 1536, 2048)
 BATCH_SIZES = (2, 4)
 EDIT_MODEL, NUM_CONTROLS = "qwen-image-edit-2509", (1, 2)
@@ -29,7 +29,7 @@ MOST_SECONDS = 420
 
 
 def sweep_cells() -> list[StepCell]:
-    """All of them, model by model, so that a call needs few references."""
+    """Returns all cells, model by model, so that a call needs few references."""
     cells = []
     for model, limits in LIMITS_GIB.items():
         cells += [StepCell(model, resolution) for resolution in RESOLUTIONS_PIXELS]
@@ -41,7 +41,7 @@ def sweep_cells() -> list[StepCell]:
 
 
 def labelled(cell: StepCell) -> StepCell:
-    """Named after its overrides."""
+    """Returns a cell that is named after its overrides."""
     return StepCell(
         cell.model, cell.resolution_pixels, cell.batch_size, cell.num_controls, cell.overrides,
         label=", ".join(cell.overrides),
@@ -49,13 +49,13 @@ def labelled(cell: StepCell) -> StepCell:
 
 
 def parse_cell(text: str) -> StepCell:
-    """
+    """Reads `MODEL,SIZE,BATCH,CONTROLS[,key=value ...]`.
+
     Raises:
-        ValueError: not as the module says.
+        ValueError: it is not written so.
     """
     model, resolution, batch_size, num_controls, *overrides = text.split(",")
-    if model not in ARCHITECTURES:
-        raise ValueError(f"{text}: the model is one of {', '.join(ARCHITECTURES)}")
+    check_model(model, text)
     return labelled(StepCell(model, int(resolution), int(batch_size), int(num_controls), tuple(overrides)))
 
 
@@ -67,7 +67,7 @@ class CallReferences:
         self._results: dict[str, Result] = {}
 
     def of(self, model: str) -> Result:
-        """Measures it when it is asked for first."""
+        """Returns a model's reference, measured when it is first asked for."""
         base = BASES[model]
         if base not in self._results:
             number = 1 + len(list(self._output.glob(f"{base}-*reference_of_call_*.json")))
@@ -79,7 +79,7 @@ class CallReferences:
 
 
 def measure_beside_reference(cell: StepCell, references: CallReferences, output: Path, num_steps: int) -> Result:
-    """A cell's result, with its call's reference in a few words."""
+    """Measures a cell, and adds the main figures of its call's reference."""
     reference = references.of(cell.model)
     result = measure_steps(cell, output, num_steps, MOST_SECONDS)
     if "failed" in reference:
@@ -94,7 +94,7 @@ def measure_beside_reference(cell: StepCell, references: CallReferences, output:
 
 
 def over_reference(result: Result) -> str:
-    """Model TFLOP/s over those of the call's reference."""
+    """Formats the ratio of model TFLOP/s to those of the call's reference."""
     if "failed" in result or "failed" in result["reference"]:
         return ""
     return f"{result['tflop_per_second']['model'] / result['reference']['model_tflop_per_second']:.2f}"
@@ -104,16 +104,12 @@ def main() -> None:
     arguments = read_arguments(__doc__, "MODEL,SIZE,BATCH,CONTROLS[,key=value ...]", STEPS)
     references = CallReferences(arguments.output, arguments.steps)
     print(table_header(["times its reference's TFLOP/s"]))
-    left = run_cells(
+    run_cells(
         [parse_cell(text) for text in arguments.cells] or sweep_cells(),
-        arguments.output,
+        arguments,
         lambda cell: measure_beside_reference(cell, references, arguments.output, arguments.steps),
         lambda cell, result: print(table_row(cell, result, [over_reference(result)]), flush=True),
-        arguments.no_later_than,
-        arguments.table,
     )
-    if left:
-        print(f"\nnot run yet: {', '.join(cell.name for cell in left)}")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -162,15 +163,14 @@ def test_what_is_there_is_not_measured_again(architectures: ModuleType, tmp_path
         measured.append(cell.resolution_pixels)
         return {"side": cell.resolution_pixels}
 
-    def run(some: list[Any], **how: Any) -> list[Any]:
+    def run(some: list[Any], table: bool = False, no_later_than: float = 1e9) -> list[Any]:
         shown.clear()
-        left: list[Any] = cells.run_cells(
-            some, tmp_path, measure, lambda cell, result: shown.append(result["side"]), **how
-        )
+        arguments = Namespace(output=tmp_path, table=table, no_later_than=no_later_than)
+        left: list[Any] = cells.run_cells(some, arguments, measure, lambda cell, result: shown.append(result["side"]))
         return left
 
     assert run(wanted[:1]) == [] and measured == [1]
-    assert run(wanted, table_only=True) == wanted[1:] and measured == [1] and shown == [1]
+    assert run(wanted, table=True) == wanted[1:] and measured == [1] and shown == [1]
     assert run(wanted, no_later_than=0.0) == wanted[1:] and measured == [1]
     assert run(wanted) == [] and measured == [1, 2, 3] and shown == [1, 2, 3]
 
@@ -279,6 +279,16 @@ def test_card_sizes_keeps_its_files_and_its_table(
 
 
 # ---- card_sizes.py
+
+
+@pytest.mark.usefixtures("architectures")
+def test_every_stored_result_can_be_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    """Older ones have other names in their plans."""
+    card_sizes = script("card_sizes")
+    stored = [json.loads(path.read_text()) for path in (BENCHMARKS / "results").glob("card_size_*.json")]
+    rows = [card_sizes.row(result) for result in stored]
+    assert len(rows) > 20 and any("cheap recomputed" in row for row in rows)
+    assert {row.count("|") for row in rows} == {len(card_sizes.COLUMNS) + 1}
 
 
 @pytest.mark.usefixtures("architectures")
