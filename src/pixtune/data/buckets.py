@@ -28,6 +28,10 @@ DEFAULT_MAX_ASPECT = 4.0
 """Longest side over shortest side beyond which a picture is cropped: a panorama trains as its middle."""
 
 
+Box = tuple[float, float, float, float]
+"""(left, top, right, bottom) of a part of a picture, in pixels of the upright original; fractions occur."""
+
+
 @dataclass(frozen=True)
 class Buckets:
     """The sizes that pictures of normal resolution are trained at, and the rules for the others."""
@@ -42,14 +46,13 @@ class Buckets:
 class Framing:
     """How one picture is turned into training pixels: cut `crop_box` out, scale it to `width` x `height`.
 
-    `crop_box` is (left, top, right, bottom) in pixels of the upright original, not whole numbers in general.
     `scale` is output pixels per original pixel, the same for both axes.
     """
 
     width: int
     height: int
     scale: float
-    crop_box: tuple[float, float, float, float]
+    crop_box: Box
     share_lost: float
     """Share of the picture's area that is cut off, 0 to 1."""
 

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from pixtune.data.buckets import Framing
+from pixtune.data.buckets import Box, Framing
 from pixtune.sizes import Size
 
 SAME_SHAPE = 0.01
@@ -41,6 +41,18 @@ def same_shape(one: Size, other: Size) -> bool:
     return abs(math.log(one[0] / one[1] / (other[0] / other[1]))) < SAME_SHAPE
 
 
+def same_part(box: Box, picture: Size, other: Size) -> Box:
+    """The part of another picture of the same shape that shows what `box` cuts out of `picture`."""
+    across, down = other[0] / picture[0], other[1] / picture[1]
+    left, top, right, bottom = box
+    return left * across, top * down, min(right * across, other[0]), min(bottom * down, other[1])
+
+
+def frame_box(box: Box, size: Size, share_lost: float) -> Framing:
+    """Cuts `box` out and brings it to a size of about its shape."""
+    return Framing(size[0], size[1], size[0] / (box[2] - box[0]), box, share_lost)
+
+
 def frame_control(control: Size, target: Size, target_framing: Framing, rules: ControlRules) -> ControlFraming:
     """Frames a control picture beside its target.
 
@@ -51,16 +63,13 @@ def frame_control(control: Size, target: Size, target_framing: Framing, rules: C
         control, target: sizes of the upright originals in pixels.
     """
     if same_shape(control, target) and target_framing.share_lost > 0:
-        across, down = control[0] / target[0], control[1] / target[1]
-        left, top, right, bottom = target_framing.crop_box
-        box = (left * across, top * down, min(right * across, control[0]), min(bottom * down, control[1]))
-        used = target_framing.size
+        box, used = same_part(target_framing.crop_box, target, control), target_framing.size
     else:
         box, used = (0.0, 0.0, float(control[0]), float(control[1])), control
 
     def frame(size: Size) -> Framing:
         share_kept = (box[2] - box[0]) * (box[3] - box[1]) / (control[0] * control[1])
-        return Framing(size[0], size[1], size[0] / (box[2] - box[0]), box, 1.0 - share_kept)
+        return frame_box(box, size, 1.0 - share_kept)
 
     return ControlFraming(
         frame(rules.latents_size(used)), frame(rules.vision_size(used)) if rules.vision_size else None

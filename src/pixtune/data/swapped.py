@@ -20,8 +20,7 @@ import torch
 from torch import Tensor
 
 from pixtune import randomness
-from pixtune.data.buckets import Framing
-from pixtune.data.controls import ControlRules, frame_control, same_shape
+from pixtune.data.controls import ControlRules, frame_box, frame_control, same_part, same_shape
 from pixtune.data.encode import FramedPicture, TextItem
 from pixtune.data.encodings import Encodings, control_pictures, target_picture, text_item
 from pixtune.data.examples import Example
@@ -115,10 +114,7 @@ def swap(example: Example, target: Size, control: Size, rules: ControlRules) -> 
         target, control: sizes of the upright originals in pixels, of one shape.
     """
     framing = example.framings[0]
-    across, down = control[0] / target[0], control[1] / target[1]
-    left, top, right, bottom = framing.crop_box
-    box = (left * across, top * down, min(right * across, control[0]), min(bottom * down, control[1]))
-    turned = Framing(framing.width, framing.height, framing.width / (box[2] - box[0]), box, framing.share_lost)
+    turned = frame_box(same_part(framing.crop_box, target, control), framing.size, framing.share_lost)
     return Example(
         f"{example.name}, swapped",
         example.control_paths[0],

@@ -17,7 +17,7 @@ from pixtune.engine.attention import with_dense_gradient
 from pixtune.engine.heads import Stream, join_heads
 from pixtune.engine.lora import project
 from pixtune.engine.mlp import mlp
-from pixtune.families.joint_streams import heads_of, project_out
+from pixtune.families.joint_streams import attend, joint_heads, project_out
 
 
 def compute_by_ours(model: Any) -> None:
@@ -57,10 +57,12 @@ class JointAttention:
         image_rotary_emb: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         assert image_rotary_emb is not None
-        inputs = (attn, hidden_states, encoder_hidden_states, image_rotary_emb)
-        query, key, value = recompute(joint_heads, inputs, {}) if self.recomputes_projections else joint_heads(*inputs)
-        attended = attend(query, key, value, attention_mask)
-        return project_out(attn, attended, encoder_hidden_states.shape[1])
+        num_text_tokens = encoder_hidden_states.shape[1]
+        text_rotary, image_rotary = image_rotary_emb.split([num_text_tokens, hidden_states.shape[1]])
+        query, key, value = joint_heads(
+            attn, hidden_states, encoder_hidden_states, image_rotary, text_rotary, self.recomputes_projections
+        )
+        return project_out(attn, attend(query, key, value, attention_mask), num_text_tokens)
 
 
 class AttentionBesideMlp:
@@ -110,25 +112,7 @@ def single_block(
     return text_BTC.clone(), image_BLC.clone()
 
 
-def joint_heads(attn: Any, image_BLC: Tensor, text_BTC: Tensor, rotary: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries and keys, rotated, and values of text and image tokens; shape (B, T + L, H, D) each.
-
-    Args:
-        rotary: cosine and sine of each token's angles, shape (T + L, D / 2, 2).
-    """
-    text_rotary, image_rotary = rotary.split([text_BTC.shape[1], image_BLC.shape[1]])
-    return heads_of(attn, image_BLC, text_BTC, image_rotary, text_rotary)
-
-
 def single_heads(attn: Any, states_BLC: Tensor, rotary: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The same of one stream."""
     projected = project(states_BLC, (attn.to_q, attn.to_k, attn.to_v))
     return join_heads((Stream(projected, attn.norm_q, attn.norm_k, rotary),), attn.head_dim)
-
-
-def attend(query_BLHD: Tensor, key_BLHD: Tensor, value_BLHD: Tensor, mask: Tensor | None) -> Tensor:
-    """Heads side by side in the result, (B, L, H * D)."""
-    from diffusers.models.attention_dispatch import dispatch_attention_fn
-
-    attended_BLHD = dispatch_attention_fn(query_BLHD, key_BLHD, value_BLHD, attn_mask=mask)
-    return attended_BLHD.flatten(2, 3).to(query_BLHD.dtype)

@@ -1,4 +1,4 @@
-"""The ways into and out of an attention that image and text tokens share, in diffusers' names for its layers.
+"""An attention that image and text tokens share, in diffusers' names for its layers.
 
 The layers that read one input go through `engine.lora.project` together.
 """
@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from pixtune.engine.activations import recompute
 from pixtune.engine.heads import Stream, join_heads
 from pixtune.engine.lora import project
 
@@ -24,6 +25,26 @@ def heads_of(
         Stream(image, attn.norm_q, attn.norm_k, image_rotary),
     )
     return join_heads(streams, attn.inner_dim // attn.heads)
+
+
+def joint_heads(
+    attn: Any, image_BLC: Tensor, text_BTC: Tensor, image_rotary: Tensor, text_rotary: Tensor, recomputed: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Computes `heads_of`, and again in the backward pass if they are to be recomputed."""
+    inputs = (attn, image_BLC, text_BTC, image_rotary, text_rotary)
+    return recompute(heads_of, inputs, {}) if recomputed else heads_of(*inputs)
+
+
+def attend(query_BLHD: Tensor, key_BLHD: Tensor, value_BLHD: Tensor, mask: Tensor | None) -> Tensor:
+    """Attends by diffusers' current kernel; heads lie side by side in the result, (B, L, H * D)."""
+    from diffusers.models.attention_dispatch import dispatch_attention_fn
+
+    return join(dispatch_attention_fn(query_BLHD, key_BLHD, value_BLHD, attn_mask=mask), query_BLHD)
+
+
+def join(attended_BLHD: Tensor, query_BLHD: Tensor) -> Tensor:
+    """Puts heads side by side, (B, L, H * D), in the number format of the queries."""
+    return attended_BLHD.flatten(2, 3).to(query_BLHD.dtype)
 
 
 def project_out(attn: Any, attended_BSC: Tensor, num_text_tokens: int) -> tuple[Tensor, Tensor]:

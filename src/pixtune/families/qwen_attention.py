@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pixtune.engine.activations import recompute
 from pixtune.engine.padded_attention import attend_padded, padding_kernel
-from pixtune.families.joint_streams import heads_of, project_out
+from pixtune.families.joint_streams import attend, join, joint_heads, project_out
 
 
 class RealRotaryEmbedding(nn.Module):
@@ -48,19 +47,15 @@ class JointAttention:
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
         real_BL: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        from diffusers.models.attention_dispatch import dispatch_attention_fn
-
         assert image_rotary_emb is not None
-        inputs = (attn, hidden_states, encoder_hidden_states, *image_rotary_emb)
-        query, key, value = recompute(heads_of, inputs, {}) if self.recomputes_projections else heads_of(*inputs)
+        query, key, value = joint_heads(
+            attn, hidden_states, encoder_hidden_states, *image_rotary_emb, self.recomputes_projections
+        )
         if encoder_hidden_states_mask is not None:
             image_mask = torch.ones(hidden_states.shape[:2], dtype=torch.bool, device=hidden_states.device)
             attention_mask = torch.cat([encoder_hidden_states_mask, image_mask], dim=1)[:, None, None, :]
         if real_BL is not None:
-            attended = attend_padded(query, key, value, real_BL, padding_kernel(query.device))
+            attended = join(attend_padded(query, key, value, real_BL, padding_kernel(query.device)), query)
         else:
-            attended = dispatch_attention_fn(
-                query, key, value, attn_mask=attention_mask, dropout_p=0.0, is_causal=False
-            )
-        attended = attended.flatten(2, 3).to(query.dtype)
+            attended = attend(query, key, value, attention_mask)
         return project_out(attn, attended, encoder_hidden_states.shape[1])
