@@ -1,4 +1,4 @@
-"""From a config and a model folder to a plan: what `plan.training` decides on, gathered without loading a weight."""
+"""Way from a config and a model folder to a plan: gathers what `plan` decides on without loading a weight."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from pixtune.config.schema import TrainConfig
 from pixtune.family import ModelFamily, Shapes
-from pixtune.hardware.facts import MEMORY_FRACTION, HardwareFacts, host_room_bytes
+from pixtune.hardware.facts import HardwareFacts, host_room_bytes
 from pixtune.hardware.read import read_facts
 from pixtune.plan.demands import demands_of
 from pixtune.plan.encoders import EncoderPlan, EncoderSizes, plan_encoders
@@ -35,30 +35,31 @@ def plan_on_this_machine(
     device: torch.device,
     num_processes: int,
 ) -> TrainingPlan:
-    """The plan of a run that starts now: what the machine can do is tried out first.
+    """Plans a run that starts now: what the machine can do is tried first.
 
     Args:
-        count_tokens: image and text tokens of one process's largest micro-batch, its captions padded to that multiple.
-        captions: None: the family cannot pad them.
-        num_processes: that train together, on one host.
+        count_tokens: returns image and text tokens of one process's largest micro-batch, its captions padded to a
+            multiple.
+        captions: lengths of captions; None: the family cannot pad them.
+        num_processes: processes that train together on one host.
 
     Raises:
         PlanError, ConfigError: see `plan_training`.
     """
-    # `pixtune plan` comes without a device to try, and is not to wait for torch.
+    # `pixtune plan` imports this module without a device to try, and must not wait for torch.
     from pixtune.engine.attention import flash_attention_3_obstacle
     from pixtune.engine.attention_trial import Shape, try_attention
     from pixtune.engine.compile import compile_obstacle
 
     findings, obstacle = None, None
-    multiple = least_multiple(config, captions)
-    fraction, obstacle_to_3 = config.memory_fraction or MEMORY_FRACTION, flash_attention_3_obstacle()
+    demands, multiple = demands_of(config), least_multiple(config, captions)
+    fraction, obstacle_to_3 = demands.memory_fraction, flash_attention_3_obstacle()
     if device.type == "cuda":
         obstacle = compile_obstacle(device)
         transformer = folder.component_config("transformer")
         heads = (transformer["num_attention_heads"], transformer["attention_head_dim"])
         num_tokens = count_tokens(multiple) // config.batch_size
-        shape = Shape(num_tokens, *heads, demands_of(config).compute_format, config.deterministic)
+        shape = Shape(num_tokens, *heads, demands.compute_format, config.deterministic)
         findings = try_attention(shape, kernels_to_try(read_facts(device, fraction), config, obstacle_to_3))
     facts, can_compile = read_facts(device, fraction), obstacle is None
     while True:
@@ -73,7 +74,7 @@ def plan_on_this_machine(
 def encoder_sizes(
     config: TrainConfig, family: ModelFamily, folder: ModelFolder, caption_tokens: int, picture_pixels: int
 ) -> EncoderSizes:
-    """What is encoded with what; from headers, or an index alone."""
+    """Returns the sizes of encoders and of the largest items, from headers, or from an index alone."""
     element = ELEMENT_BYTES[demands_of(config).compute_format]
     text = count_text_weights(family, folder)
     autoencoder = folder.count_parameters("vae") or 0
@@ -88,7 +89,7 @@ def encoder_sizes(
 
 
 def count_text_weights(family: ModelFamily, folder: ModelFolder) -> int:
-    """Of all text encoders, those that reach a device. Where an index is alone it tells of all weights together."""
+    """Counts the text encoders' weights that reach a device; where only an index is there, all weights."""
     total = 0
     for part in family.text_components:
         if not folder.has_weights(part):
@@ -102,7 +103,7 @@ def count_text_weights(family: ModelFamily, folder: ModelFolder) -> int:
 
 
 def plan_encoders_of(config: TrainConfig, facts: HardwareFacts, sizes: EncoderSizes) -> EncoderPlan:
-    """How a run on a GPU encodes.
+    """Plans how a run on a GPU encodes.
 
     Raises:
         PlanError: see `plan_encoders`.
@@ -122,12 +123,12 @@ def plan_encoders_of(config: TrainConfig, facts: HardwareFacts, sizes: EncoderSi
 
 @dataclass(frozen=True)
 class BetweenSteps:
-    """What a run's GPU does beside its steps."""
+    """Work of a run's GPU between steps: sampling and held-out losses."""
 
     tile_pixels: int | None
     """Side of the tiles in which samples are decoded; None: whole."""
     device_bytes: int
-    """Most that a sample or a held-out loss needs, on top of what the run holds between its steps; 0 on a CPU."""
+    """Peak of sampling or a held-out loss, in addition to what the run holds between its steps; 0 on a CPU."""
 
 
 def plan_between_steps(
@@ -139,10 +140,11 @@ def plan_between_steps(
     sample_pixels: int,
     num_tokens: int,
 ) -> BetweenSteps:
-    """
+    """Plans what a run's GPU does between steps.
+
     Args:
-        sample_pixels: of the largest sample; 0: none is drawn.
-        num_tokens: of one process's largest micro-batch, which held-out losses are computed on.
+        sample_pixels: pixels of the largest sample; 0: there are none.
+        num_tokens: tokens of one process's largest micro-batch, on which held-out losses are computed.
     """
     if not plan.usable_bytes:
         return BetweenSteps(None, 0)
@@ -155,12 +157,12 @@ def plan_between_steps(
         sizes, encoders, sample_pixels, num_tokens, text_in_loop=not config.precompute_text_embeddings
     )
     tile = sampling_tile(plan, footprint, around)
-    drawing = sampling_bytes(plan, footprint, around, tile) - idle_bytes(plan, footprint)
-    return BetweenSteps(tile, max(one_pass, drawing))
+    sampling = sampling_bytes(plan, footprint, around, tile) - idle_bytes(plan, footprint)
+    return BetweenSteps(tile, max(one_pass, sampling))
 
 
 def footprint_of(config: TrainConfig, family: ModelFamily, folder: ModelFolder, num_tokens: int) -> Footprint:
-    """What the run weighs; from headers alone."""
+    """Returns the footprint of a run, from headers alone."""
     shapes = tensor_shapes(config, family, folder)
     _, width = family.block_shape(folder)
     footprint = read_footprint(
@@ -178,7 +180,7 @@ def footprint_of(config: TrainConfig, family: ModelFamily, folder: ModelFolder, 
 
 
 def tensor_shapes(config: TrainConfig, family: ModelFamily, folder: ModelFolder) -> Shapes:
-    """Of the transformer, from the headers of its files; of a run with random weights, from its config."""
+    """Returns the shapes of the transformer's tensors: from its files' headers, or with random weights its config."""
     if config.random_weights:
         return family.transformer_shapes(folder.component_config("transformer"))
     return {
@@ -190,7 +192,7 @@ def tensor_shapes(config: TrainConfig, family: ModelFamily, folder: ModelFolder)
 
 
 def targeted_linears(config: TrainConfig, family: ModelFamily, shapes: Shapes) -> Sequence[str]:
-    """Paths of the linear layers that get a LoRA.
+    """Returns the paths of the linear layers that get a LoRA.
 
     Raises:
         ConfigError: a target matches nothing.
@@ -201,7 +203,7 @@ def targeted_linears(config: TrainConfig, family: ModelFamily, shapes: Shapes) -
 
 
 def plain_linears(patterns: Sequence[str], family: ModelFamily, shapes: Shapes) -> Sequence[str]:
-    """Paths of the blocks' linear layers that `keep_plain` means. Modulation layers are never quantized anyway.
+    """Returns the paths of the blocks' linear layers that `keep_plain` means. No modulation layer is ever quantized.
 
     Raises:
         ConfigError: a pattern matches nothing.

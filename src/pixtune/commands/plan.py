@@ -40,18 +40,18 @@ PROCESS_HOST_BYTES = 3 * GIB
 
 @dataclass(frozen=True)
 class PlanReport:
-    """A plan with what it rests on."""
+    """Plan of a config, with what it rests on."""
 
     model: str
     facts: HardwareFacts
     is_estimate: bool
-    """For a card of the table, not for this machine."""
+    """The plan is for a card of the table, not for this machine."""
     plan: TrainingPlan
     usable_bytes: int
-    """By torch's allocator; 0 without a GPU."""
+    """Device memory that torch's allocator may use; 0 without a GPU."""
     phases: tuple[Phase, ...]
     encoders: EncoderPlan
-    """How captions and pictures are encoded."""
+    """Plan of encoding captions and pictures."""
     assumptions: tuple[str, ...]
 
     @property
@@ -60,7 +60,7 @@ class PlanReport:
         return tuple(phase for phase in self.phases if self.usable_bytes and phase.device_bytes > self.usable_bytes)
 
     def to_json(self) -> str:
-        """Plain values, bytes as bytes."""
+        """Returns plain values as JSON, sizes in bytes."""
         values: dict[str, Any] = {
             "model": self.model,
             "machine": asdict(self.facts),
@@ -76,19 +76,19 @@ class PlanReport:
 
 @dataclass(frozen=True)
 class Tokens:
-    """Of one sample in a training step."""
+    """Tokens of one example in a training step."""
 
     image: int
     text: int
 
 
 def make_report(config: TrainConfig, card: str | None = None) -> PlanReport:
-    """The plan of a config, for this machine or for a card by name. Downloads nothing.
+    """Plans a config, for this machine or for a card by name. Downloads nothing.
 
     Raises:
         PlanError: nothing fits.
-        WeightsError: the model is neither in a folder nor in the hub's cache, or its configs are not all there.
-        PixtuneError: no card of that name.
+        WeightsError: the model is neither in a folder nor in the hub's cache, or lacks some of its configs.
+        PixtuneError: there is no card of that name.
     """
     from pixtune.families import family_of
     from pixtune.planning import footprint_of
@@ -139,7 +139,7 @@ def facts_of_this_machine() -> HardwareFacts:
 
 
 def before_cuda(facts: HardwareFacts) -> HardwareFacts:
-    """Facts as a run will see them: its process and its CUDA context are there by then."""
+    """Returns the facts that a run will see: its process and its CUDA context exist by then."""
     host = facts.host_available_bytes - (0 if facts.integrated else PROCESS_HOST_BYTES)
     return replace(facts, free_bytes=max(0, facts.free_bytes - CONTEXT_BYTES), host_available_bytes=max(0, host))
 
@@ -148,12 +148,12 @@ def before_cuda(facts: HardwareFacts) -> HardwareFacts:
 
 
 def assumed_tokens(config: TrainConfig, family: ModelFamily, folder: ModelFolder) -> tuple[Tokens, tuple[str, ...]]:
-    """Tokens of a sample before any picture is read, and what was assumed for them."""
+    """Returns the tokens of an example before any picture is read, and what was assumed for them."""
     data = config.data_config
     multiple = family.pixel_multiple(folder)
     side = max(data.img_size // multiple, 1) * multiple
     longest = TEXT_TOKENS if data.max_text_tokens is None else data.max_text_tokens
-    assumptions = [f"pictures of {side}x{side} pixels, captions of {longest} tokens; a run counts its own"]
+    assumptions = [f"pictures of {side}x{side} pixels and captions of {longest} tokens; a run counts its own"]
     num_controls = _num_controls(config, family)
     control_side = max(data.control_size // multiple, 1) * multiple
     image = _image_tokens(family, folder, side) + num_controls * _image_tokens(family, folder, control_side)
@@ -172,7 +172,7 @@ def _image_tokens(family: ModelFamily, folder: ModelFolder, side: int) -> int:
 
 
 def _num_controls(config: TrainConfig, family: ModelFamily) -> int:
-    """Of a sample; a model that edits is given one where the config does not tell."""
+    """Returns the control pictures of an example; an edit model gets one where the config names none."""
     folders = config.data_config.control_dir
     given = len(folders) if isinstance(folders, tuple) else 1
     return min(family.max_controls, given)
@@ -181,7 +181,7 @@ def _num_controls(config: TrainConfig, family: ModelFamily) -> int:
 def surroundings_of(
     config: TrainConfig, family: ModelFamily, folder: ModelFolder, tokens: Tokens, facts: HardwareFacts
 ) -> Surroundings:
-    """What the run works with besides the transformer; a run with random weights has no encoders."""
+    """Returns the run's parts besides the transformer; a run with random weights has no encoders."""
     from pixtune.planning import encoder_sizes, plan_encoders_of
 
     if config.random_weights and folder.has_weights("transformer"):
@@ -191,12 +191,12 @@ def surroundings_of(
     encoded_side = max(side, data.control_size) if _num_controls(config, family) else side
     caption_tokens = max(tokens.text, TEXT_TOKENS)
     sizes = encoder_sizes(config, family, folder, caption_tokens, encoded_side * encoded_side)
-    draws = bool(settings.prompts)
+    samples = bool(settings.prompts)
     return Surroundings(
         sizes=sizes,
         encoders=plan_encoders_of(config, facts, sizes),
-        sample_pixels=(settings.width or side) * (settings.height or side) if draws else 0,
-        sample_tokens=tokens.image + tokens.text if draws else 0,
+        sample_pixels=(settings.width or side) * (settings.height or side) if samples else 0,
+        sample_tokens=tokens.image + tokens.text if samples else 0,
         text_in_loop=not config.precompute_text_embeddings,
         pictures_in_loop=not config.precompute_image_embeddings,
     )
@@ -206,7 +206,7 @@ def surroundings_of(
 
 
 def render(report: PlanReport, console: Console) -> None:
-    """The plan as a person reads it: verdict, decisions, reasons, phases."""
+    """Prints the plan for people: verdict, decisions, phases, reasons."""
     title = "Estimate for" if report.is_estimate else "Plan for"
     console.print(f"[bold]{title} {escape(report.facts.name)}[/]", highlight=False)
     console.print(f"{escape(report.model)}", highlight=False)
@@ -233,13 +233,14 @@ def render(report: PlanReport, console: Console) -> None:
 ADVICE = {
     "captions encoded": "Encode on a larger GPU once: the cache (data_config.cache_dir) can be copied.",
     "pictures encoded": "Encode on a larger GPU once: the cache (data_config.cache_dir) can be copied.",
-    "training step": "Leave out disable_cpu_offload, and let precompute_text_embeddings be true.",
-    "samples drawn": "Draw smaller samples (samples.width, samples.height), or none while training.",
+    "training step": "Leave out disable_cpu_offload, and leave precompute_text_embeddings at true.",
+    "sampling": "Ask for smaller samples (samples.width, samples.height), or for none.",
 }
+"""Advice on each phase that is too large."""
 
 
 def bullets(lines: Sequence[str]) -> Table:
-    """A line each, what is wrapped set in."""
+    """Returns a list with a bullet for each line; what is wrapped is indented."""
     table = Table.grid(padding=(0, 1))
     for line in lines:
         table.add_row("-", escape(line))
@@ -247,7 +248,7 @@ def bullets(lines: Sequence[str]) -> Table:
 
 
 def decision_table(plan: TrainingPlan) -> Table:
-    """What the plan decides, in words."""
+    """Returns the plan's decisions as a table."""
     table = Table(box=box.SIMPLE, show_header=False, pad_edge=False)
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
@@ -257,22 +258,22 @@ def decision_table(plan: TrainingPlan) -> Table:
 
 
 def decisions(plan: TrainingPlan) -> list[tuple[str, str]]:
-    """Name and value of each decision, in plain words."""
+    """Returns name and value of each decision, in words."""
     recomputed = f"{plan.recomputed_blocks} blocks" if plan.recomputed_blocks else "no block"
     again = f"; queries, keys and values of {plan.reprojected_blocks}" if plan.reprojected_blocks else ""
     cheap = f"{again}; norms, gates and rotary embedding in every block" if plan.selective else again
     rows = [
-        ("base weights", plan.weights_format + (", kept transposed, too" if plan.kept_transposes else "")),
+        ("base weights", plan.weights_format + (", also kept transposed" if plan.kept_transposes else "")),
         ("computed in", plan.compute_format),
         ("modulation", f"{plan.modulation_rows} draws ahead" if plan.modulation_rows else "on the device"),
-        ("computed twice", recomputed + cheap),
+        ("recomputed", recomputed + cheap),
         ("inputs of blocks", "in host memory" if plan.offload_inputs else "on the device"),
         ("streamed blocks", str(plan.streamed_blocks) if plan.streamed_blocks else "none"),
         ("compiled", _yes(plan.compile)),
-        ("recorded", f"steps of up to {plan.captures} shapes (CUDA graphs)" if plan.captures else "no"),
-        ("attention", f"{NAMES[plan.attention]}, where it can" if plan.attention else "PyTorch's own choice"),
+        ("captured", f"steps of up to {plan.captures} shapes (CUDA graphs)" if plan.captures else "no"),
+        ("attention", f"{NAMES[plan.attention]} where possible" if plan.attention else "PyTorch's own choice"),
         ("optimizer", plan.optimizer + ", its states in host memory" * plan.states_on_host),
-        ("each weight stepped", "within the backward pass" if plan.fused_step else "after the backward pass"),
+        ("weights stepped", "within the backward pass" if plan.fused_step else "after the backward pass"),
         ("encoders", "stay on the device" if plan.encoders_stay else "leave the device after encoding"),
         ("pinned batches", _yes(plan.pin_memory)),
     ]
@@ -286,7 +287,7 @@ def _yes(value: bool) -> str:
 
 
 def phase_table(report: PlanReport) -> Table:
-    """Memory of each phase against what is usable."""
+    """Returns the memory of each phase beside what is usable, as a table."""
     table = Table(box=box.SIMPLE, pad_edge=False)
     table.add_column("phase", no_wrap=True)
     table.add_column("on the device", overflow="fold")

@@ -1,8 +1,8 @@
-"""Choice of the rung on which a run is held in memory: the fastest that fits, with reasons in plain words. No torch."""
+"""Choice of the rung that a run takes: the fastest that fits, with reasons in words for the user. No torch."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from pixtune.config.schema import TrainConfig
@@ -13,12 +13,12 @@ from pixtune.plan.all_weights import AllWeightsRung, ladder_of_all_weights, runs
 from pixtune.plan.footprint import STATE_BYTES, Footprint
 from pixtune.plan.refusals import refuse_all_weights, refuse_lora
 from pixtune.plan.rungs import QUANTIZED, Rung, fit_host, ladder, with_rows
-from pixtune.plan.situation import Situation
+from pixtune.plan.situation import AnyRung, Situation
 
 
 @dataclass(frozen=True)
 class Choice:
-    """Way in which a run is held in memory."""
+    """Rung that a run takes, in terms of a LoRA's, with what it needs."""
 
     rung: Rung
     optimizer: str
@@ -36,40 +36,37 @@ def choose_rung(situation: Situation, config: TrainConfig) -> Choice:
         config: names the keys of the demands, where nothing fits.
 
     Raises:
-        PlanError: nothing fits; says how much is missing and which demand to drop.
+        PlanError: nothing fits; names how much is missing and which demand to drop.
         ConfigError: a format is demanded that this GPU does not compute in.
     """
     if situation.facts.device != "cuda":
         return _choose_on_cpu(situation)
-    slow = (
-        [] if situation.compiled else ["blocks are not compiled: torch.compile does not work here (see pixtune doctor)"]
-    )
     if situation.footprint.trains_all:
-        return _choose_for_all_weights(situation, config, slow)
-    return _choose_for_lora(situation, config, slow)
+        return _choose_for_all_weights(situation, config)
+    return _choose_for_lora(situation, config)
 
 
-def _choose_for_lora(situation: Situation, config: TrainConfig, slow: Sequence[str]) -> Choice:
+def _choose_for_lora(situation: Situation, config: TrainConfig) -> Choice:
     rungs = list(ladder(situation))
     fitting = [rung for rung in rungs if situation.fits_device(rung)]
     on_host = [situation.on_host(with_rows(rung, situation.footprint)) for rung in fitting]
     for number, wanted in enumerate(fitting):
         if rung := fit_host(wanted, situation):
             passed_over = _passed_over(situation, max(on_host[:number], default=0))
-            reasons = (*_lora_reasons(situation, rung, rungs[0]), *passed_over, *slow, *_small_states(situation))
+            reasons = (*_lora_reasons(situation, rung, rungs[0]), *passed_over, *_not_compiled(situation))
             peak, host = situation.peak(rung), rung.host_bytes(situation)
-            return Choice(rung, situation.optimizer, reasons, peak, host)
+            return Choice(rung, situation.optimizer, (*reasons, *_small_states(situation)), peak, host)
     raise PlanError(refuse_lora(situation, config))
 
 
-def _choose_for_all_weights(situation: Situation, config: TrainConfig, slow: Sequence[str]) -> Choice:
+def _choose_for_all_weights(situation: Situation, config: TrainConfig) -> Choice:
     rung = all_weights.first_that_fits(situation)
     if rung is None:
         raise PlanError(refuse_all_weights(situation, config))
     return Choice(
         rung.blocks(situation.demands.compute_format),
         rung.optimizer,
-        (*_all_weights_reasons(situation, rung), *slow),
+        (*_all_weights_reasons(situation, rung), *_not_compiled(situation)),
         situation.peak(rung),
         rung.host_bytes(situation),
         rung.fused_step,
@@ -81,7 +78,7 @@ def _choose_on_cpu(situation: Situation) -> Choice:
     demands, footprint = situation.demands, situation.footprint
     weights_format = demands.compute_format
     count = footprint.num_blocks if demands.recompute else 0
-    reasons = [] if count else ["recomputation off: host memory is enough on a CPU"]
+    reasons = [] if count else ["no block is recomputed: host memory is enough on a CPU"]
     if demands.compute_format == "bf16":
         reasons.append("bf16 on a CPU, as mixed_precision asks: slower there than mixed_precision=no")
     if demands.quantize and not footprint.trains_all:
@@ -97,31 +94,31 @@ def _choose_on_cpu(situation: Situation) -> Choice:
 def _lora_reasons(situation: Situation, rung: Rung, first: Rung) -> Iterator[str]:
     """Yields why this rung is chosen and not the first one, and what it means."""
     footprint = situation.footprint
-    yield f"about {_gib(situation.peak(rung))} at the peak of a step, {_gib(situation.usable_bytes)} usable"
+    yield _peak(situation, rung)
     yield from situation.demands.notices
     if rung != first:
         yield f"the fastest way would need {_gib(situation.peak(first))}, so memory is saved:"
     if rung.weights_format in QUANTIZED:
-        bits = "4-bit (nf4)" if rung.weights_format == "nf4" else f"8-bit ({rung.weights_format})"
-        yield f"{bits} frozen weights, products on 8-bit tensor cores forward and backward"
+        bits = "4 bits (nf4)" if rung.weights_format == "nf4" else f"8 bits ({rung.weights_format})"
+        yield f"frozen weights in {bits}, multiplied on 8-bit tensor cores forward and backward"
         yield from _kept_plain(footprint)
     if rung.kept_transposes:
-        yield "8-bit weights kept transposed, too: there is room, and the backward pass reads them so"
+        yield "8-bit weights are also kept transposed, as the backward pass reads them: there is room"
     if rung.modulation_rows:
         weights = sum(kind.count * kind.modulation_weights for kind in footprint.kinds)
         yield (
-            f"modulation computed {rung.modulation_rows} draws ahead: its {weights / 1e9:.1f} billion weights stay in "
-            "their file"
+            f"modulations are computed {rung.modulation_rows} draws ahead: their {weights / 1e9:.1f} billion weights "
+            "stay in their file"
         )
     if rung.selective:
-        yield "norms, rotary embedding and gates computed twice, GELU's input kept in 8 bits"
-    yield _recomputation(rung, footprint)
+        yield "norms, rotary embedding and gates are recomputed, and GELU's input is kept in 8 bits"
+    yield _recomputation(rung, footprint) + (" as a whole" if rung.selective and not rung.recomputed_blocks else "")
     if rung.reprojected_blocks:
-        yield f"queries, keys and values computed twice in {rung.reprojected_blocks} blocks"
+        yield f"queries, keys and values are recomputed in {rung.reprojected_blocks} blocks"
     if rung.offload_inputs:
         yield "the inputs of recomputed blocks wait in host memory"
     if rung.streamed_blocks:
-        yield f"the weights of {rung.streamed_blocks} blocks come from host memory at each pass"
+        yield f"the weights of {rung.streamed_blocks} blocks come from host memory in each pass"
 
 
 def _passed_over(situation: Situation, on_host: int) -> Iterator[str]:
@@ -134,13 +131,22 @@ def _passed_over(situation: Situation, on_host: int) -> Iterator[str]:
 
 def _small_states(situation: Situation) -> Iterator[str]:
     if situation.optimizer == "adamw_8bit" and situation.demands.eight_bit_states is None:
-        yield f"8-bit optimizer states: {situation.size_bytes / GIB:.0f} GiB are the run's at most"
+        yield f"8-bit optimizer states: the run has at most {situation.size_bytes / GIB:.0f} GiB"
+
+
+def _not_compiled(situation: Situation) -> Iterator[str]:
+    if not situation.compiled:
+        yield "blocks are not compiled: torch.compile does not work here (see pixtune doctor)"
+
+
+def _peak(situation: Situation, rung: AnyRung) -> str:
+    return f"a step needs about {_gib(situation.peak(rung))} at its peak, and {_gib(situation.usable_bytes)} are usable"
 
 
 def _recomputation(rung: Rung | AllWeightsRung, footprint: Footprint) -> str:
     if rung.recomputed_blocks:
-        return f"recomputation on for {rung.recomputed_blocks} of {footprint.num_blocks} blocks"
-    return "recomputation off: no block is computed twice"
+        return f"{rung.recomputed_blocks} of {footprint.num_blocks} blocks are recomputed in the backward pass"
+    return "no block is recomputed"
 
 
 def _kept_plain(footprint: Footprint) -> Iterator[str]:
@@ -154,27 +160,24 @@ def _kept_plain(footprint: Footprint) -> Iterator[str]:
 def _all_weights_reasons(situation: Situation, rung: AllWeightsRung) -> Iterator[str]:
     footprint, demands = situation.footprint, situation.demands
     first = ladder_of_all_weights(situation)[0]
-    yield (
-        f"about {_gib(situation.peak(rung))} at the peak of a step, {_gib(situation.usable_bytes)} usable: all "
-        f"{footprint.trained_weights / 1e9:.1f} billion weights are trained"
-    )
+    yield f"{_peak(situation, rung)}: all {footprint.trained_weights / 1e9:.1f} billion weights are trained"
     if rung != first:
         yield f"the fastest way would need {_gib(situation.peak(first))}, so memory is saved:"
     yield _recomputation(rung, footprint)
     if rung.optimizer == "adamw_8bit" and demands.eight_bit_states is None:
         saved = footprint.trained_weights * (STATE_BYTES["adamw"] - STATE_BYTES["adamw_8bit"])
-        yield f"8-bit optimizer states: 32-bit ones are {_gib(saved)} more"
+        yield f"8-bit optimizer states: 32-bit ones would take {_gib(saved)} more"
     if rung.fused_step:
-        yield "each weight is stepped within the backward pass, so that gradients of all never exist at once"
+        yield "each weight is stepped within the backward pass, so that the gradients of all never exist at once"
     if runs_backward_twice(rung, situation):
         yield (
             "clipping needs the norm of all gradients before the first weight moves, so the backward pass runs twice; "
-            "max_grad_norm=0 (no clipping) takes little more than half of the time"
+            "max_grad_norm=0 (no clipping) takes little more than half the time"
         )
     if rung.states_on_host:
         what = "optimizer states and fp32 copies" if demands.fp32_copies else "optimizer states"
         size = _gib(rung.host_bytes(situation))
-        yield f"{what} wait in host memory, {size}, and go to the device and back in each step"
+        yield f"{what} wait in host memory ({size}), and go to the device and back in each step"
 
 
 def _gib(num_bytes: float) -> str:

@@ -59,6 +59,7 @@ class Demands:
 def demands_of(config: TrainConfig) -> Demands:
     """Returns the meaning of a config's keys on memory."""
     fp8, limit_gib = config.cuda_features.enable_fp8_training, config.gpu_memory_limit_gib
+    disabled = config.disable_gradient_checkpointing
     notices = []
     if config.disable_quantization and (config.quantize or fp8):
         notices.append("not quantized: disable_quantization wins over quantize and enable_fp8_training")
@@ -67,7 +68,7 @@ def demands_of(config: TrainConfig) -> Demands:
         quantize=False if config.disable_quantization else config.quantize,
         fp8=fp8,
         may_quantize_encoders=not config.disable_quantization,
-        recompute=_opposite(config.disable_gradient_checkpointing),
+        recompute=None if disabled is None else not disabled,
         eight_bit_states=config.adam8bit,
         unified=config.unified_memory,
         encoders_stay=config.disable_cpu_offload,
@@ -81,7 +82,3 @@ def demands_of(config: TrainConfig) -> Demands:
         memory_fraction=config.memory_fraction or MEMORY_FRACTION,
         notices=tuple(notices),
     )
-
-
-def _opposite(flag: bool | None) -> bool | None:
-    return None if flag is None else not flag

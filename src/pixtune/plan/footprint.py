@@ -1,7 +1,7 @@
-"""What a run's parts weigh, in numbers alone: read from the headers of weight files, no weight loaded.
+"""Sizes of a run's parts, in numbers alone: read from the headers of weight files, no weight loaded.
 
-Imports no torch, so that `pixtune plan` answers at once. Activations are counted in units of one token's features:
-tokens x width x 2 bytes of a bf16 tensor. How many a kind of block keeps is measured and stated by its family.
+Imports no torch, so that `pixtune plan` answers at once. Activations are counted in units of a bf16 tensor of all
+tokens' features: tokens x width x 2 bytes. How many units a kind of block keeps is measured and stated by its family.
 """
 
 from __future__ import annotations
@@ -29,59 +29,59 @@ INPUT_UNITS = 1.0
 
 @dataclass(frozen=True)
 class BlockKind:
-    """The repeated blocks of one list."""
+    """Repeated blocks of one list."""
 
     path: str
     count: int
     linear_weights: int
-    """Of one block's linear layers, those that make modulations left out."""
+    """Weights of one block's linear layers, without those that make modulations."""
     modulation_weights: int
+    """Weights of the layers that make one block's modulations."""
     modulation_outputs: int
-    """Features of a row of the modulation table that belong to one block."""
+    """Features of one block in a row of the modulation table."""
     largest_modulation: int
-    """Numbers in the largest of its modulation layers."""
+    """Numbers in the largest of one block's modulation layers."""
     other_weights: int
-    """Norms and biases."""
+    """Norms and biases of one block."""
     rows: int
-    """Output features of its linear layers together: each has a scale."""
+    """Output features of one block's linear layers together: each has a scale."""
     units: ActivationUnits
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """Everything that decides memory in a training step."""
+    """Sizes that decide the memory of a training step."""
 
     kinds: tuple[BlockKind, ...]
     outside_weights: int
-    """Of the transformer, outside its blocks."""
+    """Weights of the transformer outside its blocks."""
     width: int
     """Features of a token inside the blocks."""
     num_tokens: int
     """Image and text tokens of the largest micro-batch of one process."""
     trained_weights: int = 0
-    """Of the LoRA, or all."""
+    """Weights of the LoRA, or all."""
     trains_all: bool = False
     trains_modulation: bool = False
     """A LoRA is on modulation layers, so they must be in place."""
     extra_units: float = 0.0
-    """Inputs that a LoRA on other than attention layers keeps, a block, in units."""
+    """Units per block of inputs that a LoRA on other than attention layers keeps."""
     examples_per_step: int = 1
-    """Of one process: rows of the modulation table that a step needs."""
+    """Examples of one process in a step: rows of the modulation table that the step needs."""
     examples_at_once: int = 1
-    """Of them, in a micro-batch."""
+    """Examples of one process in a micro-batch."""
     plain_layers: tuple[str, ...] = ()
     """Paths of the blocks' linear layers that are not quantized where the others are."""
     plain_layer_weights: int = 0
-    """Of those."""
+    """Weights of `plain_layers`."""
     largest_weight: int = 0
     """Numbers in the transformer's largest tensor."""
     mlps_are_frozen: bool = False
-    """No LoRA is on a layer of an MLP, and all of them are quantized where others are."""
+    """No LoRA is on a layer of an MLP, and all these layers are quantized where others are."""
     fused_formats: tuple[str, ...] = ()
-    """Of weights in which an MLP is one function on the GPU that is planned for."""
-
+    """Formats of weights in which an MLP is one function on the GPU that is planned for."""
     one_pool: bool = False
-    """Host memory is the device's, on the machine that is planned for."""
+    """Host memory is the device's on the machine that is planned for."""
 
     @property
     def num_blocks(self) -> int:
@@ -89,7 +89,7 @@ class Footprint:
 
     @property
     def num_weights(self) -> int:
-        """Of the whole transformer."""
+        """Number of weights of the whole transformer."""
         blocks = sum(
             kind.count * (kind.linear_weights + kind.modulation_weights + kind.other_weights) for kind in self.kinds
         )
@@ -97,7 +97,7 @@ class Footprint:
 
     @property
     def unit_bytes(self) -> int:
-        """One unit of activations in bf16."""
+        """Bytes of one unit of activations in bf16."""
         return self.num_tokens * self.width * 2
 
 
@@ -112,16 +112,18 @@ def read_footprint(
     plain_layers: Sequence[str] = (),
     examples_at_once: int = 1,
 ) -> Footprint:
-    """The footprint of a LoRA run; `of_all_weights` makes that of training all of them.
+    """Returns the footprint of a LoRA run; `of_all_weights` makes it one of training all weights.
 
     Args:
-        shapes: of the transformer's tensors, from its files' headers.
+        shapes: shapes of the transformer's tensors, from its files' headers.
         width: features of a token inside the blocks.
         lora_targets: paths of the linear layers that get a LoRA of `rank`.
+        examples_per_step: examples of one process in a step, over all micro-batches.
         plain_layers: paths of the linear layers that are never quantized.
+        examples_at_once: examples of one process in a micro-batch.
     """
     kinds = tuple(_read_kind(family, shapes, path) for path in family.block_paths)
-    # What reads or writes other than a token's features is an MLP's, or makes modulations.
+    # A layer with another width than a token's features belongs to an MLP, or makes modulations.
     apart = {path for path in (*lora_targets, *plain_layers) if set(shapes[f"{path}.weight"]) != {width}}
     blocks = tuple(f"{path}." for path in family.block_paths)
     targets = {f"{path}.weight": shapes[f"{path}.weight"] for path in lora_targets}
@@ -148,12 +150,12 @@ def read_footprint(
 
 
 def of_all_weights(footprint: Footprint) -> Footprint:
-    """The same transformer with every weight trained."""
+    """Returns the footprint with every weight of the transformer trained."""
     return replace(footprint, trained_weights=footprint.num_weights, trains_all=True, trains_modulation=True)
 
 
 def parent(name: str) -> str:
-    """The module path of a tensor's name."""
+    """Returns the module path of a tensor's name."""
     return name.rpartition(".")[0]
 
 
@@ -177,7 +179,7 @@ def _read_kind(family: ModelFamily, shapes: Shapes, path: str) -> BlockKind:
 
 
 def with_fused_mlps(footprint: Footprint, facts: HardwareFacts) -> Footprint:
-    """Returns the footprint on a GPU whose kernels fuse MLPs, where there are any."""
+    """Returns the footprint on a GPU, where kernels may compute each MLP as one function."""
     if not footprint.mlps_are_frozen or footprint.trains_all or facts.capability < (8, 9):
         return footprint
     return replace(footprint, fused_formats=("fp8", "nf4"))

@@ -1,4 +1,4 @@
-"""Which kernels a plan allows: what the config asks for, where this GPU has it, with the reason. No torch."""
+"""Kernels that a plan allows: what the config asks for, where this GPU has it, with the reason. No torch."""
 
 from __future__ import annotations
 
@@ -13,57 +13,59 @@ if TYPE_CHECKING:  # importing it takes half a second of a trial's process
     from pixtune.config.schema import TrainConfig
 
 CUDNN, FLASH, EFFICIENT, FLASH_3 = "cudnn", "flash", "efficient", "flash_3"
-"""Attention kernels: cuDNN's, FlashAttention 2 and memory-efficient attention of PyTorch, FlashAttention 3."""
+"""Attention kernels: cuDNN's, PyTorch's FlashAttention 2 and memory-efficient attention, FlashAttention 3."""
 NAMES = {CUDNN: "cuDNN", FLASH: "flash", EFFICIENT: "efficient", FLASH_3: "FlashAttention 3"}
 PADDING = (CUDNN, FLASH)
-"""Those that return the log-sum-exp which padded captions need (`padded_attention.py`)."""
+"""Attention kernels that return the log-sum-exp which padded captions need (`padded_attention.py`)."""
 LARGEST_ERROR = 0.02
-"""Relative, of outputs and gradients in bf16 against fp32: rounding makes 0.003 of it."""
-NOT_DETERMINISTIC = "its backward pass adds up in any order, and deterministic is true"
+"""Largest relative error of outputs and gradients in bf16 against fp32; rounding accounts for 0.003 of it."""
+NOT_DETERMINISTIC = "its backward pass sums in any order, and deterministic is true"
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What a trial of one attention kernel on this machine found. Of forward and backward pass of one example."""
+    """Result of one attention kernel's trial on this machine: forward and backward pass of one example."""
 
     obstacle: str | None = None
-    """Why it did not come to an end: it raised, crashed, or hung."""
+    """Reason why the trial did not come to an end: the kernel raised, crashed or hung."""
     says_nothing: bool = False
-    """That obstacle was not the kernel's fault (memory was lacking): it is not chosen, and may be used all the same."""
+    """The obstacle was not the kernel's fault (memory was lacking): it is not chosen, but may be used."""
     error: float = math.inf
-    """Relative, the largest of output and gradients."""
+    """Largest relative error of output and gradients."""
     milliseconds: float = math.inf
+    """Time of both passes."""
     padded_error: float = math.inf
-    """The same as `error`, of attention to padded captions; infinite where the kernel cannot do that."""
+    """`error` of attention to padded captions; infinite where the kernel cannot do that."""
 
     @property
     def fault(self) -> str | None:
-        """Why it cannot be used, for people; None: it is right."""
+        """Reason why the kernel cannot be used, in words for the user; None: it is right."""
         if self.obstacle is not None:
             return self.obstacle
         if self.error < LARGEST_ERROR:  # NaN is not
             return None
-        return f"its results are {self.error:.2g} times their size away from what they should be"
+        return f"its results are wrong by {self.error:.2g} times their size"
 
 
 Findings = Mapping[str, Finding]
-"""By the kernel's name; of those that were tried."""
+"""Findings on the kernels that were tried, by name."""
 
 
 @dataclass(frozen=True)
 class AttentionChoice:
-    """What a plan says of attention."""
+    """Decision on attention."""
 
     kernel: str | None
-    """One of the names above; None: PyTorch's own choice."""
+    """Kernel that is preferred to all others; None: PyTorch's own choice."""
     off: tuple[str, ...] = ()
-    """Kernels that are not used even for what the chosen one does not take (masks, fp32, other head sizes)."""
+    """Kernels that are not used even for what the chosen one does not accept (masks, fp32, other head sizes)."""
     pads: bool = False
-    """It is right for padded captions as well."""
+    """The kernel is right for padded captions as well."""
     reasons: tuple[str, ...] = ()
 
 
 def choose_tf32(facts: HardwareFacts, config: TrainConfig) -> tuple[bool, list[str]]:
+    """Returns whether products of fp32 numbers may be computed in TF32, and why."""
     asked = config.cuda_features.enable_tf32_compute
     if asked is not None:
         return asked, []
@@ -73,10 +75,10 @@ def choose_tf32(facts: HardwareFacts, config: TrainConfig) -> tuple[bool, list[s
 
 
 def kernels_to_try(facts: HardwareFacts, config: TrainConfig, obstacle_to_3: str | None) -> tuple[str, ...]:
-    """Those whose trial can tell anything: what cannot or may not be used is not run.
+    """Returns the kernels that are worth a trial: what cannot or may not be used is not run.
 
-    FlashAttention 3 is tried where it is there, so that the plan can tell what it would gain. On ARM64 its builds are
-    reported to crash, so there it is tried only if the config asks for it.
+    FlashAttention 3 is tried where it is installed, so that the plan can report what it would gain. On ARM64 its builds
+    are reported to crash, so there it is tried only if the config asks for it.
     """
     features = config.cuda_features
     wanted = features.enable_flash_attention_3
@@ -93,13 +95,13 @@ def kernels_to_try(facts: HardwareFacts, config: TrainConfig, obstacle_to_3: str
 def choose_attention(
     facts: HardwareFacts, config: TrainConfig, findings: Findings | None, obstacle_to_3: str | None
 ) -> AttentionChoice:
-    """What the config demands if it is right here, else the fastest kernel that is.
+    """Chooses the kernel that the config demands if it is right on this machine, else the fastest one that is.
 
-    A demand that cannot be met is told and passed over: the same file serves GPUs of several kinds.
+    A demand that cannot be met is reported and passed over: the same config serves GPUs of several kinds.
 
     Args:
-        findings: of this machine; None: nothing was tried.
-        obstacle_to_3: why FlashAttention 3 cannot be used on this machine; None: nothing is known against it.
+        findings: results of trials on this machine; None: nothing was tried.
+        obstacle_to_3: why FlashAttention 3 cannot be used on this machine; None: no reason is known.
     """
     features, found = config.cuda_features, findings or {}
     demanded = [
@@ -113,7 +115,7 @@ def choose_attention(
     for asked in demanded:
         against = barred.get(asked) or (f"tried on this machine, {faults[asked]}" if asked in faults else None)
         if against is not None:
-            reasons.append(f"{_title(asked)} off, though asked for: {against}")
+            reasons.append(f"{_title(asked)} is off, though asked for: {against}")
     if facts.device != "cuda":
         return AttentionChoice(None, reasons=tuple(reasons))
     usable = [each for each in NAMES if each not in barred and each not in faults]
@@ -123,13 +125,14 @@ def choose_attention(
     if met:
         kernel, because = met[0], _as_asked(met, found)
     elif right:
-        kernel, because = right[0], _fastest(right[0], found, barred)
+        kernel, because = right[0], f"attention by {NAMES[right[0]]}: {_figures(right[0], found, barred)}"
     elif not found and facts.integrated and CUDNN in usable:
-        kernel, because = CUDNN, "attention by cuDNN: the stable choice on DGX Spark"
+        kernel, because = CUDNN, "attention by cuDNN: the stable choice on a DGX Spark"
     else:
-        kernel, because = None, _own_choice(bool(faults))
+        tried = "passed its trial" if faults else "was tried"
+        kernel, because = None, f"attention by PyTorch's own choice: no kernel {tried}"
     dropped = [
-        f"{_title(other)} dropped: tried on this machine, {fault}"
+        f"{_title(other)} is not used: tried on this machine, {fault}"
         for other, fault in faults.items()
         if other not in demanded
     ]
@@ -142,10 +145,10 @@ def choose_attention(
 
 
 def _barred(facts: HardwareFacts, config: TrainConfig, obstacle_to_3: str | None) -> dict[str, str]:
-    """Kernels that the config or the GPU rules out before any trial, with the reason."""
+    """Returns the kernels that the config or the GPU rules out before any trial, with the reason."""
     features, barred = config.cuda_features, {}
     if facts.device != "cuda" and features.enable_cudnn_sdp:
-        barred[CUDNN] = f"it runs on GPUs alone, and this is {facts.name}"
+        barred[CUDNN] = f"it runs only on GPUs, and this is {facts.name}"
     elif features.enable_cudnn_sdp is False:
         barred[CUDNN] = "enable_cudnn_sdp is false"
     elif config.deterministic:
@@ -153,18 +156,18 @@ def _barred(facts: HardwareFacts, config: TrainConfig, obstacle_to_3: str | None
     if (obstacle := _obstacle_to_3(facts, obstacle_to_3)) is not None:
         barred[FLASH_3] = obstacle
     elif not features.enable_flash_attention_3:
-        barred[FLASH_3] = "taken only where enable_flash_attention_3 asks for it"
+        barred[FLASH_3] = "used only where enable_flash_attention_3 asks for it"
     return barred
 
 
 def _obstacle_to_3(facts: HardwareFacts, obstacle: str | None) -> str | None:
     if facts.device != "cuda" or facts.capability != HOPPER:
-        return f"it runs on Hopper (compute capability 9.0) alone, and this is {facts.name}"
+        return f"it runs only on Hopper (compute capability 9.0), and this is {facts.name}"
     return obstacle
 
 
 def _off(chosen: str | None, faulty: Sequence[str], config: TrainConfig) -> tuple[str, ...]:
-    """Faulty kernels; and cuDNN's unless it is chosen, since PyTorch puts it before all others on some GPUs."""
+    """Returns faulty kernels, and cuDNN's unless it is chosen: PyTorch prefers it to all others on some GPUs."""
     without_cudnn = config.cuda_features.enable_cudnn_sdp is False or chosen not in (None, CUDNN)
     off = {*faulty, *([CUDNN] if without_cudnn else [])}
     return tuple(kernel for kernel in NAMES if kernel in off)
@@ -178,31 +181,19 @@ def _title(kernel: str) -> str:
 
 
 def _as_asked(met: list[str], found: Findings) -> str:
-    gives_way = "; cuDNN's, asked for as well, gives way" if len(met) > 1 else ""
+    gives_way = "; cuDNN, also asked for, gives way" if len(met) > 1 else ""
     if met[0] not in found:
         return f"attention by {NAMES[met[0]]}, as asked{gives_way}"
     return f"attention by {NAMES[met[0]]}, as asked: {_figures(met[0], found, {})}{gives_way}"
 
 
-def _fastest(kernel: str, found: Findings, barred: Mapping[str, str]) -> str:
-    return f"attention by {NAMES[kernel]}: {_figures(kernel, found, barred)}"
-
-
 def _figures(kernel: str, found: Findings, barred: Mapping[str, str]) -> str:
-    """As in "right within 0.3%, 1.49 ms a block; flash 2.95, efficient 6.10"; of the others those that are right."""
+    """Returns words like "right within 0.3%, 1.49 ms a block; flash 2.95, efficient 6.10"; others only if right."""
     finding = found[kernel]
-    words = f"right within {finding.error:.1%}, {_time(finding)} ms a block"
+    words = f"right within {finding.error:.1%}, {finding.milliseconds:.2f} ms a block"
     others = [
-        f"{NAMES[other]} {_time(its)}" + (f" ({barred[other]})" if other in barred else "")
+        f"{NAMES[other]} {its.milliseconds:.2f}" + (f" ({barred[other]})" if other in barred else "")
         for other, its in found.items()
         if other != kernel and its.fault is None
     ]
     return f"{words}; {', '.join(others)}" if others else words
-
-
-def _time(finding: Finding) -> str:
-    return f"{finding.milliseconds:.2f}"
-
-
-def _own_choice(tried: bool) -> str:
-    return f"attention by PyTorch's own choice: no kernel {'passed its trial' if tried else 'was tried'}"

@@ -26,31 +26,32 @@ from pixtune.plan.training import TrainingPlan
 
 @dataclass(frozen=True)
 class Surroundings:
-    """What a run works with besides the transformer."""
+    """Parts of a run besides the transformer, as far as they take device memory."""
 
     sizes: EncoderSizes
     encoders: EncoderPlan
     sample_pixels: int = 0
-    """Of a sample picture; 0: none is drawn."""
+    """Pixels of a sample; 0: there are none."""
     sample_tokens: int = 0
-    """Image, control and text tokens of one pass for it."""
+    """Image, control and text tokens of one pass for a sample."""
     text_in_loop: bool = False
     """Captions are encoded while training, so their encoder stays."""
     pictures_in_loop: bool = False
+    """Pictures are encoded while training, so the autoencoder stays."""
 
 
 @dataclass(frozen=True)
 class Phase:
-    """A stretch of a run and the most that torch's allocator holds in it."""
+    """Stretch of a run, and the peak of what torch's allocator holds in it."""
 
     name: str
     holds: str
-    """What is on the device, in plain words."""
+    """Contents of the device, in words."""
     device_bytes: int
 
 
 def phases_of(plan: TrainingPlan, footprint: Footprint, around: Surroundings) -> tuple[Phase, ...]:
-    """All phases of a run on a GPU, in their order."""
+    """Returns all phases of a run on a GPU, in their order."""
     sizes, encoders = around.sizes, around.encoders
     text_stays = _staying_text_bytes(plan, around)
     autoencoder_stays = sizes.autoencoder_bytes if plan.encoders_stay or around.pictures_in_loop else 0
@@ -66,15 +67,15 @@ def phases_of(plan: TrainingPlan, footprint: Footprint, around: Surroundings) ->
     if around.sample_pixels:
         tile = sampling_tile(plan, footprint, around)
         held = "transformer, what is trained, autoencoder" + (f" in tiles of {tile} pixels" if tile else "")
-        phases.append(Phase("samples drawn", held, sampling_bytes(plan, footprint, around, tile) + text_stays))
+        phases.append(Phase("sampling", held, sampling_bytes(plan, footprint, around, tile) + text_stays))
     return tuple(phases)
 
 
 def encoding_phases(sizes: EncoderSizes, encoders: EncoderPlan, text_stays_bytes: int = 0) -> tuple[Phase, Phase]:
-    """Captions, then pictures.
+    """Returns the phases of encoding captions and pictures.
 
     Args:
-        text_stays_bytes: of the text encoder, where it is still on the device when pictures are encoded.
+        text_stays_bytes: bytes of the text encoder, where it is still on the device when pictures are encoded.
     """
     captions = text_peak_bytes(sizes, encoders.text_format, encoders.caption_batch)
     coding = encoders.picture_batch * encoding_bytes(sizes, sizes.picture_pixels, encoders.tile_pixels)
@@ -87,29 +88,29 @@ def encoding_phases(sizes: EncoderSizes, encoders: EncoderPlan, text_stays_bytes
 
 
 def sampling_tile(plan: TrainingPlan, footprint: Footprint, around: Surroundings) -> int | None:
-    """Side of the tiles in which a sample's picture is decoded between steps; None: whole."""
+    """Returns the side of the tiles in which a sample is decoded between steps; None: whole."""
     beside = idle_bytes(plan, footprint) + _staying_text_bytes(plan, around) + around.sizes.autoencoder_bytes
     return fitting_tile(around.sample_pixels, plan.usable_bytes - beside, decoding_bytes)
 
 
 def sampling_bytes(plan: TrainingPlan, footprint: Footprint, around: Surroundings, tile_pixels: int | None) -> int:
-    """Most while a sample is drawn between steps: a pass without gradients, or its picture being decoded."""
+    """Returns the peak of sampling between steps: of a pass without gradients, or of decoding."""
     one_pass = compiled_pass_bytes(plan, footprint, around.sample_tokens)
     decoding = around.sizes.autoencoder_bytes + decoding_bytes(around.sample_pixels, tile_pixels)
     return idle_bytes(plan, footprint) + max(one_pass, decoding)
 
 
 def compiled_pass_bytes(plan: TrainingPlan, footprint: Footprint, num_tokens: int) -> int:
-    """Most that is alive in a run's own pass without gradients."""
+    """Returns the peak of activations in a run's own pass without gradients."""
     quantized = plan.weights_format in QUANTIZED
     units = max(k.units.forward_quantized if quantized else k.units.forward for k in footprint.kinds)
     return round(units * num_tokens * footprint.width * ELEMENT_BYTES[plan.compute_format])
 
 
 def idle_bytes(plan: TrainingPlan, footprint: Footprint) -> int:
-    """What a run holds between its steps: the transformer and what is trained, without the encoders."""
+    """Returns what a run holds between its steps: the transformer and what is trained, without the encoders."""
     rung = Rung(plan.weights_format, plan.modulation_rows, streamed_blocks=plan.streamed_blocks)
-    # Between steps the gradients are gone: the weights that are trained and two optimizer states remain.
+    # Between steps there are no gradients: the trained weights and their optimizer states remain.
     if footprint.trains_all:
         trained = states_on_device(plan.optimizer, plan.states_on_host, plan.fp32_copies, footprint)
     else:

@@ -33,6 +33,7 @@ LORA_CHANGES = (
     Change("cuda_features.enable_fp8_training"),
     Change("unified_memory", instead_of=(True,)),
 )
+"""Changes by which a LoRA run may fit. Of equally many, those with earlier ones are named."""
 ALL_WEIGHTS_CHANGES = (
     Change("disable_gradient_checkpointing"),
     Change("adam8bit", True),
@@ -40,7 +41,7 @@ ALL_WEIGHTS_CHANGES = (
     Change("gradient_accumulation_steps", 1),
     Change("weight_update", "stochastic_rounding"),
 )
-"""Changes by which a run may fit, the least change to what is learnt first."""
+"""Changes by which a run that trains all weights may fit, the least change to what is learnt first."""
 
 
 def refuse_lora(situation: Situation, config: TrainConfig) -> str:
@@ -105,7 +106,7 @@ def refuse_all_weights(situation: Situation, config: TrainConfig) -> str:
 def _device_lack(subject: str, situation: Situation, needed: int) -> str:
     usable = situation.usable_bytes
     return (
-        f"{subject} needs about {_gib(needed)} and {_gib(usable)} of {situation.facts.name} are usable: "
+        f"{subject} needs about {_gib(needed)}, and {_gib(usable)} of {situation.facts.name} are usable: "
         f"{_gib(needed - usable)} are missing."
     )
 

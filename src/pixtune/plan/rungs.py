@@ -39,8 +39,8 @@ LEAST_CAPTURES, MOST_CAPTURES = 4, 64
 """Number of shapes for which room is left where anything is recomputed, which costs less than recomputing one more
 block; and the largest number that is captured."""
 TABLE_ROWS = (128, 32)
-"""Draws whose modulation is computed in one pass over its weights. Qwen-Image has 120 such layers and FLUX.1-dev 76, so
-that with 128 rows one is read and multiplied at each step of batch 1. The second where host memory is scarce."""
+"""Draws whose modulations are computed in one pass over the layers. Qwen-Image has 120 of them and FLUX.1-dev 76, so
+that with 128 rows one is read and multiplied at each step of batch 1. The second number is for scarce host memory."""
 STREAM_SLOTS = 3
 """Blocks on the device at once where their weights are streamed."""
 
@@ -59,9 +59,9 @@ class Rung:
     offload_inputs: bool = False
     """Inputs of recomputed blocks wait in host memory."""
     streamed_blocks: int = 0
-    """Blocks whose weights come from host memory each time."""
+    """Number of blocks whose weights come from host memory each time."""
     reprojected_blocks: int = 0
-    """Blocks, following the recomputed ones, that recompute queries, keys and values."""
+    """Number of blocks, following the recomputed ones, that recompute queries, keys and values."""
     kept_transposes: bool = False
     """8-bit weights are kept a second time, transposed: 0.17 ms a block of Qwen-Image on an H100."""
 
@@ -107,7 +107,7 @@ def ladder(situation: Situation) -> Iterator[Rung]:
                 for selective in (False, True) if recompute is None else (False,):
                     yield Rung(weights_format, rows, selective, kept_transposes=transposes)
         if recompute is False or not (quantized or is_last):
-            continue  # products in 8 bits are faster than computing blocks twice in 16
+            continue  # products in 8 bits are faster than recomputing blocks in 16
         selective, counts = recompute is None, range(1, blocks + 1) if recompute is None else (blocks,)
         reprojects = selective and all(kind.units.projections for kind in footprint.kinds)
         if reprojects:  # frees a third of what is kept under selective recomputation, for a sixth of a block's products

@@ -43,7 +43,7 @@ class SamplingPlan:
     modulation_rows: int
     """Rows of the table in host memory that stands in for modulation layers; 0: they are loaded."""
     streamed_blocks: int
-    """Blocks whose weights come from host memory at each pass."""
+    """Number of blocks whose weights come from host memory in each pass."""
     decode_last: bool
     """Pictures are decoded when all are sampled and the transformer has left the device."""
     tile_pixels: int | None
@@ -63,7 +63,7 @@ def plan_sampling(facts: HardwareFacts, footprint: Footprint, config: TrainConfi
         config: brings formats, demands and limits; nothing is trained.
 
     Raises:
-        PlanError: nothing fits; says how much is missing.
+        PlanError: nothing fits; names how much is missing.
         ConfigError: the config demands what this GPU cannot do.
     """
     demands = demands_of(config)
@@ -127,16 +127,16 @@ def _held_bytes(rung: Rung, situation: Situation) -> int:
 def _reason(plan: SamplingPlan, situation: Situation) -> str:
     ways = [f"base weights in {plan.weights_format}"]
     if plan.modulation_rows:
-        ways.append("modulation computed ahead")
+        ways.append("modulations computed ahead")
     if plan.streamed_blocks:
         num_blocks = situation.footprint.num_blocks
-        ways.append(f"{plan.streamed_blocks} of {num_blocks} blocks from host memory at each pass")
+        ways.append(f"{plan.streamed_blocks} of {num_blocks} blocks from host memory in each pass")
     if plan.decode_last:
         ways.append(
             "pictures decoded at the end" + (f" in tiles of {plan.tile_pixels} pixels" if plan.tile_pixels else "")
         )
     peak_gib, usable_gib = plan.expected_peak_bytes / GIB, situation.usable_bytes / GIB
-    return f"{', '.join(ways)}: about {peak_gib:.1f} GiB at the peak, {usable_gib:.1f} GiB usable"
+    return f"{', '.join(ways)}: about {peak_gib:.1f} GiB at the peak, and {usable_gib:.1f} GiB are usable"
 
 
 def _refuse(situation: Situation, config: TrainConfig, sizes: SampleSizes, rungs: Sequence[Rung]) -> str:
@@ -145,7 +145,7 @@ def _refuse(situation: Situation, config: TrainConfig, sizes: SampleSizes, rungs
     needed = min(pass_peak_bytes(rung, situation) for rung in rungs)
     if needed > usable:
         lack = (
-            f"sampling needs about {needed / GIB:.1f} GiB and {usable / GIB:.1f} GiB of {facts.name} are usable: "
+            f"sampling needs about {needed / GIB:.1f} GiB, and {usable / GIB:.1f} GiB of {facts.name} are usable: "
             f"{(needed - usable) / GIB:.1f} GiB are missing."
         )
     else:
@@ -161,4 +161,4 @@ def _refuse(situation: Situation, config: TrainConfig, sizes: SampleSizes, rungs
         plan = plan_sampling(facts, situation.footprint, free, sizes)
     except PlanError:
         return f"{lack} Fewer bits would not do either: sample smaller pictures."
-    return f"{lack} Without a demand for or against quantization, {plan.reasons[0]}."
+    return f"{lack} Without a demand for or against quantization it fits: {plan.reasons[0]}."

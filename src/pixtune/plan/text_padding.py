@@ -1,4 +1,4 @@
-"""How long a run makes its captions: each as it is, or the next multiple of some number of tokens.
+"""Length to which a run pads its captions: none, or the next multiple of some number of tokens.
 
 A step is captured for one shape, so captions of any length would leave nothing to replay. Attention to padded captions
 without a mask (`padded_attention.py`) lets many lengths share a shape.
@@ -13,9 +13,9 @@ from pixtune.config.schema import TrainConfig
 from pixtune.plan.demands import demands_of
 
 LEAST_MULTIPLE = 64
-"""Tokens. Half of it is added to a caption on average: below one percent of a picture's 4096."""
+"""Smallest multiple, in tokens. Half of it is added to a caption on average: below one percent of a picture's 4096."""
 MOST_PADDING = 0.05
-"""Share of a step's tokens above which no multiple but the least is taken: a plain step would be as fast."""
+"""Share of padding in a step's tokens above which only the least multiple is taken: a plain step would be as fast."""
 
 
 @dataclass(frozen=True)
@@ -23,28 +23,30 @@ class CaptionedSize:
     """Training pictures of one size, their control pictures' sizes included."""
 
     image_tokens: int
-    """Of one example, its control pictures included."""
+    """Image tokens of one example, its control pictures included."""
     draws_by_length: Mapping[int, float]
-    """How often captions of so many tokens are drawn in an epoch. The dropped caption is one of them."""
+    """Draws in an epoch by a caption's number of tokens. The dropped caption is one of them."""
 
 
 @dataclass(frozen=True)
 class Captions:
-    """What is known of a data set's captions before the first step."""
+    """Lengths of a data set's captions, as far as they are known before the first step."""
 
     differ: bool
-    """They come in several numbers of tokens, as far as is known."""
+    """Captions have different numbers of tokens, as far as is known."""
     sizes: tuple[CaptionedSize, ...] = ()
-    """Empty where lengths are not known: captions are encoded in the loop, or all are taken to be of one length."""
+    """Empty where lengths are not known: captions are encoded in the loop, or all are taken to have one length."""
 
 
 def padded_length(num_tokens: int, multiple: int) -> int:
-    """The next multiple, or the same number."""
+    """Returns `num_tokens` rounded up to a multiple."""
     return -(-num_tokens // multiple) * multiple
 
 
 def least_multiple(config: TrainConfig, captions: Captions | None) -> int:
-    """Of tokens; what a run on a GPU pads to at least if its kernels can. Memory is counted, and kernels tried, for it.
+    """Returns the multiple of tokens to which a run on a GPU pads at least, if its kernels can.
+
+    Memory is counted, and kernels are tried, for captions of that length.
 
     Args:
         captions: None: the family cannot pad them.
@@ -61,17 +63,17 @@ def choose_text_multiple(
     captures: int,
     kernel_pads: bool,
 ) -> tuple[int, list[str]]:
-    """What it does pad to, and why.
+    """Returns the multiple of tokens to which captions are padded, and why.
 
     Args:
-        captures: of how many shapes steps are captured.
+        captures: number of shapes whose steps are captured.
         kernel_pads: attention to padded captions by the run's kernel was tried on this machine, and is right.
     """
     least = least_multiple(config, captions) if captures and kernel_pads else 1
     if captions is None or least == 1:
         return 1, []
     if not captions.sizes:
-        return least, [f"captions padded to multiples of {least} tokens: how long they are is known in the loop alone"]
+        return least, [f"captions padded to multiples of {least} tokens: their lengths are known only in the loop"]
     as_they_are, room = num_shapes(captions.sizes, 1), f"{captures} can be captured"
     # Larger batches of captions that differ would be split, into parts of any size, or masked.
     is_whole = config.batch_size == 1 or all(len(size.draws_by_length) == 1 for size in captions.sizes)
@@ -80,7 +82,7 @@ def choose_text_multiple(
     multiple = fitting_multiple(captions.sizes, captures)
     shapes, added = num_shapes(captions.sizes, multiple), padding_share(captions.sizes, multiple)
     if is_whole and shapes == as_they_are:
-        return 1, [f"captions not padded: pictures and captions would have {shapes} shapes all the same"]
+        return 1, [f"captions not padded: pictures and captions would have {shapes} shapes even so"]
     return multiple, [
         f"captions padded to multiples of {multiple} tokens, without a mask: {shapes} instead of {as_they_are} shapes, "
         f"and {room}; {added:.1%} of all tokens are padding"
@@ -88,10 +90,10 @@ def choose_text_multiple(
 
 
 def fitting_multiple(sizes: Sequence[CaptionedSize], most_shapes: int) -> int:
-    """The smallest by which pictures and captions come in no more than so many shapes, or in as few as can be.
+    """Returns the smallest multiple that leaves at most `most_shapes` shapes, or else the fewest.
 
-    Above the least one it doubles, up to what makes all captions as long as the longest, as long as `MOST_PADDING` is
-    not passed.
+    Multiples double from the least one on, up to the one that makes all captions as long as the longest, while
+    `MOST_PADDING` is not exceeded.
     """
     longest = padded_length(max(length for size in sizes for length in size.draws_by_length), LEAST_MULTIPLE)
     tried = [LEAST_MULTIPLE]
@@ -105,12 +107,12 @@ def fitting_multiple(sizes: Sequence[CaptionedSize], most_shapes: int) -> int:
 
 
 def num_shapes(sizes: Sequence[CaptionedSize], multiple: int) -> int:
-    """Of whole batches: pictures of one size with captions padded to one length, the longest of the batch."""
+    """Counts the shapes of whole batches: pictures of one size with captions padded to the longest of the batch."""
     return sum(len({padded_length(length, multiple) for length in size.draws_by_length}) for size in sizes)
 
 
 def padding_share(sizes: Sequence[CaptionedSize], multiple: int) -> float:
-    """Of all tokens of an epoch, where batches are of one example; larger ones have more."""
+    """Returns the share of padding in an epoch's tokens with batches of one example; larger batches have more."""
     added = whole = 0.0
     for size in sizes:
         for length, draws in size.draws_by_length.items():

@@ -1,6 +1,6 @@
-"""Decides how a run uses the machine: a pure function of facts, footprint and config, with reasons in plain words.
+"""Plan of a run: how it uses the machine, as a pure function of facts, footprint and config. No torch.
 
-Plans are tried from the fastest to the leanest, and the first that fits is taken. What the config demands or forbids
+Rungs are tried from the fastest to the leanest, and the first that fits is taken. What the config demands or forbids
 takes rungs off that ladder and never puts one on.
 """
 
@@ -23,36 +23,40 @@ from pixtune.plan.text_padding import Captions, choose_text_multiple
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """The decisions. Stored in every checkpoint and used again on resume."""
+    """Decisions on how a run uses the machine. Stored in every checkpoint and used again on resume."""
 
     compute_format: str
     """"bf16" or "fp32": of activations, and of weights that are not quantized."""
     weights_format: str
-    """Of the blocks' linear layers: the same, or "fp8", "int8", "nf4"."""
+    """Format of the blocks' linear layers: the same, or "fp8", "int8", "nf4"."""
     kept_transposes: bool
     """8-bit weights are kept a second time, transposed, as the backward pass reads them."""
     modulation_rows: int
     """Rows of the table in host memory that stands in for modulation layers; 0: they are loaded."""
     selective: bool
-    """Norms, rotary embedding and gates are computed again, the MLP's activation is kept in 8 bits."""
+    """Norms, rotary embedding and gates are recomputed; the MLP's activation is kept in 8 bits."""
     recomputed_blocks: int
-    """The first so many keep only their inputs."""
+    """Number of leading blocks that are recomputed from their inputs."""
     reprojected_blocks: int
-    """The next so many compute queries, keys and values again."""
+    """Number of blocks, following the recomputed ones, that recompute queries, keys and values."""
     offload_inputs: bool
-    """Those inputs wait in host memory."""
+    """Inputs of recomputed blocks wait in host memory."""
     streamed_blocks: int
-    """The weights of so many of them come from host memory each time."""
+    """Number of blocks whose weights come from host memory each time."""
     compile: bool
     """Blocks are compiled."""
     captures: int
-    """Of so many shapes, those that come up first, forward and backward pass are captured and replayed."""
+    """Number of shapes, those that come up first, whose steps are captured and replayed."""
     pin_memory: bool
+    """Batches are in page-locked host memory."""
     encoders_stay: bool
     """Text encoder and autoencoder stay on the device after encoding."""
     tf32: bool
+    """Products of fp32 numbers may be computed in TF32."""
     deterministic: bool
+    """Kernels whose results vary are not used."""
     loading_threads: int
+    """Threads that read weights."""
     fast_loading: bool
     """Weights are read by fastsafetensors, where it is installed."""
     expandable_segments: bool
@@ -60,12 +64,13 @@ class TrainingPlan:
     optimizer: str
     """A name in `optim.OPTIMIZERS`."""
     expected_peak_bytes: int
-    """Estimate for a training step, of torch's allocator; 0 on a CPU."""
+    """Estimate of the peak in torch's allocator during a training step; 0 on a CPU."""
     expected_host_bytes: int
-    """Of page-locked host memory."""
+    """Estimate of page-locked host memory."""
     usable_bytes: int
-    """What torch's allocator was taken to have; 0 on a CPU."""
+    """Device memory that torch's allocator may use; 0 on a CPU."""
     reasons: tuple[str, ...]
+    """Reasons of the decisions, in words for the user."""
     plain_layers: tuple[str, ...] = ()
     """Paths of the blocks' linear layers that have the `compute_format` where the others are quantized."""
     fused_step: bool = False
@@ -73,25 +78,26 @@ class TrainingPlan:
     states_on_host: bool = False
     """Optimizer states of all weights wait in host memory."""
     fp32_copies: bool = False
-    """bf16 weights have fp32 copies, which are where the optimizer states are."""
+    """bf16 weights have fp32 copies, in the same memory as the optimizer states."""
     text_multiple: int = 1
-    """Captions of training steps are padded to a multiple of so many tokens."""
+    """Number of tokens to whose multiple captions of training steps are padded."""
     attention: str | None = None
-    """A kernel of `kernel_choice`, which comes before all others; None: PyTorch's own choice, on CPUs."""
+    """Kernel of `kernel_choice` that is preferred to all others; None: PyTorch's own choice."""
     attention_off: tuple[str, ...] = ()
-    """Kernels that are never used."""
+    """Attention kernels that are never used."""
 
     @property
     def recompute(self) -> bool:
-        """Whether any block is computed again in the backward pass."""
+        """Whether any block is recomputed in the backward pass."""
         return self.recomputed_blocks > 0
 
     def to_dict(self) -> dict[str, Any]:
+        """Returns the plan as plain values."""
         return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
 
 
 OLDER_NAMES = {"lean": "selective", "recordings": "captures"}
-"""Fields as checkpoints of November 2026 and before call them, and what they are called here."""
+"""Names of fields in checkpoints up to November 2026, and their names today."""
 
 
 def with_todays_names(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -112,14 +118,14 @@ def plan_training(
     """Chooses what the config leaves open.
 
     Args:
-        num_processes: that train together, on one host.
-        attention: what trials of its kernels on this machine found; None: nothing was tried.
-        flash_attention_3_obstacle: why it cannot be used on this machine; None: nothing is known against it.
+        attention: results of its kernels' trials on this machine; None: nothing was tried.
         can_compile: torch.compile works on this machine.
-        captions: None: nothing is known of them, or the family cannot pad them.
+        num_processes: processes that train together on one host.
+        flash_attention_3_obstacle: why it cannot be used on this machine; None: no reason is known.
+        captions: lengths of captions; None: nothing is known of them, or the family cannot pad them.
 
     Raises:
-        PlanError: nothing fits; says how much is missing and which demand to drop.
+        PlanError: nothing fits; names how much is missing and which demand to drop.
         ConfigError: the config demands what this GPU cannot do.
     """
     on_gpu, demands = facts.device == "cuda", demands_of(config)

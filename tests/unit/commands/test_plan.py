@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -104,7 +105,9 @@ def test_encoders_are_made_to_fit_and_the_plan_says_how(full_size: dict[str, Pat
     assert not {captions.name, pictures.name} & {phase.name for phase in report.too_large}
     assert report.phases[-1].holds.endswith("autoencoder in tiles of 384 pixels")
     words = " ".join(shown(report).split())
-    assert "text encoder in 4 bits (nf4 weights, 4." in words and "pictures at a time instead of 4" in words
+    assert "text encoder in 4 bits (nf4 weights, 4." in words and re.search(
+        r"pictures are encoded \d at a time instead of 4", words
+    )
     plain = make_report(config_of(full_size["qwen_image"]), "H100")
     assert not plain.encoders.reasons and "more than there is" not in shown(plain)
 
@@ -141,11 +144,11 @@ def test_encoders_that_stay_are_counted_in_every_phase_after_them(
     assert (more_gib > 13.1) is stays and ("text encoder" in training.holds) is stays
 
 
-def test_samples_are_a_phase_where_some_are_drawn(full_size: dict[str, Path]) -> None:
+def test_sampling_is_a_phase_where_there_are_samples(full_size: dict[str, Path]) -> None:
     def names(*words: str) -> list[str]:
         return [phase.name for phase in make_report(config_of(full_size["flux"], *words), "H100").phases]
 
-    assert names()[-1] == "training step" and names('samples.prompts=["a cat"]')[-1] == "samples drawn"
+    assert names()[-1] == "training step" and names('samples.prompts=["a cat"]')[-1] == "sampling"
 
 
 # ---- the command

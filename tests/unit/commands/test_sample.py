@@ -216,4 +216,4 @@ def test_the_plan_is_said_before_anything_is_drawn(tmp_path: Path, monkeypatch: 
     drawn = sample_pictures(request_for(MODELS[1], prompts=("a fox",)), tmp_path, said.append)
     assert not said and len(list(drawn)) == 2
     (line,) = said
-    assert line.startswith("base weights in fp32: about 0.") and "GiB usable" in line
+    assert line.startswith("base weights in fp32: about 0.") and "GiB are usable" in line

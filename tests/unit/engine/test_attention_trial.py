@@ -94,7 +94,7 @@ def test_what_dies_in_padded_attention_is_right_without(monkeypatch: pytest.Monk
     found = try_attention(SHAPE, ("cudnn", "flash"))
     assert tried == [["cudnn", "flash"], ["flash"]]
     assert found["cudnn"].fault is None and found["cudnn"].padded_error == float("inf")
-    assert "0.5 times their size away" in (found["flash"].fault or "")
+    assert "wrong by 0.5 times their size" in (found["flash"].fault or "")
 
 
 def test_a_kernel_that_hangs_is_dropped_with_the_time_it_was_given(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -90,14 +90,14 @@ def test_what_is_decided_has_a_reason_and_what_is_plain_has_none() -> None:
     eight, *_ = plan_encoders(usable(12), full_size("qwen_image"), 4).reasons
     assert "text encoder in 8 bits" in eight and "13.2 GiB" in eight and "10.3 GiB are usable" in eight
     slow, fewer = plan_encoders(usable(6), full_size("qwen_image"), 4).reasons
-    assert "on the CPU, which is slow" in slow and "1 pictures at a time instead of 4" in fewer
+    assert "on the CPU, which is slow" in slow and "pictures are encoded 1 at a time instead of 4" in fewer
 
 
 def test_fewer_captions_come_before_fewer_bits() -> None:
     sizes = full_size("flux")
     room = text_peak_bytes(sizes, None, 2)
     plan = plan_encoders(room, sizes, 4)
-    assert (plan.text_format, plan.caption_batch) == (None, 2) and "2 captions at a time" in plan.reasons[0]
+    assert (plan.text_format, plan.caption_batch) == (None, 2) and "captions are encoded 2 at a time" in plan.reasons[0]
     assert plan_encoders(room, replace(sizes, caption_tokens=4096), 4).text_format == "int8"
 
 
@@ -128,8 +128,18 @@ def test_demands_are_kept() -> None:
     sizes, room = full_size("qwen_image"), usable(12)
     plain = plan_encoders(room, sizes, 4, may_quantize=False)
     assert plain.text_format == ON_CPU and "disable_quantization" in plain.reasons[0]
-    with pytest.raises(PlanError, match=r"disable_cpu_offload keeps .* 13\.4 GiB at the least .* 10\.3 GiB are usable"):
+    with pytest.raises(PlanError, match=r"disable_cpu_offload keeps .* at least 13\.4 GiB .* 10\.3 GiB are usable"):
         plan_encoders(room, sizes, 4, may_quantize=False, must_stay=True)
+
+
+@pytest.mark.parametrize("host_gib", [12, 20])
+def test_the_cpu_is_named_as_a_way_out_only_where_it_is_one(host_gib: int) -> None:
+    sizes, room = full_size("qwen_image"), usable(6)
+    with pytest.raises(PlanError) as caught:
+        plan_encoders(room, sizes, 4, must_stay=True, host_bytes=host_gib * GIB)
+    assert ("Leave disable_cpu_offload out" in str(caught.value)) is (host_gib == 20)
+    if host_gib == 20:
+        assert plan_encoders(room, sizes, 4, host_bytes=host_gib * GIB).text_format == ON_CPU
 
 
 def test_quantized_weights_are_counted_with_what_stays_as_it_is() -> None:
@@ -185,7 +195,8 @@ def test_16_bits_pass_through_host_memory_and_stay_there_only_to_work(
 def test_an_encoder_that_neither_side_has_room_for_is_refused_with_what_is_missing() -> None:
     sizes = full_size("qwen_image")
     with pytest.raises(
-        PlanError, match=r"takes 13\.4 GiB .* the GPU has 4\.3 and 4\.9 .* 12\.0 GiB may .* 1\.4 GiB are"
+        PlanError,
+        match=r"takes 13\.4 GiB .* needs 4\.9 GiB of the GPU, which has 4\.3, .* 12\.0 GiB may .* 1\.4 GiB are",
     ):
         plan_encoders(usable(6), sizes, 4, host_bytes=12 * GIB)
     fp32 = replace(sizes, text_bytes=2 * sizes.text_bytes, element_bytes=4)

@@ -62,8 +62,8 @@ def test_the_fastest_right_kernel_is_taken_and_the_times_are_told() -> None:
         (CRASH, "its process ended with exit code -11"),
         (Finding("did not end within 120 s"), "did not end within 120 s"),
         (Finding("RuntimeError: no engine"), "RuntimeError: no engine"),
-        (replace(CUDNN, error=0.02), "0.02 times their size away"),
-        (replace(CUDNN, error=math.nan), "nan times their size away"),
+        (replace(CUDNN, error=0.02), "wrong by 0.02 times their size"),
+        (replace(CUDNN, error=math.nan), "wrong by nan times their size"),
     ],
     ids=["crashed", "hung", "raised", "wrong", "no number"],
 )
@@ -71,9 +71,9 @@ def test_a_faulty_kernel_is_dropped_by_name_with_what_was_found(finding: Finding
     for demanded in (None, True):
         choice = choose_attention(H100, config(enable_cudnn_sdp=demanded), {**ALL, "cudnn": finding}, None)
         assert (choice.kernel, choice.off) == ("flash", ("cudnn",))
-        notice = "off, though asked for" if demanded else "dropped"
+        notice = "off, though asked for" if demanded else "not used"
         (told,) = [reason for reason in choice.reasons if words in reason]
-        assert told.startswith(f"cuDNN attention {notice}: tried on this machine, ")
+        assert told.startswith(f"cuDNN attention is {notice}: tried on this machine, ")
         assert "attention by flash: right within 0.3%, 2.95 ms a block; efficient 6.10" in choice.reasons
 
 
@@ -81,7 +81,7 @@ def test_where_no_kernel_is_right_none_is_used() -> None:
     choice = choose(dict.fromkeys(ALL, CRASH))
     assert (choice.kernel, choice.off, choice.pads) == (None, ("cudnn", "flash", "efficient"), False)
     assert "attention by PyTorch's own choice: no kernel passed its trial" in choice.reasons
-    assert len([reason for reason in choice.reasons if "dropped" in reason]) == 3
+    assert len([reason for reason in choice.reasons if "not used" in reason]) == 3
 
 
 def test_a_kernel_that_lacked_memory_for_its_trial_is_not_taken_and_not_off() -> None:
@@ -127,7 +127,7 @@ def test_without_a_trial_demands_are_met_and_nothing_else_is_chosen() -> None:
 def test_deterministic_runs_take_no_kernel_that_is_not() -> None:
     choice = choose({"flash": FLASH, "efficient": EFFICIENT}, deterministic=True, enable_cudnn_sdp=True)
     assert (choice.kernel, choice.off, choice.pads) == ("flash", ("cudnn",), True)
-    assert choice.reasons[0].startswith("cuDNN attention off, though asked for: its backward pass adds up in any order")
+    assert choice.reasons[0].startswith("cuDNN attention is off, though asked for: its backward pass sums in any")
     assert choose(ALL, deterministic=True).kernel == "flash", "even if it had been tried"
 
 
@@ -147,16 +147,16 @@ def test_flash_attention_3_is_taken_where_it_is_asked_for_and_right() -> None:
     assert (choice.kernel, choice.off, choice.pads) == ("flash_3", ("cudnn",), False)
     (reason,) = choice.reasons
     assert reason.startswith("attention by FlashAttention 3, as asked: right within 0.3%, 1.20 ms a block; cuDNN 1.49")
-    assert reason.endswith("cuDNN's, asked for as well, gives way")
+    assert reason.endswith("cuDNN, also asked for, gives way")
     fails = choose({**ALL, "flash_3": CRASH}, enable_flash_attention_3=True)
     assert (fails.kernel, fails.off) == ("cudnn", ("flash_3",))
-    assert fails.reasons[0].startswith("FlashAttention 3 off, though asked for: tried on this machine, its process")
+    assert fails.reasons[0].startswith("FlashAttention 3 is off, though asked for: tried on this machine, its process")
 
 
 def test_flash_attention_3_that_nobody_asked_for_is_told_of_and_not_taken() -> None:
     choice = choose({**ALL, "flash_3": FLASH_3})
     assert choice.kernel == "cudnn"
-    assert "FlashAttention 3 1.20 (taken only where enable_flash_attention_3 asks for it)" in choice.reasons[0]
+    assert "FlashAttention 3 1.20 (used only where enable_flash_attention_3 asks for it)" in choice.reasons[0]
 
 
 # ---- what is tried

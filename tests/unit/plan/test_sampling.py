@@ -127,7 +127,7 @@ def test_a_cpu_has_no_limit(quantize: bool | None) -> None:
 
 def test_what_does_not_fit_says_how_much_is_missing_and_what_would() -> None:
     with pytest.raises(
-        PlanError, match=r"about 1\.7 GiB and 0\.4 GiB of NVIDIA H100.* 1\.3 GiB are missing\. Sample smaller"
+        PlanError, match=r"about 1\.7 GiB, and 0\.4 GiB of NVIDIA H100.* 1\.3 GiB are missing\. Sample smaller"
     ):
         plan_for(limit_gib=1.5)
     pc = facts_as("RTX 4060", host_bytes=16 * 10**9)

@@ -328,9 +328,9 @@ def test_flash_attention_3_is_used_where_it_runs_and_else_the_plan_says_why_not(
     assert (on.attention, on.attention_off) == ("flash_3", ("cudnn",)) and "as asked" in " ".join(on.reasons)
     not_installed = plan_training(H100, footprint, ASKS_FOR_3, RIGHT, flash_attention_3_obstacle="no module")
     elsewhere = plan_training(facts_as("RTX 5090"), footprint, ASKS_FOR_3, RIGHT)
-    for plan, why in ((not_installed, "no module"), (elsewhere, "it runs on Hopper (compute capability 9.0) alone")):
+    for plan, why in ((not_installed, "no module"), (elsewhere, "it runs only on Hopper (compute capability 9.0)")):
         assert (plan.attention, plan.attention_off) == ("cudnn", ())
-        assert any(f"FlashAttention 3 off, though asked for: {why}" in reason for reason in plan.reasons)
+        assert any(f"FlashAttention 3 is off, though asked for: {why}" in reason for reason in plan.reasons)
     assert plan_training(H100, footprint, CONFIG).attention is None
 
 
@@ -451,17 +451,17 @@ def test_a_plan_of_another_version_is_refused_by_the_names_that_differ(change: s
 @pytest.mark.parametrize(
     ("limit_gib", "words"),
     [
-        (79, ["recomputation off"]),
-        (40, ["modulation computed", "6.8 billion weights"]),
-        (23.3, ["8-bit (fp8)", "queries, keys and values computed twice in", "the fastest way would need"]),
-        (20, ["recomputation on for", "of 60 blocks"]),
+        (79, ["no block is recomputed"]),
+        (40, ["modulations are computed", "6.8 billion weights"]),
+        (23.3, ["8 bits (fp8)", "queries, keys and values are recomputed in", "the fastest way would need"]),
+        (20, ["of 60 blocks are recomputed", "gates are recomputed"]),
         (15.3, ["wait in host memory"]),
-        (7.4, ["4-bit (nf4)", "come from host memory"]),
+        (7.4, ["4 bits (nf4)", "come from host memory"]),
     ],
 )
 def test_a_plan_says_why(limit_gib: float, words: list[str]) -> None:
     told = " ".join(capped(limit_gib).reasons)
-    assert "GiB usable" in told and all(word in told for word in words), told
+    assert "GiB are usable" in told and all(word in told for word in words), told
 
 
 def test_deciding_needs_no_torch() -> None:

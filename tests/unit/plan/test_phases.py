@@ -1,0 +1,59 @@
+"""Memory of a run's phases, by hand at full size."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from pixtune.config.schema import DataConfig, TrainConfig
+from pixtune.hardware.cards import facts_as
+from pixtune.hardware.facts import GIB
+from pixtune.plan.encoders import EncoderSizes, encode_plainly
+from pixtune.plan.phases import Surroundings, idle_bytes, phases_of
+from pixtune.plan.training import plan_training
+from tests.full_size import full_size_footprint
+
+CONFIG = TrainConfig(
+    pretrained_model_name_or_path="model", output_dir="out", max_train_steps=1, data_config=DataConfig(img_dir="data")
+)
+
+
+@pytest.mark.parametrize(
+    ("changes", "bytes_per_trained_weight"),
+    [
+        ({"adam8bit": False}, 4 + 8),
+        ({"adam8bit": True}, 4 + 2.03125),
+        ({"method": "full", "adam8bit": True}, 2.03125),
+    ],
+)
+def test_between_steps_weights_and_optimizer_states_remain(
+    changes: dict[str, object], bytes_per_trained_weight: float
+) -> None:
+    """Trained weights that are all of them are counted once."""
+    config = CONFIG.model_copy(update=changes)
+    footprint = full_size_footprint(config)
+    plan = plan_training(facts_as("H200"), footprint, config)
+    expected = 2 * footprint.num_weights + bytes_per_trained_weight * footprint.trained_weights
+    assert idle_bytes(plan, footprint) == pytest.approx(expected, rel=1e-6)
+    assert idle_bytes(plan, footprint) < plan.expected_peak_bytes
+
+
+def test_what_stays_on_the_device_is_counted_in_each_phase_after_it() -> None:
+    footprint = full_size_footprint(CONFIG)
+    plan = plan_training(facts_as("H200"), footprint, CONFIG)
+    around = Surroundings(EncoderSizes(14 * GIB, GIB), encode_plainly(1), 1024 * 1024, footprint.num_tokens)
+    leave, stay = (
+        phases_of(plan, footprint, replace(around, text_in_loop=loop, pictures_in_loop=loop)) for loop in (False, True)
+    )
+    assert [phase.name for phase in stay] == ["captions encoded", "pictures encoded", "training step", "sampling"]
+    more = [there.device_bytes - gone.device_bytes for gone, there in zip(leave, stay, strict=True)]
+    assert more == [0, 14 * GIB, 15 * GIB, 14 * GIB], "sampling needs the autoencoder in any case"
+    assert leave[2].device_bytes == plan.expected_peak_bytes
+
+
+def test_a_run_without_encoders_and_samples_is_its_training_step() -> None:
+    footprint = full_size_footprint(CONFIG)
+    plan = plan_training(facts_as("H200"), footprint, CONFIG)
+    (only,) = phases_of(plan, footprint, Surroundings(EncoderSizes(0, 0), encode_plainly(1)))
+    assert (only.name, only.device_bytes) == ("training step", plan.expected_peak_bytes)
