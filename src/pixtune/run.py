@@ -1,4 +1,4 @@
-"""What the loop holds and hands on: the parts of a run, what is called around its steps, how it ended."""
+"""The parts of a run that the loop uses, the calls that it makes around its steps, and how a run ended."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from pixtune.validation import ValidationLoss
 
 @dataclass(frozen=True)
 class Run:
-    """The parts that a step touches."""
+    """The parts that a step uses; `train.assemble` builds them."""
 
     config: TrainConfig
     family: ModelFamily
@@ -35,29 +35,35 @@ class Run:
     transformer: LoadedTransformer
     trained: TrainedWeights
     forward_backward: ReplayedPass[Batch]
+    """`train.forward_backward` of a batch on the device; returns the batch's share of the step's loss."""
     learning_rate_at: Callable[[int], float]
+    """Learning rate of a step, 0 for the first."""
     source: BatchSource
     steps_ahead: StepsAhead
     num_steps: int
+    """Optimizer steps of the whole run, those before a resume included."""
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """How a run ended."""
+    """The outcome of a run."""
 
     finished: bool
-    """False: it was told to stop, and can be resumed."""
+    """Whether all steps were taken; if not, the run was asked to stop and can be resumed."""
     step: int
+    """Number of steps taken."""
     output_dir: Path
     first_loss: ValidationLoss | None = None
-    """Held-out loss before training."""
+    """Held-out loss before the first step."""
     last_loss: ValidationLoss | None = None
+    """Held-out loss after the last step."""
 
 
 class AroundSteps(Protocol):
-    """What the loop calls around its steps: `Services`, or what stands in their place while steps are timed."""
+    """Calls that the loop makes around its steps: to `Services`, or to a stand-in while steps are timed."""
 
     start_step: int
+    """Number of steps that were taken before this session."""
 
     def __enter__(self) -> Self: ...
 
@@ -67,12 +73,17 @@ class AroundSteps(Protocol):
 
     def before_first_step(self) -> None: ...
 
-    def see_batch(self, batch: Batch) -> None: ...
+    def see_batch(self, batch: Batch) -> None:
+        """Receives a batch that the current step learns from."""
 
-    def waited(self, seconds: float) -> None: ...
+    def waited(self, seconds: float) -> None:
+        """Receives the time that the loop had to wait for a micro-batch."""
 
-    def after_step(self, step: int, loss: Tensor, grad_norm: Tensor) -> None: ...
+    def after_step(self, step: int, loss: Tensor, grad_norm: Tensor) -> None:
+        """Does everything that is due after a step, 1 for the first."""
 
-    def interrupted(self, step: int) -> TrainResult: ...
+    def interrupted(self, step: int) -> TrainResult:
+        """Ends the session early, after this many steps."""
 
-    def finish(self) -> TrainResult: ...
+    def finish(self) -> TrainResult:
+        """Ends the run after its last step."""

@@ -1,7 +1,7 @@
-"""What happens around the steps: figures, validation, pictures, checkpoints, and the files at the end.
+"""Runs everything around the steps: figures, held-out loss, samples, checkpoints, and the files at the end.
 
-Every service reads weights and changes none, and every draw has its own key, so switching one on leaves the training
-bit for bit as it was.
+Every service reads weights and changes none, and every random draw has its own key, so that a service that is switched
+on changes no bit of the training.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ SAMPLES_FOLDER = "samples"
 
 
 class Services:
-    """See the module. Only the first process writes; others keep pace."""
+    """The services of one session of a run. Only the first process writes; others keep pace."""
 
     def __init__(self, run: Run, folder: ModelFolder, data: PreparedData, start_step: int) -> None:
         self.run, self.folder, self.data, self.start_step = run, folder, data, start_step
@@ -105,7 +105,7 @@ class Services:
         """Puts a checkpoint's weights and optimizer state into the run.
 
         Raises:
-            CheckpointError: the checkpoint belongs to a run with other settings.
+            CheckpointError: the checkpoint is of a run with other settings, or of another model.
         """
         run = self.run
         refuse_other_run(checkpoint, self._identity())
@@ -113,7 +113,7 @@ class Services:
             run.trained.load(checkpoint.tensors, checkpoint.record["optimizer_plain"])
         except KeyError as error:
             raise CheckpointError(f"{checkpoint.path} does not fit this model: {error.args[0]}") from error
-        self._print(f"going on after step {checkpoint.step} from {checkpoint.path}")
+        self._print(f"resuming after step {checkpoint.step} from {checkpoint.path}")
 
     def _identity(self) -> RunIdentity:
         run = self.run
@@ -126,34 +126,34 @@ class Services:
         if self.start_step == 0:
             self._check_direction()
             self._validate(0)
-            self._sample_pictures(0)
+            self._sample(0)
         self.run.memory.begin_steps()
         self.figures.restart_clock()
 
     def see_batch(self, batch: Batch) -> None:
-        """A step learns from this batch."""
+        """Notes the batch for the step's figures."""
         self.figures.see_batch(batch)
 
     def waited(self, seconds: float) -> None:
-        """The loop had to wait so long for a micro-batch."""
+        """Notes the time that the loop had to wait for a micro-batch."""
         self.figures.waited(seconds)
 
     def after_step(self, step: int, loss: Tensor, grad_norm: Tensor) -> None:
         config, last = self.config, step == self.run.num_steps
         self.figures.add(step, loss, grad_norm, self.run.learning_rate_at(step - 1))
         validation_due = last or step % config.validation.every == 0
-        pictures_due = last or step % config.samples.every == 0
+        samples_due = last or step % config.samples.every == 0
         save_due = last or step % config.checkpointing_steps == 0
-        if step % config.logging_steps == 0 or validation_due or pictures_due or save_due:
+        if step % config.logging_steps == 0 or validation_due or samples_due or save_due:
             self.figures.read_back()
         self.bar.advance(step)
         if validation_due:
             self._validate(step)
-        if pictures_due:
-            self._sample_pictures(step)
+        if samples_due:
+            self._sample(step)
         if save_due:
             self._save(step)
-        if validation_due or pictures_due or save_due:
+        if validation_due or samples_due or save_due:
             self.figures.restart_clock()
 
     def interrupted(self, step: int) -> TrainResult:
@@ -161,11 +161,11 @@ class Services:
         self.figures.read_back()
         if self._saved_step != step:
             self._save(step)
-        self._print(f"stopped after step {step}; go on with resume_from_checkpoint=latest")
+        self._print(f"stopped after step {step}; resume with resume_from_checkpoint=latest")
         return TrainResult(finished=False, step=step, output_dir=self.output_dir)
 
     def finish(self) -> TrainResult:
-        """What others load, and the report."""
+        """Writes the files that others load, and the report."""
         step = self.run.num_steps
         if self.start_step < step:
             self._compare_memory(step)
@@ -179,8 +179,8 @@ class Services:
                 versions=package_versions(),
                 facts={
                     **self.run.trained.counts(),
-                    "training pictures": len(self.data.buckets),
-                    "held-out pictures": len(self.data.held_out),
+                    "training examples": len(self.data.buckets),
+                    "held-out examples": len(self.data.held_out),
                 },
             )
             self._print("wrote " + "\n      ".join(str(path) for path in [*paths, report]))
@@ -198,16 +198,16 @@ class Services:
     # ---- the services
 
     def _announce(self) -> None:
-        """What is about to run, and why so."""
+        """Prints what is about to run, with the plan's reasons."""
         sizes = len({size for variants in self.data.buckets for size in variants})
-        self._print(f"data: {len(self.data.buckets)} pictures in {sizes} sizes, {len(self.data.held_out)} held out")
+        self._print(f"data: {len(self.data.buckets)} examples in {sizes} sizes, {len(self.data.held_out)} held out")
         self._print(self.run.trained.summary())
         for reason in self.run.plan.reasons:
             self._print(f"plan: {reason}")
 
     @contextmanager
     def _aside(self, stage: str) -> Iterator[None]:
-        """Around what computes on the device between steps: it gets the memory that recorded steps hold, if it must."""
+        """Frees memory of captured steps, where it is needed, for work on the device between steps."""
         self.run.forward_backward.make_room(self._between_steps.device_bytes)
         with self.run.memory.aside(stage):
             yield
@@ -216,7 +216,7 @@ class Services:
         self.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def _check_direction(self) -> None:
-        """Asks the base model, which a new run still is, whether controls and targets are swapped."""
+        """Asks the base model, which a new run's weights still are, whether controls and targets are swapped."""
         if not self.data.both_ways or not self.is_main:
             return
         run = self.run
@@ -241,10 +241,10 @@ class Services:
         self.figures.track(step, {"held_out_loss": loss.mean})
         self._print(f"step {step}: held-out loss {loss.mean:.4f}")
 
-    def _sample_pictures(self, step: int) -> None:
+    def _sample(self, step: int) -> None:
         if not self.data.prompts or not self.is_main:
             return
-        with self._aside("samples drawn"):
+        with self._aside("samples"):
             for number, picture in enumerate(self.sampler.sample(self.run.transformer)):
                 path = self.output_dir / SAMPLES_FOLDER / f"step-{step:06d}" / f"{number:03d}.png"
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -281,7 +281,7 @@ class Services:
 
 
 def tracker_values(config: Mapping[str, Any]) -> dict[str, str | int | float | bool]:
-    """A config as trackers take it: dotted names, plain values."""
+    """Converts a config to dotted names and plain values, as trackers take it."""
     return {
         key: value if isinstance(value, str | int | float | bool) else str(value)
         for key, value in flatten(config).items()

@@ -32,7 +32,7 @@ def test_a_family_of_one_file_goes_all_the_way(tmp_path: Path) -> None:
 
     assert "held-out loss" in train("whole", max_train_steps=4)
     train("parts", max_train_steps=2)
-    assert "going on after step 2" in train("parts", max_train_steps=4)
+    assert "resuming after step 2" in train("parts", max_train_steps=4)
     whole, parts = (load_file(tmp_path / name / LORA) for name in ("whole", "parts"))
     assert whole.keys() == parts.keys() and all(whole[key].equal(parts[key]) for key in whole)
     assert any(tensor.any() for key, tensor in whole.items() if "lora_B" in key), "nothing was learned"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -36,7 +37,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path, warm_cache: Path
             )  # fmt: skip
             outcome = pixtune("train", "--config", config, *words)
             assert outcome.returncode == 0, outcome.stdout
-    assert "going on after step 2" in outcome.stdout
+    assert "resuming after step 2" in outcome.stdout
     whole, parts = (load_checkpoint(checkpoint_path(tmp_path / name, 4)) for name in ends)
     early = load_checkpoint(checkpoint_path(tmp_path / "whole", 2))
     for stem in ("transformer", "optimizer"):
@@ -69,7 +70,7 @@ SAVINGS: dict[str, tuple[str, dict[str, object]]] = {  # of memory: which weight
 
 
 def train_here(
-    folder: Path, cache_dir: Path, name: str, way: str, steps: int, planned: dict[str, object], **changes: object
+    folder: Path, cache_dir: Path, name: str, way: str, steps: int, planned: Mapping[str, object], **changes: object
 ) -> Checkpoint:
     """A run in this process whose plan is changed; its last checkpoint."""
     decide = training.decide_plan
@@ -102,7 +103,7 @@ def test_saving_memory_changes_neither_losses_nor_weights_nor_states(
     tmp_path: Path, warm_cache: Path, saving: str
 ) -> None:
     way, planned = SAVINGS[saving]
-    optimizer = {"optimizer": planned["optimizer"]} if "optimizer" in planned else {}
+    optimizer = {key: value for key, value in planned.items() if key == "optimizer"}
     plain = train_here(tmp_path, warm_cache, "plain", way, 3, optimizer)
     train_here(tmp_path, warm_cache, "parts", way, 1, planned)
     assert_same(train_here(tmp_path, warm_cache, "parts", way, 3, planned), plain)

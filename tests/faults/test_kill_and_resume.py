@@ -7,9 +7,11 @@ import random
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file
+from torch import Tensor
 
 from pixtune.storage.checkpoint import checkpoint_path, find_checkpoints
 from pixtune.tracking.metrics import read_metrics
@@ -45,7 +47,10 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory, warm_cache: Path) ->
     return output_dir / "run"
 
 
-def final_state(output_dir: Path) -> tuple[dict, dict, list, dict]:
+State = tuple[dict[str, Tensor], dict[str, Tensor], list[dict[str, Any]], dict[str, Any]]
+
+
+def final_state(output_dir: Path) -> State:
     """Weights, optimizer tensors, the loss log without its clocks, and what of the optimizer is no tensor."""
     folder = checkpoint_path(output_dir, NUM_STEPS)
     log = [
@@ -103,7 +108,7 @@ def test_killed_at_random_moments_and_resumed_is_the_uninterrupted_run(
     last = start(output_dir, warm_cache)
     printed, _ = last.communicate(timeout=120)
     assert last.returncode == 0, printed
-    assert "going on after step" in printed, f"started anew instead of resuming; kills: {kills}"
+    assert "resuming after step" in printed, f"started anew instead of resuming; kills: {kills}"
     assert_same_state(output_dir, uninterrupted)
 
 

@@ -39,7 +39,7 @@ from pixtune.plan.footprint import Footprint
 from pixtune.plan.rungs import Rung, weight_bytes
 from pixtune.plan.training import TrainingPlan, plan_training
 from pixtune.planning import footprint_of
-from pixtune.storage.checkpoint import stored
+from pixtune.storage.checkpoint import read_decision
 from pixtune.storage.model_folder import ModelFolder
 from tests.runs import ROOT
 from tests.unit.engine.test_load import MODELS, WEIGHTS, model
@@ -88,7 +88,7 @@ def test_layers_that_are_kept_plain_are_not_quantized() -> None:
     everything = load_transformer(family, folder, Placement(CPU, torch.bfloat16), layout_of(plan_with("[]"), 5)).module
     assert {n for n, m in everything.named_modules() if isinstance(m, QuantizedLinear)} == quantized | kept
     assert any("7 linear layers are not quantized" in reason for reason in plan.reasons)
-    assert stored(TrainingPlan, {"plan": plan.to_dict()}, "plan") == plan
+    assert read_decision(TrainingPlan, plan.to_dict(), "plan") == plan
 
 
 def test_layers_that_are_kept_plain_are_counted() -> None:

@@ -33,7 +33,7 @@ from pixtune.plan.situation import CONTEXT_BYTES
 from pixtune.plan.training import TrainingPlan
 from pixtune.planning import BetweenSteps, plan_between_steps
 from pixtune.storage.architecture import CONFIG_PATTERNS
-from pixtune.storage.checkpoint import stored
+from pixtune.storage.checkpoint import read_decision
 from pixtune.storage.model_folder import ModelFolder
 from tests.full_size import TEXT_ENCODER, build_full_size_folder
 from tests.runs import ROOT, TINY_MODEL, environment, pixtune
@@ -161,7 +161,7 @@ def test_the_command_prints_json_for_programs(full_size: dict[str, Path]) -> Non
     assert run.returncode == 0, run.stdout
     values = json.loads(run.stdout[run.stdout.index("{") :])
     assert values["is_estimate"] is True and values["machine"]["name"] == facts_as("H100").name
-    plan = stored(TrainingPlan, values, "plan")
+    plan = read_decision(TrainingPlan, values["plan"], "plan")
     training = next(phase for phase in values["phases"] if phase["name"] == "training step")
     assert training["device_bytes"] == plan.expected_peak_bytes <= values["usable_bytes"]
 

@@ -190,4 +190,4 @@ def test_a_run_warns_of_swapped_folders_once_and_of_right_ones_never(tmp_path):
     said = train(tmp_path / "wrong", 1)
     assert "warning: controls and targets look swapped: on 5 pairs" in said
     resumed = train(tmp_path / "wrong", 2, resume_from_checkpoint="latest")
-    assert "going on after step 1" in resumed and "look swapped" not in resumed
+    assert "resuming after step 1" in resumed and "look swapped" not in resumed

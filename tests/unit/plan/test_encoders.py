@@ -26,7 +26,7 @@ from pixtune.plan.encoders import (
     text_weight_bytes,
 )
 from pixtune.plan.situation import CONTEXT_BYTES, RESERVE_BYTES
-from pixtune.storage.checkpoint import stored
+from pixtune.storage.checkpoint import read_decision
 from tests.full_size import AUTOENCODER, TEXT_ENCODER
 
 CARDS_GIB = {80: 79.0, 24: 23.3, 16: 15.3, 12: 11.4, 8: 7.4, 6: 5.4, 4: 3.5}
@@ -161,10 +161,10 @@ def test_better_encodings_that_are_there_are_named_best_first() -> None:
 
 def test_a_plan_survives_a_checkpoint() -> None:
     plan = plan_encoders(usable(8), full_size("qwen_image"), 4)
-    assert stored(EncoderPlan, {"encoders": plan.to_dict()}, "encoders") == plan
+    assert read_decision(EncoderPlan, plan.to_dict(), "encoders") == plan
     with pytest.raises(CheckpointError, match="differs from this version's in picture_batch"):
         others = {name: value for name, value in plan.to_dict().items() if name != "picture_batch"}
-        stored(EncoderPlan, {"encoders": others}, "encoders")
+        read_decision(EncoderPlan, others, "encoders")
 
 
 def test_long_captions_and_pictures_beside_them_count() -> None:

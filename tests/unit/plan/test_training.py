@@ -20,7 +20,7 @@ from pixtune.plan.rungs import CAPTURE_BYTES, LEAST_CAPTURES, MOST_CAPTURES, Run
 from pixtune.plan.situation import CONTEXT_BYTES, TABLES, Situation, situation_of
 from pixtune.plan.text_padding import LEAST_MULTIPLE, CaptionedSize, Captions, least_multiple
 from pixtune.plan.training import TrainingPlan, plan_training
-from pixtune.storage.checkpoint import stored
+from pixtune.storage.checkpoint import read_decision
 from tests.full_size import full_size_footprint
 
 H100, CPU = facts_as("H100"), HardwareFacts("cpu", "x86_64", (0, 0), 0, 0)
@@ -437,7 +437,7 @@ def test_the_named_way_out_is_the_plan_that_one_gets_by_it() -> None:
 
 def test_a_plan_survives_the_checkpoint() -> None:
     plan = capped(15.3)
-    assert stored(TrainingPlan, {"plan": plan.to_dict()}, "plan") == plan
+    assert read_decision(TrainingPlan, plan.to_dict(), "plan") == plan
 
 
 @pytest.mark.parametrize("change", ["selective", "recompute"])
@@ -445,7 +445,7 @@ def test_a_plan_of_another_version_is_refused_by_the_names_that_differ(change: s
     values = plan_for().to_dict()
     values.pop(change, None) if change in values else values.update({change: True})
     with pytest.raises(CheckpointError, match=rf"differs.*{change}"):
-        stored(TrainingPlan, {"plan": values}, "plan")
+        read_decision(TrainingPlan, values, "plan")
 
 
 @pytest.mark.parametrize(
