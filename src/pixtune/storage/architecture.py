@@ -14,7 +14,7 @@ from pixtune.storage.shipped import FILE, read_shipped, shipped_names, spelling_
 CONFIGS = ("model_index.json", "transformer/config.json", "vae/config.json")
 """Files of a model that a plan cannot do without."""
 CONFIG_PATTERNS = ("model_index.json", "*/config.json", "*.index.json")
-"""The same files with the indexes of weights, which tell encoders' sizes before the encoders are there."""
+"""Patterns of these files and of the indexes of weights, which tell the sizes of encoders that are not there yet."""
 
 
 @dataclass(frozen=True)

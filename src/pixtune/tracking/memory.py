@@ -15,7 +15,7 @@ import torch
 from pixtune.config.schema import TrainConfig
 from pixtune.errors import TrainingError
 from pixtune.hardware.capping import cap_device_memory, outside_allocator_bytes, own_gpu, used_before_cuda
-from pixtune.hardware.facts import GIB, MEMORY_FRACTION
+from pixtune.hardware.facts import GIB
 from pixtune.hardware.monitor import StageLog, StageMemory
 from pixtune.hardware.read import read_facts
 from pixtune.hardware.unified import MemoryWatchdog, cap_unified_memory, setup_unified_memory_env
@@ -42,7 +42,7 @@ class RunMemory:
         self._used_before: int | None = None
         if torch.cuda.is_initialized():
             return
-        if wants_expandable_segments(config):
+        if sys.platform == "linux" and config.expandable_segments is not False:  # torch has them on Linux only
             setup_unified_memory_env()
         if config.gpu_memory_limit_gib is not None and torch.version.cuda is not None:
             self._used_before = used_before_cuda(own_gpu(os.environ))
@@ -57,8 +57,9 @@ class RunMemory:
             return
         if self._config.gpu_memory_limit_gib is not None:
             cap_device_memory(self._config.gpu_memory_limit_gib, self._used_before, device)
-        facts = read_facts(device, self._config.memory_fraction or MEMORY_FRACTION)
-        if facts.integrated and demands_of(self._config).is_unified(facts):
+        demands = demands_of(self._config)
+        facts = read_facts(device, demands.memory_fraction)
+        if facts.integrated and demands.is_unified(facts):
             cap_unified_memory(facts)
             self._watchdog = MemoryWatchdog(facts.total_bytes)
 
@@ -128,8 +129,3 @@ def merge_stages(stages: Iterable[StageMemory]) -> list[StageMemory]:
             host_rss_gib=max(stage.host_rss_gib, before.host_rss_gib),
         )
     return list(merged.values())
-
-
-def wants_expandable_segments(config: TrainConfig) -> bool:
-    """Returns whether torch's allocator may grow its segments, which lose less to fragmentation; only on Linux."""
-    return sys.platform == "linux" and config.expandable_segments is not False

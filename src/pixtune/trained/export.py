@@ -71,11 +71,6 @@ def diffusers_file(weights: Mapping[str, Tensor], about: LoraDescription) -> Ten
     return TensorFile(tensors, {**about.metadata(), "lora_adapter_metadata": json.dumps(scale, sort_keys=True)})
 
 
-def comfyui_file(weights: Mapping[str, Tensor], about: LoraDescription, family: ModelFamily) -> TensorFile:
-    """Builds the file for ComfyUI, which stock diffusers loads as well."""
-    return TensorFile(family.comfyui_tensors(weights, about.alpha), about.metadata())
-
-
 def weights_by_module(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Names the tensors of a diffusers file by module again."""
     return {name.removeprefix(DIFFUSERS_PREFIX): tensor for name, tensor in tensors.items()}
@@ -84,10 +79,10 @@ def weights_by_module(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def export_lora(
     folder: Path, weights: Mapping[str, Tensor], about: LoraDescription, family: ModelFamily
 ) -> tuple[Path, Path]:
-    """Writes both files into `folder` and returns their paths."""
+    """Writes both files into `folder` and returns their paths. Stock diffusers loads ComfyUI's file as well."""
     diffusers_path, comfyui_path = folder / DIFFUSERS_FILE, folder / COMFYUI_FILE
     save_without_digest(diffusers_path, *diffusers_file(weights, about))
-    save_without_digest(comfyui_path, *comfyui_file(weights, about, family))
+    save_without_digest(comfyui_path, family.comfyui_tensors(weights, about.alpha), about.metadata())
     return diffusers_path, comfyui_path
 
 

@@ -82,7 +82,6 @@ class Chunk:
 class Guest:
     """Tensors of one weight on the device, in a span of the ring."""
 
-    name: str
     start: int
     end: int
     arrived: Mark = None
@@ -99,7 +98,7 @@ class Ring:
     """Guests that may still be there, the oldest first."""
     next_start: int = 0
 
-    def admit(self, name: str, num_bytes: int) -> tuple[Guest, Sent] | None:
+    def admit(self, num_bytes: int) -> tuple[Guest, Sent] | None:
         """Returns a span and the copy that must end before it is filled; None while a needed guest is in the way."""
         wraps = self.next_start + num_bytes > self.memory.numel()
         claimed = [(self.next_start, self.memory.numel()), (0, num_bytes)] if wraps else []
@@ -114,7 +113,7 @@ class Ring:
             in_the_way.append(guest.left)
         for _ in in_the_way:
             self.guests.popleft()
-        admitted = Guest(name, start, start + num_bytes)
+        admitted = Guest(start, start + num_bytes)
         self.guests.append(admitted)
         self.next_start = admitted.end
         return admitted, max(in_the_way, key=lambda sent: sent.number, default=Sent())
@@ -243,7 +242,7 @@ class HostStates:
 
     def _admit(self, name: str) -> Guest | None:
         resident, ring = self._residents[name], self._ring_of_device()
-        admitted = ring.admit(name, resident.host.numel())
+        admitted = ring.admit(resident.host.numel())
         if admitted is None:
             return None
         guest, left = admitted

@@ -53,7 +53,9 @@ def iterate_tensors(
         if obstacle is None:
             return iterate_fast(entries, device, num_threads)
         _tell_once(f"{obstacle}; the weights are read by {num_threads} threads of pixtune's own", use_fast is True)
-    return iterate_with_threads(entries, device, num_threads, drop_cache=_is_integrated(device))
+    # An integrated GPU takes its memory from the CPU's, where the page cache of what was read is in its way.
+    is_integrated = device.type == "cuda" and bool(torch.cuda.get_device_properties(device).is_integrated)
+    return iterate_with_threads(entries, device, num_threads, drop_cache=is_integrated)
 
 
 def load_safetensors(
@@ -73,11 +75,6 @@ def _iterate_mapped(entries: Sequence[TensorEntry]) -> Iterator[tuple[str, Tenso
         with opened as file:
             for entry in of_file:
                 yield entry.name, file.get_tensor(entry.name)
-
-
-def _is_integrated(device: torch.device) -> bool:
-    """Returns whether the GPU takes its memory from the CPU's, where the page cache of what was read is in its way."""
-    return device.type == "cuda" and bool(torch.cuda.get_device_properties(device).is_integrated)
 
 
 @functools.cache
