@@ -15,7 +15,7 @@ from pixtune.config.schema import TrainConfig
 from pixtune.data.cache import DiskStore, Ledger, MemoryStore, missing_keys
 from pixtune.data.encode import Encoder, FramedPicture, TextItem
 from pixtune.family import ModelFamily, Placement
-from pixtune.hardware.facts import MEMORY_FRACTION, HardwareFacts
+from pixtune.hardware.facts import HardwareFacts
 from pixtune.hardware.read import read_facts
 from pixtune.hardware.unified import is_unified_memory_system
 from pixtune.plan.demands import demands_of
@@ -78,7 +78,7 @@ def _plan_encoders(
         return encode_plainly(config.encode_batch_size)
     decided: list[EncoderPlan | None] = [None]
     if accelerator.is_main_process:
-        facts = read_facts(accelerator.device, config.memory_fraction or MEMORY_FRACTION)
+        facts = read_facts(accelerator.device, demands_of(config).memory_fraction)
         decided = [plan_encoders_for(config, family, folder, facts, items, pictures)]
     (plan,) = broadcast_object_list(decided)
     return plan

@@ -71,7 +71,7 @@ def choose_tf32(facts: HardwareFacts, config: TrainConfig) -> tuple[bool, list[s
         return asked, []
     major, minor = facts.capability
     on = facts.capability >= (8, 0)
-    return on, [f"TF32 {'on' if on else 'off'}: compute capability {major}.{minor}"]
+    return on, [f"TF32 is {'on' if on else 'off'}: compute capability {major}.{minor}"]
 
 
 def kernels_to_try(facts: HardwareFacts, config: TrainConfig, obstacle_to_3: str | None) -> tuple[str, ...]:

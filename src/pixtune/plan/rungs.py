@@ -84,7 +84,12 @@ class Rung:
 
     def host_bytes(self, situation: Situation) -> int:
         """Returns the bytes of streamed weights, inputs of recomputed blocks and modulation tables."""
-        return host_bytes(self, situation.footprint, situation.num_tables)
+        footprint, loaded = situation.footprint, self.modulation_rows == 0
+        blocks = sum(kind.count * block_weight_bytes(kind, self.weights_format, loaded) for kind in footprint.kinds)
+        streamed = self.streamed_blocks * blocks / footprint.num_blocks
+        inputs = self.recomputed_blocks * footprint.unit_bytes if self.offload_inputs else 0
+        tables = 0 if footprint.one_pool else 2 * table_host_numbers(self, footprint, situation.num_tables)
+        return round(streamed + inputs + tables)
 
 
 # ---- the ladder
@@ -197,8 +202,7 @@ def weight_bytes(rung: Rung, footprint: Footprint, compute_format: str) -> int:
 
 
 def table_bytes(rung: Rung, footprint: Footprint, compute_format: str) -> int:
-    """Returns bytes on the device of the modulation table: a step's rows, a layer's weights on their way, and what
-    they make."""
+    """Returns the table's bytes on the device: a step's rows, a layer's weights on their way, and what they make."""
     if not rung.modulation_rows:
         return 0
     row = modulation_row(footprint) * (footprint.examples_per_step + 1)
@@ -222,16 +226,6 @@ def modulation_row(footprint: Footprint) -> int:
 def largest_modulation(footprint: Footprint) -> int:
     """Counts the numbers in the largest modulation layer."""
     return max(kind.largest_modulation for kind in footprint.kinds)
-
-
-def host_bytes(rung: Rung, footprint: Footprint, num_tables: int) -> int:
-    """Returns page-locked bytes: of streamed weights, inputs of recomputed blocks and modulation tables."""
-    kinds = footprint.kinds
-    total = sum(k.count * block_weight_bytes(k, rung.weights_format, rung.modulation_rows == 0) for k in kinds)
-    streamed = rung.streamed_blocks * total / footprint.num_blocks
-    inputs = rung.recomputed_blocks * footprint.unit_bytes if rung.offload_inputs else 0
-    tables = 0 if footprint.one_pool else 2 * table_host_numbers(rung, footprint, num_tables)
-    return round(streamed + inputs + tables)
 
 
 # ---- activations
