@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import threading
@@ -22,6 +21,7 @@ from pixtune.data.encode import Encoder
 from pixtune.errors import PixtuneError
 from pixtune.hardware.facts import GIB, HardwareFacts
 from pixtune.plan.training import TrainingPlan, plan_training
+from pixtune.storage.files import file_digest
 from pixtune.tracking.figures import StepFigures
 from pixtune.tracking.metrics import FILE_NAME, read_metrics
 from pixtune.train import train
@@ -155,8 +155,7 @@ def _read(output: Path, run: Path) -> Observed:
         "rates": [line["learning_rate"] for line in steps],
         "held-out losses": [(line["step"], line["loss"]) for line in lines if line["kind"] == "validation"],
         "pictures": {
-            path.relative_to(output).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
-            for path in output.glob("samples/**/*.png")
+            path.relative_to(output).as_posix(): file_digest(path) for path in output.glob("samples/**/*.png")
         },
         "weights": weights,
         "metadata": {name: text for name, text in metadata.items() if "hash" not in name},
