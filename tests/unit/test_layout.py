@@ -131,6 +131,12 @@ def test_every_module_has_a_room():
     assert len([module for module in alone if not (SRC / module).is_dir()]) <= 15, "too many modules at the top"
 
 
+def test_every_room_says_what_it_is_for():
+    folders = [module for module in MODULES if module and (SRC / module.replace(".", "/")).is_dir()]
+    silent = [module for module in folders if not ast.get_docstring(MODULES[module])]
+    assert not silent, f"{silent}: a sentence in __init__.py says what is in there and where to begin"
+
+
 def test_rooms_import_only_what_lies_below_them():
     found = [
         f"{module} imports {name}"
@@ -178,7 +184,7 @@ def test_model_families_are_named_only_in_their_own_package():
         for node in ast.walk(tree):
             words = [getattr(node, field, None) for field in ("id", "attr", "arg", "name", "module", "value")]
             found += [
-                f"{module}, line {node.lineno}: {word}"
+                f"{module}, line {getattr(node, 'lineno', '?')}: {word}"
                 for word in words
                 if isinstance(word, str) and not re.search(r"\s", word) and FAMILY_WORDS.search(word)
             ]
