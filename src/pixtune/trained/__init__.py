@@ -1,1 +1,1 @@
-"""The weights that are trained, their optimizers, and the files in which others load them. `methods.py` is the entry."""
+"""The weights that are trained, their optimizers, and the files that others load. `methods.py` is the entry."""
