@@ -24,8 +24,8 @@ class CaptionedSize:
 
     image_tokens: int
     """Image tokens of one example, its control pictures included."""
-    draws_by_length: Mapping[int, float]
-    """Draws in an epoch by a caption's number of tokens. The dropped caption is one of them."""
+    turns_by_length: Mapping[int, float]
+    """Expected turns in an epoch by a caption's number of tokens. The dropped caption is one of them."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def choose_text_multiple(
         return least, [f"captions padded to multiples of {least} tokens: their lengths are known only in the loop"]
     as_they_are, room = num_shapes(captions.sizes, 1), f"{captures} can be captured"
     # Larger batches of captions that differ would be split, into parts of any size, or masked.
-    is_whole = config.batch_size == 1 or all(len(size.draws_by_length) == 1 for size in captions.sizes)
+    is_whole = config.batch_size == 1 or all(len(size.turns_by_length) == 1 for size in captions.sizes)
     if is_whole and as_they_are <= captures:
         return 1, [f"captions not padded: pictures and captions have {as_they_are} shapes, and {room}"]
     multiple = fitting_multiple(captions.sizes, captures)
@@ -95,7 +95,7 @@ def fitting_multiple(sizes: Sequence[CaptionedSize], most_shapes: int) -> int:
     Multiples double from the least one on, up to the one that makes all captions as long as the longest, while
     `MOST_PADDING` is not exceeded.
     """
-    longest = padded_length(max(length for size in sizes for length in size.draws_by_length), LEAST_MULTIPLE)
+    longest = padded_length(max(length for size in sizes for length in size.turns_by_length), LEAST_MULTIPLE)
     tried = [LEAST_MULTIPLE]
     while 2 * tried[-1] < longest:
         tried.append(2 * tried[-1])
@@ -108,14 +108,14 @@ def fitting_multiple(sizes: Sequence[CaptionedSize], most_shapes: int) -> int:
 
 def num_shapes(sizes: Sequence[CaptionedSize], multiple: int) -> int:
     """Counts the shapes of whole batches: pictures of one size with captions padded to the longest of the batch."""
-    return sum(len({padded_length(length, multiple) for length in size.draws_by_length}) for size in sizes)
+    return sum(len({padded_length(length, multiple) for length in size.turns_by_length}) for size in sizes)
 
 
 def padding_share(sizes: Sequence[CaptionedSize], multiple: int) -> float:
     """Returns the share of padding in an epoch's tokens with batches of one example; larger batches have more."""
     added = whole = 0.0
     for size in sizes:
-        for length, draws in size.draws_by_length.items():
-            added += draws * (padded_length(length, multiple) - length)
-            whole += draws * (size.image_tokens + padded_length(length, multiple))
+        for length, turns in size.turns_by_length.items():
+            added += turns * (padded_length(length, multiple) - length)
+            whole += turns * (size.image_tokens + padded_length(length, multiple))
     return added / whole

@@ -1,4 +1,4 @@
-"""`pixtune plan`: what a person is told before anything is downloaded, loaded or trained."""
+"""`pixtune plan`: its report before anything is downloaded, loaded or trained."""
 
 from __future__ import annotations
 
@@ -202,7 +202,7 @@ def test_an_unknown_card_is_answered_with_near_ones() -> None:
 
 
 def configs_alone(source: Path, folder: Path) -> Path:
-    """What the command of the error leaves: no weights, but the index of those that come in several files."""
+    """Leaves what the error's command fetches: no weights, but the index of those that come in several files."""
     for file in {file for pattern in CONFIG_PATTERNS for file in source.glob(pattern.replace("*.", "*/*."))}:
         target = folder / file.relative_to(source)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -256,7 +256,7 @@ def test_what_is_done_between_steps_needs_memory_beside_what_the_run_holds(full_
         plan = replace(report.plan, **changes)  # type: ignore[arg-type]
         return plan_between_steps(config, family, folder, plan, encode_plainly(1), sample_pixels, tokens)
 
-    drawn, measured = between("H100", pixels), between("H100", 0)
-    assert drawn.tile_pixels is None and drawn.device_bytes > decoding_bytes(pixels) > measured.device_bytes > 0
+    sampled, measured = between("H100", pixels), between("H100", 0)
+    assert sampled.tile_pixels is None and sampled.device_bytes > decoding_bytes(pixels) > measured.device_bytes > 0
     assert between("RTX 4060", pixels).tile_pixels is not None
     assert between("H100", pixels, usable_bytes=0) == BetweenSteps(None, 0)  # a CPU

@@ -340,11 +340,11 @@ def test_which_captions_meet_which_picture_sizes(tmp_path: Path, model: ModelFol
     settings = {"img_dir": tmp_path / "train", "img_size": 64, "caption_dropout_rate": 0.25}
     config = data_config(tmp_path, data_config=settings)
     sizes = prepare_data(config, OneTokenALetter(), model, ACCELERATOR).captions.sizes
-    wide, square = sorted((dict(size.draws_by_length) for size in sizes), key=len)
+    wide, square = sorted((dict(size.turns_by_length) for size in sizes), key=len)
     assert square == {5: 1.5, 6: 0.75, 1: 0.75} and wide == {5: 0.75, 1: 0.25}
     settings = {**settings, "random_ratio": True}
     varied = prepare_data(data_config(tmp_path, data_config=settings), OneTokenALetter(), model, ACCELERATOR).captions
-    draws = [sum(size.draws_by_length.values()) for size in varied.sizes]
+    draws = [sum(size.turns_by_length.values()) for size in varied.sizes]
     assert len(draws) > 2 and sum(draws) == pytest.approx(4)
 
 

@@ -64,7 +64,7 @@ def test_captions_have_a_token_for_each_word_where_they_have_lengths_of_their_ow
     data = prepared(tmp_path, ValidationConfig(), "tiny-qwen-image")
     lengths = [len(data.reader.read_text(example, 0, False)["prompt_embeds"]) for example in range(3)]
     assert lengths == [3, 70, 256] and data.most_text_tokens == 256 and data.captions.differ
-    assert [set(size.draws_by_length) for size in data.captions.sizes] == [{3, 70, 256}]
+    assert [set(size.turns_by_length) for size in data.captions.sizes] == [{3, 70, 256}]
     padded = prepared(tmp_path, ValidationConfig(), "tiny-flux")
     assert {len(padded.reader.read_text(example, 0, False)["prompt_embeds"]) for example in range(3)} == {256}
     assert not padded.captions.differ

@@ -65,11 +65,11 @@ def situation_on(
 
 @dataclass(frozen=True)
 class Cell:
-    """What a machine resorts to."""
+    """Ways of saving memory that a machine resorts to."""
 
     optimizer: str
     recomputed: range
-    """Of the 60 or 57 blocks."""
+    """Numbers of recomputed blocks, of 60 or 57."""
     fused: bool = False
     on_host: bool = False
 
@@ -288,7 +288,7 @@ def test_what_no_way_fits_names_the_least_and_the_lora() -> None:
 
 
 def saved_units(path: str, family_name: str, full: bool, compiled: bool) -> float:
-    """Of one narrow block on a CPU, in units; see `footprint.ActivationUnits`."""
+    """Counts what autograd keeps of one narrow block on a CPU, in units (`family.ActivationUnits`)."""
     torch._dynamo.reset()
     family = FAMILIES[family_name]
     heads, head, image, text = 2, 128, 256, 32
@@ -326,7 +326,7 @@ def saved_units(path: str, family_name: str, full: bool, compiled: bool) -> floa
 
 
 def rotary(model: Any, image: int, text: int) -> Any:
-    """As the model's own forward makes it."""
+    """Returns the rotary embedding that the model's own forward makes."""
     if hasattr(model.pos_embed, "pos_freqs"):
         return model.pos_embed((1, 16, image // 16), max_txt_seq_len=text, device=torch.device("cpu"))
     ids = torch.zeros(image + text, 3)

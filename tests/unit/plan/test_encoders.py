@@ -1,4 +1,4 @@
-"""How encoders are held on cards of every size, decided from sizes alone."""
+"""Plans of encoding on cards of every size, decided from sizes alone."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from pixtune.storage.checkpoint import read_decision
 from tests.full_size import AUTOENCODER, TEXT_ENCODER
 
 CARDS_GIB = {80: 79.0, 24: 23.3, 16: 15.3, 12: 11.4, 8: 7.4, 6: 5.4, 4: 3.5}
-"""What a whole process has on a card of so many GB."""
+"""Memory of a whole process by the size of a card in GB."""
 
 
 def usable(card_gb: int) -> int:
@@ -46,7 +46,7 @@ def full_size(family_name: str, side: int = 1024) -> EncoderSizes:
 
 
 def peaks(plan: EncoderPlan, sizes: EncoderSizes) -> tuple[int, int]:
-    """Most while captions are encoded, and while pictures are."""
+    """Returns the peaks of encoding captions and pictures."""
     coding = plan.picture_batch * encoding_bytes(sizes, sizes.picture_pixels, plan.tile_pixels)
     return text_peak_bytes(sizes, plan.text_format, plan.caption_batch), sizes.autoencoder_bytes + coding
 

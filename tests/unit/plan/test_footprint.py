@@ -1,4 +1,4 @@
-"""What a run weighs, from headers: against counts by hand, models that are loaded and LoRAs that are attached."""
+"""Footprints, from headers: against counts by hand, models that are loaded and LoRAs that are attached."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ CONFIG = TrainConfig(
 TINY = [ROOT / "assets" / name for name in ("tiny-qwen-image", "tiny-qwen-image-edit", "tiny-flux")]
 H = 3072
 ATTENTION_AND_MLP = 8 * H * H + 4 * H * 4 * H
-"""Both streams: q, k, v and output; two linears from and to four times the width."""
+"""Weights of both streams: q, k, v and output; two linears from and to four times the width."""
 
 
 @pytest.mark.parametrize(
@@ -99,7 +99,7 @@ def footprint_names(folder: ModelFolder) -> set[str]:
 
 
 def stored_bytes(model: nn.Module, names: set[str]) -> int:
-    """Of weights with their scales."""
+    """Counts the bytes of weights with their scales."""
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     return sum(t.nbytes for name, t in tensors.items() if name in names or name.endswith("scale"))
 

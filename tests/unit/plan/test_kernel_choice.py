@@ -1,4 +1,4 @@
-"""Which attention kernel a plan takes, by what its trial found, what the config says and what the GPU is."""
+"""Choice of attention kernel, by what its trial found, what the config says and what the GPU is."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def test_cudnn_is_demanded_and_forbidden() -> None:
 
 
 def test_without_a_trial_demands_are_met_and_nothing_else_is_chosen() -> None:
-    """As `pixtune plan` does, which starts no CUDA."""
+    """`pixtune plan` starts no CUDA, so it tries nothing."""
     assert choose().kernel is None and choose().reasons == ("attention by PyTorch's own choice: no kernel was tried",)
     assert choose(enable_cudnn_sdp=True).reasons == ("attention by cuDNN, as asked",)
     assert (choose(facts=SPARK).kernel, choose(facts=SPARK, enable_cudnn_sdp=False).kernel) == ("cudnn", None)

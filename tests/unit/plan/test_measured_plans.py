@@ -1,4 +1,4 @@
-"""What plans say of memory against what an H200 took, by size, batch, controls and format; nothing recomputed."""
+"""Planned memory against what an H200 took, by size, batch, controls and format; nothing is recomputed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FILES = [
     if "reference" not in path.name
 ]
 LARGEST_ERROR = 0.01
-"""Of what is promised, a fifth: these plans are near, and shall stay so."""
+"""Largest relative error: a fifth of what is promised, since these plans are near and must stay so."""
 
 
 def test_there_is_something_to_compare_with() -> None:

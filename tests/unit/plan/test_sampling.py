@@ -21,15 +21,15 @@ CONFIG = TrainConfig(
     pretrained_model_name_or_path="model", output_dir="out", max_train_steps=1, data_config=DataConfig(img_dir="data")
 )
 CARDS_GIB = {80: 79.0, 24: 23.3, 16: 15.3, 12: 11.4, 8: 7.4}
-"""What a whole process has on a card of so many GB."""
+"""Memory of a whole process by the size of a card in GB."""
 NUM_PASSES = {"qwen_image": 60, "flux": 30}
-"""Of 30 steps, with and without classifier-free guidance."""
+"""Passes of 30 steps, with and without classifier-free guidance."""
 
 
 def plan_for(
     model: str = "qwen_image", limit_gib: float = 79.0, facts: HardwareFacts | None = None, **changes: object
 ) -> SamplingPlan:
-    """With a LoRA of rank 16 on the attention layers."""
+    """Plans sampling with a LoRA of rank 16 on the attention layers."""
     config = CONFIG.model_copy(update={"gpu_memory_limit_gib": limit_gib, **changes})
     footprint = full_size_footprint(config, model)
     sizes = SampleSizes(1024 * 1024, NUM_PASSES[model], 2 * AUTOENCODER[model])

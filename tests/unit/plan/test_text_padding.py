@@ -1,4 +1,4 @@
-"""To which multiple captions are padded: the smallest by which all shapes can be captured."""
+"""Multiple to which captions are padded: the smallest by which all shapes can be captured."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_what_is_counted() -> None:
     [(64, 64), (5, 64), (4, 128), (3, 128), (2, 256), (1, 320)],
 )
 def test_the_smallest_multiple_is_taken_by_which_all_shapes_are_captured(captures: int, multiple: int) -> None:
-    """Up to 320, the longest caption's, which makes all captions as long."""
+    """The largest is 320, the longest caption's, which makes all captions as long."""
     sizes = [pictures(*LONG, image_tokens=16384)]
     assert fitting_multiple(sizes, captures) == multiple
     assert num_shapes(sizes, multiple) <= captures

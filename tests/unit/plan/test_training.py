@@ -348,7 +348,7 @@ MANY_LENGTHS = Captions(differ=True, sizes=(CaptionedSize(4096, dict.fromkeys(ra
 def padding_plan(
     facts: HardwareFacts = H100, captions: Captions | None = MANY_LENGTHS, passed: bool = True, **changes: object
 ) -> TrainingPlan:
-    """Where the trials of attention on this machine went well, unless said otherwise."""
+    """Plans for a machine where the trials of attention went well, unless told otherwise."""
     config = asking(**changes)
     error = 0.003 if passed else 0.5
     findings = {kernel: replace(finding, padded_error=error) for kernel, finding in RIGHT.items()}
