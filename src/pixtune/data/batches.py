@@ -188,7 +188,8 @@ class BatchSource:
         is_split = tokens >= MIN_TOKENS_TO_SPLIT and self.text_multiple == 1
         by_length: dict[object, list[_Single]] = {}
         for single in singles:
-            by_length.setdefault(single.text_shape if is_split else None, []).append(single)
+            text_shapes = tuple(tensor.shape for tensor in single.text.values())
+            by_length.setdefault(text_shapes if is_split else None, []).append(single)
         return [self._join(group) for group in by_length.values()]
 
     def times(self, index: int, features: Sequence[str]) -> tuple[Tensor, Conditioning]:
@@ -273,10 +274,6 @@ class _Single:
     text: Conditioning
     controls: Sequence[Tensor]
     name: str
-
-    @property
-    def text_shape(self) -> tuple[torch.Size, ...]:
-        return tuple(tensor.shape for tensor in self.text.values())
 
 
 def timed(items: Iterable[T], waited: Callable[[float], None]) -> Iterator[T]:

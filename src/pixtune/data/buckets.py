@@ -114,9 +114,10 @@ def frame_picture(
     """
     if min(width, height) < buckets.multiple:
         raise ValueError(f"is {width}x{height} pixels; each side must have at least {buckets.multiple}.")
-    wanted = _clamp(ratio[0] / ratio[1] if ratio else width / height, buckets.max_aspect)
+    aspect = ratio[0] / ratio[1] if ratio else width / height
+    wanted = min(max(aspect, 1.0 / buckets.max_aspect), buckets.max_aspect)
     bucket = _nearest(buckets.sizes, wanted)
-    if upscale or _fits(bucket, width, height):
+    if upscale or (bucket[0] <= width and bucket[1] <= height):
         return _cover(width, height, bucket)
     return _cover(width, height, _size_without_upscaling(width, height, wanted, buckets))
 
@@ -158,17 +159,9 @@ def _cover(width: int, height: int, bucket: Size) -> Framing:
     return Framing(bucket_width, bucket_height, scale, box, 1.0 - box_width * box_height / (width * height))
 
 
-def _nearest(sizes: tuple[Size, ...] | list[Size], aspect: float) -> Size:
+def _nearest(sizes: tuple[Size, ...], aspect: float) -> Size:
     """The size that loses least of a picture of this aspect; of equals the one with most pixels."""
     return min(sizes, key=lambda size: (round(abs(math.log(size[0] / size[1] / aspect)), 9), -size[0] * size[1]))
-
-
-def _fits(bucket: Size, width: int, height: int) -> bool:
-    return bucket[0] <= width and bucket[1] <= height
-
-
-def _clamp(aspect: float, max_aspect: float) -> float:
-    return min(max(aspect, 1.0 / max_aspect), max_aspect)
 
 
 def _round_down(value: int, multiple: int) -> int:

@@ -58,15 +58,10 @@ def find_examples(config: DataConfig, folder: Path) -> Pairs:
     """What belongs together in a folder, by the config's layout."""
     if config.metadata_file is not None and folder == config.img_dir:
         return read_metadata(config.metadata_file, folder)
-    return find_pairs(folder, config.caption_type, _controls_beside(config, folder), config.allow_missing_controls)
-
-
-def _controls_beside(config: DataConfig, folder: Path) -> tuple[Path, ...]:
-    """Control folders of the training pictures; those of a held-out folder lie beside it, by the same names."""
-    folders = control_folders(config)
-    if folder == config.img_dir:
-        return folders
-    return tuple(folder.parent / control.name for control in folders)
+    controls = control_folders(config)
+    if folder != config.img_dir:  # a held-out folder: its control folders lie beside it, by the same names
+        controls = tuple(folder.parent / control.name for control in controls)
+    return find_pairs(folder, config.caption_type, controls, config.allow_missing_controls)
 
 
 def read_examples(
@@ -103,7 +98,11 @@ def _read_example(
     pair: Pair, buckets: Buckets, upscale: bool, random_ratio: bool, controls: ControlRules | None
 ) -> Example:
     size = read_size(pair.image_path)
-    framings = _framings(*size, buckets, upscale, random_ratio)
+    framings = (
+        tuple(frame_variants(*size, buckets, upscale).values())
+        if random_ratio
+        else (frame_picture(*size, buckets, upscale=upscale),)
+    )
     paths = pair.control_paths if controls else ()
     sizes = [read_size(path) for path in paths]
     control_framings = tuple(
@@ -145,12 +144,6 @@ def check_folder(config: DataConfig, folder: Path, multiple: int) -> tuple[str, 
     if not report.ok:
         raise DataError(f"{folder} cannot be trained on, {len(report.faults)} faults", report.faults)
     return report.warnings
-
-
-def _framings(width: int, height: int, buckets: Buckets, upscale: bool, random_ratio: bool) -> tuple[Framing, ...]:
-    if random_ratio:
-        return tuple(frame_variants(width, height, buckets, upscale).values())
-    return (frame_picture(width, height, buckets, upscale=upscale),)
 
 
 def split_held_out(examples: list[Example], share: float, seed: int) -> tuple[list[Example], list[Example]]:

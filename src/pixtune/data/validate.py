@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -147,7 +147,6 @@ def validate_folder(
     control_folders: Sequence[Path] = (),
     allow_missing_controls: bool = False,
     upscale: bool = False,
-    on_progress: Callable[[int, int], None] | None = None,
     counter: CaptionCounter | None = None,
 ) -> DatasetReport:
     """Checks all pictures, captions and control pictures of a data set; what it finds is reported, not raised.
@@ -156,11 +155,11 @@ def validate_folder(
         image_folder: pictures with captions beside them, or a folder with `images/` and `control/` in it.
         caption_extension: the contract's `caption_type`.
         control_folders: control pictures, where they are not in `image_folder / "control"`.
-        img_size, multiple, upscale, on_progress, counter: as for `validate_pairs`.
+        img_size, multiple, upscale, counter: as for `validate_pairs`.
     """
     image_folder, control_folders = _find_layout(Path(image_folder), control_folders)
     found = find_pairs(image_folder, caption_extension, control_folders, allow_missing_controls)
-    return validate_pairs(found, img_size, multiple, upscale, control_folders, on_progress, counter)
+    return validate_pairs(found, img_size, multiple, upscale, control_folders, counter)
 
 
 def validate_pairs(
@@ -169,7 +168,6 @@ def validate_pairs(
     multiple: int | None = None,
     upscale: bool = False,
     control_folders: Sequence[Path] = (),
-    on_progress: Callable[[int, int], None] | None = None,
     counter: CaptionCounter | None = None,
 ) -> DatasetReport:
     """Checks what `find_pairs` or `read_metadata` found.
@@ -178,7 +176,6 @@ def validate_pairs(
         img_size: reports buckets, crops and small pictures for this training size, in pixels.
         multiple: what the model's picture sides must be divisible by, in pixels; `MIN_SIDE_PIXELS` if not known.
         upscale: small pictures will be enlarged, as in `buckets.frame_picture`.
-        on_progress: called with (pictures checked, pictures in all) after each picture.
         counter: reports captions that its model cuts; None: no model is known.
     """
     multiple = multiple or MIN_SIDE_PIXELS
@@ -186,7 +183,7 @@ def validate_pairs(
     targets = sorted({pair.image_path for pair in found.pairs} | set(found.lone_pictures))
     controls = sorted({path for pair in found.pairs for path in pair.control_paths} - set(targets))
     compared = {path for pair in found.pairs if pair.control_paths for path in (pair.image_path, pair.control_paths[0])}
-    checked = _check_pictures([*targets, *controls], multiple, compared, on_progress)
+    checked = _check_pictures([*targets, *controls], multiple, compared)
     for picture in checked:
         faults += picture.faults
         warnings += [f"{picture.path} {note}." for note in picture.notes]
@@ -267,18 +264,11 @@ def _nearly_same(target: _Checked, control: _Checked) -> bool:
     return same_shape(target.size, control.size) and np.asarray(difference).max() < NEARLY_UNCHANGED
 
 
-def _check_pictures(
-    paths: Sequence[Path], multiple: int, compared: AbstractSet[Path], on_progress: Callable[[int, int], None] | None
-) -> list[_Checked]:
-    """Each picture decoded, in the order given. Threads serve, because decoders release Python's lock."""
-    checked = []
+def _check_pictures(paths: Sequence[Path], multiple: int, compared: AbstractSet[Path]) -> list[_Checked]:
+    """Decodes each picture, in the order given. Threads serve, because decoders release Python's lock."""
     with catch_warnings(), ThreadPoolExecutor(min(_MAX_THREADS, os.cpu_count() or 1)) as pool:
         filterwarnings("ignore", module="PIL")  # says without a path what the report says with one
-        for picture in pool.map(lambda path: _check_picture(path, multiple, path in compared), paths):
-            checked.append(picture)
-            if on_progress is not None:
-                on_progress(len(checked), len(paths))
-    return checked
+        return list(pool.map(lambda path: _check_picture(path, multiple, path in compared), paths))
 
 
 def _check_picture(path: Path, multiple: int, compared: bool) -> _Checked:

@@ -127,14 +127,6 @@ def test_an_impossible_img_size_is_a_fault(tmp_path):
     assert validate_folder(tmp_path, img_size=8).faults == ("img_size is 8; it must be at least 16.",)
 
 
-def test_progress_counts_every_picture(tmp_path):
-    for seed in range(5):
-        save_pair(tmp_path, f"{seed}.png", seed)
-    seen = []
-    validate_folder(tmp_path, on_progress=lambda done, of: seen.append((done, of)))
-    assert seen == [(number, 5) for number in range(1, 6)]
-
-
 def make_edit_set(folder: Path) -> None:
     for seed, name in enumerate(("a.jpg", "b.png")):
         save_pair(folder / "images", name, seed)
