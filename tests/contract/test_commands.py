@@ -150,8 +150,8 @@ def test_c8_validate_dataset_has_an_exit_code(tmp_path: Path) -> None:
 
 def test_other_commands_do_not_train() -> None:
     """Nothing but the command line and `bench/` imports the loop (tests/unit/test_layout.py). On the command line one
-    function does, which `pixtune train` and the root scripts call. `pixtune bench` times the loop's steps on pictures of its own and keeps
-    nothing that was trained (tests/unit/bench/test_steps.py)."""
+    function does, which `pixtune train` and the root scripts call. `pixtune bench` times the loop's steps on pictures
+    of its own and keeps nothing that was trained (tests/unit/bench/test_steps.py)."""
     tree = ast.parse((ROOT / "src" / "pixtune" / "cli.py").read_text(encoding="utf-8"))
     code = {node.name: ast.unparse(node) for node in tree.body if isinstance(node, ast.FunctionDef)}
     assert {name for name, text in code.items() if "from pixtune.train import" in text} == {"run_config"}

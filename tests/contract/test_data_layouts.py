@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -23,8 +25,8 @@ def write_picture(folder: Path, name: str, seed: int) -> None:
     noise(SIZE, SIZE, seed).save(folder / name)
 
 
-def captions_of(batches: object) -> list[str]:
-    return sorted(caption for batch in batches for caption in batch.captions)  # type: ignore[attr-defined]
+def captions_of(batches: Iterable[Any]) -> list[str]:
+    return sorted(caption for batch in batches for caption in batch.captions)
 
 
 @pytest.mark.parametrize("extension", EXTENSIONS)
@@ -45,7 +47,7 @@ def test_edit_layout(tmp_path: Path) -> None:
         (tmp_path / "images" / f"name{number}.txt").write_text(f"edit {number}", encoding="utf-8")
         write_picture(tmp_path / "control", f"name{number}.{extension.upper()}", 100 + number)
     assert validate_dataset(tmp_path)
-    folders = {"img_dir": str(tmp_path / "images"), "control_dir": str(tmp_path / "control")}
+    folders: dict[str, Any] = {"img_dir": str(tmp_path / "images"), "control_dir": str(tmp_path / "control")}
     data = control_dataset.loader(train_batch_size=1, num_workers=0, img_size=SIZE, control_size=SIZE, **folders)
     assert captions_of(data) == [f"edit {number}" for number in range(len(EXTENSIONS))]
     batch = next(iter(data))
@@ -66,14 +68,14 @@ def test_caption_type_is_the_extension_of_the_caption_files(tmp_path: Path) -> N
     for extension in ("txt", "caption"):
         (tmp_path / f"img.{extension}").write_text(f"from {extension}", encoding="utf-8")
     for extension in ("txt", "caption"):
-        folder = {"img_dir": str(tmp_path), "img_size": SIZE, "caption_type": extension}
+        folder: dict[str, Any] = {"img_dir": str(tmp_path), "img_size": SIZE, "caption_type": extension}
         assert captions_of(dataset.loader(train_batch_size=1, num_workers=0, **folder)) == [f"from {extension}"]
 
 
 def test_random_ratio_crops_to_one_of_four_each_time(tmp_path: Path) -> None:
     noise(1280, 512).save(tmp_path / "wide.png")
     (tmp_path / "wide.txt").write_text("wide", encoding="utf-8")
-    folder = {"img_dir": str(tmp_path), "img_size": 512, "random_ratio": True}
+    folder: dict[str, Any] = {"img_dir": str(tmp_path), "img_size": 512, "random_ratio": True}
     data = dataset.loader(train_batch_size=1, num_workers=0, **folder)
     sizes = [batch.pixels_B3HW.shape[:1:-1] for _ in range(24) for batch in data]
     ratios = sorted({width / height for width, height in sizes})

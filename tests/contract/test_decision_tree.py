@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from pixtune.config.schema import DataConfig, TrainConfig
@@ -12,9 +14,9 @@ from tests.full_size import full_size_footprint
 
 NO_OPINION = TrainConfig(
     pretrained_model_name_or_path="m",
-    output_dir="o",
+    output_dir=Path("o"),
     max_train_steps=1,
-    data_config=DataConfig(img_dir="d"),
+    data_config=DataConfig(img_dir=Path("d")),
 )
 
 

@@ -120,7 +120,7 @@ def test_recomputation_of_the_plan_reaches_the_blocks(num_recomputed: int) -> No
     apply_to_activations(transformer, family, replace(plain_plan(), recomputed_blocks=num_recomputed))
     runs: list[int] = []
     for number, block in enumerate(blocks_of(transformer, family)):
-        block.attn.register_forward_hook(lambda *_, number=number: runs.append(number))
+        block.get_submodule("attn").register_forward_hook(lambda *_, number=number: runs.append(number))
     noisy_BCHW = torch.randn(1, *family.latent_shape(folder, 64, 64), requires_grad=True)
     text = family.stack_conditioning([family.random_text(folder, 4, seed=0)])
     family.predict_velocity(transformer, noisy_BCHW, torch.tensor([0.5]), text).sum().backward()

@@ -15,11 +15,13 @@ from torch import nn
 
 import pixtune.train
 from pixtune.config import load_config
+from pixtune.engine.apply import load_planned
 from pixtune.engine.load import LoadedTransformer
 from pixtune.families import family_of
 from pixtune.family import TextEncoder
+from pixtune.launch import start_accelerator
 from pixtune.storage.model_folder import open_model_folder
-from pixtune.train import assemble, load_planned, train
+from pixtune.train import assemble, train
 from tests.contract.not_yet import needs
 from tests.contract.observe import BASE, words
 from tests.runs import TINY_MODEL
@@ -87,7 +89,6 @@ def test_pattern_2_the_environment_is_set_before_the_accelerator_and_memory_is_l
 ) -> None:
     for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
         monkeypatch.setenv(name, "")
-    start_accelerator = pixtune.train.start_accelerator
     found: list[str] = []
 
     def start(config: Any) -> Any:

@@ -16,7 +16,7 @@ import pytest
 import pixtune.train
 from pixtune.config.schema import TrainConfig
 from pixtune.errors import PixtuneError
-from pixtune.services import TrainResult
+from pixtune.run import TrainResult
 from pixtune.storage.resume import flatten
 from tests.contract.key_effects import EFFECTS
 from tests.contract.not_yet import needs

@@ -109,11 +109,11 @@ def test_noising_is_the_schedulers() -> None:
 
 def test_the_target_is_the_paths_derivative() -> None:
     latents_BCHW, noise_BCHW = torch.randn(2, 3, 4, 5).double(), torch.randn(2, 3, 4, 5).double()
-    _, derivative = torch.func.jvp(
+    derivative = torch.func.jvp(
         lambda sigma_B: add_noise(latents_BCHW, noise_BCHW, sigma_B),
         (torch.tensor([0.2, 0.7]).double(),),
         (torch.ones(2).double(),),
-    )
+    )[1]
     torch.testing.assert_close(velocity_target(latents_BCHW, noise_BCHW), derivative)
     assert torch.equal(add_noise(latents_BCHW, noise_BCHW, torch.zeros(2)), latents_BCHW)
     assert torch.equal(add_noise(latents_BCHW, noise_BCHW, torch.ones(2)), noise_BCHW)

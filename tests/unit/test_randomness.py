@@ -35,10 +35,15 @@ def test_no_global_generator_is_read_or_moved() -> None:
     torch.manual_seed(99)
     random.seed(99)
     numpy.random.seed(99)
-    states = (torch.get_rng_state(), random.getstate(), numpy.random.get_state()[1].tolist())
+    states = (torch.get_rng_state(), random.getstate(), numpy_state())
     assert everything() == before
     assert torch.equal(states[0], torch.get_rng_state())
-    assert states[1:] == (random.getstate(), numpy.random.get_state()[1].tolist())
+    assert states[1:] == (random.getstate(), numpy_state())
+
+
+def numpy_state() -> tuple[list[int], int]:
+    state = numpy.random.get_state(legacy=False)["state"]
+    return state["key"].tolist(), state["pos"]
 
 
 def test_every_part_of_the_key_counts() -> None:

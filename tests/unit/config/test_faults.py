@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from pixtune.config import load_config
-from pixtune.config.schema import contradictions, leaf_keys
+from pixtune.config.contradictions import contradictions
+from pixtune.config.schema import leaf_keys
 from pixtune.config.sources import nearest_keys
 from pixtune.errors import ConfigError
 

@@ -12,7 +12,7 @@ import yaml
 from pydantic import ValidationError
 
 from pixtune.config import TrainConfig, load_config, resolved_yaml, to_dict
-from pixtune.config.schema import NOT_YET, leaf_keys
+from pixtune.config.schema import NOT_YET, DataConfig, leaf_keys
 from pixtune.errors import NotYetError
 
 
@@ -115,7 +115,7 @@ def test_config_is_frozen(write, minimal):
 
 def test_contradictions_are_found_without_a_file_too(pictures):
     with pytest.raises(ValidationError, match="set one of them"):
-        TrainConfig(pretrained_model_name_or_path="m", output_dir="o", data_config={"img_dir": pictures})
+        TrainConfig(pretrained_model_name_or_path="m", output_dir=Path("o"), data_config=DataConfig(img_dir=pictures))
 
 
 # ---- what this version does not have

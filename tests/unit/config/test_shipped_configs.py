@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -21,7 +22,7 @@ CONFIG_DIR = Path(__file__).resolve().parents[3] / "train_configs"
 CONFIGS = sorted(CONFIG_DIR.glob("*.yaml"))
 
 
-CONTRACT = {  # contract.md section 1: what each must set
+CONTRACT: dict[str, dict[str, object]] = {  # contract.md section 1: what each must set
     "train_lora": {},
     "train_lora_4090": {"quantize": True, "adam8bit": True, "save_cache_on_disk": True},
     "train_dgx_spark": {
@@ -150,7 +151,7 @@ def test_schema_file_is_current():
 def test_editors_know_every_key_of_a_shipped_config(path):
     schema = json_schema()
 
-    def check(values: dict, properties: dict) -> None:
+    def check(values: dict[str, Any], properties: dict[str, Any]) -> None:
         for key, value in values.items():
             assert properties[key].get("description"), f"{key} has no description"
             if isinstance(value, dict):
