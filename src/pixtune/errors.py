@@ -55,7 +55,7 @@ class PlanError(PixtuneError, RuntimeError):
 
 
 class WriteError(PixtuneError, OSError):
-    """A file could not be written, most often because the disk is full. An older file in its place still stands."""
+    """A file could not be written, most often because the disk is full. An older file in its place is kept."""
 
 
 class TrainingError(PixtuneError, RuntimeError):

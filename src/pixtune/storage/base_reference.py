@@ -46,8 +46,8 @@ def refer_to_base(name_or_path: str, folder: ModelFolder) -> BaseReference:
 def without_path(name_or_path: str) -> str:
     r"""Returns the hub name of a published model, and of everything else the last part of its path.
 
-    A name of two parts may be a hub name or a relative folder, which its text does not tell; losing the first part of
-    a hub name is the lesser evil. Slashes of either kind separate parts; nothing is left of `.`, `/` and `C:\`.
+    A name of two parts may be a hub name or a relative folder, and its text does not show which; losing the first part
+    of a hub name is the lesser evil. Slashes of either kind separate parts; nothing is left of `.`, `/` and `C:\`.
     """
     return name_or_path if name_or_path in shipped_names() else PureWindowsPath(name_or_path).name
 
@@ -55,9 +55,9 @@ def without_path(name_or_path: str) -> str:
 def sampled_fingerprint(folder: ModelFolder) -> str:
     """Returns 16 hex digits that identify a base model's transformer, from less than a megabyte of its files.
 
-    They cover its config, and of each weight file its size, its first bytes and samples of evenly spaced places. Models
-    that were trained differently therefore differ in them, and copies of one model agree wherever they lie. They are no
-    checksum: a change between the sampled places is not seen.
+    They cover its config, and of each weight file its size, its first bytes and samples at evenly spaced places.
+    Models that were trained differently therefore differ in them, and copies of one model agree wherever they lie. They
+    are no checksum: a change between the sampled places goes unnoticed.
     """
     config = {key: value for key, value in folder.component_config("transformer").items() if not key.startswith("_")}
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())

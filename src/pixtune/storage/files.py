@@ -27,7 +27,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     """Opens a file to write to, under a temporary name beside `path`; it is synced and renamed to `path` at the end.
 
     Raises:
-        WriteError: it could not be written. The old file still stands and nothing half-written is left, as after any
+        WriteError: it could not be written. The old file is kept and nothing half-written is left, as after any
             other error within the block.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")

@@ -45,7 +45,7 @@ class ModelFolder:
 
     @property
     def components(self) -> tuple[str, ...]:
-        """Names of the parts that the index says are there."""
+        """Names of the parts that the index lists."""
         return tuple(name for name, kind in self.index.items() if isinstance(kind, list) and len(kind) == 2 and kind[0])
 
     def component_config(self, component: str) -> dict[str, Any]:
@@ -69,7 +69,7 @@ class ModelFolder:
     def count_parameters(self, component: str) -> int | None:
         """Counts the parameters of a component as `num_parameters` does, or from the index where it is alone.
 
-        An index tells bytes, of weights in 16 bits.
+        An index states bytes, of weights in 16 bits.
 
         Returns:
             None where neither files nor an index are there.

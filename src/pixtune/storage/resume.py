@@ -1,4 +1,4 @@
-"""Decides whether a checkpoint belongs to this run: resumed with other settings, its steps would not be the same run's.
+"""Decides whether a run can be resumed from a checkpoint: with other settings, its next steps would be another run's.
 
 `RULES` is the one table of what may change and when.
 """
@@ -41,7 +41,7 @@ class RunIdentity:
 
 
 Rule = Callable[[RunIdentity, RunIdentity], str | None]
-"""The run before and now -> what the change means for its steps, as an error says it; None: nothing."""
+"""A function of the run before and now that returns what a change means for the steps, for an error; None: nothing."""
 
 
 def _is_harmless(before: RunIdentity, now: RunIdentity) -> None:
@@ -90,11 +90,11 @@ RULES: Mapping[str, Rule] = {
     "train_batch_size": _changes_batches,
     "data_config.train_batch_size": _changes_batches,
 }  # fmt: skip
-"""Config key, section, or `num_processes` -> what a change means. A key that is not here always matters.
+"""Rules of config keys, of whole sections and of `num_processes`. A change of a key without a rule always matters.
 
-Folders may move, since data and weights are recognized by content. Two processes with a batch of 1 draw what one
-process with a batch of 2 draws (`BatchOrder`), so processes and batch size may change where their product stays; sums
-are then rounded in another order, and the plan stays that of the checkpoint.
+Folders may move, since data and encoders are recognized by content; the transformer's weights are not compared. Two
+processes with a batch of 1 draw what one process with a batch of 2 draws (`BatchOrder`), so processes and batch size
+may change where their product stays; sums are then rounded in another order, and the plan stays the checkpoint's.
 """
 
 

@@ -68,7 +68,7 @@ def save_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mappin
 
     Raises:
         TypeError: a number format or a value of the metadata that such files cannot hold.
-        WriteError: it could not be written. The old file still stands and nothing half-written is left.
+        WriteError: it could not be written. The old file is kept and nothing half-written is left.
     """
     digest = hashlib.sha256()
     _write(path, tensors, metadata or {}, digest.update)

@@ -167,7 +167,7 @@ def export_model(target: Path, base: Base, about: Mapping[str, Any]) -> Path:
     The other parts are copied, not linked: a tool that writes into the folder must not reach the user's base model.
 
     Raises:
-        WriteError: it could not be written. A folder that stood there before still stands.
+        WriteError: it could not be written. An older folder in its place is kept.
     """
     temporary = target.with_name(f".{target.name}.writing")
     try:

@@ -169,7 +169,7 @@ def global_norm(norms: Sequence[Tensor]) -> Tensor:
 
 
 def clipping_factor(norm: Tensor, max_norm: float) -> Tensor | None:
-    """Returns the factor that brings gradients to at most that norm; None where 0 says that they are not clipped."""
+    """Returns the factor that brings gradients to at most that norm; None where a norm of 0 switches clipping off."""
     return (max_norm / (norm + 1e-6)).clamp(max=1.0) if max_norm else None
 
 

@@ -51,7 +51,7 @@ def read_entries(files: Iterable[Path]) -> list[TensorEntry]:
     """Lists all tensors of some files, file by file, in the order in which they lie there. Reads headers alone.
 
     Raises:
-        WeightsError: a file is missing, cut off or of another format, or a name stands in two places.
+        WeightsError: a file is missing, cut off or of another format, or a name occurs twice.
     """
     entries = [entry for file in files for entry in _entries_of(file)]
     twice = [name for name, count in Counter(entry.name for entry in entries).items() if count > 1]

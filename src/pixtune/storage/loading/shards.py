@@ -31,7 +31,7 @@ def save_safetensors(
     """Writes tensors as one file, which is there whole or not at all.
 
     Raises:
-        WriteError: it could not be written. A file that stood there before still stands.
+        WriteError: it could not be written. An older file in its place is kept.
     """
     safetensors_writer.save_without_digest(Path(path), tensors, {**FORMAT, **(metadata or {})})
 
