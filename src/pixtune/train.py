@@ -60,11 +60,11 @@ def train(config: TrainConfig) -> TrainResult:
 def run_steps(run: Run, services: AroundSteps) -> TrainResult:
     """Takes a run's steps, and calls the services that are due before, between and after them.
 
-    A request to stop ends the run after the current step, with a checkpoint. So do the errors below.
+    A request to stop ends the run after the current step, with a checkpoint.
 
     Raises:
-        DataError: a picture that is encoded in the loop has changed or is gone.
-        TrainingError: the machine runs out of memory that it shares with the GPU.
+        DataError: a picture that is encoded in the loop has changed or is gone; the steps before are saved.
+        TrainingError: memory that CPU and GPU share is nearly used up, and the step is saved; or a loss is no number.
     """
     per_step = run.config.gradient_accumulation_steps
     first, last = services.start_step * per_step, run.num_steps * per_step
