@@ -80,8 +80,8 @@ def shipped_architecture(hub_name: str, **values: Any) -> Architecture:
     """Builds the architecture of a model that pixtune ships; `values` are what its measurements need."""
     model = find_shipped(hub_name)
     assert model, f"{hub_name} is not shipped"
-    configs = [model.component_config(part) for part in ("transformer", "vae", "scheduler")]
-    return Architecture(model.pipeline_class, *configs, **values)
+    transformer, autoencoder, scheduler = (model.component_config(part) for part in ("transformer", "vae", "scheduler"))
+    return Architecture(model.pipeline_class, transformer, autoencoder, scheduler, **values)
 
 
 ARCHITECTURES = {

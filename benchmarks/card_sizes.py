@@ -16,8 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cells import check_model, failed_line, markdown_header, markdown_line, read_arguments, run_cells
-from full_size import Result, measure, prepare
+from full_size import measure, prepare
 
+from pixtune.bench.result import Result
 from pixtune.plan.training import with_todays_names
 
 LIMITS_GIB = {
@@ -56,9 +57,9 @@ def parse_cell(text: str) -> Cell:
     """
     model, limit, *rest = text.split(",")
     check_model(model, text)
-    sizes = [int(part.removeprefix("--size=")) for part in rest if part.startswith("--size=")]
+    (size,) = [int(part.removeprefix("--size=")) for part in rest if part.startswith("--size=")] or [1024]
     overrides = tuple(part for part in rest if not part.startswith("--"))
-    return Cell(model, float(limit), *(sizes or [1024]), overrides, shapes=SHAPES in rest)
+    return Cell(model, float(limit), size, overrides, shapes=SHAPES in rest)
 
 
 def run_cell(cell: Cell) -> Result:

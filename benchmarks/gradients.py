@@ -25,12 +25,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from cells import Result, check_model, failed_line, markdown_header, markdown_line, read_arguments, run_cells
+from cells import check_model, failed_line, markdown_header, markdown_line, read_arguments, run_cells
 from gradient_passes import BF16, E5M2, WAYS, Pass, Passes, Setting, prepare
 from torch import Tensor, nn
 
 from pixtune.bench.environment import describe
 from pixtune.bench.peaks import median_seconds
+from pixtune.bench.result import Result
 from pixtune.commands.quantization_errors import cosine, relative_error
 from pixtune.engine.quantize import FP8, can_quantize
 
@@ -195,7 +196,7 @@ def block_products(setting: Setting) -> dict[str, list[Product]]:
     for path in family.block_paths:
         linears = {
             name: module
-            for name, module in model.get_submodule(path)[0].named_modules()
+            for name, module in next(model.get_submodule(path).children()).named_modules()
             if isinstance(module, nn.Linear) and not name.endswith(family.modulation_layers)
         }
         has_text_layers = any(name.endswith(family.text_layers) for name in linears)

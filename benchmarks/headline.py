@@ -8,7 +8,9 @@ results are not measured again, so repeat a call that was cut off. `--table` pri
 
 from __future__ import annotations
 
-from cells import Result, StepCell, measure_steps, median_seconds, read_arguments, run_cells, table_header, table_row
+from cells import StepCell, measure_steps, median_seconds, read_arguments, run_cells, table_header, table_row
+
+from pixtune.bench.result import Result
 
 MODELS = ("qwen-image", "flux")
 NOTHING_TWICE = "disable_gradient_checkpointing=true"

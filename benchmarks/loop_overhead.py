@@ -15,10 +15,13 @@ import tempfile
 import time
 from pathlib import Path
 
+import torch
+
 from pixtune.bench.environment import describe
 from pixtune.config import load_config
 from pixtune.objective import add_noise, example_losses, velocity_target
-from pixtune.train import Run, assemble, run_steps
+from pixtune.run import Run
+from pixtune.train import assemble, run_steps
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -34,7 +37,9 @@ def settings(folder: Path, output: str, steps: int) -> list[str]:
 
 def time_bare_loop(run: Run, steps: int) -> float:
     """Measures the seconds per step of forward, backward and optimizer step alone."""
-    batch = run.source.batch(0, run.source.plan.micro_batch(0))
+    (batch,) = run.source.parts(0, run.source.order.micro_batch(0))
+    optimizer = run.trained.optimizer
+    assert isinstance(optimizer, torch.optim.Optimizer)
     start = time.perf_counter()
     for _ in range(steps):
         noisy_BCHW = add_noise(batch.latents_BCHW, batch.noise_BCHW, batch.sigma_B)
@@ -42,8 +47,8 @@ def time_bare_loop(run: Run, steps: int) -> float:
             run.transformer.module, noisy_BCHW, batch.sigma_B, batch.conditioning
         )
         example_losses(velocity_BCHW, velocity_target(batch.latents_BCHW, batch.noise_BCHW)).mean().backward()
-        run.optimizer.step()
-        run.optimizer.zero_grad(set_to_none=True)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
     return (time.perf_counter() - start) / steps
 
 

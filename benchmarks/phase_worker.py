@@ -97,8 +97,8 @@ def measure_caching(arguments: argparse.Namespace) -> Result:
         ),
     )
     captions, pictures = Encodes(), Encodes()
-    Encoder.open_text_encoder = watched(Encoder.open_text_encoder, captions)
-    Encoder.open_autoencoder = watched(Encoder.open_autoencoder, pictures)
+    for opening, encodes in (("open_text_encoder", captions), ("open_autoencoder", pictures)):
+        setattr(Encoder, opening, watched(getattr(Encoder, opening), encodes))
 
     memory = RunMemory(config)
     accelerator = start_accelerator(config)
@@ -224,7 +224,7 @@ def measure_sampling(arguments: argparse.Namespace) -> Result:
 def watch_passes(family: ModelFamily) -> tuple[ModelFamily, list[tuple[float, float]]]:
     """Returns the family, and a list that gets the begin and end of each of its passes through the transformer."""
     passes: list[tuple[float, float]] = []
-    watching = copy.copy(family)
+    watching: Any = copy.copy(family)
 
     def predict_velocity(*arguments: Any, **named: Any) -> Tensor:
         began = now()

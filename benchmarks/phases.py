@@ -21,18 +21,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from architectures import ARCHITECTURES
-from cells import (
-    Result,
-    check_model,
-    failed_line,
-    markdown_header,
-    markdown_line,
-    read_arguments,
-    run_cells,
-    run_in_process,
-)
+from cells import check_model, failed_line, markdown_header, markdown_line, read_arguments, run_cells, run_in_process
 from random_folders import write_random_model
 
+from pixtune.bench.result import Result
 from pixtune.errors import WriteError
 
 PHASES = ("caching", "sampling")

@@ -15,8 +15,9 @@ from pathlib import Path
 
 from architectures import ARCHITECTURES
 from card_sizes import LIMITS_GIB
-from cells import Result, StepCell, check_model, measure_steps, read_arguments, run_cells, table_header, table_row
+from cells import StepCell, check_model, measure_steps, read_arguments, run_cells, table_header, table_row
 
+from pixtune.bench.result import Result
 from pixtune.storage.files import write_atomically
 
 BASES = {name: "flux" if name.startswith("flux") else "qwen-image" for name in ARCHITECTURES}

@@ -157,7 +157,9 @@ def test_reference_and_pixtune_measure_the_same_case(
 
 def test_what_is_there_is_not_measured_again(architectures: ModuleType, tmp_path: Path) -> None:
     cells = script("cells")
-    wanted, shown, measured = [cells.StepCell("toy", side) for side in (1, 2, 3)], [], []
+    wanted = [cells.StepCell("toy", side) for side in (1, 2, 3)]
+    shown: list[int] = []
+    measured: list[int] = []
 
     def measure(cell: Any) -> Result:
         measured.append(cell.resolution_pixels)

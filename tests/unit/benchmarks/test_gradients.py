@@ -151,9 +151,10 @@ def test_a_variant_changes_what_it_says_and_nothing_afterwards(
     module = importlib.import_module("gradient_passes")
     seen: list[bool] = []
     monkeypatch.setattr(torch, "_scaled_mm", lambda *args, use_fast_accum, **kwargs: seen.append(use_fast_accum))
+    some = torch.empty(0)
     with module.exact_sums():
-        torch._scaled_mm(use_fast_accum=True)
-    torch._scaled_mm(use_fast_accum=True)
+        torch._scaled_mm(some, some, some, some, use_fast_accum=True)
+    torch._scaled_mm(some, some, some, some, use_fast_accum=True)
     assert seen == [False, True]
     before = module.FrozenProduct.backward
     with module.e5m2_gradients():
