@@ -10,7 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from pixtune.hardware.facts import GIB
-from pixtune.plan.footprint import ELEMENT_BYTES, STATE_BYTES, Footprint, block_weight_bytes
+from pixtune.plan.footprint import ELEMENT_BYTES, Footprint, block_weight_bytes
+from pixtune.plan.optimizers import EXACT, OPTIMIZERS, SMALL
 from pixtune.plan.rungs import FIXED_BYTES, Rung, activation_units, kept_units, weight_bytes
 from pixtune.plan.situation import Situation
 
@@ -74,7 +75,7 @@ def ladder_of_all_weights(situation: Situation) -> list[AllWeightsRung]:
         AllWeightsRung(optimizer, count, fused, on_host)
         for on_host in ((False,) if situation.unified else (False, True))
         for fused in ((False, True) if can_fuse else (False,))
-        for optimizer in _optimizers(demands.eight_bit_states, on_host)
+        for optimizer in _optimizers(demands.optimizer, on_host)
         for count in counts
     ]
     return sorted(
@@ -83,7 +84,7 @@ def ladder_of_all_weights(situation: Situation) -> list[AllWeightsRung]:
             rung.states_on_host,
             runs_backward_twice(rung, situation),
             rung.recomputed_blocks,
-            rung.optimizer == "adamw_8bit",
+            -OPTIMIZERS[rung.optimizer].state_bytes,  # the more exact one first
             rung.fused_step,
         ),
     )
@@ -94,11 +95,11 @@ def runs_backward_twice(rung: AllWeightsRung, situation: Situation) -> bool:
     return rung.fused_step and situation.demands.clips
 
 
-def _optimizers(eight_bit_states: bool | None, on_host: bool) -> tuple[str, ...]:
-    if eight_bit_states is not None:
-        return ("adamw_8bit",) if eight_bit_states else ("adamw",)
+def _optimizers(demanded: str | None, on_host: bool) -> tuple[str, ...]:
+    if demanded is not None:
+        return (demanded,)
     # Four times as much through the link would cost more than anything else.
-    return ("adamw_8bit",) if on_host else ("adamw", "adamw_8bit")
+    return (SMALL,) if on_host else (EXACT, SMALL)
 
 
 def first_that_fits(situation: Situation) -> AllWeightsRung | None:
@@ -111,7 +112,7 @@ def first_that_fits(situation: Situation) -> AllWeightsRung | None:
 
 def resting_bytes(optimizer: str, fp32_copies: bool) -> float:
     """Returns the bytes of one weight between its steps, besides itself: optimizer states and an fp32 copy."""
-    return STATE_BYTES[optimizer] + 4 * fp32_copies
+    return OPTIMIZERS[optimizer].state_bytes + 4 * fp32_copies
 
 
 def states_on_device(optimizer: str, on_host: bool, fp32_copies: bool, footprint: Footprint) -> float:

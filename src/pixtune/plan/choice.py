@@ -10,7 +10,8 @@ from pixtune.errors import PlanError
 from pixtune.hardware.facts import GIB, missing_on_host
 from pixtune.plan import all_weights
 from pixtune.plan.all_weights import AllWeightsRung, ladder_of_all_weights, runs_backward_twice
-from pixtune.plan.footprint import STATE_BYTES, Footprint
+from pixtune.plan.footprint import Footprint
+from pixtune.plan.optimizers import EXACT, OPTIMIZERS, SMALL
 from pixtune.plan.refusals import refuse_all_weights, refuse_lora
 from pixtune.plan.rungs import QUANTIZED, Rung, fit_host, ladder, with_rows
 from pixtune.plan.situation import AnyRung, Situation
@@ -130,7 +131,7 @@ def _passed_over(situation: Situation, on_host: int) -> Iterator[str]:
 
 
 def _small_states(situation: Situation) -> Iterator[str]:
-    if situation.optimizer == "adamw_8bit" and situation.demands.eight_bit_states is None:
+    if situation.optimizer == SMALL and situation.demands.optimizer is None:
         yield f"8-bit optimizer states: the run has at most {situation.size_bytes / GIB:.0f} GiB"
 
 
@@ -164,8 +165,8 @@ def _all_weights_reasons(situation: Situation, rung: AllWeightsRung) -> Iterator
     if rung != first:
         yield f"the fastest way would need {_gib(situation.peak(first))}, so memory is saved:"
     yield _recomputation(rung, footprint)
-    if rung.optimizer == "adamw_8bit" and demands.eight_bit_states is None:
-        saved = footprint.trained_weights * (STATE_BYTES["adamw"] - STATE_BYTES["adamw_8bit"])
+    if rung.optimizer == SMALL and demands.optimizer is None:
+        saved = footprint.trained_weights * (OPTIMIZERS[EXACT].state_bytes - OPTIMIZERS[SMALL].state_bytes)
         yield f"8-bit optimizer states: 32-bit ones would take {_gib(saved)} more"
     if rung.fused_step:
         yield "each weight is stepped within the backward pass, so that the gradients of all never exist at once"

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from pixtune.config.schema import TrainConfig
 from pixtune.hardware.facts import GIB, MEMORY_FRACTION, HardwareFacts
+from pixtune.plan.optimizers import EXACT, SMALL
 
 
 @dataclass(frozen=True)
@@ -26,8 +27,8 @@ class Demands:
     """Text encoders may have fewer bits where they do not fit otherwise."""
     recompute: bool | None
     """Recomputation of every block; False: of none."""
-    eight_bit_states: bool | None
-    """Optimizer states of 8 bits."""
+    optimizer: str | None
+    """Name in `plan.optimizers`; None: the planner chooses by the memory there is."""
     unified: bool | None
     """One pool of memory for CPU and GPU; None: as the GPU says of itself."""
     encoders_stay: bool | None
@@ -69,7 +70,7 @@ def demands_of(config: TrainConfig) -> Demands:
         fp8=fp8,
         may_quantize_encoders=not config.disable_quantization,
         recompute=None if disabled is None else not disabled,
-        eight_bit_states=config.adam8bit,
+        optimizer=None if config.adam8bit is None else SMALL if config.adam8bit else EXACT,
         unified=config.unified_memory,
         encoders_stay=config.disable_cpu_offload,
         captures=config.cuda_graphs and config.method != "full",

@@ -21,8 +21,6 @@ ELEMENT_BYTES = {"fp32": 4, "bf16": 2}
 """Bytes of a number in each format of a run's activations."""
 BYTES_PER_WEIGHT: dict[str, float] = {**ELEMENT_BYTES, "fp8": 1, "int8": 1, "nf4": 0.5 + 1 / NF4_BLOCK}
 """Bytes of a linear layer's weight, without the scales of its rows."""
-STATE_BYTES = {"adamw": 8.0, "adamw_8bit": 2 + 2 * 4 / 256}
-"""Bytes of optimizer states per trained weight: two numbers, in 8 bits with an fp32 scale for each 256."""
 INPUT_UNITS = 1.0
 """Units that a recomputed block keeps: its input, both streams."""
 

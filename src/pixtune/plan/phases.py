@@ -19,7 +19,8 @@ from pixtune.plan.encoders import (
     text_peak_bytes,
     text_weight_bytes,
 )
-from pixtune.plan.footprint import ELEMENT_BYTES, STATE_BYTES, Footprint
+from pixtune.plan.footprint import ELEMENT_BYTES, Footprint
+from pixtune.plan.optimizers import OPTIMIZERS
 from pixtune.plan.rungs import QUANTIZED, Rung, transformer_bytes
 from pixtune.plan.training import TrainingPlan
 
@@ -114,7 +115,7 @@ def idle_bytes(plan: TrainingPlan, footprint: Footprint) -> int:
     if footprint.trains_all:
         trained = states_on_device(plan.optimizer, plan.states_on_host, plan.fp32_copies, footprint)
     else:
-        trained = footprint.trained_weights * (4 + STATE_BYTES[plan.optimizer])
+        trained = footprint.trained_weights * (4 + OPTIMIZERS[plan.optimizer].state_bytes)
     return transformer_bytes(rung, footprint, plan.compute_format) + round(trained)
 
 

@@ -12,6 +12,7 @@ from pixtune.config.schema import TrainConfig
 from pixtune.hardware.facts import GIB, missing_on_host
 from pixtune.plan import all_weights, rungs
 from pixtune.plan.demands import demands_of
+from pixtune.plan.optimizers import SMALL
 from pixtune.plan.situation import AnyRung, Situation
 
 
@@ -129,7 +130,7 @@ def _that_apply(changes: Sequence[Change], situation: Situation, config: TrainCo
     for change in changes:
         value = attrgetter(change.key)(config)
         is_other = value in change.instead_of if change.instead_of else value != change.value
-        if is_other and not (change.key == "adam8bit" and situation.optimizer == "adamw_8bit"):
+        if is_other and not (change.key == "adam8bit" and situation.optimizer == SMALL):
             found.append(change)
     return found
 

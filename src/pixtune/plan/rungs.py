@@ -11,11 +11,11 @@ from pixtune.plan.footprint import (
     BYTES_PER_WEIGHT,
     ELEMENT_BYTES,
     INPUT_UNITS,
-    STATE_BYTES,
     BlockKind,
     Footprint,
     block_weight_bytes,
 )
+from pixtune.plan.optimizers import OPTIMIZERS
 from pixtune.plan.situation import TABLES, Situation
 
 EIGHT_BIT = ("fp8", "int8")
@@ -73,7 +73,7 @@ class Rung:
     def peak_bytes(self, situation: Situation) -> int:
         """Returns the peak of a step. A LoRA's weights, their gradients and optimizer states are fp32."""
         footprint, compute_format = situation.footprint, situation.demands.compute_format
-        trained = footprint.trained_weights * (4 + 4 + STATE_BYTES[situation.optimizer])
+        trained = footprint.trained_weights * (4 + 4 + OPTIMIZERS[situation.optimizer].state_bytes)
         held = transformer_bytes(self, footprint, compute_format) + trained + FIXED_BYTES
         return round(held + activation_bytes(self, situation))
 

@@ -12,6 +12,7 @@ from typing import Protocol
 from pixtune.hardware.facts import GIB, HardwareFacts, missing_on_host
 from pixtune.plan.demands import Demands
 from pixtune.plan.footprint import Footprint, with_fused_mlps
+from pixtune.plan.optimizers import EXACT, SMALL
 
 CONTEXT_BYTES = round(0.86 * GIB)
 """Memory of a process outside torch's allocator: CUDA context, code of kernels and libraries, captured steps. On an
@@ -70,11 +71,10 @@ class Situation:
     @property
     def optimizer(self) -> str:
         """A LoRA's optimizer; where all weights are trained it is part of a rung, and this is the most exact one."""
-        eight_bits = self.demands.eight_bit_states
-        if eight_bits is None:
-            small = self.facts.device == "cuda" and self.size_bytes <= SMALL_CARD_BYTES
-            eight_bits = small and not self.footprint.trains_all
-        return "adamw_8bit" if eight_bits else "adamw"
+        if self.demands.optimizer is not None:
+            return self.demands.optimizer
+        is_small = self.facts.device == "cuda" and self.size_bytes <= SMALL_CARD_BYTES
+        return SMALL if is_small and not self.footprint.trains_all else EXACT
 
     def under(self, demands: Demands) -> Situation:
         """Returns the same run on the same machine with other demands."""

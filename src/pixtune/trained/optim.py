@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from pixtune.config.schema import TrainConfig
 from pixtune.errors import ConfigError
+from pixtune.plan.optimizers import OPTIMIZERS
 
 
 class OptimizerState(Protocol):
@@ -91,7 +92,8 @@ class WithoutWaiting:
                 self.inner.update_step(group, parameter, number, place)
 
 
-OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {"adamw": _adamw, "adamw_8bit": _adamw_8bit}
+BUILDERS: dict[str, Callable[..., Optimizer]] = {"adamw": _adamw, "adamw_8bit": _adamw_8bit}
+"""Builders of the optimizers in `plan.optimizers.OPTIMIZERS`, under the same names."""
 
 
 def check_optimizer(name: str) -> None:
@@ -100,13 +102,13 @@ def check_optimizer(name: str) -> None:
     Raises:
         ConfigError: a package is missing.
     """
-    if name == "adamw_8bit":
-        import_bitsandbytes()
+    if OPTIMIZERS[name].package is not None:  # building one, for a single number, imports it
+        BUILDERS[name]([nn.Parameter(torch.zeros(1))], lr=0.0)
 
 
 def build_optimizer(config: TrainConfig, name: str, parameters: Iterable[nn.Parameter]) -> Optimizer:
     """Builds the optimizer of a run (AdamW: Loshchilov and Hutter 2017, arXiv 1711.05101, algorithm 2)."""
-    return OPTIMIZERS[name](
+    return BUILDERS[name](
         parameters,
         lr=config.learning_rate,
         betas=(config.adam_beta1, config.adam_beta2),

@@ -20,7 +20,7 @@ def demands(fp8: bool | None = None, **changes: object) -> Demands:
 
 def test_without_a_word_all_is_left_open() -> None:
     free = demands()
-    assert (free.quantize, free.fp8, free.recompute, free.eight_bit_states) == (None, None, None, None)
+    assert (free.quantize, free.fp8, free.recompute, free.optimizer) == (None, None, None, None)
     assert (free.unified, free.encoders_stay, free.memory_limit_bytes) == (None, None, None)
     assert free.may_quantize_encoders and free.captures and not free.notices
     assert (free.compute_format, free.memory_fraction) == ("bf16", MEMORY_FRACTION)

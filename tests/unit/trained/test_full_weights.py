@@ -233,7 +233,7 @@ class Mark:
 
 
 def adamw_8bit(parameters: Any) -> torch.optim.Optimizer:
-    return optim.OPTIMIZERS["adamw_8bit"](parameters, lr=LEARNING_RATE, weight_decay=0.1)
+    return optim.BUILDERS["adamw_8bit"](parameters, lr=LEARNING_RATE, weight_decay=0.1)
 
 
 KINDS = ("rounded", "master", "fp32")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
 
@@ -15,12 +16,14 @@ from torch import nn
 
 from pixtune.config.schema import LR_SCHEDULERS, TrainConfig
 from pixtune.errors import ConfigError
+from pixtune.plan.optimizers import OPTIMIZERS
 from pixtune.storage.safetensors_writer import save_safetensors
 from pixtune.trained.optim import (
-    OPTIMIZERS,
+    BUILDERS,
     Optimizer,
     build_optimizer,
     build_schedule,
+    check_optimizer,
     clipped_step,
     clipping_factor,
     optimizer_state,
@@ -104,7 +107,7 @@ def built(name: str, named: dict[str, nn.Parameter], **changes: Any) -> Optimize
     return build_optimizer(settings, name, named.values())
 
 
-@pytest.fixture(params=sorted(OPTIMIZERS))
+@pytest.fixture(params=sorted(BUILDERS))
 def name(request: pytest.FixtureRequest) -> str:
     if request.param == "adamw_8bit":
         pytest.importorskip("bitsandbytes")
@@ -198,10 +201,26 @@ def test_8bit_steps_are_those_of_bitsandbytes_and_wait_for_nothing(monkeypatch: 
         assert torch.equal(parameter, theirs[key])
 
 
-def test_8bit_without_bitsandbytes_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("use", [lambda: built("adamw_8bit", parameters()), lambda: check_optimizer("adamw_8bit")])
+def test_8bit_without_bitsandbytes_says_what_to_install(
+    use: Callable[[], object], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(ConfigError, match=r"8 bits(.|\n)*pip install bitsandbytes(.|\n)*adam8bit: false"):
-        built("adamw_8bit", parameters())
+        use()
+
+
+def test_planning_knows_every_optimizer_that_can_be_built_and_its_bytes() -> None:
+    assert BUILDERS.keys() == OPTIMIZERS.keys()
+    for name, needs in OPTIMIZERS.items():
+        weight = {"weight": torch.nn.Parameter(torch.zeros(256, 256))}
+        optimizer = built(name, weight)
+        weight["weight"].grad = torch.ones(256, 256)
+        optimizer.step()
+        state = optimizer.state[weight["weight"]].items()
+        tables = {"qmap1", "qmap2"}  # of 8-bit states: the same 256 numbers for all of a run's weights
+        made = sum(value.nbytes for key, value in state if isinstance(value, torch.Tensor) and key not in tables)
+        assert made / 256**2 == pytest.approx(needs.state_bytes, rel=0.01), name
 
 
 @pytest.mark.parametrize(("max_norm", "expected"), [(0.0, [3.0, 4.0]), (10.0, [3.0, 4.0]), (1.0, [0.6, 0.8])])
