@@ -11,6 +11,7 @@ import inspect
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from pixtune.data.images import to_pixels
 from pixtune.engine.load import LoadedTransformer, load_transformer
 from pixtune.families import FAMILIES, family_of, qwen_image
-from pixtune.families.packing import unpack_latents
+from pixtune.families.packing import pack_latents, unpack_latents
 from pixtune.families.qwen_image_edit import EditReader
 from pixtune.family import CONTROL_SIDE, ModelFamily, Placement, Prompt, TextEncoder
 from pixtune.sampler import sample_latents, starting_noise, to_image
@@ -138,7 +139,7 @@ def encoded_controls(case: Case, count: int) -> list[Tensor]:
         return case.family.encode_images(case.autoencoder, pixels_3HW[None]).mean_BCHW
 
     controls = control_pictures(count)
-    return [case.once(("control", number), lambda c=c: encode(c)) for number, c in enumerate(controls)]  # type: ignore[misc]
+    return [case.once(("control", number), partial(encode, c)) for number, c in enumerate(controls)]
 
 
 def stock_step(case: Case, count: int) -> dict[str, Any]:
@@ -274,8 +275,7 @@ def test_a_wrong_convention_is_noticed(case: Case, monkeypatch: pytest.MonkeyPat
     if wrong in ("picture name", "control order") and count < 2:
         pytest.skip("one control only")
     if wrong == "channel order":
-        right = qwen_image.pack_latents
-        monkeypatch.setattr(qwen_image, "pack_latents", lambda latents: right(latents.flip(1)))
+        monkeypatch.setattr(qwen_image, "pack_latents", lambda latents: pack_latents(latents.flip(1)))
     elif wrong == "template word":
         reader = case.family._reader  # type: ignore[attr-defined]
         other = EditReader(reader.numbered, reader.vision_side, template=reader.template.replace("texture", "texturf"))

@@ -25,7 +25,7 @@ from pixtune.errors import WeightsError
 from pixtune.families import FAMILIES, family_of
 from pixtune.families.packing import pack_latents, unpack_latents
 from pixtune.families.qwen_image import NUM_TEMPLATE_TOKENS
-from pixtune.family import LatentDistribution, ModelFamily, Placement, Prompt, TextEncoder
+from pixtune.family import Conditioning, LatentDistribution, ModelFamily, Placement, Prompt, TextEncoder
 from pixtune.sampler import sample_latents, starting_noise, to_image
 from pixtune.storage.model_folder import ModelFolder
 
@@ -217,8 +217,8 @@ def test_sizes_are_those_of_the_stock_pipeline(case: Case) -> None:
 
 def test_blocks_and_lora_targets_are_there(case: Case) -> None:
     num_blocks, width = case.family.block_shape(case.folder)
-    blocks = [case.transformer.get_submodule(path) for path in case.family.block_paths]
-    assert sum(len(block_list) for block_list in blocks) == num_blocks
+    lists = [list(case.transformer.get_submodule(path).children()) for path in case.family.block_paths]
+    assert sum(map(len, lists)) == num_blocks
     block_names = [name for name, _ in case.transformer.named_modules()]
     for target in case.family.lora_targets:
         hits = [name for name in block_names if name.endswith(f".{target}")]
@@ -444,7 +444,7 @@ SCHEDULES = {
 
 @pytest.mark.parametrize("changes", SCHEDULES.values(), ids=SCHEDULES.keys())
 @pytest.mark.parametrize(("width", "height"), SIZES[:2])
-def test_sigmas_are_the_pipelines(case: Case, tmp_path: Path, changes: dict, width: int, height: int) -> None:
+def test_sigmas_are_the_pipelines(case: Case, tmp_path: Path, changes: dict[str, Any], width: int, height: int) -> None:
     from diffusers import FlowMatchEulerDiscreteScheduler
 
     shutil.copytree(case.folder.path / "scheduler", tmp_path / "scheduler")
@@ -467,7 +467,7 @@ def test_sigmas_are_the_pipelines(case: Case, tmp_path: Path, changes: dict, wid
         torch.testing.assert_close(shifted, expected[:-1], rtol=1e-6, atol=1e-6)
 
 
-def encoded(case: Case, prompts: list[str], guidance: float) -> tuple[dict, dict | None]:
+def encoded(case: Case, prompts: list[str], guidance: float) -> tuple[Conditioning, Conditioning | None]:
     positive = case.family.stack_conditioning(encode(case, prompts))
     if guidance == 1:
         return positive, None

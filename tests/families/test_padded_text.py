@@ -16,6 +16,7 @@ from pixtune.engine.activations import recompute_blocks, recompute_projections
 from pixtune.engine.compile import compile_blocks
 from pixtune.engine.forwards import replace_computation
 from pixtune.engine.load import random_transformer
+from pixtune.engine.padded_attention import attend_padded
 from pixtune.families import FAMILIES, family_of, qwen_attention, qwen_image
 from pixtune.families.packing import pack_latents, unpack_latents
 from pixtune.family import Conditioning, ModelFamily, Placement
@@ -53,7 +54,7 @@ class Case:
 
     @property
     def blocks(self) -> list[nn.Module]:
-        return list(self.transformer.transformer_blocks.children())  # type: ignore[operator, union-attr]
+        return list(self.transformer.get_submodule("transformer_blocks").children())
 
     def step(self, multiple: int) -> tuple[Tensor, Tensor, list[Tensor]]:
         """Velocity, the LoRA's gradients in one, and each row's gradient of text features, padding included."""
@@ -125,9 +126,8 @@ def test_padding_changes_nothing(model: str, lengths: list[int], monkeypatch: py
 
     def attend(*given: Any) -> Tensor:
         calls.append(given[3])
-        return right(*given)
+        return attend_padded(*given)
 
-    right = qwen_attention.attend_padded
     monkeypatch.setattr(qwen_attention, "attend_padded", attend)
     assert_padding_changes_nothing(build(model, lengths), lambda case: None)
     assert len(calls) == LAYERS, "each block attends so, and none in the step that is not padded"
@@ -268,9 +268,8 @@ def test_controls_modulated_as_clean_are_the_stock_models() -> None:
 def test_a_wrong_mask_is_noticed(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def changed(query: Tensor, key: Tensor, value: Tensor, real_BL: Tensor, kernel: str) -> Tensor:
         real_BL = torch.ones_like(real_BL) if wrong == "mask lost" else real_BL.flip(1)
-        return right(query, key, value, real_BL, kernel)
+        return attend_padded(query, key, value, real_BL, kernel)
 
-    right = qwen_attention.attend_padded
     monkeypatch.setattr(qwen_attention, "attend_padded", changed)
     with pytest.raises(AssertionError, match="velocity"):
         assert_padding_changes_nothing(build("qwen-image", [19, 7]), lambda case: None)

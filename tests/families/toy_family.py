@@ -40,13 +40,20 @@ class ToyFamily:
     """See `family.ModelFamily`."""
 
     name = "toy"
-    pipeline_classes = ("ToyPipeline",)
+    pipeline_classes: tuple[str, ...] = ("ToyPipeline",)
     script = "tests/families/toy_family.py"
-    lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
+    lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
     lora_presets: Mapping[str, tuple[str, ...]] = {"attention": lora_targets}
-    block_paths = ("transformer_blocks",)
-    modulation_layers = ("norm1.linear", "norm1_context.linear")
-    text_layers = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "ff_context.net.0.proj", "ff_context.net.2")
+    block_paths: tuple[str, ...] = ("transformer_blocks",)
+    modulation_layers: tuple[str, ...] = ("norm1.linear", "norm1_context.linear")
+    text_layers: tuple[str, ...] = (
+        "add_q_proj",
+        "add_k_proj",
+        "add_v_proj",
+        "to_add_out",
+        "ff_context.net.0.proj",
+        "ff_context.net.2",
+    )
     activation_units: Mapping[str, ActivationUnits] = {
         "transformer_blocks": ActivationUnits(
             eager=17,
@@ -62,9 +69,9 @@ class ToyFamily:
         )
     }
     time_embedder = "time_text_embed"
-    time_features = ("pooled",)
-    text_components = ("text_encoder",)
-    unread_text_weights = ()
+    time_features: tuple[str, ...] = ("pooled",)
+    text_components: tuple[str, ...] = ("text_encoder",)
+    unread_text_weights: tuple[str, ...] = ()
     prompt_template = "<{}>"
     dropped_caption = ""
     max_controls = 0

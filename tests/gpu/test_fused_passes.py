@@ -96,7 +96,8 @@ def test_mlps(linear_format: str, gelu: nn.GELU, num_beside: int, with_bias: boo
     def layer(in_features: int, out_features: int) -> QuantizedLinear:
         made = QuantizedLinear(in_features, out_features, linear_format, torch.float8_e4m3fn, tensor_cores=True)
         made.set_weight(torch.randn(out_features, in_features, device=CUDA) / in_features**0.5)
-        made.bias = nn.Parameter(torch.randn(out_features, device=CUDA).bfloat16(), False) if with_bias else None
+        if with_bias:
+            made.bias = nn.Parameter(torch.randn(out_features, device=CUDA).bfloat16(), False)
         return made
 
     first, last = layer(WIDTH, 4 * WIDTH), layer(num_beside + 4 * WIDTH, WIDTH)

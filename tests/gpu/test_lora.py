@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -18,6 +20,10 @@ NAMES, WIDTH, NUM_ROWS = ("to_q", "to_k", "to_v"), 512, 300
 
 class Projections(nn.Module):
     """Three layers over one input, turned into something that needs their gradients."""
+
+    to_q: nn.Module
+    to_k: nn.Module
+    to_v: nn.Module
 
     def forward(self, states: Tensor, together: bool) -> Tensor:
         layers = (self.to_q, self.to_k, self.to_v)
@@ -40,7 +46,7 @@ def projections(linear_format: str | None, ranks: tuple[int, int, int]) -> Proje
     config = LoraConfig(target_modules=list(NAMES), lora_alpha=24, rank_pattern=dict(zip(NAMES, ranks, strict=True)))
     inject_adapter_in_model(config, model)
     for name in NAMES:
-        layer = model.get_submodule(name)
+        layer: Any = model.get_submodule(name)
         layer.cast_input_dtype_enabled = False
         for matrices in (layer.lora_A, layer.lora_B):
             plain = matrices["default"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -12,6 +14,10 @@ from pixtune.engine.modulation_filling import ModulationRows
 pytestmark = pytest.mark.gpu
 DEVICE = torch.device("cuda", 0)
 NUM_LAYERS, WIDTH, OUTPUTS, STRETCH = 24, 3072, 9216, 16
+
+
+def giving(tensor: Tensor) -> Callable[[], Tensor]:
+    return lambda: tensor
 
 
 def test_rows_are_right_at_every_step_of_several_stretches() -> None:
@@ -38,17 +44,17 @@ def test_rows_are_right_at_every_step_of_several_stretches() -> None:
     busy = draw(4096, 4096)
     for number, embeddings_ND in enumerate(stretches):
         for row in range(STRETCH):
-            table.use(number, lambda embeddings_ND=embeddings_ND: embeddings_ND)
+            table.use(number, giving(embeddings_ND))
             table.show([row, -1])
             if number < 2:
                 following = stretches[number + 1]
-                table.prepare(number + 1, lambda following=following: following, (row + 1) / STRETCH)
+                table.prepare(number + 1, giving(following), (row + 1) / STRETCH)
             for _ in range(20):  # the host is ahead of the device, as it is in training
                 busy = torch.tanh(busy @ busy)
             if row in (0, 3, STRETCH - 1):
                 expect(embeddings_ND[row : row + 1])
                 expect(embeddings_ND[[row, STRETCH]])
             if row == 9:
-                table.answer("pictures", lambda: pictures)
+                table.answer("pictures", giving(pictures))
                 expect(pictures[2:3])
     table.check()
