@@ -1,8 +1,8 @@
-"""What a model family is: the one seam between the trainer and a model's own conventions.
+"""Model families: the one seam between the trainer and a model's own conventions.
 
 Nothing outside `families/` knows a model's name, its packing of latents, its prompt template or its timestep scale.
-A family is stateless: weights and tensors go in, tensors come out. Shapes in names:
-B batch, C latent channels, H W latent height and width, T text tokens, D text feature size, L image tokens.
+A family is stateless: weights and tensors go in, tensors come out. Shapes in names: B batch, C latent channels, H and W
+latent height and width, T text tokens, D text feature size, L image tokens.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor, nn
 
-# One example's text features by name, without padding: what the cache stores. A family chooses the names.
 Conditioning: TypeAlias = "dict[str, Tensor]"
+"""Text features of one example by names that the family chooses, without padding, as the cache stores them; or of a
+batch, stacked."""
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """What the text encoder is told of one example."""
+    """Input of the text encoder for one example."""
 
     text: str
     pictures: tuple[Image, ...] = ()
@@ -38,7 +39,7 @@ class PromptOutline:
 
     text: str
     picture_sizes: tuple[Size, ...] = ()
-    """Sizes that `ModelFamily.vision_size` gives; none where the family's encoder sees no pictures."""
+    """Sizes of control pictures by `ModelFamily.vision_size`; none where the family's encoder sees no pictures."""
 
 
 @dataclass(frozen=True)
@@ -46,17 +47,18 @@ class TextLength:
     """Number of a prompt's tokens in one text encoder, and how many of them that encoder reads."""
 
     reader: str
-    """The encoder for messages, with its verb: "T5 reads"."""
+    """Name of the encoder for messages, with its verb: "T5 reads"."""
     num_tokens: int
     limit: int
 
     @property
     def is_cut(self) -> bool:
+        """Whether the encoder does not read the prompt to its end."""
         return self.num_tokens > self.limit
 
 
 Shapes = Mapping[str, Sequence[int]]
-"""Tensor name -> shape."""
+"""Shapes of tensors by name."""
 
 
 CONTROL_SIDE = 1024
@@ -65,36 +67,38 @@ CONTROL_SIDE = 1024
 
 @dataclass(frozen=True)
 class ActivationUnits:
-    """What one block keeps for the backward pass, in units; see the module."""
+    """Memory of a block's activations, in units of a bf16 tensor of all tokens' features: tokens x width x 2 bytes."""
 
     eager: float
-    """Nothing compiled."""
+    """Units kept for the backward pass where nothing is compiled."""
     kept: float
-    """Compiled; no product and no attention is computed twice."""
+    """Units kept by a compiled block that computes no product and no attention twice."""
     selective: float
-    """The same, norms, rotary embedding and gates computed again, the MLP's activation kept in 8 bits."""
+    """Units kept by a compiled block that recomputes norms, rotary embedding and gates, and keeps its MLP's activation
+    in 8 bits."""
     projections: float
-    """Of these, queries, keys and values; 0: its attention cannot compute them again (`recomputes_projections`)."""
+    """Units of `selective` that are queries, keys and values; 0 where the attention cannot recompute them
+    (`recomputes_projections`)."""
     working: float
-    """On top of what it keeps, at most, while the backward pass of a recomputed block runs."""
+    """Peak units beyond those kept while the backward pass of a recomputed block runs."""
     forward: float
-    """On top of what it keeps, at most, while it runs forward or backward from what was kept."""
+    """Peak units beyond those kept while the block runs forward, or backward from what it kept."""
     forward_quantized: float
-    """The same where weights are quantized: codes, scales, and transposed weights."""
+    """Value of `forward` where weights are quantized, which adds codes, scales and transposed weights."""
     forward_fused: float
-    """The same where, besides, each MLP is one function (`engine.mlp`)."""
+    """Value of `forward_quantized` where each MLP is one function (`engine.mlp`)."""
     passing: float
-    """Most that is alive while it runs without gradients, not compiled."""
+    """Peak units while the block runs without gradients, not compiled."""
     passing_quantized: float
-    """The same where weights are quantized: an MLP's input passes through fp32 on its way to codes."""
+    """Value of `passing` where weights are quantized: an MLP's input passes through fp32 on its way to codes."""
     cut: float = 0.0
-    """On top of `kept` with several examples at once: image tokens cut out of what was attended. One
-    example's tokens lie together already; those of several are copied."""
+    """Units beyond `kept` with several examples at once, for the image tokens cut out of the attended ones. A single
+    example's tokens lie together; those of several are copied."""
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Where a loaded part lives and in which number format."""
+    """The place of a loaded part, and its number format."""
 
     device: torch.device
     dtype: torch.dtype
@@ -102,7 +106,7 @@ class Placement:
 
 @dataclass(frozen=True)
 class TextEncoder:
-    """Frozen text encoders, each with what turns words (and pictures) into its input."""
+    """Frozen text encoders, each with the tokenizer that turns words (and pictures) into its input."""
 
     models: tuple[nn.Module, ...]
     tokenizers: tuple[Any, ...]
@@ -110,37 +114,37 @@ class TextEncoder:
 
 @dataclass(frozen=True)
 class LatentDistribution:
-    """What the autoencoder says of pictures: a diagonal Gaussian over *normalized* latents."""
+    """The autoencoder's output for pictures: a diagonal Gaussian over *normalized* latents."""
 
     mean_BCHW: Tensor
     std_BCHW: Tensor
 
     def latents(self, noise_BCHW: Tensor) -> Tensor:
-        """Latents drawn with the given standard normal noise; shape BCHW."""
+        """Draws latents with the given standard normal noise; shape BCHW."""
         return self.mean_BCHW + self.std_BCHW * noise_BCHW
 
 
 class ModelFamily(Protocol):
-    """Everything the trainer asks of a model family."""
+    """Everything that the trainer needs of a model family."""
 
     name: str
     pipeline_classes: tuple[str, ...]
     """`_class_name` values of `model_index.json` that belong to this family."""
     script: str
-    """The root script that trains a LoRA of it."""
+    """Root script that trains a LoRA of it."""
     lora_targets: tuple[str, ...]
-    """Default module name endings that get a LoRA."""
+    """Endings of the names of modules that get a LoRA by default."""
     lora_presets: Mapping[str, tuple[str, ...]]
-    """Names for sets of targets: endings, or patterns with `*` over whole module paths."""
+    """Sets of targets by name: endings, or patterns with `*` over whole module paths."""
     block_paths: tuple[str, ...]
     """Attribute paths of the lists of repeated blocks."""
     modulation_layers: tuple[str, ...]
-    """Endings of the linear layers in them that see one row per example, SiLU of the time embedding, not tokens."""
+    """Endings of the blocks' linear layers that see one row per example, SiLU of the time embedding, not tokens."""
     text_layers: tuple[str, ...]
-    """Endings of the linear layers in them that text tokens alone pass. Where a block has some, its others see only
-    tokens of pictures."""
+    """Endings of the blocks' linear layers that text tokens alone pass. Where a block has some, only tokens of pictures
+    pass its others."""
     activation_units: Mapping[str, ActivationUnits]
-    """What a block of each list keeps for the backward pass, measured; by `block_paths`."""
+    """Memory of a block's activations, measured, for each of `block_paths`."""
     time_embedder: str
     """Path of the module that makes the time embedding."""
     time_features: tuple[str, ...]
@@ -148,70 +152,70 @@ class ModelFamily(Protocol):
     text_components: tuple[str, ...]
     """Folders that decide the text features: part of the text cache's key."""
     unread_text_weights: tuple[str, ...]
-    """Beginnings of the names of text encoders' tensors that never reach a device: what they compute is not read."""
+    """Beginnings of the names of text encoders' tensors that never reach a device: nothing reads their results."""
     prompt_template: str
-    """Part of the text cache's key: another template, other features."""
+    """Text around a prompt: part of the text cache's key, since another template gives other features."""
     dropped_caption: str
-    """What stands for a dropped caption, the same text that the stock pipeline gets as an empty negative prompt."""
+    """Text that replaces a dropped caption: the one that the stock pipeline gets as an empty negative prompt."""
     max_controls: int
-    """Most control pictures of one example; 0 where the model does not edit."""
+    """Largest number of control pictures of an example; 0 where the model does not edit."""
     controls_in_text: bool
-    """The text encoder sees the control pictures, so text features depend on them."""
+    """Whether the text encoder sees the control pictures, so that text features depend on them."""
     embedded_guidance: bool
-    """The guidance scale is an input of the transformer (a distilled model), not a second pass."""
+    """Whether the guidance scale is an input of the transformer (a distilled model), and not a second pass."""
     encoding_bytes_per_pixel: int
-    """Most that the autoencoder takes of a device in bf16, besides its weights, for a pixel that it encodes."""
+    """Peak device memory of the autoencoder in bf16, besides its weights, for each pixel that it encodes."""
     pads_text: bool
-    """Captions have lengths of their own, and `stack_conditioning` can pad them to a multiple."""
+    """Whether captions have lengths of their own and `stack_conditioning` can pad them to a multiple."""
 
     def pixel_multiple(self, folder: ModelFolder) -> int:
-        """Picture sides must be a multiple of this many pixels."""
+        """Returns the number of pixels that picture sides must be a multiple of."""
 
     def latent_shape(self, folder: ModelFolder, width: int, height: int) -> LatentShape:
-        """Shape of the latents of a picture of `width` x `height` pixels."""
+        """Returns the shape of the latents of a picture of `width` x `height` pixels."""
 
     def num_image_tokens(self, latent_height: int, latent_width: int) -> int:
-        """Tokens the transformer sees for latents of this height and width."""
+        """Counts the tokens that the transformer sees of latents of this height and width."""
 
     def control_size(self, folder: ModelFolder, picture: Size, side: int) -> Size:
-        """(width, height) in pixels at which a control picture of this size joins the latents.
+        """Returns the size at which a control picture of this size joins the latents.
 
         Args:
-            side: of the square with about the wanted area; the stock pipeline has its own, `CONTROL_SIDE`.
+            side: side in pixels of the square with about the wanted area; `CONTROL_SIDE` in stock pipelines.
         """
 
     def vision_size(self, picture: Size, side: int) -> Size:
-        """(width, height) in pixels at which the text encoder sees a control picture of this size."""
+        """Returns the size at which the text encoder sees a control picture; arguments are those of `control_size`."""
 
     def block_shape(self, folder: ModelFolder) -> tuple[int, int]:
-        """(number of repeated blocks, width of a token inside them), for estimates of memory."""
+        """Returns the number of repeated blocks and the width of a token inside them, for estimates of memory."""
 
     def random_text(self, folder: ModelFolder, num_tokens: int, seed: int) -> Conditioning:
-        """Text features of the model's shape with random values, for measuring without the real weights."""
+        """Draws text features of the model's shape, for measurements without the real weights."""
 
     def load_text_encoder(self, folder: ModelFolder, placement: Placement) -> TextEncoder: ...
 
     def load_autoencoder(self, folder: ModelFolder, placement: Placement) -> nn.Module: ...
 
     def build_transformer(self, config: Mapping[str, Any]) -> nn.Module:
-        """The transformer that a config describes (empty: the full-size default), on the meta device.
+        """Builds the transformer that a config describes (empty: the full-size default), on the meta device.
 
-        Only what its files do not hold has values. `engine.load` gives it the rest.
+        Tensors that its files do not hold have values; `engine.load` gives the others theirs.
         """
 
     def transformer_shapes(self, config: Mapping[str, Any]) -> Shapes:
-        """Of all that `build_transformer` gives names in its state dict, in the same order.
+        """Returns the shapes of all tensors in the state dict of `build_transformer`, in the same order.
 
-        By arithmetic, where a plan shall not wait for the import of the model's class.
+        It takes arithmetic alone, where a plan is not to wait for the import of the model's class.
         """
 
     def encode_text(
         self, encoder: TextEncoder, prompts: Sequence[Prompt], max_tokens: int | None = None
     ) -> list[Conditioning]:
-        """Text features, one unpadded entry a prompt.
+        """Encodes prompts, each to text features without padding.
 
         Args:
-            max_tokens: longer captions are cut to this many tokens; absent: as the stock pipeline cuts (or pads) them.
+            max_tokens: number of tokens that longer captions are cut to; None: the stock pipeline's cut (or padding).
         """
 
     def text_lengths(
@@ -223,23 +227,23 @@ class ModelFamily(Protocol):
             max_tokens: as in `encode_text`.
 
         Returns:
-            For each prompt one length for each encoder that cuts; none where nothing is ever cut.
+            For each prompt a length for each encoder that cuts; none where nothing is ever cut.
         """
 
     def stack_conditioning(self, rows: Sequence[Conditioning], multiple: int = 1) -> Conditioning:
-        """Pads and stacks examples to a batch. Never holds an all-true mask: it costs the fast attention path.
+        """Pads and stacks examples to a batch. It never holds a mask of all true, which costs the fast attention path.
 
         Args:
-            multiple: above 1, captions of `pads_text` get a multiple of so many tokens, and the batch says in one form,
-                whether or not anything was padded, which tokens are real: `predict_velocity` attends to those by fast
-                kernels (`engine.padded_attention`). Other families leave it unread.
+            multiple: number of tokens that captions are padded to a multiple of, where the family `pads_text`; others
+                leave it unread. Above 1, the batch shows which tokens are real, in one form whether or not any is
+                padded, and `predict_velocity` attends to those by fast kernels (`engine.padded_attention`).
         """
 
     def encode_images(self, autoencoder: nn.Module, pixels_B3HW: Tensor) -> LatentDistribution:
-        """Pixels in [-1, 1] to the distribution of normalized latents."""
+        """Encodes pixels in [-1, 1] to the distribution of normalized latents."""
 
     def decode_latents(self, autoencoder: nn.Module, latents_BCHW: Tensor) -> Tensor:
-        """Normalized latents to pixels in [-1, 1], shape B3HW."""
+        """Decodes normalized latents to pixels in [-1, 1], shape B3HW."""
 
     def predict_velocity(
         self,
@@ -250,32 +254,33 @@ class ModelFamily(Protocol):
         controls: Sequence[Tensor] = (),
         guidance: float = 1.0,
     ) -> Tensor:
-        """The model's estimate of `noise - latents`; shape BCHW. `sigma` is 0 for clean, 1 for pure noise.
+        """Computes the model's estimate of `noise - latents`; shape BCHW.
 
         Args:
+            sigma_B: 0 for clean, 1 for pure noise.
             controls: clean latents of the control pictures, each of shape BCHW with a height and width of its own.
-            guidance: for models with `embedded_guidance`; others leave it unread.
+            guidance: guidance scale, read by models with `embedded_guidance` only.
         """
 
     def embed_time(
         self, transformer: nn.Module, sigma_B: Tensor, conditioning: Conditioning, guidance: float = 1.0
     ) -> Tensor:
-        """Each row of the time embedding that `predict_velocity` makes of these, by a call of `time_embedder`.
+        """Computes the rows of the time embedding that `predict_velocity` uses, by a call of `time_embedder`.
 
-        Shape (rows, D): one an example, and at most one more that all of them share.
+        Shape (rows, D): a row for each example, and at most one more that all of them share.
         """
 
     def time_shift(self, folder: ModelFolder, num_image_tokens: int) -> float:
-        """`mu` of the resolution-dependent shift in the model's own scheduler config; 0 means unshifted."""
+        """Returns `mu` of the resolution-dependent shift in the model's own scheduler config; 0 means unshifted."""
 
     def sigma_schedule(self, folder: ModelFolder, num_steps: int, num_image_tokens: int) -> list[float]:
-        """Sigmas of the sampler, `num_steps` + 1 values from about 1 down to 0."""
+        """Returns the sampler's sigmas, `num_steps` + 1 values from about 1 down to 0."""
 
     def guide(self, conditional_BCHW: Tensor, unconditional_BCHW: Tensor, scale: float) -> Tensor:
-        """Classifier-free guidance as the stock pipeline combines the two velocities."""
+        """Combines the two velocities of classifier-free guidance as the stock pipeline does."""
 
     def comfyui_tensors(self, weights: Mapping[str, Tensor], alpha: float) -> dict[str, Tensor]:
-        """The LoRA in the names of ComfyUI's copy of the model, each layer with its `.alpha`.
+        """Renames a LoRA to the names of ComfyUI's copy of the model, each layer with its `.alpha`.
 
         Args:
             weights: `MODULE.lora_A.weight` (rank x in) and `MODULE.lora_B.weight` (out x rank).

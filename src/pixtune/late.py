@@ -1,6 +1,6 @@
-"""Modules that take seconds to import, imported when something of them is used first.
+"""Modules that take seconds to import, imported at their first use.
 
-`pixtune plan` asks a family for sizes and names alone and is not to wait for torch, which the same file computes with.
+`pixtune plan` needs sizes and names of a family alone, and is not to wait for torch, which the same file computes with.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Any
 
 
 class LateModule:
-    """Stands for a module of that name; its attributes are the module's."""
+    """A stand-in for the module of a name, which is imported when an attribute of it is read."""
 
     def __init__(self, name: str) -> None:
         self._name = name

@@ -1,4 +1,4 @@
-"""Flow matching in pure tensors: draw sigmas, add noise, the target, the weighted loss.
+"""Flow matching in pure tensors: drawing sigmas, adding noise, the target and the weighted loss.
 
 With `sigma` 0 for clean and 1 for noise, the path is `noisy = (1 - sigma) * latents + sigma * noise` and the model
 learns its derivative, `velocity = noise - latents` (Lipman et al. 2023, "Flow Matching for Generative Modeling",
@@ -26,11 +26,11 @@ def draw_sigmas(
     logit_std: float = 1.0,
     mode_scale: float = 1.29,
 ) -> Tensor:
-    """Sigmas in [0, 1] before any shift, from uniform numbers, so that a draw is a function of its key alone.
+    """Turns uniform numbers into sigmas in [0, 1], before any shift, so that a draw is a function of its key alone.
 
     Args:
         distribution: "uniform"; "logit_normal" (Esser et al. 2024, eq. 19) with `logit_mean` and `logit_std`;
-            "sigmoid", its standard form with mean 0 and deviation 1; "mode" (eq. 20) with `mode_scale`.
+            "sigmoid", which is that with mean 0 and deviation 1; "mode" (eq. 20) with `mode_scale`.
         uniform_B: numbers in (0, 1), shape (B,).
     """
     if distribution == "uniform":
@@ -48,25 +48,25 @@ def draw_sigmas(
 def shift_sigmas(sigma_B: Tensor, mu: float) -> Tensor:
     """Moves sigmas towards noise as larger pictures need it: `e^mu s / (e^mu s + 1 - s)` (Esser et al. 2024, eq. 23).
 
-    The same curve as the exponential and the constant shift of diffusers' `FlowMatchEulerDiscreteScheduler`,
-    with `mu` the log of its constant shift. 0 leaves sigmas as they are.
+    It is the curve of both the exponential and the constant shift of diffusers' `FlowMatchEulerDiscreteScheduler`, with
+    `mu` the log of the constant one. 0 leaves sigmas as they are.
     """
     return math.exp(mu) * sigma_B / (math.exp(mu) * sigma_B + (1 - sigma_B))  # grouped so that 1 stays exactly 1
 
 
 def add_noise(latents_BCHW: Tensor, noise_BCHW: Tensor, sigma_B: Tensor) -> Tensor:
-    """The point at `sigma` on the straight path from latents to noise."""
+    """Computes the point at `sigma` on the straight path from latents to noise."""
     sigma_B111 = sigma_B.view(-1, 1, 1, 1)
     return (1 - sigma_B111) * latents_BCHW + sigma_B111 * noise_BCHW
 
 
 def velocity_target(latents_BCHW: Tensor, noise_BCHW: Tensor) -> Tensor:
-    """What the model should predict anywhere on that path."""
+    """Computes the velocity that the model is to predict anywhere on that path."""
     return noise_BCHW - latents_BCHW
 
 
 def loss_weights(scheme: WeightingScheme, sigma_B: Tensor) -> Tensor:
-    """Weight of each example's loss by its sigma, as diffusers' `compute_loss_weighting_for_sd3`; shape (B,)."""
+    """Weighs each example's loss by its sigma, as diffusers' `compute_loss_weighting_for_sd3`; shape (B,)."""
     if scheme == "none":
         return torch.ones_like(sigma_B)
     if scheme == "sigma_sqrt":
@@ -77,5 +77,5 @@ def loss_weights(scheme: WeightingScheme, sigma_B: Tensor) -> Tensor:
 
 
 def example_losses(velocity_BCHW: Tensor, target_BCHW: Tensor) -> Tensor:
-    """Mean squared error of each example, in fp32; shape (B,)."""
+    """Computes the mean squared error of each example, in fp32; shape (B,)."""
     return (velocity_BCHW.float() - target_BCHW.float()).square().flatten(1).mean(1)

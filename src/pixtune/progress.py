@@ -1,4 +1,4 @@
-"""What a person sees while waiting: bars on a terminal, plain lines now and then in a log file."""
+"""Progress for a person who waits: bars on a terminal, plain lines now and then in a log file."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 T = TypeVar("T")
 
 LINE_EVERY_SECONDS = 15.0
-"""Without a terminal a bar cannot redraw itself, so a line is printed this often."""
+"""Interval of the lines that are printed where no terminal can redraw a bar."""
 
 
 def track(items: Iterable[T], description: str, total: int, console: Console) -> Iterator[T]:
-    """The items, with a bar that counts them."""
+    """Yields the items, with a bar that counts them."""
     with _progress(console) as progress:
         task = progress.add_task(description, total=total, figures="")
         for item in items:
@@ -34,7 +34,7 @@ def _progress(console: Console) -> Progress:
 
 
 class StepBar:
-    """The training bar: steps done and left, seconds per step, images per second, loss, peak memory."""
+    """The bar of a training run: steps done and left, seconds per step, images per second, loss and peak memory."""
 
     def __init__(self, console: Console, start: int, end: int) -> None:
         self._console, self._start, self._end = console, start, end
@@ -54,7 +54,7 @@ class StepBar:
         self._progress.stop()
 
     def advance(self, step: int) -> None:
-        """Step `step` is done."""
+        """Shows that step `step` is done."""
         assert self._task is not None
         self._progress.update(self._task, completed=step, figures=self._figures)
         overdue = time.monotonic() - self._last_line > LINE_EVERY_SECONDS
@@ -63,6 +63,6 @@ class StepBar:
             self._last_line = time.monotonic()
 
     def figures(self, loss: float, seconds_per_step: float, images_per_second: float, peak_memory_gib: float) -> None:
-        """New figures to show from now on."""
+        """Takes the figures to show from here on."""
         memory = f"  peak {peak_memory_gib:.1f} GiB" if peak_memory_gib else ""
         self._figures = f"loss {loss:.4f}  {seconds_per_step:.3f} s/step  {images_per_second:.2f} images/s{memory}"

@@ -1,4 +1,4 @@
-"""A family as docs/add_a_family.md describes it, in one file: SD3's transformer told by the bytes of the caption.
+"""A family as docs/add_a_family.md describes it, in one file: SD3's transformer conditioned on a caption's bytes.
 
 `python tests/families/toy_family.py train ...` is `pixtune train ...` with this family registered, so that the trainer,
 the sampler and the export are shown to need nothing else.
@@ -37,7 +37,7 @@ TEXT_WIDTH = 16
 
 
 class ToyFamily:
-    """See `family.ModelFamily`."""
+    """A toy family; `family.ModelFamily` describes its members."""
 
     name = "toy"
     pipeline_classes: tuple[str, ...] = ("ToyPipeline",)

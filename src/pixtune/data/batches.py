@@ -1,7 +1,7 @@
-"""Which examples meet in which batch, and what is drawn for them: a pure function of the seed, so it can be resumed.
+"""Batches: which examples meet, and the random numbers of each, as a pure function of the seed that a run can resume.
 
 The unit is the *global micro-batch*: `batch_size * num_processes` turns of one bucket, of which process r takes its
-contiguous share. Two processes therefore see exactly what one process with twice the batch size sees.
+contiguous share. So two processes see exactly what one process with twice the batch size sees.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Signature = tuple[Size, ...]
 
 @dataclass(frozen=True)
 class Turn:
-    """One example's turn: which example, and which of its framings (see `random_ratio`)."""
+    """One use of an example in a batch: its number, and which of its framings (see `random_ratio`)."""
 
     example: int
     variant: int
@@ -55,7 +55,7 @@ class BatchOrder:
         self.epoch = lru_cache(maxsize=4)(self._epoch)
 
     def _epoch(self, epoch: int) -> list[list[Turn]]:
-        """The micro-batches of one epoch: every example once, then as many again as fill each bucket's last batch."""
+        """Builds the micro-batches of one epoch: each example once, and some again to fill each bucket's last batch."""
         by_bucket: dict[Signature, list[Turn]] = {}
         for example in randomness.shuffled(len(self.buckets), self.seed, "order", epoch):
             variants = self.buckets[example]
@@ -64,20 +64,20 @@ class BatchOrder:
         size = self.global_batch_size
         micro_batches = []
         for members in by_bucket.values():
-            # A short batch would weigh its examples more; wrapping round keeps every step's size and every rank's work.
+            # A short batch would weigh its examples more. Repeating some keeps each step's size and each rank's work.
             padded = [members[i % len(members)] for i in range(-(-len(members) // size) * size)]
             micro_batches += [padded[i : i + size] for i in range(0, len(padded), size)]
         return [micro_batches[i] for i in randomness.shuffled(len(micro_batches), self.seed, "order", epoch, "batches")]
 
     def epoch_end(self, epoch: int) -> int:
-        """Number of micro-batches up to and with this epoch."""
+        """Counts the micro-batches up to the end of this epoch."""
         while len(self._epoch_ends) <= epoch:
             before = self._epoch_ends[-1] if self._epoch_ends else 0
             self._epoch_ends.append(before + len(self.epoch(len(self._epoch_ends))))
         return self._epoch_ends[epoch]
 
     def epoch_of(self, index: int) -> int:
-        """The epoch in which micro-batch `index` falls."""
+        """Finds the epoch of micro-batch `index`."""
         epoch = max(0, len(self._epoch_ends) - 1)
         while epoch > 0 and self.epoch_end(epoch - 1) > index:
             epoch -= 1
@@ -86,7 +86,7 @@ class BatchOrder:
         return epoch
 
     def micro_batch(self, index: int) -> list[Turn]:
-        """The turns of global micro-batch `index` of the run."""
+        """Returns the turns of global micro-batch `index` of the run."""
         epoch = self.epoch_of(index)
         start = self.epoch_end(epoch - 1) if epoch else 0
         return self.epoch(epoch)[index - start]
@@ -94,7 +94,7 @@ class BatchOrder:
 
 @dataclass(frozen=True)
 class Batch:
-    """One process's share of a micro-batch: everything a step needs, already drawn."""
+    """One process's share of a micro-batch: everything a step needs, its random numbers included."""
 
     latents_BCHW: Tensor
     noise_BCHW: Tensor
@@ -106,7 +106,7 @@ class Batch:
 
     @property
     def shapes(self) -> Hashable:
-        """Equal for batches that the same computation serves."""
+        """Shapes of all tensors: equal for batches that the same computation serves."""
         conditioning = tuple((name, tensor.shape) for name, tensor in self.conditioning.items())
         return self.latents_BCHW.shape, conditioning, tuple(control.shape for control in self.controls)
 
@@ -116,7 +116,7 @@ class Batch:
         )  # fmt: skip
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        """With what `change` makes of each tensor in its place."""
+        """Returns the batch with `change` applied to each tensor."""
         return Batch(
             change(self.latents_BCHW),
             change(self.noise_BCHW),
@@ -127,47 +127,47 @@ class Batch:
         )
 
     def to(self, device: torch.device) -> Batch:
-        """On the device; does not wait for the copy where memory is pinned."""
+        """Copies the batch to the device, without waiting for the copy where memory is pinned."""
         return self.map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> Batch:
-        """The same in page-locked memory, from which copies to the device run in the background."""
+        """Moves the batch to page-locked memory, from which copies to the device run in the background."""
         return self.map(Tensor.pin_memory)
 
 
 MIN_TOKENS_TO_SPLIT = 1024
-"""Image tokens per example from which a micro-batch of captions of several lengths is split by length, without a mask.
+"""Image tokens per example from which a micro-batch is split by caption length, so that it needs no mask.
 
 A mask costs 20 to 25% of a step, since the fast attention kernels take none. Examples of this many tokens fill a GPU
-one by one; smaller ones are faster padded and masked together. Captions that are padded to a multiple need no mask, and
-as one batch they have the fewest shapes.
+one by one; smaller ones are faster when they are padded and masked together. Captions that are padded to a multiple
+need no mask, and as one batch they have the fewest shapes.
 """
 
 
 @dataclass(frozen=True)
 class ExampleReader:
-    """How a batch gets at an example's encodings, wherever they live."""
+    """Access to examples' encodings, wherever they live. Arguments of the functions stand before each arrow."""
 
     read_latents: Callable[[int, int], LatentDistribution]
     """Example, variant -> distribution with batch size 1."""
     read_text: Callable[[int, int, bool], Conditioning]
-    """Example, variant, dropped -> features of its caption, or of the dropped caption in its place."""
+    """Example, variant, whether its caption is dropped -> features of its caption, or of the dropped caption."""
     read_controls: Callable[[int, int], Sequence[Tensor]]
     """Example, variant -> latents of its control pictures, each with batch size 1."""
     latent_shape: Callable[[int, int], LatentShape]
     """Example, variant -> shape of its latents, without reading them."""
     stack: Callable[[Sequence[Conditioning], int], Conditioning]
-    """Rows and the multiple to pad them to -> a batch's; see `ModelFamily.stack_conditioning`."""
+    """Examples' features and the multiple to pad them to -> a batch's; see `ModelFamily.stack_conditioning`."""
     time_shift: Callable[[int, int], float]
     """Latent height, width -> mu of the model's own shift."""
     num_image_tokens: Callable[[int, int], int]
-    """Latent height, width -> tokens."""
+    """Latent height, width -> number of tokens."""
     names: Sequence[str]
 
 
 @dataclass(frozen=True)
 class BatchSource:
-    """Micro-batch number -> this process's share of it. Position alone decides everything."""
+    """Source of this process's batches by the number of the micro-batch: position alone decides everything."""
 
     order: BatchOrder
     reader: ExampleReader
@@ -176,12 +176,13 @@ class BatchSource:
     rank: int = 0
     world_size: int = 1
     text_multiple: int = 1
-    """Captions are padded to a multiple of so many tokens."""
+    """Number of tokens to whose multiples captions are padded."""
 
     def parts(self, index: int, members: Sequence[Turn]) -> list[Batch]:
-        """Reads and draws this process's share of global micro-batch `index`, whose turns are `members`.
+        """Makes this process's share of global micro-batch `index`, whose turns are `members`.
 
-        One batch, or several that together are the micro-batch: see `MIN_TOKENS_TO_SPLIT`.
+        Returns:
+            One batch, or several that together are the micro-batch; see `MIN_TOKENS_TO_SPLIT`.
         """
         singles = [self._draw(index, slot, members[slot]) for slot in self._slots]
         tokens = self.reader.num_image_tokens(*singles[0].latents_BCHW.shape[-2:])
@@ -193,10 +194,13 @@ class BatchSource:
         return [self._join(group) for group in by_length.values()]
 
     def times(self, index: int, features: Sequence[str]) -> tuple[Tensor, Conditioning]:
-        """What decides the time embedding in this process's share of micro-batch `index`: sigmas and some of the text.
+        """Reads what the time embedding depends on in this process's share of micro-batch `index`.
 
         Args:
-            features: which entries of the conditioning to read; stacked.
+            features: entries of the conditioning to read.
+
+        Returns:
+            Sigmas, and the features of all examples, stacked.
         """
         members, reader = self.order.micro_batch(index), self.reader
         sigmas, rows = [], []
@@ -210,14 +214,14 @@ class BatchSource:
         return torch.cat(sigmas), {name: torch.stack([row[name] for row in rows]) for name in features}
 
     def times_of_step(self, step: int, accumulation: int, features: Sequence[str]) -> tuple[Tensor, Conditioning]:
-        """`times` of all micro-batches of an optimizer step."""
+        """Joins the `times` of all micro-batches of an optimizer step."""
         parts = [self.times(step * accumulation + number, features) for number in range(accumulation)]
         sigmas, rows = zip(*parts, strict=True)
         return torch.cat(sigmas), {name: torch.cat([row[name] for row in rows]) for name in features}
 
     @property
     def _slots(self) -> range:
-        """This process's places in a global micro-batch."""
+        """Places of this process in a global micro-batch."""
         share = self.order.global_batch_size // self.world_size
         return range(self.rank * share, (self.rank + 1) * share)
 
@@ -248,7 +252,7 @@ class BatchSource:
         )
 
     def _sigma(self, uniform: float, height: int, width: int) -> Tensor:
-        """Of one example; shape (1,)."""
+        """Computes one example's sigma from a uniform number; shape (1,)."""
         objective = self.objective
         sigma = draw_sigmas(
             objective.sigma_distribution,
@@ -266,7 +270,7 @@ class BatchSource:
 
 @dataclass(frozen=True)
 class _Single:
-    """One drawn example, with batch size 1."""
+    """One example with its random numbers, with batch size 1."""
 
     latents_BCHW: Tensor
     noise_BCHW: Tensor
@@ -277,7 +281,7 @@ class _Single:
 
 
 def timed(items: Iterable[T], waited: Callable[[float], None]) -> Iterator[T]:
-    """The same items; `waited` is told the seconds that each of them was waited for."""
+    """Yields the items, and calls `waited` with the seconds that each of them took to come."""
     began = time.perf_counter()
     for item in items:
         waited(time.perf_counter() - began)
@@ -286,10 +290,10 @@ def timed(items: Iterable[T], waited: Callable[[float], None]) -> Iterator[T]:
 
 
 def read_ahead(source: BatchSource, start: int, end: int, num_workers: int, pin_memory: bool) -> Iterator[list[Batch]]:
-    """Micro-batches `start` to `end` - 1 in order, made ahead of the step by `num_workers` threads (0: on demand).
+    """Yields micro-batches `start` to `end` - 1 in order, which `num_workers` threads make ahead of the step.
 
-    Threads rather than processes: the work is file reads and generators, which release the interpreter lock, and
-    nothing has to be copied between processes or through /dev/shm.
+    Threads serve better than processes: the work is file reads and generators, which release the interpreter lock, and
+    nothing has to be copied between processes or through /dev/shm. With 0 threads each is made on demand.
     """
 
     def make(index: int, members: Sequence[Turn]) -> list[Batch]:
@@ -304,7 +308,7 @@ def read_ahead(source: BatchSource, start: int, end: int, num_workers: int, pin_
     try:
         pending: deque[Future[list[Batch]]] = deque()
         for index in range(start, end):
-            # The order is asked here, in one thread: it keeps state between calls.
+            # The order is read here, in one thread: it keeps state between calls.
             pending.append(pool.submit(make, index, source.order.micro_batch(index)))
             if len(pending) > 2 * num_workers:
                 yield pending.popleft().result()

@@ -1,15 +1,15 @@
-"""Aspect-ratio buckets: which size a picture is trained at, and which part of it.
+"""Aspect-ratio buckets: the size at which a picture is trained, and the part of it.
 
 Pure arithmetic on integers and floats: no torch, no Pillow, no files, the same answer on every machine.
 
 The rules, in the order in which they matter:
 
-1. Never distorted. A picture is scaled by one factor until it covers its bucket; what sticks out is cut off evenly on
-   both sides.
-2. Never upscaled unasked. A picture that is too small for its bucket keeps its own size, rounded down to the multiple
-   the model needs. `upscale=True` enlarges it to a full bucket instead, and `Framing.upscaled` says so.
-3. Never more than `img_size` squared pixels, so a memory plan made for `img_size` x `img_size` holds for every bucket.
-4. As little cut off as possible: `Framing.share_lost` says how much.
+1. No picture is distorted. It is scaled by one factor until it covers its bucket, and what sticks out is cut off evenly
+   on both sides.
+2. No picture is enlarged unasked. One that is too small for its bucket keeps its own size, rounded down to the multiple
+   that the model needs. `upscale=True` enlarges it to a full bucket instead, which `Framing.upscaled` shows.
+3. No size has more than `img_size` squared pixels, so a memory plan for `img_size` x `img_size` holds for every bucket.
+4. As little as possible is cut off; `Framing.share_lost` shows how much.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from types import MappingProxyType
 from pixtune.sizes import Ratio, Size
 
 RATIOS: Mapping[str, Ratio | None] = MappingProxyType({"16:9": (16, 9), "4:3": (4, 3), "1:1": (1, 1), "own": None})
-"""What `random_ratio` draws from. Always wide, as the option's text says: a portrait becomes 16:9, not 9:16."""
+"""Ratios that `random_ratio` draws from, by name. They are wide, as the option's text says: a portrait becomes 16:9,
+not 9:16."""
 
 DEFAULT_MAX_ASPECT = 4.0
 """Longest side over shortest side beyond which a picture is cropped: a panorama trains as its middle."""
@@ -44,14 +45,12 @@ class Buckets:
 
 @dataclass(frozen=True)
 class Framing:
-    """How one picture is turned into training pixels: cut `crop_box` out, scale it to `width` x `height`.
-
-    `scale` is output pixels per original pixel, the same for both axes.
-    """
+    """Recipe that turns a picture into training pixels: cut `crop_box` out and scale it to `width` x `height`."""
 
     width: int
     height: int
     scale: float
+    """Output pixels per original pixel, the same for both axes."""
     crop_box: Box
     share_lost: float
     """Share of the picture's area that is cut off, 0 to 1."""
@@ -62,21 +61,21 @@ class Framing:
 
     @property
     def upscaled(self) -> bool:
-        """True where pixels had to be invented."""
+        """Whether pixels have to be invented."""
         return self.scale > 1.0
 
 
 def build_buckets(
     img_size: int, multiple: int, max_aspect: float = DEFAULT_MAX_ASPECT, step: int | None = None
 ) -> Buckets:
-    """All sizes whose sides are multiples of `multiple` and whose area comes closest to `img_size` squared from below.
+    """Lists the sizes with sides in multiples of `multiple` whose area is nearest to `img_size` squared, and not above.
 
     Args:
         img_size: side of the square picture with the wanted area, in pixels.
         multiple: both sides of every bucket are divisible by this.
         max_aspect: no bucket is longer than this many times its shorter side.
-        step: distance between neighbouring long sides, in pixels. The default, `multiple`, cuts off least; a larger
-            step gives fewer buckets (fuller batches, fewer shapes to compile) and cuts off more.
+        step: distance between neighbouring long sides, in pixels; None: `multiple`, which cuts off least. A larger step
+            gives fewer buckets (fuller batches, fewer shapes to compile) and cuts off more.
 
     Raises:
         ValueError: the numbers allow no bucket.
@@ -100,7 +99,7 @@ def build_buckets(
 def frame_picture(
     width: int, height: int, buckets: Buckets, ratio: Ratio | None = None, upscale: bool = False
 ) -> Framing:
-    """The size and crop for one picture.
+    """Chooses the size and crop of one picture.
 
     Args:
         width, height: the upright picture's size in pixels.
@@ -109,8 +108,8 @@ def frame_picture(
         upscale: enlarge a picture that is smaller than its bucket, instead of training it at its own size.
 
     Raises:
-        ValueError: a side is shorter than `buckets.multiple`: nothing can be trained on that. A sentence without the
-            picture's name, which the caller adds.
+        ValueError: a side is shorter than `buckets.multiple`, so that nothing can be trained on. The message lacks the
+            picture's name, which the caller puts before it.
     """
     if min(width, height) < buckets.multiple:
         raise ValueError(f"is {width}x{height} pixels; each side must have at least {buckets.multiple}.")
@@ -123,7 +122,7 @@ def frame_picture(
 
 
 def frame_variants(width: int, height: int, buckets: Buckets, upscale: bool = False) -> dict[str, Framing]:
-    """The framing for every name of `RATIOS`, for `random_ratio`: centre crops, so each can be cached.
+    """Frames a picture for every name of `RATIOS`, by crops from the centre, so that each can be cached.
 
     Names whose framings are equal (a 16:9 picture's "16:9" and "own") need one cache entry only.
     """
@@ -131,21 +130,21 @@ def frame_variants(width: int, height: int, buckets: Buckets, upscale: bool = Fa
 
 
 def _size_without_upscaling(width: int, height: int, wanted: float, buckets: Buckets) -> Size:
-    """The largest size of about the wanted aspect that a too small picture covers as it is."""
+    """Returns the largest size of about the wanted aspect that a picture covers without being enlarged."""
     multiple = buckets.multiple
     region_width, region_height = min(width, height * wanted), min(height, width / wanted)
     own_width = max(_round_down(int(region_width), multiple), multiple)
     own_height = max(_round_down(int(region_height), multiple), multiple)
-    # With a coarse step a picture may be too small for its bucket and still too large for rule 3: cut its short side.
+    # With a coarse step a picture may be too small for its bucket and too large for rule 3: its short side is cut.
     if own_width >= own_height:
         return own_width, max(min(own_height, _round_down(buckets.img_size**2 // own_width, multiple)), multiple)
     return max(min(own_width, _round_down(buckets.img_size**2 // own_height, multiple)), multiple), own_height
 
 
 def _cover(width: int, height: int, bucket: Size) -> Framing:
-    """Scales so that the picture just covers the bucket and centres what sticks out.
+    """Scales a picture so that it just covers the bucket, and cuts what sticks out evenly.
 
-    Compares whole numbers, so the side that fits exactly is exactly kept and the box never leaves the picture.
+    Whole numbers are compared, so the side that fits is kept exactly and the box never leaves the picture.
     """
     bucket_width, bucket_height = bucket
     if bucket_width * height >= bucket_height * width:
@@ -160,7 +159,7 @@ def _cover(width: int, height: int, bucket: Size) -> Framing:
 
 
 def _nearest(sizes: tuple[Size, ...], aspect: float) -> Size:
-    """The size that loses least of a picture of this aspect; of equals the one with most pixels."""
+    """Returns the size that loses least of a picture of this aspect; among equals, the one with most pixels."""
     return min(sizes, key=lambda size: (round(abs(math.log(size[0] / size[1] / aspect)), 9), -size[0] * size[1]))
 
 

@@ -1,4 +1,4 @@
-"""From a config to the encoder of a run: how it fits this machine, and where its results go."""
+"""Builds the encoder of a run from its config: how it fits the machine, and where its results go."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from pixtune.planning import encoder_sizes, plan_encoders_of
 from pixtune.storage.model_folder import ModelFolder
 
 CACHE_FOLDER = ".pixtune_cache"
+"""Name of the cache's folder inside `img_dir`, where the config names no other."""
 
 
 def build_encoder(
@@ -35,11 +36,11 @@ def build_encoder(
     pictures: Sequence[FramedPicture],
     plan: EncoderPlan | None = None,
 ) -> Encoder:
-    """The encoder of a run, without anything loaded.
+    """Builds the encoder of a run, with nothing loaded.
 
     Args:
-        items, pictures: what is encoded beforehand.
-        plan: how a run that goes on has encoded; None: as fits this machine now.
+        items, pictures: captions and pictures that are encoded before training.
+        plan: the plan of a run that is resumed; None: made for this machine as it is.
 
     Raises:
         PlanError: the config demands an encoder on the GPU where it does not fit.
@@ -73,7 +74,7 @@ def _plan_encoders(
     items: Sequence[TextItem],
     pictures: Sequence[FramedPicture],
 ) -> EncoderPlan:
-    """How this machine encodes; the first process decides for all, since all must read the same encodings."""
+    """Plans how this machine encodes; the first process decides for all, since all must read the same encodings."""
     if accelerator.device.type != "cuda":
         return encode_plainly(config.encode_batch_size)
     decided: list[EncoderPlan | None] = [None]
@@ -92,7 +93,7 @@ def plan_encoders_for(
     items: Sequence[TextItem],
     pictures: Sequence[FramedPicture],
 ) -> EncoderPlan:
-    """How a machine encodes these.
+    """Plans how a machine encodes these captions and pictures.
 
     Raises:
         PlanError: see `plan_encoders`.
@@ -109,7 +110,8 @@ def plan_encoders_for(
 def prefer_more_exact(
     encoder: Encoder, items: Sequence[TextItem], pictures: Sequence[FramedPicture], config: TrainConfig
 ) -> Encoder:
-    """The same encoder, or one whose better encodings are all in the cache: a larger GPU may have filled it."""
+    """Returns an encoder whose more exact encodings are all in the cache, which a larger GPU may have filled; else the
+    same one."""
     for plan in more_exact(encoder.plan) if config.precompute_text_embeddings else ():
         better = replace(encoder, plan=plan)
         if not missing_keys(encoder.store, better.text_keys(items)):
@@ -121,6 +123,6 @@ def prefer_more_exact(
 
 
 def _encoders_stay(config: TrainConfig) -> bool:
-    """Whether encoders stay on the device: the plan decides the same, but is made when the data are known."""
+    """Returns whether encoders stay on the device. The plan decides the same, but later: when the data are known."""
     demands = demands_of(config)
     return demands.keeps_encoders(is_unified_memory_system() if demands.unified is None else demands.unified)

@@ -1,8 +1,8 @@
 """The content-addressed cache of encoded pictures and captions.
 
 An entry's key is a hash of everything that decides its content: picture bytes or caption, size and crop, the encoder's
-weights, the prompt template, number format and this code's version. Nothing stale can be read, and one changed caption
-re-encodes one caption. A ledger remembers which parts each item had last time, so that every miss can say why.
+weights, the prompt template, the number format and this code's version. So nothing stale is ever read, and one changed
+caption re-encodes one caption. A ledger remembers the parts of each item's last key, so that every miss has a reason.
 Pictures are stored as the mean and deviation of the autoencoder's distribution: each turn draws its latents anew.
 """
 
@@ -27,35 +27,34 @@ from pixtune.storage.safetensors_writer import save_without_digest
 log = logging.getLogger(__name__)
 
 CODE_VERSION = "1"
-"""Raise it whenever the same input would be encoded differently."""
+"""Version of the encoding code, to be raised whenever the same input would be encoded differently."""
 
 Entry = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
 class CacheKey:
-    """The named parts that decide an entry's content.
-
-    Args:
-        item: what a person calls it, for example "cat.png at 1024x1024": names it in messages, not in the hash.
-        parts: for example {"picture": its SHA-256, "encoder": ...}.
-    """
+    """The named parts that decide an entry's content."""
 
     item: str
+    """Name for people, such as "cat.png at 1024x1024": it stands in messages, not in the hash."""
     parts: dict[str, str] = field(hash=False)
+    """Parts by name, for example {"picture": its SHA-256, "encoder": ...}."""
 
     @property
     def all_parts(self) -> dict[str, str]:
+        """The parts and the code's version."""
         return {**self.parts, "code": CODE_VERSION}
 
     @property
     def digest(self) -> str:
+        """SHA-256 of all parts, as hex: the entry's name in the store."""
         text = json.dumps(self.all_parts, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
 
 class Store(Protocol):
-    """Where entries live."""
+    """A place for entries, by the digests of their keys."""
 
     def has(self, digest: str) -> bool: ...
 
@@ -81,7 +80,7 @@ class MemoryStore:
 
 
 class DiskStore:
-    """One safetensors file an entry, written atomically, in folders by the first two digits of the digest."""
+    """Entries as one safetensors file each, written atomically, in folders by the first two digits of the digest."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -90,7 +89,7 @@ class DiskStore:
         return self.folder / digest[:2] / f"{digest}.safetensors"
 
     def has(self, digest: str) -> bool:
-        """Whether a readable entry is there. A damaged file counts as absent and is said to be damaged."""
+        """Returns whether a readable entry is there. A damaged file counts as absent, with a warning."""
         path = self._path(digest)
         if not path.is_file():
             return False
@@ -109,7 +108,7 @@ class DiskStore:
 
 
 class Ledger:
-    """Remembers each item's key parts between runs, to say why an entry is missing. Never decides what is used."""
+    """Memory of each item's last key, to give the reason why an entry is missing. It never decides what is used."""
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
@@ -122,7 +121,7 @@ class Ledger:
                 log.warning("%s is damaged; reasons for cache misses are unknown this once", path)
 
     def reason(self, key: CacheKey) -> str:
-        """Why this key is not in the store: "new", or the names of the parts that changed."""
+        """Returns why this key is not in the store: "new", or the names of the parts that changed."""
         before = self._parts.get(key.item)
         if before is None:
             return "new"
@@ -130,6 +129,7 @@ class Ledger:
         return f"changed: {', '.join(changed)}" if changed else "deleted or damaged"
 
     def remember(self, keys: Iterable[CacheKey]) -> None:
+        """Takes these keys as the last ones of their items, and writes the ledger's file if it has one."""
         self._parts.update({key.item: key.all_parts for key in keys})
         if self.path is not None:
             write_atomically(self.path, json.dumps(self._parts, indent=0, sort_keys=True).encode())
@@ -137,11 +137,12 @@ class Ledger:
 
 @dataclass(frozen=True)
 class FillReport:
-    """What filling the cache did."""
+    """Result of filling the cache."""
 
     hits: int
+    """Number of entries that were there."""
     misses: dict[str, int]
-    """Count by reason."""
+    """Number of entries that were made, by reason."""
 
     def __str__(self) -> str:
         reasons = "; ".join(f"{count} {reason}" for reason, count in sorted(self.misses.items()))
@@ -149,7 +150,7 @@ class FillReport:
 
 
 def missing_keys(store: Store, keys: Sequence[CacheKey]) -> list[CacheKey]:
-    """The keys without an entry, each digest once, in order."""
+    """Lists the keys without an entry, each digest once, in order."""
     unique = {key.digest: key for key in keys}
     return [key for digest, key in unique.items() if not store.has(digest)]
 
@@ -163,8 +164,8 @@ def fill(
     """Encodes what is missing and nothing else.
 
     Args:
-        encode: given the missing keys, yields each with its entry as soon as it is made; called only when something
-            is missing, so that encoders need not be loaded for nothing.
+        encode: yields each of the missing keys with its entry as soon as that is made. It is called only if something
+            is missing, so that no encoder is loaded for nothing.
     """
     missing = missing_keys(store, keys)
     reasons = Counter(ledger.reason(key) for key in missing)

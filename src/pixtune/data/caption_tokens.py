@@ -1,7 +1,7 @@
-"""Which captions a model's text encoders cut, counted by the tokenizers alone.
+"""Captions that a model's text encoders cut, found by the tokenizers alone.
 
-A tokenizer loads in a second and reads thousands of captions in another, and a run whose captions are all in the cache
-needs neither: numbers of tokens are remembered beside the cache.
+A tokenizer with 151,000 entries takes three seconds to load, and one core six for 10,000 captions of 80 words. A run
+whose captions are all in the cache is spared both: numbers of tokens are remembered beside the cache.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ Lengths = tuple[TextLength, ...]
 
 @dataclass(frozen=True)
 class CaptionCounter:
-    """Counts the captions of a data set that is checked for one model."""
+    """A model's way of counting the captions of a data set that is checked for it."""
 
     family: ModelFamily
     folder: ModelFolder
     max_tokens: int | None = None
-    """The config's `data_config.max_text_tokens`."""
+    """Value of the config's `data_config.max_text_tokens`."""
     control_size: int = CONTROL_SIDE
-    """The config's `data_config.control_size`."""
+    """Value of the config's `data_config.control_size`, in pixels."""
 
     def count(self, captions: Sequence[tuple[str, Sequence[Size]]]) -> list[Lengths]:
-        """Lengths of captions, each with the sizes of its control pictures, which are taken whole."""
+        """Counts the tokens of captions, each given with the sizes of its control pictures, which are taken whole."""
         outlines = [
             PromptOutline(text, tuple(self.family.vision_size(size, self.control_size) for size in sizes))
             if self.family.controls_in_text
@@ -49,11 +49,11 @@ class CaptionCounter:
 def count_new(
     prompts: Mapping[str, PromptOutline], count: Callable[[Sequence[PromptOutline]], list[Lengths]], path: Path | None
 ) -> dict[str, Lengths]:
-    """Lengths of prompts by name. Counts only those that the file at `path` does not hold, and adds them to it.
+    """Counts the prompts that the file at `path` does not hold, adds them to it, and returns the lengths of all.
 
     Args:
-        prompts: by names that stand for all that decides the numbers, such as digests of cache keys.
-        path: None: nothing is remembered.
+        prompts: prompts by names that stand for all that decides the numbers, such as digests of cache keys.
+        path: file of remembered lengths; None: nothing is remembered.
     """
     known = _read(path) if path is not None and path.is_file() else {}
     new = {name: prompt for name, prompt in prompts.items() if name not in known}
@@ -75,10 +75,10 @@ def _read(path: Path) -> dict[str, Lengths]:
 
 
 def cut_captions(named: Sequence[tuple[str, Lengths]]) -> list[str]:
-    """A sentence for each encoder that cuts captions: how many, at how many tokens, and the first few of them.
+    """Writes a sentence for each encoder that cuts captions: how many, at how many tokens, and the first few names.
 
     Args:
-        named: pairs of a caption's name and its lengths. A name that stands more than once (beside control pictures at
+        named: pairs of a caption's name and its lengths. A name that occurs more than once (beside control pictures of
             several sizes) counts once, with its largest number of tokens.
     """
     longest: dict[tuple[str, int], dict[str, int]] = {}

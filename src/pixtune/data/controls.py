@@ -1,4 +1,4 @@
-"""Control pictures of an edit model: at which size, and which part of them, they are trained with.
+"""Control pictures of an edit model: the size at which each is used, and the part of it.
 
 Pure arithmetic, like `buckets.py`.
 """
@@ -13,43 +13,45 @@ from pixtune.data.buckets import Box, Framing
 from pixtune.sizes import Size
 
 SAME_SHAPE = 0.01
-"""Aspect ratios whose logarithms differ by less count as the same: sides rounded to whole pixels."""
+"""Difference of the logarithms of two aspect ratios below which they count as the same: sides are whole pixels."""
 
 
 @dataclass(frozen=True)
 class ControlRules:
-    """What a model family does with control pictures."""
+    """A model family's use of control pictures."""
 
     most: int
-    """Control pictures of one example."""
+    """Number of control pictures that an example may have."""
     latents_size: Callable[[Size], Size]
-    """Size of the picture's used part -> size at which it joins the latents."""
+    """Function from the size of a picture's used part to the size at which it joins the latents."""
     vision_size: Callable[[Size], Size] | None
-    """The same for the text encoder; None where it sees no pictures."""
+    """Function from that size to the one that the text encoder sees; None where it sees no pictures."""
 
 
 @dataclass(frozen=True)
 class ControlFraming:
-    """How one control picture is turned into model input."""
+    """Framings that turn one control picture into model input."""
 
     latents: Framing
+    """Framing for the autoencoder."""
     vision: Framing | None
+    """Framing for the text encoder; None where it sees no pictures."""
 
 
 def same_shape(one: Size, other: Size) -> bool:
-    """Whether two pictures have the same aspect ratio, but for sides rounded to whole pixels."""
+    """Returns whether two pictures have the same aspect ratio, but for sides rounded to whole pixels."""
     return abs(math.log(one[0] / one[1] / (other[0] / other[1]))) < SAME_SHAPE
 
 
 def same_part(box: Box, picture: Size, other: Size) -> Box:
-    """The part of another picture of the same shape that shows what `box` cuts out of `picture`."""
+    """Returns the part of another picture of the same shape that shows what `box` cuts out of `picture`."""
     across, down = other[0] / picture[0], other[1] / picture[1]
     left, top, right, bottom = box
     return left * across, top * down, min(right * across, other[0]), min(bottom * down, other[1])
 
 
 def frame_box(box: Box, size: Size, share_lost: float) -> Framing:
-    """Cuts `box` out and brings it to a size of about its shape."""
+    """Returns the framing that brings `box` to a size of about its shape."""
     return Framing(size[0], size[1], size[0] / (box[2] - box[0]), box, share_lost)
 
 
@@ -60,7 +62,7 @@ def frame_control(control: Size, target: Size, target_framing: Framing, rules: C
     is a reference and stays whole.
 
     Args:
-        control, target: sizes of the upright originals in pixels.
+        control, target: sizes of the upright originals.
     """
     if same_shape(control, target) and target_framing.share_lost > 0:
         box, used = same_part(target_framing.crop_box, target, control), target_framing.size

@@ -1,6 +1,6 @@
-"""Fills the cache: text encoder in, captions encoded, out; autoencoder in, pictures encoded, out.
+"""Fills the cache: loads the text encoder, encodes captions and drops it, then the same with autoencoder and pictures.
 
-An encoder is loaded only if something is missing. What is missing is decided by content alone: see `cache.py`.
+An encoder is loaded only if an entry is missing, and content alone decides that: see `cache.py`.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 DECODE_THREADS = 4
+"""Number of threads that decode picture files while the autoencoder works."""
 Loaded = TypeVar("Loaded")
 
 
@@ -44,17 +45,17 @@ class FramedPicture:
     name: str
     path: Path
     digest: str
-    """SHA-256 of the file."""
+    """SHA-256 of the file, as hex."""
     framing: Framing
 
     @property
     def parts(self) -> dict[str, str]:
-        """What decides the pixels: parts of a cache key."""
+        """Parts of a cache key that decide the pixels."""
         size = f"{self.framing.width}x{self.framing.height}"
         return {"picture": self.digest, "size": size, "crop": repr(self.framing.crop_box)}
 
     def read(self) -> Image:
-        """The framed part as an upright RGB picture at its size.
+        """Reads the framed part as an upright RGB picture at its size.
 
         Raises:
             DataError: the file cannot be read, or is not the one that `digest` was taken of.
@@ -71,17 +72,17 @@ class TextItem:
     pictures: tuple[FramedPicture, ...] = ()
 
     def prompt(self) -> Prompt:
-        """Reads the pictures."""
+        """Reads the pictures, and returns all that the text encoder gets."""
         return Prompt(self.text, tuple(picture.read() for picture in self.pictures))
 
     def outline(self) -> PromptOutline:
-        """The prompt without reading the pictures."""
+        """Returns the text with the pictures' sizes, without reading them."""
         return PromptOutline(self.text, tuple(picture.framing.size for picture in self.pictures))
 
 
 @dataclass(frozen=True)
 class Encoder:
-    """What encodes, and where its results go."""
+    """A family's encoders as a run uses them, with the places that their results go to."""
 
     family: ModelFamily
     folder: ModelFolder
@@ -92,17 +93,18 @@ class Encoder:
     ledger: Ledger
     console: Console
     memo_dir: Path | None
-    """Where digests of large weight files are remembered."""
+    """Folder for the digests of large weight files; None: they are not remembered."""
     counts_file: Path | None = None
-    """Where captions' numbers of tokens are remembered; see `caption_tokens`."""
+    """File for captions' numbers of tokens; None: they are not remembered. See `caption_tokens`."""
     stays: bool = False
-    """What was loaded stays on the device until the run ends, instead of making room."""
+    """Whether a loaded encoder stays on the device until the run ends, instead of making room."""
     names_weights: bool = True
-    """Keys name the weights by their content. What outlives no process need not, and is spared hashing gigabytes."""
+    """Whether keys name the weights by their content. Entries that do not outlive the process are spared the hashing of
+    gigabytes."""
     _loaded: dict[str, Any] = field(default_factory=dict, compare=False)
 
     def text_keys(self, items: Sequence[TextItem]) -> list[CacheKey]:
-        """Everything that decides a caption's features."""
+        """Builds the keys of captions: everything that decides their features."""
         shared = {
             "kind": "text",
             **{part: self._fingerprint(part) for part in self.family.text_components},
@@ -123,7 +125,7 @@ class Encoder:
         ]
 
     def cut_captions(self, named: Sequence[tuple[str, TextItem]]) -> list[str]:
-        """Sentences on captions that the text encoders cut, by their names. Loads tokenizers at most."""
+        """Names the captions that the text encoders cut, in sentences. Loads tokenizers at most."""
         items = list(dict.fromkeys(item for _, item in named))
         digest_of = {item: key.digest for item, key in zip(items, self.text_keys(items), strict=True)}
 
@@ -134,7 +136,7 @@ class Encoder:
         return cut_captions([(name, lengths_of[digest_of[item]]) for name, item in named])
 
     def latent_keys(self, pictures: Sequence[FramedPicture]) -> list[CacheKey]:
-        """Everything that decides a picture's latents."""
+        """Builds the keys of pictures: everything that decides their latents."""
         shared = {
             "kind": "latents",
             "autoencoder": self._fingerprint("vae"),
@@ -146,7 +148,7 @@ class Encoder:
         ]
 
     def _format(self, what: str, value: object) -> str:
-        """The number format, and what else of the plan changes results."""
+        """Returns the number format, with the part of the plan that changes results."""
         return str(self.placement.dtype) if value is None else f"{self.placement.dtype}, {what} {value}"
 
     def _fingerprint(self, component: str) -> str:
@@ -158,7 +160,7 @@ class Encoder:
 
         def encode(missing: Sequence[CacheKey]) -> Iterator[tuple[CacheKey, Entry]]:
             encode_batch = self.open_text_encoder()
-            # Like lengths together: less padding.
+            # Captions of like length share a batch, which needs less padding.
             ordered = sorted(missing, key=lambda key: len(item_of[key.digest].text))
             chunks = _chunks(ordered, self.plan.caption_batch)
             for chunk in track(chunks, "captions", len(chunks), self.console):
@@ -169,12 +171,12 @@ class Encoder:
         return fill(self.store, self.ledger, keys, encode)
 
     def open_text_encoder(self) -> Callable[[Sequence[TextItem]], list[Entry]]:
-        """Loads the text encoder; unless it `stays`, it leaves the device when the returned function is dropped."""
+        """Loads the text encoder. Unless it `stays`, it leaves the device when the returned function is dropped."""
         encoder = self._load("text encoder", self._load_text_encoder)
         return lambda items: self.family.encode_text(encoder, [item.prompt() for item in items], self.max_text_tokens)
 
     def fill_pictures(self, pictures: Sequence[FramedPicture], keys: Sequence[CacheKey]) -> FillReport:
-        """Encodes the pictures that the cache lacks; they were checked before (`examples.check_folder`)."""
+        """Encodes the pictures that the cache lacks; `examples.check_folder` has checked them before."""
         picture_of = {key.digest: picture for key, picture in zip(keys, pictures, strict=True)}
 
         def encode(missing: Sequence[CacheKey]) -> Iterator[tuple[CacheKey, Entry]]:
@@ -203,7 +205,7 @@ class Encoder:
         return fill(self.store, self.ledger, keys, encode)
 
     def open_autoencoder(self) -> Callable[[Tensor], LatentDistribution]:
-        """Loads the autoencoder; unless it `stays`, it leaves the device when the returned function is dropped."""
+        """Loads the autoencoder. Unless it `stays`, it leaves the device when the returned function is dropped."""
         autoencoder = self._load("autoencoder", lambda: self.family.load_autoencoder(self.folder, self.placement))
         return lambda pixels_B3HW: encode_images(
             self.family, self.folder, autoencoder, pixels_B3HW.to(self.placement.device), self.plan.tile_pixels
@@ -234,12 +236,12 @@ class Encoder:
 
 
 def hash_text(text: str) -> str:
-    """SHA-256 of a text, as hex."""
+    """Returns the SHA-256 of a text, as hex."""
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def shorten(text: str) -> str:
-    """A caption as a message shows it; long ones stay distinct."""
+    """Shortens a caption for a message; long ones stay distinct."""
     return repr(text) if len(text) < 80 else f"{text[:60]!r}... ({hash_text(text)[:8]})"
 
 

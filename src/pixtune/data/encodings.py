@@ -1,4 +1,4 @@
-"""Where an example's encodings come from: the cache, or encoders that stay loaded and encode at each turn."""
+"""Encodings of examples: from the cache, or from encoders that stay loaded and encode at each turn."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from pixtune.family import Conditioning, LatentDistribution
 
 
 def target_picture(example: Example, variant: int) -> FramedPicture:
-    """What the autoencoder gets of an example's target."""
+    """Frames an example's target for the autoencoder."""
     return FramedPicture(example.name, example.image_path, example.image_digest, example.framings[variant])
 
 
 def control_pictures(example: Example, variant: int) -> tuple[FramedPicture, ...]:
-    """What the autoencoder gets of an example's control pictures."""
+    """Frames an example's control pictures for the autoencoder."""
     return tuple(
         FramedPicture(_control_name(path), path, digest, framing.latents)
         for path, digest, framing in _controls(example, variant)
@@ -32,7 +32,7 @@ def control_pictures(example: Example, variant: int) -> tuple[FramedPicture, ...
 
 
 def text_item(text: str, example: Example, variant: int) -> TextItem:
-    """A caption as the text encoder gets it for this example: beside the control pictures, if it sees them."""
+    """Builds the text encoder's input of a caption of this example: with the control pictures, if it sees them."""
     pictures = [
         FramedPicture(_control_name(path), path, digest, framing.vision)
         for path, digest, framing in _controls(example, variant)
@@ -53,9 +53,9 @@ def _control_name(path: Path) -> str:
 
 @dataclass
 class Encodings:
-    """Reads encodings by what they are of. Safe to use from several threads.
+    """Reader of encodings, by the captions and pictures that they are of. Several threads may use it.
 
-    What `fill` was told to leave out is encoded at each read: slower, and the same result within rounding.
+    Those that were not filled beforehand are encoded at each read: slower, with the same result within rounding.
     """
 
     encoder: Encoder
@@ -63,22 +63,22 @@ class Encodings:
     _latent_keys: dict[FramedPicture, CacheKey] = field(default_factory=dict)
     _encode_texts: Callable[[Sequence[TextItem]], list[Conditioning]] | None = None
     _encode_pictures: Callable[[Tensor], LatentDistribution] | None = None
-    _turn: Lock = field(default_factory=Lock)
+    _lock: Lock = field(default_factory=Lock)
 
     def fill_texts(self, items: Sequence[TextItem]) -> FillReport:
-        """Makes what the cache lacks of these."""
+        """Encodes the captions that the cache lacks."""
         keys = self.encoder.text_keys(items)
         self._text_keys |= zip(items, keys, strict=True)
         return self.encoder.fill_texts(items, keys)
 
     def fill_pictures(self, pictures: Sequence[FramedPicture]) -> FillReport:
-        """Makes what the cache lacks of these."""
+        """Encodes the pictures that the cache lacks."""
         keys = self.encoder.latent_keys(pictures)
         self._latent_keys |= zip(pictures, keys, strict=True)
         return self.encoder.fill_pictures(pictures, keys)
 
     def know(self, items: Sequence[TextItem], pictures: Sequence[FramedPicture]) -> None:
-        """The same names without filling: for processes whose first one fills."""
+        """Takes captions and pictures as being in the cache, in a process that another one fills it for."""
         self._text_keys |= zip(items, self.encoder.text_keys(items), strict=True)
         self._latent_keys |= zip(pictures, self.encoder.latent_keys(pictures), strict=True)
 
@@ -91,20 +91,20 @@ class Encodings:
         self._encode_pictures = self.encoder.open_autoencoder()
 
     def text(self, item: TextItem) -> Conditioning:
-        """Features of a caption, on the CPU.
+        """Reads or encodes a caption's features, on the CPU.
 
         Raises:
             DataError: it is encoded now, and a control picture beside it has changed or is gone.
         """
         if item in self._text_keys:
             return self.encoder.store.read(self._text_keys[item].digest)
-        assert self._encode_texts is not None, f"{item.text!r} was neither filled nor is it to be encoded live"
-        with self._turn:
+        assert self._encode_texts is not None, f"{item.text!r} is neither in the cache nor to be encoded in the loop"
+        with self._lock:
             (row,) = self._encode_texts([item])
         return {name: tensor.cpu() for name, tensor in row.items()}
 
     def latents(self, picture: FramedPicture) -> LatentDistribution:
-        """The latents' distribution with batch size 1, on the CPU.
+        """Reads or encodes a picture's distribution of latents, with batch size 1, on the CPU.
 
         Raises:
             DataError: the picture is encoded now, and has changed or is gone.
@@ -112,8 +112,10 @@ class Encodings:
         if picture in self._latent_keys:
             entry = self.encoder.store.read(self._latent_keys[picture].digest)
             return LatentDistribution(entry["mean"], entry["std"])
-        assert self._encode_pictures is not None, f"{picture.name} was neither filled nor is it to be encoded live"
+        assert self._encode_pictures is not None, (
+            f"{picture.name} is neither in the cache nor to be encoded in the loop"
+        )
         pixels_13HW = to_pixels(picture.read()).unsqueeze(0)
-        with self._turn, torch.no_grad():
+        with self._lock, torch.no_grad():
             latents = self._encode_pictures(pixels_13HW)
         return LatentDistribution(latents.mean_BCHW.cpu(), latents.std_BCHW.cpu())

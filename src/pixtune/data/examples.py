@@ -1,4 +1,4 @@
-"""The examples of a run: which pictures, with which caption and framings, and which of them are held out."""
+"""The examples of a run: pictures with their captions and framings, and the choice of those that are held out."""
 
 from __future__ import annotations
 
@@ -27,35 +27,35 @@ class Example:
     image_path: Path
     caption: str
     framings: tuple[Framing, ...]
-    """The crops it is trained at: its own, or one for each ratio of `random_ratio`."""
+    """Crops that it is trained at: its own alone, or one for each ratio of `random_ratio`."""
     control_paths: tuple[Path, ...] = ()
     control_framings: tuple[tuple[ControlFraming, ...], ...] = ()
-    """For each of `framings`, one for each control picture."""
+    """Framings of the control pictures, for each of `framings`."""
 
     @cached_property
     def image_digest(self) -> str:
-        """SHA-256 of the picture's file when it was first asked for: what a run began with, whatever becomes of it."""
+        """SHA-256 of the picture's file when this was first read: a run's own, whatever becomes of the file later."""
         return picture_digest(self.image_path)
 
     @cached_property
     def control_digests(self) -> tuple[str, ...]:
-        """SHA-256 of each control picture's file when it was first asked for."""
+        """SHA-256 of each control picture's file when this was first read."""
         return tuple(picture_digest(path) for path in self.control_paths)
 
     def signature(self, variant: int) -> tuple[Size, ...]:
-        """Sizes of target and controls in pixels: only examples that agree in all of them fit into one batch."""
+        """Returns the sizes of target and controls: only examples that agree in all of them fit into one batch."""
         controls = self.control_framings[variant] if self.control_paths else ()
         return (self.framings[variant].size, *(control.latents.size for control in controls))
 
 
 def control_folders(config: DataConfig) -> tuple[Path, ...]:
-    """`control_dir` as a list."""
+    """Returns `control_dir` as a tuple."""
     folders = config.control_dir
     return () if folders is None else (folders,) if isinstance(folders, Path) else folders
 
 
 def find_examples(config: DataConfig, folder: Path) -> Pairs:
-    """What belongs together in a folder, by the config's layout."""
+    """Finds the files that belong together in a folder, by the config's layout."""
     if config.metadata_file is not None and folder == config.img_dir:
         return read_metadata(config.metadata_file, folder)
     controls = control_folders(config)
@@ -67,15 +67,17 @@ def find_examples(config: DataConfig, folder: Path) -> Pairs:
 def read_examples(
     config: DataConfig, folder: Path, multiple: int, random_ratio: bool, controls: ControlRules | None = None
 ) -> list[Example]:
-    """All examples of a folder, in the order of their names.
+    """Reads all examples of a folder, in the order of their names.
+
+    Only headers of pictures are read; damage behind them is for `check_folder` to find.
 
     Args:
-        multiple: picture sides in pixels must be a multiple of this.
+        multiple: number that picture sides, in pixels, must be divisible by.
         random_ratio: frame each picture for every ratio instead of its own alone.
-        controls: what the model does with control pictures; None: it takes none.
+        controls: the model's use of control pictures; None: it takes none.
 
     Raises:
-        DataError: every fault of the folder at once. Reads headers only; damage behind them is for `check_folder`.
+        DataError: all problems of the folder, together.
     """
     found = find_examples(config, folder)
     buckets = build_buckets(config.img_size, multiple)
@@ -89,7 +91,7 @@ def read_examples(
         except ValueError as error:
             faults.append(f"{pair.image_path} {error}")
     if faults:
-        check_folder(config, folder, multiple)  # finds these and damaged pictures, too, so that all come together
+        check_folder(config, folder, multiple)  # finds these and damaged pictures, so that all are reported together
         raise DataError(f"{folder} cannot be trained on", faults)
     return examples
 
@@ -112,7 +114,7 @@ def _read_example(
 
 
 def _control_faults(pairs: Sequence[Pair], controls: ControlRules | None, may_be_missing: bool) -> list[str]:
-    """Rows with more or fewer control pictures than the model can use."""
+    """Reports examples with more or fewer control pictures than the model can use."""
     most = controls.most if controls else 0
     too_many = [f"{pair.name} ({len(pair.control_paths)})" for pair in pairs if len(pair.control_paths) > most]
     if too_many and most == 0:
@@ -136,18 +138,21 @@ def check_folder(config: DataConfig, folder: Path, multiple: int) -> tuple[str, 
     """Decodes every picture of a folder to its last pixel and returns warnings.
 
     Raises:
-        DataError: all faults of the folder.
+        DataError: all problems of the folder, together.
     """
     report = validate_pairs(
         find_examples(config, folder), img_size=config.img_size, multiple=multiple, upscale=config.upscale
     )
     if not report.ok:
-        raise DataError(f"{folder} cannot be trained on, {len(report.faults)} faults", report.faults)
+        raise DataError(f"{folder} cannot be trained on, {len(report.faults)} problems", report.faults)
     return report.warnings
 
 
 def split_held_out(examples: list[Example], share: float, seed: int) -> tuple[list[Example], list[Example]]:
-    """(training, held out): about `share` of the examples, at least one if share is not 0, chosen by seed and name.
+    """Splits examples into those to train on and those held out, chosen by seed and name.
+
+    Args:
+        share: part of the examples to hold out, 0 to 1; at least one if it is not 0.
 
     Raises:
         DataError: nothing would be left to train on.

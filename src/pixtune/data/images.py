@@ -1,7 +1,7 @@
-"""Picture files to upright sRGB pixels, the way a person sees them in a viewer.
+"""Picture files as upright sRGB pixels, the way a person sees them in a viewer.
 
-What is put right: EXIF orientation, transparency (over white), 16-bit, 1-bit, palette, CMYK, Lab and float pictures,
-embedded colour profiles. What cannot be put right is one `DataError` that names the file, never a stack trace from a
+EXIF orientation, transparency (over white), 16-bit, 1-bit, palette, CMYK, Lab and float pictures and embedded colour
+profiles are all converted. A picture that cannot be is a `DataError` that names the file, never a stack trace from a
 decoder. Only `to_pixels` needs torch.
 """
 
@@ -32,12 +32,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 MAX_PICTURE_PIXELS = 178_956_970
-"""Width times height that is still opened (13,377 x 13,377; half a gigabyte as RGB). Pillow's own bomb limit."""
+"""Largest width times height that is opened (13,377 x 13,377; half a gigabyte as RGB). It is Pillow's own limit."""
 
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "TIFF", "GIF", "AVIF")
-"""Decided by content, not by name: a JPEG named .png is read. No format that starts other programs (EPS)."""
+"""Formats that are read, by content and not by name: a JPEG named .png is one. None starts programs, as EPS does."""
 
-_TURNS = {
+_UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -46,13 +46,13 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""EXIF orientation to the turn that makes the picture upright."""
+"""Transposition that makes a picture upright, by its EXIF orientation."""
 
 _WHITE_IS_ZERO = 0
-"""TIFF's PhotometricInterpretation of a negative; Pillow turns 1 and 8 bits round, but not 16 bits and floats."""
+"""TIFF's PhotometricInterpretation of a negative. Pillow inverts 1 and 8 bits, but not 16 bits and floats."""
 
 _OPENING = threading.Lock()
-"""Silencing a warning changes the process's warning filters, so only one thread may do it at a time."""
+"""Lock around opening: silencing a warning changes the process's filters, so one thread at a time may do it."""
 
 _DECODER_ERRORS = (
     OSError,
@@ -66,28 +66,33 @@ _DECODER_ERRORS = (
     struct.error,
     zlib.error,
 )
-"""What Pillow's decoders raise on damaged files (found by fuzzing; see tests/faults/test_bad_pictures.py)."""
+"""Errors that Pillow's decoders raise on damaged files (found by fuzzing; see tests/faults/test_bad_pictures.py)."""
 
 
 @dataclass(frozen=True)
 class Decoded:
-    """An upright RGB picture and what a person should know about how it was read (sentences without the name)."""
+    """An upright RGB picture, with notes on how it was read."""
 
     image: Image.Image
     notes: tuple[str, ...]
+    """Sentences for people that lack the picture's name at their beginning."""
 
 
 def open_rgb(path: Path) -> Image.Image:
-    """The picture as upright 8-bit sRGB.
+    """Decodes a picture as upright 8-bit sRGB.
 
     Raises:
-        DataError: with one fault that names the file, what is wrong and what to do.
+        DataError: one problem, with the file, what is wrong and what to do.
     """
     return decode(path).image
 
 
 def decode(path: Path) -> Decoded:
-    """`open_rgb` with notes on what was guessed or left out. The first frame of an animation. Raises as it does."""
+    """Decodes a picture as `open_rgb`, with notes on what was guessed or left out, such as an animation's later frames.
+
+    Raises:
+        DataError: as `open_rgb`.
+    """
     notes: list[str] = []
     with _naming_the_file(path), _opened(path) as image:
         if image.format != "MPO" and (num_frames := getattr(image, "n_frames", 1)) > 1:
@@ -99,20 +104,20 @@ def decode(path: Path) -> Decoded:
         rgb = _to_srgb(_to_eight_bits(image, raw_mode), image.info.get("icc_profile"), notes)
         if alpha is not None:
             rgb = Image.composite(rgb, Image.new("RGB", rgb.size, "white"), alpha)
-        turn = _TURNS.get(_orientation(image))
-        upright = rgb.transpose(turn) if turn is not None else rgb
+        transposition = _UPRIGHT.get(_orientation(image))
+        upright = rgb.transpose(transposition) if transposition is not None else rgb
     upright.info = {}  # the profile, orientation and resolution of the file no longer describe these pixels
     return Decoded(upright, tuple(notes))
 
 
 def read_size(path: Path) -> Size:
-    """(width, height) of the upright picture in pixels, from the header alone; equals `open_rgb(path).size`.
+    """Reads the size of the upright picture from the header alone; equals `open_rgb(path).size`.
 
     Raises:
-        DataError: the header cannot be read. A file that is damaged further on is only found by `open_rgb`.
+        DataError: the header cannot be read. Damage further on is found by `open_rgb` only.
     """
     with _naming_the_file(path), _opened(path) as image:
-        if image.format == "TIFF":  # Pillow already reports a TIFF's upright size
+        if image.format == "TIFF":  # Pillow reports a TIFF's upright size itself
             return image.size
         if image.format == "PNG" and _has_chunks_after_pixels(path):
             image.load()  # the orientation may stand behind the pixels
@@ -121,7 +126,7 @@ def read_size(path: Path) -> Size:
 
 
 def picture_digest(path: Path) -> str:
-    """SHA-256 of a picture file, read again only if its size or time of change has changed.
+    """Returns the SHA-256 of a picture file, which is read again only if its size or time of change differs.
 
     Raises:
         DataError: the file cannot be read.
@@ -139,7 +144,7 @@ def _digest(path: Path, size: int, changed_ns: int) -> str:
 
 
 def check_unchanged(path: Path, digest: str) -> None:
-    """Makes sure that a picture file is the one whose digest was taken before.
+    """Checks that a picture file is the one whose digest was taken before.
 
     Raises:
         DataError: it is gone, or has other content.
@@ -158,15 +163,15 @@ def check_unchanged(path: Path, digest: str) -> None:
 
 
 def crop_resize(image: Image.Image, framing: Framing) -> Image.Image:
-    """The framed part of an upright RGB picture at its training size.
+    """Cuts the framed part out of an upright RGB picture, at its training size.
 
-    One Lanczos step straight from the uncropped original: its filter grows with the reduction, so nothing aliases.
+    It takes one Lanczos step from the uncropped original: the filter grows with the reduction, so nothing aliases.
     """
     return image.resize(framing.size, Image.Resampling.LANCZOS, box=framing.crop_box)
 
 
 def to_pixels(image: Image.Image) -> Tensor:
-    """An RGB picture as float32 of shape 3HW: 0 becomes -1, 255 becomes 1."""
+    """Converts an RGB picture to float32 of shape 3HW: 0 becomes -1, 255 becomes 1."""
     import torch
 
     pixels_HW3 = torch.from_numpy(np.array(image.convert("RGB")))
@@ -175,9 +180,9 @@ def to_pixels(image: Image.Image) -> Tensor:
 
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[Image.Image]:
-    """The file with its header read and its size within the limit."""
+    """Opens a file: its header is read and its size is within the limit."""
     with _OPENING, warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit below, in our own words
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit below has its own message
         image = Image.open(path, formats=_FORMATS)
     with image:
         if image.width * image.height > MAX_PICTURE_PIXELS:
@@ -187,7 +192,7 @@ def _opened(path: Path) -> Iterator[Image.Image]:
 
 @contextlib.contextmanager
 def _naming_the_file(path: Path) -> Iterator[None]:
-    """Turns whatever a decoder raises into a `DataError` with one sentence about this file."""
+    """Turns any error of a decoder into a `DataError` with one sentence about this file."""
     try:
         yield
     except _Unusable as error:
@@ -208,11 +213,11 @@ def _data_error(path: Path, sentence: str) -> DataError:
 
 
 class _Unusable(Exception):
-    """A well-formed picture that we will not guess about."""
+    """A picture is well formed, but its meaning would have to be guessed."""
 
 
 def _describe_content(path: Path) -> str:
-    """What a file that no decoder knows seems to be."""
+    """Describes what a file that no decoder knows seems to be."""
     with path.open("rb") as stream:
         head = stream.read(64)
     if not head:
@@ -226,14 +231,14 @@ def _describe_content(path: Path) -> str:
 
 
 def _raw_mode(image: Image.Image) -> str:
-    """How levels are stored in the file, for example "L;4": only known before the pixels are loaded."""
-    tiles = getattr(image, "tile", [])  # of files only, not of pictures made in memory
+    """Returns how levels are stored in the file, for example "L;4"; known only before the pixels are loaded."""
+    tiles = getattr(image, "tile", [])  # pictures that were made in memory have none
     arguments = tiles[0].args if tiles else None
     return str(arguments[0] if isinstance(arguments, tuple) and arguments else arguments or image.mode)
 
 
 def _orientation(image: Image.Image) -> int:
-    """EXIF orientation 1 to 8. Damaged EXIF counts as none: the pixels are still good."""
+    """Reads the EXIF orientation, 1 to 8. Damaged EXIF counts as none: the pixels are good."""
     try:
         # The base class's method: PNG's own decodes the whole picture when its header holds no EXIF.
         value = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
@@ -243,7 +248,7 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _has_chunks_after_pixels(path: Path) -> bool:
-    """Whether a PNG has metadata behind its pixels. Reads chunk headers only, 8 bytes each."""
+    """Returns whether a PNG has metadata behind its pixels. Reads chunk headers only, 8 bytes each."""
     with path.open("rb") as stream:
         stream.seek(8)
         pixels_seen = False
@@ -258,7 +263,7 @@ def _has_chunks_after_pixels(path: Path) -> bool:
 
 
 def _alpha(image: Image.Image, raw_mode: str) -> Image.Image | None:
-    """Opacity as an 8-bit picture, 255 for opaque; None where the picture has no transparency."""
+    """Extracts the opacity as an 8-bit picture, 255 for opaque; None where the picture has no transparency."""
     if image.mode in ("RGBA", "LA", "PA"):
         return image.getchannel("A")
     if image.mode == "P":
@@ -266,8 +271,8 @@ def _alpha(image: Image.Image, raw_mode: str) -> Image.Image | None:
     key = image.info.get("transparency")
     if key is None:
         return None
-    # PNG's tRNS: one colour that is transparent, in the file's own bit depth. Pillow compares it with 8-bit pixels,
-    # which is wrong for 2, 4 and 16 bits.
+    # PNG's tRNS names one transparent colour in the file's own bit depth. Pillow compares it with 8-bit pixels, which
+    # is wrong for 2, 4 and 16 bits.
     if image.mode == "RGB":
         if ";16" in raw_mode:  # let the decoder round the colour as it rounded the pixels
             key = Image.frombytes("RGB", (1, 1), struct.pack(">3H", *key), "raw", "RGB;16B").tobytes()
@@ -281,7 +286,7 @@ def _alpha(image: Image.Image, raw_mode: str) -> Image.Image | None:
 
 
 def _to_eight_bits(image: Image.Image, raw_mode: str) -> Image.Image:
-    """One of the modes L, RGB and CMYK, without alpha. Deep pictures are scaled, never clipped.
+    """Converts a picture to mode L, RGB or CMYK without alpha. Deep pictures are scaled, never clipped.
 
     Raises:
         _Unusable: the numbers have no agreed white, so scaling them would be a guess.
@@ -295,7 +300,7 @@ def _to_eight_bits(image: Image.Image, raw_mode: str) -> Image.Image:
         return _grey(levels, 65535, image)
     if image.mode == "F":
         levels = np.asarray(image)
-        if not (levels.min() >= 0.0 and levels.max() <= 1.0):  # false for NaN, too
+        if not (levels.min() >= 0.0 and levels.max() <= 1.0):  # true for NaN as well
             raise _Unusable("holds decimal numbers outside 0 to 1, so white is unknown. Save it as 8 or 16 bit.")
         return _grey(levels, 1, image)
     if image.mode in ("L", "RGB", "CMYK"):
@@ -308,14 +313,14 @@ def _to_eight_bits(image: Image.Image, raw_mode: str) -> Image.Image:
 
 
 def _grey(levels: np.ndarray, white: int, image: Image.Image) -> Image.Image:
-    """Levels from 0 to `white` as mode L."""
+    """Converts levels from 0 to `white` to mode L."""
     scaled = np.rint(levels.astype(np.float64) * (255.0 / white)).astype(np.uint8)
     tags = getattr(image, "tag_v2", {})
     return Image.fromarray(255 - scaled if tags.get(262) == _WHITE_IS_ZERO else scaled)
 
 
 def _to_srgb(image: Image.Image, profile: bytes | None, notes: list[str]) -> Image.Image:
-    """A picture of mode L, RGB or CMYK as RGB, through its embedded profile where there is a usable one."""
+    """Converts a picture of mode L, RGB or CMYK to RGB, through its embedded profile where that is usable."""
     if profile:
         try:
             return _apply_profile(image, profile)
@@ -328,11 +333,11 @@ def _to_srgb(image: Image.Image, profile: bytes | None, notes: list[str]) -> Ima
 
 
 def _apply_profile(image: Image.Image, profile: bytes) -> Image.Image:
-    """Colours converted with perceptual intent (a matrix profile ignores it). Exactly the input if it is sRGB already.
+    """Converts colours with perceptual intent, which a matrix profile ignores. A picture in sRGB is returned as it is.
 
     Raises:
         ImageCms.PyCMSError, OSError, ...: the profile is damaged or for another kind of picture.
-        ImportError: this Pillow was built without littlecms.
+        ImportError: Pillow was built without littlecms.
     """
     source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
     if image.mode == "L" and source.profile.xcolor_space.strip() == "RGB":
@@ -341,14 +346,14 @@ def _apply_profile(image: Image.Image, profile: bytes) -> Image.Image:
     if image.mode == "RGB":
         probe = _color_cube()
         change = ImageChops.difference(probe, ImageCms.applyTransform(probe, transform) or probe)
-        # Most pictures carry sRGB itself. Rounding through it would move every pixel by a level for nothing.
+        # Most pictures carry sRGB itself, and rounding through it would move every pixel by a level for nothing.
         if np.asarray(change).max() <= 2:
             return image
     return ImageCms.applyTransform(image, transform) or image
 
 
 def _color_cube() -> Image.Image:
-    """9 levels of each channel in all combinations."""
+    """Makes a picture of 9 levels of each channel in all combinations."""
     levels = np.linspace(0, 255, 9).astype(np.uint8)
     cube = np.stack(np.meshgrid(levels, levels, levels, indexing="ij"), axis=-1)
     return Image.fromarray(cube.reshape(27, 27, 3))

@@ -1,7 +1,7 @@
-"""Pictures, captions and controls as a torch `DataLoader`, for scripts of the user's own.
+"""Pictures, captions and controls as a torch `DataLoader`, for a user's own scripts.
 
-The trainer itself reads encoded pictures (`batches.py`). This is the same data set before encoding, with the same
-pairing, sizes, crops and order, so that another script sees what the trainer sees.
+The trainer reads encoded pictures (`batches.py`). Here the same data set comes before encoding, with the same pairing,
+sizes, crops and order, so that another script sees what the trainer sees.
 """
 
 from __future__ import annotations
@@ -25,12 +25,13 @@ from pixtune.errors import ConfigError
 from pixtune.sizes import Size
 
 MULTIPLE = 16
-"""Picture sides are multiples of this many pixels, as the full-size models need."""
+"""Number of pixels that picture sides are multiples of, as the full-size models need."""
 MOST_CONTROLS = 3
+"""Number of control pictures that an example may have."""
 
 
 class CaptionedTurn(NamedTuple):
-    """One example's turn in a batch, and what becomes of its caption."""
+    """One example's turn in a batch, and the fate of its caption."""
 
     turn: Turn
     dropped: bool
@@ -38,25 +39,25 @@ class CaptionedTurn(NamedTuple):
 
 
 class PictureBatch(NamedTuple):
-    """What the loader yields."""
+    """One batch of the loader."""
 
     pixels_B3HW: Tensor
-    """In [-1, 1]."""
+    """Pixels of the targets, in [-1, 1]."""
     captions: list[str]
     controls: list[Tensor]
-    """One tensor of shape B3HW a control picture, in [-1, 1]; empty for text-to-image."""
+    """Pixels of the control pictures, a tensor of shape B3HW for each, in [-1, 1]; none for text-to-image."""
 
 
 def loader(train_batch_size: int, num_workers: int, seed: int = 0, **data_config: Any) -> DataLoader[Any]:
-    """A data set as `PictureBatch`es of one size; each pass over it is an epoch with an order and crops of its own.
+    """Opens a data set as `PictureBatch`es of one size each. Each pass is an epoch with its own order and crops.
 
     Args:
         seed: decides order, crops of `random_ratio` and dropped captions.
         data_config: keys of the config's `data_config`.
 
     Raises:
-        ConfigError: keys that `data_config` does not have, or of a wrong type.
-        DataError: every fault of the data set.
+        ConfigError: keys that `data_config` does not have, or values of a wrong type.
+        DataError: all problems of the data set, together.
     """
     pictures = Pictures(read_data_config({**data_config, "train_batch_size": train_batch_size}))
     order = BatchOrder(
@@ -68,10 +69,10 @@ def loader(train_batch_size: int, num_workers: int, seed: int = 0, **data_config
 
 
 def read_data_config(values: Mapping[str, Any]) -> DataConfig:
-    """The keys checked by the config's own schema.
+    """Checks keys and values by the config's own schema.
 
     Raises:
-        ConfigError: all faults.
+        ConfigError: all problems, together.
     """
     from pydantic import ValidationError
 
@@ -83,7 +84,7 @@ def read_data_config(values: Mapping[str, Any]) -> DataConfig:
 
 
 class Pictures(Dataset[tuple[Tensor, str, list[Tensor]]]):
-    """The pictures by turn: pixels of shape 3HW in [-1, 1], caption, and pixels of the controls."""
+    """Pictures by turn: pixels of shape 3HW in [-1, 1], the caption, and the controls' pixels."""
 
     def __init__(self, config: DataConfig) -> None:
         self.config = config
@@ -109,7 +110,7 @@ class Pictures(Dataset[tuple[Tensor, str, list[Tensor]]]):
 
 
 class EpochBatches(Sampler[list[CaptionedTurn]]):
-    """The batches of one epoch after the other, in the trainer's order."""
+    """Batches of one epoch after the other, in the trainer's order."""
 
     def __init__(self, order: BatchOrder, dropout_rate: float) -> None:
         self.order, self.dropout_rate, self.epoch = order, dropout_rate, 0

@@ -1,6 +1,6 @@
 """A data set described by one JSONL file: {"image": "a.png", "caption": "...", "control": ["b.png"]} a line.
 
-As in `pairs.py`, nothing stops at the first fault. Needs neither torch nor Pillow.
+As in `pairs.py`, nothing stops at the first problem. Needs neither torch nor Pillow.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ KEYS = ("image", "caption", "control")
 
 
 def read_metadata(file: Path, folder: Path) -> Pairs:
-    """The rows of a metadata file, in its order, and everything that is wrong with it.
+    """Reads the rows of a metadata file, in its order, with everything that is wrong with it.
 
-    A picture that stands in several rows is several examples, named "a.png", "a.png#2" and so on.
+    A picture that stands in several rows makes several examples, named "a.png", "a.png#2" and so on.
 
     Args:
-        folder: what relative paths are relative to.
+        folder: folder that relative paths start from.
     """
     faults: list[str] = []
     pairs: list[Pair] = []
@@ -48,7 +48,7 @@ def read_metadata(file: Path, folder: Path) -> Pairs:
 
 
 def _read_row(line: str) -> tuple[dict[str, Any] | None, list[str]]:
-    """A row that has the right form, or what is wrong with it."""
+    """Parses a row: a row of the right form, or None and what is wrong with it."""
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:

@@ -1,7 +1,7 @@
-"""Which files belong together: a picture, its caption and, for editing, its control picture.
+"""Files that belong together: a picture, its caption and, for editing, its control pictures.
 
-Nothing here stops at the first fault: `find_pairs` returns what it found and every fault, so a person mends a folder
-once. Needs neither torch nor Pillow.
+Nothing stops at the first problem: `find_pairs` returns what it found with all problems, so that a person fixes them in
+one go. Needs neither torch nor Pillow.
 """
 
 from __future__ import annotations
@@ -16,15 +16,16 @@ from pathlib import Path, PurePosixPath
 from pixtune.errors import DataError
 
 PICTURE_EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp", "bmp", "tiff", "tif"})
-"""In lower case; file names may have any letter case."""
+"""Extensions of the pictures that are read, in lower case; file names may have any letter case."""
 
 UNREAD_EXTENSIONS = frozenset({"avif", "cr2", "dng", "gif", "heic", "heif", "jfif", "jxl", "nef", "psd", "svg"})
-"""Pictures that a person may expect to be used: reported as a warning, so that nobody misses them silently."""
+"""Extensions of pictures that are not read. A person may expect them to be, so a warning names them."""
 
 IGNORED_FOLDERS = frozenset({"__MACOSX", "__pycache__"})
-"""Besides every folder and file whose name begins with a dot, the cache's folder among them."""
+"""Folders that are skipped, like every folder and file whose name begins with a dot, the cache's among them."""
 
 _NAMES_SHOWN = 5
+"""Number of names that a message lists."""
 
 
 @dataclass(frozen=True)
@@ -33,20 +34,21 @@ class Pair:
 
     image_path: Path
     name: str
-    """The picture's path below the folder, with forward slashes: the example's identity, the same on every machine."""
+    """Path of the picture below the folder, with forward slashes: the example's identity, equal on every machine."""
     caption_path: Path | None = None
+    """File of the caption, unless that stands in a metadata file."""
     caption: str | None = None
-    """The caption itself, where it stands in a metadata file; else it is in `caption_path`."""
+    """Caption from a metadata file, without which it is in `caption_path`."""
     control_paths: tuple[Path, ...] = ()
     """Control pictures for editing, in their order; none in a text-to-image data set."""
 
     @property
     def caption_place(self) -> Path:
-        """The file to name in a message about the caption."""
+        """File to name in a message about the caption."""
         return self.caption_path or self.image_path
 
     def read_caption(self) -> str:
-        """The caption; see `read_caption`."""
+        """Reads the caption; see `read_caption`."""
         if self.caption is not None:
             return self.caption
         assert self.caption_path is not None, "a pair has one or the other"
@@ -55,12 +57,12 @@ class Pair:
 
 @dataclass(frozen=True)
 class Pairs:
-    """What belongs together below a folder, in the order of names, and what is wrong with the folder."""
+    """Files that belong together below a folder, in the order of names, and the folder's problems."""
 
     folder: Path
     pairs: tuple[Pair, ...]
     lone_pictures: tuple[Path, ...]
-    """Pictures without a caption, each also among the faults: to look for their other faults, not to train on."""
+    """Pictures without a caption, each also among `faults`: to be checked for other problems, not to be trained on."""
     faults: tuple[str, ...]
     warnings: tuple[str, ...]
 
@@ -71,17 +73,17 @@ def find_pairs(
     control_folders: Sequence[Path] = (),
     allow_missing_controls: bool = False,
 ) -> Pairs:
-    """Looks through a folder and its subfolders. Reads no file, raises nothing about what it finds.
+    """Looks through a folder and its subfolders, without reading a file. Problems are returned, not raised.
 
     A picture `sub/a.b.png` goes with the caption `sub/a.b.txt`: the stem ends at the last dot and is matched letter by
-    letter, the extension in any letter case. Names that differ only in letter case are faults, because they are one
+    letter, the extension in any letter case. Names that differ only in letter case are a problem, since they are one
     file on Windows and macOS.
 
     Args:
         image_folder: the pictures and captions.
         caption_extension: the contract's `caption_type`, with or without a leading dot.
         control_folders: control pictures of the same stems, for editing; one folder for each control of an example.
-        allow_missing_controls: a picture without a control of its stem is no fault.
+        allow_missing_controls: accept pictures without a control of their stem.
     """
     extension = caption_extension.lstrip(".").lower()
     if not extension or extension in PICTURE_EXTENSIONS:
@@ -118,10 +120,10 @@ def find_pairs(
 
 
 def read_caption(path: Path) -> str:
-    """The caption without surrounding white space; may be empty, and may have several lines. UTF-8, BOM or not.
+    """Reads a caption without surrounding white space. It may be empty or have several lines; UTF-8, BOM or not.
 
     Raises:
-        DataError: with one fault that names the file, the position of the bad byte and what to do.
+        DataError: one problem, with the file, the position of the bad byte and what to do.
     """
     try:
         data = path.read_bytes()
@@ -139,7 +141,7 @@ def read_caption(path: Path) -> str:
 
 
 def shorten(names: Iterable[str]) -> str:
-    """The first few names, and how many more there are."""
+    """Lists the first few names, and how many more there are."""
     listed = list(names)
     more = f" and {len(listed) - _NAMES_SHOWN} more" if len(listed) > _NAMES_SHOWN else ""
     return ", ".join(listed[:_NAMES_SHOWN]) + more
@@ -150,7 +152,7 @@ def _caption_error(path: Path, sentence: str) -> DataError:
 
 
 def _list_files(folder: Path, role: str, faults: list[str]) -> list[str]:
-    """Names of all files below a folder, sorted. Follows links to folders, but into no folder twice."""
+    """Lists the names of all files below a folder, sorted. Follows links to folders, but into no folder twice."""
     if not folder.is_dir():
         faults.append(f"The {role} {folder} {'is not a folder' if folder.exists() else 'does not exist'}.")
         return []
@@ -179,12 +181,12 @@ def _of_type(names: Iterable[str], extensions: Iterable[str]) -> list[str]:
 
 
 def _stem(name: str) -> str:
-    """The name up to its last dot, folders included."""
+    """Returns the name up to its last dot, folders included."""
     return str(PurePosixPath(name).with_suffix(""))
 
 
 def _folded(stem: str) -> str:
-    """Equal for names that a file system may take for one: letter case, composed and decomposed accents."""
+    """Maps names that a file system may take for one to one: letter case, composed and decomposed accents."""
     return unicodedata.normalize("NFC", stem.casefold())
 
 
@@ -196,7 +198,7 @@ def _by_stem(names: Iterable[str], fold: bool = False) -> dict[str, list[str]]:
 
 
 def _ambiguous(folder: Path, names: list[str], kind: str, clash: str) -> list[str]:
-    """Files of one kind that claim the same stem, or would on a file system that ignores letter case."""
+    """Reports files of one kind with the same stem, or with one stem on a file system that ignores letter case."""
     faults = []
     for group in _by_stem(names, fold=True).values():
         if len(group) < 2:
@@ -210,7 +212,7 @@ def _ambiguous(folder: Path, names: list[str], kind: str, clash: str) -> list[st
 
 @dataclass(frozen=True)
 class _Partners:
-    """Files that are to be matched to pictures by stem: captions or control pictures."""
+    """Captions or control pictures that are to be matched to pictures by stem."""
 
     kind: str
     folder: Path
@@ -219,7 +221,7 @@ class _Partners:
 
 
 def _match(folder: Path, pictures: list[str], partners: _Partners, faults: list[str]) -> dict[str, Path]:
-    """The partner of the same stem for every picture. Adds a fault for each file without one, on either side."""
+    """Finds the partner of the same stem for every picture, and reports files without one, on either side."""
     kind, of_stem = partners.kind, _by_stem(partners.names)
     stems = {_stem(name) for name in pictures}
     lone_partners = [name for name in partners.names if _stem(name) not in stems]
@@ -246,7 +248,7 @@ def _match(folder: Path, pictures: list[str], partners: _Partners, faults: list[
 def _find_controls(
     folder: Path, pictures: list[str], control_folder: Path, may_be_missing: bool, faults: list[str]
 ) -> dict[str, Path]:
-    """The control picture of every target. A missing folder is one fault, not one for each picture."""
+    """Finds the control picture of every target. A missing folder is one problem, not one for each picture."""
     before = len(faults)
     controls = _of_type(_list_files(control_folder, "control folder", faults), PICTURE_EXTENSIONS)
     if len(faults) > before:

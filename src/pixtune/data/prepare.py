@@ -1,4 +1,4 @@
-"""From a folder of pictures to what the loop reads: examples, held-out pictures, encoded prompts."""
+"""Prepares a data set: from a folder of pictures to the examples, held-out pictures and prompts that the loop reads."""
 
 from __future__ import annotations
 
@@ -40,15 +40,16 @@ def prepare_data(
     stages: StageLog | None = None,
     encoders: EncoderPlan | None = None,
 ) -> PreparedData:
-    """Reads the data set, encodes what the cache lacks, and says what it did.
+    """Reads the data set, encodes what the cache lacks, and reports both.
 
     The first process encodes while others wait; with the cache in memory each process encodes for itself.
 
     Args:
-        encoders: how a run that goes on has encoded; None: as fits this machine now.
+        stages: log that gets the memory of both encodings.
+        encoders: the encoders' plan of a run that is resumed; None: made for this machine as it is.
 
     Raises:
-        DataError: pictures or captions that cannot be used, all at once.
+        DataError: pictures or captions that cannot be used, all together.
         PlanError: the config demands an encoder on the GPU where it does not fit.
     """
     multiple, data = family.pixel_multiple(folder), config.data_config
@@ -93,7 +94,7 @@ def prepare_data(
 
 
 def control_rules(family: ModelFamily, folder: ModelFolder, side: int) -> ControlRules | None:
-    """What the family does with control pictures of about `side` squared pixels; None where it takes none."""
+    """Returns the family's use of control pictures of about `side` squared pixels; None where it takes none."""
     if family.max_controls == 0:
         return None
     return ControlRules(
@@ -106,10 +107,10 @@ def control_rules(family: ModelFamily, folder: ModelFolder, side: int) -> Contro
 def prompt_example(
     text: str, controls: Sequence[Path], size: Size, own_shape: bool, multiple: int, rules: ControlRules | None
 ) -> Example:
-    """A prompt with its control pictures in the form of a training example, so that both are encoded alike.
+    """Puts a prompt with its control pictures into the form of a training example, so that both are encoded alike.
 
     Args:
-        size: of the picture to draw, (width, height) in pixels.
+        size: size of the sample.
         own_shape: take the last control's shape instead, at the area of `size`, as the stock edit pipelines do.
 
     Raises:
@@ -131,7 +132,7 @@ def prompt_example(
 
 
 def encode_prompt(family: ModelFamily, encodings: Encodings, example: Example, guidance_scale: float) -> EncodedPrompt:
-    """Everything the sampler needs of a `prompt_example`."""
+    """Encodes everything that the sampler needs of a `prompt_example`."""
     negative = None
     if needs_negative(family, guidance_scale):
         negative = encodings.text(text_item(family.dropped_caption, example, 0))
@@ -159,7 +160,7 @@ def _prompt_examples(config: TrainConfig, multiple: int, rules: ControlRules | N
 def _named_texts(
     training: Sequence[Example], held_out: Sequence[Example], prompts: Sequence[Example]
 ) -> list[tuple[str, TextItem]]:
-    """Captions and prompts of samples as the text encoder gets them, by what a message calls them."""
+    """Lists captions and prompts of samples as the text encoder gets them, each after its name in messages."""
     return [
         *((each.name, text_item(each.caption, each, v)) for each in training for v in range(len(each.framings))),
         *((each.name, text_item(each.caption, each, 0)) for each in held_out),
@@ -174,7 +175,7 @@ def _needed_texts(
     held_out: Sequence[Example],
     prompts: Sequence[Example],
 ) -> list[TextItem]:
-    """Captions to encode beforehand, each once."""
+    """Lists the captions to encode before training, each once."""
     items = [text_item(example.caption, example, 0) for example in [*held_out, *prompts]]
     if needs_negative(family, config.samples.guidance_scale):
         items += [text_item(family.dropped_caption, example, 0) for example in prompts]
@@ -192,7 +193,7 @@ def _needed_texts(
 def _needed_pictures(
     config: TrainConfig, training: Sequence[Example], held_out: Sequence[Example], prompts: Sequence[Example]
 ) -> list[FramedPicture]:
-    """Pictures to encode beforehand, each once."""
+    """Lists the pictures to encode before training, each once."""
     pictures = [picture for example in prompts for picture in control_pictures(example, 0)]
     framed = [(example, 0) for example in held_out]
     if config.precompute_image_embeddings:
@@ -220,7 +221,7 @@ def _gather(
         return encodings.text(text_item(text, training[example], variant))
 
     def read_controls(example: int, variant: int) -> list[Tensor]:
-        # The most likely latents, as the stock pipelines take them: a control is seen clean.
+        # Stock pipelines take the most likely latents of a control, which is seen clean.
         return [encodings.latents(picture).mean_BCHW for picture in control_pictures(training[example], variant)]
 
     variants = [(example, variant) for example in training for variant in range(len(example.framings))]
@@ -265,5 +266,5 @@ def _gather(
 
 
 def _num_tokens(row: Conditioning) -> int:
-    """The longest of a row's sequences; a single vector counts as no sequence."""
+    """Returns the length of a row's longest sequence; a single vector counts as no sequence."""
     return max(len(tensor) for tensor in row.values() if tensor.ndim > 1)

@@ -1,4 +1,4 @@
-"""A data set as the loop takes it, and what is counted of it before the first step."""
+"""A data set as the loop takes it, with the counts that are made before the first step."""
 
 from __future__ import annotations
 
@@ -24,23 +24,24 @@ from pixtune.validation import HeldOutPicture
 
 @dataclass(frozen=True)
 class PreparedData:
-    """A data set that no longer needs its encoders, unless the config has them encode in the loop."""
+    """A data set that needs no encoders, unless the config has them encode in the loop."""
 
     reader: ExampleReader
     buckets: list[list[Signature]]
-    """Sizes in pixels of each training example's variants."""
+    """Sizes of each training example's variants."""
     held_out: list[HeldOutPicture]
     prompts: list[EncodedPrompt]
     both_ways: list[EncodedBothWays]
-    """A few training pairs and their swap, to ask the base model which is right; see `swapped.py`."""
+    """A few training pairs with their swap, for the base model to tell which is right; see `swapped.py`."""
     most_image_tokens: int
-    """Target and control pictures together."""
+    """Largest number of image tokens of an example, target and control pictures together."""
     most_text_tokens: int
+    """Largest number of text tokens of an example."""
     captions: Captions
     fingerprint: str
-    """A hash over everything that decides what is trained on."""
+    """Hash over everything that decides what is trained on."""
     encoders: EncoderPlan
-    """How it was encoded."""
+    """Plan by which it was encoded."""
 
     @property
     def sizes_vary(self) -> bool:
@@ -49,20 +50,22 @@ class PreparedData:
 
     @property
     def sample_pixels(self) -> int:
-        """Of the largest sample; 0 where none is wanted."""
+        """Number of pixels of the largest sample; 0 where none is wanted."""
         return max((math.prod(prompt.size) for prompt in self.prompts), default=0)
 
     def micro_batch_tokens(self, batch_size: int, text_multiple: int = 1) -> int:
-        """Image and text tokens of one process's largest micro-batch, its captions padded to a multiple."""
+        """Counts image and text tokens of one process's largest micro-batch, its captions padded to a multiple."""
         return batch_size * (self.most_image_tokens + padded_length(self.most_text_tokens, text_multiple))
 
 
 def most_image_tokens(family: ModelFamily, folder: ModelFolder, examples: Sequence[Example]) -> int:
+    """Returns the largest number of image tokens of an example, its control pictures included."""
     signatures = {example.signature(variant) for example in examples for variant in range(len(example.framings))}
     return max(image_tokens(family, folder, signature) for signature in signatures)
 
 
 def image_tokens(family: ModelFamily, folder: ModelFolder, signature: Signature) -> int:
+    """Counts the image tokens of an example with pictures of these sizes."""
     return sum(family.num_image_tokens(*family.latent_shape(folder, *size)[1:]) for size in signature)
 
 
@@ -94,7 +97,7 @@ def example_reader(
     read_text: Callable[[int, int, bool], Conditioning],
     read_controls: Callable[[int, int], list[Tensor]],
 ) -> ExampleReader:
-    """Reads a family's examples in the given ways; see `ExampleReader`."""
+    """Builds the reader of a family's examples from functions that read their encodings; see `ExampleReader`."""
     return ExampleReader(
         read_latents=read_latents,
         read_text=read_text,

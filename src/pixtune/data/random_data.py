@@ -20,7 +20,7 @@ from pixtune.storage.model_folder import ModelFolder
 from pixtune.validation import HeldOutPicture
 
 MOST_TEXT_TOKENS = 256
-"""Of a stand-in caption, where the config sets no `max_text_tokens`."""
+"""Largest number of tokens of a stand-in caption, where the config sets no `max_text_tokens`."""
 DROPPED_TEXT, HELD_OUT_TEXTS = -1, -2
 """Seeds of stand-in captions: training examples have their numbers, held-out ones count down from here."""
 
@@ -32,10 +32,10 @@ def random_data(
     training: Sequence[Example],
     held_out: Sequence[Example],
 ) -> PreparedData:
-    """Random latents and text features of the right shapes.
+    """Prepares random latents and text features of the right shapes.
 
     A caption has a token for each word, where the family's captions have lengths of their own. Held-out pictures are
-    draws of their own, so that what a run learns of all such draws can be told from what it learns of its own.
+    drawn separately, so that learning the distribution can be distinguished from learning the training examples.
     """
     most_tokens = config.data_config.max_text_tokens or MOST_TEXT_TOKENS
     dropout = config.data_config.caption_dropout_rate

@@ -1,14 +1,14 @@
-"""Whether controls and targets were swapped: asked of the base model, before it learns anything.
+"""A check by the base model, before it learns anything, of whether controls and targets were swapped.
 
-No distance of pixels has a direction. A model that knows the edit has one: the instruction helps it from control to
+No distance of pixels has a direction, but a model that knows the edit has one: the instruction helps it from control to
 target and misleads it on the way back. So a few pairs are measured both ways, each with its caption and with the
-dropped caption in its place, and a caption's gain is how much it lowers the loss. Data look swapped where the caption
+dropped caption instead, and a caption's gain is how much it lowers the loss. Data look swapped where the caption
 misleads as given and helps the other way round.
 
-The loss itself does not tell. A picture in a style that the base knows has the lower loss whichever way it stands, so
-data to learn a new style from look swapped by it, in up to a quarter of draws of eight pairs (docs/experiments.md). A
-caption's gain compares a picture with itself. It says nothing where the base does not know the edit, where the caption
-does not say what to do (a trigger word, a description), and for edits that are their own inverse ("mirror it").
+The loss itself does not show it. A picture in a style that the base knows has the lower loss whichever way it stands,
+so data to learn a new style from look swapped by it, in up to a quarter of draws of eight pairs (docs/experiments.md).
+A caption's gain compares a picture with itself. It shows nothing where the base does not know the edit, where the
+caption does not ask for one (a trigger word, a description), and for edits that are their own inverse ("mirror it").
 """
 
 from __future__ import annotations
@@ -31,20 +31,21 @@ from pixtune.sizes import Size
 from pixtune.validation import HeldOutPicture, losses_at
 
 MOST_PAIRS = 8
-"""Each costs two directions x two captions x two sigmas = 8 forward passes."""
+"""Number of pairs to measure. Each costs two directions x two captions x two sigmas = 8 forward passes."""
 
 FEWEST_PAIRS = 4
-"""Below that a spread of pairs means nothing."""
+"""Number of pairs below which their spread means nothing."""
 
 SIGMAS = (0.5, 0.8)
-"""Where captions tell most: nearer to clean the noisy picture itself shows the edit. Two did as well as four."""
+"""Sigmas at which captions matter most: nearer to clean, the noisy picture itself shows the edit. Two serve as well as
+four."""
 
 NUM_STANDARD_ERRORS = 3.0
-"""How far beyond the spread of pairs a mean must lie: with eight pairs chance gets there once in 100 times (Student's t
-of 7 degrees of freedom)."""
+"""Distance in standard errors at which a mean counts: with eight pairs chance gets there once in 100 times (Student's
+t of 7 degrees of freedom)."""
 
 LEAST_GAIN = 0.02
-"""A mean gain below this is no gain, however steady: 2% of the loss."""
+"""Mean gain below which there is none, however steady: 2% of the loss."""
 
 
 @dataclass(frozen=True)
@@ -59,13 +60,13 @@ class BothWays:
 class Encoded:
     """One way of a pair, with its caption and without."""
 
-    told: HeldOutPicture
-    untold: HeldOutPicture
+    captioned: HeldOutPicture
+    uncaptioned: HeldOutPicture
 
 
 @dataclass(frozen=True)
 class EncodedBothWays:
-    """What is measured of one pair."""
+    """One pair, encoded both ways."""
 
     as_given: Encoded
     swapped: Encoded
@@ -73,7 +74,7 @@ class EncodedBothWays:
 
 @dataclass(frozen=True)
 class Gains:
-    """How much captions lower the loss, in its natural logarithm: one number a pair, below zero if they mislead."""
+    """Decrease of the loss by captions, in its natural logarithm: one number a pair, negative where they mislead."""
 
     as_given: tuple[float, ...]
     swapped: tuple[float, ...]
@@ -83,12 +84,15 @@ class Gains:
 
 
 def choose_pairs(examples: Sequence[Example], rules: ControlRules | None, dropped: str, seed: int) -> list[BothWays]:
-    """Up to `MOST_PAIRS` captioned examples with one control of the target's shape; none if they are too few to tell.
+    """Chooses at most `MOST_PAIRS` captioned examples with one control of the target's shape.
 
     A control of another shape is a reference: it could not have been the target.
 
     Args:
         dropped: the family's `dropped_caption`.
+
+    Returns:
+        Pairs with their swap; none if there are fewer than `FEWEST_PAIRS`.
     """
     if rules is None:
         return []
@@ -105,49 +109,49 @@ def choose_pairs(examples: Sequence[Example], rules: ControlRules | None, droppe
 
 
 def swap(example: Example, target: Size, control: Size, rules: ControlRules) -> Example:
-    """The example in its first framing with control and target in each other's place.
+    """Returns the example in its first framing with control and target in each other's place.
 
     The control is cut where the target was and brought to the target's size, enlarged if need be: both ways then have
     latents of one shape and the same noise.
 
     Args:
-        target, control: sizes of the upright originals in pixels, of one shape.
+        target, control: sizes of the upright originals, of one shape.
     """
     framing = example.framings[0]
-    turned = frame_box(same_part(framing.crop_box, target, control), framing.size, framing.share_lost)
+    swapped_framing = frame_box(same_part(framing.crop_box, target, control), framing.size, framing.share_lost)
     return Example(
         f"{example.name}, swapped",
         example.control_paths[0],
         example.caption,
-        (turned,),
+        (swapped_framing,),
         (example.image_path,),
-        ((frame_control(target, control, turned, rules),),),
+        ((frame_control(target, control, swapped_framing, rules),),),
     )
 
 
 def needed_texts(pairs: Sequence[BothWays], dropped: str) -> list[TextItem]:
-    """Captions to encode, and the dropped caption beside the same controls."""
+    """Lists the captions to encode, and the dropped caption with the same controls."""
     ways = [way for pair in pairs for way in (pair.as_given, pair.swapped)]
     return [text_item(text, way, 0) for way in ways for text in (way.caption, dropped)]
 
 
 def needed_pictures(pairs: Sequence[BothWays]) -> list[FramedPicture]:
-    """Targets and controls to encode."""
+    """Lists the targets and controls to encode."""
     ways = [way for pair in pairs for way in (pair.as_given, pair.swapped)]
     return [picture for way in ways for picture in (target_picture(way, 0), *control_pictures(way, 0))]
 
 
 def read_pairs(pairs: Sequence[BothWays], encodings: Encodings, dropped: str) -> list[EncodedBothWays]:
-    """The encodings of `needed_texts` and `needed_pictures`."""
+    """Reads the encodings of `needed_texts` and `needed_pictures`."""
 
     def read(way: Example, name: str) -> Encoded:
         latents_1CHW = encodings.latents(target_picture(way, 0)).mean_BCHW
         controls = tuple(encodings.latents(picture).mean_BCHW for picture in control_pictures(way, 0))
-        told, untold = (
+        captioned, uncaptioned = (
             HeldOutPicture(name, latents_1CHW, encodings.text(text_item(text, way, 0)), controls)
             for text in (way.caption, dropped)
         )
-        return Encoded(told, untold)
+        return Encoded(captioned, uncaptioned)
 
     # One name for both ways: it decides the noise.
     return [
@@ -156,7 +160,7 @@ def read_pairs(pairs: Sequence[BothWays], encodings: Encodings, dropped: str) ->
     ]
 
 
-# ---- the measurement and what it says
+# ---- the measurement and its warning
 
 
 def measure_gains(
@@ -167,25 +171,25 @@ def measure_gains(
     device: torch.device,
     guidance: float,
 ) -> Gains:
-    """What captions are worth to this model in both directions, at fixed noise and sigmas."""
+    """Measures how much captions help this model in both directions, at fixed noise and sigmas."""
 
     def gain(way: Encoded) -> float:
-        untold, told = (
+        uncaptioned, captioned = (
             losses_at(family, transformer, picture, SIGMAS, seed, device, guidance).double().log()
-            for picture in (way.untold, way.told)
+            for picture in (way.uncaptioned, way.captioned)
         )
-        return float((untold - told).mean())
+        return float((uncaptioned - captioned).mean())
 
     return Gains(tuple(gain(pair.as_given) for pair in pairs), tuple(gain(pair.swapped) for pair in pairs))
 
 
 def swap_warning(gains: Gains) -> str | None:
-    """What to tell the user, or None where nothing speaks for a swap.
+    """Returns a warning for the user, or None where nothing speaks for a swap.
 
     Captions must help the other way round, and by more than as given, both beyond the spread of pairs, since one odd
     pair is no evidence. As given they must mislead on average, or an edit that is its own inverse would be blamed for a
-    small difference. That mean needs no test of its own: some pairs may be alike in both directions (a grey picture to
-    be made grey), which widens its spread and says nothing against a swap.
+    small difference. That mean needs no test: some pairs may be alike in both directions (a grey picture to be made
+    grey), which widens its spread and is no evidence against a swap.
     """
     as_given_P, swapped_P = torch.tensor(gains.as_given), torch.tensor(gains.swapped)
     misled = bool(as_given_P.mean() < -LEAST_GAIN)
@@ -200,11 +204,11 @@ def swap_warning(gains: Gains) -> str | None:
 
 
 def _clearly_positive(gains_P: Tensor) -> bool:
-    """Whether the mean is notable and beyond the spread of pairs. False for losses that are no numbers."""
+    """Returns whether the mean is notable and beyond the spread of pairs. False for losses that are no numbers."""
     mean, standard_error = float(gains_P.mean()), float(gains_P.std()) / len(gains_P) ** 0.5
     return mean > LEAST_GAIN and mean > NUM_STANDARD_ERRORS * standard_error
 
 
 def _loss_change(gains_P: Tensor) -> str:
-    """The mean gain as a change of the loss: ln 2 is -50%."""
+    """Formats the mean gain as a change of the loss: ln 2 is -50%."""
     return f"{gains_P.mean().neg().expm1():+.0%}"

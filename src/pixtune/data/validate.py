@@ -1,4 +1,4 @@
-"""Everything that is wrong with a data set, in one report, before training starts.
+"""All problems of a data set in one report, before training starts.
 
 Every picture is decoded to its last pixel and every caption read, so that no damaged file ends a run hours later.
 Needs no torch. `validate_folder` returns a report, `validate_dataset` prints it for scripts.
@@ -28,24 +28,25 @@ from pixtune.sizes import Size
 from pixtune.storage.files import file_digest
 
 MIN_SIDE_PIXELS = 16
-"""Shortest usable side where the model is not known: the smallest `multiple` of the supported families."""
+"""Shortest usable side, in pixels, where the model is not known: the smallest `multiple` of the supported families."""
 
 MANY_WORDS = 512
 """Captions of more words are named where the model is not known. The text-to-image families read 512 tokens, and each
 word is at least one."""
 
 NOTABLE_SHARE_LOST = 0.1
-"""Losing more of a picture to cropping than this is worth a warning; a bucket near its shape costs about 0.02. Also how
-many pixels may be missing to `img_size` squared."""
+"""Share of a picture whose loss to cropping is worth a warning; a bucket near its shape costs about 0.02. It is also
+the share of `img_size` squared pixels that a picture may lack without one."""
 
 THUMBNAIL_PIXELS = 32
-"""Side of the thumbnails that targets and controls are compared by: 3 KB each."""
+"""Side in pixels of the thumbnails that targets and controls are compared by: 3 KB each."""
 
 NEARLY_UNCHANGED = 16
-"""Where no colour of any thumbnail pixel, of 255, differs by this much, a control counts as nearly its target.
+"""Largest difference of a thumbnail's colours, of 255, below which a control counts as nearly its target.
 
-The largest difference, not the mean: an edit may be small. Measured on the 96 drawings of `assets/demo-edit` at 256
-pixels and on 24 pictures of 1/f noise at 512, as smallest / median / largest over the pictures:
+The largest difference serves, not the mean, since an edit may be small. Measured on the 96 drawings of
+`assets/demo-edit` at 256 pixels and on 24 pictures of 1/f noise at 512, as smallest / median / largest over the
+pictures:
 
     change                       mean                     largest
     JPEG quality 75, drawings     0.15 /  0.79 /  1.49      4 /   9 /  15
@@ -58,8 +59,9 @@ pixels and on 24 pictures of 1/f noise at 512, as smallest / median / largest ov
     a box on 1%, noise            0.35 /  0.76 /  1.25     75 / 138 / 189
     demo-edit's own pairs        14.01 / 37.51 / 73.18    143 / 228 / 255
 
-So no mean tells a small edit from another JPEG, and with 64 pixels a side lines blur the largest difference too (JPEG
-50 reaches 56). Work that restores pictures (noise of deviation 5: 3 / 4 / 4) lies below: the warning says so.
+So no mean tells a small edit from another JPEG, and with 64 pixels a side the largest difference fails as well: along
+lines JPEG 50 reaches 56. Edits that restore pictures (noise of deviation 5: 3 / 4 / 4) lie below, which the warning
+mentions.
 """
 
 _MAX_THREADS = 4  # a large picture needs a gigabyte while it is decoded
@@ -67,7 +69,7 @@ _MAX_THREADS = 4  # a large picture needs a gigabyte while it is decoded
 
 @dataclass(frozen=True)
 class LongestCaption:
-    """For the user to compare with what the text encoder reads."""
+    """The longest caption, for the user to compare with what the text encoder reads."""
 
     path: Path
     num_characters: int
@@ -75,28 +77,29 @@ class LongestCaption:
 
 @dataclass(frozen=True)
 class DatasetReport:
-    """What a folder holds and what is wrong with it."""
+    """A folder's content and its problems."""
 
     image_folder: Path
     control_folders: tuple[Path, ...]
     num_pictures: int
-    """Pictures found, those with faults included, without control pictures."""
+    """Number of pictures, those with problems included and control pictures excluded."""
     faults: tuple[str, ...]
-    """Complete sentences; none means that training can start."""
+    """Problems as whole sentences; without any, training can start."""
     warnings: tuple[str, ...]
-    """What a person should know, and what training copes with."""
+    """Sentences on what a person should know and training copes with."""
     bucket_counts: dict[Size, int]
-    """(width, height) to number of pictures; empty unless `img_size` was given."""
+    """Number of pictures by size; empty unless `img_size` was given."""
     longest_caption: LongestCaption | None
     wordy_captions: tuple[str, ...] | None
     """Captions of more than `MANY_WORDS` words; None where their tokens were counted as a model does."""
 
     @property
     def ok(self) -> bool:
+        """Whether training can start."""
         return not self.faults
 
     def render(self) -> str:
-        """The report as plain text, faults last, where a terminal shows them."""
+        """Formats the report as plain text, with problems last, where a terminal shows them."""
         lines = [f"Data set {self.image_folder}: {_count(self.num_pictures, 'picture', 'pictures')}"]
         if self.control_folders:
             lines.append(f"Control pictures: {', '.join(map(str, self.control_folders))}")
@@ -116,19 +119,19 @@ class DatasetReport:
         if self.bucket_counts:
             lines.append("Sizes in training (width x height: pictures):")
             lines += [f"  {width} x {height}: {count}" for (width, height), count in sorted(self.bucket_counts.items())]
-        for title, sentences in (("Warnings", self.warnings), ("Faults", self.faults)):
+        for title, sentences in (("Warnings", self.warnings), ("Problems", self.faults)):
             if sentences:
                 lines.append(f"{title} ({len(sentences)}):")
                 lines += [f"  - {sentence}" for sentence in sentences]
         lines.append(
-            "The data set is fine." if self.ok else "The data set cannot be trained on: mend the faults above."
+            "The data set is fine." if self.ok else "The data set cannot be trained on: fix the problems above."
         )
         return "\n".join(lines)
 
 
 @dataclass(frozen=True)
 class _Checked:
-    """What one picture file turned out to be."""
+    """Findings on one picture file."""
 
     path: Path
     size: Size | None
@@ -136,7 +139,7 @@ class _Checked:
     faults: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     thumbnail: Image.Image | None = None
-    """Only of pictures that are compared with another."""
+    """Thumbnail of a picture that is compared with another."""
 
 
 def validate_folder(
@@ -149,7 +152,7 @@ def validate_folder(
     upscale: bool = False,
     counter: CaptionCounter | None = None,
 ) -> DatasetReport:
-    """Checks all pictures, captions and control pictures of a data set; what it finds is reported, not raised.
+    """Checks all pictures, captions and control pictures of a data set. Problems are reported, not raised.
 
     Args:
         image_folder: pictures with captions beside them, or a folder with `images/` and `control/` in it.
@@ -170,13 +173,13 @@ def validate_pairs(
     control_folders: Sequence[Path] = (),
     counter: CaptionCounter | None = None,
 ) -> DatasetReport:
-    """Checks what `find_pairs` or `read_metadata` found.
+    """Checks the files that `find_pairs` or `read_metadata` found.
 
     Args:
-        img_size: reports buckets, crops and small pictures for this training size, in pixels.
-        multiple: what the model's picture sides must be divisible by, in pixels; `MIN_SIDE_PIXELS` if not known.
+        img_size: training size in pixels, to report buckets, crops and small pictures for; None: they are not reported.
+        multiple: number that the model's picture sides, in pixels, must be divisible by; None: `MIN_SIDE_PIXELS`.
         upscale: small pictures will be enlarged, as in `buckets.frame_picture`.
-        counter: reports captions that its model cuts; None: no model is known.
+        counter: counts captions' tokens as the model does, to report those that it cuts; None: no model is known.
     """
     multiple = multiple or MIN_SIDE_PIXELS
     faults, warnings = list(found.faults), list(found.warnings)
@@ -213,23 +216,23 @@ def validate_pairs(
 
 
 def validate_dataset(path: str | Path, caption_extension: str = "txt", img_size: int | None = None) -> bool:
-    """Prints the report on a data set. True if training can start."""
+    """Prints the report on a data set, and returns whether training can start."""
     report = validate_folder(Path(path), caption_extension, img_size)
     print(report.render())
     return report.ok
 
 
 def _find_layout(folder: Path, control_folders: Sequence[Path]) -> tuple[Path, tuple[Path, ...]]:
-    """Image and control folders: a folder with both `images` and `control` in it is an editing data set."""
+    """Finds image and control folders: a folder with both `images` and `control` in it is an editing data set."""
     if not control_folders and (folder / "images").is_dir() and (folder / "control").is_dir():
         return folder / "images", (folder / "control",)
     return folder, tuple(control_folders)
 
 
 def _unchanged(pairs: Sequence[Pair], checked: Mapping[Path, _Checked]) -> list[str]:
-    """Warnings for controls that are their target: the very file, or, in most rows, nearly the same picture.
+    """Warns of controls that are their target: the very file, or, in most examples, nearly the same picture.
 
-    A few rows that change nothing may be meant: an edit model learns from them what to leave alone.
+    A few examples that change nothing may be intended: an edit model learns from them what to leave alone.
     """
 
     def holds_target(pair: Pair) -> bool:
@@ -257,7 +260,10 @@ def _unchanged(pairs: Sequence[Pair], checked: Mapping[Path, _Checked]) -> list[
 
 
 def _nearly_same(target: _Checked, control: _Checked) -> bool:
-    """See `NEARLY_UNCHANGED`. A control of another shape is a reference, not the picture before the edit."""
+    """Returns whether a control is nearly its target, by `NEARLY_UNCHANGED`.
+
+    A control of another shape is a reference, not the picture before the edit.
+    """
     if target.thumbnail is None or control.thumbnail is None or target.size is None or control.size is None:
         return False
     difference = ImageChops.difference(target.thumbnail, control.thumbnail)
@@ -267,7 +273,7 @@ def _nearly_same(target: _Checked, control: _Checked) -> bool:
 def _check_pictures(paths: Sequence[Path], multiple: int, compared: AbstractSet[Path]) -> list[_Checked]:
     """Decodes each picture, in the order given. Threads serve, because decoders release Python's lock."""
     with catch_warnings(), ThreadPoolExecutor(min(_MAX_THREADS, os.cpu_count() or 1)) as pool:
-        filterwarnings("ignore", module="PIL")  # says without a path what the report says with one
+        filterwarnings("ignore", module="PIL")  # the report has the same with the path
         return list(pool.map(lambda path: _check_picture(path, multiple, path in compared), paths))
 
 
@@ -286,7 +292,7 @@ def _check_picture(path: Path, multiple: int, compared: bool) -> _Checked:
 
 
 def _read_captions(pairs: Sequence[Pair], faults: list[str]) -> list[tuple[Pair, str]]:
-    """Every caption that can be read, with its pair."""
+    """Reads the captions, and returns those that can be read, each with its pair."""
     captions = []
     for pair in pairs:
         try:
@@ -297,9 +303,9 @@ def _read_captions(pairs: Sequence[Pair], faults: list[str]) -> list[tuple[Pair,
 
 
 def _check_captions(captions: Sequence[tuple[Pair, str]], warnings: list[str]) -> LongestCaption | None:
-    """Returns the longest caption.
+    """Warns of empty captions, and returns the longest.
 
-    An empty caption is a warning, not a fault: it trains like a dropped caption, which some styles want.
+    An empty caption is no problem: it trains like a dropped caption, which some styles want.
     """
     longest: LongestCaption | None = None
     for pair, text in captions:
@@ -315,7 +321,7 @@ def _check_captions(captions: Sequence[tuple[Pair, str]], warnings: list[str]) -
 def _cut_captions(
     captions: Sequence[tuple[Pair, str]], checked: Mapping[Path, _Checked], counter: CaptionCounter
 ) -> list[str]:
-    """Warnings of captions that the counter's model cuts. Control pictures that cannot be read take no tokens here."""
+    """Warns of captions that the counter's model cuts. Control pictures that cannot be read take no tokens here."""
     lengths = counter.count(
         [(text, [size for path in pair.control_paths if (size := checked[path].size)]) for pair, text in captions]
     )
@@ -323,7 +329,7 @@ def _cut_captions(
 
 
 def _fill_buckets(pictures: Sequence[_Checked], buckets: Buckets, upscale: bool, warnings: list[str]) -> Counter[Size]:
-    """Number of pictures for every size; warns of small, enlarged and heavily cropped pictures."""
+    """Counts the pictures of each size; warns of small, enlarged and heavily cropped ones."""
     framings = [(each.path, frame_picture(*each.size, buckets, upscale=upscale)) for each in pictures if each.size]
     enlarged = [f"{path} ({framing.scale:.2f}x)" for path, framing in framings if framing.upscaled]
     small = [
@@ -354,7 +360,7 @@ def _fill_buckets(pictures: Sequence[_Checked], buckets: Buckets, upscale: bool,
 
 
 def _duplicates(pictures: Sequence[_Checked]) -> list[str]:
-    """A warning for every set of files with the same bytes: they count twice in training."""
+    """Warns of every set of files with the same bytes: they count twice in training."""
     groups: dict[str, list[str]] = defaultdict(list)
     for picture in pictures:
         if picture.digest:

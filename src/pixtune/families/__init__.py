@@ -1,4 +1,4 @@
-"""The registry: which family a model folder belongs to."""
+"""The registry of model families."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ FAMILIES: dict[str, ModelFamily] = {
 
 
 def family_of(folder: ModelFolder) -> ModelFamily:
-    """The family of a model folder, by its own `model_index.json`.
+    """Finds the family of a model folder, by the folder's own `model_index.json`.
 
     Raises:
-        WeightsError: no family trains this kind of model; says which kind it is and which are known.
+        WeightsError: no family trains this kind of model. The message names the kind, and those that are known.
     """
     kind = folder.pipeline_class
     for family in FAMILIES.values():

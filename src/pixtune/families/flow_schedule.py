@@ -1,4 +1,4 @@
-"""The noise levels that the stock flow-matching pipelines use, from the model folder's own scheduler config."""
+"""Noise levels of the stock flow-matching pipelines, from the model folder's own scheduler config."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def model_time_shift(folder: ModelFolder, num_image_tokens: int) -> float:
-    """`mu` of the resolution-dependent shift; see `ModelFamily.time_shift`."""
+    """Returns `mu` of the resolution-dependent shift; see `ModelFamily.time_shift`."""
     from diffusers.pipelines.qwenimage.pipeline_qwenimage import calculate_shift
 
     config = folder.component_config("scheduler")
@@ -29,12 +29,12 @@ def model_time_shift(folder: ModelFolder, num_image_tokens: int) -> float:
 
 
 def rounded_timestep(sigma_B: Tensor, dtype: torch.dtype) -> Tensor:
-    """Sigma as the stock pipelines hand it over: 1000 times it is rounded to the model's format and divided again."""
+    """Rounds sigmas as the stock pipelines do: times 1000, to the model's number format, and divided by 1000."""
     return (sigma_B * 1000).to(dtype) / 1000
 
 
 def model_sigmas(folder: ModelFolder, num_steps: int, num_image_tokens: int) -> list[float]:
-    """Sigmas of the stock sampler; see `ModelFamily.sigma_schedule`."""
+    """Returns the sigmas of the stock sampler; see `ModelFamily.sigma_schedule`."""
     import numpy
     from diffusers import FlowMatchEulerDiscreteScheduler
 

@@ -1,4 +1,4 @@
-"""FLUX.1-dev and FLUX.1-Kontext-dev: 19 double-stream and 38 single-stream blocks, told by T5 and CLIP.
+"""FLUX.1-dev and FLUX.1-Kontext-dev: 19 double-stream and 38 single-stream blocks, conditioned on T5 and CLIP.
 
 Conventions follow diffusers' `FluxPipeline` and `FluxKontextPipeline`. Both are guidance-distilled: the guidance scale
 is an input of the transformer, beside sigma and CLIP's pooled feature.
@@ -37,7 +37,8 @@ else:
     torch = LateModule("torch")
 
 NUM_TEXT_TOKENS = 512
-"""`max_sequence_length` of the pipelines' call: T5's features are padded to it, and the padding is attended to."""
+"""Number of tokens that T5's features are padded to (`max_sequence_length` of the pipelines' call). The padding is
+attended to."""
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 TEXT_ATTENTION = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
@@ -46,7 +47,7 @@ MLP = ("ff.net.0.proj", "ff.net.2", *TEXT_MLP, "proj_mlp")
 
 
 class Flux:
-    """See `family.ModelFamily`."""
+    """A family of FLUX.1; `family.ModelFamily` describes its members."""
 
     script = "train_flux_lora.py"
     lora_targets: tuple[str, ...] = ATTENTION
@@ -59,7 +60,7 @@ class Flux:
     block_paths: tuple[str, ...] = ("transformer_blocks", "single_transformer_blocks")
     modulation_layers: tuple[str, ...] = ("norm1.linear", "norm1_context.linear", "norm.linear")
     text_layers: tuple[str, ...] = (*TEXT_ATTENTION, *TEXT_MLP)
-    # As for Qwen-Image, 4096 image and 512 text tokens. Eager: of Qwen-Image's blocks, not measured.
+    # Measured as Qwen-Image's, with 4096 image and 512 text tokens; `eager` alone is taken from Qwen-Image's blocks.
     activation_units: Mapping[str, ActivationUnits] = {
         "transformer_blocks": ActivationUnits(
             eager=17.0,
@@ -95,7 +96,7 @@ class Flux:
     dropped_caption = ""
     controls_in_text = False
     embedded_guidance = True
-    encoding_bytes_per_pixel = 1850  # 1600 reserved on an H200, one to four pictures of 1024 pixels a side
+    encoding_bytes_per_pixel = 1850  # measured: 1600 reserved (H200, one to four pictures of 1024 pixels a side)
     pads_text = False
 
     def __init__(self, name: str, pipeline_classes: tuple[str, ...], max_controls: int = 0) -> None:
@@ -161,7 +162,7 @@ class Flux:
 
     @staticmethod
     def _load_tokenizers(folder: ModelFolder) -> tuple[Any, Any]:
-        """CLIP's and T5's."""
+        """Loads CLIP's and T5's tokenizer."""
         from transformers import CLIPTokenizer, T5TokenizerFast
 
         return (
@@ -287,7 +288,7 @@ class Flux:
         return unconditional_BCHW + scale * (conditional_BCHW - unconditional_BCHW)
 
     def comfyui_tensors(self, weights: Mapping[str, Tensor], alpha: float) -> dict[str, Tensor]:
-        """ComfyUI knows diffusers' names of this model; its own names would need q, k and v melted into one layer.
+        """Keeps diffusers' names, which ComfyUI knows; its own would need q, k and v merged into one layer.
 
         The scale alpha / rank is multiplied into the up-projection, since diffusers refuses `.alpha` beside such names.
         """
@@ -300,7 +301,7 @@ class Flux:
 
 
 def image_positions(rows: int, columns: int, number: int, device: torch.device) -> Tensor:
-    """(image, row, column) of each token: image 0 is the target, 1 its control picture; shape (rows * columns, 3)."""
+    """Makes (image, row, column) of each token, shape (rows * columns, 3); image 0 is the target, 1 its control."""
     axes = [torch.arange(length, device=device, dtype=torch.float32) for length in (rows, columns)]
     row, column = torch.meshgrid(*axes, indexing="ij")
     return torch.stack([torch.full_like(row, number), row, column], dim=-1).reshape(-1, 3)

@@ -1,6 +1,6 @@
-"""How blocks of FLUX.1 attend, and how those compute that put an MLP beside their attention.
+"""Attention of FLUX.1's blocks, and the blocks that put an MLP beside it.
 
-The same numbers as diffusers' `FluxAttnProcessor`, `FluxSingleTransformerBlock` and `FluxPosEmbed`.
+All results are those of diffusers' `FluxAttnProcessor`, `FluxSingleTransformerBlock` and `FluxPosEmbed`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pixtune.families.joint_streams import attend, joint_heads, project_out
 
 
 def compute_by_ours(model: Any) -> None:
-    """Lets the blocks of a `FluxTransformer2DModel` compute as this file says."""
+    """Replaces attention, single-stream blocks and rotary embedding of a `FluxTransformer2DModel` by those below."""
     model.pos_embed = PairedRotaryEmbedding(model.pos_embed)
     for block in model.transformer_blocks:
         block.attn.set_processor(JointAttention())
@@ -31,7 +31,7 @@ def compute_by_ours(model: Any) -> None:
 
 
 class PairedRotaryEmbedding(nn.Module):
-    """The stock embedding, which has each cosine and sine twice, as pairs; fp32, (tokens, head size / 2, 2)."""
+    """The stock rotary embedding, which holds cosines and sines twice, as pairs; fp32, (tokens, head size / 2, 2)."""
 
     def __init__(self, stock: nn.Module) -> None:
         super().__init__()
@@ -43,10 +43,10 @@ class PairedRotaryEmbedding(nn.Module):
 
 
 class JointAttention:
-    """The stock attention of image and text tokens, the projections of each by `engine.lora.project`."""
+    """The stock attention of image and text tokens, with the projections of each by `engine.lora.project`."""
 
     recomputes_projections = False
-    """Queries, keys and values are computed again in the backward pass; `engine.activations` switches it on."""
+    """Whether queries, keys and values are recomputed in the backward pass; `engine.activations` switches it on."""
 
     def __call__(
         self,
@@ -66,13 +66,13 @@ class JointAttention:
 
 
 class AttentionBesideMlp:
-    """The stock attention of blocks that put the MLP's features beside what was attended, with `engine.lora.project`.
+    """The stock attention of blocks that put the MLP's features beside its result, with `engine.lora.project`.
 
-    Its gradient is then a slice of a wider tensor; see `engine.attention` for what that does.
+    The result's gradient is then a slice of a wider tensor; `engine.attention` describes what follows.
     """
 
     recomputes_projections = False
-    """As in `JointAttention`."""
+    """Whether queries, keys and values are recomputed, as in `JointAttention`."""
 
     def __call__(
         self,
@@ -97,10 +97,10 @@ def single_block(
     image_rotary_emb: Tensor,
     joint_attention_kwargs: Mapping[str, Any] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The stock `FluxSingleTransformerBlock.forward`, its MLP by `engine.mlp`, with the arguments of the stock one.
+    """Computes the stock `FluxSingleTransformerBlock.forward`, with its arguments and the MLP of `engine.mlp`.
 
-    It returns copies, not slices of one tensor: slices leave a compiled block as views, whose gradients are then put
-    together outside of it, in four more passes over them.
+    It returns copies, not slices of one tensor: slices leave a compiled block as views, whose gradients are then joined
+    outside of it, in four more passes over them.
     """
     states_BLC = torch.cat([encoder_hidden_states, hidden_states], dim=1)
     normed_BLC, gate_BC = block.norm(states_BLC, emb=temb)
@@ -113,6 +113,6 @@ def single_block(
 
 
 def single_heads(attn: Any, states_BLC: Tensor, rotary: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The same of one stream."""
+    """Computes queries and keys, with rotary embedding, and values of one stream; shape (B, L, H, D) each."""
     projected = project(states_BLC, (attn.to_q, attn.to_k, attn.to_v))
     return join_heads((Stream(projected, attn.norm_q, attn.norm_k, rotary),), attn.head_dim)

@@ -17,7 +17,7 @@ from pixtune.engine.lora import project
 def heads_of(
     attn: Any, image_BLC: Tensor, text_BTC: Tensor, image_rotary: Tensor, text_rotary: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries and keys, rotated, and values of text and image tokens; shape (B, T + L, H, D) each."""
+    """Computes queries and keys, with rotary embedding, and values of both streams; shape (B, T + L, H, D) each."""
     image = project(image_BLC, (attn.to_q, attn.to_k, attn.to_v))
     text = project(text_BTC, (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj))
     streams = (
@@ -30,13 +30,13 @@ def heads_of(
 def joint_heads(
     attn: Any, image_BLC: Tensor, text_BTC: Tensor, image_rotary: Tensor, text_rotary: Tensor, recomputed: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Computes `heads_of`, and again in the backward pass if they are to be recomputed."""
+    """Computes `heads_of`, a second time in the backward pass if `recomputed`."""
     inputs = (attn, image_BLC, text_BTC, image_rotary, text_rotary)
     return recompute(heads_of, inputs, {}) if recomputed else heads_of(*inputs)
 
 
 def attend(query_BLHD: Tensor, key_BLHD: Tensor, value_BLHD: Tensor, mask: Tensor | None) -> Tensor:
-    """Attends by diffusers' current kernel; heads lie side by side in the result, (B, L, H * D)."""
+    """Attends by the kernel that diffusers is set to; heads lie side by side in the result, (B, L, H * D)."""
     from diffusers.models.attention_dispatch import dispatch_attention_fn
 
     return join(dispatch_attention_fn(query_BLHD, key_BLHD, value_BLHD, attn_mask=mask), query_BLHD)
@@ -48,7 +48,7 @@ def join(attended_BLHD: Tensor, query_BLHD: Tensor) -> Tensor:
 
 
 def project_out(attn: Any, attended_BSC: Tensor, num_text_tokens: int) -> tuple[Tensor, Tensor]:
-    """What the attention hands on of image tokens, and of text tokens, which come first in `attended_BSC`."""
+    """Projects the attention's results of image tokens, and of text tokens, which come first in `attended_BSC`."""
     (image_output,) = project(attended_BSC[:, num_text_tokens:].contiguous(), (attn.to_out[0],))
     (text_output,) = project(attended_BSC[:, :num_text_tokens].contiguous(), (attn.to_add_out,))
     return attn.to_out[1](image_output), text_output

@@ -8,17 +8,18 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 PATCH = 2
+"""Latents along a side of a token."""
 
 
 def pack_latents(latents_BCHW: Tensor) -> Tensor:
-    """2x2 neighbours become one token: (B, C, H, W) -> (B, H/2 * W/2, 4C), channel-major within a token."""
+    """Packs 2x2 neighbours into a token: (B, C, H, W) -> (B, H/2 * W/2, 4C), channel-major within a token."""
     batch_size, channels, height, width = latents_BCHW.shape
     tiles = latents_BCHW.reshape(batch_size, channels, height // PATCH, PATCH, width // PATCH, PATCH)
     return tiles.permute(0, 2, 4, 1, 3, 5).reshape(batch_size, -1, channels * PATCH * PATCH)
 
 
 def unpack_latents(tokens_BLC: Tensor, height: int, width: int) -> Tensor:
-    """The inverse of `pack_latents` for latents of the given height and width."""
+    """Undoes `pack_latents` for latents of the given height and width."""
     batch_size, _, packed = tokens_BLC.shape
     channels = packed // (PATCH * PATCH)
     tiles = tokens_BLC.reshape(batch_size, height // PATCH, width // PATCH, channels, PATCH, PATCH)
@@ -26,11 +27,11 @@ def unpack_latents(tokens_BLC: Tensor, height: int, width: int) -> Tensor:
 
 
 def grid(latents_BCHW: Tensor) -> tuple[int, int]:
-    """(rows, columns) of tokens."""
+    """Returns the rows and columns of tokens."""
     height, width = latents_BCHW.shape[-2:]
     return height // PATCH, width // PATCH
 
 
 def num_tokens(latent_height: int, latent_width: int) -> int:
-    """Tokens of latents of this height and width."""
+    """Counts the tokens of latents of this height and width."""
     return (latent_height // PATCH) * (latent_width // PATCH)

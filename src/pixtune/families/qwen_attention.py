@@ -1,6 +1,6 @@
-"""How a block of Qwen-Image attends: to image and text tokens together, rotated by their places.
+"""Attention of Qwen-Image's blocks to image and text tokens together, and its rotary embedding.
 
-The same numbers as diffusers' `QwenDoubleStreamAttnProcessor2_0` and `QwenEmbedRope`.
+All results are those of diffusers' `QwenDoubleStreamAttnProcessor2_0` and `QwenEmbedRope`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pixtune.families.joint_streams import attend, join, joint_heads, project_ou
 
 
 class RealRotaryEmbedding(nn.Module):
-    """The stock embedding as cosines and sines: fp32 of shape (tokens, head size / 2, 2) for image and text."""
+    """The stock rotary embedding as cosines and sines: fp32 of shape (tokens, head size / 2, 2) for image and text."""
 
     def __init__(self, stock: nn.Module) -> None:
         super().__init__()
@@ -27,16 +27,16 @@ class RealRotaryEmbedding(nn.Module):
 
 
 class JointAttention:
-    """The stock attention of image and text tokens, its rotary embedding in real numbers.
+    """The stock attention of image and text tokens, with its rotary embedding in real numbers.
 
-    The compiler neither fuses complex numbers nor computes them again, so rotated queries and keys were kept for the
-    backward pass beside the plain ones: a sixth of a block's activations.
+    The compiler neither fuses nor recomputes complex numbers: with them, queries and keys would be kept for the
+    backward pass both before and after their rotary embedding, a sixth of a block's activations.
     """
 
     recomputes_projections = False
-    """Queries, keys and values are computed again in the backward pass; `engine.activations` switches it on."""
+    """Whether queries, keys and values are recomputed in the backward pass; `engine.activations` switches it on."""
 
-    # Its parameters' names are those that diffusers calls it by and, for `real_BL`, hands through.
+    # The parameters' names are those that diffusers calls it by and, for `real_BL`, passes through.
     def __call__(
         self,
         attn: Any,

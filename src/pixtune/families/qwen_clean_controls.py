@@ -1,7 +1,7 @@
 """Models whose control pictures are modulated as if clean (`zero_cond_t`: Qwen-Image-Edit-2511), without a wait.
 
-The stock model lists on the host which tokens those are and copies the list to the device in each step. That waits for
-the device, and a step that waits cannot be captured. Here the device counts. What the blocks get is the same.
+The stock model lists their tokens on the host and copies the list to the device in each step. That waits for the
+device, and a step that waits cannot be captured. Here the device counts, and the blocks get the same list.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from pixtune.engine.forwards import Forward, wrap_forward
 
 INDEX = "modulate_index"
-"""What diffusers calls the argument of a block that says which time each image token is modulated by: 0 for the step's
-own, 1 for that of a clean picture."""
+"""Name in diffusers of a block's argument with the time that modulates each image token: 0 for the step's own, 1 for
+that of a clean picture."""
 
 
 def count_on_device(transformer: Any) -> None:
-    """Takes over from a stock model that has `zero_cond_t` set, which its blocks still have."""
+    """Takes the marking of tokens over from a stock model that has `zero_cond_t` set; its blocks keep that setting."""
     transformer.zero_cond_t = False
     wrap_forward(transformer, _with_clean_times)
     for block in transformer.transformer_blocks:
@@ -41,7 +41,7 @@ def _with_clean_times(forward: Forward, args: tuple[Any, ...], kwargs: dict[str,
 
 
 def _with_index(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Attention's own arguments are all that the model hands through to its blocks."""
+    """Unpacks the index from attention's arguments, the only ones that the model passes through to its blocks."""
     own = dict(kwargs["joint_attention_kwargs"])
     index_BL = own.pop(INDEX)
     return args, {**kwargs, INDEX: index_BL, "joint_attention_kwargs": own or None}

@@ -1,4 +1,4 @@
-"""Qwen-Image: a 60-block dual-stream transformer over 2x2 packed latents, told by a Qwen2.5-VL text encoder.
+"""Qwen-Image: a 60-block dual-stream transformer over 2x2 packed latents, conditioned on Qwen2.5-VL's text features.
 
 Conventions follow diffusers' `QwenImagePipeline`, which is the reference that the tests compare with.
 """
@@ -37,14 +37,15 @@ else:
     torch = LateModule("torch")
 
 NUM_TEMPLATE_TOKENS = 34
-"""Tokens before the caption, which the pipeline cuts from the features."""
+"""Number of tokens before the caption, which the pipeline cuts from the features."""
 MAX_CAPTION_TOKENS = 1024
+"""Number of a caption's tokens that the pipeline's tokenizer lets through."""
 MAX_FEATURE_TOKENS = 512
-"""`max_sequence_length` of the pipeline's call."""
+"""Number of tokens whose features are kept (`max_sequence_length` of the pipeline's call)."""
 
 MASK, REAL = "prompt_embeds_mask", "prompt_embeds_real"
-"""In the conditioning, which text tokens are no padding: as the stock model takes it, and for attention without a
-mask."""
+"""Names in the conditioning of the marks of text tokens that are no padding: for the stock model, and for attention
+without a mask."""
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 TEXT_ATTENTION = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
@@ -54,18 +55,18 @@ MLP = ("img_mlp.net.0.proj", "img_mlp.net.2", *TEXT_MLP)
 
 OUTPUT_LAYER = ("lm_head.",)
 VISION_TOWER = ("visual.", "model.visual.")
-"""How names of the text encoder's tensors begin, in files of transformers 4 and 5."""
+"""Beginnings of the names of the text encoder's tensors, in files of transformers 4 and 5."""
 
 
 class PromptReader(Protocol):
-    """How a variant of the model turns prompts into text features."""
+    """A variant's way from prompts to text features."""
 
     @property
     def template(self) -> str: ...
 
     @property
     def components(self) -> tuple[str, ...]:
-        """Folders that decide the features."""
+        """Folders of the model that decide the features."""
 
     def load_tokenizer(self, folder: ModelFolder) -> Any: ...
 
@@ -81,7 +82,7 @@ class PromptReader(Protocol):
 
 
 class QwenImage:
-    """See `family.ModelFamily`. The edit models differ in how they read prompts and are composed of the same."""
+    """A family of Qwen-Image; `family.ModelFamily` describes its members. Edit models have another `PromptReader`."""
 
     lora_targets: tuple[str, ...] = ATTENTION
     lora_presets: Mapping[str, tuple[str, ...]] = {
@@ -92,7 +93,8 @@ class QwenImage:
     block_paths: tuple[str, ...] = ("transformer_blocks",)
     modulation_layers: tuple[str, ...] = ("img_mod.1", "txt_mod.1")
     text_layers: tuple[str, ...] = (*TEXT_ATTENTION, *TEXT_MLP)
-    # One H100 with torch 2.11, 4096 image and 256 text tokens, eight blocks of full size (benchmarks/RESULTS.md).
+    # Measured on one H100 with torch 2.11: 4096 image and 256 text tokens, eight blocks of full size
+    # (benchmarks/RESULTS.md).
     activation_units: Mapping[str, ActivationUnits] = {
         "transformer_blocks": ActivationUnits(
             eager=17.0,
@@ -112,7 +114,7 @@ class QwenImage:
     time_features: tuple[str, ...] = ()
     dropped_caption = " "
     embedded_guidance = False
-    encoding_bytes_per_pixel = 3150  # 2700 allocated on an H100 at 512 to 1328 pixels a side, so much reserved
+    encoding_bytes_per_pixel = 3150  # measured: so much reserved, 2700 allocated (H100, 512 to 1328 pixels a side)
     pads_text = True
 
     def __init__(
@@ -162,7 +164,7 @@ class QwenImage:
         whole = Qwen2_5_VLForConditionalGeneration.from_pretrained(
             folder.path / "text_encoder", dtype=placement.dtype, use_safetensors=True
         )
-        model = whole.model  # without the output layer: nobody reads logits
+        model = whole.model  # without the output layer: nothing reads logits
         if not self.controls_in_text:
             model.visual = None
         model.to(placement.device).eval().requires_grad_(False)
@@ -185,7 +187,7 @@ class QwenImage:
         refuse_guidance(config)
         with torch.device("meta"):
             model: Any = QwenImageTransformer2DModel.from_config(config)
-        # No parameter and in no file: made again, with values.
+        # The embedding is no parameter and in no file, so it is made again, with values.
         stock = type(model.pos_embed)(
             theta=model.pos_embed.theta, axes_dim=model.pos_embed.axes_dim, scale_rope=model.pos_embed.scale_rope
         )
@@ -283,7 +285,7 @@ class QwenImage:
         timestep_B = rounded_timestep(sigma_B, transformer.dtype)
         if transformer.config["zero_cond_t"]:  # tokens of control pictures are modulated as if clean
             timestep_B = torch.cat([timestep_B, timestep_B[:1] * 0])
-        return transformer.time_text_embed(timestep_B, timestep_B)  # of the second only the format is read
+        return transformer.time_text_embed(timestep_B, timestep_B)  # only the format of the second is read
 
     def time_shift(self, folder: ModelFolder, num_image_tokens: int) -> float:
         return model_time_shift(folder, num_image_tokens)
@@ -308,9 +310,10 @@ class QwenImage:
 
 
 def refuse_guidance(config: Mapping[str, Any]) -> None:
-    """
+    """Refuses the config of a guidance-distilled transformer.
+
     Raises:
-        WeightsError: the transformer's config is that of a guidance-distilled model.
+        WeightsError: the config is one.
     """
     if config.get("guidance_embeds", False):
         raise WeightsError(
@@ -320,9 +323,9 @@ def refuse_guidance(config: Mapping[str, Any]) -> None:
 
 
 def real_tokens(conditioning: Conditioning, num_image_tokens: int) -> dict[str, Tensor] | None:
-    """What `JointAttention` gets besides: which text and image tokens are no padding, if any may be.
+    """Marks text and image tokens that are no padding, for `JointAttention`; None where no token can be padding.
 
-    Past the model, which would copy a number to the device for a mask, and that cannot be captured.
+    The marks go past the model, which would copy a number to the device for a mask, and that cannot be captured.
     """
     real_BT = conditioning.get(REAL)
     if real_BT is None:
@@ -337,7 +340,7 @@ def count_inside(template: str, tokenizer: Any, texts: Sequence[str]) -> list[in
 
 
 class CaptionReader:
-    """The text-to-image pipeline's prompt: a fixed template around the caption, whose features are cut off."""
+    """The text-to-image pipeline's prompt: the caption inside a fixed template, whose features are cut off."""
 
     components: tuple[str, ...] = ("text_encoder", "tokenizer")
     template = (

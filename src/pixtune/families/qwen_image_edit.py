@@ -22,23 +22,23 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 NUM_TEMPLATE_TOKENS = 64
-"""Tokens before the user's part, which the pipelines cut from the features."""
+"""Number of tokens before the user's part, which the pipelines cut from the features."""
 SIDE_STEP = 32
-"""The pipelines round sides of control pictures to this many pixels, whatever the autoencoder needs."""
+"""Number of pixels that the pipelines round sides of control pictures to, whatever the autoencoder needs."""
 PICTURE_TOKEN = "<|image_pad|>"
-"""Repeated once for each feature of a picture."""
+"""Token that stands for a feature of a picture, as often as the picture has features."""
 PICTURE = f"<|vision_start|>{PICTURE_TOKEN}<|vision_end|>"
 
 
 @dataclass(frozen=True)
 class VisionTokenizer:
-    """Words and pictures as Qwen2.5-VL reads them: what `Qwen2VLProcessor` does, without its need for torchvision."""
+    """Tokenizer of words and pictures for Qwen2.5-VL, equal to `Qwen2VLProcessor` without its need for torchvision."""
 
     tokenizer: Any
     image_processor: Any
 
     def __call__(self, texts: Sequence[str], pictures: Sequence[Sequence[Image]]) -> dict[str, Tensor]:
-        """Model inputs of a padded batch; each text has one `PICTURE` for each of its pictures."""
+        """Makes the model's inputs of a padded batch; each text has one `PICTURE` for each of its pictures."""
         seen: dict[str, Tensor] = {}
         counts: list[int] = []
         if flat := [picture for row in pictures for picture in row]:
@@ -52,15 +52,15 @@ class VisionTokenizer:
         return self.image_processor.get_number_of_image_patches(height, width) // self.image_processor.merge_size**2
 
     def tokens(self, texts: Sequence[str], counts: Iterator[int]) -> dict[str, Tensor]:
-        """The same without the pixels.
+        """Makes the model's inputs without the pixels.
 
         Args:
             counts: number of features of each picture, in the order of the texts.
         """
         whole = [re.sub(re.escape(PICTURE_TOKEN), lambda _: PICTURE_TOKEN * next(counts), text) for text in texts]
         tokens = dict(self.tokenizer(whole, padding=True, return_tensors="pt"))
-        # Without it transformers 5 numbers a picture's patches like words. The model was trained with their rows and
-        # columns; diffusers 0.42 forgets to pass it on (huggingface/diffusers issue 14194).
+        # Without these types transformers 5 numbers a picture's patches like words. The model was trained with their
+        # rows and columns; diffusers 0.42 forgets to pass the types on (huggingface/diffusers issue 14194).
         is_picture = tokens["input_ids"] == self.tokenizer.convert_tokens_to_ids(PICTURE_TOKEN)
         return {**tokens, "mm_token_type_ids": is_picture.int()}
 
@@ -70,9 +70,9 @@ class EditReader:
     """The edit pipelines' prompt: control pictures stand in the user's part, before the instruction."""
 
     numbered: bool
-    """ "Picture 1: " before each picture, for several of them (Plus)."""
+    """Whether "Picture 1: " and so on stand before pictures, of which there may be several (Plus)."""
     vision_side: int | None
-    """Side of the square whose area the text encoder sees; None: the control picture as the latents get it."""
+    """Side in pixels of the square whose area the text encoder sees; None: the side that the latents get."""
 
     components: tuple[str, ...] = ("text_encoder", "tokenizer", "processor")
     template: str = (
@@ -91,7 +91,7 @@ class EditReader:
         )
 
     def user_part(self, text: str, num_pictures: int) -> str:
-        """The instruction with a placeholder for each control picture before it."""
+        """Puts a placeholder for each control picture before the instruction."""
         names = [f"Picture {number + 1}: " if self.numbered else "" for number in range(num_pictures)]
         return "".join(f"{name}{PICTURE}" for name in names) + text
 
@@ -114,7 +114,7 @@ class EditReader:
         vision = self.load_tokenizer(folder)
         user_parts = [self.user_part(prompt.text, len(prompt.picture_sizes)) for prompt in prompts]
         counts = count_inside(self.template, vision.tokenizer, user_parts)
-        # Each picture has one token so far, its placeholder.
+        # A picture counts as one token above, its placeholder.
         extra = [sum(vision.num_features(size) - 1 for size in prompt.picture_sizes) for prompt in prompts]
         reader = "the text encoder reads (control pictures included)"
         return [(TextLength(reader, count + more, max_tokens),) for count, more in zip(counts, extra, strict=True)]
@@ -128,7 +128,7 @@ class EditReader:
 
 
 def size_of_area(picture: Size, side: int) -> Size:
-    """About `side` squared pixels in the picture's shape, each side rounded to `SIDE_STEP`."""
+    """Returns a size of about `side` squared pixels in the picture's shape, each side rounded to `SIDE_STEP`."""
     ratio = picture[0] / picture[1]
     width = math.sqrt(side * side * ratio)
     return _round(width), _round(width / ratio)

@@ -1,7 +1,7 @@
-"""One step of a family's stock pipeline from given inputs, for comparing our velocity with it.
+"""One step of a family's stock pipeline from given inputs, to compare the family's velocity with.
 
-The pipeline itself is called, so packing, position ids, timestep scale and guidance are its own. What encodes text and
-pictures is left out: features and control latents are given.
+The pipeline itself is called, so packing, position ids, timestep scale and guidance are its own. It encodes no text and
+no pictures: features and control latents are given.
 """
 
 from __future__ import annotations
@@ -18,26 +18,26 @@ from pixtune.family import CONTROL_SIDE, Conditioning, ModelFamily, Placement
 from pixtune.storage.model_folder import ModelFolder
 
 SIGMAS = [0.7, 0.3]
-"""Before the sampler's shift. Two, since the last one of a schedule may be stretched to its end."""
+"""Sigmas before the sampler's shift: two, since the last one of a schedule may be stretched to its end."""
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """What goes into a transformer's call; on the device."""
+    """Inputs of a transformer's call, on the device."""
 
     noisy_BCHW: Tensor
     conditioning: Conditioning
-    """Stacked, of one example."""
+    """Text features of one example, stacked to a batch."""
     controls: tuple[Tensor, ...]
-    """Latents BCHW at a size that the pipeline gives a square control picture."""
+    """Latents BCHW at the size that the pipeline gives a square control picture."""
     guidance: float
 
 
 def random_inputs(family: ModelFamily, folder: ModelFolder, side: int, num_text_tokens: int, device: Any) -> Inputs:
-    """Fixed random latents, text features and, for a model that edits, one control.
+    """Draws fixed latents, text features and, for a model that edits, one control.
 
     Args:
-        side: of the picture, pixels.
+        side: side of the picture in pixels.
     """
 
     def latents(width: int, height: int, what: str) -> Tensor:
@@ -48,7 +48,7 @@ def random_inputs(family: ModelFamily, folder: ModelFolder, side: int, num_text_
     side -= side % family.pixel_multiple(folder)
     controls = []
     if family.max_controls and family.embedded_guidance:
-        controls.append(latents(side, side, "control"))  # this pipeline can be told to leave a control's size alone
+        controls.append(latents(side, side, "control"))  # this pipeline has a switch to leave a control's size alone
     elif family.max_controls:
         controls.append(latents(*family.control_size(folder, (CONTROL_SIDE, CONTROL_SIDE), CONTROL_SIDE), "control"))
     return Inputs(
@@ -57,7 +57,7 @@ def random_inputs(family: ModelFamily, folder: ModelFolder, side: int, num_text_
 
 
 def load_stock_transformer(folder: ModelFolder, placement: Placement) -> nn.Module:
-    """The class that the folder's config names, by its own loading."""
+    """Loads the transformer by the class that the folder's config names, in that class's own way."""
     import diffusers
 
     kind = getattr(diffusers, folder.component_config("transformer")["_class_name"])
@@ -69,12 +69,12 @@ def load_stock_transformer(folder: ModelFolder, placement: Placement) -> nn.Modu
 def stock_velocity(
     family: ModelFamily, folder: ModelFolder, transformer: nn.Module, inputs: Inputs, placement: Placement
 ) -> tuple[Tensor, Tensor]:
-    """The first step's velocity as the stock pipeline computes it, BCHW, and the sigma that its sampler chose."""
+    """Computes the first step's velocity by the stock pipeline, BCHW, and the sigma that its sampler chose."""
     import diffusers
 
     kind: Any = getattr(diffusers, folder.pipeline_class)
     parts: dict[str, Any] = dict.fromkeys(folder.components)
-    autoencoder = family.load_autoencoder(folder, placement)  # for its config: nothing is encoded
+    autoencoder = family.load_autoencoder(folder, placement)  # for its config alone: nothing is encoded
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_pretrained(folder.path / "scheduler")
     pipeline = kind(**{**parts, "vae": autoencoder, "scheduler": scheduler, "transformer": transformer})
     pipeline.set_progress_bar_config(disable=True)
@@ -98,13 +98,13 @@ def stock_velocity(
 
 
 def stop_after_a_step(pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-    """A callback of the pipeline: the steps to come are passed over."""
+    """Makes the pipeline, as its callback, skip the steps to come."""
     pipeline._interrupt = True
     return {}
 
 
 def _arguments(family: ModelFamily, pipeline: Any, inputs: Inputs, dtype: torch.dtype) -> dict[str, Any]:
-    """What differs between the pipelines' calls."""
+    """Builds the arguments that differ between the pipelines' calls."""
     text = {name: tensor.to(dtype) for name, tensor in inputs.conditioning.items()}
     arguments: dict[str, Any] = {"prompt_embeds": text["prompt_embeds"]}
     if family.embedded_guidance:
@@ -114,7 +114,7 @@ def _arguments(family: ModelFamily, pipeline: Any, inputs: Inputs, dtype: torch.
         arguments |= {"true_cfg_scale": 1.0, "prompt_embeds_mask": mask_BT}
     if inputs.controls:
         control = inputs.controls[0].to(dtype)
-        # The pipelines know a control by a picture's size; what its autoencoder would make of it is given.
+        # The pipelines know a control by its picture's size; the latents that its autoencoder would make are given.
         pipeline._encode_vae_image = lambda image, generator: control.unsqueeze(2) if image.ndim == 5 else control
         arguments["image"] = Image.new("RGB", (CONTROL_SIDE, CONTROL_SIDE))
         if family.embedded_guidance:

@@ -1,6 +1,6 @@
 """Shapes of the transformers' tensors from their configs, by arithmetic, in the order of diffusers' classes.
 
-A plan asks for them before any weight is there. diffusers' classes tell them as well, but take four seconds to import.
+A plan needs them before any weight is there. diffusers' classes have them as well, but take four seconds to import.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ from typing import Any
 from pixtune.family import Shapes
 
 SINUSOIDS = 256
-"""Features of a timestep before its embedding."""
+"""Number of features of a timestep before its embedding."""
 MLP_RATIO = 4
+"""Width of an MLP over the width of a token."""
 
 QWEN_IMAGE_DEFAULTS: Mapping[str, Any] = {
     "patch_size": 2,
@@ -24,7 +25,7 @@ QWEN_IMAGE_DEFAULTS: Mapping[str, Any] = {
     "joint_attention_dim": 3584,
     "use_additional_t_cond": False,
 }
-"""What diffusers' class takes a key for that a config leaves out."""
+"""Values of diffusers' `QwenImageTransformer2DModel` for keys that a config leaves out."""
 FLUX_DEFAULTS: Mapping[str, Any] = {
     "patch_size": 1,
     "in_channels": 64,
@@ -37,11 +38,11 @@ FLUX_DEFAULTS: Mapping[str, Any] = {
     "pooled_projection_dim": 768,
     "guidance_embeds": False,
 }
-"""The same of the other class."""
+"""Values of diffusers' `FluxTransformer2DModel` for keys that a config leaves out."""
 
 
 def qwen_image_shapes(config: Mapping[str, Any]) -> Shapes:
-    """Of a `QwenImageTransformer2DModel`."""
+    """Returns the shapes of a `QwenImageTransformer2DModel`."""
     given = {**QWEN_IMAGE_DEFAULTS, **config}
     width, head, text_width = _width(given), given["attention_head_dim"], given["joint_attention_dim"]
     block = {
@@ -68,7 +69,7 @@ def qwen_image_shapes(config: Mapping[str, Any]) -> Shapes:
 
 
 def flux_shapes(config: Mapping[str, Any]) -> Shapes:
-    """Of a `FluxTransformer2DModel`."""
+    """Returns the shapes of a `FluxTransformer2DModel`."""
     given = {**FLUX_DEFAULTS, **config}
     width, head = _width(given), given["attention_head_dim"]
     heads = {**_norms(head, "attn.norm_q", "attn.norm_k"), **_square(width, "attn.to_q", "attn.to_k", "attn.to_v")}
@@ -102,7 +103,7 @@ def flux_shapes(config: Mapping[str, Any]) -> Shapes:
 
 
 def _width(given: Mapping[str, Any]) -> int:
-    """Features of a token inside the blocks."""
+    """Returns the number of features of a token inside the blocks."""
     return given["num_attention_heads"] * given["attention_head_dim"]
 
 

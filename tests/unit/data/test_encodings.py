@@ -471,11 +471,11 @@ def test_each_way_has_its_own_target_control_and_text(tmp_path: Path, model: Mod
     pairs = prepare_data(four_pairs(tmp_path), family, model, ACCELERATOR).both_ways
     assert len(pairs) == 4
     for pair in pairs:
-        name = pair.as_given.told.name
-        assert pair.swapped.told.name == name, "the name decides the noise"
+        name = pair.as_given.captioned.name
+        assert pair.swapped.captioned.name == name, "the name decides the noise"
         for way, target, control in ((pair.as_given, 100, 10), (pair.swapped, 10, 100)):
             target, control = target + int(name[0]), control + int(name[0])
-            for picture_of_way, num_letters in ((way.told, len("brighter")), (way.untold, len(" "))):
+            for picture_of_way, num_letters in ((way.captioned, len("brighter")), (way.uncaptioned, len(" "))):
                 latents, (seen,) = picture_of_way.latents_1CHW, picture_of_way.controls
                 torch.testing.assert_close(latents, torch.full((1, 2, 8, 8), target / 127.5 - 1))
                 torch.testing.assert_close(seen, torch.full((1, 2, 6, 6), control / 127.5 - 1))

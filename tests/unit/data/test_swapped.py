@@ -137,12 +137,12 @@ class KnownError:
         return noisy_BCHW / sigma_B.view(-1, 1, 1, 1) + conditioning["error"].view(-1, 1, 1, 1) * controls[0]
 
 
-def encoded(told_error: float, untold_error: float, control: float) -> Encoded:
+def encoded(captioned_error: float, uncaptioned_error: float, control: float) -> Encoded:
     controls = (torch.full((1, 2, 4, 4), control),)
     return Encoded(
         *(
             HeldOutPicture("a", torch.zeros(1, 2, 4, 4), {"error": torch.tensor(error)}, controls)
-            for error in (told_error, untold_error)
+            for error in (captioned_error, uncaptioned_error)
         )
     )
 
