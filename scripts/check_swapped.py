@@ -117,7 +117,7 @@ def log_loss_ratios(
     def log_loss(picture: object) -> Tensor:
         return losses_at(family, transformer, picture, SIGMAS, SEED, device, 1.0).mean().log()  # type: ignore[arg-type]
 
-    return [float(log_loss(pair.as_given.told) - log_loss(pair.swapped.told)) for pair in pairs]
+    return [float(log_loss(pair.as_given.captioned) - log_loss(pair.swapped.captioned)) for pair in pairs]
 
 
 def beyond_spread(values: Tensor) -> bool:
