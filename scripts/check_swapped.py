@@ -1,10 +1,10 @@
-"""How well a base model tells swapped controls and targets: what `pixtune/data/swapped.py` decides by.
+"""Measures how well a base model recognizes swapped controls and targets, as `pixtune/data/swapped.py` decides it.
 
     python scripts/check_swapped.py            # about 3 minutes on two cores
 
-For edits that the small edit model knows, for a style that it does not know, and for a caption that says nothing: the
-mean gain of captions as the data are given and swapped, and in how many of 2000 draws of eight pairs it warns. The rate
-of the plain criterion, the swapped loss being lower beyond the spread of pairs, stands beside it.
+For edits that the small edit model knows, for a style that it does not know, and for a caption without meaning, it
+prints the mean gain of captions with the data as given and swapped, and the share of 2000 draws of eight pairs in which
+it warns. Beside it stands the rate of the plain criterion: the swapped loss is lower beyond the spread of pairs.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from pathlib import Path
 
 import torch
 from demo_style import demo_names
-from emoji_pictures import read_icons, render_all
+from emoji_pictures import read_named_icons
 from PIL import Image
 from rich.console import Console
 from torch import Tensor
-from train_tiny_models import EDITS
+from train_tiny_models import EDITS, load_pixels
 
 from pixtune import randomness
 from pixtune.config.schema import DataConfig
 from pixtune.data.cache import Ledger, MemoryStore
 from pixtune.data.encode import Encoder
 from pixtune.data.encodings import Encodings
-from pixtune.data.examples import Sample, read_examples
+from pixtune.data.examples import read_examples
 from pixtune.data.images import read_size
 from pixtune.data.prepare import control_rules
 from pixtune.data.swapped import (
@@ -69,14 +69,12 @@ class PairSet:
 
 
 def pair_sets(num_pairs: int) -> Iterator[PairSet]:
+    """Yields the sets of pairs that are checked."""
     names = [name for part in demo_names() for name in part][:num_pairs]
-    of_set: dict[str, Tensor] = {}
-    for set_name in ("noto", "fluent", "twemoji"):
-        icons = {icon.name: icon for icon in read_icons(set_name)}
-        of_set[set_name] = torch.from_numpy(render_all([icons[name] for name in names], SIZE_PIXELS)).permute(
-            0, 3, 1, 2
-        )
-    noto, fluent, twemoji = of_set.values()
+    noto, fluent, twemoji = (
+        load_pixels(read_named_icons(set_name, names), SIZE_PIXELS, torch.device("cpu"))
+        for set_name in ("noto", "fluent", "twemoji")
+    )
     yield PairSet("Noto to Fluent", noto, fluent, "redraw in fluent flat style")
     yield PairSet("Fluent to Noto", fluent, noto, "redraw in noto style")
     for caption in ("make it black and white", "make it red", "mirror it", "turn it upside down"):
@@ -87,7 +85,7 @@ def pair_sets(num_pairs: int) -> Iterator[PairSet]:
 
 
 def both_ways(pair_set: PairSet, folder: Path, encodings: Encodings) -> list[EncodedBothWays]:
-    """Every pair of the set, by the trainer's own way from files to encodings."""
+    """Encodes every pair of a set both ways, through files as the trainer does."""
     for part, pictures in (("images", pair_set.targets), ("control", pair_set.controls)):
         (folder / part).mkdir(parents=True)
         for number, pixels_3HW in enumerate(pictures):
@@ -99,10 +97,9 @@ def both_ways(pair_set: PairSet, folder: Path, encodings: Encodings) -> list[Enc
     config = DataConfig(img_dir=folder / "images", control_dir=folder / "control", img_size=SIZE_PIXELS)
     rules = control_rules(family, model, SIZE_PIXELS)
     assert rules is not None, "an edit model takes controls"
-    samples: list[Sample] = read_examples(config, config.img_dir, family.pixel_multiple(model), False, rules)
     pairs = [
-        BothWays(sample, swap(sample, read_size(sample.image_path), read_size(sample.control_paths[0]), rules))
-        for sample in samples
+        BothWays(example, swap(example, read_size(example.image_path), read_size(example.control_paths[0]), rules))
+        for example in read_examples(config, config.img_dir, family.pixel_multiple(model), False, rules)
     ]
     encodings.fill_texts(list(dict.fromkeys(needed_texts(pairs, family.dropped_caption))))
     encodings.fill_pictures(list(dict.fromkeys(needed_pictures(pairs))))
@@ -112,25 +109,27 @@ def both_ways(pair_set: PairSet, folder: Path, encodings: Encodings) -> list[Enc
 def log_loss_ratios(
     family: ModelFamily, transformer: LoadedTransformer, pairs: Sequence[EncodedBothWays], device: torch.device
 ) -> list[float]:
-    """Log of the loss as given over the loss swapped, captions told: what the plain criterion looks at."""
+    """Computes the log ratio of the loss as given to the loss swapped, conditioned on captions: the plain criterion."""
 
     def log_loss(picture: object) -> Tensor:
         return losses_at(family, transformer, picture, SIGMAS, SEED, device, 1.0).mean().log()  # type: ignore[arg-type]
 
-    return [float(log_loss(pair.as_given.captioned) - log_loss(pair.swapped.captioned)) for pair in pairs]
+    return [float(log_loss(pair.as_given.told) - log_loss(pair.swapped.told)) for pair in pairs]
 
 
 def beyond_spread(values: Tensor) -> bool:
+    """Returns whether the mean is positive beyond the spread of the values."""
     return bool(values.mean() > NUM_STANDARD_ERRORS * values.std() / len(values) ** 0.5)
 
 
 def rate(num_pairs: int, warns: Callable[[list[int]], bool]) -> str:
-    """Share of draws of eight pairs that warn."""
+    """Formats the share of draws of eight pairs that warn."""
     drawn = (randomness.shuffled(num_pairs, SEED, "swap check", number)[:MOST_PAIRS] for number in range(NUM_DRAWS))
     return f"{sum(map(warns, drawn)) / NUM_DRAWS:.1%}"
 
 
 def report(gains: Gains, ratios: Sequence[float]) -> None:
+    """Prints gains and rates of warnings, with the data as they are and swapped."""
     given, swapped, ratio = (torch.tensor(values) for values in (gains.as_given, gains.swapped, ratios))
     for name, right, wrong, plain in (("as they are", given, swapped, ratio), ("swapped", swapped, given, -ratio)):
 
@@ -148,7 +147,7 @@ def report(gains: Gains, ratios: Sequence[float]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=ROOT / "assets" / "tiny-qwen-image-edit")
-    parser.add_argument("--pairs", type=int, default=48, help="of each set")
+    parser.add_argument("--pairs", type=int, default=48, help="pairs of each set")
     arguments = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = ModelFolder(arguments.model)

@@ -18,10 +18,10 @@ from pathlib import Path
 import numpy
 import torch
 from demo_style import STYLE_SET, demo_names
-from emoji_pictures import BASE_SETS, Icon, read_base_icons, read_icons, render_all
+from emoji_pictures import BASE_SETS, Icon, read_base_icons, read_named_icons
 from PIL import Image
 from torch import Tensor, nn
-from train_tiny_models import encode_pictures
+from train_tiny_models import as_pictures, encode_pictures, load_pixels, psnr, rebuild
 
 from pixtune.engine.load import load_transformer
 from pixtune.families.qwen_image import QWEN_IMAGE, QwenImage
@@ -33,14 +33,14 @@ MODEL_DIR = Path(__file__).resolve().parent.parent / "assets" / "tiny-qwen-image
 NUM_CAPTIONS = 200
 PICTURE_PIXELS = 128
 NUM_SIGMAS = 8
-"""Fixed sigmas a held-out picture is judged at."""
+"""Number of fixed sigmas at which a held-out picture is judged."""
 
 
-# ---- encoding and drawing
+# ---- encoding and sampling
 
 
 def encode_captions(family: QwenImage, encoder: TextEncoder, captions: Sequence[str]) -> Conditioning:
-    """Features of all captions, padded to one length, always with a mask."""
+    """Encodes all captions, padded to one length, always with a mask."""
     rows = [
         row
         for start in range(0, len(captions), 256)
@@ -61,7 +61,7 @@ def sample_latents(
     sigmas: Sequence[float],
     guidance: float,
 ) -> Tensor:
-    """Euler steps from noise along `sigmas`, as the stock pipeline takes them."""
+    """Takes Euler steps from noise along `sigmas`, as the stock pipeline does."""
     latents = noise_BCHW
     for sigma, next_sigma in pairwise(sigmas):
         sigma_B = torch.full((len(latents),), sigma, device=latents.device)
@@ -88,12 +88,11 @@ class TinyModel:
         return encode_captions(self.family, self.encoder, captions)
 
     def pixels(self, icons: Sequence[Icon]) -> Tensor:
-        """uint8, shape (N, 3, H, W)."""
-        return torch.from_numpy(render_all(icons, PICTURE_PIXELS)).permute(0, 3, 1, 2).to(self.device)
+        return load_pixels(icons, PICTURE_PIXELS, self.device)
 
     @torch.no_grad()
     def sample(self, captions: Sequence[str], num_steps: int, guidance: float, seed: int = 0) -> Tensor:
-        """Pictures for captions; uint8, shape (N, 3, H, W)."""
+        """Samples a picture for each caption; uint8, shape (N, 3, H, W)."""
         size = PICTURE_PIXELS // 8
         tokens = self.family.num_image_tokens(size, size)
         sigmas = self.family.sigma_schedule(self.folder, num_steps, tokens)
@@ -113,14 +112,14 @@ class TinyModel:
                 guidance,
             )
             pictures.append(self.family.decode_latents(self.autoencoder, latents))
-        return ((torch.cat(pictures).clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+        return as_pictures(torch.cat(pictures))
 
 
 # ---- recall
 
 
 def nearest_rows(queries: Tensor, references: Tensor) -> Tensor:
-    """For each picture the row of the reference with the least squared pixel distance."""
+    """Finds for each picture the row of the reference with the least squared pixel distance."""
     flat_queries = queries.flatten(1).float() / 255
     distances = []
     for chunk in references.split(512):
@@ -130,7 +129,7 @@ def nearest_rows(queries: Tensor, references: Tensor) -> Tensor:
 
 
 def check_recall(model: TinyModel, num_steps: int, guidance: float) -> float:
-    """Share of captions whose sample is nearest to the right training picture, variants grouped."""
+    """Measures the share of captions whose sample is nearest to the right training picture, variants grouped."""
     icons = read_base_icons()
     references = model.pixels(icons)
     chosen = random.Random(0).sample(icons, NUM_CAPTIONS)
@@ -152,35 +151,19 @@ def check_recall(model: TinyModel, num_steps: int, guidance: float) -> float:
 # ---- pictures
 
 
-def psnr(pictures: Tensor, references: Tensor) -> float:
-    """Mean over pictures of the peak signal-to-noise ratio, in dB."""
-    errors = (pictures.float() - references.float()).div(255).square().flatten(1).mean(1)
-    return float((-10 * torch.log10(errors.clamp_min(1e-10))).mean())
-
-
 def sheet(rows: Sequence[Tensor]) -> Image.Image:
-    """Rows of pictures as one image."""
+    """Joins rows of pictures to one image."""
     lines = [torch.cat(list(row.cpu()), 2) for row in rows]
     return Image.fromarray(numpy.ascontiguousarray(torch.cat(lines, 1).permute(1, 2, 0).numpy()))
 
 
-@torch.no_grad()
-def rebuild(family: QwenImage, autoencoder: nn.Module, pixels: Tensor) -> Tensor:
-    """Pictures through the autoencoder and back; uint8."""
-    rebuilt = []
-    for chunk in pixels.split(64):
-        latents = encode_pictures(family, autoencoder, chunk).mean_BCHW
-        rebuilt.append(family.decode_latents(autoencoder, latents))
-    return ((torch.cat(rebuilt).clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-
-
 def check_pictures(model: TinyModel, num_steps: int, guidance: float, out: Path) -> None:
-    """The autoencoder's PSNR on base and on new pictures; a sheet: real, rebuilt, sampled."""
+    """Measures the autoencoder's PSNR on base and on new pictures; writes a sheet: real, rebuilt, sampled."""
     base = random.Random(1).sample(read_base_icons(), NUM_CAPTIONS)
     pixels = model.pixels(base)
     rebuilt = rebuild(model.family, model.autoencoder, pixels)
     print(f"autoencoder: {psnr(rebuilt, pixels):.2f} dB on {len(base)} training pictures")
-    new = style_icons(demo_names()[1], STYLE_SET)
+    new = read_named_icons(STYLE_SET, demo_names()[1])
     new_pixels = model.pixels(new)
     new_rebuilt = rebuild(model.family, model.autoencoder, new_pixels)
     print(f"autoencoder: {psnr(new_rebuilt, new_pixels):.2f} dB on {len(new)} pictures of the style it never saw")
@@ -192,12 +175,6 @@ def check_pictures(model: TinyModel, num_steps: int, guidance: float, out: Path)
 
 
 # ---- styles
-
-
-def style_icons(names: Sequence[str], set_name: str) -> list[Icon]:
-    """The drawings of the given names in one set."""
-    icons = {icon.name: icon for icon in read_icons(set_name)}
-    return [icons[name] for name in names]
 
 
 class Pictures:
@@ -213,7 +190,7 @@ class Pictures:
 
 @torch.no_grad()
 def held_out_loss(model: TinyModel, transformer: nn.Module, pictures: Pictures) -> float:
-    """Mean loss with fixed noise at fixed sigmas."""
+    """Computes the mean loss with fixed noise at fixed sigmas."""
     latents = pictures.latents.mean_BCHW
     generator = torch.Generator().manual_seed(1)
     losses = []
@@ -228,7 +205,7 @@ def held_out_loss(model: TinyModel, transformer: nn.Module, pictures: Pictures) 
 
 
 def train_lora(model: TinyModel, pictures: Pictures, arguments: argparse.Namespace) -> nn.Module:
-    """A LoRA of rank 16 on the attention's projections; returns the adapted transformer."""
+    """Trains a LoRA on the attention's projections, and returns the adapted transformer."""
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(0)
@@ -258,16 +235,19 @@ def train_lora(model: TinyModel, pictures: Pictures, arguments: argparse.Namespa
 
 
 def check_styles(model: TinyModel, arguments: argparse.Namespace) -> None:
-    """The same LoRA steps on known pictures and on the new style, judged on held-out names of the new style."""
+    """Trains a LoRA on known pictures and one on the new style, and judges both on held-out names of the new style."""
     train_names, held_out_names = demo_names()
-    held_out = Pictures(model, style_icons(held_out_names, STYLE_SET))
-    known = [icon for i, base in enumerate(BASE_SETS) for icon in style_icons(train_names[i :: len(BASE_SETS)], base)]
+    held_out = Pictures(model, read_named_icons(STYLE_SET, held_out_names))
+    known = [
+        icon for i, base in enumerate(BASE_SETS) for icon in read_named_icons(base, train_names[i :: len(BASE_SETS)])
+    ]
     before = held_out_loss(model, model.transformer, held_out)
     sheets = []
-    captions = [icon.caption for icon in style_icons(held_out_names[::3], STYLE_SET)]
+    shown = read_named_icons(STYLE_SET, held_out_names[::3])
+    captions = [icon.caption for icon in shown]
     sheets.append(model.sample(captions, arguments.sample_steps, arguments.guidance))
     plain = model.transformer
-    for title, icons in (("base-style", known), ("new-style", style_icons(train_names, STYLE_SET))):
+    for title, icons in (("base-style", known), ("new-style", read_named_icons(STYLE_SET, train_names))):
         start = time.monotonic()
         adapted = train_lora(model, Pictures(model, icons), arguments)
         seconds = time.monotonic() - start
@@ -281,8 +261,7 @@ def check_styles(model: TinyModel, arguments: argparse.Namespace) -> None:
         sheets.append(model.sample(captions, arguments.sample_steps, arguments.guidance))
         model.transformer = plain
     arguments.out.mkdir(parents=True, exist_ok=True)
-    real = model.pixels(style_icons(held_out_names[::3], STYLE_SET))
-    sheet([*sheets, real]).save(arguments.out / "styles.png")
+    sheet([*sheets, model.pixels(shown)]).save(arguments.out / "styles.png")
 
 
 def main() -> None:

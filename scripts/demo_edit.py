@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy
 from demo_style import STYLE_SET, demo_names
-from emoji_pictures import read_icons, render_all
+from emoji_pictures import read_named_icons, render_all
 from PIL import Image
 
 OUT_DIR = Path(__file__).resolve().parent.parent / "assets" / "demo-edit"
@@ -21,10 +21,11 @@ CONTROL_SET = "noto"
 SIZE_PIXELS = 256
 INSTRUCTION = "redraw in twemoji style"
 COLOURS = 64
-"""Of a stored picture: flat drawings lose nothing that is seen, and take a third of the space."""
+"""Colours of a stored picture: flat drawings lose nothing visible, and take a third of the space."""
 
 
 def save(path: Path, pixels_HW3: numpy.ndarray) -> None:
+    """Writes a picture as PNG in few colours."""
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(pixels_HW3).quantize(COLOURS, dither=Image.Dither.NONE).save(path, optimize=True)
 
@@ -33,13 +34,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=OUT_DIR)
     arguments = parser.parse_args()
-    sets = {
-        "images": {icon.name: icon for icon in read_icons(STYLE_SET)},
-        "control": {icon.name: icon for icon in read_icons(CONTROL_SET)},
-    }
     for folder, names in zip(("train", "held_out"), demo_names(), strict=True):
-        for part, icons in sets.items():
-            for name, pixels in zip(names, render_all([icons[name] for name in names], SIZE_PIXELS), strict=True):
+        for part, set_name in (("images", STYLE_SET), ("control", CONTROL_SET)):
+            pictures = render_all(read_named_icons(set_name, names), SIZE_PIXELS)
+            for name, pixels in zip(names, pictures, strict=True):
                 path = arguments.out / folder / part / f"{name.replace(' ', '-')}.png"
                 save(path, pixels)
                 if part == "images":

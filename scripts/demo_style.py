@@ -1,9 +1,9 @@
-"""Writes `assets/demo-style/`: pictures of a drawing style that the tiny base model has never seen.
+"""Writes `assets/demo-style/`: pictures of a drawing style that the small base model has never seen.
 
     python scripts/demo_style.py
 
 `train/` is for the LoRA. `held_out/` has other names of the same kinds in the same style, to measure whether the style
-carries over. Every name is one that the base model knows in both of its own styles.
+transfers. Every name is one that the base model knows in both of its own styles.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from emoji_pictures import BASE_SETS, read_icons, save_pair
+from emoji_pictures import BASE_SETS, read_icons, read_named_icons, save_pair
 
 STYLE_SET = "twemoji"
 OUT_DIR = Path(__file__).resolve().parent.parent / "assets" / "demo-style"
@@ -36,21 +36,21 @@ HELD_OUT_NAMES = """
 
 
 def parse_names(text: str) -> list[str]:
-    """Names separated by semicolons."""
+    """Splits names at semicolons."""
     return [" ".join(name.split()) for name in text.split(";")]
 
 
 def demo_names() -> tuple[list[str], list[str]]:
-    """Names to train on and names held out.
+    """Returns the names to train on and the names held out.
 
     Raises:
         ValueError: a name is used twice, or is missing from one of the three sets.
     """
     train, held_out = parse_names(TRAIN_NAMES), parse_names(HELD_OUT_NAMES)
     known = set.intersection(*({icon.name for icon in read_icons(name)} for name in (*BASE_SETS, STYLE_SET)))
-    faults = [name for name in (*train, *held_out) if name not in known]
-    if faults or len({*train, *held_out}) < len(train) + len(held_out):
-        raise ValueError(f"names must be different and in all three sets; missing: {faults}")
+    missing = [name for name in (*train, *held_out) if name not in known]
+    if missing or len({*train, *held_out}) < len(train) + len(held_out):
+        raise ValueError(f"names must be different and in all three sets; missing: {missing}")
     return train, held_out
 
 
@@ -58,10 +58,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=OUT_DIR)
     arguments = parser.parse_args()
-    icons = {icon.name: icon for icon in read_icons(STYLE_SET)}
     for folder, names in zip(("train", "held_out"), demo_names(), strict=True):
-        for name in names:
-            save_pair(arguments.out / folder, icons[name], SIZE_PIXELS)
+        for icon in read_named_icons(STYLE_SET, names):
+            save_pair(arguments.out / folder, icon, SIZE_PIXELS)
         print(f"{len(names)} pictures in {arguments.out / folder}")
 
 

@@ -26,7 +26,7 @@ from PIL import Image
 CACHE_DIR = Path(__file__).resolve().parent.parent / ".cache" / "icons"
 
 SKIN_TONES = ("medium light", "medium dark", "light", "medium", "dark")
-"""The two-word tones first, so that a search for them never stops at half of one."""
+"""Skin tones, two-word tones first, so that a search for them never stops at half of one."""
 _NUMBERED_TONES = {"1": "light", "2": "medium light", "3": "medium", "4": "medium dark", "5": "dark"}
 _TONE = "(?:" + "|".join(SKIN_TONES) + ")"
 _GENDER = re.compile(r"\b(?:man|men|woman|women|person|people|boy|girl)\b")
@@ -38,7 +38,7 @@ class IconSet:
 
     package: str
     style: str
-    """The words that end every caption of this set."""
+    """Words that end every caption of this set."""
     licence: str
 
 
@@ -48,7 +48,7 @@ ICON_SETS = {
     "twemoji": IconSet("@iconify-json/twemoji", "twemoji style", "CC-BY-4.0"),
 }
 BASE_SETS = ("noto", "fluent")
-"""What the tiny base model is trained on. The third set is kept from it, so that a LoRA has something to learn."""
+"""Sets that the small base model is trained on. The third set is kept from it, so that a LoRA can learn it."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Icon:
 
 
 def fetch_package(package: str, cache_dir: Path = CACHE_DIR) -> Path:
-    """The package's archive, fetched once."""
+    """Fetches a package's archive, once."""
     stem = package.removeprefix("@").replace("/", "-")
     found = sorted(cache_dir.glob(f"{stem}-[0-9]*.tgz"))
     if found:
@@ -84,7 +84,7 @@ def fetch_package(package: str, cache_dir: Path = CACHE_DIR) -> Path:
 
 
 def read_icons(set_name: str, cache_dir: Path = CACHE_DIR) -> list[Icon]:
-    """All drawings of a set, sorted by name.
+    """Reads all drawings of a set, sorted by name.
 
     Left out: aliases (another name for the same icon), icons that the package marks as hidden (superseded names), and
     icons whose drawing an earlier name already has.
@@ -108,12 +108,22 @@ def read_icons(set_name: str, cache_dir: Path = CACHE_DIR) -> list[Icon]:
 
 
 def read_base_icons(cache_dir: Path = CACHE_DIR) -> list[Icon]:
-    """The drawings that the tiny base model is trained on."""
+    """Reads the drawings that the small base model is trained on."""
     return [icon for set_name in BASE_SETS for icon in read_icons(set_name, cache_dir)]
 
 
+def read_named_icons(set_name: str, names: Sequence[str]) -> list[Icon]:
+    """Reads the drawings of the given names, in their order.
+
+    Raises:
+        KeyError: a name is not in the set.
+    """
+    icons = {icon.name: icon for icon in read_icons(set_name)}
+    return [icons[name] for name in names]
+
+
 def render(svg: str, size_pixels: int) -> numpy.ndarray:
-    """An SVG drawn over white; uint8, shape (size, size, 3)."""
+    """Renders an SVG over white; uint8, shape (size, size, 3)."""
     import resvg_py
 
     png = resvg_py.svg_to_bytes(
@@ -123,14 +133,14 @@ def render(svg: str, size_pixels: int) -> numpy.ndarray:
 
 
 def render_all(icons: Sequence[Icon], size_pixels: int, num_workers: int | None = None) -> numpy.ndarray:
-    """All drawings, by several processes; uint8, shape (N, size, size, 3)."""
+    """Renders all drawings with several processes; uint8, shape (N, size, size, 3)."""
     with ProcessPoolExecutor(num_workers) as pool:
         pictures = pool.map(render, [i.svg for i in icons], [size_pixels] * len(icons), chunksize=32)
         return numpy.stack(list(pictures))
 
 
 def save_pair(folder: Path, icon: Icon, size_pixels: int) -> None:
-    """One picture as PNG and its caption as a text file of the same stem."""
+    """Writes one picture as PNG and its caption as a text file of the same stem."""
     folder.mkdir(parents=True, exist_ok=True)
     stem = re.sub(r"[^a-z0-9]+", "-", icon.name.lower()).strip("-")
     Image.fromarray(render(icon.svg, size_pixels)).save(folder / f"{stem}.png", optimize=True)
@@ -138,7 +148,7 @@ def save_pair(folder: Path, icon: Icon, size_pixels: int) -> None:
 
 
 def _plain_name(key: str, icons: dict[str, Any]) -> str:
-    """An icon's key as words, with skin tones spelled alike in all sets: "..., dark skin tone"."""
+    """Spells an icon's key as words, with skin tones alike in all sets: "..., dark skin tone"."""
     words = key.replace("-", " ")
     words = re.sub(r" tone([1-5])\b", lambda match: f" {_NUMBERED_TONES[match[1]]} skin tone", words)
     bare_tone = re.search(rf" {_TONE}$", words)
@@ -151,7 +161,7 @@ def _plain_name(key: str, icons: dict[str, Any]) -> str:
 
 
 def _svg(entry: dict[str, Any], data: dict[str, Any]) -> str:
-    """A complete SVG with a square view box, the drawing in its middle."""
+    """Builds a complete SVG with a square view box and the drawing in its middle."""
     width = entry.get("width", data.get("width", 16))
     height = entry.get("height", data.get("height", 16))
     side = max(width, height)

@@ -1,4 +1,4 @@
-"""How the autoencoders of the small models are trained, until their minutes are over."""
+"""Trains the autoencoders of the small models for a number of minutes."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from diffusers.models.autoencoders.autoencoder_kl_qwenimage import (
     QwenImageRMS_norm,
     QwenImageUpsample,
 )
-from tiny_training import build_optimizers, recorded, schedule
+from tiny_training import build_optimizers, captured, schedule
 from torch import Tensor, nn
 
 KL_WEIGHT = 2e-4
 
 
 def single_frame_convolution(self: QwenImageCausalConv3d, frames: Tensor, cache_x: Tensor | None = None) -> Tensor:
-    """What the causal 3D convolution does to one frame, in 2D: its earlier time slices see only padding."""
+    """Computes the causal 3D convolution of one frame in 2D: its earlier time slices see only padding."""
     padding = (self._padding[2], self._padding[0])
     return F.conv2d(frames[:, :, 0], self.weight[:, :, -1], self.bias, self.stride[1:], padding).unsqueeze(2)
 
 
 def normalize(x: Tensor, gamma: Tensor) -> Tensor:
-    """Channels scaled to a root mean square of `gamma`; the compiler makes it one kernel."""
+    """Scales channels to a root mean square of `gamma`; the compiler makes it one kernel."""
     return (x * torch.rsqrt(x.float().square().mean(1, keepdim=True) + 1e-12) * gamma).to(x.dtype)
 
 
@@ -45,7 +45,7 @@ def fast_autoencoder(on_gpu: bool) -> Iterator[None]:
 
 
 def draw_augmented(pixels_N3HW: Tensor, batch_size: int) -> Tensor:
-    """Random pictures in [-1, 1], mirrored, shifted round the edges, a third in other colours; never waits for the GPU.
+    """Draws pictures in [-1, 1], mirrored, shifted round the edges, a third in other colours. Never waits for the GPU.
 
     The changes make other drawings fit the autoencoder as well.
     """
@@ -68,7 +68,7 @@ def draw_augmented(pixels_N3HW: Tensor, batch_size: int) -> Tensor:
 
 
 def edge_error(a: Tensor, b: Tensor) -> Tensor:
-    """How far the differences of neighbouring pixels are from those of the other picture."""
+    """Computes the mean error of differences between neighbouring pixels."""
     difference = a - b
     return difference.diff(dim=-2).abs().mean() + difference.diff(dim=-1).abs().mean()
 
@@ -77,7 +77,7 @@ Moments = tuple[Tensor, Tensor]
 
 
 def film_moments(vae: nn.Module, pixels_B3HW: Tensor) -> Moments:
-    """Mean and log-variance of Qwen's autoencoder, whose pictures are films of one frame."""
+    """Computes mean and log-variance with Qwen's autoencoder, whose pictures are films of one frame."""
     return vae.quant_conv(vae.encoder(pixels_B3HW.unsqueeze(2)))[:, :, 0].float().chunk(2, dim=1)
 
 
@@ -86,7 +86,7 @@ def film_pixels(vae: nn.Module, latents_BCHW: Tensor) -> Tensor:
 
 
 def picture_moments(vae: nn.Module, pixels_B3HW: Tensor) -> Moments:
-    """Mean and log-variance of FLUX's autoencoder."""
+    """Computes mean and log-variance with FLUX's autoencoder."""
     return vae.encoder(pixels_B3HW).float().chunk(2, dim=1)
 
 
@@ -95,7 +95,7 @@ def picture_pixels(vae: nn.Module, latents_BCHW: Tensor) -> Tensor:
 
 
 class AutoencoderTraining:
-    """One training step of the autoencoder, without a wait for the GPU. `pixels` is uint8, shape (N, 3, H, W)."""
+    """One training step of the autoencoder, without a wait for the GPU. `pixels` are uint8, shape (N, 3, H, W)."""
 
     def __init__(self, vae: nn.Module, pixels: Tensor, batch_size: int) -> None:
         film = isinstance(vae, AutoencoderKLQwenImage)
@@ -114,7 +114,7 @@ class AutoencoderTraining:
         self.optimizers = build_optimizers(self.parameters, matrices, self.rate)
 
     def step(self) -> None:
-        """Absolute error of pixels and of edges, squared error, and a weak pull of the latents to a unit Gaussian."""
+        """Takes a step on the errors of pixels and edges, and a weak pull of the latents to a unit Gaussian."""
         pixels = draw_augmented(self.pixels, self.batch_size)
         with torch.autocast(pixels.device.type, torch.bfloat16, enabled=self.on_gpu, cache_enabled=False):
             mean, log_variance = self.moments(self.vae, pixels)
@@ -139,7 +139,7 @@ def train_autoencoder(training: AutoencoderTraining, minutes: float, peak: float
         print(f"vae step {step}, {fraction:.0%} of the time, {psnr:.2f} dB", flush=True)
 
     with fast_autoencoder(training.on_gpu):
-        step = recorded(training.step) if training.on_gpu else training.step
+        step = captured(training.step) if training.on_gpu else training.step
         for rate in schedule(minutes, peak, 200, log):
             training.rate.fill_(rate)
             step()

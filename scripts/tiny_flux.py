@@ -1,4 +1,4 @@
-"""The parts of `assets/tiny-flux/`: exactly FLUX.1-dev's classes at toy size.
+"""Builds the parts of `assets/tiny-flux/`: exactly FLUX.1-dev's classes at toy size.
 
     python scripts/tiny_flux.py --out /tmp/tiny-flux-random     # random weights, a valid pipeline folder
 
@@ -7,21 +7,16 @@ Sizes are set here and nowhere else; `train_tiny_models.py` gives the weights th
 
 from __future__ import annotations
 
-import argparse
 import json
-import math
 from collections.abc import Iterable
-from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
-from emoji_pictures import read_base_icons
-from tiny_qwen_image import build_scheduler, print_sizes, save_pipeline
+from tiny_qwen_image import build_scheduler, randomized, write_untrained, zero_parameters
 from tokenizers import Tokenizer
 from tokenizers.models import BPE, Unigram
 from tokenizers.pre_tokenizers import ByteLevel, Metaspace
 from tokenizers.trainers import BpeTrainer, UnigramTrainer
-from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5TokenizerFast
 
 TEXT_FEATURES = 128
@@ -40,7 +35,7 @@ TRANSFORMER_SIZES = {
 
 
 def build_clip_tokenizer(captions: Iterable[str]) -> CLIPTokenizer:
-    """CLIP's byte-level tokenizer with a vocabulary learnt from the captions."""
+    """Builds CLIP's byte-level tokenizer with a vocabulary learnt from the captions."""
     alphabet = sorted(ByteLevel.alphabet())
     learner = Tokenizer(BPE(end_of_word_suffix="</w>"))
     learner.pre_tokenizer = CLIPTokenizer().backend_tokenizer.pre_tokenizer
@@ -60,7 +55,7 @@ def build_clip_tokenizer(captions: Iterable[str]) -> CLIPTokenizer:
 
 
 def build_t5_tokenizer(captions: Iterable[str]) -> T5TokenizerFast:
-    """T5's unigram tokenizer with a vocabulary learnt from the captions."""
+    """Builds T5's unigram tokenizer with a vocabulary learnt from the captions."""
     learner = Tokenizer(Unigram())
     learner.pre_tokenizer = Metaspace()
     special = ["<pad>", "</s>", "<unk>"]
@@ -71,7 +66,7 @@ def build_t5_tokenizer(captions: Iterable[str]) -> T5TokenizerFast:
 
 
 def build_clip(tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    """A random CLIP that stays as it is; its pooled feature is the last word's, which has looked at all before."""
+    """Builds a random CLIP that is not trained; its pooled feature is the last word's, which attends to all others."""
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=POOLED_FEATURES,
@@ -83,11 +78,11 @@ def build_clip(tokenizer: CLIPTokenizer) -> CLIPTextModel:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    return _random(CLIPTextModel(config), "token_embedding")
+    return randomized(CLIPTextModel(config), "token_embedding", ("position",))
 
 
 def build_t5(tokenizer: T5TokenizerFast) -> T5EncoderModel:
-    """A random T5 that stays as it is; token vectors are large beside what its layers add."""
+    """Builds a random T5 that is not trained; its token vectors are large beside what its layers add."""
     config = T5Config(
         vocab_size=len(tokenizer),
         d_model=TEXT_FEATURES,
@@ -100,21 +95,11 @@ def build_t5(tokenizer: T5TokenizerFast) -> T5EncoderModel:
         eos_token_id=tokenizer.eos_token_id,
         decoder_start_token_id=tokenizer.pad_token_id,
     )
-    return _random(T5EncoderModel(config), "shared")
-
-
-def _random(model: nn.Module, embedding: str) -> nn.Module:
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if embedding in name:
-                parameter.normal_()
-            elif parameter.ndim >= 2 and "position" not in name and "relative" not in name:
-                parameter.normal_(0, 0.5 / math.sqrt(parameter.shape[-1]))
-    return model.eval().requires_grad_(False)
+    return randomized(T5EncoderModel(config), "shared", ("relative",))
 
 
 def build_autoencoder() -> AutoencoderKL:
-    """FLUX's autoencoder, narrow: 8x smaller, 16 channels. Its latent statistics are set after training."""
+    """Builds FLUX's autoencoder, narrow: 8x smaller, 16 channels. Its latent statistics are set after training."""
     model = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
@@ -134,19 +119,19 @@ def build_autoencoder() -> AutoencoderKL:
 
 
 def build_transformer() -> FluxTransformer2DModel:
-    """FLUX.1-dev's transformer, narrow and shallow; blocks start as the identity (Peebles & Xie 2023, adaLN-Zero)."""
+    """Builds FLUX.1-dev's transformer, narrow and shallow.
+
+    Blocks start as the identity (Peebles & Xie 2023, adaLN-Zero).
+    """
     model = FluxTransformer2DModel(in_channels=64, guidance_embeds=True, **TRANSFORMER_SIZES)
-    zeroed: list[nn.Module] = [model.proj_out, model.norm_out.linear]
-    zeroed += [norm.linear for block in model.transformer_blocks for norm in (block.norm1, block.norm1_context)]
-    zeroed += [block.norm.linear for block in model.single_transformer_blocks]
-    for module in zeroed:
-        for parameter in module.parameters():
-            nn.init.zeros_(parameter)
+    zero_parameters([model.proj_out, model.norm_out.linear])
+    zero_parameters(norm.linear for block in model.transformer_blocks for norm in (block.norm1, block.norm1_context))
+    zero_parameters(block.norm.linear for block in model.single_transformer_blocks)
     return model
 
 
 def build_pipeline(captions: Iterable[str], seed: int = 0) -> FluxPipeline:
-    """All parts, untrained."""
+    """Builds all parts, untrained."""
     torch.manual_seed(seed)
     captions = list(captions)
     clip_tokenizer, t5_tokenizer = build_clip_tokenizer(captions), build_t5_tokenizer(captions)
@@ -161,15 +146,5 @@ def build_pipeline(captions: Iterable[str], seed: int = 0) -> FluxPipeline:
     )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
-    arguments = parser.parse_args()
-    pipeline = build_pipeline([icon.caption for icon in read_base_icons()])
-    print_sizes(pipeline)
-    nn.init.normal_(pipeline.transformer.proj_out.weight, std=0.02)
-    save_pipeline(pipeline, arguments.out)
-
-
 if __name__ == "__main__":
-    main()
+    write_untrained(__doc__, build_pipeline)

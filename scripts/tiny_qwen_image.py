@@ -1,4 +1,4 @@
-"""The parts of `assets/tiny-qwen-image/`: exactly Qwen-Image's classes at toy size.
+"""Builds the parts of `assets/tiny-qwen-image/`: exactly Qwen-Image's classes at toy size.
 
     python scripts/tiny_qwen_image.py --out /tmp/tiny-qwen-image-random     # random weights, a valid pipeline folder
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -46,7 +46,7 @@ TRANSFORMER_SIZES = {
 }
 
 EDIT_TEMPLATE = EditReader.template
-"""`QwenImageEditPipeline`'s, so that the same tokenizer serves a tiny edit model."""
+"""Template of `QwenImageEditPipeline`, so that the same tokenizer serves the small edit model."""
 SPECIAL_TOKENS = (
     "<|endoftext|>",
     "<|im_start|>",
@@ -60,7 +60,7 @@ SPECIAL_TOKENS = (
 
 
 def build_tokenizer(captions: Iterable[str]) -> Qwen2Tokenizer:
-    """Qwen2's byte-level tokenizer with a vocabulary learnt from the captions and both pipelines' templates.
+    """Builds Qwen2's byte-level tokenizer with a vocabulary learnt from the captions and both pipelines' templates.
 
     The pipelines drop a fixed number of leading features, so the words of the templates must become single tokens, as
     they are in Qwen's own vocabulary; they are repeated so that they are merged first.
@@ -91,7 +91,7 @@ def build_tokenizer(captions: Iterable[str]) -> Qwen2Tokenizer:
 
 
 def check_templates(tokenizer: Qwen2Tokenizer) -> None:
-    """The pipelines cut the first 34 and 64 features: what stands before the user's part must have that length."""
+    """Checks the templates' lengths: the pipelines cut the first 34 and 64 features, which precede the user's part."""
     for template, expected in (
         (CaptionReader.template.partition("{}"), NUM_TEMPLATE_TOKENS),
         (EDIT_TEMPLATE.partition("{}"), NUM_EDIT_TEMPLATE_TOKENS),
@@ -103,10 +103,10 @@ def check_templates(tokenizer: Qwen2Tokenizer) -> None:
 
 
 def build_text_encoder(tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLForConditionalGeneration:
-    """A random Qwen2.5-VL that stays as it is.
+    """Builds a random Qwen2.5-VL that is not trained.
 
-    Its token vectors are large beside what its two layers add, so that each feature still says which token it stands
-    for, and the layers mix in a little of what came before.
+    Its token vectors are large beside what its two layers add, so that each feature still identifies its token, and the
+    layers mix in a little of what came before.
     """
     token_id = tokenizer.convert_tokens_to_ids
     config = Qwen2_5_VLConfig(
@@ -138,27 +138,36 @@ def build_text_encoder(tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLForConditionalGen
         vision_end_token_id=token_id("<|vision_end|>"),
         tie_word_embeddings=True,
     )
-    model = Qwen2_5_VLForConditionalGeneration(config)
+    return randomized(Qwen2_5_VLForConditionalGeneration(config), "embed_tokens", ("visual",))
+
+
+def randomized(model: nn.Module, embedding: str, left_alone: Sequence[str]) -> nn.Module:
+    """Draws the weights of a text encoder that is not trained, and returns it.
+
+    Args:
+        embedding: part of the names of token vectors, which get unit variance.
+        left_alone: parts of the names of weights that keep their values.
+    """
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "embed_tokens" in name:
+            if embedding in name:
                 parameter.normal_()
-            elif parameter.ndim >= 2 and "visual" not in name:
+            elif parameter.ndim >= 2 and not any(part in name for part in left_alone):
                 parameter.normal_(0, 0.5 / math.sqrt(parameter.shape[-1]))
     return model.eval().requires_grad_(False)
 
 
 def build_autoencoder() -> AutoencoderKLQwenImage:
-    """Qwen's image autoencoder, narrow: 8x smaller, 16 channels. Its latent statistics are set after training."""
+    """Builds Qwen's image autoencoder, narrow: 8x smaller, 16 channels. Latent statistics are set after training."""
     z_dim = int(VAE_SIZES["z_dim"])
     return start_autoencoder(AutoencoderKLQwenImage(**VAE_SIZES, latents_mean=[0.0] * z_dim, latents_std=[1.0] * z_dim))
 
 
 def start_autoencoder(model: AutoencoderKLQwenImage) -> AutoencoderKLQwenImage:
-    """Starting values.
+    """Sets an autoencoder's starting values, and returns it.
 
-    Of a single picture, only a causal kernel's last time slice sees anything but padding: the others are zero, and the
-    last is drawn for the inputs that it has. The posterior starts narrow, so that the decoder has a signal from the
+    With a single picture, only a causal kernel's last time slice sees anything but padding: the others are zero, and
+    the last is drawn for the inputs that it has. The posterior starts narrow, so that the decoder has a signal from the
     first step.
     """
     with torch.no_grad():
@@ -173,7 +182,7 @@ def start_autoencoder(model: AutoencoderKLQwenImage) -> AutoencoderKLQwenImage:
 
 
 def build_transformer() -> QwenImageTransformer2DModel:
-    """Qwen-Image's transformer, narrow and shallow."""
+    """Builds Qwen-Image's transformer, narrow and shallow."""
     return start_transformer(
         QwenImageTransformer2DModel(
             in_channels=4 * VAE_SIZES["z_dim"], out_channels=VAE_SIZES["z_dim"], **TRANSFORMER_SIZES
@@ -182,18 +191,22 @@ def build_transformer() -> QwenImageTransformer2DModel:
 
 
 def start_transformer(model: QwenImageTransformer2DModel) -> QwenImageTransformer2DModel:
-    """Blocks start as the identity (Peebles & Xie 2023, adaLN-Zero)."""
-    zeroed: list[nn.Module] = [model.proj_out, model.norm_out.linear]
+    """Makes blocks start as the identity (Peebles & Xie 2023, adaLN-Zero), and returns the transformer."""
+    zero_parameters([model.proj_out, model.norm_out.linear])
     for block in model.transformer_blocks:
-        zeroed += [block.img_mod[1], block.txt_mod[1]]
-    for module in zeroed:
-        for parameter in module.parameters():
-            nn.init.zeros_(parameter)
+        zero_parameters([block.img_mod[1], block.txt_mod[1]])
     return model
 
 
+def zero_parameters(modules: Iterable[nn.Module]) -> None:
+    """Sets all parameters of modules to zero."""
+    for module in modules:
+        for parameter in module.parameters():
+            nn.init.zeros_(parameter)
+
+
 def build_scheduler() -> FlowMatchEulerDiscreteScheduler:
-    """Qwen-Image's sampler with its shift stated for this model's 64 tokens instead of 256."""
+    """Builds Qwen-Image's sampler, with its shift stated for this model's 64 tokens instead of 256."""
     return FlowMatchEulerDiscreteScheduler(
         use_dynamic_shifting=True,
         base_image_seq_len=(PICTURE_PIXELS // 16) ** 2,
@@ -205,7 +218,7 @@ def build_scheduler() -> FlowMatchEulerDiscreteScheduler:
 
 
 def build_pipeline(captions: Iterable[str], seed: int = 0) -> QwenImagePipeline:
-    """All parts, untrained."""
+    """Builds all parts, untrained."""
     torch.manual_seed(seed)
     tokenizer = build_tokenizer(captions)
     return QwenImagePipeline(
@@ -218,7 +231,7 @@ def build_pipeline(captions: Iterable[str], seed: int = 0) -> QwenImagePipeline:
 
 
 def save_pipeline(pipeline: DiffusionPipeline, folder: Path) -> None:
-    """The pipeline in diffusers' folder layout, weights stored in bf16 and loaded in fp32 unless asked otherwise."""
+    """Saves a pipeline in diffusers' folder layout, with weights in bf16 that load in fp32 unless asked otherwise."""
     for part in pipeline.components.values():
         for parameter in part.parameters() if isinstance(part, nn.Module) else ():
             parameter.data = parameter.data.to(torch.bfloat16)
@@ -232,23 +245,28 @@ def save_pipeline(pipeline: DiffusionPipeline, folder: Path) -> None:
         config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
-def print_sizes(pipeline: DiffusionPipeline) -> None:
-    """How many weights each part has."""
+def write_untrained(
+    description: str,
+    build: Callable[[Sequence[str]], DiffusionPipeline],
+    save: Callable[[DiffusionPipeline, Path], None] = save_pipeline,
+) -> None:
+    """Writes a pipeline with random weights to the folder of `--out`, and prints how many weights each part has.
+
+    Args:
+        description: for `--help`.
+        build: builds the pipeline from all captions.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    arguments = parser.parse_args()
+    pipeline = build([icon.caption for icon in read_base_icons()])
     for name, part in pipeline.components.items():
         if isinstance(part, nn.Module):
             print(f"{name}: {sum(p.numel() for p in part.parameters()) / 1e6:.2f} million weights")
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
-    arguments = parser.parse_args()
-    pipeline = build_pipeline([icon.caption for icon in read_base_icons()])
-    print_sizes(pipeline)
     # A velocity of exactly zero has no direction, which classifier-free guidance divides by.
     nn.init.normal_(pipeline.transformer.proj_out.weight, std=0.02)
-    save_pipeline(pipeline, arguments.out)
+    save(pipeline, arguments.out)
 
 
 if __name__ == "__main__":
-    main()
+    write_untrained(__doc__, build_pipeline)

@@ -1,4 +1,4 @@
-"""The parts of `assets/tiny-qwen-image-edit/`: exactly Qwen-Image-Edit's classes at toy size.
+"""Builds the parts of `assets/tiny-qwen-image-edit/`: exactly Qwen-Image-Edit's classes at toy size.
 
     python scripts/tiny_qwen_image_edit.py --out /tmp/tiny-edit-random     # random weights, a valid pipeline folder
 
@@ -7,25 +7,14 @@ The autoencoder makes pictures 32 times smaller, so that the 1024x1024 control o
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKLQwenImage, QwenImagePipeline, QwenImageTransformer2DModel
-from emoji_pictures import read_base_icons
-from tiny_qwen_image import (
-    TRANSFORMER_SIZES,
-    print_sizes,
-    save_pipeline,
-    start_autoencoder,
-    start_transformer,
-)
-from tiny_qwen_image import (
-    build_pipeline as build_text_pipeline,
-)
-from torch import nn
+from tiny_qwen_image import TRANSFORMER_SIZES, save_pipeline, start_autoencoder, start_transformer, write_untrained
+from tiny_qwen_image import build_pipeline as build_text_pipeline
 from transformers import Qwen2VLImageProcessorPil
 
 PICTURE_PIXELS = 256
@@ -40,20 +29,20 @@ VAE_SIZES = {
 
 
 def build_autoencoder() -> AutoencoderKLQwenImage:
-    """Qwen's image autoencoder, narrow, with five down-samplings."""
+    """Builds Qwen's image autoencoder, narrow, with five down-samplings."""
     model = AutoencoderKLQwenImage(**VAE_SIZES, latents_mean=[0.0] * Z_DIM, latents_std=[1.0] * Z_DIM)
     return start_autoencoder(model)
 
 
 def build_transformer() -> QwenImageTransformer2DModel:
-    """Qwen-Image-Edit's transformer is Qwen-Image's."""
+    """Builds Qwen-Image-Edit's transformer, which is Qwen-Image's."""
     return start_transformer(
         QwenImageTransformer2DModel(in_channels=4 * Z_DIM, out_channels=Z_DIM, **{**TRANSFORMER_SIZES, "num_layers": 4})
     )
 
 
 def build_pipeline(captions: Iterable[str], seed: int = 0) -> QwenImagePipeline:
-    """All parts, untrained, in a text-to-image pipeline: the edit pipeline's processor cannot be made everywhere."""
+    """Builds all parts, untrained, as a text-to-image pipeline: the edit pipeline needs a processor."""
     pipeline = build_text_pipeline(captions, seed)
     torch.manual_seed(seed)
     pipeline.register_modules(vae=build_autoencoder(), transformer=build_transformer())
@@ -61,7 +50,7 @@ def build_pipeline(captions: Iterable[str], seed: int = 0) -> QwenImagePipeline:
 
 
 def save_edit_pipeline(pipeline: QwenImagePipeline, folder: Path) -> None:
-    """The folder of a `QwenImageEditPipeline`: the text pipeline's with a picture processor and another index."""
+    """Saves the folder of a `QwenImageEditPipeline`: the text pipeline's with a picture processor and another index."""
     save_pipeline(pipeline, folder)
     Qwen2VLImageProcessorPil(min_pixels=3136, max_pixels=12845056).save_pretrained(folder / "processor")
     pipeline.tokenizer.save_pretrained(folder / "processor")
@@ -71,15 +60,5 @@ def save_edit_pipeline(pipeline: QwenImagePipeline, folder: Path) -> None:
     index_file.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
-    arguments = parser.parse_args()
-    pipeline = build_pipeline([icon.caption for icon in read_base_icons()])
-    print_sizes(pipeline)
-    nn.init.normal_(pipeline.transformer.proj_out.weight, std=0.02)
-    save_edit_pipeline(pipeline, arguments.out)
-
-
 if __name__ == "__main__":
-    main()
+    write_untrained(__doc__, build_pipeline, save_edit_pipeline)

@@ -1,7 +1,7 @@
-"""How the transformers of the small models in `assets/` are trained, until their minutes are over.
+"""Trains the transformers of the small models in `assets/` for a number of minutes.
 
-Schedules follow the clock, steps are recorded as CUDA graphs, and conditioning, latents and objective are the
-project's own. What each model learns is in `train_tiny_models.py`; `tiny_autoencoder.py` trains what comes before.
+Schedules follow the clock, steps are captured as CUDA graphs, and conditioning, latents and objective are pixtune's.
+`train_tiny_models.py` says what each model learns; `tiny_autoencoder.py` trains the autoencoder before.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from pixtune.objective import add_noise, draw_sigmas, example_losses, shift_sigm
 CAPTION_DROPOUT = 0.1
 EMA_DECAY = 0.999
 SIGMA_SHIFT = 0.5
-"""`mu`: more of the training goes to noisy pictures, where the caption decides."""
+"""Shift `mu` of the noise levels: more of the training goes to noisy pictures, where the caption decides."""
 
 
 # ---- the clock
 
 
 def schedule(minutes: float, peak: float, warmup_steps: int, log: Callable[[int, float], None]) -> Iterator[float]:
-    """Learning rates: a linear warm-up, then a cosine to zero that ends with the minutes."""
+    """Yields learning rates: a linear warm-up, then a cosine to zero that ends with the minutes."""
     start, step, fraction = time.monotonic(), 0, 0.0
     while fraction < 1:
         if step % 20 == 0:
@@ -48,8 +48,8 @@ def schedule(minutes: float, peak: float, warmup_steps: int, log: Callable[[int,
     log(step, fraction)
 
 
-def recorded(step: Callable[[], None]) -> Callable[[], None]:
-    """The step as a CUDA graph: thousands of small launches become one."""
+def captured(step: Callable[[], None]) -> Callable[[], None]:
+    """Captures the step as a CUDA graph: thousands of small launches become one."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -83,7 +83,7 @@ class Muon:
         for group, velocity in zip(self.groups, self.velocities, strict=True):
             gradient = self._as_matrices([m.grad for m in group if m.grad is not None])
             velocity.lerp_(gradient, 1 - self.momentum)
-            step = orthogonalise(gradient.lerp(velocity, self.momentum))
+            step = orthogonalize(gradient.lerp(velocity, self.momentum))
             scale = -0.2 * math.sqrt(max(step.shape[-2:])) * self.rate
             used = [last_slice(m.data) for m in group]
             torch._foreach_add_(
@@ -96,12 +96,12 @@ class Muon:
 
 
 def last_slice(weight: Tensor) -> Tensor:
-    """The part of a causal 3D kernel that sees a single picture; other weights as they are."""
+    """Returns the part of a causal 3D kernel that sees a single picture; other weights as they are."""
     return weight[:, :, -1] if weight.ndim == 5 else weight
 
 
-def orthogonalise(matrices: Tensor) -> Tensor:
-    """Singular values of about 1, by five Newton-Schulz steps in bf16."""
+def orthogonalize(matrices: Tensor) -> Tensor:
+    """Brings singular values to about 1, by five Newton-Schulz steps in bf16."""
     x = matrices.bfloat16()
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x
@@ -113,7 +113,7 @@ def orthogonalise(matrices: Tensor) -> Tensor:
 
 
 def build_optimizers(parameters: list[nn.Parameter], matrices: list[nn.Parameter], rate: Tensor) -> list[Any]:
-    """Muon for the inner matrices, Adam for the rest."""
+    """Builds Muon for the inner matrices and Adam for the rest."""
     chosen = {id(matrix) for matrix in matrices}
     others = [p for p in parameters if id(p) not in chosen]
     adam = torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.98), weight_decay=0.0, capturable=rate.is_cuda)
@@ -127,7 +127,7 @@ def build_optimizers(parameters: list[nn.Parameter], matrices: list[nn.Parameter
 class TrainingSet:
     """Targets as latents, captions as features and control pictures as latents, all on the training device.
 
-    `targets_N`, `texts_N` and `controls_N` say which of them a row is made of; `dropped_N` names the features that
+    `targets_N`, `texts_N` and `controls_N` hold the index of each row's parts; `dropped_N` that of the features which
     stand for its dropped caption.
     """
 
@@ -140,7 +140,7 @@ class TrainingSet:
     cumulative_shares_N: Tensor
 
     def draw(self, batch_size: int) -> tuple[Tensor, dict[str, Tensor], list[Tensor]]:
-        """Fresh latents, conditioning and controls of a random batch, some captions dropped. Never waits."""
+        """Draws latents, conditioning and controls of a batch, some captions dropped. Never waits for the GPU."""
         device = self.targets_N.device
         rows = torch.searchsorted(self.cumulative_shares_N, torch.rand(batch_size, device=device))
         rows = rows.clamp_max(len(self.targets_N) - 1)
@@ -156,12 +156,12 @@ class TrainingSet:
 
 
 def cumulative(*parts: tuple[float, Tensor]) -> Tensor:
-    """Running sums of drawing probabilities: each part gets its share, spread over its rows by their weights."""
+    """Returns running sums of draw probabilities: each part gets its share, spread over its rows by their weights."""
     return torch.cumsum(torch.cat([share * weights / weights.sum() for share, weights in parts]), 0)
 
 
 def weights_by_group(icons: Sequence[Icon], device: torch.device) -> Tensor:
-    """A group of n variants is drawn as often as the square root of n single pictures."""
+    """Returns weights by which a group of n variants is drawn as often as the square root of n single pictures."""
     sizes = Counter(icon.group for icon in icons)
     return torch.tensor([sizes[icon.group] ** -0.5 for icon in icons], device=device)
 
@@ -177,19 +177,19 @@ def fast_forward() -> Iterator[None]:
 
 
 def padded_length(embeds_BTD: Tensor, mask_BT: Tensor) -> tuple[int, None, Tensor]:
-    """What the transformer uses of diffusers' function, without its copy to the GPU."""
+    """Returns the values of diffusers' function that the transformer uses, without its copy to the GPU."""
     return embeds_BTD.shape[1], None, mask_BT
 
 
 def rotate_pairs(x: Tensor, frequencies: Tensor, use_real: bool = False) -> Tensor:
-    """diffusers' rotary embedding in real numbers, which the compiler can fuse."""
-    turn = torch.view_as_real(frequencies).unsqueeze(1)
-    (a, b), (cos, sin) = x.float().unflatten(-1, (-1, 2)).unbind(-1), turn.unbind(-1)
+    """Applies diffusers' rotary embedding in real numbers, which the compiler can fuse."""
+    angles = torch.view_as_real(frequencies).unsqueeze(1)
+    (a, b), (cos, sin) = x.float().unflatten(-1, (-1, 2)).unbind(-1), angles.unbind(-1)
     return torch.stack((a * cos - b * sin, a * sin + b * cos), -1).flatten(-2).type_as(x)
 
 
 class TransformerTraining:
-    """One training step without a single wait for the GPU, so that it can be recorded once and replayed."""
+    """One training step without a single wait for the GPU, so that it can be captured once and replayed."""
 
     def __init__(self, family: ModelFamily, transformer: nn.Module, data: TrainingSet, batch_size: int) -> None:
         self.family = family
@@ -211,7 +211,7 @@ class TransformerTraining:
         latents, conditioning, controls = self.data.draw(self.batch_size)
         noise = torch.randn_like(latents)
         sigma_B = shift_sigmas(draw_sigmas("uniform", torch.rand(len(latents), device=self.device)), SIGMA_SHIFT)
-        # No cache of casted weights: a recorded step must cast them anew each time.
+        # No cache of cast weights: a captured step must cast them anew each time.
         with torch.autocast(self.device.type, torch.bfloat16, cache_enabled=False):
             noisy = add_noise(latents, noise, sigma_B)
             velocity = self.family.predict_velocity(self.transformer, noisy, sigma_B, conditioning, controls)
@@ -224,7 +224,7 @@ class TransformerTraining:
         self.loss.lerp_(loss.detach(), 0.01)
 
     def averaged(self) -> nn.Module:
-        """The transformer with the averaged weights, on the CPU."""
+        """Returns the transformer with the averaged weights, on the CPU."""
         for parameter, value in zip(self.snapshot.parameters(), self.average, strict=True):
             parameter.data = value.cpu()
         return self.snapshot.eval().requires_grad_(False)
@@ -251,7 +251,7 @@ def train_transformer(
             for path in training.family.block_paths if compiled else ():
                 for block in training.transformer.get_submodule(path):
                     block.compile(fullgraph=True)
-            step_function = recorded(training.step)
+            step_function = captured(training.step)
         for rate in schedule(minutes, peak, 500, log):
             training.rate.fill_(rate)
             step_function()

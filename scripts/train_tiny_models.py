@@ -37,7 +37,7 @@ from pixtune.storage.model_folder import ModelFolder
 
 NUM_VARIATIONS = 4
 FLUX_TEXT_TOKENS = 48
-"""Longer than any caption here. The pipelines' 512 would be mostly padding, which FLUX attends to."""
+"""Tokens of a caption; no caption here is longer. The pipelines' 512 would be mostly padding, which FLUX attends to."""
 EDITS: dict[str, Callable[[Tensor], Tensor]] = {
     "mirror it": lambda pixels: pixels.flip(-1),
     "turn it upside down": lambda pixels: pixels.flip(-2),
@@ -47,11 +47,11 @@ EDITS: dict[str, Callable[[Tensor], Tensor]] = {
     "make it blue": lambda pixels: _tinted(pixels, (1.0, 0.6, 0.1)),
     "change nothing": lambda pixels: pixels,
 }
-"""Instruction -> the edited uint8 pictures."""
+"""Edits of uint8 pictures by their instruction."""
 
 
 def _tinted(pixels_B3HW: Tensor, ink: tuple[float, float, float]) -> Tensor:
-    """Grey levels in ink of one colour, given as how much of red, green and blue it takes from white."""
+    """Turns grey levels into ink of one colour, given as how much of red, green and blue it takes from white."""
     darkness = 1 - pixels_B3HW.float().mean(1, keepdim=True) / 255
     taken = torch.tensor(ink, device=pixels_B3HW.device).view(1, 3, 1, 1)
     return ((1 - (0.3 * (darkness > 0.03) + 0.7 * darkness) * taken) * 255).round().byte()
@@ -59,7 +59,7 @@ def _tinted(pixels_B3HW: Tensor, ink: tuple[float, float, float]) -> Tensor:
 
 @dataclass(frozen=True)
 class Recipe:
-    """What differs between the small models."""
+    """Everything in which the small models differ."""
 
     pixels: int
     build_pipeline: Callable[[Sequence[str]], DiffusionPipeline]
@@ -72,7 +72,7 @@ class Recipe:
 
 
 def encode_pictures(family: ModelFamily, autoencoder: nn.Module, pixels: Tensor) -> LatentDistribution:
-    """Latents of pictures given as uint8, shape (N, 3, H, W)."""
+    """Encodes pictures given as uint8, shape (N, 3, H, W)."""
     parts = [family.encode_images(autoencoder, chunk.float() / 127.5 - 1) for chunk in pixels.split(64)]
     return LatentDistribution(torch.cat([p.mean_BCHW for p in parts]), torch.cat([p.std_BCHW for p in parts]))
 
@@ -80,7 +80,7 @@ def encode_pictures(family: ModelFamily, autoencoder: nn.Module, pixels: Tensor)
 def caption_features(
     family: ModelFamily, folder: ModelFolder, captions: Sequence[str], device: torch.device
 ) -> dict[str, Tensor]:
-    """Features of all captions, padded to one length; with a mask where a family pads with nothing."""
+    """Encodes all captions, padded to one length; with a mask where a family pads with nothing."""
     encoder = family.load_text_encoder(folder, Placement(device, torch.float32))
     cut = FLUX_TEXT_TOKENS if family.embedded_guidance else None
     rows = []
@@ -90,7 +90,7 @@ def caption_features(
 
 
 def pad_to_eight(features: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Attention with a mask is fastest in lengths of eight."""
+    """Pads features to a multiple of eight tokens, at which attention with a mask is fastest."""
     if "prompt_embeds_mask" not in features:
         return features
     spare = -features["prompt_embeds"].shape[1] % 8
@@ -101,7 +101,7 @@ def pad_to_eight(features: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def text_to_image_set(folder: ModelFolder, icons: list[Icon], pixels: Tensor) -> TrainingSet:
-    """Every drawing by its caption; half of the draws go to other drawings of the same names: see `vary_pictures`."""
+    """Builds the set of drawings with their captions; half of the draws go to variations by `vary_pictures`."""
     family, device = family_of(folder), pixels.device
     real, num_real = weights_by_group(icons, device), len(icons)
     for seed in range(NUM_VARIATIONS):
@@ -122,7 +122,7 @@ def text_to_image_set(folder: ModelFolder, icons: list[Icon], pixels: Tensor) ->
 
 
 def edit_set(folder: ModelFolder, icons: list[Icon], pixels: Tensor) -> TrainingSet:
-    """The other set's drawing of the same thing, made-up styles of the same drawing, and a few simple edits."""
+    """Builds the set of edits: to the other set's drawing of the same thing, to made-up styles, and simple ones."""
     family, device, count = family_of(folder), pixels.device, len(icons)
     number = {(icon.name, icon.style): row for row, icon in enumerate(icons)}
     styles = sorted({icon.style for icon in icons})
@@ -161,7 +161,7 @@ def edit_set(folder: ModelFolder, icons: list[Icon], pixels: Tensor) -> Training
 
 @torch.no_grad()
 def edit_features(folder: ModelFolder, pixels: Tensor, prompts: Sequence[tuple[int, str]]) -> dict[str, Tensor]:
-    """Features of (picture, instruction) pairs: what `EditReader.encode` gives, with each picture prepared once."""
+    """Encodes (picture, instruction) pairs as `EditReader.encode` does, but prepares each picture once."""
     family, device = family_of(folder), pixels.device
     encoder = family.load_text_encoder(folder, Placement(device, torch.float32))
     (model,), (tokenizer,) = encoder.models, encoder.tokenizers
@@ -222,24 +222,36 @@ RECIPES = {
 }
 
 
-# ---- command line
+# ---- pictures
 
 
-def load_pixels(icons: list[Icon], size: int, device: torch.device) -> Tensor:
-    """All pictures as uint8, shape (N, 3, H, W), on the device."""
+def load_pixels(icons: Sequence[Icon], size: int, device: torch.device) -> Tensor:
+    """Renders all pictures as uint8, shape (N, 3, H, W), on the device."""
     return torch.from_numpy(render_all(icons, size)).permute(0, 3, 1, 2).contiguous().to(device)
 
 
-def psnr_of_rebuilt(folder: Path, pixels: Tensor) -> float:
-    """Mean peak signal-to-noise ratio of pictures through the autoencoder and back, in dB."""
-    family = family_of(ModelFolder(folder))
-    autoencoder = family.load_autoencoder(ModelFolder(folder), Placement(pixels.device, torch.float32))
-    errors = []
+@torch.no_grad()
+def rebuild(family: ModelFamily, autoencoder: nn.Module, pixels: Tensor) -> Tensor:
+    """Passes pictures through the autoencoder and back; uint8."""
+    rebuilt = []
     for chunk in pixels.split(64):
         latents = encode_pictures(family, autoencoder, chunk).mean_BCHW
-        rebuilt = (family.decode_latents(autoencoder, latents).clamp(-1, 1) + 1) / 2
-        errors.append((rebuilt - chunk.float() / 255).square().flatten(1).mean(1))
-    return float((-10 * torch.log10(torch.cat(errors).clamp_min(1e-10))).mean())
+        rebuilt.append(family.decode_latents(autoencoder, latents))
+    return as_pictures(torch.cat(rebuilt))
+
+
+def as_pictures(pixels_B3HW: Tensor) -> Tensor:
+    """Rounds pixels in [-1, 1] to uint8."""
+    return ((pixels_B3HW.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
+def psnr(pictures: Tensor, references: Tensor) -> float:
+    """Computes the mean over pictures of the peak signal-to-noise ratio, in dB."""
+    errors = (pictures.float() - references.float()).div(255).square().flatten(1).mean(1)
+    return float((-10 * torch.log10(errors.clamp_min(1e-10))).mean())
+
+
+# ---- command line
 
 
 def run_vae_stage(recipe: Recipe, captions: list[str], pixels: Tensor, arguments: argparse.Namespace) -> None:
@@ -250,8 +262,12 @@ def run_vae_stage(recipe: Recipe, captions: list[str], pixels: Tensor, arguments
         parameter.data = parameter.data.to(torch.bfloat16).float()  # as it will be stored
     set_latent_statistics(pipeline.vae, pixels)
     recipe.save(pipeline.to("cpu"), arguments.out)
+    folder = ModelFolder(arguments.out)
+    family = family_of(folder)
+    autoencoder = family.load_autoencoder(folder, Placement(pixels.device, torch.float32))  # as it is stored
     some = pixels[:: max(1, len(pixels) // 256)]
-    print(f"autoencoder: {psnr_of_rebuilt(arguments.out, some):.2f} dB on training pictures", flush=True)
+    rebuilt = rebuild(family, autoencoder, some)
+    print(f"autoencoder: {psnr(rebuilt, some):.2f} dB on training pictures", flush=True)
 
 
 def run_transformer_stage(recipe: Recipe, icons: list[Icon], pixels: Tensor, arguments: argparse.Namespace) -> None:
@@ -272,7 +288,7 @@ def run_transformer_stage(recipe: Recipe, icons: list[Icon], pixels: Tensor, arg
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", choices=RECIPES)
-    parser.add_argument("--out", type=Path, required=True, help="the pipeline folder; the second stage goes on in it")
+    parser.add_argument("--out", type=Path, required=True, help="the pipeline folder, which the second stage completes")
     parser.add_argument("--stage", choices=("vae", "transformer"), required=True)
     parser.add_argument("--minutes", type=float, required=True)
     parser.add_argument("--batch-size", type=int, required=True)

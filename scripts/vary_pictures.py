@@ -1,8 +1,8 @@
-"""Other drawings of the same things: pictures in the colours of made-up styles, each bent a little in its own way.
+"""Makes other drawings of the same things: in the colours of made-up styles, each bent a little in its own way.
 
 A model that has only ever seen two exact drawings of a name recites one of them whatever the noisy picture shows, and a
-LoRA for a third style then has to break that habit first. With these beside the real ones, a style is something that
-goes with every name, and a drawing may differ a little from the known ones: look at what is there.
+LoRA for a third style then has to break that habit first. With these beside the real ones, a model learns that a style
+goes with every name and that a drawing may differ a little from the known ones, so it looks at the noisy picture.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ MAX_BEND = 0.06
 
 
 def made_up_styles() -> list[str]:
-    """Style words that no language and no icon set has."""
+    """Makes up style words that no language and no icon set has."""
     words = random.Random(0)
     return [
         "".join(words.choice("bdfgklmnprsvz") + words.choice("aeiou") for _ in range(words.randint(2, 3))) + " style"
@@ -32,10 +32,10 @@ def made_up_styles() -> list[str]:
 
 
 def vary(icons: Sequence[Icon], pixels_N3HW: Tensor, seed: int, freedom: float = 1.0) -> tuple[list[Icon], Tensor]:
-    """The same names, each in one of the made-up styles; uint8 pictures, white around the drawing as before.
+    """Redraws the same names, each in one of the made-up styles; uint8 pictures, white around the drawing as before.
 
     Args:
-        freedom: how much a drawing may differ from what its style alone makes of it; 0 is nothing.
+        freedom: how much a drawing may differ from what its style alone makes of it; 0 is not at all.
     """
     generator = torch.Generator(pixels_N3HW.device).manual_seed(seed)
     styles_N = torch.randint(NUM_STYLES, (len(icons),), device=pixels_N3HW.device, generator=generator)
@@ -49,11 +49,11 @@ def _redraw(pixels_B3HW: Tensor, styles_B: Tensor, generator: torch.Generator, f
     size, device = len(pixels_B3HW), pixels_B3HW.device
 
     def spread(*shape: int) -> Tensor:
-        """Numbers in [-freedom, freedom], others for each picture."""
+        """Draws numbers in [-freedom, freedom], others for each picture."""
         return freedom * (torch.rand(size, *shape, device=device, generator=generator) * 2 - 1)
 
     def spread_of_style(purpose: int, *shape: int) -> Tensor:
-        """Numbers in [-1, 1], the same for all pictures of a style."""
+        """Draws numbers in [-1, 1], the same for all pictures of a style."""
         table = torch.rand(NUM_STYLES, *shape, generator=torch.Generator().manual_seed(purpose)) * 2 - 1
         return table.to(device)[styles_B]
 
