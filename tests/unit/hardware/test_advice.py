@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -48,7 +49,7 @@ def test_sound_machines_get_no_advice() -> None:
     assert advise(SOUND) == advise(SPARK) == advise(replace(SOUND, facts=facts_as("H100"))) == []
 
 
-def with_torch(machine: Machine, **changes: object) -> Machine:
+def with_torch(machine: Machine, **changes: Any) -> Machine:
     return replace(machine, torch=replace(machine.torch, **changes))
 
 
@@ -89,7 +90,7 @@ BROKEN: dict[str, tuple[Machine, str, str, str]] = {  # the machine, severity, w
     ),
     "no cuDNN": (with_torch(SOUND, cudnn_version=None), "warning", "without cuDNN", "libcudnn.so.9"),
     "Turing": (
-        replace(SOUND, facts=replace(SOUND.facts, name="Tesla T4", capability=(7, 5))),
+        replace(SOUND, facts=replace(facts_as("RTX 4090"), name="Tesla T4", capability=(7, 5))),
         "warning", "Tesla T4 has compute capability 7.5", "Ampere",
     ),
     "cu128 on a Spark": (with_torch(SPARK, cuda_version="12.8"), "warning", "built with CUDA 12.8", "CUDA 13"),

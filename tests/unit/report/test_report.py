@@ -573,7 +573,8 @@ def test_before_after_png_is_a_grid_of_readable_pictures(
         assert grid.getpixel((24 + 230 + 12 + width + 12 + 5, 105)) == BLUE
         for row in range(3):  # each row has its words beside it
             top = 100 + row * (height + 12)
-            assert grid.crop((24, top, 254, top + height)).convert("L").getextrema()[0] < 100
+            darkest, _ = grid.crop((24, top, 254, top + height)).convert("L").getextrema()
+            assert isinstance(darkest, int) and darkest < 100
 
 
 def test_before_after_png_has_at_most_sixteen_rows(run: FakeRun) -> None:

@@ -217,7 +217,7 @@ FILES_OF_THE_HUB = (
 
 def fetched(patterns: tuple[str, ...]) -> set[str]:
     """Which files of a model on the hub a download takes."""
-    from huggingface_hub.utils import filter_repo_objects
+    from huggingface_hub.utils import filter_repo_objects  # type: ignore[attr-defined]
 
     return set(filter_repo_objects(FILES_OF_THE_HUB, allow_patterns=list(patterns)))
 

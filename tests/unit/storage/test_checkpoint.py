@@ -15,7 +15,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from pixtune.errors import CheckpointError
 from pixtune.storage import checkpoint
@@ -29,11 +28,13 @@ from pixtune.storage.checkpoint import (
     resolve_resume,
     save_checkpoint,
 )
+from pixtune.storage.files import file_digest
+from pixtune.storage.safetensors_writer import TensorFile, save_safetensors
 
 RECORD = {"config": {"rank": 4, "rate": 1e-4}, "text": "狐", "nothing": None}
 
 
-def tensors(step: int) -> dict[str, tuple[dict[str, Tensor], dict[str, str]]]:
+def tensors(step: int) -> dict[str, TensorFile]:
     generator = torch.Generator().manual_seed(step)
     optimizer = {
         "layer/exp_avg": torch.randn(3, 4, generator=generator),
@@ -42,8 +43,8 @@ def tensors(step: int) -> dict[str, tuple[dict[str, Tensor], dict[str, str]]]:
         "layer/half": torch.randn(5, generator=generator).bfloat16(),
     }
     return {
-        "lora": ({"layer.weight": torch.randn(4, 2, generator=generator)}, {"k": "v"}),
-        "optimizer": (optimizer, {}),
+        "lora": TensorFile({"layer.weight": torch.randn(4, 2, generator=generator)}, {"k": "v"}),
+        "optimizer": TensorFile(optimizer),
     }
 
 
@@ -276,14 +277,13 @@ def test_a_failure_ends_all_threads_before_the_folder_goes(
     monkeypatch.setattr(checkpoint, "save_safetensors", write)
     expected = CheckpointError if isinstance(error, OSError) else RuntimeError
     with pytest.raises(expected, match=str(error.args[-1])):
-        save_checkpoint(tmp_path, 1, {str(number): ({}, {}) for number in range(50)}, {})
+        save_checkpoint(tmp_path, 1, {str(number): TensorFile({}) for number in range(50)}, {})
     assert len(begun) == len(ended) + 1 < 20, "the others are not begun any more"
     assert list(tmp_path.iterdir()) == [], "nothing is written after the folder has gone"
 
 
 def test_files_are_written_and_checked_at_the_same_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     together = threading.Barrier(checkpoint.NUM_THREADS, timeout=60)
-    save_safetensors, file_digest = checkpoint.save_safetensors, checkpoint.file_digest
 
     def write(*arguments: Any) -> str:
         together.wait()
@@ -295,17 +295,16 @@ def test_files_are_written_and_checked_at_the_same_time(tmp_path: Path, monkeypa
 
     monkeypatch.setattr(checkpoint, "save_safetensors", write)
     monkeypatch.setattr(checkpoint, "file_digest", check)
-    files = {str(number): ({"x": torch.tensor(number)}, {}) for number in range(2 * checkpoint.NUM_THREADS)}
+    files = {str(number): TensorFile({"x": torch.tensor(number)}) for number in range(2 * checkpoint.NUM_THREADS)}
     read = load_checkpoint(save_checkpoint(tmp_path, 1, files, {}))
     assert list(read.tensors) == sorted(files), "state.json is sorted"
     assert all(read.tensors[stem]["x"].item() == int(stem) for stem in files)
 
 
 def test_the_first_damaged_file_is_the_one_that_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = save_checkpoint(tmp_path, 1, {f"{n}": ({"x": torch.tensor(n)}, {}) for n in range(9)}, {})
+    path = save_checkpoint(tmp_path, 1, {f"{n}": TensorFile({"x": torch.tensor(n)}) for n in range(9)}, {})
     flip_byte(path / "2.safetensors")
     (path / "3.safetensors").unlink()  # found at once, while the one before is still being read
-    file_digest = checkpoint.file_digest
 
     def slow(file: Path) -> str:
         time.sleep(0.1 if file.stem == "2" else 0)

@@ -54,7 +54,7 @@ def test_every_difference_is_named_with_both_values() -> None:
 
 
 def test_what_leaves_the_steps_alone_may_change() -> None:
-    changed = {
+    changed: dict[str, Any] = {
         "output_dir": "moved",
         "pretrained_model_name_or_path": "moved",
         "data_config": {"img_dir": "moved", "num_workers": 0},

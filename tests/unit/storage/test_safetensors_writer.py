@@ -9,6 +9,7 @@ import os
 import tracemalloc
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import safetensors.torch
@@ -54,7 +55,7 @@ def stock_bytes(tensors: dict[str, Tensor], metadata: dict[str, str] | None = No
     return safetensors.torch.save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata)
 
 
-def header_and_data(content: bytes) -> tuple[list[tuple[str, object]], bytes]:
+def header_and_data(content: bytes) -> tuple[list[tuple[str, Any]], bytes]:
     start = 8 + int.from_bytes(content[:8], "little")
     assert start % 8 == 0
     return list(json.loads(content[8:start]).items()), content[start:]
@@ -166,7 +167,7 @@ def test_what_is_on_a_device_passes_through_one_small_buffer(tmp_path: Path, mon
     buffers: list[Tensor] = []
     empty = torch.empty
 
-    def watched(*arguments: int, **options: object) -> Tensor:
+    def watched(*arguments: int, **options: Any) -> Tensor:
         buffers.append(empty(*arguments, **options))
         return buffers[-1]
 

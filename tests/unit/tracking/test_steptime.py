@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import pytest
 
@@ -16,7 +17,7 @@ def drifts(timings: Iterable[StepTiming], spills_to_host: bool = False) -> list[
     return [drift for timing in timings if (drift := watch.add(timing))]
 
 
-def later(seconds: float, count: int = 3 * WINDOW_STEPS, **figures: object) -> list[StepTiming]:
+def later(seconds: float, count: int = 3 * WINDOW_STEPS, **figures: Any) -> list[StepTiming]:
     return [StepTiming(BASELINE_STEPS + number, seconds, **figures) for number in range(count)]
 
 
@@ -73,7 +74,7 @@ def test_another_size_is_no_drift() -> None:
         ("throttling", {"clock_mhz": 1200, "temperature_celsius": 86}, "at 1200 MHz at 86 °C instead of 1980"),
     ],
 )
-def test_a_measured_cause_is_named(cause: str, figures: dict[str, object], told: str) -> None:
+def test_a_measured_cause_is_named(cause: str, figures: dict[str, Any], told: str) -> None:
     (drift,) = drifts(YOUNG + later(2.0, **figures))
     assert drift.causes == (cause,) and told in drift.message
 
@@ -84,7 +85,7 @@ def test_all_measured_causes_are_named() -> None:
 
 
 @pytest.mark.parametrize("figures", [{"data_wait_seconds": 0.4}, {"clock_mhz": 1850}, {"free_share": 0.2}])
-def test_weak_evidence_is_none(figures: dict[str, object]) -> None:
+def test_weak_evidence_is_none(figures: dict[str, Any]) -> None:
     (drift,) = drifts(YOUNG + later(2.0, **figures), spills_to_host=True)
     assert drift.causes == ()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from pixtune.family import Placement
 from pixtune.storage.model_folder import ModelFolder
 from pixtune.trained.adapters import attach_lora, load_lora_weights, lora_weights, trainable_parameters
 from pixtune.trained.targets import resolve_targets
+from tests.gradients import gradient_of
 
 FAMILY = FAMILIES["qwen_image"]
 TARGETS = ("to_q", "to_out.0")
@@ -93,7 +95,7 @@ def test_a_new_lora_changes_nothing(fresh: Callable[..., nn.Module], folder: Mod
 def test_the_scale_is_alpha_over_rank(fresh: Callable[..., nn.Module], rank: int, alpha: float) -> None:
     transformer = fresh()
     attach_lora(transformer, ["transformer_blocks.1.attn.to_q"], rank, alpha, generator_seed=0)
-    layer = transformer.get_submodule("transformer_blocks.1.attn.to_q")
+    layer: Any = transformer.get_submodule("transformer_blocks.1.attn.to_q")
     weights = lora_weights(transformer)
     down = weights["transformer_blocks.1.attn.to_q.lora_A.weight"]
     up = weights["transformer_blocks.1.attn.to_q.lora_B.weight"]
@@ -130,7 +132,12 @@ def test_no_fp32_copy_of_a_bf16_input_is_kept_for_the_backward_pass(fresh: Calla
     layer = transformer.get_submodule("transformer_blocks.0.attn.to_q")
     inputs = torch.randn(7, 256).bfloat16().requires_grad_()
     kept: list[Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda kept: kept):
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda kept: kept):
         outputs = layer(inputs)
     assert outputs.dtype == torch.bfloat16
     sizes = {(tensor.dtype, tuple(tensor.shape)) for tensor in kept if tensor.shape[0] == 7}
@@ -149,7 +156,7 @@ def test_gradients_over_a_bf16_base_are_those_of_fp32_within_rounding(fresh: Cal
             weights["lora_B.default.weight"].copy_(torch.randn(256, 4, generator=generator) * 0.1)
         inputs, towards = (torch.randn(64, 256, generator=generator).to(dtype) for _ in range(2))
         (layer(inputs) * towards).float().sum().backward()
-        grads.append({name: parameter.grad for name, parameter in weights.items()})
+        grads.append({name: gradient_of(parameter) for name, parameter in weights.items()})
     for name, expected in grads[1].items():
         error = (grads[0][name] - expected).norm() / expected.norm()
         assert 0 < error < 0.01, f"{name}: {error}"
@@ -223,7 +230,7 @@ def test_presets_attach_to_more_and_more(fresh: Callable[..., nn.Module], preset
     linears = {name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)}
     attached = attach_lora(transformer, [preset], 1, 1, generator_seed=0, presets=FAMILY.lora_presets)
     in_blocks = {name for name in linears if name.startswith("transformer_blocks.")}
-    num_blocks = len(transformer.transformer_blocks)
+    num_blocks = len(list(transformer.get_submodule("transformer_blocks").children()))
     layers_per_block = {"attention": 4, "attention_mlp": 12, "all_linear": len(in_blocks) // num_blocks}[preset]
     assert set(attached.modules) <= in_blocks and len(attached.modules) == layers_per_block * num_blocks
 

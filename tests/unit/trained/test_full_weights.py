@@ -232,7 +232,12 @@ class Mark:
         self.target.copy_(self.source)
 
 
-def adamw_8bit(parameters: Any) -> torch.optim.Optimizer:
+def late_lane(device: torch.device) -> Any:
+    """Stands for a `CopyLane`, with marks of its own."""
+    return LateLane(device)
+
+
+def adamw_8bit(parameters: Any) -> optim.Optimizer:
     return optim.BUILDERS["adamw_8bit"](parameters, lr=LEARNING_RATE, weight_decay=0.1)
 
 
@@ -251,19 +256,19 @@ def test_a_step_within_the_backward_pass_is_the_plain_one(kind: str, max_norm: f
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("build", [adamw, adamw_8bit])
 def test_states_in_host_memory_are_the_same(kind: str, fused: bool, build: Any) -> None:
-    host = HostStates(torch.device("cpu"), ahead_bytes=0, make_lane=LateLane)  # the ring: two of the largest
+    host = HostStates(torch.device("cpu"), ahead_bytes=0, make_lane=late_lane)  # the ring: two of the largest
     assert_same(train(kind, 0.01, build, fused=fused, host=host), train(kind, 0.01, build))
     assert host.host_bytes > 2**16, "something lives there"
 
 
 def test_a_ring_that_holds_them_all_changes_nothing() -> None:
-    host = HostStates(torch.device("cpu"), make_lane=LateLane)
+    host = HostStates(torch.device("cpu"), make_lane=late_lane)
     assert_same(train("master", 0.01, fused=True, host=host), train("master", 0.01))
 
 
 def test_visits_in_another_order_than_the_last_are_only_slower() -> None:
     results = []
-    for host in (None, HostStates(torch.device("cpu"), ahead_bytes=0, make_lane=LateLane)):
+    for host in (None, HostStates(torch.device("cpu"), ahead_bytes=0, make_lane=late_lane)):
         named = dict(Network(torch.bfloat16).named_parameters())
         update = WeightUpdate(named, adamw, 1, 0, keeps_masters=True, host=host)
         for step in range(6):

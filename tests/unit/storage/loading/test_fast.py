@@ -6,7 +6,7 @@ import logging
 import re
 import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from pixtune.errors import WeightsError
 from pixtune.storage.loading import fast, is_fastsafetensors_available, iterate_tensors, read
+from pixtune.storage.loading.entries import read_entries
 
 CUDA = torch.device("cuda", 0)
 
@@ -83,7 +84,7 @@ def test_a_gpu_without_a_number_is_the_current_one(
 
 
 def test_the_gpu_is_done_with_a_tensor_before_the_next_is_asked_for(fake: type[FakeLoader], file: Path) -> None:
-    list(fast.iterate_fast(read.read_entries([file]), CUDA, 2))
+    list(fast.iterate_fast(read_entries([file]), CUDA, 2))
     assert fake.events == [
         "a", "synchronized", "b", "synchronized", "c", "synchronized", "iterator closed", "loader closed",
     ]  # fmt: skip
@@ -91,9 +92,10 @@ def test_the_gpu_is_done_with_a_tensor_before_the_next_is_asked_for(fake: type[F
 
 
 def test_stopping_early_closes_it(fake: type[FakeLoader], file: Path) -> None:
-    tensors = fast.iterate_fast(read.read_entries([file]), CUDA, 2)
+    tensors = fast.iterate_fast(read_entries([file]), CUDA, 2)
+    assert isinstance(tensors, Generator)
     next(tensors)
-    tensors.close()  # type: ignore[attr-defined]
+    tensors.close()
     assert fake.events == ["a", "iterator closed", "loader closed"]
 
 
@@ -101,14 +103,14 @@ def test_its_buffer_takes_the_largest_tensor(
     fake: type[FakeLoader], file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fast, "CHUNK_BYTES", 10)
-    list(fast.iterate_fast(read.read_entries([file]), CUDA, 2))
+    list(fast.iterate_fast(read_entries([file]), CUDA, 2))
     assert fake.arguments["max_batch_bytes"] == 16
 
 
 def test_a_tensor_that_it_leaves_out_is_missed(fake: type[FakeLoader], file: Path) -> None:
     fake.left_out = "b"
     with pytest.raises(WeightsError, match=r"left out 1 of 3 tensors, b among them.*use_fastsafetensors: false"):
-        list(fast.iterate_fast(read.read_entries([file]), CUDA, 2))
+        list(fast.iterate_fast(read_entries([file]), CUDA, 2))
 
 
 def test_only_what_is_wanted_is_read(fake: type[FakeLoader], file: Path) -> None:

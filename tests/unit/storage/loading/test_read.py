@@ -8,7 +8,7 @@ import struct
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -217,6 +217,7 @@ def test_nothing_keeps_a_tensor_that_was_handed_out(two_files: list[Path]) -> No
 @pytest.mark.parametrize("num_taken", [0, 1, 5])
 def test_stopping_early_leaves_no_thread(two_files: list[Path], num_taken: int) -> None:
     reader = threaded(two_files)
+    assert isinstance(reader, Generator)
     for _ in range(num_taken):
         next(reader)
     reader.close()
@@ -231,7 +232,7 @@ def header_file(path: Path, header: object, data: bytes = b"") -> None:
     path.write_bytes(struct.pack("<Q", len(text)) + text + data)
 
 
-def place(dtype: str, shape: list[int], begin: int, end: int) -> dict[str, object]:
+def place(dtype: str, shape: Sequence[object], begin: int, end: int) -> dict[str, object]:
     return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
 
 

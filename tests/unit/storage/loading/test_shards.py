@@ -111,6 +111,11 @@ def remove(folder: Path, *names: str) -> None:
         (folder / name).unlink()
 
 
+def leave_a_pickle(folder: Path) -> None:
+    remove(folder, *[path.name for path in folder.iterdir()])
+    (folder / "model.bin").write_bytes(b"")
+
+
 FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "two files are missing": (
         lambda folder: remove(folder, "model-00001-of-00003.safetensors", "model-00003-of-00003.safetensors"),
@@ -142,7 +147,7 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
         r"model-00002-of-00003\.safetensors is no safetensors file",
     ),
     "pickles": (
-        lambda folder: (shutil.rmtree(folder), folder.mkdir(), (folder / "model.bin").write_bytes(b"")),
+        lambda folder: leave_a_pickle(folder),
         r"holds only model\.bin, which may run",
     ),
     "nothing": (lambda folder: shutil.rmtree(folder), "holds no weights"),
