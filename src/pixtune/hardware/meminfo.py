@@ -40,7 +40,7 @@ def read_meminfo() -> HostMemory:
     """Reads the whole machine's memory, as the kernel counts it."""
     if MEMINFO.exists():
         return parse_meminfo(MEMINFO.read_text(encoding="ascii"))
-    import psutil  # type: ignore[import-untyped]  # Windows and macOS
+    import psutil  # Windows and macOS
 
     memory = psutil.virtual_memory()
     return HostMemory(memory.total, memory.available, memory.free, 0)
