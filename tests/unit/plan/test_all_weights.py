@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -27,8 +28,8 @@ from pixtune.trained import adapters
 from tests.full_size import full_size_footprint
 
 CONFIG = TrainConfig(
-    pretrained_model_name_or_path="model", output_dir="out", max_train_steps=1, data_config=DataConfig(img_dir="data"),
-    method="full",
+    pretrained_model_name_or_path="model", output_dir=Path("out"), max_train_steps=1, method="full",
+    data_config=DataConfig(img_dir=Path("data")),
 )  # fmt: skip
 BILLIONS = 20.43e9
 """Weights of the large model."""
@@ -94,7 +95,7 @@ TABLE = [
 
 
 @pytest.mark.parametrize(("model", "card", "changes", "cell"), TABLE)
-def test_each_machine_resorts_to_what_it_must(model: str, card: str, changes: dict[str, object], cell: Cell) -> None:
+def test_each_machine_resorts_to_what_it_must(model: str, card: str, changes: dict[str, Any], cell: Cell) -> None:
     plan = plan_for(card, model=model, **changes)
     assert (plan.optimizer, plan.fused_step, plan.states_on_host) == (cell.optimizer, cell.fused, cell.on_host)
     assert plan.recomputed_blocks in cell.recomputed
@@ -121,7 +122,7 @@ def test_each_machine_resorts_to_what_it_must(model: str, card: str, changes: di
     ],
 )
 def test_each_rung_has_its_bytes_per_weight(
-    rung: AllWeightsRung, changes: dict[str, object], bytes_per_weight: float
+    rung: AllWeightsRung, changes: dict[str, Any], bytes_per_weight: float
 ) -> None:
     """Every block recomputed, so that little else is there."""
     needed = situation_on(**changes).needed(replace(rung, recomputed_blocks=60))
@@ -152,7 +153,7 @@ def test_each_technique_saves_memory() -> None:
         {"recomputed_blocks": 60}, {"optimizer": "adamw_8bit"}, {"states_on_host": True},
     ):  # fmt: skip
         for compiled in (True, False):
-            situation, saving = situation_on(compiled=compiled), replace(plain, **leaner)  # type: ignore[arg-type]
+            situation, saving = situation_on(compiled=compiled), replace(plain, **leaner)
             assert situation.peak(saving) < situation.peak(plain)
 
 
@@ -185,7 +186,7 @@ def test_without_clipping_a_fused_step_costs_nothing_so_it_comes_before_recomput
 @pytest.mark.parametrize(
     ("changes", "num_processes"), [({"gradient_accumulation_steps": 2}, 1), ({}, 2)], ids=["accumulated", "averaged"]
 )
-def test_no_step_is_fused_whose_gradients_are_not_whole(changes: dict[str, object], num_processes: int) -> None:
+def test_no_step_is_fused_whose_gradients_are_not_whole(changes: dict[str, Any], num_processes: int) -> None:
     situation = situation_on(num_processes=num_processes, **changes)
     assert not any(rung.fused_step for rung in ladder_of_all_weights(situation))
 
@@ -264,7 +265,7 @@ def test_8_bit_states_that_nobody_asked_for_are_said() -> None:
     ],
 )  # fmt: skip
 def test_the_named_way_out_is_the_plan_that_one_gets_by_it(
-    card: str, host_gib: int, changes: dict[str, object], way_out: dict[str, object]
+    card: str, host_gib: int, changes: dict[str, Any], way_out: dict[str, Any]
 ) -> None:
     (key, value), message = next(iter(way_out.items())), refusal(card, host_gib, **changes)
     named = f"Without {key}" if value is None else f"With {key}={'true' if value is True else value}"
@@ -299,7 +300,7 @@ def saved_units(path: str, family_name: str, full: bool, compiled: bool) -> floa
     if "single" in path:
         sizes |= {"num_single_layers": 1}
     model: nn.Module = type(family.build_transformer(sizes))(**sizes).to(torch.bfloat16).requires_grad_(False)
-    block = model.get_submodule(path)[0]  # type: ignore[index]
+    block = next(model.get_submodule(path).children())
     if full:
         block.requires_grad_(True)
     else:

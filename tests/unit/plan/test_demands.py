@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 
 from pixtune.config.schema import CudaFeatures, DataConfig, TrainConfig
@@ -12,8 +15,8 @@ from pixtune.plan.demands import Demands, demands_of
 
 def demands(fp8: bool | None = None, **changes: object) -> Demands:
     config = TrainConfig(
-        pretrained_model_name_or_path="model", output_dir="out", max_train_steps=1,
-        data_config=DataConfig(img_dir="data"), cuda_features=CudaFeatures(enable_fp8_training=fp8),
+        pretrained_model_name_or_path="model", output_dir=Path("out"), max_train_steps=1,
+        data_config=DataConfig(img_dir=Path("data")), cuda_features=CudaFeatures(enable_fp8_training=fp8),
     )  # fmt: skip
     return demands_of(config.model_copy(update=changes))
 
@@ -69,8 +72,8 @@ def test_what_is_left_open_is_as_the_machine_has_it() -> None:
         ({"weight_update": "fp32_master"}, False),
     ],
 )
-def test_only_bf16_weights_that_are_all_trained_have_copies(changes: dict[str, object], copies: bool) -> None:
-    assert demands(**changes).fp32_copies is copies  # type: ignore[arg-type]
+def test_only_bf16_weights_that_are_all_trained_have_copies(changes: dict[str, Any], copies: bool) -> None:
+    assert demands(**changes).fp32_copies is copies
 
 
 def test_steps_are_captured_for_loras_unless_it_is_forbidden() -> None:

@@ -23,7 +23,10 @@ from tests.full_size import build_full_size_folder, full_size_footprint, full_si
 from tests.runs import ROOT
 
 CONFIG = TrainConfig(
-    pretrained_model_name_or_path="m", output_dir="o", max_train_steps=1, data_config=DataConfig(img_dir="d")
+    pretrained_model_name_or_path="m",
+    output_dir=Path("o"),
+    max_train_steps=1,
+    data_config=DataConfig(img_dir=Path("d")),
 )
 TINY = [ROOT / "assets" / name for name in ("tiny-qwen-image", "tiny-qwen-image-edit", "tiny-flux")]
 H = 3072

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -15,7 +16,10 @@ from pixtune.plan.training import plan_training
 from tests.full_size import full_size_footprint
 
 CONFIG = TrainConfig(
-    pretrained_model_name_or_path="model", output_dir="out", max_train_steps=1, data_config=DataConfig(img_dir="data")
+    pretrained_model_name_or_path="model",
+    output_dir=Path("out"),
+    max_train_steps=1,
+    data_config=DataConfig(img_dir=Path("data")),
 )
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from random import Random
+from typing import Any
 
 import pytest
 
@@ -18,7 +20,10 @@ from pixtune.plan.training import TrainingPlan, plan_training
 from tests.full_size import full_size_footprint
 
 CONFIG = TrainConfig(
-    pretrained_model_name_or_path="model", output_dir="out", max_train_steps=1, data_config=DataConfig(img_dir="data")
+    pretrained_model_name_or_path="model",
+    output_dir=Path("out"),
+    max_train_steps=1,
+    data_config=DataConfig(img_dir=Path("data")),
 )
 CARDS = ("RTX 3080", "RTX 4060", "RTX 4070", "RTX 4090", "RTX 5090", "A100 80 GB", "H100", "H200", "DGX Spark")
 FP8 = "cuda_features.enable_fp8_training"
@@ -42,27 +47,27 @@ PROMISE = re.compile(
 
 
 def plan_for(
-    card: str, host_gb: float = 64, num_processes: int = 1, model: str = "qwen_image", **keys: object
+    card: str, host_gb: float = 64, num_processes: int = 1, model: str = "qwen_image", **keys: Any
 ) -> TrainingPlan:
     fp8 = keys.pop(FP8, None)
-    config = CONFIG.model_copy(update={**keys, "cuda_features": CudaFeatures(enable_fp8_training=fp8)})  # type: ignore[arg-type]
+    config = CONFIG.model_copy(update={**keys, "cuda_features": CudaFeatures(enable_fp8_training=fp8)})
     facts, footprint = facts_as(card, round(host_gb * 1e9)), full_size_footprint(config, model)
     return plan_training(facts, footprint, config, num_processes=num_processes)
 
 
-def refusal(*args: object, **keys: object) -> str:
+def refusal(*args: Any, **keys: Any) -> str:
     """The words of a refusal, or none where there is a plan."""
     try:
-        plan_for(*args, **keys)  # type: ignore[arg-type]
+        plan_for(*args, **keys)
     except PlanError as error:
         return str(error)
     return ""
 
 
-def changed_by(promise: re.Match[str]) -> dict[str, object]:
+def changed_by(promise: re.Match[str]) -> dict[str, Any]:
     """The keys that a refusal would have otherwise."""
     without = promise["without"].split(" and ") if promise["without"] else []
-    keys: dict[str, object] = {key: False if key == "disable_quantization" else None for key in without}
+    keys: dict[str, Any] = {key: False if key == "disable_quantization" else None for key in without}
     if promise["given"] == "one process":
         return {"num_processes": 1}
     for word in promise["given"].split(" and ") if promise["given"] else []:
@@ -84,7 +89,7 @@ def test_what_is_promised_to_fit_gets_a_plan(method: str, cards: tuple[str, ...]
         assert not message or "GiB are missing" in message
         if promise := PROMISE.search(message):
             num_promises += 1
-            plan = plan_for(card, host_gb, **{"num_processes": processes, **keys, **changed_by(promise)})  # type: ignore[arg-type]
+            plan = plan_for(card, host_gb, **{"num_processes": processes, **keys, **changed_by(promise)})
             if promise["gib"]:
                 assert f"{plan.expected_peak_bytes / GIB:.1f}" == promise["gib"], message
     assert num_promises >= least_promises, "too few to show anything"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,7 +20,10 @@ from pixtune.plan.situation import CONTEXT_BYTES, Situation, situation_of
 from tests.full_size import AUTOENCODER, full_size_footprint
 
 CONFIG = TrainConfig(
-    pretrained_model_name_or_path="model", output_dir="out", max_train_steps=1, data_config=DataConfig(img_dir="data")
+    pretrained_model_name_or_path="model",
+    output_dir=Path("out"),
+    max_train_steps=1,
+    data_config=DataConfig(img_dir=Path("data")),
 )
 CARDS_GIB = {80: 79.0, 24: 23.3, 16: 15.3, 12: 11.4, 8: 7.4}
 """Memory of a whole process by the size of a card in GB."""
@@ -113,7 +118,7 @@ def test_a_lora_costs_its_weights_alone_and_keeps_its_layers_in_place() -> None:
     ("changes", "weights_format"),
     [({"quantize": True}, "fp8"), ({"disable_quantization": True}, "bf16"), ({"mixed_precision": "no"}, "fp32")],
 )
-def test_demands_are_kept(changes: dict[str, object], weights_format: str) -> None:
+def test_demands_are_kept(changes: dict[str, Any], weights_format: str) -> None:
     plan = plan_for("flux", **changes)
     assert plan.weights_format == weights_format
     assert plan.compute_format == ("fp32" if "mixed_precision" in changes else "bf16")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,19 +26,22 @@ from tests.full_size import full_size_footprint
 
 H100, CPU = facts_as("H100"), HardwareFacts("cpu", "x86_64", (0, 0), 0, 0)
 CONFIG = TrainConfig(
-    pretrained_model_name_or_path="model", output_dir="out", max_train_steps=1, data_config=DataConfig(img_dir="data")
+    pretrained_model_name_or_path="model",
+    output_dir=Path("out"),
+    max_train_steps=1,
+    data_config=DataConfig(img_dir=Path("data")),
 )
 MODELS = ("qwen_image", "flux")
 
 
-def asking(**changes: object) -> TrainConfig:
+def asking(**changes: Any) -> TrainConfig:
     """A config that asks for something; `fp8=True` stands for the key in `cuda_features`."""
     if "fp8" in changes:
         changes["cuda_features"] = CudaFeatures(enable_fp8_training=changes.pop("fp8"))
     return CONFIG.model_copy(update=changes)
 
 
-def plan_for(facts: HardwareFacts = H100, model: str = "qwen_image", **changes: object) -> TrainingPlan:
+def plan_for(facts: HardwareFacts = H100, model: str = "qwen_image", **changes: Any) -> TrainingPlan:
     config = asking(**changes)
     return plan_training(facts, full_size_footprint(config, model), config)
 
@@ -49,7 +53,7 @@ def situation_for(
     return situation_of(H100, footprint or full_size_footprint(config, model), demands_of(config), compiled)
 
 
-def capped(limit_gib: float, model: str = "qwen_image", **changes: object) -> TrainingPlan:
+def capped(limit_gib: float, model: str = "qwen_image", **changes: Any) -> TrainingPlan:
     """An H100 under a limit for the whole process."""
     return plan_for(H100, model, gpu_memory_limit_gib=limit_gib, **changes)
 
@@ -93,13 +97,13 @@ def test_it_is_within_5_percent_of_peaks_that_were_measured(
     {"recomputed_blocks": 30}, {"recomputed_blocks": 60, "offload_inputs": True},
     {"recomputed_blocks": 60, "streamed_blocks": 30},
 ])  # fmt: skip
-def test_each_technique_saves_memory(leaner: dict[str, object]) -> None:
-    plain, saving = Rung("bf16"), replace(Rung("bf16"), **leaner)  # type: ignore[arg-type]
+def test_each_technique_saves_memory(leaner: dict[str, Any]) -> None:
+    plain, saving = Rung("bf16"), replace(Rung("bf16"), **leaner)
     assert situation_for().peak(saving) < situation_for().peak(plain)
 
 
 @pytest.mark.parametrize("changes", [{"train_batch_size": 2}, {"rank": 256}, {"mixed_precision": "no"}])
-def test_more_work_needs_more_memory(changes: dict[str, object]) -> None:
+def test_more_work_needs_more_memory(changes: dict[str, Any]) -> None:
     huge = replace(H100, free_bytes=1000 * GIB)
     assert plan_for(huge, **changes).expected_peak_bytes > plan_for(huge).expected_peak_bytes
 
@@ -282,7 +286,7 @@ def test_blocks_are_compiled_where_that_works() -> None:
         ("RTX 4070", {"quantize": True}, "fp8"),
     ],
 )
-def test_quantize_demands_8_bits_and_forbids_them(card: str, changes: dict[str, object], weights_format: str) -> None:
+def test_quantize_demands_8_bits_and_forbids_them(card: str, changes: dict[str, Any], weights_format: str) -> None:
     assert plan_for(facts_as(card), **changes).weights_format == weights_format
 
 
@@ -418,7 +422,7 @@ def test_the_table_holds_at_least_one_step_with_a_row_to_spare(batch: int, accum
         ("RTX 4060", {"train_batch_size": 64}, "train_batch_size"),
     ],
 )
-def test_a_refusal_says_what_is_missing_and_what_would_fit(card: str, changes: dict[str, object], advice: str) -> None:
+def test_a_refusal_says_what_is_missing_and_what_would_fit(card: str, changes: dict[str, Any], advice: str) -> None:
     with pytest.raises(PlanError) as caught:
         plan_for(facts_as(card), **changes)
     message = str(caught.value)
@@ -475,7 +479,7 @@ def test_deciding_needs_no_torch() -> None:
 # ---- the host
 
 
-def in_a_pc(card: str, host_gb: int, **changes: object) -> TrainingPlan:
+def in_a_pc(card: str, host_gb: int, **changes: Any) -> TrainingPlan:
     """A card in a machine with so much memory, of which an eighth is in use."""
     return plan_for(facts_as(card, host_bytes=round(host_gb * 1e9)), **changes)
 
