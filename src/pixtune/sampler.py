@@ -1,4 +1,4 @@
-"""Pictures from a transformer: Euler steps along the same `predict_velocity` that training uses."""
+"""Samples pictures from a transformer, in Euler steps along the same `predict_velocity` that training uses."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def starting_noise(shape_CHW: tuple[int, int, int], seed: int) -> Tensor:
-    """The noise that the stock pipelines draw with `torch.Generator("cpu").manual_seed(seed)`; shape 1CHW."""
+    """Draws the same noise as the stock pipelines with `torch.Generator("cpu").manual_seed(seed)`; shape 1CHW."""
     channels, height, width = shape_CHW
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(1, 1, channels, height, width, generator=generator)[:, 0]
@@ -45,8 +45,8 @@ def sample_latents(
     """Integrates the velocity from noise to normalized latents; shape BCHW.
 
     Args:
-        positive, negative: stacked conditioning on the noise's device; no `negative`: one pass a step, and
-            `guidance_scale` is given to the models that take it as an input.
+        positive, negative: stacked conditioning on the noise's device. Without `negative` a step is one pass, and
+            `guidance_scale` goes to models that take it as an input.
         controls: latents of control pictures on the noise's device, each of shape BCHW.
         on_step: called after each step.
     """
@@ -77,7 +77,7 @@ def _announce(
     negative: Conditioning | None,
     guidance_scale: float,
 ) -> None:
-    """The next steps' passes: each sigma with each row of both conditionings."""
+    """Announces the passes of the next steps: each sigma with each row of both conditionings."""
     conditionings = [positive] if negative is None else [positive, negative]
     features = {name: torch.cat([c[name] for c in conditionings]) for name in family.time_features}
     text = next(iter(positive.values()))
@@ -88,7 +88,7 @@ def _announce(
 
 
 def to_image(pixels_3HW: Tensor) -> Image:
-    """Pixels in [-1, 1] as an 8-bit RGB picture."""
+    """Converts pixels in [-1, 1] to an 8-bit RGB picture."""
     from PIL import Image
 
     levels = ((pixels_3HW.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
@@ -97,27 +97,27 @@ def to_image(pixels_3HW: Tensor) -> Image:
 
 @dataclass(frozen=True)
 class EncodedPrompt:
-    """A prompt to draw, with its features, on the CPU."""
+    """A prompt with its features, on the CPU."""
 
     text: str
     positive: Conditioning
     negative: Conditioning | None
-    """The empty prompt's features; None where guidance needs no second pass."""
+    """Features of the empty prompt; None where guidance needs no second pass."""
     controls: tuple[Tensor, ...]
     """Latents of its control pictures, each of shape 1CHW."""
     size: Size
-    """Of the picture to draw, (width, height) in pixels."""
+    """Size of the picture, (width, height) in pixels."""
     control_paths: tuple[Path, ...] = ()
 
 
 def needs_negative(family: ModelFamily, guidance_scale: float) -> bool:
-    """Whether drawing takes a second pass with the empty prompt."""
+    """Returns whether each step takes a second pass, with the empty prompt."""
     return guidance_scale > 1 and not family.embedded_guidance
 
 
 @dataclass(frozen=True)
 class PromptPicture:
-    """One drawn picture."""
+    """One sampled picture."""
 
     prompt: EncodedPrompt
     seed: int
@@ -126,7 +126,7 @@ class PromptPicture:
 
 @dataclass(frozen=True)
 class SamplerSettings:
-    """How to draw."""
+    """Settings of a sampler."""
 
     seeds: tuple[int, ...]
     num_steps: int
@@ -134,10 +134,13 @@ class SamplerSettings:
 
 
 class PromptSampler:
-    """Draws encoded prompts. The autoencoder is loaded at first use and waits on the CPU in between, unless kept.
+    """Samples pictures of encoded prompts.
+
+    The autoencoder is loaded at first use.
 
     Args:
-        tile_pixels: pictures are decoded in tiles of this side; None: whole.
+        keep_autoencoder: it stays on the device between pictures, and does not wait on the CPU.
+        tile_pixels: side of the tiles in which pictures are decoded; None: they are decoded whole.
     """
 
     def __init__(
@@ -155,12 +158,12 @@ class PromptSampler:
         self._autoencoder: nn.Module | None = None
 
     def sample(self, transformer: LoadedTransformer) -> Iterator[PromptPicture]:
-        """One picture for each prompt and seed."""
+        """Yields one picture for each prompt and seed."""
         for prompt, seed, latents_BCHW in self.latents(transformer):
             yield PromptPicture(prompt, seed, self.decode(latents_BCHW))
 
     def latents(self, transformer: LoadedTransformer) -> Iterator[tuple[EncodedPrompt, int, Tensor]]:
-        """Each prompt with each seed and the latents of its picture, shape 1CHW, on the device."""
+        """Yields each prompt with each seed and the latents of their picture, shape 1CHW, on the device."""
         settings, device = self.settings, self.placement.device
         for prompt in self.prompts:
             shape_CHW = self.family.latent_shape(self.folder, *prompt.size)
@@ -179,7 +182,7 @@ class PromptSampler:
                 yield prompt, seed, latents_BCHW
 
     def decode(self, latents_BCHW: Tensor) -> Image:
-        """The picture of one prompt and seed, from latents of shape 1CHW."""
+        """Decodes the picture of one prompt and seed, from latents of shape 1CHW."""
         if self._autoencoder is None:
             self._autoencoder = self.family.load_autoencoder(self.folder, self.placement)
         self._autoencoder.to(self.placement.device)

@@ -1,7 +1,7 @@
-"""Loss on held-out pictures with fixed noise and fixed sigmas, so that two figures differ only by the weights.
+"""Measures the loss on held-out pictures with fixed noise and sigmas, so that two figures differ only by the weights.
 
 The sigma range is cut into quarters, since a LoRA may gain where pictures are nearly noise (composition, style) and not
-where they are nearly clean (texture); the mean of all hides that.
+where they are nearly clean (texture); the mean over all sigmas hides that.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ NUM_QUARTERS = 4
 
 @dataclass(frozen=True)
 class HeldOutPicture:
-    """One measured picture."""
+    """One picture that is held out from training and measured."""
 
     name: str
     latents_1CHW: Tensor
-    """The mean of the autoencoder's distribution, on the CPU."""
+    """Mean of the autoencoder's distribution, on the CPU."""
     conditioning: Conditioning
-    """One example's row, on the CPU."""
+    """Text features of one example, on the CPU."""
     controls: tuple[Tensor, ...] = ()
     """Latents of its control pictures, each of shape 1CHW, on the CPU."""
 
@@ -40,13 +40,7 @@ class ValidationLoss:
 
     mean: float
     quarters: tuple[float, ...]
-    """By sigma: [0, 1/4), [1/4, 1/2), [1/2, 3/4), [3/4, 1]."""
-
-
-def fixed_sigmas(num_draws: int) -> list[float]:
-    """Sigmas spread evenly over (0, 1), `num_draws` in each quarter."""
-    count = NUM_QUARTERS * num_draws
-    return [(index + 0.5) / count for index in range(count)]
+    """Means over each quarter of the sigma range: [0, 1/4), [1/4, 1/2), [1/2, 3/4), [3/4, 1]."""
 
 
 @torch.no_grad()
@@ -58,12 +52,12 @@ def losses_at(
     seed: int,
     device: torch.device,
     guidance: float,
-    most_at_once: int | None = None,
+    batch_size: int | None = None,
 ) -> Tensor:
-    """One picture's loss at each sigma, shape (len(sigmas),). The noise depends on seed, name and sigma alone.
+    """Measures one picture's loss at each sigma, shape (len(sigmas),). The noise depends on seed, name and sigma alone.
 
     Args:
-        most_at_once: sigmas of one forward pass; None: all.
+        batch_size: number of sigmas in one forward pass; None: all.
     """
     sigma_B = torch.tensor(sigmas, device=device)
     shape = picture.latents_1CHW.shape
@@ -75,7 +69,7 @@ def losses_at(
     noisy_BCHW = add_noise(latents_BCHW, noise_BCHW, sigma_B)
     announce(transformer, family, sigma_B, conditioning, guidance)
     velocities = []
-    for rows in torch.arange(len(sigmas)).split(most_at_once or len(sigmas)):
+    for rows in torch.arange(len(sigmas)).split(batch_size or len(sigmas)):
         part = slice(int(rows[0]), int(rows[-1]) + 1)
         text = {name: tensor[part] for name, tensor in conditioning.items()}
         controls = [control.to(device).expand(len(rows), -1, -1, -1) for control in picture.controls]
@@ -93,16 +87,21 @@ def measure(
     seed: int,
     device: torch.device,
     guidance: float,
-    most_at_once: int | None = None,
+    batch_size: int | None = None,
 ) -> ValidationLoss:
-    """The held-out loss. Draws depend on the seed and the picture's name alone, never on the training step.
+    """Measures the held-out loss at sigmas that are spread evenly over (0, 1).
+
+    Draws depend on the seed and the picture's name alone, never on the training step.
 
     Args:
-        most_at_once: examples of one forward pass, so that measuring needs no more memory than training; None: all.
+        num_draws: number of sigmas in each quarter.
+        batch_size: number of examples in one forward pass, so that measuring needs no more memory than training; None:
+            all of a picture.
     """
-    sigmas = fixed_sigmas(num_draws)
+    count = NUM_QUARTERS * num_draws
+    sigmas = [(index + 0.5) / count for index in range(count)]
     losses = [
-        losses_at(family, transformer, picture, sigmas, seed, device, guidance, most_at_once) for picture in pictures
+        losses_at(family, transformer, picture, sigmas, seed, device, guidance, batch_size) for picture in pictures
     ]
     per_sigma = torch.stack(losses).double().mean(0).view(NUM_QUARTERS, num_draws)
     return ValidationLoss(float(per_sigma.mean()), tuple(per_sigma.mean(1).tolist()))

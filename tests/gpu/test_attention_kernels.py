@@ -19,7 +19,7 @@ from pixtune.engine import attention
 from pixtune.engine.apply import apply_switches
 from pixtune.engine.attention import flash_attention_3_obstacle, in_force
 from pixtune.engine.attention_trial import Shape, try_attention
-from pixtune.engine.dear_results import KeepDearResults
+from pixtune.engine.recompute_policy import RecomputePolicy
 from pixtune.plan.kernel_choice import LARGEST_ERROR
 from tests.gpu.test_switches import kernels_of
 from tests.runs import ROOT
@@ -86,7 +86,7 @@ def test_the_chosen_kernel_runs_forward_and_backward(
 ) -> None:
     if kernel not in right:
         pytest.skip(f"{kernel} is not right here")
-    monkeypatch.setattr("torch._inductor.config.joint_custom_pre_pass", KeepDearResults())
+    monkeypatch.setattr("torch._inductor.config.joint_custom_pre_pass", RecomputePolicy())
     use(kernel)
     attend: Attend = plain
     if way != "eager":
@@ -99,7 +99,7 @@ def test_the_chosen_kernel_runs_forward_and_backward(
 
 
 @pytest.mark.parametrize("kernel", SIGNS)
-def test_the_chosen_kernel_runs_in_recorded_steps(kernel: str, right: set[str]) -> None:
+def test_the_chosen_kernel_runs_in_captured_steps(kernel: str, right: set[str]) -> None:
     if kernel not in right:
         pytest.skip(f"{kernel} is not right here")
     use(kernel)

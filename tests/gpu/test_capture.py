@@ -1,4 +1,4 @@
-"""What only a GPU can show of recorded steps: that they record at all, compute the same, and launch once."""
+"""What only a GPU can show of captured steps: that they can be captured, compute the same, and launch once."""
 
 from __future__ import annotations
 
@@ -30,7 +30,9 @@ DEVICE = torch.device("cuda", 0)
 RANK = 4
 
 
-def losses_and_gradients(name: str, layout: Layout, recompute: str | None, record: bool) -> list[tuple[Tensor, Tensor]]:
+def losses_and_gradients(
+    name: str, layout: Layout, recompute: str | None, capture: bool
+) -> list[tuple[Tensor, Tensor]]:
     """Of six steps of two sizes in turn, the sigma another at each."""
     folder = ModelFolder(ASSETS / name)
     family = family_of(folder)
@@ -54,7 +56,7 @@ def losses_and_gradients(name: str, layout: Layout, recompute: str | None, recor
         loss.backward()
         return loss.detach()
 
-    replayed = ReplayedPass(compute, parameters, GraphCapturer(stream) if record else None, most=2)
+    replayed = ReplayedPass(compute, parameters, GraphCapturer(stream) if capture else None, max_captures=2)
     found = []
     for step in range(10):
         size = (64, 128)[step % 2]
@@ -72,8 +74,8 @@ def losses_and_gradients(name: str, layout: Layout, recompute: str | None, recor
         gradients = [p.grad.flatten().clone() for p in parameters if p.grad is not None]
         found.append((loss, torch.cat(gradients)))
         replayed.zero_gradients()
-    if record:
-        assert len(replayed._captures) == 2, "nothing was recorded"
+    if capture:
+        assert len(replayed._captures) == 2, "nothing was captured"
     return found
 
 
@@ -94,16 +96,16 @@ def _deterministic() -> Iterator[None]:
 def test_a_replay_gives_the_loss_and_gradients_of_the_plain_pass(
     name: str, layout: Layout, recompute: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(activations, "LEAST_OFFLOADED_BYTES", 0)
-    plain = losses_and_gradients(name, layout, recompute, record=False)
+    monkeypatch.setattr(activations, "MIN_OFFLOADED_BYTES", 0)
+    plain = losses_and_gradients(name, layout, recompute, capture=False)
     for (loss, gradients), (again, gradients_again) in zip(
-        plain, losses_and_gradients(name, layout, recompute, record=True), strict=True
+        plain, losses_and_gradients(name, layout, recompute, capture=True), strict=True
     ):
         torch.testing.assert_close(again, loss, rtol=0, atol=0)
         torch.testing.assert_close(gradients_again, gradients, rtol=0, atol=0)
 
 
-def test_recorded_steps_of_many_sizes_share_their_memory() -> None:
+def test_captured_steps_of_many_sizes_share_their_memory() -> None:
     weight = nn.Parameter(torch.randn(1024, 1024, device=DEVICE))
 
     def compute(values: Tensor) -> Tensor:
@@ -114,23 +116,23 @@ def test_recorded_steps_of_many_sizes_share_their_memory() -> None:
         loss.backward()
         return loss.detach()
 
-    record = GraphCapturer()
+    capture = GraphCapturer()
     weight.grad = torch.zeros_like(weight)
     torch.cuda.synchronize()
     reserved, replays, inputs = [], [], []
     for rows in (8192, 4096, 2048):
-        inputs.append(torch.randn(rows, 1024, device=DEVICE))  # a recording reads them where they are
+        inputs.append(torch.randn(rows, 1024, device=DEVICE))  # a capture reads them where they are
         compute(inputs[-1])
-        replays.append(record(partial(compute, inputs[-1])))
+        replays.append(capture(partial(compute, inputs[-1])))
         torch.cuda.empty_cache()
         reserved.append(torch.cuda.memory_reserved())
     assert reserved[2] - reserved[0] < 64 * 2**20
     assert all(torch.isfinite(replay()) for replay in replays)
 
 
-def test_a_recording_that_breaks_off_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_capture_that_breaks_off_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     """In the middle of a backward pass, with copies of weights and of blocks' inputs under way."""
-    monkeypatch.setattr(activations, "LEAST_OFFLOADED_BYTES", 0)
+    monkeypatch.setattr(activations, "MIN_OFFLOADED_BYTES", 0)
     torch.manual_seed(0)
     # First in its block: a recomputation ends with the last tensor that it has to save.
     blocks = [nn.Sequential(BreaksOff(), nn.Linear(1024, 1024)).to(DEVICE).requires_grad_(False) for _ in range(8)]
@@ -155,7 +157,7 @@ def test_a_recording_that_breaks_off_leaves_nothing_behind(monkeypatch: pytest.M
     BreaksOff.is_due = True
     losses = [replayed(Values(values)) for _ in range(4)]
     BreaksOff.is_due = False
-    assert replayed._record is None, "recording went well"
+    assert replayed._capture is None, "the capture succeeded"
     assert all(loss.equal(expected) for loss in losses)
     gc.collect()
     torch.cuda.empty_cache()
@@ -163,7 +165,7 @@ def test_a_recording_that_breaks_off_leaves_nothing_behind(monkeypatch: pytest.M
 
 
 class BreaksOff(nn.Module):
-    """Passes its input on; where a recording is under way, not in a backward pass's fourth block."""
+    """Passes its input on; where a capture is under way, not in a backward pass's fourth block."""
 
     is_due = False
     calls = 0

@@ -1,4 +1,4 @@
-"""What only a GPU can show of padded captions: its kernels are right, and one recording serves many lengths."""
+"""What only a GPU can show of padded captions: its kernels are right, and one capture serves many lengths."""
 
 from __future__ import annotations
 
@@ -101,12 +101,12 @@ def model(folder: ModelFolder, placement: Placement) -> tuple[ModelFamily, nn.Mo
 
 def steps(
     multiple: int,
-    record: bool = False,
+    capture: bool = False,
     change: Callable[[list[nn.Module]], object] = lambda blocks: None,
     placement: Placement = BF16,
     folder: ModelFolder = FOLDER,
 ) -> tuple[list[tuple[Tensor, Tensor]], int]:
-    """Loss and gradients of each step, captions of `LENGTHS` in turn; and how many shapes were recorded."""
+    """Loss and gradients of each step, captions of `LENGTHS` in turn; and how many shapes were captured."""
     family, transformer, parameters = model(folder, placement)
     device = placement.device
     change(blocks_of(transformer, family))
@@ -118,7 +118,7 @@ def steps(
         loss.backward()
         return loss.detach()
 
-    replayed = ReplayedPass(compute, parameters, GraphCapturer() if record else None, most=4)
+    replayed = ReplayedPass(compute, parameters, GraphCapturer() if capture else None, max_captures=4)
     channels, height, width = family.latent_shape(folder, 128, 128)
     found = []
     for step in range(NUM_STEPS):
@@ -135,19 +135,19 @@ def steps(
     return found, len(replayed._captures)
 
 
-def lean(blocks: list[nn.Module]) -> None:
+def selective(blocks: list[nn.Module]) -> None:
     compile_blocks(blocks, selective=True)
 
 
 @pytest.mark.usefixtures("_kernel", "own_graphs")
-@pytest.mark.parametrize("change", [lambda blocks: None, lean], ids=["eager", "compiled"])
-def test_captions_of_three_lengths_share_a_recording_and_train_as_unpadded_ones(
+@pytest.mark.parametrize("change", [lambda blocks: None, selective], ids=["eager", "compiled"])
+def test_captions_of_three_lengths_share_a_capture_and_train_as_unpadded_ones(
     change: Callable[[list[nn.Module]], object],
 ) -> None:
     exact, _ = steps(1, placement=Placement(CPU, torch.float32))
     plain, _ = steps(1)
-    padded, num_recorded = steps(MULTIPLE, record=True, change=change)
-    assert num_recorded == 1, "one multiple is one shape"
+    padded, num_captured = steps(MULTIPLE, capture=True, change=change)
+    assert num_captured == 1, "one multiple is one shape"
     for (loss, _), (own_loss, _) in zip(exact, padded, strict=True):
         torch.testing.assert_close(own_loss, loss, rtol=0.01, atol=1e-3)
     rounding, own_rounding = distance(plain, exact), distance(padded, exact)
@@ -163,8 +163,8 @@ def distance(found: list[tuple[Tensor, Tensor]], exact: list[tuple[Tensor, Tenso
 @pytest.mark.usefixtures("_kernel")
 def test_a_replay_of_padded_steps_is_the_plain_pass() -> None:
     plain, _ = steps(MULTIPLE)
-    replayed, num_recorded = steps(MULTIPLE, record=True)
-    assert num_recorded == 1
+    replayed, num_captured = steps(MULTIPLE, capture=True)
+    assert num_captured == 1
     is_exact = torch.are_deterministic_algorithms_enabled()
     for (loss, gradients), (again, gradients_again) in zip(plain, replayed, strict=True):
         if is_exact:
@@ -183,10 +183,10 @@ def edit_folder(request: pytest.FixtureRequest, tmp_path: Path) -> ModelFolder:
     return ModelFolder(path)
 
 
-def test_steps_of_edit_models_are_recorded(edit_folder: ModelFolder) -> None:
+def test_steps_of_edit_models_are_captured(edit_folder: ModelFolder) -> None:
     plain, _ = steps(MULTIPLE, folder=edit_folder)
-    replayed, num_recorded = steps(MULTIPLE, record=True, folder=edit_folder)
-    assert num_recorded == 1
+    replayed, num_captured = steps(MULTIPLE, capture=True, folder=edit_folder)
+    assert num_captured == 1
     for (loss, gradients), (again, gradients_again) in zip(plain, replayed, strict=True):
         torch.testing.assert_close(again, loss, rtol=1e-3, atol=1e-4)
         assert (gradients_again - gradients).norm() < 0.01 * gradients.norm()

@@ -92,7 +92,7 @@ def test_a_kept_transpose_changes_no_bit(linear_format: str) -> None:
     expected = output_and_gradient(layers, 300)
     for layer in layers:
         if isinstance(layer, quantize.QuantizedLinear):
-            layer.turned = kernels.transpose_bytes(layer.weight)
+            layer.transpose = kernels.transpose_bytes(layer.weight)
     assert all(one.equal(other) for one, other in zip(output_and_gradient(layers, 300), expected, strict=True))
 
 

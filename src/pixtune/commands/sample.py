@@ -1,7 +1,7 @@
-"""`pixtune sample`: pictures from a model folder, with a saved LoRA put onto the base as others would load it.
+"""`pixtune sample`: samples pictures from a model folder, with a saved LoRA attached as other tools would load it.
 
-It fits as training does: encoders come first and leave, the transformer comes in the form that `plan_sampling` chose,
-and where not even a decoder fits beside it, it leaves before the pictures are decoded.
+It saves memory as training does: encoders are loaded first and leave, the transformer is loaded in the form that
+`plan_sampling` chooses, and where not even a decoder fits beside it, it leaves before the pictures are decoded.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ from pixtune.trained import adapters
 from pixtune.trained.export import read_lora_file
 
 ENCODING, LOADING, SAMPLING, DECODING = "prompts encoded", "transformer", "pictures drawn", "pictures decoded"
-"""Stages of drawing, as the memory log names them."""
+"""Stages of sampling, as the memory log names them."""
 
 
 @dataclass(frozen=True)
 class SampleRequest:
-    """What to draw with what."""
+    """A request for pictures."""
 
     model: str
     prompts: tuple[str, ...]
@@ -64,14 +64,14 @@ class SampleRequest:
     control_size: int
     """Side in pixels of the square whose area control pictures get."""
     quantize: bool | None = None
-    """8-bit base weights: true demands, false forbids, None: by the memory there is."""
+    """Whether base weights are quantized; None: it depends on the memory there is."""
     gpu_memory_limit_gib: float | None = None
-    """Most device memory that the process may take."""
+    """Device memory that the process may take at most."""
 
 
 @dataclass(frozen=True)
 class SavedLora:
-    """A LoRA file of ours, read."""
+    """A LoRA that was read from a file of pixtune's."""
 
     path: Path
     weights: dict[str, Tensor]
@@ -82,13 +82,13 @@ class SavedLora:
 
     @property
     def modules(self) -> tuple[str, ...]:
-        """Paths of the layers that it is put on."""
+        """Paths of the layers that it is attached to."""
         return tuple(dict.fromkeys(name.rsplit(".lora_", 1)[0] for name in self.weights))
 
 
 @dataclass(frozen=True)
 class Plans:
-    """How a request fits a machine."""
+    """Plans of a request on one machine."""
 
     encoders: EncoderPlan
     sampling: SamplingPlan
@@ -96,7 +96,7 @@ class Plans:
 
 @dataclass(frozen=True)
 class Task:
-    """A request with the model and the LoRA that it names, and its prompts in the form of training samples."""
+    """A request with the model and the LoRA that it names, and its prompts in the form of training examples."""
 
     request: SampleRequest
     family: ModelFamily
@@ -106,9 +106,13 @@ class Task:
 
     @property
     def texts(self) -> tuple[TextItem, ...]:
-        """Prompts and what guidance sets against them."""
+        """Prompts, and the empty prompt of guidance."""
         dropped = self.family.dropped_caption
-        return tuple(dict.fromkeys(text_item(text, s, 0) for s in self.examples for text in (s.caption, dropped)))
+        return tuple(
+            dict.fromkeys(
+                text_item(text, example, 0) for example in self.examples for text in (example.caption, dropped)
+            )
+        )
 
     @property
     def controls(self) -> tuple[FramedPicture, ...]:
@@ -118,15 +122,15 @@ class Task:
 def sample_pictures(
     request: SampleRequest, output_dir: Path, say: Callable[[str], None] = lambda line: None
 ) -> Iterator[Path]:
-    """Draws each prompt with each seed and yields the paths of the PNG files.
+    """Samples a picture for each prompt and seed, and yields the paths of the PNG files.
 
     Args:
-        say: gets the plan in a line or two.
+        say: called with each line of the plan.
 
     Raises:
         WeightsError: model or LoRA cannot be used.
         DataError: a control picture cannot be used.
-        PlanError: it fits neither the GPU nor the host beside it; says how much is missing.
+        PlanError: it fits neither the GPU nor the host beside it; reports how much is missing.
         ConfigError: the request demands what this GPU cannot do.
     """
     config = config_of(request, output_dir)
@@ -145,7 +149,7 @@ def sample_pictures(
 
 
 def config_of(request: SampleRequest, output_dir: Path) -> TrainConfig:
-    """The request in the keys of a run, which is what plans are made from."""
+    """Expresses the request in the keys of a run, from which plans are made."""
     return TrainConfig(
         pretrained_model_name_or_path=request.model,
         output_dir=output_dir,
@@ -160,7 +164,7 @@ def config_of(request: SampleRequest, output_dir: Path) -> TrainConfig:
 
 
 def open_task(request: SampleRequest) -> Task:
-    """Reads what a request names, but for the model's weights.
+    """Reads everything that a request names, except the model's weights.
 
     Raises:
         WeightsError, DataError: see `sample_pictures`.
@@ -177,10 +181,10 @@ def open_task(request: SampleRequest) -> Task:
 
 
 def read_lora(path: Path) -> SavedLora:
-    """A LoRA file of ours.
+    """Reads a LoRA from a file of pixtune's.
 
     Raises:
-        WeightsError: not a LoRA that pixtune wrote for diffusers.
+        WeightsError: it is not a LoRA that pixtune wrote for diffusers.
     """
     weights, metadata = read_lora_file(path)
     if "lora_adapter_metadata" not in metadata:
@@ -197,7 +201,7 @@ def read_lora(path: Path) -> SavedLora:
 
 
 def make_plans(task: Task, config: TrainConfig, facts: HardwareFacts) -> Plans:
-    """How a request fits a machine, from headers alone.
+    """Plans how a request fits a machine, from headers alone.
 
     Raises:
         WeightsError: the LoRA is for another model.
@@ -215,7 +219,7 @@ def make_plans(task: Task, config: TrainConfig, facts: HardwareFacts) -> Plans:
 
 
 def footprint_of(task: Task, config: TrainConfig, passes_per_step: int) -> Footprint:
-    """Of one pass of the transformer, with the LoRA on it.
+    """Computes the footprint of one pass of the transformer with its LoRA.
 
     Raises:
         WeightsError: the LoRA is for another model.
@@ -232,7 +236,7 @@ def footprint_of(task: Task, config: TrainConfig, passes_per_step: int) -> Footp
 
 
 def _num_tokens(task: Task, example: Example) -> int:
-    """Of a picture with its controls and prompt: an upper estimate, since nothing is encoded yet."""
+    """Estimates the tokens of a picture with its controls and prompt from above, since nothing is encoded yet."""
     family, seen = task.family, [picture for item in task.texts for picture in item.pictures]
     sizes = [family.latent_shape(task.folder, *size)[1:] for size in example.signature(0)]
     vision_pixels = sum(math.prod(picture.framing.size) for picture in set(seen))
@@ -247,7 +251,7 @@ def _num_tokens(task: Task, example: Example) -> int:
 def sample_as_planned(
     task: Task, plans: Plans, device: torch.device, stages: StageLog | None = None
 ) -> Iterator[PromptPicture]:
-    """One picture for each prompt and seed.
+    """Yields one picture for each prompt and seed.
 
     Args:
         stages: gets the memory of `ENCODING`, `LOADING`, `SAMPLING` and, where pictures are decoded last, `DECODING`.
@@ -272,7 +276,7 @@ def sample_as_planned(
 
 
 def encode_prompts(task: Task, plan: EncoderPlan, placement: Placement) -> list[EncodedPrompt]:
-    """Prompts and control pictures, encoded as in training; encoders leave the device before the transformer comes."""
+    """Encodes prompts and controls as training does. Encoders leave the device before the transformer is loaded."""
     encoder = Encoder(
         family=task.family,
         folder=task.folder,
@@ -295,16 +299,16 @@ def encode_prompts(task: Task, plan: EncoderPlan, placement: Placement) -> list[
 def all_latents(
     task: Task, plan: SamplingPlan, device: torch.device, sampler: PromptSampler, stages: StageLog
 ) -> Sequence[tuple[EncodedPrompt, int, Tensor]]:
-    """What is drawn, on the CPU; the transformer has left the device on return."""
+    """Samples the latents of all pictures, on the CPU. The transformer has left the device on return."""
     transformer = load_base(task, plan, device)
     stages.record(LOADING)
-    drawn = [(prompt, seed, latents.cpu()) for prompt, seed, latents in sampler.latents(transformer)]
+    sampled = [(prompt, seed, latents.cpu()) for prompt, seed, latents in sampler.latents(transformer)]
     stages.record(SAMPLING)
     del transformer
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    return drawn
+    return sampled
 
 
 def load_base(task: Task, plan: SamplingPlan, device: torch.device) -> LoadedTransformer:

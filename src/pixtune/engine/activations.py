@@ -1,12 +1,12 @@
-"""Blocks that keep only their inputs for the backward pass, on the device or in host memory.
+"""Recomputed blocks, which keep only their inputs for the backward pass, on the device or in host memory.
 
-With the block's input alone kept, a 60-block transformer at 1024x1024 still holds 1.6 GB of inputs in bf16. They fit
-through a PCIe link many times over in the time a block computes, so they can wait in page-locked host memory: each
+Even if each block keeps its inputs alone, a 60-block transformer at 1024x1024 holds 1.6 GB of them in bf16. A PCIe link
+could carry them many times over in the time that a block computes, so they can wait in page-locked host memory: each
 leaves while its block runs forward and is back one block before the backward pass needs it.
 
-torch's checkpoint gets no tensors as arguments here but a function that knows where they are. What it saves by itself
-(through an autograd node up to 2.12, `SavedTensor` objects since) are positional arguments only, and the blocks are
-called with named ones.
+torch's checkpoint gets no tensors as arguments here but a function that knows where they are. It saves positional
+arguments only (through an autograd node up to 2.12, `SavedTensor` objects since), and the blocks are called with named
+ones.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from torch.utils.checkpoint import checkpoint
 from pixtune.engine.forwards import Forward, is_recomputed, wrap_forward
 from pixtune.engine.transfer import CopyLane, Mark, host_buffer, span
 
-LEAST_OFFLOADED_BYTES = 2**20
-"""Smaller inputs stay on the device: 60 of them are less than three of the image's."""
+MIN_OFFLOADED_BYTES = 2**20
+"""Size below which inputs stay on the device: 60 of these are less than three of the image's."""
 
 
 def recompute_blocks(blocks: Sequence[nn.Module], offload: bool) -> None:
-    """Lets each block keep only its inputs and run again in the backward pass. Without gradients nothing changes.
+    """Has each block keep only its inputs and run again in the backward pass. Without gradients nothing changes.
 
-    Blocks must not draw random numbers: their generators' states are not restored.
+    Blocks must not draw random numbers: the generators' states are not restored.
 
     Args:
         blocks: in the order in which they run.
-        offload: inputs of `LEAST_OFFLOADED_BYTES` and more wait in host memory. Those of the last block do not: they
+        offload: inputs of `MIN_OFFLOADED_BYTES` and more wait in host memory, except those of the last block, which
             are needed again at once.
     """
     offloading = InputOffload() if offload else None
@@ -48,8 +48,9 @@ def recompute_blocks(blocks: Sequence[nn.Module], offload: bool) -> None:
 
 
 def recompute_projections(blocks: Sequence[nn.Module]) -> None:
-    """Lets each block compute queries, keys and values again in the backward pass: a third of what a compiled, lean
-    block keeps, and a sixth of its products.
+    """Has each block recompute queries, keys and values in the backward pass.
+
+    They are a third of what a compiled block with selective recomputation keeps, and a sixth of its products.
 
     Raises:
         ValueError: a block's attention has no such switch.
@@ -58,24 +59,24 @@ def recompute_projections(blocks: Sequence[nn.Module]) -> None:
         processors = [m.processor for m in block.modules() if hasattr(m, "processor")]
         switched = [processor for processor in processors if hasattr(processor, "recomputes_projections")]
         if not switched:
-            raise ValueError(f"the attention of {type(block).__name__} cannot compute its projections again")
+            raise ValueError(f"the attention of {type(block).__name__} cannot recompute its projections")
         for processor in switched:
             processor.recomputes_projections = True
 
 
 class RecomputeMore:
-    """Lets blocks that keep what they computed keep only their inputs, twice as many at each call as before.
+    """Recomputes blocks that have kept what they computed, twice as many more at each call as at the one before.
 
     Args:
-        blocks: in the order in which they run. The first ones come first, as in a plan: what later blocks kept is free
-            when one of them runs again.
+        blocks: in the order in which they run. The first ones come first, as in a plan: what later blocks kept has
+            been freed when one of them runs again.
     """
 
     def __init__(self, blocks: Sequence[nn.Module]) -> None:
         self._blocks, self._count = blocks, 1
 
     def __call__(self) -> str | None:
-        """What was done, for people; None where every block is recomputed already."""
+        """Returns what was done, in words for users; None where every block is recomputed already."""
         more = [block for block in self._blocks if not is_recomputed(block)][: self._count]
         self._count *= 2
         recompute_blocks(more, offload=False)
@@ -83,7 +84,7 @@ class RecomputeMore:
 
 
 def recompute(inner: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Runs `inner` so that its backward pass runs it again."""
+    """Runs `inner` such that its backward pass runs it again."""
     if not torch.is_grad_enabled():
         return inner(*args, **kwargs)
     return checkpoint(inner, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
@@ -99,14 +100,14 @@ class InputOffload:
 
     @property
     def host_bytes(self) -> int:
-        """Host memory taken so far."""
+        """Bytes of host memory taken so far."""
         return 0 if self._pool is None else self._pool.num_bytes
 
     def recompute(self, inner: Forward, args: tuple[Any, ...], kwargs: dict[str, Any], *, stays: bool) -> Any:
-        """As the function `recompute`, with the inputs in host memory.
+        """Runs `inner` like the function `recompute`, with the inputs in host memory.
 
         Args:
-            stays: these inputs remain on the device.
+            stays: whether these inputs remain on the device.
         """
         if not torch.is_grad_enabled():
             return inner(*args, **kwargs)
@@ -131,13 +132,13 @@ class InputOffload:
 
 
 class KeptInputs:
-    """What one call of a block got. Lives as long as the autograd graph of the call.
+    """Inputs of one call of a block. Lives as long as the autograd graph of the call.
 
-    Only tensors that need a gradient leave: those are what each block receives anew. The others (time embedding,
-    rotary embedding, masks) are the same tensors for all blocks.
+    Only tensors that need a gradient leave: each block gets new ones. The others (time embedding, rotary embedding,
+    masks) are the same tensors for all blocks.
 
     Args:
-        previous: the inputs of the call before, while they live: what the backward pass needs next.
+        previous: returns the inputs of the call before, while they live: the backward pass needs them next.
     """
 
     def __init__(
@@ -150,24 +151,24 @@ class KeptInputs:
         self._left = False
 
     def start_leaving(self, send: Callable[[Tensor], HostCopy]) -> None:
-        """Begins to copy what is large; it stays usable until `leave`."""
+        """Begins to copy large inputs; they stay usable until `leave`."""
         self._copies = {
             key: send(value)
             for key, value in self._values.items()
-            if isinstance(value, Tensor) and value.requires_grad and value.nbytes >= LEAST_OFFLOADED_BYTES
+            if isinstance(value, Tensor) and value.requires_grad and value.nbytes >= MIN_OFFLOADED_BYTES
         }
 
     def leave(self) -> None:
-        """Lets go of the device memory of what was copied."""
+        """Gives up the device memory of the copied inputs."""
         for key, copy in self._copies.items():
-            # The computation waits instead of the allocator, so that the memory is free at the same moment every step.
+            # The computation waits and not the allocator, so that the memory is free at the same moment in every step.
             # A block computes for longer than its input takes to leave.
             copy.wait_until_sent()
             del self._values[key]
         self._left = True
 
     def on_device(self) -> tuple[list[Any], dict[str, Any]]:
-        """Positional and named arguments of the call, for the forward pass or, after `leave`, to run it again."""
+        """Returns positional and named arguments of the call, for the forward pass or, after `leave`, to rerun it."""
         values = dict(self._values)
         if self._left:
             values.update({key: copy.take() for key, copy in self._copies.items()})
@@ -179,18 +180,18 @@ class KeptInputs:
         return [values[position] for position in positions], named
 
     def start_returning(self) -> None:
-        """Begins to copy back what `on_device` will be asked for next."""
+        """Begins to copy back what `on_device` returns next."""
         for copy in self._copies.values():
             copy.start_returning()
 
 
 class HostCopy:
-    """A device tensor's bytes in host memory, strides and all, and the tensor again when it is asked for.
+    """Copy of a device tensor in host memory that becomes a device tensor again, with the same strides.
 
-    Strides count: a compiled block would otherwise be compiled anew for its recomputation.
+    With other strides a compiled block would be compiled anew for its recomputation.
 
     Args:
-        buffer: of the pool, which gets it back when this object dies.
+        buffer: memory of the pool, which gets it back when this object dies.
     """
 
     def __init__(self, tensor: Tensor, buffer: Tensor, lane: CopyLane, pool: BufferPool) -> None:
@@ -205,18 +206,18 @@ class HostCopy:
         self._sent = lane.copy(self._bytes, source, after=lane.reached())
 
     def wait_until_sent(self) -> None:
-        """The computation may overwrite the original afterwards."""
+        """Has the computation wait for the copy, after which it may overwrite the original."""
         self._lane.wait(self._sent)
 
     def start_returning(self) -> None:
         """Begins the copy back, if it has not begun."""
         if self._coming is None:
             self._coming = torch.empty(self._num_elements, dtype=self._bytes.dtype, device=self._device)
-            # That memory may still be in use by what the computation was told before.
+            # That memory may still be in use by work that was launched before.
             self._arrived = self._lane.copy(self._coming, self._bytes, after=self._lane.reached())
 
     def take(self) -> Tensor:
-        """The tensor, a leaf that needs a gradient. A later backward pass over the same graph may ask again."""
+        """Returns the tensor, a leaf that needs a gradient. A later backward pass over the same graph may ask again."""
         self.start_returning()
         assert self._coming is not None
         self._lane.wait(self._arrived)
@@ -224,13 +225,13 @@ class HostCopy:
         return flat.as_strided(self._shape, self._stride).requires_grad_()
 
     def __del__(self) -> None:
-        if self._coming is not None:  # never asked for: whoever gets its memory next comes after the copy
+        if self._coming is not None:  # never taken: what uses its memory next must come after the copy
             self._lane.wait(self._arrived)
-        self._pool.give_back(self._buffer)  # written again only by a later copy of the same lane
+        self._pool.give_back(self._buffer)  # only a later copy of the same lane writes to it
 
 
 class BufferPool:
-    """Host buffers, used again from step to step: locking pages takes as long as copying them.
+    """Host buffers that are reused from step to step: locking pages takes as long as copying them.
 
     A buffer serves any request of at least half its size, since pictures of different shapes have about equal numbers
     of tokens.
@@ -242,7 +243,7 @@ class BufferPool:
         self.num_bytes = 0
 
     def take(self, num_bytes: int) -> Tensor:
-        """A buffer of at least this size."""
+        """Returns a buffer of at least this size."""
         place = bisect_left(self._free, num_bytes, key=lambda entry: entry[0])
         if place < len(self._free) and self._free[place][0] <= 2 * num_bytes:
             return self._free.pop(place)[2]
@@ -255,6 +256,6 @@ class BufferPool:
 
 
 def round_up(num_bytes: int) -> int:
-    """To one of eight sizes between a power of two and the next, so that about equal requests get equal buffers."""
+    """Rounds up to one of eight sizes between powers of two, so that about equal requests get equal buffers."""
     step = 1 << max(num_bytes.bit_length() - 4, 0)
     return -(-num_bytes // step) * step

@@ -1,7 +1,7 @@
 """Carries a plan out: the only place that does, in its one order.
 
-First the process's switches, then the transformer, loaded in its form (`load.py`) and with its blocks in their places.
-Once a LoRA is attached comes what blocks keep for the backward pass, and last their compilation.
+First come the process's switches, then the transformer, loaded in its form (`load.py`) and its blocks put in their
+places. When a LoRA has been attached, what blocks keep for the backward pass follows, and last their compilation.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def load_planned(
     reading: Reading = DEFAULT_READING,
     random_weights: bool = False,
 ) -> LoadedTransformer:
-    """Loads a transformer and applies everything that a plan says of its weights. A LoRA may be attached afterwards.
+    """Loads a transformer as a plan has its weights. A LoRA may be attached afterwards.
 
     Args:
         random_weights: the folder's config alone is read.
@@ -113,7 +113,7 @@ def apply_to_weights(
 def apply_to_activations(
     transformer: nn.Module, family: ModelFamily, plan: TrainingPlan, sizes_vary: bool = False
 ) -> None:
-    """Applies what a plan says of activations, and compiles the blocks. Must run after a LoRA has been attached.
+    """Applies a plan's decisions about activations, and compiles the blocks. Must run after a LoRA has been attached.
 
     Args:
         sizes_vary: pictures or captions come in several sizes.

@@ -1,11 +1,10 @@
-"""How a run's attention comes by the kernel that its plan has chosen, and gets gradients that this kernel takes.
+"""Makes PyTorch use the attention kernel that a run's plan has chosen, and makes its gradients dense.
 
-cuDNN's is twice as fast as flash attention on recent GPUs, and not everywhere right: PyTorch 2.11 keeps its plan of a
-backward pass by the shapes and strides of queries, keys and values alone, and computes with the strides of the first
-gradient that came for them. Where one kind of block hands it a dense gradient and another one a slice of a wider
-tensor, gradients come out wrong, or the process dies of an illegal memory access. So families see to it that every
-gradient is dense (`with_dense_gradient`), and each kernel is checked and timed before it is used
-(`attention_trial.py`).
+cuDNN's kernel is twice as fast as flash attention on recent GPUs, and not correct everywhere: PyTorch 2.11 stores its
+plan of a backward pass by the shapes and strides of queries, keys and values alone, and computes with the strides of
+the first gradient that came for them. Where one kind of block passes it a dense gradient and another one a slice of a
+wider tensor, gradients come out wrong, or the process dies of an illegal memory access. So families make every gradient
+dense (`with_dense_gradient`), and each kernel is checked and timed before it is used (`attention_trial.py`).
 """
 
 from __future__ import annotations
@@ -28,14 +27,14 @@ BACKENDS = {
     CUDNN: SDPBackend.CUDNN_ATTENTION,
     FLASH: SDPBackend.FLASH_ATTENTION,
     EFFICIENT: SDPBackend.EFFICIENT_ATTENTION,
-    FLASH_3: SDPBackend.FLASH_ATTENTION,  # it stands in for PyTorch's own
+    FLASH_3: SDPBackend.FLASH_ATTENTION,  # it replaces PyTorch's own
 }
 FLASH_ATTENTION_3 = "flash_attn_interface"
-"""The module that torch looks for."""
+"""Module that torch looks for."""
 
 
 class _DenseGradient(torch.autograd.Function):
-    """The same tensor forward."""
+    """The identity, whose gradient is contiguous."""
 
     @staticmethod
     def forward(ctx: Any, states: Tensor) -> Tensor:
@@ -43,29 +42,29 @@ class _DenseGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        # A copy in any case: the compiler of torch 2.11 loses a gradient that such a function returns as it came.
+        # Always a copy: the compiler of torch 2.11 loses a gradient that such a function returns unchanged.
         return gradient.clone(memory_format=torch.contiguous_format)
 
 
 def with_dense_gradient(attended_BLC: Tensor) -> Tensor:
-    """The same tensor; the gradient that attention gets through it is contiguous. See the module."""
+    """Returns the same tensor, through which attention gets a contiguous gradient."""
     return _DenseGradient.apply(attended_BLC) if attended_BLC.requires_grad else attended_BLC
 
 
 def flash_attention_3_obstacle() -> str | None:
-    """Why this installation cannot use FlashAttention 3; None: it can."""
+    """Returns why this installation cannot use FlashAttention 3; None: it can."""
     if not hasattr(torch.nn.attention, "activate_flash_attention_impl"):
-        return f"torch {torch.__version__} takes up no other flash attention than its own"
+        return f"torch {torch.__version__} accepts no flash attention but its own"
     if find_spec(FLASH_ATTENTION_3) is None:
         return f"its module {FLASH_ATTENTION_3} is not installed (the hopper folder of flash-attention builds it)"
     return None
 
 
 def use_flash_attention_3() -> None:
-    """From now on PyTorch's flash attention is FlashAttention 3, in compiled blocks, too.
+    """Replaces PyTorch's flash attention by FlashAttention 3 for the rest of the process, in compiled blocks too.
 
     Raises:
-        ConfigError: a resumed run's plan asks for it, and it is not there any more.
+        ConfigError: a resumed run's plan asks for it, and it is not installed.
     """
     if (obstacle := flash_attention_3_obstacle()) is not None:
         raise ConfigError("the plan of this run uses FlashAttention 3", [f"{obstacle}. Install it, or start anew."])
@@ -73,10 +72,10 @@ def use_flash_attention_3() -> None:
 
 
 def use_attention(kernel: str | None, off: Sequence[str]) -> None:
-    """From now on the process attends by one kernel wherever it can, in blocks that are compiled later, too.
+    """Makes the process attend by one kernel wherever it can, in blocks that are compiled later too.
 
-    What it does not take (masks, fp32, wide heads) goes to the next one that does; PyTorch's plain products are always
-    left. Without a kernel, the order is PyTorch's.
+    What the kernel does not take (masks, fp32, wide heads) goes to the next one that does; PyTorch's plain products are
+    never switched off. Without a kernel, the order is PyTorch's.
 
     Args:
         kernel, off: a plan's `attention` and `attention_off`.
@@ -97,7 +96,7 @@ def use_attention(kernel: str | None, off: Sequence[str]) -> None:
 
 
 def switch(backend: SDPBackend, on: bool) -> None:
-    """Allows PyTorch a kernel, or forbids it."""
+    """Allows PyTorch to use a kernel, or forbids it."""
     switches = {
         SDPBackend.CUDNN_ATTENTION: cuda.enable_cudnn_sdp,
         SDPBackend.FLASH_ATTENTION: cuda.enable_flash_sdp,
@@ -107,13 +106,17 @@ def switch(backend: SDPBackend, on: bool) -> None:
 
 
 def put_first(backend: SDPBackend) -> None:
-    """Lets PyTorch take a kernel before all others.
+    """Makes PyTorch take a kernel before all others.
 
     Its own order has cuDNN's first on Hopper and B200 (capabilities 9.0 and 10.0), and on all other GPUs behind plain
-    products, where nothing reaches it.
+    products, where it is never reached.
     """
-    if not hasattr(torch._C, "_set_sdp_priority_order"):
-        forbid_instead(backend)
+    if not hasattr(torch._C, "_set_sdp_priority_order"):  # in 2.6 to 2.13 there is
+        # What PyTorch prefers is forbidden instead. Memory-efficient attention stays, for masks and fp32, and may keep
+        # cuDNN's kernel from being reached.
+        for other in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION):
+            if other != backend:
+                switch(other, on=False)
         return
     if torch.cuda.is_available():
         settle_own_order()
@@ -121,25 +124,14 @@ def put_first(backend: SDPBackend) -> None:
     torch._C._set_sdp_priority_order([backend.value, *others])
 
 
-def forbid_instead(backend: SDPBackend) -> None:
-    """For a torch that does not let its order be set (2.6 to 2.13 do): what it prefers is forbidden.
-
-    Memory-efficient attention stays, for masks and fp32, and may keep cuDNN's kernel from being reached.
-    """
-    for other in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION):
-        if other != backend:
-            switch(other, on=False)
-
-
 def settle_own_order() -> None:
-    """Has PyTorch choose a kernel once: on Hopper and B200 the first choice of a process sets the order, over any that
-    was set before it."""
+    """Has PyTorch choose a kernel once, since on Hopper and B200 its first choice overwrites any order set before."""
     states = torch.empty(1, 1, 8, 8, dtype=torch.bfloat16, device="cuda")
     torch.ops.aten._fused_sdp_choice(states, states, states)
 
 
 def in_force() -> tuple[object, ...]:
-    """What decides which kernel PyTorch takes."""
+    """Returns everything that decides which kernel PyTorch takes."""
     order: list[int] = getattr(torch._C, "_get_sdp_priority_order", list)()
     replaced = getattr(torch.nn.attention, "current_flash_attention_impl", lambda: None)()
     enabled = (cuda.cudnn_sdp_enabled(), cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled())

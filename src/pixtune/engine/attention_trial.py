@@ -1,8 +1,8 @@
-"""Checks and times each attention kernel on this machine before a run takes one, in a process of its own.
+"""Checks and times each attention kernel on this machine before a run uses one, in a process of its own.
 
-A kernel may be missing, wrong, crash the process or hang, and each on some GPUs alone (what is known:
-`attention.py`). The process tells of each kernel when it begins and when it is done with it; where it dies or hangs,
-the kernel at work is what did it, and another process goes on with those that are left.
+A kernel may be missing, be wrong, crash the process or hang, and do so on some GPUs only (known cases:
+`attention.py`). The process reports the beginning and the end of each kernel's trial; where it dies or hangs, the
+kernel at work is the cause, and another process tries those that are left.
 """
 
 from __future__ import annotations
@@ -26,32 +26,32 @@ from pixtune.plan.kernel_choice import FLASH_3, PADDING, Finding
 from pixtune.storage.files import user_cache_folder, write_atomically
 
 TRIAL_SECONDS = 120
-"""Of one process. All kernels together take about 7 s on an H100."""
+"""Time limit of one process. All kernels together take about 7 s on an H100."""
 ROUNDS = 5
 PADDED = slice(5, 42)
-"""Tokens that are padding where attention to padded captions is tried; the text comes first."""
+"""Tokens that are padding in the trial of attention to padded captions; the text comes first."""
 FORMAT = 2
-"""Of the kept findings. 1, which has no number, knew cuDNN's kernel and all others together."""
+"""Version of the file of findings. Files of version 1, which state none, know cuDNN's kernel and all others as one."""
 MARK = "pixtune trial: "
-"""Begins the lines that are the trial's; libraries print others."""
+"""Beginning of the trial's own lines; libraries print others."""
 DEVICE = "cuda"
 LACKS_MEMORY = "memory was lacking to try it"
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Of a run's longest sequence, and how it is attended to."""
+    """Shape of a run's longest sequence, and how it is attended to."""
 
     num_tokens: int
     num_heads: int
     head_size: int
     compute_format: str = "bf16"
-    """Of queries, keys and values: a plan's `compute_format`."""
+    """Format of queries, keys and values: a plan's `compute_format`."""
     deterministic: bool = False
 
     @property
     def name(self) -> str:
-        """In a file's name."""
+        """The shape as part of a file's name."""
         size = f"{self.num_tokens}x{self.num_heads}x{self.head_size}-{self.compute_format}"
         return f"{size}-deterministic" if self.deterministic else size
 
@@ -60,7 +60,7 @@ class Shape:
 
 
 def try_attention(shape: Shape, kernels: Sequence[str]) -> dict[str, Finding]:
-    """What each kernel does on the process's first GPU: seconds, once for this GPU, these versions and this shape.
+    """Returns what each kernel does on the process's first GPU. Takes seconds once per GPU, versions and shape.
 
     Kernels that crashed or hung are tried anew by the next run: another driver, or a GPU that is not shared, may help.
     """
@@ -77,7 +77,7 @@ def try_attention(shape: Shape, kernels: Sequence[str]) -> dict[str, Finding]:
 
 
 def kept_file(shape: Shape) -> Path | None:
-    """Where the findings for this machine and shape are; None where this user can keep nothing."""
+    """Returns the file of findings for this machine and shape; None where this user can store nothing."""
     folder = user_cache_folder()
     if folder is None:
         return None
@@ -86,7 +86,7 @@ def kept_file(shape: Shape) -> Path | None:
 
 
 def read_kept(file: Path) -> dict[str, Finding]:
-    """Nothing of a file that another version wrote, or that is damaged."""
+    """Reads stored findings; none from a file that is damaged or has another `FORMAT`."""
     try:
         stored = json.loads(file.read_text())
         if stored["format"] != FORMAT:
@@ -97,7 +97,7 @@ def read_kept(file: Path) -> dict[str, Finding]:
 
 
 def run_trials(shape: Shape, kernels: Sequence[str]) -> tuple[dict[str, Finding], set[str]]:
-    """Findings, and of which kernels they will be the same next time. A process each time that one has died."""
+    """Returns findings, and for which kernels they will be the same next time. Starts a new process when one dies."""
     found: dict[str, Finding] = {}
     lasting: set[str] = set()
     left = list(kernels)
@@ -107,11 +107,11 @@ def run_trials(shape: Shape, kernels: Sequence[str]) -> tuple[dict[str, Finding]
         found |= done
         lasting |= {name for name, finding in done.items() if not finding.says_nothing and name != outcome.culprit}
         if outcome.obstacle is None or outcome.culprit is None:
-            # Without a culprit it is not a kernel that failed, and it would again.
-            why = outcome.obstacle or "its trial told nothing of it"
+            # Without a culprit something other than a kernel failed, and would fail again.
+            why = outcome.obstacle or "its trial reported nothing"
             found |= {name: Finding(why, says_nothing=True) for name in left if name not in done}
             break
-        # Done, and dead in attention to padded captions: it is right without padding, and not known to be with it.
+        # A culprit with a finding died in attention to padded captions: correct without padding, unknown with it.
         found.setdefault(outcome.culprit, Finding(outcome.obstacle))
         left = [name for name in left if name not in found]
     return found, lasting
@@ -119,17 +119,17 @@ def run_trials(shape: Shape, kernels: Sequence[str]) -> tuple[dict[str, Finding]
 
 @dataclass(frozen=True)
 class Outcome:
-    """Of one process."""
+    """Outcome of one process."""
 
     findings: dict[str, Finding]
     culprit: str | None = None
-    """The kernel at work when it died or was ended."""
+    """Kernel at work when the process died or was ended."""
     obstacle: str | None = None
-    """How that came; None: it ended well."""
+    """Reason for that; None: the process ended well."""
 
 
 def run_process(shape: Shape, kernels: Sequence[str]) -> Outcome:
-    """Tries kernels, in this order, as far as it gets."""
+    """Tries kernels in this order in a new process, as far as it gets."""
     words = [str(shape.num_tokens), str(shape.num_heads), str(shape.head_size), shape.compute_format]
     words += [str(int(shape.deterministic)), *kernels]
     try:
@@ -147,24 +147,24 @@ def run_process(shape: Shape, kernels: Sequence[str]) -> Outcome:
 
 
 def read_outcome(printed: str, obstacle: str | None) -> Outcome:
-    """From what a process printed, and how it came to an end."""
+    """Reads an outcome from what a process printed, and from why it ended early."""
     findings: dict[str, Finding] = {}
     at_work: str | None = None
     for line in printed.splitlines():
         if not line.startswith(MARK):
             continue
         try:
-            told = json.loads(line.removeprefix(MARK))
+            report = json.loads(line.removeprefix(MARK))
         except ValueError:  # cut off in the middle
             break
-        at_work = told["at_work"]
-        if told["finding"] is not None:
-            findings[told["kernel"]] = Finding(**told["finding"])
+        at_work = report["at_work"]
+        if report["finding"] is not None:
+            findings[report["kernel"]] = Finding(**report["finding"])
     return Outcome(findings, at_work if obstacle is not None else None, obstacle)
 
 
 def last_words(stderr: str, exit_code: int) -> str:
-    """Why a process ended, as far as it told."""
+    """Returns why a process ended, as far as it printed a reason."""
     lines = [line.strip() for line in stderr.splitlines() if line.strip()]
     errors = [line for line in lines if "rror" in line]  # the last one is the cause; what follows are hints
     ended = f"its process ended with exit code {exit_code}"
@@ -177,17 +177,21 @@ def last_words(stderr: str, exit_code: int) -> str:
 def measure(
     shape: Shape, kernels: Sequence[str], device: torch.device
 ) -> Iterator[tuple[str, str | None, Finding | None]]:
-    """Each kernel's name before and after each part of its trial, again if it is at work next, and what was found."""
+    """Yields before and after each part of each kernel's trial.
+
+    Yields:
+        The kernel, the kernel at work from now on, and what was found.
+    """
     inputs, gradient = draw_inputs(shape, device)
     real_BL = torch.ones(1, shape.num_tokens, dtype=torch.bool, device=device)
     real_BL[:, PADDED] = False
-    with sdpa_kernel(SDPBackend.MATH):  # heads are independent of one another, and one in fp32 is enough
+    with sdpa_kernel(SDPBackend.MATH):  # heads are independent of one another: one is enough, in fp32
         one_head = [tensor.detach()[:, :1].float().requires_grad_() for tensor in inputs]
         expected = attend(one_head, gradient[:, :1].float())
         expected_padded = attend(one_head, gradient[:, :1].float(), real_BL[:, None, None])
-    float(expected_padded[0].detach().sum())  # waits for the device: what fails up to here is no kernel's fault
+    float(expected_padded[0].detach().sum())  # waits for the device: a failure up to here is no kernel's fault
     torch.use_deterministic_algorithms(shape.deterministic)
-    for kernel in sorted(kernels, key=lambda kernel: kernel == FLASH_3):  # replaces flash attention for good
+    for kernel in sorted(kernels, key=lambda kernel: kernel == FLASH_3):  # the last one, as it replaces flash attention
         yield kernel, kernel, None
         finding = measure_kernel(kernel, inputs, gradient, expected)
         pads = kernel in PADDING and finding.fault is None
@@ -198,7 +202,7 @@ def measure(
 
 
 def draw_inputs(shape: Shape, device: torch.device) -> tuple[list[Tensor], Tensor]:
-    """Queries, keys and values (B, H, L, D) of one example, and a gradient; dense as (B, L, H, D), as in blocks."""
+    """Draws one example's queries, keys and values (B, H, L, D) and a gradient; dense as (B, L, H, D), as in blocks."""
     dtype = torch.bfloat16 if shape.compute_format == "bf16" else torch.float32
     generator = torch.Generator(device).manual_seed(0)
     sizes = (1, shape.num_tokens, shape.num_heads, shape.head_size)
@@ -209,10 +213,10 @@ def draw_inputs(shape: Shape, device: torch.device) -> tuple[list[Tensor], Tenso
 
 
 def measure_kernel(kernel: str, inputs: list[Tensor], gradient: Tensor, expected: Sequence[Tensor]) -> Finding:
-    """Error and time of one kernel alone.
+    """Measures error and time of one kernel alone.
 
     Raises:
-        torch.AcceleratorError: it has left the GPU in a state in which no other one can be tried.
+        torch.AcceleratorError: it has left the GPU in a state in which no other kernel can be tried.
     """
     try:
         if kernel == FLASH_3:
@@ -232,10 +236,10 @@ def measure_kernel(kernel: str, inputs: list[Tensor], gradient: Tensor, expected
 def padded_error(
     kernel: str, inputs: list[Tensor], gradient: Tensor, real_BL: Tensor, expected: Sequence[Tensor]
 ) -> float:
-    """Infinite where this GPU lacks the kernel.
+    """Returns the error of attention to padded captions; infinite where this GPU lacks the kernel.
 
     Raises:
-        torch.AcceleratorError: as `measure_kernel`.
+        torch.AcceleratorError: see `measure_kernel`.
     """
     try:
         return largest_error(run_padded(inputs, gradient, real_BL, kernel), expected)
@@ -246,7 +250,7 @@ def padded_error(
 
 
 def in_words(error: Exception) -> str:
-    """The first line of an error."""
+    """Returns the first line of an error's message."""
     message = str(error).strip().splitlines()[0] if str(error).strip() else ""
     if "No available kernel" in message:
         return "PyTorch has no such kernel for this GPU, shape and format"
@@ -254,21 +258,21 @@ def in_words(error: Exception) -> str:
 
 
 def attend(inputs: list[Tensor], gradient: Tensor, mask: Tensor | None = None) -> tuple[Tensor, ...]:
-    """Output, and gradients of queries, keys and values."""
+    """Returns output, and gradients of queries, keys and values."""
     query, key, value = inputs
     attended = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
     return attended, *torch.autograd.grad(attended, inputs, gradient)
 
 
 def run_padded(inputs: list[Tensor], gradient: Tensor, real_BL: Tensor, kernel: str) -> list[Tensor]:
-    """The same of `attend_padded`."""
+    """Returns what `attend` does, by `attend_padded`."""
     query, key, value = (tensor.transpose(1, 2) for tensor in inputs)
     attended = attend_padded(query, key, value, real_BL, kernel).transpose(1, 2)
     return [attended.detach(), *torch.autograd.grad(attended, inputs, gradient)]
 
 
 def largest_error(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-    """Relative, of all; of the first head alone, which is all that is expected. NaN where any is."""
+    """Returns the largest relative error in the first head, the only one that is expected. NaN where any is."""
     errors = [
         (tensor[:, :1].float() - wanted.detach()).norm() / wanted.detach().norm()
         for tensor, wanted in zip(found, expected, strict=True)
@@ -277,7 +281,7 @@ def largest_error(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
 
 
 def time_ms(work: Callable[[], object]) -> float:
-    """The fastest of a few rounds."""
+    """Returns the milliseconds of the fastest of `ROUNDS` rounds."""
     times = []
     for _ in range(ROUNDS):
         began, ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -290,12 +294,12 @@ def time_ms(work: Callable[[], object]) -> float:
 
 
 def main(words: Sequence[str]) -> None:
-    """Tells of each kernel as it goes. Dies where a kernel has spoiled the GPU for the others, or kills it."""
+    """Prints a report of each kernel at once. Dies where a kernel has spoiled the GPU for the others, or kills it."""
     num_tokens, num_heads, head_size, compute_format, deterministic, *kernels = words
     shape = Shape(int(num_tokens), int(num_heads), int(head_size), compute_format, bool(int(deterministic)))
     for kernel, at_work, finding in measure(shape, kernels, torch.device(DEVICE)):
-        told = {"kernel": kernel, "at_work": at_work, "finding": None if finding is None else asdict(finding)}
-        print(f"{MARK}{json.dumps(told)}", flush=True)
+        report = {"kernel": kernel, "at_work": at_work, "finding": None if finding is None else asdict(finding)}
+        print(f"{MARK}{json.dumps(report)}", flush=True)
 
 
 if __name__ == "__main__":

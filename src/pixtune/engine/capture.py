@@ -1,12 +1,12 @@
-"""The forward and backward pass of a step, captured once for each shape and replayed in one launch (CUDA graphs).
+"""Captures the forward and backward pass of a step once for each shape and replays it in one launch (CUDA graphs).
 
-A step of a 60-block transformer launches ten thousand kernels from Python, and a GPU that computes in 8 bits is done
-with each before the next one comes. A replay launches them all at once. It runs the very kernels that were captured,
-in their order, on the memory that they were captured with: batches are copied to where the captured one stood, and
-gradients add up where they stood. Numbers are those of the plain pass.
+A step of a 60-block transformer launches ten thousand kernels from Python, and a GPU that computes in 8 bits finishes
+each before the next one is launched. A replay launches them all at once. It runs the same kernels that were captured,
+in their order, on the memory that they were captured with: batches are copied to the captured batch's memory, and
+gradients accumulate in the captured gradients' memory. Numbers are those of the plain pass.
 
-What is captured must not wait for the device or depend on a value of the batch; whatever such a pass does on the host
-is done once, when it is captured.
+A captured pass must not wait for the device or depend on a value of the batch; whatever it does on the host is done
+only once, when it is captured.
 """
 
 from __future__ import annotations
@@ -28,23 +28,23 @@ from pixtune.engine.transfer import join_capture
 log = logging.getLogger(__name__)
 
 PLAIN_CALLS = 2
-"""Of each shape, before it is captured: the first ones compile, and try out which products are fastest. While new
-shapes come up nothing is captured: on a full card a plain pass would need the memory that captures hold."""
+"""Number of plain passes of each shape before it is captured: the first ones compile, and try which products are
+fastest. While new shapes come up nothing is captured: on a full card a plain pass would need the captures' memory."""
 
 Replay = Callable[[], Tensor]
 Capture = Callable[[Callable[[], Tensor]], Replay]
-"""Runs some work once without its effects, and returns what runs it in earnest."""
+"""Function that runs some work once without its effects, and returns the function that replays it with them."""
 
 
 class Inputs(Protocol):
-    """What a pass computes from."""
+    """Inputs of a pass."""
 
     @property
     def shapes(self) -> Hashable:
-        """Equal where a capture can be used again."""
+        """Key that is equal for inputs which can use the same capture."""
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Self:
-        """With other tensors in place of each."""
+        """Returns the same inputs with each tensor changed."""
 
     def tensors(self) -> tuple[Tensor, ...]: ...
 
@@ -54,49 +54,49 @@ InputsT = TypeVar("InputsT", bound=Inputs)
 
 @dataclass(frozen=True)
 class CapturedPass(Generic[InputsT]):
-    """One shape's."""
+    """Capture of one shape."""
 
     inputs: InputsT
-    """Their memory is what the replay reads."""
+    """Inputs whose memory the replay reads."""
     replay: Replay
 
 
 class ReplayedPass(Generic[InputsT]):
     """A pass that is captured for each shape once it has run plainly, and replayed from then on.
 
-    Recordings hold the memory of one pass, whatever their number. A plain pass beside them needs as much again; where
-    that is not there, they give theirs back first.
+    Captures hold the memory of one pass, however many they are. A plain pass beside them needs as much again; where
+    that is not free, they give theirs back first.
 
     Gradients must be zeroed in place, never dropped, between the steps: see `zero_gradients`.
 
     Args:
         compute: forward and backward pass; returns the loss.
-        parameters: whose gradients it adds to.
-        record: None: never.
-        most: shapes to record, those that come up first: to give one up for another would cost more time than it saves
-            where many shapes take turns.
-        free_bytes: what torch's allocator may still reserve.
-        keep_less: called where a capture runs out of memory; lets `compute` need less of it and says how, or returns
-            None where nothing is left to do. How well a capture's memory is used is not known before, and computing
-            a few blocks twice costs less than to launch every kernel from Python.
+        parameters: those to whose gradients it adds.
+        capture: None: every pass runs plainly.
+        max_captures: number of shapes to capture, the first ones that come up: replacing one by another would cost more
+            time than it saves where many shapes alternate.
+        free_bytes: returns how much torch's allocator may still reserve.
+        keep_less: called where a capture runs out of memory; makes `compute` need less and returns how, in words, or
+            returns None where nothing is left to do. How well a capture uses its memory is not known beforehand, and
+            recomputing a few blocks costs less than launching every kernel from Python.
     """
 
     def __init__(
         self,
         compute: Callable[[InputsT], Tensor],
         parameters: Iterable[nn.Parameter],
-        record: Capture | None,
-        most: int = 1,
+        capture: Capture | None,
+        max_captures: int = 1,
         free_bytes: Callable[[], int] = lambda: 0,
         keep_less: Callable[[], str | None] = lambda: None,
     ) -> None:
-        self._compute, self._parameters, self._capture, self._most = compute, tuple(parameters), record, most
-        self._free_bytes, self._keep_less = free_bytes, keep_less
+        self._compute, self._parameters, self._capture = compute, tuple(parameters), capture
+        self._max_captures, self._free_bytes, self._keep_less = max_captures, free_bytes, keep_less
         self._calls: Counter[Hashable] = Counter()
         self._calls_since_a_new_shape = 0
         self._captures: dict[Hashable, CapturedPass[InputsT]] = {}
         self._plain_bytes = 0
-        """What the allocator held for plain passes, most of all times."""
+        """Peak of what the allocator held for plain passes."""
 
     def __call__(self, inputs: InputsT) -> Tensor:
         if self._capture is None:
@@ -113,13 +113,16 @@ class ReplayedPass(Generic[InputsT]):
         return capture.replay()
 
     def _is_ripe(self, shapes: Hashable) -> bool:
-        if self._calls[shapes] <= PLAIN_CALLS or len(self._captures) >= self._most:
+        if self._calls[shapes] <= PLAIN_CALLS or len(self._captures) >= self._max_captures:
             return False
         return self._calls_since_a_new_shape >= PLAIN_CALLS * len(self._calls)
 
     def _try_to_capture(self, shapes: Hashable, inputs: InputsT) -> bool:
-        """Where it cannot be done all runs plainly from then on, which costs time and nothing else; where memory is all
-        that lacks, it is tried again after a plain pass that keeps less."""
+        """Captures a pass, and returns whether that succeeded.
+
+        Where it does not, everything runs plainly from then on, which costs nothing but time; where only memory is
+        missing, the capture is tried again after a plain pass that keeps less.
+        """
         assert self._capture is not None
         if not self._captures:
             held_bytes = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
@@ -132,7 +135,7 @@ class ReplayedPass(Generic[InputsT]):
         except RuntimeError as error:  # out of memory is one, too
             obstacle = next(iter(str(error).strip().splitlines()), type(error).__name__)
             lacks_memory = isinstance(error, torch.OutOfMemoryError)
-        if replay is None:  # here, since the error holds the memory of what it broke off
+        if replay is None:  # outside the except clause, since the error holds the memory of the work that failed
             saving = self._keep_less() if lacks_memory else None
             if saving is None:
                 self._stop_capturing(f"they could not be captured ({obstacle})")
@@ -142,18 +145,18 @@ class ReplayedPass(Generic[InputsT]):
             return False
         if self._gradients_there() != with_gradient:
             raise RuntimeError(
-                "capture a step gave gradients to parameters that had none before, and a replay would not add to "
-                "them. This is a fault of pixtune; cuda_graphs=false avoids it."
+                "capturing a step gave gradients to parameters that had none before, and a replay would not add to "
+                "them. This is a bug in pixtune; cuda_graphs=false avoids it."
             )
         self._captures[shapes] = CapturedPass(standing, replay)
         return True
 
     def _make_room_for_a_plain_pass(self) -> None:
-        full = len(self._captures) >= self._most
+        full = len(self._captures) >= self._max_captures
         if self.make_room(self._plain_bytes) and full:  # each such pass would cost all captures
             self._stop_capturing(
-                f"pictures and captions come in {len(self._calls)} shapes, and memory has room for {self._most} "
-                "captures but not for a plain pass beside them"
+                f"pictures and captions come in {len(self._calls)} shapes, and memory has room for "
+                f"{self._max_captures} captures but not for a plain pass beside them"
             )
 
     def _stop_capturing(self, why: str) -> None:
@@ -162,10 +165,10 @@ class ReplayedPass(Generic[InputsT]):
         self.release()
 
     def make_room(self, num_bytes: int) -> bool:
-        """Gives back the memory of all captures if so much is not free beside them; returns whether it did."""
+        """Gives back the memory of all captures unless `num_bytes` are free beside them; returns whether it did."""
         if not self._captures or self._free_bytes() >= num_bytes:
             return False
-        torch.cuda.empty_cache()  # what plain passes left behind
+        torch.cuda.empty_cache()  # frees what plain passes have left
         if self._free_bytes() >= num_bytes:
             return False
         self.release()
@@ -175,7 +178,7 @@ class ReplayedPass(Generic[InputsT]):
         return [parameter.grad is not None for parameter in self._parameters]
 
     def zero_gradients(self) -> None:
-        """Drops gradients where nothing is captured, and else zeroes them where they stand."""
+        """Drops gradients where nothing is captured; otherwise zeroes them in place."""
         if self._capture is None:
             for parameter in self._parameters:
                 parameter.grad = None
@@ -185,30 +188,30 @@ class ReplayedPass(Generic[InputsT]):
             torch._foreach_zero_(gradients)
 
     def release(self) -> None:
-        """Gives back the memory of all captures, or of one that failed; each shape is captured anew when it comes."""
+        """Gives back the memory of all captures, or of one that failed; shapes are captured anew when they come up."""
         self._captures.clear()
         gc.collect()
         torch.cuda.empty_cache()
 
 
 class Moving(Protocol):
-    """What moves tensors from step to step, so that a capture holds for one arrangement of them only."""
+    """A mover of tensors from step to step, so that a capture is valid for one arrangement of them only."""
 
     def arrangement(self) -> Hashable:
-        """Where everything is now."""
+        """Returns where everything is now."""
 
     def restore(self, arrangement: Hashable) -> None:
-        """Moves everything there; what the computation is told next comes after it."""
+        """Moves everything to where it was; work that is launched from now on runs after that."""
 
     def settle(self) -> None:
-        """All that the computation has been told so far counts as one piece of work, copies included."""
+        """Treats all work launched so far, copies included, as one piece that is complete."""
 
     def forget(self) -> None:
-        """What was told since the last `settle` was never done, so nothing is where it seems to be."""
+        """Treats everything as gone: work launched since the last `settle` never ran, so nothing is where it seems."""
 
 
 class Still:
-    """Nothing moves; see `Moving`."""
+    """A `Moving` in which nothing moves."""
 
     def arrangement(self) -> Hashable:
         return None
@@ -222,9 +225,9 @@ class Still:
 
 @contextmanager
 def ending_well() -> Iterator[None]:
-    """Lets a capture whose work breaks off end properly: else torch's allocator keeps its memory for ever.
+    """Lets a capture whose work fails end properly: otherwise torch's allocator keeps its memory for ever.
 
-    What the work held is dropped while the capture is still on, since its copies can only be waited for there.
+    What the work held is dropped while the capture still runs, since its copies can be waited for only there.
     """
     try:
         yield
@@ -239,11 +242,11 @@ def ending_well() -> Iterator[None]:
 
 
 class GraphCapturer:
-    """Records CUDA graphs that share their memory: one is done before the next one starts.
+    """Captures CUDA graphs that share their memory: one is done before the next one starts.
 
     Args:
-        moving: what the captured work moves, if it does. Each capture ends by moving it back to where it was at its
-            beginning.
+        moving: mover of what the captured work moves, if any. Each capture ends by moving everything back to where it
+            was at its beginning.
     """
 
     def __init__(self, moving: Moving | None = None) -> None:
@@ -252,11 +255,11 @@ class GraphCapturer:
 
     def __call__(self, work: Callable[[], Tensor]) -> Replay:
         graph = torch.cuda.CUDAGraph()
-        torch.cuda.synchronize()  # a capture cannot wait for what was begun outside of it
+        torch.cuda.synchronize()  # a capture cannot wait for work that was launched outside of it
         arrangement = self._moving.arrangement()
         is_whole = False
         try:
-            # Other threads pin the memory of coming batches meanwhile, which must not spoil the capture.
+            # Other threads pin the memory of coming batches meanwhile, which must not break the capture.
             with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 self._moving.settle()
                 with ending_well():

@@ -17,31 +17,35 @@ from torch import Tensor, nn
 from pixtune.engine.forwards import Forward, replace_computation
 from pixtune.storage.files import user_cache_folder
 
-MOST_GRAPHS = 64
-"""Graphs of one kind of block. One or two serve all sizes, by whether a block computes projections again; as many again
-without gradients and for batches with masks. The default of 8 could be reached, and what comes later run uncompiled."""
+MAX_GRAPHS = 64
+"""Limit on the graphs of one kind of block. One or two serve all sizes, depending on whether a block recomputes
+projections, plus as many without gradients and as many for batches with masks. The default of 8 could be reached, and
+graphs beyond it would run uncompiled."""
 STATES = ("hidden_states", "encoder_hidden_states")
-"""What diffusers calls the features of image and text tokens that go from block to block."""
+"""diffusers' names of the features of image and text tokens that go from block to block."""
 TOKEN_AXES = {
     **dict.fromkeys(STATES, 1), "image_rotary_emb": 0, "encoder_hidden_states_mask": 1, "modulate_index": 1,
     "joint_attention_kwargs": 1,
 }  # fmt: skip
-"""Where tokens are in what diffusers calls a block with; the last one is a family's own masks by name."""
+"""Axis of tokens in each argument that diffusers calls a block with; the last is a family's own masks by name."""
 
 LIMITS_TO_RECOMPUTING = (
     "ban_recompute_used_far_apart", "ban_recompute_long_fusible_chains", "ban_recompute_materialized_backward",
     "ban_recompute_reductions",
 )  # fmt: skip
-"""Of the partitioner (torch._functorch.config, 2.10 to 2.15). `activation_memory_budget` lifts more than these, and
-then computes products twice to stay below its budget."""
+"""Limits of the partitioner (torch._functorch.config, 2.10 to 2.15). `activation_memory_budget` lifts more than these,
+and then recomputes products to stay below its budget."""
 LIMIT_TO_KNOWN_OPERATORS = "ban_recompute_not_in_allowlist"
-"""Lifted, only what is known to be dear is kept (`dear_results.py` adds to what torch knows). Else joined and rotated
-queries and keys are kept beside the plain ones."""
+"""Limit that is lifted so that only results known to be expensive are kept (`recompute_policy.py` adds to those that
+torch knows). Otherwise joined and rotated queries and keys are kept beside the plain ones."""
 
 
 def keep_compiled_code() -> None:
-    """torch keeps what it has compiled in a folder that a reboot empties; a second start of the same run is quicker by
-    half a minute where it stays. TORCHINDUCTOR_CACHE_DIR, if the user has set it, stands."""
+    """Has torch keep compiled code in a lasting folder, unless the user has set TORCHINDUCTOR_CACHE_DIR.
+
+    torch's own choice is a folder that a reboot empties; a second start of the same run is half a minute faster where
+    the code is still there.
+    """
     folder = user_cache_folder()
     if folder is not None:
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder / "compiled"))
@@ -49,7 +53,7 @@ def keep_compiled_code() -> None:
 
 @functools.cache
 def compile_obstacle(device: torch.device) -> str | None:
-    """Why nothing can be compiled for a device (no Triton, no C compiler); None where it works. Takes seconds."""
+    """Returns why nothing can be compiled for a device (no Triton, no C compiler); None: it works. Takes seconds."""
     keep_compiled_code()
     try:
         torch.compile(lambda x: x * 2 + 1)(torch.ones(8, device=device))
@@ -64,34 +68,34 @@ def compile_blocks(
     """Replaces each block's computation by a compiled one. Nothing is compiled before the first call.
 
     Args:
-        selective: the compiler may compute anything again in the backward pass that is neither a product nor attention:
-            norms, rotary embeddings, gates. Else it keeps what it would have to read far to compute again.
-        backward_twice: the backward pass may run twice over one graph, so that it may not use what the forward pass
+        selective: the compiler may recompute anything in the backward pass that is neither a product nor attention:
+            norms, rotary embeddings, gates. Otherwise it keeps results that are long to recompute.
+        backward_twice: the backward pass may run twice over one graph, so that it must not use what the forward pass
             kept as working memory.
-        sizes_vary: pictures or captions come in several sizes. Then the first graph serves them all; else it is made
-            for the first size, a second one would be made for other pictures, and a third one for other captions.
+        sizes_vary: pictures or captions come in several sizes. Then the first graph serves them all. Otherwise it is
+            made for the first size, a second one would be made for other pictures and a third one for other captions.
     """
     from torch._inductor import config as inductor_config
 
-    from pixtune.engine.dear_results import KeepDearResults
+    from pixtune.engine.recompute_policy import RecomputePolicy
 
     keep_compiled_code()
     for limit in (*LIMITS_TO_RECOMPUTING, LIMIT_TO_KNOWN_OPERATORS):
         setattr(functorch_config, limit, not selective)
-    inductor_config.joint_custom_pre_pass = KeepDearResults()
+    inductor_config.joint_custom_pre_pass = RecomputePolicy()
     functorch_config.donated_buffer = not backward_twice
-    torch._dynamo.config.recompile_limit = MOST_GRAPHS
+    torch._dynamo.config.recompile_limit = MAX_GRAPHS
     for block in blocks:
         trained = any(parameter.requires_grad for parameter in block.parameters())
         replace_computation(block, functools.partial(compile_forward, trained=trained, sizes_vary=sizes_vary))
 
 
 def compile_forward(forward: Forward, trained: bool, sizes_vary: bool, backend: str = "inductor") -> Forward:
-    """A block's forward, compiled, and called so that one graph serves all of its kind, and all sizes if they vary.
+    """Compiles a block's forward such that one graph serves all blocks of its kind, and all sizes if they vary.
 
     Args:
-        trained: the block has something that is trained. One that has not, and comes before all that have, runs
-            without gradients and keeps nothing.
+        trained: something of the block is trained. A block without that, before all others that have it, runs without
+            gradients and keeps nothing.
     """
 
     compiled = torch.compile(forward, backend=backend)
@@ -109,11 +113,11 @@ def compile_forward(forward: Forward, trained: bool, sizes_vary: bool, backend: 
 
 
 def as_in_later_blocks(states_BLC: Tensor) -> Tensor:
-    """The same states, such that the compiler sees no difference between a first trained block's and a later one's.
+    """Returns the same states, made such that those of the first trained block look to the compiler like later ones.
 
-    The first one's need no gradient: that would be another graph, which takes some seconds to compile (9 on a machine
-    with an H100), while gradients that nobody asks for are reckoned to take a thousandth of a step. And of a single
-    example the stride of the batch says nothing, but comes out differently where a kind of block hands on slices.
+    The first block's states need no gradient: that would be another graph, which takes some seconds to compile (9 on a
+    machine with an H100), while gradients that nobody reads take an estimated thousandth of a step. And the batch
+    stride of a single example has no meaning, but differs where a kind of block passes on slices.
     """
     if states_BLC.shape[0] == 1 and states_BLC.stride(0) != states_BLC.numel():
         states_BLC = states_BLC.flatten(0, 1).unsqueeze(0)
@@ -123,7 +127,7 @@ def as_in_later_blocks(states_BLC: Tensor) -> Tensor:
 
 
 def mark_tokens(value: Any, axis: int) -> None:
-    """Tells the compiler that the size of that axis varies, of a tensor or of each of some."""
+    """Marks for the compiler that the size of this axis varies, in a tensor or in each tensor of a collection."""
     if isinstance(value, Tensor):
         torch._dynamo.maybe_mark_dynamic(value, axis)
     elif isinstance(value, tuple | list | dict):

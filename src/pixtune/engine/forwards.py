@@ -1,9 +1,9 @@
-"""Putting something around a block's forward without moving the block: its path, and so a LoRA's names, stay.
+"""Wraps a block's forward without moving the block, so that its path, and with it a LoRA's names, stay.
 
-The order is: recomputation outermost, streaming inside it (a recomputed block needs its weights again), and the
-computation itself, which alone is compiled, innermost. The module's own `compile()` compiles everything that is around
-it, too: torch 2.13 traces the copies of an offload into the graph and cannot trace streaming at all. So it is refused
-in favour of `replace_computation(block, torch.compile)`, which may come before or after what is put around.
+The order is: recomputation outermost, streaming inside it (a recomputed block needs its weights again), and innermost
+the computation itself, which alone is compiled. The module's own `compile()` compiles the wrappers too: torch 2.13
+traces the copies of an offload into the graph and cannot trace streaming at all. So it is refused in favour of
+`replace_computation(block, torch.compile)`, which may be called before or after the wrapping.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from torch import nn
 
 Forward = Callable[..., Any]
 Around = Callable[[Forward, tuple[Any, ...], dict[str, Any]], Any]
-"""Gets the inner forward, its positional and its named arguments; returns what the forward returns."""
+"""Wrapper that gets the inner forward, its positional and its named arguments, and returns what the forward returns."""
 
 
 @dataclass
 class WrappedForward:
-    """A forward with something around it."""
+    """A forward with a wrapper around it."""
 
     block: nn.Module
     inner: Forward
@@ -35,7 +35,7 @@ class WrappedForward:
 
 
 def wrap_forward(block: nn.Module, around: Around, recomputes: bool = False) -> None:
-    """Puts `around` outside of everything that is around the block's forward so far.
+    """Wraps `around` around the block's forward and all wrappers that it has so far.
 
     Raises:
         RuntimeError: `block.compile()` was called.
@@ -48,13 +48,13 @@ def refuse_whole_compilation(block: nn.Module) -> None:
     """Raises RuntimeError if the module's own `compile()` was called."""
     if block._compiled_call_impl is not None:
         raise RuntimeError(
-            "Module.compile() would compile what is around a block's forward; call replace_computation(block, "
+            "Module.compile() would compile the wrappers of a block's forward too; call replace_computation(block, "
             "torch.compile) instead"
         )
 
 
 def replace_computation(block: nn.Module, change: Callable[[Forward], Forward]) -> None:
-    """Replaces the block's own forward, inside all that is around it: `change` is `torch.compile`, for example."""
+    """Replaces the block's own forward, inside all wrappers: `change` is `torch.compile`, for example."""
     holder = block.forward
     if not isinstance(holder, WrappedForward):
         block.forward = change(holder)
@@ -65,7 +65,7 @@ def replace_computation(block: nn.Module, change: Callable[[Forward], Forward]) 
 
 
 def is_recomputed(block: nn.Module) -> bool:
-    """Whether the backward pass runs the block's forward again instead of keeping what it computed."""
+    """Returns whether the backward pass runs the block's forward again instead of keeping what it computed."""
     holder = block.forward
     while isinstance(holder, WrappedForward):
         if holder.recomputes:

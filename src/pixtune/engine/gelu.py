@@ -1,8 +1,8 @@
 """GELU that keeps its input for the backward pass in 8 bits.
 
-Its input is the largest thing a block keeps: four channel widths, a third of all. The backward pass needs it for the
-slope alone, which changes slowly: float8_e4m3fn with a scale a row errs by 3% of the input's size and by less than 1%
-of the gradient.
+Its input is the largest tensor that a block keeps: four channel widths, a third of all. The backward pass needs it for
+the slope only, which changes slowly: float8_e4m3fn with one scale per row has an error of 3% of the input's size and of
+less than 1% of the gradient.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pixtune.engine.quantize import quantize_rows
 
 
 class CompactGelu(torch.autograd.Function):
-    """`gelu(x)` over the last axis."""
+    """`gelu(x)`, its input kept with one scale per row of the last axis."""
 
     @staticmethod
     def forward(ctx: Any, inputs: Tensor, approximate: str) -> Tensor:
@@ -37,7 +37,7 @@ class CompactGelu(torch.autograd.Function):
 
 
 def compact_gelus(blocks: Iterable[nn.Module]) -> int:
-    """Replaces the GELUs of some blocks and marks them `keeps_codes`; returns how many there were."""
+    """Replaces the GELUs of these blocks and marks them `keeps_codes`; returns how many there are."""
     from diffusers.models.activations import GELU
 
     count = 0
@@ -56,7 +56,7 @@ def compact_gelus(blocks: Iterable[nn.Module]) -> int:
 
 @functools.cache
 def compact_gelu(approximate: str) -> Callable[[Tensor], Tensor]:
-    """The function in place of a GELU: one for all modules, since each other one would be compiled anew."""
+    """Returns the function that replaces a GELU: the same for all modules, since another one would be compiled anew."""
 
     def compact(inputs: Tensor) -> Tensor:
         if not torch.is_grad_enabled():

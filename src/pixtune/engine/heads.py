@@ -1,8 +1,8 @@
-"""Queries, keys and values of a block's attention, from the projections of its tokens: normed, rotated, joined.
+"""Makes queries, keys and values of a block's attention from its tokens' projections: normed, rotated and joined.
 
-Between projections and attention stand a norm over each head, the rotary embedding and, where text and image tokens
-attend to each other, their joining. Each is a pass over all queries and keys, and again in the backward pass. On a GPU
-they are one pass forward and one backward, from the projections alone: nothing in between is kept.
+Between projections and attention come a norm over each head, the rotary embedding and, where text and image tokens
+attend to each other, their joining. Each is a pass over all queries and keys, and another in the backward pass. On a
+GPU they are one pass forward and one backward, from the projections alone: no result in between is kept.
 
 Shapes in names: B examples, L tokens of one stream, S of both together, H heads, D features of one, C = H * D.
 """
@@ -19,15 +19,15 @@ from torch import Tensor, nn
 from pixtune.engine.kernels import has_triton
 
 HEADS_AT_ONCE = 8
-"""Of one token, by one program of the kernels."""
+"""Heads of one token that one program of the kernels computes."""
 
 
 @dataclass(frozen=True)
 class Stream:
-    """What one kind of tokens brings to the attention.
+    """Tokens of one kind as the attention takes them.
 
     Args:
-        projections_BLC: to queries, keys and values.
+        projections_BLC: those to queries, keys and values.
         query_norm, key_norm: root mean square norms over the features of a head.
         rotary: the rotary embedding, cosine and sine of each token's angles; shape (L, D / 2, 2).
     """
@@ -39,7 +39,7 @@ class Stream:
 
 
 def join_heads(streams: tuple[Stream, ...], head_size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values of all streams' tokens, one stream after the other; shape (B, S, H, D) each."""
+    """Returns queries, keys and values of all tokens, one stream after the other; shape (B, S, H, D) each."""
     query = rotated([(stream.projections_BLC[0], stream.query_norm, stream.rotary) for stream in streams], head_size)
     key = rotated([(stream.projections_BLC[1], stream.key_norm, stream.rotary) for stream in streams], head_size)
     values = [stream.projections_BLC[2].unflatten(-1, (-1, head_size)) for stream in streams]
@@ -47,7 +47,11 @@ def join_heads(streams: tuple[Stream, ...], head_size: int) -> tuple[Tensor, Ten
 
 
 def rotated(parts: list[tuple[Tensor, nn.Module, Tensor]], head_size: int) -> Tensor:
-    """Projections, each with its norm and its rotary, as heads that are normed, rotated and joined; (B, S, H, D)."""
+    """Returns normed, rotated and joined heads, shape (B, S, H, D).
+
+    Args:
+        parts: the projections of each stream with their norm and their rotary embedding.
+    """
     norms = [norm for _, norm, _ in parts]
     if all(has_triton(states_BLC) for states_BLC, _, _ in parts) and have_kernel(norms):
         *first, (last_BLC, last_norm, last_rotary) = parts
@@ -61,26 +65,21 @@ def rotated(parts: list[tuple[Tensor, nn.Module, Tensor]], head_size: int) -> Te
 
 
 def have_kernel(norms: Sequence[Any]) -> bool:
-    """Whether norms are what the kernels compute: frozen root mean squares with a weight and the same epsilon."""
-    # torch's and diffusers' classes have the same name, and no base that says what they are.
+    """Returns whether the kernels compute these norms: frozen root mean squares with a weight and one epsilon."""
+    # torch's and diffusers' classes have the same name and no base class of their kind.
     kinds = all(type(norm).__name__ == "RMSNorm" and getattr(norm, "bias", None) is None for norm in norms)
     epsilons = {norm.eps for norm in norms} if kinds else set()
     weights = [norm.weight for norm in norms] if kinds else []
     return (
         len(epsilons) == 1
         and None not in epsilons
-        and all(
-            weight is not None and not weight.requires_grad and is_power_of_two(weight.shape[0]) for weight in weights
-        )
+        and all(weight is not None and not weight.requires_grad for weight in weights)
+        and all(weight.shape[0] & (weight.shape[0] - 1) == 0 for weight in weights)  # a power of two
     )
 
 
-def is_power_of_two(number: int) -> bool:
-    return number & (number - 1) == 0
-
-
 def rotate(states_BLHD: Tensor, rotary: Tensor) -> Tensor:
-    """Turns each pair of neighbouring features by its angle; fp32 inside, as the stock code of all families.
+    """Rotates each pair of neighbouring features by its angle, in fp32 like the stock code of all families.
 
     Args:
         rotary: cosine and sine of each token's angles, shape (L, D / 2, 2).
@@ -104,7 +103,7 @@ def rotate_heads(
     last_rotary: Tensor,
     epsilon: float,
 ) -> Tensor:
-    """`rotated` of one stream or two, in one pass; norms inside in fp32, without roundings in between."""
+    """Computes `rotated` of one stream or two in one pass, in fp32 without roundings in between."""
     from pixtune.engine import triton_kernels
 
     joined = _new_joined(first_BLC, last_BLC, last_weight_D)
@@ -139,7 +138,7 @@ def rotate_heads_backward(
     last_rotary: Tensor,
     epsilon: float,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of `first_BLC` (an empty tensor without it) and `last_BLC`."""
+    """Returns the gradients of `first_BLC` (an empty tensor if that is None) and of `last_BLC`."""
     from pixtune.engine import triton_kernels
 
     gradient_BSHD = gradient_BSHD if gradient_BSHD.stride(-1) == 1 else gradient_BSHD.contiguous()
@@ -192,13 +191,13 @@ def _new_gradients(first_BLC: Tensor | None, last_BLC: Tensor) -> tuple[Tensor, 
 
 
 def _sources(*tensors: Tensor | None) -> list[Tensor]:
-    """As the kernels read them. Where there is one stream, the last one stands in for the first and is not read."""
+    """Returns tensors as the kernels take them. A missing first stream is replaced by the last one and not read."""
     last = tensors[3:]
     return [(tensor if tensor is not None else last[number % 3]).contiguous() for number, tensor in enumerate(tensors)]  # type: ignore[union-attr]
 
 
 def _sizes(first_BLC: Tensor | None, joined_BSHD: Tensor) -> tuple[int, int, int]:
-    """Tokens of the first stream and of the last one, and heads."""
+    """Counts the tokens of the first stream and of the last one, and the heads."""
     num_first = 0 if first_BLC is None else first_BLC.shape[1]
     return num_first, joined_BSHD.shape[1] - num_first, joined_BSHD.shape[2]
 

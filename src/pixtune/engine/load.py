@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -106,7 +106,7 @@ def random_transformer(
     shapes = {name: tensor.shape for name, tensor in module.state_dict().items()}
     absent = lay_out(module, family, placement, layout)
     loaded = {name: shape for name, shape in shapes.items() if parent(name) not in absent}
-    tensors = random_tensors(loaded, placement)
+    tensors = ((name, random_tensor(name, shape, placement)) for name, shape in loaded.items())
     fill(module, tensors, set(loaded), placement, "random weights", prefixes_of_blocks(module, family, layout.streamed))
     module.requires_grad_(False).eval()
     if not absent:
@@ -116,12 +116,6 @@ def random_transformer(
     embedder = module.get_submodule(family.time_embedder)
     table = ModulationTable(embedder, absent, lambda name: kept[shapes[name]], layout.modulation_rows)
     return LoadedTransformer(module, table=table)
-
-
-def random_tensors(shapes: Mapping[str, torch.Size], placement: Placement) -> Iterator[tuple[str, Tensor]]:
-    """Yields tensors of the given shapes one after the other."""
-    for name, shape in shapes.items():
-        yield name, random_tensor(name, shape, placement)
 
 
 def random_tensor(name: str, shape: torch.Size, placement: Placement) -> Tensor:
@@ -234,7 +228,7 @@ def put_into(module: nn.Module, name: str, tensor: Tensor, placement: Placement)
     else:
         expected = getattr(module, leaf).shape
     if expected != value.shape:
-        raise WeightsError(f"{name} has shape {tuple(value.shape)}; the config says {tuple(expected)}.")
+        raise WeightsError(f"{name} has shape {tuple(value.shape)}; the config has {tuple(expected)}.")
     if isinstance(module, QuantizedLinear) and leaf == "weight":
         module.set_weight(tensor)
     elif leaf in module._buffers:

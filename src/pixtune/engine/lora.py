@@ -1,16 +1,16 @@
-"""Linear layers that read the same input, with the LoRA products of all of them done together.
+"""Linear layers that read the same input, with the LoRA products of all of them computed together.
 
-PEFT computes each layer by itself, so queries, keys and values read one input three times for their down-projections,
-and three times again for the gradients of these, and write three input gradients to be added. Here each is one product
-of the joined down-projections, forward and backward. Only the arithmetic differs: the parameters, their names and the
-files stay PEFT's, and what is not a plain LoRA is left to PEFT.
+PEFT computes each layer by itself, so queries, keys and values read one input three times for their down-projections
+and three more times for the gradients of these, and write three input gradients to be added. Here each is one product
+with the joined down-projections, forward and backward. Only the arithmetic differs: the parameters, their names and the
+files stay PEFT's, and whatever is not a plain LoRA is left to PEFT.
 
-The whole group is one autograd function and not composed of torch's operators, for three reasons: weights that are kept
-in fp32 become the input's format in one kernel and not in one each, a backward pass that is not compiled keeps no
-rounded copies of them, and gradients of weights come out of their products in fp32, without a conversion each.
+The whole group is one autograd function and not composed of torch's operators, for three reasons: one kernel converts
+all weights from fp32 to the input's format, a backward pass that is not compiled keeps no rounded copies of them, and
+gradients of weights come out of their products in fp32, without a conversion each.
 
 Shapes in names: M rows of the input (tokens), K input features, N output features, R ranks of all layers together, r
-of one.
+the rank of one.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from torch import Tensor, nn
 from pixtune.engine.kernels import has_triton, power_of_two
 from pixtune.engine.quantize import QuantizedLinear
 
-TILE_ROWS, TILE_COLUMNS, LEAST_TILE = 64, 128, 16
-"""Of the kernel that adds; the tensor cores of GPUs take no less than the last one."""
+TILE_ROWS, TILE_COLUMNS, MIN_TILE = 64, 128, 16
+"""Tiles of the kernel that adds; the tensor cores of GPUs take no fewer than `MIN_TILE` rows or columns."""
 
 
 @dataclass(frozen=True)
 class LowRankPair:
-    """What a plain LoRA adds to its layer: `scale * x @ down.T @ up.T`."""
+    """A plain LoRA, which adds `scale * x @ down.T @ up.T` to its layer."""
 
     down_rK: Tensor
     up_Nr: Tensor
@@ -39,7 +39,7 @@ class LowRankPair:
 
 
 def project(states: Tensor, layers: Sequence[nn.Module]) -> tuple[Tensor, ...]:
-    """What each of some layers makes of one input, as `layer(states)` does, within rounding.
+    """Returns each layer's output for one input: `layer(states)`, within rounding.
 
     Args:
         states: features on the last axis.
@@ -55,7 +55,7 @@ def project(states: Tensor, layers: Sequence[nn.Module]) -> tuple[Tensor, ...]:
 
 
 def plain_lora(layer: nn.Module) -> LowRankPair | None:
-    """The one LoRA that a layer adds to its base. None if it adds none, or does it in a way that only PEFT knows."""
+    """Returns the one LoRA that a layer adds to its base. None if it adds none, or in a way that only PEFT knows."""
     from peft.tuners.lora import LoraLayer
 
     if not isinstance(layer, LoraLayer) or layer.disable_adapters or layer.merged:
@@ -70,7 +70,7 @@ def plain_lora(layer: nn.Module) -> LowRankPair | None:
 
 
 def with_low_rank(states: Tensor, bases: Sequence[nn.Module], pairs: Sequence[LowRankPair]) -> tuple[Tensor, ...]:
-    """What each base layer makes of the states plus what its pair adds; shape as `states`, but for the last axis."""
+    """Returns each base layer's output plus what its pair adds; the shape of `states` apart from the last axis."""
     rows_MK = states.reshape(-1, states.shape[-1])
     products, biases = zip(*(product_and_bias(base, rows_MK) for base in bases), strict=True)
     scales = tuple(pair.scale for pair in pairs)
@@ -80,8 +80,11 @@ def with_low_rank(states: Tensor, bases: Sequence[nn.Module], pairs: Sequence[Lo
 
 
 def product_and_bias(layer: nn.Module, rows_MK: Tensor) -> tuple[Tensor, Tensor | None]:
-    """What a layer makes of its input, and what is still to be added to it. Other than the product of 16-bit numbers,
-    that of 8-bit codes comes without the bias, whose addition would be a pass of its own."""
+    """Returns a layer's output, and a bias if that is still to be added to it.
+
+    Unlike a product of 16-bit numbers, one of 8-bit codes comes without the bias, whose addition would be a pass of its
+    own.
+    """
     if isinstance(layer, QuantizedLinear) and is_fused(rows_MK):
         return layer.product(rows_MK), layer.bias
     return layer(rows_MK), None
@@ -90,8 +93,8 @@ def product_and_bias(layer: nn.Module, rows_MK: Tensor) -> tuple[Tensor, Tensor 
 class WithLowRank(torch.autograd.Function):
     """`product + bias + scale * x @ down.T @ up.T` of several layers that read the same x.
 
-    `tensors` are all products, all biases, all downs, then all ups. Downs and ups are in fp32 or the input's format,
-    and their gradients are summed up in fp32. Biases are frozen.
+    `tensors` are all products, all biases, all downs, then all ups. Downs and ups are in fp32 or in the input's format,
+    and their gradients are accumulated in fp32. Biases are frozen.
     """
 
     @staticmethod
@@ -120,30 +123,30 @@ class WithLowRank(torch.autograd.Function):
             for gradient_MN, low_Mr, scale in zip(gradients_MN, low_MR.split(ranks, dim=1), ctx.scales, strict=True)
         ]
         down_gradients_rK = summed_outer(low_gradient_MR, x_MK).split(ranks)
-        # Views: the compiler of torch 2.11 loses a gradient that such a function returns as it came.
+        # Views, since the compiler of torch 2.11 loses a gradient that such a function returns unchanged.
         products = [gradient_MN.view_as(gradient_MN) for gradient_MN in gradients_MN]
         return x_gradient_MK, None, *products, *(None for _ in products), *down_gradients_rK, *up_gradients_Nr
 
 
 def is_fused(x_MK: Tensor) -> bool:
-    """Whether what a LoRA adds is computed and added in one kernel."""
+    """Returns whether one kernel computes what a LoRA adds and adds it."""
     return has_triton(x_MK) and x_MK.dtype in (torch.bfloat16, torch.float16)
 
 
 def plus_product(product_MN: Tensor, bias_N: Tensor | None, low_Mr: Tensor, up_Nr: Tensor) -> Tensor:
-    """`product + bias + low @ up.T`."""
+    """Returns `product + bias + low @ up.T`."""
     return (add_low_rank if is_fused(product_MN) else plainly_added)(product_MN, bias_N, low_Mr, up_Nr)
 
 
 def plainly_added(product_MN: Tensor, bias_N: Tensor | None, low_Mr: Tensor, up_Nr: Tensor) -> Tensor:
-    """`plus_product` by torch's operators."""
+    """Computes `plus_product` by torch's operators."""
     base_MN = product_MN if bias_N is None else product_MN + bias_N
     return base_MN + low_Mr @ up_Nr.t()
 
 
 @torch.library.custom_op("pixtune::add_low_rank", mutates_args=())
 def add_low_rank(product_MN: Tensor, bias_N: Tensor | None, low_Mr: Tensor, up_Nr: Tensor) -> Tensor:
-    """`plus_product` in one kernel, on a GPU. Rows of `low_Mr` may be part of longer ones."""
+    """Computes `plus_product` in one kernel, on a GPU. Rows of `low_Mr` may be parts of longer ones."""
     from pixtune.engine import triton_kernels
 
     product_MN, up_Nr = product_MN.contiguous(), up_Nr.contiguous()
@@ -151,7 +154,7 @@ def add_low_rank(product_MN: Tensor, bias_N: Tensor | None, low_Mr: Tensor, up_N
     result_MN = torch.empty_like(product_MN)
     (rows, columns), rank = product_MN.shape, up_Nr.shape[1]
     tiles = (-(-rows // TILE_ROWS), -(-columns // TILE_COLUMNS))
-    ranks = min(max(power_of_two(rank), LEAST_TILE), TILE_ROWS)
+    ranks = min(max(power_of_two(rank), MIN_TILE), TILE_ROWS)
     triton_kernels.plus_product[tiles](
         product_MN, product_MN if bias_N is None else bias_N, low_Mr, up_Nr, result_MN, rows, columns,
         low_Mr.stride(0), bias_N is not None, rank, TILE_ROWS, TILE_COLUMNS, ranks,
@@ -167,9 +170,9 @@ def _(product_MN: Tensor, bias_N: Tensor | None, low_Mr: Tensor, up_Nr: Tensor) 
 def join_rounded(
     matrices: Sequence[Tensor], scales: Sequence[float], dtype: torch.dtype
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """All downs as one matrix (R, K), and each up times its scale, in a format.
+    """Returns all downs as one matrix (R, K), and each up times its scale, in the given format.
 
-    All are written one behind the other, in one kernel.
+    One kernel writes them all, one after the other.
     """
     downs_rK, ups_Nr = matrices[: len(scales)], matrices[len(scales) :]
     parts = [*downs_rK, *(scaled(up_Nr, scale) for up_Nr, scale in zip(ups_Nr, scales, strict=True))]
@@ -186,9 +189,9 @@ def scaled(matrix: Tensor, scale: float) -> Tensor:
 
 @torch.library.custom_op("pixtune::summed_outer", mutates_args=())
 def summed_outer(a_MN: Tensor, b_MK: Tensor) -> Tensor:
-    """`a.T @ b` in fp32, from any format; shape (N, K).
+    """Computes `a.T @ b` in fp32, from any format; shape (N, K).
 
-    An operator of its own, since a GPU multiplies 16 bits into fp32 directly and a CPU does not.
+    A custom operator, since a GPU multiplies 16-bit numbers into fp32 directly and a CPU does not.
     """
     if a_MN.is_cuda and a_MN.dtype != torch.float32:
         return torch.mm(a_MN.t(), b_MK, out_dtype=torch.float32)

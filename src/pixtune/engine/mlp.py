@@ -1,8 +1,8 @@
-"""A block's MLP of two frozen 8-bit layers as one function: what lies between their products is one pass.
+"""A block's MLP of two frozen 8-bit layers as one function, in which everything between their products is one pass.
 
-GELU, the codes of its output for the second product and, for a lean block, those of its input for the backward pass
-are computed from one reading of the first product; likewise the gradient's codes from the gradient and that input. The
-compiler reads each of them twice: once to find a row's peak, once more to divide by it.
+GELU, the codes of its output for the second product and, with selective recomputation, those of its input for the
+backward pass are computed from one reading of the first product; so are the gradient's codes from the gradient and that
+input. The compiler would read each of them twice: once to find a row's peak, once more to divide by it.
 
 Shapes in names: M rows (tokens), K input features, H hidden features, P features that come beside them, N outputs.
 """
@@ -20,18 +20,19 @@ from pixtune.engine.kernels import has_triton, power_of_two
 from pixtune.engine.quantize import LARGEST_CODE, QuantizedLinear, multiply_rows, quantize_rows, row_codes
 
 CODES = torch.float8_e4m3fn
-"""The one kind that the kernels write."""
+"""Format of the codes that the kernels write."""
 WARPS = 16, 16
-"""Of a program of the kernels, forward and backward: fastest on an H200 with 12,288 hidden features, of 4 to 32."""
+"""Warps per program of the kernels, forward and backward: the fastest of 4 to 32 on an H200 with 12,288 hidden
+features."""
 
 
 def mlp(
     states_BLK: Tensor, first: nn.Module, gelu: nn.Module, last: nn.Module, beside_BLP: Tensor | None = None
 ) -> Tensor:
-    """`last([beside, gelu(first(states))])`, within rounding; shape (B, L, N).
+    """Computes `last([beside, gelu(first(states))])`, within rounding; shape (B, L, N).
 
     Args:
-        gelu: a module that computes it and says as `approximate` how. With `keeps_codes` its input is kept in 8 bits.
+        gelu: a module whose `approximate` names its form. With `keeps_codes` its input is kept in 8 bits.
         beside_BLP: features that the last layer reads before the hidden ones.
     """
     if not are_fused(states_BLK, first, gelu, last):
@@ -42,15 +43,15 @@ def mlp(
     beside_MP = None if beside_BLP is None else beside_BLP.reshape(-1, beside_BLP.shape[-1])
     product_MN = FrozenMlp.apply(
         rows_MK, beside_MP, first.bias, getattr(gelu, "keeps_codes", False),
-        first.weight, first.block_scale, first.scale, first.turned,
-        last.weight, last.block_scale, last.scale, last.turned,
+        first.weight, first.block_scale, first.scale, first.transpose,
+        last.weight, last.block_scale, last.scale, last.transpose,
     )  # fmt: skip
     product = product_MN.view(*states_BLK.shape[:-1], last.out_features)
     return product if last.bias is None else product + last.bias
 
 
 def are_fused(states: Tensor, first: nn.Module, gelu: nn.Module, last: nn.Module) -> bool:
-    """Whether two layers with a GELU between are computed as one function: frozen, without a LoRA, in these codes."""
+    """Returns whether one function computes two layers and their GELU: both frozen, in `CODES` and without a LoRA."""
     layers = all(
         type(layer) is QuantizedLinear and layer.codes == CODES and layer.tensor_cores for layer in (first, last)
     )
@@ -60,7 +61,7 @@ def are_fused(states: Tensor, first: nn.Module, gelu: nn.Module, last: nn.Module
 
 
 def fuse_mlps(blocks: Iterable[nn.Module]) -> None:
-    """Lets diffusers' MLPs of some blocks be computed by `mlp`."""
+    """Has `mlp` compute diffusers' MLPs in these blocks, wherever their layers fit."""
     from diffusers.models.activations import GELU
     from diffusers.models.attention import FeedForward
 
@@ -71,7 +72,7 @@ def fuse_mlps(blocks: Iterable[nn.Module]) -> None:
 
 
 def feed_forward(module: Any, hidden_states: Tensor) -> Tensor:
-    """In place of diffusers' `FeedForward.forward` where the activation is a GELU. Its dropout is none in any model."""
+    """Replaces diffusers' `FeedForward.forward` where the activation is a GELU. No model has a dropout there."""
     activation, dropout, last = module.net
     if not are_fused(hidden_states, activation.proj, activation, last) or (module.training and dropout.p):
         return last(dropout(activation(hidden_states)))
@@ -102,10 +103,10 @@ class FrozenMlp(torch.autograd.Function):
     def backward(ctx: Any, gradient_MN: Tensor) -> tuple[Tensor | None, ...]:
         bias_H, kept, kept_scale, *layers = ctx.saved_tensors
         first, last = layers[:4], layers[4:]
-        weight, scale_N1 = _read_rotated(last)
+        weight, scale_N1 = _read_transposed(last)
         codes, scale = quantize_rows(gradient_MN.float() * scale_N1.t(), CODES)
         inner = multiply_rows(codes, scale, weight, _ones(weight), gradient_MN.dtype, tensor_cores=True)
-        weight, scale_H1 = _read_rotated(first)
+        weight, scale_H1 = _read_transposed(first)
         codes, scale = gelu_gradient_codes(inner[:, ctx.num_beside :], kept, kept_scale, bias_H, scale_H1.flatten())
         x_gradient = multiply_rows(
             codes.view(CODES), scale, weight, _ones(weight), gradient_MN.dtype, tensor_cores=True
@@ -115,16 +116,16 @@ class FrozenMlp(torch.autograd.Function):
 
 
 def _read(layer: Sequence[Any]) -> tuple[Tensor, Tensor]:
-    """A layer's codes and the scale a row."""
+    """Returns a layer's codes and its scale per row."""
     stored, block_scale, scale, _ = layer
     return row_codes(stored, block_scale, scale, CODES, transposed=False)
 
 
-def _read_rotated(layer: Sequence[Any]) -> tuple[Tensor, Tensor]:
-    """The transposed codes, and the scale a row of the weight."""
-    stored, block_scale, scale, turned = layer
-    if turned is not None:
-        return turned.view(CODES), scale
+def _read_transposed(layer: Sequence[Any]) -> tuple[Tensor, Tensor]:
+    """Returns a layer's transposed codes, and the scale per row of the weight."""
+    stored, block_scale, scale, transpose = layer
+    if transpose is not None:
+        return transpose.view(CODES), scale
     return row_codes(stored, block_scale, scale, CODES, transposed=True)
 
 
@@ -136,10 +137,11 @@ def _ones(weight_KN: Tensor) -> Tensor:
 def gelu_codes(
     hidden_MH: Tensor, bias_H: Tensor | None, beside_MP: Tensor | None, keeps_input: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """
+    """Quantizes a GELU's output and, for the backward pass, its input.
+
     Returns:
-        Codes of [beside, gelu(hidden + bias)] as bytes, (M, P + H), and their scale, (M, 1); those of hidden + bias, or
-        two empty tensors.
+        Codes of [beside, gelu(hidden + bias)] as bytes, (M, P + H), and their scale, (M, 1); codes and scale of
+        hidden + bias, or two empty tensors.
     """
     from pixtune.engine import triton_kernels
 
@@ -178,11 +180,14 @@ def _new_codes(hidden_MH: Tensor, beside_MP: Tensor | None, keeps_input: bool) -
 def gelu_gradient_codes(
     gradient_MH: Tensor, kept_MH: Tensor, kept_scale_M1: Tensor | None, bias_H: Tensor | None, column_scale_H: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Codes, as bytes, and their scale of the gradient that comes out of a GELU, times a scale of each column.
+    """Quantizes the gradient of a GELU's input, times a scale per column.
 
     Args:
-        gradient_MH: of its output; its rows may be parts of longer ones.
-        kept_MH: its input as bytes of codes with a scale; without one, as it is and without the bias.
+        gradient_MH: gradient of the GELU's output; its rows may be parts of longer ones.
+        kept_MH: the GELU's input as bytes of codes with a scale; without a scale, unquantized and without the bias.
+
+    Returns:
+        Codes as bytes, (M, H), and their scale, (M, 1).
     """
     from pixtune.engine import triton_kernels
 

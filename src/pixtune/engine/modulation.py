@@ -1,14 +1,14 @@
-"""Modulation layers off the device: what they make of coming steps is computed ahead, many steps in one pass.
+"""Modulation layers off the device, whose outputs are computed ahead, for many steps in one pass.
 
-A modulation layer sees one row an example: SiLU of the time embedding. In the 20-billion-weight model these layers hold
-a third of all weights. While the base is frozen, the rows of coming steps are known: sigmas are pure functions of the
-step. So the weights stay in their file, and stream through the device layer by layer to fill a table with the rows of
-the next hundred draws. Rows are large, 4.4 MB in that model, so the table is in host memory, and each step has its own
-on the device. While a table is in use the next one is filled, a few layers at each step: reading 13.6 GB at once would
-stop the run for seconds.
+A modulation layer sees one row per example: SiLU of the time embedding. In the 20-billion-weight model these layers
+hold a third of all weights. While the base is frozen, the rows of coming steps are known: sigmas are pure functions of
+the step. So the weights stay in their file, and pass through the device layer by layer to fill a table with the rows of
+the next hundred draws. Rows are large, 4.4 MB in that model, so the table is in host memory, and the current step's
+rows on the device. While a table is in use the next one is filled, a few layers at each step: reading 13.6 GB at once
+would stop the run for seconds.
 
 Numbers are those of the plain layers within rounding of the format: the same product runs on more rows at once.
-Tables of a training run are cut at fixed step numbers, so a resumed run computes the very same ones.
+Tables of a training run are cut at fixed step numbers, so a resumed run computes exactly the same ones.
 """
 
 from __future__ import annotations
@@ -26,13 +26,14 @@ from pixtune.engine.modulation_filling import Filling, ModulationRows, Passage, 
 from pixtune.engine.transfer import host_buffer
 from pixtune.storage.model_folder import read_header
 
-LARGEST_DISTANCE = 0.02
-"""Relative, of a time embedding from the nearest one in the table. The same sigma embedded in a batch of another size
-differs by rounding (bf16: 0.004); another sigma by more than this, or its rows are the same within rounding, too."""
+MAX_DISTANCE = 0.02
+"""Largest relative distance of a time embedding from the nearest one in the table. The same sigma embedded in a batch
+of another size differs by rounding (bf16: 0.004); another sigma differs by more than this, unless its rows are the same
+within rounding too."""
 
 
 def read_from_files(files: Sequence[Path]) -> ReadWeight:
-    """Reads single tensors from safetensors files: mapped, so that host memory holds them as page cache only."""
+    """Returns a reader of single tensors from safetensors files, which maps them: they take page cache only."""
     file_of = {name: file for file in files for name in read_header(file)}
 
     def read(name: str) -> Tensor:
@@ -45,12 +46,13 @@ def read_from_files(files: Sequence[Path]) -> ReadWeight:
 class ModulationTable:
     """Rows of all modulation layers for up to `num_rows` time embeddings, and the choice among them.
 
-    There are two tables, so that one is filled while the other is in use, or serves pictures between steps.
+    There are two tables, so that one is filled, or serves passes between steps, while the other is in use.
 
     Args:
-        embedder: the module whose output is the time embedding; each call of it chooses the rows for the blocks behind.
+        embedder: the module whose output is the time embedding; each call of it chooses the rows for the blocks after
+            it.
         layers: paths of the modulation layers in the model's files, each with its stand-in.
-        num_rows: of each table.
+        num_rows: number of rows of each table.
     """
 
     def __init__(
@@ -61,28 +63,28 @@ class ModulationTable:
         self._memory: list[Tensor | None] = [None, None]
         self._tables: list[Filling | None] = [None, None]
         self._used = 0
-        """Place of the table that the steps use."""
-        self._asking: Filling | None = None
-        """Of this table any row may be asked for; None: of those that are shown."""
+        """Index of the table that the steps use."""
+        self._searched: Filling | None = None
+        """Table in which every row is searched; None: only the shown rows are."""
         # These three keep their memory once they have it: captured steps read and write it (capture.py).
         self._shown_RD: Tensor | None = None
         self._shown_RO: Tensor | None = None
         self._worst: Tensor | None = None
         self._shown: list[tuple[object, int] | None] = []
-        """What is there: of which table, and at which place of it."""
+        """Purpose of the table and place in it that each shown row has come from."""
         self._computing = False
         embedder.register_forward_hook(self._choose)
 
     # ---- for steps, which may be captured and wait for nothing
 
     def use(self, purpose: object, embed: Callable[[], Tensor]) -> None:
-        """From now on rows of this table are shown; filled now, so far as it has not been ahead.
+        """Makes this table the one whose rows are shown, and fills what has not been filled ahead.
 
         Args:
             embed: returns the time embeddings to prepare for, shape (N, D) with N up to `num_rows`.
 
         Raises:
-            RuntimeError: a forward pass since the last time used an embedding that was not in the table.
+            RuntimeError: a forward pass since the last check used an embedding that was not in the table.
         """
         current = self._tables[self._used]
         if current is None or current.purpose != purpose:
@@ -92,10 +94,10 @@ class ModulationTable:
             current = self._tables[self._used]
         assert current is not None
         current.finish()
-        self._asking = None
+        self._searched = None
 
     def prepare(self, purpose: object, embed: Callable[[], Tensor], share: float = 0.0) -> None:
-        """Fills a share of the table that is used after the current one."""
+        """Fills a share of the table that will be used after the current one."""
         place = 1 - self._used
         coming = self._tables[place]
         if coming is None or coming.purpose != purpose:
@@ -107,7 +109,7 @@ class ModulationTable:
         """Copies rows of the table in use to where steps look for theirs; their number is always the same.
 
         Args:
-            places: in the table; -1 is the last one.
+            places: indices of the rows in the table; -1 is the last one.
         """
         table = self._tables[self._used]
         assert table is not None
@@ -123,23 +125,23 @@ class ModulationTable:
             self._shown_RD[target] = table.embeddings_ND[place]
             self._shown_RO[target].copy_(table.rows_NO[place], non_blocking=True)
 
-    # ---- for pictures and validation between steps
+    # ---- for samples and validation between steps
 
     def answer(self, purpose: object, embed: Callable[[], Tensor]) -> None:
-        """From now on any row of this table is found, until `use` is called; each pass then waits for the device.
+        """Makes every row of this table available until `use` is called. Each pass then waits for the device.
 
         Raises:
             RuntimeError: see `use`.
         """
         self.check()
         self.prepare(purpose, embed)
-        asking = self._tables[1 - self._used]
-        assert asking is not None
-        asking.finish()
-        self._asking = asking
+        searched = self._tables[1 - self._used]
+        assert searched is not None
+        searched.finish()
+        self._searched = searched
 
     def check(self) -> None:
-        """Waits for the device.
+        """Checks that all passes found their embeddings. Waits for the device.
 
         Raises:
             RuntimeError: a forward pass used an embedding that was not in the table.
@@ -148,10 +150,10 @@ class ModulationTable:
             return
         worst = float(self._worst)
         self._worst.zero_()
-        if not worst < LARGEST_DISTANCE:
+        if not worst < MAX_DISTANCE:
             raise RuntimeError(
                 f"a forward pass used a time embedding that is {worst:.1%} away from the nearest prepared one: "
-                "its sigma was not among those announced. This is a fault of pixtune; please report it."
+                "its sigma was not among those announced. This is a bug in pixtune; please report it."
             )
 
     def _begin(self, place: int, purpose: object, embed: Callable[[], Tensor]) -> Filling:
@@ -180,21 +182,21 @@ class ModulationTable:
 
     @torch.no_grad()
     def _choose(self, embedder: nn.Module, arguments: tuple[Any, ...], embedding_BD: Tensor) -> None:
-        """Finds each embedding; among those that are shown, on the device and without waiting for it."""
+        """Hands out the rows of each embedding. Shown rows are found on the device, without waiting for it."""
         if self._computing:
             return
-        known_RD = self._shown_RD if self._asking is None else self._asking.embeddings_ND
+        known_RD = self._shown_RD if self._searched is None else self._searched.embeddings_ND
         if known_RD is None or self._worst is None:
             raise RuntimeError("the modulation table is empty: it is prepared before the first forward pass")
         distance_BN = torch.stack([(known_RD.float() - row_D).norm(dim=1) for row_D in embedding_BD.float()])
         nearest_B, index_B = distance_BN.min(dim=1)
         relative = (nearest_B / embedding_BD.float().norm(dim=1)).max()
         torch.maximum(self._worst, relative, out=self._worst)
-        if self._asking is None:
+        if self._searched is None:
             assert self._shown_RO is not None
             chosen_BO = self._shown_RO[index_B]
         else:
-            chosen_BO = self._asking.rows_NO[index_B.cpu()].to(embedding_BD.device)
+            chosen_BO = self._searched.rows_NO[index_B.cpu()].to(embedding_BD.device)
         columns = chosen_BO.split([stand_in.out_features for stand_in in self._layers.values()], dim=1)
         for stand_in, rows in zip(self._layers.values(), columns, strict=True):
             stand_in.rows = rows

@@ -1,7 +1,7 @@
-"""A modulation table filled layer by layer: weights from their file through the device, and what they make to the host.
+"""Fills a modulation table layer by layer: weights go from their file through the device, products to the host.
 
-Each layer takes three moves, and those of neighbours overlap: read into page-locked memory by a thread, copied to the
-device beside the computation, multiplied and copied back.
+Each layer takes three steps, and those of neighbouring layers overlap: a thread reads it into page-locked memory, it is
+copied to the device beside the computation, and the product is copied back.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from pixtune.engine.transfer import CopyLane, Mark, host_buffer
 
 ReadWeight = Callable[[str], Tensor]
-"""Tensor name -> the tensor on the CPU."""
+"""Function from a tensor's name to the tensor on the CPU."""
 
 
 class ModulationRows(nn.Module):
-    """Stands where a modulation layer stood and hands out the rows that were chosen for this forward pass."""
+    """Stand-in for a modulation layer, which hands out the rows that were chosen for this forward pass."""
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__()
@@ -27,7 +27,7 @@ class ModulationRows(nn.Module):
         self.rows: Tensor | None = None
 
     def forward(self, activated_BD: Tensor) -> Tensor:
-        assert self.rows is not None, "a modulation was asked for before its table was computed"
+        assert self.rows is not None, "a modulation layer ran before its table was computed"
         return self.rows[: activated_BD.shape[0]]
 
     def extra_repr(self) -> str:
@@ -35,14 +35,14 @@ class ModulationRows(nn.Module):
 
 
 class Passage:
-    """The way of one layer's weights at a time, for all tables of a transformer: its buffers, its thread, its lane.
+    """Buffers, thread and copy lane by which one layer's weights at a time pass through the device, for all tables.
 
-    One layer is read while the one before it is copied, so there are two buffers on the host; on the device one.
+    One layer is read while the one before it is copied, so there are two buffers on the host and one on the device.
 
     Args:
         layers: paths in the model's files, each with its stand-in.
-        num_rows: most rows at once.
-        like: a tensor of the device and format in which the products are computed.
+        num_rows: number of rows at most.
+        like: a tensor on the device and in the format in which the products are computed.
     """
 
     def __init__(
@@ -56,30 +56,30 @@ class Passage:
         self._products = like.new_empty(num_rows * max(layer.out_features for layer in layers.values()))
         self._on_host = [host_buffer(numbers * like.element_size(), like.device).view(like.dtype) for _ in range(2)]
         self._sent: list[Mark] = [None, None]
-        """When each host buffer may be written again."""
+        """Mark after which each host buffer may be written again."""
         self._multiplied = self.lane.reached()
-        """When the device's buffer may be."""
+        """Mark after which the device's buffer may be written again."""
         self._returned: Mark = None
-        """When the products are all on the host."""
+        """Mark after which all products are on the host."""
         self._reader = ThreadPoolExecutor(1, "modulation")
 
     def read(self, number: int) -> Future[None]:
-        """Begins to read a layer's weights into the host buffer whose turn it is."""
+        """Begins to read a layer's weights into one of the two host buffers, which alternate."""
         return self._reader.submit(self._read, number)
 
     def _read(self, number: int) -> None:
         path, layer = self.layers[number]
-        turn = number % 2
-        if (sent := self._sent[turn]) is not None:
+        place = number % 2
+        if (sent := self._sent[place]) is not None:
             sent.synchronize()
-        weight_OD, bias_O = split(self._on_host[turn], layer)
+        weight_OD, bias_O = split(self._on_host[place], layer)
         weight_OD.copy_(self._read_weight(f"{path}.weight"))
         bias_O.copy_(self._read_weight(f"{path}.bias"))
 
     def send(self, number: int) -> Mark:
-        """Begins to copy a layer's weights, which have been read, to the device: beside the step that has just begun.
+        """Begins to copy a layer's weights, which have been read, to the device, beside the step that has just begun.
 
-        Not behind it, where the next step's rows would wait for a hundred times as many bytes.
+        If they were copied after it, the next step's rows would wait for a hundred times as many bytes.
         """
         size = self.layers[number][1].out_features * (self.layers[number][1].in_features + 1)
         source = self._on_host[number % 2][:size]
@@ -98,23 +98,23 @@ class Passage:
         self._returned = self.lane.copy_all(targets, products_NO.unbind(), after=self._multiplied)
 
     def wait_for_products(self) -> None:
-        """What the computation is told from now on comes after all products are on the host."""
+        """Makes work that is launched from now on run after all products are on the host."""
         self.lane.wait(self._returned)
 
 
 def split(flat: Tensor, layer: ModulationRows) -> tuple[Tensor, Tensor]:
-    """Weight and bias of a layer in memory for at least both."""
+    """Returns views of a layer's weight and bias in memory that has room for both."""
     size = layer.out_features * layer.in_features
     return flat[:size].view(layer.out_features, layer.in_features), flat[size : size + layer.out_features]
 
 
 class Filling:
-    """One table, filled layer by layer.
+    """One table, which is filled layer by layer.
 
     Args:
         embeddings_ND: the time embeddings to prepare for, on the device.
-        rows_NO: on the host, at least as many.
-        purpose: what the rows are for.
+        rows_NO: memory on the host for at least as many rows.
+        purpose: a key of what the rows are for.
     """
 
     def __init__(self, passage: Passage, embeddings_ND: Tensor, rows_NO: Tensor, purpose: object) -> None:
@@ -129,7 +129,7 @@ class Filling:
 
     @torch.no_grad()
     def advance(self, num_layers: int) -> None:
-        """Until so many layers are done. The next one is being read then."""
+        """Fills until `num_layers` layers are done. The next one is then being read."""
         while self._done < num_layers:
             assert self._reading is not None
             self._reading.result()
@@ -145,7 +145,7 @@ class Filling:
         self._passage.wait_for_products()
 
     def drop(self) -> None:
-        """Its memory may be used for another table afterwards."""
+        """Stops filling, after which the memory may be used for another table."""
         if self._reading is not None:
             self._reading.result()
         self._passage.wait_for_products()

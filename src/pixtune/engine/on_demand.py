@@ -1,11 +1,11 @@
-"""A transformer whose blocks have weights only while they run: read from their files each time, gone afterwards.
+"""A transformer whose blocks have weights only while they run: read from their files each time, freed afterwards.
 
-So a model of any size runs on a machine that holds one of its blocks and the layers around them, in the very format in
-which it would train. That costs a reading of all files a pass: it is for looking at a model, not for training it. With
-`activations.recompute_blocks` around it the backward pass works, too, and reads once more.
+So a model of any size runs on a machine that can hold one of its blocks and the layers outside them, in the same format
+in which it would train. That costs reading all files once per pass: it is for examining a model, not for training it.
+With `activations.recompute_blocks` the backward pass works too, and reads the files once more.
 
-While a block's weights are away its tensors hold NaN, in a single number on the device, as in `streaming`: what reads
-them by mistake computes nothing that looks right, and a LoRA attached meanwhile finds the right device and shape.
+While a block's weights are away its tensors hold NaN, in a single number on the device, as in `streaming`: code that
+reads them by mistake computes nothing that looks right, and a LoRA attached meanwhile finds the right device and shape.
 """
 
 from __future__ import annotations
@@ -28,20 +28,25 @@ from pixtune.storage.loading import iterate_tensors, shard_files
 from pixtune.storage.model_folder import ModelFolder
 
 Visit = Callable[[str, nn.Module, tuple[Any, ...], dict[str, Any]], None]
-"""Gets a block's path, the block with its weights in place, and the arguments that it is about to run with."""
+"""Function that gets a block's path, the block with its weights in place, and the arguments that it will run with."""
 
 
 @dataclass(frozen=True)
 class BlockWeights:
-    """Where one block's tensors come from and where they go."""
+    """The files of one block's tensors, and the modules that they belong to."""
 
     path: str
     modules: dict[str, nn.Module]
-    """Tensor name -> the module that it belongs to; found before a LoRA changes the paths."""
+    """Each tensor's module, by the tensor's name; collected before a LoRA changes the paths."""
     files: tuple[Path, ...]
     placement: Placement
 
     def arrive(self) -> None:
+        """Reads the block's tensors.
+
+        Raises:
+            WeightsError: a tensor is missing or has another shape.
+        """
         missing = set(self.modules)
         # fastsafetensors would read whole files for each block.
         read = iterate_tensors(self.files, self.placement.device, use_fast=False, wanted=self.modules.__contains__)
@@ -55,22 +60,23 @@ class BlockWeights:
             )
 
     def leave(self) -> None:
+        """Replaces the block's tensors by placeholders."""
         for module in self.modules.values():
             for name, parameter in module._parameters.items():
                 if parameter is not None:
-                    module._parameters[name] = nn.Parameter(self._nothing(parameter), requires_grad=False)
+                    module._parameters[name] = nn.Parameter(self._placeholder(parameter), requires_grad=False)
             for name, buffer in module._buffers.items():
                 if buffer is not None:
-                    module._buffers[name] = self._nothing(buffer)
+                    module._buffers[name] = self._placeholder(buffer)
 
     def prepare(self) -> None:
-        """What stands there before the first run."""
+        """Puts placeholders in place before the first run."""
         for module in set(self.modules.values()):
             if isinstance(module, QuantizedLinear):
                 module.weight = torch.empty(module.out_features, module.in_features, dtype=torch.uint8, device="meta")
         self.leave()
 
-    def _nothing(self, tensor: Tensor) -> Tensor:
+    def _placeholder(self, tensor: Tensor) -> Tensor:
         is_number = tensor.is_floating_point()
         dtype = self.placement.dtype if tensor.is_meta and is_number else tensor.dtype
         one = torch.full((), float("nan") if is_number else 0, dtype=dtype, device=self.placement.device)
@@ -84,11 +90,11 @@ def load_on_demand(
     layout: Layout = PLAIN,
     visit: Visit | None = None,
 ) -> nn.Module:
-    """A frozen transformer, only the layers outside its blocks loaded.
+    """Loads a frozen transformer, of which only the layers outside its blocks hold their weights.
 
     Args:
-        layout: without `modulation_rows` and `on_host`, which have no meaning here.
-        visit: is called before each block runs.
+        layout: a layout without `modulation_rows` and `streamed`, which have no meaning here.
+        visit: called before each block runs.
 
     Raises:
         WeightsError: the files' tensors are not those of the architecture that the config describes; names some.
@@ -120,7 +126,7 @@ def run_with_weights(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> Any:
-    """One call of a block, its weights there for the time of it."""
+    """Runs a block once, with its weights in place for that time."""
     weights.arrive()
     try:
         if visit is not None:

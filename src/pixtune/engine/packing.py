@@ -1,8 +1,8 @@
-"""A block's frozen tensors as one piece of memory: to be copied in one go, or to leave no gaps between blocks.
+"""A block's frozen tensors as one piece of memory, which is copied at once and leaves no gaps between blocks.
 
-Weights that are read, cast and quantized one after the other leave gaps where the forms were that they came in: 0.1 GiB
-of bf16 weights, 0.3 to 0.4 of quantized ones, measured on an H100. A step that is launched kernel by kernel uses them;
-a captured one has memory of its own and cannot.
+Weights that are read, cast and quantized one after the other leave gaps where their original forms were: 0.1 GiB for
+bf16 weights, 0.3 to 0.4 for quantized ones, measured on an H100. A step that is launched kernel by kernel uses these
+gaps; a captured one has memory of its own and cannot.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from pixtune.engine.transfer import span
 
 ALIGNMENT_BYTES = 256
-"""Of every tensor in a piece, as the device's own allocator aligns them: kernels take wider loads then."""
+"""Alignment of every tensor in a piece, which is that of the device's allocator: kernels then use wider loads."""
 
 
 @dataclass(frozen=True)
@@ -35,13 +35,13 @@ class PackedTensor:
         return span(self.shape, self.stride) * self.dtype.itemsize
 
     def view(self, memory: Tensor) -> Tensor:
-        """The tensor in a buffer that holds the block's bytes."""
+        """Returns the tensor in a buffer that holds the block's bytes."""
         own = memory[self.offset_bytes : self.offset_bytes + self.num_bytes]
         return own.view(self.dtype).as_strided(self.shape, self.stride)
 
 
 def lay_out_frozen(block: nn.Module) -> tuple[PackedTensor, ...]:
-    """Every parameter and buffer of a block that needs no gradient, each once, with its place in the block's bytes.
+    """Assigns every parameter and buffer of a block that needs no gradient a place in the block's bytes, each once.
 
     Raises:
         ValueError: there are none.
@@ -52,14 +52,14 @@ def lay_out_frozen(block: nn.Module) -> tuple[PackedTensor, ...]:
     layout: list[PackedTensor] = []
     for tensor in tensors.values():
         shape, stride = tuple(tensor.shape), tensor.stride()
-        if span(shape, stride) != tensor.numel():  # a slice of something: its neighbours need not come along
+        if span(shape, stride) != tensor.numel():  # a slice of a tensor, whose other elements are not packed
             stride = torch.empty(shape, device="meta").stride()
         layout.append(PackedTensor(tensor, packed_bytes(layout), shape, stride, tensor.dtype))
     return tuple(layout)
 
 
 def packed_bytes(layout: Sequence[PackedTensor]) -> int:
-    """Of all tensors together."""
+    """Counts the bytes of all tensors together, with their alignment."""
     if not layout:
         return 0
     end = layout[-1].offset_bytes + layout[-1].num_bytes
@@ -73,7 +73,7 @@ def copy_into(memory: Tensor, layout: Iterable[PackedTensor]) -> None:
 
 
 def close_gaps(blocks: Iterable[nn.Module], device: torch.device) -> None:
-    """Moves each block's frozen tensors into one piece of device memory, and gives back what is free then."""
+    """Moves each block's frozen tensors into one piece of device memory, and gives back the memory that this frees."""
     for block in blocks:
         layout = lay_out_frozen(block)
         memory = torch.empty(packed_bytes(layout), dtype=torch.uint8, device=device)

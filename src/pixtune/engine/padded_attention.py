@@ -1,18 +1,18 @@
-"""Attention over sequences that are padded, by kernels that know of no padding.
+"""Attention over padded sequences, by kernels that do not know about padding.
 
 Captions differ in length, and a step that is captured has one shape. A mask would force the slowest kernel. Instead
 padded keys and values are zero: each adds exp(0) = 1 to the denominator of a softmax and nothing to its numerator. With
 L the log-sum-exp of a row that the kernel returns, and n padded keys, the true one is L' = log(exp(L) - n), and the
-true output is exp(L - L') times the kernel's. That holds for any query, one of a padded token too.
+true output is exp(L - L') times the kernel's. That holds for any query, including those of padded tokens.
 
 The backward kernels compute probabilities as exp(S - L), and take from the output only D = sum(dO * O) (Dao 2023, arXiv
 2307.08691, algorithm 2). Given L' and the true output, they compute the true gradients of queries and of real keys and
-values; what padded keys add to dQ is a multiple of a key that is zero.
+values; padded keys add to dQ a multiple of a key that is zero.
 
 The difference exp(L) - n must not cancel, and a model's keys may share an offset that makes all of a row's scores very
-negative: a softmax does not feel it. So the mean of the real keys is taken off each of them first. That adds one number
-to all scores of a row, which changes neither the output nor a gradient, and by Jensen's inequality N real keys then
-make up at least N of the denominator: the padded ones never more than n / (N + n) of it.
+negative, which a softmax does not change with. So the mean of the real keys is subtracted from each of them first. That
+adds one number to all scores of a row, which changes neither the output nor a gradient, and by Jensen's inequality N
+real keys then make up at least N of the denominator: the padded ones never more than n / (N + n) of it.
 """
 
 from __future__ import annotations
@@ -26,34 +26,34 @@ from torch import Tensor
 from pixtune.plan.kernel_choice import CUDNN, FLASH
 
 ON_CPU = "cpu"
-"""Beside cuDNN's and flash attention, what returns the log-sum-exp. Those of GPUs compute in bf16 and fp16 alone."""
+"""Kernel of CPUs. Like cuDNN's and flash attention, which compute in bf16 and fp16 only, it returns the log-sum-exp."""
 
 
 @dataclass
 class PaddingKernel:
-    """What the process's padded captions are attended to with."""
+    """Kernel that the process uses for attention to padded captions."""
 
     on_gpus: str = CUDNN
-    """`attention.use_attention` sets it to the plan's; else what versions took that stored no kernel."""
+    """The plan's kernel, set by `attention.use_attention`; by default that of plans which name none."""
 
 
 PADDING_KERNEL = PaddingKernel()
 
 
 def padding_kernel(device: torch.device) -> str:
-    """Which one a run takes there: the one of its plan, unless results must be the same bits each time."""
+    """Returns the kernel of the run's plan, unless results must be the same bits each time."""
     if device.type == "cpu":
         return ON_CPU
     return FLASH if torch.are_deterministic_algorithms_enabled() else PADDING_KERNEL.on_gpus
 
 
 def attend_padded(query_BLHD: Tensor, key_BLHD: Tensor, value_BLHD: Tensor, real_BL: Tensor, kernel: str) -> Tensor:
-    """Attention of all tokens, padded ones as well, to the real ones, as with a mask; shape (B, L, H, D).
+    """Attends from all tokens, padded ones included, to the real ones, as with a mask; shape (B, L, H, D).
 
     Args:
-        real_BL: False where a token is padding; at least one of each example is real. Keys and values of the others may
-            be anything, NaN too, and get a gradient of zero.
-        kernel: one of the above.
+        real_BL: False where a token is padding; at least one of each example is real. Keys and values of padding may
+            be anything, even NaN, and get a gradient of zero.
+        kernel: cuDNN's, flash attention or `ON_CPU`.
     """
     padded_BL11 = ~real_BL[:, :, None, None]
     num_real_B = real_BL.sum(dim=1)
@@ -66,7 +66,7 @@ def attend_padded(query_BLHD: Tensor, key_BLHD: Tensor, value_BLHD: Tensor, real
 
 
 class PaddedAttention(torch.autograd.Function):
-    """Of queries, keys and values of shape (B, H, L, D), the padded keys and values zero."""
+    """Attention of queries, keys and values of shape (B, H, L, D), the padded keys and values zero."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, num_padded_B: Tensor, kernel: str) -> Tensor:
@@ -80,7 +80,7 @@ class PaddedAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        # torch 2.11 keeps cuDNN's plan without the gradient's strides: see `attention.py`.
+        # torch 2.11 stores cuDNN's plan without the gradient's strides: see `attention.py`.
         dense = gradient.transpose(1, 2).contiguous().transpose(1, 2)
         return (*run_backward(ctx.kernel, dense, *ctx.saved_tensors), None, None)
 
@@ -88,9 +88,9 @@ class PaddedAttention(torch.autograd.Function):
 def run_forward(
     kernel: str, query: Tensor, key: Tensor, value: Tensor
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Output, log-sum-exp of each row, and the state of random numbers (for dropout) that `run_backward` asks for.
+    """Returns output, log-sum-exp of each row, and the random state (for dropout) that `run_backward` takes.
 
-    The log-sum-exp has shape (B, H, L), or (B, H, L, 1) of cuDNN's kernel.
+    The log-sum-exp has shape (B, H, L), or (B, H, L, 1) from cuDNN's kernel.
     """
     operators = torch.ops.aten
     if kernel == ON_CPU:
@@ -114,9 +114,9 @@ def run_backward(
     seed: Tensor | None,
     offset: Tensor | None,
 ) -> tuple[Tensor, ...]:
-    """Gradients of queries, keys and values."""
+    """Returns the gradients of queries, keys and values."""
     operators, given = torch.ops.aten, (gradient, query, key, value, attended, logsumexp)
-    # As of sequences of one length: no table of where each begins, and the longest is as long as all.
+    # All sequences have one length: there is no table of where each begins, and the longest is as long as all.
     lengths = (None, None, query.shape[2], key.shape[2])
     if kernel == ON_CPU:
         found = operators._scaled_dot_product_flash_attention_for_cpu_backward(*given, 0.0, False)

@@ -1,14 +1,14 @@
-"""Frozen linear layers in 8 or 4 bits that compute on 8-bit tensor cores, forward and backward.
+"""Frozen linear layers in 8 or 4 bits that multiply on 8-bit tensor cores, forward and backward.
 
-A row of the weight and a row of the input each get one scale, so a product of 8-bit codes only needs to be multiplied
+Each row of the weight and each row of the input gets one scale, so a product of 8-bit codes only needs to be multiplied
 by the two. The backward pass is a product of the same kind: the weight's row scales are folded into the gradient, which
-is then quantized by row itself. No 16-bit copy of a weight outlives the layer's own computation, and no input is kept
-for the backward pass: a frozen weight needs no gradient.
+is then quantized by row. No 16-bit copy of a weight outlives the layer's own computation, and no input is kept for the
+backward pass: a frozen weight needs no gradient.
 
-`nf4` stores 4-bit codes for unevenly spaced levels (after NormalFloat, Dettmers et al. 2023, arXiv 2305.14314,
-section 3) and expands them to 8 bits when they are used. Other than there, 16 neighbours and not 64 share a scale. It
-has 8 bits, may be negative, and is fitted to the least squared error, as are the levels: docs/experiments.md says what
-each of these is worth.
+`nf4` stores 4-bit codes of unevenly spaced levels (after NormalFloat, Dettmers et al. 2023, arXiv 2305.14314,
+section 3) and expands them to 8 bits when they are used. Unlike there, 16 neighbours and not 64 share a scale, which
+has 8 bits, may be negative, and is fitted to the least squared error, as are the levels: docs/experiments.md has the
+figures of each.
 
 Shapes in names: M rows of the input (tokens), K input features, N output features, B blocks of 16 neighbours of a row.
 """
@@ -36,39 +36,32 @@ from pixtune.engine.kernels import (
 FP8, INT8, NF4 = "fp8", "int8", "nf4"
 FORMATS = (FP8, INT8, NF4)
 
-OLDEST_CAPABILITY = {torch.float8_e4m3fn: (8, 9), torch.int8: (8, 0)}
-"""Of the GPUs whose tensor cores multiply these codes (int8: sm_75 does, too, but has no bf16 for the rest)."""
+MIN_CAPABILITY = {torch.float8_e4m3fn: (8, 9), torch.int8: (8, 0)}
+"""Lowest compute capability whose tensor cores multiply these codes (int8: sm_75 does too, but it has no bf16)."""
 LARGEST_CODE = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}
 SMALLEST_PEAK = 1e-12
-"""Keeps a row of zeros from a division by zero."""
+"""Lower bound of a row's peak, which keeps a row of zeros from a division by zero."""
 SIDE_MULTIPLE = {FP8: 16, INT8: 16, NF4: NF4_BLOCK}
-"""Both sides of a weight must be a multiple of this, as the kernels and the packing ask."""
-FEWEST_INT8_ROWS = 17
-"""`torch._int_mm` takes no fewer."""
-WIDEST_ROW = 1 << 14
-"""That one program of a kernel reads."""
-MOST_WEIGHTS_AT_ONCE = 1 << 22
-"""While a weight becomes 4-bit codes, which takes some 100 MiB beside it."""
+"""Number that both sides of a weight must be a multiple of, for the kernels and the packing."""
+MIN_INT8_ROWS = 17
+"""Number of rows that `torch._int_mm` needs at least."""
+MAX_ROW_WIDTH = 1 << 14
+"""Number of values that one program of a kernel reads at most."""
+MAX_WEIGHTS_AT_ONCE = 1 << 22
+"""Number of weights that become 4-bit codes together, which takes some 100 MiB."""
 
 
 def can_quantize(linear: nn.Linear, linear_format: str) -> bool:
-    """Whether a layer's sides fit the format."""
+    """Returns whether a layer's sides fit the format."""
     multiple = SIDE_MULTIPLE[linear_format]
     return linear.in_features % multiple == 0 and linear.out_features % multiple == 0
-
-
-def bytes_per_weight(linear_format: str, in_features: int) -> float:
-    """Device memory of one weight in a format, its share of the scales included."""
-    if linear_format == NF4:
-        return 0.5 + 1 / NF4_BLOCK + 4 / in_features
-    return 1 + 4 / in_features
 
 
 # ---- rows of 8-bit codes
 
 
 def quantize_rows(values_MK: Tensor, codes: torch.dtype) -> tuple[Tensor, Tensor]:
-    """8-bit codes of each row and its scale: `codes * scale` is the row again, within rounding.
+    """Quantizes each row to 8-bit codes and a scale: `codes * scale` is the row again, within rounding.
 
     Returns:
         Codes of shape (M, K) and fp32 scales of shape (M, 1).
@@ -83,19 +76,19 @@ def quantize_rows(values_MK: Tensor, codes: torch.dtype) -> tuple[Tensor, Tensor
 
 
 def quantizes_at_once(values_MK: Tensor, codes: torch.dtype) -> bool:
-    """Whether a kernel of our own does it: where nothing is compiled, torch passes over the values seven times."""
+    """Returns whether pixtune's own kernel does it: uncompiled, torch passes over the values seven times."""
     return (
         codes == torch.float8_e4m3fn
         and not torch.compiler.is_compiling()
         and has_triton(values_MK)
         and values_MK.dtype in (torch.bfloat16, torch.float16, torch.float32)
-        and values_MK.shape[1] <= WIDEST_ROW
-        and torch.cuda.get_device_capability(values_MK.device) >= OLDEST_CAPABILITY[codes]
+        and values_MK.shape[1] <= MAX_ROW_WIDTH
+        and torch.cuda.get_device_capability(values_MK.device) >= MIN_CAPABILITY[codes]
     )
 
 
 def quantize_rows_at_once(values_MK: Tensor) -> tuple[Tensor, Tensor]:
-    """`quantize_rows` to float8_e4m3fn from one reading, with the same codes and scales."""
+    """Computes `quantize_rows` to float8_e4m3fn from one reading, with the same codes and scales."""
     from pixtune.engine import triton_kernels
 
     rows, width = values_MK.shape
@@ -112,20 +105,20 @@ def quantize_rows_at_once(values_MK: Tensor) -> tuple[Tensor, Tensor]:
 def multiply_rows(
     a_MK: Tensor, a_scale_M1: Tensor, b_NK: Tensor, b_scale_N1: Tensor, dtype: torch.dtype, tensor_cores: bool
 ) -> Tensor:
-    """`(a * a_scale) @ (b * b_scale).T` from 8-bit codes; shape (M, N).
+    """Computes `(a * a_scale) @ (b * b_scale).T` from 8-bit codes; shape (M, N).
 
     Args:
-        tensor_cores: multiply the codes as they are; else in fp32, which gives the same within its rounding.
+        tensor_cores: multiplies the codes directly; otherwise in fp32, with the same result within rounding.
     """
     if tensor_cores and a_MK.dtype == torch.float8_e4m3fn:
-        # Row-wise scales come with bf16 output only. No `.to(dtype)` that changes nothing may follow: torch.compile
-        # (2.11, seen on an H100) then drops the gradient without a word.
+        # Row-wise scales support bf16 output only. No `.to(dtype)` that changes nothing may follow: torch.compile
+        # (2.11, seen on an H100) then drops the gradient silently.
         product_MN = torch._scaled_mm(
             a_MK, b_NK.t(), scale_a=a_scale_M1, scale_b=b_scale_N1.t(), out_dtype=torch.bfloat16, use_fast_accum=True
         )
         return product_MN if dtype == torch.bfloat16 else product_MN.to(dtype)
     if tensor_cores:
-        missing = max(FEWEST_INT8_ROWS - a_MK.shape[0], 0)
+        missing = max(MIN_INT8_ROWS - a_MK.shape[0], 0)
         rows_MK = nn.functional.pad(a_MK, (0, 0, 0, missing)) if missing else a_MK
         product_MN = torch._int_mm(rows_MK, b_NK.t())[: a_MK.shape[0]].float()
     else:
@@ -137,15 +130,16 @@ def multiply_rows(
 
 
 def pack_nf4(weight_NK: Tensor, codes: torch.dtype | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """4-bit codes, two in a byte, the scale of each 16 neighbours of a row, and that of each row.
+    """Quantizes a weight to 4-bit codes, two per byte, with a scale per 16 neighbours of a row and one per row.
 
     Args:
-        codes: what the weight is expanded to in use, whose rounding then counts in the choice of scales; None: nothing.
+        codes: format that the weight is expanded to in use, whose rounding counts in the choice of scales; None: it is
+            not expanded.
 
     Returns:
         uint8 of shape (N, K / 2), uint8 of shape (N, K / 16), and fp32 of shape (N, 1); see `kernels.unpack_nf4`.
     """
-    num_rows = max(MOST_WEIGHTS_AT_ONCE // weight_NK.shape[1], 1)
+    num_rows = max(MAX_WEIGHTS_AT_ONCE // weight_NK.shape[1], 1)
     packed, block_scale, scale = zip(*(_pack_rows(rows, codes) for rows in weight_NK.split(num_rows)), strict=True)
     return torch.cat(packed), torch.cat(block_scale), torch.cat(scale)
 
@@ -160,9 +154,10 @@ def _pack_rows(weight_NK: Tensor, codes: torch.dtype | None) -> tuple[Tensor, Te
 
 
 def _fit_block_scales(units_NB16: Tensor, codes: torch.dtype | None) -> Tensor:
-    """The index of `NF4_SCALES` that leaves each block the least squared error; int32 of shape (N, B).
+    """Returns the index of `NF4_SCALES` with the least squared error of each block; int32 of shape (N, B).
 
-    Tried are the scale nearest to the block's peak and its two neighbours, of both signs. More neighbours gain nothing.
+    The scale nearest to the block's peak and its two neighbours are tried, with both signs. More neighbours gain
+    nothing.
     """
     levels, scales = nf4_levels(units_NB16.device), nf4_scales(units_NB16.device)
     positive = scales[: len(scales) // 2]
@@ -185,7 +180,7 @@ def _fit_block_scales(units_NB16: Tensor, codes: torch.dtype | None) -> Tensor:
 
 
 def _nearest_levels(units_NB16: Tensor, scale_NB: Tensor) -> Tensor:
-    """Indices of `NF4_LEVELS`, int32."""
+    """Returns the indices of the nearest `NF4_LEVELS`; int32."""
     levels = nf4_levels(units_NB16.device)
     return torch.bucketize(units_NB16 / scale_NB.unsqueeze(-1), (levels[1:] + levels[:-1]) / 2, out_int32=True)
 
@@ -194,7 +189,7 @@ def _nearest_levels(units_NB16: Tensor, scale_NB: Tensor) -> Tensor:
 
 
 class FrozenProduct(torch.autograd.Function):
-    """`x @ W.T` of a quantized W, whose only gradient is x's."""
+    """`x @ W.T` of a quantized W, with a gradient for x only."""
 
     @staticmethod
     def forward(
@@ -203,11 +198,11 @@ class FrozenProduct(torch.autograd.Function):
         stored: Tensor,
         block_scale: Tensor | None,
         scale_N1: Tensor,
-        turned: Tensor | None,
+        transpose: Tensor | None,
         codes: torch.dtype,
         tensor_cores: bool,
     ) -> Tensor:
-        ctx.save_for_backward(stored, block_scale, scale_N1, turned)
+        ctx.save_for_backward(stored, block_scale, scale_N1, transpose)
         ctx.codes, ctx.tensor_cores = codes, tensor_cores
         weight_NK, weight_scale_N1 = row_codes(stored, block_scale, scale_N1, codes, transposed=False)
         x_codes_MK, x_scale_M1 = quantize_rows(x_MK, codes)
@@ -215,12 +210,12 @@ class FrozenProduct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient_MN: Tensor) -> tuple[Tensor, None, None, None, None, None, None]:
-        stored, block_scale, scale_N1, turned = ctx.saved_tensors
-        # Tensor cores of 8 bits want both sides along the summed axis.
-        if turned is None:
+        stored, block_scale, scale_N1, transpose = ctx.saved_tensors
+        # 8-bit tensor cores need both matrices contiguous along the summed axis.
+        if transpose is None:
             weight_KN, weight_scale_N1 = row_codes(stored, block_scale, scale_N1, ctx.codes, transposed=True)
         else:
-            weight_KN, weight_scale_N1 = turned.view(ctx.codes), scale_N1
+            weight_KN, weight_scale_N1 = transpose.view(ctx.codes), scale_N1
         codes_MN, scale_M1 = quantize_rows(gradient_MN.float() * weight_scale_N1.t(), ctx.codes)
         ones_K1 = torch.ones(weight_KN.shape[0], 1, device=weight_KN.device)
         x_gradient_MK = multiply_rows(codes_MN, scale_M1, weight_KN, ones_K1, gradient_MN.dtype, ctx.tensor_cores)
@@ -230,7 +225,7 @@ class FrozenProduct(torch.autograd.Function):
 def row_codes(
     stored: Tensor, block_scale: Tensor | None, scale_N1: Tensor, codes: torch.dtype, transposed: bool
 ) -> tuple[Tensor, Tensor]:
-    """A stored weight as 8-bit codes, (N, K) or transposed (K, N), and its scale a row (N, 1).
+    """Returns a stored weight as 8-bit codes, (N, K) or transposed (K, N), and its scale per row (N, 1).
 
     Args:
         stored: bytes of 8-bit codes; with `block_scale`, packed 4-bit codes.
@@ -242,13 +237,13 @@ def row_codes(
 
 
 class QuantizedLinear(nn.Linear):
-    """A frozen linear layer that holds codes instead of weights. A kind of `nn.Linear`, so a LoRA attaches to it.
+    """A frozen linear layer that holds codes instead of weights. A subclass of `nn.Linear`, so a LoRA attaches to it.
 
-    The codes are kept as bytes: nothing then takes them for numbers to cast.
+    The codes are kept as bytes, so that nothing takes them for numbers and casts them.
 
     Args:
         linear_format: one of `FORMATS`.
-        codes: what the tensor cores multiply, float8_e4m3fn or int8.
+        codes: format that the tensor cores multiply, float8_e4m3fn or int8.
         tensor_cores: see `multiply_rows`.
         keeps_transpose: 8-bit codes are kept a second time, as the backward pass reads them.
 
@@ -266,14 +261,14 @@ class QuantizedLinear(nn.Linear):
         keeps_transpose: bool = False,
     ) -> None:
         if keeps_transpose and linear_format == NF4:
-            raise ValueError("4-bit codes are expanded transposed as fast as not, so there is nothing to keep")
-        nn.Module.__init__(self)  # not Linear's own, which makes a full weight
+            raise ValueError("4-bit codes are expanded to either order equally fast, so no transpose is kept")
+        nn.Module.__init__(self)  # not Linear's own, which would allocate a full weight
         self.in_features, self.out_features = in_features, out_features
         self.linear_format, self.codes, self.tensor_cores = linear_format, codes, tensor_cores
         self.register_buffer("weight", None)
         self.register_buffer("block_scale", None)
         self.register_buffer("scale", None)
-        self.register_buffer("turned", None)
+        self.register_buffer("transpose", None)
         self.keeps_transpose = keeps_transpose
         self.register_parameter("bias", None)
 
@@ -285,18 +280,18 @@ class QuantizedLinear(nn.Linear):
         else:
             codes_NK, self.scale = quantize_rows(weight_NK, self.codes)
             self.weight = codes_NK.view(torch.uint8)
-            self.turned = transpose_bytes(self.weight) if self.keeps_transpose else None
+            self.transpose = transpose_bytes(self.weight) if self.keeps_transpose else None
 
     @torch.no_grad()
     def dequantized(self) -> Tensor:
-        """The weight that the layer stands for, fp32 of shape (N, K)."""
+        """Returns the weight that the codes stand for; fp32 of shape (N, K)."""
         codes_NK, scale_N1 = row_codes(self.weight, self.block_scale, self.scale, self.codes, transposed=False)
         return codes_NK.float() * scale_N1
 
     def product(self, rows_MK: Tensor) -> Tensor:
-        """`x @ W.T`, without the bias; shape (M, N)."""
+        """Returns `x @ W.T`, without the bias; shape (M, N)."""
         return FrozenProduct.apply(
-            rows_MK, self.weight, self.block_scale, self.scale, self.turned, self.codes, self.tensor_cores
+            rows_MK, self.weight, self.block_scale, self.scale, self.transpose, self.codes, self.tensor_cores
         )
 
     def forward(self, input: Tensor) -> Tensor:
@@ -309,12 +304,12 @@ class QuantizedLinear(nn.Linear):
 
 
 def codes_for(linear_format: str, device: torch.device) -> torch.dtype:
-    """What a format's products run in on a device: 4-bit weights are expanded to what its tensor cores have."""
+    """Returns the codes in which a format is multiplied: 4-bit weights are expanded to those of the tensor cores."""
     if linear_format == NF4:
         return torch.float8_e4m3fn if tensor_cores_multiply(torch.float8_e4m3fn, device) else torch.int8
     return torch.float8_e4m3fn if linear_format == FP8 else torch.int8
 
 
 def tensor_cores_multiply(codes: torch.dtype, device: torch.device) -> bool:
-    """Whether the device's tensor cores take these codes."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= OLDEST_CAPABILITY[codes]
+    """Returns whether the device's tensor cores take these codes."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= MIN_CAPABILITY[codes]

@@ -1,21 +1,23 @@
-"""Frozen blocks that live in page-locked host memory and visit the device when they run.
+"""Frozen blocks whose weights are in page-locked host memory and come to the device each time they run.
 
 Weights move in one direction only, host to device: frozen ones never change, so nothing is written back, which halves
-the traffic of block swapping (musubi-tuner: 14 to 11 s a step). Page-locked, because a copy from ordinary memory makes
-the host wait, and costs up to half of the step instead of a tenth. One copy a block, since small ones do not fill a
-link.
+the traffic of block swapping (musubi-tuner: 14 to 11 s per step). The memory is page-locked because a copy from
+ordinary memory makes the host wait, and takes up to half of the step instead of a tenth. Each block is one copy, since
+small ones do not saturate a link.
 
-The device holds a ring of slots. While one block computes, the copies of the next ones are under way on a stream of
-their own; a slot is filled again once the computation has passed its block. Streamed blocks are recomputed in the
-backward pass, so a block's weights are needed twice in a step and never in between. When is a block's backward pass
-over? Autograd runs the nodes that were made last first, so all of a block's have been launched when the next block's
-recomputation begins; that is where its slot is released. So a step takes, for each of its two passes, the larger of
-computing and copying `step_bytes` / 2: what the link has to spare in the long backward pass does not help the forward
+The device holds a ring of slots. While one block computes, the next ones are copied on a stream of their own; a slot is
+filled again once the computation has passed its block. Streamed blocks are recomputed in the backward pass, so a
+block's weights are needed twice per step and never in between. A block's slot is released when the recomputation of the
+next block begins: autograd runs the newest nodes first, so all of the block's have been launched by then. A pass
+without gradients moves all blocks, or none if they all fit the ring; a forward and a backward pass together move each
+block twice, apart from those that the ring holds when the direction changes. So a step takes, for each of its two
+passes, the larger of computing and copying: spare time of the link in the long backward pass does not help the forward
 pass.
 
-Autograd sees none of it. A tensor's `.data` is pointed at a slot, which does not touch its version, and slots are
-written through another tensor. While a block is away its tensors hold NaN, in a single number on the device: what reads
-them by mistake gets no other block's weights, and a LoRA attached meanwhile finds the right device, shape and format.
+Autograd sees none of it. A tensor's `.data` is pointed at a slot, which leaves its version unchanged, and slots are
+written through another tensor. While a block is away its tensors hold NaN, in a single number on the device: code that
+reads them by mistake never gets another block's weights, and a LoRA attached meanwhile finds the right device, shape
+and format.
 """
 
 from __future__ import annotations
@@ -32,17 +34,17 @@ from pixtune.engine.forwards import Forward, is_recomputed, wrap_forward
 from pixtune.engine.packing import PackedTensor, copy_into, lay_out_frozen, packed_bytes
 from pixtune.engine.transfer import CopyLane, Mark, host_buffer, require_host_memory
 
-Nothing = Callable[[torch.dtype], Tensor]
+Placeholders = Callable[[torch.dtype], Tensor]
 
-FEWEST_SLOTS = 2
-"""One that computes and one that fills."""
+MIN_SLOTS = 2
+"""Slots that a ring needs: one whose block computes, and one that is filled."""
 
 
 def choose_streamed(num_blocks: int, num_streamed: int) -> tuple[int, ...]:
-    """Which blocks to stream: evenly spread, so that each copy has the time of the resident blocks around it.
+    """Chooses evenly spread blocks, so that each copy has the time of the resident blocks around it.
 
     Raises:
-        ValueError: there are not so many blocks.
+        ValueError: there are fewer blocks than are to be streamed.
     """
     if not 0 <= num_streamed <= num_blocks:
         raise ValueError(f"cannot stream {num_streamed} of {num_blocks} blocks")
@@ -50,12 +52,12 @@ def choose_streamed(num_blocks: int, num_streamed: int) -> tuple[int, ...]:
 
 
 def upcoming(position: int, num_blocks: int, num_ahead: int, backward: bool, gradients: bool) -> tuple[int, ...]:
-    """The streamed blocks to run next, `num_ahead` different ones or all others, the nearest first.
+    """Returns the streamed blocks that run next, `num_ahead` different ones or all others, the nearest first.
 
     Args:
         position: the block that runs now.
-        backward: the pass goes down, and the next forward pass follows; else it goes up.
-        gradients: a pass that goes up turns at the last block; else the next one begins at the first.
+        backward: the pass goes down, and the next forward pass follows; otherwise it goes up.
+        gradients: a pass that goes up comes back down from the last block; otherwise the next one begins at the first.
     """
     above, below = range(position + 1, num_blocks), range(position - 1, -1, -1)
     if backward:
@@ -73,8 +75,8 @@ class PackedBlock:
 
     host: Tensor
     tensors: tuple[PackedTensor, ...]
-    nothing: tuple[Tensor, ...]
-    """What each holds while the block is away: one number on the device, in the tensor's shape."""
+    placeholders: tuple[Tensor, ...]
+    """Contents of each tensor while the block is away: one number on the device, in the tensor's shape."""
 
 
 @dataclass
@@ -85,11 +87,11 @@ class Slot:
     block: int | None = None
     filled: Mark = None
     passed: Mark = None
-    """What the block was needed for is done."""
+    """Mark after which the work that needed the block is done."""
 
 
 class BlockStream:
-    """The ring and what moves through it. Made by `stream_blocks`.
+    """The ring of slots, and the copies that fill it. `stream_blocks` builds it.
 
     Args:
         blocks: numbered from 0 in the order in which they run.
@@ -107,38 +109,27 @@ class BlockStream:
         self._running: Slot | None = None
         self._views: dict[tuple[int, int], list[Tensor]] = {}
         self.num_copied_bytes = 0
-        """Moved to the device so far."""
+        """Bytes that have been moved to the device."""
         self.num_late = 0
-        """Blocks whose copy had not been started when they were to run; the very first one is one of them."""
+        """Number of times that a block's copy had not begun when it was to run; the very first run is one of them."""
 
     @property
     def block_bytes(self) -> tuple[int, ...]:
-        """Of each streamed block."""
+        """Bytes of each streamed block."""
         return tuple(block.host.nbytes for block in self._blocks)
 
     @property
     def slot_bytes(self) -> int:
-        """Of one slot: the largest block's."""
+        """Bytes of one slot, which are those of the largest block."""
         return max(self.block_bytes)
 
     @property
     def device_bytes(self) -> int:
-        """Of the whole ring."""
+        """Bytes of the whole ring."""
         return self.slot_bytes * len(self._slots)
 
-    @property
-    def pass_bytes(self) -> int:
-        """What a pass without gradients moves. None if all blocks fit the ring."""
-        return sum(self.block_bytes) if len(self._blocks) > len(self._slots) else 0
-
-    @property
-    def step_bytes(self) -> int:
-        """What a forward and backward pass move together: at each turn the blocks in the ring are there already."""
-        sizes, stay = self.block_bytes, len(self._slots)
-        return sum(sizes[stay:]) + sum(sizes[: len(sizes) - stay])
-
     def run(self, index: int, inner: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """A block's forward with its weights in place; in a backward pass, its recomputation."""
+        """Runs a block's forward with its weights in place; in a backward pass, this is its recomputation."""
         backward = in_backward_pass()
         self.enter(index, backward)
         outputs = inner(*args, **kwargs)
@@ -147,7 +138,7 @@ class BlockStream:
         return outputs
 
     def enter(self, index: int, backward: bool) -> None:
-        """Puts a block's weights in place for what the computation is told next, and has the next ones copied."""
+        """Puts a block's weights in place for work that is launched next, and begins to copy the next blocks."""
         self._pass_running()
         ahead = upcoming(index, len(self._blocks), len(self._slots) - 1, backward, torch.is_grad_enabled())
         self.num_late += self._find(index) is None
@@ -157,7 +148,7 @@ class BlockStream:
         self._lane.wait(self._running.filled)
 
     def _pass_running(self) -> None:
-        """All that needs the running block has been launched."""
+        """Notes that all work which needs the running block has been launched."""
         if self._running is not None:
             self._running.passed, self._running = self._lane.reached(), None
 
@@ -165,7 +156,7 @@ class BlockStream:
         return next((slot for slot in self._slots if slot.block == index), None)
 
     def _bring(self, index: int, wanted: set[int]) -> Slot:
-        """The slot that holds a block, or will after its `filled`; taken from a block that is not wanted."""
+        """Returns the slot that holds a block, or will after its `filled`; taken from a block that is not wanted."""
         slot = self._find(index)
         if slot is not None:
             return slot
@@ -175,11 +166,11 @@ class BlockStream:
         return slot
 
     def _empty(self, slot: Slot) -> None:
-        """A slot's memory stays as it is until it is filled again, and no block reads it any more."""
+        """Detaches the block in a slot from its memory, which stays unchanged until it is filled again."""
         if slot.block is not None:
             away = self._blocks[slot.block]
-            for packed, nothing in zip(away.tensors, away.nothing, strict=True):
-                packed.tensor.data = nothing
+            for packed, placeholder in zip(away.tensors, away.placeholders, strict=True):
+                packed.tensor.data = placeholder
             slot.block = None
 
     def _fill(self, place: int, index: int) -> None:
@@ -192,14 +183,14 @@ class BlockStream:
         for packed, view in zip(block.tensors, self._views[index, place], strict=True):
             packed.tensor.data = view
 
-    # ---- for captured steps, see `capture.Moving`
+    # ---- for captured steps: `capture.Moving`
 
     def arrangement(self) -> tuple[int | None, ...]:
-        """The block in each slot."""
+        """Returns the block in each slot."""
         return tuple(slot.block for slot in self._slots)
 
     def restore(self, arrangement: Hashable) -> None:
-        """Each slot gets the block that it had; one that was empty may hold any other."""
+        """Brings back into each slot the block that it had; one that was empty may hold any other."""
         assert isinstance(arrangement, tuple)
         self._pass_running()
         wanted = {
@@ -216,14 +207,14 @@ class BlockStream:
             self._lane.wait(slot.filled)
 
     def settle(self) -> None:
-        """Slots are full, and free again once the computation has reached this point."""
+        """Treats slots as filled, and as free once the computation has reached this point."""
         self._pass_running()
         reached = self._lane.reached()
         for slot in self._slots:
             slot.filled, slot.passed = None, reached
 
     def forget(self) -> None:
-        """Slots hold nothing: what was to move there never did, and no mark of it can be waited for."""
+        """Empties the slots: copies to them never ran, and their marks cannot be waited for."""
         self._running = None
         reached = self._lane.reached()
         for slot in self._slots:
@@ -232,29 +223,29 @@ class BlockStream:
 
 
 def stream_blocks(blocks: Sequence[nn.Module], device: torch.device, num_slots: int = 3) -> BlockStream:
-    """Moves all frozen tensors of the blocks to page-locked host memory, from where they visit the device.
+    """Moves all frozen tensors of the blocks to page-locked host memory, from which each run copies them to the device.
 
-    What needs a gradient stays where it is, and so does what is added to the blocks later. Call `recompute_blocks` on
-    them before a pass with gradients.
+    Tensors that need a gradient stay where they are, and so do tensors that are added to the blocks later. Call
+    `recompute_blocks` on the blocks before a pass with gradients.
 
     Args:
-        blocks: of any kinds and sizes, in the order in which they run.
-        num_slots: blocks that the device holds at a time. Two suffice for blocks of equal cost; a third evens out what
-            is unequal.
+        blocks: blocks of any kinds and sizes, in the order in which they run.
+        num_slots: number of blocks that the device holds at a time. Two suffice for blocks of equal cost; a third evens
+            out differences.
 
     Raises:
-        PlanError: the host has too little memory, or cannot lock so much of it.
+        PlanError: the host has too little memory, or cannot lock enough of it.
         ValueError: no blocks, too few slots, or a block without frozen tensors.
     """
-    if not blocks or num_slots < FEWEST_SLOTS:
-        raise ValueError(f"streaming needs blocks and {FEWEST_SLOTS} slots; got {len(blocks)} and {num_slots}")
-    nothing = nothing_on(device)
+    if not blocks or num_slots < MIN_SLOTS:
+        raise ValueError(f"streaming needs blocks and {MIN_SLOTS} slots; got {len(blocks)} and {num_slots}")
+    placeholders = placeholders_on(device)
     layouts = [lay_out_frozen(block) for block in blocks]
     sizes = [packed_bytes(layout) for layout in layouts]
-    # Blocks that are on the host now are freed one by one as they are packed.
+    # Blocks that are already on the host are freed one by one as they are packed.
     freed = sum(p.num_bytes for layout in layouts for p in layout if p.tensor.device.type == "cpu")
     require_host_memory(max(sum(sizes) - freed, 0) + max(sizes), f"streaming {len(blocks)} blocks")
-    packed = [pack(layout, device, nothing) for layout in layouts]
+    packed = [pack(layout, device, placeholders) for layout in layouts]
     stream = BlockStream(packed, device, num_slots)
     for index, block in enumerate(blocks):
         wrap_forward(block, partial(_run_streamed, stream, index, block))
@@ -272,27 +263,27 @@ def _run_streamed(
     return stream.run(index, inner, args, kwargs)
 
 
-def nothing_on(device: torch.device) -> Nothing:
-    """Makes, for each number format once, a NaN on the device; a zero where the format has none."""
+def placeholders_on(device: torch.device) -> Placeholders:
+    """Returns a function that makes, once for each number format, a NaN on the device; a zero if there is no NaN."""
 
     @cache
-    def nothing(dtype: torch.dtype) -> Tensor:
+    def placeholder(dtype: torch.dtype) -> Tensor:
         number = float("nan") if dtype.is_floating_point else 0.0
         return torch.tensor(number, device=device).to(dtype)
 
-    return nothing
+    return placeholder
 
 
-def pack(layout: tuple[PackedTensor, ...], device: torch.device, nothing: Nothing) -> PackedBlock:
-    """Copies a block's tensors into host memory and frees them where they were."""
+def pack(layout: tuple[PackedTensor, ...], device: torch.device, placeholder: Placeholders) -> PackedBlock:
+    """Copies a block's tensors into host memory and frees the originals."""
     host = host_buffer(packed_bytes(layout), device)
     copy_into(host, layout)
-    stand_ins = tuple(nothing(packed.dtype).expand(packed.shape) for packed in layout)
-    for packed, stand_in in zip(layout, stand_ins, strict=True):
+    placeholders = tuple(placeholder(packed.dtype).expand(packed.shape) for packed in layout)
+    for packed, stand_in in zip(layout, placeholders, strict=True):
         packed.tensor.data = stand_in
-    return PackedBlock(host, layout, stand_ins)
+    return PackedBlock(host, layout, placeholders)
 
 
 def in_backward_pass() -> bool:
-    """Whether autograd is running on this thread: a checkpoint's recomputation, then."""
+    """Returns whether autograd is running on this thread, so that a forward is a checkpoint's recomputation."""
     return torch._C._current_graph_task_id() != -1

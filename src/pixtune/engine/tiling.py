@@ -1,8 +1,8 @@
-"""Pictures that pass an autoencoder in overlapping tiles, where the whole would not fit.
+"""Passes pictures through an autoencoder in overlapping tiles, where the whole picture would not fit.
 
-The result is not quite that of the whole picture: layers that look at all of it (attention, group norms) see a tile.
-Tiles are all of one size, unlike in diffusers' own tiling, whose last row and column are what is left over: down to
-strips that are too narrow to know their surroundings.
+The result differs slightly from that of the whole picture: layers that see all of it (attention, group norms) see a
+tile. All tiles have one size, unlike in diffusers' own tiling, whose last row and column are the remainder: down to
+strips that are too narrow to show their surroundings.
 """
 
 from __future__ import annotations
@@ -17,14 +17,18 @@ from pixtune.family import LatentDistribution, ModelFamily
 from pixtune.storage.model_folder import ModelFolder
 
 OVERLAP_SHARE = 0.25
-"""Of a tile's side that it shares with its neighbour, at the least."""
+"""Share of a tile's side that overlaps its neighbour, at least."""
 Span = tuple[int, int]
 
 
 def encode_images(
     family: ModelFamily, folder: ModelFolder, autoencoder: nn.Module, pixels_B3HW: Tensor, tile_pixels: int | None
 ) -> LatentDistribution:
-    """`ModelFamily.encode_images`, in tiles of so many pixels a side unless that is None."""
+    """Encodes pictures by `ModelFamily.encode_images`.
+
+    Args:
+        tile_pixels: side of the tiles; None: the picture is encoded whole.
+    """
     if tile_pixels is None:
         return family.encode_images(autoencoder, pixels_B3HW)
 
@@ -38,7 +42,11 @@ def encode_images(
 def decode_latents(
     family: ModelFamily, folder: ModelFolder, autoencoder: nn.Module, latents_BCHW: Tensor, tile_pixels: int | None
 ) -> Tensor:
-    """`ModelFamily.decode_latents`, in tiles of so many pixels a side unless that is None."""
+    """Decodes latents by `ModelFamily.decode_latents`.
+
+    Args:
+        tile_pixels: side of the tiles; None: the picture is decoded whole.
+    """
     if tile_pixels is None:
         return family.decode_latents(autoencoder, latents_BCHW)
     _, tile_latents, _ = family.latent_shape(folder, tile_pixels, tile_pixels)
@@ -47,11 +55,11 @@ def decode_latents(
 
 
 def in_tiles(work: Callable[[Tensor], Sequence[Tensor]], source_BCHW: Tensor, tile: int, multiple: int) -> list[Tensor]:
-    """What `work` makes of a picture, done tile by tile and blended where tiles overlap.
+    """Runs `work` on a picture tile by tile, and blends the results where tiles overlap.
 
     Args:
-        work: gives tensors whose height and width are those of its argument times one factor.
-        tile: side of a tile, in the source's units; it begins at a multiple of `multiple`.
+        work: returns tensors whose height and width are those of its argument times one factor.
+        tile: side of a tile, in the source's units; tiles begin at multiples of `multiple`.
     """
     sums: list[Tensor] = []
     weight_sum_HW = source_BCHW.new_empty(0)
@@ -72,14 +80,14 @@ def in_tiles(work: Callable[[Tensor], Sequence[Tensor]], source_BCHW: Tensor, ti
 
 
 def tiles(height: int, width: int, tile: int, multiple: int) -> Iterator[tuple[int, int, int, int]]:
-    """Top, bottom, left and right of each tile."""
+    """Yields top, bottom, left and right of each tile."""
     for top, bottom in spans(height, tile, multiple):
         for left, right in spans(width, tile, multiple):
             yield top, bottom, left, right
 
 
 def spans(length: int, tile: int, multiple: int) -> list[Span]:
-    """Pieces of one size that cover a side and overlap evenly; the whole side if it is no longer than a tile."""
+    """Cuts a side into evenly overlapping pieces of one size; into one piece if it is no longer than a tile."""
     if length <= tile:
         return [(0, length)]
     overlap = round(tile * OVERLAP_SHARE)
@@ -89,6 +97,6 @@ def spans(length: int, tile: int, multiple: int) -> list[Span]:
 
 
 def ramp(length: int) -> Tensor:
-    """How much each place of a tile counts: most in its middle, least at its borders; fp32 of shape (length,)."""
+    """Returns the weight of each place of a tile, highest in its middle; fp32 of shape (length,)."""
     place = torch.arange(length) + 0.5
     return torch.minimum(place, length - place)

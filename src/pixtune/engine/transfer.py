@@ -1,8 +1,8 @@
 """Page-locked host memory, and copies that run beside the computation.
 
-A copy is asynchronous only from or to page-locked memory; from ordinary memory the host waits for it, and block
+Only copies from or to page-locked memory are asynchronous; the host waits for one from ordinary memory, and block
 swapping is up to half slower (musubi-tuner's figures). torch's own pinned allocator rounds a buffer up to a power of
-two, which for a block of 330 MB is 180 MB lost, so ordinary memory is locked in place instead.
+two, which wastes 180 MB for a block of 330 MB, so ordinary memory is locked in place instead.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from pixtune.hardware.facts import GIB
 from pixtune.hardware.meminfo import read_host_memory
 
 Mark = torch.cuda.Event | None
-"""A point in the work of a stream; None where there are no streams, so everything before it is done."""
+"""Point in the work of a stream; None where there are no streams, so that everything before it is done."""
 
 
 class CopyLane:
-    """A stream of its own for copies. On a CPU there is none, and copies happen at once.
+    """A stream for copies. On a CPU there is none, and copies happen at once.
 
-    Order comes from marks alone; nothing here makes the host wait.
+    Marks alone give the order; no method makes the host wait.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -33,7 +33,7 @@ class CopyLane:
         LANES.add(self)
 
     def reached(self) -> Mark:
-        """What the computation has been told to do so far."""
+        """Returns the mark of all work launched so far."""
         if self._stream is None:
             return None
         mark = torch.cuda.Event()
@@ -47,7 +47,7 @@ class CopyLane:
 
     @torch.no_grad()
     def copy_all(self, targets: Sequence[Tensor], sources: Sequence[Tensor], after: Mark) -> Mark:
-        """Copies each source to its target; see `copy`."""
+        """Copies each source to its target, as `copy` does."""
         pairs = zip(targets, sources, strict=True)
         if self._stream is None:
             for target, source in pairs:
@@ -63,12 +63,12 @@ class CopyLane:
         return mark
 
     def wait(self, mark: Mark) -> None:
-        """What the computation is told from now on comes after the mark."""
+        """Makes work that is launched from now on run after the mark."""
         if mark is not None:
             torch.cuda.current_stream(self._device).wait_event(mark)
 
     def join_capture(self) -> None:
-        """If copies of this lane are being captured, what the computation is told from now on comes after them."""
+        """Makes work that is launched from now on run after the lane's copies, if these are being captured."""
         if self._stream is None:
             return
         with torch.cuda.stream(self._stream):
@@ -79,24 +79,25 @@ class CopyLane:
         self.wait(mark)
 
     def keep_until_copied(self, memory: Tensor) -> None:
-        """Memory that is dropped while copies to it are under way is not used for anything else before they end."""
+        """Keeps memory that is dropped while copies to it are under way from being reused before they end."""
         if self._stream is not None:
             memory.record_stream(self._stream)
 
 
 LANES: weakref.WeakSet[CopyLane] = weakref.WeakSet()
-"""All of this process."""
+"""All lanes of this process."""
 
 
 def join_capture() -> None:
-    """A capture cannot end, not even one that failed, while a copy that it began is not waited for."""
+    """Waits for the copies of all lanes: no capture, not even one that failed, can end before that."""
     for lane in LANES:
         lane.join_capture()
 
 
 def host_buffer(num_bytes: int, device: torch.device) -> Tensor:
-    """Bytes on the host, page-locked where `device` is a GPU with memory of its own. Locked as long as the returned
-    tensor itself lives.
+    """Allocates bytes on the host, page-locked where `device` is a GPU with memory of its own.
+
+    They stay locked as long as the returned tensor itself lives.
 
     Raises:
         PlanError: the host has too little memory.
@@ -109,7 +110,7 @@ def host_buffer(num_bytes: int, device: torch.device) -> Tensor:
 
 
 def require_host_memory(num_bytes: int, purpose: str) -> None:
-    """Raises PlanError where the host cannot give so much; otherwise the kernel would end the process without a word.
+    """Raises PlanError where the host lacks the memory; otherwise the kernel would end the process silently.
 
     Args:
         purpose: what the memory is for, as the subject of a sentence.
@@ -144,7 +145,7 @@ def _unlock_pages(address: int, device: torch.device) -> None:
 
 
 def span(shape: Sequence[int], stride: Sequence[int]) -> int:
-    """Elements from a tensor's first to its last one in memory; more than it has where it is a slice."""
+    """Counts the elements from a tensor's first to its last in memory; a slice has fewer of its own."""
     if 0 in shape:
         return 0
     return 1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))

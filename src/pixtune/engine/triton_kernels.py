@@ -1,7 +1,7 @@
-"""The Triton side of `kernels.py`, `heads.py`, `lora.py`, `mlp.py` and `quantize.py`, in this order.
+"""Triton kernels of `kernels.py`, `heads.py`, `lora.py`, `mlp.py` and `quantize.py`, in this order.
 
-Imported at first use: Triton comes with CUDA builds of torch only. Those of `kernels.py` work on tiles of rows and
-columns of a weight, N by K, and write whole bytes.
+Imported at first use: Triton comes with CUDA builds of torch only. The kernels of `kernels.py` work on tiles of rows
+and columns of a weight, N by K, and write whole bytes.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ def expand_nf4(
     byte = tl.load(block_scale + row[:, None] * (num_columns // 16) + (column // 16)[None, :], mask=inside, other=0).to(
         tl.int32
     )
-    # Sign, exponent and mantissa of `kernels.NF4_SCALES` in the places that fp32 has for them. The exponent gets fp32's
-    # bias, less the scales' own, plus that of `kernels.UNIT_CODE`.
+    # Sign, exponent and mantissa of `kernels.NF4_SCALES`, at their places in fp32. The exponent gets fp32's bias, less
+    # the scales' own, plus that of `kernels.UNIT_CODE`.
     if FLOAT8:
         exponent_shift: tl.constexpr = 127 - 7 + 7
     else:
@@ -57,7 +57,7 @@ def expand_nf4(
     if FLOAT8:
         stored = value.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
     else:
-        # Adding 1.5 * 2^23 leaves no place for a fraction: rounded as torch rounds, halves to even.
+        # Adding 1.5 * 2^23 leaves no bits for a fraction, so this rounds as torch does, halves to even.
         stored = ((value + 12582912.0) - 12582912.0).to(tl.int8).to(tl.uint8, bitcast=True)
     if TRANSPOSED:
         tl.store(target + column[:, None] * num_rows + row[None, :], tl.trans(stored), mask=tl.trans(inside))
@@ -65,12 +65,12 @@ def expand_nf4(
         tl.store(target + row[:, None] * num_columns + column[None, :], stored, mask=inside)
 
 
-# ---- heads of an attention: see heads.py. One program: some heads of one token, of B examples by S tokens.
+# ---- heads of an attention (heads.py). One program: some heads of one token, of B examples by S tokens.
 
 
 @triton.jit
 def _find_token(num_first, num_last):
-    """The program's token among all, its example, its place there and in its own stream, and that stream's row."""
+    """Returns the program's token among all, its example, its place there and in its stream, and that stream's row."""
     token = tl.program_id(0).to(tl.int64)
     example, place = token // (num_first + num_last), token % (num_first + num_last)
     is_first = place < num_first
@@ -81,7 +81,7 @@ def _find_token(num_first, num_last):
 
 @triton.jit
 def _find_heads(num_heads, HEADS: tl.constexpr, D: tl.constexpr):
-    """The program's heads, their features, where these are in a token's row, and which are there at all."""
+    """Returns the program's heads, their features, where these are in a token's row, and which of them exist."""
     head, feature = tl.program_id(1) * HEADS + tl.arange(0, HEADS), tl.arange(0, D)
     within, inside = head[:, None] * D + feature[None, :], (head < num_heads)[:, None] & (feature >= 0)[None, :]
     return head, feature, within, inside
@@ -89,7 +89,7 @@ def _find_heads(num_heads, HEADS: tl.constexpr, D: tl.constexpr):
 
 @triton.jit
 def _read_heads(first, first_weight, last, last_weight, is_first, row, width, within, feature, inside):
-    """The features of one token's heads and the weights of their norm, both fp32: of one stream or of the other."""
+    """Reads the features of one token's heads and the weights of their norm, in fp32, from its stream of the two."""
     states = tl.load(first + row * width + within, mask=inside & is_first, other=0.0).to(tl.float32)
     states += tl.load(last + row * width + within, mask=inside & (is_first == 0), other=0.0).to(tl.float32)
     everywhere = feature >= 0
@@ -100,7 +100,7 @@ def _read_heads(first, first_weight, last, last_weight, is_first, row, width, wi
 
 @triton.jit
 def _read_rotary(first_rotary, last_rotary, is_first, place, D: tl.constexpr):
-    """Cosine and sine of one token's angles, (1, D / 2) each."""
+    """Reads cosine and sine of one token's angles, (1, D / 2) each."""
     pair = tl.arange(0, D // 2)[None, :]
     here = pair >= 0
     rotary = place * D + 2 * pair
@@ -162,7 +162,7 @@ def rotate_heads_backward(
     HEADS: tl.constexpr,
     D: tl.constexpr,
 ):
-    """The gradient (B, S, H, D), of any strides, of what `rotate_heads` makes -> those of its two streams."""
+    """Gradient (B, S, H, D), with any strides, of the result of `rotate_heads` -> gradients of its two streams."""
     _, example, place, is_first, place_in_stream, row = _find_token(num_first, num_last)
     head, feature, within, inside = _find_heads(num_heads, HEADS, D)
     width = num_heads * D
@@ -184,7 +184,7 @@ def rotate_heads_backward(
     tl.store(last_gradient + row * width + within, result, mask=inside & (is_first == 0))
 
 
-# ---- LoRA: see lora.py
+# ---- LoRA (lora.py)
 
 
 @triton.jit
@@ -203,7 +203,7 @@ def plus_product(
     COLUMNS: tl.constexpr,
     RANKS: tl.constexpr,
 ):
-    """base (M, N) + bias (N) + low (M, r) @ up (N, r).T, rows of `low` apart by `low_stride`; summed up in fp32."""
+    """base (M, N) + bias (N) + low (M, r) @ up (N, r).T, accumulated in fp32; rows of `low` are `low_stride` apart."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     here = row < num_rows
@@ -226,22 +226,25 @@ def plus_product(
     tl.store(result + place, total, mask=inside)
 
 
-# ---- MLP: see mlp.py. One program: one row, read once.
+# ---- MLP (mlp.py). One program: one row, read once.
 
 SMALLEST_PEAK: tl.constexpr = tl.constexpr(1e-12)
-"""`quantize.SMALLEST_PEAK`."""
+"""Value of `quantize.SMALLEST_PEAK`."""
 
 
 @triton.jit
 def _store_codes(target, scale_target, values, peak, place, inside, largest):
-    """Values as bytes of float8_e4m3fn in units of the scale that their row's peak gives."""
+    """Stores values as bytes of float8_e4m3fn in units of the scale that their row's peak gives."""
     tl.store(target + place, (values * (largest / peak)).to(tl.float8e4nv).to(tl.uint8, bitcast=True), mask=inside)
     tl.store(scale_target, peak / largest)
 
 
 @triton.jit
 def _gelu(x):
-    """Its tanh form, and the slope: x * s(2u) with s the logistic function and u = sqrt(2 / pi) (x + 0.044715 x^3)."""
+    """Returns GELU in its tanh form, and its slope: x * s(2u), s the logistic function, u as below.
+
+    u = sqrt(2 / pi) (x + 0.044715 x^3)
+    """
     logistic = tl.sigmoid(1.5957691216057308 * x * (1.0 + 0.044715 * x * x))
     slope = logistic + x * logistic * (1.0 - logistic) * (1.5957691216057308 * (1.0 + 0.134145 * x * x))
     return x * logistic, slope
@@ -264,7 +267,7 @@ def gelu_codes(
     WIDTH: tl.constexpr,
     BESIDE: tl.constexpr,
 ):
-    """Codes of a row [beside (P), gelu(hidden + bias) (H)], and of its hidden + bias."""
+    """Row [beside (P), gelu(hidden + bias) (H)] -> its codes, and the codes of its hidden + bias."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, WIDTH)
     inside = column < width
@@ -301,7 +304,7 @@ def gelu_gradient_codes(
     KEPT_CODES: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """Codes of a row gradient * slope(input) * column_scale, H each; the input as codes, or as it is plus a bias."""
+    """Row gradient * slope(input) * column_scale (H) -> its codes; the input comes as codes, or plain with a bias."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, WIDTH)
     inside = column < width
@@ -319,18 +322,18 @@ def gelu_gradient_codes(
     _store_codes(codes + row * width, scale + row, value, peak, column, inside, largest)
 
 
-# ---- rows of 8-bit codes: see quantize.py. One program: one row, read once.
+# ---- rows of 8-bit codes (quantize.py). One program: one row, read once.
 
 
 @triton.jit
 def quantize_row(values, stride, codes, scale, width, largest, WIDTH: tl.constexpr):
-    """(M, K) with rows apart by `stride` -> bytes of float8_e4m3fn (M, K), and what a row's are in units of (M)."""
+    """(M, K) with rows `stride` apart -> bytes of float8_e4m3fn (M, K), and the scale of each row (M)."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, WIDTH)
     inside = column < width
     value = tl.load(values + row * stride + column, mask=inside, other=0.0).to(tl.float32)
     peak = tl.maximum(tl.max(tl.abs(value), 0), SMALLEST_PEAK)
-    # As torch divides a number by a tensor: by its reciprocal. Else values in the middle between two codes go astray.
+    # torch divides a number by a tensor through its reciprocal; done otherwise, values halfway between codes differ.
     byte = (value * (tl.div_rn(1.0, peak) * largest)).to(tl.float8e4nv).to(tl.uint8, bitcast=True)
     tl.store(codes + row * width + column, byte, mask=inside)
     tl.store(scale + row, tl.div_rn(peak, largest))

@@ -1,7 +1,7 @@
 """Frozen linear layers of encoders: weights stored in 8 or 4 bits, multiplied in the input's own format.
 
-Inputs are not quantized, unlike in `quantize.py`: a language model's have features hundreds of times larger than the
-rest, which one scale a row cannot hold. That costs speed where captions are encoded once, and nothing where a step is.
+Unlike in `quantize.py`, inputs are not quantized: in a language model some of their features are hundreds of times
+larger than the rest, which one scale per row cannot hold. That makes encoding slower, which happens once, and no step.
 """
 
 from __future__ import annotations
@@ -14,25 +14,25 @@ from pixtune.engine.quantize import INT8, NF4, pack_nf4, quantize_rows
 
 FORMATS = (INT8, NF4)
 PIECE_WEIGHTS = 1 << 24
-"""Weights that are in full precision at once, while a layer is quantized or multiplies. The output layer of a language
-model holds half a billion, which would be a second small model."""
+"""Number of weights in full precision at once while a layer is quantized or multiplies. The output layer of a language
+model has half a billion, as many as a small model."""
 
 
 class WeightOnlyLinear(nn.Module):
-    """Stands in for a frozen `nn.Linear`. `store` gives it its values.
+    """Replacement of a frozen `nn.Linear`. `store` gives it its values.
 
     Args:
-        linear_format: one of `FORMATS`; 4 bits become 8 where the inputs' number is no multiple of 16.
-        dtype: of the layer it stands for.
+        linear_format: one of `FORMATS`; 4 bits become 8 where the number of inputs is not a multiple of 16.
+        dtype: format of the layer that it replaces.
     """
 
     codes: Tensor
-    """int8 of shape (N, K), or two 4-bit codes in a byte, uint8 of shape (N, K / 2)."""
+    """8-bit codes, int8 of shape (N, K), or two 4-bit codes per byte, uint8 of shape (N, K / 2)."""
     block_scale: Tensor | None
-    """Of 4-bit codes, 16 neighbours each: uint8 of shape (N, K / 16)."""
+    """Scale of every 16 neighbouring 4-bit codes; uint8 of shape (N, K / 16)."""
     bias: Tensor | None
     scale: Tensor
-    """fp32 of shape (N, 1)."""
+    """Scale of each row; fp32 of shape (N, 1)."""
 
     def __init__(
         self, in_features: int, out_features: int, linear_format: str, device: torch.device, dtype: torch.dtype
@@ -48,8 +48,8 @@ class WeightOnlyLinear(nn.Module):
         self.register_buffer("block_scale", blocks if packed else None)
         self.register_buffer("scale", torch.empty(out_features, 1, device=device))
         self.register_parameter("bias", None)
-        # Models ask a layer's weight for its dtype, and cast their hidden states to it. One without values answers
-        # that, and fails where anything would compute with it.
+        # Models read the dtype of a layer's weight and cast their hidden states to it. A weight without values serves
+        # for that, and fails in any computation.
         self.weight = torch.empty(out_features, in_features, dtype=dtype, device="meta")
 
     @torch.no_grad()
@@ -63,7 +63,7 @@ class WeightOnlyLinear(nn.Module):
                 self.codes[start:end], self.block_scale[start:end], self.scale[start:end] = pack_nf4(piece)
 
     def dequantized(self, start: int, end: int, dtype: torch.dtype) -> Tensor:
-        """The weight's rows from `start` to before `end`; shape (end - start, K)."""
+        """Returns the weight's rows from `start` to before `end`; shape (end - start, K)."""
         codes, scale = self.codes[start:end], self.scale[start:end]
         if self.block_scale is not None:
             return (unpack_nf4(codes, self.block_scale[start:end]) * scale).to(dtype)
@@ -77,7 +77,7 @@ class WeightOnlyLinear(nn.Module):
         return product
 
     def _pieces(self) -> list[tuple[int, int]]:
-        """Rows of the weight that are handled together."""
+        """Returns first and last (exclusive) row of each piece of the weight that is in full precision at once."""
         step = max(PIECE_WEIGHTS // self.in_features, 1)
         return [(start, min(start + step, self.out_features)) for start in range(0, self.out_features, step)]
 
@@ -86,14 +86,14 @@ class WeightOnlyLinear(nn.Module):
 
 
 def quantize_encoder(model: nn.Module, linear_format: str, device: torch.device) -> nn.Module:
-    """Brings a frozen model to a device, linear layers in 8 or 4 bits and all else as it is; changes it in place.
+    """Moves a frozen model to a device, its linear layers in 8 or 4 bits and the rest unchanged; works in place.
 
-    Layer by layer: the device never holds more than the result and a piece of one layer, and the source's layers are
-    given up on the way.
+    It works layer by layer: the device never holds more than the result and a piece of one layer, and the source's
+    layers are freed on the way.
     """
     tied = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
-    # Kinds of Linear are left alone: their owners compute with the weight themselves. So is an output layer that shares
-    # its weight with the embedding: that stays, and codes would come on top.
+    # Subclasses of Linear are left alone: their owners compute with the weight themselves. So is an output layer that
+    # shares its weight with the embedding: that weight stays, and codes would be added to it.
     paths = [path for path, module in model.named_modules() if type(module) is nn.Linear and module.weight not in tied]
     for path in paths:
         linear = model.get_submodule(path)

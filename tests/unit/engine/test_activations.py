@@ -40,7 +40,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(autouse=True)
 def small_threshold(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that both inputs of the small models count as large: 128 and 24 KiB."""
-    monkeypatch.setattr(activations, "LEAST_OFFLOADED_BYTES", 2**12)
+    monkeypatch.setattr(activations, "MIN_OFFLOADED_BYTES", 2**12)
 
 
 @pytest.fixture
@@ -195,7 +195,7 @@ def test_large_inputs_with_gradients_leave_but_not_the_last_blocks(offloads: lis
 
 def test_inputs_below_the_threshold_stay(offloads: list[InputOffload], monkeypatch: pytest.MonkeyPatch) -> None:
     hidden, text = make_inputs()
-    monkeypatch.setattr(activations, "LEAST_OFFLOADED_BYTES", hidden.nbytes)
+    monkeypatch.setattr(activations, "MIN_OFFLOADED_BYTES", hidden.nbytes)
     blocks = [Block(seed) for seed in range(5)]
     recompute_blocks(blocks, offload=True)
     run_through(blocks, hidden, text).sum().backward()

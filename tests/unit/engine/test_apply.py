@@ -27,11 +27,11 @@ PLAIN = TrainingPlan(
 EXACT = 1.0
 WAYS: dict[str, tuple[dict[str, object], float]] = {  # what the plan changes, and the least cosine of the gradients
     "recomputed": ({"recomputed_blocks": 2}, EXACT),
-    "projected again": ({"recomputed_blocks": 1, "reprojected_blocks": 2}, EXACT),
+    "reprojected": ({"recomputed_blocks": 1, "reprojected_blocks": 2}, EXACT),
     "inputs on the host": ({"recomputed_blocks": 99, "offload_inputs": True}, EXACT),
     "streamed": ({"recomputed_blocks": 99, "streamed_blocks": 4}, EXACT),
-    "recorded, so without gaps": ({"captures": 1}, EXACT),
-    "recorded and streamed": ({"captures": 1, "recomputed_blocks": 99, "streamed_blocks": 4}, EXACT),
+    "captured, so without gaps": ({"captures": 1}, EXACT),
+    "captured and streamed": ({"captures": 1, "recomputed_blocks": 99, "streamed_blocks": 4}, EXACT),
     "modulation ahead": ({"modulation_rows": 8}, 0.999999),
     "selective": ({"selective": True}, 0.9999),
     "fp8": ({"weights_format": "fp8"}, 0.985),

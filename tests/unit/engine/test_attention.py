@@ -11,8 +11,8 @@ from torch.nn.attention import SDPBackend
 
 from pixtune.engine import attention
 from pixtune.engine.attention import use_attention, with_dense_gradient
-from pixtune.engine.dear_results import KeepDearResults
 from pixtune.engine.padded_attention import PADDING_KERNEL, padding_kernel
+from pixtune.engine.recompute_policy import RecomputePolicy
 from pixtune.errors import ConfigError
 
 MATH, FLASH, EFFICIENT, CUDNN = (
@@ -116,7 +116,7 @@ def test_compiled_graphs_are_kept_apart_by_what_comes_first() -> None:
             attention.switch(name, on=True)
         torch._C._set_sdp_priority_order(OWN_ORDER)
         use_attention(kernel, off)
-        keys.append(KeepDearResults().uuid())
+        keys.append(RecomputePolicy().uuid())
     assert keys[0] == keys[2] and len(set(keys)) == 4, "flash is PyTorch's own first"
 
 

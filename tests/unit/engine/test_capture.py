@@ -1,4 +1,4 @@
-"""Which passes are recorded and replayed, and that a replay is the plain pass: with a recorder that needs no GPU."""
+"""Which passes are captured and replayed, and that a replay is the plain pass: with a capturer that needs no GPU."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ class Numbers:
         return (self.values,)
 
 
-class FakeRecorder:
-    """Does what CUDA graphs do: the work runs again on the memory of the recorded inputs, without effects before."""
+class FakeCapturer:
+    """Does what CUDA graphs do: the work runs again on the memory of the captured inputs, without effects before."""
 
     def __init__(self, parameter: nn.Parameter) -> None:
-        self.parameter, self.recorded, self.replayed = parameter, 0, 0
+        self.parameter, self.captured, self.replayed = parameter, 0, 0
 
     def __call__(self, work: Callable[[], Tensor]) -> Replay:
-        self.recorded += 1
+        self.captured += 1
         standing = None if self.parameter.grad is None else self.parameter.grad.clone()
         result = work()
         assert standing is not None and self.parameter.grad is not None
@@ -53,8 +53,8 @@ class FakeRecorder:
 
 
 def build(
-    recorder: type[FakeRecorder] | None = FakeRecorder, most: int = 1, free_bytes: Callable[[], int] = lambda: 0
-) -> tuple[ReplayedPass[Numbers], nn.Parameter, FakeRecorder]:
+    capturer: type[FakeCapturer] | None = FakeCapturer, max_captures: int = 1, free_bytes: Callable[[], int] = lambda: 0
+) -> tuple[ReplayedPass[Numbers], nn.Parameter, FakeCapturer]:
     weight = nn.Parameter(torch.tensor([1.0, 2.0]))
 
     def compute(numbers: Numbers) -> Tensor:
@@ -62,13 +62,13 @@ def build(
         loss.backward()
         return loss.detach()
 
-    fake = (recorder or FakeRecorder)(weight)
-    return ReplayedPass(compute, [weight], fake if recorder else None, most, free_bytes), weight, fake
+    fake = (capturer or FakeCapturer)(weight)
+    return ReplayedPass(compute, [weight], fake if capturer else None, max_captures, free_bytes), weight, fake
 
 
 def test_what_is_replayed_gives_the_plain_gradients() -> None:
     replayed, weight, fake = build()
-    plain, plain_weight, _ = build(recorder=None)
+    plain, plain_weight, _ = build(capturer=None)
     for number in range(6):
         for micro_batch in range(2):  # gradients of two micro-batches add up
             values = torch.arange(3.0) + number + 10 * micro_batch
@@ -77,45 +77,45 @@ def test_what_is_replayed_gives_the_plain_gradients() -> None:
         torch.testing.assert_close(weight.grad, plain_weight.grad, rtol=0, atol=0)
         replayed.zero_gradients()
         plain.zero_gradients()
-    assert fake.recorded == 1 and fake.replayed == 12 - PLAIN_CALLS
+    assert fake.captured == 1 and fake.replayed == 12 - PLAIN_CALLS
     assert plain_weight.grad is None and weight.grad is not None and not weight.grad.any()
 
 
-def test_each_shape_is_recorded_once_and_the_first_to_come_are() -> None:
-    replayed, _, fake = build(most=2)
+def test_each_shape_is_captured_once_and_the_first_to_come_are() -> None:
+    replayed, _, fake = build(max_captures=2)
 
     def call(length: int, times: int) -> None:
         for _ in range(times):
             replayed(Numbers(torch.ones(length)))
 
     call(1, PLAIN_CALLS)
-    assert fake.recorded == 0
+    assert fake.captured == 0
     call(1, 3)
     call(2, 2 * PLAIN_CALLS)  # as long as shapes may still come up, they do not take turns with captures
-    assert fake.recorded == 1
+    assert fake.captured == 1
     call(2, 1)
     call(1, 1)
-    assert (fake.recorded, fake.replayed) == (2, 5)
+    assert (fake.captured, fake.replayed) == (2, 5)
     call(3, PLAIN_CALLS + 4)  # runs plainly
     call(1, 1)
     call(2, 1)
-    assert (fake.recorded, fake.replayed) == (2, 7)
+    assert (fake.captured, fake.replayed) == (2, 7)
 
 
-class InertRecorder(FakeRecorder):
-    """Neither recording nor replaying is a plain pass."""
+class InertCapturer(FakeCapturer):
+    """Neither capturing nor replaying is a plain pass."""
 
     def __call__(self, work: Callable[[], Tensor]) -> Replay:
-        self.recorded += 1
+        self.captured += 1
         return lambda: torch.zeros(())
 
 
 class Card:
     """Room for so many passes at a time: what captures hold, all together one, and a plain one."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, passes: int, most: int) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, passes: int, max_captures: int) -> None:
         self.passes, self.most_held = passes, 0
-        self.replayed, _, self.fake = build(InertRecorder, most, lambda: passes - bool(self.replayed._captures))
+        self.replayed, _, self.fake = build(InertCapturer, max_captures, lambda: passes - bool(self.replayed._captures))
         monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 3)
         monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 2)
         compute = self.replayed._compute
@@ -132,12 +132,12 @@ class Card:
 
 
 @pytest.mark.parametrize("passes", [1, 2])
-def test_a_plain_pass_and_recordings_share_a_card_only_if_it_holds_both(
+def test_a_plain_pass_and_captures_share_a_card_only_if_it_holds_both(
     monkeypatch: pytest.MonkeyPatch, passes: int
 ) -> None:
-    card = Card(monkeypatch, passes, most=3)
+    card = Card(monkeypatch, passes, max_captures=3)
     card.run(*[1, 2] * 6)
-    assert card.fake.recorded == 2
+    assert card.fake.captured == 2
     card.run(3)  # one more shape, late
     assert card.most_held == passes
     assert len(card.replayed._captures) == (0 if passes == 1 else 2)
@@ -145,13 +145,13 @@ def test_a_plain_pass_and_recordings_share_a_card_only_if_it_holds_both(
     assert len(card.replayed._captures) == 3
 
 
-def test_more_shapes_than_a_full_card_can_record_are_not_recorded_in_turns(
+def test_more_shapes_than_a_full_card_can_capture_are_not_captured_in_turns(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    card = Card(monkeypatch, passes=1, most=2)
+    card = Card(monkeypatch, passes=1, max_captures=2)
     with caplog.at_level(logging.WARNING):
         card.run(*[1, 2, 3] * 8)
-    assert card.most_held == 1 and card.fake.recorded == 2 and not card.replayed._captures
+    assert card.most_held == 1 and card.fake.captured == 2 and not card.replayed._captures
     assert caplog.text.count("come in 3 shapes, and memory has room for 2 captures") == 1
 
 
@@ -161,68 +161,68 @@ def test_memory_that_was_given_back_is_taken_again_at_the_next_call() -> None:
         replayed(Numbers(torch.ones(2)))
     replayed.release()
     replayed(Numbers(torch.ones(2)))
-    assert fake.recorded == 2
+    assert fake.captured == 2
 
 
-def test_what_cannot_be_recorded_runs_plainly_and_says_why(caplog: pytest.LogCaptureFixture) -> None:
+def test_what_cannot_be_captured_runs_plainly_and_says_why(caplog: pytest.LogCaptureFixture) -> None:
     def refuse(work: Callable[[], Tensor]) -> Replay:
         raise RuntimeError("operation not permitted when stream is capturing\nmore")
 
-    plain, weight, _ = build(recorder=None)
+    plain, weight, _ = build(capturer=None)
     replayed = ReplayedPass(plain._compute, [weight], refuse)
     with caplog.at_level(logging.WARNING):
         losses = [replayed(Numbers(torch.ones(2))) for _ in range(PLAIN_CALLS + 3)]
     assert len({float(loss) for loss in losses}) == 1
-    assert caplog.text.count("could not be recorded (operation not permitted when stream is capturing)") == 1
+    assert caplog.text.count("could not be captured (operation not permitted when stream is capturing)") == 1
 
 
-def test_a_recording_that_lacks_memory_is_tried_again_with_less_kept(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_capture_that_lacks_memory_is_tried_again_with_less_kept(caplog: pytest.LogCaptureFixture) -> None:
     """After a plain pass, which may have to compile; until there is room or nothing is left to be dropped."""
     replayed, _, fake = build()
     happened: list[str] = []
-    computes, records = replayed._compute, replayed._record
-    assert records is not None
+    computes, captures = replayed._compute, replayed._capture
+    assert captures is not None
 
-    def record(work: Callable[[], Tensor]) -> Replay:
-        happened.append("record")
-        if happened.count("record") <= 2:
+    def capture(work: Callable[[], Tensor]) -> Replay:
+        happened.append("capture")
+        if happened.count("capture") <= 2:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 54.00 MiB.")
-        return records(work)
+        return captures(work)
 
     def keep_less() -> str:
         happened.append("keep less")
         return "2 more of 60 blocks recomputed"
 
-    replayed._record, replayed._keep_less = record, keep_less
+    replayed._capture, replayed._keep_less = capture, keep_less
     replayed._compute = lambda numbers: happened.append("plain") or computes(numbers)  # type: ignore[func-returns-value]
     with caplog.at_level(logging.INFO):
         for _ in range(PLAIN_CALLS + 3):
             replayed(Numbers(torch.ones(2)))
-    tries = ["record", "keep less", "plain"] * 2
-    assert happened == ["plain"] * PLAIN_CALLS + tries + ["record", "plain", "plain"], "recorded, then replayed once"
+    tries = ["capture", "keep less", "plain"] * 2
+    assert happened == ["plain"] * PLAIN_CALLS + tries + ["capture", "plain", "plain"], "captured, then replayed once"
     assert fake.replayed == 1
     assert caplog.text.count("2 more of 60 blocks recomputed") == 2
-    assert "could not be recorded" not in caplog.text
+    assert "could not be captured" not in caplog.text
 
 
 def test_where_nothing_is_left_to_be_dropped_steps_run_plainly(caplog: pytest.LogCaptureFixture) -> None:
     def refuse(work: Callable[[], Tensor]) -> Replay:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    plain, weight, _ = build(recorder=None)
+    plain, weight, _ = build(capturer=None)
     ways = iter(["1 more of 1 blocks recomputed"])
     replayed = ReplayedPass(plain._compute, [weight], refuse, keep_less=lambda: next(ways, None))
     with caplog.at_level(logging.WARNING):
         for _ in range(PLAIN_CALLS + 4):
             replayed(Numbers(torch.ones(2)))
-    assert caplog.text.count("could not be recorded (CUDA out of memory)") == 1
+    assert caplog.text.count("could not be captured (CUDA out of memory)") == 1
 
 
-def test_a_parameter_that_gets_its_first_gradient_while_recording_is_a_fault() -> None:
+def test_a_parameter_that_gets_its_first_gradient_while_capturing_is_a_fault() -> None:
     replayed, weight, _ = build()
     for _ in range(PLAIN_CALLS):
         replayed(Numbers(torch.ones(2)))
     weight.grad = None
-    replayed._record = lambda work: partial(Tensor.clone, work())
+    replayed._capture = lambda work: partial(Tensor.clone, work())
     with pytest.raises(RuntimeError, match="cuda_graphs=false"):
         replayed(Numbers(torch.ones(2)))

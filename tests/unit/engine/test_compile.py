@@ -17,10 +17,10 @@ from pixtune.engine import heads as heads_module
 from pixtune.engine import lora
 from pixtune.engine.activations import recompute_projections
 from pixtune.engine.compile import compile_blocks, compile_forward
-from pixtune.engine.dear_results import KeepDearResults
 from pixtune.engine.forwards import replace_computation
 from pixtune.engine.gelu import compact_gelus
 from pixtune.engine.load import random_transformer
+from pixtune.engine.recompute_policy import RecomputePolicy
 from pixtune.families import family_of
 from pixtune.family import Placement
 from pixtune.storage.model_folder import open_model_folder
@@ -58,8 +58,8 @@ def count_products(monkeypatch: pytest.MonkeyPatch, marked: bool) -> list[int]:
     """Products in the compiled graphs: forward, backward."""
     counts = []
     if not marked:
-        monkeypatch.setattr(KeepDearResults, "__call__", lambda self, graph: None)
-    monkeypatch.setattr(KeepDearResults, "uuid", lambda self: None)  # graphs must be made, not found
+        monkeypatch.setattr(RecomputePolicy, "__call__", lambda self, graph: None)
+    monkeypatch.setattr(RecomputePolicy, "uuid", lambda self: None)  # graphs must be made, not found
 
     def count(graph: torch.fx.Graph) -> None:
         counts.append(len(graph.find_nodes(op="call_function", target=torch.ops.aten._int_mm.default)))
@@ -244,7 +244,7 @@ def test_products_whose_mark_was_lost_are_computed_again_like_what_reads_them() 
     view = graph.call_function(torch.ops.aten.view.default, (added, [1]))
     graph.output(view)
     view.meta.update({"recompute": CheckpointPolicy.PREFER_RECOMPUTE, "ac_graph_id": 3})
-    KeepDearResults()(graph)
+    RecomputePolicy()(graph)
     assert product.meta == added.meta == view.meta
 
 
@@ -258,6 +258,6 @@ def test_a_product_whose_mark_was_lost_is_computed_again_like_what_reads_it() ->
     again = {"recompute": CheckpointPolicy.PREFER_RECOMPUTE, "ac_graph_id": 3}
     marked.meta.update(again)
     reads_lost.meta.update(again)
-    KeepDearResults()(graph)
+    RecomputePolicy()(graph)
     assert lost.meta == marked.meta == again
     assert dear.meta["recompute"] == CheckpointPolicy.MUST_SAVE

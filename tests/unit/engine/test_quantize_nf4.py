@@ -127,7 +127,7 @@ def test_unusual_rows() -> None:
 def test_pieces_are_packed_as_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = gaussian(50, 64)
     whole = quantize.pack_nf4(weight)
-    monkeypatch.setattr(quantize, "MOST_WEIGHTS_AT_ONCE", 7 * 64)
+    monkeypatch.setattr(quantize, "MAX_WEIGHTS_AT_ONCE", 7 * 64)
     assert all(map(torch.equal, quantize.pack_nf4(weight), whole))
 
 
