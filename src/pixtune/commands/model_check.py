@@ -1,12 +1,11 @@
-"""`pixtune doctor --model`: whether a user's real weights compute here as they should, plain and in 8 bits.
+"""`pixtune doctor --model`: checks that a user's real weights compute here as they should, plain and in 8 bits.
 
-Three questions. Is our velocity the stock pipeline's? Which layers lose too much in 8 bits (`quantization_errors`)? Do
-loss and LoRA gradients of the whole quantized model point where the plain model's do? Everything but the first is
-computed with blocks that are read when they run, so it needs no more memory than one block.
+It answers three questions. Is pixtune's velocity the stock pipeline's? Which layers lose too much in 8 bits
+(`quantization_errors`)? Do loss and LoRA gradients of the whole quantized model agree with the plain model's?
+Everything but the first is computed with blocks that are read when they run, so it needs no more memory than one block.
 
-Inputs are random numbers of fixed seed in the model's shapes: noise where a noisy latent is, which is nearly what that
-is, and noise where text features are, which real ones do not look like. The answer holds no prompt, no path and no
-weight.
+Inputs are random numbers of fixed seed in the model's shapes: noise in place of a noisy latent, which is nearly noise,
+and noise in place of text features, which real ones do not resemble. The result holds no prompt, no path and no weight.
 """
 
 from __future__ import annotations
@@ -40,31 +39,31 @@ from pixtune.trained import adapters
 SIDE_PIXELS, TEXT_TOKENS = 256, 64
 RANK = 4
 STOCK_BOUND = 0.05
-"""Of the velocity in bf16, relative. The small models give exactly 0 on a CPU; other kernels on a GPU and 60 blocks
-leave room for rounding, and a wrong convention changes far more."""
+"""Largest relative error of the velocity in bf16. The small models give exactly 0 on a CPU; other kernels on a GPU and
+60 blocks need room for rounding, and a wrong convention changes far more."""
 TIMES_THE_MEDIAN = 3
 PRODUCT_BOUND, HOPELESS_PRODUCT = 0.1, 0.3
-"""Sound layers of the small models stay below 0.07, fp8 included. Above the second no median excuses a layer: all of a
-kind may be ill."""
+"""Bounds of a product's error. Sound layers of the small models stay below 0.07, fp8 included. Above the second bound
+no median excuses a layer: all of its kind may be faulty."""
 WEIGHT_CHANNEL_BOUND = 0.1
-"""Sound: below 0.03."""
+"""Bound of a weight channel's error; sound ones stay below 0.03."""
 INPUT_CHANNEL_BOUND = 0.2
-"""Sound: below 0.16, where a GELU's output has many small channels."""
+"""Bound of an input channel's error; sound ones stay below 0.16, where a GELU's output has many small channels."""
 GRADIENT_BOUND = 0.95
-"""Least cosine of all LoRA gradients. Sound small models have 0.986 and more in fp8, 0.996 and more in int8."""
+"""Lower bound of the cosine of all LoRA gradients. Sound small models have at least 0.986 in fp8 and 0.996 in int8."""
 SLACK_BYTES = 2 * GIB
-"""Beside a whole transformer: activations, the autoencoder, the CUDA context's later growth."""
+"""Memory beside a whole transformer: activations, the autoencoder, the CUDA context's later growth."""
 
 
 @dataclass(frozen=True)
 class StockComparison:
-    """Our velocity beside the stock pipeline's."""
+    """Comparison of pixtune's velocity with the stock pipeline's."""
 
     device: str | None
-    """Where both were computed; None: not compared."""
+    """Kind of device on which both were computed; None where they were not compared."""
     error: float | None
     note: str
-    """Why it was not compared, or not on the GPU."""
+    """Reason why it was not compared, or not on the GPU."""
 
     @property
     def passed(self) -> bool:
@@ -73,7 +72,7 @@ class StockComparison:
 
 @dataclass(frozen=True)
 class FormatCheck:
-    """What a format of 8 bits does to one step: its loss and LoRA gradients beside the plain model's."""
+    """Effect of an 8-bit format on one step: its loss and LoRA gradients beside the plain model's."""
 
     linear_format: str
     keep_plain: tuple[str, ...]
@@ -82,17 +81,17 @@ class FormatCheck:
     plain_loss: float
     cosine: float
     cosine_kept: float | None
-    """With the named layers kept plain; None where none is named."""
+    """Cosine with the named layers kept plain; None where none is named."""
     finite: bool
 
     @property
     def fault(self) -> str | None:
-        """A sentence that says what to do."""
+        """Sentence on the problem and what to do, if there is one."""
         cosine_ = self.cosine if self.cosine_kept is None else self.cosine_kept
         if not self.finite or cosine_ < GRADIENT_BOUND:
             return (
-                f"LoRA gradients in {self.linear_format} point elsewhere than the plain model's (cosine {cosine_:.3f}, "
-                f"{GRADIENT_BOUND} is needed). Train with disable_quantization: true."
+                f"LoRA gradients in {self.linear_format} differ from the plain model's in direction (cosine "
+                f"{cosine_:.3f}, {GRADIENT_BOUND} is needed). Train with disable_quantization: true."
             )
         if self.keep_plain:
             return (
@@ -104,7 +103,7 @@ class FormatCheck:
 
 @dataclass(frozen=True)
 class ModelCheck:
-    """All that was found."""
+    """Everything that a check found."""
 
     folder_name: str
     pipeline_class: str
@@ -115,23 +114,23 @@ class ModelCheck:
     versions: dict[str, str]
     stock: StockComparison
     not_finite: tuple[str, ...]
-    """Blocks of the plain model."""
+    """Blocks of the plain model whose output or gradient is not finite."""
     layers: tuple[LayerErrors, ...]
     blocks: tuple[BlockErrors, ...]
     formats: tuple[FormatCheck, ...]
 
     @property
     def faults(self) -> list[str]:
-        """A sentence each; none: the model can be trained as it is."""
+        """Problems, a sentence each; a model without any can be trained as it is."""
         faults = []
         if not self.stock.passed:
             faults.append(
-                f"Our velocity differs from {self.pipeline_class}'s by {self.stock.error:.1%} ({STOCK_BOUND:.0%} is "
-                "allowed). A LoRA trained on it would not be what the pipeline draws with: please report it."
+                f"pixtune's velocity differs from {self.pipeline_class}'s by {self.stock.error:.1%} ({STOCK_BOUND:.0%} "
+                "is allowed). A LoRA trained with it would not fit the pipeline: please report it."
             )
         if self.not_finite:
             faults.append(
-                f"{len(self.not_finite)} blocks give infinities or no numbers in {self.compute_format}, "
+                f"{len(self.not_finite)} blocks give infinite or undefined values in {self.compute_format}, "
                 f"{self.not_finite[0]} first. Are the files damaged? Fetch the model again."
             )
         faults += [format.fault for format in self.formats if format.fault is not None]
@@ -142,12 +141,13 @@ class ModelCheck:
         return " ".join(self.faults) or "Sound: velocity, 8-bit layers and LoRA gradients are within their bounds."
 
     def to_json(self) -> str:
-        """Plain values; what is not finite is null."""
+        """Returns plain values; values that are not finite are null."""
         values = {**asdict(self), "ok": not self.faults, "verdict": self.verdict}
         return json.dumps(_without_infinities(values), indent=2, allow_nan=False)
 
     def write(self, path: Path) -> None:
-        """
+        """Writes the JSON to a file.
+
         Raises:
             WriteError: it cannot be written.
         """
@@ -155,7 +155,7 @@ class ModelCheck:
 
 
 def check_model(folder: ModelFolder, family: ModelFamily, device: torch.device) -> ModelCheck:
-    """Looks at a model folder on a device. Trains nothing, writes nothing.
+    """Checks a model folder on a device. Trains nothing, writes nothing.
 
     Raises:
         WeightsError: the files are not those of the architecture that the config describes.
@@ -189,7 +189,7 @@ def check_model(folder: ModelFolder, family: ModelFamily, device: torch.device) 
 
 
 def formats_of(device: torch.device) -> tuple[str, ...]:
-    """What a run on the device would quantize to; on a CPU both, since the GPU of the run is not known."""
+    """Returns the formats that a run on the device would quantize to; on a CPU both, since the run's GPU is unknown."""
     if device.type == "cpu":
         return (FP8, INT8)
     return (FP8,) if tensor_cores_multiply(torch.float8_e4m3fn, device) else (INT8,)
@@ -201,7 +201,7 @@ def formats_of(device: torch.device) -> tuple[str, ...]:
 def compare_with_stock(
     folder: ModelFolder, family: ModelFamily, facts: HardwareFacts, inputs: Inputs, device: torch.device
 ) -> StockComparison:
-    """On the device if the whole transformer fits there, else on the CPU, else not at all."""
+    """Compares velocities on the device if the whole transformer fits there, else on the CPU, else not at all."""
     needed_bytes = 2 * folder.num_parameters("transformer") + SLACK_BYTES
     place, note = device, ""
     if device.type == "cuda" and needed_bytes > facts.free_bytes:
@@ -218,7 +218,7 @@ def compare_with_stock(
         inputs.guidance,
     )
     stock_BCHW, sigma_B = stock_velocity(family, folder, load_stock_transformer(folder, placement), there, placement)
-    # The stock transformer is gone by now: the two never stand beside each other.
+    # The stock transformer is gone by now: the two are never in memory together.
     ours_BCHW = velocity_of(family, load_on_demand(family, folder, placement), there, sigma_B)
     return StockComparison(place.type, relative_error(ours_BCHW, stock_BCHW), note)
 
@@ -234,7 +234,7 @@ def velocity_of(family: ModelFamily, transformer: Any, inputs: Inputs, sigma_B: 
 
 
 def layers_to_keep(layers: Sequence[LayerErrors]) -> tuple[str, ...]:
-    """Paths of the layers of one format that lose too much in it."""
+    """Returns the paths of the layers of one format that lose too much in it."""
     by_kind: dict[str, list[LayerErrors]] = {}
     for layer in layers:
         by_kind.setdefault(layer.kind, []).append(layer)
@@ -242,7 +242,7 @@ def layers_to_keep(layers: Sequence[LayerErrors]) -> tuple[str, ...]:
 
 
 def loses_too_much(layer: LayerErrors, kind: Sequence[LayerErrors]) -> bool:
-    """Whether an error is beyond its bound and out of proportion to its kind's, or hopeless whatever the kind.
+    """Returns whether an error is beyond its bound and out of proportion to its kind's, or hopeless in any kind.
 
     Args:
         kind: all layers of its kind and format, itself among them.
@@ -273,10 +273,10 @@ def check_format(
     layers: Iterable[LayerErrors],
     exact: tuple[float, Tensor],
 ) -> FormatCheck:
-    """A quantized step beside the plain one; once more without quantizing the layers that lose too much, if any do.
+    """Compares a quantized step with the plain one; once more with the layers kept plain that lose too much, if any do.
 
     Args:
-        layers: of all formats.
+        layers: errors of layers in all formats.
         exact: the plain step's loss and gradients.
     """
     keep_plain = layers_to_keep([layer for layer in layers if layer.linear_format == linear_format])
@@ -293,7 +293,7 @@ def check_format(
 def loss_and_gradients(
     family: ModelFamily, folder: ModelFolder, inputs: Inputs, placement: Placement, layout: Layout
 ) -> tuple[float, Tensor]:
-    """Of one step with a LoRA that changes the output already, so that both of its matrices have a gradient."""
+    """Computes a step with a LoRA that changes the output already, so that both of its matrices have a gradient."""
     transformer = load_on_demand(family, folder, placement, layout)
     adapters.attach_lora(transformer, family.lora_targets, RANK, float(RANK), 0, family.lora_presets)
     parameters = adapters.trainable_parameters(transformer)

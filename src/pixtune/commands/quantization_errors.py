@@ -1,11 +1,12 @@
-"""What quantizing costs a model, block by block and layer by layer, from the inputs that they really get.
+"""Measures the cost of quantizing a model, block by block and layer by layer, with the inputs that they really get.
 
-Each block runs with the inputs of the unquantized model, so an error is this block's own and not what earlier ones left
-behind. Its output gets a random gradient of fixed seed, and what that becomes on the way through is compared, too.
+Each block runs with the inputs of the unquantized model, so an error is the block's own and not left by earlier ones.
+Its output gets a random gradient of fixed seed, and the gradient of its inputs is compared, too.
 
 A product's relative error alone is blind to the worst case: one input channel of huge weights fills every row's scale
 and the product as well, so the error looks small beside it while all other channels are rounded to nothing. So the
-error of the codes is also taken channel by channel, each beside its own size, and the median of the channels counts.
+error of the codes is also taken channel by channel, each relative to its own size, and the median of the channels
+counts.
 """
 
 from __future__ import annotations
@@ -26,25 +27,26 @@ from pixtune.engine.quantize import QuantizedLinear, can_quantize, quantize_rows
 
 @dataclass(frozen=True)
 class LayerErrors:
-    """One linear layer in one format. Errors are relative: 0.01 is one per cent of what they are an error of."""
+    """Errors of one linear layer in one format. They are relative: 0.01 is one per cent of the exact value."""
 
     path: str
     linear_format: str
     product: float
-    """Of the product with the real activations, without the bias."""
+    """Error of the product with the real activations, without the bias."""
     gradient: float
-    """Of the input's gradient."""
+    """Error of the input's gradient."""
     weight_channel: float
-    """Of the weights of the median input channel."""
+    """Error of the weights of the median input channel."""
     input_channel: float
-    """Of the activations of the median input channel."""
+    """Error of the activations of the median input channel."""
     weight_outlier: float
-    """The largest weight over the root of the mean square."""
+    """Ratio of the largest weight to the root of the mean square."""
     input_outlier: float
+    """Ratio of the largest activation to the root of the mean square."""
 
     @property
     def kind(self) -> str:
-        """The path without the block's number: what layers are compared by."""
+        """Path without the block's number, by which layers are compared."""
         return re.sub(r"\.\d+\.", ".*.", self.path, count=1)
 
     @property
@@ -54,53 +56,53 @@ class LayerErrors:
 
 @dataclass(frozen=True)
 class BlockErrors:
-    """One block with all its layers in one format."""
+    """Errors of one block with all its layers in one format."""
 
     path: str
     linear_format: str
     output: float
     output_cosine: float
     gradient: float
-    """Of the gradient of its inputs."""
+    """Error of the gradient of its inputs."""
     gradient_cosine: float
 
 
 @dataclass(frozen=True)
 class LinearPass:
-    """What went through a linear layer of the unquantized block."""
+    """Values that passed through a linear layer of the unquantized block."""
 
     linear: nn.Linear
     input_MK: Tensor
     gradient_MN: Tensor
-    """Of its output; zeros where nothing depends on it."""
+    """Gradient of its output; zeros where nothing depends on it."""
 
 
 def relative_error(ours: Tensor, exact: Tensor) -> float:
-    """Length of the difference over length of what is right; infinite where either is not finite."""
+    """Returns the length of the difference over that of the exact value; infinite where either is not finite."""
     ours, exact = ours.float(), exact.float()
     error = float((ours - exact).norm() / exact.norm().clamp_min(1e-30))
     return error if error == error else float("inf")
 
 
 def cosine(ours: Tensor, exact: Tensor) -> float:
-    """Of the angle between two tensors; 0 where either is not finite."""
+    """Returns the cosine of the angle between two tensors; 0 where either is not finite."""
     value = float(torch.cosine_similarity(ours.flatten().double(), exact.flatten().double(), dim=0))
     return value if value == value else 0.0
 
 
 def median_channel_error(ours_MK: Tensor, exact_MK: Tensor) -> float:
-    """Relative error of the median column; columns of zeros are left out."""
+    """Returns the relative error of the median column; columns of zeros are left out."""
     size_K = exact_MK.float().norm(dim=0)
     error_K = (ours_MK.float() - exact_MK.float()).norm(dim=0)
-    there_K = size_K > 0
-    if not bool(there_K.any()):
+    nonzero_K = size_K > 0
+    if not bool(nonzero_K.any()):
         return 0.0
-    median = float((error_K[there_K] / size_K[there_K]).median())
+    median = float((error_K[nonzero_K] / size_K[nonzero_K]).median())
     return median if median == median else float("inf")
 
 
 def outlier_ratio(values: Tensor) -> float:
-    """The largest magnitude over the root of the mean square."""
+    """Returns the ratio of the largest magnitude to the root of the mean square."""
     values = values.float()
     return float(values.abs().max() / values.square().mean().sqrt().clamp_min(1e-30))
 
@@ -109,7 +111,7 @@ class Measurement:
     """Collects errors while an unquantized transformer runs; `engine.on_demand` calls `visit` before each block.
 
     Args:
-        formats: of `quantize.FORMATS`, one after the other.
+        formats: formats of `quantize.FORMATS`, measured one after the other.
         modulation_layers: endings of paths of layers that are never quantized.
     """
 
@@ -118,7 +120,7 @@ class Measurement:
         self.layers: list[LayerErrors] = []
         self.blocks: list[BlockErrors] = []
         self.not_finite: list[str] = []
-        """Paths of blocks whose unquantized output or gradient has an infinity or what is no number."""
+        """Paths of blocks whose unquantized output or gradient has infinite or undefined values."""
 
     def visit(self, path: str, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         linears = {
@@ -146,7 +148,7 @@ class Measurement:
 
 
 def quantize(linear: nn.Linear, linear_format: str) -> QuantizedLinear:
-    """The layer in a format, as `engine.load` makes it."""
+    """Returns a layer in a format, as `engine.load` makes it."""
     quantized = quantized_like(linear, linear_format, linear.weight.device)
     quantized.set_weight(linear.weight)
     return quantized
@@ -155,9 +157,9 @@ def quantize(linear: nn.Linear, linear_format: str) -> QuantizedLinear:
 def run_with_gradients(
     forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """A block's outputs, and the gradients that its token inputs get from random gradients of the outputs.
+    """Computes a block's outputs, and its token inputs' gradients from random gradients of the outputs.
 
-    Tokens are what has three axes; embeddings of time and place are the same for all blocks and get none.
+    Inputs with three axes are tokens; embeddings of time and place are the same for all blocks and get no gradient.
     """
     inputs: list[Tensor] = []
 
@@ -176,7 +178,7 @@ def run_with_gradients(
 
 @contextmanager
 def watched(linears: Mapping[str, nn.Linear]) -> Iterator[dict[str, LinearPass]]:
-    """What goes through linear layers, by name; complete once a backward pass has run, too."""
+    """Collects the values that pass through linear layers, by name; complete after a backward pass."""
     passes: dict[str, LinearPass] = {}
 
     def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
@@ -203,7 +205,7 @@ def watched(linears: Mapping[str, nn.Linear]) -> Iterator[dict[str, LinearPass]]
 
 @contextmanager
 def replaced(block: nn.Module, path: str, layers: Mapping[str, nn.Module]) -> Iterator[None]:
-    """Other layers in a block for a while; names are whole paths, the block's own path in front."""
+    """Puts other layers into a block for a while; names are whole paths, the block's own path in front."""
     names = [name.removeprefix(f"{path}.") for name in layers]
     before = [block.get_submodule(name) for name in names]
     for name, layer in zip(names, layers.values(), strict=True):
@@ -217,7 +219,7 @@ def replaced(block: nn.Module, path: str, layers: Mapping[str, nn.Module]) -> It
 
 @torch.no_grad()
 def layer_errors(path: str, layer: QuantizedLinear, passed: LinearPass) -> LayerErrors:
-    """A quantized layer beside what went through the one that it stands for."""
+    """Compares a quantized layer with what passed through the one that it replaces."""
     weight_NK, input_MK, gradient_MN = passed.linear.weight.detach(), passed.input_MK, passed.gradient_MN
     with torch.enable_grad():
         leaf_MK = input_MK.clone().requires_grad_()
@@ -240,7 +242,7 @@ Passed = tuple[list[Tensor], list[Tensor]]
 
 
 def block_errors(path: str, linear_format: str, ours: Passed, exact: Passed) -> BlockErrors:
-    """Outputs and gradients of a quantized block beside the unquantized one's."""
+    """Compares outputs and gradients of a quantized block with the unquantized one's."""
     output, gradient, exact_output, exact_gradient = (
         torch.cat([tensor.float().flatten() for tensor in tensors]) for tensors in (*ours, *exact)
     )

@@ -167,7 +167,11 @@ def card_named(name: str) -> Card:
         PixtuneError: no card fits; lists the nearest.
     """
     asked = _words(name)
-    fitting = [card for card in CARDS if asked and asked <= _words_of(card)]
+    fitting = [
+        card
+        for card in CARDS
+        if asked and asked <= _words(f"{card.name} {card.driver_name} {card.aliases} {card.size_gb} GB")
+    ]
     if fitting:
         return min(fitting, key=lambda card: len(_words(card.name) - asked))
     raise PixtuneError(
@@ -210,10 +214,6 @@ def facts_as(name: str, host_bytes: int = HOST_BYTES) -> HardwareFacts:
 def _words(text: str) -> frozenset[str]:
     """Splits a name into lower-case words, letters and digits apart: "RTX4090" and "rtx 4090" are the same."""
     return frozenset(re.findall(r"[a-z]+|\d+", text.casefold())) - MAKERS_WORDS
-
-
-def _words_of(card: Card) -> frozenset[str]:
-    return _words(f"{card.name} {card.driver_name} {card.aliases} {card.size_gb} GB")
 
 
 def _near(name: str, num_names: int = 5) -> list[str]:

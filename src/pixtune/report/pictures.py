@@ -89,7 +89,7 @@ def render_before_after(output_dir: Path, record: RunRecord) -> bytes:
     """Renders a PNG with a row for each prompt and seed: its words, the samples before and after training."""
     pairs = spread(record.pairs, MOST_ROWS)
     rows = [[open_picture(output_dir / sample.path) for sample in pair] for pair in pairs]
-    tiles = [[picture and resize(picture, tile_edge(picture)) for picture in row] for row in rows]
+    tiles = [[picture and as_tile(picture) for picture in row] for row in rows]
     sizes = [tile.size for row in tiles for tile in row if tile] or [(SMALLEST_TILE, SMALLEST_TILE)]
     width, height = max(size[0] for size in sizes), max(size[1] for size in sizes)
     columns = [MARGIN + LABEL_WIDTH + GAP, MARGIN + LABEL_WIDTH + GAP + width + GAP]
@@ -116,9 +116,9 @@ def render_before_after(output_dir: Path, record: RunRecord) -> bytes:
     return encode(grid, "png")
 
 
-def tile_edge(picture: Image.Image) -> int:
-    """Returns the longer side in the grid: small pictures are enlarged until they can be seen, large ones reduced."""
-    return min(max(*picture.size, SMALLEST_TILE), LARGEST_TILE)
+def as_tile(picture: Image.Image) -> Image.Image:
+    """Enlarges a small picture until it can be seen, and reduces a large one."""
+    return resize(picture, min(max(*picture.size, SMALLEST_TILE), LARGEST_TILE))
 
 
 def render_label(pen: ImageDraw.ImageDraw, place: tuple[int, int], height: int, sample: Sample, number: int) -> None:
