@@ -50,7 +50,7 @@ from pixtune.families import family_of
 from pixtune.family import ModelFamily, Placement
 from pixtune.plan.encoders import encode_plainly
 from pixtune.storage.model_folder import ModelFolder
-from pixtune.validation import losses_at
+from pixtune.validation import HeldOutPicture, losses_at
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZE_PIXELS = 256
@@ -111,10 +111,10 @@ def log_loss_ratios(
 ) -> list[float]:
     """Computes the log ratio of the loss as given to the loss swapped, conditioned on captions: the plain criterion."""
 
-    def log_loss(picture: object) -> Tensor:
-        return losses_at(family, transformer, picture, SIGMAS, SEED, device, 1.0).mean().log()  # type: ignore[arg-type]
+    def log_loss(picture: HeldOutPicture) -> Tensor:
+        return losses_at(family, transformer, picture, SIGMAS, SEED, device, 1.0).mean().log()
 
-    return [float(log_loss(pair.as_given.told) - log_loss(pair.swapped.told)) for pair in pairs]
+    return [float(log_loss(pair.as_given.captioned) - log_loss(pair.swapped.captioned)) for pair in pairs]
 
 
 def beyond_spread(values: Tensor) -> bool:
@@ -136,10 +136,13 @@ def report(gains: Gains, ratios: Sequence[float]) -> None:
         def warns(rows: list[int], right: Tensor = right, wrong: Tensor = wrong) -> bool:
             return swap_warning(Gains(tuple(right[rows].tolist()), tuple(wrong[rows].tolist()))) is not None
 
+        def warns_by_loss(rows: list[int], plain: Tensor = plain) -> bool:
+            return beyond_spread(plain[rows])
+
         print(
             f"  {name:12s} gain as given {right.mean():+.2f} +- {right.std():.2f}, swapped {wrong.mean():+.2f} +- "
             f"{wrong.std():.2f}: warns {rate(len(ratio), warns)}; by the loss alone "
-            f"{rate(len(ratio), lambda rows, plain=plain: beyond_spread(plain[rows]))}",
+            f"{rate(len(ratio), warns_by_loss)}",
             flush=True,
         )
 

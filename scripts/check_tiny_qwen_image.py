@@ -93,15 +93,14 @@ class TinyModel:
     @torch.no_grad()
     def sample(self, captions: Sequence[str], num_steps: int, guidance: float, seed: int = 0) -> Tensor:
         """Samples a picture for each caption; uint8, shape (N, 3, H, W)."""
-        size = PICTURE_PIXELS // 8
-        tokens = self.family.num_image_tokens(size, size)
+        channels, *size = self.family.latent_shape(self.folder, PICTURE_PIXELS, PICTURE_PIXELS)
+        tokens = self.family.num_image_tokens(*size)
         sigmas = self.family.sigma_schedule(self.folder, num_steps, tokens)
         generator = torch.Generator().manual_seed(seed)
         pictures = []
         for start in range(0, len(captions), 50):
             part = captions[start : start + 50]
-            channels = self.transformer.config["in_channels"] // 4
-            noise = torch.randn(len(part), channels, size, size, generator=generator).to(self.device)
+            noise = torch.randn(len(part), channels, *size, generator=generator).to(self.device)
             latents = sample_latents(
                 self.family,
                 self.transformer,

@@ -9,7 +9,7 @@ from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKLQwenImage
+from diffusers import AutoencoderKL, AutoencoderKLQwenImage
 from diffusers.models.autoencoders.autoencoder_kl_qwenimage import (
     QwenImageCausalConv3d,
     QwenImageRMS_norm,
@@ -76,28 +76,28 @@ def edge_error(a: Tensor, b: Tensor) -> Tensor:
 Moments = tuple[Tensor, Tensor]
 
 
-def film_moments(vae: nn.Module, pixels_B3HW: Tensor) -> Moments:
+def film_moments(vae: AutoencoderKLQwenImage, pixels_B3HW: Tensor) -> Moments:
     """Computes mean and log-variance with Qwen's autoencoder, whose pictures are films of one frame."""
     return vae.quant_conv(vae.encoder(pixels_B3HW.unsqueeze(2)))[:, :, 0].float().chunk(2, dim=1)
 
 
-def film_pixels(vae: nn.Module, latents_BCHW: Tensor) -> Tensor:
+def film_pixels(vae: AutoencoderKLQwenImage, latents_BCHW: Tensor) -> Tensor:
     return vae.decoder(vae.post_quant_conv(latents_BCHW.unsqueeze(2)))[:, :, 0]
 
 
-def picture_moments(vae: nn.Module, pixels_B3HW: Tensor) -> Moments:
+def picture_moments(vae: AutoencoderKL, pixels_B3HW: Tensor) -> Moments:
     """Computes mean and log-variance with FLUX's autoencoder."""
     return vae.encoder(pixels_B3HW).float().chunk(2, dim=1)
 
 
-def picture_pixels(vae: nn.Module, latents_BCHW: Tensor) -> Tensor:
+def picture_pixels(vae: AutoencoderKL, latents_BCHW: Tensor) -> Tensor:
     return vae.decoder(latents_BCHW)
 
 
 class AutoencoderTraining:
     """One training step of the autoencoder, without a wait for the GPU. `pixels` are uint8, shape (N, 3, H, W)."""
 
-    def __init__(self, vae: nn.Module, pixels: Tensor, batch_size: int) -> None:
+    def __init__(self, vae: AutoencoderKLQwenImage | AutoencoderKL, pixels: Tensor, batch_size: int) -> None:
         film = isinstance(vae, AutoencoderKLQwenImage)
         self.moments, self.rebuild = (film_moments, film_pixels) if film else (picture_moments, picture_pixels)
         self.vae, self.pixels, self.batch_size = vae.to(pixels.device).train().requires_grad_(True), pixels, batch_size
@@ -127,7 +127,7 @@ class AutoencoderTraining:
         loss.backward()
         for optimizer in self.optimizers:
             optimizer.step()
-        torch._foreach_zero_([p.grad for p in self.parameters])
+        torch._foreach_zero_([p.grad for p in self.parameters if p.grad is not None])
         self.squared_error.lerp_((rebuilt.detach().clamp(-1, 1) - pixels).square().mean(), 0.01)
 
 
@@ -147,7 +147,7 @@ def train_autoencoder(training: AutoencoderTraining, minutes: float, peak: float
 
 
 @torch.no_grad()
-def set_latent_statistics(vae: nn.Module, pixels: Tensor) -> None:
+def set_latent_statistics(vae: AutoencoderKLQwenImage | AutoencoderKL, pixels: Tensor) -> None:
     """Writes the latents' mean and deviation over the pictures into the config: by channel, or one for all (FLUX)."""
     film = isinstance(vae, AutoencoderKLQwenImage)
     means, variances = [], []

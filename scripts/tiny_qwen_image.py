@@ -12,6 +12,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import (
@@ -36,7 +37,7 @@ from pixtune.families.qwen_image_edit import EditReader
 PICTURE_PIXELS = 128
 TEXT_FEATURES = 128
 VOCABULARY_SIZE = 3584
-VAE_SIZES = {"base_dim": 24, "z_dim": 16, "dim_mult": [1, 2, 2, 2], "num_res_blocks": 1}
+VAE_SIZES: dict[str, Any] = {"base_dim": 24, "z_dim": 16, "dim_mult": [1, 2, 2, 2], "num_res_blocks": 1}
 TRANSFORMER_SIZES = {
     "num_layers": 5,
     "num_attention_heads": 4,
@@ -159,7 +160,7 @@ def randomized(model: nn.Module, embedding: str, left_alone: Sequence[str]) -> n
 
 def build_autoencoder() -> AutoencoderKLQwenImage:
     """Builds Qwen's image autoencoder, narrow: 8x smaller, 16 channels. Latent statistics are set after training."""
-    z_dim = int(VAE_SIZES["z_dim"])
+    z_dim = VAE_SIZES["z_dim"]
     return start_autoencoder(AutoencoderKLQwenImage(**VAE_SIZES, latents_mean=[0.0] * z_dim, latents_std=[1.0] * z_dim))
 
 

@@ -219,7 +219,7 @@ class TransformerTraining:
         loss.backward()
         for optimizer in self.optimizers:
             optimizer.step()
-        torch._foreach_zero_([p.grad for p in self.parameters])
+        torch._foreach_zero_([p.grad for p in self.parameters if p.grad is not None])
         torch._foreach_lerp_(self.average, [p.detach() for p in self.parameters], 1 - EMA_DECAY)
         self.loss.lerp_(loss.detach(), 0.01)
 
@@ -249,7 +249,7 @@ def train_transformer(
             # Its backward writes out of bounds in FLUX's attention with torch 2.11 on an H100.
             torch.backends.cuda.enable_cudnn_sdp(False)
             for path in training.family.block_paths if compiled else ():
-                for block in training.transformer.get_submodule(path):
+                for block in training.transformer.get_submodule(path).children():
                     block.compile(fullgraph=True)
             step_function = captured(training.step)
         for rate in schedule(minutes, peak, 500, log):

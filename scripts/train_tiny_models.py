@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import tiny_flux
 import tiny_qwen_image
@@ -175,12 +176,11 @@ def edit_features(folder: ModelFolder, pixels: Tensor, prompts: Sequence[tuple[i
         seen_NPD = torch.stack(list(pool.map(prepare, pixels.permute(0, 2, 3, 1).cpu().unbind()))).to(device)
     side = round(seen_NPD.shape[1] ** 0.5)
     num_features = seen_NPD.shape[1] // tokenizer.image_processor.merge_size**2
-    blank = Image.new("RGB", (8, 8))
     rows, masks = [], []
     ordered = sorted(range(len(prompts)), key=lambda row: len(prompts[row][1]))
     for start in range(0, len(prompts), 128):
         chunk = [prompts[row] for row in ordered[start : start + 128]]
-        texts = [reader.template.format(reader.user_part(Prompt(text, (blank,)))) for _, text in chunk]
+        texts = [reader.template.format(reader.user_part(text, num_pictures=1)) for _, text in chunk]
         tokens = tokenizer.tokens(texts, iter([num_features] * len(chunk)))
         inputs = {name: tensor.to(device) for name, tensor in tokens.items()}
         inputs["pixel_values"] = seen_NPD[[picture for picture, _ in chunk]].float().flatten(0, 1)
@@ -279,7 +279,7 @@ def run_transformer_stage(recipe: Recipe, icons: list[Icon], pixels: Tensor, arg
     training = TransformerTraining(family, start.to(pixels.device), data, arguments.batch_size)
 
     def save(model: nn.Module) -> None:
-        stored = copy.deepcopy(model).to(torch.bfloat16)
+        stored: Any = copy.deepcopy(model).to(torch.bfloat16)
         stored.save_pretrained(folder.path / "transformer")
 
     train_transformer(training, arguments.minutes, arguments.rate, save, compiled=not arguments.eager)
