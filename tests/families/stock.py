@@ -32,12 +32,12 @@ def build_folder(kind: str, folder: Path) -> Path:
     """A random model in diffusers' layout, by the scripts that make the shipped ones; `kind` names the script."""
     sys.path.insert(0, str(ROOT / "scripts"))
     try:
-        module = __import__(kind)
+        module, shared = __import__(kind), __import__("tiny_qwen_image")
     finally:
         sys.path.remove(str(ROOT / "scripts"))
     pipeline = module.build_pipeline(CAPTIONS * 20)
     give_values(pipeline.transformer)
-    save = getattr(module, "save_edit_pipeline", module.save_pipeline)
+    save = getattr(module, "save_edit_pipeline", shared.save_pipeline)
     save(pipeline, folder)
     return folder
 
