@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,9 +14,10 @@ import torch
 from torch import Tensor
 
 from pixtune.config.schema import ObjectiveConfig
-from pixtune.data.batches import Batch, BatchOrder, BatchSource, ExampleReader, Turn, read_ahead
+from pixtune.data.batches import Batch, BatchOrder, BatchSource, ExampleReader, Signature, Turn, read_ahead
 from pixtune.families.qwen_image import QWEN_IMAGE
 from pixtune.family import Conditioning, LatentDistribution
+from pixtune.sizes import LatentShape, Size
 
 WIDE, SQUARE, TALL = (96, 48), (64, 64), (48, 96)
 CHANNELS = 3
@@ -23,25 +25,26 @@ DROPPED = -1.0
 """Value of the dropped caption's features in these tests; an example's are its number."""
 
 
-def buckets(*counts: tuple[tuple[int, int], int]) -> list[list[tuple[int, int]]]:
+def buckets(*counts: tuple[Size, int]) -> list[list[Signature]]:
     """One framing an example, `count` examples of each size, sizes interleaved."""
     sizes = [size for size, count in counts for _ in range(count)]
-    return [[size] for size in sizes[::2] + sizes[1::2]]
+    return [[(size,)] for size in sizes[::2] + sizes[1::2]]
 
 
 EVEN = buckets((WIDE, 4), (SQUARE, 8), (TALL, 4))
 UNEVEN = buckets((WIDE, 3), (SQUARE, 9), (TALL, 1))
-VARIANTS = [[WIDE, SQUARE, SQUARE, TALL] for _ in range(12)]
+VARIANTS: list[list[Signature]] = [[(WIDE,), (SQUARE,), (SQUARE,), (TALL,)] for _ in range(12)]
 
 
-def reader(
-    sizes: Sequence[Sequence[tuple[int, int]]], num_controls: int = 0, num_image_tokens: int = 16
-) -> ExampleReader:
+def reader(sizes: Sequence[Sequence[Signature]], num_controls: int = 0, num_image_tokens: int = 16) -> ExampleReader:
     """Encodings whose values tell the example and variant they belong to."""
 
+    def latent_shape(example: int, variant: int) -> LatentShape:
+        ((width, height),) = sizes[example][variant]
+        return CHANNELS, height // 8, width // 8
+
     def read_latents(example: int, variant: int) -> LatentDistribution:
-        width, height = sizes[example][variant]
-        mean_BCHW = torch.full((1, CHANNELS, height // 8, width // 8), 100.0 * example + variant)
+        mean_BCHW = torch.full((1, *latent_shape(example, variant)), 100.0 * example + variant)
         return LatentDistribution(mean_BCHW, torch.full_like(mean_BCHW, 0.5))
 
     def read_text(example: int, variant: int, dropped: bool) -> Conditioning:
@@ -54,11 +57,7 @@ def reader(
         read_controls=lambda example, variant: (
             [torch.full((1, CHANNELS, 2, 3), 10.0 * example + variant)] * num_controls
         ),
-        latent_shape=lambda example, variant: (
-            CHANNELS,
-            sizes[example][variant][1] // 8,
-            sizes[example][variant][0] // 8,
-        ),
+        latent_shape=latent_shape,
         stack=QWEN_IMAGE.stack_conditioning,
         time_shift=lambda height, width: height * width / 64,
         num_image_tokens=lambda height, width: num_image_tokens,
@@ -66,7 +65,7 @@ def reader(
     )
 
 
-def source(sizes: list[list[tuple[int, int]]] = UNEVEN, batch_size: int = 4, **changes: Any) -> BatchSource:
+def source(sizes: list[list[Signature]] = UNEVEN, batch_size: int = 4, **changes: Any) -> BatchSource:
     objective = ObjectiveConfig(**changes.pop("objective", {}))
     order = BatchOrder(sizes, batch_size, changes.pop("seed", 42))
     return BatchSource(order, reader(sizes), objective, changes.pop("dropout", 0.0), **changes)
@@ -101,7 +100,7 @@ def test_buckets_that_do_not_divide_wrap_around(batch_size: int) -> None:
         assert {len(batch) for batch in micro_batches} == {batch_size}
         counts = Counter(turn.example for batch in micro_batches for turn in batch)
         assert counts.keys() == set(range(len(UNEVEN)))
-        sizes = {size: [n for n, (own,) in enumerate(UNEVEN) if own == size] for size in (WIDE, SQUARE, TALL)}
+        sizes = {size: [n for n, ((own,),) in enumerate(UNEVEN) if own == size] for size in (WIDE, SQUARE, TALL)}
         for members in sizes.values():
             total = sum(counts[example] for example in members)
             assert total == math.ceil(len(members) / batch_size) * batch_size
@@ -109,7 +108,7 @@ def test_buckets_that_do_not_divide_wrap_around(batch_size: int) -> None:
 
 
 @pytest.mark.parametrize("sizes", [EVEN, UNEVEN, VARIANTS], ids=["even", "uneven", "variants"])
-def test_a_micro_batch_is_of_one_bucket(sizes: list[list[tuple[int, int]]]) -> None:
+def test_a_micro_batch_is_of_one_bucket(sizes: list[list[Signature]]) -> None:
     order = BatchOrder(sizes, 3, seed=0)
     for index in range(60):
         assert len({sizes[turn.example][turn.variant] for turn in order.micro_batch(index)}) == 1
@@ -126,7 +125,7 @@ def test_buckets_are_mixed_within_an_epoch() -> None:
     """All wide pictures first would be a curriculum nobody asked for."""
     order = BatchOrder(buckets((WIDE, 32), (SQUARE, 32)), 2, seed=3)
     first_half = [order.buckets[batch[0].example][0] for batch in order.epoch(0)[:16]]
-    assert 4 <= first_half.count(WIDE) <= 12
+    assert 4 <= first_half.count((WIDE,)) <= 12
 
 
 def test_batch_mates_change_by_epoch() -> None:
@@ -150,7 +149,8 @@ def test_an_example_changes_its_variant_by_epoch_and_independently_of_others() -
 
 
 def test_epochs_of_varying_length_are_found_from_any_index_in_any_order() -> None:
-    sizes = [[WIDE, SQUARE] for _ in range(7)]  # the number of short batches depends on the variants drawn
+    # The number of short batches depends on the variants drawn.
+    sizes: list[list[Signature]] = [[(WIDE,), (SQUARE,)] for _ in range(7)]
     forward = BatchOrder(sizes, 4, seed=5)
     lengths = [len(forward.epoch(epoch)) for epoch in range(12)]
     assert len(set(lengths)) > 1, "epochs of one length would not test the search"
@@ -169,7 +169,7 @@ def test_epochs_of_varying_length_are_found_from_any_index_in_any_order() -> Non
 # ---- what is drawn
 
 
-def test_a_draw_of_the_distribution_and_its_own_sample() -> None:
+def test_latents_are_a_draw_of_their_own_distribution() -> None:
     batch = batch_at(source(), 3)
     order = source().order
     for row, turn in enumerate(order.micro_batch(3)):
@@ -228,7 +228,12 @@ def test_the_shift_of_the_config_is_applied(shift: object, mu: float) -> None:
 def test_the_models_shift_gets_height_and_width_in_this_order() -> None:
     asked: list[tuple[int, int]] = []
     batches = source(buckets((WIDE, 4)))
-    noting = ExampleReader(**{**vars(batches.reader), "time_shift": lambda *size: asked.append(size) or 0.0})
+
+    def time_shift(height: int, width: int) -> float:
+        asked.append((height, width))
+        return 0.0
+
+    noting = replace(batches.reader, time_shift=time_shift)
     BatchSource(batches.order, noting, ObjectiveConfig(shift="model"), 0.0).parts(0, batches.order.micro_batch(0))
     assert set(asked) == {(48 // 8, 96 // 8)}
 
@@ -358,7 +363,7 @@ def test_texts_that_are_padded_to_a_multiple_are_one_batch_of_one_shape(num_imag
 @pytest.mark.parametrize("num_workers", [0, 1, 3])
 @pytest.mark.parametrize("start", [0, 1, 13])
 def test_any_start_and_any_number_of_workers_give_the_same_batches(num_workers: int, start: int) -> None:
-    settings: dict[str, Any] = {"sizes": [[WIDE, SQUARE] for _ in range(7)], "dropout": 0.3}
+    settings: dict[str, Any] = {"sizes": [[(WIDE,), (SQUARE,)] for _ in range(7)], "dropout": 0.3}
     reference = source(**settings)
     expected = [batch_at(reference, index) for index in range(20)]
     given = list(read_ahead(source(**settings), start, 20, num_workers, pin_memory=False))
@@ -389,7 +394,8 @@ def test_a_failing_read_surfaces_after_the_batches_before_it_and_ends_the_pool(n
     broken = BrokenSource(good.order, good.reader, good.objective, 0.0)
     batches = read_ahead(broken, 0, 1000, num_workers, pin_memory=False)
     for index in range(5):
-        assert_equal(*next(batches), batch_at(good, index))
+        (batch,) = next(batches)
+        assert_equal(batch, batch_at(good, index))
     with pytest.raises(OSError, match="picture 3 vanished") as caught:
         next(batches)
     assert any("parts" in frame.name for frame in caught.traceback), "the traceback shows where"
@@ -405,8 +411,9 @@ def test_workers_read_ahead_but_not_without_bound() -> None:
     good = source()
     counting = BrokenSource(good.order, good.reader, good.objective, 0.0)
     batches = read_ahead(counting, 10, 1000, 3, pin_memory=False)
+    assert isinstance(batches, Generator)
     next(batches)
-    batches.close()  # type: ignore[attr-defined]
+    batches.close()
     for thread in read_ahead_threads():
         thread.join(timeout=10)
     assert not read_ahead_threads()
