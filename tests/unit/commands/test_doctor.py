@@ -13,13 +13,14 @@ from pixtune.cli import app
 from pixtune.commands import doctor
 from pixtune.commands.doctor import Examination
 from pixtune.hardware.advice import advise
+from pixtune.hardware.machine import Machine
 from tests.unit.hardware.test_advice import BROKEN, SOUND, SPARK
 
 
 def printed(examination: Examination) -> str:
-    console = Console(file=io.StringIO(), width=200)
-    doctor.render(examination, console)
-    return console.file.getvalue()  # type: ignore[attr-defined]
+    output = io.StringIO()
+    doctor.render(examination, Console(file=output, width=200))
+    return output.getvalue()
 
 
 def test_a_sound_machine() -> None:
@@ -53,7 +54,7 @@ def test_every_broken_machine_can_be_shown(name: str) -> None:
 
 @pytest.mark.parametrize(("machine", "code"), [(SOUND, 0), (BROKEN["WSL"][0], 0), (BROKEN["torchao"][0], 1)])
 def test_the_exit_code_says_whether_training_is_possible(
-    monkeypatch: pytest.MonkeyPatch, machine: doctor.Machine, code: int
+    monkeypatch: pytest.MonkeyPatch, machine: Machine, code: int
 ) -> None:
     monkeypatch.setattr(doctor, "read_machine", lambda environment, folder: machine)
     outcome = CliRunner().invoke(app, ["doctor"])
@@ -61,7 +62,7 @@ def test_the_exit_code_says_whether_training_is_possible(
     for_programs = CliRunner().invoke(app, ["doctor", "--json"])
     values = json.loads(for_programs.output)
     assert for_programs.exit_code == code and values["can_train"] is (code == 0)
-    assert values["machine"]["facts"]["name"] == machine.facts.name  # type: ignore[union-attr]
+    assert machine.facts is not None and values["machine"]["facts"]["name"] == machine.facts.name
     assert [advice["topic"] for advice in values["advice"]] == [advice.topic for advice in advise(machine)]
 
 

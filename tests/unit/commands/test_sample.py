@@ -1,10 +1,11 @@
-"""`pixtune sample`: what is planned is drawn, whatever form the base has."""
+"""`pixtune sample` samples as planned, whatever form the base has."""
 
 from __future__ import annotations
 
 import functools
 import gc
 import weakref
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from pixtune.commands.sample import (
     sample_as_planned,
     sample_pictures,
 )
+from pixtune.engine.apply import load_planned
 from pixtune.engine.load import LoadedTransformer
 from pixtune.errors import WeightsError
 from pixtune.families import family_of
@@ -74,11 +76,11 @@ def pictures(model: str, lora: Path | None, plan: SamplingPlan) -> list[Image.Im
 
 @functools.cache
 def plain_pictures(model: str, lora: Path | None) -> list[Image.Image]:
-    """What others are compared with, drawn once: that it is the same every time has a test of its own."""
+    """Pictures that others are compared with, sampled once: another test shows that they are the same every time."""
     return pictures(model, lora, PLAIN)
 
 
-def same(ours: list[Image.Image], theirs: list[Image.Image]) -> bool:
+def same(ours: Sequence[Image.Image], theirs: Sequence[Image.Image]) -> bool:
     return [picture.tobytes() for picture in ours] == [picture.tobytes() for picture in theirs]
 
 
@@ -104,7 +106,7 @@ def test_modulation_ahead_draws_the_same_pictures(name: str, rows: int, loras: d
 def test_a_lora_changes_pictures_of_a_quantized_base_as_those_of_the_plain_one(
     name: str, weights_format: str, least_cosine: float, loras: dict[str, Path]
 ) -> None:
-    """Measured, the least of four pictures: 0.92 and 0.44 (the smaller model), 0.99 and 0.85. By chance it is 0."""
+    """Least cosine of four pictures, as measured: 0.92 and 0.44 (the smaller model), 0.99 and 0.85. By chance it is 0."""
     plan = replace(PLAIN, weights_format=weights_format, modulation_rows=2 * NUM_STEPS + 1, streamed_blocks=4)
     ours = levels(pictures(name, loras[name], plan)) - levels(pictures(name, None, plan))
     exact = levels(plain_pictures(name, loras[name])) - levels(plain_pictures(name, None))
@@ -121,10 +123,10 @@ def test_the_transformer_is_gone_before_the_first_picture_is_decoded(
 ) -> None:
     loaded: list[weakref.ref[nn.Module]] = []
     alive: list[bool] = []
-    load, decode = module.load_planned, PromptSampler.decode
+    decode = PromptSampler.decode
 
     def watched_load(*arguments: Any) -> LoadedTransformer:
-        transformer = load(*arguments)
+        transformer = load_planned(*arguments)
         loaded.append(weakref.ref(transformer.module))
         return transformer
 
@@ -136,7 +138,8 @@ def test_the_transformer_is_gone_before_the_first_picture_is_decoded(
     monkeypatch.setattr(module, "load_planned", watched_load)
     monkeypatch.setattr(PromptSampler, "decode", watched_decode)
     for decode_last in (True, False):
-        loaded.clear(), alive.clear()
+        loaded.clear()
+        alive.clear()
         pictures(MODELS[0], loras[MODELS[0]], replace(PLAIN, decode_last=decode_last, streamed_blocks=2))
         assert alive == [not decode_last] * 4
 
@@ -213,7 +216,7 @@ def test_a_lora_says_where_it_goes(loras: dict[str, Path]) -> None:
 def test_the_plan_is_said_before_anything_is_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "read_facts", lambda device: facts_as("RTX 4060"))
     said: list[str] = []
-    drawn = sample_pictures(request_for(MODELS[1], prompts=("a fox",)), tmp_path, said.append)
-    assert not said and len(list(drawn)) == 2
+    paths = sample_pictures(request_for(MODELS[1], prompts=("a fox",)), tmp_path, said.append)
+    assert not said and len(list(paths)) == 2
     (line,) = said
     assert line.startswith("base weights in fp32: about 0.") and "GiB are usable" in line

@@ -118,7 +118,7 @@ def test_a_picture_of_bucket_size_is_taken_whole():
     ("size", "kept"),
     [((700, 500), (688, 496)), ((500, 700), (496, 688)), ((300, 300), (288, 288)), ((16, 16), (16, 16))],
 )
-def test_small_pictures_keep_their_size_unless_asked(size, kept):
+def test_small_pictures_keep_their_size_unless_asked(size: tuple[int, int], kept):
     buckets = build_buckets(1024, 16)
     framing = frame_picture(*size, buckets)
     assert framing.size == kept and not framing.upscaled
@@ -137,7 +137,7 @@ def test_a_picture_just_short_of_its_bucket_is_not_enlarged_and_stays_below_the_
 
 
 @pytest.mark.parametrize(("size", "kept"), [((1389, 795), (1376, 752)), ((802, 1484), (704, 1472))])
-def test_the_area_is_kept_where_coarse_steps_leave_no_bucket(size, kept):
+def test_the_area_is_kept_where_coarse_steps_leave_no_bucket(size: tuple[int, int], kept):
     framing = frame_picture(*size, build_buckets(1024, 16, step=256))
     assert framing.size == kept and kept[0] * kept[1] <= 1024**2
 
@@ -152,13 +152,13 @@ def test_extreme_pictures_are_cropped_to_their_middle():
 
 @pytest.mark.parametrize("size", [(1, 1), (15, 4000), (4000, 15)])
 @pytest.mark.parametrize("upscale", [False, True])
-def test_a_side_below_the_multiple_is_refused_even_with_upscale(size, upscale):
+def test_a_side_below_the_multiple_is_refused_even_with_upscale(size: tuple[int, int], upscale):
     with pytest.raises(ValueError, match=rf"is {size[0]}x{size[1]} pixels; each side must have at least 16"):
         frame_picture(*size, build_buckets(64, 16), upscale=upscale)
 
 
 @pytest.mark.parametrize("size", [(4000, 3000), (3000, 4000), (2000, 2000), (5000, 2000)])
-def test_random_ratio_variants_have_the_promised_ratios(size):
+def test_random_ratio_variants_have_the_promised_ratios(size: tuple[int, int]):
     buckets = build_buckets(1024, 16)
     variants = frame_variants(*size, buckets)
     assert list(variants) == ["16:9", "4:3", "1:1", "own"]

@@ -65,7 +65,7 @@ class CountingFamily(QwenImage):
     ) -> list[dict[str, Tensor]]:
         self.encoded += [prompt.text for prompt in prompts]
         self.max_tokens.append(max_tokens)
-        greys = [sum(picture.getpixel((0, 0))[0] for picture in prompt.pictures) for prompt in prompts]
+        greys = [sum(picture.tobytes()[0] for picture in prompt.pictures) for prompt in prompts]
         return [
             {"prompt_embeds": torch.full((2 + len(prompt.pictures), 3), float(len(prompt.text) + 1000 * grey))}
             for prompt, grey in zip(prompts, greys, strict=True)
@@ -214,9 +214,10 @@ def test_a_changed_picture_reencodes_itself_and_is_named(encoder: Encoder, tmp_p
     pictures = [picture(tmp_path, "a.png", 0), picture(tmp_path, "b.png", 255)]
     encoder.fill_pictures(pictures, encoder.latent_keys(pictures))
     pictures[1] = picture(tmp_path, "b.png", 102)
-    again = replace(encoder, family=CountingFamily(), ledger=Ledger(tmp_path / "ledger.json"))
+    family = CountingFamily()
+    again = replace(encoder, family=family, ledger=Ledger(tmp_path / "ledger.json"))
     report = again.fill_pictures(pictures, again.latent_keys(pictures))
-    assert again.family.encoded == ["-0.20"]  # type: ignore[attr-defined]
+    assert family.encoded == ["-0.20"]
     assert report.misses == {"changed: picture": 1} and report.hits == 1
     ledger = json.loads((tmp_path / "ledger.json").read_text())
     assert ledger["b.png at 64x64"]["picture"] == pictures[1].digest
@@ -509,9 +510,9 @@ def test_encoding_in_the_loop_gives_what_the_cache_gives(tmp_path: Path, model: 
         for dropped in (False, True):
             one, other = (data.reader.read_text(example, 0, dropped) for data in (cached, live))
             assert torch.equal(one["prompt_embeds"], other["prompt_embeds"])
-        one, other = (data.reader.read_latents(example, 0) for data in (cached, live))
-        torch.testing.assert_close(one.mean_BCHW, other.mean_BCHW)
-        torch.testing.assert_close(one.std_BCHW, other.std_BCHW)
+        stored, made = (data.reader.read_latents(example, 0) for data in (cached, live))
+        torch.testing.assert_close(stored.mean_BCHW, made.mean_BCHW)
+        torch.testing.assert_close(stored.std_BCHW, made.std_BCHW)
         torch.testing.assert_close(cached.reader.read_controls(example, 0), live.reader.read_controls(example, 0))
     assert len(family.encoded) > encoded_before, "nothing was encoded in the loop"
     assert live.fingerprint == cached.fingerprint, "a run may go on either way"

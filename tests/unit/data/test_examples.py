@@ -7,17 +7,17 @@ from pathlib import Path
 import pytest
 
 from pixtune.config.schema import DataConfig
-from pixtune.data.examples import read_examples, split_held_out
+from pixtune.data.examples import Example, read_examples, split_held_out
 from pixtune.errors import DataError
 from tests.runs import DEMO_TRAIN
 
 
 @pytest.fixture(scope="module")
-def examples() -> list:
+def examples() -> list[Example]:
     return read_examples(DataConfig(img_dir=DEMO_TRAIN, img_size=128), DEMO_TRAIN, 16, random_ratio=False)
 
 
-def test_every_pair_is_an_example_with_its_caption(examples: list) -> None:
+def test_every_pair_is_an_example_with_its_caption(examples: list[Example]) -> None:
     assert len(examples) == 48
     assert examples[0].caption == examples[0].image_path.with_suffix(".txt").read_text().strip()
     assert {framing.size for example in examples for framing in example.framings} == {(128, 128)}
@@ -30,7 +30,7 @@ def test_random_ratio_frames_each_picture_for_every_ratio() -> None:
     assert len({framing.size for framing in example.framings}) == 3  # a square picture: 1:1 is its own ratio
 
 
-def test_the_split_is_stable_disjoint_and_of_the_asked_share(examples: list) -> None:
+def test_the_split_is_stable_disjoint_and_of_the_asked_share(examples: list[Example]) -> None:
     training, held_out = split_held_out(examples, 0.25, seed=1)
     assert len(held_out) == 12 and len(training) == 36
     assert not {s.name for s in training} & {s.name for s in held_out}
@@ -39,7 +39,7 @@ def test_the_split_is_stable_disjoint_and_of_the_asked_share(examples: list) -> 
     assert split_held_out(examples, 0.0, seed=1) == (examples, [])
 
 
-def test_a_split_that_leaves_nothing_is_refused(examples: list) -> None:
+def test_a_split_that_leaves_nothing_is_refused(examples: list[Example]) -> None:
     with pytest.raises(DataError, match="leaves nothing"):
         split_held_out(examples[:1], 0.5, seed=1)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ def test_batches_hold_one_size_and_every_picture_with_its_caption(tmp_path: Path
     write_pictures(tmp_path, {"a": (64, 64), "b": (128, 32), "c": (64, 64), "d": (100, 100)})
     batches = list(loader(train_batch_size=2, num_workers=0, img_dir=str(tmp_path), img_size=64))
     assert sorted(batch.pixels_B3HW.shape[2:] for batch in batches) == [(32, 128), (64, 64), (64, 64)]
-    green = {}
+    green: dict[str, float] = {}
     for batch in batches:
         assert len(batch.pixels_B3HW) == len(batch.captions) == 2 and not batch.controls
         assert batch.pixels_B3HW[:, 0].eq(1).all() and batch.pixels_B3HW[:, 2].eq(-1).all()
@@ -55,7 +56,7 @@ def test_workers_give_the_same_batches() -> None:
 
 
 def test_controls_come_with_their_targets() -> None:
-    folders = {"img_dir": str(PAIRS / "images"), "control_dir": str(PAIRS / "control")}
+    folders: dict[str, Any] = {"img_dir": str(PAIRS / "images"), "control_dir": str(PAIRS / "control")}
     batch = next(iter(loader(train_batch_size=3, num_workers=0, img_size=64, control_size=32, **folders)))
     assert batch.pixels_B3HW.shape == (3, 3, 64, 64) and [c.shape for c in batch.controls] == [(3, 3, 32, 32)]
     small = torch.nn.functional.interpolate(batch.pixels_B3HW, (32, 32), mode="area")
@@ -64,7 +65,7 @@ def test_controls_come_with_their_targets() -> None:
 
 def test_caption_dropout_and_random_ratio_are_drawn(tmp_path: Path) -> None:
     write_pictures(tmp_path, {f"{number}": (256, 256) for number in range(40)})
-    settings = {"img_dir": str(tmp_path), "img_size": 128}
+    settings: dict[str, Any] = {"img_dir": str(tmp_path), "img_size": 128}
     data = loader(train_batch_size=1, num_workers=0, caption_dropout_rate=0.5, random_ratio=True, **settings)
     batches = list(data)
     assert 5 < sum(batch.captions == [""] for batch in batches) < 35

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -115,7 +116,7 @@ def test_only_captioned_pairs_with_one_control_of_the_targets_shape_are_asked_ab
     (tmp_path / "images" / "01.txt").write_text("")
     config = DataConfig(img_dir=tmp_path / "images", control_dir=tmp_path / "control", img_size=64)
     examples = read_examples(config, config.img_dir, 32, False, RULES)
-    both = DataConfig(img_dir=tmp_path / "images", control_dir=[tmp_path / "control"] * 2, img_size=64)
+    both = DataConfig(img_dir=tmp_path / "images", control_dir=(tmp_path / "control",) * 2, img_size=64)
     examples[2] = read_examples(both, both.img_dir, 32, False, RULES)[2]
     assert sorted(pair.as_given.name for pair in choose_pairs(examples, RULES, " ", seed=0)) == [
         "03.png", "04.png", "05.png", "06.png",
@@ -150,7 +151,8 @@ def encoded(captioned_error: float, uncaptioned_error: float, control: float) ->
 def test_a_gain_is_the_log_of_loss_without_caption_over_loss_with_it():
     pairs = [EncodedBothWays(encoded(1.0, 2.0, 0.5), encoded(3.0, 1.0, 2.0))]
     state = torch.random.get_rng_state()
-    gains = measure_gains(KnownError(), LoadedTransformer(torch.nn.Identity()), pairs, 42, torch.device("cpu"), 1.0)
+    family: Any = KnownError()
+    gains = measure_gains(family, LoadedTransformer(torch.nn.Identity()), pairs, 42, torch.device("cpu"), 1.0)
     assert gains.as_given == pytest.approx([math.log(4)], abs=1e-4)
     assert gains.swapped == pytest.approx([math.log(1 / 9)], abs=1e-4)
     assert torch.equal(torch.random.get_rng_state(), state), "draws are functions of their place"

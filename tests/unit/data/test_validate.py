@@ -27,7 +27,8 @@ def test_a_good_folder_has_no_faults_and_no_warnings(tmp_path):
     report = validate_folder(tmp_path)
     assert report.ok and report.faults == () and report.warnings == ()
     assert report.num_pictures == 2
-    assert report.longest_caption.path == tmp_path / "sub/b.txt" and report.longest_caption.num_characters == 16
+    longest = report.longest_caption
+    assert longest is not None and longest.path == tmp_path / "sub/b.txt" and longest.num_characters == 16
     assert report.bucket_counts == {}
     text = report.render()
     assert "2 pictures" in text and "16 characters" in text and text.endswith("The data set is fine.")
