@@ -1,4 +1,4 @@
-"""Which attention kernel really runs, by the profiler's names; and that the trial finds on this GPU what is there.
+"""The chosen attention kernel really runs, by the profiler's names, and the trial finds on this GPU what is there.
 
 Never run on capabilities 8.x and 12.x by us: there PyTorch's own order has cuDNN's kernel behind plain products.
 """
@@ -32,7 +32,7 @@ SIGNS = {
     "flash": ("flash_fwd", "flash_bwd"),
     "efficient": ("fmha_cutlassf", "fmha_cutlassb"),
 }
-"""What names of forward and backward kernels contain. cuDNN's contain "flash" as well."""
+"""Parts of the names of forward and backward kernels. cuDNN's contain "flash" as well."""
 SHAPE = Shape(1024, 24, 128)
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -60,7 +60,7 @@ def plain(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return torch.nn.functional.scaled_dot_product_attention(query, key, value)
 
 
-def drawn(head_size: int = 128, dtype: torch.dtype = torch.bfloat16) -> list[Tensor]:
+def draw(head_size: int = 128, dtype: torch.dtype = torch.bfloat16) -> list[Tensor]:
     """Dense as (B, L, H, D), as blocks have them."""
     return [
         torch.randn(1, 1024, 24, head_size, device=CUDA, dtype=dtype).transpose(1, 2).requires_grad_() for _ in range(3)
@@ -68,7 +68,7 @@ def drawn(head_size: int = 128, dtype: torch.dtype = torch.bfloat16) -> list[Ten
 
 
 def use(kernel: str) -> None:
-    """As a plan that has chosen it; none is off, so that the order alone decides."""
+    """Chooses a kernel as a plan does; none is off, so that the order alone decides."""
     apply_switches(replace(PLAIN, attention=kernel))
 
 
@@ -91,7 +91,7 @@ def test_the_chosen_kernel_runs_forward_and_backward(
     attend: Attend = plain
     if way != "eager":
         attend = torch.compile(plain, dynamic=way != "compiled")
-    inputs = drawn()
+    inputs = draw()
     gradient = torch.randn_like(inputs[0])
     forward = kernels_of(lambda: attend(*inputs))
     both = kernels_of(lambda: torch.autograd.grad(attend(*inputs), inputs, gradient))  # compiled ones run back once
@@ -103,7 +103,7 @@ def test_the_chosen_kernel_runs_in_captured_steps(kernel: str, right: set[str]) 
     if kernel not in right:
         pytest.skip(f"{kernel} is not right here")
     use(kernel)
-    inputs = drawn()
+    inputs = draw()
     gradient = torch.randn_like(inputs[0])
 
     def step() -> tuple[Tensor, ...]:
@@ -123,16 +123,16 @@ def test_the_chosen_kernel_runs_in_captured_steps(kernel: str, right: set[str]) 
 
 @pytest.mark.parametrize("kernel", SIGNS)
 def test_what_the_chosen_kernel_does_not_take_goes_to_another_one(kernel: str, right: set[str]) -> None:
-    """Also where all that are faulty or not chosen are off."""
+    """Masks work too where all kernels that are faulty or not chosen are off."""
     if kernel not in right:
         pytest.skip(f"{kernel} is not right here")
     apply_switches(replace(PLAIN, attention=kernel, attention_off=tuple(SIGNS.keys() - {kernel})))
     mask = torch.ones(1, 1, 1024, 1024, dtype=torch.bool, device=CUDA).tril()
-    query, key, value = drawn()
+    query, key, value = draw()
     masked = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
     masked.sum().backward()
     assert query.grad is not None and query.grad.isfinite().all()
-    for inputs in (drawn(dtype=torch.float32), drawn(head_size=36), drawn(head_size=512)):
+    for inputs in (draw(dtype=torch.float32), draw(head_size=36), draw(head_size=512)):
         plain(*inputs).sum().backward()
         assert inputs[0].grad is not None and inputs[0].grad.isfinite().all()
 
@@ -161,7 +161,7 @@ def test_flash_attention_3_runs_where_it_is_installed() -> None:
         pytest.skip(obstacle or "it runs on Hopper alone")
     try:
         use("flash_3")
-        inputs = drawn()
+        inputs = draw()
         names = kernels_of(lambda: plain(*inputs).sum().backward())
         assert not any(sign in names for signs in SIGNS.values() for sign in signs), names
         assert "FA3" in in_force()

@@ -1,4 +1,4 @@
-"""What only a GPU can show of captured steps: that they can be captured, compute the same, and launch once."""
+"""Steps are captured, compute the same and are launched at once, which only a GPU can show."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ RANK = 4
 def losses_and_gradients(
     name: str, layout: Layout, recompute: str | None, capture: bool
 ) -> list[tuple[Tensor, Tensor]]:
-    """Of six steps of two sizes in turn, the sigma another at each."""
+    """Losses and gradients of ten steps, two sizes alternating, with another sigma at each."""
     folder = ModelFolder(ASSETS / name)
     family = family_of(folder)
     loaded = load_transformer(family, folder, Placement(DEVICE, torch.bfloat16), layout)
@@ -131,7 +131,7 @@ def test_captured_steps_of_many_sizes_share_their_memory() -> None:
 
 
 def test_a_capture_that_breaks_off_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the middle of a backward pass, with copies of weights and of blocks' inputs under way."""
+    """The capture fails in the middle of a backward pass, with copies of weights and of blocks' inputs under way."""
     monkeypatch.setattr(activations, "MIN_OFFLOADED_BYTES", 0)
     torch.manual_seed(0)
     # First in its block: a recomputation ends with the last tensor that it has to save.

@@ -26,7 +26,7 @@ def relative_error(found: Tensor, wanted: Tensor) -> float:
 
 
 def outcome(work: Callable[..., Tensor], inputs: list[Tensor], gradient: Tensor, compiled: bool) -> list[Tensor]:
-    """What it returns and the gradients of its inputs."""
+    """Result of a pass and the gradients of its inputs."""
     torch._dynamo.reset()
     result = (torch.compile(work, fullgraph=True) if compiled else work)(*inputs)
     return [result, *torch.autograd.grad(result, inputs, gradient)]
@@ -45,7 +45,7 @@ def test_heads(lengths: tuple[int, ...], num_examples: int, compiled: bool) -> N
     torch.manual_seed(0)
     norms = [(norm(), norm()) for _ in lengths]
     angles = [torch.randn(length, HEAD_SIZE // 2, device=CUDA) for length in lengths]
-    turns = [torch.stack([angle.cos(), angle.sin()], dim=-1) for angle in angles]
+    rotary = [torch.stack([angle.cos(), angle.sin()], dim=-1) for angle in angles]
     inputs = [
         torch.randn(num_examples, length, WIDTH, device=CUDA).bfloat16().requires_grad_()
         for length in lengths for _ in range(3)
@@ -54,7 +54,7 @@ def test_heads(lengths: tuple[int, ...], num_examples: int, compiled: bool) -> N
     gradient = torch.randn(3, num_examples, HEADS, sum(lengths), HEAD_SIZE, device=CUDA).transpose(2, 3)
 
     def fused(*projections: Tensor) -> Tensor:
-        streams = [Stream(projections[3 * n :][:3], *norms[n], turns[n]) for n in range(len(lengths))]
+        streams = [Stream(projections[3 * n :][:3], *norms[n], rotary[n]) for n in range(len(lengths))]
         return torch.stack(join_heads(tuple(streams), HEAD_SIZE))
 
     def plain(*projections: Tensor) -> Tensor:
@@ -64,7 +64,7 @@ def test_heads(lengths: tuple[int, ...], num_examples: int, compiled: bool) -> N
             if kind < 2:
                 weights = [pair[kind].weight.float() for pair in norms]
                 heads = [nn.functional.rms_norm(h, (HEAD_SIZE,), w, 1e-6) for h, w in zip(heads, weights, strict=True)]
-                heads = [rotate(h, turn) for h, turn in zip(heads, turns, strict=True)]
+                heads = [rotate(h, angle) for h, angle in zip(heads, rotary, strict=True)]
             joined.append(torch.cat(heads, dim=1))
         return torch.stack(joined)
 
@@ -75,7 +75,7 @@ def test_heads(lengths: tuple[int, ...], num_examples: int, compiled: bool) -> N
 
 
 class KeepingGelu(nn.GELU):
-    """As `compact_gelus` leaves one."""
+    """A GELU as `compact_gelus` leaves it."""
 
     keeps_codes = True
 

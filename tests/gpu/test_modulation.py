@@ -21,7 +21,7 @@ def giving(tensor: Tensor) -> Callable[[], Tensor]:
 
 
 def test_rows_are_right_at_every_step_of_several_stretches() -> None:
-    """With weights of a real size, so that copies are under way while steps run; one table serves pictures between."""
+    """Weights have a real size, so that copies are under way while steps run; one table serves pictures between."""
     generator = torch.Generator(DEVICE).manual_seed(0)
 
     def draw(*shape: int) -> Tensor:

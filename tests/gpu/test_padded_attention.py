@@ -1,4 +1,4 @@
-"""What only a GPU can show of padded captions: its kernels are right, and one capture serves many lengths."""
+"""Kernels for padded captions are right on a GPU, and one capture serves many lengths."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ BF16 = Placement(DEVICE, torch.bfloat16)
 FOLDER = ModelFolder(ASSETS / "tiny-qwen-image")
 MULTIPLE = 16
 LENGTHS = (5, 9, 16)
-"""Of captions, in tokens; all of one multiple."""
+"""Lengths of captions in tokens, all within one multiple."""
 NUM_STEPS = 12
 MOST_ROUNDING = 1.5
-"""Of padded steps' gradients against exact ones, in errors of the plain steps, which are in bf16 as well."""
+"""Largest error of padded steps' gradients against exact ones, in errors of the plain steps, also in bf16."""
 CPU = torch.device("cpu")
 KERNELS = {"cudnn": False, "flash": True}
-"""Which is taken, and whether only deterministic ones may be."""
+"""Sets the kernel, and whether only deterministic ones may be used."""
 
 
 @pytest.fixture(params=KERNELS)
@@ -54,7 +54,7 @@ def _kernel(request: pytest.FixtureRequest) -> Iterator[None]:
 @pytest.mark.parametrize("shared_offset", [0, 60])
 @pytest.mark.parametrize("kernel", [CUDNN, FLASH])
 def test_each_kernel_is_right_without_a_mask(kernel: str, shared_offset: float) -> None:
-    """Also where all scores of a row are very negative, so that exp(0) of a padded key would drown them."""
+    """All scores of a row may be so negative that exp(0) of a padded key would drown them."""
     generator = torch.Generator(DEVICE).manual_seed(0)
     query, key, value, gradient = (torch.randn(2, 600, 3, 128, device=DEVICE, generator=generator) for _ in range(4))
     query[..., 0], key[..., 0] = 128**0.5, -shared_offset
@@ -72,7 +72,7 @@ def test_each_kernel_is_right_without_a_mask(kernel: str, shared_offset: float) 
 
 
 def masked(query: Tensor, key: Tensor, value: Tensor, real_BL: Tensor) -> Tensor:
-    """The same in products of its own, in the format of its inputs."""
+    """Masked attention by separate products, in the format of its inputs."""
     scores = torch.einsum("bihd,bjhd->bhij", query, key) * query.shape[-1] ** -0.5
     shares = scores.masked_fill(~real_BL[:, None, None, :], -torch.inf).softmax(dim=-1)
     return torch.einsum("bhij,bjhd->bihd", shares, value)
@@ -106,7 +106,7 @@ def steps(
     placement: Placement = BF16,
     folder: ModelFolder = FOLDER,
 ) -> tuple[list[tuple[Tensor, Tensor]], int]:
-    """Loss and gradients of each step, captions of `LENGTHS` in turn; and how many shapes were captured."""
+    """Loss and gradients of each step, captions of `LENGTHS` alternating; and how many shapes were captured."""
     family, transformer, parameters = model(folder, placement)
     device = placement.device
     change(blocks_of(transformer, family))
@@ -155,7 +155,7 @@ def test_captions_of_three_lengths_share_a_capture_and_train_as_unpadded_ones(
 
 
 def distance(found: list[tuple[Tensor, Tensor]], exact: list[tuple[Tensor, Tensor]]) -> float:
-    """Between the gradients of all steps, relative; the root of a mean square."""
+    """Relative distance between the gradients of all steps; the root of a mean square."""
     shares = [(own - wanted).norm() / wanted.norm() for (_, own), (_, wanted) in zip(found, exact, strict=True)]
     return float(torch.stack(shares).square().mean().sqrt())
 

@@ -61,7 +61,7 @@ def test_products_and_gradients(linear_format: str, num_rows: int) -> None:
 
 @pytest.mark.parametrize("linear_format", [FP8, INT8, NF4])
 def test_compiling_keeps_the_gradient(linear_format: str) -> None:
-    """It has dropped it without a word: see `quantize.multiply_rows`."""
+    """The compiler has dropped it silently before (`quantize.multiply_rows`)."""
     if not available(linear_format):
         pytest.skip(f"this GPU has no {linear_format} tensor cores")
     layers = two_layers(linear_format)

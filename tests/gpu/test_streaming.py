@@ -1,4 +1,4 @@
-"""What only a GPU can show of streaming and offload: real streams, page-locked memory, no waiting, and speed."""
+"""Streaming and offload on a GPU: real streams, page-locked memory, no waiting, and speed."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def train(blocks: list[Block], inputs: tuple[Tensor, Tensor]) -> list[Tensor]:
 
 
 def seconds(run: Callable[[], object], num_runs: int = 3) -> float:
-    """Of the fastest run, the device's work included."""
+    """Seconds of the fastest run, including the device's work."""
     run()
     best = float("inf")
     for _ in range(num_runs):
@@ -90,7 +90,7 @@ def seconds(run: Callable[[], object], num_runs: int = 3) -> float:
 
 
 def link_seconds(num_bytes: int) -> float:
-    """What the bytes take in page-locked copies of 128 MiB and nothing else."""
+    """Seconds that the bytes take in page-locked copies of 128 MiB and nothing else."""
     size = 128 * MIB
     host, target = host_buffer(size, DEVICE), torch.empty(size, dtype=torch.uint8, device=DEVICE)
     taken = seconds(lambda: [target.copy_(host, non_blocking=True) for _ in range(8)])
@@ -115,7 +115,7 @@ def test_buffers_are_page_locked_until_dropped() -> None:
 @pytest.mark.parametrize("num_slots", [2, 3])
 @pytest.mark.parametrize("num_tokens", [64, 4096])
 def test_gradients_equal_those_of_resident_blocks(num_tokens: int, num_slots: int) -> None:
-    """With 64 tokens the copies are late, with 4096 the computation is."""
+    """Copies are late with 64 tokens, the computation is with 4096."""
     blocks = make_blocks(9)
     expected = [train(blocks, make_inputs(num_tokens, seed)) for seed in range(8)]
     with torch.no_grad():
@@ -237,7 +237,7 @@ def test_each_pass_takes_as_long_as_the_slower_of_computing_and_copying(num_toke
     computing = seconds(lambda: train(blocks, inputs))
     with torch.no_grad():
         upward = seconds(lambda: run_through(blocks, *inputs))
-    for block in blocks:  # streaming goes inside the recomputation, so begin again
+    for block in blocks:  # streaming goes inside the recomputation, so it starts anew
         del block.forward
     stream = stream_blocks([blocks[index] for index in choose_streamed(24, num_streamed)], DEVICE)
     recompute_blocks(blocks, offload=False)

@@ -31,10 +31,10 @@ def _switches() -> Iterator[None]:
 def kernels_of(work: Callable[[], object]) -> str:
     """Names of all kernels that some work launches."""
     work()  # chooses and loads them
-    with profile(activities=[ProfilerActivity.CUDA]) as recorded:
+    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
         work()
         torch.cuda.synchronize()
-    names = [event.key for event in recorded.key_averages()]
+    names = [event.key for event in profiled.key_averages()]
     assert names, "nothing ran on the GPU"
     return " ".join(names).lower()
 

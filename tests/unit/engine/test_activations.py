@@ -39,7 +39,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def small_threshold(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that both inputs of the small models count as large: 128 and 24 KiB."""
+    """Makes both inputs of the small models count as large: 128 and 24 KiB."""
     monkeypatch.setattr(activations, "MIN_OFFLOADED_BYTES", 2**12)
 
 
@@ -49,11 +49,11 @@ def offloads(monkeypatch: pytest.MonkeyPatch) -> list[InputOffload]:
     made: list[InputOffload] = []
     original = InputOffload.__init__
 
-    def recording(self: InputOffload) -> None:
+    def noting(self: InputOffload) -> None:
         original(self)
         made.append(self)
 
-    monkeypatch.setattr(InputOffload, "__init__", recording)
+    monkeypatch.setattr(InputOffload, "__init__", noting)
     return made
 
 
@@ -119,7 +119,7 @@ def test_some_blocks_recomputed(name: str, offload: bool) -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_more_blocks_recomputed_in_the_middle_of_a_run(name: str) -> None:
-    """Compiled blocks, some of which compute queries, keys and values again, stay what they are inside."""
+    """Compiled blocks, some of which recompute queries, keys and values, compute the same."""
     model = load_model(name)
     attach(name, model)
     blocks = blocks_of(name, model)
@@ -262,13 +262,13 @@ def test_host_memory_is_taken_in_the_first_step_only(
 def test_inputs_come_back_one_block_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
     happened: list[str] = []
 
-    class RecordingLane(transfer.CopyLane):
+    class NotingLane(transfer.CopyLane):
         def copy(self, target: Tensor, source: Tensor, after: transfer.Mark) -> transfer.Mark:
             if target.numel() == 64 * 64:
                 happened.append("copy")
             return super().copy(target, source, after)
 
-    monkeypatch.setattr(activations, "CopyLane", RecordingLane)
+    monkeypatch.setattr(activations, "CopyLane", NotingLane)
     blocks = [Block(seed) for seed in range(4)]
     for index, block in enumerate(blocks):
         replace_computation(block, noting(happened, f"block {index}"))
@@ -366,7 +366,7 @@ def test_compiled_streamed_and_offloaded_blocks_equal_compiled_resident_ones(nam
 @pytest.mark.parametrize("fullgraph", [False, True])
 @pytest.mark.parametrize("compiled_first", [False, True])
 def test_the_modules_own_compile_is_refused(compiled_first: bool, fullgraph: bool) -> None:
-    """It would swallow the checkpoint, and the copies with it."""
+    """Compiling it whole would include the checkpoint, and the copies with it."""
     torch._dynamo.reset()
     block = Block(0)
     if not compiled_first:

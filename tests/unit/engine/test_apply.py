@@ -49,7 +49,7 @@ WAYS: dict[str, tuple[dict[str, object], float]] = {  # what the plan changes, a
 
 
 def loss_and_gradients(name: str, plan: TrainingPlan) -> tuple[float, Tensor]:
-    """Of one step with two samples and a LoRA that already changes the output."""
+    """Loss and gradients of one step with two examples and a LoRA that already changes the output."""
     family, folder = model(name)
     loaded = load_planned(family, folder, plan, CPU)
     transformer = loaded.module

@@ -1,4 +1,4 @@
-"""Which kernel PyTorch is told to take, in which order, and what gradients it gets."""
+"""PyTorch takes the chosen attention kernel, in the chosen order, and gets dense gradients."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MATH, FLASH, EFFICIENT, CUDNN = (
     )
 )  # fmt: skip
 OWN_ORDER = [FLASH, EFFICIENT, MATH, CUDNN, int(SDPBackend.OVERRIDEABLE)]
-"""Of PyTorch, on capabilities 8.x and 12.x."""
+"""PyTorch's order on capabilities 8.x and 12.x."""
 HOPPERS_ORDER = [CUDNN, FLASH, EFFICIENT, MATH, int(SDPBackend.OVERRIDEABLE)]
 
 
@@ -68,7 +68,7 @@ def allowed_kernels() -> set[str]:
 def test_the_chosen_kernel_comes_first_and_others_stay_behind_it(
     kernel: str | None, off: tuple[str, ...], allowed: set[str], order: list[int]
 ) -> None:
-    """From the order of capabilities 8.x and 12.x (DGX Spark is 12.1), where cuDNN's is behind plain products."""
+    """The order before is that of capabilities 8.x and 12.x (DGX Spark: 12.1): cuDNN's is behind plain products."""
     use_attention(kernel, off)
     assert allowed_kernels() == allowed and torch.backends.cuda.math_sdp_enabled()
     assert torch._C._get_sdp_priority_order()[: len(order)] == order
@@ -140,7 +140,7 @@ def test_flash_attention_3_comes_where_flash_attention_is(monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_slice_of_a_wider_gradient_arrives_dense(compiled: bool) -> None:
-    """As in blocks that put the MLP's features beside what was attended."""
+    """Compares blocks that put the MLP's features beside the attention's output."""
     strides = []
 
     def block(states: Tensor) -> Tensor:

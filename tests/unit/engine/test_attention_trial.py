@@ -1,4 +1,4 @@
-"""What becomes of kernels that are right, wrong, missing, that die or hang. Real ones need a GPU: see tests/gpu."""
+"""Trials of kernels that are right, wrong or missing, or that die or hang. Real ones need a GPU (tests/gpu)."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ def _a_gpu_and_nothing_known(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
 
 
 def line(kernel: str, at_work: str | None, finding: Finding | None = None) -> str:
-    told = {"kernel": kernel, "at_work": at_work, "finding": finding and asdict(finding)}
-    return f"{MARK}{json.dumps(told)}\n"
+    report = {"kernel": kernel, "at_work": at_work, "finding": finding and asdict(finding)}
+    return f"{MARK}{json.dumps(report)}\n"
 
 
 def well(kernel: str, finding: Finding = GOOD) -> str:
-    """What a process prints of a kernel that gives it no trouble."""
+    """Prints of a process whose kernel makes no trouble."""
     return line(kernel, kernel) + "a line of a library\n" + line(kernel, None, finding)
 
 
@@ -171,7 +171,7 @@ def test_a_kernel_that_is_new_is_tried_beside_those_that_are_known(monkeypatch: 
     processes = Processes(monkeypatch, (0, well("flash"), ""), (0, well("flash_3"), ""))
     assert try_attention(SHAPE, ["flash"]).keys() == {"flash"}
     assert try_attention(SHAPE, ["flash", "flash_3"]) == {"flash": GOOD, "flash_3": GOOD}
-    assert try_attention(SHAPE, ["flash"]).keys() == {"flash"}, "what is known and not asked for is not told"
+    assert try_attention(SHAPE, ["flash"]).keys() == {"flash"}, "what is known and not asked for is not returned"
     assert processes.tried == [["flash"], ["flash_3"]]
 
 

@@ -1,4 +1,4 @@
-"""Which passes are captured and replayed, and that a replay is the plain pass: with a capturer that needs no GPU."""
+"""Passes are captured and replayed when they should be, and a replay is the plain pass: by a capturer without a GPU."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_each_shape_is_captured_once_and_the_first_to_come_are() -> None:
     call(1, PLAIN_CALLS)
     assert fake.captured == 0
     call(1, 3)
-    call(2, 2 * PLAIN_CALLS)  # as long as shapes may still come up, they do not take turns with captures
+    call(2, 2 * PLAIN_CALLS)  # as long as shapes may still come up, plain passes do not alternate with captures
     assert fake.captured == 1
     call(2, 1)
     call(1, 1)
@@ -103,7 +103,7 @@ def test_each_shape_is_captured_once_and_the_first_to_come_are() -> None:
 
 
 class InertCapturer(FakeCapturer):
-    """Neither capturing nor replaying is a plain pass."""
+    """A capturer that runs no plain pass, neither to capture nor to replay."""
 
     def __call__(self, work: Callable[[], Tensor]) -> Replay:
         self.captured += 1
@@ -111,7 +111,7 @@ class InertCapturer(FakeCapturer):
 
 
 class Card:
-    """Room for so many passes at a time: what captures hold, all together one, and a plain one."""
+    """A card with room for `passes` passes at a time: one for all captures together, and one plain one."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, passes: int, max_captures: int) -> None:
         self.passes, self.most_held = passes, 0
@@ -177,7 +177,7 @@ def test_what_cannot_be_captured_runs_plainly_and_says_why(caplog: pytest.LogCap
 
 
 def test_a_capture_that_lacks_memory_is_tried_again_with_less_kept(caplog: pytest.LogCaptureFixture) -> None:
-    """After a plain pass, which may have to compile; until there is room or nothing is left to be dropped."""
+    """Each try follows a plain pass, which may have to compile, until there is room or nothing is left to be dropped."""
     replayed, _, fake = build()
     happened: list[str] = []
     computes, captures = replayed._compute, replayed._capture

@@ -1,4 +1,4 @@
-"""What compiled blocks keep for their backward pass, from the compiler's own graphs."""
+"""Compiled blocks keep the right results for their backward pass, by the compiler's own graphs."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ pytestmark = pytest.mark.usefixtures("own_graphs")
 
 
 class Int8Product(torch.autograd.Function):
-    """A product that torch's partitioner does not know to be dear; the backward pass reads its result."""
+    """A product that torch's partitioner does not know to be expensive; the backward pass reads its result."""
 
     @staticmethod
     def forward(ctx: torch.autograd.function.FunctionCtx, x_MK: Tensor, weight_NK: Tensor) -> Tensor:
@@ -76,7 +76,7 @@ def count_products(monkeypatch: pytest.MonkeyPatch, marked: bool) -> list[int]:
     return counts
 
 
-def test_a_lean_block_computes_no_dear_result_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_selective_recomputation_recomputes_no_expensive_result(monkeypatch: pytest.MonkeyPatch) -> None:
     assert count_products(monkeypatch, marked=True) == [1, 0]
 
 
@@ -89,7 +89,7 @@ def test_without_the_mark_it_would(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_blocks_of_one_kind_share_one_graph_and_all_sizes_do_if_they_are_known_to_vary(
     name: str, sizes_vary: bool, text_multiple: int
 ) -> None:
-    """Also with the first block, whose input needs no gradient, and with captions padded to a multiple. Else a second
+    """The first block is included, whose input needs no gradient, and captions padded to a multiple. Else a second
     size makes one more."""
     folder = open_model_folder(str(ROOT / "assets" / name))
     family = family_of(folder)
@@ -184,26 +184,26 @@ def operators_of_gpus(monkeypatch: pytest.MonkeyPatch) -> set[str]:
         used.add("heads")
         parts = [tensors[:3], tensors[3:6]] if tensors[0] is not None else [tensors[3:6]]
         made = []
-        for states_BLC, weight_D, turns in parts:
-            assert states_BLC is not None and weight_D is not None and turns is not None
+        for states_BLC, weight_D, rotary in parts:
+            assert states_BLC is not None and weight_D is not None and rotary is not None
             heads = states_BLC.unflatten(-1, (-1, len(weight_D)))
-            made.append(heads_module.rotate(nn.functional.rms_norm(heads, weight_D.shape, weight_D, 1e-6), turns))
+            made.append(heads_module.rotate(nn.functional.rms_norm(heads, weight_D.shape, weight_D, 1e-6), rotary))
         return torch.cat(made, dim=1)
 
     def plain_backward(gradient_BSHD: Tensor, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
         used.add("heads backward")
         made, start = [], 0
-        for states_BLC, weight_D, turns in (tensors[:3], tensors[3:6]):
-            if states_BLC is None or weight_D is None or turns is None:
+        for states_BLC, weight_D, rotary in (tensors[:3], tensors[3:6]):
+            if states_BLC is None or weight_D is None or rotary is None:
                 made.append(gradient_BSHD.new_empty(0))
                 continue
-            back = turns * torch.tensor([1.0, -1.0])
-            weighted = heads_module.rotate(gradient_BSHD[:, start : start + len(turns)], back) * weight_D
+            back = rotary * torch.tensor([1.0, -1.0])
+            weighted = heads_module.rotate(gradient_BSHD[:, start : start + len(rotary)], back) * weight_D
             heads = states_BLC.unflatten(-1, (-1, len(weight_D)))
             root = (heads.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
             unit = heads * root
             made.append((root * (weighted - unit * (weighted * unit).mean(-1, keepdim=True))).flatten(2))
-            start += len(turns)
+            start += len(rotary)
         return made[0], made[1]
 
     def added(*tensors: Any) -> Tensor:
@@ -220,22 +220,22 @@ def operators_of_gpus(monkeypatch: pytest.MonkeyPatch) -> set[str]:
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the operators are the interpreter's")
 @pytest.mark.parametrize("name", ["tiny-qwen-image", "tiny-flux"])
-def test_with_the_operators_of_gpus_projections_that_are_computed_again_are_not_kept(
+def test_with_the_operators_of_gpus_projections_that_are_recomputed_are_not_kept(
     name: str, operators_of_gpus: set[str]
 ) -> None:
-    test_projections_that_are_computed_again_are_not_kept(name)
+    test_projections_that_are_recomputed_are_not_kept(name)
     assert operators_of_gpus == {"LoRA", "heads", "heads backward"}
 
 
 @pytest.mark.parametrize("name", ["tiny-qwen-image", "tiny-flux"])
-def test_projections_that_are_computed_again_are_not_kept(name: str) -> None:
+def test_projections_that_are_recomputed_are_not_kept(name: str) -> None:
     kept, expected = kept_and_gradients(name, recomputes=False)
     less, gradients = kept_and_gradients(name, recomputes=True)
     assert kept - less > 2.4
     torch.testing.assert_close(gradients, expected, rtol=1e-4, atol=1e-6)
 
 
-def test_products_whose_mark_was_lost_are_computed_again_like_what_reads_them() -> None:
+def test_products_whose_mark_was_lost_are_recomputed_like_what_reads_them() -> None:
     """torch 2.11 leaves the mark out inside of some autograd functions; the one that adds a LoRA reads a product."""
     graph = torch.fx.Graph()
     base, low, up = (graph.placeholder(name) for name in ("base", "low", "up"))
@@ -248,16 +248,16 @@ def test_products_whose_mark_was_lost_are_computed_again_like_what_reads_them() 
     assert product.meta == added.meta == view.meta
 
 
-def test_a_product_whose_mark_was_lost_is_computed_again_like_what_reads_it() -> None:
+def test_a_product_whose_mark_was_lost_is_recomputed_like_what_reads_it() -> None:
     """torch 2.11 leaves the mark out inside of some autograd functions."""
     graph = torch.fx.Graph()
     x, weight = graph.placeholder("x"), graph.placeholder("weight")
-    marked, lost, dear = (graph.call_function(torch.ops.aten.mm.default, (x, weight)) for _ in range(3))
+    marked, lost, kept = (graph.call_function(torch.ops.aten.mm.default, (x, weight)) for _ in range(3))
     reads_lost = graph.call_function(torch.ops.aten.neg.default, (lost,))
-    graph.output((marked, reads_lost, graph.call_function(torch.ops.aten.neg.default, (dear,))))
-    again = {"recompute": CheckpointPolicy.PREFER_RECOMPUTE, "ac_graph_id": 3}
-    marked.meta.update(again)
-    reads_lost.meta.update(again)
+    graph.output((marked, reads_lost, graph.call_function(torch.ops.aten.neg.default, (kept,))))
+    recomputed = {"recompute": CheckpointPolicy.PREFER_RECOMPUTE, "ac_graph_id": 3}
+    marked.meta.update(recomputed)
+    reads_lost.meta.update(recomputed)
     RecomputePolicy()(graph)
-    assert lost.meta == marked.meta == again
-    assert dear.meta["recompute"] == CheckpointPolicy.MUST_SAVE
+    assert lost.meta == marked.meta == recomputed
+    assert kept.meta["recompute"] == CheckpointPolicy.MUST_SAVE

@@ -165,7 +165,7 @@ def test_an_mlps_codes_are_the_plain_ones(width: int, num_beside: int, with_bias
 
 
 def assert_same_codes(codes: Tensor, scale: Tensor, values: Tensor) -> None:
-    """As `quantize_rows` makes them, but for values within a rounding of a border, and for what the interpreter halves
+    """Compares with `quantize_rows`, except values within a rounding of a border, and those that the interpreter halves
     (see above)."""
     wanted, wanted_scale = quantize_rows(values, torch.float8_e4m3fn)
     torch.testing.assert_close(scale, wanted_scale)

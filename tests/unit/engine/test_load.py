@@ -33,7 +33,7 @@ def model(name: str) -> tuple[ModelFamily, ModelFolder]:
 
 
 def velocity(family: ModelFamily, folder: ModelFolder, transformer: LoadedTransformer, sigmas: Tensor) -> Tensor:
-    """The same inputs at each call."""
+    """Velocity of the same inputs at each call."""
     generator = torch.Generator().manual_seed(4)
     channels, height, width = family.latent_shape(folder, 128, 192)
     noisy_BCHW = torch.randn(len(sigmas), channels, height, width, generator=generator)
@@ -63,7 +63,7 @@ def test_blocks_are_quantized_and_nothing_else(name: str, linear_format: str) ->
 
 @pytest.mark.parametrize("name", MODELS)
 def test_modulation_ahead_gives_the_same_velocity(name: str) -> None:
-    """In fp32 within its rounding: the same products over more rows at once. In bf16 within one step of rounding."""
+    """Velocities agree within rounding in fp32, the same products over more rows, and within one step in bf16."""
     family, folder = model(name)
     sigmas = torch.tensor([0.1, 0.6, 0.97])
     for placement, bound in ((FP32, 2e-6), (BF16, 2**-8)):
@@ -114,7 +114,7 @@ def test_a_sigma_that_was_not_announced_is_noticed() -> None:
         table.check()
 
 
-def test_no_table_is_computed_twice_for_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_table_is_recomputed_for_the_same_sigmas(monkeypatch: pytest.MonkeyPatch) -> None:
     family, folder = model("tiny-qwen-image")
     transformer = load_transformer(family, folder, FP32, Layout(modulation_rows=4))
     table = transformer.table

@@ -269,8 +269,8 @@ def count_products(name: str, kind: int) -> list[int]:
 
 @pytest.mark.parametrize(("name", "kind"), [("tiny-qwen-image", 1), ("tiny-flux", 1), ("tiny-flux", -1)])
 def test_a_block_takes_fewer_products(name: str, kind: int, pefts_way: Callable[[], None]) -> None:
-    """Of three layers over one input: one instead of three down-projections; in the backward pass, one product instead
-    of three for the input's gradient, and one instead of three for theirs."""
+    """Three layers over one input take one instead of three down-projections, and in the backward pass one product
+    instead of three for the input's gradient, and one instead of three for theirs."""
     together = count_products(name, kind)
     torch._dynamo.reset()
     pefts_way()

@@ -25,7 +25,7 @@ LORA = "pytorch_lora_weights.safetensors"
 
 @pytest.fixture(params=["tiny-qwen-image", "tiny-flux"])
 def run(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
-    """Trains with a table of so many rows (0: without) and returns the LoRA and the metrics by step and kind."""
+    """Trains with a table of `num_rows` rows (0: without) and returns the LoRA and the metrics by step and kind."""
     decide_plan, pictures = pixtune.train.decide_plan, tmp_path / "pictures"
     pictures.mkdir()
     for path in sorted(DEMO_TRAIN.iterdir())[:16]:
@@ -73,7 +73,7 @@ def test_going_on_in_the_middle_of_a_stretch_is_exact(run: Any) -> None:
 
 
 class NotedTable:
-    """Says what it is told."""
+    """Notes each call."""
 
     num_rows = 7
 
@@ -134,7 +134,7 @@ class Table:
         return self.weights[name]
 
     def rows(self, embedding_BD: torch.Tensor) -> dict[str, torch.Tensor]:
-        """What each layer hands out in a pass with these embeddings."""
+        """Rows that each layer hands out in a pass with these embeddings."""
         self.embedder(embedding_BD)
         return {path: layer(embedding_BD) for path, layer in self.layers.items()}
 
@@ -175,7 +175,7 @@ def test_pictures_between_steps_leave_the_table_of_the_steps_alone() -> None:
     tried.table.use("steps", lambda: steps)
     tried.table.show([3, -1])
     tried.expect(steps[3:4])
-    assert tried.num_read == before, "nothing is computed again for the steps"
+    assert tried.num_read == before, "nothing is recomputed for the steps"
     tried.table.use("following", lambda: following)
     tried.table.show([2, -1])
     tried.expect(following[2:3])

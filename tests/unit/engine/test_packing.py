@@ -22,8 +22,8 @@ class Block(nn.Module):
         self.gain = nn.Parameter(torch.ones(7))
         self.register_buffer("nothing", torch.empty(0))
         self.register_buffer("slice", torch.randn(9, 12)[:, :4])
-        self.register_buffer("turned", torch.randn(6, 3).t())
-        self.again = self.plain
+        self.register_buffer("transposed", torch.randn(6, 3).t())
+        self.second = self.plain
 
 
 def test_a_block_becomes_one_piece_of_the_same_values() -> None:
@@ -36,6 +36,6 @@ def test_a_block_becomes_one_piece_of_the_same_values() -> None:
         frozen = [packed.tensor for packed in lay_out_frozen(block)]
         assert len({tensor.untyped_storage().data_ptr() for tensor in frozen}) == 1
         assert all((t.data_ptr() - frozen[0].data_ptr()) % ALIGNMENT_BYTES == 0 for t in frozen)
-        assert block.gain.data_ptr() == gain and block.again is block.plain
-        assert block.turned.stride() == (1, 3)
+        assert block.gain.data_ptr() == gain and block.second is block.plain
+        assert block.transposed.stride() == (1, 3)
     assert frozen[0].untyped_storage().nbytes() == packed_bytes(lay_out_frozen(block)) < 6000

@@ -68,7 +68,7 @@ WAYS = {
 @pytest.mark.parametrize("dtype", BOUNDS)
 @pytest.mark.parametrize("offset", [0, 60])
 def test_it_is_attention_with_a_mask(offset: float, dtype: torch.dtype, way: str) -> None:
-    """With scores of -60 a padded key's exp(0) would leave nothing of the real ones, but for the mean taken off."""
+    """A padded key's exp(0) would leave nothing of real ones with scores of -60, if the mean were not subtracted."""
     states = inputs(offset, dtype)
     expected = results(masked, [tensor.double() for tensor in states])
     found = results(WAYS[way](), states)

@@ -76,7 +76,7 @@ def test_product_and_gradient_are_those_of_the_plain_layer(
 
 @pytest.mark.parametrize(("linear_format", "codes"), KINDS)
 def test_the_product_is_exactly_that_of_the_codes(linear_format: str, codes: torch.dtype) -> None:
-    """What is left against fp64 is fp32's own rounding: no scale and no row is misplaced."""
+    """The error against fp64 is fp32's own rounding: no scale and no row is misplaced."""
     _, quantized = layers(linear_format, codes, bias=False)
     inputs = torch.randn(5, 192)
     input_codes, scale = quantize.quantize_rows(inputs, codes)

@@ -27,7 +27,7 @@ NUM_LEARNT, MEASURED_STEPS = 10, range(12, 18)
 """Steps of the plain model, and those whose gradients are summed up: all 48 pictures once, each at a noise level of its
 own. Of a single batch of 8 the numbers scatter, fp8's most."""
 LEAST_COSINE = {"int8": (0.99, 0.98), "fp8": (0.93, 0.86)}
-"""Of all gradients of a block, and of a single LoRA matrix."""
+"""Cosine of all gradients of a block, and of a single LoRA matrix."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Gradients:
 def gradients(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[dict[str, Gradients]]:
-    """Of each format."""
+    """Gradients in each format."""
     folder, threads = tmp_path_factory.mktemp("gradients"), torch.get_num_threads()
     torch.set_num_threads(1)  # the models are too small to gain from more
     learnt: dict[str, Tensor] = {}

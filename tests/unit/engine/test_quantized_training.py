@@ -42,8 +42,8 @@ DEMANDS: dict[str, list[str]] = {
     "fp8": ["quantize=true", "cuda_features.enable_fp8_training=true"],
     "nf4": ["quantize=true"],
 }
-"""What asks for a format on a CPU. Nothing does for 4 bits, which the planner takes where 8 do not fit: that plan is
-changed by hand."""
+"""Config words that ask for a format on a CPU. None asks for 4 bits, which the planner takes where 8 do not fit: that
+plan is changed by hand."""
 
 
 @dataclass(frozen=True)

@@ -93,7 +93,7 @@ def test_none_or_too_many_streamed_blocks() -> None:
 
 def test_the_next_blocks_follow_the_pass() -> None:
     assert upcoming(3, 10, 2, backward=False, gradients=True) == (4, 5)
-    assert upcoming(8, 10, 2, backward=False, gradients=True) == (9, 7)  # turns
+    assert upcoming(8, 10, 2, backward=False, gradients=True) == (9, 7)  # comes back down
     assert upcoming(9, 10, 2, backward=False, gradients=False) == (0, 1)  # begins anew
     assert upcoming(3, 10, 2, backward=True, gradients=True) == (2, 1)
     assert upcoming(0, 10, 2, backward=True, gradients=True) == (1, 2)  # the next forward pass
@@ -234,7 +234,7 @@ class FussyLane(transfer.CopyLane):
         assert mark is not self.stale
 
 
-def test_what_was_told_and_never_done_is_told_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_work_that_was_launched_and_never_ran_is_launched_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(streaming, "CopyLane", FussyLane)
     plain = [Block(seed, 16 + seed % 3) for seed in range(7)]
     blocks, stream = make_blocks(7)

@@ -104,7 +104,7 @@ def num_bytes(models: tuple[nn.Module, ...]) -> int:
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize(("linear_format", "least_cosine"), [("int8", 0.999), ("nf4", 0.95)])
 def test_features_point_where_the_plain_encoders_do(name: str, linear_format: str, least_cosine: float) -> None:
-    """Measured, the worst token of all: 0.9997 and 0.9557 (the edit model), 0.99998 and 0.9986 (the others)."""
+    """Cosine of the worst token, as measured: 0.9997 and 0.9557 (the edit model), 0.99998 and 0.9986 (the others)."""
     encoder, _ = load(name)
     plain = features(name, encoder)
     for model in encoder.models:
@@ -145,7 +145,7 @@ def test_an_output_layer_tied_to_the_embedding_stays_tied() -> None:
 
 
 def test_the_device_never_holds_a_whole_layer_beside_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What goes to the device in full precision goes in pieces."""
+    """Weights go to the device in full precision piece by piece."""
     monkeypatch.setattr(weight_only, "PIECE_WEIGHTS", 1 << 10)
     sent: list[int] = []
     quantize_rows = weight_only.quantize_rows

@@ -67,14 +67,14 @@ def step(name: str, model: nn.Module, seed: int = 0) -> tuple[Tensor, dict[str, 
 
 
 def plain_step(name: str, linear_format: str | None = None, seed: int = 0) -> tuple[Tensor, dict[str, Tensor]]:
-    """The same with everything kept and in place."""
+    """Loss and LoRA gradients of a step with everything kept and in place."""
     model = load_model(name, linear_format)
     attach(name, model)
     return step(name, model, seed)
 
 
 def assert_same(actual: tuple[Tensor, dict[str, Tensor]], expected: tuple[Tensor, dict[str, Tensor]]) -> None:
-    """Bit for bit."""
+    """Compares two steps bit for bit."""
     assert torch.equal(actual[0], expected[0])
     assert actual[1].keys() == expected[1].keys()
     different = [name for name, gradient in actual[1].items() if not torch.equal(gradient, expected[1][name])]
