@@ -177,7 +177,7 @@ def test_what_cannot_be_captured_runs_plainly_and_says_why(caplog: pytest.LogCap
 
 
 def test_a_capture_that_lacks_memory_is_tried_again_with_less_kept(caplog: pytest.LogCaptureFixture) -> None:
-    """Each try follows a plain pass, which may have to compile, until there is room or nothing is left to be dropped."""
+    """Each try follows a plain pass, which may have to compile, until there is room or nothing is left to drop."""
     replayed, _, fake = build()
     happened: list[str] = []
     computes, captures = replayed._compute, replayed._capture
