@@ -150,7 +150,7 @@ def test_a_capture_that_breaks_off_leaves_nothing_behind(monkeypatch: pytest.Mon
 
     values = torch.randn(4096, 1024, device=DEVICE)
     expected = compute(values)
-    replayed = ReplayedPass(lambda inputs: compute(inputs.values), [gain], GraphCapturer(stream))
+    replayed: ReplayedPass[Values] = ReplayedPass(lambda inputs: compute(inputs.values), [gain], GraphCapturer(stream))
     gc.collect()
     torch.cuda.empty_cache()
     before = torch.cuda.memory_reserved()

@@ -60,11 +60,11 @@ def test_each_kernel_is_right_without_a_mask(kernel: str, shared_offset: float) 
     query[..., 0], key[..., 0] = 128**0.5, -shared_offset
     real_BL = torch.ones(2, 600, dtype=torch.bool, device=DEVICE)
     real_BL[0, 5:42] = False
-    inputs = [tensor.bfloat16().requires_grad_() for tensor in (query, key, value)]
-    attended = attend_padded(*inputs, real_BL, kernel)
+    inputs = query, key, value = tuple(tensor.bfloat16().requires_grad_() for tensor in (query, key, value))
+    attended = attend_padded(query, key, value, real_BL, kernel)
     found = [attended.detach(), *torch.autograd.grad(attended, inputs, gradient.bfloat16())]
-    exact = [tensor.detach().double().requires_grad_() for tensor in inputs]
-    attended = masked(*exact, real_BL)
+    exact = query, key, value = tuple(tensor.detach().double().requires_grad_() for tensor in inputs)
+    attended = masked(query, key, value, real_BL)
     expected = [attended.detach(), *torch.autograd.grad(attended, exact, gradient.bfloat16().double())]
     for what, tensor, wanted in zip(("output", "dq", "dk", "dv"), found, expected, strict=True):
         error = float((tensor.double() - wanted).norm() / wanted.norm())

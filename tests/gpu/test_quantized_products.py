@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -36,10 +38,10 @@ def two_layers(linear_format: str | None) -> nn.Sequential:
     return nn.Sequential(layers[0], nn.GELU(approximate="tanh"), layers[1])
 
 
-def output_and_gradient(function: object, num_rows: int) -> tuple[Tensor, Tensor]:
+def output_and_gradient(function: Callable[[Tensor], Tensor], num_rows: int) -> tuple[Tensor, Tensor]:
     torch.manual_seed(1)
     inputs = torch.randn(num_rows, 512, device=CUDA, dtype=torch.bfloat16).requires_grad_()
-    output = function(inputs)  # type: ignore[operator]
+    output = function(inputs)
     output.float().square().sum().backward()
     assert inputs.grad is not None
     return output.detach().float(), inputs.grad.float()

@@ -22,6 +22,7 @@ from pixtune.families import family_of
 from pixtune.family import Placement
 from pixtune.storage.model_folder import ModelFolder
 from pixtune.trained import adapters
+from tests.gradients import gradient_of
 from tests.unit.engine.tiny import ASSETS, MODELS
 
 pytestmark = pytest.mark.gpu
@@ -70,7 +71,7 @@ def make_inputs(num_tokens: int, seed: int = 0) -> tuple[Tensor, Tensor]:
 
 def train(blocks: list[Block], inputs: tuple[Tensor, Tensor]) -> list[Tensor]:
     run_through(blocks, *inputs).float().square().mean().backward()
-    found = [block.gain.grad for block in blocks]
+    found = [gradient_of(block.gain) for block in blocks]
     for block in blocks:
         block.gain.grad = None
     return found
@@ -142,7 +143,7 @@ def test_the_small_models_train_as_resident_ones(
         torch._dynamo.reset()
         family = family_of(folder)
         model = load_transformer(family, folder, Placement(DEVICE, torch.bfloat16), Layout(linear_format)).module
-        blocks = [block for path in family.block_paths for block in model.get_submodule(path)]
+        blocks = [block for path in family.block_paths for block in model.get_submodule(path).children()]
         if streamed:
             stream_blocks(blocks, DEVICE, num_slots=2)
         adapters.attach_lora(model, family.lora_targets, 4, 4.0, 1, family.lora_presets)

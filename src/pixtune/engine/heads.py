@@ -46,7 +46,7 @@ def join_heads(streams: tuple[Stream, ...], head_size: int) -> tuple[Tensor, Ten
     return query, key, values[0] if len(values) == 1 else torch.cat(values, dim=1)
 
 
-def rotated(parts: list[tuple[Tensor, nn.Module, Tensor]], head_size: int) -> Tensor:
+def rotated(parts: Sequence[tuple[Tensor, nn.Module, Tensor]], head_size: int) -> Tensor:
     """Returns normed, rotated and joined heads, shape (B, S, H, D).
 
     Args:

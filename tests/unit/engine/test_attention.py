@@ -16,14 +16,14 @@ from pixtune.engine.recompute_policy import RecomputePolicy
 from pixtune.errors import ConfigError
 
 MATH, FLASH, EFFICIENT, CUDNN = (
-    int(backend)
+    backend.value
     for backend in (
         SDPBackend.MATH, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION,
     )
 )  # fmt: skip
-OWN_ORDER = [FLASH, EFFICIENT, MATH, CUDNN, int(SDPBackend.OVERRIDEABLE)]
+OWN_ORDER = [FLASH, EFFICIENT, MATH, CUDNN, SDPBackend.OVERRIDEABLE.value]
 """PyTorch's order on capabilities 8.x and 12.x."""
-HOPPERS_ORDER = [CUDNN, FLASH, EFFICIENT, MATH, int(SDPBackend.OVERRIDEABLE)]
+HOPPERS_ORDER = [CUDNN, FLASH, EFFICIENT, MATH, SDPBackend.OVERRIDEABLE.value]
 
 
 @pytest.fixture(autouse=True)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -44,7 +45,7 @@ class Processes:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *outcomes: tuple[int, str, str]) -> None:
         self.outcomes = list(outcomes)
         self.tried: list[list[str]] = []
-        monkeypatch.setattr(trial.subprocess, "run", self)
+        monkeypatch.setattr(subprocess, "run", self)
 
     def __call__(self, command: list[str], **options: object) -> subprocess.CompletedProcess[str]:
         assert command[:8] == [sys.executable, "-m", "pixtune.engine.attention_trial", "96", "2", "32", "bf16", "0"]
@@ -60,11 +61,11 @@ def with_fakes(monkeypatch: pytest.MonkeyPatch, **fakes: str) -> list[list[str]]
     """Lets the real process run, on kernels that are made up; returns which ones each process is asked for."""
     tried: list[list[str]] = []
 
-    def run(command: list[str], **options: object) -> subprocess.CompletedProcess[str]:
+    def run(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
         tried.append(command[8:])
-        return real_run([sys.executable, "-m", "tests.unit.engine.trial_with_fakes", *command[3:]], cwd=ROOT, **options)  # type: ignore[call-overload, no-any-return]
+        return real_run([sys.executable, "-m", "tests.unit.engine.trial_with_fakes", *command[3:]], cwd=ROOT, **options)
 
-    monkeypatch.setattr(trial.subprocess, "run", run)
+    monkeypatch.setattr(subprocess, "run", run)
     monkeypatch.setenv("FAKES", json.dumps(fakes))
     monkeypatch.setenv("PYTHONPATH", f"{ROOT / 'src'}:{ROOT}")
     return tried
@@ -101,13 +102,13 @@ def test_a_kernel_that_hangs_is_dropped_with_the_time_it_was_given(monkeypatch: 
     """A real process, ended by a real time limit; what it has printed before counts."""
     tried: list[list[str]] = []
 
-    def run(command: list[str], **options: object) -> subprocess.CompletedProcess[str]:
+    def run(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
         tried.append(command[8:])
         printed = well("cudnn") + line("flash", "flash") if len(tried) == 1 else well("efficient")
         code = f"import time; print({printed!r}, flush=True); time.sleep({60 if len(tried) == 1 else 0})"
-        return real_run([sys.executable, "-c", code], **options)  # type: ignore[call-overload, no-any-return]
+        return real_run([sys.executable, "-c", code], **options)
 
-    monkeypatch.setattr(trial.subprocess, "run", run)
+    monkeypatch.setattr(subprocess, "run", run)
     monkeypatch.setattr(trial, "TRIAL_SECONDS", 3)
     found = try_attention(SHAPE, ALL)
     assert tried == [["cudnn", "flash", "efficient"], ["efficient"]]
@@ -140,7 +141,7 @@ def test_how_it_is_computed_stands_in_the_command_and_in_the_files_name(monkeypa
         commands.append(command)
         return subprocess.CompletedProcess(command, 0, well("flash"), "")
 
-    monkeypatch.setattr(trial.subprocess, "run", run)
+    monkeypatch.setattr(subprocess, "run", run)
     try_attention(other, ["flash"])
     assert commands[0][3:] == ["4352", "24", "128", "fp32", "1", "flash"]
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import subprocess
 from importlib.util import find_spec
+from typing import Any
 
 import pytest
 import torch
@@ -161,7 +162,8 @@ def test_an_mlps_codes_are_the_plain_ones(width: int, num_beside: int, with_bias
     for kept_inputs, kept_scales in ((kept, kept_scale), (hidden, None)):
         read = inputs if kept_scales is None else kept.view(torch.float8_e4m3fn).float() * kept_scales
         wanted = torch.ops.aten.gelu_backward(gradient, read, approximate="tanh") * column_scale
-        assert_same_codes(*mlp.gelu_gradient_codes(gradient, kept_inputs, kept_scales, bias, column_scale), wanted)
+        found, found_scale = mlp.gelu_gradient_codes(gradient, kept_inputs, kept_scales, bias, column_scale)
+        assert_same_codes(found, found_scale, wanted)
 
 
 def assert_same_codes(codes: Tensor, scale: Tensor, values: Tensor) -> None:
@@ -179,18 +181,20 @@ def test_where_triton_does_not_run_torch_serves_and_a_warning_says_why(monkeypat
     class OnGpu:
         is_cuda = True
 
+    on_gpu: Any = OnGpu()
+
     monkeypatch.setattr(kernels, "TRITON", kernels.Triton(works=True))
     tried: list[object] = []
     monkeypatch.setattr(kernels, "triton_obstacle", lambda device: tried.append(device))
     kernels.try_triton(torch.device("cuda"))
-    assert kernels.has_triton(OnGpu()) and not kernels.has_triton(torch.ones(1))  # type: ignore[arg-type]
+    assert kernels.has_triton(on_gpu) and not kernels.has_triton(torch.ones(1))
 
     monkeypatch.setattr(kernels, "triton_obstacle", lambda device: "RuntimeError: Failed to find C compiler")
     kernels.try_triton(torch.device("cpu"))
-    assert kernels.has_triton(OnGpu())  # type: ignore[arg-type]
+    assert kernels.has_triton(on_gpu)
     with pytest.warns(UserWarning, match="Failed to find C compiler"):
         kernels.try_triton(torch.device("cuda"))
-    assert not kernels.has_triton(OnGpu())  # type: ignore[arg-type]
+    assert not kernels.has_triton(on_gpu)
     kernels.try_triton(torch.device("cuda"))  # is known, and said once
 
 
@@ -213,6 +217,11 @@ def test_kernels_of_heads_serve_frozen_root_mean_squares_of_one_epsilon_alone() 
         return nn.RMSNorm(size, eps=epsilon).requires_grad_(trained)
 
     assert heads.have_kernel([norm()]) and heads.have_kernel([norm(), norm()])
-    others = [norm(trained=True), norm(None), norm(size=24), nn.RMSNorm(16, 1e-6, elementwise_affine=False)]
+    others: list[nn.Module] = [
+        norm(trained=True),
+        norm(None),
+        norm(size=24),
+        nn.RMSNorm(16, 1e-6, elementwise_affine=False),
+    ]
     others += [nn.LayerNorm(16, eps=1e-6, bias=False).requires_grad_(False), norm(1e-5)]
     assert not any(heads.have_kernel([norm(), other]) for other in others)

@@ -119,8 +119,14 @@ def test_no_table_is_recomputed_for_the_same_sigmas(monkeypatch: pytest.MonkeyPa
     transformer = load_transformer(family, folder, FP32, Layout(modulation_rows=4))
     table = transformer.table
     assert table is not None
-    passes = []
-    monkeypatch.setattr(table, "_read_weight", lambda name, read=table._read_weight: passes.append(name) or read(name))
+    passes: list[str] = []
+    read_weight = table._read_weight
+
+    def read(name: str) -> Tensor:
+        passes.append(name)
+        return read_weight(name)
+
+    monkeypatch.setattr(table, "_read_weight", read)
     velocity(family, folder, transformer, torch.tensor([0.2, 0.4]))
     velocity(family, folder, transformer, torch.tensor([0.2, 0.4]))
     layers = [module for module in transformer.module.modules() if isinstance(module, ModulationRows)]
@@ -152,9 +158,9 @@ def test_loaded_weights_do_not_hang_on_their_file(tmp_path: Path) -> None:
     family, folder = model("tiny-qwen-image")
     shutil.copytree(folder.path / "transformer", tmp_path / "transformer")
     transformer = load_transformer(family, ModelFolder(tmp_path), FP32).module
-    before = transformer.img_in.weight.clone()
+    before = transformer.get_parameter("img_in.weight").clone()
     with (tmp_path / "transformer" / WEIGHTS).open("r+b") as file:
         file.seek(-1000, 2)
         file.write(bytes(1000))
     assert all(p.untyped_storage().filename is None for p in transformer.parameters())
-    assert transformer.img_in.weight.equal(before)
+    assert transformer.get_parameter("img_in.weight").equal(before)

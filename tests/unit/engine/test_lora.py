@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
-from functorch.compile import make_boxed_func
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
+from torch._functorch._aot_autograd.utils import make_boxed_func
 
 from pixtune.engine.activations import recompute_blocks, recompute_projections
 from pixtune.engine.forwards import replace_computation
 from pixtune.engine.lora import plain_lora, project, summed_outer
 from pixtune.engine.quantize import QuantizedLinear
 from pixtune.families import flux_blocks, joint_streams
+from tests.gradients import gradient_of
 from tests.unit.engine import tiny
 
 NAMES = ("to_q", "to_k", "to_v")
@@ -60,7 +62,7 @@ class Projections(nn.Module):
             self.add_module(name, plain)
 
     @property
-    def layers(self) -> tuple[nn.Module, ...]:
+    def layers(self) -> tuple[Any, ...]:
         return tuple(self.get_submodule(name) for name in NAMES)
 
     def forward(self, states: Tensor, project: Project) -> tuple[Tensor, ...]:
@@ -135,7 +137,7 @@ def test_gradients_add_up() -> None:
     sum(output.square().sum() for output in model(states, project)).backward()
     assert len(both) == 6
     for name, gradient in both.items():
-        torch.testing.assert_close(gradient, once[name] + model.get_parameter(name).grad)
+        torch.testing.assert_close(gradient, once[name] + gradient_of(model.get_parameter(name)))
 
 
 def test_without_an_active_lora_the_layers_run_as_they_are() -> None:
@@ -162,7 +164,7 @@ def test_what_is_not_a_plain_lora_is_left_to_peft() -> None:
         torch.testing.assert_close(*pair, rtol=1e-4, atol=1e-4)
     two = projections(SUBSETS[0])
     inject_adapter_in_model(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False), two, adapter_name="more")
-    two.to_q.set_adapter(["default", "more"])
+    two.layers[0].set_adapter(["default", "more"])
     assert all(torch.equal(*pair) for pair in zip(two(states, project)[:1], two(states, one_by_one)[:1], strict=True))
 
 
@@ -173,7 +175,12 @@ def test_the_input_is_kept_once_and_no_rounded_weight() -> None:
             parameter.data = parameter.data.float()
     kept: list[Tensor] = []
     states = torch.randn(50, WIDTH_IN).bfloat16().requires_grad_()
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda kept: kept):
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda kept: kept):
         project(states, model.layers)
     own = {tensor.data_ptr() for tensor in [states, *model.parameters()]}
     new = [tensor for tensor in kept if tensor.data_ptr() not in own]

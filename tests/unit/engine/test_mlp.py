@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
@@ -42,9 +44,9 @@ def with_lora(linear: nn.Module) -> nn.Module:
 
 def test_only_frozen_float8_layers_around_a_tanh_gelu_are_fused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "has_triton", lambda states: isinstance(states, OnGpu))
-    tanh = nn.GELU("tanh")
-    assert are_fused(OnGpu(), layer(), tanh, layer())  # type: ignore[arg-type]
-    others = [
+    tanh, on_gpu = nn.GELU("tanh"), cast(torch.Tensor, OnGpu())
+    assert are_fused(on_gpu, layer(), tanh, layer())
+    others: list[tuple[nn.Module, nn.GELU, nn.Module]] = [
         (layer(INT8), tanh, layer(INT8)),
         (layer(), tanh, layer(tensor_cores=False)),
         (layer(), nn.GELU(), layer()),
@@ -52,7 +54,7 @@ def test_only_frozen_float8_layers_around_a_tanh_gelu_are_fused(monkeypatch: pyt
         (layer(), tanh, with_lora(layer())),
         (nn.Linear(32, 32), tanh, layer()),
     ]
-    assert not any(are_fused(OnGpu(), *other) for other in others)  # type: ignore[arg-type]
+    assert not any(are_fused(on_gpu, *other) for other in others)
     assert not are_fused(torch.ones(1, dtype=torch.bfloat16), layer(), tanh, layer())
 
 
@@ -60,7 +62,7 @@ def test_what_is_not_fused_is_computed_by_its_layers() -> None:
     from diffusers.models.attention import FeedForward
 
     torch.manual_seed(0)
-    block = nn.Module()
+    block: Any = nn.Module()
     block.ff = FeedForward(16, activation_fn="gelu-approximate")
     block.other = FeedForward(16, activation_fn="geglu")
     states = torch.randn(2, 5, 16)
@@ -77,9 +79,9 @@ def test_what_is_not_fused_is_computed_by_its_layers() -> None:
 def test_a_plan_counts_less_for_fused_mlps_where_the_gpu_and_the_lora_allow_them() -> None:
     config = TrainConfig(
         pretrained_model_name_or_path="model",
-        output_dir="out",
+        output_dir=Path("out"),
         max_train_steps=1,
-        data_config=DataConfig(img_dir="data"),
+        data_config=DataConfig(img_dir=Path("data")),
         quantize=True,
     )
     new, old = facts_as("RTX 4090"), facts_as("RTX 3090")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -100,11 +101,12 @@ class Sigmas:
 
 
 def test_stretches_begin_at_fixed_steps_and_the_next_one_is_filled_on_the_way() -> None:
-    table = NotedTable()
+    table: Any = NotedTable()
+    family: Any = Sigmas()
     ahead = StepsAhead(
-        LoadedTransformer(torch.nn.Identity(), table=table), Sigmas(),
+        LoadedTransformer(torch.nn.Identity(), table=table), family,
         lambda step: (torch.tensor([step, step + 0.5]), {}), 2, 8, 1.0, torch.device("cpu"),
-    )  # type: ignore[arg-type] # fmt: skip
+    )  # fmt: skip
     for step in (4, 5, 6):
         ahead.reach(step)
         ahead.look_ahead(step)
@@ -145,12 +147,16 @@ class Table:
             torch.testing.assert_close(found, wanted)
 
 
+def giving(tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
+    return lambda: tensor
+
+
 def test_a_table_in_use_stays_what_it_is_while_the_next_one_is_filled() -> None:
     tried, generator = Table(), torch.Generator().manual_seed(1)
     stretches = torch.randn(3, 8, 5, generator=generator)
     reads = []
     for number, embeddings_ND in enumerate(stretches):
-        tried.table.use(number, lambda embeddings_ND=embeddings_ND: embeddings_ND)
+        tried.table.use(number, giving(embeddings_ND))
         reads.append(tried.num_read)
         for row in range(8):
             tried.table.show([row, -1])
@@ -158,7 +164,7 @@ def test_a_table_in_use_stays_what_it_is_while_the_next_one_is_filled() -> None:
             tried.expect(embeddings_ND[[row, 7]])
             if number < 2:
                 following = stretches[number + 1]
-                tried.table.prepare(number + 1, lambda following=following: following, (row + 1) / 8)
+                tried.table.prepare(number + 1, giving(following), (row + 1) / 8)
         tried.table.check()
     assert reads == [6, 12, 18], "nothing was left to be read when a stretch began, but for the first one"
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pixtune.engine.packing import ALIGNMENT_BYTES, close_gaps, lay_out_frozen, packed_bytes
 from pixtune.engine.quantize import NF4, QuantizedLinear
@@ -13,6 +13,8 @@ CPU = torch.device("cpu")
 
 class Block(nn.Module):
     """Tensors of several formats, one of them trained, one empty, one twice."""
+
+    transposed: Tensor
 
     def __init__(self) -> None:
         super().__init__()

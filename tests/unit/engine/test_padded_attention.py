@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from pixtune.engine.padded_attention import CUDNN, FLASH, ON_CPU, attend_padded, padding_kernel
+from pixtune.engine.padded_attention import ON_CPU, attend_padded, padding_kernel
+from pixtune.plan.kernel_choice import CUDNN, FLASH
 
 BATCH, TOKENS, HEADS, SIZE = 2, 90, 3, 32
 REAL_BL = torch.ones(BATCH, TOKENS, dtype=torch.bool)
@@ -82,7 +83,7 @@ def test_it_is_attention_with_a_mask(offset: float, dtype: torch.dtype, way: str
 def test_where_nothing_is_padded_it_is_plain_attention() -> None:
     states = [tensor.nan_to_num(0, 0, 0) for tensor in inputs(0, torch.float32)]
     everything = torch.ones_like(REAL_BL)
-    found = results(lambda *given: attend_padded(*given, everything, ON_CPU), states)
+    found = results(lambda query, key, value: attend_padded(query, key, value, everything, ON_CPU), states)
 
     def plain(*given: Tensor) -> Tensor:
         query, key, value = (tensor.transpose(1, 2) for tensor in given)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from pixtune.engine import quantize
 from pixtune.engine.quantize import FP8, INT8, NF4, QuantizedLinear
 from pixtune.trained import adapters
+from tests.gradients import gradient_of
 
 E4M3, INT = torch.float8_e4m3fn, torch.int8
 KINDS = [(FP8, E4M3), (INT8, INT), (NF4, E4M3), (NF4, INT)]
@@ -37,7 +38,8 @@ def test_a_kept_transpose_changes_no_bit(linear_format: str, codes: torch.dtype)
     keeping = QuantizedLinear(192, 128, linear_format, codes, tensor_cores=False, keeps_transpose=True)
     keeping.set_weight(plain.weight)
     keeping.bias = plain.bias
-    assert keeping.transpose.equal(quantized.weight.t()) and quantized.transpose is None
+    assert keeping.transpose is not None and keeping.transpose.equal(quantized.weight.t())
+    assert quantized.transpose is None
     found = []
     for layer in (keeping, quantized):
         inputs = torch.randn(5, 192, generator=torch.Generator().manual_seed(1)).requires_grad_()
@@ -45,7 +47,7 @@ def test_a_kept_transpose_changes_no_bit(linear_format: str, codes: torch.dtype)
         if layer is keeping:
             layer.weight.data.zero_()  # the backward pass reads the other one
         output.backward(torch.randn(5, 128, generator=torch.Generator().manual_seed(2)))
-        found.append((output.detach(), inputs.grad))
+        found.append((output.detach(), gradient_of(inputs)))
     assert all(one.equal(other) for one, other in zip(*found, strict=True))
 
 
@@ -71,7 +73,7 @@ def test_product_and_gradient_are_those_of_the_plain_layer(
     ours.backward(upstream.to(dtype))
     assert ours.dtype == dtype and ours.shape == exact.shape
     assert error(ours, exact) < PRODUCT_ERROR[linear_format]
-    assert error(ours_input.grad, exact_input.grad) < PRODUCT_ERROR[linear_format]
+    assert error(gradient_of(ours_input), gradient_of(exact_input)) < PRODUCT_ERROR[linear_format]
 
 
 @pytest.mark.parametrize(("linear_format", "codes"), KINDS)
@@ -141,8 +143,9 @@ def test_a_lora_on_top_learns_as_on_the_plain_layer(linear_format: str, codes: t
             parameter.data = torch.randn_like(parameter) / 8
         torch.manual_seed(11)
         model(torch.randn(64, 192)).square().mean().backward()
-        gradients.append(torch.cat([p.grad.flatten() for p in adapters.trainable_parameters(model).values()]))
-    assert torch.cosine_similarity(*gradients, dim=0) > (0.97 if linear_format == NF4 else 0.995)
+        gradients.append(torch.cat([gradient_of(p).flatten() for p in adapters.trainable_parameters(model).values()]))
+    one, other = gradients
+    assert torch.cosine_similarity(one, other, dim=0) > (0.97 if linear_format == NF4 else 0.995)
 
 
 class Adaptable(nn.Module):
@@ -170,5 +173,5 @@ def test_compiling_changes_no_gradient(linear_format: str, codes: torch.dtype) -
     for function in (quantized, torch.compile(quantized, fullgraph=True)):
         leaf = inputs.clone().requires_grad_()
         function(leaf).square().sum().backward()
-        found.append(leaf.grad)
+        found.append(gradient_of(leaf))
     assert error(found[1], found[0]) < 1e-5

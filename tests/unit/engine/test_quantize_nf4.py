@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -54,16 +56,16 @@ def plain_nf4(weight: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("codes", [None, torch.int8, torch.float8_e4m3fn])
 @pytest.mark.parametrize("draw", [gaussian, heavy_tailed])
-def test_half_the_squared_error_of_plain_nf4(draw: object, codes: torch.dtype | None) -> None:
-    weight = draw(64, 1024)  # type: ignore[operator]
+def test_half_the_squared_error_of_plain_nf4(draw: Callable[..., Tensor], codes: torch.dtype | None) -> None:
+    weight = draw(64, 1024)
     plain = plain_nf4(weight)
     assert 0.085 < error(plain, weight) < 0.11, "the published levels have this error"
     assert error(stored(weight, codes), weight) ** 2 < 0.55 * error(plain, weight) ** 2
 
 
 @pytest.mark.parametrize("draw", [gaussian, heavy_tailed])
-def test_few_scales_are_tried_and_hardly_a_better_one_is_missed(draw: object) -> None:
-    weight = draw(32, 256)  # type: ignore[operator]
+def test_few_scales_are_tried_and_hardly_a_better_one_is_missed(draw: Callable[..., Tensor]) -> None:
+    weight = draw(32, 256)
     unit = weight.abs().amax(dim=1, keepdim=True) / SCALES.max()
     blocks = (weight / unit).view(-1, 16)
     least = torch.full((len(blocks),), torch.inf)

@@ -78,12 +78,12 @@ def measure(model: str, folder: Path, linear_format: str, learnt: dict[str, Tens
         learnt |= {name: weight.clone() for name, weight in adapters.lora_weights(run.transformer.module).items()}
     adapters.load_lora_weights(run.transformer.module, learnt)
     run.forward_backward.zero_gradients()
-    for batches in read_ahead(run.source, MEASURED_STEPS.start, MEASURED_STEPS.stop, 0, pin_memory=False):
-        for batch in batches:
+    for parts in read_ahead(run.source, MEASURED_STEPS.start, MEASURED_STEPS.stop, 0, pin_memory=False):
+        for batch in parts:
             run.forward_backward(batch)
     by_matrix = {name: p.grad.detach().flatten() for name, p in run.trained.parameters.items() if p.grad is not None}
     assert len(by_matrix) == len(run.trained.parameters)
     by_block: dict[str, list[Tensor]] = {}
     for name, gradient in by_matrix.items():
         by_block.setdefault(".".join(name.split(".")[:2]), []).append(gradient)
-    return Gradients({name: torch.cat(parts) for name, parts in by_block.items()}, by_matrix)
+    return Gradients({name: torch.cat(gradients) for name, gradients in by_block.items()}, by_matrix)

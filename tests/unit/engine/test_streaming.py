@@ -19,6 +19,7 @@ from pixtune.engine.streaming import BlockStream, choose_streamed, stream_blocks
 from pixtune.errors import PlanError
 from pixtune.hardware.facts import GIB
 from pixtune.hardware.meminfo import HostMemory
+from tests.gradients import gradient_of
 from tests.unit.engine.tiny import (
     MODELS,
     LateLane,
@@ -35,6 +36,8 @@ CPU = torch.device("cpu")
 
 class Block(nn.Module):
     """A frozen layer of any width inside, with one trained vector."""
+
+    shift: Tensor
 
     def __init__(self, seed: int, inner_width: int = 16) -> None:
         super().__init__()
@@ -63,7 +66,7 @@ def run_through(blocks: list[Block], hidden: Tensor) -> Tensor:
 
 
 def gains(blocks: list[Block]) -> list[Tensor]:
-    found = [block.gain.grad for block in blocks]
+    found = [gradient_of(block.gain) for block in blocks]
     for block in blocks:
         block.gain.grad = None
     return found
@@ -224,7 +227,7 @@ def test_a_step_that_ends_by_restoring_moves_the_same_the_next_time() -> None:
 class FussyLane(transfer.CopyLane):
     """Waits for no work that was launched in a capture and never ran."""
 
-    stale = object()
+    stale: Any = object()
 
     def copy(self, target: Tensor, source: Tensor, after: Any) -> None:
         assert after is not self.stale
@@ -243,7 +246,7 @@ def test_work_that_was_launched_and_never_ran_is_launched_again(monkeypatch: pyt
         run_through(blocks, hidden)
         for slot in stream._slots:  # as if a capture had failed: none of its work ran
             slot.memory.zero_()
-            slot.filled = slot.passed = FussyLane.stale  # type: ignore[assignment]
+            slot.filled = slot.passed = FussyLane.stale
         stream.forget()
         assert torch.equal(run_through(blocks, hidden), run_through(plain, hidden))
 
@@ -354,7 +357,7 @@ def test_a_block_that_had_to_go_holds_no_other_blocks_weights() -> None:
 
 def test_strides_of_a_transposed_weight_survive_and_a_slice_comes_alone() -> None:
     transposed, whole = torch.randn(4, 6).t(), torch.randn(10, 6)
-    block = nn.Module()
+    block: Any = nn.Module()
     block.register_buffer("transposed", transposed.clone(memory_format=torch.preserve_format))
     block.register_buffer("sliced", whole[:, 2:5])
     block.register_buffer("same", block.transposed)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText
 
 from pixtune.engine import weight_only
-from pixtune.engine.quantize import QuantizedLinear
+from pixtune.engine.quantize import QuantizedLinear, quantize_rows
 from pixtune.engine.weight_only import WeightOnlyLinear, quantize_encoder
 from pixtune.families import family_of
 from pixtune.family import Placement, Prompt, TextEncoder
@@ -141,14 +141,13 @@ def test_an_output_layer_tied_to_the_embedding_stays_tied() -> None:
     _, path = load("tiny-qwen-image")
     model = AutoModelForImageTextToText.from_pretrained(path / "text_encoder", dtype=torch.bfloat16)
     quantize_encoder(model, "int8", CPU)
-    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight  # type: ignore[operator]
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
 
 
 def test_the_device_never_holds_a_whole_layer_beside_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights go to the device in full precision piece by piece."""
     monkeypatch.setattr(weight_only, "PIECE_WEIGHTS", 1 << 10)
     sent: list[int] = []
-    quantize_rows = weight_only.quantize_rows
 
     def watched(values: Tensor, codes: torch.dtype) -> tuple[Tensor, Tensor]:
         sent.append(values.numel())

@@ -29,7 +29,7 @@ def load_model(name: str, linear_format: str | None = None) -> nn.Module:
 def blocks_of(name: str, model: nn.Module) -> list[nn.Module]:
     """All repeated blocks in the order in which they run."""
     family = family_of(ModelFolder(ASSETS / name))
-    return [block for path in family.block_paths for block in model.get_submodule(path)]
+    return [block for path in family.block_paths for block in model.get_submodule(path).children()]
 
 
 def attach(name: str, model: nn.Module) -> None:
@@ -88,10 +88,10 @@ class LateLane:
         self.pending: list[Callable[[], object]] = []
         self.num_done = 0
 
-    def reached(self) -> None:
+    def reached(self) -> int | None:
         return None
 
-    def copy(self, target: Tensor, source: Tensor, after: object) -> int:
+    def copy(self, target: Tensor, source: Tensor, after: int | None) -> int:
         self.pending.append(lambda: target.copy_(source))
         return self.num_done + len(self.pending)
 

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pixtune.engine import attention_trial as trial
@@ -34,11 +35,12 @@ def at_work() -> str | None:
         "flash": torch.backends.cuda.flash_sdp_enabled(),
         "efficient": torch.backends.cuda.mem_efficient_sdp_enabled(),
     }
-    (kernel,) = [name for name, on in enabled.items() if on] or [None]
+    allowed: list[str | None] = [name for name, on in enabled.items() if on]
+    (kernel,) = allowed or [None]
     return kernel
 
 
-def attend(*arguments: Any) -> Any:
+def attend(inputs: list[Tensor], gradient: Tensor, mask: Tensor | None = None) -> tuple[Tensor, ...]:
     kernel = at_work()
     fake = FAKES[kernel] if kernel else "right"
     if fake == "raises":
@@ -50,7 +52,7 @@ def attend(*arguments: Any) -> Any:
     if fake == "dies":
         die()
     with sdpa_kernel(SDPBackend.MATH):
-        found = right(*arguments)
+        found = right(inputs, gradient, mask)
     if fake in ("wrong", "nan"):
         return (*found[:3], found[3] * (1.5 if fake == "wrong" else torch.nan))
     return found
