@@ -14,6 +14,7 @@ from torch import Tensor
 from pixtune.data.images import to_pixels
 from pixtune.engine.load import LoadedTransformer, load_transformer
 from pixtune.families import FAMILIES, family_of, flux
+from pixtune.families.packing import pack_latents, unpack_latents
 from pixtune.family import ModelFamily, Placement, Prompt, TextEncoder
 from pixtune.sampler import sample_latents, starting_noise, to_image
 from pixtune.storage.model_folder import ModelFolder
@@ -136,7 +137,7 @@ def test_the_transformer_gets_what_the_pipeline_gives_it(case: Case, size: tuple
     channels, height, width = case.family.latent_shape(case.folder, *size)
     num_tokens = case.family.num_image_tokens(height, width)
     for sigma, stock in zip(case.pipeline.scheduler.sigmas, stock_calls, strict=False):
-        noisy_BCHW = flux.unpack_latents(stock["hidden_states"][:, :num_tokens], height, width)
+        noisy_BCHW = unpack_latents(stock["hidden_states"][:, :num_tokens], height, width)
         with recorded_calls(case.transformer) as calls, torch.no_grad():
             velocity_BCHW = case.family.predict_velocity(
                 case.transformer, noisy_BCHW, sigma[None], encoded(case, CAPTIONS[1:2]), controls, 3.5
@@ -210,15 +211,14 @@ def test_the_picture_is_the_pipelines(case: Case) -> None:
 def test_a_wrong_convention_is_noticed(case: Case, monkeypatch: pytest.MonkeyPatch, change: str) -> None:
     """Each of these would train a LoRA that does not fit the stock pipeline."""
     if change == "channel order":
-        right = flux.pack_latents
-        monkeypatch.setattr(flux, "pack_latents", lambda latents: right(latents.flip(1)))
+        monkeypatch.setattr(flux, "pack_latents", lambda latents: pack_latents(latents.flip(1)))
     elif change == "position ids":
         right_ids = flux.image_positions
         monkeypatch.setattr(flux, "image_positions", lambda rows, columns, *rest: right_ids(columns, rows, *rest))
     else:
         right_velocity = type(case.family).predict_velocity
 
-        def wrong(self: Any, transformer: Any, noisy: Tensor, sigma: Tensor, text: Any, controls: Any, guidance: float):  # type: ignore[no-untyped-def]
+        def wrong(self: Any, transformer: Any, noisy: Tensor, sigma: Tensor, text: Any, controls: Any, guidance: float):
             if change == "guidance":
                 guidance *= 1000
             elif change == "timestep scale":
