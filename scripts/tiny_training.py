@@ -22,7 +22,7 @@ from emoji_pictures import Icon
 from torch import Tensor, nn
 
 from pixtune.family import LatentDistribution, ModelFamily
-from pixtune.objective import add_noise, draw_sigmas, example_losses, shift_sigmas, velocity_target
+from pixtune.objective import add_noise, example_losses, shift_sigmas, sigmas_from_uniform, velocity_target
 
 CAPTION_DROPOUT = 0.1
 EMA_DECAY = 0.999
@@ -210,7 +210,9 @@ class TransformerTraining:
     def step(self) -> None:
         latents, conditioning, controls = self.data.draw(self.batch_size)
         noise = torch.randn_like(latents)
-        sigma_B = shift_sigmas(draw_sigmas("uniform", torch.rand(len(latents), device=self.device)), SIGMA_SHIFT)
+        sigma_B = shift_sigmas(
+            sigmas_from_uniform("uniform", torch.rand(len(latents), device=self.device)), SIGMA_SHIFT
+        )
         # No cache of cast weights: a captured step must cast them anew each time.
         with torch.autocast(self.device.type, torch.bfloat16, cache_enabled=False):
             noisy = add_noise(latents, noise, sigma_B)

@@ -280,7 +280,7 @@ class ModelFamily(Protocol):
         """Combines the two velocities of classifier-free guidance as the stock pipeline does."""
 
     def comfyui_tensors(self, weights: Mapping[str, Tensor], alpha: float) -> dict[str, Tensor]:
-        """Renames a LoRA to the names of ComfyUI's copy of the model, each layer with its `.alpha`.
+        """Returns a LoRA's tensors under names that ComfyUI loads for this model, with its scale.
 
         Args:
             weights: `MODULE.lora_A.weight` (rank x in) and `MODULE.lora_B.weight` (out x rank).

@@ -9,17 +9,15 @@ sections 2 and 3.1).
 from __future__ import annotations
 
 import math
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-SigmaDistribution = Literal["uniform", "logit_normal", "sigmoid", "mode"]
-WeightingScheme = Literal["none", "sigma_sqrt", "cosmap"]
+from pixtune.config.schema import SIGMA_DISTRIBUTIONS, WEIGHTING_SCHEMES
 
 
-def draw_sigmas(
-    distribution: SigmaDistribution,
+def sigmas_from_uniform(
+    distribution: SIGMA_DISTRIBUTIONS,
     uniform_B: Tensor,
     *,
     logit_mean: float = 0.0,
@@ -65,7 +63,7 @@ def velocity_target(latents_BCHW: Tensor, noise_BCHW: Tensor) -> Tensor:
     return noise_BCHW - latents_BCHW
 
 
-def loss_weights(scheme: WeightingScheme, sigma_B: Tensor) -> Tensor:
+def loss_weights(scheme: WEIGHTING_SCHEMES, sigma_B: Tensor) -> Tensor:
     """Weighs each example's loss by its sigma, as diffusers' `compute_loss_weighting_for_sd3`; shape (B,)."""
     if scheme == "none":
         return torch.ones_like(sigma_B)

@@ -53,19 +53,19 @@ def plan_on_this_machine(
 
     findings, obstacle = None, None
     demands, multiple = demands_of(config), least_multiple(config, captions)
-    fraction, obstacle_to_3 = demands.memory_fraction, flash_attention_3_obstacle()
+    fraction, flash_3_obstacle = demands.memory_fraction, flash_attention_3_obstacle()
     if device.type == "cuda":
         obstacle = compile_obstacle(device)
         transformer = folder.component_config("transformer")
         heads = (transformer["num_attention_heads"], transformer["attention_head_dim"])
         num_tokens = count_tokens(multiple) // config.batch_size
         shape = Shape(num_tokens, *heads, demands.compute_format, config.deterministic)
-        findings = try_attention(shape, kernels_to_try(read_facts(device, fraction), config, obstacle_to_3))
+        findings = try_attention(shape, kernels_to_try(read_facts(device, fraction), config, flash_3_obstacle))
     facts, can_compile = read_facts(device, fraction), obstacle is None
     while True:
         counted = count_tokens(multiple)
         footprint = footprint_of(config, family, folder, counted)
-        plan = plan_training(facts, footprint, config, findings, can_compile, num_processes, obstacle_to_3, captions)
+        plan = plan_training(facts, footprint, config, findings, can_compile, num_processes, flash_3_obstacle, captions)
         if count_tokens(plan.text_multiple) <= counted:
             return plan
         multiple = plan.text_multiple  # longer captions than memory was counted for, which may leave fewer captures

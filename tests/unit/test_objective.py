@@ -11,7 +11,14 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.training_utils import compute_density_for_timestep_sampling, compute_loss_weighting_for_sd3
 from torch import Tensor
 
-from pixtune.objective import add_noise, draw_sigmas, example_losses, loss_weights, shift_sigmas, velocity_target
+from pixtune.objective import (
+    add_noise,
+    example_losses,
+    loss_weights,
+    shift_sigmas,
+    sigmas_from_uniform,
+    velocity_target,
+)
 
 UNIFORM = torch.linspace(0.001, 0.999, 999)
 
@@ -32,28 +39,28 @@ def diffusers_density(monkeypatch: pytest.MonkeyPatch, scheme: str, **settings: 
 @pytest.mark.parametrize("scale", [1.29, 0.5, -0.7])
 def test_mode_is_diffusers(monkeypatch: pytest.MonkeyPatch, scale: float) -> None:
     expected = diffusers_density(monkeypatch, "mode", mode_scale=scale)
-    assert torch.equal(draw_sigmas("mode", UNIFORM, mode_scale=scale), expected)
+    assert torch.equal(sigmas_from_uniform("mode", UNIFORM, mode_scale=scale), expected)
 
 
 @pytest.mark.parametrize(("mean", "std"), [(0.0, 1.0), (-0.5, 1.3), (0.8, 0.4)])
 def test_logit_normal_is_diffusers(monkeypatch: pytest.MonkeyPatch, mean: float, std: float) -> None:
     expected = diffusers_density(monkeypatch, "logit_normal", logit_mean=mean, logit_std=std)
-    given = draw_sigmas("logit_normal", UNIFORM, logit_mean=mean, logit_std=std)
+    given = sigmas_from_uniform("logit_normal", UNIFORM, logit_mean=mean, logit_std=std)
     torch.testing.assert_close(given, expected, rtol=1e-5, atol=1e-7)
     assert given[499].item() == pytest.approx(1 / (1 + math.exp(-mean)))  # the median
 
 
 def test_uniform_and_sigmoid(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert torch.equal(draw_sigmas("uniform", UNIFORM), diffusers_density(monkeypatch, "none"))
-    expected = draw_sigmas("logit_normal", UNIFORM, logit_mean=0.0, logit_std=1.0)
-    assert torch.equal(draw_sigmas("sigmoid", UNIFORM, logit_mean=3.0, logit_std=9.0), expected)
+    assert torch.equal(sigmas_from_uniform("uniform", UNIFORM), diffusers_density(monkeypatch, "none"))
+    expected = sigmas_from_uniform("logit_normal", UNIFORM, logit_mean=0.0, logit_std=1.0)
+    assert torch.equal(sigmas_from_uniform("sigmoid", UNIFORM, logit_mean=3.0, logit_std=9.0), expected)
 
 
 @pytest.mark.parametrize("distribution", ["uniform", "logit_normal", "sigmoid", "mode"])
 def test_sigmas_stay_in_the_unit_interval_to_its_ends(distribution: Any) -> None:
     """A draw of almost 1 is exactly 1 in fp32."""
     ends = torch.tensor([2.0**-54, 1e-9, 0.5, 1 - 2**-24, 1.0])
-    sigma_B = draw_sigmas(distribution, ends)
+    sigma_B = sigmas_from_uniform(distribution, ends)
     assert ((sigma_B >= 0) & (sigma_B <= 1)).all() and sigma_B[2].item() == pytest.approx(0.5)
     shifted = shift_sigmas(sigma_B, 1.15)
     assert ((shifted >= 0) & (shifted <= 1)).all()
@@ -61,7 +68,7 @@ def test_sigmas_stay_in_the_unit_interval_to_its_ends(distribution: Any) -> None
 
 def test_unknown_names_are_refused() -> None:
     with pytest.raises(ValueError, match="'beta'"):
-        draw_sigmas("beta", UNIFORM)  # type: ignore[arg-type]
+        sigmas_from_uniform("beta", UNIFORM)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="'min_snr'"):
         loss_weights("min_snr", UNIFORM)  # type: ignore[arg-type]
 

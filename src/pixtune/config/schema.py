@@ -42,6 +42,10 @@ LR_SCHEDULERS = Literal[
 ]
 
 
+SIGMA_DISTRIBUTIONS = Literal["uniform", "logit_normal", "sigmoid", "mode"]
+WEIGHTING_SCHEMES = Literal["none", "sigma_sqrt", "cosmap"]
+
+
 class Section(BaseModel):
     """Base of all sections: unknown keys are problems, values are not converted silently, nothing changes later."""
 
@@ -93,7 +97,7 @@ class DataConfig(Section):
 class ObjectiveConfig(Section):
     """Keys of what a step learns: noise levels and the weight of their losses."""
 
-    sigma_distribution: Literal["uniform", "logit_normal", "sigmoid", "mode"] = "logit_normal"
+    sigma_distribution: SIGMA_DISTRIBUTIONS = "logit_normal"
     """Distribution of the noise levels (sigmas, 0 to 1) that training draws, before the shift."""
     logit_mean: float = 0.0
     """Mean of the normal distribution inside "logit_normal"; larger means more noise."""
@@ -106,7 +110,7 @@ class ObjectiveConfig(Section):
     "none" leaves sigmas as they are, a number is a fixed `mu` (the logarithm of the shift)."""
     guidance: float = Field(default=1.0, ge=0)
     """Guidance input of distilled models (FLUX.1-dev) during training and validation; other models have none."""
-    weighting_scheme: Literal["none", "sigma_sqrt", "cosmap"] = "none"
+    weighting_scheme: WEIGHTING_SCHEMES = "none"
     """Weight of each example's loss by its sigma, under diffusers' names. "none": all weigh the same."""
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from pixtune import randomness
 from pixtune.config.schema import ObjectiveConfig
 from pixtune.family import Conditioning, LatentDistribution
-from pixtune.objective import draw_sigmas, shift_sigmas
+from pixtune.objective import shift_sigmas, sigmas_from_uniform
 from pixtune.sizes import LatentShape, Size
 
 T = TypeVar("T")
@@ -254,7 +254,7 @@ class BatchSource:
     def _sigma(self, uniform: float, height: int, width: int) -> Tensor:
         """Computes one example's sigma from a uniform number; shape (1,)."""
         objective = self.objective
-        sigma = draw_sigmas(
+        sigma = sigmas_from_uniform(
             objective.sigma_distribution,
             torch.tensor([uniform]),
             logit_mean=objective.logit_mean,

@@ -65,7 +65,7 @@ def recompute_projections(blocks: Sequence[nn.Module]) -> None:
 
 
 class RecomputeMore:
-    """Recomputes blocks that have kept what they computed, twice as many more at each call as at the one before.
+    """Recomputes further blocks in the backward pass: 1 at the first call, then 2, 4, 8 and so on.
 
     Args:
         blocks: in the order in which they run. The first ones come first, as in a plan: what later blocks kept has

@@ -105,11 +105,11 @@ def run_trials(shape: Shape, kernels: Sequence[str]) -> tuple[dict[str, Finding]
         outcome = run_process(shape, left)
         done = {name: finding for name, finding in outcome.findings.items() if name in left}
         found |= done
-        lasting |= {name for name, finding in done.items() if not finding.says_nothing and name != outcome.culprit}
+        lasting |= {name for name, finding in done.items() if not finding.lacked_memory and name != outcome.culprit}
         if outcome.obstacle is None or outcome.culprit is None:
             # Without a culprit something other than a kernel failed, and would fail again.
             why = outcome.obstacle or "its trial reported nothing"
-            found |= {name: Finding(why, says_nothing=True) for name in left if name not in done}
+            found |= {name: Finding(why, lacked_memory=True) for name in left if name not in done}
             break
         # A culprit with a finding died in attention to padded captions: correct without padding, unknown with it.
         found.setdefault(outcome.culprit, Finding(outcome.obstacle))
@@ -226,7 +226,7 @@ def measure_kernel(kernel: str, inputs: list[Tensor], gradient: Tensor, expected
             milliseconds = time_ms(lambda: attend(inputs, gradient))
         return Finding(error=largest_error(found, expected), milliseconds=milliseconds)
     except torch.OutOfMemoryError:
-        return Finding(LACKS_MEMORY, says_nothing=True)
+        return Finding(LACKS_MEMORY, lacked_memory=True)
     except torch.AcceleratorError:
         raise
     except (RuntimeError, ImportError, OSError) as error:

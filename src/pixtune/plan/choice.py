@@ -19,7 +19,10 @@ from pixtune.plan.situation import AnyRung, Situation
 
 @dataclass(frozen=True)
 class Choice:
-    """Rung that a run takes, in terms of a LoRA's, with what it needs."""
+    """The rung that a run takes, with the reasons and the memory that it needs.
+
+    A run that trains all weights has rungs of its own; `rung` is then the part that both ladders share.
+    """
 
     rung: Rung
     optimizer: str

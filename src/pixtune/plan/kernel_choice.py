@@ -28,8 +28,8 @@ class Finding:
 
     obstacle: str | None = None
     """Reason why the trial did not come to an end: the kernel raised, crashed or hung."""
-    says_nothing: bool = False
-    """The obstacle was not the kernel's fault (memory was lacking): it is not chosen, but may be used."""
+    lacked_memory: bool = False
+    """Whether the trial lacked memory, which says nothing of the kernel: it is not put first, but stays allowed."""
     error: float = math.inf
     """Largest relative error of output and gradients."""
     milliseconds: float = math.inf
@@ -74,7 +74,7 @@ def choose_tf32(facts: HardwareFacts, config: TrainConfig) -> tuple[bool, list[s
     return on, [f"TF32 is {'on' if on else 'off'}: compute capability {major}.{minor}"]
 
 
-def kernels_to_try(facts: HardwareFacts, config: TrainConfig, obstacle_to_3: str | None) -> tuple[str, ...]:
+def kernels_to_try(facts: HardwareFacts, config: TrainConfig, flash_3_obstacle: str | None) -> tuple[str, ...]:
     """Returns the kernels that are worth a trial: what cannot or may not be used is not run.
 
     FlashAttention 3 is tried where it is installed, so that the plan can report what it would gain. On ARM64 its builds
@@ -82,18 +82,18 @@ def kernels_to_try(facts: HardwareFacts, config: TrainConfig, obstacle_to_3: str
     """
     features = config.cuda_features
     wanted = features.enable_flash_attention_3
-    may_try_3 = wanted is True or (wanted is None and facts.machine != "aarch64")
+    may_try_flash_3 = wanted is True or (wanted is None and facts.machine != "aarch64")
     tried = {
         CUDNN: features.enable_cudnn_sdp is not False and not config.deterministic,
         FLASH: True,
         EFFICIENT: True,
-        FLASH_3: may_try_3 and _obstacle_to_3(facts, obstacle_to_3) is None,
+        FLASH_3: may_try_flash_3 and _flash_3_obstacle(facts, flash_3_obstacle) is None,
     }
     return tuple(kernel for kernel, is_tried in tried.items() if is_tried)
 
 
 def choose_attention(
-    facts: HardwareFacts, config: TrainConfig, findings: Findings | None, obstacle_to_3: str | None
+    facts: HardwareFacts, config: TrainConfig, findings: Findings | None, flash_3_obstacle: str | None
 ) -> AttentionChoice:
     """Chooses the kernel that the config demands if it is right on this machine, else the fastest one that is.
 
@@ -101,7 +101,7 @@ def choose_attention(
 
     Args:
         findings: results of trials on this machine; None: nothing was tried.
-        obstacle_to_3: why FlashAttention 3 cannot be used on this machine; None: no reason is known.
+        flash_3_obstacle: why FlashAttention 3 cannot be used on this machine; None: no reason is known.
     """
     features, found = config.cuda_features, findings or {}
     demanded = [
@@ -109,7 +109,7 @@ def choose_attention(
         for asked, flag in ((FLASH_3, features.enable_flash_attention_3), (CUDNN, features.enable_cudnn_sdp))
         if flag
     ]
-    barred = _barred(facts, config, obstacle_to_3)
+    barred = _barred(facts, config, flash_3_obstacle)
     faults = {kernel: fault for kernel, finding in found.items() if (fault := finding.fault) is not None}
     reasons: list[str] = []
     for asked in demanded:
@@ -138,13 +138,13 @@ def choose_attention(
     ]
     return AttentionChoice(
         kernel,
-        _off(kernel, [other for other in faults if not found[other].says_nothing], config),
+        _off(kernel, [other for other in faults if not found[other].lacked_memory], config),
         pads=kernel in PADDING and kernel in found and found[kernel].padded_error < LARGEST_ERROR,
         reasons=(*reasons, because, *dropped),
     )
 
 
-def _barred(facts: HardwareFacts, config: TrainConfig, obstacle_to_3: str | None) -> dict[str, str]:
+def _barred(facts: HardwareFacts, config: TrainConfig, flash_3_obstacle: str | None) -> dict[str, str]:
     """Returns the kernels that the config or the GPU rules out before any trial, with the reason."""
     features, barred = config.cuda_features, {}
     if facts.device != "cuda" and features.enable_cudnn_sdp:
@@ -153,14 +153,14 @@ def _barred(facts: HardwareFacts, config: TrainConfig, obstacle_to_3: str | None
         barred[CUDNN] = "enable_cudnn_sdp is false"
     elif config.deterministic:
         barred[CUDNN] = NOT_DETERMINISTIC
-    if (obstacle := _obstacle_to_3(facts, obstacle_to_3)) is not None:
+    if (obstacle := _flash_3_obstacle(facts, flash_3_obstacle)) is not None:
         barred[FLASH_3] = obstacle
     elif not features.enable_flash_attention_3:
         barred[FLASH_3] = "used only where enable_flash_attention_3 asks for it"
     return barred
 
 
-def _obstacle_to_3(facts: HardwareFacts, obstacle: str | None) -> str | None:
+def _flash_3_obstacle(facts: HardwareFacts, obstacle: str | None) -> str | None:
     if facts.device != "cuda" or facts.capability != HOPPER:
         return f"it runs only on Hopper (compute capability 9.0), and this is {facts.name}"
     return obstacle

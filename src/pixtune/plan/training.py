@@ -62,7 +62,7 @@ class TrainingPlan:
     expandable_segments: bool
     """torch's allocator grows its segments."""
     optimizer: str
-    """A name in `optim.OPTIMIZERS`."""
+    """Name in `plan.optimizers.OPTIMIZERS`."""
     expected_peak_bytes: int
     """Estimate of the peak in torch's allocator during a training step; 0 on a CPU."""
     expected_host_bytes: int

@@ -9,8 +9,11 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from pixtune.config import to_dict
+from pixtune.config.schema import DataConfig, TrainConfig
 from pixtune.errors import CheckpointError
 from pixtune.storage.checkpoint import Checkpoint
 
@@ -41,7 +44,7 @@ class RunIdentity:
 
 
 Rule = Callable[[RunIdentity, RunIdentity], str | None]
-"""A function of the run before and now that returns what a change means for the steps, for an error; None: nothing."""
+"""A function of the run as it was and as it is now. Returns None if the change is allowed, else what it would do."""
 
 
 def _is_harmless(before: RunIdentity, now: RunIdentity) -> None:
@@ -111,7 +114,7 @@ def refuse_other_run(checkpoint: Checkpoint, now: RunIdentity) -> None:
     """
     record = checkpoint.record
     before = RunIdentity(record["config"], record["data"], record.get("num_processes"), record.get("num_steps"))
-    values_before, values_now = _values(before), _values(now)
+    values_before, values_now = _defaults() | _values(before), _values(now)
     changed = []
     for key in sorted(values_before.keys() | values_now.keys()):
         was, is_now = values_before.get(key), values_now.get(key)
@@ -132,6 +135,18 @@ def refuse_other_run(checkpoint: Checkpoint, now: RunIdentity) -> None:
 def _values(run: RunIdentity) -> dict[str, Any]:
     """Everything that is compared by key."""
     return flatten(run.config) | {"num_processes": run.num_processes}
+
+
+def _defaults() -> dict[str, Any]:
+    """Values of keys that a run did not set: a key that its version did not know yet had its default's effect."""
+    nowhere = Path(".")
+    config = TrainConfig(
+        pretrained_model_name_or_path=".",
+        output_dir=nowhere,
+        max_train_steps=1,
+        data_config=DataConfig(img_dir=nowhere),
+    )
+    return flatten(to_dict(config))
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

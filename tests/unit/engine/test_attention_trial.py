@@ -75,7 +75,7 @@ def test_a_kernel_that_dies_is_dropped_and_the_others_are_tried_after_it(monkeyp
     tried = with_fakes(monkeypatch, cudnn="dies", flash="right", efficient="nan")
     found = try_attention(SHAPE, ALL)
     assert tried == [["cudnn", "flash", "efficient"], ["flash", "efficient"]]
-    assert found["cudnn"].fault == "its process ended with exit code -9" and not found["cudnn"].says_nothing
+    assert found["cudnn"].fault == "its process ended with exit code -9" and not found["cudnn"].lacked_memory
     assert found["flash"].fault is None and found["flash"].milliseconds == 2.95 and found["flash"].padded_error < 0.02
     assert "nan times" in (found["efficient"].fault or "")
 
@@ -86,8 +86,8 @@ def test_each_way_to_fail_is_told_apart(monkeypatch: pytest.MonkeyPatch) -> None
     assert tried == [["cudnn", "flash", "efficient"], ["efficient"]]
     assert found["cudnn"].fault == "RuntimeError: cuDNN Frontend error: no engine"
     assert "illegal memory access" in (found["flash"].fault or "")
-    assert found["efficient"].says_nothing and "memory was lacking" in (found["efficient"].fault or "")
-    assert [finding.says_nothing for finding in found.values()] == [False, False, True]
+    assert found["efficient"].lacked_memory and "memory was lacking" in (found["efficient"].fault or "")
+    assert [finding.lacked_memory for finding in found.values()] == [False, False, True]
 
 
 def test_what_dies_in_padded_attention_is_right_without(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,7 +118,7 @@ def test_a_kernel_that_hangs_is_dropped_with_the_time_it_was_given(monkeypatch: 
 def test_a_process_that_never_begins_says_nothing_of_any_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     processes = Processes(monkeypatch, (1, "", "Traceback\ntorch.OutOfMemoryError: no room\nhints\n"))
     found = try_attention(SHAPE, ALL)
-    assert len(processes.tried) == 1 and all(finding.says_nothing for finding in found.values())
+    assert len(processes.tried) == 1 and all(finding.lacked_memory for finding in found.values())
     assert found["flash"].obstacle == "its process ended with exit code 1: torch.OutOfMemoryError: no room"
 
 

@@ -25,7 +25,7 @@ EFFICIENT = Finding(error=0.003, milliseconds=6.1)
 FLASH_3 = Finding(error=0.003, milliseconds=1.2)
 ALL = {"cudnn": CUDNN, "flash": FLASH, "efficient": EFFICIENT}
 CRASH = Finding("its process ended with exit code -11")
-LACKS_MEMORY = Finding("memory was lacking to try it", says_nothing=True)
+LACKS_MEMORY = Finding("memory was lacking to try it", lacked_memory=True)
 
 
 def config(deterministic: bool = False, **features: bool | None) -> TrainConfig:
@@ -38,10 +38,10 @@ def config(deterministic: bool = False, **features: bool | None) -> TrainConfig:
 def choose(
     findings: dict[str, Finding] | None = None,
     facts: HardwareFacts = H100,
-    obstacle_to_3: str | None = None,
+    flash_3_obstacle: str | None = None,
     **settings: bool,
 ) -> AttentionChoice:
-    return choose_attention(facts, config(**settings), findings, obstacle_to_3)
+    return choose_attention(facts, config(**settings), findings, flash_3_obstacle)
 
 
 # ---- by what was found

@@ -45,6 +45,16 @@ def test_the_same_run_is_accepted() -> None:
     assert refusal(run(), run()) == ""
 
 
+def test_a_key_that_the_checkpoints_version_did_not_know_had_its_defaults_effect() -> None:
+    older = run().to_dict()
+    older["config"] = {
+        key: value for key, value in older["config"].items() if key not in ("max_grad_norm", "objective")
+    }
+    assert refusal(run(), run(), older) == ""
+    assert "  - max_grad_norm: was 1.0, is 0.5\n" in refusal(run(), run(max_grad_norm=0.5), older)
+    assert "objective.shift: was 'model', is 'none'" in refusal(run(), run(objective={"shift": "none"}), older)
+
+
 def test_every_difference_is_named_with_both_values() -> None:
     message = refusal(run(seed=1), run(seed=2, learning_rate=0.5, objective={"shift": "none"}, data="other"))
     assert "run/checkpoint-000005" in message
