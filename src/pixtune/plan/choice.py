@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import takewhile
 
 from pixtune.config.schema import TrainConfig
 from pixtune.errors import PlanError
 from pixtune.hardware.facts import GIB, missing_on_host
-from pixtune.plan import all_weights
+from pixtune.plan import all_weights, rungs
 from pixtune.plan.all_weights import AllWeightsRung, ladder_of_all_weights, runs_backward_twice
 from pixtune.plan.footprint import Footprint
 from pixtune.plan.optimizers import EXACT, OPTIMIZERS, SMALL
@@ -51,16 +52,16 @@ def choose_rung(situation: Situation, config: TrainConfig) -> Choice:
 
 
 def _choose_for_lora(situation: Situation, config: TrainConfig) -> Choice:
-    rungs = list(ladder(situation))
-    fitting = [rung for rung in rungs if situation.fits_device(rung)]
-    on_host = [situation.on_host(with_rows(rung, situation.footprint)) for rung in fitting]
-    for number, wanted in enumerate(fitting):
-        if rung := fit_host(wanted, situation):
-            passed_over = _passed_over(situation, max(on_host[:number], default=0))
-            reasons = (*_lora_reasons(situation, rung, rungs[0]), *passed_over, *_not_compiled(situation))
-            peak, host = situation.peak(rung), rung.host_bytes(situation)
-            return Choice(rung, situation.optimizer, (*reasons, *_small_states(situation)), peak, host)
-    raise PlanError(refuse_lora(situation, config))
+    rung = rungs.first_that_fits(situation)
+    if rung is None:
+        raise PlanError(refuse_lora(situation, config))
+    reasons = (
+        *_lora_reasons(situation, rung),
+        *_passed_over(situation),
+        *_not_compiled(situation),
+        *_small_states(situation),
+    )
+    return Choice(rung, situation.optimizer, reasons, situation.peak(rung), rung.host_bytes(situation))
 
 
 def _choose_for_all_weights(situation: Situation, config: TrainConfig) -> Choice:
@@ -95,9 +96,9 @@ def _choose_on_cpu(situation: Situation) -> Choice:
 # ---- reasons of a LoRA run
 
 
-def _lora_reasons(situation: Situation, rung: Rung, first: Rung) -> Iterator[str]:
+def _lora_reasons(situation: Situation, rung: Rung) -> Iterator[str]:
     """Yields why this rung is chosen and not the first one, and what it means."""
-    footprint = situation.footprint
+    footprint, first = situation.footprint, next(ladder(situation))
     yield _peak(situation, rung)
     yield from situation.demands.notices
     if rung != first:
@@ -125,8 +126,11 @@ def _lora_reasons(situation: Situation, rung: Rung, first: Rung) -> Iterator[str
         yield f"the weights of {rung.streamed_blocks} blocks come from host memory in each pass"
 
 
-def _passed_over(situation: Situation, on_host: int) -> Iterator[str]:
+def _passed_over(situation: Situation) -> Iterator[str]:
     """Yields that faster rungs which fit the GPU keep too much in host memory, where they do."""
+    fitting = (rung for rung in ladder(situation) if situation.fits_device(rung))
+    passed_over = takewhile(lambda rung: fit_host(rung, situation) is None, fitting)
+    on_host = max((situation.on_host(with_rows(rung, situation.footprint)) for rung in passed_over), default=0)
     if missing := missing_on_host(situation.facts, on_host):
         yield (
             f"faster ways would keep up to {_gib(on_host)} in host memory, {_gib(missing)} more than may be taken there"
