@@ -191,6 +191,25 @@ def test_model_families_are_named_only_in_their_own_package():
     assert not found, f"{found}; what differs between families goes behind family.ModelFamily"
 
 
+MID_SENTENCE = re.compile(
+    r"(Of|The same|As|Those|These|Its?|They|See|Likewise|Besides|On top|What|How|Where|When|While|Which|None|Most|Least)\b"
+)
+
+
+def test_docstrings_stand_alone_in_a_hover_window():
+    """An opening such as "Of those" or "What it needs" is the end of a sentence that a reader cannot see there."""
+    found = []
+    for module, tree in MODULES.items():
+        for node in ast.walk(tree):
+            body = getattr(node, "body", None)
+            for line in body if isinstance(body, list) else ():
+                if isinstance(line, ast.Expr) and isinstance(line.value, ast.Constant):
+                    text = line.value.value
+                    if isinstance(text, str) and MID_SENTENCE.match(text.strip()):
+                        found.append(f"{module}, line {line.lineno}: {text.strip()[:40]}")
+    assert not found, f"{found}; begin with a verb or a noun (CONTRIBUTING.md)"
+
+
 # ---- errors and side effects
 
 
