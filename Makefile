@@ -11,8 +11,8 @@ endif
 # Installed only where there is no torch; the version that the tests run with.
 TORCH ?= torch==2.13.0
 # A process a core with one computing thread each: small models are not faster with more.
-# Work is stolen, so that no process waits for the other one's last tests.
-PYTEST_ARGS ?= -n auto --dist worksteal
+# A file's tests stay in one process, since many share a run that they look at.
+PYTEST_ARGS ?= -n auto --dist loadfile
 # What `make bench` times, and with which options of `pixtune bench`.
 CONFIG ?= train_configs/demo.yaml
 BENCH_ARGS ?= --steps 20 --text-tokens 40

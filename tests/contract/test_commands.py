@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import shlex
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from safetensors import safe_open
 
 from pixtune.errors import NotYetError
 from tests.contract.not_yet import needs, refused_keys, without
-from tests.runs import DEMO_TRAIN, ROOT, TINY_MODEL, overrides, pixtune, run, write_config
+from tests.runs import DEMO_TRAIN, ROOT, TINY_MODEL, overrides, pixtune, python, run, write_config
 
 ACCELERATE_LAUNCH = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--num_processes", "1"]
 LORA_FILE, COMFYUI_FILE = "pytorch_lora_weights.safetensors", "comfyui_lora.safetensors"
@@ -31,24 +32,29 @@ class Command:
     config: str
     model: str = "tiny-qwen-image"
     launcher: bool = True
+    typed_here: bool = False
+    """Run as it is typed, by a Python of its own. The launcher does the same for each script, so the other scripts are
+    run without it, in a process that has imported the libraries already."""
 
     @property
     def path(self) -> Path:
         return ROOT / "train_configs" / f"{self.config}.yaml"
 
-    def typed(self) -> list[str]:
-        by = ACCELERATE_LAUNCH if self.launcher else [sys.executable]
-        return [*by, self.script, "--config", f"./train_configs/{self.config}.yaml"]
+    def run(self, words: list[str]) -> subprocess.CompletedProcess[str]:
+        script = [self.script, "--config", f"./train_configs/{self.config}.yaml", *words]
+        if not self.typed_here:
+            return python(*script)
+        return run([*(ACCELERATE_LAUNCH if self.launcher else [sys.executable]), *script])
 
 
 COMMANDS = {
-    "C1": Command("train.py", "train_lora"),
+    "C1": Command("train.py", "train_lora", typed_here=True),
     "C2": Command("train_4090.py", "train_lora_4090"),
     "C3": Command("train_4090.py", "train_dgx_spark"),
     "C4": Command("train_qwen_edit_lora.py", "train_lora_qwen_edit", "tiny-qwen-image-edit"),
     "C5": Command("train_flux_lora.py", "train_flux_config", "tiny-flux"),
     "C6": Command("train_full_qwen_image.py", "train_full_qwen_image"),
-    "C7": Command("train.py", "train_aarch64_optimized", launcher=False),
+    "C7": Command("train.py", "train_aarch64_optimized", launcher=False, typed_here=True),
 }
 REFUSED = {row: refused_keys(command.path) for row, command in COMMANDS.items()}
 
@@ -70,7 +76,7 @@ def train_small(command: Command, scene: Path, folder: Path, left_out: list[str]
         max_train_steps=1, resume_from_checkpoint="null", lr_warmup_steps=0, samples__num_steps=1,
         validation__num_draws=1, **(with_controls if "edit" in command.config else pictures),
     )  # fmt: skip
-    outcome = run([*command.typed(), *words, *without(left_out)])
+    outcome = command.run([*words, *without(left_out)])
     if outcome.returncode and "this version of pixtune cannot do these yet" in outcome.stdout:
         raise NotYetError(outcome.stdout)
     assert outcome.returncode == 0, outcome.stdout
