@@ -158,7 +158,7 @@ def test_nor_where_blocks_are_recomputed(model: str) -> None:
     assert_padding_changes_nothing(build(model, LENGTHS["two of other lengths"]), recompute_some)
 
 
-# The next two compile the one model whose blocks do all that the others' do: controls, and rows modulated as clean.
+# The next three compile the one model whose blocks do all that the others' do: controls, and rows modulated as clean.
 
 
 def test_nor_where_a_block_is_one_graph() -> None:
