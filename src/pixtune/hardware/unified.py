@@ -100,8 +100,9 @@ class MemoryVerdict:
         return (
             f"{self.available_bytes / GIB:.1f} GiB of memory are available and this run stops below "
             f"{self.floor_bytes / GIB:.1f} GiB, since a machine whose GPU shares its memory hangs when none is left. "
-            "The run is saved. End other programs, or lower memory_fraction or train_batch_size, and resume with "
-            "resume_from_checkpoint=latest."
+            "The run is saved. End other programs and resume with resume_from_checkpoint=latest. A resumed run keeps "
+            "its plan; one that needs less memory starts anew, in another output_dir, with a lower memory_fraction or "
+            "train_batch_size."
         )
 
 
