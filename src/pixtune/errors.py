@@ -62,5 +62,23 @@ class TrainingError(PixtuneError, RuntimeError):
     """Training cannot continue, for example because the loss is no longer a number."""
 
 
+class MemoryShortage(TrainingError):
+    """A step needs more memory than there is, and nothing is left that it could give up.
+
+    Args:
+        what: what ran out of memory, as the subject of a sentence.
+        obstacle: the first line of the device's own message.
+        weights_are_torn: the step had changed some of the weights, so that it can neither be saved nor taken again.
+    """
+
+    def __init__(self, what: str, obstacle: str, weights_are_torn: bool = False) -> None:
+        self.what, self.obstacle, self.weights_are_torn = what, obstacle, weights_are_torn
+        super().__init__(
+            f"{what} needs more device memory than there is, and nothing is left to give up ({obstacle}). The steps "
+            "before are saved; resume with resume_from_checkpoint=latest once other programs have given memory back, "
+            "or start anew, in another output_dir, with a smaller img_size, rank or train_batch_size."
+        )
+
+
 class NotYetError(PixtuneError, NotImplementedError):
     """A documented option is asked for that this version does not have yet. The message names the key."""

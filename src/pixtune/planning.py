@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from pixtune.config.schema import TrainConfig
 from pixtune.family import ModelFamily, Shapes
-from pixtune.hardware.facts import HardwareFacts, host_room_bytes
+from pixtune.hardware.facts import GIB, HardwareFacts, host_room_bytes
 from pixtune.hardware.read import read_facts
 from pixtune.plan.demands import demands_of
 from pixtune.plan.encoders import EncoderPlan, EncoderSizes, plan_encoders
 from pixtune.plan.footprint import ELEMENT_BYTES, Footprint, of_all_weights, read_footprint
 from pixtune.plan.kernel_choice import kernels_to_try
+from pixtune.plan.optimizers import SMALL
 from pixtune.plan.phases import Surroundings, compiled_pass_bytes, idle_bytes, sampling_bytes, sampling_tile
-from pixtune.plan.situation import usable_bytes
+from pixtune.plan.rungs import EIGHT_BIT, QUANTIZED
+from pixtune.plan.situation import CONTEXT_BYTES, RESERVE_BYTES, usable_bytes
 from pixtune.plan.text_padding import Captions, least_multiple
 from pixtune.plan.training import TrainingPlan, plan_training
 from pixtune.storage.model_folder import ModelFolder, read_header, weight_files
@@ -69,6 +71,46 @@ def plan_on_this_machine(
         if count_tokens(plan.text_multiple) <= counted:
             return plan
         multiple = plan.text_multiple  # longer captions than memory was counted for, which may leave fewer captures
+
+
+SPARED_SHARES = (0.05, 0.1, 0.2, 0.4)
+"""Shares of the memory of a plan that needed too much, which the plans after it leave unused: few are tried, each far
+enough from the one before, since each loads the model again."""
+
+
+@dataclass(frozen=True)
+class Leaner:
+    """Order to plan a run again whose plan turned out to need more memory than there is."""
+
+    failed: TrainingPlan
+    """The first plan, as it was carried out last."""
+    num_plans: int = 1
+    """Plans that failed."""
+
+    @property
+    def usable_bytes(self) -> int:
+        """Memory that the next plan may use in torch's allocator."""
+        return round(self.failed.usable_bytes * (1 - SPARED_SHARES[self.num_plans - 1]))
+
+
+def leaner_than(plan: TrainingPlan, before: Leaner | None) -> Leaner | None:
+    """Returns what to plan by after a plan that failed; None: enough have been tried, or the plan counted no memory."""
+    if before is None:
+        return Leaner(plan) if plan.usable_bytes else None
+    return replace(before, num_plans=before.num_plans + 1) if before.num_plans < len(SPARED_SHARES) else None
+
+
+def leaner_config(config: TrainConfig, leaner: Leaner) -> TrainConfig:
+    """Returns the config to plan by, which leaves number formats and optimizer as they are: they decide the numbers."""
+    plan = leaner.failed
+    limit_gib = (leaner.usable_bytes + RESERVE_BYTES + CONTEXT_BYTES) / GIB
+    changes: dict[str, object] = {"gpu_memory_limit_gib": limit_gib, "adam8bit": plan.optimizer == SMALL}
+    if plan.weights_format in EIGHT_BIT:
+        features = config.cuda_features.model_copy(update={"enable_fp8_training": plan.weights_format == "fp8"})
+        changes |= {"quantize": True, "cuda_features": features}
+    elif plan.weights_format not in QUANTIZED:
+        changes["quantize"] = False
+    return config.model_copy(update=changes)
 
 
 def encoder_sizes(

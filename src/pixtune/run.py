@@ -16,6 +16,7 @@ from pixtune.data.batches import Batch, BatchSource
 from pixtune.engine.capture import ReplayedPass
 from pixtune.engine.load import LoadedTransformer
 from pixtune.engine.modulation_ahead import StepsAhead
+from pixtune.engine.relief import Reliefs
 from pixtune.family import ModelFamily
 from pixtune.plan.training import TrainingPlan
 from pixtune.tracking.memory import RunMemory
@@ -30,12 +31,15 @@ class Run:
     config: TrainConfig
     family: ModelFamily
     plan: TrainingPlan
+    """The plan that the run began with."""
     accelerator: Accelerator
     memory: RunMemory
     transformer: LoadedTransformer
     trained: TrainedWeights
     forward_backward: ReplayedPass[Batch]
     """`train.forward_backward` of a batch on the device; returns the batch's share of the step's loss."""
+    reliefs: Reliefs
+    """Ways for a step to need less where it runs out of memory. Their `plan` is the one that is carried out now."""
     learning_rate_at: Callable[[int], float]
     """Learning rate of a step, 0 for the first."""
     source: BatchSource

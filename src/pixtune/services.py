@@ -68,7 +68,7 @@ class Services:
             tile_pixels=self._between_steps.tile_pixels,
         )
         self._losses: dict[int, ValidationLoss] = {}
-        self._saved_step = start_step
+        self.saved_step = start_step
         self._stack = ExitStack()
 
     # ---- life
@@ -159,7 +159,7 @@ class Services:
     def interrupted(self, step: int) -> TrainResult:
         """Saves, so that no step is lost."""
         self.figures.read_back()
-        if self._saved_step != step:
+        if self.saved_step != step:
             self._save(step)
         self._print(f"stopped after step {step}; resume with resume_from_checkpoint=latest")
         return TrainResult(finished=False, step=step, output_dir=self.output_dir)
@@ -175,7 +175,7 @@ class Services:
             report = write_report(
                 self.output_dir,
                 config=to_dict(self.config),
-                plan=self.run.plan.to_dict(),
+                plan=self.run.reliefs.plan.to_dict(),
                 versions=package_versions(),
                 facts={
                     **self.run.trained.counts(),
@@ -259,7 +259,7 @@ class Services:
         if self.is_main:
             self._write_checkpoint(step)
             self._print(f"step {step}: saved {checkpoint_path(self.output_dir, step)}")
-        self._saved_step = step
+        self.saved_step = step
 
     def _write_checkpoint(self, step: int) -> None:
         with self.run.memory.aside("checkpoint"):
@@ -271,7 +271,7 @@ class Services:
                 {**self.run.trained.checkpoint_files(step), **sharded(OPTIMIZER_STEM, state)},
                 {
                     **self._identity().to_dict(),
-                    "plan": self.run.plan.to_dict(),
+                    "plan": self.run.reliefs.plan.to_dict(),
                     "encoders": self.data.encoders.to_dict(),
                     "versions": package_versions(),
                     "optimizer_plain": plain,

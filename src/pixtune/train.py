@@ -7,24 +7,35 @@ looks like), `plan/training.py` (what memory allows), `services.py` (what happen
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable
 from functools import partial
-from itertools import chain, islice
+from itertools import chain, islice, tee
+from typing import TypeVar
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
 from pixtune.config.schema import TrainConfig
-from pixtune.data.batches import Batch, BatchOrder, BatchSource, read_ahead, timed
+from pixtune.data.batches import Batch, BatchOrder, BatchSource, observed, read_ahead, timed
 from pixtune.data.prepare import prepare_data
 from pixtune.data.prepared import PreparedData
-from pixtune.engine.activations import RecomputeMore
 from pixtune.engine.apply import apply_switches, apply_to_activations, blocks_of, load_planned
 from pixtune.engine.capture import GraphCapturer, ReplayedPass
 from pixtune.engine.load import Reading
 from pixtune.engine.modulation_ahead import StepsAhead
-from pixtune.errors import DataError
+from pixtune.engine.relief import (
+    PassInParts,
+    RecomputeMore,
+    Reliefs,
+    drop_frames,
+    first_line,
+    free_bytes,
+    free_unused,
+    lacks_memory,
+)
+from pixtune.errors import DataError, MemoryShortage
 from pixtune.families import family_of
 from pixtune.family import ModelFamily
 from pixtune.hardware.facts import check_torch
@@ -33,16 +44,19 @@ from pixtune.objective import add_noise, example_losses, loss_weights, velocity_
 from pixtune.plan.demands import demands_of
 from pixtune.plan.encoders import EncoderPlan
 from pixtune.plan.training import TrainingPlan, with_todays_names
-from pixtune.planning import plan_on_this_machine
+from pixtune.planning import Leaner, leaner_config, leaner_than, plan_on_this_machine
 from pixtune.run import AroundSteps, Run, TrainResult
 from pixtune.services import Services
-from pixtune.storage.checkpoint import Checkpoint, load_checkpoint, read_decision, resolve_resume
+from pixtune.storage.checkpoint import Checkpoint, checkpoint_path, load_checkpoint, read_decision, resolve_resume
 from pixtune.storage.grouping import group_neighbours
 from pixtune.storage.model_folder import ModelFolder, open_model_folder
 from pixtune.tracking.memory import RunMemory
 from pixtune.trained import optim
 from pixtune.trained.base import Base
 from pixtune.trained.methods import METHODS, TrainedWeights
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 EXCHANGED_NUMBERS = 1 << 28
 """Number of values that processes exchange at once, at most: 1 GiB in fp32."""
@@ -51,10 +65,25 @@ EXCHANGED_NUMBERS = 1 << 28
 def train(config: TrainConfig) -> TrainResult:
     """Trains a LoRA, or all weights, anew or from a checkpoint, and writes files that others load and a report.
 
+    Where the plan cannot be carried out with the memory there is, the run goes on from where it is by a leaner one.
+
     Raises:
         PixtuneError: a problem that a user can fix; nothing is lost, and the message says what to do.
     """
-    return run_steps(*assemble(config))
+    leaner: Leaner | None = None
+    while True:
+        run, services = assemble(config, leaner)
+        try:
+            return run_steps(run, services)
+        except MemoryShortage as shortage:
+            leaner = leaner_than(run.reliefs.plan, leaner)
+            if leaner is None:
+                raise
+            log.warning("%s\nThe run goes on from step %d by a leaner plan.", shortage, services.saved_step)
+            config = go_on_from(config, services)
+            drop_frames(shortage)
+        del run, services
+        free_unused()  # outside the except clause, since the error holds the run that failed
 
 
 def run_steps(run: Run, services: AroundSteps) -> TrainResult:
@@ -65,21 +94,21 @@ def run_steps(run: Run, services: AroundSteps) -> TrainResult:
     Raises:
         DataError: a picture that is encoded in the loop has changed or is gone; the steps before are saved.
         TrainingError: memory that CPU and GPU share is nearly used up, and the step is saved; or a loss is no number.
+        MemoryShortage: a step needs more memory than there is, whatever it gives up; the steps before are saved.
     """
     per_step = run.config.gradient_accumulation_steps
     first, last = services.start_step * per_step, run.num_steps * per_step
     made = read_ahead(run.source, first, last, run.config.data_config.num_workers, run.plan.pin_memory)
-    micro_batches = timed(made, services.waited)
+    micro_batches = observed(timed(made, services.waited), services.see_batch)
     with services, StopSignal(run.accelerator) as stop:
         services.before_first_step()
         for step in range(services.start_step, run.num_steps):
-            run.steps_ahead.reach(step)
             try:
-                loss, grad_norm = train_step(run, islice(micro_batches, per_step), step, services.see_batch)
-            except DataError:
-                services.interrupted(step)
+                loss, grad_norm = take_step(run, islice(micro_batches, per_step), step)
+            except (DataError, MemoryShortage) as error:
+                if not getattr(error, "weights_are_torn", False):
+                    services.interrupted(step)
                 raise
-            run.steps_ahead.look_ahead(step)
             services.after_step(step + 1, loss, grad_norm)
             if stop.requested(step + 1, run.config.logging_steps):
                 return services.interrupted(step + 1)
@@ -89,9 +118,49 @@ def run_steps(run: Run, services: AroundSteps) -> TrainResult:
         return services.finish()
 
 
-def train_step(
-    run: Run, micro_batches: Iterable[list[Batch]], step: int, see_batch: Callable[[Batch], None]
-) -> tuple[Tensor, Tensor]:
+def take_step(run: Run, micro_batches: Iterable[list[Batch]], step: int) -> tuple[Tensor, Tensor]:
+    """Takes one optimizer step as `train_step` does. Where it runs out of memory it is taken again, and needs less.
+
+    Raises:
+        MemoryShortage: nothing is left that it could give up.
+    """
+
+    def attempt() -> tuple[Tensor, Tensor]:
+        nonlocal micro_batches
+        micro_batches, again = tee(micro_batches)
+        run.steps_ahead.reach(step)
+        return train_step(run, again, step)
+
+    result = until_it_fits(run, attempt, f"step {step + 1}")
+    until_it_fits(run, lambda: run.steps_ahead.look_ahead(step), f"step {step + 2}")
+    return result
+
+
+def until_it_fits(run: Run, attempt: Callable[[], T], what: str) -> T:
+    """Returns what `attempt` returns. After each that runs out of memory the run gives something up.
+
+    Raises:
+        MemoryShortage: nothing is left to give up, or the attempt has changed some of the weights.
+    """
+    while True:
+        try:
+            return attempt()
+        except RuntimeError as error:
+            if not lacks_memory(error) or run.accelerator.num_processes > 1:
+                raise
+            obstacle = first_line(error)
+            drop_frames(error)
+        # Outside the except clause, since the error holds the memory of the work that failed.
+        run.forward_backward.zero_gradients()
+        if not run.trained.abandon_step():
+            raise MemoryShortage(what, obstacle, weights_are_torn=True)
+        relief = run.reliefs()
+        if relief is None:
+            raise MemoryShortage(what, obstacle)
+        log.warning("%s ran out of memory (%s) and is taken again: %s", what, obstacle.rstrip("."), relief)
+
+
+def train_step(run: Run, micro_batches: Iterable[list[Batch]], step: int) -> tuple[Tensor, Tensor]:
     """Takes one optimizer step over its micro-batches, without waiting for the device.
 
     Returns:
@@ -100,7 +169,6 @@ def train_step(
     optim.set_learning_rate(run.trained.optimizer, run.learning_rate_at(step))
     total_loss = torch.zeros((), device=run.accelerator.device)
     for batch in chain.from_iterable(micro_batches):
-        see_batch(batch)
         total_loss += run.forward_backward(batch.to(run.accelerator.device))
     average_across_processes(run.accelerator, [total_loss, *run.trained.gradients()])
     grad_norm = run.trained.step()
@@ -140,11 +208,14 @@ def average_across_processes(accelerator: Accelerator, tensors: list[Tensor]) ->
 # ---- what a run is assembled from
 
 
-def assemble(config: TrainConfig) -> tuple[Run, Services]:
+def assemble(config: TrainConfig, leaner: Leaner | None = None) -> tuple[Run, Services]:
     """Does everything up to the first step, in its one order.
 
     The device is prepared, the data encoded, the plan made, the base loaded, the trained weights attached and, where a
     run is resumed, restored.
+
+    Args:
+        leaner: the run is planned so, and not as its checkpoint says.
     """
     check_torch()
     memory = RunMemory(config)
@@ -158,7 +229,7 @@ def assemble(config: TrainConfig) -> tuple[Run, Services]:
 
     encoders = read_decision(EncoderPlan, checkpoint.record.get("encoders", {}), "encoders") if checkpoint else None
     data = prepare_data(config, family, folder, accelerator, memory.stages, encoders)
-    plan = decide_plan(config, family, folder, data, accelerator, checkpoint)
+    plan = decide_plan(config, family, folder, data, accelerator, checkpoint, leaner)
     optim.check_optimizer(plan.optimizer)
     apply_switches(plan)
 
@@ -171,6 +242,7 @@ def assemble(config: TrainConfig) -> tuple[Run, Services]:
 
     source = build_source(config, plan, data, accelerator)
     num_steps = planned_steps(config, source.order)
+    passes, reliefs = build_pass(config, plan, base, trained)
     run = Run(
         config=config,
         family=family,
@@ -179,7 +251,8 @@ def assemble(config: TrainConfig) -> tuple[Run, Services]:
         memory=memory,
         transformer=transformer,
         trained=trained,
-        forward_backward=build_pass(config, plan, base, trained),
+        forward_backward=passes,
+        reliefs=reliefs,
         learning_rate_at=optim.build_schedule(config, num_steps),
         source=source,
         steps_ahead=build_steps_ahead(config, base, source, num_steps, accelerator.device),
@@ -198,12 +271,13 @@ def decide_plan(
     data: PreparedData,
     accelerator: Accelerator,
     checkpoint: Checkpoint | None,
+    leaner: Leaner | None = None,
 ) -> TrainingPlan:
-    """Plans a new run; a resumed run keeps its plan, since kernels and formats decide bits."""
-    if checkpoint:
+    """Plans a new run; a resumed run keeps its plan, since kernels and formats decide bits, unless it was too large."""
+    if checkpoint and leaner is None:
         return read_decision(TrainingPlan, with_todays_names(checkpoint.record.get("plan", {})), "plan")
     return plan_on_this_machine(
-        config,
+        leaner_config(config, leaner) if leaner else config,
         family,
         folder,
         partial(data.micro_batch_tokens, config.batch_size),
@@ -211,6 +285,14 @@ def decide_plan(
         accelerator.device,
         accelerator.num_processes,
     )
+
+
+def go_on_from(config: TrainConfig, services: Services) -> TrainConfig:
+    """Returns the config of a run that goes on from the newest checkpoint of a session that has ended."""
+    if services.saved_step == services.start_step:  # none is newer than where the session began
+        return config
+    newest = checkpoint_path(config.output_dir, services.saved_step)
+    return config.model_copy(update={"resume_from_checkpoint": str(newest)})
 
 
 def build_source(config: TrainConfig, plan: TrainingPlan, data: PreparedData, accelerator: Accelerator) -> BatchSource:
@@ -226,20 +308,23 @@ def build_source(config: TrainConfig, plan: TrainingPlan, data: PreparedData, ac
     )
 
 
-def build_pass(config: TrainConfig, plan: TrainingPlan, base: Base, trained: TrainedWeights) -> ReplayedPass[Batch]:
-    """Builds `forward_backward` of a batch, which is captured and replayed where the plan says so.
-
-    Where a capture runs out of memory, more blocks are recomputed, unless the config forbids it.
-    """
-    may_recompute = demands_of(config).recompute is not False
-    return ReplayedPass(
-        partial(forward_backward, config, base.family, base.module, trained.backward),
+def build_pass(
+    config: TrainConfig, plan: TrainingPlan, base: Base, trained: TrainedWeights
+) -> tuple[ReplayedPass[Batch], Reliefs]:
+    """Builds `forward_backward` of a batch, captured and replayed where the plan says so, and what it can give up."""
+    blocks = blocks_of(base.module, base.family)
+    recompute_more = RecomputeMore(blocks, allowed=demands_of(config).recompute is not False)
+    compute = partial(forward_backward, config, base.family, base.module, trained.backward)
+    parts = PassInParts(compute, plan.micro_batch_parts, most=1 if plan.fused_step else config.batch_size)
+    replayed = ReplayedPass(
+        parts,
         trained.parameters.values(),
         GraphCapturer(base.transformer.stream) if plan.captures else None,
         plan.captures,
-        lambda: plan.usable_bytes - torch.cuda.memory_reserved(),
-        RecomputeMore(blocks_of(base.module, base.family) if may_recompute else ()),
+        lambda: free_bytes(plan.usable_bytes),
+        recompute_more,
     )
+    return replayed, Reliefs(plan, replayed.give_up_captures, recompute_more, parts)
 
 
 def build_steps_ahead(

@@ -14,7 +14,7 @@ from torch import Tensor
 from pixtune import planning
 from pixtune import train as training
 from pixtune.config import load_config
-from pixtune.data.batches import Batch, read_ahead
+from pixtune.data.batches import Batch, observed, read_ahead
 from pixtune.data.prepared import PreparedData
 from pixtune.engine import attention_trial
 from pixtune.engine import compile as engine_compile
@@ -56,8 +56,8 @@ def train(
     run, _ = training.assemble(load_config(None, words))
     monkeypatch.setattr(training, "decide_plan", right)
     seen: list[Batch] = []
-    batches = read_ahead(run.source, 0, STEPS, 0, pin_memory=False)
-    losses = [training.train_step(run, islice(batches, 1), step, seen.append)[0] for step in range(STEPS)]
+    batches = observed(read_ahead(run.source, 0, STEPS, 0, pin_memory=False), seen.append)
+    losses = [training.train_step(run, islice(batches, 1), step)[0] for step in range(STEPS)]
     return losses, torch.cat([weight.detach().flatten() for weight in run.trained.parameters.values()]), seen
 
 

@@ -10,7 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TypeVar
 
@@ -109,6 +109,18 @@ class Batch:
         """Shapes of all tensors: equal for batches that the same computation serves."""
         conditioning = tuple((name, tensor.shape) for name, tensor in self.conditioning.items())
         return self.latents_BCHW.shape, conditioning, tuple(control.shape for control in self.controls)
+
+    def __len__(self) -> int:
+        """Returns the number of examples."""
+        return len(self.names)
+
+    def parts(self, num_parts: int) -> list[Batch]:
+        """Cuts the batch into parts of nearly equal size, each with one example at least."""
+        places = torch.arange(len(self)).tensor_split(min(num_parts, len(self)))
+        return [self._cut(slice(int(part[0]), int(part[-1]) + 1)) for part in places]
+
+    def _cut(self, rows: slice) -> Batch:
+        return replace(self.map(lambda tensor: tensor[rows]), names=self.names[rows])
 
     def tensors(self) -> tuple[Tensor, ...]:
         return (
@@ -287,6 +299,14 @@ def timed(items: Iterable[T], waited: Callable[[float], None]) -> Iterator[T]:
         waited(time.perf_counter() - began)
         yield item
         began = time.perf_counter()
+
+
+def observed(micro_batches: Iterable[list[Batch]], see_batch: Callable[[Batch], None]) -> Iterator[list[Batch]]:
+    """Yields the micro-batches, and calls `see_batch` with each batch once, when it is taken."""
+    for batches in micro_batches:
+        for batch in batches:
+            see_batch(batch)
+        yield batches
 
 
 def read_ahead(source: BatchSource, start: int, end: int, num_workers: int, pin_memory: bool) -> Iterator[list[Batch]]:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from pixtune.engine.forwards import Forward, is_recomputed, wrap_forward
+from pixtune.engine.forwards import Forward, wrap_forward
 from pixtune.engine.transfer import CopyLane, Mark, host_buffer, span
 
 MIN_OFFLOADED_BYTES = 2**20
@@ -62,25 +62,6 @@ def recompute_projections(blocks: Sequence[nn.Module]) -> None:
             raise ValueError(f"the attention of {type(block).__name__} cannot recompute its projections")
         for processor in switched:
             processor.recomputes_projections = True
-
-
-class RecomputeMore:
-    """Recomputes further blocks in the backward pass: 1 at the first call, then 2, 4, 8 and so on.
-
-    Args:
-        blocks: in the order in which they run. The first ones come first, as in a plan: what later blocks kept has
-            been freed when one of them runs again.
-    """
-
-    def __init__(self, blocks: Sequence[nn.Module]) -> None:
-        self._blocks, self._count = blocks, 1
-
-    def __call__(self) -> str | None:
-        """Returns what was done, in words for users; None where every block is recomputed already."""
-        more = [block for block in self._blocks if not is_recomputed(block)][: self._count]
-        self._count *= 2
-        recompute_blocks(more, offload=False)
-        return f"{len(more)} more of {len(self._blocks)} blocks recomputed" if more else None
 
 
 def recompute(inner: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

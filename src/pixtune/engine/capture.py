@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import gc
 import logging
-import traceback
+import weakref
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager
@@ -23,6 +23,7 @@ from typing import Generic, Protocol, Self, TypeVar
 import torch
 from torch import Tensor, nn
 
+from pixtune.engine.relief import Relief, drop_frames, first_line, free_unused, lacks_memory
 from pixtune.engine.transfer import join_capture
 
 log = logging.getLogger(__name__)
@@ -76,9 +77,8 @@ class ReplayedPass(Generic[InputsT]):
         max_captures: number of shapes to capture, the first ones that come up: replacing one by another would cost more
             time than it saves where many shapes alternate.
         free_bytes: returns how much torch's allocator may still reserve.
-        keep_less: called where a capture runs out of memory; makes `compute` need less and returns how, in words, or
-            returns None where nothing is left to do. How well a capture uses its memory is not known beforehand, and
-            recomputing a few blocks costs less than launching every kernel from Python.
+        keep_less: called where a capture runs out of memory. How well a capture uses its memory is not known
+            beforehand, and recomputing a few blocks costs less than launching every kernel from Python.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class ReplayedPass(Generic[InputsT]):
         capture: Capture | None,
         max_captures: int = 1,
         free_bytes: Callable[[], int] = lambda: 0,
-        keep_less: Callable[[], str | None] = lambda: None,
+        keep_less: Relief = lambda: None,
     ) -> None:
         self._compute, self._parameters, self._capture = compute, tuple(parameters), capture
         self._max_captures, self._free_bytes, self._keep_less = max_captures, free_bytes, keep_less
@@ -97,6 +97,7 @@ class ReplayedPass(Generic[InputsT]):
         self._captures: dict[Hashable, CapturedPass[InputsT]] = {}
         self._plain_bytes = 0
         """Peak of what the allocator held for plain passes."""
+        self._gave_up = False
 
     def __call__(self, inputs: InputsT) -> Tensor:
         if self._capture is None:
@@ -129,14 +130,13 @@ class ReplayedPass(Generic[InputsT]):
             self._plain_bytes = max(self._plain_bytes, held_bytes)
         standing = inputs.map(Tensor.clone)
         with_gradient = self._gradients_there()
-        replay, obstacle, lacks_memory = None, "", False
+        replay, obstacle, is_short = None, "", False
         try:
             replay = self._capture(lambda: self._compute(standing))
         except RuntimeError as error:  # out of memory is one, too
-            obstacle = next(iter(str(error).strip().splitlines()), type(error).__name__)
-            lacks_memory = isinstance(error, torch.OutOfMemoryError)
+            obstacle, is_short = first_line(error), lacks_memory(error)
         if replay is None:  # outside the except clause, since the error holds the memory of the work that failed
-            saving = self._keep_less() if lacks_memory else None
+            saving = self._keep_less() if is_short else None
             if saving is None:
                 self._stop_capturing(f"they could not be captured ({obstacle})")
             else:
@@ -174,6 +174,17 @@ class ReplayedPass(Generic[InputsT]):
         self.release()
         return True
 
+    def give_up_captures(self) -> str | None:
+        """Gives back the memory of all captures; see `Relief`. The second time nothing is captured any more."""
+        if not self._captures:
+            return None
+        if self._gave_up:
+            self._stop_capturing("twice memory was short beside captured steps")
+            return "captured steps are given up"
+        self._gave_up = True
+        self.release()
+        return "captured steps are given up and will be captured anew"
+
     def _gradients_there(self) -> list[bool]:
         return [parameter.grad is not None for parameter in self._parameters]
 
@@ -190,8 +201,7 @@ class ReplayedPass(Generic[InputsT]):
     def release(self) -> None:
         """Gives back the memory of all captures, or of one that failed; shapes are captured anew when they come up."""
         self._captures.clear()
-        gc.collect()
-        torch.cuda.empty_cache()
+        free_unused()
 
 
 class Moving(Protocol):
@@ -232,10 +242,7 @@ def ending_well() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:  # out of memory is one, too
-        cause: BaseException | None = error
-        while cause is not None:
-            traceback.clear_frames(cause.__traceback__)
-            cause = cause.__context__
+        drop_frames(error)
         gc.collect()
         join_capture()
         raise
@@ -252,8 +259,12 @@ class GraphCapturer:
     def __init__(self, moving: Moving | None = None) -> None:
         self._pool = torch.cuda.graph_pool_handle()
         self._moving = moving or Still()
+        self._graphs: weakref.WeakSet[torch.cuda.CUDAGraph] = weakref.WeakSet()
 
     def __call__(self, work: Callable[[], Tensor]) -> Replay:
+        if not self._graphs:
+            # torch refuses a pool that graphs used before and none uses now, as long as anything in it is alive.
+            self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize()  # a capture cannot wait for work that was launched outside of it
         arrangement = self._moving.arrangement()
@@ -269,6 +280,10 @@ class GraphCapturer:
         finally:
             if not is_whole:
                 self._moving.forget()
+                if not self._graphs:
+                    # Products of the capture's stream keep their workspaces in its memory; no graph reads them now.
+                    torch._C._cuda_clearCublasWorkspaces()
+        self._graphs.add(graph)
         self._moving.settle()
 
         def replay() -> Tensor:

@@ -85,6 +85,8 @@ class TrainingPlan:
     """Kernel of `kernel_choice` that is preferred to all others; None: PyTorch's own choice."""
     attention_off: tuple[str, ...] = ()
     """Attention kernels that are never used."""
+    micro_batch_parts: int = 1
+    """Number of parts in which each micro-batch is computed, one after the other; see `engine/relief.py`."""
 
     @property
     def recompute(self) -> bool:

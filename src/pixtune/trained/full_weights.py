@@ -121,6 +121,13 @@ class FullWeights:
             self._sums.clear()
         return norm
 
+    def abandon_step(self) -> bool:
+        for parameter in self.parameters.values():
+            parameter.grad = None
+        if self._sums is not None:
+            self._sums.clear()
+        return not self.optimizer.is_torn
+
     def _gradients(self) -> dict[str, Tensor]:
         if self._sums is None:
             return optim.gradients_of(self.parameters)

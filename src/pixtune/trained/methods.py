@@ -52,6 +52,9 @@ class TrainedWeights(Protocol):
     def step(self) -> Tensor:
         """Scales the gradients down to the config's norm and steps; returns the norm before."""
 
+    def abandon_step(self) -> bool:
+        """Drops what a step that failed has gathered; returns whether all weights are as they were before it."""
+
     def checkpoint_files(self, step: int) -> CheckpointFiles:
         """Returns the weights as `load` takes them. The optimizer's state is read by `optim.optimizer_state`."""
 
@@ -96,6 +99,9 @@ class LoraWeights:
 
     def step(self) -> Tensor:
         return optim.clipped_step(self.optimizer, self.parameters, self.config.max_grad_norm)
+
+    def abandon_step(self) -> bool:
+        return True  # its optimizer takes no memory once all states are there, and these come before the first update
 
     def checkpoint_files(self, step: int) -> CheckpointFiles:
         weights = adapters.lora_weights(self.base.module)

@@ -83,13 +83,17 @@ class WithoutWaiting:
             self.inner.check_overrides()
             self.inner.to_gpu()
             self.inner.initialized = True
-        for number, group in enumerate(self.inner.param_groups):
-            for place, parameter in enumerate(group["params"]):
-                if parameter.grad is None:
-                    continue
-                if not self.inner.state[parameter]:
-                    self.inner.init_state(group, parameter, number, place)
-                self.inner.update_step(group, parameter, number, place)
+        stepped = [
+            (group, parameter, number, place)
+            for number, group in enumerate(self.inner.param_groups)
+            for place, parameter in enumerate(group["params"])
+            if parameter.grad is not None
+        ]
+        for each in stepped:  # all before the first step: where memory for them is short, no parameter has moved
+            if not self.inner.state[each[1]]:
+                self.inner.init_state(*each)
+        for each in stepped:
+            self.inner.update_step(*each)
 
 
 BUILDERS: dict[str, Callable[..., Optimizer]] = {"adamw": _adamw, "adamw_8bit": _adamw_8bit}

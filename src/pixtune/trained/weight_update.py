@@ -57,6 +57,7 @@ class WeightUpdate:
         host: HostStates | None = None,
     ) -> None:
         self.weights, self._seed, self._steps_done, self._host = weights, seed, first_step, host
+        self._is_torn = False
         self._keeps_masters = keeps_masters
         self._masters: dict[str, Tensor] = {}
         """fp32 copies, each made when its weight is stepped for the first time: until then the weight is the copy."""
@@ -74,6 +75,11 @@ class WeightUpdate:
             self._host.finish()
         return {weight: self._state_of(name) for name, weight in self.weights.items()}
 
+    @property
+    def is_torn(self) -> bool:
+        """Whether a step was begun, has changed some weights and has not ended."""
+        return self._is_torn
+
     def begin_step(self) -> None:
         """Begins to fetch what waits in host memory."""
         if self._host is not None:
@@ -82,11 +88,13 @@ class WeightUpdate:
     def end_step(self) -> None:
         """Counts the step: the next draws for rounding are another step's."""
         self._steps_done += 1
+        self._is_torn = False
 
     @torch.no_grad()
     def step_weight(self, name: str, gradient: Tensor, factor: Tensor | None) -> None:
         """Steps one weight by its gradient times the factor. The caller drops the gradient afterwards."""
         weight, stand_in = self.weights[name], self._stand_ins[name]
+        self._is_torn = True
         if self._host is not None:
             self._arrange(name, self._host.fetch(name))
         stand_in.data = self._precise(name)

@@ -15,12 +15,12 @@ from pixtune.engine import activations, transfer
 from pixtune.engine.activations import (
     BufferPool,
     InputOffload,
-    RecomputeMore,
     recompute_blocks,
     recompute_projections,
     round_up,
 )
 from pixtune.engine.forwards import is_recomputed, replace_computation
+from pixtune.engine.relief import RecomputeMore
 from pixtune.engine.streaming import stream_blocks
 from tests.gradients import gradient_of
 from tests.unit.engine.tiny import (

@@ -74,7 +74,7 @@ def measure(model: str, folder: Path, linear_format: str, learnt: dict[str, Tens
     if not learnt:
         batches = read_ahead(run.source, 0, NUM_LEARNT, 0, pin_memory=False)
         for step in range(NUM_LEARNT):
-            training.train_step(run, islice(batches, 1), step, lambda batch: None)
+            training.train_step(run, islice(batches, 1), step)
         learnt |= {name: weight.clone() for name, weight in adapters.lora_weights(run.transformer.module).items()}
     adapters.load_lora_weights(run.transformer.module, learnt)
     run.forward_backward.zero_gradients()

@@ -109,7 +109,7 @@ def train_and_export(config: TrainConfig, linear_format: str) -> list[HeldOutPic
     assert formats == ({linear_format} if linear_format != "plain" else set())
     batches = read_ahead(run.source, 0, run.num_steps, 0, pin_memory=False)
     for step in range(run.num_steps):
-        training.train_step(run, islice(batches, 1), step, lambda batch: None)
+        training.train_step(run, islice(batches, 1), step)
     config.output_dir.mkdir()
     run.trained.export(config.output_dir, run.num_steps)
     return list(services.data.held_out)[:NUM_MEASURED]

@@ -1,0 +1,161 @@
+"""Ways for a step that ran out of memory to need less, in the order of what they cost.
+
+A plan can be wrong, and another program can take memory while a run trains. A step that fails has changed no weight, so
+it is taken again, with the same draws, once something needs less: captured steps are given up, more blocks are
+recomputed, micro-batches are split. What a run has given up this way is part of its plan from then on.
+"""
+
+from __future__ import annotations
+
+import gc
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Generic, Protocol, Self, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from pixtune.engine.activations import recompute_blocks
+from pixtune.engine.forwards import is_recomputed
+from pixtune.plan.training import TrainingPlan
+
+Relief = Callable[[], str | None]
+"""Function that makes a step need less memory and returns how, in words for users; None: it can do nothing more."""
+
+OUT_OF_MEMORY = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
+"""Words of errors that the driver and its libraries raise where torch's allocator was not asked."""
+
+
+def lacks_memory(error: BaseException) -> bool:
+    """Returns whether an error says that the device has too little free memory."""
+    return isinstance(error, torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY)
+    )
+
+
+def first_line(error: BaseException) -> str:
+    """Returns the first line of an error's message, or the name of its class where it has none."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def drop_frames(error: BaseException) -> None:
+    """Drops what the frames of an error and of those before it hold: the tensors of the work that failed."""
+    cause: BaseException | None = error
+    while cause is not None:
+        traceback.clear_frames(cause.__traceback__)
+        cause = cause.__context__
+
+
+def free_unused() -> None:
+    """Gives memory that nothing uses back to the device."""
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+
+
+def free_bytes(usable_bytes: int) -> int:
+    """Returns how much torch's allocator may still take from the device, where it may use so much in all.
+
+    Other programs may have taken memory since the plan was made.
+    """
+    on_device, _ = torch.cuda.mem_get_info()
+    return min(usable_bytes - torch.cuda.memory_reserved(), on_device)
+
+
+class RecomputeMore:
+    """Recomputes further blocks in the backward pass: 1 at the first call, then 2, 4, 8 and so on.
+
+    Args:
+        blocks: in the order in which they run. The first ones come first, as in a plan: what later blocks kept has
+            been freed when one of them runs again.
+        allowed: whether any more may be recomputed.
+    """
+
+    def __init__(self, blocks: Sequence[nn.Module], allowed: bool = True) -> None:
+        self._blocks, self._allowed, self._count = blocks, allowed, 1
+
+    @property
+    def num_recomputed(self) -> int:
+        """Number of blocks that are recomputed now."""
+        return sum(map(is_recomputed, self._blocks))
+
+    def __call__(self) -> str | None:
+        more = [block for block in self._blocks if self._allowed and not is_recomputed(block)][: self._count]
+        self._count *= 2
+        recompute_blocks(more, offload=False)
+        return f"{len(more)} more of {len(self._blocks)} blocks recomputed" if more else None
+
+
+class Divisible(Protocol):
+    """Inputs of a pass that can be computed in parts."""
+
+    def __len__(self) -> int:
+        """Returns the number of examples."""
+
+    def parts(self, num_parts: int) -> Sequence[Self]:
+        """Cuts them into parts of nearly equal size."""
+
+
+DivisibleT = TypeVar("DivisibleT", bound=Divisible)
+
+
+class PassInParts(Generic[DivisibleT]):
+    """A pass over parts of its inputs, one after the other: their losses and gradients add up to those of the whole.
+
+    Args:
+        compute: forward and backward pass of some inputs; returns their share of the loss.
+        num_parts: number of parts at the start.
+        most: largest number of parts; 1 where a pass steps weights itself.
+    """
+
+    def __init__(self, compute: Callable[[DivisibleT], Tensor], num_parts: int, most: int) -> None:
+        self._compute, self.num_parts, self._most = compute, num_parts, most
+
+    def __call__(self, inputs: DivisibleT) -> Tensor:
+        if self.num_parts == 1 or len(inputs) == 1:
+            return self._compute(inputs)
+        return torch.stack([self._compute(part) for part in inputs.parts(self.num_parts)]).sum()
+
+    def divide(self) -> str | None:
+        """Doubles the number of parts; see `Relief`."""
+        if self.num_parts >= self._most:
+            return None
+        self.num_parts = min(2 * self.num_parts, self._most)
+        return f"micro-batches are computed in {self.num_parts} parts"
+
+
+class Reliefs:
+    """The reliefs of a run, each of which is used up before the next one.
+
+    Args:
+        plan: the plan that the run began with.
+        give_up_captures: see `capture.ReplayedPass.give_up_captures`.
+    """
+
+    def __init__(
+        self,
+        plan: TrainingPlan,
+        give_up_captures: Relief,
+        recompute_more: RecomputeMore,
+        passes: PassInParts[DivisibleT],
+    ) -> None:
+        self._first_plan, self._recompute_more, self._passes = plan, recompute_more, passes
+        self._reliefs: tuple[Relief, ...] = (give_up_captures, recompute_more, passes.divide)
+
+    def __call__(self) -> str | None:
+        """Makes a step need less memory; see `Relief`."""
+        free_unused()
+        return next(filter(None, (relief() for relief in self._reliefs)), None)
+
+    @property
+    def plan(self) -> TrainingPlan:
+        """The plan as it is carried out now."""
+        plan = self._first_plan
+        more = max(self._recompute_more.num_recomputed - plan.recomputed_blocks, 0)
+        return replace(
+            plan,
+            recomputed_blocks=plan.recomputed_blocks + more,
+            reprojected_blocks=max(plan.reprojected_blocks - more, 0),
+            micro_batch_parts=self._passes.num_parts,
+        )
