@@ -14,7 +14,7 @@ from itertools import chain, islice, tee
 from typing import TypeVar
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from torch import Tensor, nn
 
 from pixtune.config.schema import TrainConfig
@@ -72,7 +72,7 @@ def train(config: TrainConfig) -> TrainResult:
     """
     leaner: Leaner | None = None
     while True:
-        run, services = assemble(config, leaner)
+        run, services = set_up(config, leaner)
         try:
             return run_steps(run, services)
         except MemoryShortage as shortage:
@@ -206,6 +206,26 @@ def average_across_processes(accelerator: Accelerator, tensors: list[Tensor]) ->
 
 
 # ---- what a run is assembled from
+
+
+def set_up(config: TrainConfig, leaner: Leaner | None) -> tuple[Run, Services]:
+    """Assembles a run; where another program takes memory meanwhile, once more, by a plan for what is free then.
+
+    Raises:
+        MemoryShortage: memory ran out again.
+    """
+    for is_last in (False, True):
+        try:
+            return assemble(config, leaner)
+        except RuntimeError as error:
+            if not lacks_memory(error) or PartialState().num_processes > 1:
+                raise
+            obstacle = first_line(error)
+            drop_frames(error)
+        free_unused()  # outside the except clause, since the error holds what was loaded
+        if not is_last:
+            log.warning("setting the run up ran out of memory (%s); it begins again", obstacle)
+    raise MemoryShortage("setting the run up", obstacle)
 
 
 def assemble(config: TrainConfig, leaner: Leaner | None = None) -> tuple[Run, Services]:

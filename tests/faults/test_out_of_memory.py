@@ -174,6 +174,22 @@ def test_then_the_run_is_planned_anew_and_goes_on_in_the_same_process(
         torch.testing.assert_close(weight, result_of(tmp_path)[name], rtol=1e-3, atol=1e-5)
 
 
+def test_memory_that_ends_while_the_model_is_loaded_is_tried_once_more(
+    tmp_path: Path, warm_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load, failures = training.load_planned, iter([1, 0, 1, 1])
+
+    def load_or_fail(*arguments: Any) -> Any:
+        if next(failures):
+            raise RuntimeError("CUDA error: out of memory")
+        return load(*arguments)
+
+    monkeypatch.setattr(training, "load_planned", load_or_fail)
+    assert training.train(config_of(tmp_path / "once", warm_cache, max_train_steps=1)).finished
+    with pytest.raises(MemoryShortage, match="setting the run up needs more device memory"):
+        training.train(config_of(tmp_path / "twice", warm_cache, max_train_steps=1))
+
+
 def test_a_step_that_has_changed_some_weights_is_never_saved(
     tmp_path: Path, warm_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
