@@ -16,6 +16,7 @@ from pixtune import train as training
 from pixtune.config import load_config
 from pixtune.config.schema import TrainConfig
 from pixtune.data.batches import Batch
+from pixtune.engine.apply import load_planned
 from pixtune.engine.capture import CapturedPass, ReplayedPass
 from pixtune.engine.forwards import is_recomputed
 from pixtune.engine.relief import lacks_memory
@@ -177,12 +178,12 @@ def test_then_the_run_is_planned_anew_and_goes_on_in_the_same_process(
 def test_memory_that_ends_while_the_model_is_loaded_is_tried_once_more(
     tmp_path: Path, warm_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    load, failures = training.load_planned, iter([1, 0, 1, 1])
+    failures = iter([1, 0, 1, 1])
 
     def load_or_fail(*arguments: Any) -> Any:
         if next(failures):
             raise RuntimeError("CUDA error: out of memory")
-        return load(*arguments)
+        return load_planned(*arguments)
 
     monkeypatch.setattr(training, "load_planned", load_or_fail)
     assert training.train(config_of(tmp_path / "once", warm_cache, max_train_steps=1)).finished
