@@ -1,9 +1,10 @@
 """Trains while another process takes the GPU's memory at random moments: python benchmarks/memory_thief.py --output DIR
 
 Runs of models with full-size blocks, of which there are a few, share the GPU in waves. Each setting is first run
-undisturbed. Then, as soon as all runs of a wave have taken a step, a thief begins: it takes all that is free but a
-random rest, holds it for a random time, gives it back and begins again. A line for each disturbed run says whether it
-finished, what it gave up, and how far its losses are from the undisturbed run's.
+undisturbed, twice, since kernels that add up in any order make two equal runs differ. Then, as soon as all runs of a
+wave are set up, a thief begins: it takes all that is free but a random rest, holds it for a random time, gives it back
+and begins again. A line for each disturbed run says whether it finished, what it gave up, and how far its losses are
+from the undisturbed run's, beside how far two undisturbed ones are apart.
 """
 
 from __future__ import annotations
@@ -32,22 +33,22 @@ NUM_BLOCKS: Mapping[str, Mapping[str, int]] = {
     "flux": {"num_layers": 3, "num_single_layers": 4},
 }
 SIZES = (512, 768, 1024)
-NUM_PICTURES, NUM_STEPS = 6, 40
+NUM_PICTURES, NUM_STEPS = 6, 100
 RELIEF = re.compile(r"(?:is taken again: |leaner plan|launched kernel by kernel|more memory than there is: ).*")
 THIEF = """
 import random, sys, time, torch
 draws = random.Random(int(sys.argv[1]))
 while True:
-    time.sleep(draws.uniform(0.2, 2.0))
+    time.sleep(draws.uniform(0.1, 1.0))
     free, _ = torch.cuda.mem_get_info()
-    size = free - round(draws.uniform(0, 0.4) * 2**30)
+    size = free - round(draws.uniform(0, 0.3) * 2**30)
     taken = None
     try:
         taken = torch.empty(max(size, 1), dtype=torch.uint8, device="cuda")
     except RuntimeError:
         pass
     print(f"{time.time():.2f} {0 if taken is None else size / 2**30:.2f}", flush=True)
-    time.sleep(draws.uniform(0.5, 4.0))
+    time.sleep(draws.uniform(0.3, 3.0))
     del taken
     torch.cuda.empty_cache()
 """
@@ -124,7 +125,8 @@ def run_wave(settings: Sequence[Setting], folder: Path, gpus: int, limit: float,
         if time.monotonic() - began > limit:
             for process in running:
                 process.kill()
-        ready = all(p.poll() is not None or steps_of(f) for p, f in zip(running, folders, strict=True))
+        logs = [f / "run" / "metrics.jsonl" for f in folders]
+        ready = all(p.poll() is not None or path.exists() for p, path in zip(running, logs, strict=True))
         if thief_seed is not None and not thieves and ready:
             for gpu in range(gpus):
                 with (folder / f"thief-{gpu}").open("wb") as log:
@@ -137,10 +139,16 @@ def run_wave(settings: Sequence[Setting], folder: Path, gpus: int, limit: float,
     return folders
 
 
-def describe(setting: Setting, folder: Path, undisturbed: Mapping[int, float]) -> dict[str, Any]:
+def distance(losses: Mapping[int, float], others: Mapping[int, float]) -> float | None:
+    """Returns the largest relative difference of two runs' losses at a step that both have."""
+    return max(
+        (abs(losses[step] - others[step]) / others[step] for step in losses.keys() & others.keys()), default=None
+    )
+
+
+def describe(setting: Setting, folder: Path, undisturbed: Sequence[Mapping[int, float]]) -> dict[str, Any]:
     """Returns how a disturbed run went."""
     losses, log = steps_of(folder), (folder / "log").read_text(errors="replace")
-    apart = [abs(loss - undisturbed[step]) / undisturbed[step] for step, loss in losses.items() if step in undisturbed]
     return {
         "setting": setting.number,
         "model": setting.model,
@@ -148,7 +156,8 @@ def describe(setting: Setting, folder: Path, undisturbed: Mapping[int, float]) -
         "words": [*setting.words, *(["shapes"] if setting.shapes else [])],
         "steps": len(losses),
         "finished": len(losses) == NUM_STEPS and (folder / "run" / "report.html").exists(),
-        "largest_relative_difference": max(apart, default=None),
+        "largest_relative_difference": distance(losses, undisturbed[0]),
+        "of_two_undisturbed": distance(*undisturbed),
         "gave_up": RELIEF.findall(log),
         "end_of_log": "" if (folder / "run" / "report.html").exists() else log[-1500:],
     }
@@ -168,13 +177,14 @@ def main() -> None:
     at_once = arguments.at_once * arguments.gpus
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        undisturbed: dict[int, dict[int, float]] = {}
-        for first in range(0, len(settings), at_once):
-            wave = settings[first : first + at_once]
+        undisturbed: dict[int, list[dict[int, float]]] = {setting.number: [] for setting in settings}
+        twice = settings * 2
+        for first in range(0, len(twice), at_once):
+            wave = twice[first : first + at_once]
             folders = run_wave(wave, folder / f"undisturbed-{first}", arguments.gpus, arguments.seconds, None)
-            undisturbed |= {s.number: steps_of(f) for s, f in zip(wave, folders, strict=True)}
             for setting, run in zip(wave, folders, strict=True):
-                if len(undisturbed[setting.number]) != NUM_STEPS:
+                undisturbed[setting.number].append(steps_of(run))
+                if not (run / "run" / "report.html").exists():
                     print(f"undisturbed {setting}: {(run / 'log').read_text(errors='replace')[-1500:]}", flush=True)
         arguments.output.mkdir(parents=True, exist_ok=True)
         rest = settings * arguments.each
