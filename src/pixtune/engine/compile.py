@@ -6,8 +6,10 @@ Blocks of one kind share their code, so the first of them pays for all. What is 
 from __future__ import annotations
 
 import functools
+import hashlib
 import os
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -44,11 +46,14 @@ def keep_compiled_code() -> None:
     """Has torch keep compiled code in a lasting folder, unless the user has set TORCHINDUCTOR_CACHE_DIR.
 
     torch's own choice is a folder that a reboot empties; a second start of the same run is half a minute faster where
-    the code is still there.
+    the code is still there. Each version of this package's operators has a folder of its own, since torch does not ask
+    what is inside of an operator.
     """
     folder = user_cache_folder()
     if folder is not None:
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder / "compiled"))
+        sources = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
+        version = hashlib.sha256(sources).hexdigest()[:12]
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder / "compiled" / version))
 
 
 @functools.cache
@@ -84,6 +89,9 @@ def compile_blocks(
         setattr(functorch_config, limit, not selective)
     inductor_config.joint_custom_pre_pass = RecomputePolicy()
     functorch_config.donated_buffer = not backward_twice
+    # Otherwise torch traces what it has compiled before, since functions with a backward of their own are in it. What
+    # they compute is part of the graph by which compiled code is found again.
+    functorch_config.autograd_cache_allow_custom_autograd_functions = True
     torch._dynamo.config.recompile_limit = MAX_GRAPHS
     for block in blocks:
         trained = any(parameter.requires_grad for parameter in block.parameters())
