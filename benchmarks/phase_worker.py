@@ -31,7 +31,7 @@ from pixtune.data.encode import Encoder
 from pixtune.data.prepare import prepare_data
 from pixtune.families import family_of
 from pixtune.family import ModelFamily
-from pixtune.hardware.capping import outside_allocator_bytes, own_gpu, used_before_cuda
+from pixtune.hardware.capping import outside_allocator_bytes, own_gpu, read_before_cuda
 from pixtune.hardware.facts import GIB
 from pixtune.hardware.monitor import StageLog
 from pixtune.hardware.read import read_facts
@@ -63,9 +63,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4, help="sampling steps")
     parser.add_argument("--json", type=Path, required=True, help="file of the result")
     arguments = parser.parse_args()
-    used_before = used_before_cuda(own_gpu(os.environ)) if torch.version.cuda else None
+    before = read_before_cuda(own_gpu(os.environ)) if torch.version.cuda else None
     result = MEASURES[arguments.phase](arguments)
-    outside_gib = None if used_before is None else round(outside_allocator_bytes(used_before) / GIB, 3)
+    outside_gib = None if before is None else round(outside_allocator_bytes(before) / GIB, 3)
     result |= {
         "outside_allocator_gib": outside_gib,
         "process_peak_gib": process_peak_gib(result["stages"], outside_gib),

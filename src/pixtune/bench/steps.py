@@ -27,7 +27,7 @@ from pixtune.engine.capture import PLAIN_CALLS
 from pixtune.engine.quantize import codes_for
 from pixtune.errors import ConfigError, TrainingError
 from pixtune.families import family_of
-from pixtune.hardware.capping import outside_allocator_bytes, own_gpu, used_before_cuda
+from pixtune.hardware.capping import BeforeCuda, outside_allocator_bytes, own_gpu, read_before_cuda
 from pixtune.hardware.facts import GIB
 from pixtune.hardware.machine import driver_may_spill
 from pixtune.plan.rungs import QUANTIZED
@@ -136,7 +136,7 @@ def time_run(config: TrainConfig, check: Callable[[Case], None]) -> TimedRun:
         TrainingError: the run was asked to stop.
     """
     can_tell = torch.version.cuda is not None and not torch.cuda.is_initialized()
-    used_before_bytes = used_before_cuda(own_gpu(os.environ)) if can_tell else None
+    before = read_before_cuda(own_gpu(os.environ)) if can_tell else None
     run, services = assemble(config)
     if run.accelerator.num_processes > 1:
         raise ConfigError(
@@ -150,7 +150,7 @@ def time_run(config: TrainConfig, check: Callable[[Case], None]) -> TimedRun:
     return TimedRun(
         case=case,
         timing=timed.timing(),
-        memory=timed.memory(used_before_bytes),
+        memory=timed.memory(before),
         flops=count_flops(run, services, case),
         formats=formats_of(run.plan, run.accelerator.device),
         plan=run.plan,
@@ -275,18 +275,18 @@ class TimedSteps:
             losses=tuple(line["loss"] for line in steps),
         )
 
-    def memory(self, used_before_bytes: int | None) -> Memory:
+    def memory(self, before: BeforeCuda | None) -> Memory:
         """Returns the steps' peaks. Call it while the steps' memory is still held.
 
         Args:
-            used_before_bytes: what others held on the GPU before this process did; None if unknown.
+            before: the GPU before CUDA started in this process; None if unknown.
         """
         (steps,) = (row for row in self._run.memory.rows() if row["stage"] == STEPS)
         if self._run.accelerator.device.type != "cuda":
             return Memory(None, steps["host_rss_gib"])
         process = None
-        if used_before_bytes is not None:
-            process = steps["peak_reserved_gib"] + outside_allocator_bytes(used_before_bytes) / GIB
+        if before is not None:
+            process = steps["peak_reserved_gib"] + outside_allocator_bytes(before) / GIB
         return Memory(steps["peak_gib"], process, self._run.plan.expected_peak_bytes / GIB)
 
 

@@ -14,7 +14,7 @@ import torch
 
 from pixtune.config.schema import TrainConfig
 from pixtune.errors import TrainingError
-from pixtune.hardware.capping import cap_device_memory, outside_allocator_bytes, own_gpu, used_before_cuda
+from pixtune.hardware.capping import BeforeCuda, cap_device_memory, outside_allocator_bytes, own_gpu, read_before_cuda
 from pixtune.hardware.facts import GIB
 from pixtune.hardware.monitor import StageLog, StageMemory
 from pixtune.hardware.read import read_facts
@@ -39,13 +39,13 @@ class RunMemory:
         self._config = config
         self._steps_began = False
         self._watchdog: MemoryWatchdog | None = None
-        self._used_before: int | None = None
+        self._before: BeforeCuda | None = None
         if torch.cuda.is_initialized():
             return
         if sys.platform == "linux" and config.expandable_segments is not False:  # torch has them on Linux only
             setup_unified_memory_env()
         if config.gpu_memory_limit_gib is not None and torch.version.cuda is not None:
-            self._used_before = used_before_cuda(own_gpu(os.environ))
+            self._before = read_before_cuda(own_gpu(os.environ))
 
     def start(self, device: torch.device) -> None:
         """Caps the process's device memory, and watches a pool that the GPU shares with the CPU.
@@ -56,7 +56,7 @@ class RunMemory:
         if device.type != "cuda":
             return
         if self._config.gpu_memory_limit_gib is not None:
-            cap_device_memory(self._config.gpu_memory_limit_gib, self._used_before, device)
+            cap_device_memory(self._config.gpu_memory_limit_gib, self._before, device)
         demands = demands_of(self._config)
         facts = read_facts(device, demands.memory_fraction)
         if facts.integrated and demands.is_unified(facts):
@@ -107,8 +107,8 @@ class RunMemory:
             "reserved_peak_gib": steps.peak_reserved_gib,
             "error_percent": 100 * (expected_bytes / GIB / steps.peak_gib - 1),
         }
-        if self._used_before is not None:
-            outside_gib = outside_allocator_bytes(self._used_before) / GIB
+        if self._before is not None:
+            outside_gib = outside_allocator_bytes(self._before) / GIB
             figures["process_peak_gib"] = max(stage.peak_reserved_gib for stage in stages) + outside_gib
         return {name: round(value, 2) for name, value in figures.items()}
 

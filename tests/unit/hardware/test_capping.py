@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,15 +11,29 @@ import torch
 
 from pixtune.errors import PlanError
 from pixtune.hardware import capping
-from pixtune.hardware.capping import LOADED_LATER_BYTES, allocator_share, cap_device_memory, own_gpu, used_before_cuda
+from pixtune.hardware.capping import (
+    LARGEST_CONTEXT_BYTES,
+    LOADED_LATER_BYTES,
+    BeforeCuda,
+    allocator_share,
+    cap_device_memory,
+    outside_allocator_bytes,
+    own_gpu,
+    read_before_cuda,
+)
 from pixtune.hardware.facts import GIB
 
 MIB = 2**20
+APPS = "--query-compute-apps=pid,used_memory"
 
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """An 80 GiB card: 500 MiB of others, 600 MiB of context, 100 MiB in the allocator. Returns the fractions set."""
+    """An 80 GiB card: 500 MiB of others, 600 MiB of context, 100 MiB in the allocator. Returns the fractions set.
+
+    nvidia-smi reports no processes.
+    """
+    monkeypatch.setattr(capping, "query_processes", lambda gpu: None)
     fractions: list[float] = []
     used = (500 + 600 + 100) * MIB
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: None)
@@ -29,10 +45,53 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return fractions
 
 
+def before(used_mib: int, *processes: int) -> BeforeCuda:
+    return BeforeCuda("0", used_mib * MIB, frozenset(processes))
+
+
 def test_the_context_counts(gpu: list[float]) -> None:
-    allocator_bytes = cap_device_memory(23.3, used_before_bytes=500 * MIB)
+    allocator_bytes = cap_device_memory(23.3, before(500))
     assert allocator_bytes + 600 * MIB + LOADED_LATER_BYTES == round(23.3 * GIB)
     assert gpu == [pytest.approx(allocator_bytes / (80 * GIB))]
+
+
+OTHER = 1
+"""Number of a process that is not this one."""
+
+
+@pytest.mark.usefixtures("gpu")
+def test_what_others_take_meanwhile_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others grew by 400 MiB since the first reading, so that the difference is 1000 MiB; this process holds 700."""
+    listed = [(OTHER, 500 * MIB), (os.getpid(), 700 * MIB), (OTHER + 1, 400 * MIB)]
+    monkeypatch.setattr(capping, "query_processes", lambda gpu: listed)
+    assert outside_allocator_bytes(before(100, OTHER)) == 600 * MIB
+    assert cap_device_memory(23.3, before(100, OTHER)) == round(23.3 * GIB) - 600 * MIB - LOADED_LATER_BYTES
+
+
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize(
+    ("listed", "earlier"),
+    [
+        (None, ()),  # no nvidia-smi any more
+        ([], ()),  # a container, whose processes it does not list
+        ([(OTHER, 700 * MIB)], ()),  # or lists by the host's numbers
+        ([(os.getpid(), 700 * MIB)], (os.getpid(),)),  # another container's process has our number
+        ([(os.getpid(), 90 * MIB)], ()),  # less than the allocator alone holds
+        ([(os.getpid(), 400 * MIB), (os.getpid(), 300 * MIB)], ()),  # two slices of one GPU
+    ],
+)
+def test_a_process_that_is_not_listed_beyond_doubt_is_the_difference(
+    monkeypatch: pytest.MonkeyPatch, listed: list[tuple[int, int]] | None, earlier: tuple[int, ...]
+) -> None:
+    monkeypatch.setattr(capping, "query_processes", lambda gpu: listed)
+    assert outside_allocator_bytes(before(500, *earlier)) == 600 * MIB
+    assert cap_device_memory(23.3, before(500, *earlier)) == round(23.3 * GIB) - 600 * MIB - LOADED_LATER_BYTES
+
+
+@pytest.mark.usefixtures("gpu")
+def test_a_difference_that_is_no_context_is_not_believed() -> None:
+    """Three other runs made their contexts at the same time."""
+    assert cap_device_memory(23.3, before(0)) == round(23.3 * GIB) - LARGEST_CONTEXT_BYTES - LOADED_LATER_BYTES
 
 
 @pytest.mark.usefixtures("gpu")
@@ -77,24 +136,27 @@ def script(folder: Path, text: str) -> None:
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("echo 431", 431 * MIB),
-        ('[ "$1" = --id=GPU-5a ] && echo 431', 431 * MIB),  # it is asked about this GPU alone
+        ("echo 431", before(431)),  # and no list that can be read
+        ('[ "$1" = --id=GPU-5a ] && echo 431', before(431)),  # it is asked about this GPU alone
+        (f"case $2 in {APPS}) printf '17, 400\\n9, [N/A]\\n';; *) echo 431;; esac", before(431, 17)),
+        (f"case $2 in {APPS}) exit 6;; *) echo 431;; esac", before(431)),
         ("echo '[N/A]'", None),  # a GB10
         ("echo 431; exit 9", None),
         ("echo 'No devices were found'", None),
     ],
 )
 def test_nvidia_smi_tells_what_others_hold(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, text: str, expected: int | None
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, text: str, expected: BeforeCuda | None
 ) -> None:
     script(tmp_path, text)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-    assert used_before_cuda("GPU-5a") == expected
+    found = read_before_cuda("GPU-5a")
+    assert (found and replace(found, gpu="0")) == expected
 
 
 def test_without_nvidia_smi_nobody_tells(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert used_before_cuda("0") is None
+    assert read_before_cuda("0") is None
 
 
 @pytest.mark.gpu
@@ -105,15 +167,15 @@ def test_beyond_the_cap_torch_refuses_and_the_process_stays_within_it() -> None:
     code = """
 import os
 import torch
-from pixtune.hardware.capping import cap_device_memory, outside_allocator_bytes, own_gpu, used_before_cuda
-before = used_before_cuda(own_gpu(os.environ))
+from pixtune.hardware.capping import cap_device_memory, outside_allocator_bytes, own_gpu, read_before_cuda
+before = read_before_cuda(own_gpu(os.environ))
 cap_device_memory(4.0, before)
 kept = []
 try:
     while True:
         kept.append(torch.empty(64 * 2**20, dtype=torch.uint8, device="cuda"))
 except torch.OutOfMemoryError:
-    outside = outside_allocator_bytes(before or 0)
+    outside = outside_allocator_bytes(before)
     print(before is not None, (torch.cuda.memory_reserved() + outside) / 2**30, outside / 2**30)
 """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
