@@ -12,11 +12,13 @@ import statistics
 import subprocess
 import tempfile
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from cells import check_model, failed_line, markdown_header, markdown_line, read_arguments, run_cells
-from full_size import measure, prepare
+from full_size import MANY_SHAPES, measure, prepare
 
 from pixtune.bench.result import Result
 from pixtune.plan.training import with_todays_names
@@ -66,7 +68,7 @@ def run_cell(cell: Cell) -> Result:
     """Runs a cell; one that fails leaves the reason."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        prepare(folder, cell.model, cell.size, shapes=cell.shapes)
+        prepare(folder, cell.model, cell.size, shapes=MANY_SHAPES if cell.shapes else ())
         overrides = (f"gpu_memory_limit_gib={cell.limit_gib:g}", *cell.overrides)
         began = time.perf_counter()
         try:
@@ -80,11 +82,12 @@ def run_cell(cell: Cell) -> Result:
         return result | {"limit_gib": cell.limit_gib, "wall_seconds": round(time.perf_counter() - began, 1)}
 
 
-def row(result: Result) -> str:
-    """Formats a line of the table."""
-    if "failed" in result:
-        return failed_line([result["model"], f"{result['limit_gib']:g}"], result, len(COLUMNS))
-    plan, memory = with_todays_names(result["plan"]), result["memory"][0]
+def describe_plan(plan: Mapping[str, Any]) -> str:
+    """Describes how a plan holds a run in memory.
+
+    Args:
+        plan: a stored plan, with today's names.
+    """
     ways = [plan["weights_format"]]
     ways += [f"modulation {plan['modulation_rows']} ahead"] if plan["modulation_rows"] else []
     ways += ["cheap recomputed"] if plan["selective"] else []
@@ -93,6 +96,14 @@ def row(result: Result) -> str:
     ways += [f"q, k, v of {again} blocks recomputed"] if again else []
     ways += ["inputs offloaded"] if plan["offload_inputs"] else []
     ways += [f"{plan['streamed_blocks']} streamed"] if plan["streamed_blocks"] else []
+    return ", ".join(ways)
+
+
+def row(result: Result) -> str:
+    """Formats a line of the table."""
+    if "failed" in result:
+        return failed_line([result["model"], f"{result['limit_gib']:g}"], result, len(COLUMNS))
+    ways, memory = [describe_plan(with_todays_names(result["plan"]))], result["memory"][0]
     more = [text for text in result["overrides"] if not text.startswith("gpu_memory_limit_gib")]
     more += [f"{result['size_pixels']} pixels"] if result["size_pixels"] != 1024 else []
     more += ["20 shapes"] if result.get("shapes") else []

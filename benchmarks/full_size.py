@@ -40,29 +40,30 @@ from pixtune.tracking.metrics import read_metrics
 
 NUM_PICTURES = 4
 """Pictures to train on."""
-RATIOS, NUM_WORDS = (1.0, 9 / 7, 7 / 9, 16 / 9), (5, 30, 55, 80, 105)
-"""Aspect ratios of pictures in several shapes, and words of their captions: 20 shapes together."""
+MANY_SHAPES = tuple(itertools.product((1.0, 9 / 7, 7 / 9, 16 / 9), (5, 30, 55, 80, 105)))
+"""Aspect ratios of pictures in several shapes, and words of their captions."""
 WARM_UP_STEPS = 3
 
 
-def prepare(folder: Path, model_name: str, size: int, num_held_out: int = 0, shapes: bool = False) -> None:
+def prepare(
+    folder: Path, model_name: str, size: int, num_held_out: int = 0, shapes: Sequence[tuple[float, int]] = ()
+) -> None:
     """Writes model folder and pictures of a benchmark. They are equal each time, so a resumed run knows its pictures.
 
     Args:
-        shapes: whether pictures have `RATIOS`, each with captions of `NUM_WORDS`, instead of one size and one length.
+        shapes: aspect ratio and words of its caption for each picture, instead of one size and one length.
     """
     model = ARCHITECTURES[model_name]
     write_model_folder(folder / "model", model)
-    num_pictures = len(RATIOS) * len(NUM_WORDS) if shapes else NUM_PICTURES
+    num_pictures = len(shapes) or NUM_PICTURES
     write_pictures(
         folder / "pictures", size, num_pictures + num_held_out, model.num_controls, num_words=model.num_text_tokens
     )
-    if shapes:
-        for number, (ratio, words) in enumerate(itertools.product(RATIOS, NUM_WORDS)):
-            path = folder / "pictures" / "images" / f"{number}.png"
-            with Image.open(path) as picture:
-                picture.resize((round(size * ratio**0.5), round(size / ratio**0.5))).save(path)
-            path.with_suffix(".txt").write_text(" ".join(["noise"] * words))
+    for number, (ratio, words) in enumerate(shapes):
+        path = folder / "pictures" / "images" / f"{number}.png"
+        with Image.open(path) as picture:
+            picture.resize((round(size * ratio**0.5), round(size / ratio**0.5))).save(path)
+        path.with_suffix(".txt").write_text(" ".join(["noise"] * words))
 
 
 def measure(
@@ -83,28 +84,50 @@ def measure(
     Raises:
         subprocess.CalledProcessError: the run failed; its output went to stderr.
     """
-    config = folder / f"{output.name}.yaml"
     pictures, model = folder / "pictures", ARCHITECTURES[model_name]
     # A share of one folder, since a resumed run may find its pictures elsewhere, but not its held-out folder.
     held_out = num_held_out / len(list((pictures / "images").glob("*.png")))
+    values = {
+        "data_config.img_dir": pictures / "images",
+        "data_config.img_size": size,
+        "data_config.max_text_tokens": model.num_text_tokens,
+        "validation.held_out": held_out,
+        **({"data_config.control_dir": pictures / "control_0"} if model.num_controls else {}),
+    }
+    command = training_command(
+        folder, output, steps, [*(f"{key}={value}" for key, value in values.items()), *overrides]
+    )
+    subprocess.run(command, check=True, stdout=sys.stderr)
+    return {
+        "model": model_name,
+        "overrides": list(overrides),
+        "size_pixels": size,
+        **read_run(output),
+    }
+
+
+def training_command(folder: Path, output: Path, steps: int, words: Sequence[str]) -> list[str]:
+    """Writes the config of a run with random weights, and returns the command that trains it.
+
+    Args:
+        folder: folder with the model's folder; gets the config.
+        words: `key=value` of the config, further ones.
+    """
+    config = folder / f"{output.name}.yaml"
     config.write_text(
         f"pretrained_model_name_or_path: {folder / 'model'}\noutput_dir: {output}\nrandom_weights: true\n"
-        f"max_train_steps: {steps}\nlogging_steps: 1\n"
-        f"data_config:\n  img_dir: {pictures / 'images'}\n  img_size: {size}\n"
-        f"  max_text_tokens: {model.num_text_tokens}\n"
-        + (f"  control_dir: {pictures / 'control_0'}\n" if model.num_controls else "")
-        + f"validation:\n  held_out: {held_out}\n"
+        f"max_train_steps: {steps}\nlogging_steps: 1\ndata_config: {{}}\n"
     )
-    command = [sys.executable, "-m", "pixtune.cli", "train", "--config", str(config), *overrides]
-    subprocess.run(command, check=True, stdout=sys.stderr)
+    return [sys.executable, "-m", "pixtune.cli", "train", "--config", str(config), *words]
+
+
+def read_run(output: Path) -> Result:
+    """Reads what a run wrote about itself."""
     lines = read_metrics(output / "metrics.jsonl")
     taken = [line for line in lines if line["kind"] == "step"]
     newest = max(output.glob("checkpoint-*/state.json"), key=lambda path: int(path.parent.name.split("-")[1]))
     return {
         "benchmark": "full_size",
-        "model": model_name,
-        "overrides": list(overrides),
-        "size_pixels": size,
         "seconds_per_step_median": statistics.median(line["seconds"] for line in taken[WARM_UP_STEPS:]),
         "seconds_per_step_all": [line["seconds"] for line in taken],
         "peak_memory_gib": max(line["peak_memory_gib"] for line in taken),

@@ -64,10 +64,32 @@ def plan_on_this_machine(
         shape = Shape(num_tokens, *heads, demands.compute_format, config.deterministic)
         findings = try_attention(shape, kernels_to_try(read_facts(device, fraction), config, flash_3_obstacle))
     facts, can_compile = read_facts(device, fraction), obstacle is None
+    return plan_for_captions(
+        lambda footprint: plan_training(
+            facts, footprint, config, findings, can_compile, num_processes, flash_3_obstacle, captions
+        ),
+        config, family, folder, count_tokens, captions,
+    )  # fmt: skip
+
+
+def plan_for_captions(
+    plan_for: Callable[[Footprint], TrainingPlan],
+    config: TrainConfig,
+    family: ModelFamily,
+    folder: ModelFolder,
+    count_tokens: Callable[[int], int],
+    captions: Captions | None,
+) -> TrainingPlan:
+    """Plans with the footprint of captions as the plan pads them.
+
+    Args:
+        plan_for: plans a run of a footprint.
+        count_tokens, captions: see `plan_on_this_machine`.
+    """
+    multiple = least_multiple(config, captions)
     while True:
         counted = count_tokens(multiple)
-        footprint = footprint_of(config, family, folder, counted)
-        plan = plan_training(facts, footprint, config, findings, can_compile, num_processes, flash_3_obstacle, captions)
+        plan = plan_for(footprint_of(config, family, folder, counted))
         if count_tokens(plan.text_multiple) <= counted:
             return plan
         multiple = plan.text_multiple  # longer captions than memory was counted for, which may leave fewer captures

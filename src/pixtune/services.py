@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
 from types import TracebackType
 from typing import Any, Self
 
@@ -193,7 +194,8 @@ class Services:
                 f"memory: {memory['measured_peak_gib']:.1f} GiB at the peak, {memory['expected_peak_gib']:.1f} expected"
             )
         if self.is_main:
-            self.log.write("memory", step, stages=self.run.memory.rows(), **memory)
+            captures = {"planned": self.run.plan.captures, **asdict(self.run.forward_backward.history)}
+            self.log.write("memory", step, stages=self.run.memory.rows(), captures=captures, **memory)
 
     # ---- the services
 

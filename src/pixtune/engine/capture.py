@@ -17,7 +17,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Generic, Protocol, Self, TypeVar
 
 import torch
@@ -62,6 +62,18 @@ class CapturedPass(Generic[InputsT]):
     replay: Replay
 
 
+@dataclass(frozen=True)
+class CaptureHistory:
+    """History of a pass's captures, for the run's record."""
+
+    made: int = 0
+    """Number of captures that succeeded, those counted that were given back."""
+    savings: tuple[str, ...] = ()
+    """Savings that were made where a capture ran out of memory, in words."""
+    stopped: str | None = None
+    """Reason why passes are launched kernel by kernel; None: they are not, or nothing was to be captured."""
+
+
 class ReplayedPass(Generic[InputsT]):
     """A pass that is captured for each shape once it has run plainly, and replayed from then on.
 
@@ -98,6 +110,12 @@ class ReplayedPass(Generic[InputsT]):
         self._plain_bytes = 0
         """Peak of what the allocator held for plain passes."""
         self._gave_up = False
+        self._history = CaptureHistory()
+
+    @property
+    def history(self) -> CaptureHistory:
+        """History of captures so far."""
+        return self._history
 
     def __call__(self, inputs: InputsT) -> Tensor:
         if self._capture is None:
@@ -141,6 +159,7 @@ class ReplayedPass(Generic[InputsT]):
                 self._stop_capturing(f"they could not be captured ({obstacle})")
             else:
                 log.info("a captured step needs more memory than there is: %s", saving)
+                self._history = replace(self._history, savings=(*self._history.savings, saving))
                 self.release()
             return False
         if self._gradients_there() != with_gradient:
@@ -149,6 +168,7 @@ class ReplayedPass(Generic[InputsT]):
                 "them. This is a bug in pixtune; cuda_graphs=false avoids it."
             )
         self._captures[shapes] = CapturedPass(standing, replay)
+        self._history = replace(self._history, made=self._history.made + 1)
         return True
 
     def _make_room_for_a_plain_pass(self) -> None:
@@ -161,6 +181,7 @@ class ReplayedPass(Generic[InputsT]):
 
     def _stop_capturing(self, why: str) -> None:
         log.warning("steps are launched kernel by kernel: %s", why)
+        self._history = replace(self._history, stopped=why)
         self._capture = None
         self.release()
 

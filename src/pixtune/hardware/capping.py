@@ -49,7 +49,7 @@ class BeforeCuda:
     """A GPU before CUDA starts in this process."""
 
     gpu: str
-    """As `own_gpu` returns it."""
+    """Number or UUID, as `own_gpu` returns it."""
     used_bytes: int
     """Bytes that others hold."""
     processes: frozenset[int]

@@ -8,7 +8,8 @@ Lines have `kind` and `step`; figures carry their unit in the name. The kinds:
     "throttling") and the warning that was printed.
 "validation": held-out loss, and its four quarters by sigma.
 "sample": path of a generated picture, with its prompt, seed and controls.
-"memory": once, at the end of a run: the memory of each stage, and on a GPU the plan's estimate beside it.
+"memory": once, at the end of a run: the memory of each stage, on a GPU the plan's estimate beside it, and how many
+    captures were planned and made, what was saved for them, and why they were given up, if they were.
 """
 
 from __future__ import annotations

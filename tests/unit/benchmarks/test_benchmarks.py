@@ -299,7 +299,7 @@ def test_a_cell_of_many_shapes_has_pictures_and_captions_in_many(tmp_path: Path)
     cell = card_sizes.parse_cell("qwen-image,23.3,rank=8,--shapes")
     assert cell.shapes and cell.overrides == ("rank=8",) and "shapes" in cell.name
     assert not card_sizes.parse_cell("qwen-image,23.3").shapes
-    full_size.prepare(tmp_path, "qwen-image", 64, shapes=True)
+    full_size.prepare(tmp_path, "qwen-image", 64, shapes=full_size.MANY_SHAPES)
     images = sorted((tmp_path / "pictures" / "images").glob("*.png"))
     shapes = {(Image.open(image).size, len(image.with_suffix(".txt").read_text().split())) for image in images}
     assert len(shapes) == len(images) == 20

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pixtune.engine.capture import PLAIN_CALLS, Replay, ReplayedPass
+from pixtune.engine.capture import PLAIN_CALLS, CaptureHistory, Replay, ReplayedPass
 
 
 @dataclass(frozen=True)
@@ -206,6 +206,7 @@ def test_a_capture_that_lacks_memory_is_tried_again_with_less_kept(caplog: pytes
     assert happened == ["plain"] * PLAIN_CALLS + tries + ["capture", "plain", "plain"], "captured, then replayed once"
     assert fake.replayed == 1
     assert caplog.text.count("2 more of 60 blocks recomputed") == 2
+    assert replayed.history == CaptureHistory(made=1, savings=("2 more of 60 blocks recomputed",) * 2)
     assert "could not be captured" not in caplog.text
 
 
@@ -220,6 +221,8 @@ def test_where_nothing_is_left_to_be_dropped_steps_run_plainly(caplog: pytest.Lo
         for _ in range(PLAIN_CALLS + 4):
             replayed(Numbers(torch.ones(2)))
     assert caplog.text.count("could not be captured (CUDA out of memory)") == 1
+    why = "they could not be captured (CUDA out of memory)"
+    assert replayed.history == CaptureHistory(savings=("1 more of 1 blocks recomputed",), stopped=why)
 
 
 def test_a_parameter_that_gets_its_first_gradient_while_capturing_is_a_fault() -> None:
