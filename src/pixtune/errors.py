@@ -50,6 +50,14 @@ class CheckpointError(PixtuneError, ValueError):
     """A checkpoint cannot be resumed from: damaged, absent, or made by a different run."""
 
 
+class DamagedError(CheckpointError):
+    """A checkpoint is not what was written, or cannot be read; an earlier one may still serve."""
+
+
+class InUseError(PixtuneError, RuntimeError):
+    """Another run that is still alive writes to the same folder."""
+
+
 class PlanError(PixtuneError, RuntimeError):
     """The run does not fit the machine. The message says how much is missing and what would fit."""
 

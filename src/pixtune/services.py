@@ -32,13 +32,11 @@ from pixtune.storage.checkpoint import (
     OPTIMIZER_STEM,
     Checkpoint,
     checkpoint_path,
-    prune_checkpoints,
-    remove_unfinished,
-    save_checkpoint,
     sharded,
 )
+from pixtune.storage.course import Course
 from pixtune.storage.model_folder import ModelFolder
-from pixtune.storage.resume import RunIdentity, flatten, refuse_other_run
+from pixtune.storage.resume import flatten
 from pixtune.tracking.figures import StepFigures, watch_device
 from pixtune.tracking.metrics import FILE_NAME, MetricsLog
 from pixtune.trained import optim
@@ -50,8 +48,8 @@ SAMPLES_FOLDER = "samples"
 class Services:
     """The services of one session of a run. Only the first process writes; others keep pace."""
 
-    def __init__(self, run: Run, folder: ModelFolder, data: PreparedData, start_step: int) -> None:
-        self.run, self.folder, self.data, self.start_step = run, folder, data, start_step
+    def __init__(self, run: Run, folder: ModelFolder, data: PreparedData, start_step: int, course: Course) -> None:
+        self.run, self.folder, self.data, self.start_step, self.course = run, folder, data, start_step, course
         self.config, self.output_dir = run.config, run.config.output_dir
         self.is_main = run.accelerator.is_main_process
         self.console = Console(quiet=not self.is_main)
@@ -77,8 +75,13 @@ class Services:
     def __enter__(self) -> Self:
         config, log = self.config, None
         if self.is_main:
-            remove_unfinished(self.output_dir)
-            log = self.log = MetricsLog(self.output_dir / FILE_NAME, self.start_step)
+            course = self.course
+            for sentence in course.begin(config.checkpoints_total_limit, self.start_step < self.run.num_steps):
+                self._print(sentence)
+            path = self.output_dir / FILE_NAME
+            log = self.log = MetricsLog(path, self.start_step, course.resumed, course.given_up)
+            if log.left_out:
+                self._print(f"warning: {log.left_out}")
             self._stack.callback(log.close)
             self._losses = {
                 line["step"]: ValidationLoss(line["loss"], tuple(line["quarters"]))
@@ -106,19 +109,16 @@ class Services:
         """Puts a checkpoint's weights and optimizer state into the run.
 
         Raises:
-            CheckpointError: the checkpoint is of a run with other settings, or of another model.
+            CheckpointError: the checkpoint is of another model.
         """
         run = self.run
-        refuse_other_run(checkpoint, self._identity())
         try:
             run.trained.load(checkpoint.tensors, checkpoint.record["optimizer_plain"])
         except KeyError as error:
             raise CheckpointError(f"{checkpoint.path} does not fit this model: {error.args[0]}") from error
         self._print(f"resuming after step {checkpoint.step} from {checkpoint.path}")
-
-    def _identity(self) -> RunIdentity:
-        run = self.run
-        return RunIdentity(to_dict(run.config), self.data.fingerprint, run.accelerator.num_processes, run.num_steps)
+        for change in self.course.changes:
+            self._print(f"changed by resume_with_changes_in: {change}")
 
     # ---- around the steps
 
@@ -148,6 +148,7 @@ class Services:
         if step % config.logging_steps == 0 or validation_due or samples_due or save_due:
             self.figures.read_back()
         self.bar.advance(step)
+        self.course.at(step)
         if validation_due:
             self._validate(step)
         if samples_due:
@@ -206,6 +207,8 @@ class Services:
         self._print(self.run.trained.summary())
         for reason in self.run.plan.reasons:
             self._print(f"plan: {reason}")
+        if warning := optim.check_schedule(self.config, self.run.num_steps):
+            self._print(f"warning: {warning}")
 
     @contextmanager
     def _aside(self, stage: str) -> Iterator[None]:
@@ -267,19 +270,18 @@ class Services:
         with self.run.memory.aside("checkpoint"):
             self.log.sync()
             state, plain = optim.optimizer_state(self.run.trained.optimizer, self.run.trained.parameters)
-            save_checkpoint(
-                self.output_dir,
+            self.course.save(
                 step,
                 {**self.run.trained.checkpoint_files(step), **sharded(OPTIMIZER_STEM, state)},
                 {
-                    **self._identity().to_dict(),
                     "plan": self.run.reliefs.plan.to_dict(),
                     "encoders": self.data.encoders.to_dict(),
                     "versions": package_versions(),
                     "optimizer_plain": plain,
                 },
             )
-            prune_checkpoints(self.output_dir, self.config.checkpoints_total_limit)
+            for warning in self.course.prune(self.config.checkpoints_total_limit):
+                self._print(f"warning: {warning}")
 
 
 def tracker_values(config: Mapping[str, Any]) -> dict[str, str | int | float | bool]:

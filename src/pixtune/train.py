@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import partial
 from itertools import chain, islice, tee
 from typing import TypeVar
 
 import torch
 from accelerate import Accelerator, PartialState
+from rich.console import Console
 from torch import Tensor, nn
 
+from pixtune.config import to_dict
 from pixtune.config.schema import TrainConfig
 from pixtune.data.batches import Batch, BatchOrder, BatchSource, observed, read_ahead, timed
 from pixtune.data.prepare import prepare_data
@@ -47,13 +50,18 @@ from pixtune.plan.training import TrainingPlan, with_todays_names
 from pixtune.planning import Leaner, leaner_config, leaner_than, plan_on_this_machine
 from pixtune.run import AroundSteps, Run, TrainResult
 from pixtune.services import Services
-from pixtune.storage.checkpoint import Checkpoint, checkpoint_path, load_checkpoint, read_decision, resolve_resume
+from pixtune.storage.base_reference import steps_fingerprint
+from pixtune.storage.checkpoint import Checkpoint, checkpoint_path, read_decision
+from pixtune.storage.course import Course
 from pixtune.storage.grouping import group_neighbours
 from pixtune.storage.model_folder import ModelFolder, open_model_folder
+from pixtune.storage.output_lock import OutputLock
+from pixtune.storage.resume import RunIdentity
 from pixtune.tracking.memory import RunMemory
 from pixtune.trained import optim
 from pixtune.trained.base import Base
 from pixtune.trained.methods import METHODS, TrainedWeights
+from pixtune.trained.resume_point import check_run, decide_once, find_resume_point
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -70,9 +78,14 @@ def train(config: TrainConfig) -> TrainResult:
     Raises:
         PixtuneError: a problem that a user can fix; nothing is lost, and the message says what to do.
     """
+    with OutputLock(config.output_dir) as lock:
+        return _train(config, lock)
+
+
+def _train(config: TrainConfig, lock: OutputLock) -> TrainResult:
     leaner: Leaner | None = None
     while True:
-        run, services = set_up(config, leaner)
+        run, services = set_up(config, leaner, lock)
         try:
             return run_steps(run, services)
         except MemoryShortage as shortage:
@@ -208,7 +221,7 @@ def average_across_processes(accelerator: Accelerator, tensors: list[Tensor]) ->
 # ---- what a run is assembled from
 
 
-def set_up(config: TrainConfig, leaner: Leaner | None) -> tuple[Run, Services]:
+def set_up(config: TrainConfig, leaner: Leaner | None, lock: OutputLock) -> tuple[Run, Services]:
     """Assembles a run; where another program takes memory meanwhile, once more, by a plan for what is free then.
 
     Raises:
@@ -216,7 +229,7 @@ def set_up(config: TrainConfig, leaner: Leaner | None) -> tuple[Run, Services]:
     """
     for is_last in (False, True):
         try:
-            return assemble(config, leaner)
+            return assemble(config, leaner, lock)
         except RuntimeError as error:
             if not lacks_memory(error) or PartialState().num_processes > 1:
                 raise
@@ -228,27 +241,37 @@ def set_up(config: TrainConfig, leaner: Leaner | None) -> tuple[Run, Services]:
     raise MemoryShortage("setting the run up", obstacle)
 
 
-def assemble(config: TrainConfig, leaner: Leaner | None = None) -> tuple[Run, Services]:
+def assemble(config: TrainConfig, leaner: Leaner | None = None, lock: OutputLock | None = None) -> tuple[Run, Services]:
     """Does everything up to the first step, in its one order.
 
-    The device is prepared, the data encoded, the plan made, the base loaded, the trained weights attached and, where a
-    run is resumed, restored.
+    The device is prepared, the output folder locked, the data encoded, the plan made, the base loaded, the trained
+    weights attached and, where a run is resumed, restored.
 
     Args:
         leaner: the run is planned so, and not as its checkpoint says.
+        lock: to be acquired on the output folder; None where no other run can know of it.
     """
     check_torch()
     memory = RunMemory(config)
     accelerator = start_accelerator(config)
     memory.start(accelerator.device)
+    show = Console(quiet=not accelerator.is_main_process, soft_wrap=True, markup=False, highlight=False).print
+    if lock is not None:
+        decide_once(accelerator, partial(lock.acquire, show))
     folder = open_model_folder(config.pretrained_model_name_or_path)
     family = family_of(folder)
-    resume_path = resolve_resume(config.output_dir, config.resume_from_checkpoint)
-    checkpoint = load_checkpoint(resume_path) if resume_path else None
+    checkpoint = find_resume_point(config, accelerator, show)
     start_step = checkpoint.step if checkpoint else 0
+    length = config.max_train_steps if config.num_train_epochs is None else None
+    identity = RunIdentity(to_dict(config), None, accelerator.num_processes, length, steps_fingerprint(folder))
+    check_run(config, checkpoint, identity)
 
     encoders = read_decision(EncoderPlan, checkpoint.record.get("encoders", {}), "encoders") if checkpoint else None
     data = prepare_data(config, family, folder, accelerator, memory.stages, encoders)
+    order = BatchOrder(data.buckets, config.batch_size * accelerator.num_processes, config.seed)
+    num_steps = planned_steps(config, order)
+    identity = replace(identity, data=data.fingerprint, num_steps=num_steps)
+    changes = check_run(config, checkpoint, identity)
     plan = decide_plan(config, family, folder, data, accelerator, checkpoint, leaner)
     optim.check_optimizer(plan.optimizer)
     apply_switches(plan)
@@ -260,8 +283,7 @@ def assemble(config: TrainConfig, leaner: Leaner | None = None) -> tuple[Run, Se
     apply_to_activations(base.module, family, plan, data.sizes_vary)
     memory.stages.record("transformer")
 
-    source = build_source(config, plan, data, accelerator)
-    num_steps = planned_steps(config, source.order)
+    source = build_source(config, plan, data, order, accelerator)
     passes, reliefs = build_pass(config, plan, base, trained)
     run = Run(
         config=config,
@@ -278,7 +300,7 @@ def assemble(config: TrainConfig, leaner: Leaner | None = None) -> tuple[Run, Se
         steps_ahead=build_steps_ahead(config, base, source, num_steps, accelerator.device),
         num_steps=num_steps,
     )
-    services = Services(run, folder, data, start_step)
+    services = Services(run, folder, data, start_step, Course(config.output_dir, identity, changes, checkpoint, lock))
     if checkpoint:
         services.restore(checkpoint)
     return run, services
@@ -315,10 +337,12 @@ def go_on_from(config: TrainConfig, services: Services) -> TrainConfig:
     return config.model_copy(update={"resume_from_checkpoint": str(newest)})
 
 
-def build_source(config: TrainConfig, plan: TrainingPlan, data: PreparedData, accelerator: Accelerator) -> BatchSource:
+def build_source(
+    config: TrainConfig, plan: TrainingPlan, data: PreparedData, order: BatchOrder, accelerator: Accelerator
+) -> BatchSource:
     """Builds the source of this process's batches."""
     return BatchSource(
-        BatchOrder(data.buckets, config.batch_size * accelerator.num_processes, config.seed),
+        order,
         data.reader,
         config.objective,
         config.data_config.caption_dropout_rate,

@@ -117,6 +117,9 @@ EFFECTS: dict[str, Effect] = {
     "checkpointing_steps": Effect("files", (500, 1)),
     "checkpoints_total_limit": Effect("files", (None, 1), {"checkpointing_steps": 1}),
     "resume_from_checkpoint": Effect("error", (None, "latest"), after_a_run=True),
+    "resume_with_changes_in": Effect(
+        "error", ([], ["seed"]), {"resume_from_checkpoint": "latest", "seed": 7}, after_a_run=True
+    ),
     "precompute_text_embeddings": Effect("printed", (True, False)),
     "precompute_image_embeddings": Effect("printed", (True, False)),
     "save_cache_on_disk": Effect("files", (True, False), FRESH_CACHE),

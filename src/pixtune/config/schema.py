@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -36,6 +37,21 @@ PathLists = Annotated[tuple[FilePaths, ...], Field(strict=False)]
 Integers = Annotated[tuple[int, ...], Field(strict=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
+
+
+def _changeable(names: tuple[str, ...]) -> tuple[str, ...]:
+    known = [*leaf_keys(), *KNOWN_BY_CONTENT]
+    for name in names:
+        if name not in known:
+            near = get_close_matches(name, known, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ValueError(f"must be names of config keys, or {', '.join(KNOWN_BY_CONTENT)}: {name!r} is none{hint}")
+    return names
+
+
+KNOWN_BY_CONTENT = ("data", "base_model", "num_processes")
+"""Names of what a run is recognized by besides the keys of its config."""
+ChangeableNames = Annotated[Words, AfterValidator(_changeable)]
 
 LR_SCHEDULERS = Literal[
     "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial", "piecewise_constant"
@@ -271,8 +287,11 @@ class TrainConfig(Section):
     checkpoints_total_limit: Count | None = None
     """Number of checkpoints to keep, the newest. Absent: all."""
     resume_from_checkpoint: str | None = None
-    """Checkpoint to resume from: its folder, or "latest" (the newest in `output_dir`; a new run where there is none).
-    Absent: a new run, refused where `output_dir` holds one."""
+    """Checkpoint to resume from: its folder, or "latest" (the newest in `output_dir` that is whole, by the order of
+    saving; a new run where there is none). Absent: a new run, refused where `output_dir` holds one."""
+    resume_with_changes_in: ChangeableNames = ()
+    """Names of what may differ from the run that is resumed, although its next steps are then another run's: keys of the
+    config, `data`, `base_model`, `num_processes`. The checkpoints record the changes. Empty: nothing may."""
 
     # ---- encoding and cache
     precompute_text_embeddings: bool = True

@@ -6,15 +6,19 @@ import hashlib
 import json
 import re
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path, PureWindowsPath
+from typing import Any
 
 from pixtune.errors import WeightsError
+from pixtune.storage.loading.entries import read_entries
 from pixtune.storage.model_folder import ModelFolder, weight_files
 from pixtune.storage.shipped import shipped_names
 
-SAMPLED_PLACES = 16
-"""Number of places at which each weight file is read."""
+SAMPLED_PLACES = 4
+"""Number of places at which each tensor is read."""
 SAMPLED_BYTES = 4096
 """Bytes that are read at each place."""
 PATH_ENTRY = re.compile(rb'(?P<key>"\w*(?:path|file|dir)"\s*:\s*)(?P<text>"(?:[^"\\]|\\.)*")')
@@ -53,26 +57,47 @@ def without_path(name_or_path: str) -> str:
 
 
 def sampled_fingerprint(folder: ModelFolder) -> str:
-    """Returns 16 hex digits that identify a base model's transformer, from less than a megabyte of its files.
+    """Returns 16 hex digits that identify a base model's transformer, from a few megabytes of its files.
 
-    They cover its config, and of each weight file its size, its first bytes and samples at evenly spaced places.
-    Models that were trained differently therefore differ in them, and copies of one model agree wherever they lie. They
-    are no checksum: a change between the sampled places goes unnoticed.
+    They cover its config, and of each tensor its name, format and shape, and its bytes at evenly spaced places (of a
+    small tensor all). Models that differ in any layer therefore differ in them, and copies of one model agree wherever
+    they lie and however their tensors are divided among files. They are no checksum: a change between the sampled
+    places goes unnoticed.
     """
-    config = {key: value for key, value in folder.component_config("transformer").items() if not key.startswith("_")}
-    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+    digest = hashlib.sha256(_without_origin(folder.component_config("transformer")))
     try:
-        files = weight_files(folder.path / "transformer")
+        tensors = read_entries(weight_files(folder.path / "transformer"))
     except WeightsError:  # runs with random weights need no files
-        files = []
-    for file in files:
-        size = file.stat().st_size
-        digest.update(f"\0{size}\0".encode())
+        tensors = []
+    samples: dict[str, bytes] = {}
+    for file, entries in groupby(tensors, key=lambda entry: entry.file):
         with file.open("rb") as stream:
-            for place in range(SAMPLED_PLACES):
-                stream.seek(place * size // SAMPLED_PLACES)
-                digest.update(stream.read(SAMPLED_BYTES))
+            for entry in entries:
+                of_tensor = hashlib.sha256(f"{entry.name}\0{entry.dtype}\0{entry.shape}\0".encode())
+                last = max(entry.num_bytes - SAMPLED_BYTES, 0)
+                for place in sorted({number * last // (SAMPLED_PLACES - 1) for number in range(SAMPLED_PLACES)}):
+                    stream.seek(entry.offset_bytes + place)
+                    of_tensor.update(stream.read(min(SAMPLED_BYTES, entry.num_bytes)))
+                samples[entry.name] = of_tensor.digest()
+    for _, sample in sorted(samples.items()):
+        digest.update(sample)
     return digest.hexdigest()[:16]
+
+
+def steps_fingerprint(folder: ModelFolder) -> str:
+    """Returns 16 hex digits that identify what a training step takes from a model folder, encodings aside.
+
+    That is the transformer, the kind of pipeline, and the scheduler's config, which shifts the noise levels.
+    """
+    digest = hashlib.sha256(f"{sampled_fingerprint(folder)} {folder.pipeline_class}".encode())
+    if "scheduler" in folder.components:
+        digest.update(_without_origin(folder.component_config("scheduler")))
+    return digest.hexdigest()[:16]
+
+
+def _without_origin(config: Mapping[str, Any]) -> bytes:
+    """Writes a component's config without the entries that say where and with which version it was saved."""
+    return json.dumps({key: value for key, value in config.items() if not key.startswith("_")}, sort_keys=True).encode()
 
 
 def copy_without_paths(source: str, target: str) -> None:

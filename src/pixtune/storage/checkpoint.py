@@ -1,9 +1,9 @@
 """Saves everything that a run needs to resume, so that a crash at any moment loses nothing.
 
 A checkpoint is a folder `checkpoint-000500` with the LoRA (itself a file that diffusers loads), the optimizer's state
-and `state.json`: step, config, plan, versions, the size and SHA-256 of the other files, and its own SHA-256. It is
-written under a temporary name, synced and renamed; older ones are deleted only after that. There is no pickle and no
-generator state: random draws are functions of the step (`randomness.py`).
+and `state.json`: step, lineage, config, plan, versions, the size and SHA-256 of the other files, and its own SHA-256.
+It is written under a temporary name, synced and renamed; older ones are deleted only after that (`course.py`). There is
+no pickle and no generator state: random draws are functions of the step (`randomness.py`).
 """
 
 from __future__ import annotations
@@ -15,17 +15,19 @@ import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from pixtune.errors import CheckpointError
+from pixtune.errors import CheckpointError, DamagedError
 from pixtune.storage.files import file_digest, sync_folder, write_atomically
 from pixtune.storage.grouping import group_neighbours
+from pixtune.storage.lineage import Lineage, Order, Saved, Session, SetBack, put_in_order, read_lineage
 from pixtune.storage.safetensors_writer import TensorFile, save_safetensors
 
 if TYPE_CHECKING:
@@ -43,6 +45,9 @@ SHARD_BYTES = 4 * 2**30
 NUM_THREADS = 4
 """Number of files written or read at a time. One thread hashes about as fast as one disk writes; some are faster."""
 NAME = re.compile(r"checkpoint-(\d+)")
+WRITING, REPLACED, DELETING = ".writing", ".replaced", ".deleting"
+"""Endings of a checkpoint's temporary names: unfinished; to be deleted once its successor stands; being deleted."""
+SET_BACK_FILE = "set_back.json"
 
 Argument = TypeVar("Argument")
 Result = TypeVar("Result")
@@ -58,6 +63,7 @@ class Checkpoint:
     record: dict[str, Any]
     """JSON values that `save_checkpoint` was given."""
     path: Path
+    lineage: Lineage
 
 
 def read_decision(kind: type[Decision], values: Mapping[str, Any], name: str) -> Decision:
@@ -103,31 +109,31 @@ def checkpoint_path(output_dir: Path, step: int) -> Path:
 
 
 def save_checkpoint(
-    output_dir: Path,
-    step: int,
-    files: CheckpointFiles,
-    record: Mapping[str, Any],
+    output_dir: Path, step: int, files: CheckpointFiles, record: Mapping[str, Any], lineage: Lineage | None = None
 ) -> Path:
-    """Writes a checkpoint and returns its folder.
+    """Writes a checkpoint and returns its folder. One of the same step is replaced.
 
     Args:
         record: everything else that resuming needs, as JSON values.
+        lineage: where it comes from.
 
     Raises:
         CheckpointError: it could not be written, for example because the disk is full. Nothing half-written stays and
             earlier checkpoints are untouched.
     """
     final = checkpoint_path(output_dir, step)
-    temporary = output_dir / f".{final.name}.writing"
+    temporary, replaced = (output_dir / f".{final.name}{ending}" for ending in (WRITING, REPLACED))
     try:
         remove_unfinished(output_dir)
         temporary.mkdir(parents=True)
         written = _write_files(temporary, files)
         state: dict[str, Any] = {"format": FORMAT, "step": step, "files": written, "record": record}
+        if lineage is not None:
+            state["lineage"] = lineage.to_dict()
         state["sha256"] = _state_digest(state)
         write_atomically(temporary / STATE_FILE, json.dumps(state, indent=1, sort_keys=True).encode())
         if final.exists():
-            shutil.rmtree(final)  # the same step saved again, for example by a run that was set back
+            final.replace(replaced)  # the same step saved again, for example by a run that was set back
         temporary.replace(final)
         sync_folder(output_dir)
     except OSError as error:
@@ -137,40 +143,89 @@ def save_checkpoint(
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)  # renamed already, unless something failed
+        _settle_replaced(replaced)
     return final
 
 
-def load_checkpoint(path: Path) -> Checkpoint:
+def load_checkpoint(path: Path, verified: bool = False) -> Checkpoint:
     """Reads a checkpoint and checks every file against its recorded size and hash.
 
+    Args:
+        verified: whether this process has just called `verify_checkpoint`, so that files need not be hashed again.
+
     Raises:
-        CheckpointError: it is no checkpoint, of another format, or damaged; names the file and what to resume from.
+        DamagedError: it is no checkpoint, or damaged; names the file and what to resume from.
+        CheckpointError: it is of another format.
     """
-    advice = _advice(path)
     try:
-        state = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path} is no checkpoint of pixtune: it has no {STATE_FILE}. {advice}") from error
-    except ValueError as error:
-        raise CheckpointError(f"{path / STATE_FILE} is damaged ({error}). {advice}") from error
+        state = read_state(path)
+        if not verified:
+            _check_files(path, state["files"])
+        tensors = {Path(name).stem: load_file(path / name) for name in state["files"]}
+    except DamagedError as error:
+        raise DamagedError(f"{error} {_advice(path)}") from error
+    except (OSError, SafetensorError) as error:
+        raise DamagedError(f"{path} cannot be read ({error}). {_advice(path)}") from error
+    return Checkpoint(state["step"], tensors, state["record"], path, _lineage_in(state, path))
+
+
+def verify_checkpoint(path: Path) -> None:
+    """Checks every file of a checkpoint against its recorded size and hash.
+
+    Raises:
+        DamagedError: names the file.
+        CheckpointError: it is of another format.
+    """
+    _check_files(path, read_state(path)["files"])
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """Reads a checkpoint's `state.json`, and checks it against its own hash.
+
+    Raises:
+        DamagedError: it is not what was written, or there is none.
+        CheckpointError: another version wrote it in another format.
+    """
+    file = path / STATE_FILE
+    try:
+        state = json.loads(file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError) as error:
+        kind = "is no folder" if path.is_file() else f"has no {STATE_FILE}"
+        raise DamagedError(f"{path} is no checkpoint of pixtune: it {kind}.") from error
+    except OSError as error:
+        raise DamagedError(f"{file} cannot be read ({error.strerror or error}).") from error
+    except (ValueError, RecursionError) as error:
+        raise DamagedError(f"{file} is damaged ({error}).") from error
     if isinstance(state, dict) and state.get("format", FORMAT) != FORMAT:
         raise CheckpointError(
             f"{path} has checkpoint format {state['format']}, this version reads {FORMAT}. "
             "Use the version that wrote it."
         )
     if not isinstance(state, dict) or state.pop("sha256", None) != _state_digest(state):
-        raise CheckpointError(f"{path / STATE_FILE} is damaged: its content is not what was written. {advice}")
+        raise DamagedError(f"{file} is damaged: its content is not what was written.")
+    return state
+
+
+def _check_files(path: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
+    """Compares files with their recorded sizes and hashes, several at a time."""
 
     def check(name: str) -> None:
-        file, expected = path / name, state["files"][name]
-        if not file.is_file():
-            raise CheckpointError(f"{file} is missing. {advice}")
-        if file.stat().st_size != expected["bytes"] or file_digest(file) != expected["sha256"]:
-            raise CheckpointError(f"{file} is damaged: its content is not what was written. {advice}")
+        _check_size(path / name, files[name]["bytes"])
+        try:
+            intact = file_digest(path / name) == files[name]["sha256"]
+        except OSError as error:
+            raise DamagedError(f"{path / name} cannot be read ({error.strerror or error}).") from error
+        if not intact:
+            raise DamagedError(f"{path / name} is damaged: its content is not what was written.")
 
-    _in_threads(check, list(state["files"]))
-    tensors = {Path(name).stem: load_file(path / name) for name in state["files"]}
-    return Checkpoint(state["step"], tensors, state["record"], path)
+    _in_threads(check, list(files))
+
+
+def _check_size(file: Path, num_bytes: int) -> None:
+    if not file.is_file():
+        raise DamagedError(f"{file} is missing.")
+    if file.stat().st_size != num_bytes:
+        raise DamagedError(f"{file} is damaged: its content is not what was written.")
 
 
 def _write_files(folder: Path, files: CheckpointFiles) -> dict[str, dict[str, Any]]:
@@ -202,52 +257,110 @@ def _in_threads(work: Callable[[Argument], Result], arguments: Sequence[Argument
 
 
 def find_checkpoints(output_dir: Path) -> list[Path]:
-    """Lists the finished checkpoints, the lowest step first."""
+    """Lists everything that has the name of a finished checkpoint, the lowest step first."""
     if not output_dir.is_dir():
         return []
     found = [(int(match[1]), path) for path in output_dir.iterdir() if (match := NAME.fullmatch(path.name))]
     return [path for _, path in sorted(found)]
 
 
-def resolve_resume(output_dir: Path, resume_from: str | None) -> Path | None:
-    """Returns the checkpoint folder to resume from, or None to start anew.
+@dataclass(frozen=True)
+class FolderContent:
+    """The checkpoints of an output folder, by their states and the sizes of their files."""
 
-    Args:
-        resume_from: the config's `resume_from_checkpoint`: None, "latest", or a folder (also by its name alone).
+    saved: tuple[Saved, ...]
+    """Checkpoints that are whole, as far as that shows without reading all of their files."""
+    unusable: tuple[CheckpointError, ...]
+    """Reasons why the others cannot be used, the highest number first."""
+    set_back: SetBack | None
+    """The last time that the run was set back."""
+
+    @property
+    def order(self) -> Order:
+        return put_in_order(self.saved, self.set_back)
+
+
+def read_folder(output_dir: Path) -> FolderContent:
+    """Reads what checkpoints there are. Nothing is wrong about a folder without any, or one that is not there."""
+    saved, unusable = [], []
+    for path in reversed(find_checkpoints(output_dir)):
+        try:
+            saved.append(read_saved(path))
+        except CheckpointError as error:
+            unusable.append(error)
+    return FolderContent(tuple(saved), tuple(unusable), _read_set_back(output_dir))
+
+
+def read_saved(path: Path) -> Saved:
+    """Reads a checkpoint's step and lineage, and checks the sizes of its files.
 
     Raises:
-        CheckpointError: a named folder does not exist, or a new start would mix with an older run's checkpoints.
+        DamagedError: it is no checkpoint, or damaged.
+        CheckpointError: it is of another format.
     """
-    existing = find_checkpoints(output_dir)
-    if resume_from is None:
-        if existing:
-            raise CheckpointError(
-                f"{output_dir} already holds a run (up to {existing[-1].name}), which a new start would overwrite. "
-                "Pass resume_from_checkpoint=latest to resume it, or choose another output_dir, or delete it."
-            )
+    state = read_state(path)
+    for name, written in state["files"].items():
+        _check_size(path / name, written["bytes"])
+    return Saved(path, state["step"], _lineage_in(state, path))
+
+
+def _lineage_in(state: Mapping[str, Any], path: Path) -> Lineage:
+    try:
+        return read_lineage(state.get("lineage"), state["step"])
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{path} has a lineage of another form than this version's. Use the version that wrote it."
+        ) from error
+
+
+def _read_set_back(output_dir: Path) -> SetBack | None:
+    try:
+        values = json.loads((output_dir / SET_BACK_FILE).read_text(encoding="utf-8"))
+        sessions = tuple(Session(**session) for session in values["sessions"])
+        return SetBack(values["to"], sessions, int(values["after_serial"]))
+    except FileNotFoundError:
         return None
-    if resume_from == "latest":
-        return existing[-1] if existing else None
-    for path in (Path(resume_from).expanduser(), output_dir / resume_from):
-        if path.is_dir():
-            return path
-    names = ", ".join(path.name for path in existing) or "none"
-    raise CheckpointError(
-        f"resume_from_checkpoint: there is no folder {resume_from}. In {output_dir} there are: {names}."
-    )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        log.warning("%s cannot be read (%s): it is taken not to be there", output_dir / SET_BACK_FILE, error)
+        return None
 
 
-def prune_checkpoints(output_dir: Path, limit: int | None) -> None:
-    """Deletes the oldest finished checkpoints beyond `limit`. Must be called only after a newer one is complete."""
-    for path in find_checkpoints(output_dir)[: -limit or None] if limit else []:
-        shutil.rmtree(path)
+def write_set_back(output_dir: Path, set_back: SetBack) -> None:
+    """Notes in the output folder that the run was set back.
+
+    Raises:
+        WriteError: it could not be written.
+    """
+    write_atomically(output_dir / SET_BACK_FILE, json.dumps(asdict(set_back), indent=1).encode())
+
+
+def delete_checkpoint(path: Path) -> None:
+    """Deletes a finished checkpoint, such that a reader sees all of it or nothing.
+
+    Raises:
+        OSError: it could not be deleted.
+    """
+    doomed = path.with_name(f".{path.name}{DELETING}")
+    path.replace(doomed)
+    shutil.rmtree(doomed)
 
 
 def remove_unfinished(output_dir: Path) -> None:
-    """Deletes checkpoints that a killed process did not finish writing."""
-    for path in output_dir.glob(".checkpoint-*.writing"):
-        log.info("removing %s, left by an interrupted write", path)
-        shutil.rmtree(path)
+    """Clears away what a killed process left under temporary names. What it was about to replace gets its name back."""
+    for path in output_dir.glob(".checkpoint-*"):
+        if path.suffix in (WRITING, DELETING):
+            log.info("removing %s, left by an interrupted write", path)
+            shutil.rmtree(path)
+        elif path.suffix == REPLACED:
+            _settle_replaced(path)
+
+
+def _settle_replaced(replaced: Path) -> None:
+    """Deletes a checkpoint whose successor stands, and gives it its name back where there is none."""
+    final = replaced.with_name(replaced.name[1:].removesuffix(REPLACED))
+    if replaced.exists() and not final.exists():
+        replaced.replace(final)
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def _state_digest(state: Mapping[str, Any]) -> str:
@@ -256,7 +369,7 @@ def _state_digest(state: Mapping[str, Any]) -> str:
 
 
 def _advice(path: Path) -> str:
-    others = [other.name for other in find_checkpoints(path.parent) if other != path]
+    others = [other.path.name for other in read_folder(path.parent).order.all if other.path != path]
     if not others:
         return "There is no other checkpoint beside it: start anew in another output_dir."
-    return f"Resume from another: resume_from_checkpoint={others[-1]}."
+    return f"Resume from another: resume_from_checkpoint={others[0]}."

@@ -16,24 +16,68 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pixtune.errors import WriteError
 from pixtune.storage.files import write_atomically
 
 FILE_NAME = "metrics.jsonl"
 
 
+FIELDS: Mapping[str, Mapping[str, type | tuple[type, ...]]] = {
+    "validation": {"loss": (int, float), "quarters": list},
+    "sample": {"prompt": str, "seed": int, "path": str},
+    "first_step": {"first_step_seconds": (int, float), "compiled_graphs": int},
+    "drift": {"message": str},
+    "memory": {"stages": list},
+}
+"""Values that a line of each kind must have, beside `kind` and `step`, for its readers."""
+
+
 class MetricsLog:
     """Appends lines; a resumed run first drops those after its checkpoint, so that the log is that of one run."""
 
-    def __init__(self, path: Path, resume_step: int) -> None:
+    def __init__(self, path: Path, resume_step: int, resumed: str | None = None, given_up: str | None = None) -> None:
+        """Opens the log at `path`, from which a new run (`resume_step` 0) drops all lines.
+
+        Args:
+            resumed: name of the checkpoint that is resumed, whose log may have been set aside.
+            given_up: name of a checkpoint that the run is set back from; the log is set aside for it.
+
+        Raises:
+            WriteError: it cannot be read or written.
+        """
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.kept = [line for line in read_metrics(path) if line["step"] <= resume_step] if resume_step else []
-        """Lines of the run so far."""
-        write_atomically(path, "".join(json.dumps(line) + "\n" for line in self.kept).encode())
-        self._stream = path.open("a", encoding="utf-8")
+        try:
+            if given_up is not None and path.is_file():
+                shutil.copyfile(path, set_aside(path, given_up))
+            own = set_aside(path, resumed) if resumed is not None else path
+            lines, damaged = read_lines(own if own.is_file() else path) if resume_step else ([], [])
+            self.left_out = ""
+            """Sentence on lines that could not be read; empty where there are none."""
+            if damaged:
+                kept = set_aside(path, "damaged")
+                shutil.copyfile(path, kept)
+                numbers = ", ".join(map(str, damaged[:10])) + (" and more" if len(damaged) > 10 else "")
+                self.left_out = (
+                    f"{path} has {len(damaged)} damaged lines ({numbers}), which are left out; as it was, it is kept "
+                    f"as {kept.name}"
+                )
+            self.kept = [line for line in lines if line["step"] <= resume_step]
+            """Lines of the run so far."""
+            write_atomically(path, "".join(json.dumps(line) + "\n" for line in self.kept).encode())
+            self._stream = path.open("a", encoding="utf-8")
+        except WriteError:
+            raise
+        except OSError as error:
+            raise WriteError(
+                f"{path} cannot be read or written ({error.strerror or error}). Make it a file that this user may "
+                "write to, or move it away: only its figures would be missing."
+            ) from error
 
     def write(self, kind: str, step: int, **values: Any) -> None:
         self._stream.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
@@ -47,9 +91,43 @@ class MetricsLog:
         self._stream.close()
 
 
+def set_aside(path: Path, name: str) -> Path:
+    """Returns the path of a log that is kept beside the one in use."""
+    return path.with_name(f"{path.stem}.{name}{path.suffix}")
+
+
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Reads all complete lines; a last line cut off by a crash is left out."""
-    if not path.is_file():
-        return []
-    lines = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines[:-1]]  # after the last newline: empty, or cut off
+    """Reads all complete lines; damaged ones, and a last line cut off by a crash, are left out."""
+    return read_lines(path)[0] if path.is_file() else []
+
+
+def read_lines(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
+    """Reads all complete lines, and the numbers (1 for the first) of those that are damaged.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    if not path.exists():
+        return [], []
+    lines, damaged = [], []
+    for number, text in enumerate(path.read_bytes().split(b"\n")[:-1], 1):  # after the last newline: empty, or cut off
+        line = _parse(text)
+        if line is None:
+            damaged.append(number)
+        else:
+            lines.append(line)
+    return lines, damaged
+
+
+def _parse(text: bytes) -> dict[str, Any] | None:
+    """Reads a line; None where it is none of ours."""
+    try:
+        line = json.loads(text.decode())
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(line, dict) or not isinstance(line.get("kind"), str) or type(line.get("step")) is not int:
+        return None
+    fields = FIELDS.get(line["kind"], {})
+    right = all(isinstance(line.get(name), kind) for name, kind in fields.items())
+    right = right and all(isinstance(loss, int | float) for loss in line.get("quarters", ()))
+    return line if right else None

@@ -121,6 +121,12 @@ def build_optimizer(config: TrainConfig, name: str, parameters: Iterable[nn.Para
     )
 
 
+SCHEDULE_KEYS = (
+    "learning_rate", "lr_scheduler", "lr_warmup_steps", "lr_num_cycles", "lr_power", "lr_step_rules",
+)  # fmt: skip
+"""Keys of the config that `build_schedule` reads."""
+
+
 def build_schedule(config: TrainConfig, num_steps: int) -> Callable[[int], float]:
     """Builds the learning rate as a function of the step (0 for the first), by diffusers' `get_scheduler`.
 
@@ -142,6 +148,38 @@ def build_schedule(config: TrainConfig, num_steps: int) -> Callable[[int], float
     )
     factor = schedule.lr_lambdas[0]
     return lambda step: config.learning_rate * float(factor(step))
+
+
+def rate_in(config: TrainConfig, recorded: Mapping[str, Any], num_steps: int, step: int) -> float:
+    """Returns the learning rate of a step (0 for the first) by the schedule that a checkpoint's config describes.
+
+    Args:
+        recorded: that config, as `to_dict` gives it. Keys that it lacks have the values of `config`.
+    """
+    then = config.model_copy(update={key: recorded[key] for key in SCHEDULE_KEYS if key in recorded})
+    return build_schedule(then, num_steps)(step)
+
+
+def check_schedule(config: TrainConfig, num_steps: int) -> str | None:
+    """Compares a run's rates with the one that was asked for. Returns a warning, or None.
+
+    Raises:
+        ConfigError: the rate is 0 at every step, so that nothing would be learned.
+    """
+    rate_at = build_schedule(config, num_steps)
+    highest = max(map(rate_at, range(num_steps)))
+    keys = f"lr_scheduler {config.lr_scheduler}, lr_warmup_steps {config.lr_warmup_steps}"
+    if highest == 0:
+        raise ConfigError(
+            f"the learning rate is 0 at each of the run's {num_steps} steps",
+            [f"{keys}: nothing would be learned. Make the run longer, or the warm-up shorter."],
+        )
+    if config.lr_warmup_steps < num_steps:
+        return None
+    return (
+        f"the warm-up of {config.lr_warmup_steps} steps (lr_warmup_steps) is as long as the run of {num_steps}, or "
+        f"longer: its rate reaches {highest:.3g}, {highest / config.learning_rate:.0%} of learning_rate"
+    )
 
 
 def set_learning_rate(optimizer: OptimizerState, rate: float) -> None:

@@ -23,11 +23,10 @@ from pixtune.storage.checkpoint import (
     checkpoint_path,
     find_checkpoints,
     load_checkpoint,
-    prune_checkpoints,
     remove_unfinished,
-    resolve_resume,
     save_checkpoint,
 )
+from pixtune.storage.course import prune_checkpoints, resolve_resume
 from pixtune.storage.files import file_digest
 from pixtune.storage.safetensors_writer import TensorFile, save_safetensors
 
@@ -331,7 +330,7 @@ def test_what_a_killed_process_was_writing_is_removed_and_never_resumed_from(tmp
     (leftover / STATE_FILE).write_text("{")
     other = tmp_path / ".checkpoint-notes.txt"
     other.write_text("mine")
-    assert resolve_resume(tmp_path, "latest") == checkpoint_path(tmp_path, 1)
+    assert resolve_resume(tmp_path, "latest", print) == checkpoint_path(tmp_path, 1)
     remove_unfinished(tmp_path)
     assert not leftover.exists() and other.exists()
     assert_whole(checkpoint_path(tmp_path, 1), 1)
@@ -372,23 +371,23 @@ def test_only_checkpoints_are_found(tmp_path: Path) -> None:
 
 
 def test_latest_is_the_highest_step_or_a_new_start(tmp_path: Path) -> None:
-    assert resolve_resume(tmp_path / "new", "latest") is None
+    assert resolve_resume(tmp_path / "new", "latest", print) is None
     save(tmp_path, 9, 10, 8)
-    assert resolve_resume(tmp_path, "latest") == checkpoint_path(tmp_path, 10)
+    assert resolve_resume(tmp_path, "latest", print) == checkpoint_path(tmp_path, 10)
 
 
 def test_a_named_checkpoint_by_path_or_by_name(tmp_path: Path) -> None:
     path, _ = save(tmp_path, 9, 10)
-    assert resolve_resume(tmp_path, str(path)) == path
-    assert resolve_resume(tmp_path, "checkpoint-000009") == path
+    assert resolve_resume(tmp_path, str(path), print) == path
+    assert resolve_resume(tmp_path, "checkpoint-000009", print) == path
     with pytest.raises(CheckpointError, match=r"no folder checkpoint-000011.*checkpoint-000009, checkpoint-000010"):
-        resolve_resume(tmp_path, "checkpoint-000011")
+        resolve_resume(tmp_path, "checkpoint-000011", print)
     with pytest.raises(CheckpointError, match="there are: none"):
-        resolve_resume(tmp_path / "new", "checkpoint-000009")
+        resolve_resume(tmp_path / "new", "checkpoint-000009", print)
 
 
 def test_a_new_start_does_not_overwrite_an_older_run(tmp_path: Path) -> None:
-    assert resolve_resume(tmp_path, None) is None
+    assert resolve_resume(tmp_path, None, print) is None
     save(tmp_path, 5)
     with pytest.raises(CheckpointError, match=r"up to checkpoint-000005.*resume_from_checkpoint=latest"):
-        resolve_resume(tmp_path, None)
+        resolve_resume(tmp_path, None, print)

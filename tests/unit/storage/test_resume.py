@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -12,7 +13,16 @@ from pixtune.config import to_dict
 from pixtune.config.schema import LR_SCHEDULERS, TrainConfig
 from pixtune.errors import CheckpointError
 from pixtune.storage.checkpoint import Checkpoint
-from pixtune.storage.resume import LENGTH_FREE_SCHEDULES, RULES, RunIdentity, flatten, refuse_other_run
+from pixtune.storage.lineage import read_lineage
+from pixtune.storage.resume import (
+    FIXED,
+    LENGTH_FREE_SCHEDULES,
+    RATE_KEYS,
+    RULES,
+    RunIdentity,
+    flatten,
+    refuse_other_run,
+)
 from pixtune.trained.optim import build_schedule
 
 REQUIRED = {
@@ -33,7 +43,8 @@ def run(num_processes: int | None = 1, num_steps: int | None = 100, data: str = 
 
 def refusal(before: RunIdentity, now: RunIdentity, record: Mapping[str, Any] | None = None) -> str:
     """The message; empty where the checkpoint is accepted."""
-    checkpoint = Checkpoint(5, {}, dict(record or before.to_dict()), Path("run/checkpoint-000005"))
+    path = Path("run/checkpoint-000005")
+    checkpoint = Checkpoint(5, {}, dict(record or before.to_dict()), path, read_lineage(None, 5))
     try:
         refuse_other_run(checkpoint, now)
     except CheckpointError as error:
@@ -58,9 +69,10 @@ def test_a_key_that_the_checkpoints_version_did_not_know_had_its_defaults_effect
 def test_every_difference_is_named_with_both_values() -> None:
     message = refusal(run(seed=1), run(seed=2, learning_rate=0.5, objective={"shift": "none"}, data="other"))
     assert "run/checkpoint-000005" in message
-    assert "  - learning_rate: was 0.0001, is 0.5\n" in message and "  - seed: was 1, is 2\n" in message
+    assert "  - learning_rate: was 0.0001, is 0.5\n" in message and "  - seed: was 1, is 2 (all noise" in message
     assert "  - objective.shift: was 'model', is 'none'\n" in message and "the data set" in message
-    assert message.endswith("Set them back, or start anew in another output_dir.")
+    allowed = "resume_with_changes_in='[learning_rate, objective.shift, seed, data]'"
+    assert message.endswith(f"{allowed}.\nSet them back, or start anew in another output_dir.")
 
 
 def test_what_leaves_the_steps_alone_may_change() -> None:
@@ -149,4 +161,82 @@ def test_an_older_checkpoint_without_processes_is_accepted_and_its_batch_size_st
 
 
 def test_what_is_compared_is_what_a_checkpoint_records() -> None:
-    assert run().to_dict().keys() == {"config", "data", "num_processes", "num_steps"}
+    assert run().to_dict().keys() == {"config", "data", "num_processes", "num_steps", "base"}
+
+
+# ---- what is recognized by content, and what is known only later
+
+
+def with_base(base: str | None, **changes: Any) -> RunIdentity:
+    return replace(run(**changes), base=base)
+
+
+def test_another_base_model_is_refused_with_what_it_means_and_an_unrecorded_one_is_not() -> None:
+    assert refusal(with_base("a"), with_base("a", pretrained_model_name_or_path="moved")) == ""
+    message = refusal(with_base("a"), with_base("b"))
+    assert "  - base_model: another than the checkpoint's (the weights are others" in message
+    assert "resume_with_changes_in='[base_model]'" in message
+    older = {key: value for key, value in run().to_dict().items() if key != "base"}
+    assert refusal(run(), with_base("b"), older) == ""
+
+
+def test_what_is_not_known_yet_is_compared_when_it_is() -> None:
+    before = with_base("a", lr_scheduler="cosine", num_train_epochs=2, max_train_steps=None)
+    later = with_base("a", lr_scheduler="cosine", num_train_epochs=3, max_train_steps=None, data="other")
+    assert refusal(before, replace(later, data=None, num_steps=None)) == ""
+    message = refusal(before, replace(later, num_steps=150))
+    assert "num_train_epochs: was 2, is 3" in message and "  - data: " in message
+
+
+def test_fewer_steps_than_the_checkpoint_has_are_refused() -> None:
+    message = refusal(run(), run(num_steps=4, max_train_steps=4))
+    assert "run/checkpoint-000005 is of step 5, and the run is to have 4 steps" in message
+    assert "pixtune export run/checkpoint-000005" in message
+    assert refusal(run(), run(num_steps=5, max_train_steps=5)) == "", "nothing is left to train, and it is right"
+
+
+# ---- changes that a user asks for
+
+
+def changes_of(before: RunIdentity, now: RunIdentity) -> tuple[str, ...]:
+    checkpoint = Checkpoint(5, {}, before.to_dict(), Path("run/checkpoint-000005"), read_lineage(None, 5))
+    return refuse_other_run(checkpoint, now, lambda identity: identity.config["learning_rate"] / 10)
+
+
+def test_what_the_config_names_may_change_and_is_returned() -> None:
+    now = run(learning_rate=0.5, data="other", resume_with_changes_in=["learning_rate", "data", "rank"])
+    first, second, third = changes_of(run(), now)
+    assert first == "learning_rate: was 0.0001, is 0.5" and second.startswith("data: the data set is another")
+    assert third == "The learning rate of step 6 is 0.05 instead of 1e-05."
+    assert changes_of(now, now) == (), "of the next session, nothing has changed"
+
+
+def test_nothing_else_may_change_and_the_remedy_names_all() -> None:
+    message = refusal(run(), run(learning_rate=0.5, seed=1, resume_with_changes_in=["seed"]))
+    assert "  - learning_rate" in message and "  - seed" not in message
+    assert "resume_with_changes_in='[seed, learning_rate]'" in message
+
+
+@pytest.mark.parametrize(
+    "changes", [{"rank": 3}, {"quantize": True}, {"cuda_features": {"enable_fp8_training": True}}, {"method": "full"}]
+)
+def test_what_is_trained_and_the_plan_never_change(changes: dict[str, Any]) -> None:
+    (key,) = flatten(changes)
+    message = refusal(run(), run(**changes, resume_with_changes_in=[key]))
+    assert f"{key} cannot change." in message and "resume_with_changes_in" not in message
+
+
+def test_what_never_changes_are_keys_that_there_are() -> None:
+    keys = flatten(to_dict(config())).keys()
+    assert all(any(key == name or key.startswith(f"{name}.") for key in keys) for name in FIXED)
+    assert set(RATE_KEYS) <= keys
+
+
+@pytest.mark.parametrize("name", ["data", "base_model", "num_processes", "objective.shift"])
+def test_names_of_what_may_change(name: str) -> None:
+    assert config(resume_with_changes_in=[name]).resume_with_changes_in == (name,)
+
+
+def test_a_misspelt_name_of_what_may_change_is_a_problem() -> None:
+    with pytest.raises(ValueError, match="'learning_rat' is none; did you mean learning_rate"):
+        config(resume_with_changes_in=["learning_rat"])

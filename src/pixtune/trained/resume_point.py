@@ -1,0 +1,65 @@
+"""Finds the checkpoint that a run goes on from, and checks that it is the same run, before more of it is made."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+
+from pixtune.config.schema import TrainConfig
+from pixtune.errors import PixtuneError
+from pixtune.storage.checkpoint import Checkpoint, load_checkpoint
+from pixtune.storage.course import resolve_resume
+from pixtune.storage.resume import RunIdentity, refuse_other_run
+from pixtune.trained import optim
+
+Decision = TypeVar("Decision")
+
+
+def decide_once(accelerator: Accelerator, decide: Callable[[], Decision]) -> Decision:
+    """Lets the first process decide for all, where each on its own might see other files.
+
+    Args:
+        decide: returns what can be pickled. Is called in the first process alone.
+
+    Raises:
+        PixtuneError: the first process's, in all of them.
+    """
+    outcome: list[Any] = [None, None]
+    if accelerator.is_main_process:
+        try:
+            outcome[0] = decide()
+        except PixtuneError as error:
+            outcome[1] = error
+    decision, failure = broadcast_object_list(outcome)
+    if failure is not None:
+        raise failure
+    return cast(Decision, decision)
+
+
+def find_resume_point(config: TrainConfig, accelerator: Accelerator, show: Callable[[str], None]) -> Checkpoint | None:
+    """Reads the checkpoint to resume from, which the first process chooses for all; None for a new run."""
+    path = decide_once(accelerator, lambda: resolve_resume(config.output_dir, config.resume_from_checkpoint, show))
+    return load_checkpoint(path, verified=accelerator.is_main_process) if path else None
+
+
+def check_run(config: TrainConfig, checkpoint: Checkpoint | None, identity: RunIdentity) -> tuple[str, ...]:
+    """Checks that a run is the one that it resumes, and learns something, by what of it is known yet.
+
+    Returns:
+        Sentences on what differs from the run that is resumed, as the config allows.
+
+    Raises:
+        CheckpointError: it is another run.
+        ConfigError: nothing would be learned.
+    """
+    if identity.num_steps is not None:
+        optim.check_schedule(config, identity.num_steps)
+    if checkpoint is None:
+        return ()
+    step = checkpoint.step
+    return refuse_other_run(
+        checkpoint, identity, lambda run: optim.rate_in(config, run.config, run.num_steps or 1, step)
+    )
