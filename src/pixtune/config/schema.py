@@ -290,8 +290,8 @@ class TrainConfig(Section):
     """Checkpoint to resume from: its folder, or "latest" (the newest in `output_dir` that is whole, by the order of
     saving; a new run where there is none). Absent: a new run, refused where `output_dir` holds one."""
     resume_with_changes_in: ChangeableNames = ()
-    """Names of what may differ from the run that is resumed, although its next steps are then another run's: keys of the
-    config, `data`, `base_model`, `num_processes`. The checkpoints record the changes. Empty: nothing may."""
+    """Names of what may differ from the run that is resumed, although its next steps are then another run's: keys of
+    the config, `data`, `base_model`, `num_processes`. The checkpoints record the changes. Empty: nothing may."""
 
     # ---- encoding and cache
     precompute_text_embeddings: bool = True
