@@ -100,14 +100,26 @@ def random_transformer(
     """Builds a transformer of the given architecture (empty: the full-size default) with random weights, for measuring.
 
     Modulation layers that are not loaded share one weight for each shape: making them all takes host memory and time,
-    and what streams through the device is as much either way.
+    and what streams through the device is as much either way. Of quantized layers one of each shape is drawn, since 4
+    bits take seconds to choose; the others have its rows in another order.
     """
     module = family.build_transformer(config)
     shapes = {name: tensor.shape for name, tensor in module.state_dict().items()}
     absent = lay_out(module, family, placement, layout)
     loaded = {name: shape for name, shape in shapes.items() if parent(name) not in absent}
-    tensors = ((name, random_tensor(name, shape, placement)) for name, shape in loaded.items())
-    fill(module, tensors, set(loaded), placement, "random weights", prefixes_of_blocks(module, family, layout.streamed))
+    quantized = {name: layer for name in loaded if (layer := quantized_weight(module, name)) is not None}
+    drawn = {shapes[name]: name for name in reversed(quantized)}
+    of_others = [name for name in quantized if drawn[shapes[name]] != name]
+    tensors = {name: shape for name, shape in loaded.items() if name not in of_others}
+    on_host = prefixes_of_blocks(module, family, layout.streamed)
+    fill(
+        module, ((name, random_tensor(name, shape, placement)) for name, shape in tensors.items()), set(tensors),
+        placement, "random weights", on_host,
+    )  # fmt: skip
+    for number, name in enumerate(of_others):
+        quantized[name].set_like(quantized[drawn[shapes[name]]], number + 1, placement.device)
+        if name.startswith(on_host):
+            send_to_host(quantized[name])
     module.requires_grad_(False).eval()
     if not absent:
         return LoadedTransformer(module)
@@ -116,6 +128,12 @@ def random_transformer(
     embedder = module.get_submodule(family.time_embedder)
     table = ModulationTable(embedder, absent, lambda name: kept[shapes[name]], layout.modulation_rows)
     return LoadedTransformer(module, table=table)
+
+
+def quantized_weight(model: nn.Module, name: str) -> QuantizedLinear | None:
+    """Returns the quantized layer whose weight a tensor of this name is; None: it is something else."""
+    layer = model.get_submodule(parent(name))
+    return layer if isinstance(layer, QuantizedLinear) and name.endswith(".weight") else None
 
 
 def random_tensor(name: str, shape: torch.Size, placement: Placement) -> Tensor:

@@ -282,6 +282,12 @@ class QuantizedLinear(nn.Linear):
             self.weight = codes_NK.view(torch.uint8)
             self.transpose = transpose_bytes(self.weight) if self.keeps_transpose else None
 
+    def set_like(self, other: QuantizedLinear, first_row: int, device: torch.device) -> None:
+        """Takes another layer's weight, of the same shape and format, with its rows from `first_row` on at the top."""
+        for name, axis in (("weight", 0), ("block_scale", 0), ("scale", 0), ("transpose", 1)):
+            stored = getattr(other, name)
+            setattr(self, name, None if stored is None else stored.to(device).roll(-first_row, axis))
+
     @torch.no_grad()
     def dequantized(self) -> Tensor:
         """Returns the weight that the codes stand for; fp32 of shape (N, K)."""

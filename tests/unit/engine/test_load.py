@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from pixtune.engine.load import PLAIN, Layout, LoadedTransformer, load_transformer
+from pixtune.engine.load import PLAIN, Layout, LoadedTransformer, load_transformer, random_transformer
 from pixtune.engine.modulation_ahead import announce
 from pixtune.engine.modulation_filling import ModulationRows
 from pixtune.engine.quantize import FORMATS, QuantizedLinear
@@ -59,6 +59,36 @@ def test_blocks_are_quantized_and_nothing_else(name: str, linear_format: str) ->
     ours = velocity(family, folder, load_transformer(family, folder, FP32, Layout(linear_format)), sigmas)
     similarity = torch.cosine_similarity(ours.flatten(), exact.flatten(), dim=0)
     assert 0.95 < similarity < 0.9999999, "wrong, or not quantized at all"
+
+
+@pytest.mark.parametrize("linear_format", FORMATS)
+def test_random_blocks_have_weights_of_their_own_that_were_quantized_once(
+    linear_format: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    family, folder = model("tiny-flux")
+    quantized: list[torch.Size] = []
+    set_weight = QuantizedLinear.set_weight
+
+    def note(layer: QuantizedLinear, weight_NK: Tensor) -> None:
+        quantized.append(weight_NK.shape)
+        set_weight(layer, weight_NK)
+
+    monkeypatch.setattr(QuantizedLinear, "set_weight", note)
+    keeps = linear_format != "nf4"
+    layout = Layout(linear_format, modulation_rows=4, streamed=(0,), keeps_transposes=keeps)
+    transformer = random_transformer(family, folder.component_config("transformer"), BF16, layout).module
+    layers = {name: layer for name, layer in transformer.named_modules() if isinstance(layer, QuantizedLinear)}
+    assert len(quantized) == len(set(quantized)) < len(layers)
+    shape = next(iter(layers.values())).weight.shape
+    of_a_shape = [layer.dequantized() for layer in layers.values() if layer.weight.shape == shape]
+    first, *others = of_a_shape
+    for number, other in enumerate(others):
+        assert not any(other.equal(earlier) for earlier in of_a_shape[: number + 1])
+        assert other.sum(dim=1).sort().values.equal(first.sum(dim=1).sort().values), "the same rows"
+    if keeps:
+        assert all(
+            torch.equal(layer.transpose, layer.weight.T) for layer in layers.values() if layer.transpose is not None
+        )
 
 
 @pytest.mark.parametrize("name", MODELS)
