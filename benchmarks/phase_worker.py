@@ -8,18 +8,17 @@ Caching runs what `pixtune train` runs before its plan is made, sampling what `p
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import os
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from pixtune.bench.environment import describe
 from pixtune.bench.result import Result
@@ -29,17 +28,18 @@ from pixtune.commands import sample
 from pixtune.config.schema import DataConfig, TrainConfig
 from pixtune.data.encode import Encoder
 from pixtune.data.prepare import prepare_data
+from pixtune.engine.load import LoadedTransformer
 from pixtune.families import family_of
-from pixtune.family import ModelFamily
 from pixtune.hardware.capping import outside_allocator_bytes, own_gpu, read_before_cuda
 from pixtune.hardware.facts import GIB
 from pixtune.hardware.monitor import StageLog
 from pixtune.hardware.read import read_facts
 from pixtune.launch import start_accelerator
 from pixtune.plan.encoders import count_caption_tokens
+from pixtune.plan.passes import needs_negative
 from pixtune.plan.phases import Phase, encoding_phases
 from pixtune.planning import encoder_sizes
-from pixtune.sampler import SamplerSettings, needs_negative
+from pixtune.sampler import PromptSampler, SamplerSettings
 from pixtune.storage.files import write_atomically
 from pixtune.storage.model_folder import open_model_folder
 from pixtune.tracking.memory import RunMemory
@@ -201,11 +201,9 @@ def measure_sampling(arguments: argparse.Namespace) -> Result:
     memory.start(device)
     task = sample.open_task(request)
     passes_per_step = 2 if needs_negative(task.family, GUIDANCE) else 1
-    plans = sample.make_plans(task, config, read_facts(device))
-    family, passes = watch_passes(task.family)
-    for number, picture in enumerate(
-        sample.sample_as_planned(replace(task, family=family), plans, device, memory.stages)
-    ):
+    plans = sample.make_plans(task, config, read_facts(device), sample.abilities_of(task, device))
+    moments = watch_steps()
+    for number, picture in enumerate(sample.sample_as_planned(task, plans, device, memory.stages)):
         picture.image.save(output_dir / f"{number}.png")
     sizes = encoder_sizes(config, task.family, task.folder, count_caption_tokens(len(CAPTION), 0), 0)
     drawing = Phase("pictures drawn", ", ".join(plans.sampling.reasons), plans.sampling.expected_peak_bytes)
@@ -214,33 +212,29 @@ def measure_sampling(arguments: argparse.Namespace) -> Result:
     return {
         "phase": "sampling",
         "encoders": plans.encoders.to_dict(),
-        "drawing": {**vars(plans.sampling), "reasons": list(plans.sampling.reasons)},
+        "drawing": {**asdict(plans.sampling), "reasons": list(plans.sampling.reasons)},
         "stages": with_plans(memory.stages, planned),
-        "seconds_per_step": statistics.median(seconds_of_steps(passes, passes_per_step)),
+        "seconds_per_step": statistics.median(seconds_of_steps(moments)),
         "passes_per_step": passes_per_step,
     }
 
 
-def watch_passes(family: ModelFamily) -> tuple[ModelFamily, list[tuple[float, float]]]:
-    """Returns the family, and a list that gets the begin and end of each of its passes through the transformer."""
-    passes: list[tuple[float, float]] = []
-    watching: Any = copy.copy(family)
+def watch_steps() -> list[float]:
+    """Returns a list that gets the moments at which sampling begins and at which each of its steps ends."""
+    moments: list[float] = []
+    latents = PromptSampler.latents
 
-    def predict_velocity(*arguments: Any, **named: Any) -> Tensor:
-        began = now()
-        velocity = family.predict_velocity(*arguments, **named)
-        passes.append((began, now()))
-        return velocity
+    def watched_latents(sampler: PromptSampler, transformer: LoadedTransformer) -> Iterator[Any]:
+        moments.append(now())
+        yield from latents(sampler, transformer, lambda: moments.append(now()))
 
-    watching.predict_velocity = predict_velocity
-    return watching, passes
+    setattr(PromptSampler, "latents", watched_latents)  # noqa: B010
+    return moments
 
 
-def seconds_of_steps(passes: Sequence[tuple[float, float]], passes_per_step: int) -> list[float]:
-    """Returns the seconds between first passes of steps, or to the last one's end; the first step warms up."""
-    begins = [began for began, _ in passes[::passes_per_step]]
-    ends = [*begins[1:], passes[-1][1]]
-    seconds = [end - began for began, end in zip(begins, ends, strict=True)]
+def seconds_of_steps(moments: Sequence[float]) -> list[float]:
+    """Returns the seconds of each step; the first one, which warms up, only where it is alone."""
+    seconds = [after - before for before, after in pairwise(moments)]
     return seconds[1:] or seconds
 
 

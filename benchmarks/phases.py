@@ -30,7 +30,8 @@ from pixtune.errors import WriteError
 PHASES = ("caching", "sampling")
 LIMITS_GIB = {"qwen-image": (79, 23.3, 15.3, 11.4, 7.4), "flux": (79, 23.3, 11.4, 7.4, 5.5)}
 """Limits of card_sizes.py at which the way of a phase changes."""
-STEPS = 4
+STEPS = 24
+"""Sampler steps: enough that passes are compiled and captured."""
 MOST_SECONDS = 300
 
 

@@ -12,13 +12,14 @@ from pixtune.family import ModelFamily, Shapes
 from pixtune.hardware.facts import GIB, HardwareFacts, host_room_bytes
 from pixtune.hardware.read import read_facts
 from pixtune.plan.demands import demands_of
-from pixtune.plan.encoders import EncoderPlan, EncoderSizes, plan_encoders
+from pixtune.plan.encoders import TEXT_TOKENS, EncoderPlan, EncoderSizes, plan_encoders
 from pixtune.plan.footprint import ELEMENT_BYTES, Footprint, of_all_weights, read_footprint
 from pixtune.plan.kernel_choice import kernels_to_try
 from pixtune.plan.optimizers import SMALL
-from pixtune.plan.phases import Surroundings, compiled_pass_bytes, idle_bytes, sampling_bytes, sampling_tile
+from pixtune.plan.passes import FIRST_PASS, PLAIN_PASSES, PassPlan, needs_negative
+from pixtune.plan.phases import Surroundings, compiled_pass_bytes, sampling_bytes, sampling_passes, sampling_tile
 from pixtune.plan.rungs import EIGHT_BIT, QUANTIZED
-from pixtune.plan.situation import CONTEXT_BYTES, RESERVE_BYTES, usable_bytes
+from pixtune.plan.situation import CONTEXT_BYTES, RESERVE_BYTES, in_its_pool, usable_bytes
 from pixtune.plan.text_padding import Captions, least_multiple
 from pixtune.plan.training import TrainingPlan, plan_training
 from pixtune.storage.model_folder import ModelFolder, read_header, weight_files
@@ -193,6 +194,21 @@ class BetweenSteps:
     """Side of the tiles in which samples are decoded; None: whole."""
     device_bytes: int
     """Peak of sampling or a held-out loss, in addition to what the run holds between its steps; 0 on a CPU."""
+    passes: PassPlan = PLAIN_PASSES
+    """Way in which the passes of samples run."""
+    reasons: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class SamplesBetween:
+    """Samples of a run, as far as its plan of them depends on them."""
+
+    pixels: int = 0
+    """Pixels of the largest one; 0: there are none."""
+    num_prompts: int = 1
+    guidance_scale: float = 1.0
+    can_pad: bool = True
+    """Attention to padded prompts is right on this machine (`engine.padded_attention.padding_obstacle`)."""
 
 
 def plan_between_steps(
@@ -201,28 +217,41 @@ def plan_between_steps(
     folder: ModelFolder,
     plan: TrainingPlan,
     encoders: EncoderPlan,
-    sample_pixels: int,
+    samples: SamplesBetween,
     num_tokens: int,
+    facts: HardwareFacts | None = None,
 ) -> BetweenSteps:
     """Plans what a run's GPU does between steps.
 
     Args:
-        sample_pixels: pixels of the largest sample; 0: there are none.
         num_tokens: tokens of one process's largest micro-batch, on which held-out losses are computed.
+        facts: the machine; None: its GPU has memory of its own.
     """
     if not plan.usable_bytes:
         return BetweenSteps(None, 0)
     footprint = footprint_of(config, family, folder, num_tokens)
+    if facts is not None:
+        footprint = in_its_pool(footprint, facts, demands_of(config))
     one_pass = compiled_pass_bytes(plan, footprint, num_tokens)
-    if not sample_pixels:
+    if not samples.pixels:
         return BetweenSteps(None, one_pass)
-    sizes = encoder_sizes(config, family, folder, 0, 0)
+    passes_per_step = 2 if needs_negative(family, samples.guidance_scale) else 1
+    image_tokens = samples.pixels // family.pixel_multiple(folder) ** 2
     around = Surroundings(
-        sizes, encoders, sample_pixels, num_tokens, text_in_loop=not config.precompute_text_embeddings
+        encoder_sizes(config, family, folder, 0, 0),
+        encoders,
+        samples.pixels,
+        max(num_tokens // config.batch_size, image_tokens + TEXT_TOKENS),
+        samples.num_prompts * passes_per_step,
+        may_join_passes=passes_per_step > 1 and family.pads_text and samples.can_pad,
+        text_in_loop=not config.precompute_text_embeddings,
     )
     tile = sampling_tile(plan, footprint, around)
-    sampling = sampling_bytes(plan, footprint, around, tile) - idle_bytes(plan, footprint)
-    return BetweenSteps(tile, max(one_pass, sampling))
+    way = sampling_passes(plan, footprint, around, tile)
+    sampling = sampling_bytes(plan, footprint, around, way, tile)
+    words = [*way.in_words, *([FIRST_PASS] if plan.compile else [])]
+    reasons = (f"samples: {'; '.join(words)}",) if words else ()
+    return BetweenSteps(tile, max(one_pass, sampling), way, reasons)
 
 
 def footprint_of(config: TrainConfig, family: ModelFamily, folder: ModelFolder, num_tokens: int) -> Footprint:

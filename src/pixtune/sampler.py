@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,10 +12,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from pixtune.engine.capture import Capture, GraphCapturer, ReplayedPass
 from pixtune.engine.load import LoadedTransformer
-from pixtune.engine.modulation_ahead import announce, max_announced
+from pixtune.engine.modulation_ahead import SigmasAhead
+from pixtune.engine.relief import free_bytes
 from pixtune.engine.tiling import decode_latents
 from pixtune.family import Conditioning, ModelFamily, Placement
+from pixtune.plan.passes import PLAIN_PASSES, PassPlan
+from pixtune.plan.text_padding import LEAST_MULTIPLE
 from pixtune.sizes import Size
 from pixtune.storage.model_folder import ModelFolder
 
@@ -29,6 +34,33 @@ def starting_noise(shape_CHW: tuple[int, int, int], seed: int) -> Tensor:
     return torch.randn(1, 1, channels, height, width, generator=generator)[:, 0]
 
 
+@dataclass(frozen=True)
+class PassInputs:
+    """Inputs of one pass of the transformer: everything of it that changes from pass to pass."""
+
+    latents_BCHW: Tensor
+    sigma_B: Tensor
+    conditioning: Conditioning
+    controls: tuple[Tensor, ...]
+
+    @property
+    def shapes(self) -> Hashable:
+        conditioning = tuple((name, tensor.shape) for name, tensor in self.conditioning.items())
+        return self.latents_BCHW.shape, conditioning, tuple(control.shape for control in self.controls)
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.latents_BCHW, self.sigma_B, *self.conditioning.values(), *self.controls
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> PassInputs:
+        conditioning = {name: change(tensor) for name, tensor in self.conditioning.items()}
+        controls = tuple(change(control) for control in self.controls)
+        return PassInputs(change(self.latents_BCHW), change(self.sigma_B), conditioning, controls)
+
+
+Predict = Callable[[PassInputs], Tensor]
+"""Function from a pass's inputs to its velocity, which is valid until the next call."""
+
+
 @torch.no_grad()
 def sample_latents(
     family: ModelFamily,
@@ -41,6 +73,8 @@ def sample_latents(
     guidance_scale: float,
     controls: Sequence[Tensor] = (),
     on_step: Callable[[], None] = lambda: None,
+    predict: Predict | None = None,
+    together: bool = False,
 ) -> Tensor:
     """Integrates the velocity from noise to normalized latents; shape BCHW.
 
@@ -49,42 +83,45 @@ def sample_latents(
             `guidance_scale` goes to models that take it as an input.
         controls: latents of control pictures on the noise's device, each of shape BCHW.
         on_step: called after each step.
+        predict: computes a pass; None: the transformer as it is.
+        together: guidance's two passes are one batch, whose rows are stacked in `positive`, the negative ones last.
     """
+    predict = predict or partial(predict_velocity, family, transformer, guidance_scale)
     latents_BCHW = noise_BCHW
     num_tokens = family.num_image_tokens(*noise_BCHW.shape[-2:])
     sigmas = family.sigma_schedule(folder, num_steps, num_tokens)
-    stretch = max_announced(transformer) // (len(latents_BCHW) * (1 if negative is None else 2))
+    copies = 2 if together else 1
+    controls = tuple(torch.cat([control] * copies) for control in controls)
+    ahead = SigmasAhead(transformer, family, sigmas[:-1], positive, guidance_scale, noise_BCHW.device)
     for number, (sigma, next_sigma) in enumerate(pairwise(sigmas)):
-        if number % stretch == 0:
-            _announce(family, transformer, sigmas[number:-1][:stretch], positive, negative, guidance_scale)
-        sigma_B = torch.full((len(latents_BCHW),), sigma, device=latents_BCHW.device)
-        velocity_BCHW = family.predict_velocity(
-            transformer.module, latents_BCHW, sigma_B, positive, controls, guidance_scale
-        )
-        if negative is not None:
-            unconditional_BCHW = family.predict_velocity(transformer.module, latents_BCHW, sigma_B, negative, controls)
-            velocity_BCHW = family.guide(velocity_BCHW, unconditional_BCHW, guidance_scale)
+        ahead.reach(number)
+        sigma_B = torch.full((copies * len(latents_BCHW),), sigma, device=latents_BCHW.device)
+        inputs = PassInputs(torch.cat([latents_BCHW] * copies), sigma_B, positive, controls)
+        velocity_BCHW = predict(inputs)
+        if together:
+            conditional_BCHW, unconditional_BCHW = velocity_BCHW.chunk(2)
+            velocity_BCHW = family.guide(conditional_BCHW, unconditional_BCHW, guidance_scale)
+        elif negative is not None:
+            conditional_BCHW = velocity_BCHW.clone()  # captured passes write to the same memory
+            unconditional_BCHW = predict(replace(inputs, conditioning=negative))
+            velocity_BCHW = family.guide(conditional_BCHW, unconditional_BCHW, guidance_scale)
         latents_BCHW = latents_BCHW + (next_sigma - sigma) * velocity_BCHW.float()
         on_step()
     return latents_BCHW
 
 
-def _announce(
-    family: ModelFamily,
-    transformer: LoadedTransformer,
-    sigmas: Sequence[float],
-    positive: Conditioning,
-    negative: Conditioning | None,
-    guidance_scale: float,
-) -> None:
-    """Announces the passes of the next steps: each sigma with each row of both conditionings."""
-    conditionings = [positive] if negative is None else [positive, negative]
-    features = {name: torch.cat([c[name] for c in conditionings]) for name in family.time_features}
-    text = next(iter(positive.values()))
-    num_rows = len(text) * len(conditionings)
-    sigma_N = torch.tensor(sigmas, device=text.device).repeat_interleave(num_rows)
-    repeated = {name: tensor.repeat(len(sigmas), *[1] * (tensor.ndim - 1)) for name, tensor in features.items()}
-    announce(transformer, family, sigma_N, repeated, guidance_scale)
+def predict_velocity(
+    family: ModelFamily, transformer: LoadedTransformer, guidance_scale: float, inputs: PassInputs
+) -> Tensor:
+    """Computes a pass of the transformer."""
+    return family.predict_velocity(
+        transformer.module,
+        inputs.latents_BCHW,
+        inputs.sigma_B,
+        inputs.conditioning,
+        inputs.controls,
+        guidance_scale,
+    )
 
 
 def to_image(pixels_3HW: Tensor) -> Image:
@@ -110,11 +147,6 @@ class EncodedPrompt:
     control_paths: tuple[Path, ...] = ()
 
 
-def needs_negative(family: ModelFamily, guidance_scale: float) -> bool:
-    """Returns whether each step takes a second pass, with the empty prompt."""
-    return guidance_scale > 1 and not family.embedded_guidance
-
-
 @dataclass(frozen=True)
 class PromptPicture:
     """One sampled picture."""
@@ -136,11 +168,14 @@ class SamplerSettings:
 class PromptSampler:
     """Samples pictures of encoded prompts.
 
-    The autoencoder is loaded at first use.
+    The autoencoder is loaded at first use. Passes are captured anew each time that pictures are sampled, and nothing of
+    them stays: between those times the memory belongs to others.
 
     Args:
         keep_autoencoder: it stays on the device between pictures, and does not wait on the CPU.
         tile_pixels: side of the tiles in which pictures are decoded; None: they are decoded whole.
+        passes: how the transformer's passes run.
+        build_capture: makes the function that captures a transformer's passes.
     """
 
     def __init__(
@@ -152,37 +187,75 @@ class PromptSampler:
         placement: Placement,
         keep_autoencoder: bool,
         tile_pixels: int | None = None,
+        passes: PassPlan = PLAIN_PASSES,
+        build_capture: Callable[[LoadedTransformer], Capture] = lambda transformer: GraphCapturer(transformer.stream),
     ) -> None:
         self.family, self.folder, self.prompts, self.settings = family, folder, prompts, settings
         self.placement, self.keep_autoencoder, self.tile_pixels = placement, keep_autoencoder, tile_pixels
+        self.passes, self._build_capture = passes, build_capture
         self._autoencoder: nn.Module | None = None
+        self._captured: ReplayedPass[PassInputs] | None = None
+        """Passes of the pictures that are being sampled."""
+
+    @property
+    def sizes_vary(self) -> bool:
+        """Whether passes have several shapes."""
+        shapes = {
+            (prompt.size, *((name, tensor.shape) for name, tensor in text.items()), *(c.shape for c in prompt.controls))
+            for prompt in self.prompts
+            for text in self._text_of_passes(prompt)
+        }
+        return len(shapes) > 1
 
     def sample(self, transformer: LoadedTransformer) -> Iterator[PromptPicture]:
         """Yields one picture for each prompt and seed."""
         for prompt, seed, latents_BCHW in self.latents(transformer):
             yield PromptPicture(prompt, seed, self.decode(latents_BCHW))
 
-    def latents(self, transformer: LoadedTransformer) -> Iterator[tuple[EncodedPrompt, int, Tensor]]:
-        """Yields each prompt with each seed and the latents of their picture, shape 1CHW, on the device."""
-        settings, device = self.settings, self.placement.device
-        for prompt in self.prompts:
-            shape_CHW = self.family.latent_shape(self.folder, *prompt.size)
-            for seed in settings.seeds:
-                latents_BCHW = sample_latents(
-                    self.family,
-                    self.folder,
-                    transformer,
-                    starting_noise(shape_CHW, seed).to(device),
-                    self._on_device(prompt.positive),
-                    self._on_device(prompt.negative) if prompt.negative else None,
-                    settings.num_steps,
-                    settings.guidance_scale,
-                    [control.to(device) for control in prompt.controls],
-                )
-                yield prompt, seed, latents_BCHW
+    def latents(
+        self, transformer: LoadedTransformer, on_step: Callable[[], None] = lambda: None
+    ) -> Iterator[tuple[EncodedPrompt, int, Tensor]]:
+        """Yields each prompt with each seed and the latents of their picture, shape 1CHW, on the device.
+
+        Args:
+            on_step: called after each sampler step.
+        """
+        settings, device, plan = self.settings, self.placement.device, self.passes
+        predict: Predict = partial(predict_velocity, self.family, transformer, settings.guidance_scale)
+        if plan.captures:
+            predict = self._captured = ReplayedPass(
+                predict, (), self._build_capture(transformer), plan.captures,
+                partial(free_bytes, plan.usable_bytes),
+            )  # fmt: skip
+        try:
+            for prompt in self.prompts:
+                shape_CHW = self.family.latent_shape(self.folder, *prompt.size)
+                positive, *negative = (_to(device, text) for text in self._text_of_passes(prompt))
+                for seed in settings.seeds:
+                    latents_BCHW = sample_latents(
+                        self.family,
+                        self.folder,
+                        transformer,
+                        starting_noise(shape_CHW, seed).to(device),
+                        positive,
+                        negative[0] if negative else None,
+                        settings.num_steps,
+                        settings.guidance_scale,
+                        [control.to(device) for control in prompt.controls],
+                        on_step,
+                        predict,
+                        together=prompt.negative is not None and plan.together,
+                    )
+                    yield prompt, seed, latents_BCHW
+        finally:
+            if self._captured is not None:
+                self._captured.release()
+            self._captured = None
 
     def decode(self, latents_BCHW: Tensor) -> Image:
         """Decodes the picture of one prompt and seed, from latents of shape 1CHW."""
+        if self._captured is not None and not self.passes.captures_stay:
+            self._captured.release()
         if self._autoencoder is None:
             self._autoencoder = self.family.load_autoencoder(self.folder, self.placement)
         self._autoencoder.to(self.placement.device)
@@ -190,7 +263,17 @@ class PromptSampler:
         pixels_B3HW = decode_latents(self.family, self.folder, self._autoencoder, latents_BCHW, self.tile_pixels)
         if not self.keep_autoencoder:
             self._autoencoder.to("cpu")
+        if self._captured is not None:
+            torch.cuda.empty_cache()  # for passes that are not captured yet
         return to_image(pixels_B3HW[0])
 
-    def _on_device(self, row: Conditioning) -> Conditioning:
-        return self.family.stack_conditioning([{name: t.to(self.placement.device) for name, t in row.items()}])
+    def _text_of_passes(self, prompt: EncodedPrompt) -> list[Conditioning]:
+        """Returns the stacked conditioning of each pass of a step, on the CPU."""
+        rows = [prompt.positive] if prompt.negative is None else [prompt.positive, prompt.negative]
+        if len(rows) > 1 and self.passes.together:
+            return [self.family.stack_conditioning(rows, LEAST_MULTIPLE)]
+        return [self.family.stack_conditioning([row]) for row in rows]
+
+
+def _to(device: torch.device, text: Conditioning) -> Conditioning:
+    return {name: tensor.to(device) for name, tensor in text.items()}

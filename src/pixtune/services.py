@@ -20,10 +20,12 @@ from pixtune.data.batches import Batch
 from pixtune.data.prepared import PreparedData
 from pixtune.data.swapped import measure_gains, swap_warning
 from pixtune.engine.apply import placement_of
+from pixtune.engine.padded_attention import padding_obstacle
 from pixtune.errors import CheckpointError
 from pixtune.hardware.facts import package_versions
 from pixtune.hardware.machine import driver_may_spill
-from pixtune.planning import plan_between_steps
+from pixtune.hardware.read import read_facts
+from pixtune.planning import SamplesBetween, plan_between_steps
 from pixtune.progress import StepBar
 from pixtune.report import write_report
 from pixtune.run import Run, TrainResult
@@ -54,8 +56,13 @@ class Services:
         self.is_main = run.accelerator.is_main_process
         self.console = Console(quiet=not self.is_main)
         num_tokens = data.micro_batch_tokens(run.config.batch_size, run.plan.text_multiple)
+        device, transformer = run.accelerator.device, folder.component_config("transformer")
+        samples = SamplesBetween(
+            data.sample_pixels, len(data.prompts), run.config.samples.guidance_scale,
+            can_pad=padding_obstacle(device, transformer["attention_head_dim"]) is None,
+        )  # fmt: skip
         self._between_steps = plan_between_steps(
-            run.config, run.family, folder, run.plan, data.encoders, data.sample_pixels, num_tokens
+            run.config, run.family, folder, run.plan, data.encoders, samples, num_tokens, read_facts(device)
         )
         self.sampler = PromptSampler(
             run.family,
@@ -65,6 +72,7 @@ class Services:
             placement_of(run.plan, run.accelerator.device),
             keep_autoencoder=run.plan.encoders_stay,
             tile_pixels=self._between_steps.tile_pixels,
+            passes=self._between_steps.passes,
         )
         self._losses: dict[int, ValidationLoss] = {}
         self.saved_step = start_step
@@ -205,7 +213,7 @@ class Services:
         sizes = len({size for variants in self.data.buckets for size in variants})
         self._print(f"data: {len(self.data.buckets)} examples in {sizes} sizes, {len(self.data.held_out)} held out")
         self._print(self.run.trained.summary())
-        for reason in self.run.plan.reasons:
+        for reason in (*self.run.plan.reasons, *self._between_steps.reasons):
             self._print(f"plan: {reason}")
         if warning := optim.check_schedule(self.config, self.run.num_steps):
             self._print(f"warning: {warning}")

@@ -22,10 +22,12 @@ from pixtune.hardware.cards import HOST_BYTES, facts_as
 from pixtune.hardware.facts import GIB, HardwareFacts
 from pixtune.hardware.meminfo import read_host_memory
 from pixtune.hardware.read import cpu_facts, read_facts_without_cuda
+from pixtune.plan.demands import demands_of
 from pixtune.plan.encoders import PIXELS_PER_VISION_TOKEN, TEXT_TOKENS, EncoderPlan, EncoderSizes, encode_plainly
 from pixtune.plan.kernel_choice import NAMES
+from pixtune.plan.passes import needs_negative
 from pixtune.plan.phases import Phase, Surroundings, phases_of
-from pixtune.plan.situation import CONTEXT_BYTES
+from pixtune.plan.situation import CONTEXT_BYTES, in_its_pool
 from pixtune.plan.text_padding import Captions, least_multiple, padded_length
 from pixtune.plan.training import TrainingPlan, plan_training
 from pixtune.storage.architecture import ShippedModel, find_architecture, require_configs
@@ -123,7 +125,7 @@ def make_report(config: TrainConfig, card: str | None = None) -> PlanReport:
         is_estimate=card is not None,
         plan=plan,
         usable_bytes=plan.usable_bytes,
-        phases=phases_of(plan, footprint, around) if around else (),
+        phases=phases_of(plan, in_its_pool(footprint, facts, demands_of(config)), around) if around else (),
         encoders=around.encoders if around else encode_plainly(config.encode_batch_size),
         assumptions=(*assumptions, *assumed),
     )
@@ -192,11 +194,14 @@ def surroundings_of(
     caption_tokens = max(tokens.text, TEXT_TOKENS)
     sizes = encoder_sizes(config, family, folder, caption_tokens, encoded_side * encoded_side)
     samples = bool(settings.prompts)
+    passes_per_step = 2 if needs_negative(family, settings.guidance_scale) else 1
     return Surroundings(
         sizes=sizes,
         encoders=plan_encoders_of(config, facts, sizes),
         sample_pixels=(settings.width or side) * (settings.height or side) if samples else 0,
         sample_tokens=tokens.image + tokens.text if samples else 0,
+        sample_shapes=len(settings.prompts) * passes_per_step,
+        may_join_passes=passes_per_step > 1 and family.pads_text,
         text_in_loop=not config.precompute_text_embeddings,
         pictures_in_loop=not config.precompute_image_embeddings,
     )

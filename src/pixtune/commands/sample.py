@@ -24,8 +24,10 @@ from pixtune.data.encode import Encoder, FramedPicture, TextItem
 from pixtune.data.encodings import Encodings, control_pictures, text_item
 from pixtune.data.examples import Example
 from pixtune.data.prepare import control_rules, encode_prompt, prompt_example
-from pixtune.engine.apply import load_planned, placement_of
+from pixtune.engine.apply import blocks_of, load_planned, placement_of
+from pixtune.engine.compile import compile_blocks, compile_obstacle
 from pixtune.engine.load import LoadedTransformer
+from pixtune.engine.padded_attention import padding_obstacle
 from pixtune.errors import WeightsError
 from pixtune.families import family_of
 from pixtune.family import CONTROL_SIDE, ModelFamily, Placement
@@ -34,9 +36,10 @@ from pixtune.hardware.monitor import StageLog
 from pixtune.hardware.read import read_facts
 from pixtune.plan.encoders import EncoderPlan, count_caption_tokens
 from pixtune.plan.footprint import Footprint, read_footprint
+from pixtune.plan.passes import Abilities, needs_negative
 from pixtune.plan.sampling import SampleSizes, SamplingPlan, plan_sampling
 from pixtune.planning import encoder_sizes, tensor_shapes
-from pixtune.sampler import EncodedPrompt, PromptPicture, PromptSampler, SamplerSettings, needs_negative
+from pixtune.sampler import EncodedPrompt, PromptPicture, PromptSampler, SamplerSettings
 from pixtune.sizes import Size
 from pixtune.storage.model_folder import ModelFolder, open_model_folder
 from pixtune.tracking.memory import RunMemory
@@ -138,7 +141,7 @@ def sample_pictures(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     memory.start(device)
     task = open_task(request)
-    plans = make_plans(task, config, read_facts(device))
+    plans = make_plans(task, config, read_facts(device), abilities_of(task, device))
     for reason in (*plans.encoders.reasons, *plans.sampling.reasons):
         say(reason)
     output_dir.mkdir(parents=True, exist_ok=True)
@@ -200,8 +203,19 @@ def read_lora(path: Path) -> SavedLora:
 # ---- plans
 
 
-def make_plans(task: Task, config: TrainConfig, facts: HardwareFacts) -> Plans:
+def abilities_of(task: Task, device: torch.device) -> Abilities:
+    """Tries what a plan can use on a GPU. A first compilation takes seconds."""
+    if device.type == "cpu":
+        return Abilities(compiles=False, pads=False)
+    head_size = task.folder.component_config("transformer")["attention_head_dim"]
+    return Abilities(compile_obstacle(device) is None, padding_obstacle(device, head_size) is None)
+
+
+def make_plans(task: Task, config: TrainConfig, facts: HardwareFacts, abilities: Abilities | None = None) -> Plans:
     """Plans how a request fits a machine, from headers alone.
+
+    Args:
+        abilities: what was tried on this machine; None: everything is taken to work.
 
     Raises:
         WeightsError: the LoRA is for another model.
@@ -212,13 +226,17 @@ def make_plans(task: Task, config: TrainConfig, facts: HardwareFacts) -> Plans:
     passes_per_step = 2 if needs_negative(task.family, settings.guidance_scale) else 1
     sizes = SampleSizes(
         pixels=max(math.prod(example.framings[0].size) for example in task.examples),
-        num_passes=passes_per_step * settings.num_steps,
+        num_steps=settings.num_steps,
         autoencoder_bytes=encoder_sizes(config, task.family, task.folder, 0, 0).autoencoder_bytes,
+        num_prompts=len(task.examples),
+        num_pictures=len(task.examples) * len(settings.seeds),
+        passes_per_step=passes_per_step,
+        pads_text=task.family.pads_text,
     )
-    return Plans(encoders, plan_sampling(facts, footprint_of(task, config, passes_per_step), config, sizes))
+    return Plans(encoders, plan_sampling(facts, footprint_of(task, config), config, sizes, abilities))
 
 
-def footprint_of(task: Task, config: TrainConfig, passes_per_step: int) -> Footprint:
+def footprint_of(task: Task, config: TrainConfig) -> Footprint:
     """Computes the footprint of one pass of the transformer with its LoRA.
 
     Raises:
@@ -231,7 +249,7 @@ def footprint_of(task: Task, config: TrainConfig, passes_per_step: int) -> Footp
         raise WeightsError(f"{lora.path} does not fit this model, which has no {unknown[0]}")
     return read_footprint(
         family, shapes, family.block_shape(folder)[1], max(_num_tokens(task, example) for example in task.examples),
-        modules, lora.rank if lora else 0, passes_per_step,
+        modules, lora.rank if lora else 0,
     )  # fmt: skip
 
 
@@ -262,10 +280,10 @@ def sample_as_planned(
     stages.record(ENCODING)
     sampler = PromptSampler(
         task.family, task.folder, prompts, task.request.settings, placement, keep_autoencoder=False,
-        tile_pixels=plans.sampling.tile_pixels,
+        tile_pixels=plans.sampling.tile_pixels, passes=plans.sampling.passes,
     )  # fmt: skip
     if not plans.sampling.decode_last:
-        transformer = load_base(task, plans.sampling, device)
+        transformer = load_base(task, plans.sampling, device, sampler.sizes_vary)
         stages.record(LOADING)
         yield from sampler.sample(transformer)
         stages.record(SAMPLING)
@@ -300,7 +318,7 @@ def all_latents(
     task: Task, plan: SamplingPlan, device: torch.device, sampler: PromptSampler, stages: StageLog
 ) -> Sequence[tuple[EncodedPrompt, int, Tensor]]:
     """Samples the latents of all pictures, on the CPU. The transformer has left the device on return."""
-    transformer = load_base(task, plan, device)
+    transformer = load_base(task, plan, device, sampler.sizes_vary)
     stages.record(LOADING)
     sampled = [(prompt, seed, latents.cpu()) for prompt, seed, latents in sampler.latents(transformer)]
     stages.record(SAMPLING)
@@ -311,8 +329,11 @@ def all_latents(
     return sampled
 
 
-def load_base(task: Task, plan: SamplingPlan, device: torch.device) -> LoadedTransformer:
-    """Loads the transformer in its planned form, and attaches the LoRA to it.
+def load_base(task: Task, plan: SamplingPlan, device: torch.device, sizes_vary: bool = False) -> LoadedTransformer:
+    """Loads the transformer in its planned form, attaches the LoRA to it and compiles its blocks.
+
+    Args:
+        sizes_vary: passes have several shapes.
 
     Raises:
         WeightsError: files or LoRA do not fit the model.
@@ -320,6 +341,8 @@ def load_base(task: Task, plan: SamplingPlan, device: torch.device) -> LoadedTra
     transformer = load_planned(task.family, task.folder, plan, device)
     if task.lora is not None:
         attach(transformer.module, task.lora)
+    if plan.compile:
+        compile_blocks(blocks_of(transformer.module, task.family), selective=False, sizes_vary=sizes_vary)
     return transformer
 
 

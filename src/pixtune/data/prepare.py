@@ -25,8 +25,9 @@ from pixtune.errors import DataError
 from pixtune.family import Conditioning, LatentDistribution, ModelFamily
 from pixtune.hardware.monitor import StageLog
 from pixtune.plan.encoders import EncoderPlan
+from pixtune.plan.passes import needs_negative
 from pixtune.plan.text_padding import Captions
-from pixtune.sampler import EncodedPrompt, needs_negative
+from pixtune.sampler import EncodedPrompt
 from pixtune.sizes import Size
 from pixtune.storage.model_folder import ModelFolder
 from pixtune.validation import HeldOutPicture

@@ -31,6 +31,9 @@ MAX_DISTANCE = 0.02
 of another size differs by rounding (bf16: 0.004); another sigma differs by more than this, unless its rows are the same
 within rounding too."""
 
+STEPS, SAMPLES = "steps", "samples"
+"""Passes that are shown rows."""
+
 
 def read_from_files(files: Sequence[Path]) -> ReadWeight:
     """Returns a reader of single tensors from safetensors files, which maps them: they take page cache only."""
@@ -41,6 +44,39 @@ def read_from_files(files: Sequence[Path]) -> ReadWeight:
             return tensors.get_tensor(name)
 
     return read
+
+
+class ShownRows:
+    """Rows on the device among which the passes of one kind, training steps or samples, find their own.
+
+    All memory here is kept once it is there: captured passes read and write it (`capture.py`).
+
+    Args:
+        num_rows: number of rows, which is always the same.
+    """
+
+    def __init__(self, table: Filling, num_rows: int) -> None:
+        self.embeddings_RD = table.embeddings_ND.new_empty(num_rows, table.embeddings_ND.shape[1])
+        self._rows_RO = table.embeddings_ND.new_empty(num_rows, table.rows_NO.shape[1])
+        self._places: list[tuple[object, int] | None] = [None] * num_rows
+        """Purpose of the table and place in it that each row has come from."""
+        self._chosen: dict[int, Tensor] = {}
+
+    def show(self, table: Filling, places: Sequence[int]) -> None:
+        """Copies rows of a table, without waiting for the device."""
+        for target, place in enumerate(places):
+            place %= len(table.embeddings_ND)
+            if self._places[target] == (table.purpose, place):
+                continue
+            self._places[target] = table.purpose, place
+            self.embeddings_RD[target] = table.embeddings_ND[place]
+            self._rows_RO[target].copy_(table.rows_NO[place], non_blocking=True)
+
+    def choose(self, index_B: Tensor) -> Tensor:
+        """Returns the rows with these indices, on the device; valid until the next call for as many."""
+        if len(index_B) not in self._chosen:
+            self._chosen[len(index_B)] = self._rows_RO.new_empty(len(index_B), self._rows_RO.shape[1])
+        return torch.index_select(self._rows_RO, 0, index_B, out=self._chosen[len(index_B)])
 
 
 class ModulationTable:
@@ -66,16 +102,16 @@ class ModulationTable:
         """Index of the table that the steps use."""
         self._searched: Filling | None = None
         """Table in which every row is searched; None: only the shown rows are."""
-        # These three keep their memory once they have it: captured steps read and write it (capture.py).
-        self._shown_RD: Tensor | None = None
-        self._shown_RO: Tensor | None = None
-        self._worst: Tensor | None = None
-        self._shown: list[tuple[object, int] | None] = []
-        """Purpose of the table and place in it that each shown row has come from."""
+        self._source = STEPS, 0
+        """Passes whose rows are shown, and the index of the table that they come from."""
+        self._shown: ShownRows | None = None
+        self._kept: dict[tuple[str, int], ShownRows] = {}
+        """Shown rows by the passes that look for them and by their number."""
+        self._worst: Tensor | None = None  # captured passes write here
         self._computing = False
         embedder.register_forward_hook(self._choose)
 
-    # ---- for steps, which may be captured and wait for nothing
+    # ---- for steps and samples, which may be captured and wait for nothing
 
     def use(self, purpose: object, embed: Callable[[], Tensor]) -> None:
         """Makes this table the one whose rows are shown, and fills what has not been filled ahead.
@@ -94,7 +130,16 @@ class ModulationTable:
             current = self._tables[self._used]
         assert current is not None
         current.finish()
-        self._searched = None
+        self._searched, self._source = None, (STEPS, self._used)
+
+    def use_for_samples(self, purpose: object, embed: Callable[[], Tensor]) -> None:
+        """Makes this table the one whose rows are shown until `use` is called, and leaves the steps' own in place.
+
+        Raises:
+            RuntimeError: see `use`.
+        """
+        self._fill_beside(purpose, embed)
+        self._searched, self._source = None, (SAMPLES, 1 - self._used)
 
     def prepare(self, purpose: object, embed: Callable[[], Tensor], share: float = 0.0) -> None:
         """Fills a share of the table that will be used after the current one."""
@@ -106,26 +151,23 @@ class ModulationTable:
 
     @torch.no_grad()
     def show(self, places: Sequence[int]) -> None:
-        """Copies rows of the table in use to where steps look for theirs; their number is always the same.
+        """Copies rows of the table in use to where passes look for theirs.
+
+        Steps show the same number of rows each time. Samples may show other numbers, for other passes.
 
         Args:
             places: indices of the rows in the table; -1 is the last one.
         """
-        table = self._tables[self._used]
+        passes, number = self._source
+        table = self._tables[number]
         assert table is not None
-        if self._shown_RD is None or self._shown_RO is None:
-            self._shown_RD = table.embeddings_ND.new_empty(len(places), table.embeddings_ND.shape[1])
-            self._shown_RO = table.embeddings_ND.new_empty(len(places), table.rows_NO.shape[1])
-            self._shown = [None] * len(places)
-        for target, place in enumerate(places):
-            place %= len(table.embeddings_ND)
-            if self._shown[target] == (table.purpose, place):
-                continue
-            self._shown[target] = table.purpose, place
-            self._shown_RD[target] = table.embeddings_ND[place]
-            self._shown_RO[target].copy_(table.rows_NO[place], non_blocking=True)
+        key = (passes, len(places))
+        if key not in self._kept:
+            self._kept[key] = ShownRows(table, len(places))
+        self._shown = self._kept[key]
+        self._shown.show(table, places)
 
-    # ---- for samples and validation between steps
+    # ---- for held-out losses between steps
 
     def answer(self, purpose: object, embed: Callable[[], Tensor]) -> None:
         """Makes every row of this table available until `use` is called. Each pass then waits for the device.
@@ -133,12 +175,16 @@ class ModulationTable:
         Raises:
             RuntimeError: see `use`.
         """
+        self._searched = self._fill_beside(purpose, embed)
+
+    def _fill_beside(self, purpose: object, embed: Callable[[], Tensor]) -> Filling:
+        """Fills the table that the steps do not use, and returns it."""
         self.check()
         self.prepare(purpose, embed)
-        searched = self._tables[1 - self._used]
-        assert searched is not None
-        searched.finish()
-        self._searched = searched
+        beside = self._tables[1 - self._used]
+        assert beside is not None
+        beside.finish()
+        return beside
 
     def check(self) -> None:
         """Checks that all passes found their embeddings. Waits for the device.
@@ -185,18 +231,18 @@ class ModulationTable:
         """Hands out the rows of each embedding. Shown rows are found on the device, without waiting for it."""
         if self._computing:
             return
-        known_RD = self._shown_RD if self._searched is None else self._searched.embeddings_ND
-        if known_RD is None or self._worst is None:
+        known = self._shown if self._searched is None else self._searched
+        if known is None or self._worst is None:
             raise RuntimeError("the modulation table is empty: it is prepared before the first forward pass")
+        known_RD = known.embeddings_RD if isinstance(known, ShownRows) else known.embeddings_ND
         distance_BN = torch.stack([(known_RD.float() - row_D).norm(dim=1) for row_D in embedding_BD.float()])
         nearest_B, index_B = distance_BN.min(dim=1)
         relative = (nearest_B / embedding_BD.float().norm(dim=1)).max()
         torch.maximum(self._worst, relative, out=self._worst)
-        if self._searched is None:
-            assert self._shown_RO is not None
-            chosen_BO = self._shown_RO[index_B]
+        if isinstance(known, ShownRows):
+            chosen_BO = known.choose(index_B)
         else:
-            chosen_BO = self._searched.rows_NO[index_B.cpu()].to(embedding_BD.device)
+            chosen_BO = known.rows_NO[index_B.cpu()].to(embedding_BD.device)
         columns = chosen_BO.split([stand_in.out_features for stand_in in self._layers.values()], dim=1)
         for stand_in, rows in zip(self._layers.values(), columns, strict=True):
             stand_in.rows = rows

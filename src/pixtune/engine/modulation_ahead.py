@@ -1,13 +1,13 @@
 """Announces coming passes to a transformer's modulation table, so that it holds their rows when they run.
 
-Passes between steps (samples, held-out loss) are announced one stretch at a time; those of a training run are known
-from its first step to its last, and the table of the next stretch is filled while the steps of this one run.
+Held-out losses are announced picture by picture. All sigmas of a sample are announced at once, and each sampler step is
+shown its own row, so that no pass waits for the device. The steps of a training run are known from the first to the
+last, and the table of the next stretch is filled while those of this one run.
 """
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,11 +16,6 @@ from torch import Tensor
 from pixtune.engine.load import LoadedTransformer
 from pixtune.engine.modulation import ModulationTable
 from pixtune.family import Conditioning, ModelFamily
-
-
-def max_announced(transformer: LoadedTransformer) -> int:
-    """Returns how many examples `announce` takes at a time."""
-    return sys.maxsize if transformer.table is None else transformer.table.num_rows - 1
 
 
 def announce(
@@ -41,6 +36,47 @@ def announce(
     features = {name: conditioning[name] for name in family.time_features}
     purpose = (sigma_N.tolist(), guidance, {name: tensor.tolist() for name, tensor in features.items()})
     transformer.table.answer(purpose, lambda: family.embed_time(transformer.module, sigma_N, features, guidance))
+
+
+@dataclass(frozen=True)
+class SigmasAhead:
+    """Rows of all sampler steps of a batch of samples, made before the first of these, as far as the table has room.
+
+    Where the time embedding depends on sigma alone, all examples of a step and all samples with its sigmas share a row.
+
+    Args:
+        sigmas: sigma of each sampler step.
+        conditioning: stacked, of a step's examples; only what `family.time_features` names is read.
+        device: the transformer's.
+    """
+
+    transformer: LoadedTransformer
+    family: ModelFamily
+    sigmas: Sequence[float]
+    conditioning: Conditioning
+    guidance: float
+    device: torch.device
+
+    def reach(self, number: int) -> None:
+        """Makes sure that the rows of a sampler step are there, counted from 0."""
+        table = self.transformer.table
+        if table is None:
+            return
+        features = {name: self.conditioning[name] for name in self.family.time_features}
+        per_step = len(next(iter(features.values()))) if features else 1
+        stretch = (table.num_rows - 1) // per_step  # one row is for pictures that are seen as clean
+        place = number % stretch
+        if place == 0:
+            self._fill(table, self.sigmas[number : number + stretch], features, per_step)
+        table.show([*range(place * per_step, (place + 1) * per_step), -1])  # the clean one comes last
+
+    def _fill(self, table: ModulationTable, sigmas: Sequence[float], features: Conditioning, per_step: int) -> None:
+        purpose = (tuple(sigmas), self.guidance, {name: tensor.tolist() for name, tensor in features.items()})
+        sigma_N = torch.tensor(sigmas, device=self.device).repeat_interleave(per_step)
+        repeated = {name: tensor.repeat(len(sigmas), *[1] * (tensor.ndim - 1)) for name, tensor in features.items()}
+        table.use_for_samples(
+            purpose, lambda: self.family.embed_time(self.transformer.module, sigma_N, repeated, self.guidance)
+        )
 
 
 @dataclass

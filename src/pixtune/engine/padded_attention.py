@@ -17,13 +17,15 @@ real keys then make up at least N of the denominator: the padded ones never more
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from pixtune.plan.kernel_choice import CUDNN, FLASH
+from pixtune.plan.kernel_choice import CUDNN, FLASH, LARGEST_ERROR
 
 ON_CPU = "cpu"
 """Kernel of CPUs. Like cuDNN's and flash attention, which compute in bf16 and fp16 only, it returns the log-sum-exp."""
@@ -45,6 +47,35 @@ def padding_kernel(device: torch.device) -> str:
     if device.type == "cpu":
         return ON_CPU
     return FLASH if torch.are_deterministic_algorithms_enabled() else PADDING_KERNEL.on_gpus
+
+
+def padding_obstacle(device: torch.device, head_size: int) -> str | None:
+    """Returns why `attend_padded` cannot be used forward, in bf16 and on a GPU; None: it is right.
+
+    Runs have tried both directions before (`attention_trial.py`); samples alone need no process for it.
+    """
+    return None if device.type == "cpu" else _try_padding(device, head_size, padding_kernel(device))
+
+
+@functools.cache
+def _try_padding(device: torch.device, head_size: int, kernel: str) -> str | None:
+    generator = torch.Generator(device).manual_seed(0)
+    query, key, value = torch.randn(3, 2, 96, 2, head_size, device=device, generator=generator).bfloat16()
+    real_BL = torch.arange(96, device=device) >= torch.tensor([[0], [48]], device=device)
+    try:
+        with torch.no_grad():
+            found = attend_padded(query, key, value, real_BL, kernel).float()
+            with sdpa_kernel(SDPBackend.MATH):
+                expected = torch.nn.functional.scaled_dot_product_attention(
+                    query.transpose(1, 2).float(),
+                    key.transpose(1, 2).float(),
+                    value.transpose(1, 2).float(),
+                    real_BL[:, None, None],
+                ).transpose(1, 2)
+        error = float((found - expected).norm() / expected.norm())
+    except RuntimeError as fault:
+        return f"{type(fault).__name__}: {fault}".splitlines()[0]
+    return None if error < LARGEST_ERROR else f"its results are wrong by {error:.2g} times their size"
 
 
 def attend_padded(query_BLHD: Tensor, key_BLHD: Tensor, value_BLHD: Tensor, real_BL: Tensor, kernel: str) -> Tensor:

@@ -6,7 +6,7 @@ more than there is without being reported.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pixtune.plan.all_weights import states_on_device
 from pixtune.plan.encoders import (
@@ -19,9 +19,10 @@ from pixtune.plan.encoders import (
     text_peak_bytes,
     text_weight_bytes,
 )
-from pixtune.plan.footprint import ELEMENT_BYTES, Footprint
+from pixtune.plan.footprint import Footprint
 from pixtune.plan.optimizers import OPTIMIZERS
-from pixtune.plan.rungs import QUANTIZED, Rung, transformer_bytes
+from pixtune.plan.passes import Passes, PassPlan, choose_passes, needed_bytes, ways_of_passing
+from pixtune.plan.rungs import MOST_CAPTURES, Rung, transformer_bytes
 from pixtune.plan.training import TrainingPlan
 
 
@@ -35,6 +36,10 @@ class Surroundings:
     """Pixels of a sample; 0: there are none."""
     sample_tokens: int = 0
     """Image, control and text tokens of one pass for a sample."""
+    sample_shapes: int = 1
+    """Number of shapes that passes for samples have at most."""
+    may_join_passes: bool = False
+    """A sampler step has two passes that can be one batch."""
     text_in_loop: bool = False
     """Captions are encoded while training, so their encoder stays."""
     pictures_in_loop: bool = False
@@ -67,8 +72,10 @@ def phases_of(plan: TrainingPlan, footprint: Footprint, around: Surroundings) ->
     )
     if around.sample_pixels:
         tile = sampling_tile(plan, footprint, around)
+        way = sampling_passes(plan, footprint, around, tile)
         held = "transformer, what is trained, autoencoder" + (f" in tiles of {tile} pixels" if tile else "")
-        phases.append(Phase("sampling", held, sampling_bytes(plan, footprint, around, tile) + text_stays))
+        sampling = idle_bytes(plan, footprint) + sampling_bytes(plan, footprint, around, way, tile)
+        phases.append(Phase("sampling", held, sampling + text_stays))
     return tuple(phases)
 
 
@@ -94,23 +101,62 @@ def sampling_tile(plan: TrainingPlan, footprint: Footprint, around: Surroundings
     return fitting_tile(around.sample_pixels, plan.usable_bytes - beside, decoding_bytes)
 
 
-def sampling_bytes(plan: TrainingPlan, footprint: Footprint, around: Surroundings, tile_pixels: int | None) -> int:
-    """Returns the peak of sampling between steps: of a pass without gradients, or of decoding."""
-    one_pass = compiled_pass_bytes(plan, footprint, around.sample_tokens)
-    decoding = around.sizes.autoencoder_bytes + decoding_bytes(around.sample_pixels, tile_pixels)
-    return idle_bytes(plan, footprint) + max(one_pass, decoding)
+def sampling_passes(
+    plan: TrainingPlan, footprint: Footprint, around: Surroundings, tile_pixels: int | None
+) -> PassPlan:
+    """Chooses how the passes of samples run between steps.
+
+    Captured steps stay if passes fit beside them in any way; where they have to go in any case, the fastest way is
+    taken that fits without them.
+    """
+    passes, decoding = _passes_of(plan, footprint, around), _decoding_bytes(around, tile_pixels)
+    staying = _staying_text_bytes(plan, around)
+    without_captures = plan.usable_bytes - idle_bytes(plan, footprint) - staying
+    beside_captures = plan.usable_bytes - plan.expected_peak_bytes - staying
+    return choose_passes(
+        ways_of_passing(
+            around.may_join_passes and plan.compute_format == "bf16",  # kernels that take no mask need half the width
+            min(around.sample_shapes, MOST_CAPTURES) if plan.captures else 0,
+            plan.usable_bytes,
+        ),
+        lambda way: needed_bytes(way, passes, decoding),
+        [beside_captures, without_captures] if plan.captures else [without_captures],
+    )
+
+
+def sampling_bytes(
+    plan: TrainingPlan, footprint: Footprint, around: Surroundings, way: PassPlan, tile_pixels: int | None
+) -> int:
+    """Returns what samples need between steps, in addition to what the run holds then: passes and decoding."""
+    return needed_bytes(way, _passes_of(plan, footprint, around), _decoding_bytes(around, tile_pixels))
 
 
 def compiled_pass_bytes(plan: TrainingPlan, footprint: Footprint, num_tokens: int) -> int:
     """Returns the peak of activations in a run's own pass without gradients."""
-    quantized = plan.weights_format in QUANTIZED
-    units = max(k.units.forward_quantized if quantized else k.units.forward for k in footprint.kinds)
-    return round(units * num_tokens * footprint.width * ELEMENT_BYTES[plan.compute_format])
+    tokens = replace(footprint, num_tokens=num_tokens)
+    return Passes(tokens, plan.compute_format, plan.weights_format, plan.compile).activation_bytes()
+
+
+def _passes_of(plan: TrainingPlan, footprint: Footprint, around: Surroundings) -> Passes:
+    of_samples = replace(footprint, num_tokens=around.sample_tokens)
+    return Passes(of_samples, plan.compute_format, plan.weights_format, plan.compile)
+
+
+def _decoding_bytes(around: Surroundings, tile_pixels: int | None) -> int:
+    return around.sizes.autoencoder_bytes + decoding_bytes(around.sample_pixels, tile_pixels)
 
 
 def idle_bytes(plan: TrainingPlan, footprint: Footprint) -> int:
-    """Returns what a run holds between its steps: the transformer and what is trained, without the encoders."""
-    rung = Rung(plan.weights_format, plan.modulation_rows, streamed_blocks=plan.streamed_blocks)
+    """Returns what a run holds between its steps: the transformer and what is trained, without the encoders.
+
+    Captured steps hold more, and give it back where it is needed.
+    """
+    rung = Rung(
+        plan.weights_format,
+        plan.modulation_rows,
+        streamed_blocks=plan.streamed_blocks,
+        kept_transposes=plan.kept_transposes,
+    )
     # Between steps there are no gradients: the trained weights and their optimizer states remain.
     if footprint.trains_all:
         trained = states_on_device(plan.optimizer, plan.states_on_host, plan.fp32_copies, footprint)

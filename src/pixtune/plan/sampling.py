@@ -10,8 +10,19 @@ from pixtune.errors import PlanError
 from pixtune.hardware.facts import GIB, HardwareFacts, missing_on_host
 from pixtune.plan.demands import demands_of
 from pixtune.plan.encoders import decoding_bytes, fitting_tile
-from pixtune.plan.footprint import ELEMENT_BYTES, Footprint
-from pixtune.plan.rungs import Rung, fit_host, ladder, transformer_bytes, with_rows
+from pixtune.plan.footprint import Footprint
+from pixtune.plan.passes import (
+    COMPILED_FROM_STEPS,
+    FIRST_PASS,
+    PLAIN_PASSES,
+    Abilities,
+    Passes,
+    PassPlan,
+    choose_passes,
+    pass_bytes,
+    ways_of_passing,
+)
+from pixtune.plan.rungs import MOST_CAPTURES, Rung, fit_host, ladder, transformer_bytes, with_rows
 from pixtune.plan.situation import Situation, situation_of
 
 if TYPE_CHECKING:
@@ -27,9 +38,17 @@ class SampleSizes:
 
     pixels: int
     """Pixels of the largest picture."""
-    num_passes: int
-    """Passes of the transformer for one picture."""
+    num_steps: int
+    """Sampler steps of one picture."""
     autoencoder_bytes: int
+    num_prompts: int = 1
+    """Prompts, each of which may have a shape of its own."""
+    num_pictures: int = 1
+    """Pictures of all prompts together."""
+    passes_per_step: int = 1
+    """Passes of the transformer in a step: two with classifier-free guidance."""
+    pads_text: bool = False
+    """Prompts of different lengths can be padded to one batch (`ModelFamily.pads_text`)."""
 
 
 @dataclass(frozen=True)
@@ -53,14 +72,24 @@ class SamplingPlan:
     expected_host_bytes: int
     """Estimate for page-locked host memory."""
     reasons: tuple[str, ...] = ()
+    compile: bool = False
+    """Blocks are compiled."""
+    passes: PassPlan = PLAIN_PASSES
 
 
-def plan_sampling(facts: HardwareFacts, footprint: Footprint, config: TrainConfig, sizes: SampleSizes) -> SamplingPlan:
-    """Chooses the fastest way to sample that fits.
+def plan_sampling(
+    facts: HardwareFacts,
+    footprint: Footprint,
+    config: TrainConfig,
+    sizes: SampleSizes,
+    abilities: Abilities | None = None,
+) -> SamplingPlan:
+    """Chooses the fastest way to sample that fits. The fastest format comes first, then how its passes run.
 
     Args:
-        footprint: `num_tokens` of one pass; `trained_weights` of a LoRA that is put on, 0 without one.
+        footprint: `num_tokens` of one pass of one picture; `trained_weights` of a LoRA that is put on, 0 without one.
         config: brings formats, demands and limits; nothing is trained.
+        abilities: what was tried on this machine; None: everything is taken to work.
 
     Raises:
         PlanError: nothing fits; names how much is missing.
@@ -70,17 +99,37 @@ def plan_sampling(facts: HardwareFacts, footprint: Footprint, config: TrainConfi
     plain = demands.compute_format
     if facts.device != "cuda":
         return SamplingPlan(plain, "int8" if demands.quantize else plain, 0, 0, False, None, 0, 0)
-    situation = situation_of(facts, footprint, demands, compiled=False, num_tables=1)
+    abilities = abilities or Abilities()
+    pays = sizes.num_steps * sizes.num_pictures >= COMPILED_FROM_STEPS
+    compiled = pays and abilities.compiles
+    situation = situation_of(facts, footprint, demands, compiled, num_tables=1)
     footprint, usable = situation.footprint, situation.usable_bytes
-    rungs = sampling_ladder(situation, sizes.num_passes)
+    rungs = sampling_ladder(situation, sizes.num_steps)
     fitting = [rung for rung in rungs if pass_peak_bytes(rung, situation) <= usable]
+    captures = min(sizes.num_prompts * sizes.passes_per_step, MOST_CAPTURES) if demands.captures and pays else 0
+    # A format is worth more than captures, but captures are worth more than a block that is not streamed.
+    fitting = [
+        rung for rung in fitting if not rung.streamed_blocks or captured_fits(rung, situation, captures)
+    ] or fitting
     rung = next(filter(None, (fit_host(rung, situation) for rung in fitting)), None)
     if rung is None:
         raise PlanError(_refuse(situation, config, sizes, fitting or rungs))
-    beside = _held_bytes(rung, situation) + sizes.autoencoder_bytes
+    held = _held_bytes(rung, situation)
+    beside = held + sizes.autoencoder_bytes
     decode_last = beside + decoding_bytes(sizes.pixels) > usable
     tile = fitting_tile(sizes.pixels, usable - sizes.autoencoder_bytes, decoding_bytes) if decode_last else None
-    decoding = decoding_bytes(sizes.pixels, tile) + (sizes.autoencoder_bytes if decode_last else beside)
+    decoding = sizes.autoencoder_bytes + decoding_bytes(sizes.pixels, tile)
+    planned = planned_passes(rung, situation)
+    # Kernels that take no mask compute in half the width alone.
+    joins = sizes.passes_per_step > 1 and sizes.pads_text and abilities.pads and plain == "bf16"
+    captures = min(sizes.num_prompts * sizes.passes_per_step, MOST_CAPTURES) if demands.captures and pays else 0
+    meanwhile = 0 if decode_last else decoding
+    passes = choose_passes(
+        ways_of_passing(joins, captures, usable),
+        lambda way: pass_bytes(way, planned) + (meanwhile if way.captures_stay else 0),
+        [usable - held - PASS_FIXED_BYTES],
+    )
+    pass_peak = held + PASS_FIXED_BYTES + planned.activation_bytes(2 if passes.together else 1)
     plan = SamplingPlan(
         compute_format=plain,
         weights_format=rung.weights_format,
@@ -88,37 +137,46 @@ def plan_sampling(facts: HardwareFacts, footprint: Footprint, config: TrainConfi
         streamed_blocks=rung.streamed_blocks,
         decode_last=decode_last,
         tile_pixels=tile,
-        expected_peak_bytes=max(pass_peak_bytes(rung, situation), decoding),
+        expected_peak_bytes=max(pass_peak, decoding if decode_last else held + decoding),
         expected_host_bytes=situation.on_host(rung),
+        compile=compiled,
+        passes=passes,
     )
-    return replace(plan, reasons=(_reason(plan, situation),))
+    return replace(plan, reasons=(_reason(plan, situation), *([FIRST_PASS] if compiled else [])))
 
 
-def sampling_ladder(situation: Situation, num_passes: int) -> tuple[Rung, ...]:
+def sampling_ladder(situation: Situation, num_steps: int) -> tuple[Rung, ...]:
     """Returns the rungs of a LoRA run with what only a backward pass needs taken away, fastest first.
 
-    A modulation table needs no more rows than a picture has passes, and one to spare.
+    A modulation table needs no more rows than a picture has steps, and one to spare.
     """
     rungs = (
-        Rung(rung.weights_format, min(rung.modulation_rows, num_passes + 1), streamed_blocks=rung.streamed_blocks)
+        Rung(rung.weights_format, min(rung.modulation_rows, num_steps + 1), streamed_blocks=rung.streamed_blocks)
         for rung in ladder(situation)
     )
     return tuple(dict.fromkeys(rungs))
 
 
 def pass_peak_bytes(rung: Rung, situation: Situation) -> int:
-    """Returns the peak of what torch's allocator gives out while the transformer runs without gradients."""
-    footprint, compute_format = situation.footprint, situation.demands.compute_format
-    quantized = rung.weights_format != compute_format
-    units = max(k.units.passing_quantized if quantized else k.units.passing for k in footprint.kinds)
-    activations = units * footprint.num_tokens * footprint.width * ELEMENT_BYTES[compute_format]
-    return round(_held_bytes(rung, situation) + PASS_FIXED_BYTES + activations)
+    """Returns the peak of what torch's allocator gives out while one picture passes the transformer, not captured."""
+    return _held_bytes(rung, situation) + PASS_FIXED_BYTES + planned_passes(rung, situation).activation_bytes()
+
+
+def captured_fits(rung: Rung, situation: Situation, captures: int) -> bool:
+    """Returns whether passes of one picture can be captured."""
+    pool = planned_passes(rung, situation).pool_bytes(1, captures)
+    return _held_bytes(rung, situation) + PASS_FIXED_BYTES + pool <= situation.usable_bytes
+
+
+def planned_passes(rung: Rung, situation: Situation) -> Passes:
+    """Returns the passes of a rung."""
+    return Passes(situation.footprint, situation.demands.compute_format, rung.weights_format, situation.compiled)
 
 
 def _held_bytes(rung: Rung, situation: Situation) -> int:
     """Returns the bytes of the transformer, and of a LoRA that is not trained: its fp32 weights alone."""
     footprint = situation.footprint
-    return transformer_bytes(rung, footprint, situation.demands.compute_format) + 4 * footprint.trained_weights
+    return round(transformer_bytes(rung, footprint, situation.demands.compute_format) + 4 * footprint.trained_weights)
 
 
 # ---- words
@@ -135,6 +193,7 @@ def _reason(plan: SamplingPlan, situation: Situation) -> str:
         ways.append(
             "pictures decoded at the end" + (f" in tiles of {plan.tile_pixels} pixels" if plan.tile_pixels else "")
         )
+    ways += [*(["blocks compiled"] if plan.compile else []), *plan.passes.in_words]
     peak_gib, usable_gib = plan.expected_peak_bytes / GIB, situation.usable_bytes / GIB
     return f"{', '.join(ways)}: about {peak_gib:.1f} GiB at the peak, and {usable_gib:.1f} GiB are usable"
 

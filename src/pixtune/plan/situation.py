@@ -124,8 +124,12 @@ def situation_of(
     """Builds the situation of a run; its footprint becomes the one that it has on this machine."""
     on_gpu = facts.device == "cuda"
     fused = with_fused_mlps(footprint, facts) if on_gpu and compiled else footprint
-    here = replace(fused, one_pool=on_gpu and demands.is_unified(facts))
-    return Situation(facts, here, demands, compiled, num_processes, num_tables)
+    return Situation(facts, in_its_pool(fused, facts, demands), demands, compiled, num_processes, num_tables)
+
+
+def in_its_pool(footprint: Footprint, facts: HardwareFacts, demands: Demands) -> Footprint:
+    """Returns the footprint on a machine that may have one pool of memory for CPU and GPU."""
+    return replace(footprint, one_pool=facts.device == "cuda" and demands.is_unified(facts))
 
 
 def usable_bytes(facts: HardwareFacts, demands: Demands) -> int:

@@ -303,3 +303,19 @@ def test_a_cell_of_many_shapes_has_pictures_and_captions_in_many(tmp_path: Path)
     images = sorted((tmp_path / "pictures" / "images").glob("*.png"))
     shapes = {(Image.open(image).size, len(image.with_suffix(".txt").read_text().split())) for image in images}
     assert len(shapes) == len(images) == 20
+
+
+# ---- drawing.py
+
+
+def test_a_samplers_steps_are_measured_in_every_way(architectures: ModuleType) -> None:
+    """Without a GPU nothing is captured, so the planned way is the plain one."""
+    drawing = script("drawing")
+    result = drawing.measure(drawing.Settings("toy-edit", size=64, steps=3))
+    ways = result["ways"]
+    assert list(ways) == ["plain", "pass by pass, planned"] and ways["pass by pass, planned"]["psnr_db"] is None
+    assert all(way["seconds_per_step"] > 0 and way["captured"] == 0 for way in ways.values())
+    assert result["plan"]["passes"]["captures"] == 0 and result["obstacles"]["compile"] == "no GPU"
+    json.dumps(result)
+    one, other = torch.tensor([0.0, 10.0]), torch.tensor([1.0, 10.0])
+    assert drawing.psnr(other, one) == pytest.approx(23.01, abs=0.01), "10 to 1, half of the numbers off by 1"

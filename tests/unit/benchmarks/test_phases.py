@@ -194,13 +194,12 @@ def test_a_models_cells_stand_together_and_caching_comes_first(architectures: Mo
         phases.parse_cells([], ["training"])
 
 
-def test_steps_are_timed_from_first_pass_to_first_pass(
+def test_steps_are_timed_without_the_one_that_warms_up(
     architectures: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     worker = importlib.import_module("phase_worker")
-    passes = [(0.0, 4.0), (4.0, 6.0), (7.0, 8.0), (8.0, 9.0), (9.5, 10.0), (10.0, 12.0)]
-    assert worker.seconds_of_steps(passes, 2) == [2.5, 2.5], "without the first, which warms up"
-    assert worker.seconds_of_steps(passes[:2], 2) == [6.0]
+    assert worker.seconds_of_steps([0.0, 7.0, 9.5, 12.0]) == [2.5, 2.5]
+    assert worker.seconds_of_steps([0.0, 6.0]) == [6.0]
     clock = iter([0.0, 5.0, 10.0, 12.0, 20.0, 21.0, 30.0, 33.0, 40.0, 41.0, 50.0, 53.0])
     monkeypatch.setattr(worker, "now", lambda: next(clock))
     encodes = worker.Encodes()

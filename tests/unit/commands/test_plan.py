@@ -31,7 +31,7 @@ from pixtune.hardware.facts import GIB
 from pixtune.plan.encoders import TEXT_BYTES_PER_TOKEN, TEXT_TOKENS, decoding_bytes, encode_plainly
 from pixtune.plan.situation import CONTEXT_BYTES
 from pixtune.plan.training import TrainingPlan
-from pixtune.planning import BetweenSteps, plan_between_steps
+from pixtune.planning import BetweenSteps, SamplesBetween, plan_between_steps
 from pixtune.storage.architecture import CONFIG_PATTERNS
 from pixtune.storage.checkpoint import read_decision
 from pixtune.storage.model_folder import ModelFolder
@@ -254,7 +254,8 @@ def test_what_is_done_between_steps_needs_memory_beside_what_the_run_holds(full_
     def between(card: str, sample_pixels: int, **changes: object) -> BetweenSteps:
         report = make_report(config, card)
         plan = replace(report.plan, **changes)  # type: ignore[arg-type]
-        return plan_between_steps(config, family, folder, plan, encode_plainly(1), sample_pixels, tokens)
+        samples = SamplesBetween(sample_pixels)
+        return plan_between_steps(config, family, folder, plan, encode_plainly(1), samples, tokens)
 
     sampled, measured = between("H100", pixels), between("H100", 0)
     assert sampled.tile_pixels is None and sampled.device_bytes > decoding_bytes(pixels) > measured.device_bytes > 0

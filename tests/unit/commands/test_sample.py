@@ -198,7 +198,7 @@ def test_a_limit_is_a_smaller_card_and_a_larger_picture_needs_more(full_size: Pa
     assert plans(quantize=False, gpu_memory_limit_gib=15.3).sampling.streamed_blocks > 0
     assert plans(size=(2048, 2048)).sampling.expected_peak_bytes > plans().sampling.expected_peak_bytes
     one_pass = plans(settings=SamplerSettings((0,), 10, 1.0), gpu_memory_limit_gib=31).sampling
-    assert one_pass.modulation_rows == 11 and plans(gpu_memory_limit_gib=31).sampling.modulation_rows == 7
+    assert one_pass.modulation_rows == 11 and plans(gpu_memory_limit_gib=31).sampling.modulation_rows == NUM_STEPS + 1
 
 
 def test_a_lora_of_another_model_is_refused_before_anything_is_loaded(full_size: Path, loras: dict[str, Path]) -> None:
