@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from pixtune.engine.capture import Capture, GraphCapturer, ReplayedPass
 from pixtune.engine.load import LoadedTransformer
 from pixtune.engine.modulation_ahead import SigmasAhead
-from pixtune.engine.relief import free_bytes
+from pixtune.engine.relief import drop_frames, first_line, free_bytes, free_unused, lacks_memory
 from pixtune.engine.tiling import decode_latents
 from pixtune.family import Conditioning, ModelFamily, Placement
 from pixtune.plan.passes import PLAIN_PASSES, PassPlan
@@ -25,6 +26,8 @@ from pixtune.storage.model_folder import ModelFolder
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+log = logging.getLogger(__name__)
 
 
 def starting_noise(shape_CHW: tuple[int, int, int], seed: int) -> Tensor:
@@ -220,37 +223,63 @@ class PromptSampler:
         Args:
             on_step: called after each sampler step.
         """
-        settings, device, plan = self.settings, self.placement.device, self.passes
-        predict: Predict = partial(predict_velocity, self.family, transformer, settings.guidance_scale)
-        if plan.captures:
-            predict = self._captured = ReplayedPass(
-                predict, (), self._build_capture(transformer), plan.captures,
-                partial(free_bytes, plan.usable_bytes),
-            )  # fmt: skip
         try:
             for prompt in self.prompts:
-                shape_CHW = self.family.latent_shape(self.folder, *prompt.size)
-                positive, *negative = (_to(device, text) for text in self._text_of_passes(prompt))
-                for seed in settings.seeds:
-                    latents_BCHW = sample_latents(
-                        self.family,
-                        self.folder,
-                        transformer,
-                        starting_noise(shape_CHW, seed).to(device),
-                        positive,
-                        negative[0] if negative else None,
-                        settings.num_steps,
-                        settings.guidance_scale,
-                        [control.to(device) for control in prompt.controls],
-                        on_step,
-                        predict,
-                        together=prompt.negative is not None and plan.together,
-                    )
-                    yield prompt, seed, latents_BCHW
+                for seed in self.settings.seeds:
+                    yield prompt, seed, self._sample_in_memory(transformer, prompt, seed, on_step)
         finally:
-            if self._captured is not None:
-                self._captured.release()
-            self._captured = None
+            self._release()
+
+    def _sample_in_memory(
+        self, transformer: LoadedTransformer, prompt: EncodedPrompt, seed: int, on_step: Callable[[], None]
+    ) -> Tensor:
+        """Samples one picture's latents; where memory is short, once more in a leaner way."""
+        while True:
+            try:
+                return self._sample_latents(transformer, prompt, seed, on_step)
+            except RuntimeError as error:  # out of memory is one, too
+                if not lacks_memory(error) or self.passes.leaner is None:
+                    raise
+                obstacle, leaner = first_line(error), self.passes.leaner
+                drop_frames(error)
+            words = ", ".join(leaner.in_words) or "each pass by itself, kernel by kernel"
+            log.warning("samples lack memory (%s) and go on in another way: %s", obstacle, words)
+            self.passes = leaner
+            self._release()
+            free_unused()
+
+    def _sample_latents(
+        self, transformer: LoadedTransformer, prompt: EncodedPrompt, seed: int, on_step: Callable[[], None]
+    ) -> Tensor:
+        settings, device = self.settings, self.placement.device
+        predict: Predict = partial(predict_velocity, self.family, transformer, settings.guidance_scale)
+        if self.passes.captures and self._captured is None:
+            self._captured = ReplayedPass(
+                predict, (), self._build_capture(transformer), self.passes.captures,
+                partial(free_bytes, self.passes.usable_bytes),
+            )  # fmt: skip
+        shape_CHW = self.family.latent_shape(self.folder, *prompt.size)
+        positive, *negative = (_to(device, text) for text in self._text_of_passes(prompt))
+        return sample_latents(
+            self.family,
+            self.folder,
+            transformer,
+            starting_noise(shape_CHW, seed).to(device),
+            positive,
+            negative[0] if negative else None,
+            settings.num_steps,
+            settings.guidance_scale,
+            [control.to(device) for control in prompt.controls],
+            on_step,
+            self._captured or predict,
+            together=prompt.negative is not None and self.passes.together,
+        )
+
+    def _release(self) -> None:
+        """Gives back the memory of captures."""
+        if self._captured is not None:
+            self._captured.release()
+        self._captured = None
 
     def decode(self, latents_BCHW: Tensor) -> Image:
         """Decodes the picture of one prompt and seed, from latents of shape 1CHW."""

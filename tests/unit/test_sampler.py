@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from pixtune import sampler as sampler_module
 from pixtune.engine import padded_attention
 from pixtune.engine.apply import load_planned, placement_of
 from pixtune.engine.capture import PLAIN_CALLS, Capture, Replay
@@ -28,6 +29,12 @@ CPU = torch.device("cpu")
 PLAIN = SamplingPlan("fp32", "fp32", 0, 0, False, None, 0, 0)
 NUM_STEPS = 7
 CAPTURED = PassPlan(captures=2, captures_stay=True)
+
+
+@pytest.fixture(autouse=True)
+def _free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No GPU is there to be asked."""
+    monkeypatch.setattr(sampler_module, "free_bytes", lambda usable_bytes: 1)
 
 
 class FakeCapturer:
@@ -157,6 +164,32 @@ def test_passes_that_cannot_be_captured_run_plainly(caplog: pytest.LogCaptureFix
         (found,) = sampling.latents(CAPTURED, (4,), refuse)
     (expected,) = sampling.latents(PLAIN_PASSES)
     assert found.equal(expected) and "operation not permitted" in caplog.text
+
+
+def test_where_memory_is_short_the_picture_is_begun_anew_in_a_leaner_way(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nothing is lost: noise depends on the seed alone."""
+    sampling = Sampling("tiny-qwen-image")
+    expected = sampling.latents(PLAIN_PASSES, (4, 5))
+    predict, num_examples = sampler_module.predict_velocity, []
+
+    def short(family: Any, transformer: Any, guidance: float, inputs: sampler_module.PassInputs) -> Tensor:
+        num_examples.append(len(inputs.latents_BCHW))
+        if len(inputs.latents_BCHW) == 2 and len(num_examples) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 54.00 MiB.\nmore")
+        return predict(family, transformer, guidance, inputs)
+
+    monkeypatch.setattr(sampler_module, "predict_velocity", short)
+    sampler = sampling.sampler(replace(CAPTURED, together=True), (4, 5))
+    with caplog.at_level(logging.WARNING):
+        found = [latents for _, _, latents in sampler.latents(sampling.transformer)]
+    assert all(ours.equal(theirs) for ours, theirs in zip(found, expected, strict=True))
+    assert num_examples == [2] * 3 + [1] * 4 * NUM_STEPS
+    assert caplog.text.count("samples lack memory (CUDA out of memory. Tried to allocate 54.00 MiB.)") == 2
+    monkeypatch.setattr(sampler_module, "predict_velocity", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError()))
+    with pytest.raises(torch.OutOfMemoryError):
+        next(sampler.latents(sampling.transformer))
 
 
 def test_samples_leave_the_rows_of_the_steps_where_captured_steps_read_them() -> None:

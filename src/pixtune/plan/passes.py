@@ -8,7 +8,7 @@ autoencoder comes beside it, in a training run the captured steps.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from pixtune.plan.footprint import ELEMENT_BYTES, Footprint
@@ -40,6 +40,13 @@ class PassPlan:
     """Captures keep their memory while a picture is decoded."""
     usable_bytes: int = 0
     """Device memory that torch's allocator may use."""
+
+    @property
+    def leaner(self) -> PassPlan | None:
+        """Next way that needs less memory; None: there is none."""
+        if self.captures:
+            return replace(self, captures=0, captures_stay=False)
+        return replace(self, together=False) if self.together else None
 
     @property
     def in_words(self) -> tuple[str, ...]:
