@@ -48,7 +48,7 @@ from pixtune.data.swapped import (
 from pixtune.engine.load import LoadedTransformer, load_transformer
 from pixtune.families import family_of
 from pixtune.family import ModelFamily, Placement
-from pixtune.plan.encoders import encode_plainly
+from pixtune.plan.encoders import PLAINLY
 from pixtune.storage.model_folder import ModelFolder
 from pixtune.validation import HeldOutPicture, losses_at
 
@@ -157,7 +157,7 @@ def main() -> None:
     family, placement = family_of(model), Placement(device, torch.float32)
     transformer = load_transformer(family, model, placement)
     encoder = Encoder(
-        family, model, placement, encode_plainly(batch_size=8), max_text_tokens=None, store=MemoryStore(),
+        family, model, placement, PLAINLY, max_text_tokens=None, store=MemoryStore(),
         ledger=Ledger(None), console=Console(quiet=True), memo_dir=None,
     )  # fmt: skip
     for pair_set in pair_sets(arguments.pairs):

@@ -178,7 +178,6 @@ def plan_encoders_of(config: TrainConfig, facts: HardwareFacts, sizes: EncoderSi
     return plan_encoders(
         usable,
         sizes,
-        config.encode_batch_size,
         may_quantize=demands.may_quantize_encoders,
         text_stays=not config.precompute_text_embeddings or demands.keeps_encoders(demands.is_unified(facts)),
         must_stay=demands.encoders_stay is True,

@@ -45,7 +45,7 @@ from pixtune.hardware.facts import check_torch
 from pixtune.launch import StopSignal, start_accelerator
 from pixtune.objective import add_noise, example_losses, loss_weights, velocity_target
 from pixtune.plan.demands import demands_of
-from pixtune.plan.encoders import EncoderPlan
+from pixtune.plan.encoders import EncoderPlan, without_former_fields
 from pixtune.plan.training import TrainingPlan, with_todays_names
 from pixtune.planning import Leaner, leaner_config, leaner_than, plan_on_this_machine
 from pixtune.run import AroundSteps, Run, TrainResult
@@ -266,7 +266,8 @@ def assemble(config: TrainConfig, leaner: Leaner | None = None, lock: OutputLock
     identity = RunIdentity(to_dict(config), None, accelerator.num_processes, length, steps_fingerprint(folder))
     check_run(config, checkpoint, identity)
 
-    encoders = read_decision(EncoderPlan, checkpoint.record.get("encoders", {}), "encoders") if checkpoint else None
+    stored = without_former_fields(checkpoint.record.get("encoders", {})) if checkpoint else None
+    encoders = None if stored is None else read_decision(EncoderPlan, stored, "encoders")
     data = prepare_data(config, family, folder, accelerator, memory.stages, encoders)
     order = BatchOrder(data.buckets, config.batch_size * accelerator.num_processes, config.seed)
     num_steps = planned_steps(config, order)

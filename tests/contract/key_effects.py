@@ -123,7 +123,6 @@ EFFECTS: dict[str, Effect] = {
     "precompute_text_embeddings": Effect("printed", (True, False)),
     "precompute_image_embeddings": Effect("printed", (True, False)),
     "save_cache_on_disk": Effect("files", (True, False), FRESH_CACHE),
-    "encode_batch_size": Effect("encoded together", (4, 1), FRESH_CACHE),
     "disable_gradient_checkpointing": Effect("plan", (True, False)),
     "disable_cpu_offload": Effect("plan", (False, True)),
     "pin_memory": Effect("plan", (True, False)),

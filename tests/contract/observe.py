@@ -17,7 +17,6 @@ from safetensors import safe_open
 from pixtune.config import load_config
 from pixtune.config.schema import TrainConfig
 from pixtune.data.batches import BatchSource
-from pixtune.data.encode import Encoder
 from pixtune.errors import PixtuneError
 from pixtune.hardware.facts import GIB, HardwareFacts
 from pixtune.plan.training import TrainingPlan, plan_training
@@ -108,23 +107,14 @@ def observe_run(settings: Mapping[str, object], scene: Path, run: Path) -> Obser
 
 @contextmanager
 def watch() -> Iterator[dict[str, Any]]:
-    """What leaves no trace in a file: threads that read, what is encoded together, what a tracker is told."""
-    seen: dict[str, Any] = {"reading threads": 0, "encoded together": [], "times tracked": 0}
+    """What leaves no trace in a file: threads that read, what a tracker is told."""
+    seen: dict[str, Any] = {"reading threads": 0, "times tracked": 0}
     threads: set[int] = set()
-    parts, open_text_encoder, track = BatchSource.parts, Encoder.open_text_encoder, StepFigures.track
+    parts, track = BatchSource.parts, StepFigures.track
 
     def watched_parts(source: BatchSource, *arguments: Any) -> Any:
         threads.update({threading.get_ident()} - {threading.main_thread().ident})
         return parts(source, *arguments)
-
-    def watched_text_encoder(encoder: Encoder) -> Any:
-        encode = open_text_encoder(encoder)
-
-        def encode_and_count(items: Any) -> Any:
-            seen["encoded together"].append(len(items))
-            return encode(items)
-
-        return encode_and_count
 
     def watched_track(figures: StepFigures, *arguments: Any) -> None:
         seen["times tracked"] += 1
@@ -132,7 +122,6 @@ def watch() -> Iterator[dict[str, Any]]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(BatchSource, "parts", watched_parts)
-        patch.setattr(Encoder, "open_text_encoder", watched_text_encoder)
         patch.setattr(StepFigures, "track", watched_track)
         yield seen
     seen["reading threads"] = len(threads)

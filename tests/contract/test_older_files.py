@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from pixtune.plan.encoders import EncoderPlan
+from pixtune.plan.encoders import PLAINLY, EncoderPlan, without_former_fields
 from pixtune.plan.training import TrainingPlan, with_todays_names
 from pixtune.storage.checkpoint import read_decision
 from tests.runs import ROOT, overrides, pixtune, write_config
@@ -22,9 +22,10 @@ RUNS = {  # folder -> the shipped model and what the run changed
     "qwen-image": ("tiny-qwen-image", {"rank": 1}),
     "flux-8-bit": ("tiny-flux", {"rank": 2, "adam8bit": True, "quantize": True}),
 }
-DRIFT = 2e-3
-"""Between two CPUs, relative to the largest weight, after two steps of Adam, which divides by tiny numbers. On the CPU
-that wrote the files it is 0. Resuming without the optimizer's state moves the most distant tensor by 0.8 (measured)."""
+DRIFT = {"qwen-image": 2e-3, "flux-8-bit": 0.2}
+"""Relative to the largest weight, after two steps of Adam, which divides by tiny numbers. Version 0.1.0 encoded four
+pictures at once, which rounds latents otherwise by a millionth; 8 bits make 0.09 of that, plain weights 8e-6. Another
+CPU may add to it. Resuming without the optimizer's state moves the most distant tensor by 0.8. All measured."""
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -41,7 +42,7 @@ def test_an_older_checkpoint_resumes_to_the_same_lora(name: str, tmp_path: Path)
     then, now = load_file(WRITTEN / name / LORA_FILE), load_file(output_dir / LORA_FILE)
     assert then.keys() == now.keys()
     for key, tensor in then.items():
-        assert torch.allclose(tensor, now[key], rtol=0, atol=DRIFT * float(tensor.abs().max())), key
+        assert torch.allclose(tensor, now[key], rtol=0, atol=DRIFT[name] * float(tensor.abs().max())), key
 
 
 def test_an_older_lora_samples(tmp_path: Path) -> None:
@@ -59,4 +60,6 @@ def test_the_plans_in_an_older_checkpoint_are_whole(name: str) -> None:
     record = json.loads((WRITTEN / name / "state.json").read_text())["record"]
     plan = read_decision(TrainingPlan, with_todays_names(record["plan"]), "plan")
     assert plan.weights_format == record["plan"]["weights_format"] and plan.captures == record["plan"]["recordings"]
-    assert read_decision(EncoderPlan, record["encoders"], "encoders").caption_batch == 4
+    encoders = record["encoders"]
+    assert encoders["caption_batch"] == 4, "what plans no longer have"
+    assert read_decision(EncoderPlan, without_former_fields(encoders), "encoders") == PLAINLY

@@ -23,7 +23,7 @@ from pixtune.hardware.facts import GIB, HardwareFacts
 from pixtune.hardware.meminfo import read_host_memory
 from pixtune.hardware.read import cpu_facts, read_facts_without_cuda
 from pixtune.plan.demands import demands_of
-from pixtune.plan.encoders import PIXELS_PER_VISION_TOKEN, TEXT_TOKENS, EncoderPlan, EncoderSizes, encode_plainly
+from pixtune.plan.encoders import PIXELS_PER_VISION_TOKEN, PLAINLY, TEXT_TOKENS, EncoderPlan, EncoderSizes
 from pixtune.plan.kernel_choice import NAMES
 from pixtune.plan.passes import needs_negative
 from pixtune.plan.phases import Phase, Surroundings, phases_of
@@ -126,7 +126,7 @@ def make_report(config: TrainConfig, card: str | None = None) -> PlanReport:
         plan=plan,
         usable_bytes=plan.usable_bytes,
         phases=phases_of(plan, in_its_pool(footprint, facts, demands_of(config)), around) if around else (),
-        encoders=around.encoders if around else encode_plainly(config.encode_batch_size),
+        encoders=around.encoders if around else PLAINLY,
         assumptions=(*assumptions, *assumed),
     )
 
@@ -187,7 +187,7 @@ def surroundings_of(
     from pixtune.planning import encoder_sizes, plan_encoders_of
 
     if config.random_weights and folder.has_weights("transformer"):
-        return Surroundings(EncoderSizes(0, 0), encode_plainly(config.encode_batch_size))
+        return Surroundings(EncoderSizes(0, 0), PLAINLY)
     data, settings = config.data_config, config.samples
     side = data.img_size
     encoded_side = max(side, data.control_size) if _num_controls(config, family) else side

@@ -159,7 +159,6 @@ def config_of(request: SampleRequest, output_dir: Path) -> TrainConfig:
         max_train_steps=1,
         data_config=DataConfig(img_dir=output_dir),
         mixed_precision="bf16" if request.weights_format == "bf16" else "no",
-        encode_batch_size=1,
         quantize=request.quantize,
         disable_quantization=request.quantize is False,
         gpu_memory_limit_gib=request.gpu_memory_limit_gib,

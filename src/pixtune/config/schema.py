@@ -300,8 +300,6 @@ class TrainConfig(Section):
     """Whether pictures are encoded once, before training. False: at each turn, with the autoencoder kept loaded."""
     save_cache_on_disk: bool = True
     """Whether encodings are kept on disk for later runs. False: in host memory, by each process for itself."""
-    encode_batch_size: Count = 4
-    """Number of captions, or of pictures of one size, that are encoded together; fewer where memory is short."""
 
     # ---- constraints on the planner
     disable_gradient_checkpointing: bool | None = None
@@ -388,6 +386,11 @@ def _value_at(config: TrainConfig, key: str) -> object:
 
 OLDER_NAMES = {"use_8bit_adam": "adam8bit", "cuda_13_features": "cuda_features"}
 """Names that the contract's older documents use, each with the name it has here."""
+
+FORMER_KEYS = {
+    "encode_batch_size": "captions and pictures are encoded one by one, so that each encoding depends on itself alone"
+}
+"""Keys that earlier versions had and that nothing reads any more, each with why. They are accepted with a warning."""
 
 NOT_YET: dict[str, tuple[object, ...]] = {
     "freeze_text_encoder": (True,),

@@ -10,18 +10,20 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from pixtune.config.schema import OLDER_NAMES, TrainConfig
+from pixtune.config.schema import FORMER_KEYS, OLDER_NAMES, TrainConfig
 
 DEFAULT_PATH = Path("train_configs/schema.json")
 
 
 def json_schema() -> dict[str, Any]:
-    """Returns every key with its type, bounds, default and description; older names too, marked as deprecated."""
+    """Returns every key with its type, bounds, default and description; what is older is marked as deprecated."""
     schema = TrainConfig.model_json_schema()
     properties = schema["properties"]
     for older, current in OLDER_NAMES.items():
         described = {**properties[current], "deprecated": True, "description": f"Older name of `{current}`."}
         properties[older] = described
+    for former, why in FORMER_KEYS.items():
+        properties[former] = {"deprecated": True, "description": f"Has no effect any more: {why}."}
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "A pixtune config"}
 
 

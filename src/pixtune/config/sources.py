@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -11,7 +12,9 @@ from typing import NamedTuple
 
 import yaml
 
-from pixtune.config.schema import OLDER_NAMES, leaf_keys, sections
+from pixtune.config.schema import FORMER_KEYS, OLDER_NAMES, leaf_keys, sections
+
+logger = logging.getLogger(__name__)
 
 
 class Place(NamedTuple):
@@ -193,6 +196,9 @@ def _collect_value(
             source.faults.append(
                 Fault(place, f"{written_as} is {show(_plain(node))}: it is a section with keys of its own: {keys}")
             )
+        return
+    if key in FORMER_KEYS:
+        logger.warning("%s: %s has no effect any more: %s. Remove it.", place.text, key, FORMER_KEYS[key])
         return
     if key not in set(leaf_keys()):
         source.faults.append(Fault(place, f"{written_as} is not a known key (value {show(_plain(node))}){_hint(key)}"))

@@ -19,7 +19,7 @@ from pixtune.hardware.facts import HardwareFacts
 from pixtune.hardware.read import read_facts
 from pixtune.hardware.unified import is_unified_memory_system
 from pixtune.plan.demands import demands_of
-from pixtune.plan.encoders import EncoderPlan, count_caption_tokens, encode_plainly, more_exact
+from pixtune.plan.encoders import PLAINLY, EncoderPlan, count_caption_tokens, more_exact
 from pixtune.planning import encoder_sizes, plan_encoders_of
 from pixtune.storage.model_folder import ModelFolder
 
@@ -76,7 +76,7 @@ def _plan_encoders(
 ) -> EncoderPlan:
     """Plans how this machine encodes; the first process decides for all, since all must read the same encodings."""
     if accelerator.device.type != "cuda":
-        return encode_plainly(config.encode_batch_size)
+        return PLAINLY
     decided: list[EncoderPlan | None] = [None]
     if accelerator.is_main_process:
         facts = read_facts(accelerator.device, demands_of(config).memory_fraction)
@@ -99,7 +99,7 @@ def plan_encoders_for(
         PlanError: see `plan_encoders`.
     """
     if facts.device != "cuda":
-        return encode_plainly(config.encode_batch_size)
+        return PLAINLY
     characters = max((len(item.text) for item in items), default=0)
     vision_pixels = max((sum(math.prod(p.framing.size) for p in item.pictures) for item in items), default=0)
     picture_pixels = max((math.prod(picture.framing.size) for picture in pictures), default=0)

@@ -1,16 +1,17 @@
 """Fills the cache: loads the text encoder, encodes captions and drops it, then the same with autoencoder and pictures.
 
-An encoder is loaded only if an entry is missing, and content alone decides that: see `cache.py`.
+An encoder is loaded only if an entry is missing, and content alone decides that: see `cache.py`. Captions and pictures
+are encoded one by one. In a batch, rounding depends on its size and padding, so an entry would depend on what else was
+missing: a cache filled in one go, or after a kill, or in the loop would differ in the last bits.
 """
 
 from __future__ import annotations
 
 import gc
-import hashlib
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -24,10 +25,10 @@ from pixtune.data.caption_tokens import Lengths, count_new, cut_captions
 from pixtune.data.images import check_unchanged, crop_resize, open_rgb, to_pixels
 from pixtune.engine.tiling import encode_images
 from pixtune.engine.weight_only import quantize_encoder
-from pixtune.family import LatentDistribution, ModelFamily, Placement, Prompt, PromptOutline, TextEncoder
+from pixtune.family import Conditioning, LatentDistribution, ModelFamily, Placement, Prompt, PromptOutline, TextEncoder
 from pixtune.plan.encoders import ON_CPU, EncoderPlan
 from pixtune.progress import track
-from pixtune.sizes import Size
+from pixtune.storage.files import text_digest
 from pixtune.storage.model_folder import ModelFolder
 
 if TYPE_CHECKING:
@@ -108,7 +109,7 @@ class Encoder:
         shared = {
             "kind": "text",
             **{part: self._fingerprint(part) for part in self.family.text_components},
-            "prompt template": hash_text(self.family.prompt_template),
+            "prompt template": text_digest(self.family.prompt_template),
             "most tokens": str(self.max_text_tokens),
             "format": self._format("weights", self.plan.weights_format),
         }
@@ -117,7 +118,7 @@ class Encoder:
                 " beside ".join([f"caption {shorten(item.text)}", *(picture.name for picture in item.pictures)]),
                 {
                     **shared,
-                    "caption": hash_text(item.text),
+                    "caption": text_digest(item.text),
                     **{f"control {n + 1}": repr(picture.parts) for n, picture in enumerate(item.pictures)},
                 },
             )
@@ -159,47 +160,40 @@ class Encoder:
         item_of = {key.digest: item for key, item in zip(keys, items, strict=True)}
 
         def encode(missing: Sequence[CacheKey]) -> Iterator[tuple[CacheKey, Entry]]:
-            encode_batch = self.open_text_encoder()
-            # Captions of like length share a batch, which needs less padding.
-            ordered = sorted(missing, key=lambda key: len(item_of[key.digest].text))
-            chunks = _chunks(ordered, self.plan.caption_batch)
-            for chunk in track(chunks, "captions", len(chunks), self.console):
-                yield from zip(chunk, encode_batch([item_of[key.digest] for key in chunk]), strict=True)
-            del encode_batch
+            encode_one = self.open_text_encoder()
+            for key in track(missing, "captions", len(missing), self.console):
+                yield key, encode_one(item_of[key.digest])
+            del encode_one
             self._make_room()
 
         return fill(self.store, self.ledger, keys, encode)
 
-    def open_text_encoder(self) -> Callable[[Sequence[TextItem]], list[Entry]]:
+    def open_text_encoder(self) -> Callable[[TextItem], Conditioning]:
         """Loads the text encoder. Unless it `stays`, it leaves the device when the returned function is dropped."""
         encoder = self._load("text encoder", self._load_text_encoder)
-        return lambda items: self.family.encode_text(encoder, [item.prompt() for item in items], self.max_text_tokens)
+
+        def encode(item: TextItem) -> Conditioning:
+            (features,) = self.family.encode_text(encoder, [item.prompt()], self.max_text_tokens)
+            return features
+
+        return encode
 
     def fill_pictures(self, pictures: Sequence[FramedPicture], keys: Sequence[CacheKey]) -> FillReport:
         """Encodes the pictures that the cache lacks; `examples.check_folder` has checked them before."""
         picture_of = {key.digest: picture for key, picture in zip(keys, pictures, strict=True)}
 
+        def load(key: CacheKey) -> Tensor:
+            return to_pixels(picture_of[key.digest].read()).unsqueeze(0)
+
         def encode(missing: Sequence[CacheKey]) -> Iterator[tuple[CacheKey, Entry]]:
-            encode_batch = self.open_autoencoder()
-
-            def size(key: CacheKey) -> Size:
-                return picture_of[key.digest].framing.size
-
-            def load(chunk: Sequence[CacheKey]) -> Tensor:
-                return torch.stack([to_pixels(picture_of[key.digest].read()) for key in chunk])
-
-            chunks = [
-                chunk
-                for _, same_size in groupby(sorted(missing, key=size), key=size)
-                for chunk in _chunks(list(same_size), self.plan.picture_batch)
-            ]
-            with ThreadPoolExecutor(DECODE_THREADS) as pool:
-                decoded = track(pool.map(load, chunks), "pictures", len(chunks), self.console)
-                for chunk, pixels_B3HW in zip(chunks, decoded, strict=True):
-                    latents = encode_batch(pixels_B3HW)
-                    for row, key in enumerate(chunk):
-                        yield key, {"mean": latents.mean_BCHW[row : row + 1], "std": latents.std_BCHW[row : row + 1]}
-            del encode_batch
+            encode_one = self.open_autoencoder()
+            # Pictures of one size come together: a GPU's kernels and memory are chosen by size.
+            ordered = sorted(missing, key=lambda key: picture_of[key.digest].framing.size)
+            pixels = track(_loaded_ahead(load, ordered), "pictures", len(ordered), self.console)
+            for key, pixels_13HW in zip(ordered, pixels, strict=True):
+                latents = encode_one(pixels_13HW)
+                yield key, {"mean": latents.mean_BCHW, "std": latents.std_BCHW}
+            del encode_one
             self._make_room()
 
         return fill(self.store, self.ledger, keys, encode)
@@ -207,8 +201,8 @@ class Encoder:
     def open_autoencoder(self) -> Callable[[Tensor], LatentDistribution]:
         """Loads the autoencoder. Unless it `stays`, it leaves the device when the returned function is dropped."""
         autoencoder = self._load("autoencoder", lambda: self.family.load_autoencoder(self.folder, self.placement))
-        return lambda pixels_B3HW: encode_images(
-            self.family, self.folder, autoencoder, pixels_B3HW.to(self.placement.device), self.plan.tile_pixels
+        return lambda pixels_13HW: encode_images(
+            self.family, self.folder, autoencoder, pixels_13HW.to(self.placement.device), self.plan.tile_pixels
         )
 
     def _load_text_encoder(self) -> TextEncoder:
@@ -235,15 +229,18 @@ class Encoder:
             torch.cuda.empty_cache()
 
 
-def hash_text(text: str) -> str:
-    """Returns the SHA-256 of a text, as hex."""
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
 def shorten(text: str) -> str:
     """Shortens a caption for a message; long ones stay distinct."""
-    return repr(text) if len(text) < 80 else f"{text[:60]!r}... ({hash_text(text)[:8]})"
+    return repr(text) if len(text) < 80 else f"{text[:60]!r}... ({text_digest(text)[:8]})"
 
 
-def _chunks(items: Sequence[CacheKey], size: int) -> list[Sequence[CacheKey]]:
-    return [items[start : start + size] for start in range(0, len(items), size)]
+def _loaded_ahead(load: Callable[[CacheKey], Tensor], keys: Iterable[CacheKey]) -> Iterator[Tensor]:
+    """Yields what `load` returns for each key, in order. Only the next few are loaded meanwhile: memory is finite."""
+    with ThreadPoolExecutor(DECODE_THREADS, thread_name_prefix="decode") as pool:
+        pending: deque[Future[Tensor]] = deque()
+        for key in keys:
+            pending.append(pool.submit(load, key))
+            if len(pending) > 2 * DECODE_THREADS:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()

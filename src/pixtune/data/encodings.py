@@ -55,14 +55,14 @@ def _control_name(path: Path) -> str:
 class Encodings:
     """Reader of encodings, by the captions and pictures that they are of. Several threads may use it.
 
-    Those that were not filled beforehand are encoded at each read: slower, with the same result within rounding.
+    Those that were not filled beforehand are encoded at each read: slower, with the same result.
     """
 
     encoder: Encoder
     _text_keys: dict[TextItem, CacheKey] = field(default_factory=dict)
     _latent_keys: dict[FramedPicture, CacheKey] = field(default_factory=dict)
-    _encode_texts: Callable[[Sequence[TextItem]], list[Conditioning]] | None = None
-    _encode_pictures: Callable[[Tensor], LatentDistribution] | None = None
+    _encode_text: Callable[[TextItem], Conditioning] | None = None
+    _encode_picture: Callable[[Tensor], LatentDistribution] | None = None
     _lock: Lock = field(default_factory=Lock)
 
     def fill_texts(self, items: Sequence[TextItem]) -> FillReport:
@@ -84,38 +84,37 @@ class Encodings:
 
     def keep_text_encoder(self) -> None:
         """Loads the text encoder for captions that are not in the cache."""
-        self._encode_texts = self.encoder.open_text_encoder()
+        self._encode_text = self.encoder.open_text_encoder()
 
     def keep_autoencoder(self) -> None:
         """Loads the autoencoder for pictures that are not in the cache."""
-        self._encode_pictures = self.encoder.open_autoencoder()
+        self._encode_picture = self.encoder.open_autoencoder()
 
     def text(self, item: TextItem) -> Conditioning:
         """Reads or encodes a caption's features, on the CPU.
 
         Raises:
-            DataError: it is encoded now, and a control picture beside it has changed or is gone.
+            DataError: its entry cannot be used any more; or it is encoded now, and a control picture beside it has
+                changed or is gone.
         """
         if item in self._text_keys:
             return self.encoder.store.read(self._text_keys[item].digest)
-        assert self._encode_texts is not None, f"{item.text!r} is neither in the cache nor to be encoded in the loop"
+        assert self._encode_text is not None, f"{item.text!r} is neither in the cache nor to be encoded in the loop"
         with self._lock:
-            (row,) = self._encode_texts([item])
+            row = self._encode_text(item)
         return {name: tensor.cpu() for name, tensor in row.items()}
 
     def latents(self, picture: FramedPicture) -> LatentDistribution:
         """Reads or encodes a picture's distribution of latents, with batch size 1, on the CPU.
 
         Raises:
-            DataError: the picture is encoded now, and has changed or is gone.
+            DataError: its entry cannot be used any more; or it is encoded now, and has changed or is gone.
         """
         if picture in self._latent_keys:
             entry = self.encoder.store.read(self._latent_keys[picture].digest)
             return LatentDistribution(entry["mean"], entry["std"])
-        assert self._encode_pictures is not None, (
-            f"{picture.name} is neither in the cache nor to be encoded in the loop"
-        )
+        assert self._encode_picture is not None, f"{picture.name} is neither in the cache nor to be encoded in the loop"
         pixels_13HW = to_pixels(picture.read()).unsqueeze(0)
         with self._lock, torch.no_grad():
-            latents = self._encode_pictures(pixels_13HW)
+            latents = self._encode_picture(pixels_13HW)
         return LatentDistribution(latents.mean_BCHW.cpu(), latents.std_BCHW.cpu())

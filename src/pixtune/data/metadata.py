@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pixtune.data.pairs import Pair, Pairs
+from pixtune.data.pairs import Pair, Pairs, tidy_caption
 
 KEYS = ("image", "caption", "control")
 
@@ -40,7 +40,7 @@ def read_metadata(file: Path, folder: Path) -> Pairs:
             problems += [f"there is no file {path}" for path in paths if not path.is_file()]
             name = row["image"] if count == 1 else f"{row['image']}#{count}"
             if not problems:
-                pairs.append(Pair(paths[0], name, caption=row["caption"].strip(), control_paths=tuple(paths[1:])))
+                pairs.append(Pair(paths[0], name, caption=tidy_caption(row["caption"]), control_paths=tuple(paths[1:])))
         faults += [f"{file}:{number}: {problem}." for problem in problems]
     if not pairs and not faults:
         faults.append(f"{file} is empty. One JSON object a line is needed, with the keys {', '.join(KEYS)}.")

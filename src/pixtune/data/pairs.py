@@ -120,7 +120,7 @@ def find_pairs(
 
 
 def read_caption(path: Path) -> str:
-    """Reads a caption without surrounding white space. It may be empty or have several lines; UTF-8, BOM or not.
+    """Reads a caption as `tidy_caption` gives it. It may be empty or have several lines; UTF-8, BOM or not.
 
     Raises:
         DataError: one problem, with the file, the position of the bad byte and what to do.
@@ -133,11 +133,19 @@ def read_caption(path: Path) -> str:
         position = max(data.find(b"\0"), 0)
         raise _caption_error(path, f"is UTF-16 or not text (first such byte at position {position}). Save it as UTF-8.")
     try:
-        return data.decode("utf-8").removeprefix("\ufeff").strip()  # "utf-8-sig" would shift the position
+        return tidy_caption(data.decode("utf-8"))  # "utf-8-sig" would shift the position of a bad byte
     except UnicodeDecodeError as error:
         raise _caption_error(
             path, f"is not UTF-8: byte 0x{data[error.start]:02x} at position {error.start}. Save it as UTF-8."
         ) from error
+
+
+def tidy_caption(text: str) -> str:
+    """Returns a caption without what an editor or a file system adds: its own line ends, BOMs, white space around it.
+
+    Lines end with a line feed alone, so that a caption from Windows is the same caption: the same tokens and encoding.
+    """
+    return text.replace("\r\n", "\n").replace("\r", "\n").replace("\ufeff", "").strip()
 
 
 def shorten(names: Iterable[str]) -> str:

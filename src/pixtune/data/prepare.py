@@ -14,7 +14,7 @@ from pixtune.data.buckets import Framing, build_buckets, frame_picture
 from pixtune.data.build_encoder import build_encoder
 from pixtune.data.cache import missing_keys
 from pixtune.data.controls import ControlRules, frame_control
-from pixtune.data.encode import FramedPicture, TextItem, hash_text, shorten
+from pixtune.data.encode import FramedPicture, TextItem, shorten
 from pixtune.data.encodings import Encodings, control_pictures, target_picture, text_item
 from pixtune.data.examples import Example, check_folder, read_examples, split_held_out
 from pixtune.data.images import read_size
@@ -29,6 +29,7 @@ from pixtune.plan.passes import needs_negative
 from pixtune.plan.text_padding import Captions
 from pixtune.sampler import EncodedPrompt
 from pixtune.sizes import Size
+from pixtune.storage.files import text_digest
 from pixtune.storage.model_folder import ModelFolder
 from pixtune.validation import HeldOutPicture
 
@@ -261,7 +262,7 @@ def _gather(
             differ=len(set(text_tokens.values())) > 1 or not known,
             sizes=captioned_sizes(family, folder, training, text_tokens, dropout) if known else (),
         ),
-        fingerprint=hash_text("\n".join(key.digest for key in keys)),
+        fingerprint=text_digest("\n".join(key.digest for key in keys)),
         encoders=encodings.encoder.plan,
     )
 

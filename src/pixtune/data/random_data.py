@@ -13,7 +13,7 @@ from pixtune.data.encodings import text_item
 from pixtune.data.examples import Example
 from pixtune.data.prepared import PreparedData, captioned_sizes, example_reader, most_image_tokens
 from pixtune.family import Conditioning, LatentDistribution, ModelFamily
-from pixtune.plan.encoders import encode_plainly
+from pixtune.plan.encoders import PLAINLY
 from pixtune.plan.text_padding import Captions
 from pixtune.sizes import Size
 from pixtune.storage.model_folder import ModelFolder
@@ -88,5 +88,5 @@ def random_data(
             differ=len(set(texts.values())) > 1, sizes=captioned_sizes(family, folder, training, texts, dropout)
         ),
         fingerprint="random",
-        encoders=encode_plainly(config.encode_batch_size),
+        encoders=PLAINLY,
     )

@@ -5,7 +5,7 @@ Both work before the training step and leave room for it, so they are planned ag
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
@@ -61,8 +61,6 @@ class EncoderPlan:
 
     text_format: str | None
     """Format of the text encoder's linear layers: "int8", "nf4" or None, the run's own; "cpu": its own, on the CPU."""
-    caption_batch: int
-    picture_batch: int
     tile_pixels: int | None
     """Side of the tiles in which pictures are encoded; None: whole."""
     reasons: tuple[str, ...] = ()
@@ -76,15 +74,21 @@ class EncoderPlan:
         return {**asdict(self), "reasons": list(self.reasons)}
 
 
-def encode_plainly(batch_size: int) -> EncoderPlan:
-    """Returns the plan of a CPU: everything is encoded as it is loaded."""
-    return EncoderPlan(None, batch_size, batch_size, None)
+PLAINLY = EncoderPlan(None, None)
+"""Plan of a CPU: everything is encoded as it is loaded."""
+
+FORMER_FIELDS = ("caption_batch", "picture_batch")
+"""Fields of plans in checkpoints of version 0.1.0, which encoded several captions, or pictures, together."""
+
+
+def without_former_fields(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Drops the fields of a stored plan that plans no longer have."""
+    return {name: value for name, value in values.items() if name not in FORMER_FIELDS}
 
 
 def plan_encoders(
     usable_bytes: int,
     sizes: EncoderSizes,
-    batch_size: int,
     may_quantize: bool = True,
     text_stays: bool = False,
     must_stay: bool = False,
@@ -94,7 +98,6 @@ def plan_encoders(
 
     Args:
         usable_bytes: device memory that torch's allocator may use.
-        batch_size: largest number of captions, or pictures, that are encoded together.
         may_quantize: the text encoder may have fewer bits where it does not fit otherwise.
         text_stays: the text encoder is still on the device when pictures are encoded.
         must_stay: the config demands that it is, so the CPU is no way out.
@@ -103,11 +106,11 @@ def plan_encoders(
     Raises:
         PlanError: the text encoder fits in no format and `must_stay`, or the host lacks memory for it.
     """
-    text_format, caption_batch, reasons = _choose_text(usable_bytes, sizes, batch_size, may_quantize)
+    text_format, reasons = _choose_text(usable_bytes, sizes, may_quantize)
     on_host = text_host_bytes(sizes, text_format)
     lacks_host = host_bytes is not None and on_host > host_bytes
     if text_format == ON_CPU and must_stay:
-        least = text_peak_bytes(sizes, _formats(may_quantize)[-1], 1)
+        least = text_peak_bytes(sizes, _formats(may_quantize)[-1])
         way_out = "Leave disable_cpu_offload out: captions are then encoded on the CPU."
         raise PlanError(
             f"disable_cpu_offload keeps the text encoder on the GPU, where it needs at least {least / GIB:.1f} GiB and "
@@ -118,49 +121,40 @@ def plan_encoders(
     beside = text_weight_bytes(sizes, text_format) if text_stays else 0
     room = usable_bytes - beside - sizes.autoencoder_bytes
     tile_pixels = fitting_tile(sizes.picture_pixels, room, partial(encoding_bytes, sizes))
-    picture_batch = _largest_batch(room, encoding_bytes(sizes, sizes.picture_pixels, tile_pixels), batch_size)
     if tile_pixels:
         reasons.append(
             f"pictures are encoded in tiles of {tile_pixels} pixels: {sizes.picture_pixels / 1e6:.1f} megapixels at "
             f"once would need {encoding_bytes(sizes, sizes.picture_pixels) / GIB:.1f} GiB besides the weights"
         )
-    elif picture_batch < batch_size and sizes.picture_pixels:
-        reasons.append(f"pictures are encoded {picture_batch} at a time instead of {batch_size}: more would not fit")
-    return EncoderPlan(text_format, caption_batch, picture_batch, tile_pixels, tuple(reasons))
+    return EncoderPlan(text_format, tile_pixels, tuple(reasons))
 
 
-def _choose_text(
-    usable_bytes: int, sizes: EncoderSizes, batch_size: int, may_quantize: bool
-) -> tuple[str | None, int, list[str]]:
+def _choose_text(usable_bytes: int, sizes: EncoderSizes, may_quantize: bool) -> tuple[str | None, list[str]]:
     if not sizes.text_bytes:
-        return None, batch_size, []
+        return None, []
     plain_gib, have_gib = sizes.text_bytes / GIB, usable_bytes / GIB
     for text_format in _formats(may_quantize):
-        if text_peak_bytes(sizes, text_format, 1) > usable_bytes:
+        if text_peak_bytes(sizes, text_format) > usable_bytes:
             continue
-        idle = text_peak_bytes(sizes, text_format, 0)
-        batch = _largest_batch(usable_bytes - idle, text_peak_bytes(sizes, text_format, 1) - idle, batch_size)
-        reasons = []
-        if text_format:
-            bits = {"int8": "8", "nf4": "4"}[text_format]
-            weight_gib = text_weight_bytes(sizes, text_format) / GIB
-            reasons.append(
-                f"text encoder in {bits} bits ({text_format} weights, {weight_gib:.1f} GiB): unquantized, it weighs "
-                f"{plain_gib:.1f} GiB, and {have_gib:.1f} GiB are usable; its features differ a little"
-            )
-        if batch < batch_size:
-            reasons.append(f"captions are encoded {batch} at a time instead of {batch_size}: more would not fit")
-        return text_format, batch, reasons
+        if text_format is None:
+            return None, []
+        bits = {"int8": "8", "nf4": "4"}[text_format]
+        weight_gib = text_weight_bytes(sizes, text_format) / GIB
+        reason = (
+            f"text encoder in {bits} bits ({text_format} weights, {weight_gib:.1f} GiB): unquantized, it weighs "
+            f"{plain_gib:.1f} GiB, and {have_gib:.1f} GiB are usable; its features differ a little"
+        )
+        return text_format, [reason]
     why = "even in 4 bits it would not fit" if may_quantize else "disable_quantization leaves no other way"
     reason = (
         f"captions are encoded on the CPU, which is slow: the text encoder weighs {plain_gib:.1f} GiB, {have_gib:.1f} "
         f"GiB are usable, and {why}. A cache that a larger GPU has filled can be copied (data_config.cache_dir)"
     )
-    return ON_CPU, batch_size, [reason]
+    return ON_CPU, [reason]
 
 
 def _host_lacks(usable_bytes: int, sizes: EncoderSizes, least_format: str | None, on_host: int, host_bytes: int) -> str:
-    least = text_peak_bytes(sizes, least_format, 1)
+    least = text_peak_bytes(sizes, least_format)
     if least <= usable_bytes:
         why, way_out = "on its way to the GPU in fp32", "Or set mixed_precision=bf16, which takes none for it."
     else:
@@ -175,11 +169,6 @@ def _host_lacks(usable_bytes: int, sizes: EncoderSizes, least_format: str | None
 def _formats(may_quantize: bool) -> tuple[str | None, ...]:
     """Returns the formats of a text encoder, the most exact first."""
     return (None, "int8", "nf4") if may_quantize else (None,)
-
-
-def _largest_batch(room_bytes: int, each_bytes: int, most: int) -> int:
-    """Returns how many items fit, at least one: whether one fits is another question."""
-    return max(1, min(most, room_bytes // each_bytes)) if each_bytes else most
 
 
 def more_exact(plan: EncoderPlan) -> Iterator[EncoderPlan]:
@@ -208,12 +197,12 @@ def text_weight_bytes(sizes: EncoderSizes, text_format: str | None) -> int:
     return round(num_weights * each)
 
 
-def text_peak_bytes(sizes: EncoderSizes, text_format: str | None, num_captions: int) -> int:
-    """Returns the peak of device memory while `num_captions` are encoded together."""
+def text_peak_bytes(sizes: EncoderSizes, text_format: str | None) -> int:
+    """Returns the peak of device memory while the longest caption is encoded."""
     if text_format == ON_CPU:
         return 0
     pieces = PIECES_BYTES if text_format else 0
-    working = num_captions * sizes.caption_tokens * TEXT_BYTES_PER_TOKEN * sizes.element_bytes // 2
+    working = sizes.caption_tokens * TEXT_BYTES_PER_TOKEN * sizes.element_bytes // 2
     return text_weight_bytes(sizes, text_format) + pieces + working
 
 
@@ -222,7 +211,7 @@ def text_host_bytes(sizes: EncoderSizes, text_format: str | None) -> int:
 
     On their way to a device, weights of 16 bits are views of their mapped files, which the kernel drops when it needs
     the pages; in fp32 they are copies. Weights that work on the CPU must stay in memory either way: otherwise each
-    batch of captions would read them from the disk again.
+    caption would read them from the disk again.
     """
     if text_format == ON_CPU:
         return sizes.text_bytes + sizes.caption_tokens * TEXT_BYTES_PER_TOKEN * sizes.element_bytes // 2

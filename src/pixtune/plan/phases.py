@@ -85,8 +85,8 @@ def encoding_phases(sizes: EncoderSizes, encoders: EncoderPlan, text_stays_bytes
     Args:
         text_stays_bytes: bytes of the text encoder, where it is still on the device when pictures are encoded.
     """
-    captions = text_peak_bytes(sizes, encoders.text_format, encoders.caption_batch)
-    coding = encoders.picture_batch * encoding_bytes(sizes, sizes.picture_pixels, encoders.tile_pixels)
+    captions = text_peak_bytes(sizes, encoders.text_format)
+    coding = encoding_bytes(sizes, sizes.picture_pixels, encoders.tile_pixels)
     tiled = f", tiles of {encoders.tile_pixels} pixels" if encoders.tile_pixels else ""
     beside = _beside(text_stays_bytes, "text encoder")
     return (

@@ -23,8 +23,13 @@ def user_cache_folder() -> Path | None:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
+def replacing(path: Path, durable: bool = True) -> Iterator[BinaryIO]:
     """Opens a file to write to, under a temporary name beside `path`; it is synced and renamed to `path` at the end.
+
+    Args:
+        durable: whether to wait until the disk has it. False serves content whose reader notices damage and can make it
+            again: a process that is killed leaves the old file or the new one either way, a power failure may leave the
+            new one empty.
 
     Raises:
         WriteError: it could not be written. The old file is kept and nothing half-written is left, as after any
@@ -36,12 +41,14 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         try:
             with temporary.open("wb") as stream:
                 yield stream
-                stream.flush()
-                os.fsync(stream.fileno())
+                if durable:
+                    stream.flush()
+                    os.fsync(stream.fileno())
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)  # renamed already, unless something failed
-        sync_folder(path.parent)
+        if durable:
+            sync_folder(path.parent)
     except OSError as error:
         raise WriteError(f"{path} could not be written ({error.strerror or error}). Is the disk full?") from error
 
@@ -59,6 +66,11 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def text_digest(text: str) -> str:
+    """Returns the SHA-256 of a text in UTF-8, as hex."""
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def file_digest(path: Path) -> str:

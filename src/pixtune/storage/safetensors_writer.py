@@ -87,15 +87,26 @@ def _write(
     look_at: Callable[[memoryview], object],
 ) -> None:
     """Writes the file, and hands every piece of it to `look_at` on the way."""
+    pieces = file_pieces(tensors, metadata)
+    with files.replacing(path) as stream:
+        for piece in pieces:
+            look_at(piece)
+            stream.write(piece)
+
+
+def file_pieces(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Iterator[memoryview]:
+    """Returns the bytes of a file as `save_safetensors` writes it, piece by piece: first the header, metadata foremost.
+
+    A piece is valid until the next one is asked for.
+
+    Raises:
+        TypeError: as `save_safetensors`, before the first piece is asked for.
+    """
     unknown = [f"{name} ({tensor.dtype})" for name, tensor in tensors.items() if tensor.dtype not in CODES]
     if unknown:
         raise TypeError(f"safetensors files cannot hold the number format of {', '.join(unknown)}")
     ordered = dict(sorted(tensors.items(), key=lambda item: (RANKS[item[1].dtype], item[0])))
-    header = _header(ordered, metadata)
-    with files.replacing(path) as stream:
-        for piece in itertools.chain([memoryview(header)], _pieces(list(ordered.values()))):
-            look_at(piece)
-            stream.write(piece)
+    return itertools.chain([memoryview(_header(ordered, metadata))], _pieces(list(ordered.values())))
 
 
 def _header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:

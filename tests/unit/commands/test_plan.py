@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -28,7 +27,7 @@ from pixtune.errors import PixtuneError, PlanError
 from pixtune.families import family_of
 from pixtune.hardware.cards import facts_as
 from pixtune.hardware.facts import GIB
-from pixtune.plan.encoders import TEXT_BYTES_PER_TOKEN, TEXT_TOKENS, decoding_bytes, encode_plainly
+from pixtune.plan.encoders import PLAINLY, TEXT_BYTES_PER_TOKEN, TEXT_TOKENS, decoding_bytes
 from pixtune.plan.situation import CONTEXT_BYTES
 from pixtune.plan.training import TrainingPlan
 from pixtune.planning import BetweenSteps, SamplesBetween, plan_between_steps
@@ -93,7 +92,7 @@ def test_captions_need_what_the_text_encoders_weigh(full_size: dict[str, Path], 
     report = make_report(config_of(full_size[model]), "H100")
     captions = report.phases[0]
     assert (captions.name, captions.holds) == ("captions encoded", "text encoder")
-    working = 4 * TEXT_TOKENS * TEXT_BYTES_PER_TOKEN
+    working = TEXT_TOKENS * TEXT_BYTES_PER_TOKEN
     assert captions.device_bytes == pytest.approx(billions * 2e9 + working, rel=0.01)
     assert sum(TEXT_ENCODER[model].values()) == pytest.approx(billions * 1e9, rel=0.01)
 
@@ -105,9 +104,7 @@ def test_encoders_are_made_to_fit_and_the_plan_says_how(full_size: dict[str, Pat
     assert not {captions.name, pictures.name} & {phase.name for phase in report.too_large}
     assert report.phases[-1].holds.endswith("autoencoder in tiles of 384 pixels")
     words = " ".join(shown(report).split())
-    assert "text encoder in 4 bits (nf4 weights, 4." in words and re.search(
-        r"pictures are encoded \d at a time instead of 4", words
-    )
+    assert "text encoder in 4 bits (nf4 weights, 4." in words
     plain = make_report(config_of(full_size["qwen_image"]), "H100")
     assert not plain.encoders.reasons and "more than there is" not in shown(plain)
 
@@ -255,7 +252,7 @@ def test_what_is_done_between_steps_needs_memory_beside_what_the_run_holds(full_
         report = make_report(config, card)
         plan = replace(report.plan, **changes)  # type: ignore[arg-type]
         samples = SamplesBetween(sample_pixels)
-        return plan_between_steps(config, family, folder, plan, encode_plainly(1), samples, tokens)
+        return plan_between_steps(config, family, folder, plan, PLAINLY, samples, tokens)
 
     sampled, measured = between("H100", pixels), between("H100", 0)
     assert sampled.tile_pixels is None and sampled.device_bytes > decoding_bytes(pixels) > measured.device_bytes > 0

@@ -33,7 +33,7 @@ from pixtune.errors import WeightsError
 from pixtune.families import family_of
 from pixtune.hardware.cards import facts_as
 from pixtune.hardware.monitor import StageLog
-from pixtune.plan.encoders import encode_plainly
+from pixtune.plan.encoders import PLAINLY
 from pixtune.plan.sampling import SamplingPlan
 from pixtune.sampler import PromptSampler, SamplerSettings
 from pixtune.storage.model_folder import ModelFolder, open_model_folder
@@ -70,7 +70,7 @@ def request_for(model: str | Path, lora: Path | None = None, **changes: Any) -> 
 
 
 def pictures(model: str, lora: Path | None, plan: SamplingPlan) -> list[Image.Image]:
-    plans = Plans(encode_plainly(1), plan)
+    plans = Plans(PLAINLY, plan)
     return [picture.image for picture in sample_as_planned(open_task(request_for(model, lora)), plans, CPU)]
 
 
@@ -152,7 +152,7 @@ def test_the_memory_of_each_stage_is_recorded_and_no_weights_are_hashed(
         raise AssertionError("nothing outlives this process that keys would have to name")
 
     monkeypatch.setattr(ModelFolder, "fingerprint", refuse)
-    stages, plans = StageLog(), Plans(encode_plainly(1), replace(PLAIN, decode_last=decode_last))
+    stages, plans = StageLog(), Plans(PLAINLY, replace(PLAIN, decode_last=decode_last))
     assert len(list(sample_as_planned(open_task(request_for(MODELS[0])), plans, CPU, stages))) == 4
     expected = [module.ENCODING, module.LOADING, module.SAMPLING, *([module.DECODING] if decode_last else [])]
     assert [stage.stage for stage in stages.stages] == expected

@@ -85,6 +85,13 @@ def test_older_names_mean_the_same(write, minimal):
     assert load_config(write(f"{minimal}adam8bit: true\n"), ["use_8bit_adam=false"]).adam8bit is False
 
 
+def test_a_former_key_is_accepted_with_a_warning_and_changes_nothing(write, minimal, caplog):
+    path = write("\nencode_batch_size: 8\n" + minimal)
+    assert load_config(path, ["encode_batch_size=2"]) == load_config(write(minimal))
+    for place in (f"{path}:2", "command line"):
+        assert f"{place}: encode_batch_size has no effect any more: captions and pictures are encoded" in caplog.text
+
+
 def test_batch_size_from_either_place(write, minimal):
     assert load_config(write(minimal)).batch_size == 1
     assert load_config(write(minimal), ["train_batch_size=2"]).batch_size == 2

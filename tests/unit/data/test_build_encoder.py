@@ -17,19 +17,21 @@ from pixtune.data.buckets import Framing
 from pixtune.data.build_encoder import build_encoder, prefer_more_exact
 from pixtune.data.cache import CacheKey, Entry
 from pixtune.data.encode import Encoder, FramedPicture, TextItem
+from pixtune.data.encodings import Encodings
 from pixtune.engine.tiling import encode_images
 from pixtune.families import family_of
 from pixtune.hardware.cards import facts_as
 from pixtune.hardware.facts import GIB
-from pixtune.plan.encoders import ON_CPU, EncoderPlan, encode_plainly
+from pixtune.plan.encoders import ON_CPU, PLAINLY, EncoderPlan
+from pixtune.storage.files import file_digest
 from pixtune.storage.model_folder import open_model_folder
-from tests.runs import TINY_MODEL, overrides
+from tests.runs import DEMO_TRAIN, ROOT, TINY_MODEL, overrides
 
 TEXTS = [TextItem("a fox"), TextItem("an owl")]
 CPU: Any = SimpleNamespace(is_main_process=True, device=torch.device("cpu"))
 GPU: Any = SimpleNamespace(is_main_process=True, device=torch.device("cuda"))
 PICTURE = FramedPicture("a.png", Path("a.png"), "0" * 64, Framing(64, 64, 1.0, (0.0, 0.0, 64.0, 64.0), 0.0))
-FOUR_BITS = EncoderPlan("nf4", 2, 2, 256)
+FOUR_BITS = EncoderPlan("nf4", 256)
 
 
 def config_of(tmp_path: Path, **changes: object) -> TrainConfig:
@@ -52,14 +54,13 @@ def digests(keys: list[CacheKey]) -> list[str]:
 
 
 def test_on_a_cpu_everything_is_as_it_is_loaded(tmp_path: Path) -> None:
-    assert encoder_of(config_of(tmp_path, encode_batch_size=3)).plan == encode_plainly(3)
+    assert encoder_of(config_of(tmp_path)).plan == PLAINLY
 
 
 def test_a_gpus_memory_decides_and_the_limit_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "read_facts", lambda device, fraction: facts_as("RTX 4090"))
     assert encoder_of(config_of(tmp_path), GPU).plan.text_format is None
-    small = encoder_of(config_of(tmp_path, gpu_memory_limit_gib=1.7), GPU).plan
-    assert (small.text_format, small.caption_batch) == (None, 1)
+    assert encoder_of(config_of(tmp_path, gpu_memory_limit_gib=1.7), GPU).plan.text_format is None
     least = encoder_of(config_of(tmp_path, gpu_memory_limit_gib=1.5), GPU).plan
     assert least.text_format == ON_CPU and "slow" in least.reasons[0]
 
@@ -90,6 +91,44 @@ def test_each_format_is_encoded_and_read_again(tmp_path: Path, text_format: str)
         assert torch.equal(a, b) == (text_format == ON_CPU)
 
 
+def entries_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.rglob("*.safetensors")}
+
+
+@pytest.mark.parametrize("model", ["tiny-qwen-image", "tiny-flux"])
+def test_in_bf16_an_entry_depends_on_nothing_that_is_encoded_beside_it(tmp_path: Path, model: str) -> None:
+    """A cache that a killed run left unfinished is finished to the bytes of one that was filled at once."""
+    captions = ["a fox", "an owl at night, with a caption of more words than the other ones have", "a bear in the snow"]
+    texts = [TextItem(caption) for caption in captions]
+    sources = sorted(DEMO_TRAIN.glob("*.png"))[:3]
+    pictures = [replace(PICTURE, name=path.name, path=path, digest=file_digest(path)) for path in sources]
+
+    def filled(name: str, *parts: slice) -> Encodings:
+        config = config_of(
+            tmp_path, pretrained_model_name_or_path=ROOT / "assets" / model, mixed_precision="bf16",
+            data_config__cache_dir=tmp_path / name,
+        )  # fmt: skip
+        folder = open_model_folder(config.pretrained_model_name_or_path)
+        for part in parts:
+            encodings = Encodings(build_encoder(config, family_of(folder), folder, CPU, texts, pictures))
+            encodings.fill_texts(texts[part])
+            encodings.fill_pictures(pictures[part])
+        return encodings
+
+    filled("at once", slice(None))
+    finished = filled("finished later", slice(1, 2), slice(0, 2), slice(None))
+    at_once = entries_of(tmp_path / "at once")
+    assert len(at_once) == 6 and entries_of(tmp_path / "finished later") == at_once
+    in_loop = Encodings(finished.encoder)
+    in_loop.keep_text_encoder()
+    in_loop.keep_autoencoder()
+    for item, framed in zip(texts, pictures, strict=True):
+        stored, made = finished.text(item), in_loop.text(item)
+        assert stored.keys() == made.keys() and all(torch.equal(stored[name], made[name]) for name in made)
+        assert torch.equal(finished.latents(framed).mean_BCHW, in_loop.latents(framed).mean_BCHW)
+        assert torch.equal(finished.latents(framed).std_BCHW, in_loop.latents(framed).std_BCHW)
+
+
 @pytest.mark.parametrize("tile_pixels", [None, 32])
 def test_pictures_are_encoded_in_the_planned_tiles(tmp_path: Path, tile_pixels: int | None) -> None:
     encoder = encoder_of(config_of(tmp_path), plan=replace(FOUR_BITS, tile_pixels=tile_pixels))
@@ -101,7 +140,7 @@ def test_pictures_are_encoded_in_the_planned_tiles(tmp_path: Path, tile_pixels: 
     assert torch.equal(latents, expected)
     whole = family.encode_images(autoencoder, pixels_13HW).mean_BCHW
     assert torch.equal(latents, whole) == (tile_pixels is None)
-    keys = [replace(encoder, plan=encode_plainly(2)).latent_keys([PICTURE]), encoder.latent_keys([PICTURE])]
+    keys = [replace(encoder, plan=PLAINLY).latent_keys([PICTURE]), encoder.latent_keys([PICTURE])]
     assert (digests(keys[0]) == digests(keys[1])) == (tile_pixels is None)
 
 

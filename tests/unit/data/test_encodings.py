@@ -20,14 +20,14 @@ from torch import Tensor
 from pixtune.config.schema import TrainConfig
 from pixtune.data import swapped
 from pixtune.data.buckets import Framing, build_buckets, frame_picture
-from pixtune.data.cache import DiskStore, FillReport, Ledger
+from pixtune.data.cache import ABSENT, DiskStore, FillReport, Ledger
 from pixtune.data.encode import Encoder, FramedPicture, TextItem
 from pixtune.data.prepare import prepare_data
 from pixtune.data.prepared import PreparedData
 from pixtune.errors import DataError
 from pixtune.families.qwen_image import CaptionReader, QwenImage
 from pixtune.family import LatentDistribution, Placement, Prompt, PromptOutline, TextLength
-from pixtune.plan.encoders import encode_plainly
+from pixtune.plan.encoders import PLAINLY
 from pixtune.sizes import Size
 from pixtune.storage.files import file_digest
 from pixtune.storage.model_folder import ModelFolder
@@ -106,7 +106,7 @@ def encoder(tmp_path: Path, model: ModelFolder) -> Encoder:
         family=CountingFamily(),
         folder=model,
         placement=Placement(torch.device("cpu"), torch.float32),
-        plan=encode_plainly(batch_size=2),
+        plan=PLAINLY,
         max_text_tokens=None,
         store=DiskStore(tmp_path / "entries"),
         ledger=Ledger(tmp_path / "ledger.json"),
@@ -157,7 +157,6 @@ def test_other_weights_or_config_of_an_encoder_change_its_keys_alone(
 
 def test_caption_template_and_number_format_change_the_texts_key(encoder: Encoder) -> None:
     before = text_digest(encoder)
-    assert text_digest(replace(encoder, plan=encode_plainly(batch_size=7))) == before
     bf16 = replace(encoder, placement=Placement(torch.device("cpu"), torch.bfloat16))
     template = replace(encoder, family=CountingFamily(prompt_template="Template {}"))
     shorter = replace(encoder, max_text_tokens=7)
@@ -584,7 +583,7 @@ def test_a_picture_that_changes_before_it_is_encoded_is_not_stored_under_the_old
     edit(framed.path)
     with pytest.raises(DataError, match="other content"):
         encoder.fill_pictures([framed], keys)
-    assert not encoder.store.has(keys[0].digest)
+    assert encoder.store.problem(keys[0].digest) == ABSENT
 
 
 # ---- captions that are cut

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from pathlib import Path
 
 import pytest
 
+from pixtune.data.metadata import read_metadata
 from pixtune.data.pairs import find_pairs, read_caption, shorten
 from pixtune.errors import DataError
 
@@ -206,6 +208,27 @@ def test_a_missing_control_folder_is_one_fault(tmp_path):
 def test_captions_are_utf8_with_or_without_a_mark_and_stripped(tmp_path, data, text):
     (tmp_path / "a.txt").write_bytes(data)
     assert read_caption(tmp_path / "a.txt") == text
+
+
+@pytest.mark.parametrize("from_table", [False, True])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a cat\non a mat",
+        "a cat\r\non a mat\r\n",
+        "a cat\ron a mat\r",
+        "\ufeffa cat\r\non a mat",
+        "\ufeff\ufeff a cat\non a mat",
+        "\r\n a cat\r\n\ufeffon a mat\ufeff",
+    ],
+)
+def test_line_ends_and_marks_of_an_editor_are_no_part_of_a_caption(tmp_path, text, from_table):
+    (tmp_path / "a.txt").write_bytes(text.encode())
+    (tmp_path / "a.png").touch()
+    (tmp_path / "table.jsonl").write_text(json.dumps({"image": "a.png", "caption": text}))
+    found = read_metadata(tmp_path / "table.jsonl", tmp_path) if from_table else find_pairs(tmp_path)
+    (pair,) = found.pairs
+    assert pair.read_caption() == "a cat\non a mat"
 
 
 @pytest.mark.parametrize(

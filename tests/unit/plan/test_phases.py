@@ -10,7 +10,7 @@ import pytest
 from pixtune.config.schema import DataConfig, TrainConfig
 from pixtune.hardware.cards import facts_as
 from pixtune.hardware.facts import GIB
-from pixtune.plan.encoders import EncoderSizes, encode_plainly
+from pixtune.plan.encoders import PLAINLY, EncoderSizes
 from pixtune.plan.phases import Surroundings, idle_bytes, phases_of
 from pixtune.plan.training import plan_training
 from tests.full_size import full_size_footprint
@@ -46,7 +46,7 @@ def test_between_steps_weights_and_optimizer_states_remain(
 def test_what_stays_on_the_device_is_counted_in_each_phase_after_it() -> None:
     footprint = full_size_footprint(CONFIG)
     plan = plan_training(facts_as("H200"), footprint, CONFIG)
-    around = Surroundings(EncoderSizes(14 * GIB, GIB), encode_plainly(1), 1024 * 1024, footprint.num_tokens)
+    around = Surroundings(EncoderSizes(14 * GIB, GIB), PLAINLY, 1024 * 1024, footprint.num_tokens)
     leave, stay = (
         phases_of(plan, footprint, replace(around, text_in_loop=loop, pictures_in_loop=loop)) for loop in (False, True)
     )
@@ -59,5 +59,5 @@ def test_what_stays_on_the_device_is_counted_in_each_phase_after_it() -> None:
 def test_a_run_without_encoders_and_samples_is_its_training_step() -> None:
     footprint = full_size_footprint(CONFIG)
     plan = plan_training(facts_as("H200"), footprint, CONFIG)
-    (only,) = phases_of(plan, footprint, Surroundings(EncoderSizes(0, 0), encode_plainly(1)))
+    (only,) = phases_of(plan, footprint, Surroundings(EncoderSizes(0, 0), PLAINLY))
     assert (only.name, only.device_bytes) == ("training step", plan.expected_peak_bytes)

@@ -10,7 +10,7 @@ from typing import Any, get_args
 import pytest
 
 from pixtune.config import to_dict
-from pixtune.config.schema import LR_SCHEDULERS, TrainConfig
+from pixtune.config.schema import FORMER_KEYS, LR_SCHEDULERS, TrainConfig
 from pixtune.errors import CheckpointError
 from pixtune.storage.checkpoint import Checkpoint
 from pixtune.storage.lineage import read_lineage
@@ -90,7 +90,7 @@ def test_what_leaves_the_steps_alone_may_change() -> None:
 
 def test_rules_are_of_keys_that_there_are() -> None:
     keys = flatten(to_dict(config()))
-    assert RULES.keys() - keys.keys() == {"num_processes", "samples"}
+    assert RULES.keys() - keys.keys() == {"num_processes", "samples", *FORMER_KEYS}
 
 
 # ---- length
