@@ -104,6 +104,18 @@ class Encodings:
             row = self._encode_text(item)
         return {name: tensor.cpu() for name, tensor in row.items()}
 
+    def count_text_tokens(self, item: TextItem) -> int:
+        """Returns the length of a caption's longest sequence of features; a single vector counts as no sequence.
+
+        Raises:
+            DataError: as `text`.
+        """
+        if item in self._text_keys:
+            shapes = list(self.encoder.store.read_shapes(self._text_keys[item].digest).values())
+        else:
+            shapes = [tensor.shape for tensor in self.text(item).values()]
+        return max(shape[0] for shape in shapes if len(shape) > 1)
+
     def latents(self, picture: FramedPicture) -> LatentDistribution:
         """Reads or encodes a picture's distribution of latents, with batch size 1, on the CPU.
 

@@ -240,7 +240,7 @@ def _gather(
     captions = {
         text_item(text, example, variant) for example, variant in longest for text in (example.caption, *dropped)
     }
-    text_tokens = {caption: _num_tokens(encodings.text(caption)) for caption in captions}
+    text_tokens = {caption: encodings.count_text_tokens(caption) for caption in captions}
     known = config.precompute_text_embeddings
     return PreparedData(
         reader=example_reader(family, folder, training, read_latents, read_text, read_controls),
@@ -265,8 +265,3 @@ def _gather(
         fingerprint=text_digest("\n".join(key.digest for key in keys)),
         encoders=encodings.encoder.plan,
     )
-
-
-def _num_tokens(row: Conditioning) -> int:
-    """Returns the length of a row's longest sequence; a single vector counts as no sequence."""
-    return max(len(tensor) for tensor in row.values() if tensor.ndim > 1)

@@ -97,7 +97,7 @@ def _write(
 def file_pieces(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Iterator[memoryview]:
     """Returns the bytes of a file as `save_safetensors` writes it, piece by piece: first the header, metadata foremost.
 
-    A piece is valid until the next one is asked for.
+    A piece is valid until the next one is asked for; where all tensors are in host memory, for as long as it is held.
 
     Raises:
         TypeError: as `save_safetensors`, before the first piece is asked for.
