@@ -169,7 +169,8 @@ class DiskStore:
         header = bytearray(first)
         header[CHECKSUM_START:CHECKSUM_END] = _checksum(digest, header[:CHECKSUM_START], header[CHECKSUM_END:], *rest)
         with replacing(self._path(digest), durable=False) as stream:
-            for piece in (header, *rest):
+            stream.write(header)
+            for piece in rest:
                 stream.write(piece)
 
 
