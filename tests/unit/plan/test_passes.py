@@ -10,7 +10,7 @@ import pytest
 from pixtune.hardware.cards import facts_as
 from pixtune.hardware.facts import GIB
 from pixtune.plan.demands import demands_of
-from pixtune.plan.encoders import EncoderSizes, decoding_bytes, encode_plainly
+from pixtune.plan.encoders import PLAINLY, EncoderSizes, decoding_bytes
 from pixtune.plan.passes import (
     COMPILED_FROM_STEPS,
     PLAIN_PASSES,
@@ -132,7 +132,7 @@ def training_plan(card: str, **changes: Any) -> tuple[TrainingPlan, Any]:
     return plan_training(facts_as(card), footprint, config), footprint
 
 
-AROUND = Surroundings(EncoderSizes(0, GIB // 4), encode_plainly(1), 1024 * 1024, 4352, 2, may_join_passes=True)
+AROUND = Surroundings(EncoderSizes(0, GIB // 4), PLAINLY, 1024 * 1024, 4352, 2, may_join_passes=True)
 
 
 def test_samples_leave_captured_steps_alone_where_they_fit_beside_them() -> None:
