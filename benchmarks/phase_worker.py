@@ -34,7 +34,7 @@ from pixtune.hardware.capping import outside_allocator_bytes, own_gpu, read_befo
 from pixtune.hardware.facts import GIB
 from pixtune.hardware.monitor import StageLog
 from pixtune.hardware.read import read_facts
-from pixtune.launch import start_accelerator
+from pixtune.launch.accelerator import start_accelerator
 from pixtune.plan.encoders import count_caption_tokens
 from pixtune.plan.passes import needs_negative
 from pixtune.plan.phases import Phase, encoding_phases

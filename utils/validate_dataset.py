@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
+from pixtune.console import make_printing_safe
 from pixtune.data.validate import validate_dataset
 
 __all__ = ["validate_dataset"]
@@ -16,6 +17,7 @@ def main() -> int:
     parser.add_argument("--caption_type", default="txt", help="extension of the caption files (default: txt)")
     parser.add_argument("--img_size", type=int, help="also report crops and buckets for this training size in pixels")
     arguments = parser.parse_args()
+    make_printing_safe()
     return 0 if validate_dataset(arguments.path, arguments.caption_type, arguments.img_size) else 1
 
 

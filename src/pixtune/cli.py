@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import gc
 import json
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,7 +16,8 @@ import typer
 from rich.console import Console
 
 from pixtune.config.schema import TrainConfig
-from pixtune.errors import PixtuneError, WeightsError
+from pixtune.console import make_printing_safe
+from pixtune.errors import PixtuneError, WeightsError, WriteError
 
 app = typer.Typer(
     help="Fine-tune Qwen-Image, Qwen-Image-Edit and FLUX.1-dev on the GPU you have.",
@@ -26,8 +30,6 @@ Config = Annotated[Path, typer.Option("--config", help="YAML file, for example o
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="Config keys as key=value; nested ones as data_config.img_dir=./pictures.")
 ]
-INTERRUPTED = 130
-"""Exit code of a run that was asked to stop and saved itself."""
 
 
 @app.command()
@@ -45,15 +47,27 @@ def run_config(
         check: may refuse the config by raising.
     """
     from pixtune.config import load_config
+    from pixtune.launch.launcher import find_launcher, is_orphan
+    from pixtune.launch.stop import STOPPED, Stopped, StopRequest
 
-    settings = load_config(config, overrides)
-    if check is not None:
-        check(settings)
-    from pixtune.train import train as run_training
+    with StopRequest(find_launcher()) as stop:
+        try:
+            if is_orphan(os.environ):
+                raise Stopped
+            settings = load_config(config, overrides)
+            check(settings)
+            from pixtune.train import train as run_training
 
-    result = run_training(settings)
+            result = run_training(settings, stop)
+        except Stopped:
+            typer.echo("stopped; nothing is lost, and the same command starts again")
+            raise typer.Exit(STOPPED) from None
+        except OSError as error:
+            if error.errno == errno.EPIPE:  # typer would end without a word
+                raise WriteError(system_trouble(error)) from error
+            raise
     if not result.finished:
-        raise typer.Exit(INTERRUPTED)
+        raise typer.Exit(STOPPED)
     if result.first_loss and result.last_loss:
         before, after = result.first_loss.mean, result.last_loss.mean
         typer.echo(f"held-out loss {before:.4f} -> {after:.4f} ({100 * (after / before - 1):+.1f}%)")
@@ -265,16 +279,29 @@ def main() -> None:
 
 
 def exit_on_user_errors(run: Callable[[], object]) -> None:
-    """Runs something; warnings are printed as lines and users' errors as one block."""
+    """Runs something; warnings are printed as lines and errors of users, disks and connections as one block."""
+    make_printing_safe()
     logging.basicConfig(format="%(levelname)s: %(message)s")
     # On import it tells every user without a GPU to install a package that is of no use to training.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         run()
-    except PixtuneError as error:
+    except (PixtuneError, OSError) as error:
+        logging.getLogger(__name__).debug("where it happened", exc_info=True)
         Console(stderr=True, soft_wrap=True).print("[bold red]error:[/] ", end="")
-        print(error, file=sys.stderr)
+        print(error if isinstance(error, PixtuneError) else system_trouble(error), file=sys.stderr)
         raise SystemExit(1) from error
+    finally:
+        gc.freeze()  # else Python looks through a million objects of the libraries before it ends, for some seconds
+
+
+def system_trouble(error: OSError) -> str:
+    """Describes an error of the system that no other place has expected."""
+    return (
+        f"{' '.join(str(error).split()) or type(error).__name__}. The system reports this, of a disk, a connection or "
+        "a permission. Checkpoints that were saved before are kept: mend it, and resume with "
+        "resume_from_checkpoint=latest."
+    )
 
 
 def run_script(families: Sequence[str] = (), method: str | None = None) -> None:

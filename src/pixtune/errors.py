@@ -88,5 +88,9 @@ class MemoryShortage(TrainingError):
         )
 
 
+class ExchangeError(TrainingError):
+    """Processes of a run cannot exchange gradients any more, and the weights are those of the step before."""
+
+
 class NotYetError(PixtuneError, NotImplementedError):
     """A documented option is asked for that this version does not have yet. The message names the key."""

@@ -18,6 +18,7 @@ from pixtune.engine.load import LoadedTransformer
 from pixtune.engine.modulation_ahead import StepsAhead
 from pixtune.engine.relief import Reliefs
 from pixtune.family import ModelFamily
+from pixtune.launch.stop import StopRequest
 from pixtune.plan.training import TrainingPlan
 from pixtune.tracking.memory import RunMemory
 from pixtune.trained.methods import TrainedWeights
@@ -46,6 +47,8 @@ class Run:
     steps_ahead: StepsAhead
     num_steps: int
     """Optimizer steps of the whole run, those before a resume included."""
+    stop: StopRequest
+    """Whether the run is asked to end early."""
 
 
 @dataclass(frozen=True)

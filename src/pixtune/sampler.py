@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -22,6 +23,7 @@ from pixtune.family import Conditioning, ModelFamily, Placement
 from pixtune.plan.passes import PLAIN_PASSES, PassPlan
 from pixtune.plan.text_padding import LEAST_MULTIPLE
 from pixtune.sizes import Size
+from pixtune.storage.files import write_atomically
 from pixtune.storage.model_folder import ModelFolder
 
 if TYPE_CHECKING:
@@ -158,6 +160,16 @@ class PromptPicture:
     seed: int
     image: Image
 
+    def write(self, path: Path) -> None:
+        """Writes the picture as a PNG, whole or not at all.
+
+        Raises:
+            WriteError: it could not be written.
+        """
+        stream = io.BytesIO()
+        self.image.save(stream, "png")
+        write_atomically(path, stream.getvalue())
+
 
 @dataclass(frozen=True)
 class SamplerSettings:
@@ -210,9 +222,15 @@ class PromptSampler:
         }
         return len(shapes) > 1
 
-    def sample(self, transformer: LoadedTransformer) -> Iterator[PromptPicture]:
-        """Yields one picture for each prompt and seed."""
-        for prompt, seed, latents_BCHW in self.latents(transformer):
+    def sample(
+        self, transformer: LoadedTransformer, on_step: Callable[[], None] = lambda: None
+    ) -> Iterator[PromptPicture]:
+        """Yields one picture for each prompt and seed.
+
+        Args:
+            on_step: called after each sampler step; may raise to end the work.
+        """
+        for prompt, seed, latents_BCHW in self.latents(transformer, on_step):
             yield PromptPicture(prompt, seed, self.decode(latents_BCHW))
 
     def latents(
@@ -287,11 +305,13 @@ class PromptSampler:
             self._captured.release()
         if self._autoencoder is None:
             self._autoencoder = self.family.load_autoencoder(self.folder, self.placement)
-        self._autoencoder.to(self.placement.device)
-        latents_BCHW = latents_BCHW.to(self.placement.device)
-        pixels_B3HW = decode_latents(self.family, self.folder, self._autoencoder, latents_BCHW, self.tile_pixels)
-        if not self.keep_autoencoder:
-            self._autoencoder.to("cpu")
+        try:
+            self._autoencoder.to(self.placement.device)
+            latents_BCHW = latents_BCHW.to(self.placement.device)
+            pixels_B3HW = decode_latents(self.family, self.folder, self._autoencoder, latents_BCHW, self.tile_pixels)
+        finally:
+            if not self.keep_autoencoder:
+                self._autoencoder.to("cpu")
         if self._captured is not None:
             torch.cuda.empty_cache()  # for passes that are not captured yet
         return to_image(pixels_B3HW[0])

@@ -1,7 +1,8 @@
 """Runs everything around the steps: figures, held-out loss, samples, checkpoints, and the files at the end.
 
 Every service reads weights and changes none, and every random draw has its own key, so that a service that is switched
-on changes no bit of the training.
+on changes no bit of the training. Saving comes first, and is the only one whose failure ends a run: see
+`tracking/problems.py`. What a run that was killed after a checkpoint had still to measure or draw there is made up for.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -16,12 +18,14 @@ from rich.console import Console
 from torch import Tensor
 
 from pixtune.config import to_dict
+from pixtune.console import printing_problem
 from pixtune.data.batches import Batch
 from pixtune.data.prepared import PreparedData
 from pixtune.data.swapped import measure_gains, swap_warning
 from pixtune.engine.apply import placement_of
+from pixtune.engine.pace import Pace
 from pixtune.engine.padded_attention import padding_obstacle
-from pixtune.errors import CheckpointError
+from pixtune.errors import CheckpointError, TrainingError, WriteError
 from pixtune.hardware.facts import package_versions
 from pixtune.hardware.machine import driver_may_spill
 from pixtune.hardware.read import read_facts
@@ -41,6 +45,7 @@ from pixtune.storage.model_folder import ModelFolder
 from pixtune.storage.resume import flatten
 from pixtune.tracking.figures import StepFigures, watch_device
 from pixtune.tracking.metrics import FILE_NAME, MetricsLog
+from pixtune.tracking.problems import Problems
 from pixtune.trained import optim
 from pixtune.validation import ValidationLoss, measure
 
@@ -74,7 +79,11 @@ class Services:
             tile_pixels=self._between_steps.tile_pixels,
             passes=self._between_steps.passes,
         )
+        self.problems = Problems(self._print_line)
+        self._pace = Pace(run.accelerator.device, run.stop.check)
         self._losses: dict[int, ValidationLoss] = {}
+        self._sampled: set[str] = set()
+        """Paths of the samples in the log."""
         self.saved_step = start_step
         self._stack = ExitStack()
 
@@ -87,10 +96,12 @@ class Services:
             for sentence in course.begin(config.checkpoints_total_limit, self.start_step < self.run.num_steps):
                 self._print(sentence)
             path = self.output_dir / FILE_NAME
-            log = self.log = MetricsLog(path, self.start_step, course.resumed, course.given_up)
+            log = self.log = self.problems.metrics = MetricsLog(
+                path, self.start_step, course.resumed, course.given_up
+            )
             if log.left_out:
                 self._print(f"warning: {log.left_out}")
-            self._stack.callback(log.close)
+            self._sampled = {line["path"] for line in log.kept if line["kind"] == "sample"}
             self._losses = {
                 line["step"]: ValidationLoss(line["loss"], tuple(line["quarters"]))
                 for line in log.kept
@@ -98,12 +109,15 @@ class Services:
             }
         accelerator = self.run.accelerator
         if config.report_to:
-            accelerator.init_trackers(config.tracker_project_name, tracker_values(to_dict(config)))
+            with self.problems.of(f"tracker {config.report_to}", self.start_step):
+                accelerator.init_trackers(config.tracker_project_name, tracker_values(to_dict(config)))
+            if self.problems.is_failing(f"tracker {config.report_to}"):
+                accelerator.trackers.clear()  # one that has started by half would fail at every step
         self.bar = self._stack.enter_context(StepBar(self.console, self.start_step, self.run.num_steps))
         images_per_step = config.batch_size * config.gradient_accumulation_steps * accelerator.num_processes
         watch = watch_device(accelerator.device, driver_may_spill()) if self.is_main else None
         self.figures = StepFigures(
-            accelerator, log, self.bar, images_per_step, bool(config.report_to), self._print, watch
+            accelerator, log, self.bar, images_per_step, config.report_to, self._print, watch, self.problems
         )
         return self
 
@@ -111,7 +125,13 @@ class Services:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._stack.close()
-        self.run.accelerator.end_training()
+        with self.problems.of(f"tracker {self.config.report_to}", self.saved_step):
+            for tracker in self.run.accelerator.trackers:
+                tracker.finish()
+        if self.is_main and (num_lines := self.log.close()):
+            self._print(f"warning: the last {num_lines} lines of {self.log.path} could not be written")
+        self.problems.sum_up()
+        self.run.accelerator.state.destroy_process_group()
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Puts a checkpoint's weights and optimizer state into the run.
@@ -133,9 +153,9 @@ class Services:
     def before_first_step(self) -> None:
         self._announce()
         if self.start_step == 0:
-            self._check_direction()
-            self._validate(0)
-            self._sample(0)
+            with self.problems.of("the check for swapped controls", 0):
+                self._check_direction()
+        self._look(self.start_step)
         self.run.memory.begin_steps()
         self.figures.restart_clock()
 
@@ -148,53 +168,88 @@ class Services:
         self.figures.waited(seconds)
 
     def after_step(self, step: int, loss: Tensor, grad_norm: Tensor) -> None:
-        config, last = self.config, step == self.run.num_steps
+        config = self.config
+        self.run.stop.defer()
         self.figures.add(step, loss, grad_norm, self.run.learning_rate_at(step - 1))
-        validation_due = last or step % config.validation.every == 0
-        samples_due = last or step % config.samples.every == 0
-        save_due = last or step % config.checkpointing_steps == 0
-        if step % config.logging_steps == 0 or validation_due or samples_due or save_due:
+        save_due, look_due = self._is_due(step, config.checkpointing_steps), self._is_look_due(step)
+        if step % config.logging_steps == 0 or save_due or look_due:
             self.figures.read_back()
         self.bar.advance(step)
         self.course.at(step)
-        if validation_due:
-            self._validate(step)
-        if samples_due:
-            self._sample(step)
         if save_due:
             self._save(step)
-        if validation_due or samples_due or save_due:
+        if look_due:
+            self._look(step)
+        if save_due or look_due:
             self.figures.restart_clock()
 
+    def _is_due(self, step: int, every: int) -> bool:
+        return step == self.run.num_steps or step % every == 0
+
+    def _is_look_due(self, step: int) -> bool:
+        return self._is_due(step, self.config.validation.every) or self._is_due(step, self.config.samples.every)
+
+    def _look(self, step: int) -> None:
+        """Measures and draws what is due after a step, and has not been done before a resume."""
+        if self._is_due(step, self.config.validation.every):
+            with self.problems.of("the held-out loss", step):
+                self._validate(step)
+        if self._is_due(step, self.config.samples.every):
+            with self.problems.of("samples", step):
+                self._sample(step)
+
     def interrupted(self, step: int) -> TrainResult:
-        """Saves, so that no step is lost."""
+        """Saves, so that no step is lost.
+
+        Raises:
+            TrainingError: another process of the run is gone; names it.
+        """
         self.figures.read_back()
         if self.saved_step != step:
             self._save(step)
-        self._print(f"stopped after step {step}; resume with resume_from_checkpoint=latest")
+        lost_process = self.run.stop.after_saving()
+        saved = f"stopped after step {step}; resume with resume_from_checkpoint=latest"
+        self._print(saved if step else "stopped before the first step; nothing has to be saved")
+        if lost_process is not None:
+            raise TrainingError(lost_process)
         return TrainResult(finished=False, step=step, output_dir=self.output_dir)
 
     def finish(self) -> TrainResult:
-        """Writes the files that others load, and the report."""
+        """Writes the files that others load, and the report.
+
+        Raises:
+            WriteError: a file could not be written; all steps are saved.
+        """
         step = self.run.num_steps
+        self.run.stop.defer(False)
         if self.start_step < step:
             self._compare_memory(step)
         first, last = self._losses.get(0), self._losses.get(step)
         if self.is_main:
-            paths = self.run.trained.export(self.output_dir, step)
-            report = write_report(
-                self.output_dir,
-                config=to_dict(self.config),
-                plan=self.run.reliefs.plan.to_dict(),
-                versions=package_versions(),
-                facts={
-                    **self.run.trained.counts(),
-                    "training examples": len(self.data.buckets),
-                    "held-out examples": len(self.data.held_out),
-                },
-            )
-            self._print("wrote " + "\n      ".join(str(path) for path in [*paths, report]))
+            try:
+                paths = [*self.run.trained.export(self.output_dir, step)]
+            except WriteError as error:
+                raise WriteError(
+                    f"{error}. All {step} steps are saved in {checkpoint_path(self.output_dir, step)}: mend this, and "
+                    "write the files by resume_from_checkpoint=latest."
+                ) from error
+            with self.problems.of("the report", step):
+                paths.append(self._write_report())
+            self._print("wrote " + "\n      ".join(str(path) for path in paths))
         return TrainResult(True, step, self.output_dir, first, last)
+
+    def _write_report(self) -> Path:
+        return write_report(
+            self.output_dir,
+            config=to_dict(self.config),
+            plan=self.run.reliefs.plan.to_dict(),
+            versions=package_versions(),
+            facts={
+                **self.run.trained.counts(),
+                "training examples": len(self.data.buckets),
+                "held-out examples": len(self.data.held_out),
+            },
+        )
 
     def _compare_memory(self, step: int) -> None:
         self.run.memory.end_steps()
@@ -226,6 +281,11 @@ class Services:
             yield
 
     def _print(self, line: str) -> None:
+        self._print_line(line)
+        if self.is_main and (problem := printing_problem()) is not None:
+            self.problems.report("printing", self.saved_step, problem)
+
+    def _print_line(self, line: str) -> None:
         self.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def _check_direction(self) -> None:
@@ -235,7 +295,7 @@ class Services:
         run = self.run
         gains = measure_gains(
             run.family, run.transformer, self.data.both_ways, self.config.seed, run.accelerator.device,
-            self.config.objective.guidance,
+            self.config.objective.guidance, self._pace,
         )  # fmt: skip
         if (warning := swap_warning(gains)) is not None:
             self._print(f"warning: {warning}")
@@ -247,7 +307,7 @@ class Services:
         with self._aside("held-out loss"):
             loss = measure(
                 run.family, run.transformer, self.data.held_out, self.config.validation.num_draws, self.config.seed,
-                run.accelerator.device, self.config.objective.guidance, self.config.batch_size,
+                run.accelerator.device, self.config.objective.guidance, self.config.batch_size, self._pace,
             )  # fmt: skip
         self._losses[step] = loss
         self.log.write("validation", step, loss=loss.mean, quarters=loss.quarters)
@@ -257,26 +317,35 @@ class Services:
     def _sample(self, step: int) -> None:
         if not self.data.prompts or not self.is_main:
             return
+        folder = f"{SAMPLES_FOLDER}/step-{step:06d}"
+        num_samples = len(self.data.prompts) * len(self.config.samples.seeds)
+        if {f"{folder}/{number:03d}.png" for number in range(num_samples)} <= self._sampled:
+            return
         with self._aside("samples"):
-            for number, picture in enumerate(self.sampler.sample(self.run.transformer)):
-                path = self.output_dir / SAMPLES_FOLDER / f"step-{step:06d}" / f"{number:03d}.png"
-                path.parent.mkdir(parents=True, exist_ok=True)
-                picture.image.save(path)
-                relative = path.relative_to(self.output_dir).as_posix()
+            for number, picture in enumerate(self.sampler.sample(self.run.transformer, self._pace)):
+                relative = f"{folder}/{number:03d}.png"
+                picture.write(self.output_dir / relative)
                 controls = [path.as_posix() for path in picture.prompt.control_paths]
-                self.log.write(
-                    "sample", step, prompt=picture.prompt.text, seed=picture.seed, path=relative, controls=controls
-                )
+                if relative not in self._sampled:
+                    self.log.write(
+                        "sample", step, prompt=picture.prompt.text, seed=picture.seed, path=relative, controls=controls
+                    )
+                    self._sampled.add(relative)
 
     def _save(self, step: int) -> None:
         if self.is_main:
-            self._write_checkpoint(step)
+            with self.run.stop.saving():
+                self._write_checkpoint(step)
             self._print(f"step {step}: saved {checkpoint_path(self.output_dir, step)}")
+            with self.problems.of("deleting old checkpoints", step):
+                for warning in self.course.prune(self.config.checkpoints_total_limit):
+                    self._print(f"warning: {warning}")
         self.saved_step = step
 
     def _write_checkpoint(self, step: int) -> None:
         with self.run.memory.aside("checkpoint"):
-            self.log.sync()
+            with self.problems.of("syncing the log", step):
+                self.log.sync()
             state, plain = optim.optimizer_state(self.run.trained.optimizer, self.run.trained.parameters)
             self.course.save(
                 step,
@@ -288,8 +357,6 @@ class Services:
                     "optimizer_plain": plain,
                 },
             )
-            for warning in self.course.prune(self.config.checkpoints_total_limit):
-                self._print(f"warning: {warning}")
 
 
 def tracker_values(config: Mapping[str, Any]) -> dict[str, str | int | float | bool]:

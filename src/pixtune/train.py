@@ -38,11 +38,12 @@ from pixtune.engine.relief import (
     free_unused,
     lacks_memory,
 )
-from pixtune.errors import DataError, MemoryShortage
+from pixtune.errors import DataError, ExchangeError, MemoryShortage
 from pixtune.families import family_of
 from pixtune.family import ModelFamily
 from pixtune.hardware.facts import check_torch
-from pixtune.launch import StopSignal, start_accelerator
+from pixtune.launch.accelerator import agree_with_others, start_accelerator
+from pixtune.launch.stop import StopRequest
 from pixtune.objective import add_noise, example_losses, loss_weights, velocity_target
 from pixtune.plan.demands import demands_of
 from pixtune.plan.encoders import EncoderPlan, without_former_fields
@@ -70,22 +71,26 @@ EXCHANGED_NUMBERS = 1 << 28
 """Number of values that processes exchange at once, at most: 1 GiB in fp32."""
 
 
-def train(config: TrainConfig) -> TrainResult:
+def train(config: TrainConfig, stop: StopRequest | None = None) -> TrainResult:
     """Trains a LoRA, or all weights, anew or from a checkpoint, and writes files that others load and a report.
 
     Where the plan cannot be carried out with the memory there is, the run goes on from where it is by a leaner one.
 
+    Args:
+        stop: the request to end early; None: it never comes.
+
     Raises:
         PixtuneError: a problem that a user can fix; nothing is lost, and the message says what to do.
+        Stopped: `stop` came while no step was unsaved.
     """
     with OutputLock(config.output_dir) as lock:
-        return _train(config, lock)
+        return _train(config, lock, stop or StopRequest())
 
 
-def _train(config: TrainConfig, lock: OutputLock) -> TrainResult:
+def _train(config: TrainConfig, lock: OutputLock, stop: StopRequest) -> TrainResult:
     leaner: Leaner | None = None
     while True:
-        run, services = set_up(config, leaner, lock)
+        run, services = set_up(config, leaner, lock, stop)
         try:
             return run_steps(run, services)
         except MemoryShortage as shortage:
@@ -108,27 +113,28 @@ def run_steps(run: Run, services: AroundSteps) -> TrainResult:
         DataError: a picture that is encoded in the loop has changed or is gone; the steps before are saved.
         TrainingError: memory that CPU and GPU share is nearly used up, and the step is saved; or a loss is no number.
         MemoryShortage: a step needs more memory than there is, whatever it gives up; the steps before are saved.
+        ExchangeError: another process of the run is gone; the steps before are saved.
     """
     per_step = run.config.gradient_accumulation_steps
     first, last = services.start_step * per_step, run.num_steps * per_step
     made = read_ahead(run.source, first, last, run.config.data_config.num_workers, run.plan.pin_memory)
     micro_batches = observed(timed(made, services.waited), services.see_batch)
-    with services, StopSignal(run.accelerator) as stop:
+    with services:
         services.before_first_step()
         for step in range(services.start_step, run.num_steps):
+            if run.stop.requested(step):
+                return services.interrupted(step)
             try:
                 loss, grad_norm = take_step(run, islice(micro_batches, per_step), step)
-            except (DataError, MemoryShortage) as error:
+            except (DataError, ExchangeError, MemoryShortage) as error:
                 if not getattr(error, "weights_are_torn", False):
                     services.interrupted(step)
                 raise
             services.after_step(step + 1, loss, grad_norm)
-            if stop.requested(step + 1, run.config.logging_steps):
-                return services.interrupted(step + 1)
             if scarcity := run.memory.scarcity():
                 services.interrupted(step + 1)
                 raise scarcity
-        return services.finish()
+        return services.interrupted(run.num_steps) if run.stop.requested(run.num_steps) else services.finish()
 
 
 def take_step(run: Run, micro_batches: Iterable[list[Batch]], step: int) -> tuple[Tensor, Tensor]:
@@ -208,12 +214,20 @@ def average_across_processes(accelerator: Accelerator, tensors: list[Tensor]) ->
     """Replaces tensors by their means over all processes.
 
     A LoRA's gradients are one exchange; a copy of all weights' gradients would not fit beside them.
+
+    Raises:
+        ExchangeError: another process is gone. Weights are as before; a GPU finds that out later, and otherwise.
     """
     if accelerator.num_processes == 1:
         return
     for group in group_neighbours(tensors, Tensor.numel, EXCHANGED_NUMBERS):
         flat = torch.cat([tensor.flatten() for tensor in group])
-        flat = accelerator.reduce(flat, reduction="mean")
+        try:
+            flat = accelerator.reduce(flat, reduction="mean")
+        except RuntimeError as error:
+            if accelerator.device.type != "cpu":
+                raise
+            raise ExchangeError(f"gradients could not be exchanged with the other processes ({error})") from error
         for tensor, mean in zip(group, flat.split([tensor.numel() for tensor in group]), strict=True):
             tensor.copy_(mean.view_as(tensor))
 
@@ -221,7 +235,9 @@ def average_across_processes(accelerator: Accelerator, tensors: list[Tensor]) ->
 # ---- what a run is assembled from
 
 
-def set_up(config: TrainConfig, leaner: Leaner | None, lock: OutputLock) -> tuple[Run, Services]:
+def set_up(
+    config: TrainConfig, leaner: Leaner | None, lock: OutputLock, stop: StopRequest
+) -> tuple[Run, Services]:
     """Assembles a run; where another program takes memory meanwhile, once more, by a plan for what is free then.
 
     Raises:
@@ -229,7 +245,7 @@ def set_up(config: TrainConfig, leaner: Leaner | None, lock: OutputLock) -> tupl
     """
     for is_last in (False, True):
         try:
-            return assemble(config, leaner, lock)
+            return assemble(config, leaner, lock, stop)
         except RuntimeError as error:
             if not lacks_memory(error) or PartialState().num_processes > 1:
                 raise
@@ -241,7 +257,12 @@ def set_up(config: TrainConfig, leaner: Leaner | None, lock: OutputLock) -> tupl
     raise MemoryShortage("setting the run up", obstacle)
 
 
-def assemble(config: TrainConfig, leaner: Leaner | None = None, lock: OutputLock | None = None) -> tuple[Run, Services]:
+def assemble(
+    config: TrainConfig,
+    leaner: Leaner | None = None,
+    lock: OutputLock | None = None,
+    stop: StopRequest | None = None,
+) -> tuple[Run, Services]:
     """Does everything up to the first step, in its one order.
 
     The device is prepared, the output folder locked, the data encoded, the plan made, the base loaded, the trained
@@ -250,10 +271,13 @@ def assemble(config: TrainConfig, leaner: Leaner | None = None, lock: OutputLock
     Args:
         leaner: the run is planned so, and not as its checkpoint says.
         lock: to be acquired on the output folder; None where no other run can know of it.
+        stop: the request to end early; None: it never comes.
     """
+    stop = stop or StopRequest()
     check_torch()
     memory = RunMemory(config)
     accelerator = start_accelerator(config)
+    agree_with_others(stop, accelerator)
     memory.start(accelerator.device)
     show = Console(quiet=not accelerator.is_main_process, soft_wrap=True, markup=False, highlight=False).print
     if lock is not None:
@@ -301,6 +325,7 @@ def assemble(config: TrainConfig, leaner: Leaner | None = None, lock: OutputLock
         source=source,
         steps_ahead=build_steps_ahead(config, base, source, num_steps, accelerator.device),
         num_steps=num_steps,
+        stop=stop,
     )
     services = Services(run, folder, data, start_step, Course(config.output_dir, identity, changes, checkpoint, lock))
     if checkpoint:

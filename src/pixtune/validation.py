@@ -6,7 +6,7 @@ where they are nearly clean (texture); the mean over all sigmas hides that.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -53,11 +53,13 @@ def losses_at(
     device: torch.device,
     guidance: float,
     batch_size: int | None = None,
+    after_pass: Callable[[], None] = lambda: None,
 ) -> Tensor:
     """Measures one picture's loss at each sigma, shape (len(sigmas),). The noise depends on seed, name and sigma alone.
 
     Args:
         batch_size: number of sigmas in one forward pass; None: all.
+        after_pass: called after each forward pass; may raise to end the measurement.
     """
     sigma_B = torch.tensor(sigmas, device=device)
     shape = picture.latents_1CHW.shape
@@ -76,6 +78,7 @@ def losses_at(
         velocities.append(
             family.predict_velocity(transformer.module, noisy_BCHW[part], sigma_B[part], text, controls, guidance)
         )
+        after_pass()
     return example_losses(torch.cat(velocities), velocity_target(latents_BCHW, noise_BCHW))
 
 
@@ -88,6 +91,7 @@ def measure(
     device: torch.device,
     guidance: float,
     batch_size: int | None = None,
+    after_pass: Callable[[], None] = lambda: None,
 ) -> ValidationLoss:
     """Measures the held-out loss at sigmas that are spread evenly over (0, 1).
 
@@ -97,11 +101,13 @@ def measure(
         num_draws: number of sigmas in each quarter.
         batch_size: number of examples in one forward pass, so that measuring needs no more memory than training; None:
             all of a picture.
+        after_pass: see `losses_at`.
     """
     count = NUM_QUARTERS * num_draws
     sigmas = [(index + 0.5) / count for index in range(count)]
     losses = [
-        losses_at(family, transformer, picture, sigmas, seed, device, guidance, batch_size) for picture in pictures
+        losses_at(family, transformer, picture, sigmas, seed, device, guidance, batch_size, after_pass)
+        for picture in pictures
     ]
     per_sigma = torch.stack(losses).double().mean(0).view(NUM_QUARTERS, num_draws)
     return ValidationLoss(float(per_sigma.mean()), tuple(per_sigma.mean(1).tolist()))

@@ -19,7 +19,7 @@ from pixtune.engine.apply import load_planned
 from pixtune.engine.load import LoadedTransformer
 from pixtune.families import family_of
 from pixtune.family import TextEncoder
-from pixtune.launch import start_accelerator
+from pixtune.launch.accelerator import start_accelerator
 from pixtune.storage.model_folder import open_model_folder
 from pixtune.train import assemble, train
 from tests.contract.not_yet import needs

@@ -86,6 +86,7 @@ def test_root_scripts_only_call_the_package():
 
 ROOMS = [
     "errors",
+    "console",
     "sizes",
     "late",
     "randomness",
@@ -214,9 +215,15 @@ def test_docstrings_stand_alone_in_a_hover_window():
 # ---- errors and side effects
 
 
+MAY_CATCH_ALL = {"tracking.problems"}
+"""The one place that reports whatever a service raises, so that it costs no step."""
+
+
 def test_nothing_swallows_every_error():
     found = []
     for module, tree in MODULES.items():
+        if module in MAY_CATCH_ALL:
+            continue
         for node in ast.walk(tree):
             if isinstance(node, ast.ExceptHandler):
                 caught = {name.id for name in ast.walk(node.type) if isinstance(name, ast.Name)} if node.type else set()

@@ -40,6 +40,7 @@ from pixtune.storage.model_folder import open_model_folder
 from pixtune.tracking.figures import StepFigures, count_compiled_graphs, watch_device
 from pixtune.tracking.memory import STEPS
 from pixtune.tracking.metrics import FILE_NAME, MetricsLog, read_metrics
+from pixtune.tracking.problems import Problems
 from pixtune.train import assemble, run_steps
 
 WARM_UP_STEPS = PLAIN_CALLS + 2
@@ -221,8 +222,8 @@ class TimedSteps:
         self._bar = StepBar(self._console, self.start_step, self._run.num_steps)
         self._bar.__enter__()
         self._figures = StepFigures(
-            accelerator, self._log, self._bar, config.batch_size * config.gradient_accumulation_steps, False,
-            self._print, watch_device(accelerator.device, driver_may_spill()),
+            accelerator, self._log, self._bar, config.batch_size * config.gradient_accumulation_steps, None,
+            self._print, watch_device(accelerator.device, driver_may_spill()), Problems(self._print),
         )  # fmt: skip
         return self
 

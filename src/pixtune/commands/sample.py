@@ -135,6 +135,7 @@ def sample_pictures(
         DataError: a control picture cannot be used.
         PlanError: it fits neither the GPU nor the host beside it; reports how much is missing.
         ConfigError: the request demands what this GPU cannot do.
+        WriteError: a picture could not be written; those before it are kept.
     """
     config = config_of(request, output_dir)
     memory = RunMemory(config)
@@ -147,7 +148,7 @@ def sample_pictures(
     output_dir.mkdir(parents=True, exist_ok=True)
     for number, picture in enumerate(sample_as_planned(task, plans, device, memory.stages)):
         path = output_dir / f"{number:03d}-seed{picture.seed}.png"
-        picture.image.save(path)
+        picture.write(path)
         yield path
 
 

@@ -13,7 +13,7 @@ caption does not ask for one (a trigger word, a description), and for edits that
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -170,12 +170,13 @@ def measure_gains(
     seed: int,
     device: torch.device,
     guidance: float,
+    after_pass: Callable[[], None] = lambda: None,
 ) -> Gains:
     """Measures how much captions help this model in both directions, at fixed noise and sigmas."""
 
     def gain(way: Encoded) -> float:
         uncaptioned, captioned = (
-            losses_at(family, transformer, picture, SIGMAS, seed, device, guidance).double().log()
+            losses_at(family, transformer, picture, SIGMAS, seed, device, guidance, None, after_pass).double().log()
             for picture in (way.uncaptioned, way.captioned)
         )
         return float((uncaptioned - captioned).mean())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 from collections.abc import Iterator
@@ -50,7 +51,14 @@ def replacing(path: Path, durable: bool = True) -> Iterator[BinaryIO]:
         if durable:
             sync_folder(path.parent)
     except OSError as error:
-        raise WriteError(f"{path} could not be written ({error.strerror or error}). Is the disk full?") from error
+        raise WriteError(f"{path} could not be written ({error.strerror or error}){_question(error)}") from error
+
+
+def _question(error: OSError) -> str:
+    """Returns what to look at first, by the kind of an error of writing."""
+    if error.errno in {errno.EACCES, errno.EPERM, errno.EROFS}:
+        return ": may this user write there?"
+    return ": is the disk full?" if error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG} else ""
 
 
 def write_atomically(path: Path, data: bytes) -> None:

@@ -21,6 +21,7 @@ from pixtune.hardware.monitor import get_memory_stats
 from pixtune.hardware.sensors import GpuSensors, read_sensors
 from pixtune.progress import StepBar
 from pixtune.tracking.metrics import MetricsLog
+from pixtune.tracking.problems import Problems
 from pixtune.tracking.steptime import Drift, StepTimeWatch, StepTiming
 
 SENSORS_EVERY_SECONDS = 60.0
@@ -53,9 +54,10 @@ class StepFigures:
     Args:
         log: log of the run; None in all processes but the first.
         images_per_step: number of examples in a step of all processes together.
-        tracked: whether the config has a tracker.
+        tracker: name of the config's tracker; None if there is none.
         print_line: prints a line for the user.
         watch: watch over the steps' speed; None in all processes but the first.
+        problems: takes what goes wrong with the log and the tracker.
     """
 
     def __init__(
@@ -64,13 +66,14 @@ class StepFigures:
         log: MetricsLog | None,
         bar: StepBar,
         images_per_step: int,
-        tracked: bool,
+        tracker: str | None,
         print_line: Callable[[str], None],
         watch: DriftWatch | None,
+        problems: Problems,
     ) -> None:
         self._accelerator, self._log, self._bar = accelerator, log, bar
-        self._images_per_step, self._tracked = images_per_step, tracked
-        self._print_line, self._watch = print_line, watch
+        self._images_per_step, self._tracker = images_per_step, tracker
+        self._print_line, self._watch, self._problems = print_line, watch, problems
         self._pending: list[PendingStep] = []
         self._batches: list[Batch] = []
         self._waited_seconds = 0.0
@@ -123,18 +126,23 @@ class StepFigures:
                     seconds=round(own_seconds, 5), data_wait_seconds=round(entry.data_wait_seconds, 5),
                     peak_memory_gib=round(memory, 3),
                 )  # fmt: skip
-        for drift in self._watch.look_at(pending, seconds) if self._watch else ():
-            self._report_drift(drift)
+        step = pending[-1].step
+        if self._log and (error := self._log.take_problem()) is not None:
+            self._problems.report("metrics.jsonl", step, error, "Lines wait until it can be written again")
+        with self._problems.of("the watch for slow steps", step):
+            for drift in self._watch.look_at(pending, seconds) if self._watch else ():
+                self._report_drift(drift)
         mean_seconds = statistics.fmean(seconds)
         self._bar.figures(losses[-1], mean_seconds, self._images_per_step / mean_seconds, memory)
         values = {"loss": losses[-1], "grad_norm": norms[-1], "learning_rate": pending[-1].learning_rate}
-        self.track(pending[-1].step, {**values, "seconds_per_step": mean_seconds, "peak_memory_gib": memory})
+        self.track(step, {**values, "seconds_per_step": mean_seconds, "peak_memory_gib": memory})
         self.restart_clock()
 
     def track(self, step: int, values: Mapping[str, float]) -> None:
         """Hands values to the config's tracker, if there is one."""
-        if self._tracked:
-            self._accelerator.log(dict(values), step=step)
+        if self._tracker is not None:
+            with self._problems.of(f"tracker {self._tracker}", step):
+                self._accelerator.log(dict(values), step=step)
 
     def _report_first_step(self, entry: PendingStep) -> None:
         self._first_is_reported = True

@@ -80,8 +80,10 @@ class RunMemory:
         """Counts the memory of work before or between steps for a stage of its own, not for the steps."""
         if self._steps_began:
             self.stages.record(STEPS)
-        yield
-        self.stages.record(stage)
+        try:
+            yield
+        finally:
+            self.stages.record(stage)
 
     def end_steps(self) -> None:
         """Marks the end of the last step."""

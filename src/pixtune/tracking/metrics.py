@@ -8,6 +8,7 @@ Lines have `kind` and `step`; figures carry their unit in the name. The kinds:
     "throttling") and the warning that was printed.
 "validation": held-out loss, and its four quarters by sigma.
 "sample": path of a generated picture, with its prompt, seed and controls.
+"problem": a service (samples, held-out loss, tracker, ...) has failed, with the warning that was printed.
 "memory": once, at the end of a run: the memory of each stage, on a GPU the plan's estimate beside it, and how many
     captures were planned and made, what was saved for them, and why they were given up, if they were.
 """
@@ -51,6 +52,9 @@ class MetricsLog:
             WriteError: it cannot be read or written.
         """
         self.path = path
+        self._unwritten = b""
+        """Lines, the first of which may be written in part."""
+        self._problem: OSError | None = None
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             if given_up is not None and path.is_file():
@@ -70,7 +74,7 @@ class MetricsLog:
             self.kept = [line for line in lines if line["step"] <= resume_step]
             """Lines of the run so far."""
             write_atomically(path, "".join(json.dumps(line) + "\n" for line in self.kept).encode())
-            self._stream = path.open("a", encoding="utf-8")
+            self._stream = path.open("ab", buffering=0)
         except WriteError:
             raise
         except OSError as error:
@@ -80,15 +84,35 @@ class MetricsLog:
             ) from error
 
     def write(self, kind: str, step: int, **values: Any) -> None:
-        self._stream.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
-        self._stream.flush()
+        """Appends a line. Where that fails, it waits in memory for the next one; see `take_problem`."""
+        self._unwritten += (json.dumps({"kind": kind, "step": step, **values}) + "\n").encode()
+        self._flush()
+
+    def _flush(self) -> None:
+        try:
+            while self._unwritten:
+                self._unwritten = self._unwritten[self._stream.write(self._unwritten) or 0 :]
+        except OSError as error:
+            self._problem = error
+
+    def take_problem(self) -> OSError | None:
+        """Returns why a line could not be written at once, if that has happened since the last call."""
+        problem, self._problem = self._problem, None
+        return problem
 
     def sync(self) -> None:
-        """Makes the lines durable. Must be called before a checkpoint, since the log must reach at least as far."""
+        """Makes the lines durable. Must be called before a checkpoint, since the log must reach at least as far.
+
+        Raises:
+            OSError: the disk cannot.
+        """
         os.fsync(self._stream.fileno())
 
-    def close(self) -> None:
+    def close(self) -> int:
+        """Closes the file, and returns the number of lines that could not be written."""
+        self._flush()
         self._stream.close()
+        return self._unwritten.count(b"\n")
 
 
 def set_aside(path: Path, name: str) -> Path:

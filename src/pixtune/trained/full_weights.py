@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from pixtune.config import to_dict
@@ -189,7 +190,7 @@ def export_model(target: Path, base: Base, about: Mapping[str, Any]) -> Path:
             shutil.rmtree(target)
         temporary.replace(target)
         sync_folder(target.parent)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise WriteError(f"the model could not be written to {target} ({error}). Is the disk full?") from error
     return target

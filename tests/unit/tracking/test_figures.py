@@ -23,6 +23,7 @@ from pixtune.tracking.figures import (
     size_in_words,
 )
 from pixtune.tracking.metrics import MetricsLog, read_metrics
+from pixtune.tracking.problems import Problems
 from pixtune.tracking.steptime import BASELINE_STEPS, WINDOW_STEPS, Drift, StepTimeWatch
 
 CPU = torch.device("cpu")
@@ -59,7 +60,9 @@ class Scene:
         watch = DriftWatch(StepTimeWatch(), PacedSensors(lambda: None), lambda: (None, 0))
         accelerator: Any = SimpleNamespace(device=CPU)
         bar: Any = self.bar
-        self.figures = StepFigures(accelerator, self.log, bar, 2, False, self.said.append, watch)
+        self.figures = StepFigures(
+            accelerator, self.log, bar, 2, None, self.said.append, watch, Problems(self.said.append)
+        )
 
     def steps(self, first: int, last: int, seconds: float, waited: float = 0.0) -> None:
         for step in range(first, last + 1):

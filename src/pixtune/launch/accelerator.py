@@ -1,0 +1,61 @@
+"""Starts the processes of a run."""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+from importlib.util import find_spec
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, broadcast_object_list
+
+from pixtune.config.schema import TrainConfig
+from pixtune.errors import ConfigError
+from pixtune.launch.peers import connect_peers
+from pixtune.launch.stop import StopRequest
+
+CACHING_TIMEOUT = timedelta(hours=12)
+"""Time that the other processes wait while the first fills the cache; the default of 10 minutes would end the run.
+
+A process that is stopped or gone is noticed in a minute all the same: see `peers.py`.
+"""
+
+
+def start_accelerator(config: TrainConfig) -> Accelerator:
+    """Starts the process group, device and trackers, under `accelerate launch` as under plain `python`.
+
+    Precision, accumulation and gradient exchange are the loop's own (`train.train_step`).
+
+    Raises:
+        ConfigError: the tracker in `report_to` is not installed; accelerate would continue without it.
+    """
+    if config.report_to and find_spec(config.report_to) is None:
+        raise ConfigError(
+            f"report_to is {config.report_to}",
+            [f"{config.report_to} is not installed: pip install {config.report_to}, or report_to=null"],
+        )
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read once, when CUDA starts
+    return Accelerator(
+        log_with=config.report_to,
+        project_config=ProjectConfiguration(
+            project_dir=str(config.output_dir), logging_dir=str(config.output_dir / config.logging_dir)
+        ),
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=CACHING_TIMEOUT)],
+    )
+
+
+def agree_with_others(stop: StopRequest, accelerator: Accelerator) -> None:
+    """Lets all processes of a run stop together, and notice if one is gone.
+
+    Raises:
+        TrainingError: the processes cannot reach each other.
+    """
+
+    def from_first(value: Any) -> Any:
+        (shared,) = broadcast_object_list([value])
+        return shared
+
+    if accelerator.num_processes > 1:
+        stop.connect(connect_peers(accelerator.process_index, accelerator.num_processes, from_first))

@@ -1,0 +1,247 @@
+"""Requests to end a run early: by a signal, by another process of the run, or because its launcher is gone.
+
+The first request ends the run after the current step, with a checkpoint; while no step is unsaved it ends it at once. A
+second one ends the process at once. A thread notices them, since Python's own handlers wait until the main thread comes
+back from a library's call.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import select
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from types import FrameType, TracebackType
+from typing import Self
+
+from pixtune.console import tell_at_once
+from pixtune.launch.peers import Peers
+
+NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
+"""Signals that ask for the end: Ctrl-C, a supervisor, a closed terminal, and what a cluster sends some time before."""
+STOPPED = 130
+"""Exit code of a run that was asked to stop and lost nothing."""
+TICK_SECONDS = 0.5
+SAME_SECONDS = 1.0
+"""Time within which signals count as one: some programs pass on what their whole process group has been sent."""
+SAME_SECONDS_UNDER_LAUNCHER = 3.0
+GRACE_SECONDS = 2.5
+"""Time for the main thread to end where nothing has to be saved. A library's call may hold it longer."""
+LEAVE_SECONDS = 3.5
+"""Time for it to end once all is saved: trackers send what they have."""
+NEWS_SECONDS = 3.0
+"""Time in which the loss of a process is known at the latest, once gradients cannot be exchanged."""
+LOST_SECONDS = 10.0
+"""Time for the main thread to end once another process is gone: it is stuck if it exchanges gradients."""
+SAVING_SECONDS = 600.0
+"""Time for it while a checkpoint is written."""
+
+
+class Stopped(BaseException):
+    """The run was asked to stop at a moment when no step had to be saved."""
+
+
+class StopRequest:
+    """The request to stop, as the loop asks for it. Entered as a context it notices signals; otherwise it never comes.
+
+    Args:
+        launcher: number of the launcher's process, whose end is such a request; None: the run has none.
+    """
+
+    def __init__(self, launcher: int | None = None) -> None:
+        self._launcher = launcher
+        self._same_seconds = SAME_SECONDS if launcher is None else SAME_SECONDS_UNDER_LAUNCHER
+        self._changed = threading.Condition(threading.RLock())
+        self._wanted = self._is_told = self._closed = False
+        self._raises = True
+        """Whether a signal may still interrupt the main thread."""
+        self._defers = False
+        """Whether a step is unsaved, so that the end has to wait for it."""
+        self._saves = False
+        self._signalled_at: float | None = None
+        self._end_by = math.inf
+        """Time at which the process ends, unless something is unsaved."""
+        self._begun = 0
+        """Number of steps that this process will have taken before it asks the next time."""
+        self._peers: Peers | None = None
+        self._lost: str | None = None
+        self._lost_at = math.inf
+        self._previous: dict[int, object] = {}
+        self._wakeup: socket.socket | None = None
+
+    # ---- life
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is not threading.main_thread():
+            return self  # only the main thread may handle signals
+        self._wakeup, written = socket.socketpair()
+        self._wakeup.setblocking(False)
+        written.setblocking(False)
+        self._written = written
+        for name in NAMES:
+            number = getattr(signal, name, None)
+            if number is None or (name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN):
+                continue  # nohup has a run ignore the end of its terminal
+            self._previous[number] = signal.signal(number, self._receive)
+        self._previous_fd = signal.set_wakeup_fd(written.fileno(), warn_on_full_buffer=False)
+        threading.Thread(target=self._watch, name="stop-request", daemon=True).start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._wakeup is None:
+            return
+        with self._changed:
+            self._defers = self._raises = False
+            self._closed = not self._wanted  # if it is, the thread sees to it that the process ends
+            self._end_by = time.monotonic() + LEAVE_SECONDS
+            if self._peers is not None:
+                self._peers.leave("" if error is None or isinstance(error, Stopped) else f"{error}".split("\n")[0])
+        if self._closed:
+            signal.set_wakeup_fd(self._previous_fd)
+            for number, handler in self._previous.items():
+                signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def connect(self, peers: Peers) -> None:
+        """Agrees with the other processes of the run from here on."""
+        with self._changed:
+            self._peers = peers
+
+    # ---- asked by the run
+
+    def requested(self, step: int) -> bool:
+        """Returns whether to stop with `step` steps taken, the same in all processes; waits for no device."""
+        with self._changed:
+            self._defers |= self._peers is not None  # others may have begun the step
+            if self._peers is None or self._lost is not None:
+                return self._wanted or self._lost is not None
+            if not self._peers.is_frozen:
+                self._begun = step + 1
+                return False
+            peers = self._peers
+            self._changed.wait_for(lambda: peers.stop_at is not None or self._lost is not None)
+            return peers.stop_at is None or step >= peers.stop_at or self._lost is not None
+
+    def defer(self, until_saved: bool = True) -> None:
+        """Lets requests wait, since a step has been taken and is unsaved; or no longer, since all are saved."""
+        self._defers = until_saved
+
+    def check(self) -> None:
+        """Ends work that can be left out, such as samples, where a stop is requested.
+
+        Raises:
+            Stopped: it is.
+        """
+        if self._wanted or self._lost is not None:
+            raise Stopped
+
+    @contextmanager
+    def saving(self) -> Iterator[None]:
+        """Lets what is written within the block come to its end, unless there is a second request."""
+        self._saves = True
+        try:
+            yield
+        finally:
+            self._saves = False
+
+    def after_saving(self) -> str | None:
+        """Waits until the first process has saved: a launcher ends all processes as soon as one of them ends.
+
+        Returns:
+            A report of another process of the run that is gone; None if all are there.
+        """
+        with self._changed:
+            if (peers := self._peers) is not None:
+                peers.saved()
+                # Without an agreement, this process ends because of an error, which may be that another one is gone.
+                is_agreed = peers.stop_at is not None
+                self._changed.wait_for(
+                    lambda: self._lost is not None or (is_agreed and peers.is_saved), None if is_agreed else NEWS_SECONDS
+                )
+            self._defers, self._end_by = False, time.monotonic() + LEAVE_SECONDS
+            return self._lost
+
+    # ---- in the main thread, as soon as it comes back to Python
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        self._wanted = True
+        if self._raises and not self._defers and not self._saves and self._peers is None:
+            self._raises = False
+            raise Stopped
+
+    # ---- in a thread of its own
+
+    def _watch(self) -> None:
+        assert self._wakeup is not None
+        while not self._closed:
+            sources: list[socket.socket] = [self._wakeup]
+            if self._peers is not None:
+                sources += self._peers.sockets()
+            with suppress(OSError, ValueError):  # a socket that was closed meanwhile
+                select.select(sources, [], [], TICK_SECONDS)
+            self._read_signals()
+            if self._launcher is not None and os.getppid() != self._launcher:
+                self._launcher = None
+                self._want("the launcher has ended")
+            if self._peers is not None:
+                self._look_at_peers(self._peers)
+            self._end_if_overdue()
+
+    def _read_signals(self) -> None:
+        assert self._wakeup is not None
+        with suppress(BlockingIOError):
+            for number in self._wakeup.recv(256):
+                if number not in self._previous:
+                    continue
+                now, name = time.monotonic(), signal.Signals(number).name
+                if self._signalled_at is None:
+                    self._signalled_at = now
+                    self._want(name)
+                elif now - self._signalled_at > self._same_seconds:
+                    end_now(1, f"{name}: ending at once; what was saved before is kept")
+
+    def _want(self, reason: str) -> None:
+        """Takes a request: marks it for the main thread, and passes it on."""
+        with self._changed:
+            self._wanted = True
+            is_told, self._is_told = self._is_told, True
+            if not is_told:
+                self._end_by = time.monotonic() + GRACE_SECONDS
+            if self._peers is not None:
+                self._peers.ask_to_stop(reason)
+        if not is_told and (self._peers is None or self._peers.rank == 0):
+            what = "after this step, with a checkpoint" if self._defers else "now; no step has to be saved"
+            tell_at_once(f"{reason}: stopping {what}")
+
+    def _look_at_peers(self, peers: Peers) -> None:
+        with self._changed:
+            peers.exchange()
+            if peers.reason is not None and not self._wanted:
+                self._want(peers.reason)
+            if self._wanted:
+                peers.freeze(self._begun)
+            if peers.lost is not None and self._lost is None:
+                self._lost, self._lost_at = peers.lost, time.monotonic()
+            self._changed.notify_all()
+
+    def _end_if_overdue(self) -> None:
+        """Ends the process where the main thread should have ended by now."""
+        now = time.monotonic()
+        if self._lost is not None and now - self._lost_at > (SAVING_SECONDS if self._saves else LOST_SECONDS):
+            end_now(1, f"error: {self._lost}")
+        nothing_to_save = not self._defers or (self._peers is not None and self._peers.first_is_gone)
+        if self._wanted and nothing_to_save and not self._saves and now > self._end_by:
+            end_now(STOPPED, "")
+
+
+def end_now(code: int, line: str) -> None:
+    """Ends the process from any thread, without cleaning up."""
+    if line:
+        tell_at_once(line)
+    os._exit(code)
