@@ -101,7 +101,7 @@ def random_fault(folder: Path, calls: Sequence[str], seed: int) -> FailingDisk:
     draw = random.Random(seed)
     kinds: dict[str, list[int]] = {}
     for line in calls:
-        number, call = line.split(" ", 1)
-        kinds.setdefault(re.sub(r"\d+", "", call), []).append(int(number))
+        place, call = line.split(" ", 1)
+        kinds.setdefault(re.sub(r"\d+", "", call), []).append(int(place))
     number = draw.choice(kinds[draw.choice(sorted(kinds))])
     return FailingDisk(folder, number, draw.choice(ERRORS), draw.random() < 0.5)

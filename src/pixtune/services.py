@@ -96,9 +96,7 @@ class Services:
             for sentence in course.begin(config.checkpoints_total_limit, self.start_step < self.run.num_steps):
                 self._print(sentence)
             path = self.output_dir / FILE_NAME
-            log = self.log = self.problems.metrics = MetricsLog(
-                path, self.start_step, course.resumed, course.given_up
-            )
+            log = self.log = self.problems.metrics = MetricsLog(path, self.start_step, course.resumed, course.given_up)
             if log.left_out:
                 self._print(f"warning: {log.left_out}")
             self._sampled = {line["path"] for line in log.kept if line["kind"] == "sample"}

@@ -26,6 +26,7 @@ from pixtune.data.prepare import prepare_data
 from pixtune.data.prepared import PreparedData
 from pixtune.engine.apply import apply_switches, apply_to_activations, blocks_of, load_planned
 from pixtune.engine.capture import GraphCapturer, ReplayedPass
+from pixtune.engine.exchange import average_across_processes
 from pixtune.engine.load import Reading
 from pixtune.engine.modulation_ahead import StepsAhead
 from pixtune.engine.relief import (
@@ -54,7 +55,6 @@ from pixtune.services import Services
 from pixtune.storage.base_reference import steps_fingerprint
 from pixtune.storage.checkpoint import Checkpoint, checkpoint_path, read_decision
 from pixtune.storage.course import Course
-from pixtune.storage.grouping import group_neighbours
 from pixtune.storage.model_folder import ModelFolder, open_model_folder
 from pixtune.storage.output_lock import OutputLock
 from pixtune.storage.resume import RunIdentity
@@ -66,9 +66,6 @@ from pixtune.trained.resume_point import check_run, decide_once, find_resume_poi
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
-
-EXCHANGED_NUMBERS = 1 << 28
-"""Number of values that processes exchange at once, at most: 1 GiB in fp32."""
 
 
 def train(config: TrainConfig, stop: StopRequest | None = None) -> TrainResult:
@@ -210,34 +207,10 @@ def forward_backward(
     return loss.detach()
 
 
-def average_across_processes(accelerator: Accelerator, tensors: list[Tensor]) -> None:
-    """Replaces tensors by their means over all processes.
-
-    A LoRA's gradients are one exchange; a copy of all weights' gradients would not fit beside them.
-
-    Raises:
-        ExchangeError: another process is gone. Weights are as before; a GPU finds that out later, and otherwise.
-    """
-    if accelerator.num_processes == 1:
-        return
-    for group in group_neighbours(tensors, Tensor.numel, EXCHANGED_NUMBERS):
-        flat = torch.cat([tensor.flatten() for tensor in group])
-        try:
-            flat = accelerator.reduce(flat, reduction="mean")
-        except RuntimeError as error:
-            if accelerator.device.type != "cpu":
-                raise
-            raise ExchangeError(f"gradients could not be exchanged with the other processes ({error})") from error
-        for tensor, mean in zip(group, flat.split([tensor.numel() for tensor in group]), strict=True):
-            tensor.copy_(mean.view_as(tensor))
-
-
 # ---- what a run is assembled from
 
 
-def set_up(
-    config: TrainConfig, leaner: Leaner | None, lock: OutputLock, stop: StopRequest
-) -> tuple[Run, Services]:
+def set_up(config: TrainConfig, leaner: Leaner | None, lock: OutputLock, stop: StopRequest) -> tuple[Run, Services]:
     """Assembles a run; where another program takes memory meanwhile, once more, by a plan for what is free then.
 
     Raises:

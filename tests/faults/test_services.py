@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file
@@ -84,27 +85,28 @@ def test_a_disk_that_fails_at_any_moment_is_reported_and_costs_no_saved_step(
 def break_services() -> None:
     """Everything around the steps raises, and not only what one would expect."""
     import torch
+    from accelerate import Accelerator
 
     from pixtune import services
     from pixtune.sampler import PromptSampler
     from pixtune.storage.course import Course
     from pixtune.tracking.figures import DriftWatch
 
-    def fail(error: Exception):  # type: ignore[no-untyped-def]
+    def fail(error: Exception) -> Any:
         def failing(*arguments: object, **options: object) -> None:
             raise error
 
         return failing
 
-    services.measure = fail(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"))
-    PromptSampler.sample = fail(ValueError("a picture with no pixels"))  # type: ignore[method-assign]
-    services.write_report = fail(RuntimeError("no page"))
-    Course.prune = fail(PermissionError(13, "Permission denied"))  # type: ignore[method-assign]
-    DriftWatch.look_at = fail(ZeroDivisionError("division by zero"))  # type: ignore[method-assign]
-
-    from accelerate import Accelerator
-
-    Accelerator.log = fail(ConnectionError("the tracker's server has gone"))
+    vars(services)["measure"] = fail(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"))
+    for owner, name, error in (
+        (PromptSampler, "sample", ValueError("a picture with no pixels")),
+        (Course, "prune", PermissionError(13, "Permission denied")),
+        (DriftWatch, "look_at", ZeroDivisionError("division by zero")),
+        (Accelerator, "log", ConnectionError("the tracker's server has gone")),
+    ):
+        setattr(owner, name, fail(error))
+    vars(services)["write_report"] = fail(RuntimeError("no page"))
 
 
 def test_whatever_a_service_raises_the_run_goes_on_and_names_it_once(

@@ -11,8 +11,10 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from torch import Tensor
 
 from pixtune.storage.checkpoint import find_checkpoints, load_checkpoint
 from pixtune.tracking.metrics import read_metrics
@@ -85,13 +87,17 @@ def test_nohup_goes_on_without_its_terminal(tmp_path: Path, warm_cache: Path) ->
     assert code == 0, printed
 
 
-LONG_WORK = {
-    "drawing": (
-        {"samples__prompts": "['a','b']", "samples__num_steps": 5000, "samples__every": 3},
-        # The two pictures before the first step would take as long.
-        {"samples__width": 64, "samples__height": 64},
-    ),
-    "measuring": ({"validation__held_out": 0.2, "validation__num_draws": 5000, "validation__every": 3}, {}),
+DRAWING: dict[str, object] = {
+    "samples__prompts": "['a','b']",
+    "samples__num_steps": 5000,
+    "samples__every": 3,
+    "samples__width": 64,
+    "samples__height": 64,
+}
+MEASURING: dict[str, object] = {
+    "validation__held_out": 0.2,
+    "validation__num_draws": 5000,
+    "validation__every": 3,
 }
 
 
@@ -103,10 +109,11 @@ def skip_first_look() -> None:
     Services._look = lambda self, step: look(self, step) if step else None  # type: ignore[method-assign]
 
 
-@pytest.mark.parametrize("work", LONG_WORK)
-def test_told_to_stop_in_work_between_steps_leaves_it_out(tmp_path: Path, warm_cache: Path, work: str) -> None:
-    first, second = LONG_WORK[work]
-    process = start(tmp_path, warm_cache, skip_first_look, **first, **second)
+@pytest.mark.parametrize("work", [DRAWING, MEASURING], ids=["drawing", "measuring"])
+def test_told_to_stop_in_work_between_steps_leaves_it_out(
+    tmp_path: Path, warm_cache: Path, work: dict[str, object]
+) -> None:
+    process = start(tmp_path, warm_cache, skip_first_look, **work)
     wait_for_step(process, tmp_path, 3)
     time.sleep(0.5)
     assert max(lines_of(tmp_path, "step")) == 3, "it is not at work between steps"
@@ -118,8 +125,7 @@ def test_told_to_stop_in_work_between_steps_leaves_it_out(tmp_path: Path, warm_c
 
 
 def test_told_to_stop_before_the_first_step_ends_at_once(tmp_path: Path, warm_cache: Path) -> None:
-    first, second = LONG_WORK["drawing"]
-    process = start(tmp_path, warm_cache, **first, **second)
+    process = start(tmp_path, warm_cache, None, **DRAWING)
     wait_until((tmp_path / "run" / "metrics.jsonl").exists, process)
     time.sleep(0.3)
     process.send_signal(signal.SIGTERM)
@@ -161,39 +167,37 @@ def be_busy() -> None:
     hashlib.pbkdf2_hmac("sha256", b"", b"", 200_000_000)
 
 
-def busy_loading() -> None:
-    import pixtune.train
+def busy_loading(began: Path) -> None:
+    from pixtune import train
 
-    pixtune.train.load_planned = lambda *arguments: be_busy()  # type: ignore[assignment]
+    def load(*arguments: object) -> None:
+        began.touch()
+        be_busy()
+
+    vars(train)["load_planned"] = load
 
 
 def test_told_to_stop_while_a_library_loads_ends_all_the_same(tmp_path: Path, warm_cache: Path) -> None:
     began = tmp_path / "began"
-    process = start(tmp_path, warm_cache, functools.partial(noted, began, busy_loading))
+    process = start(tmp_path, warm_cache, functools.partial(busy_loading, began))
     wait_until(began.exists, process)
-    time.sleep(2)
     process.send_signal(signal.SIGTERM)
     code, printed = end_of(process)
     assert code == STOPPED, printed
 
 
-def noted(path: Path, before: processes.Before) -> None:
-    path.touch()
-    before()
-
-
 def busy_step() -> None:
-    """Step 6 does not end."""
-    import pixtune.train
+    """The sixth step does not end."""
+    from pixtune import train
 
-    take = pixtune.train.train_step
+    take = train.train_step
 
-    def stuck(run, micro_batches, step, see_batch):  # type: ignore[no-untyped-def]
+    def stuck(run: Any, micro_batches: Any, step: int) -> tuple[Tensor, Tensor]:
         if step == 5:
             be_busy()
-        return take(run, micro_batches, step, see_batch)
+        return take(run, micro_batches, step)
 
-    pixtune.train.train_step = stuck
+    vars(train)["train_step"] = stuck
 
 
 def test_a_second_signal_ends_at_once_and_keeps_what_is_saved(tmp_path: Path, warm_cache: Path) -> None:

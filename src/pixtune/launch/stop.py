@@ -162,7 +162,8 @@ class StopRequest:
                 # Without an agreement, this process ends because of an error, which may be that another one is gone.
                 is_agreed = peers.stop_at is not None
                 self._changed.wait_for(
-                    lambda: self._lost is not None or (is_agreed and peers.is_saved), None if is_agreed else NEWS_SECONDS
+                    lambda: self._lost is not None or (is_agreed and peers.is_saved),
+                    None if is_agreed else NEWS_SECONDS,
                 )
             self._defers, self._end_by = False, time.monotonic() + LEAVE_SECONDS
             return self._lost

@@ -88,7 +88,7 @@ def test_a_process_that_has_finished_is_not_missed(monkeypatch: pytest.MonkeyPat
 
 def test_silence_is_missed_but_not_by_one_who_was_asleep(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
-    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
     first, second = connected(2)
     now[0] = 1000.0  # this whole process was stopped, and everybody's clock went on
     first.exchange()
