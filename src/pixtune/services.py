@@ -25,6 +25,7 @@ from pixtune.data.swapped import measure_gains, swap_warning
 from pixtune.engine.apply import placement_of
 from pixtune.engine.pace import Pace
 from pixtune.engine.padded_attention import padding_obstacle
+from pixtune.engine.relief import first_that_fits
 from pixtune.errors import CheckpointError, TrainingError, WriteError
 from pixtune.hardware.facts import package_versions
 from pixtune.hardware.machine import driver_may_spill
@@ -302,11 +303,19 @@ class Services:
         if not self.data.held_out or not self.is_main or step in self._losses:
             return
         run = self.run
-        with self._aside("held-out loss"):
-            loss = measure(
+
+        def measured(batch_size: int) -> ValidationLoss:
+            return measure(
                 run.family, run.transformer, self.data.held_out, self.config.validation.num_draws, self.config.seed,
-                run.accelerator.device, self.config.objective.guidance, self.config.batch_size, self._pace,
+                run.accelerator.device, self.config.objective.guidance, batch_size, self._pace,
             )  # fmt: skip
+
+        def one_by_one() -> ValidationLoss:
+            run.forward_backward.release()
+            return measured(batch_size=1)
+
+        with self._aside("held-out loss"):
+            loss = first_that_fits([lambda: measured(self.config.batch_size), one_by_one], "the held-out loss")
         self._losses[step] = loss
         self.log.write("validation", step, loss=loss.mean, quarters=loss.quarters)
         self.figures.track(step, {"held_out_loss": loss.mean})

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from pixtune import services
 from pixtune import train as training
 from pixtune.config import load_config
 from pixtune.config.schema import TrainConfig
@@ -26,6 +27,7 @@ from pixtune.plan.training import TrainingPlan
 from pixtune.planning import Leaner, plan_on_this_machine
 from pixtune.storage.checkpoint import find_checkpoints, load_checkpoint
 from pixtune.trained.weight_update import WeightUpdate
+from pixtune.validation import ValidationLoss, measure
 from tests.runs import overrides, write_config
 
 SETTINGS: dict[str, object] = {"max_train_steps": 3, "gradient_accumulation_steps": 2}
@@ -173,6 +175,27 @@ def test_then_the_run_is_planned_anew_and_goes_on_in_the_same_process(
     assert second.gpu_memory_limit_gib == pytest.approx(9.5 + 0.86 + 0.25, abs=0.01)
     for name, weight in result_of(undisturbed).items():
         torch.testing.assert_close(weight, result_of(tmp_path)[name], rtol=1e-3, atol=1e-5)
+
+
+def test_a_held_out_loss_that_lacks_memory_is_measured_one_by_one(
+    tmp_path: Path, warm_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The result is that of a run which has the memory, and captured steps are given up for it."""
+    changes = {"max_train_steps": 1, "validation__held_out": 0.05}
+    whole = training.train(config_of(tmp_path / "whole", warm_cache, **changes))
+    batch_sizes: list[int] = []
+
+    def lack_memory(*arguments: Any) -> ValidationLoss:
+        batch_sizes.append(arguments[-2])
+        if arguments[-2] > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return measure(*arguments)
+
+    monkeypatch.setattr(services, "measure", lack_memory)
+    once = training.train(config_of(tmp_path / "lacking", warm_cache, **changes))
+    assert batch_sizes == [2, 1] * 2
+    assert once.last_loss is not None and whole.last_loss is not None
+    assert once.last_loss.mean == pytest.approx(whole.last_loss.mean, rel=1e-5)
 
 
 def test_memory_that_ends_while_the_model_is_loaded_is_tried_once_more(

@@ -8,6 +8,7 @@ recomputed, micro-batches are split. What a run has given up this way is part of
 from __future__ import annotations
 
 import gc
+import logging
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -19,6 +20,9 @@ from torch import Tensor, nn
 from pixtune.engine.activations import recompute_blocks
 from pixtune.engine.forwards import is_recomputed
 from pixtune.plan.training import TrainingPlan
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 Relief = Callable[[], str | None]
 """Function that makes a step need less memory and returns how, in words for users; None: it can do nothing more."""
@@ -61,6 +65,25 @@ def free_bytes(usable_bytes: int) -> int:
     """
     on_device, _ = torch.cuda.mem_get_info()
     return min(usable_bytes - torch.cuda.memory_reserved(), on_device)
+
+
+def first_that_fits(ways: Sequence[Callable[[], T]], what: str) -> T:
+    """Returns what the first of some ways returns that does not run out of memory; the last may.
+
+    Args:
+        what: what they compute, as the subject of a sentence.
+    """
+    for way in ways[:-1]:
+        try:
+            return way()
+        except RuntimeError as error:
+            if not lacks_memory(error):
+                raise
+            obstacle = first_line(error)
+            drop_frames(error)
+        free_unused()  # outside the except clause, since the error holds the memory of the work that failed
+        log.warning("%s ran out of memory (%s) and is done again with less", what, obstacle.rstrip("."))
+    return ways[-1]()
 
 
 class RecomputeMore:
