@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from pixtune.engine.capture import Capture, GraphCapturer, ReplayedPass
+from pixtune.engine.capture import Capture, GraphCapturer, ReplayedPass, drop_workspaces
 from pixtune.engine.load import LoadedTransformer
 from pixtune.engine.modulation_ahead import SigmasAhead
 from pixtune.engine.relief import drop_frames, first_line, free_bytes, free_unused, lacks_memory
@@ -294,10 +294,13 @@ class PromptSampler:
         )
 
     def _release(self) -> None:
-        """Gives back the memory of captures."""
-        if self._captured is not None:
-            self._captured.release()
+        """Gives back the memory of captures, their workspaces included."""
+        if self._captured is None:
+            return
+        self._captured.release()
         self._captured = None
+        drop_workspaces()
+        free_unused()
 
     def decode(self, latents_BCHW: Tensor) -> Image:
         """Decodes the picture of one prompt and seed, from latents of shape 1CHW."""

@@ -314,3 +314,14 @@ class GraphCapturer:
             return result
 
         return replay
+
+
+def drop_workspaces() -> None:
+    """Gives back the workspaces of products, as soon as the captures in whose memory they lie are gone.
+
+    All captures run on one stream, whose workspace is made in the first one and used by those after it. Captures that
+    outlive these must not read memory that went with them, so theirs is made anew. Captures that live on keep the
+    memory of their workspace, since it is in their pool.
+    """
+    if torch.cuda.is_initialized():
+        torch._C._cuda_clearCublasWorkspaces()

@@ -24,6 +24,9 @@ WORKSPACE_BYTES = 64 * 2**20
 COMPILED_FROM_STEPS = 20
 """Sampler steps from which on it pays to compile and to capture: compiling takes some 20 s once for a size, and a few
 where its code is cached, while a step in 8 bits takes a fifth of a second instead of three quarters."""
+MOST_TOKENS_TOGETHER = 1 << 20
+"""Tokens of one pass up to which guidance's two are one batch. A number of tokens that fills a GPU by itself gains only
+the gaps between kernels, and pays for the padding of the empty prompt; `benchmarks/drawing.py` times both ways."""
 FIRST_PASS = "the first pass compiles the blocks, which takes 10 to 30 s, and a few where the same was compiled before"
 """Announcement of what takes time, as a part of a reason."""
 
@@ -82,6 +85,12 @@ class Passes:
     compute_format: str
     weights_format: str
     compiled: bool
+
+    @property
+    def can_be_joined(self) -> bool:
+        """Whether two of them can be one batch, if prompts can be padded at all."""
+        # Kernels that take no mask compute in half the width alone.
+        return self.compute_format == "bf16" and self.footprint.num_tokens <= MOST_TOKENS_TOGETHER
 
     def activation_bytes(self, examples: int = 1) -> int:
         """Returns the peak of activations in a pass; several examples are padded to one length."""

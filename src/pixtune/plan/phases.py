@@ -115,7 +115,7 @@ def sampling_passes(
     beside_captures = plan.usable_bytes - plan.expected_peak_bytes - staying
     return choose_passes(
         ways_of_passing(
-            around.may_join_passes and plan.compute_format == "bf16",  # kernels that take no mask need half the width
+            around.may_join_passes and passes.can_be_joined,
             min(around.sample_shapes, MOST_CAPTURES) if plan.captures else 0,
             plan.usable_bytes,
         ),

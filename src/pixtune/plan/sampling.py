@@ -120,8 +120,7 @@ def plan_sampling(
     tile = fitting_tile(sizes.pixels, usable - sizes.autoencoder_bytes, decoding_bytes) if decode_last else None
     decoding = sizes.autoencoder_bytes + decoding_bytes(sizes.pixels, tile)
     planned = planned_passes(rung, situation)
-    # Kernels that take no mask compute in half the width alone.
-    joins = sizes.passes_per_step > 1 and sizes.pads_text and abilities.pads and plain == "bf16"
+    joins = sizes.passes_per_step > 1 and sizes.pads_text and abilities.pads and planned.can_be_joined
     captures = min(sizes.num_prompts * sizes.passes_per_step, MOST_CAPTURES) if demands.captures and pays else 0
     meanwhile = 0 if decode_last else decoding
     passes = choose_passes(

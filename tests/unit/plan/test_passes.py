@@ -9,6 +9,7 @@ import pytest
 
 from pixtune.hardware.cards import facts_as
 from pixtune.hardware.facts import GIB
+from pixtune.plan import passes as passes_module
 from pixtune.plan.demands import demands_of
 from pixtune.plan.encoders import PLAINLY, EncoderSizes, decoding_bytes
 from pixtune.plan.passes import (
@@ -121,6 +122,11 @@ def test_what_pays_and_what_is_possible_decides(
 ) -> None:
     plan = plan_for(79, replace(SIZES, **sizes), Abilities(**abilities), **changes)
     assert (plan.compile, plan.passes.together, plan.passes.captures > 0) == expected
+
+
+def test_where_one_pass_fills_a_gpu_two_are_no_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(passes_module, "MOST_TOKENS_TOGETHER", FOOTPRINT.num_tokens - 1)
+    assert not plan_for(79).passes.together and plan_for(79).passes.captures == 2
 
 
 # ---- between steps
