@@ -17,6 +17,7 @@ import math
 import statistics
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -51,6 +52,7 @@ from pixtune.tracking.memory import RunMemory
 GUIDANCE = 4.0
 EMPTY_PROMPT_TOKENS = 6
 """Tokens of the empty prompt in its template, about."""
+LINES_OF_A_FAILURE = 12
 KERNELS = 15
 """Number of kernels that are listed."""
 
@@ -64,7 +66,7 @@ class Settings:
     quantize: bool | None = None
     size: int = 1024
     steps: int = 12
-    seconds: float = 75.0
+    seconds: float = 55.0
     """Seconds after which no further way is measured."""
 
 
@@ -154,22 +156,26 @@ def _measure(settings: Settings, scratch: Path, began: float, log: LogLines) -> 
         "ways": {},
     }
 
+    def sampler_of(
+        passes: PassPlan, build_capture: Callable[[LoadedTransformer], Capture] = lambda loaded: GraphCapturer()
+    ) -> PromptSampler:
+        of_one = SamplerSettings((0,), settings.steps, GUIDANCE)
+        placement = placement_of(plan, device)
+        return PromptSampler(family, folder, [prompt], of_one, placement, False, None, passes, build_capture)
+
     def sample(passes: PassPlan, profiled: bool = False) -> tuple[Tensor, Result]:
-        sampler_settings = SamplerSettings((0,), settings.steps, GUIDANCE)
         counters_of: list[CountedCapturer] = []
 
         def build_capture(loaded: LoadedTransformer) -> Capture:
             counters_of.append(CountedCapturer(GraphCapturer(loaded.stream)))
             return counters_of[-1]
 
-        sampler = PromptSampler(
-            family, folder, [prompt], sampler_settings, placement_of(plan, device), False, None, passes, build_capture
-        )
-        return run(sampler, transformer, counters_of, profiled)
+        return run(sampler_of(passes, build_capture), transformer, counters_of, profiled)
 
     plain, result["ways"]["plain"] = sample(PLAIN_PASSES)
     if plan.compile:
-        compile_blocks(blocks_of(transformer.module, family), selective=False)
+        sizes_vary = sampler_of(plan.passes).sizes_vary
+        compile_blocks(blocks_of(transformer.module, family), selective=False, sizes_vary=sizes_vary)
     both = (plan.passes.together, not plan.passes.together) if abilities.pads and family.pads_text else (False,)
     for together in both:
         if time.perf_counter() - began > settings.seconds or (together and prompt.negative is None):
@@ -179,10 +185,8 @@ def _measure(settings: Settings, scratch: Path, began: float, log: LogLines) -> 
         try:
             latents, row = sample(replace(plan.passes, together=together), profiled=planned and device.type == "cuda")
             result["ways"][name] = {**row, "psnr_db": psnr(latents, plain)}
-        except RuntimeError as error:  # the other way may need more memory than there is
-            if planned:
-                raise
-            result["ways"][name] = {"failed": str(error).splitlines()[0]}
+        except Exception:  # the ways before it are worth showing, and so is where it failed
+            result["ways"][name] = {"failed": traceback.format_exc().splitlines()[-LINES_OF_A_FAILURE:]}
     return result | {"seconds": round(time.perf_counter() - began, 1)}
 
 
@@ -210,13 +214,13 @@ def plan_case(
     device: torch.device,
     abilities: Abilities,
 ) -> SamplingPlan:
-    """Plans as `pixtune sample` does for many pictures, apart from the autoencoder."""
+    """Plans as `pixtune sample` does for many pictures, which are not decoded."""
     shapes = family.transformer_shapes(folder.component_config("transformer"))
     pictures = [family.latent_shape(folder, *prompt.size), *(control.shape[1:] for control in prompt.controls)]
     num_tokens = sum(family.num_image_tokens(*shape[-2:]) for shape in pictures)
     num_tokens += len(next(iter(prompt.positive.values())))
     sizes = SampleSizes(
-        pixels=settings.size**2,
+        pixels=0,
         num_steps=settings.steps,
         autoencoder_bytes=0,
         num_pictures=1000,
