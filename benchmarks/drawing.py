@@ -185,7 +185,7 @@ def _measure(settings: Settings, scratch: Path, began: float, log: LogLines) -> 
         try:
             latents, row = sample(replace(plan.passes, together=together), profiled=planned and device.type == "cuda")
             result["ways"][name] = {**row, "psnr_db": psnr(latents, plain)}
-        except Exception:  # the ways before it are worth showing, and so is where it failed
+        except Exception:  # noqa: BLE001, the ways before it are worth showing, and so is where it failed
             result["ways"][name] = {"failed": traceback.format_exc().splitlines()[-LINES_OF_A_FAILURE:]}
     return result | {"seconds": round(time.perf_counter() - began, 1)}
 
