@@ -207,7 +207,16 @@ class SamplesBetween:
     num_prompts: int = 1
     guidance_scale: float = 1.0
     can_pad: bool = True
-    """Attention to padded prompts is right on this machine (`engine.padded_attention.padding_obstacle`)."""
+    """Attention to padded prompts is right on this machine; see the function `can_pad`."""
+
+
+def can_pad(folder: ModelFolder, device: torch.device) -> bool:
+    """Returns whether attention to padded prompts, which samples can use on a GPU, is right on this one."""
+    from pixtune.engine.padded_attention import padding_obstacle
+
+    if device.type != "cuda":
+        return False
+    return padding_obstacle(device, folder.component_config("transformer")["attention_head_dim"]) is None
 
 
 def plan_between_steps(

@@ -24,13 +24,12 @@ from pixtune.data.prepared import PreparedData
 from pixtune.data.swapped import measure_gains, swap_warning
 from pixtune.engine.apply import placement_of
 from pixtune.engine.pace import Pace
-from pixtune.engine.padded_attention import padding_obstacle
 from pixtune.engine.relief import first_that_fits
 from pixtune.errors import CheckpointError, TrainingError, WriteError
 from pixtune.hardware.facts import package_versions
 from pixtune.hardware.machine import driver_may_spill
 from pixtune.hardware.read import read_facts
-from pixtune.planning import SamplesBetween, plan_between_steps
+from pixtune.planning import SamplesBetween, can_pad, plan_between_steps
 from pixtune.progress import StepBar
 from pixtune.report import write_report
 from pixtune.run import Run, TrainResult
@@ -62,11 +61,10 @@ class Services:
         self.is_main = run.accelerator.is_main_process
         self.console = Console(quiet=not self.is_main)
         num_tokens = data.micro_batch_tokens(run.config.batch_size, run.plan.text_multiple)
-        device, transformer = run.accelerator.device, folder.component_config("transformer")
+        device = run.accelerator.device
         samples = SamplesBetween(
-            data.sample_pixels, len(data.prompts), run.config.samples.guidance_scale,
-            can_pad=padding_obstacle(device, transformer["attention_head_dim"]) is None,
-        )  # fmt: skip
+            data.sample_pixels, len(data.prompts), run.config.samples.guidance_scale, can_pad(folder, device)
+        )
         self._between_steps = plan_between_steps(
             run.config, run.family, folder, run.plan, data.encoders, samples, num_tokens, read_facts(device)
         )

@@ -27,7 +27,6 @@ from pixtune.data.prepare import control_rules, encode_prompt, prompt_example
 from pixtune.engine.apply import blocks_of, load_planned, placement_of
 from pixtune.engine.compile import compile_blocks, compile_obstacle
 from pixtune.engine.load import LoadedTransformer
-from pixtune.engine.padded_attention import padding_obstacle
 from pixtune.errors import WeightsError
 from pixtune.families import family_of
 from pixtune.family import CONTROL_SIDE, ModelFamily, Placement
@@ -38,7 +37,7 @@ from pixtune.plan.encoders import EncoderPlan, count_caption_tokens
 from pixtune.plan.footprint import Footprint, read_footprint
 from pixtune.plan.passes import Abilities, needs_negative
 from pixtune.plan.sampling import SampleSizes, SamplingPlan, plan_sampling
-from pixtune.planning import encoder_sizes, tensor_shapes
+from pixtune.planning import can_pad, encoder_sizes, tensor_shapes
 from pixtune.sampler import EncodedPrompt, PromptPicture, PromptSampler, SamplerSettings
 from pixtune.sizes import Size
 from pixtune.storage.model_folder import ModelFolder, open_model_folder
@@ -205,10 +204,8 @@ def read_lora(path: Path) -> SavedLora:
 
 def abilities_of(task: Task, device: torch.device) -> Abilities:
     """Tries what a plan can use on a GPU. A first compilation takes seconds."""
-    if device.type == "cpu":
-        return Abilities(compiles=False, pads=False)
-    head_size = task.folder.component_config("transformer")["attention_head_dim"]
-    return Abilities(compile_obstacle(device) is None, padding_obstacle(device, head_size) is None)
+    compiles = device.type == "cuda" and compile_obstacle(device) is None
+    return Abilities(compiles, can_pad(task.folder, device))
 
 
 def make_plans(task: Task, config: TrainConfig, facts: HardwareFacts, abilities: Abilities | None = None) -> Plans:

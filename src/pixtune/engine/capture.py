@@ -11,6 +11,7 @@ only once, when it is captured.
 
 from __future__ import annotations
 
+import functools
 import gc
 import logging
 import weakref
@@ -278,6 +279,7 @@ class GraphCapturer:
     """
 
     def __init__(self, moving: Moving | None = None) -> None:
+        keep_graph(torch.cuda.current_device())
         self._pool = torch.cuda.graph_pool_handle()
         self._moving = moving or Still()
         self._graphs: weakref.WeakSet[torch.cuda.CUDAGraph] = weakref.WeakSet()
@@ -314,6 +316,20 @@ class GraphCapturer:
             return result
 
         return replay
+
+
+@functools.cache
+def keep_graph(device_index: int) -> torch.cuda.CUDAGraph:
+    """Captures next to nothing on a device, and keeps it for as long as the process lives.
+
+    The first graph of a device takes two numbers for random generators. Where not even these have room, torch 2.11
+    takes the graph apart without having put it together, and the process aborts; while another graph lives, it does not
+    ask for them.
+    """
+    graph, number = torch.cuda.CUDAGraph(), torch.zeros((), device=f"cuda:{device_index}")
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        number + 1
+    return graph
 
 
 def drop_workspaces() -> None:
