@@ -24,9 +24,10 @@ WORKSPACE_BYTES = 64 * 2**20
 COMPILED_FROM_STEPS = 20
 """Sampler steps from which on it pays to compile and to capture: compiling takes some 20 s once for a size, and a few
 where its code is cached, while a step in 8 bits takes a fifth of a second instead of three quarters."""
-MOST_TOKENS_TOGETHER = 1 << 20
-"""Tokens of one pass up to which guidance's two are one batch. A number of tokens that fills a GPU by itself gains only
-the gaps between kernels, and pays for the padding of the empty prompt; `benchmarks/drawing.py` times both ways."""
+MOST_TOKENS_TOGETHER = 2500
+"""Tokens of one pass up to which guidance's two are one batch. More of them fill a GPU by themselves, and the padding
+of the empty prompt has to be paid: at 4352 tokens a step of Qwen-Image took 0.264 s as one batch and 0.259 as two
+passes in bf16, 0.184 and 0.183 in fp8 (H200, `benchmarks/drawing.py`). Fewer were not measured."""
 FIRST_PASS = "the first pass compiles the blocks, which takes 10 to 30 s, and a few where the same was compiled before"
 """Announcement of what takes time, as a part of a reason."""
 
