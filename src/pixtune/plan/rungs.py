@@ -277,9 +277,11 @@ def kept_units(kind: BlockKind, rung: Rung, footprint: Footprint, compiled: bool
     each = kind.units.eager if not compiled else kind.units.selective if rung.selective else kind.units.kept
     if compiled and not rung.selective and footprint.examples_at_once > 1:
         each += kind.units.cut
+    if compiled and rung.selective and not footprint.trains_all:
+        return each + footprint.selective_extra_units
     return each + extra_units(footprint, compiled)
 
 
 def extra_units(footprint: Footprint, compiled: bool) -> float:
-    """Returns the units that each block keeps in addition because of what is trained."""
+    """Returns the units that a block at work holds in addition because of what is trained, and keeps where it can."""
     return footprint.extra_units + (FULL_UNITS["compiled" if compiled else "eager"] if footprint.trains_all else 0)

@@ -124,7 +124,9 @@ def test_a_lora_has_as_many_weights_as_peft_attaches(path: Path, targets: tuple[
 def test_a_lora_on_the_mlp_keeps_its_inputs_too() -> None:
     plain = full_size_footprint(CONFIG)
     more = full_size_footprint(CONFIG.model_copy(update={"lora_targets": ("attention_mlp",)}))
+    every = full_size_footprint(CONFIG.model_copy(update={"lora_targets": ("all_linear",)}))
     assert plain.extra_units == 0 and more.extra_units >= 5  # 1 + 4 channel widths of the image's tokens
+    assert [each.selective_extra_units for each in (plain, more, every)] == [0, 2, 3]
 
 
 def test_all_weights_are_trained_weights() -> None:
