@@ -68,8 +68,8 @@ class MetricsLog:
                 shutil.copyfile(path, kept)
                 numbers = ", ".join(map(str, damaged[:10])) + (" and more" if len(damaged) > 10 else "")
                 self.left_out = (
-                    f"{path} has {len(damaged)} damaged lines ({numbers}), which are left out; as it was, it is kept "
-                    f"as {kept.name}"
+                    f"{path} has damaged lines (number {numbers}), which are left out; as it was, it is kept as "
+                    f"{kept.name}"
                 )
             self.kept = [line for line in lines if line["step"] <= resume_step]
             """Lines of the run so far."""

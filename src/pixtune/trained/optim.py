@@ -174,7 +174,7 @@ def check_schedule(config: TrainConfig, num_steps: int) -> str | None:
             f"the learning rate is 0 at each of the run's {num_steps} steps",
             [f"{keys}: nothing would be learned. Make the run longer, or the warm-up shorter."],
         )
-    if config.lr_warmup_steps < num_steps:
+    if config.lr_warmup_steps < num_steps or config.lr_scheduler == "piecewise_constant":  # which has no warm-up
         return None
     return (
         f"the warm-up of {config.lr_warmup_steps} steps (lr_warmup_steps) is as long as the run of {num_steps}, or "

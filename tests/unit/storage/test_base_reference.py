@@ -15,6 +15,7 @@ from pixtune.storage.base_reference import (
     copy_without_paths,
     refer_to_base,
     sampled_fingerprint,
+    steps_fingerprint,
     without_path,
 )
 from pixtune.storage.model_folder import ModelFolder
@@ -79,6 +80,45 @@ def test_other_weights_and_another_config_have_another_fingerprint(shipped: Mode
     config = copy.path / "transformer" / "config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "num_layers": 99}))
     assert sampled_fingerprint(copy) != sampled_fingerprint(shipped)
+
+
+def test_every_layer_counts_and_the_division_into_files_does_not(shipped: ModelFolder, copy: ModelFolder) -> None:
+    """One number of each tensor in turn: its last, which lies in no sample of the file as a whole."""
+    (path,) = (copy.path / "transformer").glob("*.safetensors")
+    original = load_file(path)
+    names = sorted(original)
+    for name in (names[0], names[len(names) // 2], names[-1], max(names, key=lambda name: original[name].numel())):
+        changed = original[name].clone()
+        changed.view(-1)[-1] += 1
+        save_file({**original, name: changed}, path, {"format": "pt"})
+        assert sampled_fingerprint(copy) != sampled_fingerprint(shipped), name
+    path.unlink()
+    halves = {f"part-{number}.safetensors": names[number::2] for number in range(2)}
+    for file, part in halves.items():
+        save_file({name: original[name] for name in part}, path.with_name(file), {"format": "pt"})
+    index = {"weight_map": {name: file for file, part in halves.items() for name in part}}
+    path.with_name("diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
+    assert sampled_fingerprint(copy) == sampled_fingerprint(shipped)
+
+
+def test_two_tensors_that_changed_places_are_another_model(shipped: ModelFolder, copy: ModelFolder) -> None:
+    (path,) = (copy.path / "transformer").glob("*.safetensors")
+    tensors = load_file(path)
+    one, other = [name for name in tensors if name.endswith("attn.to_q.weight")][:2]
+    save_file({**tensors, one: tensors[other], other: tensors[one]}, path, {"format": "pt"})
+    assert sampled_fingerprint(copy) != sampled_fingerprint(shipped)
+
+
+def test_steps_take_the_schedulers_config_too_and_nothing_else(shipped: ModelFolder, copy: ModelFolder) -> None:
+    assert steps_fingerprint(copy) == steps_fingerprint(shipped)
+    config = copy.path / "scheduler" / "scheduler_config.json"
+    values = json.loads(config.read_text())
+    config.write_text(json.dumps({**values, "_diffusers_version": "9"}))
+    (copy.path / "tokenizer" / "more.txt").write_text("encodings name this")
+    assert steps_fingerprint(copy) == steps_fingerprint(shipped)
+    config.write_text(json.dumps({**values, "max_shift": 0.1}))
+    assert steps_fingerprint(copy) != steps_fingerprint(shipped)
+    assert sampled_fingerprint(copy) == sampled_fingerprint(shipped), "which exported files name"
 
 
 def test_a_folder_without_weights_is_known_by_its_config(copy: ModelFolder) -> None:

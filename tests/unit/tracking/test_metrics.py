@@ -6,6 +6,9 @@ import errno
 import json
 from pathlib import Path
 
+import pytest
+
+from pixtune.errors import WriteError
 from pixtune.tracking.metrics import MetricsLog, read_metrics
 
 
@@ -67,3 +70,68 @@ def test_lines_wait_for_room_on_the_disk_and_come_once_and_whole(tmp_path: Path)
     disk.room = 0
     log.write("step", 6, loss=0.5)
     assert log.close() == 1
+
+
+DAMAGED = {
+    "half a line": b'{"kind": "st',
+    "nothing": b"",
+    "null": b"null",
+    "a list": b'["step", 3]',
+    "a number": b"7",
+    "not text": b"\xff\xfe",
+    "zeros": b"\0\0\0",
+    "no step": b'{"kind": "note"}',
+    "no kind": b'{"step": 3}',
+    "a step in words": b'{"kind": "step", "step": "three"}',
+    "a step that is no whole number": b'{"kind": "step", "step": 2.5}',
+    "a step that is true": b'{"kind": "step", "step": true}',
+    "two lines in one": b'{"kind": "step", "step": 1}{"kind": "step", "step": 2}',
+    "a loss in words": b'{"kind": "validation", "step": 2, "loss": "low", "quarters": [1, 2, 3, 4]}',
+    "quarters that are none": b'{"kind": "validation", "step": 2, "loss": 1.0, "quarters": ["a"]}',
+    "a validation of nothing": b'{"kind": "validation", "step": 2}',
+    "a sample without a path": b'{"kind": "sample", "step": 2, "prompt": "a", "seed": 1}',
+    "a depth that no reader follows": b"[" * 100_000,
+    "a mark of byte order": b'\xef\xbb\xbf{"kind": "step", "step": 1}',
+}
+
+
+@pytest.mark.parametrize("line", DAMAGED.values(), ids=DAMAGED.keys())
+def test_a_damaged_line_is_left_out_and_said_and_the_old_file_kept(tmp_path: Path, line: bytes) -> None:
+    path = tmp_path / "metrics.jsonl"
+    good = [b'{"kind": "step", "step": 1, "loss": NaN}', b'{"kind": "to_come", "step": 2, "a": 1}']
+    path.write_bytes(b"\n".join([good[0], line, good[1], b""]))
+    before = path.read_bytes()
+    assert [each["kind"] for each in read_metrics(path)] == ["step", "to_come"]
+    log = MetricsLog(path, resume_step=2)
+    log.close()
+    assert [each["step"] for each in log.kept] == [1, 2] and path.read_bytes().count(b"\n") == 2
+    assert "damaged lines (number 2)" in log.left_out and "metrics.damaged.jsonl" in log.left_out
+    assert (tmp_path / "metrics.damaged.jsonl").read_bytes() == before
+    again = MetricsLog(path, resume_step=2)
+    again.close()
+    assert again.left_out == "" and str(again.kept) == str(log.kept)
+
+
+@pytest.mark.parametrize("resume_step", [0, 3])
+def test_a_log_that_is_no_file_is_one_clear_error(tmp_path: Path, resume_step: int) -> None:
+    (tmp_path / "metrics.jsonl").mkdir()
+    with pytest.raises(WriteError, match=r"metrics\.jsonl (cannot|could not) be"):
+        MetricsLog(tmp_path / "metrics.jsonl", resume_step)
+
+
+def write_steps(path: Path, first: int, last: int, resume_step: int, **names: str | None) -> None:
+    log = MetricsLog(path, resume_step, **names)
+    for step in range(first, last + 1):
+        log.write("step", step, loss=float(resume_step))
+    log.close()
+
+
+def test_a_run_that_is_set_back_and_one_that_returns_have_each_their_own_log(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    write_steps(path, 1, 4, 0)
+    write_steps(path, 3, 3, 2, resumed="a-2", given_up="a-4")
+    assert [line["loss"] for line in read_metrics(path)] == [0, 0, 2]
+    write_steps(path, 5, 5, 4, resumed="a-4", given_up="b-3")
+    assert [(line["step"], line["loss"]) for line in read_metrics(path)] == [(1, 0), (2, 0), (3, 0), (4, 0), (5, 4)]
+    write_steps(path, 4, 4, 3, resumed="b-3")
+    assert [(line["step"], line["loss"]) for line in read_metrics(path)] == [(1, 0), (2, 0), (3, 2), (4, 3)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -24,9 +25,11 @@ from pixtune.trained.optim import (
     build_optimizer,
     build_schedule,
     check_optimizer,
+    check_schedule,
     clipped_step,
     clipping_factor,
     optimizer_state,
+    rate_in,
     restore_optimizer_state,
     set_learning_rate,
 )
@@ -70,6 +73,39 @@ def test_each_schedule_is_what_diffusers_gives_a_real_optimizer(name: str, warmu
     assert [rate_at(step) for step in range(30)] == expected
     assert rate_at(11) == expected[11], "asked again, out of order"
     assert len(set(expected)) >= (2 if warmup or not name.startswith("constant") else 1)
+
+
+@pytest.mark.parametrize("name", [name for name in get_args(LR_SCHEDULERS) if name != "piecewise_constant"])
+@pytest.mark.parametrize(("warmup", "num_steps", "share"), [(100, 6, "5%"), (30, 30, "97%"), (50, 2, "2%")])
+def test_a_warm_up_as_long_as_the_run_is_a_warning_with_the_share_that_is_reached(
+    name: str, warmup: int, num_steps: int, share: str
+) -> None:
+    warning = check_schedule(config(lr_scheduler=name, lr_warmup_steps=warmup), num_steps)
+    assert warning is not None and f"warm-up of {warmup} steps" in warning and f", {share} of learning_rate" in warning
+    assert check_schedule(config(lr_scheduler=name, lr_warmup_steps=num_steps - 1), num_steps) is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "num_steps"),
+    [
+        ({"lr_warmup_steps": 1}, 1),
+        ({"lr_warmup_steps": 500, "lr_scheduler": "cosine"}, 1),
+        ({"lr_scheduler": "piecewise_constant", "lr_step_rules": "0:5,1"}, 5),
+    ],
+)
+def test_a_rate_of_zero_at_every_step_is_refused(settings: dict[str, Any], num_steps: int) -> None:
+    with pytest.raises(ConfigError, match=f"is 0 at each of the run's {num_steps} steps"):
+        check_schedule(config(**settings), num_steps)
+
+
+def test_the_rate_of_a_recorded_schedule_is_its_own() -> None:
+    """A cosine over 10 steps has 4.9e-5 left at step 9; over 20 it stands near its middle."""
+    recorded = {"lr_scheduler": "cosine", "learning_rate": 2e-3, "lr_warmup_steps": 0, "rank": 3}
+    assert rate_in(config(), recorded, 10, 9) == pytest.approx(2e-3 * (1 + math.cos(math.pi * 0.9)) / 2)
+    assert rate_in(config(), {**recorded, "learning_rate": 1e-3}, 20, 9) == pytest.approx(
+        1e-3 * (1 + math.cos(math.pi * 9 / 20)) / 2
+    )
+    assert rate_in(config(learning_rate=5e-4), {}, 10, 9) == 5e-4, "keys that an older version did not have"
 
 
 def test_the_rate_reaches_every_group() -> None:
