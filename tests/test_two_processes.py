@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
+from pixtune.storage.checkpoint import checkpoint_path, load_checkpoint
 from pixtune.tracking.metrics import read_metrics
 from tests.runs import environment, overrides, pixtune, run, write_config
 
@@ -63,3 +64,6 @@ def test_two_processes_equal_one_with_twice_the_batch(tmp_path: Path, warm_cache
     for folder in (one, two):  # the run of two goes on in one: the same batches, since the product is the same
         train_alone(config, overrides(folder, warm_cache, **longer, train_batch_size=4))
     assert_same_weights(one, two)
+    sessions = load_checkpoint(checkpoint_path(two, 8)).lineage.sessions
+    assert [(each.last_step, each.identity["num_processes"]) for each in sessions] == [(6, 2), (8, 1)]
+    assert not [*tmp_path.rglob("run.lock")]

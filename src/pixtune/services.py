@@ -7,12 +7,13 @@ on changes no bit of the training. Saving comes first, and is the only one whose
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 from rich.console import Console
 from torch import Tensor
@@ -42,8 +43,7 @@ from pixtune.storage.checkpoint import (
 )
 from pixtune.storage.course import Course
 from pixtune.storage.model_folder import ModelFolder
-from pixtune.storage.resume import flatten
-from pixtune.tracking.figures import StepFigures, watch_device
+from pixtune.tracking.figures import StepFigures, tracker_values, watch_device
 from pixtune.tracking.metrics import FILE_NAME, MetricsLog
 from pixtune.tracking.problems import Problems
 from pixtune.trained import optim
@@ -170,7 +170,7 @@ class Services:
         self.figures.add(step, loss, grad_norm, self.run.learning_rate_at(step - 1))
         save_due, look_due = self._is_due(step, config.checkpointing_steps), self._is_look_due(step)
         if step % config.logging_steps == 0 or save_due or look_due:
-            self.figures.read_back()
+            self._read_back(step)
         self.bar.advance(step)
         self.course.at(step)
         if save_due:
@@ -191,6 +191,7 @@ class Services:
         if self._is_due(step, self.config.validation.every):
             with self.problems.of("the held-out loss", step):
                 self._validate(step)
+            self._refuse_no_number(step)
         if self._is_due(step, self.config.samples.every):
             with self.problems.of("samples", step):
                 self._sample(step)
@@ -201,7 +202,7 @@ class Services:
         Raises:
             TrainingError: another process of the run is gone; names it.
         """
-        self.figures.read_back()
+        self._read_back(step)
         if self.saved_step != step:
             self._save(step)
         lost_process = self.run.stop.after_saving()
@@ -223,6 +224,8 @@ class Services:
             self._compare_memory(step)
         first, last = self._losses.get(0), self._losses.get(step)
         if self.is_main:
+            if self.course.trust():
+                self._prune(step)
             try:
                 paths = [*self.run.trained.export(self.output_dir, step)]
             except WriteError as error:
@@ -337,14 +340,36 @@ class Services:
                     )
                     self._sampled.add(relative)
 
+    def _read_back(self, step: int) -> None:
+        """Reads the figures of all steps so far, and learns from them whether the newest checkpoint is any good."""
+        try:
+            self.figures.read_back()
+        except TrainingError as error:
+            outlook = f" {self.course.give_up_newest()}" if self.is_main else ""
+            raise TrainingError(f"{error}{outlook}") from error
+        if self.is_main and step > self.saved_step and self.course.trust():
+            self._prune(step)  # what was kept beside it until a loss with its weights was known
+
+    def _refuse_no_number(self, step: int) -> None:
+        """Ends a run whose held-out loss is no number any more, before its weights displace good ones."""
+        loss = self._losses.get(step)
+        if loss is not None and not math.isfinite(loss.mean):
+            raise TrainingError(
+                f"step {step}: held-out loss {loss.mean}. Training stops here. {self.course.give_up_newest()} A lower "
+                "learning_rate is allowed by resume_with_changes_in='[learning_rate]'."
+            )
+
+    def _prune(self, step: int) -> None:
+        with self.problems.of("deleting old checkpoints", step):
+            for warning in self.course.prune(self.config.checkpoints_total_limit):
+                self._print(f"warning: {warning}")
+
     def _save(self, step: int) -> None:
         if self.is_main:
             with self.run.stop.saving():
                 self._write_checkpoint(step)
             self._print(f"step {step}: saved {checkpoint_path(self.output_dir, step)}")
-            with self.problems.of("deleting old checkpoints", step):
-                for warning in self.course.prune(self.config.checkpoints_total_limit):
-                    self._print(f"warning: {warning}")
+            self._prune(step)
         self.saved_step = step
 
     def _write_checkpoint(self, step: int) -> None:
@@ -362,11 +387,3 @@ class Services:
                     "optimizer_plain": plain,
                 },
             )
-
-
-def tracker_values(config: Mapping[str, Any]) -> dict[str, str | int | float | bool]:
-    """Converts a config to dotted names and plain values, as trackers take it."""
-    return {
-        key: value if isinstance(value, str | int | float | bool) else str(value)
-        for key, value in flatten(config).items()
-    }

@@ -143,3 +143,21 @@ def test_a_lower_rate_is_taken_from_the_next_step_on(output_dir: Path, warm_cach
     assert "The learning rate of step 5 is 1e-05 instead of 0.001." in outcome.stdout
     rates = [line["learning_rate"] for line in read_metrics(output_dir / "metrics.jsonl") if line["kind"] == "step"]
     assert rates == [1e-3] * 4 + [1e-5]
+
+
+# ---- a checkpoint whose weights yield no number
+
+
+def test_a_poisoned_checkpoint_never_displaces_the_last_good_one(tmp_path: Path, warm_cache: Path) -> None:
+    """The rate of step 3 is a million. The held-out loss after it is no number, and the run ends before it is saved."""
+    output_dir = tmp_path / "run"
+    poison: dict[str, Any] = {
+        "learning_rate": 1e6, "lr_scheduler": "piecewise_constant", "lr_step_rules": "'0.000000001:2,1'",
+        "checkpointing_steps": 1, "checkpoints_total_limit": 1, "max_train_steps": 8,
+    }  # fmt: skip
+    held_out = {"validation__held_out": 0.05, "validation__every": 3, "validation__num_draws": 1}
+    outcome = train(output_dir, warm_cache, **poison, **held_out)
+    assert outcome.returncode == 1 and "goes on from checkpoint-000002." in outcome.stdout, outcome.stdout
+    lower = {**poison, **held_out, "learning_rate": 1e-3}
+    good = resume(output_dir, warm_cache, **lower, resume_with_changes_in="[learning_rate]")
+    assert good.returncode == 0, good.stdout

@@ -148,6 +148,8 @@ class Course:
         self.given_up: str | None = None
         """Name of the newest checkpoint that the run was set back from, by its lineage; None where it was not."""
         self._parent = resumed.lineage if resumed else None
+        self._doubtful = self._parent
+        """Newest checkpoint while this session has computed no loss with its weights."""
         self._session = Session.new(resumed.step if resumed else 0, identity.in_short(), changes)
 
     def begin(self, limit: int | None, takes_steps: bool) -> list[str]:
@@ -205,15 +207,41 @@ class Course:
         serial = next_serial(content.saved, content.set_back, self._parent, time.time_ns() // 1_000_000)
         lineage = descend(self._parent, self._session, step, serial)
         path = save_checkpoint(self.output_dir, step, files, {**self.identity.to_dict(), **record}, lineage)
-        self._parent = lineage
+        self._parent = self._doubtful = lineage
         return path
+
+    def trust(self) -> bool:
+        """Notes that a loss with the weights that were saved last is a number, or that none will be computed.
+
+        Returns:
+            Whether this is news, so that older checkpoints can be deleted.
+        """
+        is_news = self._doubtful is not None and self._doubtful.sessions[-1].name == self._session.name
+        self._doubtful = None
+        return is_news
 
     def prune(self, limit: int | None) -> list[str]:
         """Deletes checkpoints beyond `limit`: first what was given up, then the oldest. Returns warnings.
 
-        Must be called only after a newer one is complete. What is damaged is neither counted nor deleted.
+        One more is kept until the newest can be trusted. Must be called only after a newer one is complete. What is
+        damaged is neither counted nor deleted.
         """
-        return prune_checkpoints(self.output_dir, limit)
+        return prune_checkpoints(self.output_dir, limit and limit + (self._doubtful is not None))
+
+    def give_up_newest(self) -> str:
+        """Gives up the checkpoint that was saved last, if its weights yield no number: `latest` is the one before.
+
+        Returns:
+            A sentence on what the run can go on from.
+        """
+        content = read_folder(self.output_dir)
+        good = [saved for saved in content.order.course if saved.lineage != self._doubtful]
+        if not good:
+            return f"There is no earlier checkpoint in {self.output_dir}."
+        if self._doubtful is not None:
+            last = max(saved.lineage.serial for saved in content.saved)
+            write_set_back(self.output_dir, SetBack(good[0].path.name, good[0].lineage.sessions, last))
+        return f"resume_from_checkpoint=latest goes on from {good[0].path.name}."
 
 
 def prune_checkpoints(output_dir: Path, limit: int | None) -> list[str]:

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -20,6 +21,7 @@ from pixtune.errors import TrainingError
 from pixtune.hardware.monitor import get_memory_stats
 from pixtune.hardware.sensors import GpuSensors, read_sensors
 from pixtune.progress import StepBar
+from pixtune.storage.resume import flatten
 from pixtune.tracking.metrics import MetricsLog
 from pixtune.tracking.problems import Problems
 from pixtune.tracking.steptime import Drift, StepTimeWatch, StepTiming
@@ -268,6 +270,15 @@ def _refuse_no_number(entry: PendingStep, loss: float, norm: float) -> None:
         return
     raise TrainingError(
         f"step {entry.step}: loss {loss}, gradient norm {norm}. Training stops here, and no later step is saved. "
-        f"Examples of this step: {', '.join(entry.names)}. Look at them, and resume from the last checkpoint with "
-        "resume_from_checkpoint=latest, or start anew with a lower learning_rate in another output_dir."
+        f"Examples of this step: {', '.join(entry.names)}. Look at them: without some of them the run resumes by "
+        "resume_from_checkpoint=latest resume_with_changes_in='[data]', and with a lower learning_rate by "
+        "resume_with_changes_in='[learning_rate]'."
     )
+
+
+def tracker_values(config: Mapping[str, Any]) -> dict[str, str | int | float | bool]:
+    """Converts a config to dotted names and plain values, as trackers take it."""
+    return {
+        key: value if isinstance(value, str | int | float | bool) else str(value)
+        for key, value in flatten(config).items()
+    }

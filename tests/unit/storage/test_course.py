@@ -305,3 +305,43 @@ def test_nothing_is_saved_where_another_run_has_taken_over(tmp_path: Path) -> No
         with pytest.raises(InUseError, match=r"elsewhere.*saves nothing more"):
             course.save(6, {}, {})
     assert steps_in(tmp_path) == [5] and lock.path.exists(), "the other's lock stays"
+
+
+# ---- checkpoints whose weights may yield no number
+
+
+def course_of(folder: Path, resume_from: str | None = None) -> Course:
+    path = resolve_resume(folder, resume_from, lambda sentence: None)
+    course = Course(folder, identity(resume_from), resumed=load_checkpoint(path) if path else None)
+    course.begin(None, takes_steps=True)
+    return course
+
+
+def test_the_last_good_one_stays_until_the_newest_has_shown_a_number(tmp_path: Path) -> None:
+    course = course_of(tmp_path)
+    for step in (6, 12, 18):
+        course.save(step, {}, {})
+        assert course.prune(1) == []
+        assert steps_in(tmp_path) == [step - 6, step][step == 6 :]
+        if step < 18:
+            assert course.trust() and not course.trust(), "news only once"
+    course.prune(1)
+    assert course.give_up_newest() == "resume_from_checkpoint=latest goes on from checkpoint-000012."
+    assert latest(tmp_path) == 12
+
+
+def test_a_number_that_is_lost_later_is_not_the_newest_ones_fault(tmp_path: Path) -> None:
+    course = course_of(tmp_path)
+    for step in (6, 12):
+        course.save(step, {}, {})
+    course.trust()
+    assert "checkpoint-000012" in course.give_up_newest() and latest(tmp_path) == 12
+
+
+def test_resumed_ones_are_given_up_too_and_the_only_one_is_not(tmp_path: Path) -> None:
+    session(tmp_path, None, 6, 12)
+    assert "goes on from checkpoint-000006" in course_of(tmp_path, "latest").give_up_newest()
+    assert latest(tmp_path) == 6
+    assert "no earlier checkpoint" in course_of(tmp_path, "latest").give_up_newest()
+    assert latest(tmp_path) == 6
+    assert "no earlier checkpoint" in course_of(tmp_path / "new").give_up_newest()
