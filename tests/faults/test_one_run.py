@@ -140,7 +140,7 @@ def test_a_lower_rate_is_taken_from_the_next_step_on(output_dir: Path, warm_cach
         output_dir, warm_cache, max_train_steps=5, learning_rate=1e-5, resume_with_changes_in="[learning_rate]"
     )
     assert outcome.returncode == 0, outcome.stdout
-    assert "The learning rate of step 5 is 1e-05 instead of 0.001." in outcome.stdout
+    assert "The learning rate goes from 0.001 at step 4 to 1e-05 at step 5." in outcome.stdout
     rates = [line["learning_rate"] for line in read_metrics(output_dir / "metrics.jsonl") if line["kind"] == "step"]
     assert rates == [1e-3] * 4 + [1e-5]
 

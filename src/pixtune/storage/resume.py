@@ -145,12 +145,12 @@ def config_hash(config: Mapping[str, Any]) -> str:
 def refuse_other_run(
     checkpoint: Checkpoint,
     now: RunIdentity,
-    next_rate: Callable[[RunIdentity], float] | None = None,
+    rate_at: Callable[[RunIdentity, int], float] | None = None,
 ) -> tuple[str, ...]:
     """Checks that a checkpoint is of the run that is to be resumed. What is not known yet of `now` is not compared.
 
     Args:
-        next_rate: returns the next step's learning rate by the settings of a run whose length is known.
+        rate_at: returns the learning rate of a step (0 for the first) by the settings of a run whose length is known.
 
     Returns:
         Sentences on what differs and matters, and is allowed by the config's `resume_with_changes_in`.
@@ -167,10 +167,10 @@ def refuse_other_run(
     changed = _changes(before, now)
     refused = {key: sentence for key, sentence in changed.items() if key not in allowed or is_fixed(key)}
     rates = ""
-    lengths_known = before.num_steps is not None and now.num_steps is not None
-    if next_rate is not None and lengths_known and any(key in RATE_KEYS for key in changed):
-        was, is_now = next_rate(before), next_rate(now)
-        rates = f"The learning rate of step {checkpoint.step + 1} is {is_now:.4g} instead of {was:.4g}."
+    step, lengths_known = checkpoint.step, before.num_steps is not None and now.num_steps is not None
+    if rate_at is not None and lengths_known and step < (now.num_steps or 0) and changed.keys() & set(RATE_KEYS):
+        was, is_now = rate_at(before, step - 1), rate_at(now, step)
+        rates = f"The learning rate goes from {was:.4g} at step {step} to {is_now:.4g} at step {step + 1}."
     if refused:
         raise CheckpointError(_refusal(checkpoint, refused, rates, [*changed.keys() & set(allowed)]))
     return (*changed.values(), *filter(None, [rates]))

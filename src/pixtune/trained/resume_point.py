@@ -59,7 +59,6 @@ def check_run(config: TrainConfig, checkpoint: Checkpoint | None, identity: RunI
         optim.check_schedule(config, identity.num_steps)
     if checkpoint is None:
         return ()
-    step = checkpoint.step
     return refuse_other_run(
-        checkpoint, identity, lambda run: optim.rate_in(config, run.config, run.num_steps or 1, step)
+        checkpoint, identity, lambda run, step: optim.rate_in(config, run.config, run.num_steps or 1, step)
     )

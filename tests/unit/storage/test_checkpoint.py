@@ -353,7 +353,7 @@ def test_a_leftover_of_the_same_step_does_not_get_into_the_checkpoint(tmp_path: 
         (9, [2, 9, 9_999_999, 10_000_000]),
     ],
 )
-def test_pruning_keeps_the_newest_steps(tmp_path: Path, limit: int | None, kept: list[int]) -> None:
+def test_without_a_lineage_pruning_keeps_the_highest_steps(tmp_path: Path, limit: int | None, kept: list[int]) -> None:
     save(tmp_path, 9_999_999, 2, 10_000_000, 9)  # neither in order of writing nor of names
     prune_checkpoints(tmp_path, limit)
     assert find_checkpoints(tmp_path) == [checkpoint_path(tmp_path, step) for step in kept]
@@ -370,7 +370,7 @@ def test_only_checkpoints_are_found(tmp_path: Path) -> None:
 # ---- resuming
 
 
-def test_latest_is_the_highest_step_or_a_new_start(tmp_path: Path) -> None:
+def test_without_a_lineage_latest_is_the_highest_step_or_a_new_start(tmp_path: Path) -> None:
     assert resolve_resume(tmp_path / "new", "latest", print) is None
     save(tmp_path, 9, 10, 8)
     assert resolve_resume(tmp_path, "latest", print) == checkpoint_path(tmp_path, 10)

@@ -200,14 +200,14 @@ def test_fewer_steps_than_the_checkpoint_has_are_refused() -> None:
 
 def changes_of(before: RunIdentity, now: RunIdentity) -> tuple[str, ...]:
     checkpoint = Checkpoint(5, {}, before.to_dict(), Path("run/checkpoint-000005"), read_lineage(None, 5))
-    return refuse_other_run(checkpoint, now, lambda identity: identity.config["learning_rate"] / 10)
+    return refuse_other_run(checkpoint, now, lambda identity, step: identity.config["learning_rate"] * step)
 
 
 def test_what_the_config_names_may_change_and_is_returned() -> None:
     now = run(learning_rate=0.5, data="other", resume_with_changes_in=["learning_rate", "data", "rank"])
     first, second, third = changes_of(run(), now)
     assert first == "learning_rate: was 0.0001, is 0.5" and second.startswith("data: the data set is another")
-    assert third == "The learning rate of step 6 is 0.05 instead of 1e-05."
+    assert third == "The learning rate goes from 0.0004 at step 5 to 2.5 at step 6."
     assert changes_of(now, now) == (), "of the next session, nothing has changed"
 
 
