@@ -265,7 +265,10 @@ def assemble(
 
     stored = without_former_fields(checkpoint.record.get("encoders", {})) if checkpoint else None
     encoders = None if stored is None else read_decision(EncoderPlan, stored, "encoders")
-    data = prepare_data(config, family, folder, accelerator, memory.stages, encoders)
+    data = prepare_data(
+        config, family, folder, accelerator, memory.stages, encoders,
+        lambda fingerprint: check_run(config, checkpoint, replace(identity, data=fingerprint)),
+    )  # fmt: skip
     order = BatchOrder(data.buckets, config.batch_size * accelerator.num_processes, config.seed)
     num_steps = planned_steps(config, order)
     identity = replace(identity, data=data.fingerprint, num_steps=num_steps)

@@ -16,7 +16,7 @@ from pixtune.storage.checkpoint import checkpoint_path, find_checkpoints, load_c
 from pixtune.storage.files import file_digest
 from pixtune.tracking.metrics import read_metrics
 from tests import processes
-from tests.runs import TINY_MODEL, environment, overrides, pixtune, write_config
+from tests.runs import DEMO_TRAIN, TINY_MODEL, environment, overrides, pixtune, write_config
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 
@@ -133,6 +133,15 @@ def test_another_base_model_is_refused_before_anything_is_encoded_and_allowed_by
     (_, session) = state["lineage"]["sessions"]
     assert session["changes"][0].startswith("base_model: ") and session["identity"]["base"] == state["record"]["base"]
     assert resume(output_dir, warm_cache, **changed).returncode == 0, "from then on it is this run's"
+
+
+def test_other_pictures_are_refused_before_they_are_encoded(output_dir: Path, warm_cache: Path, tmp_path: Path) -> None:
+    pictures = Path(shutil.copytree(DEMO_TRAIN, tmp_path / "pictures", ignore=shutil.ignore_patterns(".*")))
+    (edited, *_) = sorted(pictures.glob("*.txt"))
+    edited.write_text("another caption")
+    refused = resume(output_dir, warm_cache, max_train_steps=5, data_config__img_dir=pictures)
+    assert refused.returncode == 1 and "data: the data set is another" in refused.stdout
+    assert "captions:" not in refused.stdout and "resume_with_changes_in='[data]'" in refused.stdout
 
 
 def test_a_lower_rate_is_taken_from_the_next_step_on(output_dir: Path, warm_cache: Path) -> None:

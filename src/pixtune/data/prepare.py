@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from pixtune.data.buckets import Framing, build_buckets, frame_picture
 from pixtune.data.build_encoder import build_encoder
 from pixtune.data.cache import missing_keys
 from pixtune.data.controls import ControlRules, frame_control
-from pixtune.data.encode import FramedPicture, TextItem, shorten
+from pixtune.data.encode import Encoder, FramedPicture, TextItem, shorten
 from pixtune.data.encodings import Encodings, control_pictures, target_picture, text_item
 from pixtune.data.examples import Example, check_folder, read_examples, split_held_out
 from pixtune.data.images import read_size
@@ -41,6 +41,7 @@ def prepare_data(
     accelerator: Accelerator,
     stages: StageLog | None = None,
     encoders: EncoderPlan | None = None,
+    check: Callable[[str], object] = lambda fingerprint: None,
 ) -> PreparedData:
     """Reads the data set, encodes what the cache lacks, and reports both.
 
@@ -49,6 +50,7 @@ def prepare_data(
     Args:
         stages: log that gets the memory of both encodings.
         encoders: the encoders' plan of a run that is resumed; None: made for this machine as it is.
+        check: receives the data's fingerprint before anything is encoded, and may refuse it by raising.
 
     Raises:
         DataError: pictures or captions that cannot be used, all together.
@@ -71,6 +73,8 @@ def prepare_data(
     pictures = list(dict.fromkeys([*pictures, *needed_pictures(pairs)]))
     encoder = build_encoder(config, family, folder, accelerator, items, pictures, encoders)
     encodings = Encodings(encoder)
+    fingerprint = _fingerprint(encoder, training)
+    check(fingerprint)
     if accelerator.is_main_process or not config.save_cache_on_disk:
         if missing_keys(encoder.store, encoder.latent_keys(pictures)):
             for checked in filter(None, (data.img_dir, config.validation.held_out_dir)):
@@ -92,7 +96,20 @@ def prepare_data(
         encodings.keep_text_encoder()
     if not config.precompute_image_embeddings:
         encodings.keep_autoencoder()
-    return _gather(config, family, folder, encodings, training, held_out, prompts, pairs)
+    return _gather(config, family, folder, encodings, training, held_out, prompts, pairs, fingerprint)
+
+
+def _fingerprint(encoder: Encoder, training: Sequence[Example]) -> str:
+    """Returns a hash over everything that decides what is trained on, from the keys of its encodings."""
+    variants = [(example, variant) for example in training for variant in range(len(example.framings))]
+    pictures = [
+        picture
+        for example, variant in variants
+        for picture in (target_picture(example, variant), *control_pictures(example, variant))
+    ]
+    keys = encoder.text_keys([text_item(example.caption, example, variant) for example, variant in variants])
+    keys += encoder.latent_keys(pictures)
+    return text_digest("\n".join(key.digest for key in keys))
 
 
 def control_rules(family: ModelFamily, folder: ModelFolder, side: int) -> ControlRules | None:
@@ -214,6 +231,7 @@ def _gather(
     held_out: Sequence[Example],
     prompts: Sequence[Example],
     pairs: Sequence[BothWays],
+    fingerprint: str,
 ) -> PreparedData:
     def read_latents(example: int, variant: int) -> LatentDistribution:
         return encodings.latents(target_picture(training[example], variant))
@@ -227,13 +245,6 @@ def _gather(
         return [encodings.latents(picture).mean_BCHW for picture in control_pictures(training[example], variant)]
 
     variants = [(example, variant) for example in training for variant in range(len(example.framings))]
-    pictures = [
-        picture
-        for example, variant in variants
-        for picture in (target_picture(example, variant), *control_pictures(example, variant))
-    ]
-    keys = encodings.encoder.text_keys([text_item(example.caption, example, variant) for example, variant in variants])
-    keys += encodings.encoder.latent_keys(pictures)
     longest = variants if config.precompute_text_embeddings else [max(variants, key=lambda row: len(row[0].caption))]
     dropout = config.data_config.caption_dropout_rate
     dropped = [family.dropped_caption] if dropout > 0 else []
@@ -262,6 +273,6 @@ def _gather(
             differ=len(set(text_tokens.values())) > 1 or not known,
             sizes=captioned_sizes(family, folder, training, text_tokens, dropout) if known else (),
         ),
-        fingerprint=text_digest("\n".join(key.digest for key in keys)),
+        fingerprint=fingerprint,
         encoders=encodings.encoder.plan,
     )

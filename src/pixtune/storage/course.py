@@ -79,8 +79,8 @@ def _latest(output_dir: Path, show: Callable[[str], None]) -> Path | None:
             show(f"warning: {sentence} It is left out; going on after step {saved.step} with {saved.path.name}")
         if any(other.step > saved.step for other in order.given_up):
             show(
-                f"latest is {saved.path.name}, the newest of the way that the run took last; "
-                f"{_names(order.given_up)}: given up when it was set back"
+                f"latest is {saved.path.name}: what was saved of other steps was given up when the run was set back "
+                f"({_names(order.given_up)})"
             )
         return saved.path
     listed = [*damaged, *(f"{other.path} was given up when the run was set back." for other in order.given_up)]

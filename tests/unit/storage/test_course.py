@@ -87,7 +87,7 @@ def test_a_set_back_run_that_was_killed_before_it_saved_goes_on_from_there(tmp_p
     shown: list[str] = []
     resolve_resume(tmp_path, "latest", shown.append)
     (sentence,) = shown
-    assert sentence.startswith("latest is checkpoint-000005, ") and "checkpoint-000010: given up when" in sentence
+    assert sentence.startswith("latest is checkpoint-000005: ") and "set back (checkpoint-000010)" in sentence
     assert session(tmp_path, "latest", 6)[1:] == [] and latest(tmp_path) == 6
     session(tmp_path, "checkpoint-000010", 11)
     assert latest(tmp_path) == 11, "and what was given up can be taken up again, by its name"
