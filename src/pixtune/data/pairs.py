@@ -11,7 +11,6 @@ import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path, PurePosixPath
 
 from pixtune.errors import DataError
@@ -186,10 +185,9 @@ def _list_files(folder: Path, role: str, faults: list[str]) -> list[str]:
 
 def _of_type(names: Iterable[str], extensions: Iterable[str]) -> list[str]:
     wanted = set(extensions)
-    return [name for name in names if name.removeprefix(_stem(name))[1:].lower() in wanted]
+    return [name for name in names if PurePosixPath(name).suffix[1:].lower() in wanted]
 
 
-@cache
 def _stem(name: str) -> str:
     """Returns the name up to its last dot, folders included."""
     return str(PurePosixPath(name).with_suffix(""))
