@@ -107,7 +107,8 @@ def run_steps(run: Run, services: AroundSteps) -> TrainResult:
     A request to stop ends the run after the current step, with a checkpoint.
 
     Raises:
-        DataError: a picture that is encoded in the loop has changed or is gone; the steps before are saved.
+        DataError: a picture that is encoded in the loop has changed or is gone, or an entry of the cache is damaged;
+            the steps before are saved.
         TrainingError: memory that CPU and GPU share is nearly used up, and the step is saved; or a loss is no number.
         MemoryShortage: a step needs more memory than there is, whatever it gives up; the steps before are saved.
         ExchangeError: another process of the run is gone; the steps before are saved.
@@ -121,11 +122,14 @@ def run_steps(run: Run, services: AroundSteps) -> TrainResult:
         for step in range(services.start_step, run.num_steps):
             if run.stop.requested(step):
                 return services.interrupted(step)
+            num_taken = step
             try:
                 loss, grad_norm = take_step(run, islice(micro_batches, per_step), step)
+                num_taken += 1
+                until_it_fits(run, partial(run.steps_ahead.look_ahead, step), f"step {step + 2}")
             except (DataError, ExchangeError, MemoryShortage) as error:
                 if not getattr(error, "weights_are_torn", False):
-                    services.interrupted(step)
+                    services.interrupted(num_taken)
                 raise
             services.after_step(step + 1, loss, grad_norm)
             if scarcity := run.memory.scarcity():
@@ -147,9 +151,7 @@ def take_step(run: Run, micro_batches: Iterable[list[Batch]], step: int) -> tupl
         run.steps_ahead.reach(step)
         return train_step(run, again, step)
 
-    result = until_it_fits(run, attempt, f"step {step + 1}")
-    until_it_fits(run, lambda: run.steps_ahead.look_ahead(step), f"step {step + 2}")
-    return result
+    return until_it_fits(run, attempt, f"step {step + 1}")
 
 
 def until_it_fits(run: Run, attempt: Callable[[], T], what: str) -> T:
