@@ -55,7 +55,7 @@ def wait_for_steps(run: processes.Started, tmp_path: Path) -> None:
 
 def train_and_change(tmp_path: Path, change: Callable[[Path], None], **changes: object) -> tuple[int | None, str]:
     """A run in which every picture changes after the second step: its exit code and what it printed."""
-    run = start(tmp_path, **changes)
+    run = start(tmp_path, None, None, **changes)
     wait_for_steps(run, tmp_path)
     for path in (tmp_path / "pictures").glob("*.png"):
         change(path)
@@ -83,17 +83,19 @@ def test_a_run_that_encodes_them_in_the_loop_saves_and_names_one(
 
 def out_of_reach_at_the_sixth_reading() -> None:
     """What a process sees of a share that it alone has lost."""
-    from pixtune.data import encode
+    from PIL.Image import Image as Picture
+
+    from pixtune.data.encode import FramedPicture
     from pixtune.errors import DataError
 
-    check, readings = encode.check_unchanged, iter(range(5))
+    read, readings = FramedPicture.read, iter(range(5))
 
-    def checked(path: Path, digest: str) -> None:
+    def reading(self: FramedPicture) -> Picture:
         if next(readings, None) is None:
-            raise DataError("a picture changed while it was in use", [f"{path} was moved or deleted"])
-        check(path, digest)
+            raise DataError("a picture changed while it was in use", [f"{self.path} was moved or deleted"])
+        return read(self)
 
-    encode.check_unchanged = checked
+    FramedPicture.read = reading  # type: ignore[method-assign]
 
 
 def test_a_picture_that_only_another_process_lacks_costs_no_step(tmp_path: Path) -> None:
@@ -154,7 +156,7 @@ def cannot_look_beyond_the_third_step() -> None:
     from pixtune.engine.modulation_ahead import StepsAhead
     from pixtune.errors import DataError
 
-    def look_ahead(ahead: StepsAhead, step: int) -> None:
+    def look_ahead(self: StepsAhead, step: int) -> None:
         if step == 2:
             raise DataError("an encoding in the cache cannot be used any more", ["it is damaged"])
 
