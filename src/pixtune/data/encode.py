@@ -62,7 +62,9 @@ class FramedPicture:
             DataError: the file cannot be read, or is not the one that `digest` was taken of.
         """
         check_unchanged(self.path, self.digest)
-        return crop_resize(open_rgb(self.path), self.framing)
+        picture = crop_resize(open_rgb(self.path), self.framing)
+        check_unchanged(self.path, self.digest)  # it may have been replaced while it was read
+        return picture
 
 
 @dataclass(frozen=True)

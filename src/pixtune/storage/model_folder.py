@@ -222,8 +222,10 @@ def _remembered_digest(file: Path, memo_dir: Path | None) -> str:
         return file_digest(file)
     key = hashlib.sha256(f"{file.resolve()}\0{stat.st_size}\0{stat.st_mtime_ns}".encode()).hexdigest()
     memo = memo_dir / f"{key}.sha256"
-    if memo.is_file():
-        return memo.read_text().strip()
+    # Written twice, so that damage shows: by a wrong digest, all encodings would be those of another model.
+    remembered = memo.read_bytes().split() if memo.is_file() else []
+    if len(remembered) == 2 and remembered[0] == remembered[1]:
+        return remembered[0].decode()
     digest = file_digest(file)
-    write_atomically(memo, digest.encode())
+    write_atomically(memo, f"{digest}\n{digest}\n".encode())
     return digest

@@ -18,10 +18,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pixtune.config.schema import TrainConfig
-from pixtune.data import swapped
+from pixtune.data import encode, swapped
 from pixtune.data.buckets import Framing, build_buckets, frame_picture
 from pixtune.data.cache import ABSENT, DiskStore, FillReport, Ledger
 from pixtune.data.encode import Encoder, FramedPicture, TextItem
+from pixtune.data.images import open_rgb
 from pixtune.data.prepare import prepare_data
 from pixtune.data.prepared import PreparedData
 from pixtune.errors import DataError
@@ -581,6 +582,22 @@ def test_a_picture_that_changes_before_it_is_encoded_is_not_stored_under_the_old
     framed = picture(tmp_path, "a.png", 10)
     keys = encoder.latent_keys([framed])
     edit(framed.path)
+    with pytest.raises(DataError, match="other content"):
+        encoder.fill_pictures([framed], keys)
+    assert encoder.store.problem(keys[0].digest) == ABSENT
+
+
+def test_a_picture_that_is_replaced_while_it_is_read_is_not_stored_under_the_old_content(
+    encoder: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    framed = picture(tmp_path, "a.png", 10)
+    keys = encoder.latent_keys([framed])
+
+    def replaced_before_it_is_opened(path: Path) -> Image.Image:
+        edit(path)
+        return open_rgb(path)
+
+    monkeypatch.setattr(encode, "open_rgb", replaced_before_it_is_opened)
     with pytest.raises(DataError, match="other content"):
         encoder.fill_pictures([framed], keys)
     assert encoder.store.problem(keys[0].digest) == ABSENT

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from pixtune.errors import WeightsError
 from pixtune.families import family_of
+from pixtune.storage import model_folder
 from pixtune.storage.model_folder import ModelFolder, open_model_folder
 from tests.runs import TINY_MODEL
 
@@ -29,6 +31,36 @@ def test_the_fingerprint_follows_every_byte(tmp_path: Path) -> None:
     file = tmp_path / "model" / "tokenizer" / "tokenizer.json"
     file.write_text(file.read_text() + " ")
     assert folder.fingerprint("tokenizer", tmp_path / "memo") != before
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda text: text[:5] + bytes([text[5] ^ 1]) + text[6:],
+        lambda text: bytes(len(text)),
+        lambda text: text[:40],
+        lambda text: text[:64],  # what version 0.1.0 wrote
+        lambda text: b"",
+        lambda text: b"\xff" + text,
+    ],
+)
+def test_a_large_files_digest_is_remembered_and_a_damaged_memo_made_anew(
+    tmp_path: Path, damage: Callable[[bytes], bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, memos = tmp_path / "model", tmp_path / "memo"
+    (folder / "vae").mkdir(parents=True)
+    with (folder / "vae" / "weights.safetensors").open("wb") as stream:
+        stream.truncate(64 * 2**20)
+    before = ModelFolder(folder).fingerprint("vae", memos)
+    assert before == ModelFolder(folder).fingerprint("vae")
+    with monkeypatch.context() as patch:
+        patch.setattr(model_folder, "file_digest", None)
+        assert ModelFolder(folder).fingerprint("vae", memos) == before, "the file was hashed again"
+    (memo,) = memos.iterdir()
+    written = memo.read_bytes()
+    memo.write_bytes(damage(written))
+    assert ModelFolder(folder).fingerprint("vae", memos) == before
+    assert memo.read_bytes() == written
 
 
 def test_another_pipeline_is_named(tmp_path: Path) -> None:
