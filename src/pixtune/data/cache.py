@@ -27,7 +27,7 @@ from torch import Tensor
 
 from pixtune.data.pairs import shorten
 from pixtune.errors import DataError
-from pixtune.storage.files import replacing, text_digest, write_atomically
+from pixtune.storage.files import replacing, text_digest, write_if_possible
 from pixtune.storage.safetensors_writer import file_pieces
 
 log = logging.getLogger(__name__)
@@ -237,7 +237,7 @@ class Ledger:
             return
         self._parts |= new
         if self.path is not None:
-            write_atomically(self.path, json.dumps(self._parts, sort_keys=True).encode())
+            write_if_possible(self.path, json.dumps(self._parts, sort_keys=True).encode())
 
 
 @dataclass(frozen=True)

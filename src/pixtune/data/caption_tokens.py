@@ -15,7 +15,7 @@ from pathlib import Path
 from pixtune.data.pairs import shorten
 from pixtune.family import CONTROL_SIDE, ModelFamily, PromptOutline, TextLength
 from pixtune.sizes import Size
-from pixtune.storage.files import write_atomically
+from pixtune.storage.files import write_if_possible
 from pixtune.storage.model_folder import ModelFolder
 
 log = logging.getLogger(__name__)
@@ -61,7 +61,7 @@ def count_new(
         known |= zip(new, count(list(new.values())), strict=True)
         if path is not None:
             rows = {name: [[each.reader, each.num_tokens, each.limit] for each in row] for name, row in known.items()}
-            write_atomically(path, json.dumps(rows, indent=0, sort_keys=True).encode())
+            write_if_possible(path, json.dumps(rows, sort_keys=True).encode())
     return {name: known[name] for name in prompts}
 
 

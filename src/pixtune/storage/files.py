@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +12,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 from pixtune.errors import WriteError
+
+log = logging.getLogger(__name__)
 
 
 def user_cache_folder() -> Path | None:
@@ -65,6 +68,14 @@ def write_atomically(path: Path, data: bytes) -> None:
     """Writes a whole file at once, by `replacing`."""
     with replacing(path) as stream:
         stream.write(data)
+
+
+def write_if_possible(path: Path, data: bytes) -> None:
+    """Writes a file as `write_atomically` does; where that fails, warns. For what is only remembered, to save time."""
+    try:
+        write_atomically(path, data)
+    except WriteError as error:
+        log.warning("%s It only saves time: the run goes on without it.", error)
 
 
 def sync_folder(folder: Path) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from pixtune.errors import WeightsError
-from pixtune.storage.files import file_digest, write_atomically
+from pixtune.storage.files import file_digest, write_if_possible
 from pixtune.storage.shipped import spelling_hint
 
 MODEL_INDEX = "model_index.json"
@@ -227,5 +227,5 @@ def _remembered_digest(file: Path, memo_dir: Path | None) -> str:
     if len(remembered) == 2 and remembered[0] == remembered[1]:
         return remembered[0].decode()
     digest = file_digest(file)
-    write_atomically(memo, f"{digest}\n{digest}\n".encode())
+    write_if_possible(memo, f"{digest}\n{digest}\n".encode())
     return digest

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -307,6 +308,25 @@ def test_the_ledger_never_decides_what_is_used(tmp_path: Path) -> None:
     made = []
     fill(MemoryStore(), Ledger(path), [key()], count_encodings(made))
     assert made == ["loaded", "a.png"]
+
+
+def test_a_ledger_that_cannot_be_written_costs_reasons_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A full cache on a disk that is read-only serves a run, whatever its pictures are called by now."""
+    store = DiskStore(tmp_path / "entries")
+    fill(store, Ledger(None), [key("a.png")], count_encodings([]))
+    (tmp_path / "ledger.json").mkdir()
+    assert fill(store, Ledger(tmp_path / "ledger.json"), [key("b.png")], count_encodings([])).hits == 1
+    assert caplog.text.count("ledger.json could not be written") == 1
+
+
+def test_a_ledger_is_written_where_something_is_new(tmp_path: Path) -> None:
+    store, path = DiskStore(tmp_path / "entries"), tmp_path / "ledger.json"
+    fill(store, Ledger(path), [key("a.png")], count_encodings([]))
+    written = path.stat().st_ino
+    fill(store, Ledger(path), [key("a.png")], count_encodings([]))
+    assert path.stat().st_ino == written
+    fill(store, Ledger(path), [key("b.png")], count_encodings([]))
+    assert json.loads(path.read_text()).keys() == {"a.png", "b.png"}
 
 
 # ---- a full disk

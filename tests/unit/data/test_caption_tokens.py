@@ -43,6 +43,12 @@ def test_without_a_file_nothing_is_remembered() -> None:
     assert count.asked == ["one", "one"]
 
 
+def test_a_file_that_cannot_be_written_costs_the_memory_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "taken").touch()
+    assert count_new(outlines("one"), LetterCounter(), tmp_path / "taken" / "tokens.json")
+    assert "tokens.json could not be written" in caplog.text
+
+
 @pytest.mark.parametrize("content", ["{", "[]", '{"key of one": 3}', '{"key of one": [["it reads"]]}'])
 def test_a_damaged_file_is_counted_anew(tmp_path: Path, content: str) -> None:
     path = tmp_path / "tokens.json"

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from pixtune.errors import PixtuneError, WriteError
-from pixtune.storage.files import replacing, user_cache_folder, write_atomically
+from pixtune.storage.files import replacing, user_cache_folder, write_atomically, write_if_possible
 
 
 def files_below(folder: Path) -> dict[str, bytes]:
@@ -67,6 +67,29 @@ def test_a_folder_that_is_a_file_is_the_same_error(tmp_path: Path) -> None:
     with pytest.raises(WriteError, match="could not be written"):
         write_atomically(tmp_path / "taken" / "file", b"new")
     assert files_below(tmp_path) == {"taken": b"mine"}
+
+
+def test_what_only_saves_time_is_written_where_that_is_possible(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_if_possible(tmp_path / "file", b"new")
+    assert (tmp_path / "file").read_bytes() == b"new" and not caplog.text
+    write_if_possible(tmp_path / "file" / "below", b"new")
+    assert f"{tmp_path / 'file' / 'below'} could not be written" in caplog.text and "goes on without it" in caplog.text
+
+
+def test_a_file_that_need_not_be_durable_is_whole_and_waits_for_no_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[int] = []
+    monkeypatch.setattr(os, "fsync", synced.append)
+    with replacing(tmp_path / "file", durable=False) as stream:
+        stream.write(b"new")
+        assert not (tmp_path / "file").exists()
+    assert files_below(tmp_path) == {"file": b"new"} and not synced
+    with replacing(tmp_path / "file") as stream:
+        stream.write(b"newer")
+    assert len(synced) == 2, "the file and its folder"
 
 
 def test_any_other_error_within_the_block_leaves_the_old_file_alone(tmp_path: Path) -> None:
