@@ -60,7 +60,7 @@ def run_config(
 
             result = run_training(settings, stop)
         except Stopped:
-            typer.echo("stopped; nothing is lost, and the same command starts again")
+            typer.echo("stopped; nothing is lost: go on with resume_from_checkpoint=latest")
             raise typer.Exit(STOPPED) from None
         except OSError as error:
             if error.errno == errno.EPIPE:  # typer would end without a word

@@ -73,5 +73,5 @@ def tell_at_once(line: str) -> None:
     stream = sys.stderr
     with suppress(OSError, ValueError, AttributeError):  # closed, or none
         number = stream.fileno()
-        if select.select([], [number], [], 0)[1]:
+        if sys.platform == "win32" or select.select([], [number], [], 0)[1]:
             os.write(number, f"\n{line}\n".encode(stream.encoding or "utf-8", "backslashreplace"))

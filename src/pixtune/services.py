@@ -235,6 +235,7 @@ class Services:
                 ) from error
             with self.problems.of("the report", step):
                 paths.append(self._write_report())
+            self.run.stop.check()
             self._print("wrote " + "\n      ".join(str(path) for path in paths))
         return TrainResult(True, step, self.output_dir, first, last)
 

@@ -24,6 +24,8 @@ from pixtune.launch.peers import Peers
 
 NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
 """Signals that ask for the end: Ctrl-C, a supervisor, a closed terminal, and what a cluster sends some time before."""
+NUDGE = getattr(signal, "SIGUSR1", None)
+"""Signal by which the main thread is interrupted where none has come from outside; None: this system has none."""
 STOPPED = 130
 """Exit code of a run that was asked to stop and lost nothing."""
 TICK_SECONDS = 0.5
@@ -72,6 +74,8 @@ class StopRequest:
         self._lost: str | None = None
         self._lost_at = math.inf
         self._previous: dict[int, object] = {}
+        self._num_nudges = 0
+        """Signals on their way that this process has sent itself, and that are no requests."""
         self._wakeup: socket.socket | None = None
 
     # ---- life
@@ -200,6 +204,9 @@ class StopRequest:
             for number in self._wakeup.recv(256):
                 if number not in self._previous:
                     continue
+                if number == NUDGE and self._num_nudges:
+                    self._num_nudges -= 1
+                    continue
                 now, name = time.monotonic(), signal.Signals(number).name
                 if self._signalled_at is None:
                     self._signalled_at = now
@@ -216,6 +223,9 @@ class StopRequest:
                 self._end_by = time.monotonic() + GRACE_SECONDS
             if self._peers is not None:
                 self._peers.ask_to_stop(reason)
+        if not is_told and self._signalled_at is None and NUDGE in self._previous:
+            self._num_nudges += 1
+            signal.pthread_kill(threading.main_thread().ident or 0, NUDGE)
         if not is_told and (self._peers is None or self._peers.rank == 0):
             what = "after this step, with a checkpoint" if self._defers else "now; no step has to be saved"
             tell_at_once(f"{reason}: stopping {what}")

@@ -54,7 +54,8 @@ def build_page(
         build_pairs(output_dir, record),
         build_strips(output_dir, record),
         build_charts(record),
-        build_drifts(record.drifts),
+        build_warnings("Slower steps", record.drifts),
+        build_warnings("What failed", record.problems),
         build_memory(record.memory) if record.memory else "",
         '<div class="columns">',
         build_table("LoRA and data", {key: format_plain(value) for key, value in facts.items()}),
@@ -251,12 +252,12 @@ def build_validations(validations: Sequence[Validation]) -> str:
 # ---- speed and memory
 
 
-def build_drifts(drifts: Sequence[str]) -> str:
-    """Builds the warnings about steps that became slower."""
-    if not drifts:
+def build_warnings(title: str, warnings: Sequence[str]) -> str:
+    """Builds a section of warnings that were printed during the run; empty where there are none."""
+    if not warnings:
         return ""
-    listed = "".join(f"<li>{escape(drift)}</li>" for drift in drifts)
-    return f'<section><h2>Slower steps</h2><ul class="reasons drifts">{listed}</ul></section>'
+    listed = "".join(f"<li>{escape(warning)}</li>" for warning in warnings)
+    return f'<section><h2>{title}</h2><ul class="reasons drifts">{listed}</ul></section>'
 
 
 def build_memory(memory: MemoryRecord) -> str:

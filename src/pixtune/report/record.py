@@ -123,6 +123,8 @@ class RunRecord:
     """First steps, one a session."""
     drifts: Sequence[str] = ()
     """Warnings about steps that became slower."""
+    problems: Sequence[str] = ()
+    """Warnings about services that failed."""
     memory: MemoryRecord | None = None
     """Memory by stage; None while a run has not finished."""
 
@@ -174,6 +176,7 @@ def read_record(output_dir: Path) -> RunRecord:
     strips: dict[tuple[str, int, tuple[str, ...]], dict[int, Sample]] = {}
     first_steps: dict[int, FirstStep] = {}
     drifts: dict[int, str] = {}
+    problems: list[str] = []
     memory: MemoryRecord | None = None
     for line in read_metrics(output_dir / FILE_NAME):
         step = line["step"]
@@ -188,6 +191,8 @@ def read_record(output_dir: Path) -> RunRecord:
             first_steps[step] = FirstStep(step, line["first_step_seconds"], line["compiled_graphs"])
         elif line["kind"] == "drift":
             drifts[step] = line["message"]
+        elif line["kind"] == "problem":
+            problems.append(line["message"])
         elif line["kind"] == "memory":
             memory = read_memory(line)
     return RunRecord(
@@ -199,6 +204,7 @@ def read_record(output_dir: Path) -> RunRecord:
         ],
         first_steps=[first_steps[step] for step in sorted(first_steps)],
         drifts=[drifts[step] for step in sorted(drifts)],
+        problems=problems,
         memory=memory,
     )
 

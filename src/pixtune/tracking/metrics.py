@@ -33,6 +33,7 @@ FIELDS: Mapping[str, Mapping[str, type | tuple[type, ...]]] = {
     "sample": {"prompt": str, "seed": int, "path": str},
     "first_step": {"first_step_seconds": (int, float), "compiled_graphs": int},
     "drift": {"message": str},
+    "problem": {"message": str},
     "memory": {"stages": list},
 }
 """Values that a line of each kind must have, beside `kind` and `step`, for its readers."""

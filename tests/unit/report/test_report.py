@@ -280,6 +280,16 @@ def test_the_first_step_and_slower_steps_are_told(run: FakeRun) -> None:
     ]
 
 
+def test_what_failed_in_the_run_is_listed(run: FakeRun) -> None:
+    run.steps(1, 3)
+    messages = [f"samples failed at step 2: {NASTY}", "the held-out loss failed at step 2: out of memory"]
+    run.lines += [{"kind": "problem", "step": 2, "service": "x", "message": message} for message in messages]
+    page = run.report()
+    assert "What failed" in {head.text for head in page.root.find("h2")}
+    items = [item.text for item in page.root.find("ul", "drifts")[0].find("li")]
+    assert items == [" ".join(message.split()) for message in messages]
+
+
 def test_tables_hold_facts_plan_config_and_versions(whole_run: FakeRun) -> None:
     page = whole_run.report(facts={"LoRA layers": 240, "trained parameters": 23592960})
     plain, code = page.rows("plain"), page.rows("code")
