@@ -80,6 +80,10 @@ def test_an_entry_is_read_back_as_it_was_written(store: Store) -> None:
     assert entry.keys() == ENTRY.keys()
     for name, tensor in ENTRY.items():
         assert entry[name].dtype == tensor.dtype and torch.equal(entry[name], tensor)
+    assert {name: tuple(shape) for name, shape in store.read_shapes("ab12").items()} == {
+        "mean": (1, 2, 3),
+        "half": (2,),
+    }
 
 
 def test_rows_of_a_batch_and_gradients_do_not_come_along(store: Store) -> None:
@@ -188,8 +192,9 @@ def test_a_deleted_entry_is_made_anew(tmp_path: Path) -> None:
     keys = [key("a.png"), key("b.png", picture="p1")]
     fill(store, ledger, keys, count_encodings([]))
     entry_file(tmp_path, keys[0]).unlink()
-    with pytest.raises(DataError, match="cannot be read: No such file"):
-        store.read(keys[0].digest)
+    for read in (store.read, store.read_shapes):
+        with pytest.raises(DataError, match="cannot be read: No such file"):
+            read(keys[0].digest)
     assert fill(store, ledger, keys, count_encodings([])).misses == {"deleted": 1}
 
 
@@ -216,6 +221,13 @@ def test_an_entry_out_of_reach_is_made_anew_and_says_why(tmp_path: Path, monkeyp
     assert store.problem("ab12") == "unreadable (Input/output error)"
     with pytest.raises(DataError, match=r"Input/output error.*resume"):
         store.read("ab12")
+
+
+def test_writing_an_entry_waits_for_no_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its checksum notices what a power failure leaves; the wait had been most of what an entry cost."""
+    monkeypatch.setattr(os, "fsync", None)
+    DiskStore(tmp_path).write("ab12", ENTRY)
+    assert DiskStore(tmp_path).problem("ab12") is None
 
 
 def test_an_entry_is_checked_once_until_its_file_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -208,6 +209,35 @@ def test_pictures_are_stored_as_mean_and_deviation_each_under_its_own_key(encode
         assert entry["mean"].shape == entry["std"].shape == (1, 2, framing.height // 8, framing.width // 8)
         torch.testing.assert_close(entry["mean"], torch.full_like(entry["mean"], mean))
         assert (entry["std"] == 0.25).all()
+
+
+def test_pictures_are_decoded_a_few_ahead_and_encoded_one_by_one_size_by_size(
+    encoder: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Decoding all that are missing at once would fill the memory wherever the encoder is the slower one."""
+    sizes = [FRAMING, frame_picture(64, 32, build_buckets(64, 16))]
+    pictures = [picture(tmp_path, f"{number}.png", number, sizes[number % 2]) for number in range(40)]
+    decoded: list[str] = []
+    ahead: list[int] = []
+    shapes: list[torch.Size] = []
+    read = FramedPicture.read
+
+    def counted(self: FramedPicture) -> Image.Image:
+        decoded.append(self.name)
+        return read(self)
+
+    class Slow(CountingFamily):
+        def encode_images(self, autoencoder: Any, pixels_B3HW: Tensor) -> LatentDistribution:
+            time.sleep(0.005)
+            ahead.append(len(decoded) - len(shapes))
+            shapes.append(pixels_B3HW.shape)
+            return super().encode_images(autoencoder, pixels_B3HW)
+
+    monkeypatch.setattr(FramedPicture, "read", counted)
+    slow = replace(encoder, family=Slow())
+    slow.fill_pictures(pictures, slow.latent_keys(pictures))
+    assert len(shapes) == 40 and shapes == sorted(shapes) and {shape[0] for shape in shapes} == {1}
+    assert 1 < max(ahead) <= 2 * encode.DECODE_THREADS + 1
 
 
 def test_a_changed_picture_reencodes_itself_and_is_named(encoder: Encoder, tmp_path: Path) -> None:
