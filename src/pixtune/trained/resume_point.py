@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar, cast
 
 from accelerate import Accelerator
@@ -10,6 +10,7 @@ from accelerate.utils import broadcast_object_list
 
 from pixtune.config.schema import TrainConfig
 from pixtune.errors import PixtuneError
+from pixtune.hardware.facts import package_versions
 from pixtune.storage.checkpoint import Checkpoint, load_checkpoint
 from pixtune.storage.course import resolve_resume
 from pixtune.storage.resume import RunIdentity, refuse_other_run
@@ -42,7 +43,18 @@ def decide_once(accelerator: Accelerator, decide: Callable[[], Decision]) -> Dec
 def find_resume_point(config: TrainConfig, accelerator: Accelerator, show: Callable[[str], None]) -> Checkpoint | None:
     """Reads the checkpoint to resume from, which the first process chooses for all; None for a new run."""
     path = decide_once(accelerator, lambda: resolve_resume(config.output_dir, config.resume_from_checkpoint, show))
-    return load_checkpoint(path, verified=accelerator.is_main_process) if path else None
+    if path is None:
+        return None
+    checkpoint = load_checkpoint(path, verified=accelerator.is_main_process)
+    if changed := changed_versions(checkpoint.record.get("versions", {}), package_versions()):
+        show(f"note: {path.name} was written with other versions ({changed}), which may round sums in another way")
+    return checkpoint
+
+
+def changed_versions(before: Mapping[str, str], now: Mapping[str, str]) -> str:
+    """Lists the packages whose versions differ, with both; empty where none does, or none was recorded."""
+    differing = [name for name in now if before.get(name, now[name]) != now[name]]
+    return ", ".join(f"{name} {before[name]} -> {now[name]}" for name in differing)
 
 
 def check_run(config: TrainConfig, checkpoint: Checkpoint | None, identity: RunIdentity) -> tuple[str, ...]:
