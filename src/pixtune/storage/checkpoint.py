@@ -188,10 +188,10 @@ def read_state(path: Path) -> dict[str, Any]:
     """
     file = path / STATE_FILE
     try:
+        if not file.is_file():  # a pipe, among others, would keep a reader waiting
+            kind = "is no folder" if path.is_file() else f"has no {STATE_FILE}"
+            raise DamagedError(f"{path} is no checkpoint of pixtune: it {kind}.")
         state = json.loads(file.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError) as error:
-        kind = "is no folder" if path.is_file() else f"has no {STATE_FILE}"
-        raise DamagedError(f"{path} is no checkpoint of pixtune: it {kind}.") from error
     except OSError as error:
         raise DamagedError(f"{file} cannot be read ({error.strerror or error}).") from error
     except (ValueError, RecursionError) as error:
@@ -314,14 +314,15 @@ def _lineage_in(state: Mapping[str, Any], path: Path) -> Lineage:
 
 
 def _read_set_back(output_dir: Path) -> SetBack | None:
+    file = output_dir / SET_BACK_FILE
     try:
-        values = json.loads((output_dir / SET_BACK_FILE).read_text(encoding="utf-8"))
+        if not file.is_file():
+            return None
+        values = json.loads(file.read_text(encoding="utf-8"))
         sessions = tuple(Session(**session) for session in values["sessions"])
         return SetBack(values["to"], sessions, int(values["after_serial"]))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        log.warning("%s cannot be read (%s): it is taken not to be there", output_dir / SET_BACK_FILE, error)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        log.warning("%s cannot be read (%s): it is taken not to be there", file, error)
         return None
 
 

@@ -262,11 +262,13 @@ def _make_folders(folder: Path) -> list[Path]:
 
 
 def _read(path: Path) -> Holder | None:
+    if not path.is_file():
+        return None
     try:
         return Holder(**json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
         return None
-    except (ValueError, TypeError):  # empty: its holder is about to write; or another version's
+    except (ValueError, TypeError, RecursionError):  # empty: its holder is about to write; or another version's
         return None
 
 

@@ -15,6 +15,7 @@ Lines have `kind` and `step`; figures carry their unit in the name. The kinds:
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -132,7 +133,9 @@ def read_lines(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
     Raises:
         OSError: the file cannot be read.
     """
-    if not path.exists():
+    if not path.is_file():
+        if path.exists():
+            raise OSError(errno.EINVAL, "it is no file")  # a pipe would keep a reader waiting
         return [], []
     lines, damaged = [], []
     for number, text in enumerate(path.read_bytes().split(b"\n")[:-1], 1):  # after the last newline: empty, or cut off

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable
@@ -212,7 +213,23 @@ def folder_for_state(path: Path) -> None:
     (path / STATE_FILE).mkdir()
 
 
+def pipe_for_state(path: Path) -> None:
+    (path / STATE_FILE).unlink()
+    os.mkfifo(path / STATE_FILE)
+
+
+def pipe_for_tensors(path: Path) -> None:
+    no_file(path)
+    os.mkfifo(path / "lora.safetensors")
+
+
+def endless_link(path: Path) -> None:
+    shutil.rmtree(path)
+    path.symlink_to(path.name)
+
+
 DAMAGES = [
+    pipe_for_state, pipe_for_tensors, endless_link,
     flip, no_file, another_step, set_aside, empty_folder, plain_file, dead_link, nested, not_text, folder_for_state,
 ]  # fmt: skip
 

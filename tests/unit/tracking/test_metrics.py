@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import json
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -112,9 +114,11 @@ def test_a_damaged_line_is_left_out_and_said_and_the_old_file_kept(tmp_path: Pat
     assert again.left_out == "" and str(again.kept) == str(log.kept)
 
 
-@pytest.mark.parametrize("resume_step", [0, 3])
-def test_a_log_that_is_no_file_is_one_clear_error(tmp_path: Path, resume_step: int) -> None:
-    (tmp_path / "metrics.jsonl").mkdir()
+@pytest.mark.parametrize(("make", "resume_step"), [(Path.mkdir, 0), (Path.mkdir, 3), (os.mkfifo, 3)])
+def test_a_log_that_is_no_file_is_one_clear_error(
+    tmp_path: Path, make: Callable[[Path], None], resume_step: int
+) -> None:
+    make(tmp_path / "metrics.jsonl")
     with pytest.raises(WriteError, match=r"metrics\.jsonl (cannot|could not) be"):
         MetricsLog(tmp_path / "metrics.jsonl", resume_step)
 
