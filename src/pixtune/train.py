@@ -19,7 +19,6 @@ from accelerate import Accelerator, PartialState
 from rich.console import Console
 from torch import Tensor, nn
 
-from pixtune.config import to_dict
 from pixtune.config.schema import TrainConfig
 from pixtune.data.batches import Batch, BatchOrder, BatchSource, observed, read_ahead, timed
 from pixtune.data.prepare import prepare_data
@@ -52,17 +51,15 @@ from pixtune.plan.training import TrainingPlan, with_todays_names
 from pixtune.planning import Leaner, leaner_config, leaner_than, plan_on_this_machine
 from pixtune.run import AroundSteps, Run, TrainResult
 from pixtune.services import Services
-from pixtune.storage.base_reference import steps_fingerprint
 from pixtune.storage.checkpoint import Checkpoint, checkpoint_path, read_decision
 from pixtune.storage.course import Course
 from pixtune.storage.model_folder import ModelFolder, open_model_folder
 from pixtune.storage.output_lock import OutputLock
-from pixtune.storage.resume import RunIdentity
 from pixtune.tracking.memory import RunMemory
 from pixtune.trained import optim
 from pixtune.trained.base import Base
 from pixtune.trained.methods import METHODS, TrainedWeights
-from pixtune.trained.resume_point import check_run, decide_once, find_resume_point
+from pixtune.trained.resume_point import check_run, decide_once, find_resume_point, identify
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -261,8 +258,7 @@ def assemble(
     family = family_of(folder)
     checkpoint = find_resume_point(config, accelerator, show)
     start_step = checkpoint.step if checkpoint else 0
-    length = config.max_train_steps if config.num_train_epochs is None else None
-    identity = RunIdentity(to_dict(config), None, accelerator.num_processes, length, steps_fingerprint(folder))
+    identity = identify(config, accelerator, folder)
     check_run(config, checkpoint, identity)
 
     stored = without_former_fields(checkpoint.record.get("encoders", {})) if checkpoint else None

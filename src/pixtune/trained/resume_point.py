@@ -8,11 +8,14 @@ from typing import Any, TypeVar, cast
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
+from pixtune.config import to_dict
 from pixtune.config.schema import TrainConfig
 from pixtune.errors import PixtuneError
 from pixtune.hardware.facts import package_versions
+from pixtune.storage.base_reference import steps_fingerprint
 from pixtune.storage.checkpoint import Checkpoint, load_checkpoint
 from pixtune.storage.course import resolve_resume
+from pixtune.storage.model_folder import ModelFolder
 from pixtune.storage.resume import RunIdentity, refuse_other_run
 from pixtune.trained import optim
 
@@ -55,6 +58,12 @@ def changed_versions(before: Mapping[str, str], now: Mapping[str, str]) -> str:
     """Lists the packages whose versions differ, with both; empty where none does, or none was recorded."""
     differing = [name for name in now if before.get(name, now[name]) != now[name]]
     return ", ".join(f"{name} {before[name]} -> {now[name]}" for name in differing)
+
+
+def identify(config: TrainConfig, accelerator: Accelerator, folder: ModelFolder) -> RunIdentity:
+    """Returns what is known of a run before its data are read: its length only where epochs do not decide it."""
+    length = config.max_train_steps if config.num_train_epochs is None else None
+    return RunIdentity(to_dict(config), None, accelerator.num_processes, length, steps_fingerprint(folder))
 
 
 def check_run(config: TrainConfig, checkpoint: Checkpoint | None, identity: RunIdentity) -> tuple[str, ...]:
