@@ -85,9 +85,11 @@ def prepare_data(
             encoder.console.print(f"note: {sentence}", markup=False, highlight=False, soft_wrap=True)
         for reason in encoder.plan.reasons:
             encoder.console.print(f"encoders: {reason}", markup=False, highlight=False, soft_wrap=True)
-        encoder.console.print(f"captions: {encodings.fill_texts(items)}")
+        report = f"captions: {encodings.fill_texts(items)}"
+        encoder.console.print(report, markup=False, highlight=False, soft_wrap=True)
         stages.record("text encoding")
-        encoder.console.print(f"pictures: {encodings.fill_pictures(pictures)}")
+        report = f"pictures: {encodings.fill_pictures(pictures)}"
+        encoder.console.print(report, markup=False, highlight=False, soft_wrap=True)
         stages.record("image encoding")
     else:
         encodings.know(items, pictures)

@@ -633,6 +633,23 @@ def test_a_picture_that_is_replaced_while_it_is_read_is_not_stored_under_the_old
     assert encoder.store.problem(keys[0].digest) == ABSENT
 
 
+def test_damaged_entries_are_named_in_one_line_as_they_are_called(
+    tmp_path: Path, model: ModelFolder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Names may look like the marks with which a terminal's text is made bold."""
+    for number in range(7):
+        captioned(tmp_path / "train", f"{number}[/b].png", number, "the same")
+    prepare_data(data_config(tmp_path), CountingFamily(), model, ACCELERATOR)
+    for file in (tmp_path / "train").rglob("*.safetensors"):
+        file.write_bytes(bytes(file.stat().st_size))
+    capsys.readouterr()
+    prepare_data(data_config(tmp_path), CountingFamily(), model, ACCELERATOR)
+    captions, pictures = capsys.readouterr().out.splitlines()
+    assert captions == "captions: 0 from the cache, 2 encoded (2 damaged: caption 'the same', caption ' ')"
+    names = ", ".join(f"{number}[/b].png at 64x64" for number in range(5))
+    assert pictures == f"pictures: 0 from the cache, 7 encoded (7 damaged: {names} and 2 more)"
+
+
 # ---- captions that are cut
 
 
