@@ -18,6 +18,7 @@ from rich.console import Console
 from pixtune.config.schema import TrainConfig
 from pixtune.console import make_printing_safe
 from pixtune.errors import PixtuneError, WeightsError, WriteError
+from pixtune.inputs.printing import lines, one_line
 
 app = typer.Typer(
     help="Fine-tune Qwen-Image, Qwen-Image-Edit and FLUX.1-dev on the GPU you have.",
@@ -175,7 +176,7 @@ def validate(
     report = validate_folder(
         path, caption_type, img_size, multiple, control_dir or (), allow_missing_controls, upscale, counter=counter
     )
-    typer.echo(report.render())
+    typer.echo(lines(report.render()))
     raise typer.Exit(0 if report.ok else 1)
 
 
@@ -184,24 +185,26 @@ def sample(
     model: Annotated[str, typer.Option(help="Model folder or hub name.")],
     prompt: Annotated[list[str], typer.Option(help="Prompt to sample; may be given several times.")],
     output: Annotated[Path, typer.Option(help="Folder for the samples.")] = Path("samples"),
-    lora: Annotated[Path | None, typer.Option(help="LoRA file that pixtune wrote.")] = None,
+    lora: Annotated[Path | None, typer.Option(help="LoRA file in diffusers' format, of pixtune or others.")] = None,
     control: Annotated[
         list[Path] | None, typer.Option(help="Control picture (edit models); may be given several times.")
     ] = None,
     seed: Annotated[
         list[int] | None, typer.Option(help="Seed of the noise; may be given several times; default: 0.")
     ] = None,
-    steps: Annotated[int, typer.Option(help="Number of sampler steps.")] = 30,
+    steps: Annotated[int, typer.Option(min=1, help="Number of sampler steps.")] = 30,
     guidance: Annotated[
-        float, typer.Option(help="Guidance scale; with classifier-free guidance, 1 turns it off.")
+        float, typer.Option(min=1, help="Guidance scale; with classifier-free guidance, 1 turns it off.")
     ] = 4.0,
-    width: Annotated[int | None, typer.Option(help="Width in pixels; default: 1024, or by the control.")] = None,
-    height: Annotated[int | None, typer.Option(help="Height in pixels; default: 1024, or by the control.")] = None,
+    width: Annotated[int | None, typer.Option(min=16, help="Width in pixels; default: 1024 or the control's.")] = None,
+    height: Annotated[
+        int | None, typer.Option(min=16, help="Height in pixels; default: 1024 or the control's.")
+    ] = None,
     weights_format: Annotated[Literal["bf16", "fp32"], typer.Option(help="Number format of plain weights.")] = "bf16",
     max_text_tokens: Annotated[
-        int | None, typer.Option(help="Value of data_config.max_text_tokens in training.")
+        int | None, typer.Option(min=1, help="Value of data_config.max_text_tokens in training.")
     ] = None,
-    control_size: Annotated[int, typer.Option(help="Value of data_config.control_size in training.")] = 1024,
+    control_size: Annotated[int, typer.Option(min=16, help="Value of data_config.control_size in training.")] = 1024,
     quantize: Annotated[
         bool | None,
         typer.Option("--quantize/--no-quantize", help="Base weights in 8 bits; default: by the memory there is."),
@@ -227,8 +230,8 @@ def sample(
         quantize=quantize,
         gpu_memory_limit_gib=gpu_memory_limit_gib,
     )
-    for path in sample_pictures(request, output, lambda line: typer.echo(f"plan: {line}", err=True)):
-        typer.echo(path)
+    for path in sample_pictures(request, output, lambda line: typer.echo(lines(line), err=True)):
+        typer.echo(one_line(str(path)))
 
 
 @app.command()
@@ -237,10 +240,12 @@ def export(
     output: Annotated[Path, typer.Option(help="Folder for the written files.")] = Path("."),
 ) -> None:
     """Write a checkpoint's LoRA for diffusers and for ComfyUI, or its whole model where all weights were trained."""
+    from pixtune.storage.files import check_writable
     from pixtune.trained.export import export_checkpoint
 
+    check_writable(output, "Give another folder as --output.")
     for path in export_checkpoint(checkpoint, output):
-        typer.echo(path)
+        typer.echo(one_line(str(path)))
 
 
 @app.command()
@@ -282,6 +287,8 @@ def exit_on_user_errors(run: Callable[[], object]) -> None:
     """Runs something; warnings are printed as lines and errors of users, disks and connections as one block."""
     make_printing_safe()
     logging.basicConfig(format="%(levelname)s: %(message)s")
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(make_fit)
     # On import it tells every user without a GPU to install a package that is of no use to training.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
@@ -302,6 +309,12 @@ def system_trouble(error: OSError) -> str:
         "a permission. Checkpoints that were saved before are kept: mend it, and resume with "
         "resume_from_checkpoint=latest."
     )
+
+
+def make_fit(record: logging.LogRecord) -> bool:
+    """Makes a log record's text fit for a terminal, and lets it pass."""
+    record.msg, record.args = lines(record.getMessage()), None
+    return True
 
 
 def run_script(families: Sequence[str] = (), method: str | None = None) -> None:

@@ -8,9 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from pixtune.inputs.printing import lines, one_line
+
 
 class PixtuneError(Exception):
-    """Base of all errors that a user can act on."""
+    """Base of all errors that a user can act on. Its text is fit for a terminal, whatever names it holds."""
+
+    def __str__(self) -> str:
+        return lines(super().__str__())
 
 
 class FaultsError(PixtuneError):
@@ -27,7 +32,7 @@ class FaultsError(PixtuneError):
         super().__init__(headline, self.faults)  # both in args, so that the error survives pickling
 
     def __str__(self) -> str:
-        return "\n".join([f"{self.headline}:", *(f"  - {fault}" for fault in self.faults)])
+        return "\n".join([f"{one_line(self.headline)}:", *(f"  - {one_line(fault)}" for fault in self.faults)])
 
 
 class ConfigError(FaultsError, ValueError):
@@ -44,6 +49,9 @@ class BaselineError(FaultsError, ValueError):
 
 class WeightsError(PixtuneError, OSError):
     """A model folder is missing, incomplete or of an unexpected kind."""
+
+    def __str__(self) -> str:
+        return one_line(super().__str__())
 
 
 class CheckpointError(PixtuneError, ValueError):
@@ -64,6 +72,9 @@ class PlanError(PixtuneError, RuntimeError):
 
 class WriteError(PixtuneError, OSError):
     """A file could not be written, most often because the disk is full. An older file in its place is kept."""
+
+    def __str__(self) -> str:
+        return one_line(super().__str__())
 
 
 class TrainingError(PixtuneError, RuntimeError):

@@ -3,17 +3,30 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from types import TracebackType
 from typing import Self, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from pixtune.inputs.printing import lines
+
 T = TypeVar("T")
 
 LINE_EVERY_SECONDS = 15.0
 """Interval of the lines that are printed where no terminal can redraw a bar."""
+
+
+def say(console: Console, text: str) -> None:
+    """Prints a text as it is: no markup, no colours, no breaks, and nothing in it that steers the terminal."""
+    console.print(lines(text), markup=False, highlight=False, soft_wrap=True)
+
+
+def printer(quiet: bool = False) -> Callable[[str], None]:
+    """Returns `say` on a console of its own."""
+    return partial(say, Console(quiet=quiet))
 
 
 def track(items: Iterable[T], description: str, total: int, console: Console) -> Iterator[T]:

@@ -22,6 +22,7 @@ from pixtune.config import to_dict
 from pixtune.console import printing_problem
 from pixtune.data.batches import Batch
 from pixtune.data.prepared import PreparedData
+from pixtune.data.shares import uneven_note
 from pixtune.data.swapped import measure_gains, swap_warning
 from pixtune.engine.apply import placement_of
 from pixtune.engine.pace import Pace
@@ -31,7 +32,7 @@ from pixtune.hardware.facts import package_versions
 from pixtune.hardware.machine import driver_may_spill
 from pixtune.hardware.read import read_facts
 from pixtune.planning import SamplesBetween, can_pad, plan_between_steps
-from pixtune.progress import StepBar
+from pixtune.progress import StepBar, say
 from pixtune.report import write_report
 from pixtune.run import Run, TrainResult
 from pixtune.sampler import PromptSampler, SamplerSettings
@@ -267,10 +268,12 @@ class Services:
     def _announce(self) -> None:
         """Prints what is about to run, with the plan's reasons."""
         sizes = len({size for variants in self.data.buckets for size in variants})
-        self._print(f"data: {len(self.data.buckets)} examples in {sizes} sizes, {len(self.data.held_out)} held out")
+        self._print(f"data: {len(self.data.buckets)} pictures in {sizes} sizes, {len(self.data.held_out)} held out")
         self._print(self.run.trained.summary())
         for reason in (*self.run.plan.reasons, *self._between_steps.reasons):
             self._print(f"plan: {reason}")
+        if note := uneven_note(self.run.source.order, self.run.source.reader.names):
+            self._print(f"note: {note}")
         if warning := optim.check_schedule(self.config, self.run.num_steps):
             self._print(f"warning: {warning}")
 
@@ -287,7 +290,7 @@ class Services:
             self.problems.report("printing", self.saved_step, problem)
 
     def _print_line(self, line: str) -> None:
-        self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+        say(self.console, line)
 
     def _check_direction(self) -> None:
         """Asks the base model, which a new run's weights still are, whether controls and targets are swapped."""

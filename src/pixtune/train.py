@@ -16,7 +16,6 @@ from typing import TypeVar
 
 import torch
 from accelerate import Accelerator, PartialState
-from rich.console import Console
 from torch import Tensor, nn
 
 from pixtune.config.schema import TrainConfig
@@ -49,6 +48,7 @@ from pixtune.plan.demands import demands_of
 from pixtune.plan.encoders import EncoderPlan, without_former_fields
 from pixtune.plan.training import TrainingPlan, with_todays_names
 from pixtune.planning import Leaner, leaner_config, leaner_than, plan_on_this_machine
+from pixtune.progress import printer
 from pixtune.run import AroundSteps, Run, TrainResult
 from pixtune.services import Services
 from pixtune.storage.checkpoint import Checkpoint, checkpoint_path, read_decision
@@ -251,7 +251,7 @@ def assemble(
     accelerator = start_accelerator(config)
     agree_with_others(stop, accelerator)
     memory.start(accelerator.device)
-    show = Console(quiet=not accelerator.is_main_process, soft_wrap=True, markup=False, highlight=False).print
+    show = printer(quiet=not accelerator.is_main_process)
     if lock is not None:
         decide_once(accelerator, partial(lock.acquire, show))
     folder = open_model_folder(config.pretrained_model_name_or_path)

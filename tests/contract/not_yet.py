@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from pixtune.config.schema import NOT_YET
-from pixtune.config.sources import ConfigLoader
+from pixtune.config.yaml_tree import ConfigLoader
 from pixtune.errors import NotYetError
 from pixtune.storage.resume import flatten
 

@@ -104,7 +104,7 @@ def test_a_picture_that_vanishes_or_may_not_be_read_is_a_fault(tmp_path):
     (tmp_path / "a.png").symlink_to(tmp_path / "absent")
     (tmp_path / "a.txt").write_text("a picture")
     (fault,) = validate_folder(tmp_path).faults
-    assert fault.startswith(f"{tmp_path}/a.png cannot be decoded") and "No such file" in fault
+    assert fault.startswith(f"{tmp_path}/a.png cannot be read") and "No such file" in fault
 
 
 def make_bad_set(folder: Path) -> dict[str, str]:
@@ -188,7 +188,7 @@ def exif() -> bytes:
 @pytest.mark.filterwarnings("ignore")  # Pillow warns of damaged EXIF and TIFF tags
 @pytest.mark.parametrize("kind", FUZZED)
 def test_damaged_bytes_end_in_a_picture_or_one_fault(tmp_path, kind):
-    """Whatever a decoder raises, a person sees a sentence. New kinds of error belong into images._DECODER_ERRORS."""
+    """Whatever a decoder raises, a person sees a sentence."""
     draw = random.Random(kind)
     original = FUZZED[kind]()
     path = tmp_path / "a.png"

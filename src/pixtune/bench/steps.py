@@ -33,7 +33,7 @@ from pixtune.hardware.machine import driver_may_spill
 from pixtune.plan.rungs import QUANTIZED
 from pixtune.plan.training import TrainingPlan
 from pixtune.planning import footprint_of, plain_linears, targeted_linears, tensor_shapes
-from pixtune.progress import StepBar
+from pixtune.progress import StepBar, say
 from pixtune.run import Run, TrainResult
 from pixtune.services import Services
 from pixtune.storage.model_folder import open_model_folder
@@ -257,7 +257,7 @@ class TimedSteps:
         return TrainResult(finished=True, step=self._run.num_steps, output_dir=self._run.config.output_dir)
 
     def _print(self, line: str) -> None:
-        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+        say(self._console, line)
 
     # ---- afterwards
 

@@ -7,27 +7,28 @@ It saves memory as training does: encoders are loaded first and leave, the trans
 from __future__ import annotations
 
 import gc
-import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from pydantic import ValidationError
 from rich.console import Console
-from torch import Tensor, nn
+from torch import Tensor
 
-from pixtune.config.schema import DataConfig, TrainConfig
+from pixtune.config.schema import DataConfig, SamplesConfig, TrainConfig
+from pixtune.config.sources import show
 from pixtune.data.build_encoder import plan_encoders_for
 from pixtune.data.cache import Ledger, MemoryStore
-from pixtune.data.encode import Encoder, FramedPicture, TextItem
+from pixtune.data.encode import Encoder, FramedPicture, TextItem, shorten
 from pixtune.data.encodings import Encodings, control_pictures, text_item
 from pixtune.data.examples import Example
-from pixtune.data.prepare import control_rules, encode_prompt, prompt_example
+from pixtune.data.prepare import control_rules, encode_prompt, prompt_example, rounded_sizes
 from pixtune.engine.apply import blocks_of, load_planned, placement_of
 from pixtune.engine.compile import compile_blocks, compile_obstacle
 from pixtune.engine.load import LoadedTransformer
-from pixtune.errors import WeightsError
+from pixtune.errors import ConfigError, WeightsError
 from pixtune.families import family_of
 from pixtune.family import CONTROL_SIDE, ModelFamily, Placement
 from pixtune.hardware.facts import HardwareFacts
@@ -40,10 +41,11 @@ from pixtune.plan.sampling import SampleSizes, SamplingPlan, plan_sampling
 from pixtune.planning import can_pad, encoder_sizes, tensor_shapes
 from pixtune.sampler import EncodedPrompt, PromptPicture, PromptSampler, SamplerSettings
 from pixtune.sizes import Size
+from pixtune.storage.files import check_writable
+from pixtune.storage.loading import check_parts
 from pixtune.storage.model_folder import ModelFolder, open_model_folder
 from pixtune.tracking.memory import RunMemory
-from pixtune.trained import adapters
-from pixtune.trained.export import read_lora_file
+from pixtune.trained.saved_lora import SavedLora, attach_saved_lora, read_saved_lora
 
 ENCODING, LOADING, SAMPLING, DECODING = "prompts encoded", "transformer", "pictures drawn", "pictures decoded"
 """Stages of sampling, as the memory log names them."""
@@ -72,23 +74,6 @@ class SampleRequest:
 
 
 @dataclass(frozen=True)
-class SavedLora:
-    """A LoRA that was read from a file of pixtune's."""
-
-    path: Path
-    weights: dict[str, Tensor]
-    """`MODULE.lora_A.weight` and `MODULE.lora_B.weight`."""
-    targets: tuple[str, ...]
-    rank: int
-    alpha: float
-
-    @property
-    def modules(self) -> tuple[str, ...]:
-        """Paths of the layers that it is attached to."""
-        return tuple(dict.fromkeys(name.rsplit(".lora_", 1)[0] for name in self.weights))
-
-
-@dataclass(frozen=True)
 class Plans:
     """Plans of a request on one machine."""
 
@@ -105,6 +90,8 @@ class Task:
     folder: ModelFolder
     lora: SavedLora | None
     examples: tuple[Example, ...]
+    notes: tuple[str, ...] = ()
+    """Sentences on what is done otherwise than it was asked for."""
 
     @property
     def texts(self) -> tuple[TextItem, ...]:
@@ -127,23 +114,30 @@ def sample_pictures(
     """Samples a picture for each prompt and seed, and yields the paths of the PNG files.
 
     Args:
-        say: called with each line of the plan.
+        say: called with each line of the plan, and with notes on what differs from the request.
 
     Raises:
+        WriteError: `output_dir` cannot be written to.
         WeightsError: model or LoRA cannot be used.
         DataError: a control picture cannot be used.
         PlanError: it fits neither the GPU nor the host beside it; reports how much is missing.
-        ConfigError: the request demands what this GPU cannot do.
+        ConfigError: a number of the request is none that can be, or it demands what this GPU cannot do.
         WriteError: a picture could not be written; those before it are kept.
     """
     config = config_of(request, output_dir)
+    check_writable(output_dir, "Give another folder as --output.")
     memory = RunMemory(config)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     memory.start(device)
     task = open_task(request)
+    check_parts(task.folder, (*task.family.text_components, "vae", "transformer"))
     plans = make_plans(task, config, read_facts(device), abilities_of(task, device))
     for reason in (*plans.encoders.reasons, *plans.sampling.reasons):
-        say(reason)
+        say(f"plan: {reason}")
+    encoder = build_encoder(task, plans.encoders, placement_of(plans.sampling, device))
+    prompts = [(f"the prompt {shorten(each.caption)}", text_item(each.caption, each, 0)) for each in task.examples]
+    for sentence in (*task.notes, *encoder.cut_captions(prompts)):
+        say(f"note: {sentence}")
     output_dir.mkdir(parents=True, exist_ok=True)
     for number, picture in enumerate(sample_as_planned(task, plans, device, memory.stages)):
         path = output_dir / f"{number:03d}-seed{picture.seed}.png"
@@ -152,17 +146,37 @@ def sample_pictures(
 
 
 def config_of(request: SampleRequest, output_dir: Path) -> TrainConfig:
-    """Expresses the request in the keys of a run, from which plans are made."""
-    return TrainConfig(
-        pretrained_model_name_or_path=request.model,
-        output_dir=output_dir,
-        max_train_steps=1,
-        data_config=DataConfig(img_dir=output_dir),
-        mixed_precision="bf16" if request.weights_format == "bf16" else "no",
-        quantize=request.quantize,
-        disable_quantization=request.quantize is False,
-        gpu_memory_limit_gib=request.gpu_memory_limit_gib,
-    )
+    """Expresses the request in the keys of a run, from which plans are made.
+
+    Raises:
+        ConfigError: a value is none that the key can have.
+    """
+    settings = request.settings
+    width, height = request.size or (None, None)
+    try:
+        return TrainConfig(
+            pretrained_model_name_or_path=request.model,
+            output_dir=output_dir,
+            max_train_steps=1,
+            data_config=DataConfig(
+                img_dir=output_dir, max_text_tokens=request.max_text_tokens, control_size=request.control_size
+            ),
+            samples=SamplesConfig(
+                prompts=request.prompts,
+                seeds=settings.seeds,
+                num_steps=settings.num_steps,
+                guidance_scale=settings.guidance_scale,
+                width=width,
+                height=height,
+            ),
+            mixed_precision="bf16" if request.weights_format == "bf16" else "no",
+            quantize=request.quantize,
+            disable_quantization=request.quantize is False,
+            gpu_memory_limit_gib=request.gpu_memory_limit_gib,
+        )
+    except ValidationError as error:
+        faults = [f"{each['loc'][0]} is {show(each['input'])}: {each['msg']}." for each in error.errors()]
+        raise ConfigError("these pictures cannot be sampled", faults) from error
 
 
 def open_task(request: SampleRequest) -> Task:
@@ -176,27 +190,12 @@ def open_task(request: SampleRequest) -> Task:
     multiple = family.pixel_multiple(folder)
     rules = control_rules(family, folder, request.control_size)
     size = request.size or (CONTROL_SIDE, CONTROL_SIDE)
+    notes = rounded_sizes(size, multiple) if request.size is not None or not request.controls else []
     examples = tuple(
         prompt_example(text, request.controls, size, request.size is None, multiple, rules) for text in request.prompts
     )
-    return Task(request, family, folder, read_lora(request.lora) if request.lora else None, examples)
-
-
-def read_lora(path: Path) -> SavedLora:
-    """Reads a LoRA from a file of pixtune's.
-
-    Raises:
-        WeightsError: it is not a LoRA that pixtune wrote for diffusers.
-    """
-    weights, metadata = read_lora_file(path)
-    if "lora_adapter_metadata" not in metadata:
-        raise WeightsError(
-            f"{path} has no lora_adapter_metadata, so its scale is unknown. Give the pytorch_lora_weights.safetensors "
-            "of a run."
-        )
-    scale = json.loads(metadata["lora_adapter_metadata"])
-    targets = tuple(scale["transformer.target_modules"])
-    return SavedLora(path, weights, targets, scale["transformer.r"], scale["transformer.lora_alpha"])
+    lora = read_saved_lora(request.lora) if request.lora else None
+    return Task(request, family, folder, lora, examples, tuple(notes))
 
 
 # ---- plans
@@ -246,7 +245,7 @@ def footprint_of(task: Task, config: TrainConfig) -> Footprint:
         raise WeightsError(f"{lora.path} does not fit this model, which has no {unknown[0]}")
     return read_footprint(
         family, shapes, family.block_shape(folder)[1], max(_num_tokens(task, example) for example in task.examples),
-        modules, lora.rank if lora else 0,
+        modules, lora.largest_rank if lora else 0,
     )  # fmt: skip
 
 
@@ -273,7 +272,7 @@ def sample_as_planned(
     """
     stages = stages or StageLog()
     placement = placement_of(plans.sampling, device)
-    prompts = encode_prompts(task, plans.encoders, placement)
+    prompts = encode_prompts(task, build_encoder(task, plans.encoders, placement))
     stages.record(ENCODING)
     sampler = PromptSampler(
         task.family, task.folder, prompts, task.request.settings, placement, keep_autoencoder=False,
@@ -290,9 +289,9 @@ def sample_as_planned(
     stages.record(DECODING)
 
 
-def encode_prompts(task: Task, plan: EncoderPlan, placement: Placement) -> list[EncodedPrompt]:
-    """Encodes prompts and controls as training does. Encoders leave the device before the transformer is loaded."""
-    encoder = Encoder(
+def build_encoder(task: Task, plan: EncoderPlan, placement: Placement) -> Encoder:
+    """Builds the encoder of prompts and controls, with nothing loaded and nothing kept on disk."""
+    return Encoder(
         family=task.family,
         folder=task.folder,
         placement=placement,
@@ -304,6 +303,10 @@ def encode_prompts(task: Task, plan: EncoderPlan, placement: Placement) -> list[
         memo_dir=None,
         names_weights=False,
     )
+
+
+def encode_prompts(task: Task, encoder: Encoder) -> list[EncodedPrompt]:
+    """Encodes prompts and controls as training does. Encoders leave the device before the transformer is loaded."""
     encodings = Encodings(encoder)
     encodings.fill_texts(task.texts)
     encodings.fill_pictures(task.controls)
@@ -337,20 +340,7 @@ def load_base(task: Task, plan: SamplingPlan, device: torch.device, sizes_vary: 
     """
     transformer = load_planned(task.family, task.folder, plan, device)
     if task.lora is not None:
-        attach(transformer.module, task.lora)
+        attach_saved_lora(transformer.module, task.lora)
     if plan.compile:
         compile_blocks(blocks_of(transformer.module, task.family), selective=False, sizes_vary=sizes_vary)
     return transformer
-
-
-def attach(transformer: nn.Module, lora: SavedLora) -> None:
-    """Attaches a saved LoRA to a transformer.
-
-    Raises:
-        WeightsError: it is for another model.
-    """
-    adapters.attach_lora(transformer, lora.targets, lora.rank, lora.alpha, 0)
-    try:
-        adapters.load_lora_weights(transformer, lora.weights)
-    except (KeyError, RuntimeError) as error:
-        raise WeightsError(f"{lora.path} does not fit this model: {error}") from error

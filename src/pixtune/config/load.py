@@ -16,13 +16,17 @@ from pydantic_core import ErrorDetails
 
 from pixtune.config.contradictions import contradictions
 from pixtune.config.schema import NOT_YET, TrainConfig, leaf_keys, sections
-from pixtune.config.sources import COMMAND_LINE, ConfigDumper, Entry, Fault, Place, read_file, read_overrides, show
+from pixtune.config.sources import COMMAND_LINE, Entry, Fault, Place, read_file, read_overrides, show
+from pixtune.config.yaml_tree import ConfigDumper
 from pixtune.errors import ConfigError, NotYetError
 
 logger = logging.getLogger(__name__)
 
 FOLDERS = ("data_config.img_dir", "data_config.control_dir", "validation.held_out_dir")
 """Keys whose folders must exist before a run does anything else."""
+
+WRITTEN = ("output_dir", "data_config.cache_dir")
+"""Keys of folders that a run writes to."""
 
 
 def load_config(path: Path | None, overrides: Sequence[str] = (), folders_must_exist: bool = True) -> TrainConfig:
@@ -113,8 +117,6 @@ def _field_fault(key: str, errors: Sequence[ErrorDetails], entry: Entry | None, 
     near = _near_choice(errors, entry.value)
     if near:
         sentence += f"; did you mean {near}?"
-    elif errors[0]["type"] == "string_pattern_mismatch":
-        sentence += f". {description}"
     return Fault(entry.place, sentence)
 
 
@@ -126,11 +128,10 @@ _WANTED = {
     "finite_number": "a finite number",
     "tuple_type": "a list",
     "path_type": "a path",
-    "greater_than": "greater than {gt:g}",
-    "greater_than_equal": "at least {ge:g}",
-    "less_than": "less than {lt:g}",
-    "less_than_equal": "at most {le:g}",
-    "string_pattern_mismatch": "in the right form",
+    "greater_than": "greater than {gt}",
+    "greater_than_equal": "at least {ge}",
+    "less_than": "less than {lt}",
+    "less_than_equal": "at most {le}",
     "literal_error": "{expected}",
 }
 """Meaning of pydantic's error types, in words that follow "must be"."""
@@ -142,7 +143,8 @@ def _wanted(details: ErrorDetails) -> str:
     form = _WANTED.get(details["type"])
     if form is None:
         return details["msg"].removeprefix("Input should be ")
-    wanted = form.format(**details.get("ctx", {})).replace("'", '"')
+    bounds = {key: f"{bound:g}" if isinstance(bound, float) else bound for key, bound in details.get("ctx", {}).items()}
+    wanted = form.format(**bounds).replace("'", '"')
     if details["type"] == "string_type" and isinstance(details["input"], bool | int | float):
         wanted += " (put it in quotes)"
     position = next((word for word in details["loc"] if isinstance(word, int)), None)
@@ -175,10 +177,26 @@ def _folder_faults(right: Mapping[str, Any], entries: Mapping[str, Entry]) -> li
                 problem = "is a file, not a folder" if os.path.exists(folder) else "there is no such folder"
                 looked = "" if os.path.isabs(folder) else f" (looked for {os.path.abspath(folder)})"
                 faults.append(Fault(entries[key].place, f"{key} is {show(name)}: {problem}{looked}"))
-    output = right.get("output_dir")
-    if output is not None and os.path.isfile(os.path.expanduser(output)):
-        faults.append(Fault(entries["output_dir"].place, f"output_dir is {show(output)}: is a file, not a folder"))
+    faults += [
+        Fault(entries[key].place, f"{key} is {show(right[key])}: {reason}")
+        for key in WRITTEN
+        if right.get(key) is not None and (reason := why_not_writable(os.path.expanduser(right[key])))
+    ]
     return faults
+
+
+def why_not_writable(folder: str) -> str | None:
+    """Returns why a folder can neither be written to nor made, as far as that shows without writing; None: it can."""
+    place = os.path.abspath(folder)
+    while not os.path.lexists(place) and os.path.dirname(place) != place:
+        place = os.path.dirname(place)
+    whose = "" if place == os.path.abspath(folder) else f"{place} "
+    if not os.path.isdir(place):
+        kind = "is a link to nothing" if not os.path.exists(place) else "is a file, not a folder"
+        return f"{whose}{kind}"
+    if not os.access(place, os.W_OK | os.X_OK):
+        return f"{whose or 'it '}may not be written to (a read-only disk, or another user's folder)"
+    return None
 
 
 def _refuse_what_is_missing_yet(config: TrainConfig, entries: Mapping[str, Entry]) -> None:

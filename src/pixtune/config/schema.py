@@ -8,35 +8,27 @@ where the key is absent. `tests/unit/config/test_schema.py` checks that none is 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from pixtune.config.contradictions import contradictions
-
-
-def _not_empty(value: object) -> object:
-    if value == "":  # Path("") is the current folder, which nobody means
-        raise ValueError("must be a path, which empty text is not")
-    return value
-
-
-def _home_expanded(path: Path) -> Path:
-    return Path(os.path.expanduser(path))
-
-
-# YAML has no path type, so text is taken; `~` is the home folder, as in a shell.
-FilePath = Annotated[Path, Field(strict=False), BeforeValidator(_not_empty), AfterValidator(_home_expanded)]
-Words = Annotated[tuple[str, ...], Field(strict=False)]
-FilePaths = Annotated[tuple[FilePath, ...], Field(strict=False, min_length=1)]
-PathLists = Annotated[tuple[FilePaths, ...], Field(strict=False)]
-Integers = Annotated[tuple[int, ...], Field(strict=False)]
-Share = Annotated[float, Field(ge=0, le=1)]
-Count = Annotated[int, Field(ge=1)]
+from pixtune.config.values import (
+    Count,
+    FewThousand,
+    FilePath,
+    FilePaths,
+    Name,
+    PathLists,
+    Seeds,
+    Share,
+    Side,
+    StepRules,
+    Words,
+)
 
 
 def _changeable(names: tuple[str, ...]) -> tuple[str, ...]:
@@ -80,23 +72,23 @@ class DataConfig(Section):
     an example. Absent: no controls."""
     allow_missing_controls: bool = False
     """Whether a picture without a control of its name is trained on without one. False: it is a problem."""
-    control_size: int = Field(default=1024, ge=16)
+    control_size: Side = 1024
     """Side, in pixels, of the square whose area control pictures are brought near to. The stock pipelines use 1024
     whatever the target's size; smaller is faster."""
     metadata_file: FilePath | None = None
     """A JSONL file in place of caption files and `control_dir`: one {"image": ..., "caption": ..., "control": [...]} a
     line, with paths relative to `img_dir`. Absent: caption files."""
-    img_size: int = Field(default=1024, ge=16)
+    img_size: Side = 1024
     """Side, in pixels, of the square whose area pictures are brought near to, each in a bucket of its own aspect
     ratio."""
-    train_batch_size: Count | None = None
+    train_batch_size: FewThousand | None = None
     """Another place for the top level's `train_batch_size`, which decides where this is absent; unequal values are a
     problem."""
-    num_workers: int = Field(default=2, ge=0)
+    num_workers: int = Field(default=2, ge=0, le=1024)
     """Number of threads that read the cache and draw noise ahead of the step. 0: batches are made between steps."""
-    caption_type: str = "txt"
+    caption_type: Name = "txt"
     """Extension of the caption files."""
-    max_text_tokens: Count | None = None
+    max_text_tokens: FewThousand | None = None
     """Number of tokens that captions are cut to, and padded to where a model wants a fixed length (FLUX). Absent: the
     stock pipeline's (512 for Qwen-Image and FLUX; the edit models cut nothing)."""
     caption_dropout_rate: Share = 0.0
@@ -141,7 +133,7 @@ class ValidationConfig(Section):
     of the same names as those of the training pictures: data/images with data/control. Absent: `held_out` decides."""
     every: Count = 100
     """Number of steps between two validations; there is also one before the first step and one after the last."""
-    num_draws: Count = 2
+    num_draws: FewThousand = 2
     """Number of fixed noises for each held-out picture in each quarter of the sigma range."""
 
 
@@ -152,19 +144,19 @@ class SamplesConfig(Section):
     """Prompts to sample during training, one picture for each prompt and seed. Empty: no samples."""
     controls: PathLists = ()
     """Control pictures of each prompt (edit models): one list of paths for each prompt. Empty: none."""
-    seeds: Integers = (0,)
+    seeds: Seeds = (0,)
     """Seeds of the starting noise; each is used with each prompt."""
     every: Count = 500
     """Number of steps between two rounds of samples; there is also one before the first step and one after the last."""
-    num_steps: Count = 20
+    num_steps: Annotated[int, Field(ge=1, le=10_000)] = 20
     """Number of sampler steps."""
     guidance_scale: float = Field(default=4.0, ge=1)
     """Scale of classifier-free guidance; 1 turns it off and halves the time. For distilled models (FLUX) the guidance
     input."""
-    width: Count | None = None
+    width: Side | None = None
     """Width of the samples in pixels. Absent: `img_size`; with controls and no `height` either, the last control's
     shape at the area of `img_size` squared."""
-    height: Count | None = None
+    height: Side | None = None
     """Height of the samples in pixels. Absent: as for `width`."""
 
 
@@ -189,7 +181,7 @@ class TrainConfig(Section):
     """One training run."""
 
     # ---- what and where
-    pretrained_model_name_or_path: str
+    pretrained_model_name_or_path: Name
     """A folder in diffusers' layout or a hub name, for example Qwen/Qwen-Image."""
     output_dir: FilePath
     """Folder for checkpoints, the LoRA, metrics and the report."""
@@ -204,28 +196,28 @@ class TrainConfig(Section):
     """Folder for the tracker's files, relative to `output_dir`."""
     report_to: Literal["tensorboard", "wandb"] | None = None
     """Tracker besides `metrics.jsonl`, which is always written. Absent: none."""
-    tracker_project_name: str = "pixtune"
+    tracker_project_name: Name = "pixtune"
     """Name of the project in the tracker."""
     logging_steps: Count = 10
     """Number of steps after which losses are read back from the device; each step's loss is recorded all the same.
     Several processes agree as often on whether to stop."""
 
     # ---- length and rate
-    seed: int = Field(default=42, ge=0)
+    seed: int = Field(default=42, ge=0, le=2**63 - 1)
     """Seed of the run: every draw is a function of it, the step, the example and the purpose."""
     deterministic: bool = False
     """Whether steps are bit-exact on a GPU too, at a price in speed. On a CPU they always are."""
     mixed_precision: Literal["no", "bf16"] = "bf16"
     """Number format of activations and of weights that are not quantized: "bf16", or "no" for fp32. A LoRA and its
     gradients are fp32 in either; with `method: full` the trained weights have this format."""
-    train_batch_size: Count | None = None
+    train_batch_size: FewThousand | None = None
     """Number of examples in a process's micro-batch. Absent here and in `data_config`: 1."""
-    gradient_accumulation_steps: Count = 1
+    gradient_accumulation_steps: FewThousand = 1
     """Number of micro-batches per optimizer step."""
     max_train_steps: Count | None = None
     """Number of optimizer steps; with `num_train_epochs` as well, whichever ends first. Absent: `num_train_epochs`
     decides; one of the two is required."""
-    num_train_epochs: Count | None = None
+    num_train_epochs: Annotated[int, Field(ge=1, le=100_000)] | None = None
     """Number of passes over the data set. Absent: `max_train_steps` decides."""
     learning_rate: float = Field(default=1e-4, gt=0)
     """Peak learning rate."""
@@ -237,7 +229,7 @@ class TrainConfig(Section):
     """Number of cycles of "cosine_with_restarts"."""
     lr_power: float = Field(default=1.0, gt=0)
     """Exponent of "polynomial"."""
-    lr_step_rules: str | None = Field(default=None, pattern=r"^([0-9.eE+-]+:[0-9]+,)*[0-9.eE+-]+$")
+    lr_step_rules: StepRules | None = None
     """Rules of "piecewise_constant", for example "1:10,0.1:20,0.01:30,0.005": FACTOR:UNTIL_STEP, and a last factor.
     Required for that schedule; absent for all others."""
     adam8bit: bool | None = None
@@ -260,7 +252,7 @@ class TrainConfig(Section):
     weight_update: Literal["stochastic_rounding", "fp32_master"] = "stochastic_rounding"
     """Way in which `method: full` adds a small update to a bf16 weight: rounded up or down by chance (weight and
     gradient take 4 bytes), or to an fp32 copy, beside gradients in fp32 (10 bytes)."""
-    rank: Count = 16
+    rank: FewThousand = 16
     """Rank of the LoRA."""
     lora_alpha: float | None = Field(default=None, gt=0)
     """Alpha of the LoRA, which is scaled by alpha / rank. Absent: the rank."""
@@ -287,7 +279,7 @@ class TrainConfig(Section):
     checkpoints_total_limit: Count | None = None
     """Number of checkpoints to keep, the newest; one more until the first loss with the newest one's weights is known.
     Absent: all."""
-    resume_from_checkpoint: str | None = None
+    resume_from_checkpoint: Name | None = None
     """Checkpoint to resume from: its folder, or "latest" (the newest in `output_dir` that is whole, by the order of
     saving; a new run where there is none). Absent: a new run, refused where `output_dir` holds one."""
     resume_with_changes_in: ChangeableNames = ()
@@ -337,7 +329,7 @@ class TrainConfig(Section):
     use_fastsafetensors: bool = True
     """Whether the fastsafetensors package reads weights, where it is installed and there is a GPU. Otherwise threads of
     pixtune's own read them."""
-    fastsafetensors_num_threads: Count = 8
+    fastsafetensors_num_threads: Annotated[int, Field(ge=1, le=1024)] = 8
     """Number of threads that read weights, with or without that package; without effect on a CPU."""
     cuda_features: CudaFeatures = CudaFeatures()
     """Kernels and number formats to use or avoid."""

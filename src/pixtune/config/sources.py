@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher, get_close_matches
@@ -12,7 +11,11 @@ from typing import NamedTuple
 
 import yaml
 
+from pixtune.config.other_names import OTHER_NAMES, REMEDIES
 from pixtune.config.schema import FORMER_KEYS, OLDER_NAMES, leaf_keys, sections
+from pixtune.config.yaml_tree import ABOUT_BACKSLASHES, CORE, BoundsError, ConfigLoader, compose
+from pixtune.inputs.printing import one_line
+from pixtune.inputs.reading import MEBIBYTE, read_bounded
 
 logger = logging.getLogger(__name__)
 
@@ -54,40 +57,11 @@ class Source(NamedTuple):
 
 COMMAND_LINE = Place(10**9, "command line")
 
+LARGEST_FILE_BYTES = MEBIBYTE
+"""Size that no config of a person reaches: the longest that is shipped has four thousand bytes."""
+
 
 # ---- YAML
-
-_CORE = {name: f"tag:yaml.org,2002:{name}" for name in ("str", "int", "float", "bool", "null", "seq", "map")}
-_PLAIN_WORDS = (  # kind, what it looks like, its possible first characters
-    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
-    ("int", r"[-+]?(0|[1-9][0-9]*)", "-+0123456789"),
-    ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?", "-+.0123456789"),
-    ("float", r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", "-+."),
-    ("null", r"null|Null|NULL|~|", ["n", "N", "~", ""]),
-)
-
-
-class ConfigLoader(yaml.SafeLoader):
-    """Reads YAML with the core types of YAML 1.2, as editors understand it, and nothing else.
-
-    PyYAML's own loader reads `3e-4` as text, `no` as false, `1:30` as 90 and `2025-11-16` as a date.
-    """
-
-    yaml_implicit_resolvers = {}  # noqa: RUF012  (PyYAML's own name; `add_implicit_resolver` below fills it)
-    yaml_constructors = {  # noqa: RUF012
-        tag: yaml.SafeLoader.yaml_constructors[tag] for tag in (*_CORE.values(), None)
-    }
-
-
-class ConfigDumper(yaml.SafeDumper):
-    """Writes YAML that ConfigLoader reads back as the same values."""
-
-    yaml_implicit_resolvers = {}  # noqa: RUF012
-
-
-for _kind, _pattern, _first in _PLAIN_WORDS:
-    for _yaml_class in (ConfigLoader, ConfigDumper):
-        _yaml_class.add_implicit_resolver(_CORE[_kind], re.compile(rf"^(?:{_pattern})$"), list(_first))
 
 
 def read_file(path: Path) -> Source:
@@ -98,19 +72,21 @@ def read_file(path: Path) -> Source:
         return Place(line, f"{path}:{line}")
 
     try:
-        text = path.read_bytes().decode("utf-8-sig")
-        root = yaml.compose(text, ConfigLoader)
+        text = read_bounded(path, LARGEST_FILE_BYTES).decode("utf-8-sig")
+        root = compose(text)
     except FileNotFoundError:
         return _unreadable(path, f"no such file{_similar_files(path)}")
     except OSError as error:
-        return _unreadable(path, f"cannot be read: {error.strerror}")
+        return _unreadable(path, f"cannot be read: {error.strerror or error}")
     except UnicodeDecodeError as error:
         return _unreadable(path, f"is not UTF-8 text (byte {error.start}): save it as UTF-8")
+    except BoundsError as error:
+        return _unreadable(path, error.sentence, error.line)
     except yaml.MarkedYAMLError as error:
-        return _unreadable(path, *_yaml_problem(error))
+        return _unreadable(path, *_yaml_problem(error, text))
     except yaml.YAMLError as error:
         return _unreadable(path, f"is not YAML: {error}")
-    if root is None or root.tag == _CORE["null"]:
+    if root is None or root.tag == CORE["null"]:
         return _unreadable(path, "is empty: a config needs at least the required keys")
     if not isinstance(root, yaml.MappingNode):
         return _unreadable(path, "holds no keys: a config is a list of `key: value` lines")
@@ -127,13 +103,17 @@ def read_overrides(words: Sequence[str]) -> Source:
             source.faults.append(Fault(COMMAND_LINE, f"{word!r} is not an override{hint}"))
             continue
         try:
-            node = yaml.compose(text, ConfigLoader)
+            node = compose(text)
+        except BoundsError as error:
+            source.faults.append(Fault(COMMAND_LINE, f"{key}: {error.sentence}"))
+            continue
         except yaml.YAMLError as error:
             problem = getattr(error, "problem", None) or error
-            source.faults.append(Fault(COMMAND_LINE, f"{key} is {text!r}, which is not YAML ({problem}): quote it"))
+            advice = f". {ABOUT_BACKSLASHES}" if "\\" in text else ": quote it"
+            source.faults.append(Fault(COMMAND_LINE, f"{key} is {text!r}, which is not YAML ({problem}){advice}"))
             continue
         if node is None:
-            node = yaml.ScalarNode(_CORE["null"], "")
+            node = yaml.ScalarNode(CORE["null"], "")
         one = Source({}, [])
         _collect_value(key, node, COMMAND_LINE, lambda _: COMMAND_LINE, one)
         source.faults.extend(one.faults)
@@ -146,10 +126,15 @@ def _unreadable(path: Path, sentence: str, line: int = 0) -> Source:
     return Source({}, [Fault(place, sentence)], readable=False)
 
 
-def _yaml_problem(error: yaml.MarkedYAMLError) -> tuple[str, int]:
+def _yaml_problem(error: yaml.MarkedYAMLError, text: str) -> tuple[str, int]:
     mark = error.problem_mark or error.context_mark
     parts = [part for part in (error.context, error.problem) if part]
-    return f"is not YAML: {', '.join(parts)}", mark.line + 1 if mark else 0
+    sentence = f"is not YAML: {', '.join(parts)}"
+    # A quote that `"C:\\Users\\"` leaves open is noticed far below the line where it stands.
+    begins = error.context_mark or mark
+    if begins is not None and "\\" in text.split("\n")[begins.line]:
+        sentence += f". {ABOUT_BACKSLASHES}"
+    return sentence, mark.line + 1 if mark else 0
 
 
 def _similar_files(path: Path) -> str:
@@ -191,7 +176,7 @@ def _collect_value(
     if key in known_sections:
         if isinstance(node, yaml.MappingNode):
             _collect_mapping(node, f"{written_as}.", at, source)
-        elif node.tag != _CORE["null"]:  # a section whose keys are all commented out is an empty section
+        elif node.tag != CORE["null"]:  # a section whose keys are all commented out is an empty section
             keys = ", ".join(known_sections[key].model_fields)
             source.faults.append(
                 Fault(place, f"{written_as} is {show(_plain(node))}: it is a section with keys of its own: {keys}")
@@ -247,7 +232,7 @@ def nearest_keys(key: str) -> list[str]:
 
     Keys are compared by their last part, so that one in the wrong section is found too.
     """
-    last = key.rpartition(".")[2].lower().replace("-", "_")
+    last = _last_part(key)
     scores: dict[str, float] = {}
     for candidate in (*leaf_keys(), *sections()):
         name = candidate.rpartition(".")[2]
@@ -259,13 +244,22 @@ def nearest_keys(key: str) -> list[str]:
 
 
 def _hint(key: str) -> str:
-    near = nearest_keys(key)
-    return f"; did you mean {' or '.join(near)}?" if near else ""
+    section, last = current_name(key).rpartition(".")[0], _last_part(key)
+    known_as = OTHER_NAMES.get(last, "")
+    within = sections()[section].model_fields if section in sections() else ()
+    near = [f"{section}.{name}" for name in within if last in name.split("_")]  # samples.steps: samples.num_steps
+    near = near or ([known_as] if known_as else nearest_keys(key))
+    remedy = f" {REMEDIES[known_as]}" if known_as in REMEDIES and near == [known_as] else ""
+    return f"; did you mean {' or '.join(near)}?{remedy}" if near else ""
+
+
+def _last_part(key: str) -> str:
+    return key.rpartition(".")[2].lower().replace("-", "_")
 
 
 def show(value: object) -> str:
-    """Returns a value as one would write it in YAML, shortened."""
+    """Returns a value as one would write it in YAML, on one line and shortened."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
-    text = f'"{value}"' if isinstance(value, str) else str(value)
+    text = one_line(f'"{value}"' if isinstance(value, str) else str(value))
     return text if len(text) <= 80 else f"{text[:76]} ..."

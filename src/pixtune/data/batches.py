@@ -52,6 +52,8 @@ class BatchOrder:
         self.global_batch_size = global_batch_size
         self.seed = seed
         self._epoch_ends: list[int] = []
+        # Whether all epochs have the same number of micro-batches: no example changes its size.
+        self.is_even = all(len(set(variants)) == 1 for variants in buckets)
         self.epoch = lru_cache(maxsize=4)(self._epoch)
 
     def _epoch(self, epoch: int) -> list[list[Turn]]:
@@ -71,6 +73,8 @@ class BatchOrder:
 
     def epoch_end(self, epoch: int) -> int:
         """Counts the micro-batches up to the end of this epoch."""
+        if self.is_even:
+            return (epoch + 1) * len(self.epoch(0))
         while len(self._epoch_ends) <= epoch:
             before = self._epoch_ends[-1] if self._epoch_ends else 0
             self._epoch_ends.append(before + len(self.epoch(len(self._epoch_ends))))
@@ -78,6 +82,8 @@ class BatchOrder:
 
     def epoch_of(self, index: int) -> int:
         """Finds the epoch of micro-batch `index`."""
+        if self.is_even:
+            return index // len(self.epoch(0))
         epoch = max(0, len(self._epoch_ends) - 1)
         while epoch > 0 and self.epoch_end(epoch - 1) > index:
             epoch -= 1

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from rich.console import Console
 
+from pixtune.config.load import why_not_writable
 from pixtune.config.schema import TrainConfig
 from pixtune.data.cache import DiskStore, Ledger, MemoryStore, missing_keys
 from pixtune.data.encode import Encoder, FramedPicture, TextItem
@@ -21,6 +23,7 @@ from pixtune.hardware.unified import is_unified_memory_system
 from pixtune.plan.demands import demands_of
 from pixtune.plan.encoders import PLAINLY, EncoderPlan, count_caption_tokens, more_exact
 from pixtune.planning import encoder_sizes, plan_encoders_of
+from pixtune.storage.files import check_writable
 from pixtune.storage.model_folder import ModelFolder
 
 CACHE_FOLDER = ".pixtune_cache"
@@ -44,9 +47,13 @@ def build_encoder(
 
     Raises:
         PlanError: the config demands an encoder on the GPU where it does not fit.
+        WriteError: the cache can be neither read nor made.
     """
-    cache_dir = config.data_config.cache_dir or config.data_config.img_dir / CACHE_FOLDER
+    cache_dir = cache_folder(config)
     on_disk = config.save_cache_on_disk
+    may_write = on_disk and why_not_writable(str(cache_dir)) is None
+    if on_disk and not may_write and not cache_dir.is_dir():
+        check_cache(config)
     dtype = torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
     encoder = Encoder(
         family=family,
@@ -57,13 +64,32 @@ def build_encoder(
         store=DiskStore(cache_dir / "entries") if on_disk else MemoryStore(),
         ledger=Ledger(cache_dir / "ledger.json" if on_disk else None),
         console=Console(quiet=not accelerator.is_main_process),
-        memo_dir=cache_dir / "weights" if on_disk else None,
-        counts_file=cache_dir / "caption_tokens.json" if on_disk else None,
+        memo_dir=cache_dir / "weights" if may_write else None,
+        counts_file=cache_dir / "caption_tokens.json" if may_write else None,
         stays=_encoders_stay(config),
     )
     if plan is None and on_disk:
         return prefer_more_exact(encoder, items, pictures, config)
     return encoder
+
+
+def cache_folder(config: TrainConfig) -> Path:
+    """Returns the folder of a run's cache."""
+    return config.data_config.cache_dir or config.data_config.img_dir / CACHE_FOLDER
+
+
+def check_cache(config: TrainConfig) -> None:
+    """Checks that encodings can be written, before the first of them is made.
+
+    Raises:
+        WriteError: they cannot; names the keys that help.
+    """
+    if config.save_cache_on_disk:
+        check_writable(
+            cache_folder(config),
+            "Set data_config.cache_dir to a folder for the encoded pictures and captions, or keep them in memory: "
+            "save_cache_on_disk=false.",
+        )
 
 
 def _plan_encoders(

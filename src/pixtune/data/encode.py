@@ -22,7 +22,7 @@ from torch import Tensor
 from pixtune.data.buckets import Framing
 from pixtune.data.cache import CacheKey, Entry, FillReport, Ledger, Store, fill
 from pixtune.data.caption_tokens import Lengths, count_new, cut_captions
-from pixtune.data.images import check_unchanged, crop_resize, open_rgb, to_pixels
+from pixtune.data.images import check_unchanged, crop_resize, decoded, to_pixels
 from pixtune.engine.tiling import encode_images
 from pixtune.engine.weight_only import quantize_encoder
 from pixtune.family import Conditioning, LatentDistribution, ModelFamily, Placement, Prompt, PromptOutline, TextEncoder
@@ -62,9 +62,10 @@ class FramedPicture:
             DataError: the file cannot be read, or is not the one that `digest` was taken of.
         """
         check_unchanged(self.path, self.digest)
-        picture = crop_resize(open_rgb(self.path), self.framing)
+        with decoded(self.path) as picture:
+            framed = crop_resize(picture.image, self.framing)
         check_unchanged(self.path, self.digest)  # it may have been replaced while it was read
-        return picture
+        return framed
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,12 @@ from __future__ import annotations
 import os
 import unicodedata
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from pixtune.errors import DataError
+from pixtune.inputs.reading import MEBIBYTE, read_bounded
 
 PICTURE_EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp", "bmp", "tiff", "tif"})
 """Extensions of the pictures that are read, in lower case; file names may have any letter case."""
@@ -23,6 +24,12 @@ UNREAD_EXTENSIONS = frozenset({"avif", "cr2", "dng", "gif", "heic", "heif", "jfi
 
 IGNORED_FOLDERS = frozenset({"__MACOSX", "__pycache__"})
 """Folders that are skipped, like every folder and file whose name begins with a dot, the cache's among them."""
+
+MARK_OF_A_RUN = "metrics.jsonl"
+"""File by which the folder of an earlier run is recognized, whose pictures are not taken for pictures to train on."""
+
+LARGEST_CAPTION_BYTES = MEBIBYTE
+"""Size that no caption reaches: a hundred thousand words, of which models read a few hundred."""
 
 _NAMES_SHOWN = 5
 """Number of names that a message lists."""
@@ -34,7 +41,8 @@ class Pair:
 
     image_path: Path
     name: str
-    """Path of the picture below the folder, with forward slashes: the example's identity, equal on every machine."""
+    """Path of the picture below the folder, with forward slashes and composed accents: the example's identity, equal on
+    every machine."""
     caption_path: Path | None = None
     """File of the caption, unless that stands in a metadata file."""
     caption: str | None = None
@@ -72,50 +80,60 @@ def find_pairs(
     caption_extension: str = "txt",
     control_folders: Sequence[Path] = (),
     allow_missing_controls: bool = False,
+    apart: Collection[Path] = (),
 ) -> Pairs:
     """Looks through a folder and its subfolders, without reading a file. Problems are returned, not raised.
 
     A picture `sub/a.b.png` goes with the caption `sub/a.b.txt`: the stem ends at the last dot and is matched letter by
-    letter, the extension in any letter case. Names that differ only in letter case are a problem, since they are one
-    file on Windows and macOS.
+    letter, the extension in any letter case. An accent matches whether it is composed or decomposed: archives of macOS
+    change that unseen. Names that differ only in letter case are a problem, since they are one file on Windows and
+    macOS.
 
     Args:
         image_folder: the pictures and captions.
         caption_extension: the contract's `caption_type`, with or without a leading dot.
         control_folders: control pictures of the same stems, for editing; one folder for each control of an example.
         allow_missing_controls: accept pictures without a control of their stem.
+        apart: folders that have a purpose of their own, such as the run's output, and are skipped within others.
     """
     extension = caption_extension.lstrip(".").lower()
     if not extension or extension in PICTURE_EXTENSIONS:
         return Pairs(image_folder, (), (), (f"caption_type is {caption_extension!r}; it must be like 'txt'.",), ())
     faults: list[str] = []
-    names = _list_files(image_folder, "image folder", faults)
-    pictures = _of_type(names, PICTURE_EXTENSIONS)
-    captions = _of_type(names, {extension})
+    warnings: list[str] = []
+    purposes = frozenset(os.path.realpath(folder) for folder in apart)
+    listed = _list_files(image_folder, "image folder", purposes, faults, warnings)
+    pictures, captions = _of_type(listed, PICTURE_EXTENSIONS), _of_type(listed, {extension})
     if not faults and not pictures:
         faults.append(f"The image folder {image_folder} holds no picture ({', '.join(sorted(PICTURE_EXTENSIONS))}).")
-    faults += _ambiguous(image_folder, pictures, "pictures", "share one caption name")
-    faults += _ambiguous(image_folder, captions, "captions", "belong to one picture")
+    faults += _ambiguous(pictures, "pictures", "share one caption name")
+    faults += _ambiguous(captions, "captions", "belong to one picture")
+    unread = _of_type(listed, UNREAD_EXTENSIONS)
     partners = _Partners("caption", image_folder, captions, f".{extension}")
-    caption_of = _match(image_folder, pictures, partners, faults)
+    caption_of = _match(image_folder, pictures, partners, faults, unread)
     controls_of = [
-        _find_controls(image_folder, pictures, folder, allow_missing_controls, faults) for folder in control_folders
+        _find_controls(image_folder, pictures, folder, purposes, allow_missing_controls, faults)
+        for folder in control_folders
     ]
+    if unread:
+        warnings.append(
+            f"{len(unread)} pictures in {image_folder} are of a type that is not read: {shorten(unread)}. Convert them."
+        )
     return Pairs(
         folder=image_folder,
         pairs=tuple(
             Pair(
-                image_folder / name,
+                path,
                 name,
                 caption_path=caption_of[name],
                 control_paths=tuple(control_of[name] for control_of in controls_of if name in control_of),
             )
-            for name in pictures
+            for name, path in pictures.items()
             if name in caption_of
         ),
-        lone_pictures=tuple(image_folder / name for name in pictures if name not in caption_of),
+        lone_pictures=tuple(path for name, path in pictures.items() if name not in caption_of),
         faults=tuple(faults),
-        warnings=tuple(_unread(image_folder, names)),
+        warnings=tuple(warnings),
     )
 
 
@@ -126,7 +144,7 @@ def read_caption(path: Path) -> str:
         DataError: one problem, with the file, the position of the bad byte and what to do.
     """
     try:
-        data = path.read_bytes()
+        data = read_bounded(path, LARGEST_CAPTION_BYTES)
     except OSError as error:
         raise _caption_error(path, f"cannot be read: {error.strerror or error}.") from error
     if data.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in data:
@@ -159,33 +177,73 @@ def _caption_error(path: Path, sentence: str) -> DataError:
     return DataError("a caption cannot be used", [f"{path} {sentence}"])
 
 
-def _list_files(folder: Path, role: str, faults: list[str]) -> list[str]:
-    """Lists the names of all files below a folder, sorted. Follows links to folders, but into no folder twice."""
+def _list_files(
+    folder: Path, role: str, apart: Collection[str], faults: list[str], warnings: list[str]
+) -> dict[str, Path]:
+    """Lists all files below a folder by their names, sorted. Follows links to folders, but into no folder twice.
+
+    Args:
+        apart: real paths of folders to skip, unless one is `folder` itself.
+    """
     if not folder.is_dir():
         faults.append(f"The {role} {folder} {'is not a folder' if folder.exists() else 'does not exist'}.")
-        return []
-
-    def report(error: OSError) -> None:
-        faults.append(f"The folder {error.filename} cannot be read: {error.strerror or error}.")
-
-    visited: set[str] = set()
-    found: list[str] = []
-    for parent, folders, files in os.walk(folder, onerror=report, followlinks=True):
-        if (real := os.path.realpath(parent)) in visited:
-            folders.clear()
+        return {}
+    root, visited = os.path.realpath(folder), set[str]()
+    found: dict[str, Path] = {}
+    waiting = [folder]
+    while waiting:
+        parent = waiting.pop()
+        real = os.path.realpath(parent)
+        if real in visited or (real in apart and real != root):
             continue
         visited.add(real)
-        folders[:] = sorted(name for name in folders if not name.startswith(".") and name not in IGNORED_FOLDERS)
-        found += [Path(parent, name).relative_to(folder).as_posix() for name in files if not name.startswith(".")]
-    # Python holds bytes that are not UTF-8 as surrogates, which neither a log nor a checkpoint can store.
-    nameless = {name for name in found if any("\ud800" <= mark <= "\udfff" for mark in name)}
-    faults += [f"The file name {name!a} below {folder} is not UTF-8. Rename it." for name in sorted(nameless)]
-    return sorted(set(found) - nameless)
+        if real != root and os.path.commonpath([real, root]) == real:
+            warnings.append(f"{parent} is a link to a folder that holds {folder} itself; it is skipped.")
+            continue
+        try:
+            with os.scandir(parent) as entries:
+                inside = sorted((entry.name, _is_folder(entry)) for entry in entries if not entry.name.startswith("."))
+        except OSError as error:
+            faults.append(f"The folder {parent} cannot be read: {error.strerror or error}.")
+            continue
+        if real != root and (MARK_OF_A_RUN, False) in inside:
+            warnings.append(f"{parent} is the output of a run (it holds {MARK_OF_A_RUN}); its pictures are skipped.")
+            continue
+        waiting += [parent / name for name, is_folder in reversed(inside) if is_folder and name not in IGNORED_FOLDERS]
+        for path in (parent / name for name, is_folder in inside if not is_folder):
+            try:
+                name = _name(path.relative_to(folder))
+            except UnicodeDecodeError:
+                faults.append(f"The file name {path.name!a} below {folder} is not UTF-8. Rename it.")
+                continue
+            if name in found:
+                faults.append(
+                    f"The names of {found[name]!s} and {path} differ only in the way accents are written, composed or "
+                    f"decomposed: {found[name].name!a}, {path.name!a}. Rename or remove one."
+                )
+            found[name] = path
+    return dict(sorted(found.items()))
 
 
-def _of_type(names: Iterable[str], extensions: Iterable[str]) -> list[str]:
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # links in a circle
+        return False
+
+
+def _name(relative: Path) -> str:
+    """Returns a file's name as its bytes mean it in UTF-8, whatever the locale takes them for, with composed accents.
+
+    Raises:
+        UnicodeDecodeError: the bytes are no UTF-8. Neither a log nor a checkpoint could store the name.
+    """
+    return unicodedata.normalize("NFC", os.fsencode(relative.as_posix()).decode("utf-8"))
+
+
+def _of_type(listed: Mapping[str, Path], extensions: Iterable[str]) -> dict[str, Path]:
     wanted = set(extensions)
-    return [name for name in names if PurePosixPath(name).suffix[1:].lower() in wanted]
+    return {name: path for name, path in listed.items() if PurePosixPath(name).suffix[1:].lower() in wanted}
 
 
 def _stem(name: str) -> str:
@@ -193,27 +251,29 @@ def _stem(name: str) -> str:
     return str(PurePosixPath(name).with_suffix(""))
 
 
-def _folded(stem: str) -> str:
-    """Maps names that a file system may take for one to one: letter case, composed and decomposed accents."""
-    return unicodedata.normalize("NFC", stem.casefold())
-
-
 def _by_stem(names: Iterable[str], fold: bool = False) -> dict[str, list[str]]:
     groups: dict[str, list[str]] = defaultdict(list)
     for name in names:
-        groups[_folded(_stem(name)) if fold else _stem(name)].append(name)
+        groups[_stem(name).casefold() if fold else _stem(name)].append(name)
     return groups
 
 
-def _ambiguous(folder: Path, names: list[str], kind: str, clash: str) -> list[str]:
+def _difference(one: str, other: str) -> str:
+    """Describes how two names differ that some file systems take for one."""
+    if one.lower() == other.lower():
+        return "differ only in letter case"
+    return "differ only in what some file systems take for letter case"
+
+
+def _ambiguous(files: Mapping[str, Path], kind: str, clash: str) -> list[str]:
     """Reports files of one kind with the same stem, or with one stem on a file system that ignores letter case."""
     faults = []
-    for group in _by_stem(names, fold=True).values():
+    for group in _by_stem(files, fold=True).values():
         if len(group) < 2:
             continue
-        listed = " and ".join(str(folder / name) for name in group)
-        only_case = len({_folded(name) for name in group}) < len(group) or len({_stem(name) for name in group}) > 1
-        problem = "have names that differ only in letter case" if only_case else clash
+        listed = " and ".join(str(files[name]) for name in group)
+        only_case = len({name.casefold() for name in group}) < len(group) or len({_stem(name) for name in group}) > 1
+        problem = f"have names that {_difference(_stem(group[0]), _stem(group[1]))}" if only_case else clash
         faults.append(f"The {kind} {listed} {problem}. Rename or remove all but one.")
     return faults
 
@@ -224,51 +284,73 @@ class _Partners:
 
     kind: str
     folder: Path
-    names: list[str]
+    files: Mapping[str, Path]
     extension: str
 
 
-def _match(folder: Path, pictures: list[str], partners: _Partners, faults: list[str]) -> dict[str, Path]:
-    """Finds the partner of the same stem for every picture, and reports files without one, on either side."""
-    kind, of_stem = partners.kind, _by_stem(partners.names)
-    stems = {_stem(name) for name in pictures}
-    lone_partners = [name for name in partners.names if _stem(name) not in stems]
+def _match(
+    folder: Path,
+    pictures: Mapping[str, Path],
+    partners: _Partners,
+    faults: list[str],
+    unread: Mapping[str, Path] | None = None,
+) -> dict[str, Path]:
+    """Finds the partner of the same stem for every picture, and reports files without one, on either side.
+
+    Args:
+        unread: pictures of types that are not read, which explain why a partner has none.
+    """
+    kind, of_stem = partners.kind, _by_stem(partners.files)
+    stems, unread_of_stem = {_stem(name) for name in pictures}, _by_stem(unread or ())
+    lone_partners = [name for name in partners.files if _stem(name) not in stems]
     near = _by_stem(lone_partners, fold=True)
     explained: set[str] = set()
-    for name in pictures:
+    for name, path in pictures.items():
         if _stem(name) in of_stem:
             continue
-        if others := near.get(_folded(_stem(name))):
+        if others := near.get(_stem(name).casefold()):
             explained.update(others)
             faults.append(
-                f"The picture {folder / name} and the {kind} {partners.folder / others[0]} have names that differ only "
-                "in letter case. Rename one, so that they are equal."
+                f"The picture {path} and the {kind} {partners.files[others[0]]} have names that "
+                f"{_difference(_stem(name), _stem(others[0]))}. Rename one, so that they are equal."
             )
         else:
             wanted = f"{partners.folder / _stem(name)}{partners.extension}"
-            faults.append(f"The picture {folder / name} has no {kind} {wanted}.")
+            faults.append(f"The picture {path} has no {kind} {wanted}.")
     for name in lone_partners:
-        if name not in explained:
-            faults.append(f"The {kind} {partners.folder / name} has no picture {folder / _stem(name)}.*.")
-    return {name: partners.folder / of_stem[_stem(name)][0] for name in pictures if _stem(name) in of_stem}
+        if name in explained:
+            continue
+        partner = f"The {kind} {partners.files[name]}"
+        if others := unread_of_stem.get(_stem(name)):
+            beside = folder / others[0]
+            faults.append(f"{partner} belongs to {beside}, a picture of a type that is not read. Convert it to PNG.")
+        else:
+            faults.append(f"{partner} has no picture {folder / _stem(name)}.*.")
+    return {name: partners.files[of_stem[_stem(name)][0]] for name in pictures if _stem(name) in of_stem}
 
 
 def _find_controls(
-    folder: Path, pictures: list[str], control_folder: Path, may_be_missing: bool, faults: list[str]
+    folder: Path,
+    pictures: Mapping[str, Path],
+    control_folder: Path,
+    apart: Collection[str],
+    may_be_missing: bool,
+    faults: list[str],
 ) -> dict[str, Path]:
     """Finds the control picture of every target. A missing folder is one problem, not one for each picture."""
     before = len(faults)
-    controls = _of_type(_list_files(control_folder, "control folder", faults), PICTURE_EXTENSIONS)
+    listed = _list_files(control_folder, "control folder", apart, faults, [])
     if len(faults) > before:
         return {}
-    faults += _ambiguous(control_folder, controls, "control pictures", "belong to one target")
+    controls = _of_type(listed, PICTURE_EXTENSIONS)
+    faults += _ambiguous(controls, "control pictures", "belong to one target")
     stems = set(_by_stem(controls))
-    wanted = [name for name in pictures if _stem(name) in stems] if may_be_missing else pictures
-    return _match(folder, wanted, _Partners("control picture", control_folder, controls, ".*"), faults)
-
-
-def _unread(folder: Path, names: Iterable[str]) -> list[str]:
-    unread = _of_type(names, UNREAD_EXTENSIONS)
-    if not unread:
-        return []
-    return [f"{len(unread)} pictures in {folder} are of a type that is not read: {shorten(unread)}. Convert them."]
+    wanted = {name: path for name, path in pictures.items() if _stem(name) in stems} if may_be_missing else pictures
+    unread = _of_type(listed, UNREAD_EXTENSIONS)
+    found = _match(folder, wanted, _Partners("control picture", control_folder, controls, ".*"), faults)
+    if unread and len(found) < len(pictures):
+        faults.append(
+            f"{len(unread)} control pictures in {control_folder} are of a type that is not read: {shorten(unread)}. "
+            "Convert them."
+        )
+    return found

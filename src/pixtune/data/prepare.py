@@ -11,25 +11,35 @@ from torch import Tensor
 
 from pixtune.config.schema import TrainConfig
 from pixtune.data.buckets import Framing, build_buckets, frame_picture
-from pixtune.data.build_encoder import build_encoder
+from pixtune.data.build_encoder import build_encoder, check_cache
 from pixtune.data.cache import missing_keys
 from pixtune.data.controls import ControlRules, frame_control
 from pixtune.data.encode import Encoder, FramedPicture, TextItem, shorten
 from pixtune.data.encodings import Encodings, control_pictures, target_picture, text_item
-from pixtune.data.examples import Example, check_folder, read_examples, split_held_out
+from pixtune.data.examples import (
+    Example,
+    check_folder,
+    check_purposes,
+    folders_apart,
+    read_examples,
+    split_held_out,
+    without_held_out,
+)
 from pixtune.data.images import read_size
 from pixtune.data.prepared import PreparedData, captioned_sizes, example_reader, most_image_tokens
 from pixtune.data.random_data import random_data
 from pixtune.data.swapped import BothWays, choose_pairs, needed_pictures, needed_texts, read_pairs
-from pixtune.errors import DataError
+from pixtune.errors import ConfigError, DataError
 from pixtune.family import Conditioning, LatentDistribution, ModelFamily
 from pixtune.hardware.monitor import StageLog
 from pixtune.plan.encoders import EncoderPlan
 from pixtune.plan.passes import needs_negative
 from pixtune.plan.text_padding import Captions
+from pixtune.progress import say
 from pixtune.sampler import EncodedPrompt
 from pixtune.sizes import Size
-from pixtune.storage.files import text_digest
+from pixtune.storage.files import check_outputs, text_digest
+from pixtune.storage.loading import check_parts
 from pixtune.storage.model_folder import ModelFolder
 from pixtune.validation import HeldOutPicture
 
@@ -53,19 +63,35 @@ def prepare_data(
         check: receives the data's fingerprint before anything is encoded, and may refuse it by raising.
 
     Raises:
+        ConfigError: one folder is given for two purposes.
         DataError: pictures or captions that cannot be used, all together.
+        WeightsError: files of the model are damaged.
         PlanError: the config demands an encoder on the GPU where it does not fit.
+        WriteError: results cannot be written, or something is to be encoded and the cache cannot.
     """
+    check_purposes(config)
+    if accelerator.is_main_process:
+        check_outputs(config)
+    if not config.random_weights:
+        check_parts(folder, (*family.text_components, "vae", "transformer"))
     multiple, data = family.pixel_multiple(folder), config.data_config
     rules = control_rules(family, folder, data.control_size)
-    examples = read_examples(data, data.img_dir, multiple, data.random_ratio, rules)
+    apart, notes = folders_apart(config), list[str]()
+    if data.img_size % multiple:
+        side = data.img_size // multiple * multiple
+        notes.append(f"img_size {data.img_size} is no multiple of {multiple}: square pictures train at {side}x{side}.")
+    examples = read_examples(data, data.img_dir, multiple, data.random_ratio, rules, apart, notes.append)
     training, held_out = split_held_out(examples, config.validation.held_out, config.seed)
     if config.validation.held_out_dir is not None:
-        held_out = read_examples(data, config.validation.held_out_dir, multiple, random_ratio=False, controls=rules)
+        folder_of_held_out = config.validation.held_out_dir
+        held_out = read_examples(data, folder_of_held_out, multiple, False, rules, apart, notes.append)
+        training, sentence = without_held_out(training, held_out)
+        notes += [sentence] if sentence else []
     if config.random_weights:
         return random_data(config, family, folder, training, held_out)
 
     prompts = _prompt_examples(config, multiple, rules)
+    notes += rounded_sizes(_asked_size(config), multiple) if prompts and not _own_shapes(config) else []
     pairs = choose_pairs(training, rules, family.dropped_caption, config.seed)
     items = _needed_texts(config, family, training, held_out, prompts)
     items = list(dict.fromkeys([*items, *needed_texts(pairs, family.dropped_caption)]))
@@ -76,20 +102,20 @@ def prepare_data(
     fingerprint = _fingerprint(encoder, training)
     check(fingerprint)
     if accelerator.is_main_process or not config.save_cache_on_disk:
-        if missing_keys(encoder.store, encoder.latent_keys(pictures)):
+        no_latents = missing_keys(encoder.store, encoder.latent_keys(pictures))
+        if no_latents or missing_keys(encoder.store, encoder.text_keys(items)):
+            check_cache(config)
+        if no_latents:
             for checked in filter(None, (data.img_dir, config.validation.held_out_dir)):
-                for warning in check_folder(data, checked, multiple):
-                    encoder.console.print(f"note: {warning}", markup=False, highlight=False, soft_wrap=True)
+                notes += check_folder(data, checked, multiple, apart)
         stages = stages or StageLog()
-        for sentence in encoder.cut_captions(_named_texts(training, held_out, prompts)):
-            encoder.console.print(f"note: {sentence}", markup=False, highlight=False, soft_wrap=True)
+        for sentence in (*notes, *encoder.cut_captions(_named_texts(training, held_out, prompts))):
+            say(encoder.console, f"note: {sentence}")
         for reason in encoder.plan.reasons:
-            encoder.console.print(f"encoders: {reason}", markup=False, highlight=False, soft_wrap=True)
-        report = f"captions: {encodings.fill_texts(items)}"
-        encoder.console.print(report, markup=False, highlight=False, soft_wrap=True)
+            say(encoder.console, f"encoders: {reason}")
+        say(encoder.console, f"captions: {encodings.fill_texts(items)}")
         stages.record("text encoding")
-        report = f"pictures: {encodings.fill_pictures(pictures)}"
-        encoder.console.print(report, markup=False, highlight=False, soft_wrap=True)
+        say(encoder.console, f"pictures: {encodings.fill_pictures(pictures)}")
         stages.record("image encoding")
     else:
         encodings.know(items, pictures)
@@ -131,7 +157,7 @@ def prompt_example(
     """Puts a prompt with its control pictures into the form of a training example, so that both are encoded alike.
 
     Args:
-        size: size of the sample.
+        size: size of the sample, whose sides are rounded down as the stock pipelines do; see `rounded_sizes`.
         own_shape: take the last control's shape instead, at the area of `size`, as the stock edit pipelines do.
 
     Raises:
@@ -147,9 +173,33 @@ def prompt_example(
     if own_shape and sizes:
         side = round((size[0] * size[1]) ** 0.5)
         size = frame_picture(*sizes[-1], build_buckets(side, multiple), upscale=True).size
+    size = round_down(size, multiple)
     whole = Framing(*size, 1.0, (0.0, 0.0, float(size[0]), float(size[1])), 0.0)
     framings = tuple(frame_control(control, size, whole, rules) for control in sizes if rules)
     return Example(text, controls[-1] if controls else Path(), text, (whole,), tuple(controls), (framings,))
+
+
+def round_down(size: Size, multiple: int) -> Size:
+    """Returns the largest size with sides that the model can draw.
+
+    Raises:
+        ConfigError: a side is shorter than the model's shortest.
+    """
+    if min(size) < multiple:
+        raise ConfigError(
+            "a sample of this size cannot be drawn",
+            [f"It is {size[0]}x{size[1]} pixels; the model's sides are multiples of {multiple}."],
+        )
+    return size[0] // multiple * multiple, size[1] // multiple * multiple
+
+
+def rounded_sizes(asked: Size, multiple: int) -> list[str]:
+    """Writes a sentence where samples are drawn in another size than was asked for; else none."""
+    drawn = round_down(asked, multiple)
+    if drawn == asked:
+        return []
+    drawn_text, asked_text = (f"{width}x{height}" for width, height in (drawn, asked))
+    return [f"samples are drawn at {drawn_text}, not {asked_text}: the model's sides are multiples of {multiple}."]
 
 
 def encode_prompt(family: ModelFamily, encodings: Encodings, example: Example, guidance_scale: float) -> EncodedPrompt:
@@ -168,14 +218,24 @@ def encode_prompt(family: ModelFamily, encodings: Encodings, example: Example, g
 
 
 def _prompt_examples(config: TrainConfig, multiple: int, rules: ControlRules | None) -> list[Example]:
-    settings, side = config.samples, config.data_config.img_size
-    size = (settings.width or side, settings.height or side)
+    settings = config.samples
     own_shape = settings.width is None and settings.height is None
     controls = settings.controls or ((),) * len(settings.prompts)
     return [
-        prompt_example(text, paths, size, own_shape, multiple, rules)
+        prompt_example(text, paths, _asked_size(config), own_shape, multiple, rules)
         for text, paths in zip(settings.prompts, controls, strict=True)
     ]
+
+
+def _asked_size(config: TrainConfig) -> Size:
+    side = config.data_config.img_size
+    return config.samples.width or side, config.samples.height or side
+
+
+def _own_shapes(config: TrainConfig) -> bool:
+    """Returns whether samples have the shapes of their controls."""
+    settings = config.samples
+    return bool(settings.controls) and settings.width is None and settings.height is None
 
 
 def _named_texts(

@@ -21,9 +21,10 @@ from PIL import Image, ImageChops
 from pixtune.data.buckets import Buckets, build_buckets, frame_picture
 from pixtune.data.caption_tokens import CaptionCounter, cut_captions
 from pixtune.data.controls import same_shape
-from pixtune.data.images import decode
+from pixtune.data.images import decoded
 from pixtune.data.pairs import Pair, Pairs, find_pairs, shorten
 from pixtune.errors import DataError
+from pixtune.inputs.printing import one_line
 from pixtune.sizes import Size
 from pixtune.storage.files import file_digest
 
@@ -99,13 +100,13 @@ class DatasetReport:
         return not self.faults
 
     def render(self) -> str:
-        """Formats the report as plain text, with problems last, where a terminal shows them."""
-        lines = [f"Data set {self.image_folder}: {_count(self.num_pictures, 'picture', 'pictures')}"]
+        """Formats the report as plain text whose lines no name can forge, problems last, where a terminal is read."""
+        lines = [f"Data set {one_line(str(self.image_folder))}: {_count(self.num_pictures, 'picture', 'pictures')}"]
         if self.control_folders:
-            lines.append(f"Control pictures: {', '.join(map(str, self.control_folders))}")
+            lines.append(f"Control pictures: {one_line(', '.join(map(str, self.control_folders)))}")
         if self.longest_caption is not None:
             longest = self.longest_caption
-            lines.append(f"Longest caption: {longest.num_characters} characters ({longest.path})")
+            lines.append(f"Longest caption: {longest.num_characters} characters ({one_line(str(longest.path))})")
         if self.wordy_captions is not None:
             lines.append(
                 "Not checked without a model: whether it reads every caption to the end (pixtune validate --path DIR "
@@ -114,7 +115,7 @@ class DatasetReport:
         if self.wordy_captions:
             lines.append(
                 f"  More than {MANY_WORDS} words, so cut by models that read {MANY_WORDS} tokens: "
-                f"{shorten(self.wordy_captions)}"
+                f"{one_line(shorten(self.wordy_captions))}"
             )
         if self.bucket_counts:
             lines.append("Sizes in training (width x height: pictures):")
@@ -122,7 +123,7 @@ class DatasetReport:
         for title, sentences in (("Warnings", self.warnings), ("Problems", self.faults)):
             if sentences:
                 lines.append(f"{title} ({len(sentences)}):")
-                lines += [f"  - {sentence}" for sentence in sentences]
+                lines += [f"  - {one_line(sentence)}" for sentence in sentences]
         lines.append(
             "The data set is fine." if self.ok else "The data set cannot be trained on: fix the problems above."
         )
@@ -279,16 +280,16 @@ def _check_pictures(paths: Sequence[Path], multiple: int, compared: AbstractSet[
 
 def _check_picture(path: Path, multiple: int, compared: bool) -> _Checked:
     try:
-        decoded = decode(path)
+        with decoded(path) as picture:
+            size, notes = picture.image.size, picture.notes
+            thumbnail = picture.image.resize((THUMBNAIL_PIXELS,) * 2, Image.Resampling.BOX) if compared else None
         digest = file_digest(path)
     except DataError as error:
         return _Checked(path, None, "", tuple(error.faults))
     except OSError as error:
         return _Checked(path, None, "", (f"{path} cannot be read: {error.strerror or error}.",))
-    size = decoded.image.size
     too_small = f"{path} is {size[0]}x{size[1]} pixels; each side must have at least {multiple}. Remove or replace it."
-    thumbnail = decoded.image.resize((THUMBNAIL_PIXELS,) * 2, Image.Resampling.BOX) if compared else None
-    return _Checked(path, size, digest, (too_small,) if min(size) < multiple else (), decoded.notes, thumbnail)
+    return _Checked(path, size, digest, (too_small,) if min(size) < multiple else (), notes, thumbnail)
 
 
 def _read_captions(pairs: Sequence[Pair], faults: list[str]) -> list[tuple[Pair, str]]:

@@ -151,11 +151,10 @@ class Flux:
     def load_text_encoder(self, folder: ModelFolder, placement: Placement) -> TextEncoder:
         from transformers import CLIPTextModel, T5EncoderModel
 
+        from pixtune.storage.loading.parts import load_part
+
         models = tuple(
-            kind.from_pretrained(folder.path / part, dtype=placement.dtype, use_safetensors=True)
-            .to(placement.device)
-            .eval()
-            .requires_grad_(False)
+            load_part(kind, folder.path / part, dtype=placement.dtype).to(placement.device).eval().requires_grad_(False)
             for kind, part in ((CLIPTextModel, "text_encoder"), (T5EncoderModel, "text_encoder_2"))
         )
         return TextEncoder(models, self._load_tokenizers(folder))
@@ -165,15 +164,19 @@ class Flux:
         """Loads CLIP's and T5's tokenizer."""
         from transformers import CLIPTokenizer, T5TokenizerFast
 
-        return (
-            CLIPTokenizer.from_pretrained(folder.path / "tokenizer"),
-            T5TokenizerFast.from_pretrained(folder.path / "tokenizer_2"),
-        )
+        from pixtune.storage.loading.parts import naming_part
+
+        with naming_part(folder.path / "tokenizer"):
+            clip_tokenizer = CLIPTokenizer.from_pretrained(folder.path / "tokenizer")
+        with naming_part(folder.path / "tokenizer_2"):
+            return clip_tokenizer, T5TokenizerFast.from_pretrained(folder.path / "tokenizer_2")
 
     def load_autoencoder(self, folder: ModelFolder, placement: Placement) -> nn.Module:
         from diffusers import AutoencoderKL
 
-        model = AutoencoderKL.from_pretrained(folder.path / "vae", torch_dtype=placement.dtype, use_safetensors=True)
+        from pixtune.storage.loading.parts import load_part
+
+        model = load_part(AutoencoderKL, folder.path / "vae", torch_dtype=placement.dtype)
         return model.to(placement.device).eval().requires_grad_(False)
 
     def build_transformer(self, config: Mapping[str, Any]) -> nn.Module:

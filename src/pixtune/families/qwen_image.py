@@ -161,8 +161,13 @@ class QwenImage:
     def load_text_encoder(self, folder: ModelFolder, placement: Placement) -> TextEncoder:
         from transformers import Qwen2_5_VLForConditionalGeneration
 
-        whole = Qwen2_5_VLForConditionalGeneration.from_pretrained(
-            folder.path / "text_encoder", dtype=placement.dtype, use_safetensors=True
+        from pixtune.storage.loading.parts import load_part
+
+        whole = load_part(
+            Qwen2_5_VLForConditionalGeneration,
+            folder.path / "text_encoder",
+            unread=self.unread_text_weights,
+            dtype=placement.dtype,
         )
         model = whole.model  # without the output layer: nothing reads logits
         if not self.controls_in_text:
@@ -173,9 +178,9 @@ class QwenImage:
     def load_autoencoder(self, folder: ModelFolder, placement: Placement) -> nn.Module:
         from diffusers import AutoencoderKLQwenImage
 
-        model = AutoencoderKLQwenImage.from_pretrained(
-            folder.path / "vae", torch_dtype=placement.dtype, use_safetensors=True
-        )
+        from pixtune.storage.loading.parts import load_part
+
+        model = load_part(AutoencoderKLQwenImage, folder.path / "vae", torch_dtype=placement.dtype)
         return model.to(placement.device).eval().requires_grad_(False)
 
     def build_transformer(self, config: Mapping[str, Any]) -> nn.Module:
@@ -352,7 +357,10 @@ class CaptionReader:
     def load_tokenizer(self, folder: ModelFolder) -> Any:
         from transformers import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(folder.path / "tokenizer")
+        from pixtune.storage.loading.parts import naming_part
+
+        with naming_part(folder.path / "tokenizer"):
+            return AutoTokenizer.from_pretrained(folder.path / "tokenizer")
 
     def encode(self, encoder: TextEncoder, prompts: Sequence[Prompt], max_tokens: int | None) -> list[Conditioning]:
         (model,), (tokenizer,) = encoder.models, encoder.tokenizers

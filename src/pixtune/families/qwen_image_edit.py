@@ -85,10 +85,12 @@ class EditReader:
     def load_tokenizer(self, folder: ModelFolder) -> VisionTokenizer:
         from transformers import AutoImageProcessor, AutoTokenizer
 
-        return VisionTokenizer(
-            AutoTokenizer.from_pretrained(folder.path / "tokenizer"),
-            AutoImageProcessor.from_pretrained(folder.path / "processor"),
-        )
+        from pixtune.storage.loading.parts import naming_part
+
+        with naming_part(folder.path / "tokenizer"):
+            tokenizer = AutoTokenizer.from_pretrained(folder.path / "tokenizer")
+        with naming_part(folder.path / "processor"):
+            return VisionTokenizer(tokenizer, AutoImageProcessor.from_pretrained(folder.path / "processor"))
 
     def user_part(self, text: str, num_pictures: int) -> str:
         """Puts a placeholder for each control picture before the instruction."""

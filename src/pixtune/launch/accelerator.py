@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from datetime import timedelta
 from importlib.util import find_spec
 from typing import Any
@@ -14,6 +15,7 @@ from pixtune.config.schema import TrainConfig
 from pixtune.errors import ConfigError
 from pixtune.launch.peers import connect_peers
 from pixtune.launch.stop import StopRequest
+from pixtune.progress import printer
 
 CACHING_TIMEOUT = timedelta(hours=12)
 """Time that the other processes wait while the first fills the cache; the default of 10 minutes would end the run.
@@ -37,12 +39,29 @@ def start_accelerator(config: TrainConfig) -> Accelerator:
         )
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read once, when CUDA starts
+    if (note := launched_alone(os.environ)) is not None:
+        printer()(f"note: {note}")
     return Accelerator(
         log_with=config.report_to,
         project_config=ProjectConfiguration(
             project_dir=str(config.output_dir), logging_dir=str(config.output_dir / config.logging_dir)
         ),
         kwargs_handlers=[InitProcessGroupKwargs(timeout=CACHING_TIMEOUT)],
+    )
+
+
+def launched_alone(environment: Mapping[str, str]) -> str | None:
+    """Returns a sentence where `accelerate launch` was asked for several processes and starts one; else None.
+
+    On a CPU without MPI, accelerate sets an address at which processes would meet, and starts the script once.
+    """
+    by_accelerate = "ACCELERATE_MIXED_PRECISION" in environment and "MASTER_ADDR" in environment
+    ranks = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK", "PMI_SIZE")
+    if not by_accelerate or any(rank in environment for rank in ranks):
+        return None
+    return (
+        "accelerate was asked for several processes and started one: on a CPU it starts several through MPI only. For "
+        "N processes: ACCELERATE_USE_CPU=true torchrun --nproc-per-node N train.py --config ..."
     )
 
 

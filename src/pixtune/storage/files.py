@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+from pixtune.config.schema import TrainConfig
 from pixtune.errors import WriteError
 
 log = logging.getLogger(__name__)
@@ -61,7 +62,56 @@ def _question(error: OSError) -> str:
     """Returns what to look at first, by the kind of an error of writing."""
     if error.errno in {errno.EACCES, errno.EPERM, errno.EROFS}:
         return ": may this user write there?"
+    if error.errno in {errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG}:
+        return ": does something else stand in its place?"
     return ": is the disk full?" if error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG} else ""
+
+
+PROBE_BYTES = 1 << 10
+"""Size of the file that `check_writable` writes: a full disk has no room for the smallest."""
+
+
+def check_writable(folder: Path, remedy: str) -> None:
+    """Checks that files can be written to a folder, which need not exist, by writing one. Leaves nothing behind.
+
+    Permissions alone do not show a full disk, a quota, or a network share that refuses.
+
+    Args:
+        remedy: sentence on what to do, for example which key names another folder.
+
+    Raises:
+        WriteError: the folder cannot be made or written to.
+    """
+    made = [each for each in (folder, *folder.parents) if not os.path.lexists(each)]
+    probe = folder / f".writable.{os.getpid()}.tmp"
+    try:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with probe.open("wb") as stream:
+                stream.write(bytes(PROBE_BYTES))
+                stream.flush()
+                os.fsync(stream.fileno())
+        finally:
+            if folder.is_dir():
+                probe.unlink(missing_ok=True)
+            for each in made:
+                if each.is_dir():
+                    each.rmdir()
+    except OSError as error:
+        raise WriteError(
+            f"{folder} could not be written to ({error.strerror or error}){_question(error) or '.'} {remedy}"
+        ) from error
+
+
+def check_outputs(config: TrainConfig) -> None:
+    """Checks that a run's results, and a tracker's files, can be written.
+
+    Raises:
+        WriteError: they cannot; names the key.
+    """
+    check_writable(config.output_dir, "Set output_dir to another folder.")
+    if config.report_to is not None:
+        check_writable(config.output_dir / config.logging_dir, "Set logging_dir to another folder.")
 
 
 def write_atomically(path: Path, data: bytes) -> None:

@@ -9,13 +9,14 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from pixtune.errors import WeightsError
+from pixtune.inputs.reading import MEBIBYTE, check_regular, read_bounded
 from pixtune.storage.files import file_digest, write_if_possible
 from pixtune.storage.shipped import spelling_hint
 
@@ -26,6 +27,24 @@ HUB_PATTERNS = (MODEL_INDEX, *(f"*/*{suffix}" for suffix in READ_SUFFIXES))
 """Files of a download: the components' folders alone. FLUX.1 has its weights beside them again, in a file of 24 GB."""
 INDEX_SUFFIX = ".safetensors.index.json"
 SHARD_NAME = re.compile(r"-\d{5}-of-\d{5}\.safetensors$")
+VARIANT_NAME = re.compile(r"[^.]+\.(?P<variant>[^.]+?)(-\d{5}-of-\d{5})?\.safetensors")
+"""Name of a file of another number format, such as model.fp16.safetensors. It may lie beside the plain one, which the
+stock pipelines take where nobody asks for the variant."""
+LARGEST_JSON_BYTES = 64 * MEBIBYTE
+"""Size that no JSON file of a model reaches: a tokenizer of 150,000 words has 11 MiB."""
+LONGEST_HEADER_BYTES = 2**26
+"""Length that no model's safetensors header reaches: the largest, of a hundred thousand tensors, are a tenth of it."""
+
+
+class ComponentConfig(dict[str, Any]):
+    """A component's config, whose missing keys are an error of the file that it was read from."""
+
+    def __init__(self, file: Path, values: Mapping[str, Any]) -> None:
+        super().__init__(values)
+        self.file = file
+
+    def __missing__(self, key: str) -> Any:
+        raise WeightsError(f"{self.file} has no {key}, which the model needs. Fetch the model again.")
 
 
 @dataclass(frozen=True)
@@ -51,7 +70,7 @@ class ModelFolder:
     def component_config(self, component: str) -> dict[str, Any]:
         """Reads a component's own config: `config.json`, or `scheduler_config.json` for the scheduler."""
         name = "scheduler_config.json" if component == "scheduler" else "config.json"
-        return read_json(self.path / component / name)
+        return ComponentConfig(self.path / component / name, read_json(self.path / component / name))
 
     def num_parameters(self, component: str) -> int:
         """Counts the parameters of a component, from its safetensors headers alone."""
@@ -77,7 +96,10 @@ class ModelFolder:
         if self.has_weights(component):
             return self.num_parameters(component)
         for index in (self.path / component).glob(f"*{INDEX_SUFFIX}"):
-            return int(read_json(index)["metadata"]["total_size"]) // 2
+            try:
+                return int(read_json(index)["metadata"]["total_size"]) // 2
+            except (KeyError, TypeError, ValueError) as error:
+                raise WeightsError(f"{index} has no total_size in its metadata. Fetch the model again.") from error
         return None
 
     def fingerprint(self, component: str, memo_dir: Path | None = None) -> str:
@@ -96,33 +118,75 @@ class ModelFolder:
 def weight_files(folder: Path) -> list[Path]:
     """Returns the files with a model's weights, in the order of their names: those of its index, or the only one.
 
+    Where variants lie side by side, the plain one is taken, as the stock pipelines do.
+
     Raises:
-        WeightsError: there are no weights, no index where one is needed, or not all files that the index names.
+        WeightsError: there are no weights, no index where one is needed, not all files that the index names, or several
+            variants and none of them plain.
     """
-    indexes = sorted(folder.glob(f"*{INDEX_SUFFIX}"))
-    if len(indexes) > 1:
-        names = ", ".join(index.name for index in indexes)
-        raise WeightsError(f"{folder} has several indexes: {names}. Leave that of the variant to train.")
-    if not indexes:
+    index = weight_index(folder)
+    if index is None:
         return [_only_file(folder)]
-    places = read_json(indexes[0]).get("weight_map")
+    places = read_json(index).get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
-        raise WeightsError(f"{indexes[0]} has no weight_map from tensors to files. Fetch the model again.")
-    paths = [folder / name for name in sorted(set(places.values()))]
-    absent = [path.name for path in paths if not path.is_file()]
+        raise WeightsError(f"{index} has no weight_map from tensors to files. Fetch the model again.")
+    names = sorted(set(places.values()))
+    if outside := [name for name in names if not _is_plain_name(name)]:
+        raise WeightsError(
+            f"{index} names a file outside its folder, {outside[0]!r}. Nothing else is read. Fetch the model again, "
+            "from where you trust."
+        )
+    absent = [name for name in names if not (folder / name).is_file()]
     if absent:
         raise WeightsError(
-            f"{folder} lacks {len(absent)} of {len(paths)} files that {indexes[0].name} names: {', '.join(absent)}. "
+            f"{folder} lacks {len(absent)} of {len(names)} files that {index.name} names: {', '.join(absent[:5])}. "
             "Was the download interrupted? Fetch the model again."
         )
-    return paths
+    return [folder / name for name in names]
+
+
+def weight_index(folder: Path) -> Path | None:
+    """Returns the index of a model in several files; None where there is none.
+
+    Raises:
+        WeightsError: there are several, and none is plain.
+    """
+    indexes = sorted(folder.glob("*.safetensors.index*.json"))
+    plain = [index for index in indexes if "." not in index.name.removesuffix(INDEX_SUFFIX)]
+    if len(plain or indexes) > 1:
+        raise WeightsError(
+            f"{folder} has several indexes: {', '.join(index.name for index in plain or indexes)}. Leave that of the "
+            "variant to train."
+        )
+    whole = [name for name in _weight_names(folder) if VARIANT_NAME.fullmatch(name) is None]
+    if not plain and whole and not any(SHARD_NAME.search(name) for name in whole):
+        return None  # the plain weights are one file, and the index is that of a variant
+    return next(iter(plain or indexes), None)
+
+
+def variant_of(files: Sequence[Path]) -> str | None:
+    """Returns the variant that weight files are of, as the libraries' `from_pretrained` takes it; None: plain."""
+    found = VARIANT_NAME.fullmatch(files[0].name)
+    return found["variant"] if found else None
+
+
+def _weight_names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.glob("*.safetensors"))
+
+
+def _is_plain_name(name: str) -> bool:
+    """Returns whether a name has no folder in it, on any system."""
+    return name not in ("", ".", "..") and PureWindowsPath(name).name == name
 
 
 def _only_file(folder: Path) -> Path:
-    """Returns the one file with weights of a folder without an index."""
-    names = sorted(path.name for path in folder.glob("*.safetensors"))
+    """Returns the one file with weights of a folder without an index, or the plain one among variants."""
+    names = _weight_names(folder)
+    names = [name for name in names if VARIANT_NAME.fullmatch(name) is None] or names
     if len(names) == 1 and not SHARD_NAME.search(names[0]):
         return folder / names[0]
+    if names and all(VARIANT_NAME.fullmatch(name) for name in names):
+        raise WeightsError(f"{folder} holds several variants of the weights: {', '.join(names)}. Leave one of them.")
     if names:
         raise WeightsError(
             f"{folder} holds {', '.join(names)} and no *{INDEX_SUFFIX} that says what belongs together. Was "
@@ -145,6 +209,8 @@ def open_model_folder(name_or_path: str) -> ModelFolder:
     if not (path / MODEL_INDEX).is_file():
         raise WeightsError(_not_a_pipeline(path))
     folder = ModelFolder(path)
+    if outside := [part for part in folder.components if not _is_plain_name(part)]:
+        raise WeightsError(f"{path / MODEL_INDEX} names a part outside its folder, {outside[0]!r}. Fetch it again.")
     missing = [part for part in folder.components if not (path / part).is_dir()]
     if missing:
         raise WeightsError(
@@ -189,14 +255,19 @@ def read_json(path: Path) -> dict[str, Any]:
     """Reads a JSON object from a file.
 
     Raises:
-        WeightsError: there is no such file, or it is not JSON; names it.
+        WeightsError: there is no such file, or it is no JSON object; names it.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_bounded(path, LARGEST_JSON_BYTES).decode("utf-8"))
     except FileNotFoundError as error:
         raise WeightsError(f"{path} is missing. Was the download interrupted? Fetch the model again.") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise WeightsError(f"{path} cannot be read: {error.strerror or error}.") from error
+    except (ValueError, RecursionError) as error:  # no UTF-8, no JSON, or nested without end
         raise WeightsError(f"{path} is not valid JSON ({error}). Fetch the model again.") from error
+    if not isinstance(content, dict):
+        raise WeightsError(f"{path} is not a JSON object but a {type(content).__name__}. Fetch the model again.")
+    return content
 
 
 def read_header(file: Path) -> dict[str, Any]:
@@ -207,13 +278,31 @@ def read_header(file: Path) -> dict[str, Any]:
     Raises:
         WeightsError: the file is cut off or no safetensors file.
     """
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        text = stream.read(length) if length < 2**28 else b""
     try:
-        return json.loads(text)
-    except ValueError as error:
+        check_regular(file)
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            text = stream.read(length) if length <= LONGEST_HEADER_BYTES else b""
+        header = json.loads(text)
+    except OSError as error:
+        raise WeightsError(f"{file} cannot be read: {error.strerror or error}.") from error
+    except (ValueError, RecursionError) as error:
         raise WeightsError(f"{file} is no safetensors file, or cut off. Fetch the model again.") from error
+    if not isinstance(header, dict):
+        raise WeightsError(f"{file} has a damaged header: {type(header).__name__}, not names. Fetch the model again.")
+    for name, place in header.items():
+        if name != "__metadata__" and not _is_place(place):
+            raise WeightsError(f"{file} has a damaged header at {name} ({place!r:.100}). Fetch the model again.")
+    return header
+
+
+def _is_place(place: object) -> bool:
+    """Returns whether an entry of a safetensors header has the form of one."""
+    if not isinstance(place, dict) or not isinstance(place.get("dtype"), str):
+        return False
+    shape, offsets = place.get("shape"), place.get("data_offsets")
+    numbers = [*shape, *offsets] if isinstance(shape, list) and isinstance(offsets, list) else [None]
+    return len(numbers) == len(shape or ()) + 2 and all(type(number) is int for number in numbers)
 
 
 def _remembered_digest(file: Path, memo_dir: Path | None) -> str:

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from pixtune.trained.targets import resolve_targets
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+    from peft.tuners.lora import LoraLayer
 
 ADAPTER_NAME = "default"
 
@@ -56,20 +61,27 @@ def attach_lora(
         ConfigError: a target matches nothing; names it and lists the layers that there are.
     """
     from peft import LoraConfig
-    from peft.tuners.lora import LoraLayer
 
     linears = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
     resolved = resolve_targets(linears, targets, presets or {})
     config = LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=list(resolved))
     with torch.random.fork_rng():
         torch.manual_seed(generator_seed)
-        transformer.add_adapter(config, adapter_name=ADAPTER_NAME)  # type: ignore[operator]
+        layers = attach_config(transformer, config)
+    return AttachedLora(tuple(layers), resolved, sum(p.numel() for p in trainable_parameters(transformer).values()))
+
+
+def attach_config(transformer: nn.Module, config: LoraConfig) -> dict[str, LoraLayer]:
+    """Adds the LoRA that a config of PEFT's describes, with fp32 weights, and returns its layers by their paths."""
+    from peft.tuners.lora import LoraLayer
+
+    transformer.add_adapter(config, adapter_name=ADAPTER_NAME)  # type: ignore[operator]
     layers = {name: module for name, module in transformer.named_modules() if isinstance(module, LoraLayer)}
     for layer in layers.values():
         layer.cast_input_dtype_enabled = False
         for matrices in (layer.lora_A, layer.lora_B):
             matrices[ADAPTER_NAME] = _with_fp32_weight(matrices[ADAPTER_NAME])
-    return AttachedLora(tuple(layers), resolved, sum(p.numel() for p in trainable_parameters(transformer).values()))
+    return layers
 
 
 def _with_fp32_weight(linear: nn.Linear) -> RoundedLinear:

@@ -17,6 +17,7 @@ from torch import Tensor
 from pixtune.errors import CheckpointError, WeightsError
 from pixtune.family import ModelFamily
 from pixtune.storage.base_reference import BaseReference, without_path
+from pixtune.storage.loading.entries import read_entries
 from pixtune.storage.safetensors_writer import TensorFile, save_without_digest
 
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
@@ -90,14 +91,25 @@ def read_lora_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Reads weights, named by module, and metadata from a file that `diffusers_file` built.
 
     Raises:
+        WeightsError: see `read_tensors`.
+    """
+    tensors, metadata = read_tensors(path)
+    return weights_by_module(tensors), metadata
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Reads the tensors and metadata of a LoRA file.
+
+    Raises:
         WeightsError: there is no such file, or it is no safetensors file.
     """
     from safetensors import SafetensorError, safe_open
 
+    read_entries([path])  # checks the header, and names what is wrong with it
     try:
         with safe_open(path, framework="pt") as file:
             names = file.keys()
-            return weights_by_module({name: file.get_tensor(name) for name in names}), file.metadata() or {}
+            return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
     except (OSError, SafetensorError) as error:
         raise WeightsError(f"{path} cannot be read as a LoRA file ({error}).") from error
 

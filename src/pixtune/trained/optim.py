@@ -160,6 +160,10 @@ def rate_in(config: TrainConfig, recorded: Mapping[str, Any], num_steps: int, st
     return build_schedule(then, num_steps)(step)
 
 
+STEPS_COMPARED = 100_000
+"""Steps that `check_schedule` looks at, at most: a moment's work in a run of any length."""
+
+
 def check_schedule(config: TrainConfig, num_steps: int) -> str | None:
     """Compares a run's rates with the one that was asked for. Returns a warning, or None.
 
@@ -167,7 +171,7 @@ def check_schedule(config: TrainConfig, num_steps: int) -> str | None:
         ConfigError: the rate is 0 at every step, so that nothing would be learned.
     """
     rate_at = build_schedule(config, num_steps)
-    highest = max(map(rate_at, range(num_steps)))
+    highest = max(map(rate_at, range(0, num_steps, max(num_steps // STEPS_COMPARED, 1))))
     keys = f"lr_scheduler {config.lr_scheduler}, lr_warmup_steps {config.lr_warmup_steps}"
     if highest == 0:
         raise ConfigError(

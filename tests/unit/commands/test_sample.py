@@ -19,17 +19,15 @@ from pixtune.commands import sample as module
 from pixtune.commands.sample import (
     Plans,
     SampleRequest,
-    SavedLora,
     config_of,
     make_plans,
     open_task,
-    read_lora,
     sample_as_planned,
     sample_pictures,
 )
 from pixtune.engine.apply import load_planned
 from pixtune.engine.load import LoadedTransformer
-from pixtune.errors import WeightsError
+from pixtune.errors import ConfigError, WeightsError, WriteError
 from pixtune.families import family_of
 from pixtune.hardware.cards import facts_as
 from pixtune.hardware.monitor import StageLog
@@ -38,6 +36,7 @@ from pixtune.plan.sampling import SamplingPlan
 from pixtune.sampler import PromptSampler, SamplerSettings
 from pixtune.storage.model_folder import ModelFolder, open_model_folder
 from pixtune.trained.export import DIFFUSERS_FILE
+from pixtune.trained.saved_lora import read_saved_lora
 from tests.families.test_stock_lora import psnr, write_lora
 from tests.full_size import build_full_size_folder
 from tests.runs import ROOT
@@ -208,7 +207,7 @@ def test_a_lora_of_another_model_is_refused_before_anything_is_loaded(full_size:
 
 
 def test_a_lora_says_where_it_goes(loras: dict[str, Path]) -> None:
-    lora: SavedLora = read_lora(loras[MODELS[0]])
+    lora = read_saved_lora(loras[MODELS[0]])
     assert (lora.rank, lora.alpha) == (4, 10.0) and "transformer_blocks.0.attn.to_q" in lora.modules
     assert 2 * len(lora.modules) == len(lora.weights)
 
@@ -219,4 +218,46 @@ def test_the_plan_is_said_before_anything_is_drawn(tmp_path: Path, monkeypatch: 
     paths = sample_pictures(request_for(MODELS[1], prompts=("a fox",)), tmp_path, said.append)
     assert not said and len(list(paths)) == 2
     (line,) = said
-    assert line.startswith("base weights in fp32: about 0.") and "GiB are usable" in line
+    assert line.startswith("plan: base weights in fp32: about 0.") and "GiB are usable" in line
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"settings": SamplerSettings((0,), 0, 3.0)}, "num_steps is 0|samples is"),
+        ({"settings": SamplerSettings((0,), 1, float("nan"))}, "guidance_scale is nan"),
+        ({"settings": SamplerSettings((2**70,), 1, 3.0)}, "seeds is"),
+        ({"size": (8, 64)}, "width is 8"),
+        ({"size": (10**9, 64)}, "width is 1000000000"),
+        ({"control_size": 0}, "control_size is 0"),
+        ({"max_text_tokens": 0}, "max_text_tokens is 0"),
+        ({"gpu_memory_limit_gib": float("inf")}, "gpu_memory_limit_gib is inf"),
+        ({"prompts": ("half a \ud83d letter",)}, "whole characters"),
+    ],
+)
+def test_a_request_that_cannot_be_is_refused_before_anything_is_opened(
+    tmp_path: Path, changes: dict[str, Any], words: str
+) -> None:
+    request = replace(request_for("no-such-model"), **changes)
+    with pytest.raises(ConfigError, match=words):
+        list(sample_pictures(request, tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_cannot_be_written_to_is_named_before_anything_is_opened(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(WriteError, match=r"file/out could not be written to .* --output"):
+        list(sample_pictures(request_for("no-such-model"), tmp_path / "file" / "out"))
+
+
+def test_a_size_is_rounded_and_a_prompt_cut_with_a_word_on_each(tmp_path: Path) -> None:
+    said: list[str] = []
+    settings = SamplerSettings((0,), 1, 1.0)
+    request = request_for(MODELS[0], prompts=("one two three four",), size=(100, 70), settings=settings)
+    (path,) = sample_pictures(replace(request, max_text_tokens=2), tmp_path, said.append)
+    assert Image.open(path).size == (96, 64)
+    notes = [line for line in said if line.startswith("note: ")]
+    assert notes[0] == "note: samples are drawn at 96x64, not 100x70: the model's sides are multiples of 16."
+    assert "1 caption is longer than the 2 tokens" in notes[1] and "the prompt 'one two three four'" in notes[1]
+    with pytest.raises(ConfigError, match=r"It is 16x15 pixels|height is 15"):
+        list(sample_pictures(replace(request, size=(16, 15)), tmp_path))

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import pytest
 
 from pixtune.config import load_config
 from pixtune.config.contradictions import contradictions
-from pixtune.config.schema import leaf_keys
+from pixtune.config.other_names import OTHER_NAMES, REMEDIES
+from pixtune.config.schema import leaf_keys, sections
 from pixtune.config.sources import nearest_keys
 from pixtune.errors import ConfigError
+from pixtune.inputs.printing import one_line
 
 
 def test_all_faults_come_together_in_the_order_of_the_file(faults_of):
@@ -90,7 +95,7 @@ def test_the_message_is_headed_by_file_and_count(write, minimal):
         ("objective: {logit_std: 0}", "objective.logit_std is 0: must be greater than 0"),
         (
             "lr_step_rules: 1-x",
-            'lr_step_rules is "1-x": must be in the right form. Rules of "piecewise_constant", for example',
+            'lr_step_rules is "1-x": must be FACTOR:UNTIL_STEP and a last factor, with steps that rise, for example',
         ),
         ("logging_dir: ''", 'logging_dir is "": must be a path, which empty text is not'),
         ("logging_dir: 5", "logging_dir is 5: must be a path"),
@@ -230,13 +235,14 @@ def test_a_missing_file_names_the_nearest(tmp_path, write, minimal):
         load_config(tmp_path / "rum.yaml")
     with pytest.raises(ConfigError, match=r"the folder .* does not exist either"):
         load_config(tmp_path / "nowhere" / "run.yaml")
-    with pytest.raises(ConfigError, match="cannot be read: Is a directory"):
+    with pytest.raises(ConfigError, match="cannot be read: it is a folder, not a file"):
         load_config(tmp_path)
 
 
-def test_a_mapping_that_holds_itself_is_a_fault_like_any_other(faults_of):
-    assert any("not a known key" in fault for fault in faults_of("a: &a {b: *a}\n"))
-    assert faults_of("data_config: &a {img_dir: *a}\n")
+def test_a_mapping_that_holds_itself_is_a_fault(faults_of):
+    for text in ("a: &a {b: *a}\n", "data_config: &a {img_dir: *a}\n"):
+        (fault,) = faults_of(text)
+        assert fault.startswith("run.yaml:1: holds itself, by an alias")
 
 
 def test_overrides_that_are_not_yaml(faults_of, minimal):
@@ -280,3 +286,145 @@ def test_contradictions_are_a_pure_function_of_what_is_known():
     known = set(leaf_keys())
     for keys in (("train_batch_size", "data_config.train_batch_size"), ("lr_scheduler", "lr_step_rules")):
         assert set(keys) <= known
+
+
+# ---- names that nobody gives a file
+
+
+@pytest.mark.parametrize(
+    ("written", "held"),
+    [
+        (r'"C:\new\train"', "a line feed and a tabulator"),
+        (r'"C:\bin\f"', "a backspace and a form feed"),
+        (r'"D:\Lora\Pictures"', "U+2028 and U+2029"),
+        (r'"D:\NewRun"', "U+0085"),
+        (r'"D:\_mine"', "slash behind the drive's letter"),
+        (r'"a\e[2Jb"', "U+001B"),
+        (r'"run\0"', "U+0000"),
+    ],
+)
+@pytest.mark.parametrize("key", ["output_dir", "data_config.cache_dir", "resume_from_checkpoint"])
+def test_a_windows_path_in_double_quotes_is_named_with_the_remedy(faults_of, minimal, key, written, held):
+    section, _, name = key.rpartition(".")
+    text = minimal.replace("output_dir: out\n", "") if key == "output_dir" else f"{minimal}"
+    line = f"{name}: {written}\n"
+    if section:
+        text = text.replace("{img_dir", f"{{{line.strip()}, img_dir")
+    else:
+        text += line
+    (fault,) = (fault for fault in faults_of(text) if fault.split(": ", 1)[1].startswith(f"{key} is"))
+    assert held in fault and "forward slashes (C:/Users/me) or in single quotes" in fault
+    assert one_line(fault) == fault
+
+
+@pytest.mark.parametrize("path", [r'"C:\Umbra\out"', r'"C:\new\"', r'"D:\data\run"', r'"\xyz"', r'"C:\12"'])
+def test_a_backslash_that_is_no_escape_gets_the_same_advice(faults_of, minimal, path):
+    (fault,) = faults_of(f"{minimal}logging_dir: {path}\n")
+    assert "is not YAML" in fault and "forward slashes (C:/Users/me) or in single quotes" in fault
+
+
+@pytest.mark.parametrize("path", [r"'C:\new\train'", r"C:\new\train", '"C:/new/train"', "été/ß 漢", "'#x y'"])
+def test_paths_that_are_written_right_are_read_as_they_are(write, minimal, path):
+    config = load_config(write(f"{minimal}logging_dir: {path}\n"))
+    assert str(config.logging_dir) == path.strip("'\"")
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        ("lr", "learning_rate"),
+        ("network_dim", "rank"),
+        ("network.linear", "rank"),
+        ("lora_rank", "rank"),
+        ("resolution", "data_config.img_size"),
+        ("data_config.resolution", "data_config.img_size"),
+        ("steps", "max_train_steps"),
+        ("train.steps", "max_train_steps"),
+        ("samples.steps", "samples.num_steps"),
+        ("optimizer_type", "adam8bit"),
+        ("batch_size", "train_batch_size"),
+        ("Instance-Data-Dir", "data_config.img_dir"),
+        ("sample_every_n_steps", "samples.every"),
+        ("save_every", "checkpointing_steps"),
+        ("cache_latents", "precompute_image_embeddings"),
+        ("discrete_flow_shift", "objective.shift"),
+        ("blocks_to_swap", "gpu_memory_limit_gib"),
+    ],
+)
+def test_a_key_of_another_trainer_is_answered_with_ours(faults_of, minimal, theirs, ours):
+    (fault,) = faults_of(minimal, f"{theirs}=1")
+    assert f"did you mean {ours}?" in fault
+
+
+def test_the_table_of_other_names_leads_to_keys_that_exist_and_shadows_none():
+    known = {*leaf_keys(), *sections()}
+    assert {*OTHER_NAMES.values(), *REMEDIES} <= known
+    assert not {name for name in OTHER_NAMES if name in known}
+
+
+# ---- numbers beyond all use
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "data_config.img_size=1000000000",
+        "data_config.control_size=99999999999999999999",
+        "samples.width=8",
+        "samples.height=0",
+        "samples.num_steps=0",
+        "samples.seeds=[36893488147419103232]",
+        f"seed={2**63}",
+        "data_config.num_workers=1000000",
+        "data_config.train_batch_size=2000000000",
+        "num_train_epochs=10000000000",
+        "max_train_steps=0",
+        "rank=1000000000",
+        "learning_rate=1e999",
+        "samples.guidance_scale=.nan",
+    ],
+)
+def test_a_number_beyond_all_use_is_refused_before_anything_is_made_of_it(faults_of, minimal, override):
+    key = override.partition("=")[0]
+    (fault,) = faults_of(minimal, override)
+    assert fault.startswith(f"command line: {key} is ") and "must be" in fault
+
+
+@pytest.mark.parametrize(
+    "rules", ["e:1,0.1", "1:10,0.1:5,1", "1:10,0.5:10,1", "1:0,1", "-1:10,1", "1:10", "nan:1,1", "1:1.5,1"]
+)
+def test_rules_of_a_schedule_that_the_schedule_could_not_read(faults_of, minimal, rules):
+    (fault,) = faults_of(minimal, "lr_scheduler=piecewise_constant", f"lr_step_rules='{rules}'")
+    assert f'lr_step_rules is "{rules}": must be FACTOR:UNTIL_STEP' in fault
+
+
+def test_half_a_character_is_no_text(faults_of, minimal):
+    (fault,) = faults_of(f'{minimal}samples: {{prompts: ["a \\ud800 b"]}}\n')
+    assert "lone surrogate" in fault
+
+
+# ---- folders that cannot be written to
+
+
+@pytest.mark.parametrize("key", ["output_dir", "data_config.cache_dir"])
+def test_a_folder_that_cannot_be_made_is_found_out_with_all_else(faults_of, minimal, tmp_path, key):
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "nowhere").symlink_to(tmp_path / "absent")
+    for name in ("file", "file/run", "file/a/b", "nowhere", "nowhere/run"):
+        (fault,) = faults_of(minimal, f"{key}={tmp_path / name}")
+        assert key in fault and ("is a file, not a folder" in fault or "is a link to nothing" in fault)
+
+
+@pytest.mark.parametrize("special", ["fifo", "folder", "device", "large"])
+def test_a_config_that_is_no_regular_file_of_a_configs_size_is_not_waited_for(tmp_path, special):
+    path = tmp_path / "run.yaml"
+    if special == "fifo":
+        os.mkfifo(path)
+    elif special == "folder":
+        path.mkdir()
+    elif special == "large":
+        path.write_text("#" * 2_000_000)
+    else:
+        path = Path("/dev/zero")
+    with pytest.raises(ConfigError, match=r"cannot be read: it (is|has)"):
+        load_config(path)

@@ -12,7 +12,7 @@ import yaml
 
 from pixtune.config import TrainConfig, load_config
 from pixtune.config.schema_file import json_schema, schema_text
-from pixtune.config.sources import ConfigLoader
+from pixtune.config.yaml_tree import ConfigLoader
 from pixtune.storage.resume import flatten
 from tests.contract.key_effects import EFFECTS
 from tests.contract.not_yet import needs, refused_keys, without, written_values

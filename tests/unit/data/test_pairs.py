@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
+import unicodedata
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from pixtune.data.metadata import read_metadata
 from pixtune.data.pairs import find_pairs, read_caption, shorten
+from pixtune.data.validate import validate_folder
 from pixtune.errors import DataError
 
 
@@ -139,10 +143,77 @@ def test_names_that_differ_only_in_letter_case(tmp_path, names):
     assert str(tmp_path / names[1]) in " ".join(faults)
 
 
-def test_composed_and_decomposed_accents_are_named_as_near_misses(tmp_path):
-    touch(tmp_path, "caf\u00e9.png", "cafe\u0301.txt")
+@pytest.mark.parametrize(
+    ("picture", "caption"),
+    [
+        ("caf\u00e9", "cafe\u0301"),
+        ("cafe\u0301", "caf\u00e9"),
+        ("\uac00", "\u1100\u1161"),  # Hangul
+        ("sub\u00fcr/a", "subu\u0308r/a"),
+        ("\u1ea5", "\u00e2\u0301"),
+    ],
+)
+def test_composed_and_decomposed_accents_pair_under_one_name(tmp_path, picture, caption):
+    folder = tmp_path / "images"
+    touch(folder, f"{picture}.png", f"{caption}.txt")
+    touch(tmp_path, f"control/{caption}.jpg")
+    found = find_pairs(folder, control_folders=[tmp_path / "control"])
+    assert found.faults == ()
+    (pair,) = found.pairs
+    assert pair.name == unicodedata.normalize("NFC", f"{picture}.png")
+    assert pair.image_path.is_file() and pair.caption_place.is_file() and pair.control_paths[0].is_file()
+
+
+def test_two_files_that_differ_in_accents_alone_are_named_apart(tmp_path):
+    touch(tmp_path, "caf\u00e9.png", "cafe\u0301.png", "caf\u00e9.txt")
+    if len(list(tmp_path.iterdir())) < 3:
+        pytest.skip("this file system takes them for one")
     (fault,) = find_pairs(tmp_path).faults
-    assert "differ only in letter case" in fault
+    assert "composed or decomposed" in fault and r"'cafe\u0301.png'" in fault and r"'caf\xe9.png'" in fault
+
+
+def test_names_that_case_folding_alone_makes_equal_are_not_called_equal_but_for_case(tmp_path):
+    touch(tmp_path, "stra\u00dfe.png", "strasse.txt")
+    (fault,) = find_pairs(tmp_path).faults
+    assert "what some file systems take for letter case" in fault
+
+
+@pytest.mark.parametrize("extension", ["avif", "GIF", "jfif", "HEIC"])
+def test_a_caption_of_a_picture_that_is_not_read_says_so(tmp_path, extension):
+    touch(tmp_path, "a.png", "a.txt", f"one.{extension}", "one.txt")
+    (fault,) = find_pairs(tmp_path).faults
+    assert f"{tmp_path}/one.txt belongs to {tmp_path}/one.{extension}, a picture of a type that is not read" in fault
+
+
+# ---- folders with a purpose of their own
+
+
+def test_folders_of_another_purpose_are_skipped_by_whatever_name(tmp_path):
+    touch(tmp_path / "data", "a.png", "a.txt", "out/samples/x.png", "held/b.png", "held/b.txt", "control/a.png")
+    (tmp_path / "link").symlink_to(tmp_path / "data" / "out")
+    apart = [tmp_path / "link", tmp_path / "data" / ".." / "data" / "held", tmp_path / "data" / "control"]
+    found = find_pairs(tmp_path / "data", apart=[*apart, tmp_path / "data"], control_folders=[apart[2]])
+    assert (found.faults, [pair.name for pair in found.pairs]) == ((), ["a.png"])
+    assert [pair.name for pair in find_pairs(tmp_path / "data" / "held", apart=apart).pairs] == ["b.png"]
+
+
+def test_the_output_of_an_earlier_run_is_skipped_and_named(tmp_path):
+    touch(tmp_path, "a.png", "a.txt", "old/metrics.jsonl", "old/before_after.png", "old/samples/step-000004/000.png")
+    found = find_pairs(tmp_path)
+    assert (found.faults, [pair.name for pair in found.pairs]) == ((), ["a.png"])
+    (warning,) = found.warnings
+    assert f"{tmp_path}/old is the output of a run" in warning
+
+
+def test_a_link_to_a_folder_around_the_pictures_is_skipped_and_named(tmp_path):
+    touch(tmp_path, "data/a.png", "data/a.txt", "other/b.png", "other/b.txt")
+    (tmp_path / "data" / "up").symlink_to("..")
+    (tmp_path / "data" / "root").symlink_to("/")
+    (tmp_path / "data" / "x").symlink_to("y")
+    (tmp_path / "data" / "y").symlink_to("x")
+    found = find_pairs(tmp_path / "data")
+    assert (found.faults, [pair.name for pair in found.pairs]) == ((), ["a.png"])
+    assert len(found.warnings) == 2 and all("holds" in warning for warning in found.warnings)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse such names")
@@ -260,3 +331,68 @@ def test_a_caption_that_cannot_be_opened_is_a_fault(tmp_path):
 def test_shorten_says_how_many_it_left_out():
     assert shorten("abc") == "a, b, c"
     assert shorten("abcdefg") == "a, b, c, d, e and 2 more"
+
+
+# ---- what is no file
+
+
+def put(path: Path, kind: str) -> None:
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    elif kind == "loop":
+        path.symlink_to(path.name)
+    else:
+        path.symlink_to("nowhere")
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "loop", "dangling"])
+@pytest.mark.parametrize("victim", ["a.png", "a.txt", "control/a.png"])
+def test_what_is_no_file_among_the_data_is_named_and_never_waited_for(tmp_path, kind, victim):
+    folder = tmp_path / "images"
+    for path in (folder / "a.png", tmp_path / "control" / "a.png"):
+        path.parent.mkdir()
+        Image.new("RGB", (32, 32)).save(path)
+    (folder / "a.txt").write_text("a")
+    path = tmp_path / victim if "/" in victim else folder / victim
+    path.unlink()
+    put(path, kind)
+    report = validate_folder(folder, control_folders=[tmp_path / "control"])
+    assert len(report.faults) == 1 and str(path) in report.faults[0]
+
+
+def test_a_caption_that_never_ends_is_read_no_further_than_any_caption_goes(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"x" * 3_000_000)
+    with pytest.raises(DataError, match="more than 1 MiB"):
+        read_caption(path)
+
+
+# ---- a locale that is not UTF-8
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere names are Unicode whatever the locale")
+def test_names_are_what_their_bytes_mean_whatever_the_locale_takes_them_for(tmp_path):
+    touch(tmp_path, "caf\u00e9.png", "cafe\u0301.txt")
+    code = (
+        "import sys; from pathlib import Path; from pixtune.data.pairs import find_pairs;"
+        "found = find_pairs(Path(sys.argv[1])); assert not found.faults, found.faults; (pair,) = found.pairs;"
+        "assert pair.image_path.is_file() and pair.read_caption() == ''; print(ascii(pair.name))"
+    )
+    environment = {**os.environ, "LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", code, tmp_path], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.stdout == "'caf\\xe9.png'\n", done.stderr
+
+
+# ---- names that steer a terminal
+
+
+def test_no_name_forges_a_line_of_the_report(tmp_path):
+    touch(tmp_path, "a\n  - nothing\nThe data set is fine.\n.png", "\x1b[2J\x1b]0;x\x07b.png", "c\u202egnp.txt")
+    text = validate_folder(tmp_path).render()
+    assert "The data set is fine." not in text.split("\n") and text.endswith("fix the problems above.")
+    assert all(mark == "\n" or mark.isprintable() for mark in text)
+    assert r"\x1b[2J\x1b]0;x\x07b.png" in text and r"c\u202egnp.txt" in text

@@ -38,6 +38,8 @@ def prepared(folder: Path, validation: ValidationConfig, model: str = "tiny-qwen
 def test_held_out_pictures_are_draws_of_their_own(tmp_path: Path, in_folder_of_their_own: bool) -> None:
     write_pictures(tmp_path / "trained", 64, num_pictures=4, num_controls=1, num_words=1)
     write_pictures(tmp_path / "held_out", 64, num_pictures=2, num_controls=1, num_words=1)
+    for path in (tmp_path / "held_out" / "images").glob("*.png"):
+        path.write_bytes(path.read_bytes() + b"\0")  # copies of what is held out would not be trained on
     if in_folder_of_their_own:
         data = prepared(tmp_path, ValidationConfig(held_out_dir=tmp_path / "held_out" / "images"))
     else:

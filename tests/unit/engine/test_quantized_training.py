@@ -17,7 +17,6 @@ import pytest
 import torch
 
 from pixtune import train as training
-from pixtune.commands.sample import attach, read_lora
 from pixtune.config import load_config
 from pixtune.config.schema import TrainConfig
 from pixtune.data.batches import read_ahead
@@ -28,6 +27,7 @@ from pixtune.family import Placement
 from pixtune.plan.training import TrainingPlan
 from pixtune.storage.model_folder import ModelFolder
 from pixtune.trained.export import DIFFUSERS_FILE
+from pixtune.trained.saved_lora import attach_saved_lora, read_saved_lora
 from pixtune.validation import HeldOutPicture, measure
 from tests.runs import DEMO_HELD_OUT, DEMO_TRAIN, ROOT
 
@@ -126,5 +126,5 @@ def loss_with(name: str, config: TrainConfig, pictures: list[HeldOutPicture], lo
     family, device = family_of(folder), torch.device("cpu")
     transformer = load_transformer(family, folder, Placement(device, torch.float32))
     if lora is not None:
-        attach(transformer.module, read_lora(lora))
+        attach_saved_lora(transformer.module, read_saved_lora(lora))
     return measure(family, transformer, pictures, 1, config.seed, device, config.objective.guidance, 16).mean

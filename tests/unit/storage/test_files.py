@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from pixtune.errors import PixtuneError, WriteError
-from pixtune.storage.files import replacing, user_cache_folder, write_atomically, write_if_possible
+from pixtune.storage.files import check_writable, replacing, user_cache_folder, write_atomically, write_if_possible
 
 
 def files_below(folder: Path) -> dict[str, bytes]:
@@ -109,3 +109,60 @@ def test_where_a_user_keeps_what_can_be_made_again(tmp_path: Path, monkeypatch: 
     (tmp_path / "a file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "a file"))
     assert user_cache_folder() is None
+
+
+# ---- whether a folder can be written to
+
+
+def test_a_folder_that_can_be_written_to_is_left_as_it_was(tmp_path: Path) -> None:
+    check_writable(tmp_path / "a" / "b", "x")
+    check_writable(tmp_path, "x")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "file").touch()
+    check_writable(tmp_path / "a", "x")
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("place", ["file", "file/run", "dangling", "loop/run", "x" * 300, "proc"])
+def test_what_stands_in_the_way_is_named_with_the_remedy(tmp_path: Path, place: str) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "dangling").symlink_to("nowhere")
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "proc").symlink_to("/proc")
+    folder = tmp_path / place
+    if place == "dangling":
+        (tmp_path / "nowhere").touch()
+    if place == "proc":
+        folder = folder / "run"  # a folder that nobody, not even root, may write to
+    with pytest.raises(WriteError, match=r"could not be written to \(.+\)[.:].* Take another\.") as caught:
+        check_writable(folder, "Take another.")
+    assert str(folder) in str(caught.value)
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name != "nowhere") == [
+        "dangling",
+        "file",
+        "loop",
+        "proc",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("code", "question"),
+    [
+        (errno.ENOSPC, "is the disk full?"),
+        (errno.EDQUOT, "is the disk full?"),
+        (errno.EROFS, "may this user write there?"),
+        (errno.EACCES, "may this user write there?"),
+    ],
+)
+def test_a_disk_that_refuses_shows_although_permissions_are_right(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, question: str
+) -> None:
+    def refuse(descriptor: int) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    for check in (lambda: check_writable(tmp_path / "run", ""), lambda: write_atomically(tmp_path / "file", b"x")):
+        with pytest.raises(WriteError, match=question.replace("?", r"\?")):
+            check()
+        assert not list(tmp_path.iterdir())

@@ -13,7 +13,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from pixtune.commands.sample import attach, read_lora
 from pixtune.engine.load import load_transformer
 from pixtune.errors import CheckpointError, WeightsError
 from pixtune.families import FAMILIES
@@ -30,6 +29,7 @@ from pixtune.trained.export import (
     export_checkpoint,
     export_lora,
 )
+from pixtune.trained.saved_lora import attach_saved_lora, read_saved_lora
 
 FAMILY = FAMILIES["qwen_image"]
 RANK, ALPHA = 4, 10.0
@@ -204,7 +204,7 @@ def test_exporting_what_is_no_lora_of_ours_is_refused(files: Path, tmp_path: Pat
         with pytest.raises(CheckpointError, match=source.name):
             export_checkpoint(source, tmp_path / "out")
     (tmp_path / "text.safetensors").write_text("not tensors")
-    with pytest.raises(WeightsError, match=r"text\.safetensors cannot be read"):
+    with pytest.raises(WeightsError, match=r"text\.safetensors is no safetensors file"):
         export_checkpoint(tmp_path / "text.safetensors", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -213,19 +213,19 @@ def test_a_saved_lora_put_on_a_base_is_the_trained_one(
     files: Path, folder: ModelFolder, base: nn.Module, adapted: nn.Module
 ) -> None:
     transformer = copy.deepcopy(base)
-    attach(transformer, read_lora(files / DIFFUSERS_FILE))
+    attach_saved_lora(transformer, read_saved_lora(files / DIFFUSERS_FILE))
     assert torch.equal(velocity(transformer, folder), velocity(adapted, folder))
 
 
 def test_a_lora_without_scale_or_for_another_model_is_not_put_on(
     files: Path, base: nn.Module, adapted: nn.Module, tmp_path: Path
 ) -> None:
-    with pytest.raises(WeightsError, match=r"nowhere\.safetensors cannot be read"):
-        attach(copy.deepcopy(base), read_lora(tmp_path / "nowhere.safetensors"))
+    with pytest.raises(WeightsError, match=r"nowhere\.safetensors is missing"):
+        attach_saved_lora(copy.deepcopy(base), read_saved_lora(tmp_path / "nowhere.safetensors"))
     with pytest.raises(WeightsError, match="scale is unknown"):
-        attach(copy.deepcopy(base), read_lora(files / COMFYUI_FILE))
+        attach_saved_lora(copy.deepcopy(base), read_saved_lora(files / COMFYUI_FILE))
     weights = adapters.lora_weights(adapted)
     weights.pop(next(iter(weights)))
     export_lora(tmp_path, weights, ABOUT, FAMILY)
     with pytest.raises(WeightsError, match="does not fit this model"):
-        attach(copy.deepcopy(base), read_lora(tmp_path / DIFFUSERS_FILE))
+        attach_saved_lora(copy.deepcopy(base), read_saved_lora(tmp_path / DIFFUSERS_FILE))

@@ -1,6 +1,7 @@
 """Safetensors to and from a device: whole files, models in shards, or one tensor after the other."""
 
 from pixtune.storage.loading.fast import is_fastsafetensors_available
+from pixtune.storage.loading.parts import check_parts
 from pixtune.storage.loading.read import iterate_tensors, load_safetensors
 from pixtune.storage.loading.shards import (
     load_safetensors_sharded,
@@ -10,6 +11,7 @@ from pixtune.storage.loading.shards import (
 )
 
 __all__ = [
+    "check_parts",
     "is_fastsafetensors_available",
     "iterate_tensors",
     "load_safetensors",

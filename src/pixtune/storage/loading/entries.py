@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import operator
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -13,16 +12,13 @@ from typing import Any
 import torch
 
 from pixtune.errors import WeightsError
-from pixtune.storage.model_folder import read_header
+from pixtune.storage.model_folder import LONGEST_HEADER_BYTES, read_header
 from pixtune.storage.safetensors_writer import CODES
 
 LENGTH_BYTES = 8
 """Size of the little-endian integer that a safetensors file begins with: the length of its JSON header."""
 
 DTYPES = {code: dtype for dtype, code in CODES.items()}
-
-LONGEST_HEADER_BYTES = 2**26
-"""Length that no model's header reaches: the largest, of a hundred thousand tensors, are a tenth of it."""
 
 PICKLE = "a PyTorch pickle (.pt, .bin, .ckpt), which may run any code when it is read. Take the model's .safetensors"
 OTHER_FORMATS = {
@@ -67,8 +63,6 @@ def read_entries(files: Iterable[Path]) -> list[TensorEntry]:
 def _entries_of(file: Path) -> list[TensorEntry]:
     start_bytes = LENGTH_BYTES + _header_bytes(file)
     file_bytes, header = file.stat().st_size, read_header(file)
-    if not isinstance(header, dict):
-        raise WeightsError(f"{file} has a damaged header: {type(header).__name__}, not names. Fetch the model again.")
     entries = [_entry(file, start_bytes, name, place) for name, place in header.items() if name != "__metadata__"]
     entries.sort(key=lambda entry: entry.offset_bytes)
     end_bytes = max((entry.offset_bytes + entry.num_bytes for entry in entries), default=start_bytes)
@@ -95,12 +89,7 @@ def _header_bytes(file: Path) -> int:
 
 
 def _entry(file: Path, start_bytes: int, name: str, place: Any) -> TensorEntry:
-    try:
-        begin, end = map(operator.index, place["data_offsets"])
-        shape = tuple(map(operator.index, place["shape"]))
-        dtype_name = str(place["dtype"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise WeightsError(f"{file} has a damaged header at {name} ({place!r}). Fetch the model again.") from error
+    (begin, end), shape, dtype_name = place["data_offsets"], tuple(place["shape"]), place["dtype"]
     if dtype_name not in DTYPES:
         raise WeightsError(
             f"{file} holds {name} as {dtype_name}, which pixtune cannot read (it reads {', '.join(DTYPES)}). Take "

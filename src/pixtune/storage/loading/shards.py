@@ -16,7 +16,7 @@ from pixtune.storage import files, safetensors_writer
 from pixtune.storage.grouping import group_neighbours
 from pixtune.storage.loading.entries import read_entries
 from pixtune.storage.loading.read import NUM_THREADS, iterate_tensors
-from pixtune.storage.model_folder import INDEX_SUFFIX, SHARD_NAME, read_json, weight_files
+from pixtune.storage.model_folder import INDEX_SUFFIX, SHARD_NAME, read_json, weight_files, weight_index
 
 MAX_SHARD_BYTES = 2 * 2**30
 """Bytes of a shard at most: a large model is a handful of files, so that a damaged one can be fetched again alone."""
@@ -91,7 +91,7 @@ def shard_files(folder: str | Path) -> list[Path]:
     folder = Path(folder)
     paths = weight_files(folder)
     entries = {entry.name: entry.file for entry in read_entries(paths)}
-    for index in folder.glob(f"*{INDEX_SUFFIX}"):
+    if (index := weight_index(folder)) is not None:
         places = read_json(index)["weight_map"]
         wrong = [name for name, file in places.items() if entries.get(name) != folder / file]
         if wrong:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -111,6 +112,11 @@ def remove(folder: Path, *names: str) -> None:
         (folder / name).unlink()
 
 
+def put_a_pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
 def leave_a_pickle(folder: Path) -> None:
     remove(folder, *[path.name for path in folder.iterdir()])
     (folder / "model.bin").write_bytes(b"")
@@ -130,10 +136,39 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
         "no .*index.json that says",
     ),
     "two indexes": (
-        lambda folder: shutil.copy(
-            folder / "model.safetensors.index.json", folder / "model.fp16.safetensors.index.json"
-        ),
-        r"several indexes: model\.fp16",
+        lambda folder: [
+            shutil.copy(folder / "model.safetensors.index.json", folder / name)
+            for name in ("model.fp16.safetensors.index.json", "other.safetensors.index.json")
+        ],
+        r"several indexes: model\.safetensors\.index\.json, other",
+    ),
+    "a file above the folder": (
+        lambda folder: rewrite_index(folder, lambda index: index["weight_map"].update(a="../../etc/passwd")),
+        r"names a file outside its folder, '\.\./\.\./etc/passwd'",
+    ),
+    "a file from the root": (
+        lambda folder: rewrite_index(folder, lambda index: index["weight_map"].update(a="/etc/passwd")),
+        "outside its folder",
+    ),
+    "a file of another system's folder": (
+        lambda folder: rewrite_index(folder, lambda index: index["weight_map"].update(a="..\\x.safetensors")),
+        "outside its folder",
+    ),
+    "the folder itself": (
+        lambda folder: rewrite_index(folder, lambda index: index["weight_map"].update(a="..")),
+        "outside its folder",
+    ),
+    "an index without end": (
+        lambda folder: (folder / "model.safetensors.index.json").write_text("[" * 200_000),
+        "not valid JSON",
+    ),
+    "a list for an index": (
+        lambda folder: (folder / "model.safetensors.index.json").write_text("[]"),
+        "not a JSON object but a list",
+    ),
+    "a pipe for an index": (
+        lambda folder: put_a_pipe(folder / "model.safetensors.index.json"),
+        "a named pipe, not a file",
     ),
     "an index of nothing": (lambda folder: rewrite_index(folder, lambda index: index.clear()), "no weight_map"),
     "another model's index": (
@@ -183,3 +218,41 @@ def test_the_documented_path_leads_to_the_same_functions() -> None:
     for name in utils.fast_loading.__all__:
         assert getattr(utils.fast_loading, name) is getattr(loading, name)
     assert {"load_safetensors", "save_safetensors", "is_fastsafetensors_available"} <= set(utils.fast_loading.__all__)
+
+
+PLAIN, HALF = 1.0, 2.0
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["model.safetensors", "model.fp16.safetensors"],
+        ["model.safetensors", "model.fp16.safetensors", "model.bf16.safetensors"],
+        ["model.safetensors", "model.fp16-00001-of-00002.safetensors", "model.fp16-00002-of-00002.safetensors"],
+        ["model.safetensors", "model-00001-of-00001.fp16.safetensors"],
+        ["diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors"],
+    ],
+)
+def test_the_plain_weights_are_taken_where_a_variant_lies_beside_them(tmp_path: Path, names: list[str]) -> None:
+    for name in names:
+        save_safetensors({"a": torch.full((1,), PLAIN if name == names[0] else HALF)}, tmp_path / name)
+    (tmp_path / "model.safetensors.index.fp16.json").write_text(json.dumps({"weight_map": {"a": names[1]}}))
+    assert load_safetensors_sharded(tmp_path)["a"].item() == PLAIN
+
+
+def test_shards_without_a_variant_are_taken_where_those_of_a_variant_lie_beside_them(tmp_path: Path) -> None:
+    save_safetensors_sharded(numbered(), tmp_path, 80)
+    save_safetensors({"a": torch.ones(1)}, tmp_path / "model.fp16-00001-of-00001.safetensors")
+    for name in ("model.safetensors.index.fp16.json", "model.fp16.safetensors.index.json"):
+        index = {"weight_map": {"a": "model.fp16-00001-of-00001.safetensors"}}
+        (tmp_path / name).write_text(json.dumps(index))
+    assert_same(load_safetensors_sharded(tmp_path), numbered())
+
+
+def test_variants_without_a_plain_one_are_a_choice_that_is_left_to_the_user(tmp_path: Path) -> None:
+    for name in ("model.fp16.safetensors", "model.bf16.safetensors"):
+        save_safetensors({"a": torch.ones(1)}, tmp_path / name)
+    with pytest.raises(WeightsError, match=r"several variants .*bf16.*fp16"):
+        load_safetensors_sharded(tmp_path)
+    (tmp_path / "model.bf16.safetensors").unlink()
+    assert load_safetensors_sharded(tmp_path)["a"].item() == 1

@@ -1,0 +1,104 @@
+"""Keys that people bring from other trainers, each with the key that is meant here.
+
+A name that is near to ours by its letters need not stand here: `sources.nearest_keys` finds it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+_BY_OURS: Mapping[str, str] = {
+    "pretrained_model_name_or_path": (
+        "model base_model model_name model_path model_id name_or_path base_model_name pretrained_model checkpoint "
+        "ckpt_path dit transformer_path"
+    ),
+    "output_dir": "output_folder output_path save_dir save_path save_folder output_model_destination training_folder",
+    "data_config": "dataset datasets data concepts dataset_config data_backend_config",
+    "data_config.img_dir": (
+        "train_data_dir instance_data_dir dataset_path dataset_dir folder_path image_dir image_directory images "
+        "data_dir train_dir dataset_name instance_data_root image_folder"
+    ),
+    "data_config.control_dir": (
+        "control_path control_directory conditioning_dir conditioning_data_dir conditioning_image_column control_folder"
+    ),
+    "data_config.metadata_file": "image_jsonl_file jsonl dataset_metadata_path metadata in_json metadata_path",
+    "data_config.img_size": "resolution image_size train_resolution size px target_size max_resolution resolutions",
+    "data_config.num_workers": "max_data_loader_n_workers dataloader_num_workers dataset_num_workers",
+    "data_config.caption_type": "caption_extension caption_ext caption_suffix caption_strategy",
+    "data_config.max_text_tokens": "max_sequence_length max_token_length tokenizer_max_length",
+    "data_config.caption_dropout_rate": "caption_dropout conditioning_dropout cfg_dropout proportion_empty_prompts",
+    "data_config.random_ratio": "random_crop enable_bucket",
+    "data_config.cache_dir": "cache_directory cache_path latent_cache_dir",
+    "logging_dir": "log_dir tensorboard_dir",
+    "report_to": "log_with tracker use_wandb wandb",
+    "tracker_project_name": "log_tracker_name wandb_project wandb_run_name project_name run_name",
+    "logging_steps": "log_every logging_interval performance_log_every",
+    "seed": "random_seed rng_seed manual_seed noise_seed",
+    "mixed_precision": "dtype precision train_dtype weight_dtype torch_dtype save_precision full_bf16 bf16 fp16",
+    "train_batch_size": "batch_size per_device_train_batch_size bs micro_batch_size",
+    "gradient_accumulation_steps": "gradient_accumulation grad_accum accumulate_grad_batches grad_accumulation",
+    "max_train_steps": "steps max_steps num_steps train_steps iterations num_train_steps total_steps max_iterations",
+    "num_train_epochs": "epochs max_train_epochs num_epochs max_epochs",
+    "learning_rate": "lr unet_lr transformer_lr base_lr dit_lr learning_rate_unet prodigy_lr",
+    "lr_scheduler": "scheduler lr_schedule learning_rate_scheduler lr_scheduler_type",
+    "lr_warmup_steps": "warmup warmup_steps num_warmup_steps learning_rate_warmup_steps lr_warmup warmup_ratio",
+    "lr_num_cycles": "lr_scheduler_num_cycles num_cycles learning_rate_cycles",
+    "lr_power": "lr_scheduler_power",
+    "adam8bit": "optimizer optimizer_type optim optimizer_name optimizer_args optimizer_params",
+    "adam_weight_decay": "weight_decay",
+    "adam_beta1": "beta1 betas adam_betas",
+    "adam_beta2": "beta2",
+    "adam_epsilon": "eps epsilon adam_eps",
+    "max_grad_norm": "gradient_clipping grad_clip clip_grad_norm gradient_clip_val",
+    "method": "network_module network_type model_type training_method train_type adapter_type lora_type",
+    "rank": "network_dim network_rank lora_rank lora_dim dim linear lora_r r network_linear",
+    "lora_alpha": "network_alpha linear_alpha alpha",
+    "lora_targets": "target_modules lora_layers lora_target_modules only_if_contains flux_lora_target layer_filter",
+    "trigger_words": "trigger_word instance_prompt trigger token",
+    "freeze_text_encoder": "train_text_encoder network_train_unet_only network_train_text_encoder_only",
+    "objective.sigma_distribution": "timestep_sampling timestep_type timestep_distribution weighting_distribution",
+    "objective.shift": "discrete_flow_shift flow_shift timestep_shift",
+    "objective.guidance": "flux_guidance_value distilled_guidance_scale",
+    "objective.weighting_scheme": "loss_weighting loss_weight_fn min_snr_gamma snr_gamma",
+    "validation.held_out": "validation_split val_split eval_split",
+    "validation.held_out_dir": "val_data_dir validation_dir validation_data_dir eval_dir",
+    "validation.every": "validation_epochs validation_steps eval_steps eval_every",
+    "samples.prompts": "validation_prompt validation_prompts sample_prompts sample_prompt sample_definition_file",
+    "samples.every": "sample_every sample_every_n_steps sample_after sample_every_n_epochs",
+    "samples.num_steps": "sample_steps num_inference_steps validation_num_inference_steps",
+    "samples.guidance_scale": "validation_guidance cfg_scale sample_guidance_scale",
+    "checkpointing_steps": "save_every save_every_n_steps save_steps save_every_n_epochs checkpoint_every",
+    "checkpoints_total_limit": "max_step_saves_to_keep save_total_limit save_last_n_steps save_last_n_epochs keep_last",
+    "resume_from_checkpoint": "resume resume_from network_weights pretrained_lora_path save_state",
+    "precompute_text_embeddings": "cache_text_encoder_outputs cache_text_embeddings text_encoder_cache",
+    "precompute_image_embeddings": "cache_latents latent_caching vae_cache precompute_latents",
+    "save_cache_on_disk": "cache_latents_to_disk cache_text_encoder_outputs_to_disk cache_to_disk",
+    "disable_gradient_checkpointing": "gradient_checkpointing grad_checkpointing",
+    "disable_cpu_offload": "cpu_offload enable_model_cpu_offload layer_offloading offload low_vram lowram",
+    "quantize": "fp8_base fp8_scaled fp8_base_unet load_in_8bit load_in_4bit qtype base_model_precision quantization",
+    "gpu_memory_limit_gib": "blocks_to_swap vram_limit max_vram",
+    "cuda_features.enable_tf32_compute": "allow_tf32 tf32",
+    "cuda_features.enable_cudnn_sdp": "sdpa xformers enable_xformers_memory_efficient_attention attention_mechanism",
+    "cuda_features.enable_flash_attention_3": "flash_attn flash_attention use_flash_attn flash3",
+}
+
+OTHER_NAMES: Mapping[str, str] = MappingProxyType(
+    {name: ours for ours, names in _BY_OURS.items() for name in names.split()}
+)
+"""Last parts of other trainers' keys, in lower case, each with the dotted key here."""
+
+REMEDIES: Mapping[str, str] = MappingProxyType(
+    {
+        "adam8bit": "The optimizer is AdamW, and adam8bit: true keeps its states in 8 bits.",
+        "disable_gradient_checkpointing": "Mind the opposite meaning; without the key the plan decides.",
+        "disable_cpu_offload": "Mind the opposite meaning; without the key the plan decides.",
+        "gpu_memory_limit_gib": "The plan itself streams as many blocks as the memory needs.",
+        "quantize": "Without the key the plan chooses the number format by the memory there is.",
+        "freeze_text_encoder": "Only the transformer is trained.",
+        "data_config.random_ratio": "Pictures are put into buckets of their own ratio always.",
+        "method": 'It is "lora" or "full".',
+        "data_config": "It is a section: put img_dir and the other keys of the pictures below it.",
+    }
+)
+"""Sentences on keys that do not do quite what their namesakes elsewhere do."""

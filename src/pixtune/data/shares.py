@@ -1,0 +1,46 @@
+"""Shares of the training: which pictures a run draws much oftener than others, because their shape is rare.
+
+A micro-batch holds pictures of one size. Where a size has fewer pictures than a micro-batch has places, each of them
+fills several: a lone portrait among squares is drawn eight times an epoch at eight places.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+from pixtune.data.batches import BatchOrder
+from pixtune.data.pairs import shorten
+
+NOTABLE_FACTOR = 2.0
+"""Times the draws of the picture with the fewest from which a picture is named."""
+EPOCHS_COUNTED = 8
+"""Epochs that are counted where sizes change from epoch to epoch, as `random_ratio` has it."""
+
+
+def draws_an_epoch(order: BatchOrder) -> list[float]:
+    """Computes how often an epoch draws each example: on average, since which of a size come twice changes."""
+    if order.is_even:
+        members = Counter(variants[0] for variants in order.buckets)
+        size = order.global_batch_size
+        return [-(-members[variants[0]] // size) * size / members[variants[0]] for variants in order.buckets]
+    counts = Counter(turn.example for e in range(EPOCHS_COUNTED) for batch in order.epoch(e) for turn in batch)
+    return [counts[example] / EPOCHS_COUNTED for example in range(len(order.buckets))]
+
+
+def uneven_note(order: BatchOrder, names: Sequence[str]) -> str | None:
+    """Returns a sentence that names the pictures of rare shapes, where they are drawn notably more often; else None."""
+    draws = draws_an_epoch(order)
+    least = min(draws)
+    often = [example for example, number in enumerate(draws) if number >= NOTABLE_FACTOR * least]
+    often.sort(key=lambda example: -draws[example])
+    if not often:
+        return None
+    listed = shorten(f"{names[example]} ({draws[example]:.1f} times an epoch)" for example in often)
+    share = sum(draws[example] for example in often) / sum(draws)
+    pictures = "1 picture of a rare shape is" if len(often) == 1 else f"{len(often)} pictures of rare shapes are"
+    return (
+        f"{pictures} drawn to fill micro-batches of {order.global_batch_size}, {share:.0%} of all draws, where others "
+        f"come {least:.1f} times an epoch: {listed}. A smaller train_batch_size (with gradient_accumulation_steps), "
+        "more pictures of the shape, or crops of them to a common one even it out."
+    )

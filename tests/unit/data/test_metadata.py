@@ -1,0 +1,75 @@
+"""A metadata file's rows: only a line feed ends one, and each that is wrong is a sentence with its line."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from pixtune.data.metadata import read_metadata
+from pixtune.data.pairs import Pairs
+
+LINE_ENDS = ["\u2028", "\u2029", "\x85", "\x1c", "\x1d", "\x1e", "\x0b", "\x0c"]
+"""Characters beside the line feed at which `str.splitlines` cuts; JSON takes some raw, and the others as escapes."""
+
+
+def read(folder: Path, text: str, ending: str = "\n") -> Pairs:
+    (folder / "a.png").touch()
+    (folder / "rows.jsonl").write_bytes((text + ending).encode("utf-8", "surrogatepass"))
+    return read_metadata(folder / "rows.jsonl", folder)
+
+
+@pytest.mark.parametrize("mark", LINE_ENDS)
+@pytest.mark.parametrize("ending", ["\n", "\r\n", ""])
+def test_a_caption_may_hold_any_line_end_of_unicode(tmp_path: Path, mark: str, ending: str) -> None:
+    row = {"image": "a.png", "caption": f"red{mark}and round"}
+    text = ending.join([json.dumps(row, ensure_ascii=False)] * 2) if ending else json.dumps(row, ensure_ascii=False)
+    found = read(tmp_path, text, ending)
+    assert found.faults == ()
+    assert {pair.caption for pair in found.pairs} == {f"red{mark}and round"}
+    assert len(found.pairs) == (2 if ending else 1)
+
+
+def test_line_numbers_count_line_feeds_alone(tmp_path: Path) -> None:
+    good = json.dumps({"image": "a.png", "caption": "x\u2028y\x85z"}, ensure_ascii=False)
+    (fault,) = read(tmp_path, f"{good}\n\n{good}\nnonsense").faults
+    assert fault.startswith(f"{tmp_path}/rows.jsonl:4: not a JSON object")
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ("[" * 100_000, "nested too deeply"),
+        ('{"image": ' + "1" * 5000 + "}", "not a JSON object"),
+        (r'{"image": "a.png", "caption": "a \ud800 b"}', "half a character"),
+        (r'{"image": "a.png", "caption": "x", "control": ["\udfff.png"]}', "half a character"),
+        (r'{"image": "a\u0000.png", "caption": "x"}', "zero byte"),
+        ('{"image": "' + "x" * 5000 + '.png", "caption": "x"}', "there is no file"),
+        ('{"image": "pipe.png", "caption": "x"}', "there is no file"),
+        ('{"image": "..", "caption": "x"}', "there is no file"),
+        ("null", "is a NoneType"),
+        ('{"image": "a.png", "caption": 5}', "'caption' must be text"),
+    ],
+)
+def test_a_row_that_cannot_be_used_is_a_sentence_with_its_line(tmp_path: Path, row: str, words: str) -> None:
+    os.mkfifo(tmp_path / "pipe.png")
+    faults = read(tmp_path, row).faults
+    assert faults and all(fault.startswith(f"{tmp_path}/rows.jsonl:1: ") for fault in faults)
+    assert words in faults[0]
+
+
+@pytest.mark.parametrize(
+    ("on_disk", "written"), [("caf\u00e9.png", "cafe\u0301.png"), ("cafe\u0301.png", "caf\u00e9.png")]
+)
+def test_a_picture_is_found_however_its_accents_are_written(tmp_path: Path, on_disk: str, written: str) -> None:
+    (tmp_path / on_disk).touch()
+    found = read(tmp_path, json.dumps({"image": written, "caption": "a cup"}))
+    assert found.faults == () and found.pairs[0].image_path.is_file()
+
+
+def test_a_pipe_in_place_of_the_file_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "rows.jsonl")
+    (fault,) = read_metadata(tmp_path / "rows.jsonl", tmp_path).faults
+    assert "a named pipe, not a file" in fault
