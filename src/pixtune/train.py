@@ -237,8 +237,7 @@ def assemble(
 ) -> tuple[Run, Services]:
     """Does everything up to the first step, in its one order.
 
-    The device is prepared, the output folder locked, the data encoded, the plan made, the base loaded, the trained
-    weights attached and, where a run is resumed, restored.
+    In turn: device, lock on the output folder, data, plan, base, trained weights and, where a run is resumed, theirs.
 
     Args:
         leaner: the run is planned so, and not as its checkpoint says.

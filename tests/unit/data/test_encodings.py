@@ -6,6 +6,7 @@ import json
 import time
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,7 +24,7 @@ from pixtune.data import encode, swapped
 from pixtune.data.buckets import Framing, build_buckets, frame_picture
 from pixtune.data.cache import ABSENT, DiskStore, FillReport, Ledger
 from pixtune.data.encode import Encoder, FramedPicture, TextItem
-from pixtune.data.images import open_rgb
+from pixtune.data.images import Decoded, decoded
 from pixtune.data.prepare import prepare_data
 from pixtune.data.prepared import PreparedData
 from pixtune.errors import DataError
@@ -623,11 +624,11 @@ def test_a_picture_that_is_replaced_while_it_is_read_is_not_stored_under_the_old
     framed = picture(tmp_path, "a.png", 10)
     keys = encoder.latent_keys([framed])
 
-    def replaced_before_it_is_opened(path: Path) -> Image.Image:
+    def replaced_before_it_is_opened(path: Path) -> AbstractContextManager[Decoded]:
         edit(path)
-        return open_rgb(path)
+        return decoded(path)
 
-    monkeypatch.setattr(encode, "open_rgb", replaced_before_it_is_opened)
+    monkeypatch.setattr(encode, "decoded", replaced_before_it_is_opened)
     with pytest.raises(DataError, match="other content"):
         encoder.fill_pictures([framed], keys)
     assert encoder.store.problem(keys[0].digest) == ABSENT
