@@ -70,7 +70,7 @@ class Footprint:
     extra_units: float = 0.0
     """Units per block of inputs that a LoRA on other than attention layers keeps."""
     selective_extra_units: float = 0.0
-    """The same under selective recomputation; a block that is at work holds all of `extra_units` even so."""
+    """Units of them under selective recomputation; a block that is at work holds all of `extra_units` even so."""
     examples_per_step: int = 1
     """Examples of one process in a step: rows of the modulation table that the step needs."""
     examples_at_once: int = 1
