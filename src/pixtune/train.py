@@ -230,10 +230,7 @@ def set_up(config: TrainConfig, leaner: Leaner | None, lock: OutputLock, stop: S
 
 
 def assemble(
-    config: TrainConfig,
-    leaner: Leaner | None = None,
-    lock: OutputLock | None = None,
-    stop: StopRequest | None = None,
+    config: TrainConfig, leaner: Leaner | None = None, lock: OutputLock | None = None, stop: StopRequest | None = None
 ) -> tuple[Run, Services]:
     """Does everything up to the first step, in its one order.
 

@@ -176,15 +176,22 @@ class OutputLock:
         if self._beating is not None:
             self._beating.join()
         if self._mine is not None:
-            holder = _read(self.path)
-            if holder is None or holder.name == self._mine.name:
-                self.path.unlink(missing_ok=True)
+            try:
+                self._clear_away(self._mine)
+            except OSError as error:  # the run may be ending because of the same trouble, which is to be told
+                log.warning("%s could not be removed (%s); it keeps no other run out", self.path, error)
             self._mine = None
-            for folder in reversed(self._made):
-                if any(folder.iterdir()):
-                    break
-                folder.rmdir()
         self._close()
+
+    def _clear_away(self, mine: Holder) -> None:
+        """Removes the file, and folders that were made for it and are empty."""
+        holder = _read(self.path)
+        if holder is None or holder.name == mine.name:
+            self.path.unlink(missing_ok=True)
+        for folder in reversed(self._made):
+            if any(folder.iterdir()):
+                break
+            folder.rmdir()
 
     def _open(self) -> bool | None:
         """Opens the file and asks for the system's lock on it; see `judge` for what is returned."""

@@ -269,3 +269,21 @@ def test_a_heartbeat_that_cannot_be_written_is_said_once_and_ends_nothing(
         monkeypatch.setattr(lock, "_write", fail)
         time.sleep(0.2)
     assert caplog.text.count("stale file handle") == 1
+
+
+def test_a_lock_that_cannot_be_removed_hides_no_other_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    lock = OutputLock(tmp_path)
+    lock.acquire()
+
+    def fail(path: Path, missing_ok: bool = False) -> None:
+        raise OSError(errno.EIO, "Input/output error", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", fail)
+        with pytest.raises(WriteError, match="the cache"), lock:
+            raise WriteError("the cache could not be written")
+    assert "run.lock could not be removed" in caplog.text
+    with OutputLock(tmp_path) as another:
+        another.acquire()
