@@ -132,43 +132,27 @@ class Encodes:
     """Times of an encoder."""
 
     load_seconds: float = 0.0
-    together: list[tuple[int, float]] = field(default_factory=list)
-    """Rows and seconds of each batch."""
-    alone: list[float] = field(default_factory=list)
-    """Seconds of each of the same rows by itself."""
+    seconds: list[float] = field(default_factory=list)
+    """Seconds of each caption or picture."""
 
     def rates(self) -> Result:
-        """Returns the rows a second. The first batch warms up, unless it is the only one."""
-        batches = self.together[1:] or self.together
-        rows = sum(count for count, _ in batches)
-        alone = self.alone[self.together[0][0] :] or self.alone
-        return {
-            "load_seconds": round(self.load_seconds, 2),
-            "batch": max(count for count, _ in batches),
-            "per_second": round(rows / sum(seconds for _, seconds in batches), 3),
-            "per_second_alone": round(len(alone) / sum(alone), 3),
-        }
+        """Returns how many are encoded a second. The first one warms up, unless it is the only one."""
+        warm = self.seconds[1:] or self.seconds
+        return {"load_seconds": round(self.load_seconds, 2), "per_second": round(len(warm) / sum(warm), 3)}
 
 
 def watched(open_encoder: Opening, encodes: Encodes) -> Opening:
-    """Wraps an encoder so that it is timed, and encodes each batch's rows once more one by one.
-
-    That takes no more memory than the batch did, so the stage's peak is that of a run.
-    """
+    """Wraps an encoder so that it is timed."""
 
     def open_watched(encoder: Encoder) -> Callable[[Any], Any]:
         began = now()
         encode = open_encoder(encoder)
         encodes.load_seconds += now() - began
 
-        def encode_watched(rows: Any) -> Any:
+        def encode_watched(one: Any) -> Any:
             began = now()
-            encoded = encode(rows)
-            encodes.together.append((len(rows), now() - began))
-            for number in range(len(rows)):
-                began = now()
-                encode(rows[number : number + 1])
-                encodes.alone.append(now() - began)
+            encoded = encode(one)
+            encodes.seconds.append(now() - began)
             return encoded
 
         return encode_watched
@@ -224,9 +208,15 @@ def watch_steps() -> list[float]:
     moments: list[float] = []
     latents = PromptSampler.latents
 
-    def watched_latents(sampler: PromptSampler, transformer: LoadedTransformer) -> Iterator[Any]:
+    def watched_latents(
+        sampler: PromptSampler, transformer: LoadedTransformer, on_step: Callable[[], None] = lambda: None
+    ) -> Iterator[Any]:
+        def after_step() -> None:
+            moments.append(now())
+            on_step()
+
         moments.append(now())
-        yield from latents(sampler, transformer, lambda: moments.append(now()))
+        yield from latents(sampler, transformer, after_step)
 
     setattr(PromptSampler, "latents", watched_latents)  # noqa: B010
     return moments

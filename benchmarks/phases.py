@@ -159,7 +159,7 @@ def speed_of_stages(result: Result) -> dict[str, str]:
     if result["phase"] == "sampling":
         return {"pictures drawn": f"{result['seconds_per_step']:.3f} s/step"}
     return {
-        stage: f"{rate['per_second']:.2f}/s in batches of {rate['batch']}, {rate['per_second_alone']:.2f}/s one by one"
+        stage: f"{rate['per_second']:.2f}/s"
         for stage, rate in (("text encoding", result["captions"]), ("image encoding", result["pictures"]))
     }
 

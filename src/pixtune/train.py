@@ -104,8 +104,7 @@ def run_steps(run: Run, services: AroundSteps) -> TrainResult:
     A request to stop ends the run after the current step, with a checkpoint.
 
     Raises:
-        DataError: a picture that is encoded in the loop has changed or is gone, or an entry of the cache is damaged;
-            the steps before are saved.
+        DataError: a picture or an encoding that a step needs has changed, is damaged or gone; the steps are saved.
         TrainingError: memory that CPU and GPU share is nearly used up, and the step is saved; or a loss is no number.
         MemoryShortage: a step needs more memory than there is, whatever it gives up; the steps before are saved.
         ExchangeError: another process of the run is gone; the steps before are saved.
