@@ -307,8 +307,8 @@ class TrainConfig(Section):
     """Whether quantization is ruled out, of text encoders too. Wins over `quantize` and `enable_fp8_training`."""
     quantize: bool | None = None
     """Whether the frozen weights of the transformer's blocks are quantized to 8 bits and multiplied in 8 bits (FP8, or
-    int8 below compute capability 8.9). Absent: the planner takes 16, 8 or 4 bits by the memory there is, on a CPU 16 or
-    32. GPUs below capability 8.0 quantize nothing."""
+    int8 below compute capability 8.9); true is an error below 8.0. Absent: the planner takes 16, 8 or 4 bits by the
+    memory there is, on a CPU and below capability 8.0 16 or 32."""
     keep_plain: Words = ()
     """Linear layers that are not quantized where the others are, named as in `lora_targets`. Empty: none.
     `pixtune doctor --model` names those that lose too much in 8 bits."""

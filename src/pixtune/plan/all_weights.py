@@ -133,7 +133,9 @@ def _moment_bytes(rung: AllWeightsRung, situation: Situation) -> float:
         activations += unit * max(kept_units(kind, blocks, footprint, compiled) for kind in footprint.kinds)
     step = STEP_BYTES * footprint.largest_weight
     # A compiled block's gradients come all at once.
-    one_block = max(block_weight_bytes(kind, demands.compute_format, True) for kind in footprint.kinds)
+    one_block = max(
+        block_weight_bytes(kind, demands.compute_format, demands.compute_format, True) for kind in footprint.kinds
+    )
     if rung.fused_step:
         return activations + step + one_block
     gradients = footprint.trained_weights * (4 if demands.fp32_copies else element)

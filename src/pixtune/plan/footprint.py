@@ -192,13 +192,14 @@ def with_fused_mlps(footprint: Footprint, facts: HardwareFacts) -> Footprint:
     return replace(footprint, fused_formats=("fp8", "nf4"))
 
 
-def block_weight_bytes(kind: BlockKind, weights_format: str, modulation_resident: bool) -> int:
+def block_weight_bytes(kind: BlockKind, weights_format: str, compute_format: str, modulation_resident: bool) -> int:
     """Returns the device memory of one block's weights.
 
     Args:
         weights_format: of its linear layers: "fp32", "bf16", "fp8", "int8" or "nf4".
+        compute_format: of everything else: "fp32" or "bf16".
     """
     small = kind.other_weights + (kind.modulation_weights if modulation_resident else 0)
     scale_bytes = 0 if weights_format in ELEMENT_BYTES else 4 * kind.rows  # fp32, one a row of a quantized weight
     linear_bytes = round(kind.linear_weights * BYTES_PER_WEIGHT[weights_format] + scale_bytes)
-    return linear_bytes + ELEMENT_BYTES.get(weights_format, ELEMENT_BYTES["bf16"]) * small
+    return linear_bytes + ELEMENT_BYTES[compute_format] * small

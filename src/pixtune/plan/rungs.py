@@ -84,11 +84,15 @@ class Rung:
 
     def host_bytes(self, situation: Situation) -> int:
         """Returns the bytes of streamed weights, inputs of recomputed blocks and modulation tables."""
-        footprint, loaded = situation.footprint, self.modulation_rows == 0
-        blocks = sum(kind.count * block_weight_bytes(kind, self.weights_format, loaded) for kind in footprint.kinds)
+        footprint, compute_format = situation.footprint, situation.demands.compute_format
+        element, loaded = ELEMENT_BYTES[compute_format], self.modulation_rows == 0
+        blocks = sum(
+            kind.count * block_weight_bytes(kind, self.weights_format, compute_format, loaded)
+            for kind in footprint.kinds
+        )
         streamed = self.streamed_blocks * blocks / footprint.num_blocks
-        inputs = self.recomputed_blocks * footprint.unit_bytes if self.offload_inputs else 0
-        tables = 0 if footprint.one_pool else 2 * table_host_numbers(self, footprint, situation.num_tables)
+        inputs = self.recomputed_blocks * footprint.unit_bytes * element // 2 if self.offload_inputs else 0
+        tables = 0 if footprint.one_pool else element * table_host_numbers(self, footprint, situation.num_tables)
         return round(streamed + inputs + tables)
 
 
@@ -141,6 +145,14 @@ def allowed_formats(situation: Situation) -> tuple[str, ...]:
                 "cores (8.9 and newer have them). Leave the key out; quantize: true computes in int8 there."
             ],
         )
+    if demands.quantize and facts.capability < (8, 0):
+        raise ConfigError(
+            "quantize is true",
+            [
+                f"{facts.name} has compute capability {facts.capability[0]}.{facts.capability[1]}, and pixtune "
+                "multiplies in 8 bits on 8.0 and newer alone. Leave the key out."
+            ],
+        )
     if demands.quantize is False or facts.capability < (8, 0):
         return (demands.compute_format,)
     eight = "int8" if facts.capability < (8, 9) or demands.fp8 is False else "fp8"
@@ -187,7 +199,8 @@ def transformer_bytes(rung: Rung, footprint: Footprint, compute_format: str) -> 
 
 def weight_bytes(rung: Rung, footprint: Footprint, compute_format: str) -> int:
     """Returns bytes on the device: of resident blocks, the ring of streamed ones, and what is outside of blocks."""
-    sizes = [block_weight_bytes(kind, rung.weights_format, rung.modulation_rows == 0) for kind in footprint.kinds]
+    loaded = rung.modulation_rows == 0
+    sizes = [block_weight_bytes(kind, rung.weights_format, compute_format, loaded) for kind in footprint.kinds]
     blocks = sum(kind.count * size for kind, size in zip(footprint.kinds, sizes, strict=True))
     plain = ELEMENT_BYTES[compute_format]
     total = blocks + footprint.outside_weights * plain

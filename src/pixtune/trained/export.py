@@ -80,7 +80,11 @@ def weights_by_module(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def export_lora(
     folder: Path, weights: Mapping[str, Tensor], about: LoraDescription, family: ModelFamily
 ) -> tuple[Path, Path]:
-    """Writes both files into `folder` and returns their paths. Stock diffusers loads ComfyUI's file as well."""
+    """Writes both files into `folder` and returns their paths. Stock diffusers loads ComfyUI's file as well.
+
+    Weights are renamed, scaled and joined in host memory: at a run's end a full card may have no room for copies.
+    """
+    weights = {name: tensor.cpu() for name, tensor in weights.items()}
     diffusers_path, comfyui_path = folder / DIFFUSERS_FILE, folder / COMFYUI_FILE
     save_without_digest(diffusers_path, *diffusers_file(weights, about))
     save_without_digest(comfyui_path, family.comfyui_tensors(weights, about.alpha), about.metadata())

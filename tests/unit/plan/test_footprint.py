@@ -80,16 +80,23 @@ def test_a_small_model_is_counted_as_its_file_holds_it(path: Path) -> None:
 
 
 @pytest.mark.parametrize("rows", [0, 8])
-@pytest.mark.parametrize("weights_format", ["bf16", "int8", "fp8", "nf4"])
+@pytest.mark.parametrize(
+    ("weights_format", "compute_format"),
+    [("bf16", "bf16"), ("int8", "bf16"), ("fp8", "bf16"), ("nf4", "bf16"), ("fp32", "fp32"), ("int8", "fp32"),
+     ("nf4", "fp32")],
+)  # fmt: skip
 @pytest.mark.parametrize("path", TINY, ids=lambda path: path.name)
-def test_weights_take_as_many_bytes_as_a_loaded_model_holds(path: Path, weights_format: str, rows: int) -> None:
+def test_weights_take_as_many_bytes_as_a_loaded_model_holds(
+    path: Path, weights_format: str, compute_format: str, rows: int
+) -> None:
     folder = ModelFolder(path)
     family = family_of(folder)
-    layout = Layout(None if weights_format == "bf16" else weights_format, rows)
-    placement = Placement(torch.device("cpu"), torch.bfloat16)
+    layout = Layout(None if weights_format == compute_format else weights_format, rows)
+    placement = Placement(torch.device("cpu"), torch.bfloat16 if compute_format == "bf16" else torch.float32)
     model = load_transformer(family, folder, placement, layout).module
     footprint = footprint_of(CONFIG, family, folder, 64)
-    assert weight_bytes(Rung(weights_format, rows), footprint, "bf16") == stored_bytes(model, footprint_names(folder))
+    rung = Rung(weights_format, rows)
+    assert weight_bytes(rung, footprint, compute_format) == stored_bytes(model, footprint_names(folder))
 
 
 def footprint_names(folder: ModelFolder) -> set[str]:

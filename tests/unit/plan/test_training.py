@@ -290,6 +290,23 @@ def test_quantize_demands_8_bits_and_forbids_them(card: str, changes: dict[str, 
     assert plan_for(facts_as(card), **changes).weights_format == weights_format
 
 
+def test_quantize_is_refused_where_nothing_multiplies_8_bits() -> None:
+    turing = replace(H100, name="NVIDIA TITAN RTX", capability=(7, 5))
+    with pytest.raises(ConfigError, match=r"(?s)quantize is true.*TITAN RTX has compute capability 7\.5.*Leave"):
+        plan_for(turing, quantize=True)
+    for changes in ({}, {"quantize": False}, {"quantize": True, "disable_quantization": True}):
+        assert plan_for(turing, **changes).weights_format == "bf16"
+
+
+def test_what_waits_in_host_memory_is_as_wide_as_the_run() -> None:
+    """fp32 runs have tables, inputs and norms of 4 bytes a number."""
+    rung = Rung("int8", 32, recomputed_blocks=60, offload_inputs=True, streamed_blocks=60)
+    narrow, wide = (situation_for(CONFIG.model_copy(update={"mixed_precision": words})) for words in ("bf16", "no"))
+    kind = narrow.footprint.kinds[0]
+    codes = 60 * (kind.linear_weights + 4 * kind.rows)
+    assert wide.on_host(rung) - codes == 2 * (narrow.on_host(rung) - codes)
+
+
 def test_fp8_is_refused_where_no_core_has_it() -> None:
     with pytest.raises(ConfigError, match=r"(?s)enable_fp8_training is true.*8\.0.*int8"):
         plan_for(facts_as("A100 80 GB"), fp8=True)

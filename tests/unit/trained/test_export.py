@@ -71,6 +71,31 @@ def adapted(base: nn.Module) -> nn.Module:
     return transformer
 
 
+class OnDevice(Tensor):
+    """A tensor of a card without room: it can be copied to host memory, and no result of it can be made."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func is Tensor.cpu, f"{func} makes a tensor on the device"
+        with torch._C.DisableTorchFunctionSubclass():
+            return args[0].as_subclass(Tensor).clone()
+
+
+@pytest.mark.parametrize("name", ["tiny-qwen-image", "tiny-flux"])
+def test_files_are_made_in_host_memory(name: str, tmp_path: Path) -> None:
+    from pixtune.families import family_of
+
+    family = family_of(ModelFolder(Path(__file__).parents[3] / "assets" / name))
+    layer = f"{family.block_paths[0]}.0.attn.to_q"
+    weights = {f"{layer}.lora_A.weight": torch.ones(RANK, 8), f"{layer}.lora_B.weight": torch.ones(8, RANK)}
+    export_lora(tmp_path, {name: tensor.as_subclass(OnDevice) for name, tensor in weights.items()}, ABOUT, family)
+    exported = load_file(tmp_path / DIFFUSERS_FILE)
+    assert {name.removeprefix("transformer."): tensor.sum() for name, tensor in exported.items()} == {
+        name: tensor.sum() for name, tensor in weights.items()
+    }
+    assert len(load_file(tmp_path / COMFYUI_FILE)) >= 2
+
+
 @pytest.fixture(scope="module")
 def files(adapted: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with both files."""
