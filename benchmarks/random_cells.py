@@ -26,7 +26,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,14 +38,18 @@ from PIL import Image
 from pixtune.bench.environment import describe
 from pixtune.bench.result import Result
 from pixtune.config import load_config
+from pixtune.config.schema import TrainConfig
+from pixtune.data.prepared import PreparedData
 from pixtune.errors import PlanError
 from pixtune.families import family_of
+from pixtune.family import ModelFamily
 from pixtune.hardware.cards import facts_as
 from pixtune.hardware.facts import GIB, HardwareFacts
 from pixtune.hardware.read import read_facts_without_cuda
+from pixtune.plan.footprint import Footprint
 from pixtune.plan.training import TrainingPlan, plan_training, with_todays_names
 from pixtune.storage.files import write_atomically
-from pixtune.storage.model_folder import open_model_folder
+from pixtune.storage.model_folder import ModelFolder, open_model_folder
 from pixtune.tracking.metrics import read_metrics
 
 LIMIT_GIB, RANK, SIZE = (5.5, 100.0), (4, 256), (256, 2048)
@@ -70,6 +73,8 @@ START_SECONDS, TOKENS_PER_SECOND = 110.0, 2500.0
 HANGING = 3.0
 """Multiple of its assumed time after which a cell is ended."""
 LOG_LINES = 40
+PATH = re.compile(r"(?:/[^/\s\"']+)+/([^/\s\"']+)")
+"""A path, of which results hold the last part: where things lie is nobody's business."""
 
 
 # ---- drawing
@@ -198,16 +203,39 @@ def prepare(cell: RandomCell, folder: Path) -> list[str]:
     return training_command(folder, folder / "run", cell.steps, [*cell.words(), *data])
 
 
-def plan_cell(command: Sequence[str], facts: HardwareFacts) -> TrainingPlan:
-    """Plans a prepared cell as its run will, apart from the trials of attention kernels.
+def cell_of(result: Result) -> RandomCell:
+    """Returns the cell that a result is of."""
+    values = dict(result["cell"])
+    return RandomCell(**{**values, "shapes": tuple((ratio, words) for ratio, words in values["shapes"])})
 
-    Raises:
-        PlanError: it does not fit.
-    """
+
+@dataclass(frozen=True)
+class Prepared:
+    """What planning has to know of a prepared cell."""
+
+    config: TrainConfig
+    family: ModelFamily
+    folder: ModelFolder
+    data: PreparedData
+
+    def count_tokens(self, multiple: int) -> int:
+        """Counts the tokens of the largest micro-batch, its captions padded to a multiple."""
+        return self.data.micro_batch_tokens(self.config.batch_size, multiple)
+
+
+def weigh(command: Sequence[str]) -> tuple[TrainConfig, Footprint]:
+    """Returns config and footprint of a prepared cell whose captions are not padded."""
+    from pixtune.planning import footprint_of
+
+    cell = read_prepared(command)
+    return cell.config, footprint_of(cell.config, cell.family, cell.folder, cell.count_tokens(1))
+
+
+def read_prepared(command: Sequence[str]) -> Prepared:
+    """Reads a prepared cell as its run does."""
     from pixtune.data.examples import read_examples
     from pixtune.data.prepare import control_rules
     from pixtune.data.random_data import random_data
-    from pixtune.planning import plan_for_captions
 
     place = command.index("--config")
     config = load_config(Path(command[place + 1]), list(command[place + 2 :]))
@@ -215,11 +243,22 @@ def plan_cell(command: Sequence[str], facts: HardwareFacts) -> TrainingPlan:
     family, settings = family_of(folder), config.data_config
     rules = control_rules(family, folder, settings.control_size)
     examples = read_examples(settings, settings.img_dir, family.pixel_multiple(folder), settings.random_ratio, rules)
-    data = random_data(config, family, folder, examples, [])
-    captions = data.captions if family.pads_text else None
+    return Prepared(config, family, folder, random_data(config, family, folder, examples, []))
+
+
+def plan_cell(command: Sequence[str], facts: HardwareFacts) -> TrainingPlan:
+    """Plans a prepared cell as its run will, apart from the trials of attention kernels.
+
+    Raises:
+        PlanError: it does not fit.
+    """
+    from pixtune.planning import plan_for_captions
+
+    cell = read_prepared(command)
+    captions = cell.data.captions if cell.family.pads_text else None
     return plan_for_captions(
-        lambda footprint: plan_training(facts, footprint, config, captions=captions),
-        config, family, folder, partial(data.micro_batch_tokens, config.batch_size), captions,
+        lambda footprint: plan_training(facts, footprint, cell.config, captions=captions),
+        cell.config, cell.family, cell.folder, cell.count_tokens, captions,
     )  # fmt: skip
 
 
@@ -359,7 +398,7 @@ def finish(run: Running, ended_early: bool) -> Result:
         "wall_seconds": round(time.monotonic() - run.began, 1),
         **read_result(run.cell, run.plan, run.folder / "run"),
         "shortages": [line for line in log.splitlines() if SHORTAGE.search(line)],
-        "log": log.splitlines()[-LOG_LINES:],
+        "log": [PATH.sub(r"\1", line) for line in log.splitlines()[-LOG_LINES:]],
         **describe(),
     }
     shutil.rmtree(run.folder)

@@ -267,7 +267,6 @@ def assemble(
     identity = replace(identity, data=data.fingerprint, num_steps=num_steps)
     changes = check_run(config, checkpoint, identity)
     plan = decide_plan(config, family, folder, data, accelerator, checkpoint, leaner)
-    memory.stages.record("plan")
     optim.check_optimizer(plan.optimizer)
     apply_switches(plan)
 

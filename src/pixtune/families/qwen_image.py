@@ -99,8 +99,8 @@ class QwenImage:
         "transformer_blocks": ActivationUnits(
             eager=17.0,
             kept=13.05,
-            selective=8.2,
-            projections=2.9,
+            selective=8.09,
+            projections=3.05,
             working=25.0,
             forward=5.0,
             forward_quantized=14.5,

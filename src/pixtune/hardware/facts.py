@@ -63,6 +63,8 @@ class HardwareFacts:
     """"x86_64", "aarch64", ..."""
     num_sms: int = 0
     """Streaming multiprocessors; 0 without a GPU, and where nobody asked."""
+    l2_cache_bytes: int = 0
+    """The GPU's cache; 0 without a GPU, and where nobody asked."""
 
     @property
     def integrated(self) -> bool:

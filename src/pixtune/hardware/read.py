@@ -38,6 +38,7 @@ def read_facts(device: torch.device, memory_fraction: float = MEMORY_FRACTION) -
         memory_fraction=memory_fraction,
         pcie_bytes_per_second=read_pcie_bandwidth(pci_address(properties)),
         num_sms=properties.multi_processor_count,
+        l2_cache_bytes=properties.L2_cache_size,
     )
 
 
@@ -76,6 +77,7 @@ def gpu_facts(
     memory_fraction: float = MEMORY_FRACTION,
     pcie_bytes_per_second: int | None = None,
     num_sms: int = 0,
+    l2_cache_bytes: int = 0,
 ) -> HardwareFacts:
     """Makes the facts of a GPU from what the driver and the kernel report.
 
@@ -108,6 +110,7 @@ def gpu_facts(
         ),
         machine=platform.machine(),
         num_sms=num_sms,
+        l2_cache_bytes=l2_cache_bytes,
     )
 
 

@@ -14,7 +14,8 @@ from pixtune.plan.all_weights import AllWeightsRung, ladder_of_all_weights, runs
 from pixtune.plan.footprint import Footprint
 from pixtune.plan.optimizers import EXACT, OPTIMIZERS, SMALL
 from pixtune.plan.refusals import refuse_all_weights, refuse_lora
-from pixtune.plan.rungs import QUANTIZED, Rung, fit_host, ladder, with_rows
+from pixtune.plan.rungs import QUANTIZED, Rung, fit_host, fitting_by_speed, ladder, with_rows
+from pixtune.plan.seconds import step_seconds
 from pixtune.plan.situation import AnyRung, Situation
 
 
@@ -100,6 +101,7 @@ def _lora_reasons(situation: Situation, rung: Rung) -> Iterator[str]:
     """Yields why this rung is chosen and not the first one, and what it means."""
     footprint, first = situation.footprint, next(ladder(situation))
     yield _peak(situation, rung)
+    yield f"a micro-batch is estimated to take {step_seconds(rung, situation):.2f} s, by the chip's kind"
     yield from situation.demands.notices
     if rung != first:
         yield f"the fastest way would need {_gib(situation.peak(first))}, so memory is saved:"
@@ -128,8 +130,7 @@ def _lora_reasons(situation: Situation, rung: Rung) -> Iterator[str]:
 
 def _passed_over(situation: Situation) -> Iterator[str]:
     """Yields that faster rungs which fit the GPU keep too much in host memory, where they do."""
-    fitting = (rung for rung in ladder(situation) if situation.fits_device(rung))
-    passed_over = takewhile(lambda rung: fit_host(rung, situation) is None, fitting)
+    passed_over = takewhile(lambda rung: fit_host(rung, situation) is None, fitting_by_speed(situation))
     on_host = max((situation.on_host(with_rows(rung, situation.footprint)) for rung in passed_over), default=0)
     if missing := missing_on_host(situation.facts, on_host):
         yield (

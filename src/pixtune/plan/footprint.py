@@ -21,6 +21,8 @@ ELEMENT_BYTES = {"fp32": 4, "bf16": 2}
 """Bytes of a number in each format of a run's activations."""
 BYTES_PER_WEIGHT: dict[str, float] = {**ELEMENT_BYTES, "fp8": 1, "int8": 1, "nf4": 0.5 + 1 / NF4_BLOCK}
 """Bytes of a linear layer's weight, without the scales of its rows."""
+MEASURED_RANKS = 4 * 16
+"""Sum of the ranks of a block's LoRA in the measurements of activations' units, which hold what it keeps."""
 INPUT_UNITS = 1.0
 """Units that a recomputed block keeps: its input, both streams."""
 MLP_INPUT_UNITS, GATED_UNITS = 2.0, 1.0
@@ -28,6 +30,8 @@ MLP_INPUT_UNITS, GATED_UNITS = 2.0, 1.0
 input is then kept in 16 bits instead of 8, and where one is on modulation layers: what a gate multiplies. The inputs of
 other layers are recomputed. Counted on a CPU from what compiled blocks of both families keep: 7.1, 9.1 and 10.1 units
 of double blocks, 6.1, 8.1 and 9.1 of single ones, for attention, `attention_mlp` and `all_linear`."""
+KEPT_GATED_UNITS = 1.5
+"""Units that a block keeps in addition where a LoRA is on modulation layers and nothing is recomputed; counted so."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +74,13 @@ class Footprint:
     extra_units: float = 0.0
     """Units per block of inputs that a LoRA on other than attention layers keeps."""
     selective_extra_units: float = 0.0
-    """Units of them under selective recomputation; a block that is at work holds all of `extra_units` even so."""
+    """Units of them under selective recomputation."""
+    trains_mlp: bool = False
+    """A LoRA is on layers of an MLP."""
+    rank_units: float = 0.0
+    """Units per block of the outputs of a LoRA's down-projections, beyond `MEASURED_RANKS`."""
+    projected_rank_units: float = 0.0
+    """The part of them that belongs to queries, keys and values."""
     examples_per_step: int = 1
     """Examples of one process in a step: rows of the modulation table that the step needs."""
     examples_at_once: int = 1
@@ -131,13 +141,24 @@ def read_footprint(
     # A layer with another width than a token's features belongs to an MLP, or makes modulations.
     apart = {path for path in (*lora_targets, *plain_layers) if set(shapes[f"{path}.weight"]) != {width}}
     blocks = tuple(f"{path}." for path in family.block_paths)
+    num_blocks = max(sum(kind.count for kind in kinds), 1)
     targets = {f"{path}.weight": shapes[f"{path}.weight"] for path in lora_targets}
-    beyond = [
-        shape[1] / width
+    of_tokens = {
+        name: shape
         for name, shape in targets.items()
-        if name.startswith(blocks) and not parent(name).endswith(family.lora_targets)
+        if name.startswith(blocks) and not parent(name).endswith(family.modulation_layers)
+    }
+    # Layers for text see other tokens than those for pictures, so the larger half is what all tokens keep at most.
+    halves = [
+        {name: shape for name, shape in of_tokens.items() if parent(name).endswith(family.text_layers) is for_text}
+        for for_text in (False, True)
     ]
     trains_modulation = any(parent(name).endswith(family.modulation_layers) for name in targets)
+    # What attention layers read is kept anyhow.
+    inputs = [sum(shape[1] for shape in half.values() if set(shape) != {width}) for half in halves]
+    half = max(halves, key=len)
+    rank_units = max(rank * len(half) / num_blocks - MEASURED_RANKS, 0) / width
+    projected = sum(parent(name).endswith(family.lora_targets[:3]) for name in half)
     return Footprint(
         kinds=kinds,
         outside_weights=sum(math.prod(shape) for name, shape in shapes.items() if not name.startswith(blocks)),
@@ -145,8 +166,11 @@ def read_footprint(
         num_tokens=num_tokens,
         trained_weights=sum(rank * sum(shape) for shape in targets.values()),
         trains_modulation=trains_modulation,
-        extra_units=sum(beyond) / max(sum(kind.count for kind in kinds), 1),
-        selective_extra_units=MLP_INPUT_UNITS * any(ratio > 1 for ratio in beyond) + GATED_UNITS * trains_modulation,
+        extra_units=max(inputs) / width / num_blocks + KEPT_GATED_UNITS * trains_modulation,
+        selective_extra_units=MLP_INPUT_UNITS * any(inputs) + GATED_UNITS * trains_modulation,
+        trains_mlp=any(inputs),
+        rank_units=rank_units,
+        projected_rank_units=rank_units * projected / max(len(half), 1),
         examples_per_step=examples_per_step,
         examples_at_once=examples_at_once,
         plain_layers=tuple(plain_layers),

@@ -108,7 +108,7 @@ class Passes:
         """
         if not captures:
             return 0
-        held = round((1 + FRAGMENTED) * self.activation_bytes(examples)) + WORKSPACE_BYTES
+        held = round((1 + FRAGMENTED["nothing"]) * self.activation_bytes(examples)) + WORKSPACE_BYTES
         return held + (captures - 1) * CAPTURE_BYTES
 
 

@@ -1,4 +1,4 @@
-"""Ladder of a LoRA run: ways of holding it in memory, fastest first, and what each needs. No torch."""
+"""Ladder of a LoRA run: ways of holding it in memory, about the fastest first, and what each needs. No torch."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ from pixtune.plan.footprint import (
     BYTES_PER_WEIGHT,
     ELEMENT_BYTES,
     INPUT_UNITS,
+    MEASURED_RANKS,
     BlockKind,
     Footprint,
     block_weight_bytes,
 )
 from pixtune.plan.optimizers import OPTIMIZERS
+from pixtune.plan.seconds import step_seconds
 from pixtune.plan.situation import TABLES, Situation
 
 EIGHT_BIT = ("fp8", "int8")
@@ -24,14 +26,24 @@ QUANTIZED = (*EIGHT_BIT, "nf4")
 FIXED_BYTES = round(0.05 * GIB)
 """Memory in the allocator that is not counted one by one: workspaces of products, latents, noise, the layers at both
 ends."""
+AT_WORK_BYTES, AT_WORK_UNITS = 52 * 2**20, 2.0
+"""Memory of 8-bit codes that are made for a product, whatever the number of tokens. Families measured their units with
+about 4400 tokens of 3072 features, of which it was 2. By 26 cells drawn by lot, of 1774 to 19512 tokens
+(benchmarks/results/random_cells_h200)."""
+MLP_WORK_UNITS = 12.5
+"""Units that a block at work holds in addition where a LoRA is on an MLP, by the same cells: 10.7 to 13.6."""
 FULL_UNITS = {"compiled": 6.1, "eager": 13.1}
 """Units that a block keeps in addition where all its weights are trained; counted on a CPU from the tensors that
 autograd keeps, for each kind of block (tests/unit/plan/test_all_weights.py). Compiled: the inputs of the MLP's two
 linear layers, 1 + 4, and what the gates multiply, 2, of which one is kept anyhow. Eager also what norms made."""
-FRAGMENTED, FRAGMENTED_BY_RECOMPUTING = 0.017, 0.06
-"""Share of a step's activations. Measured on an H100, between allocated and reserved: 0.57 GiB at 19.6 GiB of
-activations that are all kept, 0.98 at 12.4 of selective recomputation, 0.74 at 8.7 where 21 of 60 blocks are
-recomputed; `situation.RESERVE_BYTES` is part of each."""
+FRAGMENTED = {"nothing": 0.017, "selective": 0.06, "blocks": 0.09}
+"""Share of a step's activations that fragments between them take, by what is recomputed. `situation.RESERVE_BYTES`
+comes in addition. The most that was measured on H100 and H200 between allocated and reserved: 0.55 GiB at 19.6 GiB of
+activations that are all kept, 1.06 at 14.5 of selective recomputation, 0.59 at 4.4 and 0.58 at 5.3 where blocks are
+recomputed; most runs have half of that or less (benchmarks/results)."""
+SCRATCH_BYTES = 64 * 2**20
+"""Memory that the compiler's trials of kernels take within a compiled step that runs for the first time, where the
+GPU's own figure is not known: as much as its cache holds (H200: 60 MiB)."""
 CAPTURE_BYTES = 24 * 2**20
 """Memory of one shape's captured steps, outside the allocator: processes that captured one held 0.02 to 0.03 GiB more
 than those that captured none (H100). The first is part of `situation.CONTEXT_BYTES`."""
@@ -74,13 +86,18 @@ class Rung:
         """Returns the peak of a step. A LoRA's weights, their gradients and optimizer states are fp32."""
         footprint, compute_format = situation.footprint, situation.demands.compute_format
         trained = footprint.trained_weights * (4 + 4 + OPTIMIZERS[situation.optimizer].state_bytes)
-        held = transformer_bytes(self, footprint, compute_format) + trained + FIXED_BYTES
-        return round(held + activation_bytes(self, situation))
+        fixed = FIXED_BYTES + (AT_WORK_BYTES if holds_codes_at_work(self) else 0)
+        held = transformer_bytes(self, footprint, compute_format) + trained + fixed
+        return round(held + rounded_bytes(self, situation) + activation_bytes(self, situation))
 
     def beside_bytes(self, situation: Situation) -> int:
-        """Returns the bytes of fragments, and of captured steps where something is recomputed."""
+        """Returns the bytes of fragments, and of captured steps where something is recomputed.
+
+        The first step is not captured yet: it has hardly any fragments, and kernels are tried in it.
+        """
         captures = LEAST_CAPTURES - 1 if situation.demands.captures and self.recomputes else 0
-        return fragmented_bytes(self, situation) + captures * CAPTURE_BYTES
+        scratch = (situation.facts.l2_cache_bytes or SCRATCH_BYTES) if situation.compiled else 0
+        return max(fragmented_bytes(self, situation) + captures * CAPTURE_BYTES, scratch)
 
     def host_bytes(self, situation: Situation) -> int:
         """Returns the bytes of streamed weights, inputs of recomputed blocks and modulation tables."""
@@ -100,7 +117,7 @@ class Rung:
 
 
 def ladder(situation: Situation) -> Iterator[Rung]:
-    """Yields the rungs of a LoRA run, fastest first.
+    """Yields the rungs of a LoRA run, those with most bits first and about the fastest first among them.
 
     Raises:
         ConfigError: a format is demanded that this GPU does not compute in.
@@ -175,10 +192,20 @@ def fit_host(rung: Rung, situation: Situation) -> Rung | None:
     return next((each for each in smaller if situation.fits_host(each)), None)
 
 
+def fitting_by_speed(situation: Situation) -> list[Rung]:
+    """Returns the rungs that the GPU holds: formats in the ladder's order, those of one format by a step's time.
+
+    More bits come first although a step with fewer may be faster: they decide how exact gradients are, and all else
+    that a rung decides does not.
+    """
+    fitting = [rung for rung in ladder(situation) if situation.fits_device(rung)]
+    formats = list(dict.fromkeys(rung.weights_format for rung in fitting))
+    return sorted(fitting, key=lambda rung: (formats.index(rung.weights_format), step_seconds(rung, situation)))
+
+
 def first_that_fits(situation: Situation) -> Rung | None:
-    """Returns the fastest rung that GPU and host hold; None: there is none."""
-    fitting = (rung for rung in ladder(situation) if situation.fits_device(rung))
-    return next(filter(None, (fit_host(rung, situation) for rung in fitting)), None)
+    """Returns the fastest rung of the most bits that GPU and host hold; None: there is none."""
+    return next(filter(None, (fit_host(rung, situation) for rung in fitting_by_speed(situation))), None)
 
 
 # ---- bytes
@@ -250,9 +277,22 @@ def activation_bytes(rung: Rung, situation: Situation) -> float:
     return unit * activation_units(rung, situation.footprint, situation.compiled)
 
 
+def rounded_bytes(rung: Rung, situation: Situation) -> float:
+    """Returns the bytes of a LoRA's rounded weights, which compiled blocks keep unless they recompute what is cheap.
+
+    Those of `MEASURED_RANKS` are part of the blocks' measured units.
+    """
+    footprint = situation.footprint
+    if not situation.compiled or rung.selective or situation.demands.compute_format != "bf16":
+        return 0.0
+    kept = 1 - rung.recomputed_blocks / footprint.num_blocks
+    beyond = footprint.rank_units * footprint.width
+    return ELEMENT_BYTES["bf16"] * footprint.trained_weights * kept * beyond / (beyond + MEASURED_RANKS)
+
+
 def fragmented_bytes(rung: Rung, situation: Situation) -> int:
     """Returns what the allocator cannot use between activations. A captured step cannot move them together."""
-    share = FRAGMENTED_BY_RECOMPUTING if rung.recomputes else FRAGMENTED
+    share = FRAGMENTED["blocks" if rung.recomputed_blocks else "selective" if rung.selective else "nothing"]
     return round(share * activation_bytes(rung, situation))
 
 
@@ -264,7 +304,7 @@ def activation_units(rung: Rung, footprint: Footprint, compiled: bool, retained:
     Args:
         retained: all that is kept stays until the end of the backward pass, for a second one.
     """
-    extra = extra_units(footprint, compiled)
+    at_work = work_units(footprint, compiled) - (AT_WORK_UNITS if holds_codes_at_work(rung) else 0)
     inputs = INPUT_UNITS * (min(3, rung.recomputed_blocks) if rung.offload_inputs else rung.recomputed_blocks)
     kept, forward, working, number = 0.0, 0.0, 0.0, 0
     for kind in footprint.kinds:
@@ -274,14 +314,15 @@ def activation_units(rung: Rung, footprint: Footprint, compiled: bool, retained:
         fuses = rung.weights_format in footprint.fused_formats
         if recomputed < kind.count:
             kept += (kind.count - recomputed) * kept_units(kind, rung, footprint, compiled)
-            kept -= again * kind.units.projections
+            kept -= again * (kind.units.projections + footprint.projected_rank_units)
             quantized = kind.units.forward_fused if fuses else kind.units.forward_quantized
             running = quantized if rung.weights_format in QUANTIZED else kind.units.forward
-            forward = max(forward, running + (kind.units.projections if again else 0))
+            running += kind.units.projections if again else 0
+            forward = max(forward, running + (0 if footprint.trains_all else at_work))
         if recomputed:
             # What a fused MLP saves, it saves in a block's second forward pass, too.
             saved = kind.units.forward_quantized - kind.units.forward_fused if fuses else 0
-            working = max(working, kind.units.working - saved + extra)
+            working = max(working, kind.units.working - saved + at_work)
     return inputs + (kept + max(forward, working) if retained else max(kept + forward, working))
 
 
@@ -291,10 +332,25 @@ def kept_units(kind: BlockKind, rung: Rung, footprint: Footprint, compiled: bool
     if compiled and not rung.selective and footprint.examples_at_once > 1:
         each += kind.units.cut
     if compiled and rung.selective and not footprint.trains_all:
-        return each + footprint.selective_extra_units
+        return each + footprint.selective_extra_units + footprint.rank_units
     return each + extra_units(footprint, compiled)
 
 
 def extra_units(footprint: Footprint, compiled: bool) -> float:
-    """Returns the units that a block at work holds in addition because of what is trained, and keeps where it can."""
-    return footprint.extra_units + (FULL_UNITS["compiled" if compiled else "eager"] if footprint.trains_all else 0)
+    """Returns the units that each block keeps in addition because of what is trained."""
+    if footprint.trains_all:
+        return FULL_UNITS["compiled" if compiled else "eager"]
+    return footprint.extra_units + footprint.rank_units
+
+
+def work_units(footprint: Footprint, compiled: bool) -> float:
+    """Returns the units that a block at work holds in addition because of what is trained."""
+    if footprint.trains_all:
+        return FULL_UNITS["compiled" if compiled else "eager"]
+    low_ranks = 2 * footprint.rank_units  # outputs of down-projections, and their gradients
+    return MLP_WORK_UNITS * footprint.trains_mlp + low_ranks
+
+
+def holds_codes_at_work(rung: Rung) -> bool:
+    """Returns whether products read 8-bit codes that are made for them, transposed or out of 4 bits."""
+    return rung.weights_format in QUANTIZED and not rung.kept_transposes

@@ -261,7 +261,7 @@ def test_what_a_run_wrote_is_read(random_cells: ModuleType, tmp_path: Path) -> N
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     broken = random_cells.read_result(cell, plan, tmp_path)
     assert broken["plan"] == plan.to_dict() and broken["steps_taken"] == 2 and broken["measured_peak_gib"] == 8.0
-    lines.append({"kind": "memory", "step": 2, "measured_peak_gib": 10.0})
+    lines.append({"kind": "memory", "step": 2, "stages": [], "measured_peak_gib": 10.0})
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (tmp_path / "checkpoint-000002").mkdir()
     own = {**plan.to_dict(), "expected_peak_bytes": 11 * GIB}

@@ -132,8 +132,19 @@ def test_a_lora_on_the_mlp_keeps_its_inputs_too() -> None:
     plain = full_size_footprint(CONFIG)
     more = full_size_footprint(CONFIG.model_copy(update={"lora_targets": ("attention_mlp",)}))
     every = full_size_footprint(CONFIG.model_copy(update={"lora_targets": ("all_linear",)}))
-    assert plain.extra_units == 0 and more.extra_units >= 5  # 1 + 4 channel widths of the image's tokens
+    assert (plain.extra_units, more.extra_units) == (0, 5)  # 1 + 4 widths of image tokens, as many of text tokens
+    assert every.extra_units == 5 + 1.5, "a modulation layer's input is one row, and its gates multiply what is kept"
     assert [each.selective_extra_units for each in (plain, more, every)] == [0, 2, 3]
+
+
+def test_a_lora_keeps_the_outputs_of_its_down_projections() -> None:
+    """Of four layers in each block, two bytes for each token and rank; counted beside 13.4 units of the rest."""
+    found = [full_size_footprint(CONFIG.model_copy(update={"rank": rank})).rank_units for rank in (4, 16, 64, 256)]
+    assert found == [0, 0, 4 * (64 - 16) / H, 4 * (256 - 16) / H]
+    more = full_size_footprint(CONFIG.model_copy(update={"rank": 256, "lora_targets": ("attention_mlp",)}))
+    assert more.rank_units == (6 * 256 - 4 * 16) / H, "text tokens pass others, but no more of them"
+    flux = full_size_footprint(CONFIG.model_copy(update={"rank": 256}), "flux")
+    assert flux.rank_units == pytest.approx(((19 * 4 + 38 * 3) / 57 * 256 - 4 * 16) / H)
 
 
 def test_all_weights_are_trained_weights() -> None:

@@ -65,7 +65,8 @@ def test_transposes_are_kept_where_there_is_room_for_them() -> None:
     assert not plan_for(H100).kept_transposes, "there is nothing to transpose in bf16"
     situation = situation_for()
     one, other = (situation.peak(Rung("fp8", 32, kept_transposes=kept)) for kept in (True, False))
-    assert one - other == 60 * situation.footprint.kinds[0].linear_weights
+    made = one - other - 60 * situation.footprint.kinds[0].linear_weights
+    assert abs(made) < 2**20, "about as much as those that are made for each product, at this number of tokens"
     for rung in ladder(situation):
         assert not rung.kept_transposes or (rung.weights_format == "fp8" and not rung.recomputed_blocks)
 
@@ -294,7 +295,8 @@ def test_quantize_is_refused_where_nothing_multiplies_8_bits() -> None:
     turing = replace(H100, name="NVIDIA TITAN RTX", capability=(7, 5))
     with pytest.raises(ConfigError, match=r"(?s)quantize is true.*TITAN RTX has compute capability 7\.5.*Leave"):
         plan_for(turing, quantize=True)
-    for changes in ({}, {"quantize": False}, {"quantize": True, "disable_quantization": True}):
+    others: tuple[dict[str, Any], ...] = ({}, {"quantize": False}, {"quantize": True, "disable_quantization": True})
+    for changes in others:
         assert plan_for(turing, **changes).weights_format == "bf16"
 
 
