@@ -66,7 +66,7 @@ def test_transposes_are_kept_where_there_is_room_for_them() -> None:
     situation = situation_for()
     one, other = (situation.peak(Rung("fp8", 32, kept_transposes=kept)) for kept in (True, False))
     made = one - other - 60 * situation.footprint.kinds[0].linear_weights
-    assert abs(made) < 2**20, "about as much as those that are made for each product, at this number of tokens"
+    assert abs(made) < 2**22, "about as much as those that are made for each product, at this number of tokens"
     for rung in ladder(situation):
         assert not rung.kept_transposes or (rung.weights_format == "fp8" and not rung.recomputed_blocks)
 
