@@ -35,6 +35,7 @@ class Machine:
             total_memory=self.total_bytes,
             is_integrated=int(self.integrated),
             multi_processor_count=self.num_sms,
+            L2_cache_size=50 * 2**20,
             pci_domain_id=0,
             pci_bus_id=0x65,
             pci_device_id=0,

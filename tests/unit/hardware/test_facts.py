@@ -122,6 +122,7 @@ def test_reading_a_gpu_asks_torch_for_it(monkeypatch: pytest.MonkeyPatch, tmp_pa
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (spark.device_free_bytes, spark.total_bytes))
     found = read.read_facts(torch.device("cuda", 0), memory_fraction=0.5)
     assert found.free_bytes == round(0.5 * spark.total_bytes) and found.num_sms == spark.num_sms
+    assert found.l2_cache_bytes == 50 * 2**20
     assert (found.name, found.coherent_link) == ("NVIDIA GB10", "integrated")
 
 
