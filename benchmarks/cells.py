@@ -112,6 +112,8 @@ class StepCell:
     """`key=value` words of the config; a reference has none."""
     reference: str | None = None
     """"eager" or "compiled" for a run of `reference.py`."""
+    recomputes: bool = True
+    """A reference recomputes every block; otherwise none, which takes more memory."""
     label: str = ""
     """Name in the table and of the file, besides its sizes."""
 
@@ -184,6 +186,7 @@ def reference_command(cell: StepCell) -> list[str]:
         "--resolution", str(cell.resolution_pixels), "--batch-size", str(cell.batch_size),
         "--text-tokens", str(cell.num_text_tokens), "--controls", str(cell.num_controls),
         *(["--compile"] if cell.reference == "compiled" else []),
+        *([] if cell.recomputes else ["--recompute-nothing"]),
         *(["--no-cudnn-attention"] if cell.model in WITHOUT_CUDNN else []),
     ]  # fmt: skip
 

@@ -51,6 +51,8 @@ class Settings:
     num_steps: int = 10
     compile: bool = False
     cudnn_attention: bool = True
+    recompute: bool = True
+    """Whether each block is recomputed in the backward pass (gradient checkpointing)."""
 
     @property
     def picture_grids(self) -> list[tuple[int, int]]:
@@ -84,7 +86,8 @@ def build_model(settings: Settings, device: torch.device) -> Any:
             module.register_parameter(name, nn.Parameter(value, requires_grad=False))
     model.add_adapter(LoraConfig(r=settings.rank, lora_alpha=settings.rank, target_modules=TARGETS))
     model.train()
-    model.enable_gradient_checkpointing()
+    if settings.recompute:
+        model.enable_gradient_checkpointing()
     if settings.compile:
         model.compile_repeated_blocks()
     return model
@@ -209,9 +212,9 @@ def measure(settings: Settings, device: torch.device) -> Result:
         rank=settings.rank,
         num_trained_weights=sum(trained.values()),
     )
-    plain = "bf16" if device.type == "cuda" else "fp32"
+    plain, recomputed = "bf16" if device.type == "cuda" else "fp32", num_blocks if settings.recompute else 0
     return make_result(
-        case, timing, memory, step_flops(linears, size, width, num_blocks, trains_all=False), Formats(plain, plain),
+        case, timing, memory, step_flops(linears, size, width, recomputed, trains_all=False), Formats(plain, plain),
         measure_peaks([plain], device), describe(), plan_of(settings),
     )  # fmt: skip
 
@@ -220,8 +223,9 @@ def plan_of(settings: Settings) -> dict[str, Any]:
     """Describes the run in the place of a plan."""
     how = "the repeated blocks compiled" if settings.compile else "eager"
     attention = "PyTorch's own choice of attention" if settings.cudnn_attention else "attention without cuDNN"
+    again = "every block" if settings.recompute else "no block"
     return {
-        "reasons": [f"the reference: diffusers and PEFT in a bare loop, every block recomputed, {how}, {attention}"],
+        "reasons": [f"the reference: diffusers and PEFT in a bare loop, {again} recomputed, {how}, {attention}"],
         "weights_format": "bf16",
         "compile": settings.compile,
     }
@@ -237,6 +241,7 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--steps", type=int, default=10, help=f"to time, after {WARM_UP_STEPS} that warm up")
     parser.add_argument("--compile", action="store_true", help="compile the repeated blocks")
+    parser.add_argument("--recompute-nothing", action="store_true", help="no gradient checkpointing: more memory")
     parser.add_argument("--no-cudnn-attention", action="store_true", help="where its backward pass crashes")
     parser.add_argument("--json", type=Path, help="also write what was measured")
     arguments = parser.parse_args()
@@ -250,6 +255,7 @@ def main() -> None:
         num_steps=arguments.steps,
         compile=arguments.compile,
         cudnn_attention=not arguments.no_cudnn_attention,
+        recompute=not arguments.recompute_nothing,
     )
     result = measure(settings, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     if arguments.json:
