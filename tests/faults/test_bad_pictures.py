@@ -5,8 +5,10 @@ from __future__ import annotations
 import functools
 import io
 import random
+import struct
 import subprocess
 import sys
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -42,11 +44,25 @@ def damaged_page_list() -> bytes:
     return bytes(data)
 
 
+def unfolding_png() -> bytes:
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    text = chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(2_000_000)))
+    return encoded("PNG")[:33] + text + encoded("PNG")[33:]
+
+
 BAD_FILES: dict[str, tuple[str, Callable[[], bytes], str]] = {  # name: file, its bytes, words of the fault
     "zero bytes": ("a.jpg", lambda: b"", "is empty (0 bytes)"),
     "text": ("a.png", lambda: b"this is no picture\n", "it is text"),
     "binary rubbish": ("a.webp", lambda: bytes(range(256)), "it is damaged or of another kind"),
     "HEIC": ("a.jpg", lambda: b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(99), "HEIC"),
+    "half an AVIF": ("a.jpg", lambda: encoded("AVIF")[:200], "is a damaged AVIF picture"),
+    "a PNG whose text unfolds beyond bounds": (
+        "a.png",
+        unfolding_png,
+        "cannot be decoded: Decompressed data too large",
+    ),
     "LFS pointer": ("a.png", lambda: b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n", "git lfs pull"),
     "truncated JPEG": ("a.jpg", lambda: encoded("JPEG")[:-300], "cannot be decoded: image file is truncated"),
     "truncated PNG": ("a.png", lambda: encoded("PNG")[:-300], "cannot be decoded"),
@@ -208,3 +224,25 @@ def test_damaged_bytes_end_in_a_picture_or_one_fault(tmp_path, kind):
                 read(path)
             except DataError as error:
                 assert len(error.faults) == 1 and str(path) in error.faults[0]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("Failed to decode image"),
+        AssertionError(),
+        AttributeError("x"),
+        ZeroDivisionError(),
+        Exception("odd"),
+    ],
+)
+def test_whatever_a_decoder_raises_is_one_fault_with_its_path(tmp_path, monkeypatch, error):
+    noise(32, 32, 1).save(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_text("a picture")
+
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", fail)
+    (fault,) = validate_folder(tmp_path).faults
+    assert fault.startswith(f"{tmp_path}/a.png cannot be decoded: {str(error) or type(error).__name__}")

@@ -175,7 +175,10 @@ def config_of(request: SampleRequest, output_dir: Path) -> TrainConfig:
             gpu_memory_limit_gib=request.gpu_memory_limit_gib,
         )
     except ValidationError as error:
-        faults = [f"{each['loc'][0]} is {show(each['input'])}: {each['msg']}." for each in error.errors()]
+        faults = [
+            f"{each['loc'][0]} is {show(each['input'])}: {each['msg'].removeprefix('Value error, ')}."
+            for each in error.errors()
+        ]
         raise ConfigError("these pictures cannot be sampled", faults) from error
 
 

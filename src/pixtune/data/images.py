@@ -209,10 +209,10 @@ def _naming_the_file(path: Path) -> Iterator[None]:
         ) from error
     except UnidentifiedImageError as error:
         raise _data_error(path, _describe_content(path)) from error
-    except (FileNotFoundError, PermissionError) as error:
-        raise _data_error(path, f"cannot be read: {error.strerror or error}.") from error
     except Exception as error:  # decoders raise anything on damaged files; the cause stays attached
-        cause = str(getattr(error, "strerror", None) or error) or type(error).__name__
+        if isinstance(error, OSError) and error.errno is not None:  # the system's, not a decoder's
+            raise _data_error(path, f"cannot be read: {error.strerror or error}.") from error
+        cause = str(error) or type(error).__name__
         raise _data_error(path, f"cannot be decoded: {cause}. Save or download it again, or remove it.") from error
 
 
@@ -226,6 +226,8 @@ def _describe_content(path: Path) -> str:
         head = stream.read(64)
     if not head:
         return "is empty (0 bytes). Download it again, or remove it."
+    if head[4:12] in (b"ftypavif", b"ftypavis"):
+        return "is a damaged AVIF picture. Save or download it again, or remove it."
     if head[4:8] == b"ftyp":
         return "is a HEIC picture or a film with the wrong extension. Convert it to JPEG or PNG."
     if head.startswith(b"version https://git-lfs"):

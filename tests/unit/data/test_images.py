@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import io
 import struct
+import threading
+import time
 import warnings
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,8 +18,10 @@ import torch
 from PIL import Image, ImageCms
 
 from pixtune.data import images
+from pixtune.data import images as images_module
+from pixtune.data import levels as levels_module
 from pixtune.data.buckets import build_buckets, frame_picture
-from pixtune.data.images import crop_resize, decode, open_rgb, read_size, to_pixels
+from pixtune.data.images import crop_resize, decode, decoded, open_rgb, read_size, to_pixels
 from pixtune.errors import DataError
 from tests.pictures import GREY, GREY_ALPHA, RGB, RGBA, chunk, noise, png, png16, tiff
 
@@ -506,3 +511,68 @@ def test_crop_resize_does_not_alias():
 def test_crop_resize_of_a_picture_of_bucket_size_changes_nothing():
     image = noise(64, 64)
     assert same(crop_resize(image, frame_picture(64, 64, build_buckets(64, 16))), image)
+
+
+# ---- large pictures
+
+
+def stored(kind: str, path: Path) -> Path:
+    """A picture of 90 x 70 pixels of some kind, written to a file."""
+    rng = np.random.default_rng(5)
+    levels = rng.integers(0, 65536, (70, 90)).astype(np.uint16)
+    colours = rng.integers(0, 256, (70, 90, 4)).astype(np.uint8)
+    picture = {
+        "16 bits": lambda: Image.fromarray(levels),
+        "32 bits": lambda: Image.fromarray(levels.astype(np.int32)),
+        "floats": lambda: Image.fromarray((levels / 65535).astype(np.float32)),
+        "colours": lambda: Image.fromarray(colours[:, :, :3]),
+        "opacity": lambda: Image.fromarray(colours),
+        "palette": lambda: Image.fromarray(colours[:, :, :3]).quantize(16),
+        "one bit": lambda: Image.fromarray(colours[:, :, 0]).convert("1"),
+        "CMYK": lambda: Image.fromarray(colours, "CMYK"),
+        "one transparent grey": lambda: Image.fromarray(colours[:, :, 0] // 64 * 64),
+    }[kind]()
+    tags = Image.Exif()
+    tags[0x0112] = 6
+    options: dict[str, Any] = {"transparency": 64} if kind == "one transparent grey" else {}
+    suffix = "tif" if kind in ("32 bits", "floats", "CMYK") else "png"
+    picture.save(path.with_suffix(f".{suffix}"), exif=tags, **options)
+    return path.with_suffix(f".{suffix}")
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["16 bits", "32 bits", "floats", "colours", "opacity", "palette", "one bit", "CMYK", "one transparent grey"],
+)
+@pytest.mark.parametrize("strip_pixels", [1, 90 * 7, 90 * 33 + 5])
+def test_strips_change_no_pixel_and_no_note(tmp_path, monkeypatch, kind, strip_pixels):
+    path = stored(kind, tmp_path / "a")
+    whole = decode(path)
+    assert whole.image.size == ((90, 70) if kind == "CMYK" else (70, 90))  # upright, but where Pillow writes no EXIF
+    monkeypatch.setattr(levels_module, "STRIP_PIXELS", strip_pixels)
+    parts = decode(path)
+    assert parts.image.tobytes() == whole.image.tobytes() and parts.notes == whole.notes
+
+
+def test_large_pictures_are_in_memory_one_at_a_time_and_small_ones_are_not(tmp_path, monkeypatch):
+    monkeypatch.setattr(images_module, "LARGE_PIXELS", 64 * 64)
+    for name, side in (("large", 64), ("small", 32)):
+        Image.new("RGB", (side, side)).save(tmp_path / f"{name}.png")
+    inside, most = {"large": 0, "small": 0}, {"large": 0, "small": 0}
+    lock, both_small = threading.Lock(), threading.Barrier(2)
+
+    def hold(name: str) -> None:
+        with decoded(tmp_path / f"{name}.png"):
+            with lock:
+                inside[name] += 1
+                most[name] = max(most[name], inside[name])
+            if name == "small":
+                both_small.wait(timeout=20)
+            else:
+                time.sleep(0.05)
+            with lock:
+                inside[name] -= 1
+
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(hold, ["large", "small", "large", "small", "large", "large"]))
+    assert most == {"large": 1, "small": 2}
