@@ -17,7 +17,7 @@ from pixtune.engine.quantize import QuantizedLinear, can_quantize, codes_for, te
 from pixtune.engine.streaming import BlockStream
 from pixtune.errors import WeightsError
 from pixtune.family import ModelFamily, Placement
-from pixtune.storage.loading import iterate_tensors, shard_files
+from pixtune.storage.loading import iterate_tensors, naming_part, shard_files
 from pixtune.storage.model_folder import ModelFolder
 
 
@@ -77,7 +77,8 @@ def load_transformer(
     Raises:
         WeightsError: the files' tensors are not those of the architecture that the config describes; names some.
     """
-    module = family.build_transformer(folder.component_config("transformer"))
+    with naming_part(folder.path / "transformer"):
+        module = family.build_transformer(folder.component_config("transformer"))
     in_config = set(module.state_dict())
     absent = lay_out(module, family, placement, layout)
     files = shard_files(folder.path / "transformer")

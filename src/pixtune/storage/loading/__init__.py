@@ -1,7 +1,7 @@
 """Safetensors to and from a device: whole files, models in shards, or one tensor after the other."""
 
 from pixtune.storage.loading.fast import is_fastsafetensors_available
-from pixtune.storage.loading.parts import check_parts
+from pixtune.storage.loading.parts import check_parts, naming_part
 from pixtune.storage.loading.read import iterate_tensors, load_safetensors
 from pixtune.storage.loading.shards import (
     load_safetensors_sharded,
@@ -16,6 +16,7 @@ __all__ = [
     "iterate_tensors",
     "load_safetensors",
     "load_safetensors_sharded",
+    "naming_part",
     "save_safetensors",
     "save_safetensors_sharded",
     "shard_files",

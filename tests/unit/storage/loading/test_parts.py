@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from pixtune.engine.load import load_transformer
 from pixtune.errors import WeightsError
 from pixtune.families import family_of
 from pixtune.family import Placement
@@ -131,3 +132,11 @@ def test_a_variant_of_the_autoencoder_loads_as_the_stock_class_loads_it(folder: 
     model = family_of(folder).load_autoencoder(folder, PLACEMENT)
     name, tensor = next(iter(wanted.items()))
     assert torch.equal(model.state_dict()[name], tensor)
+
+
+@pytest.mark.parametrize("change", [{"num_attention_heads": "four"}, {"num_layers": None}, {"in_channels": [1]}])
+def test_a_transformers_config_of_words_is_a_message_that_names_it(folder: ModelFolder, change: dict[str, Any]) -> None:
+    path = folder.path / "transformer" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(WeightsError, match="transformer"):
+        load_transformer(family_of(folder), folder, PLACEMENT)
