@@ -1,0 +1,39 @@
+"""A launcher that starts fewer processes than it was asked for is told of, by what accelerate itself would set."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+from accelerate.commands.launch import launch_command_parser
+from accelerate.utils.launch import prepare_simple_launcher_cmd_env
+
+from pixtune.launch.accelerator import launched_alone
+
+
+def environment_of(*words: str) -> dict[str, str]:
+    """The environment in which accelerate starts a script without MPI."""
+    usual = ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    args = launch_command_parser().parse_args([*words, *usual, "train.py"])
+    return dict(prepare_simple_launcher_cmd_env(args)[1])
+
+
+@pytest.fixture(autouse=True)
+def without_traces_of_a_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [*os.environ]:
+        if name.startswith(("ACCELERATE_", "MASTER_", "RANK", "LOCAL_RANK", "WORLD_SIZE")):
+            monkeypatch.delenv(name)
+
+
+@pytest.mark.parametrize("number", ["2", "8"])
+def test_one_process_of_several_is_told_with_the_remedy(number: str) -> None:
+    note = launched_alone(environment_of("--cpu", "--num_processes", number))
+    assert note is not None and "torchrun --nproc-per-node" in note
+
+
+def test_what_was_asked_for_is_not_worth_a_word() -> None:
+    assert launched_alone(environment_of("--cpu", "--num_processes", "1")) is None
+    assert launched_alone({}) is None
+    asked = environment_of("--cpu", "--num_processes", "2")
+    assert launched_alone({**asked, "RANK": "0", "WORLD_SIZE": "2"}) is None
+    assert launched_alone({"MASTER_ADDR": "node1"}) is None  # a cluster's own
