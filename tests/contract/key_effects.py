@@ -132,6 +132,7 @@ EFFECTS: dict[str, Effect] = {
     "cuda_graphs": Effect("plan", (True, False)),
     "unified_memory": Effect("plan", (False, True)),
     "gpu_memory_limit_gib": Effect("plan", (None, 23.3)),
+    "host_memory_limit_gib": Effect("plan", (None, 5.0), {"gpu_memory_limit_gib": 15.3, "mixed_precision": "bf16"}),
     "memory_fraction": Effect("plan", (0.9, 0.5), UNIFIED),
     "expandable_segments": Effect("plan", (True, False), UNIFIED),
     "use_fastsafetensors": Effect("plan", (True, False)),

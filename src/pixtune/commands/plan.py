@@ -19,7 +19,7 @@ from rich.table import Table
 
 from pixtune.config.schema import TrainConfig
 from pixtune.hardware.cards import HOST_BYTES, facts_as
-from pixtune.hardware.facts import GIB, HardwareFacts
+from pixtune.hardware.facts import GIB, PROCESS_HOST_BYTES, HardwareFacts
 from pixtune.hardware.meminfo import read_host_memory
 from pixtune.hardware.read import cpu_facts, read_facts_without_cuda
 from pixtune.plan.demands import demands_of
@@ -35,9 +35,6 @@ from pixtune.storage.model_folder import ModelFolder, download_command
 
 if TYPE_CHECKING:
     from pixtune.family import ModelFamily
-
-PROCESS_HOST_BYTES = 3 * GIB
-"""Host memory of a run before it has loaded anything: Python with its libraries and CUDA's own side. Assumed."""
 
 
 @dataclass(frozen=True)

@@ -321,6 +321,9 @@ class TrainConfig(Section):
     gpu_memory_limit_gib: float | None = Field(default=None, gt=0)
     """Upper limit of the process's GPU memory in GiB, CUDA context included: tries a smaller card on a larger one, or
     leaves room for others. Absent: all that is free."""
+    host_memory_limit_gib: float | None = Field(default=None, gt=0)
+    """Upper limit, in GiB, of the host memory that all processes of a run on one machine take together, beside GPUs
+    with memory of their own. Page cache does not count. Absent: what is available, within limits of control groups."""
     memory_fraction: float | None = Field(default=None, gt=0, le=1)
     """Largest share of the unified pool that a run uses, 0 to 1. Absent: 0.9. Without effect elsewhere."""
     expandable_segments: bool | None = None

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import platform
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Literal
 
@@ -23,6 +23,8 @@ GIB = 2**30
 HOPPER = (9, 0)
 LEAST_FLOOR_BYTES = 4 * GIB
 FLOOR_SHARE = 16
+PROCESS_HOST_BYTES = 3 * GIB
+"""Host memory of a run before it has loaded anything: Python with its libraries and CUDA's own side. Assumed."""
 LEAST_HOST_FLOOR_BYTES = GIB
 """Memory of a GPU's host that stays free at least: page-locked memory cannot be swapped out, and the desktop and the
 page cache need some."""
@@ -63,6 +65,8 @@ class HardwareFacts:
     """"x86_64", "aarch64", ..."""
     num_sms: int = 0
     """Streaming multiprocessors; 0 without a GPU, and where nobody asked."""
+    host_process_bytes: int = PROCESS_HOST_BYTES
+    """Host memory that each process of the run has already, encodings that are kept in memory included."""
     l2_cache_bytes: int = 0
     """The GPU's cache; 0 without a GPU, and where nobody asked."""
 
@@ -103,6 +107,20 @@ def host_room_bytes(facts: HardwareFacts) -> int | None:
         return None
     floor = max(LEAST_HOST_FLOOR_BYTES, facts.host_total_bytes // FLOOR_SHARE)
     return max(0, facts.host_available_bytes - floor)
+
+
+def within_host_limit(facts: HardwareFacts, limit_bytes: int | None, num_processes: int = 1) -> HardwareFacts:
+    """Returns the facts of a host of which all processes of a run together may take only so much.
+
+    Args:
+        limit_bytes: None: whatever is available.
+    """
+    if limit_bytes is None or facts.integrated:
+        return facts
+    left = max(0, limit_bytes - num_processes * facts.host_process_bytes)
+    total = min(facts.host_total_bytes or limit_bytes, limit_bytes)
+    available = min(facts.host_available_bytes, left) if facts.host_total_bytes else left
+    return replace(facts, host_total_bytes=total, host_available_bytes=available)
 
 
 def missing_on_host(facts: HardwareFacts, num_bytes: int) -> int:

@@ -8,11 +8,28 @@ from pathlib import Path
 MEMINFO = Path("/proc/meminfo")
 STATUS = Path("/proc/self/status")
 CGROUP = Path("/sys/fs/cgroup")
-CGROUP_FILES = (
-    ("memory.max", "memory.current", "memory.stat", "inactive_file"),
-    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "total_inactive_file"),
+OWN_CGROUPS = Path("/proc/self/cgroup")
+UNLIMITED = 2**60
+"""Version 1 writes a number near 2^63 where there is no limit."""
+
+
+@dataclass(frozen=True)
+class CgroupFiles:
+    """Files of one version of control groups."""
+
+    mount: str
+    """Folder of the groups that limit memory, below `CGROUP`."""
+    limits: tuple[str, ...]
+    """Files with a limit each; the least counts."""
+    used: str
+    prefix: str
+    """Beginning of names in memory.stat that count a group with those below it."""
+
+
+VERSIONS = (
+    CgroupFiles("", ("memory.max", "memory.high"), "memory.current", ""),  # above "high" a process is slowed down
+    CgroupFiles("memory", ("memory.limit_in_bytes",), "memory.usage_in_bytes", "total_"),
 )
-"""Files with limit, usage and statistics, and the name in the last of droppable page cache: version 2, then 1."""
 
 
 @dataclass(frozen=True)
@@ -32,8 +49,10 @@ def read_host_memory() -> HostMemory:
 
     On an integrated machine use `read_meminfo` instead: containers' limits do not count what CUDA takes there.
     """
-    memory, limit = read_meminfo(), read_cgroup_limit(CGROUP)
-    return memory if limit is None else within(memory, *limit)
+    memory = read_meminfo()
+    for limit_bytes, used_bytes in read_cgroup_limits(CGROUP, OWN_CGROUPS):
+        memory = within(memory, limit_bytes, used_bytes)
+    return memory
 
 
 def read_meminfo() -> HostMemory:
@@ -69,18 +88,39 @@ def within(memory: HostMemory, limit_bytes: int, used_bytes: int) -> HostMemory:
     )
 
 
-def read_cgroup_limit(root: Path) -> tuple[int, int] | None:
-    """Reads limit and usage of this control group in bytes, without droppable page cache; None without a limit."""
-    for limit_name, used_name, statistics_name, cache_name in CGROUP_FILES:
-        paths = [root / name for name in (limit_name, used_name, statistics_name)]
-        if not all(path.is_file() for path in paths):
-            continue
-        limit, used, statistics = (path.read_text(encoding="ascii").strip() for path in paths)
-        if limit == "max" or int(limit) >= 2**60:  # version 1 writes a number near 2^63 where there is no limit
-            return None
-        words = dict(line.split(maxsplit=1) for line in statistics.splitlines())
-        return int(limit), max(0, int(used) - int(words.get(cache_name, 0)))
-    return None
+def read_cgroup_limits(root: Path, own_cgroups: Path) -> list[tuple[int, int]]:
+    """Reads limit and usage in bytes of this process's control group and of all above it that have a limit.
+
+    Page cache is not counted as used, since the kernel drops it before it refuses memory.
+
+    Args:
+        root: where control groups are mounted. In a container it is most often the container's own group.
+        own_cgroups: file with this process's groups, as the kernel numbers them.
+    """
+    lines = own_cgroups.read_text(encoding="utf-8").splitlines() if own_cgroups.is_file() else []
+    found = []
+    for files in VERSIONS:
+        mount = root / files.mount
+        names = [name for _, controllers, name in (line.split(":", 2) for line in lines if line.count(":") >= 2)
+                 if (files.mount or "") in controllers.split(",")]  # fmt: skip
+        folders = {mount}
+        for name in names:
+            own = mount / name.lstrip("/")
+            folders |= {folder for folder in (own, *own.parents) if mount in (folder, *folder.parents)}
+        found += [limit for folder in sorted(folders) if (limit := _read_limit(folder, files)) is not None]
+    return found
+
+
+def _read_limit(folder: Path, files: CgroupFiles) -> tuple[int, int] | None:
+    """Reads one group's least limit, and its usage without page cache; None without a limit."""
+    texts = [path.read_text(encoding="ascii").strip() for name in files.limits if (path := folder / name).is_file()]
+    limits = [int(text) for text in texts if text != "max" and int(text) < UNLIMITED]
+    used, statistics = folder / files.used, folder / "memory.stat"
+    if not limits or not used.is_file() or not statistics.is_file():
+        return None
+    words = dict(line.split(maxsplit=1) for line in statistics.read_text(encoding="ascii").splitlines() if " " in line)
+    cache = sum(int(words.get(f"{files.prefix}{name}", 0)) for name in ("inactive_file", "active_file"))
+    return min(limits), max(0, int(used.read_text(encoding="ascii")) - cache)
 
 
 def read_process_bytes() -> int:

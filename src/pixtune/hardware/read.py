@@ -6,9 +6,9 @@ import platform
 from typing import TYPE_CHECKING, Any
 
 from pixtune.hardware.cards import facts_as, find_card
-from pixtune.hardware.facts import MEMORY_FRACTION, CoherentLink, HardwareFacts, usable_pool_bytes
+from pixtune.hardware.facts import MEMORY_FRACTION, PROCESS_HOST_BYTES, CoherentLink, HardwareFacts, usable_pool_bytes
 from pixtune.hardware.links import C2C_BYTES_PER_SECOND, is_coherent_chip, read_pcie_bandwidth
-from pixtune.hardware.meminfo import HostMemory, read_host_memory, read_meminfo
+from pixtune.hardware.meminfo import HostMemory, read_host_memory, read_meminfo, read_process_bytes
 from pixtune.hardware.nvidia_smi import query
 from pixtune.late import LateModule
 
@@ -39,6 +39,7 @@ def read_facts(device: torch.device, memory_fraction: float = MEMORY_FRACTION) -
         pcie_bytes_per_second=read_pcie_bandwidth(pci_address(properties)),
         num_sms=properties.multi_processor_count,
         l2_cache_bytes=properties.L2_cache_size,
+        host_process_bytes=read_process_bytes(),
     )
 
 
@@ -78,6 +79,7 @@ def gpu_facts(
     pcie_bytes_per_second: int | None = None,
     num_sms: int = 0,
     l2_cache_bytes: int = 0,
+    host_process_bytes: int = PROCESS_HOST_BYTES,
 ) -> HardwareFacts:
     """Makes the facts of a GPU from what the driver and the kernel report.
 
@@ -111,6 +113,7 @@ def gpu_facts(
         machine=platform.machine(),
         num_sms=num_sms,
         l2_cache_bytes=l2_cache_bytes,
+        host_process_bytes=host_process_bytes,
     )
 
 

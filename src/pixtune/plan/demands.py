@@ -43,6 +43,8 @@ class Demands:
     """bf16 weights that are all trained have fp32 copies."""
     memory_limit_bytes: int | None
     """Device memory that the whole process may take, CUDA context included; None: no limit."""
+    host_limit_bytes: int | None
+    """Host memory that all processes of the run on a machine may take together; None: no limit."""
     memory_fraction: float
     """Largest share of a unified pool that the run takes."""
     notices: tuple[str, ...] = ()
@@ -60,7 +62,7 @@ class Demands:
 def demands_of(config: TrainConfig) -> Demands:
     """Returns the meaning of a config's keys on memory."""
     fp8, limit_gib = config.cuda_features.enable_fp8_training, config.gpu_memory_limit_gib
-    disabled = config.disable_gradient_checkpointing
+    disabled, host_gib = config.disable_gradient_checkpointing, config.host_memory_limit_gib
     notices = []
     if config.disable_quantization and (config.quantize or fp8):
         notices.append("not quantized: disable_quantization wins over quantize and enable_fp8_training")
@@ -80,6 +82,7 @@ def demands_of(config: TrainConfig) -> Demands:
         and config.weight_update == "fp32_master"
         and config.mixed_precision == "bf16",
         memory_limit_bytes=None if limit_gib is None else round(limit_gib * GIB),
+        host_limit_bytes=None if host_gib is None else round(host_gib * GIB),
         memory_fraction=config.memory_fraction or MEMORY_FRACTION,
         notices=tuple(notices),
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from pixtune.hardware.facts import GIB, HardwareFacts, missing_on_host
+from pixtune.hardware.facts import GIB, HardwareFacts, missing_on_host, within_host_limit
 from pixtune.plan.demands import Demands
 from pixtune.plan.footprint import Footprint, with_fused_mlps
 from pixtune.plan.optimizers import EXACT, SMALL
@@ -21,6 +21,10 @@ RESERVE_BYTES = GIB // 4
 """Reserve of the allocator over what it has given out, however little that is."""
 SMALL_CARD_BYTES = 30 * GIB
 """Device memory up to which a LoRA's optimizer has 8-bit states, as the documented profile of 24 GB cards has them."""
+HOST_WORK_BYTES = GIB // 8
+"""Host memory of a process for batches on their way, and for pieces of weights that are read or written."""
+WRITTEN_BYTES = 8
+"""Bytes per trained weight in host memory while a LoRA's files are made: its own, and a copy."""
 TABLES = 2
 """Modulation tables of a training step in host memory: one is filled while the other one is in use."""
 
@@ -97,8 +101,12 @@ class Situation:
         return self.needed(rung) <= self.usable_bytes
 
     def on_host(self, rung: AnyRung) -> int:
-        """Returns the host memory of all processes together, in bytes."""
-        return self.num_processes * rung.host_bytes(self)
+        """Returns the host memory of all processes together, in bytes, beside what they have already.
+
+        One of them writes the files of a LoRA, which are scaled and renamed in host memory.
+        """
+        written = 0 if self.footprint.trains_all else WRITTEN_BYTES * self.footprint.trained_weights
+        return self.num_processes * (rung.host_bytes(self) + HOST_WORK_BYTES) + written
 
     def missing_on_host(self, rung: AnyRung) -> int:
         """Returns how many bytes of that the host cannot give."""
@@ -124,7 +132,9 @@ def situation_of(
     """Builds the situation of a run; its footprint becomes the one that it has on this machine."""
     on_gpu = facts.device == "cuda"
     fused = with_fused_mlps(footprint, facts) if on_gpu and compiled else footprint
-    return Situation(facts, in_its_pool(fused, facts, demands), demands, compiled, num_processes, num_tables)
+    here = in_its_pool(fused, facts, demands)
+    host = within_host_limit(facts, demands.host_limit_bytes, num_processes) if on_gpu else facts
+    return Situation(host, here, demands, compiled, num_processes, num_tables)
 
 
 def in_its_pool(footprint: Footprint, facts: HardwareFacts, demands: Demands) -> Footprint:

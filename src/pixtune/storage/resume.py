@@ -117,8 +117,8 @@ BASE, DATA = "base_model", "data"
 FIXED = (
     "method", "weight_update", "rank", "lora_alpha", "lora_targets", "random_weights", "mixed_precision",
     "deterministic", "adam8bit", "disable_gradient_checkpointing", "disable_quantization", "quantize", "keep_plain",
-    "cuda_graphs", "unified_memory", "gpu_memory_limit_gib", "memory_fraction", "expandable_segments",
-    "use_fastsafetensors", "fastsafetensors_num_threads", "cuda_features",
+    "cuda_graphs", "unified_memory", "gpu_memory_limit_gib", "host_memory_limit_gib", "memory_fraction",
+    "expandable_segments", "use_fastsafetensors", "fastsafetensors_num_threads", "cuda_features",
 )  # fmt: skip
 """Keys and sections of what is trained and of the plan, which a run keeps: a change would not load, or do nothing."""
 

@@ -14,7 +14,6 @@ from rich.console import Console
 
 from pixtune.commands import plan as plan_command
 from pixtune.commands.plan import (
-    PROCESS_HOST_BYTES,
     PlanReport,
     before_cuda,
     facts_of_this_machine,
@@ -26,7 +25,7 @@ from pixtune.config.schema import TrainConfig
 from pixtune.errors import PixtuneError, PlanError
 from pixtune.families import family_of
 from pixtune.hardware.cards import facts_as
-from pixtune.hardware.facts import GIB
+from pixtune.hardware.facts import GIB, PROCESS_HOST_BYTES
 from pixtune.plan.encoders import PLAINLY, TEXT_BYTES_PER_TOKEN, TEXT_TOKENS, decoding_bytes
 from pixtune.plan.situation import CONTEXT_BYTES
 from pixtune.plan.training import TrainingPlan

@@ -22,7 +22,7 @@ from pixtune.plan.all_weights import AllWeightsRung, ladder_of_all_weights
 from pixtune.plan.demands import demands_of
 from pixtune.plan.footprint import Footprint
 from pixtune.plan.rungs import FULL_UNITS
-from pixtune.plan.situation import Situation, situation_of
+from pixtune.plan.situation import HOST_WORK_BYTES, Situation, situation_of
 from pixtune.plan.training import TrainingPlan, plan_training
 from pixtune.trained import adapters
 from tests.full_size import full_size_footprint
@@ -136,7 +136,7 @@ def test_each_rung_has_its_bytes_per_weight(
 )
 def test_host_memory_is_what_left_the_device(optimizer: str, update: str, bytes_per_weight: float) -> None:
     situation = situation_on(weight_update=update)
-    assert situation.on_host(AllWeightsRung(optimizer)) == 0
+    assert situation.on_host(AllWeightsRung(optimizer)) == HOST_WORK_BYTES
     size = situation.on_host(AllWeightsRung(optimizer, states_on_host=True))
     assert size / GIB == pytest.approx(bytes_per_weight * BILLIONS / GIB + 1, rel=0.01)
 

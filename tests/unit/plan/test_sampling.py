@@ -141,6 +141,6 @@ def test_what_does_not_fit_says_how_much_is_missing_and_what_would() -> None:
         plan_for(limit_gib=1.5)
     pc = facts_as("RTX 4060", host_bytes=16 * 10**9)
     assert plan_for(facts=pc, limit_gib=7.4).expected_host_bytes < 3.2 * GIB
-    lack = r"2\d\.\d GiB of host memory beside NVIDIA GeForce RTX 4060: \d\.\d GiB are missing\. Without .* in nf4"
+    lack = r"2\d\.\d GiB of host memory beside NVIDIA GeForce RTX 4060: \d+\.\d GiB are missing\. Without .* in nf4"
     with pytest.raises(PlanError, match=lack):
         plan_for(facts=pc, limit_gib=7.4, disable_quantization=True)
