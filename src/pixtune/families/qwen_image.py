@@ -101,7 +101,7 @@ class QwenImage:
             kept=13.05,
             selective=8.09,
             projections=3.05,
-            working=25.0,
+            working=23.5,
             forward=5.0,
             forward_quantized=14.5,
             forward_fused=9.9,

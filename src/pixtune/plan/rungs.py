@@ -28,7 +28,7 @@ FIXED_BYTES = round(0.05 * GIB)
 ends."""
 AT_WORK_BYTES, AT_WORK_UNITS = 52 * 2**20, 2.0
 """Memory of 8-bit codes that are made for a product, whatever the number of tokens. Families measured their units with
-about 4400 tokens of 3072 features, of which it was 2. By 26 cells drawn by lot, of 1774 to 19512 tokens
+about 4400 tokens of 3072 features, of which it was 2. By 31 cells drawn by lot, of 1774 to 48000 tokens
 (benchmarks/results/random_cells_h200)."""
 MLP_WORK_UNITS = 12.5
 """Units that a block at work holds in addition where a LoRA is on an MLP, by the same cells: 10.7 to 13.6."""
