@@ -276,7 +276,7 @@ def build(setting: Setting, plan: TrainingPlan) -> tuple[nn.Module, dict[str, Te
     torch.manual_seed(SEED)  # weights are drawn in the order of their names, each in bf16, whatever becomes of them
     num_blocks = len(block_names(family.build_transformer(setting.transformer_config), family))
     placement, layout = placement_of(plan, device), layout_of(plan, num_blocks)
-    loaded = random_transformer(family, setting.transformer_config, placement, layout)
+    loaded = random_transformer(family, setting.transformer_config, placement, layout, draws_each=True)
     transformer = apply_to_weights(loaded, family, layout, device).module
     enlarge_modulations(transformer, setting)
     fingerprint = {

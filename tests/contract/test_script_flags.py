@@ -16,6 +16,7 @@ import pytest
 import pixtune.train
 from pixtune.config.schema import TrainConfig
 from pixtune.errors import PixtuneError
+from pixtune.launch.stop import StopRequest
 from pixtune.run import TrainResult
 from pixtune.storage.resume import flatten
 from tests.contract.key_effects import EFFECTS
@@ -47,7 +48,7 @@ def start(scene: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Start
     """Runs a script with `key=value` words; returns the config that reached the training."""
     reached: list[TrainConfig] = []
 
-    def keep(config: TrainConfig) -> TrainResult:
+    def keep(config: TrainConfig, stop: StopRequest) -> TrainResult:
         reached.append(config)
         return TrainResult(finished=True, step=1, output_dir=config.output_dir)
 

@@ -96,21 +96,28 @@ def load_transformer(
 
 
 def random_transformer(
-    family: ModelFamily, config: Mapping[str, Any], placement: Placement, layout: Layout = PLAIN
+    family: ModelFamily,
+    config: Mapping[str, Any],
+    placement: Placement,
+    layout: Layout = PLAIN,
+    draws_each: bool = False,
 ) -> LoadedTransformer:
     """Builds a transformer of the given architecture (empty: the full-size default) with random weights, for measuring.
 
     Modulation layers that are not loaded share one weight for each shape: making them all takes host memory and time,
     and what streams through the device is as much either way. Of quantized layers one of each shape is drawn, since 4
     bits take seconds to choose; the others have its rows in another order.
+
+    Args:
+        draws_each: every quantized layer is drawn by itself, so that all formats have the same weights.
     """
     module = family.build_transformer(config)
     shapes = {name: tensor.shape for name, tensor in module.state_dict().items()}
     absent = lay_out(module, family, placement, layout)
     loaded = {name: shape for name, shape in shapes.items() if parent(name) not in absent}
     quantized = {name: layer for name in loaded if (layer := quantized_weight(module, name)) is not None}
-    drawn = {shapes[name]: name for name in reversed(quantized)}
-    of_others = [name for name in quantized if drawn[shapes[name]] != name]
+    drawn = {} if draws_each else {shapes[name]: name for name in reversed(quantized)}
+    of_others = [name for name in quantized if drawn.get(shapes[name], name) != name]
     tensors = {name: shape for name, shape in loaded.items() if name not in of_others}
     on_host = prefixes_of_blocks(module, family, layout.streamed)
     fill(

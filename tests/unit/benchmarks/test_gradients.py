@@ -118,9 +118,9 @@ def test_other_weights_are_noticed(gradients: ModuleType, monkeypatch: pytest.Mo
     gradients.check_weights(passes.run(fp8), exact)
     passes.forget()
 
-    def drawn_later(*arguments: Any) -> LoadedTransformer:
+    def drawn_later(*arguments: Any, **named: Any) -> LoadedTransformer:
         torch.randn(1)
-        return random_transformer(*arguments)
+        return random_transformer(*arguments, **named)
 
     monkeypatch.setattr(module, "random_transformer", drawn_later)
     with pytest.raises(ValueError, match="have other weights than in the exact pass"):

@@ -16,7 +16,10 @@ from pixtune.engine import mlp as module
 from pixtune.engine.mlp import are_fused, fuse_mlps, mlp
 from pixtune.engine.quantize import FP8, INT8, QuantizedLinear
 from pixtune.hardware.cards import facts_as
+from pixtune.plan.demands import demands_of
 from pixtune.plan.footprint import with_fused_mlps
+from pixtune.plan.rungs import Rung
+from pixtune.plan.situation import situation_of
 from pixtune.plan.training import plan_training
 from tests.full_size import full_size_footprint
 
@@ -93,9 +96,7 @@ def test_a_plan_counts_less_for_fused_mlps_where_the_gpu_and_the_lora_allow_them
     assert not full_size_footprint(everywhere).mlps_are_frozen
     assert not full_size_footprint(config.model_copy(update={"keep_plain": ("img_mlp.net.2",)})).mlps_are_frozen
     unfused = replace(footprint, mlps_are_frozen=False)
-    assert (
-        plan_training(new, footprint, config).expected_peak_bytes
-        < plan_training(new, unfused, config).expected_peak_bytes
-    )
+    rung, demands = Rung("fp8", 128, selective=True, reprojected_blocks=59), demands_of(config)
+    assert situation_of(new, footprint, demands).peak(rung) < situation_of(new, unfused, demands).peak(rung)
     without_compiler = [plan_training(new, kind, config, can_compile=False) for kind in (footprint, unfused)]
     assert without_compiler[0] == without_compiler[1], "no compiler, no kernels"
