@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,6 +23,12 @@ LATENT_SIDE, NUM_TEXT_TOKENS, BATCH_SIZE = 16, 12, 2
 
 
 def load_model(name: str, linear_format: str | None = None) -> nn.Module:
+    """A model of the test's own: quantizing one takes seconds, copying it none."""
+    return copy.deepcopy(loaded_once(name, linear_format))
+
+
+@functools.cache
+def loaded_once(name: str, linear_format: str | None) -> nn.Module:
     folder = ModelFolder(ASSETS / name)
     placement = Placement(torch.device("cpu"), torch.float32)
     return load_transformer(family_of(folder), folder, placement, Layout(linear_format)).module
