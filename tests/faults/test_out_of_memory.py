@@ -137,9 +137,13 @@ def test_then_batches_are_computed_in_parts_and_a_resumed_run_does_so_too(
     assert (plan_of(tmp_path)["micro_batch_parts"], plan_of(tmp_path)["recomputed_blocks"]) == (2, 0)
 
     card = insert_card(FakeCard(lambda number: ALL // 2))
-    longer = {**changes, "max_train_steps": 4, "resume_from_checkpoint": "latest"}
-    assert training.train(config_of(tmp_path, warm_cache, **longer)).finished
+    longer = {**changes, "max_train_steps": 4}
+    assert training.train(config_of(tmp_path, warm_cache, **longer, resume_from_checkpoint="latest")).finished
     assert card.failures == 0 < card.passes
+    insert_card(FakeCard(lambda number: ALL if number < 4 else ALL // 2))
+    training.train(config_of(tmp_path / "at once", warm_cache, **longer))
+    for name, weight in result_of(tmp_path / "at once").items():
+        assert torch.equal(weight, result_of(tmp_path)[name]), f"{name} is not as it is without a stop in between"
 
 
 def test_where_nothing_is_left_to_give_up_the_steps_before_are_saved(
