@@ -80,9 +80,11 @@ def own_graphs() -> Iterator[None]:
 
     names = (*LIMITS_TO_RECOMPUTING, LIMIT_TO_KNOWN_OPERATORS)
     before = {name: getattr(functorch_config, name) for name in names}
+    shape_padding = inductor_config.shape_padding
     torch._dynamo.reset()
     yield
     for name, value in before.items():
         setattr(functorch_config, name, value)
     inductor_config.joint_custom_pre_pass = None
+    inductor_config.shape_padding = shape_padding
     torch._dynamo.reset()

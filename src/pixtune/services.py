@@ -255,12 +255,13 @@ class Services:
 
     def _compare_memory(self, step: int) -> None:
         self.run.memory.end_steps()
-        if memory := self.run.memory.compare(self.run.plan.expected_peak_bytes):
+        history = self.run.forward_backward.history
+        if memory := self.run.memory.compare(self.run.plan.expected_peak_bytes, history.pass_bytes):
             self._print(
                 f"memory: {memory['measured_peak_gib']:.1f} GiB at the peak, {memory['expected_peak_gib']:.1f} expected"
             )
         if self.is_main:
-            captures = {"planned": self.run.plan.captures, **asdict(self.run.forward_backward.history)}
+            captures = {"planned": self.run.plan.captures, **asdict(history)}
             self.log.write("memory", step, stages=self.run.memory.rows(), captures=captures, **memory)
 
     # ---- the services

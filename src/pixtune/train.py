@@ -35,6 +35,7 @@ from pixtune.engine.relief import (
     first_line,
     free_bytes,
     free_unused,
+    in_turn,
     lacks_memory,
 )
 from pixtune.errors import DataError, ExchangeError, MemoryShortage
@@ -361,7 +362,7 @@ def build_pass(
         GraphCapturer(base.transformer.stream) if plan.captures else None,
         plan.captures,
         lambda: free_bytes(plan.usable_bytes),
-        recompute_more,
+        in_turn(recompute_more, parts.divide),
     )
     return replayed, Reliefs(plan, replayed.give_up_captures, recompute_more, parts)
 

@@ -31,6 +31,11 @@ OUT_OF_MEMORY = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_AL
 """Words of errors that the driver and its libraries raise where torch's allocator was not asked."""
 
 
+def in_turn(*reliefs: Relief) -> Relief:
+    """Returns the relief that uses up each of some before the next one."""
+    return lambda: next(filter(None, (relief() for relief in reliefs)), None)
+
+
 def lacks_memory(error: BaseException) -> bool:
     """Returns whether an error says that the device has too little free memory."""
     return isinstance(error, torch.OutOfMemoryError) or (
@@ -164,12 +169,12 @@ class Reliefs:
         passes: PassInParts[DivisibleT],
     ) -> None:
         self._first_plan, self._recompute_more, self._passes = plan, recompute_more, passes
-        self._reliefs: tuple[Relief, ...] = (give_up_captures, recompute_more, passes.divide)
+        self._relief = in_turn(give_up_captures, recompute_more, passes.divide)
 
     def __call__(self) -> str | None:
         """Makes a step need less memory; see `Relief`."""
         free_unused()
-        return next(filter(None, (relief() for relief in self._reliefs)), None)
+        return self._relief()
 
     @property
     def plan(self) -> TrainingPlan:
