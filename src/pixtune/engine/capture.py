@@ -107,10 +107,11 @@ class ReplayedPass(Generic[InputsT]):
     Captures hold the memory of one pass, however many they are. A plain pass beside them needs as much again; where
     that is not free, they give theirs back first.
 
-    Gradients must be zeroed in place, never dropped, between the steps: see `zero_gradients`.
+    Gradients must be zeroed in place, never dropped, between the steps: see `zero_gradients`. What a call returns may
+    lie in the memory of a capture, which the next call overwrites.
 
     Args:
-        compute: forward and backward pass; returns the loss.
+        compute: forward and backward pass; returns losses.
         parameters: those to whose gradients it adds.
         capture: None: every pass runs plainly.
         max_captures: number of shapes to capture, the first ones that come up: replacing one by another would cost more

@@ -129,10 +129,11 @@ DivisibleT = TypeVar("DivisibleT", bound=Divisible)
 
 
 class PassInParts(Generic[DivisibleT]):
-    """A pass over parts of its inputs, one after the other: their losses and gradients add up to those of the whole.
+    """A pass over parts of its inputs, one after the other: gradients add up to those of the whole.
 
     Args:
-        compute: forward and backward pass of some inputs; returns their share of the loss.
+        compute: forward and backward pass of some inputs; returns their losses, one example after the other in the last
+            dimension.
         num_parts: number of parts at the start.
         most: largest number of parts; 1 where a pass steps weights itself.
     """
@@ -143,7 +144,7 @@ class PassInParts(Generic[DivisibleT]):
     def __call__(self, inputs: DivisibleT) -> Tensor:
         if self.num_parts == 1 or len(inputs) == 1:
             return self._compute(inputs)
-        return torch.stack([self._compute(part) for part in inputs.parts(self.num_parts)]).sum()
+        return torch.cat([self._compute(part) for part in inputs.parts(self.num_parts)], -1)
 
     def divide(self) -> str | None:
         """Doubles the number of parts; see `Relief`."""

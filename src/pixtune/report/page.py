@@ -28,6 +28,7 @@ from pixtune.storage.resume import flatten
 MOST_PAIR_PIXELS, PAIR_EDGES = 6_000_000, (512, 384, 256)
 MOST_STRIP_PIXELS, STRIP_EDGES = 10_000_000, (256, 192)
 MOST_PAIRS = 60
+MOST_WARNINGS = 60
 
 QUARTERS = ("nearly clean [0, 1/4)", "[1/4, 1/2)", "[1/2, 3/4)", "nearly noise [3/4, 1]")
 """Names of sigma's quarters, in the order of `ValidationLoss.quarters`."""
@@ -54,6 +55,7 @@ def build_page(
         build_pairs(output_dir, record),
         build_strips(output_dir, record),
         build_charts(record),
+        build_warnings("Losses that went wrong", record.losses),
         build_warnings("Slower steps", record.drifts),
         build_warnings("What failed", record.problems),
         build_memory(record.memory) if record.memory else "",
@@ -256,8 +258,10 @@ def build_warnings(title: str, warnings: Sequence[str]) -> str:
     """Builds a section of warnings that were printed during the run; empty where there are none."""
     if not warnings:
         return ""
-    listed = "".join(f"<li>{escape(warning)}</li>" for warning in warnings)
-    return f'<section><h2>{title}</h2><ul class="reasons drifts">{listed}</ul></section>'
+    shown = spread(warnings, MOST_WARNINGS)
+    left_out = f" ({len(shown)} of {len(warnings)})" if len(shown) < len(warnings) else ""
+    listed = "".join(f"<li>{escape(warning)}</li>" for warning in shown)
+    return f'<section><h2>{title}{left_out}</h2><ul class="reasons drifts">{listed}</ul></section>'
 
 
 def build_memory(memory: MemoryRecord) -> str:

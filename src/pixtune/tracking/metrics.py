@@ -2,7 +2,10 @@
 
 Lines have `kind` and `step`; figures carry their unit in the name. The kinds:
 
-"step": loss, gradient norm, rate, seconds and peak memory of a step.
+"step": loss, gradient norm, rate, seconds and peak memory of a step. One that was skipped has "skipped": true. What was
+    no finite number is null.
+"skipped": the examples of a skipped step whose losses were no numbers, with their sigmas, and the message.
+"exploded": the loss, or the held-out loss, has exploded, with the warning that was printed.
 "first_step": how long the first step of a session took, compilation included. A resumed run has one for each session.
 "drift": steps have become slower, with the causes that were measured ("data", "recompilation", "memory", "spill",
     "throttling") and the warning that was printed.
@@ -33,6 +36,8 @@ FIELDS: Mapping[str, Mapping[str, type | tuple[type, ...]]] = {
     "validation": {"loss": (int, float), "quarters": list},
     "sample": {"prompt": str, "seed": int, "path": str},
     "first_step": {"first_step_seconds": (int, float), "compiled_graphs": int},
+    "skipped": {"message": str, "examples": list},
+    "exploded": {"message": str},
     "drift": {"message": str},
     "problem": {"message": str},
     "memory": {"stages": list},

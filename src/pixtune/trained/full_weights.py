@@ -30,6 +30,7 @@ from pixtune.trained import optim
 from pixtune.trained.base import Base
 from pixtune.trained.fused_step import FusedStep
 from pixtune.trained.host_states import HostStates
+from pixtune.trained.skipped_step import is_spoiled
 from pixtune.trained.weight_update import WeightUpdate
 
 WEIGHTS_STEM = "transformer"
@@ -107,15 +108,15 @@ class FullWeights:
     def gradients(self) -> list[Tensor]:
         return list(self._gradients().values())
 
-    def step(self) -> Tensor:
+    def step(self, loss: Tensor) -> Tensor:
         if self._fused:
             return self._fused.norm()
         gradients = self._gradients()
         norm = optim.global_norm([optim.norm_of(gradient) for gradient in gradients.values()])
-        factor = optim.clipping_factor(norm, self.config.max_grad_norm)
+        factor, spoiled = optim.clipping_factor(norm, self.config.max_grad_norm), is_spoiled(loss, norm)
         self.optimizer.begin_step()
         for name, gradient in gradients.items():
-            self.optimizer.step_weight(name, gradient, factor)
+            self.optimizer.step_weight(name, gradient, factor, spoiled)
             self.parameters[name].grad = None
         self.optimizer.end_step()
         if self._sums is not None:
