@@ -116,7 +116,7 @@ def test_a_picture_without_numbers_is_named_and_trains_nothing(
         assert printed.count(f"warning: step {row_begins} was skipped: its loss was nan, because of: {bad} (sigma") == 1
     assert f"skipped steps: {len(expected)}, with the examples {bad}" in printed
 
-    for end in (3, 5, NUM_STEPS):  # in the middle of what is skipped, wherever that is
+    for end in (5, NUM_STEPS):
         train(tmp_path / "parts", warm_cache, pictures, max_train_steps=end)
     assert_same(tensors(tmp_path / "parts", NUM_STEPS), tensors(tmp_path / "whole", NUM_STEPS))
     assert lines(tmp_path / "parts", "skipped") == logged
@@ -203,8 +203,8 @@ def test_a_loss_that_explodes_is_told_once_or_ends_the_run(
     tmp_path: Path, warm_cache: Path, pictures: Path, capfd: Any, measured: bool
 ) -> None:
     settings = {
-        "learning_rate": 100, "max_train_steps": 24, "checkpointing_steps": 4, "gradient_accumulation_steps": 1,
-        **({"validation__held_out": 0.2, "validation__every": 8, "validation__num_draws": 1} if measured else {}),
+        "learning_rate": 100, "max_train_steps": 10, "checkpointing_steps": 4, "gradient_accumulation_steps": 1,
+        **({"validation__held_out": 0.2, "validation__every": 5, "validation__num_draws": 1} if measured else {}),
     }  # fmt: skip
     train(tmp_path / "warned", warm_cache, pictures, **settings)
     printed = capfd.readouterr().out

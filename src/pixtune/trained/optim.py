@@ -63,7 +63,7 @@ def import_bitsandbytes() -> Any:
     return bitsandbytes
 
 
-UNDO_BYTES = 1 << 26
+UNDO_BYTES = 1 << 25
 """Bytes of weights and states that are kept at once while 8-bit optimizers step, unless one weight has more."""
 CHANGED_STATES = ("state1", "state2", "absmax1", "absmax2")
 """Names of the tensors that a step of bitsandbytes changes. Code books are constant, and parameters share them."""
