@@ -16,6 +16,10 @@ PYTEST_ARGS ?= -n auto --dist loadfile
 # What `make bench` times, and with which options of `pixtune bench`.
 CONFIG ?= train_configs/demo.yaml
 BENCH_ARGS ?= --steps 20 --text-tokens 40
+# What `make mutants` draws by, how many, and options of the script (--again: the survivors, by today's tests).
+SEED ?= 1
+COUNT ?= 200
+MUTANTS_ARGS ?=
 
 ENV := $(or $(if $(PYTHON),$(shell $(PYTHON) -c 'import sys; print(sys.prefix if sys.prefix != sys.base_prefix else "")')),.venv)
 PINS := $(if $(filter .venv,$(ENV)),-c constraints.txt)
@@ -25,7 +29,7 @@ PIP := $(PY) -m pip --disable-pip-version-check --no-input
 STAMP := $(ENV)/.pixtune-set-up-$(shell pwd | cksum | cut -d' ' -f1)
 HAS_TORCH := -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("torch") is None)'
 
-.PHONY: help demo demo-edit demo-flux test lint format bench bench-loop schema setup clean
+.PHONY: help demo demo-edit demo-flux test mutants lint format bench bench-loop schema setup clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -42,6 +46,9 @@ demo-flux: $(STAMP) ## the same with FLUX's classes
 
 test: $(STAMP) ## the whole suite; make test PYTEST_ARGS="tests/unit -k config" for a part
 	@OMP_NUM_THREADS=1 $(PY) -m pytest $(PYTEST_ARGS)
+
+mutants: $(STAMP) ## which mutations of the code no test notices; make mutants SEED=7 COUNT=200, an hour or two
+	@$(PY) scripts/mutants.py --seed $(SEED) --count $(COUNT) $(MUTANTS_ARGS)
 
 lint: $(STAMP) ## style, format and types
 	@$(PY) -m ruff check .
