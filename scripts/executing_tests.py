@@ -22,6 +22,9 @@ SOURCE = ROOT / "src" / "pixtune"
 JUDGES_NOTHING = ("tests/gpu/", "tests/unit/test_layout.py")
 """Tests that need a GPU, and those that read the code as text."""
 
+FILE_SECONDS = 15.0
+"""Seconds that the tests of a file are taken to need where no map knows them."""
+
 
 @dataclass(frozen=True)
 class LineMap:
@@ -116,6 +119,14 @@ class ExecutingTests:
                 found |= self.of_lines(str(path.relative_to(SOURCE)), lines)
         return found
 
+    def of_file(self, file: str) -> list[str]:
+        """Returns the test files that speak of a source file, for lines of which no map knows a test."""
+        module = re.compile(rf"\bpixtune\.{re.escape(file.removesuffix('.py').replace('/', '.'))}\b")
+        files = {str(p.relative_to(ROOT)) for p in (ROOT / "tests").rglob("test_*.py") if module.search(_text(p))}
+        files = {path for path in files if not path.startswith(JUDGES_NOTHING)}
+        self.seconds |= dict.fromkeys(files, FILE_SECONDS)
+        return in_turn(files, self.seconds, own_tests(file))
+
     def of(self, file: str, mutation: Mutation) -> list[str]:
         """Returns the tests that may notice a mutation, those to be tried first at the beginning."""
         if mutation.lines:
@@ -123,6 +134,8 @@ class ExecutingTests:
         else:
             direct = set().union(*map(self.of_name, built_from(mutation.names))) or self.of_lines(file, self.at(file))
         direct &= self.seconds.keys()
+        if not direct:
+            return self.of_file(file)
         # What a test file keeps for several tests is executed by the first of them alone, so the others come last.
         homes = {home_of(test) for test in direct} if mutation.lines else set()
         beside = {test for test in self.seconds if home_of(test) in homes} - direct

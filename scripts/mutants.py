@@ -13,6 +13,7 @@ import contextlib
 import difflib
 import importlib
 import json
+import multiprocessing
 import os
 import random
 import re
@@ -23,7 +24,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from itertools import islice
+from itertools import islice, pairwise
 from typing import Any
 
 from executing_tests import ROOT, SOURCE, ExecutingTests, LineMap
@@ -35,11 +36,12 @@ NEEDS_GPU = {"engine/triton_kernels.py"}
 """Files in a language that only a GPU runs."""
 GPU_WORDS = re.compile(r"cuda|nvml|triton|_scaled_mm", re.IGNORECASE)
 """What a function mentions that a GPU runs: where no test executes it, its lines are excluded, and counted."""
-FIRST_TESTS = 25
+ROUNDS = (0, 6, 30, 10**6)
+"""Where the tests of a mutant are divided into rounds: most are noticed by the first few."""
 STARTING_SECONDS, SLOWER = 60, 6
 """The limit of a round of tests: what starting them takes, and how much slower than in the map they may be."""
 ONE_BY_ONE = {
-    "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1", "HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled",
+    "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled",
     "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": os.pathsep.join([str(TREE / "src"), str(TREE)]),
 }  # fmt: skip
 """The environment of tests: as `tests/conftest.py` sets it before libraries are imported, for the mutated tree."""
@@ -105,8 +107,8 @@ def judge(file: str, mutation: Mutation, tests: ExecutingTests, budget_seconds: 
     try:
         place.write_text(mutant)
         os.utime(place, (time.time() + 1e6, time.time() + 1e6))  # so that no compiled file is taken for this one's
-        for round_of_tests in (chosen[:FIRST_TESTS], chosen[FIRST_TESTS:]):
-            if round_of_tests:
+        for begin, end in pairwise(ROUNDS):
+            if round_of_tests := chosen[begin:end]:
                 limit = STARTING_SECONDS + SLOWER * sum(tests.seconds[test] for test in round_of_tests)
                 outcome, failed = run_tests(round_of_tests, limit, "-x")
                 if outcome != "survived":
@@ -144,6 +146,11 @@ def run_tests(tests: Sequence[str], limit_seconds: float, *options: str) -> tupl
         sys.path[:0] = [str(TREE / "src"), str(TREE)]
         import pytest
 
+        from tests import processes
+
+        # Processes of tests are forked from this one, which saves each the seconds of a server that imports everything.
+        processes.server = lambda: multiprocessing.get_context("fork")  # type: ignore[assignment,return-value]
+        sys.modules[processes.PRELOADED] = processes
         os._exit(int(pytest.main(["-q", "-rfE", "-p", "no:cacheprovider", "--tb=no", "--no-header", *options, *tests])))
     deadline = time.monotonic() + limit_seconds
     status = None
@@ -193,7 +200,12 @@ def import_libraries() -> None:
     """Imports what tests import besides pixtune, so that forked processes have it."""
     os.environ |= ONE_BY_ONE
     preloaded = (ROOT / "tests" / "preloaded.py").read_text()
-    for name in ("pytest", *re.findall(r'^    "([\w.]+)",$', preloaded, re.MULTILINE)):
+    for name in (
+        "pytest",
+        "torch._dynamo",
+        "torch._inductor.compile_fx",
+        *re.findall(r'^    "([\w.]+)",$', preloaded, re.MULTILINE),
+    ):
         if not name.startswith("pixtune"):
             importlib.import_module(name)
 
