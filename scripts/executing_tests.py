@@ -22,7 +22,7 @@ SOURCE = ROOT / "src" / "pixtune"
 JUDGES_NOTHING = ("tests/gpu/", "tests/unit/test_layout.py")
 """Tests that need a GPU, and those that read the code as text."""
 
-FILE_SECONDS = 15.0
+FILE_SECONDS = 4.0
 """Seconds that the tests of a file are taken to need where no map knows them."""
 
 

@@ -54,6 +54,9 @@ def test_what_stays_on_the_device_is_counted_in_each_phase_after_it() -> None:
     assert [phase.name for phase in stay] == ["captions encoded", "pictures encoded", "training step", "sampling"]
     more = [there.device_bytes - gone.device_bytes for gone, there in zip(leave, stay, strict=True)]
     assert more == [0, 14 * GIB, 15 * GIB, 14 * GIB], "sampling needs the autoencoder in any case"
+    assert [phases[1].holds for phases in (leave, stay)] == ["autoencoder", "autoencoder, text encoder"]
+    tiled = phases_of(plan, footprint, replace(around, encoders=replace(PLAINLY, tile_pixels=512)))
+    assert (tiled[1].holds, tiled[1].device_bytes) == ("autoencoder, tiles of 512 pixels", GIB + 3000 * 512**2)
     assert [phase.device_bytes for phase in leave[:3]] == [14 * GIB, GIB + 3 * 10**9, plan.expected_peak_bytes]
 
 
