@@ -149,7 +149,7 @@ def run_tests(tests: Sequence[str], limit_seconds: float, *options: str) -> tupl
         from tests import processes
 
         # Processes of tests are forked from this one, which saves each the seconds of a server that imports everything.
-        processes.server = lambda: multiprocessing.get_context("fork")  # type: ignore[assignment,return-value]
+        processes.server = lambda: multiprocessing.get_context("fork")  # type: ignore[assignment]
         sys.modules[processes.PRELOADED] = processes
         os._exit(int(pytest.main(["-q", "-rfE", "-p", "no:cacheprovider", "--tb=no", "--no-header", *options, *tests])))
     deadline = time.monotonic() + limit_seconds

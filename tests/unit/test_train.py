@@ -6,7 +6,7 @@ import json
 import math
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,6 +20,7 @@ from pixtune import train as training
 from pixtune.config import load_config
 from pixtune.config.schema import TrainConfig
 from pixtune.data.batches import Batch
+from pixtune.data.prepare import prepare_data
 from pixtune.errors import TrainingError
 from pixtune.launch.stop import StopRequest
 from pixtune.plan.encoders import PLAINLY
@@ -85,7 +86,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory, warm_cache: Path) -> tuple[P
     enter, save, sync = services.Services.__enter__, Course.save, MetricsLog.sync
 
     def entered(self: services.Services) -> services.Services:
-        one, self.run = self.run, SimpleNamespace(**{**vars(self.run), "accelerator": ThreeOf(self.run.accelerator)})
+        accelerator: Any = ThreeOf(self.run.accelerator)
+        one, self.run = self.run, replace(self.run, accelerator=accelerator)
         try:
             return enter(self)
         finally:
@@ -187,7 +189,6 @@ def test_a_shared_pool_that_runs_out_ends_the_run_saved_and_it_goes_on_with_its_
     assert load_checkpoint(saved).record["encoders"] == json.loads(json.dumps(asdict(PLAINLY)))
 
     plans: list[Any] = []
-    prepare_data = training.prepare_data
 
     def prepared(*arguments: Any) -> Any:
         plans.append(arguments[5])

@@ -12,6 +12,7 @@ from pixtune.config import load_config
 from pixtune.hardware.cards import facts_as
 from pixtune.hardware.facts import GIB, HardwareFacts
 from pixtune.hardware.monitor import DeviceMemory, StageLog
+from pixtune.hardware.unified import MemoryWatchdog
 from pixtune.tracking import memory as of_run
 from pixtune.tracking.memory import STEPS, RunMemory
 
@@ -112,7 +113,7 @@ def test_a_pool_that_the_gpu_shares_is_capped_at_the_configs_share_and_watched(
 
     monkeypatch.setattr(of_run, "read_facts", read)
     monkeypatch.setattr(of_run, "cap_unified_memory", caps.append)
-    monkeypatch.setattr(of_run.MemoryWatchdog, "check", lambda watchdog: Verdict("little is left"))
+    monkeypatch.setattr(MemoryWatchdog, "check", lambda watchdog: Verdict("little is left"))
     given = ["pretrained_model_name_or_path=x", f"output_dir={tmp_path}", "max_train_steps=1", "data_config.img_dir=x"]
     memory = RunMemory(load_config(None, [*given, "memory_fraction=0.5", *words], folders_must_exist=False))
     assert memory.scarcity() is None
