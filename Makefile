@@ -16,10 +16,13 @@ PYTEST_ARGS ?= -n auto --dist loadfile
 # What `make bench` times, and with which options of `pixtune bench`.
 CONFIG ?= train_configs/demo.yaml
 BENCH_ARGS ?= --steps 20 --text-tokens 40
-# What `make mutants` draws by, how many, and options of the script (--again: the survivors, by today's tests).
+# What `make mutants` and `make soak` draw by, and options of `scripts/mutants.py` (--again: the survivors, by today's tests).
 SEED ?= 1
 COUNT ?= 200
 MUTANTS_ARGS ?=
+# How long `make soak` takes, and the one run that it does.
+SECONDS ?= 600
+ONLY ?=
 
 ENV := $(or $(if $(PYTHON),$(shell $(PYTHON) -c 'import sys; print(sys.prefix if sys.prefix != sys.base_prefix else "")')),.venv)
 PINS := $(if $(filter .venv,$(ENV)),-c constraints.txt)
@@ -29,7 +32,7 @@ PIP := $(PY) -m pip --disable-pip-version-check --no-input
 STAMP := $(ENV)/.pixtune-set-up-$(shell pwd | cksum | cut -d' ' -f1)
 HAS_TORCH := -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("torch") is None)'
 
-.PHONY: help demo demo-edit demo-flux test mutants lint format bench bench-loop schema setup clean
+.PHONY: help demo demo-edit demo-flux test mutants soak lint format bench bench-loop schema setup clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -64,6 +67,9 @@ bench: $(STAMP) ## time training steps of the demo; make bench CONFIG=FILE BENCH
 
 bench-loop: $(STAMP) ## what the training loop costs over a bare one
 	@$(PY) benchmarks/loop_overhead.py
+
+soak: $(STAMP) ## random runs, interrupted and damaged for SECONDS, beside uninterrupted ones; SEED=1 ONLY=17 repeats one
+	@OMP_NUM_THREADS=1 $(PY) -m tests.soak --seconds $(SECONDS) --seed $(SEED) $(if $(ONLY),--only $(ONLY))
 
 schema: $(STAMP) ## write train_configs/schema.json anew, after a change of the config's keys
 	@$(PY) -m pixtune.config.schema_file

@@ -38,6 +38,7 @@ from pixtune.run import Run, TrainResult
 from pixtune.sampler import PromptSampler, SamplerSettings
 from pixtune.storage.checkpoint import OPTIMIZER_STEM, Checkpoint, checkpoint_path, sharded
 from pixtune.storage.course import Course
+from pixtune.storage.files import remove_temporary
 from pixtune.storage.model_folder import ModelFolder
 from pixtune.tracking.figures import StepFigures, StepOutcome, tracker_values, watch_device
 from pixtune.tracking.guard import LossGuard, ways_on
@@ -91,12 +92,14 @@ class Services:
         config, log = self.config, None
         if self.is_main:
             course = self.course
+            for folder in (self.output_dir, *self.output_dir.glob(f"{SAMPLES_FOLDER}/*")):
+                remove_temporary(folder)
             for sentence in course.begin(config.checkpoints_total_limit, self.start_step < self.run.num_steps):
                 self._print(sentence)
             path = self.output_dir / FILE_NAME
             log = self.log = self.problems.metrics = MetricsLog(path, self.start_step, course.resumed, course.given_up)
-            if log.left_out:
-                self._print(f"warning: {log.left_out}")
+            for sentence in log.left_out:
+                self._print(f"warning: {sentence}")
             self._sampled = {line["path"] for line in log.kept if line["kind"] == "sample"}
             self._losses = {
                 line["step"]: ValidationLoss(line["loss"], tuple(line["quarters"]))

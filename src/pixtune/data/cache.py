@@ -219,7 +219,7 @@ class Ledger:
             try:
                 found = json.loads(path.read_text(encoding="utf-8"))
                 self._parts = {item: dict(parts.items()) for item, parts in found.items()}
-            except (ValueError, AttributeError):  # no JSON, or JSON of another shape
+            except (OSError, ValueError, AttributeError, RecursionError):  # no JSON, or JSON of another shape
                 log.warning("%s is damaged; reasons for cache misses are unknown this once", path)
 
     def reason(self, key: CacheKey) -> str:

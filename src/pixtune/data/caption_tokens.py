@@ -69,7 +69,7 @@ def _read(path: Path) -> dict[str, Lengths]:
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))
         return {name: tuple(TextLength(*each) for each in row) for name, row in rows.items()}
-    except (ValueError, TypeError, AttributeError):  # no JSON, or JSON of another shape
+    except (ValueError, TypeError, AttributeError, RecursionError):  # no JSON, or JSON of another shape
         log.warning("%s is damaged; captions are counted again", path)
         return {}
 

@@ -118,6 +118,10 @@ def _refuse_strangers(output_dir: Path, path: Path) -> None:
         )
 
 
+def _unusable(content: FolderContent) -> list[str]:
+    return [f"{error} It is neither counted nor deleted." for error in content.unusable]
+
+
 def _names(saved: Sequence[Saved]) -> str:
     return ", ".join(each.path.name for each in saved)
 
@@ -150,6 +154,8 @@ class Course:
         self._parent = resumed.lineage if resumed else None
         self._doubtful = [*resumed.record.get("doubtful", ()), resumed.lineage.name] if resumed else []
         """Names of the newest checkpoints, as long as no loss with their weights is known to be a number."""
+        self._told: set[str] = set()
+        """Sentences on checkpoints that cannot be used."""
         self._session = Session.new(resumed.step if resumed else 0, identity.in_short(), changes)
 
     def begin(self, limit: int | None, takes_steps: bool) -> list[str]:
@@ -163,9 +169,13 @@ class Course:
             Sentences for the user.
         """
         remove_unfinished(self.output_dir)
-        if self._resumed is None or self._parent is None or not takes_steps:
+        if self._resumed is None or self._parent is None:
             return []
         content, path = read_folder(self.output_dir), self._resumed.path.resolve()
+        if not self._by_name:  # else nobody has looked at the others
+            self._told.update(_unusable(content))
+        if not takes_steps:
+            return []
         beyond = [saved for saved in content.order.course if not saved.led_to(self._parent.sessions)]
         inside = path.parent == self.output_dir.resolve()
         if not self._by_name or not (beyond or not inside):
@@ -225,9 +235,12 @@ class Course:
         """Deletes checkpoints beyond `limit`: first what was given up, then the oldest. Returns warnings.
 
         The newest is kept beside `limit` others until it can be trusted. Must be called only after a newer one is
-        complete. What is damaged is neither counted nor deleted.
+        complete. What is damaged is neither counted nor deleted, which is said once.
         """
-        return prune_checkpoints(self.output_dir, limit, self._doubtful)
+        warnings = prune_checkpoints(self.output_dir, limit, self._doubtful)
+        news = [warning for warning in warnings if warning not in self._told]
+        self._told.update(news)
+        return news
 
     def give_up_doubtful(self) -> list[str]:
         """Gives up the newest checkpoints, if their weights yield no number: `latest` is the one before them.
@@ -244,13 +257,13 @@ class Course:
 
 
 def prune_checkpoints(output_dir: Path, limit: int | None, doubtful: Sequence[str] = ()) -> list[str]:
-    """Deletes checkpoints as `Course.prune` does; returns a warning for each that cannot be deleted.
+    """Deletes checkpoints as `Course.prune` does; returns a warning for each that cannot be used or deleted.
 
     Args:
         doubtful: names of those that do not count, since their weights may be spoiled: only the newest of all is kept.
     """
-    warnings = []
-    saved = read_folder(output_dir).order.all
+    content = read_folder(output_dir)
+    warnings, saved = _unusable(content), content.order.all
     kept = [each.path for each in saved if each.lineage.name not in doubtful][:limit]
     for each in saved if limit else ():
         if each is saved[0] or each.path in kept:

@@ -68,18 +68,24 @@ class MetricsLog:
                 shutil.copyfile(path, set_aside(path, given_up))
             own = set_aside(path, resumed) if resumed is not None else path
             lines, damaged = read_lines(own if own.is_file() else path) if resume_step else ([], [])
-            self.left_out = ""
-            """Sentence on lines that could not be read; empty where there are none."""
+            self.left_out: list[str] = []
+            """Sentences on lines that could not be read, or are not there."""
             if damaged:
                 kept = set_aside(path, "damaged")
                 shutil.copyfile(path, kept)
                 numbers = ", ".join(map(str, damaged[:10])) + (" and more" if len(damaged) > 10 else "")
-                self.left_out = (
+                self.left_out.append(
                     f"{path} has damaged lines (number {numbers}), which are left out; as it was, it is kept as "
                     f"{kept.name}"
                 )
             self.kept = [line for line in lines if line["step"] <= resume_step]
             """Lines of the run so far."""
+            steps = {line["step"] for line in self.kept if line["kind"] == "step"}
+            if missing := [step for step in range(1, resume_step + 1) if step not in steps]:
+                self.left_out.append(
+                    f"{path} has no lines on {len(missing)} of the {resume_step} steps so far, the first of them step "
+                    f"{missing[0]}: these figures are lost, and the run goes on without them"
+                )
             write_atomically(path, "".join(json.dumps(line) + "\n" for line in self.kept).encode())
             self._stream = path.open("ab", buffering=0)
         except WriteError:

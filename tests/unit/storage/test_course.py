@@ -244,6 +244,21 @@ def test_latest_passes_over_what_is_damaged_and_says_so(tmp_path: Path, damage: 
     assert latest(tmp_path) == 7 and {5, 7} <= set(steps_in(tmp_path)), "neither counts against the limit"
 
 
+def test_a_checkpoint_that_is_damaged_in_mid_run_is_said_once(tmp_path: Path) -> None:
+    course = Course(tmp_path, identity())
+    course.begin(None, takes_steps=True)
+    said = []
+    for step in (1, 2, 3):
+        course.save(step, {"lora": TensorFile({"x": torch.tensor(step)})}, {})
+        course.trust()
+        said.append(course.prune(None))
+        (checkpoint_path(tmp_path, 1) / STATE_FILE).write_bytes(b"")
+    assert said[0] == said[2] == []
+    (warning,) = said[1]
+    assert "checkpoint-000001" in warning and "is damaged" in warning
+    assert warning.endswith("It is neither counted nor deleted.")
+
+
 def test_latest_does_not_start_anew_where_all_is_damaged(tmp_path: Path) -> None:
     session(tmp_path, None, 5, 10)
     for step, damage in ((5, no_file), (10, empty_folder)):
