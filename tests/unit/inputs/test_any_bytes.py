@@ -102,7 +102,8 @@ ROWS = b'{"image": "a.png", "caption": "a b", "control": ["b.png"]}\n{"image": "
 LOG = (
     b'{"kind": "step", "step": 1, "loss": 0.5, "seconds": 0.1}\n'
     b'{"kind": "validation", "step": 1, "loss": 0.5, "quarters": [1, 2, 3, 4]}\n'
-    b'{"kind": "sample", "step": 1, "prompt": "a", "seed": 1, "path": "a.png"}\n{"kind": "memory", "step": 1, "stages": []}\n'
+    b'{"kind": "sample", "step": 1, "prompt": "a", "seed": 1, "path": "a.png"}\n'
+    b'{"kind": "memory", "step": 1, "stages": []}\n'
 )
 LINEAGE = descend(None, Session("a", 0, {"data": "d"}), 1, 5)
 DIGEST = "ab" * 32
