@@ -16,6 +16,8 @@ EXCUSES = ("could not be written", "damaged lines", "failed at step", "has no li
 COMPARED = ("step", "validation", "sample")
 """Kinds of lines of the log that are the same however often a run was interrupted."""
 OF_THE_CLOCK = re.compile(r".*(seconds|gib|bytes|per_second)")
+SLOW_SECONDS = 60.0
+"""Time to end after a signal that is a failure. The promise is 5 s and a step, on a machine that nobody else uses."""
 LEFTOVERS = ("*.tmp", ".checkpoint-*", "run.lock", ".run.lock*", ".writable*")
 
 
@@ -55,6 +57,8 @@ class Ended:
     """The call that failed, if one did."""
     seconds_after_signal: float = 0.0
     by_launcher: bool = False
+    num_orphans: int = 0
+    """Processes of it that did not end by themselves."""
 
     @property
     def outcome(self) -> str:
@@ -79,6 +83,8 @@ def faults_of(ended: Ended, causes: Sequence[str]) -> Iterator[str]:
     tracebacks = re.findall(r"Traceback \(most recent.*?(?=\n\S|\Z)", ended.printed, re.DOTALL)
     if any(not ended.by_launcher or re.search(r"/(src|site-packages)/pixtune/", text) for text in tracebacks):
         yield "a traceback"
+    if ended.num_orphans:
+        yield f"left {ended.num_orphans} processes behind"
     if ended.outcome == "refused":
         if not causes:
             yield f"refused (exit code {ended.code}) although nothing had happened"
@@ -87,7 +93,7 @@ def faults_of(ended: Ended, causes: Sequence[str]) -> Iterator[str]:
             yield f"ended with code {ended.code} and {len(errors)} error lines in place of one"
     if ended.outcome == "finished" and ended.fault and not re.search("^(warning|error):", ended.printed, re.M | re.I):
         yield f"an I/O error was silent: {ended.fault}"
-    if ended.seconds_after_signal > (60 if ended.by_launcher else 20):
+    if ended.seconds_after_signal > SLOW_SECONDS:
         yield f"took {ended.seconds_after_signal:.0f} s to end after {', '.join(ended.signalled)}"
 
 
