@@ -77,7 +77,7 @@ schema: $(STAMP) ## write train_configs/schema.json anew, after a change of the 
 setup: $(STAMP) ## only set up
 
 clean: ## remove what set-up, tools and the demo wrote; never a virtualenv of yours
-	rm -rf .venv runs/demo runs/demo-edit runs/demo-flux .pytest_cache .mypy_cache .ruff_cache .coverage build dist src/*.egg-info
+	rm -rf .venv runs/demo runs/demo-edit runs/demo-flux .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage build dist src/*.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(STAMP): pyproject.toml constraints.txt
