@@ -125,8 +125,9 @@ def test_no_bucket_would_lose_less_of_a_large_picture(multiple, units, aspect, u
 @given(st.sampled_from((1024, 1328)), st.integers(1024, 6000), st.floats(1, 4), st.booleans())
 def test_large_pictures_lose_little(img_size, short_side, aspect, upright):
     short_side = max(short_side, img_size)
-    size = short_side, int(short_side * aspect)
-    assert frame_picture(*(size if upright else size[::-1]), build_buckets(img_size, 16)).share_lost < 0.025
+    width, height = short_side, int(short_side * aspect)
+    width, height = (width, height) if upright else (height, width)
+    assert frame_picture(width, height, build_buckets(img_size, 16)).share_lost < 0.025
 
 
 def test_a_picture_of_bucket_size_is_taken_whole():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
 
 from pixtune.bench.baseline import load_baseline
 from pixtune.config import load_config
@@ -142,13 +144,29 @@ def an_index_of_a_model(folder: Path) -> bytes:
     return index.read_bytes()
 
 
+def read_tensors_places(folder: Path) -> None:
+    """Reads a header, and compares it with the file and with the stock library, where that accepts it."""
+    path = folder / "a.safetensors"
+    entries = read_entries([path])
+    for entry in entries:
+        assert entry.num_bytes == math.prod(entry.shape) * entry.dtype.itemsize
+        assert 8 <= entry.offset_bytes <= entry.offset_bytes + entry.num_bytes <= path.stat().st_size
+    try:
+        stock = load_file(path)
+    except (SafetensorError, OSError, KeyError):
+        return
+    assert {entry.name: (entry.dtype, entry.shape) for entry in entries} == {
+        name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in stock.items()
+    }
+
+
 def read_entry(folder: Path) -> object:
     store = DiskStore(folder)
     return store.read(DIGEST) if store.problem(DIGEST) is None else None
 
 
 READERS: dict[str, tuple[str, bytes | Callable[[Path], bytes], Callable[[Path], object]]] = {
-    "safetensors": ("a.safetensors", save(TENSORS), lambda folder: read_entries([folder / "a.safetensors"])),
+    "safetensors": ("a.safetensors", save(TENSORS), read_tensors_places),
     "index of weights": ("model.safetensors.index.json", an_index_of_weights, weight_files),
     "index of a model": ("model_index.json", an_index_of_a_model, lambda f: open_model_folder(str(f)).components),
     "config": ("a.yaml", CONFIG, lambda folder: load_config(folder / "a.yaml", folders_must_exist=False)),
