@@ -23,9 +23,11 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 
 from tests import processes
@@ -167,7 +169,7 @@ class Trial:
 
     def start_anew(self) -> None:
         """Does what a user has to do where every checkpoint of the course is damaged."""
-        shutil.rmtree(self.output)
+        shutil.rmtree(self.output, ignore_errors=True)  # a rival that was refused as well has nothing left to remove
         self.course, self.printed = Course(), ""
         self.counts["begun anew, since every checkpoint was damaged"] += 1
 
@@ -225,58 +227,90 @@ class Trial:
             stream.write(f"{line}\n")
 
 
-def soak(seconds: float, seed: int, only: int | None, base: Path) -> dict[str, object]:
-    """Puts one run after the other through it; returns the figures."""
-    began, counts, failures, slowest = time.monotonic(), Counter[str](), [], 0.0
-    kinds: Counter[str] = Counter()
-    number = only or 0
-    while time.monotonic() - began < seconds and shutil.disk_usage(base).free > LEAST_FREE_BYTES:
+@dataclass
+class Result:
+    """Figures of a soak."""
+
+    seed: int
+    first: int
+    counts: Counter[str] = field(default_factory=Counter)
+    kinds: Counter[str] = field(default_factory=Counter)
+    slowest_stop_seconds: float = 0.0
+    failures: list[dict[str, object]] = field(default_factory=list)
+    began: float = field(default_factory=time.monotonic)
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self.began
+
+    def add(self, trial: Trial) -> None:
+        """Counts a run that has been put through."""
+        self.counts += trial.counts
+        self.counts["runs"] += 1
+        kinds = (trial.drawn.family, str(trial.settings["method"]), f"{trial.drawn.num_processes} processes")
+        self.kinds.update(kinds)
+        self.slowest_stop_seconds = round(max(self.slowest_stop_seconds, trial.slowest_stop), 1)
+
+    def to_json(self) -> str:
+        figures = {name: value for name, value in vars(self).items() if name != "began"}
+        return json.dumps({**figures, "seconds": round(self.seconds)}, indent=1, sort_keys=True)
+
+
+def put_through(trial: Trial) -> str | None:
+    """Trains a run twice, once disturbed; returns what is wrong, if anything is."""
+    try:
+        trial.train_undisturbed()
+        trial.train_disturbed()
+    except FailureFound as failure:
+        return str(failure)
+    except subprocess.TimeoutExpired as error:
+        return f"it hangs:\n{error.output}"
+    except Exception:  # noqa: BLE001  (of the soak itself, which goes on and is mended later)
+        return f"the soak itself failed:\n{traceback.format_exc()}"
+    return None
+
+
+def soak(seconds: float, seed: int, first: int, most: int | None, base: Path, file: Path | None) -> Result:
+    """Puts one run after the other through it; returns the figures, which `file` has after each run."""
+    result = Result(seed, first)
+    for number in count(first):
+        at, is_enough = result.seconds, most is not None and number - first >= most
+        if at >= seconds or is_enough or shutil.disk_usage(base).free < LEAST_FREE_BYTES:
+            break
         folder = base / f"run-{number}"
         folder.mkdir()
         trial = Trial(folder, seed, number)
-        at = time.monotonic()
-        try:
-            trial.train_undisturbed()
-            trial.train_disturbed()
-        except (FailureFound, subprocess.TimeoutExpired) as error:
-            what = str(error) if isinstance(error, FailureFound) else f"it hangs:\n{error.output}"
-            failures.append({"number": number, "what": what.split("\n")[0]})
-            print(f"FAILURE in run {number}, repeated by SEED={seed} ONLY={number}, kept in {folder}\n{what}")
+        what = put_through(trial)
+        if what is not None:
             trial.note(what)
-        if not failures or failures[-1]["number"] != number or len(failures) > MOST_FAILURES_KEPT:
+            result.failures.append({"number": number, "what": what.split("\n")[0]})
+            print(f"FAILURE in run {number}, repeated by SEED={seed} ONLY={number}, kept in {folder}\n{what}")
+        if what is None or len(result.failures) > MOST_FAILURES_KEPT:
             shutil.rmtree(folder)
-        counts += trial.counts
-        counts["runs"] += 1
-        for kind in (trial.drawn.family, str(trial.settings["method"]), f"{trial.drawn.num_processes} processes"):
-            kinds[kind] += 1
-        slowest = max(slowest, trial.slowest_stop)
-        print(f"run {number}: {trial.drawn.family} {trial.settings['method']} x{trial.drawn.num_processes}, "
-              f"{trial.counts['sessions']} sessions, {time.monotonic() - at:.0f} s", flush=True)  # fmt: skip
-        number += 1
-        if only is not None:
-            break
-    return {
-        "seed": seed, "seconds": round(time.monotonic() - began), "counts": dict(sorted(counts.items())),
-        "kinds": dict(sorted(kinds.items())), "slowest_stop_seconds": round(slowest, 1), "failures": failures,
-    }  # fmt: skip
+        result.add(trial)
+        kind = f"{trial.drawn.family} {trial.settings['method']} x{trial.drawn.num_processes}"
+        print(f"run {number}: {kind}, {trial.counts['sessions']} sessions, {result.seconds - at:.0f} s", flush=True)
+        if file is not None:
+            file.write_text(result.to_json())
+    return result
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=600)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--first", type=int, default=0, help="number of the first run")
     parser.add_argument("--only", type=int, help="number of the one run to do")
     parser.add_argument("--json", type=Path, help="file for the figures")
     parser.add_argument("--folder", type=Path, help="place for the runs; default: the system's temporary folder")
-    arguments = parser.parse_args()
-    base = Path(tempfile.mkdtemp(prefix="pixtune-soak-", dir=arguments.folder))
-    result = soak(arguments.seconds, arguments.seed, arguments.only, base)
-    if not result["failures"]:
+    given = parser.parse_args()
+    base = Path(tempfile.mkdtemp(prefix="pixtune-soak-", dir=given.folder))
+    first, most = (given.first, None) if given.only is None else (given.only, 1)
+    result = soak(given.seconds, given.seed, first, most, base, given.json)
+    if not result.failures:
         shutil.rmtree(base)
-    print(json.dumps(result, indent=1))
-    if arguments.json:
-        arguments.json.write_text(json.dumps(result, indent=1))
-    sys.exit(1 if result["failures"] else 0)
+    print(result.to_json())
+    sys.exit(1 if result.failures else 0)
 
 
 if __name__ == "__main__":
