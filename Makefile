@@ -16,7 +16,7 @@ PYTEST_ARGS ?= -n auto --dist loadfile
 # What `make bench` times, and with which options of `pixtune bench`.
 CONFIG ?= train_configs/demo.yaml
 BENCH_ARGS ?= --steps 20 --text-tokens 40
-# What `make mutants` and `make soak` draw by, and options of `scripts/mutants.py` (--again: the survivors, by today's tests).
+# What `make mutants` and `make soak` draw by, and options of `scripts/mutants.py` (--again: the survivors of before).
 SEED ?= 1
 COUNT ?= 200
 MUTANTS_ARGS ?=
