@@ -32,7 +32,7 @@ PIP := $(PY) -m pip --disable-pip-version-check --no-input
 STAMP := $(ENV)/.pixtune-set-up-$(shell pwd | cksum | cut -d' ' -f1)
 HAS_TORCH := -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("torch") is None)'
 
-.PHONY: help demo demo-edit demo-flux test mutants soak lint format bench bench-loop schema setup clean
+.PHONY: help demo demo-edit demo-flux test mutants soak hostile lint format bench bench-loop schema setup clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -52,6 +52,9 @@ test: $(STAMP) ## the whole suite; make test PYTEST_ARGS="tests/unit -k config" 
 
 mutants: $(STAMP) ## which mutations of the code no test notices; make mutants SEED=7 COUNT=200, an hour or two
 	@$(PY) scripts/mutants.py --seed $(SEED) --count $(COUNT) $(MUTANTS_ARGS)
+
+hostile: $(STAMP) ## some 1,200 hostile files and models through the commands, about 10 minutes; HOSTILE_ARGS="--seed 2"
+	@OMP_NUM_THREADS=1 $(PY) -m tests.hostile $(HOSTILE_ARGS)
 
 lint: $(STAMP) ## style, format and types
 	@$(PY) -m ruff check .

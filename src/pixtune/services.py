@@ -36,7 +36,7 @@ from pixtune.progress import StepBar, say
 from pixtune.report import write_report
 from pixtune.run import Run, TrainResult
 from pixtune.sampler import PromptSampler, SamplerSettings
-from pixtune.storage.checkpoint import OPTIMIZER_STEM, Checkpoint, checkpoint_path, sharded
+from pixtune.storage.checkpoint import OPTIMIZER_STEM, Checkpoint, checkpoint_path, joined, sharded
 from pixtune.storage.course import Course
 from pixtune.storage.files import remove_temporary
 from pixtune.storage.model_folder import ModelFolder
@@ -141,7 +141,9 @@ class Services:
         """
         run = self.run
         try:
-            run.trained.load(checkpoint.tensors, checkpoint.record["optimizer_plain"])
+            states, plain = joined(checkpoint.tensors, OPTIMIZER_STEM), checkpoint.record["optimizer_plain"]
+            optim.check_states(run.plan.optimizer, run.trained.parameters, states, plain)
+            run.trained.load(checkpoint.tensors, plain)
         except KeyError as error:
             raise CheckpointError(f"{checkpoint.path} does not fit this model: {error.args[0]}") from error
         self.guard.restore(checkpoint.record.get("guard", {}))

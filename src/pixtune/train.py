@@ -48,7 +48,7 @@ from pixtune.objective import add_noise, example_losses, loss_weights, velocity_
 from pixtune.plan.demands import demands_of
 from pixtune.plan.encoders import EncoderPlan, without_former_fields
 from pixtune.plan.training import TrainingPlan, with_todays_names
-from pixtune.planning import Leaner, leaner_config, leaner_than, plan_on_this_machine
+from pixtune.planning import Leaner, check_transformer, leaner_config, leaner_than, plan_on_this_machine
 from pixtune.progress import printer
 from pixtune.run import AroundSteps, Run, TrainResult
 from pixtune.services import Services
@@ -256,6 +256,8 @@ def assemble(
         decide_once(accelerator, partial(lock.acquire, show))
     folder = open_model_folder(config.pretrained_model_name_or_path)
     family = family_of(folder)
+    if not config.random_weights:
+        check_transformer(family, folder)
     checkpoint = find_resume_point(config, accelerator, show)
     start_step = checkpoint.step if checkpoint else 0
     identity = identify(config, accelerator, folder)

@@ -175,7 +175,7 @@ def build_strips(output_dir: Path, record: RunRecord) -> str:
 
 def build_picture(output_dir: Path, sample: Sample, edge: int, caption: str) -> str:
     """Builds an embedded picture, or a remark on why there is none."""
-    picture = open_picture(output_dir / sample.path)
+    picture = open_picture(output_dir, sample.path)
     if picture is None:
         shown = f'<span class="missing">missing or damaged: {escape(sample.path)}</span>'
     else:

@@ -27,14 +27,19 @@ from pathlib import Path
 from typing import Any
 
 from pixtune.errors import WriteError
+from pixtune.inputs import reading
 from pixtune.storage.files import write_atomically
 
 FILE_NAME = "metrics.jsonl"
 
+LARGEST_FILE_BYTES, LONGEST_LINE_BYTES, MOST_LINES = 1024 * reading.MEBIBYTE, reading.MEBIBYTE, 4_000_000
+"""Bounds of a log that is read: one of a million steps has a quarter of the lines and of the size."""
+MOST_NAMED = 11
+"""Number of damaged lines that are counted; ten are named."""
 
 FIELDS: Mapping[str, Mapping[str, type | tuple[type, ...]]] = {
     "validation": {"loss": (int, float), "quarters": list},
-    "sample": {"prompt": str, "seed": int, "path": str},
+    "sample": {"prompt": str, "seed": int, "path": str, "controls": (list, type(None))},
     "first_step": {"first_step_seconds": (int, float), "compiled_graphs": int},
     "skipped": {"message": str, "examples": list},
     "exploded": {"message": str},
@@ -139,22 +144,25 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def read_lines(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
-    """Reads all complete lines, and the numbers (1 for the first) of those that are damaged.
+    """Reads all complete lines, and the numbers (1 for the first) of the first `MOST_NAMED` that are damaged.
 
     Raises:
         OSError: the file cannot be read.
     """
-    if not path.is_file():
-        if path.exists():
-            raise OSError(errno.EINVAL, "it is no file")  # a pipe would keep a reader waiting
+    if not os.path.lexists(path):
         return [], []
-    lines, damaged = [], []
-    for number, text in enumerate(path.read_bytes().split(b"\n")[:-1], 1):  # after the last newline: empty, or cut off
-        line = _parse(text)
-        if line is None:
-            damaged.append(number)
-        else:
+    lines: list[dict[str, Any]] = []
+    damaged: list[int] = []
+    for number, text in enumerate(reading.read_lines(path, LARGEST_FILE_BYTES, LONGEST_LINE_BYTES), 1):
+        if text is not None and not text.endswith(b"\n"):
+            break  # cut off
+        line = None if text is None else _parse(text)
+        if line is not None:
             lines.append(line)
+        elif len(damaged) < MOST_NAMED:
+            damaged.append(number)
+        if number >= MOST_LINES:
+            raise OSError(errno.EFBIG, f"it has more than {MOST_LINES:,} lines, the most that are read", str(path))
     return lines, damaged
 
 

@@ -289,6 +289,40 @@ def optimizer_state(
     return tensors, plain
 
 
+def check_states(
+    name: str,
+    parameters: Mapping[str, nn.Parameter],
+    tensors: Mapping[str, Tensor],
+    plain: Mapping[str, Mapping[str, Any]],
+) -> None:
+    """Checks that stored states are those of an optimizer for these parameters: native code trusts their sizes.
+
+    Args:
+        name: name of the optimizer.
+        tensors, plain: as `optimizer_state` returned them.
+
+    Raises:
+        KeyError: they are others; says which.
+    """
+    sizes = OPTIMIZERS[name].state_sizes
+    found: dict[str, dict[str, Tensor]] = {}
+    for path, tensor in tensors.items():
+        parameter_name, _, key = path.rpartition("/")
+        found.setdefault(parameter_name, {})[key] = tensor
+    if unknown := [each for each in (*found, *plain) if each not in parameters]:
+        raise KeyError(f"it has optimizer states of {unknown[0]!r}, which is not trained")
+    for parameter_name, states in found.items():
+        parameter = parameters[parameter_name]
+        if missing := [key for key in OPTIMIZERS[name].moments if key not in states]:
+            raise KeyError(f"its states of {parameter_name} are none of {name}: {missing[0]} is missing")
+        for key, state in states.items():
+            size = sizes[key](parameter.numel()) if key in sizes else None
+            if size is None or state.numel() != size or not (state.is_floating_point() or state.dtype == torch.uint8):
+                raise KeyError(
+                    f"its state {key[:60]!r} of {parameter_name}, {state.dtype} {list(state.shape)}, is none of {name}"
+                )
+
+
 def restore_optimizer_state(
     state: Mapping[nn.Parameter, dict[str, Any]],
     parameters: Mapping[str, nn.Parameter],

@@ -288,6 +288,10 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "words for numbers": (lambda path: header_file(path, {"a": place("F32", ["x"], 0, 4)}), "damaged header at a"),
     "another size": (lambda path: header_file(path, {"a": place("F32", [2], 0, 4)}, bytes(4)), r"\[2\], 8 bytes"),
     "before the data": (lambda path: header_file(path, {"a": place("U8", [4], -4, 0)}, bytes(4)), "damaged header"),
+    "shared bytes": (
+        lambda path: header_file(path, {"a": place("U8", [4], 0, 4), "b": place("U8", [4], 2, 6)}, bytes(6)),
+        "a and b share bytes",
+    ),
     "negative shape": (lambda path: header_file(path, {"a": place("U8", [-2, -2], 0, 4)}, bytes(4)), "damaged header"),
     "unknown type": (lambda path: header_file(path, {"a": place("F4", [8], 0, 4)}, bytes(4)), "a as F4"),
     "a hole": (lambda path: header_file(path, {"a": place("U8", [4], 4, 8)}, bytes(8)), "damaged header"),
