@@ -1,4 +1,4 @@
-"""Measures what cache entries cost: python benchmarks/cache_entries.py [--entries 100] [--rounds 5] [--folder DIR] [--fill 5000]
+"""Measures what cache entries cost: python benchmarks/cache_entries.py [--entries 100] [--rounds 5] [--fill 5000]
 
 Writes entries of full size (latents of 1024x1024 pixels, features of 512 tokens of Qwen2.5-VL 7B), and takes for each
 kind the milliseconds an entry, medians of the rounds, of
