@@ -69,9 +69,11 @@ def run_config(
             raise
     if not result.finished:
         raise typer.Exit(STOPPED)
-    if result.first_loss and result.last_loss:
+    if result.first_loss and result.last_loss and result.took_steps:
         before, after = result.first_loss.mean, result.last_loss.mean
-        typer.echo(f"held-out loss {before:.4f} -> {after:.4f} ({100 * (after / before - 1):+.1f}%)")
+        few = result.few_held_out
+        rough = "" if few is None else f"; {few} held-out picture{'s give' if few > 1 else ' gives'} a rough figure"
+        typer.echo(f"held-out loss {before:.4f} -> {after:.4f} ({100 * (after / before - 1):+.1f}%){rough}")
 
 
 @app.command()

@@ -11,7 +11,6 @@ import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
-from pathlib import Path
 from types import TracebackType
 from typing import Self
 
@@ -27,13 +26,13 @@ from pixtune.data.swapped import measure_gains, swap_warning
 from pixtune.engine.apply import placement_of
 from pixtune.engine.pace import Pace
 from pixtune.engine.relief import first_that_fits
-from pixtune.errors import CheckpointError, TrainingError, WriteError
+from pixtune.errors import CheckpointError, TrainingError
 from pixtune.hardware.facts import package_versions
 from pixtune.hardware.machine import driver_may_spill
 from pixtune.hardware.read import read_facts
 from pixtune.planning import SamplesBetween, can_pad, plan_between_steps
 from pixtune.progress import StepBar, say
-from pixtune.report import write_report
+from pixtune.report.results import FEW_HELD_OUT, Results, already_finished
 from pixtune.run import Run, TrainResult
 from pixtune.sampler import PromptSampler, SamplerSettings
 from pixtune.storage.checkpoint import (
@@ -79,6 +78,9 @@ class Services:
             tile_pixels=self._between_steps.tile_pixels,
             passes=self._between_steps.passes,
         )
+        examples = {"training examples": len(data.buckets), "held-out examples": len(data.held_out)}
+        facts = {**run.trained.counts(), **examples}
+        self.results = Results(self.config, run.trained, lambda: run.reliefs.plan, run.num_steps, facts)
         self.problems = Problems(self._print_line)
         self._pace = Pace(run.accelerator.device, run.stop.check)
         self._losses: dict[int, ValidationLoss] = {}
@@ -142,7 +144,8 @@ class Services:
             run.trained.load(checkpoint.tensors, checkpoint.record["optimizer_plain"])
         except KeyError as error:
             raise CheckpointError(f"{checkpoint.path} does not fit this model: {error.args[0]}") from error
-        self._print(f"resuming after step {checkpoint.step} from {checkpoint.path}")
+        of_all = f" of {run.num_steps}" if checkpoint.step < run.num_steps else f" of {run.num_steps}, the last one"
+        self._print(f"resuming after step {checkpoint.step}{of_all}, from {checkpoint.path}")
         for change in self.course.changes:
             self._print(f"changed by resume_with_changes_in: {change}")
 
@@ -178,6 +181,8 @@ class Services:
             self._save(step)
         if look_due:
             self._look(step)
+        if save_due and step < self.run.num_steps:
+            self._report(step)
         if save_due or look_due:
             self.figures.restart_clock()
 
@@ -198,7 +203,7 @@ class Services:
                 self._sample(step)
 
     def interrupted(self, step: int) -> TrainResult:
-        """Saves, so that no step is lost.
+        """Saves, so that no step is lost, and writes the report of the steps so far.
 
         Raises:
             TrainingError: another process of the run is gone; names it.
@@ -206,9 +211,14 @@ class Services:
         self._read_back(step)
         if self.saved_step != step:
             self._save(step)
+            self._report(step)
         lost_process = self.run.stop.after_saving()
-        saved = f"stopped after step {step}; resume with resume_from_checkpoint=latest"
-        self._print(saved if step else "stopped before the first step; nothing has to be saved")
+        saved = f"stopped after step {step}; what it has learned so far is in {self.output_dir}"
+        self._print(
+            f"{saved}. Go on with resume_from_checkpoint=latest"
+            if step
+            else "stopped before the first step; nothing has to be saved"
+        )
         if lost_process is not None:
             raise TrainingError(lost_process)
         return TrainResult(finished=False, step=step, output_dir=self.output_dir)
@@ -227,31 +237,21 @@ class Services:
         if self.is_main:
             if self.course.trust():
                 self._prune(step)
-            try:
-                paths = [*self.run.trained.export(self.output_dir, step)]
-            except WriteError as error:
-                raise WriteError(
-                    f"{error}. All {step} steps are saved in {checkpoint_path(self.output_dir, step)}: mend this, and "
-                    "write the files by resume_from_checkpoint=latest."
-                ) from error
+            paths = self.results.write_weights(step)
+            how = self.results.next_words(paths)
             with self.problems.of("the report", step):
-                paths.append(self._write_report())
+                paths += self.results.write_report()
             self.run.stop.check()
             self._print("wrote " + "\n      ".join(str(path) for path in paths))
-        return TrainResult(True, step, self.output_dir, first, last)
+            self._print(how if self.start_step < step else already_finished(step, self.output_dir))
+        few = len(self.data.held_out) if len(self.data.held_out) <= FEW_HELD_OUT else None
+        return TrainResult(True, step, self.output_dir, first, last, self.start_step < step, few)
 
-    def _write_report(self) -> Path:
-        return write_report(
-            self.output_dir,
-            config=to_dict(self.config),
-            plan=self.run.reliefs.plan.to_dict(),
-            versions=package_versions(),
-            facts={
-                **self.run.trained.counts(),
-                "training examples": len(self.data.buckets),
-                "held-out examples": len(self.data.held_out),
-            },
-        )
+    def _report(self, step: int) -> None:
+        """Writes the report of the steps so far."""
+        if self.is_main:
+            with self.problems.of("the report", step):
+                self.results.write_report()
 
     def _compare_memory(self, step: int) -> None:
         self.run.memory.end_steps()
@@ -372,6 +372,8 @@ class Services:
         if self.is_main:
             with self.run.stop.saving():
                 self._write_checkpoint(step)
+                with self.problems.of("the files of the weights so far", step):
+                    self.run.trained.export_so_far(self.output_dir, step)
             self._print(f"step {step}: saved {checkpoint_path(self.output_dir, step)}")
             self._prune(step)
         self.saved_step = step

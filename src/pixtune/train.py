@@ -260,11 +260,12 @@ def assemble(
     encoders = None if stored is None else read_decision(EncoderPlan, stored, "encoders")
     data = prepare_data(
         config, family, folder, accelerator, memory.stages, encoders,
-        lambda fingerprint: check_run(config, checkpoint, replace(identity, data=fingerprint)),
+        lambda found: check_run(config, checkpoint, replace(identity, data=found.digest, examples=found.examples)),
     )  # fmt: skip
     order = BatchOrder(data.buckets, config.batch_size * accelerator.num_processes, config.seed)
     num_steps = planned_steps(config, order)
-    identity = replace(identity, data=data.fingerprint, num_steps=num_steps)
+    found = data.fingerprint
+    identity = replace(identity, data=found.digest, examples=found.examples, num_steps=num_steps)
     changes = check_run(config, checkpoint, identity)
     plan = decide_plan(config, family, folder, data, accelerator, checkpoint, leaner)
     optim.check_optimizer(plan.optimizer)

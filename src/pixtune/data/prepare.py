@@ -26,7 +26,7 @@ from pixtune.data.examples import (
     without_held_out,
 )
 from pixtune.data.images import read_size
-from pixtune.data.prepared import PreparedData, captioned_sizes, example_reader, most_image_tokens
+from pixtune.data.prepared import DataFingerprint, PreparedData, captioned_sizes, example_reader, most_image_tokens
 from pixtune.data.random_data import random_data
 from pixtune.data.swapped import BothWays, choose_pairs, needed_pictures, needed_texts, read_pairs
 from pixtune.errors import ConfigError, DataError
@@ -41,6 +41,7 @@ from pixtune.sizes import Size
 from pixtune.storage.files import check_outputs, text_digest
 from pixtune.storage.loading import check_parts
 from pixtune.storage.model_folder import ModelFolder
+from pixtune.storage.resume import MOST_NAMED_EXAMPLES
 from pixtune.validation import HeldOutPicture
 
 
@@ -51,7 +52,7 @@ def prepare_data(
     accelerator: Accelerator,
     stages: StageLog | None = None,
     encoders: EncoderPlan | None = None,
-    check: Callable[[str], object] = lambda fingerprint: None,
+    check: Callable[[DataFingerprint], object] = lambda fingerprint: None,
 ) -> PreparedData:
     """Reads the data set, encodes what the cache lacks, and reports both.
 
@@ -127,7 +128,7 @@ def prepare_data(
     return _gather(config, family, folder, encodings, training, held_out, prompts, pairs, fingerprint)
 
 
-def _fingerprint(encoder: Encoder, training: Sequence[Example]) -> str:
+def _fingerprint(encoder: Encoder, training: Sequence[Example]) -> DataFingerprint:
     """Returns a hash over everything that decides what is trained on, from the keys of its encodings."""
     variants = [(example, variant) for example in training for variant in range(len(example.framings))]
     pictures = [
@@ -137,7 +138,18 @@ def _fingerprint(encoder: Encoder, training: Sequence[Example]) -> str:
     ]
     keys = encoder.text_keys([text_item(example.caption, example, variant) for example, variant in variants])
     keys += encoder.latent_keys(pictures)
-    return text_digest("\n".join(key.digest for key in keys))
+    return DataFingerprint(text_digest("\n".join(key.digest for key in keys)), _digests_by_name(training))
+
+
+def _digests_by_name(training: Sequence[Example]) -> dict[str, str] | None:
+    """Returns a short digest of each example's caption and pictures; None where there are too many to record."""
+    if len(training) > MOST_NAMED_EXAMPLES:
+        return None
+    return {
+        each.name: f"{text_digest(each.caption)[:8]}-"
+        + text_digest("\n".join([each.image_digest, *each.control_digests]))[:8]
+        for each in training
+    }
 
 
 def control_rules(family: ModelFamily, folder: ModelFolder, side: int) -> ControlRules | None:
@@ -293,7 +305,7 @@ def _gather(
     held_out: Sequence[Example],
     prompts: Sequence[Example],
     pairs: Sequence[BothWays],
-    fingerprint: str,
+    fingerprint: DataFingerprint,
 ) -> PreparedData:
     def read_latents(example: int, variant: int) -> LatentDistribution:
         return encodings.latents(target_picture(training[example], variant))

@@ -23,6 +23,16 @@ from pixtune.validation import HeldOutPicture
 
 
 @dataclass(frozen=True)
+class DataFingerprint:
+    """Digests by which a data set is recognized."""
+
+    digest: str
+    """Hash over everything that decides what is trained on."""
+    examples: Mapping[str, str] | None = None
+    """Short digests by name, as "caption-pictures"; None where there are too many, or the data are drawn."""
+
+
+@dataclass(frozen=True)
 class PreparedData:
     """A data set that needs no encoders, unless the config has them encode in the loop."""
 
@@ -38,8 +48,7 @@ class PreparedData:
     most_text_tokens: int
     """Largest number of text tokens of an example."""
     captions: Captions
-    fingerprint: str
-    """Hash over everything that decides what is trained on."""
+    fingerprint: DataFingerprint
     encoders: EncoderPlan
     """Plan by which it was encoded."""
 

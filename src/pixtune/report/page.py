@@ -44,13 +44,14 @@ def build_page(
     plan: Mapping[str, Any],
     versions: Mapping[str, str],
     facts: Mapping[str, str | int | float],
+    num_steps: int | None = None,
 ) -> str:
     """Builds the whole HTML document. The arguments are those of `write_report`."""
     name = escape(output_dir.resolve().name)
     decisions = [format_decision(key, value) for key, value in plan.items() if key != "reasons"]
     body = [
         f'<header><h1>{name}</h1><p class="quiet">{escape(str(output_dir))}</p>{build_outcome(record)}</header>',
-        build_tiles(record, plan),
+        build_tiles(record, plan, num_steps),
         build_pairs(output_dir, record),
         build_strips(output_dir, record),
         build_charts(record),
@@ -106,9 +107,12 @@ def build_best(outcome: Outcome) -> str:
     )
 
 
-def build_tiles(record: RunRecord, plan: Mapping[str, Any]) -> str:
+def build_tiles(record: RunRecord, plan: Mapping[str, Any], num_steps: int | None = None) -> str:
     """Builds the tiles with the run's figures."""
-    tiles = [("Steps", f"{record.last_step:,}", "")]
+    is_on_its_way = num_steps is not None and record.last_step < num_steps
+    tiles = [("Steps so far" if is_on_its_way else "Steps", f"{record.last_step:,}", "")]
+    if is_on_its_way:
+        tiles = [("Steps so far", f"{record.last_step:,}", f"of {num_steps:,}")]
     if record.median_seconds is not None:
         tiles.append(("Time in steps", format_duration(record.total_seconds), "without validation and samples"))
         tiles.append(("Time of a step", format_seconds(record.median_seconds), "median"))

@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 import yaml
 
+from pixtune.commands.plan import make_report
 from pixtune.config import TrainConfig, load_config
 from pixtune.config.schema_file import json_schema, schema_text
 from pixtune.config.yaml_tree import ConfigLoader
+from pixtune.hardware.cards import CARDS
 from pixtune.storage.resume import flatten
 from tests.contract.key_effects import EFFECTS
 from tests.contract.not_yet import needs, refused_keys, without, written_values
@@ -86,6 +88,14 @@ def test_shipped_config_sets_what_the_contract_says(stem):
     demanded = {"cuda_features.enable_tf32_compute": True, **CONTRACT[stem]}
     assert {key: values[key] for key in demanded} == demanded
     assert values["pretrained_model_name_or_path"] == MODELS.get(stem, "Qwen/Qwen-Image")
+
+
+@pytest.mark.parametrize("stem", ["train_lora", "train_flux_config", "train_lora_qwen_edit"])
+def test_a_config_that_promises_no_hardware_fits_every_card(stem):
+    """README names them to people with any card from 8 GB up: no key stands between them and the planner."""
+    config = load_config(shipped(stem), [], folders_must_exist=False)
+    unfit = {card.name: [phase.name for phase in make_report(config, card.name).too_large] for card in CARDS}
+    assert len(unfit) > 30 and not any(unfit.values()), unfit
 
 
 def with_fastsafetensors(stem: str) -> pytest.MarkDecorator:
