@@ -58,7 +58,7 @@ bench: $(STAMP) ## time training steps of the demo; make bench CONFIG=FILE BENCH
 bench-loop: $(STAMP) ## what the training loop costs over a bare one
 	@$(PY) benchmarks/loop_overhead.py
 
-schema: $(STAMP) ## write train_configs/schema.json anew, after a change of the config's keys
+schema: $(STAMP) ## write train_configs/schema.json and docs/config.md anew, after a change of the config's keys
 	@$(PY) -m pixtune.config.schema_file
 
 setup: $(STAMP) ## only set up

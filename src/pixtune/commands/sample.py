@@ -71,6 +71,12 @@ class SampleRequest:
     """Whether base weights are quantized; None: it depends on the memory there is."""
     gpu_memory_limit_gib: float | None = None
     """Device memory that the process may take at most."""
+    negative_prompt: str | None = None
+    """Prompt that guidance leads away from; None: the empty one."""
+    strength: float = 1.0
+    """Factor of the LoRA's scale."""
+    side: int = CONTROL_SIDE
+    """Side in pixels of the square whose area pictures get where `size` is None."""
 
 
 @dataclass(frozen=True)
@@ -95,11 +101,12 @@ class Task:
 
     @property
     def texts(self) -> tuple[TextItem, ...]:
-        """Prompts, and the empty prompt of guidance."""
-        dropped = self.family.dropped_caption
+        """Prompts, and the one that guidance leads away from."""
+        negative = self.request.negative_prompt
+        instead = self.family.dropped_caption if negative is None else negative
         return tuple(
             dict.fromkeys(
-                text_item(text, example, 0) for example in self.examples for text in (example.caption, dropped)
+                text_item(text, example, 0) for example in self.examples for text in (example.caption, instead)
             )
         )
 
@@ -192,12 +199,14 @@ def open_task(request: SampleRequest) -> Task:
     family = family_of(folder)
     multiple = family.pixel_multiple(folder)
     rules = control_rules(family, folder, request.control_size)
-    size = request.size or (CONTROL_SIDE, CONTROL_SIDE)
+    size = request.size or (request.side, request.side)
     notes = rounded_sizes(size, multiple) if request.size is not None or not request.controls else []
     examples = tuple(
         prompt_example(text, request.controls, size, request.size is None, multiple, rules) for text in request.prompts
     )
-    lora = read_saved_lora(request.lora) if request.lora else None
+    lora = read_saved_lora(request.lora).scaled(request.strength) if request.lora else None
+    if request.negative_prompt is not None and not needs_negative(family, request.settings.guidance_scale):
+        notes.append("the negative prompt has no effect: this model, or --guidance 1, takes no second pass for it.")
     return Task(request, family, folder, lora, examples, tuple(notes))
 
 
@@ -313,8 +322,8 @@ def encode_prompts(task: Task, encoder: Encoder) -> list[EncodedPrompt]:
     encodings = Encodings(encoder)
     encodings.fill_texts(task.texts)
     encodings.fill_pictures(task.controls)
-    guidance_scale = task.request.settings.guidance_scale
-    return [encode_prompt(task.family, encodings, example, guidance_scale) for example in task.examples]
+    scale, negative = task.request.settings.guidance_scale, task.request.negative_prompt
+    return [encode_prompt(task.family, encodings, example, scale, negative) for example in task.examples]
 
 
 def all_latents(

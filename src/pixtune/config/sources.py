@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import yaml
 
-from pixtune.config.other_names import OTHER_NAMES, REMEDIES
+from pixtune.config.other_names import ABSENT, OTHER_NAMES, REMEDIES
 from pixtune.config.schema import FORMER_KEYS, OLDER_NAMES, leaf_keys, sections
 from pixtune.config.yaml_tree import ABOUT_BACKSLASHES, CORE, BoundsError, ConfigLoader, compose
 from pixtune.inputs.printing import one_line
@@ -186,6 +186,10 @@ def _collect_value(
         logger.warning("%s: %s has no effect any more: %s. Remove it.", place.text, key, FORMER_KEYS[key])
         return
     if key not in set(leaf_keys()):
+        if inner := _mappings(node):  # a section of another trainer: its keys are answered one by one
+            for mapping in inner:
+                _collect_mapping(mapping, f"{written_as}.", at, source)
+            return
         source.faults.append(Fault(place, f"{written_as} is not a known key (value {show(_plain(node))}){_hint(key)}"))
         return
     try:
@@ -194,6 +198,13 @@ def _collect_value(
         source.faults.append(Fault(place, f"{key} has a value of a kind that configs do not support ({node.tag})"))
         return
     _add_entries(source, [Entry(key, written_as, value, place)])
+
+
+def _mappings(node: yaml.Node) -> list[yaml.MappingNode]:
+    """Returns a mapping with keys, or a list's items where all of them are such; else nothing."""
+    nodes = node.value if isinstance(node, yaml.SequenceNode) else [node]
+    found = [each for each in nodes if isinstance(each, yaml.MappingNode) and each.value]
+    return found if len(found) == len(nodes) else []
 
 
 def _plain(node: yaml.Node) -> object:
@@ -245,6 +256,8 @@ def nearest_keys(key: str) -> list[str]:
 
 def _hint(key: str) -> str:
     section, last = current_name(key).rpartition(".")[0], _last_part(key)
+    if last in ABSENT:
+        return f". {ABSENT[last]}"
     known_as = OTHER_NAMES.get(last, "")
     within = sections()[section].model_fields if section in sections() else ()
     near = [f"{section}.{name}" for name in within if last in name.split("_")]  # samples.steps: samples.num_steps

@@ -214,11 +214,22 @@ def rounded_sizes(asked: Size, multiple: int) -> list[str]:
     return [f"samples are drawn at {drawn_text}, not {asked_text}: the model's sides are multiples of {multiple}."]
 
 
-def encode_prompt(family: ModelFamily, encodings: Encodings, example: Example, guidance_scale: float) -> EncodedPrompt:
-    """Encodes everything that the sampler needs of a `prompt_example`."""
+def encode_prompt(
+    family: ModelFamily,
+    encodings: Encodings,
+    example: Example,
+    guidance_scale: float,
+    negative_prompt: str | None = None,
+) -> EncodedPrompt:
+    """Encodes everything that the sampler needs of a `prompt_example`.
+
+    Args:
+        negative_prompt: the prompt that guidance leads away from; None: the family's empty one.
+    """
     negative = None
     if needs_negative(family, guidance_scale):
-        negative = encodings.text(text_item(family.dropped_caption, example, 0))
+        instead = family.dropped_caption if negative_prompt is None else negative_prompt
+        negative = encodings.text(text_item(instead, example, 0))
     return EncodedPrompt(
         example.caption,
         encodings.text(text_item(example.caption, example, 0)),

@@ -12,6 +12,7 @@ import yaml
 
 from pixtune.commands.plan import make_report
 from pixtune.config import TrainConfig, load_config
+from pixtune.config.keys_page import page
 from pixtune.config.schema_file import json_schema, schema_text
 from pixtune.config.yaml_tree import ConfigLoader
 from pixtune.hardware.cards import CARDS
@@ -155,6 +156,7 @@ def test_shipped_config_says_what_it_is_for(path):
 
 def test_schema_file_is_current():
     assert (CONFIG_DIR / "schema.json").read_text(encoding="utf-8") == schema_text(), "run `make schema`"
+    assert (CONFIG_DIR.parent / "docs" / "config.md").read_text(encoding="utf-8") == page(), "run `make schema`"
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
