@@ -8,7 +8,7 @@ on changes no bit of the training. Saving comes first, and is the only one whose
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from types import TracebackType
@@ -21,7 +21,6 @@ from pixtune.config import to_dict
 from pixtune.console import printing_problem
 from pixtune.data.batches import Batch
 from pixtune.data.prepared import PreparedData
-from pixtune.data.shares import uneven_note
 from pixtune.data.swapped import measure_gains, swap_warning
 from pixtune.engine.apply import placement_of
 from pixtune.engine.pace import Pace
@@ -31,7 +30,7 @@ from pixtune.hardware.facts import package_versions
 from pixtune.hardware.machine import driver_may_spill
 from pixtune.hardware.read import read_facts
 from pixtune.planning import SamplesBetween, can_pad, plan_between_steps
-from pixtune.progress import StepBar, say
+from pixtune.progress import StepBar, announced, say
 from pixtune.report.results import FEW_HELD_OUT, Results, already_finished
 from pixtune.run import Run, TrainResult
 from pixtune.sampler import PromptSampler, SamplerSettings
@@ -45,9 +44,10 @@ from pixtune.storage.course import Course
 from pixtune.storage.model_folder import ModelFolder
 from pixtune.tracking.figures import StepFigures, tracker_values, watch_device
 from pixtune.tracking.metrics import FILE_NAME, MetricsLog
+from pixtune.tracking.opening import opening_lines
 from pixtune.tracking.problems import Problems
 from pixtune.trained import optim
-from pixtune.validation import ValidationLoss, measure
+from pixtune.validation import NUM_QUARTERS, ValidationLoss, measure
 
 SAMPLES_FOLDER = "samples"
 
@@ -78,8 +78,7 @@ class Services:
             tile_pixels=self._between_steps.tile_pixels,
             passes=self._between_steps.passes,
         )
-        examples = {"training examples": len(data.buckets), "held-out examples": len(data.held_out)}
-        facts = {**run.trained.counts(), **examples}
+        facts = {**run.trained.counts(), "training examples": len(data.buckets), "held-out": len(data.held_out)}
         self.results = Results(self.config, run.trained, lambda: run.reliefs.plan, run.num_steps, facts)
         self.problems = Problems(self._print_line)
         self._pace = Pace(run.accelerator.device, run.stop.check)
@@ -237,9 +236,10 @@ class Services:
         if self.is_main:
             if self.course.trust():
                 self._prune(step)
-            paths = self.results.write_weights(step)
+            with announced("writing the files for other programs", self._print_line):
+                paths = self.results.write_weights(step)
             how = self.results.next_words(paths)
-            with self.problems.of("the report", step):
+            with self.problems.of("the report", step), announced("writing the report", self._print_line):
                 paths += self.results.write_report()
             self.run.stop.check()
             self._print("wrote " + "\n      ".join(str(path) for path in paths))
@@ -250,7 +250,7 @@ class Services:
     def _report(self, step: int) -> None:
         """Writes the report of the steps so far."""
         if self.is_main:
-            with self.problems.of("the report", step):
+            with self.problems.of("the report", step), announced("writing the report", self._print_line):
                 self.results.write_report()
 
     def _compare_memory(self, step: int) -> None:
@@ -267,22 +267,24 @@ class Services:
 
     def _announce(self) -> None:
         """Prints what is about to run, with the plan's reasons."""
-        sizes = len({size for variants in self.data.buckets for size in variants})
-        self._print(f"data: {len(self.data.buckets)} pictures in {sizes} sizes, {len(self.data.held_out)} held out")
-        self._print(self.run.trained.summary())
-        for reason in (*self.run.plan.reasons, *self._between_steps.reasons):
-            self._print(f"plan: {reason}")
-        if note := uneven_note(self.run.source.order, self.run.source.reader.names):
-            self._print(f"note: {note}")
-        if warning := optim.check_schedule(self.config, self.run.num_steps):
-            self._print(f"warning: {warning}")
+        run, reasons = self.run, (*self.run.plan.reasons, *self._between_steps.reasons)
+        for line in opening_lines(self.config, self.data, run.source, run.num_steps, run.trained.summary(), reasons):
+            self._print(line)
 
     @contextmanager
-    def _aside(self, stage: str) -> Iterator[None]:
-        """Frees memory of captured steps, where it is needed, for work on the device between steps."""
+    def _aside(self, stage: str, num_passes: int) -> Iterator[Callable[[], None]]:
+        """Frees memory of captured steps, where it is needed, for work on the device between steps.
+
+        Yields a function to be called after each of its passes, which may end the work.
+        """
         self.run.forward_backward.make_room(self._between_steps.device_bytes)
-        with self.run.memory.aside(stage):
-            yield
+        with self.run.memory.aside(stage), self.bar.aside(stage, num_passes) as count:
+
+            def after_pass() -> None:
+                count()
+                self._pace()
+
+            yield after_pass
 
     def _print(self, line: str) -> None:
         self._print_line(line)
@@ -309,18 +311,21 @@ class Services:
             return
         run = self.run
 
-        def measured(batch_size: int) -> ValidationLoss:
-            return measure(
-                run.family, run.transformer, self.data.held_out, self.config.validation.num_draws, self.config.seed,
-                run.accelerator.device, self.config.objective.guidance, batch_size, self._pace,
-            )  # fmt: skip
+        batch_size, num_draws = self.config.batch_size, self.config.validation.num_draws
+        num_passes = len(self.data.held_out) * -(-NUM_QUARTERS * num_draws // batch_size)
+        with self._aside("held-out loss", num_passes) as after_pass:
 
-        def one_by_one() -> ValidationLoss:
-            run.forward_backward.release()
-            return measured(batch_size=1)
+            def measured(batch_size: int) -> ValidationLoss:
+                return measure(
+                    run.family, run.transformer, self.data.held_out, num_draws, self.config.seed,
+                    run.accelerator.device, self.config.objective.guidance, batch_size, after_pass,
+                )  # fmt: skip
 
-        with self._aside("held-out loss"):
-            loss = first_that_fits([lambda: measured(self.config.batch_size), one_by_one], "the held-out loss")
+            def one_by_one() -> ValidationLoss:
+                run.forward_backward.release()
+                return measured(batch_size=1)
+
+            loss = first_that_fits([lambda: measured(batch_size), one_by_one], "the held-out loss")
         self._losses[step] = loss
         self.log.write("validation", step, loss=loss.mean, quarters=loss.quarters)
         self.figures.track(step, {"held_out_loss": loss.mean})
@@ -333,8 +338,8 @@ class Services:
         num_samples = len(self.data.prompts) * len(self.config.samples.seeds)
         if {f"{folder}/{number:03d}.png" for number in range(num_samples)} <= self._sampled:
             return
-        with self._aside("samples"):
-            for number, picture in enumerate(self.sampler.sample(self.run.transformer, self._pace)):
+        with self._aside("samples", num_samples * self.config.samples.num_steps) as after_step:
+            for number, picture in enumerate(self.sampler.sample(self.run.transformer, after_step)):
                 relative = f"{folder}/{number:03d}.png"
                 picture.write(self.output_dir / relative)
                 controls = [path.as_posix() for path in picture.prompt.control_paths]
@@ -370,7 +375,7 @@ class Services:
 
     def _save(self, step: int) -> None:
         if self.is_main:
-            with self.run.stop.saving():
+            with self.run.stop.saving(), announced(f"saving step {step}", self._print_line):
                 self._write_checkpoint(step)
                 with self.problems.of("the files of the weights so far", step):
                     self.run.trained.export_so_far(self.output_dir, step)

@@ -35,7 +35,7 @@ from pixtune.hardware.monitor import StageLog
 from pixtune.plan.encoders import EncoderPlan
 from pixtune.plan.passes import needs_negative
 from pixtune.plan.text_padding import Captions
-from pixtune.progress import say
+from pixtune.progress import announced, say
 from pixtune.sampler import EncodedPrompt
 from pixtune.sizes import Size
 from pixtune.storage.files import check_outputs, text_digest
@@ -100,7 +100,8 @@ def prepare_data(
     pictures = list(dict.fromkeys([*pictures, *needed_pictures(pairs)]))
     encoder = build_encoder(config, family, folder, accelerator, items, pictures, encoders)
     encodings = Encodings(encoder)
-    fingerprint = _fingerprint(encoder, training)
+    with announced("recognizing the encoders by their files", partial(say, encoder.console)):
+        fingerprint = _fingerprint(encoder, training)
     check(fingerprint)
     if accelerator.is_main_process or not config.save_cache_on_disk:
         no_latents = missing_keys(encoder.store, encoder.latent_keys(pictures))
@@ -108,7 +109,8 @@ def prepare_data(
             check_cache(config)
         if no_latents:
             for checked in filter(None, (data.img_dir, config.validation.held_out_dir)):
-                notes += check_folder(data, checked, multiple, apart)
+                with announced(f"checking the pictures in {checked}", partial(say, encoder.console)):
+                    notes += check_folder(data, checked, multiple, apart)
         stages = stages or StageLog()
         for sentence in (*notes, *encoder.cut_captions(_named_texts(training, held_out, prompts))):
             say(encoder.console, f"note: {sentence}")

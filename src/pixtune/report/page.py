@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pixtune.hardware.facts import GIB
+from pixtune.progress import in_words
 from pixtune.report.charts import Chart, Series, render_chart
 from pixtune.report.pictures import data_uri, edge_for, open_picture, spread
 from pixtune.report.record import (
@@ -114,7 +115,7 @@ def build_tiles(record: RunRecord, plan: Mapping[str, Any], num_steps: int | Non
     if is_on_its_way:
         tiles = [("Steps so far", f"{record.last_step:,}", f"of {num_steps:,}")]
     if record.median_seconds is not None:
-        tiles.append(("Time in steps", format_duration(record.total_seconds), "without validation and samples"))
+        tiles.append(("Time in steps", in_words(record.total_seconds), "without validation and samples"))
         tiles.append(("Time of a step", format_seconds(record.median_seconds), "median"))
     if record.first_steps:
         first = record.first_steps[0]
@@ -306,7 +307,7 @@ GPU_COLUMNS: tuple[tuple[str, Callable[[StageRow], str]], ...] = (
 )
 HOST_COLUMNS: tuple[tuple[str, Callable[[StageRow], str]], ...] = (
     ("host, at its end", lambda stage: f"{stage.host_rss_gib:.2f} GiB"),
-    ("time", lambda stage: format_duration(stage.seconds)),
+    ("time", lambda stage: in_words(stage.seconds)),
 )
 
 
@@ -368,13 +369,3 @@ def format_percent(share: float) -> str:
 def format_seconds(seconds: float) -> str:
     """Formats a short time with three digits."""
     return f"{seconds * 1000:.3g} ms" if seconds < 0.1 else f"{seconds:.3g} s"
-
-
-def format_duration(seconds: float) -> str:
-    """Formats a time in its two largest units."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{seconds:.1f} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    return f"{whole // 3600} h {whole % 3600 // 60} min"

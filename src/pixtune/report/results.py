@@ -63,8 +63,8 @@ class Results:
         """Returns what a user does next with these files, in a sentence."""
         folder = self.config.output_dir
         if self.config.method == "full":
-            return f'draw with it: pixtune sample --model {paths[0]} --prompt "..."'
-        return f'draw with it: pixtune sample --lora {folder} --prompt "..."'
+            return f'draw with it: pixtune sample "a prompt" --model {paths[0]}'
+        return f'draw with it: pixtune sample "a prompt" --lora {folder}'
 
 
 def already_finished(step: int, folder: Path) -> str:

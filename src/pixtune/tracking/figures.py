@@ -6,7 +6,7 @@ import math
 import statistics
 import sys
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -28,6 +28,9 @@ from pixtune.tracking.steptime import Drift, StepTimeWatch, StepTiming
 
 SENSORS_EVERY_SECONDS = 60.0
 """Shortest time between two readings: nvidia-smi takes tens of milliseconds."""
+
+MEAN_OF_STEPS = 50
+"""Number of steps whose mean loss is shown: that of one step depends on its noise level more than on the weights."""
 
 Moment = float | torch.cuda.Event
 """Seconds of the host's clock; on a GPU an event among the device's work, since the host runs ahead of it."""
@@ -80,6 +83,7 @@ class StepFigures:
         self._batches: list[Batch] = []
         self._waited_seconds = 0.0
         self._first_is_reported = False
+        self._losses: deque[float] = deque(maxlen=MEAN_OF_STEPS)
         self.restart_clock()
 
     def restart_clock(self) -> None:
@@ -135,7 +139,9 @@ class StepFigures:
             for drift in self._watch.look_at(pending, seconds) if self._watch else ():
                 self._report_drift(drift)
         mean_seconds = statistics.fmean(seconds)
-        self._bar.figures(losses[-1], mean_seconds, self._images_per_step / mean_seconds, memory)
+        self._losses.extend(losses)
+        loss = statistics.fmean(self._losses)
+        self._bar.figures(loss, mean_seconds, self._images_per_step / mean_seconds, memory, len(self._losses))
         values = {"loss": losses[-1], "grad_norm": norms[-1], "learning_rate": pending[-1].learning_rate}
         self.track(step, {**values, "seconds_per_step": mean_seconds, "peak_memory_gib": memory})
         self.restart_clock()

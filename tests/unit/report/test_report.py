@@ -15,9 +15,10 @@ from typing import Any
 import pytest
 from PIL import Image, ImageChops
 
+from pixtune.progress import in_words
 from pixtune.report import write_report
 from pixtune.report.charts import Chart, Series, log_axis, render_chart, step_axis, tick_labels, value_axis
-from pixtune.report.page import format_duration, format_seconds
+from pixtune.report.page import format_seconds
 from pixtune.report.pictures import data_uri, edge_for, font_for, own_font, spread, wrap
 from pixtune.report.record import read_record, smooth, thin
 
@@ -730,7 +731,7 @@ def test_writing_again_replaces_the_page(whole_run: FakeRun) -> None:
 
 
 def test_durations_and_seconds_in_words() -> None:
-    assert [format_duration(value) for value in (0, 59.4, 61, 3600, 93_784)] == [
+    assert [in_words(value) for value in (0, 59.4, 61, 3600, 93_784)] == [
         "0.0 s", "59.4 s", "1 min 1 s", "1 h 0 min", "26 h 3 min",
     ]  # fmt: skip
     assert [format_seconds(value) for value in (0.00521, 0.3714, 12.345)] == ["5.21 ms", "0.371 s", "12.3 s"]
