@@ -104,21 +104,28 @@ def plan(
     words: Words = None,
     config: Config = None,
     card: Annotated[str | None, typer.Option("--as", help='Another GPU to plan for, for example "RTX 4090".')] = None,
+    host_memory: Annotated[
+        float | None, typer.Option(min=1, help="With --as: memory of the machine around it, in GiB; default: 64.")
+    ] = None,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Every decision, and why.")] = False,
     json_output: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
 ) -> None:
     """Report whether a run fits, how long it takes and why.
 
     Loads no weights, trains nothing.
     """
-    from pixtune.commands.plan import make_report, render
+    from pixtune.commands.plan import make_report
+    from pixtune.commands.plan_page import render
     from pixtune.config import load_config
 
     path, overrides = config_and_overrides(words, config)
-    report = make_report(load_config(path, overrides, folders_must_exist=False), card)
+    if host_memory is not None and card is None:
+        raise typer.BadParameter("--host-memory works with --as only; for this machine: host_memory_limit_gib=N")
+    report = make_report(load_config(path, overrides, folders_must_exist=False), card, host_memory)
     if json_output:
         typer.echo(report.to_json())
     else:
-        render(report, Console())
+        render(report, Console(), verbose)
 
 
 @app.command()
