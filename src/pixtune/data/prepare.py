@@ -26,6 +26,7 @@ from pixtune.data.examples import (
     without_held_out,
 )
 from pixtune.data.images import read_size
+from pixtune.data.pairs import shorten as shorten_names
 from pixtune.data.prepared import DataFingerprint, PreparedData, captioned_sizes, example_reader, most_image_tokens
 from pixtune.data.random_data import random_data
 from pixtune.data.swapped import BothWays, choose_pairs, needed_pictures, needed_texts, read_pairs
@@ -91,6 +92,7 @@ def prepare_data(
     if config.random_weights:
         return random_data(config, family, folder, training, held_out)
 
+    notes += missing_triggers(training, config.trigger_words)
     prompts = _prompt_examples(config, multiple, rules)
     notes += rounded_sizes(_asked_size(config), multiple) if prompts and not _own_shapes(config) else []
     pairs = choose_pairs(training, rules, family.dropped_caption, config.seed)
@@ -141,6 +143,19 @@ def _fingerprint(encoder: Encoder, training: Sequence[Example]) -> DataFingerpri
     keys = encoder.text_keys([text_item(example.caption, example, variant) for example, variant in variants])
     keys += encoder.latent_keys(pictures)
     return DataFingerprint(text_digest("\n".join(key.digest for key in keys)), _digests_by_name(training))
+
+
+def missing_triggers(training: Sequence[Example], words: Sequence[str]) -> list[str]:
+    """Writes a sentence for each trigger word that captions lack: nothing else puts it there."""
+    sentences = []
+    for word in words:
+        lacking = [each.name for each in training if word.casefold() not in each.caption.casefold()]
+        if lacking:
+            sentences.append(
+                f"{len(lacking)} of {len(training)} captions lack the trigger word {word!r}: {shorten_names(lacking)}. "
+                "The LoRA learns it from captions alone, so write it there."
+            )
+    return sentences
 
 
 def _digests_by_name(training: Sequence[Example]) -> dict[str, str] | None:
