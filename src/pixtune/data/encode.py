@@ -222,6 +222,9 @@ class Encoder:
     def _load(self, part: str, load: Callable[[], Loaded]) -> Loaded:
         if part in self._loaded:
             return self._loaded[part]
+        from transformers.utils import logging as transformers_logging
+
+        transformers_logging.disable_progress_bar()  # what is loaded is announced here
         with announced(f"loading the {part}", partial(say, self.console)):
             loaded = load()
         if self.stays:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,7 +56,7 @@ class Results:
             config=to_dict(self.config),
             plan=self.plan().to_dict(),
             versions=package_versions(),
-            facts=self.facts,
+            facts={**self.facts, "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])},
             num_steps=self.num_steps,
         )
         return [path for path in (page, page.with_name(BEFORE_AFTER_FILE)) if path.exists()]
