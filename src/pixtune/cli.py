@@ -21,6 +21,7 @@ from pixtune.errors import WriteError
 from pixtune.inputs.printing import lines, one_line
 
 HELP_OPTIONS = {"help_option_names": ["-h", "--help"]}
+TAKES_KEYS = {**HELP_OPTIONS, "ignore_unknown_options": True}  # --rank 8 is answered with rank=8
 
 app = typer.Typer(
     help="Fine-tune Qwen-Image, Qwen-Image-Edit and FLUX.1-dev on the GPU you have.",
@@ -56,7 +57,7 @@ Words = Annotated[
 ]  # fmt: skip
 
 
-@app.command()
+@app.command(context_settings=TAKES_KEYS)
 def train(words: Words = None, config: Config = None) -> None:
     """Train a LoRA, or all weights, and write a report."""
     run_config(*config_and_overrides(words, config))
@@ -99,7 +100,7 @@ def run_config(
         typer.echo(f"held-out loss {before:.4f} -> {after:.4f} ({100 * (after / before - 1):+.1f}%){rough}")
 
 
-@app.command()
+@app.command(context_settings=TAKES_KEYS)
 def plan(
     words: Words = None,
     config: Config = None,
@@ -128,7 +129,7 @@ def plan(
         render(report, Console(), verbose)
 
 
-@app.command()
+@app.command(context_settings=TAKES_KEYS)
 def bench(
     words: Words = None,
     config: Config = None,
@@ -281,10 +282,9 @@ def sample(
 
     found = FoundLora() if lora is None else find_lora(lora)
     model, side = model or found.model, found.side or 1024
-    texts = (*(prompts or ()), *(prompt or ()))
-    if not texts or model is None:
+    if not (texts := (*(prompts or ()), *(prompt or ()))) or model is None:
         missing = "name a prompt" if not texts else "name the model"
-        raise typer.BadParameter(f'{missing}: pixtune sample "a cat" --model Qwen/Qwen-Image')
+        raise typer.BadParameter(f'{missing}: pixtune sample "a cat" --lora runs/mine, or --model Qwen/Qwen-Image')
     request = SampleRequest(
         model=model,
         prompts=texts,
@@ -387,7 +387,7 @@ def run_script(families: Sequence[str] = (), method: str | None = None) -> None:
 
     own = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
-    @own.command(context_settings=HELP_OPTIONS)
+    @own.command(context_settings=TAKES_KEYS)
     def script(words: Words = None, config: Config = None) -> None:
         path, overrides = config_and_overrides(words, config)
         demanded = [f"method={method}"] if method else []

@@ -16,7 +16,7 @@ def config_and_overrides(words: Sequence[str] | None, config: Path | None) -> tu
     """
     overrides = [*(words or [])]
     if config is None:
-        files = [word for word in overrides if "=" not in word or Path(word).is_file()]
+        files = [word for word in overrides if not word.startswith("-") and ("=" not in word or Path(word).is_file())]
         if not files:
             raise typer.BadParameter("name a config file, for example train_configs/train_lora.yaml")
         overrides.remove(files[0])

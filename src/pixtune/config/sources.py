@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher, get_close_matches
@@ -96,11 +97,12 @@ def read_file(path: Path) -> Source:
 def read_overrides(words: Sequence[str]) -> Source:
     """Returns the entries of `key=value` words, nested by dots. The last of two equal keys wins."""
     source = Source({}, [])
-    for word in words:
+    waiting = deque(words)
+    while waiting:
+        word = waiting.popleft()
         key, equals, text = word.partition("=")
-        if not equals or not key:
-            hint = " (key=value, without dashes)" if word.startswith("-") else " (key=value)"
-            source.faults.append(Fault(COMMAND_LINE, f"{word!r} is not an override{hint}"))
+        if not equals or not key or word.startswith("-"):
+            source.faults.append(Fault(COMMAND_LINE, _not_an_override(word, waiting)))
             continue
         try:
             node = compose(text)
@@ -121,6 +123,21 @@ def read_overrides(words: Sequence[str]) -> Source:
     return source
 
 
+def _not_an_override(word: str, following: deque[str]) -> str:
+    """Says how a word should have been written that is no `key=value`, and takes the words that belong to it."""
+    key, equals, value = word.lstrip("-").partition("=")
+    written = [word]
+    if key and not equals and following and following[0] == "=":
+        written.append(following.popleft())
+    if key and not value and following and "=" not in following[0] and not following[0].startswith("--"):
+        written.append(following.popleft())
+        value = written[-1]
+    if key and value:
+        name = key.replace("-", "_") if word.startswith("-") else key
+        return f"{' '.join(written)!r} is not an override: write {OTHER_NAMES.get(name, name)}={value}"
+    return f"{word!r} is not an override (key=value)"
+
+
 def _unreadable(path: Path, sentence: str, line: int = 0) -> Source:
     place = Place(line, f"{path}:{line}" if line else str(path))
     return Source({}, [Fault(place, sentence)], readable=False)
@@ -138,6 +155,9 @@ def _yaml_problem(error: yaml.MarkedYAMLError, text: str) -> tuple[str, int]:
 
 
 def _similar_files(path: Path) -> str:
+    shipped = Path("train_configs") / path.name
+    if shipped.is_file():
+        return f"; there is {shipped}"
     if not path.parent.is_dir():
         return f"; the folder {path.parent} does not exist either"
     names = sorted(file.name for file in path.parent.iterdir() if file.suffix in (".yaml", ".yml"))

@@ -249,7 +249,7 @@ def test_overrides_that_are_not_yaml(faults_of, minimal):
     (fault,) = faults_of(minimal, "samples.prompts=[a")
     assert fault.startswith("command line: samples.prompts is '[a', which is not YAML")
     (fault,) = faults_of(minimal, "--rank=3")
-    assert fault == "command line: --rank is not a known key (value 3); did you mean rank?"
+    assert fault == "command line: '--rank=3' is not an override: write rank=3"
 
 
 # ---- names
@@ -355,6 +355,31 @@ def test_paths_that_are_written_right_are_read_as_they_are(write, minimal, path)
 def test_a_key_of_another_trainer_is_answered_with_ours(faults_of, minimal, theirs, ours):
     (fault,) = faults_of(minimal, f"{theirs}=1")
     assert f"did you mean {ours}?" in fault
+
+
+@pytest.mark.parametrize(
+    ("words", "written"),
+    [
+        (["--rank", "8"], "rank=8"),
+        (["--learning-rate", "1e-3"], "learning_rate=1e-3"),
+        (["--rank=8"], "rank=8"),
+        (["--lr", "1e-3"], "learning_rate=1e-3"),
+        (["rank", "=", "8"], "rank=8"),
+        (["rank", "8"], "rank=8"),
+        (["rank=", "8"], ""),
+    ],
+)
+def test_keys_that_are_written_as_elsewhere_are_answered_with_how_to_write_them(faults_of, minimal, words, written):
+    faults = faults_of(minimal, *words)
+    if written:
+        assert [fault.partition("is not an override: ")[2] for fault in faults] == [f"write {written}"]
+    else:
+        assert "command line: '8' is not an override (key=value)" in faults
+
+
+def test_a_text_in_place_of_a_list_is_answered_with_the_list(faults_of, minimal):
+    (fault,) = faults_of(minimal, "samples.prompts=a cat")
+    assert fault.endswith('samples.prompts is "a cat": must be a list, as ["a cat"]')
 
 
 def test_the_table_of_other_names_leads_to_keys_that_exist_and_shadows_none():
