@@ -124,6 +124,7 @@ _BY_REASON: Mapping[str, str] = {
     "masked_loss alpha_mask mask_path mask_dir masks use_masks conditioning_mask": (
         "The loss is not masked by this version: leave it out."
     ),
+    "train_unet train_transformer unet_trainable": "The transformer is what is trained: leave it out.",
     "clip_skip v2 v_parameterization zero_terminal_snr v_pred sdxl is_flux is_xl": (
         "It belongs to older models: leave it out. The family is recognized by the model's folder."
     ),
@@ -133,6 +134,8 @@ _BY_REASON: Mapping[str, str] = {
     ),
     "sample_sampler sampler noise_scheduler": "Samples take Euler steps along the flow: leave it out.",
     "save_model_as save_dtype": "LoRA files are safetensors in fp32: leave it out.",
+    "device device_name gpu gpu_ids cuda_device": "The GPU is found by itself: leave it out.",
+    "neg sample_negative": "Samples between steps have the empty negative prompt; pixtune sample has --negative.",
     "push_to_hub hub_model_id hub_token huggingface_repo_id": "Nothing is uploaded: leave it out.",
     "vae_batch_size vae_tiling vae_slicing enable_vae_tiling text_encoder_batch_size": (
         "Encoders are fitted to the card by themselves: leave it out."
