@@ -22,18 +22,14 @@ from pixtune.console import printing_problem
 from pixtune.data.batches import Batch
 from pixtune.data.prepared import PreparedData
 from pixtune.data.swapped import measure_gains, swap_warning
-from pixtune.engine.apply import placement_of
 from pixtune.engine.pace import Pace
 from pixtune.engine.relief import first_that_fits
 from pixtune.errors import CheckpointError, TrainingError
 from pixtune.hardware.facts import package_versions
 from pixtune.hardware.machine import driver_may_spill
-from pixtune.hardware.read import read_facts
-from pixtune.planning import SamplesBetween, can_pad, plan_between_steps
 from pixtune.progress import StepBar, announced, say
 from pixtune.report.results import FEW_HELD_OUT, Results, already_finished
 from pixtune.run import Run, TrainResult
-from pixtune.sampler import PromptSampler, SamplerSettings
 from pixtune.storage.checkpoint import (
     OPTIMIZER_STEM,
     Checkpoint,
@@ -46,6 +42,7 @@ from pixtune.tracking.figures import StepFigures, tracker_values, watch_device
 from pixtune.tracking.metrics import FILE_NAME, MetricsLog
 from pixtune.tracking.opening import opening_lines
 from pixtune.tracking.problems import Problems
+from pixtune.tracking.samples import build_sampler
 from pixtune.trained import optim
 from pixtune.validation import NUM_QUARTERS, ValidationLoss, measure
 
@@ -60,23 +57,8 @@ class Services:
         self.config, self.output_dir = run.config, run.config.output_dir
         self.is_main = run.accelerator.is_main_process
         self.console = Console(quiet=not self.is_main)
-        num_tokens = data.micro_batch_tokens(run.config.batch_size, run.plan.text_multiple)
-        device = run.accelerator.device
-        samples = SamplesBetween(
-            data.sample_pixels, len(data.prompts), run.config.samples.guidance_scale, can_pad(folder, device)
-        )
-        self._between_steps = plan_between_steps(
-            run.config, run.family, folder, run.plan, data.encoders, samples, num_tokens, read_facts(device)
-        )
-        self.sampler = PromptSampler(
-            run.family,
-            folder,
-            data.prompts,
-            SamplerSettings(run.config.samples.seeds, run.config.samples.num_steps, run.config.samples.guidance_scale),
-            placement_of(run.plan, run.accelerator.device),
-            keep_autoencoder=run.plan.encoders_stay,
-            tile_pixels=self._between_steps.tile_pixels,
-            passes=self._between_steps.passes,
+        self.sampler, self._between_steps = build_sampler(
+            run.config, run.family, folder, run.plan, data, run.accelerator.device
         )
         facts = {**run.trained.counts(), "training examples": len(data.buckets), "held-out": len(data.held_out)}
         self.results = Results(self.config, run.trained, lambda: run.reliefs.plan, run.num_steps, facts)
