@@ -293,7 +293,7 @@ def test_every_miss_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_the_report_is_one_readable_line() -> None:
     report = cache.FillReport(hits=3, misses={"new": 2, "with another picture": 1})
-    assert str(report) == "3 from the cache, 3 encoded (1 with another picture; 2 new)"
+    assert str(report) == "3 from the cache, 3 encoded (2 new; 1 with another picture)"
     assert str(cache.FillReport(5, {})) == "5 from the cache, 0 encoded"
 
 
