@@ -30,12 +30,7 @@ from pixtune.hardware.machine import driver_may_spill
 from pixtune.progress import StepBar, announced, say
 from pixtune.report.results import FEW_HELD_OUT, Results, already_finished
 from pixtune.run import Run, TrainResult
-from pixtune.storage.checkpoint import (
-    OPTIMIZER_STEM,
-    Checkpoint,
-    checkpoint_path,
-    sharded,
-)
+from pixtune.storage.checkpoint import OPTIMIZER_STEM, Checkpoint, checkpoint_path, sharded
 from pixtune.storage.course import Course
 from pixtune.storage.model_folder import ModelFolder
 from pixtune.tracking.figures import StepFigures, tracker_values, watch_device
