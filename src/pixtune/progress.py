@@ -15,6 +15,7 @@ from typing import Self, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Column
 
 from pixtune.inputs.printing import lines
 
@@ -113,11 +114,15 @@ def track(items: Iterable[T], description: str, total: int, console: Console) ->
 
 
 def _progress(console: Console) -> Progress:
+    fixed = partial(Column, no_wrap=True)
     columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-        TextColumn("{task.fields[figures]}"),
-    )  # fmt: skip
-    return Progress(*columns, console=console, disable=not console.is_terminal)
+        TextColumn("{task.description}", table_column=fixed(min_width=13)),
+        BarColumn(bar_width=10, table_column=fixed(min_width=10)),
+        MofNCompleteColumn(table_column=fixed(min_width=9)),
+        TimeRemainingColumn(table_column=fixed(min_width=7)),
+        TextColumn("{task.fields[figures]}", table_column=fixed(overflow="ellipsis", ratio=1)),  # cut at 80 columns
+    )
+    return Progress(*columns, console=console, disable=not console.is_terminal, expand=True)
 
 
 class StepBar:
@@ -167,5 +172,5 @@ class StepBar:
             loss: mean over the last `num_steps` steps.
         """
         memory = f"  peak {peak_memory_gib:.1f} GiB" if peak_memory_gib else ""
-        of = f" (mean of {num_steps})" if num_steps > 1 else ""
-        self._figures = f"loss {loss:.4f}{of}  {seconds_per_step:.3f} s/step  {images_per_second:.2f} images/s{memory}"
+        of = f" (last {num_steps})" if num_steps > 1 else ""
+        self._figures = f"loss {loss:.4f}{of}  {seconds_per_step:.3f} s/step{memory}  {images_per_second:.2f} images/s"

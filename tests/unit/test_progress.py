@@ -67,7 +67,7 @@ def test_work_between_steps_has_a_count_of_its_own() -> None:
         bar.figures(0.5, 0.1, 10.0, 0.0, 7)
         bar.advance(1)
     lines = printed(console)
-    assert lines[0].startswith("samples: 1/2") and "step 1/10  loss 0.5000 (mean of 7)" in lines[-1]
+    assert lines[0].startswith("samples: 1/2") and "step 1/10  loss 0.5000 (last 7)" in lines[-1]
 
 
 @pytest.mark.parametrize(("seconds", "words"), [(3.21, "3.2 s"), (61.4, "1 min 1 s"), (7325.0, "2 h 2 min")])
