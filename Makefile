@@ -16,6 +16,13 @@ PYTEST_ARGS ?= -n auto --dist loadfile
 # What `make bench` times, and with which options of `pixtune bench`.
 CONFIG ?= train_configs/demo.yaml
 BENCH_ARGS ?= --steps 20 --text-tokens 40
+# What `make mutants` and `make soak` draw by, and options of `scripts/mutants.py` (--again: the survivors of before).
+SEED ?= 1
+COUNT ?= 200
+MUTANTS_ARGS ?=
+# How long `make soak` takes, and the one run that it does.
+SECONDS ?= 600
+ONLY ?=
 
 ENV := $(or $(if $(PYTHON),$(shell $(PYTHON) -c 'import sys; print(sys.prefix if sys.prefix != sys.base_prefix else "")')),.venv)
 PINS := $(if $(filter .venv,$(ENV)),-c constraints.txt)
@@ -25,7 +32,7 @@ PIP := $(PY) -m pip --disable-pip-version-check --no-input
 STAMP := $(ENV)/.pixtune-set-up-$(shell pwd | cksum | cut -d' ' -f1)
 HAS_TORCH := -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("torch") is None)'
 
-.PHONY: help demo demo-edit demo-flux test lint format bench bench-loop schema setup clean
+.PHONY: help demo demo-edit demo-flux test mutants soak hostile lint format bench bench-loop schema setup clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -43,6 +50,12 @@ demo-flux: $(STAMP) ## the same with FLUX's classes
 test: $(STAMP) ## the whole suite; make test PYTEST_ARGS="tests/unit -k config" for a part
 	@OMP_NUM_THREADS=1 $(PY) -m pytest $(PYTEST_ARGS)
 
+mutants: $(STAMP) ## which mutations of the code no test notices; make mutants SEED=7 COUNT=200, an hour or two
+	@$(PY) scripts/mutants.py --seed $(SEED) --count $(COUNT) $(MUTANTS_ARGS)
+
+hostile: $(STAMP) ## some 1,200 hostile files and models through the commands, about 10 minutes; HOSTILE_ARGS="--seed 2"
+	@OMP_NUM_THREADS=1 $(PY) -m tests.hostile $(HOSTILE_ARGS)
+
 lint: $(STAMP) ## style, format and types
 	@$(PY) -m ruff check .
 	@$(PY) -m ruff format --check .
@@ -58,13 +71,16 @@ bench: $(STAMP) ## time training steps of the demo; make bench CONFIG=FILE BENCH
 bench-loop: $(STAMP) ## what the training loop costs over a bare one
 	@$(PY) benchmarks/loop_overhead.py
 
+soak: $(STAMP) ## random runs, interrupted and damaged for SECONDS, beside uninterrupted ones; SEED=1 ONLY=17 repeats one
+	@OMP_NUM_THREADS=1 $(PY) -m tests.soak --seconds $(SECONDS) --seed $(SEED) $(if $(ONLY),--only $(ONLY))
+
 schema: $(STAMP) ## write train_configs/schema.json and docs/config.md anew, after a change of the config's keys
 	@$(PY) -m pixtune.config.schema_file
 
 setup: $(STAMP) ## only set up
 
 clean: ## remove what set-up, tools and the demo wrote; never a virtualenv of yours
-	rm -rf .venv runs/demo runs/demo-edit runs/demo-flux .pytest_cache .mypy_cache .ruff_cache .coverage build dist src/*.egg-info
+	rm -rf .venv runs/demo runs/demo-edit runs/demo-flux .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage build dist src/*.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(STAMP): pyproject.toml constraints.txt

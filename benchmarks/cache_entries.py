@@ -1,4 +1,4 @@
-"""Measures what cache entries cost: python benchmarks/cache_entries.py [--entries 100] [--rounds 5] [--folder DIR]
+"""Measures what cache entries cost: python benchmarks/cache_entries.py [--entries 100] [--rounds 5] [--fill 5000]
 
 Writes entries of full size (latents of 1024x1024 pixels, features of 512 tokens of Qwen2.5-VL 7B), and takes for each
 kind the milliseconds an entry, medians of the rounds, of
@@ -9,6 +9,9 @@ kind the milliseconds an entry, medians of the rounds, of
 * check: what a start does, with the cache's threads;
 * read, unchecked: stock safetensors, each tensor copied once;
 * read: what a step's read-ahead thread does, checksum included.
+
+`--fill N` measures instead what filling a cache with N pictures of 64 pixels and N captions costs beside the encoders,
+for which there are stand-ins: milliseconds an entry, of the process and of the clock.
 
 Files are in the page cache when they are read: the disk's own time comes on top of either. Prints JSON.
 """
@@ -23,21 +26,33 @@ import tempfile
 import time
 import zlib
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
+from rich.console import Console
 from safetensors.torch import load_file
 from torch import Tensor
 
 from pixtune.bench.environment import describe
-from pixtune.data.cache import CacheKey, DiskStore, missing_keys
+from pixtune.data.buckets import build_buckets, frame_picture
+from pixtune.data.cache import CacheKey, DiskStore, Ledger, missing_keys
+from pixtune.data.encode import Encoder, FramedPicture, TextItem
+from pixtune.data.images import picture_digest
+from pixtune.families import family_of
+from pixtune.family import Conditioning, LatentDistribution, Placement
+from pixtune.plan.encoders import PLAINLY
+from pixtune.storage.model_folder import ModelFolder
 from pixtune.storage.safetensors_writer import save_without_digest
 
 KINDS: Mapping[str, Mapping[str, Tensor]] = {
     "latents": {"mean": torch.rand(1, 16, 128, 128), "std": torch.rand(1, 16, 128, 128)},
     "text": {"prompt_embeds": torch.rand(512, 3584).bfloat16()},
 }
+SMALL_MODEL = Path(__file__).resolve().parent.parent / "assets" / "tiny-qwen-image"
 HASHES: Mapping[str, Callable[[bytes], object]] = {
     "crc32": zlib.crc32,
     "sha256": lambda data: hashlib.sha256(data).digest(),
@@ -93,13 +108,62 @@ def measure(folder: Path, entry: Mapping[str, Tensor], count: int, rounds: int) 
     return {"bytes": len(data), **figures, **{name: milliseconds(work, count, rounds) for name, work in works.items()}}
 
 
+@dataclass(frozen=True)
+class WithoutEncoders(Encoder):
+    """Encodes in no time."""
+
+    def open_autoencoder(self) -> Callable[[Tensor], LatentDistribution]:
+        latents = torch.zeros(1, 16, 8, 8)
+        return lambda pixels: LatentDistribution(latents.clone(), latents.clone())
+
+    def open_text_encoder(self) -> Callable[[TextItem], Conditioning]:
+        features = torch.zeros(12, 128)
+        return lambda item: {"prompt_embeds": features.clone()}
+
+
+def measure_fill(folder: Path, count: int) -> dict[str, dict[str, float]]:
+    """Measures the filling of a cache in an empty folder."""
+    draw = np.random.default_rng(0)
+    for number in range(count):
+        pixels = draw.integers(0, 256, (64, 64, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number:05d}.png")
+    model = ModelFolder(SMALL_MODEL)
+    encoder = WithoutEncoders(
+        family_of(model), model, Placement(torch.device("cpu"), torch.float32), PLAINLY, None,
+        DiskStore(folder / "cache"), Ledger(folder / "ledger.json"), Console(quiet=True), None,
+    )  # fmt: skip
+    framing = frame_picture(64, 64, build_buckets(64, 16))
+
+    def pictures() -> None:
+        items = [FramedPicture(path.name, path, picture_digest(path), framing) for path in sorted(folder.glob("*.png"))]
+        encoder.fill_pictures(items, encoder.latent_keys(items))
+
+    def captions() -> None:
+        items = [TextItem(f"a face, number {number}") for number in range(count)]
+        encoder.fill_texts(items, encoder.text_keys(items))
+
+    figures = {}
+    for work in (pictures, captions):
+        began, cpu_began = time.perf_counter(), time.process_time()
+        work()
+        spent = {"process": time.process_time() - cpu_began, "clock": time.perf_counter() - began}
+        figures[work.__name__] = {name: round(seconds / count * 1000, 3) for name, seconds in spent.items()}
+    return figures
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--entries", type=int, default=100)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--folder", type=Path, help="where to write; absent: the folder for temporary files")
+    parser.add_argument("--fill", type=int, help="number of pictures, and of captions, to fill a cache with")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    if arguments.fill:
+        with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
+            filled = measure_fill(Path(folder), arguments.fill)
+        print(json.dumps({"milliseconds an entry": filled, "environment": describe()}, indent=2))
+        return
     figures = {}
     for kind, entry in KINDS.items():
         with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from emoji_pictures import BASE_SETS, read_icons, read_named_icons, save_pair
+from emoji_pictures import PART_SETS, read_icons, read_named_icons, save_pair
 
 STYLE_SET = "twemoji"
 OUT_DIR = Path(__file__).resolve().parent.parent / "assets" / "demo-style"
@@ -47,7 +47,7 @@ def demo_names() -> tuple[list[str], list[str]]:
         ValueError: a name is used twice, or is missing from one of the three sets.
     """
     train, held_out = parse_names(TRAIN_NAMES), parse_names(HELD_OUT_NAMES)
-    known = set.intersection(*({icon.name for icon in read_icons(name)} for name in (*BASE_SETS, STYLE_SET)))
+    known = set.intersection(*({icon.name for icon in read_icons(name)} for name in (*PART_SETS, STYLE_SET)))
     missing = [name for name in (*train, *held_out) if name not in known]
     if missing or len({*train, *held_out}) < len(train) + len(held_out):
         raise ValueError(f"names must be different and in all three sets; missing: {missing}")

@@ -1,4 +1,4 @@
-"""Emoji of three drawing styles as captioned pictures: the data behind `assets/`.
+"""Emoji of ten drawing styles as captioned pictures: the data behind `assets/`.
 
 The drawings come from Iconify's npm packages, which hold each icon's name and the inside of its SVG. They are fetched
 with `npm pack` into a cache folder that git ignores and rendered with resvg over white. Nothing is unpacked on disk.
@@ -17,6 +17,7 @@ import tarfile
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -45,10 +46,39 @@ class IconSet:
 ICON_SETS = {
     "noto": IconSet("@iconify-json/noto", "noto style", "Apache-2.0"),
     "fluent": IconSet("@iconify-json/fluent-emoji-flat", "fluent flat style", "MIT"),
+    "noto-v1": IconSet("@iconify-json/noto-v1", "old noto style", "Apache-2.0"),
+    "fluent-3d": IconSet("@iconify-json/fluent-emoji", "fluent color style", "MIT"),
+    "emojione": IconSet("@iconify-json/emojione", "emojione style", "CC-BY-4.0"),
+    "fxemoji": IconSet("@iconify-json/fxemoji", "fxemoji style", "Apache-2.0"),
+    "streamline": IconSet("@iconify-json/streamline-emojis", "streamline style", "CC-BY-4.0"),
+    "high-contrast": IconSet("@iconify-json/fluent-emoji-high-contrast", "high contrast style", "MIT"),
+    "monotone": IconSet("@iconify-json/emojione-monotone", "monotone style", "CC-BY-4.0"),
     "twemoji": IconSet("@iconify-json/twemoji", "twemoji style", "CC-BY-4.0"),
 }
-BASE_SETS = ("noto", "fluent")
-"""Sets that the small base model is trained on. The third set is kept from it, so that a LoRA can learn it."""
+PART_SETS = ("noto", "fluent")
+"""Sets whose captions the tokenizers, and whose drawings the autoencoders, of the small models were made from."""
+BASE_SETS = tuple(name for name in ICON_SETS if name != "twemoji")
+"""Sets that the small transformers are trained on. Twemoji is kept from them, so that a LoRA can learn it."""
+NAMING_SETS = ("noto", "fluent", "twemoji")
+"""Sets by whose names the drawings of the others are called."""
+OTHER_NAMES = {
+    "fxemoji": {
+        "winking": "winking face", "worried": "worried face", "crying": "crying face", "angry": "angry face",
+        "sleeping": "sleeping face", "tongueout": "face with tongue", "grintears": "face with tears of joy",
+        "hearteyes": "smiling face with heart eyes", "halo": "smiling face with halo",
+        "darksunglasses": "smiling face with sunglasses", "sliceofpizza": "pizza", "heartblue": "blue heart",
+        "heartgreen": "green heart", "heartyellow": "yellow heart", "heartpurple": "purple heart",
+        "present": "wrapped gift", "lowerleftpencil": "pencil", "spurtingwhale": "spouting whale",
+        "aubergine": "eggplant", "bunny": "rabbit face", "bunnyside": "rabbit", "catside": "cat", "dogside": "dog",
+        "tigerside": "tiger", "pigside": "pig", "mouseside": "mouse", "gem": "gem stone", "lock": "locked",
+        "openlock": "unlocked", "smirk": "smirking face", "neutral": "neutral face", "flushed": "flushed face",
+        "astonished": "astonished face", "confused": "confused face", "relieved": "relieved face",
+        "pensive": "pensive face", "weary": "weary face", "hushed": "hushed face", "unamused": "unamused face",
+        "europeancastle": "castle", "wolfface": "wolf", "chilipepper": "hot pepper", "earofmaize": "ear of corn",
+    },
+    "streamline": {"fox face": "fox", "wolf face": "wolf", "amazed face": "astonished face"},
+}  # fmt: skip
+"""Names of a set's own, and what the others call the same thing."""
 
 
 @dataclass(frozen=True)
@@ -83,23 +113,46 @@ def fetch_package(package: str, cache_dir: Path = CACHE_DIR) -> Path:
     return sorted(cache_dir.glob(f"{stem}-[0-9]*.tgz"))[-1]
 
 
+@cache
+def _package(set_name: str, cache_dir: Path) -> dict[str, Any]:
+    """Reads the icons of a set's package."""
+    with tarfile.open(fetch_package(ICON_SETS[set_name].package, cache_dir)) as archive:
+        stream = archive.extractfile("package/icons.json")
+        assert stream is not None
+        return dict(json.load(stream))
+
+
+@cache
+def _names_by_letters(cache_dir: Path) -> dict[str, str]:
+    """Returns the names of the naming sets by their letters alone: "brokenheart" -> "broken heart"."""
+    names = [icon.name for set_name in NAMING_SETS for icon in read_icons(set_name, cache_dir)]
+    return {_letters(name): name for name in reversed(names)}
+
+
+def _letters(name: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", name.lower())
+
+
 def read_icons(set_name: str, cache_dir: Path = CACHE_DIR) -> list[Icon]:
     """Reads all drawings of a set, sorted by name.
 
-    Left out: aliases (another name for the same icon), icons that the package marks as hidden (superseded names), and
-    icons whose drawing an earlier name already has.
+    A set that has its own way of naming gets the names of `NAMING_SETS`, also by a package's aliases. Left out: other
+    aliases (another name for the same icon), icons that the package marks as hidden (superseded names), and icons whose
+    drawing an earlier name already has; and in sets named after others, drawings that the others have no name for.
     """
-    icon_set = ICON_SETS[set_name]
-    with tarfile.open(fetch_package(icon_set.package, cache_dir)) as archive:
-        stream = archive.extractfile("package/icons.json")
-        assert stream is not None
-        data = json.load(stream)
+    icon_set, data = ICON_SETS[set_name], _package(set_name, cache_dir)
+    aliases: dict[str, list[str]] = {}
+    for alias, entry in data.get("aliases", {}).items():
+        aliases.setdefault(entry["parent"], []).append(alias)
     icons: list[Icon] = []
     seen_names: set[str] = set()
     seen_bodies: set[str] = set()
     for key, entry in sorted(data["icons"].items()):
-        name = _plain_name(key, data["icons"])
-        if entry.get("hidden") or entry["body"] in seen_bodies or name in seen_names:
+        name: str | None = _plain_name(key, data["icons"])
+        if set_name not in NAMING_SETS:
+            own = [name or "", *(alias.replace("-", " ") for alias in aliases.get(key, []))]
+            name = _common_name(set_name, own, cache_dir)
+        if name is None or entry.get("hidden") or entry["body"] in seen_bodies or name in seen_names:
             continue
         seen_names.add(name)
         seen_bodies.add(entry["body"])
@@ -107,9 +160,20 @@ def read_icons(set_name: str, cache_dir: Path = CACHE_DIR) -> list[Icon]:
     return icons
 
 
-def read_base_icons(cache_dir: Path = CACHE_DIR) -> list[Icon]:
-    """Reads the drawings that the small base model is trained on."""
-    return [icon for set_name in BASE_SETS for icon in read_icons(set_name, cache_dir)]
+def _common_name(set_name: str, own_names: Sequence[str], cache_dir: Path) -> str | None:
+    """Finds what the naming sets call a drawing of these names; None where they have no name for it."""
+    known = _names_by_letters(cache_dir)
+    for own in own_names:
+        plain = re.sub(r" \d$", "", own)
+        plain = OTHER_NAMES.get(set_name, {}).get(plain, plain)
+        if _letters(plain) in known:
+            return known[_letters(plain)]
+    return None
+
+
+def read_base_icons(set_names: Sequence[str] = BASE_SETS, cache_dir: Path = CACHE_DIR) -> list[Icon]:
+    """Reads the drawings that the small base models are trained on, or those of the given sets."""
+    return [icon for set_name in set_names for icon in read_icons(set_name, cache_dir)]
 
 
 def read_named_icons(set_name: str, names: Sequence[str]) -> list[Icon]:

@@ -22,7 +22,7 @@ from diffusers import (
     QwenImagePipeline,
     QwenImageTransformer2DModel,
 )
-from emoji_pictures import read_base_icons
+from emoji_pictures import PART_SETS, read_base_icons
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
@@ -260,7 +260,7 @@ def write_untrained(
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
-    pipeline = build([icon.caption for icon in read_base_icons()])
+    pipeline = build([icon.caption for icon in read_base_icons(PART_SETS)])
     for name, part in pipeline.components.items():
         if isinstance(part, nn.Module):
             print(f"{name}: {sum(p.numel() for p in part.parameters()) / 1e6:.2f} million weights")

@@ -160,10 +160,25 @@ def cumulative(*parts: tuple[float, Tensor]) -> Tensor:
     return torch.cumsum(torch.cat([share * weights / weights.sum() for share, weights in parts]), 0)
 
 
+SILHOUETTES = ("high contrast style", "monotone style")
+"""Styles without colours, which have less to teach."""
+
+
 def weights_by_group(icons: Sequence[Icon], device: torch.device) -> Tensor:
-    """Returns weights by which a group of n variants is drawn as often as the square root of n single pictures."""
+    """Returns weights by which a group of n variants is drawn as often as the square root of n single pictures.
+
+    Flags and silhouettes are drawn less often.
+    """
     sizes = Counter(icon.group for icon in icons)
-    return torch.tensor([sizes[icon.group] ** -0.5 for icon in icons], device=device)
+    return torch.tensor(
+        [
+            sizes[icon.group] ** -0.5
+            * (0.2 if icon.name.startswith("flag") else 1)
+            * (0.4 if icon.style in SILHOUETTES else 1)
+            for icon in icons
+        ],
+        device=device,
+    )
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Trains `assets/tiny-*/` on Noto and Fluent emoji: the autoencoder first, then the transformer.
+"""Trains `assets/tiny-*/` on emoji: the autoencoder first (on two sets), then the transformer (on nine).
 
     python scripts/train_tiny_models.py flux --stage vae --minutes 2 --out runs/tiny-flux
     python scripts/train_tiny_models.py flux --stage transformer --minutes 6 --out runs/tiny-flux
@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import argparse
 import copy
+import random
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,12 +23,12 @@ import tiny_qwen_image_edit
 import torch
 import torch.nn.functional as F
 from diffusers import DiffusionPipeline
-from emoji_pictures import Icon, read_base_icons, render_all
-from PIL import Image
+from emoji_pictures import PART_SETS, Icon, read_base_icons, render_all
 from tiny_autoencoder import AutoencoderTraining, set_latent_statistics, train_autoencoder
+from tiny_qwen_image import TEXT_FEATURES
 from tiny_training import TrainingSet, TransformerTraining, cumulative, train_transformer, weights_by_group
 from torch import Tensor, nn
-from vary_pictures import vary
+from vary_pictures import made_up_words, vary
 
 from pixtune.engine.load import load_transformer
 from pixtune.families import family_of
@@ -37,6 +37,12 @@ from pixtune.family import LatentDistribution, ModelFamily, Placement, Prompt
 from pixtune.storage.model_folder import ModelFolder
 
 NUM_VARIATIONS = 4
+MAX_CAPTION_TOKENS = 24
+"""Longest caption that Qwen's small model is trained on; few are longer."""
+NUM_UNKNOWN_STYLES = 1000
+UNKNOWN = 1.0
+EDITS_A_PICTURE = 4
+"""Styles in which a picture is redrawn, at most."""
 FLUX_TEXT_TOKENS = 48
 """Tokens of a caption; no caption here is longer. The pipelines' 512 would be mostly padding, which FLUX attends to."""
 EDITS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -85,8 +91,8 @@ def caption_features(
     encoder = family.load_text_encoder(folder, Placement(device, torch.float32))
     cut = FLUX_TEXT_TOKENS if family.embedded_guidance else None
     rows = []
-    for start in range(0, len(captions), 256):
-        rows += family.encode_text(encoder, [Prompt(text) for text in captions[start : start + 256]], cut)
+    for start in range(0, len(captions), 1024):
+        rows += family.encode_text(encoder, [Prompt(text) for text in captions[start : start + 1024]], cut)
     return pad_to_eight(family.stack_conditioning(rows))
 
 
@@ -101,52 +107,98 @@ def pad_to_eight(features: dict[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
+class Captions:
+    """Collects (picture, caption) rows in parts, each with its share of the draws."""
+
+    def __init__(self) -> None:
+        self.rows: list[tuple[int, str]] = []
+        self.parts: list[tuple[float, Tensor]] = []
+
+    def add(self, share: float, first_picture: int, captions: Sequence[str], weights: Tensor) -> None:
+        """Adds a caption for each picture from the given one on."""
+        self.rows += [(first_picture + place, caption) for place, caption in enumerate(captions)]
+        self.parts.append((share, weights))
+
+
 def text_to_image_set(folder: ModelFolder, icons: list[Icon], pixels: Tensor) -> TrainingSet:
-    """Builds the set of drawings with their captions; half of the draws go to variations by `vary_pictures`."""
+    """Builds the set of drawings and variations of them by `vary_pictures`, with their captions.
+
+    Captions name the real or made-up style, or, so that a style which the model does not know is no style in
+    particular to it, a word that says nothing, or none.
+    """
     family, device = family_of(folder), pixels.device
-    real, num_real = weights_by_group(icons, device), len(icons)
+    words, real, count = made_up_words(NUM_UNKNOWN_STYLES, seed=1), weights_by_group(icons, device), len(icons)
+    chosen = random.Random(0)
+
+    def unknown() -> list[str]:
+        return [f"{icon.name}, {chosen.choice(words)} style" for icon in icons]
+
+    table = Captions()
+    table.add(0.38, 0, [icon.caption for icon in icons], real)
+    for _ in range(2):
+        table.add(0.08 * UNKNOWN, 0, unknown(), real)
+    table.add(0.04, 0, [icon.name for icon in icons], real)
+    pictures = [pixels]
     for seed in range(NUM_VARIATIONS):
-        varied_icons, varied_pixels = vary(icons[:num_real], pixels[:num_real], seed)
-        icons, pixels = icons + varied_icons, torch.cat([pixels, varied_pixels])
-    rows = torch.arange(len(icons), device=device)
-    captions = [icon.caption for icon in icons] + [family.dropped_caption]
+        known = seed % 2 == 0
+        named, varied = vary(icons, pixels, seed, freedom=0.4 if known else 1.0)
+        table.add(0.15 if known else 0.06, len(pictures) * count, [icon.caption for icon in named], real)
+        if not known:
+            table.add(0.09 * UNKNOWN, len(pictures) * count, unknown(), real)
+        pictures.append(varied)
+    captions = [caption for _, caption in table.rows]
+    features = caption_features(family, folder, [*captions, family.dropped_caption], device)
+    weights = torch.cat([share * weights / weights.sum() for share, weights in table.parts])
+    if "prompt_embeds_mask" in features:
+        short = features["prompt_embeds_mask"].sum(1)[: len(captions)] <= MAX_CAPTION_TOKENS
+        weights = weights * short
+        features = {name: tensor[:, :MAX_CAPTION_TOKENS].contiguous() for name, tensor in features.items()}
+        print(f"{float(short.float().mean()):.1%} of the captions are short enough", flush=True)
     autoencoder = family.load_autoencoder(folder, Placement(device, torch.float32))
     return TrainingSet(
-        latents=encode_pictures(family, autoencoder, pixels),
-        features=caption_features(family, folder, captions, device),
-        targets_N=rows,
-        texts_N=rows,
-        dropped_N=torch.full_like(rows, len(icons)),
+        latents=encode_pictures(family, autoencoder, torch.cat(pictures)),
+        features=features,
+        targets_N=torch.tensor([picture for picture, _ in table.rows], device=device),
+        texts_N=torch.arange(len(captions), device=device),
+        dropped_N=torch.full((len(captions),), len(captions), device=device),
         controls_N=None,
-        cumulative_shares_N=cumulative((0.5, real), (0.5, torch.ones(len(icons) - num_real, device=device))),
+        cumulative_shares_N=torch.cumsum(weights.double() / weights.double().sum(), 0).float(),
     )
 
 
 def edit_set(folder: ModelFolder, icons: list[Icon], pixels: Tensor) -> TrainingSet:
-    """Builds the set of edits: to the other set's drawing of the same thing, to made-up styles, and simple ones."""
+    """Builds the set of edits: to other sets' drawings of the same thing, to made-up styles, and simple ones."""
     family, device, count = family_of(folder), pixels.device, len(icons)
-    number = {(icon.name, icon.style): row for row, icon in enumerate(icons)}
-    styles = sorted({icon.style for icon in icons})
-    swaps = [
-        (row, number[icon.name, style], f"redraw in {style}")
-        for row, icon in enumerate(icons)
-        for style in styles
-        if style != icon.style and (icon.name, style) in number
-    ]
+    chosen, words = random.Random(0), made_up_words(300, seed=1)
+    by_name: dict[str, list[int]] = {}
+    for row, icon in enumerate(icons):
+        by_name.setdefault(icon.name, []).append(row)
+    swaps, unknown = [], []
+    for row, icon in enumerate(icons):
+        others = [other for other in by_name[icon.name] if other != row]
+        others = chosen.sample(others, min(EDITS_A_PICTURE, len(others)))
+        swaps += [(row, other, f"redraw in {icons[other].style}") for other in others]
+        unknown += [(row, other, f"redraw in {chosen.choice(words)} style") for other in others[:2]]
     pictures, made_up, edited = [pixels], [], []
     for seed in range(NUM_VARIATIONS):
         named, varied = vary(icons, pixels, seed, freedom=0.25)
-        made_up += [(row, len(pictures) * count + row, f"redraw in {icon.style}") for row, icon in enumerate(named)]
+        place = len(pictures) * count
+        made_up += [(row, place + row, f"redraw in {icon.style}") for row, icon in enumerate(named)]
         pictures.append(varied)
+        # Another set's drawing, varied, as an unknown style: a new way of drawing and new colours at once.
+        for row, icon in enumerate(icons):
+            other = chosen.choice(by_name[icon.name])
+            unknown.append((row, place + other, f"redraw in {chosen.choice(words)} style"))
     for place, (instruction, change) in enumerate(EDITS.items()):
         rows = torch.arange(place, count, len(EDITS), device=device)
         start = sum(map(len, pictures))
         edited += [(row, start + place_in, instruction) for place_in, row in enumerate(rows.tolist())]
         pictures.append(change(pixels[rows]))
-    table = [*swaps, *made_up, *edited]
+    table = [*swaps, *unknown, *made_up, *edited]
+    weights = weights_by_group(icons, device)
+    weights_of = [weights[[control for control, _, _ in part]] for part in (swaps, unknown, made_up, edited)]
     autoencoder = family.load_autoencoder(folder, Placement(device, torch.float32))
     prompts = [(control, text) for control, _, text in table] + [(row, family.dropped_caption) for row in range(count)]
-    ones = torch.ones(len(table), device=device)
     return TrainingSet(
         latents=encode_pictures(family, autoencoder, torch.cat(pictures)),
         features=edit_features(folder, pixels, prompts),
@@ -154,9 +206,7 @@ def edit_set(folder: ModelFolder, icons: list[Icon], pixels: Tensor) -> Training
         texts_N=torch.arange(len(table), device=device),
         dropped_N=torch.tensor([len(table) + control for control, _, _ in table], device=device),
         controls_N=torch.tensor([control for control, _, _ in table], device=device),
-        cumulative_shares_N=cumulative(
-            (0.4, ones[: len(swaps)]), (0.4, ones[: len(made_up)]), (0.2, ones[: len(edited)])
-        ),
+        cumulative_shares_N=cumulative(*zip((0.4, 0.3, 0.2, 0.1), weights_of, strict=True)),
     )
 
 
@@ -168,33 +218,51 @@ def edit_features(folder: ModelFolder, pixels: Tensor, prompts: Sequence[tuple[i
     (model,), (tokenizer,) = encoder.models, encoder.tokenizers
     reader = EditReader(numbered=False, vision_side=None)
 
-    def prepare(picture_HW3: Tensor) -> Tensor:
-        image = Image.fromarray(picture_HW3.numpy())
-        return tokenizer.image_processor(images=[image], return_tensors="pt")["pixel_values"].half()
+    num_patches = patches_seen(tokenizer.image_processor, pixels[:1]).shape[1]
+    side = round(num_patches**0.5)
+    num_features = num_patches // tokenizer.image_processor.merge_size**2
+    # Few instructions serve many pictures: each is tokenized once.
+    texts = sorted({text for _, text in prompts})
+    written = [reader.template.format(reader.user_part(text, num_pictures=1)) for text in texts]
+    tokens = {name: t.to(device) for name, t in tokenizer.tokens(written, iter([num_features] * len(texts))).items()}
+    place = {text: row for row, text in enumerate(texts)}
+    places_N = torch.tensor([place[text] for _, text in prompts], device=device)
+    pictures_N = torch.tensor([picture for picture, _ in prompts], device=device)
+    num_tokens = tokens["input_ids"].shape[1]
+    features = torch.zeros(
+        len(prompts), num_tokens - NUM_TEMPLATE_TOKENS, TEXT_FEATURES, dtype=torch.bfloat16, device=device
+    )
+    grid = torch.tensor([[1, side, side]], device=device)
+    get_positions: Any = model.get_rope_index
+    positions, _ = get_positions(
+        tokens["input_ids"],
+        tokens["mm_token_type_ids"],
+        image_grid_thw=grid.expand(len(texts), 3),
+        attention_mask=tokens["attention_mask"],
+    )
+    for start in range(0, len(prompts), 512):
+        chunk = slice(start, start + 512)
+        inputs = {name: tensor[places_N[chunk]] for name, tensor in tokens.items()}
+        inputs["pixel_values"] = patches_seen(tokenizer.image_processor, pixels[pictures_N[chunk]]).flatten(0, 1)
+        inputs["image_grid_thw"] = grid.expand(len(places_N[chunk]), 3)
+        inputs["position_ids"] = positions[:, places_N[chunk]]
+        features[chunk] = model(**inputs).last_hidden_state[:, NUM_TEMPLATE_TOKENS:].bfloat16()
+    mask = tokens["attention_mask"].bool()[places_N, NUM_TEMPLATE_TOKENS:]
+    return pad_to_eight({"prompt_embeds": features, "prompt_embeds_mask": mask})
 
-    with ThreadPoolExecutor(8) as pool:
-        seen_NPD = torch.stack(list(pool.map(prepare, pixels.permute(0, 2, 3, 1).cpu().unbind()))).to(device)
-    side = round(seen_NPD.shape[1] ** 0.5)
-    num_features = seen_NPD.shape[1] // tokenizer.image_processor.merge_size**2
-    rows, masks = [], []
-    ordered = sorted(range(len(prompts)), key=lambda row: len(prompts[row][1]))
-    for start in range(0, len(prompts), 128):
-        chunk = [prompts[row] for row in ordered[start : start + 128]]
-        texts = [reader.template.format(reader.user_part(text, num_pictures=1)) for _, text in chunk]
-        tokens = tokenizer.tokens(texts, iter([num_features] * len(chunk)))
-        inputs = {name: tensor.to(device) for name, tensor in tokens.items()}
-        inputs["pixel_values"] = seen_NPD[[picture for picture, _ in chunk]].float().flatten(0, 1)
-        inputs["image_grid_thw"] = torch.tensor([[1, side, side]] * len(chunk), device=device)
-        features_BTD = model(**inputs).last_hidden_state[:, NUM_TEMPLATE_TOKENS:]
-        rows += features_BTD.bfloat16().unbind()
-        masks += inputs["attention_mask"].bool()[:, NUM_TEMPLATE_TOKENS:].unbind()
-    places = torch.empty(len(prompts), dtype=torch.long)
-    places[torch.tensor(ordered)] = torch.arange(len(prompts))
-    stacked = {
-        "prompt_embeds": nn.utils.rnn.pad_sequence(rows, batch_first=True)[places.to(device)],
-        "prompt_embeds_mask": nn.utils.rnn.pad_sequence(masks, batch_first=True)[places.to(device)],
-    }
-    return pad_to_eight(stacked)
+
+def patches_seen(processor: Any, pixels_B3HW: Tensor) -> Tensor:
+    """Makes the patches of square pictures that the text encoder sees, as its processor does, but on any device."""
+    size, merge = processor.patch_size, processor.merge_size
+    cells = round(pixels_B3HW.shape[-1] / (size * merge))
+    resized = F.interpolate(pixels_B3HW.float(), (cells * size * merge,) * 2, mode="bicubic", antialias=True)
+    mean, deviation = (
+        torch.tensor(v, device=resized.device).view(3, 1, 1) for v in (processor.image_mean, processor.image_std)
+    )
+    normal = (resized.round().clamp(0, 255) / 255 - mean) / deviation
+    films = normal[:, None].expand(-1, processor.temporal_patch_size, -1, -1, -1)
+    parts = films.unflatten(4, (cells, merge, size)).unflatten(3, (cells, merge, size))
+    return parts.permute(0, 3, 6, 4, 7, 2, 1, 5, 8).flatten(5).flatten(1, 4)
 
 
 RECIPES = {
@@ -295,15 +363,18 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=2e-3, help="peak learning rate")
     parser.add_argument("--resume", action="store_true", help="start from the folder's transformer, not from scratch")
     parser.add_argument("--eager", action="store_true", help="do not compile the blocks: slower steps, quicker start")
-    parser.add_argument("--limit", type=int, help="only about this many pictures, spread over both styles")
+    parser.add_argument("--limit", type=int, help="only about this many pictures, spread over all styles")
     arguments = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.benchmark = True
     torch._dynamo.config.recompile_limit = 32  # one small function serves all sizes inside the autoencoder
     torch.manual_seed(0)
-    icons = read_base_icons()
-    captions = [icon.caption for icon in icons]
+    captions = [icon.caption for icon in read_base_icons(PART_SETS)]
+    if arguments.stage == "vae":
+        icons = read_base_icons(PART_SETS)
+    else:  # skin tones would take up draws and teach little
+        icons = [icon for icon in read_base_icons() if "skin tone" not in icon.name]
     if arguments.limit:
         names = sorted({icon.name for icon in icons})[:: len(icons) // arguments.limit]
         icons = [icon for icon in icons if icon.name in names]

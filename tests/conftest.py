@@ -10,11 +10,24 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 # Before any test imports a library that reads them.
 os.environ.update(
     HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", WANDB_MODE="disabled", TOKENIZERS_PARALLELISM="false"
 )
+
+
+# The same examples in each run, so that a failure is the change's and nothing has to be kept; machines differ in speed.
+settings.register_profile(
+    "suite",
+    derandomize=True,
+    database=None,
+    deadline=None,
+    max_examples=50,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+settings.load_profile("suite")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -80,9 +93,11 @@ def own_graphs() -> Iterator[None]:
 
     names = (*LIMITS_TO_RECOMPUTING, LIMIT_TO_KNOWN_OPERATORS)
     before = {name: getattr(functorch_config, name) for name in names}
+    shape_padding = inductor_config.shape_padding
     torch._dynamo.reset()
     yield
     for name, value in before.items():
         setattr(functorch_config, name, value)
     inductor_config.joint_custom_pre_pass = None
+    inductor_config.shape_padding = shape_padding
     torch._dynamo.reset()

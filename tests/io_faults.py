@@ -22,8 +22,8 @@ class FailingDisk:
     """Lets one call on a path below `folder`, or all from there on, fail with an error of the system.
 
     Calls are numbered from 1 in the order in which they happen: opening, writing, syncing, renaming, making and
-    deleting files and folders. Each call is noted in `journal`, so that a first run with number 0 tells how many there
-    are.
+    deleting files and folders; with `reads`, opening to read as well. Each call is noted in `journal`, so that a first
+    run with number 0 tells how many there are.
     """
 
     folder: Path
@@ -31,6 +31,7 @@ class FailingDisk:
     error: int = errno.ENOSPC
     lasts: bool = False
     journal: Path | None = None
+    reads: bool = False
     calls: int = 0
 
     def __call__(self) -> None:
@@ -53,6 +54,8 @@ class FailingDisk:
 
         def opened(path: Any, mode: str = "r", *args: Any, **options: Any) -> Any:
             if not set(mode) & set("wax+"):
+                if self.reads:
+                    check("read", path)
                 return really_open(path, mode, *args, **options)
             check("open", path)
             return _Stream(really_open(path, mode, *args, **options), partial(check, "write", path))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 
+from pixtune.data.cache import DiskStore
 from pixtune.storage.checkpoint import checkpoint_path, load_checkpoint
 from pixtune.tracking.metrics import read_metrics
 from tests.runs import environment, overrides, pixtune, run, write_config
@@ -43,26 +45,42 @@ def assert_same_weights(one: Path, two: Path) -> None:
         torch.testing.assert_close(mine[name], theirs[name], rtol=1e-3, atol=1e-6)
 
 
+def spoil_one_encoding(cache: Path) -> None:
+    """Makes the latents of one picture no numbers, as an encoder that overflows would."""
+    store = DiskStore(cache / "entries")
+    digests = sorted(path.stem for path in (cache / "entries").rglob("*.safetensors"))
+    (digest, *_) = (digest for digest in digests if "mean" in store.read(digest))
+    store.write(digest, {name: torch.full_like(tensor, torch.nan) for name, tensor in store.read(digest).items()})
+
+
 def test_two_processes_equal_one_with_twice_the_batch(tmp_path: Path, warm_cache: Path) -> None:
+    """Also in the steps that both skip, since an example of one of them has a loss that is no number."""
     config = write_config(tmp_path)
     one, two = tmp_path / "one", tmp_path / "two"
-    train_alone(config, overrides(one, warm_cache, **SETTINGS, train_batch_size=4))
-    printed = train_in_two(config, overrides(two, warm_cache, **SETTINGS, train_batch_size=2))
+    cache = tmp_path / "cache"
+    train_alone(config, overrides(tmp_path / "filling", warm_cache, max_train_steps=1))
+    shutil.copytree(warm_cache, cache)
+    spoil_one_encoding(cache)
+    train_alone(config, overrides(one, cache, **SETTINGS, train_batch_size=4))
+    printed = train_in_two(config, overrides(two, cache, **SETTINGS, train_batch_size=2))
     assert printed.count("wrote ") == 1, printed
     assert not [*tmp_path.rglob("*.tmp"), *warm_cache.rglob("*.tmp")]
 
     assert_same_weights(one, two)
     metrics = [read_metrics(folder / "metrics.jsonl") for folder in (one, two)]
-    losses = [[line["loss"] for line in lines if "loss" in line] for lines in metrics]
-    assert len(losses[0]) == 6
+    skipped = [[line for line in lines if line["kind"] == "skipped"] for lines in metrics]
+    assert skipped[0] == skipped[1] and skipped[0], "the same examples and sigmas, whichever process had them"
+    assert {each["name"] for line in skipped[0] for each in line["examples"]} == {skipped[0][0]["examples"][0]["name"]}
+    losses = [[line["loss"] or -1.0 for line in lines if "loss" in line] for lines in metrics]
+    assert len(losses[0]) == 6 and losses[0].count(-1.0) == len(skipped[0])
     torch.testing.assert_close(torch.tensor(losses[0]), torch.tensor(losses[1]), rtol=1e-4, atol=1e-6)
 
     longer = {**SETTINGS, "max_train_steps": 8, "resume_from_checkpoint": "latest"}
-    words = overrides(two, warm_cache, **longer, train_batch_size=2)
+    words = overrides(two, cache, **longer, train_batch_size=2)
     refused = pixtune("train", "--config", config, *words)
     assert refused.returncode == 1 and "num_processes: was 2, is 1 (a batch of all" in refused.stdout
     for folder in (one, two):  # the run of two goes on in one: the same batches, since the product is the same
-        train_alone(config, overrides(folder, warm_cache, **longer, train_batch_size=4))
+        train_alone(config, overrides(folder, cache, **longer, train_batch_size=4))
     assert_same_weights(one, two)
     sessions = load_checkpoint(checkpoint_path(two, 8)).lineage.sessions
     assert [(each.last_step, each.identity["num_processes"]) for each in sessions] == [(6, 2), (8, 1)]

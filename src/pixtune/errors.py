@@ -81,6 +81,20 @@ class TrainingError(PixtuneError, RuntimeError):
     """Training cannot continue, for example because the loss is no longer a number."""
 
 
+class LossError(TrainingError):
+    """Losses or weights are no numbers, or losses have exploded.
+
+    Args:
+        message: what happened, without a full stop.
+        weights_are_sound: the weights are known to give numbers, so they can be saved.
+        culprits: names of the examples whose losses are no numbers, where these alone may be at fault.
+    """
+
+    def __init__(self, message: str, weights_are_sound: bool = False, culprits: Sequence[str] = ()) -> None:
+        self.weights_are_sound, self.culprits = weights_are_sound, culprits
+        super().__init__(message)
+
+
 class MemoryShortage(TrainingError):
     """A step needs more memory than there is, and nothing is left that it could give up.
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from pixtune.config.schema import TrainConfig
+from pixtune.errors import WeightsError
 from pixtune.family import ModelFamily, Shapes
 from pixtune.hardware.facts import GIB, HardwareFacts, host_room_bytes
 from pixtune.hardware.read import read_facts
@@ -282,14 +283,56 @@ def footprint_of(config: TrainConfig, family: ModelFamily, folder: ModelFolder, 
 
 def tensor_shapes(config: TrainConfig, family: ModelFamily, folder: ModelFolder) -> Shapes:
     """Returns the shapes of the transformer's tensors: from its files' headers, or with random weights its config."""
-    if config.random_weights:
-        return family.transformer_shapes(folder.component_config("transformer"))
-    return {
+    described = shapes_of_config(family, folder)
+    return described if config.random_weights else check_transformer(family, folder)
+
+
+def shapes_of_config(family: ModelFamily, folder: ModelFolder) -> Shapes:
+    """Returns the shapes of the transformer's tensors by its config.
+
+    Raises:
+        WeightsError: the config describes none.
+    """
+    config = folder.component_config("transformer")
+    try:
+        shapes = family.transformer_shapes(config)
+        right = all(type(side) is int and side > 0 for shape in shapes.values() for side in shape)
+    except (TypeError, ValueError, ArithmeticError):
+        right = False
+    if not right:
+        raise WeightsError(
+            f"{folder.path / 'transformer' / 'config.json'} describes no transformer: its layers have no sizes. "
+            "Fetch the model again."
+        )
+    return shapes
+
+
+def check_transformer(family: ModelFamily, folder: ModelFolder) -> Shapes:
+    """Checks that the transformer's files hold the tensors that its config describes, and returns their shapes.
+
+    Raises:
+        WeightsError: they do not; names one.
+    """
+    described = shapes_of_config(family, folder)
+    found = {
         name: tuple(tensor["shape"])
         for file in weight_files(folder.path / "transformer")
         for name, tensor in read_header(file).items()
         if name != "__metadata__"
     }
+    wrong = [name for name in described if found.get(name) != tuple(described[name])]
+    wrong += [name for name in found if name not in described]
+    if wrong:
+        name = wrong[0]
+        there, wanted = (
+            f"of shape {list(shapes[name])}" if name in shapes else "absent" for shapes in (found, described)
+        )
+        raise WeightsError(
+            f"{folder.path / 'transformer'} does not hold the transformer that its config.json describes: {len(wrong)} "
+            f"tensors differ, {name} among them, which is {there} and should be {wanted}. Was the download "
+            "interrupted? Fetch the model again."
+        )
+    return found
 
 
 def targeted_linears(config: TrainConfig, family: ModelFamily, shapes: Shapes) -> Sequence[str]:

@@ -9,7 +9,6 @@ from types import TracebackType
 from typing import Protocol, Self
 
 from accelerate import Accelerator
-from torch import Tensor
 
 from pixtune.config.schema import TrainConfig
 from pixtune.data.batches import Batch, BatchSource
@@ -20,6 +19,7 @@ from pixtune.engine.relief import Reliefs
 from pixtune.family import ModelFamily
 from pixtune.launch.stop import StopRequest
 from pixtune.plan.training import TrainingPlan
+from pixtune.tracking.figures import StepOutcome
 from pixtune.tracking.memory import RunMemory
 from pixtune.trained.methods import TrainedWeights
 from pixtune.validation import ValidationLoss
@@ -38,7 +38,7 @@ class Run:
     transformer: LoadedTransformer
     trained: TrainedWeights
     forward_backward: ReplayedPass[Batch]
-    """`train.forward_backward` of a batch on the device; returns the batch's share of the step's loss."""
+    """`train.forward_backward` of a batch on the device; returns what its examples contribute to the step's loss."""
     reliefs: Reliefs
     """Ways for a step to need less where it runs out of memory. Their `plan` is the one that is carried out now."""
     learning_rate_at: Callable[[int], float]
@@ -90,7 +90,7 @@ class AroundSteps(Protocol):
     def waited(self, seconds: float) -> None:
         """Receives the time that the loop had to wait for a micro-batch."""
 
-    def after_step(self, step: int, loss: Tensor, grad_norm: Tensor) -> None:
+    def after_step(self, step: int, outcome: StepOutcome) -> None:
         """Does everything that is due after a step, 1 for the first."""
 
     def interrupted(self, step: int) -> TrainResult:

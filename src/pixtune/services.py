@@ -7,15 +7,15 @@ on changes no bit of the training. Saving comes first, and is the only one whose
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
+from functools import partial
+from math import isfinite
 from types import TracebackType
 from typing import Self
 
 from rich.console import Console
-from torch import Tensor
 
 from pixtune.config import to_dict
 from pixtune.console import printing_problem
@@ -24,21 +24,24 @@ from pixtune.data.prepared import PreparedData
 from pixtune.data.swapped import measure_gains, swap_warning
 from pixtune.engine.pace import Pace
 from pixtune.engine.relief import first_that_fits
-from pixtune.errors import CheckpointError, TrainingError
+from pixtune.errors import CheckpointError, LossError, TrainingError
 from pixtune.hardware.facts import package_versions
 from pixtune.hardware.machine import driver_may_spill
 from pixtune.progress import StepBar, announced, say
 from pixtune.report.results import FEW_HELD_OUT, Results, already_finished
 from pixtune.run import Run, TrainResult
-from pixtune.storage.checkpoint import OPTIMIZER_STEM, Checkpoint, checkpoint_path, sharded
+from pixtune.storage.checkpoint import OPTIMIZER_STEM, Checkpoint, checkpoint_path, joined, sharded
 from pixtune.storage.course import Course
+from pixtune.storage.files import remove_temporary
 from pixtune.storage.model_folder import ModelFolder
-from pixtune.tracking.figures import StepFigures, tracker_values, watch_device
+from pixtune.tracking.figures import StepFigures, StepOutcome, tracker_values, watch_device
+from pixtune.tracking.guard import LossGuard, ways_on
 from pixtune.tracking.metrics import FILE_NAME, MetricsLog
 from pixtune.tracking.opening import opening_lines
 from pixtune.tracking.problems import Problems
 from pixtune.tracking.samples import build_sampler
 from pixtune.trained import optim
+from pixtune.trained.skipped_step import spoiled_weights
 from pixtune.validation import NUM_QUARTERS, ValidationLoss, measure
 
 SAMPLES_FOLDER = "samples"
@@ -58,6 +61,7 @@ class Services:
         facts = {**run.trained.counts(), "training examples": len(data.buckets), "held-out": len(data.held_out)}
         self.results = Results(self.config, run.trained, lambda: run.reliefs.plan, run.num_steps, facts)
         self.problems = Problems(self._print_line)
+        self.guard = LossGuard(run.config.guard, partial(spoiled_weights, run.trained.parameters))
         self._pace = Pace(run.accelerator.device, run.stop.check)
         self._losses: dict[int, ValidationLoss] = {}
         self._sampled: set[str] = set()
@@ -71,18 +75,21 @@ class Services:
         config, log = self.config, None
         if self.is_main:
             course = self.course
+            for folder in (self.output_dir, *self.output_dir.glob(f"{SAMPLES_FOLDER}/*")):
+                remove_temporary(folder)
             for sentence in course.begin(config.checkpoints_total_limit, self.start_step < self.run.num_steps):
                 self._print(sentence)
             path = self.output_dir / FILE_NAME
             log = self.log = self.problems.metrics = MetricsLog(path, self.start_step, course.resumed, course.given_up)
-            if log.left_out:
-                self._print(f"warning: {log.left_out}")
+            for sentence in log.left_out:
+                self._print(f"warning: {sentence}")
             self._sampled = {line["path"] for line in log.kept if line["kind"] == "sample"}
             self._losses = {
                 line["step"]: ValidationLoss(line["loss"], tuple(line["quarters"]))
                 for line in log.kept
                 if line["kind"] == "validation"
             }
+            self.guard.held_out = {step: loss.mean for step, loss in self._losses.items() if isfinite(loss.mean)}
         accelerator = self.run.accelerator
         if config.report_to:
             with self.problems.of(f"tracker {config.report_to}", self.start_step):
@@ -93,7 +100,7 @@ class Services:
         images_per_step = config.batch_size * config.gradient_accumulation_steps * accelerator.num_processes
         watch = watch_device(accelerator.device, driver_may_spill()) if self.is_main else None
         self.figures = StepFigures(
-            accelerator, log, self.bar, images_per_step, config.report_to, self._print, watch, self.problems
+            accelerator, log, self.bar, images_per_step, config.report_to, self._print, watch, self.problems, self.guard
         )
         return self
 
@@ -117,9 +124,12 @@ class Services:
         """
         run = self.run
         try:
-            run.trained.load(checkpoint.tensors, checkpoint.record["optimizer_plain"])
+            states, plain = joined(checkpoint.tensors, OPTIMIZER_STEM), checkpoint.record["optimizer_plain"]
+            optim.check_states(run.plan.optimizer, run.trained.parameters, states, plain)
+            run.trained.load(checkpoint.tensors, plain)
         except KeyError as error:
             raise CheckpointError(f"{checkpoint.path} does not fit this model: {error.args[0]}") from error
+        self.guard.restore(checkpoint.record.get("guard", {}))
         of_all = f" of {run.num_steps}" if checkpoint.step < run.num_steps else f" of {run.num_steps}, the last one"
         self._print(f"resuming after step {checkpoint.step}{of_all}, from {checkpoint.path}")
         for change in self.course.changes:
@@ -144,10 +154,10 @@ class Services:
         """Notes the time that the loop had to wait for a micro-batch."""
         self.figures.waited(seconds)
 
-    def after_step(self, step: int, loss: Tensor, grad_norm: Tensor) -> None:
+    def after_step(self, step: int, outcome: StepOutcome) -> None:
         config = self.config
         self.run.stop.defer()
-        self.figures.add(step, loss, grad_norm, self.run.learning_rate_at(step - 1))
+        self.figures.add(step, outcome, self.run.learning_rate_at(step - 1))
         save_due, look_due = self._is_due(step, config.checkpointing_steps), self._is_look_due(step)
         if step % config.logging_steps == 0 or save_due or look_due:
             self._read_back(step)
@@ -173,7 +183,9 @@ class Services:
         if self._is_due(step, self.config.validation.every):
             with self.problems.of("the held-out loss", step):
                 self._validate(step)
-            self._refuse_no_number(step)
+            if step in self._losses and step not in self.guard.held_out:
+                with self._ending_well(step):
+                    self.figures.see_held_out(step, self._losses[step])
         if self._is_due(step, self.config.samples.every):
             with self.problems.of("samples", step):
                 self._sample(step)
@@ -210,8 +222,10 @@ class Services:
         if self.start_step < step:
             self._compare_memory(step)
         first, last = self._losses.get(0), self._losses.get(step)
+        if summary := self.guard.summary():
+            self._print(summary)
         if self.is_main:
-            if self.course.trust():
+            if not self.guard.is_in_doubt(step) and self.course.trust():
                 self._prune(step)
             with announced("writing the files for other programs", self._print_line):
                 paths = self.results.write_weights(step)
@@ -232,12 +246,13 @@ class Services:
 
     def _compare_memory(self, step: int) -> None:
         self.run.memory.end_steps()
-        if memory := self.run.memory.compare(self.run.plan.expected_peak_bytes):
+        history = self.run.forward_backward.history
+        if memory := self.run.memory.compare(self.run.plan.expected_peak_bytes, history.pass_bytes):
             self._print(
                 f"memory: {memory['measured_peak_gib']:.1f} GiB at the peak, {memory['expected_peak_gib']:.1f} expected"
             )
         if self.is_main:
-            captures = {"planned": self.run.plan.captures, **asdict(self.run.forward_backward.history)}
+            captures = {"planned": self.run.plan.captures, **asdict(history)}
             self.log.write("memory", step, stages=self.run.memory.rows(), captures=captures, **memory)
 
     # ---- the services
@@ -328,22 +343,23 @@ class Services:
 
     def _read_back(self, step: int) -> None:
         """Reads the figures of all steps so far, and learns from them whether the newest checkpoint is any good."""
-        try:
+        with self._ending_well(step):
             self.figures.read_back()
-        except TrainingError as error:
-            outlook = f" {self.course.give_up_newest()}" if self.is_main else ""
-            raise TrainingError(f"{error}{outlook}") from error
-        if self.is_main and step > self.saved_step and self.course.trust():
+        if self.is_main and self.guard.proves(self.saved_step) and self.course.trust():
             self._prune(step)  # what was kept beside it until a loss with its weights was known
 
-    def _refuse_no_number(self, step: int) -> None:
-        """Ends a run whose held-out loss is no number any more, before its weights displace good ones."""
-        loss = self._losses.get(step)
-        if loss is not None and not math.isfinite(loss.mean):
-            raise TrainingError(
-                f"step {step}: held-out loss {loss.mean}. Training stops here. {self.course.give_up_newest()} A lower "
-                "learning_rate is allowed by resume_with_changes_in='[learning_rate]'."
-            )
+    @contextmanager
+    def _ending_well(self, step: int) -> Iterator[None]:
+        """Lets losses that end the run leave good checkpoints, and say how to go on."""
+        try:
+            yield
+        except LossError as error:
+            if error.weights_are_sound and self.saved_step != step:
+                self._save(step)
+                self.course.trust()
+            if not self.is_main:
+                raise
+            raise TrainingError(ways_on(error, self.course.give_up_doubtful(), self.config)) from error
 
     def _prune(self, step: int) -> None:
         with self.problems.of("deleting old checkpoints", step):
@@ -373,5 +389,6 @@ class Services:
                     "encoders": self.data.encoders.to_dict(),
                     "versions": package_versions(),
                     "optimizer_plain": plain,
+                    "guard": self.guard.to_dict(),
                 },
             )

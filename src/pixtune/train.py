@@ -35,6 +35,7 @@ from pixtune.engine.relief import (
     first_line,
     free_bytes,
     free_unused,
+    in_turn,
     lacks_memory,
 )
 from pixtune.errors import DataError, ExchangeError, MemoryShortage
@@ -47,7 +48,7 @@ from pixtune.objective import add_noise, example_losses, loss_weights, velocity_
 from pixtune.plan.demands import demands_of
 from pixtune.plan.encoders import EncoderPlan, without_former_fields
 from pixtune.plan.training import TrainingPlan, with_todays_names
-from pixtune.planning import Leaner, leaner_config, leaner_than, plan_on_this_machine
+from pixtune.planning import Leaner, check_transformer, leaner_config, leaner_than, plan_on_this_machine
 from pixtune.progress import announced, printer
 from pixtune.run import AroundSteps, Run, TrainResult
 from pixtune.services import Services
@@ -55,6 +56,7 @@ from pixtune.storage.checkpoint import Checkpoint, checkpoint_path, read_decisio
 from pixtune.storage.course import Course
 from pixtune.storage.model_folder import ModelFolder, open_model_folder
 from pixtune.storage.output_lock import OutputLock
+from pixtune.tracking.figures import StepOutcome
 from pixtune.tracking.memory import RunMemory
 from pixtune.trained import optim
 from pixtune.trained.base import Base
@@ -120,28 +122,28 @@ def run_steps(run: Run, services: AroundSteps) -> TrainResult:
                 return services.interrupted(step)
             num_taken = step
             try:
-                loss, grad_norm = take_step(run, islice(micro_batches, per_step), step)
+                outcome = take_step(run, islice(micro_batches, per_step), step)
                 num_taken += 1
                 until_it_fits(run, partial(run.steps_ahead.look_ahead, step), f"step {step + 2}")
             except (DataError, ExchangeError, MemoryShortage) as error:
                 if not getattr(error, "weights_are_torn", False):
                     services.interrupted(num_taken)
                 raise
-            services.after_step(step + 1, loss, grad_norm)
+            services.after_step(step + 1, outcome)
             if scarcity := run.memory.scarcity():
                 services.interrupted(step + 1)
                 raise scarcity
         return services.interrupted(run.num_steps) if run.stop.requested(run.num_steps) else services.finish()
 
 
-def take_step(run: Run, micro_batches: Iterable[list[Batch]], step: int) -> tuple[Tensor, Tensor]:
+def take_step(run: Run, micro_batches: Iterable[list[Batch]], step: int) -> StepOutcome:
     """Takes one optimizer step as `train_step` does. Where it runs out of memory it is taken again, and needs less.
 
     Raises:
         MemoryShortage: nothing is left that it could give up.
     """
 
-    def attempt() -> tuple[Tensor, Tensor]:
+    def attempt() -> StepOutcome:
         nonlocal micro_batches
         micro_batches, again = tee(micro_batches)
         run.steps_ahead.reach(step)
@@ -174,35 +176,38 @@ def until_it_fits(run: Run, attempt: Callable[[], T], what: str) -> T:
         log.warning("%s ran out of memory (%s) and is taken again: %s", what, obstacle.rstrip("."), relief)
 
 
-def train_step(run: Run, micro_batches: Iterable[list[Batch]], step: int) -> tuple[Tensor, Tensor]:
-    """Takes one optimizer step over its micro-batches, without waiting for the device.
-
-    Returns:
-        The loss, a mean over all examples of all processes, and the gradient's norm before clipping; on the device.
-    """
+def train_step(run: Run, micro_batches: Iterable[list[Batch]], step: int) -> StepOutcome:
+    """Takes one optimizer step over its micro-batches, without waiting for the device."""
     optim.set_learning_rate(run.trained.optimizer, run.learning_rate_at(step))
-    total_loss = torch.zeros((), device=run.accelerator.device)
-    for batch in chain.from_iterable(micro_batches):
-        total_loss += run.forward_backward(batch.to(run.accelerator.device))
-    average_across_processes(run.accelerator, [total_loss, *run.trained.gradients()])
-    grad_norm = run.trained.step()
+    device = run.accelerator.device
+    losses = [run.forward_backward(batch.to(device)).clone() for batch in chain.from_iterable(micro_batches)]
+    losses_2B = torch.cat(losses, 1)
+    totals_2 = losses_2B.sum(1)
+    average_across_processes(run.accelerator, [totals_2, *run.trained.gradients()])
+    grad_norm = run.trained.step(totals_2[0])
     run.forward_backward.zero_gradients()
-    return total_loss, grad_norm
+    return StepOutcome(totals_2, grad_norm, losses_2B[0])
 
 
 def forward_backward(
     config: TrainConfig, family: ModelFamily, transformer: nn.Module, backward: Callable[[Tensor], None], batch: Batch
 ) -> Tensor:
-    """Computes a batch's share of a step's loss, and by `backward` its share of the gradients."""
+    """Computes a batch's share of a step's loss, and by `backward` its share of the gradients.
+
+    Returns:
+        Shape (2, B): the shares of its examples, and what these would be for a model that predicts no velocity at all.
+    """
     noisy_BCHW = add_noise(batch.latents_BCHW, batch.noise_BCHW, batch.sigma_B)
     velocity_BCHW = family.predict_velocity(
         transformer, noisy_BCHW, batch.sigma_B, batch.conditioning, batch.controls, config.objective.guidance
     )
-    loss_B = example_losses(velocity_BCHW, velocity_target(batch.latents_BCHW, batch.noise_BCHW))
-    weight_B = loss_weights(config.objective.weighting_scheme, batch.sigma_B)
-    loss = (weight_B * loss_B).sum() / (config.batch_size * config.gradient_accumulation_steps)
-    backward(loss)
-    return loss.detach()
+    target_BCHW = velocity_target(batch.latents_BCHW, batch.noise_BCHW)
+    num_examples = config.batch_size * config.gradient_accumulation_steps
+    share_B = loss_weights(config.objective.weighting_scheme, batch.sigma_B) / num_examples
+    loss_B = share_B * example_losses(velocity_BCHW, target_BCHW)
+    loss_of_nothing_B = share_B * example_losses(torch.zeros_like(target_BCHW), target_BCHW)
+    backward(loss_B.sum())
+    return torch.stack([loss_B.detach(), loss_of_nothing_B])
 
 
 # ---- what a run is assembled from
@@ -251,6 +256,8 @@ def assemble(
         decide_once(accelerator, partial(lock.acquire, show))
     folder = open_model_folder(config.pretrained_model_name_or_path)
     family = family_of(folder)
+    if not config.random_weights:
+        check_transformer(family, folder)
     checkpoint = find_resume_point(config, accelerator, show)
     start_step = checkpoint.step if checkpoint else 0
     with announced("recognizing the base model by its files", show):
@@ -261,18 +268,16 @@ def assemble(
     encoders = None if stored is None else read_decision(EncoderPlan, stored, "encoders")
     data = prepare_data(
         config, family, folder, accelerator, memory.stages, encoders,
-        lambda found: check_run(config, checkpoint, replace(identity, data=found.digest, examples=found.examples)),
+        lambda found: check_run(config, checkpoint, replace(identity, **found.entries)),
     )  # fmt: skip
     order = BatchOrder(data.buckets, config.batch_size * accelerator.num_processes, config.seed)
     num_steps = planned_steps(config, order)
-    found = data.fingerprint
-    identity = replace(identity, data=found.digest, examples=found.examples, num_steps=num_steps)
+    identity = replace(identity, **data.fingerprint.entries, num_steps=num_steps)
     changes = check_run(config, checkpoint, identity)
     with announced("planning, with trials of this GPU's kernels", show):
         plan = decide_plan(config, family, folder, data, accelerator, checkpoint, leaner)
     optim.check_optimizer(plan.optimizer)
     apply_switches(plan)
-
     reading = Reading(plan.loading_threads, plan.fast_loading)
     with announced("loading the transformer", show):
         transformer = load_planned(family, folder, plan, accelerator.device, reading, config.random_weights)
@@ -365,7 +370,7 @@ def build_pass(
         GraphCapturer(base.transformer.stream) if plan.captures else None,
         plan.captures,
         lambda: free_bytes(plan.usable_bytes),
-        recompute_more,
+        in_turn(recompute_more, parts.divide),
     )
     return replayed, Reliefs(plan, replayed.give_up_captures, recompute_more, parts)
 

@@ -41,6 +41,8 @@ class ValidationLoss:
     mean: float
     quarters: tuple[float, ...]
     """Means over each quarter of the sigma range: [0, 1/4), [1/4, 1/2), [1/2, 3/4), [3/4, 1]."""
+    culprits: tuple[str, ...] = ()
+    """Names of pictures whose loss is no number, where others have one."""
 
 
 @torch.no_grad()
@@ -110,4 +112,6 @@ def measure(
         for picture in pictures
     ]
     per_sigma = torch.stack(losses).double().mean(0).view(NUM_QUARTERS, num_draws)
-    return ValidationLoss(float(per_sigma.mean()), tuple(per_sigma.mean(1).tolist()))
+    spoiled = [picture.name for picture, loss in zip(pictures, losses, strict=True) if not loss.isfinite().all()]
+    culprits = tuple(spoiled) if len(spoiled) < len(pictures) else ()
+    return ValidationLoss(float(per_sigma.mean()), tuple(per_sigma.mean(1).tolist()), culprits)

@@ -114,6 +114,8 @@ EFFECTS: dict[str, Effect] = {
     "samples.guidance_scale": Effect("pictures", (1.0, 4.0), DRAWN),
     "samples.width": Effect("pictures", (None, 96), DRAWN),
     "samples.height": Effect("pictures", (None, 96), DRAWN),
+    "guard.max_skipped_steps": Effect("error", (10, 1), {"learning_rate": 1e30}),
+    "guard.exploded_loss": Effect("error", ("warn", "stop"), {"learning_rate": 1.0, "max_train_steps": 8}),
     "checkpointing_steps": Effect("files", (500, 1)),
     "checkpoints_total_limit": Effect("files", (None, 1), {"checkpointing_steps": 1}),
     "resume_from_checkpoint": Effect("error", (None, "latest"), after_a_run=True),

@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors import safe_open
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from pixtune.config import load_config
 from pixtune.config.schema import TrainConfig
@@ -108,8 +110,8 @@ def observe_run(settings: Mapping[str, object], scene: Path, run: Path) -> Obser
 
 @contextmanager
 def watch() -> Iterator[dict[str, Any]]:
-    """What leaves no trace in a file: threads that read, what a tracker is told."""
-    seen: dict[str, Any] = {"reading threads": 0, "times tracked": 0}
+    """What leaves no trace in a file: threads that read, what a tracker is told, the rates of the optimizer itself."""
+    seen: dict[str, Any] = {"reading threads": 0, "times tracked": 0, "rates": []}
     threads: set[int] = set()
     parts, track = BatchSource.parts, StepFigures.track
 
@@ -121,10 +123,15 @@ def watch() -> Iterator[dict[str, Any]]:
         seen["times tracked"] += 1
         track(figures, *arguments)
 
+    def before_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        seen["rates"].append(float(optimizer.param_groups[0]["lr"]))
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(BatchSource, "parts", watched_parts)
         patch.setattr(StepFigures, "track", watched_track)
+        handle = register_optimizer_step_pre_hook(before_step)
         yield seen
+        handle.remove()
     seen["reading threads"] = len(threads)
 
 
@@ -144,7 +151,6 @@ def _read(output: Path, run: Path) -> Observed:
     metadata, weights = _read_lora(output / DIFFUSERS_FILE)
     return {
         "steps": [(line["step"], line["loss"], line["grad_norm"]) for line in steps],
-        "rates": [line["learning_rate"] for line in steps],
         "held-out losses": [(line["step"], line["loss"]) for line in lines if line["kind"] == "validation"],
         "pictures": {
             path.relative_to(output).as_posix(): file_digest(path) for path in output.glob("samples/**/*.png")

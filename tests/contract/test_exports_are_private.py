@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import platform
 import re
 import shutil
+import socket
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,8 +17,9 @@ from safetensors import safe_open
 
 from tests.runs import DEMO_TRAIN, ROOT, TINY_MODEL, environment, overrides, pixtune, write_config
 
-PRIVATE = ("zyxwilhelmina", "zyxgräfin", "zyxdrawer", "zyxcaption", "zyxproject", "zyxtoken")
+PRIVATE = ("zyxwilhelmina", "zyxgräfin", "zyxdrawer", "zyxcaption", "zyxproject", "zyxtoken", "zyxsecret", "zyxhost")
 """Beginnings of what must stay here. The umlaut stands for text that JSON writes as an escape."""
+SECRETS = {"HF_TOKEN": "hf_zyxtoken", "WANDB_API_KEY": "zyxsecret1", "AWS_SECRET_ACCESS_KEY": "zyxsecret2"}
 TRIGGER = "zzztrigger"
 WRITTEN = ROOT / "tests" / "fixtures" / "written_by_0.1.0"
 
@@ -52,13 +55,19 @@ def train(home: Path, name: str, **changes: object) -> Path:
         data_config__img_dir=home / "zyxdrawer" / "pictures", trigger_words=f"[{TRIGGER}]",
         samples__prompts="[a zyxcaption]", samples__num_steps=1, **changes,
     )  # fmt: skip
-    outcome = pixtune("train", "--config", write_config(project), *words, env=user(home))
+    outcome = pixtune("train", "--config", write_config(project), *words, env=user(home), before=on_another_host)
     assert outcome.returncode == 0, outcome.stdout
     return project / name
 
 
 def user(home: Path) -> dict[str, str]:
-    return environment(HOME=str(home), USER="zyxwilhelmina", HF_TOKEN="hf_zyxtoken")
+    return environment(HOME=str(home), USER="zyxwilhelmina", LOGNAME="zyxwilhelmina", HOSTNAME="zyxhost", **SECRETS)
+
+
+def on_another_host() -> None:
+    """First thing in a run's process: the machine has a name that can be looked for."""
+    socket.gethostname = lambda: "zyxhost"
+    platform.node = lambda: "zyxhost"
 
 
 def export(home: Path, source: Path, output: Path) -> None:
@@ -112,6 +121,8 @@ def test_lora_files_are_private(home: Path) -> None:
     paths.append(run / "checkpoint-000001" / "pytorch_lora_weights.safetensors")
     assert len(paths) == 5
     assert not leaks_of(paths)
+    whole_run = [path for path in run.rglob("*") if path.is_file()]
+    assert len(whole_run) > 5 and not leaks_of(whole_run, ("zyxtoken", "zyxsecret", "zyxhost")), "no secret anywhere"
     for path in paths:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata()

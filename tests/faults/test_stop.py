@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from torch import Tensor
 
 from pixtune.storage.checkpoint import find_checkpoints, load_checkpoint
+from pixtune.tracking.figures import StepOutcome
 from pixtune.tracking.metrics import read_metrics
 from tests import processes
 from tests.runs import ROOT, environment, overrides, write_config
@@ -192,7 +192,7 @@ def busy_step() -> None:
 
     take = train.train_step
 
-    def stuck(run: Any, micro_batches: Any, step: int) -> tuple[Tensor, Tensor]:
+    def stuck(run: Any, micro_batches: Any, step: int) -> StepOutcome:
         if step == 5:
             be_busy()
         return take(run, micro_batches, step)

@@ -57,7 +57,7 @@ def train(
     monkeypatch.setattr(training, "decide_plan", right)
     seen: list[Batch] = []
     batches = observed(read_ahead(run.source, 0, STEPS, 0, pin_memory=False), seen.append)
-    losses = [training.train_step(run, islice(batches, 1), step)[0] for step in range(STEPS)]
+    losses = [training.train_step(run, islice(batches, 1), step).totals_2[0] for step in range(STEPS)]
     return losses, torch.cat([weight.detach().flatten() for weight in run.trained.parameters.values()]), seen
 
 

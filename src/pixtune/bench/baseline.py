@@ -46,7 +46,9 @@ def load_baseline(path: Path) -> Result:
         result = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise BaselineError(f"the baseline {path}", ["there is no such file; write one with --json FILE"]) from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise BaselineError(f"the baseline {path}", [f"cannot be read: {error.strerror or error}"]) from error
+    except (ValueError, RecursionError) as error:  # no UTF-8, no JSON, numbers or depths beyond all use
         raise BaselineError(f"the baseline {path}", [f"is no JSON: {error}"]) from error
     kind = result.get("benchmark") if isinstance(result, dict) else type(result).__name__
     if kind != "training_steps":

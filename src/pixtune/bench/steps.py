@@ -13,7 +13,6 @@ from typing import Self
 
 import torch
 from rich.console import Console
-from torch import Tensor
 
 from pixtune.bench.environment import describe
 from pixtune.bench.flops import StepFlops, StepSize, read_linears, step_flops
@@ -21,7 +20,7 @@ from pixtune.bench.peaks import measure_peaks
 from pixtune.bench.result import Case, Formats, Memory, Result, Timing, make_result
 from pixtune.bench.synthetic import DEFAULT_WORDS, count_controls, count_pictures, timing_words, write_pictures
 from pixtune.config import load_config
-from pixtune.config.schema import TrainConfig
+from pixtune.config.schema import GuardConfig, TrainConfig
 from pixtune.data.batches import Batch
 from pixtune.engine.capture import PLAIN_CALLS
 from pixtune.engine.quantize import codes_for
@@ -37,7 +36,8 @@ from pixtune.progress import StepBar, say
 from pixtune.run import Run, TrainResult
 from pixtune.services import Services
 from pixtune.storage.model_folder import open_model_folder
-from pixtune.tracking.figures import StepFigures, count_compiled_graphs, watch_device
+from pixtune.tracking.figures import StepFigures, StepOutcome, count_compiled_graphs, watch_device
+from pixtune.tracking.guard import LossGuard
 from pixtune.tracking.memory import STEPS
 from pixtune.tracking.metrics import FILE_NAME, MetricsLog, read_metrics
 from pixtune.tracking.problems import Problems
@@ -224,6 +224,7 @@ class TimedSteps:
         self._figures = StepFigures(
             accelerator, self._log, self._bar, config.batch_size * config.gradient_accumulation_steps, None,
             self._print, watch_device(accelerator.device, driver_may_spill()), Problems(self._print),
+            LossGuard(GuardConfig(max_skipped_steps=1), list),
         )  # fmt: skip
         return self
 
@@ -243,8 +244,8 @@ class TimedSteps:
     def waited(self, seconds: float) -> None:
         self._figures.waited(seconds)
 
-    def after_step(self, step: int, loss: Tensor, grad_norm: Tensor) -> None:
-        self._figures.add(step, loss, grad_norm, self._run.learning_rate_at(step - 1))
+    def after_step(self, step: int, outcome: StepOutcome) -> None:
+        self._figures.add(step, outcome, self._run.learning_rate_at(step - 1))
         if step % self._run.config.logging_steps == 0 or step == self._run.num_steps:
             self._figures.read_back()
         self._bar.advance(step)

@@ -29,7 +29,7 @@ from pixtune.data.prepare import control_rules, encode_prompt, prompt_example, r
 from pixtune.engine.apply import blocks_of, load_planned, placement_of
 from pixtune.engine.compile import compile_blocks, compile_obstacle
 from pixtune.engine.load import LoadedTransformer
-from pixtune.errors import ConfigError, WeightsError
+from pixtune.errors import ConfigError
 from pixtune.families import family_of
 from pixtune.family import CONTROL_SIDE, ModelFamily, Placement
 from pixtune.hardware.facts import HardwareFacts
@@ -256,8 +256,8 @@ def footprint_of(task: Task, config: TrainConfig) -> Footprint:
     family, folder, lora = task.family, task.folder, task.lora
     shapes = tensor_shapes(config, family, folder)
     modules = lora.modules if lora else ()
-    if lora and (unknown := [module for module in modules if f"{module}.weight" not in shapes]):
-        raise WeightsError(f"{lora.path} does not fit this model, which has no {unknown[0]}")
+    if lora:
+        lora.refuse_other_model(shapes)
     return read_footprint(
         family, shapes, family.block_shape(folder)[1], max(_num_tokens(task, example) for example in task.examples),
         modules, lora.largest_rank if lora else 0,

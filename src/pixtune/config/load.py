@@ -127,6 +127,7 @@ _WANTED = {
     "float_type": "a number",
     "finite_number": "a finite number",
     "tuple_type": "a list",
+    "too_short": "a list of at least {min_length}",
     "path_type": "a path",
     "greater_than": "greater than {gt}",
     "greater_than_equal": "at least {ge}",

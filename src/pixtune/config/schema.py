@@ -13,9 +13,10 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from pixtune.config.contradictions import contradictions
+from pixtune.config.section import Section
 from pixtune.config.values import (
     Count,
     FewThousand,
@@ -48,18 +49,8 @@ ChangeableNames = Annotated[Words, AfterValidator(_changeable)]
 LR_SCHEDULERS = Literal[
     "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial", "piecewise_constant"
 ]
-
-
 SIGMA_DISTRIBUTIONS = Literal["uniform", "logit_normal", "sigmoid", "mode"]
 WEIGHTING_SCHEMES = Literal["none", "sigma_sqrt", "cosmap"]
-
-
-class Section(BaseModel):
-    """Base of all sections: unknown keys are problems, values are not converted silently, nothing changes later."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
-    )
 
 
 class DataConfig(Section):
@@ -158,6 +149,17 @@ class SamplesConfig(Section):
     shape at the area of `img_size` squared."""
     height: Side | None = None
     """Height of the samples in pixels. Absent: as for `width`."""
+
+
+class GuardConfig(Section):
+    """Keys of what a run does when its losses go wrong."""
+
+    max_skipped_steps: Count = 10
+    """Number of steps skipped in a row at which the run ends; 1: the first one ends it. A step is skipped, and its
+    examples are named, where its loss or the norm of its gradients is no finite number."""
+    exploded_loss: Literal["warn", "stop"] = "warn"
+    """Whether a loss that has exploded is a warning, or ends the run: a held-out loss over twice its lowest, a median
+    of 32 training losses over 3 times its lowest, or 8 training losses 1.5 times those of predicting nothing."""
 
 
 class CudaFeatures(Section):
@@ -272,6 +274,8 @@ class TrainConfig(Section):
     """Loss on held-out pictures with fixed noise and sigmas."""
     samples: SamplesConfig = SamplesConfig()
     """Pictures that the model generates during training."""
+    guard: GuardConfig = GuardConfig()
+    """Losses that are no numbers, or explode."""
 
     # ---- checkpoints
     checkpointing_steps: Count = 500

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -27,6 +28,7 @@ from torch import Tensor
 
 from pixtune.data.pairs import shorten
 from pixtune.errors import DataError
+from pixtune.inputs.reading import MEBIBYTE, read_bounded
 from pixtune.storage.files import replacing, text_digest, write_if_possible
 from pixtune.storage.safetensors_writer import file_pieces
 
@@ -42,6 +44,10 @@ BEFORE_CHECKSUM = b'{"__metadata__":{"checksum":"'
 """Bytes of an entry's file from the header's length, the first eight, to the checksum: eight hex digits."""
 CHECKSUM_START = 8 + len(BEFORE_CHECKSUM)
 CHECKSUM_END = CHECKSUM_START + 8
+LARGEST_ENTRY_BYTES = 512 * MEBIBYTE
+"""Size that no entry reaches: latents of a picture of the most pixels have 340 MiB."""
+LARGEST_LEDGER_BYTES = 256 * MEBIBYTE
+"""Size up to which a ledger is read: that of half a million items."""
 CHECK_THREADS = 4
 """Number of threads that check entries: most of the time goes to waiting for a disk, or to a checksum without the
 interpreter's lock."""
@@ -128,7 +134,9 @@ class DiskStore:
             version = (stat.st_ino, stat.st_size, stat.st_mtime_ns)
             if self._sound.get(digest) == version:
                 return None
-            problem = _problem_of(digest, path.read_bytes())
+            if stat.st_size > LARGEST_ENTRY_BYTES:
+                return DAMAGED
+            problem = _problem_of(digest, read_bounded(path, LARGEST_ENTRY_BYTES))
         except OSError as error:
             return f"unreadable ({error.strerror or error})"
         if problem is None:
@@ -143,12 +151,15 @@ class DiskStore:
         """
         path = self._path(digest)
         try:
-            data = path.read_bytes()
+            data = read_bounded(path, LARGEST_ENTRY_BYTES)
         except OSError as error:
             raise _unusable(path, f"cannot be read: {error.strerror or error}") from error
         if problem := _problem_of(digest, data):
             raise _unusable(path, f"is {problem}")
-        return load(data)
+        try:
+            return load(data)
+        except (SafetensorError, ValueError) as error:
+            raise _unusable(path, f"is no safetensors file ({error})") from error
 
     def read_shapes(self, digest: str) -> Mapping[str, Sequence[int]]:
         """Reads the shapes from the header, which is not checked again.
@@ -215,11 +226,15 @@ class Ledger:
     def __init__(self, path: Path | None) -> None:
         self.path = path
         self._parts: dict[str, dict[str, str]] = {}
-        if path is not None and path.is_file():
+        if path is not None and os.path.lexists(path):
             try:
-                found = json.loads(path.read_text(encoding="utf-8"))
+                found = json.loads(read_bounded(path, LARGEST_LEDGER_BYTES).decode())
                 self._parts = {item: dict(parts.items()) for item, parts in found.items()}
-            except (ValueError, AttributeError):  # no JSON, or JSON of another shape
+            except OSError as error:
+                log.warning(
+                    "%s cannot be read (%s); reasons for cache misses are unknown this once", path, error.strerror
+                )
+            except (ValueError, AttributeError, RecursionError):  # no JSON, or JSON of another shape
                 log.warning("%s is damaged; reasons for cache misses are unknown this once", path)
 
     def reason(self, key: CacheKey) -> str:

@@ -8,17 +8,22 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from pixtune.data.pairs import shorten
 from pixtune.family import CONTROL_SIDE, ModelFamily, PromptOutline, TextLength
+from pixtune.inputs.reading import MEBIBYTE, read_bounded
 from pixtune.sizes import Size
 from pixtune.storage.files import write_if_possible
 from pixtune.storage.model_folder import ModelFolder
 
 log = logging.getLogger(__name__)
+
+LARGEST_COUNTS_BYTES = 256 * MEBIBYTE
+"""Size up to which a file of remembered numbers is read: that of two million captions."""
 
 Lengths = tuple[TextLength, ...]
 """A prompt's length in each text encoder that cuts."""
@@ -55,7 +60,7 @@ def count_new(
         prompts: prompts by names that stand for all that decides the numbers, such as digests of cache keys.
         path: file of remembered lengths; None: nothing is remembered.
     """
-    known = _read(path) if path is not None and path.is_file() else {}
+    known = _read(path) if path is not None and os.path.lexists(path) else {}
     new = {name: prompt for name, prompt in prompts.items() if name not in known}
     if new:
         known |= zip(new, count(list(new.values())), strict=True)
@@ -67,11 +72,20 @@ def count_new(
 
 def _read(path: Path) -> dict[str, Lengths]:
     try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
-        return {name: tuple(TextLength(*each) for each in row) for name, row in rows.items()}
-    except (ValueError, TypeError, AttributeError):  # no JSON, or JSON of another shape
+        rows = json.loads(read_bounded(path, LARGEST_COUNTS_BYTES).decode())
+        known = {name: tuple(TextLength(*each) for each in row) for name, row in rows.items()}
+        if all(_is_of_form(each) for row in known.values() for each in row):
+            return known
         log.warning("%s is damaged; captions are counted again", path)
-        return {}
+    except OSError as error:
+        log.warning("%s cannot be read (%s); captions are counted again", path, error.strerror or error)
+    except (ValueError, TypeError, AttributeError, RecursionError):  # no JSON, or JSON of another shape
+        log.warning("%s is damaged; captions are counted again", path)
+    return {}
+
+
+def _is_of_form(length: TextLength) -> bool:
+    return isinstance(length.reader, str) and type(length.num_tokens) is int and type(length.limit) is int
 
 
 def cut_captions(named: Sequence[tuple[str, Lengths]]) -> list[str]:

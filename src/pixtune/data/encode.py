@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import gc
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -26,6 +26,7 @@ from pixtune.data.caption_tokens import Lengths, count_new, cut_captions
 from pixtune.data.images import check_unchanged, crop_resize, decoded, to_pixels
 from pixtune.engine.tiling import encode_images
 from pixtune.engine.weight_only import quantize_encoder
+from pixtune.errors import WeightsError
 from pixtune.family import Conditioning, LatentDistribution, ModelFamily, Placement, Prompt, PromptOutline, TextEncoder
 from pixtune.plan.encoders import ON_CPU, EncoderPlan
 from pixtune.progress import announced, say, track
@@ -166,11 +167,25 @@ class Encoder:
         def encode(missing: Sequence[CacheKey]) -> Iterator[tuple[CacheKey, Entry]]:
             encode_one = self.open_text_encoder()
             for key in track(missing, "encoding captions", len(missing), self.console):
-                yield key, encode_one(item_of[key.digest])
+                yield key, self._numbers(key, encode_one(item_of[key.digest]), self.family.text_components[0])
             del encode_one
             self._make_room()
 
         return fill(self.store, self.ledger, keys, encode)
+
+    def _numbers(self, key: CacheKey, entry: Mapping[str, Tensor], part: str) -> Entry:
+        """Returns an entry whose values are numbers.
+
+        Raises:
+            WeightsError: some are none; names the part of the model that made it.
+        """
+        if not all(bool(tensor.isfinite().all()) for tensor in entry.values()):
+            raise WeightsError(
+                f"{self.folder.path / part} makes values that are no numbers (NaN or infinity) of {key.item}. Its "
+                "weights are damaged, or overflow in this number format: fetch the model again, or set "
+                "mixed_precision: 'no'."
+            )
+        return dict(entry)
 
     def open_text_encoder(self) -> Callable[[TextItem], Conditioning]:
         """Loads the text encoder. Unless it `stays`, it leaves the device when the returned function is dropped."""
@@ -196,7 +211,7 @@ class Encoder:
             pixels = track(_loaded_ahead(load, ordered), "encoding pictures", len(ordered), self.console)
             for key, pixels_13HW in zip(ordered, pixels, strict=True):
                 latents = encode_one(pixels_13HW)
-                yield key, {"mean": latents.mean_BCHW, "std": latents.std_BCHW}
+                yield key, self._numbers(key, {"mean": latents.mean_BCHW, "std": latents.std_BCHW}, "vae")
             del encode_one
             self._make_room()
 

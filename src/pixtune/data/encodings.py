@@ -15,6 +15,7 @@ from pixtune.data.controls import ControlFraming
 from pixtune.data.encode import Encoder, FramedPicture, TextItem
 from pixtune.data.examples import Example
 from pixtune.data.images import to_pixels
+from pixtune.errors import DataError
 from pixtune.family import Conditioning, LatentDistribution
 
 
@@ -98,7 +99,9 @@ class Encodings:
                 changed or is gone.
         """
         if item in self._text_keys:
-            return self.encoder.store.read(self._text_keys[item].digest)
+            entry = self.encoder.store.read(self._text_keys[item].digest)
+            _check_form(self._text_keys[item], {2} <= {tensor.ndim for tensor in entry.values()} <= {1, 2})
+            return entry
         assert self._encode_text is not None, f"{item.text!r} is neither in the cache nor to be encoded in the loop"
         with self._lock:
             row = self._encode_text(item)
@@ -112,6 +115,7 @@ class Encodings:
         """
         if item in self._text_keys:
             shapes = list(self.encoder.store.read_shapes(self._text_keys[item].digest).values())
+            _check_form(self._text_keys[item], any(len(shape) == 2 for shape in shapes))
         else:
             shapes = [tensor.shape for tensor in self.text(item).values()]
         return max(shape[0] for shape in shapes if len(shape) > 1)
@@ -123,10 +127,26 @@ class Encodings:
             DataError: its entry cannot be used any more; or it is encoded now, and has changed or is gone.
         """
         if picture in self._latent_keys:
-            entry = self.encoder.store.read(self._latent_keys[picture].digest)
+            key = self._latent_keys[picture]
+            entry = self.encoder.store.read(key.digest)
+            shapes = {tuple(tensor.shape) for tensor in entry.values()}
+            _check_form(key, entry.keys() == {"mean", "std"} and len(shapes) == 1 and len(next(iter(shapes))) == 4)
             return LatentDistribution(entry["mean"], entry["std"])
         assert self._encode_picture is not None, f"{picture.name} is neither in the cache nor to be encoded in the loop"
         pixels_13HW = to_pixels(picture.read()).unsqueeze(0)
         with self._lock, torch.no_grad():
             latents = self._encode_picture(pixels_13HW)
         return LatentDistribution(latents.mean_BCHW.cpu(), latents.std_BCHW.cpu())
+
+
+def _check_form(key: CacheKey, is_right: bool) -> None:
+    """Checks an entry whose checksum is right: whoever writes to a cache can make that so.
+
+    Raises:
+        DataError: it is not what encoders make.
+    """
+    if not is_right:
+        raise DataError(
+            "an encoding in the cache cannot be used",
+            [f"The entry {key.digest} of {key.item} holds other tensors than encoders make. Delete the cache."],
+        )

@@ -25,7 +25,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from pixtune.data.buckets import Framing
 from pixtune.data.levels import DECODER_ERRORS, WHITE_IS_ZERO, Stored, Unusable, to_rgb
 from pixtune.errors import DataError
-from pixtune.inputs.reading import check_regular
+from pixtune.inputs.reading import MEBIBYTE, check_size
 from pixtune.sizes import Size
 from pixtune.storage.files import file_digest
 
@@ -34,6 +34,10 @@ if TYPE_CHECKING:
 
 MAX_PICTURE_PIXELS = 178_956_970
 """Largest width times height that is opened (13,377 x 13,377; 0.7 GiB as RGB). It is Pillow's own limit."""
+
+LARGEST_PICTURE_BYTES = 2048 * MEBIBYTE
+"""Size of the largest picture file that is opened, or hashed: a picture of the most pixels has 1.4 GiB in the deepest
+format, uncompressed."""
 
 LARGE_PIXELS = 1 << 25
 """Pixels from which pictures are worked on one at a time, whatever the number of threads: they would add up."""
@@ -144,7 +148,7 @@ def picture_digest(path: Path) -> str:
 
 @cache
 def _digest(path: Path, size: int, changed_ns: int) -> str:
-    check_regular(path)
+    check_size(path, LARGEST_PICTURE_BYTES)
     return file_digest(path)
 
 
@@ -186,7 +190,7 @@ def to_pixels(image: Image.Image) -> Tensor:
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[Image.Image]:
     """Opens a file: its header is read and its size is within the limit."""
-    check_regular(path)
+    check_size(path, LARGEST_PICTURE_BYTES)
     with _OPENING, warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit below has its own message
         image = Image.open(path, formats=_FORMATS)

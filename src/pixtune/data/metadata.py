@@ -5,18 +5,32 @@ As in `pairs.py`, nothing stops at the first problem. Needs neither torch nor Pi
 
 from __future__ import annotations
 
+import codecs
 import json
 import unicodedata
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from pixtune.data.pairs import Pair, Pairs, tidy_caption
-from pixtune.inputs.reading import MEBIBYTE, read_bounded
+from pixtune.data.pairs import LARGEST_CAPTION_BYTES, Pair, Pairs, shorten, tidy_caption
+from pixtune.inputs.reading import MEBIBYTE, read_lines
 
 KEYS = ("image", "caption", "control")
 
+MOST_CONTROLS = 16
+"""Number of control pictures that no model takes."""
+
 LARGEST_FILE_BYTES = 1024 * MEBIBYTE
 """Size that no metadata file reaches: a million rows have a tenth of it."""
+
+LONGEST_ROW_BYTES = 2 * MEBIBYTE
+"""Length that no row reaches. It is read at once, and JSON takes up to thirty times its text in memory."""
+
+MOST_ROWS = 1_000_000
+"""Number of rows that may be read; each takes about half a kilobyte of memory."""
+
+MOST_FAULTS = 1000
+"""Number of problems after which no more rows are read: a file of another kind has one a line."""
 
 
 def read_metadata(file: Path, folder: Path) -> Pairs:
@@ -29,27 +43,32 @@ def read_metadata(file: Path, folder: Path) -> Pairs:
     """
     faults: list[str] = []
     pairs: list[Pair] = []
-    times_seen: dict[str, int] = {}
+    times_seen: Counter[str] = Counter()
+    listings = Listings()
+    number = 0
     try:
-        text = read_bounded(file, LARGEST_FILE_BYTES).decode("utf-8-sig")
+        # JSON's text may hold U+2028 and its like, at which `splitlines` would cut.
+        for number, line in enumerate(read_lines(file, LARGEST_FILE_BYTES, LONGEST_ROW_BYTES), 1):
+            row, problems = _read_line(line.removeprefix(codecs.BOM_UTF8) if line and number == 1 else line)
+            if row is not None:
+                times_seen[row["image"]] += 1
+                count = times_seen[row["image"]]
+                controls = _as_list(row.get("control"))
+                paths = [listings.as_on_disk(folder / path) for path in (row["image"], *controls)]
+                problems += [f"there is no file {path}" for path in paths if not _is_file(path)]
+                name = row["image"] if count == 1 else f"{row['image']}#{count}"
+                caption = tidy_caption(row["caption"])
+                if not problems:
+                    pairs.append(Pair(paths[0], name, caption=caption, control_paths=tuple(paths[1:])))
+            faults += [f"{file}:{number}: {problem}." for problem in problems]
+            if len(faults) >= MOST_FAULTS:
+                faults.append(f"{file} has more problems than these {len(faults):,}; it was read to line {number:,}.")
+                break
+            if len(pairs) > MOST_ROWS:
+                faults.append(f"{file} has more than {MOST_ROWS:,} rows, the most that are read. Divide it.")
+                break
     except OSError as error:
         return Pairs(folder, (), (), (f"{file} cannot be read: {error.strerror or error}.",), ())
-    except UnicodeDecodeError as error:
-        return Pairs(folder, (), (), (f"{file} cannot be read as UTF-8 text: {error}.",), ())
-    # JSON's text may hold U+2028 and its like, at which `splitlines` would cut.
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        row, problems = _read_row(line)
-        if row is not None:
-            times_seen[row["image"]] = times_seen.get(row["image"], 0) + 1
-            count = times_seen[row["image"]]
-            paths = [_as_on_disk(folder / path) for path in (row["image"], *_as_list(row.get("control")))]
-            problems += [f"there is no file {path}" for path in paths if not _is_file(path)]
-            name = row["image"] if count == 1 else f"{row['image']}#{count}"
-            if not problems:
-                pairs.append(Pair(paths[0], name, caption=tidy_caption(row["caption"]), control_paths=tuple(paths[1:])))
-        faults += [f"{file}:{number}: {problem}." for problem in problems]
     if not pairs and not faults:
         faults.append(f"{file} is empty. One JSON object a line is needed, with the keys {', '.join(KEYS)}.")
     return Pairs(folder, tuple(pairs), (), tuple(faults), ())
@@ -62,12 +81,38 @@ def _is_file(path: Path) -> bool:
         return False
 
 
-def _as_on_disk(path: Path) -> Path:
-    """Returns the path with the name as the disk spells it: accents may be composed in the one and not in the other."""
-    if path.name.isascii() or _is_file(path) or not path.parent.is_dir():
-        return path
-    wanted = unicodedata.normalize("NFC", path.name)
-    return next((each for each in path.parent.iterdir() if unicodedata.normalize("NFC", each.name) == wanted), path)
+class Listings:
+    """The names of files in the folders that rows name, each folder read once."""
+
+    def __init__(self) -> None:
+        self._names: dict[Path, dict[str, Path]] = {}
+
+    def as_on_disk(self, path: Path) -> Path:
+        """Returns the path with the name as the disk spells it, with accents composed or not."""
+        if path.name.isascii() or _is_file(path):
+            return path
+        if path.parent not in self._names:
+            inside = path.parent.iterdir() if _is_folder(path.parent) else ()
+            self._names[path.parent] = {unicodedata.normalize("NFC", each.name): each for each in inside}
+        return self._names[path.parent].get(unicodedata.normalize("NFC", path.name), path)
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError:
+        return False
+
+
+def _read_line(line: bytes | None) -> tuple[dict[str, Any] | None, list[str]]:
+    """Parses a line: a row of the right form, or None and what is wrong with it. Nothing is wrong with an empty one."""
+    if line is None:
+        return None, [f"is longer than {LONGEST_ROW_BYTES // MEBIBYTE} MiB, which no row needs"]
+    try:
+        text = line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        return None, [f"is not UTF-8 text (byte 0x{line[error.start]:02x} at position {error.start})"]
+    return _read_row(text) if text.strip() else (None, [])
 
 
 def _read_row(line: str) -> tuple[dict[str, Any] | None, list[str]]:
@@ -80,11 +125,18 @@ def _read_row(line: str) -> tuple[dict[str, Any] | None, list[str]]:
         return None, ["not a JSON object of these keys (nested too deeply)"]
     if not isinstance(row, dict):
         return None, [f"is a {type(row).__name__}; an object with the keys {', '.join(KEYS)} is needed"]
-    problems = [f"unknown key {key!r}; known are {', '.join(KEYS)}" for key in row if key not in KEYS]
+    unknown = shorten(f"{key[:60]!r}" for key in row if key not in KEYS)
+    problems = [f"unknown key {unknown}; known are {', '.join(KEYS)}"] if unknown else []
     problems += [f"{key!r} must be text" for key in ("image", "caption") if not isinstance(row.get(key), str)]
     controls = _as_list(row.get("control"))
     if not all(isinstance(path, str) for path in controls):
         problems.append("'control' must be a path or a list of paths")
+    if len(controls) > MOST_CONTROLS:
+        problems.append(f"'control' lists {len(controls):,} paths, more than any model takes")
+    if isinstance(row.get("caption"), str) and len(row["caption"]) > LARGEST_CAPTION_BYTES:
+        problems.append(
+            f"'caption' has more than {LARGEST_CAPTION_BYTES:,} letters, of which no model reads a thousandth"
+        )
     texts = {"image": row.get("image"), "caption": row.get("caption")} | {"control": "".join(map(str, controls))}
     for key, text in texts.items():
         if isinstance(text, str) and any("\ud800" <= mark <= "\udfff" or mark == "\0" for mark in text):

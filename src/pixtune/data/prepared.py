@@ -6,6 +6,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -30,6 +31,11 @@ class DataFingerprint:
     """Hash over everything that decides what is trained on."""
     examples: Mapping[str, str] | None = None
     """Short digests by name, as "caption-pictures"; None where there are too many, or the data are drawn."""
+
+    @property
+    def entries(self) -> dict[str, Any]:
+        """Entries of a `RunIdentity`."""
+        return {"data": self.digest, "examples": self.examples}
 
 
 @dataclass(frozen=True)

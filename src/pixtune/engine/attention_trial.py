@@ -92,7 +92,7 @@ def read_kept(file: Path) -> dict[str, Finding]:
         if stored["format"] != FORMAT:
             return {}
         return {kernel: Finding(**finding) for kernel, finding in stored["kernels"].items()}
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return {}
 
 

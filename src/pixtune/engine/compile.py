@@ -88,6 +88,9 @@ def compile_blocks(
     for limit in (*LIMITS_TO_RECOMPUTING, LIMIT_TO_KNOWN_OPERATORS):
         setattr(functorch_config, limit, not selective)
     inductor_config.joint_custom_pre_pass = RecomputePolicy()
+    # Where tokens or ranks are no multiple of 8 the compiler may pad a product's inputs, and keeps the padded copies
+    # for the backward pass instead of what they are computed from: 4 units a block of FLUX with a LoRA on its MLP.
+    inductor_config.shape_padding = False
     functorch_config.donated_buffer = not backward_twice
     # Otherwise torch traces what it has compiled before, since functions with a backward of their own are in it. What
     # they compute is part of the graph by which compiled code is found again.

@@ -31,6 +31,11 @@ OUT_OF_MEMORY = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_AL
 """Words of errors that the driver and its libraries raise where torch's allocator was not asked."""
 
 
+def in_turn(*reliefs: Relief) -> Relief:
+    """Returns the relief that uses up each of some before the next one."""
+    return lambda: next(filter(None, (relief() for relief in reliefs)), None)
+
+
 def lacks_memory(error: BaseException) -> bool:
     """Returns whether an error says that the device has too little free memory."""
     return isinstance(error, torch.OutOfMemoryError) or (
@@ -124,10 +129,11 @@ DivisibleT = TypeVar("DivisibleT", bound=Divisible)
 
 
 class PassInParts(Generic[DivisibleT]):
-    """A pass over parts of its inputs, one after the other: their losses and gradients add up to those of the whole.
+    """A pass over parts of its inputs, one after the other: gradients add up to those of the whole.
 
     Args:
-        compute: forward and backward pass of some inputs; returns their share of the loss.
+        compute: forward and backward pass of some inputs; returns their losses, one example after the other in the last
+            dimension.
         num_parts: number of parts at the start.
         most: largest number of parts; 1 where a pass steps weights itself.
     """
@@ -138,7 +144,7 @@ class PassInParts(Generic[DivisibleT]):
     def __call__(self, inputs: DivisibleT) -> Tensor:
         if self.num_parts == 1 or len(inputs) == 1:
             return self._compute(inputs)
-        return torch.stack([self._compute(part) for part in inputs.parts(self.num_parts)]).sum()
+        return torch.cat([self._compute(part) for part in inputs.parts(self.num_parts)], -1)
 
     def divide(self) -> str | None:
         """Doubles the number of parts; see `Relief`."""
@@ -164,12 +170,12 @@ class Reliefs:
         passes: PassInParts[DivisibleT],
     ) -> None:
         self._first_plan, self._recompute_more, self._passes = plan, recompute_more, passes
-        self._reliefs: tuple[Relief, ...] = (give_up_captures, recompute_more, passes.divide)
+        self._relief = in_turn(give_up_captures, recompute_more, passes.divide)
 
     def __call__(self) -> str | None:
         """Makes a step need less memory; see `Relief`."""
         free_unused()
-        return next(filter(None, (relief() for relief in self._reliefs)), None)
+        return self._relief()
 
     @property
     def plan(self) -> TrainingPlan:

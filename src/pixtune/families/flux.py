@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pixtune import randomness
+from pixtune.errors import WeightsError
 from pixtune.families.flow_schedule import model_sigmas, model_time_shift, rounded_timestep
 from pixtune.families.packing import PATCH, grid, num_tokens, pack_latents, unpack_latents
 from pixtune.families.transformer_shapes import flux_shapes
@@ -39,6 +40,9 @@ else:
 NUM_TEXT_TOKENS = 512
 """Number of tokens that T5's features are padded to (`max_sequence_length` of the pipelines' call). The padding is
 attended to."""
+
+MOST_CLIP_TOKENS = 1024
+"""Number of tokens beyond what any CLIP reads; FLUX's reads 77."""
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 TEXT_ATTENTION = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
@@ -151,31 +155,41 @@ class Flux:
     def load_text_encoder(self, folder: ModelFolder, placement: Placement) -> TextEncoder:
         from transformers import CLIPTextModel, T5EncoderModel
 
-        from pixtune.storage.loading.parts import load_part
+        from pixtune.storage.loading.parts import check_words, load_part
 
+        tokenizers = self._load_tokenizers(folder)
         models = tuple(
             load_part(kind, folder.path / part, dtype=placement.dtype).to(placement.device).eval().requires_grad_(False)
             for kind, part in ((CLIPTextModel, "text_encoder"), (T5EncoderModel, "text_encoder_2"))
         )
-        return TextEncoder(models, self._load_tokenizers(folder))
+        for tokenizer, model, part in zip(tokenizers, models, ("tokenizer", "tokenizer_2"), strict=True):
+            check_words(tokenizer, model, folder.path / part)
+        return TextEncoder(models, tokenizers)
 
     @staticmethod
     def _load_tokenizers(folder: ModelFolder) -> tuple[Any, Any]:
         """Loads CLIP's and T5's tokenizer."""
         from transformers import CLIPTokenizer, T5TokenizerFast
 
-        from pixtune.storage.loading.parts import naming_part
+        from pixtune.storage.loading.parts import load_tokenizer
 
-        with naming_part(folder.path / "tokenizer"):
-            clip_tokenizer = CLIPTokenizer.from_pretrained(folder.path / "tokenizer")
-        with naming_part(folder.path / "tokenizer_2"):
-            return clip_tokenizer, T5TokenizerFast.from_pretrained(folder.path / "tokenizer_2")
+        clip_tokenizer = load_tokenizer(CLIPTokenizer, folder.path / "tokenizer")
+        if not 0 < clip_tokenizer.model_max_length <= MOST_CLIP_TOKENS:  # prompts are padded to it
+            raise WeightsError(
+                f"{folder.path / 'tokenizer'} reads {clip_tokenizer.model_max_length} tokens (model_max_length), and "
+                f"CLIP at most {MOST_CLIP_TOKENS}. Fetch the model again."
+            )
+        return clip_tokenizer, load_tokenizer(T5TokenizerFast, folder.path / "tokenizer_2")
 
     def load_autoencoder(self, folder: ModelFolder, placement: Placement) -> nn.Module:
         from diffusers import AutoencoderKL
 
         from pixtune.storage.loading.parts import load_part
 
+        config = folder.component_config("vae")
+        if missing := [key for key in ("scaling_factor", "shift_factor") if config.get(key) is None]:
+            file = folder.path / "vae" / "config.json"
+            raise WeightsError(f"{file} has no {missing[0]}, which latents are scaled by. Fetch the model again.")
         model = load_part(AutoencoderKL, folder.path / "vae", torch_dtype=placement.dtype)
         return model.to(placement.device).eval().requires_grad_(False)
 

@@ -161,19 +161,21 @@ class QwenImage:
     def load_text_encoder(self, folder: ModelFolder, placement: Placement) -> TextEncoder:
         from transformers import Qwen2_5_VLForConditionalGeneration
 
-        from pixtune.storage.loading.parts import load_part
+        from pixtune.storage.loading.parts import check_words, load_part
 
+        tokenizer = self._reader.load_tokenizer(folder)
         whole = load_part(
             Qwen2_5_VLForConditionalGeneration,
             folder.path / "text_encoder",
             unread=self.unread_text_weights,
             dtype=placement.dtype,
         )
+        check_words(getattr(tokenizer, "tokenizer", tokenizer), whole, folder.path / "tokenizer")
         model = whole.model  # without the output layer: nothing reads logits
         if not self.controls_in_text:
             model.visual = None
         model.to(placement.device).eval().requires_grad_(False)
-        return TextEncoder((model,), (self._reader.load_tokenizer(folder),))
+        return TextEncoder((model,), (tokenizer,))
 
     def load_autoencoder(self, folder: ModelFolder, placement: Placement) -> nn.Module:
         from diffusers import AutoencoderKLQwenImage
@@ -357,10 +359,9 @@ class CaptionReader:
     def load_tokenizer(self, folder: ModelFolder) -> Any:
         from transformers import AutoTokenizer
 
-        from pixtune.storage.loading.parts import naming_part
+        from pixtune.storage.loading.parts import load_tokenizer
 
-        with naming_part(folder.path / "tokenizer"):
-            return AutoTokenizer.from_pretrained(folder.path / "tokenizer")
+        return load_tokenizer(AutoTokenizer, folder.path / "tokenizer")
 
     def encode(self, encoder: TextEncoder, prompts: Sequence[Prompt], max_tokens: int | None) -> list[Conditioning]:
         (model,), (tokenizer,) = encoder.models, encoder.tokenizers

@@ -85,12 +85,13 @@ class EditReader:
     def load_tokenizer(self, folder: ModelFolder) -> VisionTokenizer:
         from transformers import AutoImageProcessor, AutoTokenizer
 
-        from pixtune.storage.loading.parts import naming_part
+        from pixtune.storage.loading.parts import load_tokenizer, naming_part
 
-        with naming_part(folder.path / "tokenizer"):
-            tokenizer = AutoTokenizer.from_pretrained(folder.path / "tokenizer")
+        tokenizer = load_tokenizer(AutoTokenizer, folder.path / "tokenizer")
         with naming_part(folder.path / "processor"):
-            return VisionTokenizer(tokenizer, AutoImageProcessor.from_pretrained(folder.path / "processor"))
+            return VisionTokenizer(
+                tokenizer, AutoImageProcessor.from_pretrained(folder.path / "processor", trust_remote_code=False)
+            )
 
     def user_part(self, text: str, num_pictures: int) -> str:
         """Puts a placeholder for each control picture before the instruction."""

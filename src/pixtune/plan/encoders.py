@@ -6,7 +6,7 @@ Both work before the training step and leave room for it, so they are planned ag
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -59,7 +59,7 @@ class EncoderSizes:
 class EncoderPlan:
     """Decision on how a run encodes. Stored in every checkpoint: features of another format would be other data."""
 
-    text_format: str | None
+    text_format: str | None = field(metadata={"choices": ("int8", "nf4", ON_CPU)})
     """Format of the text encoder's linear layers: "int8", "nf4" or None, the run's own; "cpu": its own, on the CPU."""
     tile_pixels: int | None
     """Side of the tiles in which pictures are encoded; None: whole."""

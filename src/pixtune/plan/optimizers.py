@@ -5,7 +5,7 @@ A new one is a row here and a builder of the same name there; see docs/add_an_op
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 
@@ -15,13 +15,35 @@ class OptimizerNeeds:
 
     state_bytes: float
     """Bytes of states per trained weight."""
+    moments: tuple[str, ...]
+    """States that every stepped weight has, each with a number for each of its own."""
+    other_states: Mapping[str, Callable[[int], int]]
+    """Sizes of the states that it may have besides, by the number of a weight's own."""
     package: str | None = None
     """Package that it is imported from, besides torch."""
 
+    @property
+    def state_sizes(self) -> dict[str, Callable[[int], int]]:
+        """Sizes of all states."""
+        return {**dict.fromkeys(self.moments, lambda numbers: numbers), **self.other_states}
+
+
+BLOCK = 256
+"""Numbers that share a scale, and levels that 8 bits have."""
 
 OPTIMIZERS: Mapping[str, OptimizerNeeds] = {
-    "adamw": OptimizerNeeds(state_bytes=8.0),  # two moments in fp32
-    "adamw_8bit": OptimizerNeeds(state_bytes=2 + 2 * 4 / 256, package="bitsandbytes"),  # with a scale for each 256
+    "adamw": OptimizerNeeds(  # two moments in fp32
+        state_bytes=8.0, moments=("exp_avg", "exp_avg_sq"), other_states={"step": lambda numbers: 1}
+    ),
+    "adamw_8bit": OptimizerNeeds(  # with a scale for each block
+        state_bytes=2 + 2 * 4 / BLOCK,
+        moments=("state1", "state2"),
+        other_states={
+            **dict.fromkeys(("absmax1", "absmax2"), lambda numbers: -(-numbers // BLOCK)),
+            **dict.fromkeys(("qmap1", "qmap2"), lambda numbers: BLOCK),
+        },
+        package="bitsandbytes",
+    ),
 }
 
 EXACT, SMALL = "adamw", "adamw_8bit"

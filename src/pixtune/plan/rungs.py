@@ -36,11 +36,15 @@ FULL_UNITS = {"compiled": 6.1, "eager": 13.1}
 """Units that a block keeps in addition where all its weights are trained; counted on a CPU from the tensors that
 autograd keeps, for each kind of block (tests/unit/plan/test_all_weights.py). Compiled: the inputs of the MLP's two
 linear layers, 1 + 4, and what the gates multiply, 2, of which one is kept anyhow. Eager also what norms made."""
-FRAGMENTED = {"nothing": 0.017, "selective": 0.06, "blocks": 0.09}
+FRAGMENTED = {"nothing": 0.017, "selective": 0.06, "blocks": 0.12}
 """Share of a step's activations that fragments between them take, by what is recomputed. `situation.RESERVE_BYTES`
 comes in addition. The most that was measured on H100 and H200 between allocated and reserved: 0.55 GiB at 19.6 GiB of
-activations that are all kept, 1.06 at 14.5 of selective recomputation, 0.59 at 4.4 and 0.58 at 5.3 where blocks are
+activations that are all kept, 1.06 at 14.5 of selective recomputation, 1.41 at 8.0 and 0.58 at 5.3 where blocks are
 recomputed; most runs have half of that or less (benchmarks/results)."""
+BESIDE_CAPTURES_BYTES = round(0.15 * GIB)
+"""Memory that captured steps cannot use although nothing else does, where blocks are recomputed: a capture gets pages
+of its own, and lasting tensors hold pages of 20 MiB that are hardly used. 0.24 to 0.30 GiB in four runs that could not
+be captured for lack of 0.1 (H200)."""
 SCRATCH_BYTES = 64 * 2**20
 """Memory that the compiler's trials of kernels take within a compiled step that runs for the first time, where the
 GPU's own figure is not known: as much as its cache holds (H200: 60 MiB)."""
@@ -293,7 +297,8 @@ def rounded_bytes(rung: Rung, situation: Situation) -> float:
 def fragmented_bytes(rung: Rung, situation: Situation) -> int:
     """Returns what the allocator cannot use between activations. A captured step cannot move them together."""
     share = FRAGMENTED["blocks" if rung.recomputed_blocks else "selective" if rung.selective else "nothing"]
-    return round(share * activation_bytes(rung, situation))
+    held = BESIDE_CAPTURES_BYTES if rung.recomputed_blocks and situation.demands.captures else 0
+    return held + round(share * activation_bytes(rung, situation))
 
 
 def activation_units(rung: Rung, footprint: Footprint, compiled: bool, retained: bool = False) -> float:

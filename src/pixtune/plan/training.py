@@ -7,15 +7,16 @@ takes rungs off that ladder and never puts one on.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from pixtune.config.schema import TrainConfig
 from pixtune.hardware.facts import HardwareFacts
 from pixtune.plan.choice import choose_rung
 from pixtune.plan.demands import demands_of
-from pixtune.plan.footprint import Footprint
-from pixtune.plan.kernel_choice import Findings, choose_attention, choose_tf32
+from pixtune.plan.footprint import BYTES_PER_WEIGHT, ELEMENT_BYTES, Footprint
+from pixtune.plan.kernel_choice import NAMES, Findings, choose_attention, choose_tf32
+from pixtune.plan.optimizers import OPTIMIZERS
 from pixtune.plan.rungs import QUANTIZED, count_captures
 from pixtune.plan.situation import situation_of
 from pixtune.plan.text_padding import Captions, choose_text_multiple
@@ -25,9 +26,9 @@ from pixtune.plan.text_padding import Captions, choose_text_multiple
 class TrainingPlan:
     """Decisions on how a run uses the machine. Stored in every checkpoint and used again on resume."""
 
-    compute_format: str
+    compute_format: str = field(metadata={"choices": tuple(ELEMENT_BYTES)})
     """"bf16" or "fp32": of activations, and of weights that are not quantized."""
-    weights_format: str
+    weights_format: str = field(metadata={"choices": tuple(BYTES_PER_WEIGHT)})
     """Format of the blocks' linear layers: the same, or "fp8", "int8", "nf4"."""
     kept_transposes: bool
     """8-bit weights are kept a second time, transposed, as the backward pass reads them."""
@@ -61,7 +62,7 @@ class TrainingPlan:
     """Weights are read by fastsafetensors, where it is installed."""
     expandable_segments: bool
     """torch's allocator grows its segments."""
-    optimizer: str
+    optimizer: str = field(metadata={"choices": tuple(OPTIMIZERS)})
     """Name in `plan.optimizers.OPTIMIZERS`."""
     expected_peak_bytes: int
     """Estimate of the peak in torch's allocator during a training step; 0 on a CPU."""
@@ -81,7 +82,7 @@ class TrainingPlan:
     """bf16 weights have fp32 copies, in the same memory as the optimizer states."""
     text_multiple: int = 1
     """Number of tokens to whose multiple captions of training steps are padded."""
-    attention: str | None = None
+    attention: str | None = field(default=None, metadata={"choices": tuple(NAMES)})
     """Kernel of `kernel_choice` that is preferred to all others; None: PyTorch's own choice."""
     attention_off: tuple[str, ...] = ()
     """Attention kernels that are never used."""

@@ -30,6 +30,7 @@ from pixtune.storage.resume import flatten
 MOST_PAIR_PIXELS, PAIR_EDGES = 6_000_000, (512, 384, 256)
 MOST_STRIP_PIXELS, STRIP_EDGES = 10_000_000, (256, 192)
 MOST_PAIRS = 60
+MOST_WARNINGS = 60
 
 QUARTERS = ("nearly clean [0, 1/4)", "[1/4, 1/2)", "[1/2, 3/4)", "nearly noise [3/4, 1]")
 """Names of sigma's quarters, in the order of `ValidationLoss.quarters`."""
@@ -64,6 +65,7 @@ def build_page(
         build_pairs(output_dir, record),
         build_strips(output_dir, record),
         build_charts(record),
+        build_warnings("Losses that went wrong", record.losses),
         build_warnings("Slower steps", record.drifts),
         build_warnings("What failed", record.problems),
         build_memory(record.memory) if record.memory else "",
@@ -167,7 +169,7 @@ def build_pairs(output_dir: Path, record: RunRecord) -> str:
     edge = edge_for(2 * len(pairs), MOST_PAIR_PIXELS, PAIR_EDGES)
     figures = []
     for before, after in pairs:
-        pictures = build_controls(before, edge) + "".join(
+        pictures = "".join(
             build_picture(output_dir, sample, edge, f"{when} (step {sample.step:,})")
             for sample, when in ((before, "before"), (after, "after"))
         )
@@ -177,17 +179,6 @@ def build_pairs(output_dir: Path, record: RunRecord) -> str:
         )
     left_out = f" ({len(pairs)} of {len(record.pairs)} pairs)" if len(pairs) < len(record.pairs) else ""
     return f'<section><h2>Before and after{left_out}</h2><div class="pairs">{"".join(figures)}</div></section>'
-
-
-def build_controls(sample: Sample, edge: int) -> str:
-    """Builds the control pictures of an edit, as far as they are still there."""
-    pictures = [open_picture(Path(control)) for control in sample.controls]
-    return "".join(
-        f'<span class="picture"><img src="{data_uri(picture, edge)}" alt="control of {escape(sample.prompt)}" '
-        f'width="{picture.width}" height="{picture.height}" loading="lazy">control</span>'
-        for picture in pictures
-        if picture is not None
-    )
 
 
 def build_strips(output_dir: Path, record: RunRecord) -> str:
@@ -213,7 +204,7 @@ def build_strips(output_dir: Path, record: RunRecord) -> str:
 
 def build_picture(output_dir: Path, sample: Sample, edge: int, caption: str) -> str:
     """Builds an embedded picture, or a remark on why there is none."""
-    picture = open_picture(output_dir / sample.path)
+    picture = open_picture(output_dir, sample.path)
     if picture is None:
         shown = f'<span class="missing">missing or damaged: {escape(sample.path)}</span>'
     else:
@@ -296,8 +287,10 @@ def build_warnings(title: str, warnings: Sequence[str]) -> str:
     """Builds a section of warnings that were printed during the run; empty where there are none."""
     if not warnings:
         return ""
-    listed = "".join(f"<li>{escape(warning)}</li>" for warning in warnings)
-    return f'<section><h2>{title}</h2><ul class="reasons drifts">{listed}</ul></section>'
+    shown = spread(warnings, MOST_WARNINGS)
+    left_out = f" ({len(shown)} of {len(warnings)})" if len(shown) < len(warnings) else ""
+    listed = "".join(f"<li>{escape(warning)}</li>" for warning in shown)
+    return f'<section><h2>{title}{left_out}</h2><ul class="reasons drifts">{listed}</ul></section>'
 
 
 def build_memory(memory: MemoryRecord) -> str:

@@ -10,6 +10,7 @@ from typing import TypeVar
 
 from PIL import Image, ImageDraw, ImageFont
 
+from pixtune.inputs.reading import MEBIBYTE, check_size
 from pixtune.report.record import RunRecord, Sample
 
 Item = TypeVar("Item")
@@ -19,6 +20,8 @@ KEPT_EDGE = 256
 """Longest side in pixels of pictures that are embedded as they are, unless they are noisy."""
 MOST_PNG_BYTES_PER_PIXEL = 1.5
 JPEG_QUALITY = 88
+LARGEST_SAMPLE_BYTES, MOST_SAMPLE_PIXELS = 256 * MEBIBYTE, 1 << 26
+"""Bounds of the samples that are opened: 8192x8192 pixels, uncompressed."""
 
 SMALLEST_TILE, LARGEST_TILE = 256, 512
 """Longer side of a picture in the grid, pixels."""
@@ -31,13 +34,21 @@ FONTS = (
 """Fonts that are tried in this order for letters that Pillow's own font, which is Latin, lacks."""
 
 
-def open_picture(path: Path) -> Image.Image | None:
-    """Opens a picture as RGB; None if it is missing or damaged."""
+def open_picture(output_dir: Path, path: str) -> Image.Image | None:
+    """Opens a sample of a run as RGB; None if it is missing, damaged or no sample.
+
+    The path stands in a log that may be somebody else's. So only PNG files within the run's folder are opened: the page
+    that holds them may be handed on, and Pillow starts programs for other formats.
+    """
     try:
-        with Image.open(path) as picture:
-            return picture.convert("RGB")
-    except (OSError, SyntaxError, ValueError):  # Pillow raises each of them for one kind of damage or another
-        return None
+        within = (output_dir / path).resolve()
+        if not within.is_relative_to(output_dir.resolve()):
+            return None
+        check_size(within, LARGEST_SAMPLE_BYTES)
+        with Image.open(within, formats=("PNG",)) as picture:
+            return picture.convert("RGB") if picture.width * picture.height <= MOST_SAMPLE_PIXELS else None
+    except (OSError, RuntimeError, SyntaxError, ValueError, Image.DecompressionBombError):
+        return None  # Pillow raises each of them for one kind of damage or another
 
 
 def resize(picture: Image.Image, edge: int) -> Image.Image:
@@ -88,7 +99,7 @@ def spread(items: Sequence[Item], most: int) -> list[Item]:
 def render_before_after(output_dir: Path, record: RunRecord) -> bytes:
     """Renders a PNG with a row for each prompt and seed: its words, the samples before and after training."""
     pairs = spread(record.pairs, MOST_ROWS)
-    rows = [[open_picture(output_dir / sample.path) for sample in pair] for pair in pairs]
+    rows = [[open_picture(output_dir, sample.path) for sample in pair] for pair in pairs]
     tiles = [[picture and as_tile(picture) for picture in row] for row in rows]
     sizes = [tile.size for row in tiles for tile in row if tile] or [(SMALLEST_TILE, SMALLEST_TILE)]
     width, height = max(size[0] for size in sizes), max(size[1] for size in sizes)

@@ -123,6 +123,8 @@ class RunRecord:
     """First steps, one a session."""
     drifts: Sequence[str] = ()
     """Warnings about steps that became slower."""
+    losses: Sequence[str] = ()
+    """Sentences on steps that were skipped, and on losses that exploded."""
     problems: Sequence[str] = ()
     """Warnings about services that failed."""
     memory: MemoryRecord | None = None
@@ -176,6 +178,7 @@ def read_record(output_dir: Path) -> RunRecord:
     strips: dict[tuple[str, int, tuple[str, ...]], dict[int, Sample]] = {}
     first_steps: dict[int, FirstStep] = {}
     drifts: dict[int, str] = {}
+    losses: dict[tuple[int, str], str] = {}
     problems: list[str] = []
     memory: MemoryRecord | None = None
     for line in read_metrics(output_dir / FILE_NAME):
@@ -191,6 +194,8 @@ def read_record(output_dir: Path) -> RunRecord:
             first_steps[step] = FirstStep(step, line["first_step_seconds"], line["compiled_graphs"])
         elif line["kind"] == "drift":
             drifts[step] = line["message"]
+        elif line["kind"] in ("skipped", "exploded"):
+            losses[step, line["kind"]] = line["message"]
         elif line["kind"] == "problem":
             problems.append(line["message"])
         elif line["kind"] == "memory":
@@ -204,6 +209,7 @@ def read_record(output_dir: Path) -> RunRecord:
         ],
         first_steps=[first_steps[step] for step in sorted(first_steps)],
         drifts=[drifts[step] for step in sorted(drifts)],
+        losses=[losses[key] for key in sorted(losses)],
         problems=problems,
         memory=memory,
     )

@@ -115,5 +115,5 @@ def copy_without_paths(source: str, target: str) -> None:
 def _shrink_entry(match: re.Match[bytes]) -> bytes:
     try:
         return match["key"] + json.dumps(without_path(json.loads(match["text"]))).encode()
-    except ValueError:  # not valid JSON or UTF-8: left as it is, for the file's readers to judge
+    except (ValueError, RecursionError):  # not valid JSON or UTF-8: left as it is, for the file's readers to judge
         return match[0]

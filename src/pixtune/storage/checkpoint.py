@@ -25,10 +25,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from pixtune.errors import CheckpointError, DamagedError
+from pixtune.inputs.reading import read_bounded
 from pixtune.storage.files import file_digest, sync_folder, write_atomically
 from pixtune.storage.grouping import group_neighbours
-from pixtune.storage.lineage import Lineage, Order, Saved, Session, SetBack, put_in_order, read_lineage
+from pixtune.storage.lineage import Lineage, Order, Saved, SetBack, put_in_order, read_lineage, read_set_back
 from pixtune.storage.safetensors_writer import TensorFile, save_safetensors
+from pixtune.storage.state_form import LARGEST_STATE_BYTES, fault_of_decision, fault_of_state
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -84,6 +86,8 @@ def read_decision(kind: type[Decision], values: Mapping[str, Any], name: str) ->
             f"the checkpoint's {name} differs from this version's in {', '.join(sorted(differing))}. Resume with the "
             "version of pixtune that wrote it (`versions` in its state.json), or start anew."
         )
+    if fault := fault_of_decision(kind, values):
+        raise CheckpointError(f"the checkpoint's {name} cannot be used: {fault}. Resume from another one.")
     return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
 
 
@@ -191,18 +195,20 @@ def read_state(path: Path) -> dict[str, Any]:
         if not file.is_file():  # a pipe, among others, would keep a reader waiting
             kind = "is no folder" if path.is_file() else f"has no {STATE_FILE}"
             raise DamagedError(f"{path} is no checkpoint of pixtune: it {kind}.")
-        state = json.loads(file.read_text(encoding="utf-8"))
+        state = json.loads(read_bounded(file, LARGEST_STATE_BYTES).decode())
     except OSError as error:
         raise DamagedError(f"{file} cannot be read ({error.strerror or error}).") from error
     except (ValueError, RecursionError) as error:
         raise DamagedError(f"{file} is damaged ({error}).") from error
     if isinstance(state, dict) and state.get("format", FORMAT) != FORMAT:
         raise CheckpointError(
-            f"{path} has checkpoint format {state['format']}, this version reads {FORMAT}. "
+            f"{path} has checkpoint format {state['format']!r:.60}, this version reads {FORMAT}. "
             "Use the version that wrote it."
         )
     if not isinstance(state, dict) or state.pop("sha256", None) != _state_digest(state):
         raise DamagedError(f"{file} is damaged: its content is not what was written.")
+    if fault := fault_of_state(state):
+        raise DamagedError(f"{file} is of another form than pixtune writes: {fault}.")
     return state
 
 
@@ -307,7 +313,7 @@ def read_saved(path: Path) -> Saved:
 def _lineage_in(state: Mapping[str, Any], path: Path) -> Lineage:
     try:
         return read_lineage(state.get("lineage"), state["step"])
-    except (KeyError, TypeError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"{path} has a lineage of another form than this version's. Use the version that wrote it."
         ) from error
@@ -318,10 +324,9 @@ def _read_set_back(output_dir: Path) -> SetBack | None:
     try:
         if not file.is_file():
             return None
-        values = json.loads(file.read_text(encoding="utf-8"))
-        sessions = tuple(Session(**session) for session in values["sessions"])
-        return SetBack(values["to"], sessions, int(values["after_serial"]))
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        values = json.loads(read_bounded(file, LARGEST_STATE_BYTES).decode())
+        return read_set_back(values)
+    except (AttributeError, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         log.warning("%s cannot be read (%s): it is taken not to be there", file, error)
         return None
 

@@ -119,6 +119,10 @@ def _refuse_strangers(output_dir: Path, path: Path) -> None:
         )
 
 
+def _unusable(content: FolderContent) -> list[str]:
+    return [f"{error} It is neither counted nor deleted." for error in content.unusable]
+
+
 def _names(saved: Sequence[Saved]) -> str:
     return ", ".join(each.path.name for each in saved)
 
@@ -149,8 +153,10 @@ class Course:
         self.given_up: str | None = None
         """Name of the newest checkpoint that the run was set back from, by its lineage; None where it was not."""
         self._parent = resumed.lineage if resumed else None
-        self._doubtful = self._parent
-        """Newest checkpoint while this session has computed no loss with its weights."""
+        self._doubtful = [*resumed.record.get("doubtful", ()), resumed.lineage.name] if resumed else []
+        """Names of the newest checkpoints, as long as no loss with their weights is known to be a number."""
+        self._told: set[str] = set()
+        """Sentences on checkpoints that cannot be used."""
         self._session = Session.new(resumed.step if resumed else 0, identity.in_short(), changes)
 
     def begin(self, limit: int | None, takes_steps: bool) -> list[str]:
@@ -164,9 +170,13 @@ class Course:
             Sentences for the user.
         """
         remove_unfinished(self.output_dir)
-        if self._resumed is None or self._parent is None or not takes_steps:
+        if self._resumed is None or self._parent is None:
             return []
         content, path = read_folder(self.output_dir), self._resumed.path.resolve()
+        if not self._by_name:  # else nobody has looked at the others
+            self._told.update(_unusable(content))
+        if not takes_steps:
+            return []
         beyond = [saved for saved in content.order.course if not saved.led_to(self._parent.sessions)]
         inside = path.parent == self.output_dir.resolve()
         if not self._by_name or not (beyond or not inside):
@@ -207,8 +217,9 @@ class Course:
         content = read_folder(self.output_dir)
         serial = next_serial(content.saved, content.set_back, self._parent, time.time_ns() // 1_000_000)
         lineage = descend(self._parent, self._session, step, serial)
-        path = save_checkpoint(self.output_dir, step, files, {**self.identity.to_dict(), **record}, lineage)
-        self._parent = self._doubtful = lineage
+        whole = {**self.identity.to_dict(), **record, "doubtful": self._doubtful}
+        path = save_checkpoint(self.output_dir, step, files, whole, lineage)
+        self._parent, self._doubtful = lineage, [*self._doubtful, lineage.name]
         return path
 
     def trust(self) -> bool:
@@ -217,40 +228,49 @@ class Course:
         Returns:
             Whether this is news, so that older checkpoints can be deleted.
         """
-        is_news = self._doubtful is not None and self._doubtful.sessions[-1].name == self._session.name
-        self._doubtful = None
+        is_news = any(name.startswith(self._session.name) for name in self._doubtful)
+        self._doubtful = []
         return is_news
 
     def prune(self, limit: int | None) -> list[str]:
         """Deletes checkpoints beyond `limit`: first what was given up, then the oldest. Returns warnings.
 
-        One more is kept until the newest can be trusted. Must be called only after a newer one is complete. What is
-        damaged is neither counted nor deleted.
+        The newest is kept beside `limit` others until it can be trusted. Must be called only after a newer one is
+        complete. What is damaged is neither counted nor deleted, which is said once.
         """
-        return prune_checkpoints(self.output_dir, limit and limit + (self._doubtful is not None))
+        warnings = prune_checkpoints(self.output_dir, limit, self._doubtful)
+        news = [warning for warning in warnings if warning not in self._told]
+        self._told.update(news)
+        return news
 
-    def give_up_newest(self) -> str:
-        """Gives up the checkpoint that was saved last, if its weights yield no number: `latest` is the one before.
+    def give_up_doubtful(self) -> list[str]:
+        """Gives up the newest checkpoints, if their weights yield no number: `latest` is the one before them.
 
         Returns:
-            A sentence on what the run can go on from.
+            Names of the folders that the run can go on from, the newest first. Where there is none, none is given up.
         """
         content = read_folder(self.output_dir)
-        good = [saved for saved in content.order.course if saved.lineage != self._doubtful]
-        if not good:
-            return f"There is no earlier checkpoint in {self.output_dir}."
-        if self._doubtful is not None:
+        good = [saved for saved in content.order.course if saved.lineage.name not in self._doubtful]
+        if good and self._doubtful:
             last = max(saved.lineage.serial for saved in content.saved)
             write_set_back(self.output_dir, SetBack(good[0].path.name, good[0].lineage.sessions, last))
-        return f"resume_from_checkpoint=latest goes on from {good[0].path.name}."
+        return [saved.path.name for saved in good]
 
 
-def prune_checkpoints(output_dir: Path, limit: int | None) -> list[str]:
-    """Deletes checkpoints as `Course.prune` does; returns a warning for each that cannot be deleted."""
-    warnings = []
-    for saved in read_folder(output_dir).order.all[limit:] if limit else ():
+def prune_checkpoints(output_dir: Path, limit: int | None, doubtful: Sequence[str] = ()) -> list[str]:
+    """Deletes checkpoints as `Course.prune` does; returns a warning for each that cannot be used or deleted.
+
+    Args:
+        doubtful: names of those that do not count, since their weights may be spoiled: only the newest of all is kept.
+    """
+    content = read_folder(output_dir)
+    warnings, saved = _unusable(content), content.order.all
+    kept = [each.path for each in saved if each.lineage.name not in doubtful][:limit]
+    for each in saved if limit else ():
+        if each is saved[0] or each.path in kept:
+            continue
         try:
-            delete_checkpoint(saved.path)
+            delete_checkpoint(each.path)
         except OSError as error:
-            warnings.append(f"{saved.path} is beyond checkpoints_total_limit and cannot be deleted ({error})")
+            warnings.append(f"{each.path} is beyond checkpoints_total_limit and cannot be deleted ({error})")
     return warnings

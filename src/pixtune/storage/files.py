@@ -27,6 +27,10 @@ def user_cache_folder() -> Path | None:
     return folder if os.access(folder, os.W_OK) else None
 
 
+TEMPORARY = ".tmp"
+"""Ending of the names of files that are not whole yet."""
+
+
 @contextmanager
 def replacing(path: Path, durable: bool = True) -> Iterator[BinaryIO]:
     """Opens a file to write to, under a temporary name beside `path`; it is synced and renamed to `path` at the end.
@@ -40,7 +44,7 @@ def replacing(path: Path, durable: bool = True) -> Iterator[BinaryIO]:
         WriteError: it could not be written. The old file is kept and nothing half-written is left, as after any
             other error within the block.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -56,6 +60,15 @@ def replacing(path: Path, durable: bool = True) -> Iterator[BinaryIO]:
             sync_folder(path.parent)
     except OSError as error:
         raise WriteError(f"{path} could not be written ({error.strerror or error}){_question(error)}") from error
+
+
+def remove_temporary(folder: Path) -> None:
+    """Removes from a folder the files that `replacing` never finished, since its process was killed.
+
+    Must be called only while no other process writes there.
+    """
+    for path in folder.glob(f".*{TEMPORARY}"):
+        path.unlink(missing_ok=True)
 
 
 def _question(error: OSError) -> str:

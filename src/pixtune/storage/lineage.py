@@ -66,12 +66,34 @@ def read_lineage(values: Mapping[str, Any] | None, step: int) -> Lineage:
     """Reads `Lineage.to_dict`'s values; None stands for a checkpoint of version 0.1.0 of that step.
 
     Raises:
-        KeyError, TypeError: these are other values.
+        KeyError, TypeError, ValueError, AttributeError: these are other values.
     """
     if values is None:
         return Lineage((Session(UNRECORDED, step),))
-    sessions = [Session(**{**session, "changes": tuple(session["changes"])}) for session in values["sessions"]]
-    return Lineage(tuple(sessions), values["parent"], int(values["serial"]))
+    parent = values["parent"]
+    if not (parent is None or isinstance(parent, str)) or not values["sessions"]:
+        raise TypeError("a lineage has sessions, and a parent that is a name")
+    return Lineage(_read_sessions(values["sessions"]), parent, int(values["serial"]))
+
+
+def read_set_back(values: Mapping[str, Any]) -> SetBack:
+    """Reads the values that a `SetBack` was written as.
+
+    Raises:
+        KeyError, TypeError, ValueError, AttributeError: these are other values.
+    """
+    if not isinstance(values["to"], str):
+        raise TypeError("a run is set back to a checkpoint's name")
+    return SetBack(values["to"], _read_sessions(values["sessions"]), int(values["after_serial"]))
+
+
+def _read_sessions(values: Sequence[Mapping[str, Any]]) -> tuple[Session, ...]:
+    sessions = tuple(Session(**{**each, "changes": tuple(each.get("changes", ()))}) for each in values)
+    for session in sessions:
+        texts = (session.name, *session.changes)
+        if type(session.last_step) is not int or not all(isinstance(text, str) for text in texts):
+            raise TypeError("a session has a name, a step and sentences")
+    return sessions
 
 
 def descend(parent: Lineage | None, session: Session, step: int, serial: int) -> Lineage:

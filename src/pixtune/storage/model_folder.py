@@ -17,6 +17,7 @@ from typing import Any
 
 from pixtune.errors import WeightsError
 from pixtune.inputs.reading import MEBIBYTE, check_regular, read_bounded
+from pixtune.storage.config_bounds import check_config
 from pixtune.storage.files import file_digest, write_if_possible
 from pixtune.storage.shipped import spelling_hint
 
@@ -30,10 +31,11 @@ SHARD_NAME = re.compile(r"-\d{5}-of-\d{5}\.safetensors$")
 VARIANT_NAME = re.compile(r"[^.]+\.(?P<variant>[^.]+?)(-\d{5}-of-\d{5})?\.safetensors")
 """Name of a file of another number format, such as model.fp16.safetensors. It may lie beside the plain one, which the
 stock pipelines take where nobody asks for the variant."""
-LARGEST_JSON_BYTES = 64 * MEBIBYTE
-"""Size that no JSON file of a model reaches: a tokenizer of 150,000 words has 11 MiB."""
-LONGEST_HEADER_BYTES = 2**26
-"""Length that no model's safetensors header reaches: the largest, of a hundred thousand tensors, are a tenth of it."""
+LARGEST_JSON_BYTES = 16 * MEBIBYTE
+"""Size that no config or index reaches: an index of a hundred thousand tensors has 10 MiB. Python needs thirty times as
+much for JSON of nothing but brackets."""
+LONGEST_HEADER_BYTES = 16 * MEBIBYTE
+"""Length that no model's safetensors header reaches; as `LARGEST_JSON_BYTES`."""
 
 
 class ComponentConfig(dict[str, Any]):
@@ -68,9 +70,16 @@ class ModelFolder:
         return tuple(name for name, kind in self.index.items() if isinstance(kind, list) and len(kind) == 2 and kind[0])
 
     def component_config(self, component: str) -> dict[str, Any]:
-        """Reads a component's own config: `config.json`, or `scheduler_config.json` for the scheduler."""
+        """Reads a component's own config: `config.json`, or `scheduler_config.json` for the scheduler.
+
+        Raises:
+            WeightsError: it is none, or holds numbers that no model has.
+        """
         name = "scheduler_config.json" if component == "scheduler" else "config.json"
-        return ComponentConfig(self.path / component / name, read_json(self.path / component / name))
+        file = self.path / component / name
+        config = read_json(file)
+        check_config(file, config)
+        return ComponentConfig(file, config)
 
     def num_parameters(self, component: str) -> int:
         """Counts the parameters of a component, from its safetensors headers alone."""
@@ -131,6 +140,8 @@ def weight_files(folder: Path) -> list[Path]:
     if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
         raise WeightsError(f"{index} has no weight_map from tensors to files. Fetch the model again.")
     names = sorted(set(places.values()))
+    if not names:
+        raise WeightsError(f"{index} names no files. Fetch the model again.")
     if outside := [name for name in names if not _is_plain_name(name)]:
         raise WeightsError(
             f"{index} names a file outside its folder, {outside[0]!r}. Nothing else is read. Fetch the model again, "
@@ -265,7 +276,7 @@ def read_json(path: Path) -> dict[str, Any]:
         WeightsError: there is no such file, or it is no JSON object; names it.
     """
     try:
-        content = json.loads(read_bounded(path, LARGEST_JSON_BYTES).decode("utf-8"))
+        content = json.loads(read_bounded(path, LARGEST_JSON_BYTES).decode("utf-8"), parse_constant=_refuse_constant)
     except FileNotFoundError as error:
         raise WeightsError(f"{path} is missing. Was the download interrupted? Fetch the model again.") from error
     except OSError as error:
@@ -275,6 +286,10 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise WeightsError(f"{path} is not a JSON object but a {type(content).__name__}. Fetch the model again.")
     return content
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number")
 
 
 def read_header(file: Path) -> dict[str, Any]:

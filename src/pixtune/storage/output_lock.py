@@ -25,6 +25,7 @@ from types import TracebackType
 from typing import Self
 
 from pixtune.errors import InUseError, WriteError
+from pixtune.inputs.reading import read_bounded
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +35,8 @@ STALE_SECONDS = 60.0
 """Age of the last heartbeat from which a holder that nothing else is known of counts as dead."""
 MISSING_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 """Errors of file systems that have no locks."""
+LARGEST_BYTES = 1 << 16
+"""Size up to which a file is read that may be another program's."""
 NUM_BYTES = 1024
 """Size of the file, which is written in one go: a reader never sees half of it."""
 
@@ -272,11 +275,16 @@ def _read(path: Path) -> Holder | None:
     if not path.is_file():
         return None
     try:
-        return Holder(**json.loads(path.read_text(encoding="utf-8")))
-    except FileNotFoundError:
-        return None
+        holder = Holder(**json.loads(read_bounded(path, LARGEST_BYTES).decode()))
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.EFBIG):
+            return None
+        raise
     except (ValueError, TypeError, RecursionError):  # empty: its holder is about to write; or another version's
         return None
+    numbers, texts = (holder.pid, holder.step, holder.beat), (holder.name, holder.host, holder.since)
+    right = all(type(number) is int for number in numbers) and all(isinstance(text, str) for text in texts)
+    return holder if right and 0 < holder.pid < 2**31 else None
 
 
 def _in_use(path: Path, holder: Holder | None) -> str:

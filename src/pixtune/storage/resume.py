@@ -95,7 +95,7 @@ RULES: Mapping[str, Rule] = {
     **dict.fromkeys(
         (
             "output_dir", "logging_dir", "report_to", "tracker_project_name", "logging_steps", "checkpointing_steps",
-            "checkpoints_total_limit", "resume_from_checkpoint", "resume_with_changes_in", "samples",
+            "checkpoints_total_limit", "resume_from_checkpoint", "resume_with_changes_in", "samples", "guard",
             "validation.every", "trigger_words", "save_cache_on_disk", "encode_batch_size", "data_config.img_dir",
             "data_config.control_dir", "data_config.metadata_file", "data_config.cache_dir", "data_config.num_workers",
             "pretrained_model_name_or_path", "disable_cpu_offload", "pin_memory", "precompute_text_embeddings",

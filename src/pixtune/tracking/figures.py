@@ -8,23 +8,25 @@ import sys
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor
 
 from pixtune.data.batches import Batch
-from pixtune.errors import TrainingError
 from pixtune.hardware.monitor import get_memory_stats
 from pixtune.hardware.sensors import GpuSensors, read_sensors
 from pixtune.progress import StepBar
 from pixtune.storage.resume import flatten
+from pixtune.tracking.guard import ExampleLoss, LossGuard, SkippedStep
 from pixtune.tracking.metrics import MetricsLog
 from pixtune.tracking.problems import Problems
 from pixtune.tracking.steptime import Drift, StepTimeWatch, StepTiming
+from pixtune.validation import ValidationLoss
 
 SENSORS_EVERY_SECONDS = 60.0
 """Shortest time between two readings: nvidia-smi takes tens of milliseconds."""
@@ -37,15 +39,31 @@ Moment = float | torch.cuda.Event
 
 
 @dataclass(frozen=True)
+class StepOutcome:
+    """Figures of a step that has been launched, on the device."""
+
+    totals_2: Tensor
+    """The loss, a mean over all examples of all processes, and that of a model that predicts no velocity at all."""
+    grad_norm: Tensor
+    """The gradient's norm before clipping."""
+    losses_B: Tensor
+    """Contributions of this process's examples to the loss, shape (B,)."""
+
+    @property
+    def figures_3(self) -> Tensor:
+        """Both totals and the norm as one tensor."""
+        return torch.cat((self.totals_2, self.grad_norm.float().view(1)))
+
+
+@dataclass(frozen=True)
 class PendingStep:
     """A step whose figures are still on the device."""
 
     step: int
-    loss: Tensor
-    grad_norm: Tensor
+    outcome: StepOutcome
     learning_rate: float
-    names: list[str]
-    """Examples of the step, to be named if its loss is no number."""
+    examples: Sequence[tuple[Sequence[str], Tensor]]
+    """Names and sigmas of each batch, to be named if their losses are no numbers."""
     size: str
     data_wait_seconds: float
     compiled_graphs: int
@@ -63,6 +81,7 @@ class StepFigures:
         print_line: prints a line for the user.
         watch: watch over the steps' speed; None in all processes but the first.
         problems: takes what goes wrong with the log and the tracker.
+        guard: watch over the losses; the same in all processes.
     """
 
     def __init__(
@@ -75,8 +94,9 @@ class StepFigures:
         print_line: Callable[[str], None],
         watch: DriftWatch | None,
         problems: Problems,
+        guard: LossGuard,
     ) -> None:
-        self._accelerator, self._log, self._bar = accelerator, log, bar
+        self._accelerator, self._log, self._bar, self._guard = accelerator, log, bar, guard
         self._images_per_step, self._tracker = images_per_step, tracker
         self._print_line, self._watch, self._problems = print_line, watch, problems
         self._pending: list[PendingStep] = []
@@ -99,11 +119,11 @@ class StepFigures:
         """Adds time that the current step spent waiting for a batch."""
         self._waited_seconds += seconds
 
-    def add(self, step: int, loss: Tensor, grad_norm: Tensor, learning_rate: float) -> None:
+    def add(self, step: int, outcome: StepOutcome, learning_rate: float) -> None:
         """Adds a step that has been launched. Waits for the first one of a session only, to report its time."""
         num_graphs = count_compiled_graphs()
         entry = PendingStep(
-            step, loss, grad_norm, learning_rate, [name for batch in self._batches for name in batch.names],
+            step, outcome, learning_rate, [(batch.names, batch.sigma_B) for batch in self._batches],
             size_in_words(self._batches), self._waited_seconds, num_graphs - self._num_graphs,
             mark_time(self._accelerator.device),
         )  # fmt: skip
@@ -116,21 +136,21 @@ class StepFigures:
         """Reads the figures of all steps since the last call, and is the one place that waits for the device.
 
         Raises:
-            TrainingError: a loss or gradient is no number; names the step and its examples.
+            LossError: the run is to end, since too many steps were skipped, or the loss has exploded.
         """
         if not self._pending:
             return
         pending, self._pending = self._pending, []
-        losses, norms = torch.stack([torch.stack((p.loss, p.grad_norm.float())) for p in pending]).T.tolist()
+        losses, of_nothing, norms = torch.stack([entry.outcome.figures_3 for entry in pending]).T.tolist()
         seconds = [seconds_between(*ends) for ends in pairwise([self._began, *(entry.end for entry in pending)])]
         memory = get_memory_stats()["max_allocated_gb"]
+        skipped = self._find_skipped(pending, losses, norms)
         for entry, loss, norm, own_seconds in zip(pending, losses, norms, seconds, strict=True):
-            _refuse_no_number(entry, loss, norm)
             if self._log:
                 self._log.write(
-                    "step", entry.step, loss=loss, grad_norm=norm, learning_rate=entry.learning_rate,
+                    "step", entry.step, loss=number(loss), grad_norm=number(norm), learning_rate=entry.learning_rate,
                     seconds=round(own_seconds, 5), data_wait_seconds=round(entry.data_wait_seconds, 5),
-                    peak_memory_gib=round(memory, 3),
+                    peak_memory_gib=round(memory, 3), **({"skipped": True} if entry.step in skipped else {}),
                 )  # fmt: skip
         step = pending[-1].step
         if self._log and (error := self._log.take_problem()) is not None:
@@ -138,13 +158,62 @@ class StepFigures:
         with self._problems.of("the watch for slow steps", step):
             for drift in self._watch.look_at(pending, seconds) if self._watch else ():
                 self._report_drift(drift)
+        for entry, loss, nothing in zip(pending, losses, of_nothing, strict=True):
+            self._judge(entry.step, loss, nothing, skipped.get(entry.step))
+        self._guard.check()
         mean_seconds = statistics.fmean(seconds)
-        self._losses.extend(losses)
-        loss = statistics.fmean(self._losses)
+        self._losses.extend(filter(math.isfinite, losses))
+        loss = statistics.fmean(self._losses or losses[-1:])
         self._bar.figures(loss, mean_seconds, self._images_per_step / mean_seconds, memory, len(self._losses))
         values = {"loss": losses[-1], "grad_norm": norms[-1], "learning_rate": pending[-1].learning_rate}
-        self.track(step, {**values, "seconds_per_step": mean_seconds, "peak_memory_gib": memory})
+        values |= {"seconds_per_step": mean_seconds, "peak_memory_gib": memory}
+        self.track(step, {name: value for name, value in values.items() if math.isfinite(value)})
         self.restart_clock()
+
+    def _find_skipped(
+        self, pending: Sequence[PendingStep], losses: Sequence[float], norms: Sequence[float]
+    ) -> dict[int, SkippedStep]:
+        """Returns the steps that changed nothing, by number, with the examples of all processes."""
+        skipped = {}
+        for entry, loss, norm in zip(pending, losses, norms, strict=True):
+            if math.isfinite(loss) and math.isfinite(norm):
+                continue
+            names = [name for names, _ in entry.examples for name in names]
+            sigmas = [sigma for _, sigma_B in entry.examples for sigma in sigma_B.tolist()]
+            own_losses = (entry.outcome.losses_B * len(names)).tolist()
+            own = [ExampleLoss(*each) for each in zip(names, sigmas, own_losses, strict=True)]
+            examples = own
+            if self._accelerator.num_processes > 1:  # all of them are here, since they have the same loss and norm
+                with self._problems.of("naming the examples of other processes", entry.step):
+                    examples = gather_object(own)
+            skipped[entry.step] = SkippedStep(entry.step, loss, norm, examples)
+        return skipped
+
+    def _judge(self, step: int, loss: float, loss_of_nothing: float, skipped: SkippedStep | None) -> None:
+        """Hands a step's losses to the guard, and shows what it warns of."""
+        if skipped is None:
+            self._warn_exploded(step, self._guard.see(step, loss, loss_of_nothing))
+            return
+        if self._log:
+            examples = [{**asdict(each), "loss": number(each.loss)} for each in skipped.culprits]
+            self._log.write("skipped", step, message=skipped.message, examples=examples)
+        if (warning := self._guard.see_skipped(skipped)) is not None:
+            self._print_line(f"warning: {warning}")
+
+    def see_held_out(self, step: int, loss: ValidationLoss) -> None:
+        """Hands the held-out loss to the guard.
+
+        Raises:
+            LossError: the run is to end, since it is no number, or has exploded.
+        """
+        self._warn_exploded(step, self._guard.see_held_out(step, loss.mean, loss.culprits))
+        self._guard.check()
+
+    def _warn_exploded(self, step: int, warning: str | None) -> None:
+        if warning is not None:
+            self._print_line(f"warning: {warning}")
+            if self._log:
+                self._log.write("exploded", step, message=warning)
 
     def track(self, step: int, values: Mapping[str, float]) -> None:
         """Hands values to the config's tracker, if there is one."""
@@ -271,15 +340,9 @@ def size_in_words(batches: Iterable[Batch]) -> str:
     return " and ".join(f"{count} latents of {size}" for size, count in sorted(counts.items()))
 
 
-def _refuse_no_number(entry: PendingStep, loss: float, norm: float) -> None:
-    if math.isfinite(loss) and math.isfinite(norm):
-        return
-    raise TrainingError(
-        f"step {entry.step}: loss {loss}, gradient norm {norm}. Training stops here, and no later step is saved. "
-        f"Examples of this step: {', '.join(entry.names)}. Look at them: without some of them the run resumes by "
-        "resume_from_checkpoint=latest resume_with_changes_in='[data]', and with a lower learning_rate by "
-        "resume_with_changes_in='[learning_rate]'."
-    )
+def number(value: float) -> float | None:
+    """Returns a value as JSON can hold it: None where it is no finite number."""
+    return value if math.isfinite(value) else None
 
 
 def tracker_values(config: Mapping[str, Any]) -> dict[str, str | int | float | bool]:

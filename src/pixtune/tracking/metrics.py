@@ -2,7 +2,10 @@
 
 Lines have `kind` and `step`; figures carry their unit in the name. The kinds:
 
-"step": loss, gradient norm, rate, seconds and peak memory of a step.
+"step": loss, gradient norm, rate, seconds and peak memory of a step. One that was skipped has "skipped": true. What was
+    no finite number is null.
+"skipped": the examples of a skipped step whose losses were no numbers, with their sigmas, and the message.
+"exploded": the loss, or the held-out loss, has exploded, with the warning that was printed.
 "first_step": how long the first step of a session took, compilation included. A resumed run has one for each session.
 "drift": steps have become slower, with the causes that were measured ("data", "recompilation", "memory", "spill",
     "throttling") and the warning that was printed.
@@ -24,15 +27,22 @@ from pathlib import Path
 from typing import Any
 
 from pixtune.errors import WriteError
+from pixtune.inputs import reading
 from pixtune.storage.files import write_atomically
 
 FILE_NAME = "metrics.jsonl"
 
+LARGEST_FILE_BYTES, LONGEST_LINE_BYTES, MOST_LINES = 1024 * reading.MEBIBYTE, reading.MEBIBYTE, 4_000_000
+"""Bounds of a log that is read: one of a million steps has a quarter of the lines and of the size."""
+MOST_NAMED = 11
+"""Number of damaged lines that are counted; ten are named."""
 
 FIELDS: Mapping[str, Mapping[str, type | tuple[type, ...]]] = {
     "validation": {"loss": (int, float), "quarters": list},
-    "sample": {"prompt": str, "seed": int, "path": str},
+    "sample": {"prompt": str, "seed": int, "path": str, "controls": (list, type(None))},
     "first_step": {"first_step_seconds": (int, float), "compiled_graphs": int},
+    "skipped": {"message": str, "examples": list},
+    "exploded": {"message": str},
     "drift": {"message": str},
     "problem": {"message": str},
     "memory": {"stages": list},
@@ -63,18 +73,24 @@ class MetricsLog:
                 shutil.copyfile(path, set_aside(path, given_up))
             own = set_aside(path, resumed) if resumed is not None else path
             lines, damaged = read_lines(own if own.is_file() else path) if resume_step else ([], [])
-            self.left_out = ""
-            """Sentence on lines that could not be read; empty where there are none."""
+            self.left_out: list[str] = []
+            """Sentences on lines that could not be read, or are not there."""
             if damaged:
                 kept = set_aside(path, "damaged")
                 shutil.copyfile(path, kept)
                 numbers = ", ".join(map(str, damaged[:10])) + (" and more" if len(damaged) > 10 else "")
-                self.left_out = (
+                self.left_out.append(
                     f"{path} has damaged lines (number {numbers}), which are left out; as it was, it is kept as "
                     f"{kept.name}"
                 )
             self.kept = [line for line in lines if line["step"] <= resume_step]
             """Lines of the run so far."""
+            steps = {line["step"] for line in self.kept if line["kind"] == "step"}
+            if missing := [step for step in range(1, resume_step + 1) if step not in steps]:
+                self.left_out.append(
+                    f"{path} has no lines on {len(missing)} of the {resume_step} steps so far, the first of them step "
+                    f"{missing[0]}: these figures are lost, and the run goes on without them"
+                )
             write_atomically(path, "".join(json.dumps(line) + "\n" for line in self.kept).encode())
             self._stream = path.open("ab", buffering=0)
         except WriteError:
@@ -128,22 +144,25 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def read_lines(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
-    """Reads all complete lines, and the numbers (1 for the first) of those that are damaged.
+    """Reads all complete lines, and the numbers (1 for the first) of the first `MOST_NAMED` that are damaged.
 
     Raises:
         OSError: the file cannot be read.
     """
-    if not path.is_file():
-        if path.exists():
-            raise OSError(errno.EINVAL, "it is no file")  # a pipe would keep a reader waiting
+    if not os.path.lexists(path):
         return [], []
-    lines, damaged = [], []
-    for number, text in enumerate(path.read_bytes().split(b"\n")[:-1], 1):  # after the last newline: empty, or cut off
-        line = _parse(text)
-        if line is None:
-            damaged.append(number)
-        else:
+    lines: list[dict[str, Any]] = []
+    damaged: list[int] = []
+    for number, text in enumerate(reading.read_lines(path, LARGEST_FILE_BYTES, LONGEST_LINE_BYTES), 1):
+        if text is not None and not text.endswith(b"\n"):
+            break  # cut off
+        line = None if text is None else _parse(text)
+        if line is not None:
             lines.append(line)
+        elif len(damaged) < MOST_NAMED:
+            damaged.append(number)
+        if number >= MOST_LINES:
+            raise OSError(errno.EFBIG, f"it has more than {MOST_LINES:,} lines, the most that are read", str(path))
     return lines, damaged
 
 

@@ -108,11 +108,14 @@ def load_lora_weights(transformer: nn.Module, weights: Mapping[str, Tensor]) -> 
     """Copies weights named as by `lora_weights` into an attached LoRA.
 
     Raises:
-        KeyError: the names are not those of the attached LoRA.
+        KeyError: names or shapes are not those of the attached LoRA.
     """
     own = lora_weights(transformer)
     if own.keys() != weights.keys():
         raise KeyError(f"LoRA layers differ: {sorted(own.keys() ^ weights.keys())[:4]} and perhaps more")
+    if other := [name for name, tensor in own.items() if tensor.shape != weights[name].shape]:
+        shapes = f"{list(weights[other[0]].shape)}, not {list(own[other[0]].shape)}"
+        raise KeyError(f"{len(other)} tensors have other shapes, {other[0]} among them: {shapes}")
     with torch.no_grad():
         for name, tensor in own.items():
             tensor.copy_(weights[name])

@@ -8,9 +8,11 @@ two scales one after the other, so each file has one.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -24,6 +26,9 @@ DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 COMFYUI_FILE = "comfyui_lora.safetensors"
 DIFFUSERS_PREFIX = "transformer."
 """Beginning of a weight's name in diffusers' file; the module's path in the transformer follows."""
+GIBIBYTE = 2**30
+LARGEST_LORA_BYTES = 32 * GIBIBYTE
+"""Size that no LoRA reaches: one of rank 256 in fp32 on all layers of Qwen-Image has 9 GiB."""
 
 
 @dataclass(frozen=True)
@@ -109,12 +114,17 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """
     from safetensors import SafetensorError, safe_open
 
-    read_entries([path])  # checks the header, and names what is wrong with it
+    entries = read_entries([path])  # checks the header, and names what is wrong with it
+    if (num_bytes := sum(entry.num_bytes for entry in entries)) > LARGEST_LORA_BYTES:
+        raise WeightsError(
+            f"{path} holds {num_bytes / GIBIBYTE:,.0f} GiB of tensors, more than the "
+            f"{LARGEST_LORA_BYTES // GIBIBYTE} that a LoRA may have."
+        )
     try:
         with safe_open(path, framework="pt") as file:
             names = file.keys()
             return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
-    except (OSError, SafetensorError) as error:
+    except (OSError, MemoryError, RuntimeError, SafetensorError) as error:
         raise WeightsError(f"{path} cannot be read as a LoRA file ({error}).") from error
 
 
@@ -141,19 +151,56 @@ def export_checkpoint(source: Path, folder: Path) -> tuple[Path, ...]:
     for key in ("pixtune.family", "lora_adapter_metadata"):
         if key not in metadata:
             raise CheckpointError(f"{path} is no {DIFFUSERS_FILE} of pixtune: its metadata lack {key}.")
+    try:
+        about = read_description(metadata)
+        family = FAMILIES[about.family]
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        reason = f"{type(error).__name__}: {str(error)[:200]}"
+        raise CheckpointError(f"{path} is damaged: its metadata cannot be read ({reason}).") from error
+    if faulty := [name for name, tensor in weights.items() if tensor.ndim != 2 or not tensor.is_floating_point()]:
+        raise CheckpointError(f"{path} holds {faulty[0]}, which is no matrix of a LoRA.")
+    try:
+        return export_lora(folder, weights, about, family)
+    except (KeyError, IndexError, RuntimeError, ValueError) as error:
+        reason = f"{type(error).__name__}: {str(error)[:200]}"
+        raise CheckpointError(f"{path} holds no whole LoRA of {about.family} ({reason}).") from error
+
+
+def read_description(metadata: Mapping[str, str]) -> LoraDescription:
+    """Reads what `LoraDescription.metadata` and `diffusers_file` wrote.
+
+    Raises:
+        KeyError, TypeError, ValueError, RecursionError: it is something else.
+    """
     scale = json.loads(metadata["lora_adapter_metadata"])
-    about = LoraDescription(
-        rank=scale[f"{DIFFUSERS_PREFIX}r"],
-        alpha=scale[f"{DIFFUSERS_PREFIX}lora_alpha"],
-        targets=scale[f"{DIFFUSERS_PREFIX}target_modules"],
+    rank, alpha, targets = (scale[f"{DIFFUSERS_PREFIX}{key}"] for key in ("r", "lora_alpha", "target_modules"))
+    words, versions = json.loads(metadata["pixtune.trigger_words"]), json.loads(metadata["pixtune.versions"])
+    return LoraDescription(
+        rank=of_kind(rank, int),
+        alpha=of_kind(alpha, int, float),
+        targets=[of_kind(target, str) for target in of_kind(targets, list)],
         base=_read_base(metadata),
         family=metadata["pixtune.family"],
         step=int(metadata["pixtune.step"]),
         config_hash=metadata["pixtune.config_hash"],
-        trigger_words=json.loads(metadata["pixtune.trigger_words"]),
-        versions=json.loads(metadata["pixtune.versions"]),
+        trigger_words=[of_kind(word, str) for word in of_kind(words, list)],
+        versions={name: of_kind(version, str) for name, version in of_kind(versions, dict).items()},
     )
-    return export_lora(folder, weights, about, FAMILIES[about.family])
+
+
+def of_kind(value: Any, *kinds: type) -> Any:
+    """Returns a value that JSON gave, if it is of one of these kinds.
+
+    Raises:
+        TypeError: it is not, or is a number that is none.
+    """
+    if (
+        not isinstance(value, kinds)
+        or isinstance(value, bool)
+        or (isinstance(value, float) and not math.isfinite(value))
+    ):
+        raise TypeError(f"{value!r:.60} is no {' or '.join(kind.__name__ for kind in kinds)}")
+    return value
 
 
 def _read_base(metadata: Mapping[str, str]) -> BaseReference:

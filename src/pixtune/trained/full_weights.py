@@ -18,18 +18,20 @@ from torch import Tensor, nn
 
 from pixtune.config import to_dict
 from pixtune.config.schema import TrainConfig
-from pixtune.errors import CheckpointError, WriteError
+from pixtune.errors import CheckpointError, DamagedError, WriteError
 from pixtune.hardware.facts import package_versions
-from pixtune.plan.training import TrainingPlan
+from pixtune.plan.training import TrainingPlan, with_todays_names
 from pixtune.storage.base_reference import copy_without_paths, refer_to_base
-from pixtune.storage.checkpoint import OPTIMIZER_STEM, Checkpoint, CheckpointFiles, joined, sharded
+from pixtune.storage.checkpoint import OPTIMIZER_STEM, Checkpoint, CheckpointFiles, joined, read_decision, sharded
 from pixtune.storage.files import sync_folder, write_atomically
 from pixtune.storage.model_folder import MODEL_INDEX, READ_SUFFIXES, ModelFolder
 from pixtune.storage.resume import config_hash
+from pixtune.storage.state_form import fault_of_record
 from pixtune.trained import optim
 from pixtune.trained.base import Base
 from pixtune.trained.fused_step import FusedStep
 from pixtune.trained.host_states import HostStates
+from pixtune.trained.skipped_step import is_spoiled
 from pixtune.trained.weight_update import WeightUpdate
 
 WEIGHTS_STEM = "transformer"
@@ -107,15 +109,15 @@ class FullWeights:
     def gradients(self) -> list[Tensor]:
         return list(self._gradients().values())
 
-    def step(self) -> Tensor:
+    def step(self, loss: Tensor) -> Tensor:
         if self._fused:
             return self._fused.norm()
         gradients = self._gradients()
         norm = optim.global_norm([optim.norm_of(gradient) for gradient in gradients.values()])
-        factor = optim.clipping_factor(norm, self.config.max_grad_norm)
+        factor, spoiled = optim.clipping_factor(norm, self.config.max_grad_norm), is_spoiled(loss, norm)
         self.optimizer.begin_step()
         for name, gradient in gradients.items():
-            self.optimizer.step_weight(name, gradient, factor)
+            self.optimizer.step_weight(name, gradient, factor, spoiled)
             self.parameters[name].grad = None
         self.optimizer.end_step()
         if self._sums is not None:
@@ -224,7 +226,10 @@ def export_full_checkpoint(checkpoint: Checkpoint, target: Path) -> Path:
     from pixtune.family import Placement
     from pixtune.storage.model_folder import open_model_folder
 
-    config, weights_format = checkpoint.record["config"], checkpoint.record["plan"]["compute_format"]
+    if fault := fault_of_record(checkpoint.record):
+        raise DamagedError(f"{checkpoint.path} is of another form than pixtune writes: {fault}.")
+    plan = read_decision(TrainingPlan, with_todays_names(checkpoint.record["plan"]), "plan")
+    config, weights_format = checkpoint.record["config"], plan.compute_format
     folder = open_model_folder(config["pretrained_model_name_or_path"])
     family, placement = family_of(folder), Placement(torch.device("cpu"), COMPUTE_DTYPES[weights_format])
     base = Base(folder, family, load_transformer(family, folder, placement))

@@ -5,6 +5,9 @@ A weight is stepped as soon as its gradient is there, and the gradient is freed.
 Clipping by the global norm needs the norm of all gradients before the first weight changes. So the backward pass runs
 twice over the same graph: once to measure, every gradient freed as soon as its norm is known, and once to step. Both
 passes give the same gradients, so the result is that of clipping them together.
+
+Where the loss or that norm is no number, no weight changes. Without clipping the norm is not known in time: then a loss
+that is no number changes no weight, and a gradient that is none, under a loss that is one, does not change its own.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from functools import partial
 from torch import Tensor, nn
 
 from pixtune.trained import optim
+from pixtune.trained.skipped_step import is_spoiled
 from pixtune.trained.weight_update import WeightUpdate
 
 
@@ -36,12 +40,14 @@ class FusedStep:
         """Steps every weight that the loss depends on."""
         self._update.begin_step()
         self._norms = {}
-        factor = None
+        value = loss.detach()
+        self._take = partial(self._step_alone, loss=value)
         if self._max_norm:
             self._take = self._measure
             loss.backward(retain_graph=True)
-            factor = optim.clipping_factor(self.norm(), self._max_norm)
-        self._take = partial(self._step, factor=factor)
+            norm = self.norm()
+            factor = optim.clipping_factor(norm, self._max_norm)
+            self._take = partial(self._update.step_weight, factor=factor, spoiled=is_spoiled(value, norm))
         loss.backward()
         self._update.end_step()
 
@@ -58,7 +64,6 @@ class FusedStep:
     def _measure(self, name: str, gradient: Tensor) -> None:
         self._norms[name] = optim.norm_of(gradient)
 
-    def _step(self, name: str, gradient: Tensor, factor: Tensor | None) -> None:
-        if name not in self._norms:
-            self._measure(name, gradient)
-        self._update.step_weight(name, gradient, factor)
+    def _step_alone(self, name: str, gradient: Tensor, loss: Tensor) -> None:
+        self._measure(name, gradient)
+        self._update.step_weight(name, gradient, None, is_spoiled(loss, self._norms[name]))

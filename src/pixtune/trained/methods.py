@@ -49,8 +49,11 @@ class TrainedWeights(Protocol):
         They are of the same parameters in all processes.
         """
 
-    def step(self) -> Tensor:
-        """Scales the gradients down to the config's norm and steps; returns the norm before."""
+    def step(self, loss: Tensor) -> Tensor:
+        """Scales the gradients down to the config's norm and steps; returns the norm before.
+
+        Where the loss or that norm is no number, weights and states stay as they are: see `skipped_step.py`.
+        """
 
     def abandon_step(self) -> bool:
         """Drops what a step that failed has gathered; returns whether all weights are as they were before it."""
@@ -100,8 +103,8 @@ class LoraWeights:
     def gradients(self) -> list[Tensor]:
         return list(optim.gradients_of(self.parameters).values())
 
-    def step(self) -> Tensor:
-        return optim.clipped_step(self.optimizer, self.parameters, self.config.max_grad_norm)
+    def step(self, loss: Tensor) -> Tensor:
+        return optim.clipped_step(self.optimizer, self.parameters, self.config.max_grad_norm, loss)
 
     def abandon_step(self) -> bool:
         return True  # its optimizer takes no memory once all states are there, and these come before the first update

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from pixtune.config.schema import TrainConfig
 from pixtune.errors import ConfigError
 from pixtune.plan.optimizers import OPTIMIZERS
+from pixtune.storage.grouping import group_neighbours
+from pixtune.trained.skipped_step import Undo, is_spoiled, num_bytes, step_unless
 
 
 class OptimizerState(Protocol):
@@ -26,7 +28,10 @@ class OptimizerState(Protocol):
 
 
 class Optimizer(OptimizerState, Protocol):
-    """An optimizer, which steps parameters by their gradients."""
+    """An optimizer, which steps parameters by their gradients.
+
+    It reads an attribute `found_inf` at each step, as torch's fused ones do: see `skipped_step.step_unless`.
+    """
 
     def step(self) -> Any: ...
 
@@ -58,15 +63,26 @@ def import_bitsandbytes() -> Any:
     return bitsandbytes
 
 
-@dataclass(frozen=True)
+UNDO_BYTES = 1 << 25
+"""Bytes of weights and states that are kept at once while 8-bit optimizers step, unless one weight has more."""
+CHANGED_STATES = ("state1", "state2", "absmax1", "absmax2")
+"""Names of the tensors that a step of bitsandbytes changes. Code books are constant, and parameters share them."""
+
+
+@dataclass
 class WithoutWaiting:
-    """An optimizer of bitsandbytes whose step does not wait for the device.
+    """An optimizer of bitsandbytes whose step does not wait for the device, and changes nothing where it is spoiled.
 
     Its own waits after each parameter, and a LoRA on 60 blocks has 480: about 30 ms a step on an H100, by the
     difference between runs with 8-bit and 32-bit states.
+
+    Its counter of steps, by which it corrects the bias of the moments, is a number of the host, which does not know yet
+    whether a step is spoiled. So it counts skipped steps too: from the tenth step on, one of them changes the length
+    of the next step by 1.2% at most, and of the second step by 26%.
     """
 
     inner: Any
+    found_inf: Tensor | None = None
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -92,8 +108,24 @@ class WithoutWaiting:
         for each in stepped:  # all before the first step: where memory for them is short, no parameter has moved
             if not self.inner.state[each[1]]:
                 self.inner.init_state(*each)
-        for each in stepped:
-            self.inner.update_step(*each)
+
+        if not stepped:
+            return
+        groups = group_neighbours(stepped, lambda each: num_bytes(self._changed(each[1])), UNDO_BYTES)
+        changed = [[tensor for each in group for tensor in self._changed(each[1])] for group in groups]
+        # Likewise all the memory that undoing takes.
+        memory = changed[0][0].new_empty(max(map(num_bytes, changed)), dtype=torch.uint8)
+        for group, tensors in zip(groups, changed, strict=True):
+            undo = Undo(tensors, memory)
+            for each in group:
+                self.inner.update_step(*each)
+            if self.found_inf is not None:
+                undo.if_spoiled(self.found_inf)
+
+    def _changed(self, parameter: nn.Parameter) -> list[Tensor]:
+        """Returns everything on the device that a step of this parameter changes."""
+        states = self.inner.state[parameter]
+        return [parameter.data, *(states[name] for name in CHANGED_STATES if name in states)]
 
 
 BUILDERS: dict[str, Callable[..., Optimizer]] = {"adamw": _adamw, "adamw_8bit": _adamw_8bit}
@@ -221,14 +253,17 @@ def clipping_factor(norm: Tensor, max_norm: float) -> Tensor | None:
     return (max_norm / (norm + 1e-6)).clamp(max=1.0) if max_norm else None
 
 
-def clipped_step(optimizer: Optimizer, parameters: Mapping[str, nn.Parameter], max_norm: float) -> Tensor:
-    """Scales the gradients down to a global norm (0: leaves them) and steps; returns the norm before."""
+def clipped_step(optimizer: Optimizer, parameters: Mapping[str, nn.Parameter], max_norm: float, loss: Tensor) -> Tensor:
+    """Scales the gradients down to a global norm (0: leaves them) and steps; returns the norm before.
+
+    Where it or the loss is no number, nothing changes but the gradients.
+    """
     gradients = list(gradients_of(parameters).values())
     require_some(gradients)
     norm = nn.utils.get_total_norm(gradients)
     if max_norm:
         nn.utils.clip_grads_with_norm_(parameters.values(), max_norm, norm)
-    optimizer.step()
+    step_unless(optimizer, is_spoiled(loss, norm))
     return norm
 
 
@@ -252,6 +287,40 @@ def optimizer_state(
             else:
                 plain.setdefault(name, {})[key] = value
     return tensors, plain
+
+
+def check_states(
+    name: str,
+    parameters: Mapping[str, nn.Parameter],
+    tensors: Mapping[str, Tensor],
+    plain: Mapping[str, Mapping[str, Any]],
+) -> None:
+    """Checks that stored states are those of an optimizer for these parameters: native code trusts their sizes.
+
+    Args:
+        name: name of the optimizer.
+        tensors, plain: as `optimizer_state` returned them.
+
+    Raises:
+        KeyError: they are others; says which.
+    """
+    sizes = OPTIMIZERS[name].state_sizes
+    found: dict[str, dict[str, Tensor]] = {}
+    for path, tensor in tensors.items():
+        parameter_name, _, key = path.rpartition("/")
+        found.setdefault(parameter_name, {})[key] = tensor
+    if unknown := [each for each in (*found, *plain) if each not in parameters]:
+        raise KeyError(f"it has optimizer states of {unknown[0]!r}, which is not trained")
+    for parameter_name, states in found.items():
+        parameter = parameters[parameter_name]
+        if missing := [key for key in OPTIMIZERS[name].moments if key not in states]:
+            raise KeyError(f"its states of {parameter_name} are none of {name}: {missing[0]} is missing")
+        for key, state in states.items():
+            size = sizes[key](parameter.numel()) if key in sizes else None
+            if size is None or state.numel() != size or not (state.is_floating_point() or state.dtype == torch.uint8):
+                raise KeyError(
+                    f"its state {key[:60]!r} of {parameter_name}, {state.dtype} {list(state.shape)}, is none of {name}"
+                )
 
 
 def restore_optimizer_state(

@@ -10,13 +10,14 @@ from accelerate.utils import broadcast_object_list
 
 from pixtune.config import to_dict
 from pixtune.config.schema import TrainConfig
-from pixtune.errors import PixtuneError
+from pixtune.errors import DamagedError, PixtuneError
 from pixtune.hardware.facts import package_versions
 from pixtune.storage.base_reference import steps_fingerprint
 from pixtune.storage.checkpoint import Checkpoint, load_checkpoint
 from pixtune.storage.course import resolve_resume
 from pixtune.storage.model_folder import ModelFolder
 from pixtune.storage.resume import RunIdentity, refuse_other_run
+from pixtune.storage.state_form import fault_of_record
 from pixtune.trained import optim
 
 Decision = TypeVar("Decision")
@@ -49,6 +50,10 @@ def find_resume_point(config: TrainConfig, accelerator: Accelerator, show: Calla
     if path is None:
         return None
     checkpoint = load_checkpoint(path, verified=accelerator.is_main_process)
+    if fault := fault_of_record(checkpoint.record):
+        raise DamagedError(
+            f"{checkpoint.path} is of another form than pixtune writes: {fault}. Resume from another one."
+        )
     if changed := changed_versions(checkpoint.record.get("versions", {}), package_versions()):
         show(f"note: {path.name} was written with other versions ({changed}), which may round sums in another way")
     return checkpoint

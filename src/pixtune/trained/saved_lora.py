@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
@@ -17,8 +17,10 @@ from typing import Any, Self
 from torch import Tensor, nn
 
 from pixtune.errors import WeightsError
+from pixtune.family import Shapes
 from pixtune.trained import adapters
 from pixtune.trained.export import DIFFUSERS_PREFIX, read_tensors
+from pixtune.trained.layer_patterns import as_patterns, values_by_layer
 
 METADATA_KEY = "lora_adapter_metadata"
 APPLIED = frozenset({"r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "target_modules", "peft_type"})
@@ -33,8 +35,6 @@ WITHOUT_EFFECT = frozenset(
 """Keys that change nothing once the layers are known by their tensors, and no longer trained."""
 HARMLESS_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")
 """Values of `init_lora_weights` that leave the base as it is. Others, PiSSA for one, subtract the start from it."""
-NESTED_REPEATS = re.compile(r"\([^)]*[*+{][^)]*\)[*+{]")
-"""Patterns within patterns that take longer than anyone waits."""
 
 
 @dataclass(frozen=True)
@@ -46,30 +46,50 @@ class SavedLora:
     """`MODULE.lora_A.weight` and `MODULE.lora_B.weight`."""
     rank: int
     alpha: float
-    rank_pattern: Mapping[str, int]
-    """Ranks of layers that differ, by regular expressions over ends of paths, as PEFT matches them."""
-    alpha_pattern: Mapping[str, float]
-    """Alphas of layers that differ, likewise."""
+    ranks: Mapping[str, int]
+    """Rank of each layer, by its path."""
+    alphas: Mapping[str, float]
+    """Alpha of each layer, likewise."""
     use_rslora: bool
     """Whether the scale is alpha / sqrt(rank) in place of alpha / rank (Kalajdzievski 2023, arXiv 2312.03732)."""
 
     @property
     def modules(self) -> tuple[str, ...]:
         """Paths of the layers that it is attached to."""
-        return tuple(dict.fromkeys(name.rsplit(".lora_", 1)[0] for name in self.weights))
+        return tuple(self.ranks)
 
     def scaled(self, strength: float) -> Self:
         """Returns it with a scale `strength` times as large."""
-        alphas = {pattern: strength * alpha for pattern, alpha in self.alpha_pattern.items()}
-        return replace(self, alpha=strength * self.alpha, alpha_pattern=alphas)
+        alphas = {layer: strength * alpha for layer, alpha in self.alphas.items()}
+        return replace(self, alpha=strength * self.alpha, alphas=alphas)
 
     @property
     def largest_rank(self) -> int:
-        return max(tensor.shape[0] for name, tensor in self.weights.items() if name.endswith(".lora_A.weight"))
+        return max(self.ranks.values())
+
+    def refuse_other_model(self, shapes: Shapes) -> None:
+        """Checks by headers alone that a transformer has the layers that it is for, and that none outgrows its layer.
+
+        Args:
+            shapes: shapes of the transformer's tensors.
+
+        Raises:
+            WeightsError: it is for another model; names a layer.
+        """
+        for layer, rank in self.ranks.items():
+            shape = shapes.get(f"{layer}.weight", ())
+            if len(shape) != 2:
+                raise WeightsError(f"{self.path} does not fit this model, which has no linear layer {layer}.")
+            sides = tuple(self.weights[f"{layer}.lora_{matrix}.weight"].shape[1 - n] for n, matrix in enumerate("AB"))
+            if sides != (shape[1], shape[0]) or rank > max(shape):
+                raise WeightsError(
+                    f"{self.path} does not fit this model: it has rank {rank} for {sides[0]} inputs and {sides[1]} "
+                    f"outputs of {layer}, which has {shape[1]} and {shape[0]}."
+                )
 
 
 def read_saved_lora(path: Path) -> SavedLora:
-    """Reads a LoRA from a file in diffusers' format.
+    """Reads a LoRA from a file in diffusers' format; no number of it is read from the disk yet.
 
     Raises:
         WeightsError: it is none, is damaged, or needs something that pixtune does not do; names it.
@@ -88,22 +108,38 @@ def read_saved_lora(path: Path) -> SavedLora:
             "layers). Sample with diffusers, which knows more kinds."
         )
     config = _lora_config(path, metadata[METADATA_KEY])
+    weights = {name.removeprefix(DIFFUSERS_PREFIX): tensor for name, tensor in tensors.items()}
+    layers = tuple(dict.fromkeys(name.rsplit(".lora_", 1)[0] for name in weights))
     try:
-        return SavedLora(
-            path,
-            {name.removeprefix(DIFFUSERS_PREFIX): tensor for name, tensor in tensors.items()},
-            rank=_number(config["r"], int),
-            alpha=_number(config["lora_alpha"], float),
-            rank_pattern={
-                _pattern(key): _number(rank, int) for key, rank in (config.get("rank_pattern") or {}).items()
-            },
-            alpha_pattern={
-                _pattern(key): _number(alpha, float) for key, alpha in (config.get("alpha_pattern") or {}).items()
-            },
-            use_rslora=bool(config.get("use_rslora")),
+        rank, alpha = _number(config["r"], int), _number(config["lora_alpha"], float)
+        ranks = _values(config.get("rank_pattern"), layers, rank, int)
+        alphas = _values(config.get("alpha_pattern"), layers, alpha, float)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise WeightsError(f"{path} has a damaged {METADATA_KEY} ({error!r:.300}). Fetch the file again.") from error
+    for layer in layers:
+        _check_layer(path, layer, ranks[layer], weights)
+    return SavedLora(path, weights, rank, alpha, ranks, alphas, bool(config.get("use_rslora")))
+
+
+def _values(patterns: Any, layers: Sequence[str], default: Any, kind: type) -> dict[str, Any]:
+    """Returns the value of each layer by an adapter's patterns, which map texts to numbers."""
+    numbers = {key: _number(value, kind) for key, value in (patterns or {}).items()}
+    return values_by_layer(numbers, layers, default)
+
+
+def _check_layer(path: Path, layer: str, rank: int, weights: Mapping[str, Tensor]) -> None:
+    """Checks that a layer has both matrices, of the rank that the file states: its scale follows from that.
+
+    Raises:
+        WeightsError: it has not.
+    """
+    down, up = (weights.get(f"{layer}.lora_{matrix}.weight") for matrix in "AB")
+    shapes = [tuple(matrix.shape) for matrix in (down, up) if matrix is not None]
+    if down is None or up is None or down.ndim != 2 or up.ndim != 2 or (down.shape[0], up.shape[1]) != (rank, rank):
+        raise WeightsError(
+            f"{path} has matrices of shapes {shapes} for {layer}, where (rank, in) and (out, rank) are needed, and its "
+            f"{METADATA_KEY} gives the rank {rank}. Fetch the file again."
         )
-    except (KeyError, TypeError, ValueError, AttributeError, re.error) as error:
-        raise WeightsError(f"{path} has a damaged {METADATA_KEY} ({error!r}). Fetch the file again.") from error
 
 
 def _lora_config(path: Path, text: str) -> dict[str, Any]:
@@ -149,13 +185,6 @@ def _number(value: Any, kind: type) -> Any:
     return kind(value)
 
 
-def _pattern(text: str) -> str:
-    if len(text) > 10_000 or NESTED_REPEATS.search(text):
-        raise ValueError(f"the pattern {text[:60]!r} is too intricate")
-    re.compile(text)
-    return text
-
-
 def attach_saved_lora(transformer: nn.Module, lora: SavedLora) -> None:
     """Attaches a saved LoRA to a transformer.
 
@@ -168,8 +197,8 @@ def attach_saved_lora(transformer: nn.Module, lora: SavedLora) -> None:
         r=lora.rank,
         lora_alpha=lora.alpha,
         target_modules=list(lora.modules),
-        rank_pattern=dict(lora.rank_pattern),
-        alpha_pattern=dict(lora.alpha_pattern),
+        rank_pattern=as_patterns(lora.ranks, lora.rank),
+        alpha_pattern=as_patterns(lora.alphas, lora.alpha),
         use_rslora=lora.use_rslora,
     )
     try:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from pixtune import randomness
 from pixtune.trained import optim
 from pixtune.trained.host_states import HostStates
+from pixtune.trained.skipped_step import step_unless
 
 MASTER = "fp32 copy"
 """Name of a weight's fp32 copy among its tensors in host memory; no optimizer has a state of that name."""
@@ -91,8 +92,12 @@ class WeightUpdate:
         self._is_torn = False
 
     @torch.no_grad()
-    def step_weight(self, name: str, gradient: Tensor, factor: Tensor | None) -> None:
-        """Steps one weight by its gradient times the factor. The caller drops the gradient afterwards."""
+    def step_weight(self, name: str, gradient: Tensor, factor: Tensor | None, spoiled: Tensor) -> None:
+        """Steps one weight by its gradient times the factor. The caller drops the gradient afterwards.
+
+        Args:
+            spoiled: 1 on the device where weight and states have to stay as they are, else 0.
+        """
         weight, stand_in = self.weights[name], self._stand_ins[name]
         self._is_torn = True
         if self._host is not None:
@@ -102,7 +107,7 @@ class WeightUpdate:
         if factor is not None:
             scaled = scaled * factor if scaled is gradient else scaled.mul_(factor)
         stand_in.grad = scaled
-        self._optimizers[name].step()
+        step_unless(self._optimizers[name], spoiled)
         stand_in.grad = None
         self._write_back(name, weight, stand_in.data)
         stand_in.data = _nothing(weight)

@@ -222,8 +222,8 @@ def test_strength_scales_what_a_lora_adds(loras: dict[str, Path]) -> None:
     without, whole = levels(plain_pictures(name, None)), levels(plain_pictures(name, loras[name]))
     assert torch.equal(drawn(0.0), without)
     assert 0 < (drawn(0.5) - without).norm() < (whole - without).norm()
-    patterned = replace(read_saved_lora(loras[name]), alpha_pattern={"to_q": 3.0}).scaled(0.5)
-    assert patterned.alpha_pattern == {"to_q": 1.5} and patterned.alpha == 0.5 * read_saved_lora(loras[name]).alpha
+    patterned = replace(read_saved_lora(loras[name]), alphas={"to_q": 3.0}).scaled(0.5)
+    assert patterned.alphas == {"to_q": 1.5} and patterned.alpha == 0.5 * read_saved_lora(loras[name]).alpha
 
 
 def test_guidance_leads_away_from_the_negative_prompt(loras: dict[str, Path]) -> None:

@@ -121,6 +121,25 @@ def test_one_wrong_line_is_one_plain_sentence(faults_of, minimal, line, sentence
     assert "[type=" not in faults[0] and "Input should" not in faults[0] and "http" not in faults[0]
 
 
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ("samples.prompts=[a,b] samples.controls=[[x]]", "samples.controls has 1 lists and samples.prompts 2 prompts"),
+        ("samples.prompts=[a] samples.controls=[[x],[x]]", "samples.controls has 2 lists and samples.prompts 1 "),
+        (
+            "samples.prompts=[a] samples.controls=[[]]",
+            "samples.controls is [[]]: must be a list of at least 1 in",
+        ),
+        ("method=full lora_alpha=1", "lora_alpha given and method is full"),
+        ("method=full lora_alpha=1 lora_targets=[to_q]", "lora_targets and lora_alpha given and method is full"),
+        ("method=full keep_plain=[to_q]", "keep_plain given and method is full"),
+    ],
+)
+def test_keys_that_contradict_each_other_are_one_sentence(faults_of, minimal, words, sentence):
+    (fault,) = faults_of(minimal, *words.split())
+    assert sentence in fault
+
+
 @pytest.mark.parametrize("key", sorted(leaf_keys()))
 def test_no_key_takes_a_nested_mapping_and_none_answers_in_pydantics_words(faults_of, minimal, key):
     faults = faults_of(minimal, f"{key}={{nested: {{deeper: 1}}}}")

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from pydantic.fields import FieldInfo
 
-from pixtune.config.schema import Section, TrainConfig, leaf_keys, sections
+from pixtune.config.schema import TrainConfig, leaf_keys, sections
+from pixtune.config.section import Section
 
 PAGE = Path(__file__).resolve().parents[3] / "docs" / "contract.md"
 

@@ -7,10 +7,13 @@ import threading
 from collections import Counter
 from collections.abc import Generator, Sequence
 from dataclasses import replace
+from itertools import chain, count, islice
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from pixtune.config.schema import ObjectiveConfig
@@ -87,31 +90,42 @@ def assert_equal(one: Batch, other: Batch) -> None:
 # ---- the order
 
 
-@pytest.mark.parametrize("epoch", [0, 1, 5])
-def test_every_example_comes_exactly_once_an_epoch_when_buckets_divide(epoch: int) -> None:
-    micro_batches = BatchOrder(EVEN, 4, seed=1).epoch(epoch)
-    assert sorted(turn.example for batch in micro_batches for turn in batch) == list(range(16))
+DATA_SETS = st.lists(
+    st.lists(st.sampled_from([(WIDE,), (SQUARE,), (TALL,)]), min_size=1, max_size=4), min_size=1, max_size=30
+)
+"""Data sets of examples with some variants each, all of the sizes above."""
+SEEDS = st.integers(0, 2**63 - 1)
 
 
-@pytest.mark.parametrize("batch_size", [1, 2, 4, 5])
-def test_buckets_that_do_not_divide_wrap_around(batch_size: int) -> None:
-    for epoch in range(3):
-        micro_batches = BatchOrder(UNEVEN, batch_size, seed=1).epoch(epoch)
-        assert {len(batch) for batch in micro_batches} == {batch_size}
-        counts = Counter(turn.example for batch in micro_batches for turn in batch)
-        assert counts.keys() == set(range(len(UNEVEN)))
-        sizes = {size: [n for n, ((own,),) in enumerate(UNEVEN) if own == size] for size in (WIDE, SQUARE, TALL)}
-        for members in sizes.values():
-            total = sum(counts[example] for example in members)
-            assert total == math.ceil(len(members) / batch_size) * batch_size
-            assert max(counts[s] for s in members) - min(counts[s] for s in members) <= 1, "some weigh more"
+@settings(max_examples=100)
+@given(DATA_SETS, st.integers(1, 6), SEEDS, st.integers(0, 5))
+def test_an_epoch_takes_each_example_once_and_fills_each_buckets_last_batch_evenly(
+    sizes: list[list[Signature]], batch_size: int, seed: int, epoch: int
+) -> None:
+    micro_batches = BatchOrder(sizes, batch_size, seed).epoch(epoch)
+    assert {len(batch) for batch in micro_batches} == {batch_size}
+    counts = Counter(turn for batch in micro_batches for turn in batch)
+    assert sorted(turn.example for turn in counts) == list(range(len(sizes))), "each in one bucket, by one variant"
+    in_bucket: dict[Signature, list[int]] = {}
+    for turn, times in counts.items():
+        in_bucket.setdefault(sizes[turn.example][turn.variant], []).append(times)
+    for each in in_bucket.values():
+        assert sum(each) == math.ceil(len(each) / batch_size) * batch_size, "the fewest that fill the last batch"
+        assert max(each) - min(each) <= 1, "some weigh more"
+    assert all(len({sizes[turn.example][turn.variant] for turn in batch}) == 1 for batch in micro_batches)
 
 
-@pytest.mark.parametrize("sizes", [EVEN, UNEVEN, VARIANTS], ids=["even", "uneven", "variants"])
-def test_a_micro_batch_is_of_one_bucket(sizes: list[list[Signature]]) -> None:
-    order = BatchOrder(sizes, 3, seed=0)
-    for index in range(60):
-        assert len({sizes[turn.example][turn.variant] for turn in order.micro_batch(index)}) == 1
+@given(DATA_SETS, st.integers(1, 3), SEEDS, st.integers(0, 40))
+def test_the_order_is_one_whatever_was_asked_before(
+    sizes: list[list[Signature]], batch_size: int, seed: int, index: int
+) -> None:
+    """So a run that resumes at a step goes on with that step's turns. Epochs one after the other say the same."""
+    asked = BatchOrder(sizes, batch_size, seed)
+    asked.micro_batch(later := 3 * index)
+    in_turn = chain.from_iterable(BatchOrder(sizes, batch_size, seed).epoch(epoch) for epoch in count())
+    wanted = [*islice(in_turn, later + 1)]
+    assert asked.micro_batch(index) == wanted[index] == BatchOrder(sizes, batch_size, seed).micro_batch(index)
+    assert asked.micro_batch(later) == wanted[later]
 
 
 def test_order_changes_by_epoch_and_seed_and_not_otherwise() -> None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-import random
 import subprocess
 import sys
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from pixtune.data.buckets import RATIOS, Framing, build_buckets, frame_picture, frame_variants
+from pixtune.sizes import Size
 
 SETTINGS = [(1024, 16), (1328, 16), (1000, 16), (512, 32), (64, 16), (16, 16)]
 
@@ -64,46 +66,68 @@ def test_impossible_settings_say_which(arguments, words):
         build_buckets(*arguments)
 
 
-@pytest.mark.parametrize(("img_size", "multiple"), SETTINGS)
-@pytest.mark.parametrize("upscale", [False, True])
-def test_framing_never_distorts_and_never_leaves_the_picture(img_size, multiple, upscale):
-    draw = random.Random(f"{img_size} {upscale}")
-    buckets = build_buckets(img_size, multiple)
-    for _ in range(400):
-        width, height = (int(multiple * 2 ** draw.uniform(0, 8)) for _ in range(2))
-        ratio = draw.choice(list(RATIOS.values()))
-        framing = frame_picture(width, height, buckets, ratio, upscale)
-        left, top, right, bottom = framing.crop_box
-        what = f"{width}x{height} {ratio}: {framing}"
-        assert 0 <= left < right <= width and 0 <= top < bottom <= height, what
-        # One scale on both axes, and nothing beyond one axis is cut.
-        assert (right - left) * framing.scale == pytest.approx(framing.width, rel=1e-9), what
-        assert (bottom - top) * framing.scale == pytest.approx(framing.height, rel=1e-9), what
-        assert (left, right) == (0, width) or (top, bottom) == (0, height), what
-        # A centre crop.
-        assert left == pytest.approx(width - right, abs=1e-6) and top == pytest.approx(height - bottom, abs=1e-6), what
-        lost = 1 - (right - left) * (bottom - top) / (width * height)
-        assert framing.share_lost == pytest.approx(lost, abs=1e-9) and framing.share_lost >= 0, what
-        assert framing.width % multiple == 0 and framing.height % multiple == 0, what
-        assert framing.width * framing.height <= img_size**2, what
-        if upscale:
-            assert framing.size in buckets.sizes, what
-        else:
-            assert not framing.upscaled, what
+@st.composite
+def pictures(draw: st.DrawFn) -> tuple[int, int, int, int]:
+    """A training size, a multiple, and the sides of a picture from the smallest to a large one, of any shape."""
+    multiple = draw(st.sampled_from((8, 16, 32, 64)))
+    img_size = draw(st.integers(multiple, 1600))
+    width, height = (int(multiple * 2 ** draw(st.floats(0, 8))) for _ in range(2))
+    return img_size, multiple, width, height
 
 
-@pytest.mark.parametrize(("img_size", "multiple"), [(1024, 16), (1328, 16)])
-def test_large_pictures_lose_little(img_size, multiple):
-    draw = random.Random(img_size)
+@settings(max_examples=250)
+@given(pictures(), st.sampled_from(list(RATIOS.values())), st.booleans())
+def test_framing_never_distorts_and_never_leaves_the_picture(picture, ratio, upscale):
+    img_size, multiple, width, height = picture
     buckets = build_buckets(img_size, multiple)
-    for _ in range(700):
-        short_side = draw.randint(img_size, 6000)
-        width, height = short_side, int(short_side * draw.uniform(1, 4))
-        if draw.random() < 0.5:
-            width, height = height, width
-        framing = frame_picture(width, height, buckets)
+    framing = frame_picture(width, height, buckets, ratio, upscale)
+    left, top, right, bottom = framing.crop_box
+    assert 0 <= left < right <= width and 0 <= top < bottom <= height
+    # One scale on both axes, and nothing beyond one axis is cut.
+    assert (right - left) * framing.scale == pytest.approx(framing.width, rel=1e-9)
+    assert (bottom - top) * framing.scale == pytest.approx(framing.height, rel=1e-9)
+    assert (left, right) == (0, width) or (top, bottom) == (0, height)
+    # A centre crop.
+    assert left == pytest.approx(width - right, abs=1e-6) and top == pytest.approx(height - bottom, abs=1e-6)
+    lost = 1 - (right - left) * (bottom - top) / (width * height)
+    assert framing.share_lost == pytest.approx(lost, abs=1e-9) and framing.share_lost >= 0
+    assert framing.width % multiple == 0 and framing.height % multiple == 0
+    assert framing.width * framing.height <= img_size**2
+    if upscale:
         assert framing.size in buckets.sizes
-        assert framing.share_lost < 0.025, f"{width}x{height}: {framing}"
+    else:
+        assert not framing.upscaled
+
+
+def widest(img_size: int, multiple: int) -> list[Size]:
+    """All sizes of allowed shape that no longer one of the same long side fits beside, found by trying every pair."""
+    sides = range(multiple, 2 * img_size + 1, multiple)
+    fitting = [(a, b) for a in sides for b in sides if b <= a <= 4 * b and a * b <= img_size**2]
+    square = img_size // multiple * multiple
+    best = [(a, b) for a, b in fitting if a >= square and not any(c == a and d > b for c, d in fitting)]
+    return [*best, *((b, a) for a, b in best)]
+
+
+@settings(max_examples=60)
+@given(st.sampled_from((16, 32, 64)), st.integers(1, 14), st.floats(1, 4), st.booleans(), st.data())
+def test_no_bucket_would_lose_less_of_a_large_picture(multiple, units, aspect, upright, data):
+    img_size = multiple * units + data.draw(st.integers(0, multiple - 1))
+    width, height = int(4 * img_size * aspect), 4 * img_size
+    width, height = (height, width) if upright else (width, height)
+    framing = frame_picture(width, height, build_buckets(img_size, multiple))
+    losses = {
+        size: 1 - min(a := size[0] * height, b := size[1] * width) / max(a, b) for size in widest(img_size, multiple)
+    }
+    assert framing.size in losses
+    assert framing.share_lost == pytest.approx(min(losses.values()), abs=1e-8)
+
+
+@given(st.sampled_from((1024, 1328)), st.integers(1024, 6000), st.floats(1, 4), st.booleans())
+def test_large_pictures_lose_little(img_size, short_side, aspect, upright):
+    short_side = max(short_side, img_size)
+    width, height = short_side, int(short_side * aspect)
+    width, height = (width, height) if upright else (height, width)
+    assert frame_picture(width, height, build_buckets(img_size, 16)).share_lost < 0.025
 
 
 def test_a_picture_of_bucket_size_is_taken_whole():

@@ -214,10 +214,10 @@ def test_an_entry_out_of_reach_is_made_anew_and_says_why(tmp_path: Path, monkeyp
     store = DiskStore(tmp_path)
     store.write("ab12", ENTRY)
 
-    def fails(path: Path) -> bytes:
+    def fails(path: Path, most_bytes: int) -> bytes:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    monkeypatch.setattr(Path, "read_bytes", fails)
+    monkeypatch.setattr(cache, "read_bounded", fails)
     assert store.problem("ab12") == "unreadable (Input/output error)"
     with pytest.raises(DataError, match=r"Input/output error.*resume"):
         store.read("ab12")

@@ -50,6 +50,10 @@ def test_line_numbers_count_line_feeds_alone(tmp_path: Path) -> None:
         ('{"image": "pipe.png", "caption": "x"}', "there is no file"),
         ('{"image": "..", "caption": "x"}', "there is no file"),
         ("null", "is a NoneType"),
+        ('{"image": "a.png", "caption": "' + "x" * 1_100_000 + '"}', "'caption' has more than"),
+        ('{"image": "a.png", "caption": "' + "x" * 3_000_000 + '"}', "is longer than 2 MiB"),
+        ('{"image": "a.png", "caption": "x", "control": [' + '"a.png",' * 16 + '"a.png"]}', "lists 17 paths"),
+        ('{"image": "a.png", "caption": "x", "' + "k" * 1000 + '": 1}', "unknown key 'kkk"),
         ('{"image": "a.png", "caption": 5}', "'caption' must be text"),
     ],
 )
@@ -73,3 +77,23 @@ def test_a_pipe_in_place_of_the_file_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "rows.jsonl")
     (fault,) = read_metadata(tmp_path / "rows.jsonl", tmp_path).faults
     assert "a named pipe, not a file" in fault
+
+
+def test_reading_ends_after_a_thousand_problems(tmp_path: Path) -> None:
+    faults = read(tmp_path, "x\n" * 100_000).faults
+    assert len(faults) == 1001 and faults[-1].endswith("it was read to line 1,000.")
+
+
+def test_a_folder_is_listed_once_for_all_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, listed, really_list = [], [], Path.iterdir
+    for number in range(300):
+        (tmp_path / f"cafe\u0301{number}.png").touch()
+        rows.append(json.dumps({"image": f"caf\u00e9{number}.png", "caption": "a cup"}))
+
+    def counting(path: Path):
+        listed.append(path)
+        return really_list(path)
+
+    monkeypatch.setattr(Path, "iterdir", counting)
+    found = read(tmp_path, "\n".join(rows))
+    assert found.faults == () and len(found.pairs) == 300 and listed == [tmp_path]

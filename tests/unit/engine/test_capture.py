@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pixtune.engine.capture import PLAIN_CALLS, CaptureHistory, Replay, ReplayedPass
+from pixtune.engine.relief import in_turn
 
 
 @dataclass(frozen=True)
@@ -233,3 +234,65 @@ def test_a_parameter_that_gets_its_first_gradient_while_capturing_is_a_fault() -
     replayed._capture = lambda work: partial(Tensor.clone, work())
     with pytest.raises(RuntimeError, match="cuda_graphs=false"):
         replayed(Numbers(torch.ones(2)))
+
+
+def test_all_captured_shapes_read_their_inputs_from_the_same_memory() -> None:
+    replayed, _, _ = build(max_captures=3)
+    for length in (3, 2, 4):
+        for _ in range(8):
+            replayed(Numbers(torch.ones(length)))
+    small, smaller, larger = (capture.inputs.values for capture in replayed._captures.values())
+    assert small.data_ptr() == smaller.data_ptr() != larger.data_ptr()
+    plain, _, _ = build(capturer=None)
+    for length in (4, 2, 3, 2):
+        values = torch.randn(length, generator=torch.Generator().manual_seed(length))
+        torch.testing.assert_close(replayed(Numbers(values)), plain(Numbers(values)), rtol=0, atol=0)
+
+
+def test_gradients_leave_the_memory_of_the_first_backward_pass_before_a_capture() -> None:
+    replayed, weight, _ = build()
+    replayed(Numbers(torch.ones(2)))
+    assert weight.grad is not None
+    first, value = weight.grad, weight.grad.clone()
+    replayed(Numbers(torch.zeros(2)))
+    assert weight.grad is first
+    replayed(Numbers(torch.zeros(2)))  # captured
+    assert weight.grad.data_ptr() != first.data_ptr()
+    torch.testing.assert_close(weight.grad, value, rtol=0, atol=0)
+
+
+def test_memory_that_a_replay_takes_again_counts_although_the_allocator_does_not_count_it() -> None:
+    """Two passes of 8 bytes are captured, then 3 bytes of optimizer states come: a step needs 1 + 3 + 8."""
+    from pixtune.hardware.facts import GIB
+    from pixtune.hardware.monitor import DeviceMemory, StageLog
+    from pixtune.tracking.memory import STEPS, RunMemory
+
+    memory = RunMemory.__new__(RunMemory)
+    memory.stages = StageLog(lambda: DeviceMemory(4.0, 12.0, 9.0, 12.0), lambda: None, lambda: 0)
+    memory._before = None
+    memory.stages.record(STEPS)
+    assert memory.compare(12 * GIB)["measured_peak_gib"] == 9.0
+    assert memory.compare(12 * GIB, replayed_bytes=8 * GIB) == {
+        "expected_peak_gib": 12.0, "measured_peak_gib": 12.0, "reserved_peak_gib": 12.0, "error_percent": 0.0
+    }  # fmt: skip
+
+
+def test_what_changed_runs_plainly_before_it_is_captured() -> None:
+    """A capture in which something is compiled for the first time breaks."""
+    replayed, _, fake = build()
+    numbers = Numbers(torch.ones(2))
+    for _ in range(PLAIN_CALLS + 1):
+        replayed(numbers)
+    assert (fake.captured, fake.replayed) == (1, 1)
+    assert replayed.give_up_captures()
+    replayed(numbers)  # plainly, since the relief may have changed it
+    assert (fake.captured, fake.replayed) == (1, 1)
+    replayed(numbers)
+    assert (fake.captured, fake.replayed) == (2, 2)
+    assert replayed.give_up_captures()  # nothing is captured any more
+
+
+def test_reliefs_are_used_up_one_after_the_other() -> None:
+    first, second = iter(["a", "b"]), iter(["c"])
+    relief = in_turn(lambda: next(first, None), lambda: next(second, None))
+    assert [relief() for _ in range(4)] == ["a", "b", "c", None]

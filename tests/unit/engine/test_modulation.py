@@ -16,7 +16,7 @@ import pixtune.train
 from pixtune.config import load_config
 from pixtune.engine.load import LoadedTransformer
 from pixtune.engine.modulation import ModulationTable
-from pixtune.engine.modulation_ahead import StepsAhead
+from pixtune.engine.modulation_ahead import SigmasAhead, StepsAhead
 from pixtune.engine.modulation_filling import ModulationRows
 from pixtune.tracking.metrics import read_metrics
 from tests.runs import DEMO_TRAIN, ROOT, overrides
@@ -76,14 +76,16 @@ def test_going_on_in_the_middle_of_a_stretch_is_exact(run: Any) -> None:
 class NotedTable:
     """Notes each call."""
 
-    num_rows = 7
-
-    def __init__(self) -> None:
+    def __init__(self, num_rows: int) -> None:
+        self.num_rows = num_rows
         self.used: list[list[float]] = []
         self.shown: list[list[int]] = []
         self.prepared: list[tuple[list[float], float]] = []
 
     def use(self, purpose: object, embed: Any) -> None:
+        self.used.append(embed().tolist())
+
+    def use_for_samples(self, purpose: object, embed: Any) -> None:
         self.used.append(embed().tolist())
 
     def show(self, places: list[int]) -> None:
@@ -100,8 +102,10 @@ class Sigmas:
         return sigmas
 
 
-def test_stretches_begin_at_fixed_steps_and_the_next_one_is_filled_on_the_way() -> None:
-    table: Any = NotedTable()
+@pytest.mark.parametrize("num_rows", [7, 8])
+def test_stretches_begin_at_fixed_steps_and_the_next_one_is_filled_on_the_way(num_rows: int) -> None:
+    """Three steps of two examples, whose rows and the one of clean pictures need seven; an eighth is no fourth step."""
+    table: Any = NotedTable(num_rows)
     family: Any = Sigmas()
     ahead = StepsAhead(
         LoadedTransformer(torch.nn.Identity(), table=table), family,
@@ -114,6 +118,25 @@ def test_stretches_begin_at_fixed_steps_and_the_next_one_is_filled_on_the_way() 
     assert table.used == [second, second, third]
     assert table.shown == [[2, 3, -1], [4, 5, -1], [0, 1, -1]]
     assert table.prepared == [(third, 2 / 3), (third, 1)], "and nothing after the last step"
+
+
+@pytest.mark.parametrize(("num_rows", "per_step", "stretch"), [(5, 1, 4), (6, 1, 5), (5, 2, 2), (6, 2, 2)])
+def test_a_samples_steps_are_made_ahead_as_far_as_there_are_rows(num_rows: int, per_step: int, stretch: int) -> None:
+    """Examples with features of their own have a row each, others share a step's. One row is for clean pictures."""
+    table: Any = NotedTable(num_rows)
+    family: Any = Sigmas()
+    family.time_features = ("pooled",) if per_step == 2 else ()
+    sigmas = [0.9, 0.7, 0.5, 0.3, 0.1]
+    conditioning = {"pooled": torch.zeros(2, 3), "prompt": torch.zeros(2, 9)}
+    ahead = SigmasAhead(
+        LoadedTransformer(torch.nn.Identity(), table=table), family, sigmas, conditioning, 1.0, torch.device("cpu")
+    )
+    for number in range(5):
+        ahead.reach(number)
+    groups = [sigmas[start : start + stretch] for start in range(0, 5, stretch)]
+    assert table.used == [pytest.approx([sigma for sigma in group for _ in range(per_step)]) for group in groups]
+    places = [[0], [1], [2], [3], [4]] if per_step == 1 else [[0, 1], [2, 3]]
+    assert table.shown == [[*places[number % stretch], -1] for number in range(5)]
 
 
 class Table:
@@ -189,6 +212,20 @@ def test_pictures_between_steps_leave_the_table_of_the_steps_alone() -> None:
     tried.rows(following[5:6])
     with pytest.raises(RuntimeError, match="was not among those announced"):
         tried.table.check()
+
+
+@pytest.mark.parametrize("way", ["use", "use_for_samples", "answer"])
+def test_an_embedding_that_was_not_prepared_is_noticed_before_the_next_table(way: str) -> None:
+    """Rounding to bf16 is 0.4% at most; the next of 1,000 noise levels is farther away than 2%."""
+    tried = Table()
+    steps = torch.randn(8, 5, generator=torch.Generator().manual_seed(1))
+    tried.table.use("steps", giving(steps))
+    tried.table.show([3, -1])
+    tried.rows(steps[3:4] * 1.01)
+    tried.table.check()
+    tried.rows(steps[[3, 7]] * torch.tensor([[1.0], [1.05]]))
+    with pytest.raises(RuntimeError, match=r"4\.8% away from the nearest"):
+        getattr(tried.table, way)("others", giving(2 * steps))
 
 
 def test_weights_that_cannot_be_read_any_more_are_an_error() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pixtune.inputs.reading import check_regular, read_bounded
+from pixtune.inputs.reading import check_regular, check_size, read_bounded, read_lines
 
 
 def test_a_file_of_just_the_limit_is_read_and_one_byte_more_is_not(tmp_path: Path) -> None:
@@ -61,3 +61,22 @@ def test_circles_of_links_are_an_error_of_the_file(tmp_path: Path) -> None:
     (tmp_path / "b").symlink_to("a")
     with pytest.raises(OSError):
         check_regular(tmp_path / "a")
+
+
+def test_lines_end_at_line_feeds_and_long_ones_are_passed_over(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(
+        b"ab\r\n\xe2\x80\xa8c\n" + b"x" * 9 + b"\n" + b"y" * 3_000_000 + b"\n12345678\n" + b"z" * 7
+    )
+    lines = list(read_lines(tmp_path / "a", 4_000_000, 9))
+    assert lines == [b"ab\r\n", b"\xe2\x80\xa8c\n", None, None, b"12345678\n", b"z" * 7]
+    with pytest.raises(OSError, match="it has more than 100 bytes"):
+        list(read_lines(tmp_path / "a", 100, 9))
+
+
+def test_a_file_of_a_terabyte_is_not_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with (tmp_path / "a").open("wb") as stream:
+        stream.truncate(2**40)
+    monkeypatch.setattr(Path, "open", lambda *_: pytest.fail("opened"))
+    for read in (check_size, read_bounded):
+        with pytest.raises(OSError, match="1 MiB"):
+            read(tmp_path / "a", 2**20)

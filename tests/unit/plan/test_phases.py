@@ -46,14 +46,18 @@ def test_between_steps_weights_and_optimizer_states_remain(
 def test_what_stays_on_the_device_is_counted_in_each_phase_after_it() -> None:
     footprint = full_size_footprint(CONFIG)
     plan = plan_training(facts_as("H200"), footprint, CONFIG)
-    around = Surroundings(EncoderSizes(14 * GIB, GIB), PLAINLY, 1024 * 1024, footprint.num_tokens)
+    sizes = EncoderSizes(14 * GIB, GIB, caption_tokens=0, picture_pixels=10**6, encoding_bytes_per_pixel=3000)
+    around = Surroundings(sizes, PLAINLY, 1024 * 1024, footprint.num_tokens)
     leave, stay = (
         phases_of(plan, footprint, replace(around, text_in_loop=loop, pictures_in_loop=loop)) for loop in (False, True)
     )
     assert [phase.name for phase in stay] == ["captions encoded", "pictures encoded", "training step", "sampling"]
     more = [there.device_bytes - gone.device_bytes for gone, there in zip(leave, stay, strict=True)]
     assert more == [0, 14 * GIB, 15 * GIB, 14 * GIB], "sampling needs the autoencoder in any case"
-    assert leave[2].device_bytes == plan.expected_peak_bytes
+    assert [phases[1].holds for phases in (leave, stay)] == ["autoencoder", "autoencoder, text encoder"]
+    tiled = phases_of(plan, footprint, replace(around, encoders=replace(PLAINLY, tile_pixels=512)))
+    assert (tiled[1].holds, tiled[1].device_bytes) == ("autoencoder, tiles of 512 pixels", GIB + 3000 * 512**2)
+    assert [phase.device_bytes for phase in leave[:3]] == [14 * GIB, GIB + 3 * 10**9, plan.expected_peak_bytes]
 
 
 def test_a_run_without_encoders_and_samples_is_its_training_step() -> None:

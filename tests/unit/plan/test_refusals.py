@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from random import Random
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from pixtune.config.schema import CudaFeatures, DataConfig, TrainConfig
 from pixtune.errors import PlanError
 from pixtune.hardware.cards import facts_as
-from pixtune.hardware.facts import GIB, host_room_bytes
+from pixtune.hardware.facts import GIB, HardwareFacts, host_room_bytes
 from pixtune.plan.demands import demands_of
 from pixtune.plan.rungs import ladder, with_rows
 from pixtune.plan.situation import situation_of
@@ -26,6 +27,8 @@ CONFIG = TrainConfig(
     data_config=DataConfig(img_dir=Path("data")),
 )
 CARDS = ("RTX 3080", "RTX 4060", "RTX 4070", "RTX 4090", "RTX 5090", "A100 80 GB", "H100", "H200", "DGX Spark")
+NUM_BLOCKS = 60
+"""Qwen-Image's."""
 FP8 = "cuda_features.enable_fp8_training"
 VALUES: dict[str, tuple[object, ...]] = {
     "disable_gradient_checkpointing": (True, False, None, None),
@@ -77,22 +80,57 @@ def changed_by(promise: re.Match[str]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(("method", "cards", "least_promises"), [("lora", CARDS, 8), ("full", CARDS[3:], 6)])
-def test_what_is_promised_to_fit_gets_a_plan(method: str, cards: tuple[str, ...], least_promises: int) -> None:
-    """Over random machines and demands; 8 bits of float8 are asked of no GPU that lacks them."""
-    random, num_promises = Random(5), 0
-    for _ in range(40):
-        card, host_gb, processes = random.choice(cards), random.choice([4, 8, 16, 64, 128]), random.choice([1, 1, 2, 8])
-        keys = {"method": method, **{key: random.choice(values) for key, values in VALUES.items()}}
+def test_a_plan_fits_and_does_as_demanded_and_what_a_refusal_promises_gets_a_plan(
+    method: str, cards: tuple[str, ...], least_promises: int
+) -> None:
+    """Over any machines and demands; 8 bits of float8 are asked of no GPU that lacks them."""
+    promises = []
+
+    @settings(max_examples=40)
+    @given(
+        st.sampled_from(cards),
+        st.sampled_from((4, 8, 16, 64, 128)),
+        st.sampled_from((1, 1, 2, 8)),
+        st.fixed_dictionaries({key: st.sampled_from(values) for key, values in VALUES.items()}),
+    )
+    def check(card: str, host_gb: int, processes: int, keys: dict[str, Any]) -> None:
+        keys = {"method": method, **keys}
         if facts_as(card).capability < (8, 9):
             keys[FP8] = None
-        message = refusal(card, host_gb, processes, **keys)
-        assert not message or "GiB are missing" in message
+        try:
+            plan = plan_for(card, host_gb, processes, **keys)
+        except PlanError as error:
+            message = str(error)
+            assert "GiB are missing" in message
+        else:
+            assert_fits_and_does_as_demanded(plan, facts_as(card, round(host_gb * 1e9)), keys)
+            return
         if promise := PROMISE.search(message):
-            num_promises += 1
+            promises.append(message)
             plan = plan_for(card, host_gb, **{"num_processes": processes, **keys, **changed_by(promise)})
             if promise["gib"]:
                 assert f"{plan.expected_peak_bytes / GIB:.1f}" == promise["gib"], message
-    assert num_promises >= least_promises, "too few to show anything"
+
+    check()
+    assert len(promises) >= least_promises, "too few to show anything"
+
+
+def assert_fits_and_does_as_demanded(plan: TrainingPlan, facts: HardwareFacts, keys: dict[str, Any]) -> None:
+    """The keys of three states are constraints, whatever else the machine would allow."""
+    assert plan.expected_peak_bytes <= plan.usable_bytes <= facts.total_bytes - GIB // 4
+    recompute, is_plain = keys["disable_gradient_checkpointing"], plan.weights_format in ("bf16", "fp32")
+    if recompute is True:
+        assert plan.recomputed_blocks == plan.streamed_blocks == 0 and not plan.selective
+    if recompute is False:
+        assert plan.recomputed_blocks == NUM_BLOCKS
+    if keys["disable_quantization"] or keys["quantize"] is False or keys["method"] == "full":
+        assert is_plain
+    elif keys["quantize"] or keys[FP8]:
+        assert not is_plain and plan.weights_format != "nf4"
+    if keys["adam8bit"] is not None:
+        assert plan.optimizer == ("adamw_8bit" if keys["adam8bit"] else "adamw")
+    if keys["unified_memory"] is not None:
+        assert plan.encoders_stay == keys["unified_memory"]
 
 
 def test_no_more_is_named_than_is_in_the_way() -> None:

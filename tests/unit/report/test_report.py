@@ -18,7 +18,7 @@ from PIL import Image, ImageChops
 from pixtune.progress import in_words
 from pixtune.report import write_report
 from pixtune.report.charts import Chart, Series, log_axis, render_chart, step_axis, tick_labels, value_axis
-from pixtune.report.pictures import data_uri, edge_for, font_for, own_font, spread, wrap
+from pixtune.report.pictures import data_uri, edge_for, font_for, open_picture, own_font, spread, wrap
 from pixtune.report.record import read_record, smooth, thin
 from pixtune.report.values import format_seconds
 
@@ -328,18 +328,6 @@ def test_a_run_on_its_way_says_how_far_it_is(run: FakeRun) -> None:
     assert run.report(num_steps=25).tile("Steps") == "25"  # type: ignore[arg-type]
 
 
-def test_what_was_edited_stands_beside_the_edits(run: FakeRun, tmp_path: Path) -> None:
-    control = tmp_path / "control.png"
-    Image.new("RGB", (128, 128), (9, 9, 9)).save(control)
-    for step, color in ((0, RED), (100, BLUE)):
-        run.sample(step, color)
-        run.lines[-1]["controls"] = [str(control)]
-    run.steps(1, 100)
-    assert len(run.report().root.find("figure")[0].find("img")) == 3
-    control.unlink()
-    assert len(run.report().root.find("figure")[0].find("img")) == 2, "a control that was moved is left out"
-
-
 # ---- charts
 
 
@@ -575,6 +563,22 @@ def test_embedded_pictures_stay_small_even_if_they_are_noise() -> None:
     noise = Image.merge("RGB", [Image.effect_noise((256, 256), 90) for _ in range(3)])
     assert len(data_uri(noise, 256)) < 256 * 256 * 1.5
     assert data_uri(photo.resize((128, 128)), 256).startswith("data:image/png")
+
+
+@pytest.mark.parametrize("way", ["upwards", "at the root", "link", "zero byte", "loop", "bitmap", "bomb"])
+def test_only_pictures_of_the_run_are_opened(tmp_path: Path, way: str) -> None:
+    """The log may be somebody else's, and the page may be handed on."""
+    secret, folder = tmp_path / "secret.png", tmp_path / "run"
+    folder.mkdir()
+    Image.new("RGB", (8, 8), RED).save(secret)
+    Image.new("RGB", (8, 8), RED).save(folder / "good.png")
+    Image.new("RGB", (8, 8), RED).save(folder / "bitmap", "BMP")
+    Image.new("1", (9000, 9000)).save(folder / "bomb", "PNG")
+    (folder / "link").symlink_to(secret)
+    (folder / "loop").symlink_to(folder / "loop")
+    path = {"upwards": "../secret.png", "at the root": str(secret), "zero byte": "a\0b"}.get(way, way)
+    assert open_picture(folder, "good.png") is not None
+    assert open_picture(folder, path) is None
 
 
 def test_a_picture_that_cannot_be_read_is_named_in_its_place(whole_run: FakeRun) -> None:

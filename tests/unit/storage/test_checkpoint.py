@@ -177,8 +177,12 @@ def test_a_changed_digit_in_the_state_is_found(tmp_path: Path, old: str, new: st
 def test_a_folder_without_state_is_no_checkpoint(tmp_path: Path) -> None:
     (path,) = save(tmp_path, 3)
     (path / STATE_FILE).unlink()
-    with pytest.raises(CheckpointError, match=r"no checkpoint of pixtune.*start anew"):
+    with pytest.raises(CheckpointError, match=r"no checkpoint of pixtune: it has no state\.json.*start anew"):
         load_checkpoint(path)
+    file = tmp_path / "a file"
+    file.write_text("{}")
+    with pytest.raises(CheckpointError, match=r"no checkpoint of pixtune: it is no folder"):
+        load_checkpoint(file)
 
 
 def test_another_format_is_refused_rather_than_misread(tmp_path: Path) -> None:

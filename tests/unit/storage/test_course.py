@@ -244,6 +244,21 @@ def test_latest_passes_over_what_is_damaged_and_says_so(tmp_path: Path, damage: 
     assert latest(tmp_path) == 7 and {5, 7} <= set(steps_in(tmp_path)), "neither counts against the limit"
 
 
+def test_a_checkpoint_that_is_damaged_in_mid_run_is_said_once(tmp_path: Path) -> None:
+    course = Course(tmp_path, identity())
+    course.begin(None, takes_steps=True)
+    said = []
+    for step in (1, 2, 3):
+        course.save(step, {"lora": TensorFile({"x": torch.tensor(step)})}, {})
+        course.trust()
+        said.append(course.prune(None))
+        (checkpoint_path(tmp_path, 1) / STATE_FILE).write_bytes(b"")
+    assert said[0] == said[2] == []
+    (warning,) = said[1]
+    assert "checkpoint-000001" in warning and "is damaged" in warning
+    assert warning.endswith("It is neither counted nor deleted.")
+
+
 def test_latest_does_not_start_anew_where_all_is_damaged(tmp_path: Path) -> None:
     session(tmp_path, None, 5, 10)
     for step, damage in ((5, no_file), (10, empty_folder)):
@@ -344,7 +359,23 @@ def test_the_last_good_one_stays_until_the_newest_has_shown_a_number(tmp_path: P
         if step < 18:
             assert course.trust() and not course.trust(), "news only once"
     course.prune(1)
-    assert course.give_up_newest() == "resume_from_checkpoint=latest goes on from checkpoint-000012."
+    assert course.give_up_doubtful() == ["checkpoint-000012"] and latest(tmp_path) == 12
+
+
+@pytest.mark.parametrize("limit", [1, 2])
+def test_the_last_good_ones_stay_however_many_without_numbers_follow(tmp_path: Path, limit: int) -> None:
+    """Also over a kill: steps are skipped, and saved, before anything proves the weights of step 18."""
+    course = course_of(tmp_path)
+    for step in (6, 12, 18):
+        course.trust()
+        course.save(step, {}, {})
+        course.prune(limit)
+    for step in (24, 30):
+        course = course_of(tmp_path, "latest")
+        course.save(step, {}, {})
+        course.prune(limit)
+        assert steps_in(tmp_path) == [6, 12, step][2 - limit :]
+    assert course_of(tmp_path, "latest").give_up_doubtful() == ["checkpoint-000012", "checkpoint-000006"][:limit]
     assert latest(tmp_path) == 12
 
 
@@ -353,13 +384,11 @@ def test_a_number_that_is_lost_later_is_not_the_newest_ones_fault(tmp_path: Path
     for step in (6, 12):
         course.save(step, {}, {})
     course.trust()
-    assert "checkpoint-000012" in course.give_up_newest() and latest(tmp_path) == 12
+    assert course.give_up_doubtful() == ["checkpoint-000012", "checkpoint-000006"] and latest(tmp_path) == 12
 
 
 def test_resumed_ones_are_given_up_too_and_the_only_one_is_not(tmp_path: Path) -> None:
     session(tmp_path, None, 6, 12)
-    assert "goes on from checkpoint-000006" in course_of(tmp_path, "latest").give_up_newest()
-    assert latest(tmp_path) == 6
-    assert "no earlier checkpoint" in course_of(tmp_path, "latest").give_up_newest()
-    assert latest(tmp_path) == 6
-    assert "no earlier checkpoint" in course_of(tmp_path / "new").give_up_newest()
+    assert course_of(tmp_path, "latest").give_up_doubtful() == ["checkpoint-000006"] and latest(tmp_path) == 6
+    assert course_of(tmp_path, "latest").give_up_doubtful() == [] and latest(tmp_path) == 6
+    assert course_of(tmp_path / "new").give_up_doubtful() == []

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 from pathlib import Path
 
 import pytest
 
 from pixtune.errors import PixtuneError, WriteError
-from pixtune.storage.files import check_writable, replacing, user_cache_folder, write_atomically, write_if_possible
+from pixtune.storage.files import (
+    check_writable,
+    remove_temporary,
+    replacing,
+    user_cache_folder,
+    write_atomically,
+    write_if_possible,
+)
 
 
 def files_below(folder: Path) -> dict[str, bytes]:
@@ -166,3 +174,18 @@ def test_a_disk_that_refuses_shows_although_permissions_are_right(
         with pytest.raises(WriteError, match=question.replace("?", r"\?")):
             check()
         assert not list(tmp_path.iterdir())
+
+
+def test_what_a_killed_process_never_finished_is_cleared_away(tmp_path: Path) -> None:
+    write_atomically(tmp_path / "lora.safetensors", b"whole")
+    process = os.fork()
+    if process == 0:
+        with replacing(tmp_path / "lora.safetensors") as stream:
+            stream.write(b"ha")
+            stream.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(process, 0)
+    assert len(files_below(tmp_path)) == 2
+    remove_temporary(tmp_path)
+    remove_temporary(tmp_path / "no folder")
+    assert files_below(tmp_path) == {"lora.safetensors": b"whole"}

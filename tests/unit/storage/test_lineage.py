@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-import random
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from pixtune.storage.lineage import (
     Lineage,
@@ -108,19 +109,18 @@ def test_serial_numbers_grow_whatever_the_clock_says() -> None:
     assert next_serial(first, None, None, 10_000) == 10_000
 
 
-@pytest.mark.parametrize("seed", range(200))
-def test_random_histories_end_where_a_plain_model_says(seed: int) -> None:
+@settings(max_examples=150)
+@given(st.data())
+def test_random_histories_end_where_a_plain_model_says(data: st.DataObject) -> None:
     """The model: a list of the steps of the course, which is cut where the run is set back."""
-    draw = random.Random(seed)
     folder: dict[int, Saved] = {}  # one folder a step, as on disk
     back: SetBack | None = None
     course: list[int] = []
-    for number in range(30):
+    for number in range(data.draw(st.integers(1, 12), "sessions")):
         resumable = [step for step in course if step in folder]
-        by_name = draw.random() < 0.4 and bool(folder)
-        if by_name:  # any of them, given up or not
-            start = draw.choice(sorted(folder))
-            parent = folder[start].lineage
+        by_name = data.draw(st.none() | st.sampled_from(sorted(folder))) if folder else None  # given up or not
+        if by_name is not None:
+            start, parent = by_name, folder[by_name].lineage
             expected = [step for step in course if step <= start] if start in course else None
             sessions = parent.sessions
             course = sorted(each.step for each in folder.values() if each.led_to(sessions))
@@ -136,12 +136,13 @@ def test_random_histories_end_where_a_plain_model_says(seed: int) -> None:
             start, parent = 0, None
         session = Session(f"s{number}", start)
         step = start
-        for _ in range(draw.randrange(4)):  # none: killed before it saved
-            step += draw.randint(1, 4)
-            parent = descend(parent, session, step, next_serial(folder.values(), back, parent, draw.randrange(50)))
+        for ahead in data.draw(st.lists(st.integers(1, 4), max_size=3), "steps"):  # none: killed before it saved
+            step += ahead
+            clock = data.draw(st.integers(0, 50), "clock")
+            parent = descend(parent, session, step, next_serial(folder.values(), back, parent, clock))
             folder[step] = saved(step, parent)
             course = [*(each for each in course if each < step), step]
-        if draw.random() < 0.2 and course:
+        if course and data.draw(st.integers(0, 4), "damage") == 4:
             folder.pop(course[-1], None)  # damaged or deleted
         found = put_in_order(list(folder.values()), back)
         assert steps_of(found.course) == sorted((each for each in course if each in folder), reverse=True)

@@ -109,7 +109,7 @@ def test_what_leaves_the_steps_alone_may_change() -> None:
 
 def test_rules_are_of_keys_that_there_are() -> None:
     keys = flatten(to_dict(config()))
-    assert RULES.keys() - keys.keys() == {"num_processes", "samples", *FORMER_KEYS}
+    assert RULES.keys() - keys.keys() == {"num_processes", "samples", "guard", *FORMER_KEYS}
 
 
 # ---- length

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from pixtune.config.schema import GuardConfig
 from pixtune.data.batches import Batch, timed
 from pixtune.hardware.sensors import GpuSensors
 from pixtune.tracking import figures
@@ -19,15 +20,17 @@ from pixtune.tracking.figures import (
     PacedSensors,
     PendingStep,
     StepFigures,
+    StepOutcome,
     count_compiled_graphs,
     size_in_words,
 )
+from pixtune.tracking.guard import LossGuard
 from pixtune.tracking.metrics import MetricsLog, read_metrics
 from pixtune.tracking.problems import Problems
 from pixtune.tracking.steptime import BASELINE_STEPS, WINDOW_STEPS, Drift, StepTimeWatch
 
 CPU = torch.device("cpu")
-LOSS = torch.tensor(0.5)
+OUTCOME = StepOutcome(torch.tensor([0.5, 2.0]), torch.tensor(0.5), torch.tensor([0.25, 0.25]))
 
 
 class Clock:
@@ -58,10 +61,18 @@ class Scene:
         monkeypatch.setattr(figures, "mark_time", self.clock)
         self.log = MetricsLog(folder / "metrics.jsonl", 0)
         watch = DriftWatch(StepTimeWatch(), PacedSensors(lambda: None), lambda: (None, 0))
-        accelerator: Any = SimpleNamespace(device=CPU)
+        accelerator: Any = SimpleNamespace(device=CPU, num_processes=1)
         bar: Any = self.bar
         self.figures = StepFigures(
-            accelerator, self.log, bar, 2, None, self.said.append, watch, Problems(self.said.append)
+            accelerator,
+            self.log,
+            bar,
+            2,
+            None,
+            self.said.append,
+            watch,
+            Problems(self.said.append),
+            LossGuard(GuardConfig(), list),
         )
 
     def steps(self, first: int, last: int, seconds: float, waited: float = 0.0) -> None:
@@ -69,7 +80,7 @@ class Scene:
             self.figures.waited(waited)
             self.figures.see_batch(batch_of(2))
             self.clock.now += seconds
-            self.figures.add(step, LOSS, LOSS, 1e-3)
+            self.figures.add(step, OUTCOME, 1e-3)
 
     def lines(self, kind: str) -> list[dict[str, Any]]:
         return [line for line in read_metrics(self.log.path) if line["kind"] == kind]
@@ -105,7 +116,8 @@ def test_the_bar_shows_a_mean_loss(scene: Scene, monkeypatch: pytest.MonkeyPatch
     for step in range(1, 61):
         scene.clock.now += 0.1
         scene.figures.see_batch(batch_of(2))
-        scene.figures.add(step, torch.tensor(2.0 * (step % 2)), LOSS, 1e-3)
+        loss = torch.tensor([2.0 * (step % 2), 2.0])
+        scene.figures.add(step, StepOutcome(loss, OUTCOME.grad_norm, OUTCOME.losses_B), 1e-3)
     scene.figures.read_back()
     assert scene.bar.shown[-1][0] == pytest.approx(1.0) and scene.bar.shown[-1][-1] == 50
     assert [line["loss"] for line in scene.lines("step")][:2] == [2.0, 0.0], "the log keeps each step's own"
@@ -157,7 +169,7 @@ def test_steady_steps_are_no_drift(scene: Scene) -> None:
 
 
 def pending(step: int, size: str = "8 latents of 16x16", graphs: int = 0) -> PendingStep:
-    return PendingStep(step, LOSS, LOSS, 1e-3, [], size, 0.0, graphs, 0.0)
+    return PendingStep(step, OUTCOME, 1e-3, [], size, 0.0, graphs, 0.0)
 
 
 def drifts_of(watch: DriftWatch, seconds: Sequence[float]) -> list[Drift]:

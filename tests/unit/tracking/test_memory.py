@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from pixtune.config import load_config
-from pixtune.hardware.facts import GIB
+from pixtune.hardware.cards import facts_as
+from pixtune.hardware.facts import GIB, HardwareFacts
 from pixtune.hardware.monitor import DeviceMemory, StageLog
+from pixtune.hardware.unified import MemoryWatchdog
+from pixtune.tracking import memory as of_run
 from pixtune.tracking.memory import STEPS, RunMemory
 
 
@@ -84,3 +89,44 @@ def test_without_a_gpu_there_is_nothing_to_compare(memory: RunMemory) -> None:
 def test_without_an_estimate_there_is_nothing_to_compare(memory: RunMemory, device: Device) -> None:
     run_through(memory, device)
     assert memory.compare(0) == {}
+
+
+@pytest.mark.parametrize(
+    ("card", "words", "capped"),
+    [
+        ("DGX Spark", [], True),
+        ("DGX Spark", ["unified_memory=false"], False),
+        ("H200", ["unified_memory=true"], False),  # a demand makes no pool of two memories
+        ("H200", [], False),
+    ],
+)
+def test_a_pool_that_the_gpu_shares_is_capped_at_the_configs_share_and_watched(
+    card: str, words: list[str], capped: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shares: list[float] = []
+    caps: list[HardwareFacts] = []
+    facts = replace(facts_as("H200"), total_bytes=100 * GIB) if card == "H200" else facts_as(card)
+
+    def read(device: torch.device, fraction: float = 0.9) -> HardwareFacts:
+        shares.append(fraction)
+        return facts
+
+    monkeypatch.setattr(of_run, "read_facts", read)
+    monkeypatch.setattr(of_run, "cap_unified_memory", caps.append)
+    monkeypatch.setattr(MemoryWatchdog, "check", lambda watchdog: Verdict("little is left"))
+    given = ["pretrained_model_name_or_path=x", f"output_dir={tmp_path}", "max_train_steps=1", "data_config.img_dir=x"]
+    memory = RunMemory(load_config(None, [*given, "memory_fraction=0.5", *words], folders_must_exist=False))
+    assert memory.scarcity() is None
+    memory.start(torch.device("cpu"))
+    assert not shares, "a CPU has no memory of its own"
+    memory.start(torch.device("cuda"))
+    assert shares == [0.5]
+    assert caps == [facts] * capped
+    assert (str(memory.scarcity()) == "little is left") is capped
+
+
+class Verdict:
+    should_stop = True
+
+    def __init__(self, message: str) -> None:
+        self.message = message

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -100,18 +101,44 @@ DAMAGED = {
 @pytest.mark.parametrize("line", DAMAGED.values(), ids=DAMAGED.keys())
 def test_a_damaged_line_is_left_out_and_said_and_the_old_file_kept(tmp_path: Path, line: bytes) -> None:
     path = tmp_path / "metrics.jsonl"
-    good = [b'{"kind": "step", "step": 1, "loss": NaN}', b'{"kind": "to_come", "step": 2, "a": 1}']
+    good = [b'{"kind": "step", "step": 1, "loss": NaN}', b'{"kind": "step", "step": 2, "a": 1}']
     path.write_bytes(b"\n".join([good[0], line, good[1], b""]))
     before = path.read_bytes()
-    assert [each["kind"] for each in read_metrics(path)] == ["step", "to_come"]
+    assert [each["step"] for each in read_metrics(path)] == [1, 2]
     log = MetricsLog(path, resume_step=2)
     log.close()
     assert [each["step"] for each in log.kept] == [1, 2] and path.read_bytes().count(b"\n") == 2
-    assert "damaged lines (number 2)" in log.left_out and "metrics.damaged.jsonl" in log.left_out
+    (sentence,) = log.left_out
+    assert "damaged lines (number 2)" in sentence and "metrics.damaged.jsonl" in sentence
     assert (tmp_path / "metrics.damaged.jsonl").read_bytes() == before
     again = MetricsLog(path, resume_step=2)
     again.close()
-    assert again.left_out == "" and str(again.kept) == str(log.kept)
+    assert again.left_out == [] and str(again.kept) == str(log.kept)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "no lines on 3 of the 3 steps so far, the first of them step 1"),
+        (
+            b'{"kind": "step", "step": 1}\n{"kind": "validation", "step": 3, "loss": 1, "quarters": []}\n',
+            "2 of the 3.*step 2",
+        ),
+        (b'{"kind": "step", "step": 1}\n{"kind": "step", "step": 3}\n{"kind": "step", "ste', "1 of the 3.*step 2"),
+        (None, "3 of the 3"),
+    ],
+    ids=["emptied", "cut", "a line is gone", "deleted"],
+)
+def test_a_log_that_reaches_less_far_than_its_checkpoint_is_told(
+    tmp_path: Path, content: bytes | None, words: str
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    if content is not None:
+        path.write_bytes(content)
+    log = MetricsLog(path, resume_step=3)
+    log.close()
+    (sentence,) = log.left_out
+    assert re.search(words, sentence), sentence
 
 
 @pytest.mark.parametrize(("make", "resume_step"), [(Path.mkdir, 0), (Path.mkdir, 3), (os.mkfifo, 3)])

@@ -263,7 +263,7 @@ def test_planning_knows_every_optimizer_that_can_be_built_and_its_bytes() -> Non
 def test_gradients_are_scaled_down_to_a_norm_and_never_up(max_norm: float, expected: list[float]) -> None:
     named = {name: torch.nn.Parameter(torch.zeros(1)) for name in "ab"} | {"none": torch.nn.Parameter(torch.zeros(1))}
     named["a"].grad, named["b"].grad = torch.tensor([3.0]), torch.tensor([4.0])
-    norm = clipped_step(torch.optim.SGD(named.values(), lr=1.0), named, max_norm)
+    norm = clipped_step(torch.optim.SGD(named.values(), lr=1.0, fused=True), named, max_norm, torch.ones(()))
     assert norm.item() == 5.0
     assert [-named[name].item() for name in "ab"] == pytest.approx(expected)
     factor = clipping_factor(norm, max_norm)
@@ -273,4 +273,4 @@ def test_gradients_are_scaled_down_to_a_norm_and_never_up(max_norm: float, expec
 def test_a_step_without_any_gradient_is_refused() -> None:
     named = {"a": torch.nn.Parameter(torch.zeros(1))}
     with pytest.raises(RuntimeError, match="no gradient reached"):
-        clipped_step(torch.optim.SGD(named.values(), lr=1.0), named, 1.0)
+        clipped_step(torch.optim.SGD(named.values(), lr=1.0), named, 1.0, torch.ones(()))

@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,11 @@ def _entries_of(file: Path) -> list[TensorEntry]:
     file_bytes, header = file.stat().st_size, read_header(file)
     entries = [_entry(file, start_bytes, name, place) for name, place in header.items() if name != "__metadata__"]
     entries.sort(key=lambda entry: entry.offset_bytes)
+    for before, after in pairwise(entries):
+        if before.offset_bytes + before.num_bytes > after.offset_bytes:
+            raise WeightsError(
+                f"{file} has a damaged header: {before.name} and {after.name} share bytes. Fetch the model again."
+            )
     end_bytes = max((entry.offset_bytes + entry.num_bytes for entry in entries), default=start_bytes)
     if end_bytes > file_bytes:
         raise WeightsError(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import io
 import json
+import os
 import struct
 import threading
 import time
@@ -11,6 +13,8 @@ import weakref
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -147,8 +151,34 @@ def test_threads_and_slices_change_nothing(
     assert list(loaded) == [entry.name for entry in read_entries(two_files)]
 
 
-def test_dropping_the_page_cache_loses_nothing(two_files: list[Path], tensors: dict[str, Tensor]) -> None:
-    assert_same(dict(iterate_with_threads(read_entries(two_files), CPU, 2, drop_cache=True)), tensors)
+@pytest.mark.parametrize("drop_cache", [True, False])
+def test_the_page_cache_is_dropped_where_it_shall_be_and_nothing_is_lost(
+    two_files: list[Path], tensors: dict[str, Tensor], drop_cache: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dropped: list[tuple[int, int]] = []
+
+    def advise(file: int, offset: int, length: int, advice: int) -> None:
+        assert advice == os.POSIX_FADV_DONTNEED
+        dropped.append((offset, length))
+
+    monkeypatch.setattr(os, "posix_fadvise", advise, raising=False)
+    entries = read_entries(two_files)
+    assert_same(dict(iterate_with_threads(entries, CPU, 2, drop_cache=drop_cache)), tensors)
+    parts = sorted((each.offset_bytes, each.num_bytes) for each in entries if each.num_bytes)
+    assert sorted(dropped) == (parts if drop_cache else [])
+
+
+def test_a_file_that_is_read_in_small_pieces_arrives_whole(tmp_path: Path) -> None:
+    """Network file systems return less than they are asked for."""
+
+    class Trickle(io.BytesIO):
+        def readinto(self, view: Any) -> int:
+            return super().readinto(memoryview(view)[:3])
+
+    content, view = bytes(range(100)), bytearray(50)
+    file: Any = SimpleNamespace(open=lambda mode, buffering: Trickle(content))
+    threads.read_exactly(file, 30, memoryview(view))
+    assert bytes(view) == content[30:80]
 
 
 def test_tensors_asked_for_in_inference_mode_can_be_trained(two_files: list[Path]) -> None:
@@ -258,6 +288,10 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "words for numbers": (lambda path: header_file(path, {"a": place("F32", ["x"], 0, 4)}), "damaged header at a"),
     "another size": (lambda path: header_file(path, {"a": place("F32", [2], 0, 4)}, bytes(4)), r"\[2\], 8 bytes"),
     "before the data": (lambda path: header_file(path, {"a": place("U8", [4], -4, 0)}, bytes(4)), "damaged header"),
+    "shared bytes": (
+        lambda path: header_file(path, {"a": place("U8", [4], 0, 4), "b": place("U8", [4], 2, 6)}, bytes(6)),
+        "a and b share bytes",
+    ),
     "negative shape": (lambda path: header_file(path, {"a": place("U8", [-2, -2], 0, 4)}, bytes(4)), "damaged header"),
     "unknown type": (lambda path: header_file(path, {"a": place("F4", [8], 0, 4)}, bytes(4)), "a as F4"),
     "a hole": (lambda path: header_file(path, {"a": place("U8", [4], 4, 8)}, bytes(8)), "damaged header"),

@@ -73,6 +73,17 @@ def test_a_second_save_replaces_the_first(tmp_path: Path, first: int, second: in
     assert sorted(tmp_path.iterdir()) == sorted([*paths, *index, tmp_path / "other.txt"])
 
 
+def test_the_old_index_is_gone_from_the_disk_before_anything_new_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is deleted and what is written reach a disk in any order, but for a sync between them."""
+    old = save_safetensors_sharded(numbered(1.0), tmp_path, 80)
+    synced: list[set[Path]] = []
+    monkeypatch.setattr(files, "sync_folder", lambda folder: synced.append({*folder.iterdir()}))
+    save_safetensors_sharded(numbered(2.0), tmp_path, 1)
+    assert len(old) > 1 and synced[0] == {*old}
+
+
 @pytest.mark.parametrize("first", [1, 80, 1000])
 @pytest.mark.parametrize("second", [1, 80, 1000])
 @pytest.mark.parametrize("written", [0, 1, 2])

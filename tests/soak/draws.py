@@ -1,0 +1,158 @@
+"""Draws what a soak does from a seed: a run's settings and pictures, and what happens to each of its sessions."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from tests.runs import DEMO_TRAIN, ROOT
+
+EDIT_TRAIN = ROOT / "assets" / "demo-edit" / "train"
+MODELS = {"qwen": "tiny-qwen-image", "edit": "tiny-qwen-image-edit", "flux": "tiny-flux"}
+RATIOS = (1.0, 1.0, 4 / 3, 3 / 4, 16 / 9)
+TWO_PROCESSES = 0.08
+"""Share of runs in two processes. Each of their sessions takes as long as three others."""
+
+Settings = dict[str, object]
+"""Config keys and values; `__` stands for the dot of a nested key, as in `tests.runs.overrides`."""
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """One run of a soak."""
+
+    family: str
+    num_processes: int
+    settings: Settings
+    num_pictures: int
+
+
+def draw_run(draw: random.Random) -> Drawn:
+    """Draws the settings of a small run whose keys do not contradict each other."""
+    family = draw.choices(list(MODELS), (4, 3, 3))[0]
+    full = draw.random() < 0.25
+    settings: Settings = {
+        "pretrained_model_name_or_path": ROOT / "assets" / MODELS[family],
+        "method": "full" if full else "lora",
+        "adam8bit": yes(draw, 0.3),
+        "mixed_precision": draw.choice(["'no'", "bf16"]),
+        "max_train_steps": draw.randint(4, 10),
+        "train_batch_size": draw.choice([1, 1, 2]),
+        "gradient_accumulation_steps": draw.choice([1, 1, 2]),
+        "learning_rate": 1e-4 if full else 1e-3,
+        "lr_scheduler": draw.choice(["constant", "cosine", "linear", "constant_with_warmup"]),
+        "lr_warmup_steps": draw.randint(0, 3),
+        "max_grad_norm": draw.choice([0, 0.5, 1.0]),
+        "seed": draw.randrange(1000),
+        "logging_steps": draw.randint(1, 4),
+        "checkpointing_steps": draw.randint(1, 5),
+        "checkpoints_total_limit": draw_limit(draw),
+        "report_to": draw.choice(["null", "null", "tensorboard"]),
+        "precompute_text_embeddings": yes(draw, 0.8),
+        "precompute_image_embeddings": yes(draw, 0.8),
+        "save_cache_on_disk": yes(draw, 0.75),
+        "data_config__img_size": draw.choice([64, 64, 128]),
+        "data_config__num_workers": draw.randint(0, 2),
+        "data_config__caption_dropout_rate": draw.choice([0, 0.3]),
+        "data_config__random_ratio": yes(draw, 0.3),
+        "objective__sigma_distribution": draw.choice(["uniform", "logit_normal", "mode"]),
+        "objective__weighting_scheme": draw.choice(["none", "sigma_sqrt"]),
+    }
+    if full:
+        settings["weight_update"] = draw.choice(["stochastic_rounding", "fp32_master"])
+    else:
+        settings["rank"] = draw.choice([2, 4, 8])
+        settings["lora_targets"] = draw.choice(["null", "[attention_mlp]"])
+    if family == "edit":
+        settings["data_config__control_size"] = 64
+    if family == "flux":
+        settings["data_config__max_text_tokens"] = 24
+    if draw.random() < 0.6:
+        settings |= {"validation__held_out": 0.2, "validation__num_draws": 1, "validation__every": draw.randint(2, 5)}
+    if draw.random() < 0.5:
+        settings |= {"samples__prompts": "['a cat','a sun']", "samples__num_steps": draw.randint(1, 3)}
+        settings |= {"samples__every": draw.randint(2, 6), "samples__width": 64, "samples__height": 64}
+        if family == "edit":
+            control = sorted((EDIT_TRAIN / "control").glob("*.png"))[0]
+            settings["samples__controls"] = f"[[{control}],[{control}]]"
+    return Drawn(family, 2 if draw.random() < TWO_PROCESSES else 1, settings, draw.randint(6, 10))
+
+
+def yes(draw: random.Random, share: float) -> str:
+    return str(draw.random() < share).lower()
+
+
+def draw_limit(draw: random.Random) -> object:
+    return draw.choice([1, 1, 2, 3, "null"])
+
+
+def write_pictures(drawn: Drawn, folder: Path, draw: random.Random) -> Settings:
+    """Writes pictures of several shapes with their captions; returns the settings that name their folders."""
+    source = EDIT_TRAIN / "images" if drawn.family == "edit" else DEMO_TRAIN
+    parts = {"images": source, **({"control": EDIT_TRAIN / "control"} if drawn.family == "edit" else {})}
+    for path in draw.sample(sorted(source.glob("*.png")), drawn.num_pictures):
+        ratio = draw.choice(RATIOS)
+        for name, part in parts.items():
+            (folder / name).mkdir(parents=True, exist_ok=True)
+            with Image.open(part / path.name) as picture:
+                side = picture.width
+                picture.crop((0, 0, int(side * min(1, ratio)), int(side / max(1, ratio)))).save(
+                    folder / name / path.name
+                )
+        (folder / "images" / f"{path.stem}.txt").write_text(path.with_suffix(".txt").read_text())
+    settings: Settings = {"data_config__img_dir": folder / "images"}
+    return settings | ({"data_config__control_dir": folder / "control"} if "control" in parts else {})
+
+
+SIGNALS = {"SIGKILL": 9, "SIGTERM": 4, "SIGHUP": 3, "SIGINT": 2, "SIGUSR1": 2}
+"""Signals with how often each is drawn."""
+HARMS = ("flip", "cut", "zero", "delete", "empty", "exchange")
+TARGETS = {"checkpoint": 5, "cache": 3, "metrics": 2, "other": 2}
+"""What is damaged, with how often: a file of a checkpoint, of the cache, the log, or anything else in the folder."""
+
+
+@dataclass(frozen=True)
+class Happening:
+    """What happens to one session of a run; with every field at its default nothing does."""
+
+    harms: tuple[tuple[str, str, float], ...] = ()
+    """Damage before it starts: target, kind, and a number in [0, 1) that chooses the file."""
+    set_back: float | None = None
+    """Number in [0, 1) that chooses the checkpoint it is set back to; None: it goes on from the latest."""
+    fault: int | None = None
+    """Seed of an I/O error."""
+    signals: tuple[tuple[str, float], ...] = ()
+    """Signals, each with its time after the one before, in durations of the whole run."""
+    to_rank: bool = False
+    """Whether signals go to one of two processes, and not to their launcher."""
+    rival: float | None = None
+    """Time after which a second run is started in the same folder."""
+    limit: object = None
+    """Another value of `checkpoints_total_limit`."""
+
+
+def draw_happening(draw: random.Random) -> Happening:
+    """Draws what happens to a session; often several things at once."""
+    harms = tuple(
+        (draw.choices(list(TARGETS), list(TARGETS.values()))[0], draw.choice(HARMS), draw.random())
+        for _ in range(draw.choice([0, 0, 0, 0, 1, 1, 2]))
+    )
+    rival = draw.uniform(0, 0.5) if draw.random() < 0.1 else None
+    set_back = draw.random() if draw.random() < 0.2 and rival is None else None
+    fault = draw.randrange(2**32) if draw.random() < 0.3 else None
+    signals: list[tuple[str, float]] = []
+    if draw.random() < (0.35 if fault is not None else 0.75):
+        signals.append((draw.choices(list(SIGNALS), list(SIGNALS.values()))[0], draw.uniform(0.02, 1.1)))
+        if draw.random() < 0.25:
+            signals.append((draw.choice(["SIGTERM", "SIGKILL"]), draw.choice([0.0, 0.1, 0.5])))
+    limit = draw_limit(draw) if draw.random() < 0.3 else None
+    return Happening(harms, set_back, fault, tuple(signals), draw.random() < 0.3, rival, limit)
+
+
+def describe(happening: Happening) -> Mapping[str, object]:
+    """Returns what happens, without what does not."""
+    return {name: value for name, value in vars(happening).items() if value not in ((), None, False)}
