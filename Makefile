@@ -74,7 +74,7 @@ bench-loop: $(STAMP) ## what the training loop costs over a bare one
 soak: $(STAMP) ## random runs, interrupted and damaged for SECONDS, beside uninterrupted ones; SEED=1 ONLY=17 repeats one
 	@OMP_NUM_THREADS=1 $(PY) -m tests.soak --seconds $(SECONDS) --seed $(SEED) $(if $(ONLY),--only $(ONLY))
 
-schema: $(STAMP) ## write train_configs/schema.json anew, after a change of the config's keys
+schema: $(STAMP) ## write train_configs/schema.json and docs/config.md anew, after a change of the config's keys
 	@$(PY) -m pixtune.config.schema_file
 
 setup: $(STAMP) ## only set up

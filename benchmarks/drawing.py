@@ -30,7 +30,7 @@ from torch._dynamo.utils import counters
 from pixtune import randomness
 from pixtune.bench.environment import describe
 from pixtune.bench.result import Result
-from pixtune.cli import exit_on_user_errors
+from pixtune.commands.failures import exit_on_user_errors
 from pixtune.config.schema import DataConfig, TrainConfig
 from pixtune.engine.apply import blocks_of, load_planned, placement_of
 from pixtune.engine.capture import PLAIN_CALLS, Capture, GraphCapturer, Replay

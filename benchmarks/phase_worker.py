@@ -23,8 +23,8 @@ import torch
 from pixtune.bench.environment import describe
 from pixtune.bench.result import Result
 from pixtune.bench.synthetic import write_pictures
-from pixtune.cli import exit_on_user_errors
 from pixtune.commands import sample
+from pixtune.commands.failures import exit_on_user_errors
 from pixtune.config.schema import DataConfig, TrainConfig
 from pixtune.data import prepare
 from pixtune.data.encode import Encoder

@@ -1,42 +1,66 @@
-"""Command line: `pixtune train | plan | bench | validate | sample | export | doctor`, and entry of the root scripts."""
+"""Command line: `pixtune train | plan | bench | validate | sample | keys | export | doctor`, and the root scripts."""
 
 from __future__ import annotations
 
 import errno
-import gc
 import json
-import logging
 import os
-import sys
 from collections.abc import Callable, Sequence
+from importlib.metadata import version as package_version
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
 
+from pixtune.commands.failures import exit_on_user_errors, system_trouble
+from pixtune.commands.scripts import check_family
+from pixtune.commands.words import config_and_overrides
 from pixtune.config.schema import TrainConfig
-from pixtune.console import make_printing_safe
-from pixtune.errors import PixtuneError, WeightsError, WriteError
+from pixtune.errors import WriteError
 from pixtune.inputs.printing import lines, one_line
+
+HELP_OPTIONS = {"help_option_names": ["-h", "--help"]}
+TAKES_KEYS = {**HELP_OPTIONS, "ignore_unknown_options": True}  # --rank 8 is answered with rank=8
 
 app = typer.Typer(
     help="Fine-tune Qwen-Image, Qwen-Image-Edit and FLUX.1-dev on the GPU you have.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # a table of rich's cuts options at 80 columns
+    context_settings=HELP_OPTIONS,
 )
 
-Config = Annotated[Path, typer.Option("--config", help="YAML file, for example one of train_configs/.")]
-Overrides = Annotated[
-    list[str] | None, typer.Argument(help="Config keys as key=value; nested ones as data_config.img_dir=./pictures.")
+
+@app.callback()
+def begin(
+    version: Annotated[
+        bool, typer.Option("--version", "-V", help="Print the version and exit.", is_eager=True)
+    ] = False,
+) -> None:
+    if version:
+        typer.echo(f"pixtune {package_version('pixtune')}")
+        raise typer.Exit
+
+
+Config = Annotated[
+    Path | None, typer.Option("--config", metavar="FILE", help="The config file, where it is not the first word.")
 ]
+Words = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="CONFIG KEY=VALUE", show_default=False,
+        help="YAML file, for example one of train_configs/; then keys for this time, as rank=32 or "
+        "data_config.img_dir=./pictures. `pixtune keys` lists them.",
+    ),
+]  # fmt: skip
 
 
-@app.command()
-def train(config: Config, overrides: Overrides = None) -> None:
-    """Train a LoRA, or all weights, and write the result with a report."""
-    run_config(config, overrides or [])
+@app.command(context_settings=TAKES_KEYS)
+def train(words: Words = None, config: Config = None) -> None:
+    """Train a LoRA, or all weights, and write a report."""
+    run_config(*config_and_overrides(words, config))
 
 
 def run_config(
@@ -69,33 +93,46 @@ def run_config(
             raise
     if not result.finished:
         raise typer.Exit(STOPPED)
-    if result.first_loss and result.last_loss:
+    if result.first_loss and result.last_loss and result.took_steps:
         before, after = result.first_loss.mean, result.last_loss.mean
-        typer.echo(f"held-out loss {before:.4f} -> {after:.4f} ({100 * (after / before - 1):+.1f}%)")
+        few = result.few_held_out
+        rough = "" if few is None else f"; {few} held-out picture{'s give' if few > 1 else ' gives'} a rough figure"
+        typer.echo(f"held-out loss {before:.4f} -> {after:.4f} ({100 * (after / before - 1):+.1f}%){rough}")
 
 
-@app.command()
+@app.command(context_settings=TAKES_KEYS)
 def plan(
-    config: Annotated[Path, typer.Argument(help="YAML file, for example one of train_configs/.")],
-    overrides: Overrides = None,
+    words: Words = None,
+    config: Config = None,
     card: Annotated[str | None, typer.Option("--as", help='Another GPU to plan for, for example "RTX 4090".')] = None,
+    host_memory: Annotated[
+        float | None, typer.Option(min=1, help="With --as: memory of the machine around it, in GiB; default: 64.")
+    ] = None,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Every decision, and why.")] = False,
     json_output: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
 ) -> None:
-    """Report whether a run fits, how it would use the machine and why. Loads no weights, trains nothing."""
-    from pixtune.commands.plan import make_report, render
+    """Report whether a run fits, how long it takes and why.
+
+    Loads no weights, trains nothing.
+    """
+    from pixtune.commands.plan import make_report
+    from pixtune.commands.plan_page import render
     from pixtune.config import load_config
 
-    report = make_report(load_config(config, overrides or [], folders_must_exist=False), card)
+    path, overrides = config_and_overrides(words, config)
+    if host_memory is not None and card is None:
+        raise typer.BadParameter("--host-memory works with --as only; for this machine: host_memory_limit_gib=N")
+    report = make_report(load_config(path, overrides, folders_must_exist=False), card, host_memory)
     if json_output:
         typer.echo(report.to_json())
     else:
-        render(report, Console())
+        render(report, Console(), verbose)
 
 
-@app.command()
+@app.command(context_settings=TAKES_KEYS)
 def bench(
-    config: Annotated[Path, typer.Argument(help="YAML file, for example one of train_configs/.")],
-    overrides: Overrides = None,
+    words: Words = None,
+    config: Config = None,
     steps: Annotated[int, typer.Option(min=1, help="Number of steps to time, after a few that warm up.")] = 20,
     resolution: Annotated[
         int | None, typer.Option(min=16, help="Side of the pictures in pixels; default: data_config.img_size.")
@@ -113,7 +150,10 @@ def bench(
         Path | None, typer.Option(help="Earlier file of --json: exit code 1 if steps are 5% slower or 2% larger.")
     ] = None,
 ) -> None:
-    """Time training steps of a config on synthetic pictures: speed, share of the chip's peak, memory. Keeps no file."""
+    """Time training steps on synthetic pictures.
+
+    Reports speed, share of the chip's peak and memory. Keeps no file.
+    """
     from pixtune.bench.baseline import compare, load_baseline, refuse_other
     from pixtune.bench.result import render
     from pixtune.bench.steps import Request, case_as_json, measure
@@ -122,7 +162,7 @@ def bench(
     before = None if baseline is None else load_baseline(baseline)
     request = Request(steps, resolution, text_tokens, controls)
     result = measure(
-        config, overrides or [], request,
+        *config_and_overrides(words, config), request,
         lambda case: refuse_other(case_as_json(case), before, baseline) if before and baseline else None,
     )  # fmt: skip
     if json_output is not None:
@@ -136,7 +176,13 @@ def bench(
 
 @app.command()
 def validate(
-    path: Annotated[Path, typer.Option("--path", help="Folder of pictures with captions, or of images/ and control/.")],
+    folder: Annotated[
+        Path | None,
+        typer.Argument(metavar="FOLDER", help="Folder of pictures with captions, or of images/ and control/."),
+    ] = None,
+    path: Annotated[
+        Path | None, typer.Option("--path", metavar="FOLDER", help="The same, as the document has it.")
+    ] = None,
     caption_type: Annotated[str, typer.Option(help="Extension of the caption files.")] = "txt",
     img_size: Annotated[int | None, typer.Option(help="Training size in pixels, to show its buckets too.")] = None,
     multiple: Annotated[
@@ -159,18 +205,24 @@ def validate(
         int, typer.Option(min=16, help="With --model: value of data_config.control_size in training.")
     ] = 1024,
 ) -> None:
-    """Check a data set and report all problems together; exit code 1 if there is one."""
+    """Check a data set and report all problems together.
+
+    The exit code is 1 if there is one.
+    """
     from pixtune.data.caption_tokens import CaptionCounter
     from pixtune.data.validate import validate_folder
 
+    path = folder or path
+    if path is None:
+        raise typer.BadParameter("name the folder of the pictures: pixtune validate ./dataset")
     counter = None
     if model is not None:
         from pixtune.families import family_of
         from pixtune.storage.model_folder import open_model_folder
 
-        folder = open_model_folder(model)
-        counter = CaptionCounter(family_of(folder), folder, max_text_tokens, control_size)
-        multiple = multiple or counter.family.pixel_multiple(folder)
+        model_folder = open_model_folder(model)
+        counter = CaptionCounter(family_of(model_folder), model_folder, max_text_tokens, control_size)
+        multiple = multiple or counter.family.pixel_multiple(model_folder)
     elif max_text_tokens is not None:
         raise typer.BadParameter("--max-text-tokens works with --model only, whose tokenizer counts the tokens")
     report = validate_folder(
@@ -182,10 +234,17 @@ def validate(
 
 @app.command()
 def sample(
-    model: Annotated[str, typer.Option(help="Model folder or hub name.")],
-    prompt: Annotated[list[str], typer.Option(help="Prompt to sample; may be given several times.")],
+    prompts: Annotated[list[str] | None, typer.Argument(metavar="PROMPT", help="Prompts to sample.")] = None,
+    lora: Annotated[
+        Path | None, typer.Option(help="A run's output_dir, a checkpoint, or a LoRA file in diffusers' format.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Model folder or hub name; default: the one that the LoRA's run names.")
+    ] = None,
+    prompt: Annotated[list[str] | None, typer.Option(help="Prompt to sample, too; may be given several times.")] = None,
+    negative: Annotated[str | None, typer.Option(help="Prompt that guidance leads away from.")] = None,
+    strength: Annotated[float, typer.Option(help="Factor of the LoRA's scale; 0: as without it.")] = 1.0,
     output: Annotated[Path, typer.Option(help="Folder for the samples.")] = Path("samples"),
-    lora: Annotated[Path | None, typer.Option(help="LoRA file in diffusers' format, of pixtune or others.")] = None,
     control: Annotated[
         list[Path] | None, typer.Option(help="Control picture (edit models); may be given several times.")
     ] = None,
@@ -196,10 +255,10 @@ def sample(
     guidance: Annotated[
         float, typer.Option(min=1, help="Guidance scale; with classifier-free guidance, 1 turns it off.")
     ] = 4.0,
-    width: Annotated[int | None, typer.Option(min=16, help="Width in pixels; default: 1024 or the control's.")] = None,
-    height: Annotated[
-        int | None, typer.Option(min=16, help="Height in pixels; default: 1024 or the control's.")
+    width: Annotated[
+        int | None, typer.Option(min=16, help="Width in pixels; default: the LoRA's training size, or 1024.")
     ] = None,
+    height: Annotated[int | None, typer.Option(min=16, help="Height in pixels; default: likewise.")] = None,
     weights_format: Annotated[Literal["bf16", "fp32"], typer.Option(help="Number format of plain weights.")] = "bf16",
     max_text_tokens: Annotated[
         int | None, typer.Option(min=1, help="Value of data_config.max_text_tokens in training.")
@@ -213,18 +272,30 @@ def sample(
         float | None, typer.Option(min=0.1, help="Limit of GPU memory in GiB, CUDA context included.")
     ] = None,
 ) -> None:
-    """Sample pictures from a model, with or without a LoRA, on the GPU there is; reports how it fits."""
+    """Sample pictures from a model, with or without a LoRA.
+
+    It fits itself to the GPU there is, and reports how.
+    """
     from pixtune.commands.sample import SampleRequest, sample_pictures
     from pixtune.sampler import SamplerSettings
+    from pixtune.trained.find_lora import FoundLora, find_lora
 
+    found = FoundLora() if lora is None else find_lora(lora)
+    model, side = model or found.model, found.side or 1024
+    if not (texts := (*(prompts or ()), *(prompt or ()))) or model is None:
+        missing = "name a prompt" if not texts else "name the model"
+        raise typer.BadParameter(f'{missing}: pixtune sample "a cat" --lora runs/mine, or --model Qwen/Qwen-Image')
     request = SampleRequest(
         model=model,
-        prompts=tuple(prompt),
+        prompts=texts,
         controls=tuple(control or ()),
-        lora=lora,
+        lora=found.path,
+        negative_prompt=negative,
+        strength=strength,
+        side=side,
         weights_format=weights_format,
         settings=SamplerSettings(tuple(seed or [0]), steps, guidance),
-        size=(width or 1024, height or 1024) if width or height else None,
+        size=(width or side, height or side) if width or height else None,
         max_text_tokens=max_text_tokens,
         control_size=control_size,
         quantize=quantize,
@@ -235,11 +306,31 @@ def sample(
 
 
 @app.command()
+def keys(
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[WORD]...", help="Parts of a key's name or description, or its name elsewhere."),
+    ] = None,
+) -> None:
+    """List the keys of a config, or those that a word means.
+
+    Words are parts of names or descriptions, or names in other trainers.
+    """
+    from pixtune.commands.keys import list_keys
+
+    if not list_keys(words or [], typer.echo):
+        raise typer.Exit(1)
+
+
+@app.command()
 def export(
     checkpoint: Annotated[Path, typer.Argument(help="Checkpoint folder or LoRA file.")],
     output: Annotated[Path, typer.Option(help="Folder for the written files.")] = Path("."),
 ) -> None:
-    """Write a checkpoint's LoRA for diffusers and for ComfyUI, or its whole model where all weights were trained."""
+    """Write the files of a checkpoint for other programs.
+
+    A LoRA for diffusers and for ComfyUI, or the whole model where all weights were trained.
+    """
     from pixtune.storage.files import check_writable
     from pixtune.trained.export import export_checkpoint
 
@@ -256,7 +347,10 @@ def doctor(
     ] = None,
     output: Annotated[Path | None, typer.Option(help="JSON file for the figures of --model.")] = None,
 ) -> None:
-    """Report your hardware and what to fix; exit code 1 if training is impossible. Trains nothing."""
+    """Report your hardware and what to fix. Trains nothing.
+
+    The exit code is 1 if training is impossible.
+    """
     from pixtune.commands.doctor import examine, examine_model, render, render_model
 
     if model is not None:
@@ -283,40 +377,6 @@ def main() -> None:
     exit_on_user_errors(app)
 
 
-def exit_on_user_errors(run: Callable[[], object]) -> None:
-    """Runs something; warnings are printed as lines and errors of users, disks and connections as one block."""
-    make_printing_safe()
-    logging.basicConfig(format="%(levelname)s: %(message)s")
-    for handler in logging.getLogger().handlers:
-        handler.addFilter(make_fit)
-    # On import it tells every user without a GPU to install a package that is of no use to training.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-    try:
-        run()
-    except (PixtuneError, OSError) as error:
-        logging.getLogger(__name__).debug("where it happened", exc_info=True)
-        Console(stderr=True, soft_wrap=True).print("[bold red]error:[/] ", end="")
-        print(error if isinstance(error, PixtuneError) else system_trouble(error), file=sys.stderr)
-        raise SystemExit(1) from error
-    finally:
-        gc.freeze()  # else Python looks through a million objects of the libraries before it ends, for some seconds
-
-
-def system_trouble(error: OSError) -> str:
-    """Describes an error of the system that no other place has expected."""
-    return (
-        f"{' '.join(str(error).split()) or type(error).__name__}. The system reports this, of a disk, a connection or "
-        "a permission. Checkpoints that were saved before are kept: mend it, and resume with "
-        "resume_from_checkpoint=latest."
-    )
-
-
-def make_fit(record: logging.LogRecord) -> bool:
-    """Makes a log record's text fit for a terminal, and lets it pass."""
-    record.msg, record.args = lines(record.getMessage()), None
-    return True
-
-
 def run_script(families: Sequence[str] = (), method: str | None = None) -> None:
     """Runs a root script: `accelerate launch train.py --config FILE [key=value ...]` is `pixtune train`.
 
@@ -325,30 +385,15 @@ def run_script(families: Sequence[str] = (), method: str | None = None) -> None:
         method: the `method` that the script trains, whatever the config says; None: the config's.
     """
 
-    def script(config: Config, overrides: Overrides = None) -> None:
-        words = [*(overrides or []), *([f"method={method}"] if method else [])]
-        run_config(config, words, lambda settings: check_family(settings, families))
+    own = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
-    exit_on_user_errors(lambda: typer.run(script))
+    @own.command(context_settings=TAKES_KEYS)
+    def script(words: Words = None, config: Config = None) -> None:
+        path, overrides = config_and_overrides(words, config)
+        demanded = [f"method={method}"] if method else []
+        run_config(path, [*overrides, *demanded], lambda settings: check_family(settings, families))
 
-
-def check_family(settings: TrainConfig, families: Sequence[str]) -> None:
-    """Refuses a model of another family than a script is for.
-
-    Raises:
-        WeightsError: names the model's family and the script that trains it.
-    """
-    from pixtune.families import family_of
-    from pixtune.storage.model_folder import open_model_folder
-
-    folder = open_model_folder(settings.pretrained_model_name_or_path)
-    family = family_of(folder)
-    if families and family.name not in families:
-        raise WeightsError(
-            f"{settings.pretrained_model_name_or_path} is a {folder.pipeline_class} (family {family.name}), and this "
-            f"script trains {', '.join(families)}. Use {family.script} with the same config, or `pixtune train`, "
-            "which takes every family."
-        )
+    exit_on_user_errors(own)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,21 @@
-"""Progress for a person who waits: bars on a terminal, plain lines now and then in a log file."""
+"""Progress for a person who waits: bars on a terminal, plain lines now and then in a log file.
+
+Whatever takes more than a second says what it does, and in the end how long it took.
+"""
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from types import TracebackType
 from typing import Self, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Column
 
 from pixtune.inputs.printing import lines
 
@@ -17,6 +23,8 @@ T = TypeVar("T")
 
 LINE_EVERY_SECONDS = 15.0
 """Interval of the lines that are printed where no terminal can redraw a bar."""
+SILENT_SECONDS = 1.0
+"""Time that work may take without a word."""
 
 
 def say(console: Console, text: str) -> None:
@@ -29,21 +37,92 @@ def printer(quiet: bool = False) -> Callable[[str], None]:
     return partial(say, Console(quiet=quiet))
 
 
+def in_words(seconds: float) -> str:
+    """Formats a time in its two largest units."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    return f"{whole // 60} min {whole % 60} s" if whole < 3600 else f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+@contextmanager
+def announced(what: str, show: Callable[[str], object]) -> Iterator[None]:
+    """Prints what is done within the block once that has taken a second, and at its end how long it took.
+
+    Args:
+        what: the work, for example "loading the transformer".
+        show: prints a line; is called from another thread, too.
+    """
+    began = time.monotonic()
+    timer = threading.Timer(SILENT_SECONDS, show, [f"{what} ..."])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+    if (seconds := time.monotonic() - began) > SILENT_SECONDS:
+        show(f"{what}: {in_words(seconds)}")
+
+
+class Counter:
+    """Counts work that is done, in a bar on a terminal or by a line now and then.
+
+    Args:
+        what: the work, for example "drawing samples".
+        total: number of its parts.
+    """
+
+    def __init__(self, progress: Progress, console: Console, what: str, total: int) -> None:
+        self._progress, self._console, self._what, self._total = progress, console, what, total
+        self._task = progress.add_task(what, total=total, figures="")
+        self._done, self._began = 0, time.monotonic()
+        self._last_line = self._began
+
+    def __call__(self) -> None:
+        """Counts one more part."""
+        self._done += 1
+        self._progress.advance(self._task)
+        now = time.monotonic()
+        if not self._console.is_terminal and self._done < self._total and now - self._last_line > LINE_EVERY_SECONDS:
+            self._last_line = now
+            left = (now - self._began) * (self._total - self._done) / self._done
+            say(self._console, f"{self._what}: {self._done}/{self._total}, about {in_words(left)} left")
+
+    def end(self) -> None:
+        """Takes the bar away, and prints how long the work took."""
+        self._progress.remove_task(self._task)
+        if (seconds := time.monotonic() - self._began) > SILENT_SECONDS:
+            say(self._console, f"{self._what}: {in_words(seconds)}")
+
+
+@contextmanager
+def counted(what: str, total: int, console: Console) -> Iterator[Counter]:
+    """Counts the parts of some work in a bar of its own. The block must call the counter after each."""
+    with _progress(console) as progress:
+        counter = Counter(progress, console, what, total)
+        yield counter
+        counter.end()
+
+
 def track(items: Iterable[T], description: str, total: int, console: Console) -> Iterator[T]:
     """Yields the items, with a bar that counts them."""
-    with _progress(console) as progress:
-        task = progress.add_task(description, total=total, figures="")
+    with counted(description, total, console) as count:
         for item in items:
             yield item
-            progress.advance(task)
+            count()
 
 
 def _progress(console: Console) -> Progress:
+    fixed = partial(Column, no_wrap=True)
     columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-        TextColumn("{task.fields[figures]}"),
-    )  # fmt: skip
-    return Progress(*columns, console=console, disable=not console.is_terminal)
+        TextColumn("{task.description}", table_column=fixed(min_width=13)),
+        BarColumn(bar_width=10, table_column=fixed(min_width=10)),
+        MofNCompleteColumn(table_column=fixed(min_width=9)),
+        TimeRemainingColumn(table_column=fixed(min_width=7)),
+        TextColumn("{task.fields[figures]}", table_column=fixed(overflow="ellipsis", ratio=1)),  # cut at 80 columns
+    )
+    return Progress(*columns, console=console, disable=not console.is_terminal, expand=True)
 
 
 class StepBar:
@@ -75,7 +154,23 @@ class StepBar:
             self._console.print(f"step {step}/{self._end}  {self._figures}")
             self._last_line = time.monotonic()
 
-    def figures(self, loss: float, seconds_per_step: float, images_per_second: float, peak_memory_gib: float) -> None:
-        """Takes the figures to show from here on."""
+    @contextmanager
+    def aside(self, what: str, total: int) -> Iterator[Callable[[], None]]:
+        """Counts the parts of work between steps, in a bar below the steps' own."""
+        counter = Counter(self._progress, self._console, what, total)
+        try:
+            yield counter
+        finally:
+            counter.end()
+
+    def figures(
+        self, loss: float, seconds_per_step: float, images_per_second: float, peak_memory_gib: float, num_steps: int = 1
+    ) -> None:
+        """Takes the figures to show from here on.
+
+        Args:
+            loss: mean over the last `num_steps` steps.
+        """
         memory = f"  peak {peak_memory_gib:.1f} GiB" if peak_memory_gib else ""
-        self._figures = f"loss {loss:.4f}  {seconds_per_step:.3f} s/step  {images_per_second:.2f} images/s{memory}"
+        of = f" (last {num_steps})" if num_steps > 1 else ""
+        self._figures = f"loss {loss:.4f}{of}  {seconds_per_step:.3f} s/step{memory}  {images_per_second:.2f} images/s"

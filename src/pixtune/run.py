@@ -64,6 +64,10 @@ class TrainResult:
     """Held-out loss before the first step."""
     last_loss: ValidationLoss | None = None
     """Held-out loss after the last step."""
+    took_steps: bool = True
+    """Whether this session took any; a finished run that is started again takes none."""
+    few_held_out: int | None = None
+    """Number of held-out pictures where they are so few that their loss is a rough figure; None where they are not."""
 
 
 class AroundSteps(Protocol):

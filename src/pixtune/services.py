@@ -7,12 +7,11 @@ on changes no bit of the training. Saving comes first, and is the only one whose
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from functools import partial
 from math import isfinite
-from pathlib import Path
 from types import TracebackType
 from typing import Self
 
@@ -22,20 +21,15 @@ from pixtune.config import to_dict
 from pixtune.console import printing_problem
 from pixtune.data.batches import Batch
 from pixtune.data.prepared import PreparedData
-from pixtune.data.shares import uneven_note
 from pixtune.data.swapped import measure_gains, swap_warning
-from pixtune.engine.apply import placement_of
 from pixtune.engine.pace import Pace
 from pixtune.engine.relief import first_that_fits
-from pixtune.errors import CheckpointError, LossError, TrainingError, WriteError
+from pixtune.errors import CheckpointError, LossError, TrainingError
 from pixtune.hardware.facts import package_versions
 from pixtune.hardware.machine import driver_may_spill
-from pixtune.hardware.read import read_facts
-from pixtune.planning import SamplesBetween, can_pad, plan_between_steps
-from pixtune.progress import StepBar, say
-from pixtune.report import write_report
+from pixtune.progress import StepBar, announced, say
+from pixtune.report.results import FEW_HELD_OUT, Results, already_finished
 from pixtune.run import Run, TrainResult
-from pixtune.sampler import PromptSampler, SamplerSettings
 from pixtune.storage.checkpoint import OPTIMIZER_STEM, Checkpoint, checkpoint_path, joined, sharded
 from pixtune.storage.course import Course
 from pixtune.storage.files import remove_temporary
@@ -43,10 +37,12 @@ from pixtune.storage.model_folder import ModelFolder
 from pixtune.tracking.figures import StepFigures, StepOutcome, tracker_values, watch_device
 from pixtune.tracking.guard import LossGuard, ways_on
 from pixtune.tracking.metrics import FILE_NAME, MetricsLog
+from pixtune.tracking.opening import opening_lines
 from pixtune.tracking.problems import Problems
+from pixtune.tracking.samples import build_sampler
 from pixtune.trained import optim
 from pixtune.trained.skipped_step import spoiled_weights
-from pixtune.validation import ValidationLoss, measure
+from pixtune.validation import NUM_QUARTERS, ValidationLoss, measure
 
 SAMPLES_FOLDER = "samples"
 
@@ -59,24 +55,11 @@ class Services:
         self.config, self.output_dir = run.config, run.config.output_dir
         self.is_main = run.accelerator.is_main_process
         self.console = Console(quiet=not self.is_main)
-        num_tokens = data.micro_batch_tokens(run.config.batch_size, run.plan.text_multiple)
-        device = run.accelerator.device
-        samples = SamplesBetween(
-            data.sample_pixels, len(data.prompts), run.config.samples.guidance_scale, can_pad(folder, device)
+        self.sampler, self._between_steps = build_sampler(
+            run.config, run.family, folder, run.plan, data, run.accelerator.device
         )
-        self._between_steps = plan_between_steps(
-            run.config, run.family, folder, run.plan, data.encoders, samples, num_tokens, read_facts(device)
-        )
-        self.sampler = PromptSampler(
-            run.family,
-            folder,
-            data.prompts,
-            SamplerSettings(run.config.samples.seeds, run.config.samples.num_steps, run.config.samples.guidance_scale),
-            placement_of(run.plan, run.accelerator.device),
-            keep_autoencoder=run.plan.encoders_stay,
-            tile_pixels=self._between_steps.tile_pixels,
-            passes=self._between_steps.passes,
-        )
+        facts = {**run.trained.counts(), "training examples": len(data.buckets), "held-out": len(data.held_out)}
+        self.results = Results(self.config, run.trained, lambda: run.reliefs.plan, run.num_steps, facts)
         self.problems = Problems(self._print_line)
         self.guard = LossGuard(run.config.guard, partial(spoiled_weights, run.trained.parameters))
         self._pace = Pace(run.accelerator.device, run.stop.check)
@@ -147,7 +130,8 @@ class Services:
         except KeyError as error:
             raise CheckpointError(f"{checkpoint.path} does not fit this model: {error.args[0]}") from error
         self.guard.restore(checkpoint.record.get("guard", {}))
-        self._print(f"resuming after step {checkpoint.step} from {checkpoint.path}")
+        of_all = f" of {run.num_steps}" if checkpoint.step < run.num_steps else f" of {run.num_steps}, the last one"
+        self._print(f"resuming after step {checkpoint.step}{of_all}, from {checkpoint.path}")
         for change in self.course.changes:
             self._print(f"changed by resume_with_changes_in: {change}")
 
@@ -183,6 +167,8 @@ class Services:
             self._save(step)
         if look_due:
             self._look(step)
+        if save_due and step < self.run.num_steps:
+            self._report(step)
         if save_due or look_due:
             self.figures.restart_clock()
 
@@ -205,7 +191,7 @@ class Services:
                 self._sample(step)
 
     def interrupted(self, step: int) -> TrainResult:
-        """Saves, so that no step is lost.
+        """Saves, so that no step is lost, and writes the report of the steps so far.
 
         Raises:
             TrainingError: another process of the run is gone; names it.
@@ -213,9 +199,14 @@ class Services:
         self._read_back(step)
         if self.saved_step != step:
             self._save(step)
+            self._report(step)
         lost_process = self.run.stop.after_saving()
-        saved = f"stopped after step {step}; resume with resume_from_checkpoint=latest"
-        self._print(saved if step else "stopped before the first step; nothing has to be saved")
+        saved = f"stopped after step {step}; what it has learned so far is in {self.output_dir}"
+        self._print(
+            f"{saved}. Go on with resume_from_checkpoint=latest"
+            if step
+            else "stopped before the first step; nothing has to be saved"
+        )
         if lost_process is not None:
             raise TrainingError(lost_process)
         return TrainResult(finished=False, step=step, output_dir=self.output_dir)
@@ -236,31 +227,22 @@ class Services:
         if self.is_main:
             if not self.guard.is_in_doubt(step) and self.course.trust():
                 self._prune(step)
-            try:
-                paths = [*self.run.trained.export(self.output_dir, step)]
-            except WriteError as error:
-                raise WriteError(
-                    f"{error}. All {step} steps are saved in {checkpoint_path(self.output_dir, step)}: mend this, and "
-                    "write the files by resume_from_checkpoint=latest."
-                ) from error
-            with self.problems.of("the report", step):
-                paths.append(self._write_report())
+            with announced("writing the files for other programs", self._print_line):
+                paths = self.results.write_weights(step)
+            how = self.results.next_words(paths)
+            with self.problems.of("the report", step), announced("writing the report", self._print_line):
+                paths += self.results.write_report()
             self.run.stop.check()
             self._print("wrote " + "\n      ".join(str(path) for path in paths))
-        return TrainResult(True, step, self.output_dir, first, last)
+            self._print(how if self.start_step < step else already_finished(step, self.output_dir))
+        few = len(self.data.held_out) if len(self.data.held_out) <= FEW_HELD_OUT else None
+        return TrainResult(True, step, self.output_dir, first, last, self.start_step < step, few)
 
-    def _write_report(self) -> Path:
-        return write_report(
-            self.output_dir,
-            config=to_dict(self.config),
-            plan=self.run.reliefs.plan.to_dict(),
-            versions=package_versions(),
-            facts={
-                **self.run.trained.counts(),
-                "training examples": len(self.data.buckets),
-                "held-out examples": len(self.data.held_out),
-            },
-        )
+    def _report(self, step: int) -> None:
+        """Writes the report of the steps so far."""
+        if self.is_main:
+            with self.problems.of("the report", step), announced("writing the report", self._print_line):
+                self.results.write_report()
 
     def _compare_memory(self, step: int) -> None:
         self.run.memory.end_steps()
@@ -277,22 +259,24 @@ class Services:
 
     def _announce(self) -> None:
         """Prints what is about to run, with the plan's reasons."""
-        sizes = len({size for variants in self.data.buckets for size in variants})
-        self._print(f"data: {len(self.data.buckets)} pictures in {sizes} sizes, {len(self.data.held_out)} held out")
-        self._print(self.run.trained.summary())
-        for reason in (*self.run.plan.reasons, *self._between_steps.reasons):
-            self._print(f"plan: {reason}")
-        if note := uneven_note(self.run.source.order, self.run.source.reader.names):
-            self._print(f"note: {note}")
-        if warning := optim.check_schedule(self.config, self.run.num_steps):
-            self._print(f"warning: {warning}")
+        run, reasons = self.run, (*self.run.plan.reasons, *self._between_steps.reasons)
+        for line in opening_lines(self.config, self.data, run.source, run.num_steps, run.trained.summary(), reasons):
+            self._print(line)
 
     @contextmanager
-    def _aside(self, stage: str) -> Iterator[None]:
-        """Frees memory of captured steps, where it is needed, for work on the device between steps."""
+    def _aside(self, stage: str, num_passes: int) -> Iterator[Callable[[], None]]:
+        """Frees memory of captured steps, where it is needed, for work on the device between steps.
+
+        Yields a function to be called after each of its passes, which may end the work.
+        """
         self.run.forward_backward.make_room(self._between_steps.device_bytes)
-        with self.run.memory.aside(stage):
-            yield
+        with self.run.memory.aside(stage), self.bar.aside(stage, num_passes) as count:
+
+            def after_pass() -> None:
+                count()
+                self._pace()
+
+            yield after_pass
 
     def _print(self, line: str) -> None:
         self._print_line(line)
@@ -319,18 +303,21 @@ class Services:
             return
         run = self.run
 
-        def measured(batch_size: int) -> ValidationLoss:
-            return measure(
-                run.family, run.transformer, self.data.held_out, self.config.validation.num_draws, self.config.seed,
-                run.accelerator.device, self.config.objective.guidance, batch_size, self._pace,
-            )  # fmt: skip
+        batch_size, num_draws = self.config.batch_size, self.config.validation.num_draws
+        num_passes = len(self.data.held_out) * -(-NUM_QUARTERS * num_draws // batch_size)
+        with self._aside("held-out loss", num_passes) as after_pass:
 
-        def one_by_one() -> ValidationLoss:
-            run.forward_backward.release()
-            return measured(batch_size=1)
+            def measured(batch_size: int) -> ValidationLoss:
+                return measure(
+                    run.family, run.transformer, self.data.held_out, num_draws, self.config.seed,
+                    run.accelerator.device, self.config.objective.guidance, batch_size, after_pass,
+                )  # fmt: skip
 
-        with self._aside("held-out loss"):
-            loss = first_that_fits([lambda: measured(self.config.batch_size), one_by_one], "the held-out loss")
+            def one_by_one() -> ValidationLoss:
+                run.forward_backward.release()
+                return measured(batch_size=1)
+
+            loss = first_that_fits([lambda: measured(batch_size), one_by_one], "the held-out loss")
         self._losses[step] = loss
         self.log.write("validation", step, loss=loss.mean, quarters=loss.quarters)
         self.figures.track(step, {"held_out_loss": loss.mean})
@@ -343,8 +330,8 @@ class Services:
         num_samples = len(self.data.prompts) * len(self.config.samples.seeds)
         if {f"{folder}/{number:03d}.png" for number in range(num_samples)} <= self._sampled:
             return
-        with self._aside("samples"):
-            for number, picture in enumerate(self.sampler.sample(self.run.transformer, self._pace)):
+        with self._aside("samples", num_samples * self.config.samples.num_steps) as after_step:
+            for number, picture in enumerate(self.sampler.sample(self.run.transformer, after_step)):
                 relative = f"{folder}/{number:03d}.png"
                 picture.write(self.output_dir / relative)
                 controls = [path.as_posix() for path in picture.prompt.control_paths]
@@ -381,8 +368,10 @@ class Services:
 
     def _save(self, step: int) -> None:
         if self.is_main:
-            with self.run.stop.saving():
+            with self.run.stop.saving(), announced(f"saving step {step}", self._print_line):
                 self._write_checkpoint(step)
+                with self.problems.of("the files of the weights so far", step):
+                    self.run.trained.export_so_far(self.output_dir, step)
             self._print(f"step {step}: saved {checkpoint_path(self.output_dir, step)}")
             self._prune(step)
         self.saved_step = step

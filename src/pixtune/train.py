@@ -49,7 +49,7 @@ from pixtune.plan.demands import demands_of
 from pixtune.plan.encoders import EncoderPlan, without_former_fields
 from pixtune.plan.training import TrainingPlan, with_todays_names
 from pixtune.planning import Leaner, check_transformer, leaner_config, leaner_than, plan_on_this_machine
-from pixtune.progress import printer
+from pixtune.progress import announced, printer
 from pixtune.run import AroundSteps, Run, TrainResult
 from pixtune.services import Services
 from pixtune.storage.checkpoint import Checkpoint, checkpoint_path, read_decision
@@ -260,25 +260,27 @@ def assemble(
         check_transformer(family, folder)
     checkpoint = find_resume_point(config, accelerator, show)
     start_step = checkpoint.step if checkpoint else 0
-    identity = identify(config, accelerator, folder)
+    with announced("recognizing the base model by its files", show):
+        identity = identify(config, accelerator, folder)
     check_run(config, checkpoint, identity)
 
     stored = without_former_fields(checkpoint.record.get("encoders", {})) if checkpoint else None
     encoders = None if stored is None else read_decision(EncoderPlan, stored, "encoders")
     data = prepare_data(
         config, family, folder, accelerator, memory.stages, encoders,
-        lambda fingerprint: check_run(config, checkpoint, replace(identity, data=fingerprint)),
+        lambda found: check_run(config, checkpoint, replace(identity, **found.entries)),
     )  # fmt: skip
     order = BatchOrder(data.buckets, config.batch_size * accelerator.num_processes, config.seed)
     num_steps = planned_steps(config, order)
-    identity = replace(identity, data=data.fingerprint, num_steps=num_steps)
+    identity = replace(identity, **data.fingerprint.entries, num_steps=num_steps)
     changes = check_run(config, checkpoint, identity)
-    plan = decide_plan(config, family, folder, data, accelerator, checkpoint, leaner)
+    with announced("planning, with trials of this GPU's kernels", show):
+        plan = decide_plan(config, family, folder, data, accelerator, checkpoint, leaner)
     optim.check_optimizer(plan.optimizer)
     apply_switches(plan)
-
     reading = Reading(plan.loading_threads, plan.fast_loading)
-    transformer = load_planned(family, folder, plan, accelerator.device, reading, config.random_weights)
+    with announced("loading the transformer", show):
+        transformer = load_planned(family, folder, plan, accelerator.device, reading, config.random_weights)
     base = Base(folder, family, transformer)
     trained = METHODS[config.method](config, plan, base, start_step)
     apply_to_activations(base.module, family, plan, data.sizes_vary)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import threading
 from collections.abc import Iterator, Mapping
@@ -139,6 +140,8 @@ def _lasting_lines(printed: str, run: Path) -> list[str]:
 
 
 def is_timing(line: str) -> bool:
+    if re.search(r" \.\.\.$|: [\d.]+ s$|: \d+ min \d+ s$|\d+/\d+, about .* left$", line):
+        return True  # what took over a second
     return "s/step" in line or line.startswith("first step: ")
 
 

@@ -18,7 +18,7 @@ from safetensors import safe_open
 
 from pixtune.errors import NotYetError
 from tests.contract.not_yet import needs, refused_keys, without
-from tests.runs import DEMO_TRAIN, ROOT, TINY_MODEL, overrides, pixtune, python, run, write_config
+from tests.runs import DEMO_TRAIN, ROOT, overrides, pixtune, python, run, write_config
 
 ACCELERATE_LAUNCH = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--num_processes", "1"]
 LORA_FILE, COMFYUI_FILE = "pytorch_lora_weights.safetensors", "comfyui_lora.safetensors"
@@ -178,8 +178,8 @@ def test_errors_are_one_block_without_a_traceback(tmp_path: Path) -> None:
 def test_sample_and_export_work_on_what_training_wrote(trained: Callable[[str], Path], tmp_path: Path) -> None:
     output = trained("C1")
     drawn = pixtune(
-        "sample", "--model", TINY_MODEL, "--prompt", "red heart, twemoji style", "--output", tmp_path / "pictures",
-        "--lora", output / LORA_FILE, "--steps", 2, "--width", 64, "--height", 96, "--weights-format", "fp32",
+        "sample", "red heart, twemoji style", "--lora", output, "--output", tmp_path / "pictures", "--steps", 2,
+        "--width", 64, "--height", 96, "--weights-format", "fp32",
     )  # fmt: skip
     assert drawn.returncode == 0, drawn.stdout
     assert Image.open(tmp_path / "pictures" / "000-seed0.png").size == (64, 96)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -73,6 +74,17 @@ def assert_same_state(one: Path, other: Path) -> None:
     assert plain == other_plain
 
 
+def assert_results_of(output_dir: Path, step: int) -> None:
+    """LoRA and report in the folder are those of this step, in which nobody has to look for a checkpoint."""
+    own = load_file(output_dir / "pytorch_lora_weights.safetensors")
+    saved = load_file(checkpoint_path(output_dir, step) / "pytorch_lora_weights.safetensors")
+    assert own.keys() == saved.keys() and all(own[name].equal(saved[name]) for name in own)
+    with safe_open(output_dir / "comfyui_lora.safetensors", framework="pt") as file:
+        assert file.metadata()["pixtune.step"] == str(step)
+    page = (output_dir / "report.html").read_text(encoding="utf-8")
+    assert f"<dt>Steps so far</dt><dd>{step}</dd><dd class=quiet>of {NUM_STEPS}</dd>" in page
+
+
 def start(output_dir: Path, warm_cache: Path) -> processes.Started:
     config = write_config(output_dir.parent)
     words = overrides(output_dir, warm_cache, **SETTINGS, resume_from_checkpoint="latest")
@@ -124,6 +136,7 @@ def test_told_to_stop_saves_the_very_step_and_goes_on(
     assert process.returncode == 130, printed
     stopped_at = int(find_checkpoints(output_dir)[-1].name.removeprefix("checkpoint-"))
     assert stopped_at == steps_done(output_dir) < NUM_STEPS, printed
+    assert_results_of(output_dir, stopped_at)
     last = start(output_dir, warm_cache)
     printed, _ = last.communicate(timeout=120)
     assert last.returncode == 0, printed
@@ -144,6 +157,9 @@ def test_a_finished_run_resumed_changes_nothing(warm_cache: Path, uninterrupted:
     words = overrides(uninterrupted, warm_cache, **SETTINGS, resume_from_checkpoint="latest")
     outcome = pixtune("train", "--config", write_config(uninterrupted.parent), *words)
     assert outcome.returncode == 0, outcome.stdout
+    assert f"finished already, at step {NUM_STEPS} of {NUM_STEPS}: nothing was trained" in outcome.stdout
+    assert f"output_dir={uninterrupted}-2" in outcome.stdout
+    assert "->" not in outcome.stdout.splitlines()[-1], "a run that has learnt nothing does not look like a success"
     after = final_state(uninterrupted)
     assert before[2:] == after[2:]
     assert all(before[0][name].equal(after[0][name]) for name in before[0])

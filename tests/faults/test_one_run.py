@@ -140,7 +140,7 @@ def test_other_pictures_are_refused_before_they_are_encoded(output_dir: Path, wa
     (edited, *_) = sorted(pictures.glob("*.txt"))
     edited.write_text("another caption")
     refused = resume(output_dir, warm_cache, max_train_steps=5, data_config__img_dir=pictures)
-    assert refused.returncode == 1 and "data: the data set is another" in refused.stdout
+    assert refused.returncode == 1 and "data: the data set has changed" in refused.stdout
     assert "captions:" not in refused.stdout and "resume_with_changes_in='[data]'" in refused.stdout
 
 

@@ -88,6 +88,7 @@ def break_services() -> None:
     from accelerate import Accelerator
 
     from pixtune import services
+    from pixtune.report import results
     from pixtune.sampler import PromptSampler
     from pixtune.storage.course import Course
     from pixtune.tracking.figures import DriftWatch
@@ -106,7 +107,7 @@ def break_services() -> None:
         (Accelerator, "log", ConnectionError("the tracker's server has gone")),
     ):
         setattr(owner, name, fail(error))
-    vars(services)["write_report"] = fail(RuntimeError("no page"))
+    vars(results)["write_report"] = fail(RuntimeError("no page"))
 
 
 def test_whatever_a_service_raises_the_run_goes_on_and_names_it_once(
@@ -120,7 +121,7 @@ def test_whatever_a_service_raises_the_run_goes_on_and_names_it_once(
         "tracker tensorboard failed at step 1: the tracker's server has gone.",
         "the watch for slow steps failed at step 1: ZeroDivisionError: division by zero.",
         "deleting old checkpoints failed at step 2: [Errno 13] Permission denied.",
-        "the report failed at step 4: RuntimeError: no page.",
+        "the report failed at step 2: RuntimeError: no page.",
     ):
         assert outcome.stdout.count(once) == 1, outcome.stdout
     assert "failed in this session: " in outcome.stdout and "samples 3 times" in outcome.stdout
@@ -149,6 +150,8 @@ def test_what_was_due_after_the_last_checkpoint_is_made_up_for(
 ) -> None:
     assert train(tmp_path, warm_cache, die_measuring).returncode == -9
     assert [path.name for path in find_checkpoints(tmp_path / "run")] == ["checkpoint-000002"], "saving comes first"
+    saved = load_file(tmp_path / "run" / "checkpoint-000002" / LORA_FILE)
+    assert all(tensor.equal(saved[name]) for name, tensor in weights(tmp_path).items()), "and gives a LoRA at once"
     outcome = train(tmp_path, warm_cache, resume_from_checkpoint="latest")
     assert outcome.returncode == 0, outcome.stdout
 

@@ -137,9 +137,10 @@ def _become(case: Case, attack: Attack, printed: Path, heard: Path, scratch: Pat
         os.write(listener, f"{usage['VmRSS']}\n".encode())
         _listen(listener)
         from pixtune import cli
+        from pixtune.commands.failures import exit_on_user_errors
 
         sys.argv = ["pixtune", *attack.words]
-        cli.exit_on_user_errors(lambda: cli.app(list(attack.words)))
+        exit_on_user_errors(lambda: cli.app(list(attack.words)))
         code = 0
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)

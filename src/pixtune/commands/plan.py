@@ -7,24 +7,18 @@ kilobytes of a download of tens of gigabytes. Of the models that pixtune names, 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from rich import box
-from rich.console import Console
-from rich.markup import escape
-from rich.padding import Padding
-from rich.table import Table
-
 from pixtune.config.schema import TrainConfig
+from pixtune.data.pairs import find_pairs
+from pixtune.errors import DataError
 from pixtune.hardware.cards import HOST_BYTES, facts_as
 from pixtune.hardware.facts import GIB, PROCESS_HOST_BYTES, HardwareFacts
 from pixtune.hardware.meminfo import read_host_memory
 from pixtune.hardware.read import cpu_facts, read_facts_without_cuda
 from pixtune.plan.demands import demands_of
 from pixtune.plan.encoders import PIXELS_PER_VISION_TOKEN, PLAINLY, TEXT_TOKENS, EncoderPlan, EncoderSizes
-from pixtune.plan.kernel_choice import NAMES
 from pixtune.plan.passes import needs_negative
 from pixtune.plan.phases import Phase, Surroundings, phases_of
 from pixtune.plan.situation import CONTEXT_BYTES, in_its_pool
@@ -35,6 +29,19 @@ from pixtune.storage.model_folder import ModelFolder, download_command
 
 if TYPE_CHECKING:
     from pixtune.family import ModelFamily
+
+
+@dataclass(frozen=True)
+class Length:
+    """Length of a run as its config has it."""
+
+    num_pictures: int | None
+    """Pictures in `data_config.img_dir`; None where it cannot be read yet."""
+    num_steps: int | None
+    """Optimizer steps; None where epochs decide and the pictures are not there yet."""
+    pictures_per_step: int
+    """On one GPU."""
+    micro_batches_per_step: int
 
 
 @dataclass(frozen=True)
@@ -52,6 +59,7 @@ class PlanReport:
     encoders: EncoderPlan
     """Plan of encoding captions and pictures."""
     assumptions: tuple[str, ...]
+    length: Length
 
     @property
     def too_large(self) -> tuple[Phase, ...]:
@@ -69,6 +77,7 @@ class PlanReport:
             "encoders": self.encoders.to_dict(),
             "phases": [asdict(phase) for phase in self.phases],
             "assumptions": list(self.assumptions),
+            "length": asdict(self.length),
         }
         return json.dumps(values, indent=2)
 
@@ -81,8 +90,11 @@ class Tokens:
     text: int
 
 
-def make_report(config: TrainConfig, card: str | None = None) -> PlanReport:
+def make_report(config: TrainConfig, card: str | None = None, host_gib: float | None = None) -> PlanReport:
     """Plans a config, for this machine or for a card by name. Downloads nothing.
+
+    Args:
+        host_gib: memory of the machine around the card, GiB; None: `HOST_BYTES`.
 
     Raises:
         PlanError: nothing fits.
@@ -92,7 +104,8 @@ def make_report(config: TrainConfig, card: str | None = None) -> PlanReport:
     from pixtune.families import family_of
     from pixtune.planning import footprint_of
 
-    facts = before_cuda(facts_as(card)) if card else facts_of_this_machine()
+    host_bytes = HOST_BYTES if host_gib is None else round(host_gib * GIB)
+    facts = before_cuda(facts_as(card, host_bytes)) if card else facts_of_this_machine()
     folder = find_architecture(config.pretrained_model_name_or_path)
     family = family_of(folder)
     assumptions = []
@@ -110,6 +123,9 @@ def make_report(config: TrainConfig, card: str | None = None) -> PlanReport:
                 "an encoder's those in its index, and encoders without an index are left out"
             )
     tokens, assumed = assumed_tokens(config, family, folder)
+    length = length_of(config)
+    if length.num_pictures is None:
+        assumptions.append(f"there are no pictures in {config.data_config.img_dir} yet")
     captions = Captions(differ=True) if family.pads_text else None
     text = padded_length(tokens.text, least_multiple(config, captions))
     footprint = footprint_of(config, family, folder, config.batch_size * (tokens.image + text))
@@ -125,6 +141,7 @@ def make_report(config: TrainConfig, card: str | None = None) -> PlanReport:
         phases=phases_of(plan, in_its_pool(footprint, facts, demands_of(config)), around) if around else (),
         encoders=around.encoders if around else PLAINLY,
         assumptions=(*assumptions, *assumed),
+        length=length,
     )
 
 
@@ -144,6 +161,20 @@ def before_cuda(facts: HardwareFacts) -> HardwareFacts:
 
 
 # ---- the run
+
+
+def length_of(config: TrainConfig) -> Length:
+    """Counts the pictures and steps of a run on one GPU; opens no picture."""
+    data, micro_batches = config.data_config, config.gradient_accumulation_steps
+    try:
+        num_pictures: int | None = len(find_pairs(data.img_dir, data.caption_type).pairs) or None
+    except DataError:
+        num_pictures = None
+    limits = [config.max_train_steps] if config.max_train_steps is not None else []
+    if config.num_train_epochs is not None and num_pictures is not None:
+        trained = num_pictures - round(config.validation.held_out * num_pictures)
+        limits.append(-(-trained * config.num_train_epochs // (config.batch_size * micro_batches)))
+    return Length(num_pictures, min(limits, default=None), config.batch_size * micro_batches, micro_batches)
 
 
 def assumed_tokens(config: TrainConfig, family: ModelFamily, folder: ModelFolder) -> tuple[Tokens, tuple[str, ...]]:
@@ -202,101 +233,3 @@ def surroundings_of(
         text_in_loop=not config.precompute_text_embeddings,
         pictures_in_loop=not config.precompute_image_embeddings,
     )
-
-
-# ---- for people
-
-
-def render(report: PlanReport, console: Console) -> None:
-    """Prints the plan for people: verdict, decisions, phases, reasons."""
-    title = "Estimate for" if report.is_estimate else "Plan for"
-    console.print(f"[bold]{title} {escape(report.facts.name)}[/]", highlight=False)
-    console.print(f"{escape(report.model)}", highlight=False)
-    if report.is_estimate:
-        host = "" if report.facts.integrated else f", in a machine with {HOST_BYTES / GIB:.0f} GiB"
-        console.print(f"From the table of cards{host}; nothing was measured.", style="dim", highlight=False)
-    if not report.usable_bytes:
-        console.print("There is no GPU here. `--as NAME` plans for one, for example --as 4090.", highlight=False)
-    console.print()
-    console.print(Padding(decision_table(report.plan), (0, 0, 0, 2)))
-    if report.phases:
-        console.print(Padding(phase_table(report), (0, 0, 0, 2)))
-    for heading, lines in (("Why", (*report.plan.reasons, *report.encoders.reasons)), ("Assumed", report.assumptions)):
-        console.print(f"[bold]{heading}[/]")
-        console.print(Padding(bullets(lines), (0, 0, 0, 2)), highlight=False)
-    for phase in report.too_large:
-        missing = (phase.device_bytes - report.usable_bytes) / GIB
-        console.print(
-            f"[bold yellow]{phase.name}[/] would need {missing:.1f} GiB more than there is. {ADVICE[phase.name]}",
-            highlight=False,
-        )
-
-
-ADVICE = {
-    "captions encoded": "Encode on a larger GPU once: the cache (data_config.cache_dir) can be copied.",
-    "pictures encoded": "Encode on a larger GPU once: the cache (data_config.cache_dir) can be copied.",
-    "training step": "Leave out disable_cpu_offload, and leave precompute_text_embeddings at true.",
-    "sampling": "Ask for smaller samples (samples.width, samples.height), or for none.",
-}
-"""Advice on each phase that is too large."""
-
-
-def bullets(lines: Sequence[str]) -> Table:
-    """Returns a list with a bullet for each line; what is wrapped is indented."""
-    table = Table.grid(padding=(0, 1))
-    for line in lines:
-        table.add_row("-", escape(line))
-    return table
-
-
-def decision_table(plan: TrainingPlan) -> Table:
-    """Returns the plan's decisions as a table."""
-    table = Table(box=box.SIMPLE, show_header=False, pad_edge=False)
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
-    for name, value in decisions(plan):
-        table.add_row(name, value)
-    return table
-
-
-def decisions(plan: TrainingPlan) -> list[tuple[str, str]]:
-    """Returns name and value of each decision, in words."""
-    recomputed = f"{plan.recomputed_blocks} blocks" if plan.recomputed_blocks else "no block"
-    again = f"; queries, keys and values of {plan.reprojected_blocks}" if plan.reprojected_blocks else ""
-    cheap = f"{again}; norms, gates and rotary embedding in every block" if plan.selective else again
-    rows = [
-        ("base weights", plan.weights_format + (", also kept transposed" if plan.kept_transposes else "")),
-        ("computed in", plan.compute_format),
-        ("modulation", f"{plan.modulation_rows} draws ahead" if plan.modulation_rows else "on the device"),
-        ("recomputed", recomputed + cheap),
-        ("inputs of blocks", "in host memory" if plan.offload_inputs else "on the device"),
-        ("streamed blocks", str(plan.streamed_blocks) if plan.streamed_blocks else "none"),
-        ("compiled", _yes(plan.compile)),
-        ("captured", f"steps of up to {plan.captures} shapes (CUDA graphs)" if plan.captures else "no"),
-        ("attention", f"{NAMES[plan.attention]} where possible" if plan.attention else "PyTorch's own choice"),
-        ("optimizer", plan.optimizer + ", its states in host memory" * plan.states_on_host),
-        ("weights stepped", "within the backward pass" if plan.fused_step else "after the backward pass"),
-        ("encoders", "stay on the device" if plan.encoders_stay else "leave the device after encoding"),
-        ("pinned batches", _yes(plan.pin_memory)),
-    ]
-    if plan.expected_host_bytes:
-        rows.append(("host memory", f"{plan.expected_host_bytes / GIB:.1f} GiB page-locked"))
-    return rows
-
-
-def _yes(value: bool) -> str:
-    return "yes" if value else "no"
-
-
-def phase_table(report: PlanReport) -> Table:
-    """Returns the memory of each phase beside what is usable, as a table."""
-    table = Table(box=box.SIMPLE, pad_edge=False)
-    table.add_column("phase", no_wrap=True)
-    table.add_column("on the device", overflow="fold")
-    table.add_column("GiB", justify="right")
-    table.add_column(f"of {report.usable_bytes / GIB:.1f} usable", justify="right")
-    for phase in report.phases:
-        share = phase.device_bytes / report.usable_bytes
-        style = "yellow" if phase in report.too_large else None
-        table.add_row(phase.name, phase.holds, f"{phase.device_bytes / GIB:.1f}", f"{share:.0%}", style=style)
-    return table

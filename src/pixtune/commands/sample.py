@@ -10,6 +10,7 @@ import gc
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -39,6 +40,8 @@ from pixtune.plan.footprint import Footprint, read_footprint
 from pixtune.plan.passes import Abilities, needs_negative
 from pixtune.plan.sampling import SampleSizes, SamplingPlan, plan_sampling
 from pixtune.planning import can_pad, encoder_sizes, tensor_shapes
+from pixtune.progress import announced, counted
+from pixtune.progress import say as say_line
 from pixtune.sampler import EncodedPrompt, PromptPicture, PromptSampler, SamplerSettings
 from pixtune.sizes import Size
 from pixtune.storage.files import check_writable
@@ -71,6 +74,12 @@ class SampleRequest:
     """Whether base weights are quantized; None: it depends on the memory there is."""
     gpu_memory_limit_gib: float | None = None
     """Device memory that the process may take at most."""
+    negative_prompt: str | None = None
+    """Prompt that guidance leads away from; None: the empty one."""
+    strength: float = 1.0
+    """Factor of the LoRA's scale."""
+    side: int = CONTROL_SIDE
+    """Side in pixels of the square whose area pictures get where `size` is None."""
 
 
 @dataclass(frozen=True)
@@ -95,11 +104,12 @@ class Task:
 
     @property
     def texts(self) -> tuple[TextItem, ...]:
-        """Prompts, and the empty prompt of guidance."""
-        dropped = self.family.dropped_caption
+        """Prompts, and the one that guidance leads away from."""
+        negative = self.request.negative_prompt
+        instead = self.family.dropped_caption if negative is None else negative
         return tuple(
             dict.fromkeys(
-                text_item(text, example, 0) for example in self.examples for text in (example.caption, dropped)
+                text_item(text, example, 0) for example in self.examples for text in (example.caption, instead)
             )
         )
 
@@ -139,7 +149,7 @@ def sample_pictures(
     for sentence in (*task.notes, *encoder.cut_captions(prompts)):
         say(f"note: {sentence}")
     output_dir.mkdir(parents=True, exist_ok=True)
-    for number, picture in enumerate(sample_as_planned(task, plans, device, memory.stages)):
+    for number, picture in enumerate(sample_as_planned(task, plans, device, memory.stages, Console(stderr=True))):
         path = output_dir / f"{number:03d}-seed{picture.seed}.png"
         picture.write(path)
         yield path
@@ -192,12 +202,14 @@ def open_task(request: SampleRequest) -> Task:
     family = family_of(folder)
     multiple = family.pixel_multiple(folder)
     rules = control_rules(family, folder, request.control_size)
-    size = request.size or (CONTROL_SIDE, CONTROL_SIDE)
+    size = request.size or (request.side, request.side)
     notes = rounded_sizes(size, multiple) if request.size is not None or not request.controls else []
     examples = tuple(
         prompt_example(text, request.controls, size, request.size is None, multiple, rules) for text in request.prompts
     )
-    lora = read_saved_lora(request.lora) if request.lora else None
+    lora = read_saved_lora(request.lora).scaled(request.strength) if request.lora else None
+    if request.negative_prompt is not None and not needs_negative(family, request.settings.guidance_scale):
+        notes.append("the negative prompt has no effect: this model, or --guidance 1, takes no second pass for it.")
     return Task(request, family, folder, lora, examples, tuple(notes))
 
 
@@ -266,33 +278,41 @@ def _num_tokens(task: Task, example: Example) -> int:
 
 
 def sample_as_planned(
-    task: Task, plans: Plans, device: torch.device, stages: StageLog | None = None
+    task: Task, plans: Plans, device: torch.device, stages: StageLog | None = None, console: Console | None = None
 ) -> Iterator[PromptPicture]:
     """Yields one picture for each prompt and seed.
 
     Args:
+        console: shows what takes over a second; None: nothing does.
         stages: gets the memory of `ENCODING`, `LOADING`, `SAMPLING` and, where pictures are decoded last, `DECODING`.
     """
-    stages = stages or StageLog()
+    stages, console = stages or StageLog(), console or Console(quiet=True)
     placement = placement_of(plans.sampling, device)
-    prompts = encode_prompts(task, build_encoder(task, plans.encoders, placement))
+    prompts = encode_prompts(task, build_encoder(task, plans.encoders, placement, console))
     stages.record(ENCODING)
     sampler = PromptSampler(
         task.family, task.folder, prompts, task.request.settings, placement, keep_autoencoder=False,
         tile_pixels=plans.sampling.tile_pixels, passes=plans.sampling.passes,
     )  # fmt: skip
     if not plans.sampling.decode_last:
-        transformer = load_base(task, plans.sampling, device, sampler.sizes_vary)
+        transformer = load_base(task, plans.sampling, device, sampler.sizes_vary, console)
         stages.record(LOADING)
-        yield from sampler.sample(transformer)
+        with counted("drawing", _num_steps(task), console) as count:
+            yield from sampler.sample(transformer, count)
         stages.record(SAMPLING)
         return
-    for prompt, seed, latents_BCHW in all_latents(task, plans.sampling, device, sampler, stages):
+    for prompt, seed, latents_BCHW in all_latents(task, plans.sampling, device, sampler, stages, console):
         yield PromptPicture(prompt, seed, sampler.decode(latents_BCHW))
     stages.record(DECODING)
 
 
-def build_encoder(task: Task, plan: EncoderPlan, placement: Placement) -> Encoder:
+def _num_steps(task: Task) -> int:
+    """Counts the sampler steps of all pictures."""
+    settings = task.request.settings
+    return len(task.examples) * len(settings.seeds) * settings.num_steps
+
+
+def build_encoder(task: Task, plan: EncoderPlan, placement: Placement, console: Console | None = None) -> Encoder:
     """Builds the encoder of prompts and controls, with nothing loaded and nothing kept on disk."""
     return Encoder(
         family=task.family,
@@ -302,7 +322,7 @@ def build_encoder(task: Task, plan: EncoderPlan, placement: Placement) -> Encode
         max_text_tokens=task.request.max_text_tokens,
         store=MemoryStore(),
         ledger=Ledger(None),
-        console=Console(quiet=True),
+        console=console or Console(quiet=True),
         memo_dir=None,
         names_weights=False,
     )
@@ -313,17 +333,23 @@ def encode_prompts(task: Task, encoder: Encoder) -> list[EncodedPrompt]:
     encodings = Encodings(encoder)
     encodings.fill_texts(task.texts)
     encodings.fill_pictures(task.controls)
-    guidance_scale = task.request.settings.guidance_scale
-    return [encode_prompt(task.family, encodings, example, guidance_scale) for example in task.examples]
+    scale, negative = task.request.settings.guidance_scale, task.request.negative_prompt
+    return [encode_prompt(task.family, encodings, example, scale, negative) for example in task.examples]
 
 
 def all_latents(
-    task: Task, plan: SamplingPlan, device: torch.device, sampler: PromptSampler, stages: StageLog
+    task: Task,
+    plan: SamplingPlan,
+    device: torch.device,
+    sampler: PromptSampler,
+    stages: StageLog,
+    console: Console,
 ) -> Sequence[tuple[EncodedPrompt, int, Tensor]]:
     """Samples the latents of all pictures, on the CPU. The transformer has left the device on return."""
-    transformer = load_base(task, plan, device, sampler.sizes_vary)
+    transformer = load_base(task, plan, device, sampler.sizes_vary, console)
     stages.record(LOADING)
-    sampled = [(prompt, seed, latents.cpu()) for prompt, seed, latents in sampler.latents(transformer)]
+    with counted("drawing", _num_steps(task), console) as count:
+        sampled = [(prompt, seed, latents.cpu()) for prompt, seed, latents in sampler.latents(transformer, count)]
     stages.record(SAMPLING)
     del transformer
     gc.collect()
@@ -332,7 +358,9 @@ def all_latents(
     return sampled
 
 
-def load_base(task: Task, plan: SamplingPlan, device: torch.device, sizes_vary: bool = False) -> LoadedTransformer:
+def load_base(
+    task: Task, plan: SamplingPlan, device: torch.device, sizes_vary: bool = False, console: Console | None = None
+) -> LoadedTransformer:
     """Loads the transformer in its planned form, attaches the LoRA to it and compiles its blocks.
 
     Args:
@@ -341,7 +369,8 @@ def load_base(task: Task, plan: SamplingPlan, device: torch.device, sizes_vary: 
     Raises:
         WeightsError: files or LoRA do not fit the model.
     """
-    transformer = load_planned(task.family, task.folder, plan, device)
+    with announced("loading the transformer", partial(say_line, console or Console(quiet=True))):
+        transformer = load_planned(task.family, task.folder, plan, device)
     if task.lora is not None:
         attach_saved_lora(transformer.module, task.lora)
     if plan.compile:

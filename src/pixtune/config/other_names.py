@@ -55,8 +55,11 @@ _BY_OURS: Mapping[str, str] = {
     "rank": "network_dim network_rank lora_rank lora_dim dim linear lora_r r network_linear",
     "lora_alpha": "network_alpha linear_alpha alpha",
     "lora_targets": "target_modules lora_layers lora_target_modules only_if_contains flux_lora_target layer_filter",
-    "trigger_words": "trigger_word instance_prompt trigger token",
-    "freeze_text_encoder": "train_text_encoder network_train_unet_only network_train_text_encoder_only",
+    "trigger_words": "trigger_word instance_prompt trigger token activation_text",
+    "data_config.upscale": "bucket_no_upscale allow_upscale",
+    "freeze_text_encoder": (
+        "text_encoder_lr te_lr train_text_encoder network_train_unet_only network_train_text_encoder_only"
+    ),
     "objective.sigma_distribution": "timestep_sampling timestep_type timestep_distribution weighting_distribution",
     "objective.shift": "discrete_flow_shift flow_shift timestep_shift",
     "objective.guidance": "flux_guidance_value distilled_guidance_scale",
@@ -70,7 +73,7 @@ _BY_OURS: Mapping[str, str] = {
     "samples.guidance_scale": "validation_guidance cfg_scale sample_guidance_scale",
     "checkpointing_steps": "save_every save_every_n_steps save_steps save_every_n_epochs checkpoint_every",
     "checkpoints_total_limit": "max_step_saves_to_keep save_total_limit save_last_n_steps save_last_n_epochs keep_last",
-    "resume_from_checkpoint": "resume resume_from network_weights pretrained_lora_path save_state",
+    "resume_from_checkpoint": "resume resume_from network_weights pretrained_lora_path lora_weights_path save_state",
     "precompute_text_embeddings": "cache_text_encoder_outputs cache_text_embeddings text_encoder_cache",
     "precompute_image_embeddings": "cache_latents latent_caching vae_cache precompute_latents",
     "save_cache_on_disk": "cache_latents_to_disk cache_text_encoder_outputs_to_disk cache_to_disk",
@@ -88,6 +91,66 @@ OTHER_NAMES: Mapping[str, str] = MappingProxyType(
 )
 """Last parts of other trainers' keys, in lower case, each with the dotted key here."""
 
+_BY_REASON: Mapping[str, str] = {
+    "noise_offset multires_noise_iterations multires_noise_discount adaptive_noise_scale noise_offset_random_strength "
+    "ip_noise_gamma input_perturbation noise_multiplier offset_noise": (
+        "Flow matching needs no offset noise, and there is none: leave it out."
+    ),
+    "use_ema ema ema_decay ema_config use_ema_model ema_model ema_power ema_update_interval": (
+        "Weights are not averaged (EMA) by this version: leave it out, and compare checkpoints by their held-out loss."
+    ),
+    "network_dropout lora_dropout rank_dropout module_dropout scale_weight_norms max_norm": (
+        "A LoRA has no dropout here: leave it out. Captions have one: data_config.caption_dropout_rate."
+    ),
+    "conv_dim conv_alpha conv_rank network_conv conv": (
+        "These models have no convolutions to adapt: leave it out. Which layers get a LoRA: lora_targets."
+    ),
+    "network_args network_kwargs": "Leave it out. Which layers get a LoRA: lora_targets; rank and lora_alpha its size.",
+    "dora use_dora weight_decompose lokr loha lycoris algo factor": (
+        "Only a plain LoRA is trained, or all weights with method: full."
+    ),
+    "shuffle_caption shuffle_tokens keep_tokens keep_tokens_separator caption_tag_dropout_rate token_dropout "
+    "token_dropout_rate caption_prefix enable_wildcard secondary_separator caption_separator": (
+        "Captions are used as they are written: leave it out, and write what is wanted into the caption files."
+    ),
+    "flip_aug random_flip flip_x flip_y color_aug face_crop_aug_range augment_flip augmentations": (
+        "Pictures are not changed at random: leave it out, or add changed copies. Crops: data_config.random_ratio."
+    ),
+    "reg_data_dir class_data_dir class_prompt num_class_images prior_loss_weight with_prior_preservation is_reg "
+    "prior_preservation": "There are no regularization pictures: leave it out, or mix them in with captions.",
+    "num_repeats repeats dataset_repeats": (
+        "Each picture is used once an epoch: leave it out. The length of a run is max_train_steps or num_train_epochs."
+    ),
+    "masked_loss alpha_mask mask_path mask_dir masks use_masks conditioning_mask": (
+        "The loss is not masked by this version: leave it out."
+    ),
+    "train_unet train_transformer unet_trainable": "The transformer is what is trained: leave it out.",
+    "clip_skip v2 v_parameterization zero_terminal_snr v_pred sdxl is_flux is_xl": (
+        "It belongs to older models: leave it out. The family is recognized by the model's folder."
+    ),
+    "loss_type huber_c huber_schedule huber_scale": "The loss is the mean squared error of the velocity: leave it out.",
+    "down_lr_weight mid_lr_weight up_lr_weight block_lr loraplus_lr_ratio loraplus_unet_lr_ratio block_dims": (
+        "All layers have one learning_rate, and one rank: leave it out. Which layers get a LoRA: lora_targets."
+    ),
+    "sample_sampler sampler noise_scheduler": "Samples take Euler steps along the flow: leave it out.",
+    "save_model_as save_dtype": "LoRA files are safetensors in fp32: leave it out.",
+    "device device_name gpu gpu_ids cuda_device": "The GPU is found by itself: leave it out.",
+    "neg sample_negative": "Samples between steps have the empty negative prompt; pixtune sample has --negative.",
+    "push_to_hub hub_model_id hub_token huggingface_repo_id": "Nothing is uploaded: leave it out.",
+    "vae_batch_size vae_tiling vae_slicing enable_vae_tiling text_encoder_batch_size": (
+        "Encoders are fitted to the card by themselves: leave it out."
+    ),
+    "torch_compile dynamo_backend compile dynamo_mode": "What pays is compiled by itself: leave it out.",
+    "min_bucket_reso max_bucket_reso bucket_reso_steps": (
+        "Buckets are made from data_config.img_size by themselves: leave it out."
+    ),
+}
+
+ABSENT: Mapping[str, str] = MappingProxyType(
+    {name: reason for names, reason in _BY_REASON.items() for name in names.split()}
+)
+"""Last parts of other trainers' keys that mean nothing here, in lower case, each with what to do instead."""
+
 REMEDIES: Mapping[str, str] = MappingProxyType(
     {
         "adam8bit": "The optimizer is AdamW, and adam8bit: true keeps its states in 8 bits.",
@@ -96,6 +159,10 @@ REMEDIES: Mapping[str, str] = MappingProxyType(
         "gpu_memory_limit_gib": "The plan itself streams as many blocks as the memory needs.",
         "quantize": "Without the key the plan chooses the number format by the memory there is.",
         "freeze_text_encoder": "Only the transformer is trained.",
+        "trigger_words": "It stands in the LoRA file's metadata only: write the word into every caption, too.",
+        "resume_from_checkpoint": "A run goes on from its own checkpoints, not from another program's LoRA.",
+        "objective.weighting_scheme": 'SNR weights belong to older models; "none" is usual here.',
+        "data_config.upscale": "Mind the opposite meaning; false is the default.",
         "data_config.random_ratio": "Pictures are put into buckets of their own ratio always.",
         "method": 'It is "lora" or "full".',
         "data_config": "It is a section: put img_dir and the other keys of the pictures below it.",

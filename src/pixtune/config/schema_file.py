@@ -1,4 +1,4 @@
-"""Writes the JSON schema with which editors complete and check the YAML configs: `make schema`.
+"""Writes the JSON schema with which editors complete and check the YAML configs, and docs/config.md: `make schema`.
 
 A YAML file names it in its first line: `# yaml-language-server: $schema=schema.json`.
 """
@@ -6,13 +6,13 @@ A YAML file names it in its first line: `# yaml-language-server: $schema=schema.
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
+from pixtune.config.keys_page import page
 from pixtune.config.schema import FORMER_KEYS, OLDER_NAMES, TrainConfig
 
-DEFAULT_PATH = Path("train_configs/schema.json")
+DEFAULT_PATH, PAGE_PATH = Path("train_configs/schema.json"), Path("docs/config.md")
 
 
 def json_schema() -> dict[str, Any]:
@@ -33,6 +33,6 @@ def schema_text() -> str:
 
 
 if __name__ == "__main__":
-    path = Path(sys.argv[1]) if len(sys.argv) > 1 else DEFAULT_PATH
-    path.write_text(schema_text(), encoding="utf-8")
-    print(f"wrote {path}")
+    for path, text in ((DEFAULT_PATH, schema_text()), (PAGE_PATH, page())):
+        path.write_text(text, encoding="utf-8")
+        print(f"wrote {path}")

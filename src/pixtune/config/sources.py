@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher, get_close_matches
@@ -11,7 +12,7 @@ from typing import NamedTuple
 
 import yaml
 
-from pixtune.config.other_names import OTHER_NAMES, REMEDIES
+from pixtune.config.other_names import ABSENT, OTHER_NAMES, REMEDIES
 from pixtune.config.schema import FORMER_KEYS, OLDER_NAMES, leaf_keys, sections
 from pixtune.config.yaml_tree import ABOUT_BACKSLASHES, CORE, BoundsError, ConfigLoader, compose
 from pixtune.inputs.printing import one_line
@@ -96,11 +97,12 @@ def read_file(path: Path) -> Source:
 def read_overrides(words: Sequence[str]) -> Source:
     """Returns the entries of `key=value` words, nested by dots. The last of two equal keys wins."""
     source = Source({}, [])
-    for word in words:
+    waiting = deque(words)
+    while waiting:
+        word = waiting.popleft()
         key, equals, text = word.partition("=")
-        if not equals or not key:
-            hint = " (key=value, without dashes)" if word.startswith("-") else " (key=value)"
-            source.faults.append(Fault(COMMAND_LINE, f"{word!r} is not an override{hint}"))
+        if not equals or not key or word.startswith("-"):
+            source.faults.append(Fault(COMMAND_LINE, _not_an_override(word, waiting)))
             continue
         try:
             node = compose(text)
@@ -121,6 +123,21 @@ def read_overrides(words: Sequence[str]) -> Source:
     return source
 
 
+def _not_an_override(word: str, following: deque[str]) -> str:
+    """Says how a word should have been written that is no `key=value`, and takes the words that belong to it."""
+    key, equals, value = word.lstrip("-").partition("=")
+    written = [word]
+    if key and not equals and following and following[0] == "=":
+        written.append(following.popleft())
+    if key and not value and following and "=" not in following[0] and not following[0].startswith("--"):
+        written.append(following.popleft())
+        value = written[-1]
+    if key and value:
+        name = key.replace("-", "_") if word.startswith("-") else key
+        return f"{' '.join(written)!r} is not an override: write {OTHER_NAMES.get(name, name)}={value}"
+    return f"{word!r} is not an override (key=value)"
+
+
 def _unreadable(path: Path, sentence: str, line: int = 0) -> Source:
     place = Place(line, f"{path}:{line}" if line else str(path))
     return Source({}, [Fault(place, sentence)], readable=False)
@@ -138,6 +155,9 @@ def _yaml_problem(error: yaml.MarkedYAMLError, text: str) -> tuple[str, int]:
 
 
 def _similar_files(path: Path) -> str:
+    shipped = Path("train_configs") / path.name
+    if shipped.is_file():
+        return f"; there is {shipped}"
     if not path.parent.is_dir():
         return f"; the folder {path.parent} does not exist either"
     names = sorted(file.name for file in path.parent.iterdir() if file.suffix in (".yaml", ".yml"))
@@ -186,6 +206,10 @@ def _collect_value(
         logger.warning("%s: %s has no effect any more: %s. Remove it.", place.text, key, FORMER_KEYS[key])
         return
     if key not in set(leaf_keys()):
+        if inner := _mappings(node):  # a section of another trainer: its keys are answered one by one
+            for mapping in inner:
+                _collect_mapping(mapping, f"{written_as}.", at, source)
+            return
         source.faults.append(Fault(place, f"{written_as} is not a known key (value {show(_plain(node))}){_hint(key)}"))
         return
     try:
@@ -194,6 +218,13 @@ def _collect_value(
         source.faults.append(Fault(place, f"{key} has a value of a kind that configs do not support ({node.tag})"))
         return
     _add_entries(source, [Entry(key, written_as, value, place)])
+
+
+def _mappings(node: yaml.Node) -> list[yaml.MappingNode]:
+    """Returns a mapping with keys, or a list's items where all of them are such; else nothing."""
+    nodes = node.value if isinstance(node, yaml.SequenceNode) else [node]
+    found = [each for each in nodes if isinstance(each, yaml.MappingNode) and each.value]
+    return found if len(found) == len(nodes) else []
 
 
 def _plain(node: yaml.Node) -> object:
@@ -245,6 +276,8 @@ def nearest_keys(key: str) -> list[str]:
 
 def _hint(key: str) -> str:
     section, last = current_name(key).rpartition(".")[0], _last_part(key)
+    if last in ABSENT:
+        return f". {ABSENT[last]}"
     known_as = OTHER_NAMES.get(last, "")
     within = sections()[section].model_fields if section in sections() else ()
     near = [f"{section}.{name}" for name in within if last in name.split("_")]  # samples.steps: samples.num_steps

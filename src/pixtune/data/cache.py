@@ -243,7 +243,7 @@ class Ledger:
         if before is None:
             return "new"
         changed = [name for name, value in key.all_parts.items() if before.get(name) != value]
-        return f"changed: {', '.join(changed)}" if changed else "deleted"
+        return f"with another {' and '.join(changed)}" if changed else "deleted"
 
     def remember(self, keys: Iterable[CacheKey]) -> None:
         """Takes these keys as the last ones of their items, and writes what is new to the ledger's file, if any."""

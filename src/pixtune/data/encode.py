@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -28,7 +29,7 @@ from pixtune.engine.weight_only import quantize_encoder
 from pixtune.errors import WeightsError
 from pixtune.family import Conditioning, LatentDistribution, ModelFamily, Placement, Prompt, PromptOutline, TextEncoder
 from pixtune.plan.encoders import ON_CPU, EncoderPlan
-from pixtune.progress import track
+from pixtune.progress import announced, say, track
 from pixtune.storage.files import text_digest
 from pixtune.storage.model_folder import ModelFolder
 
@@ -165,7 +166,7 @@ class Encoder:
 
         def encode(missing: Sequence[CacheKey]) -> Iterator[tuple[CacheKey, Entry]]:
             encode_one = self.open_text_encoder()
-            for key in track(missing, "captions", len(missing), self.console):
+            for key in track(missing, "encoding captions", len(missing), self.console):
                 yield key, self._numbers(key, encode_one(item_of[key.digest]), self.family.text_components[0])
             del encode_one
             self._make_room()
@@ -207,7 +208,7 @@ class Encoder:
             encode_one = self.open_autoencoder()
             # Pictures of one size come together: a GPU's kernels and memory are chosen by size.
             ordered = sorted(missing, key=lambda key: picture_of[key.digest].framing.size)
-            pixels = track(_loaded_ahead(load, ordered), "pictures", len(ordered), self.console)
+            pixels = track(_loaded_ahead(load, ordered), "encoding pictures", len(ordered), self.console)
             for key, pixels_13HW in zip(ordered, pixels, strict=True):
                 latents = encode_one(pixels_13HW)
                 yield key, self._numbers(key, {"mean": latents.mean_BCHW, "std": latents.std_BCHW}, "vae")
@@ -236,7 +237,11 @@ class Encoder:
     def _load(self, part: str, load: Callable[[], Loaded]) -> Loaded:
         if part in self._loaded:
             return self._loaded[part]
-        loaded = load()
+        from transformers.utils import logging as transformers_logging
+
+        transformers_logging.disable_progress_bar()  # what is loaded is announced here
+        with announced(f"loading the {part}", partial(say, self.console)):
+            loaded = load()
         if self.stays:
             self._loaded[part] = loaded
         return loaded

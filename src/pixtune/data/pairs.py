@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import unicodedata
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -33,6 +33,11 @@ LARGEST_CAPTION_BYTES = MEBIBYTE
 
 _NAMES_SHOWN = 5
 """Number of names that a message lists."""
+
+
+CONVERT = "Convert them to PNG, for example with ImageMagick: magick mogrify -format png FILES"
+RECODE = "Save it as UTF-8, for example by: iconv -f WINDOWS-1252 -t UTF-8 FILE > NEW"
+"""Remedies for a picture and for a caption that cannot be read."""
 
 
 @dataclass(frozen=True)
@@ -115,9 +120,10 @@ def find_pairs(
         _find_controls(image_folder, pictures, folder, purposes, allow_missing_controls, faults)
         for folder in control_folders
     ]
-    if unread:
+    captioned = {_stem(name) for name in captions}
+    if left_out := [name for name in unread if _stem(name) not in captioned]:
         warnings.append(
-            f"{len(unread)} pictures in {image_folder} are of a type that is not read: {shorten(unread)}. Convert them."
+            f"{len(left_out)} pictures in {image_folder} are of a type that is not read: {shorten(left_out)}. {CONVERT}"
         )
     return Pairs(
         folder=image_folder,
@@ -149,12 +155,16 @@ def read_caption(path: Path) -> str:
         raise _caption_error(path, f"cannot be read: {error.strerror or error}.") from error
     if data.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in data:
         position = max(data.find(b"\0"), 0)
-        raise _caption_error(path, f"is UTF-16 or not text (first such byte at position {position}). Save it as UTF-8.")
+        raise _caption_error(
+            path,
+            f"is UTF-16 or not text (first such byte at position {position}). Save it as UTF-8.",
+        )
     try:
         return tidy_caption(data.decode("utf-8"))  # "utf-8-sig" would shift the position of a bad byte
     except UnicodeDecodeError as error:
         raise _caption_error(
-            path, f"is not UTF-8: byte 0x{data[error.start]:02x} at position {error.start}. Save it as UTF-8."
+            path,
+            f"is not UTF-8: byte 0x{data[error.start]:02x} at position {error.start}. {RECODE}",
         ) from error
 
 
@@ -305,6 +315,7 @@ def _match(
     lone_partners = [name for name in partners.files if _stem(name) not in stems]
     near = _by_stem(lone_partners, fold=True)
     explained: set[str] = set()
+    without: dict[str, Path] = {}
     for name, path in pictures.items():
         if _stem(name) in of_stem:
             continue
@@ -315,18 +326,49 @@ def _match(
                 f"{_difference(_stem(name), _stem(others[0]))}. Rename one, so that they are equal."
             )
         else:
-            wanted = f"{partners.folder / _stem(name)}{partners.extension}"
-            faults.append(f"The picture {path} has no {kind} {wanted}.")
-    for name in lone_partners:
-        if name in explained:
-            continue
-        partner = f"The {kind} {partners.files[name]}"
-        if others := unread_of_stem.get(_stem(name)):
-            beside = folder / others[0]
-            faults.append(f"{partner} belongs to {beside}, a picture of a type that is not read. Convert it to PNG.")
-        else:
-            faults.append(f"{partner} has no picture {folder / _stem(name)}.*.")
+            without[name] = path
+    faults += _without_partner(folder, pictures, without, partners)
+    alone = [name for name in lone_partners if name not in explained]
+    of_unread = [folder / others[0] for name in alone if (others := unread_of_stem.get(_stem(name)))]
+    if of_unread:
+        faults.append(
+            f"Pictures with a {kind} are of a type that is not read: {shorten(map(str, of_unread))}. {CONVERT}"
+        )
+    lone = [name for name in alone if _stem(name) not in unread_of_stem]
+    if len(lone) <= _NAMES_SHOWN:
+        faults += [f"The {kind} {partners.files[name]} has no picture {folder / _stem(name)}.*." for name in lone]
+    else:
+        listed = shorten(str(partners.files[name]) for name in lone)
+        faults.append(f"{len(lone)} {kind}s have no picture of their name in {folder}: {listed}.")
     return {name: partners.files[of_stem[_stem(name)][0]] for name in pictures if _stem(name) in of_stem}
+
+
+def _without_partner(
+    folder: Path, pictures: Mapping[str, Path], without: Mapping[str, Path], partners: _Partners
+) -> list[str]:
+    """Reports pictures that lack a partner: one by one where they are few, else as the one mistake that they are."""
+    kind = partners.kind
+    if len(without) <= _NAMES_SHOWN:
+        return [
+            f"The picture {path} has no {kind} {partners.folder / _stem(name)}{partners.extension}."
+            for name, path in without.items()
+        ]
+    parents = Counter(path.parent for path in pictures.values())
+    whole = [
+        each for each, count in Counter(path.parent for path in without.values()).items() if count == parents[each]
+    ]
+    faults = []
+    if kind == "caption" and len(parents) > len(whole):
+        for each in whole:
+            faults.append(
+                f"None of the {parents[each]} pictures in {each} has a caption. If they are control pictures, name the "
+                f"folders apart: pixtune validate TARGETS --control-dir {each}, data_config.control_dir in training."
+            )
+        without = {name: path for name, path in without.items() if path.parent not in whole}
+    if without:
+        listed = shorten(map(str, without.values()))
+        faults.append(f"{len(without)} pictures have no {kind} of their name ({partners.extension}): {listed}.")
+    return faults
 
 
 def _find_controls(
@@ -351,6 +393,6 @@ def _find_controls(
     if unread and len(found) < len(pictures):
         faults.append(
             f"{len(unread)} control pictures in {control_folder} are of a type that is not read: {shorten(unread)}. "
-            "Convert them."
+            f"{CONVERT}"
         )
     return found

@@ -26,7 +26,8 @@ from pixtune.data.examples import (
     without_held_out,
 )
 from pixtune.data.images import read_size
-from pixtune.data.prepared import PreparedData, captioned_sizes, example_reader, most_image_tokens
+from pixtune.data.pairs import shorten as shorten_names
+from pixtune.data.prepared import DataFingerprint, PreparedData, captioned_sizes, example_reader, most_image_tokens
 from pixtune.data.random_data import random_data
 from pixtune.data.swapped import BothWays, choose_pairs, needed_pictures, needed_texts, read_pairs
 from pixtune.errors import ConfigError, DataError
@@ -35,12 +36,13 @@ from pixtune.hardware.monitor import StageLog
 from pixtune.plan.encoders import EncoderPlan
 from pixtune.plan.passes import needs_negative
 from pixtune.plan.text_padding import Captions
-from pixtune.progress import say
+from pixtune.progress import announced, say
 from pixtune.sampler import EncodedPrompt
 from pixtune.sizes import Size
 from pixtune.storage.files import check_outputs, text_digest
 from pixtune.storage.loading import check_parts
 from pixtune.storage.model_folder import ModelFolder
+from pixtune.storage.resume import MOST_NAMED_EXAMPLES
 from pixtune.validation import HeldOutPicture
 
 
@@ -51,7 +53,7 @@ def prepare_data(
     accelerator: Accelerator,
     stages: StageLog | None = None,
     encoders: EncoderPlan | None = None,
-    check: Callable[[str], object] = lambda fingerprint: None,
+    check: Callable[[DataFingerprint], object] = lambda fingerprint: None,
 ) -> PreparedData:
     """Reads the data set, encodes what the cache lacks, and reports both.
 
@@ -90,6 +92,7 @@ def prepare_data(
     if config.random_weights:
         return random_data(config, family, folder, training, held_out)
 
+    notes += missing_triggers(training, config.trigger_words)
     prompts = _prompt_examples(config, multiple, rules)
     notes += rounded_sizes(_asked_size(config), multiple) if prompts and not _own_shapes(config) else []
     pairs = choose_pairs(training, rules, family.dropped_caption, config.seed)
@@ -99,7 +102,8 @@ def prepare_data(
     pictures = list(dict.fromkeys([*pictures, *needed_pictures(pairs)]))
     encoder = build_encoder(config, family, folder, accelerator, items, pictures, encoders)
     encodings = Encodings(encoder)
-    fingerprint = _fingerprint(encoder, training)
+    with announced("recognizing the encoders by their files", partial(say, encoder.console)):
+        fingerprint = _fingerprint(encoder, training)
     check(fingerprint)
     if accelerator.is_main_process or not config.save_cache_on_disk:
         no_latents = missing_keys(encoder.store, encoder.latent_keys(pictures))
@@ -107,7 +111,8 @@ def prepare_data(
             check_cache(config)
         if no_latents:
             for checked in filter(None, (data.img_dir, config.validation.held_out_dir)):
-                notes += check_folder(data, checked, multiple, apart)
+                with announced(f"checking the pictures in {checked}", partial(say, encoder.console)):
+                    notes += check_folder(data, checked, multiple, apart)
         stages = stages or StageLog()
         for sentence in (*notes, *encoder.cut_captions(_named_texts(training, held_out, prompts))):
             say(encoder.console, f"note: {sentence}")
@@ -127,7 +132,7 @@ def prepare_data(
     return _gather(config, family, folder, encodings, training, held_out, prompts, pairs, fingerprint)
 
 
-def _fingerprint(encoder: Encoder, training: Sequence[Example]) -> str:
+def _fingerprint(encoder: Encoder, training: Sequence[Example]) -> DataFingerprint:
     """Returns a hash over everything that decides what is trained on, from the keys of its encodings."""
     variants = [(example, variant) for example in training for variant in range(len(example.framings))]
     pictures = [
@@ -137,7 +142,31 @@ def _fingerprint(encoder: Encoder, training: Sequence[Example]) -> str:
     ]
     keys = encoder.text_keys([text_item(example.caption, example, variant) for example, variant in variants])
     keys += encoder.latent_keys(pictures)
-    return text_digest("\n".join(key.digest for key in keys))
+    return DataFingerprint(text_digest("\n".join(key.digest for key in keys)), _digests_by_name(training))
+
+
+def missing_triggers(training: Sequence[Example], words: Sequence[str]) -> list[str]:
+    """Writes a sentence for each trigger word that captions lack: nothing else puts it there."""
+    sentences = []
+    for word in words:
+        lacking = [each.name for each in training if word.casefold() not in each.caption.casefold()]
+        if lacking:
+            sentences.append(
+                f"{len(lacking)} of {len(training)} captions lack the trigger word {word!r}: {shorten_names(lacking)}. "
+                "The LoRA learns it from captions alone, so write it there."
+            )
+    return sentences
+
+
+def _digests_by_name(training: Sequence[Example]) -> dict[str, str] | None:
+    """Returns a short digest of each example's caption and pictures; None where there are too many to record."""
+    if len(training) > MOST_NAMED_EXAMPLES:
+        return None
+    return {
+        each.name: f"{text_digest(each.caption)[:8]}-"
+        + text_digest("\n".join([each.image_digest, *each.control_digests]))[:8]
+        for each in training
+    }
 
 
 def control_rules(family: ModelFamily, folder: ModelFolder, side: int) -> ControlRules | None:
@@ -202,11 +231,22 @@ def rounded_sizes(asked: Size, multiple: int) -> list[str]:
     return [f"samples are drawn at {drawn_text}, not {asked_text}: the model's sides are multiples of {multiple}."]
 
 
-def encode_prompt(family: ModelFamily, encodings: Encodings, example: Example, guidance_scale: float) -> EncodedPrompt:
-    """Encodes everything that the sampler needs of a `prompt_example`."""
+def encode_prompt(
+    family: ModelFamily,
+    encodings: Encodings,
+    example: Example,
+    guidance_scale: float,
+    negative_prompt: str | None = None,
+) -> EncodedPrompt:
+    """Encodes everything that the sampler needs of a `prompt_example`.
+
+    Args:
+        negative_prompt: the prompt that guidance leads away from; None: the family's empty one.
+    """
     negative = None
     if needs_negative(family, guidance_scale):
-        negative = encodings.text(text_item(family.dropped_caption, example, 0))
+        instead = family.dropped_caption if negative_prompt is None else negative_prompt
+        negative = encodings.text(text_item(instead, example, 0))
     return EncodedPrompt(
         example.caption,
         encodings.text(text_item(example.caption, example, 0)),
@@ -293,7 +333,7 @@ def _gather(
     held_out: Sequence[Example],
     prompts: Sequence[Example],
     pairs: Sequence[BothWays],
-    fingerprint: str,
+    fingerprint: DataFingerprint,
 ) -> PreparedData:
     def read_latents(example: int, variant: int) -> LatentDistribution:
         return encodings.latents(target_picture(training[example], variant))

@@ -6,6 +6,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -20,6 +21,21 @@ from pixtune.plan.text_padding import CaptionedSize, Captions, padded_length
 from pixtune.sampler import EncodedPrompt
 from pixtune.storage.model_folder import ModelFolder
 from pixtune.validation import HeldOutPicture
+
+
+@dataclass(frozen=True)
+class DataFingerprint:
+    """Digests by which a data set is recognized."""
+
+    digest: str
+    """Hash over everything that decides what is trained on."""
+    examples: Mapping[str, str] | None = None
+    """Short digests by name, as "caption-pictures"; None where there are too many, or the data are drawn."""
+
+    @property
+    def entries(self) -> dict[str, Any]:
+        """Entries of a `RunIdentity`."""
+        return {"data": self.digest, "examples": self.examples}
 
 
 @dataclass(frozen=True)
@@ -38,8 +54,7 @@ class PreparedData:
     most_text_tokens: int
     """Largest number of text tokens of an example."""
     captions: Captions
-    fingerprint: str
-    """Hash over everything that decides what is trained on."""
+    fingerprint: DataFingerprint
     encoders: EncoderPlan
     """Plan by which it was encoded."""
 

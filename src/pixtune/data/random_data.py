@@ -11,7 +11,7 @@ from pixtune import randomness
 from pixtune.config.schema import TrainConfig
 from pixtune.data.encodings import text_item
 from pixtune.data.examples import Example
-from pixtune.data.prepared import PreparedData, captioned_sizes, example_reader, most_image_tokens
+from pixtune.data.prepared import DataFingerprint, PreparedData, captioned_sizes, example_reader, most_image_tokens
 from pixtune.family import Conditioning, LatentDistribution, ModelFamily
 from pixtune.plan.encoders import PLAINLY
 from pixtune.plan.text_padding import Captions
@@ -87,6 +87,6 @@ def random_data(
         captions=Captions(
             differ=len(set(texts.values())) > 1, sizes=captioned_sizes(family, folder, training, texts, dropout)
         ),
-        fingerprint="random",
+        fingerprint=DataFingerprint("random"),
         encoders=PLAINLY,
     )

@@ -109,7 +109,7 @@ class DatasetReport:
             lines.append(f"Longest caption: {longest.num_characters} characters ({one_line(str(longest.path))})")
         if self.wordy_captions is not None:
             lines.append(
-                "Not checked without a model: whether it reads every caption to the end (pixtune validate --path DIR "
+                "Not checked without a model: whether it reads every caption to the end (pixtune validate DIR "
                 "--model MODEL)"
             )
         if self.wordy_captions:

@@ -175,8 +175,8 @@ def card_named(name: str) -> Card:
     if fitting:
         return min(fitting, key=lambda card: len(_words(card.name) - asked))
     raise PixtuneError(
-        f"no card named {name!r} is in the table. Near it: {', '.join(_near(name))}. Give a name as on the box, or "
-        "leave it out to plan for this machine."
+        f"no card named {name!r} is in the table. Near it: {', '.join(_near(name))}. Give a name as on the box. For a "
+        "card that is not there: a larger one of its generation, with gpu_memory_limit_gib=ITS_MEMORY."
     )
 
 

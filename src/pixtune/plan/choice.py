@@ -15,7 +15,7 @@ from pixtune.plan.footprint import Footprint
 from pixtune.plan.optimizers import EXACT, OPTIMIZERS, SMALL
 from pixtune.plan.refusals import refuse_all_weights, refuse_lora
 from pixtune.plan.rungs import QUANTIZED, Rung, fit_host, fitting_by_speed, ladder, with_rows
-from pixtune.plan.seconds import step_seconds
+from pixtune.plan.seconds import basis, step_seconds
 from pixtune.plan.situation import AnyRung, Situation
 
 
@@ -33,6 +33,8 @@ class Choice:
     host_bytes: int = 0
     fused_step: bool = False
     states_on_host: bool = False
+    micro_batch_seconds: float = 0.0
+    """Estimate of a micro-batch's time; 0: there is none."""
 
 
 def choose_rung(situation: Situation, config: TrainConfig) -> Choice:
@@ -62,7 +64,10 @@ def _choose_for_lora(situation: Situation, config: TrainConfig) -> Choice:
         *_not_compiled(situation),
         *_small_states(situation),
     )
-    return Choice(rung, situation.optimizer, reasons, situation.peak(rung), rung.host_bytes(situation))
+    return Choice(
+        rung, situation.optimizer, reasons, situation.peak(rung), rung.host_bytes(situation),
+        micro_batch_seconds=step_seconds(rung, situation),
+    )  # fmt: skip
 
 
 def _choose_for_all_weights(situation: Situation, config: TrainConfig) -> Choice:
@@ -101,7 +106,7 @@ def _lora_reasons(situation: Situation, rung: Rung) -> Iterator[str]:
     """Yields why this rung is chosen and not the first one, and what it means."""
     footprint, first = situation.footprint, next(ladder(situation))
     yield _peak(situation, rung)
-    yield f"a micro-batch is estimated to take {step_seconds(rung, situation):.2f} s, by the chip's kind"
+    yield f"a micro-batch is estimated to take {step_seconds(rung, situation):.2f} s; {basis(situation.facts)}"
     yield from situation.demands.notices
     if rung != first:
         yield f"the fastest way would need {_gib(situation.peak(first))}, so memory is saved:"

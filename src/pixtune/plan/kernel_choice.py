@@ -69,6 +69,8 @@ def choose_tf32(facts: HardwareFacts, config: TrainConfig) -> tuple[bool, list[s
     asked = config.cuda_features.enable_tf32_compute
     if asked is not None:
         return asked, []
+    if facts.device != "cuda":
+        return False, []
     major, minor = facts.capability
     on = facts.capability >= (8, 0)
     return on, [f"TF32 is {'on' if on else 'off'}: compute capability {major}.{minor}"]

@@ -9,6 +9,7 @@ from operator import attrgetter
 from typing import NamedTuple
 
 from pixtune.config.schema import TrainConfig
+from pixtune.config.sources import show
 from pixtune.hardware.facts import GIB, missing_on_host
 from pixtune.plan import all_weights, rungs
 from pixtune.plan.demands import demands_of
@@ -55,8 +56,9 @@ def refuse_lora(situation: Situation, config: TrainConfig) -> str:
         lack = _device_lack("this run", situation, needed)
     changes = _that_apply(LORA_CHANGES, situation, config)
     if found := _smallest(changes, situation, config, rungs.first_that_fits):
-        words, peak = found
-        return f"{lack} {words} it fits." if fits_device else f"{lack} {words} it needs {_gib(peak)} and fits."
+        some, peak = found
+        outcome = "fits" if fits_device else f"needs {_gib(peak)} and fits"
+        return f"{lack} {_words(some)} it {outcome}: {_to_type(some)}"
     if situation.num_processes > 1 and rungs.first_that_fits(replace(situation, num_processes=1)):
         return f"{lack} With one process instead of {situation.num_processes} it fits: they share the host's memory."
     smaller = "lower data_config.img_size or train_batch_size."
@@ -87,8 +89,8 @@ def refuse_all_weights(situation: Situation, config: TrainConfig) -> str:
         lack = _device_lack("training all weights", situation, min(map(situation.needed, ladder)))
     changes = _that_apply(ALL_WEIGHTS_CHANGES, situation, config)
     if found := _smallest(changes, situation, config, all_weights.first_that_fits):
-        words, peak = found
-        return f"{lack} {words} it needs {_gib(peak)} and fits."
+        some, peak = found
+        return f"{lack} {_words(some)} it needs {_gib(peak)} and fits: {_to_type(some)}"
     if situation.num_processes > 1 and all_weights.first_that_fits(replace(situation, num_processes=1)):
         return f"{lack} With one process instead of {situation.num_processes} it fits: more of them share no weights."
     leanest = situation.under(demands_of(_changed(config, changes)))
@@ -140,13 +142,13 @@ def _smallest(
     situation: Situation,
     config: TrainConfig,
     first_that_fits: Callable[[Situation], AnyRung | None],
-) -> tuple[str, int] | None:
-    """Returns the fewest changes by which a rung fits, in words, and that rung's peak in bytes; None: nothing helps."""
+) -> tuple[tuple[Change, ...], int] | None:
+    """Returns the fewest changes by which a rung fits, and that rung's peak in bytes; None: nothing helps."""
     for count in range(1, len(changes) + 1):
         for some in combinations(changes, count):
             relaxed = situation.under(demands_of(_changed(config, some)))
             if rung := first_that_fits(relaxed):
-                return _words(some), relaxed.peak(rung)
+                return some, relaxed.peak(rung)
     return None
 
 
@@ -165,6 +167,12 @@ def _words(changes: Sequence[Change]) -> str:
     if not left_out:
         return f"With {' and '.join(given)}"
     return f"Without {' and '.join(left_out)}" + (f" and with {' and '.join(given)}" if given else "")
+
+
+def _to_type(changes: Sequence[Change]) -> str:
+    """Returns the words that make the changes, as one adds them to a command."""
+    words = [f"{key}={value if isinstance(value, str) else show(value)}" for key, value, _ in changes]
+    return f"add {' '.join(words)} to the command."
 
 
 def _gib(num_bytes: float) -> str:

@@ -86,6 +86,8 @@ class TrainingPlan:
     """Kernel of `kernel_choice` that is preferred to all others; None: PyTorch's own choice."""
     attention_off: tuple[str, ...] = ()
     """Attention kernels that are never used."""
+    micro_batch_seconds: float = 0.0
+    """Estimate of the time of a micro-batch; 0: there is none (a CPU, or all weights are trained)."""
     micro_batch_parts: int = 1
     """Number of parts in which each micro-batch is computed, one after the other; see `engine/relief.py`."""
 
@@ -170,4 +172,5 @@ def plan_training(
         text_multiple=text_multiple,
         attention=attending.kernel,
         attention_off=attending.off,
+        micro_batch_seconds=chosen.micro_batch_seconds,
     )

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
 from html import escape
 from pathlib import Path
 from typing import Any
 
 from pixtune.hardware.facts import GIB
+from pixtune.progress import in_words
 from pixtune.report.charts import Chart, Series, render_chart
 from pixtune.report.pictures import data_uri, edge_for, open_picture, spread
 from pixtune.report.record import (
@@ -22,6 +23,7 @@ from pixtune.report.record import (
     smoothing_window,
 )
 from pixtune.report.style import CSS
+from pixtune.report.values import format_decision, format_percent, format_plain, format_seconds, format_setting
 from pixtune.storage.resume import flatten
 
 # A JPEG pixel takes about 0.3 bytes here, base64 adds a third: together some 7 MB at most.
@@ -32,6 +34,12 @@ MOST_WARNINGS = 60
 
 QUARTERS = ("nearly clean [0, 1/4)", "[1/4, 1/2)", "[1/2, 3/4)", "nearly noise [3/4, 1]")
 """Names of sigma's quarters, in the order of `ValidationLoss.quarters`."""
+
+HOW_TO_READ = (
+    "<p>The held-out loss is the one to watch: it falls while the model learns what carries over to other pictures, "
+    "and rises once it learns yours by heart. The loss of a training step depends on its noise level more than on the "
+    "weights; only the mean of many steps says something.</p>"
+)
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 """Content security policy by which the browser itself keeps the page from loading anything."""
@@ -45,13 +53,15 @@ def build_page(
     plan: Mapping[str, Any],
     versions: Mapping[str, str],
     facts: Mapping[str, str | int | float],
+    num_steps: int | None = None,
 ) -> str:
     """Builds the whole HTML document. The arguments are those of `write_report`."""
     name = escape(output_dir.resolve().name)
     decisions = [format_decision(key, value) for key, value in plan.items() if key != "reasons"]
     body = [
-        f'<header><h1>{name}</h1><p class="quiet">{escape(str(output_dir))}</p>{build_outcome(record)}</header>',
-        build_tiles(record, plan),
+        f'<header><h1>{name}</h1><p class="quiet">{escape(describe_run(output_dir, config))}</p>'
+        f"{build_outcome(record)}</header>",
+        build_tiles(record, plan, num_steps),
         build_pairs(output_dir, record),
         build_strips(output_dir, record),
         build_charts(record),
@@ -61,8 +71,8 @@ def build_page(
         build_memory(record.memory) if record.memory else "",
         '<div class="columns">',
         build_table("LoRA and data", {key: format_plain(value) for key, value in facts.items()}),
-        build_table("Plan", dict(decisions), plan.get("reasons", ())),
         "</div>",
+        build_details("Plan", dict(decisions), plan.get("reasons", ())),
         build_details("Config", {key: format_setting(value) for key, value in flatten(config).items()}),
         build_details("Versions", dict(versions)),
     ]
@@ -79,6 +89,19 @@ def build_page(
 
 
 # ---- the head
+
+
+def describe_run(output_dir: Path, config: Mapping[str, Any]) -> str:
+    """Describes what was trained, how and when, in a line."""
+    is_lora = config.get("method", "lora") == "lora" and "rank" in config
+    parts = [
+        str(config["pretrained_model_name_or_path"]) if "pretrained_model_name_or_path" in config else "",
+        f"LoRA of rank {config['rank']}" if is_lora else "",
+        f"learning rate {config['learning_rate']:g}" if "learning_rate" in config else "",
+        str(output_dir),
+        f"written {datetime.now():%d %b %Y, %H:%M}",
+    ]
+    return ", ".join(filter(None, parts))
 
 
 def build_outcome(record: RunRecord) -> str:
@@ -108,12 +131,18 @@ def build_best(outcome: Outcome) -> str:
     )
 
 
-def build_tiles(record: RunRecord, plan: Mapping[str, Any]) -> str:
+def build_tiles(record: RunRecord, plan: Mapping[str, Any], num_steps: int | None = None) -> str:
     """Builds the tiles with the run's figures."""
-    tiles = [("Steps", f"{record.last_step:,}", "")]
+    is_on_its_way = num_steps is not None and record.last_step < num_steps
+    tiles = [("Steps so far" if is_on_its_way else "Steps", f"{record.last_step:,}", "")]
+    if is_on_its_way:
+        tiles = [("Steps so far", f"{record.last_step:,}", f"of {num_steps:,}")]
     if record.median_seconds is not None:
-        tiles.append(("Time in steps", format_duration(record.total_seconds), "without validation and samples"))
+        tiles.append(("Time in steps", in_words(record.total_seconds), "without validation and samples"))
         tiles.append(("Time of a step", format_seconds(record.median_seconds), "median"))
+    if record.memory is not None:
+        whole = sum(stage.seconds for stage in record.memory.stages)
+        tiles.append(("Whole time", in_words(whole), "of the last session, loading and samples included"))
     if record.first_steps:
         first = record.first_steps[0]
         graphs = f"with {first.compiled_graphs:,} graphs compiled" if first.compiled_graphs else "nothing compiled"
@@ -196,7 +225,7 @@ def build_charts(record: RunRecord) -> str:
     if not any(charts):
         return "<section><h2>Curves</h2><p>No step was logged.</p></section>"
     table = build_validations(record.validations) if record.validations else ""
-    return f'<section><h2>Curves</h2><div class="charts">{"".join(charts)}</div>{table}</section>'
+    return f'<section><h2>Curves</h2>{HOW_TO_READ}<div class="charts">{"".join(charts)}</div>{table}</section>'
 
 
 def plan_charts(record: RunRecord) -> list[Chart]:
@@ -306,23 +335,24 @@ GPU_COLUMNS: tuple[tuple[str, Callable[[StageRow], str]], ...] = (
 )
 HOST_COLUMNS: tuple[tuple[str, Callable[[StageRow], str]], ...] = (
     ("host, at its end", lambda stage: f"{stage.host_rss_gib:.2f} GiB"),
-    ("time", lambda stage: format_duration(stage.seconds)),
+    ("time", lambda stage: in_words(stage.seconds)),
 )
 
 
 # ---- tables
 
 
-def build_table(title: str, values: Mapping[str, str], reasons: Sequence[str] = ()) -> str:
-    """Builds a section of names and values, with the reasons for them."""
+def build_table(title: str, values: Mapping[str, str]) -> str:
+    """Builds a section of names and values."""
+    return f"<section><h2>{title}</h2>{build_rows(values)}</section>" if values else ""
+
+
+def build_details(title: str, values: Mapping[str, str], reasons: Sequence[str] = ()) -> str:
+    """Builds names and values, and the reasons for them, that are folded away at first."""
     why = "".join(f"<li>{escape(reason)}</li>" for reason in reasons)
     listed = f'<ul class="reasons">{why}</ul>' if why else ""
-    return f"<section><h2>{title}</h2>{build_rows(values)}{listed}</section>" if values or why else ""
-
-
-def build_details(title: str, values: Mapping[str, str]) -> str:
-    """Builds names and values that are folded away at first."""
-    return f"<details><summary>{title}</summary>{build_rows(values, 'code')}</details>" if values else ""
+    shown = build_rows(values, "code") + listed
+    return f"<details><summary>{title}</summary>{shown}</details>" if values or why else ""
 
 
 def build_rows(values: Mapping[str, str], kind: str = "plain") -> str:
@@ -332,49 +362,3 @@ def build_rows(values: Mapping[str, str], kind: str = "plain") -> str:
         for key, value in values.items()
     )
     return f'<table class="{kind}"><tbody>{"".join(rows)}</tbody></table>'
-
-
-# ---- values in words
-
-
-def format_plain(value: object) -> str:
-    """Formats numbers with thousands separators, truth values as yes and no, the rest as it is."""
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if value is None:
-        return "left to PyTorch"
-    return f"{value:,}" if isinstance(value, int) else f"{value:,.6g}" if isinstance(value, float) else str(value)
-
-
-def format_decision(key: str, value: object) -> tuple[str, str]:
-    """Formats a name and a value of the plan in words; bytes in GiB."""
-    if key.endswith("_bytes") and isinstance(value, int):
-        return key.removesuffix("_bytes").replace("_", " "), f"{value / GIB:.2f} GiB" if value else "not estimated"
-    return key.replace("_", " "), format_plain(value)
-
-
-def format_setting(value: object) -> str:
-    """Formats a value as it would stand in the YAML."""
-    if isinstance(value, list | tuple):
-        return "\n".join(f"- {format_setting(item)}" for item in value) or "[]"
-    return value if isinstance(value, str) else json.dumps(value, default=str)
-
-
-def format_percent(share: float) -> str:
-    """Formats a change with its sign, for example −16.1%."""
-    return f"{share:+.1%}".replace("-", "−")
-
-
-def format_seconds(seconds: float) -> str:
-    """Formats a short time with three digits."""
-    return f"{seconds * 1000:.3g} ms" if seconds < 0.1 else f"{seconds:.3g} s"
-
-
-def format_duration(seconds: float) -> str:
-    """Formats a time in its two largest units."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{seconds:.1f} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    return f"{whole // 3600} h {whole % 3600 // 60} min"

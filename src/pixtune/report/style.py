@@ -35,7 +35,7 @@ p { margin: 4px 0; max-width: 75ch; }
 figure { margin: 0; }
 .pairs { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 340px), 1fr)); gap: 16px; }
 .pairs > figure { padding: 12px; background: var(--card); border-radius: 10px; }
-.pair { display: grid; grid-template-columns: 1fr 1fr; gap: 8px; }
+.pair { display: grid; grid-auto-flow: column; grid-auto-columns: 1fr; gap: 8px; }
 .pairs figcaption { margin-top: 8px; overflow-wrap: anywhere; }
 .picture { display: block; font-size: 0.8125rem; color: var(--quiet); }
 .picture img { display: block; width: 100%; height: auto; border-radius: 6px; }

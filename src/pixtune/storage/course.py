@@ -24,7 +24,7 @@ from pixtune.storage.checkpoint import (
 )
 from pixtune.storage.lineage import Saved, Session, SetBack, descend, next_serial
 from pixtune.storage.output_lock import OutputLock
-from pixtune.storage.resume import RunIdentity
+from pixtune.storage.resume import RunIdentity, free_folder
 
 
 def resolve_resume(output_dir: Path, resume_from: str | None, show: Callable[[str], None]) -> Path | None:
@@ -44,8 +44,9 @@ def resolve_resume(output_dir: Path, resume_from: str | None, show: Callable[[st
     if resume_from is None:
         if existing:
             raise CheckpointError(
-                f"{output_dir} already holds a run (up to {existing[-1]}), which a new start would overwrite. "
-                "Pass resume_from_checkpoint=latest to resume it, or choose another output_dir, or delete it."
+                f"{output_dir} already holds a run (up to {existing[-1]}), which a new start would overwrite. To go on "
+                "with it: resume_from_checkpoint=latest. To train anew and keep it: "
+                f"output_dir={free_folder(output_dir)}. Or delete it."
             )
         return None
     places = [Path(resume_from).expanduser(), output_dir / resume_from]

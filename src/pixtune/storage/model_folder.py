@@ -216,6 +216,8 @@ def open_model_folder(name_or_path: str) -> ModelFolder:
     """
     path = Path(name_or_path).expanduser()
     if not path.exists():
+        if path.suffix in (".safetensors", ".gguf", ".ckpt", ".pt") or name_or_path.startswith((".", "/", "~")):
+            raise WeightsError(f"pretrained_model_name_or_path: there is no {path.absolute()}. {PIPELINE_NEEDED}")
         path = _download(name_or_path)
     if not (path / MODEL_INDEX).is_file():
         raise WeightsError(_not_a_pipeline(path))
@@ -251,8 +253,13 @@ def download_command(name: str, patterns: Sequence[str] = (MODEL_INDEX, "*/*")) 
     return " ".join(["hf", "download", name, *(f'--include "{pattern}"' for pattern in patterns)])
 
 
+PIPELINE_NEEDED = (
+    "A folder in diffusers' layout, with model_index.json, is needed, or a name of the hub such as Qwen/Qwen-Image."
+)
+
+
 def _not_a_pipeline(path: Path) -> str:
-    need = "A diffusers pipeline folder with model_index.json is needed, for example Qwen/Qwen-Image."
+    need = PIPELINE_NEEDED
     if path.is_file():
         return f"{path} is a single file. {need}"
     if (path / "config.json").is_file():

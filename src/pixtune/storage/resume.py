@@ -36,6 +36,9 @@ class RunIdentity:
     """Length of the whole run in optimizer steps; None in checkpoints of version 0.1.0, and while it is unknown."""
     base: str | None = None
     """`base_reference.steps_fingerprint` of the base model; None in checkpoints of version 0.1.0."""
+    examples: Mapping[str, str] | None = None
+    """Short digests of the examples by name, caption and pictures apart: they tell what of the data has changed. None
+    in checkpoints of version 0.1.0, and of data sets of more than `MOST_NAMED_EXAMPLES`."""
 
     def to_dict(self) -> dict[str, Any]:
         """Returns what a checkpoint records."""
@@ -45,11 +48,13 @@ class RunIdentity:
             "num_processes": self.num_processes,
             "num_steps": self.num_steps,
             "base": self.base,
+            "examples": self.examples,
         }
 
     def in_short(self) -> dict[str, Any]:
         """Returns it as the lineage of a checkpoint holds it for each session."""
-        return {**self.to_dict(), "config": config_hash(self.config)}
+        short = {**self.to_dict(), "config": config_hash(self.config)}
+        return {key: value for key, value in short.items() if key != "examples"}
 
 
 Rule = Callable[[RunIdentity, RunIdentity], str | None]
@@ -111,6 +116,8 @@ with a batch of 2 draws (`BatchOrder`), so processes and batch size may change w
 rounded in another order, and the plan stays the checkpoint's.
 """
 
+MOST_NAMED_EXAMPLES = 10_000
+"""Number of examples up to which checkpoints record a digest of each: 30 bytes and a name."""
 BASE, DATA = "base_model", "data"
 """Names of what is recognized by content, beside the keys of the config and `num_processes`."""
 
@@ -160,8 +167,9 @@ def refuse_other_run(
     """
     record, allowed = checkpoint.record, now.config.get("resume_with_changes_in", ())
     before = RunIdentity(
-        record["config"], record["data"], record.get("num_processes"), record.get("num_steps"), record.get("base")
-    )
+        record["config"], record["data"], record.get("num_processes"), record.get("num_steps"), record.get("base"),
+        record.get("examples"),
+    )  # fmt: skip
     if now.num_steps is not None and now.num_steps < checkpoint.step:
         raise CheckpointError(_is_beyond(checkpoint, now.num_steps))
     changed = _changes(before, now)
@@ -172,7 +180,7 @@ def refuse_other_run(
         was, is_now = rate_at(before, step - 1), rate_at(now, step)
         rates = f"The learning rate goes from {was:.4g} at step {step} to {is_now:.4g} at step {step + 1}."
     if refused:
-        raise CheckpointError(_refusal(checkpoint, refused, rates, [*changed.keys() & set(allowed)]))
+        raise CheckpointError(_refusal(checkpoint, now, refused, rates, [*changed.keys() & set(allowed)]))
     return (*changed.values(), *filter(None, [rates]))
 
 
@@ -194,23 +202,66 @@ def _changes(before: RunIdentity, now: RunIdentity) -> dict[str, str]:
     if None not in (before.base, now.base) and before.base != now.base:
         changed[BASE] = f"{BASE}: another than the checkpoint's ({MEANINGS[BASE]})"
     if now.data is not None and before.data != now.data:
-        changed[DATA] = f"{DATA}: the data set is another than the checkpoint's ({MEANINGS[DATA]})"
+        named = what_changed(before.examples, now.examples)
+        what = f"the data set has changed: {named}" if named else f"the data set has changed ({MEANINGS[DATA]})"
+        changed[DATA] = f"{DATA}: {what}"
     return changed
 
 
-def _refusal(checkpoint: Checkpoint, refused: Mapping[str, str], rates: str, allowed: Sequence[str]) -> str:
+def what_changed(before: Mapping[str, str] | None, now: Mapping[str, str] | None) -> str:
+    """Names the examples that were added or removed, or whose caption or pictures have changed; empty where unknown."""
+    if before is None or now is None:
+        return ""
+    changed: dict[str, list[str]] = {"caption of": [], "picture of": [], "new:": [], "no longer there:": []}
+    for name in sorted(before.keys() | now.keys()):
+        was, is_now = before.get(name), now.get(name)
+        if was is None or is_now is None:
+            changed["new:" if was is None else "no longer there:"].append(name)
+        elif was != is_now:
+            (caption, pictures), (caption_now, pictures_now) = was.split("-"), is_now.split("-")
+            for what, differs in (("caption of", caption != caption_now), ("picture of", pictures != pictures_now)):
+                changed[what] += [name] * differs
+    return "; ".join(f"{what} {shorten(names)}" for what, names in changed.items() if names)
+
+
+def shorten(names: Sequence[str], most: int = 3) -> str:
+    """Lists a few names, and counts the others."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def _refusal(
+    checkpoint: Checkpoint, now: RunIdentity, refused: Mapping[str, str], rates: str, allowed: Sequence[str]
+) -> str:
+    """Says what differs, and what a user can do: train anew beside it, or go on with the change."""
     lines = [f"{checkpoint.path} is of a run with other settings and cannot be resumed with these:"]
     lines += [f"  - {sentence}" for sentence in refused.values()]
     lines += [rates] if rates else []
+    anew = f"output_dir={free_folder(Path(now.config['output_dir']))}"
     fixed = [key for key in refused if is_fixed(key)]
     if fixed:
         lines.append(f"What is trained, and the plan, stay the same within a run: {', '.join(fixed)} cannot change.")
-    else:
-        names = ", ".join([*allowed, *refused])
-        lines.append(
-            f"To change it all the same, which the checkpoints will record: resume_with_changes_in='[{names}]'."
-        )
-    return "\n".join([*lines, "Set them back, or start anew in another output_dir."])
+        return "\n".join([*lines, f"Set them back, or train anew beside it: {anew}."])
+    is_over = now.num_steps is not None and now.num_steps <= checkpoint.step
+    more = " and a larger max_train_steps, since all steps are taken" if is_over else ""
+    names = ", ".join([*allowed, *refused])
+    return "\n".join(
+        [
+            *lines,
+            "Set them back, or choose:",
+            f"  - train anew, and keep this run: {anew}",
+            f"  - go on from step {checkpoint.step} with the change, which the checkpoints record: "
+            f"resume_with_changes_in='[{names}]'{more}",
+        ]
+    )
+
+
+def free_folder(folder: Path) -> Path:
+    """Returns the first of FOLDER-2, FOLDER-3, ... that does not exist."""
+    number = 2
+    while (free := folder.with_name(f"{folder.name}-{number}")).exists():
+        number += 1
+    return free
 
 
 def _is_beyond(checkpoint: Checkpoint, num_steps: int) -> str:

@@ -6,7 +6,7 @@ import math
 import statistics
 import sys
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -30,6 +30,9 @@ from pixtune.validation import ValidationLoss
 
 SENSORS_EVERY_SECONDS = 60.0
 """Shortest time between two readings: nvidia-smi takes tens of milliseconds."""
+
+MEAN_OF_STEPS = 50
+"""Number of steps whose mean loss is shown: that of one step depends on its noise level more than on the weights."""
 
 Moment = float | torch.cuda.Event
 """Seconds of the host's clock; on a GPU an event among the device's work, since the host runs ahead of it."""
@@ -100,6 +103,7 @@ class StepFigures:
         self._batches: list[Batch] = []
         self._waited_seconds = 0.0
         self._first_is_reported = False
+        self._losses: deque[float] = deque(maxlen=MEAN_OF_STEPS)
         self.restart_clock()
 
     def restart_clock(self) -> None:
@@ -158,7 +162,9 @@ class StepFigures:
             self._judge(entry.step, loss, nothing, skipped.get(entry.step))
         self._guard.check()
         mean_seconds = statistics.fmean(seconds)
-        self._bar.figures(losses[-1], mean_seconds, self._images_per_step / mean_seconds, memory)
+        self._losses.extend(filter(math.isfinite, losses))
+        loss = statistics.fmean(self._losses or losses[-1:])
+        self._bar.figures(loss, mean_seconds, self._images_per_step / mean_seconds, memory, len(self._losses))
         values = {"loss": losses[-1], "grad_norm": norms[-1], "learning_rate": pending[-1].learning_rate}
         values |= {"seconds_per_step": mean_seconds, "peak_memory_gib": memory}
         self.track(step, {name: value for name, value in values.items() if math.isfinite(value)})

@@ -152,6 +152,9 @@ class FullWeights:
         about = describe_model(to_dict(self.config), self.base.folder, step, package_versions())
         return [export_model(output_dir / MODEL_FOLDER, self.base, about)]
 
+    def export_so_far(self, output_dir: Path, step: int) -> None:
+        """Writes nothing: a model of tens of gigabytes is written once; `pixtune export` writes one of a checkpoint."""
+
 
 def describe_model(
     config: Mapping[str, Any], folder: ModelFolder, step: int, versions: Mapping[str, str]

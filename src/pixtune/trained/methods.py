@@ -75,6 +75,9 @@ class TrainedWeights(Protocol):
     def export(self, output_dir: Path, step: int) -> list[Path]:
         """Writes the files that others load, and returns their paths."""
 
+    def export_so_far(self, output_dir: Path, step: int) -> None:
+        """Writes those of them that are small enough to be written after each checkpoint."""
+
 
 @dataclass(frozen=True)
 class LoraWeights:
@@ -119,6 +122,9 @@ class LoraWeights:
     def export(self, output_dir: Path, step: int) -> list[Path]:
         weights = adapters.lora_weights(self.base.module)
         return list(export_lora(output_dir, weights, self._describe(step), self.base.family))
+
+    def export_so_far(self, output_dir: Path, step: int) -> None:
+        self.export(output_dir, step)
 
     def _describe(self, step: int) -> LoraDescription:
         return LoraDescription(

@@ -10,9 +10,9 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from torch import Tensor, nn
 
@@ -57,6 +57,11 @@ class SavedLora:
     def modules(self) -> tuple[str, ...]:
         """Paths of the layers that it is attached to."""
         return tuple(self.ranks)
+
+    def scaled(self, strength: float) -> Self:
+        """Returns it with a scale `strength` times as large."""
+        alphas = {layer: strength * alpha for layer, alpha in self.alphas.items()}
+        return replace(self, alpha=strength * self.alpha, alphas=alphas)
 
     @property
     def largest_rank(self) -> int:

@@ -18,8 +18,8 @@ from pixtune.commands.plan import (
     before_cuda,
     facts_of_this_machine,
     make_report,
-    render,
 )
+from pixtune.commands.plan_page import about, render
 from pixtune.config import load_config
 from pixtune.config.schema import TrainConfig
 from pixtune.errors import PixtuneError, PlanError
@@ -50,9 +50,9 @@ def config_of(model: Path, *words: str) -> TrainConfig:
     return load_config(None, [*required, "max_train_steps=1", *words], folders_must_exist=False)
 
 
-def shown(report: PlanReport) -> str:
+def shown(report: PlanReport, verbose: bool = True) -> str:
     stream = StringIO()
-    render(report, Console(file=stream, width=120))
+    render(report, Console(file=stream, width=120), verbose)
     return stream.getvalue()
 
 
@@ -75,6 +75,34 @@ def test_a_card_by_name_gets_an_estimate(
     text = shown(report)
     assert report.is_estimate and f"Estimate for {facts_as(card).name}" in text and "nothing was measured" in text
     assert all(word in text for word in [*expected, *(r[:40] for r in report.plan.reasons), "training step"]), text
+
+
+def test_the_first_lines_answer_whether_it_fits_and_how_long_it_takes(full_size: dict[str, Path]) -> None:
+    words = ("gradient_accumulation_steps=2", "max_train_steps=600", "train_batch_size=1")
+    pictures = ROOT / "assets" / "demo-style" / "train"
+    report = make_report(config_of(full_size["qwen_image"], *words, f"data_config.img_dir={pictures}"), "H100", 256)
+    fits, takes, used, machine, *_ = shown(report, verbose=False).splitlines()
+    peak = max(phase.device_bytes for phase in report.phases) / GIB
+    assert fits.startswith(f"Fits NVIDIA H100 80GB HBM3: {peak:.1f} of {report.usable_bytes / GIB:.1f} GiB at the peak")
+    seconds = 2 * report.plan.micro_batch_seconds
+    assert f"about {about(600 * seconds)}: 600 steps, {seconds:.2g} s each" in takes and "were measured" in takes
+    assert used.startswith("48 pictures with captions: each is used about 25 times")
+    assert report.facts.host_total_bytes == 256 * GIB and "QwenImagePipeline" in machine
+    card = shown(make_report(config_of(full_size["qwen_image"]), "RTX 4090"), verbose=False)
+    assert "not measured on this kind of card" in card and "there are no pictures in not/there yet" in card
+    for word in ("modulation", "CUDA graphs", "inputs of blocks", "page-locked"):
+        assert word not in card and word in shown(make_report(config_of(full_size["qwen_image"]), "RTX 4060"))
+
+
+def test_what_does_not_fit_is_the_first_line(full_size: dict[str, Path]) -> None:
+    report = make_report(config_of(full_size["qwen_image"]), "RTX 4090")
+    report = replace(report, phases=(replace(report.phases[0], device_bytes=99 * GIB), *report.phases[1:]))
+    assert shown(report).startswith("Does not fit as it is: captions encoded, within 22.2 GiB.")
+
+
+@pytest.mark.parametrize(("seconds", "words"), [(71, "71 s"), (2504, "42 min"), (8000, "2.2 h")])
+def test_an_estimate_has_two_digits(seconds: float, words: str) -> None:
+    assert about(seconds) == words
 
 
 def test_it_counts_pictures_and_captions_as_the_config_says(full_size: dict[str, Path]) -> None:

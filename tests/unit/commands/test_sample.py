@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import shutil
 import weakref
 from collections.abc import Sequence
 from dataclasses import replace
@@ -34,8 +35,12 @@ from pixtune.hardware.monitor import StageLog
 from pixtune.plan.encoders import PLAINLY
 from pixtune.plan.sampling import SamplingPlan
 from pixtune.sampler import PromptSampler, SamplerSettings
+from pixtune.storage.checkpoint import save_checkpoint
+from pixtune.storage.lineage import Lineage, Session
 from pixtune.storage.model_folder import ModelFolder, open_model_folder
-from pixtune.trained.export import DIFFUSERS_FILE
+from pixtune.storage.safetensors_writer import TensorFile
+from pixtune.trained.export import DIFFUSERS_FILE, read_tensors
+from pixtune.trained.find_lora import FoundLora, find_lora
 from pixtune.trained.saved_lora import read_saved_lora
 from tests.families.test_stock_lora import psnr, write_lora
 from tests.full_size import build_full_size_folder
@@ -204,6 +209,58 @@ def test_a_lora_of_another_model_is_refused_before_anything_is_loaded(full_size:
     request = request_for(full_size, loras["tiny-flux"])
     with pytest.raises(WeightsError, match=r"does not fit this model, which has no single_transformer_blocks"):
         make_plans(open_task(request), config_of(request, Path("out")), facts_as("H100"))
+
+
+def test_strength_scales_what_a_lora_adds(loras: dict[str, Path]) -> None:
+    """None of it is the picture without the LoRA; half of it lies between."""
+    name = "tiny-flux"
+
+    def drawn(strength: float) -> torch.Tensor:
+        task = open_task(request_for(name, loras[name], strength=strength))
+        return levels([picture.image for picture in sample_as_planned(task, Plans(PLAINLY, PLAIN), CPU)])
+
+    without, whole = levels(plain_pictures(name, None)), levels(plain_pictures(name, loras[name]))
+    assert torch.equal(drawn(0.0), without)
+    assert 0 < (drawn(0.5) - without).norm() < (whole - without).norm()
+    patterned = replace(read_saved_lora(loras[name]), alphas={"to_q": 3.0}).scaled(0.5)
+    assert patterned.alphas == {"to_q": 1.5} and patterned.alpha == 0.5 * read_saved_lora(loras[name]).alpha
+
+
+def test_guidance_leads_away_from_the_negative_prompt(loras: dict[str, Path]) -> None:
+    name = "tiny-qwen-image"
+    task = open_task(request_for(name, negative_prompt="a fox"))
+    fox = [picture.image for picture in sample_as_planned(task, Plans(PLAINLY, PLAIN), CPU)]
+    assert not same(fox, plain_pictures(name, None)) and not task.notes
+    empty = open_task(request_for(name, negative_prompt=" "))  # the family's own empty prompt
+    assert same([p.image for p in sample_as_planned(empty, Plans(PLAINLY, PLAIN), CPU)], plain_pictures(name, None))
+    (note,) = open_task(request_for("tiny-flux", negative_prompt="a fox")).notes
+    assert "the negative prompt has no effect" in note
+
+
+def test_a_lora_is_found_in_a_run_a_checkpoint_or_a_file(tmp_path: Path, loras: dict[str, Path]) -> None:
+    lora, run = loras["tiny-flux"], tmp_path / "run"
+    config = {"pretrained_model_name_or_path": "org/model", "data_config": {"img_size": 640}}
+    for step in (5, 9):
+        record = {"config": config}
+        tensors, metadata = read_tensors(lora)
+        save_checkpoint(
+            run, step, {lora.stem: TensorFile(tensors, metadata)}, record, Lineage((Session("a", step),), None, step)
+        )
+    newest = FoundLora(run / "checkpoint-000009" / lora.name, "org/model", 640)
+    assert find_lora(run) == find_lora(run / "checkpoint-000009") == find_lora(newest.path) == newest  # type: ignore[arg-type]
+    shutil.copyfile(lora, run / lora.name)
+    assert find_lora(run) == find_lora(run / lora.name) == replace(newest, path=run / lora.name)
+    other = tmp_path / "other"
+    other.mkdir()
+    shutil.copyfile(lora, other / "mine.safetensors")
+    assert find_lora(other) == FoundLora(other / "mine.safetensors")
+    for path, words in (
+        (tmp_path / "runn", "has run, "),
+        (tmp_path / "no" / "where", "does not exist"),
+        (ROOT, "no pytorch"),
+    ):
+        with pytest.raises(WeightsError, match=words.rstrip(", ")):
+            find_lora(path)
 
 
 def test_a_lora_says_where_it_goes(loras: dict[str, Path]) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from pixtune.config import load_config
 from pixtune.config.contradictions import contradictions
-from pixtune.config.other_names import OTHER_NAMES, REMEDIES
+from pixtune.config.other_names import ABSENT, OTHER_NAMES, REMEDIES
 from pixtune.config.schema import leaf_keys, sections
 from pixtune.config.sources import nearest_keys
 from pixtune.errors import ConfigError
@@ -268,7 +268,7 @@ def test_overrides_that_are_not_yaml(faults_of, minimal):
     (fault,) = faults_of(minimal, "samples.prompts=[a")
     assert fault.startswith("command line: samples.prompts is '[a', which is not YAML")
     (fault,) = faults_of(minimal, "--rank=3")
-    assert fault == "command line: --rank is not a known key (value 3); did you mean rank?"
+    assert fault == "command line: '--rank=3' is not an override: write rank=3"
 
 
 # ---- names
@@ -368,6 +368,7 @@ def test_paths_that_are_written_right_are_read_as_they_are(write, minimal, path)
         ("cache_latents", "precompute_image_embeddings"),
         ("discrete_flow_shift", "objective.shift"),
         ("blocks_to_swap", "gpu_memory_limit_gib"),
+        ("network_weights", "resume_from_checkpoint"),
     ],
 )
 def test_a_key_of_another_trainer_is_answered_with_ours(faults_of, minimal, theirs, ours):
@@ -375,10 +376,55 @@ def test_a_key_of_another_trainer_is_answered_with_ours(faults_of, minimal, thei
     assert f"did you mean {ours}?" in fault
 
 
+@pytest.mark.parametrize(
+    ("words", "written"),
+    [
+        (["--rank", "8"], "rank=8"),
+        (["--learning-rate", "1e-3"], "learning_rate=1e-3"),
+        (["--rank=8"], "rank=8"),
+        (["--lr", "1e-3"], "learning_rate=1e-3"),
+        (["rank", "=", "8"], "rank=8"),
+        (["rank", "8"], "rank=8"),
+        (["rank=", "8"], ""),
+    ],
+)
+def test_keys_that_are_written_as_elsewhere_are_answered_with_how_to_write_them(faults_of, minimal, words, written):
+    faults = faults_of(minimal, *words)
+    if written:
+        assert [fault.partition("is not an override: ")[2] for fault in faults] == [f"write {written}"]
+    else:
+        assert "command line: '8' is not an override (key=value)" in faults
+
+
+def test_a_text_in_place_of_a_list_is_answered_with_the_list(faults_of, minimal):
+    (fault,) = faults_of(minimal, "samples.prompts=a cat")
+    assert fault.endswith('samples.prompts is "a cat": must be a list, as ["a cat"]')
+
+
 def test_the_table_of_other_names_leads_to_keys_that_exist_and_shadows_none():
     known = {*leaf_keys(), *sections()}
     assert {*OTHER_NAMES.values(), *REMEDIES} <= known
-    assert not {name for name in OTHER_NAMES if name in known}
+    assert not {name for name in (*OTHER_NAMES, *ABSENT) if name in known}
+    assert not OTHER_NAMES.keys() & ABSENT.keys()
+
+
+@pytest.mark.parametrize("theirs", ["noise_offset", "use_ema", "train.ema_config", "network_dropout", "num_repeats"])
+def test_a_key_that_means_nothing_here_is_answered_with_what_to_do(faults_of, minimal, theirs):
+    (fault,) = faults_of(minimal, f"{theirs}=1")
+    assert "leave it out" in fault and "did you mean" not in fault
+
+
+def test_the_sections_of_another_trainers_file_are_answered_key_by_key(faults_of, minimal):
+    theirs = "config: {process: [{network: {linear: 16, linear_alpha: 8}, train: {steps: 9, noise_offset: 0.1}}]}\n"
+    hints = [fault.partition(") ")[0] + fault.partition(")")[2] for fault in faults_of(minimal + theirs)]
+    for key, hint in (("linear", "rank?"), ("linear_alpha", "lora_alpha?"), ("steps", "max_train_steps?")):
+        assert any(f".{key} is not a known key" in fault and f"did you mean {hint}" in fault for fault in hints), hints
+    assert len(hints) == 4
+
+
+def test_a_trigger_word_is_said_to_change_no_caption(faults_of, minimal):
+    (fault,) = faults_of(minimal, "trigger_word=zwx")
+    assert "did you mean trigger_words?" in fault and "write the word into every caption" in fault
 
 
 # ---- numbers beyond all use

@@ -10,9 +10,12 @@ from typing import Any
 import pytest
 import yaml
 
+from pixtune.commands.plan import make_report
 from pixtune.config import TrainConfig, load_config
+from pixtune.config.keys_page import page
 from pixtune.config.schema_file import json_schema, schema_text
 from pixtune.config.yaml_tree import ConfigLoader
+from pixtune.hardware.cards import CARDS
 from pixtune.storage.resume import flatten
 from tests.contract.key_effects import EFFECTS
 from tests.contract.not_yet import needs, refused_keys, without, written_values
@@ -88,6 +91,14 @@ def test_shipped_config_sets_what_the_contract_says(stem):
     assert values["pretrained_model_name_or_path"] == MODELS.get(stem, "Qwen/Qwen-Image")
 
 
+@pytest.mark.parametrize("stem", ["train_lora", "train_flux_config", "train_lora_qwen_edit"])
+def test_a_config_that_promises_no_hardware_fits_every_card(stem):
+    """README names them to people with any card from 8 GB up: no key stands between them and the planner."""
+    config = load_config(shipped(stem), [], folders_must_exist=False)
+    unfit = {card.name: [phase.name for phase in make_report(config, card.name).too_large] for card in CARDS}
+    assert len(unfit) > 30 and not any(unfit.values()), unfit
+
+
 def with_fastsafetensors(stem: str) -> pytest.MarkDecorator:
     """Configs that this version refuses for other keys have it already; the others shall run as they are."""
     return needs(*([] if refused_keys(shipped(stem)) else ["use_fastsafetensors"]), raises=KeyError)
@@ -145,6 +156,7 @@ def test_shipped_config_says_what_it_is_for(path):
 
 def test_schema_file_is_current():
     assert (CONFIG_DIR / "schema.json").read_text(encoding="utf-8") == schema_text(), "run `make schema`"
+    assert (CONFIG_DIR.parent / "docs" / "config.md").read_text(encoding="utf-8") == page(), "run `make schema`"
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

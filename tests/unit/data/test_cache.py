@@ -285,15 +285,15 @@ def test_every_miss_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
     assert reasons(key("a.png"), key("b.png", picture="p1")) == {"new": 2}
     assert reasons(key("a.png"), key("b.png", picture="p1")) == {}
-    assert reasons(key("a.png", picture="p2"), key("c.png", picture="p3")) == {"changed: picture": 1, "new": 1}
-    assert reasons(key("a.png", picture="p4", size="32x32")) == {"changed: picture, size": 1}
+    assert reasons(key("a.png", picture="p2"), key("c.png", picture="p3")) == {"with another picture": 1, "new": 1}
+    assert reasons(key("a.png", picture="p4", size="32x32")) == {"with another picture and size": 1}
     monkeypatch.setattr(cache, "CODE_VERSION", "other")
-    assert reasons(key("a.png", picture="p4", size="32x32")) == {"changed: code": 1}
+    assert reasons(key("a.png", picture="p4", size="32x32")) == {"with another code": 1}
 
 
 def test_the_report_is_one_readable_line() -> None:
-    report = cache.FillReport(hits=3, misses={"new": 2, "changed: picture": 1})
-    assert str(report) == "3 from the cache, 3 encoded (1 changed: picture; 2 new)"
+    report = cache.FillReport(hits=3, misses={"new": 2, "with another picture": 1})
+    assert str(report) == "3 from the cache, 3 encoded (2 new; 1 with another picture)"
     assert str(cache.FillReport(5, {})) == "5 from the cache, 0 encoded"
 
 

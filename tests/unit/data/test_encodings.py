@@ -249,7 +249,7 @@ def test_a_changed_picture_reencodes_itself_and_is_named(encoder: Encoder, tmp_p
     again = replace(encoder, family=family, ledger=Ledger(tmp_path / "ledger.json"))
     report = again.fill_pictures(pictures, again.latent_keys(pictures))
     assert family.encoded == ["-0.20"]
-    assert report.misses == {"changed: picture": 1} and report.hits == 1
+    assert report.misses == {"with another picture": 1} and report.hits == 1
     ledger = json.loads((tmp_path / "ledger.json").read_text())
     assert ledger["b.png at 64x64"]["picture"] == pictures[1].digest
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -182,7 +183,7 @@ def test_names_that_case_folding_alone_makes_equal_are_not_called_equal_but_for_
 def test_a_caption_of_a_picture_that_is_not_read_says_so(tmp_path, extension):
     touch(tmp_path, "a.png", "a.txt", f"one.{extension}", "one.txt")
     (fault,) = find_pairs(tmp_path).faults
-    assert f"{tmp_path}/one.txt belongs to {tmp_path}/one.{extension}, a picture of a type that is not read" in fault
+    assert f"Pictures with a caption are of a type that is not read: {tmp_path}/one.{extension}." in fault
 
 
 # ---- folders with a purpose of their own
@@ -396,3 +397,35 @@ def test_no_name_forges_a_line_of_the_report(tmp_path):
     assert "The data set is fine." not in text.split("\n") and text.endswith("fix the problems above.")
     assert all(mark == "\n" or mark.isprintable() for mark in text)
     assert r"\x1b[2J\x1b]0;x\x07b.png" in text and r"c\u202egnp.txt" in text
+
+
+# ---- many of one mistake
+
+
+def test_many_pictures_without_a_caption_are_one_problem(tmp_path: Path) -> None:
+    for number in range(9):
+        (tmp_path / f"{number}.png").touch()
+    (tmp_path / "0.txt").touch()
+    (fault,) = find_pairs(tmp_path).faults
+    listed = ", ".join(f"{tmp_path}/{number}.png" for number in range(1, 6))
+    assert fault == f"8 pictures have no caption of their name (.txt): {listed} and 3 more."
+
+
+def test_the_parent_of_targets_and_controls_is_one_problem_with_its_remedy(tmp_path: Path) -> None:
+    for folder, extensions in (("after", ("png", "txt")), ("before", ("png",))):
+        (tmp_path / folder).mkdir()
+        for number, extension in itertools.product(range(8), extensions):
+            (tmp_path / folder / f"{number}.{extension}").touch()
+    (fault,) = find_pairs(tmp_path).faults
+    assert fault.startswith(f"None of the 8 pictures in {tmp_path}/before has a caption.")
+    assert f"--control-dir {tmp_path}/before" in fault
+
+
+def test_a_picture_of_a_phone_and_its_caption_are_one_problem(tmp_path: Path) -> None:
+    for name in ("a.png", "a.txt", "b.heic", "b.txt", "c.AVIF", "c.txt", "d.gif"):
+        (tmp_path / name).touch()
+    found = find_pairs(tmp_path)
+    assert [fault.partition(". ")[0] for fault in found.faults] == [
+        f"Pictures with a caption are of a type that is not read: {tmp_path}/b.heic, {tmp_path}/c.AVIF"
+    ]
+    assert len(found.warnings) == 1 and "d.gif" in found.warnings[0] and "b.heic" not in found.warnings[0]

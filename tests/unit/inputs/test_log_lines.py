@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 
-from pixtune.cli import make_fit
+from pixtune.commands.failures import make_fit
 
 
 def test_a_record_is_made_fit_with_its_arguments() -> None:

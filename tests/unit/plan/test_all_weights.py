@@ -270,7 +270,7 @@ def test_the_named_way_out_is_the_plan_that_one_gets_by_it(
     (key, value), message = next(iter(way_out.items())), refusal(card, host_gib, **changes)
     named = f"Without {key}" if value is None else f"With {key}={'true' if value is True else value}"
     fitting = plan_for(card, host_gib, **changes | way_out)
-    assert f"{named} it needs {fitting.expected_peak_bytes / GIB:.1f} GiB and fits." in message
+    assert f"{named} it needs {fitting.expected_peak_bytes / GIB:.1f} GiB and fits:" in message
     assert "missing" in message
 
 

@@ -143,7 +143,7 @@ def test_no_more_is_named_than_is_in_the_way() -> None:
 
 def test_float8_that_is_demanded_can_be_in_the_way() -> None:
     message = refusal("RTX 4060", 12, **{FP8: True})
-    assert f"Without {FP8} it fits." in message
+    assert f"Without {FP8} it fits: add {FP8}=null to the command." in message
 
 
 def test_processes_lack_host_memory_together_and_one_of_them_fits() -> None:

@@ -15,11 +15,12 @@ from typing import Any
 import pytest
 from PIL import Image, ImageChops
 
+from pixtune.progress import in_words
 from pixtune.report import write_report
 from pixtune.report.charts import Chart, Series, log_axis, render_chart, step_axis, tick_labels, value_axis
-from pixtune.report.page import format_duration, format_seconds
 from pixtune.report.pictures import data_uri, edge_for, font_for, open_picture, own_font, spread, wrap
 from pixtune.report.record import read_record, smooth, thin
+from pixtune.report.values import format_seconds
 
 RED, BLUE = (220, 20, 20), (20, 20, 220)
 NASTY = "<script>alert(\"1\")</script> & 'x' </title>"
@@ -294,7 +295,8 @@ def test_tables_hold_facts_plan_config_and_versions(whole_run: FakeRun) -> None:
     page = whole_run.report(facts={"LoRA layers": 240, "trained parameters": 23592960})
     plain, code = page.rows("plain"), page.rows("code")
     assert plain["trained parameters"] == "23,592,960"
-    assert plain["weights format"] == "bf16" and plain["recompute"] == "no" and plain["expected peak"] == "45.00 GiB"
+    plan = {key: code.pop(key) for key in ("weights format", "recompute", "expected peak")}
+    assert plan == {"weights format": "bf16", "recompute": "no", "expected peak": "45.00 GiB"}
     assert page.root.find("ul", "reasons")[0].text == PLAN["reasons"][0]  # type: ignore[index]
     assert code == {
         "rank": "16", "learning_rate": "0.0003", "pin_memory": "null", "samples.prompts": "- a fox",
@@ -308,6 +310,22 @@ def test_held_out_figures_stand_in_a_table_by_quarter(whole_run: FakeRun) -> Non
     assert heads == ["step", "all", "nearly clean [0, 1/4)", "[1/4, 1/2)", "[1/2, 3/4)", "nearly noise [3/4, 1]"]
     assert rows[0] == ["0", "0.3000", "0.6000", "0.2000", "0.1000", "0.3000"]
     assert [row[0] for row in rows] == ["0", "50", "100"]
+
+
+def test_the_head_says_what_was_trained_and_how(run: FakeRun) -> None:
+    run.steps(1, 3)
+    config = {"pretrained_model_name_or_path": NASTY, "method": "lora", "rank": 8, "learning_rate": 1e-4}
+    head = run.report(config=config).root.find("header")[0].find("p")[0].text
+    assert head.startswith(" ".join(NASTY.split())) and "LoRA of rank 8, learning rate 0.0001, " in head
+    assert (
+        "written " in head and "rank" not in run.report(config={**config, "method": "full"}).root.find("header")[0].text
+    )
+
+
+def test_a_run_on_its_way_says_how_far_it_is(run: FakeRun) -> None:
+    run.steps(1, 25)
+    assert run.report(num_steps=200).tile("Steps so far") == "25 | of 200"  # type: ignore[arg-type]
+    assert run.report(num_steps=25).tile("Steps") == "25"  # type: ignore[arg-type]
 
 
 # ---- charts
@@ -746,7 +764,7 @@ def test_writing_again_replaces_the_page(whole_run: FakeRun) -> None:
 
 
 def test_durations_and_seconds_in_words() -> None:
-    assert [format_duration(value) for value in (0, 59.4, 61, 3600, 93_784)] == [
+    assert [in_words(value) for value in (0, 59.4, 61, 3600, 93_784)] == [
         "0.0 s", "59.4 s", "1 min 1 s", "1 h 0 min", "26 h 3 min",
     ]  # fmt: skip
     assert [format_seconds(value) for value in (0.00521, 0.3714, 12.345)] == ["5.21 ms", "0.371 s", "12.3 s"]

@@ -71,8 +71,27 @@ def test_every_difference_is_named_with_both_values() -> None:
     assert "run/checkpoint-000005" in message
     assert "  - learning_rate: was 0.0001, is 0.5\n" in message and "  - seed: was 1, is 2 (all noise" in message
     assert "  - objective.shift: was 'model', is 'none'\n" in message and "the data set" in message
-    allowed = "resume_with_changes_in='[learning_rate, objective.shift, seed, data]'"
-    assert message.endswith(f"{allowed}.\nSet them back, or start anew in another output_dir.")
+    assert message.endswith("resume_with_changes_in='[learning_rate, objective.shift, seed, data]'")
+    assert "  - train anew, and keep this run: output_dir=out-2\n  - go on from step 5 with the change" in message
+
+
+def test_examples_that_have_changed_are_named() -> None:
+    """By hand: one caption and one picture are others, one example is new and one is gone."""
+    before = replace(run(), examples={"a": "11-22", "b": "33-44", "c": "55-66", "d": "77-88"})
+    now = replace(run(data="other"), examples={"a": "12-22", "b": "33-45", "c": "55-66", "e": "99-00"})
+    assert "caption of a; picture of b; new: e; no longer there: d\n" in refusal(before, now)
+    many = replace(
+        run(data="other"), examples={f"n{number}": "1-2" for number in range(9)} | dict(before.examples or {})
+    )
+    assert "new: n0, n1, n2 and 6 more\n" in refusal(before, many)
+    unnamed = refusal(replace(before, examples=None), now)
+    assert "the data set has changed (pictures, captions or their encodings are not" in unnamed
+
+
+def test_a_finished_run_needs_more_steps_to_go_on_with_a_change() -> None:
+    before = run(num_steps=5, max_train_steps=5)
+    assert "and a larger max_train_steps, since all steps are taken" in refusal(before, replace(before, data="other"))
+    assert "larger" not in refusal(run(), run(data="other"))
 
 
 def test_what_leaves_the_steps_alone_may_change() -> None:
@@ -118,7 +137,7 @@ def test_under_other_schedules_another_length_is_refused(name: str) -> None:
     message = refusal(run(lr_scheduler=name), run(num_steps=200, lr_scheduler=name, max_train_steps=200))
     assert f"max_train_steps: was 100, is 200 (with lr_scheduler '{name}'" in message
     assert "another learning rate at every step" in message and "constant_with_warmup" in message
-    assert "another output_dir" in message
+    assert "output_dir=out-2" in message
 
 
 def test_epochs_are_a_length_too() -> None:
@@ -161,7 +180,8 @@ def test_an_older_checkpoint_without_processes_is_accepted_and_its_batch_size_st
 
 
 def test_what_is_compared_is_what_a_checkpoint_records() -> None:
-    assert run().to_dict().keys() == {"config", "data", "num_processes", "num_steps", "base"}
+    assert run().to_dict().keys() == {"config", "data", "num_processes", "num_steps", "base", "examples"}
+    assert "examples" not in run().in_short(), "a lineage has a line for each session"
 
 
 # ---- what is recognized by content, and what is known only later
@@ -206,7 +226,7 @@ def changes_of(before: RunIdentity, now: RunIdentity) -> tuple[str, ...]:
 def test_what_the_config_names_may_change_and_is_returned() -> None:
     now = run(learning_rate=0.5, data="other", resume_with_changes_in=["learning_rate", "data", "rank"])
     first, second, third = changes_of(run(), now)
-    assert first == "learning_rate: was 0.0001, is 0.5" and second.startswith("data: the data set is another")
+    assert first == "learning_rate: was 0.0001, is 0.5" and second.startswith("data: the data set has changed")
     assert third == "The learning rate goes from 0.0004 at step 5 to 2.5 at step 6."
     assert changes_of(now, now) == (), "of the next session, nothing has changed"
 

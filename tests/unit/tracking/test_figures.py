@@ -111,6 +111,18 @@ def test_each_step_has_its_own_seconds(scene: Scene) -> None:
     assert scene.bar.shown[0][1:3] == pytest.approx((1.0, 2.0)), "the bar shows the mean and pictures a second"
 
 
+def test_the_bar_shows_a_mean_loss(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One step's loss follows its noise level: 60 steps of 0 and 2 in turn show 1, a mean of the last 50."""
+    for step in range(1, 61):
+        scene.clock.now += 0.1
+        scene.figures.see_batch(batch_of(2))
+        loss = torch.tensor([2.0 * (step % 2), 2.0])
+        scene.figures.add(step, StepOutcome(loss, OUTCOME.grad_norm, OUTCOME.losses_B), 1e-3)
+    scene.figures.read_back()
+    assert scene.bar.shown[-1][0] == pytest.approx(1.0) and scene.bar.shown[-1][-1] == 50
+    assert [line["loss"] for line in scene.lines("step")][:2] == [2.0, 0.0], "the log keeps each step's own"
+
+
 def test_what_happens_between_steps_is_in_none_of_them(scene: Scene) -> None:
     scene.steps(1, 1, 0.5)
     scene.figures.read_back()

@@ -1,0 +1,46 @@
+"""Says what is about to run, in a few lines: data, what is trained, how long, on how many processes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pixtune.config.schema import TrainConfig
+from pixtune.data.batches import BatchSource
+from pixtune.data.prepared import PreparedData
+from pixtune.data.shares import uneven_note
+from pixtune.trained import optim
+
+
+def opening_lines(
+    config: TrainConfig, data: PreparedData, source: BatchSource, num_steps: int, summary: str, reasons: Sequence[str]
+) -> list[str]:
+    """Returns the lines, with notes and warnings last.
+
+    Args:
+        source: source of this process's batches, whose order is that of all processes together.
+        num_steps: optimizer steps of the whole run.
+        summary: what is trained.
+        reasons: those of the plan.
+    """
+    order = source.order
+    pictures = counted(len(data.buckets), "picture")
+    sizes = counted(len({size for variants in data.buckets for size in variants}), "size")
+    per_step = order.global_batch_size * config.gradient_accumulation_steps
+    num_processes = order.global_batch_size // config.batch_size
+    together = f", by {num_processes} processes" if num_processes > 1 else ""
+    epochs = num_steps * config.gradient_accumulation_steps / max(order.epoch_end(0), 1)
+    turns = f"about {epochs:.0f} times" if epochs >= 1.5 else f"{epochs:.1f} times"
+    note, warning = uneven_note(order, source.reader.names), optim.check_schedule(config, num_steps)
+    return [
+        f"data: {pictures} in {sizes}, {len(data.held_out)} held out",
+        summary,
+        f"length: {counted(num_steps, 'step')} of {counted(per_step, 'picture')} each{together}; every picture {turns}",
+        *(f"plan: {reason}" for reason in reasons),
+        *([f"note: {note}"] if note else []),
+        *([f"warning: {warning}"] if warning else []),
+    ]
+
+
+def counted(number: int, noun: str) -> str:
+    """Returns "1 step" or "1,000 steps"."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"

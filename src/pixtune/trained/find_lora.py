@@ -1,0 +1,79 @@
+"""Finds the LoRA that a path means: a file, a run's output folder or one of its checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from pixtune.errors import CheckpointError, WeightsError
+from pixtune.storage.checkpoint import read_folder, read_state
+from pixtune.trained.export import DIFFUSERS_FILE
+
+
+@dataclass(frozen=True)
+class FoundLora:
+    """A LoRA's file, with what its run was trained on."""
+
+    path: Path | None = None
+    """Path of the file; None where no LoRA is asked for."""
+    model: str | None = None
+    """The base model as its run's config names it; None where no run is known."""
+    side: int | None = None
+    """`data_config.img_size` of its run in pixels; None where no run is known."""
+
+
+def find_lora(path: Path) -> FoundLora:
+    """Finds the LoRA that a path means.
+
+    Args:
+        path: a LoRA file; an output folder, whose newest LoRA is meant; or a checkpoint.
+
+    Raises:
+        WeightsError: there is none; says what is there.
+    """
+    if path.is_file():
+        return _with_run(path, path.parent)
+    if not path.is_dir():
+        raise WeightsError(f"there is no LoRA at {path}{_near(path)}. Give a LoRA file, or a run's output_dir.")
+    if (path / DIFFUSERS_FILE).is_file():
+        return _with_run(path / DIFFUSERS_FILE, path)
+    for saved in read_folder(path).order.course:
+        if (saved.path / DIFFUSERS_FILE).is_file():
+            return _with_run(saved.path / DIFFUSERS_FILE, saved.path)
+    others = sorted(file.name for file in path.glob("*.safetensors"))
+    if len(others) == 1:
+        return FoundLora(path / others[0])
+    names = (
+        f"it holds {', '.join(others)}: name one of them" if others else "a run writes one with its first checkpoint"
+    )
+    raise WeightsError(f"{path} has no {DIFFUSERS_FILE}: {names}.")
+
+
+def _with_run(file: Path, folder: Path) -> FoundLora:
+    """Adds what the run in the file's folder says; a file that was moved elsewhere has none."""
+    config = _config_of(folder)
+    model, data = config.get("pretrained_model_name_or_path"), config.get("data_config")
+    side = data.get("img_size") if isinstance(data, Mapping) else None
+    return FoundLora(file, model if isinstance(model, str) else None, side if isinstance(side, int) else None)
+
+
+def _config_of(folder: Path) -> Mapping[str, Any]:
+    """Reads the config that a checkpoint, or the newest one of an output folder, records; empty where there is none."""
+    try:
+        found = [saved.path for saved in read_folder(folder).order.course[:1]] or [folder]
+        config = read_state(found[0])["record"]["config"]
+    except (CheckpointError, KeyError, TypeError):
+        return {}
+    return config if isinstance(config, Mapping) else {}
+
+
+def _near(path: Path) -> str:
+    """Returns a hint at what is there instead."""
+    folder = path.parent
+    if not folder.is_dir():
+        return f": the folder {folder} does not exist"
+    near = get_close_matches(path.name, [each.name for each in folder.iterdir()], n=3, cutoff=0.5)
+    return f"; {folder} has {', '.join(near)}" if near else ""
