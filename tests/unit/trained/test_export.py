@@ -252,5 +252,5 @@ def test_a_lora_without_scale_or_for_another_model_is_not_put_on(
     weights = adapters.lora_weights(adapted)
     weights.pop(next(iter(weights)))
     export_lora(tmp_path, weights, ABOUT, FAMILY)
-    with pytest.raises(WeightsError, match="does not fit this model"):
-        attach_saved_lora(copy.deepcopy(base), read_saved_lora(tmp_path / DIFFUSERS_FILE))
+    with pytest.raises(WeightsError, match=r"has matrices of shapes \[\(.*, where \(rank, in\) and \(out, rank\)"):
+        read_saved_lora(tmp_path / DIFFUSERS_FILE)
