@@ -147,6 +147,7 @@ def test_a_level_three_times_as_high_is_told_once_until_it_has_come_down(resumed
     steady, high = [0.2] * 100, [0.61] * 50
     assert levels([*steady, *high, *steady, *high], resumed_at=resumed_at) == [117, 267]
     assert levels([*steady, *[0.59] * 50]) == []
+    assert levels([*steady, *high, *[0.59] * 50, *high]) == [117], "around the limit it is one event"
 
 
 def test_a_model_worse_than_none_is_seen_without_any_level_before() -> None:

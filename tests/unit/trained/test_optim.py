@@ -274,3 +274,25 @@ def test_a_step_without_any_gradient_is_refused() -> None:
     named = {"a": torch.nn.Parameter(torch.zeros(1))}
     with pytest.raises(RuntimeError, match="no gradient reached"):
         clipped_step(torch.optim.SGD(named.values(), lr=1.0), named, 1.0, torch.ones(()))
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+@pytest.mark.parametrize(("loss", "scale"), [(math.nan, 1.0), (-math.inf, 1.0), (0.5, math.nan), (0.5, math.inf)])
+def test_a_loss_or_a_gradient_that_is_no_number_changes_neither_weights_nor_states(
+    name: str, loss: float, scale: float
+) -> None:
+    """A weight with 8-bit states, one with 32-bit states whatever the optimizer, and one of an odd size."""
+    named = {str(size): nn.Parameter(torch.linspace(-1, 1, size)) for size in (5000, 64, 33)}
+    optimizer = BUILDERS[name](named.values(), lr=1e-2, weight_decay=0.1)
+    kept: dict[str, torch.Tensor] = {}
+    for step, (own_loss, own_scale) in enumerate([(0.5, 1.0), (loss, scale), (0.5, 1.0)]):
+        for parameter in named.values():
+            parameter.grad = torch.linspace(1, -2, parameter.numel())
+        named["64"].grad = torch.ones(64) * own_scale
+        clipped_step(optimizer, named, 1.0, torch.tensor(own_loss))
+        states, _ = optimizer_state(optimizer, named)
+        now = {**{key: value.detach() for key, value in named.items()}, **states}
+        if step:
+            same = {key for key, value in now.items() if value.equal(kept[key])}
+            assert same == now.keys() if step == 1 else not same & named.keys()
+        kept = {key: value.clone() for key, value in now.items()}
