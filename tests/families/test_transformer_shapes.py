@@ -68,3 +68,12 @@ def test_a_model_that_its_class_cannot_run_is_refused_before_anything_is_built()
     for ask in (family.build_transformer, family.transformer_shapes):
         with pytest.raises(WeightsError, match="guidance_embeds"):
             ask({**SMALL, "guidance_embeds": True})
+
+
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+def test_measured_activations_are_in_the_order_that_they_must_have(family: ModelFamily) -> None:
+    for units in family.activation_units.values():
+        assert 0 < units.projections < units.selective < units.kept < units.eager
+        assert units.forward < units.forward_quantized < units.working, "a backward pass holds more than a forward one"
+        assert units.forward_fused < units.forward_quantized
+        assert units.passing < units.passing_quantized

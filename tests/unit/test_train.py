@@ -10,6 +10,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from pixtune.config import load_config
 from pixtune.config.schema import TrainConfig
 from pixtune.data.batches import Batch
 from pixtune.data.prepare import prepare_data
+from pixtune.data.swapped import Gains
 from pixtune.errors import TrainingError
 from pixtune.launch.stop import StopRequest
 from pixtune.plan.encoders import PLAINLY
@@ -65,6 +67,9 @@ def steps_in_log(folder: Path) -> list[dict[str, Any]]:
     return [line for line in read_metrics(folder / "run" / "metrics.jsonl") if line["kind"] == "step"]
 
 
+plain_forward_backward = training.forward_backward
+
+
 class Seen:
     """What a run does, as those see it who are told: the optimizer, the log, the tracker, the bar."""
 
@@ -74,6 +79,8 @@ class Seen:
         self.tracked: list[tuple[int, dict[str, float]]] = []
         self.images: list[float] = []
         self.disk: list[str] = []
+        self.has_gradients: list[bool] = []
+        self.asked_whether_swapped = 0
 
     def before_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         self.rates.append(float(optimizer.param_groups[0]["lr"]))
@@ -105,10 +112,20 @@ def whole(tmp_path_factory: pytest.TempPathFactory, warm_cache: Path) -> tuple[P
         seen.disk.append(f"checkpoint {step}")
         save(course, step, *arguments)
 
+    def forward_backward(config: Any, family: Any, transformer: torch.nn.Module, backward: Any, batch: Any) -> Any:
+        gradients = [weight.grad for weight in transformer.parameters() if weight.requires_grad]
+        seen.has_gradients.append(any(bool(gradient.any()) for gradient in gradients if gradient is not None))
+        return plain_forward_backward(config, family, transformer, backward, batch)
+
+    def asked(_: services.Services) -> None:
+        seen.asked_whether_swapped += 1
+
     handle = register_optimizer_step_pre_hook(seen.before_step)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(services.Services, "__enter__", entered)
         patch.setattr(services, "measure", measured)
+        patch.setattr(training, "forward_backward", forward_backward)
+        patch.setattr(services.Services, "_check_direction", asked)
         patch.setattr(StepFigures, "track", lambda _, step, values: seen.tracked.append((step, dict(values))))
         patch.setattr(StepBar, "figures", lambda _, loss, seconds, images, memory: seen.images.append(seconds * images))
         patch.setattr(MetricsLog, "sync", synced)
@@ -135,6 +152,25 @@ def test_the_optimizer_steps_at_the_rates_of_the_schedule_and_the_log_has_the_sa
     lines = steps_in_log(folder)
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
     assert [line["learning_rate"] for line in lines] == seen.rates
+
+
+def test_a_step_begins_without_the_gradients_of_the_one_before(whole: tuple[Path, Seen]) -> None:
+    _, seen = whole
+    assert seen.has_gradients == [False, True] * 4, "and its second micro-batch adds to those of its first"
+
+
+def test_a_new_run_is_asked_once_whether_its_controls_are_swapped(whole: tuple[Path, Seen]) -> None:
+    assert whole[1].asked_whether_swapped == 1
+
+
+@pytest.mark.parametrize("as_given", [-1.5, 1.5])
+def test_swapped_controls_are_a_warning(as_given: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    gains = Gains((as_given,) * 8, (-as_given,) * 8)
+    monkeypatch.setattr(services, "measure_gains", lambda *arguments: gains)
+    printed: list[str] = []
+    around: Any = MagicMock(is_main=True, _print=printed.append)
+    services.Services._check_direction(around)
+    assert [line.startswith("warning: ") for line in printed] == [True] * (as_given < 0)
 
 
 def test_the_held_out_loss_is_measured_with_the_configs_guidance_and_tracked(whole: tuple[Path, Seen]) -> None:

@@ -152,11 +152,14 @@ def test_faults_come_first() -> None:
 # ---- reading
 
 
-def test_this_machine_is_read() -> None:
+@pytest.mark.parametrize("installed", [[], ["flash_attn_interface"], ["flash_attn_3"]])
+def test_this_machine_is_read(installed: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reading, "find_spec", lambda name: name if name in installed else None)
     machine = read_machine({"CUDA_VISIBLE_DEVICES": "3"}, Path.cwd())
     assert machine.torch.version and machine.torch.import_error is None
     assert machine.facts is not None and machine.disk_free_bytes > 0
     assert machine.visible_devices == "3" and machine.packages["peft"]
+    assert machine.has_flash_attention_3 is bool(installed)
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,13 @@ from pixtune.hardware.cards import CARDS, Card, card_named, facts_as, find_card
 from pixtune.hardware.facts import GIB
 from tests.unit.hardware.machines import MACHINES, Machine
 
+SIZES_GB = {8, 10, 11, 12, 16, 20, 24, 32, 40, 48, 64, 80, 94, 96, 128, 141, 144, 180, 192, 288}
+"""Memories with which NVIDIA has made cards of these generations."""
+
 
 @pytest.mark.parametrize("card", CARDS, ids=lambda card: card.name)
 def test_every_card_can_be_true(card: Card) -> None:
+    assert card.size_gb in SIZES_GB
     assert 0.9 < card.total_gib * (1 if card.size_gb < 90 else GIB / 1e9) / card.size_gb <= 1.07
     assert 3 < card.bandwidth_gb_per_second / card.num_sms < 55  # GB/s: an RTX 6000 Ada's, a B200's
     assert find_card(f"NVIDIA {card.driver_name}", card.total_bytes) is card

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from accelerate.commands.launch import launch_command_parser
 from accelerate.utils.launch import prepare_simple_launcher_cmd_env
 
-from pixtune.launch.accelerator import launched_alone
+from pixtune.launch import accelerator as launching
+from pixtune.launch.accelerator import agree_with_others, launched_alone
 
 
 def environment_of(*words: str) -> dict[str, str]:
@@ -37,3 +40,13 @@ def test_what_was_asked_for_is_not_worth_a_word() -> None:
     asked = environment_of("--cpu", "--num_processes", "2")
     assert launched_alone({**asked, "RANK": "0", "WORLD_SIZE": "2"}) is None
     assert launched_alone({"MASTER_ADDR": "node1"}) is None  # a cluster's own
+
+
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_several_processes_are_connected_and_one_is_not(num_processes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    connected: list[Any] = []
+    monkeypatch.setattr(launching, "connect_peers", lambda rank, number, share: (rank, number))
+    stop: Any = SimpleNamespace(connect=connected.append)
+    alone: Any = SimpleNamespace(num_processes=num_processes, process_index=num_processes - 1)
+    agree_with_others(stop, alone)
+    assert connected == ([(1, 2)] if num_processes == 2 else [])

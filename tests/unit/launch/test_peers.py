@@ -133,6 +133,10 @@ def test_they_meet_by_what_the_first_shares_and_strangers_are_sent_away(monkeypa
     group = [met[rank] for rank in range(3)]
     group[0].ask_to_stop("SIGHUP")
     talk(group, lambda: all(process.reason == "SIGHUP" for process in group))
+    assert [process.rank for process in group] == [0, 1, 2]
+    for process, begun in zip(group, (3, 4, 3), strict=True):
+        process.freeze(begun)
+    talk(group, lambda: all(process.stop_at == 4 for process in group))
 
 
 def test_a_first_process_that_cannot_be_reached_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

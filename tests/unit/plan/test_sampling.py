@@ -131,6 +131,7 @@ def test_demands_are_kept(changes: dict[str, Any], weights_format: str) -> None:
 @pytest.mark.parametrize("quantize", [None, True])
 def test_a_cpu_has_no_limit(quantize: bool | None) -> None:
     plan = plan_for(facts=HardwareFacts("cpu", "x86_64", (0, 0), 0, 0), quantize=quantize)
+    assert not plan.compile
     assert plan.weights_format == ("int8" if quantize else "bf16") and not plan.decode_last and not plan.reasons
 
 
