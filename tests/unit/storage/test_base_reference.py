@@ -42,7 +42,7 @@ def test_a_hub_name_stays_and_a_folder_becomes_its_last_part(
     monkeypatch.chdir(shipped.path.parent.parent)
     assert refer_to_base("assets/tiny-qwen-image", shipped).name == "tiny-qwen-image", "looks like a hub name"
     monkeypatch.chdir(shipped.path)
-    assert refer_to_base(".", shipped).name == "tiny-qwen-image"
+    assert refer_to_base(".", ModelFolder(Path("."))).name == "tiny-qwen-image"
 
 
 @pytest.mark.parametrize(
