@@ -34,7 +34,7 @@ WORK = ROOT / "build" / "mutants"
 TREE, MAPS = WORK / "tree", WORK / "maps"
 NEEDS_GPU = {"engine/triton_kernels.py"}
 """Files in a language that only a GPU runs."""
-GPU_WORDS = re.compile(r"cuda|nvml|triton|_scaled_mm", re.IGNORECASE)
+GPU_WORDS = re.compile(r"cuda|nvml|triton|_scaled_mm|tensor_cores", re.IGNORECASE)
 """What a function mentions that a GPU runs: where no test executes it, its lines are excluded, and counted."""
 ROUNDS = (0, 6, 30, 10**6)
 """Where the tests of a mutant are divided into rounds: most are noticed by the first few."""

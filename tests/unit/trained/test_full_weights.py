@@ -274,6 +274,7 @@ def test_states_in_host_memory_are_the_same(kind: str, fused: bool, build: Any) 
     host = HostStates(torch.device("cpu"), ahead_bytes=0, make_lane=late_lane)  # the ring: two of the largest
     assert_same(train(kind, 0.01, build, fused=fused, host=host), train(kind, 0.01, build))
     assert host.host_bytes > 2**16, "something lives there"
+    assert sum(chunk.used_bytes for chunk in host._chunks) == host.host_bytes, "at one place, whatever the step"
 
 
 def test_a_ring_that_holds_them_all_changes_nothing() -> None:
