@@ -266,14 +266,16 @@ def test_a_steps_loss_is_the_mean_over_its_examples_however_they_are_split(parts
         training.forward_backward(config, family, weight, torch.Tensor.backward, batch_of(rows)) for rows in parts
     ]
 
-    expected = slope = 0.0
+    expected = of_nothing = slope = 0.0
     for row in range(4):
         latent, noise, sigma = float(row), float((7 - row) ** 2), 0.1 + 0.1 * row
         noisy = (1 - sigma) * latent + sigma * noise
         error = 3.0 * 0.5 * noisy - (noise - latent)
         expected += sigma**-2 * error**2 / 8
+        of_nothing += sigma**-2 * (noise - latent) ** 2 / 8
         slope += sigma**-2 * 2 * error * 3.0 * noisy / 8
-    assert float(sum(losses)) == pytest.approx(expected, rel=1e-5)
+    assert [loss.shape for loss in losses] == [(2, len(rows)) for rows in parts]
+    assert torch.cat(losses, dim=1).sum(dim=1).tolist() == pytest.approx([expected, of_nothing], rel=1e-5)
     assert float(weight.grad) == pytest.approx(slope, rel=1e-5)
     assert not any(loss.requires_grad for loss in losses)
 
