@@ -222,7 +222,7 @@ def main() -> None:
     if arguments.map:
         make_map(f"added-{time.time():.0f}", arguments.map)
         return
-    if not MAPS.exists():
+    if not any(MAPS.glob("*/tests-*.json")):  # which a map has that was finished
         make_map("suite", [])
     tests = ExecutingTests(map(LineMap.load, sorted(MAPS.iterdir())))
     pool, left_out = all_mutations(tests)
