@@ -80,7 +80,8 @@ class Services:
             for sentence in course.begin(config.checkpoints_total_limit, self.start_step < self.run.num_steps):
                 self._print(sentence)
             path = self.output_dir / FILE_NAME
-            log = self.log = self.problems.metrics = MetricsLog(path, self.start_step, course.resumed, course.given_up)
+            log = MetricsLog(path, self.start_step, course.resumed, course.given_up, course.resumed_log)
+            self.log = self.problems.metrics = log
             for sentence in log.left_out:
                 self._print(f"warning: {sentence}")
             self._sampled = {line["path"] for line in log.kept if line["kind"] == "sample"}
@@ -378,8 +379,9 @@ class Services:
 
     def _write_checkpoint(self, step: int) -> None:
         with self.run.memory.aside("checkpoint"):
+            seal = None
             with self.problems.of("syncing the log", step):
-                self.log.sync()
+                seal = self.log.sync()
             state, plain = optim.optimizer_state(self.run.trained.optimizer, self.run.trained.parameters)
             self.course.save(
                 step,
@@ -390,5 +392,6 @@ class Services:
                     "versions": package_versions(),
                     "optimizer_plain": plain,
                     "guard": self.guard.to_dict(),
+                    "log": seal,
                 },
             )

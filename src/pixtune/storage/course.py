@@ -198,6 +198,11 @@ class Course:
         """Name of the checkpoint that was resumed, by its lineage."""
         return self._resumed.lineage.name if self._resumed else None
 
+    @property
+    def resumed_log(self) -> Mapping[str, Any] | None:
+        """What the checkpoint that was resumed has of the log; None where that is nothing (version 0.1.0)."""
+        return self._resumed.record.get("log") if self._resumed else None
+
     def at(self, step: int) -> None:
         """Notes the step, for whoever finds the folder locked."""
         if self.lock is not None:

@@ -19,6 +19,7 @@ Lines have `kind` and `step`; figures carry their unit in the name. The kinds:
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -28,7 +29,7 @@ from typing import Any
 
 from pixtune.errors import WriteError
 from pixtune.inputs import reading
-from pixtune.storage.files import write_atomically
+from pixtune.storage.files import file_digest, write_atomically
 
 FILE_NAME = "metrics.jsonl"
 
@@ -53,12 +54,20 @@ FIELDS: Mapping[str, Mapping[str, type | tuple[type, ...]]] = {
 class MetricsLog:
     """Appends lines; a resumed run first drops those after its checkpoint, so that the log is that of one run."""
 
-    def __init__(self, path: Path, resume_step: int, resumed: str | None = None, given_up: str | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        resume_step: int,
+        resumed: str | None = None,
+        given_up: str | None = None,
+        seal: Mapping[str, Any] | None = None,
+    ) -> None:
         """Opens the log at `path`, from which a new run (`resume_step` 0) drops all lines.
 
         Args:
             resumed: name of the checkpoint that is resumed, whose log may have been set aside.
             given_up: name of a checkpoint that the run is set back from; the log is set aside for it.
+            seal: what `sync` returned when that checkpoint was saved.
 
         Raises:
             WriteError: it cannot be read or written.
@@ -91,6 +100,11 @@ class MetricsLog:
                     f"{path} has no lines on {len(missing)} of the {resume_step} steps so far, the first of them step "
                     f"{missing[0]}: these figures are lost, and the run goes on without them"
                 )
+            elif resume_step and seal and not damaged and not _holds(own if own.is_file() else path, seal):
+                self.left_out.append(
+                    f"{path} is not what was written up to the checkpoint of step {resume_step}: figures in it may be "
+                    "wrong. Was it edited, is the disk damaged, or was the run set back from there? The steps do not depend on it"
+                )
             write_atomically(path, "".join(json.dumps(line) + "\n" for line in self.kept).encode())
             self._stream = path.open("ab", buffering=0)
         except WriteError:
@@ -118,13 +132,17 @@ class MetricsLog:
         problem, self._problem = self._problem, None
         return problem
 
-    def sync(self) -> None:
+    def sync(self) -> dict[str, Any]:
         """Makes the lines durable. Must be called before a checkpoint, since the log must reach at least as far.
+
+        Returns:
+            The file's size and SHA-256, for the checkpoint to record: a later session drops no line before that.
 
         Raises:
             OSError: the disk cannot.
         """
         os.fsync(self._stream.fileno())
+        return {"bytes": self.path.stat().st_size, "sha256": file_digest(self.path)}
 
     def close(self) -> int:
         """Closes the file, and returns the number of lines that could not be written."""
@@ -136,6 +154,11 @@ class MetricsLog:
 def set_aside(path: Path, name: str) -> Path:
     """Returns the path of a log that is kept beside the one in use."""
     return path.with_name(f"{path.stem}.{name}{path.suffix}")
+
+
+def _holds(path: Path, seal: Mapping[str, Any]) -> bool:
+    """Returns whether a log begins with what it was when it was sealed."""
+    return hashlib.sha256(path.read_bytes()[: seal["bytes"]]).hexdigest() == seal["sha256"]
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -141,6 +141,30 @@ def test_a_log_that_reaches_less_far_than_its_checkpoint_is_told(
     assert re.search(words, sentence), sentence
 
 
+def test_a_log_whose_figures_were_changed_is_told_and_one_that_only_grew_is_not(tmp_path: Path) -> None:
+    """A flipped bit of a digit leaves a line that any reader takes."""
+    path = tmp_path / "metrics.jsonl"
+    log = MetricsLog(path, 0)
+    for step in (1, 2):
+        log.write("step", step, loss=0.1 + 0.2 * step, quarters=[1e-05, float("nan")])
+    seal = log.sync()
+    log.write("validation", 2, loss=0.5, quarters=[])
+    log.write("step", 3, loss=0.25)
+    log.close()
+    for _ in range(2):  # the first time, lines after the checkpoint are dropped
+        log = MetricsLog(path, 2, seal=seal)
+        log.close()
+        assert log.left_out == [] and len(log.kept) == 3
+    path.write_bytes(path.read_bytes().replace(b"0.5", b"0.6", 1))
+    assert seal["bytes"] == len(b"".join(path.read_bytes().splitlines(keepends=True)[:2]))
+    changed = path.read_bytes().replace(b'"loss": 0.3', b'"loss": 0.2', 1)
+    path.write_bytes(changed)
+    log = MetricsLog(path, 2, seal=seal)
+    log.close()
+    (sentence,) = log.left_out
+    assert "is not what was written up to the checkpoint of step 2" in sentence
+
+
 @pytest.mark.parametrize(("make", "resume_step"), [(Path.mkdir, 0), (Path.mkdir, 3), (os.mkfifo, 3)])
 def test_a_log_that_is_no_file_is_one_clear_error(
     tmp_path: Path, make: Callable[[Path], None], resume_step: int
