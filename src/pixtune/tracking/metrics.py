@@ -103,7 +103,7 @@ class MetricsLog:
             elif resume_step and seal and not damaged and not _holds(own if own.is_file() else path, seal):
                 self.left_out.append(
                     f"{path} is not what was written up to the checkpoint of step {resume_step}: figures in it may be "
-                    "wrong. Was it edited, is the disk damaged, or was the run set back from there? No step depends on it"
+                    "wrong. Was it edited, is the disk damaged, or was the run set back from there? No step reads it"
                 )
             write_atomically(path, "".join(json.dumps(line) + "\n" for line in self.kept).encode())
             self._stream = path.open("ab", buffering=0)

@@ -174,8 +174,10 @@ def test_a_log_that_is_no_file_is_one_clear_error(
         MetricsLog(tmp_path / "metrics.jsonl", resume_step)
 
 
-def write_steps(path: Path, first: int, last: int, resume_step: int, **names: str | None) -> None:
-    log = MetricsLog(path, resume_step, **names)
+def write_steps(
+    path: Path, first: int, last: int, resume_step: int, resumed: str | None = None, given_up: str | None = None
+) -> None:
+    log = MetricsLog(path, resume_step, resumed, given_up)
     for step in range(first, last + 1):
         log.write("step", step, loss=float(resume_step))
     log.close()
