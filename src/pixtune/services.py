@@ -32,7 +32,6 @@ from pixtune.report.results import FEW_HELD_OUT, Results, already_finished
 from pixtune.run import Run, TrainResult
 from pixtune.storage.checkpoint import OPTIMIZER_STEM, Checkpoint, checkpoint_path, joined, sharded
 from pixtune.storage.course import Course
-from pixtune.storage.files import remove_temporary
 from pixtune.storage.model_folder import ModelFolder
 from pixtune.tracking.figures import StepFigures, StepOutcome, tracker_values, watch_device
 from pixtune.tracking.guard import LossGuard, ways_on
@@ -75,8 +74,6 @@ class Services:
         config, log = self.config, None
         if self.is_main:
             course = self.course
-            for folder in (self.output_dir, *self.output_dir.glob(f"{SAMPLES_FOLDER}/*")):
-                remove_temporary(folder)
             for sentence in course.begin(config.checkpoints_total_limit, self.start_step < self.run.num_steps):
                 self._print(sentence)
             path = self.output_dir / FILE_NAME

@@ -22,6 +22,7 @@ from pixtune.storage.checkpoint import (
     verify_checkpoint,
     write_set_back,
 )
+from pixtune.storage.files import remove_temporary
 from pixtune.storage.lineage import Saved, Session, SetBack, descend, next_serial
 from pixtune.storage.output_lock import OutputLock
 from pixtune.storage.resume import RunIdentity, free_folder
@@ -170,6 +171,8 @@ class Course:
             Sentences for the user.
         """
         remove_unfinished(self.output_dir)
+        for folder in (self.output_dir, *self.output_dir.glob("*/step-*")):  # its own, and those of samples
+            remove_temporary(folder)
         if self._resumed is None or self._parent is None:
             return []
         content, path = read_folder(self.output_dir), self._resumed.path.resolve()
