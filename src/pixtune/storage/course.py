@@ -203,7 +203,7 @@ class Course:
 
     @property
     def resumed_log(self) -> Mapping[str, Any] | None:
-        """What the checkpoint that was resumed has of the log; None where that is nothing (version 0.1.0)."""
+        """Size and digest of the log when the resumed checkpoint was saved; None for those of version 0.1.0."""
         return self._resumed.record.get("log") if self._resumed else None
 
     def at(self, step: int) -> None:
