@@ -22,9 +22,9 @@ RUNS = {  # folder -> the shipped model and what the run changed
     "qwen-image": ("tiny-qwen-image", {"rank": 1}),
     "flux-8-bit": ("tiny-flux", {"rank": 2, "adam8bit": True, "quantize": True}),
 }
-DRIFT = {"qwen-image": 2e-3, "flux-8-bit": 0.2}
+DRIFT = {"qwen-image": 2e-3, "flux-8-bit": 0.35}
 """Relative to the largest weight, after two steps of Adam, which divides by tiny numbers. Version 0.1.0 encoded four
-pictures at once, which rounds latents otherwise by a millionth; 8 bits make 0.09 of that, plain weights 8e-6. Another
+pictures at once, which rounds latents otherwise by a millionth; 8 bits make 0.22 of that, plain weights 8e-6. Another
 CPU may add to it. Resuming without the optimizer's state moves the most distant tensor by 0.8. All measured."""
 
 
