@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import struct
 from collections.abc import Callable, Iterable, Mapping
@@ -69,6 +70,22 @@ def put_sparse(path: Path, num_bytes: int, head: bytes = b"") -> Path:
     with path.open("r+b") as stream:
         stream.truncate(num_bytes)
     return path
+
+
+def replace_by(path: Path, kind: str) -> None:
+    """Puts something else in a file's place."""
+    path.unlink(missing_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if kind == "a named pipe":
+        os.mkfifo(path)
+    elif kind == "a device":
+        path.symlink_to("/dev/zero")
+    elif kind == "a folder":
+        path.mkdir()
+    elif kind == "a link to itself":
+        path.symlink_to(path)
+    elif kind == "1 TB":
+        put_sparse(path, 2**40)
 
 
 def safetensors(

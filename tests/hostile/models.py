@@ -11,7 +11,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tests.hostile.case import EITHER, REFUSED, TAKEN, Attack, Case, nested, place, put, put_sparse, safetensors
+from tests.hostile.case import (
+    EITHER,
+    REFUSED,
+    TAKEN,
+    Attack,
+    Case,
+    nested,
+    place,
+    put,
+    put_sparse,
+    replace_by,
+    safetensors,
+)
 from tests.hostile.texts import ESCAPE, lay_caption, lay_pictures, train
 from tests.hostile.weights import Executed, zip_of_a_pickle
 from tests.runs import ROOT, TINY_MODEL
@@ -117,7 +129,6 @@ def remove(*names: str) -> Spoil:
 
 
 def become(name: str, kind: str) -> Spoil:
-    from tests.hostile.states import replace_by
 
     return lambda model: replace_by(model / name, kind)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import shutil
 import zlib
@@ -14,7 +13,18 @@ from typing import Any
 
 from pixtune.data.cache import CHECKSUM_END, CHECKSUM_START
 from pixtune.storage.checkpoint import _state_digest
-from tests.hostile.case import EITHER, REFUSED, TAKEN, Attack, Case, damage, nested, put, put_sparse, safetensors
+from tests.hostile.case import (
+    EITHER,
+    REFUSED,
+    TAKEN,
+    Attack,
+    Case,
+    damage,
+    nested,
+    put,
+    replace_by,
+    safetensors,
+)
 from tests.hostile.running import run
 from tests.hostile.texts import ESCAPE, lay_pictures, train
 
@@ -43,22 +53,6 @@ def lay_run(source: Path, folder: Path) -> Attack:
 
 def named(attack: Attack, *culprits: str) -> Attack:
     return Attack(attack.words, culprits)
-
-
-def replace_by(path: Path, kind: str) -> None:
-    """Puts something else in a file's place."""
-    path.unlink(missing_ok=True)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if kind == "a named pipe":
-        os.mkfifo(path)
-    elif kind == "a device":
-        path.symlink_to("/dev/zero")
-    elif kind == "a folder":
-        path.mkdir()
-    elif kind == "a link to itself":
-        path.symlink_to(path)
-    elif kind == "1 TB":
-        put_sparse(path, 2**40)
 
 
 State = dict[str, Any]

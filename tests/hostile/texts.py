@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
-from tests.hostile.case import EITHER, REFUSED, TAKEN, Attack, Case, damage, nested, put, put_sparse
+from tests.hostile.case import EITHER, REFUSED, TAKEN, Attack, Case, damage, nested, put, put_sparse, replace_by
 from tests.hostile.pictures import encoded, validate
 from tests.runs import DEMO_TRAIN, TINY_MODEL
 
@@ -338,19 +338,8 @@ OVERRIDES = (
 
 
 def lay_config_path(kind: str, folder: Path, draw: random.Random) -> Attack:
-    import os
-
     path = folder / "run.yaml"
-    if kind == "a named pipe":
-        os.mkfifo(path)
-    elif kind == "a device":
-        path.symlink_to("/dev/zero")
-    elif kind == "a folder":
-        path.mkdir()
-    elif kind == "a link to itself":
-        path.symlink_to(path)
-    elif kind == "1 TB":
-        put_sparse(path, 2**40)
+    replace_by(path, kind)
     return Attack(("plan", str(path)), ("run.yaml",))
 
 

@@ -12,7 +12,20 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from tests.hostile.case import EITHER, REFUSED, TAKEN, Attack, Case, damage, nested, place, put, put_sparse, safetensors
+from tests.hostile.case import (
+    EITHER,
+    REFUSED,
+    TAKEN,
+    Attack,
+    Case,
+    damage,
+    nested,
+    place,
+    put,
+    put_sparse,
+    replace_by,
+    safetensors,
+)
 from tests.hostile.texts import BIDI, ESCAPE
 from tests.runs import ROOT, TINY_MODEL
 
@@ -149,17 +162,8 @@ def lay_file(command: str, data: bytes | Callable[[], bytes], folder: Path, draw
 
 def lay_special(command: str, kind: str, folder: Path, draw: random.Random) -> Attack:
     path = folder / "lora.safetensors"
-    if kind == "a named pipe":
-        os.mkfifo(path)
-    elif kind == "a device":
-        path.symlink_to("/dev/zero")
-    elif kind == "a folder":
-        path.mkdir()
-    elif kind == "a link to itself":
-        path.symlink_to(path)
-    elif kind == "1 TB of nothing":
-        put_sparse(path, 2**40)
-    elif kind == "1 TB of tensors":
+    replace_by(path, kind)
+    if kind == "1 TB of tensors":
         head, _ = lora_parts()
         entry = place(0, 2**40, [2**19, 2**19])
         put_sparse(path, 2**40 + 8 + 2**16, safetensors({NAME: entry}, b"", head))
@@ -294,7 +298,7 @@ def cases(rounds: int = 8) -> Iterator[Case]:
     for number, (what, data) in enumerate(FILES.items()):
         command = ("export", "sample")[number % 2]
         yield Case(SAFETENSORS, f"{what} ({command})", partial(lay_file, command, data), REFUSED)
-    for kind in ("a named pipe", "a device", "a folder", "a link to itself", "1 TB of nothing", "1 TB of tensors"):
+    for kind in ("a named pipe", "a device", "a folder", "a link to itself", "1 TB", "1 TB of tensors"):
         for command in COMMANDS:
             yield Case(SAFETENSORS, f"{kind} ({command})", partial(lay_special, command, kind), REFUSED)
     for what, changes in ADAPTER.items():
