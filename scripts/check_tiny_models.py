@@ -57,7 +57,7 @@ class Demo:
 
 
 DEMOS = {
-    "qwen_image": Demo("tiny-qwen-image", "demo", "demo-style", 128, 2.0),
+    "qwen_image": Demo("tiny-qwen-image", "demo", "demo-style", 128, 3.5),
     "flux": Demo("tiny-flux", "demo-flux", "demo-style", 128, 1.0),
     "qwen_image_edit": Demo("tiny-qwen-image-edit", "demo-edit", "demo-edit", 256, 2.0),
 }

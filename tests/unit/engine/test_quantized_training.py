@@ -73,7 +73,7 @@ def scene(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 @pytest.mark.parametrize("linear_format", LEAST_SHARE)
 def test_a_quantized_base_keeps_the_improvement(scene: Scene, linear_format: str) -> None:
-    assert scene.losses["plain"] < 0.8 * scene.base_loss, "too little was learnt to compare anything"
+    assert scene.losses["plain"] < 0.85 * scene.base_loss, "too little was learnt to compare anything"
     share = scene.share(linear_format)
     assert share >= LEAST_SHARE[linear_format], f"{share:.3f} of the plain run's improvement: {scene}"
     assert scene.losses[linear_format] != scene.losses["plain"], "was it quantized at all?"
