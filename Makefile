@@ -12,7 +12,7 @@ endif
 TORCH ?= torch==2.13.0
 # A process a core with one computing thread each: small models are not faster with more.
 # A file's tests stay in one process, since many share a run that they look at.
-PYTEST_ARGS ?= -n auto --dist loadfile
+PYTEST_ARGS ?= -n auto --dist loadfile --no-loadscope-reorder
 # What `make bench` times, and with which options of `pixtune bench`.
 CONFIG ?= train_configs/demo.yaml
 BENCH_ARGS ?= --steps 20 --text-tokens 40

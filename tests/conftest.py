@@ -30,7 +30,18 @@ settings.register_profile(
 settings.load_profile("suite")
 
 
+LONGEST = (
+    "test_activations", "test_quantized_training", "test_stop", "test_lora", "test_compile", "test_benchmarks",
+    "test_padded_text", "test_sample", "test_full_fine_tuning", "test_edit_parity", "test_stock_lora",
+    "test_model_check", "test_quantized_gradients", "test_install", "test_phases", "test_tiling",
+    "test_kill_and_resume", "test_commands", "test_hostile",
+)  # fmt: skip
+"""Files that take the longest, in that order: where processes take file after file, none of these should come last."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(LONGEST)))
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if not marked:
         return

@@ -127,7 +127,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory, warm_cache: Path) -> tuple[P
         patch.setattr(training, "forward_backward", forward_backward)
         patch.setattr(services.Services, "_check_direction", asked)
         patch.setattr(StepFigures, "track", lambda _, step, values: seen.tracked.append((step, dict(values))))
-        patch.setattr(StepBar, "figures", lambda _, loss, seconds, images, memory: seen.images.append(seconds * images))
+        patch.setattr(StepBar, "figures", lambda _, loss, seconds, images, *rest: seen.images.append(seconds * images))
         patch.setattr(MetricsLog, "sync", synced)
         patch.setattr(Course, "save", saved)
         assert training.train(config_of(folder, warm_cache)).finished

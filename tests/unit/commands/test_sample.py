@@ -207,7 +207,9 @@ def test_a_limit_is_a_smaller_card_and_a_larger_picture_needs_more(full_size: Pa
 
 def test_a_lora_of_another_model_is_refused_before_anything_is_loaded(full_size: Path, loras: dict[str, Path]) -> None:
     request = request_for(full_size, loras["tiny-flux"])
-    with pytest.raises(WeightsError, match=r"does not fit this model, which has no single_transformer_blocks"):
+    with pytest.raises(
+        WeightsError, match=r"does not fit this model, which has no linear layer single_transformer_blocks"
+    ):
         make_plans(open_task(request), config_of(request, Path("out")), facts_as("H100"))
 
 
