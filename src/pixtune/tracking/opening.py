@@ -23,8 +23,7 @@ def opening_lines(
         reasons: those of the plan.
     """
     order = source.order
-    pictures = counted(len(data.buckets), "picture")
-    sizes = counted(len({size for variants in data.buckets for size in variants}), "size")
+    num_sizes = len({size for variants in data.buckets for size in variants})
     per_step = order.global_batch_size * config.gradient_accumulation_steps
     num_processes = order.global_batch_size // config.batch_size
     together = f", by {num_processes} processes" if num_processes > 1 else ""
@@ -32,7 +31,8 @@ def opening_lines(
     turns = f"about {epochs:.0f} times" if epochs >= 1.5 else f"{epochs:.1f} times"
     note, warning = uneven_note(order, source.reader.names), optim.check_schedule(config, num_steps)
     return [
-        f"data: {pictures} in {sizes}, {len(data.held_out)} held out",
+        # Scripts look for this line, so its words stay whatever the numbers are.
+        f"data: {len(data.buckets)} pictures in {num_sizes} sizes, {len(data.held_out)} held out",
         summary,
         f"length: {counted(num_steps, 'step')} of {counted(per_step, 'picture')} each{together}; every picture {turns}",
         *(f"plan: {reason}" for reason in reasons),
