@@ -37,8 +37,9 @@ log = logging.getLogger(__name__)
 CODE_VERSION = "1"
 """Version of the encoding code, to be raised whenever the same input would be encoded differently."""
 
-ABSENT, DAMAGED, OLDER = "absent", "damaged", "of an earlier version, without a checksum"
-"""Problems of entries; see `Store.problem`."""
+ABSENT, DAMAGED, UNREADABLE = "absent", "damaged", "unreadable"
+OLDER = "of an earlier version, without a checksum"
+"""Problems of entries; see `Store.problem`. The reason follows UNREADABLE in brackets."""
 
 BEFORE_CHECKSUM = b'{"__metadata__":{"checksum":"'
 """Bytes of an entry's file from the header's length, the first eight, to the checksum: eight hex digits."""
@@ -138,7 +139,7 @@ class DiskStore:
                 return DAMAGED
             problem = _problem_of(digest, read_bounded(path, LARGEST_ENTRY_BYTES))
         except OSError as error:
-            return f"unreadable ({error.strerror or error})"
+            return f"{UNREADABLE} ({error.strerror or error})"
         if problem is None:
             self._sound[digest] = version
         return problem
@@ -274,17 +275,31 @@ class FillReport:
 
 def missing_keys(store: Store, keys: Sequence[CacheKey]) -> list[CacheKey]:
     """Lists the keys without an entry that can be used, each digest once, in order."""
+    return [key for key, _ in problems_of(store, keys)]
+
+
+def problems_of(store: Store, keys: Sequence[CacheKey]) -> list[tuple[CacheKey, str]]:
+    """Lists the keys without an entry that can be used, each digest once, in order, with the entries' problems.
+
+    Entries that are there and cannot be read are warned of, since a disk may be about to fail, even if it can read them
+    when asked again.
+    """
     unique = {key.digest: key for key in keys}
     digests = list(unique)
 
-    def missing_among(share: Sequence[str]) -> list[str]:
-        return [digest for digest in share if store.problem(digest) is not None]
+    def problems_among(share: Sequence[str]) -> list[tuple[str, str | None]]:
+        return [(digest, store.problem(digest)) for digest in share]
 
     with ThreadPoolExecutor(CHECK_THREADS, thread_name_prefix="check-cache") as pool:
         # Shares, since a task for each small entry costs more than its check.
-        shares = pool.map(missing_among, [digests[start::CHECK_THREADS] for start in range(CHECK_THREADS)])
-        missing = set(chain.from_iterable(shares))
-    return [key for digest, key in unique.items() if digest in missing]
+        shares = pool.map(problems_among, [digests[start::CHECK_THREADS] for start in range(CHECK_THREADS)])
+        problems = dict(chain.from_iterable(shares))
+    found = [(key, problem) for digest, key in unique.items() if (problem := problems[digest]) is not None]
+    unreadable = {key.item: problem for key, problem in found if problem.startswith(UNREADABLE)}
+    if unreadable:
+        first = next(iter(unreadable.values()))
+        log.warning("entries of the cache are %s: those of %s", first, shorten([*unreadable]))
+    return found
 
 
 def fill(
@@ -299,11 +314,10 @@ def fill(
         encode: yields each of the missing keys with its entry as soon as that is made. It is called only if something
             is missing, so that no encoder is loaded for nothing.
     """
-    missing = missing_keys(store, keys)
-    reason_of = {}
-    for key in missing:
-        problem = store.problem(key.digest)
-        reason_of[key.digest] = problem if problem not in (None, ABSENT) else ledger.reason(key)
+    missing, reason_of = [], {}
+    for key, problem in problems_of(store, keys):
+        missing.append(key)
+        reason_of[key.digest] = ledger.reason(key) if problem == ABSENT else problem
         log.debug("cache miss: %s (%s)", key.item, reason_of[key.digest])
     if missing:
         for key, entry in encode(missing):

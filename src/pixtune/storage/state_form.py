@@ -32,6 +32,10 @@ RECORD: Mapping[str, Kinds] = {
     "encoders": dict,
     "versions": dict,
     "optimizer_plain": dict,
+    "examples": dict | None,
+    "doubtful": list,
+    "guard": dict,
+    "log": dict | None,
 }
 """Kinds of a record's values, where they are there."""
 NEEDED = ("config", "data", "plan", "optimizer_plain")
@@ -56,8 +60,7 @@ def fault_of_state(state: Mapping[str, Any]) -> str | None:
     for name, written in files.items():
         if not FILE_NAME.fullmatch(name) or PureWindowsPath(name).name != name:
             return f"it names the file {name[:60]!r}, and only .safetensors files beside it are read"
-        size = written.get("bytes") if isinstance(written, dict) else None
-        if type(size) is not int or size < 0 or not SHA_256.fullmatch(str(written.get("sha256"))):
+        if not _is_seal(written):
             return f"it has no size and SHA-256 of {name}"
     if not isinstance(state.get("record"), dict):
         return "it has no record"
@@ -86,7 +89,21 @@ def fault_of_record(record: Mapping[str, Any]) -> str | None:
         isinstance(each, dict) and not any(isinstance(v, dict | list) for v in each.values()) for each in states
     ):
         return "optimizer_plain of its record is of another form"
+    if not all(isinstance(name, str) for name in record.get("doubtful", ())):
+        return "doubtful of its record are no names"
+    if not all(isinstance(each, str) and each.count("-") == 1 for each in (record.get("examples") or {}).values()):
+        return "examples of its record are no pairs of digests"
+    if record.get("log") is not None and not _is_seal(record["log"]):
+        return "log of its record has no size and SHA-256"
     return None
+
+
+def _is_seal(value: object) -> bool:
+    """Returns whether a value is the size and SHA-256 of a file."""
+    if not isinstance(value, dict):
+        return False
+    size = value.get("bytes")
+    return type(size) is int and size >= 0 and SHA_256.fullmatch(str(value.get("sha256"))) is not None
 
 
 def fault_of_decision(kind: type[DataclassInstance], values: Mapping[str, Any]) -> str | None:

@@ -7,14 +7,17 @@ and whether a loss that is a number has exploded.
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
 from pixtune.config.schema import GuardConfig, TrainConfig
-from pixtune.errors import LossError
+from pixtune.errors import CheckpointError, LossError
 
 WINDOW_STEPS = 32
 """Steps whose median is the level of the loss. Losses of single steps differ tenfold by their sigmas."""
@@ -129,8 +132,19 @@ class LossGuard:
         """Reason why the run must end."""
 
     def restore(self, values: Mapping[str, Any]) -> None:
-        """Takes over what a checkpoint records; older versions recorded nothing."""
-        self.state = GuardState(**values)
+        """Takes over what a checkpoint records; older versions recorded nothing.
+
+        Raises:
+            CheckpointError: the values are of another form.
+        """
+        try:
+            self.state = TypeAdapter(GuardState).validate_json(json.dumps(values), strict=True)
+        except ValidationError as error:
+            (first, *_) = error.errors()
+            where = ".".join(map(str, ("guard", *first["loc"])))
+            raise CheckpointError(
+                f"the checkpoint's {where} is {first['input']!r:.60}. Resume from another one."
+            ) from error
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the state as JSON values."""

@@ -360,3 +360,23 @@ def test_a_full_disk_leaves_no_part_of_a_file_and_the_older_entry(
     monkeypatch.undo()
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["ab12.safetensors"]
     assert torch.equal(store.read("ab12")["mean"], ENTRY["mean"]) and store.problem("cd34") == ABSENT
+
+
+def test_an_entry_that_cannot_be_read_once_is_told_with_its_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A disk that works again when it is asked a second time, as a failing one does for a while."""
+    store, made = DiskStore(tmp_path / "entries"), list[str]()
+    fill(store, Ledger(None), [key()], count_encodings(made))
+    answers = iter([OSError(errno.EIO, "Input/output error")])
+
+    def fails_once(path: Path, limit: int) -> bytes:
+        for error in answers:
+            raise error
+        return path.read_bytes()
+
+    monkeypatch.setattr(cache, "read_bounded", fails_once)
+    report = fill(DiskStore(store.folder), Ledger(None), [key()], count_encodings(made))
+    assert str(report) == "0 from the cache, 1 encoded (1 unreadable (Input/output error))"
+    assert "entries of the cache are unreadable (Input/output error): those of a.png" in caplog.text
+    assert missing_keys(DiskStore(store.folder), [key()]) == []

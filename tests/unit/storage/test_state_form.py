@@ -99,3 +99,21 @@ def test_a_stored_decision_of_other_values_is_refused_by_the_field(change: dict[
     assert read_decision(EncoderPlan, values, "encoders") == EncoderPlan("int8", 512, ("a",))
     with pytest.raises(CheckpointError, match=f"encoders cannot be used: {next(iter(change))}"):
         read_decision(EncoderPlan, {**values, **change}, "encoders")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"guard": 5}, "guard of its record is 5"),
+        ({"doubtful": [3]}, "doubtful of its record"),
+        ({"examples": {"a": "x"}}, "examples of its record"),
+        ({"examples": {"a": "x-y-z"}}, "examples of its record"),
+        ({"log": {"bytes": "3", "sha256": SHA}}, "log of its record has no size"),
+        ({"log": {"bytes": 3}}, "log of its record has no size"),
+    ],
+)
+def test_what_came_later_has_a_form_as_well(changes: dict[str, Any], words: str) -> None:
+    good = {"guard": {}, "doubtful": ["a"], "examples": {"a": "x-y"}, "log": {"bytes": 3, "sha256": SHA}}
+    assert fault_of_record({**RECORD, **good}) is None
+    assert fault_of_record({**RECORD, "examples": None, "log": None}) is None
+    assert words in (fault_of_record({**RECORD, **good, **changes}) or "")

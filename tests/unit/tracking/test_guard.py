@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 
 from pixtune.config.schema import DataConfig, GuardConfig, TrainConfig
-from pixtune.errors import LossError
+from pixtune.errors import CheckpointError, LossError
 from pixtune.tracking.guard import ExampleLoss, LossGuard, SkippedStep, held_out_excess, ways_on
 
 GOOD, BAD = 0.4, math.nan
@@ -197,3 +198,16 @@ def test_the_ways_on_are_those_that_there_are() -> None:
     assert "in place of latest: resume_from_checkpoint=checkpoint-000010" in told
     told = ways_on(LossError("too high"), [], config)
     assert "no earlier checkpoint in out: start anew" in told and "resume_" not in told and "without" not in told
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"recent": ["0.3"]}, "guard.recent.0 is '0.3'"),
+        ({"in_a_row": 1.5}, "guard.in_a_row is 1.5"),
+        ({"culprits": [1]}, "guard.culprits is"),
+    ],
+)
+def test_a_state_of_another_form_is_refused_by_name(values: dict[str, Any], words: str) -> None:
+    with pytest.raises(CheckpointError, match=re.escape(f"the checkpoint's {words}")):
+        guard().restore(values)
