@@ -31,7 +31,8 @@ from pixtune import randomness
 from pixtune.bench.environment import describe
 from pixtune.bench.result import Result
 from pixtune.commands.failures import exit_on_user_errors
-from pixtune.config.schema import DataConfig, TrainConfig
+from pixtune.config.schema import TrainConfig
+from pixtune.config.sections import DataConfig
 from pixtune.engine.apply import blocks_of, load_planned, placement_of
 from pixtune.engine.capture import PLAIN_CALLS, Capture, GraphCapturer, Replay
 from pixtune.engine.compile import compile_blocks, compile_obstacle

@@ -17,11 +17,12 @@ from pathlib import Path
 
 import torch
 
+from pixtune.assembly import assemble
 from pixtune.bench.environment import describe
 from pixtune.config import load_config
 from pixtune.objective import add_noise, example_losses, velocity_target
 from pixtune.run import Run
-from pixtune.train import assemble, run_steps
+from pixtune.train import forward_backward, run_steps
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -61,7 +62,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for number in range(arguments.rounds + 1):
             words = settings(Path(folder), str(number), arguments.steps)
-            run, services = assemble(load_config(ROOT / "train_configs" / "demo.yaml", words))
+            run, services = assemble(load_config(ROOT / "train_configs" / "demo.yaml", words), forward_backward)
             bare.append(time_bare_loop(run, arguments.steps))
             start = time.perf_counter()
             run_steps(run, services)

@@ -18,12 +18,13 @@ from typing import Any
 import torch
 from cells import markdown_header, markdown_line, read_arguments, run_cells
 
+from pixtune.assembly import assemble
 from pixtune.bench.environment import describe
 from pixtune.config import load_config
 from pixtune.engine.apply import blocks_of
 from pixtune.engine.compile import compile_blocks
 from pixtune.tracking.metrics import read_metrics
-from pixtune.train import assemble, run_steps
+from pixtune.train import forward_backward, run_steps
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = {"qwen-image": "demo.yaml", "flux": "demo_flux.yaml"}
@@ -71,7 +72,7 @@ def run_cell(cell: Cell, steps: int) -> dict[str, Any]:
             "samples.prompts=[]", "resume_from_checkpoint=null", f"checkpointing_steps={steps}", "report_to=null",
             *WAYS[cell.way],
         ]  # fmt: skip
-        run, services = assemble(load_config(ROOT / "train_configs" / CONFIGS[cell.model], words))
+        run, services = assemble(load_config(ROOT / "train_configs" / CONFIGS[cell.model], words), forward_backward)
         if cell.way == "compiled":
             compile_blocks(blocks_of(run.transformer.module, run.family), selective=True)
         began = time.perf_counter()

@@ -25,7 +25,8 @@ from pixtune.bench.result import Result
 from pixtune.bench.synthetic import write_pictures
 from pixtune.commands import sample
 from pixtune.commands.failures import exit_on_user_errors
-from pixtune.config.schema import DataConfig, TrainConfig
+from pixtune.config.schema import TrainConfig
+from pixtune.config.sections import DataConfig
 from pixtune.data import prepare
 from pixtune.data.encode import Encoder
 from pixtune.data.prepare import prepare_data

@@ -24,7 +24,7 @@ from torch import Tensor
 from train_tiny_models import EDITS, load_pixels
 
 from pixtune import randomness
-from pixtune.config.schema import DataConfig
+from pixtune.config.sections import DataConfig
 from pixtune.data.cache import Ledger, MemoryStore
 from pixtune.data.encode import Encoder
 from pixtune.data.encodings import Encodings
@@ -48,9 +48,9 @@ from pixtune.data.swapped import (
 from pixtune.engine.load import LoadedTransformer, load_transformer
 from pixtune.families import family_of
 from pixtune.family import ModelFamily, Placement
+from pixtune.judging.validation import HeldOutPicture, losses_at
 from pixtune.plan.encoders import PLAINLY
 from pixtune.storage.model_folder import ModelFolder
-from pixtune.validation import HeldOutPicture, losses_at
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZE_PIXELS = 256

@@ -12,7 +12,8 @@ from functools import partial
 from pathlib import Path
 
 from pixtune.commands.plan import make_report
-from pixtune.config.schema import DataConfig, TrainConfig
+from pixtune.config.schema import TrainConfig
+from pixtune.config.sections import DataConfig
 from pixtune.errors import PlanError
 from pixtune.plan.training import TrainingPlan
 

@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor
 
-from pixtune.config.schema import SIGMA_DISTRIBUTIONS, WEIGHTING_SCHEMES
+from pixtune.config.sections import SIGMA_DISTRIBUTIONS, WEIGHTING_SCHEMES
 
 
 def sigmas_from_uniform(

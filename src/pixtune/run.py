@@ -17,12 +17,12 @@ from pixtune.engine.load import LoadedTransformer
 from pixtune.engine.modulation_ahead import StepsAhead
 from pixtune.engine.relief import Reliefs
 from pixtune.family import ModelFamily
+from pixtune.judging.validation import ValidationLoss
 from pixtune.launch.stop import StopRequest
 from pixtune.plan.training import TrainingPlan
 from pixtune.tracking.figures import StepOutcome
 from pixtune.tracking.memory import RunMemory
 from pixtune.trained.methods import TrainedWeights
-from pixtune.validation import ValidationLoss
 
 
 @dataclass(frozen=True)

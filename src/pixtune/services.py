@@ -27,6 +27,7 @@ from pixtune.engine.relief import first_that_fits
 from pixtune.errors import CheckpointError, LossError, TrainingError
 from pixtune.hardware.facts import package_versions
 from pixtune.hardware.machine import driver_may_spill
+from pixtune.judging.validation import NUM_QUARTERS, ValidationLoss, measure
 from pixtune.progress import StepBar, announced, say
 from pixtune.report.results import FEW_HELD_OUT, Results, already_finished
 from pixtune.run import Run, TrainResult
@@ -41,7 +42,6 @@ from pixtune.tracking.problems import Problems
 from pixtune.tracking.samples import build_sampler
 from pixtune.trained import optim
 from pixtune.trained.skipped_step import spoiled_weights
-from pixtune.validation import NUM_QUARTERS, ValidationLoss, measure
 
 SAMPLES_FOLDER = "samples"
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from pixtune.config.schema import DataConfig, TrainConfig
+from pixtune.config.schema import TrainConfig
+from pixtune.config.sections import DataConfig
 from pixtune.errors import PlanError
 from pixtune.hardware.cards import facts_as
 from pixtune.plan.training import TrainingPlan, plan_training

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 import pixtune.train
+from pixtune.assembly import assemble
 from pixtune.config import load_config
 from pixtune.engine.apply import load_planned
 from pixtune.engine.load import LoadedTransformer
@@ -21,7 +22,7 @@ from pixtune.families import family_of
 from pixtune.family import TextEncoder
 from pixtune.launch.accelerator import start_accelerator
 from pixtune.storage.model_folder import open_model_folder
-from pixtune.train import assemble, train
+from pixtune.train import forward_backward, train
 from tests.contract.not_yet import needs
 from tests.contract.observe import BASE, words
 from tests.runs import TINY_MODEL
@@ -61,7 +62,7 @@ def alive_when_the_base_is_loaded(
         return load_planned(*arguments)
 
     monkeypatch.setattr(pixtune.train, "load_planned", load)
-    assemble(load_config(None, arguments))
+    assemble(load_config(None, arguments), forward_backward)
     return alive
 
 
@@ -105,7 +106,7 @@ def test_pattern_2_the_environment_is_set_before_the_accelerator_and_memory_is_l
 @needs("quantize")
 def test_pattern_3_no_block_is_held_in_full_precision(scene: Path, tmp_path: Path) -> None:
     """That it never was, block after block, is shown where the loading is tested: tests/unit."""
-    run, _ = assemble(load_config(None, words({**BASE, "quantize": True}, scene, tmp_path)))
+    run, _ = assemble(load_config(None, words({**BASE, "quantize": True}, scene, tmp_path)), forward_backward)
     frozen = [
         name
         for name, parameter in run.transformer.module.named_parameters()

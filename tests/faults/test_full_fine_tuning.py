@@ -8,11 +8,13 @@ from collections.abc import Mapping
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from pixtune import assembly
 from pixtune.config.load import load_config
 from pixtune.storage.checkpoint import Checkpoint, checkpoint_path, joined, load_checkpoint
 from pixtune.tracking.metrics import read_metrics
@@ -73,13 +75,13 @@ def train_here(
     folder: Path, cache_dir: Path, name: str, way: str, steps: int, planned: Mapping[str, object], **changes: object
 ) -> Checkpoint:
     """A run in this process whose plan is changed; its last checkpoint."""
-    decide = training.decide_plan
+    decide: Any = assembly.decide_plan
     words = overrides(
         folder / name, cache_dir, method="full", learning_rate=1e-5, max_train_steps=steps,
         resume_from_checkpoint="latest", **{"max_grad_norm": 0.01} | WAYS[way] | changes,
     )  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "decide_plan", lambda *args: replace(decide(*args), **planned))
+        patch.setattr(assembly, "decide_plan", lambda *args: replace(decide(*args), **planned))
         training.train(load_config(None, words))
     return load_checkpoint(checkpoint_path(folder / name, steps))
 

@@ -14,10 +14,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from pixtune import validation
+from pixtune import assembly
 from pixtune.config.load import load_config
 from pixtune.data.batches import BatchSource, Turn
 from pixtune.errors import TrainingError
+from pixtune.judging import validation
 from pixtune.storage.checkpoint import checkpoint_path, find_checkpoints, load_checkpoint
 from pixtune.tracking.figures import StepOutcome
 from pixtune.tracking.metrics import read_metrics
@@ -185,14 +186,14 @@ def test_weights_that_give_no_number_never_displace_good_ones(tmp_path: Path, wa
 def test_weights_that_are_no_numbers_are_recognized(
     tmp_path: Path, warm_cache: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assemble = training.assemble
+    assemble = assembly.assemble
 
     def spoil(*arguments: Any) -> Any:
         run, services = assemble(*arguments)
         next(iter(run.trained.parameters.values())).data[0, 0] = torch.nan
         return run, services
 
-    monkeypatch.setattr(training, "assemble", spoil)
+    monkeypatch.setattr(assembly, "assemble", spoil)
     told = ending_of(tmp_path / "run", warm_cache, pictures)
     assert "The trained weights themselves are no numbers any more, in 1 tensors" in told
     assert f"There is no earlier checkpoint in {tmp_path / 'run'}" in told

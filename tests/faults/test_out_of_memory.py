@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from pixtune import services
+from pixtune import assembly, services
 from pixtune import train as training
 from pixtune.config import load_config
 from pixtune.config.schema import TrainConfig
@@ -23,11 +23,11 @@ from pixtune.engine.forwards import is_recomputed
 from pixtune.engine.relief import lacks_memory
 from pixtune.errors import MemoryShortage
 from pixtune.hardware.facts import GIB
+from pixtune.judging.validation import ValidationLoss, measure
 from pixtune.plan.training import TrainingPlan
 from pixtune.planning import Leaner, plan_on_this_machine
 from pixtune.storage.checkpoint import find_checkpoints, load_checkpoint
 from pixtune.trained.weight_update import WeightUpdate
-from pixtune.validation import ValidationLoss, measure
 from tests.runs import overrides, write_config
 
 SETTINGS: dict[str, object] = {"max_train_steps": 3, "gradient_accumulation_steps": 2}
@@ -170,7 +170,7 @@ def test_then_the_run_is_planned_anew_and_goes_on_in_the_same_process(
         planned.append(config)
         return plan_on_this_machine(config, *others)
 
-    monkeypatch.setattr(training, "plan_on_this_machine", plan_by)
+    monkeypatch.setattr(assembly, "plan_on_this_machine", plan_by)
     monkeypatch.setattr(training, "leaner_than", lambda plan, before: Leaner(replace(plan, usable_bytes=10 * GIB)))
     assert training.train(config_of(tmp_path, warm_cache)).finished
     assert card.failures == 5
@@ -212,7 +212,7 @@ def test_memory_that_ends_while_the_model_is_loaded_is_tried_once_more(
             raise RuntimeError("CUDA error: out of memory")
         return load_planned(*arguments)
 
-    monkeypatch.setattr(training, "load_planned", load_or_fail)
+    monkeypatch.setattr(assembly, "load_planned", load_or_fail)
     assert training.train(config_of(tmp_path / "once", warm_cache, max_train_steps=1)).finished
     with pytest.raises(MemoryShortage, match="setting the run up needs more device memory"):
         training.train(config_of(tmp_path / "twice", warm_cache, max_train_steps=1))

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from pixtune import assembly
 from pixtune import train as training
 from pixtune.config import load_config
 from pixtune.errors import ConfigError
@@ -112,6 +113,8 @@ def test_a_missing_optimizer_package_is_told_before_weights_are_loaded(
         raise AssertionError("loaded first, which takes minutes at full size")
 
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)  # an import of it fails
-    monkeypatch.setattr(training, "load_planned", load)
+    monkeypatch.setattr(assembly, "load_planned", load)
     with pytest.raises(ConfigError, match=r"(?s)8 bits.*pip install bitsandbytes.*adam8bit: false"):
-        training.assemble(load_config(None, overrides(tmp_path / "run", warm_cache, adam8bit="true")))
+        assembly.assemble(
+            load_config(None, overrides(tmp_path / "run", warm_cache, adam8bit="true")), training.forward_backward
+        )

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from pixtune import assembly
 from pixtune.config import load_config
 from pixtune.data.batches import Batch
 from pixtune.run import Run
@@ -60,7 +61,7 @@ def test_a_spoiled_step_changes_nothing_and_later_ones_train(
         tmp_path / "run", warm_cache, method=method, adam8bit=adam8bit, learning_rate=rate, mixed_precision="bf16",
         max_train_steps=40, data_config__num_workers=0,
     )  # fmt: skip
-    run, _ = training.assemble(load_config(None, words))
+    run, _ = assembly.assemble(load_config(None, words), training.forward_backward)
     (batch, *_) = run.source.parts(0, run.source.order.micro_batch(0))
     for step in range(STEPS_UNTIL_CAPTURED):
         outcome = take(run, batch, step)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pixtune import planning
+from pixtune import assembly, planning
 from pixtune import train as training
 from pixtune.config import load_config
 from pixtune.data.batches import Batch, observed, read_ahead
@@ -47,14 +47,14 @@ def train(
         "rank=4",
         "mixed_precision='no'",
     ]
-    right = training.decide_plan
+    right = assembly.decide_plan
 
     def decide(*arguments: Any) -> TrainingPlan:
         return replace(right(*arguments), text_multiple=text_multiple)
 
-    monkeypatch.setattr(training, "decide_plan", decide)
-    run, _ = training.assemble(load_config(None, words))
-    monkeypatch.setattr(training, "decide_plan", right)
+    monkeypatch.setattr(assembly, "decide_plan", decide)
+    run, _ = assembly.assemble(load_config(None, words), training.forward_backward)
+    monkeypatch.setattr(assembly, "decide_plan", right)
     seen: list[Batch] = []
     batches = observed(read_ahead(run.source, 0, STEPS, 0, pin_memory=False), seen.append)
     losses = [training.train_step(run, islice(batches, 1), step).totals_2[0] for step in range(STEPS)]
@@ -106,7 +106,7 @@ def planned(
     family: Any = type("Family", (), {"pads_text": pads_text})
     heads = {"num_attention_heads": 24, "attention_head_dim": 128}
     folder: Any = type("Folder", (), {"component_config": lambda self, name: heads})()
-    return training.decide_plan(config, family, folder, data, accelerator, None), counted
+    return assembly.decide_plan(config, family, folder, data, accelerator, None), counted
 
 
 @pytest.mark.parametrize(("word", "text_tokens"), [("", 64), ("cuda_graphs=false", 9), ("mixed_precision='no'", 9)])
@@ -134,7 +134,7 @@ def test_a_resumed_run_keeps_its_plan_also_under_the_names_of_version_0_1_0(monk
     values = {older_names.get(name, name): value for name, value in plan.to_dict().items()}
     older: Any = type("Checkpoint", (), {"record": {"plan": values}})
     nothing: Any = None
-    assert training.decide_plan(nothing, nothing, nothing, nothing, nothing, older) == plan
+    assert assembly.decide_plan(nothing, nothing, nothing, nothing, nothing, older) == plan
 
 
 @pytest.mark.parametrize(

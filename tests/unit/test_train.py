@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from pixtune import services
+from pixtune import assembly, services
 from pixtune import train as training
 from pixtune.config import load_config
 from pixtune.config.schema import TrainConfig
@@ -24,6 +24,7 @@ from pixtune.data.batches import Batch
 from pixtune.data.prepare import prepare_data
 from pixtune.data.swapped import Gains
 from pixtune.errors import TrainingError
+from pixtune.judging.validation import measure
 from pixtune.launch.stop import StopRequest
 from pixtune.plan.encoders import PLAINLY
 from pixtune.progress import StepBar
@@ -32,7 +33,6 @@ from pixtune.storage.course import Course
 from pixtune.tracking.figures import StepFigures
 from pixtune.tracking.memory import RunMemory
 from pixtune.tracking.metrics import MetricsLog, read_metrics
-from pixtune.validation import measure
 from tests.runs import DEMO_TRAIN, ROOT, overrides, write_config
 
 SETTINGS: dict[str, object] = {
@@ -230,7 +230,7 @@ def test_a_shared_pool_that_runs_out_ends_the_run_saved_and_it_goes_on_with_its_
         plans.append(arguments[5])
         return prepare_data(*arguments)
 
-    monkeypatch.setattr(training, "prepare_data", prepared)
+    monkeypatch.setattr(assembly, "prepare_data", prepared)
     training.train(config_of(tmp_path, warm_cache, **changes, resume_from_checkpoint="latest"))
     assert plans == [PLAINLY], "and not None, by which this machine would be asked"
 
@@ -291,5 +291,5 @@ def test_the_limit_that_comes_first_ends_a_run(steps: int | None, epochs: int | 
     """Epochs of 10 micro-batches, three to a step: the last step of a run may have fewer."""
     config: Any = SimpleNamespace(max_train_steps=steps, num_train_epochs=epochs, gradient_accumulation_steps=3)
     order: Any = SimpleNamespace(epoch_end=lambda epoch: 10 * (epoch + 1))
-    assert training.planned_steps(config, order) == expected
+    assert assembly.planned_steps(config, order) == expected
     assert math.isclose(expected, min(filter(None, [steps, epochs and math.ceil(10 * epochs / 3)])))

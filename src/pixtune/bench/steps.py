@@ -14,13 +14,15 @@ from typing import Self
 import torch
 from rich.console import Console
 
+from pixtune.assembly import assemble
 from pixtune.bench.environment import describe
 from pixtune.bench.flops import StepFlops, StepSize, read_linears, step_flops
 from pixtune.bench.peaks import measure_peaks
 from pixtune.bench.result import Case, Formats, Memory, Result, Timing, make_result
 from pixtune.bench.synthetic import DEFAULT_WORDS, count_controls, count_pictures, timing_words, write_pictures
 from pixtune.config import load_config
-from pixtune.config.schema import GuardConfig, TrainConfig
+from pixtune.config.schema import TrainConfig
+from pixtune.config.sections import GuardConfig
 from pixtune.data.batches import Batch
 from pixtune.engine.capture import PLAIN_CALLS
 from pixtune.engine.quantize import codes_for
@@ -41,7 +43,7 @@ from pixtune.tracking.guard import LossGuard
 from pixtune.tracking.memory import STEPS
 from pixtune.tracking.metrics import FILE_NAME, MetricsLog, read_metrics
 from pixtune.tracking.problems import Problems
-from pixtune.train import assemble, run_steps
+from pixtune.train import forward_backward, run_steps
 
 WARM_UP_STEPS = PLAIN_CALLS + 2
 """Steps before the timed ones: the first compile and try out kernels, the next is captured and one more replayed."""
@@ -138,7 +140,7 @@ def time_run(config: TrainConfig, check: Callable[[Case], None]) -> TimedRun:
     """
     can_tell = torch.version.cuda is not None and not torch.cuda.is_initialized()
     before = read_before_cuda(own_gpu(os.environ)) if can_tell else None
-    run, services = assemble(config)
+    run, services = assemble(config, forward_backward)
     if run.accelerator.num_processes > 1:
         raise ConfigError(
             f"{run.accelerator.num_processes} processes were started", ["a benchmark is of one: leave the launcher out"]

@@ -18,7 +18,8 @@ from pydantic import ValidationError
 from rich.console import Console
 from torch import Tensor
 
-from pixtune.config.schema import DataConfig, SamplesConfig, TrainConfig
+from pixtune.config.schema import TrainConfig
+from pixtune.config.sections import DataConfig, SamplesConfig
 from pixtune.config.sources import show
 from pixtune.data.build_encoder import plan_encoders_for
 from pixtune.data.cache import Ledger, MemoryStore

@@ -16,17 +16,20 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field, model_validator
 
 from pixtune.config.contradictions import contradictions
-from pixtune.config.section import Section
+from pixtune.config.sections import (
+    CudaFeatures,
+    DataConfig,
+    GuardConfig,
+    ObjectiveConfig,
+    SamplesConfig,
+    Section,
+    ValidationConfig,
+)
 from pixtune.config.values import (
     Count,
     FewThousand,
     FilePath,
-    FilePaths,
     Name,
-    PathLists,
-    Seeds,
-    Share,
-    Side,
     StepRules,
     Words,
 )
@@ -49,134 +52,6 @@ ChangeableNames = Annotated[Words, AfterValidator(_changeable)]
 LR_SCHEDULERS = Literal[
     "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial", "piecewise_constant"
 ]
-SIGMA_DISTRIBUTIONS = Literal["uniform", "logit_normal", "sigmoid", "mode"]
-WEIGHTING_SCHEMES = Literal["none", "sigma_sqrt", "cosmap"]
-
-
-class DataConfig(Section):
-    """Keys of the data set: pictures, captions, controls, and where their encodings are kept."""
-
-    img_dir: FilePath
-    """Folder of pictures, each with a caption file of the same stem beside it. Subfolders are read too."""
-    control_dir: FilePath | FilePaths | None = None
-    """Folder of control pictures with the targets' names (edit models), or a list of folders, one for each control of
-    an example. Absent: no controls."""
-    allow_missing_controls: bool = False
-    """Whether a picture without a control of its name is trained on without one. False: it is a problem."""
-    control_size: Side = 1024
-    """Side, in pixels, of the square whose area control pictures are brought near to. The stock pipelines use 1024
-    whatever the target's size; smaller is faster."""
-    metadata_file: FilePath | None = None
-    """A JSONL file in place of caption files and `control_dir`: one {"image": ..., "caption": ..., "control": [...]} a
-    line, with paths relative to `img_dir`. Absent: caption files."""
-    img_size: Side = 1024
-    """Side, in pixels, of the square whose area pictures are brought near to, each in a bucket of its own aspect
-    ratio."""
-    train_batch_size: FewThousand | None = None
-    """Another place for the top level's `train_batch_size`, which decides where this is absent; unequal values are a
-    problem."""
-    num_workers: int = Field(default=2, ge=0, le=1024)
-    """Number of threads that read the cache and draw noise ahead of the step. 0: batches are made between steps."""
-    caption_type: Name = "txt"
-    """Extension of the caption files."""
-    max_text_tokens: FewThousand | None = None
-    """Number of tokens that captions are cut to, and padded to where a model wants a fixed length (FLUX). Absent: the
-    stock pipeline's (512 for Qwen-Image and FLUX; the edit models cut nothing)."""
-    caption_dropout_rate: Share = 0.0
-    """Share of turns, 0 to 1, in which the empty caption replaces the example's. Classifier-free guidance needs some
-    (0.1 is common)."""
-    random_ratio: bool = False
-    """Whether each turn crops the picture to one of 16:9, 4:3, 1:1 or its own ratio. False: its own ratio always."""
-    upscale: bool = False
-    """Whether pictures smaller than `img_size` are enlarged. False: they are trained on in a smaller bucket."""
-    cache_dir: FilePath | None = None
-    """Folder for encoded pictures and captions. Absent: `.pixtune_cache` inside `img_dir`."""
-
-
-class ObjectiveConfig(Section):
-    """Keys of what a step learns: noise levels and the weight of their losses."""
-
-    sigma_distribution: SIGMA_DISTRIBUTIONS = "logit_normal"
-    """Distribution of the noise levels (sigmas, 0 to 1) that training draws, before the shift."""
-    logit_mean: float = 0.0
-    """Mean of the normal distribution inside "logit_normal"; larger means more noise."""
-    logit_std: float = Field(default=1.0, gt=0)
-    """Standard deviation of the normal distribution inside "logit_normal"."""
-    mode_scale: float = 1.29
-    """Scale of "mode"."""
-    shift: Literal["model", "none"] | float = "model"
-    """Resolution-dependent shift of sigmas towards noise: "model" takes it from the model's own scheduler config,
-    "none" leaves sigmas as they are, a number is a fixed `mu` (the logarithm of the shift)."""
-    guidance: float = Field(default=1.0, ge=0)
-    """Guidance input of distilled models (FLUX.1-dev) during training and validation; other models have none."""
-    weighting_scheme: WEIGHTING_SCHEMES = "none"
-    """Weight of each example's loss by its sigma, under diffusers' names. "none": all weigh the same."""
-
-
-class ValidationConfig(Section):
-    """Keys of the held-out loss: which pictures measure, and how often."""
-
-    held_out: Share = 0.0
-    """Share of the data set, 0 to 1, that is never trained on and serves to measure; at least one picture. 0 without
-    `held_out_dir`: no validation."""
-    held_out_dir: FilePath | None = None
-    """A folder of held-out pictures in place of a share. Its control pictures (edit models) lie beside it, in folders
-    of the same names as those of the training pictures: data/images with data/control. Absent: `held_out` decides."""
-    every: Count = 100
-    """Number of steps between two validations; there is also one before the first step and one after the last."""
-    num_draws: FewThousand = 2
-    """Number of fixed noises for each held-out picture in each quarter of the sigma range."""
-
-
-class SamplesConfig(Section):
-    """Keys of the pictures that the model generates during training."""
-
-    prompts: Words = ()
-    """Prompts to sample during training, one picture for each prompt and seed. Empty: no samples."""
-    controls: PathLists = ()
-    """Control pictures of each prompt (edit models): one list of paths for each prompt. Empty: none."""
-    seeds: Seeds = (0,)
-    """Seeds of the starting noise; each is used with each prompt."""
-    every: Count = 500
-    """Number of steps between two rounds of samples; there is also one before the first step and one after the last."""
-    num_steps: Annotated[int, Field(ge=1, le=10_000)] = 20
-    """Number of sampler steps."""
-    guidance_scale: float = Field(default=4.0, ge=1)
-    """Scale of classifier-free guidance; 1 turns it off and halves the time. For distilled models (FLUX) the guidance
-    input."""
-    width: Side | None = None
-    """Width of the samples in pixels. Absent: `img_size`; with controls and no `height` either, the last control's
-    shape at the area of `img_size` squared."""
-    height: Side | None = None
-    """Height of the samples in pixels. Absent: as for `width`."""
-
-
-class GuardConfig(Section):
-    """Keys of what a run does when its losses go wrong."""
-
-    max_skipped_steps: Count = 10
-    """Number of steps skipped in a row at which the run ends; 1: the first one ends it. A step is skipped, and its
-    examples are named, where its loss or the norm of its gradients is no finite number."""
-    exploded_loss: Literal["warn", "stop"] = "warn"
-    """Whether a loss that has exploded is a warning, or ends the run: a held-out loss over twice its lowest, a median
-    of 32 training losses over 3 times its lowest, or 8 training losses 1.5 times those of predicting nothing."""
-
-
-class CudaFeatures(Section):
-    """Keys of kernels and number formats that only some GPUs have."""
-
-    enable_flash_attention_3: bool | None = None
-    """Whether attention runs by FlashAttention 3 (Hopper with the flash_attn_interface module only). True: where it is
-    usable and passes its trial; the plan says why where it is not. False or absent: never."""
-    enable_fp8_training: bool | None = None
-    """Whether frozen weights are quantized to FP8 and multiplied in it. True: demanded, an error below compute
-    capability 8.9. False: the 8-bit format is int8. Absent: FP8 is the 8-bit format from 8.9 on, and the planner
-    chooses whether to quantize. `quantize: false`, `disable_quantization` and `method: full` win over it."""
-    enable_tf32_compute: bool | None = None
-    """Whether matrix products of what stays in fp32 run in TF32. Absent: on from compute capability 8.0."""
-    enable_cudnn_sdp: bool | None = None
-    """Whether attention runs by cuDNN, which `deterministic` rules out. True: where it passes its trial. False: never.
-    Absent: the fastest kernel that a trial on this machine finds right; untried, cuDNN's on a DGX Spark."""
 
 
 class TrainConfig(Section):

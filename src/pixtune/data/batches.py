@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from pixtune import randomness
-from pixtune.config.schema import ObjectiveConfig
+from pixtune.config.sections import ObjectiveConfig
 from pixtune.family import Conditioning, LatentDistribution
 from pixtune.objective import shift_sigmas, sigmas_from_uniform
 from pixtune.sizes import LatentShape, Size

@@ -8,7 +8,8 @@ from functools import cached_property
 from pathlib import Path
 
 from pixtune import randomness
-from pixtune.config.schema import DataConfig, TrainConfig
+from pixtune.config.schema import TrainConfig
+from pixtune.config.sections import DataConfig
 from pixtune.data.buckets import Buckets, Framing, build_buckets, frame_picture, frame_variants
 from pixtune.data.controls import ControlFraming, ControlRules, frame_control
 from pixtune.data.images import picture_digest, read_size

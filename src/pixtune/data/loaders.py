@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from pixtune import randomness
-from pixtune.config.schema import DataConfig
+from pixtune.config.sections import DataConfig
 from pixtune.data.batches import BatchOrder, Turn
 from pixtune.data.buckets import Framing, build_buckets, frame_picture
 from pixtune.data.controls import ControlRules

@@ -33,6 +33,7 @@ from pixtune.data.swapped import BothWays, choose_pairs, needed_pictures, needed
 from pixtune.errors import ConfigError, DataError
 from pixtune.family import Conditioning, LatentDistribution, ModelFamily
 from pixtune.hardware.monitor import StageLog
+from pixtune.judging.validation import HeldOutPicture
 from pixtune.plan.encoders import EncoderPlan
 from pixtune.plan.passes import needs_negative
 from pixtune.plan.text_padding import Captions
@@ -43,7 +44,6 @@ from pixtune.storage.files import check_outputs, text_digest
 from pixtune.storage.loading import check_parts
 from pixtune.storage.model_folder import ModelFolder
 from pixtune.storage.resume import MOST_NAMED_EXAMPLES
-from pixtune.validation import HeldOutPicture
 
 
 def prepare_data(

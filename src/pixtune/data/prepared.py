@@ -16,11 +16,11 @@ from pixtune.data.encodings import text_item
 from pixtune.data.examples import Example
 from pixtune.data.swapped import EncodedBothWays
 from pixtune.family import Conditioning, LatentDistribution, ModelFamily
+from pixtune.judging.validation import HeldOutPicture
 from pixtune.plan.encoders import EncoderPlan
 from pixtune.plan.text_padding import CaptionedSize, Captions, padded_length
 from pixtune.sampler import EncodedPrompt
 from pixtune.storage.model_folder import ModelFolder
-from pixtune.validation import HeldOutPicture
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,11 @@ from pixtune.data.encodings import text_item
 from pixtune.data.examples import Example
 from pixtune.data.prepared import DataFingerprint, PreparedData, captioned_sizes, example_reader, most_image_tokens
 from pixtune.family import Conditioning, LatentDistribution, ModelFamily
+from pixtune.judging.validation import HeldOutPicture
 from pixtune.plan.encoders import PLAINLY
 from pixtune.plan.text_padding import Captions
 from pixtune.sizes import Size
 from pixtune.storage.model_folder import ModelFolder
-from pixtune.validation import HeldOutPicture
 
 MOST_TEXT_TOKENS = 256
 """Largest number of tokens of a stand-in caption, where the config sets no `max_text_tokens`."""

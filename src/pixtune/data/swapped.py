@@ -27,8 +27,8 @@ from pixtune.data.examples import Example
 from pixtune.data.images import read_size
 from pixtune.engine.load import LoadedTransformer
 from pixtune.family import ModelFamily
+from pixtune.judging.validation import HeldOutPicture, losses_at
 from pixtune.sizes import Size
-from pixtune.validation import HeldOutPicture, losses_at
 
 MOST_PAIRS = 8
 """Number of pairs to measure. Each costs two directions x two captions x two sigmas = 8 forward passes."""

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from pixtune.config import to_dict
-from pixtune.config.schema import DataConfig, TrainConfig
+from pixtune.config.schema import TrainConfig
+from pixtune.config.sections import DataConfig
 from pixtune.errors import CheckpointError
 from pixtune.storage.checkpoint import Checkpoint
 

@@ -20,13 +20,13 @@ from torch import Tensor
 from pixtune.data.batches import Batch
 from pixtune.hardware.monitor import get_memory_stats
 from pixtune.hardware.sensors import GpuSensors, read_sensors
+from pixtune.judging.validation import ValidationLoss
 from pixtune.progress import StepBar
 from pixtune.storage.resume import flatten
 from pixtune.tracking.guard import ExampleLoss, LossGuard, SkippedStep
 from pixtune.tracking.metrics import MetricsLog
 from pixtune.tracking.problems import Problems
 from pixtune.tracking.steptime import Drift, StepTimeWatch, StepTiming
-from pixtune.validation import ValidationLoss
 
 SENSORS_EVERY_SECONDS = 60.0
 """Shortest time between two readings: nvidia-smi takes tens of milliseconds."""

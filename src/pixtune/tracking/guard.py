@@ -16,7 +16,8 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from pixtune.config.schema import GuardConfig, TrainConfig
+from pixtune.config.schema import TrainConfig
+from pixtune.config.sections import GuardConfig
 from pixtune.errors import CheckpointError, LossError
 
 WINDOW_STEPS = 32

@@ -12,7 +12,8 @@ import yaml
 from pydantic import ValidationError
 
 from pixtune.config import TrainConfig, load_config, resolved_yaml, to_dict
-from pixtune.config.schema import NOT_YET, DataConfig, leaf_keys
+from pixtune.config.schema import NOT_YET, leaf_keys
+from pixtune.config.sections import DataConfig
 from pixtune.errors import NotYetError
 
 

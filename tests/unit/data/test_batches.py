@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pixtune.config.schema import ObjectiveConfig
+from pixtune.config.sections import ObjectiveConfig
 from pixtune.data.batches import Batch, BatchOrder, BatchSource, ExampleReader, Signature, Turn, read_ahead
 from pixtune.families.qwen_image import QWEN_IMAGE
 from pixtune.family import Conditioning, LatentDistribution

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from pixtune.config.schema import DataConfig, TrainConfig, ValidationConfig
+from pixtune.config.schema import TrainConfig
+from pixtune.config.sections import DataConfig, ValidationConfig
 from pixtune.data.examples import (
     Example,
     check_purposes,

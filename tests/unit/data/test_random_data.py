@@ -8,7 +8,8 @@ import pytest
 from accelerate import Accelerator
 
 from pixtune.bench.synthetic import write_pictures
-from pixtune.config.schema import DataConfig, TrainConfig, ValidationConfig
+from pixtune.config.schema import TrainConfig
+from pixtune.config.sections import DataConfig, ValidationConfig
 from pixtune.data.prepare import prepare_data
 from pixtune.data.prepared import PreparedData
 from pixtune.families import family_of

@@ -11,12 +11,12 @@ import pytest
 import torch
 from PIL import Image
 
-from pixtune.config.schema import DataConfig
+from pixtune.config.sections import DataConfig
 from pixtune.data.controls import ControlRules, frame_control
 from pixtune.data.examples import Example, read_examples
 from pixtune.data.swapped import Encoded, EncodedBothWays, Gains, choose_pairs, measure_gains, swap, swap_warning
 from pixtune.engine.load import LoadedTransformer
-from pixtune.validation import HeldOutPicture
+from pixtune.judging.validation import HeldOutPicture
 from tests.runs import ROOT, overrides, pixtune, write_config
 
 EDIT_MODEL = ROOT / "assets" / "tiny-qwen-image-edit"

@@ -11,7 +11,8 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
-from pixtune.config.schema import DataConfig, TrainConfig
+from pixtune.config.schema import TrainConfig
+from pixtune.config.sections import DataConfig
 from pixtune.engine import mlp as module
 from pixtune.engine.mlp import are_fused, fuse_mlps, mlp
 from pixtune.engine.quantize import FP8, INT8, QuantizedLinear

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 import pixtune.train
+from pixtune import assembly
 from pixtune.config import load_config
 from pixtune.engine.load import LoadedTransformer
 from pixtune.engine.modulation import ModulationTable
@@ -27,7 +28,7 @@ LORA = "pytorch_lora_weights.safetensors"
 @pytest.fixture(params=["tiny-qwen-image", "tiny-flux"])
 def run(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     """Trains with a table of `num_rows` rows (0: without) and returns the LoRA and the metrics by step and kind."""
-    decide_plan, pictures = pixtune.train.decide_plan, tmp_path / "pictures"
+    decide_plan, pictures = assembly.decide_plan, tmp_path / "pictures"
     pictures.mkdir()
     for path in sorted(DEMO_TRAIN.iterdir())[:16]:
         shutil.copy(path, pictures)

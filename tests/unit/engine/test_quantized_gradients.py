@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from pixtune import assembly
 from pixtune import train as training
 from pixtune.commands.quantization_errors import cosine
 from pixtune.data.batches import read_ahead
@@ -70,7 +71,7 @@ def measure(model: str, folder: Path, linear_format: str, learnt: dict[str, Tens
     Args:
         learnt: the LoRA; is filled by the first, plain run and taken over by the others.
     """
-    run, _ = training.assemble(read_config(model, folder, linear_format))
+    run, _ = assembly.assemble(read_config(model, folder, linear_format), training.forward_backward)
     if not learnt:
         batches = read_ahead(run.source, 0, NUM_LEARNT, 0, pin_memory=False)
         for step in range(NUM_LEARNT):

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from pixtune import assembly
 from pixtune import train as training
 from pixtune.config import load_config
 from pixtune.config.schema import TrainConfig
@@ -24,11 +25,11 @@ from pixtune.engine.load import load_transformer
 from pixtune.engine.quantize import QuantizedLinear
 from pixtune.families import family_of
 from pixtune.family import Placement
+from pixtune.judging.validation import HeldOutPicture, measure
 from pixtune.plan.training import TrainingPlan
 from pixtune.storage.model_folder import ModelFolder
 from pixtune.trained.export import DIFFUSERS_FILE
 from pixtune.trained.saved_lora import attach_saved_lora, read_saved_lora
-from pixtune.validation import HeldOutPicture, measure
 from tests.runs import DEMO_HELD_OUT, DEMO_TRAIN, ROOT
 
 NUM_STEPS = {"tiny-qwen-image": 40, "tiny-flux": 15}
@@ -103,8 +104,8 @@ def train_and_export(config: TrainConfig, linear_format: str) -> list[HeldOutPic
     """All steps of a run, without what services do around them, and its files; the pictures to measure on."""
     with pytest.MonkeyPatch.context() as patch:
         if linear_format == "nf4":
-            patch.setattr(training, "decide_plan", decide_four_bits)
-        run, services = training.assemble(config)
+            patch.setattr(assembly, "decide_plan", decide_four_bits)
+        run, services = assembly.assemble(config, training.forward_backward)
     formats = {m.linear_format for m in run.transformer.module.modules() if isinstance(m, QuantizedLinear)}
     assert formats == ({linear_format} if linear_format != "plain" else set())
     batches = read_ahead(run.source, 0, run.num_steps, 0, pin_memory=False)
@@ -115,7 +116,7 @@ def train_and_export(config: TrainConfig, linear_format: str) -> list[HeldOutPic
     return list(services.data.held_out)[:NUM_MEASURED]
 
 
-def decide_four_bits(*arguments: object, decide: object = training.decide_plan) -> TrainingPlan:
+def decide_four_bits(*arguments: object, decide: object = assembly.decide_plan) -> TrainingPlan:
     assert callable(decide)
     return replace(decide(*arguments), weights_format="nf4")
 

@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pixtune.config.schema import DataConfig, TrainConfig
+from pixtune.config.schema import TrainConfig
+from pixtune.config.sections import DataConfig
 from pixtune.errors import PlanError
 from pixtune.families import FAMILIES
 from pixtune.hardware.cards import facts_as

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from pixtune.config.schema import CudaFeatures, DataConfig, TrainConfig
+from pixtune.config.schema import TrainConfig
+from pixtune.config.sections import CudaFeatures, DataConfig
 from pixtune.hardware.cards import facts_as
 from pixtune.hardware.facts import GIB, MEMORY_FRACTION
 from pixtune.plan.demands import Demands, demands_of

@@ -10,7 +10,8 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from pixtune.config.schema import DataConfig, TrainConfig
+from pixtune.config.schema import TrainConfig
+from pixtune.config.sections import DataConfig
 from pixtune.engine.load import Layout, load_transformer
 from pixtune.families import FAMILIES, family_of
 from pixtune.family import Placement

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from pixtune.config.schema import CudaFeatures, DataConfig, TrainConfig
+from pixtune.config.schema import TrainConfig
+from pixtune.config.sections import CudaFeatures, DataConfig
 from pixtune.hardware.cards import facts_as
 from pixtune.hardware.facts import HardwareFacts
 from pixtune.plan.kernel_choice import AttentionChoice, Finding, choose_attention, kernels_to_try

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pixtune.config.schema import CudaFeatures, DataConfig, TrainConfig
+from pixtune.config.schema import TrainConfig
+from pixtune.config.sections import CudaFeatures, DataConfig
 from pixtune.errors import PlanError
 from pixtune.hardware.cards import facts_as
 from pixtune.hardware.facts import GIB, HardwareFacts, host_room_bytes

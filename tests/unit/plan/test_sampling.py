@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from pixtune.config.schema import DataConfig, TrainConfig
+from pixtune.config.schema import TrainConfig
+from pixtune.config.sections import DataConfig
 from pixtune.errors import PlanError
 from pixtune.hardware.cards import facts_as
 from pixtune.hardware.facts import GIB, HardwareFacts

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from pixtune.config.schema import DataConfig, TrainConfig
+from pixtune.config.schema import TrainConfig
+from pixtune.config.sections import DataConfig
 from pixtune.plan.text_padding import (
     MOST_PADDING,
     CaptionedSize,

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from pixtune.config.schema import CudaFeatures, DataConfig, TrainConfig
+from pixtune.config.schema import TrainConfig
+from pixtune.config.sections import CudaFeatures, DataConfig
 from pixtune.errors import CheckpointError, ConfigError, PlanError
 from pixtune.hardware.cards import facts_as
 from pixtune.hardware.facts import GIB, HardwareFacts, host_room_bytes, missing_on_host

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from pixtune.config.schema import GuardConfig
+from pixtune.config.sections import GuardConfig
 from pixtune.data.batches import Batch, timed
 from pixtune.hardware.sensors import GpuSensors
 from pixtune.tracking import figures

@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from pixtune.config.schema import DataConfig, GuardConfig, TrainConfig
+from pixtune.config.schema import TrainConfig
+from pixtune.config.sections import DataConfig, GuardConfig
 from pixtune.errors import CheckpointError, LossError
 from pixtune.tracking.guard import ExampleLoss, LossGuard, SkippedStep, held_out_excess, ways_on
 

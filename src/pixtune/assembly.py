@@ -1,0 +1,256 @@
+"""Assembles a run: device, data, plan, base, trained weights, and what the loop calls for each batch."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import TypeVar
+
+import torch
+from accelerate import Accelerator, PartialState
+from torch import Tensor, nn
+
+from pixtune.config.schema import TrainConfig
+from pixtune.data.batches import Batch, BatchOrder, BatchSource
+from pixtune.data.prepare import prepare_data
+from pixtune.data.prepared import PreparedData
+from pixtune.engine.apply import apply_switches, apply_to_activations, blocks_of, load_planned
+from pixtune.engine.capture import GraphCapturer, ReplayedPass
+from pixtune.engine.load import Reading
+from pixtune.engine.modulation_ahead import StepsAhead
+from pixtune.engine.relief import (
+    PassInParts,
+    RecomputeMore,
+    Reliefs,
+    drop_frames,
+    first_line,
+    free_bytes,
+    free_unused,
+    in_turn,
+    lacks_memory,
+)
+from pixtune.errors import MemoryShortage
+from pixtune.families import family_of
+from pixtune.family import ModelFamily
+from pixtune.hardware.facts import check_torch
+from pixtune.launch.accelerator import agree_with_others, start_accelerator
+from pixtune.launch.stop import StopRequest
+from pixtune.plan.demands import demands_of
+from pixtune.plan.encoders import EncoderPlan, without_former_fields
+from pixtune.plan.training import TrainingPlan, with_todays_names
+from pixtune.planning import Leaner, check_transformer, leaner_config, plan_on_this_machine
+from pixtune.progress import announced, printer
+from pixtune.run import Run
+from pixtune.services import Services
+from pixtune.storage.checkpoint import Checkpoint, checkpoint_path, read_decision
+from pixtune.storage.course import Course
+from pixtune.storage.model_folder import ModelFolder, open_model_folder
+from pixtune.storage.output_lock import OutputLock
+from pixtune.tracking.memory import RunMemory
+from pixtune.trained import optim
+from pixtune.trained.base import Base
+from pixtune.trained.methods import METHODS, TrainedWeights
+from pixtune.trained.resume_point import check_run, decide_once, find_resume_point, identify
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+Compute = Callable[[TrainConfig, ModelFamily, nn.Module, Callable[[Tensor], None], Batch], Tensor]
+"""The type of `train.forward_backward`: what a run computes for each batch."""
+
+
+def set_up(
+    config: TrainConfig, compute: Compute, leaner: Leaner | None, lock: OutputLock, stop: StopRequest
+) -> tuple[Run, Services]:
+    """Assembles a run; where another program takes memory meanwhile, once more, by a plan for what is free then.
+
+    Raises:
+        MemoryShortage: memory ran out again.
+    """
+    for is_last in (False, True):
+        try:
+            return assemble(config, compute, leaner, lock, stop)
+        except RuntimeError as error:
+            if not lacks_memory(error) or PartialState().num_processes > 1:
+                raise
+            obstacle = first_line(error)
+            drop_frames(error)
+        free_unused()  # outside the except clause, since the error holds what was loaded
+        if not is_last:
+            log.warning("setting the run up ran out of memory (%s); it begins again", obstacle)
+    raise MemoryShortage("setting the run up", obstacle)
+
+
+def assemble(
+    config: TrainConfig,
+    compute: Compute,
+    leaner: Leaner | None = None,
+    lock: OutputLock | None = None,
+    stop: StopRequest | None = None,
+) -> tuple[Run, Services]:
+    """Does everything up to the first step, in its one order.
+
+    In turn: device, lock on the output folder, data, plan, base, trained weights and, where a run is resumed, theirs.
+
+    Args:
+        compute: what the run computes for each batch.
+        leaner: the run is planned so, and not as its checkpoint says.
+        lock: to be acquired on the output folder; None where no other run can know of it.
+        stop: the request to end early; None: it never comes.
+    """
+    stop = stop or StopRequest()
+    check_torch()
+    memory = RunMemory(config)
+    accelerator = start_accelerator(config)
+    agree_with_others(stop, accelerator)
+    memory.start(accelerator.device)
+    show = printer(quiet=not accelerator.is_main_process)
+    if lock is not None:
+        decide_once(accelerator, partial(lock.acquire, show))
+    folder = open_model_folder(config.pretrained_model_name_or_path)
+    family = family_of(folder)
+    if not config.random_weights:
+        check_transformer(family, folder)
+    checkpoint = find_resume_point(config, accelerator, show)
+    start_step = checkpoint.step if checkpoint else 0
+    with announced("recognizing the base model by its files", show):
+        identity = identify(config, accelerator, folder)
+    check_run(config, checkpoint, identity)
+
+    stored = without_former_fields(checkpoint.record.get("encoders", {})) if checkpoint else None
+    encoders = None if stored is None else read_decision(EncoderPlan, stored, "encoders")
+    data = prepare_data(
+        config, family, folder, accelerator, memory.stages, encoders,
+        lambda found: check_run(config, checkpoint, replace(identity, **found.entries)),
+    )  # fmt: skip
+    order = BatchOrder(data.buckets, config.batch_size * accelerator.num_processes, config.seed)
+    num_steps = planned_steps(config, order)
+    identity = replace(identity, **data.fingerprint.entries, num_steps=num_steps)
+    changes = check_run(config, checkpoint, identity)
+    with announced("planning, with trials of this GPU's kernels", show):
+        plan = decide_plan(config, family, folder, data, accelerator, checkpoint, leaner)
+    optim.check_optimizer(plan.optimizer)
+    apply_switches(plan)
+    reading = Reading(plan.loading_threads, plan.fast_loading)
+    with announced("loading the transformer", show):
+        transformer = load_planned(family, folder, plan, accelerator.device, reading, config.random_weights)
+    base = Base(folder, family, transformer)
+    trained = METHODS[config.method](config, plan, base, start_step)
+    apply_to_activations(base.module, family, plan, data.sizes_vary)
+    memory.stages.record("transformer")
+
+    source = build_source(config, plan, data, order, accelerator)
+    passes, reliefs = build_pass(config, compute, plan, base, trained)
+    run = Run(
+        config=config,
+        family=family,
+        plan=plan,
+        accelerator=accelerator,
+        memory=memory,
+        transformer=transformer,
+        trained=trained,
+        forward_backward=passes,
+        reliefs=reliefs,
+        learning_rate_at=optim.build_schedule(config, num_steps),
+        source=source,
+        steps_ahead=build_steps_ahead(config, base, source, num_steps, accelerator.device),
+        num_steps=num_steps,
+        stop=stop,
+    )
+    services = Services(run, folder, data, start_step, Course(config.output_dir, identity, changes, checkpoint, lock))
+    if checkpoint:
+        services.restore(checkpoint)
+    return run, services
+
+
+def decide_plan(
+    config: TrainConfig,
+    family: ModelFamily,
+    folder: ModelFolder,
+    data: PreparedData,
+    accelerator: Accelerator,
+    checkpoint: Checkpoint | None,
+    leaner: Leaner | None = None,
+) -> TrainingPlan:
+    """Plans a new run; a resumed run keeps its plan, since kernels and formats decide bits, unless it was too large."""
+    if checkpoint and leaner is None:
+        return read_decision(TrainingPlan, with_todays_names(checkpoint.record.get("plan", {})), "plan")
+    return plan_on_this_machine(
+        leaner_config(config, leaner) if leaner else config,
+        family,
+        folder,
+        partial(data.micro_batch_tokens, config.batch_size),
+        data.captions if family.pads_text else None,
+        accelerator.device,
+        accelerator.num_processes,
+    )
+
+
+def go_on_from(config: TrainConfig, services: Services) -> TrainConfig:
+    """Returns the config of a run that goes on from the newest checkpoint of a session that has ended."""
+    if services.saved_step == services.start_step:  # none is newer than where the session began
+        return config
+    newest = checkpoint_path(config.output_dir, services.saved_step)
+    return config.model_copy(update={"resume_from_checkpoint": str(newest)})
+
+
+def build_source(
+    config: TrainConfig, plan: TrainingPlan, data: PreparedData, order: BatchOrder, accelerator: Accelerator
+) -> BatchSource:
+    """Builds the source of this process's batches."""
+    return BatchSource(
+        order,
+        data.reader,
+        config.objective,
+        config.data_config.caption_dropout_rate,
+        accelerator.process_index,
+        accelerator.num_processes,
+        plan.text_multiple,
+    )
+
+
+def build_pass(
+    config: TrainConfig, compute: Compute, plan: TrainingPlan, base: Base, trained: TrainedWeights
+) -> tuple[ReplayedPass[Batch], Reliefs]:
+    """Builds the computation for a batch, captured and replayed where the plan says so, and what it can give up."""
+    blocks = blocks_of(base.module, base.family)
+    recompute_more = RecomputeMore(blocks, allowed=demands_of(config).recompute is not False)
+    of_batch = partial(compute, config, base.family, base.module, trained.backward)
+    parts = PassInParts(of_batch, plan.micro_batch_parts, most=1 if plan.fused_step else config.batch_size)
+    replayed = ReplayedPass(
+        parts,
+        trained.parameters.values(),
+        GraphCapturer(base.transformer.stream) if plan.captures else None,
+        plan.captures,
+        lambda: free_bytes(plan.usable_bytes),
+        in_turn(recompute_more, parts.divide),
+    )
+    return replayed, Reliefs(plan, replayed.give_up_captures, recompute_more, parts)
+
+
+def build_steps_ahead(
+    config: TrainConfig, base: Base, source: BatchSource, num_steps: int, device: torch.device
+) -> StepsAhead:
+    """Builds the announcer of coming steps to the modulation table. It does nothing where there is no table."""
+    per_step, features = config.gradient_accumulation_steps, base.family.time_features
+    return StepsAhead(
+        transformer=base.transformer,
+        family=base.family,
+        times_of=lambda step: source.times_of_step(step, per_step, features),
+        examples_per_step=config.batch_size * per_step,
+        num_steps=num_steps,
+        guidance=config.objective.guidance,
+        device=device,
+    )
+
+
+def planned_steps(config: TrainConfig, order: BatchOrder) -> int:
+    """Counts the optimizer steps of the whole run: `max_train_steps` or `num_train_epochs`, whichever ends first."""
+    limits = [config.max_train_steps] if config.max_train_steps is not None else []
+    if config.num_train_epochs is not None:
+        micro_batches = order.epoch_end(config.num_train_epochs - 1)
+        limits.append(-(-micro_batches // config.gradient_accumulation_steps))
+    return min(limits)
