@@ -130,6 +130,53 @@ def test_captured_steps_of_many_sizes_share_their_memory() -> None:
     assert all(torch.isfinite(replay()) for replay in replays)
 
 
+@dataclass(frozen=True)
+class Rows:
+    """Inputs of a pass that are one tensor."""
+
+    values: Tensor
+
+    @property
+    def shapes(self) -> Hashable:
+        return self.values.shape
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Rows:
+        return Rows(change(self.values))
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (self.values,)
+
+
+def test_captures_can_be_given_back_while_a_replay_runs() -> None:
+    """As where the next micro-batch has another shape, which has no room beside the captures."""
+    weight = nn.Parameter(torch.randn(4096, 4096, device=DEVICE) / 64)
+
+    def compute(inputs: Rows) -> Tensor:
+        hidden = inputs.values
+        for _ in range(100):
+            hidden = torch.tanh(hidden @ weight)
+        loss = hidden.square().mean()
+        loss.backward()
+        return loss.detach()
+
+    replayed = ReplayedPass(compute, [weight], GraphCapturer())
+    inputs = Rows(torch.randn(16384, 4096, device=DEVICE))
+    for _ in range(4):
+        plain = replayed(inputs).clone()
+        replayed.zero_gradients()
+    assert replayed.history.made == 1
+    torch.cuda.synchronize()
+    expected = weight.grad
+    for _ in range(3):
+        replayed(inputs)  # takes about a second
+        replayed.release()
+        torch.cuda.synchronize()
+        assert expected is not None and expected.isfinite().all()
+        replayed.zero_gradients()
+        again = replayed(inputs).clone()
+    torch.testing.assert_close(again, plain, rtol=0, atol=0)
+
+
 def test_a_capture_that_breaks_off_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     """The capture fails in the middle of a backward pass, with copies of weights and of blocks' inputs under way."""
     monkeypatch.setattr(activations, "MIN_OFFLOADED_BYTES", 0)

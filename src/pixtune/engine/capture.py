@@ -273,6 +273,10 @@ class ReplayedPass(Generic[InputsT]):
 
     def release(self) -> None:
         """Gives back the memory of all captures, or of one that failed; shapes are captured anew when they come up."""
+        if torch.cuda.is_initialized():
+            # A replay may still run, on another stream than the one that its memory was taken on. torch waits for that
+            # one alone before it takes the memory away.
+            torch.cuda.synchronize()
         self._captures.clear()
         free_unused()
 

@@ -165,6 +165,17 @@ def test_memory_that_was_given_back_is_taken_again_at_the_next_call() -> None:
     assert fake.captured == 2
 
 
+def test_captures_are_given_back_only_when_no_replay_runs_any_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    replayed, _, _ = build()
+    for _ in range(PLAIN_CALLS + 1):
+        replayed(Numbers(torch.ones(2)))
+    held: list[int] = []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: held.append(len(replayed._captures)))
+    replayed.release()
+    assert held == [1] and not replayed._captures
+
+
 def test_what_cannot_be_captured_runs_plainly_and_says_why(caplog: pytest.LogCaptureFixture) -> None:
     def refuse(work: Callable[[], Tensor]) -> Replay:
         raise RuntimeError("operation not permitted when stream is capturing\nmore")
