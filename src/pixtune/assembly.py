@@ -162,7 +162,7 @@ def assemble(
     )
     services = Services(run, folder, data, start_step, Course(config.output_dir, identity, changes, checkpoint, lock))
     if checkpoint:
-        services.restore(checkpoint)
+        services.checkpoints.restore(checkpoint)
     return run, services
 
 

@@ -1,7 +1,7 @@
 """READ FIRST. One training run: `train` has it assembled, `run_steps` is the loop, `train_step` is one step.
 
 The story continues in `assembly.py` (what a run is made of), `objective.py` (what a step learns), `data/batches.py`
-(what it sees), `families/` (what a model looks like), `plan/training.py` (what memory allows), `services.py` (what
+(what it sees), `families/` (what a model looks like), `plan/training.py` (what memory allows), `services/` (what
 happens around the steps) and `storage/checkpoint.py` (what a crash leaves).
 """
 

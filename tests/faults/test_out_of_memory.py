@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from pixtune import assembly, services
+from pixtune import assembly
 from pixtune import train as training
 from pixtune.config import load_config
 from pixtune.config.schema import TrainConfig
@@ -26,6 +26,7 @@ from pixtune.hardware.facts import GIB
 from pixtune.judging.validation import ValidationLoss, measure
 from pixtune.plan.training import TrainingPlan
 from pixtune.planning import Leaner, plan_on_this_machine
+from pixtune.services import held_out_loss
 from pixtune.storage.checkpoint import find_checkpoints, load_checkpoint
 from pixtune.trained.weight_update import WeightUpdate
 from tests.runs import overrides, write_config
@@ -195,7 +196,7 @@ def test_a_held_out_loss_that_lacks_memory_is_measured_one_by_one(
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return measure(*arguments)
 
-    monkeypatch.setattr(services, "measure", lack_memory)
+    monkeypatch.setattr(held_out_loss, "measure", lack_memory)
     once = training.train(config_of(tmp_path / "lacking", warm_cache, **changes))
     assert batch_sizes == [2, 1] * 2
     assert once.last_loss is not None and whole.last_loss is not None

@@ -87,9 +87,9 @@ def break_services() -> None:
     import torch
     from accelerate import Accelerator
 
-    from pixtune import services
     from pixtune.report import results
     from pixtune.sampler import PromptSampler
+    from pixtune.services import held_out_loss
     from pixtune.storage.course import Course
     from pixtune.tracking.figures import DriftWatch
 
@@ -99,7 +99,7 @@ def break_services() -> None:
 
         return failing
 
-    vars(services)["measure"] = fail(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"))
+    vars(held_out_loss)["measure"] = fail(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"))
     for owner, name, error in (
         (PromptSampler, "sample", ValueError("a picture with no pixels")),
         (Course, "prune", PermissionError(13, "Permission denied")),

@@ -28,6 +28,8 @@ from pixtune.judging.validation import measure
 from pixtune.launch.stop import StopRequest
 from pixtune.plan.encoders import PLAINLY
 from pixtune.progress import StepBar
+from pixtune.services import held_out_loss, swapped_controls
+from pixtune.services.swapped_controls import SwappedControls
 from pixtune.storage.checkpoint import find_checkpoints, load_checkpoint
 from pixtune.storage.course import Course
 from pixtune.tracking.figures import StepFigures
@@ -117,15 +119,16 @@ def whole(tmp_path_factory: pytest.TempPathFactory, warm_cache: Path) -> tuple[P
         seen.has_gradients.append(any(bool(gradient.any()) for gradient in gradients if gradient is not None))
         return plain_forward_backward(config, family, transformer, backward, batch)
 
-    def asked(_: services.Services) -> None:
+    def asked(_: SwappedControls, step: int) -> None:
+        assert step == 0
         seen.asked_whether_swapped += 1
 
     handle = register_optimizer_step_pre_hook(seen.before_step)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(services.Services, "__enter__", entered)
-        patch.setattr(services, "measure", measured)
+        patch.setattr(held_out_loss, "measure", measured)
         patch.setattr(training, "forward_backward", forward_backward)
-        patch.setattr(services.Services, "_check_direction", asked)
+        patch.setattr(SwappedControls, "look", asked)
         patch.setattr(StepFigures, "track", lambda _, step, values: seen.tracked.append((step, dict(values))))
         patch.setattr(StepBar, "figures", lambda _, loss, seconds, images, *rest: seen.images.append(seconds * images))
         patch.setattr(MetricsLog, "sync", synced)
@@ -166,10 +169,10 @@ def test_a_new_run_is_asked_once_whether_its_controls_are_swapped(whole: tuple[P
 @pytest.mark.parametrize("as_given", [-1.5, 1.5])
 def test_swapped_controls_are_a_warning(as_given: float, monkeypatch: pytest.MonkeyPatch) -> None:
     gains = Gains((as_given,) * 8, (-as_given,) * 8)
-    monkeypatch.setattr(services, "measure_gains", lambda *arguments: gains)
+    monkeypatch.setattr(swapped_controls, "measure_gains", lambda *arguments: gains)
     printed: list[str] = []
-    around: Any = MagicMock(is_main=True, _print=printed.append)
-    services.Services._check_direction(around)
+    session: Any = MagicMock(is_main=True, print=printed.append)
+    SwappedControls(session).look(0)
     assert [line.startswith("warning: ") for line in printed] == [True] * (as_given < 0)
 
 

@@ -1,0 +1,73 @@
+"""Measures the held-out loss between steps, and lets the guard of the losses judge it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import isfinite
+from typing import Any
+
+from pixtune.engine.relief import first_that_fits
+from pixtune.judging.validation import NUM_QUARTERS, ValidationLoss, measure
+from pixtune.services.checkpoints import Checkpoints
+from pixtune.services.session import Session
+
+
+class HeldOutLoss:
+    """The look at held-out pictures: see `judging/validation.py`."""
+
+    name = "the held-out loss"
+
+    def __init__(self, session: Session, checkpoints: Checkpoints) -> None:
+        self._session, self._checkpoints = session, checkpoints
+        self.losses: dict[int, ValidationLoss] = {}
+        """Held-out losses by step, those before a resume included."""
+
+    def remember(self, lines: Sequence[dict[str, Any]]) -> None:
+        """Takes the losses so far from the log's lines."""
+        self.losses = {
+            line["step"]: ValidationLoss(line["loss"], tuple(line["quarters"]))
+            for line in lines
+            if line["kind"] == "validation"
+        }
+        means = {step: loss.mean for step, loss in self.losses.items()}
+        self._checkpoints.guard.held_out = {step: mean for step, mean in means.items() if isfinite(mean)}
+
+    def is_due(self, step: int) -> bool:
+        """Returns whether it is due after this step."""
+        return self._session.is_due(step, self._session.config.validation.every)
+
+    def look(self, step: int) -> None:
+        """Measures, unless that was done before a resume."""
+        session, run = self._session, self._session.run
+        pictures, config = session.data.held_out, session.config
+        if not pictures or not session.is_main or step in self.losses:
+            return
+        num_draws = config.validation.num_draws
+        num_passes = len(pictures) * -(-NUM_QUARTERS * num_draws // config.batch_size)
+        with session.aside("held-out loss", num_passes) as after_pass:
+
+            def measured(batch_size: int) -> ValidationLoss:
+                return measure(
+                    run.family, run.transformer, pictures, num_draws, config.seed, run.accelerator.device,
+                    config.objective.guidance, batch_size, after_pass,
+                )  # fmt: skip
+
+            def one_by_one() -> ValidationLoss:
+                run.forward_backward.release()
+                return measured(batch_size=1)
+
+            loss = first_that_fits([lambda: measured(config.batch_size), one_by_one], self.name)
+        self.losses[step] = loss
+        session.log.write("validation", step, loss=loss.mean, quarters=loss.quarters)
+        session.figures.track(step, {"held_out_loss": loss.mean})
+        session.print(f"step {step}: held-out loss {loss.mean:.4f}")
+
+    def judge(self, step: int) -> None:
+        """Hands the loss to the guard.
+
+        Raises:
+            TrainingError: the loss is no number, or has exploded, and the run is to end.
+        """
+        if step in self.losses and step not in self._checkpoints.guard.held_out:
+            with self._checkpoints.ending_well(step):
+                self._session.figures.see_held_out(step, self.losses[step])
