@@ -233,6 +233,7 @@ def weigh(command: Sequence[str]) -> tuple[TrainConfig, Footprint]:
 
 def read_prepared(command: Sequence[str]) -> Prepared:
     """Reads a prepared cell as its run does."""
+    from pixtune.config.folders import folders_of
     from pixtune.data.examples import read_examples
     from pixtune.data.prepare import control_rules
     from pixtune.data.random_data import random_data
@@ -242,7 +243,7 @@ def read_prepared(command: Sequence[str]) -> Prepared:
     folder = open_model_folder(config.pretrained_model_name_or_path)
     family, settings = family_of(folder), config.data_config
     rules = control_rules(family, folder, settings.control_size)
-    examples = read_examples(settings, settings.img_dir, family.pixel_multiple(folder), settings.random_ratio, rules)
+    examples = read_examples(folders_of(settings), family.pixel_multiple(folder), rules)
     return Prepared(config, family, folder, random_data(config, family, folder, examples, []))
 
 

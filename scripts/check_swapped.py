@@ -24,6 +24,7 @@ from torch import Tensor
 from train_tiny_models import EDITS, load_pixels
 
 from pixtune import randomness
+from pixtune.config.folders import folders_of
 from pixtune.config.sections import DataConfig
 from pixtune.data.cache import Ledger, MemoryStore
 from pixtune.data.encode import Encoder
@@ -99,7 +100,7 @@ def both_ways(pair_set: PairSet, folder: Path, encodings: Encodings) -> list[Enc
     assert rules is not None, "an edit model takes controls"
     pairs = [
         BothWays(example, swap(example, read_size(example.image_path), read_size(example.control_paths[0]), rules))
-        for example in read_examples(config, config.img_dir, family.pixel_multiple(model), False, rules)
+        for example in read_examples(folders_of(config), family.pixel_multiple(model), rules)
     ]
     encodings.fill_texts(list(dict.fromkeys(needed_texts(pairs, family.dropped_caption))))
     encodings.fill_pictures(list(dict.fromkeys(needed_pictures(pairs))))

@@ -126,7 +126,7 @@ def assemble(
         config, family, folder, accelerator, memory.stages, encoders,
         lambda found: check_run(config, checkpoint, replace(identity, **found.entries)),
     )  # fmt: skip
-    order = BatchOrder(data.buckets, config.batch_size * accelerator.num_processes, config.seed)
+    order = BatchOrder(data.buckets, config.batch_size * accelerator.num_processes, config.seed, data.repeats)
     num_steps = planned_steps(config, order)
     identity = replace(identity, **data.fingerprint.entries, num_steps=num_steps)
     changes = check_run(config, checkpoint, identity)

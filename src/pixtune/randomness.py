@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 Purpose = Literal[
     "order",
     "ratio",
+    "repeats",
     "caption dropout",
     "sigma",
     "noise",

@@ -47,6 +47,11 @@ EFFECTS: dict[str, Effect] = {
     ),
     "output_dir": Effect("files", ("RUN/out", "RUN/elsewhere")),
     "data_config.img_dir": Effect("steps", ("SCENE/pictures", "SCENE/other_pictures")),
+    "data_config.folders": Effect(
+        "steps",
+        ([{"img_dir": "SCENE/pictures"}], [{"img_dir": "SCENE/pictures"}, {"img_dir": "SCENE/other_pictures"}]),
+        {"data_config.img_dir": None},
+    ),
     "data_config.control_dir": Effect("steps", ("SCENE/edit/control", "SCENE/edit/other_control"), EDIT),
     "data_config.allow_missing_controls": Effect(
         "error", (False, True), {**EDIT, "data_config.control_dir": "SCENE/edit/too_few_controls"}

@@ -21,6 +21,7 @@ from pixtune.bench.peaks import measure_peaks
 from pixtune.bench.result import Case, Formats, Memory, Result, Timing, make_result
 from pixtune.bench.synthetic import DEFAULT_WORDS, count_controls, count_pictures, timing_words, write_pictures
 from pixtune.config import load_config
+from pixtune.config.folders import folders_of, largest_size
 from pixtune.config.schema import TrainConfig
 from pixtune.config.sections import GuardConfig
 from pixtune.data.batches import Batch
@@ -109,7 +110,7 @@ def write_case(folder: Path, path: Path, overrides: Sequence[str], request: Requ
         ConfigError: the config is wrong.
     """
     config = load_config(path, overrides, folders_must_exist=False)
-    data, size_pixels = config.data_config, request.resolution_pixels or config.data_config.img_size
+    data, size_pixels = config.data_config, request.resolution_pixels or largest_size(config.data_config)
     pictures = write_pictures(
         folder / "pictures",
         size_pixels,
@@ -126,7 +127,7 @@ def write_case(folder: Path, path: Path, overrides: Sequence[str], request: Requ
 def usual_controls(config: TrainConfig) -> int:
     """Counts the control pictures of an example: one a folder; one where a metadata file names them."""
     folders = count_controls(config)
-    if folders or config.data_config.metadata_file is None:
+    if folders or not any(folder.metadata_file for folder in folders_of(config.data_config)):
         return folders
     return min(1, family_of(open_model_folder(config.pretrained_model_name_or_path)).max_controls)
 
@@ -169,7 +170,7 @@ def describe_case(run: Run, services: Services) -> Case:
         model=services.folder.pipeline_class,
         num_weights=footprint.num_weights,
         method=config.method,
-        resolution_pixels=config.data_config.img_size,
+        resolution_pixels=largest_size(config.data_config),
         num_controls=count_controls(config),
         num_image_tokens=data.most_image_tokens,
         num_text_tokens=data.most_text_tokens,

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from pixtune.config.folders import folders_of
 from pixtune.config.schema import TrainConfig
 
 PATCHES = 8
@@ -45,8 +46,7 @@ def write_pictures(
 
 def count_controls(config: TrainConfig) -> int:
     """Counts the control pictures that an example of this config has, going by its folders."""
-    folders = config.data_config.control_dir
-    return 0 if folders is None else len(folders) if isinstance(folders, tuple) else 1
+    return max(len(folder.control_dirs) for folder in folders_of(config.data_config))
 
 
 def count_pictures(config: TrainConfig) -> int:
@@ -64,6 +64,7 @@ def timing_words(
     """
     values: dict[str, object] = {
         "output_dir": str(folder / "run"),
+        "data_config.folders": [],
         "data_config.img_dir": str(data.images),
         "data_config.control_dir": [str(path) for path in data.controls] or None,
         "data_config.metadata_file": None,

@@ -7,9 +7,11 @@ kilobytes of a download of tens of gigabytes. Of the models that pixtune names, 
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from pixtune.config.folders import folders_of, largest_size
 from pixtune.config.schema import TrainConfig
 from pixtune.data.pairs import find_pairs
 from pixtune.errors import DataError
@@ -36,7 +38,7 @@ class Length:
     """Length of a run as its config has it."""
 
     num_pictures: int | None
-    """Pictures in `data_config.img_dir`; None where it cannot be read yet."""
+    """Pictures in all folders; None where they cannot be read yet."""
     num_steps: int | None
     """Optimizer steps; None where epochs decide and the pictures are not there yet."""
     pictures_per_step: int
@@ -125,7 +127,8 @@ def make_report(config: TrainConfig, card: str | None = None, host_gib: float | 
     tokens, assumed = assumed_tokens(config, family, folder)
     length = length_of(config)
     if length.num_pictures is None:
-        assumptions.append(f"there are no pictures in {config.data_config.img_dir} yet")
+        places = " or ".join(str(folder.img_dir) for folder in folders_of(config.data_config))
+        assumptions.append(f"there are no pictures in {places} yet")
     captions = Captions(differ=True) if family.pads_text else None
     text = padded_length(tokens.text, least_multiple(config, captions))
     footprint = footprint_of(config, family, folder, config.batch_size * (tokens.image + text))
@@ -165,15 +168,19 @@ def before_cuda(facts: HardwareFacts) -> HardwareFacts:
 
 def length_of(config: TrainConfig) -> Length:
     """Counts the pictures and steps of a run on one GPU; opens no picture."""
-    data, micro_batches = config.data_config, config.gradient_accumulation_steps
+    micro_batches = config.gradient_accumulation_steps
+    folders = folders_of(config.data_config)
     try:
-        num_pictures: int | None = len(find_pairs(data.img_dir, data.caption_type).pairs) or None
+        counts = [len(find_pairs(folder.img_dir, folder.caption_type).pairs) for folder in folders]
+        num_pictures: int | None = sum(counts) or None
     except DataError:
         num_pictures = None
     limits = [config.max_train_steps] if config.max_train_steps is not None else []
     if config.num_train_epochs is not None and num_pictures is not None:
+        turns = sum(folder.repeats * count for folder, count in zip(folders, counts, strict=True))
         trained = num_pictures - round(config.validation.held_out * num_pictures)
-        limits.append(-(-trained * config.num_train_epochs // (config.batch_size * micro_batches)))
+        turns *= trained / num_pictures
+        limits.append(math.ceil(turns * config.num_train_epochs / (config.batch_size * micro_batches)))
     return Length(num_pictures, min(limits, default=None), config.batch_size * micro_batches, micro_batches)
 
 
@@ -181,7 +188,7 @@ def assumed_tokens(config: TrainConfig, family: ModelFamily, folder: ModelFolder
     """Returns the tokens of an example before any picture is read, and what was assumed for them."""
     data = config.data_config
     multiple = family.pixel_multiple(folder)
-    side = max(data.img_size // multiple, 1) * multiple
+    side = max(largest_size(data) // multiple, 1) * multiple
     longest = TEXT_TOKENS if data.max_text_tokens is None else data.max_text_tokens
     assumptions = [f"pictures of {side}x{side} pixels and captions of {longest} tokens; a run counts its own"]
     num_controls = _num_controls(config, family)
@@ -203,9 +210,8 @@ def _image_tokens(family: ModelFamily, folder: ModelFolder, side: int) -> int:
 
 def _num_controls(config: TrainConfig, family: ModelFamily) -> int:
     """Returns the control pictures of an example; an edit model gets one where the config names none."""
-    folders = config.data_config.control_dir
-    given = len(folders) if isinstance(folders, tuple) else 1
-    return min(family.max_controls, given)
+    given = max(len(folder.control_dirs) for folder in folders_of(config.data_config))
+    return min(family.max_controls, max(given, 1))
 
 
 def surroundings_of(
@@ -217,7 +223,7 @@ def surroundings_of(
     if config.random_weights and folder.has_weights("transformer"):
         return Surroundings(EncoderSizes(0, 0), PLAINLY)
     data, settings = config.data_config, config.samples
-    side = data.img_size
+    side = largest_size(data)
     encoded_side = max(side, data.control_size) if _num_controls(config, family) else side
     caption_tokens = max(tokens.text, TEXT_TOKENS)
     sizes = encoder_sizes(config, family, folder, caption_tokens, encoded_side * encoded_side)

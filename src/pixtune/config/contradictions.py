@@ -26,7 +26,39 @@ def contradictions(values: Mapping[str, Any]) -> list[Contradiction]:
             sentence = rule(*(values[key] for key in keys))
             if sentence is not None:
                 found.append(Contradiction(keys, sentence))
+    return found + _within_folders(values.get("data_config.folders", ()))
+
+
+def _within_folders(folders: Any) -> list[Contradiction]:
+    """Returns the contradictions inside each item of `data_config.folders`, whose values may be wrong themselves."""
+    found = []
+    for number, item in enumerate(folders if isinstance(folders, list | tuple) else ()):
+        place, values = f"data_config.folders[{number}]", dict(item)
+        if values.get("control_dir") is not None and values.get("metadata_file") is not None:
+            sentence = f"{place} has both control_dir and metadata_file: the file names its own controls"
+            found.append(Contradiction((f"{place}.control_dir", f"{place}.metadata_file"), sentence))
     return found
+
+
+def _some_pictures(folder: object, folders: Any) -> str | None:
+    if folder is None and not folders:
+        return (
+            "data_config.img_dir is required and missing. Folder of pictures, each with a caption file of the same "
+            "stem beside it; or name several in data_config.folders"
+        )
+    if folder is not None and folders:
+        return (
+            "data_config.img_dir and data_config.folders are both given: make that folder one of the list, as "
+            f"{{img_dir: {folder}}}"
+        )
+    return None
+
+
+def _places_stand_in_folders(folders: Any, controls: object, metadata: object) -> str | None:
+    given = [name for name, value in (("control_dir", controls), ("metadata_file", metadata)) if value is not None]
+    if folders and given:
+        return f"data_config.{' and '.join(given)} given beside data_config.folders: write it into its folder"
+    return None
 
 
 def _one_batch_size(outer: int | None, inner: int | None) -> str | None:
@@ -84,6 +116,8 @@ def _one_held_out_set(share: float, folder: Path | None) -> str | None:
 
 
 _RULES: tuple[tuple[tuple[str, ...], Callable[..., str | None]], ...] = (
+    (("data_config.img_dir", "data_config.folders"), _some_pictures),
+    (("data_config.folders", "data_config.control_dir", "data_config.metadata_file"), _places_stand_in_folders),
     (("train_batch_size", "data_config.train_batch_size"), _one_batch_size),
     (("max_train_steps", "num_train_epochs"), _some_length),
     (("lr_scheduler", "lr_step_rules"), _rules_for_their_schedule),

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pixtune.config.other_names import ABSENT, OTHER_NAMES
-from pixtune.config.schema import NOT_YET, OLDER_NAMES, TrainConfig, leaf_keys, sections
+from pixtune.config.schema import NOT_YET, OLDER_NAMES, TrainConfig, item_keys, leaf_keys, section_of
 from pixtune.config.sources import nearest_keys
 
 NUMBERS = {"integer": "a whole number", "number": "a number"}
@@ -20,7 +20,7 @@ class KeyDescription:
     """A key as a user reads of it."""
 
     name: str
-    """Dotted: "rank", "data_config.img_dir"."""
+    """Dotted: "rank", "data_config.img_dir", "data_config.folders[].repeats"."""
     values: str
     """Values that it can have, in words."""
     default: str
@@ -49,9 +49,10 @@ def describe_keys() -> list[KeyDescription]:
     for name, ours in (*OTHER_NAMES.items(), *OLDER_NAMES.items()):
         elsewhere.setdefault(ours, []).append(name)
     described = []
-    for key in leaf_keys():
+    for key in (*leaf_keys(), *item_keys()):
         section, _, name = key.rpartition(".")
-        holder = schema["$defs"][sections()[section].__name__] if section else schema
+        of_section = section_of(section)
+        holder = schema["$defs"][of_section.__name__] if of_section else schema
         values = holder["properties"][name]
         required = name in holder.get("required", ())
         described.append(
@@ -72,8 +73,11 @@ def in_words(values: Mapping[str, Any]) -> str:
         return " or ".join(in_words(each) for each in values["anyOf"] if each.get("type") != "null")
     if "enum" in values:
         return " | ".join(json.dumps(each) for each in values["enum"])
+    if "$ref" in values:
+        return "a section of keys"
     if values.get("type") == "array":
-        return f"a list of {in_words(values['items']).removeprefix('a ').replace('whole number', 'whole numbers')}"
+        items = in_words(values["items"]).removeprefix("a ")
+        return f"a list of {items.replace('whole number', 'whole numbers').replace('section of', 'sections of')}"
     if values.get("format") == "path":
         return "a path"
     words = PLAIN_TYPES[values["type"]]
@@ -131,9 +135,9 @@ name, by its name in other trainers, or by a word of its description, and editor
 `train_configs/`.
 
 A config is a YAML file. Any key can also stand on the command line, as `rank=32` or `data_config.img_dir=./pictures`,
-and wins over the file there. Required are `pretrained_model_name_or_path`, `output_dir`, `data_config.img_dir` and
-one of `max_train_steps` and `num_train_epochs`. Where a key about memory is left out, the planner chooses by the
-memory there is: `pixtune plan CONFIG` shows what and why.
+and wins over the file there. Required are `pretrained_model_name_or_path`, `output_dir`, `data_config.img_dir` or
+`data_config.folders`, and one of `max_train_steps` and `num_train_epochs`. Where a key about memory is left out, the
+planner chooses by the memory there is: `pixtune plan CONFIG` shows what and why.
 """
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -15,14 +16,17 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from pixtune.config.contradictions import contradictions
-from pixtune.config.schema import NOT_YET, TrainConfig, leaf_keys, sections
-from pixtune.config.sources import COMMAND_LINE, Entry, Fault, Place, read_file, read_overrides, show
+from pixtune.config.schema import LIST_SECTIONS, NOT_YET, TrainConfig, is_leaf, leaf_keys, section_of
+from pixtune.config.sources import COMMAND_LINE, Entry, Fault, Place, overridden, read_file, read_overrides, show
 from pixtune.config.yaml_tree import ConfigDumper
 from pixtune.errors import ConfigError, NotYetError
 
 logger = logging.getLogger(__name__)
 
-FOLDERS = ("data_config.img_dir", "data_config.control_dir", "validation.held_out_dir")
+FOLDERS = (
+    "data_config.img_dir", "data_config.control_dir", "data_config.folders[].img_dir",
+    "data_config.folders[].control_dir", "validation.held_out_dir",
+)  # fmt: skip
 """Keys whose folders must exist before a run does anything else."""
 
 WRITTEN = ("output_dir", "data_config.cache_dir")
@@ -49,13 +53,14 @@ def load_config(path: Path | None, overrides: Sequence[str] = (), folders_must_e
         whole, entries, faults = COMMAND_LINE, from_command.entries, from_command.faults
     else:
         from_file = read_file(path)
-        whole, entries = Place(0, str(path)), {**from_file.entries, **from_command.entries}
+        whole, entries = Place(0, str(path)), overridden(from_file.entries, from_command.entries)
         faults = [*from_file.faults, *from_command.faults]
         if not from_file.readable:
             raise _error(whole, faults)
 
+    faults += _beyond_lists(entries)
     try:
-        config, wrong_keys = TrainConfig.model_validate(_nested(entries.values())), set[str]()
+        config, wrong_keys = TrainConfig.model_validate(_nested(entries)), set[str]()
     except ValidationError as error:
         config, by_key = None, _errors_by_key(error)
         wrong_keys = set(by_key)
@@ -88,23 +93,58 @@ def resolved_yaml(config: TrainConfig) -> str:
 # ---- checks
 
 
-def _nested(entries: Iterable[Entry]) -> dict[str, Any]:
+def _nested(entries: Mapping[str, Entry]) -> dict[str, Any]:
+    """Returns the tree of all values. What is within a list of sections joins its items there."""
     tree: dict[str, Any] = {"data_config": {}}  # required, so that its own required keys are asked for by name
-    for entry in entries:
+    in_order = sorted(entries.values(), key=lambda entry: "[" in entry.key)  # a list comes before what is in it
+    for entry in in_order:
         section, _, name = entry.key.rpartition(".")
-        (tree.setdefault(section, {}) if section else tree)[name] = entry.value
+        listed, _, number = section.rstrip("]").partition("[")
+        if number:
+            items = _items(tree, listed)
+            if int(number) < len(items):
+                items[int(number)][name] = entry.value
+        else:
+            value = entry.value
+            if entry.key in LIST_SECTIONS and isinstance(value, list):
+                value = [{} for _ in value]
+            (tree.setdefault(section, {}) if section else tree)[name] = value
     return tree
 
 
+def _items(tree: Mapping[str, Any], key: str) -> list[dict[str, Any]]:
+    """Returns the items of a list of sections in a tree of values; none where it is no such list."""
+    section, _, name = key.rpartition(".")
+    found = tree.get(section, {}).get(name)
+    return found if isinstance(found, list) else []
+
+
+def _beyond_lists(entries: Mapping[str, Entry]) -> list[Fault]:
+    """Returns the faults of `data_config.folders[5].repeats=2` where the list has no such item."""
+    faults = []
+    for key, entry in entries.items():
+        listed, _, rest = key.partition("[")
+        items = entries[listed].value if listed in entries else []
+        if rest and isinstance(items, list) and int(rest.partition("]")[0]) >= len(items):
+            sentence = f"{entry.written_as} is given, and {listed} has {len(items)} items, counted from 0"
+            faults.append(Fault(entry.place, sentence))
+    return faults
+
+
 def _errors_by_key(error: ValidationError) -> dict[str, list[ErrorDetails]]:
-    """Groups pydantic's errors by dotted key. Errors of the model as a whole are left to `_contradictions`."""
-    known, by_key = set(leaf_keys()), dict[str, list[ErrorDetails]]()
+    """Groups pydantic's errors by dotted key. Errors of the model as a whole are left to `_contradictions`.
+
+    The location of each is what follows the key: an item of a list, or a kind of value.
+    """
+    by_key = dict[str, list[ErrorDetails]]()
     for details in error.errors():
-        words = [str(word) for word in details["loc"]]
-        for key in (".".join(words[:2]), *words[:1]):
-            if key in known:
-                by_key.setdefault(key, []).append(details)
-                break
+        text, key, used = "", "", 0
+        for count, word in enumerate(details["loc"], 1):
+            text = f"{text}[{word}]" if isinstance(word, int) else f"{text}.{word}".lstrip(".")
+            if is_leaf(text):
+                key, used = text, count
+        if key:
+            by_key.setdefault(key, []).append({**details, "loc": details["loc"][used:]})
     return by_key
 
 
@@ -164,6 +204,8 @@ def _contradictions(
     right: Mapping[str, Any], wrong_keys: set[str], entries: Mapping[str, Entry], whole: Place
 ) -> list[Fault]:
     values = {key: right.get(key, _field(key).default) for key in leaf_keys() if key not in wrong_keys}
+    tree = _nested({key: entry for key, entry in entries.items() if key not in wrong_keys})
+    values |= {key: _items(tree, key) for key in LIST_SECTIONS if _items(tree, key)}
     return [
         Fault(max((entries[key].place for key in keys if key in entries), default=whole), sentence)
         for keys, sentence in contradictions(values)
@@ -172,7 +214,7 @@ def _contradictions(
 
 def _folder_faults(right: Mapping[str, Any], entries: Mapping[str, Entry]) -> list[Fault]:
     faults = []
-    for key in FOLDERS:
+    for key in (key for key in entries if re.sub(r"\[\d+\]", "[]", key) in FOLDERS):
         value = right.get(key)
         for name in [] if value is None else [value] if isinstance(value, str) else value:
             folder = os.path.expanduser(name)
@@ -217,7 +259,7 @@ def _refuse_what_is_missing_yet(config: TrainConfig, entries: Mapping[str, Entry
 
 def _field(key: str) -> FieldInfo:
     section, _, name = key.rpartition(".")
-    return (sections()[section] if section else TrainConfig).model_fields[name]
+    return (section_of(section) or TrainConfig).model_fields[name]
 
 
 def _error(whole: Place, faults: Sequence[Fault]) -> ConfigError:

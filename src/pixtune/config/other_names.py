@@ -14,11 +14,13 @@ _BY_OURS: Mapping[str, str] = {
         "ckpt_path dit transformer_path"
     ),
     "output_dir": "output_folder output_path save_dir save_path save_folder output_model_destination training_folder",
-    "data_config": "dataset datasets data concepts dataset_config data_backend_config",
+    "data_config": "dataset datasets data dataset_config data_backend_config",
     "data_config.img_dir": (
         "train_data_dir instance_data_dir dataset_path dataset_dir folder_path image_dir image_directory images "
         "data_dir train_dir dataset_name instance_data_root image_folder"
     ),
+    "data_config.folders": "concepts subsets directories",
+    "data_config.folders[].repeats": "num_repeats repeats dataset_repeats balancing",
     "data_config.control_dir": (
         "control_path control_directory conditioning_dir conditioning_data_dir conditioning_image_column control_folder"
     ),
@@ -118,9 +120,6 @@ _BY_REASON: Mapping[str, str] = {
     ),
     "reg_data_dir class_data_dir class_prompt num_class_images prior_loss_weight with_prior_preservation is_reg "
     "prior_preservation": "There are no regularization pictures: leave it out, or mix them in with captions.",
-    "num_repeats repeats dataset_repeats": (
-        "Each picture is used once an epoch: leave it out. The length of a run is max_train_steps or num_train_epochs."
-    ),
     "masked_loss alpha_mask mask_path mask_dir masks use_masks conditioning_mask": (
         "The loss is not masked by this version: leave it out."
     ),
@@ -163,6 +162,7 @@ REMEDIES: Mapping[str, str] = MappingProxyType(
         "resume_from_checkpoint": "A run goes on from its own checkpoints, not from another program's LoRA.",
         "objective.weighting_scheme": 'SNR weights belong to older models; "none" is usual here.',
         "data_config.upscale": "Mind the opposite meaning; false is the default.",
+        "data_config.folders[].repeats": "It belongs to an item of data_config.folders.",
         "data_config.random_ratio": "Pictures are put into buckets of their own ratio always.",
         "method": 'It is "lora" or "full".',
         "data_config": "It is a section: put img_dir and the other keys of the pictures below it.",

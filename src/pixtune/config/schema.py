@@ -8,6 +8,7 @@ where the key is absent. `tests/unit/config/test_schema.py` checks that none is 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from difflib import get_close_matches
 from pathlib import Path
@@ -19,6 +20,7 @@ from pixtune.config.contradictions import contradictions
 from pixtune.config.sections import (
     CudaFeatures,
     DataConfig,
+    FolderConfig,
     GuardConfig,
     ObjectiveConfig,
     SamplesConfig,
@@ -252,6 +254,29 @@ def leaf_keys() -> Iterator[str]:
             yield from (f"{name}.{key}" for key in inner[name].model_fields)
         else:
             yield name
+
+
+LIST_SECTIONS: dict[str, type[Section]] = {"data_config.folders": FolderConfig}
+"""Keys whose values are lists of sections, with the section of their items."""
+
+
+def section_of(key: str) -> type[Section] | None:
+    """Returns the section that a dotted name stands for: "samples", "data_config.folders[2]"; None: it is none."""
+    listed = re.fullmatch(r"(.+)\[\d*\]", key)
+    return LIST_SECTIONS.get(listed[1]) if listed else sections().get(key)
+
+
+def item_keys() -> Iterator[str]:
+    """Yields every key of the items of lists of sections: "data_config.folders[].repeats"."""
+    for name, section in LIST_SECTIONS.items():
+        yield from (f"{name}[].{key}" for key in section.model_fields)
+
+
+def is_leaf(key: str) -> bool:
+    """Returns whether a key holds a value: "rank", "data_config.folders", "data_config.folders[2].repeats"."""
+    section, _, name = key.rpartition(".")
+    holder = section_of(section) if section else TrainConfig
+    return holder is not None and name in holder.model_fields and key not in sections()
 
 
 def _value_at(config: TrainConfig, key: str) -> object:

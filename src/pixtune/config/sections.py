@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from pixtune.config.contradictions import contradictions
 from pixtune.config.values import (
     Count,
     FewThousand,
@@ -16,6 +17,7 @@ from pixtune.config.values import (
     FilePaths,
     Name,
     PathLists,
+    Repeats,
     Seeds,
     Share,
     Side,
@@ -34,11 +36,45 @@ class Section(BaseModel):
     )
 
 
+class FolderConfig(Section):
+    """Keys of one of several folders of pictures. What a folder leaves out, `data_config` decides."""
+
+    img_dir: FilePath
+    """Folder of pictures, as `data_config.img_dir`."""
+    name: Name | None = None
+    """Name before those of its pictures in messages and checkpoints: "NAME/picture.png". Absent: the last part of
+    `img_dir`, or as many parts as tell it from the others."""
+    repeats: Repeats = 1.0
+    """Number of times that an epoch uses each of its pictures. Fractions count over the epochs: 0.5 is every second
+    epoch, 1.5 once and twice in turn. 0: none is used."""
+    control_dir: FilePath | FilePaths | None = None
+    """Folder or folders of its control pictures, as `data_config.control_dir`. Absent: no controls."""
+    metadata_file: FilePath | None = None
+    """Metadata file of its pictures, as `data_config.metadata_file`. Absent: caption files."""
+    allow_missing_controls: bool | None = None
+    """Whether a picture may lack a control. Absent: `data_config.allow_missing_controls`."""
+    caption_type: Name | None = None
+    """Extension of its caption files. Absent: `data_config.caption_type`."""
+    img_size: Side | None = None
+    """Training size of its pictures in pixels. Absent: `data_config.img_size`."""
+    random_ratio: bool | None = None
+    """Whether its pictures are cropped to ratios by chance. Absent: `data_config.random_ratio`."""
+    upscale: bool | None = None
+    """Whether its small pictures are enlarged. Absent: `data_config.upscale`."""
+
+
+Folders = Annotated[tuple[FolderConfig, ...], Field(strict=False, max_length=1000)]
+
+
 class DataConfig(Section):
     """Keys of the data set: pictures, captions, controls, and where their encodings are kept."""
 
-    img_dir: FilePath
-    """Folder of pictures, each with a caption file of the same stem beside it. Subfolders are read too."""
+    img_dir: FilePath | None = None
+    """Folder of pictures, each with a caption file of the same stem beside it. Subfolders are read too. Absent: only
+    where `folders` names some."""
+    folders: Folders = ()
+    """Several folders in place of `img_dir`, each with an `img_dir` of its own and whatever else is different for it,
+    such as `repeats` or `caption_type`. Empty: `img_dir` is the only one."""
     control_dir: FilePath | FilePaths | None = None
     """Folder of control pictures with the targets' names (edit models), or a list of folders, one for each control of
     an example. Absent: no controls."""
@@ -71,7 +107,15 @@ class DataConfig(Section):
     upscale: bool = False
     """Whether pictures smaller than `img_size` are enlarged. False: they are trained on in a smaller bucket."""
     cache_dir: FilePath | None = None
-    """Folder for encoded pictures and captions. Absent: `.pixtune_cache` inside `img_dir`."""
+    """Folder for encoded pictures and captions. Absent: `.pixtune_cache` inside `img_dir`, or inside that of the first
+    of `folders`."""
+
+    @model_validator(mode="after")
+    def _no_contradictions(self) -> DataConfig:
+        found = contradictions({f"data_config.{key}": value for key, value in self})
+        if found:
+            raise ValueError("; ".join(contradiction.sentence for contradiction in found))
+        return self
 
 
 class ObjectiveConfig(Section):

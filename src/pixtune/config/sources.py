@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher, get_close_matches
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import NamedTuple
 import yaml
 
 from pixtune.config.other_names import ABSENT, OTHER_NAMES, REMEDIES
-from pixtune.config.schema import FORMER_KEYS, OLDER_NAMES, leaf_keys, sections
+from pixtune.config.schema import FORMER_KEYS, LIST_SECTIONS, OLDER_NAMES, is_leaf, leaf_keys, section_of, sections
 from pixtune.config.yaml_tree import ABOUT_BACKSLASHES, CORE, BoundsError, ConfigLoader, compose
 from pixtune.inputs.printing import one_line
 from pixtune.inputs.reading import MEBIBYTE, read_bounded
@@ -119,8 +119,22 @@ def read_overrides(words: Sequence[str]) -> Source:
         one = Source({}, [])
         _collect_value(key, node, COMMAND_LINE, lambda _: COMMAND_LINE, one)
         source.faults.extend(one.faults)
+        for key in _replaced(source.entries, one.entries):
+            del source.entries[key]
         _add_entries(source, one.entries.values())
     return source
+
+
+def overridden(earlier: Mapping[str, Entry], later: Mapping[str, Entry]) -> dict[str, Entry]:
+    """Returns the entries of two sources, of which the later one wins; a list that it gives anew replaces the whole."""
+    replaced = _replaced(earlier, later)
+    return {**{key: entry for key, entry in earlier.items() if key not in replaced}, **later}
+
+
+def _replaced(earlier: Mapping[str, Entry], later: Mapping[str, Entry]) -> set[str]:
+    """Returns the keys of earlier entries within lists of sections that later ones give anew."""
+    lists = tuple(f"{key}[" for key in LIST_SECTIONS if key in later)
+    return {key for key in earlier if key.startswith(lists)}
 
 
 def _not_an_override(word: str, following: deque[str]) -> str:
@@ -192,20 +206,25 @@ def _collect_value(
     written_as: str, node: yaml.Node, place: Place, at: Callable[[yaml.Node], Place], source: Source
 ) -> None:
     key = current_name(written_as)
-    known_sections = sections()
-    if key in known_sections:
+    section = section_of(key)
+    if section is not None:
         if isinstance(node, yaml.MappingNode):
             _collect_mapping(node, f"{written_as}.", at, source)
         elif node.tag != CORE["null"]:  # a section whose keys are all commented out is an empty section
-            keys = ", ".join(known_sections[key].model_fields)
+            keys = ", ".join(section.model_fields)
             source.faults.append(
                 Fault(place, f"{written_as} is {show(_plain(node))}: it is a section with keys of its own: {keys}")
             )
         return
+    if key in LIST_SECTIONS and isinstance(node, yaml.SequenceNode):
+        _add_entries(source, [Entry(key, written_as, [{} for _ in node.value], place)])
+        for number, item in enumerate(node.value):
+            _collect_value(f"{written_as}[{number}]", item, at(item), at, source)
+        return
     if key in FORMER_KEYS:
         logger.warning("%s: %s has no effect any more: %s. Remove it.", place.text, key, FORMER_KEYS[key])
         return
-    if key not in set(leaf_keys()):
+    if not is_leaf(key):
         if inner := _mappings(node):  # a section of another trainer: its keys are answered one by one
             for mapping in inner:
                 _collect_mapping(mapping, f"{written_as}.", at, source)
@@ -279,8 +298,11 @@ def _hint(key: str) -> str:
     if last in ABSENT:
         return f". {ABSENT[last]}"
     known_as = OTHER_NAMES.get(last, "")
-    within = sections()[section].model_fields if section in sections() else ()
+    of_section = section_of(section)
+    within = of_section.model_fields if of_section else ()
     near = [f"{section}.{name}" for name in within if last in name.split("_")]  # samples.steps: samples.num_steps
+    if "[" in section and not near:  # in a list, only its own keys can be meant
+        near = [f"{section}.{name}" for name in get_close_matches(last, within, n=1)]
     near = near or ([known_as] if known_as else nearest_keys(key))
     remedy = f" {REMEDIES[known_as]}" if known_as in REMEDIES and near == [known_as] else ""
     return f"; did you mean {' or '.join(near)}?{remedy}" if near else ""

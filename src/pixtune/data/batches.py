@@ -45,23 +45,36 @@ class BatchOrder:
             Turns meet only where all sizes are equal.
         global_batch_size: turns in one global micro-batch.
         seed: the run's seed.
+        repeats: number of turns that each example has in an epoch, on average; empty: one each.
     """
 
-    def __init__(self, buckets: Sequence[Sequence[Signature]], global_batch_size: int, seed: int) -> None:
+    def __init__(
+        self,
+        buckets: Sequence[Sequence[Signature]],
+        global_batch_size: int,
+        seed: int,
+        repeats: Sequence[float] = (),
+    ) -> None:
         self.buckets = buckets
         self.global_batch_size = global_batch_size
         self.seed = seed
+        self.repeats = repeats or [1.0] * len(buckets)
         self._epoch_ends: list[int] = []
-        # Whether all epochs have the same number of micro-batches: no example changes its size.
-        self.is_even = all(len(set(variants)) == 1 for variants in buckets)
+        # Whether all epochs have the same number of micro-batches: no example changes its size or how often it comes.
+        self.is_even = all(len(set(variants)) == 1 for variants in buckets) and all(
+            repeats == int(repeats) for repeats in self.repeats
+        )
         self.epoch = lru_cache(maxsize=4)(self._epoch)
 
     def _epoch(self, epoch: int) -> list[list[Turn]]:
-        """Builds the micro-batches of one epoch: each example once, and some again to fill each bucket's last batch."""
+        """Builds the micro-batches of one epoch: each example once, or as often as it repeats.
+
+        Some come again to fill each bucket's last batch.
+        """
         by_bucket: dict[Signature, list[Turn]] = {}
-        for example in randomness.shuffled(len(self.buckets), self.seed, "order", epoch):
+        for example, *again in self._uses(epoch):
             variants = self.buckets[example]
-            variant = int(randomness.uniform(self.seed, "ratio", epoch, example) * len(variants))
+            variant = int(randomness.uniform(self.seed, "ratio", epoch, example, *again) * len(variants))
             by_bucket.setdefault(variants[variant], []).append(Turn(example, variant))
         size = self.global_batch_size
         micro_batches = []
@@ -70,6 +83,27 @@ class BatchOrder:
             padded = [members[i % len(members)] for i in range(-(-len(members) // size) * size)]
             micro_batches += [padded[i : i + size] for i in range(0, len(padded), size)]
         return [micro_batches[i] for i in randomness.shuffled(len(micro_batches), self.seed, "order", epoch, "batches")]
+
+    def _uses(self, epoch: int) -> list[tuple[int, ...]]:
+        """Lists the examples of an epoch in random order: (example,) for its first use, (example, 1) for its second."""
+        uses = [
+            (example, number) if number else (example,)
+            for example in range(len(self.buckets))
+            for number in range(self._num_uses(epoch, example))
+        ]
+        return sorted(uses, key=lambda use: randomness.draw_key(self.seed, "order", epoch, *use))
+
+    def _num_uses(self, epoch: int, example: int) -> int:
+        """Counts the uses of an example in an epoch.
+
+        A fraction is spread evenly over the epochs, from a start of the example's own: a half is every second epoch.
+        """
+        whole = int(self.repeats[example])
+        fraction = self.repeats[example] - whole
+        if not fraction:
+            return whole
+        start = randomness.uniform(self.seed, "repeats", example)
+        return whole + int((epoch + 1) * fraction + start) - int(epoch * fraction + start)
 
     def epoch_end(self, epoch: int) -> int:
         """Counts the micro-batches up to the end of this epoch."""

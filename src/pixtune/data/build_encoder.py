@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from rich.console import Console
 
+from pixtune.config.folders import folders_of
 from pixtune.config.load import why_not_writable
 from pixtune.config.schema import TrainConfig
 from pixtune.data.cache import DiskStore, Ledger, MemoryStore, missing_keys
@@ -75,7 +76,7 @@ def build_encoder(
 
 def cache_folder(config: TrainConfig) -> Path:
     """Returns the folder of a run's cache."""
-    return config.data_config.cache_dir or config.data_config.img_dir / CACHE_FOLDER
+    return config.data_config.cache_dir or folders_of(config.data_config)[0].img_dir / CACHE_FOLDER
 
 
 def check_cache(config: TrainConfig) -> None:

@@ -8,8 +8,8 @@ from functools import cached_property
 from pathlib import Path
 
 from pixtune import randomness
+from pixtune.config.folders import Folder, folder_beside, folders_of
 from pixtune.config.schema import TrainConfig
-from pixtune.config.sections import DataConfig
 from pixtune.data.buckets import Buckets, Framing, build_buckets, frame_picture, frame_variants
 from pixtune.data.controls import ControlFraming, ControlRules, frame_control
 from pixtune.data.images import picture_digest, read_size
@@ -32,6 +32,8 @@ class Example:
     control_paths: tuple[Path, ...] = ()
     control_framings: tuple[tuple[ControlFraming, ...], ...] = ()
     """Framings of the control pictures, for each of `framings`."""
+    repeats: float = 1.0
+    """Number of times that an epoch uses it, on average."""
 
     @cached_property
     def image_digest(self) -> str:
@@ -49,19 +51,15 @@ class Example:
         return (self.framings[variant].size, *(control.latents.size for control in controls))
 
 
-def control_folders(config: DataConfig) -> tuple[Path, ...]:
-    """Returns `control_dir` as a tuple."""
-    folders = config.control_dir
-    return () if folders is None else (folders,) if isinstance(folders, Path) else folders
-
-
 def folders_apart(config: TrainConfig) -> tuple[Path, ...]:
     """Returns all folders that a config names for one purpose: no other folder's pictures are taken from them."""
     data, held_out = config.data_config, config.validation.held_out_dir
-    controls = control_folders(data)
-    of_held_out = (held_out, *_beside(held_out, controls)) if held_out is not None else ()
+    folders = folders_of(data)
+    pictures = [each.img_dir for each in folders]
+    controls = [control for each in folders for control in each.control_dirs]
+    of_held_out = (held_out, *folder_beside(data, held_out).control_dirs) if held_out is not None else ()
     own = (config.output_dir, config.output_dir / config.logging_dir, *([data.cache_dir] if data.cache_dir else []))
-    return (data.img_dir, *controls, *of_held_out, *own)
+    return tuple(dict.fromkeys((*pictures, *controls, *of_held_out, *own)))
 
 
 def check_purposes(config: TrainConfig) -> None:
@@ -70,115 +68,133 @@ def check_purposes(config: TrainConfig) -> None:
     Raises:
         ConfigError: one is; names the keys.
     """
-    data, held_out = config.data_config, config.validation.held_out_dir
-    held_out_folders = () if held_out is None else (held_out,)
-    folders = {
-        "data_config.img_dir": (data.img_dir,),
-        "data_config.control_dir": control_folders(data),
-        "validation.held_out_dir": held_out_folders,
+    held_out = config.validation.held_out_dir
+    one_purpose = {
+        "validation.held_out_dir": () if held_out is None else (held_out,),
         "output_dir": (config.output_dir,),
     }
-    real = {key: {folder.resolve() for folder in named} for key, named in folders.items()}
-    faults = [
-        f"{one} and {other} are one folder: {reason}." for one, other, reason in _SPOILED if real[one] & real[other]
-    ]
+    faults = []
+    for each in folders_of(config.data_config):
+        folders = {"img_dir": (each.img_dir,), "control_dir": each.control_dirs, **one_purpose}
+        real = {key: {folder.resolve() for folder in named} for key, named in folders.items()}
+        for one, other, reason in _SPOILED:
+            if real[one] & real[other]:
+                place = f"{each.place}.{one}" if one in ("img_dir", "control_dir") else one
+                faults.append(f"{place} and {other} are one folder: {reason}.")
+    faults = list(dict.fromkeys(faults))
     if faults:
         raise ConfigError("each purpose needs a folder of its own", faults)
 
 
 _SPOILED = (
-    ("data_config.img_dir", "validation.held_out_dir", "what is measured would be trained on"),
-    ("data_config.img_dir", "output_dir", "the run's own pictures would be taken for training pictures"),
+    ("img_dir", "validation.held_out_dir", "what is measured would be trained on"),
+    ("img_dir", "output_dir", "the run's own pictures would be taken for training pictures"),
     ("validation.held_out_dir", "output_dir", "the run's own pictures would be taken for held-out pictures"),
-    ("data_config.control_dir", "output_dir", "the run's own pictures would be taken for controls"),
+    ("control_dir", "output_dir", "the run's own pictures would be taken for controls"),
 )
 """Pairs of keys that must not name one folder, each with what would happen."""
 
 
-def _beside(held_out: Path, controls: Sequence[Path]) -> tuple[Path, ...]:
-    """Returns the control folders of a held-out folder, which lie beside it by the names of the training pictures'."""
-    return tuple(held_out.parent / control.name for control in controls)
-
-
-def find_examples(config: DataConfig, folder: Path, apart: Collection[Path] = ()) -> Pairs:
-    """Finds the files that belong together in a folder, by the config's layout.
+def find_examples(folder: Folder, apart: Collection[Path] = ()) -> Pairs:
+    """Finds the files that belong together in a folder, by its layout.
 
     Args:
         apart: `folders_apart`, which are skipped within the folder.
     """
-    if config.metadata_file is not None and folder == config.img_dir:
-        return read_metadata(config.metadata_file, folder)
-    controls = control_folders(config)
-    if folder != config.img_dir:
-        controls = _beside(folder, controls)
-    return find_pairs(folder, config.caption_type, controls, config.allow_missing_controls, apart)
+    if folder.metadata_file is not None:
+        return read_metadata(folder.metadata_file, folder.img_dir)
+    return find_pairs(folder.img_dir, folder.caption_type, folder.control_dirs, folder.allow_missing_controls, apart)
 
 
 def read_examples(
-    config: DataConfig,
-    folder: Path,
+    folders: Sequence[Folder],
     multiple: int,
-    random_ratio: bool,
     controls: ControlRules | None = None,
     apart: Collection[Path] = (),
     note: Callable[[str], None] = lambda sentence: None,
 ) -> list[Example]:
-    """Reads all examples of a folder, in the order of their names.
+    """Reads all examples of some folders: folder by folder, in the order of their names.
 
     Only headers of pictures are read; damage behind them is for `check_folder` to find.
 
     Args:
         multiple: number that picture sides, in pixels, must be divisible by.
-        random_ratio: frame each picture for every ratio instead of its own alone.
         controls: the model's use of control pictures; None: it takes none.
         apart: as for `find_examples`.
         note: called with each sentence on what was passed over.
 
     Raises:
-        DataError: all problems of the folder, together.
+        DataError: all problems of all folders, together.
     """
-    found = find_examples(config, folder, apart)
+    examples: list[Example] = []
+    errors: list[DataError] = []
+    for folder in folders:
+        try:
+            examples += _read_folder(folder, multiple, controls, apart, note)
+        except DataError as error:
+            errors.append(error)
+    if errors:
+        first, *others = errors
+        if not others:
+            raise first
+        faults = [fault for error in errors for fault in error.faults]
+        raise DataError(f"{len(errors)} folders cannot be trained on, {len(faults)} problems", faults)
+    return examples
+
+
+def _read_folder(
+    folder: Folder,
+    multiple: int,
+    controls: ControlRules | None,
+    apart: Collection[Path],
+    note: Callable[[str], None],
+) -> list[Example]:
+    found = find_examples(folder, apart)
     for warning in found.warnings:
         note(warning)
     try:
-        buckets = build_buckets(config.img_size, multiple)
+        buckets = build_buckets(folder.img_size, multiple)
     except ValueError as error:
-        raise DataError("pictures of this size cannot be trained on", [f"data_config.{error}"]) from error
-    faults = [*found.faults, *_control_faults(found.pairs, controls, config.allow_missing_controls)]
+        raise DataError("pictures of this size cannot be trained on", [f"{folder.place}.{error}"]) from error
+    faults = [*found.faults, *_control_faults(found.pairs, controls, folder)]
     examples = []
     for pair in found.pairs:
         try:
-            examples.append(_read_example(pair, buckets, config.upscale, random_ratio, controls))
+            examples.append(_read_example(pair, buckets, folder, controls))
         except DataError as error:
             faults += error.faults
         except ValueError as error:
             faults.append(f"{pair.image_path} {error}")
     if faults:
-        check_folder(
-            config, folder, multiple, apart
-        )  # finds these and damaged pictures, so that all are reported together
-        raise DataError(f"{folder} cannot be trained on", faults)
+        check_folder(folder, multiple, apart)  # finds these and damaged pictures, so that all are reported together
+        raise DataError(f"{folder.img_dir} cannot be trained on", faults)
     return examples
 
 
-def _read_example(
-    pair: Pair, buckets: Buckets, upscale: bool, random_ratio: bool, controls: ControlRules | None
-) -> Example:
+def _read_example(pair: Pair, buckets: Buckets, folder: Folder, controls: ControlRules | None) -> Example:
     size = read_size(pair.image_path)
     framings = (
-        tuple(frame_variants(*size, buckets, upscale).values())
-        if random_ratio
-        else (frame_picture(*size, buckets, upscale=upscale),)
+        tuple(frame_variants(*size, buckets, folder.upscale).values())
+        if folder.random_ratio
+        else (frame_picture(*size, buckets, upscale=folder.upscale),)
     )
     paths = pair.control_paths if controls else ()
     sizes = [read_size(path) for path in paths]
     control_framings = tuple(
         tuple(frame_control(control, size, framing, controls) for control in sizes) for framing in framings if controls
     )
-    return Example(pair.name, pair.image_path, pair.read_caption(), framings, paths, control_framings)
+    return Example(
+        name=f"{folder.label}{pair.name}",
+        image_path=pair.image_path,
+        caption=pair.read_caption(),
+        framings=framings,
+        control_paths=paths,
+        control_framings=control_framings,
+        repeats=folder.repeats,
+    )
 
 
-def _control_faults(pairs: Sequence[Pair], controls: ControlRules | None, may_be_missing: bool) -> list[str]:
+def _control_faults(pairs: Sequence[Pair], controls: ControlRules | None, folder: Folder) -> list[str]:
     """Reports examples with more or fewer control pictures than the model can use."""
     most = controls.most if controls else 0
     too_many = [f"{pair.name} ({len(pair.control_paths)})" for pair in pairs if len(pair.control_paths) > most]
@@ -191,25 +207,45 @@ def _control_faults(pairs: Sequence[Pair], controls: ControlRules | None, may_be
         [f"This model takes at most {most} control pictures; these have more: {shorten(too_many)}."] if too_many else []
     )
     missing = [pair.name for pair in pairs if not pair.control_paths] if most else []
-    if missing and not may_be_missing:
+    if missing and not folder.allow_missing_controls:
         faults.append(
-            f"This model edits control pictures, and these have none: {shorten(missing)}. Give data_config.control_dir "
-            "or a metadata_file with controls, or train on them without: data_config.allow_missing_controls=true."
+            f"This model edits control pictures, and these have none: {shorten(missing)}. Give "
+            f"{folder.place}.control_dir or a metadata_file with controls, or train on them without: "
+            f"{folder.place}.allow_missing_controls=true."
         )
     return faults
 
 
-def check_folder(config: DataConfig, folder: Path, multiple: int, apart: Collection[Path] = ()) -> tuple[str, ...]:
+def check_folder(folder: Folder, multiple: int, apart: Collection[Path] = ()) -> tuple[str, ...]:
     """Decodes every picture of a folder to its last pixel and returns warnings, without those on what is passed over.
 
     Raises:
         DataError: all problems of the folder, together.
     """
-    found = find_examples(config, folder, apart)
-    report = validate_pairs(found, img_size=config.img_size, multiple=multiple, upscale=config.upscale)
+    found = find_examples(folder, apart)
+    report = validate_pairs(found, img_size=folder.img_size, multiple=multiple, upscale=folder.upscale)
     if not report.ok:
-        raise DataError(f"{folder} cannot be trained on, {len(report.faults)} problems", report.faults)
+        raise DataError(f"{folder.img_dir} cannot be trained on, {len(report.faults)} problems", report.faults)
     return tuple(warning for warning in report.warnings if warning not in found.warnings)
+
+
+def used_examples(examples: list[Example]) -> list[Example]:
+    """Returns the examples that epochs use: those whose folder's repeats are not 0.
+
+    Raises:
+        DataError: an epoch would use less than one picture.
+    """
+    used = [example for example in examples if example.repeats > 0]
+    if examples and sum(example.repeats for example in used) < 1:
+        total = sum(example.repeats for example in used)
+        raise DataError(
+            "the folders' repeats leave nothing to train on",
+            [
+                f"An epoch would use {total:g} pictures: the repeats of data_config.folders times their pictures. "
+                "Raise the repeats of one at least."
+            ],
+        )
+    return used
 
 
 def split_held_out(examples: list[Example], share: float, seed: int) -> tuple[list[Example], list[Example]]:

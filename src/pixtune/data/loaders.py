@@ -14,12 +14,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from pixtune import randomness
+from pixtune.config.folders import folders_of
 from pixtune.config.sections import DataConfig
 from pixtune.data.batches import BatchOrder, Turn
 from pixtune.data.buckets import Framing, build_buckets, frame_picture
 from pixtune.data.controls import ControlRules
 from pixtune.data.encodings import control_pictures, target_picture
-from pixtune.data.examples import read_examples
+from pixtune.data.examples import read_examples, used_examples
 from pixtune.data.images import to_pixels
 from pixtune.errors import ConfigError
 from pixtune.sizes import Size
@@ -62,7 +63,7 @@ def loader(train_batch_size: int, num_workers: int, seed: int = 0, **data_config
     pictures = Pictures(read_data_config({**data_config, "train_batch_size": train_batch_size}))
     order = BatchOrder(
         [[example.signature(v) for v in range(len(example.framings))] for example in pictures.examples],
-        train_batch_size, seed,
+        train_batch_size, seed, [example.repeats for example in pictures.examples],
     )  # fmt: skip
     batches = EpochBatches(order, pictures.config.caption_dropout_rate)
     return DataLoader(pictures, batch_sampler=batches, num_workers=num_workers, collate_fn=_stack)
@@ -79,7 +80,10 @@ def read_data_config(values: Mapping[str, Any]) -> DataConfig:
     try:
         return DataConfig.model_validate(dict(values))
     except ValidationError as error:
-        faults = [f"{'.'.join(map(str, e['loc']))} is {e['input']!r}: {e['msg']}" for e in error.errors()]
+        faults = [
+            f"{'.'.join(map(str, e['loc']))} is {e['input']!r}: {e['msg']}" if e["loc"] else str(e["ctx"]["error"])
+            for e in error.errors()
+        ]
         raise ConfigError("data_config is wrong", faults) from error
 
 
@@ -94,9 +98,10 @@ class Pictures(Dataset[tuple[Tensor, str, list[Tensor]]]):
             framing: Framing = frame_picture(*size, buckets, upscale=True)
             return framing.size
 
-        has_controls = config.control_dir is not None or config.metadata_file is not None
+        folders = folders_of(config)
+        has_controls = any(folder.has_controls for folder in folders)
         rules = ControlRules(MOST_CONTROLS, near_control_size, None) if has_controls else None
-        self.examples = read_examples(config, config.img_dir, MULTIPLE, config.random_ratio, rules)
+        self.examples = used_examples(read_examples(folders, MULTIPLE, rules))
 
     def __len__(self) -> int:
         return len(self.examples)

@@ -9,6 +9,7 @@ from pathlib import Path
 from accelerate import Accelerator
 from torch import Tensor
 
+from pixtune.config.folders import folder_beside, folders_of, largest_size
 from pixtune.config.schema import TrainConfig
 from pixtune.data.buckets import Framing, build_buckets, frame_picture
 from pixtune.data.build_encoder import build_encoder, check_cache
@@ -23,6 +24,7 @@ from pixtune.data.examples import (
     folders_apart,
     read_examples,
     split_held_out,
+    used_examples,
     without_held_out,
 )
 from pixtune.data.images import read_size
@@ -79,14 +81,15 @@ def prepare_data(
     multiple, data = family.pixel_multiple(folder), config.data_config
     rules = control_rules(family, folder, data.control_size)
     apart, notes = folders_apart(config), list[str]()
-    if data.img_size % multiple:
-        side = data.img_size // multiple * multiple
-        notes.append(f"img_size {data.img_size} is no multiple of {multiple}: square pictures train at {side}x{side}.")
-    examples = read_examples(data, data.img_dir, multiple, data.random_ratio, rules, apart, notes.append)
+    folders = list(folders_of(data))
+    for img_size in dict.fromkeys(each.img_size for each in folders if each.img_size % multiple):
+        side = img_size // multiple * multiple
+        notes.append(f"img_size {img_size} is no multiple of {multiple}: square pictures train at {side}x{side}.")
+    examples = used_examples(read_examples(folders, multiple, rules, apart, notes.append))
     training, held_out = split_held_out(examples, config.validation.held_out, config.seed)
     if config.validation.held_out_dir is not None:
-        folder_of_held_out = config.validation.held_out_dir
-        held_out = read_examples(data, folder_of_held_out, multiple, False, rules, apart, notes.append)
+        folders.append(folder_beside(data, config.validation.held_out_dir))
+        held_out = read_examples(folders[-1:], multiple, rules, apart, notes.append)
         training, sentence = without_held_out(training, held_out)
         notes += [sentence] if sentence else []
     if config.random_weights:
@@ -110,9 +113,9 @@ def prepare_data(
         if no_latents or missing_keys(encoder.store, encoder.text_keys(items)):
             check_cache(config)
         if no_latents:
-            for checked in filter(None, (data.img_dir, config.validation.held_out_dir)):
-                with announced(f"checking the pictures in {checked}", partial(say, encoder.console)):
-                    notes += check_folder(data, checked, multiple, apart)
+            for checked in folders:
+                with announced(f"checking the pictures in {checked.img_dir}", partial(say, encoder.console)):
+                    notes += check_folder(checked, multiple, apart)
         stages = stages or StageLog()
         for sentence in (*notes, *encoder.cut_captions(_named_texts(training, held_out, prompts))):
             say(encoder.console, f"note: {sentence}")
@@ -268,7 +271,7 @@ def _prompt_examples(config: TrainConfig, multiple: int, rules: ControlRules | N
 
 
 def _asked_size(config: TrainConfig) -> Size:
-    side = config.data_config.img_size
+    side = largest_size(config.data_config)
     return config.samples.width or side, config.samples.height or side
 
 
@@ -358,6 +361,7 @@ def _gather(
     return PreparedData(
         reader=example_reader(family, folder, training, read_latents, read_text, read_controls),
         buckets=[[example.signature(variant) for variant in range(len(example.framings))] for example in training],
+        repeats=[example.repeats for example in training],
         held_out=[
             HeldOutPicture(
                 example.name,

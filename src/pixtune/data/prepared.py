@@ -57,6 +57,8 @@ class PreparedData:
     fingerprint: DataFingerprint
     encoders: EncoderPlan
     """Plan by which it was encoded."""
+    repeats: Sequence[float] = ()
+    """Number of times that an epoch uses each training example, on average; empty: once each."""
 
     @property
     def sizes_vary(self) -> bool:
@@ -100,7 +102,8 @@ def captioned_sizes(
             for share, instead in shares:
                 if share:
                     caption = example.caption if instead is None else instead
-                    lengths[text_tokens[text_item(caption, example, variant)]] += share / len(example.framings)
+                    turns = example.repeats * share / len(example.framings)
+                    lengths[text_tokens[text_item(caption, example, variant)]] += turns
     return tuple(CaptionedSize(image_tokens(family, folder, size), lengths) for size, lengths in turns_of.items())
 
 

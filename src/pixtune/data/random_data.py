@@ -79,6 +79,7 @@ def random_data(
     return PreparedData(
         reader=example_reader(family, folder, training, read_latents, read_text, read_controls),
         buckets=[[example.signature(variant) for variant in range(len(example.framings))] for example in training],
+        repeats=[example.repeats for example in training],
         held_out=[held_out_picture(number, example) for number, example in enumerate(held_out)],
         prompts=[],
         both_ways=[],

@@ -92,6 +92,21 @@ def _changes_batches(before: RunIdentity, now: RunIdentity) -> str | None:
     )
 
 
+def _changes_folders(before: RunIdentity, now: RunIdentity) -> str | None:
+    was, is_now = (
+        [{key: value for key, value in each.items() if key not in _PLACES} for each in _folders(run)]
+        for run in (before, now)
+    )
+    return None if was == is_now else "how the folders are used would be another"
+
+
+_PLACES = ("img_dir", "control_dir", "metadata_file")
+
+
+def _folders(run: RunIdentity) -> Sequence[Mapping[str, Any]]:
+    return run.config["data_config"].get("folders", ())
+
+
 RULES: Mapping[str, Rule] = {
     **dict.fromkeys(
         (
@@ -109,6 +124,7 @@ RULES: Mapping[str, Rule] = {
     "num_processes": _changes_batches,
     "train_batch_size": _changes_batches,
     "data_config.train_batch_size": _changes_batches,
+    "data_config.folders": _changes_folders,
 }  # fmt: skip
 """Rules of config keys, of whole sections and of `num_processes`. A change of a key without a rule always matters.
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from pixtune.config.folders import folders_of
 from pixtune.config.schema import TrainConfig
 from pixtune.config.sections import GuardConfig
 from pixtune.errors import CheckpointError, LossError
@@ -270,9 +271,8 @@ def ways_on(error: LossError, good: Sequence[str], config: TrainConfig) -> str:
         good: names of the checkpoints that can be gone on from, the newest first.
     """
     resume = "resume_from_checkpoint=latest"
-    sources = dict.fromkeys(
-        (config.data_config.metadata_file or config.data_config.img_dir, config.validation.held_out_dir)
-    )
+    folders = [each.metadata_file or each.img_dir for each in folders_of(config.data_config)]
+    sources = dict.fromkeys((*folders, config.validation.held_out_dir))
     source = " or ".join(str(path) for path in sources if path is not None)
     lower, fewer = f"learning_rate={config.learning_rate / 10:g}", f"take {listed(error.culprits)} out of {source}"
     if good:

@@ -10,7 +10,7 @@ import pytest
 from pixtune.config import load_config
 from pixtune.config.contradictions import contradictions
 from pixtune.config.other_names import ABSENT, OTHER_NAMES, REMEDIES
-from pixtune.config.schema import leaf_keys, sections
+from pixtune.config.schema import item_keys, leaf_keys, sections
 from pixtune.config.sources import nearest_keys
 from pixtune.errors import ConfigError
 from pixtune.inputs.printing import one_line
@@ -402,13 +402,13 @@ def test_a_text_in_place_of_a_list_is_answered_with_the_list(faults_of, minimal)
 
 
 def test_the_table_of_other_names_leads_to_keys_that_exist_and_shadows_none():
-    known = {*leaf_keys(), *sections()}
+    known = {*leaf_keys(), *item_keys(), *sections()}
     assert {*OTHER_NAMES.values(), *REMEDIES} <= known
     assert not {name for name in (*OTHER_NAMES, *ABSENT) if name in known}
     assert not OTHER_NAMES.keys() & ABSENT.keys()
 
 
-@pytest.mark.parametrize("theirs", ["noise_offset", "use_ema", "train.ema_config", "network_dropout", "num_repeats"])
+@pytest.mark.parametrize("theirs", ["noise_offset", "use_ema", "train.ema_config", "network_dropout", "vae_tiling"])
 def test_a_key_that_means_nothing_here_is_answered_with_what_to_do(faults_of, minimal, theirs):
     (fault,) = faults_of(minimal, f"{theirs}=1")
     assert "leave it out" in fault and "did you mean" not in fault

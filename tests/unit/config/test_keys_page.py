@@ -6,7 +6,7 @@ import pytest
 
 from pixtune.commands.keys import list_keys
 from pixtune.config.keys_page import describe_keys, find_keys, page
-from pixtune.config.schema import TrainConfig, leaf_keys
+from pixtune.config.schema import TrainConfig, item_keys, leaf_keys
 
 
 def names(*words: str) -> list[str]:
@@ -17,9 +17,10 @@ def test_every_key_stands_on_the_page_with_its_values_and_default():
     text = page()
     rows = [line for line in text.split("## Names in other trainers")[0].splitlines() if line.startswith("| `")]
     written = sorted(row.split("`")[1] for row in rows)
-    assert written == sorted(key.rpartition(".")[2] for key in leaf_keys())
+    assert written == sorted(key.rpartition(".")[2] for key in (*leaf_keys(), *item_keys()))
     assert "| `rank` | a whole number from 1 to 65,536 | `16` | Rank of the LoRA. |" in text
-    assert "| `img_dir` | a path | required | Folder of pictures" in text
+    assert "| `img_dir` | a path |  | Folder of pictures" in text
+    assert "| `repeats` | a number from 0 to 10,000 | `1.0` | Number of times" in text
     assert '| `report_to` | "tensorboard" \\| "wandb" |  | Tracker' in text
 
 
@@ -27,7 +28,10 @@ def test_defaults_are_those_of_the_schema():
     plain = {key.name: key.default for key in describe_keys()}
     assert plain["learning_rate"] == "0.0001" and plain["samples.seeds"] == "[0]" and plain["adam8bit"] == "null"
     required = {name for name, field in TrainConfig.model_fields.items() if field.is_required()} - {"data_config"}
-    assert {key for key, default in plain.items() if default == "required"} == {*required, "data_config.img_dir"}
+    assert {key for key, default in plain.items() if default == "required"} == {
+        *required,
+        "data_config.folders[].img_dir",
+    }
 
 
 @pytest.mark.parametrize(

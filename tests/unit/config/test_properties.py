@@ -24,6 +24,7 @@ NEEDED: Values = {
 SPECIAL: dict[str, st.SearchStrategy[Any]] = {
     "lr_step_rules": st.none(),  # another schedule's
     "freeze_text_encoder": st.just(True),  # the other value is refused by name
+    "data_config.folders": st.just([]),  # in place of data_config.img_dir, which is given; see test_folders.py
     "resume_with_changes_in": st.lists(st.sampled_from(list(leaf_keys())), max_size=3),
 }
 EXPECTED = "train_batch_size is|given|choose one|leaves no|per prompt|behind the drive's letter"

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from pydantic.fields import FieldInfo
 
-from pixtune.config.schema import TrainConfig, leaf_keys, sections
+from pixtune.config.schema import TrainConfig, item_keys, leaf_keys, section_of, sections
 from pixtune.config.sections import Section
 
 PAGE = Path(__file__).resolve().parents[3] / "docs" / "contract.md"
@@ -16,7 +16,7 @@ PAGE = Path(__file__).resolve().parents[3] / "docs" / "contract.md"
 
 def field_of(key: str) -> FieldInfo:
     section, _, name = key.rpartition(".")
-    return (sections()[section] if section else TrainConfig).model_fields[name]
+    return (section_of(section) or TrainConfig).model_fields[name]
 
 
 def description_of(key: str) -> str:
@@ -25,13 +25,13 @@ def description_of(key: str) -> str:
     return description
 
 
-@pytest.mark.parametrize("key", [*leaf_keys(), *sections()])
+@pytest.mark.parametrize("key", [*leaf_keys(), *item_keys(), *sections()])
 def test_a_key_is_described_in_sentences(key):
     description = description_of(key)
     assert description[0].isupper() and description.endswith((".", ")")), description
 
 
-@pytest.mark.parametrize("key", [key for key in leaf_keys() if field_of(key).default is None])
+@pytest.mark.parametrize("key", [key for key in (*leaf_keys(), *item_keys()) if field_of(key).default is None])
 def test_a_key_that_may_be_absent_says_what_holds_then(key):
     assert "absent" in description_of(key).lower(), f"{key}: who decides, and how?"
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from pixtune.config.folders import folders_of
 from pixtune.config.schema import TrainConfig
 from pixtune.config.sections import DataConfig, ValidationConfig
 from pixtune.data.examples import (
@@ -24,7 +25,7 @@ from tests.runs import DEMO_TRAIN
 
 @pytest.fixture(scope="module")
 def examples() -> list[Example]:
-    return read_examples(DataConfig(img_dir=DEMO_TRAIN, img_size=128), DEMO_TRAIN, 16, random_ratio=False)
+    return read_examples(folders_of(DataConfig(img_dir=DEMO_TRAIN, img_size=128)), 16)
 
 
 def test_every_pair_is_an_example_with_its_caption(examples: list[Example]) -> None:
@@ -35,7 +36,7 @@ def test_every_pair_is_an_example_with_its_caption(examples: list[Example]) -> N
 
 def test_random_ratio_frames_each_picture_for_every_ratio() -> None:
     config = DataConfig(img_dir=DEMO_TRAIN, img_size=128, random_ratio=True)
-    example = read_examples(config, DEMO_TRAIN, 16, random_ratio=True)[0]
+    example = read_examples(folders_of(config), 16)[0]
     assert len(example.framings) == 4
     assert len({framing.size for framing in example.framings}) == 3  # a square picture: 1:1 is its own ratio
 
@@ -59,7 +60,7 @@ def test_header_faults_come_with_all_the_others(tmp_path: Path) -> None:
     (tmp_path / "empty.png").write_bytes(b"")
     (tmp_path / "empty.txt").write_text("x")
     with pytest.raises(DataError) as caught:
-        read_examples(DataConfig(img_dir=tmp_path), tmp_path, 16, random_ratio=False)
+        read_examples(folders_of(DataConfig(img_dir=tmp_path)), 16)
     assert "lonely.png" in str(caught.value) and "empty.png" in str(caught.value)
 
 
@@ -71,7 +72,7 @@ def write(folder: Path, *names: str, colour: int = 0) -> None:
 
 
 def read(folder: Path, apart: tuple[Path, ...] = ()) -> list[Example]:
-    return read_examples(DataConfig(img_dir=folder, img_size=32), folder, 16, False, apart=apart)
+    return read_examples(folders_of(DataConfig(img_dir=folder, img_size=32)), 16, apart=apart)
 
 
 def test_copies_of_a_picture_go_to_one_side_together(tmp_path: Path) -> None:
@@ -130,7 +131,7 @@ def test_the_folders_of_a_config_each_have_one_purpose(tmp_path: Path) -> None:
 def test_a_size_below_the_models_unit_is_a_message(tmp_path: Path) -> None:
     write(tmp_path, "a.png")
     with pytest.raises(DataError, match=r"img_size is 32; it must be at least 64"):
-        read_examples(DataConfig(img_dir=tmp_path, img_size=32), tmp_path, 64, False)
+        read_examples(folders_of(DataConfig(img_dir=tmp_path, img_size=32)), 64)
 
 
 @pytest.mark.parametrize("key", ["output_dir", "validation"])

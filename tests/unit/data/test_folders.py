@@ -1,0 +1,96 @@
+"""A data set of several folders: names, repeats, and faults of all of them together."""
+
+from __future__ import annotations
+
+from collections import Counter
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from pixtune.config.folders import folders_of
+from pixtune.config.sections import DataConfig
+from pixtune.data.batches import BatchOrder
+from pixtune.data.examples import Example, read_examples, used_examples
+from pixtune.errors import DataError
+
+
+def write(folder: Path, *names: str, size: tuple[int, int] = (64, 64), extension: str = "txt") -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, name in enumerate(names):
+        Image.new("RGB", size, (number * 40, len(folder.name) * 10, 0)).save(folder / f"{name}.png")
+        (folder / f"{name}.{extension}").write_text(f"{name} of {folder.name}")
+    return folder
+
+
+def read(*folders: dict[str, Any], **common: Any) -> list[Example]:
+    data = DataConfig.model_validate(
+        {"folders": [{**each, "img_dir": str(each["img_dir"])} for each in folders], **common}
+    )
+    return read_examples(folders_of(data), 16)
+
+
+def test_folders_give_their_examples_in_turn_under_names_of_their_own(tmp_path):
+    cats, dogs = write(tmp_path / "cats", "b", "a"), write(tmp_path / "dogs", "a", extension="note")
+    examples = read(
+        {"img_dir": cats, "repeats": 2}, {"img_dir": dogs, "caption_type": "note", "img_size": 32}, img_size=64
+    )
+    assert [(each.name, each.caption, each.repeats) for each in examples] == [
+        ("cats/a.png", "a of cats", 2.0), ("cats/b.png", "b of cats", 2.0), ("dogs/a.png", "a of dogs", 1.0),
+    ]  # fmt: skip
+    assert [each.framings[0].size for each in examples] == [(64, 64), (64, 64), (32, 32)]
+
+
+def test_faults_of_all_folders_come_together(tmp_path):
+    one, other = write(tmp_path / "one", "a"), write(tmp_path / "other", "b")
+    (one / "a.txt").unlink()
+    (other / "b.png").write_bytes(b"no picture")
+    with pytest.raises(DataError) as caught:
+        read({"img_dir": one}, {"img_dir": other}, {"img_dir": write(tmp_path / "empty")})
+    faults = "\n".join(caught.value.faults)
+    assert "one/a.png has no caption" in faults and "other/b.png" in faults and "holds no picture" in faults
+
+
+def test_a_folder_of_no_repeats_is_read_and_not_used(tmp_path):
+    one, other = write(tmp_path / "one", "a"), write(tmp_path / "other", "b")
+    examples = read({"img_dir": one, "repeats": 0}, {"img_dir": other}, img_size=64)
+    assert [each.name for each in used_examples(examples)] == ["other/b.png"]
+    with pytest.raises(DataError, match="An epoch would use 0 pictures"):
+        used_examples(read({"img_dir": one, "repeats": 0}, img_size=64))
+    with pytest.raises(DataError, match=r"An epoch would use 0\.5 pictures"):
+        used_examples(read({"img_dir": one, "repeats": 0.5}, img_size=64))
+
+
+SQUARE = ((64, 64),)
+
+
+def uses(repeats: list[float], epochs: int, seed: int = 3) -> list[Counter[int]]:
+    order = BatchOrder([[SQUARE]] * len(repeats), 1, seed, repeats)
+    return [Counter(turn.example for batch in order.epoch(epoch) for turn in batch) for epoch in range(epochs)]
+
+
+def test_repeats_count_exactly_and_fractions_evenly_over_the_epochs():
+    epochs = uses([1, 3, 0.5, 1.5, 0.25], 8)
+    assert all(epoch[0] == 1 and epoch[1] == 3 for epoch in epochs)
+    assert [sum(epoch[number] for epoch in epochs) for number in (2, 3, 4)] == [4, 12, 2]
+    assert all(before[2] + after[2] == 1 for before, after in pairwise(epochs))
+    assert all(epoch[3] in (1, 2) for epoch in epochs)
+
+
+def test_examples_of_a_fraction_take_their_turns_in_different_epochs():
+    first, second = uses([0.5] * 40, 2)
+    assert 10 < sum(first.values()) < 30 and first.keys().isdisjoint(second) and len(first) + len(second) == 40
+
+
+def test_an_order_of_single_repeats_is_the_order_without_any():
+    plain, single = BatchOrder([[SQUARE]] * 9, 2, 5), BatchOrder([[SQUARE]] * 9, 2, 5, [1.0] * 9)
+    assert [plain.epoch(number) for number in range(4)] == [single.epoch(number) for number in range(4)]
+
+
+def test_a_position_is_found_in_epochs_of_different_lengths():
+    order, again = (BatchOrder([[SQUARE]] * 7, 2, 11, [0.5, 0.3, 1, 2.25, 0.5, 0.1, 1]) for _ in range(2))
+    in_turn = [batch for epoch in range(16) for batch in again.epoch(epoch)]
+    assert not order.is_even
+    assert [order.micro_batch(index) for index in (40, 3, 17, 0)] == [in_turn[index] for index in (40, 3, 17, 0)]
