@@ -209,6 +209,9 @@ class ModelFamily(Protocol):
         It takes arithmetic alone, where a plan is not to wait for the import of the model's class.
         """
 
+    def kept_beside(self, config: Mapping[str, Any]) -> float:
+        """Returns the units that a compiled block keeps beside `ActivationUnits.kept` because of the model's config."""
+
     def encode_text(
         self, encoder: TextEncoder, prompts: Sequence[Prompt], max_tokens: int | None = None
     ) -> list[Conditioning]:

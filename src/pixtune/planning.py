@@ -277,6 +277,7 @@ def footprint_of(config: TrainConfig, family: ModelFamily, folder: ModelFolder, 
         config.batch_size * config.gradient_accumulation_steps,
         plain_linears(config.keep_plain, family, shapes),
         config.batch_size,
+        family.kept_beside(folder.component_config("transformer")),
     )
     return of_all_weights(footprint) if config.method == "full" else footprint
 

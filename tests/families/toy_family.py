@@ -124,6 +124,9 @@ class ToyFamily:
         with torch.device("meta"):
             return SD3Transformer2DModel.from_config(config)
 
+    def kept_beside(self, config: Mapping[str, Any]) -> float:
+        return 0.0
+
     def transformer_shapes(self, config: Mapping[str, Any]) -> Shapes:
         return {name: tuple(tensor.shape) for name, tensor in self.build_transformer(config).state_dict().items()}
 

@@ -203,6 +203,9 @@ class Flux:
         compute_by_ours(model)
         return model
 
+    def kept_beside(self, config: Mapping[str, Any]) -> float:
+        return 0.0
+
     def transformer_shapes(self, config: Mapping[str, Any]) -> Shapes:
         return flux_shapes(config)
 

@@ -126,6 +126,7 @@ def read_footprint(
     examples_per_step: int = 1,
     plain_layers: Sequence[str] = (),
     examples_at_once: int = 1,
+    kept_beside: float = 0.0,
 ) -> Footprint:
     """Returns the footprint of a LoRA run; `of_all_weights` makes it one of training all weights.
 
@@ -136,6 +137,7 @@ def read_footprint(
         examples_per_step: examples of one process in a step, over all micro-batches.
         plain_layers: paths of the linear layers that are never quantized.
         examples_at_once: examples of one process in a micro-batch.
+        kept_beside: units that `ModelFamily.kept_beside` gives.
     """
     kinds = tuple(_read_kind(family, shapes, path) for path in family.block_paths)
     # A layer with another width than a token's features belongs to an MLP, or makes modulations.
@@ -166,7 +168,7 @@ def read_footprint(
         num_tokens=num_tokens,
         trained_weights=sum(rank * sum(shape) for shape in targets.values()),
         trains_modulation=trains_modulation,
-        extra_units=max(inputs) / width / num_blocks + KEPT_GATED_UNITS * trains_modulation,
+        extra_units=max(inputs) / width / num_blocks + KEPT_GATED_UNITS * trains_modulation + kept_beside,
         selective_extra_units=MLP_INPUT_UNITS * any(inputs) + GATED_UNITS * trains_modulation,
         trains_mlp=any(inputs),
         rank_units=rank_units,
