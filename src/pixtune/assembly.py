@@ -13,7 +13,8 @@ from accelerate import Accelerator, PartialState
 from torch import Tensor, nn
 
 from pixtune.config.schema import TrainConfig
-from pixtune.data.batches import Batch, BatchOrder, BatchSource
+from pixtune.data.batches import Batch, BatchSource
+from pixtune.data.order import BatchOrder
 from pixtune.data.prepare import prepare_data
 from pixtune.data.prepared import PreparedData
 from pixtune.engine.apply import apply_switches, apply_to_activations, blocks_of, load_planned
@@ -126,7 +127,7 @@ def assemble(
         config, family, folder, accelerator, memory.stages, encoders,
         lambda found: check_run(config, checkpoint, replace(identity, **found.entries)),
     )  # fmt: skip
-    order = BatchOrder(data.buckets, config.batch_size * accelerator.num_processes, config.seed, data.repeats)
+    order = BatchOrder(data.buckets, config.batch_size * accelerator.num_processes, config.seed, data.uses)
     num_steps = planned_steps(config, order)
     identity = replace(identity, **data.fingerprint.entries, num_steps=num_steps)
     changes = check_run(config, checkpoint, identity)

@@ -35,6 +35,7 @@ EDIT = {
 FLUX = {"pretrained_model_name_or_path": str(ROOT / "assets" / "tiny-flux")}
 FRESH_CACHE = {"data_config.cache_dir": "RUN/cache"}
 TRACKED = {"report_to": "tensorboard"}
+TAGS = {"data_config.caption_text": "one, two, three, four, five"}
 DRAWN = {"samples.prompts": ["red heart"], "samples.num_steps": 1, "samples.guidance_scale": 1.0}
 MEASURED = {"validation.held_out": 0.25, "validation.num_draws": 1}
 FULL = {"method": "full"}
@@ -59,9 +60,18 @@ EFFECTS: dict[str, Effect] = {
     "data_config.control_size": Effect("steps", (64, 128), EDIT),
     "data_config.metadata_file": Effect("steps", (None, "SCENE/metadata.jsonl")),
     "data_config.img_size": Effect("steps", (64, 96)),
+    "data_config.img_size_shares": Effect("steps", ([1, 0], [0, 1]), {"data_config.img_size": [64, 96]}),
+    "data_config.flip": Effect("steps", (False, True)),
     "data_config.train_batch_size": Effect("steps", (2, 1), {"train_batch_size": None}),
     "data_config.num_workers": Effect("reading threads", (0, 1)),
     "data_config.caption_type": Effect("steps", ("txt", "note")),
+    "data_config.caption_source": Effect("steps", ("file", "file_name")),
+    "data_config.caption_text": Effect("steps", (None, "a drawing")),
+    "data_config.caption_prefix": Effect("steps", ("", "sks")),
+    "data_config.shuffle_tags": Effect("steps", (False, True), TAGS),
+    "data_config.keep_tags": Effect("steps", (0, 3), {**TAGS, "data_config.shuffle_tags": True}),
+    "data_config.tag_dropout_rate": Effect("steps", (0.0, 0.5), TAGS),
+    "data_config.caption_variants": Effect("steps", (1, 2), {**TAGS, "data_config.shuffle_tags": True}),
     "data_config.max_text_tokens": Effect("steps", (None, 1)),
     "data_config.caption_dropout_rate": Effect("steps", (0.0, 0.9)),
     "data_config.random_ratio": Effect("steps", (False, True)),

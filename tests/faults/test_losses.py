@@ -16,7 +16,8 @@ from torch import Tensor
 
 from pixtune import assembly
 from pixtune.config.load import load_config
-from pixtune.data.batches import BatchSource, Turn
+from pixtune.data.batches import BatchSource
+from pixtune.data.order import Turn
 from pixtune.errors import TrainingError
 from pixtune.judging import validation
 from pixtune.storage.checkpoint import checkpoint_path, find_checkpoints, load_checkpoint

@@ -21,23 +21,49 @@ def contradictions(values: Mapping[str, Any]) -> list[Contradiction]:
     problem.
     """
     found = []
-    for keys, rule in _RULES:
+    of_data = tuple((tuple(f"data_config.{key}" for key in keys), rule) for keys, rule in _RULES_OF_FOLDERS)
+    for keys, rule in (*_RULES, *of_data):
         if all(key in values for key in keys):
             sentence = rule(*(values[key] for key in keys))
             if sentence is not None:
                 found.append(Contradiction(keys, sentence))
-    return found + _within_folders(values.get("data_config.folders", ()))
+    return found + _within_folders(values)
 
 
-def _within_folders(folders: Any) -> list[Contradiction]:
-    """Returns the contradictions inside each item of `data_config.folders`, whose values may be wrong themselves."""
-    found = []
+def _within_folders(all_values: Mapping[str, Any]) -> list[Contradiction]:
+    """Returns the contradictions inside each item of `data_config.folders`, and of items with what is beside them."""
+    found, folders = [], all_values.get("data_config.folders", ())
     for number, item in enumerate(folders if isinstance(folders, list | tuple) else ()):
         place, values = f"data_config.folders[{number}]", dict(item)
+        found += _one_place_of_pictures(place, values, number == 0 and all_values.get("data_config.cache_dir") is None)
+        if values.get("img_size") is None:
+            values["img_size"] = all_values.get("data_config.img_size")
         if values.get("control_dir") is not None and values.get("metadata_file") is not None:
             sentence = f"{place} has both control_dir and metadata_file: the file names its own controls"
             found.append(Contradiction((f"{place}.control_dir", f"{place}.metadata_file"), sentence))
+        for keys, rule in _RULES_OF_FOLDERS:
+            problem = rule(*(values.get(key) for key in keys))
+            if problem is not None:
+                found.append(Contradiction(tuple(f"{place}.{key}" for key in keys), f"{place}.{problem}"))
     return found
+
+
+def _one_place_of_pictures(place: str, values: Mapping[str, Any], needs_cache: bool) -> list[Contradiction]:
+    folder, dataset = values.get("img_dir"), values.get("dataset")
+    keys = (f"{place}.img_dir", f"{place}.dataset", "data_config.folders")
+    if folder is None and dataset is None:
+        sentence = f"{place}.img_dir is required and missing: a folder of pictures; or name a dataset"
+        return [Contradiction(keys, sentence)]
+    if folder is not None and dataset is not None:
+        return [Contradiction(keys, f"{place} has both img_dir and dataset: make two folders of them")]
+    beside = [name for name in ("control_dir", "metadata_file") if values.get(name) is not None]
+    if dataset is not None and beside:
+        sentence = f"{place}.{beside[0]} is given beside dataset, whose columns hold captions and controls"
+        return [Contradiction((f"{place}.{beside[0]}", *keys), sentence)]
+    if dataset is not None and needs_cache:
+        sentence = f"{place}.dataset needs data_config.cache_dir, a folder for its pictures and encodings"
+        return [Contradiction((*keys, "data_config.cache_dir"), sentence)]
+    return []
 
 
 def _some_pictures(folder: object, folders: Any) -> str | None:
@@ -59,6 +85,30 @@ def _places_stand_in_folders(folders: Any, controls: object, metadata: object) -
     if folders and given:
         return f"data_config.{' and '.join(given)} given beside data_config.folders: write it into its folder"
     return None
+
+
+def _a_share_for_each_size(sizes: Any, shares: Sequence[float] | None) -> str | None:
+    count = len(sizes) if isinstance(sizes, list | tuple) else 1
+    if shares is None or sizes is None:
+        return None
+    if len(shares) != count:
+        return f"img_size_shares has {len(shares)} numbers and img_size {count}: give one for each"
+    if not sum(shares) > 0:
+        return f"img_size_shares is {list(shares)}: one must be greater than 0"
+    return None
+
+
+def _one_source_of_captions(source: str | None, text: str | None) -> str | None:
+    if text is not None and source not in (None, "file"):
+        return f'caption_text is given and caption_source is "{source}": choose one of them'
+    return None
+
+
+_RULES_OF_FOLDERS: tuple[tuple[tuple[str, ...], Callable[..., str | None]], ...] = (
+    (("img_size", "img_size_shares"), _a_share_for_each_size),
+    (("caption_source", "caption_text"), _one_source_of_captions),
+)
+"""Rules of keys that `data_config` has as well as each of its folders."""
 
 
 def _one_batch_size(outer: int | None, inner: int | None) -> str | None:

@@ -11,6 +11,39 @@ from typing import TypeVar
 from pixtune.config.sections import DataConfig, FolderConfig
 
 T = TypeVar("T")
+CACHE_FOLDER = ".pixtune_cache"
+"""Name of the cache's folder inside the first folder of pictures, where the config names no other."""
+
+
+@dataclass(frozen=True)
+class CaptionRules:
+    """Source of a folder's captions, and what is made of them."""
+
+    extension: str
+    """Extension of caption files."""
+    source: str
+    """One of `CAPTION_SOURCES`."""
+    text: str | None
+    """One caption for all pictures."""
+    prefix: str
+    shuffle: bool
+    keep: int
+    """Number of first tags that are neither shuffled nor left out."""
+    dropout_rate: float
+    """Share of tags that is left out."""
+    num_forms: int
+    """Number of forms of a caption whose tags are shuffled or left out."""
+
+
+@dataclass(frozen=True)
+class DatasetColumns:
+    """A Hugging Face data set, and which of its columns hold what."""
+
+    name: str
+    split: str
+    image: str
+    caption: str
+    control: str | None
 
 
 @dataclass(frozen=True)
@@ -22,20 +55,37 @@ class Folder:
     label: str
     """Text before the names of its pictures: "" where it is the only one of `img_dir`, else "NAME/"."""
     img_dir: Path
+    """Folder of its pictures; those of a `dataset` are copied there."""
     control_dirs: tuple[Path, ...]
     metadata_file: Path | None
     allow_missing_controls: bool
-    caption_type: str
-    img_size: int
+    captions: CaptionRules
+    img_sizes: tuple[int, ...]
+    """Training sizes in pixels; each turn draws one."""
+    size_shares: tuple[float, ...]
+    """Share of turns of each size; they sum to 1."""
+    flip: bool
     random_ratio: bool
     upscale: bool
     repeats: float = 1.0
     """Number of times that an epoch uses each of its pictures, on average."""
+    dataset: DatasetColumns | None = None
+    """Hugging Face data set that it is read from; None: its files are."""
 
     @property
     def has_controls(self) -> bool:
         """Whether its pictures may have control pictures."""
-        return bool(self.control_dirs) or self.metadata_file is not None
+        of_dataset = self.dataset is not None and self.dataset.control is not None
+        return bool(self.control_dirs) or self.metadata_file is not None or of_dataset
+
+
+def cache_folder(data: DataConfig) -> Path:
+    """Returns the folder for encoded pictures and captions: `cache_dir`, or one inside the first folder of pictures."""
+    first = data.folders[0].img_dir if data.folders else data.img_dir
+    if data.cache_dir is not None:
+        return data.cache_dir
+    assert first is not None, "DataConfig requires cache_dir where the first pictures come from a data set"
+    return first / CACHE_FOLDER
 
 
 def folders_of(data: DataConfig) -> tuple[Folder, ...]:
@@ -53,7 +103,7 @@ def folders_of(data: DataConfig) -> tuple[Folder, ...]:
 
 def largest_size(data: DataConfig) -> int:
     """Returns the largest training size of all folders, in pixels: samples have it unless they have their own."""
-    return max(each.img_size for each in folders_of(data))
+    return max(size for each in folders_of(data) for size in each.img_sizes)
 
 
 def folder_beside(data: DataConfig, img_dir: Path) -> Folder:
@@ -67,24 +117,45 @@ def folder_beside(data: DataConfig, img_dir: Path) -> Folder:
     beside = tuple(img_dir.parent / control.name for control in controls)
     return replace(
         first, place="validation", label="", img_dir=img_dir, control_dirs=beside, metadata_file=None,
-        random_ratio=False, repeats=1.0,
+        dataset=None, random_ratio=False, flip=False, img_sizes=first.img_sizes[:1], size_shares=(1.0,), repeats=1.0,
     )  # fmt: skip
 
 
 def _resolved(own: FolderConfig, data: DataConfig, place: str, label: str) -> Folder:
     controls = own.control_dir
+    # A folder's own source of captions wins over a text for all, and its own sizes over shares of others.
+    text = own.caption_text if own.caption_source is not None else _first(own.caption_text, data.caption_text)
+    source = "file" if text is not None else _first(own.caption_source, data.caption_source)
+    given = _first(own.img_size, data.img_size)
+    sizes = (given,) if isinstance(given, int) else given
+    common = data.img_size_shares if own.img_size is None else None
+    shares = _first(own.img_size_shares, common or (1.0,) * len(sizes))
     return Folder(
         place=place,
         label=label,
-        img_dir=own.img_dir,
+        img_dir=own.img_dir or cache_folder(data) / "pictures",
         control_dirs=() if controls is None else (controls,) if isinstance(controls, Path) else controls,
         metadata_file=own.metadata_file,
         allow_missing_controls=_first(own.allow_missing_controls, data.allow_missing_controls),
-        caption_type=_first(own.caption_type, data.caption_type),
-        img_size=_first(own.img_size, data.img_size),
+        captions=CaptionRules(
+            extension=_first(own.caption_type, data.caption_type),
+            source=source,
+            text=text,
+            prefix=_first(own.caption_prefix, data.caption_prefix),
+            shuffle=_first(own.shuffle_tags, data.shuffle_tags),
+            keep=_first(own.keep_tags, data.keep_tags),
+            dropout_rate=_first(own.tag_dropout_rate, data.tag_dropout_rate),
+            num_forms=_first(own.caption_variants, data.caption_variants),
+        ),
+        img_sizes=tuple(size for size, share in zip(sizes, shares, strict=True) if share),
+        size_shares=tuple(share / sum(shares) for share in shares if share),
+        flip=_first(own.flip, data.flip),
         random_ratio=_first(own.random_ratio, data.random_ratio),
         upscale=_first(own.upscale, data.upscale),
         repeats=own.repeats,
+        dataset=DatasetColumns(own.dataset, own.dataset_split, own.image_column, own.caption_column, own.control_column)
+        if own.dataset is not None
+        else None,
     )
 
 
@@ -97,7 +168,7 @@ def _labels(folders: Sequence[FolderConfig]) -> list[str]:
 
     One folder that is named twice, for other settings, gets a number the second time.
     """
-    paths = [Path(os.path.abspath(each.img_dir)).parts for each in folders]
+    paths = [Path(os.path.abspath(each.img_dir or each.dataset or ".")).parts for each in folders]
     labels: list[str] = []
     for own, each in zip(paths, folders, strict=True):
         others = [other for other in paths if other != own]

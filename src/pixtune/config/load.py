@@ -209,6 +209,7 @@ def _contradictions(
     return [
         Fault(max((entries[key].place for key in keys if key in entries), default=whole), sentence)
         for keys, sentence in contradictions(values)
+        if not wrong_keys.intersection(keys)
     ]
 
 

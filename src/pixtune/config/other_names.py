@@ -17,15 +17,21 @@ _BY_OURS: Mapping[str, str] = {
     "data_config": "dataset datasets data dataset_config data_backend_config",
     "data_config.img_dir": (
         "train_data_dir instance_data_dir dataset_path dataset_dir folder_path image_dir image_directory images "
-        "data_dir train_dir dataset_name instance_data_root image_folder"
+        "data_dir train_dir instance_data_root image_folder"
     ),
     "data_config.folders": "concepts subsets directories",
+    "data_config.folders[].dataset": "dataset_name hub_dataset hf_dataset",
     "data_config.folders[].repeats": "num_repeats repeats dataset_repeats balancing",
     "data_config.control_dir": (
         "control_path control_directory conditioning_dir conditioning_data_dir conditioning_image_column control_folder"
     ),
     "data_config.metadata_file": "image_jsonl_file jsonl dataset_metadata_path metadata in_json metadata_path",
     "data_config.img_size": "resolution image_size train_resolution size px target_size max_resolution resolutions",
+    "data_config.flip": "flip_aug random_flip flip_x augment_flip hflip",
+    "data_config.shuffle_tags": "shuffle_caption shuffle_tokens",
+    "data_config.keep_tags": "keep_tokens",
+    "data_config.tag_dropout_rate": "caption_tag_dropout_rate token_dropout token_dropout_rate",
+    "data_config.caption_prefix": "prepend_caption",
     "data_config.num_workers": "max_data_loader_n_workers dataloader_num_workers dataset_num_workers",
     "data_config.caption_type": "caption_extension caption_ext caption_suffix caption_strategy",
     "data_config.max_text_tokens": "max_sequence_length max_token_length tokenizer_max_length",
@@ -111,12 +117,12 @@ _BY_REASON: Mapping[str, str] = {
     "dora use_dora weight_decompose lokr loha lycoris algo factor": (
         "Only a plain LoRA is trained, or all weights with method: full."
     ),
-    "shuffle_caption shuffle_tokens keep_tokens keep_tokens_separator caption_tag_dropout_rate token_dropout "
-    "token_dropout_rate caption_prefix enable_wildcard secondary_separator caption_separator": (
-        "Captions are used as they are written: leave it out, and write what is wanted into the caption files."
+    "enable_wildcard secondary_separator caption_separator keep_tokens_separator": (
+        "Tags are the parts of a caption between commas, and wildcards are not expanded: leave it out."
     ),
-    "flip_aug random_flip flip_x flip_y color_aug face_crop_aug_range augment_flip augmentations": (
-        "Pictures are not changed at random: leave it out, or add changed copies. Crops: data_config.random_ratio."
+    "color_aug face_crop_aug_range augmentations": (
+        "Colours are not changed at random: leave it out, or add changed copies. Crops: data_config.random_ratio; "
+        "mirror images: data_config.flip."
     ),
     "reg_data_dir class_data_dir class_prompt num_class_images prior_loss_weight with_prior_preservation is_reg "
     "prior_preservation": "There are no regularization pictures: leave it out, or mix them in with captions.",
@@ -162,6 +168,7 @@ REMEDIES: Mapping[str, str] = MappingProxyType(
         "resume_from_checkpoint": "A run goes on from its own checkpoints, not from another program's LoRA.",
         "objective.weighting_scheme": 'SNR weights belong to older models; "none" is usual here.',
         "data_config.upscale": "Mind the opposite meaning; false is the default.",
+        "data_config.folders[].dataset": "dataset_name hub_dataset hf_dataset",
         "data_config.folders[].repeats": "It belongs to an item of data_config.folders.",
         "data_config.random_ratio": "Pictures are put into buckets of their own ratio always.",
         "method": 'It is "lora" or "full".',

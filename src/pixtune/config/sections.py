@@ -20,11 +20,15 @@ from pixtune.config.values import (
     Repeats,
     Seeds,
     Share,
+    Shares,
     Side,
+    Sides,
+    Text,
     Words,
 )
 
 SIGMA_DISTRIBUTIONS = Literal["uniform", "logit_normal", "sigmoid", "mode"]
+CAPTION_SOURCES = Literal["file", "lines", "file_name"]
 WEIGHTING_SCHEMES = Literal["none", "sigma_sqrt", "cosmap"]
 
 
@@ -39,11 +43,23 @@ class Section(BaseModel):
 class FolderConfig(Section):
     """Keys of one of several folders of pictures. What a folder leaves out, `data_config` decides."""
 
-    img_dir: FilePath
-    """Folder of pictures, as `data_config.img_dir`."""
+    img_dir: FilePath | None = None
+    """Folder of pictures, as `data_config.img_dir`. Absent: only where `dataset` names pictures."""
+    dataset: Name | None = None
+    """Hugging Face data set in place of `img_dir`: a folder that its `save_to_disk` wrote, a Parquet file or a folder
+    of them, or a name on the hub, which is downloaded. Read by the package `datasets`; pictures are copied into the
+    cache. Absent: `img_dir` has the pictures."""
+    dataset_split: Name = "train"
+    """Split of `dataset`."""
+    image_column: Name = "image"
+    """Column of `dataset` that holds the pictures."""
+    caption_column: Name = "text"
+    """Column of `dataset` that holds the captions: a text, or a list of which each turn draws one."""
+    control_column: Name | None = None
+    """Column of `dataset` that holds the control pictures: one, or a list. Absent: no controls."""
     name: Name | None = None
     """Name before those of its pictures in messages and checkpoints: "NAME/picture.png". Absent: the last part of
-    `img_dir`, or as many parts as tell it from the others."""
+    `img_dir` or `dataset`, or as many parts as tell it from the others."""
     repeats: Repeats = 1.0
     """Number of times that an epoch uses each of its pictures. Fractions count over the epochs: 0.5 is every second
     epoch, 1.5 once and twice in turn. 0: none is used."""
@@ -55,8 +71,27 @@ class FolderConfig(Section):
     """Whether a picture may lack a control. Absent: `data_config.allow_missing_controls`."""
     caption_type: Name | None = None
     """Extension of its caption files. Absent: `data_config.caption_type`."""
-    img_size: Side | None = None
-    """Training size of its pictures in pixels. Absent: `data_config.img_size`."""
+    caption_source: CAPTION_SOURCES | None = None
+    """Source of its captions. Absent: `data_config.caption_source`."""
+    caption_text: Text | None = None
+    """One caption for all of its pictures. Absent: `data_config.caption_text`."""
+    caption_prefix: Text | None = None
+    """Text in front of its captions. Absent: `data_config.caption_prefix`."""
+    shuffle_tags: bool | None = None
+    """Whether tags are shuffled. Absent: `data_config.shuffle_tags`."""
+    keep_tags: Annotated[int, Field(ge=0)] | None = None
+    """Number of first tags that stay where they are. Absent: `data_config.keep_tags`."""
+    tag_dropout_rate: Share | None = None
+    """Share of tags that is left out. Absent: `data_config.tag_dropout_rate`."""
+    caption_variants: Annotated[int, Field(ge=1, le=256)] | None = None
+    """Number of forms of a caption. Absent: `data_config.caption_variants`."""
+    img_size: Side | Sides | None = None
+    """Training size of its pictures in pixels, or several. Absent: `data_config.img_size`."""
+    img_size_shares: Shares | None = None
+    """Share of turns of each of its `img_size`. Absent: `data_config.img_size_shares` where it has no sizes of its own,
+    else equal shares."""
+    flip: bool | None = None
+    """Whether half of its turns are mirrored. Absent: `data_config.flip`."""
     random_ratio: bool | None = None
     """Whether its pictures are cropped to ratios by chance. Absent: `data_config.random_ratio`."""
     upscale: bool | None = None
@@ -85,10 +120,16 @@ class DataConfig(Section):
     whatever the target's size; smaller is faster."""
     metadata_file: FilePath | None = None
     """A JSONL file in place of caption files and `control_dir`: one {"image": ..., "caption": ..., "control": [...]} a
-    line, with paths relative to `img_dir`. Absent: caption files."""
-    img_size: Side = 1024
+    line, with paths relative to `img_dir`; several captions as a list, of which each turn draws one. Or a CSV file with
+    such columns (`file_name` and `text` serve as well). Absent: caption files."""
+    img_size: Side | Sides = 1024
     """Side, in pixels, of the square whose area pictures are brought near to, each in a bucket of its own aspect
-    ratio."""
+    ratio. A list: each turn draws one of these sizes; held-out pictures have the first."""
+    img_size_shares: Shares | None = None
+    """Share of turns of each of several `img_size`, as numbers in any unit. Absent: equal shares."""
+    flip: bool = False
+    """Whether half of the turns show a picture mirrored left to right, with its controls; both ways are cached. Not for
+    pictures with text, or captions that name left and right."""
     train_batch_size: FewThousand | None = None
     """Another place for the top level's `train_batch_size`, which decides where this is absent; unequal values are a
     problem."""
@@ -96,6 +137,23 @@ class DataConfig(Section):
     """Number of threads that read the cache and draw noise ahead of the step. 0: batches are made between steps."""
     caption_type: Name = "txt"
     """Extension of the caption files."""
+    caption_source: CAPTION_SOURCES = "file"
+    """Source of captions: a file each; "lines" of it, of which each is a caption and each turn draws one; or the
+    picture's "file_name" without folder and extension, with spaces for underscores."""
+    caption_text: Text | None = None
+    """One caption for all pictures, in place of files. Absent: `caption_source` decides."""
+    caption_prefix: Text = ""
+    """Text, such as a trigger word, that is put in front of each caption that does not hold it yet, with a comma after
+    it. Dropped captions stay empty. Empty: none."""
+    shuffle_tags: bool = False
+    """Whether the parts of a caption between commas come in random order, all but the first `keep_tags`."""
+    keep_tags: int = Field(default=0, ge=0)
+    """Number of first parts of a caption that are neither shuffled nor left out."""
+    tag_dropout_rate: Share = 0.0
+    """Share of a caption's parts between commas that is left out, 0 to 1, all but the first `keep_tags`."""
+    caption_variants: Annotated[int, Field(ge=1, le=256)] = 8
+    """Number of forms that are drawn and encoded of each caption whose tags are shuffled or left out. Each turn draws
+    one of them; without either, a caption has its one form."""
     max_text_tokens: FewThousand | None = None
     """Number of tokens that captions are cut to, and padded to where a model wants a fixed length (FLUX). Absent: the
     stock pipeline's (512 for Qwen-Image and FLUX; the edit models cut nothing)."""
@@ -108,7 +166,7 @@ class DataConfig(Section):
     """Whether pictures smaller than `img_size` are enlarged. False: they are trained on in a smaller bucket."""
     cache_dir: FilePath | None = None
     """Folder for encoded pictures and captions. Absent: `.pixtune_cache` inside `img_dir`, or inside that of the first
-    of `folders`."""
+    of `folders`, which must have one."""
 
     @model_validator(mode="after")
     def _no_contradictions(self) -> DataConfig:

@@ -1,7 +1,6 @@
-"""Batches: which examples meet, and the random numbers of each, as a pure function of the seed that a run can resume.
+"""Batches: encodings and random numbers of the turns of `order.py`, as a pure function of a seed and their position.
 
-The unit is the *global micro-batch*: `batch_size * num_processes` turns of one bucket, of which process r takes its
-contiguous share. So two processes see exactly what one process with twice the batch size sees.
+Of each global micro-batch process r makes its contiguous share.
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import TypeVar
 
 import torch
@@ -19,117 +17,12 @@ from torch import Tensor
 
 from pixtune import randomness
 from pixtune.config.sections import ObjectiveConfig
+from pixtune.data.order import BatchOrder, Turn
 from pixtune.family import Conditioning, LatentDistribution
 from pixtune.objective import shift_sigmas, sigmas_from_uniform
-from pixtune.sizes import LatentShape, Size
+from pixtune.sizes import LatentShape
 
 T = TypeVar("T")
-
-Signature = tuple[Size, ...]
-"""Sizes in pixels of an example's target and control pictures."""
-
-
-@dataclass(frozen=True)
-class Turn:
-    """One use of an example in a batch: its number, and which of its framings (see `random_ratio`)."""
-
-    example: int
-    variant: int
-
-
-class BatchOrder:
-    """The order of turns of a whole run.
-
-    Args:
-        buckets: the sizes of each example and variant, target first and then its controls: `buckets[example][variant]`.
-            Turns meet only where all sizes are equal.
-        global_batch_size: turns in one global micro-batch.
-        seed: the run's seed.
-        repeats: number of turns that each example has in an epoch, on average; empty: one each.
-    """
-
-    def __init__(
-        self,
-        buckets: Sequence[Sequence[Signature]],
-        global_batch_size: int,
-        seed: int,
-        repeats: Sequence[float] = (),
-    ) -> None:
-        self.buckets = buckets
-        self.global_batch_size = global_batch_size
-        self.seed = seed
-        self.repeats = repeats or [1.0] * len(buckets)
-        self._epoch_ends: list[int] = []
-        # Whether all epochs have the same number of micro-batches: no example changes its size or how often it comes.
-        self.is_even = all(len(set(variants)) == 1 for variants in buckets) and all(
-            repeats == int(repeats) for repeats in self.repeats
-        )
-        self.epoch = lru_cache(maxsize=4)(self._epoch)
-
-    def _epoch(self, epoch: int) -> list[list[Turn]]:
-        """Builds the micro-batches of one epoch: each example once, or as often as it repeats.
-
-        Some come again to fill each bucket's last batch.
-        """
-        by_bucket: dict[Signature, list[Turn]] = {}
-        for example, *again in self._uses(epoch):
-            variants = self.buckets[example]
-            variant = int(randomness.uniform(self.seed, "ratio", epoch, example, *again) * len(variants))
-            by_bucket.setdefault(variants[variant], []).append(Turn(example, variant))
-        size = self.global_batch_size
-        micro_batches = []
-        for members in by_bucket.values():
-            # A short batch would weigh its examples more. Repeating some keeps each step's size and each rank's work.
-            padded = [members[i % len(members)] for i in range(-(-len(members) // size) * size)]
-            micro_batches += [padded[i : i + size] for i in range(0, len(padded), size)]
-        return [micro_batches[i] for i in randomness.shuffled(len(micro_batches), self.seed, "order", epoch, "batches")]
-
-    def _uses(self, epoch: int) -> list[tuple[int, ...]]:
-        """Lists the examples of an epoch in random order: (example,) for its first use, (example, 1) for its second."""
-        uses = [
-            (example, number) if number else (example,)
-            for example in range(len(self.buckets))
-            for number in range(self._num_uses(epoch, example))
-        ]
-        return sorted(uses, key=lambda use: randomness.draw_key(self.seed, "order", epoch, *use))
-
-    def _num_uses(self, epoch: int, example: int) -> int:
-        """Counts the uses of an example in an epoch.
-
-        A fraction is spread evenly over the epochs, from a start of the example's own: a half is every second epoch.
-        """
-        whole = int(self.repeats[example])
-        fraction = self.repeats[example] - whole
-        if not fraction:
-            return whole
-        start = randomness.uniform(self.seed, "repeats", example)
-        return whole + int((epoch + 1) * fraction + start) - int(epoch * fraction + start)
-
-    def epoch_end(self, epoch: int) -> int:
-        """Counts the micro-batches up to the end of this epoch."""
-        if self.is_even:
-            return (epoch + 1) * len(self.epoch(0))
-        while len(self._epoch_ends) <= epoch:
-            before = self._epoch_ends[-1] if self._epoch_ends else 0
-            self._epoch_ends.append(before + len(self.epoch(len(self._epoch_ends))))
-        return self._epoch_ends[epoch]
-
-    def epoch_of(self, index: int) -> int:
-        """Finds the epoch of micro-batch `index`."""
-        if self.is_even:
-            return index // len(self.epoch(0))
-        epoch = max(0, len(self._epoch_ends) - 1)
-        while epoch > 0 and self.epoch_end(epoch - 1) > index:
-            epoch -= 1
-        while self.epoch_end(epoch) <= index:
-            epoch += 1
-        return epoch
-
-    def micro_batch(self, index: int) -> list[Turn]:
-        """Returns the turns of global micro-batch `index` of the run."""
-        epoch = self.epoch_of(index)
-        start = self.epoch_end(epoch - 1) if epoch else 0
-        return self.epoch(epoch)[index - start]
 
 
 @dataclass(frozen=True)
@@ -202,8 +95,8 @@ class ExampleReader:
 
     read_latents: Callable[[int, int], LatentDistribution]
     """Example, variant -> distribution with batch size 1."""
-    read_text: Callable[[int, int, bool], Conditioning]
-    """Example, variant, whether its caption is dropped -> features of its caption, or of the dropped caption."""
+    read_text: Callable[[int, int, int | None], Conditioning]
+    """Example, variant, which of its captions -> features of that caption; None: of the dropped caption."""
     read_controls: Callable[[int, int], Sequence[Tensor]]
     """Example, variant -> latents of its control pictures, each with batch size 1."""
     latent_shape: Callable[[int, int], LatentShape]
@@ -262,7 +155,7 @@ class BatchSource:
             _, height, width = reader.latent_shape(turn.example, turn.variant)
             sigmas.append(self._sigma(uniform, height, width))
             if features:
-                rows.append(reader.read_text(turn.example, turn.variant, self._is_dropped(index, slot)))
+                rows.append(reader.read_text(turn.example, turn.variant, self._caption(index, slot, turn)))
         return torch.cat(sigmas), {name: torch.stack([row[name] for row in rows]) for name in features}
 
     def times_of_step(self, step: int, accumulation: int, features: Sequence[str]) -> tuple[Tensor, Conditioning]:
@@ -277,8 +170,10 @@ class BatchSource:
         share = self.order.global_batch_size // self.world_size
         return range(self.rank * share, (self.rank + 1) * share)
 
-    def _is_dropped(self, index: int, slot: int) -> bool:
-        return randomness.uniform(self.order.seed, "caption dropout", index, slot) < self.caption_dropout_rate
+    def _caption(self, index: int, slot: int, turn: Turn) -> int | None:
+        """Returns which of its captions a turn has; None where it is dropped."""
+        is_dropped = randomness.uniform(self.order.seed, "caption dropout", index, slot) < self.caption_dropout_rate
+        return None if is_dropped else turn.caption
 
     def _draw(self, index: int, slot: int, turn: Turn) -> _Single:
         seed, reader = self.order.seed, self.reader
@@ -288,7 +183,7 @@ class BatchSource:
             latents_BCHW=distribution.latents(randomness.normal(shape, seed, "latents", index, slot)),
             noise_BCHW=randomness.normal(shape, seed, "noise", index, slot),
             sigma=self._sigma(randomness.uniform(seed, "sigma", index, slot), *shape[-2:]),
-            text=reader.read_text(turn.example, turn.variant, self._is_dropped(index, slot)),
+            text=reader.read_text(turn.example, turn.variant, self._caption(index, slot, turn)),
             controls=reader.read_controls(turn.example, turn.variant),
             name=reader.names[turn.example],
         )

@@ -54,6 +54,8 @@ class Framing:
     crop_box: Box
     share_lost: float
     """Share of the picture's area that is cut off, 0 to 1."""
+    flipped: bool = False
+    """Whether the cut is mirrored left to right afterwards. Whatever else is cut by this framing is mirrored, too."""
 
     @property
     def size(self) -> Size:

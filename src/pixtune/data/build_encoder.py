@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from rich.console import Console
 
-from pixtune.config.folders import folders_of
+from pixtune.config.folders import cache_folder
 from pixtune.config.load import why_not_writable
 from pixtune.config.schema import TrainConfig
 from pixtune.data.cache import DiskStore, Ledger, MemoryStore, missing_keys
@@ -26,9 +25,6 @@ from pixtune.plan.encoders import PLAINLY, EncoderPlan, count_caption_tokens, mo
 from pixtune.planning import encoder_sizes, plan_encoders_of
 from pixtune.storage.files import check_writable
 from pixtune.storage.model_folder import ModelFolder
-
-CACHE_FOLDER = ".pixtune_cache"
-"""Name of the cache's folder inside `img_dir`, where the config names no other."""
 
 
 def build_encoder(
@@ -50,7 +46,7 @@ def build_encoder(
         PlanError: the config demands an encoder on the GPU where it does not fit.
         WriteError: the cache can be neither read nor made.
     """
-    cache_dir = cache_folder(config)
+    cache_dir = cache_folder(config.data_config)
     on_disk = config.save_cache_on_disk
     may_write = on_disk and why_not_writable(str(cache_dir)) is None
     if on_disk and not may_write and not cache_dir.is_dir():
@@ -74,11 +70,6 @@ def build_encoder(
     return encoder
 
 
-def cache_folder(config: TrainConfig) -> Path:
-    """Returns the folder of a run's cache."""
-    return config.data_config.cache_dir or folders_of(config.data_config)[0].img_dir / CACHE_FOLDER
-
-
 def check_cache(config: TrainConfig) -> None:
     """Checks that encodings can be written, before the first of them is made.
 
@@ -87,7 +78,7 @@ def check_cache(config: TrainConfig) -> None:
     """
     if config.save_cache_on_disk:
         check_writable(
-            cache_folder(config),
+            cache_folder(config.data_config),
             "Set data_config.cache_dir to a folder for the encoded pictures and captions, or keep them in memory: "
             "save_cache_on_disk=false.",
         )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pixtune.data.buckets import Box, Framing
 from pixtune.sizes import Size
@@ -59,7 +59,7 @@ def frame_control(control: Size, target: Size, target_framing: Framing, rules: C
     """Frames a control picture beside its target.
 
     A control of the target's own shape shows the same scene, so it is cut where the target is cut. One of another shape
-    is a reference and stays whole.
+    is a reference and stays whole. Beside a mirrored target each control is mirrored.
 
     Args:
         control, target: sizes of the upright originals.
@@ -71,7 +71,7 @@ def frame_control(control: Size, target: Size, target_framing: Framing, rules: C
 
     def frame(size: Size) -> Framing:
         share_kept = (box[2] - box[0]) * (box[3] - box[1]) / (control[0] * control[1])
-        return frame_box(box, size, 1.0 - share_kept)
+        return replace(frame_box(box, size, 1.0 - share_kept), flipped=target_framing.flipped)
 
     return ControlFraming(
         frame(rules.latents_size(used)), frame(rules.vision_size(used)) if rules.vision_size else None

@@ -55,7 +55,8 @@ class FramedPicture:
     def parts(self) -> dict[str, str]:
         """Parts of a cache key that decide the pixels."""
         size = f"{self.framing.width}x{self.framing.height}"
-        return {"picture": self.digest, "size": size, "crop": repr(self.framing.crop_box)}
+        flip = {"flip": "left to right"} if self.framing.flipped else {}
+        return {"picture": self.digest, "size": size, "crop": repr(self.framing.crop_box), **flip}
 
     def read(self) -> Image:
         """Reads the framed part as an upright RGB picture at its size.

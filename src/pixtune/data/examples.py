@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -11,10 +11,12 @@ from pixtune import randomness
 from pixtune.config.folders import Folder, folder_beside, folders_of
 from pixtune.config.schema import TrainConfig
 from pixtune.data.buckets import Buckets, Framing, build_buckets, frame_picture, frame_variants
+from pixtune.data.captions import forms_of, split_lines, with_prefix
 from pixtune.data.controls import ControlFraming, ControlRules, frame_control
 from pixtune.data.images import picture_digest, read_size
-from pixtune.data.metadata import read_metadata
-from pixtune.data.pairs import Pair, Pairs, find_pairs, shorten
+from pixtune.data.layouts import find_pairs_of
+from pixtune.data.order import ONCE, Use
+from pixtune.data.pairs import Pair, shorten
 from pixtune.data.validate import validate_pairs
 from pixtune.errors import ConfigError, DataError
 from pixtune.sizes import Size
@@ -27,13 +29,22 @@ class Example:
     name: str
     image_path: Path
     caption: str
+    """Caption as it is written, the first of several: what a held-out picture is measured with."""
     framings: tuple[Framing, ...]
-    """Crops that it is trained at: its own alone, or one for each ratio of `random_ratio`."""
+    """Variants that it is trained at: for each training size its own ratio alone, or one for each ratio of
+    `random_ratio`; with `flip` the same again, mirrored. The first of them measures a held-out picture."""
     control_paths: tuple[Path, ...] = ()
     control_framings: tuple[tuple[ControlFraming, ...], ...] = ()
     """Framings of the control pictures, for each of `framings`."""
-    repeats: float = 1.0
-    """Number of times that an epoch uses it, on average."""
+    use: Use = ONCE
+    """Way in which epochs use it."""
+    caption_forms: tuple[str, ...] = ()
+    """Captions that its turns draw from; empty: `caption` alone."""
+
+    @property
+    def captions(self) -> tuple[str, ...]:
+        """Captions that it is trained with: one of them each turn."""
+        return self.caption_forms or (self.caption,)
 
     @cached_property
     def image_digest(self) -> str:
@@ -95,23 +106,13 @@ _SPOILED = (
 """Pairs of keys that must not name one folder, each with what would happen."""
 
 
-def find_examples(folder: Folder, apart: Collection[Path] = ()) -> Pairs:
-    """Finds the files that belong together in a folder, by its layout.
-
-    Args:
-        apart: `folders_apart`, which are skipped within the folder.
-    """
-    if folder.metadata_file is not None:
-        return read_metadata(folder.metadata_file, folder.img_dir)
-    return find_pairs(folder.img_dir, folder.caption_type, folder.control_dirs, folder.allow_missing_controls, apart)
-
-
 def read_examples(
     folders: Sequence[Folder],
     multiple: int,
     controls: ControlRules | None = None,
     apart: Collection[Path] = (),
     note: Callable[[str], None] = lambda sentence: None,
+    seed: int = 0,
 ) -> list[Example]:
     """Reads all examples of some folders: folder by folder, in the order of their names.
 
@@ -120,8 +121,9 @@ def read_examples(
     Args:
         multiple: number that picture sides, in pixels, must be divisible by.
         controls: the model's use of control pictures; None: it takes none.
-        apart: as for `find_examples`.
+        apart: as for `layouts.find_pairs_of`.
         note: called with each sentence on what was passed over.
+        seed: the run's seed, which decides how tags are shuffled and left out.
 
     Raises:
         DataError: all problems of all folders, together.
@@ -130,7 +132,7 @@ def read_examples(
     errors: list[DataError] = []
     for folder in folders:
         try:
-            examples += _read_folder(folder, multiple, controls, apart, note)
+            examples += _read_folder(folder, multiple, controls, apart, note, seed)
         except DataError as error:
             errors.append(error)
     if errors:
@@ -148,19 +150,20 @@ def _read_folder(
     controls: ControlRules | None,
     apart: Collection[Path],
     note: Callable[[str], None],
+    seed: int,
 ) -> list[Example]:
-    found = find_examples(folder, apart)
+    found = find_pairs_of(folder, apart)
     for warning in found.warnings:
         note(warning)
     try:
-        buckets = build_buckets(folder.img_size, multiple)
+        buckets = [build_buckets(size, multiple) for size in folder.img_sizes]
     except ValueError as error:
         raise DataError("pictures of this size cannot be trained on", [f"{folder.place}.{error}"]) from error
     faults = [*found.faults, *_control_faults(found.pairs, controls, folder)]
     examples = []
     for pair in found.pairs:
         try:
-            examples.append(_read_example(pair, buckets, folder, controls))
+            examples.append(_read_example(pair, buckets, folder, controls, seed))
         except DataError as error:
             faults += error.faults
         except ValueError as error:
@@ -171,26 +174,40 @@ def _read_folder(
     return examples
 
 
-def _read_example(pair: Pair, buckets: Buckets, folder: Folder, controls: ControlRules | None) -> Example:
+def _read_example(
+    pair: Pair, buckets: Sequence[Buckets], folder: Folder, controls: ControlRules | None, seed: int
+) -> Example:
     size = read_size(pair.image_path)
-    framings = (
-        tuple(frame_variants(*size, buckets, folder.upscale).values())
-        if folder.random_ratio
-        else (frame_picture(*size, buckets, upscale=folder.upscale),)
-    )
+    framings: list[Framing] = []
+    shares: list[float] = []
+    for of_size, share in zip(buckets, folder.size_shares, strict=True):
+        ratios = (
+            list(frame_variants(*size, of_size, folder.upscale).values())
+            if folder.random_ratio
+            else [frame_picture(*size, of_size, upscale=folder.upscale)]
+        )
+        framings += ratios
+        shares += [share / len(ratios)] * len(ratios)
+    if folder.flip:
+        framings += [replace(framing, flipped=True) for framing in framings]
+        shares = [share / 2 for share in [*shares, *shares]]
     paths = pair.control_paths if controls else ()
     sizes = [read_size(path) for path in paths]
     control_framings = tuple(
         tuple(frame_control(control, size, framing, controls) for control in sizes) for framing in framings if controls
     )
+    name, rules = f"{folder.label}{pair.name}", folder.captions
+    captions = (*split_lines(pair.read_caption(), rules), *pair.other_captions)
+    forms = forms_of(captions, rules, seed, name)
     return Example(
-        name=f"{folder.label}{pair.name}",
+        name=name,
         image_path=pair.image_path,
-        caption=pair.read_caption(),
-        framings=framings,
+        caption=with_prefix(captions[0], rules),
+        framings=tuple(framings),
         control_paths=paths,
         control_framings=control_framings,
-        repeats=folder.repeats,
+        use=Use(folder.repeats, tuple(shares) if len(set(shares)) > 1 else (), len(forms)),
+        caption_forms=forms,
     )
 
 
@@ -222,8 +239,8 @@ def check_folder(folder: Folder, multiple: int, apart: Collection[Path] = ()) ->
     Raises:
         DataError: all problems of the folder, together.
     """
-    found = find_examples(folder, apart)
-    report = validate_pairs(found, img_size=folder.img_size, multiple=multiple, upscale=folder.upscale)
+    found = find_pairs_of(folder, apart)
+    report = validate_pairs(found, img_size=max(folder.img_sizes), multiple=multiple, upscale=folder.upscale)
     if not report.ok:
         raise DataError(f"{folder.img_dir} cannot be trained on, {len(report.faults)} problems", report.faults)
     return tuple(warning for warning in report.warnings if warning not in found.warnings)
@@ -235,9 +252,9 @@ def used_examples(examples: list[Example]) -> list[Example]:
     Raises:
         DataError: an epoch would use less than one picture.
     """
-    used = [example for example in examples if example.repeats > 0]
-    if examples and sum(example.repeats for example in used) < 1:
-        total = sum(example.repeats for example in used)
+    used = [example for example in examples if example.use.repeats > 0]
+    if examples and sum(example.use.repeats for example in used) < 1:
+        total = sum(example.use.repeats for example in used)
         raise DataError(
             "the folders' repeats leave nothing to train on",
             [

@@ -172,11 +172,12 @@ def check_unchanged(path: Path, digest: str) -> None:
 
 
 def crop_resize(image: Image.Image, framing: Framing) -> Image.Image:
-    """Cuts the framed part out of an upright RGB picture, at its training size.
+    """Cuts the framed part out of an upright RGB picture, at its training size, mirrored if the framing says so.
 
     It takes one Lanczos step from the uncropped original: the filter grows with the reduction, so nothing aliases.
     """
-    return image.resize(framing.size, Image.Resampling.LANCZOS, box=framing.crop_box)
+    framed = image.resize(framing.size, Image.Resampling.LANCZOS, box=framing.crop_box)
+    return framed.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if framing.flipped else framed
 
 
 def to_pixels(image: Image.Image) -> Tensor:

@@ -15,13 +15,13 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from pixtune import randomness
 from pixtune.config.folders import folders_of
-from pixtune.config.sections import DataConfig
-from pixtune.data.batches import BatchOrder, Turn
+from pixtune.config.sections import DataConfig, FolderConfig
 from pixtune.data.buckets import Framing, build_buckets, frame_picture
 from pixtune.data.controls import ControlRules
 from pixtune.data.encodings import control_pictures, target_picture
 from pixtune.data.examples import read_examples, used_examples
 from pixtune.data.images import to_pixels
+from pixtune.data.order import BatchOrder, Turn
 from pixtune.errors import ConfigError
 from pixtune.sizes import Size
 
@@ -53,20 +53,23 @@ def loader(train_batch_size: int, num_workers: int, seed: int = 0, **data_config
     """Opens a data set as `PictureBatch`es of one size each. Each pass is an epoch with its own order and crops.
 
     Args:
-        seed: decides order, crops of `random_ratio` and dropped captions.
+        seed: decides order, sizes, crops, flips and captions.
         data_config: keys of the config's `data_config`.
 
     Raises:
         ConfigError: keys that `data_config` does not have, or values of a wrong type.
         DataError: all problems of the data set, together.
     """
-    pictures = Pictures(read_data_config({**data_config, "train_batch_size": train_batch_size}))
+    pictures = Pictures(read_data_config({**data_config, "train_batch_size": train_batch_size}), seed)
     order = BatchOrder(
         [[example.signature(v) for v in range(len(example.framings))] for example in pictures.examples],
-        train_batch_size, seed, [example.repeats for example in pictures.examples],
+        train_batch_size, seed, [example.use for example in pictures.examples],
     )  # fmt: skip
     batches = EpochBatches(order, pictures.config.caption_dropout_rate)
     return DataLoader(pictures, batch_sampler=batches, num_workers=num_workers, collate_fn=_stack)
+
+
+_FIELDS = {*DataConfig.model_fields, *FolderConfig.model_fields}
 
 
 def read_data_config(values: Mapping[str, Any]) -> DataConfig:
@@ -80,17 +83,21 @@ def read_data_config(values: Mapping[str, Any]) -> DataConfig:
     try:
         return DataConfig.model_validate(dict(values))
     except ValidationError as error:
-        faults = [
-            f"{'.'.join(map(str, e['loc']))} is {e['input']!r}: {e['msg']}" if e["loc"] else str(e["ctx"]["error"])
-            for e in error.errors()
-        ]
+        wanted: dict[str, list[str]] = {}
+        for details in error.errors():
+            is_unknown = details["type"] == "extra_forbidden"  # else, what is no field is a kind of value
+            names = [word for word in details["loc"] if is_unknown or isinstance(word, int) or word in _FIELDS]
+            place = f"{'.'.join(map(str, names))} is {details['input']!r}: " if names else ""
+            problem = details["msg"] if names else str(details["ctx"]["error"])
+            wanted.setdefault(place, []).append(problem)
+        faults = [f"{place}{' or '.join(problems)}" for place, problems in wanted.items()]
         raise ConfigError("data_config is wrong", faults) from error
 
 
 class Pictures(Dataset[tuple[Tensor, str, list[Tensor]]]):
     """Pictures by turn: pixels of shape 3HW in [-1, 1], the caption, and the controls' pixels."""
 
-    def __init__(self, config: DataConfig) -> None:
+    def __init__(self, config: DataConfig, seed: int = 0) -> None:
         self.config = config
         buckets = build_buckets(config.control_size, MULTIPLE)
 
@@ -101,7 +108,7 @@ class Pictures(Dataset[tuple[Tensor, str, list[Tensor]]]):
         folders = folders_of(config)
         has_controls = any(folder.has_controls for folder in folders)
         rules = ControlRules(MOST_CONTROLS, near_control_size, None) if has_controls else None
-        self.examples = used_examples(read_examples(folders, MULTIPLE, rules))
+        self.examples = used_examples(read_examples(folders, MULTIPLE, rules, seed=seed))
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -111,7 +118,7 @@ class Pictures(Dataset[tuple[Tensor, str, list[Tensor]]]):
         example = self.examples[turn.example]
         controls = [to_pixels(picture.read()) for picture in control_pictures(example, turn.variant)]
         pixels_3HW = to_pixels(target_picture(example, turn.variant).read())
-        return pixels_3HW, "" if dropped else example.caption, controls
+        return pixels_3HW, "" if dropped else example.captions[turn.caption], controls
 
 
 class EpochBatches(Sampler[list[CaptionedTurn]]):

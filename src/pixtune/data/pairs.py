@@ -9,12 +9,11 @@ from __future__ import annotations
 import os
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from pixtune.errors import DataError
-from pixtune.inputs.reading import MEBIBYTE, read_bounded
+from pixtune.data.captions import read_caption
 
 PICTURE_EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp", "bmp", "tiff", "tif"})
 """Extensions of the pictures that are read, in lower case; file names may have any letter case."""
@@ -28,16 +27,12 @@ IGNORED_FOLDERS = frozenset({"__MACOSX", "__pycache__"})
 MARK_OF_A_RUN = "metrics.jsonl"
 """File by which the folder of an earlier run is recognized, whose pictures are not taken for pictures to train on."""
 
-LARGEST_CAPTION_BYTES = MEBIBYTE
-"""Size that no caption reaches: a hundred thousand words, of which models read a few hundred."""
-
 _NAMES_SHOWN = 5
 """Number of names that a message lists."""
 
 
 CONVERT = "Convert them to PNG, for example with ImageMagick: magick mogrify -format png FILES"
-RECODE = "Save it as UTF-8, for example by: iconv -f WINDOWS-1252 -t UTF-8 FILE > NEW"
-"""Remedies for a picture and for a caption that cannot be read."""
+"""Remedy for pictures that cannot be read."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +46,9 @@ class Pair:
     caption_path: Path | None = None
     """File of the caption, unless that stands in a metadata file."""
     caption: str | None = None
-    """Caption from a metadata file, without which it is in `caption_path`."""
+    """Caption that stands in no file of its own, without which it is in `caption_path`."""
+    other_captions: tuple[str, ...] = ()
+    """Further captions of the picture beside `caption`."""
     control_paths: tuple[Path, ...] = ()
     """Control pictures for editing, in their order; none in a text-to-image data set."""
 
@@ -86,6 +83,7 @@ def find_pairs(
     control_folders: Sequence[Path] = (),
     allow_missing_controls: bool = False,
     apart: Collection[Path] = (),
+    caption_for: Callable[[Path], str] | None = None,
 ) -> Pairs:
     """Looks through a folder and its subfolders, without reading a file. Problems are returned, not raised.
 
@@ -100,6 +98,7 @@ def find_pairs(
         control_folders: control pictures of the same stems, for editing; one folder for each control of an example.
         allow_missing_controls: accept pictures without a control of their stem.
         apart: folders that have a purpose of their own, such as the run's output, and are skipped within others.
+        caption_for: makes the caption of a picture, where none stands in a file; None: caption files are needed.
     """
     extension = caption_extension.lstrip(".").lower()
     if not extension or extension in PICTURE_EXTENSIONS:
@@ -108,14 +107,18 @@ def find_pairs(
     warnings: list[str] = []
     purposes = frozenset(os.path.realpath(folder) for folder in apart)
     listed = _list_files(image_folder, "image folder", purposes, faults, warnings)
-    pictures, captions = _of_type(listed, PICTURE_EXTENSIONS), _of_type(listed, {extension})
+    pictures = _of_type(listed, PICTURE_EXTENSIONS)
+    captions = _of_type(listed, {extension}) if caption_for is None else {}
     if not faults and not pictures:
         faults.append(f"The image folder {image_folder} holds no picture ({', '.join(sorted(PICTURE_EXTENSIONS))}).")
     faults += _ambiguous(pictures, "pictures", "share one caption name")
     faults += _ambiguous(captions, "captions", "belong to one picture")
     unread = _of_type(listed, UNREAD_EXTENSIONS)
     partners = _Partners("caption", image_folder, captions, f".{extension}")
-    caption_of = _match(image_folder, pictures, partners, faults, unread)
+    caption_of = _match(image_folder, pictures, partners, faults, unread) if caption_for is None else {}
+    captioned_pictures = {
+        name: path for name, path in pictures.items() if caption_for is not None or name in caption_of
+    }
     controls_of = [
         _find_controls(image_folder, pictures, folder, purposes, allow_missing_controls, faults)
         for folder in control_folders
@@ -131,49 +134,16 @@ def find_pairs(
             Pair(
                 path,
                 name,
-                caption_path=caption_of[name],
+                caption_path=caption_of.get(name),
+                caption=caption_for(path) if caption_for else None,
                 control_paths=tuple(control_of[name] for control_of in controls_of if name in control_of),
             )
-            for name, path in pictures.items()
-            if name in caption_of
+            for name, path in captioned_pictures.items()
         ),
-        lone_pictures=tuple(path for name, path in pictures.items() if name not in caption_of),
+        lone_pictures=tuple(path for name, path in pictures.items() if name not in captioned_pictures),
         faults=tuple(faults),
         warnings=tuple(warnings),
     )
-
-
-def read_caption(path: Path) -> str:
-    """Reads a caption as `tidy_caption` gives it. It may be empty or have several lines; UTF-8, BOM or not.
-
-    Raises:
-        DataError: one problem, with the file, the position of the bad byte and what to do.
-    """
-    try:
-        data = read_bounded(path, LARGEST_CAPTION_BYTES)
-    except OSError as error:
-        raise _caption_error(path, f"cannot be read: {error.strerror or error}.") from error
-    if data.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in data:
-        position = max(data.find(b"\0"), 0)
-        raise _caption_error(
-            path,
-            f"is UTF-16 or not text (first such byte at position {position}). Save it as UTF-8.",
-        )
-    try:
-        return tidy_caption(data.decode("utf-8"))  # "utf-8-sig" would shift the position of a bad byte
-    except UnicodeDecodeError as error:
-        raise _caption_error(
-            path,
-            f"is not UTF-8: byte 0x{data[error.start]:02x} at position {error.start}. {RECODE}",
-        ) from error
-
-
-def tidy_caption(text: str) -> str:
-    """Returns a caption without what an editor or a file system adds: its own line ends, BOMs, white space around it.
-
-    Lines end with a line feed alone, so that a caption from Windows is the same caption: the same tokens and encoding.
-    """
-    return text.replace("\r\n", "\n").replace("\r", "\n").replace("\ufeff", "").strip()
 
 
 def shorten(names: Iterable[str]) -> str:
@@ -181,10 +151,6 @@ def shorten(names: Iterable[str]) -> str:
     listed = list(names)
     more = f" and {len(listed) - _NAMES_SHOWN} more" if len(listed) > _NAMES_SHOWN else ""
     return ", ".join(listed[:_NAMES_SHOWN]) + more
-
-
-def _caption_error(path: Path, sentence: str) -> DataError:
-    return DataError("a caption cannot be used", [f"{path} {sentence}"])
 
 
 def _list_files(

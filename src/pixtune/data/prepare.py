@@ -82,14 +82,14 @@ def prepare_data(
     rules = control_rules(family, folder, data.control_size)
     apart, notes = folders_apart(config), list[str]()
     folders = list(folders_of(data))
-    for img_size in dict.fromkeys(each.img_size for each in folders if each.img_size % multiple):
+    for img_size in dict.fromkeys(size for each in folders for size in each.img_sizes if size % multiple):
         side = img_size // multiple * multiple
         notes.append(f"img_size {img_size} is no multiple of {multiple}: square pictures train at {side}x{side}.")
-    examples = used_examples(read_examples(folders, multiple, rules, apart, notes.append))
+    examples = used_examples(read_examples(folders, multiple, rules, apart, notes.append, config.seed))
     training, held_out = split_held_out(examples, config.validation.held_out, config.seed)
     if config.validation.held_out_dir is not None:
         folders.append(folder_beside(data, config.validation.held_out_dir))
-        held_out = read_examples(folders[-1:], multiple, rules, apart, notes.append)
+        held_out = read_examples(folders[-1:], multiple, rules, apart, notes.append, config.seed)
         training, sentence = without_held_out(training, held_out)
         notes += [sentence] if sentence else []
     if config.random_weights:
@@ -143,7 +143,8 @@ def _fingerprint(encoder: Encoder, training: Sequence[Example]) -> DataFingerpri
         for example, variant in variants
         for picture in (target_picture(example, variant), *control_pictures(example, variant))
     ]
-    keys = encoder.text_keys([text_item(example.caption, example, variant) for example, variant in variants])
+    texts = [text_item(text, example, variant) for example, variant in variants for text in example.captions]
+    keys = encoder.text_keys(texts)
     keys += encoder.latent_keys(pictures)
     return DataFingerprint(text_digest("\n".join(key.digest for key in keys)), _digests_by_name(training))
 
@@ -152,11 +153,13 @@ def missing_triggers(training: Sequence[Example], words: Sequence[str]) -> list[
     """Writes a sentence for each trigger word that captions lack: nothing else puts it there."""
     sentences = []
     for word in words:
-        lacking = [each.name for each in training if word.casefold() not in each.caption.casefold()]
+        lacking = [
+            each.name for each in training if any(word.casefold() not in text.casefold() for text in each.captions)
+        ]
         if lacking:
             sentences.append(
                 f"{len(lacking)} of {len(training)} captions lack the trigger word {word!r}: {shorten_names(lacking)}. "
-                "The LoRA learns it from captions alone, so write it there."
+                "The LoRA learns it from captions alone, so write it there, or set data_config.caption_prefix."
             )
     return sentences
 
@@ -166,7 +169,7 @@ def _digests_by_name(training: Sequence[Example]) -> dict[str, str] | None:
     if len(training) > MOST_NAMED_EXAMPLES:
         return None
     return {
-        each.name: f"{text_digest(each.caption)[:8]}-"
+        each.name: f"{text_digest(chr(0).join(each.captions))[:8]}-"
         + text_digest("\n".join([each.image_digest, *each.control_digests]))[:8]
         for each in training
     }
@@ -286,7 +289,12 @@ def _named_texts(
 ) -> list[tuple[str, TextItem]]:
     """Lists captions and prompts of samples as the text encoder gets them, each after its name in messages."""
     return [
-        *((each.name, text_item(each.caption, each, v)) for each in training for v in range(len(each.framings))),
+        *(
+            (each.name, text_item(text, each, v))
+            for each in training
+            for v in range(len(each.framings))
+            for text in each.captions
+        ),
         *((each.name, text_item(each.caption, each, 0)) for each in held_out),
         *((f"the prompt {shorten(each.caption)}", text_item(each.caption, each, 0)) for each in prompts),
     ]
@@ -309,7 +317,7 @@ def _needed_texts(
             text_item(text, example, variant)
             for example in training
             for variant in range(len(example.framings))
-            for text in (example.caption, *instead)
+            for text in (*example.captions, *instead)
         ]
     return list(dict.fromkeys(items))
 
@@ -341,8 +349,8 @@ def _gather(
     def read_latents(example: int, variant: int) -> LatentDistribution:
         return encodings.latents(target_picture(training[example], variant))
 
-    def read_text(example: int, variant: int, dropped: bool) -> Conditioning:
-        text = family.dropped_caption if dropped else training[example].caption
+    def read_text(example: int, variant: int, caption: int | None) -> Conditioning:
+        text = family.dropped_caption if caption is None else training[example].captions[caption]
         return encodings.text(text_item(text, training[example], variant))
 
     def read_controls(example: int, variant: int) -> list[Tensor]:
@@ -350,18 +358,19 @@ def _gather(
         return [encodings.latents(picture).mean_BCHW for picture in control_pictures(training[example], variant)]
 
     variants = [(example, variant) for example in training for variant in range(len(example.framings))]
-    longest = variants if config.precompute_text_embeddings else [max(variants, key=lambda row: len(row[0].caption))]
+    known = config.precompute_text_embeddings
+    longest = variants if known else [max(variants, key=lambda row: max(map(len, row[0].captions)))]
     dropout = config.data_config.caption_dropout_rate
     dropped = [family.dropped_caption] if dropout > 0 else []
     captions = {
-        text_item(text, example, variant) for example, variant in longest for text in (example.caption, *dropped)
+        text_item(text, example, variant)
+        for example, variant in longest
+        for text in (*(example.captions if known else [max(example.captions, key=len)]), *dropped)
     }
     text_tokens = {caption: encodings.count_text_tokens(caption) for caption in captions}
-    known = config.precompute_text_embeddings
     return PreparedData(
         reader=example_reader(family, folder, training, read_latents, read_text, read_controls),
         buckets=[[example.signature(variant) for variant in range(len(example.framings))] for example in training],
-        repeats=[example.repeats for example in training],
         held_out=[
             HeldOutPicture(
                 example.name,
@@ -381,4 +390,5 @@ def _gather(
         ),
         fingerprint=fingerprint,
         encoders=encodings.encoder.plan,
+        uses=[example.use for example in training],
     )

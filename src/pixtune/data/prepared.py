@@ -10,10 +10,11 @@ from typing import Any
 
 from torch import Tensor
 
-from pixtune.data.batches import ExampleReader, Signature
+from pixtune.data.batches import ExampleReader
 from pixtune.data.encode import TextItem
 from pixtune.data.encodings import text_item
 from pixtune.data.examples import Example
+from pixtune.data.order import Signature, Use
 from pixtune.data.swapped import EncodedBothWays
 from pixtune.family import Conditioning, LatentDistribution, ModelFamily
 from pixtune.judging.validation import HeldOutPicture
@@ -57,8 +58,8 @@ class PreparedData:
     fingerprint: DataFingerprint
     encoders: EncoderPlan
     """Plan by which it was encoded."""
-    repeats: Sequence[float] = ()
-    """Number of times that an epoch uses each training example, on average; empty: once each."""
+    uses: Sequence[Use] = ()
+    """Ways in which epochs use the training examples; empty: once each."""
 
     @property
     def sizes_vary(self) -> bool:
@@ -95,14 +96,15 @@ def captioned_sizes(
 ) -> tuple[CaptionedSize, ...]:
     """Counts how often captions of each length meet pictures of each size in an epoch."""
     turns_of: dict[Signature, dict[int, float]] = {}
-    shares = [(1 - dropout, None), (dropout, family.dropped_caption)]
     for example in examples:
+        own = (1 - dropout) / len(example.captions)
+        captions = [*((own, caption) for caption in example.captions), (dropout, family.dropped_caption)]
         for variant in range(len(example.framings)):
             lengths = turns_of.setdefault(example.signature(variant), defaultdict(float))
-            for share, instead in shares:
+            of_variant = example.use.shares[variant] if example.use.shares else 1 / len(example.framings)
+            for share, caption in captions:
                 if share:
-                    caption = example.caption if instead is None else instead
-                    turns = example.repeats * share / len(example.framings)
+                    turns = example.use.repeats * share * of_variant
                     lengths[text_tokens[text_item(caption, example, variant)]] += turns
     return tuple(CaptionedSize(image_tokens(family, folder, size), lengths) for size, lengths in turns_of.items())
 
@@ -112,7 +114,7 @@ def example_reader(
     folder: ModelFolder,
     examples: Sequence[Example],
     read_latents: Callable[[int, int], LatentDistribution],
-    read_text: Callable[[int, int, bool], Conditioning],
+    read_text: Callable[[int, int, int | None], Conditioning],
     read_controls: Callable[[int, int], list[Tensor]],
 ) -> ExampleReader:
     """Builds the reader of a family's examples from functions that read their encodings; see `ExampleReader`."""

@@ -49,12 +49,14 @@ def random_data(
         text_item(text, example, variant): num_tokens(text)
         for example in training
         for variant in range(len(example.framings))
-        for text in (example.caption, *([family.dropped_caption] if dropout else []))
+        for text in (*example.captions, *([family.dropped_caption] if dropout else []))
     }
 
-    def read_text(example: int, variant: int, dropped: bool) -> Conditioning:
-        caption = family.dropped_caption if dropped else training[example].caption
-        return family.random_text(folder, num_tokens(caption), DROPPED_TEXT if dropped else example)
+    def read_text(example: int, variant: int, caption: int | None) -> Conditioning:
+        if caption is None:
+            return family.random_text(folder, num_tokens(family.dropped_caption), DROPPED_TEXT)
+        number = example + caption * len(training)  # the first captions have their examples' numbers
+        return family.random_text(folder, num_tokens(training[example].captions[caption]), number)
 
     def random_latents(size: Size, *place: int | str) -> Tensor:
         return randomness.normal((1, *family.latent_shape(folder, *size)), config.seed, "random weights", *place)
@@ -79,7 +81,6 @@ def random_data(
     return PreparedData(
         reader=example_reader(family, folder, training, read_latents, read_text, read_controls),
         buckets=[[example.signature(variant) for variant in range(len(example.framings))] for example in training],
-        repeats=[example.repeats for example in training],
         held_out=[held_out_picture(number, example) for number, example in enumerate(held_out)],
         prompts=[],
         both_ways=[],
@@ -90,4 +91,5 @@ def random_data(
         ),
         fingerprint=DataFingerprint("random"),
         encoders=PLAINLY,
+        uses=[example.use for example in training],
     )

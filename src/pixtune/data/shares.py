@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from pixtune.data.batches import BatchOrder
+from pixtune.data.order import BatchOrder, Signature
 from pixtune.data.pairs import shorten
 
 NOTABLE_FACTOR = 2.0
@@ -21,9 +21,14 @@ EPOCHS_COUNTED = 8
 def draws_an_epoch(order: BatchOrder) -> list[float]:
     """Computes how often an epoch draws each example: on average, since which of a size come twice changes."""
     if order.is_even:
-        members = Counter(variants[0] for variants in order.buckets)
+        members: Counter[Signature] = Counter()
+        for variants, use in zip(order.buckets, order.uses, strict=True):
+            members[variants[0]] += int(use.repeats)
         size = order.global_batch_size
-        return [-(-members[variants[0]] // size) * size / members[variants[0]] for variants in order.buckets]
+        return [
+            use.repeats * (-(-members[variants[0]] // size) * size / members[variants[0]])
+            for variants, use in zip(order.buckets, order.uses, strict=True)
+        ]
     counts = Counter(turn.example for e in range(EPOCHS_COUNTED) for batch in order.epoch(e) for turn in batch)
     return [counts[example] / EPOCHS_COUNTED for example in range(len(order.buckets))]
 
@@ -31,16 +36,18 @@ def draws_an_epoch(order: BatchOrder) -> list[float]:
 def uneven_note(order: BatchOrder, names: Sequence[str]) -> str | None:
     """Returns a sentence that names the pictures of rare shapes, where they are drawn notably more often; else None."""
     draws = draws_an_epoch(order)
-    least = min(draws)
-    often = [example for example, number in enumerate(draws) if number >= NOTABLE_FACTOR * least]
-    often.sort(key=lambda example: -draws[example])
-    if not often:
+    wanted = [use.repeats for use in order.uses]
+    factors = [number / repeats for number, repeats in zip(draws, wanted, strict=True)]
+    least = min(factors)
+    often = [example for example, factor in enumerate(factors) if factor >= NOTABLE_FACTOR * least]
+    often.sort(key=lambda example: -factors[example])
+    if not often or not least:  # in the few epochs that are counted, an example of a small fraction may not come
         return None
     listed = shorten(f"{names[example]} ({draws[example]:.1f} times an epoch)" for example in often)
     share = sum(draws[example] for example in often) / sum(draws)
     pictures = "1 picture of a rare shape is" if len(often) == 1 else f"{len(often)} pictures of rare shapes are"
     return (
         f"{pictures} drawn to fill micro-batches of {order.global_batch_size}, {share:.0%} of all draws, where others "
-        f"come {least:.1f} times an epoch: {listed}. A smaller train_batch_size (with gradient_accumulation_steps), "
-        "more pictures of the shape, or crops of them to a common one even it out."
+        f"come {least * min(wanted):.1f} times an epoch: {listed}. A smaller train_batch_size (with "
+        "gradient_accumulation_steps), more pictures of the shape, or crops of them to a common one even it out."
     )

@@ -100,7 +100,8 @@ def _changes_folders(before: RunIdentity, now: RunIdentity) -> str | None:
     return None if was == is_now else "how the folders are used would be another"
 
 
-_PLACES = ("img_dir", "control_dir", "metadata_file")
+_PLACES = ("img_dir", "control_dir", "metadata_file", "dataset")
+"""Keys of a folder that only say where it lies: its pictures are recognized by their content."""
 
 
 def _folders(run: RunIdentity) -> Sequence[Mapping[str, Any]]:

@@ -22,7 +22,7 @@ class FoundLora:
     model: str | None = None
     """The base model as its run's config names it; None where no run is known."""
     side: int | None = None
-    """`data_config.img_size` of its run in pixels; None where no run is known."""
+    """Largest training size of its run in pixels; None where no run is known."""
 
 
 def find_lora(path: Path) -> FoundLora:
@@ -56,8 +56,18 @@ def _with_run(file: Path, folder: Path) -> FoundLora:
     """Adds what the run in the file's folder says; a file that was moved elsewhere has none."""
     config = _config_of(folder)
     model, data = config.get("pretrained_model_name_or_path"), config.get("data_config")
-    side = data.get("img_size") if isinstance(data, Mapping) else None
-    return FoundLora(file, model if isinstance(model, str) else None, side if isinstance(side, int) else None)
+    return FoundLora(file, model if isinstance(model, str) else None, _largest_size(data))
+
+
+def _largest_size(data: object) -> int | None:
+    """Returns the largest training size that a recorded `data_config` names; None where it names none."""
+    if not isinstance(data, Mapping):
+        return None
+    folders = data.get("folders") or ()
+    own = [each.get("img_size") for each in folders if isinstance(each, Mapping)]
+    named = [data.get("img_size"), *own] if not own or None in own else own
+    sizes = [size for each in named for size in (each if isinstance(each, list | tuple) else (each,))]
+    return max((size for size in sizes if isinstance(size, int)), default=None)
 
 
 def _config_of(folder: Path) -> Mapping[str, Any]:

@@ -34,17 +34,17 @@ def test_what_a_folder_does_not_say_the_keys_beside_the_list_say(write, folders)
 """
     config = load_config(write(text))
     one, other = folders_of(config.data_config)
-    assert (one.label, one.img_dir, one.repeats, one.img_size) == ("cats/images/", cats, 2.0, 768)
-    assert (one.caption_type, one.upscale) == ("caption", False)
-    assert (other.label, other.repeats, other.img_size, other.upscale) == ("dogs/", 1.0, 512, True)
-    assert other.caption_type == "txt"
+    assert (one.label, one.img_dir, one.repeats, one.img_sizes) == ("cats/images/", cats, 2.0, (768,))
+    assert (one.captions.extension, one.upscale) == ("caption", False)
+    assert (other.label, other.repeats, other.img_sizes, other.upscale) == ("dogs/", 1.0, (512,), True)
+    assert other.captions.extension == "txt"
     assert load_config(write(resolved_yaml(config))) == config, "what is written is read again"
 
 
 def test_one_folder_is_the_flat_keys_without_a_label(folders):
     (folder,) = folders_of(DataConfig(img_dir=folders[0], img_size=512, random_ratio=True))
     assert (folder.place, folder.label, folder.img_dir, folder.repeats) == ("data_config", "", folders[0], 1.0)
-    assert (folder.img_size, folder.random_ratio, folder.upscale, folder.control_dirs) == (512, True, False, ())
+    assert (folder.img_sizes, folder.random_ratio, folder.upscale, folder.control_dirs) == ((512,), True, False, ())
 
 
 @pytest.mark.parametrize(
@@ -73,7 +73,7 @@ def test_held_out_pictures_have_the_settings_of_the_first_folder(tmp_path):
         ]}
     )  # fmt: skip
     folder = folder_beside(data, tmp_path / "test" / "images")
-    assert (folder.img_size, folder.random_ratio, folder.repeats, folder.label) == (256, False, 1.0, "")
+    assert (folder.img_sizes, folder.random_ratio, folder.repeats, folder.label) == ((256,), False, 1.0, "")
     assert folder.control_dirs == (tmp_path / "test" / "control",)
 
 
@@ -94,7 +94,7 @@ def test_faults_of_all_folders_are_reported_together_each_at_its_place(faults_of
     found = "\n".join(faults_of(text))
     assert "run.yaml:7: data_config.folders[0].repeats is -1: must be at least 0" in found
     assert "run.yaml:8: data_config.folders[1].repeat is not a known key (value 2); did you mean " in found
-    assert "data_config.folders[1].img_dir is required and missing. Folder of pictures" in found
+    assert "run.yaml:5: data_config.folders[1].img_dir is required and missing: a folder of pictures" in found
     assert "run.yaml:9: data_config.folders[2].img_dir is" in found and "there is no such folder" in found
     assert "run.yaml:10: data_config.folders[2].caption_type is 3: must be text (put it in quotes)" in found
     assert "run.yaml:12: data_config.folders[2] has both control_dir and metadata_file" in found
@@ -126,6 +126,35 @@ def test_a_list_of_another_form_is_one_plain_sentence(faults_of, value, sentence
     ]
     assert len(faults) == 1 and sentence in faults[0], faults
     assert "Input should" not in faults[0] and "[type=" not in faults[0]
+
+
+@pytest.mark.parametrize(
+    ("folder", "words"),
+    [
+        ("{dataset: some/set}", "data_config.folders[0].dataset needs data_config.cache_dir"),
+        ("{dataset: some/set, img_dir: .}", "data_config.folders[0] has both img_dir and dataset"),
+        ("{dataset: some/set, control_dir: .}", "data_config.folders[0].control_dir is given beside dataset"),
+        ("{img_dir: ., caption_text: a, caption_source: lines}", "caption_text is given and caption_source is"),
+        ("{img_dir: ., img_size: [64, 32], img_size_shares: [1]}", "img_size_shares has 1 numbers and img_size 2"),
+        ("{img_dir: ., img_size_shares: [1, 2]}", "img_size_shares has 2 numbers and img_size 1: give one for each"),
+        ("{img_dir: ., img_size: [64, 32], img_size_shares: [0, 0]}", "img_size_shares is [0, 0]: one must be greater"),
+    ],
+)
+def test_keys_of_a_folder_that_contradict_each_other_are_one_sentence(faults_of, folder, words):
+    (fault,) = faults_of(HEAD, f"data_config.folders=[{folder}]")
+    assert words in fault, fault
+
+
+def test_sizes_and_captions_of_a_folder_win_over_those_beside_the_list(folders):
+    cats, dogs = map(str, folders)
+    data = DataConfig.model_validate(
+        {"img_size": [64, 32], "img_size_shares": [3, 1], "caption_text": "all",
+         "folders": [{"img_dir": cats}, {"img_dir": dogs, "img_size": 48, "caption_source": "file_name"}]}
+    )  # fmt: skip
+    one, other = folders_of(data)
+    assert (one.img_sizes, one.size_shares, one.captions.text) == ((64, 32), (0.75, 0.25), "all")
+    assert (other.img_sizes, other.size_shares) == ((48,), (1.0,))
+    assert (other.captions.text, other.captions.source) == (None, "file_name")
 
 
 def test_the_place_of_pictures_is_given_once(faults_of, folders):

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pixtune.config.sections import ObjectiveConfig
-from pixtune.data.batches import Batch, BatchOrder, BatchSource, ExampleReader, Signature, Turn, read_ahead
+from pixtune.data.batches import Batch, BatchSource, ExampleReader, read_ahead
+from pixtune.data.order import BatchOrder, Signature, Turn
 from pixtune.families.qwen_image import QWEN_IMAGE
 from pixtune.family import Conditioning, LatentDistribution
 from pixtune.sizes import LatentShape, Size
@@ -50,9 +51,9 @@ def reader(sizes: Sequence[Sequence[Signature]], num_controls: int = 0, num_imag
         mean_BCHW = torch.full((1, *latent_shape(example, variant)), 100.0 * example + variant)
         return LatentDistribution(mean_BCHW, torch.full_like(mean_BCHW, 0.5))
 
-    def read_text(example: int, variant: int, dropped: bool) -> Conditioning:
-        length = 2 if dropped else 2 + example % 3
-        return {"prompt_embeds": torch.full((length, 4), DROPPED if dropped else float(example))}
+    def read_text(example: int, variant: int, caption: int | None) -> Conditioning:
+        length = 2 if caption is None else 2 + example % 3
+        return {"prompt_embeds": torch.full((length, 4), DROPPED if caption is None else float(example))}
 
     return ExampleReader(
         read_latents=read_latents,

@@ -290,9 +290,9 @@ def test_a_held_out_picture_of_the_same_name_is_not_trained_on(
     data = prepare_data(config, CountingFamily(), model, ACCELERATOR)
     assert (data.reader.read_latents(0, 0).mean_BCHW == -1).all()
     assert (data.held_out[0].latents_1CHW == 1).all()
-    assert data.reader.read_text(0, 0, False)["prompt_embeds"][0, 0] == len("black")
+    assert data.reader.read_text(0, 0, 0)["prompt_embeds"][0, 0] == len("black")
     assert data.held_out[0].conditioning["prompt_embeds"][0, 0] == len("white!")
-    assert data.reader.read_text(0, 0, True)["prompt_embeds"][0, 0] == len(" "), "the dropped caption"
+    assert data.reader.read_text(0, 0, None)["prompt_embeds"][0, 0] == len(" "), "the dropped caption"
     assert (tmp_path / "train" / ".pixtune_cache").is_dir() == on_disk
 
 
@@ -408,8 +408,8 @@ def test_controls_reach_latents_text_and_buckets(tmp_path: Path, model: ModelFol
     (first,), (second,) = data.reader.read_controls(0, 0), data.reader.read_controls(1, 0)
     assert first.shape == (1, 2, 6, 6) and second.shape == (1, 2, 4, 6)
     torch.testing.assert_close(first.mean(), torch.tensor(10 / 127.5 - 1))
-    assert data.reader.read_text(0, 0, False)["prompt_embeds"][0, 0] == len("brighter") + 10_000
-    assert data.reader.read_text(1, 0, True)["prompt_embeds"][0, 0] == 1 + 20_000, "dropped caption, own control"
+    assert data.reader.read_text(0, 0, 0)["prompt_embeds"][0, 0] == len("brighter") + 10_000
+    assert data.reader.read_text(1, 0, None)["prompt_embeds"][0, 0] == 1 + 20_000, "dropped caption, own control"
     assert data.most_image_tokens == 16 + 9
 
 
@@ -472,7 +472,7 @@ def test_a_metadata_file_gives_each_row_its_own_controls(tmp_path: Path, model: 
     data = prepare_data(config, CountingFamily(max_controls=3), model, ACCELERATOR)
     assert list(data.reader.names) == ["a.png", "a.png#2", "b.png"]
     assert [len(data.reader.read_controls(row, 0)) for row in range(3)] == [1, 2, 0]
-    assert data.reader.read_text(1, 0, False)["prompt_embeds"][0, 0] == len("two") + 30_000
+    assert data.reader.read_text(1, 0, 0)["prompt_embeds"][0, 0] == len("two") + 30_000
 
 
 def test_prompts_of_samples_bring_their_controls(tmp_path: Path, model: ModelFolder) -> None:
@@ -538,8 +538,8 @@ def test_encoding_in_the_loop_gives_what_the_cache_gives(tmp_path: Path, model: 
     live = prepare_data(config, family, model, ACCELERATOR)
     encoded_before = len(family.encoded)
     for example in range(2):
-        for dropped in (False, True):
-            one, other = (data.reader.read_text(example, 0, dropped) for data in (cached, live))
+        for caption in (0, None):
+            one, other = (data.reader.read_text(example, 0, caption) for data in (cached, live))
             assert torch.equal(one["prompt_embeds"], other["prompt_embeds"])
         stored, made = (data.reader.read_latents(example, 0) for data in (cached, live))
         torch.testing.assert_close(stored.mean_BCHW, made.mean_BCHW)
@@ -567,7 +567,7 @@ def edit(path: Path) -> None:
 def readings(data: PreparedData) -> list[Tensor]:
     """All that a step reads of the first example."""
     latents, reader = data.reader.read_latents(0, 0), data.reader
-    texts = [reader.read_text(0, 0, dropped)["prompt_embeds"] for dropped in (False, True)]
+    texts = [reader.read_text(0, 0, caption)["prompt_embeds"] for caption in (0, None)]
     return [latents.mean_BCHW, latents.std_BCHW, *texts, *reader.read_controls(0, 0)]
 
 
@@ -587,7 +587,7 @@ def test_what_is_in_the_cache_is_trained_on_whatever_becomes_of_the_files(
     [
         ("precompute_image_embeddings", "train/a.png", lambda reader: reader.read_latents(0, 0)),
         ("precompute_image_embeddings", "control/a.png", lambda reader: reader.read_controls(0, 0)),
-        ("precompute_text_embeddings", "control/a.png", lambda reader: reader.read_text(0, 0, True)),
+        ("precompute_text_embeddings", "control/a.png", lambda reader: reader.read_text(0, 0, None)),
     ],
 )
 def test_a_picture_that_changed_is_named_where_it_is_encoded_in_the_loop(

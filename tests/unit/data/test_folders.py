@@ -1,19 +1,25 @@
-"""A data set of several folders: names, repeats, and faults of all of them together."""
+"""A data set of several folders: names, repeats, sizes, flips, and faults of all of them together."""
 
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from pixtune.config.folders import folders_of
 from pixtune.config.sections import DataConfig
-from pixtune.data.batches import BatchOrder
+from pixtune.data.buckets import Framing
+from pixtune.data.controls import ControlRules, frame_control
+from pixtune.data.encode import FramedPicture
 from pixtune.data.examples import Example, read_examples, used_examples
+from pixtune.data.images import crop_resize
+from pixtune.data.order import BatchOrder, Use
 from pixtune.errors import DataError
 
 
@@ -37,7 +43,7 @@ def test_folders_give_their_examples_in_turn_under_names_of_their_own(tmp_path):
     examples = read(
         {"img_dir": cats, "repeats": 2}, {"img_dir": dogs, "caption_type": "note", "img_size": 32}, img_size=64
     )
-    assert [(each.name, each.caption, each.repeats) for each in examples] == [
+    assert [(each.name, each.caption, each.use.repeats) for each in examples] == [
         ("cats/a.png", "a of cats", 2.0), ("cats/b.png", "b of cats", 2.0), ("dogs/a.png", "a of dogs", 1.0),
     ]  # fmt: skip
     assert [each.framings[0].size for each in examples] == [(64, 64), (64, 64), (32, 32)]
@@ -67,7 +73,7 @@ SQUARE = ((64, 64),)
 
 
 def uses(repeats: list[float], epochs: int, seed: int = 3) -> list[Counter[int]]:
-    order = BatchOrder([[SQUARE]] * len(repeats), 1, seed, repeats)
+    order = BatchOrder([[SQUARE]] * len(repeats), 1, seed, [Use(each) for each in repeats])
     return [Counter(turn.example for batch in order.epoch(epoch) for turn in batch) for epoch in range(epochs)]
 
 
@@ -85,12 +91,75 @@ def test_examples_of_a_fraction_take_their_turns_in_different_epochs():
 
 
 def test_an_order_of_single_repeats_is_the_order_without_any():
-    plain, single = BatchOrder([[SQUARE]] * 9, 2, 5), BatchOrder([[SQUARE]] * 9, 2, 5, [1.0] * 9)
+    plain, single = BatchOrder([[SQUARE]] * 9, 2, 5), BatchOrder([[SQUARE]] * 9, 2, 5, [Use(1.0)] * 9)
     assert [plain.epoch(number) for number in range(4)] == [single.epoch(number) for number in range(4)]
 
 
 def test_a_position_is_found_in_epochs_of_different_lengths():
-    order, again = (BatchOrder([[SQUARE]] * 7, 2, 11, [0.5, 0.3, 1, 2.25, 0.5, 0.1, 1]) for _ in range(2))
+    uses = [Use(repeats) for repeats in (0.5, 0.3, 1, 2.25, 0.5, 0.1, 1)]
+    order, again = (BatchOrder([[SQUARE]] * 7, 2, 11, uses) for _ in range(2))
     in_turn = [batch for epoch in range(16) for batch in again.epoch(epoch)]
     assert not order.is_even
     assert [order.micro_batch(index) for index in (40, 3, 17, 0)] == [in_turn[index] for index in (40, 3, 17, 0)]
+
+
+# ---- sizes and flips
+
+
+def test_each_size_and_its_mirror_image_is_a_variant_with_its_share(tmp_path):
+    (example,) = read({"img_dir": write(tmp_path / "a", "x", size=(200, 100)), "img_size": [64, 32, 48], "flip": True,
+                       "img_size_shares": [3, 1, 0]})  # fmt: skip
+    assert [(framing.size, framing.flipped) for framing in example.framings] == [
+        ((80, 48), False), ((48, 16), False), ((80, 48), True), ((48, 16), True),
+    ]  # fmt: skip
+    assert example.use.shares == (0.375, 0.125, 0.375, 0.125)
+
+
+def test_one_size_in_a_list_is_that_size(tmp_path):
+    folder = write(tmp_path / "a", "x")
+    assert read({"img_dir": folder, "img_size": [64]}) == read({"img_dir": folder, "img_size": 64})
+
+
+def test_turns_draw_variants_by_their_shares():
+    order = BatchOrder([[SQUARE, SQUARE, SQUARE]], 1, 7, [Use(shares=(0.5, 0.125, 0.375))])
+    counts = Counter(order.epoch(epoch)[0][0].variant for epoch in range(2000))
+    assert all(abs(counts[n] / 2000 - share) < 0.04 for n, share in enumerate((0.5, 0.125, 0.375)))  # deviation 0.011
+
+
+def test_turns_draw_captions_evenly_and_apart_from_variants():
+    order = BatchOrder([[SQUARE, SQUARE]], 1, 7, [Use(num_captions=3)])
+    turns = [order.epoch(epoch)[0][0] for epoch in range(1800)]
+    counts = Counter((turn.variant, turn.caption) for turn in turns)
+    assert len(counts) == 6 and all(abs(count / 300 - 1) < 0.25 for count in counts.values())  # deviation 0.053
+
+
+def test_a_mirrored_cut_is_the_mirror_image_of_the_cut(tmp_path):
+    picture = Image.effect_noise((97, 64), 80).convert("RGB")
+    framing = Framing(32, 32, 0.5, (10.0, 0.0, 74.0, 64.0), 0.3)
+    cut, mirrored = crop_resize(picture, framing), crop_resize(picture, replace(framing, flipped=True))
+    assert np.array_equal(np.asarray(mirrored), np.asarray(cut)[:, ::-1]) and mirrored != cut
+
+
+def test_controls_are_mirrored_with_their_target_and_cached_apart():
+    rules = ControlRules(2, lambda size: (32, 32), lambda size: (16, 16))
+    plain = Framing(64, 64, 0.064, (500.0, 0.0, 1500.0, 1000.0), 0.5)
+    for control in ((2000, 1000), (300, 100)):  # of the target's shape, and a reference
+        one = frame_control(control, (2000, 1000), plain, rules)
+        other = frame_control(control, (2000, 1000), replace(plain, flipped=True), rules)
+        assert other.vision and (other.latents.flipped, other.vision.flipped) == (True, True)
+        assert replace(other.latents, flipped=False) == one.latents
+        parts = [FramedPicture("a", Path("a"), "d", each.latents).parts for each in (one, other)]
+        assert parts[0] == {"picture": "d", "size": "32x32", "crop": repr(one.latents.crop_box)}, "keys of old caches"
+        assert parts[1] == {**parts[0], "flip": "left to right"}
+
+
+def test_captions_of_a_folder_reach_its_examples(tmp_path):
+    one, other = write(tmp_path / "one", "a_b"), write(tmp_path / "other", "c")
+    (one / "a_b.txt").unlink()
+    (other / "c.txt").write_text("first\nsecond")
+    named, lined = read(
+        {"img_dir": one, "caption_source": "file_name"}, {"img_dir": other, "caption_source": "lines"},
+        caption_prefix="sks", img_size=32,
+    )  # fmt: skip
+    assert (named.caption, named.captions) == ("sks, a b", ("sks, a b",))
+    assert (lined.caption, lined.captions, lined.use.num_captions) == ("sks, first", ("sks, first", "sks, second"), 2)

@@ -97,3 +97,66 @@ def test_a_folder_is_listed_once_for_all_rows(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(Path, "iterdir", counting)
     found = read(tmp_path, "\n".join(rows))
     assert found.faults == () and len(found.pairs) == 300 and listed == [tmp_path]
+
+
+# ---- several captions, Hugging Face's names, CSV
+
+
+def write_rows(folder: Path, name: str, text: str) -> Pairs:
+    for picture in ("a.png", "b.png", "c.png"):
+        (folder / picture).write_bytes(b"")
+    file = folder / name
+    file.write_bytes(text.encode() if isinstance(text, str) else text)
+    return read_metadata(file, folder)
+
+
+def test_a_list_of_captions_is_one_example_with_all_of_them(tmp_path):
+    (pair,) = write_rows(tmp_path, "m.jsonl", '{"image": "a.png", "caption": [" one", "two"]}').pairs
+    assert (pair.caption, pair.other_captions) == ("one", ("two",))
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ('{"image": "a.png", "caption": []}', "'caption' must be text, or a list of texts"),
+        ('{"image": "a.png", "caption": ["x", 3]}', "'caption' must be text, or a list of texts"),
+        ('{"image": "a.png", "caption": [' + ",".join(['"x"'] * 257) + "]}", "'caption' lists 257 captions"),
+        ('{"image": "a.png", "file_name": "b.png", "text": "x"}', "unknown key 'file_name'"),
+        ('{"image": "a.png", "caption": "x", "text": "y"}', "unknown key 'text'"),
+    ],
+)
+def test_a_wrong_list_or_a_key_under_both_names_is_named(tmp_path, row, words):
+    (fault,) = write_rows(tmp_path, "m.jsonl", row).faults
+    assert words in fault
+
+
+def test_a_csv_file_is_read_as_its_rows_in_json_are(tmp_path):
+    text = '\ufefffile_name,text,tags\r\na.png,"a, ""quoted""\nline",x\r\nb.png,plain,y\r\nb.png,again,z\r\n'
+    found = write_rows(tmp_path, "metadata.csv", text)
+    assert [(pair.name, pair.caption) for pair in found.pairs] == [
+        ("a.png", 'a, "quoted"\nline'), ("b.png", "plain"), ("b.png#2", "again"),
+    ]  # fmt: skip
+    assert found.faults == () and "columns that are not read: 'tags'" in found.warnings[0]
+    (pair,) = write_rows(tmp_path, "m.CSV", "image,caption,control\na.png,x,b.png;c.png\n").pairs
+    assert [path.name for path in pair.control_paths] == ["b.png", "c.png"]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "is empty. A first line of column names"),
+        ("image,caption\n", "is empty. A first line of column names"),
+        ("a.png,one\n", "m.csv:1: has no column image and caption; its columns are 'a.png', 'one'"),
+        ("image,caption,image\na.png,x,b.png\n", "m.csv:1: has the column image twice"),
+        ("image,file_name,caption\na.png,b.png,x\n", "m.csv:1: has the column image twice"),
+        ("image,caption\na.png,x\nb.png\n", "m.csv:3: has 1 fields, and the first line names 2"),
+        ('image,caption\na.png,"x\n', "m.csv:2: is not CSV (unexpected end of data)"),
+        ("image,caption\nd.png,x\n", "m.csv:2: there is no file"),
+        ("image,caption\n\na.png,x\0\n", "m.csv:3: "),
+        (b"image,caption\na.png,\xe4\n", "m.csv:2: is not UTF-8 text (byte 0xe4 at position 6)"),
+        ("image;caption\na.png;x\n", "m.csv:1: has no column image and caption; its columns are 'image;caption'"),
+    ],
+)
+def test_a_wrong_csv_file_is_one_plain_sentence_with_its_line(tmp_path, text, words):
+    (fault,) = write_rows(tmp_path, "m.csv", text).faults
+    assert words in fault, fault

@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from pixtune.data.captions import read_caption
 from pixtune.data.metadata import read_metadata
-from pixtune.data.pairs import find_pairs, read_caption, shorten
+from pixtune.data.pairs import find_pairs, shorten
 from pixtune.data.validate import validate_folder
 from pixtune.errors import DataError
 

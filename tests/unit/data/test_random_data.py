@@ -49,7 +49,7 @@ def test_held_out_pictures_are_draws_of_their_own(tmp_path: Path, in_folder_of_t
     assert (num_trained, len(data.held_out)) == ((4, 2) if in_folder_of_their_own else (2, 2))
     latents = [data.reader.read_latents(example, 0).mean_BCHW for example in range(num_trained)]
     latents += [control for example in range(num_trained) for control in data.reader.read_controls(example, 0)]
-    texts = [data.reader.read_text(example, 0, dropped) for example in range(num_trained) for dropped in (False, True)]
+    texts = [data.reader.read_text(example, 0, caption) for example in range(num_trained) for caption in (0, None)]
     for picture in data.held_out:
         for drawn in (picture.latents_1CHW, *picture.controls):
             assert drawn.shape == latents[0].shape
@@ -65,9 +65,9 @@ def test_captions_have_a_token_for_each_word_where_they_have_lengths_of_their_ow
     for number, words in enumerate((3, 70, 400)):
         (tmp_path / "trained" / "images" / f"{number}.txt").write_text(" ".join(["word"] * words))
     data = prepared(tmp_path, ValidationConfig(), "tiny-qwen-image")
-    lengths = [len(data.reader.read_text(example, 0, False)["prompt_embeds"]) for example in range(3)]
+    lengths = [len(data.reader.read_text(example, 0, 0)["prompt_embeds"]) for example in range(3)]
     assert lengths == [3, 70, 256] and data.most_text_tokens == 256 and data.captions.differ
     assert [set(size.turns_by_length) for size in data.captions.sizes] == [{3, 70, 256}]
     padded = prepared(tmp_path, ValidationConfig(), "tiny-flux")
-    assert {len(padded.reader.read_text(example, 0, False)["prompt_embeds"]) for example in range(3)} == {256}
+    assert {len(padded.reader.read_text(example, 0, 0)["prompt_embeds"]) for example in range(3)} == {256}
     assert not padded.captions.differ

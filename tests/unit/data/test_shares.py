@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from pixtune.data.batches import BatchOrder
+from pixtune.data.order import BatchOrder
 from pixtune.data.shares import draws_an_epoch, uneven_note
 
 SQUARE, TALL, WIDE = ((64, 64),), ((48, 80),), ((80, 48),)

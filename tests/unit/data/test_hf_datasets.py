@@ -1,0 +1,126 @@
+"""Hugging Face data sets and Parquet files as folders of a run."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from pixtune.config.folders import folders_of
+from pixtune.config.sections import DataConfig
+from pixtune.data.examples import Example, read_examples
+from pixtune.data.images import open_rgb
+from pixtune.errors import DataError
+
+needs_the_package = pytest.mark.skipif(
+    importlib.util.find_spec("datasets") is None, reason="the optional package datasets is not installed"
+)
+COLOURS = [(255, 0, 0), (0, 128, 0), (0, 0, 255)]
+
+
+def png(colour: tuple[int, int, int]) -> bytes:
+    stream = io.BytesIO()
+    Image.new("RGB", (48, 32), colour).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def rows() -> Any:
+    import datasets
+
+    pictures = [{"bytes": png(colour), "path": None} for colour in COLOURS]
+    features = datasets.Features(
+        {"image": datasets.Image(), "text": datasets.Value("string"), "other": datasets.Value("int64"),
+         "many": datasets.List(datasets.Value("string")), "controls": datasets.List(datasets.Image())}
+    )  # fmt: skip
+    values = {"image": pictures, "text": ["red", "green ", "blue"], "other": [1, 2, 3],
+              "many": [["a", "b"], ["c"], ["d"]], "controls": [pictures[1:], pictures[:1], pictures[:1]]}  # fmt: skip
+    return datasets.Dataset.from_dict(values, features=features)
+
+
+def read(tmp_path: Path, name: object, **keys: object) -> list[Example]:
+    data = {
+        "folders": [{"dataset": str(name), "name": "set", **keys}],
+        "cache_dir": str(tmp_path / "c"),
+        "img_size": 32,
+    }
+    return read_examples(folders_of(DataConfig.model_validate(data)), 16)
+
+
+@needs_the_package
+@pytest.mark.parametrize("form", ["saved", "split", "parquet", "folder"])
+def test_pictures_within_a_data_set_become_files_by_content(tmp_path, form):
+    import datasets
+
+    place = tmp_path / "set"
+    if form == "saved":
+        rows().save_to_disk(place)
+    elif form == "split":
+        datasets.DatasetDict({"train": rows(), "test": rows().select([0])}).save_to_disk(place)
+    else:
+        place = tmp_path / "set.parquet" if form == "parquet" else tmp_path / "set" / "data" / "0.parquet"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        rows().to_parquet(place)
+    examples = read(tmp_path, tmp_path / "set" if form == "folder" else place)
+    assert [(each.name, each.caption) for each in examples] == [
+        ("set/row 0", "red"), ("set/row 1", "green"), ("set/row 2", "blue"),
+    ]  # fmt: skip
+    assert [open_rgb(each.image_path).getpixel((5, 5)) for each in examples] == COLOURS
+    assert all(each.image_path.name == each.image_digest for each in examples)
+    before = {each.image_path: each.image_path.stat().st_mtime_ns for each in examples}
+    again = read(tmp_path, tmp_path / "set" if form == "folder" else place)
+    assert {each.image_path: each.image_path.stat().st_mtime_ns for each in again} == before, "nothing is written twice"
+
+
+@needs_the_package
+def test_columns_hold_lists_of_captions_and_of_controls(tmp_path):
+    from pixtune.data.controls import ControlRules
+
+    rows().save_to_disk(tmp_path / "set")
+    data = DataConfig.model_validate(
+        {"folders": [{"dataset": str(tmp_path / "set"), "caption_column": "many", "control_column": "controls"}],
+         "cache_dir": str(tmp_path / "c"), "img_size": 32}
+    )  # fmt: skip
+    first, *_ = read_examples(folders_of(data), 16, ControlRules(2, lambda size: (32, 32), None))
+    assert first.captions == ("a", "b") and first.caption == "a"
+    assert [open_rgb(path).getpixel((5, 5)) for path in first.control_paths] == COLOURS[1:]
+
+
+@needs_the_package
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ({"image_column": "img"}, "has no column 'img'; it has image, text, other"),
+        ({"caption_column": "other"}, "row 0: 'other' holds int, and a text"),
+        ({"image_column": "text"}, "row 0: 'text' names the file 'red', which does not exist"),
+        ({"image_column": "controls"}, "row 0: 'controls' holds 2 pictures, and one is needed"),
+        ({"dataset_split": "tset"}, "has no split 'tset'; it has train. Set dataset_split"),
+    ],
+)
+def test_what_is_wrong_with_a_data_set_is_named(tmp_path, keys, words):
+    import datasets
+
+    datasets.DatasetDict({"train": rows()}).save_to_disk(tmp_path / "set")
+    with pytest.raises(DataError) as caught:
+        read(tmp_path, tmp_path / "set", **keys)
+    assert words in "\n".join(caught.value.faults), caught.value.faults
+
+
+@needs_the_package
+def test_what_is_no_data_set_is_named(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "bad.parquet").write_bytes(b"PAR1 no")
+    for name, words in (("empty", "neither a folder that save_to_disk wrote"), ("none", "no such file or folder"),
+                        ("bad.parquet", "by the package datasets: ")):  # fmt: skip
+        with pytest.raises(DataError) as caught:
+            read(tmp_path, tmp_path / name)
+        assert words in "\n".join(caught.value.faults)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("datasets") is not None, reason="the package is installed")
+def test_without_the_package_the_command_that_installs_it_is_named(tmp_path):
+    with pytest.raises(DataError, match=r"pip install 'pixtune\[datasets\]'"):
+        read(tmp_path, "some/set")
