@@ -17,7 +17,7 @@ from torch import Tensor
 from pixtune.storage.checkpoint import checkpoint_path, find_checkpoints
 from pixtune.tracking.metrics import read_metrics
 from tests import processes
-from tests.runs import environment, overrides, pixtune, write_config
+from tests.runs import DEMO_HELD_OUT, DEMO_TRAIN, environment, overrides, pixtune, write_config
 
 NUM_STEPS = 20
 SETTINGS = {
@@ -28,7 +28,23 @@ SETTINGS = {
     "lr_warmup_steps": 4,
     "gradient_accumulation_steps": 2,
     "data_config__caption_dropout_rate": 0.3,
-    "data_config__random_ratio": "true",
+    "data_config__img_dir": "null",
+    "data_config__img_size": "[64,48]",
+    "data_config__folders": json.dumps(
+        [
+            {"img_dir": str(DEMO_TRAIN), "repeats": 0.5, "flip": True, "img_size_shares": [3, 1]},
+            {
+                "img_dir": str(DEMO_HELD_OUT),
+                "repeats": 1.5,
+                "img_size": 64,
+                "caption_text": "one, two, three",
+                "shuffle_tags": True,
+                "tag_dropout_rate": 0.2,
+                "caption_variants": 3,
+                "caption_prefix": "sks",
+            },
+        ]
+    ),
     "logging_steps": 1,
     "validation__held_out": 0.05,
     "validation__every": 5,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -55,7 +56,12 @@ def draw_run(draw: random.Random) -> Drawn:
         "precompute_text_embeddings": yes(draw, 0.8),
         "precompute_image_embeddings": yes(draw, 0.8),
         "save_cache_on_disk": yes(draw, 0.75),
-        "data_config__img_size": draw.choice([64, 64, 128]),
+        "data_config__img_size": draw.choice([64, 64, 128, "[64,96]"]),
+        "data_config__flip": yes(draw, 0.3),
+        "data_config__caption_prefix": draw.choice(["''", "''", "sks"]),
+        "data_config__shuffle_tags": yes(draw, 0.3),
+        "data_config__tag_dropout_rate": draw.choice([0, 0, 0.3]),
+        "data_config__caption_variants": draw.randint(1, 3),
         "data_config__num_workers": draw.randint(0, 2),
         "data_config__caption_dropout_rate": draw.choice([0, 0.3]),
         "data_config__random_ratio": yes(draw, 0.3),
@@ -91,21 +97,30 @@ def draw_limit(draw: random.Random) -> object:
 
 
 def write_pictures(drawn: Drawn, folder: Path, draw: random.Random) -> Settings:
-    """Writes pictures of several shapes with their captions; returns the settings that name their folders."""
+    """Writes pictures of several shapes with their captions, into one folder or two; returns their settings."""
     source = EDIT_TRAIN / "images" if drawn.family == "edit" else DEMO_TRAIN
     parts = {"images": source, **({"control": EDIT_TRAIN / "control"} if drawn.family == "edit" else {})}
-    for path in draw.sample(sorted(source.glob("*.png")), drawn.num_pictures):
+    later = draw.randint(1, drawn.num_pictures - 1) if draw.random() < 0.4 else drawn.num_pictures
+    for number, path in enumerate(draw.sample(sorted(source.glob("*.png")), drawn.num_pictures)):
         ratio = draw.choice(RATIOS)
-        for name, part in parts.items():
+        end = "" if number < later else "_2"
+        for name, part in ((f"{name}{end}", part) for name, part in parts.items()):
             (folder / name).mkdir(parents=True, exist_ok=True)
             with Image.open(part / path.name) as picture:
                 side = picture.width
                 picture.crop((0, 0, int(side * min(1, ratio)), int(side / max(1, ratio)))).save(
                     folder / name / path.name
                 )
-        (folder / "images" / f"{path.stem}.txt").write_text(path.with_suffix(".txt").read_text())
-    settings: Settings = {"data_config__img_dir": folder / "images"}
-    return settings | ({"data_config__control_dir": folder / "control"} if "control" in parts else {})
+        (folder / f"images{end}" / f"{path.stem}.txt").write_text(path.with_suffix(".txt").read_text())
+    if later == drawn.num_pictures:
+        settings: Settings = {"data_config__img_dir": folder / "images"}
+        return settings | ({"data_config__control_dir": folder / "control"} if "control" in parts else {})
+    folders = [
+        {"img_dir": str(folder / f"images{end}"), "repeats": draw.choice([1, 2, 1.5])}
+        | ({"control_dir": str(folder / f"control{end}")} if "control" in parts else {})
+        for end in ("", "_2")
+    ]
+    return {"data_config__img_dir": "null", "data_config__folders": json.dumps(folders)}
 
 
 SIGNALS = {"SIGKILL": 9, "SIGTERM": 4, "SIGHUP": 3, "SIGINT": 2, "SIGUSR1": 2}

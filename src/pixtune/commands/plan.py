@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from pixtune.config.folders import folders_of, largest_size
 from pixtune.config.schema import TrainConfig
-from pixtune.data.layouts import find_pairs_of
+from pixtune.data.layouts import find_examples
 from pixtune.errors import DataError
 from pixtune.hardware.cards import HOST_BYTES, facts_as
 from pixtune.hardware.facts import GIB, PROCESS_HOST_BYTES, HardwareFacts
@@ -171,7 +171,7 @@ def length_of(config: TrainConfig) -> Length:
     micro_batches = config.gradient_accumulation_steps
     folders = folders_of(config.data_config)
     try:
-        counts = [len(find_pairs_of(folder).pairs) for folder in folders]
+        counts = [len(find_examples(folder).pairs) for folder in folders]
         num_pictures: int | None = sum(counts) or None
     except DataError:
         num_pictures = None

@@ -73,6 +73,11 @@ class Folder:
     """Hugging Face data set that it is read from; None: its files are."""
 
     @property
+    def img_size(self) -> int:
+        """Largest training size of its pictures, in pixels."""
+        return max(self.img_sizes)
+
+    @property
     def has_controls(self) -> bool:
         """Whether its pictures may have control pictures."""
         of_dataset = self.dataset is not None and self.dataset.control is not None
@@ -103,7 +108,7 @@ def folders_of(data: DataConfig) -> tuple[Folder, ...]:
 
 def largest_size(data: DataConfig) -> int:
     """Returns the largest training size of all folders, in pixels: samples have it unless they have their own."""
-    return max(size for each in folders_of(data) for size in each.img_sizes)
+    return max(each.img_size for each in folders_of(data))
 
 
 def folder_beside(data: DataConfig, img_dir: Path) -> Folder:

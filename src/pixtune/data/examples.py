@@ -14,7 +14,7 @@ from pixtune.data.buckets import Buckets, Framing, build_buckets, frame_picture,
 from pixtune.data.captions import forms_of, split_lines, with_prefix
 from pixtune.data.controls import ControlFraming, ControlRules, frame_control
 from pixtune.data.images import picture_digest, read_size
-from pixtune.data.layouts import find_pairs_of
+from pixtune.data.layouts import find_examples
 from pixtune.data.order import ONCE, Use
 from pixtune.data.pairs import Pair, shorten
 from pixtune.data.validate import validate_pairs
@@ -40,6 +40,8 @@ class Example:
     """Way in which epochs use it."""
     caption_forms: tuple[str, ...] = ()
     """Captions that its turns draw from; empty: `caption` alone."""
+    folder: str = ""
+    """Label of its folder, with which its name begins; empty where there is only one."""
 
     @property
     def captions(self) -> tuple[str, ...]:
@@ -121,7 +123,7 @@ def read_examples(
     Args:
         multiple: number that picture sides, in pixels, must be divisible by.
         controls: the model's use of control pictures; None: it takes none.
-        apart: as for `layouts.find_pairs_of`.
+        apart: as for `layouts.find_examples`.
         note: called with each sentence on what was passed over.
         seed: the run's seed, which decides how tags are shuffled and left out.
 
@@ -152,7 +154,7 @@ def _read_folder(
     note: Callable[[str], None],
     seed: int,
 ) -> list[Example]:
-    found = find_pairs_of(folder, apart)
+    found = find_examples(folder, apart)
     for warning in found.warnings:
         note(warning)
     try:
@@ -208,6 +210,7 @@ def _read_example(
         control_framings=control_framings,
         use=Use(folder.repeats, tuple(shares) if len(set(shares)) > 1 else (), len(forms)),
         caption_forms=forms,
+        folder=folder.label,
     )
 
 
@@ -239,11 +242,23 @@ def check_folder(folder: Folder, multiple: int, apart: Collection[Path] = ()) ->
     Raises:
         DataError: all problems of the folder, together.
     """
-    found = find_pairs_of(folder, apart)
-    report = validate_pairs(found, img_size=max(folder.img_sizes), multiple=multiple, upscale=folder.upscale)
+    found = find_examples(folder, apart)
+    report = validate_pairs(found, img_size=folder.img_size, multiple=multiple, upscale=folder.upscale)
     if not report.ok:
         raise DataError(f"{folder.img_dir} cannot be trained on, {len(report.faults)} problems", report.faults)
     return tuple(warning for warning in report.warnings if warning not in found.warnings)
+
+
+def shared_pictures(examples: Sequence[Example]) -> str | None:
+    """Returns a sentence on pictures that lie in several folders, byte for byte; None where there are none."""
+    places: dict[str, dict[str, str]] = {}
+    for example in examples:
+        places.setdefault(example.image_digest, {}).setdefault(example.folder, example.name)
+    shared = [" = ".join(names.values()) for names in places.values() if len(names) > 1]
+    if not shared:
+        return None
+    pictures = "1 picture lies" if len(shared) == 1 else f"{len(shared)} pictures lie"
+    return f"{pictures} in several folders, byte for byte, and each folder's repeats count: {shorten(shared)}."
 
 
 def used_examples(examples: list[Example]) -> list[Example]:

@@ -12,7 +12,7 @@ from pixtune.data.metadata import read_metadata
 from pixtune.data.pairs import Pairs, find_pairs
 
 
-def find_pairs_of(folder: Folder, apart: Collection[Path] = ()) -> Pairs:
+def find_examples(folder: Folder, apart: Collection[Path] = ()) -> Pairs:
     """Finds the files that belong together in a folder, by its layout.
 
     Args:

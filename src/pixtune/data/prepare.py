@@ -23,6 +23,7 @@ from pixtune.data.examples import (
     check_purposes,
     folders_apart,
     read_examples,
+    shared_pictures,
     split_held_out,
     used_examples,
     without_held_out,
@@ -95,6 +96,8 @@ def prepare_data(
     if config.random_weights:
         return random_data(config, family, folder, training, held_out)
 
+    if len(data.folders) > 1:
+        notes += filter(None, [shared_pictures(examples)])
     notes += missing_triggers(training, config.trigger_words)
     prompts = _prompt_examples(config, multiple, rules)
     notes += rounded_sizes(_asked_size(config), multiple) if prompts and not _own_shapes(config) else []

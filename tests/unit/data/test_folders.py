@@ -17,7 +17,7 @@ from pixtune.config.sections import DataConfig
 from pixtune.data.buckets import Framing
 from pixtune.data.controls import ControlRules, frame_control
 from pixtune.data.encode import FramedPicture
-from pixtune.data.examples import Example, read_examples, used_examples
+from pixtune.data.examples import Example, read_examples, shared_pictures, used_examples
 from pixtune.data.images import crop_resize
 from pixtune.data.order import BatchOrder, Use
 from pixtune.errors import DataError
@@ -163,3 +163,19 @@ def test_captions_of_a_folder_reach_its_examples(tmp_path):
     )  # fmt: skip
     assert (named.caption, named.captions) == ("sks, a b", ("sks, a b",))
     assert (lined.caption, lined.captions, lined.use.num_captions) == ("sks, first", ("sks, first", "sks, second"), 2)
+
+
+def test_a_picture_in_two_folders_is_named_once(tmp_path):
+    one, other = write(tmp_path / "one", "a", "b"), write(tmp_path / "other", "c")
+    (other / "d.png").write_bytes((one / "b.png").read_bytes())
+    (other / "d.txt").write_text("d")
+    (one / "e.png").write_bytes((one / "a.png").read_bytes())  # a copy within a folder is not the same matter
+    (one / "e.txt").write_text("e")
+    examples = read({"img_dir": one}, {"img_dir": other}, img_size=32)
+    assert shared_pictures(examples) == (
+        "1 picture lies in several folders, byte for byte, and each folder's repeats count: one/b.png = other/d.png."
+    )
+    assert shared_pictures(read({"img_dir": one}, img_size=32)) is None
+    assert "2 pictures lie" in str(
+        shared_pictures(read({"img_dir": one}, {"img_dir": one, "img_size": 48}, img_size=32))
+    )
