@@ -1,4 +1,4 @@
-"""Command line: `pixtune train | plan | bench | validate | sample | keys | export | doctor`, and the root scripts."""
+"""Command line: `pixtune train | plan | bench | validate | caption | sample | keys | export | doctor`; root scripts."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 import typer
 from rich.console import Console
 
+from pixtune.commands.caption import caption
 from pixtune.commands.failures import exit_on_user_errors, system_trouble
 from pixtune.commands.scripts import check_family
 from pixtune.commands.words import config_and_overrides
@@ -245,12 +246,8 @@ def sample(
     negative: Annotated[str | None, typer.Option(help="Prompt that guidance leads away from.")] = None,
     strength: Annotated[float, typer.Option(help="Factor of the LoRA's scale; 0: as without it.")] = 1.0,
     output: Annotated[Path, typer.Option(help="Folder for the samples.")] = Path("samples"),
-    control: Annotated[
-        list[Path] | None, typer.Option(help="Control picture (edit models); may be given several times.")
-    ] = None,
-    seed: Annotated[
-        list[int] | None, typer.Option(help="Seed of the noise; may be given several times; default: 0.")
-    ] = None,
+    control: Annotated[list[Path] | None, typer.Option(help="Control picture (edit models); may be repeated.")] = None,
+    seed: Annotated[list[int] | None, typer.Option(help="Seed of the noise; may be repeated; default: 0.")] = None,
     steps: Annotated[int, typer.Option(min=1, help="Number of sampler steps.")] = 30,
     guidance: Annotated[
         float, typer.Option(min=1, help="Guidance scale; with classifier-free guidance, 1 turns it off.")
@@ -303,6 +300,9 @@ def sample(
     )
     for path in sample_pictures(request, output, lambda line: typer.echo(lines(line), err=True)):
         typer.echo(one_line(str(path)))
+
+
+app.command(context_settings=TAKES_KEYS)(caption)
 
 
 @app.command()

@@ -7,8 +7,9 @@ latent height and width, T text tokens, D text feature size, L image tokens.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from pixtune.sizes import LatentShape, Size
@@ -124,6 +125,79 @@ class LatentDistribution:
         return self.mean_BCHW + self.std_BCHW * noise_BCHW
 
 
+@dataclass(frozen=True)
+class Question:
+    """A question about pictures, as a captioner gets it."""
+
+    text: str
+    pictures: tuple[Image, ...]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A captioner's answer to a question."""
+
+    text: str
+    ended: bool
+    """Whether the captioner came to an end; otherwise the answer is cut at the most tokens."""
+
+
+@dataclass(frozen=True)
+class CaptionerWeights:
+    """Numbers of a captioner's weights, by the formats that they may have."""
+
+    linear: int
+    """Weights of the language model's linear layers, in 16, 8 or 4 bits."""
+    output: int
+    """Weights of the output layer, in 16 or 8 bits; 0 where it shares those of the embedding."""
+    plain: int
+    """Weights of embedding, norms and vision tower, which are never quantized."""
+
+
+Choose: TypeAlias = "Callable[[Tensor, int], Tensor]"
+"""Function from the logits of the next tokens, shape BV, and the number of tokens before them in the answers, to logits
+of which the largest decide."""
+
+
+class Captioner(Protocol):
+    """A vision-language model that answers questions about pictures. Made from configs and headers alone."""
+
+    path: Path
+    """Folder of its weights."""
+    weights: CaptionerWeights
+    formats: Mapping[str, str | None]
+    """Number formats of modules that differ from the chosen one, by the beginnings of their paths; see
+    `engine.weight_only.quantize_encoder`."""
+
+    @property
+    def cached_numbers_per_token(self) -> int:
+        """Keys and values that are kept of each token while an answer grows."""
+
+    def count_tokens(self, text: str, sizes: Sequence[Size]) -> int:
+        """Counts the tokens of a question about pictures of these sizes.
+
+        Raises:
+            ValueError: a picture has a shape that the model cannot see; says which shapes it sees.
+        """
+
+    def load(self, placement: Placement) -> TextEncoder:
+        """Loads the model with its tokenizer.
+
+        Raises:
+            WeightsError: files are damaged, or do not belong together.
+        """
+
+    def answer(
+        self, encoder: TextEncoder, questions: Sequence[Question], max_tokens: int, choose: Choose | None = None
+    ) -> list[Answer]:
+        """Answers questions as one batch, token by token, each time with the likeliest one.
+
+        Args:
+            max_tokens: length at which answers are cut.
+            choose: changes the logits before the largest is taken; None: they stay as they are.
+        """
+
+
 class ModelFamily(Protocol):
     """Everything that the trainer needs of a model family."""
 
@@ -153,6 +227,9 @@ class ModelFamily(Protocol):
     """Folders that decide the text features: part of the text cache's key."""
     unread_text_weights: tuple[str, ...]
     """Beginnings of the names of text encoders' tensors that never reach a device: nothing reads their results."""
+    captioner_parts: tuple[str, str, str] | None
+    """Folders of weights, tokenizer and picture processor (which may be missing) of a text encoder that is a whole
+    vision-language model, so that it can write captions; None: there is none."""
     prompt_template: str
     """Text around a prompt: part of the text cache's key, since another template gives other features."""
     dropped_caption: str

@@ -29,6 +29,7 @@ Purpose = Literal[
     "hold out",
     "swap check",
     "rounding",
+    "caption",
 ]
 
 

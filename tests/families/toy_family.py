@@ -72,6 +72,7 @@ class ToyFamily:
     time_features: tuple[str, ...] = ("pooled",)
     text_components: tuple[str, ...] = ("text_encoder",)
     unread_text_weights: tuple[str, ...] = ()
+    captioner_parts: tuple[str, str, str] | None = None
     prompt_template = "<{}>"
     dropped_caption = ""
     max_controls = 0

@@ -106,6 +106,7 @@ ROOMS = [
     "sampler",
     "judging",
     "data",
+    "captioning",
     "tracking",
     "report",
     "run",

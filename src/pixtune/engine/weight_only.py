@@ -6,6 +6,8 @@ larger than the rest, which one scale per row cannot hold. That makes encoding s
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
@@ -85,11 +87,16 @@ class WeightOnlyLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, format={self.linear_format}"
 
 
-def quantize_encoder(model: nn.Module, linear_format: str, device: torch.device) -> nn.Module:
+def quantize_encoder(
+    model: nn.Module, linear_format: str, device: torch.device, formats: Mapping[str, str | None] | None = None
+) -> nn.Module:
     """Moves a frozen model to a device, its linear layers in 8 or 4 bits and the rest unchanged; works in place.
 
     It works layer by layer: the device never holds more than the result and a piece of one layer, and the source's
     layers are freed on the way.
+
+    Args:
+        formats: formats of modules that differ, by the beginnings of their paths; None among them: unchanged.
     """
     tied = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
     # Subclasses of Linear are left alone: their owners compute with the weight themselves. So is an output layer that
@@ -98,9 +105,10 @@ def quantize_encoder(model: nn.Module, linear_format: str, device: torch.device)
     for path in paths:
         linear = model.get_submodule(path)
         assert isinstance(linear, nn.Linear)
-        stored = WeightOnlyLinear(
-            linear.in_features, linear.out_features, linear_format, device, dtype=linear.weight.dtype
-        )
+        of_path = next((own for start, own in (formats or {}).items() if path.startswith(start)), linear_format)
+        if of_path is None:
+            continue
+        stored = WeightOnlyLinear(linear.in_features, linear.out_features, of_path, device, dtype=linear.weight.dtype)
         stored.store(linear.weight.detach())
         stored.bias = linear.bias
         model.set_submodule(path, stored)

@@ -96,6 +96,7 @@ class Flux:
     time_features: tuple[str, ...] = ("pooled_embeds",)
     text_components: tuple[str, ...] = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
     unread_text_weights: tuple[str, ...] = ()
+    captioner_parts: tuple[str, str, str] | None = None
     prompt_template = "{}"
     dropped_caption = ""
     controls_in_text = False

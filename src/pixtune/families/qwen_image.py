@@ -112,6 +112,7 @@ class QwenImage:
     }
     time_embedder = "time_text_embed"
     time_features: tuple[str, ...] = ()
+    captioner_parts: tuple[str, str, str] | None = ("text_encoder", "tokenizer", "processor")
     dropped_caption = " "
     embedded_guidance = False
     encoding_bytes_per_pixel = 3150  # measured: so much reserved, 2700 allocated (H100, 512 to 1328 pixels a side)

@@ -1,0 +1,209 @@
+"""One `pixtune caption`: what is to be written, how it fits the machine, and writing it, file by file.
+
+Each caption is a file as soon as it is there, so whatever is killed goes on with the same command.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from pixtune.captioning.choosing import Choice, Chosen, Overwrite, choose
+from pixtune.captioning.describe import Asked, Outcome, Wish, describe, load_captioner, measure
+from pixtune.captioning.pictures import Picture, find_pictures, only_named
+from pixtune.captioning.record import Written, add_to_record, read_record
+from pixtune.config.schema import TrainConfig
+from pixtune.data.images import picture_digest
+from pixtune.data.pairs import shorten, tidy_caption
+from pixtune.errors import DataError
+from pixtune.family import Captioner, Placement
+from pixtune.hardware.facts import HardwareFacts, host_room_bytes
+from pixtune.plan.captioning import CaptionPlan, CaptionSizes, plan_captions
+from pixtune.plan.demands import demands_of
+from pixtune.plan.footprint import ELEMENT_BYTES
+from pixtune.plan.situation import usable_bytes
+from pixtune.progress import announced, counted, say
+from pixtune.storage.files import check_writable, text_digest, write_atomically
+from pixtune.storage.model_folder import weight_files
+
+
+@dataclass(frozen=True)
+class Places:
+    """Pictures to caption, and where their captions go."""
+
+    folder: Path
+    extension: str
+    control_folders: tuple[Path, ...] = ()
+    """Folders of control pictures that questions show, too; none: questions show the picture alone."""
+    apart: tuple[Path, ...] = ()
+    """Folders that have a purpose of their own, and are skipped."""
+    only: tuple[str, ...] | None = None
+    """Names of the pictures to look at; None: all."""
+    overwrite: Overwrite = "nothing"
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything that is decided before a captioner is loaded."""
+
+    places: Places
+    wish: Wish
+    captioner: Captioner
+    chosen: tuple[Chosen, ...]
+    asked: tuple[Asked, ...]
+    """Pictures that the captioner is asked about."""
+    failed: tuple[Outcome, ...]
+    """Pictures that are known to get no caption."""
+    notes: tuple[str, ...]
+
+    @property
+    def kept(self) -> list[Chosen]:
+        """Pictures whose caption stays as it is."""
+        return [each for each in self.chosen if not each.choice.writes]
+
+
+def open_job(places: Places, wish: Wish, captioner: Captioner) -> Job:
+    """Looks at all files, and decides what is written. Writes nothing.
+
+    Raises:
+        DataError: there are no pictures, or problems that leave a caption's place in doubt.
+        WriteError: a caption could not be written where it belongs.
+    """
+    pictures, notes = find_pictures(places.folder, places.extension, places.control_folders, places.apart)
+    if places.only is not None:
+        pictures = only_named(pictures, places.only)
+    shared = _request(places, wish, captioner)
+    record = read_record(places.folder)
+    with_controls = bool(places.control_folders)
+    chosen, asked, failed = [], [], []
+    for picture in pictures:
+        try:
+            decision = choose(picture, places.overwrite, record, partial(_request_of, shared, with_controls))
+        except DataError as error:
+            failed.append(Outcome(picture, None, " ".join(error.faults)))
+            continue
+        chosen.append(decision)
+        if not decision.choice.writes:
+            continue
+        if len(picture.controls) < len(places.control_folders):
+            failed.append(Outcome(picture, None, f"{picture.path} has no control picture of its name."))
+            continue
+        measured = measure(captioner, wish, picture, with_controls)
+        if isinstance(measured, Outcome):
+            failed.append(measured)
+        else:
+            asked.append(measured)
+    for folder in {each.picture.caption_path.parent for each in asked}:
+        check_writable(folder, "Captions are written beside their pictures: copy them to where you may write.")
+    if by_hand := [each.picture.name for each in chosen if each.choice is Choice.BY_HAND]:
+        notes.append(
+            f"{len(by_hand)} captions were written or changed by hand and are kept: {shorten(by_hand)}. "
+            "--overwrite-edited replaces them."
+        )
+    if empty := [each.picture.name for each in chosen if each.choice is Choice.KEPT and _is_empty(each.picture)]:
+        notes.append(f"{len(empty)} captions are empty files and are kept: {shorten(empty)}. Remove those to fill.")
+    return Job(places, wish, captioner, tuple(chosen), tuple(asked), tuple(failed), tuple(notes))
+
+
+def _is_empty(picture: Picture) -> bool:
+    try:
+        return picture.caption_path.stat().st_size == 0
+    except OSError:
+        return False
+
+
+def _request(places: Places, wish: Wish, captioner: Captioner) -> str:
+    """Names everything that decides captions and is the same for all pictures."""
+    weights = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in weight_files(captioner.path)]
+    return repr((wish, bool(places.control_folders), weights))
+
+
+def _request_of(shared: str, with_controls: bool, picture: Picture) -> str:
+    """Returns the digest of everything that decides a picture's caption.
+
+    Raises:
+        DataError: a picture cannot be read.
+    """
+    paths = picture.all_paths if with_controls else (picture.path,)
+    return text_digest(repr((shared, picture.name, [picture_digest(path) for path in paths])))
+
+
+def make_plan(job: Job, memory: TrainConfig, facts: HardwareFacts, at_once: int | None = None) -> CaptionPlan:
+    """Plans how the captioner fits a machine, by headers and sizes alone.
+
+    Args:
+        memory: the keys on memory and number format.
+        at_once: pictures at once, at most.
+
+    Raises:
+        PlanError: it fits neither GPU nor host.
+    """
+    demands = demands_of(memory)
+    sizes = CaptionSizes(
+        job.captioner.weights,
+        job.captioner.cached_numbers_per_token,
+        max(each.num_tokens for each in job.asked),
+        job.wish.max_tokens,
+        ELEMENT_BYTES[demands.compute_format],
+    )
+    usable = usable_bytes(facts, demands) if facts.device == "cuda" else None
+    quantize = memory.quantize if demands.may_quantize_encoders else False
+    host = usable if facts.integrated else host_room_bytes(facts)
+    return plan_captions(usable, sizes, len(job.asked), quantize, at_once, host)
+
+
+def write_captions(job: Job, plan: CaptionPlan, placement: Placement, console: Console) -> Iterator[Outcome]:
+    """Writes the captions of a job, and yields what became of each picture once that is on the disk.
+
+    Raises:
+        WeightsError: the captioner cannot be loaded.
+        PlanError: memory is too short for one picture.
+        WriteError: a caption could not be written; those before it are.
+    """
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()  # what is loaded is announced here
+    show: Callable[[str], None] = partial(say, console)
+    with announced("loading the captioner", show):
+        encoder = load_captioner(job.captioner, plan, placement)
+    request_of = {each.picture.name: each.request for each in job.chosen}
+    with counted("writing captions", len(job.asked), console) as count:
+        for outcomes in describe(
+            job.captioner, encoder, job.wish, job.asked, plan.at_once, bool(job.places.control_folders)
+        ):
+            add_to_record(
+                job.places.folder,
+                {
+                    each.picture.name: Written(text_digest(tidy_caption(each.caption.text)), request)
+                    for each in outcomes
+                    if each.caption is not None and (request := request_of[each.picture.name])
+                },
+            )
+            for outcome in outcomes:
+                if outcome.caption is not None:
+                    write_atomically(outcome.picture.caption_path, f"{outcome.caption.text}\n".encode())
+                count()
+                yield outcome
+
+
+def placement_for(memory: TrainConfig, device: torch.device) -> Placement:
+    """Returns where the captioner works, and its plain number format."""
+    return Placement(device, torch.bfloat16 if memory.mixed_precision == "bf16" else torch.float32)
+
+
+def names_in(file: Path) -> Sequence[str]:
+    """Reads names of pictures from a file, one a line; empty lines and those that begin with # are skipped.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError("names of pictures cannot be read", [f"{file}: {error}"]) from error
+    return [line.strip() for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")]

@@ -1,0 +1,121 @@
+"""Finds the pictures of a folder, each with the file that its caption is in or is to be in, and its controls."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from pixtune.data.pairs import (
+    CONVERT,
+    PICTURE_EXTENSIONS,
+    UNREAD_EXTENSIONS,
+    _ambiguous,
+    _list_files,
+    _of_type,
+    _stem,
+    shorten,
+)
+from pixtune.errors import DataError
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture that can be captioned."""
+
+    name: str
+    """Path below the folder, with forward slashes."""
+    path: Path
+    caption_path: Path
+    has_caption: bool
+    """Whether something stands at `caption_path`, be it an empty file."""
+    controls: tuple[Path, ...] = ()
+    """Control pictures, in their order; one that is missing is left out."""
+
+    @property
+    def all_paths(self) -> tuple[Path, ...]:
+        """Pictures that a question shows, in their order: controls, then the picture."""
+        return (*self.controls, self.path)
+
+
+def find_pictures(
+    folder: Path, extension: str, control_folders: Sequence[Path] = (), apart: Collection[Path] = ()
+) -> tuple[list[Picture], list[str]]:
+    """Looks through a folder and its subfolders by the rules of `data.pairs.find_pairs`, with or without captions.
+
+    Args:
+        extension: the caption files', with or without a dot.
+        control_folders: folders with a control picture of the same stem for each picture.
+        apart: folders that have a purpose of their own, and are skipped.
+
+    Returns:
+        Pictures in the order of their names, and sentences on what is passed over.
+
+    Raises:
+        DataError: all problems that leave a caption's place in doubt, together.
+    """
+    extension = extension.lstrip(".").lower()
+    faults: list[str] = []
+    notes: list[str] = []
+    if not extension or extension in PICTURE_EXTENSIONS or not extension.isalnum():
+        raise DataError("captions need another extension", [f"{extension!r} is none for text: take txt, for example."])
+    skipped = frozenset(str(each.resolve()) for each in (*apart, *control_folders))
+    listed = _list_files(folder, "image folder", skipped, faults, notes)
+    pictures, captions = _of_type(listed, PICTURE_EXTENSIONS), _of_type(listed, {extension})
+    if not faults and not pictures:
+        faults.append(f"{folder} holds no picture ({', '.join(sorted(PICTURE_EXTENSIONS))}).")
+    faults += _ambiguous(pictures, "pictures", "share one caption name")
+    faults += _ambiguous(captions, "captions", "belong to one picture")
+    controls_of = [_controls(each, faults) for each in control_folders]
+    if faults:
+        raise DataError(f"the pictures in {folder} cannot be captioned", faults)
+    if unread := _of_type(listed, UNREAD_EXTENSIONS):
+        notes.append(f"{len(unread)} pictures are of a type that is not read: {shorten(unread)}. {CONVERT}")
+    caption_of = {_stem(name): path for name, path in captions.items()}
+    found = [
+        Picture(
+            name,
+            path,
+            caption_of.get(_stem(name)) or path.with_name(f"{path.stem}.{extension}"),
+            _stem(name) in caption_of,
+            tuple(control_of[_stem(name)] for control_of in controls_of if _stem(name) in control_of),
+        )
+        for name, path in pictures.items()
+    ]
+    return found, notes
+
+
+def _controls(folder: Path, faults: list[str]) -> dict[str, Path]:
+    """Lists the control pictures of a folder by their stems."""
+    controls = _of_type(_list_files(folder, "control folder", frozenset(), faults, []), PICTURE_EXTENSIONS)
+    faults += _ambiguous(controls, "control pictures", "belong to one target")
+    return {_stem(name): path for name, path in controls.items()}
+
+
+def only_named(pictures: Sequence[Picture], names: Sequence[str]) -> list[Picture]:
+    """Returns the pictures that are named, by their names below the folder or those without extension or folder.
+
+    Raises:
+        DataError: names that no picture has, or that several have.
+    """
+    wanted: dict[str, Picture] = {}
+    faults = []
+    for name in dict.fromkeys(names):
+        posix = name.replace("\\", "/").removeprefix("./")
+        found = [each for each in pictures if posix in (each.name, _stem(each.name))]
+        found = found or [
+            each
+            for each in pictures
+            if posix in (PurePosixPath(each.name).name, PurePosixPath(each.name).stem, str(each.path))
+        ]
+        if len(found) == 1:
+            wanted[found[0].name] = found[0]
+        elif found:
+            faults.append(f"{name!r} may be {' or '.join(each.name for each in found)}: name one with its folder.")
+        else:
+            near = difflib.get_close_matches(posix, [each.name for each in pictures], 1)
+            faults.append(f"There is no picture {name!r}." + (f" Is {near[0]!r} meant?" if near else ""))
+    if faults:
+        raise DataError("not all pictures that are named can be found", faults)
+    return [each for each in pictures if each.name in wanted]

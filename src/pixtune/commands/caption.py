@@ -1,0 +1,262 @@
+"""`pixtune caption`: writes captions beside pictures, by the text encoder of the model that is trained on them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from rich.console import Console
+
+from pixtune.captioning.presets import EDIT, PLAIN, PRESETS, question_of
+from pixtune.commands.words import config_and_overrides
+from pixtune.config.load import load_config
+from pixtune.config.schema import TrainConfig
+from pixtune.config.sections import DataConfig
+from pixtune.errors import ConfigError
+from pixtune.inputs.printing import lines, one_line
+
+MAX_WORDS, MAX_TOKENS = 60, 256
+
+
+@dataclass(frozen=True)
+class Source:
+    """The pictures, their model, and the keys on memory, from a config or from the command line alone."""
+
+    config: TrainConfig
+    folder: Path
+    extension: str
+    control_folders: tuple[Path, ...]
+    apart: tuple[Path, ...]
+
+
+def caption(
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="FOLDER | CONFIG KEY=VALUE",
+            show_default=False,
+            help="Folder of pictures (with --model or --captioner), or a run's YAML file with keys for this time.",
+        ),
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option("--config", metavar="FILE", help="The config file, where it is not the first word.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Model whose text encoder writes; default: the one that the config names.")
+    ] = None,
+    captioner: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Local Qwen2.5-VL or Qwen3-VL to write instead.")
+    ] = None,
+    preset: Annotated[
+        Literal["plain", "style", "person", "object", "edit"] | None,
+        typer.Option(
+            help="What is to be learnt; edit: what changes from the control to the picture. Default: edit where "
+            "there are controls, else plain.",
+        ),
+    ] = None,
+    prompt: Annotated[str | None, typer.Option(help="Question of your own about each picture.")] = None,
+    trigger: Annotated[str | None, typer.Option(help="Word to put in front of each caption.")] = None,
+    max_words: Annotated[
+        int | None, typer.Option(min=1, help=f"Words of a caption at most; default: {MAX_WORDS}; with --prompt none.")
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, max=4096, help="Tokens of an answer at most.")] = MAX_TOKENS,
+    extension: Annotated[
+        str | None, typer.Option(help="Extension of the caption files; default: the config's, or txt.")
+    ] = None,
+    control_dir: Annotated[
+        list[Path] | None, typer.Option(help="Folder of control pictures; give one for each control.")
+    ] = None,
+    only: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="Picture to caption; may be given several times.")
+    ] = None,
+    only_from: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="File with names of pictures to caption, one a line.")
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace captions that this command wrote, unless edited since.")
+    ] = False,
+    overwrite_edited: Annotated[
+        bool, typer.Option("--overwrite-edited", help="Replace captions by hand, too. They are lost.")
+    ] = False,
+    temperature: Annotated[
+        float, typer.Option(min=0, max=2, help="Spread among likely words; 0: always the likeliest.")
+    ] = 0.0,
+    seed: Annotated[int, typer.Option(help="Seed of the draws, with --temperature.")] = 0,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Pictures at once at most; default: by memory.")] = None,
+    weights_format: Annotated[
+        Literal["bf16", "fp32"] | None, typer.Option(help="Number format of plain weights; default: the config's.")
+    ] = None,
+    quantize: Annotated[
+        bool | None,
+        typer.Option("--quantize/--no-quantize", help="Captioner in 8 or 4 bits; default: by the memory there is."),
+    ] = None,
+    gpu_memory_limit_gib: Annotated[
+        float | None, typer.Option(min=0.1, help="Limit of GPU memory in GiB, CUDA context included.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be done. Loads no weights.")] = False,
+) -> None:
+    """Write captions for pictures, by the model's own text encoder.
+
+    Captions that are there are kept. Downloads nothing, trains nothing; what was killed goes on with the same command.
+    For example: pixtune caption ./pictures --model ./Qwen-Image --preset style --trigger "inkwash style". The exit code
+    is 1 if a picture got no caption.
+    """
+    changes = {
+        **({} if weights_format is None else {"mixed_precision": "bf16" if weights_format == "bf16" else "no"}),
+        **({} if gpu_memory_limit_gib is None else {"gpu_memory_limit_gib": gpu_memory_limit_gib}),
+        # A config's own `quantize` is of the transformer.
+        "quantize": quantize,
+        **({} if quantize is None else {"disable_quantization": not quantize}),
+    }
+    source = find_source(words, config, model, captioner, extension, tuple(control_dir or ()))
+    memory = source.config.model_copy(update=changes)
+    shows_controls, question = the_question(preset, prompt, max_words, bool(source.control_folders))
+    if (trigger := None if trigger is None else " ".join(trigger.split())) == "":
+        raise typer.BadParameter("--trigger is empty")
+
+    import torch
+
+    from pixtune.captioning.describe import Wish
+    from pixtune.captioning.job import Places, make_plan, names_in, open_job, placement_for, write_captions
+    from pixtune.families.captioners import captioner_of, open_captioner
+    from pixtune.hardware.read import read_facts
+    from pixtune.storage.model_folder import open_model_folder
+    from pixtune.tracking.memory import RunMemory
+
+    run_memory = RunMemory(memory)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    run_memory.start(device)
+    names = (*(only or ()), *(names_in(only_from) if only_from is not None else ()))
+    own = MAX_WORDS if prompt is None else None
+    job = open_job(
+        Places(
+            source.folder,
+            source.extension,
+            source.control_folders if shows_controls else (),
+            (*source.apart, *source.control_folders),
+            names if only is not None or only_from is not None else None,
+            "all" if overwrite_edited else "own" if overwrite else "nothing",
+        ),
+        Wish(question, max_words or own, max_tokens, trigger, temperature, seed if temperature else 0),
+        open_captioner(captioner)
+        if captioner is not None
+        else captioner_of(open_model_folder(source.config.pretrained_model_name_or_path)),
+    )
+
+    def report(line: str) -> None:
+        typer.echo(lines(line), err=True)
+
+    for note in job.notes:
+        report(f"note: {note}")
+    plan = make_plan(job, memory, read_facts(device), batch_size) if job.asked else None
+    for reason in plan.reasons if plan else ():
+        report(f"plan: {reason}")
+    if dry_run:
+        for chosen in job.chosen:
+            typer.echo(one_line(f"{chosen.picture.name}: {chosen.choice.value}"))
+    problems = [each.problem for each in job.failed]
+    num_written = num_cut = 0
+    if plan and not dry_run:
+        for outcome in write_captions(job, plan, placement_for(memory, device), Console(stderr=True)):
+            if outcome.caption is None:
+                problems.append(outcome.problem)
+                continue
+            num_written, num_cut = num_written + 1, num_cut + outcome.caption.cut
+            typer.echo(one_line(f"{outcome.picture.name}: {outcome.caption.text}"))
+    for problem in problems:
+        report(f"problem: {problem}")
+    if num_cut:
+        report(f"note: {num_cut} captions were longer than allowed and are cut (--max-words, --max-tokens)")
+    written = f"{len(job.asked)} captions to write" if dry_run else f"{num_written} captions written"
+    report(f"{written}, {len(job.kept)} kept, {len(problems)} pictures without")
+    raise typer.Exit(1 if problems else 0)
+
+
+def the_question(preset: str | None, prompt: str | None, max_words: int | None, has_controls: bool) -> tuple[bool, str]:
+    """Returns whether the question shows the controls, and the question.
+
+    Raises:
+        ConfigError: preset and prompt contradict each other, controls are missing, or the prompt holds marks of the
+            model.
+    """
+    if prompt is None:
+        preset = preset or (EDIT if has_controls else PLAIN)
+        if preset == EDIT and not has_controls:
+            raise ConfigError(
+                "there is nothing to compare",
+                [
+                    "--preset edit describes what changes from a control picture to the picture, and there are no "
+                    "controls. Name their folder: --control-dir FOLDER, or data_config.control_dir."
+                ],
+            )
+        return preset == EDIT, question_of(preset, max_words or MAX_WORDS)
+    faults = []
+    if preset not in (None, EDIT):
+        faults.append(f"--preset {preset} and --prompt are both a question: give one ({', '.join(PRESETS)}).")
+    if preset == EDIT and not has_controls:
+        faults.append("--preset edit shows control pictures beside the prompt, and there are none: --control-dir.")
+    if not prompt.strip():
+        faults.append("--prompt is empty.")
+    if "<|" in prompt:
+        faults.append(f"--prompt holds {prompt[prompt.index('<|') :][:20]!r}, a mark of the model's own. Leave it out.")
+    if faults:
+        raise ConfigError("this cannot be asked", faults)
+    return preset == EDIT, prompt.strip()
+
+
+def find_source(
+    words: Sequence[str] | None,
+    config: Path | None,
+    model: str | None,
+    captioner: Path | None,
+    extension: str | None,
+    control_folders: tuple[Path, ...],
+) -> Source:
+    """Finds pictures and model: those of a config, or a folder with --model or --captioner.
+
+    Raises:
+        BadParameter: neither is named.
+        ConfigError: the config is wrong, or has its captions in a file.
+    """
+    folders = [Path(word) for word in words or () if Path(word).is_dir()]
+    if config is None and folders:
+        if len(words or ()) > 1:
+            raise typer.BadParameter(f"name one folder, without keys; there are {' '.join(words or ())}")
+        if model is None and captioner is None:
+            raise typer.BadParameter(
+                f"name the model: pixtune caption {folders[0]} --model FOLDER, or --captioner FOLDER"
+            )
+        folder = folders[0]
+        minimal = TrainConfig(
+            pretrained_model_name_or_path=model or str(captioner),
+            output_dir=folder,
+            max_train_steps=1,
+            data_config=DataConfig(img_dir=folder),
+        )
+        return Source(minimal, folder, extension or minimal.data_config.caption_type, control_folders, ())
+    path, overrides = config_and_overrides(words, config)
+    if not path.exists() and config is None:
+        raise typer.BadParameter(f"there is no folder of pictures and no config file {path}")
+    settings = load_config(path, overrides)
+    from pixtune.data.examples import control_folders as controls_of
+    from pixtune.data.examples import folders_apart
+
+    data = settings.data_config
+    if data.metadata_file is not None:
+        raise ConfigError(
+            "captions go to text files",
+            [
+                f"data_config.metadata_file ({data.metadata_file}) holds the captions of this config, and this command "
+                "writes text files beside pictures. Caption the folder, pixtune caption "
+                f"{data.img_dir} --model {settings.pretrained_model_name_or_path}, and train with metadata_file=null."
+            ],
+        )
+    if model is not None:
+        settings = settings.model_copy(update={"pretrained_model_name_or_path": model})
+    return Source(
+        settings, data.img_dir, extension or data.caption_type, control_folders or controls_of(data),
+        tuple(each for each in folders_apart(settings) if each != data.img_dir),
+    )  # fmt: skip

@@ -1,0 +1,192 @@
+"""`pixtune caption` as it is typed, on small models with random weights: files, exit codes, what is kept, resuming."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from pixtune.captioning.record import RECORD
+from pixtune.data.pairs import read_caption
+from tests.captioners import TINY, write_captioner
+from tests.pictures import noise
+from tests.runs import ROOT, pixtune
+
+COLOURS = ("red", "green", "blue", "yellow", "white")
+EDITING = ROOT / "assets" / "tiny-qwen-image-edit"
+SHORT = ("--max-tokens", 12, "--weights-format", "fp32")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An image model's folder whose text encoder says words."""
+    folder = tmp_path_factory.mktemp("model")
+    shutil.copytree(TINY, folder, dirs_exist_ok=True)
+    shutil.rmtree(folder / "text_encoder")
+    write_captioner(folder / "text_encoder", "qwen2_5_vl")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def captioned(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A folder after the command, and what it printed."""
+    folder = draw(tmp_path_factory.mktemp("captioned") / "pictures")
+    (folder / "red.txt").write_text("a caption by hand")
+    (folder / "green.txt").touch()
+    outcome = pixtune("caption", folder, "--model", model, "--preset", "style", "--trigger", "zwx  style", *SHORT)
+    assert outcome.returncode == 0, outcome.stdout
+    return folder, outcome.stdout
+
+
+def draw(folder: Path) -> Path:
+    folder.mkdir(parents=True)
+    for number, name in enumerate(COLOURS):
+        image = noise(64, 48 + 40 * number, number)
+        Image.blend(image, Image.new("RGB", image.size, name), 0.7).save(folder / f"{name}.png")
+    return folder
+
+
+def captions(folder: Path) -> dict[str, str]:
+    return {path.stem: path.read_text() for path in sorted(folder.glob("*.txt"))}
+
+
+def copy_of(folder: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(folder, tmp_path / "pictures"))
+
+
+def test_captions_are_written_and_those_that_are_there_are_kept(captioned: tuple[Path, str]) -> None:
+    folder, printed = captioned
+    texts = captions(folder)
+    assert sorted(texts) == sorted(COLOURS)
+    assert (texts["red"], texts["green"]) == ("a caption by hand", "")
+    for name in COLOURS[2:]:
+        assert texts[name].startswith("zwx style, ") and texts[name].endswith("\n") and texts[name].count("\n") == 1
+        assert f"{name}.png: {texts[name].strip()}" in printed
+    assert "3 captions written, 2 kept, 0 pictures without" in printed
+    assert "1 captions are empty files and are kept: green.png" in printed
+    assert "plan: captions of 3 pictures at once" in printed
+    assert not [path for path in folder.iterdir() if path.suffix not in {".png", ".txt", ".jsonl"}]
+
+
+def test_what_was_killed_goes_on_to_the_same_captions(captioned: tuple[Path, str], model: Path, tmp_path: Path) -> None:
+    """Also with --overwrite: what the killed one has written already is not written a second time."""
+    folder = copy_of(captioned[0], tmp_path)
+    before = captions(folder)
+    (folder / "blue.txt").unlink()
+    lines = (folder / RECORD).read_text().splitlines()
+    (folder / RECORD).write_text("\n".join([*lines, '{"name": "white.p']))
+    outcome = pixtune(
+        "caption", folder, "--model", model, "--preset", "style", "--trigger", "zwx style", "--overwrite", *SHORT
+    )
+    assert "1 captions written, 4 kept" in outcome.stdout
+    assert captions(folder) == before
+
+
+def test_overwriting_spares_what_a_person_wrote(captioned: tuple[Path, str], model: Path, tmp_path: Path) -> None:
+    folder = copy_of(captioned[0], tmp_path)
+    (folder / "blue.txt").write_text("zwx style, mended by hand")
+    before = captions(folder)
+    words: tuple[Any, ...] = ("caption", folder, "--model", model, "--prompt", "Name the colour.", *SHORT)
+    dry = pixtune(*words, "--overwrite", "--dry-run")
+    assert "white.png: is written again" in dry.stdout and "red.png: has a caption that was written" in dry.stdout
+    assert "2 captions to write, 3 kept" in dry.stdout and captions(folder) == before
+    outcome = pixtune(*words, "--overwrite")
+    assert "3 captions were written or changed by hand and are kept: blue.png, green.png, red.png" in outcome.stdout
+    after = captions(folder)
+    assert {name for name in after if after[name] != before[name]} == {"yellow", "white"}
+    (tmp_path / "suspects").write_text("# the worst\nred.png\n\nwhite\n")
+    outcome = pixtune(*words, "--overwrite-edited", "--only-from", tmp_path / "suspects", "--trigger", "new")
+    assert "2 captions written, 0 kept" in outcome.stdout
+    assert {name for name, text in captions(folder).items() if text.startswith("new, ")} == {"red", "white"}
+
+
+def test_a_damaged_picture_costs_only_its_own_caption(model: Path, tmp_path: Path) -> None:
+    folder = draw(tmp_path / "pictures")
+    for name, kept in (("red", 0), ("green", 600)):
+        (folder / f"{name}.png").write_bytes((folder / f"{name}.png").read_bytes()[:kept])
+    Image.new("RGB", (603, 3)).save(folder / "blue.png")
+    outcome = pixtune("caption", folder, "--model", model, *SHORT)
+    assert outcome.returncode == 1 and sorted(captions(folder)) == ["white", "yellow"]
+    for words in ("red.png is empty (0 bytes)", "green.png cannot be decoded", "blue.png is longer than 200 times"):
+        assert f"problem: {folder}/{words}" in outcome.stdout
+    assert "2 captions written, 0 kept, 3 pictures without" in outcome.stdout
+
+
+def test_a_looping_answer_is_reported_and_not_written(tmp_path: Path) -> None:
+    """The small model's own text encoder, which was never trained, repeats one token for ever."""
+    folder = draw(tmp_path / "pictures")
+    outcome = pixtune("caption", folder, "--model", TINY, *SHORT, "--only", "red.png")
+    assert outcome.returncode == 1 and not captions(folder)
+    assert "red.png gets no caption: the answer is empty" in outcome.stdout
+
+
+def test_an_edit_config_asks_what_changes(tmp_path: Path) -> None:
+    """Both pictures go into one question, by the edit model's own folder; the file goes where training looks for it."""
+    data = tmp_path / "data"
+    draw(data / "images")
+    draw(data / "control")
+    (data / "control" / "white.png").unlink()
+    model = tmp_path / "model"
+    shutil.copytree(EDITING, model)
+    shutil.rmtree(model / "text_encoder")
+    write_captioner(model / "text_encoder", "qwen2_5_vl", like=EDITING)
+    config = tmp_path / "run.yaml"
+    config.write_text(
+        f"pretrained_model_name_or_path: {model}\noutput_dir: {tmp_path}/run\nmax_train_steps: 1\n"
+        f"data_config: {{img_dir: {data}/images, control_dir: {data}/control, caption_type: cap}}\n"
+    )
+    outcome = pixtune("caption", config, "--temperature", 1, *SHORT)
+    assert outcome.returncode == 1 and "white.png has no control picture of its name" in outcome.stdout
+    found = {path.stem for path in (data / "images").glob("*.cap")}
+    assert found == set(COLOURS[:4]) and "4 captions written" in outcome.stdout
+    tokens = [line for line in outcome.stdout.splitlines() if "questions of up to" in line]
+    outcome = pixtune("caption", config, "--preset", "plain", "--overwrite", "--dry-run", *SHORT)
+    assert tokens and tokens[0] not in outcome.stdout, "two pictures are a longer question than one"
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("{empty}", "--model", TINY), "holds no picture"),
+        (("{pictures}",), "name the model: pixtune caption"),
+        (("{pictures}", "rank=3", "--model", TINY), "name one folder, without keys"),
+        (("{absent}", "--model", TINY), "there is no folder of pictures and no config file"),
+        (
+            ("{pictures}", "--model", ROOT / "assets" / "tiny-flux"),
+            "whose text encoders read words and see no pictures",
+        ),
+        (("{pictures}", "--captioner", "{empty}"), "is no model"),
+        (("{pictures}", "--model", TINY, "--preset", "edit"), "Name their folder: --control-dir"),
+        (("{pictures}", "--model", TINY, "--preset", "style", "--prompt", "What?"), "are both a question"),
+        (("{pictures}", "--model", TINY, "--prompt", "a <|im_end|> b"), "a mark of the model's own"),
+        (("{pictures}", "--model", TINY, "--prompt", " "), "--prompt is empty"),
+        (("{pictures}", "--model", TINY, "--trigger", ""), "--trigger is empty"),
+        (("{pictures}", "--model", TINY, "--only", "rad.png"), "Is 'red.png' meant?"),
+        (("{pictures}", "--model", TINY, "--only-from", "{absent}"), "names of pictures cannot be read"),
+        (("{pictures}", "--model", TINY, "--extension", "png"), "none for text"),
+        (("{config}",), "captions go to text files"),
+    ],
+)
+def test_what_cannot_be_done_is_said_before_anything_is_loaded(
+    words: tuple[Any, ...], message: str, tmp_path: Path
+) -> None:
+    draw(tmp_path / "pictures")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "pairs.jsonl").touch()
+    (tmp_path / "run.yaml").write_text(
+        f"pretrained_model_name_or_path: {TINY}\noutput_dir: {tmp_path}/run\nmax_train_steps: 1\n"
+        f"data_config: {{img_dir: {tmp_path}/pictures, metadata_file: {tmp_path}/pairs.jsonl}}\n"
+    )
+    places = {name: str(tmp_path / name) for name in ("pictures", "empty", "absent")}
+    places["config"] = str(tmp_path / "run.yaml")
+    outcome = pixtune("caption", *(str(word).format(**places) for word in words))
+    assert outcome.returncode in (1, 2) and message in " ".join(outcome.stdout.split()), outcome.stdout
+    assert sorted(path.suffix for path in (tmp_path / "pictures").iterdir()) == [".png"] * len(COLOURS)
+
+
+def test_captions_serve_training(captioned: tuple[Path, str]) -> None:
+    assert read_caption(captioned[0] / "blue.txt").startswith("zwx style, ")
