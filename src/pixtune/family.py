@@ -131,6 +131,7 @@ class Question:
 
     text: str
     pictures: tuple[Image, ...]
+    """Pictures of any size, or as `Captioner.fit` returns them."""
 
 
 @dataclass(frozen=True)
@@ -179,6 +180,9 @@ class Captioner(Protocol):
         Raises:
             ValueError: a picture has a shape that the model cannot see; says which shapes it sees.
         """
+
+    def fit(self, picture: Image) -> Image:
+        """Scales a picture to the size at which the model sees it. Threads may call it."""
 
     def load(self, placement: Placement) -> TextEncoder:
         """Loads the model with its tokenizer.

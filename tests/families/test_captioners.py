@@ -88,8 +88,9 @@ def test_inputs_are_those_of_the_chat_template(folders: dict[str, Path], kind: s
     text = captioner.question(question.text, num_pictures)  # type: ignore[attr-defined]
     ours = vision([text], [pictures])
     assert set(ours) == set(expected)
+    fitted = vision([text], [[captioner.fit(each) for each in pictures]])
     for name, tensor in expected.items():
-        assert torch.equal(ours[name], tensor), name
+        assert torch.equal(ours[name], tensor) and torch.equal(fitted[name], tensor), name
     assert captioner.count_tokens(question.text, [each.size for each in pictures]) == expected["input_ids"].shape[1]
 
 

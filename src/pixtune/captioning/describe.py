@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 
@@ -25,6 +25,9 @@ from pixtune.errors import DataError, PlanError
 from pixtune.family import Answer, Captioner, Choose, Placement, Question, TextEncoder
 from pixtune.plan.captioning import CaptionPlan
 from pixtune.plan.encoders import ON_CPU
+
+READ_THREADS = 4
+"""Number of threads that read pictures while the captioner writes of others."""
 
 log = logging.getLogger(__name__)
 
@@ -81,14 +84,27 @@ def measure(captioner: Captioner, wish: Wish, picture: Picture, with_controls: b
 
 
 def load_captioner(captioner: Captioner, plan: CaptionPlan, placement: Placement) -> TextEncoder:
-    """Loads a captioner in its planned form."""
-    if plan.text_format is None:
-        return captioner.load(placement)
-    loaded = captioner.load(Placement(torch.device("cpu"), placement.dtype))
-    if plan.text_format != ON_CPU:
-        for model in loaded.models:
-            quantize_encoder(model, plan.text_format, placement.device, captioner.formats)
-    return loaded
+    """Loads a captioner in its planned form.
+
+    Raises:
+        WeightsError: its files are damaged.
+        PlanError: there is less memory than there was when the plan was made.
+    """
+    try:
+        if plan.text_format is None:
+            return captioner.load(placement)
+        loaded = captioner.load(Placement(torch.device("cpu"), placement.dtype))
+        if plan.text_format != ON_CPU:
+            for model in loaded.models:
+                quantize_encoder(model, plan.text_format, placement.device, captioner.formats)
+        return loaded
+    except RuntimeError as error:
+        if not lacks_memory(error):
+            raise
+        raise PlanError(
+            f"the captioner does not fit ({first_line(error)}): other programs have taken memory since its plan was "
+            "made. Close them, or quantize it: --quantize."
+        ) from error
 
 
 def describe(
@@ -104,13 +120,13 @@ def describe(
     ordered = sorted(asked, key=lambda each: (each.num_tokens, each.picture.name))
     groups = [ordered[start : start + at_once] for start in range(0, len(ordered), at_once)]
     asker = _Asker(captioner, encoder, wish, at_once)
-    read = partial(_read, wish.question, with_controls=with_controls)
-    with ThreadPoolExecutor(1, thread_name_prefix="read ahead") as pool:
-        ahead: Future[list[_Read]] | None = pool.submit(read, groups[0]) if groups else None
+    read = partial(_read, captioner, wish.question, with_controls)
+    with ThreadPoolExecutor(READ_THREADS, thread_name_prefix="read ahead") as pool:
+        # The next pictures are read while the captioner writes of these.
+        ahead = [pool.submit(read, each.picture) for each in groups[0]] if groups else []
         for number in range(len(groups)):
-            assert ahead is not None
-            found = ahead.result()
-            ahead = pool.submit(read, groups[number + 1]) if number + 1 < len(groups) else None
+            found = [each.result() for each in ahead]
+            ahead = [pool.submit(read, each.picture) for each in groups[number + 1]] if number + 1 < len(groups) else []
             outcomes = [each for _, each in found if isinstance(each, Outcome)]
             questions = [(picture, each) for picture, each in found if isinstance(each, Question)]
             answers = asker.answers(questions)
@@ -118,23 +134,18 @@ def describe(
             yield outcomes
 
 
-_Read = tuple[Picture, Question | Outcome]
-
-
-def _read(question: str, group: Sequence[Asked], with_controls: bool) -> list[_Read]:
-    """Reads the pictures of a group."""
-    found: list[_Read] = []
-    for picture in (each.picture for each in group):
-        images = []
-        try:
-            for path in picture.all_paths if with_controls else (picture.path,):
-                with decoded(path) as each:
-                    images.append(each.image)
-        except DataError as error:
-            found.append((picture, Outcome(picture, None, " ".join(error.faults))))
-        else:
-            found.append((picture, Question(question, tuple(images))))
-    return found
+def _read(
+    captioner: Captioner, question: str, with_controls: bool, picture: Picture
+) -> tuple[Picture, Question | Outcome]:
+    """Reads a picture, and its controls where the question shows them, at the sizes at which they are seen."""
+    images = []
+    try:
+        for path in picture.all_paths if with_controls else (picture.path,):
+            with decoded(path) as each:
+                images.append(captioner.fit(each.image))
+    except DataError as error:
+        return picture, Outcome(picture, None, " ".join(error.faults))
+    return picture, Question(question, tuple(images))
 
 
 def _outcome(picture: Picture, answer: Answer, wish: Wish) -> Outcome:

@@ -23,6 +23,7 @@ from pixtune.storage.model_folder import ModelFolder, read_header, weight_files
 
 if TYPE_CHECKING:
     import torch
+    from PIL.Image import Image
     from torch import Tensor
 else:
     torch = LateModule("torch")
@@ -135,12 +136,7 @@ class QwenCaptioner:
 
         from pixtune.storage.loading.parts import naming_part
 
-        vision = self._config.vision_config
-        pixels_per_token = (vision.patch_size * vision.spatial_merge_size) ** 2
-        size = {
-            "shortest_edge": LEAST_PICTURE_TOKENS * pixels_per_token,
-            "longest_edge": MOST_PICTURE_TOKENS * pixels_per_token,
-        }
+        vision, size = self._config.vision_config, self._pixels_of_a_picture
         if not (self._processor_path / "preprocessor_config.json").is_file():
             return Qwen2VLImageProcessorPil(
                 size=size, patch_size=vision.patch_size, temporal_patch_size=vision.temporal_patch_size,
@@ -156,6 +152,16 @@ class QwenCaptioner:
                 )
             processor.size = size
         return processor
+
+    @property
+    def _pixels_of_a_picture(self) -> dict[str, int]:
+        """Least and most pixels of a picture, under the names that the image processor has for them."""
+        vision = self._config.vision_config
+        pixels_per_token = (vision.patch_size * vision.spatial_merge_size) ** 2
+        return {
+            "shortest_edge": LEAST_PICTURE_TOKENS * pixels_per_token,
+            "longest_edge": MOST_PICTURE_TOKENS * pixels_per_token,
+        }
 
     def question(self, text: str, num_pictures: int) -> str:
         """Writes a conversation of one question, as the model's chat template does with a generation prompt.
@@ -175,6 +181,17 @@ class QwenCaptioner:
             (tokens,) = self._tokenizer.tokenizer([self.question(text, len(sizes))], verbose=False).input_ids
             self._tokens_of[key] = len(tokens) - len(sizes)  # without the placeholders
         return self._tokens_of[key] + sum(self._tokenizer.num_features(size) for size in sizes)
+
+    def fit(self, picture: Image) -> Image:
+        import numpy as np
+        from PIL import Image as images
+        from transformers.image_utils import SizeDict
+
+        processor = self._tokenizer.image_processor
+        pixels_3HW = np.asarray(picture.convert("RGB")).transpose(2, 0, 1)
+        factor = processor.patch_size * processor.merge_size
+        fitting = processor.resize(pixels_3HW, SizeDict(**self._pixels_of_a_picture), processor.resample, factor)
+        return images.fromarray(np.ascontiguousarray(fitting.transpose(1, 2, 0)))
 
     def load(self, placement: Placement) -> TextEncoder:
         import transformers

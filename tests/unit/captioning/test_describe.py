@@ -31,6 +31,9 @@ class Fake:
             raise ValueError("is too wide")
         return sum(width for width, _ in sizes)
 
+    def fit(self, picture: Image.Image) -> Image.Image:
+        return picture
+
     def answer(
         self, encoder: TextEncoder, questions: Sequence[Question], max_tokens: int, choose: Choose | None = None
     ) -> list[Answer]:
