@@ -65,8 +65,8 @@ def test_captions_are_written_and_those_that_are_there_are_kept(captioned: tuple
     for name in COLOURS[2:]:
         assert texts[name].startswith("zwx style, ") and texts[name].endswith("\n") and texts[name].count("\n") == 1
         assert f"{name}.png: {texts[name].strip()}" in printed
-    assert "3 captions written, 2 kept, 0 pictures without" in printed
-    assert "1 captions are empty files and are kept: green.png" in printed
+    assert "captions written: 3; kept: 2; pictures without: 0" in printed
+    assert "captions that are empty files are kept, too: green.png" in printed
     assert "plan: captions of 3 pictures at once" in printed
     assert not [path for path in folder.iterdir() if path.suffix not in {".png", ".txt", ".jsonl"}]
 
@@ -81,7 +81,7 @@ def test_what_was_killed_goes_on_to_the_same_captions(captioned: tuple[Path, str
     outcome = pixtune(
         "caption", folder, "--model", model, "--preset", "style", "--trigger", "zwx style", "--overwrite", *SHORT
     )
-    assert "1 captions written, 4 kept" in outcome.stdout
+    assert "captions written: 1; kept: 4" in outcome.stdout
     assert captions(folder) == before
 
 
@@ -92,14 +92,14 @@ def test_overwriting_spares_what_a_person_wrote(captioned: tuple[Path, str], mod
     words: tuple[Any, ...] = ("caption", folder, "--model", model, "--prompt", "Name the colour.", *SHORT)
     dry = pixtune(*words, "--overwrite", "--dry-run")
     assert "white.png: is written again" in dry.stdout and "red.png: has a caption that was written" in dry.stdout
-    assert "2 captions to write, 3 kept" in dry.stdout and captions(folder) == before
+    assert "captions to write: 2; kept: 3" in dry.stdout and captions(folder) == before
     outcome = pixtune(*words, "--overwrite")
-    assert "3 captions were written or changed by hand and are kept: blue.png, green.png, red.png" in outcome.stdout
+    assert "captions that were written or changed by hand are kept: blue.png, green.png, red.png" in outcome.stdout
     after = captions(folder)
     assert {name for name in after if after[name] != before[name]} == {"yellow", "white"}
     (tmp_path / "suspects").write_text("# the worst\nred.png\n\nwhite\n")
     outcome = pixtune(*words, "--overwrite-edited", "--only-from", tmp_path / "suspects", "--trigger", "new")
-    assert "2 captions written, 0 kept" in outcome.stdout
+    assert "captions written: 2; kept: 0" in outcome.stdout
     assert {name for name, text in captions(folder).items() if text.startswith("new, ")} == {"red", "white"}
 
 
@@ -112,7 +112,7 @@ def test_a_damaged_picture_costs_only_its_own_caption(model: Path, tmp_path: Pat
     assert outcome.returncode == 1 and sorted(captions(folder)) == ["white", "yellow"]
     for words in ("red.png is empty (0 bytes)", "green.png cannot be decoded", "blue.png is longer than 200 times"):
         assert f"problem: {folder}/{words}" in outcome.stdout
-    assert "2 captions written, 0 kept, 3 pictures without" in outcome.stdout
+    assert "captions written: 2; kept: 0; pictures without: 3" in outcome.stdout
 
 
 def test_a_looping_answer_is_reported_and_not_written(tmp_path: Path) -> None:
@@ -141,11 +141,33 @@ def test_an_edit_config_asks_what_changes(tmp_path: Path) -> None:
     outcome = pixtune("caption", config, "--temperature", 1, *SHORT)
     assert outcome.returncode == 1 and "white.png has no control picture of its name" in outcome.stdout
     found = {path.stem for path in (data / "images").glob("*.cap")}
-    assert found == set(COLOURS[:4]) and "4 captions written" in outcome.stdout
+    assert found == set(COLOURS[:4]) and "captions written: 4" in outcome.stdout
     tokens = [line for line in outcome.stdout.splitlines() if "questions of up to" in line]
     outcome = pixtune("caption", config, "--preset", "plain", "--overwrite", "--dry-run", *SHORT)
     assert tokens and tokens[0] not in outcome.stdout, "two pictures are a longer question than one"
     assert not (tmp_path / "run").exists()
+
+
+def test_several_folders_are_captioned_with_one_load(model: Path, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        draw(tmp_path / name)
+    (tmp_path / "one" / "red.txt").write_text("by hand")
+    config = tmp_path / "run.yaml"
+    config.write_text(
+        f"pretrained_model_name_or_path: {model}\noutput_dir: {tmp_path}/run\nmax_train_steps: 1\n"
+        f"data_config:\n  folders: [{{img_dir: {tmp_path}/one}}, {{img_dir: {tmp_path}/two, caption_type: cap}}]\n"
+    )
+    outcome = pixtune("caption", config, "--only", "one/red", "--only", "two/red.png", *SHORT)
+    assert (
+        "captions written: 1; kept: 1" in outcome.stdout
+        and "captions that are there are kept: one/red.png" in outcome.stdout
+    )
+    assert (tmp_path / "two" / "red.cap").is_file() and (tmp_path / "two" / RECORD).is_file()
+    assert not (tmp_path / "one" / RECORD).exists()
+    again = pixtune("caption", config, "--only", "two/red.png", "--overwrite", "--dry-run", *SHORT)
+    assert "two/red.png: has the caption that this request writes" in again.stdout
+    refused = pixtune("caption", config, "--only", "red.png")
+    assert "'red.png' may be one/red.png or two/red.png" in refused.stdout
 
 
 @pytest.mark.parametrize(

@@ -117,7 +117,7 @@ def describe(
     Raises:
         PlanError: not even one picture's question fits.
     """
-    ordered = sorted(asked, key=lambda each: (each.num_tokens, each.picture.name))
+    ordered = sorted(asked, key=lambda each: (each.num_tokens, each.picture.shown))
     groups = [ordered[start : start + at_once] for start in range(0, len(ordered), at_once)]
     asker = _Asker(captioner, encoder, wish, at_once)
     read = partial(_read, captioner, wish.question, with_controls)
@@ -188,7 +188,7 @@ class _Asker:
     def _answer(self, part: Sequence[tuple[Picture, Question]]) -> list[Answer]:
         choose = None
         if self._wish.temperature > 0:
-            choose = draws([picture.name for picture, _ in part], self._wish.seed, self._wish.temperature)
+            choose = draws([picture.shown for picture, _ in part], self._wish.seed, self._wish.temperature)
         return self._captioner.answer(self._encoder, [question for _, question in part], self._wish.max_tokens, choose)
 
 

@@ -17,9 +17,10 @@ from pixtune.captioning.choosing import Choice, Chosen, Overwrite, choose
 from pixtune.captioning.describe import Asked, Outcome, Wish, describe, load_captioner, measure
 from pixtune.captioning.pictures import Picture, find_pictures, only_named
 from pixtune.captioning.record import Written, add_to_record, read_record
+from pixtune.config.folders import Folder
 from pixtune.config.schema import TrainConfig
 from pixtune.data.images import picture_digest
-from pixtune.data.pairs import shorten, tidy_caption
+from pixtune.data.pairs import shorten
 from pixtune.errors import DataError
 from pixtune.family import Captioner, Placement
 from pixtune.hardware.facts import HardwareFacts, host_room_bytes
@@ -34,12 +35,11 @@ from pixtune.storage.model_folder import weight_files
 
 @dataclass(frozen=True)
 class Places:
-    """Pictures to caption, and where their captions go."""
+    """Pictures to caption, and which of their captions are written."""
 
-    folder: Path
-    extension: str
-    control_folders: tuple[Path, ...] = ()
-    """Folders of control pictures that questions show, too; none: questions show the picture alone."""
+    folders: tuple[Folder, ...]
+    shows_controls: bool = False
+    """Whether a question shows the control pictures, too."""
     apart: tuple[Path, ...] = ()
     """Folders that have a purpose of their own, and are skipped."""
     only: tuple[str, ...] | None = None
@@ -74,23 +74,24 @@ def open_job(places: Places, wish: Wish, captioner: Captioner) -> Job:
         DataError: there are no pictures, or problems that leave a caption's place in doubt.
         WriteError: a caption could not be written where it belongs.
     """
-    pictures, notes = find_pictures(places.folder, places.extension, places.control_folders, places.apart)
+    pictures, notes = _find(places)
     if places.only is not None:
         pictures = only_named(pictures, places.only)
-    shared = _request(places, wish, captioner)
-    record = read_record(places.folder)
-    with_controls = bool(places.control_folders)
+    shared, with_controls = _request(places, wish, captioner), places.shows_controls
+    records = {folder.img_dir: read_record(folder.img_dir) for folder in places.folders}
     chosen, asked, failed = [], [], []
     for picture in pictures:
         try:
-            decision = choose(picture, places.overwrite, record, partial(_request_of, shared, with_controls))
+            decision = choose(
+                picture, places.overwrite, records[picture.folder], partial(_request_of, shared, with_controls)
+            )
         except DataError as error:
             failed.append(Outcome(picture, None, " ".join(error.faults)))
             continue
         chosen.append(decision)
         if not decision.choice.writes:
             continue
-        if len(picture.controls) < len(places.control_folders):
+        if with_controls and picture.lacks_controls:
             failed.append(Outcome(picture, None, f"{picture.path} has no control picture of its name."))
             continue
         measured = measure(captioner, wish, picture, with_controls)
@@ -100,14 +101,48 @@ def open_job(places: Places, wish: Wish, captioner: Captioner) -> Job:
             asked.append(measured)
     for folder in {each.picture.caption_path.parent for each in asked}:
         check_writable(folder, "Captions are written beside their pictures: copy them to where you may write.")
-    if by_hand := [each.picture.name for each in chosen if each.choice is Choice.BY_HAND]:
-        notes.append(
-            f"{len(by_hand)} captions were written or changed by hand and are kept: {shorten(by_hand)}. "
-            "--overwrite-edited replaces them."
+    return Job(places, wish, captioner, tuple(chosen), tuple(asked), tuple(failed), (*notes, *_notes(places, chosen)))
+
+
+def _find(places: Places) -> tuple[list[Picture], list[str]]:
+    """Finds the pictures of all folders; one that two of them share stands under the first.
+
+    Raises:
+        DataError: all problems of all folders.
+    """
+    pictures: dict[Path, Picture] = {}
+    notes, faults = [], []
+    for folder in places.folders:
+        apart = [path for path in places.apart if path != folder.img_dir]
+        controls = folder.control_dirs if places.shows_controls else ()
+        try:
+            found, of_folder = find_pictures(folder.img_dir, folder.caption_type, controls, apart, folder.label)
+        except DataError as error:
+            faults += error.faults
+            continue
+        notes += of_folder
+        for each in found:
+            pictures.setdefault(each.caption_path.resolve(), each)
+    if faults:
+        raise DataError("these pictures cannot be captioned", faults)
+    return list(pictures.values()), notes
+
+
+def _notes(places: Places, chosen: Sequence[Chosen]) -> Iterator[str]:
+    """Yields sentences on captions that are kept."""
+    if by_hand := [each.picture.shown for each in chosen if each.choice is Choice.BY_HAND]:
+        yield (
+            f"captions that were written or changed by hand are kept: {shorten(by_hand)}. --overwrite-edited replaces "
+            "them."
         )
-    if empty := [each.picture.name for each in chosen if each.choice is Choice.KEPT and _is_empty(each.picture)]:
-        notes.append(f"{len(empty)} captions are empty files and are kept: {shorten(empty)}. Remove those to fill.")
-    return Job(places, wish, captioner, tuple(chosen), tuple(asked), tuple(failed), tuple(notes))
+    kept = [each.picture for each in chosen if each.choice is Choice.KEPT]
+    if empty := [each.shown for each in kept if _is_empty(each)]:
+        yield f"captions that are empty files are kept, too: {shorten(empty)}. Remove those to be filled."
+    if kept and (places.only is not None or len(kept) == len(chosen)):
+        yield (
+            f"captions that are there are kept: {shorten(each.shown for each in kept)}. --overwrite replaces those "
+            "that this command wrote, --overwrite-edited the others, too."
+        )
 
 
 def _is_empty(picture: Picture) -> bool:
@@ -120,7 +155,7 @@ def _is_empty(picture: Picture) -> bool:
 def _request(places: Places, wish: Wish, captioner: Captioner) -> str:
     """Names everything that decides captions and is the same for all pictures."""
     weights = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in weight_files(captioner.path)]
-    return repr((wish, bool(places.control_folders), weights))
+    return repr((wish, places.shows_controls, weights))
 
 
 def _request_of(shared: str, with_controls: bool, picture: Picture) -> str:
@@ -130,7 +165,7 @@ def _request_of(shared: str, with_controls: bool, picture: Picture) -> str:
         DataError: a picture cannot be read.
     """
     paths = picture.all_paths if with_controls else (picture.path,)
-    return text_digest(repr((shared, picture.name, [picture_digest(path) for path in paths])))
+    return text_digest(repr((shared, picture.shown, [picture_digest(path) for path in paths])))
 
 
 def make_plan(job: Job, memory: TrainConfig, facts: HardwareFacts, at_once: int | None = None) -> CaptionPlan:
@@ -171,19 +206,16 @@ def write_captions(job: Job, plan: CaptionPlan, placement: Placement, console: C
     show: Callable[[str], None] = partial(say, console)
     with announced("loading the captioner", show):
         encoder = load_captioner(job.captioner, plan, placement)
-    request_of = {each.picture.name: each.request for each in job.chosen}
+    request_of = {each.picture.shown: each.request for each in job.chosen}
     with counted("writing captions", len(job.asked), console) as count:
-        for outcomes in describe(
-            job.captioner, encoder, job.wish, job.asked, plan.at_once, bool(job.places.control_folders)
-        ):
-            add_to_record(
-                job.places.folder,
-                {
-                    each.picture.name: Written(text_digest(tidy_caption(each.caption.text)), request)
+        for outcomes in describe(job.captioner, encoder, job.wish, job.asked, plan.at_once, job.places.shows_controls):
+            for folder in {each.picture.folder for each in outcomes}:
+                written = {
+                    each.picture.name: Written(text_digest(each.caption.text), request_of[each.picture.shown])
                     for each in outcomes
-                    if each.caption is not None and (request := request_of[each.picture.name])
-                },
-            )
+                    if each.caption is not None and each.picture.folder == folder
+                }
+                add_to_record(folder, written)
             for outcome in outcomes:
                 if outcome.caption is not None:
                     write_atomically(outcome.picture.caption_path, f"{outcome.caption.text}\n".encode())

@@ -24,14 +24,25 @@ from pixtune.errors import DataError
 class Picture:
     """A picture that can be captioned."""
 
+    folder: Path
+    """Folder of pictures that it is found in."""
     name: str
     """Path below the folder, with forward slashes."""
+    label: str
+    """Text before the name that tells its folder from others; "" where there is one."""
     path: Path
     caption_path: Path
     has_caption: bool
     """Whether something stands at `caption_path`, be it an empty file."""
     controls: tuple[Path, ...] = ()
-    """Control pictures, in their order; one that is missing is left out."""
+    """Control pictures, in their order."""
+    lacks_controls: bool = False
+    """Whether one of its folder's control folders, or any, is without a control of its name."""
+
+    @property
+    def shown(self) -> str:
+        """Name by which a person knows it."""
+        return f"{self.label}{self.name}"
 
     @property
     def all_paths(self) -> tuple[Path, ...]:
@@ -40,7 +51,7 @@ class Picture:
 
 
 def find_pictures(
-    folder: Path, extension: str, control_folders: Sequence[Path] = (), apart: Collection[Path] = ()
+    folder: Path, extension: str, control_folders: Sequence[Path] = (), apart: Collection[Path] = (), label: str = ""
 ) -> tuple[list[Picture], list[str]]:
     """Looks through a folder and its subfolders by the rules of `data.pairs.find_pairs`, with or without captions.
 
@@ -48,6 +59,7 @@ def find_pictures(
         extension: the caption files', with or without a dot.
         control_folders: folders with a control picture of the same stem for each picture.
         apart: folders that have a purpose of their own, and are skipped.
+        label: text before the names of its pictures.
 
     Returns:
         Pictures in the order of their names, and sentences on what is passed over.
@@ -73,16 +85,13 @@ def find_pictures(
     if unread := _of_type(listed, UNREAD_EXTENSIONS):
         notes.append(f"{len(unread)} pictures are of a type that is not read: {shorten(unread)}. {CONVERT}")
     caption_of = {_stem(name): path for name, path in captions.items()}
-    found = [
-        Picture(
-            name,
-            path,
-            caption_of.get(_stem(name)) or path.with_name(f"{path.stem}.{extension}"),
-            _stem(name) in caption_of,
-            tuple(control_of[_stem(name)] for control_of in controls_of if _stem(name) in control_of),
-        )
-        for name, path in pictures.items()
-    ]
+    found = []
+    for name, path in pictures.items():
+        stem = _stem(name)
+        controls = tuple(control_of[stem] for control_of in controls_of if stem in control_of)
+        place = caption_of.get(stem) or path.with_name(f"{path.stem}.{extension}")
+        lacks = len(controls) < max(len(control_folders), 1)
+        found.append(Picture(folder, name, label, path, place, stem in caption_of, controls, lacks))
     return found, notes
 
 
@@ -103,19 +112,16 @@ def only_named(pictures: Sequence[Picture], names: Sequence[str]) -> list[Pictur
     faults = []
     for name in dict.fromkeys(names):
         posix = name.replace("\\", "/").removeprefix("./")
-        found = [each for each in pictures if posix in (each.name, _stem(each.name))]
-        found = found or [
-            each
-            for each in pictures
-            if posix in (PurePosixPath(each.name).name, PurePosixPath(each.name).stem, str(each.path))
-        ]
+        found = [each for each in pictures if posix in (each.shown, _stem(each.shown), str(each.path))]
+        found = found or [each for each in pictures if posix in (each.name, _stem(each.name))]
+        found = found or [each for each in pictures if posix in (each.path.name, PurePosixPath(each.name).stem)]
         if len(found) == 1:
-            wanted[found[0].name] = found[0]
+            wanted[found[0].shown] = found[0]
         elif found:
-            faults.append(f"{name!r} may be {' or '.join(each.name for each in found)}: name one with its folder.")
+            faults.append(f"{name!r} may be {' or '.join(each.shown for each in found)}: name one with its folder.")
         else:
-            near = difflib.get_close_matches(posix, [each.name for each in pictures], 1)
+            near = difflib.get_close_matches(posix, [each.shown for each in pictures], 1)
             faults.append(f"There is no picture {name!r}." + (f" Is {near[0]!r} meant?" if near else ""))
     if faults:
         raise DataError("not all pictures that are named can be found", faults)
-    return [each for each in pictures if each.name in wanted]
+    return [each for each in pictures if each.shown in wanted]

@@ -3,33 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
 
 from pixtune.captioning.presets import EDIT, PLAIN, PRESETS, question_of
 from pixtune.commands.words import config_and_overrides
+from pixtune.config.folders import Folder, folders_of
 from pixtune.config.load import load_config
 from pixtune.config.schema import TrainConfig
 from pixtune.config.sections import DataConfig
 from pixtune.errors import ConfigError
 from pixtune.inputs.printing import lines, one_line
 
+if TYPE_CHECKING:
+    from pixtune.captioning.job import Job
+
 MAX_WORDS, MAX_TOKENS = 60, 256
 
 
 @dataclass(frozen=True)
 class Source:
-    """The pictures, their model, and the keys on memory, from a config or from the command line alone."""
+    """The pictures, and the config with their model and the keys on memory; made from a folder where there is none."""
 
     config: TrainConfig
-    folder: Path
-    extension: str
-    control_folders: tuple[Path, ...]
-    apart: tuple[Path, ...]
+    folders: tuple[Folder, ...]
+    apart: tuple[Path, ...] = ()
+    """Folders that have a purpose of their own."""
+
+    @property
+    def has_controls(self) -> bool:
+        return any(folder.control_dirs for folder in self.folders)
 
 
 def caption(
@@ -104,59 +111,75 @@ def caption(
     For example: pixtune caption ./pictures --model ./Qwen-Image --preset style --trigger "inkwash style". The exit code
     is 1 if a picture got no caption.
     """
-    changes = {
-        **({} if weights_format is None else {"mixed_precision": "bf16" if weights_format == "bf16" else "no"}),
-        **({} if gpu_memory_limit_gib is None else {"gpu_memory_limit_gib": gpu_memory_limit_gib}),
-        # A config's own `quantize` is of the transformer.
-        "quantize": quantize,
-        **({} if quantize is None else {"disable_quantization": not quantize}),
-    }
     source = find_source(words, config, model, captioner, extension, tuple(control_dir or ()))
-    memory = source.config.model_copy(update=changes)
-    shows_controls, question = the_question(preset, prompt, max_words, bool(source.control_folders))
+    shows_controls, question = the_question(preset, prompt, max_words, source.has_controls)
     if (trigger := None if trigger is None else " ".join(trigger.split())) == "":
         raise typer.BadParameter("--trigger is empty")
-
-    import torch
+    changes = {
+        "mixed_precision": {None: source.config.mixed_precision, "bf16": "bf16", "fp32": "no"}[weights_format],
+        "gpu_memory_limit_gib": gpu_memory_limit_gib or source.config.gpu_memory_limit_gib,
+        "quantize": quantize,  # the config's own is of the transformer
+        "disable_quantization": source.config.disable_quantization if quantize is None else not quantize,
+    }
 
     from pixtune.captioning.describe import Wish
-    from pixtune.captioning.job import Places, make_plan, names_in, open_job, placement_for, write_captions
+    from pixtune.captioning.job import Places, names_in, open_job
     from pixtune.families.captioners import captioner_of, open_captioner
-    from pixtune.hardware.read import read_facts
     from pixtune.storage.model_folder import open_model_folder
-    from pixtune.tracking.memory import RunMemory
 
-    run_memory = RunMemory(memory)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    run_memory.start(device)
     names = (*(only or ()), *(names_in(only_from) if only_from is not None else ()))
-    own = MAX_WORDS if prompt is None else None
+    most_words = max_words or (MAX_WORDS if prompt is None else None)
     job = open_job(
         Places(
-            source.folder,
-            source.extension,
-            source.control_folders if shows_controls else (),
-            (*source.apart, *source.control_folders),
-            names if only is not None or only_from is not None else None,
+            source.folders,
+            shows_controls,
+            source.apart,
+            None if only is None and only_from is None else names,
             "all" if overwrite_edited else "own" if overwrite else "nothing",
         ),
-        Wish(question, max_words or own, max_tokens, trigger, temperature, seed if temperature else 0),
+        Wish(question, most_words, max_tokens, trigger, temperature, seed if temperature else 0),
         open_captioner(captioner)
         if captioner is not None
         else captioner_of(open_model_folder(source.config.pretrained_model_name_or_path)),
     )
+    try:
+        num_problems = carry_out(job, source.config.model_copy(update=changes), batch_size, dry_run)
+    except KeyboardInterrupt:
+        typer.echo("stopped; the captions so far are written, and the same command goes on", err=True)
+        raise typer.Exit(130) from None
+    raise typer.Exit(1 if num_problems else 0)
+
+
+def carry_out(job: Job, memory: TrainConfig, at_once: int | None, dry_run: bool) -> int:
+    """Plans, writes and prints, and returns the number of pictures that got no caption.
+
+    Args:
+        memory: the keys on memory and number format.
+        at_once: pictures at once, at most; None: as many as fit.
+        dry_run: only prints what would be done.
+
+    Raises:
+        PlanError, WeightsError, WriteError: see `write_captions`.
+    """
+    import torch
+
+    from pixtune.captioning.job import make_plan, placement_for, write_captions
+    from pixtune.hardware.read import read_facts
+    from pixtune.tracking.memory import RunMemory
 
     def report(line: str) -> None:
         typer.echo(lines(line), err=True)
 
+    run_memory = RunMemory(memory)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    run_memory.start(device)
     for note in job.notes:
         report(f"note: {note}")
-    plan = make_plan(job, memory, read_facts(device), batch_size) if job.asked else None
+    plan = make_plan(job, memory, read_facts(device), at_once) if job.asked else None
     for reason in plan.reasons if plan else ():
         report(f"plan: {reason}")
-    if dry_run:
-        for chosen in job.chosen:
-            typer.echo(one_line(f"{chosen.picture.name}: {chosen.choice.value}"))
+    for chosen in job.chosen if dry_run else ():
+        typer.echo(one_line(f"{chosen.picture.shown}: {chosen.choice.value}"))
     problems = [each.problem for each in job.failed]
     num_written = num_cut = 0
     if plan and not dry_run:
@@ -165,14 +188,14 @@ def caption(
                 problems.append(outcome.problem)
                 continue
             num_written, num_cut = num_written + 1, num_cut + outcome.caption.cut
-            typer.echo(one_line(f"{outcome.picture.name}: {outcome.caption.text}"))
+            typer.echo(one_line(f"{outcome.picture.shown}: {outcome.caption.text}"))
     for problem in problems:
         report(f"problem: {problem}")
     if num_cut:
-        report(f"note: {num_cut} captions were longer than allowed and are cut (--max-words, --max-tokens)")
-    written = f"{len(job.asked)} captions to write" if dry_run else f"{num_written} captions written"
-    report(f"{written}, {len(job.kept)} kept, {len(problems)} pictures without")
-    raise typer.Exit(1 if problems else 0)
+        report(f"note: captions that were longer than allowed and are cut: {num_cut} (--max-words, --max-tokens)")
+    done = f"captions to write: {len(job.asked)}" if dry_run else f"captions written: {num_written}"
+    report(f"{done}; kept: {len(job.kept)}; pictures without: {len(problems)}")
+    return len(problems)
 
 
 def the_question(preset: str | None, prompt: str | None, max_words: int | None, has_controls: bool) -> tuple[bool, str]:
@@ -234,29 +257,33 @@ def find_source(
             pretrained_model_name_or_path=model or str(captioner),
             output_dir=folder,
             max_train_steps=1,
-            data_config=DataConfig(img_dir=folder),
+            data_config=DataConfig(img_dir=folder, control_dir=control_folders or None),
         )
-        return Source(minimal, folder, extension or minimal.data_config.caption_type, control_folders, ())
+        return Source(minimal, with_extension(folders_of(minimal.data_config), extension), control_folders)
     path, overrides = config_and_overrides(words, config)
     if not path.exists() and config is None:
         raise typer.BadParameter(f"there is no folder of pictures and no config file {path}")
     settings = load_config(path, overrides)
-    from pixtune.data.examples import control_folders as controls_of
-    from pixtune.data.examples import folders_apart
-
-    data = settings.data_config
-    if data.metadata_file is not None:
-        raise ConfigError(
-            "captions go to text files",
-            [
-                f"data_config.metadata_file ({data.metadata_file}) holds the captions of this config, and this command "
-                "writes text files beside pictures. Caption the folder, pixtune caption "
-                f"{data.img_dir} --model {settings.pretrained_model_name_or_path}, and train with metadata_file=null."
-            ],
-        )
+    own = folders_of(settings.data_config)
+    in_files = [
+        f"{each.place}.metadata_file ({each.metadata_file}) holds captions, and this command writes text files beside "
+        f"pictures. Caption the folder, pixtune caption {each.img_dir} --model "
+        f"{settings.pretrained_model_name_or_path}, and train without metadata_file."
+        for each in own
+        if each.metadata_file is not None
+    ]
+    if in_files:
+        raise ConfigError("captions go to text files", in_files)
+    if control_folders:
+        own = tuple(replace(each, control_dirs=control_folders) for each in own)
     if model is not None:
         settings = settings.model_copy(update={"pretrained_model_name_or_path": model})
-    return Source(
-        settings, data.img_dir, extension or data.caption_type, control_folders or controls_of(data),
-        tuple(each for each in folders_apart(settings) if each != data.img_dir),
-    )  # fmt: skip
+
+    from pixtune.data.examples import folders_apart
+
+    return Source(settings, with_extension(own, extension), (*folders_apart(settings), *control_folders))
+
+
+def with_extension(folders: Sequence[Folder], extension: str | None) -> tuple[Folder, ...]:
+    """Returns the folders with caption files of another extension; None: their own."""
+    return tuple(each if extension is None else replace(each, caption_type=extension) for each in folders)

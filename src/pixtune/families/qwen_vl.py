@@ -155,7 +155,7 @@ class QwenCaptioner:
 
     @property
     def _pixels_of_a_picture(self) -> dict[str, int]:
-        """Least and most pixels of a picture, under the names that the image processor has for them."""
+        """Bounds of a picture's pixels, under the names that the image processor has for them."""
         vision = self._config.vision_config
         pixels_per_token = (vision.patch_size * vision.spatial_merge_size) ** 2
         return {

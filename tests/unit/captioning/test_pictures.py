@@ -39,7 +39,7 @@ def test_controls_below_the_pictures_are_not_captioned(tmp_path: Path) -> None:
     pictures, _ = find_pictures(tmp_path, "txt", (tmp_path / "control",))
     assert [each.name for each in pictures] == ["a.png"]
     apart, _ = find_pictures(tmp_path, "txt", apart=(tmp_path / "control",))
-    assert apart == [Picture("a.png", tmp_path / "a.png", tmp_path / "a.txt", False)]
+    assert apart == [Picture(tmp_path, "a.png", "", tmp_path / "a.png", tmp_path / "a.txt", False, (), True)]
 
 
 @pytest.mark.parametrize(
@@ -106,7 +106,7 @@ def test_a_caption_by_hand_is_kept_unless_all_are_replaced(
     if there in ("edited", "own", "own, other request"):
         text = "a dog" if there == "edited" else "a cat"
         record["a.png"] = Written(text_digest(text), "before" if "other" in there else "now")
-    picture = Picture("a.png", tmp_path / "a.png", path, there is not None)
+    picture = Picture(tmp_path, "a.png", "", tmp_path / "a.png", path, there is not None)
     assert choose(picture, overwrite, record, lambda picture: "now").choice is expected
 
 
