@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import itertools
+import os
+import pathlib
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +17,7 @@ from PIL import Image
 from pixtune.captioning.record import RECORD
 from pixtune.data.pairs import read_caption
 from tests.captioners import TINY, write_captioner
+from tests.io_faults import FailingDisk
 from tests.pictures import noise
 from tests.runs import ROOT, pixtune
 
@@ -83,6 +89,54 @@ def test_what_was_killed_goes_on_to_the_same_captions(captioned: tuple[Path, str
     )
     assert "captions written: 1; kept: 4" in outcome.stdout
     assert captions(folder) == before
+
+
+@dataclass
+class Killed:
+    """Ends the process, as SIGKILL does, in place of putting the so-manieth file in its place."""
+
+    number: int
+
+    def __call__(self) -> None:
+        really, count = os.replace, itertools.count(1)
+
+        def replace(*arguments: Any, **options: Any) -> Any:
+            return os._exit(9) if next(count) == self.number else really(*arguments, **options)
+
+        os.replace = pathlib.os.replace = replace  # type: ignore[attr-defined,assignment]
+
+
+def test_kills_and_failing_disks_leave_whole_captions_and_the_same_command_goes_on(
+    captioned: tuple[Path, str], model: Path, tmp_path: Path
+) -> None:
+    expected = captions(captioned[0])
+    folder = copy_of(captioned[0], tmp_path)
+    (folder / RECORD).unlink()
+    for name in COLOURS[2:]:
+        (folder / f"{name}.txt").unlink()
+    words: tuple[Any, ...] = (
+        "caption",
+        folder,
+        "--model",
+        model,
+        "--preset",
+        "style",
+        "--trigger",
+        "zwx style",
+        *SHORT,
+    )
+    read_only = pixtune(*words, before=FailingDisk(folder, 1, errno.EROFS, lasts=True))
+    assert read_only.returncode == 1 and "copy them to where you may write" in " ".join(read_only.stdout.split())
+    full = pixtune(*words, "--batch-size", 1, before=FailingDisk(folder, 12, errno.ENOSPC, lasts=True))
+    assert full.returncode == 1 and "is the disk full?" in " ".join(full.stdout.split()), full.stdout
+    written = [captions(folder)]
+    killed = pixtune(*words, "--batch-size", 1, before=Killed(2))
+    assert killed.returncode == 9, killed.stdout
+    written.append(captions(folder))
+    assert pixtune(*words).returncode == 0
+    written.append(captions(folder))
+    assert 2 < len(written[0]) < len(written[1]) < len(written[2]) == 5
+    assert all(each.items() <= expected.items() for each in written)
 
 
 def test_overwriting_spares_what_a_person_wrote(captioned: tuple[Path, str], model: Path, tmp_path: Path) -> None:

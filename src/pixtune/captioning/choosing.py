@@ -33,12 +33,10 @@ class Choice(enum.Enum):
 
 @dataclass(frozen=True)
 class Chosen:
-    """A picture, what becomes of its caption, and what decides the text."""
+    """A picture, and what becomes of its caption."""
 
     picture: Picture
     choice: Choice
-    request: str
-    """SHA-256 of everything that decides the caption, as hex; empty where nothing is written."""
 
 
 def choose(
@@ -49,18 +47,19 @@ def choose(
     Args:
         record: captions that the program wrote, by the names of their pictures.
         request_of: returns the digest of everything that decides a picture's caption; reads its files.
+
+    Raises:
+        DataError: a picture cannot be read.
     """
     if not picture.has_caption:
-        return Chosen(picture, Choice.NEW, request_of(picture))
+        return Chosen(picture, Choice.NEW)
     if overwrite == "nothing":
-        return Chosen(picture, Choice.KEPT, "")
+        return Chosen(picture, Choice.KEPT)
     written = record.get(picture.name)
     if written is None or written.caption != _digest_there(picture):
-        choice = Choice.AGAIN if overwrite == "all" else Choice.BY_HAND
-        return Chosen(picture, choice, request_of(picture) if choice.writes else "")
-    request = request_of(picture)
+        return Chosen(picture, Choice.AGAIN if overwrite == "all" else Choice.BY_HAND)
     # A run that was killed goes on where it was: what it wrote is not written a second time.
-    return Chosen(picture, Choice.DONE if written.request == request else Choice.AGAIN, request)
+    return Chosen(picture, Choice.DONE if written.request == request_of(picture) else Choice.AGAIN)
 
 
 def _digest_there(picture: Picture) -> str | None:

@@ -24,6 +24,7 @@ from pixtune.data.pairs import shorten
 from pixtune.errors import DataError
 from pixtune.family import Captioner, Placement
 from pixtune.hardware.facts import HardwareFacts, host_room_bytes
+from pixtune.inputs.reading import MEBIBYTE, read_bounded
 from pixtune.plan.captioning import CaptionPlan, CaptionSizes, plan_captions
 from pixtune.plan.demands import demands_of
 from pixtune.plan.footprint import ELEMENT_BYTES
@@ -31,6 +32,9 @@ from pixtune.plan.situation import usable_bytes
 from pixtune.progress import announced, counted, say
 from pixtune.storage.files import check_writable, text_digest, write_atomically
 from pixtune.storage.model_folder import weight_files
+
+LARGEST_LIST_BYTES = 64 * MEBIBYTE
+"""Size that no list of names reaches: a million have less."""
 
 
 @dataclass(frozen=True)
@@ -77,14 +81,13 @@ def open_job(places: Places, wish: Wish, captioner: Captioner) -> Job:
     pictures, notes = _find(places)
     if places.only is not None:
         pictures = only_named(pictures, places.only)
-    shared, with_controls = _request(places, wish, captioner), places.shows_controls
+    with_controls = places.shows_controls
+    request_of = partial(_request_of, _shared_request(places, wish, captioner), with_controls)
     records = {folder.img_dir: read_record(folder.img_dir) for folder in places.folders}
     chosen, asked, failed = [], [], []
     for picture in pictures:
         try:
-            decision = choose(
-                picture, places.overwrite, records[picture.folder], partial(_request_of, shared, with_controls)
-            )
+            decision = choose(picture, places.overwrite, records[picture.folder], request_of)
         except DataError as error:
             failed.append(Outcome(picture, None, " ".join(error.faults)))
             continue
@@ -152,7 +155,7 @@ def _is_empty(picture: Picture) -> bool:
         return False
 
 
-def _request(places: Places, wish: Wish, captioner: Captioner) -> str:
+def _shared_request(places: Places, wish: Wish, captioner: Captioner) -> str:
     """Names everything that decides captions and is the same for all pictures."""
     weights = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in weight_files(captioner.path)]
     return repr((wish, places.shows_controls, weights))
@@ -199,6 +202,7 @@ def write_captions(job: Job, plan: CaptionPlan, placement: Placement, console: C
         WeightsError: the captioner cannot be loaded.
         PlanError: memory is too short for one picture.
         WriteError: a caption could not be written; those before it are.
+        DataError: a picture was taken away while it was described.
     """
     from transformers.utils import logging as transformers_logging
 
@@ -206,12 +210,13 @@ def write_captions(job: Job, plan: CaptionPlan, placement: Placement, console: C
     show: Callable[[str], None] = partial(say, console)
     with announced("loading the captioner", show):
         encoder = load_captioner(job.captioner, plan, placement)
-    request_of = {each.picture.shown: each.request for each in job.chosen}
+    with_controls = job.places.shows_controls
+    request_of = partial(_request_of, _shared_request(job.places, job.wish, job.captioner), with_controls)
     with counted("writing captions", len(job.asked), console) as count:
-        for outcomes in describe(job.captioner, encoder, job.wish, job.asked, plan.at_once, job.places.shows_controls):
+        for outcomes in describe(job.captioner, encoder, job.wish, job.asked, plan.at_once, with_controls):
             for folder in {each.picture.folder for each in outcomes}:
                 written = {
-                    each.picture.name: Written(text_digest(each.caption.text), request_of[each.picture.shown])
+                    each.picture.name: Written(text_digest(each.caption.text), request_of(each.picture))
                     for each in outcomes
                     if each.caption is not None and each.picture.folder == folder
                 }
@@ -235,7 +240,7 @@ def names_in(file: Path) -> Sequence[str]:
         DataError: it cannot be read.
     """
     try:
-        text = file.read_text(encoding="utf-8-sig")
+        text = read_bounded(file, LARGEST_LIST_BYTES).decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError("names of pictures cannot be read", [f"{file}: {error}"]) from error
     return [line.strip() for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")]

@@ -9,6 +9,8 @@ from pixtune.family import Answer
 
 THOUGHT_ENDS = "</think>"
 """Mark behind which the answer of a model stands that thinks aloud."""
+JOINER, BROKEN = "\u200d", "\ufffd"
+"""Letters that join emoji to one, and that stand for a letter whose bytes an answer's end cut through."""
 HEADING = re.compile(r"^[*#\s]*(caption|description|instruction|edit instruction|answer)\s*\**\s*:\s*\**\s*", re.I)
 OPENING = re.compile(
     r"^(?:in )?(?:this|the) (?:image|picture|photo|photograph|illustration|drawing|painting)"
@@ -47,7 +49,8 @@ def caption_of(answer: Answer, max_words: int | None, trigger: str | None = None
     Raises:
         ValueError: it can be no caption; says why, without its subject.
     """
-    text = " ".join(answer.text.rpartition(THOUGHT_ENDS)[2].split())
+    spoken = " ".join(answer.text.rpartition(THOUGHT_ENDS)[2].split())
+    text = "".join(each for each in spoken if each in JOINER or (each.isprintable() and each != BROKEN))
     if text.startswith("<think>"):
         raise ValueError("thinks aloud and comes to no end: give more --max-tokens, or another captioner")
     text = unwrapped(HEADING.sub("", unwrapped(text)))

@@ -35,8 +35,6 @@ LEAST_PICTURE_TOKENS = 4
 """Number of tokens that a picture becomes at least; likewise."""
 LONGEST_SHAPE = 200
 """Longer side over the shorter one up to which the image processor takes pictures."""
-MERGED = 2
-"""Patches along each side of what becomes one token."""
 EMBEDDING = "embed_tokens."
 END = "<|im_end|>"
 ENDS = (END, "<|endoftext|>")
@@ -104,7 +102,10 @@ class QwenCaptioner:
         from pixtune.storage.loading.parts import naming_part
 
         with naming_part(self.path):
-            return AutoConfig.from_pretrained(self.path, trust_remote_code=False, local_files_only=True)
+            config = AutoConfig.from_pretrained(self.path, trust_remote_code=False, local_files_only=True)
+            if not all(type(value) is int and value > 0 for value in _patches(config.vision_config)):
+                raise ValueError(f"patches of {_patches(config.vision_config)} pixels")
+        return config
 
     @property
     def cached_numbers_per_token(self) -> int:
@@ -145,7 +146,7 @@ class QwenCaptioner:
             )  # fmt: skip
         with naming_part(self._processor_path):
             processor = Qwen2VLImageProcessorPil.from_pretrained(self._processor_path)
-            if (processor.patch_size, processor.merge_size) != (vision.patch_size, vision.spatial_merge_size):
+            if (processor.patch_size, processor.merge_size, processor.temporal_patch_size) != _patches(vision):
                 raise WeightsError(
                     f"{self._processor_path} cuts pictures into patches of {processor.patch_size} pixels, and the "
                     f"model in {self.path} sees {vision.patch_size}. Are they of different models?"
@@ -244,6 +245,11 @@ WHAT_CAN = (
     "The text encoders of Qwen-Image and Qwen-Image-Edit can, and any local folder of Qwen2.5-VL or Qwen3-VL: "
     "--captioner FOLDER."
 )
+
+
+def _patches(vision: Any) -> tuple[int, int, int]:
+    """Returns the side of a patch in pixels, how many along a side become a token, and the frames of a patch."""
+    return vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size
 
 
 def _ties(config: Mapping[str, Any]) -> bool:

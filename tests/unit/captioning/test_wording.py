@@ -28,6 +28,7 @@ from pixtune.family import Answer
         ("The image on the wall is blue.", "The image on the wall is blue."),
         ("<think>A cat?</think>\n\nA cat.", "A cat."),
         ("一只猫坐在垫子上。", "一只猫坐在垫子上。"),
+        ("A \x1b[31mcat\u202e\ufffd sits 👩\u200d🚀.", "A [31mcat sits 👩\u200d🚀."),
     ],
 )
 def test_a_caption_is_the_answer_without_its_wrapping(answer: str, expected: str) -> None:
