@@ -16,7 +16,7 @@ from typing import Any
 from pixtune.config.schema import TrainConfig
 from pixtune.families import FAMILIES
 from pixtune.plan.footprint import Footprint, of_all_weights, read_footprint
-from pixtune.planning import plain_linears, targeted_linears
+from pixtune.planning import plain_linears, targeted_linears, with_average
 
 Shapes = Mapping[str, Sequence[int]]
 
@@ -59,7 +59,7 @@ def full_size_footprint(config: TrainConfig, family_name: str = "qwen_image") ->
         plain_linears(config.keep_plain, family, shapes),
         config.batch_size,
     )
-    return of_all_weights(footprint) if config.method == "full" else footprint
+    return of_all_weights(footprint) if config.method == "full" else with_average(footprint, config)
 
 
 def build_full_size_folder(path: Path, family_name: str) -> Path:

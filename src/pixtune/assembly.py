@@ -41,7 +41,7 @@ from pixtune.launch.stop import StopRequest
 from pixtune.plan.demands import demands_of
 from pixtune.plan.encoders import EncoderPlan, without_former_fields
 from pixtune.plan.training import TrainingPlan, with_todays_names
-from pixtune.planning import Leaner, check_transformer, leaner_config, plan_on_this_machine
+from pixtune.planning import Leaner, check_transformer, leaner_config, plan_on_this_machine, tensor_shapes
 from pixtune.progress import announced, printer
 from pixtune.run import Run
 from pixtune.services import Services
@@ -54,6 +54,7 @@ from pixtune.trained import optim
 from pixtune.trained.base import Base
 from pixtune.trained.methods import METHODS, TrainedWeights
 from pixtune.trained.resume_point import check_run, decide_once, find_resume_point, identify
+from pixtune.trained.training_adapter import check_training_adapter
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -115,6 +116,8 @@ def assemble(
     family = family_of(folder)
     if not config.random_weights:
         check_transformer(family, folder)
+    if config.training_adapter.path is not None:
+        check_training_adapter(config, tensor_shapes(config, family, folder))
     checkpoint = find_resume_point(config, accelerator, show)
     start_step = checkpoint.step if checkpoint else 0
     with announced("recognizing the base model by its files", show):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -278,8 +278,32 @@ def footprint_of(config: TrainConfig, family: ModelFamily, folder: ModelFolder, 
         plain_linears(config.keep_plain, family, shapes),
         config.batch_size,
         family.kept_beside(folder.component_config("transformer")),
+        frozen_ranks(config, shapes),
     )
-    return of_all_weights(footprint) if config.method == "full" else footprint
+    if config.method == "full":
+        return of_all_weights(footprint)
+    return with_average(footprint, config)
+
+
+def frozen_ranks(config: TrainConfig, shapes: Shapes) -> Mapping[str, int]:
+    """Returns the ranks of the training adapter's layers by their paths; empty where a run has none.
+
+    Raises:
+        WeightsError: it cannot be used on a transformer of these shapes.
+    """
+    if config.training_adapter.path is None:
+        return {}
+    from pixtune.trained.training_adapter import training_adapter_of  # imports torch
+
+    adapter = training_adapter_of(config)
+    assert adapter is not None
+    adapter.refuse_other_model(shapes)
+    return adapter.ranks
+
+
+def with_average(footprint: Footprint, config: TrainConfig) -> Footprint:
+    """Returns the footprint of a LoRA run with the average that the config asks for."""
+    return replace(footprint, is_averaged=config.ema.decay is not None, average_on_host=config.ema.on_host)
 
 
 def tensor_shapes(config: TrainConfig, family: ModelFamily, folder: ModelFolder) -> Shapes:

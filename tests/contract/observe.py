@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from pixtune.config import load_config
@@ -66,6 +67,12 @@ def make_scene(folder: Path) -> None:
         for picture in sorted((folder / "pictures").glob("*.png"))
     ]
     (folder / "metadata.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
+    matrices = {"lora_A": (2, 256), "lora_B": (256, 2)}
+    save_file(
+        {f"transformer.transformer_blocks.0.attn.to_q.{n}.weight": torch.full(s, 0.05) for n, s in matrices.items()},
+        folder / "adapter.safetensors",
+        {"lora_adapter_metadata": json.dumps({"transformer.r": 2, "transformer.lora_alpha": 2})},
+    )
     for name in ("images", "control", "other_control", "too_few_controls"):
         (folder / "edit" / name).mkdir(parents=True)
     pairs = ROOT / "assets" / "demo-edit" / "train"

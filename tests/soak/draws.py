@@ -8,7 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from tests.runs import DEMO_TRAIN, ROOT
 
@@ -73,6 +75,8 @@ def draw_run(draw: random.Random) -> Drawn:
     else:
         settings["rank"] = draw.choice([2, 4, 8])
         settings["lora_targets"] = draw.choice(["null", "[attention_mlp]"])
+        settings["ema__decay"] = draw.choice(["null", 0.5, 0.99])
+        settings["ema__warm_up"], settings["ema__on_host"] = yes(draw, 0.7), yes(draw, 0.5)
     if family == "edit":
         settings["data_config__control_size"] = 64
     if family == "flux":
@@ -112,15 +116,28 @@ def write_pictures(drawn: Drawn, folder: Path, draw: random.Random) -> Settings:
                     folder / name / path.name
                 )
         (folder / f"images{end}" / f"{path.stem}.txt").write_text(path.with_suffix(".txt").read_text())
+    settings: Settings = {}
+    if drawn.settings["method"] == "lora" and draw.random() < 0.4:
+        settings["training_adapter__path"] = write_adapter(folder / "adapter.safetensors")
     if later == drawn.num_pictures:
-        settings: Settings = {"data_config__img_dir": folder / "images"}
+        settings["data_config__img_dir"] = folder / "images"
         return settings | ({"data_config__control_dir": folder / "control"} if "control" in parts else {})
     folders = [
         {"img_dir": str(folder / f"images{end}"), "repeats": draw.choice([1, 2, 1.5])}
         | ({"control_dir": str(folder / f"control{end}")} if "control" in parts else {})
         for end in ("", "_2")
     ]
-    return {"data_config__img_dir": "null", "data_config__folders": json.dumps(folders)}
+    return settings | {"data_config__img_dir": "null", "data_config__folders": json.dumps(folders)}
+
+
+def write_adapter(path: Path) -> Path:
+    """Writes a LoRA on a layer that each small model has."""
+    shapes = {"lora_A": (2, 256), "lora_B": (256, 2)}
+    layer = "transformer.transformer_blocks.0.attn.to_q"
+    tensors = {f"{layer}.{matrix}.weight": torch.full(shape, 0.03) for matrix, shape in shapes.items()}
+    scale = {"transformer.r": 2, "transformer.lora_alpha": 2}
+    save_file(tensors, path, {"lora_adapter_metadata": json.dumps(scale)})
+    return path
 
 
 SIGNALS = {"SIGKILL": 9, "SIGTERM": 4, "SIGHUP": 3, "SIGINT": 2, "SIGUSR1": 2}

@@ -157,6 +157,25 @@ def _nothing_is_quantized_in_full(method: str, kept: Sequence[str]) -> str | Non
     return None
 
 
+def _only_a_lora_is_averaged(method: str, decay: float | None) -> str | None:
+    if method == "full" and decay is not None:
+        return (
+            f"ema.decay is {decay} and method is full: this version averages a LoRA alone, since an average of all "
+            "weights takes 4 bytes for each. Leave ema.decay out, or lower the learning rate towards the end "
+            "(lr_scheduler: cosine), which smooths as an average does"
+        )
+    return None
+
+
+def _an_adapter_beside_a_lora(method: str, path: Path | None) -> str | None:
+    if method == "full" and path is not None:
+        return (
+            f"training_adapter.path is {str(path)!r} and method is full: an adapter is beside a LoRA that is trained. "
+            "Fuse it into the base's weights, or choose method: lora"
+        )
+    return None
+
+
 def _one_held_out_set(share: float, folder: Path | None) -> str | None:
     if share and folder is not None:
         return f"validation.held_out is {share} and validation.held_out_dir is {str(folder)!r}: choose one of them"
@@ -174,6 +193,8 @@ _RULES: tuple[tuple[tuple[str, ...], Callable[..., str | None]], ...] = (
     (("validation.held_out", "validation.held_out_dir"), _one_held_out_set),
     (("method", "lora_targets", "lora_alpha"), _lora_keys_with_a_lora),
     (("method", "keep_plain"), _nothing_is_quantized_in_full),
+    (("method", "training_adapter.path"), _an_adapter_beside_a_lora),
+    (("method", "ema.decay"), _only_a_lora_is_averaged),
     (("samples.prompts", "samples.controls"), _controls_for_prompts),
     (("data_config.control_dir", "data_config.metadata_file"), _one_source_of_controls),
 )

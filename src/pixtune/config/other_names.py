@@ -62,6 +62,9 @@ _BY_OURS: Mapping[str, str] = {
     "method": "network_module network_type model_type training_method train_type adapter_type lora_type",
     "rank": "network_dim network_rank lora_rank lora_dim dim linear lora_r r network_linear",
     "lora_alpha": "network_alpha linear_alpha alpha",
+    "ema.decay": "use_ema ema_decay ema_config use_ema_model ema_model ema_beta",
+    "training_adapter.path": "assistant_lora_path assistant_lora training_adapter_path base_lora base_weights",
+    "training_adapter.strength": "base_weights_multiplier assistant_lora_strength",
     "lora_targets": "target_modules lora_layers lora_target_modules only_if_contains flux_lora_target layer_filter",
     "trigger_words": "trigger_word instance_prompt trigger token activation_text",
     "data_config.upscale": "bucket_no_upscale allow_upscale",
@@ -104,8 +107,8 @@ _BY_REASON: Mapping[str, str] = {
     "ip_noise_gamma input_perturbation noise_multiplier offset_noise": (
         "Flow matching needs no offset noise, and there is none: leave it out."
     ),
-    "use_ema ema ema_decay ema_config use_ema_model ema_model ema_power ema_update_interval": (
-        "Weights are not averaged (EMA) by this version: leave it out, and compare checkpoints by their held-out loss."
+    "ema_power ema_update_interval ema_update_after_step": (
+        "The average (EMA) follows every step, with a decay that ema.warm_up ramps up: leave it out."
     ),
     "network_dropout lora_dropout rank_dropout module_dropout scale_weight_norms max_norm": (
         "A LoRA has no dropout here: leave it out. Captions have one: data_config.caption_dropout_rate."
@@ -162,6 +165,7 @@ REMEDIES: Mapping[str, str] = MappingProxyType(
         "disable_gradient_checkpointing": "Mind the opposite meaning; without the key the plan decides.",
         "disable_cpu_offload": "Mind the opposite meaning; without the key the plan decides.",
         "gpu_memory_limit_gib": "The plan itself streams as many blocks as the memory needs.",
+        "ema.decay": "It is a number such as 0.99; the decay alone switches the average on.",
         "quantize": "Without the key the plan chooses the number format by the memory there is.",
         "freeze_text_encoder": "Only the transformer is trained.",
         "trigger_words": "It stands in the LoRA file's metadata only: write the word into every caption, too.",

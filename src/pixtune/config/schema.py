@@ -20,11 +20,13 @@ from pixtune.config.contradictions import contradictions
 from pixtune.config.sections import (
     CudaFeatures,
     DataConfig,
+    EmaConfig,
     FolderConfig,
     GuardConfig,
     ObjectiveConfig,
     SamplesConfig,
     Section,
+    TrainingAdapterConfig,
     ValidationConfig,
 )
 from pixtune.config.values import (
@@ -141,6 +143,10 @@ class TrainConfig(Section):
     trigger_words: Words = ()
     """Words written into the LoRA file's metadata for its users. Empty: none. Captions are not changed: write the words
     there too."""
+    ema: EmaConfig = EmaConfig()
+    """Average of the LoRA's weights over the steps."""
+    training_adapter: TrainingAdapterConfig = TrainingAdapterConfig()
+    """A frozen LoRA that is on in training alone."""
     freeze_text_encoder: bool = True
     """Whether the text encoder stays as it is. False, training it, is refused: this version cannot do it yet."""
 

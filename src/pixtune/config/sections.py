@@ -234,6 +234,32 @@ class SamplesConfig(Section):
     """Height of the samples in pixels. Absent: as for `width`."""
 
 
+class EmaConfig(Section):
+    """Keys of the average of the LoRA's weights over the steps."""
+
+    decay: float | None = Field(default=None, gt=0, lt=1)
+    """Decay of an exponential moving average of the LoRA: the share that a step leaves of it, such as 0.99. Samples,
+    held-out losses and the LoRA files are of the average then, and `raw_lora_weights.safetensors` has the weights of
+    the last step. Absent: there is no average."""
+    warm_up: bool = True
+    """Whether the decay of step n (0 for the first) is at most (1 + n) / (10 + n), so that a young average soon forgets
+    the beginning. False: `decay` from the first step on."""
+    on_host: bool = False
+    """Whether the average is kept in host memory, at the price of two transfers a step. False: beside the LoRA on the
+    GPU, 4 bytes a trained weight."""
+
+
+class TrainingAdapterConfig(Section):
+    """Keys of a frozen LoRA that is on in training alone."""
+
+    path: FilePath | None = None
+    """LoRA file in diffusers' format that is on, frozen, in steps and held-out losses, and off in samples and in the
+    LoRA files: an adapter that undoes a base's distillation, beside which a LoRA for the distilled base is trained.
+    Absent: none."""
+    strength: float = Field(default=1.0, gt=0, le=10)
+    """Factor of its scale."""
+
+
 class GuardConfig(Section):
     """Keys of what a run does when its losses go wrong."""
 

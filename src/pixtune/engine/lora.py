@@ -5,12 +5,15 @@ and three more times for the gradients of these, and write three input gradients
 with the joined down-projections, forward and backward. Only the arithmetic differs: the parameters, their names and the
 files stay PEFT's, and whatever is not a plain LoRA is left to PEFT.
 
+A layer may have several LoRAs, some of them frozen. Their matrices are joined along the rank, so that a second one
+costs no pass over the output, and a frozen one no product for gradients.
+
 The whole group is one autograd function and not composed of torch's operators, for three reasons: one kernel converts
 all weights from fp32 to the input's format, a backward pass that is not compiled keeps no rounded copies of them, and
 gradients of weights come out of their products in fp32, without a conversion each.
 
 Shapes in names: M rows of the input (tokens), K input features, N output features, R ranks of all layers together, r
-the rank of one.
+the rank of one LoRA or, of a layer with several, of all of its own.
 """
 
 from __future__ import annotations
@@ -37,6 +40,14 @@ class LowRankPair:
     up_Nr: Tensor
     scale: float
 
+    @property
+    def is_trained(self) -> bool:
+        return self.down_rK.requires_grad or self.up_Nr.requires_grad
+
+
+Adds = tuple[tuple[tuple[float, bool], ...], ...]
+"""The LoRAs of several layers: for each layer the scale of each of its own, and whether that is trained."""
+
 
 def project(states: Tensor, layers: Sequence[nn.Module]) -> tuple[Tensor, ...]:
     """Returns each layer's output for one input: `layer(states)`, within rounding.
@@ -45,37 +56,39 @@ def project(states: Tensor, layers: Sequence[nn.Module]) -> tuple[Tensor, ...]:
         states: features on the last axis.
         layers: linear ones of any kind, each with or without a LoRA of any rank.
     """
-    pairs = [plain_lora(layer) for layer in layers]
-    present = [pair for pair in pairs if pair is not None]
+    loras = [plain_loras(layer) for layer in layers]
+    present = [pairs for pairs in loras if pairs]
     if not present:
         return tuple(layer(states) for layer in layers)
-    bases: list[Any] = [layer.base_layer for layer, pair in zip(layers, pairs, strict=True) if pair is not None]
+    bases: list[Any] = [layer.base_layer for layer, pairs in zip(layers, loras, strict=True) if pairs]
     sums = list(with_low_rank(states, bases, present))
-    return tuple(layer(states) if pair is None else sums.pop(0) for layer, pair in zip(layers, pairs, strict=True))
+    return tuple(sums.pop(0) if pairs else layer(states) for layer, pairs in zip(layers, loras, strict=True))
 
 
-def plain_lora(layer: nn.Module) -> LowRankPair | None:
-    """Returns the one LoRA that a layer adds to its base. None if it adds none, or in a way that only PEFT knows."""
+def plain_loras(layer: nn.Module) -> tuple[LowRankPair, ...]:
+    """Returns the LoRAs that a layer adds to its base. Empty if it adds none, or one in a way that only PEFT knows."""
     from peft.tuners.lora import LoraLayer
 
     if not isinstance(layer, LoraLayer) or layer.disable_adapters or layer.merged:
-        return None
+        return ()
     names = [name for name in layer.active_adapters if name in layer.lora_A]
-    if len(names) != 1:
-        return None
-    name = names[0]
-    if name in layer.lora_variant or layer.lora_bias[name] or not isinstance(layer.lora_dropout[name], nn.Identity):
-        return None
-    return LowRankPair(layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name])
+    for name in names:
+        if name in layer.lora_variant or layer.lora_bias[name] or not isinstance(layer.lora_dropout[name], nn.Identity):
+            return ()
+    return tuple(
+        LowRankPair(layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name]) for name in names
+    )
 
 
-def with_low_rank(states: Tensor, bases: Sequence[nn.Module], pairs: Sequence[LowRankPair]) -> tuple[Tensor, ...]:
-    """Returns each base layer's output plus what its pair adds; the shape of `states` apart from the last axis."""
+def with_low_rank(
+    states: Tensor, bases: Sequence[nn.Module], loras: Sequence[Sequence[LowRankPair]]
+) -> tuple[Tensor, ...]:
+    """Returns each base layer's output plus what its pairs add; the shape of `states` apart from the last axis."""
     rows_MK = states.reshape(-1, states.shape[-1])
     products, biases = zip(*(product_and_bias(base, rows_MK) for base in bases), strict=True)
-    scales = tuple(pair.scale for pair in pairs)
-    downs_rK, ups_Nr = [pair.down_rK for pair in pairs], [pair.up_Nr for pair in pairs]
-    sums = WithLowRank.apply(rows_MK, scales, *products, *biases, *downs_rK, *ups_Nr)
+    adds = tuple(tuple((pair.scale, pair.is_trained) for pair in pairs) for pairs in loras)
+    downs_rK, ups_Nr = [pair.down_rK for pairs in loras for pair in pairs], [p.up_Nr for pairs in loras for p in pairs]
+    sums = WithLowRank.apply(rows_MK, adds, *products, *biases, *downs_rK, *ups_Nr)
     return tuple(sum_MN.view(*states.shape[:-1], -1) for sum_MN in sums)
 
 
@@ -98,34 +111,58 @@ class WithLowRank(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x_MK: Tensor, scales: tuple[float, ...], *tensors: Tensor) -> tuple[Tensor, ...]:
-        count = len(scales)
+    def forward(ctx: Any, x_MK: Tensor, adds: Adds, *tensors: Tensor) -> tuple[Tensor, ...]:
+        count = len(adds)
         products_MN, biases_N, matrices = tensors[:count], tensors[count : 2 * count], tensors[2 * count :]
-        down_RK, ups_Nr = join_rounded(matrices, scales, x_MK.dtype)
+        down_RK, ups_Nr = join_rounded(matrices, adds, x_MK.dtype)
         low_MR = x_MK @ down_RK.t()
-        ctx.save_for_backward(x_MK, low_MR, *matrices)
-        ctx.scales = scales
+        ctx.adds, ctx.trains, ctx.dtype = adds, any(trained for pairs in adds for _, trained in pairs), x_MK.dtype
+        ctx.save_for_backward(*((x_MK, low_MR) if ctx.trains else ()), *matrices)
         lows_Mr = low_MR.split([up_Nr.shape[1] for up_Nr in ups_Nr], dim=1)
         parts = zip(products_MN, biases_N, lows_Mr, ups_Nr, strict=True)
         return tuple(plus_product(*part) for part in parts)
 
     @staticmethod
     def backward(ctx: Any, *gradients_MN: Tensor) -> tuple[Tensor | None, ...]:
-        x_MK, low_MR, *matrices = ctx.saved_tensors
-        down_RK, ups_Nr = join_rounded(matrices, ctx.scales, x_MK.dtype)
-        ranks = [up_Nr.shape[1] for up_Nr in ups_Nr]
+        if ctx.trains:
+            x_MK, low_MR, *matrices = ctx.saved_tensors
+        else:
+            matrices = ctx.saved_tensors
+        down_RK, ups_Nr = join_rounded(matrices, ctx.adds, ctx.dtype)
         low_gradient_MR = torch.cat(
             [gradient_MN @ up_Nr for gradient_MN, up_Nr in zip(gradients_MN, ups_Nr, strict=True)], dim=1
         )
         x_gradient_MK = low_gradient_MR @ down_RK if ctx.needs_input_grad[0] else None
-        up_gradients_Nr = [
-            scaled(summed_outer(gradient_MN, low_Mr), scale)
-            for gradient_MN, low_Mr, scale in zip(gradients_MN, low_MR.split(ranks, dim=1), ctx.scales, strict=True)
-        ]
-        down_gradients_rK = summed_outer(low_gradient_MR, x_MK).split(ranks)
         # Views, since the compiler of torch 2.11 loses a gradient that such a function returns unchanged.
         products = [gradient_MN.view_as(gradient_MN) for gradient_MN in gradients_MN]
-        return x_gradient_MK, None, *products, *(None for _ in products), *down_gradients_rK, *up_gradients_Nr
+        of_matrices: list[Tensor | None] = [None for _ in matrices]
+        if ctx.trains:
+            of_matrices = gradients_of_matrices(ctx.adds, matrices, x_MK, low_MR, low_gradient_MR, gradients_MN)
+        return x_gradient_MK, None, *products, *(None for _ in products), *of_matrices
+
+
+def gradients_of_matrices(
+    adds: Adds,
+    matrices: Sequence[Tensor],
+    x_MK: Tensor,
+    low_MR: Tensor,
+    low_gradient_MR: Tensor,
+    gradients_MN: Sequence[Tensor],
+) -> list[Tensor | None]:
+    """Returns the gradients of all downs and then of all ups; None for those of frozen LoRAs."""
+    pairs = [(number, *each) for number, of_layer in enumerate(adds) for each in of_layer]
+    ranks = [down_rK.shape[0] for down_rK in matrices[: len(pairs)]]
+    ups: list[Tensor | None] = [
+        scaled(summed_outer(gradients_MN[number], low_Mr), scale) if trained else None
+        for (number, scale, trained), low_Mr in zip(pairs, low_MR.split(ranks, dim=1), strict=True)
+    ]
+    is_trained = [trained for _, _, trained in pairs]
+    if not all(is_trained):
+        parts = low_gradient_MR.split(ranks, dim=1)
+        low_gradient_MR = torch.cat([part for part, trained in zip(parts, is_trained, strict=True) if trained], dim=1)
+    of_trained = [rank for rank, trained in zip(ranks, is_trained, strict=True) if trained]
+    found = list(summed_outer(low_gradient_MR, x_MK).split(of_trained))
+    return [*(found.pop(0) if trained else None for trained in is_trained), *ups]
 
 
 def is_fused(x_MK: Tensor) -> bool:
@@ -167,20 +204,21 @@ def _(product_MN: Tensor, bias_N: Tensor | None, low_Mr: Tensor, up_Nr: Tensor) 
     return product_MN.new_empty(product_MN.shape)
 
 
-def join_rounded(
-    matrices: Sequence[Tensor], scales: Sequence[float], dtype: torch.dtype
-) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Returns all downs as one matrix (R, K), and each up times its scale, in the given format.
+def join_rounded(matrices: Sequence[Tensor], adds: Adds, dtype: torch.dtype) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Returns all downs as one matrix (R, K), and for each layer its ups times their scales, in the given format.
 
-    One kernel writes them all, one after the other.
+    One kernel writes them all, one after the other; one more joins the ups of a layer that has several.
     """
+    scales = [scale for pairs in adds for scale, _ in pairs]
     downs_rK, ups_Nr = matrices[: len(scales)], matrices[len(scales) :]
     parts = [*downs_rK, *(scaled(up_Nr, scale) for up_Nr, scale in zip(ups_Nr, scales, strict=True))]
     flat = torch.cat([part.flatten() for part in parts]).to(dtype)
     num_down = sum(down_rK.numel() for down_rK in downs_rK)
     flat_down, *flat_ups = flat.split([num_down, *(up_Nr.numel() for up_Nr in ups_Nr)])
-    ups = tuple(flat_up.view(up_Nr.shape) for flat_up, up_Nr in zip(flat_ups, ups_Nr, strict=True))
-    return flat_down.view(-1, downs_rK[0].shape[1]), ups
+    ups = [flat_up.view(up_Nr.shape) for flat_up, up_Nr in zip(flat_ups, ups_Nr, strict=True)]
+    of_layers = [[ups.pop(0) for _ in pairs] for pairs in adds]
+    joined = tuple(own[0] if len(own) == 1 else torch.cat(own, dim=1) for own in of_layers)
+    return flat_down.view(-1, downs_rK[0].shape[1]), joined
 
 
 def scaled(matrix: Tensor, scale: float) -> Tensor:

@@ -7,7 +7,7 @@ tokens' features: tokens x width x 2 bytes. How many units a kind of block keeps
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -23,6 +23,8 @@ BYTES_PER_WEIGHT: dict[str, float] = {**ELEMENT_BYTES, "fp8": 1, "int8": 1, "nf4
 """Bytes of a linear layer's weight, without the scales of its rows."""
 MEASURED_RANKS = 4 * 16
 """Sum of the ranks of a block's LoRA in the measurements of activations' units, which hold what it keeps."""
+AVERAGE_PIECE_BYTES = 1 << 25
+"""Size of the pieces in which the average of a LoRA's weights is updated, unless one weight is larger."""
 INPUT_UNITS = 1.0
 """Units that a recomputed block keeps: its input, both streams."""
 MLP_INPUT_UNITS, GATED_UNITS = 2.0, 1.0
@@ -76,7 +78,7 @@ class Footprint:
     selective_extra_units: float = 0.0
     """Units of them under selective recomputation."""
     trains_mlp: bool = False
-    """A LoRA is on layers of an MLP."""
+    """A LoRA is on layers of an MLP, be it a frozen one."""
     rank_units: float = 0.0
     """Units per block of the outputs of a LoRA's down-projections, beyond `MEASURED_RANKS`."""
     projected_rank_units: float = 0.0
@@ -97,6 +99,12 @@ class Footprint:
     """Formats of weights in which an MLP is one function on the GPU that is planned for."""
     one_pool: bool = False
     """Host memory is the device's on the machine that is planned for."""
+    frozen_weights: int = 0
+    """Weights of a frozen LoRA beside the trained one, which has the format of activations."""
+    is_averaged: bool = False
+    """An average of the LoRA's weights is kept, in fp32."""
+    average_on_host: bool = False
+    """The average is in host memory, and the device holds a piece of it."""
 
     @property
     def num_blocks(self) -> int:
@@ -109,6 +117,20 @@ class Footprint:
             kind.count * (kind.linear_weights + kind.modulation_weights + kind.other_weights) for kind in self.kinds
         )
         return blocks + self.outside_weights
+
+    @property
+    def average_bytes(self) -> int:
+        """Bytes that the average of the trained weights takes on the device: itself, and a piece of them at work."""
+        if not self.is_averaged:
+            return 0
+        piece = min(AVERAGE_PIECE_BYTES, 4 * self.trained_weights)
+        on_device = self.one_pool or not self.average_on_host
+        return piece * (2 if self.average_on_host else 1) + 4 * self.trained_weights * on_device
+
+    @property
+    def average_host_bytes(self) -> int:
+        """Bytes of the average in host memory beside the device's."""
+        return 4 * self.trained_weights * (self.is_averaged and self.average_on_host and not self.one_pool)
 
     @property
     def unit_bytes(self) -> int:
@@ -127,6 +149,7 @@ def read_footprint(
     plain_layers: Sequence[str] = (),
     examples_at_once: int = 1,
     kept_beside: float = 0.0,
+    frozen_ranks: Mapping[str, int] | None = None,
 ) -> Footprint:
     """Returns the footprint of a LoRA run; `of_all_weights` makes it one of training all weights.
 
@@ -138,28 +161,34 @@ def read_footprint(
         plain_layers: paths of the linear layers that are never quantized.
         examples_at_once: examples of one process in a micro-batch.
         kept_beside: units that `ModelFamily.kept_beside` gives.
+        frozen_ranks: ranks of a frozen LoRA's layers, by their paths. It is counted from above: as it is trained too,
+            apart from gradients, optimizer states and the inputs that these need.
     """
+    frozen = {f"{path}.weight": rank for path, rank in (frozen_ranks or {}).items()}
     kinds = tuple(_read_kind(family, shapes, path) for path in family.block_paths)
     # A layer with another width than a token's features belongs to an MLP, or makes modulations.
-    apart = {path for path in (*lora_targets, *plain_layers) if set(shapes[f"{path}.weight"]) != {width}}
+    named = (*lora_targets, *plain_layers, *(frozen_ranks or {}))
+    apart = {path for path in named if set(shapes[f"{path}.weight"]) != {width}}
     blocks = tuple(f"{path}." for path in family.block_paths)
     num_blocks = max(sum(kind.count for kind in kinds), 1)
     targets = {f"{path}.weight": shapes[f"{path}.weight"] for path in lora_targets}
-    of_tokens = {
-        name: shape
-        for name, shape in targets.items()
-        if name.startswith(blocks) and not parent(name).endswith(family.modulation_layers)
-    }
+
+    def sees_tokens(name: str) -> bool:
+        return name.startswith(blocks) and not parent(name).endswith(family.modulation_layers)
+
+    of_tokens = {name: shape for name, shape in targets.items() if sees_tokens(name)}
     # Layers for text see other tokens than those for pictures, so the larger half is what all tokens keep at most.
     halves = [
         {name: shape for name, shape in of_tokens.items() if parent(name).endswith(family.text_layers) is for_text}
         for for_text in (False, True)
     ]
-    trains_modulation = any(parent(name).endswith(family.modulation_layers) for name in targets)
+    trains_modulation = any(parent(name).endswith(family.modulation_layers) for name in (*targets, *frozen))
     # What attention layers read is kept anyhow.
     inputs = [sum(shape[1] for shape in half.values() if set(shape) != {width}) for half in halves]
     half = max(halves, key=len)
-    rank_units = max(rank * len(half) / num_blocks - MEASURED_RANKS, 0) / width
+    frozen_sum = sum(each for name, each in frozen.items() if sees_tokens(name))
+    rank_units = max((rank * len(half) + frozen_sum) / num_blocks - MEASURED_RANKS, 0) / width
+    on_mlp = any(inputs) or any(sees_tokens(name) and set(shapes[name]) != {width} for name in frozen)
     projected = sum(parent(name).endswith(family.lora_targets[:3]) for name in half)
     return Footprint(
         kinds=kinds,
@@ -170,7 +199,7 @@ def read_footprint(
         trains_modulation=trains_modulation,
         extra_units=max(inputs) / width / num_blocks + KEPT_GATED_UNITS * trains_modulation + kept_beside,
         selective_extra_units=MLP_INPUT_UNITS * any(inputs) + GATED_UNITS * trains_modulation,
-        trains_mlp=any(inputs),
+        trains_mlp=on_mlp,
         rank_units=rank_units,
         projected_rank_units=rank_units * projected / max(len(half), 1),
         examples_per_step=examples_per_step,
@@ -179,6 +208,7 @@ def read_footprint(
         plain_layer_weights=sum(math.prod(shapes[f"{path}.weight"]) for path in plain_layers),
         largest_weight=max(map(math.prod, shapes.values())),
         mlps_are_frozen=not apart,
+        frozen_weights=sum(each * sum(shapes[name]) for name, each in frozen.items()),
     )
 
 

@@ -19,7 +19,7 @@ from pixtune.plan.encoders import (
     text_peak_bytes,
     text_weight_bytes,
 )
-from pixtune.plan.footprint import Footprint
+from pixtune.plan.footprint import ELEMENT_BYTES, Footprint
 from pixtune.plan.optimizers import OPTIMIZERS
 from pixtune.plan.passes import Passes, PassPlan, choose_passes, needed_bytes, ways_of_passing
 from pixtune.plan.rungs import MOST_CAPTURES, Rung, transformer_bytes
@@ -162,6 +162,7 @@ def idle_bytes(plan: TrainingPlan, footprint: Footprint) -> int:
         trained = states_on_device(plan.optimizer, plan.states_on_host, plan.fp32_copies, footprint)
     else:
         trained = footprint.trained_weights * (4 + OPTIMIZERS[plan.optimizer].state_bytes)
+        trained += footprint.average_bytes + footprint.frozen_weights * ELEMENT_BYTES[plan.compute_format]
     return transformer_bytes(rung, footprint, plan.compute_format) + round(trained)
 
 

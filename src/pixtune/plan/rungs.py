@@ -91,6 +91,7 @@ class Rung:
         footprint, compute_format = situation.footprint, situation.demands.compute_format
         trained = footprint.trained_weights * (4 + 4 + OPTIMIZERS[situation.optimizer].state_bytes)
         fixed = FIXED_BYTES + (AT_WORK_BYTES if holds_codes_at_work(self) else 0)
+        trained += footprint.average_bytes + footprint.frozen_weights * ELEMENT_BYTES[compute_format]
         held = transformer_bytes(self, footprint, compute_format) + trained + fixed
         return round(held + rounded_bytes(self, situation) + activation_bytes(self, situation))
 
@@ -104,7 +105,7 @@ class Rung:
         return max(fragmented_bytes(self, situation) + captures * CAPTURE_BYTES, scratch)
 
     def host_bytes(self, situation: Situation) -> int:
-        """Returns the bytes of streamed weights, inputs of recomputed blocks and modulation tables."""
+        """Returns the bytes of streamed weights, inputs of recomputed blocks, modulation tables and an average."""
         footprint, compute_format = situation.footprint, situation.demands.compute_format
         element, loaded = ELEMENT_BYTES[compute_format], self.modulation_rows == 0
         blocks = sum(
@@ -114,7 +115,7 @@ class Rung:
         streamed = self.streamed_blocks * blocks / footprint.num_blocks
         inputs = self.recomputed_blocks * footprint.unit_bytes * element // 2 if self.offload_inputs else 0
         tables = 0 if footprint.one_pool else element * table_host_numbers(self, footprint, situation.num_tables)
-        return round(streamed + inputs + tables)
+        return round(streamed + inputs + tables) + footprint.average_host_bytes
 
 
 # ---- the ladder
@@ -291,7 +292,8 @@ def rounded_bytes(rung: Rung, situation: Situation) -> float:
         return 0.0
     kept = 1 - rung.recomputed_blocks / footprint.num_blocks
     beyond = footprint.rank_units * footprint.width
-    return ELEMENT_BYTES["bf16"] * footprint.trained_weights * kept * beyond / (beyond + MEASURED_RANKS)
+    weights = footprint.trained_weights + footprint.frozen_weights
+    return ELEMENT_BYTES["bf16"] * weights * kept * beyond / (beyond + MEASURED_RANKS)
 
 
 def fragmented_bytes(rung: Rung, situation: Situation) -> int:

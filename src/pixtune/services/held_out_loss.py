@@ -44,7 +44,7 @@ class HeldOutLoss:
             return
         num_draws = config.validation.num_draws
         num_passes = len(pictures) * -(-NUM_QUARTERS * num_draws // config.batch_size)
-        with session.aside("held-out loss", num_passes) as after_pass:
+        with run.trained.result_in_place(in_training=True), session.aside("held-out loss", num_passes) as after_pass:
 
             def measured(batch_size: int) -> ValidationLoss:
                 return measure(

@@ -38,7 +38,8 @@ class Samples:
         num_samples = len(session.data.prompts) * len(settings.seeds)
         if {f"{folder}/{number:03d}.png" for number in range(num_samples)} <= self._sampled:
             return
-        with session.aside("samples", num_samples * settings.num_steps) as after_step:
+        in_place, num_steps = session.run.trained.result_in_place(), num_samples * settings.num_steps
+        with in_place, session.aside("samples", num_steps) as after_step:
             for number, picture in enumerate(self._sampler.sample(session.run.transformer, after_step)):
                 relative = f"{folder}/{number:03d}.png"
                 picture.write(session.output_dir / relative)

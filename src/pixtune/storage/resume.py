@@ -37,6 +37,8 @@ class RunIdentity:
     """Length of the whole run in optimizer steps; None in checkpoints of version 0.1.0, and while it is unknown."""
     base: str | None = None
     """`base_reference.steps_fingerprint` of the base model; None in checkpoints of version 0.1.0."""
+    adapter: str | None = None
+    """`training_adapter.adapter_fingerprint` of the training adapter; None: there is none."""
     examples: Mapping[str, str] | None = None
     """Short digests of the examples by name, caption and pictures apart: they tell what of the data has changed. None
     in checkpoints of version 0.1.0, and of data sets of more than `MOST_NAMED_EXAMPLES`."""
@@ -50,6 +52,7 @@ class RunIdentity:
             "num_steps": self.num_steps,
             "base": self.base,
             "examples": self.examples,
+            **({} if self.adapter is None else {"adapter": self.adapter}),
         }
 
     def in_short(self) -> dict[str, Any]:
@@ -116,7 +119,7 @@ RULES: Mapping[str, Rule] = {
             "validation.every", "trigger_words", "save_cache_on_disk", "encode_batch_size", "data_config.img_dir",
             "data_config.control_dir", "data_config.metadata_file", "data_config.cache_dir", "data_config.num_workers",
             "pretrained_model_name_or_path", "disable_cpu_offload", "pin_memory", "precompute_text_embeddings",
-            "precompute_image_embeddings",
+            "precompute_image_embeddings", "ema.on_host", "training_adapter.path",
         ),
         _is_harmless,
     ),
@@ -136,14 +139,14 @@ rounded in another order, and the plan stays the checkpoint's.
 
 MOST_NAMED_EXAMPLES = 10_000
 """Number of examples up to which checkpoints record a digest of each: 30 bytes and a name."""
-BASE, DATA = "base_model", "data"
+BASE, DATA, ADAPTER = "base_model", "data", "training_adapter"
 """Names of what is recognized by content, beside the keys of the config and `num_processes`."""
 
 FIXED = (
     "method", "weight_update", "rank", "lora_alpha", "lora_targets", "random_weights", "mixed_precision",
     "deterministic", "adam8bit", "disable_gradient_checkpointing", "disable_quantization", "quantize", "keep_plain",
     "cuda_graphs", "unified_memory", "gpu_memory_limit_gib", "host_memory_limit_gib", "memory_fraction",
-    "expandable_segments", "use_fastsafetensors", "fastsafetensors_num_threads", "cuda_features",
+    "expandable_segments", "use_fastsafetensors", "fastsafetensors_num_threads", "cuda_features", "training_adapter",
 )  # fmt: skip
 """Keys and sections of what is trained and of the plan, which a run keeps: a change would not load, or do nothing."""
 
@@ -157,6 +160,10 @@ MEANINGS: Mapping[str, str] = {
     BASE: "the weights are others, or the scheduler is: what was trained so far was trained on another model",
     DATA: "pictures, captions or their encodings are not those of the checkpoint, so other examples meet in each step",
     "seed": "all noise, all noise levels and the order of the examples would be others",
+    **dict.fromkeys(
+        ("ema.decay", "ema.warm_up"),
+        "steps stay as they are, but samples and files would come from another average than the run's so far",
+    ),
     "gradient_accumulation_steps": "a step would learn from another number of examples",
 }
 """Meaning of changes that are always refused, where the key does not show it."""
@@ -186,7 +193,7 @@ def refuse_other_run(
     record, allowed = checkpoint.record, now.config.get("resume_with_changes_in", ())
     before = RunIdentity(
         record["config"], record["data"], record.get("num_processes"), record.get("num_steps"), record.get("base"),
-        record.get("examples"),
+        record.get("adapter"), record.get("examples"),
     )  # fmt: skip
     if now.num_steps is not None and now.num_steps < checkpoint.step:
         raise CheckpointError(_is_beyond(checkpoint, now.num_steps))
@@ -219,6 +226,8 @@ def _changes(before: RunIdentity, now: RunIdentity) -> dict[str, str]:
             changed[key] = f"{key}: was {was!r}, is {is_now!r}" + (f" ({meaning})" if meaning else "")
     if None not in (before.base, now.base) and before.base != now.base:
         changed[BASE] = f"{BASE}: another than the checkpoint's ({MEANINGS[BASE]})"
+    if before.adapter != now.adapter:
+        changed[ADAPTER] = f"{ADAPTER}: was {before.adapter or 'none'}, is {now.adapter or 'none'}, by its content"
     if now.data is not None and before.data != now.data:
         named = what_changed(before.examples, now.examples)
         what = f"the data set has changed: {named}" if named else f"the data set has changed ({MEANINGS[DATA]})"

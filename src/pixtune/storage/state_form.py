@@ -26,6 +26,7 @@ RECORD: Mapping[str, Kinds] = {
     "config": dict,
     "data": str,
     "base": str | None,
+    "adapter": str | None,
     "num_processes": int | None,
     "num_steps": int | None,
     "plan": dict,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -71,24 +72,50 @@ def attach_lora(
     return AttachedLora(tuple(layers), resolved, sum(p.numel() for p in trainable_parameters(transformer).values()))
 
 
-def attach_config(transformer: nn.Module, config: LoraConfig) -> dict[str, LoraLayer]:
-    """Adds the LoRA that a config of PEFT's describes, with fp32 weights, and returns its layers by their paths."""
+def attach_config(
+    transformer: nn.Module, config: LoraConfig, name: str = ADAPTER_NAME, dtype: torch.dtype = torch.float32
+) -> dict[str, LoraLayer]:
+    """Adds the LoRA that a config of PEFT's describes, and returns its layers by their paths.
+
+    Args:
+        name: PEFT's name for it. One of another name than the first stands beside that, frozen.
+        dtype: number format of its weights.
+    """
     from peft.tuners.lora import LoraLayer
 
-    transformer.add_adapter(config, adapter_name=ADAPTER_NAME)  # type: ignore[operator]
-    layers = {name: module for name, module in transformer.named_modules() if isinstance(module, LoraLayer)}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Already found a `peft_config`")  # a second LoRA is meant to be there
+        transformer.add_adapter(config, adapter_name=name)  # type: ignore[operator]
+    layers = {
+        path: module
+        for path, module in transformer.named_modules()
+        if isinstance(module, LoraLayer) and name in module.lora_A
+    }
     for layer in layers.values():
         layer.cast_input_dtype_enabled = False
         for matrices in (layer.lora_A, layer.lora_B):
-            matrices[ADAPTER_NAME] = _with_fp32_weight(matrices[ADAPTER_NAME])
+            matrices[name] = _rounded(matrices[name], dtype)
+    if name != ADAPTER_NAME:
+        transformer.set_adapter([ADAPTER_NAME, name])  # type: ignore[operator]
+        for weight in weights_of(layers, name).values():
+            weight.requires_grad_(False)
     return layers
 
 
-def _with_fp32_weight(linear: nn.Linear) -> RoundedLinear:
+def _rounded(linear: nn.Linear, dtype: torch.dtype) -> RoundedLinear:
     with torch.device("meta"):
         rounded = RoundedLinear(linear.in_features, linear.out_features, bias=False)
-    rounded.weight = nn.Parameter(linear.weight.detach().float())
+    rounded.weight = nn.Parameter(linear.weight.detach().to(dtype))
     return rounded
+
+
+def weights_of(layers: Mapping[str, LoraLayer], name: str) -> dict[str, Tensor]:
+    """Returns the weights of one LoRA as `MODULE.lora_A.weight` and `MODULE.lora_B.weight`."""
+    return {
+        f"{path}.lora_{matrix}.weight": matrices[name].weight
+        for path, layer in layers.items()
+        for matrix, matrices in (("A", layer.lora_A), ("B", layer.lora_B))
+    }
 
 
 def trainable_parameters(transformer: nn.Module) -> dict[str, nn.Parameter]:
@@ -98,10 +125,12 @@ def trainable_parameters(transformer: nn.Module) -> dict[str, nn.Parameter]:
 
 def lora_weights(transformer: nn.Module) -> dict[str, Tensor]:
     """Returns the LoRA as `MODULE.lora_A.weight` and `MODULE.lora_B.weight`, detached."""
-    return {
-        name.replace(f".{ADAPTER_NAME}.weight", ".weight"): parameter.detach()
-        for name, parameter in trainable_parameters(transformer).items()
-    }
+    return named_by_layer({name: parameter.detach() for name, parameter in trainable_parameters(transformer).items()})
+
+
+def named_by_layer(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Takes PEFT's name of the adapter out of the names of a LoRA's weights."""
+    return {name.replace(f".{ADAPTER_NAME}.weight", ".weight"): weight for name, weight in weights.items()}
 
 
 def load_lora_weights(transformer: nn.Module, weights: Mapping[str, Tensor]) -> None:
@@ -110,7 +139,15 @@ def load_lora_weights(transformer: nn.Module, weights: Mapping[str, Tensor]) -> 
     Raises:
         KeyError: names or shapes are not those of the attached LoRA.
     """
-    own = lora_weights(transformer)
+    copy_weights(lora_weights(transformer), weights)
+
+
+def copy_weights(own: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
+    """Copies weights into others of the same names.
+
+    Raises:
+        KeyError: names or shapes are others.
+    """
     if own.keys() != weights.keys():
         raise KeyError(f"LoRA layers differ: {sorted(own.keys() ^ weights.keys())[:4]} and perhaps more")
     if other := [name for name, tensor in own.items() if tensor.shape != weights[name].shape]:

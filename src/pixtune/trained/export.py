@@ -24,6 +24,8 @@ from pixtune.storage.safetensors_writer import TensorFile, save_without_digest
 
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 COMFYUI_FILE = "comfyui_lora.safetensors"
+RAW_FILE = "raw_lora_weights.safetensors"
+"""File, in diffusers' format, of the weights that go on being trained, where the two others hold their average."""
 DIFFUSERS_PREFIX = "transformer."
 """Beginning of a weight's name in diffusers' file; the module's path in the transformer follows."""
 GIBIBYTE = 2**30

@@ -9,6 +9,7 @@ import functools
 import json
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +136,9 @@ class FullWeights:
         if self._sums is None:
             return optim.gradients_of(self.parameters)
         return {name: self._sums[name] for name in self.parameters if name in self._sums}
+
+    def result_in_place(self, in_training: bool = False) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def checkpoint_files(self, step: int) -> CheckpointFiles:
         return sharded(WEIGHTS_STEM, {name: self.optimizer.truest(name) for name in self.parameters})

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,16 +13,28 @@ from torch import Tensor, nn
 from pixtune import randomness
 from pixtune.config import to_dict
 from pixtune.config.schema import TrainConfig
+from pixtune.engine.apply import COMPUTE_DTYPES
 from pixtune.hardware.facts import package_versions
 from pixtune.plan.training import TrainingPlan
 from pixtune.storage.base_reference import BaseReference, refer_to_base
 from pixtune.storage.checkpoint import OPTIMIZER_STEM, CheckpointFiles, joined
 from pixtune.storage.resume import config_hash
+from pixtune.storage.safetensors_writer import save_without_digest
 from pixtune.trained import adapters, optim
 from pixtune.trained.adapters import AttachedLora
+from pixtune.trained.average import WeightAverage
 from pixtune.trained.base import Base
-from pixtune.trained.export import DIFFUSERS_FILE, LoraDescription, diffusers_file, export_lora, weights_by_module
+from pixtune.trained.export import (
+    DIFFUSERS_FILE,
+    RAW_FILE,
+    LoraDescription,
+    diffusers_file,
+    export_lora,
+    weights_by_module,
+)
 from pixtune.trained.full_weights import FullWeights
+from pixtune.trained.skipped_step import is_spoiled
+from pixtune.trained.training_adapter import TrainingAdapter, training_adapter_of
 
 
 class TrainedWeights(Protocol):
@@ -58,6 +71,15 @@ class TrainedWeights(Protocol):
     def abandon_step(self) -> bool:
         """Drops what a step that failed has gathered; returns whether all weights are as they were before it."""
 
+    def result_in_place(self, in_training: bool = False) -> AbstractContextManager[None]:
+        """Has the transformer compute with what the run's files hold, until a `with` block ends.
+
+        Samples and held-out losses are of that. No bit of what is trained changes.
+
+        Args:
+            in_training: what is on in training alone stays on, so that losses compare with those of the steps.
+        """
+
     def checkpoint_files(self, step: int) -> CheckpointFiles:
         """Returns the weights as `load` takes them. The optimizer's state is read by `optim.optimizer_state`."""
 
@@ -90,9 +112,19 @@ class LoraWeights:
     lora: AttachedLora
     parameters: Mapping[str, nn.Parameter]
     optimizer: optim.Optimizer
+    average: WeightAverage | None = None
+    """The run's result, where its weights are averaged; None: they are the result."""
+    adapter: TrainingAdapter | None = None
+    """A frozen LoRA that is on in training alone."""
 
     def summary(self) -> str:
-        return f"LoRA: {len(self.lora.modules)} layers, {self.lora.num_parameters:,} trained parameters"
+        words = [f"LoRA: {len(self.lora.modules)} layers, {self.lora.num_parameters:,} trained parameters"]
+        if self.average:
+            words.append(f"averaged with decay {self.config.ema.decay:g}")
+        if self.adapter:
+            file = self.config.training_adapter.path
+            words.append(f"trained beside {file and file.name} on {self.adapter.num_layers} layers, off in samples")
+        return ", ".join(words)
 
     def counts(self) -> dict[str, int]:
         return {"LoRA layers": len(self.lora.modules), "trained parameters": self.lora.num_parameters}
@@ -104,27 +136,56 @@ class LoraWeights:
         return list(optim.gradients_of(self.parameters).values())
 
     def step(self, loss: Tensor) -> Tensor:
-        return optim.clipped_step(self.optimizer, self.parameters, self.config.max_grad_norm, loss)
+        norm = optim.clipped_step(self.optimizer, self.parameters, self.config.max_grad_norm, loss)
+        if self.average:
+            self.average.update(is_spoiled(loss, norm))
+        return norm
 
     def abandon_step(self) -> bool:
         return True  # its optimizer takes no memory once all states are there, and these come before the first update
 
+    @contextmanager
+    def result_in_place(self, in_training: bool = False) -> Iterator[None]:
+        with (
+            self.average.in_place() if self.average else nullcontext(),
+            self.adapter.off() if self.adapter and not in_training else nullcontext(),
+        ):
+            yield
+
     def checkpoint_files(self, step: int) -> CheckpointFiles:
-        weights = adapters.lora_weights(self.base.module)
-        return {Path(DIFFUSERS_FILE).stem: diffusers_file(weights, self._describe(step))}
+        about = self._describe(step)
+        files = {Path(DIFFUSERS_FILE).stem: diffusers_file(self._result(), about)}
+        if self.average:
+            files[Path(RAW_FILE).stem] = diffusers_file(adapters.lora_weights(self.base.module), about)
+        return files
 
     def load(self, files: Mapping[str, Mapping[str, Tensor]], plain: Mapping[str, Mapping[str, Any]]) -> None:
-        saved = files.get(Path(DIFFUSERS_FILE).stem, {})
-        adapters.load_lora_weights(self.base.module, weights_by_module(saved))
+        result = files.get(Path(DIFFUSERS_FILE).stem, {})
+        raw = files.get(Path(RAW_FILE).stem, result)
+        adapters.load_lora_weights(self.base.module, weights_by_module(raw))
+        if self.average:
+            adapters.copy_weights(self._result(), weights_by_module(result))
         state = joined(files, OPTIMIZER_STEM)
         optim.restore_optimizer_state(self.optimizer.state, self.parameters, state, plain)
 
     def export(self, output_dir: Path, step: int) -> list[Path]:
-        weights = adapters.lora_weights(self.base.module)
-        return list(export_lora(output_dir, weights, self._describe(step), self.base.family))
+        about = self._describe(step)
+        paths = list(export_lora(output_dir, self._result(), about, self.base.family))
+        if self.average:
+            paths.append(output_dir / RAW_FILE)
+            save_without_digest(paths[-1], *diffusers_file(adapters.lora_weights(self.base.module), about))
+        else:  # one may be left of a run that was resumed without its average
+            (output_dir / RAW_FILE).unlink(missing_ok=True)
+        return paths
 
     def export_so_far(self, output_dir: Path, step: int) -> None:
         self.export(output_dir, step)
+
+    def _result(self) -> dict[str, Tensor]:
+        """Returns what the run's files hold, by layer."""
+        if self.average:
+            return adapters.named_by_layer(self.average.tensors())
+        return adapters.lora_weights(self.base.module)
 
     def _describe(self, step: int) -> LoraDescription:
         return LoraDescription(
@@ -149,7 +210,12 @@ def train_lora(config: TrainConfig, plan: TrainingPlan, base: Base, first_step: 
     parameters = adapters.trainable_parameters(base.module)
     optimizer = optim.build_optimizer(config, plan.optimizer, parameters.values())
     reference = refer_to_base(config.pretrained_model_name_or_path, base.folder)
-    return LoraWeights(config, base, reference, lora, parameters, optimizer)
+    ema, average, adapter = config.ema, None, None
+    if ema.decay is not None:
+        average = WeightAverage(parameters, ema.decay, ema.warm_up, ema.on_host, first_step)
+    if (saved := training_adapter_of(config)) is not None:
+        adapter = TrainingAdapter(base.module, saved, COMPUTE_DTYPES[plan.compute_format])
+    return LoraWeights(config, base, reference, lora, parameters, optimizer, average, adapter)
 
 
 METHODS: Mapping[str, Callable[[TrainConfig, TrainingPlan, Base, int], TrainedWeights]] = {

@@ -19,6 +19,7 @@ from pixtune.storage.model_folder import ModelFolder
 from pixtune.storage.resume import RunIdentity, refuse_other_run
 from pixtune.storage.state_form import fault_of_record
 from pixtune.trained import optim
+from pixtune.trained.training_adapter import adapter_fingerprint
 
 Decision = TypeVar("Decision")
 
@@ -66,9 +67,15 @@ def changed_versions(before: Mapping[str, str], now: Mapping[str, str]) -> str:
 
 
 def identify(config: TrainConfig, accelerator: Accelerator, folder: ModelFolder) -> RunIdentity:
-    """Returns what is known of a run before its data are read: its length only where epochs do not decide it."""
+    """Returns what is known of a run before its data are read: its length only where epochs do not decide it.
+
+    Raises:
+        WeightsError: the training adapter cannot be read.
+    """
     length = config.max_train_steps if config.num_train_epochs is None else None
-    return RunIdentity(to_dict(config), None, accelerator.num_processes, length, steps_fingerprint(folder))
+    path = config.training_adapter.path
+    adapter = None if path is None else adapter_fingerprint(path)
+    return RunIdentity(to_dict(config), None, accelerator.num_processes, length, steps_fingerprint(folder), adapter)
 
 
 def check_run(config: TrainConfig, checkpoint: Checkpoint | None, identity: RunIdentity) -> tuple[str, ...]:

@@ -12,8 +12,9 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
+import torch
 from torch import Tensor, nn
 
 from pixtune.errors import WeightsError
@@ -21,6 +22,9 @@ from pixtune.family import Shapes
 from pixtune.trained import adapters
 from pixtune.trained.export import DIFFUSERS_PREFIX, read_tensors
 from pixtune.trained.layer_patterns import as_patterns, values_by_layer
+
+if TYPE_CHECKING:
+    from peft.tuners.lora import LoraLayer
 
 METADATA_KEY = "lora_adapter_metadata"
 APPLIED = frozenset({"r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "target_modules", "peft_type"})
@@ -185,8 +189,14 @@ def _number(value: Any, kind: type) -> Any:
     return kind(value)
 
 
-def attach_saved_lora(transformer: nn.Module, lora: SavedLora) -> None:
-    """Attaches a saved LoRA to a transformer.
+def attach_saved_lora(
+    transformer: nn.Module, lora: SavedLora, name: str = adapters.ADAPTER_NAME, dtype: torch.dtype = torch.float32
+) -> dict[str, LoraLayer]:
+    """Attaches a saved LoRA to a transformer, and returns its layers by their paths.
+
+    Args:
+        name: PEFT's name for it. One of another name than the first stands beside that, frozen.
+        dtype: number format of its weights.
 
     Raises:
         WeightsError: it is for another model.
@@ -202,7 +212,8 @@ def attach_saved_lora(transformer: nn.Module, lora: SavedLora) -> None:
         use_rslora=lora.use_rslora,
     )
     try:
-        adapters.attach_config(transformer, config)
-        adapters.load_lora_weights(transformer, lora.weights)
+        layers = adapters.attach_config(transformer, config, name, dtype)
+        adapters.copy_weights(adapters.weights_of(layers, name), lora.weights)
     except (KeyError, RuntimeError, ValueError) as error:
         raise WeightsError(f"{lora.path} does not fit this model: {error}") from error
+    return layers

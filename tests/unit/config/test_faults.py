@@ -408,7 +408,7 @@ def test_the_table_of_other_names_leads_to_keys_that_exist_and_shadows_none():
     assert not OTHER_NAMES.keys() & ABSENT.keys()
 
 
-@pytest.mark.parametrize("theirs", ["noise_offset", "use_ema", "train.ema_config", "network_dropout", "vae_tiling"])
+@pytest.mark.parametrize("theirs", ["noise_offset", "ema_power", "train.ema_power", "network_dropout", "vae_tiling"])
 def test_a_key_that_means_nothing_here_is_answered_with_what_to_do(faults_of, minimal, theirs):
     (fault,) = faults_of(minimal, f"{theirs}=1")
     assert "leave it out" in fault and "did you mean" not in fault

@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch._aot_autograd.utils import make_boxed_func
 
 from pixtune.engine.activations import recompute_blocks, recompute_projections
 from pixtune.engine.forwards import replace_computation
-from pixtune.engine.lora import plain_lora, project, summed_outer
+from pixtune.engine.lora import plain_loras, project, summed_outer
 from pixtune.engine.quantize import QuantizedLinear
 from pixtune.families import flux_blocks, joint_streams
 from tests.gradients import gradient_of
@@ -152,20 +153,54 @@ def test_without_an_active_lora_the_layers_run_as_they_are() -> None:
 
 def test_what_is_not_a_plain_lora_is_left_to_peft() -> None:
     states = torch.randn(4, WIDTH_IN)
-    assert all(plain_lora(layer) is not None for layer in projections(SUBSETS[0]).layers)
+    assert all(plain_loras(layer) for layer in projections(SUBSETS[0]).layers)
     for options in ({"lora_dropout": 0.5}, {"use_dora": True}, {"lora_bias": True}):
-        assert all(plain_lora(layer) is None for layer in projections(SUBSETS[0], **options).layers), options
+        assert all(not plain_loras(layer) for layer in projections(SUBSETS[0], **options).layers), options
     merged = projections(SUBSETS[0])
     before = merged(states, one_by_one)
     for layer in merged.layers:
         layer.merge()
-    assert all(plain_lora(layer) is None for layer in merged.layers)
+    assert all(not plain_loras(layer) for layer in merged.layers)
     for pair in zip(merged(states, project), before, strict=True):
         torch.testing.assert_close(*pair, rtol=1e-4, atol=1e-4)
-    two = projections(SUBSETS[0])
-    inject_adapter_in_model(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False), two, adapter_name="more")
-    two.layers[0].set_adapter(["default", "more"])
-    assert all(torch.equal(*pair) for pair in zip(two(states, project)[:1], two(states, one_by_one)[:1], strict=True))
+
+
+def with_a_frozen_one(
+    loras: dict[str, tuple[int, int]], frozen: dict[str, tuple[int, int]], linear_format: str | None = None
+) -> Projections:
+    """Some layers have a trained LoRA, some a frozen one in another format, and `to_q` has both."""
+    model = projections(loras, linear_format)
+    config = LoraConfig(
+        target_modules=list(frozen), rank_pattern={name: rank for name, (rank, _) in frozen.items()},
+        alpha_pattern={name: alpha for name, (_, alpha) in frozen.items()}, init_lora_weights=False,
+    )  # fmt: skip
+    inject_adapter_in_model(config, model, adapter_name="frozen")
+    for layer in (layer for layer in model.layers if isinstance(layer, LoraLayer)):
+        layer.set_adapter(["default", "frozen"])
+        layer.cast_input_dtype_enabled = False
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("default" in name)
+    return model
+
+
+@pytest.mark.parametrize("frozen", [{"to_q": (3, 5)}, {"to_q": (3, 5), "to_v": (2, 2)}], ids="+".join)
+@pytest.mark.parametrize(("linear_format", "compiled"), [(None, False), ("int8", False), (None, True)])
+def test_a_frozen_lora_beside_trained_ones(
+    frozen: dict[str, tuple[int, int]], linear_format: str | None, compiled: bool
+) -> None:
+    model = with_a_frozen_one({"to_q": (4, 8), "to_k": (2, 3)}, frozen, linear_format)
+    expected = outcome(model, one_by_one)
+    assert len([name for name in expected if "lora_" in name]) == 4
+    assert_equal_within_rounding(outcome(model, project, compiled), expected)
+
+
+def test_layers_with_frozen_loras_alone_keep_no_input() -> None:
+    model = with_a_frozen_one({"to_k": (2, 3)}, {"to_q": (3, 5), "to_v": (2, 2)})
+    states, kept = torch.randn(50, WIDTH_IN).requires_grad_(), list[Tensor]()
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):  # type: ignore[func-returns-value]
+        project(states, (model.layers[0], model.layers[2]))
+    own = {parameter.data_ptr() for parameter in model.parameters()}
+    assert kept and all(tensor.data_ptr() in own for tensor in kept)
 
 
 def test_the_input_is_kept_once_and_no_rounded_weight() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pixtune.config.schema import TrainConfig
-from pixtune.config.sections import DataConfig
+from pixtune.config.sections import DataConfig, EmaConfig
 from pixtune.hardware.cards import facts_as
 from pixtune.hardware.facts import GIB
 from pixtune.plan.encoders import PLAINLY, EncoderSizes
@@ -66,3 +66,20 @@ def test_a_run_without_encoders_and_samples_is_its_training_step() -> None:
     plan = plan_training(facts_as("H200"), footprint, CONFIG)
     (only,) = phases_of(plan, footprint, Surroundings(EncoderSizes(0, 0), PLAINLY))
     assert (only.name, only.device_bytes) == ("training step", plan.expected_peak_bytes)
+
+
+@pytest.mark.parametrize("on_host", [False, True])
+def test_an_average_and_a_frozen_lora_are_counted(on_host: bool) -> None:
+    """The average takes 4 bytes a trained weight and a piece of 32 MiB, on the host two pieces of the device."""
+    config = CONFIG.model_copy(update={"ema": EmaConfig(decay=0.99, on_host=on_host), "disable_quantization": True})
+    plain = full_size_footprint(CONFIG)
+    footprint = replace(full_size_footprint(config), frozen_weights=10**8)
+    piece, average = 32 * 2**20, 4 * plain.trained_weights
+    more = 2 * 10**8 + (2 * piece if on_host else piece + average)
+    before, after = (plan_training(facts_as("H200"), each, config) for each in (plain, footprint))
+    assert idle_bytes(after, footprint) - idle_bytes(before, plain) == more
+    rounded = 2 * 10**8  # what compiled blocks keep of it, at most
+    assert more <= after.expected_peak_bytes - before.expected_peak_bytes <= more + rounded
+    assert after.expected_host_bytes - before.expected_host_bytes == average * on_host
+    pool = replace(footprint, one_pool=True)
+    assert (pool.average_bytes, pool.average_host_bytes) == ((2 * piece if on_host else piece) + average, 0)
