@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from pixtune.captioning.record import RECORD
-from pixtune.data.pairs import read_caption
+from pixtune.data.captions import read_caption
 from tests.captioners import TINY, write_captioner
 from tests.io_faults import FailingDisk
 from tests.pictures import noise
@@ -103,7 +103,7 @@ class Killed:
         def replace(*arguments: Any, **options: Any) -> Any:
             return os._exit(9) if next(count) == self.number else really(*arguments, **options)
 
-        os.replace = pathlib.os.replace = replace  # type: ignore[attr-defined,assignment]
+        os.replace = pathlib.os.replace = replace  # type: ignore[attr-defined]
 
 
 def test_kills_and_failing_disks_leave_whole_captions_and_the_same_command_goes_on(

@@ -9,7 +9,7 @@ from typing import Literal
 
 from pixtune.captioning.pictures import Picture
 from pixtune.captioning.record import Written
-from pixtune.data.pairs import read_caption
+from pixtune.data.captions import read_caption
 from pixtune.errors import DataError
 from pixtune.storage.files import text_digest
 

@@ -119,7 +119,7 @@ def _find(places: Places) -> tuple[list[Picture], list[str]]:
         apart = [path for path in places.apart if path != folder.img_dir]
         controls = folder.control_dirs if places.shows_controls else ()
         try:
-            found, of_folder = find_pictures(folder.img_dir, folder.caption_type, controls, apart, folder.label)
+            found, of_folder = find_pictures(folder.img_dir, folder.captions.extension, controls, apart, folder.label)
         except DataError as error:
             faults += error.faults
             continue

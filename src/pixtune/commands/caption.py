@@ -286,4 +286,7 @@ def find_source(
 
 def with_extension(folders: Sequence[Folder], extension: str | None) -> tuple[Folder, ...]:
     """Returns the folders with caption files of another extension; None: their own."""
-    return tuple(each if extension is None else replace(each, caption_type=extension) for each in folders)
+    return tuple(
+        each if extension is None else replace(each, captions=replace(each.captions, extension=extension))
+        for each in folders
+    )
