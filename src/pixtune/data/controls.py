@@ -9,9 +9,11 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from pixtune.data.buckets import Box, Framing
+from pixtune.data.buckets import Box, Framing, build_buckets, frame_picture
 from pixtune.sizes import Size
 
+MOST_CONTROLS = 3
+"""Number of control pictures of an example that the models with most of them take."""
 SAME_SHAPE = 0.01
 """Difference of the logarithms of two aspect ratios below which they count as the same: sides are whole pixels."""
 
@@ -36,6 +38,15 @@ class ControlFraming:
     """Framing for the autoencoder."""
     vision: Framing | None
     """Framing for the text encoder; None where it sees no pictures."""
+
+
+def usual_rules(side: int, multiple: int) -> ControlRules:
+    """Returns the rules of the models that take most controls: each near `side` squared pixels, by its own ratio.
+
+    For data that are read without a model.
+    """
+    buckets = build_buckets(side, multiple)
+    return ControlRules(MOST_CONTROLS, lambda size: frame_picture(*size, buckets, upscale=True).size, None)
 
 
 def same_shape(one: Size, other: Size) -> bool:

@@ -16,19 +16,15 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from pixtune import randomness
 from pixtune.config.folders import folders_of
 from pixtune.config.sections import DataConfig, FolderConfig
-from pixtune.data.buckets import Framing, build_buckets, frame_picture
-from pixtune.data.controls import ControlRules
+from pixtune.data.controls import usual_rules
 from pixtune.data.encodings import control_pictures, target_picture
 from pixtune.data.examples import read_examples, used_examples
 from pixtune.data.images import to_pixels
 from pixtune.data.order import BatchOrder, Turn
 from pixtune.errors import ConfigError
-from pixtune.sizes import Size
 
 MULTIPLE = 16
 """Number of pixels that picture sides are multiples of, as the full-size models need."""
-MOST_CONTROLS = 3
-"""Number of control pictures that an example may have."""
 
 
 class CaptionedTurn(NamedTuple):
@@ -99,15 +95,9 @@ class Pictures(Dataset[tuple[Tensor, str, list[Tensor]]]):
 
     def __init__(self, config: DataConfig, seed: int = 0) -> None:
         self.config = config
-        buckets = build_buckets(config.control_size, MULTIPLE)
-
-        def near_control_size(size: Size) -> Size:
-            framing: Framing = frame_picture(*size, buckets, upscale=True)
-            return framing.size
-
         folders = folders_of(config)
         has_controls = any(folder.has_controls for folder in folders)
-        rules = ControlRules(MOST_CONTROLS, near_control_size, None) if has_controls else None
+        rules = usual_rules(config.control_size, MULTIPLE) if has_controls else None
         self.examples = used_examples(read_examples(folders, MULTIPLE, rules, seed=seed))
 
     def __len__(self) -> int:
