@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 from pixtune.config.folders import folders_of, largest_size
 from pixtune.config.schema import TrainConfig
 from pixtune.data.layouts import find_examples
-from pixtune.errors import DataError
 from pixtune.hardware.cards import HOST_BYTES, facts_as
 from pixtune.hardware.facts import GIB, PROCESS_HOST_BYTES, HardwareFacts
 from pixtune.hardware.meminfo import read_host_memory
@@ -127,8 +126,12 @@ def make_report(config: TrainConfig, card: str | None = None, host_gib: float | 
     tokens, assumed = assumed_tokens(config, family, folder)
     length = length_of(config)
     if length.num_pictures is None:
-        places = " or ".join(str(folder.img_dir) for folder in folders_of(config.data_config))
-        assumptions.append(f"there are no pictures in {places} yet")
+        folders = folders_of(config.data_config)
+        sets = [folder.dataset.name for folder in folders if folder.dataset]
+        places = " or ".join(str(folder.img_dir) for folder in folders if not folder.dataset)
+        assumptions.append(
+            f"pictures of {', '.join(sets)} are not counted" if sets else f"there are no pictures in {places} yet"
+        )
     captions = Captions(differ=True) if family.pads_text else None
     text = padded_length(tokens.text, least_multiple(config, captions))
     footprint = footprint_of(config, family, folder, config.batch_size * (tokens.image + text))
@@ -167,14 +170,11 @@ def before_cuda(facts: HardwareFacts) -> HardwareFacts:
 
 
 def length_of(config: TrainConfig) -> Length:
-    """Counts the pictures and steps of a run on one GPU; opens no picture."""
+    """Counts the pictures and steps of a run on one GPU; opens no picture, and no data set, which may be far away."""
     micro_batches = config.gradient_accumulation_steps
     folders = folders_of(config.data_config)
-    try:
-        counts = [len(find_examples(folder).pairs) for folder in folders]
-        num_pictures: int | None = sum(counts) or None
-    except DataError:
-        num_pictures = None
+    counts = [len(find_examples(folder).pairs) for folder in folders if folder.dataset is None]
+    num_pictures = sum(counts) or None if len(counts) == len(folders) else None
     limits = [config.max_train_steps] if config.max_train_steps is not None else []
     if config.num_train_epochs is not None and num_pictures is not None:
         turns = sum(folder.repeats * count for folder, count in zip(folders, counts, strict=True))

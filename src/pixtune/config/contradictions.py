@@ -35,6 +35,8 @@ def _within_folders(all_values: Mapping[str, Any]) -> list[Contradiction]:
     found, folders = [], all_values.get("data_config.folders", ())
     for number, item in enumerate(folders if isinstance(folders, list | tuple) else ()):
         place, values = f"data_config.folders[{number}]", dict(item)
+        if values.get("caption_source") is None and values.get("caption_text") is None:
+            values["caption_source"] = all_values.get("data_config.caption_source")
         found += _one_place_of_pictures(place, values, number == 0 and all_values.get("data_config.cache_dir") is None)
         if values.get("img_size") is None:
             values["img_size"] = all_values.get("data_config.img_size")
@@ -60,6 +62,9 @@ def _one_place_of_pictures(place: str, values: Mapping[str, Any], needs_cache: b
     if dataset is not None and beside:
         sentence = f"{place}.{beside[0]} is given beside dataset, whose columns hold captions and controls"
         return [Contradiction((f"{place}.{beside[0]}", *keys), sentence)]
+    if dataset is not None and values.get("caption_source") == "file_name":
+        sentence = f'{place}.caption_source is "file_name", and pictures within a dataset have no names of their own'
+        return [Contradiction((f"{place}.caption_source", *keys), sentence)]
     if dataset is not None and needs_cache:
         sentence = f"{place}.dataset needs data_config.cache_dir, a folder for its pictures and encodings"
         return [Contradiction((*keys, "data_config.cache_dir"), sentence)]

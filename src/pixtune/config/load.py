@@ -168,6 +168,7 @@ _WANTED = {
     "finite_number": "a finite number",
     "tuple_type": "a list",
     "too_short": "a list of at least {min_length}",
+    "too_long": "a list of at most {max_length}",
     "path_type": "a path",
     "greater_than": "greater than {gt}",
     "greater_than_equal": "at least {ge}",

@@ -138,10 +138,10 @@ class DataConfig(Section):
     caption_type: Name = "txt"
     """Extension of the caption files."""
     caption_source: CAPTION_SOURCES = "file"
-    """Source of captions: a file each; "lines" of it, of which each is a caption and each turn draws one; or the
-    picture's "file_name" without folder and extension, with spaces for underscores."""
+    """Source of captions: a file each (or `metadata_file`); "lines" of it, of which each is a caption and each turn
+    draws one; or the picture's "file_name" without folder and extension, with spaces for underscores."""
     caption_text: Text | None = None
-    """One caption for all pictures, in place of files. Absent: `caption_source` decides."""
+    """One caption for all pictures, in place of their own. Absent: `caption_source` decides."""
     caption_prefix: Text = ""
     """Text, such as a trigger word, that is put in front of each caption that does not hold it yet, with a comma after
     it. Dropped captions stay empty. Empty: none."""

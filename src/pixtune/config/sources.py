@@ -216,6 +216,8 @@ def _collect_value(
                 Fault(place, f"{written_as} is {show(_plain(node))}: it is a section with keys of its own: {keys}")
             )
         return
+    if key in LIST_SECTIONS and node.tag == CORE["null"]:  # as where all items of a list are commented out
+        node = yaml.SequenceNode(CORE["seq"], [])
     if key in LIST_SECTIONS and isinstance(node, yaml.SequenceNode):
         _add_entries(source, [Entry(key, written_as, [{} for _ in node.value], place)])
         for number, item in enumerate(node.value):

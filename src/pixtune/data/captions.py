@@ -30,11 +30,19 @@ def caption_without_file(rules: CaptionRules) -> Callable[[Path], str] | None:
     return None
 
 
-def split_lines(caption: str, rules: CaptionRules) -> tuple[str, ...]:
-    """Returns the captions that a file holds: one, or one a line. An empty file is one empty caption."""
+def split_lines(caption: str, rules: CaptionRules, file: Path) -> tuple[str, ...]:
+    """Returns the captions that a file's text holds: one, or one a line. An empty text is one empty caption.
+
+    Raises:
+        DataError: it has more lines than any file of captions.
+    """
     if rules.source != "lines":
         return (caption,)
-    return tuple(line.strip() for line in caption.split("\n") if line.strip()) or ("",)
+    lines = tuple(line.strip() for line in caption.split("\n") if line.strip()) or ("",)
+    if len(lines) > MOST_CAPTIONS:
+        problem = f"{file} has {len(lines):,} lines, and caption_source is lines; at most {MOST_CAPTIONS} are read."
+        raise DataError("a caption cannot be used", [problem])
+    return lines
 
 
 def with_prefix(caption: str, rules: CaptionRules) -> str:

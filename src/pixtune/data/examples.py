@@ -11,7 +11,7 @@ from pixtune import randomness
 from pixtune.config.folders import Folder, folder_beside, folders_of
 from pixtune.config.schema import TrainConfig
 from pixtune.data.buckets import Buckets, Framing, build_buckets, frame_picture, frame_variants
-from pixtune.data.captions import forms_of, split_lines, with_prefix
+from pixtune.data.captions import caption_without_file, forms_of, split_lines, with_prefix
 from pixtune.data.controls import ControlFraming, ControlRules, frame_control
 from pixtune.data.images import picture_digest, read_size
 from pixtune.data.layouts import find_examples
@@ -199,7 +199,10 @@ def _read_example(
         tuple(frame_control(control, size, framing, controls) for control in sizes) for framing in framings if controls
     )
     name, rules = f"{folder.label}{pair.name}", folder.captions
-    captions = (*split_lines(pair.read_caption(), rules), *pair.other_captions)
+    if without_file := caption_without_file(rules):
+        captions: tuple[str, ...] = (without_file(pair.image_path),)
+    else:
+        captions = (*split_lines(pair.read_caption(), rules, pair.caption_place), *pair.other_captions)
     forms = forms_of(captions, rules, seed, name)
     return Example(
         name=name,

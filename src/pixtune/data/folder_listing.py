@@ -18,7 +18,7 @@ from pixtune.sizes import Size
 
 @dataclass(frozen=True)
 class FolderCount:
-    """What one folder gives to an epoch."""
+    """Share of one folder in an epoch."""
 
     folder: Folder
     num_pictures: int
@@ -32,7 +32,7 @@ class FolderCount:
 
 @dataclass(frozen=True)
 class FolderListing:
-    """What all folders of a config give to an epoch on one GPU."""
+    """Shares of all folders of a config in an epoch, and its length, on one GPU."""
 
     folders: tuple[FolderCount, ...]
     steps: float

@@ -46,6 +46,7 @@ CONFIG: Mapping[str, Kinds] = {
     "train_batch_size": int | None,
     "data_config": dict,
     "data_config.train_batch_size": int | None,
+    "data_config.folders": list,
     "trigger_words": list,
 }
 """Kinds of those values of a record's config that are computed with, and not only compared."""
@@ -83,6 +84,8 @@ def fault_of_record(record: Mapping[str, Any]) -> str | None:
         for key, kind in kinds.items():
             if key in found and not _is_of(found[key], kind):
                 return f"{key} of its {where} is {found[key]!r:.60}"
+    if not all(isinstance(folder, dict) for folder in values.get("data_config.folders", ())):
+        return "data_config.folders of its config are no sections"
     if not all(isinstance(version, str) for version in record.get("versions", {}).values()):
         return "versions of its record are no texts"
     states = record["optimizer_plain"].values()

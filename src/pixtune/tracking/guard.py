@@ -271,7 +271,10 @@ def ways_on(error: LossError, good: Sequence[str], config: TrainConfig) -> str:
         good: names of the checkpoints that can be gone on from, the newest first.
     """
     resume = "resume_from_checkpoint=latest"
-    folders = [each.metadata_file or each.img_dir for each in folders_of(config.data_config)]
+    folders = [
+        each.dataset.name if each.dataset else each.metadata_file or each.img_dir
+        for each in folders_of(config.data_config)
+    ]
     sources = dict.fromkeys((*folders, config.validation.held_out_dir))
     source = " or ".join(str(path) for path in sources if path is not None)
     lower, fewer = f"learning_rate={config.learning_rate / 10:g}", f"take {listed(error.culprits)} out of {source}"

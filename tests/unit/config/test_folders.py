@@ -109,6 +109,8 @@ def test_faults_of_all_folders_are_reported_together_each_at_its_place(faults_of
         ("{img_dir: x}", "data_config.folders is {'img_dir': 'x'}: must be a list"),
         ("[pictures]", "data_config.folders[0] is \"pictures\": it is a section with keys of its own: img_dir"),
         ("[]", "data_config.img_dir is required and missing. Folder of pictures"),
+        ("", "data_config.img_dir is required and missing. Folder of pictures"),
+        (f"[{', '.join(['{img_dir: .}'] * 1001)}]", "must be a list of at most 1000"),
         ("[{}]", "data_config.folders[0].img_dir is required and missing"),
         ("[{img_dir: ''}]", 'data_config.folders[0].img_dir is "": must be a path, which empty text is not'),
         ("[{img_dir: ., repeats: .nan}]", "data_config.folders[0].repeats is nan: must be a finite number"),
@@ -132,6 +134,7 @@ def test_a_list_of_another_form_is_one_plain_sentence(faults_of, value, sentence
     ("folder", "words"),
     [
         ("{dataset: some/set}", "data_config.folders[0].dataset needs data_config.cache_dir"),
+        ("{dataset: some/set, caption_source: file_name}", "pictures within a dataset have no names of their own"),
         ("{dataset: some/set, img_dir: .}", "data_config.folders[0] has both img_dir and dataset"),
         ("{dataset: some/set, control_dir: .}", "data_config.folders[0].control_dir is given beside dataset"),
         ("{img_dir: ., caption_text: a, caption_source: lines}", "caption_text is given and caption_source is"),

@@ -9,6 +9,7 @@ import pytest
 from pixtune.config.folders import CaptionRules, folders_of
 from pixtune.config.sections import DataConfig
 from pixtune.data.captions import caption_without_file, forms_of, split_lines, with_prefix
+from pixtune.errors import DataError
 
 
 def rules(**keys: object) -> CaptionRules:
@@ -41,9 +42,12 @@ def test_captions_come_from_names_or_one_text_where_no_file_is_wanted():
 
 
 def test_each_line_of_a_file_is_a_caption_where_that_is_asked_for():
-    assert split_lines("one\n\n  two \n", rules(caption_source="lines")) == ("one", "two")
-    assert split_lines("", rules(caption_source="lines")) == ("",)
-    assert split_lines("one\ntwo", rules()) == ("one\ntwo",)
+    file = Path("a.txt")
+    assert split_lines("one\n\n  two \n", rules(caption_source="lines"), file) == ("one", "two")
+    assert split_lines("", rules(caption_source="lines"), file) == ("",)
+    assert split_lines("one\ntwo", rules(), file) == ("one\ntwo",)
+    with pytest.raises(DataError, match=r"a\.txt has 257 lines, and caption_source is lines; at most 256"):
+        split_lines("x\n" * 257, rules(caption_source="lines"), file)
 
 
 def test_tags_are_shuffled_behind_those_that_are_kept_and_none_is_lost():
