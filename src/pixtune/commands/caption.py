@@ -271,6 +271,10 @@ def find_source(
         f"{settings.pretrained_model_name_or_path}, and train without metadata_file."
         for each in own
         if each.metadata_file is not None
+    ] + [
+        f"{each.place}.dataset ({each.dataset.name}) holds captions, and this command writes files beside pictures."
+        for each in own
+        if each.dataset is not None
     ]
     if in_files:
         raise ConfigError("captions go to text files", in_files)

@@ -28,10 +28,7 @@ def test_defaults_are_those_of_the_schema():
     plain = {key.name: key.default for key in describe_keys()}
     assert plain["learning_rate"] == "0.0001" and plain["samples.seeds"] == "[0]" and plain["adam8bit"] == "null"
     required = {name for name, field in TrainConfig.model_fields.items() if field.is_required()} - {"data_config"}
-    assert {key for key, default in plain.items() if default == "required"} == {
-        *required,
-        "data_config.folders[].img_dir",
-    }
+    assert {key for key, default in plain.items() if default == "required"} == required
 
 
 @pytest.mark.parametrize(
