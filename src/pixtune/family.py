@@ -155,6 +155,10 @@ class CaptionerWeights:
     """Weights of embedding, norms and vision tower, which are never quantized."""
 
 
+PICTURE_TOKENS = 1280
+"""Number of tokens that a picture becomes at most for a captioner: larger pictures are scaled down, to about a
+megapixel. It is the default of the image processor of Qwen2.5-VL, and bounds time and memory."""
+
 Choose: TypeAlias = "Callable[[Tensor, int], Tensor]"
 """Function from the logits of the next tokens, shape BV, and the number of tokens before them in the answers, to logits
 of which the largest decide."""

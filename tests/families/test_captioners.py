@@ -174,6 +174,8 @@ def test_the_number_of_tokens_is_bounded_whatever_the_shape() -> None:
     bare = captioner.count_tokens("?", [])
     for size in ((20_000, 20_000), (20_000, 101), (101, 20_000), (1, 1), (13, 199)):
         assert 4 <= captioner.count_tokens("?", [size]) - bare - 2 <= 1280, size  # with marks around the picture
+    fewer = open_captioner(TINY, picture_tokens=64)
+    assert fewer.count_tokens("?", [(1000, 800)]) - bare - 2 <= 64 and min(fewer.fit(picture((900, 800))).size) < 230
     with pytest.raises(ValueError, match="longer than 200 times"):
         captioner.count_tokens("?", [(201, 1)])
 

@@ -22,7 +22,7 @@ from pixtune.data.images import decoded, read_size
 from pixtune.engine.relief import drop_frames, first_line, free_unused, lacks_memory
 from pixtune.engine.weight_only import quantize_encoder
 from pixtune.errors import DataError, PlanError
-from pixtune.family import Answer, Captioner, Choose, Placement, Question, TextEncoder
+from pixtune.family import PICTURE_TOKENS, Answer, Captioner, Choose, Placement, Question, TextEncoder
 from pixtune.plan.captioning import CaptionPlan
 from pixtune.plan.encoders import ON_CPU
 
@@ -46,6 +46,8 @@ class Wish:
     temperature: float = 0.0
     """Spread of the draws among likely words; 0: always the likeliest."""
     seed: int = 0
+    picture_tokens: int = PICTURE_TOKENS
+    """Tokens that the captioner makes of a picture at most."""
 
 
 @dataclass(frozen=True)

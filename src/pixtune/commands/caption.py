@@ -17,6 +17,7 @@ from pixtune.config.load import load_config
 from pixtune.config.schema import TrainConfig
 from pixtune.config.sections import DataConfig
 from pixtune.errors import ConfigError
+from pixtune.family import PICTURE_TOKENS
 from pixtune.inputs.printing import lines, one_line
 
 if TYPE_CHECKING:
@@ -92,6 +93,9 @@ def caption(
         float, typer.Option(min=0, max=2, help="Spread among likely words; 0: always the likeliest.")
     ] = 0.0,
     seed: Annotated[int, typer.Option(help="Seed of the draws, with --temperature.")] = 0,
+    picture_tokens: Annotated[
+        int, typer.Option(min=16, max=16384, help="Tokens of a picture at most; fewer: less memory and detail.")
+    ] = PICTURE_TOKENS,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Pictures at once at most; default: by memory.")] = None,
     weights_format: Annotated[
         Literal["bf16", "fp32"] | None, typer.Option(help="Number format of plain weights; default: the config's.")
@@ -108,8 +112,11 @@ def caption(
     """Write captions for pictures, by the model's own text encoder.
 
     Captions that are there are kept. Downloads nothing, trains nothing; what was killed goes on with the same command.
-    For example: pixtune caption ./pictures --model ./Qwen-Image --preset style --trigger "inkwash style". The exit code
-    is 1 if a picture got no caption.
+    The exit code is 1 if a picture got no caption. For example:
+
+    \b
+    pixtune caption ./pictures --model ./Qwen-Image --preset style
+    pixtune caption my_run.yaml --trigger "zwx person" --preset person
     """
     source = find_source(words, config, model, captioner, extension, tuple(control_dir or ()))
     shows_controls, question = the_question(preset, prompt, max_words, source.has_controls)
@@ -137,10 +144,10 @@ def caption(
             None if only is None and only_from is None else names,
             "all" if overwrite_edited else "own" if overwrite else "nothing",
         ),
-        Wish(question, most_words, max_tokens, trigger, temperature, seed if temperature else 0),
-        open_captioner(captioner)
+        Wish(question, most_words, max_tokens, trigger, temperature, seed if temperature else 0, picture_tokens),
+        open_captioner(captioner, picture_tokens)
         if captioner is not None
-        else captioner_of(open_model_folder(source.config.pretrained_model_name_or_path)),
+        else captioner_of(open_model_folder(source.config.pretrained_model_name_or_path), picture_tokens),
     )
     try:
         num_problems = carry_out(job, source.config.model_copy(update=changes), batch_size, dry_run)

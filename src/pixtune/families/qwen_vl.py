@@ -28,9 +28,6 @@ if TYPE_CHECKING:
 else:
     torch = LateModule("torch")
 
-MOST_PICTURE_TOKENS = 1280
-"""Number of tokens that a picture becomes at most: larger ones are scaled down. It is the image processor's own default
-for patches of 14 pixels, and bounds time and memory."""
 LEAST_PICTURE_TOKENS = 4
 """Number of tokens that a picture becomes at least; likewise."""
 LONGEST_SHAPE = 200
@@ -72,6 +69,7 @@ class QwenCaptioner:
     Args:
         weights, tokenizer: folders of the two.
         processor: folder with `preprocessor_config.json`; where there is none, the defaults of the model serve.
+        picture_tokens: tokens that a picture becomes at most.
 
     Raises:
         WeightsError: it is another model, or one that cannot write captions; says what it lacks.
@@ -80,8 +78,9 @@ class QwenCaptioner:
     formats: Mapping[str, str | None] = {"model.visual": None, "lm_head": "int8"}
     # In 4 bits a vision tower takes one thing for another, and rare words suffer first in an output layer.
 
-    def __init__(self, weights: Path, tokenizer: Path, processor: Path) -> None:
+    def __init__(self, weights: Path, tokenizer: Path, processor: Path, picture_tokens: int) -> None:
         self.path, self._tokenizer_path, self._processor_path = weights, tokenizer, processor
+        self._picture_tokens = picture_tokens
         config = ModelFolder(weights.parent).component_config(weights.name)
         name = config.get("model_type")
         if name not in KINDS:
@@ -161,7 +160,7 @@ class QwenCaptioner:
         pixels_per_token = (vision.patch_size * vision.spatial_merge_size) ** 2
         return {
             "shortest_edge": LEAST_PICTURE_TOKENS * pixels_per_token,
-            "longest_edge": MOST_PICTURE_TOKENS * pixels_per_token,
+            "longest_edge": self._picture_tokens * pixels_per_token,
         }
 
     def question(self, text: str, num_pictures: int) -> str:

@@ -72,14 +72,14 @@ def plan_captions(
         room = (usable_bytes or 0) - caption_bytes(sizes, text_format, 0)
         most = min(room // _bytes_of_one(sizes), at_once or MOST_AT_ONCE, num_pictures)
         if most >= 1:
-            return _with_reasons(text_format, most, sizes, usable_bytes)
+            return _with_reasons(text_format, most, sizes, usable_bytes, quantize)
     most = min(at_once or AT_ONCE_ON_CPU, num_pictures)
     if host_bytes is not None:
         room = host_bytes - caption_bytes(sizes, ON_CPU, 0)
         most = min(most, room // _bytes_of_one(sizes))
         if most < 1:
             raise PlanError(_lacks(sizes, usable_bytes, host_bytes, quantize))
-    return _with_reasons(ON_CPU, most, sizes, usable_bytes)
+    return _with_reasons(ON_CPU, most, sizes, usable_bytes, quantize)
 
 
 def _formats(quantize: bool | None) -> Iterator[str | None]:
@@ -90,15 +90,25 @@ def _formats(quantize: bool | None) -> Iterator[str | None]:
         yield from BITS
 
 
-def _with_reasons(text_format: str | None, at_once: int, sizes: CaptionSizes, usable_bytes: int | None) -> CaptionPlan:
+def _with_reasons(
+    text_format: str | None, at_once: int, sizes: CaptionSizes, usable_bytes: int | None, quantize: bool | None
+) -> CaptionPlan:
     weights, peak = weight_bytes(sizes, text_format), caption_bytes(sizes, text_format, at_once)
     plain_gib = weight_bytes(sizes, None) / GIB
     reasons = []
     if text_format == ON_CPU and usable_bytes is not None:
-        reasons.append(
-            f"captions are written on the CPU, which is slow: the captioner weighs {plain_gib:.1f} GiB, in no allowed "
-            f"format does it fit the {usable_bytes / GIB:.1f} GiB that are usable on the GPU"
+        *_, least_format = _formats(quantize)
+        least, room = weight_bytes(sizes, least_format), usable_bytes / GIB
+        way_out = (
+            "--picture-tokens 320, less of each picture, may fit" if least < usable_bytes else "--captioner FOLDER"
         )
+        reasons.append(
+            f"captions are written on the CPU, which is slow: the captioner weighs {least / GIB:.1f} GiB at least, and "
+            f"with questions of up to {sizes.question_tokens:,} tokens does not fit the {room:.1f} GiB that are usable "
+            f"on the GPU. A way out: {way_out}"
+        )
+    elif text_format == ON_CPU and quantize:
+        reasons.append("captions are written on the CPU, where the captioner is not quantized")
     elif text_format in BITS:
         reasons.append(
             f"captioner in {BITS[text_format]} bits ({text_format} weights, {weights / GIB:.1f} GiB), its vision tower "

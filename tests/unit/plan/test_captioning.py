@@ -45,6 +45,15 @@ def test_what_is_asked_for_is_done() -> None:
     assert plan_captions(130 * GIB, SIZES, 5).at_once == plan_captions(None, SIZES, 3).at_once + 2 == 5
 
 
+def test_a_small_card_is_told_the_way_out() -> None:
+    plan = plan_captions(round(6.8 * GIB), SIZES, 9)
+    assert plan.text_format == ON_CPU and "--picture-tokens 320" in plan.reasons[0]
+    fewer = replace(SIZES, question_tokens=SIZES.question_tokens - 1280 + 320)
+    assert plan_captions(round(6.8 * GIB), fewer, 9).text_format == "nf4"
+    assert "--captioner FOLDER" in plan_captions(5 * GIB, SIZES, 9).reasons[0]
+    assert "not quantized" in plan_captions(None, SIZES, 9, quantize=True).reasons[0]
+
+
 def test_without_room_on_gpu_or_host_the_error_says_how_much_is_missing() -> None:
     with pytest.raises(
         PlanError, match=r"needs 7\.\d GiB of a GPU that has 4\.0 usable, or 16\.\d.*8\.\d GiB are missing"
