@@ -11,11 +11,11 @@ from pixtune.data.pairs import (
     CONVERT,
     PICTURE_EXTENSIONS,
     UNREAD_EXTENSIONS,
-    _ambiguous,
-    _list_files,
-    _of_type,
-    _stem,
+    find_ambiguous,
+    list_files,
+    of_type,
     shorten,
+    stem_of,
 )
 from pixtune.errors import DataError
 
@@ -73,21 +73,21 @@ def find_pictures(
     if not extension or extension in PICTURE_EXTENSIONS or not extension.isalnum():
         raise DataError("captions need another extension", [f"{extension!r} is none for text: take txt, for example."])
     skipped = frozenset(str(each.resolve()) for each in (*apart, *control_folders))
-    listed = _list_files(folder, "image folder", skipped, faults, notes)
-    pictures, captions = _of_type(listed, PICTURE_EXTENSIONS), _of_type(listed, {extension})
+    listed = list_files(folder, "image folder", skipped, faults, notes)
+    pictures, captions = of_type(listed, PICTURE_EXTENSIONS), of_type(listed, {extension})
     if not faults and not pictures:
         faults.append(f"{folder} holds no picture ({', '.join(sorted(PICTURE_EXTENSIONS))}).")
-    faults += _ambiguous(pictures, "pictures", "share one caption name")
-    faults += _ambiguous(captions, "captions", "belong to one picture")
+    faults += find_ambiguous(pictures, "pictures", "share one caption name")
+    faults += find_ambiguous(captions, "captions", "belong to one picture")
     controls_of = [_controls(each, faults) for each in control_folders]
     if faults:
         raise DataError(f"the pictures in {folder} cannot be captioned", faults)
-    if unread := _of_type(listed, UNREAD_EXTENSIONS):
+    if unread := of_type(listed, UNREAD_EXTENSIONS):
         notes.append(f"{len(unread)} pictures are of a type that is not read: {shorten(unread)}. {CONVERT}")
-    caption_of = {_stem(name): path for name, path in captions.items()}
+    caption_of = {stem_of(name): path for name, path in captions.items()}
     found = []
     for name, path in pictures.items():
-        stem = _stem(name)
+        stem = stem_of(name)
         controls = tuple(control_of[stem] for control_of in controls_of if stem in control_of)
         place = caption_of.get(stem) or path.with_name(f"{path.stem}.{extension}")
         lacks = len(controls) < max(len(control_folders), 1)
@@ -97,9 +97,9 @@ def find_pictures(
 
 def _controls(folder: Path, faults: list[str]) -> dict[str, Path]:
     """Lists the control pictures of a folder by their stems."""
-    controls = _of_type(_list_files(folder, "control folder", frozenset(), faults, []), PICTURE_EXTENSIONS)
-    faults += _ambiguous(controls, "control pictures", "belong to one target")
-    return {_stem(name): path for name, path in controls.items()}
+    controls = of_type(list_files(folder, "control folder", frozenset(), faults, []), PICTURE_EXTENSIONS)
+    faults += find_ambiguous(controls, "control pictures", "belong to one target")
+    return {stem_of(name): path for name, path in controls.items()}
 
 
 def only_named(pictures: Sequence[Picture], names: Sequence[str]) -> list[Picture]:
@@ -112,8 +112,8 @@ def only_named(pictures: Sequence[Picture], names: Sequence[str]) -> list[Pictur
     faults = []
     for name in dict.fromkeys(names):
         posix = name.replace("\\", "/").removeprefix("./")
-        found = [each for each in pictures if posix in (each.shown, _stem(each.shown), str(each.path))]
-        found = found or [each for each in pictures if posix in (each.name, _stem(each.name))]
+        found = [each for each in pictures if posix in (each.shown, stem_of(each.shown), str(each.path))]
+        found = found or [each for each in pictures if posix in (each.name, stem_of(each.name))]
         found = found or [each for each in pictures if posix in (each.path.name, PurePosixPath(each.name).stem)]
         if len(found) == 1:
             wanted[found[0].shown] = found[0]

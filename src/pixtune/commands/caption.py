@@ -272,19 +272,15 @@ def find_source(
         raise typer.BadParameter(f"there is no folder of pictures and no config file {path}")
     settings = load_config(path, overrides)
     own = folders_of(settings.data_config)
-    in_files = [
-        f"{each.place}.metadata_file ({each.metadata_file}) holds captions, and this command writes text files beside "
-        f"pictures. Caption the folder, pixtune caption {each.img_dir} --model "
-        f"{settings.pretrained_model_name_or_path}, and train without metadata_file."
+    elsewhere = [
+        f"{each.place} has its captions from {why}, and this command writes text files beside pictures. Caption the "
+        f"folder itself, pixtune caption {each.img_dir} --model {settings.pretrained_model_name_or_path}, and train "
+        "without that key."
         for each in own
-        if each.metadata_file is not None
-    ] + [
-        f"{each.place}.dataset ({each.dataset.name}) holds captions, and this command writes files beside pictures."
-        for each in own
-        if each.dataset is not None
+        if (why := source_of_captions(each)) is not None
     ]
-    if in_files:
-        raise ConfigError("captions go to text files", in_files)
+    if elsewhere:
+        raise ConfigError("captions go to text files", elsewhere)
     if control_folders:
         own = tuple(replace(each, control_dirs=control_folders) for each in own)
     if model is not None:
@@ -295,9 +291,19 @@ def find_source(
     return Source(settings, with_extension(own, extension), (*folders_apart(settings), *control_folders))
 
 
+def source_of_captions(folder: Folder) -> str | None:
+    """Returns where a folder's captions come from in training, unless it is text files."""
+    if folder.dataset is not None:
+        return f"the data set {folder.dataset.name}"
+    if folder.metadata_file is not None:
+        return f"metadata_file ({folder.metadata_file})"
+    if folder.captions.text is not None:
+        return "caption_text"
+    return None if folder.captions.source != "file_name" else "caption_source: file_name"
+
+
 def with_extension(folders: Sequence[Folder], extension: str | None) -> tuple[Folder, ...]:
     """Returns the folders with caption files of another extension; None: their own."""
-    return tuple(
-        each if extension is None else replace(each, captions=replace(each.captions, extension=extension))
-        for each in folders
-    )
+    if extension is None:
+        return tuple(folders)
+    return tuple(replace(each, captions=replace(each.captions, extension=extension)) for each in folders)

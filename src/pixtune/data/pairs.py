@@ -106,14 +106,14 @@ def find_pairs(
     faults: list[str] = []
     warnings: list[str] = []
     purposes = frozenset(os.path.realpath(folder) for folder in apart)
-    listed = _list_files(image_folder, "image folder", purposes, faults, warnings)
-    pictures = _of_type(listed, PICTURE_EXTENSIONS)
-    captions = _of_type(listed, {extension}) if caption_for is None else {}
+    listed = list_files(image_folder, "image folder", purposes, faults, warnings)
+    pictures = of_type(listed, PICTURE_EXTENSIONS)
+    captions = of_type(listed, {extension}) if caption_for is None else {}
     if not faults and not pictures:
         faults.append(f"The image folder {image_folder} holds no picture ({', '.join(sorted(PICTURE_EXTENSIONS))}).")
-    faults += _ambiguous(pictures, "pictures", "share one caption name")
-    faults += _ambiguous(captions, "captions", "belong to one picture")
-    unread = _of_type(listed, UNREAD_EXTENSIONS)
+    faults += find_ambiguous(pictures, "pictures", "share one caption name")
+    faults += find_ambiguous(captions, "captions", "belong to one picture")
+    unread = of_type(listed, UNREAD_EXTENSIONS)
     partners = _Partners("caption", image_folder, captions, f".{extension}")
     caption_of = _match(image_folder, pictures, partners, faults, unread) if caption_for is None else {}
     captioned_pictures = {
@@ -123,8 +123,8 @@ def find_pairs(
         _find_controls(image_folder, pictures, folder, purposes, allow_missing_controls, faults)
         for folder in control_folders
     ]
-    captioned = {_stem(name) for name in captions}
-    if left_out := [name for name in unread if _stem(name) not in captioned]:
+    captioned = {stem_of(name) for name in captions}
+    if left_out := [name for name in unread if stem_of(name) not in captioned]:
         warnings.append(
             f"{len(left_out)} pictures in {image_folder} are of a type that is not read: {shorten(left_out)}. {CONVERT}"
         )
@@ -153,7 +153,7 @@ def shorten(names: Iterable[str]) -> str:
     return ", ".join(listed[:_NAMES_SHOWN]) + more
 
 
-def _list_files(
+def list_files(
     folder: Path, role: str, apart: Collection[str], faults: list[str], warnings: list[str]
 ) -> dict[str, Path]:
     """Lists all files below a folder by their names, sorted. Follows links to folders, but into no folder twice.
@@ -217,12 +217,12 @@ def _name(relative: Path) -> str:
     return unicodedata.normalize("NFC", os.fsencode(relative.as_posix()).decode("utf-8"))
 
 
-def _of_type(listed: Mapping[str, Path], extensions: Iterable[str]) -> dict[str, Path]:
+def of_type(listed: Mapping[str, Path], extensions: Iterable[str]) -> dict[str, Path]:
     wanted = set(extensions)
     return {name: path for name, path in listed.items() if PurePosixPath(name).suffix[1:].lower() in wanted}
 
 
-def _stem(name: str) -> str:
+def stem_of(name: str) -> str:
     """Returns the name up to its last dot, folders included."""
     return str(PurePosixPath(name).with_suffix(""))
 
@@ -230,7 +230,7 @@ def _stem(name: str) -> str:
 def _by_stem(names: Iterable[str], fold: bool = False) -> dict[str, list[str]]:
     groups: dict[str, list[str]] = defaultdict(list)
     for name in names:
-        groups[_stem(name).casefold() if fold else _stem(name)].append(name)
+        groups[stem_of(name).casefold() if fold else stem_of(name)].append(name)
     return groups
 
 
@@ -241,15 +241,15 @@ def _difference(one: str, other: str) -> str:
     return "differ only in what some file systems take for letter case"
 
 
-def _ambiguous(files: Mapping[str, Path], kind: str, clash: str) -> list[str]:
+def find_ambiguous(files: Mapping[str, Path], kind: str, clash: str) -> list[str]:
     """Reports files of one kind with the same stem, or with one stem on a file system that ignores letter case."""
     faults = []
     for group in _by_stem(files, fold=True).values():
         if len(group) < 2:
             continue
         listed = " and ".join(str(files[name]) for name in group)
-        only_case = len({name.casefold() for name in group}) < len(group) or len({_stem(name) for name in group}) > 1
-        problem = f"have names that {_difference(_stem(group[0]), _stem(group[1]))}" if only_case else clash
+        only_case = len({name.casefold() for name in group}) < len(group) or len({stem_of(name) for name in group}) > 1
+        problem = f"have names that {_difference(stem_of(group[0]), stem_of(group[1]))}" if only_case else clash
         faults.append(f"The {kind} {listed} {problem}. Rename or remove all but one.")
     return faults
 
@@ -277,36 +277,36 @@ def _match(
         unread: pictures of types that are not read, which explain why a partner has none.
     """
     kind, of_stem = partners.kind, _by_stem(partners.files)
-    stems, unread_of_stem = {_stem(name) for name in pictures}, _by_stem(unread or ())
-    lone_partners = [name for name in partners.files if _stem(name) not in stems]
+    stems, unread_of_stem = {stem_of(name) for name in pictures}, _by_stem(unread or ())
+    lone_partners = [name for name in partners.files if stem_of(name) not in stems]
     near = _by_stem(lone_partners, fold=True)
     explained: set[str] = set()
     without: dict[str, Path] = {}
     for name, path in pictures.items():
-        if _stem(name) in of_stem:
+        if stem_of(name) in of_stem:
             continue
-        if others := near.get(_stem(name).casefold()):
+        if others := near.get(stem_of(name).casefold()):
             explained.update(others)
             faults.append(
                 f"The picture {path} and the {kind} {partners.files[others[0]]} have names that "
-                f"{_difference(_stem(name), _stem(others[0]))}. Rename one, so that they are equal."
+                f"{_difference(stem_of(name), stem_of(others[0]))}. Rename one, so that they are equal."
             )
         else:
             without[name] = path
     faults += _without_partner(folder, pictures, without, partners)
     alone = [name for name in lone_partners if name not in explained]
-    of_unread = [folder / others[0] for name in alone if (others := unread_of_stem.get(_stem(name)))]
+    of_unread = [folder / others[0] for name in alone if (others := unread_of_stem.get(stem_of(name)))]
     if of_unread:
         faults.append(
             f"Pictures with a {kind} are of a type that is not read: {shorten(map(str, of_unread))}. {CONVERT}"
         )
-    lone = [name for name in alone if _stem(name) not in unread_of_stem]
+    lone = [name for name in alone if stem_of(name) not in unread_of_stem]
     if len(lone) <= _NAMES_SHOWN:
-        faults += [f"The {kind} {partners.files[name]} has no picture {folder / _stem(name)}.*." for name in lone]
+        faults += [f"The {kind} {partners.files[name]} has no picture {folder / stem_of(name)}.*." for name in lone]
     else:
         listed = shorten(str(partners.files[name]) for name in lone)
         faults.append(f"{len(lone)} {kind}s have no picture of their name in {folder}: {listed}.")
-    return {name: partners.files[of_stem[_stem(name)][0]] for name in pictures if _stem(name) in of_stem}
+    return {name: partners.files[of_stem[stem_of(name)][0]] for name in pictures if stem_of(name) in of_stem}
 
 
 def _without_partner(
@@ -316,7 +316,7 @@ def _without_partner(
     kind = partners.kind
     if len(without) <= _NAMES_SHOWN:
         return [
-            f"The picture {path} has no {kind} {partners.folder / _stem(name)}{partners.extension}."
+            f"The picture {path} has no {kind} {partners.folder / stem_of(name)}{partners.extension}."
             for name, path in without.items()
         ]
     parents = Counter(path.parent for path in pictures.values())
@@ -347,14 +347,14 @@ def _find_controls(
 ) -> dict[str, Path]:
     """Finds the control picture of every target. A missing folder is one problem, not one for each picture."""
     before = len(faults)
-    listed = _list_files(control_folder, "control folder", apart, faults, [])
+    listed = list_files(control_folder, "control folder", apart, faults, [])
     if len(faults) > before:
         return {}
-    controls = _of_type(listed, PICTURE_EXTENSIONS)
-    faults += _ambiguous(controls, "control pictures", "belong to one target")
+    controls = of_type(listed, PICTURE_EXTENSIONS)
+    faults += find_ambiguous(controls, "control pictures", "belong to one target")
     stems = set(_by_stem(controls))
-    wanted = {name: path for name, path in pictures.items() if _stem(name) in stems} if may_be_missing else pictures
-    unread = _of_type(listed, UNREAD_EXTENSIONS)
+    wanted = {name: path for name, path in pictures.items() if stem_of(name) in stems} if may_be_missing else pictures
+    unread = of_type(listed, UNREAD_EXTENSIONS)
     found = _match(folder, wanted, _Partners("control picture", control_folder, controls, ".*"), faults)
     if unread and len(found) < len(pictures):
         faults.append(

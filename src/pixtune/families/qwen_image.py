@@ -51,8 +51,6 @@ ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 TEXT_ATTENTION = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 TEXT_MLP = ("txt_mlp.net.0.proj", "txt_mlp.net.2")
 MLP = ("img_mlp.net.0.proj", "img_mlp.net.2", *TEXT_MLP)
-
-
 OUTPUT_LAYER = ("lm_head.",)
 VISION_TOWER = ("visual.", "model.visual.")
 """Beginnings of the names of the text encoder's tensors, in files of transformers 4 and 5."""
