@@ -27,6 +27,7 @@ from pixtune.commands import sample
 from pixtune.commands.failures import exit_on_user_errors
 from pixtune.config.schema import TrainConfig
 from pixtune.config.sections import DataConfig
+from pixtune.data import drawing as apart
 from pixtune.data import prepare
 from pixtune.data.encode import Encoder
 from pixtune.data.prepare import prepare_data
@@ -170,7 +171,7 @@ def measure_sampling(arguments: argparse.Namespace) -> Result:
     """Measures sampling one picture from its prompt."""
     output_dir = arguments.scratch / "samples"
     output_dir.mkdir(parents=True)
-    request = sample.SampleRequest(
+    request = apart.SampleRequest(
         model=str(arguments.model),
         prompts=(CAPTION,),
         controls=(),
@@ -186,16 +187,16 @@ def measure_sampling(arguments: argparse.Namespace) -> Result:
     memory = RunMemory(config)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     memory.start(device)
-    task = sample.open_task(request)
+    task = apart.open_task(request)
     passes_per_step = 2 if needs_negative(task.family, GUIDANCE) else 1
-    plans = sample.make_plans(task, config, read_facts(device), sample.abilities_of(task, device))
+    plans = apart.make_plans(task, config, read_facts(device), apart.abilities_of(task, device))
     moments = watch_steps()
-    for number, picture in enumerate(sample.sample_as_planned(task, plans, device, memory.stages)):
+    for number, picture in enumerate(apart.sample_as_planned(task, plans, device, memory.stages)):
         picture.image.save(output_dir / f"{number}.png")
     sizes = encoder_sizes(config, task.family, task.folder, count_caption_tokens(len(CAPTION), 0), 0)
     drawing = Phase("pictures drawn", ", ".join(plans.sampling.reasons), plans.sampling.expected_peak_bytes)
-    planned = {sample.ENCODING: encoding_phases(sizes, plans.encoders)[0]}
-    planned |= dict.fromkeys((sample.LOADING, sample.SAMPLING, sample.DECODING), drawing)
+    planned = {apart.ENCODING: encoding_phases(sizes, plans.encoders)[0]}
+    planned |= dict.fromkeys((apart.LOADING, apart.SAMPLING, apart.DECODING), drawing)
     return {
         "phase": "sampling",
         "encoders": plans.encoders.to_dict(),

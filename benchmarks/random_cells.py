@@ -235,7 +235,7 @@ def read_prepared(command: Sequence[str]) -> Prepared:
     """Reads a prepared cell as its run does."""
     from pixtune.config.folders import folders_of
     from pixtune.data.examples import read_examples
-    from pixtune.data.prepare import control_rules
+    from pixtune.data.prompts import control_rules
     from pixtune.data.random_data import random_data
 
     place = command.index("--config")

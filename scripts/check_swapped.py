@@ -31,7 +31,7 @@ from pixtune.data.encode import Encoder
 from pixtune.data.encodings import Encodings
 from pixtune.data.examples import read_examples
 from pixtune.data.images import read_size
-from pixtune.data.prepare import control_rules
+from pixtune.data.prompts import control_rules
 from pixtune.data.swapped import (
     MOST_PAIRS,
     NUM_STANDARD_ERRORS,

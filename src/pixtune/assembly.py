@@ -17,6 +17,7 @@ from pixtune.data.batches import Batch, BatchSource
 from pixtune.data.order import BatchOrder
 from pixtune.data.prepare import prepare_data
 from pixtune.data.prepared import PreparedData
+from pixtune.data.prior import draw_prior
 from pixtune.engine.apply import apply_switches, apply_to_activations, blocks_of, load_planned
 from pixtune.engine.capture import GraphCapturer, ReplayedPass
 from pixtune.engine.load import Reading
@@ -126,9 +127,10 @@ def assemble(
 
     stored = without_former_fields(checkpoint.record.get("encoders", {})) if checkpoint else None
     encoders = None if stored is None else read_decision(EncoderPlan, stored, "encoders")
+    prior = draw_prior(config, identity.base, accelerator)
     data = prepare_data(
         config, family, folder, accelerator, memory.stages, encoders,
-        lambda found: check_run(config, checkpoint, replace(identity, **found.entries)),
+        lambda found: check_run(config, checkpoint, replace(identity, **found.entries)), prior,
     )  # fmt: skip
     order = BatchOrder(data.buckets, config.batch_size * accelerator.num_processes, config.seed, data.uses)
     num_steps = planned_steps(config, order)

@@ -269,11 +269,9 @@ def sample(
         float | None, typer.Option(min=0.1, help="Limit of GPU memory in GiB, CUDA context included.")
     ] = None,
 ) -> None:
-    """Sample pictures from a model, with or without a LoRA.
-
-    It fits itself to the GPU there is, and reports how.
-    """
-    from pixtune.commands.sample import SampleRequest, sample_pictures
+    """Sample pictures from a model, with or without a LoRA. It fits itself to the GPU there is, and reports how."""
+    from pixtune.commands.sample import sample_pictures
+    from pixtune.data.drawing import SampleRequest
     from pixtune.sampler import SamplerSettings
     from pixtune.trained.find_lora import FoundLora, find_lora
 

@@ -52,6 +52,15 @@ def shift_sigmas(sigma_B: Tensor, mu: float) -> Tensor:
     return math.exp(mu) * sigma_B / (math.exp(mu) * sigma_B + (1 - sigma_B))  # grouped so that 1 stays exactly 1
 
 
+def fit_into_range(sigma_B: Tensor, least: float, most: float) -> Tensor:
+    """Maps sigmas from [0, 1] evenly into a range: `least + (most - least) sigma`. The whole range leaves them alone.
+
+    The distribution keeps its form, and is squeezed. A monotonous map of each draw, and not drawing again until one
+    falls into the range, keeps a draw a function of its key alone.
+    """
+    return sigma_B if (least, most) == (0.0, 1.0) else least + (most - least) * sigma_B
+
+
 def add_noise(latents_BCHW: Tensor, noise_BCHW: Tensor, sigma_B: Tensor) -> Tensor:
     """Computes the point at `sigma` on the straight path from latents to noise."""
     sigma_B111 = sigma_B.view(-1, 1, 1, 1)
@@ -74,6 +83,31 @@ def loss_weights(scheme: WEIGHTING_SCHEMES, sigma_B: Tensor) -> Tensor:
     raise ValueError(f"unknown weighting scheme {scheme!r}")
 
 
-def example_losses(velocity_BCHW: Tensor, target_BCHW: Tensor) -> Tensor:
-    """Computes the mean squared error of each example, in fp32; shape (B,)."""
-    return (velocity_BCHW.float() - target_BCHW.float()).square().flatten(1).mean(1)
+def example_losses(
+    velocity_BCHW: Tensor, target_BCHW: Tensor, weights_B1HW: Tensor | None = None, huber_delta: float | None = None
+) -> Tensor:
+    """Computes the mean loss of each example, in fp32; shape (B,).
+
+    Args:
+        weights_B1HW: weights of the latents' positions, of which each example's has a positive sum. The loss is
+            `sum(weight * loss) / sum(weight)`, so that examples with small and with large masks weigh the same. None:
+            all positions weigh the same.
+        huber_delta: see `huber`; None: the squared error.
+    """
+    losses_BCHW = (velocity_BCHW.float() - target_BCHW.float()).square()
+    if huber_delta is not None:
+        losses_BCHW = huber(losses_BCHW, huber_delta)
+    if weights_B1HW is None:
+        return losses_BCHW.flatten(1).mean(1)
+    return (losses_BCHW.mean(1, keepdim=True) * weights_B1HW).flatten(1).sum(1) / weights_B1HW.flatten(1).sum(1)
+
+
+def huber(squares: Tensor, delta: float) -> Tensor:
+    """Computes the pseudo-Huber loss from squared errors: `2 delta^2 (sqrt(1 + (error / delta)^2) - 1)`.
+
+    It is the squared error where errors are far below `delta`, and `2 delta |error|` far above (Hartley and Zisserman
+    2004, "Multiple View Geometry", section A6.8; for diffusion models: Khrapov et al. 2024, "Improving Diffusion
+    Models's Data-Corruption Resistance using Scheduled Pseudo-Huber Loss"). The same is computed in a form that
+    subtracts no nearly equal numbers.
+    """
+    return 2 * squares / (1 + (1 + squares / delta**2).sqrt())

@@ -191,6 +191,7 @@ class PromptSampler:
         tile_pixels: side of the tiles in which pictures are decoded; None: they are decoded whole.
         passes: how the transformer's passes run.
         build_capture: makes the function that captures a transformer's passes.
+        is_wanted: returns whether a prompt's text is sampled with a seed.
     """
 
     def __init__(
@@ -204,13 +205,19 @@ class PromptSampler:
         tile_pixels: int | None = None,
         passes: PassPlan = PLAIN_PASSES,
         build_capture: Callable[[LoadedTransformer], Capture] = lambda transformer: GraphCapturer(transformer.stream),
+        is_wanted: Callable[[str, int], bool] = lambda text, seed: True,
     ) -> None:
         self.family, self.folder, self.prompts, self.settings = family, folder, prompts, settings
         self.placement, self.keep_autoencoder, self.tile_pixels = placement, keep_autoencoder, tile_pixels
-        self.passes, self._build_capture = passes, build_capture
+        self.passes, self._build_capture, self._is_wanted = passes, build_capture, is_wanted
         self._autoencoder: nn.Module | None = None
         self._captured: ReplayedPass[PassInputs] | None = None
         """Passes of the pictures that are being sampled."""
+
+    @property
+    def num_pictures(self) -> int:
+        """Number of pictures that it samples."""
+        return sum(self._is_wanted(prompt.text, seed) for prompt in self.prompts for seed in self.settings.seeds)
 
     @property
     def sizes_vary(self) -> bool:
@@ -243,7 +250,7 @@ class PromptSampler:
         """
         try:
             for prompt in self.prompts:
-                for seed in self.settings.seeds:
+                for seed in filter(partial(self._is_wanted, prompt.text), self.settings.seeds):
                     yield prompt, seed, self._sample_in_memory(transformer, prompt, seed, on_step)
         finally:
             self._release()

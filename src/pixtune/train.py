@@ -175,9 +175,13 @@ def forward_backward(
         transformer, noisy_BCHW, batch.sigma_B, batch.conditioning, batch.controls, config.objective.guidance
     )
     target_BCHW = velocity_target(batch.latents_BCHW, batch.noise_BCHW)
+    losses_of = partial(
+        example_losses, target_BCHW=target_BCHW, weights_B1HW=batch.weights_B1HW, huber_delta=config.objective.delta
+    )
     num_examples = config.batch_size * config.gradient_accumulation_steps
     share_B = loss_weights(config.objective.weighting_scheme, batch.sigma_B) / num_examples
-    loss_B = share_B * example_losses(velocity_BCHW, target_BCHW)
-    loss_of_nothing_B = share_B * example_losses(torch.zeros_like(target_BCHW), target_BCHW)
+    if batch.example_weight_B is not None:
+        share_B = share_B * batch.example_weight_B
+    loss_B, loss_of_nothing_B = (share_B * losses_of(each) for each in (velocity_BCHW, torch.zeros_like(target_BCHW)))
     backward(loss_B.sum())
     return torch.stack([loss_B.detach(), loss_of_nothing_B])

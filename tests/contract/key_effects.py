@@ -32,6 +32,14 @@ EDIT = {
     "data_config.control_dir": "SCENE/edit/control",
     "data_config.control_size": 64,
 }
+PRIOR = {
+    "prior_preservation.prompts": ["red heart"],
+    "prior_preservation.num_pictures": 1,
+    "prior_preservation.num_steps": 1,
+    "prior_preservation.guidance_scale": 1.0,
+    "train_batch_size": 5,
+}
+MASKED = {"data_config.mask_dir": "SCENE/masks"}
 FLUX = {"pretrained_model_name_or_path": str(ROOT / "assets" / "tiny-flux")}
 FRESH_CACHE = {"data_config.cache_dir": "RUN/cache"}
 TRACKED = {"report_to": "tensorboard"}
@@ -57,6 +65,10 @@ EFFECTS: dict[str, Effect] = {
     "data_config.allow_missing_controls": Effect(
         "error", (False, True), {**EDIT, "data_config.control_dir": "SCENE/edit/too_few_controls"}
     ),
+    "data_config.mask_dir": Effect("steps", (None, "SCENE/masks")),
+    "data_config.mask": Effect("steps", (None, "alpha"), {"data_config.img_dir": "SCENE/cutouts"}),
+    "data_config.weight_outside_mask": Effect("steps", (0.0, 0.5), MASKED),
+    "data_config.allow_missing_masks": Effect("error", (False, True), {"data_config.mask_dir": "SCENE/too_few_masks"}),
     "data_config.control_size": Effect("steps", (64, 128), EDIT),
     "data_config.metadata_file": Effect("steps", (None, "SCENE/metadata.jsonl")),
     "data_config.img_size": Effect("steps", (64, 96)),
@@ -120,6 +132,17 @@ EFFECTS: dict[str, Effect] = {
     "objective.shift": Effect("steps", ("model", 3.0)),
     "objective.guidance": Effect("steps", (1.0, 4.0), FLUX),
     "objective.weighting_scheme": Effect("steps", ("none", "sigma_sqrt")),
+    "objective.min_sigma": Effect("steps", (0.0, 0.5)),
+    "objective.max_sigma": Effect("steps", (1.0, 0.5)),
+    "objective.loss": Effect("steps", ("mse", "huber")),
+    "objective.huber_delta": Effect("steps", (0.1, 1.0), {"objective.loss": "huber"}),
+    "prior_preservation.folder": Effect("steps", (None, "SCENE/other_pictures"), {"train_batch_size": 4}),
+    "prior_preservation.prompts": Effect("steps", (["a cat"], ["red heart"]), PRIOR),
+    "prior_preservation.num_pictures": Effect("files", (1, 2), PRIOR),
+    "prior_preservation.num_steps": Effect("steps", (1, 2), PRIOR),
+    "prior_preservation.guidance_scale": Effect("steps", (1.0, 4.0), PRIOR),
+    "prior_preservation.repeats": Effect("steps", (1.0, 3.0), PRIOR),
+    "prior_preservation.loss_weight": Effect("steps", (1.0, 0.5), PRIOR),
     "validation.held_out": Effect("held-out losses", (0.0, 0.25)),
     "validation.held_out_dir": Effect("held-out losses", (None, "SCENE/other_pictures")),
     "validation.every": Effect("held-out losses", (100, 1), MEASURED),

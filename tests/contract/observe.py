@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.optim.optimizer import register_optimizer_step_pre_hook
@@ -54,7 +55,7 @@ Observed = dict[str, object]
 
 
 def make_scene(folder: Path) -> None:
-    """Pictures, other pictures, edit pairs: four of each."""
+    """Pictures, other pictures, masks, edit pairs: four of each."""
     for source, name in ((DEMO_TRAIN, "pictures"), (DEMO_HELD_OUT, "other_pictures")):
         (folder / name).mkdir()
         for picture in sorted(source.glob("*.png"))[:4]:
@@ -62,6 +63,17 @@ def make_scene(folder: Path) -> None:
             caption = picture.with_suffix(".txt").read_text(encoding="utf-8")
             (folder / name / f"{picture.stem}.txt").write_text(caption, encoding="utf-8")
             (folder / name / f"{picture.stem}.note").write_text(f"a note on {picture.stem}", encoding="utf-8")
+    for number, picture in enumerate(sorted((folder / "pictures").glob("*.png"))):
+        mask = Image.new("L", (128, 128))
+        mask.paste(255, (0, 0, 64, 128))
+        for name in ("masks", *(["too_few_masks"] if number else [])):
+            (folder / name).mkdir(exist_ok=True)
+            mask.save(folder / name / picture.name)
+        (folder / "cutouts").mkdir(exist_ok=True)
+        cutout = Image.open(picture).convert("RGBA")
+        cutout.putalpha(mask)
+        cutout.save(folder / "cutouts" / picture.name)
+        shutil.copy(picture.with_suffix(".txt"), folder / "cutouts")
     rows = [
         json.dumps({"image": picture.name, "caption": f"row {picture.stem}"})
         for picture in sorted((folder / "pictures").glob("*.png"))

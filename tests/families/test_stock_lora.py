@@ -11,7 +11,8 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from pixtune.commands.sample import SampleRequest, sample_pictures
+from pixtune.commands.sample import sample_pictures
+from pixtune.data.drawing import SampleRequest
 from pixtune.engine.load import load_transformer
 from pixtune.families import FAMILIES
 from pixtune.family import ModelFamily, Placement

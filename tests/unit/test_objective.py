@@ -14,6 +14,8 @@ from torch import Tensor
 from pixtune.objective import (
     add_noise,
     example_losses,
+    fit_into_range,
+    huber,
     loss_weights,
     shift_sigmas,
     sigmas_from_uniform,
@@ -144,3 +146,46 @@ def test_losses_are_per_sample_means_in_fp32() -> None:
     assert losses.dtype == torch.float32 and losses.tolist() == [4.0, 3.0]
     fine = torch.full((1, 1, 64, 64), 1.0078125).bfloat16()  # its square is no bf16 number
     assert example_losses(fine, torch.zeros_like(fine)).item() == pytest.approx(1.0078125**2, rel=1e-6)
+
+
+def test_a_masked_loss_by_hand() -> None:
+    """Two channels of 1x3 positions. Errors are 1, 2, 3 and 1, 2, 5, in the second example 1."""
+    velocity_BCHW = torch.tensor([[[[1.0, 2.0, 3.0]], [[1.0, 2.0, 5.0]]], [[[1.0] * 3]] * 2])
+    weights_B1HW = torch.tensor([[[[0.0, 1.0, 0.5]]], [[[0.0, 0.0, 1e-3]]]])
+    losses = example_losses(velocity_BCHW, torch.zeros_like(velocity_BCHW), weights_B1HW)
+    assert losses.tolist() == pytest.approx([(1 * 4 + 0.5 * 17) / 1.5, 1.0]), "a small mask weighs as a large one"
+    even = example_losses(velocity_BCHW, torch.zeros_like(velocity_BCHW), torch.full((2, 1, 1, 3), 0.3))
+    torch.testing.assert_close(even, example_losses(velocity_BCHW, torch.zeros_like(velocity_BCHW)))
+
+
+def test_nothing_is_learned_where_the_weight_is_0() -> None:
+    velocity_BCHW = torch.randn(1, 2, 3, 4, requires_grad=True)
+    weights_B1HW = torch.ones(1, 1, 3, 4)
+    weights_B1HW[..., 1, 2] = 0
+    example_losses(velocity_BCHW, torch.zeros_like(velocity_BCHW), weights_B1HW).sum().backward()
+    assert velocity_BCHW.grad is not None
+    assert (velocity_BCHW.grad == 0).nonzero()[:, 2:].tolist() == [[1, 2], [1, 2]]
+
+
+@pytest.mark.parametrize("delta", [1e-4, 0.1, 1.0, 100.0])
+def test_the_pseudo_huber_loss_is_its_formula(delta: float) -> None:
+    errors = torch.logspace(-6, 4, 200, dtype=torch.float64)
+    expected = 2 * delta**2 * (torch.sqrt(1 + (errors / delta) ** 2) - 1)
+    visible = errors > 1e-3 * delta  # below, the formula as it stands loses its digits
+    torch.testing.assert_close(huber(errors.square(), delta)[visible], expected[visible], rtol=1e-6, atol=0)
+
+
+def test_the_pseudo_huber_loss_between_square_and_distance() -> None:
+    small, large = torch.tensor([1e-4]), torch.tensor([1e4])
+    torch.testing.assert_close(huber(small.square(), 0.1), small.square(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(huber(large.square(), 0.1), 0.2 * large, rtol=1e-4, atol=0)
+    target_BCHW = torch.zeros(1, 1, 1, 2)
+    losses = example_losses(torch.tensor([[[[3.0, 4.0]]]]), target_BCHW, huber_delta=1.0)
+    assert losses.item() == pytest.approx(math.sqrt(10) - 1 + math.sqrt(17) - 1)
+
+
+def test_sigmas_in_a_range() -> None:
+    sigma_B = torch.tensor([0.0, 0.25, 1.0])
+    torch.testing.assert_close(fit_into_range(sigma_B, 0.2, 0.6), torch.tensor([0.2, 0.3, 0.6]))
+    assert fit_into_range(sigma_B, 0.0, 1.0) is sigma_B, "bit for bit what it was"
+    assert fit_into_range(torch.rand(1000), 0.3, 0.31).clamp(0.3, 0.31).sub(0.3).ge(0).all()

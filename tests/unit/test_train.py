@@ -260,7 +260,7 @@ def batch_of(rows: Sequence[int]) -> Batch:
 @pytest.mark.parametrize("parts", [[range(4)], [[0, 1, 2], [3]], [[0], [1], [2], [3]]], ids=len)
 def test_a_steps_loss_is_the_mean_over_its_examples_however_they_are_split(parts: list[Sequence[int]]) -> None:
     """Captions of several lengths split a micro-batch, and so does a lack of memory."""
-    objective = SimpleNamespace(guidance=3.0, weighting_scheme="sigma_sqrt")
+    objective = SimpleNamespace(guidance=3.0, weighting_scheme="sigma_sqrt", delta=None)
     config: Any = SimpleNamespace(objective=objective, batch_size=4, gradient_accumulation_steps=2)
     weight: Any = torch.nn.Parameter(torch.tensor(0.5))
     family: Any = Plain()
@@ -281,6 +281,26 @@ def test_a_steps_loss_is_the_mean_over_its_examples_however_they_are_split(parts
     assert torch.cat(losses, dim=1).sum(dim=1).tolist() == pytest.approx([expected, of_nothing], rel=1e-5)
     assert float(weight.grad) == pytest.approx(slope, rel=1e-5)
     assert not any(loss.requires_grad for loss in losses)
+
+
+def test_masks_and_factors_in_a_steps_loss() -> None:
+    """A mask weighs within its example, whose loss stays a mean; a factor weighs the example."""
+    objective = SimpleNamespace(guidance=1.0, weighting_scheme="none", delta=0.5)
+    config: Any = SimpleNamespace(objective=objective, batch_size=2, gradient_accumulation_steps=1)
+    weight: Any = torch.nn.Parameter(torch.tensor(0.0))
+    family: Any = Plain()
+    latents, noise = torch.zeros(2, 1, 1, 3), torch.tensor([[[[1.0, 2.0, 3.0]]], [[[4.0, 0.0, 0.0]]]])
+    masks, factors = torch.tensor([[[[1.0, 0.5, 0.0]]], [[[1.0, 1.0, 0.0]]]]), torch.tensor([1.0, 0.25])
+    batch = Batch(latents, noise, torch.tensor([0.5, 0.5]), {}, (), ["one", "two"], masks, factors)
+
+    def huber(error: float) -> float:
+        return 2 * 0.5**2 * (math.sqrt(1 + (error / 0.5) ** 2) - 1)
+
+    losses = training.forward_backward(config, family, weight, torch.Tensor.backward, batch)
+
+    expected = [(huber(1) + 0.5 * huber(2)) / 1.5 / 2, 0.25 * huber(4) / 2 / 2]
+    assert losses[0].tolist() == pytest.approx(expected), "a weight of 0 predicts nothing"
+    assert torch.equal(losses[0], losses[1])
 
 
 # ---- a run's length

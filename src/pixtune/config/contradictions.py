@@ -85,8 +85,9 @@ def _some_pictures(folder: object, folders: Any) -> str | None:
     return None
 
 
-def _places_stand_in_folders(folders: Any, controls: object, metadata: object) -> str | None:
-    given = [name for name, value in (("control_dir", controls), ("metadata_file", metadata)) if value is not None]
+def _places_stand_in_folders(folders: Any, controls: object, metadata: object, masks: object) -> str | None:
+    places = (("control_dir", controls), ("metadata_file", metadata), ("mask_dir", masks))
+    given = [name for name, value in places if value is not None]
     if folders and given:
         return f"data_config.{' and '.join(given)} given beside data_config.folders: write it into its folder"
     return None
@@ -109,9 +110,16 @@ def _one_source_of_captions(source: str | None, text: str | None) -> str | None:
     return None
 
 
+def _one_source_of_masks(folder: object, place: object) -> str | None:
+    if folder is not None and place is not None:
+        return f'mask is "{place}" and mask_dir is given as well: choose one of them'
+    return None
+
+
 _RULES_OF_FOLDERS: tuple[tuple[tuple[str, ...], Callable[..., str | None]], ...] = (
     (("img_size", "img_size_shares"), _a_share_for_each_size),
     (("caption_source", "caption_text"), _one_source_of_captions),
+    (("mask_dir", "mask"), _one_source_of_masks),
 )
 """Rules of keys that `data_config` has as well as each of its folders."""
 
@@ -189,9 +197,30 @@ def _one_held_out_set(share: float, folder: Path | None) -> str | None:
     return None
 
 
+def _a_range_of_sigmas(least: float, most: float) -> str | None:
+    if least < most:
+        return None
+    words = "is empty" if least == most else "runs backwards"
+    return f"objective.min_sigma is {least} and objective.max_sigma {most}: the range of noise levels {words}"
+
+
+def _one_source_of_priors(folder: object, prompts: Sequence[str]) -> str | None:
+    if folder is not None and prompts:
+        return "prior_preservation.folder and prior_preservation.prompts are both given: choose one of them"
+    return None
+
+
+def _each_prompt_once(prompts: Sequence[str]) -> str | None:
+    twice = [prompt for prompt in dict.fromkeys(prompts) if list(prompts).count(prompt) > 1]
+    return f"prior_preservation.prompts has {twice[0]!r} twice: raise num_pictures instead" if twice else None
+
+
 _RULES: tuple[tuple[tuple[str, ...], Callable[..., str | None]], ...] = (
     (("data_config.img_dir", "data_config.folders"), _some_pictures),
-    (("data_config.folders", "data_config.control_dir", "data_config.metadata_file"), _places_stand_in_folders),
+    (
+        ("data_config.folders", "data_config.control_dir", "data_config.metadata_file", "data_config.mask_dir"),
+        _places_stand_in_folders,
+    ),
     (("train_batch_size", "data_config.train_batch_size"), _one_batch_size),
     (("max_train_steps", "num_train_epochs"), _some_length),
     (("lr_scheduler", "lr_step_rules"), _rules_for_their_schedule),
@@ -201,5 +230,8 @@ _RULES: tuple[tuple[tuple[str, ...], Callable[..., str | None]], ...] = (
     (("method", "training_adapter.path"), _an_adapter_beside_a_lora),
     (("method", "ema.decay"), _only_a_lora_is_averaged),
     (("samples.prompts", "samples.controls"), _controls_for_prompts),
+    (("prior_preservation.folder", "prior_preservation.prompts"), _one_source_of_priors),
+    (("prior_preservation.prompts",), _each_prompt_once),
+    (("objective.min_sigma", "objective.max_sigma"), _a_range_of_sigmas),
     (("data_config.control_dir", "data_config.metadata_file"), _one_source_of_controls),
 )

@@ -6,9 +6,9 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
-from pixtune.config.sections import DataConfig, FolderConfig
+from pixtune.config.sections import DataConfig, FolderConfig, PriorConfig
 
 T = TypeVar("T")
 CACHE_FOLDER = ".pixtune_cache"
@@ -46,6 +46,10 @@ class DatasetColumns:
     control: str | None
 
 
+MaskSource = Path | Literal["alpha"] | None
+"""Folder of masks of the pictures' stems; "alpha": the pictures' own alpha channels; None: there are no masks."""
+
+
 @dataclass(frozen=True)
 class Folder:
     """One folder of pictures, with the settings that hold for it."""
@@ -69,6 +73,11 @@ class Folder:
     upscale: bool
     repeats: float = 1.0
     """Number of times that an epoch uses each of its pictures, on average."""
+    masks: MaskSource = None
+    allow_missing_masks: bool = False
+    weight_outside_mask: float = 0.0
+    loss_weight: float = 1.0
+    """Factor of its pictures' losses."""
     dataset: DatasetColumns | None = None
     """Hugging Face data set that it is read from; None: its files are."""
 
@@ -97,7 +106,12 @@ def folders_of(data: DataConfig) -> tuple[Folder, ...]:
     """Returns the folders of a data set in their order; the one of `img_dir` where it names no others."""
     if not data.folders:
         assert data.img_dir is not None, "DataConfig requires one or the other"
-        own = FolderConfig(img_dir=data.img_dir, control_dir=data.control_dir, metadata_file=data.metadata_file)
+        own = FolderConfig(
+            img_dir=data.img_dir,
+            control_dir=data.control_dir,
+            metadata_file=data.metadata_file,
+            mask_dir=data.mask_dir,
+        )
         return (_resolved(own, data, "data_config", ""),)
     labels = _labels(data.folders)
     return tuple(
@@ -114,16 +128,40 @@ def largest_size(data: DataConfig) -> int:
 def folder_beside(data: DataConfig, img_dir: Path) -> Folder:
     """Returns a folder of held-out pictures, with the settings of the first folder to train on.
 
-    Its control pictures lie beside it, in folders of the same names as those of the pictures to train on. Each picture
-    has its own ratio.
+    Its control pictures and masks lie beside it, in folders of the same names as those of the pictures to train on.
+    Each picture has its own ratio.
     """
     first = folders_of(data)[0]
     controls = next((each.control_dirs for each in folders_of(data) if each.control_dirs), ())
     beside = tuple(img_dir.parent / control.name for control in controls)
+    masks = next((each.masks for each in folders_of(data) if each.masks), None)
+    masks = img_dir.parent / masks.name if isinstance(masks, Path) else masks
     return replace(
         first, place="validation", label="", img_dir=img_dir, control_dirs=beside, metadata_file=None,
         dataset=None, random_ratio=False, flip=False, img_sizes=first.img_sizes[:1], size_shares=(1.0,), repeats=1.0,
+        masks=masks,
     )  # fmt: skip
+
+
+def prior_folder(data: DataConfig, prior: PriorConfig, img_dir: Path) -> Folder:
+    """Returns a folder of regularization pictures, with the settings of `data_config` for sizes, crops and flips.
+
+    Captions are files and stay as they are: no prefix names the new thing. Control pictures lie beside it, if there are
+    any; see `folder_beside`.
+    """
+    own = FolderConfig(
+        img_dir=img_dir,
+        repeats=prior.repeats,
+        loss_weight=prior.loss_weight,
+        caption_source="file",
+        caption_type="txt" if prior.prompts else data.caption_type,
+        caption_prefix="",
+        shuffle_tags=False,
+        tag_dropout_rate=0.0,
+    )
+    controls = tuple(path for path in folder_beside(data, img_dir).control_dirs if path.is_dir())
+    of_prior = _resolved(own, data, "prior_preservation", "prior_preservation/")
+    return replace(of_prior, control_dirs=controls, masks=None)
 
 
 def _resolved(own: FolderConfig, data: DataConfig, place: str, label: str) -> Folder:
@@ -161,6 +199,10 @@ def _resolved(own: FolderConfig, data: DataConfig, place: str, label: str) -> Fo
         dataset=DatasetColumns(own.dataset, own.dataset_split, own.image_column, own.caption_column, own.control_column)
         if own.dataset is not None
         else None,
+        masks=own.mask_dir or own.mask or data.mask,
+        allow_missing_masks=_first(own.allow_missing_masks, data.allow_missing_masks),
+        weight_outside_mask=_first(own.weight_outside_mask, data.weight_outside_mask),
+        loss_weight=own.loss_weight,
     )
 
 

@@ -24,8 +24,9 @@ from pixtune.errors import ConfigError, NotYetError
 logger = logging.getLogger(__name__)
 
 FOLDERS = (
-    "data_config.img_dir", "data_config.control_dir", "data_config.folders[].img_dir",
-    "data_config.folders[].control_dir", "validation.held_out_dir",
+    "data_config.img_dir", "data_config.control_dir", "data_config.mask_dir", "data_config.folders[].img_dir",
+    "data_config.folders[].control_dir", "data_config.folders[].mask_dir", "validation.held_out_dir",
+    "prior_preservation.folder",
 )  # fmt: skip
 """Keys whose folders must exist before a run does anything else."""
 

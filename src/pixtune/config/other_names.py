@@ -25,6 +25,11 @@ _BY_OURS: Mapping[str, str] = {
     "data_config.control_dir": (
         "control_path control_directory conditioning_dir conditioning_data_dir conditioning_image_column control_folder"
     ),
+    "data_config.mask_dir": "mask_path mask_directory masks masks_dir conditioning_mask mask_folder",
+    "data_config.mask": "alpha_mask use_alpha_mask alpha_masks",
+    "data_config.weight_outside_mask": (
+        "unmasked_weight mask_min_value masked_weight unmasked_probability masked_loss use_masks masked_training"
+    ),
     "data_config.metadata_file": "image_jsonl_file jsonl dataset_metadata_path metadata in_json metadata_path",
     "data_config.img_size": "resolution image_size train_resolution size px target_size max_resolution resolutions",
     "data_config.flip": "flip_aug random_flip flip_x augment_flip hflip",
@@ -75,6 +80,15 @@ _BY_OURS: Mapping[str, str] = {
     "objective.shift": "discrete_flow_shift flow_shift timestep_shift",
     "objective.guidance": "flux_guidance_value distilled_guidance_scale",
     "objective.weighting_scheme": "loss_weighting loss_weight_fn min_snr_gamma snr_gamma",
+    "objective.loss": "loss_type loss_fn loss_function",
+    "objective.huber_delta": "huber_c huber_param",
+    "objective.min_sigma": "min_timestep min_noising_strength min_denoising_steps timestep_min min_t",
+    "objective.max_sigma": "max_timestep max_noising_strength max_denoising_steps timestep_max max_t",
+    "prior_preservation.folder": "reg_data_dir class_data_dir reg_images reg_dir is_reg with_prior_preservation",
+    "prior_preservation.prompts": "class_prompt class_prompts reg_prompt",
+    "prior_preservation.num_pictures": "num_class_images",
+    "prior_preservation.loss_weight": "prior_loss_weight reg_weight",
+    "data_config.folders[].loss_weight": "loss_multiplier network_weight",
     "validation.held_out": "validation_split val_split eval_split",
     "validation.held_out_dir": "val_data_dir validation_dir validation_data_dir eval_dir",
     "validation.every": "validation_epochs validation_steps eval_steps eval_every",
@@ -127,16 +141,14 @@ _BY_REASON: Mapping[str, str] = {
         "Colours are not changed at random: leave it out, or add changed copies. Crops: data_config.random_ratio; "
         "mirror images: data_config.flip."
     ),
-    "reg_data_dir class_data_dir class_prompt num_class_images prior_loss_weight with_prior_preservation is_reg "
-    "prior_preservation": "There are no regularization pictures: leave it out, or mix them in with captions.",
-    "masked_loss alpha_mask mask_path mask_dir masks use_masks conditioning_mask": (
-        "The loss is not masked by this version: leave it out."
-    ),
     "train_unet train_transformer unet_trainable": "The transformer is what is trained: leave it out.",
     "clip_skip v2 v_parameterization zero_terminal_snr v_pred sdxl is_flux is_xl": (
         "It belongs to older models: leave it out. The family is recognized by the model's folder."
     ),
-    "loss_type huber_c huber_schedule huber_scale": "The loss is the mean squared error of the velocity: leave it out.",
+    "huber_schedule huber_scale": "The pseudo-Huber loss has one delta for all sigmas: objective.huber_delta.",
+    "masked_prior_preservation_weight normalize_masked_area_loss": (
+        "Losses are normalized by the area of their masks always, and the base is no target: leave it out."
+    ),
     "down_lr_weight mid_lr_weight up_lr_weight block_lr loraplus_lr_ratio loraplus_unet_lr_ratio block_dims": (
         "All layers have one learning_rate, and one rank: leave it out. Which layers get a LoRA: lora_targets."
     ),
@@ -170,6 +182,11 @@ REMEDIES: Mapping[str, str] = MappingProxyType(
         "freeze_text_encoder": "Only the transformer is trained.",
         "trigger_words": "It stands in the LoRA file's metadata only: write the word into every caption, too.",
         "resume_from_checkpoint": "A run goes on from its own checkpoints, not from another program's LoRA.",
+        "objective.min_sigma": "It is a noise level from 0 to 1, where others count timesteps to 1000.",
+        "objective.max_sigma": "It is a noise level from 0 to 1, where others count timesteps to 1000.",
+        "objective.loss": 'It is "mse" or "huber".',
+        "data_config.mask": 'It is "alpha"; files of masks go into data_config.mask_dir.',
+        "data_config.weight_outside_mask": "Masks are used wherever data_config.mask_dir or data_config.mask is given.",
         "objective.weighting_scheme": 'SNR weights belong to older models; "none" is usual here.',
         "data_config.upscale": "Mind the opposite meaning; false is the default.",
         "data_config.folders[].dataset": "dataset_name hub_dataset hf_dataset",

@@ -24,6 +24,7 @@ from pixtune.config.sections import (
     FolderConfig,
     GuardConfig,
     ObjectiveConfig,
+    PriorConfig,
     SamplesConfig,
     Section,
     TrainingAdapterConfig,
@@ -153,6 +154,8 @@ class TrainConfig(Section):
     # ---- objective, validation, samples
     objective: ObjectiveConfig = ObjectiveConfig()
     """Noise levels and loss."""
+    prior_preservation: PriorConfig = PriorConfig()
+    """Pictures of what the model knows already and is to keep."""
     validation: ValidationConfig = ValidationConfig()
     """Loss on held-out pictures with fixed noise and sigmas."""
     samples: SamplesConfig = SamplesConfig()

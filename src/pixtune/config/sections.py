@@ -15,6 +15,7 @@ from pixtune.config.values import (
     FewThousand,
     FilePath,
     FilePaths,
+    LossWeight,
     Name,
     PathLists,
     Repeats,
@@ -96,6 +97,16 @@ class FolderConfig(Section):
     """Whether its pictures are cropped to ratios by chance. Absent: `data_config.random_ratio`."""
     upscale: bool | None = None
     """Whether its small pictures are enlarged. Absent: `data_config.upscale`."""
+    mask_dir: FilePath | None = None
+    """Folder of its masks, as `data_config.mask_dir`. Absent: no masks, unless `mask` says where they are."""
+    mask: Literal["alpha"] | None = None
+    """Place of the masks in its pictures themselves. Absent: `data_config.mask`, where there is no `mask_dir`."""
+    weight_outside_mask: Share | None = None
+    """Weight of what its masks do not show. Absent: `data_config.weight_outside_mask`."""
+    allow_missing_masks: bool | None = None
+    """Whether a picture without a mask counts as a whole. Absent: `data_config.allow_missing_masks`."""
+    loss_weight: LossWeight = 1.0
+    """Factor of its pictures' losses: below 1 they are learned less, at 0 not at all."""
 
 
 Folders = Annotated[tuple[FolderConfig, ...], Field(strict=False, max_length=1000)]
@@ -115,6 +126,17 @@ class DataConfig(Section):
     an example. Absent: no controls."""
     allow_missing_controls: bool = False
     """Whether a picture without a control of its name is trained on without one. False: it is a problem."""
+    mask_dir: FilePath | None = None
+    """Folder of masks with the targets' names. The loss counts where a mask is white, and where it is black by
+    `weight_outside_mask`. Absent: no masks, unless `mask` says where they are."""
+    mask: Literal["alpha"] | None = None
+    """Place of the masks in the pictures themselves: "alpha" takes their alpha channels. Absent: there are none, or
+    they are in `mask_dir`."""
+    weight_outside_mask: Share = 0.0
+    """Weight of what a mask does not show, 0 to 1, where it has 1 that the mask shows. Above 0 the surroundings are
+    learned a little, too."""
+    allow_missing_masks: bool = False
+    """Whether a picture without a mask counts as a whole. False: it is a problem."""
     control_size: Side = 1024
     """Side, in pixels, of the square whose area control pictures are brought near to. The stock pipelines use 1024
     whatever the target's size; smaller is faster."""
@@ -176,6 +198,28 @@ class DataConfig(Section):
         return self
 
 
+class PriorConfig(Section):
+    """Keys of prior preservation: regularization pictures, which the model knows already and is to keep."""
+
+    folder: FilePath | None = None
+    """Folder of regularization pictures with captions, to be trained on beside the others, without masks. Control
+    pictures lie beside it, in folders of the same names as `data_config.control_dir`; what else holds for them is as in
+    `data_config`. Absent: there are none, or the base model draws them from `prompts`."""
+    prompts: Words = ()
+    """Prompts from which the base model draws regularization pictures before the first step, such as "a cat" where a
+    certain cat is learned. They are kept in `prior` in `output_dir`. Empty: it draws none."""
+    num_pictures: FewThousand = 20
+    """Number of pictures that it draws of each prompt, from fixed seeds."""
+    num_steps: Annotated[int, Field(ge=1, le=10_000)] = 20
+    """Number of sampler steps of these."""
+    guidance_scale: float = Field(default=4.0, ge=1)
+    """Guidance of these, as `samples.guidance_scale`."""
+    repeats: Repeats = 1.0
+    """Number of times that an epoch uses each regularization picture; fractions count over the epochs."""
+    loss_weight: LossWeight = 1.0
+    """Factor of their losses."""
+
+
 class ObjectiveConfig(Section):
     """Keys of what a step learns: noise levels and the weight of their losses."""
 
@@ -194,6 +238,22 @@ class ObjectiveConfig(Section):
     """Guidance input of distilled models (FLUX.1-dev) during training and validation; other models have none."""
     weighting_scheme: WEIGHTING_SCHEMES = "none"
     """Weight of each example's loss by its sigma, under diffusers' names. "none": all weigh the same."""
+    min_sigma: Share = 0.0
+    """Lower end of the sigmas that training draws: draws, the shift included, are mapped evenly from [0, 1] to
+    [`min_sigma`, `max_sigma`]. Large values train composition alone."""
+    max_sigma: Share = 1.0
+    """Upper end of the sigmas that training draws; see `min_sigma`. Small values train detail alone."""
+    loss: Literal["mse", "huber"] = "mse"
+    """Measure of the velocity's error in training: its square, or the pseudo-Huber loss, on which a few pictures unlike
+    the others weigh less. Held-out losses are squares always."""
+    huber_delta: Annotated[float, Field(ge=1e-4, le=1e4)] = 0.1
+    """Error of the velocity, whose values are about 1, from which "huber" grows evenly with the error and no longer
+    with its square."""
+
+    @property
+    def delta(self) -> float | None:
+        """Delta of the pseudo-Huber loss; None where the loss is the squared error."""
+        return self.huber_delta if self.loss == "huber" else None
 
 
 class ValidationConfig(Section):

@@ -74,6 +74,7 @@ PathLists = Annotated[tuple[FilePaths, ...], Field(strict=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
 Repeats = Annotated[float, Field(ge=0, le=10_000)]
+LossWeight = Annotated[float, Field(ge=0, le=1000)]
 StepRules = Annotated[str, AfterValidator(_piecewise)]
 
 # Upper limits beyond all use: a slip of the keyboard is an error at once, not a table or a queue that fills all memory.

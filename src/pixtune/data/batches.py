@@ -19,7 +19,7 @@ from pixtune import randomness
 from pixtune.config.sections import ObjectiveConfig
 from pixtune.data.order import BatchOrder, Turn
 from pixtune.family import Conditioning, LatentDistribution
-from pixtune.objective import shift_sigmas, sigmas_from_uniform
+from pixtune.objective import fit_into_range, shift_sigmas, sigmas_from_uniform
 from pixtune.sizes import LatentShape
 
 T = TypeVar("T")
@@ -36,6 +36,10 @@ class Batch:
     controls: tuple[Tensor, ...]
     """Clean latents of the control pictures, each of shape BCHW with a size of its own."""
     names: list[str]
+    weights_B1HW: Tensor | None = None
+    """Weights of the latents' positions in their examples' losses. None, in all batches of a run: they are equal."""
+    example_weight_B: Tensor | None = None
+    """Factors of the examples' losses. None, in all batches of a run: they are 1."""
 
     @property
     def shapes(self) -> Hashable:
@@ -56,8 +60,9 @@ class Batch:
         return replace(self.map(lambda tensor: tensor[rows]), names=self.names[rows])
 
     def tensors(self) -> tuple[Tensor, ...]:
+        weights = (tensor for tensor in (self.weights_B1HW, self.example_weight_B) if tensor is not None)
         return (
-            self.latents_BCHW, self.noise_BCHW, self.sigma_B, *self.conditioning.values(), *self.controls,
+            self.latents_BCHW, self.noise_BCHW, self.sigma_B, *self.conditioning.values(), *self.controls, *weights,
         )  # fmt: skip
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Batch:
@@ -69,6 +74,8 @@ class Batch:
             {name: change(tensor) for name, tensor in self.conditioning.items()},
             tuple(change(control) for control in self.controls),
             self.names,
+            None if self.weights_B1HW is None else change(self.weights_B1HW),
+            None if self.example_weight_B is None else change(self.example_weight_B),
         )
 
     def to(self, device: torch.device) -> Batch:
@@ -108,6 +115,10 @@ class ExampleReader:
     num_image_tokens: Callable[[int, int], int]
     """Latent height, width -> number of tokens."""
     names: Sequence[str]
+    read_weights: Callable[[int, int], Tensor] | None = None
+    """Example, variant -> weights of its latents' positions, shape 11HW; None where no example has a mask."""
+    example_weights: Sequence[float] | None = None
+    """Factor of each example's loss; None where all are 1."""
 
 
 @dataclass(frozen=True)
@@ -186,6 +197,8 @@ class BatchSource:
             text=reader.read_text(turn.example, turn.variant, self._caption(index, slot, turn)),
             controls=reader.read_controls(turn.example, turn.variant),
             name=reader.names[turn.example],
+            weights=reader.read_weights(turn.example, turn.variant) if reader.read_weights else None,
+            example_weight=reader.example_weights[turn.example] if reader.example_weights else 1.0,
         )
 
     def _join(self, singles: Sequence[_Single]) -> Batch:
@@ -196,6 +209,10 @@ class BatchSource:
             self.reader.stack([single.text for single in singles], self.text_multiple),
             tuple(torch.cat(column) for column in zip(*(single.controls for single in singles), strict=True)),
             [single.name for single in singles],
+            torch.cat([single.weights for single in singles if single.weights is not None])
+            if self.reader.read_weights
+            else None,
+            torch.tensor([single.example_weight for single in singles]) if self.reader.example_weights else None,
         )
 
     def _sigma(self, uniform: float, height: int, width: int) -> Tensor:
@@ -208,11 +225,11 @@ class BatchSource:
             logit_std=objective.logit_std,
             mode_scale=objective.mode_scale,
         )
-        if objective.shift == "none":
-            return sigma
         if objective.shift == "model":
-            return shift_sigmas(sigma, self.reader.time_shift(height, width))
-        return shift_sigmas(sigma, objective.shift)
+            sigma = shift_sigmas(sigma, self.reader.time_shift(height, width))
+        elif objective.shift != "none":
+            sigma = shift_sigmas(sigma, objective.shift)
+        return fit_into_range(sigma, objective.min_sigma, objective.max_sigma)
 
 
 @dataclass(frozen=True)
@@ -225,6 +242,8 @@ class _Single:
     text: Conditioning
     controls: Sequence[Tensor]
     name: str
+    weights: Tensor | None
+    example_weight: float
 
 
 def timed(items: Iterable[T], waited: Callable[[float], None]) -> Iterator[T]:

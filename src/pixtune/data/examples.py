@@ -15,6 +15,7 @@ from pixtune.data.captions import caption_without_file, forms_of, split_lines, w
 from pixtune.data.controls import ControlFraming, ControlRules, frame_control
 from pixtune.data.images import picture_digest, read_size
 from pixtune.data.layouts import find_examples
+from pixtune.data.masks import MaskFile, find_masks
 from pixtune.data.order import ONCE, Use
 from pixtune.data.pairs import Pair, shorten
 from pixtune.data.validate import validate_pairs
@@ -42,6 +43,10 @@ class Example:
     """Captions that its turns draw from; empty: `caption` alone."""
     folder: str = ""
     """Label of its folder, with which its name begins; empty where there is only one."""
+    mask: MaskFile | None = None
+    """Mask of the picture; None: all of it counts."""
+    loss_weight: float = 1.0
+    """Factor of its loss."""
 
     @property
     def captions(self) -> tuple[str, ...]:
@@ -58,6 +63,11 @@ class Example:
         """SHA-256 of each control picture's file when this was first read."""
         return tuple(picture_digest(path) for path in self.control_paths)
 
+    @property
+    def digests(self) -> tuple[str, ...]:
+        """SHA-256 of its picture's, controls' and mask's files when they were first read."""
+        return self.image_digest, *self.control_digests, *((self.mask.digest,) if self.mask else ())
+
     def signature(self, variant: int) -> tuple[Size, ...]:
         """Returns the sizes of target and controls: only examples that agree in all of them fit into one batch."""
         controls = self.control_framings[variant] if self.control_paths else ()
@@ -70,9 +80,12 @@ def folders_apart(config: TrainConfig) -> tuple[Path, ...]:
     folders = folders_of(data)
     pictures = [each.img_dir for each in folders]
     controls = [control for each in folders for control in each.control_dirs]
-    of_held_out = (held_out, *folder_beside(data, held_out).control_dirs) if held_out is not None else ()
+    beside = [] if held_out is None else [folder_beside(data, held_out)]
+    of_held_out = [path for each in beside for path in (each.img_dir, *each.control_dirs)]
     own = (config.output_dir, config.output_dir / config.logging_dir, *([data.cache_dir] if data.cache_dir else []))
-    return tuple(dict.fromkeys((*pictures, *controls, *of_held_out, *own)))
+    masks = [each.masks for each in (*folders, *beside) if isinstance(each.masks, Path)]
+    pictures += [] if config.prior_preservation.folder is None else [config.prior_preservation.folder]
+    return tuple(dict.fromkeys((*pictures, *controls, *masks, *of_held_out, *own)))
 
 
 def check_purposes(config: TrainConfig) -> None:
@@ -88,12 +101,13 @@ def check_purposes(config: TrainConfig) -> None:
     }
     faults = []
     for each in folders_of(config.data_config):
-        folders = {"img_dir": (each.img_dir,), "control_dir": each.control_dirs, **one_purpose}
-        real = {key: {folder.resolve() for folder in named} for key, named in folders.items()}
+        masks = (each.masks,) if isinstance(each.masks, Path) else ()
+        own = {"img_dir": (each.img_dir,), "control_dir": each.control_dirs, "mask_dir": masks}
+        real = {key: {folder.resolve() for folder in named} for key, named in (own | one_purpose).items()}
         for one, other, reason in _SPOILED:
             if real[one] & real[other]:
-                place = f"{each.place}.{one}" if one in ("img_dir", "control_dir") else one
-                faults.append(f"{place} and {other} are one folder: {reason}.")
+                places = [f"{each.place}.{key}" if key in own else key for key in (one, other)]
+                faults.append(f"{' and '.join(places)} are one folder: {reason}.")
     faults = list(dict.fromkeys(faults))
     if faults:
         raise ConfigError("each purpose needs a folder of its own", faults)
@@ -104,6 +118,10 @@ _SPOILED = (
     ("img_dir", "output_dir", "the run's own pictures would be taken for training pictures"),
     ("validation.held_out_dir", "output_dir", "the run's own pictures would be taken for held-out pictures"),
     ("control_dir", "output_dir", "the run's own pictures would be taken for controls"),
+    ("img_dir", "mask_dir", "pictures would be taken for masks, and masks be trained on"),
+    ("control_dir", "mask_dir", "controls would be taken for masks"),
+    ("mask_dir", "validation.held_out_dir", "masks would be measured as pictures"),
+    ("mask_dir", "output_dir", "the run's own pictures would be taken for masks"),
 )
 """Pairs of keys that must not name one folder, each with what would happen."""
 
@@ -161,11 +179,15 @@ def _read_folder(
         buckets = [build_buckets(size, multiple) for size in folder.img_sizes]
     except ValueError as error:
         raise DataError("pictures of this size cannot be trained on", [f"{folder.place}.{error}"]) from error
-    faults = [*found.faults, *_control_faults(found.pairs, controls, folder)]
+    masks = find_masks(found.pairs, folder, apart)
+    for warning in masks.warnings:
+        note(warning)
+    faults = [*found.faults, *_control_faults(found.pairs, controls, folder), *masks.faults]
     examples = []
     for pair in found.pairs:
         try:
-            examples.append(_read_example(pair, buckets, folder, controls, seed))
+            example = _read_example(pair, buckets, folder, controls, seed)
+            examples.append(replace(example, mask=masks.of_picture.get(pair.name), loss_weight=folder.loss_weight))
         except DataError as error:
             faults += error.faults
         except ValueError as error:

@@ -12,7 +12,7 @@ import io
 import struct
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cache
@@ -23,7 +23,7 @@ import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from pixtune.data.buckets import Framing
-from pixtune.data.levels import DECODER_ERRORS, WHITE_IS_ZERO, Stored, Unusable, to_rgb
+from pixtune.data.levels import DECODER_ERRORS, WHITE_IS_ZERO, Stored, Unusable, read_alpha, to_rgb
 from pixtune.errors import DataError
 from pixtune.inputs.reading import MEBIBYTE, check_size
 from pixtune.sizes import Size
@@ -96,26 +96,70 @@ def decoded(path: Path) -> Iterator[Decoded]:
         yield decode(path)
 
 
-def decode(path: Path) -> Decoded:
+def decode(path: Path, backdrop: str = "white") -> Decoded:
     """Decodes a picture as `open_rgb`, with notes on what was guessed or left out, such as an animation's later frames.
+
+    Args:
+        backdrop: name of the colour that shows where the picture is transparent.
 
     Raises:
         DataError: as `open_rgb`.
     """
     notes: dict[str, None] = {}
+    with _loaded(path, notes) as (image, stored):
+        transposition = _UPRIGHT.get(_orientation(image))
+        rgb = to_rgb(image, stored, notes, backdrop)
+    del image  # frees the pixels as they were stored before a copy is turned upright
+    upright = rgb.transpose(transposition) if transposition is not None else rgb
+    upright.info = {}  # the profile, orientation and resolution of the file no longer describe these pixels
+    return Decoded(upright, tuple(notes))
+
+
+@contextlib.contextmanager
+def _loaded(path: Path, notes: dict[str, None]) -> Iterator[tuple[Image.Image, Stored]]:
+    """Opens a picture and decodes its first frame, with what only the open file tells of its levels."""
     with _naming_the_file(path), _opened(path) as image:
         if image.format != "MPO" and (num_frames := getattr(image, "n_frames", 1)) > 1:
             # A phone's MPO holds depth maps or previews behind the picture: nobody misses those.
             notes[f"has {num_frames} frames; only the first is used"] = None
         raw_mode = _raw_mode(image)
         image.load()
-        stored = Stored(raw_mode, getattr(image, "tag_v2", {}).get(262) == WHITE_IS_ZERO)
-        transposition = _UPRIGHT.get(_orientation(image))
-        rgb = to_rgb(image, stored, notes)
-    del image  # frees the pixels as they were stored before a copy is turned upright
-    upright = rgb.transpose(transposition) if transposition is not None else rgb
-    upright.info = {}  # the profile, orientation and resolution of the file no longer describe these pixels
-    return Decoded(upright, tuple(notes))
+        yield image, Stored(raw_mode, getattr(image, "tag_v2", {}).get(262) == WHITE_IS_ZERO)
+
+
+def has_alpha(path: Path) -> bool:
+    """Returns whether a picture has an alpha channel or transparent colours, from its header alone.
+
+    Raises:
+        DataError: the header cannot be read.
+    """
+    with _naming_the_file(path), _opened(path) as image:
+        return image.has_transparency_data
+
+
+def read_levels(path: Path, of_alpha: bool, note: Callable[[str], None]) -> np.ndarray:
+    """Decodes a mask as its upright levels, 0 to 255, shape (height, width).
+
+    They are its opacity, or else its brightness, where what is transparent is black.
+
+    Args:
+        note: called with sentences on how it was read that lack the picture's name at their beginning.
+
+    Raises:
+        DataError: as `open_rgb`.
+    """
+    notes: dict[str, None] = {}
+    with _loaded(path, notes) as (image, stored):
+        transposition, alpha = _UPRIGHT.get(_orientation(image)), read_alpha(image, stored.raw_mode)
+        if of_alpha:
+            levels = alpha or Image.new("L", image.size, 255)
+        else:
+            levels = to_rgb(image, stored, notes, "black").convert("L")
+            if alpha is not None and alpha.getextrema()[0] != 255:
+                notes["is a mask with an alpha channel: what is transparent counts as black"] = None
+    for sentence in notes:
+        note(sentence)
+    return np.asarray(levels.transpose(transposition) if transposition is not None else levels)
 
 
 def read_size(path: Path) -> Size:

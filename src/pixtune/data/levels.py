@@ -44,32 +44,33 @@ class Stored:
     white_is_zero: bool
 
 
-def to_rgb(image: Image.Image, stored: Stored, notes: dict[str, None]) -> Image.Image:
-    """Converts a loaded picture to RGB over white, in strips of at most `STRIP_PIXELS`.
+def to_rgb(image: Image.Image, stored: Stored, notes: dict[str, None], backdrop: str = "white") -> Image.Image:
+    """Converts a loaded picture to RGB over a backdrop, in strips of at most `STRIP_PIXELS`.
 
     Args:
         notes: gets sentences on what was guessed, each once.
+        backdrop: name of the colour that shows where a picture is transparent.
 
     Raises:
         Unusable: the meaning of its levels would have to be guessed.
     """
     height = max(STRIP_PIXELS // image.width, 1)
     if height >= image.height:
-        return _strip_to_rgb(image, stored, notes)
+        return _strip_to_rgb(image, stored, notes, backdrop)
     rgb = Image.new("RGB", image.size)
     for top in range(0, image.height, height):
         strip = image.crop((0, top, image.width, min(top + height, image.height)))
-        rgb.paste(_strip_to_rgb(strip, stored, notes), (0, top))
+        rgb.paste(_strip_to_rgb(strip, stored, notes, backdrop), (0, top))
     return rgb
 
 
-def _strip_to_rgb(image: Image.Image, stored: Stored, notes: dict[str, None]) -> Image.Image:
-    alpha = _alpha(image, stored.raw_mode)
+def _strip_to_rgb(image: Image.Image, stored: Stored, notes: dict[str, None], backdrop: str) -> Image.Image:
+    alpha = read_alpha(image, stored.raw_mode)
     rgb = _to_srgb(_to_eight_bits(image, stored), image.info.get("icc_profile"), notes)
-    return rgb if alpha is None else Image.composite(rgb, Image.new("RGB", rgb.size, "white"), alpha)
+    return rgb if alpha is None else Image.composite(rgb, Image.new("RGB", rgb.size, backdrop), alpha)
 
 
-def _alpha(image: Image.Image, raw_mode: str) -> Image.Image | None:
+def read_alpha(image: Image.Image, raw_mode: str) -> Image.Image | None:
     """Extracts the opacity as an 8-bit picture, 255 for opaque; None where the picture has no transparency."""
     if image.mode in ("RGBA", "LA", "PA"):
         return image.getchannel("A")

@@ -9,12 +9,11 @@ from pathlib import Path
 from accelerate import Accelerator
 from torch import Tensor
 
-from pixtune.config.folders import folder_beside, folders_of, largest_size
+from pixtune.config.folders import folder_beside, folders_of, largest_size, prior_folder
 from pixtune.config.schema import TrainConfig
-from pixtune.data.buckets import Framing, build_buckets, frame_picture
 from pixtune.data.build_encoder import build_encoder, check_cache
 from pixtune.data.cache import missing_keys
-from pixtune.data.controls import ControlRules, frame_control
+from pixtune.data.controls import ControlRules
 from pixtune.data.encode import Encoder, FramedPicture, TextItem, shorten
 from pixtune.data.encodings import Encodings, control_pictures, target_picture, text_item
 from pixtune.data.examples import (
@@ -28,12 +27,12 @@ from pixtune.data.examples import (
     used_examples,
     without_held_out,
 )
-from pixtune.data.images import read_size
+from pixtune.data.mask_weights import Masks
 from pixtune.data.pairs import shorten as shorten_names
 from pixtune.data.prepared import DataFingerprint, PreparedData, captioned_sizes, example_reader, most_image_tokens
+from pixtune.data.prompts import control_rules, encode_prompt, prompt_example, rounded_sizes
 from pixtune.data.random_data import random_data
 from pixtune.data.swapped import BothWays, choose_pairs, needed_pictures, needed_texts, read_pairs
-from pixtune.errors import ConfigError, DataError
 from pixtune.family import Conditioning, LatentDistribution, ModelFamily
 from pixtune.hardware.monitor import StageLog
 from pixtune.judging.validation import HeldOutPicture
@@ -41,7 +40,6 @@ from pixtune.plan.encoders import EncoderPlan
 from pixtune.plan.passes import needs_negative
 from pixtune.plan.text_padding import Captions
 from pixtune.progress import announced, say
-from pixtune.sampler import EncodedPrompt
 from pixtune.sizes import Size
 from pixtune.storage.files import check_outputs, text_digest
 from pixtune.storage.loading import check_parts
@@ -57,6 +55,7 @@ def prepare_data(
     stages: StageLog | None = None,
     encoders: EncoderPlan | None = None,
     check: Callable[[DataFingerprint], object] = lambda fingerprint: None,
+    prior: Path | None = None,
 ) -> PreparedData:
     """Reads the data set, encodes what the cache lacks, and reports both.
 
@@ -66,6 +65,7 @@ def prepare_data(
         stages: log that gets the memory of both encodings.
         encoders: the encoders' plan of a run that is resumed; None: made for this machine as it is.
         check: receives the data's fingerprint before anything is encoded, and may refuse it by raising.
+        prior: folder of regularization pictures; None: there are none.
 
     Raises:
         ConfigError: one folder is given for two purposes.
@@ -93,12 +93,18 @@ def prepare_data(
         held_out = read_examples(folders[-1:], multiple, rules, apart, notes.append, config.seed)
         training, sentence = without_held_out(training, held_out)
         notes += [sentence] if sentence else []
+    named_by_triggers = training
+    if prior is not None:
+        folders.append(prior_folder(data, config.prior_preservation, prior))
+        training = training + used_examples(
+            read_examples(folders[-1:], multiple, rules, apart, notes.append, config.seed)
+        )
     if config.random_weights:
         return random_data(config, family, folder, training, held_out)
 
     if len(data.folders) > 1:
         notes += filter(None, [shared_pictures(examples)])
-    notes += missing_triggers(training, config.trigger_words)
+    notes += missing_triggers(named_by_triggers, config.trigger_words)
     prompts = _prompt_examples(config, multiple, rules)
     notes += rounded_sizes(_asked_size(config), multiple) if prompts and not _own_shapes(config) else []
     pairs = choose_pairs(training, rules, family.dropped_caption, config.seed)
@@ -108,10 +114,15 @@ def prepare_data(
     pictures = list(dict.fromkeys([*pictures, *needed_pictures(pairs)]))
     encoder = build_encoder(config, family, folder, accelerator, items, pictures, encoders)
     encodings = Encodings(encoder)
+    masks = Masks(family, folder, encoder.store, encoder.ledger)
     with announced("recognizing the encoders by their files", partial(say, encoder.console)):
-        fingerprint = _fingerprint(encoder, training)
+        fingerprint = _fingerprint(encoder, masks, training)
     check(fingerprint)
     if accelerator.is_main_process or not config.save_cache_on_disk:
+        masked = [*all_variants(training), *all_variants(held_out)]
+        if missing_keys(encoder.store, masks.keys(masked)):
+            check_cache(config)
+        notes += masks.fill(masked)
         no_latents = missing_keys(encoder.store, encoder.latent_keys(pictures))
         if no_latents or missing_keys(encoder.store, encoder.text_keys(items)):
             check_cache(config)
@@ -135,12 +146,12 @@ def prepare_data(
         encodings.keep_text_encoder()
     if not config.precompute_image_embeddings:
         encodings.keep_autoencoder()
-    return _gather(config, family, folder, encodings, training, held_out, prompts, pairs, fingerprint)
+    return _gather(config, family, folder, encodings, masks, training, held_out, prompts, pairs, fingerprint)
 
 
-def _fingerprint(encoder: Encoder, training: Sequence[Example]) -> DataFingerprint:
+def _fingerprint(encoder: Encoder, masks: Masks, training: Sequence[Example]) -> DataFingerprint:
     """Returns a hash over everything that decides what is trained on, from the keys of its encodings."""
-    variants = [(example, variant) for example in training for variant in range(len(example.framings))]
+    variants = all_variants(training)
     pictures = [
         picture
         for example, variant in variants
@@ -149,7 +160,15 @@ def _fingerprint(encoder: Encoder, training: Sequence[Example]) -> DataFingerpri
     texts = [text_item(text, example, variant) for example, variant in variants for text in example.captions]
     keys = encoder.text_keys(texts)
     keys += encoder.latent_keys(pictures)
-    return DataFingerprint(text_digest("\n".join(key.digest for key in keys)), _digests_by_name(training))
+    digests = [key.digest for key in keys]
+    for number, variant in enumerate(variants):  # numbered, since not each has a mask
+        digests += [f"{number} {key.digest}" for key in masks.keys([variant])]
+    return DataFingerprint(text_digest("\n".join(digests)), _digests_by_name(training))
+
+
+def all_variants(examples: Sequence[Example]) -> list[tuple[Example, int]]:
+    """Lists each example with each of its framings' numbers."""
+    return [(example, variant) for example in examples for variant in range(len(example.framings))]
 
 
 def missing_triggers(training: Sequence[Example], words: Sequence[str]) -> list[str]:
@@ -172,98 +191,9 @@ def _digests_by_name(training: Sequence[Example]) -> dict[str, str] | None:
     if len(training) > MOST_NAMED_EXAMPLES:
         return None
     return {
-        each.name: f"{text_digest(chr(0).join(each.captions))[:8]}-"
-        + text_digest("\n".join([each.image_digest, *each.control_digests]))[:8]
+        each.name: "-".join(text_digest(text)[:8] for text in ("\0".join(each.captions), "\n".join(each.digests)))
         for each in training
     }
-
-
-def control_rules(family: ModelFamily, folder: ModelFolder, side: int) -> ControlRules | None:
-    """Returns the family's use of control pictures of about `side` squared pixels; None where it takes none."""
-    if family.max_controls == 0:
-        return None
-    return ControlRules(
-        family.max_controls,
-        partial(family.control_size, folder, side=side),
-        partial(family.vision_size, side=side) if family.controls_in_text else None,
-    )
-
-
-def prompt_example(
-    text: str, controls: Sequence[Path], size: Size, own_shape: bool, multiple: int, rules: ControlRules | None
-) -> Example:
-    """Puts a prompt with its control pictures into the form of a training example, so that both are encoded alike.
-
-    Args:
-        size: size of the sample, whose sides are rounded down as the stock pipelines do; see `rounded_sizes`.
-        own_shape: take the last control's shape instead, at the area of `size`, as the stock edit pipelines do.
-
-    Raises:
-        DataError: a control cannot be read, or the model takes fewer.
-    """
-    if controls and (rules is None or len(controls) > rules.most):
-        most = rules.most if rules else 0
-        raise DataError(
-            "a prompt has too many control pictures",
-            [f"{text!r} has {len(controls)}; this model takes at most {most}."],
-        )
-    sizes = [read_size(path) for path in controls]
-    if own_shape and sizes:
-        side = round((size[0] * size[1]) ** 0.5)
-        size = frame_picture(*sizes[-1], build_buckets(side, multiple), upscale=True).size
-    size = round_down(size, multiple)
-    whole = Framing(*size, 1.0, (0.0, 0.0, float(size[0]), float(size[1])), 0.0)
-    framings = tuple(frame_control(control, size, whole, rules) for control in sizes if rules)
-    return Example(text, controls[-1] if controls else Path(), text, (whole,), tuple(controls), (framings,))
-
-
-def round_down(size: Size, multiple: int) -> Size:
-    """Returns the largest size with sides that the model can draw.
-
-    Raises:
-        ConfigError: a side is shorter than the model's shortest.
-    """
-    if min(size) < multiple:
-        raise ConfigError(
-            "a sample of this size cannot be drawn",
-            [f"It is {size[0]}x{size[1]} pixels; the model's sides are multiples of {multiple}."],
-        )
-    return size[0] // multiple * multiple, size[1] // multiple * multiple
-
-
-def rounded_sizes(asked: Size, multiple: int) -> list[str]:
-    """Writes a sentence where samples are drawn in another size than was asked for; else none."""
-    drawn = round_down(asked, multiple)
-    if drawn == asked:
-        return []
-    drawn_text, asked_text = (f"{width}x{height}" for width, height in (drawn, asked))
-    return [f"samples are drawn at {drawn_text}, not {asked_text}: the model's sides are multiples of {multiple}."]
-
-
-def encode_prompt(
-    family: ModelFamily,
-    encodings: Encodings,
-    example: Example,
-    guidance_scale: float,
-    negative_prompt: str | None = None,
-) -> EncodedPrompt:
-    """Encodes everything that the sampler needs of a `prompt_example`.
-
-    Args:
-        negative_prompt: the prompt that guidance leads away from; None: the family's empty one.
-    """
-    negative = None
-    if needs_negative(family, guidance_scale):
-        instead = family.dropped_caption if negative_prompt is None else negative_prompt
-        negative = encodings.text(text_item(instead, example, 0))
-    return EncodedPrompt(
-        example.caption,
-        encodings.text(text_item(example.caption, example, 0)),
-        negative,
-        tuple(encodings.latents(picture).mean_BCHW for picture in control_pictures(example, 0)),
-        example.framings[0].size,
-        example.control_paths,
-    )
 
 
 def _prompt_examples(config: TrainConfig, multiple: int, rules: ControlRules | None) -> list[Example]:
@@ -343,6 +273,7 @@ def _gather(
     family: ModelFamily,
     folder: ModelFolder,
     encodings: Encodings,
+    masks: Masks,
     training: Sequence[Example],
     held_out: Sequence[Example],
     prompts: Sequence[Example],
@@ -360,7 +291,10 @@ def _gather(
         # Stock pipelines take the most likely latents of a control, which is seen clean.
         return [encodings.latents(picture).mean_BCHW for picture in control_pictures(training[example], variant)]
 
-    variants = [(example, variant) for example in training for variant in range(len(example.framings))]
+    def read_weights(example: int, variant: int) -> Tensor:
+        return masks.weights(training[example], variant)
+
+    variants = all_variants(training)
     known = config.precompute_text_embeddings
     longest = variants if known else [max(variants, key=lambda row: max(map(len, row[0].captions)))]
     dropout = config.data_config.caption_dropout_rate
@@ -372,7 +306,7 @@ def _gather(
     }
     text_tokens = {caption: encodings.count_text_tokens(caption) for caption in captions}
     return PreparedData(
-        reader=example_reader(family, folder, training, read_latents, read_text, read_controls),
+        reader=example_reader(family, folder, training, read_latents, read_text, read_controls, read_weights),
         buckets=[[example.signature(variant) for variant in range(len(example.framings))] for example in training],
         held_out=[
             HeldOutPicture(
@@ -380,6 +314,7 @@ def _gather(
                 encodings.latents(target_picture(example, 0)).mean_BCHW,
                 encodings.text(text_item(example.caption, example, 0)),
                 tuple(encodings.latents(picture).mean_BCHW for picture in control_pictures(example, 0)),
+                masks.weights(example, 0) if example.mask else None,
             )
             for example in held_out
         ],

@@ -116,8 +116,10 @@ def example_reader(
     read_latents: Callable[[int, int], LatentDistribution],
     read_text: Callable[[int, int, int | None], Conditioning],
     read_controls: Callable[[int, int], list[Tensor]],
+    read_weights: Callable[[int, int], Tensor],
 ) -> ExampleReader:
     """Builds the reader of a family's examples from functions that read their encodings; see `ExampleReader`."""
+    weights = [example.loss_weight for example in examples]
     return ExampleReader(
         read_latents=read_latents,
         read_text=read_text,
@@ -127,4 +129,6 @@ def example_reader(
         time_shift=lambda height, width: family.time_shift(folder, family.num_image_tokens(height, width)),
         num_image_tokens=family.num_image_tokens,
         names=[example.name for example in examples],
+        read_weights=read_weights if any(example.mask for example in examples) else None,
+        example_weights=weights if any(weight != 1 for weight in weights) else None,
     )

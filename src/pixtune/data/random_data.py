@@ -78,8 +78,11 @@ def random_data(
         sizes = training[example].signature(variant)[1:]
         return [random_latents(size, example, number) for number, size in enumerate(sizes)]
 
+    def read_weights(example: int, variant: int) -> Tensor:
+        return torch.ones(1, 1, *family.latent_shape(folder, *training[example].framings[variant].size)[1:])
+
     return PreparedData(
-        reader=example_reader(family, folder, training, read_latents, read_text, read_controls),
+        reader=example_reader(family, folder, training, read_latents, read_text, read_controls, read_weights),
         buckets=[[example.signature(variant) for variant in range(len(example.framings))] for example in training],
         held_out=[held_out_picture(number, example) for number, example in enumerate(held_out)],
         prompts=[],

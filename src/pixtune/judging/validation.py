@@ -32,6 +32,8 @@ class HeldOutPicture:
     """Text features of one example, on the CPU."""
     controls: tuple[Tensor, ...] = ()
     """Latents of its control pictures, each of shape 1CHW, on the CPU."""
+    weights_11HW: Tensor | None = None
+    """Weights of its latents' positions, as in training, on the CPU; None: all weigh the same."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,9 @@ def losses_at(
             family.predict_velocity(transformer.module, noisy_BCHW[part], sigma_B[part], text, controls, guidance)
         )
         after_pass()
-    return example_losses(torch.cat(velocities), velocity_target(latents_BCHW, noise_BCHW))
+    weights = picture.weights_11HW
+    weights_B1HW = None if weights is None else weights.to(device).expand(len(sigmas), -1, -1, -1)
+    return example_losses(torch.cat(velocities), velocity_target(latents_BCHW, noise_BCHW), weights_B1HW)
 
 
 def measure(

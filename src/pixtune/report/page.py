@@ -233,7 +233,7 @@ def plan_charts(record: RunRecord) -> list[Chart]:
     end = record.last_step
     held_out = [Series("held-out", [(v.step, v.loss) for v in record.validations], 0, "marked")]
     return [
-        Chart("Training loss", "mean squared error of the velocity", smoothed(record, "loss"), end),
+        Chart("Training loss", "error of the velocity, weighed as it is trained", smoothed(record, "loss"), end),
         Chart("Held-out loss", "fixed noise and sigmas, so points compare", held_out, end),
         Chart("Held-out loss by sigma", "change since the first point", quarter_changes(record), end, suffix="%"),
         Chart("Gradient norm", "before clipping", smoothed(record, "grad_norm"), end),

@@ -103,7 +103,7 @@ def _changes_folders(before: RunIdentity, now: RunIdentity) -> str | None:
     return None if was == is_now else "how the folders are used would be another"
 
 
-_PLACES = ("img_dir", "control_dir", "metadata_file", "dataset")
+_PLACES = ("img_dir", "control_dir", "metadata_file", "dataset", "mask_dir")
 """Keys of a folder that only say where it lies: its pictures are recognized by their content."""
 
 
@@ -117,7 +117,8 @@ RULES: Mapping[str, Rule] = {
             "output_dir", "logging_dir", "report_to", "tracker_project_name", "logging_steps", "checkpointing_steps",
             "checkpoints_total_limit", "resume_from_checkpoint", "resume_with_changes_in", "samples", "guard",
             "validation.every", "trigger_words", "save_cache_on_disk", "encode_batch_size", "data_config.img_dir",
-            "data_config.control_dir", "data_config.metadata_file", "data_config.cache_dir", "data_config.num_workers",
+            "data_config.control_dir", "data_config.mask_dir", "data_config.metadata_file", "data_config.cache_dir",
+            "data_config.num_workers", "prior_preservation.folder",
             "pretrained_model_name_or_path", "disable_cpu_offload", "pin_memory", "precompute_text_embeddings",
             "precompute_image_embeddings", "ema.on_host", "training_adapter.path",
         ),

@@ -17,15 +17,9 @@ from PIL import Image
 from torch import nn
 
 from pixtune.commands import sample as module
-from pixtune.commands.sample import (
-    Plans,
-    SampleRequest,
-    config_of,
-    make_plans,
-    open_task,
-    sample_as_planned,
-    sample_pictures,
-)
+from pixtune.commands.sample import config_of, sample_pictures
+from pixtune.data import drawing
+from pixtune.data.drawing import Plans, SampleRequest, make_plans, open_task, sample_as_planned
 from pixtune.engine.apply import load_planned
 from pixtune.engine.load import LoadedTransformer
 from pixtune.errors import ConfigError, WeightsError, WriteError
@@ -139,7 +133,7 @@ def test_the_transformer_is_gone_before_the_first_picture_is_decoded(
         alive.append(loaded[0]() is not None)
         return decode(sampler, *arguments)
 
-    monkeypatch.setattr(module, "load_planned", watched_load)
+    monkeypatch.setattr(drawing, "load_planned", watched_load)
     monkeypatch.setattr(PromptSampler, "decode", watched_decode)
     for decode_last in (True, False):
         loaded.clear()
@@ -158,7 +152,7 @@ def test_the_memory_of_each_stage_is_recorded_and_no_weights_are_hashed(
     monkeypatch.setattr(ModelFolder, "fingerprint", refuse)
     stages, plans = StageLog(), Plans(PLAINLY, replace(PLAIN, decode_last=decode_last))
     assert len(list(sample_as_planned(open_task(request_for(MODELS[0])), plans, CPU, stages))) == 4
-    expected = [module.ENCODING, module.LOADING, module.SAMPLING, *([module.DECODING] if decode_last else [])]
+    expected = [drawing.ENCODING, drawing.LOADING, drawing.SAMPLING, *([drawing.DECODING] if decode_last else [])]
     assert [stage.stage for stage in stages.stages] == expected
 
 

@@ -25,9 +25,11 @@ SPECIAL: dict[str, st.SearchStrategy[Any]] = {
     "lr_step_rules": st.none(),  # another schedule's
     "freeze_text_encoder": st.just(True),  # the other value is refused by name
     "data_config.folders": st.just([]),  # in place of data_config.img_dir, which is given; see test_folders.py
+    "objective.min_sigma": st.floats(0, 0.4),  # below the upper end
+    "objective.max_sigma": st.floats(0.5, 1),
     "resume_with_changes_in": st.lists(st.sampled_from(list(leaf_keys())), max_size=3),
 }
-EXPECTED = "train_batch_size is|given|choose one|leaves no|per prompt|behind the drive's letter"
+EXPECTED = "train_batch_size is|given|choose one|leaves no|per prompt|twice|behind the drive's letter"
 WRONG: dict[str, tuple[Any, ...]] = {
     "boolean": ("yes", 3, [True], {"a": 1}),
     "integer": ("x", 1.5, True, [1], -(2**70)),
@@ -61,6 +63,8 @@ def kinds(schema: Values) -> list[Values]:
 
 def values_of(schema: Values) -> st.SearchStrategy[Any]:
     """Values that a schema allows."""
+    if "const" in schema:
+        return st.just(schema["const"])
     if "enum" in schema:
         return st.sampled_from([each for each in schema["enum"] if each != "piecewise_constant"])
     low, high = schema.get("minimum"), schema.get("maximum")

@@ -440,3 +440,49 @@ def test_a_batch_moves_whole() -> None:
     tensors = [batch.latents_BCHW, batch.noise_BCHW, batch.sigma_B, *batch.conditioning.values()]
     assert "prompt_embeds_mask" in batch.conditioning and len(tensors) == 5
     assert {tensor.device.type for tensor in tensors} == {"meta"}
+
+
+# ---- weights of the loss
+
+
+def weighed(batch_size: int = 4, **changes: Any) -> BatchSource:
+    """A source whose examples have masks and factors, told by the example's number."""
+    plain = source(batch_size=batch_size, **changes)
+
+    def read_weights(example: int, variant: int) -> torch.Tensor:
+        _, height, width = plain.reader.latent_shape(example, variant)
+        return torch.full((1, 1, height, width), float(example))
+
+    factors = [10.0 + number for number in range(len(plain.order.buckets))]
+    return replace(plain, reader=replace(plain.reader, read_weights=read_weights, example_weights=factors))
+
+
+def test_weights_travel_with_their_examples() -> None:
+    batch = batch_at(weighed(), 0)
+    numbers = [float(name.removeprefix("picture ")) for name in batch.names]
+    assert batch.weights_B1HW is not None and batch.example_weight_B is not None
+    assert batch.weights_B1HW.shape == (4, 1, *batch.latents_BCHW.shape[-2:])
+    assert batch.weights_B1HW[:, 0, 0, 0].tolist() == numbers
+    assert batch.example_weight_B.tolist() == [10 + number for number in numbers]
+    for part, rows in zip(batch.parts(2), (slice(0, 2), slice(2, 4)), strict=True):
+        assert part.weights_B1HW is not None and torch.equal(part.weights_B1HW, batch.weights_B1HW[rows])
+        assert part.example_weight_B is not None and torch.equal(part.example_weight_B, batch.example_weight_B[rows])
+    assert batch.tensors()[-2] is batch.weights_B1HW and batch.tensors()[-1] is batch.example_weight_B
+    doubled = batch.map(lambda tensor: tensor * 2).tensors()
+    assert all(torch.equal(two, 2 * one) for two, one in zip(doubled, batch.tensors(), strict=True))
+
+
+def test_weights_change_nothing_else_and_are_absent_without() -> None:
+    plain, with_weights = batch_at(source(), 3), batch_at(weighed(), 3)
+    assert_equal(plain, with_weights)
+    assert plain.weights_B1HW is None and plain.example_weight_B is None
+    assert len(plain.tensors()) == len(with_weights.tensors()) - 2
+    assert plain.shapes == with_weights.shapes, "one capture a shape, since weights are in all batches or in none"
+
+
+@pytest.mark.parametrize("shift", ["model", "none", 1.0])
+def test_a_range_of_sigmas_maps_each_draw(shift: object) -> None:
+    whole = batch_at(source(objective={"shift": shift}), 5)
+    within = source(objective={"shift": shift, "min_sigma": 0.25, "max_sigma": 0.75})
+    torch.testing.assert_close(batch_at(within, 5).sigma_B, 0.25 + 0.5 * whole.sigma_B)
+    assert torch.equal(within.times(5, ())[0], batch_at(within, 5).sigma_B), "what is computed ahead is what is used"
