@@ -33,7 +33,7 @@ def _rules(config: TrainConfig) -> tuple[int, ControlRules | None]:
     if not Path(config.pretrained_model_name_or_path).is_dir():
         has_controls = any(folder.has_controls for folder in folders_of(data))
         return USUAL_MULTIPLE, usual_rules(data.control_size, USUAL_MULTIPLE) if has_controls else None
-    from pixtune.data.prepare import control_rules
+    from pixtune.data.prompts import control_rules
     from pixtune.families import family_of
     from pixtune.storage.model_folder import open_model_folder
 

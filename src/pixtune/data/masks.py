@@ -19,7 +19,7 @@ from pixtune.config.folders import Folder
 from pixtune.data.buckets import Box, Framing
 from pixtune.data.controls import same_part, same_shape
 from pixtune.data.images import check_unchanged, has_alpha, picture_digest, read_levels, read_size
-from pixtune.data.pairs import PICTURE_EXTENSIONS, Pair, _ambiguous, _list_files, _of_type, _stem, shorten
+from pixtune.data.pairs import PICTURE_EXTENSIONS, Pair, find_ambiguous, list_files, of_type, shorten, stem_of
 from pixtune.errors import DataError
 from pixtune.sizes import Size
 
@@ -191,11 +191,11 @@ def _match(
 ) -> dict[str, Path]:
     """Finds the mask of each picture's stem, by the names of the pictures that have one."""
     purposes = frozenset(os.path.realpath(path) for path in apart)
-    listed = _of_type(_list_files(mask_dir, "mask folder", purposes, faults, warnings), PICTURE_EXTENSIONS)
-    faults += _ambiguous(listed, "masks", "belong to one picture")
-    by_stem = {_stem(name): path for name, path in listed.items()}
-    found = {name: by_stem[_stem(name)] for name in pictures if _stem(name) in by_stem}
-    stems = {_stem(name) for name in pictures}
+    listed = of_type(list_files(mask_dir, "mask folder", purposes, faults, warnings), PICTURE_EXTENSIONS)
+    faults += find_ambiguous(listed, "masks", "belong to one picture")
+    by_stem = {stem_of(name): path for name, path in listed.items()}
+    found = {name: by_stem[stem_of(name)] for name in pictures if stem_of(name) in by_stem}
+    stems = {stem_of(name) for name in pictures}
     if lone := [str(path) for stem, path in by_stem.items() if stem not in stems]:
         warnings.append(f"{len(lone)} masks have no picture of their name: {shorten(lone)}.")
     return found

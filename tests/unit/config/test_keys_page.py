@@ -47,4 +47,4 @@ def test_the_command_wraps_at_the_terminals_width_and_says_where_nothing_is_foun
     lines.clear()
     assert list_keys(["adam8bit"], lambda text: lines.extend(text.split("\n")))
     assert lines[0].startswith("adam8bit: true or false; default null") and max(map(len, lines)) <= 80
-    assert list_keys(["ema"], lines.append) is False and "leave it out" in lines[-1]
+    assert list_keys(["lora_dropout"], lines.append) is False and "leave it out" in lines[-1]
