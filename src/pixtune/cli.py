@@ -175,62 +175,52 @@ def bench(
         raise typer.Exit(1 if comparison.is_worse else 0)
 
 
-@app.command()
+@app.command(context_settings=TAKES_KEYS)
 def validate(
-    folder: Annotated[
-        Path | None,
-        typer.Argument(metavar="FOLDER", help="Folder of pictures with captions, or of images/ and control/."),
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="FOLDER | CONFIG KEY=VALUE",
+            show_default=False,
+            help="Folder of pictures with captions, or of images/ and control/; or a config, to check its folders.",
+        ),
     ] = None,
     path: Annotated[
-        Path | None, typer.Option("--path", metavar="FOLDER", help="The same, as the document has it.")
+        Path | None, typer.Option("--path", metavar="FOLDER", help="The folder, as the document has it.")
     ] = None,
+    config: Config = None,
     caption_type: Annotated[str, typer.Option(help="Extension of the caption files.")] = "txt",
     img_size: Annotated[int | None, typer.Option(help="Training size in pixels, to show its buckets too.")] = None,
-    multiple: Annotated[
-        int | None, typer.Option(help="Number that the sides of the model's pictures must be divisible by.")
-    ] = None,
-    upscale: Annotated[
-        bool, typer.Option(help="Count small pictures as enlarged, as data_config.upscale does.")
-    ] = False,
+    multiple: Annotated[int | None, typer.Option(help="Number that picture sides must be divisible by.")] = None,
+    upscale: Annotated[bool, typer.Option(help="Count small pictures as enlarged: data_config.upscale.")] = False,
     control_dir: Annotated[
         list[Path] | None, typer.Option(help="Folder of control pictures; give one for each control.")
     ] = None,
     allow_missing_controls: Annotated[bool, typer.Option(help="Accept pictures without a control.")] = False,
-    model: Annotated[
-        str | None, typer.Option(help="Model folder or hub name, to find captions that its text encoders cut.")
-    ] = None,
+    model: Annotated[str | None, typer.Option(help="Model folder or hub name, to find captions that it cuts.")] = None,
     max_text_tokens: Annotated[
         int | None, typer.Option(min=1, help="With --model: value of data_config.max_text_tokens in training.")
     ] = None,
     control_size: Annotated[
         int, typer.Option(min=16, help="With --model: value of data_config.control_size in training.")
     ] = 1024,
+    trigger: Annotated[list[str] | None, typer.Option(help="Trigger word; may be given several times.")] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Exit code 3 where there are warnings.")] = False,
+    all_names: Annotated[bool, typer.Option("--all", help="Show every name, not the first few.")] = False,
+    json_output: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
 ) -> None:
-    """Check a data set and report all problems together.
+    """Check a data set, and report what is wrong or odd.
 
-    The exit code is 1 if there is one.
+    The exit code is 1 where training cannot start.
     """
-    from pixtune.data.caption_tokens import CaptionCounter
-    from pixtune.data.validate import validate_folder
+    from pixtune.commands.validate import FolderRequest, check, finish
 
-    path = folder or path
-    if path is None:
-        raise typer.BadParameter("name the folder of the pictures: pixtune validate ./dataset")
-    counter = None
-    if model is not None:
-        from pixtune.families import family_of
-        from pixtune.storage.model_folder import open_model_folder
-
-        model_folder = open_model_folder(model)
-        counter = CaptionCounter(family_of(model_folder), model_folder, max_text_tokens, control_size)
-        multiple = multiple or counter.family.pixel_multiple(model_folder)
-    elif max_text_tokens is not None:
-        raise typer.BadParameter("--max-text-tokens works with --model only, whose tokenizer counts the tokens")
-    report = validate_folder(
-        path, caption_type, img_size, multiple, control_dir or (), allow_missing_controls, upscale, counter=counter
-    )
-    typer.echo(lines(report.render()))
-    raise typer.Exit(0 if report.ok else 1)
+    request = FolderRequest(
+        caption_type, img_size, multiple, upscale, tuple(control_dir or ()), allow_missing_controls, model,
+        max_text_tokens, control_size, tuple(trigger or ()),
+    )  # fmt: skip
+    reports = check(words or [], path, config, request)
+    raise typer.Exit(finish(reports, typer.echo, json_output, all_names, strict))
 
 
 @app.command()

@@ -12,8 +12,9 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
-from pixtune.data.pairs import shorten
+from pixtune.data.findings import Case, Finding, Level
 from pixtune.family import CONTROL_SIDE, ModelFamily, PromptOutline, TextLength
 from pixtune.inputs.reading import MEBIBYTE, read_bounded
 from pixtune.sizes import Size
@@ -95,18 +96,57 @@ def cut_captions(named: Sequence[tuple[str, Lengths]]) -> list[str]:
         named: pairs of a caption's name and its lengths. A name that occurs more than once (beside control pictures of
             several sizes) counts once, with its largest number of tokens.
     """
+    return [sentence for finding in cut_findings(named) for sentence in finding.sentences]
+
+
+def cut_findings(named: Sequence[tuple[str, Lengths]], lost: Mapping[str, str] = MappingProxyType({})) -> list[Finding]:
+    """Returns a finding for each encoder that cuts captions.
+
+    Args:
+        named: as for `cut_captions`.
+        lost: what a caption loses, by its name.
+    """
     longest: dict[tuple[str, int], dict[str, int]] = {}
     for name, lengths in named:
         for length in lengths:
             if length.is_cut:
                 of_encoder = longest.setdefault((length.reader, length.limit), {})
                 of_encoder[name] = max(length.num_tokens, of_encoder.get(name, 0))
-    sentences = []
+    findings = []
     for (reader, limit), cut in longest.items():
         subject, verb = ("1 caption", "is") if len(cut) == 1 else (f"{len(cut)} captions", "are")
         tokens = "1 token" if limit == 1 else f"{limit} tokens"
-        sentences.append(
-            f"{subject} {verb} longer than the {tokens} that {reader}, and {verb} cut there: "
-            f"{shorten(f'{name} ({num_tokens} tokens)' for name, num_tokens in cut.items())}."
+        cases = tuple(
+            Case(f"{name} ({num} tokens)", (name,), {"tokens": num, "limit": limit}, lost.get(name, ""))
+            for name, num in cut.items()
         )
-    return sentences
+        meaning = f"{subject} {verb} longer than the {tokens} that {reader}, and {verb} cut there"
+        findings.append(Finding(Level.WARNING, "caption-cut", meaning, cases, one_by_one=False))
+    return findings
+
+
+def lost_words(texts: Sequence[str], count: Callable[[Sequence[tuple[int, str]]], list[Lengths]]) -> list[str]:
+    """Returns the words that each text loses to the encoder that reads most of it; empty where none does.
+
+    The tokens of beginnings are counted, twenty at a time, so a tokenizer that reports no positions serves as well.
+
+    Args:
+        count: counts the tokens of beginnings, each given with the number of its text.
+    """
+    words = [text.split() for text in texts]
+    kept = [0] * len(texts)  # number of words that are surely read
+    lost = [len(each) + 1 for each in words]  # and of those that surely are not, one more than there are at first
+    while any(high - low > 1 for low, high in zip(kept, lost, strict=True)):
+        tries = [
+            (number, at)
+            for number, (low, high) in enumerate(zip(kept, lost, strict=True))
+            for at in sorted({low + max(1, (high - low) * part // 20) for part in range(1, 20)})
+            if low < at < high
+        ]
+        lengths = count([(number, " ".join(words[number][:at])) for number, at in tries])
+        for (number, at), of_encoders in zip(tries, lengths, strict=True):
+            if of_encoders and all(each.is_cut for each in of_encoders):
+                lost[number] = min(lost[number], at)
+            elif at < lost[number]:
+                kept[number] = max(kept[number], at)
+    return [" ".join(each[low:]) for each, low in zip(words, kept, strict=True)]

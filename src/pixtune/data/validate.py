@@ -6,27 +6,24 @@ Needs no torch. `validate_folder` returns a report, `validate_dataset` prints it
 
 from __future__ import annotations
 
-import os
-from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
-from collections.abc import Set as AbstractSet
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from warnings import catch_warnings, filterwarnings
 
-import numpy as np
-from PIL import Image, ImageChops
+from rich.console import Console
 
 from pixtune.data.buckets import Buckets, build_buckets, frame_picture
-from pixtune.data.caption_tokens import CaptionCounter, cut_captions
-from pixtune.data.controls import same_shape
-from pixtune.data.images import decoded
+from pixtune.data.caption_tokens import CaptionCounter, cut_findings, lost_words
+from pixtune.data.doctor.examine import examine, same_files
+from pixtune.data.findings import Case, Finding, Level, cases_of, count
 from pixtune.data.pairs import Pair, Pairs, find_pairs, shorten
+from pixtune.data.report_page import render, terminal_width
+from pixtune.data.scan import Checked, Scan, scan_pictures
+from pixtune.data.unchanged import find_unchanged
 from pixtune.errors import DataError
-from pixtune.inputs.printing import one_line
+from pixtune.progress import announced, counted, printer, say
 from pixtune.sizes import Size
-from pixtune.storage.files import file_digest
 
 MIN_SIDE_PIXELS = 16
 """Shortest usable side, in pixels, where the model is not known: the smallest `multiple` of the supported families."""
@@ -39,33 +36,8 @@ NOTABLE_SHARE_LOST = 0.1
 """Share of a picture whose loss to cropping is worth a warning; a bucket near its shape costs about 0.02. It is also
 the share of `img_size` squared pixels that a picture may lack without one."""
 
-THUMBNAIL_PIXELS = 32
-"""Side in pixels of the thumbnails that targets and controls are compared by: 3 KB each."""
-
-NEARLY_UNCHANGED = 16
-"""Largest difference of a thumbnail's colours, of 255, below which a control counts as nearly its target.
-
-The largest difference serves, not the mean, since an edit may be small. Measured on the 96 drawings of
-`assets/demo-edit` at 256 pixels and on 24 pictures of 1/f noise at 512, as smallest / median / largest over the
-pictures:
-
-    change                       mean                     largest
-    JPEG quality 75, drawings     0.15 /  0.79 /  1.49      4 /   9 /  15
-    JPEG quality 50, drawings     0.25 /  1.15 /  1.89      6 /  13 /  19
-    JPEG quality 50, noise        0.70 /  0.73 /  0.75      3 /   3 /   5
-    half the size, drawings       0.06 /  0.20 /  0.50      2 /   4 /   6
-    3% brighter, drawings         0.41 /  1.68 /  3.07      5 /   7 /   7
-    a box on 0.25%, drawings      0.06 /  0.26 /  0.53     33 / 150 / 246
-    a box on 1%, drawings         0.25 /  1.04 /  2.21     46 / 182 / 255
-    a box on 1%, noise            0.35 /  0.76 /  1.25     75 / 138 / 189
-    demo-edit's own pairs        14.01 / 37.51 / 73.18    143 / 228 / 255
-
-So no mean tells a small edit from another JPEG, and with 64 pixels a side the largest difference fails as well: along
-lines JPEG 50 reaches 56. Edits that restore pictures (noise of deviation 5: 3 / 4 / 4) lie below, which the warning
-mentions.
-"""
-
-_MAX_THREADS = 4  # a large picture needs a gigabyte while it is decoded
+MOST_SHORTENED = 50
+"""Number of cut captions whose lost words are looked for: each takes some forty counts of its beginnings."""
 
 
 @dataclass(frozen=True)
@@ -78,69 +50,58 @@ class LongestCaption:
 
 @dataclass(frozen=True)
 class DatasetReport:
-    """A folder's content and its problems."""
+    """A folder's content and the findings on it."""
 
     image_folder: Path
     control_folders: tuple[Path, ...]
     num_pictures: int
     """Number of pictures, those with problems included and control pictures excluded."""
-    faults: tuple[str, ...]
-    """Problems as whole sentences; without any, training can start."""
-    warnings: tuple[str, ...]
-    """Sentences on what a person should know and training copes with."""
+    findings: tuple[Finding, ...]
     bucket_counts: dict[Size, int]
     """Number of pictures by size; empty unless `img_size` was given."""
     longest_caption: LongestCaption | None
-    wordy_captions: tuple[str, ...] | None
-    """Captions of more than `MANY_WORDS` words; None where their tokens were counted as a model does."""
+
+    def of_level(self, level: Level) -> tuple[Finding, ...]:
+        """Returns the findings of a level."""
+        return tuple(finding for finding in self.findings if finding.level == level)
+
+    @property
+    def faults(self) -> tuple[str, ...]:
+        """Problems as whole sentences; without any, training can start."""
+        return tuple(sentence for finding in self.of_level(Level.ERROR) for sentence in finding.sentences)
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """Sentences on what a person should know and training copes with."""
+        return tuple(sentence for finding in self.of_level(Level.WARNING) for sentence in finding.sentences)
 
     @property
     def ok(self) -> bool:
         """Whether training can start."""
-        return not self.faults
+        return not self.of_level(Level.ERROR)
 
-    def render(self) -> str:
-        """Formats the report as plain text whose lines no name can forge, problems last, where a terminal is read."""
-        lines = [f"Data set {one_line(str(self.image_folder))}: {_count(self.num_pictures, 'picture', 'pictures')}"]
+    def render(self, all_names: bool = False, width: int | None = None) -> str:
+        """Formats the report as plain text whose lines no name can forge; the arguments are those of `render`."""
+        facts = [f"{width} x {height}: {number}" for (width, height), number in sorted(self.bucket_counts.items())]
+        where = [f"Pictures: {self.image_folder}"]
         if self.control_folders:
-            lines.append(f"Control pictures: {one_line(', '.join(map(str, self.control_folders)))}")
+            where.append(f"Control pictures: {', '.join(map(str, self.control_folders))}")
         if self.longest_caption is not None:
             longest = self.longest_caption
-            lines.append(f"Longest caption: {longest.num_characters} characters ({one_line(str(longest.path))})")
-        if self.wordy_captions is not None:
-            lines.append(
-                "Not checked without a model: whether it reads every caption to the end (pixtune validate DIR "
-                "--model MODEL)"
-            )
-        if self.wordy_captions:
-            lines.append(
-                f"  More than {MANY_WORDS} words, so cut by models that read {MANY_WORDS} tokens: "
-                f"{one_line(shorten(self.wordy_captions))}"
-            )
-        if self.bucket_counts:
-            lines.append("Sizes in training (width x height: pictures):")
-            lines += [f"  {width} x {height}: {count}" for (width, height), count in sorted(self.bucket_counts.items())]
-        for title, sentences in (("Warnings", self.warnings), ("Problems", self.faults)):
-            if sentences:
-                lines.append(f"{title} ({len(sentences)}):")
-                lines += [f"  - {one_line(sentence)}" for sentence in sentences]
-        lines.append(
-            "The data set is fine." if self.ok else "The data set cannot be trained on: fix the problems above."
-        )
-        return "\n".join(lines)
+            where.append(f"Longest caption: {longest.num_characters} characters ({longest.path})")
+        if facts:
+            where.append(f"Sizes in training (width x height: pictures): {', '.join(facts)}")
+        return render(self.num_pictures, self.findings, where, all_names, width)
 
 
 @dataclass(frozen=True)
-class _Checked:
-    """Findings on one picture file."""
+class Examination:
+    """Settings of what is looked for beside damage."""
 
-    path: Path
-    size: Size | None
-    digest: str
-    faults: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
-    thumbnail: Image.Image | None = None
-    """Thumbnail of a picture that is compared with another."""
+    triggers: Sequence[str] | None = None
+    """Words that are to call up what is learned; None: it is not known whether there are some."""
+    console: Console | None = None
+    """Console for progress; None: none is shown."""
 
 
 def validate_folder(
@@ -152,6 +113,7 @@ def validate_folder(
     allow_missing_controls: bool = False,
     upscale: bool = False,
     counter: CaptionCounter | None = None,
+    doctor: Examination | None = None,
 ) -> DatasetReport:
     """Checks all pictures, captions and control pictures of a data set. Problems are reported, not raised.
 
@@ -159,11 +121,11 @@ def validate_folder(
         image_folder: pictures with captions beside them, or a folder with `images/` and `control/` in it.
         caption_extension: the contract's `caption_type`.
         control_folders: control pictures, where they are not in `image_folder / "control"`.
-        img_size, multiple, upscale, counter: as for `validate_pairs`.
+        img_size, multiple, upscale, counter, doctor: as for `validate_pairs`.
     """
     image_folder, control_folders = _find_layout(Path(image_folder), control_folders)
     found = find_pairs(image_folder, caption_extension, control_folders, allow_missing_controls)
-    return validate_pairs(found, img_size, multiple, upscale, control_folders, counter)
+    return validate_pairs(found, img_size, multiple, upscale, control_folders, counter, doctor)
 
 
 def validate_pairs(
@@ -173,6 +135,7 @@ def validate_pairs(
     upscale: bool = False,
     control_folders: Sequence[Path] = (),
     counter: CaptionCounter | None = None,
+    doctor: Examination | None = None,
 ) -> DatasetReport:
     """Checks the files that `find_pairs` or `read_metadata` found.
 
@@ -181,45 +144,54 @@ def validate_pairs(
         multiple: number that the model's picture sides, in pixels, must be divisible by; None: `MIN_SIDE_PIXELS`.
         upscale: small pictures will be enlarged, as in `buckets.frame_picture`.
         counter: counts captions' tokens as the model does, to report those that it cuts; None: no model is known.
+        doctor: also look for near copies, blur, captions that say nothing, pairs that do not lie on each other; None:
+            for what training cannot cope with alone.
     """
     multiple = multiple or MIN_SIDE_PIXELS
-    faults, warnings = list(found.faults), list(found.warnings)
     targets = sorted({pair.image_path for pair in found.pairs} | set(found.lone_pictures))
     controls = sorted({path for pair in found.pairs for path in pair.control_paths} - set(targets))
-    compared = {path for pair in found.pairs if pair.control_paths for path in (pair.image_path, pair.control_paths[0])}
-    checked = _check_pictures([*targets, *controls], multiple, compared)
-    for picture in checked:
-        faults += picture.faults
-        warnings += [f"{picture.path} {note}." for note in picture.notes]
-    captions = _read_captions(found.pairs, faults)
-    longest = _check_captions(captions, warnings)
-    wordy = None
-    if counter is None:
-        wordy = tuple(
-            f"{pair.caption_place} ({num_words} words)"
-            for pair, text in captions
-            if (num_words := len(text.split())) > MANY_WORDS
-        )
-    else:
-        warnings += _cut_captions(captions, {picture.path: picture for picture in checked}, counter)
+    scan = _scan([*targets, *controls], found.pairs, doctor)
+    pictures = [scan.pictures[path] for path in targets]
+    captions, unreadable = _read_captions(found.pairs)
+    findings = [
+        _problems("files", "Files are missing or out of place", found.faults),
+        _problems("picture-unreadable", "Pictures cannot be used", _sentences(scan)),
+        _problems("picture-too-small", "Pictures are too small", _too_small(scan, multiple)),
+        _problems("caption-unreadable", "Captions cannot be read", unreadable),
+        Finding(Level.WARNING, "files-passed-over", "Files are passed over", cases_of(found.warnings), "", True),
+        _notes_of_decoders(scan),
+        *_empty_captions(captions),
+        *(_long_captions(captions) if counter is None else _cut_captions(captions, scan, counter, doctor)),
+    ]
     bucket_counts: Counter[Size] = Counter()
     if img_size is not None and img_size < multiple:
-        faults.append(f"img_size is {img_size}; it must be at least {multiple}.")
+        findings.append(
+            _problems(
+                "img-size", "The size is impossible", [f"img_size is {img_size}; it must be at least {multiple}."]
+            )
+        )
     elif img_size is not None:
-        usable = [picture for picture in checked[: len(targets)] if not picture.faults]
-        bucket_counts = _fill_buckets(usable, build_buckets(img_size, multiple), upscale, warnings)
-    warnings += _duplicates(checked[: len(targets)])
-    warnings += _unchanged(found.pairs, {picture.path: picture for picture in checked})
+        usable = [picture for picture in pictures if picture.size and min(picture.size) >= multiple]
+        bucket_counts, more = _fill_buckets(usable, build_buckets(img_size, multiple), upscale)
+        findings += more
+    copies = same_files(pictures)
+    findings += [_same_files(copies), *find_unchanged(found.pairs, scan.pictures)]
+    if doctor is not None:
+        name_of = {pair.image_path: pair.name for pair in found.pairs} | {
+            path: path.name for path in found.lone_pictures
+        }
+        with announced("comparing pictures and captions", _shower(doctor)):
+            findings += examine(scan, targets, captions, copies, name_of, img_size, doctor.triggers)
     return DatasetReport(
-        found.folder, tuple(control_folders), len(targets), tuple(faults), tuple(warnings), dict(bucket_counts),
-        longest, wordy,
+        found.folder, tuple(control_folders), len(targets), tuple(each for each in findings if each.cases),
+        dict(bucket_counts), _longest(captions),
     )  # fmt: skip
 
 
 def validate_dataset(path: str | Path, caption_extension: str = "txt", img_size: int | None = None) -> bool:
     """Prints the report on a data set, and returns whether training can start."""
-    report = validate_folder(Path(path), caption_extension, img_size)
-    print(report.render())
+    report = validate_folder(Path(path), caption_extension, img_size, doctor=Examination(console=Console(stderr=True)))
+    print(report.render(width=terminal_width()))
     return report.ok
 
 
@@ -230,144 +202,146 @@ def _find_layout(folder: Path, control_folders: Sequence[Path]) -> tuple[Path, t
     return folder, tuple(control_folders)
 
 
-def _unchanged(pairs: Sequence[Pair], checked: Mapping[Path, _Checked]) -> list[str]:
-    """Warns of controls that are their target: the very file, or, in most examples, nearly the same picture.
+def _scan(paths: Sequence[Path], pairs: Sequence[Pair], doctor: Examination | None) -> Scan:
+    if doctor is None or doctor.console is None:
+        return scan_pictures(paths, pairs, doctor is not None)
+    with counted("checking pictures", len(paths), doctor.console) as done:
+        return scan_pictures(paths, pairs, True, done)
 
-    A few examples that change nothing may be intended: an edit model learns from them what to leave alone.
-    """
 
-    def holds_target(pair: Pair) -> bool:
-        digest = checked[pair.image_path].digest
-        return bool(digest) and any(checked[path].digest == digest for path in pair.control_paths)
+def _shower(doctor: Examination) -> Callable[[str], object]:
+    console = doctor.console
+    return printer(quiet=True) if console is None else lambda line: say(console, line)
 
-    with_control = [pair for pair in pairs if pair.control_paths]
-    same = [pair.name for pair in with_control if holds_target(pair)]
-    near = [
-        pair.name
-        for pair in with_control
-        if not holds_target(pair) and _nearly_same(checked[pair.image_path], checked[pair.control_paths[0]])
+
+def _problems(code: str, heading: str, sentences: Sequence[str]) -> Finding:
+    return Finding(Level.ERROR, code, heading, cases_of(sentences), one_by_one=True)
+
+
+def _sentences(scan: Scan) -> list[str]:
+    return [sentence for picture in scan.pictures.values() for sentence in picture.faults]
+
+
+def _too_small(scan: Scan, multiple: int) -> list[str]:
+    return [
+        f"{picture.path} is {picture.size[0]}x{picture.size[1]} pixels; each side must have at least {multiple}. "
+        "Remove or replace it."
+        for picture in scan.pictures.values()
+        if picture.size and min(picture.size) < multiple
     ]
-    warnings = []
-    if same:
-        count = _count(len(same), "control picture is", "control pictures are")
-        warnings.append(f"{count} the target itself: {shorten(same)}.")
-    if near and len(same) + len(near) > len(with_control) / 2:
-        count = _count(len(near), "control picture is", "control pictures are")
-        warnings.append(
-            f"{count} nearly the target, of {len(with_control)}: {shorten(near)}. Such rows teach the model to change "
-            "nothing; right only where restoring pictures (sharper, less noise) is what it is to learn."
-        )
-    return warnings
 
 
-def _nearly_same(target: _Checked, control: _Checked) -> bool:
-    """Returns whether a control is nearly its target, by `NEARLY_UNCHANGED`.
-
-    A control of another shape is a reference, not the picture before the edit.
-    """
-    if target.thumbnail is None or control.thumbnail is None or target.size is None or control.size is None:
-        return False
-    difference = ImageChops.difference(target.thumbnail, control.thumbnail)
-    return same_shape(target.size, control.size) and np.asarray(difference).max() < NEARLY_UNCHANGED
-
-
-def _check_pictures(paths: Sequence[Path], multiple: int, compared: AbstractSet[Path]) -> list[_Checked]:
-    """Decodes each picture, in the order given. Threads serve, because decoders release Python's lock."""
-    with catch_warnings(), ThreadPoolExecutor(min(_MAX_THREADS, os.cpu_count() or 1)) as pool:
-        filterwarnings("ignore", module="PIL")  # the report has the same with the path
-        return list(pool.map(lambda path: _check_picture(path, multiple, path in compared), paths))
+def _notes_of_decoders(scan: Scan) -> Finding:
+    cases = [
+        Case(f"{picture.path} {note}.", (str(picture.path),))
+        for picture in scan.pictures.values()
+        for note in picture.notes
+    ]
+    return Finding(
+        Level.WARNING, "picture-converted", "Pictures were converted by guess", tuple(cases), one_by_one=True
+    )
 
 
-def _check_picture(path: Path, multiple: int, compared: bool) -> _Checked:
-    try:
-        with decoded(path) as picture:
-            size, notes = picture.image.size, picture.notes
-            thumbnail = picture.image.resize((THUMBNAIL_PIXELS,) * 2, Image.Resampling.BOX) if compared else None
-        digest = file_digest(path)
-    except DataError as error:
-        return _Checked(path, None, "", tuple(error.faults))
-    except OSError as error:
-        return _Checked(path, None, "", (f"{path} cannot be read: {error.strerror or error}.",))
-    too_small = f"{path} is {size[0]}x{size[1]} pixels; each side must have at least {multiple}. Remove or replace it."
-    return _Checked(path, size, digest, (too_small,) if min(size) < multiple else (), notes, thumbnail)
-
-
-def _read_captions(pairs: Sequence[Pair], faults: list[str]) -> list[tuple[Pair, str]]:
-    """Reads the captions, and returns those that can be read, each with its pair."""
-    captions = []
+def _read_captions(pairs: Sequence[Pair]) -> tuple[list[tuple[Pair, str]], list[str]]:
+    """Reads the captions: those that can be read, each with its pair, and sentences on the others."""
+    captions, faults = [], []
     for pair in pairs:
         try:
             captions.append((pair, pair.read_caption()))
         except DataError as error:
             faults += error.faults
-    return captions
+    return captions, faults
 
 
-def _check_captions(captions: Sequence[tuple[Pair, str]], warnings: list[str]) -> LongestCaption | None:
-    """Warns of empty captions, and returns the longest.
+def _longest(captions: Sequence[tuple[Pair, str]]) -> LongestCaption | None:
+    pair, text = max(captions, key=lambda each: len(each[1]), default=(None, ""))
+    return LongestCaption(pair.caption_place, len(text)) if pair and text else None
 
-    An empty caption is no problem: it trains like a dropped caption, which some styles want.
-    """
-    longest: LongestCaption | None = None
-    for pair, text in captions:
-        if text and (longest is None or len(text) > longest.num_characters):
-            longest = LongestCaption(pair.caption_place, len(text))
-    if empty := [str(pair.caption_place) for pair, text in captions if not text]:
-        warnings.append(
-            f"{_count(len(empty), 'caption is', 'captions are')} empty, to be trained without words: {shorten(empty)}."
-        )
-    return longest
+
+def _empty_captions(captions: Sequence[tuple[Pair, str]]) -> list[Finding]:
+    """Warns of empty captions. They are no problem: they train like a dropped caption, which some styles want."""
+    empty = [str(pair.caption_place) for pair, text in captions if not text]
+    meaning = f"{count(len(empty), 'caption is', 'captions are')} empty, to be trained without words"
+    return [Finding(Level.WARNING, "caption-empty", meaning, tuple(Case(place, (place,)) for place in empty))]
+
+
+def _long_captions(captions: Sequence[tuple[Pair, str]]) -> list[Finding]:
+    """Notes captions that every model cuts, where none is known."""
+    wordy = [
+        Case(f"{pair.caption_place} ({num_words} words)", (str(pair.caption_place),), {"words": num_words})
+        for pair, text in captions
+        if (num_words := len(text.split())) > MANY_WORDS
+    ]
+    meaning = (
+        f"{count(len(wordy), 'caption has', 'captions have')} more than {MANY_WORDS} words, so cut by models that read "
+        f"{MANY_WORDS} tokens"
+    )
+    remedy = "Name the model to see what is lost: --model MODEL."
+    return [Finding(Level.NOTE, "caption-long", meaning, tuple(wordy), remedy)]
 
 
 def _cut_captions(
-    captions: Sequence[tuple[Pair, str]], checked: Mapping[Path, _Checked], counter: CaptionCounter
-) -> list[str]:
+    captions: Sequence[tuple[Pair, str]], scan: Scan, counter: CaptionCounter, doctor: Examination | None
+) -> list[Finding]:
     """Warns of captions that the counter's model cuts. Control pictures that cannot be read take no tokens here."""
-    lengths = counter.count(
-        [(text, [size for path in pair.control_paths if (size := checked[path].size)]) for pair, text in captions]
+
+    def outline(pair: Pair, text: str) -> tuple[str, list[Size]]:
+        return text, [size for path in pair.control_paths if (size := scan.pictures[path].size)]
+
+    lengths = counter.count([outline(pair, text) for pair, text in captions])
+    named = [(str(pair.caption_place), row) for (pair, _), row in zip(captions, lengths, strict=True)]
+    if doctor is None:
+        return cut_findings(named)
+    cut = [each for each, row in zip(captions, lengths, strict=True) if row and all(length.is_cut for length in row)]
+    cut = cut[:MOST_SHORTENED]
+    words = lost_words(
+        [text for _, text in cut],
+        lambda tries: counter.count([outline(cut[number][0], text) for number, text in tries]),
     )
-    return cut_captions([(str(pair.caption_place), row) for (pair, _), row in zip(captions, lengths, strict=True)])
+    return cut_findings(named, {str(pair.caption_place): lost for (pair, _), lost in zip(cut, words, strict=True)})
 
 
-def _fill_buckets(pictures: Sequence[_Checked], buckets: Buckets, upscale: bool, warnings: list[str]) -> Counter[Size]:
+def _fill_buckets(pictures: Sequence[Checked], buckets: Buckets, upscale: bool) -> tuple[Counter[Size], list[Finding]]:
     """Counts the pictures of each size; warns of small, enlarged and heavily cropped ones."""
     framings = [(each.path, frame_picture(*each.size, buckets, upscale=upscale)) for each in pictures if each.size]
-    enlarged = [f"{path} ({framing.scale:.2f}x)" for path, framing in framings if framing.upscaled]
+    enlarged = [
+        Case(f"{path} ({framing.scale:.2f}x)", (str(path),), {"scale": framing.scale})
+        for path, framing in framings
+        if framing.upscaled
+    ]
     small = [
-        f"{path} ({framing.width}x{framing.height})"
+        Case(f"{path} ({framing.width}x{framing.height})", (str(path),))
         for path, framing in framings
         if framing.size not in buckets.sizes
         and framing.width * framing.height < (1 - NOTABLE_SHARE_LOST) * buckets.img_size**2
     ]
     cropped = [
-        f"{path} ({framing.share_lost:.0%})" for path, framing in framings if framing.share_lost > NOTABLE_SHARE_LOST
+        Case(f"{path} ({framing.share_lost:.0%})", (str(path),), {"share_lost": framing.share_lost})
+        for path, framing in framings
+        if framing.share_lost > NOTABLE_SHARE_LOST
     ]
-    if enlarged:
-        warnings.append(
-            f"{_count(len(enlarged), 'picture is', 'pictures are')} enlarged to reach img_size {buckets.img_size}: "
-            f"{shorten(enlarged)}."
-        )
-    if small:
-        warnings.append(
-            f"{_count(len(small), 'picture has', 'pictures have')} fewer pixels than img_size {buckets.img_size} asks "
-            f"for and train at the size in brackets, not enlarged: {shorten(small)}."
-        )
-    if cropped:
-        warnings.append(
-            f"{_count(len(cropped), 'picture loses', 'pictures lose')} more than {NOTABLE_SHARE_LOST:.0%} to cropping: "
-            f"{shorten(cropped)}."
-        )
-    return Counter(framing.size for _, framing in framings)
+    findings = [
+        Finding(
+            Level.WARNING, "enlarged",
+            f"{count(len(enlarged), 'picture is', 'pictures are')} enlarged to reach img_size {buckets.img_size}",
+            tuple(enlarged),
+        ),
+        Finding(
+            Level.WARNING, "small",
+            f"{count(len(small), 'picture has', 'pictures have')} fewer pixels than img_size {buckets.img_size} asks "
+            "for and train at the size in brackets, not enlarged",
+            tuple(small),
+        ),
+        Finding(
+            Level.WARNING, "cropped",
+            f"{count(len(cropped), 'picture loses', 'pictures lose')} more than {NOTABLE_SHARE_LOST:.0%} to cropping",
+            tuple(cropped),
+        ),
+    ]  # fmt: skip
+    return Counter(framing.size for _, framing in framings), findings
 
 
-def _duplicates(pictures: Sequence[_Checked]) -> list[str]:
+def _same_files(groups: Sequence[Sequence[str]]) -> Finding:
     """Warns of every set of files with the same bytes: they count twice in training."""
-    groups: dict[str, list[str]] = defaultdict(list)
-    for picture in pictures:
-        if picture.digest:
-            groups[picture.digest].append(str(picture.path))
-    return [f"These pictures are the same file: {shorten(group)}." for group in groups.values() if len(group) > 1]
-
-
-def _count(number: int, one: str, many: str) -> str:
-    return f"{number} {one if number == 1 else many}"
+    cases = tuple(Case(f"These pictures are the same file: {shorten(group)}.", tuple(group)) for group in groups)
+    return Finding(Level.WARNING, "same-file", "Pictures are the same file", cases, one_by_one=True)

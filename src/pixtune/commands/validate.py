@@ -1,0 +1,116 @@
+"""`pixtune validate`: checks the pictures and captions of a folder, or those that a config names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import typer
+from rich.console import Console
+
+from pixtune.commands.words import config_and_overrides
+from pixtune.config import load_config
+from pixtune.config.folders import folder_beside, folders_of
+from pixtune.config.schema import TrainConfig
+from pixtune.data.caption_tokens import CaptionCounter
+from pixtune.data.examples import folders_apart
+from pixtune.data.findings import Level
+from pixtune.data.layouts import find_examples
+from pixtune.data.report_json import to_json
+from pixtune.data.report_page import terminal_width
+from pixtune.data.validate import DatasetReport, Examination, validate_folder, validate_pairs
+from pixtune.inputs.printing import lines
+from pixtune.storage.model_folder import ModelFolder, open_model_folder
+
+PROBLEMS = 1
+"""Exit code where training cannot start."""
+ONLY_WARNINGS = 3
+"""Exit code where `--strict` is given and there are warnings; 2 is that of a wrong command line."""
+
+
+@dataclass(frozen=True)
+class FolderRequest:
+    """Settings of a folder that is named on the command line, which a config would have."""
+
+    caption_type: str = "txt"
+    img_size: int | None = None
+    multiple: int | None = None
+    upscale: bool = False
+    control_folders: tuple[Path, ...] = ()
+    allow_missing_controls: bool = False
+    model: str | None = None
+    max_text_tokens: int | None = None
+    control_size: int = 1024
+    triggers: tuple[str, ...] = ()
+
+
+def check(words: Sequence[str], path: Path | None, config: Path | None, request: FolderRequest) -> list[DatasetReport]:
+    """Checks what a command line names: one folder, as its first word or `path`, or a config with its overrides.
+
+    Raises:
+        BadParameter: it names neither, or both.
+    """
+    console = Console(stderr=True)
+    is_config = path is None and bool(words) and words[0].endswith((".yaml", ".yml")) and not Path(words[0]).is_dir()
+    if config is not None or is_config:
+        return check_config(load_config(*config_and_overrides(words, config)), console)
+    folders = [Path(word) for word in words] + ([path] if path else [])
+    if len(folders) != 1:
+        raise typer.BadParameter("name one folder, or a config with its keys: pixtune validate ./dataset")
+    if request.max_text_tokens is not None and request.model is None:
+        raise typer.BadParameter("--max-text-tokens works with --model only, whose tokenizer counts the tokens")
+    return [check_folder(folders[0], request, console)]
+
+
+def check_folder(folder: Path, request: FolderRequest, console: Console) -> DatasetReport:
+    """Checks one folder."""
+    counter, multiple = None, request.multiple
+    if request.model is not None:
+        counter = _counter(open_model_folder(request.model), request.max_text_tokens, request.control_size)
+        multiple = multiple or counter.family.pixel_multiple(counter.folder)
+    return validate_folder(
+        folder, request.caption_type, request.img_size, multiple, request.control_folders,
+        request.allow_missing_controls, request.upscale, counter, Examination(request.triggers or None, console),
+    )  # fmt: skip
+
+
+def check_config(config: TrainConfig, console: Console) -> list[DatasetReport]:
+    """Checks the folders that a config trains on and holds out, as a run would use them.
+
+    Its model is asked about captions where it is a folder here; nothing is fetched.
+    """
+    data, held_out = config.data_config, config.validation.held_out_dir
+    counter = multiple = None
+    if Path(config.pretrained_model_name_or_path).is_dir():
+        model = open_model_folder(config.pretrained_model_name_or_path)
+        counter = _counter(model, data.max_text_tokens, data.control_size)
+        multiple = counter.family.pixel_multiple(model)
+    folders = [*folders_of(data), *([folder_beside(data, held_out)] if held_out is not None else [])]
+    doctor, apart = Examination(tuple(config.trigger_words), console), folders_apart(config)
+    return [
+        validate_pairs(
+            find_examples(each, apart), each.img_size, multiple, each.upscale, each.control_dirs, counter, doctor
+        )
+        for each in folders
+    ]
+
+
+def finish(
+    reports: Sequence[DatasetReport], show: Callable[[str], object], as_json: bool, all_names: bool, strict: bool
+) -> int:
+    """Prints reports and returns the exit code: 0, `PROBLEMS`, or with `strict` `ONLY_WARNINGS`."""
+    show(
+        to_json(reports)
+        if as_json
+        else lines("\n\n".join(report.render(all_names, terminal_width()) for report in reports))
+    )
+    if not all(report.ok for report in reports):
+        return PROBLEMS
+    return ONLY_WARNINGS if strict and any(report.of_level(Level.WARNING) for report in reports) else 0
+
+
+def _counter(folder: ModelFolder, max_text_tokens: int | None, control_size: int) -> CaptionCounter:
+    from pixtune.families import family_of  # takes seconds, and a folder alone needs none
+
+    return CaptionCounter(family_of(folder), folder, max_text_tokens, control_size)
