@@ -52,10 +52,12 @@ class Caption:
     """A caption with what is needed to report on it."""
 
     place: str
-    """File to name."""
+    """Short name for a person."""
     stem: str
     """Picture's file name without its extension."""
     text: str
+    file: str = ""
+    """Path of the file that it stands in."""
 
 
 def lint_captions(captions: Sequence[Caption], triggers: Sequence[str] | None, of_edits: bool) -> list[Finding]:
@@ -82,7 +84,7 @@ def _missing_triggers(captions: Sequence[Caption], triggers: Sequence[str]) -> I
         yield Finding(
             Level.WARNING, "trigger-missing",
             f"{len(lacking)} of {count(len(captions), 'caption lacks', 'captions lack')} the trigger word {word!r}",
-            tuple(Case(each.place, (each.place,)) for each in lacking),
+            tuple(Case(each.place, (each.file,)) for each in lacking),
             "The LoRA learns it from captions alone: write it there.",
         )  # fmt: skip
 
@@ -92,7 +94,7 @@ def _placeholders(captions: Sequence[Caption]) -> Iterator[Finding]:
     yield Finding(
         Level.WARNING, "caption-placeholder",
         f"{count(len(empty), 'caption says', 'captions say')} nothing of the picture",
-        tuple(Case(f"{each.place} ({_quoted(each.text)})", (each.place,)) for each in empty),
+        tuple(Case(f"{each.place} ({_quoted(each.text)})", (each.file,)) for each in empty),
         "Describe what is seen, or leave the file empty to train it without words.",
     )  # fmt: skip
 
@@ -186,7 +188,7 @@ def _scripts(captions: Sequence[Caption]) -> Iterator[Finding]:
     yield Finding(
         Level.WARNING, "caption-mixed-letters",
         f"{count(len(mixed), 'caption has', 'captions have')} words with letters of two alphabets, which look alike",
-        tuple(Case(f"{each.place} ({_quoted(word)})", (each.place,)) for each, word in mixed),
+        tuple(Case(f"{each.place} ({_quoted(word)})", (each.file,)) for each, word in mixed),
         "Type the word anew: the model reads other letters than you see.",
     )  # fmt: skip
     yield _minority(main, "caption-script", "in another script than most", "script")
@@ -207,7 +209,7 @@ def _minority(groups: dict[str, list[Caption]], code: str, what: str, kind: str)
     return Finding(
         Level.WARNING, code,
         f"{count(len(others), 'caption is', 'captions are')} {what} ({usual}: {total - len(others)} of {total})",
-        tuple(Case(f"{each.place} ({name})", (each.place,)) for each, name in others),
+        tuple(Case(f"{each.place} ({name})", (each.file,)) for each, name in others),
         f"One {kind} for all, the one that you will prompt in, is learned best.",
     )  # fmt: skip
 

@@ -61,15 +61,13 @@ def examine(
     pictures = [scan.pictures[path] for path in targets if scan.pictures[path].look is not None]
     of_edits = any(pair.control_paths for pair, _ in captions)
     text_of = {pair.image_path: text for pair, text in captions}
-    lint = lint_captions(
-        [Caption(pair.name, Path(pair.name).stem, text) for pair, text in captions], triggers, of_edits
-    )
+    read = [Caption(pair.name, Path(pair.name).stem, text, str(pair.caption_place)) for pair, text in captions]
     findings = [
         *_near_copies(pictures, copies, text_of, name_of),
         *_blurred(pictures, name_of),
         *_plain(pictures, name_of),
         *(_odd_sizes(pictures, name_of) if img_size is None else ()),
-        *lint,
+        *lint_captions(read, triggers, of_edits),
         *_misaligned(scan.pairs, name_of),
     ]
     return [finding for finding in findings if finding.cases]

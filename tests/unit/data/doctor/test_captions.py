@@ -15,7 +15,7 @@ THINGS = ["apple", "bicycle", "candle", "door", "engine", "flower", "guitar", "h
 
 
 def lint(texts: list[str], triggers: list[str] | None = None, of_edits: bool = False) -> dict[str, Finding]:
-    captions = [Caption(f"{number}.png", f"IMG_{number}", text) for number, text in enumerate(texts)]
+    captions = [Caption(f"{number}.png", f"IMG_{number}", text, f"{number}.txt") for number, text in enumerate(texts)]
     return {finding.code: finding for finding in lint_captions(captions, triggers, of_edits)}
 
 
@@ -89,7 +89,7 @@ def test_japanese_in_its_three_scripts_is_one():
 
 def test_letters_that_look_alike_are_named():
     found = lint(["a cat", "a c\u0430t on a mat"])["caption-mixed-letters"]
-    assert [case.files for case in found.cases] == [("1.png",)]
+    assert [case.files for case in found.cases] == [("1.txt",)]
 
 
 @pytest.mark.parametrize(
