@@ -181,7 +181,8 @@ def validate_pairs(
             path: path.name for path in found.lone_pictures
         }
         with announced("comparing pictures and captions", _shower(doctor)):
-            findings += examine(scan, targets, captions, copies, name_of, img_size, doctor.triggers)
+            large = [path for path in targets if min(scan.pictures[path].size or (0,)) >= multiple]
+            findings += examine(scan, large, captions, copies, name_of, img_size, doctor.triggers)
     return DatasetReport(
         found.folder, tuple(control_folders), len(targets), tuple(each for each in findings if each.cases),
         dict(bucket_counts), _longest(captions),

@@ -18,8 +18,8 @@ FEWEST_CAPTIONS = 8
 """Number of captions below which it is no wonder that many agree."""
 
 _LONGEST_PHRASE = 8
-_WORDS_READ = 400
-"""Number of words of a caption that are looked at: more than models read."""
+_LETTERS_READ = 4000
+"""Number of characters of a caption that are looked at: more than models read."""
 
 _LANGUAGES = {
     "English": "the and with of is are in on at to his her its their from under over wearing standing behind next",
@@ -100,7 +100,7 @@ def _placeholders(captions: Sequence[Caption]) -> Iterator[Finding]:
 
 
 def _is_placeholder(caption: Caption) -> bool:
-    text = " ".join(caption.text.split()).casefold().rstrip(".!")
+    text = " ".join(_beginning(caption.text).split()).casefold().rstrip(".!")
     stem = caption.stem.casefold()
     # A file's name is a caption where people name their files so: it needs letters and no number.
     is_name = text == stem and (not re.fullmatch(r"[^\W\d_]+([ -][^\W\d_]+)*", text))
@@ -143,20 +143,19 @@ def common_phrases(texts: Sequence[str], apart: Sequence[str] = ()) -> list[tupl
         apart: words that belong to no phrase.
     """
     ends = re.compile("|".join(re.escape(word.casefold()) for word in apart if word) or r"(?!)")
+    fewest = COMMON_SHARE * len(texts)
+    divided = [[_words(piece) for piece in ends.split(_beginning(text).casefold())] for text in texts]
+    with_word = Counter(word for pieces in divided for word in {word for words in pieces for word in words})
     seen: Counter[tuple[str, ...]] = Counter()
-    for text in texts:
-        pieces = [_words(piece) for piece in ends.split(text.casefold())]
+    for pieces in divided:  # of words that are common themselves, lest every phrase of every text be kept
         seen.update({
             words[at : at + n]
             for words in pieces
-            for n in range(1, _LONGEST_PHRASE + 1)
-            for at in range(len(words) - n + 1)
+            for at in range(len(words))
+            for n in range(1, min(_LONGEST_PHRASE, len(words) - at) + 1)
+            if all(with_word[word] > fewest for word in words[at : at + n])
         })  # fmt: skip
-    common = {
-        phrase: times
-        for phrase, times in seen.items()
-        if times > COMMON_SHARE * len(texts) and not set(phrase) <= _EMPTY_WORDS
-    }
+    common = {phrase: times for phrase, times in seen.items() if times > fewest and not set(phrase) <= _EMPTY_WORDS}
     longest: list[tuple[str, ...]] = []
     for phrase in sorted(common, key=lambda phrase: (-len(phrase), -common[phrase], phrase)):
         # A part counts only where it is clearly more common than the whole.
@@ -170,8 +169,13 @@ def _is_part(phrase: tuple[str, ...], whole: tuple[str, ...]) -> bool:
     return any(whole[at : at + len(phrase)] == phrase for at in range(len(whole) - len(phrase) + 1))
 
 
+def _beginning(text: str) -> str:
+    """Returns the part of a caption that is looked at; a file of a megabyte is no caption."""
+    return text[:_LETTERS_READ]
+
+
 def _words(text: str) -> tuple[str, ...]:
-    return tuple(re.findall(r"[^\W_]+(?:['’-][^\W_]+)*", text.casefold())[:_WORDS_READ])
+    return tuple(re.findall(r"[^\W_]+(?:['’-][^\W_]+)*", text.casefold()))
 
 
 def _scripts(captions: Sequence[Caption]) -> Iterator[Finding]:
@@ -179,11 +183,11 @@ def _scripts(captions: Sequence[Caption]) -> Iterator[Finding]:
     main: dict[str, list[Caption]] = defaultdict(list)
     mixed: list[tuple[Caption, str]] = []
     for caption in captions:
-        letters = Counter(_script(mark) for mark in caption.text[:4000] if mark.isalpha())
+        letters = Counter(_script(mark) for mark in _beginning(caption.text) if mark.isalpha())
         if letters:
             main[letters.most_common(1)[0][0]].append(caption)
         if len(letters) > 1:
-            words = [word for word in _words(caption.text) if _mixes_look_alikes(word)]
+            words = [word for word in _words(_beginning(caption.text)) if _mixes_look_alikes(word)]
             mixed += [(caption, words[0])] if words else []
     yield Finding(
         Level.WARNING, "caption-mixed-letters",
@@ -216,7 +220,7 @@ def _minority(groups: dict[str, list[Caption]], code: str, what: str, kind: str)
 
 def language_of(text: str) -> str | None:
     """Guesses a European language by its function words; None where there are too few to tell."""
-    words = set(_words(text))
+    words = set(_words(_beginning(text)))
     hits = sorted(((len(words & own), language) for language, own in _FUNCTION_WORDS.items()), reverse=True)
     (most, language), (next_most, _) = hits[:2]
     return language if most >= _FEWEST_HITS and most >= next_most + 2 else None

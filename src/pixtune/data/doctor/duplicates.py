@@ -64,7 +64,6 @@ def find_near_copies(looks: Sequence[Look], known: Sequence[Sequence[int]] = ())
     one, other, distances = _near_hashes(bits, _blocks(thumbnails))
     order = np.argsort(distances, kind="stable")
     one, other = one[order], other[order]
-    softened = _soften(thumbnails)
     leaders = list(range(len(numbers)))
 
     def leader(number: int) -> int:
@@ -84,10 +83,11 @@ def find_near_copies(looks: Sequence[Look], known: Sequence[Sequence[int]] = ())
         if not batch:
             continue
         first, second = np.array(batch).T
-        same = _are_copies(softened[first], softened[second])
+        one_side, other_side = _soften(thumbnails[first]), _soften(thumbnails[second])
+        same = _are_copies(one_side, other_side)
         if not same.all():  # a crop is found more surely where it is laid on the whole
             rest = np.flatnonzero(~same)
-            same[rest] = _are_copies(softened[second[rest]], softened[first[rest]])
+            same[rest] = _are_copies(other_side[rest], one_side[rest])
         for a, b in zip(first[same], second[same], strict=True):
             low, high = sorted((leader(int(a)), leader(int(b))))
             leaders[high] = low

@@ -155,8 +155,8 @@ def _odd_sizes(pictures: Sequence[Checked], name_of: Mapping[Path, str]) -> Iter
     long = [(path, max(size) / min(size)) for path, size in sizes.items() if max(size) > DEFAULT_MAX_ASPECT * min(size)]
     yield Finding(
         Level.WARNING, "extreme-shape",
-        f"{count(len(long), 'picture is', 'pictures are')} longer than {DEFAULT_MAX_ASPECT:.0f} : 1, and train as "
-        "their middle alone",
+        count(len(long), "picture trains as its", "pictures train as their")
+        + f" middle alone, being longer than {DEFAULT_MAX_ASPECT:.0f} : 1",
         tuple(
             Case(f"{name_of[path]} ({ratio:.1f} : 1)", (str(path),), {"aspect_ratio": ratio}) for path, ratio in long
         ),
