@@ -219,8 +219,8 @@ def validate(
         caption_type, img_size, multiple, upscale, tuple(control_dir or ()), allow_missing_controls, model,
         max_text_tokens, control_size, tuple(trigger or ()),
     )  # fmt: skip
-    reports = check(words or [], path, config, request)
-    raise typer.Exit(finish(reports, typer.echo, json_output, all_names, strict))
+    reports, listing = check(words or [], path, config, request)
+    raise typer.Exit(finish(reports, listing, typer.echo, json_output, all_names, strict))
 
 
 @app.command()

@@ -9,6 +9,7 @@ from pathlib import Path
 import typer
 from rich.console import Console
 
+from pixtune.commands.folders import folder_listing
 from pixtune.commands.words import config_and_overrides
 from pixtune.config import load_config
 from pixtune.config.folders import folder_beside, folders_of
@@ -45,8 +46,13 @@ class FolderRequest:
     triggers: tuple[str, ...] = ()
 
 
-def check(words: Sequence[str], path: Path | None, config: Path | None, request: FolderRequest) -> list[DatasetReport]:
+def check(
+    words: Sequence[str], path: Path | None, config: Path | None, request: FolderRequest
+) -> tuple[list[DatasetReport], str]:
     """Checks what a command line names: one folder, as its first word or `path`, or a config with its overrides.
+
+    Returns:
+        The reports, and what the folders of a config give to an epoch, for people.
 
     Raises:
         BadParameter: it names neither, or both.
@@ -54,13 +60,14 @@ def check(words: Sequence[str], path: Path | None, config: Path | None, request:
     console = Console(stderr=True)
     is_config = path is None and bool(words) and words[0].endswith((".yaml", ".yml")) and not Path(words[0]).is_dir()
     if config is not None or is_config:
-        return check_config(load_config(*config_and_overrides(words, config)), console)
+        settings = load_config(*config_and_overrides(words, config))
+        return check_config(settings, console), folder_listing(settings)
     folders = [Path(word) for word in words] + ([path] if path else [])
     if len(folders) != 1:
         raise typer.BadParameter("name one folder, or a config with its keys: pixtune validate ./dataset")
     if request.max_text_tokens is not None and request.model is None:
         raise typer.BadParameter("--max-text-tokens works with --model only, whose tokenizer counts the tokens")
-    return [check_folder(folders[0], request, console)]
+    return [check_folder(folders[0], request, console)], ""
 
 
 def check_folder(folder: Path, request: FolderRequest, console: Console) -> DatasetReport:
@@ -87,24 +94,30 @@ def check_config(config: TrainConfig, console: Console) -> list[DatasetReport]:
         counter = _counter(model, data.max_text_tokens, data.control_size)
         multiple = counter.family.pixel_multiple(model)
     folders = [*folders_of(data), *([folder_beside(data, held_out)] if held_out is not None else [])]
-    doctor, apart = Examination(tuple(config.trigger_words), console), folders_apart(config)
+    apart, triggers = folders_apart(config), tuple(config.trigger_words)
     return [
         validate_pairs(
-            find_examples(each, apart), each.img_size, multiple, each.upscale, each.control_dirs, counter, doctor
+            find_examples(each, apart), each.img_size, multiple, each.upscale, each.control_dirs, counter,
+            Examination(triggers, console, each.captions),
         )
         for each in folders
-    ]
+    ]  # fmt: skip
 
 
 def finish(
-    reports: Sequence[DatasetReport], show: Callable[[str], object], as_json: bool, all_names: bool, strict: bool
+    reports: Sequence[DatasetReport],
+    listing: str,
+    show: Callable[[str], object],
+    as_json: bool,
+    all_names: bool,
+    strict: bool,
 ) -> int:
     """Prints reports and returns the exit code: 0, `PROBLEMS`, or with `strict` `ONLY_WARNINGS`."""
-    show(
-        to_json(reports)
-        if as_json
-        else lines("\n\n".join(report.render(all_names, terminal_width()) for report in reports))
-    )
+    if as_json:
+        show(to_json(reports))
+    else:
+        pages = [report.render(all_names, terminal_width()) for report in reports]
+        show(lines("\n\n".join([*pages, *([listing] if listing else [])])))
     if not all(report.ok for report in reports):
         return PROBLEMS
     return ONLY_WARNINGS if strict and any(report.of_level(Level.WARNING) for report in reports) else 0

@@ -13,8 +13,10 @@ from pathlib import Path
 
 from rich.console import Console
 
+from pixtune.config.folders import CaptionRules
 from pixtune.data.buckets import Buckets, build_buckets, frame_picture
 from pixtune.data.caption_tokens import CaptionCounter, cut_findings, lost_words
+from pixtune.data.captions import with_prefix
 from pixtune.data.doctor.examine import examine, same_files
 from pixtune.data.findings import Case, Finding, Level, cases_of, count
 from pixtune.data.pairs import Pair, Pairs, find_pairs, shorten
@@ -102,6 +104,8 @@ class Examination:
     """Words that are to call up what is learned; None: it is not known whether there are some."""
     console: Console | None = None
     """Console for progress; None: none is shown."""
+    rules: CaptionRules | None = None
+    """Rules by which training makes captions of what is read; None: none."""
 
 
 def validate_folder(
@@ -182,7 +186,10 @@ def validate_pairs(
         }
         with announced("comparing pictures and captions", _shower(doctor)):
             large = [path for path in targets if min(scan.pictures[path].size or (0,)) >= multiple]
-            findings += examine(scan, large, captions, copies, name_of, img_size, doctor.triggers)
+            rules = doctor.rules
+            trained = [(pair, with_prefix(text, rules) if rules else text) for pair, text in captions]
+            one_caption = rules is not None and rules.text is not None
+            findings += examine(scan, large, trained, copies, name_of, img_size, doctor.triggers, one_caption)
     return DatasetReport(
         found.folder, tuple(control_folders), len(targets), tuple(each for each in findings if each.cases),
         dict(bucket_counts), _longest(captions),

@@ -60,18 +60,18 @@ class Caption:
     """Path of the file that it stands in."""
 
 
-def lint_captions(captions: Sequence[Caption], triggers: Sequence[str] | None, of_edits: bool) -> list[Finding]:
+def lint_captions(captions: Sequence[Caption], triggers: Sequence[str] | None, may_be_equal: bool) -> list[Finding]:
     """Reports on captions that say nothing, or too much in common.
 
     Args:
         triggers: words that are to call up what is learned; None: it is not known whether there are some.
-        of_edits: captions are instructions, which may all be equal.
+        may_be_equal: one caption for all is meant so, such as an instruction for edits.
     """
     written = [caption for caption in captions if caption.text]
     findings = [
         *_missing_triggers(written, triggers or ()),
         *_placeholders(written),
-        *_common(written, triggers, of_edits),
+        *_common(written, triggers, may_be_equal),
         *_scripts(written),
         *_languages(written),
     ]
@@ -107,18 +107,18 @@ def _is_placeholder(caption: Caption) -> bool:
     return is_name or any(re.fullmatch(pattern, text, re.DOTALL) for pattern in _PLACEHOLDERS)
 
 
-def _common(captions: Sequence[Caption], triggers: Sequence[str] | None, of_edits: bool) -> Iterator[Finding]:
+def _common(captions: Sequence[Caption], triggers: Sequence[str] | None, may_be_equal: bool) -> Iterator[Finding]:
     """Reports a caption that most have, or phrases that do."""
     if len(captions) < FEWEST_CAPTIONS:
         return
     text, times = Counter(" ".join(each.text.split()) for each in captions).most_common(1)[0]
     if times > COMMON_SHARE * len(captions):
         yield Finding(
-            Level.NOTE if of_edits else Level.WARNING, "captions-equal",
+            Level.NOTE if may_be_equal else Level.WARNING, "captions-equal",
             f"{times} of {len(captions)} captions are the same",
             (Case(_quoted(text), (), {"share": times / len(captions)}),),
-            "One instruction for all is fine for an edit that is always the same."
-            if of_edits
+            "That is fine for an edit that is always the same, or one text that is meant for all."
+            if may_be_equal
             else "What differs between the pictures is learned with the style then: describe each.",
         )  # fmt: skip
         return

@@ -47,6 +47,7 @@ def examine(
     name_of: Mapping[Path, str],
     img_size: int | None,
     triggers: Sequence[str] | None,
+    one_caption: bool = False,
 ) -> list[Finding]:
     """Reports what a person would like to know of pictures and captions that can be read.
 
@@ -57,6 +58,7 @@ def examine(
         name_of: short names by path.
         img_size: training size in pixels; None: small pictures and extreme shapes are found by the set itself.
         triggers: as for `lint_captions`.
+        one_caption: one caption for all pictures is meant so.
     """
     pictures = [scan.pictures[path] for path in targets if scan.pictures[path].look is not None]
     of_edits = any(pair.control_paths for pair, _ in captions)
@@ -67,7 +69,7 @@ def examine(
         *_blurred(pictures, name_of),
         *_plain(pictures, name_of),
         *(_odd_sizes(pictures, name_of) if img_size is None else ()),
-        *lint_captions(read, triggers, of_edits),
+        *lint_captions(read, triggers, of_edits or one_caption),
         *_misaligned(scan.pairs, name_of),
     ]
     return [finding for finding in findings if finding.cases]

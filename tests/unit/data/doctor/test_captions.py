@@ -14,9 +14,9 @@ from pixtune.family import TextLength
 THINGS = ["apple", "bicycle", "candle", "door", "engine", "flower", "guitar", "hammer", "island", "jacket"]
 
 
-def lint(texts: list[str], triggers: list[str] | None = None, of_edits: bool = False) -> dict[str, Finding]:
+def lint(texts: list[str], triggers: list[str] | None = None, may_be_equal: bool = False) -> dict[str, Finding]:
     captions = [Caption(f"{number}.png", f"IMG_{number}", text, f"{number}.txt") for number, text in enumerate(texts)]
-    return {finding.code: finding for finding in lint_captions(captions, triggers, of_edits)}
+    return {finding.code: finding for finding in lint_captions(captions, triggers, may_be_equal)}
 
 
 def test_good_captions_have_no_finding():
@@ -72,7 +72,7 @@ def test_short_captions_that_say_something_are_none(text):
 
 def test_one_caption_for_all_is_a_warning_for_pictures_and_a_note_for_edits():
     assert lint(["a style"] * 10)["captions-equal"].level == Level.WARNING
-    assert lint(["put a hat on"] * 10, of_edits=True)["captions-equal"].level == Level.NOTE
+    assert lint(["put a hat on"] * 10, may_be_equal=True)["captions-equal"].level == Level.NOTE
 
 
 def test_a_caption_in_another_script_or_language_is_named():
