@@ -15,7 +15,7 @@ from typing import Any
 
 from pixtune.config import to_dict
 from pixtune.config.schema import TrainConfig
-from pixtune.config.sections import DataConfig
+from pixtune.config.sections import DataConfig, FolderConfig
 from pixtune.errors import CheckpointError
 from pixtune.storage.checkpoint import Checkpoint
 
@@ -96,20 +96,20 @@ def _changes_batches(before: RunIdentity, now: RunIdentity) -> str | None:
 
 
 def _changes_folders(before: RunIdentity, now: RunIdentity) -> str | None:
+    # A key that a version did not know yet had its default's effect, as at the top level.
+    defaults = FolderConfig(img_dir=Path(".")).model_dump(mode="json")
     was, is_now = (
-        [{key: value for key, value in each.items() if key not in _PLACES} for each in _folders(run)]
+        [
+            {key: value for key, value in {**defaults, **folder}.items() if key not in _PLACES}
+            for folder in run.config["data_config"].get("folders", ())
+        ]
         for run in (before, now)
     )
-    return None if was == is_now else "how the folders are used would be another"
+    return None if was == is_now else "other pictures would meet, or be used otherwise"
 
 
 _PLACES = ("img_dir", "control_dir", "metadata_file", "dataset", "mask_dir")
 """Keys of a folder that only say where it lies: its pictures are recognized by their content."""
-
-
-def _folders(run: RunIdentity) -> Sequence[Mapping[str, Any]]:
-    return run.config["data_config"].get("folders", ())
-
 
 RULES: Mapping[str, Rule] = {
     **dict.fromkeys(

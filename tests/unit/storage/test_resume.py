@@ -107,6 +107,21 @@ def test_what_leaves_the_steps_alone_may_change() -> None:
     assert "validation.num_draws" in refusal(run(), run(validation={"num_draws": 7})), "not all of the section"
 
 
+def test_folders_may_move_but_not_be_used_otherwise() -> None:
+    def of(*folders: dict[str, Any]) -> RunIdentity:
+        return run(data_config={"folders": [{"repeats": 2.0, **each} for each in folders]})
+
+    before = of({"img_dir": "a", "name": "n"}, {"img_dir": "b"})
+    assert refusal(before, of({"img_dir": "moved", "name": "n"}, {"img_dir": "c", "control_dir": "d"})) == ""
+    older = before.to_dict()
+    for folder in older["config"]["data_config"]["folders"]:
+        del folder["flip"], folder["caption_prefix"]  # a version that did not know these keys
+    assert refusal(before, of({"img_dir": "a", "name": "n"}, {"img_dir": "b"}), older) == ""
+    for now in (of({"img_dir": "a", "name": "n"}), of({"img_dir": "a", "name": "n"}, {"img_dir": "b", "repeats": 1.0}),
+                of({"img_dir": "a", "name": "n", "flip": True}, {"img_dir": "b"})):  # fmt: skip
+        assert "data_config.folders: was [{" in refusal(before, now)
+
+
 def test_rules_are_of_keys_that_there_are() -> None:
     keys = flatten(to_dict(config()))
     assert RULES.keys() - keys.keys() == {"num_processes", "samples", "guard", *FORMER_KEYS}
