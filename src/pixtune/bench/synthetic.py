@@ -69,6 +69,13 @@ def timing_words(
         "data_config.control_dir": [str(path) for path in data.controls] or None,
         "data_config.metadata_file": None,
         "data_config.caption_type": "txt",
+        "data_config.caption_source": "file",
+        "data_config.caption_text": None,
+        "data_config.caption_prefix": "",
+        "data_config.shuffle_tags": False,
+        "data_config.tag_dropout_rate": 0.0,
+        "data_config.flip": False,
+        "data_config.img_size_shares": None,
         "data_config.img_size": size_pixels,
         "data_config.random_ratio": False,
         "data_config.caption_dropout_rate": 0.0,  # empty captions would be shorter than what is stated

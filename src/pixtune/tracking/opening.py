@@ -28,13 +28,15 @@ def opening_lines(
     num_processes = order.global_batch_size // config.batch_size
     together = f", by {num_processes} processes" if num_processes > 1 else ""
     epochs = num_steps * config.gradient_accumulation_steps / max(order.epoch_end(0), 1)
-    turns = f"about {epochs:.0f} times" if epochs >= 1.5 else f"{epochs:.1f} times"
+    number = f"about {epochs:.0f}" if epochs >= 1.5 else f"{epochs:.1f}"
+    is_once = all(use.repeats == 1 for use in order.uses)
+    turns = f"every picture {number} times" if is_once else f"{number} times the folders' repeats"
     note, warning = uneven_note(order, source.reader.names), optim.check_schedule(config, num_steps)
     return [
         # Scripts look for this line, so its words stay whatever the numbers are.
         f"data: {len(data.buckets)} pictures in {num_sizes} sizes, {len(data.held_out)} held out",
         summary,
-        f"length: {counted(num_steps, 'step')} of {counted(per_step, 'picture')} each{together}; every picture {turns}",
+        f"length: {counted(num_steps, 'step')} of {counted(per_step, 'picture')} each{together}; {turns}",
         *(f"plan: {reason}" for reason in reasons),
         *([f"note: {note}"] if note else []),
         *([f"warning: {warning}"] if warning else []),
