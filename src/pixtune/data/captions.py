@@ -77,7 +77,7 @@ def _draw_form(caption: str, rules: CaptionRules, seed: int, name: str, *which: 
     left = [
         others[place]
         for place in places
-        if randomness.uniform(seed, "tag dropout", name, *which, place) >= rules.dropout_rate
+        if not rules.dropout_rate or randomness.uniform(seed, "tag dropout", name, *which, place) >= rules.dropout_rate
     ]
     return ", ".join([*kept, *left])
 

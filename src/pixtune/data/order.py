@@ -66,10 +66,10 @@ class BatchOrder:
         self.seed = seed
         self.uses = uses or [ONCE] * len(buckets)
         self._epoch_ends: list[int] = []
-        # Whether all epochs have the same number of micro-batches: no example changes its size or how often it comes.
-        self.is_even = all(len(set(variants)) == 1 for variants in buckets) and all(
-            use.repeats == int(use.repeats) for use in self.uses
-        )
+        # Whether no example changes its size from turn to turn.
+        self.sizes_stay = all(len(set(variants)) == 1 for variants in buckets)
+        # Whether all epochs have the same number of micro-batches: nor does one change how often it comes.
+        self.is_even = self.sizes_stay and all(use.repeats == int(use.repeats) for use in self.uses)
         self.epoch = lru_cache(maxsize=4)(self._epoch)
 
     def _epoch(self, epoch: int) -> list[list[Turn]]:

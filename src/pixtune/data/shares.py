@@ -6,7 +6,7 @@ fills several: a lone portrait among squares is drawn eight times an epoch at ei
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 
 from pixtune.data.order import BatchOrder, Signature
@@ -20,10 +20,10 @@ EPOCHS_COUNTED = 8
 
 def draws_an_epoch(order: BatchOrder) -> list[float]:
     """Computes how often an epoch draws each example: on average, since which of a size come twice changes."""
-    if order.is_even:
-        members: Counter[Signature] = Counter()
+    if order.sizes_stay:
+        members: dict[Signature, float] = defaultdict(float)
         for variants, use in zip(order.buckets, order.uses, strict=True):
-            members[variants[0]] += int(use.repeats)
+            members[variants[0]] += use.repeats
         size = order.global_batch_size
         return [
             use.repeats * (-(-members[variants[0]] // size) * size / members[variants[0]])
