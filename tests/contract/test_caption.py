@@ -162,11 +162,18 @@ def test_a_damaged_picture_costs_only_its_own_caption(model: Path, tmp_path: Pat
     for name, kept in (("red", 0), ("green", 600)):
         (folder / f"{name}.png").write_bytes((folder / f"{name}.png").read_bytes()[:kept])
     Image.new("RGB", (603, 3)).save(folder / "blue.png")
+    (folder / "yellow.txt").mkdir()
     outcome = pixtune("caption", folder, "--model", model, *SHORT)
-    assert outcome.returncode == 1 and sorted(captions(folder)) == ["white", "yellow"]
-    for words in ("red.png is empty (0 bytes)", "green.png cannot be decoded", "blue.png is longer than 200 times"):
+    (folder / "yellow.txt").rmdir()
+    assert outcome.returncode == 1 and sorted(captions(folder)) == ["white"]
+    for words in (
+        "yellow.txt is a folder",
+        "red.png is empty (0 bytes)",
+        "green.png cannot be decoded",
+        "blue.png is longer than 200 times",
+    ):
         assert f"problem: {folder}/{words}" in outcome.stdout
-    assert "captions written: 2; kept: 0; pictures without: 3" in outcome.stdout
+    assert "captions written: 1; kept: 0; pictures without: 4" in outcome.stdout
 
 
 def test_a_looping_answer_is_reported_and_not_written(tmp_path: Path) -> None:
@@ -244,7 +251,12 @@ def test_several_folders_are_captioned_with_one_load(model: Path, tmp_path: Path
         (("{pictures}", "--model", TINY, "--only", "rad.png"), "Is 'red.png' meant?"),
         (("{pictures}", "--model", TINY, "--only-from", "{absent}"), "names of pictures cannot be read"),
         (("{pictures}", "--model", TINY, "--extension", "png"), "none for text"),
-        (("{config}",), "captions go to text files"),
+        (("{config}",), "captions from metadata_file"),
+        (
+            ("{config}", "data_config.metadata_file=null", "data_config.caption_text=a cat"),
+            "captions from caption_text",
+        ),
+        (("{config}", "data_config.metadata_file=null", "data_config.caption_source=file_name"), "source: file_name"),
     ],
 )
 def test_what_cannot_be_done_is_said_before_anything_is_loaded(

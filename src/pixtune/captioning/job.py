@@ -97,6 +97,9 @@ def open_job(places: Places, wish: Wish, captioner: Captioner) -> Job:
         if with_controls and picture.lacks_controls:
             failed.append(Outcome(picture, None, f"{picture.path} has no control picture of its name."))
             continue
+        if picture.caption_path.is_dir():
+            failed.append(Outcome(picture, None, f"{picture.caption_path} is a folder, where a caption belongs."))
+            continue
         measured = measure(captioner, wish, picture, with_controls)
         if isinstance(measured, Outcome):
             failed.append(measured)
