@@ -210,13 +210,14 @@ def test_an_edit_config_asks_what_changes(tmp_path: Path) -> None:
 
 
 def test_several_folders_are_captioned_with_one_load(model: Path, tmp_path: Path) -> None:
-    for name in ("one", "two"):
+    for name in ("one", "two", "apart"):
         draw(tmp_path / name)
     (tmp_path / "one" / "red.txt").write_text("by hand")
     config = tmp_path / "run.yaml"
     config.write_text(
         f"pretrained_model_name_or_path: {model}\noutput_dir: {tmp_path}/run\nmax_train_steps: 1\n"
         f"data_config:\n  folders: [{{img_dir: {tmp_path}/one}}, {{img_dir: {tmp_path}/two, caption_type: cap}}]\n"
+        f"validation: {{held_out_dir: {tmp_path}/apart}}\n"
     )
     outcome = pixtune("caption", config, "--only", "one/red", "--only", "two/red.png", *SHORT)
     assert (
@@ -228,7 +229,7 @@ def test_several_folders_are_captioned_with_one_load(model: Path, tmp_path: Path
     again = pixtune("caption", config, "--only", "two/red.png", "--overwrite", "--dry-run", *SHORT)
     assert "two/red.png: has the caption that this request writes" in again.stdout
     refused = pixtune("caption", config, "--only", "red.png")
-    assert "'red.png' may be one/red.png or two/red.png" in refused.stdout
+    assert "'red.png' may be one/red.png or two/red.png or apart/red.png" in refused.stdout
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from pixtune.captioning.presets import EDIT, PLAIN, PRESETS, question_of
 from pixtune.commands.words import config_and_overrides
-from pixtune.config.folders import Folder, folders_of
+from pixtune.config.folders import Folder, folder_beside, folders_of
 from pixtune.config.load import load_config
 from pixtune.config.schema import TrainConfig
 from pixtune.config.sections import DataConfig
@@ -283,6 +283,8 @@ def find_source(
         raise ConfigError("captions go to text files", elsewhere)
     if control_folders:
         own = tuple(replace(each, control_dirs=control_folders) for each in own)
+    if (held_out := settings.validation.held_out_dir) is not None:
+        own = (*own, replace(folder_beside(settings.data_config, held_out), label=f"{held_out.name}/"))
     if model is not None:
         settings = settings.model_copy(update={"pretrained_model_name_or_path": model})
 
