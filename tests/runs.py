@@ -29,6 +29,7 @@ def overrides(output_dir: Path, cache_dir: Path, **changes: object) -> list[str]
         "train_batch_size": 2,
         "report_to": "null",
         "rank": 4,
+        "validation.held_out": 0.0,
     }
     settings |= {name.replace("__", "."): value for name, value in changes.items()}
     return [f"{key}={value}" for key, value in settings.items()]

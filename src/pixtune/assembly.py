@@ -54,7 +54,13 @@ from pixtune.tracking.memory import RunMemory
 from pixtune.trained import optim
 from pixtune.trained.base import Base
 from pixtune.trained.methods import METHODS, TrainedWeights
-from pixtune.trained.resume_point import check_run, decide_once, find_resume_point, identify
+from pixtune.trained.resume_point import (
+    check_run,
+    decide_once,
+    find_resume_point,
+    identify,
+    with_stored_choices,
+)
 from pixtune.trained.training_adapter import check_training_adapter
 
 log = logging.getLogger(__name__)
@@ -120,6 +126,7 @@ def assemble(
     if config.training_adapter.path is not None:
         check_training_adapter(config, tensor_shapes(config, family, folder))
     checkpoint = find_resume_point(config, accelerator, show)
+    config = with_stored_choices(config, checkpoint)
     start_step = checkpoint.step if checkpoint else 0
     with announced("recognizing the base model by its files", show):
         identity = identify(config, accelerator, folder)

@@ -30,6 +30,9 @@ Purpose = Literal[
     "swap check",
     "rounding",
     "caption",
+    "read back",
+    "measured",
+    "rivals",
 ]
 
 

@@ -82,7 +82,8 @@ class AroundSteps(Protocol):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None: ...
 
-    def before_first_step(self) -> None: ...
+    def before_first_step(self) -> TrainResult | None:
+        """Does everything that is due before the session's first step; returns a result where the run is over."""
 
     def see_batch(self, batch: Batch) -> None:
         """Receives a batch that the current step learns from."""
@@ -90,8 +91,8 @@ class AroundSteps(Protocol):
     def waited(self, seconds: float) -> None:
         """Receives the time that the loop had to wait for a micro-batch."""
 
-    def after_step(self, step: int, outcome: StepOutcome) -> None:
-        """Does everything that is due after a step, 1 for the first."""
+    def after_step(self, step: int, outcome: StepOutcome) -> TrainResult | None:
+        """Does everything that is due after a step, 1 for the first; returns a result where the run is over by it."""
 
     def interrupted(self, step: int) -> TrainResult:
         """Ends the session early, after this many steps."""

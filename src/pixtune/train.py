@@ -89,7 +89,8 @@ def run_steps(run: Run, services: AroundSteps) -> TrainResult:
     made = read_ahead(run.source, first, last, run.config.data_config.num_workers, run.plan.pin_memory)
     micro_batches = observed(timed(made, services.waited), services.see_batch)
     with services:
-        services.before_first_step()
+        if (result := services.before_first_step()) is not None:
+            return result
         for step in range(services.start_step, run.num_steps):
             if run.stop.requested(step):
                 return services.interrupted(step)
@@ -102,7 +103,8 @@ def run_steps(run: Run, services: AroundSteps) -> TrainResult:
                 if not getattr(error, "weights_are_torn", False):
                     services.interrupted(num_taken)
                 raise
-            services.after_step(step + 1, outcome)
+            if (result := services.after_step(step + 1, outcome)) is not None:
+                return result
             if scarcity := run.memory.scarcity():
                 services.interrupted(step + 1)
                 raise scarcity

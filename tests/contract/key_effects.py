@@ -48,6 +48,10 @@ DRAWN = {"samples.prompts": ["red heart"], "samples.num_steps": 1, "samples.guid
 MEASURED = {"validation.held_out": 0.25, "validation.num_draws": 1}
 FULL = {"method": "full"}
 CONTROLLED = {**EDIT, **DRAWN, "samples.prompts": ["redraw it"]}
+TWO_FOLDERS: dict[str, object] = {
+    "data_config.folders": [{"img_dir": "SCENE/pictures"}, {"img_dir": "SCENE/other_pictures"}],
+    "data_config.img_dir": None,
+}
 UNIFIED = {"unified_memory": True}
 
 EFFECTS: dict[str, Effect] = {
@@ -88,6 +92,7 @@ EFFECTS: dict[str, Effect] = {
     "data_config.caption_dropout_rate": Effect("steps", (0.0, 0.9)),
     "data_config.random_ratio": Effect("steps", (False, True)),
     "data_config.upscale": Effect("steps", (False, True), {"data_config.img_size": 160}),
+    "data_config.exclude": Effect("steps", ([], ["alien"])),
     "data_config.cache_dir": Effect("files", ("RUN/cache", "RUN/elsewhere")),
     "random_weights": Effect("steps", (False, True)),
     "logging_dir": Effect("files", ("logs", "elsewhere"), TRACKED),
@@ -146,6 +151,10 @@ EFFECTS: dict[str, Effect] = {
     "validation.held_out": Effect("held-out losses", (0.0, 0.25)),
     "validation.held_out_dir": Effect("held-out losses", (None, "SCENE/other_pictures")),
     "validation.every": Effect("held-out losses", (100, 1), MEASURED),
+    "validation.judge_captions": Effect("printed", (None, True), TWO_FOLDERS),
+    "validation.patience": Effect(
+        "held-out losses", (None, 1), {**MEASURED, "validation.every": 1, "max_train_steps": 3, "learning_rate": 1.0}
+    ),
     "validation.num_draws": Effect("held-out losses", (1, 2), MEASURED),
     "samples.prompts": Effect("pictures", (["red heart"], []), DRAWN),
     "samples.controls": Effect(
@@ -159,6 +168,7 @@ EFFECTS: dict[str, Effect] = {
     "samples.height": Effect("pictures", (None, 96), DRAWN),
     "guard.max_skipped_steps": Effect("error", (10, 1), {"learning_rate": 1e30}),
     "guard.exploded_loss": Effect("error", ("warn", "stop"), {"learning_rate": 1.0, "max_train_steps": 8}),
+    "guard.must_learn_within": Effect("error", (10, 0), {"learning_rate": 1e-50}),
     "checkpointing_steps": Effect("files", (500, 1)),
     "checkpoints_total_limit": Effect("files", (None, 1), {"checkpointing_steps": 1}),
     "resume_from_checkpoint": Effect("error", (None, "latest"), after_a_run=True),

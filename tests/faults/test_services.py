@@ -89,7 +89,7 @@ def break_services() -> None:
 
     from pixtune.report import results
     from pixtune.sampler import PromptSampler
-    from pixtune.services import held_out_loss
+    from pixtune.services import held_out_loss, training_pictures
     from pixtune.storage.course import Course
     from pixtune.tracking.figures import DriftWatch
 
@@ -99,7 +99,8 @@ def break_services() -> None:
 
         return failing
 
-    vars(held_out_loss)["measure"] = fail(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"))
+    for look in (held_out_loss, training_pictures):
+        vars(look)["measure"] = fail(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"))
     for owner, name, error in (
         (PromptSampler, "sample", ValueError("a picture with no pixels")),
         (Course, "prune", PermissionError(13, "Permission denied")),
@@ -117,6 +118,7 @@ def test_whatever_a_service_raises_the_run_goes_on_and_names_it_once(
     assert outcome.returncode == 0, outcome.stdout
     for once in (
         "the held-out loss failed at step 0: OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB.",
+        "the loss on training pictures failed at step 0: OutOfMemoryError: CUDA out of memory",
         "samples failed at step 0: ValueError: a picture with no pixels.",
         "tracker tensorboard failed at step 1: the tracker's server has gone.",
         "the watch for slow steps failed at step 1: ZeroDivisionError: division by zero.",

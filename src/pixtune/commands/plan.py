@@ -178,7 +178,7 @@ def length_of(config: TrainConfig) -> Length:
     limits = [config.max_train_steps] if config.max_train_steps is not None else []
     if config.num_train_epochs is not None and num_pictures is not None:
         turns = sum(folder.repeats * count for folder, count in zip(folders, counts, strict=True))
-        trained = num_pictures - round(config.validation.held_out * num_pictures)
+        trained = num_pictures - config.validation.num_held_out(num_pictures)
         turns *= trained / num_pictures
         limits.append(math.ceil(turns * config.num_train_epochs / (config.batch_size * micro_batches)))
     return Length(num_pictures, min(limits, default=None), config.batch_size * micro_batches, micro_batches)

@@ -189,7 +189,9 @@ def _an_adapter_beside_a_lora(method: str, path: Path | None) -> str | None:
     return None
 
 
-def _one_held_out_set(share: float, folder: Path | None) -> str | None:
+def _one_held_out_set(share: float | str, folder: Path | None) -> str | None:
+    if isinstance(share, str):
+        return None  # "auto": the folder decides where there is one
     if share and folder is not None:
         return f"validation.held_out is {share} and validation.held_out_dir is {str(folder)!r}: choose one of them"
     if share >= 1:

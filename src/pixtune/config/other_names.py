@@ -92,6 +92,7 @@ _BY_OURS: Mapping[str, str] = {
     "validation.held_out": "validation_split val_split eval_split",
     "validation.held_out_dir": "val_data_dir validation_dir validation_data_dir eval_dir",
     "validation.every": "validation_epochs validation_steps eval_steps eval_every",
+    "validation.patience": "early_stopping_patience early_stop_patience",
     "samples.prompts": "validation_prompt validation_prompts sample_prompts sample_prompt sample_definition_file",
     "samples.every": "sample_every sample_every_n_steps sample_after sample_every_n_epochs",
     "samples.num_steps": "sample_steps num_inference_steps validation_num_inference_steps",

@@ -167,8 +167,8 @@ class TrainConfig(Section):
     checkpointing_steps: Count = 500
     """Number of steps between two checkpoints; the last step and an interrupted run are always saved."""
     checkpoints_total_limit: Count | None = None
-    """Number of checkpoints to keep, the newest; one more until the first loss with the newest one's weights is known.
-    Absent: all."""
+    """Number of checkpoints to keep, the newest; one more until the first loss with the newest one's weights is known,
+    and the one with the lowest held-out loss beside them. Absent: all."""
     resume_from_checkpoint: Name | None = None
     """Checkpoint to resume from: its folder, or "latest" (the newest in `output_dir` that is whole, by the order of
     saving; a new run where there is none). Absent: a new run, refused where `output_dir` holds one."""

@@ -30,6 +30,9 @@ from pixtune.config.values import (
 
 SIGMA_DISTRIBUTIONS = Literal["uniform", "logit_normal", "sigmoid", "mode"]
 CAPTION_SOURCES = Literal["file", "lines", "file_name"]
+AUTO_FROM, AUTO_SHARE, AUTO_LEAST, AUTO_MOST = 40, 0.05, 4, 16
+"""Number of pictures from which some are held out by themselves, which share of them, and at least and most how many:
+fewer than 4 measure too roughly, and below 40 their loss to training would weigh more than what they tell."""
 WEIGHTING_SCHEMES = Literal["none", "sigma_sqrt", "cosmap"]
 
 
@@ -186,6 +189,8 @@ class DataConfig(Section):
     """Whether each turn crops the picture to one of 16:9, 4:3, 1:1 or its own ratio. False: its own ratio always."""
     upscale: bool = False
     """Whether pictures smaller than `img_size` are enlarged. False: they are trained on in a smaller bucket."""
+    exclude: Words = ()
+    """Names of pictures that are left out, with or without their ending. Empty: none."""
     cache_dir: FilePath | None = None
     """Folder for encoded pictures and captions. Absent: `.pixtune_cache` inside `img_dir`, or inside that of the first
     of `folders`, which must have one."""
@@ -259,16 +264,33 @@ class ObjectiveConfig(Section):
 class ValidationConfig(Section):
     """Keys of the held-out loss: which pictures measure, and how often."""
 
-    held_out: Share = 0.0
-    """Share of the data set, 0 to 1, that is never trained on and serves to measure; at least one picture. 0 without
-    `held_out_dir`: no validation."""
+    held_out: Share | Literal["auto"] = "auto"
+    """Share of the data set, 0 to 1, that is never trained on and serves to measure; at least one picture. "auto": a
+    twentieth, at least 4 and at most 16 pictures, of 40 pictures or more, and none of fewer. 0 without `held_out_dir`:
+    no validation. A resumed run keeps its checkpoint's where this is "auto"."""
     held_out_dir: FilePath | None = None
     """A folder of held-out pictures in place of a share. Its control pictures (edit models) lie beside it, in folders
     of the same names as those of the training pictures: data/images with data/control. Absent: `held_out` decides."""
-    every: Count = 100
-    """Number of steps between two validations; there is also one before the first step and one after the last."""
+    every: Count | None = None
+    """Number of steps between two validations; there is also one before the first step and one after the last. Absent:
+    100; where pictures are held out by `held_out: auto`, as many as keep measuring below a twentieth of the time."""
+    judge_captions: bool | None = None
+    """Whether the base model names captions that do not fit their pictures, before the first step of a new run. Absent:
+    where that takes less than a twentieth of the run's time, which is from 34 turns of each picture on."""
+    patience: Count | None = None
+    """Number of validations in a row without a new lowest held-out loss after which the run ends early. Absent: it
+    takes all of its steps."""
     num_draws: FewThousand = 2
     """Number of fixed noises for each held-out picture in each quarter of the sigma range."""
+
+    def num_held_out(self, num_pictures: int) -> int:
+        """Returns how many of some pictures are held out."""
+        if self.held_out_dir is not None or self.held_out == 0:
+            return 0
+        if self.held_out == "auto":
+            most = min(max(AUTO_LEAST, round(AUTO_SHARE * num_pictures)), AUTO_MOST)
+            return most if num_pictures >= AUTO_FROM else 0
+        return max(1, round(self.held_out * num_pictures))
 
 
 class SamplesConfig(Section):
@@ -329,6 +351,10 @@ class GuardConfig(Section):
     exploded_loss: Literal["warn", "stop"] = "warn"
     """Whether a loss that has exploded is a warning, or ends the run: a held-out loss over twice its lowest, a median
     of 32 training losses over 3 times its lowest, or 8 training losses 1.5 times those of predicting nothing."""
+    must_learn_within: Annotated[int, Field(ge=0, le=10_000)] = 10
+    """Number of steps with a learning rate above 0 after which a run ends whose weights have not moved; it also ends
+    where no gradient reaches a layer, or where a saved file, read back, does not do what the weights do. 0: none of
+    this is checked."""
 
 
 class CudaFeatures(Section):

@@ -23,15 +23,16 @@ from pixtune.data.examples import (
     folders_apart,
     read_examples,
     shared_pictures,
-    split_held_out,
     used_examples,
     without_held_out,
 )
+from pixtune.data.held_out import hold_out
 from pixtune.data.mask_weights import Masks
 from pixtune.data.pairs import shorten as shorten_names
 from pixtune.data.prepared import DataFingerprint, PreparedData, captioned_sizes, example_reader, most_image_tokens
 from pixtune.data.prompts import control_rules, encode_prompt, prompt_example, rounded_sizes
 from pixtune.data.random_data import random_data
+from pixtune.data.rivals import CaptionTrials, choose_trials
 from pixtune.data.swapped import BothWays, choose_pairs, needed_pictures, needed_texts, read_pairs
 from pixtune.family import Conditioning, LatentDistribution, ModelFamily
 from pixtune.hardware.monitor import StageLog
@@ -87,7 +88,7 @@ def prepare_data(
         side = img_size // multiple * multiple
         notes.append(f"img_size {img_size} is no multiple of {multiple}: square pictures train at {side}x{side}.")
     examples = used_examples(read_examples(folders, multiple, rules, apart, notes.append, config.seed))
-    training, held_out = split_held_out(examples, config.validation.held_out, config.seed)
+    training, held_out = hold_out(examples, config, notes.append)
     if config.validation.held_out_dir is not None:
         folders.append(folder_beside(data, config.validation.held_out_dir))
         held_out = read_examples(folders[-1:], multiple, rules, apart, notes.append, config.seed)
@@ -109,9 +110,9 @@ def prepare_data(
     notes += rounded_sizes(_asked_size(config), multiple) if prompts and not _own_shapes(config) else []
     pairs = choose_pairs(training, rules, family.dropped_caption, config.seed)
     items = _needed_texts(config, family, training, held_out, prompts)
-    items = list(dict.fromkeys([*items, *needed_texts(pairs, family.dropped_caption)]))
-    pictures = _needed_pictures(config, training, held_out, prompts)
-    pictures = list(dict.fromkeys([*pictures, *needed_pictures(pairs)]))
+    trials = choose_trials(named_by_triggers, config, family.controls_in_text)
+    items = list(dict.fromkeys([*items, *needed_texts(pairs, family.dropped_caption), *trials.texts()]))
+    pictures = list(dict.fromkeys([*_needed_pictures(config, training, held_out, prompts), *needed_pictures(pairs)]))
     encoder = build_encoder(config, family, folder, accelerator, items, pictures, encoders)
     encodings = Encodings(encoder)
     masks = Masks(family, folder, encoder.store, encoder.ledger)
@@ -146,7 +147,7 @@ def prepare_data(
         encodings.keep_text_encoder()
     if not config.precompute_image_embeddings:
         encodings.keep_autoencoder()
-    return _gather(config, family, folder, encodings, masks, training, held_out, prompts, pairs, fingerprint)
+    return _gather(config, family, folder, encodings, masks, training, held_out, prompts, pairs, trials, fingerprint)
 
 
 def _fingerprint(encoder: Encoder, masks: Masks, training: Sequence[Example]) -> DataFingerprint:
@@ -278,6 +279,7 @@ def _gather(
     held_out: Sequence[Example],
     prompts: Sequence[Example],
     pairs: Sequence[BothWays],
+    trials: CaptionTrials,
     fingerprint: DataFingerprint,
 ) -> PreparedData:
     def read_latents(example: int, variant: int) -> LatentDistribution:
@@ -329,4 +331,5 @@ def _gather(
         fingerprint=fingerprint,
         encoders=encodings.encoder.plan,
         uses=[example.use for example in training],
+        trials=trials.read_by(encodings),
     )

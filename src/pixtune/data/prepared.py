@@ -15,6 +15,7 @@ from pixtune.data.encode import TextItem
 from pixtune.data.encodings import text_item
 from pixtune.data.examples import Example
 from pixtune.data.order import Signature, Use
+from pixtune.data.rivals import NO_TRIALS, CaptionTrials
 from pixtune.data.swapped import EncodedBothWays
 from pixtune.family import Conditioning, LatentDistribution, ModelFamily
 from pixtune.judging.validation import HeldOutPicture
@@ -60,6 +61,8 @@ class PreparedData:
     """Plan by which it was encoded."""
     uses: Sequence[Use] = ()
     """Ways in which epochs use the training examples; empty: once each."""
+    trials: CaptionTrials = NO_TRIALS
+    """Trials of captions on the training pictures, for the base model to find wrong ones."""
 
     @property
     def sizes_vary(self) -> bool:

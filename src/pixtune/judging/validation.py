@@ -19,6 +19,17 @@ from pixtune.family import Conditioning, ModelFamily
 from pixtune.objective import add_noise, example_losses, velocity_target
 
 NUM_QUARTERS = 4
+PASSES_PER_STEP = 3
+"""Forward passes of an example that take as long as a training step of it, backward pass included."""
+AUTO_TIME, AUTO_MULTIPLE = 0.05, 50
+"""Share of the steps' time that measuring may add where the config leaves its pace open; what that is rounded to."""
+
+
+def pace_of(num_pictures: int, num_draws: int, examples_per_step: int) -> int:
+    """Returns the number of steps between two validations, at least 100, that keeps them below `AUTO_TIME`."""
+    passes = num_pictures * NUM_QUARTERS * num_draws
+    steps = passes / PASSES_PER_STEP / examples_per_step / AUTO_TIME
+    return max(100, -(-int(steps) // AUTO_MULTIPLE) * AUTO_MULTIPLE)
 
 
 @dataclass(frozen=True)
@@ -65,6 +76,27 @@ def losses_at(
         batch_size: number of sigmas in one forward pass; None: all.
         after_pass: called after each forward pass; may raise to end the measurement.
     """
+    velocity_BCHW, target_BCHW = velocities_at(
+        family, transformer, picture, sigmas, seed, device, guidance, batch_size, after_pass
+    )
+    weights = picture.weights_11HW
+    weights_B1HW = None if weights is None else weights.to(device).expand(len(sigmas), -1, -1, -1)
+    return example_losses(velocity_BCHW, target_BCHW, weights_B1HW)
+
+
+@torch.no_grad()
+def velocities_at(
+    family: ModelFamily,
+    transformer: LoadedTransformer,
+    picture: HeldOutPicture,
+    sigmas: Sequence[float],
+    seed: int,
+    device: torch.device,
+    guidance: float,
+    batch_size: int | None = None,
+    after_pass: Callable[[], None] = lambda: None,
+) -> tuple[Tensor, Tensor]:
+    """Predicts one picture's velocity at each sigma, and returns it with its target. Arguments as for `losses_at`."""
     sigma_B = torch.tensor(sigmas, device=device)
     shape = picture.latents_1CHW.shape
     noise = [randomness.normal(shape, seed, "validation noise", picture.name, str(sigma)) for sigma in sigmas]
@@ -83,9 +115,7 @@ def losses_at(
             family.predict_velocity(transformer.module, noisy_BCHW[part], sigma_B[part], text, controls, guidance)
         )
         after_pass()
-    weights = picture.weights_11HW
-    weights_B1HW = None if weights is None else weights.to(device).expand(len(sigmas), -1, -1, -1)
-    return example_losses(torch.cat(velocities), velocity_target(latents_BCHW, noise_BCHW), weights_B1HW)
+    return torch.cat(velocities), velocity_target(latents_BCHW, noise_BCHW)
 
 
 def measure(

@@ -11,10 +11,10 @@ from typing import Any
 from pixtune.hardware.facts import GIB
 from pixtune.progress import in_words
 from pixtune.report.charts import Chart, Series, render_chart
+from pixtune.report.judging import build_best, build_suspects
 from pixtune.report.pictures import data_uri, edge_for, open_picture, spread
 from pixtune.report.record import (
     MemoryRecord,
-    Outcome,
     RunRecord,
     Sample,
     StageRow,
@@ -62,6 +62,7 @@ def build_page(
         f'<header><h1>{name}</h1><p class="quiet">{escape(describe_run(output_dir, config))}</p>'
         f"{build_outcome(record)}</header>",
         build_tiles(record, plan, num_steps),
+        build_suspects(output_dir, record),
         build_pairs(output_dir, record),
         build_strips(output_dir, record),
         build_charts(record),
@@ -117,18 +118,7 @@ def build_outcome(record: RunRecord) -> str:
         kind = "good" if outcome.change < 0 else "bad"
         change = f' <span class="{kind}">({format_percent(outcome.change)})</span>'
     sentence = f'<p class="outcome">Held-out loss {first.loss:.4f} → {last.loss:.4f}{change}</p>'
-    return sentence + build_best(outcome)
-
-
-def build_best(outcome: Outcome) -> str:
-    """Builds a remark if the held-out loss was lowest before the end."""
-    if outcome.best.loss >= outcome.last.loss * 0.995:
-        return ""
-    best = outcome.best
-    return (
-        f"<p>The lowest was {best.loss:.4f} at step {best.step:,}, before the end. "
-        "A LoRA from there may be the better one.</p>"
-    )
+    return sentence + build_best(outcome, record.training_pictures)
 
 
 def build_tiles(record: RunRecord, plan: Mapping[str, Any], num_steps: int | None = None) -> str:
@@ -231,11 +221,22 @@ def build_charts(record: RunRecord) -> str:
 def plan_charts(record: RunRecord) -> list[Chart]:
     """Returns the charts in the order shown."""
     end = record.last_step
+    off = [(each.step, each.off_pixels) for each in record.edit_drifts if each.off_pixels is not None]
     held_out = [Series("held-out", [(v.step, v.loss) for v in record.validations], 0, "marked")]
+    if record.training_pictures:
+        held_out.append(Series("trained on", [(v.step, v.loss) for v in record.training_pictures], 1, "marked"))
+    drifts = [
+        Chart("Drift of edits", "pixels by which samples lie off their controls", [Series("pixels", off, 0, "marked")],
+              end, from_zero=True),
+        Chart("Colour of edits", "distance of samples' mean colour from their controls', of 255",
+              [Series("levels", [(each.step, each.color_levels) for each in record.edit_drifts], 0, "marked")], end,
+              from_zero=True),
+    ]  # fmt: skip
     return [
         Chart("Training loss", "error of the velocity, weighed as it is trained", smoothed(record, "loss"), end),
         Chart("Held-out loss", "fixed noise and sigmas, so points compare", held_out, end),
         Chart("Held-out loss by sigma", "change since the first point", quarter_changes(record), end, suffix="%"),
+        *(drifts if record.edit_drifts else []),
         Chart("Gradient norm", "before clipping", smoothed(record, "grad_norm"), end),
         Chart("Learning rate", "", [Series("learning rate", record.series("learning_rate"), 0)], end, from_zero=True),
         Chart("Time of a step", "seconds", [Series("seconds", record.series("seconds"), 0)], end, from_zero=True),

@@ -55,6 +55,28 @@ class Strip:
 
 
 @dataclass(frozen=True)
+class Suspect:
+    """A picture whose caption is most likely wrong; `path` of its thumbnail is relative to the run's folder."""
+
+    name: str
+    caption: str
+    gain: float
+    """Difference by which the logarithm of the base's loss is lower with this caption than with other pictures'."""
+    path: str
+
+
+@dataclass(frozen=True)
+class EditDrift:
+    """Drift of one step's samples from the pictures that they edit."""
+
+    step: int
+    off_pixels: float | None
+    """Median distance by which points are off, of samples of which that is sure; None where it is of none."""
+    color_levels: float
+    """Median distance of mean colours, in levels of 255."""
+
+
+@dataclass(frozen=True)
 class Outcome:
     """Held-out loss at the first and the last measurement."""
 
@@ -129,6 +151,12 @@ class RunRecord:
     """Warnings about services that failed."""
     memory: MemoryRecord | None = None
     """Memory by stage; None while a run has not finished."""
+    training_pictures: Sequence[Validation] = ()
+    """Measurements of some training pictures, with fixed noise as those held out."""
+    edit_drifts: Sequence[EditDrift] = ()
+    """Drift of samples from their controls, step by step."""
+    suspects: Sequence[Suspect] = ()
+    """Pictures whose captions are most likely wrong, the worst first."""
 
     def series(self, name: str) -> list[Point]:
         """Returns one figure of every step."""
@@ -181,12 +209,21 @@ def read_record(output_dir: Path) -> RunRecord:
     losses: dict[tuple[int, str], str] = {}
     problems: list[str] = []
     memory: MemoryRecord | None = None
+    training: dict[int, Validation] = {}
+    suspects: list[Suspect] = []
+    edit_drifts: dict[int, dict[str, dict[str, Any]]] = {}
     for line in read_metrics(output_dir / FILE_NAME):
         step = line["step"]
         if line["kind"] == "step":
             steps[step] = line
         elif line["kind"] == "validation" and all(map(is_finite, (line["loss"], *line["quarters"]))):
             validations[step] = Validation(step, line["loss"], tuple(line["quarters"]))
+        elif line["kind"] == "training_pictures" and all(map(is_finite, (line["loss"], *line["quarters"]))):
+            training[step] = Validation(step, line["loss"], tuple(line["quarters"]))
+        elif line["kind"] == "edit_drift" and is_finite(line["off_pixels"]) and is_finite(line["color_levels"]):
+            edit_drifts.setdefault(step, {})[str(line.get("path"))] = line
+        elif line["kind"] == "captions":
+            suspects = [suspect for entry in line["suspects"] if (suspect := read_suspect(entry)) is not None]
         elif line["kind"] == "sample":
             sample = Sample(step, line["prompt"], line["seed"], line["path"], tuple(line.get("controls", ())))
             strips.setdefault((sample.prompt, sample.seed, sample.controls), {})[step] = sample
@@ -212,7 +249,27 @@ def read_record(output_dir: Path) -> RunRecord:
         losses=[losses[key] for key in sorted(losses)],
         problems=problems,
         memory=memory,
+        training_pictures=[training[step] for step in sorted(training)],
+        suspects=suspects,
+        edit_drifts=[sum_up_drift(step, [*edit_drifts[step].values()]) for step in sorted(edit_drifts)],
     )
+
+
+def sum_up_drift(step: int, lines: Sequence[Mapping[str, Any]]) -> EditDrift:
+    """Sums up the drift of one step's samples."""
+    sure = [line["off_pixels"] for line in lines if line["is_sure"]]
+    off = statistics.median(sure) if sure else None
+    return EditDrift(step, off, statistics.median(line["color_levels"] for line in lines))
+
+
+def read_suspect(entry: object) -> Suspect | None:
+    """Reads an entry of the line on captions; None where it is of another form."""
+    if not isinstance(entry, Mapping) or not is_finite(entry.get("gain")):
+        return None
+    texts = [entry.get(name) for name in ("name", "caption", "path")]
+    if not all(isinstance(text, str) for text in texts):
+        return None
+    return Suspect(str(texts[0]), str(texts[1]), float(entry["gain"]), str(texts[2]))
 
 
 def read_memory(line: Mapping[str, Any]) -> MemoryRecord:

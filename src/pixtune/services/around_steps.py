@@ -14,15 +14,21 @@ from pixtune.data.batches import Batch
 from pixtune.data.prepared import PreparedData
 from pixtune.errors import TrainingError
 from pixtune.hardware.machine import driver_may_spill
+from pixtune.judging.best import end_words
 from pixtune.progress import StepBar, announced
 from pixtune.report.results import FEW_HELD_OUT, Results, already_finished
 from pixtune.run import Run, TrainResult
+from pixtune.services.best_weights import BestWeights
+from pixtune.services.captions import CaptionCheck
 from pixtune.services.checkpoints import Checkpoints
+from pixtune.services.edit_drift import EditDrift
 from pixtune.services.held_out_loss import HeldOutLoss
+from pixtune.services.learning import Learning, SavedFile
 from pixtune.services.looks import Look
 from pixtune.services.samples import Samples
 from pixtune.services.session import Session
 from pixtune.services.swapped_controls import SwappedControls
+from pixtune.services.training_pictures import TrainingPictures
 from pixtune.storage.course import Course
 from pixtune.storage.model_folder import ModelFolder
 from pixtune.tracking.figures import StepFigures, StepOutcome, tracker_values, watch_device
@@ -30,6 +36,7 @@ from pixtune.tracking.guard import LossGuard
 from pixtune.tracking.metrics import FILE_NAME, MetricsLog
 from pixtune.tracking.opening import opening_lines
 from pixtune.tracking.samples import build_sampler
+from pixtune.trained.resume_point import decide_once
 from pixtune.trained.skipped_step import spoiled_weights
 
 
@@ -48,8 +55,15 @@ class Services:
         self.guard = LossGuard(run.config.guard, partial(spoiled_weights, run.trained.parameters))
         self.checkpoints = Checkpoints(self.session, course, self.guard)
         self.held_out_loss = HeldOutLoss(self.session, self.checkpoints)
+        self.training_pictures = TrainingPictures(self.session)
+        self.best_weights = BestWeights(self.session, self.held_out_loss)
         self.samples = Samples(self.session, sampler)
-        self.looks: Sequence[Look] = (SwappedControls(self.session), self.held_out_loss, self.samples)
+        self.learning = Learning(self.session, self.checkpoints)
+        self.edit_drift = EditDrift(self.session)
+        self.looks: Sequence[Look] = (
+            SavedFile(self.session), SwappedControls(self.session), CaptionCheck(self.session), self.held_out_loss,
+            self.training_pictures, self.best_weights, self.samples, self.edit_drift,
+        )  # fmt: skip
         """Looks at the weights between steps, in their order."""
         facts = {**run.trained.counts(), "training examples": len(data.buckets), "held-out": len(data.held_out)}
         self.results = Results(self.config, run.trained, lambda: run.reliefs.plan, run.num_steps, facts)
@@ -75,6 +89,10 @@ class Services:
                 self._print(f"warning: {sentence}")
             self.samples.remember(log.kept)
             self.held_out_loss.remember(log.kept)
+            self.training_pictures.remember(log.kept)
+            self.edit_drift.remember(log.kept)
+            with self.problems.of(self.best_weights.name, self.start_step):
+                self.best_weights.agree_with_log()
         accelerator = self.run.accelerator
         if config.report_to:
             with self.problems.of(f"tracker {config.report_to}", self.start_step):
@@ -106,11 +124,14 @@ class Services:
 
     # ---- around the steps
 
-    def before_first_step(self) -> None:
+    def before_first_step(self) -> TrainResult | None:
+        """Does everything that is due. Returns the run's result where it was over before this session."""
         self._announce()
+        self.learning.begin()
         self._look(self.start_step)
         self.run.memory.begin_steps()
         self.session.figures.restart_clock()
+        return self._end_early(self.start_step) if 0 < self.start_step < self.run.num_steps else None
 
     def see_batch(self, batch: Batch) -> None:
         """Notes the batch for the step's figures."""
@@ -120,7 +141,8 @@ class Services:
         """Notes the time that the loop had to wait for a micro-batch."""
         self.session.figures.waited(seconds)
 
-    def after_step(self, step: int, outcome: StepOutcome) -> None:
+    def after_step(self, step: int, outcome: StepOutcome) -> TrainResult | None:
+        """Does everything that is due. Returns the run's result where it is over before its last step."""
         config, session = self.config, self.session
         self.run.stop.defer()
         session.figures.add(step, outcome, self.run.learning_rate_at(step - 1))
@@ -132,12 +154,28 @@ class Services:
         self.course.at(step)
         if save_due:
             self.checkpoints.save(step)
+        self.learning.after_step(step)
         if look_due:
             self._look(step)
         if save_due and step < self.run.num_steps:
             self._report(step)
         if save_due or look_due:
             session.figures.restart_clock()
+        return self._end_early(step) if self.held_out_loss.is_due(step) and step < self.run.num_steps else None
+
+    def _end_early(self, step: int) -> TrainResult | None:
+        """Ends the run, in all processes, where more steps no longer help; else returns None."""
+        if self.config.validation.patience is None:
+            return None
+        if not decide_once(self.run.accelerator, lambda: self.held_out_loss.has_stalled):
+            return None
+        if self.saved_step != step:
+            self.checkpoints.save(step)
+        self._print(
+            f"step {step}: the held-out loss has had no new lowest for {self.config.validation.patience} validations "
+            "(validation.patience): the run ends here. To go on: resume_from_checkpoint=latest validation.patience=null"
+        )
+        return self.finish(step)
 
     def _look(self, step: int) -> None:
         """Measures and draws what is due after a step, and has not been done before a resume."""
@@ -168,13 +206,16 @@ class Services:
             raise TrainingError(lost_process)
         return TrainResult(finished=False, step=step, output_dir=self.output_dir)
 
-    def finish(self) -> TrainResult:
+    def finish(self, step: int | None = None) -> TrainResult:
         """Writes the files that others load, and the report.
+
+        Args:
+            step: number of steps taken; None: all of the run's.
 
         Raises:
             WriteError: a file could not be written; all steps are saved.
         """
-        step = self.run.num_steps
+        step = self.run.num_steps if step is None else step
         self.run.stop.defer(False)
         if self.start_step < step:
             self._compare_memory(step)
@@ -192,6 +233,9 @@ class Services:
                 paths += self.results.write_report()
             self.run.stop.check()
             self._print("wrote " + "\n      ".join(str(path) for path in paths))
+            files = str(self.best_weights.folder) if self.best_weights.folder.is_dir() else None
+            if (best := end_words(self.held_out_loss.means, step, files)) is not None:
+                self._print(best)
             self._print(how if self.start_step < step else already_finished(step, self.output_dir))
         few = len(self.data.held_out) if len(self.data.held_out) <= FEW_HELD_OUT else None
         return TrainResult(True, step, self.output_dir, first, last, self.start_step < step, few)

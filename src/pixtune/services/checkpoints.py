@@ -65,7 +65,7 @@ class Checkpoints:
     def prune(self, step: int) -> None:
         """Deletes checkpoints beyond the config's limit."""
         with self._session.problems.of("deleting old checkpoints", step):
-            for warning in self.course.prune(self._session.config.checkpoints_total_limit):
+            for warning in self.course.prune(self._session.config.checkpoints_total_limit, self.guard.held_out):
                 self._session.print(f"warning: {warning}")
 
     def save(self, step: int) -> None:

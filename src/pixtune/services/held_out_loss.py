@@ -7,6 +7,7 @@ from math import isfinite
 from typing import Any
 
 from pixtune.engine.relief import first_that_fits
+from pixtune.judging.best import num_since_lowest
 from pixtune.judging.validation import NUM_QUARTERS, ValidationLoss, measure
 from pixtune.services.checkpoints import Checkpoints
 from pixtune.services.session import Session
@@ -29,12 +30,22 @@ class HeldOutLoss:
             for line in lines
             if line["kind"] == "validation"
         }
-        means = {step: loss.mean for step, loss in self.losses.items()}
-        self._checkpoints.guard.held_out = {step: mean for step, mean in means.items() if isfinite(mean)}
+        self._checkpoints.guard.held_out = {step: mean for step, mean in self.means.items() if isfinite(mean)}
+
+    @property
+    def means(self) -> dict[int, float]:
+        """Mean losses by step."""
+        return {step: loss.mean for step, loss in self.losses.items()}
+
+    @property
+    def has_stalled(self) -> bool:
+        """Whether the loss has had no new lowest for as many validations as the config waits for."""
+        patience = self._session.config.validation.patience
+        return patience is not None and num_since_lowest(self.means) >= patience
 
     def is_due(self, step: int) -> bool:
         """Returns whether it is due after this step."""
-        return self._session.is_due(step, self._session.config.validation.every)
+        return self._session.is_due(step, self._session.validation_every)
 
     def look(self, step: int) -> None:
         """Measures, unless that was done before a resume."""

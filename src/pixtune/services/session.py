@@ -10,11 +10,17 @@ from rich.console import Console
 from pixtune.console import printing_problem
 from pixtune.data.prepared import PreparedData
 from pixtune.engine.pace import Pace
+from pixtune.judging.validation import pace_of
 from pixtune.progress import StepBar, say
 from pixtune.run import Run
 from pixtune.tracking.figures import StepFigures
 from pixtune.tracking.metrics import MetricsLog
 from pixtune.tracking.problems import Problems
+
+USUAL_PACE = 100
+"""Number of steps between two validations where the config gives none."""
+MOST_TRAINING_PICTURES = 8
+"""Number of training pictures that are measured beside those held out, if these are as many."""
 
 
 class Session:
@@ -40,10 +46,21 @@ class Session:
         self.problems = Problems(self.print_line)
         self.pace = Pace(run.accelerator.device, run.stop.check)
         self._work_bytes = work_bytes
+        self.validation_every = self._pace_of_validation()
+        """Number of steps between two validations."""
 
     def is_due(self, step: int, every: int) -> bool:
         """Returns whether something is due after this step that is done each `every` steps and after the last one."""
         return step == self.run.num_steps or step % every == 0
+
+    def _pace_of_validation(self) -> int:
+        config, settings, num_pictures = self.config, self.config.validation, len(self.data.held_out)
+        if settings.every is not None:
+            return settings.every
+        if settings.held_out != "auto" or settings.held_out_dir is not None:
+            return USUAL_PACE
+        examples = config.batch_size * config.gradient_accumulation_steps * self.run.accelerator.num_processes
+        return pace_of(num_pictures + min(num_pictures, MOST_TRAINING_PICTURES), settings.num_draws, examples)
 
     @contextmanager
     def aside(self, stage: str, num_passes: int) -> Iterator[Callable[[], None]]:

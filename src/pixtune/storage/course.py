@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from pixtune.errors import CheckpointError, DamagedError
@@ -240,13 +241,15 @@ class Course:
         self._doubtful = []
         return is_news
 
-    def prune(self, limit: int | None) -> list[str]:
+    def prune(self, limit: int | None, losses: Mapping[int, float] = MappingProxyType({})) -> list[str]:
         """Deletes checkpoints beyond `limit`: first what was given up, then the oldest. Returns warnings.
+
+        The one with the lowest of the held-out `losses`, which are given by step, is kept beside `limit` others.
 
         The newest is kept beside `limit` others until it can be trusted. Must be called only after a newer one is
         complete. What is damaged is neither counted nor deleted, which is said once.
         """
-        warnings = prune_checkpoints(self.output_dir, limit, self._doubtful)
+        warnings = prune_checkpoints(self.output_dir, limit, self._doubtful, losses)
         news = [warning for warning in warnings if warning not in self._told]
         self._told.update(news)
         return news
@@ -265,15 +268,23 @@ class Course:
         return [saved.path.name for saved in good]
 
 
-def prune_checkpoints(output_dir: Path, limit: int | None, doubtful: Sequence[str] = ()) -> list[str]:
+def prune_checkpoints(
+    output_dir: Path,
+    limit: int | None,
+    doubtful: Sequence[str] = (),
+    losses: Mapping[int, float] = MappingProxyType({}),
+) -> list[str]:
     """Deletes checkpoints as `Course.prune` does; returns a warning for each that cannot be used or deleted.
 
     Args:
         doubtful: names of those that do not count, since their weights may be spoiled: only the newest of all is kept.
+        losses: held-out losses by step; the checkpoint with the lowest of them is kept.
     """
     content = read_folder(output_dir)
     warnings, saved = _unusable(content), content.order.all
     kept = [each.path for each in saved if each.lineage.name not in doubtful][:limit]
+    measured = [each for each in content.order.course if each.step in losses]
+    kept += [each.path for each in sorted(measured, key=lambda each: losses[each.step])[:1]]
     for each in saved if limit else ():
         if each is saved[0] or each.path in kept:
             continue

@@ -10,7 +10,11 @@ Lines have `kind` and `step`; figures carry their unit in the name. The kinds:
 "drift": steps have become slower, with the causes that were measured ("data", "recompilation", "memory", "spill",
     "throttling") and the warning that was printed.
 "validation": held-out loss, and its four quarters by sigma.
+"training_pictures": the same of some pictures that are trained on; beside the held-out loss it shows over-fitting.
+"captions": how much better captions fit their own pictures than others, by the base model, the most suspicious first,
+    and those that are most likely wrong, with their thumbnails.
 "sample": path of a generated picture, with its prompt, seed and controls.
+"edit_drift": how a sample lies to its control: pixels off, scale, whether these are sure, and distance of mean colours.
 "problem": a service (samples, held-out loss, tracker, ...) has failed, with the warning that was printed.
 "memory": once, at the end of a run: the memory of each stage, on a GPU the plan's estimate beside it, and how many
     captures were planned and made, what was saved for them, and why they were given up, if they were.
@@ -40,7 +44,10 @@ MOST_NAMED = 11
 
 FIELDS: Mapping[str, Mapping[str, type | tuple[type, ...]]] = {
     "validation": {"loss": (int, float), "quarters": list},
+    "training_pictures": {"loss": (int, float), "quarters": list},
+    "captions": {"gains": dict, "suspects": list},
     "sample": {"prompt": str, "seed": int, "path": str, "controls": (list, type(None))},
+    "edit_drift": {"off_pixels": (int, float), "color_levels": (int, float), "is_sure": bool},
     "first_step": {"first_step_seconds": (int, float), "compiled_graphs": int},
     "skipped": {"message": str, "examples": list},
     "exploded": {"message": str},

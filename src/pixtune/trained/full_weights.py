@@ -32,12 +32,17 @@ from pixtune.trained import optim
 from pixtune.trained.base import Base
 from pixtune.trained.fused_step import FusedStep
 from pixtune.trained.host_states import HostStates
+from pixtune.trained.read_back import ReadBack, Velocity, drawn_names, read_back_sample
 from pixtune.trained.skipped_step import is_spoiled
 from pixtune.trained.weight_update import WeightUpdate
 
 WEIGHTS_STEM = "transformer"
 MODEL_FOLDER = "model"
 ABOUT_FILE = "pixtune.json"
+LARGE_NUMBERS = 1 << 16
+"""Numbers of a tensor from which a few steps are sure to move some of them, although each is rounded by chance."""
+NUM_READ_BACK = 16
+"""Number of a checkpoint's tensors that are compared with the live ones."""
 
 
 def require_same_names(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> None:
@@ -158,6 +163,19 @@ class FullWeights:
 
     def export_so_far(self, output_dir: Path, step: int) -> None:
         """Writes nothing: a model of tens of gigabytes is written once; `pixtune export` writes one of a checkpoint."""
+
+    @property
+    def must_move(self) -> Mapping[str, nn.Parameter]:
+        """Large tensors: of bf16 numbers that are rounded by chance, a few steps move some of many."""
+        return {name: weight for name, weight in self.parameters.items() if weight.numel() >= LARGE_NUMBERS}
+
+    @property
+    def least_rate_share(self) -> float:
+        return 0.5
+
+    def read_back(self, folder: Path, velocity: Velocity) -> ReadBack:
+        names = drawn_names([*self.parameters], self.config.seed, NUM_READ_BACK)
+        return read_back_sample(self.optimizer.truest, names, sorted(folder.glob(f"{WEIGHTS_STEM}*.safetensors")))
 
 
 def describe_model(

@@ -33,6 +33,8 @@ from pixtune.trained.export import (
     weights_by_module,
 )
 from pixtune.trained.full_weights import FullWeights
+from pixtune.trained.read_back import ReadBack, Velocity
+from pixtune.trained.read_back_lora import UP, read_back_lora
 from pixtune.trained.skipped_step import is_spoiled
 from pixtune.trained.training_adapter import TrainingAdapter, training_adapter_of
 
@@ -99,6 +101,21 @@ class TrainedWeights(Protocol):
 
     def export_so_far(self, output_dir: Path, step: int) -> None:
         """Writes those of them that are small enough to be written after each checkpoint."""
+
+    @property
+    def must_move(self) -> Mapping[str, nn.Parameter]:
+        """Parameters that a few steps move for certain; see `judging.learning`."""
+
+    @property
+    def least_rate_share(self) -> float:
+        """Part of the peak learning rate from which steps move those; 0: any rate above 0 does."""
+
+    def read_back(self, folder: Path, velocity: Velocity) -> ReadBack:
+        """Compares what a checkpoint's folder holds with the live weights, which are the same bits afterwards.
+
+        Raises:
+            WeightsError: it cannot be read as weights of this model.
+        """
 
 
 @dataclass(frozen=True)
@@ -186,6 +203,18 @@ class LoraWeights:
         if self.average:
             return adapters.named_by_layer(self.average.tensors())
         return adapters.lora_weights(self.base.module)
+
+    @property
+    def must_move(self) -> Mapping[str, nn.Parameter]:
+        return {name: parameter for name, parameter in self.parameters.items() if UP in name}
+
+    @property
+    def least_rate_share(self) -> float:
+        return 0.0
+
+    def read_back(self, folder: Path, velocity: Velocity) -> ReadBack:
+        with self.result_in_place(in_training=True):
+            return read_back_lora(self.base.module, self.config.alpha, folder, velocity)
 
     def _describe(self, step: int) -> LoraDescription:
         return LoraDescription(

@@ -289,6 +289,18 @@ def optimizer_state(
     return tensors, plain
 
 
+def saw_gradient(name: str, states: Mapping[str, Any]) -> bool:
+    """Returns whether a parameter's states have met a gradient that is not zero. Waits for the device.
+
+    Args:
+        name: name of the optimizer.
+        states: those of one parameter, by name.
+    """
+    # Eight bits say nothing without their scale, which is zero where all is.
+    moment: Tensor = states["absmax1"] if "absmax1" in states else states[OPTIMIZERS[name].moments[0]]
+    return bool(moment.any())
+
+
 def check_states(
     name: str,
     parameters: Mapping[str, nn.Parameter],

@@ -60,6 +60,17 @@ def find_resume_point(config: TrainConfig, accelerator: Accelerator, show: Calla
     return checkpoint
 
 
+def with_stored_choices(config: TrainConfig, checkpoint: Checkpoint | None) -> TrainConfig:
+    """Returns the config with what it leaves to be chosen as the checkpoint has it: a resumed run keeps its data."""
+    validation = checkpoint.record["config"].get("validation") if checkpoint else None
+    share = validation.get("held_out") if isinstance(validation, Mapping) else None
+    if config.validation.held_out != "auto" or not isinstance(share, float | int) or not 0 <= share < 1:
+        return config
+    if share and config.validation.held_out_dir is not None:
+        return config
+    return config.model_copy(update={"validation": config.validation.model_copy(update={"held_out": float(share)})})
+
+
 def changed_versions(before: Mapping[str, str], now: Mapping[str, str]) -> str:
     """Lists the packages whose versions differ, with both; empty where none does, or none was recorded."""
     differing = [name for name in now if before.get(name, now[name]) != now[name]]

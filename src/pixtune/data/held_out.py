@@ -1,0 +1,63 @@
+"""Chooses the pictures that are held out of a run's own data, where no folder of them is given."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+
+from pixtune import randomness
+from pixtune.config.schema import TrainConfig
+from pixtune.data.examples import Example, split_held_out
+from pixtune.data.exclusion import without_excluded
+from pixtune.data.pairs import shorten
+
+
+def hold_out(
+    examples: list[Example], config: TrainConfig, note: Callable[[str], None] = lambda sentence: None
+) -> tuple[list[Example], list[Example]]:
+    """Splits examples into those to train on and those held out, without those that the config excludes.
+
+    Where the config leaves the number open, no picture is held out that would leave its size without any to train on.
+
+    Args:
+        note: called with each sentence for the user.
+
+    Raises:
+        DataError: nothing would be left to train on, or an excluded picture does not exist.
+    """
+    examples = without_excluded(examples, config.data_config.exclude)
+    share, seed = config.validation.held_out, config.seed
+    if share != "auto":
+        training, held_out = split_held_out(examples, share, seed)
+        trained = {example.signature(0) for example in training}
+        if lost := [example.name for example in held_out if example.signature(0) not in trained]:
+            note(f"no picture of their size is left to train on, since they are held out: {shorten(lost)}.")
+        return training, held_out
+    count = 0 if config.random_weights else config.validation.num_held_out(len(examples))
+    chosen = _choose(examples, count, seed)
+    held_out = [example for example in examples if example.image_digest in chosen] if chosen else []
+    if not held_out:
+        return examples, []
+    note(
+        f"{len(held_out)} of {len(examples)} pictures are held out, chosen by lot, to show what the run learns. To "
+        "train on all: validation.held_out=0; a number sets the share."
+    )
+    return [example for example in examples if example.image_digest not in chosen], held_out
+
+
+def _choose(examples: list[Example], count: int, seed: int) -> set[str]:
+    """Returns the digests of `count` pictures by lot, of sizes that keep some; copies go together."""
+    chosen: set[str] = set()
+    if not count:
+        return chosen  # and no file is read for its digest
+    num_left = Counter(example.signature(0) for example in examples)
+    copies: dict[str, list[Example]] = {}
+    for example in examples:
+        copies.setdefault(example.image_digest, []).append(example)
+    for example in sorted(examples, key=lambda example: randomness.draw_key(seed, "hold out", example.name)):
+        sizes = Counter(each.signature(0) for each in copies[example.image_digest])
+        if len(chosen) < count and all(num_left[size] > number for size, number in sizes.items()):
+            if example.image_digest not in chosen:
+                num_left.subtract(sizes)
+            chosen.add(example.image_digest)
+    return chosen

@@ -1,0 +1,91 @@
+"""Chooses other pictures' captions to try on a picture: where its own fits no better than they do, it may be wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from pixtune import randomness
+from pixtune.config.schema import TrainConfig
+from pixtune.data.encode import TextItem
+from pixtune.data.encodings import Encodings, text_item
+from pixtune.data.examples import Example
+from pixtune.family import Conditioning
+
+FEW, MANY = 2, 10
+"""Number of other captions that are tried on each picture, and on those that look suspicious by the few."""
+SUSPICIOUS = 0.25
+"""Share of the pictures that are tried with many."""
+PASSES = 1 + FEW + SUSPICIOUS * (MANY - FEW)
+"""Forward passes for a picture, on average."""
+MOST_TIME, PASSES_PER_TURN = 0.05, 3
+"""Share of the steps' time that trials may add where the config leaves them open; passes that last a turn."""
+FEWEST_CAPTIONS = 8
+"""Number of different captions below which pictures cannot be told apart by them."""
+
+
+@dataclass(frozen=True)
+class CaptionTrial:
+    """One training picture, and the examples whose captions are tried on it, by their numbers."""
+
+    example: int
+    rivals: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class CaptionTrials:
+    """The trials of a run, and access to the captions' encodings."""
+
+    training: Sequence[Example] = ()
+    each: tuple[CaptionTrial, ...] = ()
+    encodings: Encodings | None = None
+
+    def texts(self) -> list[TextItem]:
+        """Lists the captions to encode: each picture's own and those of its rivals, with its controls."""
+        pairs = [(of, trial.example) for trial in self.each for of in (trial.example, *trial.rivals)]
+        return [text_item(self.training[of].caption, self.training[example], 0) for of, example in pairs]
+
+    def read_by(self, encodings: Encodings) -> CaptionTrials:
+        """Returns the trials with access to what has been encoded."""
+        return replace(self, encodings=encodings)
+
+    def read(self, of: int, example: int) -> Conditioning:
+        """Reads the features of one example's caption, with another one's controls."""
+        assert self.encodings is not None, "captions are read once they are encoded"
+        return self.encodings.text(text_item(self.training[of].caption, self.training[example], 0))
+
+
+NO_TRIALS = CaptionTrials()
+
+
+def choose_trials(training: Sequence[Example], config: TrainConfig, controls_in_text: bool) -> CaptionTrials:
+    """Chooses rivals of each picture by lot; none where captions are not to be judged, or most say the same.
+
+    Rivals are neighbours in one order by lot, so that each caption is tried about as often as any other.
+
+    Args:
+        controls_in_text: text encoders see the control pictures, so each rival is encoded anew: few are taken.
+    """
+    captions = [example.caption.strip() for example in training]
+    wanted, num_different = config.validation.judge_captions, len(set(captions))
+    if wanted is False or num_different < max(FEWEST_CAPTIONS, len(captions) / 2):
+        return NO_TRIALS
+    if wanted is None and MOST_TIME * PASSES_PER_TURN * _turns_of_each(config, len(training)) < PASSES:
+        return NO_TRIALS
+    order = sorted(
+        range(len(training)), key=lambda number: randomness.draw_key(config.seed, "rivals", training[number].name)
+    )
+    trials = []
+    for place, example in enumerate(order):
+        most = FEW if controls_in_text and training[example].control_paths else MANY
+        behind = (order[(place + distance) % len(order)] for distance in range(1, len(order)))
+        rivals = [other for other in behind if captions[other] != captions[example]][:most]
+        trials.append(CaptionTrial(example, tuple(rivals)))
+    return CaptionTrials(training, tuple(sorted(trials, key=lambda trial: trial.example)))
+
+
+def _turns_of_each(config: TrainConfig, num_examples: int) -> float:
+    """Returns how often a run sees each picture."""
+    per_step = config.batch_size * config.gradient_accumulation_steps
+    turns = [] if config.max_train_steps is None else [config.max_train_steps * per_step / num_examples]
+    return min([*turns, *([] if config.num_train_epochs is None else [float(config.num_train_epochs)])])

@@ -1,0 +1,95 @@
+"""Asks the base model before a new run's first step which captions do not fit their pictures."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from dataclasses import replace
+
+from PIL import Image
+
+from pixtune.data.images import open_rgb
+from pixtune.data.measured import measured_example
+from pixtune.data.rivals import FEW, PASSES, SUSPICIOUS, CaptionTrial
+from pixtune.judging.captions import SIGMA, rank, suspects, understands
+from pixtune.judging.validation import losses_at
+from pixtune.services.session import Session
+
+KIND = "captions"
+"""Kind of its line in the log."""
+FOLDER, EDGE = "suspects", 192
+"""Folder of the suspects' thumbnails in the output folder, and their longer side in pixels."""
+
+
+class CaptionCheck:
+    """The look at each training picture with its own caption and with those of others: see `judging/captions.py`."""
+
+    name = "the check of captions"
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+
+    def is_due(self, step: int) -> bool:
+        """Returns whether no step has been taken: the weights are still the base's."""
+        return step == 0
+
+    def look(self, step: int) -> None:
+        """Measures each picture, and names those whose captions are most likely wrong."""
+        session, trials = self._session, self._session.data.trials.each
+        if not trials or not session.is_main:
+            return
+        names = session.run.source.reader.names
+        with session.aside("check of captions", round(len(trials) * PASSES)) as after_pass:
+            gains = {names[trial.example]: self._gain(trial, trial.rivals[:FEW], after_pass) for trial in trials}
+            most_suspicious = set(rank(gains)[: round(SUSPICIOUS * len(gains))])
+            for trial in trials:
+                if (name := names[trial.example]) in most_suspicious and len(trial.rivals) > FEW:
+                    gains[name] = self._gain(trial, trial.rivals, after_pass)
+        self._tell(step, gains)
+
+    def _gain(self, trial: CaptionTrial, rivals: tuple[int, ...], after_pass: Callable[[], None]) -> float:
+        """Returns how much lower the logarithm of a picture's loss is with its own caption than with others."""
+        session, run = self._session, self._session.run
+        picture = measured_example(run.source.reader, trial.example)
+        texts = [session.data.trials.read(of, trial.example) for of in (trial.example, *rivals)]
+        own, *others = (
+            float(
+                losses_at(
+                    run.family, run.transformer, replace(picture, conditioning=text), [SIGMA], session.config.seed,
+                    run.accelerator.device, session.config.objective.guidance, None, after_pass,
+                ).double().log()
+            )
+            for text in texts
+        )  # fmt: skip
+        return statistics.fmean(others) - own
+
+    def _tell(self, step: int, gains: dict[str, float]) -> None:
+        session, named = self._session, suspects(gains)
+        by_name = {example.name: example for example in session.data.trials.training}
+        entries = []
+        for number, name in enumerate(named):
+            path = f"{FOLDER}/{number:02d}.png"
+            self._write_thumbnail(open_rgb(by_name[name].image_path), path)
+            entries.append({"name": name, "caption": by_name[name].caption, "gain": gains[name], "path": path})
+        session.log.write(KIND, step, gains={name: round(gains[name], 5) for name in rank(gains)}, suspects=entries)
+        if not understands(gains):
+            session.print("captions: the base model does not understand them, so none can be judged")
+            return
+        if not named:
+            session.print(f"captions: {len(gains)} were tried on other pictures, and none fits its own as badly")
+            return
+        listed = ", ".join(f"{name} ({by_name[name].caption[:60]!r})" for name in named)
+        session.print(
+            f"warning: {len(named)} of {len(gains)} captions fit their pictures hardly better than other pictures' "
+            f"captions do, most likely since they are wrong: {listed}. Correct them, or leave these pictures out: "
+            f"data_config.exclude='[{', '.join(named)}]'"
+        )
+
+    def _write_thumbnail(self, picture: Image.Image, path: str) -> None:
+        target = self._session.output_dir / path
+        target.parent.mkdir(exist_ok=True)
+        picture.thumbnail((EDGE, EDGE))
+        picture.save(target)
+
+    def judge(self, step: int) -> None:
+        """Ends no run: a caption is the user's."""
