@@ -69,15 +69,17 @@ def losses_at(
     guidance: float,
     batch_size: int | None = None,
     after_pass: Callable[[], None] = lambda: None,
+    texts: Sequence[Conditioning] | None = None,
 ) -> Tensor:
     """Measures one picture's loss at each sigma, shape (len(sigmas),). The noise depends on seed, name and sigma alone.
 
     Args:
         batch_size: number of sigmas in one forward pass; None: all.
         after_pass: called after each forward pass; may raise to end the measurement.
+        texts: text features for each sigma; None: the picture's own.
     """
     velocity_BCHW, target_BCHW = velocities_at(
-        family, transformer, picture, sigmas, seed, device, guidance, batch_size, after_pass
+        family, transformer, picture, sigmas, seed, device, guidance, batch_size, after_pass, texts
     )
     weights = picture.weights_11HW
     weights_B1HW = None if weights is None else weights.to(device).expand(len(sigmas), -1, -1, -1)
@@ -95,6 +97,7 @@ def velocities_at(
     guidance: float,
     batch_size: int | None = None,
     after_pass: Callable[[], None] = lambda: None,
+    texts: Sequence[Conditioning] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Predicts one picture's velocity at each sigma, and returns it with its target. Arguments as for `losses_at`."""
     sigma_B = torch.tensor(sigmas, device=device)
@@ -102,15 +105,18 @@ def velocities_at(
     noise = [randomness.normal(shape, seed, "validation noise", picture.name, str(sigma)) for sigma in sigmas]
     noise_BCHW = torch.cat(noise).to(device)
     latents_BCHW = picture.latents_1CHW.to(device).expand_as(noise_BCHW)
-    row = {name: tensor.to(device) for name, tensor in picture.conditioning.items()}
-    conditioning = family.stack_conditioning([row] * len(sigmas))
+    rows = [
+        {name: tensor.to(device) for name, tensor in text.items()}
+        for text in ([picture.conditioning] if texts is None else texts)
+    ]
+    conditioning = family.stack_conditioning(rows * len(sigmas) if texts is None else rows)
     noisy_BCHW = add_noise(latents_BCHW, noise_BCHW, sigma_B)
     announce(transformer, family, sigma_B, conditioning, guidance)
     velocities = []
-    for rows in torch.arange(len(sigmas)).split(batch_size or len(sigmas)):
-        part = slice(int(rows[0]), int(rows[-1]) + 1)
+    for places in torch.arange(len(sigmas)).split(batch_size or len(sigmas)):
+        part = slice(int(places[0]), int(places[-1]) + 1)
         text = {name: tensor[part] for name, tensor in conditioning.items()}
-        controls = [control.to(device).expand(len(rows), -1, -1, -1) for control in picture.controls]
+        controls = [control.to(device).expand(len(places), -1, -1, -1) for control in picture.controls]
         velocities.append(
             family.predict_velocity(transformer.module, noisy_BCHW[part], sigma_B[part], text, controls, guidance)
         )

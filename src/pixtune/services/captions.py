@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 
 from PIL import Image
 
 from pixtune.data.images import open_rgb
 from pixtune.data.measured import measured_example
-from pixtune.data.rivals import FEW, PASSES, SUSPICIOUS, CaptionTrial
+from pixtune.data.rivals import FEW, SUSPICIOUS, CaptionTrial
+from pixtune.engine.relief import first_that_fits
 from pixtune.judging.captions import SIGMA, rank, suspects, understands
 from pixtune.judging.validation import losses_at
 from pixtune.services.session import Session
@@ -38,28 +38,43 @@ class CaptionCheck:
         session, trials = self._session, self._session.data.trials.each
         if not trials or not session.is_main:
             return
-        names = session.run.source.reader.names
-        with session.aside("check of captions", round(len(trials) * PASSES)) as after_pass:
-            gains = {names[trial.example]: self._gain(trial, trial.rivals[:FEW], after_pass) for trial in trials}
-            most_suspicious = set(rank(gains)[: round(SUSPICIOUS * len(gains))])
-            for trial in trials:
-                if (name := names[trial.example]) in most_suspicious and len(trial.rivals) > FEW:
-                    gains[name] = self._gain(trial, trial.rivals, after_pass)
+        batch_size = session.config.batch_size
+        with session.aside("check of captions", len(trials) + round(SUSPICIOUS * len(trials))) as after_picture:
+
+            def one_by_one() -> dict[str, float]:
+                session.run.forward_backward.release()
+                return self._measure(trials, 1, after_picture)
+
+            gains = first_that_fits([lambda: self._measure(trials, batch_size, after_picture), one_by_one], self.name)
         self._tell(step, gains)
 
-    def _gain(self, trial: CaptionTrial, rivals: tuple[int, ...], after_pass: Callable[[], None]) -> float:
+    def _measure(
+        self, trials: Sequence[CaptionTrial], batch_size: int, after_picture: Callable[[], None]
+    ) -> dict[str, float]:
+        """Returns the gain of each picture's caption, by name: over few others, and over many where it looks small."""
+        names = self._session.run.source.reader.names
+        gains = {}
+        for trial in trials:
+            gains[names[trial.example]] = self._gain(trial, trial.rivals[:FEW], batch_size)
+            after_picture()
+        most_suspicious = set(rank(gains)[: round(SUSPICIOUS * len(gains))])
+        for trial in trials:
+            if (name := names[trial.example]) in most_suspicious and len(trial.rivals) > FEW:
+                gains[name] = self._gain(trial, trial.rivals, batch_size)
+                after_picture()
+        return gains
+
+    def _gain(self, trial: CaptionTrial, rivals: tuple[int, ...], batch_size: int) -> float:
         """Returns how much lower the logarithm of a picture's loss is with its own caption than with others."""
         session, run = self._session, self._session.run
-        picture = measured_example(run.source.reader, trial.example)
         texts = [session.data.trials.read(of, trial.example) for of in (trial.example, *rivals)]
         own, *others = (
-            float(
-                losses_at(
-                    run.family, run.transformer, replace(picture, conditioning=text), [SIGMA], session.config.seed,
-                    run.accelerator.device, session.config.objective.guidance, None, after_pass,
-                ).double().log()
+            losses_at(
+                run.family, run.transformer, measured_example(run.source.reader, trial.example), [SIGMA] * len(texts),
+                session.config.seed, run.accelerator.device, session.config.objective.guidance, batch_size,
+                session.pace, texts,
             )
-            for text in texts
+            .double().log().tolist()
         )  # fmt: skip
         return statistics.fmean(others) - own
 
