@@ -9,6 +9,7 @@ from pixtune.config.folders import Folder, folders_of
 from pixtune.config.schema import TrainConfig
 from pixtune.data.controls import ControlRules
 from pixtune.data.examples import Example, folders_apart, read_examples, shared_pictures
+from pixtune.data.held_out import hold_out
 from pixtune.data.order import BatchOrder
 from pixtune.data.shares import EPOCHS_COUNTED, draws_an_epoch
 from pixtune.errors import DataError
@@ -60,7 +61,7 @@ class FolderListing:
 
 
 def count_folders(config: TrainConfig, multiple: int, rules: ControlRules | None) -> FolderListing:
-    """Counts what each folder of a config gives to an epoch, before pictures are held out of a share.
+    """Counts what each folder of a config gives to an epoch, without the pictures that are held out.
 
     Args:
         multiple, rules: as for `examples.read_examples`.
@@ -70,7 +71,8 @@ def count_folders(config: TrainConfig, multiple: int, rules: ControlRules | None
     """
     folders, apart = folders_of(config.data_config), folders_apart(config)
     examples = read_examples(folders, multiple, rules, apart, seed=config.seed)
-    used = [example for example in examples if example.use.repeats > 0]
+    training, held_out = hold_out(examples, config)
+    used = [example for example in training if example.use.repeats > 0]
     if not used:
         raise DataError("nothing is left to train on", ["The repeats of all folders are 0."])
     batch_size = config.batch_size
@@ -84,10 +86,10 @@ def count_folders(config: TrainConfig, multiple: int, rules: ControlRules | None
     notes = []
     if len(folders) > 1 and (sentence := shared_pictures(examples)):
         notes.append(sentence)
-    if config.validation.held_out:
-        notes.append(f"Counted before {config.validation.held_out:.0%} of the pictures are held out.")
+    if held_out:
+        notes.append(f"{len(held_out)} of {len(examples)} pictures are held out, and not counted.")
     return FolderListing(
-        tuple(_count(folder, [each for each in examples if each.folder == folder.label], draws) for folder in folders),
+        tuple(_count(folder, [each for each in training if each.folder == folder.label], draws) for folder in folders),
         steps,
         batch_size * config.gradient_accumulation_steps,
         tuple(notes),

@@ -41,7 +41,7 @@ def test_shared_pictures_and_a_held_out_share_are_mentioned(tmp_path):
     cats = write(tmp_path / "cats", "a", "b")
     text = f"[{{img_dir: {cats}}}, {{img_dir: {cats}, img_size: 32, shuffle_tags: true}}]"
     shown = count_folders(load_config(None, words(tmp_path, text, "validation.held_out=0.5")), 16, None).render()
-    assert "2 pictures lie in several folders" in shown and "Counted before 50% of the pictures are held out" in shown
+    assert "2 pictures lie in several folders" in shown and "of 4 pictures are held out, and not counted" in shown
 
 
 def test_problems_of_all_folders_come_first(tmp_path):
