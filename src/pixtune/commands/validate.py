@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import typer
@@ -15,6 +15,7 @@ from pixtune.config import load_config
 from pixtune.config.folders import folder_beside, folders_of
 from pixtune.config.schema import TrainConfig
 from pixtune.data.caption_tokens import CaptionCounter
+from pixtune.data.doctor.across import copies_across
 from pixtune.data.examples import folders_apart
 from pixtune.data.findings import Level
 from pixtune.data.layouts import find_examples
@@ -60,6 +61,8 @@ def check(
     console = Console(stderr=True)
     is_config = path is None and bool(words) and words[0].endswith((".yaml", ".yml")) and not Path(words[0]).is_dir()
     if config is not None or is_config:
+        if path is not None:
+            raise typer.BadParameter("name a config or a folder as --path, not both")
         settings = load_config(*config_and_overrides(words, config))
         return check_config(settings, console), folder_listing(settings)
     folders = [Path(word) for word in words] + ([path] if path else [])
@@ -95,13 +98,16 @@ def check_config(config: TrainConfig, console: Console) -> list[DatasetReport]:
         multiple = counter.family.pixel_multiple(model)
     folders = [*folders_of(data), *([folder_beside(data, held_out)] if held_out is not None else [])]
     apart, triggers = folders_apart(config), tuple(config.trigger_words)
-    return [
+    reports = [
         validate_pairs(
             find_examples(each, apart), each.img_size, multiple, each.upscale, each.control_dirs, counter,
             Examination(triggers, console, each.captions),
         )
         for each in folders
     ]  # fmt: skip
+    looks = [report.looks for report in reports]
+    across = copies_across(looks, []) if held_out is None else copies_across(looks[:-1], looks[-1])
+    return [*reports[:-1], replace(reports[-1], findings=(*reports[-1].findings, *across))]
 
 
 def finish(

@@ -10,7 +10,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 
@@ -96,7 +96,7 @@ def cut_captions(named: Sequence[tuple[str, Lengths]]) -> list[str]:
         named: pairs of a caption's name and its lengths. A name that occurs more than once (beside control pictures of
             several sizes) counts once, with its largest number of tokens.
     """
-    return [sentence for finding in cut_findings(named) for sentence in finding.sentences]
+    return [sentence for finding in cut_findings(named) for sentence in replace(finding, remedy="").sentences]
 
 
 def cut_findings(named: Sequence[tuple[str, Lengths]], lost: Mapping[str, str] = MappingProxyType({})) -> list[Finding]:
@@ -117,11 +117,18 @@ def cut_findings(named: Sequence[tuple[str, Lengths]], lost: Mapping[str, str] =
         subject, verb = ("1 caption", "is") if len(cut) == 1 else (f"{len(cut)} captions", "are")
         tokens = "1 token" if limit == 1 else f"{limit} tokens"
         cases = tuple(
-            Case(f"{name} ({num} tokens)", (name,), {"tokens": num, "limit": limit}, lost.get(name, ""))
+            Case(
+                f"{name} ({num} tokens)",
+                (name,),
+                {"tokens": num, "limit": limit},
+                f"never read: {lost[name]}" if lost.get(name) else "",
+            )
             for name, num in cut.items()
         )
         meaning = f"{subject} {verb} longer than the {tokens} that {reader}, and {verb} cut there"
-        findings.append(Finding(Level.WARNING, "caption-cut", meaning, cases, one_by_one=False))
+        findings.append(
+            Finding(Level.WARNING, "caption-cut", meaning, cases, "Shorten them, or put first what matters.")
+        )
     return findings
 
 

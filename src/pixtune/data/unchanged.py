@@ -58,6 +58,7 @@ def find_unchanged(pairs: Sequence[Pair], pictures: Mapping[Path, Checked]) -> l
             Level.WARNING, "control-is-target",
             f"{count(len(same), 'control picture is', 'control pictures are')} the target itself",
             cases_of(same),
+            "A few may teach what to leave alone; else put the picture before the edit there.",
         )
     ]  # fmt: skip
     if near and len(same) + len(near) > len(with_control) / 2:

@@ -18,6 +18,7 @@ from pixtune.data.buckets import Buckets, build_buckets, frame_picture
 from pixtune.data.caption_tokens import CaptionCounter, cut_findings, lost_words
 from pixtune.data.captions import with_prefix
 from pixtune.data.doctor.examine import examine, same_files
+from pixtune.data.doctor.looks import Look
 from pixtune.data.findings import Case, Finding, Level, cases_of, count
 from pixtune.data.pairs import Pair, Pairs, find_pairs, shorten
 from pixtune.data.report_page import render, terminal_width
@@ -62,6 +63,8 @@ class DatasetReport:
     bucket_counts: dict[Size, int]
     """Number of pictures by size; empty unless `img_size` was given."""
     longest_caption: LongestCaption | None
+    looks: tuple[tuple[Path, Look], ...] = ()
+    """Looks of the pictures, 4 KB each, where the doctor took them: to be compared with those of other folders."""
 
     def of_level(self, level: Level) -> tuple[Finding, ...]:
         """Returns the findings of a level."""
@@ -192,7 +195,7 @@ def validate_pairs(
             findings += examine(scan, large, trained, copies, name_of, img_size, doctor.triggers, one_caption)
     return DatasetReport(
         found.folder, tuple(control_folders), len(targets), tuple(each for each in findings if each.cases),
-        dict(bucket_counts), _longest(captions),
+        dict(bucket_counts), _longest(captions), tuple((each.path, each.look) for each in pictures if each.look),
     )  # fmt: skip
 
 
@@ -270,7 +273,15 @@ def _empty_captions(captions: Sequence[tuple[Pair, str]]) -> list[Finding]:
     """Warns of empty captions. They are no problem: they train like a dropped caption, which some styles want."""
     empty = [str(pair.caption_place) for pair, text in captions if not text]
     meaning = f"{count(len(empty), 'caption is', 'captions are')} empty, to be trained without words"
-    return [Finding(Level.WARNING, "caption-empty", meaning, tuple(Case(place, (place,)) for place in empty))]
+    return [
+        Finding(
+            Level.WARNING,
+            "caption-empty",
+            meaning,
+            tuple(Case(place, (place,)) for place in empty),
+            "Fill those that are not meant to be.",
+        )
+    ]
 
 
 def _long_captions(captions: Sequence[tuple[Pair, str]]) -> list[Finding]:
@@ -333,17 +344,20 @@ def _fill_buckets(pictures: Sequence[Checked], buckets: Buckets, upscale: bool) 
             Level.WARNING, "enlarged",
             f"{count(len(enlarged), 'picture is', 'pictures are')} enlarged to reach img_size {buckets.img_size}",
             tuple(enlarged),
+            "Enlarged ones are blurred: take larger ones, or a smaller img_size.",
         ),
         Finding(
             Level.WARNING, "small",
             f"{count(len(small), 'picture has', 'pictures have')} fewer pixels than img_size {buckets.img_size} asks "
             "for and train at the size in brackets, not enlarged",
             tuple(small),
+            "Take larger ones if you have them.",
         ),
         Finding(
             Level.WARNING, "cropped",
             f"{count(len(cropped), 'picture loses', 'pictures lose')} more than {NOTABLE_SHARE_LOST:.0%} to cropping",
             tuple(cropped),
+            "Cut out what matters yourself.",
         ),
     ]  # fmt: skip
     return Counter(framing.size for _, framing in framings), findings
@@ -352,4 +366,4 @@ def _fill_buckets(pictures: Sequence[Checked], buckets: Buckets, upscale: bool) 
 def _same_files(groups: Sequence[Sequence[str]]) -> Finding:
     """Warns of every set of files with the same bytes: they count twice in training."""
     cases = tuple(Case(f"These pictures are the same file: {shorten(group)}.", tuple(group)) for group in groups)
-    return Finding(Level.WARNING, "same-file", "Pictures are the same file", cases, one_by_one=True)
+    return Finding(Level.WARNING, "same-file", "Pictures are the same file", cases, "Keep one of each.", True)

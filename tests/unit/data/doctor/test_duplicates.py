@@ -12,8 +12,9 @@ import pytest
 from PIL import Image, ImageEnhance
 
 from pixtune.data.doctor import duplicates
+from pixtune.data.doctor.across import copies_across
 from pixtune.data.doctor.duplicates import NearCopies, find_near_copies
-from pixtune.data.doctor.looks import hash_bits, make_thumbnail, take_look
+from pixtune.data.doctor.looks import Look, hash_bits, make_thumbnail, take_look
 
 ASSETS = Path(__file__).parents[4] / "assets"
 
@@ -89,6 +90,19 @@ def test_one_of_equal_files_stands_for_them():
     a, b = textures(2)
     looks = [take_look(picture) for picture in (a, a, as_jpeg(a), b)]
     assert find_near_copies(looks, known=[(0, 1)]).groups == ((0, 2),)
+
+
+def test_copies_in_several_folders_are_told_from_held_out_ones():
+    a, b, c, d = textures(4)
+
+    def folder(name: str, *made: Image.Image) -> list[tuple[Path, Look]]:
+        return [(Path(f"{name}/{number}.png"), take_look(picture)) for number, picture in enumerate(made)]
+
+    found = copies_across([folder("cats", a, as_jpeg(a), b), folder("dogs", lighter(b), c)], folder("held_out", c, d))
+    assert [(each.code, [case.files for case in each.cases]) for each in found] == [
+        ("held-out-copies", [("dogs/1.png", "held_out/0.png")]),
+        ("copies-across-folders", [("cats/2.png", "dogs/0.png")]),
+    ]
 
 
 def test_plain_pictures_are_not_compared():
