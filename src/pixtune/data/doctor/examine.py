@@ -16,7 +16,7 @@ from pixtune.data.doctor.pair_looks import SIDES, PairLook
 from pixtune.data.findings import Case, Finding, Level, count
 from pixtune.data.pairs import Pair
 from pixtune.data.scan import Checked, Scan
-from pixtune.judging.alignment import Alignment
+from pixtune.judging.alignment import MOST_PIXELS_ASIDE, Alignment
 
 FEWEST_TO_COMPARE = 5
 """Number of pictures below which none of them can be told to be unlike the others."""
@@ -215,8 +215,12 @@ def _misaligned(pairs: Mapping[Path, PairLook], name_of: Mapping[Path, str]) -> 
 
 
 def _most_off(look: PairLook) -> float:
-    """Returns the distance in the target's pixels that is tolerated: a pixel of the coarser picture."""
-    return OFF_PIXELS * max(1.0, look.alignment.size[0] / look.control_size[0])
+    """Returns the distance in the target's pixels that is tolerated: a pixel of the coarser picture.
+
+    Large pictures are compared at `MOST_PIXELS_ASIDE` pixels, to a few hundredths of those: less says nothing.
+    """
+    coarser = look.alignment.size[0] / look.control_size[0]
+    return max(OFF_PIXELS, OFF_PIXELS * coarser, 0.15 * max(look.alignment.size) / MOST_PIXELS_ASIDE)
 
 
 def _in_common(off: Mapping[Path, PairLook], num_sure: int) -> str:

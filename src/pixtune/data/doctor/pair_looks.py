@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -67,14 +68,24 @@ def _borders(picture_HW3: NDArray[np.int16], other_HW3: NDArray[np.int16]) -> tu
 def _border_on_top(picture_HW3: NDArray[np.int16], other_HW3: NDArray[np.int16]) -> tuple[float, bool]:
     """Returns the share of the height that a border on top has, and whether a lower corner has its colour."""
     height, colour = len(picture_HW3), picture_HW3[:1, :1]
-    differs = np.abs(picture_HW3 - colour).max(-1)
+    narrowest = max(math.ceil(_NARROWEST_SHARE * height), 1)
+    if np.abs(picture_HW3[:narrowest] - colour).max() > _EVEN_LEVELS:
+        return 0.0, False
+    differs = _apart(picture_HW3, colour)
     plain = differs.max(1) <= _EVEN_LEVELS
     width = height if plain.all() else int(plain.argmin())
-    if not _NARROWEST_SHARE * height <= width < height:
+    if width == height:
         return 0.0, False
     # It ends in a straight line; a drawing does not.
     within = (differs[width + 1 : width + 3] > 2 * _EVEN_LEVELS).mean()
-    beside = (np.abs(other_HW3[:width] - colour).max(-1) > 2 * _EVEN_LEVELS).mean()
+    beside = (_apart(other_HW3[:width], colour) > 2 * _EVEN_LEVELS).mean()
     is_border = within > _STRAIGHT_SHARE and beside > _CONTENT_SHARE
     on_ground = bool(differs[-1, [0, -1]].min() <= _EVEN_LEVELS)
     return (width / height if is_border else 0.0), on_ground
+
+
+def _apart(picture_HW3: NDArray[np.int16], colour: NDArray[np.int16]) -> NDArray[np.int16]:
+    """Returns by how many levels each pixel differs from a colour, in the channel that differs most."""
+    red, green, blue = (np.abs(picture_HW3[..., channel] - colour[..., channel]) for channel in range(3))
+    apart: NDArray[np.int16] = np.maximum(np.maximum(red, green), blue)
+    return apart
