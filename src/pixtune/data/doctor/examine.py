@@ -70,7 +70,7 @@ def examine(
         *_plain(pictures, name_of),
         *(_odd_sizes(pictures, name_of) if img_size is None else ()),
         *lint_captions(read, triggers, of_edits or one_caption),
-        *_misaligned(scan.pairs, name_of),
+        *find_misaligned(scan.pairs, name_of),
     ]
     return [finding for finding in findings if finding.cases]
 
@@ -166,7 +166,7 @@ def _odd_sizes(pictures: Sequence[Checked], name_of: Mapping[Path, str]) -> Iter
     )  # fmt: skip
 
 
-def _misaligned(pairs: Mapping[Path, PairLook], name_of: Mapping[Path, str]) -> Iterator[Finding]:
+def find_misaligned(pairs: Mapping[Path, PairLook], name_of: Mapping[Path, str]) -> Iterator[Finding]:
     sure = {path: look for path, look in pairs.items() if look.alignment.is_sure}
     off = {path: look for path, look in sure.items() if look.alignment.off_pixels > _most_off(look)}
     yield Finding(
@@ -183,7 +183,7 @@ def _misaligned(pairs: Mapping[Path, PairLook], name_of: Mapping[Path, str]) -> 
             if any(border)
         )
         for path, look in pairs.items()
-        if any((*look.control_border, *look.target_border))
+        if _has_border(look, is_redrawn=2 * len(sure) < len(pairs))
     }
     yield Finding(
         Level.WARNING, "pair-border",
@@ -212,6 +212,14 @@ def _misaligned(pairs: Mapping[Path, PairLook], name_of: Mapping[Path, str]) -> 
             tuple(Case(name_of[path], (str(path),)) for path in unknown),
             "That is right where the edit draws everything anew; look at some of them yourself.",
         )  # fmt: skip
+
+
+def _has_border(look: PairLook, is_redrawn: bool) -> bool:
+    """Returns whether one picture has a border; where all is drawn anew, a band on one side may be the sea."""
+    borders = (look.control_border, look.target_border)
+    if is_redrawn:
+        return any(border[side] and border[side + 2] for border in borders for side in (0, 1))
+    return any(map(any, borders))
 
 
 def _most_off(look: PairLook) -> float:

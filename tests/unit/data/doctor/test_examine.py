@@ -11,9 +11,12 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter, ImageOps
 
+from pixtune.data.doctor.examine import find_misaligned
 from pixtune.data.doctor.looks import take_look
+from pixtune.data.doctor.pair_looks import PairLook
 from pixtune.data.findings import Finding, Level
 from pixtune.data.validate import Examination, validate_folder
+from pixtune.judging.alignment import Alignment
 from tests.pictures import save_pair
 from tests.runs import ROOT, pixtune
 
@@ -113,7 +116,7 @@ def test_controls_that_were_all_cropped_alike_are_one_mistake(tmp_path):
     assert len(finding.cases) == 24 and "in the same way (4.9% larger)" in finding.meaning
 
 
-@pytest.mark.parametrize("folder", ["demo-style/train", "demo-character/images", "known-edit"])
+@pytest.mark.parametrize("folder", ["demo-style/train", "demo-character/images", "known-edit", "demo-edit/train"])
 def test_the_shipped_sets_have_no_warning(folder):
     assert {each.level for each in examine(ASSETS / folder).values()} <= {Level.NOTE}
 
@@ -190,3 +193,11 @@ def test_what_takes_a_second_is_counted_and_names_beyond_a_few_are_asked_for(tmp
     report = validate_folder(tmp_path)
     assert "and 2 more" in report.render() and "--all" in report.render()
     assert "6.txt" not in report.render() and "6.txt" in report.render(all_names=True)
+
+
+def test_a_large_pair_is_not_named_for_less_than_can_be_measured():
+    beside = PairLook(Alignment((1.2, 0.0), 1.0, 0.9, (6000, 4000)), (6000, 4000), (0.0,) * 4, (0.0,) * 4)
+    near = PairLook(Alignment((1.2, 0.0), 1.0, 0.9, (800, 600)), (800, 600), (0.0,) * 4, (0.0,) * 4)
+    names = {Path("far.png"): "far.png", Path("near.png"): "near.png"}
+    found = next(find_misaligned({Path("far.png"): beside, Path("near.png"): near}, names))
+    assert [case.text for case in found.cases] == ["near.png (1.2 px left)"]
