@@ -65,6 +65,11 @@ def test_memory_that_runs_short_means_fewer_at_once(tmp_path: Path, caplog: pyte
     assert "2 pictures at once" in caplog.text
 
 
+def test_questions_of_about_one_length_come_together(tmp_path: Path) -> None:
+    outcomes = outcomes_of(Fake(most=2), written(tmp_path, [30, 8, 20, 9]), at_once=2)
+    assert [each.picture.name for each in outcomes] == ["01.png", "03.png", "02.png", "00.png"]
+
+
 def test_where_not_one_fits_the_error_says_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(PlanError, match=r"00\.png.*more memory than there is.*--quantize.*goes on"):
         outcomes_of(Fake(most=0), written(tmp_path, [8]), at_once=2)

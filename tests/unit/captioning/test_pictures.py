@@ -34,6 +34,13 @@ def test_pictures_come_with_the_place_of_their_caption(tmp_path: Path) -> None:
     assert len(notes) == 1 and "d.heic" in notes[0]
 
 
+def test_a_control_that_is_missing_of_two_is_missing(tmp_path: Path) -> None:
+    touch(tmp_path, "pics/a.png", "pics/b.png", "one/a.png", "one/b.png", "two/b.png")
+    pictures, _ = find_pictures(tmp_path / "pics", "txt", (tmp_path / "one", tmp_path / "two"))
+    assert [(each.name, each.lacks_controls) for each in pictures] == [("a.png", True), ("b.png", False)]
+    assert pictures[1].all_paths == (tmp_path / "one" / "b.png", tmp_path / "two" / "b.png", pictures[1].path)
+
+
 def test_controls_below_the_pictures_are_not_captioned(tmp_path: Path) -> None:
     touch(tmp_path, "a.png", "control/a.png")
     pictures, _ = find_pictures(tmp_path, "txt", (tmp_path / "control",))
@@ -73,6 +80,9 @@ def test_pictures_are_named_as_people_name_them(tmp_path: Path) -> None:
     assert [each.name for each in only_named(pictures, ["two\\b.png", "./a", "c d", "a.png"])] == [
         "a.png", "two/b.png", "two/c d.png"
     ]  # fmt: skip
+    assert only_named(pictures, [str(tmp_path / "one" / "b.png")]) == [pictures[1]]
+    labelled, _ = find_pictures(tmp_path / "one", "txt", label="first/")
+    assert only_named(labelled, ["first/b"]) == only_named(labelled, ["first/b.png"]) == labelled
     with pytest.raises(DataError) as problem:
         only_named(pictures, ["b", "aa.png", "zzzz"])
     assert problem.value.faults == [

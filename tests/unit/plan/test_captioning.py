@@ -18,6 +18,7 @@ from pixtune.plan.encoders import ON_CPU
 # 0.68 billion weights; keys and values of 28 x 4 x 128 numbers each.
 LINEAR = 28 * (3584 * 3584 * 2 + 2 * 3584 * 512 + 3 * 3584 * 18944)
 WEIGHTS = CaptionerWeights(LINEAR, 152064 * 3584, 152064 * 3584 + 676_550_144)
+NUM_WEIGHTS = WEIGHTS.linear + WEIGHTS.output + WEIGHTS.plain
 SIZES = CaptionSizes(WEIGHTS, 2 * 28 * 4 * 128, question_tokens=1400, answer_tokens=256)
 
 
@@ -34,6 +35,7 @@ def test_weights_by_hand() -> None:
     assert weight_bytes(SIZES, None) / GIB == pytest.approx(15.4, abs=0.1)  # the published files have 16.6 GB
     in_int8 = LINEAR + 152064 * 3584 + 2 * WEIGHTS.plain
     assert weight_bytes(SIZES, "int8") == in_int8
+    assert caption_bytes(SIZES, "int8", 0) - in_int8 == GIB // 4 and caption_bytes(SIZES, None, 0) == 2 * NUM_WEIGHTS
     assert weight_bytes(SIZES, "nf4") == in_int8 - LINEAR + LINEAR * 9 // 16
 
 
