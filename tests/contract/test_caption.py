@@ -207,6 +207,8 @@ def test_an_edit_config_asks_what_changes(tmp_path: Path) -> None:
     outcome = pixtune("caption", config, "--preset", "plain", "--overwrite", "--dry-run", *SHORT)
     assert tokens and tokens[0] not in outcome.stdout, "two pictures are a longer question than one"
     assert not (tmp_path / "run").exists()
+    folder = pixtune("caption", data, "--model", model, "--dry-run", *SHORT)
+    assert "control" not in folder.stdout.replace("control picture", "") and tokens[0] in folder.stdout
 
 
 def test_several_folders_are_captioned_with_one_load(model: Path, tmp_path: Path) -> None:

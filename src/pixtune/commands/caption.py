@@ -259,7 +259,9 @@ def find_source(
             raise typer.BadParameter(
                 f"name the model: pixtune caption {folders[0]} --model FOLDER, or --captioner FOLDER"
             )
-        folder = folders[0]
+        from pixtune.data.validate import find_layout
+
+        folder, control_folders = find_layout(folders[0], control_folders)
         minimal = TrainConfig(
             pretrained_model_name_or_path=model or str(captioner),
             output_dir=folder,

@@ -130,7 +130,7 @@ def validate_folder(
         control_folders: control pictures, where they are not in `image_folder / "control"`.
         img_size, multiple, upscale, counter, doctor: as for `validate_pairs`.
     """
-    image_folder, control_folders = _find_layout(Path(image_folder), control_folders)
+    image_folder, control_folders = find_layout(Path(image_folder), control_folders)
     found = find_pairs(image_folder, caption_extension, control_folders, allow_missing_controls)
     return validate_pairs(found, img_size, multiple, upscale, control_folders, counter, doctor)
 
@@ -206,7 +206,7 @@ def validate_dataset(path: str | Path, caption_extension: str = "txt", img_size:
     return report.ok
 
 
-def _find_layout(folder: Path, control_folders: Sequence[Path]) -> tuple[Path, tuple[Path, ...]]:
+def find_layout(folder: Path, control_folders: Sequence[Path]) -> tuple[Path, tuple[Path, ...]]:
     """Finds image and control folders: a folder with both `images` and `control` in it is an editing data set."""
     if not control_folders and (folder / "images").is_dir() and (folder / "control").is_dir():
         return folder / "images", (folder / "control",)
