@@ -78,6 +78,8 @@ class Folder:
     weight_outside_mask: float = 0.0
     loss_weight: float = 1.0
     """Factor of its pictures' losses."""
+    caption_dropout_rate: float | None = None
+    """Share of turns in which the empty caption replaces its pictures' own; None: the data set's."""
     dataset: DatasetColumns | None = None
     """Hugging Face data set that it is read from; None: its files are."""
 
@@ -196,6 +198,7 @@ def _resolved(own: FolderConfig, data: DataConfig, place: str, label: str) -> Fo
         random_ratio=_first(own.random_ratio, data.random_ratio),
         upscale=_first(own.upscale, data.upscale),
         repeats=own.repeats,
+        caption_dropout_rate=own.caption_dropout_rate,
         dataset=DatasetColumns(own.dataset, own.dataset_split, own.image_column, own.caption_column, own.control_column)
         if own.dataset is not None
         else None,

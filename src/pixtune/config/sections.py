@@ -89,6 +89,8 @@ class FolderConfig(Section):
     """Share of tags that is left out. Absent: `data_config.tag_dropout_rate`."""
     caption_variants: Annotated[int, Field(ge=1, le=256)] | None = None
     """Number of forms of a caption. Absent: `data_config.caption_variants`."""
+    caption_dropout_rate: Share | None = None
+    """Share of turns in which a caption is dropped. Absent: `data_config.caption_dropout_rate`."""
     img_size: Side | Sides | None = None
     """Training size of its pictures in pixels, or several. Absent: `data_config.img_size`."""
     img_size_shares: Shares | None = None

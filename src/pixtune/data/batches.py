@@ -183,7 +183,8 @@ class BatchSource:
 
     def _caption(self, index: int, slot: int, turn: Turn) -> int | None:
         """Returns which of its captions a turn has; None where it is dropped."""
-        is_dropped = randomness.uniform(self.order.seed, "caption dropout", index, slot) < self.caption_dropout_rate
+        rate = self.order.uses[turn.example].drops(self.caption_dropout_rate)
+        is_dropped = randomness.uniform(self.order.seed, "caption dropout", index, slot) < rate
         return None if is_dropped else turn.caption
 
     def _draw(self, index: int, slot: int, turn: Turn) -> _Single:

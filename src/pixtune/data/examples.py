@@ -233,7 +233,7 @@ def _read_example(
         framings=tuple(framings),
         control_paths=paths,
         control_framings=control_framings,
-        use=Use(folder.repeats, tuple(shares) if len(set(shares)) > 1 else (), len(forms)),
+        use=Use(folder.repeats, tuple(shares) if len(set(shares)) > 1 else (), len(forms), folder.caption_dropout_rate),
         caption_forms=forms,
         folder=folder.label,
     )

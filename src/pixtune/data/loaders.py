@@ -123,10 +123,13 @@ class EpochBatches(Sampler[list[CaptionedTurn]]):
     def __iter__(self) -> Iterator[list[CaptionedTurn]]:
         epoch, self.epoch = self.epoch, self.epoch + 1
         for number, members in enumerate(self.order.epoch(epoch)):
-            yield [CaptionedTurn(turn, self._is_dropped(epoch, number, slot)) for slot, turn in enumerate(members)]
+            yield [
+                CaptionedTurn(turn, self._is_dropped(turn, epoch, number, slot)) for slot, turn in enumerate(members)
+            ]
 
-    def _is_dropped(self, epoch: int, number: int, slot: int) -> bool:
-        return randomness.uniform(self.order.seed, "caption dropout", epoch, number, slot) < self.dropout_rate
+    def _is_dropped(self, turn: Turn, *place: int) -> bool:
+        rate = self.order.uses[turn.example].drops(self.dropout_rate)
+        return randomness.uniform(self.order.seed, "caption dropout", *place) < rate
 
 
 def _stack(rows: list[tuple[Tensor, str, list[Tensor]]]) -> PictureBatch:

@@ -38,6 +38,12 @@ class Use:
     """Shares of its turns that its variants have, which sum to 1; empty: equal ones."""
     num_captions: int = 1
     """Number of its captions, each with an equal share."""
+    caption_dropout_rate: float | None = None
+    """Share of its turns in which the empty caption replaces its own; None: the run's."""
+
+    def drops(self, common: float) -> float:
+        """Returns the share of turns in which its caption is dropped, where the run's is `common`."""
+        return common if self.caption_dropout_rate is None else self.caption_dropout_rate
 
 
 ONCE = Use()

@@ -29,7 +29,14 @@ from pixtune.data.examples import (
 from pixtune.data.held_out import hold_out
 from pixtune.data.mask_weights import Masks
 from pixtune.data.pairs import shorten as shorten_names
-from pixtune.data.prepared import DataFingerprint, PreparedData, captioned_sizes, example_reader, most_image_tokens
+from pixtune.data.prepared import (
+    DataFingerprint,
+    PreparedData,
+    captioned_sizes,
+    dropped_captions,
+    example_reader,
+    most_image_tokens,
+)
 from pixtune.data.prompts import control_rules, encode_prompt, prompt_example, rounded_sizes
 from pixtune.data.random_data import random_data
 from pixtune.data.rivals import CaptionTrials, choose_trials
@@ -246,7 +253,7 @@ def _needed_texts(
     if needs_negative(family, config.samples.guidance_scale):
         items += [text_item(family.dropped_caption, example, 0) for example in prompts]
     if config.precompute_text_embeddings:
-        instead = [family.dropped_caption] if config.data_config.caption_dropout_rate else []
+        instead = dropped_captions(family, training, config.data_config.caption_dropout_rate)
         items += [
             text_item(text, example, variant)
             for example in training
@@ -300,7 +307,7 @@ def _gather(
     known = config.precompute_text_embeddings
     longest = variants if known else [max(variants, key=lambda row: max(map(len, row[0].captions)))]
     dropout = config.data_config.caption_dropout_rate
-    dropped = [family.dropped_caption] if dropout > 0 else []
+    dropped = dropped_captions(family, training, dropout)
     captions = {
         text_item(text, example, variant)
         for example, variant in longest

@@ -90,6 +90,11 @@ def image_tokens(family: ModelFamily, folder: ModelFolder, signature: Signature)
     return sum(family.num_image_tokens(*family.latent_shape(folder, *size)[1:]) for size in signature)
 
 
+def dropped_captions(family: ModelFamily, examples: Sequence[Example], dropout: float) -> list[str]:
+    """Returns the family's dropped caption, if a turn of some example has it; else nothing."""
+    return [family.dropped_caption] if any(example.use.drops(dropout) > 0 for example in examples) else []
+
+
 def captioned_sizes(
     family: ModelFamily,
     folder: ModelFolder,
@@ -100,8 +105,9 @@ def captioned_sizes(
     """Counts how often captions of each length meet pictures of each size in an epoch."""
     turns_of: dict[Signature, dict[int, float]] = {}
     for example in examples:
-        own = (1 - dropout) / len(example.captions)
-        captions = [*((own, caption) for caption in example.captions), (dropout, family.dropped_caption)]
+        dropped = example.use.drops(dropout)
+        own = (1 - dropped) / len(example.captions)
+        captions = [*((own, caption) for caption in example.captions), (dropped, family.dropped_caption)]
         for variant in range(len(example.framings)):
             lengths = turns_of.setdefault(example.signature(variant), defaultdict(float))
             of_variant = example.use.shares[variant] if example.use.shares else 1 / len(example.framings)

@@ -11,7 +11,14 @@ from pixtune import randomness
 from pixtune.config.schema import TrainConfig
 from pixtune.data.encodings import text_item
 from pixtune.data.examples import Example
-from pixtune.data.prepared import DataFingerprint, PreparedData, captioned_sizes, example_reader, most_image_tokens
+from pixtune.data.prepared import (
+    DataFingerprint,
+    PreparedData,
+    captioned_sizes,
+    dropped_captions,
+    example_reader,
+    most_image_tokens,
+)
 from pixtune.family import Conditioning, LatentDistribution, ModelFamily
 from pixtune.judging.validation import HeldOutPicture
 from pixtune.plan.encoders import PLAINLY
@@ -49,7 +56,7 @@ def random_data(
         text_item(text, example, variant): num_tokens(text)
         for example in training
         for variant in range(len(example.framings))
-        for text in (*example.captions, *([family.dropped_caption] if dropout else []))
+        for text in (*example.captions, *dropped_captions(family, training, dropout))
     }
 
     def read_text(example: int, variant: int, caption: int | None) -> Conditioning:

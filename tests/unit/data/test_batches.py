@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pixtune.config.sections import ObjectiveConfig
 from pixtune.data.batches import Batch, BatchSource, ExampleReader, read_ahead
-from pixtune.data.order import BatchOrder, Signature, Turn
+from pixtune.data.order import BatchOrder, Signature, Turn, Use
 from pixtune.families.qwen_image import QWEN_IMAGE
 from pixtune.family import Conditioning, LatentDistribution
 from pixtune.sizes import LatentShape, Size
@@ -265,6 +265,14 @@ def test_captions_are_dropped_at_the_configured_rate(rate: float) -> None:
     batches = source(EVEN, dropout=rate)
     dropped = torch.cat([dropped_rows(batch_at(batches, index)) for index in range(250)]).float().mean()
     assert abs(dropped - rate) <= (0.05 if 0 < rate < 1 else 0)  # 1000 draws: deviation at most 0.016
+
+
+def test_an_examples_own_rate_of_dropped_captions_wins() -> None:
+    order = BatchOrder(EVEN, 4, 42, [Use(caption_dropout_rate=float(number % 2)) for number in range(len(EVEN))])
+    batches = BatchSource(order, reader(EVEN), ObjectiveConfig(), 0.5)
+    for index in range(5):
+        dropped = dropped_rows(batch_at(batches, index)).tolist()
+        assert dropped == [turn.example % 2 == 1 for turn in order.micro_batch(index)]
 
 
 def test_captions_of_one_batch_and_of_one_slot_are_dropped_apart() -> None:

@@ -384,7 +384,7 @@ def test_captions_meet_sizes_by_repeats_shares_and_forms(tmp_path: Path, model: 
     captioned(tmp_path / "one", "a.png", 80, "ab\nabcd")
     captioned(tmp_path / "two", "b.png", 90, "sixsix")
     folders = [
-        {"img_dir": str(tmp_path / "one"), "repeats": 3, "caption_source": "lines"},
+        {"img_dir": str(tmp_path / "one"), "repeats": 3, "caption_source": "lines", "caption_dropout_rate": 0.4},
         {
             "img_dir": str(tmp_path / "two"),
             "repeats": 0.5,
@@ -396,7 +396,7 @@ def test_captions_meet_sizes_by_repeats_shares_and_forms(tmp_path: Path, model: 
     settings = {"folders": folders, "img_size": 64, "caption_dropout_rate": 0.2}
     data = prepare_data(data_config(tmp_path, data_config=settings), OneTokenALetter(), model, ACCELERATOR)
     large, small = (dict(size.turns_by_length) for size in data.captions.sizes)
-    assert large == pytest.approx({2: 1.2, 4: 1.2, 6: 0.5 * 0.75 * 0.8, 1: 0.6 + 0.5 * 0.75 * 0.2})
+    assert large == pytest.approx({2: 0.9, 4: 0.9, 6: 0.5 * 0.75 * 0.8, 1: 1.2 + 0.5 * 0.75 * 0.2})
     assert small == pytest.approx({6: 0.5 * 0.25 * 0.8, 1: 0.5 * 0.25 * 0.2})
     assert [use.repeats for use in data.uses] == [3.0, 0.5]
     assert [len(data.reader.read_text(0, 0, number)["prompt_embeds"]) for number in (0, 1, None)] == [2, 4, 1]
