@@ -42,10 +42,13 @@ SETTINGS = {
                 "tag_dropout_rate": 0.2,
                 "caption_variants": 3,
                 "caption_prefix": "sks",
+                "loss_weight": 0.5,
             },
         ]
     ),
     "logging_steps": 1,
+    "objective__loss": "huber",
+    "objective__min_sigma": 0.1,
     "validation__held_out": 0.05,
     "validation__every": 5,
     "validation__num_draws": 1,

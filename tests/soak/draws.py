@@ -69,7 +69,15 @@ def draw_run(draw: random.Random) -> Drawn:
         "data_config__random_ratio": yes(draw, 0.3),
         "objective__sigma_distribution": draw.choice(["uniform", "logit_normal", "mode"]),
         "objective__weighting_scheme": draw.choice(["none", "sigma_sqrt"]),
+        "objective__loss": draw.choice(["mse", "huber"]),
+        "objective__min_sigma": draw.choice([0, 0, 0.2]),
+        "objective__max_sigma": draw.choice([1, 1, 0.7]),
+        "data_config__weight_outside_mask": draw.choice([0, 0.1]),
+        "data_config__allow_missing_masks": "true",
     }
+    if family == "qwen" and draw.random() < 0.3:
+        settings |= {"prior_preservation__prompts": "['a cat','a sun']", "prior_preservation__num_pictures": 2}
+        settings |= {"prior_preservation__num_steps": 2, "prior_preservation__loss_weight": draw.choice([1, 0.5])}
     if full:
         settings["weight_update"] = draw.choice(["stochastic_rounding", "fp32_master"])
     else:
@@ -105,6 +113,7 @@ def write_pictures(drawn: Drawn, folder: Path, draw: random.Random) -> Settings:
     source = EDIT_TRAIN / "images" if drawn.family == "edit" else DEMO_TRAIN
     parts = {"images": source, **({"control": EDIT_TRAIN / "control"} if drawn.family == "edit" else {})}
     later = draw.randint(1, drawn.num_pictures - 1) if draw.random() < 0.4 else drawn.num_pictures
+    has_masks = draw.random() < 0.4
     for number, path in enumerate(draw.sample(sorted(source.glob("*.png")), drawn.num_pictures)):
         ratio = draw.choice(RATIOS)
         end = "" if number < later else "_2"
@@ -115,15 +124,27 @@ def write_pictures(drawn: Drawn, folder: Path, draw: random.Random) -> Settings:
                 picture.crop((0, 0, int(side * min(1, ratio)), int(side / max(1, ratio)))).save(
                     folder / name / path.name
                 )
+        if has_masks and (number in (0, later) or draw.random() < 0.7):
+            (folder / f"masks{end}").mkdir(exist_ok=True)
+            width, height = Image.open(folder / f"images{end}" / path.name).size
+            mask = Image.new("L", (width, height))
+            mask.paste(255, (0, 0, width // 2, height))
+            mask.save(folder / f"masks{end}" / path.name)
         (folder / f"images{end}" / f"{path.stem}.txt").write_text(path.with_suffix(".txt").read_text())
     settings: Settings = {}
     if drawn.settings["method"] == "lora" and draw.random() < 0.4:
         settings["training_adapter__path"] = write_adapter(folder / "adapter.safetensors")
     if later == drawn.num_pictures:
         settings["data_config__img_dir"] = folder / "images"
+        settings |= {"data_config__mask_dir": folder / "masks"} if has_masks else {}
         return settings | ({"data_config__control_dir": folder / "control"} if "control" in parts else {})
     folders = [
-        {"img_dir": str(folder / f"images{end}"), "repeats": draw.choice([1, 2, 1.5])}
+        {
+            "img_dir": str(folder / f"images{end}"),
+            "repeats": draw.choice([1, 2, 1.5]),
+            "loss_weight": draw.choice([1, 0.5]),
+        }
+        | ({"mask_dir": str(folder / f"masks{end}")} if has_masks else {})
         | ({"control_dir": str(folder / f"control{end}")} if "control" in parts else {})
         for end in ("", "_2")
     ]

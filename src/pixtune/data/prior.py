@@ -82,7 +82,7 @@ def _draw(config: TrainConfig, prior: PriorConfig, folder: Path, accelerator: Ac
         for number, prompt in enumerate(prior.prompts)
         for seed in range(prior.num_pictures)
     }
-    missing = [place for place, path in path_of.items() if not path.exists()]
+    missing = [each for each, path in path_of.items() if not (path.exists() and path.with_suffix(".txt").exists())]
     if not missing:
         return
     console, device = Console(), accelerator.device
@@ -119,7 +119,7 @@ def _side(config: TrainConfig) -> int:
 
 
 def _write(path: Path, picture: PromptPicture) -> None:
-    """Writes a picture and its caption; the picture comes last, and tells that both are there."""
+    """Writes a picture with its prompt as its caption."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path.with_suffix(".txt"), picture.prompt.text.encode())
     picture.write(path)
