@@ -269,8 +269,9 @@ def check_folder(folder: Folder, multiple: int, apart: Collection[Path] = ()) ->
     """
     found = find_examples(folder, apart)
     report = validate_pairs(found, img_size=folder.img_size, multiple=multiple, upscale=folder.upscale)
-    if not report.ok:
-        raise DataError(f"{folder.img_dir} cannot be trained on, {len(report.faults)} problems", report.faults)
+    faults = list(dict.fromkeys((*report.faults, *find_masks(found.pairs, folder, apart).faults)))
+    if faults:
+        raise DataError(f"{folder.img_dir} cannot be trained on, {len(faults)} problems", faults)
     return tuple(warning for warning in report.warnings if warning not in found.warnings)
 
 

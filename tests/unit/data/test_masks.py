@@ -290,7 +290,8 @@ def test_problems_of_masks_come_with_the_others(folder: Path) -> None:
     (folder / "images" / "a.txt").unlink()
     with pytest.raises(DataError) as raised:
         examples_of(config_of(folder, mask_dir=folder / "masks"))
-    assert len(raised.value.faults) == 1 and "a.txt" in str(raised.value), "captions first: the folder is checked whole"
+    caption, mask = raised.value.faults
+    assert "a.txt" in caption and "1 pictures have no mask" in mask
 
 
 def test_a_held_out_folder_has_its_masks_beside_it(folder: Path) -> None:
