@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 SIGMA = 0.85
 """Sigma at which captions matter most: nearer to clean, the noisy picture itself shows what it is."""
@@ -24,6 +24,12 @@ LEAST_MEDIAN = 0.02
 SUSPICIOUS_SHARE = 0.3
 """Part of the median gain below which a caption is suspicious. Of 3 swapped captions among 48, 83% are below it, and a
 right one in one run of 20; at 0.4 it is 91%, and one in 3 runs (docs/experiments.md)."""
+
+
+def gain_of(log_losses: Sequence[float]) -> float:
+    """Returns the gain of a caption, from the logarithm of its picture's loss with it, and then with each of others."""
+    own, *others = log_losses
+    return statistics.fmean(others) - own
 
 
 def rank(gains: Mapping[str, float]) -> list[str]:

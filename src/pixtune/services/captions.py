@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Sequence
 
 from PIL import Image
@@ -11,7 +10,7 @@ from pixtune.data.images import open_rgb
 from pixtune.data.measured import measured_example
 from pixtune.data.rivals import FEW, SUSPICIOUS, CaptionTrial
 from pixtune.engine.relief import first_that_fits
-from pixtune.judging.captions import SIGMA, rank, suspects, understands
+from pixtune.judging.captions import SIGMA, gain_of, rank, suspects, understands
 from pixtune.judging.validation import losses_at
 from pixtune.services.session import Session
 
@@ -53,30 +52,29 @@ class CaptionCheck:
     ) -> dict[str, float]:
         """Returns the gain of each picture's caption, by name: over few others, and over many where it looks small."""
         names = self._session.run.source.reader.names
-        gains = {}
+        losses = {}
         for trial in trials:
-            gains[names[trial.example]] = self._gain(trial, trial.rivals[:FEW], batch_size)
+            losses[trial] = self._log_losses(trial, (trial.example, *trial.rivals[:FEW]), batch_size)
             after_picture()
+        gains = {names[trial.example]: gain_of(each) for trial, each in losses.items()}
         most_suspicious = set(rank(gains)[: round(SUSPICIOUS * len(gains))])
-        for trial in trials:
+        for trial, each in losses.items():
             if (name := names[trial.example]) in most_suspicious and len(trial.rivals) > FEW:
-                gains[name] = self._gain(trial, trial.rivals, batch_size)
+                gains[name] = gain_of([*each, *self._log_losses(trial, trial.rivals[FEW:], batch_size)])
                 after_picture()
         return gains
 
-    def _gain(self, trial: CaptionTrial, rivals: tuple[int, ...], batch_size: int) -> float:
-        """Returns how much lower the logarithm of a picture's loss is with its own caption than with others."""
+    def _log_losses(self, trial: CaptionTrial, captions_of: Sequence[int], batch_size: int) -> list[float]:
+        """Returns the logarithm of a picture's loss with the caption of each of some examples."""
         session, run = self._session, self._session.run
-        texts = [session.data.trials.read(of, trial.example) for of in (trial.example, *rivals)]
-        own, *others = (
-            losses_at(
-                run.family, run.transformer, measured_example(run.source.reader, trial.example), [SIGMA] * len(texts),
-                session.config.seed, run.accelerator.device, session.config.objective.guidance, batch_size,
-                session.pace, texts,
-            )
-            .double().log().tolist()
+        losses = losses_at(
+            run.family, run.transformer, measured_example(run.source.reader, trial.example),
+            [SIGMA] * len(captions_of), session.config.seed, run.accelerator.device,
+            session.config.objective.guidance, batch_size, session.pace,
+            [session.data.trials.read(of, trial.example) for of in captions_of],
         )  # fmt: skip
-        return statistics.fmean(others) - own
+        logarithms: list[float] = losses.double().log().tolist()
+        return logarithms
 
     def _tell(self, step: int, gains: dict[str, float]) -> None:
         session, named = self._session, suspects(gains)

@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import math
 
-from pixtune.judging.captions import MOST_NAMED, rank, suspects, understands
+import pytest
+
+from pixtune.judging.captions import MOST_NAMED, gain_of, rank, suspects, understands
 
 CLEAR = {f"right {number}": 0.5 + 0.01 * number for number in range(20)}
+
+
+def test_a_gain_is_by_how_much_others_are_worse_on_average() -> None:
+    assert gain_of([math.log(0.1), math.log(0.2), math.log(0.4)]) == pytest.approx(math.log(8) / 2)
 
 
 def test_captions_that_fit_no_better_than_others_are_named_the_worst_first() -> None:
