@@ -189,6 +189,12 @@ def _an_adapter_beside_a_lora(method: str, path: Path | None) -> str | None:
     return None
 
 
+def _something_to_wait_for(patience: int | None, share: float | str, folder: Path | None) -> str | None:
+    if patience is not None and share == 0 and folder is None:
+        return f"validation.patience is given ({patience}) and validation.held_out is 0: no held-out loss is measured"
+    return None
+
+
 def _one_held_out_set(share: float | str, folder: Path | None) -> str | None:
     if isinstance(share, str):
         return None  # "auto": the folder decides where there is one
@@ -227,6 +233,7 @@ _RULES: tuple[tuple[tuple[str, ...], Callable[..., str | None]], ...] = (
     (("max_train_steps", "num_train_epochs"), _some_length),
     (("lr_scheduler", "lr_step_rules"), _rules_for_their_schedule),
     (("validation.held_out", "validation.held_out_dir"), _one_held_out_set),
+    (("validation.patience", "validation.held_out", "validation.held_out_dir"), _something_to_wait_for),
     (("method", "lora_targets", "lora_alpha"), _lora_keys_with_a_lora),
     (("method", "keep_plain"), _nothing_is_quantized_in_full),
     (("method", "training_adapter.path"), _an_adapter_beside_a_lora),

@@ -37,6 +37,8 @@ def hold_out(
     chosen = _choose(examples, count, seed)
     held_out = [example for example in examples if example.image_digest in chosen] if chosen else []
     if not held_out:
+        if config.validation.patience is not None and config.validation.held_out_dir is None:
+            note(f"validation.patience waits in vain: of {len(examples)} pictures none is held out by itself.")
         return examples, []
     note(
         f"{len(held_out)} of {len(examples)} pictures are held out, chosen by lot, to show what the run learns. To "

@@ -107,6 +107,7 @@ def test_the_message_is_headed_by_file_and_count(write, minimal):
         ("data_config.img_size: 64", "data_config.img_size cannot be a key here: nest keys by indenting them"),
         ("[a]: 3", "a list or mapping cannot be a key here"),
         ("max_train_steps: 11", "max_train_steps is given twice, first at run.yaml:3: keep one"),
+        ("validation: {held_out: 0, patience: 3}", "validation.patience is given (3) and validation.held_out is 0"),
         ("validation: {held_out: 1}", "validation.held_out is 1, which leaves no picture to train on"),
         ("lr_scheduler: piecewise_constant", 'lr_scheduler is "piecewise_constant", which needs lr_step_rules'),
         ('lr_step_rules: "1:10,0.1"', 'lr_step_rules is given and lr_scheduler is "constant", which does not read it'),

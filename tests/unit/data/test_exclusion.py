@@ -60,6 +60,8 @@ def test_by_itself_a_twentieth_of_many_is_held_out_and_no_size_loses_its_last_pi
     assert all(each.framings[0].size == (64, 64) for each in held_out), "all other sizes have one picture"
     assert hold_out(examples[::-1], config())[1] == held_out[::-1], "whatever their order is"
     assert hold_out(examples[:39], config(), told.append) == (examples[:39], []) and len(told) == 1
+    hold_out(examples[:39], config(validation__patience=3), told.append)
+    assert told[1:] == ["validation.patience waits in vain: of 39 pictures none is held out by itself."]
     assert hold_out(examples, config(random_weights="true")) == (examples, [])
     assert hold_out(examples, config(validation__held_out=0)) == (examples, [])
 
