@@ -150,6 +150,10 @@ class EncodedPrompt:
     size: Size
     """Size of the picture, (width, height) in pixels."""
     control_paths: tuple[Path, ...] = ()
+    negative_text: str | None = None
+    """Text of the negative prompt; None: the model's own empty one."""
+    seeds: tuple[int, ...] = ()
+    """Seeds of the starting noise; empty: those of the sampler's settings."""
 
 
 @dataclass(frozen=True)
@@ -159,6 +163,8 @@ class PromptPicture:
     prompt: EncodedPrompt
     seed: int
     image: Image
+    strength: float = 1.0
+    """Strength of the LoRA."""
 
     def write(self, path: Path) -> None:
         """Writes the picture as a PNG, whole or not at all.
@@ -217,7 +223,10 @@ class PromptSampler:
     @property
     def num_pictures(self) -> int:
         """Number of pictures that it samples."""
-        return sum(self._is_wanted(prompt.text, seed) for prompt in self.prompts for seed in self.settings.seeds)
+        return sum(self._is_wanted(prompt.text, seed) for prompt in self.prompts for seed in self._seeds_of(prompt))
+
+    def _seeds_of(self, prompt: EncodedPrompt) -> tuple[int, ...]:
+        return prompt.seeds or self.settings.seeds
 
     @property
     def sizes_vary(self) -> bool:
@@ -250,7 +259,7 @@ class PromptSampler:
         """
         try:
             for prompt in self.prompts:
-                for seed in filter(partial(self._is_wanted, prompt.text), self.settings.seeds):
+                for seed in filter(partial(self._is_wanted, prompt.text), self._seeds_of(prompt)):
                     yield prompt, seed, self._sample_in_memory(transformer, prompt, seed, on_step)
         finally:
             self._release()

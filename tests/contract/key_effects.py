@@ -160,12 +160,16 @@ EFFECTS: dict[str, Effect] = {
     "samples.controls": Effect(
         "pictures", ([["SCENE/edit/control/alien.png"]], [["SCENE/edit/control/avocado.png"]]), CONTROLLED
     ),
+    "samples.prompts_file": Effect("pictures", (None, "SCENE/prompts.jsonl"), {**DRAWN, "samples.prompts": []}),
+    "samples.negative_prompt": Effect("pictures", (None, "red"), {**DRAWN, "samples.guidance_scale": 4.0}),
     "samples.seeds": Effect("pictures", ([0], [1]), DRAWN),
     "samples.every": Effect("pictures", (500, 1), DRAWN),
     "samples.num_steps": Effect("pictures", (1, 2), DRAWN),
     "samples.guidance_scale": Effect("pictures", (1.0, 4.0), DRAWN),
     "samples.width": Effect("pictures", (None, 96), DRAWN),
     "samples.height": Effect("pictures", (None, 96), DRAWN),
+    "samples.sizes": Effect("pictures", ([], [[64, 64], [96, 64]]), DRAWN),
+    "samples.strengths": Effect("pictures", ([1.0], [0.5, 1.0]), DRAWN),
     "guard.max_skipped_steps": Effect("error", (10, 1), {"learning_rate": 1e30}),
     "guard.exploded_loss": Effect("error", ("warn", "stop"), {"learning_rate": 1.0, "max_train_steps": 8}),
     "guard.must_learn_within": Effect("error", (10, 0), {"learning_rate": 1e-50}),

@@ -79,6 +79,7 @@ def make_scene(folder: Path) -> None:
         for picture in sorted((folder / "pictures").glob("*.png"))
     ]
     (folder / "metadata.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
+    (folder / "prompts.jsonl").write_text('{"prompt": "red heart", "seed": 3}\n', encoding="utf-8")
     matrices = {"lora_A": (2, 256), "lora_B": (256, 2)}
     save_file(
         {f"transformer.transformer_blocks.0.attn.to_q.{n}.weight": torch.full(s, 0.05) for n, s in matrices.items()},

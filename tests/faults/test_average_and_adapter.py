@@ -21,8 +21,9 @@ AVERAGED = {"ema__decay": 0.6}
 LOOKED_AT = {
     "validation__held_out": 0.05, "validation__every": 1, "validation__num_draws": 1, "samples__prompts": "['a cat']",
     "samples__every": 2, "samples__num_steps": 2, "samples__guidance_scale": 1.0,
+    "samples__strengths": "[0.5, 1.0]",
 }  # fmt: skip
-UNSEEN = {**LOOKED_AT, "validation__every": 100, "samples__prompts": "[]"}
+UNSEEN = {**LOOKED_AT, "validation__every": 100, "samples__prompts": "[]", "samples__strengths": "[1.0]"}
 
 
 def train(folder: Path, cache: Path, **changes: object) -> Path:
@@ -117,11 +118,15 @@ def test_another_adapter_is_another_run(tmp_path: Path, warm_cache: Path, whole:
 
 
 def test_samples_are_of_the_average_without_the_adapter(tmp_path: Path, whole: Path) -> None:
-    """A picture that `pixtune sample` draws with the run's LoRA alone is the run's own last one."""
-    prompt = ["a cat", "--model", "assets/tiny-qwen-image", "--lora", whole, "--output", tmp_path, "--steps", 2]
-    outcome = pixtune("sample", *prompt, *FLAGS)
-    assert outcome.returncode == 0, outcome.stdout
+    """Pictures that `pixtune sample` draws with the run's LoRA alone are the run's own last ones, at each strength."""
     lines = [line for line in read_metrics(whole / "metrics.jsonl") if line["kind"] == "sample"]
-    drawn = {line["step"]: (whole / line["path"]).read_bytes() for line in lines}
-    assert next(tmp_path.glob("*.png")).read_bytes() == drawn[NUM_STEPS]
-    assert drawn[0] != drawn[NUM_STEPS]
+    drawn = {(line["step"], line.get("strength", 1.0)): (whole / line["path"]).read_bytes() for line in lines}
+    assert drawn.keys() == {(step, strength) for step in (0, 2, NUM_STEPS) for strength in (0.5, 1.0)}
+    words = ["a cat", "--model", "assets/tiny-qwen-image", "--lora", whole, "--output", tmp_path, "--steps", 2]
+    outcome = pixtune("sample", *words, *FLAGS, "--strength", 0.5, "--strength", 1)
+    assert outcome.returncode == 0, outcome.stdout
+    found = {path.name: path.read_bytes() for path in tmp_path.glob("*.png")}
+    assert found == {
+        "000-seed0-strength0.5.png": drawn[NUM_STEPS, 0.5], "000-seed0-strength1.png": drawn[NUM_STEPS, 1.0]
+    }  # fmt: skip
+    assert len(set(drawn.values())) == 5, "before the first step the LoRA adds nothing, whatever its strength"

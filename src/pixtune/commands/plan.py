@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from pixtune.config.folders import folders_of, largest_size
 from pixtune.config.schema import TrainConfig
 from pixtune.data.layouts import find_examples
+from pixtune.data.sample_prompts import asked_prompts, default_size
 from pixtune.hardware.cards import HOST_BYTES, facts_as
 from pixtune.hardware.facts import GIB, PROCESS_HOST_BYTES, HardwareFacts
 from pixtune.hardware.meminfo import read_host_memory
@@ -227,14 +228,14 @@ def surroundings_of(
     encoded_side = max(side, data.control_size) if _num_controls(config, family) else side
     caption_tokens = max(tokens.text, TEXT_TOKENS)
     sizes = encoder_sizes(config, family, folder, caption_tokens, encoded_side * encoded_side)
-    samples = bool(settings.prompts)
+    asked = asked_prompts(config)
     passes_per_step = 2 if needs_negative(family, settings.guidance_scale) else 1
     return Surroundings(
         sizes=sizes,
         encoders=plan_encoders_of(config, facts, sizes),
-        sample_pixels=(settings.width or side) * (settings.height or side) if samples else 0,
-        sample_tokens=tokens.image + tokens.text if samples else 0,
-        sample_shapes=len(settings.prompts) * passes_per_step,
+        sample_pixels=max((math.prod(each.size or default_size(config)) for each in asked), default=0),
+        sample_tokens=tokens.image + tokens.text if asked else 0,
+        sample_shapes=len(asked) * passes_per_step,
         may_join_passes=passes_per_step > 1 and family.pads_text,
         text_in_loop=not config.precompute_text_embeddings,
         pictures_in_loop=not config.precompute_image_embeddings,

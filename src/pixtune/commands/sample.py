@@ -26,7 +26,7 @@ from pixtune.tracking.memory import RunMemory
 def sample_pictures(
     request: SampleRequest, output_dir: Path, say: Callable[[str], None] = lambda line: None
 ) -> Iterator[Path]:
-    """Samples a picture for each prompt and seed, and yields the paths of the PNG files.
+    """Samples a picture for each strength, prompt and seed, and yields the paths of the PNG files.
 
     Args:
         say: called with each line of the plan, and with notes on what differs from the request.
@@ -54,8 +54,10 @@ def sample_pictures(
     for sentence in (*task.notes, *encoder.cut_captions(prompts)):
         say(f"note: {sentence}")
     output_dir.mkdir(parents=True, exist_ok=True)
+    num_each = len(task.examples) * len(request.settings.seeds)
     for number, picture in enumerate(sample_as_planned(task, plans, device, memory.stages, Console(stderr=True))):
-        path = output_dir / f"{number:03d}-seed{picture.seed}.png"
+        ending = f"-strength{picture.strength:g}" if len(request.strengths) > 1 else ""
+        path = output_dir / f"{number % num_each:03d}-seed{picture.seed}{ending}.png"
         picture.write(path)
         yield path
 
@@ -83,6 +85,7 @@ def config_of(request: SampleRequest, output_dir: Path) -> TrainConfig:
                 guidance_scale=settings.guidance_scale,
                 width=width,
                 height=height,
+                strengths=request.strengths,
             ),
             mixed_precision="bf16" if request.weights_format == "bf16" else "no",
             quantize=request.quantize,

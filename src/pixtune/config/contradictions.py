@@ -151,6 +151,18 @@ def _controls_for_prompts(prompts: Sequence[str], controls: Sequence[object]) ->
     return None
 
 
+def _one_kind_of_size(sizes: Sequence[object], width: int | None, height: int | None) -> str | None:
+    if sizes and (width is not None or height is not None):
+        return "samples.sizes is given, and samples.width or samples.height: leave out one or the other"
+    return None
+
+
+def _strengths_of_a_lora(method: str, strengths: Sequence[float]) -> str | None:
+    if method == "full" and tuple(strengths) != (1.0,):
+        return f"samples.strengths is {list(strengths)} and method is full, which has no LoRA whose strength could vary"
+    return None
+
+
 def _one_source_of_controls(folder: object, metadata: object) -> str | None:
     if folder is not None and metadata is not None:
         return "data_config.control_dir and data_config.metadata_file are both given: the file names its own controls"
@@ -238,6 +250,8 @@ _RULES: tuple[tuple[tuple[str, ...], Callable[..., str | None]], ...] = (
     (("method", "keep_plain"), _nothing_is_quantized_in_full),
     (("method", "training_adapter.path"), _an_adapter_beside_a_lora),
     (("method", "ema.decay"), _only_a_lora_is_averaged),
+    (("samples.sizes", "samples.width", "samples.height"), _one_kind_of_size),
+    (("method", "samples.strengths"), _strengths_of_a_lora),
     (("samples.prompts", "samples.controls"), _controls_for_prompts),
     (("prior_preservation.folder", "prior_preservation.prompts"), _one_source_of_priors),
     (("prior_preservation.prompts",), _each_prompt_once),

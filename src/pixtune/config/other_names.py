@@ -94,6 +94,9 @@ _BY_OURS: Mapping[str, str] = {
     "validation.every": "validation_epochs validation_steps eval_steps eval_every",
     "validation.patience": "early_stopping_patience early_stop_patience",
     "samples.prompts": "validation_prompt validation_prompts sample_prompts sample_prompt sample_definition_file",
+    "samples.prompts_file": "sample_prompts_file prompts_path validation_prompts_file",
+    "samples.negative_prompt": "neg sample_negative validation_negative_prompt",
+    "samples.strengths": "network_multiplier lora_strengths sample_lora_multiplier",
     "samples.every": "sample_every sample_every_n_steps sample_after sample_every_n_epochs",
     "samples.num_steps": "sample_steps num_inference_steps validation_num_inference_steps",
     "samples.guidance_scale": "validation_guidance cfg_scale sample_guidance_scale",
@@ -156,7 +159,6 @@ _BY_REASON: Mapping[str, str] = {
     "sample_sampler sampler noise_scheduler": "Samples take Euler steps along the flow: leave it out.",
     "save_model_as save_dtype": "LoRA files are safetensors in fp32: leave it out.",
     "device device_name gpu gpu_ids cuda_device": "The GPU is found by itself: leave it out.",
-    "neg sample_negative": "Samples between steps have the empty negative prompt; pixtune sample has --negative.",
     "push_to_hub hub_model_id hub_token huggingface_repo_id": "Nothing is uploaded: leave it out.",
     "vae_batch_size vae_tiling vae_slicing enable_vae_tiling text_encoder_batch_size": (
         "Encoders are fitted to the card by themselves: leave it out."

@@ -24,6 +24,8 @@ from pixtune.config.values import (
     Shares,
     Side,
     Sides,
+    Sizes,
+    Strengths,
     Text,
     Words,
 )
@@ -302,10 +304,17 @@ class SamplesConfig(Section):
     """Prompts to sample during training, one picture for each prompt and seed. Empty: no samples."""
     controls: PathLists = ()
     """Control pictures of each prompt (edit models): one list of paths for each prompt. Empty: none."""
+    prompts_file: FilePath | None = None
+    """File of further prompts: text with one a line, or JSONL with {"prompt": ..., "negative": ..., "seed": ...,
+    "width": ..., "height": ..., "control": ...} a line, all but the first optional. Absent: none."""
+    negative_prompt: Text | None = None
+    """Prompt that guidance leads away from; without effect where `guidance_scale` is 1 or an input of the model (FLUX).
+    Absent: the empty one."""
     seeds: Seeds = (0,)
     """Seeds of the starting noise; each is used with each prompt."""
     every: Count = 500
-    """Number of steps between two rounds of samples; there is also one before the first step and one after the last."""
+    """Number of steps between two rounds of samples; there is also one before the first step and one after the last. A
+    file `sample_now` in `output_dir` asks for one more, after the next step that `logging_steps` divides."""
     num_steps: Annotated[int, Field(ge=1, le=10_000)] = 20
     """Number of sampler steps."""
     guidance_scale: float = Field(default=4.0, ge=1)
@@ -316,6 +325,11 @@ class SamplesConfig(Section):
     shape at the area of `img_size` squared."""
     height: Side | None = None
     """Height of the samples in pixels. Absent: as for `width`."""
+    sizes: Sizes = ()
+    """Sizes at which each prompt is sampled, in place of `width` and `height`: [[1024, 1024], [1328, 800]] is a square
+    and a wide one, in pixels. Empty: one size."""
+    strengths: Strengths = (1.0,)
+    """Strengths of the LoRA, -10 to 10, at each of which all samples are drawn, as [0.5, 1.0]. 0 is the base alone."""
 
 
 class EmaConfig(Section):

@@ -48,6 +48,12 @@ def _whole_characters(text: str) -> str:
     return text
 
 
+def _each_once(values: tuple[float, ...]) -> tuple[float, ...]:
+    if len({f"{value + 0:g}" for value in values}) < len(values):  # as file names have them; -0 is 0
+        raise ValueError("must be values of which none is given twice, to 6 digits")
+    return values
+
+
 def _piecewise(rules: str) -> str:
     """Refuses rules that diffusers' `get_scheduler` could not read, or would read in another order."""
     *stretches, last = rules.split(",")
@@ -82,5 +88,10 @@ FewThousand = Annotated[int, Field(ge=1, le=65_536)]
 Side = Annotated[int, Field(ge=16, le=16_384)]
 Sides = Annotated[tuple[Side, ...], Field(strict=False, min_length=1, max_length=16)]
 Shares = Annotated[tuple[Annotated[float, Field(ge=0, le=1_000_000)], ...], Field(strict=False, min_length=1)]
+_Pair = Annotated[tuple[Side, ...], Field(strict=False, min_length=2, max_length=2)]
+Sizes = Annotated[tuple[_Pair, ...], Field(strict=False)]
+Strengths = Annotated[
+    tuple[Annotated[float, Field(ge=-10, le=10)], ...], Field(strict=False, min_length=1), AfterValidator(_each_once)
+]
 Text = Annotated[str, AfterValidator(_whole_characters)]
 Seeds = Annotated[tuple[Annotated[int, Field(ge=-(2**63), le=2**64 - 1)], ...], Field(strict=False, min_length=1)]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -40,6 +40,7 @@ from pixtune.progress import announced, counted, say
 from pixtune.sampler import EncodedPrompt, PromptPicture, PromptSampler, SamplerSettings
 from pixtune.sizes import Size
 from pixtune.storage.model_folder import ModelFolder, open_model_folder
+from pixtune.trained.adapters import scaled, up_projections
 from pixtune.trained.saved_lora import SavedLora, attach_saved_lora, read_saved_lora
 
 ENCODING, LOADING, SAMPLING, DECODING = "prompts encoded", "transformer", "pictures drawn", "pictures decoded"
@@ -68,8 +69,8 @@ class SampleRequest:
     """Device memory that the process may take at most."""
     negative_prompt: str | None = None
     """Prompt that guidance leads away from; None: the empty one."""
-    strength: float = 1.0
-    """Factor of the LoRA's scale."""
+    strengths: tuple[float, ...] = (1.0,)
+    """Factors of the LoRA's scale, at each of which all pictures are drawn. 0 is the base alone."""
     side: int = CONTROL_SIDE
     """Side in pixels of the square whose area pictures get where `size` is None."""
 
@@ -125,7 +126,7 @@ def open_task(request: SampleRequest) -> Task:
     examples = tuple(
         prompt_example(text, request.controls, size, request.size is None, multiple, rules) for text in request.prompts
     )
-    lora = read_saved_lora(request.lora).scaled(request.strength) if request.lora else None
+    lora = read_saved_lora(request.lora) if request.lora else None
     if request.negative_prompt is not None and not needs_negative(family, request.settings.guidance_scale):
         notes.append("the negative prompt has no effect: this model, or --guidance 1, takes no second pass for it.")
     return Task(request, family, folder, lora, examples, tuple(notes))
@@ -158,7 +159,7 @@ def make_plans(task: Task, config: TrainConfig, facts: HardwareFacts, abilities:
         num_steps=settings.num_steps,
         autoencoder_bytes=encoder_sizes(config, task.family, task.folder, 0, 0).autoencoder_bytes,
         num_prompts=len(task.examples),
-        num_pictures=len(task.examples) * len(settings.seeds),
+        num_pictures=len(task.examples) * len(settings.seeds) * len(task.request.strengths),
         passes_per_step=passes_per_step,
         pads_text=task.family.pads_text,
     )
@@ -203,7 +204,7 @@ def sample_as_planned(
     console: Console | None = None,
     is_wanted: Callable[[str, int], bool] = lambda text, seed: True,
 ) -> Iterator[PromptPicture]:
-    """Yields one picture for each prompt and seed.
+    """Yields one picture for each strength, prompt and seed.
 
     Args:
         is_wanted: returns whether a prompt's text is sampled with a seed.
@@ -221,13 +222,21 @@ def sample_as_planned(
     if not plans.sampling.decode_last:
         transformer = load_base(task, plans.sampling, device, sampler.sizes_vary, console)
         stages.record(LOADING)
-        with counted("drawing", sampler.num_pictures * task.request.settings.num_steps, console) as count:
-            yield from sampler.sample(transformer, count)
+        with counted("drawing", count_steps(task, sampler), console) as count:
+            for strength in task.request.strengths:
+                with scaled(up_projections(transformer.module), strength):
+                    for picture in sampler.sample(transformer, count):
+                        yield replace(picture, strength=strength)
         stages.record(SAMPLING)
         return
-    for prompt, seed, latents_BCHW in all_latents(task, plans.sampling, device, sampler, stages, console):
-        yield PromptPicture(prompt, seed, sampler.decode(latents_BCHW))
+    for strength, prompt, seed, latents_BCHW in all_latents(task, plans.sampling, device, sampler, stages, console):
+        yield PromptPicture(prompt, seed, sampler.decode(latents_BCHW), strength)
     stages.record(DECODING)
+
+
+def count_steps(task: Task, sampler: PromptSampler) -> int:
+    """Counts the sampler steps of all pictures."""
+    return sampler.num_pictures * task.request.settings.num_steps * len(task.request.strengths)
 
 
 def build_encoder(task: Task, plan: EncoderPlan, placement: Placement, console: Console | None = None) -> Encoder:
@@ -262,12 +271,19 @@ def all_latents(
     sampler: PromptSampler,
     stages: StageLog,
     console: Console,
-) -> Sequence[tuple[EncodedPrompt, int, Tensor]]:
-    """Samples the latents of all pictures, on the CPU. The transformer has left the device on return."""
+) -> Sequence[tuple[float, EncodedPrompt, int, Tensor]]:
+    """Samples the latents of all pictures with the LoRA's strength for each, on the CPU.
+
+    The transformer has left the device on return.
+    """
     transformer = load_base(task, plan, device, sampler.sizes_vary, console)
     stages.record(LOADING)
-    with counted("drawing", sampler.num_pictures * task.request.settings.num_steps, console) as count:
-        sampled = [(prompt, seed, latents.cpu()) for prompt, seed, latents in sampler.latents(transformer, count)]
+    sampled = []
+    with counted("drawing", count_steps(task, sampler), console) as count:
+        for strength in task.request.strengths:
+            with scaled(up_projections(transformer.module), strength):
+                for prompt, seed, latents_BCHW in sampler.latents(transformer, count):
+                    sampled.append((strength, prompt, seed, latents_BCHW.cpu()))
     stages.record(SAMPLING)
     del transformer
     gc.collect()

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from accelerate import Accelerator
 from torch import Tensor
 
-from pixtune.config.folders import folder_beside, folders_of, largest_size, prior_folder
+from pixtune.config.folders import folder_beside, folders_of, prior_folder
 from pixtune.config.schema import TrainConfig
 from pixtune.data.build_encoder import build_encoder, check_cache
 from pixtune.data.cache import missing_keys
-from pixtune.data.controls import ControlRules
 from pixtune.data.encode import Encoder, FramedPicture, TextItem, shorten
 from pixtune.data.encodings import Encodings, control_pictures, target_picture, text_item
 from pixtune.data.examples import (
@@ -40,6 +40,7 @@ from pixtune.data.prepared import (
 from pixtune.data.prompts import control_rules, encode_prompt, prompt_example, rounded_sizes
 from pixtune.data.random_data import random_data
 from pixtune.data.rivals import CaptionTrials, choose_trials
+from pixtune.data.sample_prompts import AskedPrompt, asked_prompts, default_size
 from pixtune.data.swapped import BothWays, choose_pairs, needed_pictures, needed_texts, read_pairs
 from pixtune.family import Conditioning, LatentDistribution, ModelFamily
 from pixtune.hardware.monitor import StageLog
@@ -48,7 +49,6 @@ from pixtune.plan.encoders import EncoderPlan
 from pixtune.plan.passes import needs_negative
 from pixtune.plan.text_padding import Captions
 from pixtune.progress import announced, say
-from pixtune.sizes import Size
 from pixtune.storage.files import check_outputs, text_digest
 from pixtune.storage.loading import check_parts
 from pixtune.storage.model_folder import ModelFolder
@@ -113,10 +113,18 @@ def prepare_data(
     if len(data.folders) > 1:
         notes += filter(None, [shared_pictures(examples)])
     notes += missing_triggers(named_by_triggers, config.trigger_words)
-    prompts = _prompt_examples(config, multiple, rules)
-    notes += rounded_sizes(_asked_size(config), multiple) if prompts and not _own_shapes(config) else []
+    asked = asked_prompts(config)
+    prompts = [
+        prompt_example(p.text, p.controls, p.size or default_size(config), p.size is None, multiple, rules)
+        for p in asked
+    ]
+    drawn = [p.size or default_size(config) for p in asked if p.size or not p.controls]
+    notes += [note for size in dict.fromkeys(drawn) for note in rounded_sizes(size, multiple)]
+    negatives = [p.negative for p in asked]
+    if any(text is not None for text in negatives) and not needs_negative(family, config.samples.guidance_scale):
+        notes.append("negative prompts have no effect: this model, or a guidance_scale of 1, takes no pass for them.")
     pairs = choose_pairs(training, rules, family.dropped_caption, config.seed)
-    items = _needed_texts(config, family, training, held_out, prompts)
+    items = _needed_texts(config, family, training, held_out, prompts, negatives)
     trials = choose_trials(named_by_triggers, config, family.controls_in_text)
     items = list(dict.fromkeys([*items, *needed_texts(pairs, family.dropped_caption), *trials.texts()]))
     pictures = list(dict.fromkeys([*_needed_pictures(config, training, held_out, prompts), *needed_pictures(pairs)]))
@@ -154,7 +162,9 @@ def prepare_data(
         encodings.keep_text_encoder()
     if not config.precompute_image_embeddings:
         encodings.keep_autoencoder()
-    return _gather(config, family, folder, encodings, masks, training, held_out, prompts, pairs, trials, fingerprint)
+    return _gather(
+        config, family, folder, encodings, masks, training, held_out, asked, prompts, pairs, trials, fingerprint
+    )
 
 
 def _fingerprint(encoder: Encoder, masks: Masks, training: Sequence[Example]) -> DataFingerprint:
@@ -204,27 +214,6 @@ def _digests_by_name(training: Sequence[Example]) -> dict[str, str] | None:
     }
 
 
-def _prompt_examples(config: TrainConfig, multiple: int, rules: ControlRules | None) -> list[Example]:
-    settings = config.samples
-    own_shape = settings.width is None and settings.height is None
-    controls = settings.controls or ((),) * len(settings.prompts)
-    return [
-        prompt_example(text, paths, _asked_size(config), own_shape, multiple, rules)
-        for text, paths in zip(settings.prompts, controls, strict=True)
-    ]
-
-
-def _asked_size(config: TrainConfig) -> Size:
-    side = largest_size(config.data_config)
-    return config.samples.width or side, config.samples.height or side
-
-
-def _own_shapes(config: TrainConfig) -> bool:
-    """Returns whether samples have the shapes of their controls."""
-    settings = config.samples
-    return bool(settings.controls) and settings.width is None and settings.height is None
-
-
 def _named_texts(
     training: Sequence[Example], held_out: Sequence[Example], prompts: Sequence[Example]
 ) -> list[tuple[str, TextItem]]:
@@ -247,11 +236,15 @@ def _needed_texts(
     training: Sequence[Example],
     held_out: Sequence[Example],
     prompts: Sequence[Example],
+    negatives: Sequence[str | None],
 ) -> list[TextItem]:
     """Lists the captions to encode before training, each once."""
     items = [text_item(example.caption, example, 0) for example in [*held_out, *prompts]]
     if needs_negative(family, config.samples.guidance_scale):
-        items += [text_item(family.dropped_caption, example, 0) for example in prompts]
+        items += [
+            text_item(family.dropped_caption if text is None else text, example, 0)
+            for text, example in zip(negatives, prompts, strict=True)
+        ]
     if config.precompute_text_embeddings:
         instead = dropped_captions(family, training, config.data_config.caption_dropout_rate)
         items += [
@@ -284,6 +277,7 @@ def _gather(
     masks: Masks,
     training: Sequence[Example],
     held_out: Sequence[Example],
+    asked: Sequence[AskedPrompt],
     prompts: Sequence[Example],
     pairs: Sequence[BothWays],
     trials: CaptionTrials,
@@ -327,7 +321,14 @@ def _gather(
             )
             for example in held_out
         ],
-        prompts=[encode_prompt(family, encodings, prompt, config.samples.guidance_scale) for prompt in prompts],
+        prompts=[
+            replace(
+                encode_prompt(family, encodings, prompt, config.samples.guidance_scale, each.negative),
+                negative_text=each.negative,
+                seeds=each.seeds,
+            )
+            for each, prompt in zip(asked, prompts, strict=True)
+        ],
         both_ways=read_pairs(pairs, encodings, family.dropped_caption),
         most_image_tokens=most_image_tokens(family, folder, training),
         most_text_tokens=max(text_tokens.values()),

@@ -172,22 +172,29 @@ def build_pairs(output_dir: Path, record: RunRecord) -> str:
 
 
 def build_strips(output_dir: Path, record: RunRecord) -> str:
-    """Builds a row of all samples of each prompt. Left out where the pairs before and after show them all."""
+    """Builds a row of all samples of each prompt and strength, whose columns are the steps.
+
+    It is left out where the pairs before and after show them all.
+    """
     if len(record.pairs) == len(record.strips) and all(len(strip.samples) == 2 for strip in record.strips):
         return ""
     strips = spread(record.strips, MOST_PAIRS)
     edge = edge_for(sum(len(strip.samples) for strip in strips), MOST_STRIP_PIXELS, STRIP_EDGES)
     most = max(MOST_STRIP_PIXELS // (edge * edge * len(strips)), 2)
-    rows = []
-    for strip in strips:
+    rows: list[str] = []
+    have_strengths = len({strip.strength for strip in strips}) > 1
+    for number, strip in enumerate(strips):
         samples = spread(strip.samples, most)
         pictures = "".join(
             f"<li>{build_picture(output_dir, sample, edge, f'step {sample.step:,}')}</li>" for sample in samples
         )
         left_out = f", {len(samples)} of {len(strip.samples)} pictures" if len(samples) < len(strip.samples) else ""
         detail = escape(strip.samples[0].detail) + left_out
-        title = f'<h3 dir="auto">{escape(strip.prompt)} <span class="quiet">{detail}</span></h3>'
-        rows.append(f'{title}<ul class="strip" tabindex="0" aria-label="Samples by step">{pictures}</ul>')
+        if not number or strips[number - 1].samples[0].origin != strip.samples[0].origin:
+            rows.append(f'<h3 dir="auto">{escape(strip.prompt)} <span class="quiet">{detail}</span></h3>')
+        if have_strengths:
+            rows.append(f'<p class="quiet strength">strength {strip.strength:g}</p>')
+        rows.append(f'<ul class="strip" tabindex="0" aria-label="Samples by step">{pictures}</ul>')
     of_all = f" ({len(strips)} of {len(record.strips)} prompts and seeds)" if len(strips) < len(record.strips) else ""
     return f"<section><h2>Samples by step{of_all}</h2>{''.join(rows)}</section>"
 

@@ -38,20 +38,40 @@ class Sample:
     path: str
     controls: tuple[str, ...] = ()
     """Control pictures of an edit, as the config names them."""
+    size: tuple[int, ...] = ()
+    """(width, height) in pixels, where samples have several sizes."""
+    negative: str | None = None
+    """Negative prompt, if one was given."""
+    strength: float = 1.0
+    """Strength of the LoRA."""
+
+    @property
+    def origin(self) -> tuple[object, ...]:
+        """Everything that its picture comes from, apart from the weights."""
+        return self.prompt, self.seed, self.controls, self.size, self.negative
 
     @property
     def detail(self) -> str:
         """Words that tell it from others of the same prompt."""
-        return ", ".join([f"seed {self.seed}", *(Path(control).name for control in self.controls)])
+        words = [f"seed {self.seed}", *(Path(control).name for control in self.controls)]
+        words += ["x".join(map(str, self.size))] if self.size else []
+        words += [f"not: {self.negative}"] if self.negative else []
+        return ", ".join(words)
 
 
 @dataclass(frozen=True)
 class Strip:
-    """All samples of one prompt, seed and list of controls, by step."""
+    """All samples of one origin and strength, by step."""
 
-    prompt: str
-    seed: int
     samples: tuple[Sample, ...]
+
+    @property
+    def prompt(self) -> str:
+        return self.samples[0].prompt
+
+    @property
+    def strength(self) -> float:
+        return self.samples[0].strength
 
 
 @dataclass(frozen=True)
@@ -177,9 +197,10 @@ class RunRecord:
 
     @property
     def pairs(self) -> list[tuple[Sample, Sample]]:
-        """Samples before training and after the last sampled step, for each prompt, seed and list of controls."""
+        """Samples before training and after the last sampled step, of each origin, at the strength nearest to 1."""
         last = max((strip.samples[-1].step for strip in self.strips), default=0)
-        ends = [(strip.samples[0], strip.samples[-1]) for strip in self.strips]
+        usual = min((strip.strength for strip in self.strips), key=lambda strength: abs(strength - 1), default=1.0)
+        ends = [(strip.samples[0], strip.samples[-1]) for strip in self.strips if strip.strength == usual]
         return [(first, end) for first, end in ends if first.step == 0 and end.step == last > 0]
 
     @property
@@ -199,11 +220,21 @@ class RunRecord:
         return max((peak for _, peak in self.series("peak_memory_gib")), default=0.0)
 
 
+def read_sample(line: Mapping[str, Any]) -> Sample:
+    """Reads a sample's line. A size or strength that is none, as somebody else's log may have it, is left out."""
+    size, strength = line.get("size") or (), line.get("strength", 1.0)
+    return Sample(
+        line["step"], line["prompt"], line["seed"], line["path"], tuple(line.get("controls") or ()),
+        tuple(size) if all(type(side) is int for side in size) else (), line.get("negative"),
+        float(strength) if is_finite(strength) else 1.0,
+    )  # fmt: skip
+
+
 def read_record(output_dir: Path) -> RunRecord:
     """Reads `metrics.jsonl`. Where a step occurs twice, as after a crash, the later line counts."""
     steps: dict[int, dict[str, Any]] = {}
     validations: dict[int, Validation] = {}
-    strips: dict[tuple[str, int, tuple[str, ...]], dict[int, Sample]] = {}
+    strips: dict[tuple[object, ...], dict[float, dict[int, Sample]]] = {}
     first_steps: dict[int, FirstStep] = {}
     drifts: dict[int, str] = {}
     losses: dict[tuple[int, str], str] = {}
@@ -225,8 +256,8 @@ def read_record(output_dir: Path) -> RunRecord:
         elif line["kind"] == "captions":
             suspects = [suspect for entry in line["suspects"] if (suspect := read_suspect(entry)) is not None]
         elif line["kind"] == "sample":
-            sample = Sample(step, line["prompt"], line["seed"], line["path"], tuple(line.get("controls", ())))
-            strips.setdefault((sample.prompt, sample.seed, sample.controls), {})[step] = sample
+            sample = read_sample(line)
+            strips.setdefault(sample.origin, {}).setdefault(sample.strength, {})[step] = sample
         elif line["kind"] == "first_step":
             first_steps[step] = FirstStep(step, line["first_step_seconds"], line["compiled_graphs"])
         elif line["kind"] == "drift":
@@ -241,8 +272,9 @@ def read_record(output_dir: Path) -> RunRecord:
         steps=[steps[step] for step in sorted(steps)],
         validations=[validations[step] for step in sorted(validations)],
         strips=[
-            Strip(prompt, seed, tuple(samples[step] for step in sorted(samples)))
-            for (prompt, seed, _), samples in strips.items()
+            Strip(tuple(samples[step] for step in sorted(samples)))
+            for by_strength in strips.values()
+            for _, samples in sorted(by_strength.items())
         ],
         first_steps=[first_steps[step] for step in sorted(first_steps)],
         drifts=[drifts[step] for step in sorted(drifts)],

@@ -46,6 +46,7 @@ figure { margin: 0; }
 .strip { display: flex; gap: 8px; margin: 0; padding: 0 0 8px; overflow-x: auto; list-style: none; }
 .strip li { flex: 0 0 136px; }
 .strip .picture { text-align: center; }
+p.strength { margin: 2px 0; font-size: 0.8125rem; }
 .charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 460px), 1fr)); gap: 16px; }
 .chart {
   display: flex; flex-direction: column; min-width: 0; padding: 14px 16px 10px; background: var(--card);

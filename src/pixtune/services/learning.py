@@ -120,6 +120,8 @@ class SavedFile:
         path = checkpoint_path(session.output_dir, step)
         if not session.is_main or session.saved_step != step or not path.is_dir():
             return
+        if step == session.start_step and session.config.resume_with_changes_in:
+            return  # it may hold an average that this session has not
         picture = measured_example(run.source.reader, 0)
         # Blocks are compiled for steps; to compile them anew for three passes would take longer than these.
         plainly = partial(torch.compiler.set_stance, "force_eager") if run.plan.compile else nullcontext

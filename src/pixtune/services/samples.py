@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
-from pixtune.sampler import PromptSampler
+from pixtune.sampler import PromptPicture, PromptSampler
 from pixtune.services.session import Session
 
 SAMPLES_FOLDER = "samples"
+SAMPLE_NOW = "sample_now"
+"""File in the output folder that asks for samples after one of the next steps, and is gone once they are drawn."""
 
 
 class Samples:
@@ -26,29 +29,67 @@ class Samples:
         self._sampled = {line["path"] for line in lines if line["kind"] == "sample"}
 
     def is_due(self, step: int) -> bool:
-        """Returns whether they are due after this step."""
-        return self._session.is_due(step, self._session.config.samples.every)
+        """Returns whether they are due after this step, or were asked for; that is looked up as often as losses are."""
+        config = self._session.config
+        return self._session.is_due(step, config.samples.every) or (step % config.logging_steps == 0 and self._asked)
+
+    @property
+    def _asked(self) -> bool:
+        return self._session.is_main and os.path.lexists(self._session.output_dir / SAMPLE_NOW)
 
     def look(self, step: int) -> None:
-        """Draws one picture for each prompt and seed, unless that was done before a resume."""
-        session, settings = self._session, self._session.config.samples
-        if not session.data.prompts or not session.is_main:
+        """Draws one picture for each prompt, seed and strength, unless that was done before a resume.
+
+        Raises:
+            WriteError: a picture could not be written.
+        """
+        session = self._session
+        if not session.is_main:
             return
-        folder = f"{SAMPLES_FOLDER}/step-{step:06d}"
-        num_samples = len(session.data.prompts) * len(settings.seeds)
-        if {f"{folder}/{number:03d}.png" for number in range(num_samples)} <= self._sampled:
+        if self._asked:
+            self._answer(step)
+        if not session.data.prompts:
             return
-        in_place, num_steps = session.run.trained.result_in_place(), num_samples * settings.num_steps
-        with in_place, session.aside("samples", num_steps) as after_step:
-            for number, picture in enumerate(self._sampler.sample(session.run.transformer, after_step)):
-                relative = f"{folder}/{number:03d}.png"
+        for strength in session.config.samples.strengths:
+            self._draw(step, strength)
+
+    def _answer(self, step: int) -> None:
+        """Deletes the file that asks for samples, before they are drawn: a later one asks for others."""
+        asking, session = self._session.output_dir / SAMPLE_NOW, self._session
+        try:
+            asking.unlink()
+        except OSError as error:
+            session.print(f"warning: {asking} cannot be deleted ({error.strerror or error}), and asks again and again")
+        if not session.data.prompts:
+            session.print(f"step {step}: {SAMPLE_NOW} asks for samples, and the config has no samples.prompts")
+
+    def _draw(self, step: int, strength: float) -> None:
+        session, sampler = self._session, self._sampler
+        ending = "" if strength == 1 else f"-strength{strength:g}"
+        paths = [f"{SAMPLES_FOLDER}/step-{step:06d}/{n:03d}{ending}.png" for n in range(sampler.num_pictures)]
+        if self._sampled.issuperset(paths):
+            return
+        num_passes = sampler.num_pictures * session.config.samples.num_steps
+        in_place = session.run.trained.result_in_place(strength=strength)
+        with in_place, session.aside("samples", num_passes) as after_step:
+            for relative, picture in zip(paths, sampler.sample(session.run.transformer, after_step), strict=True):
                 picture.write(session.output_dir / relative)
-                controls = [path.as_posix() for path in picture.prompt.control_paths]
                 if relative not in self._sampled:
-                    session.log.write(
-                        "sample", step, prompt=picture.prompt.text, seed=picture.seed, path=relative, controls=controls
-                    )
+                    self._log(step, strength, relative, picture)
                     self._sampled.add(relative)
+
+    def _log(self, step: int, strength: float, relative: str, picture: PromptPicture) -> None:
+        """Writes a picture's line into the log, with what tells it from others of its prompt."""
+        settings, prompt = self._session.config.samples, picture.prompt
+        apart: dict[str, Any] = {} if strength == 1 else {"strength": strength}
+        if settings.sizes or settings.prompts_file is not None:
+            apart["size"] = list(prompt.size)
+        if prompt.negative_text is not None:
+            apart["negative"] = prompt.negative_text
+        controls = [path.as_posix() for path in prompt.control_paths]
+        self._session.log.write(
+            "sample", step, prompt=prompt.text, seed=picture.seed, path=relative, controls=controls, **apart
+        )
 
     def judge(self, step: int) -> None:
         """Ends no run: a person judges samples."""

@@ -13,7 +13,8 @@ Lines have `kind` and `step`; figures carry their unit in the name. The kinds:
 "training_pictures": the same of some pictures that are trained on; beside the held-out loss it shows over-fitting.
 "captions": how much better captions fit their own pictures than others, by the base model, the most suspicious first,
     and those that are most likely wrong, with their thumbnails.
-"sample": path of a generated picture, with its prompt, seed and controls.
+"sample": path of a generated picture, with its prompt, seed and controls, and where they are not the usual ones the
+    LoRA's strength, the negative prompt and (width, height).
 "edit_drift": how a sample lies to its control: pixels off, scale, whether these are sure, and distance of mean colours.
 "problem": a service (samples, held-out loss, tracker, ...) has failed, with the warning that was printed.
 "memory": once, at the end of a run: the memory of each stage, on a GPU the plan's estimate beside it, and how many
@@ -46,7 +47,15 @@ FIELDS: Mapping[str, Mapping[str, type | tuple[type, ...]]] = {
     "validation": {"loss": (int, float), "quarters": list},
     "training_pictures": {"loss": (int, float), "quarters": list},
     "captions": {"gains": dict, "suspects": list},
-    "sample": {"prompt": str, "seed": int, "path": str, "controls": (list, type(None))},
+    "sample": {
+        "prompt": str,
+        "seed": int,
+        "path": str,
+        "controls": (list, type(None)),
+        "strength": (int, float, type(None)),
+        "size": (list, type(None)),
+        "negative": (str, type(None)),
+    },
     "edit_drift": {"off_pixels": (int, float), "color_levels": (int, float), "is_sure": bool},
     "first_step": {"first_step_seconds": (int, float), "compiled_graphs": int},
     "skipped": {"message": str, "examples": list},

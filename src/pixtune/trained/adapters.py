@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -131,6 +132,30 @@ def lora_weights(transformer: nn.Module) -> dict[str, Tensor]:
 def named_by_layer(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Takes PEFT's name of the adapter out of the names of a LoRA's weights."""
     return {name.replace(f".{ADAPTER_NAME}.weight", ".weight"): weight for name, weight in weights.items()}
+
+
+def up_projections(transformer: nn.Module) -> list[Tensor]:
+    """Returns the up-projections of all LoRAs on a transformer."""
+    return [parameter.detach() for name, parameter in transformer.named_parameters() if ".lora_B." in name]
+
+
+@contextmanager
+def scaled(weights: Sequence[Tensor], factor: float) -> Iterator[None]:
+    """Multiplies weights until the block ends, up-projections for one, to change how much a LoRA adds.
+
+    They lie where they did, so that compiled and captured passes stay as they are, and get back every bit.
+    """
+    if factor == 1:
+        yield
+        return
+    weights = [weight.detach() for weight in weights]
+    kept = [weight.to("cpu", copy=True) for weight in weights]
+    try:
+        torch._foreach_mul_(weights, factor)
+        yield
+    finally:
+        for weight, values in zip(weights, kept, strict=True):
+            weight.copy_(values)
 
 
 def load_lora_weights(transformer: nn.Module, weights: Mapping[str, Tensor]) -> None:

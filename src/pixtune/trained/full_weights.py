@@ -142,7 +142,7 @@ class FullWeights:
             return optim.gradients_of(self.parameters)
         return {name: self._sums[name] for name in self.parameters if name in self._sums}
 
-    def result_in_place(self, in_training: bool = False) -> AbstractContextManager[None]:
+    def result_in_place(self, in_training: bool = False, strength: float = 1.0) -> AbstractContextManager[None]:
         return nullcontext()
 
     def checkpoint_files(self, step: int) -> CheckpointFiles:

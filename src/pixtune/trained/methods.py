@@ -73,13 +73,14 @@ class TrainedWeights(Protocol):
     def abandon_step(self) -> bool:
         """Drops what a step that failed has gathered; returns whether all weights are as they were before it."""
 
-    def result_in_place(self, in_training: bool = False) -> AbstractContextManager[None]:
+    def result_in_place(self, in_training: bool = False, strength: float = 1.0) -> AbstractContextManager[None]:
         """Has the transformer compute with what the run's files hold, until a `with` block ends.
 
         Samples and held-out losses are of that. No bit of what is trained changes.
 
         Args:
             in_training: what is on in training alone stays on, so that losses compare with those of the steps.
+            strength: factor of what a LoRA adds.
         """
 
     def checkpoint_files(self, step: int) -> CheckpointFiles:
@@ -162,10 +163,12 @@ class LoraWeights:
         return True  # its optimizer takes no memory once all states are there, and these come before the first update
 
     @contextmanager
-    def result_in_place(self, in_training: bool = False) -> Iterator[None]:
+    def result_in_place(self, in_training: bool = False, strength: float = 1.0) -> Iterator[None]:
+        ups = [weight for name, weight in self.parameters.items() if ".lora_B." in name]
         with (
             self.average.in_place() if self.average else nullcontext(),
             self.adapter.off() if self.adapter and not in_training else nullcontext(),
+            adapters.scaled(ups, strength),
         ):
             yield
 

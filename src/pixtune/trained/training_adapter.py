@@ -7,8 +7,7 @@ that undoes it first: what is trained beside it need not, and works on the disti
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from torch import nn
 from pixtune.config.schema import TrainConfig
 from pixtune.errors import WeightsError
 from pixtune.family import Shapes
+from pixtune.trained.adapters import scaled
 from pixtune.trained.saved_lora import SavedLora, attach_saved_lora, read_saved_lora
 
 ADAPTER_NAME = "training_adapter"
@@ -84,24 +84,11 @@ class TrainingAdapter:
     def __init__(self, transformer: nn.Module, lora: SavedLora, dtype: torch.dtype) -> None:
         attached = attach_saved_lora(transformer, lora, ADAPTER_NAME, dtype)
         self._ups = [layer.lora_B[ADAPTER_NAME].weight for layer in attached.values()]
-        self._values = [up.detach().cpu().clone() for up in self._ups]
-        self._is_off = False
 
     @property
     def num_layers(self) -> int:
         return len(self._ups)
 
-    @contextmanager
-    def off(self) -> Iterator[None]:
-        """Has the transformer compute without it until the block ends."""
-        if self._is_off:
-            yield
-            return
-        self._is_off = True
-        try:
-            torch._foreach_zero_(self._ups)
-            yield
-        finally:
-            for up, values in zip(self._ups, self._values, strict=True):
-                up.copy_(values)
-            self._is_off = False
+    def off(self) -> AbstractContextManager[None]:
+        """Has the transformer compute without it until a `with` block ends."""
+        return scaled(self._ups, 0)

@@ -212,7 +212,7 @@ def test_strength_scales_what_a_lora_adds(loras: dict[str, Path]) -> None:
     name = "tiny-flux"
 
     def drawn(strength: float) -> torch.Tensor:
-        task = open_task(request_for(name, loras[name], strength=strength))
+        task = open_task(request_for(name, loras[name], strengths=(strength,)))
         return levels([picture.image for picture in sample_as_planned(task, Plans(PLAINLY, PLAIN), CPU)])
 
     without, whole = levels(plain_pictures(name, None)), levels(plain_pictures(name, loras[name]))

@@ -58,14 +58,19 @@ class FakeRun:
         )
 
     def sample(
-        self, step: int, color: tuple[int, int, int], prompt: str = "a fox", size: tuple[int, int] = (128, 128)
+        self,
+        step: int,
+        color: tuple[int, int, int],
+        prompt: str = "a fox",
+        size: tuple[int, int] = (128, 128),
+        **apart: object,
     ) -> Path:
         number = sum(line["kind"] == "sample" and line["step"] == step for line in self.lines)
         path = self.folder / "samples" / f"step-{step:06d}" / f"{number:03d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", size, color).save(path)
         relative = path.relative_to(self.folder).as_posix()
-        self.lines.append({"kind": "sample", "step": step, "prompt": prompt, "seed": 7, "path": relative})
+        self.lines.append({"kind": "sample", "step": step, "prompt": prompt, "seed": 7, "path": relative, **apart})
         return path
 
     def report(self, **changed: Mapping[str, Any]) -> Page:
@@ -535,6 +540,22 @@ def test_two_steps_of_pictures_need_no_strip(run: FakeRun) -> None:
     run.sample(10, BLUE)
     page = run.report()
     assert len(page.root.find("img")) == 2 and not page.root.find("ul", "strip")
+
+
+def test_each_strength_has_a_row_and_each_step_a_column(run: FakeRun) -> None:
+    """Pairs are those of the strength nearest to 1. Another size or negative prompt is another prompt's row."""
+    for step in (0, 10):
+        for strength in (2.0, 0.5, 1.0):
+            run.sample(step, RED if not step else BLUE, strength=strength)
+        run.lines.append({**run.lines[-1], "size": [64, 32], "negative": "blurry"})
+    page = run.report()
+    assert [title.text for title in page.root.find("h3")] == ["a fox seed 7", "a fox seed 7, 64x32, not: blurry"]
+    rows = [row.text for row in page.root.find("p", "strength")]
+    assert rows == ["strength 0.5", "strength 1", "strength 2", "strength 1"]
+    assert [[item.text for item in strip.find("li")] for strip in page.root.find("ul", "strip")] == [
+        ["step 0", "step 10"]
+    ] * 4
+    assert len(page.root.find("div", "pairs")[0].find("figure")) == 2
 
 
 def test_large_pictures_are_reduced(run: FakeRun) -> None:
