@@ -6,6 +6,7 @@ import errno
 import hashlib
 import logging
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -96,17 +97,15 @@ def check_writable(folder: Path, remedy: str) -> None:
         WriteError: the folder cannot be made or written to.
     """
     made = [each for each in (folder, *folder.parents) if not os.path.lexists(each)]
-    probe = folder / f".writable.{os.getpid()}.tmp"
     try:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            with probe.open("wb") as stream:
+            # On Linux it has no name, so that a process that is killed meanwhile leaves nothing either.
+            with tempfile.TemporaryFile(dir=folder, prefix=".writable.", suffix=".tmp") as stream:
                 stream.write(bytes(PROBE_BYTES))
                 stream.flush()
                 os.fsync(stream.fileno())
         finally:
-            if folder.is_dir():
-                probe.unlink(missing_ok=True)
             for each in made:
                 if each.is_dir():
                     each.rmdir()
