@@ -19,9 +19,10 @@ from pixtune.data.doctor.across import copies_across
 from pixtune.data.examples import folders_apart
 from pixtune.data.findings import Level
 from pixtune.data.layouts import find_examples
+from pixtune.data.masks import find_masks
 from pixtune.data.report_json import to_json
 from pixtune.data.report_page import terminal_width
-from pixtune.data.validate import DatasetReport, Examination, validate_folder, validate_pairs
+from pixtune.data.validate import DatasetReport, Examination, mask_findings, validate_folder, validate_pairs
 from pixtune.inputs.printing import lines
 from pixtune.storage.model_folder import ModelFolder, open_model_folder
 
@@ -98,13 +99,15 @@ def check_config(config: TrainConfig, console: Console) -> list[DatasetReport]:
         multiple = counter.family.pixel_multiple(model)
     folders = [*folders_of(data), *([folder_beside(data, held_out)] if held_out is not None else [])]
     apart, triggers = folders_apart(config), tuple(config.trigger_words)
-    reports = [
-        validate_pairs(
-            find_examples(each, apart), each.img_size, multiple, each.upscale, each.control_dirs, counter,
+    reports = []
+    for each in folders:
+        found = find_examples(each, apart)
+        report = validate_pairs(
+            found, each.img_size, multiple, each.upscale, each.control_dirs, counter,
             Examination(triggers, console, each.captions),
-        )
-        for each in folders
-    ]  # fmt: skip
+        )  # fmt: skip
+        of_masks = mask_findings(find_masks(found.pairs, each, apart))
+        reports.append(replace(report, findings=(*report.findings, *of_masks)))
     looks = [report.looks for report in reports]
     across = copies_across(looks, []) if held_out is None else copies_across(looks[:-1], looks[-1])
     return [*reports[:-1], replace(reports[-1], findings=(*reports[-1].findings, *across))]

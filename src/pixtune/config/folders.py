@@ -75,7 +75,7 @@ class Folder:
     """Number of times that an epoch uses each of its pictures, on average."""
     masks: MaskSource = None
     allow_missing_masks: bool = False
-    weight_outside_mask: float = 0.0
+    weight_outside_mask: float = 0.02
     loss_weight: float = 1.0
     """Factor of its pictures' losses."""
     caption_dropout_rate: float | None = None

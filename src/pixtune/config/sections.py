@@ -139,9 +139,9 @@ class DataConfig(Section):
     mask: Literal["alpha"] | None = None
     """Place of the masks in the pictures themselves: "alpha" takes their alpha channels. Absent: there are none, or
     they are in `mask_dir`."""
-    weight_outside_mask: Share = 0.0
-    """Weight of what a mask does not show, 0 to 1, where it has 1 that the mask shows. Above 0 the surroundings are
-    learned a little, too."""
+    weight_outside_mask: Share = 0.02
+    """Weight of what a mask does not show, 0 to 1, where it has 1 that the mask shows. At 0 nothing holds the
+    surroundings, and they drift; a few hundredths do."""
     allow_missing_masks: bool = False
     """Whether a picture without a mask counts as a whole. False: it is a problem."""
     control_size: Side = 1024

@@ -50,8 +50,9 @@ class FolderListing:
             repeats = f"{each.folder.repeats:g} times an epoch" if each.folder.repeats != 1 else "once an epoch"
             captions = f", {each.num_captions} captions" if each.num_captions > each.num_pictures else ""
             mirrored = ", half of the turns mirrored" if each.folder.flip else ""
+            pictures = f"{each.num_pictures} picture{'s' * (each.num_pictures != 1)}"
             lines.append(
-                f"  {one_line(each.folder.label or str(each.folder.img_dir))}: {each.num_pictures} pictures{captions}, "
+                f"  {one_line(each.folder.label or str(each.folder.img_dir))}: {pictures}{captions}, "
                 f"{repeats}: {_number(each.turns)} turns, {share:.0%} of all{mirrored}"
             )
             sizes = sorted(each.sizes.items(), key=lambda item: -item[1])

@@ -20,6 +20,7 @@ from pixtune.data.captions import with_prefix
 from pixtune.data.doctor.examine import examine, same_files
 from pixtune.data.doctor.looks import Look
 from pixtune.data.findings import Case, Finding, Level, cases_of, count
+from pixtune.data.masks import FoundMasks
 from pixtune.data.pairs import Pair, Pairs, find_pairs, shorten
 from pixtune.data.report_page import render, terminal_width
 from pixtune.data.scan import Checked, Scan, scan_pictures
@@ -197,6 +198,15 @@ def validate_pairs(
         found.folder, tuple(control_folders), len(targets), tuple(each for each in findings if each.cases),
         dict(bucket_counts), _longest(captions), tuple((each.path, each.look) for each in pictures if each.look),
     )  # fmt: skip
+
+
+def mask_findings(masks: FoundMasks) -> tuple[Finding, ...]:
+    """Returns what was found in a folder's masks as findings."""
+    findings = (
+        _problems("masks", "Masks cannot be used", masks.faults),
+        Finding(Level.WARNING, "masks-unlike", "Masks are unlike their pictures", cases_of(masks.warnings), "", True),
+    )
+    return tuple(finding for finding in findings if finding.cases)
 
 
 def validate_dataset(path: str | Path, caption_extension: str = "txt", img_size: int | None = None) -> bool:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from pixtune.commands.folders import folder_listing
+from pixtune.commands.validate import check_config
 from pixtune.config import load_config
 from tests.runs import ROOT
 from tests.unit.data.test_folders import write
@@ -28,7 +30,7 @@ def test_the_folders_of_a_config_are_listed_without_its_model(words):
         "An epoch: 4 steps of 2 pictures on one GPU",
         "  cats/: 2 pictures, 3 times an epoch: 6.9 turns, 86% of all",
         "    64 x 64: 2",
-        "  dogs/: 1 pictures, once an epoch: 1.1 turns, 14% of all",
+        "  dogs/: 1 picture, once an epoch: 1.1 turns, 14% of all",
         "    64 x 64: 1",
         "  1 picture lies in several folders, byte for byte, and each folder's repeats count: cats/a.png = dogs/c.png.",
     ]
@@ -45,3 +47,12 @@ def test_data_with_problems_are_not_counted(words, tmp_path):
     (tmp_path / "dogs" / "c.txt").unlink()
     listing = folder_listing(load_config(None, words))
     assert listing.startswith("An epoch of 2 folders cannot be counted: ") and "\n" not in listing
+
+
+def test_masks_are_checked_with_the_folders(words, tmp_path):
+    masks = tmp_path / "masks"
+    masks.mkdir()
+    (masks / "a.png").write_bytes((tmp_path / "cats" / "a.png").read_bytes())
+    cats = f"data_config.folders=[{{img_dir: {tmp_path}/cats, mask_dir: {masks}}}]"
+    (report,) = check_config(load_config(None, [*words, cats]), Console(quiet=True))
+    assert not report.ok and "1 pictures have no mask of their name" in "".join(report.faults)

@@ -331,7 +331,7 @@ def test_weights_in_a_run(folder: Path) -> None:
     assert example.mask and example.mask.digest
     (folder / "masks" / "c.png").unlink()  # what the cache holds needs no file
     assert not masks.fill([(example, 0)])
-    assert masks.weights(example, 0).tolist() == [[[[1.0, 1.0, 0.0, 0.0]] * 4]]
+    assert masks.weights(example, 0).flatten().tolist() == pytest.approx([1.0, 1.0, 0.02, 0.02] * 4)
 
 
 def test_masks_that_cannot_be_used_are_reported_together(folder: Path) -> None:
