@@ -168,13 +168,13 @@ def be_busy() -> None:
 
 
 def busy_loading(began: Path) -> None:
-    from pixtune import train
+    from pixtune import assembly
 
     def load(*arguments: object) -> None:
         began.touch()
         be_busy()
 
-    vars(train)["load_planned"] = load
+    vars(assembly)["load_planned"] = load
 
 
 def test_told_to_stop_while_a_library_loads_ends_all_the_same(tmp_path: Path, warm_cache: Path) -> None:

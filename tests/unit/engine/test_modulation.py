@@ -37,7 +37,7 @@ def run(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_pat
         name: str, num_rows: int, **changes: object
     ) -> tuple[dict[str, torch.Tensor], dict[tuple[str, int], float]]:
         monkeypatch.setattr(
-            pixtune.train, "decide_plan", lambda *args: replace(decide_plan(*args), modulation_rows=num_rows)
+            assembly, "decide_plan", lambda *args: replace(decide_plan(*args), modulation_rows=num_rows)
         )
         settings = {
             "pretrained_model_name_or_path": ROOT / "assets" / request.param, "max_train_steps": 6,
