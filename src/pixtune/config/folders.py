@@ -84,6 +84,11 @@ class Folder:
     """Hugging Face data set that it is read from; None: its files are."""
 
     @property
+    def rules_place(self) -> str:
+        """Place of keys such as `allow_missing_masks`, which folders beside the data set share with it."""
+        return self.place if self.place.startswith("data_config") else "data_config"
+
+    @property
     def img_size(self) -> int:
         """Largest training size of its pictures, in pixels."""
         return max(self.img_sizes)
@@ -137,7 +142,9 @@ def folder_beside(data: DataConfig, img_dir: Path) -> Folder:
     controls = next((each.control_dirs for each in folders_of(data) if each.control_dirs), ())
     beside = tuple(img_dir.parent / control.name for control in controls)
     masks = next((each.masks for each in folders_of(data) if each.masks), None)
-    masks = img_dir.parent / masks.name if isinstance(masks, Path) else masks
+    if isinstance(masks, Path):
+        masks = img_dir.parent / masks.name
+        masks = None if first.allow_missing_masks and not masks.exists() else masks
     return replace(
         first, place="validation", label="", img_dir=img_dir, control_dirs=beside, metadata_file=None,
         dataset=None, random_ratio=False, flip=False, img_sizes=first.img_sizes[:1], size_shares=(1.0,), repeats=1.0,

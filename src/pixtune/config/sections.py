@@ -273,8 +273,9 @@ class ValidationConfig(Section):
     twentieth, at least 4 and at most 16 pictures, of 40 pictures or more, and none of fewer. 0 without `held_out_dir`:
     no validation. A resumed run keeps its checkpoint's where this is "auto"."""
     held_out_dir: FilePath | None = None
-    """A folder of held-out pictures in place of a share. Its control pictures (edit models) lie beside it, in folders
-    of the same names as those of the training pictures: data/images with data/control. Absent: `held_out` decides."""
+    """A folder of held-out pictures in place of a share. Its control pictures (edit models) and masks lie beside it, in
+    folders of the same names as those of the training pictures: data/images with data/control. Absent: `held_out`
+    decides."""
     every: Count | None = None
     """Number of steps between two validations; there is also one before the first step and one after the last. Absent:
     100; where pictures are held out by `held_out: auto`, as many as keep measuring below a twentieth of the time."""

@@ -178,7 +178,7 @@ def _read_folder(
     try:
         buckets = [build_buckets(size, multiple) for size in folder.img_sizes]
     except ValueError as error:
-        raise DataError("pictures of this size cannot be trained on", [f"{folder.place}.{error}"]) from error
+        raise DataError("pictures of this size cannot be trained on", [f"{folder.rules_place}.{error}"]) from error
     masks = find_masks(found.pairs, folder, apart)
     for warning in masks.warnings:
         note(warning)
@@ -252,11 +252,13 @@ def _control_faults(pairs: Sequence[Pair], controls: ControlRules | None, folder
         [f"This model takes at most {most} control pictures; these have more: {shorten(too_many)}."] if too_many else []
     )
     missing = [pair.name for pair in pairs if not pair.control_paths] if most else []
+    where = f"{folder.place}.control_dir or a metadata_file with controls"
+    if folder.place != folder.rules_place:
+        where = "them beside it, in a folder of the same name as those of the pictures to train on"
     if missing and not folder.allow_missing_controls:
         faults.append(
             f"This model edits control pictures, and these have none: {shorten(missing)}. Give "
-            f"{folder.place}.control_dir or a metadata_file with controls, or train on them without: "
-            f"{folder.place}.allow_missing_controls=true."
+            f"{where}, or train on them without: {folder.rules_place}.allow_missing_controls=true."
         )
     return faults
 
@@ -304,6 +306,22 @@ def used_examples(examples: list[Example]) -> list[Example]:
             ],
         )
     return used
+
+
+def check_weights(training: Sequence[Example]) -> None:
+    """Checks that some example's loss counts.
+
+    Raises:
+        DataError: the factor of each is 0.
+    """
+    if not any(example.loss_weight for example in training):
+        raise DataError(
+            "the folders' loss weights leave nothing to learn",
+            [
+                f"The losses of all {len(training)} pictures are multiplied by 0: the loss_weight of each of "
+                "data_config.folders. Raise one at least."
+            ],
+        )
 
 
 def split_held_out(examples: list[Example], share: float, seed: int) -> tuple[list[Example], list[Example]]:

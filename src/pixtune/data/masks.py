@@ -179,7 +179,7 @@ def find_masks(pairs: Sequence[Pair], folder: Folder, apart: Collection[Path] = 
         lack = "alpha channel" if source == "alpha" else f"mask of their name in {source}"
         faults.append(
             f"{len(without)} pictures have no {lack}: {shorten(without)}. Add masks, or let these pictures count as a "
-            f"whole: {folder.place}.allow_missing_masks=true."
+            f"whole: {folder.rules_place}.allow_missing_masks=true."
         )
     if scaled:
         warnings.append(f"{len(scaled)} masks are of another size than their pictures, and scaled: {shorten(scaled)}.")

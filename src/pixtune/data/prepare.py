@@ -10,7 +10,7 @@ from pathlib import Path
 from accelerate import Accelerator
 from torch import Tensor
 
-from pixtune.config.folders import folder_beside, folders_of, prior_folder
+from pixtune.config.folders import Folder, folder_beside, folders_of, prior_folder
 from pixtune.config.schema import TrainConfig
 from pixtune.data.build_encoder import build_encoder, check_cache
 from pixtune.data.cache import missing_keys
@@ -20,6 +20,7 @@ from pixtune.data.examples import (
     Example,
     check_folder,
     check_purposes,
+    check_weights,
     folders_apart,
     read_examples,
     shared_pictures,
@@ -82,7 +83,6 @@ def prepare_data(
         PlanError: the config demands an encoder on the GPU where it does not fit.
         WriteError: results cannot be written, or something is to be encoded and the cache cannot.
     """
-    check_purposes(config)
     if accelerator.is_main_process:
         check_outputs(config)
     if not config.random_weights:
@@ -90,23 +90,12 @@ def prepare_data(
     multiple, data = family.pixel_multiple(folder), config.data_config
     rules = control_rules(family, folder, data.control_size)
     apart, notes = folders_apart(config), list[str]()
-    folders = list(folders_of(data))
-    for img_size in dict.fromkeys(size for each in folders for size in each.img_sizes if size % multiple):
-        side = img_size // multiple * multiple
-        notes.append(f"img_size {img_size} is no multiple of {multiple}: square pictures train at {side}x{side}.")
-    examples = used_examples(read_examples(folders, multiple, rules, apart, notes.append, config.seed))
-    training, held_out = hold_out(examples, config, notes.append)
-    if config.validation.held_out_dir is not None:
-        folders.append(folder_beside(data, config.validation.held_out_dir))
-        held_out = read_examples(folders[-1:], multiple, rules, apart, notes.append, config.seed)
-        training, sentence = without_held_out(training, held_out)
-        notes += [sentence] if sentence else []
+    folders, examples, training, held_out = read_own(config, family, folder, notes.append)
     named_by_triggers = training
     if prior is not None:
         folders.append(prior_folder(data, config.prior_preservation, prior))
-        training = training + used_examples(
-            read_examples(folders[-1:], multiple, rules, apart, notes.append, config.seed)
-        )
+        of_prior = read_examples(folders[-1:], multiple, rules, apart, notes.append, config.seed)
+        training = training + [example for example in of_prior if example.use.repeats > 0]
     if config.random_weights:
         return random_data(config, family, folder, training, held_out)
 
@@ -165,6 +154,40 @@ def prepare_data(
     return _gather(
         config, family, folder, encodings, masks, training, held_out, asked, prompts, pairs, trials, fingerprint
     )
+
+
+def read_own(
+    config: TrainConfig, family: ModelFamily, folder: ModelFolder, note: Callable[[str], None] = lambda sentence: None
+) -> tuple[list[Folder], list[Example], list[Example], list[Example]]:
+    """Reads a data set's examples, without regularization pictures, from headers alone.
+
+    Args:
+        note: called with each sentence for the user.
+
+    Returns:
+        The folders, all examples that are used, those to train on, and those held out.
+
+    Raises:
+        ConfigError: one folder is given for two purposes.
+        DataError: pictures or captions that cannot be used, all together.
+    """
+    check_purposes(config)
+    multiple, data = family.pixel_multiple(folder), config.data_config
+    rules, apart = control_rules(family, folder, data.control_size), folders_apart(config)
+    folders = list(folders_of(data))
+    for img_size in dict.fromkeys(size for each in folders for size in each.img_sizes if size % multiple):
+        side = img_size // multiple * multiple
+        note(f"img_size {img_size} is no multiple of {multiple}: square pictures train at {side}x{side}.")
+    examples = used_examples(read_examples(folders, multiple, rules, apart, note, config.seed))
+    training, held_out = hold_out(examples, config, note)
+    if config.validation.held_out_dir is not None:
+        folders.append(folder_beside(data, config.validation.held_out_dir))
+        held_out = read_examples(folders[-1:], multiple, rules, apart, note, config.seed)
+        training, sentence = without_held_out(training, held_out)
+        if sentence:
+            note(sentence)
+    check_weights(training)
+    return folders, examples, training, held_out
 
 
 def _fingerprint(encoder: Encoder, masks: Masks, training: Sequence[Example]) -> DataFingerprint:

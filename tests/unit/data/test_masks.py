@@ -300,6 +300,14 @@ def test_a_held_out_folder_has_its_masks_beside_it(folder: Path) -> None:
         shutil.copytree(folder / part, folder / "held_out" / part)
     masks = [example.mask for example in examples_of(config, folder / "held_out" / "images")]
     assert all(mask and mask.path.is_relative_to(folder / "held_out" / "masks") for mask in masks)
+    next((folder / "held_out" / "masks").iterdir()).unlink()
+    with pytest.raises(DataError, match=r"as a whole: data_config\.allow_missing_masks=true"):
+        examples_of(config, folder / "held_out" / "images")
+    shutil.rmtree(folder / "held_out" / "masks")
+    with pytest.raises(DataError, match=r"held_out/masks does not exist"):
+        examples_of(config, folder / "held_out" / "images")
+    may_lack = config_of(folder, mask_dir=folder / "masks", allow_missing_masks=True)
+    assert not any(example.mask for example in examples_of(may_lack, folder / "held_out" / "images"))
 
 
 @pytest.mark.parametrize("other", ["img_dir", "control_dir"])

@@ -121,7 +121,7 @@ def test_what_decides_the_pictures_decides_their_folder(tmp_path: Path, key: str
 
 
 def test_given_pictures_join_the_others(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They come last, are never held out, and weigh what they are to weigh."""
+    """They come last, are never held out, and weigh what they are to weigh; an epoch may use less than one of them."""
     pictures(place / "given", DEMO_HELD_OUT, 3)
     prepared: list[PreparedData] = []
 
@@ -130,7 +130,7 @@ def test_given_pictures_join_the_others(place: Path, monkeypatch: pytest.MonkeyP
         return prepared[-1]
 
     monkeypatch.setattr(assembly, "prepare_data", watched)
-    changes = {"prior_preservation__prompts": "[]", "prior_preservation__repeats": 2.0, "validation__held_out": 0.5}
+    changes = {"prior_preservation__prompts": "[]", "prior_preservation__repeats": 0.25, "validation__held_out": 0.5}
     given = {"prior_preservation__folder": place / "given", "max_train_steps": 1, "train_batch_size": 1}
     train(config_of(place, "with-given", **changes, **given))
     (data,) = prepared
@@ -138,7 +138,7 @@ def test_given_pictures_join_the_others(place: Path, monkeypatch: pytest.MonkeyP
     assert len(data.held_out) == 1 and not data.held_out[0].name.startswith("prior_preservation/")
     assert len(names) == 4 and [name.startswith("prior_preservation/") for name in names] == [False, True, True, True]
     assert weights == [1.0, 0.5, 0.5, 0.5]
-    assert [use.repeats for use in data.uses] == [1.0, 2.0, 2.0, 2.0]
+    assert [use.repeats for use in data.uses] == [1.0, 0.25, 0.25, 0.25]
     assert not (place / "with-given" / "prior").exists()
 
 
@@ -158,6 +158,15 @@ def test_an_edit_model_is_given_pairs_and_draws_none(place: Path) -> None:
     }
     with pytest.raises(ConfigError, match="this model edits control pictures, of which prompts give none"):
         train(config_of(place, "edit", **changes))
+    given = {"prior_preservation__prompts": "[]", "prior_preservation__folder": place / "pictures"}
+    with pytest.raises(DataError, match=r"Give them beside it.*: data_config\.allow_missing_controls=true"):
+        train(config_of(place, "edit", **changes, **given))
+
+
+def test_nothing_is_drawn_for_pictures_that_cannot_be_trained_on(place: Path, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(DataError, match=r"data_config\.exclude names 'nobody'"):
+        train(config_of(place, "with-nobody", data_config__exclude="[nobody]"))
+    assert "draws" not in capsys.readouterr().out and not (place / "with-nobody" / "prior").exists()
 
 
 def test_given_and_drawn_is_a_contradiction(tmp_path: Path) -> None:
