@@ -96,18 +96,33 @@ def _changes_batches(before: RunIdentity, now: RunIdentity) -> str | None:
 
 
 def _changes_folders(before: RunIdentity, now: RunIdentity) -> str | None:
+    return None if _folders_of(before) == _folders_of(now) else "other pictures would meet, or be used otherwise"
+
+
+def _folders_of(run: RunIdentity) -> list[dict[str, Any]]:
+    """Returns the keys of each of a run's folders that do not only say where it lies."""
     # A key that a version did not know yet had its default's effect, as at the top level.
     defaults = FolderConfig(img_dir=Path(".")).model_dump(mode="json")
-    was, is_now = (
-        [
-            {key: value for key, value in {**defaults, **folder}.items() if key not in _PLACES}
-            for folder in run.config["data_config"].get("folders", ())
-        ]
-        for run in (before, now)
+    return [
+        {key: value for key, value in {**defaults, **folder}.items() if key not in _PLACES}
+        for folder in run.config["data_config"].get("folders", ())
+    ]
+
+
+def _changes_within_folders(before: RunIdentity, now: RunIdentity) -> str:
+    """Names the keys of folders that differ: a list of folders as a whole is too long to be read."""
+    were, are = _folders_of(before), _folders_of(now)
+    if len(were) != len(are):
+        return f"were {len(were)}, are {len(are)}"
+    return "; ".join(
+        f"[{number}].{key} was {was[key]!r}, is {is_now[key]!r}"
+        for number, (was, is_now) in enumerate(zip(were, are, strict=True))
+        for key in was
+        if was[key] != is_now.get(key)
     )
-    return None if was == is_now else "other pictures would meet, or be used otherwise"
 
 
+FOLDERS = "data_config.folders"
 _PLACES = ("img_dir", "control_dir", "metadata_file", "dataset", "mask_dir")
 """Keys of a folder that only say where it lies: its pictures are recognized by their content."""
 
@@ -130,7 +145,7 @@ RULES: Mapping[str, Rule] = {
     "num_processes": _changes_batches,
     "train_batch_size": _changes_batches,
     "data_config.train_batch_size": _changes_batches,
-    "data_config.folders": _changes_folders,
+    FOLDERS: _changes_folders,
 }  # fmt: skip
 """Rules of config keys, of whole sections and of `num_processes`. A change of a key without a rule always matters.
 
@@ -225,7 +240,8 @@ def _changes(before: RunIdentity, now: RunIdentity) -> dict[str, str]:
         rule = RULES.get(key) or RULES.get(key.partition(".")[0])
         meaning = rule(before, now) if rule and was != is_now else MEANINGS.get(key, "")
         if was != is_now and meaning is not None:
-            changed[key] = f"{key}: was {was!r}, is {is_now!r}" + (f" ({meaning})" if meaning else "")
+            values = f"was {was!r}, is {is_now!r}" if key != FOLDERS else _changes_within_folders(before, now)
+            changed[key] = f"{key}: {values}" + (f" ({meaning})" if meaning else "")
     if None not in (before.base, now.base) and before.base != now.base:
         changed[BASE] = f"{BASE}: another than the checkpoint's ({MEANINGS[BASE]})"
     if before.adapter != now.adapter:

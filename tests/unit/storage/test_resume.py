@@ -117,9 +117,12 @@ def test_folders_may_move_but_not_be_used_otherwise() -> None:
     for folder in older["config"]["data_config"]["folders"]:
         del folder["flip"], folder["caption_prefix"]  # a version that did not know these keys
     assert refusal(before, of({"img_dir": "a", "name": "n"}, {"img_dir": "b"}), older) == ""
-    for now in (of({"img_dir": "a", "name": "n"}), of({"img_dir": "a", "name": "n"}, {"img_dir": "b", "repeats": 1.0}),
-                of({"img_dir": "a", "name": "n", "flip": True}, {"img_dir": "b"})):  # fmt: skip
-        assert "data_config.folders: was [{" in refusal(before, now)
+    for now, named in (
+        (of({"img_dir": "a", "name": "n"}), "were 2, are 1"),
+        (of({"img_dir": "a", "name": "n"}, {"img_dir": "b", "repeats": 1.0}), "[1].repeats was 2.0, is 1.0"),
+        (of({"img_dir": "a", "name": "n", "flip": True}, {"img_dir": "b"}), "[0].flip was None, is True"),
+    ):
+        assert f"data_config.folders: {named} (other pictures would meet" in refusal(before, now)
 
 
 def test_rules_are_of_keys_that_there_are() -> None:
