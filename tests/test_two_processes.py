@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -11,9 +12,17 @@ from safetensors.torch import load_file
 from pixtune.data.cache import DiskStore
 from pixtune.storage.checkpoint import checkpoint_path, load_checkpoint
 from pixtune.tracking.metrics import read_metrics
-from tests.runs import environment, overrides, pixtune, run, write_config
+from tests.runs import DEMO_HELD_OUT, ROOT, environment, overrides, pixtune, run, write_config
 
+CHARACTER = ROOT / "assets" / "demo-character"
+FOLDERS = [
+    {"img_dir": str(CHARACTER / "images"), "mask_dir": str(CHARACTER / "masks"), "loss_weight": 0.5, "flip": True},
+    {"img_dir": str(DEMO_HELD_OUT), "repeats": 1.5, "shuffle_tags": True},
+]
 SETTINGS = {
+    "data_config__img_dir": "null",
+    "data_config__folders": json.dumps(FOLDERS),
+    "ema__decay": 0.5,
     "max_train_steps": 6,
     "logging_steps": 2,
     "data_config__caption_dropout_rate": 0.3,
@@ -57,7 +66,7 @@ def test_two_processes_equal_one_with_twice_the_batch(tmp_path: Path) -> None:
     config = write_config(tmp_path)
     one, two = tmp_path / "one", tmp_path / "two"
     cache = tmp_path / "cache"
-    train_alone(config, overrides(tmp_path / "filling", cache, max_train_steps=1))  # entries of this run alone
+    train_alone(config, overrides(tmp_path / "filling", cache, **{**SETTINGS, "max_train_steps": 1}))  # entries of this run alone
     spoil_one_encoding(cache)
     train_alone(config, overrides(one, cache, **SETTINGS, train_batch_size=4))
     printed = train_in_two(config, overrides(two, cache, **SETTINGS, train_batch_size=2))

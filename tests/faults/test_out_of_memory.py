@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -29,9 +30,20 @@ from pixtune.planning import Leaner, plan_on_this_machine
 from pixtune.services import held_out_loss
 from pixtune.storage.checkpoint import find_checkpoints, load_checkpoint
 from pixtune.trained.weight_update import WeightUpdate
-from tests.runs import overrides, write_config
+from tests.runs import DEMO_HELD_OUT, ROOT, overrides, write_config
 
-SETTINGS: dict[str, object] = {"max_train_steps": 3, "gradient_accumulation_steps": 2}
+CHARACTER = ROOT / "assets" / "demo-character"
+FOLDERS = [
+    {"img_dir": str(CHARACTER / "images"), "mask_dir": str(CHARACTER / "masks"), "loss_weight": 0.5},
+    {"img_dir": str(DEMO_HELD_OUT)},
+]
+SETTINGS: dict[str, object] = {
+    "max_train_steps": 3,
+    "gradient_accumulation_steps": 2,
+    "data_config__img_dir": "null",
+    "data_config__folders": json.dumps(FOLDERS),
+    "ema__decay": 0.5,
+}
 NUM_BLOCKS, NUM_EXAMPLES = 5, 2
 KEPT, RECOMPUTED = 4, 1
 EACH = NUM_EXAMPLES * (KEPT - RECOMPUTED)
@@ -231,7 +243,7 @@ def test_a_step_that_has_changed_some_weights_is_never_saved(
             raise torch.OutOfMemoryError("CUDA out of memory.")
         step_weight(update, name, *others)
 
-    changes = {"method": "full", "learning_rate": 1e-5, "max_train_steps": 2}
+    changes = {"method": "full", "ema__decay": "null", "learning_rate": 1e-5, "max_train_steps": 2}
     settings = [config_of(tmp_path / name, warm_cache, **changes) for name in ("whole", "torn")]
     training.train(settings[0])
     monkeypatch.setattr(WeightUpdate, "step_weight", step_until_full)
