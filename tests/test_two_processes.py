@@ -66,7 +66,9 @@ def test_two_processes_equal_one_with_twice_the_batch(tmp_path: Path) -> None:
     config = write_config(tmp_path)
     one, two = tmp_path / "one", tmp_path / "two"
     cache = tmp_path / "cache"
-    train_alone(config, overrides(tmp_path / "filling", cache, **{**SETTINGS, "max_train_steps": 1}))  # entries of this run alone
+    train_alone(
+        config, overrides(tmp_path / "filling", cache, **{**SETTINGS, "max_train_steps": 1})
+    )  # entries of this run alone
     spoil_one_encoding(cache)
     train_alone(config, overrides(one, cache, **SETTINGS, train_batch_size=4))
     printed = train_in_two(config, overrides(two, cache, **SETTINGS, train_batch_size=2))

@@ -93,6 +93,8 @@ def test_a_run_ends_early_and_one_that_was_killed_there_does_too(
             train(tmp_path / "killed", warm_cache, validation__patience=2)
     again = train(tmp_path / "killed", warm_cache, validation__patience=2, resume_from_checkpoint="latest")
     assert again.finished and again.step == 4
+    printed = capfd.readouterr().out
+    assert "finished already, at step 4 of 6" in printed and "To train longer: validation.patience=null." in printed
     whole, killed_files = (load_file(tmp_path / name / "run" / DIFFUSERS_FILE) for name in ("whole", "killed"))
     assert all(tensor.equal(whole[name]) for name, tensor in killed_files.items())
     assert validations(tmp_path / "killed") == validations(tmp_path / "whole")

@@ -83,6 +83,7 @@ def prepare_data(
         PlanError: the config demands an encoder on the GPU where it does not fit.
         WriteError: results cannot be written, or something is to be encoded and the cache cannot.
     """
+    check_purposes(config)
     if accelerator.is_main_process:
         check_outputs(config)
     if not config.random_weights:
@@ -96,8 +97,9 @@ def prepare_data(
         folders.append(prior_folder(data, config.prior_preservation, prior))
         of_prior = read_examples(folders[-1:], multiple, rules, apart, notes.append, config.seed)
         training = training + [example for example in of_prior if example.use.repeats > 0]
+    num_prior = len(training) - len(named_by_triggers)
     if config.random_weights:
-        return random_data(config, family, folder, training, held_out)
+        return replace(random_data(config, family, folder, training, held_out), num_prior=num_prior)
 
     if len(data.folders) > 1:
         notes += filter(None, [shared_pictures(examples)])
@@ -152,8 +154,9 @@ def prepare_data(
     if not config.precompute_image_embeddings:
         encodings.keep_autoencoder()
     return _gather(
-        config, family, folder, encodings, masks, training, held_out, asked, prompts, pairs, trials, fingerprint
-    )
+        config, family, folder, encodings, masks, training, held_out, asked, prompts, pairs, trials, fingerprint,
+        num_prior,
+    )  # fmt: skip
 
 
 def read_own(
@@ -168,10 +171,8 @@ def read_own(
         The folders, all examples that are used, those to train on, and those held out.
 
     Raises:
-        ConfigError: one folder is given for two purposes.
         DataError: pictures or captions that cannot be used, all together.
     """
-    check_purposes(config)
     multiple, data = family.pixel_multiple(folder), config.data_config
     rules, apart = control_rules(family, folder, data.control_size), folders_apart(config)
     folders = list(folders_of(data))
@@ -305,6 +306,7 @@ def _gather(
     pairs: Sequence[BothWays],
     trials: CaptionTrials,
     fingerprint: DataFingerprint,
+    num_prior: int,
 ) -> PreparedData:
     def read_latents(example: int, variant: int) -> LatentDistribution:
         return encodings.latents(target_picture(training[example], variant))
@@ -362,5 +364,6 @@ def _gather(
         fingerprint=fingerprint,
         encoders=encodings.encoder.plan,
         uses=[example.use for example in training],
+        num_prior=num_prior,
         trials=trials.read_by(encodings),
     )

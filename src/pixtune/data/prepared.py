@@ -61,6 +61,8 @@ class PreparedData:
     """Plan by which it was encoded."""
     uses: Sequence[Use] = ()
     """Ways in which epochs use the training examples; empty: once each."""
+    num_prior: int = 0
+    """Number of regularization pictures, which are the last training examples."""
     trials: CaptionTrials = NO_TRIALS
     """Trials of captions on the training pictures, for the base model to find wrong ones."""
 

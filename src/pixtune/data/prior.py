@@ -18,6 +18,7 @@ from pixtune.config.folders import largest_size
 from pixtune.config.schema import TrainConfig
 from pixtune.config.sections import PriorConfig
 from pixtune.data.drawing import SampleRequest, abilities_of, make_plans, open_task, sample_as_planned
+from pixtune.data.examples import check_purposes
 from pixtune.data.prepare import read_own
 from pixtune.engine.relief import free_unused
 from pixtune.errors import ConfigError
@@ -87,6 +88,7 @@ def _draw(config: TrainConfig, prior: PriorConfig, folder: Path, accelerator: Ac
     missing = [each for each, path in path_of.items() if not (path.exists() and path.with_suffix(".txt").exists())]
     if not missing:
         return
+    check_purposes(config)
     read_own(config, family_of(model_folder), model_folder)  # what is wrong with the others, before the long work
     console, device = Console(), accelerator.device
     say(console, f"regularization pictures: the base model draws {len(missing)} of {len(path_of)} into {folder}")

@@ -69,9 +69,10 @@ class Results:
         return f'draw with it: pixtune sample "a prompt" --lora {folder}'
 
 
-def already_finished(step: int, folder: Path) -> str:
-    """Returns what a run that has all of its steps already tells its user."""
+def already_finished(step: int, num_steps: int, folder: Path) -> str:
+    """Returns what a run tells its user that has all of its steps already, or has ended before them."""
+    longer = "a larger max_train_steps" if step == num_steps else "validation.patience=null"
     return (
-        f"finished already, at step {step} of {step}: nothing was trained, and the files were written again. To train "
-        f"longer: a larger max_train_steps. To train anew: output_dir={free_folder(folder)}, or delete {folder}"
+        f"finished already, at step {step} of {num_steps}: nothing was trained, and the files were written again. To "
+        f"train longer: {longer}. To train anew: output_dir={free_folder(folder)}, or delete {folder}"
     )

@@ -236,7 +236,7 @@ class Services:
             files = str(self.best_weights.folder) if self.best_weights.folder.is_dir() else None
             if (best := end_words(self.held_out_loss.means, step, files)) is not None:
                 self._print(best)
-            self._print(how if self.start_step < step else already_finished(step, self.output_dir))
+            self._print(how if self.start_step < step else already_finished(step, self.run.num_steps, self.output_dir))
         few = len(self.data.held_out) if len(self.data.held_out) <= FEW_HELD_OUT else None
         return TrainResult(True, step, self.output_dir, first, last, self.start_step < step, few)
 

@@ -23,8 +23,14 @@ class TrainingPictures:
     def __init__(self, session: Session) -> None:
         self._session = session
         self._done: set[int] = set()
-        names, seed = session.run.source.reader.names, session.config.seed
-        by_lot = sorted(range(len(names)), key=lambda number: randomness.draw_key(seed, "measured", names[number]))
+        reader, seed = session.run.source.reader, session.config.seed
+        # Regularization pictures and those of no weight are not what is learned.
+        learned = [
+            number
+            for number in range(len(reader.names) - session.data.num_prior)
+            if reader.example_weights is None or reader.example_weights[number]
+        ]
+        by_lot = sorted(learned, key=lambda number: randomness.draw_key(seed, "measured", reader.names[number]))
         self._examples = by_lot[: min(len(session.data.held_out), MOST_TRAINING_PICTURES)]
 
     def remember(self, lines: Sequence[dict[str, Any]]) -> None:

@@ -16,11 +16,15 @@ from pixtune import assembly
 from pixtune.config import load_config
 from pixtune.config.schema import TrainConfig
 from pixtune.data import prior as module
+from pixtune.data.batches import ExampleReader
+from pixtune.data.measured import measured_example
 from pixtune.data.prepare import prepare_data
 from pixtune.data.prepared import PreparedData
 from pixtune.data.prior import prior_path
 from pixtune.errors import CheckpointError, ConfigError, DataError
+from pixtune.judging.validation import HeldOutPicture
 from pixtune.sampler import PromptPicture
+from pixtune.services import training_pictures
 from pixtune.storage.checkpoint import checkpoint_path
 from pixtune.storage.files import file_digest
 from pixtune.train import train
@@ -129,7 +133,14 @@ def test_given_pictures_join_the_others(place: Path, monkeypatch: pytest.MonkeyP
         prepared.append(prepare_data(*arguments))
         return prepared[-1]
 
+    measured: list[int] = []
+
+    def watched_example(reader: ExampleReader, example: int) -> HeldOutPicture:
+        measured.append(example)
+        return measured_example(reader, example)
+
     monkeypatch.setattr(assembly, "prepare_data", watched)
+    monkeypatch.setattr(training_pictures, "measured_example", watched_example)
     changes = {"prior_preservation__prompts": "[]", "prior_preservation__repeats": 0.25, "validation__held_out": 0.5}
     given = {"prior_preservation__folder": place / "given", "max_train_steps": 1, "train_batch_size": 1}
     train(config_of(place, "with-given", **changes, **given))
@@ -138,6 +149,7 @@ def test_given_pictures_join_the_others(place: Path, monkeypatch: pytest.MonkeyP
     assert len(data.held_out) == 1 and not data.held_out[0].name.startswith("prior_preservation/")
     assert len(names) == 4 and [name.startswith("prior_preservation/") for name in names] == [False, True, True, True]
     assert weights == [1.0, 0.5, 0.5, 0.5]
+    assert data.num_prior == 3 and set(measured) == {0}, "over-fitting is told by what is learned"
     assert [use.repeats for use in data.uses] == [1.0, 0.25, 0.25, 0.25]
     assert not (place / "with-given" / "prior").exists()
 
@@ -163,7 +175,9 @@ def test_an_edit_model_is_given_pairs_and_draws_none(place: Path) -> None:
         train(config_of(place, "edit", **changes, **given))
 
 
-def test_nothing_is_drawn_for_pictures_that_cannot_be_trained_on(place: Path, capsys: pytest.CaptureFixture) -> None:
+def test_nothing_is_drawn_for_pictures_that_cannot_be_trained_on(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(DataError, match=r"data_config\.exclude names 'nobody'"):
         train(config_of(place, "with-nobody", data_config__exclude="[nobody]"))
     assert "draws" not in capsys.readouterr().out and not (place / "with-nobody" / "prior").exists()
