@@ -90,10 +90,12 @@ def draw_run(draw: random.Random) -> Drawn:
     if family == "flux":
         settings["data_config__max_text_tokens"] = 24
     if draw.random() < 0.6:
-        settings |= {"validation__held_out": 0.2, "validation__num_draws": 1, "validation__every": draw.randint(2, 5)}
+        settings |= {"validation__held_out": 0.2, "validation__num_draws": 1, "validation__every": draw.randint(1, 5)}
+        settings["validation__patience"] = draw.choice(["null", "null", 1, 2])
     if draw.random() < 0.5:
         settings |= {"samples__prompts": "['a cat','a sun']", "samples__num_steps": draw.randint(1, 3)}
         settings |= {"samples__every": draw.randint(2, 6), "samples__width": 64, "samples__height": 64}
+        settings["samples__strengths"] = "[1.0]" if full else draw.choice(["[1.0]", "[0.0,1.0]"])
         if family == "edit":
             control = sorted((EDIT_TRAIN / "control").glob("*.png"))[0]
             settings["samples__controls"] = f"[[{control}],[{control}]]"
@@ -142,7 +144,9 @@ def write_pictures(drawn: Drawn, folder: Path, draw: random.Random) -> Settings:
         {
             "img_dir": str(folder / f"images{end}"),
             "repeats": draw.choice([1, 2, 1.5]),
-            "loss_weight": draw.choice([1, 0.5]),
+            "loss_weight": draw.choice([1, 0.5, 0] if end else [1, 0.5]),
+            "flip": draw.choice([None, True]),
+            "caption_dropout_rate": draw.choice([None, 0.5]),
         }
         | ({"mask_dir": str(folder / f"masks{end}")} if has_masks else {})
         | ({"control_dir": str(folder / f"control{end}")} if "control" in parts else {})

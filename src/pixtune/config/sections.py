@@ -113,7 +113,7 @@ class FolderConfig(Section):
     allow_missing_masks: bool | None = None
     """Whether a picture without a mask counts as a whole. Absent: `data_config.allow_missing_masks`."""
     loss_weight: LossWeight = 1.0
-    """Factor of its pictures' losses: below 1 they are learned less, at 0 not at all."""
+    """Factor of its pictures' losses: below 1 they are learned less, and at 0 they are not used."""
 
 
 Folders = Annotated[tuple[FolderConfig, ...], Field(strict=False, max_length=1000)]

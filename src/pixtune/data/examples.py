@@ -64,6 +64,11 @@ class Example:
         return tuple(picture_digest(path) for path in self.control_paths)
 
     @property
+    def is_used(self) -> bool:
+        """Whether epochs use it, and its loss counts."""
+        return self.use.repeats > 0 and self.loss_weight > 0
+
+    @property
     def digests(self) -> tuple[str, ...]:
         """SHA-256 of its picture's, controls' and mask's files when they were first read."""
         return self.image_digest, *self.control_digests, *((self.mask.digest,) if self.mask else ())
@@ -290,38 +295,24 @@ def shared_pictures(examples: Sequence[Example]) -> str | None:
 
 
 def used_examples(examples: list[Example]) -> list[Example]:
-    """Returns the examples that epochs use: those whose folder's repeats are not 0.
+    """Returns the examples that epochs use: those whose folder's repeats and loss weight are not 0.
+
+    A step of pictures without weight would change nothing, and look like one that does not learn.
 
     Raises:
         DataError: an epoch would use less than one picture.
     """
-    used = [example for example in examples if example.use.repeats > 0]
+    used = [example for example in examples if example.is_used]
     if examples and sum(example.use.repeats for example in used) < 1:
         total = sum(example.use.repeats for example in used)
         raise DataError(
-            "the folders' repeats leave nothing to train on",
+            "the folders' repeats and loss weights leave nothing to train on",
             [
-                f"An epoch would use {total:g} pictures: the repeats of data_config.folders times their pictures. "
-                "Raise the repeats of one at least."
+                f"An epoch would use {total:g} pictures: the repeats of data_config.folders times their pictures, "
+                "without folders whose loss_weight is 0. Raise the repeats or the loss_weight of one at least."
             ],
         )
     return used
-
-
-def check_weights(training: Sequence[Example]) -> None:
-    """Checks that some example's loss counts.
-
-    Raises:
-        DataError: the factor of each is 0.
-    """
-    if not any(example.loss_weight for example in training):
-        raise DataError(
-            "the folders' loss weights leave nothing to learn",
-            [
-                f"The losses of all {len(training)} pictures are multiplied by 0: the loss_weight of each of "
-                "data_config.folders. Raise one at least."
-            ],
-        )
 
 
 def split_held_out(examples: list[Example], share: float, seed: int) -> tuple[list[Example], list[Example]]:

@@ -20,7 +20,6 @@ from pixtune.data.examples import (
     Example,
     check_folder,
     check_purposes,
-    check_weights,
     folders_apart,
     read_examples,
     shared_pictures,
@@ -96,7 +95,7 @@ def prepare_data(
     if prior is not None:
         folders.append(prior_folder(data, config.prior_preservation, prior))
         of_prior = read_examples(folders[-1:], multiple, rules, apart, notes.append, config.seed)
-        training = training + [example for example in of_prior if example.use.repeats > 0]
+        training = training + [example for example in of_prior if example.is_used]
     num_prior = len(training) - len(named_by_triggers)
     if config.random_weights:
         return replace(random_data(config, family, folder, training, held_out), num_prior=num_prior)
@@ -187,7 +186,6 @@ def read_own(
         training, sentence = without_held_out(training, held_out)
         if sentence:
             note(sentence)
-    check_weights(training)
     return folders, examples, training, held_out
 
 

@@ -23,14 +23,9 @@ class TrainingPictures:
     def __init__(self, session: Session) -> None:
         self._session = session
         self._done: set[int] = set()
-        reader, seed = session.run.source.reader, session.config.seed
-        # Regularization pictures and those of no weight are not what is learned.
-        learned = [
-            number
-            for number in range(len(reader.names) - session.data.num_prior)
-            if reader.example_weights is None or reader.example_weights[number]
-        ]
-        by_lot = sorted(learned, key=lambda number: randomness.draw_key(seed, "measured", reader.names[number]))
+        names, seed = session.run.source.reader.names, session.config.seed
+        learned = range(len(names) - session.data.num_prior)  # regularization pictures show nothing of the kind
+        by_lot = sorted(learned, key=lambda number: randomness.draw_key(seed, "measured", names[number]))
         self._examples = by_lot[: min(len(session.data.held_out), MOST_TRAINING_PICTURES)]
 
     def remember(self, lines: Sequence[dict[str, Any]]) -> None:

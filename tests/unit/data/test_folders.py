@@ -17,7 +17,7 @@ from pixtune.config.sections import DataConfig
 from pixtune.data.buckets import Framing
 from pixtune.data.controls import ControlRules, frame_control
 from pixtune.data.encode import FramedPicture
-from pixtune.data.examples import Example, check_weights, read_examples, shared_pictures, used_examples
+from pixtune.data.examples import Example, read_examples, shared_pictures, used_examples
 from pixtune.data.images import crop_resize
 from pixtune.data.order import BatchOrder, Use
 from pixtune.errors import DataError
@@ -69,11 +69,13 @@ def test_a_folder_of_no_repeats_is_read_and_not_used(tmp_path):
         used_examples(read({"img_dir": one, "repeats": 0.5}, img_size=64))
 
 
-def test_weights_that_leave_nothing_to_learn_are_refused(tmp_path):
+def test_a_folder_of_no_weight_is_read_and_not_used(tmp_path):
+    """A step of its pictures alone would move nothing, and end the run as one that does not learn."""
     one, other = write(tmp_path / "one", "a"), write(tmp_path / "other", "b")
-    check_weights(read({"img_dir": one, "loss_weight": 0}, {"img_dir": other}, img_size=64))
-    with pytest.raises(DataError, match="The losses of all 1 pictures are multiplied by 0"):
-        check_weights(read({"img_dir": one, "loss_weight": 0}, img_size=64))
+    examples = read({"img_dir": one, "loss_weight": 0}, {"img_dir": other}, img_size=64)
+    assert [each.name for each in used_examples(examples)] == ["other/b.png"]
+    with pytest.raises(DataError, match="without folders whose loss_weight is 0"):
+        used_examples(read({"img_dir": one, "loss_weight": 0}, img_size=64))
 
 
 SQUARE = ((64, 64),)
