@@ -18,6 +18,7 @@ import numpy as np
 from pixtune.config.folders import Folder
 from pixtune.data.buckets import Box, Framing
 from pixtune.data.controls import same_part, same_shape
+from pixtune.data.findings import count
 from pixtune.data.images import check_unchanged, has_alpha, picture_digest, read_levels, read_size
 from pixtune.data.pairs import PICTURE_EXTENSIONS, Pair, find_ambiguous, list_files, of_type, shorten, stem_of
 from pixtune.errors import DataError
@@ -176,13 +177,16 @@ def find_masks(pairs: Sequence[Pair], folder: Folder, apart: Collection[Path] = 
         scaled += [str(path)] if size != target else []
         masks[pair.name] = MaskFile(path, "alpha" if source == "alpha" else "brightness", size, target, outside)
     if without and not folder.allow_missing_masks:
-        lack = "alpha channel" if source == "alpha" else f"mask of their name in {source}"
+        lack = "alpha channel" if source == "alpha" else f"mask of the same name in {source}"
         faults.append(
-            f"{len(without)} pictures have no {lack}: {shorten(without)}. Add masks, or let these pictures count as a "
-            f"whole: {folder.rules_place}.allow_missing_masks=true."
+            f"{count(len(without), 'picture has', 'pictures have')} no {lack}: {shorten(without)}. Add masks, or let "
+            f"pictures without one count as a whole: {folder.rules_place}.allow_missing_masks=true."
         )
     if scaled:
-        warnings.append(f"{len(scaled)} masks are of another size than their pictures, and scaled: {shorten(scaled)}.")
+        number = count(
+            len(scaled), "mask is of another size than its picture", "masks are of another size than their pictures"
+        )
+        warnings.append(f"{number}, and scaled: {shorten(scaled)}.")
     return FoundMasks(masks, tuple(faults), tuple(warnings))
 
 
@@ -196,6 +200,14 @@ def _match(
     by_stem = {stem_of(name): path for name, path in listed.items()}
     found = {name: by_stem[stem_of(name)] for name in pictures if stem_of(name) in by_stem}
     stems = {stem_of(name) for name in pictures}
-    if lone := [str(path) for stem, path in by_stem.items() if stem not in stems]:
-        warnings.append(f"{len(lone)} masks have no picture of their name: {shorten(lone)}.")
+    lone = [str(path) for stem, path in by_stem.items() if stem not in stems]
+    if lone and pictures and not found:  # even where masks may be missing: the run would be one without any
+        faults.append(
+            f"No picture has a mask of its name in {mask_dir}, which holds {shorten(lone)}. Name each mask as its "
+            f"picture, such as {stem_of(next(iter(pictures)))}.png, in the same subfolder, or leave mask_dir out."
+        )
+    elif lone:
+        warnings.append(
+            f"{count(len(lone), 'mask has no picture of its', 'masks have no picture of their')} name: {shorten(lone)}."
+        )
     return found

@@ -55,4 +55,4 @@ def test_masks_are_checked_with_the_folders(words, tmp_path):
     (masks / "a.png").write_bytes((tmp_path / "cats" / "a.png").read_bytes())
     cats = f"data_config.folders=[{{img_dir: {tmp_path}/cats, mask_dir: {masks}}}]"
     (report,) = check_config(load_config(None, [*words, cats]), Console(quiet=True))
-    assert not report.ok and "1 pictures have no mask of their name" in "".join(report.faults)
+    assert not report.ok and "1 picture has no mask of the same name" in "".join(report.faults)

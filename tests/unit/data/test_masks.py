@@ -218,7 +218,7 @@ def fault_of(folder: Path, source: MaskSource, may_be_missing: bool = False) -> 
 def test_missing_masks_are_named_unless_they_may_be(folder: Path) -> None:
     (folder / "masks" / "c.png").unlink()
     assert fault_of(folder, folder / "masks").startswith(
-        f"1 pictures have no mask of their name in {folder / 'masks'}: {folder / 'images' / 'c.jpg'}. Add masks"
+        f"1 picture has no mask of the same name in {folder / 'masks'}: {folder / 'images' / 'c.jpg'}. Add masks"
     )
     found = find(folder, folder / "masks", True)
     assert not found.faults and found.of_picture.keys() == {"a.png", "sub/b.png"}
@@ -228,7 +228,22 @@ def test_a_mask_without_a_picture_is_a_warning(folder: Path) -> None:
     shutil.copy(folder / "masks" / "c.png", folder / "masks" / "d.png")
     found = find(folder, folder / "masks")
     assert not found.faults
-    assert found.warnings == (f"1 masks have no picture of their name: {folder / 'masks' / 'd.png'}.",)
+    assert found.warnings == (f"1 mask has no picture of its name: {folder / 'masks' / 'd.png'}.",)
+
+
+def test_masks_of_other_names_alone_are_refused_even_where_masks_may_be_missing(folder: Path) -> None:
+    """A run would be one without masks, which nobody sees in its losses."""
+    for path in [*(folder / "masks").rglob("*.*")]:
+        path.rename(path.with_stem(path.stem + "_mask"))
+    (fault,) = find(folder, folder / "masks", True).faults
+    assert (
+        fault.startswith("No picture has a mask of its name in")
+        and "_mask" in fault
+        and "Name each mask as its picture, such as a.png" in fault
+    )
+    shutil.rmtree(folder / "masks")
+    (folder / "masks").mkdir()
+    assert not find(folder, folder / "masks", True).faults, "none is there yet"
 
 
 def test_two_masks_of_one_picture(folder: Path) -> None:
@@ -241,7 +256,7 @@ def test_a_mask_of_another_shape_names_both_sizes(folder: Path) -> None:
     assert "c.png is 48x32 pixels and its picture" in fault_of(folder, folder / "masks")
     save(folder / "masks" / "c.png", np.full((64, 64), 255))
     (warning,) = find(folder, folder / "masks").warnings
-    assert warning == f"1 masks are of another size than their pictures, and scaled: {folder / 'masks' / 'c.png'}."
+    assert warning == f"1 mask is of another size than its picture, and scaled: {folder / 'masks' / 'c.png'}."
 
 
 def test_a_mask_that_is_no_picture(folder: Path) -> None:
@@ -291,7 +306,7 @@ def test_problems_of_masks_come_with_the_others(folder: Path) -> None:
     with pytest.raises(DataError) as raised:
         examples_of(config_of(folder, mask_dir=folder / "masks"))
     caption, mask = raised.value.faults
-    assert "a.txt" in caption and "1 pictures have no mask" in mask
+    assert "a.txt" in caption and "1 picture has no mask" in mask
 
 
 def test_a_held_out_folder_has_its_masks_beside_it(folder: Path) -> None:
