@@ -24,6 +24,11 @@ def build_best(outcome: Outcome, training: Sequence[Validation]) -> str:
     best, last = outcome.best, outcome.last
     if best.loss >= last.loss * (1 - CLEARLY):
         return ""
+    if best.step == 0:
+        return (
+            f"<p>No step was better on held-out pictures than the base model itself ({best.loss:.4f} at step 0). "
+            "A lower learning rate may learn more.</p>"
+        )
     by_step = {each.step: each.loss for each in training}
     learned = ""
     if best.step in by_step and last.step in by_step and by_step[last.step] < by_step[best.step] * (1 - CLEARLY):

@@ -26,6 +26,12 @@ def test_over_fitting_is_told_where_training_pictures_improve_and_held_out_ones_
     assert build_best(Outcome(validation(0, 1.0), validation(30, 0.5), validation(30, 0.5)), falling) == ""
 
 
+def test_where_the_base_is_the_best_no_file_is_named_as_the_better_one() -> None:
+    """Files in best/ are of the best trained step, which is worse than the base."""
+    told = build_best(Outcome(validation(0, 1.0), validation(30, 8.0), validation(0, 1.0)), [])
+    assert "No step was better on held-out pictures than the base model itself (1.0000" in told and "best/" not in told
+
+
 def test_suspects_are_shown_with_thumbnails_and_escaped(tmp_path: Path) -> None:
     Image.new("RGB", (8, 8), (200, 0, 0)).save(tmp_path / "00.png")
     entries: list[object] = [
