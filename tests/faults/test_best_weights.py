@@ -79,10 +79,15 @@ def test_the_best_weights_are_kept_beside_the_last(tmp_path: Path, warm_cache: P
 def test_a_run_ends_early_and_one_that_was_killed_there_does_too(
     tmp_path: Path, warm_cache: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
 ) -> None:
-    ended = train(tmp_path / "whole", warm_cache, validation__patience=2)
+    samples = {"samples__prompts": ["a cat"], "samples__num_steps": 1, "samples__every": 100}
+    ended = train(tmp_path / "whole", warm_cache, validation__patience=2, **samples)
     assert ended.finished and ended.step == 4 and ended.last_loss is not None and ended.last_loss.mean == 0.7
     assert names(tmp_path / "whole") == ["checkpoint-000002", "checkpoint-000004"]
     assert "no new lowest for 2 validations (validation.patience): the run ends here" in capfd.readouterr().out
+
+    drawn = [line for line in read_metrics(tmp_path / "whole" / "run" / "metrics.jsonl") if line["kind"] == "sample"]
+    assert [line["step"] for line in drawn] == [0, 4], "a last round, as at the end of all steps"
+    assert (tmp_path / "whole" / "run" / "before_after.png").is_file()
 
     def killed(*arguments: Any) -> None:
         raise KeyboardInterrupt

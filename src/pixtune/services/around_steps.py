@@ -175,6 +175,9 @@ class Services:
             f"step {step}: the held-out loss has had no new lowest for {self.config.validation.patience} validations "
             "(validation.patience): the run ends here. To go on: resume_from_checkpoint=latest validation.patience=null"
         )
+        for look in (self.samples, self.edit_drift):  # a last round, as after the last step
+            with self.problems.of(look.name, step):
+                look.look(step)
         return self.finish(step)
 
     def _look(self, step: int) -> None:
