@@ -6,7 +6,8 @@ A file of prompts is text with one prompt a line, or JSONL with settings of each
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ LARGEST_FILE_BYTES = MEBIBYTE
 MOST_PROMPTS = 1000
 """Number of prompts that no run draws between its steps."""
 LARGEST_SEED, SHORTEST_SIDE, LONGEST_SIDE = 2**63 - 1, 16, 16_384
+OPTION = re.compile(r"(?<!\S)--[a-z]{1,2}\s+\S+")
+"""An option as other trainers read it behind a prompt: "--w 768" is the width, "--n ugly" the negative prompt."""
 KEYS = ("prompt", "negative", "seed", "width", "height", "control")
 
 
@@ -101,7 +104,7 @@ def read_prompts(file: Path) -> list[AskedPrompt]:
             [f"{file} holds {len(lines):,} prompts; 1 to {MOST_PROMPTS:,} are possible, one a line."],
         )
     if file.suffix.lower() != ".jsonl":
-        return [AskedPrompt(line) for _, line in lines]
+        return _prompts_of_text(file, lines)
     prompts, faults = [], []
     for number, line in lines:
         found = _read_row(line, file.parent)
@@ -112,6 +115,21 @@ def read_prompts(file: Path) -> list[AskedPrompt]:
     if faults:
         raise DataError("the file of prompts cannot be used", faults)
     return prompts
+
+
+def _prompts_of_text(file: Path, lines: Sequence[tuple[int, str]]) -> list[AskedPrompt]:
+    """Takes each line as a prompt; refuses options, which would be drawn as words and without effect."""
+    options = [(number, option.group()) for number, line in lines if (option := OPTION.search(line))]
+    if options:
+        raise DataError(
+            "the file of prompts cannot be used",
+            [
+                f"{file}:{number}: {option.strip()!r} is an option of other trainers. Here settings of a prompt stand "
+                'in a file that ends in .jsonl, one object a line: {"prompt": "...", "width": 768, "height": 512}.'
+                for number, option in options
+            ],
+        )
+    return [AskedPrompt(line) for _, line in lines]
 
 
 def _read_row(line: str, folder: Path) -> AskedPrompt | list[str]:

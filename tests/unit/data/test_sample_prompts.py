@@ -48,6 +48,16 @@ def test_a_text_file_has_a_prompt_a_line(tmp_path: Path) -> None:
     assert asked_prompts(config) == [AskedPrompt(t, "blurry") for t in ("first", "a cat, {not} json", "ein Hündchen")]
 
 
+def test_options_of_other_trainers_are_no_words_of_a_prompt(tmp_path: Path) -> None:
+    text = "a horse --w 64 --h sixty\nfur -- long and grey\na cat --n ugly\nan ar--b sign\n"
+    with pytest.raises(DataError) as refused:
+        read_prompts(written(tmp_path, "prompts.txt", text))
+    assert [fault.split(" is an option")[0].rsplit("prompts.txt", 1)[1] for fault in refused.value.faults] == [
+        ":1: '--w 64'",
+        ":3: '--n ugly'",
+    ]
+
+
 def test_rows_of_jsonl_have_settings_of_their_own(tmp_path: Path) -> None:
     rows: list[dict[str, object]] = [
         {"prompt": "a", "negative": "", "seed": [1, 2], "width": 64, "height": 96, "control": "c.png"},
