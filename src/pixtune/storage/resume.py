@@ -240,7 +240,8 @@ def _changes(before: RunIdentity, now: RunIdentity) -> dict[str, str]:
         rule = RULES.get(key) or RULES.get(key.partition(".")[0])
         meaning = rule(before, now) if rule and was != is_now else MEANINGS.get(key, "")
         if was != is_now and meaning is not None:
-            values = f"was {was!r}, is {is_now!r}" if key != FOLDERS else _changes_within_folders(before, now)
+            values = f"was {_shown(was)}, is {_shown(is_now)}"
+            values = _changes_within_folders(before, now) if key == FOLDERS else values
             changed[key] = f"{key}: {values}" + (f" ({meaning})" if meaning else "")
     if None not in (before.base, now.base) and before.base != now.base:
         changed[BASE] = f"{BASE}: another than the checkpoint's ({MEANINGS[BASE]})"
@@ -253,19 +254,23 @@ def _changes(before: RunIdentity, now: RunIdentity) -> dict[str, str]:
     return changed
 
 
+def _shown(value: object) -> str:
+    return "absent" if value is None else repr(value)
+
+
 def what_changed(before: Mapping[str, str] | None, now: Mapping[str, str] | None) -> str:
     """Names the examples that were added or removed, or whose caption or pictures have changed; empty where unknown."""
     if before is None or now is None:
         return ""
-    changed: dict[str, list[str]] = {"caption of": [], "picture of": [], "new:": [], "no longer there:": []}
+    kinds = ("caption of", "picture, control or mask of")
+    changed: dict[str, list[str]] = {kind: [] for kind in (*kinds, "new:", "no longer there:")}
     for name in sorted(before.keys() | now.keys()):
         was, is_now = before.get(name), now.get(name)
         if was is None or is_now is None:
             changed["new:" if was is None else "no longer there:"].append(name)
         elif was != is_now:
-            (caption, pictures), (caption_now, pictures_now) = was.split("-"), is_now.split("-")
-            for what, differs in (("caption of", caption != caption_now), ("picture of", pictures != pictures_now)):
-                changed[what] += [name] * differs
+            for kind, digest, digest_now in zip(kinds, was.split("-"), is_now.split("-"), strict=True):
+                changed[kind] += [name] * (digest != digest_now)
     return "; ".join(f"{what} {shorten(names)}" for what, names in changed.items() if names)
 
 

@@ -79,7 +79,7 @@ def test_examples_that_have_changed_are_named() -> None:
     """By hand: one caption and one picture are others, one example is new and one is gone."""
     before = replace(run(), examples={"a": "11-22", "b": "33-44", "c": "55-66", "d": "77-88"})
     now = replace(run(data="other"), examples={"a": "12-22", "b": "33-45", "c": "55-66", "e": "99-00"})
-    assert "caption of a; picture of b; new: e; no longer there: d\n" in refusal(before, now)
+    assert "caption of a; picture, control or mask of b; new: e; no longer there: d\n" in refusal(before, now)
     many = replace(
         run(data="other"), examples={f"n{number}": "1-2" for number in range(9)} | dict(before.examples or {})
     )
@@ -169,7 +169,7 @@ def test_the_same_length_in_other_words_is_the_same_length() -> None:
     assert refusal(before, run(lr_scheduler="cosine", num_train_epochs=1000)) == ""
     without_length = {key: value for key, value in before.to_dict().items() if key != "num_steps"}
     now = run(lr_scheduler="cosine", num_train_epochs=1000)
-    assert "num_train_epochs: was None, is 1000" in refusal(before, now, without_length), "an older checkpoint"
+    assert "num_train_epochs: was absent, is 1000" in refusal(before, now, without_length), "an older checkpoint"
 
 
 # ---- processes
@@ -194,7 +194,7 @@ def test_processes_and_batch_size_with_the_same_product_are_accepted(place: str)
 def test_an_older_checkpoint_without_processes_is_accepted_and_its_batch_size_still_counts() -> None:
     older = {key: value for key, value in run().to_dict().items() if key not in ("num_processes", "num_steps")}
     assert refusal(run(), run(num_processes=2), older) == ""
-    assert "train_batch_size: was None, is 3" in refusal(run(), run(train_batch_size=3), older)
+    assert "train_batch_size: was absent, is 3" in refusal(run(), run(train_batch_size=3), older)
 
 
 def test_what_is_compared_is_what_a_checkpoint_records() -> None:
