@@ -21,8 +21,8 @@ MOST_LOSS = 0.05
 """Part of a LoRA's effect that may be missing from its file."""
 SMALLEST_RATE = 1e-37
 """Learning rate below which a step is rounded to zero in fp32."""
-SMALLEST_RATES = 1e-6
-"""Sum of learning rates below which weights may have moved too little to show in a rounded velocity."""
+SMALLEST_RATES = {"no": 1e-6, "bf16": 1e-3}
+"""Sum of learning rates below which weights may have moved too little to show in a rounded velocity, by its format."""
 
 
 def judged_after(
@@ -98,7 +98,7 @@ def fault_of_file(read: ReadBack, path: Path, precision: str, sum_of_rates: floa
 
     Args:
         precision: the config's `mixed_precision`.
-        sum_of_rates: sum of the learning rates so far, which bounds how far a weight has moved.
+        sum_of_rates: sum of the learning rates so far, or what an average has of it: how far a weight may have moved.
     """
     if read.effect != read.effect or read.distance != read.distance:
         return None  # no numbers, which the guard of the losses judges
@@ -111,7 +111,7 @@ def fault_of_file(read: ReadBack, path: Path, precision: str, sum_of_rates: floa
         )
     if read.unequal:
         return f"{path} holds other numbers than the weights in memory, for {shorten(read.unequal)}"
-    if read.effect == 0 and sum_of_rates > SMALLEST_RATES:
+    if read.effect == 0 and sum_of_rates > SMALLEST_RATES[precision]:
         return (
             f"{path} does nothing: with it the base predicts what it predicts without. The layers that are trained "
             "(lora_targets) have no influence on the prediction, or their weights have not moved"

@@ -17,6 +17,7 @@ from pixtune.judging.validation import velocities_at
 from pixtune.services.checkpoints import Checkpoints
 from pixtune.services.session import Session
 from pixtune.storage.checkpoint import checkpoint_path
+from pixtune.trained.average import average_of_sums
 from pixtune.trained.optim import saw_gradient
 from pixtune.trained.read_back import ReadBack, checksums
 
@@ -148,9 +149,13 @@ class SavedFile:
                     raise  # a disk that fails now may be read later, and checkpoints are verified on resuming
                 self._fault = f"what was saved cannot be used: {error}".rstrip(".")
                 return
-        # The sum takes a moment over many steps.
-        sum_of_rates = 0.0 if read.effect else sum(map(run.learning_rate_at, range(step)))
+        sum_of_rates = 0.0 if read.effect else self._sum_of_rates(step)  # which takes a moment over many steps
         self._fault = fault_of_file(read, path, session.config.mixed_precision, sum_of_rates)
+
+    def _sum_of_rates(self, step: int) -> float:
+        """Returns how far a weight may have moved, and its average where the file holds that."""
+        rates, ema = map(self._session.run.learning_rate_at, range(step)), self._session.config.ema
+        return sum(rates) if ema.decay is None else average_of_sums(rates, ema.decay, ema.warm_up)
 
     def judge(self, step: int) -> None:
         """Ends a run whose files are worth nothing.

@@ -7,7 +7,7 @@ of training: no step reads it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -24,6 +24,15 @@ def decay_at(step: int, decay: float, warms_up: bool) -> float:
     `num_updates`: an average that has seen few steps must forget where they began.
     """
     return min(decay, (1 + step) / (10 + step)) if warms_up else decay
+
+
+def average_of_sums(increments: Iterable[float], decay: float, warms_up: bool) -> float:
+    """Returns the moving average of what some increments, one a step, add up to: 0 before the first step."""
+    total = average = 0.0
+    for step, increment in enumerate(increments):
+        total += increment
+        average += (1 - decay_at(step, decay, warms_up)) * (total - average)
+    return average
 
 
 class WeightAverage:

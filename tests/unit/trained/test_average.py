@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pixtune.plan import footprint
 from pixtune.trained import average
-from pixtune.trained.average import WeightAverage, decay_at
+from pixtune.trained.average import WeightAverage, average_of_sums, decay_at
 
 SOUND, SPOILED = torch.tensor(0.0), torch.tensor(1.0)
 
@@ -40,6 +40,12 @@ def _pieces(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 def test_the_ramp_is_the_published_one() -> None:
     assert [decay_at(step, 0.5, True) for step in (0, 1, 2, 8, 100)] == [1 / 10, 2 / 11, 3 / 12, 0.5, 0.5]
     assert decay_at(0, 0.5, False) == 0.5
+
+
+def test_the_average_of_sums_by_hand() -> None:
+    """Sums of 1 and 3: half of 1, then half of that and half of 3; as it warms up, 9/10 and 9/11."""
+    assert average_of_sums([1.0, 2.0], 0.5, False) == 0.25 + 1.5
+    assert average_of_sums([1.0, 2.0], 0.5, True) == pytest.approx(0.9 * 2 / 11 + 3 * 9 / 11)
 
 
 @pytest.mark.usefixtures("_pieces")
