@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pixtune.config.folders import Folder, folders_of
+from pixtune.config.folders import Folder, folders_of, prior_folder
 from pixtune.config.schema import TrainConfig
 from pixtune.data.controls import ControlRules
-from pixtune.data.examples import Example, folders_apart, read_examples, shared_pictures
+from pixtune.data.examples import Example, folders_apart, read_examples, shared_pictures, used_examples
 from pixtune.data.held_out import hold_out
 from pixtune.data.order import BatchOrder
 from pixtune.data.shares import EPOCHS_COUNTED, draws_an_epoch
-from pixtune.errors import DataError
 from pixtune.inputs.printing import one_line
 from pixtune.sizes import Size
 
@@ -48,6 +47,7 @@ class FolderListing:
         for each in self.folders:
             share = each.turns / total if total else 0.0
             repeats = f"{each.folder.repeats:g} times an epoch" if each.folder.repeats != 1 else "once an epoch"
+            repeats = repeats if each.folder.loss_weight else "not used at a loss_weight of 0"
             captions = f", {each.num_captions} captions" if each.num_captions > each.num_pictures else ""
             mirrored = ", half of the turns mirrored" if each.folder.flip else ""
             pictures = f"{each.num_pictures} picture{'s' * (each.num_pictures != 1)}"
@@ -70,12 +70,15 @@ def count_folders(config: TrainConfig, multiple: int, rules: ControlRules | None
     Raises:
         DataError: all problems of all folders, together.
     """
-    folders, apart = folders_of(config.data_config), folders_apart(config)
+    folders, apart, prior = list(folders_of(config.data_config)), folders_apart(config), config.prior_preservation
     examples = read_examples(folders, multiple, rules, apart, seed=config.seed)
-    training, held_out = hold_out(examples, config)
-    used = [example for example in training if example.use.repeats > 0]
-    if not used:
-        raise DataError("nothing is left to train on", ["The repeats of all folders are 0."])
+    training, held_out = hold_out(used_examples(examples), config)
+    own = training
+    if prior.folder is not None:
+        folders.append(prior_folder(config.data_config, prior, prior.folder))
+        training = training + read_examples(folders[-1:], multiple, rules, apart, seed=config.seed)
+    used = [example for example in training if example.is_used]
+    training = training + [example for example in examples if not example.is_used]
     batch_size = config.batch_size
     order = BatchOrder(
         [[example.signature(variant) for variant in range(len(example.framings))] for example in used],
@@ -87,8 +90,10 @@ def count_folders(config: TrainConfig, multiple: int, rules: ControlRules | None
     notes = []
     if len(folders) > 1 and (sentence := shared_pictures(examples)):
         notes.append(sentence)
+    if prior.prompts:
+        notes.append("Regularization pictures, which the base model draws before the first step, are not counted.")
     if held_out:
-        notes.append(f"{len(held_out)} of {len(examples)} pictures are held out, and not counted.")
+        notes.append(f"{len(held_out)} of {len(held_out) + len(own)} pictures are held out, and not counted.")
     return FolderListing(
         tuple(_count(folder, [each for each in training if each.folder == folder.label], draws) for folder in folders),
         steps,

@@ -44,6 +44,22 @@ def test_shared_pictures_and_a_held_out_share_are_mentioned(tmp_path):
     assert "2 pictures lie in several folders" in shown and "of 4 pictures are held out, and not counted" in shown
 
 
+def test_what_a_run_does_not_use_is_not_counted_and_what_it_adds_is(tmp_path):
+    """As `prepare_data` has it: no picture without weight is held out, and no regularization picture."""
+    cats, dogs, prior = (
+        write(tmp_path / "cats", "a", "b"),
+        write(tmp_path / "dogs", *"cdef"),
+        write(tmp_path / "x", "g"),
+    )
+    text = f"[{{img_dir: {cats}}}, {{img_dir: {dogs}, loss_weight: 0}}]"
+    more = ("validation.held_out=0.5", f"prior_preservation.folder={prior}", "prior_preservation.repeats=2")
+    listing = count_folders(load_config(None, words(tmp_path, text, *more)), 16, None)
+    assert [(each.num_pictures, each.turns) for each in listing.folders] == [(1, 1.0), (4, 0.0), (1, 2.0)]
+    shown = listing.render()
+    assert "dogs/: 4 pictures, not used at a loss_weight of 0: 0 turns" in shown and "1 of 2 pictures are" in shown
+    assert "prior_preservation/: 1 picture, 2 times an epoch" in shown
+
+
 def test_problems_of_all_folders_come_first(tmp_path):
     one, other = write(tmp_path / "one", "a"), write(tmp_path / "other", "b")
     (one / "a.txt").unlink()
@@ -51,5 +67,5 @@ def test_problems_of_all_folders_come_first(tmp_path):
     with pytest.raises(DataError) as caught:
         count_folders(load_config(None, words(tmp_path, f"[{{img_dir: {one}}}, {{img_dir: {other}}}]")), 16, None)
     assert "a.png has no caption" in str(caught.value) and "b.txt is UTF-16" in str(caught.value)
-    with pytest.raises(DataError, match="The repeats of all folders are 0"):
+    with pytest.raises(DataError, match="An epoch would use 0 pictures"):
         count_folders(load_config(None, words(tmp_path, f"[{{img_dir: {write(one, 'a')}, repeats: 0}}]")), 16, None)
