@@ -72,7 +72,7 @@ def test_another_mask_is_another_run(place: Path) -> None:
     masks = sorted((place / "others").glob("*.png"))
     for mask in masks:
         Image.eval(Image.open(mask), lambda level: 255 - level).save(mask)
-    with pytest.raises(CheckpointError, match="the data set has changed: picture of"):
+    with pytest.raises(CheckpointError, match="the data set has changed: picture, control or mask of"):
         run(place, "whole", "others", resume_from_checkpoint="latest", max_train_steps=4)
     with pytest.raises(CheckpointError, match=r"data_config\.weight_outside_mask: was 0\.1, is 0\.2"):
         run(place, "whole", resume_from_checkpoint="latest", max_train_steps=4, data_config__weight_outside_mask=0.2)
