@@ -95,12 +95,12 @@ def prepare_data(
     if prior is not None:
         folders.append(prior_folder(data, config.prior_preservation, prior))
         of_prior = read_examples(folders[-1:], multiple, rules, apart, notes.append, config.seed)
-        training = training + [example for example in of_prior if example.is_used]
+        training, examples = training + [each for each in of_prior if each.is_used], examples + of_prior
     num_prior = len(training) - len(named_by_triggers)
     if config.random_weights:
         return replace(random_data(config, family, folder, training, held_out), num_prior=num_prior)
 
-    if len(data.folders) > 1:
+    if len(data.folders) > 1 or prior is not None:
         notes += filter(None, [shared_pictures(examples)])
     notes += missing_triggers(named_by_triggers, config.trigger_words)
     asked = asked_prompts(config)

@@ -124,9 +124,12 @@ def test_what_decides_the_pictures_decides_their_folder(tmp_path: Path, key: str
     assert path != prior_path(other, "base") and path != prior_path(one, "another base")
 
 
-def test_given_pictures_join_the_others(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_given_pictures_join_the_others(place: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
     """They come last, are never held out, and weigh what they are to weigh; an epoch may use less than one of them."""
-    pictures(place / "given", DEMO_HELD_OUT, 3)
+    pictures(place / "given", DEMO_HELD_OUT, 2)
+    for path in [*(place / "pictures").iterdir()][:1]:
+        for each in place.glob(f"pictures/{path.stem}.*"):
+            shutil.copy(each, place / "given")
     prepared: list[PreparedData] = []
 
     def watched(*arguments: Any) -> PreparedData:
@@ -152,6 +155,7 @@ def test_given_pictures_join_the_others(place: Path, monkeypatch: pytest.MonkeyP
     assert data.num_prior == 3 and set(measured) == {0}, "over-fitting is told by what is learned"
     assert [use.repeats for use in data.uses] == [1.0, 0.25, 0.25, 0.25]
     assert not (place / "with-given" / "prior").exists()
+    assert "1 picture lies in several folders, byte for byte" in capfd.readouterr().out, "it is no other picture"
 
 
 def test_a_folder_without_pictures_is_named(place: Path) -> None:
