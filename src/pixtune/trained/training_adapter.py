@@ -18,6 +18,7 @@ from pixtune.config.schema import TrainConfig
 from pixtune.errors import WeightsError
 from pixtune.family import Shapes
 from pixtune.trained.adapters import scaled
+from pixtune.trained.export import DIFFUSERS_FILE
 from pixtune.trained.saved_lora import SavedLora, attach_saved_lora, read_saved_lora
 
 ADAPTER_NAME = "training_adapter"
@@ -28,10 +29,19 @@ def training_adapter_of(config: TrainConfig) -> SavedLora | None:
     """Returns the training adapter of a run with its strength; None where it has none. No number of it is read yet.
 
     Raises:
-        WeightsError: see `read_saved_lora`.
+        WeightsError: it is a folder, or see `read_saved_lora`; names the key.
     """
-    keys = config.training_adapter
-    return None if keys.path is None else read_saved_lora(keys.path).scaled(keys.strength)
+    path, strength = config.training_adapter.path, config.training_adapter.strength
+    if path is None:
+        return None
+    if path.is_dir():
+        raise WeightsError(
+            f"training_adapter.path {path} is a folder. Give the LoRA file in it, such as {path / DIFFUSERS_FILE}."
+        )
+    try:
+        return read_saved_lora(path).scaled(strength)
+    except WeightsError as error:
+        raise WeightsError(f"training_adapter.path: {error}") from error
 
 
 def adapter_fingerprint(path: Path) -> str:

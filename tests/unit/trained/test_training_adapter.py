@@ -145,6 +145,14 @@ def test_another_models_adapter_is_refused(tmp_path: Path) -> None:
         check_training_adapter(config_with(tmp_path, path), shapes)
 
 
+def test_a_folder_or_any_file_in_place_of_an_adapter_is_refused_by_the_key(tmp_path: Path) -> None:
+    (text := tmp_path / "notes.txt").write_text("these are no weights at all")
+    with pytest.raises(PixtuneError, match=r"training_adapter\.path: .*notes.txt is no safetensors file"):
+        check_training_adapter(config_with(tmp_path, text), {})
+    with pytest.raises(PixtuneError, match=r"training_adapter\.path .* is a folder.*pytorch_lora_weights"):
+        check_training_adapter(config_with(tmp_path, tmp_path), {})
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
