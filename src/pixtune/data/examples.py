@@ -13,6 +13,7 @@ from pixtune.config.schema import TrainConfig
 from pixtune.data.buckets import Buckets, Framing, build_buckets, frame_picture, frame_variants
 from pixtune.data.captions import caption_without_file, forms_of, split_lines, with_prefix
 from pixtune.data.controls import ControlFraming, ControlRules, frame_control
+from pixtune.data.findings import count
 from pixtune.data.images import picture_digest, read_size
 from pixtune.data.layouts import find_examples
 from pixtune.data.masks import MaskFile, find_masks
@@ -165,7 +166,9 @@ def read_examples(
         if not others:
             raise first
         faults = [fault for error in errors for fault in error.faults]
-        raise DataError(f"{len(errors)} folders cannot be trained on, {len(faults)} problems", faults)
+        raise DataError(
+            f"{len(errors)} folders cannot be trained on, {count(len(faults), 'problem', 'problems')}", faults
+        )
     return examples
 
 
@@ -278,7 +281,7 @@ def check_folder(folder: Folder, multiple: int, apart: Collection[Path] = ()) ->
     report = validate_pairs(found, img_size=folder.img_size, multiple=multiple, upscale=folder.upscale)
     faults = list(dict.fromkeys((*report.faults, *find_masks(found.pairs, folder, apart).faults)))
     if faults:
-        raise DataError(f"{folder.img_dir} cannot be trained on, {len(faults)} problems", faults)
+        raise DataError(f"{folder.img_dir} cannot be trained on, {count(len(faults), 'problem', 'problems')}", faults)
     return tuple(warning for warning in report.warnings if warning not in found.warnings)
 
 

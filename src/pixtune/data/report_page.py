@@ -67,7 +67,8 @@ def verdict(num_pictures: int, findings: Sequence[Finding]) -> str:
         Level.WARNING: count(numbers[Level.WARNING], "warning", "warnings"),
         Level.NOTE: count(numbers[Level.NOTE], "note", "notes"),
     }
-    listed = " and ".join(words[level] for level in Level if numbers[level])
+    *others, last = [words[level] for level in Level if numbers[level]] or [""]
+    listed = f"{', '.join(others)} and {last}" if others else last
     pictures = count(num_pictures, "picture", "pictures")
     if numbers[Level.ERROR]:
         return f"The data set cannot be trained on: {listed}, {pictures}."

@@ -15,6 +15,7 @@ from pixtune.data.doctor.examine import find_misaligned
 from pixtune.data.doctor.looks import take_look
 from pixtune.data.doctor.pair_looks import PairLook
 from pixtune.data.findings import Finding, Level
+from pixtune.data.report_page import verdict
 from pixtune.data.validate import Examination, validate_folder
 from pixtune.judging.alignment import Alignment
 from tests.pictures import save_pair
@@ -201,3 +202,10 @@ def test_a_large_pair_is_not_named_for_less_than_can_be_measured():
     names = {Path("far.png"): "far.png", Path("near.png"): "near.png"}
     found = next(find_misaligned({Path("far.png"): beside, Path("near.png"): near}, names))
     assert [case.text for case in found.cases] == ["near.png (1.2 px left)"]
+
+
+def test_the_verdict_counts_in_plain_english() -> None:
+    found = [Finding(level, "x", "x", (), "") for level in (Level.ERROR, Level.WARNING, Level.WARNING, Level.NOTE)]
+    assert verdict(8, found) == ("The data set cannot be trained on: 1 problem, 2 warnings and 1 note, 8 pictures.")
+    assert verdict(1, found[1:]) == "The data set can be trained on; look at 2 warnings and 1 note first. 1 picture."
+    assert verdict(2, []) == "The data set is fine. 2 pictures."
