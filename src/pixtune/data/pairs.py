@@ -314,24 +314,25 @@ def _without_partner(
 ) -> list[str]:
     """Reports pictures that lack a partner: one by one where they are few, else as the one mistake that they are."""
     kind = partners.kind
-    if len(without) <= _NAMES_SHOWN:
-        return [
-            f"The picture {path} has no {kind} {partners.folder / stem_of(name)}{partners.extension}."
-            for name, path in without.items()
-        ]
     parents = Counter(path.parent for path in pictures.values())
     whole = [
-        each for each, count in Counter(path.parent for path in without.values()).items() if count == parents[each]
+        each for each, count in Counter(path.parent for path in without.values()).items() if count == parents[each] > 1
     ]
     faults = []
     if kind == "caption" and len(parents) > len(whole):
         for each in whole:
             faults.append(
-                f"None of the {parents[each]} pictures in {each} has a caption. If they are control pictures, name the "
-                f"folders apart: pixtune validate TARGETS --control-dir {each}, data_config.control_dir in training."
+                f"None of the {parents[each]} pictures in {each} has a caption. If they are control pictures or masks, "
+                f"name the folders apart: data_config.img_dir=TARGETS with data_config.control_dir={each}, or with "
+                f"data_config.mask_dir, in training; pixtune validate TARGETS --control-dir {each}."
             )
         without = {name: path for name, path in without.items() if path.parent not in whole}
-    if without:
+    if len(without) <= _NAMES_SHOWN:
+        faults += [
+            f"The picture {path} has no {kind} {partners.folder / stem_of(name)}{partners.extension}."
+            for name, path in without.items()
+        ]
+    else:
         listed = shorten(map(str, without.values()))
         faults.append(f"{len(without)} pictures have no {kind} of their name ({partners.extension}): {listed}.")
     return faults

@@ -419,7 +419,15 @@ def test_the_parent_of_targets_and_controls_is_one_problem_with_its_remedy(tmp_p
             (tmp_path / folder / f"{number}.{extension}").touch()
     (fault,) = find_pairs(tmp_path).faults
     assert fault.startswith(f"None of the 8 pictures in {tmp_path}/before has a caption.")
-    assert f"--control-dir {tmp_path}/before" in fault
+    assert f"--control-dir {tmp_path}/before" in fault and f"data_config.control_dir={tmp_path}/before" in fault
+
+
+def test_a_few_masks_beside_their_pictures_are_one_problem_too(tmp_path: Path) -> None:
+    touch(tmp_path, "images/a.png", "images/a.txt", "images/b.png", "images/b.txt", "images/c.png", "masks/a.png")
+    touch(tmp_path, "masks/b.png")
+    masks, lacking = find_pairs(tmp_path).faults
+    assert masks.startswith(f"None of the 2 pictures in {tmp_path}/masks has a caption.") and "mask_dir" in masks
+    assert lacking == f"The picture {tmp_path}/images/c.png has no caption {tmp_path}/images/c.txt."
 
 
 def test_a_picture_of_a_phone_and_its_caption_are_one_problem(tmp_path: Path) -> None:
