@@ -15,11 +15,12 @@ EDGE = 192
 """Longer side of a suspect's thumbnail in pixels."""
 
 
-def build_best(outcome: Outcome, training: Sequence[Validation]) -> str:
+def build_best(outcome: Outcome, training: Sequence[Validation], is_kept: bool) -> str:
     """Builds a remark where the held-out loss was lowest before the end, with what the training pictures show of it.
 
     Args:
         training: losses of training pictures, measured as those held out.
+        is_kept: whether files of the best weights stand in best/; of whole models none do.
     """
     best, last = outcome.best, outcome.last
     if best.loss >= last.loss * (1 - CLEARLY):
@@ -29,6 +30,7 @@ def build_best(outcome: Outcome, training: Sequence[Validation]) -> str:
             f"<p>No step was better on held-out pictures than the base model itself ({best.loss:.4f} at step 0). "
             "A lower learning rate may learn more.</p>"
         )
+    kept = "; they stand in <code>best/</code>" if is_kept else ""
     by_step = {each.step: each.loss for each in training}
     learned = ""
     if best.step in by_step and last.step in by_step and by_step[last.step] < by_step[best.step] * (1 - CLEARLY):
@@ -38,7 +40,7 @@ def build_best(outcome: Outcome, training: Sequence[Validation]) -> str:
         )
     return (
         f"<p>The lowest was {best.loss:.4f} at step {best.step:,}, before the end. "
-        f"A LoRA from there may be the better one; it stands in <code>best/</code>.{learned}</p>"
+        f"The weights of that step may be the better ones{kept}.{learned}</p>"
     )
 
 

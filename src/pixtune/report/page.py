@@ -35,10 +35,13 @@ MOST_WARNINGS = 60
 QUARTERS = ("nearly clean [0, 1/4)", "[1/4, 1/2)", "[1/2, 3/4)", "nearly noise [3/4, 1]")
 """Names of sigma's quarters, in the order of `ValidationLoss.quarters`."""
 
+WATCH_HELD_OUT = (
+    "The held-out loss is the one to watch: it falls while the model learns what carries over to other pictures, "
+    "and rises once it learns yours by heart. "
+)
 HOW_TO_READ = (
-    "<p>The held-out loss is the one to watch: it falls while the model learns what carries over to other pictures, "
-    "and rises once it learns yours by heart. The loss of a training step depends on its noise level more than on the "
-    "weights; only the mean of many steps says something.</p>"
+    "The loss of a training step depends on its noise level more than on the weights; only the mean of many steps says "
+    "something."
 )
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
@@ -56,11 +59,11 @@ def build_page(
     num_steps: int | None = None,
 ) -> str:
     """Builds the whole HTML document. The arguments are those of `write_report`."""
-    name = escape(output_dir.resolve().name)
+    name, best_is_kept = escape(output_dir.resolve().name), (output_dir / "best").is_dir()
     decisions = [format_decision(key, value) for key, value in plan.items() if key != "reasons"]
     body = [
         f'<header><h1>{name}</h1><p class="quiet">{escape(describe_run(output_dir, config))}</p>'
-        f"{build_outcome(record)}</header>",
+        f"{build_outcome(record, best_is_kept)}</header>",
         build_tiles(record, plan, num_steps),
         build_suspects(output_dir, record),
         build_pairs(output_dir, record),
@@ -105,7 +108,7 @@ def describe_run(output_dir: Path, config: Mapping[str, Any]) -> str:
     return ", ".join(filter(None, parts))
 
 
-def build_outcome(record: RunRecord) -> str:
+def build_outcome(record: RunRecord, best_is_kept: bool) -> str:
     """Builds the sentence with the run's outcome."""
     outcome = record.outcome
     if outcome is None:
@@ -118,7 +121,7 @@ def build_outcome(record: RunRecord) -> str:
         kind = "good" if outcome.change < 0 else "bad"
         change = f' <span class="{kind}">({format_percent(outcome.change)})</span>'
     sentence = f'<p class="outcome">Held-out loss {first.loss:.4f} → {last.loss:.4f}{change}</p>'
-    return sentence + build_best(outcome, record.training_pictures)
+    return sentence + build_best(outcome, record.training_pictures, best_is_kept)
 
 
 def build_tiles(record: RunRecord, plan: Mapping[str, Any], num_steps: int | None = None) -> str:
@@ -222,7 +225,8 @@ def build_charts(record: RunRecord) -> str:
     if not any(charts):
         return "<section><h2>Curves</h2><p>No step was logged.</p></section>"
     table = build_validations(record.validations) if record.validations else ""
-    return f'<section><h2>Curves</h2>{HOW_TO_READ}<div class="charts">{"".join(charts)}</div>{table}</section>'
+    how = (WATCH_HELD_OUT if record.validations else "") + HOW_TO_READ
+    return f'<section><h2>Curves</h2><p>{how}</p><div class="charts">{"".join(charts)}</div>{table}</section>'
 
 
 def plan_charts(record: RunRecord) -> list[Chart]:

@@ -18,17 +18,18 @@ def validation(step: int, loss: float) -> Validation:
 def test_over_fitting_is_told_where_training_pictures_improve_and_held_out_ones_do_not() -> None:
     outcome = Outcome(validation(0, 1.0), validation(30, 0.8), validation(10, 0.5))
     falling = [validation(0, 1.0), validation(10, 0.6), validation(30, 0.2)]
-    told = build_best(outcome, falling)
+    told = build_best(outcome, falling, True)
     assert "0.5000 at step 10" in told and "best/" in told
+    assert "best/" not in build_best(outcome, falling, False), "of a whole model no files are kept"
     assert "from 0.6000 to 0.2000: the model learns your pictures by heart" in told
     rising = [*falling[:2], validation(30, 0.9)]
-    assert "by heart" not in build_best(outcome, rising) and "by heart" not in build_best(outcome, [])
-    assert build_best(Outcome(validation(0, 1.0), validation(30, 0.5), validation(30, 0.5)), falling) == ""
+    assert "by heart" not in build_best(outcome, rising, True) and "by heart" not in build_best(outcome, [], True)
+    assert build_best(Outcome(validation(0, 1.0), validation(30, 0.5), validation(30, 0.5)), falling, True) == ""
 
 
 def test_where_the_base_is_the_best_no_file_is_named_as_the_better_one() -> None:
     """Files in best/ are of the best trained step, which is worse than the base."""
-    told = build_best(Outcome(validation(0, 1.0), validation(30, 8.0), validation(0, 1.0)), [])
+    told = build_best(Outcome(validation(0, 1.0), validation(30, 8.0), validation(0, 1.0)), [], True)
     assert "No step was better on held-out pictures than the base model itself (1.0000" in told and "best/" not in told
 
 

@@ -216,6 +216,13 @@ def test_a_loss_that_rose_is_said_with_the_better_step(run: FakeRun) -> None:
     assert "0.1500 at step 10" in head.text
 
 
+def test_the_held_out_loss_is_the_one_to_watch_where_there_is_one(run: FakeRun) -> None:
+    run.steps(1, 3)
+    assert "one to watch" not in run.report().source
+    run.validation(3, *[0.2] * 4)
+    assert "one to watch" in run.report().source
+
+
 def test_no_better_step_is_named_when_the_last_is_best(whole_run: FakeRun) -> None:
     assert "lowest" not in whole_run.report().root.find("header")[0].text
 
