@@ -74,8 +74,9 @@ def time_lines(report: PlanReport) -> list[str]:
     else:
         lines.append("How long a step takes is not estimated on a CPU: pixtune bench measures it.")
     if length.num_pictures is not None:
-        times = "" if length.num_steps is None else length.num_steps * length.pictures_per_step / length.num_pictures
-        used = f": each is used about {times:.0f} times" if times else ""
+        times = 0.0 if length.num_steps is None else length.num_steps * length.pictures_per_step / length.num_pictures
+        number = f"{times:.0f}" if times >= 1.5 else f"{times:.2g}"
+        used = f": each is used about {number} times" if times else ""
         lines.append(f"{length.num_pictures:,} pictures with captions{used}.")
     return lines
 
