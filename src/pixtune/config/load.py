@@ -155,6 +155,8 @@ def _field_fault(key: str, errors: Sequence[ErrorDetails], entry: Entry | None, 
         return Fault(whole, f"{key} is required and missing. {description}")
     wanted = " or ".join(dict.fromkeys(_wanted(details) for details in errors))
     sentence = f"{entry.written_as} is {show(entry.value)}: must be {wanted}"
+    if key == "samples.prompts" and str(entry.value).endswith((".txt", ".jsonl")):
+        sentence += "; a file of prompts is samples.prompts_file"
     near = _near_choice(errors, entry.value)
     if near:
         sentence += f"; did you mean {near}?"

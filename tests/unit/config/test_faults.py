@@ -400,6 +400,8 @@ def test_keys_that_are_written_as_elsewhere_are_answered_with_how_to_write_them(
 def test_a_text_in_place_of_a_list_is_answered_with_the_list(faults_of, minimal):
     (fault,) = faults_of(minimal, "samples.prompts=a cat")
     assert fault.endswith('samples.prompts is "a cat": must be a list, as ["a cat"]')
+    (fault,) = faults_of(minimal, "samples.prompts=prompts.txt")
+    assert fault.endswith("; a file of prompts is samples.prompts_file"), "the list would draw the file's name"
 
 
 def test_the_table_of_other_names_leads_to_keys_that_exist_and_shadows_none():
