@@ -170,6 +170,7 @@ def carry_out(job: Job, memory: TrainConfig, at_once: int | None, dry_run: bool)
     """
     import torch
 
+    from pixtune.captioning.choosing import Choice
     from pixtune.captioning.job import make_plan, placement_for, write_captions
     from pixtune.hardware.read import read_facts
     from pixtune.tracking.memory import RunMemory
@@ -186,7 +187,8 @@ def carry_out(job: Job, memory: TrainConfig, at_once: int | None, dry_run: bool)
     for reason in plan.reasons if plan else ():
         report(f"plan: {reason}")
     for chosen in job.chosen if dry_run else ():
-        typer.echo(one_line(f"{chosen.picture.shown}: {chosen.choice.value}"))
+        if chosen.choice is not Choice.KEPT:  # those are counted: of a thousand, the two that lack one are looked for
+            typer.echo(one_line(f"{chosen.picture.shown}: {chosen.choice.value}"))
     problems = [each.problem for each in job.failed]
     num_written = num_cut = 0
     if plan and not dry_run:
