@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -77,7 +78,7 @@ def in_words(values: Mapping[str, Any]) -> str:
         return "a section of keys"
     if values.get("type") == "array":
         items = in_words(values["items"]).removeprefix("a ")
-        return f"a list of {items.replace('whole number', 'whole numbers').replace('section of', 'sections of')}"
+        return "a list of " + re.sub("^(whole number|number|path|list|section)", r"\1s", items)
     if values.get("format") == "path":
         return "a path"
     words = PLAIN_TYPES[values["type"]]

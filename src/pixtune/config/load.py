@@ -192,9 +192,9 @@ def _wanted(details: ErrorDetails) -> str:
     wanted = form.format(**bounds).replace("'", '"')
     if details["type"] == "string_type" and isinstance(details["input"], bool | int | float):
         wanted += " (put it in quotes)"
-    if details["type"] == "tuple_type" and isinstance(details["input"], str | int | float):
-        wanted += f", as [{show(details['input'])}]"
     position = next((word for word in details["loc"] if isinstance(word, int)), None)
+    if details["type"] == "tuple_type" and position is None and isinstance(details["input"], str | int | float):
+        wanted += f", as [{show(details['input'])}]"
     return wanted if position is None else f"{wanted} in item {position + 1}"
 
 

@@ -85,6 +85,7 @@ def test_the_message_is_headed_by_file_and_count(write, minimal):
         ("mixed_precision: BF16", 'mixed_precision is "BF16": must be "no" or "bf16"; did you mean "bf16"?'),
         ("trigger_words: sks", 'trigger_words is "sks": must be a list'),
         ("trigger_words: [sks, 3]", "trigger_words is ['sks', 3]: must be text (put it in quotes) in item 2"),
+        ("samples: {sizes: [64, 64]}", "samples.sizes is [64, 64]: must be a list in item 1 or a list in item 2"),
         ("samples: {seeds: [0, x]}", "samples.seeds is [0, 'x']: must be a whole number in item 2"),
         ("samples: 3", "samples is 3: it is a section with keys of its own: prompts, controls, prompts_file"),
         ("samples: [prompts]", "samples is ['prompts']: it is a section with keys of its own: prompts"),

@@ -24,6 +24,12 @@ def test_every_key_stands_on_the_page_with_its_values_and_default():
     assert '| `report_to` | "tensorboard" \\| "wandb" |  | Tracker' in text
 
 
+def test_lists_are_of_plurals():
+    text = page()
+    assert "a list of lists of whole numbers from 16 to 16,384" in text and "a list of numbers from -10" in text
+    assert "numberss" not in text and "list of list of" not in text and "list of number from" not in text
+
+
 def test_defaults_are_those_of_the_schema():
     plain = {key.name: key.default for key in describe_keys()}
     assert plain["learning_rate"] == "0.0001" and plain["samples.seeds"] == "[0]" and plain["adam8bit"] == "null"
