@@ -153,7 +153,8 @@ def _field_fault(key: str, errors: Sequence[ErrorDetails], entry: Entry | None, 
     description = (_field(key).description or "").split("\n\n")[0].replace("\n", " ")
     if entry is None:
         return Fault(whole, f"{key} is required and missing. {description}")
-    wanted = " or ".join(dict.fromkeys(_wanted(details) for details in errors))
+    of_items = [details for details in errors if details["type"] != "too_short"]  # a wrong item is not counted either
+    wanted = " or ".join(dict.fromkeys(_wanted(details) for details in of_items or errors))
     sentence = f"{entry.written_as} is {show(entry.value)}: must be {wanted}"
     if key == "samples.prompts" and str(entry.value).endswith((".txt", ".jsonl")):
         sentence += "; a file of prompts is samples.prompts_file"

@@ -86,6 +86,7 @@ def test_the_message_is_headed_by_file_and_count(write, minimal):
         ("trigger_words: sks", 'trigger_words is "sks": must be a list'),
         ("trigger_words: [sks, 3]", "trigger_words is ['sks', 3]: must be text (put it in quotes) in item 2"),
         ("samples: {sizes: [64, 64]}", "samples.sizes is [64, 64]: must be a list in item 1 or a list in item 2"),
+        ("samples: {strengths: [11]}", "samples.strengths is [11]: must be at most 10 in item 1"),
         ("samples: {seeds: [0, x]}", "samples.seeds is [0, 'x']: must be a whole number in item 2"),
         ("samples: 3", "samples is 3: it is a section with keys of its own: prompts, controls, prompts_file"),
         ("samples: [prompts]", "samples is ['prompts']: it is a section with keys of its own: prompts"),
