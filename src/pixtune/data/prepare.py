@@ -102,7 +102,7 @@ def prepare_data(
 
     if len(data.folders) > 1 or prior is not None:
         notes += filter(None, [shared_pictures(examples)])
-    notes += missing_triggers(named_by_triggers, config.trigger_words)
+    notes += missing_triggers(named_by_triggers, config.trigger_words) + partly_masked(named_by_triggers)
     asked = asked_prompts(config)
     prompts = [
         prompt_example(p.text, p.controls, p.size or default_size(config), p.size is None, multiple, rules)
@@ -224,6 +224,14 @@ def missing_triggers(training: Sequence[Example], words: Sequence[str]) -> list[
                 "The LoRA learns it from captions alone, so write it there, or set data_config.caption_prefix."
             )
     return sentences
+
+
+def partly_masked(training: Sequence[Example]) -> list[str]:
+    """Writes a sentence where some pictures have masks and others count as a whole, which nothing else shows."""
+    num_masked = sum(each.mask is not None for each in training)
+    if num_masked in (0, len(training)):
+        return []
+    return [f"{num_masked} of {len(training)} pictures have masks; the others count as a whole."]
 
 
 def _digests_by_name(training: Sequence[Example]) -> dict[str, str] | None:
