@@ -27,10 +27,11 @@ def opening_lines(
     per_step = order.global_batch_size * config.gradient_accumulation_steps
     num_processes = order.global_batch_size // config.batch_size
     together = f", by {num_processes} processes" if num_processes > 1 else ""
-    epochs = num_steps * config.gradient_accumulation_steps / max(order.epoch_end(0), 1)
-    number = f"about {epochs:.0f}" if epochs >= 1.5 else f"{epochs:.1f}"
+    # Not epochs: one that fills its batches uses pictures of rare shapes oftener than once.
+    mean = num_steps * per_step / sum(use.repeats for use in order.uses)
+    number = f"about {mean:.0f}" if mean >= 1.5 else f"{mean:.1f}"
     is_once = all(use.repeats == 1 for use in order.uses)
-    turns = f"every picture {number} times" if is_once else f"{number} times the folders' repeats"
+    turns = f"every picture {number} times" if is_once else f"every picture {number} times its folder's repeats"
     note, warning = uneven_note(order, source.reader.names), optim.check_schedule(config, num_steps)
     return [
         # Scripts look for this line, so its words stay whatever the numbers are.
