@@ -39,7 +39,7 @@ from pixtune.data.prepared import (
 )
 from pixtune.data.prompts import control_rules, encode_prompt, prompt_example, rounded_sizes
 from pixtune.data.random_data import random_data
-from pixtune.data.rivals import CaptionTrials, choose_trials
+from pixtune.data.rivals import CaptionTrials, choose_trials, not_judged
 from pixtune.data.sample_prompts import AskedPrompt, asked_prompts, default_size
 from pixtune.data.swapped import BothWays, choose_pairs, needed_pictures, needed_texts, read_pairs
 from pixtune.family import Conditioning, LatentDistribution, ModelFamily
@@ -116,6 +116,7 @@ def prepare_data(
     pairs = choose_pairs(training, rules, family.dropped_caption, config.seed)
     items = _needed_texts(config, family, training, held_out, prompts, negatives)
     trials = choose_trials(named_by_triggers, config, family.controls_in_text)
+    notes += not_judged(trials, config)
     items = list(dict.fromkeys([*items, *needed_texts(pairs, family.dropped_caption), *trials.texts()]))
     pictures = list(dict.fromkeys([*_needed_pictures(config, training, held_out, prompts), *needed_pictures(pairs)]))
     encoder = build_encoder(config, family, folder, accelerator, items, pictures, encoders)

@@ -84,6 +84,16 @@ def choose_trials(training: Sequence[Example], config: TrainConfig, controls_in_
     return CaptionTrials(training, tuple(sorted(trials, key=lambda trial: trial.example)))
 
 
+def not_judged(trials: CaptionTrials, config: TrainConfig) -> list[str]:
+    """Writes a sentence where the config demands that captions be judged, and they cannot be."""
+    if not config.validation.judge_captions or trials.each:
+        return []
+    return [
+        f"validation.judge_captions is true, and captions are not judged: at least {FEWEST_CAPTIONS} different ones "
+        "are needed among the pictures to train on, and half as many as pictures."
+    ]
+
+
 def _turns_of_each(config: TrainConfig, num_examples: int) -> float:
     """Returns how often a run sees each picture."""
     per_step = config.batch_size * config.gradient_accumulation_steps

@@ -13,7 +13,7 @@ from pixtune.data.buckets import Framing
 from pixtune.data.examples import Example
 from pixtune.data.exclusion import without_excluded
 from pixtune.data.held_out import hold_out
-from pixtune.data.rivals import FEW, MANY, choose_trials
+from pixtune.data.rivals import FEW, MANY, choose_trials, not_judged
 from pixtune.errors import DataError
 
 
@@ -89,5 +89,7 @@ def test_captions_are_tried_where_that_is_cheap_and_they_differ() -> None:
     assert choose_trials(examples, always, False).each == trials
     edits = [example(number, controls=1) for number in range(20)]
     assert {len(trial.rivals) for trial in choose_trials(edits, always, True).each} == {FEW}
-    assert not choose_trials([example(number, caption="sks") for number in range(20)], always, False).each
+    same = choose_trials([example(number, caption="sks") for number in range(20)], always, False)
+    assert not same.each and "at least 8 different ones are needed" in not_judged(same, always)[0]
+    assert not not_judged(same, config()) and not not_judged(choose_trials(edits, always, True), always)
     assert not choose_trials(examples, config(validation__judge_captions="false", max_train_steps=9999), False).each
