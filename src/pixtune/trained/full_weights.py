@@ -39,6 +39,8 @@ from pixtune.trained.weight_update import WeightUpdate
 WEIGHTS_STEM = "transformer"
 MODEL_FOLDER = "model"
 ABOUT_FILE = "pixtune.json"
+LEAST_RATE = 1e-8
+"""Learning rate below which whole tensors may stay as they are: rounding swallows nearly all of each step."""
 LARGE_NUMBERS = 1 << 16
 """Numbers of a tensor from which a few steps are sure to move some of them, although each is rounded by chance."""
 NUM_READ_BACK = 16
@@ -166,7 +168,9 @@ class FullWeights:
 
     @property
     def must_move(self) -> Mapping[str, nn.Parameter]:
-        """Large tensors: of bf16 numbers that are rounded by chance, a few steps move some of many."""
+        """Large tensors: of numbers that are rounded, a few steps move some of many. None where the rate is too low."""
+        if self.config.learning_rate < LEAST_RATE:
+            return {}
         return {name: weight for name, weight in self.parameters.items() if weight.numel() >= LARGE_NUMBERS}
 
     @property

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from pixtune.storage.checkpoint import joined, sharded
 from pixtune.trained import optim
-from pixtune.trained.full_weights import gather_in_fp32
+from pixtune.trained.full_weights import FullWeights, gather_in_fp32
 from pixtune.trained.fused_step import FusedStep
 from pixtune.trained.host_states import HostStates
 from pixtune.trained.skipped_step import is_spoiled
@@ -367,3 +368,11 @@ def test_shards_hold_everything_and_stay_small() -> None:
     back = joined(read, "weights")
     assert back.keys() == tensors.keys() and all(back[name].equal(tensors[name]) for name in tensors)
     assert list(sharded("weights", tensors)) == ["weights"]
+
+
+def test_no_tensor_must_move_at_a_rate_that_rounding_swallows() -> None:
+    large = {"weight": nn.Parameter(torch.zeros(512, 512)), "bias": nn.Parameter(torch.zeros(512))}
+    of_rate: Any = FullWeights.must_move
+    for rate, names in ((1e-5, {"weight"}), (1e-12, set())):
+        weights = SimpleNamespace(parameters=large, config=SimpleNamespace(learning_rate=rate))
+        assert of_rate.fget(weights).keys() == names
