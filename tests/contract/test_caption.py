@@ -128,7 +128,7 @@ def test_kills_and_failing_disks_leave_whole_captions_and_the_same_command_goes_
     read_only = pixtune(*words, before=FailingDisk(folder, 1, errno.EROFS, lasts=True))
     assert read_only.returncode == 1 and "copy them to where you may write" in " ".join(read_only.stdout.split())
     full = pixtune(*words, "--batch-size", 1, before=FailingDisk(folder, 12, errno.ENOSPC, lasts=True))
-    assert full.returncode == 1 and "is the disk full?" in " ".join(full.stdout.split()), full.stdout
+    assert full.returncode == 1 and "No space left on device" in " ".join(full.stdout.split()), full.stdout
     written = [captions(folder)]
     killed = pixtune(*words, "--batch-size", 1, before=Killed(2))
     assert killed.returncode == 9, killed.stdout

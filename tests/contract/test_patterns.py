@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-import pixtune.train
+from pixtune import assembly
 from pixtune.assembly import assemble
 from pixtune.config import load_config
 from pixtune.engine.apply import load_planned
@@ -61,7 +61,7 @@ def alive_when_the_base_is_loaded(
         alive.extend(reference() is not None for reference in encoders)
         return load_planned(*arguments)
 
-    monkeypatch.setattr(pixtune.train, "load_planned", load)
+    monkeypatch.setattr(assembly, "load_planned", load)
     assemble(load_config(None, arguments), forward_backward)
     return alive
 
@@ -97,7 +97,7 @@ def test_pattern_2_the_environment_is_set_before_the_accelerator_and_memory_is_l
         assert not torch.cuda.is_initialized() and not memory_lines(caplog)
         return start_accelerator(config)
 
-    monkeypatch.setattr(pixtune.train, "start_accelerator", start)
+    monkeypatch.setattr(assembly, "start_accelerator", start)
     with caplog.at_level(logging.INFO, "pixtune"):
         train(load_config(None, words({**BASE, "unified_memory": True}, scene, tmp_path)))
     assert len(found) == 1 and "expandable_segments:True" in found[0] and memory_lines(caplog)

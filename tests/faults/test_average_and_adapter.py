@@ -94,7 +94,7 @@ def test_the_average_changes_no_step_and_may_be_left_out_on_resuming(
     settings = {"training_adapter__path": adapter, **UNSEEN, "resume_from_checkpoint": "latest"}
     words = overrides(run, warm_cache, max_train_steps=NUM_STEPS, checkpointing_steps=1, **settings)
     refusal = pixtune("train", "--config", write_config(tmp_path), *words)
-    assert refusal.returncode == 1 and "ema.decay: was 0.6, is None" in refusal.stdout
+    assert refusal.returncode == 1 and "ema.decay: was 0.6, is absent" in refusal.stdout
     train(tmp_path, warm_cache, **settings, resume_with_changes_in="[ema.decay]")
     assert not differing(saved(run, LORA), saved(whole, RAW))
     assert not (run / RAW).exists() and not (checkpoint_path(run, NUM_STEPS) / RAW).exists()
