@@ -14,7 +14,7 @@ from pixtune.config.folders import Folder, folder_beside, folders_of, prior_fold
 from pixtune.config.schema import TrainConfig
 from pixtune.data.build_encoder import build_encoder, check_cache
 from pixtune.data.cache import missing_keys
-from pixtune.data.encode import Encoder, FramedPicture, TextItem, shorten
+from pixtune.data.encode import Encoder
 from pixtune.data.encodings import Encodings, control_pictures, target_picture, text_item
 from pixtune.data.examples import (
     Example,
@@ -39,9 +39,10 @@ from pixtune.data.prepared import (
 )
 from pixtune.data.prompts import control_rules, encode_prompt, prompt_example, rounded_sizes
 from pixtune.data.random_data import random_data
-from pixtune.data.rivals import CaptionTrials, choose_trials, not_judged
-from pixtune.data.sample_prompts import AskedPrompt, asked_prompts, default_size
-from pixtune.data.swapped import BothWays, choose_pairs, needed_pictures, needed_texts, read_pairs
+from pixtune.data.rivals import choose_trials, not_judged
+from pixtune.data.sample_prompts import asked_prompts, default_size
+from pixtune.data.swapped import choose_pairs, read_pairs
+from pixtune.data.wanted import Wanted, all_variants
 from pixtune.family import Conditioning, LatentDistribution, ModelFamily
 from pixtune.hardware.monitor import StageLog
 from pixtune.judging.validation import HeldOutPicture
@@ -49,6 +50,7 @@ from pixtune.plan.encoders import EncoderPlan
 from pixtune.plan.passes import needs_negative
 from pixtune.plan.text_padding import Captions
 from pixtune.progress import announced, say
+from pixtune.sampler import EncodedPrompt
 from pixtune.storage.files import check_outputs, text_digest
 from pixtune.storage.loading import check_parts
 from pixtune.storage.model_folder import ModelFolder
@@ -90,43 +92,29 @@ def prepare_data(
     multiple, data = family.pixel_multiple(folder), config.data_config
     rules = control_rules(family, folder, data.control_size)
     apart, notes = folders_apart(config), list[str]()
-    folders, examples, training, held_out = read_own(config, family, folder, notes.append)
-    named_by_triggers = training
+    folders, examples, own, held_out = read_own(config, family, folder, notes.append)
+    of_prior: list[Example] = []
     if prior is not None:
         folders.append(prior_folder(data, config.prior_preservation, prior))
-        of_prior = read_examples(folders[-1:], multiple, rules, apart, notes.append, config.seed)
-        training, examples = training + [each for each in of_prior if each.is_used], examples + of_prior
-    num_prior = len(training) - len(named_by_triggers)
+        read = read_examples(folders[-1:], multiple, rules, apart, notes.append, config.seed)
+        of_prior, examples = [each for each in read if each.is_used], examples + read
     if config.random_weights:
-        return replace(random_data(config, family, folder, training, held_out), num_prior=num_prior)
+        drawn = random_data(config, family, folder, own + of_prior, held_out)
+        return replace(drawn, num_prior=len(of_prior))
 
     if len(data.folders) > 1 or prior is not None:
         notes += filter(None, [shared_pictures(examples)])
-    notes += missing_triggers(named_by_triggers, config.trigger_words) + partly_masked(named_by_triggers)
-    asked = asked_prompts(config)
-    prompts = [
-        prompt_example(p.text, p.controls, p.size or default_size(config), p.size is None, multiple, rules)
-        for p in asked
-    ]
-    drawn = [p.size or default_size(config) for p in asked if p.size or not p.controls]
-    notes += [note for size in dict.fromkeys(drawn) for note in rounded_sizes(size, multiple)]
-    negatives = [p.negative for p in asked]
-    if any(text is not None for text in negatives) and not needs_negative(family, config.samples.guidance_scale):
-        notes.append("negative prompts have no effect: this model, or a guidance_scale of 1, takes no pass for them.")
-    pairs = choose_pairs(training, rules, family.dropped_caption, config.seed)
-    items = _needed_texts(config, family, training, held_out, prompts, negatives)
-    trials = choose_trials(named_by_triggers, config, family.controls_in_text)
-    notes += not_judged(trials, config)
-    items = list(dict.fromkeys([*items, *needed_texts(pairs, family.dropped_caption), *trials.texts()]))
-    pictures = list(dict.fromkeys([*_needed_pictures(config, training, held_out, prompts), *needed_pictures(pairs)]))
+    wanted, more = _choose(config, family, folder, own, of_prior, held_out)
+    notes += more
+    items, pictures = wanted.texts(config, family), wanted.pictures(config)
     encoder = build_encoder(config, family, folder, accelerator, items, pictures, encoders)
     encodings = Encodings(encoder)
     masks = Masks(family, folder, encoder.store, encoder.ledger)
     with announced("recognizing the encoders by their files", partial(say, encoder.console)):
-        fingerprint = _fingerprint(encoder, masks, training)
+        fingerprint = _fingerprint(encoder, masks, wanted.training)
     check(fingerprint)
     if accelerator.is_main_process or not config.save_cache_on_disk:
-        masked = [*all_variants(training), *all_variants(held_out)]
+        masked = [*all_variants(wanted.training), *all_variants(held_out)]
         if missing_keys(encoder.store, masks.keys(masked)):
             check_cache(config)
         notes += masks.fill(masked)
@@ -138,7 +126,7 @@ def prepare_data(
                 with announced(f"checking the pictures in {checked.img_dir}", partial(say, encoder.console)):
                     notes += check_folder(checked, multiple, apart)
         stages = stages or StageLog()
-        for sentence in (*notes, *encoder.cut_captions(_named_texts(training, held_out, prompts))):
+        for sentence in (*notes, *encoder.cut_captions(wanted.named_texts())):
             say(encoder.console, f"note: {sentence}")
         for reason in encoder.plan.reasons:
             say(encoder.console, f"encoders: {reason}")
@@ -153,10 +141,36 @@ def prepare_data(
         encodings.keep_text_encoder()
     if not config.precompute_image_embeddings:
         encodings.keep_autoencoder()
-    return _gather(
-        config, family, folder, encodings, masks, training, held_out, asked, prompts, pairs, trials, fingerprint,
-        num_prior,
-    )  # fmt: skip
+    return _gather(config, family, folder, encodings, masks, wanted, fingerprint)
+
+
+def _choose(
+    config: TrainConfig,
+    family: ModelFamily,
+    folder: ModelFolder,
+    own: list[Example],
+    of_prior: list[Example],
+    held_out: list[Example],
+) -> tuple[Wanted, list[str]]:
+    """Chooses what is read beside the examples, and writes sentences for the user on what it meets."""
+    multiple = family.pixel_multiple(folder)
+    rules = control_rules(family, folder, config.data_config.control_size)
+    notes = missing_triggers(own, config.trigger_words) + partly_masked(own)
+    asked = asked_prompts(config)
+    prompts = [
+        prompt_example(p.text, p.controls, p.size or default_size(config), p.size is None, multiple, rules)
+        for p in asked
+    ]
+    drawn = [p.size or default_size(config) for p in asked if p.size or not p.controls]
+    notes += [note for size in dict.fromkeys(drawn) for note in rounded_sizes(size, multiple)]
+    asks_for_negatives = any(p.negative is not None for p in asked)
+    if asks_for_negatives and not needs_negative(family, config.samples.guidance_scale):
+        notes.append("negative prompts have no effect: this model, or a guidance_scale of 1, takes no pass for them.")
+    training = own + of_prior
+    pairs = choose_pairs(training, rules, family.dropped_caption, config.seed)
+    trials = choose_trials(own, config, family.controls_in_text)
+    notes += not_judged(trials, config)
+    return Wanted(training, len(of_prior), held_out, asked, prompts, pairs, trials), notes
 
 
 def read_own(
@@ -207,11 +221,6 @@ def _fingerprint(encoder: Encoder, masks: Masks, training: Sequence[Example]) ->
     return DataFingerprint(text_digest("\n".join(digests)), _digests_by_name(training))
 
 
-def all_variants(examples: Sequence[Example]) -> list[tuple[Example, int]]:
-    """Lists each example with each of its framings' numbers."""
-    return [(example, variant) for example in examples for variant in range(len(example.framings))]
-
-
 def missing_triggers(training: Sequence[Example], words: Sequence[str]) -> list[str]:
     """Writes a sentence for each trigger word that captions lack: nothing else puts it there."""
     sentences = []
@@ -245,76 +254,17 @@ def _digests_by_name(training: Sequence[Example]) -> dict[str, str] | None:
     }
 
 
-def _named_texts(
-    training: Sequence[Example], held_out: Sequence[Example], prompts: Sequence[Example]
-) -> list[tuple[str, TextItem]]:
-    """Lists captions and prompts of samples as the text encoder gets them, each after its name in messages."""
-    return [
-        *(
-            (each.name, text_item(text, each, v))
-            for each in training
-            for v in range(len(each.framings))
-            for text in each.captions
-        ),
-        *((each.name, text_item(each.caption, each, 0)) for each in held_out),
-        *((f"the prompt {shorten(each.caption)}", text_item(each.caption, each, 0)) for each in prompts),
-    ]
-
-
-def _needed_texts(
-    config: TrainConfig,
-    family: ModelFamily,
-    training: Sequence[Example],
-    held_out: Sequence[Example],
-    prompts: Sequence[Example],
-    negatives: Sequence[str | None],
-) -> list[TextItem]:
-    """Lists the captions to encode before training, each once."""
-    items = [text_item(example.caption, example, 0) for example in [*held_out, *prompts]]
-    if needs_negative(family, config.samples.guidance_scale):
-        items += [
-            text_item(family.dropped_caption if text is None else text, example, 0)
-            for text, example in zip(negatives, prompts, strict=True)
-        ]
-    if config.precompute_text_embeddings:
-        instead = dropped_captions(family, training, config.data_config.caption_dropout_rate)
-        items += [
-            text_item(text, example, variant)
-            for example in training
-            for variant in range(len(example.framings))
-            for text in (*example.captions, *instead)
-        ]
-    return list(dict.fromkeys(items))
-
-
-def _needed_pictures(
-    config: TrainConfig, training: Sequence[Example], held_out: Sequence[Example], prompts: Sequence[Example]
-) -> list[FramedPicture]:
-    """Lists the pictures to encode before training, each once."""
-    pictures = [picture for example in prompts for picture in control_pictures(example, 0)]
-    framed = [(example, 0) for example in held_out]
-    if config.precompute_image_embeddings:
-        framed += [(example, variant) for example in training for variant in range(len(example.framings))]
-    for example, variant in framed:
-        pictures += [target_picture(example, variant), *control_pictures(example, variant)]
-    return list(dict.fromkeys(pictures))
-
-
 def _gather(
     config: TrainConfig,
     family: ModelFamily,
     folder: ModelFolder,
     encodings: Encodings,
     masks: Masks,
-    training: Sequence[Example],
-    held_out: Sequence[Example],
-    asked: Sequence[AskedPrompt],
-    prompts: Sequence[Example],
-    pairs: Sequence[BothWays],
-    trials: CaptionTrials,
+    wanted: Wanted,
     fingerprint: DataFingerprint,
-    num_prior: int,
 ) -> PreparedData:
+    training = wanted.training
+
     def read_latents(example: int, variant: int) -> LatentDistribution:
         return encodings.latents(target_picture(training[example], variant))
 
@@ -343,25 +293,9 @@ def _gather(
     return PreparedData(
         reader=example_reader(family, folder, training, read_latents, read_text, read_controls, read_weights),
         buckets=[[example.signature(variant) for variant in range(len(example.framings))] for example in training],
-        held_out=[
-            HeldOutPicture(
-                example.name,
-                encodings.latents(target_picture(example, 0)).mean_BCHW,
-                encodings.text(text_item(example.caption, example, 0)),
-                tuple(encodings.latents(picture).mean_BCHW for picture in control_pictures(example, 0)),
-                masks.weights(example, 0) if example.mask else None,
-            )
-            for example in held_out
-        ],
-        prompts=[
-            replace(
-                encode_prompt(family, encodings, prompt, config.samples.guidance_scale, each.negative),
-                negative_text=each.negative,
-                seeds=each.seeds,
-            )
-            for each, prompt in zip(asked, prompts, strict=True)
-        ],
-        both_ways=read_pairs(pairs, encodings, family.dropped_caption),
+        held_out=[_held_out_picture(example, encodings, masks) for example in wanted.held_out],
+        prompts=_encoded_prompts(config, family, encodings, wanted),
+        both_ways=read_pairs(wanted.pairs, encodings, family.dropped_caption),
         most_image_tokens=most_image_tokens(family, folder, training),
         most_text_tokens=max(text_tokens.values()),
         captions=Captions(
@@ -371,6 +305,29 @@ def _gather(
         fingerprint=fingerprint,
         encoders=encodings.encoder.plan,
         uses=[example.use for example in training],
-        num_prior=num_prior,
-        trials=trials.read_by(encodings),
+        num_prior=wanted.num_prior,
+        trials=wanted.trials.read_by(encodings),
     )
+
+
+def _held_out_picture(example: Example, encodings: Encodings, masks: Masks) -> HeldOutPicture:
+    return HeldOutPicture(
+        example.name,
+        encodings.latents(target_picture(example, 0)).mean_BCHW,
+        encodings.text(text_item(example.caption, example, 0)),
+        tuple(encodings.latents(picture).mean_BCHW for picture in control_pictures(example, 0)),
+        masks.weights(example, 0) if example.mask else None,
+    )
+
+
+def _encoded_prompts(
+    config: TrainConfig, family: ModelFamily, encodings: Encodings, wanted: Wanted
+) -> list[EncodedPrompt]:
+    return [
+        replace(
+            encode_prompt(family, encodings, prompt, config.samples.guidance_scale, each.negative),
+            negative_text=each.negative,
+            seeds=each.seeds,
+        )
+        for each, prompt in zip(wanted.asked, wanted.prompts, strict=True)
+    ]

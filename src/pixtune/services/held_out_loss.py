@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from math import isfinite
 from typing import Any
 
-from pixtune.engine.relief import first_that_fits
 from pixtune.judging.best import num_since_lowest
-from pixtune.judging.validation import NUM_QUARTERS, ValidationLoss, measure
+from pixtune.judging.validation import ValidationLoss
 from pixtune.services.checkpoints import Checkpoints
+from pixtune.services.measuring import measure_pictures
 from pixtune.services.session import Session
 
 
@@ -49,25 +49,10 @@ class HeldOutLoss:
 
     def look(self, step: int) -> None:
         """Measures, unless that was done before a resume."""
-        session, run = self._session, self._session.run
-        pictures, config = session.data.held_out, session.config
+        session, pictures = self._session, self._session.data.held_out
         if not pictures or not session.is_main or step in self.losses:
             return
-        num_draws = config.validation.num_draws
-        num_passes = len(pictures) * -(-NUM_QUARTERS * num_draws // config.batch_size)
-        with run.trained.result_in_place(in_training=True), session.aside("held-out loss", num_passes) as after_pass:
-
-            def measured(batch_size: int) -> ValidationLoss:
-                return measure(
-                    run.family, run.transformer, pictures, num_draws, config.seed, run.accelerator.device,
-                    config.objective.guidance, batch_size, after_pass,
-                )  # fmt: skip
-
-            def one_by_one() -> ValidationLoss:
-                run.forward_backward.release()
-                return measured(batch_size=1)
-
-            loss = first_that_fits([lambda: measured(config.batch_size), one_by_one], self.name)
+        loss = measure_pictures(session, pictures, self.name)
         self.losses[step] = loss
         session.log.write("validation", step, loss=loss.mean, quarters=loss.quarters)
         session.figures.track(step, {"held_out_loss": loss.mean})

@@ -7,8 +7,7 @@ from typing import Any
 
 from pixtune import randomness
 from pixtune.data.measured import measured_example
-from pixtune.engine.relief import first_that_fits
-from pixtune.judging.validation import NUM_QUARTERS, ValidationLoss, measure
+from pixtune.services.measuring import measure_pictures
 from pixtune.services.session import MOST_TRAINING_PICTURES, Session
 
 KIND = "training_pictures"
@@ -38,26 +37,12 @@ class TrainingPictures:
 
     def look(self, step: int) -> None:
         """Measures, unless that was done before a resume."""
-        session, run, config = self._session, self._session.run, self._session.config
+        session = self._session
         if not self._examples or not session.is_main or step in self._done:
             return
-        num_draws = config.validation.num_draws
-        pictures = [measured_example(run.source.reader, example) for example in self._examples]
-        num_passes = len(pictures) * -(-NUM_QUARTERS * num_draws // config.batch_size)
-        in_place, aside = run.trained.result_in_place(in_training=True), session.aside(self.name, num_passes)
-        with in_place, aside as after_pass:
-
-            def measured(batch_size: int) -> ValidationLoss:
-                return measure(
-                    run.family, run.transformer, pictures, num_draws, config.seed, run.accelerator.device,
-                    config.objective.guidance, batch_size, after_pass,
-                )  # fmt: skip
-
-            def one_by_one() -> ValidationLoss:
-                run.forward_backward.release()
-                return measured(batch_size=1)
-
-            loss = first_that_fits([lambda: measured(config.batch_size), one_by_one], self.name)
+        reader = session.run.source.reader
+        pictures = [measured_example(reader, example) for example in self._examples]
+        loss = measure_pictures(session, pictures, self.name)
         self._done.add(step)
         session.log.write(KIND, step, loss=loss.mean, quarters=loss.quarters)
         session.figures.track(step, {"training_pictures_loss": loss.mean})

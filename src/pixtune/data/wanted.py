@@ -1,0 +1,81 @@
+"""Lists what a run reads, and which texts and pictures of that are encoded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pixtune.config.schema import TrainConfig
+from pixtune.data.encode import FramedPicture, TextItem, shorten
+from pixtune.data.encodings import control_pictures, target_picture, text_item
+from pixtune.data.examples import Example
+from pixtune.data.prepared import dropped_captions
+from pixtune.data.rivals import CaptionTrials
+from pixtune.data.sample_prompts import AskedPrompt
+from pixtune.data.swapped import BothWays, needed_pictures, needed_texts
+from pixtune.family import ModelFamily
+from pixtune.plan.passes import needs_negative
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Everything that a run reads, before any of it is encoded."""
+
+    training: list[Example]
+    """Examples to train on, regularization pictures last."""
+    num_prior: int
+    """Number of regularization pictures."""
+    held_out: list[Example]
+    asked: Sequence[AskedPrompt]
+    """Prompts of samples, as the config asks for them."""
+    prompts: Sequence[Example]
+    """Prompts in the form of examples."""
+    pairs: Sequence[BothWays]
+    """Training pairs, for the base model to tell whether controls and targets were swapped."""
+    trials: CaptionTrials
+    """Captions to be tried on other pictures."""
+
+    def named_texts(self) -> list[tuple[str, TextItem]]:
+        """Lists captions and prompts of samples as the text encoder gets them, each after its name in messages."""
+        return [
+            *(
+                (each.name, text_item(text, each, v))
+                for each, v in all_variants(self.training)
+                for text in each.captions
+            ),
+            *((each.name, text_item(each.caption, each, 0)) for each in self.held_out),
+            *((f"the prompt {shorten(each.caption)}", text_item(each.caption, each, 0)) for each in self.prompts),
+        ]
+
+    def texts(self, config: TrainConfig, family: ModelFamily) -> list[TextItem]:
+        """Lists the captions to encode before training, each once."""
+        items = [text_item(example.caption, example, 0) for example in [*self.held_out, *self.prompts]]
+        if needs_negative(family, config.samples.guidance_scale):
+            items += [
+                text_item(family.dropped_caption if each.negative is None else each.negative, example, 0)
+                for each, example in zip(self.asked, self.prompts, strict=True)
+            ]
+        if config.precompute_text_embeddings:
+            instead = dropped_captions(family, self.training, config.data_config.caption_dropout_rate)
+            items += [
+                text_item(text, example, variant)
+                for example, variant in all_variants(self.training)
+                for text in (*example.captions, *instead)
+            ]
+        items += [*needed_texts(self.pairs, family.dropped_caption), *self.trials.texts()]
+        return list(dict.fromkeys(items))
+
+    def pictures(self, config: TrainConfig) -> list[FramedPicture]:
+        """Lists the pictures to encode before training, each once."""
+        pictures = [picture for example in self.prompts for picture in control_pictures(example, 0)]
+        framed = [(example, 0) for example in self.held_out]
+        if config.precompute_image_embeddings:
+            framed += all_variants(self.training)
+        for example, variant in framed:
+            pictures += [target_picture(example, variant), *control_pictures(example, variant)]
+        return list(dict.fromkeys([*pictures, *needed_pictures(self.pairs)]))
+
+
+def all_variants(examples: Sequence[Example]) -> list[tuple[Example, int]]:
+    """Lists each example with each of its framings' numbers."""
+    return [(example, variant) for example in examples for variant in range(len(example.framings))]
