@@ -22,7 +22,7 @@ from pixtune.families import family_of
 from pixtune.family import Placement
 from pixtune.storage.model_folder import ModelFolder
 from pixtune.trained import adapters
-from tests.unit.engine.tiny import ASSETS, MODELS
+from tests.unit.engine.tiny import ASSETS, MODELS, Numbers
 
 pytestmark = pytest.mark.gpu
 
@@ -130,28 +130,11 @@ def test_captured_steps_of_many_sizes_share_their_memory() -> None:
     assert all(torch.isfinite(replay()) for replay in replays)
 
 
-@dataclass(frozen=True)
-class Rows:
-    """Inputs of a pass that are one tensor."""
-
-    values: Tensor
-
-    @property
-    def shapes(self) -> Hashable:
-        return self.values.shape
-
-    def map(self, change: Callable[[Tensor], Tensor]) -> Rows:
-        return Rows(change(self.values))
-
-    def tensors(self) -> tuple[Tensor, ...]:
-        return (self.values,)
-
-
 def test_captures_can_be_given_back_while_a_replay_runs() -> None:
     """As where the next micro-batch has another shape, which has no room beside the captures."""
     weight = nn.Parameter(torch.randn(4096, 4096, device=DEVICE) / 64)
 
-    def compute(inputs: Rows) -> Tensor:
+    def compute(inputs: Numbers) -> Tensor:
         hidden = inputs.values
         for _ in range(100):
             hidden = torch.tanh(hidden @ weight)
@@ -160,7 +143,7 @@ def test_captures_can_be_given_back_while_a_replay_runs() -> None:
         return loss.detach()
 
     replayed = ReplayedPass(compute, [weight], GraphCapturer())
-    inputs = Rows(torch.randn(16384, 4096, device=DEVICE))
+    inputs = Numbers(torch.randn(16384, 4096, device=DEVICE))
     for _ in range(4):
         plain = replayed(inputs).clone()
         replayed.zero_gradients()

@@ -5,8 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import random
-from collections.abc import Callable, Hashable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import pytest
@@ -16,29 +15,13 @@ from torch import Tensor, nn
 from pixtune.engine.activations import recompute_blocks
 from pixtune.engine.capture import GraphCapturer, ReplayedPass
 from pixtune.engine.relief import RecomputeMore, free_bytes, lacks_memory
+from tests.unit.engine.tiny import Numbers
 
 pytestmark = pytest.mark.gpu
 
 DEVICE = torch.device("cuda", 0)
 WIDTH, NUM_BLOCKS, NUM_ROWS = 1024, 12, 16384
 MIB = 2**20
-
-
-@dataclass(frozen=True)
-class Rows:
-    """One tensor as a pass's inputs."""
-
-    values: Tensor
-
-    @property
-    def shapes(self) -> Hashable:
-        return self.values.shape
-
-    def map(self, change: Callable[[Tensor], Tensor]) -> Rows:
-        return Rows(change(self.values))
-
-    def tensors(self) -> tuple[Tensor, ...]:
-        return (self.values,)
 
 
 class Remembers(nn.Module):
@@ -62,7 +45,7 @@ def allow(num_bytes: int) -> None:
     torch.cuda.set_per_process_memory_fraction(num_bytes / torch.cuda.get_device_properties(DEVICE).total_memory)
 
 
-def build() -> tuple[list[nn.Module], nn.Parameter, Callable[[Rows], Tensor]]:
+def build() -> tuple[list[nn.Module], nn.Parameter, Callable[[Numbers], Tensor]]:
     torch.manual_seed(0)
     layers = [nn.Linear(WIDTH, WIDTH), nn.GELU()] * 3  # each GELU keeps its input; a recomputed block keeps one tensor
     blocks: list[nn.Module] = [
@@ -70,7 +53,7 @@ def build() -> tuple[list[nn.Module], nn.Parameter, Callable[[Rows], Tensor]]:
     ]
     gain = nn.Parameter(torch.ones((), device=DEVICE))
 
-    def compute(inputs: Rows) -> Tensor:
+    def compute(inputs: Numbers) -> Tensor:
         hidden = inputs.values * gain
         for block in blocks:
             hidden = block(hidden)
@@ -81,7 +64,7 @@ def build() -> tuple[list[nn.Module], nn.Parameter, Callable[[Rows], Tensor]]:
     return blocks, gain, compute
 
 
-def peak_of(compute: Callable[[Rows], Tensor], inputs: Rows, gain: nn.Parameter) -> int:
+def peak_of(compute: Callable[[Numbers], Tensor], inputs: Numbers, gain: nn.Parameter) -> int:
     """What the allocator holds at most for a plain pass."""
     gc.collect()
     torch.cuda.empty_cache()
@@ -93,7 +76,7 @@ def peak_of(compute: Callable[[Rows], Tensor], inputs: Rows, gain: nn.Parameter)
 
 def test_captures_that_fail_at_random_points_give_all_memory_back_and_the_next_one_succeeds() -> None:
     _, gain, compute = build()
-    inputs = Rows(torch.randn(NUM_ROWS, WIDTH, device=DEVICE))
+    inputs = Numbers(torch.randn(NUM_ROWS, WIDTH, device=DEVICE))
     peak = peak_of(compute, inputs, gain)
     gain.grad = torch.zeros_like(gain)
     capture = GraphCapturer()
@@ -131,7 +114,7 @@ def test_a_pass_finds_its_way_into_any_limit(caplog: pytest.LogCaptureFixture) -
     draws = random.Random(7)
     for _ in range(6):
         blocks, gain, compute = build()
-        inputs = Rows(torch.randn(NUM_ROWS, WIDTH, device=DEVICE))
+        inputs = Numbers(torch.randn(NUM_ROWS, WIDTH, device=DEVICE))
         peak = peak_of(compute, inputs, gain)
         kept = torch.cuda.memory_allocated()
         expected = compute(inputs).clone()
@@ -139,7 +122,7 @@ def test_a_pass_finds_its_way_into_any_limit(caplog: pytest.LogCaptureFixture) -
         expected_gradient = gain.grad.clone()
         recompute_blocks(blocks[:2], offload=False)
         limit = kept + round((peak - kept) * draws.uniform(0.65, 1.05))
-        replayed: ReplayedPass[Rows] = ReplayedPass(
+        replayed: ReplayedPass[Numbers] = ReplayedPass(
             compute, [gain], GraphCapturer(), 1, partial(free_bytes, limit), RecomputeMore(blocks)
         )
         relieve = RecomputeMore(blocks)

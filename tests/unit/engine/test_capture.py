@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Hashable
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import partial
 
 import pytest
@@ -13,23 +12,7 @@ from torch import Tensor, nn
 
 from pixtune.engine.capture import PLAIN_CALLS, CaptureHistory, Replay, ReplayedPass
 from pixtune.engine.relief import in_turn
-
-
-@dataclass(frozen=True)
-class Numbers:
-    """Inputs of one tensor."""
-
-    values: Tensor
-
-    @property
-    def shapes(self) -> Hashable:
-        return self.values.shape
-
-    def map(self, change: Callable[[Tensor], Tensor]) -> Numbers:
-        return Numbers(change(self.values))
-
-    def tensors(self) -> tuple[Tensor, ...]:
-        return (self.values,)
+from tests.unit.engine.tiny import Numbers
 
 
 class FakeCapturer:

@@ -1,10 +1,11 @@
-"""The shipped small models with a LoRA, one step of them, and copy lanes that are as late as is allowed."""
+"""The shipped small models with a LoRA, one step of them, a pass's inputs, and copy lanes as late as is allowed."""
 
 from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -20,6 +21,23 @@ ASSETS = Path(__file__).resolve().parents[3] / "assets"
 MODELS = ("tiny-qwen-image", "tiny-flux")
 LATENT_SIDE, NUM_TEXT_TOKENS, BATCH_SIZE = 16, 12, 2
 """64 image tokens of width 256: 128 KiB in fp32 for the image, 24 KiB for the text."""
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """Inputs of a pass that are one tensor."""
+
+    values: Tensor
+
+    @property
+    def shapes(self) -> Hashable:
+        return self.values.shape
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Numbers:
+        return Numbers(change(self.values))
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (self.values,)
 
 
 def load_model(name: str, linear_format: str | None = None) -> nn.Module:

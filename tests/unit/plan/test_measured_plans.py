@@ -52,12 +52,12 @@ def test_cells_that_were_drawn_by_lot_are_foreseen(path: Path, tmp_path: Path, m
     """Peaks of the rungs that they ran on. With many micro-batches a step is captured before the optimizer has states,
     and torch counts none of what a replay uses, so that these cells took more than was measured."""
     monkeypatch.syspath_prepend(RESULTS.parent)
-    random_cells = importlib.import_module("random_cells")
+    drawn_cell = importlib.import_module("drawn_cell")
     result = json.loads(path.read_text())
-    cell = random_cells.cell_of(result)
+    cell = drawn_cell.cell_of(result)
     if result["outcome"] in ("refused", "unfinished") or cell.accumulation > 2:
         pytest.skip("nothing was measured, or not all")
-    config, footprint = random_cells.weigh(random_cells.prepare(cell, tmp_path))
+    config, footprint = drawn_cell.weigh(drawn_cell.prepare(cell, tmp_path))
     plan = with_todays_names(result["plan"])
     rung = Rung(**{field.name: plan[field.name] for field in fields(Rung) if field.name in plan})
     demands = replace(demands_of(config), optimizer=plan["optimizer"])
