@@ -26,6 +26,12 @@ SOON_SECONDS = 5.0
 STOPPED = 130
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _nothing_waits_for_the_disk() -> None:
+    """An environment that was just installed is gigabytes to be written, for which the first checkpoint would wait."""
+    os.sync()
+
+
 def start(folder: Path, cache: Path, before: processes.Before | None = None, **changes: object) -> processes.Started:
     words = overrides(folder / "run", cache, **{**ENDLESS, **changes})
     arguments = ["-m", "pixtune.cli", "train", "--config", str(write_config(folder)), *words]
@@ -186,7 +192,7 @@ def test_told_to_stop_while_a_library_loads_ends_all_the_same(tmp_path: Path, wa
     assert code == STOPPED, printed
 
 
-def busy_step() -> None:
+def busy_step(began: Path) -> None:
     """The sixth step does not end."""
     from pixtune import train
 
@@ -194,6 +200,7 @@ def busy_step() -> None:
 
     def stuck(run: Any, micro_batches: Any, step: int) -> StepOutcome:
         if step == 5:
+            began.touch()
             be_busy()
         return take(run, micro_batches, step)
 
@@ -201,8 +208,9 @@ def busy_step() -> None:
 
 
 def test_a_second_signal_ends_at_once_and_keeps_what_is_saved(tmp_path: Path, warm_cache: Path) -> None:
-    process = start(tmp_path, warm_cache, busy_step, checkpointing_steps=4)
-    wait_for_step(process, tmp_path, 5)
+    began = tmp_path / "began"
+    process = start(tmp_path, warm_cache, functools.partial(busy_step, began), checkpointing_steps=4)
+    wait_until(began.exists, process)
     process.send_signal(signal.SIGTERM)
     time.sleep(0.2)
     process.send_signal(signal.SIGTERM)  # passed on by a launcher: the same one
