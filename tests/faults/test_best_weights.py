@@ -13,7 +13,7 @@ from pixtune import train as training
 from pixtune.config import load_config
 from pixtune.judging.validation import ValidationLoss
 from pixtune.run import TrainResult
-from pixtune.services import held_out_loss
+from pixtune.services import held_out_loss, measuring
 from pixtune.services.around_steps import Services
 from pixtune.storage.checkpoint import find_checkpoints
 from pixtune.tracking.metrics import read_metrics
@@ -40,7 +40,7 @@ def curve(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def at(self: Any, step: int) -> None:
         loss = ValidationLoss(CURVE[step], (CURVE[step],) * 4)
-        monkeypatch.setattr(held_out_loss, "measure", lambda *arguments: loss)
+        monkeypatch.setattr(measuring, "measure", lambda *arguments: loss)
         look(self, step)
 
     monkeypatch.setattr(held_out_loss.HeldOutLoss, "look", at)

@@ -27,7 +27,7 @@ from pixtune.hardware.facts import GIB
 from pixtune.judging.validation import ValidationLoss, measure
 from pixtune.plan.training import TrainingPlan
 from pixtune.planning import Leaner, plan_on_this_machine
-from pixtune.services import held_out_loss
+from pixtune.services import measuring
 from pixtune.storage.checkpoint import find_checkpoints, load_checkpoint
 from pixtune.trained.weight_update import WeightUpdate
 from tests.runs import DEMO_HELD_OUT, ROOT, overrides, write_config
@@ -208,9 +208,11 @@ def test_a_held_out_loss_that_lacks_memory_is_measured_one_by_one(
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return measure(*arguments)
 
-    monkeypatch.setattr(held_out_loss, "measure", lack_memory)
+    monkeypatch.setattr(measuring, "measure", lack_memory)
     once = training.train(config_of(tmp_path / "lacking", warm_cache, **changes))
-    assert batch_sizes == [2, 1] * 2
+    assert batch_sizes == [2, 1] * 4, (
+        "held-out pictures and training pictures, before the first step and after the last"
+    )
     assert once.last_loss is not None and whole.last_loss is not None
     assert once.last_loss.mean == pytest.approx(whole.last_loss.mean, rel=1e-5)
 

@@ -89,7 +89,7 @@ def break_services() -> None:
 
     from pixtune.report import results
     from pixtune.sampler import PromptSampler
-    from pixtune.services import held_out_loss, training_pictures
+    from pixtune.services import measuring
     from pixtune.storage.course import Course
     from pixtune.tracking.figures import DriftWatch
 
@@ -99,16 +99,16 @@ def break_services() -> None:
 
         return failing
 
-    for look in (held_out_loss, training_pictures):
-        vars(look)["measure"] = fail(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"))
     for owner, name, error in (
+        (measuring, "measure", torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")),
+        (results, "write_report", RuntimeError("no page")),
         (PromptSampler, "sample", ValueError("a picture with no pixels")),
         (Course, "prune", PermissionError(13, "Permission denied")),
         (DriftWatch, "look_at", ZeroDivisionError("division by zero")),
         (Accelerator, "log", ConnectionError("the tracker's server has gone")),
     ):
+        assert hasattr(owner, name), name
         setattr(owner, name, fail(error))
-    vars(results)["write_report"] = fail(RuntimeError("no page"))
 
 
 def test_whatever_a_service_raises_the_run_goes_on_and_names_it_once(

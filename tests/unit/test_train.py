@@ -28,7 +28,7 @@ from pixtune.judging.validation import measure
 from pixtune.launch.stop import StopRequest
 from pixtune.plan.encoders import PLAINLY
 from pixtune.progress import StepBar
-from pixtune.services import held_out_loss, swapped_controls
+from pixtune.services import measuring, swapped_controls
 from pixtune.services.swapped_controls import SwappedControls
 from pixtune.storage.checkpoint import find_checkpoints, load_checkpoint
 from pixtune.storage.course import Course
@@ -126,7 +126,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory, warm_cache: Path) -> tuple[P
     handle = register_optimizer_step_pre_hook(seen.before_step)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(services.Services, "__enter__", entered)
-        patch.setattr(held_out_loss, "measure", measured)
+        patch.setattr(measuring, "measure", measured)
         patch.setattr(training, "forward_backward", forward_backward)
         patch.setattr(SwappedControls, "look", asked)
         patch.setattr(StepFigures, "track", lambda _, step, values: seen.tracked.append((step, dict(values))))
@@ -178,7 +178,7 @@ def test_swapped_controls_are_a_warning(as_given: float, monkeypatch: pytest.Mon
 
 def test_the_held_out_loss_is_measured_with_the_configs_guidance_and_tracked(whole: tuple[Path, Seen]) -> None:
     folder, seen = whole
-    assert seen.guidance == [4.0, 4.0], "before the first step and after the last"
+    assert seen.guidance == [4.0] * 4, "held-out and training pictures, before the first step and after the last"
     lines = read_metrics(folder / "run" / "metrics.jsonl")
     logged = [(line["step"], line["loss"]) for line in lines if line["kind"] == "validation"]
     tracked = [(step, values["held_out_loss"]) for step, values in seen.tracked if "held_out_loss" in values]

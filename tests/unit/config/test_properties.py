@@ -78,7 +78,8 @@ def values_of(schema: Values) -> st.SearchStrategy[Any]:
             exclude_max=below is not None, allow_nan=False, allow_infinity=False,
         )  # fmt: skip
     if kind == "array":
-        return st.lists(values_of(schema["items"]), min_size=schema.get("minItems", 0), max_size=3)
+        most = min(schema.get("maxItems", 3), 3)
+        return st.lists(values_of(schema["items"]), min_size=schema.get("minItems", 0), max_size=most)
     if "anyOf" in schema:
         return st.one_of(*map(values_of, schema["anyOf"]))
     return {"boolean": st.booleans(), "string": TEXTS, "null": st.none()}[str(kind)]
