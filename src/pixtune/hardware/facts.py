@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import platform
 from dataclasses import dataclass, replace
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import Literal
 
@@ -137,6 +138,7 @@ def package_versions() -> dict[str, str]:
     return versions
 
 
+@cache
 def installed_version(name: str) -> str | None:
     """Returns a package's version from its metadata, without importing it; None if it is not installed."""
     try:

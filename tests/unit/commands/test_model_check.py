@@ -288,10 +288,8 @@ class Plant:
 
 
 PLANTS = [
-    Plant("tiny-qwen-image", DOWN, 100, 0.98, up=UP), Plant("tiny-qwen-image", DOWN, 1000, 0.98, up=UP),
-    Plant("tiny-qwen-image", OUT, 100, 0.985, VALUE), Plant("tiny-qwen-image", OUT, 1000, 0.985, VALUE),
-    Plant("tiny-flux", FLUX_DOWN, 100, 0.985, up=FLUX_UP), Plant("tiny-flux", FLUX_DOWN, 1000, 0.985, up=FLUX_UP),
-    Plant("tiny-flux", FLUX_OUT, 100, 0.96, FLUX_VALUE), Plant("tiny-flux", FLUX_OUT, 1000, 0.97, FLUX_VALUE),
+    Plant("tiny-qwen-image", DOWN, 100, 0.98, up=UP), Plant("tiny-qwen-image", OUT, 1000, 0.985, VALUE),
+    Plant("tiny-flux", FLUX_DOWN, 1000, 0.985, up=FLUX_UP), Plant("tiny-flux", FLUX_OUT, 100, 0.96, FLUX_VALUE),
 ]  # fmt: skip
 
 

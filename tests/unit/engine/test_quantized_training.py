@@ -32,9 +32,9 @@ from pixtune.trained.export import DIFFUSERS_FILE
 from pixtune.trained.saved_lora import attach_saved_lora, read_saved_lora
 from tests.runs import DEMO_HELD_OUT, DEMO_TRAIN, ROOT
 
-NUM_STEPS = {"tiny-qwen-image": 40, "tiny-flux": 15}
-"""A step of the small FLUX takes longer and teaches more. Few, since 4 formats of both have to fit into a minute."""
-NUM_MEASURED = 12
+NUM_STEPS = {"tiny-qwen-image": 24, "tiny-flux": 10}
+"""A step of the small FLUX takes longer and teaches more. Few, since 4 formats of both have to fit into half a minute."""
+NUM_MEASURED = 8
 """Held-out pictures; names that training has not seen, in the style that it teaches."""
 LEAST_SHARE = {"int8": 0.95, "fp8": 0.95, "nf4": 0.90}
 DEMANDS: dict[str, list[str]] = {
@@ -92,7 +92,7 @@ def read_config(name: str, folder: Path, linear_format: str) -> TrainConfig:
         "data_config.max_text_tokens=48",
         "train_batch_size=8",
         "learning_rate=1e-3",
-        "lr_warmup_steps=5",
+        "lr_warmup_steps=3",
         "rank=16",
         "mixed_precision='no'",
         *DEMANDS[linear_format],
