@@ -32,8 +32,8 @@ from pixtune.trained.export import DIFFUSERS_FILE
 from pixtune.trained.saved_lora import attach_saved_lora, read_saved_lora
 from tests.runs import DEMO_HELD_OUT, DEMO_TRAIN, ROOT
 
-NUM_STEPS = {"tiny-qwen-image": 24, "tiny-flux": 10}
-"""A step of the small FLUX takes longer and teaches more. Few, since 4 formats of both have to fit into half a minute."""
+NUM_STEPS = {"tiny-qwen-image": 24, "tiny-flux": 15}
+"""A step of the small FLUX takes longer and teaches more. Few, since 4 formats of both are to fit into a minute."""
 NUM_MEASURED = 8
 """Held-out pictures; names that training has not seen, in the style that it teaches."""
 LEAST_SHARE = {"int8": 0.95, "fp8": 0.95, "nf4": 0.90}
