@@ -10,10 +10,9 @@ PYTHON := $(shell for python in python3 python3.14 python3.13 python3.12 python3
 endif
 # Installed only where there is no torch; the version that the tests run with.
 TORCH ?= torch==2.13.0
-# A process a core and one more, since tests of whole processes wait for them; one computing thread each: small models
-# are not faster with more.
+# A process a core with one computing thread each: small models are not faster with more.
 # A file's tests stay in one process, since many share a run that they look at.
-PYTEST_ARGS ?= -n $(shell expr $$(getconf _NPROCESSORS_ONLN) + 1) --dist loadfile --no-loadscope-reorder
+PYTEST_ARGS ?= -n auto --dist loadfile --no-loadscope-reorder
 # What `make bench` times, and with which options of `pixtune bench`.
 CONFIG ?= train_configs/demo.yaml
 BENCH_ARGS ?= --steps 20 --text-tokens 40

@@ -71,13 +71,18 @@ def saved_step(folder: Path) -> int:
 def test_a_closed_terminal_and_a_clusters_warning_save_the_very_step(
     tmp_path: Path, warm_cache: Path, number: signal.Signals
 ) -> None:
-    process = start(tmp_path, warm_cache)
+    process = start(tmp_path, warm_cache, hang_up_is_heard)
     wait_for_step(process, tmp_path, 3)
     process.send_signal(number)
     code, printed = end_of(process)
     assert code == STOPPED, printed
     assert saved_step(tmp_path) == max(lines_of(tmp_path, "step")), printed
     assert f"{number.name}: stopping after this step" in printed
+
+
+def hang_up_is_heard() -> None:
+    """Whatever the suite itself was started with: a process inherits what `nohup` does."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def hang_up_is_ignored() -> None:
