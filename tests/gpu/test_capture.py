@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Hashable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from functools import partial
 
 import pytest
@@ -180,12 +179,12 @@ def test_a_capture_that_breaks_off_leaves_nothing_behind(monkeypatch: pytest.Mon
 
     values = torch.randn(4096, 1024, device=DEVICE)
     expected = compute(values)
-    replayed: ReplayedPass[Values] = ReplayedPass(lambda inputs: compute(inputs.values), [gain], GraphCapturer(stream))
+    replayed: ReplayedPass[Numbers] = ReplayedPass(lambda inputs: compute(inputs.values), [gain], GraphCapturer(stream))
     gc.collect()
     torch.cuda.empty_cache()
     before = torch.cuda.memory_reserved()
     BreaksOff.is_due = True
-    losses = [replayed(Values(values)) for _ in range(4)]
+    losses = [replayed(Numbers(values)) for _ in range(4)]
     BreaksOff.is_due = False
     assert replayed._capture is None, "the capture succeeded"
     assert all(loss.equal(expected) for loss in losses)
@@ -206,20 +205,3 @@ class BreaksOff(nn.Module):
             if BreaksOff.calls == 4:
                 raise torch.OutOfMemoryError("no room")
         return inputs * 1
-
-
-@dataclass(frozen=True)
-class Values:
-    """One tensor as a pass's inputs."""
-
-    values: Tensor
-
-    @property
-    def shapes(self) -> Hashable:
-        return self.values.shape
-
-    def map(self, change: Callable[[Tensor], Tensor]) -> Values:
-        return Values(change(self.values))
-
-    def tensors(self) -> tuple[Tensor, ...]:
-        return (self.values,)
