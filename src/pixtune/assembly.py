@@ -23,9 +23,11 @@ from pixtune.engine.capture import GraphCapturer, ReplayedPass
 from pixtune.engine.load import Reading
 from pixtune.engine.modulation_ahead import StepsAhead
 from pixtune.engine.relief import (
+    MemoryOfOthers,
     PassInParts,
     RecomputeMore,
     Reliefs,
+    bytes_of_others,
     drop_frames,
     first_line,
     free_bytes,
@@ -156,7 +158,7 @@ def assemble(
     memory.stages.record("transformer")
 
     source = build_source(config, plan, data, order, accelerator)
-    passes, reliefs = build_pass(config, compute, plan, base, trained)
+    passes, reliefs = build_pass(config, compute, plan, base, trained, stop)
     run = Run(
         config=config,
         family=family,
@@ -226,7 +228,7 @@ def build_source(
 
 
 def build_pass(
-    config: TrainConfig, compute: Compute, plan: TrainingPlan, base: Base, trained: TrainedWeights
+    config: TrainConfig, compute: Compute, plan: TrainingPlan, base: Base, trained: TrainedWeights, stop: StopRequest
 ) -> tuple[ReplayedPass[Batch], Reliefs]:
     """Builds the computation for a batch, captured and replayed where the plan says so, and what it can give up."""
     blocks = blocks_of(base.module, base.family)
@@ -241,7 +243,8 @@ def build_pass(
         lambda: free_bytes(plan.usable_bytes),
         in_turn(recompute_more, parts.divide),
     )
-    return replayed, Reliefs(plan, replayed.give_up_captures, recompute_more, parts)
+    others = MemoryOfOthers(lambda: bytes_of_others(plan.expected_peak_bytes), lambda: stop.requested(0))
+    return replayed, Reliefs(plan, replayed.give_up_captures, recompute_more, parts, others)
 
 
 def build_steps_ahead(

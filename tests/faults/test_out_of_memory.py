@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,10 +19,11 @@ from pixtune import train as training
 from pixtune.config import load_config
 from pixtune.config.schema import TrainConfig
 from pixtune.data.batches import Batch
+from pixtune.engine import relief
 from pixtune.engine.apply import load_planned
 from pixtune.engine.capture import CapturedPass, ReplayedPass
 from pixtune.engine.forwards import is_recomputed
-from pixtune.engine.relief import lacks_memory
+from pixtune.engine.relief import MemoryOfOthers, lacks_memory
 from pixtune.errors import MemoryShortage
 from pixtune.hardware.facts import GIB
 from pixtune.judging.validation import ValidationLoss, measure
@@ -166,6 +168,37 @@ def test_where_nothing_is_left_to_give_up_the_steps_before_are_saved(
     with pytest.raises(MemoryShortage, match=r"step 3 needs more device memory .*nothing is left.*Tried to allocate"):
         training.train(config_of(tmp_path, warm_cache))
     assert [path.name for path in find_checkpoints(tmp_path / "run")] == ["checkpoint-000002"]
+
+
+def test_memory_that_another_program_gives_back_is_waited_for(
+    tmp_path: Path,
+    warm_cache: Path,
+    undisturbed: Path,
+    insert_card: Callable[[FakeCard], FakeCard],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Another program holds all the memory in step 3, and frees it once nothing is left to be given up."""
+    thief = iter([3 * GIB, 3 * GIB, 1 * GIB, 0])
+    card = insert_card(FakeCard(lambda number: 0 if 6 <= number < 11 else ALL))
+    monkeypatch.setattr(assembly, "bytes_of_others", lambda expected: next(thief))
+    assert training.train(config_of(tmp_path, warm_cache)).finished
+    assert card.failures == 5, "3 for the recomputed blocks, 1 for the parts, and the one that waits"
+    assert "is taken again: other programs gave 3.0 GiB back within 0." in caplog.text
+    for name, weight in result_of(undisturbed).items():
+        torch.testing.assert_close(weight, result_of(tmp_path)[name], rtol=1e-3, atol=1e-5)
+
+
+def test_others_are_waited_for_in_vain_once_and_not_where_the_run_is_to_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(relief, "LONGEST_WAIT_SECONDS", 0.3)
+    monkeypatch.setattr(relief, "WAITING_SECONDS", 0.35)
+    began = time.monotonic()
+    others = MemoryOfOthers(lambda: GIB, lambda: False)
+    assert [others.await_some(), others.await_some(), others.await_some()] == [None] * 3
+    assert 0.3 <= time.monotonic() - began < 1, "in the whole run not longer than it may"
+    assert MemoryOfOthers(lambda: 0, lambda: pytest.fail("nothing is missing")).await_some() is None
+    monkeypatch.setattr(relief, "LONGEST_WAIT_SECONDS", 60.0)
+    assert MemoryOfOthers(lambda: GIB, lambda: True).await_some() is None
 
 
 def test_then_the_run_is_planned_anew_and_goes_on_in_the_same_process(

@@ -2,13 +2,15 @@
 
 A plan can be wrong, and another program can take memory while a run trains. A step that fails has changed no weight, so
 it is taken again, with the same draws, once something needs less: captured steps are given up, more blocks are
-recomputed, micro-batches are split. What a run has given up this way is part of its plan from then on.
+recomputed, micro-batches are split. What a run has given up this way is part of its plan from then on. Last of all it
+waits for memory that other programs hold.
 """
 
 from __future__ import annotations
 
 import gc
 import logging
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -19,6 +21,7 @@ from torch import Tensor, nn
 
 from pixtune.engine.activations import recompute_blocks
 from pixtune.engine.forwards import is_recomputed
+from pixtune.hardware.facts import GIB
 from pixtune.plan.training import TrainingPlan
 
 log = logging.getLogger(__name__)
@@ -29,6 +32,13 @@ Relief = Callable[[], str | None]
 
 OUT_OF_MEMORY = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
 """Words of errors that the driver and its libraries raise where torch's allocator was not asked."""
+
+
+LONGEST_WAIT_SECONDS = 30.0
+"""Longest time at once in which other programs are given the chance to free what they hold of a run's memory."""
+WAITING_SECONDS = 300.0
+"""Longest time of that kind in a whole run."""
+WAIT_STEP_SECONDS = 0.1
 
 
 def in_turn(*reliefs: Relief) -> Relief:
@@ -70,6 +80,15 @@ def free_bytes(usable_bytes: int) -> int:
     """
     on_device, _ = torch.cuda.mem_get_info()
     return min(usable_bytes - torch.cuda.memory_reserved(), on_device)
+
+
+def bytes_of_others(expected_peak_bytes: int) -> int:
+    """Returns how much of what a plan expects to take at its peak is not free; 0 where there is no GPU."""
+    return (
+        expected_peak_bytes - torch.cuda.memory_reserved() - free_bytes(expected_peak_bytes)
+        if expected_peak_bytes and torch.cuda.is_initialized()
+        else 0
+    )
 
 
 def first_that_fits(ways: Sequence[Callable[[], T]], what: str) -> T:
@@ -154,12 +173,37 @@ class PassInParts(Generic[DivisibleT]):
         return f"micro-batches are computed in {self.num_parts} parts"
 
 
+class MemoryOfOthers:
+    """Memory that the plan counts on and other programs hold, which they may give back in a little while.
+
+    Args:
+        missing_bytes: returns how much of the memory that the plan counts on others hold now; 0 or less: none.
+        is_ended: returns whether waiting has become pointless, since the run is asked to stop.
+    """
+
+    def __init__(self, missing_bytes: Callable[[], int], is_ended: Callable[[], bool]) -> None:
+        self._missing_bytes, self._is_ended, self._seconds_left = missing_bytes, is_ended, WAITING_SECONDS
+
+    def await_some(self) -> str | None:
+        """Waits until all of it is free, or at the end some more than at the beginning; see `Relief`."""
+        missing = still_missing = self._missing_bytes()
+        began, waited = time.monotonic(), 0.0
+        while still_missing > 0 and waited < min(LONGEST_WAIT_SECONDS, self._seconds_left) and not self._is_ended():
+            time.sleep(WAIT_STEP_SECONDS)
+            still_missing, waited = self._missing_bytes(), time.monotonic() - began
+        self._seconds_left -= waited
+        if still_missing >= missing:
+            return None
+        return f"other programs gave {(missing - still_missing) / GIB:.1f} GiB back within {waited:.1f} s"
+
+
 class Reliefs:
     """The reliefs of a run, each of which is used up before the next one.
 
     Args:
         plan: the plan that the run began with.
         give_up_captures: see `capture.ReplayedPass.give_up_captures`.
+        others: waited for last.
     """
 
     def __init__(
@@ -168,9 +212,10 @@ class Reliefs:
         give_up_captures: Relief,
         recompute_more: RecomputeMore,
         passes: PassInParts[DivisibleT],
+        others: MemoryOfOthers,
     ) -> None:
         self._first_plan, self._recompute_more, self._passes = plan, recompute_more, passes
-        self._relief = in_turn(give_up_captures, recompute_more, passes.divide)
+        self._relief = in_turn(give_up_captures, recompute_more, passes.divide, others.await_some)
 
     def __call__(self) -> str | None:
         """Makes a step need less memory; see `Relief`."""
