@@ -93,6 +93,7 @@ EFFECTS: dict[str, Effect] = {
     "data_config.random_ratio": Effect("steps", (False, True)),
     "data_config.upscale": Effect("steps", (False, True), {"data_config.img_size": 160}),
     "data_config.exclude": Effect("steps", ([], ["alien"])),
+    "data_config.loss_weights": Effect("steps", ({}, {"alien": 0.1})),
     "data_config.cache_dir": Effect("files", ("RUN/cache", "RUN/elsewhere")),
     "random_weights": Effect("steps", (False, True)),
     "logging_dir": Effect("files", ("logs", "elsewhere"), TRACKED),

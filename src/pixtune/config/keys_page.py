@@ -79,6 +79,8 @@ def in_words(values: Mapping[str, Any]) -> str:
     if values.get("type") == "array":
         items = in_words(values["items"]).removeprefix("a ")
         return "a list of " + re.sub("^(whole number|number|path|list|section)", r"\1s", items)
+    if values.get("type") == "object":
+        return f"names, each with {in_words(values['additionalProperties'])}"
     if values.get("format") == "path":
         return "a path"
     words = PLAIN_TYPES[values["type"]]

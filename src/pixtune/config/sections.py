@@ -16,6 +16,7 @@ from pixtune.config.values import (
     FilePath,
     FilePaths,
     LossWeight,
+    LossWeights,
     Name,
     PathLists,
     Repeats,
@@ -195,6 +196,9 @@ class DataConfig(Section):
     """Whether pictures smaller than `img_size` are enlarged. False: they are trained on in a smaller bucket."""
     exclude: Words = ()
     """Names of pictures that are left out, with or without their ending. Empty: none."""
+    loss_weights: LossWeights = {}
+    """Factors of the losses of single pictures by name, with or without the ending, above 0 to 1000, besides their
+    folder's `loss_weight`: below 1 for those that may be wrong. Held-out losses are not weighted. Empty: none."""
     cache_dir: FilePath | None = None
     """Folder for encoded pictures and captions. Absent: `.pixtune_cache` inside `img_dir`, or inside that of the first
     of `folders`, which must have one."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, TypeVar
 
@@ -81,6 +82,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
 Repeats = Annotated[float, Field(ge=0, le=10_000)]
 LossWeight = Annotated[float, Field(ge=0, le=1000)]
+LossWeights = Mapping[str, Annotated[float, Field(gt=0, le=1000)]]
 StepRules = Annotated[str, AfterValidator(_piecewise)]
 
 # Upper limits beyond all use: a slip of the keyboard is an error at once, not a table or a queue that fills all memory.

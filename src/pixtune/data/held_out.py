@@ -8,14 +8,16 @@ from collections.abc import Callable
 from pixtune import randomness
 from pixtune.config.schema import TrainConfig
 from pixtune.data.examples import Example, split_held_out
-from pixtune.data.exclusion import without_excluded
+from pixtune.data.named import with_loss_weights, without_excluded
 from pixtune.data.pairs import shorten
 
 
 def hold_out(
     examples: list[Example], config: TrainConfig, note: Callable[[str], None] = lambda sentence: None
 ) -> tuple[list[Example], list[Example]]:
-    """Splits examples into those to train on and those held out, without those that the config excludes.
+    """Splits examples into those to train on and those held out, as the config names them.
+
+    Those that it excludes are left out, and those to which it gives a loss weight have it.
 
     Where the config leaves the number open, no picture is held out that would leave its size without any to train on.
 
@@ -23,9 +25,10 @@ def hold_out(
         note: called with each sentence for the user.
 
     Raises:
-        DataError: nothing would be left to train on, or an excluded picture does not exist.
+        DataError: nothing would be left to train on, or a picture that the config names does not exist.
     """
     examples = without_excluded(examples, config.data_config.exclude)
+    examples = with_loss_weights(examples, config.data_config.loss_weights)
     share, seed = config.validation.held_out, config.seed
     if share != "auto":
         training, held_out = split_held_out(examples, share, seed)

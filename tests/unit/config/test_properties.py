@@ -36,6 +36,7 @@ WRONG: dict[str, tuple[Any, ...]] = {
     "number": ("x", True, [1.0], {"a": 1}, float("nan")),
     "string": (3, True, 1.5, {"a": 1}),
     "array": (3, True, "a", {"a": 1}),
+    "object": (3, True, "a", [1], {"a": "b"}),
 }
 SPECIAL_TEXTS = (
     "no", "null", "~", "1e4", "007", "ab: c", "# a", "- a", "'", '"', "{a}", "[", "2025-11-16", "1:30", "a b", "äß",
@@ -80,6 +81,8 @@ def values_of(schema: Values) -> st.SearchStrategy[Any]:
     if kind == "array":
         most = min(schema.get("maxItems", 3), 3)
         return st.lists(values_of(schema["items"]), min_size=schema.get("minItems", 0), max_size=most)
+    if kind == "object":
+        return st.dictionaries(TEXTS, values_of(schema["additionalProperties"]), max_size=3)
     if "anyOf" in schema:
         return st.one_of(*map(values_of, schema["anyOf"]))
     return {"boolean": st.booleans(), "string": TEXTS, "null": st.none()}[str(kind)]

@@ -1,7 +1,8 @@
-"""Pictures that the config leaves out, holds out, or tries captions on."""
+"""Pictures that the config leaves out, weights, holds out, or tries captions on."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,10 @@ from pixtune.config import load_config
 from pixtune.config.schema import TrainConfig
 from pixtune.data.buckets import Framing
 from pixtune.data.examples import Example
-from pixtune.data.exclusion import without_excluded
 from pixtune.data.held_out import hold_out
+from pixtune.data.named import with_loss_weights, without_excluded
 from pixtune.data.rivals import FEW, MANY, choose_trials, not_judged
-from pixtune.errors import DataError
+from pixtune.errors import ConfigError, DataError
 
 
 def example(number: int, size: int = 64, caption: str = "", digest: str = "", controls: int = 0) -> Example:
@@ -43,6 +44,20 @@ def test_named_pictures_are_left_out_and_unknown_names_are_errors() -> None:
     assert "'entirely else', and no picture has that name; there are 5 others" in told
     with pytest.raises(DataError, match="names all 5 pictures"):
         without_excluded(examples, [each.name for each in examples])
+
+
+def test_named_pictures_count_by_their_weights() -> None:
+    examples = [replace(example(number), loss_weight=0.5) for number in range(3)]
+    training, _ = hold_out(examples, config(data_config__loss_weights="{'001': 0.2, 002.png: 3}"))
+    assert [each.loss_weight for each in training] == pytest.approx([0.5, 0.1, 1.5])
+    assert with_loss_weights(examples, {}) == examples
+    with pytest.raises(DataError, match=r"data_config\.loss_weights names '01', and no picture .* mean 001\?"):
+        with_loss_weights(examples, {"01": 0.5})
+    with pytest.raises(DataError, match=r"names 001\.png twice: 001, 001\.png"):
+        with_loss_weights(examples, {"001": 0.5, "001.png": 0.4})
+    for wrong in ("{'001': 0}", "{'001': -1}", "{'001': nan}", "['001']", "{'001': much}"):
+        with pytest.raises(ConfigError, match=r"data_config\.loss_weights"):
+            config(data_config__loss_weights=wrong)
 
 
 def test_excluded_pictures_are_neither_trained_on_nor_held_out() -> None:
