@@ -206,6 +206,22 @@ class Captioner(Protocol):
         """
 
 
+@dataclass(frozen=True)
+class OriginalLayer:
+    """A linear layer as a model's authors name it, and kohya's trainers after them; in diffusers it may be several.
+
+    In paths `{}` stands for the number of a block.
+    """
+
+    path: str
+    parts: tuple[str, ...]
+    """Paths in diffusers; the layer's outputs are theirs, one part after the other."""
+    shares: tuple[int, ...] = (1,)
+    """Numbers of the parts' outputs, in proportion."""
+    swaps_halves: bool = False
+    """Whether the first half of its outputs is the second in diffusers."""
+
+
 class ModelFamily(Protocol):
     """Everything that the trainer needs of a model family."""
 
@@ -250,6 +266,11 @@ class ModelFamily(Protocol):
     """Whether the guidance scale is an input of the transformer (a distilled model), and not a second pass."""
     encoding_bytes_per_pixel: int
     """Peak device memory of the autoencoder in bf16, besides its weights, for each pixel that it encodes."""
+    comfyui_prefix: str
+    """Beginning of the names of a LoRA's layers in ComfyUI's file. Where it is diffusers', `transformer.`, the scale is
+    multiplied in, since diffusers' loader, which is to read that file as well, refuses `.alpha` there."""
+    original_layers: tuple[OriginalLayer, ...]
+    """Linear layers of the transformer as the model's authors name them."""
     pads_text: bool
     """Whether captions have lengths of their own and `stack_conditioning` can pad them to a multiple."""
 
@@ -366,10 +387,3 @@ class ModelFamily(Protocol):
 
     def guide(self, conditional_BCHW: Tensor, unconditional_BCHW: Tensor, scale: float) -> Tensor:
         """Combines the two velocities of classifier-free guidance as the stock pipeline does."""
-
-    def comfyui_tensors(self, weights: Mapping[str, Tensor], alpha: float) -> dict[str, Tensor]:
-        """Returns a LoRA's tensors under names that ComfyUI loads for this model, with its scale.
-
-        Args:
-            weights: `MODULE.lora_A.weight` (rank x in) and `MODULE.lora_B.weight` (out x rank).
-        """

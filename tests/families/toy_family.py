@@ -23,6 +23,7 @@ from pixtune.family import (
     ActivationUnits,
     Conditioning,
     LatentDistribution,
+    OriginalLayer,
     Placement,
     Prompt,
     PromptOutline,
@@ -34,6 +35,7 @@ from pixtune.sizes import Size
 from pixtune.storage.model_folder import ModelFolder
 
 TEXT_WIDTH = 16
+LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 
 
 class ToyFamily:
@@ -42,8 +44,8 @@ class ToyFamily:
     name = "toy"
     pipeline_classes: tuple[str, ...] = ("ToyPipeline",)
     script = "tests/families/toy_family.py"
-    lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
-    lora_presets: Mapping[str, tuple[str, ...]] = {"attention": lora_targets}
+    lora_targets: tuple[str, ...] = LORA_TARGETS
+    lora_presets: Mapping[str, tuple[str, ...]] = {"attention": LORA_TARGETS}
     block_paths: tuple[str, ...] = ("transformer_blocks",)
     modulation_layers: tuple[str, ...] = ("norm1.linear", "norm1_context.linear")
     text_layers: tuple[str, ...] = (
@@ -78,6 +80,10 @@ class ToyFamily:
     max_controls = 0
     controls_in_text = False
     embedded_guidance = False
+    comfyui_prefix = "diffusion_model."
+    original_layers: tuple[OriginalLayer, ...] = tuple(
+        OriginalLayer(path, (path,)) for path in (f"transformer_blocks.{{}}.attn.{name}" for name in LORA_TARGETS)
+    )
     encoding_bytes_per_pixel = 3150
     pads_text = False
 
@@ -194,10 +200,6 @@ class ToyFamily:
 
     def guide(self, conditional_BCHW: Tensor, unconditional_BCHW: Tensor, scale: float) -> Tensor:
         return unconditional_BCHW + scale * (conditional_BCHW - unconditional_BCHW)
-
-    def comfyui_tensors(self, weights: Mapping[str, Tensor], alpha: float) -> dict[str, Tensor]:
-        scales = {f"diffusion_model.{name.rsplit('.', 2)[0]}.alpha": torch.tensor(alpha) for name in weights}
-        return {f"diffusion_model.{name}": tensor for name, tensor in weights.items()} | scales
 
 
 def build_toy_folder(path: Path) -> Path:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from pixtune import randomness
 from pixtune.errors import WeightsError
 from pixtune.families.flow_schedule import model_sigmas, model_time_shift, rounded_timestep
+from pixtune.families.original_layers import FLUX_LAYERS
 from pixtune.families.packing import PATCH, grid, num_tokens, pack_latents, unpack_latents
 from pixtune.families.transformer_shapes import flux_shapes
 from pixtune.family import (
@@ -19,6 +20,7 @@ from pixtune.family import (
     ActivationUnits,
     Conditioning,
     LatentDistribution,
+    OriginalLayer,
     Placement,
     Prompt,
     PromptOutline,
@@ -102,6 +104,8 @@ class Flux:
     controls_in_text = False
     embedded_guidance = True
     encoding_bytes_per_pixel = 1850  # measured: 1600 reserved (H200, one to four pictures of 1024 pixels a side)
+    comfyui_prefix = "transformer."
+    original_layers: tuple[OriginalLayer, ...] = FLUX_LAYERS
     pads_text = False
 
     def __init__(self, name: str, pipeline_classes: tuple[str, ...], max_controls: int = 0) -> None:
@@ -307,18 +311,6 @@ class Flux:
 
     def guide(self, conditional_BCHW: Tensor, unconditional_BCHW: Tensor, scale: float) -> Tensor:
         return unconditional_BCHW + scale * (conditional_BCHW - unconditional_BCHW)
-
-    def comfyui_tensors(self, weights: Mapping[str, Tensor], alpha: float) -> dict[str, Tensor]:
-        """Keeps diffusers' names, which ComfyUI knows; its own would need q, k and v merged into one layer.
-
-        The scale alpha / rank is multiplied into the up-projection, since diffusers refuses `.alpha` beside such names.
-        """
-        tensors = {}
-        for name, tensor in weights.items():
-            module, matrix, _ = name.rsplit(".", 2)
-            scale = alpha / len(weights[f"{module}.lora_A.weight"])
-            tensors[f"transformer.{name}"] = tensor * scale if matrix == "lora_B" else tensor
-        return tensors
 
 
 def image_positions(rows: int, columns: int, number: int, device: torch.device) -> Tensor:

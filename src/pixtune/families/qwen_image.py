@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Any, Protocol
 from pixtune import randomness
 from pixtune.errors import WeightsError
 from pixtune.families.flow_schedule import model_sigmas, model_time_shift, rounded_timestep
+from pixtune.families.original_layers import QWEN_IMAGE_LAYERS
 from pixtune.families.packing import PATCH, grid, num_tokens, pack_latents, unpack_latents
 from pixtune.families.transformer_shapes import qwen_image_shapes
 from pixtune.family import (
     ActivationUnits,
     Conditioning,
     LatentDistribution,
+    OriginalLayer,
     Placement,
     Prompt,
     PromptOutline,
@@ -114,6 +116,8 @@ class QwenImage:
     dropped_caption = " "
     embedded_guidance = False
     encoding_bytes_per_pixel = 3150  # measured: so much reserved, 2700 allocated (H100, 512 to 1328 pixels a side)
+    comfyui_prefix = "diffusion_model."
+    original_layers: tuple[OriginalLayer, ...] = QWEN_IMAGE_LAYERS
     pads_text = True
 
     def __init__(
@@ -310,14 +314,6 @@ class QwenImage:
         # The pipeline keeps each token's length, so that a high scale does not burn the picture.
         guided = guided * (conditional.norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True))
         return unpack_latents(guided, *conditional_BCHW.shape[-2:])
-
-    def comfyui_tensors(self, weights: Mapping[str, Tensor], alpha: float) -> dict[str, Tensor]:
-        tensors: dict[str, Tensor] = {}
-        for name, tensor in weights.items():
-            module = name.rsplit(".", 2)[0]
-            tensors[f"diffusion_model.{name}"] = tensor
-            tensors[f"diffusion_model.{module}.alpha"] = torch.tensor(alpha)
-        return tensors
 
 
 def refuse_guidance(config: Mapping[str, Any]) -> None:

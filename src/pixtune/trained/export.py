@@ -21,13 +21,13 @@ from pixtune.family import ModelFamily
 from pixtune.storage.base_reference import BaseReference, without_path
 from pixtune.storage.loading.entries import read_entries
 from pixtune.storage.safetensors_writer import TensorFile, save_without_digest
+from pixtune.trained.lora_formats import AdapterLayer, comfyui_tensors
+from pixtune.trained.lora_names import DIFFUSERS_PREFIX
 
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 COMFYUI_FILE = "comfyui_lora.safetensors"
 RAW_FILE = "raw_lora_weights.safetensors"
 """File, in diffusers' format, of the weights that go on being trained, where the two others hold their average."""
-DIFFUSERS_PREFIX = "transformer."
-"""Beginning of a weight's name in diffusers' file; the module's path in the transformer follows."""
 GIBIBYTE = 2**30
 LARGEST_LORA_BYTES = 32 * GIBIBYTE
 """Size that no LoRA reaches: one of rank 256 in fp32 on all layers of Qwen-Image has 9 GiB."""
@@ -84,6 +84,15 @@ def weights_by_module(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix(DIFFUSERS_PREFIX): tensor for name, tensor in tensors.items()}
 
 
+def layers_of(weights: Mapping[str, Tensor], alpha: float) -> dict[str, AdapterLayer]:
+    """Groups a LoRA's weights, named as by `diffusers_file`, by layer."""
+    tensors: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in weights.items():
+        layer, part = name.rsplit(".lora_", 1)
+        tensors.setdefault(layer, {})[f"lora_{part}"] = tensor
+    return {layer: AdapterLayer(of_layer, alpha) for layer, of_layer in tensors.items()}
+
+
 def export_lora(
     folder: Path, weights: Mapping[str, Tensor], about: LoraDescription, family: ModelFamily
 ) -> tuple[Path, Path]:
@@ -94,7 +103,8 @@ def export_lora(
     weights = {name: tensor.cpu() for name, tensor in weights.items()}
     diffusers_path, comfyui_path = folder / DIFFUSERS_FILE, folder / COMFYUI_FILE
     save_without_digest(diffusers_path, *diffusers_file(weights, about))
-    save_without_digest(comfyui_path, family.comfyui_tensors(weights, about.alpha), about.metadata())
+    comfyui = comfyui_tensors(layers_of(weights, about.alpha), family)
+    save_without_digest(comfyui_path, comfyui.tensors, about.metadata())
     return diffusers_path, comfyui_path
 
 

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from pixtune.errors import WeightsError
 from pixtune.family import Shapes
 from pixtune.trained import adapters
-from pixtune.trained.export import DIFFUSERS_PREFIX, read_tensors
+from pixtune.trained.export import read_tensors
 from pixtune.trained.layer_patterns import as_patterns, values_by_layer
+from pixtune.trained.lora_names import DIFFUSERS_PREFIX
 
 if TYPE_CHECKING:
     from peft.tuners.lora import LoraLayer
