@@ -126,7 +126,7 @@ def assemble(
     if not config.random_weights:
         check_transformer(family, folder)
     if config.training_adapter.path is not None:
-        check_training_adapter(config, tensor_shapes(config, family, folder))
+        check_training_adapter(config, family, tensor_shapes(config, family, folder))
     checkpoint = find_resume_point(config, accelerator, show)
     config = with_stored_choices(config, checkpoint)
     start_step = checkpoint.step if checkpoint else 0

@@ -227,7 +227,7 @@ def validate(
 def sample(
     prompts: Annotated[list[str] | None, typer.Argument(metavar="PROMPT", help="Prompts to sample.")] = None,
     lora: Annotated[
-        Path | None, typer.Option(help="A run's output_dir, a checkpoint, or a LoRA file in diffusers' format.")
+        Path | None, typer.Option(help="A run's output_dir, a checkpoint, or any LoRA file: diffusers, ComfyUI, kohya.")
     ] = None,
     model: Annotated[
         str | None, typer.Option(help="Model folder or hub name; default: the one that the LoRA's run names.")

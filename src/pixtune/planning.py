@@ -278,14 +278,14 @@ def footprint_of(config: TrainConfig, family: ModelFamily, folder: ModelFolder, 
         plain_linears(config.keep_plain, family, shapes),
         config.batch_size,
         family.kept_beside(folder.component_config("transformer")),
-        frozen_ranks(config, shapes),
+        frozen_ranks(config, family, shapes),
     )
     if config.method == "full":
         return of_all_weights(footprint)
     return with_average(footprint, config)
 
 
-def frozen_ranks(config: TrainConfig, shapes: Shapes) -> Mapping[str, int]:
+def frozen_ranks(config: TrainConfig, family: ModelFamily, shapes: Shapes) -> Mapping[str, int]:
     """Returns the ranks of the training adapter's layers by their paths; empty where a run has none.
 
     Raises:
@@ -295,7 +295,7 @@ def frozen_ranks(config: TrainConfig, shapes: Shapes) -> Mapping[str, int]:
         return {}
     from pixtune.trained.training_adapter import training_adapter_of  # imports torch
 
-    adapter = training_adapter_of(config)
+    adapter = training_adapter_of(config, family)
     assert adapter is not None
     adapter.refuse_other_model(shapes)
     return adapter.ranks

@@ -22,6 +22,7 @@ from pixtune.storage.model_folder import open_model_folder
 from pixtune.trained.saved_lora import attach_saved_lora, read_saved_lora
 from tests.runs import TINY_MODEL
 
+QWEN = FAMILIES["qwen_image"]
 BLOCKS = "transformer_blocks"
 LAYERS = [f"{BLOCKS}.{block}.attn.{layer}" for block in (0, 1) for layer in ("to_q", "to_k", "to_out.0")]
 
@@ -60,8 +61,8 @@ def deltas(model: nn.Module) -> dict[str, Tensor]:
 
 def ours(path: Path) -> dict[str, Tensor]:
     folder = open_model_folder(str(TINY_MODEL))
-    model = load_transformer(FAMILIES["qwen_image"], folder, Placement(torch.device("cpu"), torch.float32)).module
-    attach_saved_lora(model, read_saved_lora(path))
+    model = load_transformer(QWEN, folder, Placement(torch.device("cpu"), torch.float32)).module
+    attach_saved_lora(model, read_saved_lora(path, QWEN))
     return deltas(model)
 
 
@@ -133,7 +134,7 @@ def test_the_scale_of_a_rank_stabilized_lora_is_alpha_by_the_root_of_the_rank(
     shapes: dict[str, torch.Size], tmp_path: Path
 ) -> None:
     path = write(tmp_path / "a", shapes, {LAYERS[0]: 16}, r=16, lora_alpha=8, use_rslora=True, target_modules=["to_q"])
-    lora = read_saved_lora(path)
+    lora = read_saved_lora(path, QWEN)
     product = lora.weights[f"{LAYERS[0]}.lora_B.weight"] @ lora.weights[f"{LAYERS[0]}.lora_A.weight"]
     torch.testing.assert_close(ours(path)[LAYERS[0]], product * (8 / math.sqrt(16)))
 
@@ -159,25 +160,82 @@ def test_what_would_be_ignored_is_refused_by_name(
     common = {"r": 4, "lora_alpha": 4, "target_modules": ["to_q"]}
     path = write(tmp_path / "lora.safetensors", shapes, {LAYERS[0]: 4}, **common, **config)
     with pytest.raises(WeightsError, match=next(iter(config))):
-        read_saved_lora(path)
+        read_saved_lora(path, QWEN)
+
+
+PAIR = {"lora_A.weight": torch.ones(4, 256), "lora_B.weight": torch.ones(256, 4)}
+STATED = {"lora_adapter_metadata": json.dumps({"transformer.r": 4, "transformer.lora_alpha": 4})}
 
 
 @pytest.mark.parametrize(
-    "name",
+    ("name", "said"),
     [
-        f"transformer.{LAYERS[0]}.lora_magnitude_vector",
-        f"transformer.{LAYERS[0]}.lora_B.bias",
-        f"transformer.{LAYERS[0]}.lora_down.weight",
-        "text_encoder.layer.lora_A.weight",
-        f"diffusion_model.{LAYERS[0]}.lora_A.weight",
-        f"transformer.{LAYERS[0]}.alpha",
+        (f"transformer.{LAYERS[0]}.lora_magnitude_vector", f"holds {LAYERS[0]}.lora_magnitude_vector"),
+        (f"lora_unet_{LAYERS[0].replace('.', '_')}.dora_scale", f"holds {LAYERS[0]}.lora_magnitude_vector"),
+        (f"transformer.{LAYERS[0]}.lora_B.bias", "holds transformer.*bias, which is no part"),
+        (f"transformer.{LAYERS[0]}.hada_w1_a", "holds transformer.*hada_w1_a, which is no part"),
+        (f"transformer.{LAYERS[0]}.lokr_w1", f"holds {LAYERS[0]}.lokr_w1"),
+        ("text_encoder.layer.lora_A.weight", "of a text encoder"),
+        (f"transformer.{LAYERS[0]}.alpha", f"two scales: lora_adapter_metadata, and an alpha of {LAYERS[0]}"),
+        (f"diffusion_model.{LAYERS[1]}.lora_up.weight", f"matrices of shapes .*for {LAYERS[1]}"),
     ],
 )
-def test_tensors_that_are_no_plain_lora_are_refused_by_name(name: str, tmp_path: Path) -> None:
-    metadata = {"lora_adapter_metadata": json.dumps({"transformer.r": 4, "transformer.lora_alpha": 4})}
-    save_file({name: torch.zeros(4, 4)}, tmp_path / "a.safetensors", metadata)
-    with pytest.raises(WeightsError, match=f"holds {name}"):
-        read_saved_lora(tmp_path / "a.safetensors")
+def test_what_no_plain_lora_has_is_refused_by_name(name: str, said: str, tmp_path: Path) -> None:
+    pair = {f"transformer.{LAYERS[0]}.{part}": tensor for part, tensor in PAIR.items()}
+    tensor = torch.tensor(4.0) if name.endswith("alpha") else torch.ones(256, 1)
+    save_file({**pair, name: tensor}, tmp_path / "a.safetensors", STATED)
+    with pytest.raises(WeightsError, match=said):
+        read_saved_lora(tmp_path / "a.safetensors", QWEN)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"lora_B.weight": None}, "matrices of shapes"),
+        ({"lora_B.weight": torch.ones(256, 3)}, "matrices of shapes"),
+        ({"lora_A.weight": torch.ones(4, 256, 1, 1)}, "matrices of shapes"),
+        ({"lora_A.weight": torch.ones(0, 256), "lora_B.weight": torch.ones(256, 0)}, "matrices of shapes"),
+        ({"lora_A.weight": torch.ones(4, 256, dtype=torch.int8)}, "torch.int8 in"),
+    ],
+)
+def test_pairs_that_are_none_are_a_message(changes: dict[str, Tensor | None], said: str, tmp_path: Path) -> None:
+    pair = {
+        f"diffusion_model.{LAYERS[0]}.{part}": tensor
+        for part, tensor in {**PAIR, **changes}.items()
+        if tensor is not None
+    }
+    save_file(pair, tmp_path / "a.safetensors")
+    with pytest.raises(WeightsError, match=f"a.safetensors has {said}"):
+        read_saved_lora(tmp_path / "a.safetensors", QWEN)
+
+
+def test_files_of_comfyui_and_kohya_change_each_layer_as_in_the_stock_pipeline(
+    shapes: dict[str, torch.Size], tmp_path: Path
+) -> None:
+    """Ranks and alphas by layer; what diffusers' own reader of such files makes of them is the measure."""
+    from diffusers import QwenImagePipeline
+
+    generator = torch.Generator().manual_seed(7)
+    for prefix, down, up in (("lora_unet_", "lora_down", "lora_up"), ("diffusion_model.", "lora_A", "lora_B")):
+        file = {}
+        for number, layer in enumerate(LAYERS, 1):
+            (rows, columns), name = shapes[layer], layer.replace(".", "_") if prefix.endswith("_") else layer
+            file[f"{prefix}{name}.{down}.weight"] = torch.randn(number, columns, generator=generator)
+            file[f"{prefix}{name}.{up}.weight"] = torch.randn(rows, number, generator=generator)
+            file[f"{prefix}{name}.alpha"] = torch.tensor(1.5 * number**2)
+        save_file(file, path := tmp_path / "lora.safetensors")
+        theirs = QwenImagePipeline.lora_state_dict(dict(file))
+        found = ours(path)
+        assert found.keys() == set(LAYERS)
+        for layer, delta in found.items():
+            down_A, up_B = (theirs[f"transformer.{layer}.lora_{matrix}.weight"] for matrix in "AB")
+            torch.testing.assert_close(delta, up_B @ down_A, rtol=1e-5, atol=1e-5)
+
+
+def test_a_file_without_a_scale_has_the_scale_1(shapes: dict[str, torch.Size], tmp_path: Path) -> None:
+    pair = {f"transformer.{LAYERS[0]}.{part}": tensor for part, tensor in PAIR.items()}
+    save_file(pair, path := tmp_path / "lora.safetensors")
+    torch.testing.assert_close(ours(path)[LAYERS[0]], torch.full((256, 256), 4.0))
 
 
 @pytest.mark.parametrize(
@@ -191,13 +249,10 @@ def test_tensors_that_are_no_plain_lora_are_refused_by_name(name: str, tmp_path:
     ],
 )  # fmt: skip
 def test_damaged_metadata_is_a_message(text: str, tmp_path: Path) -> None:
-    save_file(
-        {f"transformer.{LAYERS[0]}.lora_A.weight": torch.zeros(4, 4)},
-        tmp_path / "a.safetensors",
-        {"lora_adapter_metadata": text},
-    )
+    pair = {f"transformer.{LAYERS[0]}.{part}": tensor for part, tensor in PAIR.items()}
+    save_file(pair, tmp_path / "a.safetensors", {"lora_adapter_metadata": text})
     with pytest.raises(WeightsError, match="lora_adapter_metadata"):
-        read_saved_lora(tmp_path / "a.safetensors")
+        read_saved_lora(tmp_path / "a.safetensors", QWEN)
 
 
 def test_ranks_that_are_not_those_of_the_tensors_are_a_message(shapes: dict[str, torch.Size], tmp_path: Path) -> None:

@@ -356,9 +356,9 @@ class TrainingAdapterConfig(Section):
     """Keys of a frozen LoRA that is on in training alone."""
 
     path: FilePath | None = None
-    """LoRA file in diffusers' format that is on, frozen, in steps and held-out losses, and off in samples and in the
-    LoRA files: an adapter that undoes a base's distillation, beside which a LoRA for the distilled base is trained.
-    Absent: none."""
+    """LoRA file (diffusers', ComfyUI's or kohya's names) that is on, frozen, in steps and held-out losses, and off in
+    samples and in the LoRA files: an adapter that undoes a base's distillation, beside which a LoRA for the distilled
+    base is trained. Absent: none."""
     strength: float = Field(default=1.0, gt=0, le=10)
     """Factor of its scale."""
 

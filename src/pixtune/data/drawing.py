@@ -126,7 +126,7 @@ def open_task(request: SampleRequest) -> Task:
     examples = tuple(
         prompt_example(text, request.controls, size, request.size is None, multiple, rules) for text in request.prompts
     )
-    lora = read_saved_lora(request.lora) if request.lora else None
+    lora = read_saved_lora(request.lora, family) if request.lora else None
     if request.negative_prompt is not None and not needs_negative(family, request.settings.guidance_scale):
         notes.append("the negative prompt has no effect: this model, or --guidance 1, takes no second pass for it.")
     return Task(request, family, folder, lora, examples, tuple(notes))
@@ -306,6 +306,7 @@ def load_base(
     with announced("loading the transformer", partial(say, console or Console(quiet=True))):
         transformer = load_planned(task.family, task.folder, plan, device)
     if task.lora is not None:
+        task.lora.refuse_spoiled()
         attach_saved_lora(transformer.module, task.lora)
     if plan.compile:
         compile_blocks(blocks_of(transformer.module, task.family), selective=False, sizes_vary=sizes_vary)

@@ -22,7 +22,7 @@ from pixtune.storage.base_reference import BaseReference, without_path
 from pixtune.storage.loading.entries import read_entries
 from pixtune.storage.safetensors_writer import TensorFile, save_without_digest
 from pixtune.trained.lora_formats import AdapterLayer, comfyui_tensors
-from pixtune.trained.lora_names import DIFFUSERS_PREFIX
+from pixtune.trained.lora_names import DIFFUSERS_PREFIX, DOWN, UP
 
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 COMFYUI_FILE = "comfyui_lora.safetensors"
@@ -85,11 +85,17 @@ def weights_by_module(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def layers_of(weights: Mapping[str, Tensor], alpha: float) -> dict[str, AdapterLayer]:
-    """Groups a LoRA's weights, named as by `diffusers_file`, by layer."""
+    """Groups a LoRA's weights, named as by `diffusers_file`, by layer.
+
+    Raises:
+        KeyError: a layer has one of the two matrices alone.
+    """
     tensors: dict[str, dict[str, Tensor]] = {}
     for name, tensor in weights.items():
         layer, part = name.rsplit(".lora_", 1)
         tensors.setdefault(layer, {})[f"lora_{part}"] = tensor
+    if halves := [layer for layer, own in tensors.items() if (DOWN in own) != (UP in own)]:
+        raise KeyError(halves[0])
     return {layer: AdapterLayer(of_layer, alpha) for layer, of_layer in tensors.items()}
 
 

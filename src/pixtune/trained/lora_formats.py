@@ -87,7 +87,7 @@ def read_layers(
             raise WeightsError(f"{name} stands for a tensor that the file has under another name too.")
         found[layer][part] = tensor
     if strange:
-        raise WeightsError(describe_strange(strange, family))
+        raise WeightsError(describe_strange(strange, tuple(tensors), family))
     ranks = _stored_ranks(metadata or {})
     read: dict[str, AdapterLayer] = {}
     for layer, parts in found.items():

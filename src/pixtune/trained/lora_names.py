@@ -125,8 +125,20 @@ def general_path(path: str, parts: Sequence[str], number: str) -> str:
     return next(part for part in parts if part.replace("{}", number) == path)
 
 
-def describe_strange(names: Sequence[str], family: ModelFamily) -> str:
-    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+def describe_strange(names: Sequence[str], every: Sequence[str], family: ModelFamily) -> str:
+    """Says what a file is that is no LoRA of a family.
+
+    Args:
+        names: its tensors that are no part of one.
+        every: all of its tensors.
+    """
+    from pixtune.families import FAMILIES
+
+    more = f" and {len(names) - 1} more such tensors" if len(names) > 1 else ""
     if all(name.startswith(TEXT_PREFIXES) for name in names):
-        return f"it holds a LoRA of a text encoder ({names[0]}{more}), which pixtune does not apply."
-    return f"it holds {names[0]}{more}, which is no part of a LoRA of {family.name}."
+        return f"it holds {names[0]}{more} of a text encoder, whose LoRA pixtune does not apply."
+    if not any(re.search(r"lora|lokr|hada|diff|\.alpha$", name) for name in every):
+        return f"it holds {names[0]}{more}, so it is no LoRA, but other weights."
+    others = [each.name for each in FAMILIES.values() if fits(every, each)]
+    what = f" It is a LoRA of {' or '.join(others)}." if others else ""
+    return f"it holds {names[0]}{more}, which is no part of a LoRA of {family.name}.{what}"

@@ -217,7 +217,7 @@ class LoraWeights:
 
     def read_back(self, folder: Path, velocity: Velocity) -> ReadBack:
         with self.result_in_place(in_training=True):
-            return read_back_lora(self.base.module, self.config.alpha, folder, velocity)
+            return read_back_lora(self.base, self.config.alpha, folder, velocity)
 
     def _describe(self, step: int) -> LoraDescription:
         return LoraDescription(
@@ -245,7 +245,7 @@ def train_lora(config: TrainConfig, plan: TrainingPlan, base: Base, first_step: 
     ema, average, adapter = config.ema, None, None
     if ema.decay is not None:
         average = WeightAverage(parameters, ema.decay, ema.warm_up, ema.on_host, first_step)
-    if (saved := training_adapter_of(config)) is not None:
+    if (saved := training_adapter_of(config, family)) is not None:
         adapter = TrainingAdapter(base.module, saved, COMPUTE_DTYPES[plan.compute_format])
     return LoraWeights(config, base, reference, lora, parameters, optimizer, average, adapter)
 

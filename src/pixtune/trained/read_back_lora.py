@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pixtune.errors import WeightsError
 from pixtune.trained import adapters
+from pixtune.trained.base import Base
 from pixtune.trained.export import DIFFUSERS_FILE
 from pixtune.trained.read_back import ReadBack, Velocity
 from pixtune.trained.saved_lora import read_saved_lora
@@ -17,7 +18,7 @@ UP = ".lora_B."
 """Part of the names of up-matrices, which start at zero: a LoRA does nothing until they move."""
 
 
-def read_back_lora(module: nn.Module, alpha: float, folder: Path, velocity: Velocity) -> ReadBack:
+def read_back_lora(base: Base, alpha: float, folder: Path, velocity: Velocity) -> ReadBack:
     """Puts a checkpoint's LoRA file on the base, and then the live weights back, bit for bit.
 
     Args:
@@ -27,7 +28,8 @@ def read_back_lora(module: nn.Module, alpha: float, folder: Path, velocity: Velo
     Raises:
         WeightsError: the file cannot be read as a LoRA of this model.
     """
-    saved, live = read_saved_lora(folder / DIFFUSERS_FILE), adapters.lora_weights(module)
+    module = base.module
+    saved, live = read_saved_lora(folder / DIFFUSERS_FILE, base.family), adapters.lora_weights(module)
     kept = {name: tensor.cpu().clone() for name, tensor in live.items()}
     if saved.weights.keys() != live.keys() or set(saved.alphas.values()) != {alpha} or saved.use_rslora:
         what = sorted(saved.weights.keys() ^ live.keys()) or [f"alpha {saved.alpha:g} in place of {alpha:g}"]

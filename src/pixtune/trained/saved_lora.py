@@ -1,14 +1,15 @@
-"""LoRA files in diffusers' format, pixtune's or others': read, and attached with the scale that each layer has there.
+"""LoRA files of diffusers, ComfyUI or kohya's trainers: read, and attached with the scale that each layer has there.
 
-The scale stands in the file's `lora_adapter_metadata`, PEFT's config of the adapter. What pixtune cannot apply as the
-stock pipeline does is refused by name: ignored, it would give other pictures without a word.
+The scale stands in `lora_adapter_metadata`, PEFT's config of the adapter, or in a tensor `alpha` beside each layer; a
+file with neither has the scale 1, as in the stock pipeline. What pixtune cannot apply as that pipeline does is refused
+by name: ignored, it would give other pictures without a word.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,11 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from pixtune.errors import WeightsError
-from pixtune.family import Shapes
+from pixtune.family import ModelFamily, Shapes
 from pixtune.trained import adapters
 from pixtune.trained.export import read_tensors
 from pixtune.trained.layer_patterns import as_patterns, values_by_layer
-from pixtune.trained.lora_names import DIFFUSERS_PREFIX
+from pixtune.trained.lora_formats import AdapterLayer, read_layers
+from pixtune.trained.lora_names import DIFFUSERS_PREFIX, DOWN, UP
 
 if TYPE_CHECKING:
     from peft.tuners.lora import LoraLayer
@@ -92,37 +94,71 @@ class SavedLora:
                     f"outputs of {layer}, which has {shape[1]} and {shape[0]}."
                 )
 
+    def refuse_spoiled(self) -> None:
+        """Checks that every number is finite; reads all of them.
 
-def read_saved_lora(path: Path) -> SavedLora:
-    """Reads a LoRA from a file in diffusers' format; no number of it is read from the disk yet.
+        Raises:
+            WeightsError: one is not; names its tensor.
+        """
+        for name, weight in self.weights.items():
+            if not weight.float().isfinite().all():
+                raise WeightsError(
+                    f"{self.path} has weights in {name} that are no finite numbers, so nothing that is computed with "
+                    "it would be one either. Fetch the file again."
+                )
+
+
+def read_saved_lora(path: Path, family: ModelFamily) -> SavedLora:
+    """Reads a LoRA from a file that diffusers, ComfyUI or kohya's trainers load, whoever wrote it.
+
+    Args:
+        family: that of the model that the LoRA is for.
 
     Raises:
         WeightsError: it is none, is damaged, or needs something that pixtune does not do; names it.
     """
     tensors, metadata = read_tensors(path)
+    if not tensors:
+        raise WeightsError(f"{path} holds no tensor.")
+    try:
+        layers = read_layers(tensors, family, metadata)
+    except WeightsError as error:
+        raise WeightsError(f"{path} cannot be used: {error}") from error
+    for layer, adapter in layers.items():
+        _check_layer(path, layer, adapter)
+    weights = {f"{layer}.{part}": tensor for layer, own in layers.items() for part, tensor in own.tensors.items()}
     if METADATA_KEY not in metadata:
+        ranks = {layer: own.low_rank.rank for layer, own in layers.items()}
+        alphas = {layer: ranks[layer] if own.alpha is None else own.alpha for layer, own in layers.items()}
+        return SavedLora(path, weights, _most_common(ranks), float(_most_common(alphas)), ranks, alphas, False)
+    if with_alpha := [layer for layer, own in layers.items() if own.alpha is not None]:
         raise WeightsError(
-            f"{path} has no {METADATA_KEY}, so its scale is unknown. Give a LoRA in diffusers' format, for example the "
-            "pytorch_lora_weights.safetensors of a run."
+            f"{path} has two scales: {METADATA_KEY}, and an alpha of {with_alpha[0]} and {len(with_alpha) - 1} more "
+            "layers. Only one can be meant, and diffusers refuses both together. Remove one of them."
         )
-    foreign = [name for name in tensors if not re.fullmatch(r"transformer\..+\.lora_[AB]\.weight", name)]
-    if foreign or not tensors:
-        what = f"holds {foreign[0]} and {len(foreign) - 1} more such tensors" if foreign else "holds no tensor"
-        raise WeightsError(
-            f"{path} {what}, and pixtune applies a plain LoRA of the transformer alone (lora_A and lora_B of linear "
-            "layers). Sample with diffusers, which knows more kinds."
-        )
-    config = _lora_config(path, metadata[METADATA_KEY])
-    weights = {name.removeprefix(DIFFUSERS_PREFIX): tensor for name, tensor in tensors.items()}
-    layers = tuple(dict.fromkeys(name.rsplit(".lora_", 1)[0] for name in weights))
+    return _scaled_by_metadata(path, weights, layers, metadata[METADATA_KEY])
+
+
+def _most_common(values: Mapping[str, Any]) -> Any:
+    return Counter(values.values()).most_common(1)[0][0]
+
+
+def _scaled_by_metadata(
+    path: Path, weights: Mapping[str, Tensor], layers: Mapping[str, AdapterLayer], text: str
+) -> SavedLora:
+    """Returns the LoRA with ranks and alphas by PEFT's config of it."""
+    config = _lora_config(path, text)
     try:
         rank, alpha = _number(config["r"], int), _number(config["lora_alpha"], float)
-        ranks = _values(config.get("rank_pattern"), layers, rank, int)
-        alphas = _values(config.get("alpha_pattern"), layers, alpha, float)
+        ranks = _values(config.get("rank_pattern"), tuple(layers), rank, int)
+        alphas = _values(config.get("alpha_pattern"), tuple(layers), alpha, float)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise WeightsError(f"{path} has a damaged {METADATA_KEY} ({error!r:.300}). Fetch the file again.") from error
-    for layer in layers:
-        _check_layer(path, layer, ranks[layer], weights)
+    if wrong := [layer for layer, own in layers.items() if own.low_rank.rank != ranks[layer]]:
+        raise WeightsError(
+            f"{path} has the rank {layers[wrong[0]].low_rank.rank} for {wrong[0]}, and its {METADATA_KEY} gives the "
+            f"rank {ranks[wrong[0]]}. Fetch the file again."
+        )
     return SavedLora(path, weights, rank, alpha, ranks, alphas, bool(config.get("use_rslora")))
 
 
@@ -132,18 +168,28 @@ def _values(patterns: Any, layers: Sequence[str], default: Any, kind: type) -> d
     return values_by_layer(numbers, layers, default)
 
 
-def _check_layer(path: Path, layer: str, rank: int, weights: Mapping[str, Tensor]) -> None:
-    """Checks that a layer has both matrices, of the rank that the file states: its scale follows from that.
+def _check_layer(path: Path, layer: str, adapter: AdapterLayer) -> None:
+    """Checks that a layer has a plain LoRA: two matrices of one rank.
 
     Raises:
         WeightsError: it has not.
     """
-    down, up = (weights.get(f"{layer}.lora_{matrix}.weight") for matrix in "AB")
-    shapes = [tuple(matrix.shape) for matrix in (down, up) if matrix is not None]
-    if down is None or up is None or down.ndim != 2 or up.ndim != 2 or (down.shape[0], up.shape[1]) != (rank, rank):
+    if other := adapter.tensors.keys() - {DOWN, UP}:
         raise WeightsError(
-            f"{path} has matrices of shapes {shapes} for {layer}, where (rank, in) and (out, rank) are needed, and its "
-            f"{METADATA_KEY} gives the rank {rank}. Fetch the file again."
+            f"{path} holds {layer}.{sorted(other)[0]}, and pixtune applies a plain LoRA alone (a down- and an "
+            "up-matrix of each layer). Sample with diffusers, which knows more kinds."
+        )
+    shapes = {part: tuple(tensor.shape) for part, tensor in adapter.tensors.items()}
+    down, up = shapes.get(DOWN, ()), shapes.get(UP, ())
+    if len(down) != 2 or len(up) != 2 or down[0] != up[1] or not down[0]:
+        raise WeightsError(
+            f"{path} has matrices of shapes {list(shapes.values())} for {layer}, where (rank, in) and (out, rank) are "
+            "needed. Fetch the file again."
+        )
+    if wrong := [part for part, tensor in adapter.tensors.items() if not tensor.is_floating_point()]:
+        raise WeightsError(
+            f"{path} has {adapter.tensors[wrong[0]].dtype} in {layer}.{wrong[0]}, where a LoRA has floating-point "
+            "numbers. Fetch the file again."
         )
 
 

@@ -16,7 +16,7 @@ from torch import nn
 
 from pixtune.config.schema import TrainConfig
 from pixtune.errors import WeightsError
-from pixtune.family import Shapes
+from pixtune.family import ModelFamily, Shapes
 from pixtune.trained.adapters import scaled
 from pixtune.trained.export import DIFFUSERS_FILE
 from pixtune.trained.saved_lora import SavedLora, attach_saved_lora, read_saved_lora
@@ -25,7 +25,7 @@ ADAPTER_NAME = "training_adapter"
 CHUNK_BYTES = 1 << 22
 
 
-def training_adapter_of(config: TrainConfig) -> SavedLora | None:
+def training_adapter_of(config: TrainConfig, family: ModelFamily) -> SavedLora | None:
     """Returns the training adapter of a run with its strength; None where it has none. No number of it is read yet.
 
     Raises:
@@ -39,7 +39,7 @@ def training_adapter_of(config: TrainConfig) -> SavedLora | None:
             f"training_adapter.path {path} is a folder. Give the LoRA file in it, such as {path / DIFFUSERS_FILE}."
         )
     try:
-        return read_saved_lora(path).scaled(strength)
+        return read_saved_lora(path, family).scaled(strength)
     except WeightsError as error:
         raise WeightsError(f"training_adapter.path: {error}") from error
 
@@ -60,7 +60,7 @@ def adapter_fingerprint(path: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def check_training_adapter(config: TrainConfig, shapes: Shapes) -> None:
+def check_training_adapter(config: TrainConfig, family: ModelFamily, shapes: Shapes) -> None:
     """Checks before the long work that a run's training adapter can be used; reads all of it.
 
     Args:
@@ -69,16 +69,10 @@ def check_training_adapter(config: TrainConfig, shapes: Shapes) -> None:
     Raises:
         WeightsError: it is for another model, or has a weight that is no finite number; names it.
     """
-    lora = training_adapter_of(config)
-    if lora is None:
-        return
-    lora.refuse_other_model(shapes)
-    for name, weight in lora.weights.items():
-        if not weight.isfinite().all():
-            raise WeightsError(
-                f"{lora.path} has weights in {name} that are no finite numbers, so every loss with it would be none "
-                "either. Fetch the file again, or leave training_adapter.path out."
-            )
+    lora = training_adapter_of(config, family)
+    if lora is not None:
+        lora.refuse_other_model(shapes)
+        lora.refuse_spoiled()
 
 
 class TrainingAdapter:

@@ -127,5 +127,5 @@ def loss_with(name: str, config: TrainConfig, pictures: list[HeldOutPicture], lo
     family, device = family_of(folder), torch.device("cpu")
     transformer = load_transformer(family, folder, Placement(device, torch.float32))
     if lora is not None:
-        attach_saved_lora(transformer.module, read_saved_lora(lora))
+        attach_saved_lora(transformer.module, read_saved_lora(lora, family))
     return measure(family, transformer, pictures, 1, config.seed, device, config.objective.guidance, 16).mean

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from pixtune.engine.load import Layout, load_transformer
 from pixtune.families import family_of
-from pixtune.family import Placement
+from pixtune.family import ModelFamily, Placement
 from pixtune.storage.model_folder import ModelFolder
 from pixtune.trained import adapters
 
@@ -38,6 +38,10 @@ class Numbers:
 
     def tensors(self) -> tuple[Tensor, ...]:
         return (self.values,)
+
+
+def family_named(name: str) -> ModelFamily:
+    return family_of(ModelFolder(ASSETS / name))
 
 
 def load_model(name: str, linear_format: str | None = None) -> nn.Module:

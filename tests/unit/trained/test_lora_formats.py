@@ -296,7 +296,7 @@ QKV = "lora_unet_double_blocks_0_img_attn_qkv"
     ("file", "family", "said"),
     [
         ({"transformer.transformer_blocks.0.attn.to_q.hada_w1_a": 0}, QWEN, "no part of a LoRA of qwen_image"),
-        ({"lora_te1_text_model_encoder_layers_0_mlp_fc1.alpha": 0}, FLUX, "LoRA of a text encoder"),
+        ({"lora_te1_text_model_encoder_layers_0_mlp_fc1.alpha": 0}, FLUX, "of a text encoder, whose LoRA"),
         ({"lora_unet_input_blocks_4_1_proj_in.lora_down.weight": 0}, FLUX, "no part of a LoRA of flux"),
         ({f"{QKV}.lora_down.weight": 0}, QWEN, "no part of a LoRA of qwen_image"),
         ({"transformer.transformer_blocks.00.attn.to_q.lora_A.weight": 0}, QWEN, "no part"),
