@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 from pixtune.data.cache import DiskStore
-from pixtune.storage.checkpoint import checkpoint_path, load_checkpoint
+from pixtune.storage.checkpoint import load_checkpoint
+from pixtune.storage.checkpoint_state import checkpoint_path
 from pixtune.tracking.metrics import read_metrics
 from tests.runs import DEMO_HELD_OUT, ROOT, environment, overrides, pixtune, run, write_config
 

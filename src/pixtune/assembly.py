@@ -48,7 +48,8 @@ from pixtune.planning import Leaner, check_transformer, leaner_config, plan_on_t
 from pixtune.progress import announced, printer
 from pixtune.run import Run
 from pixtune.services import Services
-from pixtune.storage.checkpoint import Checkpoint, checkpoint_path, read_decision
+from pixtune.storage.checkpoint import Checkpoint, read_decision
+from pixtune.storage.checkpoint_state import checkpoint_path
 from pixtune.storage.course import Course
 from pixtune.storage.model_folder import ModelFolder, open_model_folder
 from pixtune.storage.output_lock import OutputLock

@@ -66,6 +66,10 @@ class InUseError(PixtuneError, RuntimeError):
     """Another run that is still alive writes to the same folder."""
 
 
+class RunError(PixtuneError, ValueError):
+    """A folder holds no run, or a run cannot be asked for something in the state that it is in."""
+
+
 class PlanError(PixtuneError, RuntimeError):
     """The run does not fit the machine. The message says how much is missing and what would fit."""
 

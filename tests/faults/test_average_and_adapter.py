@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pixtune.storage.checkpoint import checkpoint_path
+from pixtune.storage.checkpoint_state import checkpoint_path
 from pixtune.tracking.metrics import read_metrics
 from tests.runs import overrides, pixtune, write_config
 

@@ -15,7 +15,7 @@ from pixtune.judging.validation import ValidationLoss
 from pixtune.run import TrainResult
 from pixtune.services import held_out_loss, measuring
 from pixtune.services.around_steps import Services
-from pixtune.storage.checkpoint import find_checkpoints
+from pixtune.storage.checkpoint_state import find_checkpoints
 from pixtune.tracking.metrics import read_metrics
 from pixtune.trained.export import DIFFUSERS_FILE, read_lora_file
 from tests.runs import overrides, write_config

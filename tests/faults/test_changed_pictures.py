@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from pixtune.storage.checkpoint import find_checkpoints, load_checkpoint
+from pixtune.storage.checkpoint import load_checkpoint
+from pixtune.storage.checkpoint_state import find_checkpoints
 from pixtune.tracking.metrics import read_metrics
 from pixtune.trained.export import DIFFUSERS_FILE
 from tests import processes

@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 
 from pixtune import assembly
 from pixtune.config.load import load_config
-from pixtune.storage.checkpoint import Checkpoint, checkpoint_path, joined, load_checkpoint
+from pixtune.storage.checkpoint import Checkpoint, joined, load_checkpoint
+from pixtune.storage.checkpoint_state import checkpoint_path
 from pixtune.tracking.metrics import read_metrics
 from tests.runs import ROOT, TINY_MODEL, overrides, pixtune, write_config
 

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from pixtune.storage.checkpoint import checkpoint_path, find_checkpoints
+from pixtune.storage.checkpoint_state import checkpoint_path, find_checkpoints
 from pixtune.tracking.metrics import read_metrics
 from tests import processes
 from tests.runs import DEMO_HELD_OUT, DEMO_TRAIN, environment, overrides, pixtune, write_config

@@ -14,7 +14,7 @@ from pixtune import assembly
 from pixtune import train as training
 from pixtune.config import load_config
 from pixtune.errors import TrainingError
-from pixtune.storage.checkpoint import find_checkpoints
+from pixtune.storage.checkpoint_state import find_checkpoints
 from pixtune.storage.safetensors_writer import TensorFile
 from pixtune.tracking.metrics import read_metrics
 from pixtune.trained import export, methods, optim

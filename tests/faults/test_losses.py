@@ -20,7 +20,8 @@ from pixtune.data.batches import BatchSource
 from pixtune.data.order import Turn
 from pixtune.errors import TrainingError
 from pixtune.judging import validation
-from pixtune.storage.checkpoint import checkpoint_path, find_checkpoints, load_checkpoint
+from pixtune.storage.checkpoint import load_checkpoint
+from pixtune.storage.checkpoint_state import checkpoint_path, find_checkpoints
 from pixtune.tracking.figures import StepOutcome
 from pixtune.tracking.metrics import read_metrics
 from tests.runs import DEMO_HELD_OUT, DEMO_TRAIN, overrides

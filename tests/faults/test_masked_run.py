@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from pixtune.config import load_config
 from pixtune.errors import CheckpointError
-from pixtune.storage.checkpoint import checkpoint_path
+from pixtune.storage.checkpoint_state import checkpoint_path
 from pixtune.train import train
 from tests.runs import ROOT, overrides
 

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from pixtune.storage.checkpoint import checkpoint_path, find_checkpoints, load_checkpoint
+from pixtune.storage.checkpoint import load_checkpoint
+from pixtune.storage.checkpoint_state import checkpoint_path, find_checkpoints
 from pixtune.storage.files import file_digest
 from pixtune.tracking.metrics import read_metrics
 from tests import processes

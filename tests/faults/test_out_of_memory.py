@@ -30,7 +30,8 @@ from pixtune.judging.validation import ValidationLoss, measure
 from pixtune.plan.training import TrainingPlan
 from pixtune.planning import Leaner, plan_on_this_machine
 from pixtune.services import measuring
-from pixtune.storage.checkpoint import find_checkpoints, load_checkpoint
+from pixtune.storage.checkpoint import load_checkpoint
+from pixtune.storage.checkpoint_state import find_checkpoints
 from pixtune.trained.weight_update import WeightUpdate
 from tests.runs import DEMO_HELD_OUT, ROOT, overrides, write_config
 

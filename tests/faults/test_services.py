@@ -14,7 +14,7 @@ import pytest
 from safetensors.torch import load_file
 from torch import Tensor
 
-from pixtune.storage.checkpoint import find_checkpoints
+from pixtune.storage.checkpoint_state import find_checkpoints
 from pixtune.tracking.metrics import read_metrics
 from tests import processes
 from tests.io_faults import FailingDisk, random_fault

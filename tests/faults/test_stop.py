@@ -15,7 +15,8 @@ from typing import Any
 
 import pytest
 
-from pixtune.storage.checkpoint import find_checkpoints, load_checkpoint
+from pixtune.storage.checkpoint import load_checkpoint
+from pixtune.storage.checkpoint_state import find_checkpoints
 from pixtune.tracking.figures import StepOutcome
 from pixtune.tracking.metrics import read_metrics
 from tests import processes

@@ -13,7 +13,8 @@ from pixtune import assembly
 from pixtune import train as training
 from pixtune.config import load_config
 from pixtune.errors import ConfigError
-from pixtune.storage.checkpoint import find_checkpoints, load_checkpoint
+from pixtune.storage.checkpoint import load_checkpoint
+from pixtune.storage.checkpoint_state import find_checkpoints
 from tests.runs import DEMO_TRAIN, overrides, pixtune, write_config
 
 

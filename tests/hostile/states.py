@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pixtune.data.cache import CHECKSUM_END, CHECKSUM_START
-from pixtune.storage.checkpoint import _state_digest
+from pixtune.storage.checkpoint_state import state_digest
 from tests.hostile.case import (
     EITHER,
     REFUSED,
@@ -61,7 +61,7 @@ State = dict[str, Any]
 def signed(state: State) -> bytes:
     """Returns a state whose own checksum is right: an attacker can compute it as well."""
     state.pop("sha256", None)
-    state["sha256"] = _state_digest(state)
+    state["sha256"] = state_digest(state)
     return json.dumps(state, indent=1, sort_keys=True).encode()
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pixtune.storage.checkpoint import NAME
+from pixtune.storage.checkpoint_state import NAME
 
 BLOCK = 4096
 

@@ -109,6 +109,7 @@ ROOMS = [
     "captioning",
     "tracking",
     "report",
+    "runs",
     "run",
     "services",
     "assembly",
@@ -289,9 +290,10 @@ sys.exit(f"importing pixtune changes: {changed}" if changed else 0)
 
 
 def text_files() -> Iterator[Path]:
-    skipped = {"runs", "dataset", "samples", "build", "dist", "assets", "__pycache__", "node_modules"}
-    hidden = {".ci", ".github"}
+    skipped, hidden = {"build", "dist", "assets", "__pycache__", "node_modules"}, {".ci", ".github"}
     for folder, folders, files in os.walk(ROOT):
+        if Path(folder) == ROOT:  # what the shipped configs read and write; rooms may have these names
+            folders[:] = [name for name in folders if name not in {"runs", "dataset", "samples"}]
         folders[:] = [name for name in folders if name not in skipped and (not name.startswith(".") or name in hidden)]
         for name in files:
             path = Path(folder, name)

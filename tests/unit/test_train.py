@@ -30,7 +30,8 @@ from pixtune.plan.encoders import PLAINLY
 from pixtune.progress import StepBar
 from pixtune.services import measuring, swapped_controls
 from pixtune.services.swapped_controls import SwappedControls
-from pixtune.storage.checkpoint import find_checkpoints, load_checkpoint
+from pixtune.storage.checkpoint import load_checkpoint
+from pixtune.storage.checkpoint_state import find_checkpoints
 from pixtune.storage.course import Course
 from pixtune.tracking.figures import StepFigures
 from pixtune.tracking.memory import RunMemory

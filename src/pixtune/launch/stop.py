@@ -132,6 +132,10 @@ class StopRequest:
             self._changed.wait_for(lambda: peers.stop_at is not None or self._lost is not None)
             return peers.stop_at is None or step >= peers.stop_at or self._lost is not None
 
+    def ask(self, reason: str) -> None:
+        """Requests the end as the first signal does, for a reason that is printed."""
+        self._want(reason)
+
     def defer(self, until_saved: bool = True) -> None:
         """Lets requests wait, since a step has been taken and is unsaved; or no longer, since all are saved."""
         self._defers = until_saved

@@ -6,7 +6,7 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from pixtune.tracking.metrics import FILE_NAME, read_metrics
@@ -44,6 +44,12 @@ class Sample:
     """Negative prompt, if one was given."""
     strength: float = 1.0
     """Strength of the LoRA."""
+
+    @property
+    def index(self) -> int | None:
+        """Number of the picture among those of its step, 0 for the first; None where its file has none."""
+        digits = PurePosixPath(self.path).name.partition("-")[0].partition(".")[0]
+        return int(digits) if digits.isdecimal() and digits.isascii() else None
 
     @property
     def origin(self) -> tuple[object, ...]:

@@ -13,8 +13,8 @@ from pixtune.config.schema import TrainConfig
 from pixtune.errors import WriteError
 from pixtune.hardware.facts import package_versions
 from pixtune.plan.training import TrainingPlan
-from pixtune.report import BEFORE_AFTER_FILE, write_report
-from pixtune.storage.checkpoint import checkpoint_path
+from pixtune.report.write import BEFORE_AFTER_FILE, write_report
+from pixtune.storage.checkpoint_state import checkpoint_path
 from pixtune.storage.resume import free_folder
 from pixtune.trained.methods import TrainedWeights
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from pixtune.config import to_dict
 from pixtune.data.batches import Batch
@@ -15,6 +15,7 @@ from pixtune.data.prepared import PreparedData
 from pixtune.errors import TrainingError
 from pixtune.hardware.machine import driver_may_spill
 from pixtune.judging.best import end_words
+from pixtune.launch.stop import Stopped
 from pixtune.progress import StepBar, announced
 from pixtune.report.results import FEW_HELD_OUT, Results, already_finished
 from pixtune.run import Run, TrainResult
@@ -25,12 +26,14 @@ from pixtune.services.edit_drift import EditDrift
 from pixtune.services.held_out_loss import HeldOutLoss
 from pixtune.services.learning import Learning, SavedFile
 from pixtune.services.looks import Look
+from pixtune.services.requests import Requests
 from pixtune.services.samples import Samples
 from pixtune.services.session import Session
 from pixtune.services.swapped_controls import SwappedControls
 from pixtune.services.training_pictures import TrainingPictures
 from pixtune.storage.course import Course
 from pixtune.storage.model_folder import ModelFolder
+from pixtune.storage.session_note import LONGEST_ERROR, SessionNote, now_in_words
 from pixtune.tracking.figures import StepFigures, StepOutcome, tracker_values, watch_device
 from pixtune.tracking.guard import LossGuard
 from pixtune.tracking.metrics import FILE_NAME, MetricsLog
@@ -67,6 +70,14 @@ class Services:
         """Looks at the weights between steps, in their order."""
         facts = {**run.trained.counts(), "training examples": len(data.buckets), "held-out": len(data.held_out)}
         self.results = Results(self.config, run.trained, lambda: run.reliefs.plan, run.num_steps, facts)
+        self.requests = Requests(self.session, self.checkpoints, lambda step, on: self._note(step, is_paused=on))
+        self._written_note = SessionNote(
+            lock=course.lock.name if course.lock else None,
+            began=now_in_words(),
+            start_step=start_step,
+            num_steps=run.num_steps,
+            config=to_dict(run.config),
+        )
         self._stack = ExitStack()
 
     @property
@@ -93,6 +104,7 @@ class Services:
             self.edit_drift.remember(log.kept)
             with self.problems.of(self.best_weights.name, self.start_step):
                 self.best_weights.agree_with_log()
+        self._note(self.start_step)
         accelerator = self.run.accelerator
         if config.report_to:
             with self.problems.of(f"tracker {config.report_to}", self.start_step):
@@ -114,6 +126,11 @@ class Services:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._stack.close()
+        if isinstance(error, Stopped | KeyboardInterrupt):
+            self._note(self.saved_step, outcome="stopped")
+        elif error is not None:
+            text = str(error) or type(error).__name__
+            self._note(self.saved_step, outcome="failed", error=text[:LONGEST_ERROR])
         with self.problems.of(f"tracker {self.config.report_to}", self.saved_step):
             for tracker in self.run.accelerator.trackers:
                 tracker.finish()
@@ -146,7 +163,7 @@ class Services:
         config, session = self.config, self.session
         self.run.stop.defer()
         session.figures.add(step, outcome, self.run.learning_rate_at(step - 1))
-        save_due = session.is_due(step, config.checkpointing_steps)
+        save_due = session.is_due(step, config.checkpointing_steps) or self.requests.take("save_now", step)
         look_due = any(look.is_due(step) for look in self.looks)
         if step % config.logging_steps == 0 or save_due or look_due:
             self.checkpoints.read_back(step)
@@ -161,6 +178,7 @@ class Services:
             self._report(step)
         if save_due or look_due:
             session.figures.restart_clock()
+        self.requests.answer(step)
         return self._end_early(step) if self.held_out_loss.is_due(step) and step < self.run.num_steps else None
 
     def _end_early(self, step: int) -> TrainResult | None:
@@ -198,6 +216,7 @@ class Services:
         if self.saved_step != step:
             self.checkpoints.save(step)
             self._report(step)
+        self._note(step, outcome="stopped")
         lost_process = self.run.stop.after_saving()
         saved = f"stopped after step {step}; what it has learned so far is in {self.output_dir}"
         self._print(
@@ -240,6 +259,7 @@ class Services:
             if (best := end_words(self.held_out_loss.means, step, files)) is not None:
                 self._print(best)
             self._print(how if self.start_step < step else already_finished(step, self.run.num_steps, self.output_dir))
+        self._note(step, outcome="finished")
         few = len(self.data.held_out) if len(self.data.held_out) <= FEW_HELD_OUT else None
         return TrainResult(True, step, self.output_dir, first, last, self.start_step < step, few)
 
@@ -248,6 +268,15 @@ class Services:
         if self.is_main:
             with self.problems.of("the report", step), announced("writing the report", self.session.print_line):
                 self.results.write_report()
+
+    def _note(self, step: int, **changes: Any) -> None:
+        """Notes in the output folder how the session goes, for whoever looks at the run from outside."""
+        if not self.is_main:
+            return
+        ended = now_in_words() if "outcome" in changes else None
+        self._written_note = replace(self._written_note, step=step, ended=ended, **changes)
+        with self.problems.of("session.json", step):
+            self._written_note.write(self.output_dir)
 
     def _compare_memory(self, step: int) -> None:
         self.run.memory.end_steps()

@@ -7,7 +7,7 @@ from pathlib import Path
 from pixtune.judging.best import best_step
 from pixtune.services.held_out_loss import HeldOutLoss
 from pixtune.services.session import Session
-from pixtune.storage.checkpoint import checkpoint_path
+from pixtune.storage.checkpoint_state import checkpoint_path
 from pixtune.trained.export import COMFYUI_FILE, DIFFUSERS_FILE, RAW_FILE, export_checkpoint, read_lora_file
 
 BEST_FOLDER = "best"

@@ -9,7 +9,8 @@ from pixtune.errors import CheckpointError, LossError, TrainingError
 from pixtune.hardware.facts import package_versions
 from pixtune.progress import announced
 from pixtune.services.session import Session
-from pixtune.storage.checkpoint import OPTIMIZER_STEM, Checkpoint, checkpoint_path, joined, sharded
+from pixtune.storage.checkpoint import OPTIMIZER_STEM, Checkpoint, joined, sharded
+from pixtune.storage.checkpoint_state import checkpoint_path
 from pixtune.storage.course import Course
 from pixtune.tracking.guard import LossGuard, ways_on
 from pixtune.trained import optim

@@ -16,7 +16,7 @@ from pixtune.judging.learning import fault_of_file, judged_after, no_gradient, n
 from pixtune.judging.validation import velocities_at
 from pixtune.services.checkpoints import Checkpoints
 from pixtune.services.session import Session
-from pixtune.storage.checkpoint import checkpoint_path
+from pixtune.storage.checkpoint_state import checkpoint_path
 from pixtune.trained.average import average_of_sums
 from pixtune.trained.optim import saw_gradient
 from pixtune.trained.read_back import ReadBack, checksums

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import Any
 
 from pixtune.sampler import PromptPicture, PromptSampler
 from pixtune.services.session import Session
+from pixtune.storage.requests import is_asked, withdraw
 
 SAMPLES_FOLDER = "samples"
-SAMPLE_NOW = "sample_now"
-"""File in the output folder that asks for samples after one of the next steps, and is gone once they are drawn."""
 
 
 class Samples:
@@ -35,7 +33,7 @@ class Samples:
 
     @property
     def _asked(self) -> bool:
-        return self._session.is_main and os.path.lexists(self._session.output_dir / SAMPLE_NOW)
+        return self._session.is_main and is_asked(self._session.output_dir, "sample_now")
 
     def look(self, step: int) -> None:
         """Draws one picture for each prompt, seed and strength, unless that was done before a resume.
@@ -55,13 +53,14 @@ class Samples:
 
     def _answer(self, step: int) -> None:
         """Deletes the file that asks for samples, before they are drawn: a later one asks for others."""
-        asking, session = self._session.output_dir / SAMPLE_NOW, self._session
+        session = self._session
         try:
-            asking.unlink()
+            withdraw(session.output_dir, "sample_now")
         except OSError as error:
-            session.print(f"warning: {asking} cannot be deleted ({error.strerror or error}), and asks again and again")
+            path, why = session.output_dir / "sample_now", error.strerror or error
+            session.print(f"warning: {path} cannot be deleted ({why}), and asks again and again")
         if not session.data.prompts:
-            session.print(f"step {step}: {SAMPLE_NOW} asks for samples, and the config has no samples.prompts")
+            session.print(f"step {step}: sample_now asks for samples, and the config has no samples.prompts")
 
     def _draw(self, step: int, strength: float) -> None:
         session, sampler = self._session, self._sampler

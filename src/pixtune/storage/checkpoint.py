@@ -8,7 +8,6 @@ no pickle and no generator state: random draws are functions of the step (`rando
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import re
@@ -26,11 +25,19 @@ from torch import Tensor
 
 from pixtune.errors import CheckpointError, DamagedError
 from pixtune.inputs.reading import read_bounded
+from pixtune.storage.checkpoint_state import (
+    FORMAT,
+    STATE_FILE,
+    checkpoint_path,
+    find_checkpoints,
+    read_state,
+    state_digest,
+)
 from pixtune.storage.files import file_digest, sync_folder, write_atomically
 from pixtune.storage.grouping import group_neighbours
 from pixtune.storage.lineage import Lineage, Order, Saved, SetBack, put_in_order, read_lineage, read_set_back
 from pixtune.storage.safetensors_writer import TensorFile, save_safetensors
-from pixtune.storage.state_form import LARGEST_STATE_BYTES, fault_of_decision, fault_of_state
+from pixtune.storage.state_form import LARGEST_STATE_BYTES, fault_of_decision
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -40,13 +47,10 @@ Decision = TypeVar("Decision", bound="DataclassInstance")
 
 CheckpointFiles = Mapping[str, TensorFile]
 """Tensors and metadata of a checkpoint's files by the files' names without their ending, for example "optimizer"."""
-FORMAT = 1
-STATE_FILE = "state.json"
 OPTIMIZER_STEM = "optimizer"
 SHARD_BYTES = 4 * 2**30
 NUM_THREADS = 4
 """Number of files written or read at a time. One thread hashes about as fast as one disk writes; some are faster."""
-NAME = re.compile(r"checkpoint-(\d+)")
 WRITING, REPLACED, DELETING = ".writing", ".replaced", ".deleting"
 """Endings of a checkpoint's temporary names: unfinished; to be deleted once its successor stands; being deleted."""
 SET_BACK_FILE = "set_back.json"
@@ -108,10 +112,6 @@ def joined(files: Mapping[str, Mapping[str, Tensor]], stem: str) -> dict[str, Te
     return {name: tensor for key, tensors in files.items() if mine.fullmatch(key) for name, tensor in tensors.items()}
 
 
-def checkpoint_path(output_dir: Path, step: int) -> Path:
-    return output_dir / f"checkpoint-{step:06d}"
-
-
 def save_checkpoint(
     output_dir: Path, step: int, files: CheckpointFiles, record: Mapping[str, Any], lineage: Lineage | None = None
 ) -> Path:
@@ -134,7 +134,7 @@ def save_checkpoint(
         state: dict[str, Any] = {"format": FORMAT, "step": step, "files": written, "record": record}
         if lineage is not None:
             state["lineage"] = lineage.to_dict()
-        state["sha256"] = _state_digest(state)
+        state["sha256"] = state_digest(state)
         write_atomically(temporary / STATE_FILE, json.dumps(state, indent=1, sort_keys=True).encode())
         if final.exists():
             final.replace(replaced)  # the same step saved again, for example by a run that was set back
@@ -181,35 +181,6 @@ def verify_checkpoint(path: Path) -> None:
         CheckpointError: it is of another format.
     """
     _check_files(path, read_state(path)["files"])
-
-
-def read_state(path: Path) -> dict[str, Any]:
-    """Reads a checkpoint's `state.json`, and checks it against its own hash.
-
-    Raises:
-        DamagedError: it is not what was written, or there is none.
-        CheckpointError: another version wrote it in another format.
-    """
-    file = path / STATE_FILE
-    try:
-        if not file.is_file():  # a pipe, among others, would keep a reader waiting
-            kind = "is no folder" if path.is_file() else f"has no {STATE_FILE}"
-            raise DamagedError(f"{path} is no checkpoint of pixtune: it {kind}.")
-        state = json.loads(read_bounded(file, LARGEST_STATE_BYTES).decode())
-    except OSError as error:
-        raise DamagedError(f"{file} cannot be read ({error.strerror or error}).") from error
-    except (ValueError, RecursionError) as error:
-        raise DamagedError(f"{file} is damaged ({error}).") from error
-    if isinstance(state, dict) and state.get("format", FORMAT) != FORMAT:
-        raise CheckpointError(
-            f"{path} has checkpoint format {state['format']!r:.60}, this version reads {FORMAT}. "
-            "Use the version that wrote it."
-        )
-    if not isinstance(state, dict) or state.pop("sha256", None) != _state_digest(state):
-        raise DamagedError(f"{file} is damaged: its content is not what was written.")
-    if fault := fault_of_state(state):
-        raise DamagedError(f"{file} is of another form than pixtune writes: {fault}.")
-    return state
 
 
 def _check_files(path: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
@@ -260,14 +231,6 @@ def _in_threads(work: Callable[[Argument], Result], arguments: Sequence[Argument
         finally:
             pool.shutdown(cancel_futures=True)
     return [done.result() for done in running]
-
-
-def find_checkpoints(output_dir: Path) -> list[Path]:
-    """Lists everything that has the name of a finished checkpoint, the lowest step first."""
-    if not output_dir.is_dir():
-        return []
-    found = [(int(match[1]), path) for path in output_dir.iterdir() if (match := NAME.fullmatch(path.name))]
-    return [path for _, path in sorted(found)]
 
 
 @dataclass(frozen=True)
@@ -367,11 +330,6 @@ def _settle_replaced(replaced: Path) -> None:
     if replaced.exists() and not final.exists():
         replaced.replace(final)
     shutil.rmtree(replaced, ignore_errors=True)
-
-
-def _state_digest(state: Mapping[str, Any]) -> str:
-    """Returns the SHA-256 of all of the state but the digest itself."""
-    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
 def _advice(path: Path) -> str:

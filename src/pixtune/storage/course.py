@@ -10,12 +10,10 @@ from typing import Any
 
 from pixtune.errors import CheckpointError, DamagedError
 from pixtune.storage.checkpoint import (
-    NAME,
     Checkpoint,
     CheckpointFiles,
     FolderContent,
     delete_checkpoint,
-    find_checkpoints,
     read_folder,
     read_saved,
     remove_unfinished,
@@ -23,6 +21,7 @@ from pixtune.storage.checkpoint import (
     verify_checkpoint,
     write_set_back,
 )
+from pixtune.storage.checkpoint_state import NAME, find_checkpoints
 from pixtune.storage.files import remove_temporary
 from pixtune.storage.lineage import Saved, Session, SetBack, descend, next_serial
 from pixtune.storage.output_lock import OutputLock

@@ -26,6 +26,7 @@ from typing import Self
 
 from pixtune.errors import InUseError, WriteError
 from pixtune.inputs.reading import read_bounded
+from pixtune.storage.requests import forget_requests
 
 log = logging.getLogger(__name__)
 
@@ -119,6 +120,11 @@ class OutputLock:
     ) -> None:
         self.release()
 
+    @property
+    def name(self) -> str | None:
+        """Name that the lock's file has of this process; None while it is not acquired."""
+        return self._mine.name if self._mine else None
+
     def acquire(self, show: Callable[[str], None] = lambda sentence: None) -> None:
         """Takes the lock, unless it has it already, and makes the folder where there is none.
 
@@ -136,7 +142,7 @@ class OutputLock:
             self._made = _make_folders(self.path.parent)
             locked = self._open()
             holder = _read(self.path)
-            verdict = judge(holder, mine, locked, _is_running)
+            verdict = judge(holder, mine, locked, is_running)
             if verdict == "unknown" and holder is not None:
                 verdict = self._watch(holder, show)
             if verdict == "alive":
@@ -156,6 +162,7 @@ class OutputLock:
         except InUseError:
             self._close()
             raise
+        forget_requests(self.path.parent)
         self._mine = mine
         self._beating = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
         self._beating.start()
@@ -264,6 +271,34 @@ class OutputLock:
             probe.unlink(missing_ok=True)
 
 
+def read_holder(output_dir: Path) -> Holder | None:
+    """Reads who holds a folder, or held it until being killed; None where nobody does, or it cannot be read."""
+    try:
+        return _read(output_dir / FILE_NAME)
+    except OSError:
+        return None
+
+
+def is_alive(holder: Holder, output_dir: Path) -> bool:
+    """Returns whether the holder still runs, without touching the lock: whoever takes it for a moment keeps a run out.
+
+    A process of another machine or container counts as alive while its heartbeats are new. Their age is taken by this
+    machine's clock, since a reader writes nothing into the folder; it only shows, and decides nothing.
+    """
+    verdict = judge(holder, this_process(), None, is_running)
+    if verdict != "unknown":
+        return verdict == "alive"
+    try:
+        return time.time() - (output_dir / FILE_NAME).stat().st_mtime <= STALE_SECONDS
+    except OSError:
+        return False
+
+
+def is_within_reach(holder: Holder) -> bool:
+    """Returns whether the holder's process is one of this machine and namespace, which signals reach."""
+    return judge(holder, this_process(), None, lambda holder: True) == "alive"
+
+
 def _make_folders(folder: Path) -> list[Path]:
     """Makes a folder and its parents; returns those that were not there."""
     missing = [each for each in (folder, *folder.parents) if not each.exists()]
@@ -299,7 +334,7 @@ def _described(holder: Holder) -> str:
     return f"a run on {holder.host} (process {holder.pid}, since {holder.since}, last seen at step {holder.step})"
 
 
-def _is_running(holder: Holder) -> bool:
+def is_running(holder: Holder) -> bool:
     """Returns whether the holder's process runs, which has to be one of this machine and namespace."""
     try:
         os.kill(holder.pid, 0)

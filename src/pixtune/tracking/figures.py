@@ -24,15 +24,12 @@ from pixtune.judging.validation import ValidationLoss
 from pixtune.progress import StepBar
 from pixtune.storage.resume import flatten
 from pixtune.tracking.guard import ExampleLoss, LossGuard, SkippedStep
-from pixtune.tracking.metrics import MetricsLog
+from pixtune.tracking.metrics import MEAN_OF_STEPS, MetricsLog
 from pixtune.tracking.problems import Problems
 from pixtune.tracking.steptime import Drift, StepTimeWatch, StepTiming
 
 SENSORS_EVERY_SECONDS = 60.0
 """Shortest time between two readings: nvidia-smi takes tens of milliseconds."""
-
-MEAN_OF_STEPS = 50
-"""Number of steps whose mean loss is shown: that of one step depends on its noise level more than on the weights."""
 
 Moment = float | torch.cuda.Event
 """Seconds of the host's clock; on a GPU an event among the device's work, since the host runs ahead of it."""

@@ -40,6 +40,8 @@ FILE_NAME = "metrics.jsonl"
 
 LARGEST_FILE_BYTES, LONGEST_LINE_BYTES, MOST_LINES = 1024 * reading.MEBIBYTE, reading.MEBIBYTE, 4_000_000
 """Bounds of a log that is read: one of a million steps has a quarter of the lines and of the size."""
+MEAN_OF_STEPS = 50
+"""Number of steps whose mean loss is shown: that of one step depends on its noise level more than on the weights."""
 MOST_NAMED = 11
 """Number of damaged lines that are counted; ten are named."""
 
@@ -195,7 +197,7 @@ def read_lines(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
     for number, text in enumerate(reading.read_lines(path, LARGEST_FILE_BYTES, LONGEST_LINE_BYTES), 1):
         if text is not None and not text.endswith(b"\n"):
             break  # cut off
-        line = None if text is None else _parse(text)
+        line = None if text is None else parse_line(text)
         if line is not None:
             lines.append(line)
         elif len(damaged) < MOST_NAMED:
@@ -205,7 +207,7 @@ def read_lines(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
     return lines, damaged
 
 
-def _parse(text: bytes) -> dict[str, Any] | None:
+def parse_line(text: bytes) -> dict[str, Any] | None:
     """Reads a line; None where it is none of ours."""
     try:
         line = json.loads(text.decode())

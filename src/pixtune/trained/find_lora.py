@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from pixtune.errors import CheckpointError, WeightsError
-from pixtune.storage.checkpoint import read_folder, read_state
+from pixtune.storage.checkpoint import read_folder
+from pixtune.storage.checkpoint_state import read_state
 from pixtune.trained.export import DIFFUSERS_FILE
 
 

@@ -14,7 +14,8 @@ import pytest
 import torch
 from PIL import Image
 
-from pixtune.storage.checkpoint import checkpoint_path, find_checkpoints, joined, load_checkpoint
+from pixtune.storage.checkpoint import joined, load_checkpoint
+from pixtune.storage.checkpoint_state import checkpoint_path, find_checkpoints
 
 BENCHMARKS = Path(__file__).resolve().parents[3] / "benchmarks"
 SIDES = {"num_layers": 2, "num_attention_heads": 1, "attention_head_dim": 128, "joint_attention_dim": 64}

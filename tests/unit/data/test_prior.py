@@ -25,7 +25,7 @@ from pixtune.errors import CheckpointError, ConfigError, DataError
 from pixtune.judging.validation import HeldOutPicture
 from pixtune.sampler import PromptPicture
 from pixtune.services import training_pictures
-from pixtune.storage.checkpoint import checkpoint_path
+from pixtune.storage.checkpoint_state import checkpoint_path
 from pixtune.storage.files import file_digest
 from pixtune.train import train
 from tests.runs import DEMO_HELD_OUT, DEMO_TRAIN, ROOT, overrides

@@ -21,7 +21,8 @@ from pixtune.data.cache import DiskStore, Ledger
 from pixtune.data.metadata import read_metadata
 from pixtune.errors import PixtuneError
 from pixtune.report.record import read_record
-from pixtune.storage.checkpoint import STATE_FILE, read_folder, save_checkpoint, write_set_back
+from pixtune.storage.checkpoint import read_folder, save_checkpoint, write_set_back
+from pixtune.storage.checkpoint_state import STATE_FILE
 from pixtune.storage.lineage import Session, SetBack, descend
 from pixtune.storage.loading.entries import read_entries
 from pixtune.storage.model_folder import open_model_folder, weight_files

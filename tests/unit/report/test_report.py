@@ -16,11 +16,11 @@ import pytest
 from PIL import Image, ImageChops
 
 from pixtune.progress import in_words
-from pixtune.report import write_report
 from pixtune.report.charts import Chart, Series, log_axis, render_chart, step_axis, tick_labels, value_axis
 from pixtune.report.pictures import data_uri, edge_for, font_for, open_picture, own_font, spread, wrap
 from pixtune.report.record import read_record, smooth, thin
 from pixtune.report.values import format_seconds
+from pixtune.report.write import write_report
 
 RED, BLUE = (220, 20, 20), (20, 20, 220)
 NASTY = "<script>alert(\"1\")</script> & 'x' </title>"

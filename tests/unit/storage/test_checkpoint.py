@@ -18,14 +18,8 @@ import torch
 
 from pixtune.errors import CheckpointError
 from pixtune.storage import checkpoint
-from pixtune.storage.checkpoint import (
-    STATE_FILE,
-    checkpoint_path,
-    find_checkpoints,
-    load_checkpoint,
-    remove_unfinished,
-    save_checkpoint,
-)
+from pixtune.storage.checkpoint import load_checkpoint, remove_unfinished, save_checkpoint
+from pixtune.storage.checkpoint_state import STATE_FILE, checkpoint_path, find_checkpoints
 from pixtune.storage.course import prune_checkpoints, resolve_resume
 from pixtune.storage.files import file_digest
 from pixtune.storage.safetensors_writer import TensorFile, save_safetensors

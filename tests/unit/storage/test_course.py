@@ -14,15 +14,8 @@ import torch
 
 from pixtune.errors import CheckpointError, InUseError
 from pixtune.storage import course as course_module
-from pixtune.storage.checkpoint import (
-    SET_BACK_FILE,
-    STATE_FILE,
-    checkpoint_path,
-    find_checkpoints,
-    load_checkpoint,
-    remove_unfinished,
-    save_checkpoint,
-)
+from pixtune.storage.checkpoint import SET_BACK_FILE, load_checkpoint, remove_unfinished, save_checkpoint
+from pixtune.storage.checkpoint_state import STATE_FILE, checkpoint_path, find_checkpoints
 from pixtune.storage.course import Course, resolve_resume
 from pixtune.storage.output_lock import OutputLock
 from pixtune.storage.resume import RunIdentity

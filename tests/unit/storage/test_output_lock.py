@@ -108,15 +108,15 @@ def test_a_machine_that_names_no_boots_is_known_by_its_host() -> None:
 
 def test_a_process_is_known_by_its_start_and_not_by_its_number_alone() -> None:
     me = this_process()
-    assert output_lock._is_running(me)
-    assert not output_lock._is_running(replace(me, started="1")), "an earlier process of the same number"
+    assert output_lock.is_running(me)
+    assert not output_lock.is_running(replace(me, started="1")), "an earlier process of the same number"
     with subprocess.Popen(["sleep", "100"]) as child:
         holder = replace(me, pid=child.pid, started=output_lock._start_of(child.pid))
-        assert output_lock._is_running(holder)
+        assert output_lock.is_running(holder)
         child.kill()
         os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
-        assert not output_lock._is_running(holder) or holder.started is None, "dead, and not yet waited for"
-    assert not output_lock._is_running(holder)
+        assert not output_lock.is_running(holder) or holder.started is None, "dead, and not yet waited for"
+    assert not output_lock.is_running(holder)
 
 
 # ---- the lock itself
