@@ -31,6 +31,7 @@ from pixtune.data import drawing as apart
 from pixtune.data import prepare
 from pixtune.data.encode import Encoder
 from pixtune.data.prepare import prepare_data
+from pixtune.data.sample_prompts import AskedPrompt
 from pixtune.engine.load import LoadedTransformer
 from pixtune.families import family_of
 from pixtune.hardware.capping import outside_allocator_bytes, own_gpu, read_before_cuda
@@ -173,12 +174,10 @@ def measure_sampling(arguments: argparse.Namespace) -> Result:
     output_dir.mkdir(parents=True)
     request = apart.SampleRequest(
         model=str(arguments.model),
-        prompts=(CAPTION,),
-        controls=(),
+        prompts=(AskedPrompt(CAPTION, size=(arguments.size, arguments.size)),),
         lora=None,
         weights_format="bf16",
         settings=SamplerSettings((0,), arguments.steps, GUIDANCE),
-        size=(arguments.size, arguments.size),
         max_text_tokens=None,
         control_size=arguments.size,
         gpu_memory_limit_gib=arguments.limit_gib,

@@ -233,6 +233,9 @@ def sample(
         str | None, typer.Option(help="Model folder or hub name; default: the one that the LoRA's run names.")
     ] = None,
     prompt: Annotated[list[str] | None, typer.Option(help="Prompt to sample, too; may be given several times.")] = None,
+    prompts_file: Annotated[
+        Path | None, typer.Option(help="File of further prompts, as samples.prompts_file of a config.")
+    ] = None,
     negative: Annotated[str | None, typer.Option(help="Prompt that guidance leads away from.")] = None,
     strength: Annotated[list[float] | None, typer.Option(help="Factor of the LoRA's scale; may be repeated.")] = None,
     output: Annotated[Path, typer.Option(help="Folder for the samples.")] = Path("samples"),
@@ -246,6 +249,9 @@ def sample(
         int | None, typer.Option(min=16, help="Width in pixels; default: the LoRA's training size, or 1024.")
     ] = None,
     height: Annotated[int | None, typer.Option(min=16, help="Height in pixels; default: likewise.")] = None,
+    size: Annotated[
+        list[str] | None, typer.Option(metavar="WxH", help="Width and height in pixels, as 1328x800; may be repeated.")
+    ] = None,
     weights_format: Annotated[Literal["bf16", "fp32"], typer.Option(help="Number format of plain weights.")] = "bf16",
     max_text_tokens: Annotated[
         int | None, typer.Option(min=1, help="Value of data_config.max_text_tokens in training.")
@@ -260,27 +266,27 @@ def sample(
     ] = None,
 ) -> None:
     """Sample pictures from a model, with or without a LoRA. It fits itself to the GPU there is, and reports how."""
-    from pixtune.commands.sample import sample_pictures
+    from pixtune.commands.sample import sample_pictures, sizes_of
     from pixtune.data.drawing import SampleRequest
+    from pixtune.data.sample_prompts import AskedPrompt, at_sizes, read_prompts
     from pixtune.sampler import SamplerSettings
     from pixtune.trained.find_lora import FoundLora, find_lora
 
     found = FoundLora() if lora is None else find_lora(lora)
     model, side = model or found.model, found.side or 1024
-    if not (texts := (*(prompts or ()), *(prompt or ()))) or model is None:
-        missing = "name a prompt" if not texts else "name the model"
+    asked = [AskedPrompt(text, controls=tuple(control or ())) for text in (*(prompts or ()), *(prompt or ()))]
+    asked += [] if prompts_file is None else read_prompts(prompts_file)
+    if not asked or model is None:
+        missing = "name the model" if asked else "name a prompt"
         raise typer.BadParameter(f'{missing}: pixtune sample "a cat" --lora runs/mine, or --model Qwen/Qwen-Image')
     request = SampleRequest(
         model=model,
-        prompts=texts,
-        controls=tuple(control or ()),
+        prompts=tuple(at_sizes(asked, negative, sizes_of(size, width, height, side))),
         lora=found.path,
-        negative_prompt=negative,
         strengths=tuple(dict.fromkeys(strength or [1.0])),
         side=side,
         weights_format=weights_format,
         settings=SamplerSettings(tuple(seed or [0]), steps, guidance),
-        size=(width or side, height or side) if width or height else None,
         max_text_tokens=max_text_tokens,
         control_size=control_size,
         quantize=quantize,

@@ -13,6 +13,7 @@ from PIL import Image, ImageOps
 
 from pixtune.commands.sample import sample_pictures
 from pixtune.data.drawing import SampleRequest
+from pixtune.data.sample_prompts import AskedPrompt
 from pixtune.engine.load import load_transformer
 from pixtune.families import FAMILIES
 from pixtune.family import ModelFamily, Placement
@@ -102,8 +103,8 @@ def stock_picture(family: ModelFamily, folder: ModelFolder, lora: Path, controls
 
 def our_picture(folder: ModelFolder, lora: Path | None, controls: list[Path], control_size: int, path: Path) -> Any:
     request = SampleRequest(
-        str(folder.path), (PROMPT,), tuple(controls), lora, "fp32", SamplerSettings((SEED,), STEPS, GUIDANCE), SIZE,
-        None, control_size,
+        str(folder.path), (AskedPrompt(PROMPT, None, tuple(controls), SIZE),), lora, "fp32",
+        SamplerSettings((SEED,), STEPS, GUIDANCE), None, control_size,
     )  # fmt: skip
     (written,) = sample_pictures(request, path)
     return Image.open(written)

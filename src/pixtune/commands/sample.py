@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from pixtune.data.encodings import text_item
 from pixtune.engine.apply import placement_of
 from pixtune.errors import ConfigError
 from pixtune.hardware.read import read_facts
+from pixtune.sizes import Size
 from pixtune.storage.files import check_writable
 from pixtune.storage.loading import check_parts
 from pixtune.tracking.memory import RunMemory
@@ -54,12 +56,32 @@ def sample_pictures(
     for sentence in (*task.notes, *encoder.cut_captions(prompts)):
         say(f"note: {sentence}")
     output_dir.mkdir(parents=True, exist_ok=True)
-    num_each = len(task.examples) * len(request.settings.seeds)
     for number, picture in enumerate(sample_as_planned(task, plans, device, memory.stages, Console(stderr=True))):
         ending = f"-strength{picture.strength:g}" if len(request.strengths) > 1 else ""
-        path = output_dir / f"{number % num_each:03d}-seed{picture.seed}{ending}.png"
+        path = output_dir / f"{number % request.num_pictures:03d}-seed{picture.seed}{ending}.png"
         picture.write(path)
         yield path
+
+
+def sizes_of(words: Sequence[str] | None, width: int | None, height: int | None, side: int) -> list[Size | None]:
+    """Returns the sizes that a command's words ask for; None in the list: the prompt's own.
+
+    Args:
+        words: "1328x800": width and height in pixels.
+        side: of what `width` or `height` leaves out.
+
+    Raises:
+        ConfigError: words are no size, or both ways to ask for one were taken.
+    """
+    sizes: list[Size | None] = []
+    for word in dict.fromkeys(words or ()):
+        match = re.fullmatch(r"([0-9]{1,5})[xX\u00d7]([0-9]{1,5})", word.strip(), re.ASCII)
+        if match is None:
+            raise ConfigError("a size cannot be read", [f"--size is {word!r}; write width and height as 1328x800."])
+        sizes.append((int(match[1]), int(match[2])))
+    if sizes and (width or height):
+        raise ConfigError("the size is given twice", ["Give --size, or --width and --height."])
+    return sizes or [(width or side, height or side) if width or height else None]
 
 
 def config_of(request: SampleRequest, output_dir: Path) -> TrainConfig:
@@ -69,7 +91,6 @@ def config_of(request: SampleRequest, output_dir: Path) -> TrainConfig:
         ConfigError: a value is none that the key can have.
     """
     settings = request.settings
-    width, height = request.size or (None, None)
     try:
         return TrainConfig(
             pretrained_model_name_or_path=request.model,
@@ -79,12 +100,11 @@ def config_of(request: SampleRequest, output_dir: Path) -> TrainConfig:
                 img_dir=output_dir, max_text_tokens=request.max_text_tokens, control_size=request.control_size
             ),
             samples=SamplesConfig(
-                prompts=request.prompts,
+                prompts=tuple(asked.text for asked in request.prompts),
                 seeds=settings.seeds,
                 num_steps=settings.num_steps,
                 guidance_scale=settings.guidance_scale,
-                width=width,
-                height=height,
+                sizes=tuple(dict.fromkeys(asked.size for asked in request.prompts if asked.size)),
                 strengths=request.strengths,
             ),
             mixed_precision="bf16" if request.weights_format == "bf16" else "no",

@@ -24,6 +24,7 @@ from pixtune.data.encode import Encoder, FramedPicture, TextItem
 from pixtune.data.encodings import Encodings, control_pictures, text_item
 from pixtune.data.examples import Example
 from pixtune.data.prompts import control_rules, encode_prompt, prompt_example, rounded_sizes
+from pixtune.data.sample_prompts import AskedPrompt
 from pixtune.engine.apply import blocks_of, load_planned, placement_of
 from pixtune.engine.compile import compile_blocks, compile_obstacle
 from pixtune.engine.load import LoadedTransformer
@@ -38,7 +39,6 @@ from pixtune.plan.sampling import SampleSizes, SamplingPlan, plan_sampling
 from pixtune.planning import can_pad, encoder_sizes, tensor_shapes
 from pixtune.progress import announced, counted, say
 from pixtune.sampler import EncodedPrompt, PromptPicture, PromptSampler, SamplerSettings
-from pixtune.sizes import Size
 from pixtune.storage.model_folder import ModelFolder, open_model_folder
 from pixtune.trained.adapters import scaled, up_projections
 from pixtune.trained.saved_lora import SavedLora, attach_saved_lora, read_saved_lora
@@ -52,14 +52,10 @@ class SampleRequest:
     """A request for pictures."""
 
     model: str
-    prompts: tuple[str, ...]
-    controls: tuple[Path, ...]
-    """Control pictures of every prompt (edit models)."""
+    prompts: tuple[AskedPrompt, ...]
     lora: Path | None
     weights_format: str
     settings: SamplerSettings
-    size: Size | None
-    """(width, height) in pixels; None: the last control's shape, or a square, at the stock pipelines' area."""
     max_text_tokens: int | None
     control_size: int
     """Side in pixels of the square whose area control pictures get."""
@@ -67,12 +63,15 @@ class SampleRequest:
     """Whether base weights are quantized; None: it depends on the memory there is."""
     gpu_memory_limit_gib: float | None = None
     """Device memory that the process may take at most."""
-    negative_prompt: str | None = None
-    """Prompt that guidance leads away from; None: the empty one."""
     strengths: tuple[float, ...] = (1.0,)
     """Factors of the LoRA's scale, at each of which all pictures are drawn. 0 is the base alone."""
     side: int = CONTROL_SIDE
-    """Side in pixels of the square whose area pictures get where `size` is None."""
+    """Side in pixels of the square whose area pictures get where a prompt has no size."""
+
+    @property
+    def num_pictures(self) -> int:
+        """Number of pictures at each strength."""
+        return sum(len(asked.seeds or self.settings.seeds) for asked in self.prompts)
 
 
 @dataclass(frozen=True)
@@ -85,24 +84,26 @@ class Plans:
 
 @dataclass(frozen=True)
 class Task:
-    """A request with the model and the LoRA that it names, and its prompts in the form of training examples."""
+    """A request with the model and the LoRA that it names."""
 
     request: SampleRequest
     family: ModelFamily
     folder: ModelFolder
     lora: SavedLora | None
     examples: tuple[Example, ...]
+    """Prompts of the request in the form of training examples."""
     notes: tuple[str, ...] = ()
     """Sentences on what is done otherwise than it was asked for."""
 
     @property
     def texts(self) -> tuple[TextItem, ...]:
-        """Prompts, and the one that guidance leads away from."""
-        negative = self.request.negative_prompt
-        instead = self.family.dropped_caption if negative is None else negative
+        """Prompts, and those that guidance leads away from."""
+        dropped = self.family.dropped_caption
         return tuple(
             dict.fromkeys(
-                text_item(text, example, 0) for example in self.examples for text in (example.caption, instead)
+                text_item(text, example, 0)
+                for asked, example in zip(self.request.prompts, self.examples, strict=True)
+                for text in (asked.text, dropped if asked.negative is None else asked.negative)
             )
         )
 
@@ -121,13 +122,16 @@ def open_task(request: SampleRequest) -> Task:
     family = family_of(folder)
     multiple = family.pixel_multiple(folder)
     rules = control_rules(family, folder, request.control_size)
-    size = request.size or (request.side, request.side)
-    notes = rounded_sizes(size, multiple) if request.size is not None or not request.controls else []
+    default = (request.side, request.side)
+    asked_sizes = dict.fromkeys(each.size or default for each in request.prompts if each.size or not each.controls)
+    notes = [sentence for size in asked_sizes for sentence in rounded_sizes(size, multiple)]
     examples = tuple(
-        prompt_example(text, request.controls, size, request.size is None, multiple, rules) for text in request.prompts
+        prompt_example(each.text, each.controls, each.size or default, each.size is None, multiple, rules)
+        for each in request.prompts
     )
     lora = read_saved_lora(request.lora, family) if request.lora else None
-    if request.negative_prompt is not None and not needs_negative(family, request.settings.guidance_scale):
+    has_negative = any(each.negative is not None for each in request.prompts)
+    if has_negative and not needs_negative(family, request.settings.guidance_scale):
         notes.append("the negative prompt has no effect: this model, or --guidance 1, takes no second pass for it.")
     return Task(request, family, folder, lora, examples, tuple(notes))
 
@@ -159,7 +163,7 @@ def make_plans(task: Task, config: TrainConfig, facts: HardwareFacts, abilities:
         num_steps=settings.num_steps,
         autoencoder_bytes=encoder_sizes(config, task.family, task.folder, 0, 0).autoencoder_bytes,
         num_prompts=len(task.examples),
-        num_pictures=len(task.examples) * len(settings.seeds) * len(task.request.strengths),
+        num_pictures=task.request.num_pictures * len(task.request.strengths),
         passes_per_step=passes_per_step,
         pads_text=task.family.pads_text,
     )
@@ -260,8 +264,11 @@ def encode_prompts(task: Task, encoder: Encoder) -> list[EncodedPrompt]:
     encodings = Encodings(encoder)
     encodings.fill_texts(task.texts)
     encodings.fill_pictures(task.controls)
-    scale, negative = task.request.settings.guidance_scale, task.request.negative_prompt
-    return [encode_prompt(task.family, encodings, example, scale, negative) for example in task.examples]
+    scale = task.request.settings.guidance_scale
+    return [
+        encode_prompt(task.family, encodings, asked, example, scale)
+        for asked, example in zip(task.request.prompts, task.examples, strict=True)
+    ]
 
 
 def all_latents(

@@ -324,10 +324,6 @@ def _encoded_prompts(
     config: TrainConfig, family: ModelFamily, encodings: Encodings, wanted: Wanted
 ) -> list[EncodedPrompt]:
     return [
-        replace(
-            encode_prompt(family, encodings, prompt, config.samples.guidance_scale, each.negative),
-            negative_text=each.negative,
-            seeds=each.seeds,
-        )
+        encode_prompt(family, encodings, each, prompt, config.samples.guidance_scale)
         for each, prompt in zip(wanted.asked, wanted.prompts, strict=True)
     ]

@@ -20,6 +20,7 @@ from pixtune.config.sections import PriorConfig
 from pixtune.data.drawing import SampleRequest, abilities_of, make_plans, open_task, sample_as_planned
 from pixtune.data.examples import check_purposes
 from pixtune.data.prepare import read_own
+from pixtune.data.sample_prompts import AskedPrompt
 from pixtune.engine.relief import free_unused
 from pixtune.errors import ConfigError
 from pixtune.families import family_of
@@ -94,15 +95,14 @@ def _draw(config: TrainConfig, prior: PriorConfig, folder: Path, accelerator: Ac
     say(console, f"regularization pictures: the base model draws {len(missing)} of {len(path_of)} into {folder}")
     side, data = _side(config), config.data_config
     multiple = family_of(model_folder).pixel_multiple(model_folder)
+    size = (side // multiple * multiple, side // multiple * multiple)
     task = open_task(
         SampleRequest(
             model=config.pretrained_model_name_or_path,
-            prompts=tuple(dict.fromkeys(prompt for prompt, _ in missing)),
-            controls=(),
+            prompts=tuple(AskedPrompt(prompt, size=size) for prompt in dict.fromkeys(prompt for prompt, _ in missing)),
             lora=None,
             weights_format="bf16" if config.mixed_precision == "bf16" else "fp32",
             settings=SamplerSettings(tuple(range(prior.num_pictures)), prior.num_steps, prior.guidance_scale),
-            size=(side // multiple * multiple, side // multiple * multiple),
             max_text_tokens=data.max_text_tokens,
             control_size=data.control_size,
         )

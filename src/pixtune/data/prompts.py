@@ -11,6 +11,7 @@ from pixtune.data.controls import ControlRules, frame_control
 from pixtune.data.encodings import Encodings, control_pictures, text_item
 from pixtune.data.examples import Example
 from pixtune.data.images import read_size
+from pixtune.data.sample_prompts import AskedPrompt
 from pixtune.errors import ConfigError, DataError
 from pixtune.family import ModelFamily
 from pixtune.plan.passes import needs_negative
@@ -84,18 +85,14 @@ def rounded_sizes(asked: Size, multiple: int) -> list[str]:
 def encode_prompt(
     family: ModelFamily,
     encodings: Encodings,
+    asked: AskedPrompt,
     example: Example,
     guidance_scale: float,
-    negative_prompt: str | None = None,
 ) -> EncodedPrompt:
-    """Encodes everything that the sampler needs of a `prompt_example`.
-
-    Args:
-        negative_prompt: the prompt that guidance leads away from; None: the family's empty one.
-    """
+    """Encodes everything that the sampler needs of a prompt and its `prompt_example`."""
     negative = None
     if needs_negative(family, guidance_scale):
-        instead = family.dropped_caption if negative_prompt is None else negative_prompt
+        instead = family.dropped_caption if asked.negative is None else asked.negative
         negative = encodings.text(text_item(instead, example, 0))
     return EncodedPrompt(
         example.caption,
@@ -104,4 +101,6 @@ def encode_prompt(
         tuple(encodings.latents(picture).mean_BCHW for picture in control_pictures(example, 0)),
         example.framings[0].size,
         example.control_paths,
+        asked.negative,
+        asked.seeds,
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,14 +53,18 @@ def asked_prompts(config: TrainConfig) -> list[AskedPrompt]:
     if settings.prompts_file is not None:
         prompts += read_prompts(settings.prompts_file)
     sizes: list[Size | None] = [(width, height) for width, height in settings.sizes]
-    sizes = sizes or [_size_of_keys(config)]
+    return at_sizes(prompts, settings.negative_prompt, sizes or [_size_of_keys(config)])
+
+
+def at_sizes(
+    prompts: Sequence[AskedPrompt], negative_prompt: str | None, sizes: Sequence[Size | None]
+) -> list[AskedPrompt]:
+    """Returns each prompt at each size, unless it has one, with a negative prompt, unless it has one."""
     return [
-        AskedPrompt(
-            each.text,
-            settings.negative_prompt if each.negative is None else each.negative,
-            each.controls,
-            each.size or size,
-            each.seeds,
+        replace(
+            each,
+            negative=negative_prompt if each.negative is None else each.negative,
+            size=each.size or size,
         )
         for each in prompts
         for size in ([None] if each.size else sizes)
@@ -89,9 +93,7 @@ def read_prompts(file: Path) -> list[AskedPrompt]:
     try:
         text = read_bounded(file, LARGEST_FILE_BYTES).decode("utf-8-sig")
     except OSError as error:
-        raise DataError(
-            "the file of prompts cannot be read", [f"samples.prompts_file {file}: {error.strerror or error}."]
-        ) from error
+        raise DataError("the file of prompts cannot be read", [f"{file}: {error.strerror or error}."]) from error
     except UnicodeDecodeError as error:
         raise DataError(
             "the file of prompts cannot be read", [f"{file} is no UTF-8 text. Save it as UTF-8."]

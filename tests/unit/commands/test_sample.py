@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import json
 import shutil
 import weakref
 from collections.abc import Sequence
@@ -17,9 +18,10 @@ from PIL import Image
 from torch import nn
 
 from pixtune.commands import sample as module
-from pixtune.commands.sample import config_of, sample_pictures
+from pixtune.commands.sample import config_of, sample_pictures, sizes_of
 from pixtune.data import drawing
 from pixtune.data.drawing import Plans, SampleRequest, make_plans, open_task, sample_as_planned
+from pixtune.data.sample_prompts import AskedPrompt, at_sizes, read_prompts
 from pixtune.engine.apply import load_planned
 from pixtune.engine.load import LoadedTransformer
 from pixtune.errors import ConfigError, WeightsError, WriteError
@@ -59,11 +61,19 @@ def loras(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return paths
 
 
-def request_for(model: str | Path, lora: Path | None = None, **changes: Any) -> SampleRequest:
+def request_for(
+    model: str | Path,
+    lora: Path | None = None,
+    texts: Sequence[str] = ("red heart, flat emoji style", "a fox"),
+    size: tuple[int, int] = (64, 96),
+    negative: str | None = None,
+    **changes: Any,
+) -> SampleRequest:
     settings = SamplerSettings((4, 5), NUM_STEPS, 3.0)
     request = SampleRequest(
-        str(ROOT / "assets" / model), ("red heart, flat emoji style", "a fox"), (), lora, "fp32", settings, (64, 96),
-        None, 1024,
+        str(ROOT / "assets" / model),
+        tuple(AskedPrompt(text, negative, size=size) for text in texts),
+        lora, "fp32", settings, None, 1024,
     )  # fmt: skip
     return replace(request, **changes)
 
@@ -225,13 +235,40 @@ def test_strength_scales_what_a_lora_adds(loras: dict[str, Path]) -> None:
 
 def test_guidance_leads_away_from_the_negative_prompt(loras: dict[str, Path]) -> None:
     name = "tiny-qwen-image"
-    task = open_task(request_for(name, negative_prompt="a fox"))
+    task = open_task(request_for(name, negative="a fox"))
     fox = [picture.image for picture in sample_as_planned(task, Plans(PLAINLY, PLAIN), CPU)]
     assert not same(fox, plain_pictures(name, None)) and not task.notes
-    empty = open_task(request_for(name, negative_prompt=" "))  # the family's own empty prompt
+    empty = open_task(request_for(name, negative=" "))  # the family's own empty prompt
     assert same([p.image for p in sample_as_planned(empty, Plans(PLAINLY, PLAIN), CPU)], plain_pictures(name, None))
-    (note,) = open_task(request_for("tiny-flux", negative_prompt="a fox")).notes
+    (note,) = open_task(request_for("tiny-flux", negative="a fox")).notes
     assert "the negative prompt has no effect" in note
+
+
+def test_prompts_with_sizes_seeds_and_negatives_of_their_own_are_drawn_as_alone(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.jsonl"
+    rows = [{"prompt": "a fox", "seed": 5, "negative": "a sun"}, {"prompt": "a sun", "width": 96, "height": 64}]
+    file.write_text("\n".join(map(json.dumps, rows)))
+    asked = at_sizes(read_prompts(file), None, sizes_of(["64x64", "64X96"], None, None, 1024))
+    assert [(each.text, each.size) for each in asked] == [("a fox", (64, 64)), ("a fox", (64, 96)), ("a sun", (96, 64))]
+
+    def drawn(prompts: Sequence[AskedPrompt]) -> list[tuple[int, Image.Image]]:
+        task = open_task(replace(request_for("tiny-qwen-image"), prompts=tuple(prompts)))
+        return [(each.seed, each.image) for each in sample_as_planned(task, Plans(PLAINLY, PLAIN), CPU)]
+
+    together, alone = drawn(asked), [each for prompt in asked for each in drawn([prompt])]
+    assert [seed for seed, _ in together] == [5, 5, 4, 5] == [seed for seed, _ in alone]
+    assert [image.size for _, image in together] == [(64, 64), (64, 96), (96, 64), (96, 64)]
+    assert same([image for _, image in together], [image for _, image in alone])
+    assert not same([together[1][1]], [plain_pictures("tiny-qwen-image", None)[3]]), "without the negative prompt"
+
+
+@pytest.mark.parametrize("word", ["64", "64x", "x64", "64x64x64", "-64x64", "64 by 64", "\u0664x64", ""])
+def test_words_that_are_no_size(word: str) -> None:
+    with pytest.raises(ConfigError, match="write width and height as 1328x800"):
+        sizes_of([word], None, None, 1024)
+    with pytest.raises(ConfigError, match="given twice"):
+        sizes_of(["64x64"], 64, None, 1024)
+    assert (sizes_of(None, None, None, 640), sizes_of([], 96, None, 640)) == ([None], [(96, 640)])
 
 
 def test_a_lora_is_found_in_a_run_a_checkpoint_or_a_file(tmp_path: Path, loras: dict[str, Path]) -> None:
@@ -269,7 +306,7 @@ def test_a_lora_says_where_it_goes(loras: dict[str, Path]) -> None:
 def test_the_plan_is_said_before_anything_is_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "read_facts", lambda device: facts_as("RTX 4060"))
     said: list[str] = []
-    paths = sample_pictures(request_for(MODELS[1], prompts=("a fox",)), tmp_path, said.append)
+    paths = sample_pictures(request_for(MODELS[1], texts=("a fox",)), tmp_path, said.append)
     assert not said and len(list(paths)) == 2
     (line,) = said
     assert line.startswith("plan: base weights in fp32: about 0.") and "GiB are usable" in line
@@ -281,18 +318,18 @@ def test_the_plan_is_said_before_anything_is_drawn(tmp_path: Path, monkeypatch: 
         ({"settings": SamplerSettings((0,), 0, 3.0)}, "num_steps is 0|samples is"),
         ({"settings": SamplerSettings((0,), 1, float("nan"))}, "guidance_scale is nan"),
         ({"settings": SamplerSettings((2**70,), 1, 3.0)}, "seeds is"),
-        ({"size": (8, 64)}, "width is 8"),
-        ({"size": (10**9, 64)}, "width is 1000000000"),
+        ({"size": (8, 64)}, r"sizes is .8, 64"),
+        ({"size": (10**9, 64)}, r"sizes is .1000000000, 64"),
         ({"control_size": 0}, "control_size is 0"),
         ({"max_text_tokens": 0}, "max_text_tokens is 0"),
         ({"gpu_memory_limit_gib": float("inf")}, "gpu_memory_limit_gib is inf"),
-        ({"prompts": ("half a \ud83d letter",)}, "whole characters"),
+        ({"texts": ("half a \ud83d letter",)}, "whole characters"),
     ],
 )
 def test_a_request_that_cannot_be_is_refused_before_anything_is_opened(
     tmp_path: Path, changes: dict[str, Any], words: str
 ) -> None:
-    request = replace(request_for("no-such-model"), **changes)
+    request = request_for("no-such-model", **changes)
     with pytest.raises(ConfigError, match=words):
         list(sample_pictures(request, tmp_path / "out"))
     assert not (tmp_path / "out").exists()
@@ -307,11 +344,11 @@ def test_a_folder_that_cannot_be_written_to_is_named_before_anything_is_opened(t
 def test_a_size_is_rounded_and_a_prompt_cut_with_a_word_on_each(tmp_path: Path) -> None:
     said: list[str] = []
     settings = SamplerSettings((0,), 1, 1.0)
-    request = request_for(MODELS[0], prompts=("one two three four",), size=(100, 70), settings=settings)
+    request = request_for(MODELS[0], texts=("one two three four",), size=(100, 70), settings=settings)
     (path,) = sample_pictures(replace(request, max_text_tokens=2), tmp_path, said.append)
     assert Image.open(path).size == (96, 64)
     notes = [line for line in said if line.startswith("note: ")]
     assert notes[0] == "note: samples are drawn at 96x64, not 100x70: the model's sides are multiples of 16."
     assert "1 caption is longer than the 2 tokens" in notes[1] and "the prompt 'one two three four'" in notes[1]
-    with pytest.raises(ConfigError, match=r"It is 16x15 pixels|height is 15"):
-        list(sample_pictures(replace(request, size=(16, 15)), tmp_path))
+    with pytest.raises(ConfigError, match=r"It is 16x15 pixels|sizes is .16, 15"):
+        list(sample_pictures(request_for(MODELS[0], size=(16, 15)), tmp_path))
