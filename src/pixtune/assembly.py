@@ -44,7 +44,13 @@ from pixtune.launch.stop import StopRequest
 from pixtune.plan.demands import demands_of
 from pixtune.plan.encoders import EncoderPlan, without_former_fields
 from pixtune.plan.training import TrainingPlan, with_todays_names
-from pixtune.planning import Leaner, check_transformer, leaner_config, plan_on_this_machine, tensor_shapes
+from pixtune.planning import (
+    Leaner,
+    check_transformer,
+    leaner_config,
+    plan_on_this_machine,
+    tensor_shapes,
+)
 from pixtune.progress import announced, printer
 from pixtune.run import Run
 from pixtune.services import Services
@@ -56,6 +62,7 @@ from pixtune.storage.output_lock import OutputLock
 from pixtune.tracking.memory import RunMemory
 from pixtune.trained import optim
 from pixtune.trained.base import Base
+from pixtune.trained.init_lora import fitting_init_lora
 from pixtune.trained.methods import METHODS, TrainedWeights
 from pixtune.trained.resume_point import (
     check_run,
@@ -130,9 +137,13 @@ def assemble(
         check_training_adapter(config, family, tensor_shapes(config, family, folder))
     checkpoint = find_resume_point(config, accelerator, show)
     config = with_stored_choices(config, checkpoint)
+    if checkpoint is None and config.init_lora is not None:
+        start = fitting_init_lora(config, family, tensor_shapes(config, family, folder))
+        assert start is not None
+        start.refuse_spoiled()
     start_step = checkpoint.step if checkpoint else 0
     with announced("recognizing the base model by its files", show):
-        identity = identify(config, accelerator, folder)
+        identity = identify(config, accelerator, folder, checkpoint)
     check_run(config, checkpoint, identity)
 
     stored = without_former_fields(checkpoint.record.get("encoders", {})) if checkpoint else None

@@ -282,6 +282,10 @@ def footprint_of(config: TrainConfig, family: ModelFamily, folder: ModelFolder, 
     )
     if config.method == "full":
         return of_all_weights(footprint)
+    if config.init_lora is not None and config.init_lora.exists():  # a resumed run needs it no longer
+        from pixtune.trained.init_lora import fitting_init_lora  # imports torch
+
+        fitting_init_lora(config, family, shapes)
     return with_average(footprint, config)
 
 

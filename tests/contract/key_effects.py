@@ -124,6 +124,7 @@ EFFECTS: dict[str, Effect] = {
     "rank": Effect("weights", (2, 4)),
     "lora_alpha": Effect("steps", (None, 16.0)),
     "lora_targets": Effect("weights", (None, ["to_q"])),
+    "init_lora": Effect("steps", (None, "SCENE/adapter.safetensors")),
     "trigger_words": Effect("metadata", ([], ["sks"])),
     "ema.decay": Effect("weights", (None, 0.5)),
     "ema.warm_up": Effect("weights", (True, False), {"ema.decay": 0.9}),

@@ -136,6 +136,8 @@ def write_pictures(drawn: Drawn, folder: Path, draw: random.Random) -> Settings:
     settings: Settings = {}
     if drawn.settings["method"] == "lora" and draw.random() < 0.4:
         settings["training_adapter__path"] = write_adapter(folder / "adapter.safetensors")
+    if drawn.settings["method"] == "lora" and draw.random() < 0.3:
+        settings["init_lora"] = write_adapter(folder / "init_lora.safetensors")
     if later == drawn.num_pictures:
         settings["data_config__img_dir"] = folder / "images"
         settings |= {"data_config__mask_dir": folder / "masks"} if has_masks else {}

@@ -201,6 +201,15 @@ def _an_adapter_beside_a_lora(method: str, path: Path | None) -> str | None:
     return None
 
 
+def _a_lora_starts_from_a_lora(method: str, path: Path | None) -> str | None:
+    if method == "full" and path is not None:
+        return (
+            f"init_lora is {str(path)!r} and method is full, which trains no LoRA. Fuse it into the base's weights, or "
+            "choose method: lora"
+        )
+    return None
+
+
 def _something_to_wait_for(patience: int | None, share: float | str, folder: Path | None) -> str | None:
     if patience is not None and share == 0 and folder is None:
         return f"validation.patience is given ({patience}) and validation.held_out is 0: no held-out loss is measured"
@@ -249,6 +258,7 @@ _RULES: tuple[tuple[tuple[str, ...], Callable[..., str | None]], ...] = (
     (("method", "lora_targets", "lora_alpha"), _lora_keys_with_a_lora),
     (("method", "keep_plain"), _nothing_is_quantized_in_full),
     (("method", "training_adapter.path"), _an_adapter_beside_a_lora),
+    (("method", "init_lora"), _a_lora_starts_from_a_lora),
     (("method", "ema.decay"), _only_a_lora_is_averaged),
     (("samples.sizes", "samples.width", "samples.height"), _one_kind_of_size),
     (("method", "samples.strengths"), _strengths_of_a_lora),

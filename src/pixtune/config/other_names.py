@@ -70,6 +70,9 @@ _BY_OURS: Mapping[str, str] = {
     "ema.decay": "use_ema ema_decay ema_config use_ema_model ema_model ema_beta",
     "training_adapter.path": "assistant_lora_path assistant_lora training_adapter_path base_lora base_weights",
     "training_adapter.strength": "base_weights_multiplier assistant_lora_strength",
+    "init_lora": (
+        "network_weights pretrained_lora_path lora_weights_path init_from_existing lora_model_name init_adapter"
+    ),
     "lora_targets": "target_modules lora_layers lora_target_modules only_if_contains flux_lora_target layer_filter",
     "trigger_words": "trigger_word instance_prompt trigger token activation_text",
     "data_config.upscale": "bucket_no_upscale allow_upscale",
@@ -102,7 +105,7 @@ _BY_OURS: Mapping[str, str] = {
     "samples.guidance_scale": "validation_guidance cfg_scale sample_guidance_scale",
     "checkpointing_steps": "save_every save_every_n_steps save_steps save_every_n_epochs checkpoint_every",
     "checkpoints_total_limit": "max_step_saves_to_keep save_total_limit save_last_n_steps save_last_n_epochs keep_last",
-    "resume_from_checkpoint": "resume resume_from network_weights pretrained_lora_path lora_weights_path save_state",
+    "resume_from_checkpoint": "resume resume_from save_state",
     "precompute_text_embeddings": "cache_text_encoder_outputs cache_text_embeddings text_encoder_cache",
     "precompute_image_embeddings": "cache_latents latent_caching vae_cache precompute_latents",
     "save_cache_on_disk": "cache_latents_to_disk cache_text_encoder_outputs_to_disk cache_to_disk",

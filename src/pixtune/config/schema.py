@@ -141,6 +141,10 @@ class TrainConfig(Section):
     lora_targets: Words | None = None
     """Linear layers that get a LoRA: endings of module names, patterns with * over whole module paths, or the presets
     attention, attention_mlp and all_linear. Absent: attention (the contract's to_q, to_k, to_v, to_out.0)."""
+    init_lora: FilePath | None = None
+    """LoRA file (diffusers', ComfyUI's or kohya's names) that a new run starts from. Its layers must be among
+    `lora_targets`, and other layers start from zero; another rank than `rank` is reached by SVD or with zeros. A
+    resumed run has it in its checkpoint. Absent: the LoRA adds nothing before the first step."""
     trigger_words: Words = ()
     """Words written into the LoRA file's metadata for its users. Empty: none. Captions are not changed: write the words
     there too."""

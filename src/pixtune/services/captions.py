@@ -29,7 +29,7 @@ class CaptionCheck:
         self._session = session
 
     def is_due(self, step: int) -> bool:
-        """Returns whether no step has been taken: the weights are still the base's."""
+        """Returns whether no step has been taken."""
         return step == 0
 
     def look(self, step: int) -> None:
@@ -38,7 +38,8 @@ class CaptionCheck:
         if not trials or not session.is_main:
             return
         batch_size = session.config.batch_size
-        with session.aside("check of captions", len(trials) + round(SUSPICIOUS * len(trials))) as after_picture:
+        num_passes = len(trials) + round(SUSPICIOUS * len(trials))
+        with session.with_base_alone(), session.aside("check of captions", num_passes) as after_picture:
 
             def one_by_one() -> dict[str, float]:
                 session.run.forward_backward.release()

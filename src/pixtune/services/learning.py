@@ -33,8 +33,9 @@ class Learning:
     def __init__(self, session: Session, checkpoints: Checkpoints) -> None:
         self._session, self._checkpoints = session, checkpoints
         run, within, start = session.run, session.config.guard.must_learn_within, session.start_step
-        # What a resumed run begins with is not zero, so a tiny step may be rounded away.
-        share = max(run.trained.least_rate_share, RESUMED_SHARE if start else 0.0)
+        # What a resumed run, or one from a LoRA, begins with is not zero, so a tiny step may be rounded away.
+        is_zero = not start and session.config.init_lora is None
+        share = max(run.trained.least_rate_share, 0.0 if is_zero else RESUMED_SHARE)
         self._judged_after = judged_after(run.learning_rate_at, start, run.num_steps, within, share) if within else None
         self._num_skipped = 0
         """Number of steps that had been skipped when the session began."""

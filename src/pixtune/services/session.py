@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 from rich.console import Console
 
@@ -76,6 +76,12 @@ class Session:
                 self.pace()
 
             yield after_pass
+
+    def with_base_alone(self) -> AbstractContextManager[None]:
+        """Has a new run's transformer compute as the base does until a `with` block ends, whatever its LoRA started
+        from."""
+        is_base = self.config.init_lora is None
+        return nullcontext() if is_base else self.run.trained.result_in_place(in_training=True, strength=0.0)
 
     def print(self, line: str) -> None:
         """Prints a line for the user, and notes where lines can no longer be printed."""

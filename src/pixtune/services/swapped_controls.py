@@ -15,7 +15,7 @@ class SwappedControls:
         self._session = session
 
     def is_due(self, step: int) -> bool:
-        """Returns whether no step has been taken: the weights are still the base's."""
+        """Returns whether no step has been taken."""
         return step == 0
 
     def look(self, step: int) -> None:
@@ -23,10 +23,11 @@ class SwappedControls:
         session, run = self._session, self._session.run
         if not session.data.both_ways or not session.is_main:
             return
-        gains = measure_gains(
-            run.family, run.transformer, session.data.both_ways, session.config.seed, run.accelerator.device,
-            session.config.objective.guidance, session.pace,
-        )  # fmt: skip
+        with session.with_base_alone():
+            gains = measure_gains(
+                run.family, run.transformer, session.data.both_ways, session.config.seed, run.accelerator.device,
+                session.config.objective.guidance, session.pace,
+            )  # fmt: skip
         if (warning := swap_warning(gains)) is not None:
             session.print(f"warning: {warning}")
 

@@ -38,10 +38,12 @@ class RunIdentity:
     base: str | None = None
     """`base_reference.steps_fingerprint` of the base model; None in checkpoints of version 0.1.0."""
     adapter: str | None = None
-    """`training_adapter.adapter_fingerprint` of the training adapter; None: there is none."""
+    """`saved_lora.lora_fingerprint` of the training adapter; None: there is none."""
     examples: Mapping[str, str] | None = None
     """Short digests of the examples by name, caption and pictures apart: they tell what of the data has changed. None
     in checkpoints of version 0.1.0, and of data sets of more than `MOST_NAMED_EXAMPLES`."""
+    init_lora: str | None = None
+    """`saved_lora.lora_fingerprint` of the LoRA that it started from; None: there is none."""
 
     def to_dict(self) -> dict[str, Any]:
         """Returns what a checkpoint records."""
@@ -53,6 +55,7 @@ class RunIdentity:
             "base": self.base,
             "examples": self.examples,
             **({} if self.adapter is None else {"adapter": self.adapter}),
+            **({} if self.init_lora is None else {"init_lora": self.init_lora}),
         }
 
     def in_short(self) -> dict[str, Any]:
@@ -136,7 +139,7 @@ RULES: Mapping[str, Rule] = {
             "data_config.mask_dir", "data_config.metadata_file", "data_config.cache_dir", "data_config.exclude",
             "data_config.num_workers", "prior_preservation.folder", "pretrained_model_name_or_path",
             "disable_cpu_offload", "pin_memory", "precompute_text_embeddings", "precompute_image_embeddings",
-            "ema.on_host", "training_adapter.path",
+            "ema.on_host", "training_adapter.path", "init_lora",
         ),
         _is_harmless,
     ),
@@ -156,7 +159,7 @@ rounded in another order, and the plan stays the checkpoint's.
 
 MOST_NAMED_EXAMPLES = 10_000
 """Number of examples up to which checkpoints record a digest of each: 30 bytes and a name."""
-BASE, DATA, ADAPTER = "base_model", "data", "training_adapter"
+BASE, DATA, ADAPTER, INIT_LORA = "base_model", "data", "training_adapter", "init_lora"
 """Names of what is recognized by content, beside the keys of the config and `num_processes`."""
 
 FIXED = (
@@ -164,6 +167,7 @@ FIXED = (
     "deterministic", "adam8bit", "disable_gradient_checkpointing", "disable_quantization", "quantize", "keep_plain",
     "cuda_graphs", "unified_memory", "gpu_memory_limit_gib", "host_memory_limit_gib", "memory_fraction",
     "expandable_segments", "use_fastsafetensors", "fastsafetensors_num_threads", "cuda_features", "training_adapter",
+    "init_lora",
 )  # fmt: skip
 """Keys and sections of what is trained and of the plan, which a run keeps: a change would not load, or do nothing."""
 
@@ -210,7 +214,7 @@ def refuse_other_run(
     record, allowed = checkpoint.record, now.config.get("resume_with_changes_in", ())
     before = RunIdentity(
         record["config"], record["data"], record.get("num_processes"), record.get("num_steps"), record.get("base"),
-        record.get("adapter"), record.get("examples"),
+        record.get("adapter"), record.get("examples"), record.get("init_lora"),
     )  # fmt: skip
     if now.num_steps is not None and now.num_steps < checkpoint.step:
         raise CheckpointError(_is_beyond(checkpoint, now.num_steps))
@@ -245,8 +249,12 @@ def _changes(before: RunIdentity, now: RunIdentity) -> dict[str, str]:
             changed[key] = f"{key}: {values}" + (f" ({meaning})" if meaning else "")
     if None not in (before.base, now.base) and before.base != now.base:
         changed[BASE] = f"{BASE}: another than the checkpoint's ({MEANINGS[BASE]})"
-    if before.adapter != now.adapter:
-        changed[ADAPTER] = f"{ADAPTER}: was {before.adapter or 'none'}, is {now.adapter or 'none'}, by its content"
+    for name, was, is_now in (
+        (ADAPTER, before.adapter, now.adapter),
+        (INIT_LORA, before.init_lora, now.init_lora),
+    ):
+        if was != is_now:
+            changed[name] = f"{name}: was {was or 'none'}, is {is_now or 'none'}, by its content"
     if now.data is not None and before.data != now.data:
         named = what_changed(before.examples, now.examples)
         what = f"the data set has changed: {named}" if named else f"the data set has changed ({MEANINGS[DATA]})"

@@ -27,6 +27,7 @@ RECORD: Mapping[str, Kinds] = {
     "data": str,
     "base": str | None,
     "adapter": str | None,
+    "init_lora": str | None,
     "num_processes": int | None,
     "num_steps": int | None,
     "plan": dict,

@@ -82,16 +82,10 @@ def attach_config(
         name: PEFT's name for it. One of another name than the first stands beside that, frozen.
         dtype: number format of its weights.
     """
-    from peft.tuners.lora import LoraLayer
-
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Already found a `peft_config`")  # a second LoRA is meant to be there
         transformer.add_adapter(config, adapter_name=name)  # type: ignore[operator]
-    layers = {
-        path: module
-        for path, module in transformer.named_modules()
-        if isinstance(module, LoraLayer) and name in module.lora_A
-    }
+    layers = lora_layers(transformer, name)
     for layer in layers.values():
         layer.cast_input_dtype_enabled = False
         for matrices in (layer.lora_A, layer.lora_B):
@@ -101,6 +95,17 @@ def attach_config(
         for weight in weights_of(layers, name).values():
             weight.requires_grad_(False)
     return layers
+
+
+def lora_layers(transformer: nn.Module, name: str = ADAPTER_NAME) -> dict[str, LoraLayer]:
+    """Returns the layers of a transformer that have the LoRA of this name, by their paths."""
+    from peft.tuners.lora import LoraLayer
+
+    return {
+        path: module
+        for path, module in transformer.named_modules()
+        if isinstance(module, LoraLayer) and name in module.lora_A
+    }
 
 
 def _rounded(linear: nn.Linear, dtype: torch.dtype) -> RoundedLinear:

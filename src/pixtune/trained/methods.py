@@ -33,6 +33,7 @@ from pixtune.trained.export import (
     weights_by_module,
 )
 from pixtune.trained.full_weights import FullWeights
+from pixtune.trained.init_lora import init_lora_of, start_from
 from pixtune.trained.read_back import ReadBack, Velocity
 from pixtune.trained.read_back_lora import UP, read_back_lora
 from pixtune.trained.skipped_step import is_spoiled
@@ -134,6 +135,8 @@ class LoraWeights:
     """The run's result, where its weights are averaged; None: they are the result."""
     adapter: TrainingAdapter | None = None
     """A frozen LoRA that is on in training alone."""
+    start: str | None = None
+    """A line on the LoRA that this session started from; None: it started from none."""
 
     def summary(self) -> str:
         words = [f"LoRA: {len(self.lora.modules)} layers, {self.lora.num_parameters:,} trained parameters"]
@@ -142,7 +145,7 @@ class LoraWeights:
         if self.adapter:
             file = self.config.training_adapter.path
             words.append(f"trained beside {file and file.name} on {self.adapter.num_layers} layers, off in samples")
-        return ", ".join(words)
+        return ", ".join(words) + (f"\n{self.start}" if self.start else "")
 
     def counts(self) -> dict[str, int]:
         return {"LoRA layers": len(self.lora.modules), "trained parameters": self.lora.num_parameters}
@@ -239,6 +242,9 @@ def train_lora(config: TrainConfig, plan: TrainingPlan, base: Base, first_step: 
     targets = config.lora_targets or family.lora_targets
     seed = randomness.draw_key(config.seed, "random weights", "lora")
     lora = adapters.attach_lora(base.module, targets, config.rank, config.alpha, seed, family.lora_presets)
+    start = None
+    if first_step == 0 and (saved := init_lora_of(config, family)) is not None:
+        start = start_from(adapters.lora_layers(base.module), saved)
     parameters = adapters.trainable_parameters(base.module)
     optimizer = optim.build_optimizer(config, plan.optimizer, parameters.values())
     reference = refer_to_base(config.pretrained_model_name_or_path, base.folder)
@@ -247,7 +253,7 @@ def train_lora(config: TrainConfig, plan: TrainingPlan, base: Base, first_step: 
         average = WeightAverage(parameters, ema.decay, ema.warm_up, ema.on_host, first_step)
     if (saved := training_adapter_of(config, family)) is not None:
         adapter = TrainingAdapter(base.module, saved, COMPUTE_DTYPES[plan.compute_format])
-    return LoraWeights(config, base, reference, lora, parameters, optimizer, average, adapter)
+    return LoraWeights(config, base, reference, lora, parameters, optimizer, average, adapter, start)
 
 
 METHODS: Mapping[str, Callable[[TrainConfig, TrainingPlan, Base, int], TrainedWeights]] = {

@@ -19,7 +19,9 @@ from pixtune.storage.model_folder import ModelFolder
 from pixtune.storage.resume import RunIdentity, refuse_other_run
 from pixtune.storage.state_form import fault_of_record
 from pixtune.trained import optim
-from pixtune.trained.training_adapter import adapter_fingerprint
+from pixtune.trained.init_lora import KEY as INIT_LORA
+from pixtune.trained.saved_lora import lora_fingerprint
+from pixtune.trained.training_adapter import KEY as TRAINING_ADAPTER
 
 Decision = TypeVar("Decision")
 
@@ -77,16 +79,30 @@ def changed_versions(before: Mapping[str, str], now: Mapping[str, str]) -> str:
     return ", ".join(f"{name} {before[name]} -> {now[name]}" for name in differing)
 
 
-def identify(config: TrainConfig, accelerator: Accelerator, folder: ModelFolder) -> RunIdentity:
+def identify(
+    config: TrainConfig, accelerator: Accelerator, folder: ModelFolder, checkpoint: Checkpoint | None
+) -> RunIdentity:
     """Returns what is known of a run before its data are read: its length only where epochs do not decide it.
 
+    Args:
+        checkpoint: what the run is resumed from. It holds all that the LoRA in `init_lora` was for, whose file may
+            therefore be gone.
+
     Raises:
-        WeightsError: the training adapter cannot be read.
+        WeightsError: the training adapter, or the LoRA that a new run starts from, cannot be read.
     """
     length = config.max_train_steps if config.num_train_epochs is None else None
     path = config.training_adapter.path
-    adapter = None if path is None else adapter_fingerprint(path)
-    return RunIdentity(to_dict(config), None, accelerator.num_processes, length, steps_fingerprint(folder), adapter)
+    adapter = None if path is None else lora_fingerprint(TRAINING_ADAPTER, path)
+    start, init_lora = config.init_lora, None
+    if start is not None:
+        is_gone = checkpoint is not None and not start.exists()
+        stored = checkpoint.record.get(INIT_LORA) if checkpoint else None
+        init_lora = stored if is_gone else lora_fingerprint(INIT_LORA, start)
+    return RunIdentity(
+        to_dict(config), None, accelerator.num_processes, length, steps_fingerprint(folder), adapter,
+        init_lora=init_lora,
+    )  # fmt: skip
 
 
 def check_run(config: TrainConfig, checkpoint: Checkpoint | None, identity: RunIdentity) -> tuple[str, ...]:

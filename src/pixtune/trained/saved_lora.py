@@ -20,11 +20,13 @@ from torch import Tensor, nn
 
 from pixtune.errors import WeightsError
 from pixtune.family import ModelFamily, Shapes
+from pixtune.storage.files import file_digest
 from pixtune.trained import adapters
-from pixtune.trained.export import read_tensors
+from pixtune.trained.export import DIFFUSERS_FILE, read_tensors
+from pixtune.trained.fused_layers import LowRank
 from pixtune.trained.layer_patterns import as_patterns, values_by_layer
 from pixtune.trained.lora_formats import AdapterLayer, read_layers
-from pixtune.trained.lora_names import DIFFUSERS_PREFIX, DOWN, UP
+from pixtune.trained.lora_names import DIFFUSERS_PREFIX, DOWN, UP, format_of
 
 if TYPE_CHECKING:
     from peft.tuners.lora import LoraLayer
@@ -59,6 +61,8 @@ class SavedLora:
     """Alpha of each layer, likewise."""
     use_rslora: bool
     """Whether the scale is alpha / sqrt(rank) in place of alpha / rank (Kalajdzievski 2023, arXiv 2312.03732)."""
+    format: str = "diffusers"
+    """Whose names the file has: "diffusers", "comfyui" or "kohya"."""
 
     @property
     def modules(self) -> tuple[str, ...]:
@@ -69,6 +73,17 @@ class SavedLora:
         """Returns it with a scale `strength` times as large."""
         alphas = {layer: strength * alpha for layer, alpha in self.alphas.items()}
         return replace(self, alpha=strength * self.alpha, alphas=alphas)
+
+    def low_ranks(self) -> dict[str, LowRank]:
+        """Returns the LoRA of each layer with its scale, by the layer's path."""
+        scales = {
+            layer: alpha / (math.sqrt(self.ranks[layer]) if self.use_rslora else self.ranks[layer])
+            for layer, alpha in self.alphas.items()
+        }
+        return {
+            layer: LowRank(self.weights[f"{layer}.{DOWN}"], self.weights[f"{layer}.{UP}"], scale)
+            for layer, scale in scales.items()
+        }
 
     @property
     def largest_rank(self) -> int:
@@ -130,13 +145,40 @@ def read_saved_lora(path: Path, family: ModelFamily) -> SavedLora:
     if METADATA_KEY not in metadata:
         ranks = {layer: own.low_rank.rank for layer, own in layers.items()}
         alphas = {layer: ranks[layer] if own.alpha is None else own.alpha for layer, own in layers.items()}
-        return SavedLora(path, weights, _most_common(ranks), float(_most_common(alphas)), ranks, alphas, False)
+        rank, alpha = _most_common(ranks), float(_most_common(alphas))
+        return SavedLora(path, weights, rank, alpha, ranks, alphas, False, format_of(tensors))
     if with_alpha := [layer for layer, own in layers.items() if own.alpha is not None]:
         raise WeightsError(
             f"{path} has two scales: {METADATA_KEY}, and an alpha of {with_alpha[0]} and {len(with_alpha) - 1} more "
             "layers. Only one can be meant, and diffusers refuses both together. Remove one of them."
         )
     return _scaled_by_metadata(path, weights, layers, metadata[METADATA_KEY])
+
+
+def read_lora_of_key(key: str, path: Path, family: ModelFamily) -> SavedLora:
+    """Reads the LoRA file that a key of the config names.
+
+    Raises:
+        WeightsError: it is a folder, or see `read_saved_lora`; names the key.
+    """
+    if path.is_dir():
+        raise WeightsError(f"{key} {path} is a folder. Give the LoRA file in it, such as {path / DIFFUSERS_FILE}.")
+    try:
+        return read_saved_lora(path, family)
+    except WeightsError as error:
+        raise WeightsError(f"{key}: {error}") from error
+
+
+def lora_fingerprint(key: str, path: Path) -> str:
+    """Returns 16 hex digits that identify the LoRA file that a key of the config names by its content.
+
+    Raises:
+        WeightsError: it cannot be read; names the key.
+    """
+    try:
+        return file_digest(path)[:16]
+    except OSError as error:
+        raise WeightsError(f"{key} {path} cannot be read ({error}).") from error
 
 
 def _most_common(values: Mapping[str, Any]) -> Any:

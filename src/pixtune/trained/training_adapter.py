@@ -6,58 +6,28 @@ that undoes it first: what is trained beside it need not, and works on the disti
 
 from __future__ import annotations
 
-import hashlib
 from contextlib import AbstractContextManager
-from functools import partial
-from pathlib import Path
 
 import torch
 from torch import nn
 
 from pixtune.config.schema import TrainConfig
-from pixtune.errors import WeightsError
 from pixtune.family import ModelFamily, Shapes
 from pixtune.trained.adapters import scaled
-from pixtune.trained.export import DIFFUSERS_FILE
-from pixtune.trained.saved_lora import SavedLora, attach_saved_lora, read_saved_lora
+from pixtune.trained.saved_lora import SavedLora, attach_saved_lora, read_lora_of_key
 
 ADAPTER_NAME = "training_adapter"
-CHUNK_BYTES = 1 << 22
+KEY = "training_adapter.path"
 
 
 def training_adapter_of(config: TrainConfig, family: ModelFamily) -> SavedLora | None:
     """Returns the training adapter of a run with its strength; None where it has none. No number of it is read yet.
 
     Raises:
-        WeightsError: it is a folder, or see `read_saved_lora`; names the key.
+        WeightsError: it cannot be read as a LoRA of the family; names the key.
     """
     path, strength = config.training_adapter.path, config.training_adapter.strength
-    if path is None:
-        return None
-    if path.is_dir():
-        raise WeightsError(
-            f"training_adapter.path {path} is a folder. Give the LoRA file in it, such as {path / DIFFUSERS_FILE}."
-        )
-    try:
-        return read_saved_lora(path, family).scaled(strength)
-    except WeightsError as error:
-        raise WeightsError(f"training_adapter.path: {error}") from error
-
-
-def adapter_fingerprint(path: Path) -> str:
-    """Returns 16 hex digits that identify a training adapter's file by its content.
-
-    Raises:
-        WeightsError: it cannot be read.
-    """
-    digest = hashlib.sha256()
-    try:
-        with path.open("rb") as file:
-            for chunk in iter(partial(file.read, CHUNK_BYTES), b""):
-                digest.update(chunk)
-    except OSError as error:
-        raise WeightsError(f"training_adapter.path {path} cannot be read ({error}).") from error
-    return digest.hexdigest()[:16]
+    return None if path is None else read_lora_of_key(KEY, path, family).scaled(strength)
 
 
 def check_training_adapter(config: TrainConfig, family: ModelFamily, shapes: Shapes) -> None:

@@ -371,7 +371,7 @@ def test_paths_that_are_written_right_are_read_as_they_are(write, minimal, path)
         ("cache_latents", "precompute_image_embeddings"),
         ("discrete_flow_shift", "objective.shift"),
         ("blocks_to_swap", "gpu_memory_limit_gib"),
-        ("network_weights", "resume_from_checkpoint"),
+        ("network_weights", "init_lora"),
     ],
 )
 def test_a_key_of_another_trainer_is_answered_with_ours(faults_of, minimal, theirs, ours):
