@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pixtune.storage.checkpoint import checkpoint_path
+from pixtune.storage.checkpoint_state import checkpoint_path
 from pixtune.tracking.metrics import read_metrics
 from pixtune.trained.export import COMFYUI_FILE, DIFFUSERS_FILE
 from tests.runs import overrides, pixtune, write_config
