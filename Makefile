@@ -74,8 +74,9 @@ bench-loop: $(STAMP) ## what the training loop costs over a bare one
 soak: $(STAMP) ## random runs, interrupted and damaged for SECONDS, beside uninterrupted ones; SEED=1 ONLY=17 repeats one
 	@OMP_NUM_THREADS=1 $(PY) -m tests.soak --seconds $(SECONDS) --seed $(SEED) $(if $(ONLY),--only $(ONLY))
 
-schema: $(STAMP) ## write train_configs/schema.json and docs/config.md anew, after a change of the config's keys
+schema: $(STAMP) ## write train_configs/schema.json, docs/config.md and docs/coming_from.md anew, after a change of keys
 	@$(PY) -m pixtune.config.schema_file
+	@$(PY) -m pixtune.migration.page
 
 setup: $(STAMP) ## only set up
 

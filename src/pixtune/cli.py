@@ -1,4 +1,4 @@
-"""Command line: `pixtune train | plan | bench | validate | caption | sample | keys | export | doctor`; root scripts."""
+"""Command line: `pixtune train | plan | bench | validate | caption | sample | import | keys | ...`; root scripts."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 
 from pixtune.commands.caption import caption
+from pixtune.commands.import_config import import_config
 from pixtune.commands.failures import exit_on_user_errors, system_trouble
 from pixtune.commands.scripts import check_family
 from pixtune.commands.words import config_and_overrides
@@ -297,6 +298,7 @@ def sample(
 
 
 app.command(context_settings=TAKES_KEYS)(caption)
+app.command(name="import")(import_config)
 
 
 @app.command()

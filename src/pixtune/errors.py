@@ -43,6 +43,13 @@ class DataError(FaultsError, ValueError):
     """Pictures or captions cannot be used as they are."""
 
 
+class MigrationError(PixtuneError, ValueError):
+    """A config of another trainer cannot be read, is of none that is known, or trains a model that none here does."""
+
+    def __str__(self) -> str:
+        return f"{one_line(super().__str__())}."
+
+
 class BaselineError(FaultsError, ValueError):
     """A stored result cannot be read, or is of something else than the current measurement."""
 

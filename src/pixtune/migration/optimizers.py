@@ -1,0 +1,125 @@
+"""Conversions of optimizers, learning rates and schedules."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pixtune.migration import conversions as to
+from pixtune.migration.rules import Convert, Look, Lost, Outcome
+
+ADAMW_RATE = 1e-4
+"""Learning rate here by default, for where the rate there is a factor of another optimizer's own."""
+
+
+_ADAMW_8BIT = (
+    "adamw8bit",
+    "pagedadamw8bit",
+    "bnbadamw8bit",
+    "bnbadamw8bitpaged",
+    "aoadamw8bit",
+    "adamw8",
+    "adamw8bitkahan",
+)
+_ADAMW = (
+    "adamw", "adamwbf16", "adamwoptimi", "optimiadamw", "bnbadamw", "bnbadamwpaged", "pagedadamw", "pagedadamw32bit",
+    "torchoptimadamw", "stableadamw", "optimistableadamw", "stableadamwunfused", "offload", "adamwadv",
+)  # fmt: skip
+_ADAM = ("adam", "adam8bit", "adam8", "bnbadam", "bnbadam8bit", "optimiadam")
+_OWN_RATE = ("prodigy", "dadapt", "dadaptation")
+"""Beginnings of the names of optimizers that find their rate, of which the rate in a config is a factor near 1."""
+
+
+def finds_its_rate(name: Any) -> bool:
+    """Returns whether an optimizer finds its own learning rate."""
+    return isinstance(name, str) and to.plain_name(name).startswith(_OWN_RATE)
+
+
+def optimizer(value: Any, look: Look) -> Any:
+    """Returns AdamW in 8 or 32 bits; for other optimizers what is lost."""
+    name = to.plain_name(value)
+    if name in _ADAMW_8BIT:
+        return Outcome({"adam8bit": True})
+    if name in _ADAMW:
+        return Outcome({"adam8bit": False})
+    if name in _ADAM:
+        why = "Adam adds its weight decay to the gradient and AdamW does not; without weight decay they are the same"
+        return Outcome({"adam8bit": "8" in name}, (Lost(why),))
+    return Lost("AdamW takes its place, for which another learning rate may be right")
+
+
+def rate(optimizer_key: str) -> Convert:
+    """Makes a conversion of the learning rate, which is AdamW's own only where the optimizer finds none."""
+
+    def convert(value: Any, look: Look) -> Any:
+        found = float(to.number(value))
+        if finds_its_rate(look.peek(optimizer_key)) and found >= 0.01:
+            why = f"it is a factor of a rate that the optimizer there finds; {ADAMW_RATE:g} is usual for AdamW"
+            return Outcome({"learning_rate": ADAMW_RATE}, (Lost(why),))
+        return found
+
+    return convert
+
+
+_SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
+_NEAR_SCHEDULES = {
+    "cosine_with_min_lr": ("cosine", "it ends at a rate above 0, and cosine here at 0"),
+    "cosine_with_hard_restarts": ("cosine_with_restarts", ""),
+    "rex": ("linear", "linear is the nearest; rex falls later"),
+    "sine": ("cosine", "it swings up and down; cosine falls once"),
+    "inverse_sqrt": ("linear", "linear is the nearest"),
+    "warmup_stable_decay": ("constant_with_warmup", "the rate does not fall at the end here"),
+    "adafactor": ("constant", "the rate follows lr_scheduler here"),
+    "step": ("constant", "for steps of the rate write piecewise_constant with lr_step_rules"),
+}
+
+
+def schedule(value: Any, look: Look) -> Any:
+    name = to.text(value).casefold()
+    if name in _SCHEDULES:
+        return name
+    near, why = _NEAR_SCHEDULES.get(name, ("constant", "there is no such schedule here; constant takes its place"))
+    return Outcome({"lr_scheduler": near}, (Lost(why),) if why else ())
+
+
+def optimizer_arguments(value: Any, look: Look) -> Outcome:
+    """Returns arguments of an optimizer: ["weight_decay=0.01", "betas=0.9,0.99"], a text or a mapping."""
+    values: dict[str, Any] = {}
+    unknown = []
+    for key, given in _pairs(value):
+        if key in ("betas", "beta"):
+            betas = given if isinstance(given, list | tuple) else str(given).strip("()[] ").split(",")
+            names = ("adam_beta1", "adam_beta2")
+            values |= {name: to.real(beta) for name, beta in zip(names, betas, strict=False)}
+        elif key in _ARGUMENTS:
+            values[_ARGUMENTS[key]] = to.real(given)
+        else:
+            unknown.append(f"{key}={given}")
+    why = f"{', '.join(unknown)[:200]}: AdamW has no such arguments here"
+    return Outcome(values, (Lost(why),) if unknown else ())
+
+
+_ARGUMENTS = {"weight_decay": "adam_weight_decay", "eps": "adam_epsilon", "beta1": "adam_beta1", "beta2": "adam_beta2"}
+
+
+def _pairs(value: Any) -> list[tuple[str, Any]]:
+    if isinstance(value, Mapping):
+        return [(str(key), given) for key, given in value.items()]
+    words = value if isinstance(value, list | tuple) else split_outside_brackets(to.text(value))
+    pairs = [str(word).strip().strip("\"'").partition("=") for word in words if str(word).strip()]
+    return [(key.strip(), given.strip().strip("\"'")) for key, _, given in pairs]
+
+
+def split_outside_brackets(words: str) -> list[str]:
+    """Splits a text at spaces and commas that are in no brackets, and before a `key=`: "betas=0.9,0.99 eps=1e-8"."""
+    parts: list[str] = []
+    depth = 0
+    for piece in words.replace(",", " , ").split(" "):
+        if depth == 0 and "=" in piece:
+            parts.append(piece)
+        elif parts and piece:
+            parts[-1] += piece
+        elif piece not in ("", ","):
+            parts.append(piece)
+        depth += piece.count("(") + piece.count("[") - piece.count(")") - piece.count("]")
+    return [part.strip(", ") for part in parts]
