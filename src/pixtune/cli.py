@@ -14,8 +14,8 @@ import typer
 from rich.console import Console
 
 from pixtune.commands.caption import caption
-from pixtune.commands.import_config import import_config
 from pixtune.commands.failures import exit_on_user_errors, system_trouble
+from pixtune.commands.import_config import import_config
 from pixtune.commands.scripts import check_family
 from pixtune.commands.words import config_and_overrides
 from pixtune.config.schema import TrainConfig

@@ -39,6 +39,8 @@ class Length:
 
     num_pictures: int | None
     """Pictures in all folders; None where they cannot be read yet."""
+    num_held_out: int
+    """Number of them that a run holds out, and does not train on."""
     num_steps: int | None
     """Optimizer steps; None where epochs decide and the pictures are not there yet."""
     pictures_per_step: int
@@ -176,13 +178,15 @@ def length_of(config: TrainConfig) -> Length:
     folders = folders_of(config.data_config)
     counts = [len(find_examples(folder).pairs) for folder in folders if folder.dataset is None]
     num_pictures = sum(counts) or None if len(counts) == len(folders) else None
+    num_held_out = 0 if num_pictures is None else config.validation.num_held_out(num_pictures)
     limits = [config.max_train_steps] if config.max_train_steps is not None else []
     if config.num_train_epochs is not None and num_pictures is not None:
         turns = sum(folder.repeats * count for folder, count in zip(folders, counts, strict=True))
-        trained = num_pictures - config.validation.num_held_out(num_pictures)
-        turns *= trained / num_pictures
+        turns *= 1 - num_held_out / num_pictures
         limits.append(math.ceil(turns * config.num_train_epochs / (config.batch_size * micro_batches)))
-    return Length(num_pictures, min(limits, default=None), config.batch_size * micro_batches, micro_batches)
+    return Length(
+        num_pictures, num_held_out, min(limits, default=None), config.batch_size * micro_batches, micro_batches
+    )
 
 
 def assumed_tokens(config: TrainConfig, family: ModelFamily, folder: ModelFolder) -> tuple[Tokens, tuple[str, ...]]:

@@ -74,10 +74,12 @@ def time_lines(report: PlanReport) -> list[str]:
     else:
         lines.append("How long a step takes is not estimated on a CPU: pixtune bench measures it.")
     if length.num_pictures is not None:
-        times = 0.0 if length.num_steps is None else length.num_steps * length.pictures_per_step / length.num_pictures
+        trained = length.num_pictures - length.num_held_out
+        times = 0.0 if length.num_steps is None else length.num_steps * length.pictures_per_step / max(trained, 1)
         number = f"{times:.0f}" if times >= 1.5 else f"{times:.2g}"
-        used = f": each is used about {number} times" if times else ""
-        lines.append(f"{length.num_pictures:,} pictures with captions{used}.")
+        used = f": each {'of the others ' * (length.num_held_out > 0)}is used about {number} times" if times else ""
+        held_out = f", {length.num_held_out:,} of them held out" if length.num_held_out else ""
+        lines.append(f"{length.num_pictures:,} pictures with captions{held_out}{used}.")
     return lines
 
 

@@ -21,7 +21,7 @@ from pixtune.data.findings import Level
 from pixtune.data.layouts import find_examples
 from pixtune.data.masks import find_masks
 from pixtune.data.report_json import to_json
-from pixtune.data.report_page import terminal_width
+from pixtune.data.report_page import terminal_width, verdict
 from pixtune.data.validate import DatasetReport, Examination, mask_findings, validate_folder, validate_pairs
 from pixtune.inputs.printing import lines
 from pixtune.storage.model_folder import ModelFolder, open_model_folder
@@ -126,6 +126,10 @@ def finish(
         show(to_json(reports))
     else:
         pages = [report.render(all_names, terminal_width()) for report in reports]
+        if len(reports) > 1:
+            findings = [finding for report in reports for finding in report.findings]
+            together = verdict(sum(report.num_pictures for report in reports), findings)
+            pages = [f"{len(reports)} folders together: {together}", *pages]
         show(lines("\n\n".join([*pages, *([listing] if listing else [])])))
     if not all(report.ok for report in reports):
         return PROBLEMS

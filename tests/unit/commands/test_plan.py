@@ -86,9 +86,11 @@ def test_the_first_lines_answer_whether_it_fits_and_how_long_it_takes(full_size:
     assert fits.startswith(f"Fits NVIDIA H100 80GB HBM3: {peak:.1f} of {report.usable_bytes / GIB:.1f} GiB at the peak")
     seconds = 2 * report.plan.micro_batch_seconds
     assert f"about {about(600 * seconds)}: 600 steps, {seconds:.2g} s each" in takes and "were measured" in takes
-    assert used.startswith("48 pictures with captions: each is used about 25 times")
+    assert used.startswith("48 pictures with captions, 4 of them held out: each of the others is used about 27 times")
     few = replace(report, length=replace(report.length, num_steps=6))
-    assert "each is used about 0.25 times" in shown(few, verbose=False), "not about 0 times"
+    assert "each of the others is used about 0.27 times" in shown(few, verbose=False), "not about 0 times"
+    whole = replace(report, length=replace(report.length, num_held_out=0))
+    assert "48 pictures with captions: each is used about 25 times" in shown(whole, verbose=False)
     assert report.facts.host_total_bytes == 256 * GIB and "QwenImagePipeline" in machine
     card = shown(make_report(config_of(full_size["qwen_image"]), "RTX 4090"), verbose=False)
     assert "not measured on this kind of card" in card and "there are no pictures in not/there yet" in card
