@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import importlib
 import logging
+import os
 
 LIBRARIES = (
     "bitsandbytes",
@@ -27,6 +28,7 @@ LIBRARIES = (
     "pixtune.train",
 )
 
+os.fsync = lambda fd: None  # as tests/conftest.py does
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # as pixtune.cli does
 for name in LIBRARIES:
     importlib.import_module(name)
