@@ -33,9 +33,9 @@ settings.load_profile("suite")
 os.fsync = lambda fd: None  # no test cuts the power; a fiftieth of a second each, twenty times a run
 
 LONGEST = (
-    "test_key_effects", "test_activations", "test_quantized_training", "test_stop", "test_lora", "test_compile", "test_benchmarks",
-    "test_padded_text", "test_sample", "test_full_fine_tuning", "test_edit_parity", "test_stock_lora",
-    "test_model_check", "test_quantized_gradients", "test_install", "test_phases", "test_tiling",
+    "test_key_effects", "test_activations", "test_quantized_training", "test_stop", "test_lora", "test_compile",
+    "test_benchmarks", "test_padded_text", "test_sample", "test_full_fine_tuning", "test_edit_parity",
+    "test_stock_lora", "test_model_check", "test_quantized_gradients", "test_install", "test_phases", "test_tiling",
     "test_kill_and_resume", "test_commands", "test_hostile",
 )  # fmt: skip
 """Files that take the longest, in that order: where processes take file after file, none of these should come last."""

@@ -349,9 +349,10 @@ def test_the_transformer_gets_what_the_pipeline_gives_it(
         assert torch.equal(ours["hidden_states"], stock["hidden_states"])
         torch.testing.assert_close(ours["timestep"], stock["timestep"], rtol=1e-6, atol=0)
         assert torch.equal(ours["encoder_hidden_states"], stock["encoder_hidden_states"])
-        mask, stock_mask = ours["encoder_hidden_states_mask"], stock["encoder_hidden_states_mask"]
-        assert (mask is None) == (stock_mask is None)
-        assert mask is None or torch.equal(mask.bool(), stock_mask.bool())
+        mask, stock_mask = (ours["attention_kwargs"] or {}).get("mask_BL"), stock["encoder_hidden_states_mask"]
+        assert "encoder_hidden_states_mask" not in ours and (mask is None) == (stock_mask is None)
+        assert mask is None or torch.equal(mask[:, : stock_mask.shape[1]], stock_mask.bool())
+        assert mask is None or mask[:, stock_mask.shape[1] :].all(), "every image token is real"
         assert ours["img_shapes"] == stock["img_shapes"]
         assert ours.get("guidance") is stock["guidance"] is None
         expected = case.reference.unpack(case.pipeline, stock["output"], width, height)

@@ -215,16 +215,17 @@ class NothingFromTheHost(TorchFunctionMode):
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_a_padded_step_copies_no_number_from_the_host(model: str) -> None:
+def test_a_padded_or_masked_step_copies_no_number_from_the_host(model: str) -> None:
     case = build(model, LENGTHS["two of other lengths"])
     text = case.family.stack_conditioning(case.rows, MULTIPLE)
     masked = case.family.stack_conditioning(case.rows)
     given = (case.transformer, case.noisy_BCHW, case.sigma_B)
     case.family.predict_velocity(*given, text, case.controls)  # what is made once, in a step that is not recorded
     with NothingFromTheHost():
-        case.family.predict_velocity(*given, text, case.controls).sum().backward()
+        for conditioning in (text, masked):
+            case.family.predict_velocity(*given, conditioning, case.controls).sum().backward()
         with pytest.raises(AssertionError, match="tensor of"):
-            case.family.predict_velocity(*given, masked, case.controls)
+            torch.tensor(3)
 
 
 def test_controls_modulated_as_clean_are_the_stock_models() -> None:

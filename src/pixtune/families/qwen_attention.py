@@ -36,7 +36,7 @@ class JointAttention:
     recomputes_projections = False
     """Whether queries, keys and values are recomputed in the backward pass; `engine.activations` switches it on."""
 
-    # The parameters' names are those that diffusers calls it by and, for `real_BL`, passes through.
+    # The parameters' names are those that diffusers calls it by and, for `real_BL` and `mask_BL`, passes through.
     def __call__(
         self,
         attn: Any,
@@ -46,6 +46,7 @@ class JointAttention:
         attention_mask: Tensor | None = None,
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
         real_BL: Tensor | None = None,
+        mask_BL: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         assert image_rotary_emb is not None
         query, key, value = joint_heads(
@@ -54,6 +55,8 @@ class JointAttention:
         if encoder_hidden_states_mask is not None:
             image_mask = torch.ones(hidden_states.shape[:2], dtype=torch.bool, device=hidden_states.device)
             attention_mask = torch.cat([encoder_hidden_states_mask, image_mask], dim=1)[:, None, None, :]
+        if mask_BL is not None:
+            attention_mask = mask_BL[:, None, None, :]
         if real_BL is not None:
             attended = join(attend_padded(query, key, value, real_BL, padding_kernel(query.device)), query)
         else:

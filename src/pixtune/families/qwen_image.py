@@ -283,7 +283,6 @@ class QwenImage:
             hidden_states=image_BLC,
             timestep=rounded_timestep(sigma_B, dtype),
             encoder_hidden_states=conditioning["prompt_embeds"].to(dtype),
-            encoder_hidden_states_mask=conditioning.get(MASK),
             attention_kwargs=real_tokens(conditioning, image_BLC.shape[1]),
             img_shapes=[[(1, *grid(image)) for image in images]] * batch_size,
             return_dict=False,
@@ -334,10 +333,10 @@ def real_tokens(conditioning: Conditioning, num_image_tokens: int) -> dict[str, 
 
     The marks go past the model, which would copy a number to the device for a mask, and that cannot be captured.
     """
-    real_BT = conditioning.get(REAL)
-    if real_BT is None:
-        return None
-    return {"real_BL": torch.nn.functional.pad(real_BT, (0, num_image_tokens), value=True)}
+    for name, argument in ((REAL, "real_BL"), (MASK, "mask_BL")):
+        if (real_BT := conditioning.get(name)) is not None:
+            return {argument: torch.nn.functional.pad(real_BT.bool(), (0, num_image_tokens), value=True)}
+    return None
 
 
 def count_inside(template: str, tokenizer: Any, texts: Sequence[str]) -> list[int]:
