@@ -18,6 +18,7 @@ from pixtune.commands.failures import exit_on_user_errors, system_trouble
 from pixtune.commands.import_config import import_config
 from pixtune.commands.scripts import check_family
 from pixtune.commands.words import config_and_overrides
+from pixtune.config.lora_files import LoraFormat
 from pixtune.config.schema import TrainConfig
 from pixtune.errors import WriteError
 from pixtune.inputs.printing import lines, one_line
@@ -322,16 +323,20 @@ def keys(
 def export(
     checkpoint: Annotated[Path, typer.Argument(help="Checkpoint folder or LoRA file.")],
     output: Annotated[Path, typer.Option(help="Folder for the written files.")] = Path("."),
+    formats: Annotated[
+        list[LoraFormat] | None,
+        typer.Option("--format", help="Format of a LoRA's file; may be repeated. Without it: the run's own."),
+    ] = None,
 ) -> None:
     """Write the files of a checkpoint for other programs.
 
-    A LoRA for diffusers and for ComfyUI, or the whole model where all weights were trained.
+    A LoRA for diffusers, ComfyUI or kohya's trainers, or the whole model where all weights were trained.
     """
     from pixtune.storage.files import check_writable
     from pixtune.trained.export import export_checkpoint
 
     check_writable(output, "Give another folder as --output.")
-    for path in export_checkpoint(checkpoint, output):
+    for path in export_checkpoint(checkpoint, output, tuple(formats or ())):
         typer.echo(one_line(str(path)))
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from pixtune.sizes import LatentShape, Size
 from pixtune.storage.model_folder import ModelFolder
+from pixtune.storage.model_names import ModelSpec, OriginalLayer
 
 if TYPE_CHECKING:
     import torch
@@ -206,22 +207,6 @@ class Captioner(Protocol):
         """
 
 
-@dataclass(frozen=True)
-class OriginalLayer:
-    """A linear layer as a model's authors name it, and kohya's trainers after them; in diffusers it may be several.
-
-    In paths `{}` stands for the number of a block.
-    """
-
-    path: str
-    parts: tuple[str, ...]
-    """Paths in diffusers; the layer's outputs are theirs, one part after the other."""
-    shares: tuple[int, ...] = (1,)
-    """Numbers of the parts' outputs, in proportion."""
-    swaps_halves: bool = False
-    """Whether the first half of its outputs is the second in diffusers."""
-
-
 class ModelFamily(Protocol):
     """Everything that the trainer needs of a model family."""
 
@@ -269,6 +254,7 @@ class ModelFamily(Protocol):
     comfyui_prefix: str
     """Beginning of the names of a LoRA's layers in ComfyUI's file. Where it is diffusers', `transformer.`, the scale is
     multiplied in, since diffusers' loader, which is to read that file as well, refuses `.alpha` there."""
+    modelspec: ModelSpec
     original_layers: tuple[OriginalLayer, ...]
     """Linear layers of the transformer as the model's authors name them."""
     pads_text: bool

@@ -176,7 +176,7 @@ def _read(output: Path, run: Path) -> Observed:
             path.relative_to(output).as_posix(): file_digest(path) for path in output.glob("samples/**/*.png")
         },
         "weights": weights,
-        "metadata": {name: text for name, text in metadata.items() if "hash" not in name},
+        "metadata": {name: text for name, text in metadata.items() if not re.search("hash|date", name)},
         "files": sorted({_lasting_name(path.relative_to(run)) for path in run.rglob("*") if path.is_file()}),
     }
 

@@ -23,7 +23,6 @@ from pixtune.family import (
     ActivationUnits,
     Conditioning,
     LatentDistribution,
-    OriginalLayer,
     Placement,
     Prompt,
     PromptOutline,
@@ -33,6 +32,7 @@ from pixtune.family import (
 )
 from pixtune.sizes import Size
 from pixtune.storage.model_folder import ModelFolder
+from pixtune.storage.model_names import ModelSpec, OriginalLayer
 
 TEXT_WIDTH = 16
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
@@ -81,6 +81,7 @@ class ToyFamily:
     controls_in_text = False
     embedded_guidance = False
     comfyui_prefix = "diffusion_model."
+    modelspec = ModelSpec("toy", "https://example.org", "toy", "networks.lora_toy", {})
     original_layers: tuple[OriginalLayer, ...] = tuple(
         OriginalLayer(path, (path,)) for path in (f"transformer_blocks.{{}}.attn.{name}" for name in LORA_TARGETS)
     )

@@ -73,6 +73,10 @@ _BY_OURS: Mapping[str, str] = {
     "init_lora": (
         "network_weights pretrained_lora_path lora_weights_path init_from_existing lora_model_name init_adapter"
     ),
+    "lora_files.title": "metadata_title",
+    "lora_files.author": "metadata_author",
+    "lora_files.description": "metadata_description",
+    "lora_files.license": "metadata_license",
     "lora_targets": "target_modules lora_layers lora_target_modules only_if_contains flux_lora_target layer_filter",
     "trigger_words": "trigger_word instance_prompt trigger token activation_text",
     "data_config.upscale": "bucket_no_upscale allow_upscale",

@@ -17,6 +17,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field, model_validator
 
 from pixtune.config.contradictions import contradictions
+from pixtune.config.lora_files import LoraFilesConfig
 from pixtune.config.sections import (
     CudaFeatures,
     DataConfig,
@@ -148,6 +149,8 @@ class TrainConfig(Section):
     trigger_words: Words = ()
     """Words written into the LoRA file's metadata for its users. Empty: none. Captions are not changed: write the words
     there too."""
+    lora_files: LoraFilesConfig = LoraFilesConfig()
+    """The LoRA files that are written, and what they say about themselves."""
     ema: EmaConfig = EmaConfig()
     """Average of the LoRA's weights over the steps."""
     training_adapter: TrainingAdapterConfig = TrainingAdapterConfig()

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from pixtune import randomness
 from pixtune.errors import WeightsError
 from pixtune.families.flow_schedule import model_sigmas, model_time_shift, rounded_timestep
+from pixtune.families.model_spec import SPECS
 from pixtune.families.original_layers import FLUX_LAYERS
 from pixtune.families.packing import PATCH, grid, num_tokens, pack_latents, unpack_latents
 from pixtune.families.transformer_shapes import flux_shapes
@@ -20,7 +21,6 @@ from pixtune.family import (
     ActivationUnits,
     Conditioning,
     LatentDistribution,
-    OriginalLayer,
     Placement,
     Prompt,
     PromptOutline,
@@ -31,6 +31,7 @@ from pixtune.family import (
 from pixtune.late import LateModule
 from pixtune.sizes import LatentShape, Size
 from pixtune.storage.model_folder import ModelFolder
+from pixtune.storage.model_names import OriginalLayer
 
 if TYPE_CHECKING:
     import torch
@@ -110,6 +111,7 @@ class Flux:
 
     def __init__(self, name: str, pipeline_classes: tuple[str, ...], max_controls: int = 0) -> None:
         self.name, self.pipeline_classes, self.max_controls = name, pipeline_classes, max_controls
+        self.modelspec = SPECS[name]
 
     def pixel_multiple(self, folder: ModelFolder) -> int:
         return PATCH * self._compression(folder)

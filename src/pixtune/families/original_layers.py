@@ -6,7 +6,8 @@ kohya's trainers (sd-scripts, musubi-tuner) and ComfyUI keep the authors' names 
 from __future__ import annotations
 
 from pixtune.families.transformer_shapes import qwen_image_shapes
-from pixtune.family import OriginalLayer, Shapes
+from pixtune.family import Shapes
+from pixtune.storage.model_names import OriginalLayer
 
 
 def named_alike(shapes: Shapes, block_path: str) -> tuple[OriginalLayer, ...]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from pixtune import randomness
 from pixtune.errors import WeightsError
 from pixtune.families.flow_schedule import model_sigmas, model_time_shift, rounded_timestep
+from pixtune.families.model_spec import SPECS
 from pixtune.families.original_layers import QWEN_IMAGE_LAYERS
 from pixtune.families.packing import PATCH, grid, num_tokens, pack_latents, unpack_latents
 from pixtune.families.transformer_shapes import qwen_image_shapes
@@ -18,7 +19,6 @@ from pixtune.family import (
     ActivationUnits,
     Conditioning,
     LatentDistribution,
-    OriginalLayer,
     Placement,
     Prompt,
     PromptOutline,
@@ -30,6 +30,7 @@ from pixtune.late import LateModule
 from pixtune.plan.text_padding import padded_length
 from pixtune.sizes import LatentShape, Size
 from pixtune.storage.model_folder import ModelFolder
+from pixtune.storage.model_names import OriginalLayer
 
 if TYPE_CHECKING:
     import torch
@@ -128,6 +129,7 @@ class QwenImage:
         self.prompt_template, self.text_components = reader.template, reader.components
         self.controls_in_text = max_controls > 0
         self.unread_text_weights: tuple[str, ...] = OUTPUT_LAYER if max_controls else (*OUTPUT_LAYER, *VISION_TOWER)
+        self.modelspec = SPECS[name]
         self.script = "train_qwen_edit_lora.py" if max_controls else "train.py"
 
     def pixel_multiple(self, folder: ModelFolder) -> int:

@@ -100,6 +100,7 @@ def fault_of_file(read: ReadBack, path: Path, precision: str, sum_of_rates: floa
         precision: the config's `mixed_precision`.
         sum_of_rates: sum of the learning rates so far, or what an average has of it: how far a weight may have moved.
     """
+    path = read.file or path
     if read.effect != read.effect or read.distance != read.distance:
         return None  # no numbers, which the guard of the losses judges
     if read.distance > max(MOST_ROUNDING[precision], MOST_LOSS * read.effect):

@@ -8,7 +8,7 @@ from pixtune.judging.best import best_step
 from pixtune.services.held_out_loss import HeldOutLoss
 from pixtune.services.session import Session
 from pixtune.storage.checkpoint_state import checkpoint_path
-from pixtune.trained.export import COMFYUI_FILE, DIFFUSERS_FILE, RAW_FILE, export_checkpoint, read_lora_file
+from pixtune.trained.export import DIFFUSERS_FILE, FILES, RAW_FILE, export_checkpoint, read_lora_file
 
 BEST_FOLDER = "best"
 
@@ -51,7 +51,7 @@ class BestWeights:
         best = best_step(self._held_out_loss.means)
         if self.saved_step in (None, best):
             return
-        for name in (DIFFUSERS_FILE, COMFYUI_FILE, RAW_FILE):
+        for name in (*FILES.values(), RAW_FILE):
             (self.folder / name).unlink(missing_ok=True)
         source = Path() if best is None else checkpoint_path(self._session.output_dir, best)
         if best is not None and source.is_dir():

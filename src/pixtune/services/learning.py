@@ -127,7 +127,8 @@ class SavedFile:
         picture = measured_example(run.source.reader, 0)
         # Blocks are compiled for steps; to compile them anew for three passes would take longer than these.
         plainly = partial(torch.compiler.set_stance, "force_eager") if run.plan.compile else nullcontext
-        with session.aside("check of the saved file", 3) as after_pass:
+        num_files = 0 if session.config.method == "full" else len(session.config.lora_files.formats)
+        with session.aside("check of the saved files", 3 + num_files) as after_pass:
 
             def velocity() -> Tensor:
                 with plainly():

@@ -8,8 +8,7 @@ from typing import Any
 from pixtune.sampler import PromptPicture, PromptSampler
 from pixtune.services.session import Session
 from pixtune.storage.requests import is_asked, withdraw
-
-SAMPLES_FOLDER = "samples"
+from pixtune.trained.model_spec import SAMPLES_FOLDER
 
 
 class Samples:

@@ -1,8 +1,8 @@
-"""Writes a LoRA as others load it: one file for diffusers, one for ComfyUI.
+"""Writes a LoRA as others load it: a file for diffusers, and one for ComfyUI and for kohya's trainers each.
 
-The two differ in where they have the scale alpha / rank. Diffusers reads it from `lora_adapter_metadata`; ComfyUI's
-file has an `.alpha` tensor beside each layer, or the scale multiplied in, as the family decides. Diffusers would apply
-two scales one after the other, so each file has one.
+They differ in names (`lora_names.py`), and in where they have the scale alpha / rank. Diffusers reads it from
+`lora_adapter_metadata`; the others have an `.alpha` tensor beside each layer, ComfyUI's for some families the scale
+multiplied in. Diffusers would apply two scales one after the other, so each file has one.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor
@@ -21,11 +22,16 @@ from pixtune.family import ModelFamily
 from pixtune.storage.base_reference import BaseReference, without_path
 from pixtune.storage.loading.entries import read_entries
 from pixtune.storage.safetensors_writer import TensorFile, save_without_digest
-from pixtune.trained.lora_formats import AdapterLayer, comfyui_tensors
+from pixtune.trained.lora_formats import AdapterLayer, comfyui_tensors, kohya_tensors
 from pixtune.trained.lora_names import DIFFUSERS_PREFIX, DOWN, UP
+from pixtune.trained.model_spec import digest_of, model_spec, wishes_of
 
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 COMFYUI_FILE = "comfyui_lora.safetensors"
+KOHYA_FILE = "kohya_lora.safetensors"
+FILES: Mapping[str, str] = {"diffusers": DIFFUSERS_FILE, "comfyui": COMFYUI_FILE, "kohya": KOHYA_FILE}
+"""Names of a LoRA's files by the config's `lora_files.formats`."""
+DEFAULT_FORMATS = ("diffusers", "comfyui")
 RAW_FILE = "raw_lora_weights.safetensors"
 """File, in diffusers' format, of the weights that go on being trained, where the two others hold their average."""
 GIBIBYTE = 2**30
@@ -100,18 +106,34 @@ def layers_of(weights: Mapping[str, Tensor], alpha: float) -> dict[str, AdapterL
 
 
 def export_lora(
-    folder: Path, weights: Mapping[str, Tensor], about: LoraDescription, family: ModelFamily
-) -> tuple[Path, Path]:
-    """Writes both files into `folder` and returns their paths. Stock diffusers loads ComfyUI's file as well.
+    folder: Path,
+    weights: Mapping[str, Tensor],
+    about: LoraDescription,
+    family: ModelFamily,
+    formats: Sequence[str] = DEFAULT_FORMATS,
+    spec: Mapping[str, str] = MappingProxyType({}),
+) -> tuple[Path, ...]:
+    """Writes a file for each format into `folder`, and returns their paths. Stock diffusers loads each of them.
 
     Weights are renamed, scaled and joined in host memory: at a run's end a full card may have no room for copies.
+
+    Args:
+        formats: names of `FILES`.
+        spec: further metadata, as `model_spec` builds them.
     """
     weights = {name: tensor.cpu() for name, tensor in weights.items()}
-    diffusers_path, comfyui_path = folder / DIFFUSERS_FILE, folder / COMFYUI_FILE
-    save_without_digest(diffusers_path, *diffusers_file(weights, about))
-    comfyui = comfyui_tensors(layers_of(weights, about.alpha), family)
-    save_without_digest(comfyui_path, comfyui.tensors, about.metadata())
-    return diffusers_path, comfyui_path
+    layers, metadata = layers_of(weights, about.alpha), about.metadata()
+    contents = {"diffusers": diffusers_file(weights, about)}
+    for name, names_of in (("comfyui", comfyui_tensors), ("kohya", kohya_tensors)):
+        if name in formats:
+            named = names_of(layers, family)
+            contents[name] = TensorFile(named.tensors, {**metadata, **named.metadata})
+    paths = []
+    for name, (tensors, own) in contents.items():
+        if name in formats:
+            paths.append(folder / FILES[name])
+            save_without_digest(paths[-1], tensors, {**own, **spec, **(digest_of(tensors) if spec else {})})
+    return tuple(paths)
 
 
 def read_lora_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -146,11 +168,12 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise WeightsError(f"{path} cannot be read as a LoRA file ({error}).") from error
 
 
-def export_checkpoint(source: Path, folder: Path) -> tuple[Path, ...]:
-    """Writes the files of a run's end from a checkpoint: a LoRA's two files, or the model folder of `method: full`.
+def export_checkpoint(source: Path, folder: Path, formats: Sequence[str] | None = None) -> tuple[Path, ...]:
+    """Writes the files of a run's end from a checkpoint: a LoRA's files, or the model folder of `method: full`.
 
     Args:
         source: a checkpoint folder, or a LoRA file that `diffusers_file` built.
+        formats: names of `FILES`; None: those of the run that saved the checkpoint.
 
     Raises:
         CheckpointError: there is no LoRA of pixtune at `source`.
@@ -177,11 +200,26 @@ def export_checkpoint(source: Path, folder: Path) -> tuple[Path, ...]:
         raise CheckpointError(f"{path} is damaged: its metadata cannot be read ({reason}).") from error
     if faulty := [name for name, tensor in weights.items() if tensor.ndim != 2 or not tensor.is_floating_point()]:
         raise CheckpointError(f"{path} holds {faulty[0]}, which is no matrix of a LoRA.")
+    config = _config_of(source) if source.is_dir() else {}
+    run_folder = source.absolute().parent if source.is_dir() else None
+    stated = {**config, "rank": about.rank, "lora_alpha": about.alpha, "trigger_words": about.trigger_words}
+    spec = model_spec(stated, family, about.base, about.step, run_folder)
     try:
-        return export_lora(folder, weights, about, family)
+        return export_lora(folder, weights, about, family, formats or wishes_of(config).formats, spec)
     except (KeyError, IndexError, RuntimeError, ValueError) as error:
         reason = f"{type(error).__name__}: {str(error)[:200]}"
         raise CheckpointError(f"{path} holds no whole LoRA of {about.family} ({reason}).") from error
+
+
+def _config_of(checkpoint: Path) -> Mapping[str, Any]:
+    """Returns the config that a checkpoint records; empty where it records none that can be read."""
+    from pixtune.storage.checkpoint_state import read_state
+
+    try:
+        config = read_state(checkpoint)["record"]["config"]
+    except (CheckpointError, KeyError, TypeError):
+        return {}
+    return config if isinstance(config, Mapping) else {}
 
 
 def read_description(metadata: Mapping[str, str]) -> LoraDescription:

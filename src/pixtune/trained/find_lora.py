@@ -12,6 +12,7 @@ from pixtune.errors import CheckpointError, WeightsError
 from pixtune.storage.checkpoint import read_folder
 from pixtune.storage.checkpoint_state import read_state
 from pixtune.trained.export import DIFFUSERS_FILE
+from pixtune.trained.model_spec import largest_size
 
 
 @dataclass(frozen=True)
@@ -57,18 +58,7 @@ def _with_run(file: Path, folder: Path) -> FoundLora:
     """Adds what the run in the file's folder says; a file that was moved elsewhere has none."""
     config = _config_of(folder)
     model, data = config.get("pretrained_model_name_or_path"), config.get("data_config")
-    return FoundLora(file, model if isinstance(model, str) else None, _largest_size(data))
-
-
-def _largest_size(data: object) -> int | None:
-    """Returns the largest training size that a recorded `data_config` names; None where it names none."""
-    if not isinstance(data, Mapping):
-        return None
-    folders = data.get("folders") or ()
-    own = [each.get("img_size") for each in folders if isinstance(each, Mapping)]
-    named = [data.get("img_size"), *own] if not own or None in own else own
-    sizes = [size for each in named for size in (each if isinstance(each, list | tuple) else (each,))]
-    return max((size for size in sizes if isinstance(size, int)), default=None)
+    return FoundLora(file, model if isinstance(model, str) else None, largest_size(data))
 
 
 def _config_of(folder: Path) -> Mapping[str, Any]:

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from pixtune.errors import WeightsError
-from pixtune.family import ModelFamily, OriginalLayer
+from pixtune.family import ModelFamily
+from pixtune.storage.model_names import OriginalLayer
 from pixtune.trained import fused_layers
 from pixtune.trained.fused_layers import LowRank, Ranks
 from pixtune.trained.lora_names import (

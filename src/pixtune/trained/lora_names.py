@@ -17,7 +17,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 
 from pixtune.errors import WeightsError
-from pixtune.family import ModelFamily, OriginalLayer
+from pixtune.family import ModelFamily
+from pixtune.storage.model_names import OriginalLayer
 
 DOWN, UP, MAGNITUDE = "lora_A.weight", "lora_B.weight", "lora_magnitude_vector"
 """PEFT's names of a LoRA's down- and up-matrix, and of DoRA's vector of one magnitude for each output."""

@@ -26,6 +26,7 @@ from pixtune.trained.average import WeightAverage
 from pixtune.trained.base import Base
 from pixtune.trained.export import (
     DIFFUSERS_FILE,
+    FILES,
     RAW_FILE,
     LoraDescription,
     diffusers_file,
@@ -34,6 +35,7 @@ from pixtune.trained.export import (
 )
 from pixtune.trained.full_weights import FullWeights
 from pixtune.trained.init_lora import init_lora_of, start_from
+from pixtune.trained.model_spec import model_spec
 from pixtune.trained.read_back import ReadBack, Velocity
 from pixtune.trained.read_back_lora import UP, read_back_lora
 from pixtune.trained.skipped_step import is_spoiled
@@ -192,8 +194,11 @@ class LoraWeights:
         optim.restore_optimizer_state(self.optimizer.state, self.parameters, state, plain)
 
     def export(self, output_dir: Path, step: int) -> list[Path]:
-        about = self._describe(step)
-        paths = list(export_lora(output_dir, self._result(), about, self.base.family))
+        about, config, family = self._describe(step), self.config, self.base.family
+        spec = model_spec(to_dict(config), family, self.reference, step, config.output_dir)
+        paths = list(export_lora(output_dir, self._result(), about, family, config.lora_files.formats, spec))
+        for name in FILES.keys() - set(config.lora_files.formats):  # one may be left of an earlier session
+            (output_dir / FILES[name]).unlink(missing_ok=True)
         if self.average:
             paths.append(output_dir / RAW_FILE)
             save_without_digest(paths[-1], *diffusers_file(adapters.lora_weights(self.base.module), about))
@@ -219,8 +224,9 @@ class LoraWeights:
         return 0.0
 
     def read_back(self, folder: Path, velocity: Velocity) -> ReadBack:
+        exported = [self.config.output_dir / FILES[name] for name in self.config.lora_files.formats]
         with self.result_in_place(in_training=True):
-            return read_back_lora(self.base, self.config.alpha, folder, velocity)
+            return read_back_lora(self.base, self.config.alpha, folder, velocity, exported)
 
     def _describe(self, step: int) -> LoraDescription:
         return LoraDescription(

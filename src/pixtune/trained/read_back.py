@@ -30,6 +30,8 @@ class ReadBack:
     """Distance of the saved weights' velocity from the live ones'."""
     unequal: tuple[str, ...]
     """Tensors of which the file holds other numbers than the live ones."""
+    file: Path | None = None
+    """File that this is of; None: the checkpoint's own."""
 
 
 def read_back_sample(truest: Callable[[str], Tensor], names: Sequence[str], files: Sequence[Path]) -> ReadBack:

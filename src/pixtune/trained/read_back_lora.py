@@ -2,31 +2,41 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pixtune.errors import WeightsError
 from pixtune.trained import adapters
 from pixtune.trained.base import Base
-from pixtune.trained.export import DIFFUSERS_FILE
+from pixtune.trained.export import DIFFUSERS_FILE, read_tensors
+from pixtune.trained.lora_names import DOWN
+from pixtune.trained.lora_names import UP as UP_MATRIX
 from pixtune.trained.read_back import ReadBack, Velocity
-from pixtune.trained.saved_lora import read_saved_lora
+from pixtune.trained.saved_lora import SavedLora, read_saved_lora
 
 UP = ".lora_B."
 """Part of the names of up-matrices, which start at zero: a LoRA does nothing until they move."""
 
 
-def read_back_lora(base: Base, alpha: float, folder: Path, velocity: Velocity) -> ReadBack:
-    """Puts a checkpoint's LoRA file on the base, and then the live weights back, bit for bit.
+def read_back_lora(
+    base: Base, alpha: float, folder: Path, velocity: Velocity, exported: Sequence[Path] = ()
+) -> ReadBack:
+    """Puts a checkpoint's LoRA file on the base, and what was exported of it, and then the live weights, bit for bit.
 
     Args:
         alpha: alpha of the live LoRA.
         folder: the checkpoint.
+        exported: the files for other programs. One of another step, or that is not there, could not be written, which
+            was reported.
+
+    Returns:
+        That of the first file that does something else than the live weights; the checkpoint's own where none does.
 
     Raises:
-        WeightsError: the file cannot be read as a LoRA of this model.
+        WeightsError: a file cannot be read as a LoRA of this model.
     """
     module = base.module
     saved, live = read_saved_lora(folder / DIFFUSERS_FILE, base.family), adapters.lora_weights(module)
@@ -43,12 +53,45 @@ def read_back_lora(base: Base, alpha: float, folder: Path, velocity: Velocity) -
                     tensor.zero_()
         effect = _distance(velocity(), with_live)
         adapters.load_lora_weights(module, saved.weights)
-        distance = _distance(velocity(), with_live)
+        found = [ReadBack(effect, _distance(velocity(), with_live), unequal)]
+        for path in _of_the_same_step(exported, folder / DIFFUSERS_FILE):
+            weights = _at_scale_of(module, read_saved_lora(path, base.family))
+            adapters.load_lora_weights(module, weights)
+            distance = _distance(velocity(), with_live)
+            found.append(ReadBack(effect, distance, _unequal_beyond_rounding(kept, weights), path))
     except KeyError as error:
-        raise WeightsError(f"{saved.path} does not fit this model: {error.args[0]}.") from error
+        raise WeightsError(f"a file of {folder} does not fit this model: {error.args[0]}.") from error
     finally:
         adapters.load_lora_weights(module, kept)
-    return ReadBack(effect, distance, unequal)
+    return next((read for read in found if read.unequal), max(found, key=lambda read: read.distance))
+
+
+def _of_the_same_step(exported: Sequence[Path], checkpoint_file: Path) -> list[Path]:
+    step = read_tensors(checkpoint_file)[1].get("pixtune.step")
+    return [path for path in exported if path.is_file() and read_tensors(path)[1].get("pixtune.step") == step]
+
+
+def _at_scale_of(module: nn.Module, saved: SavedLora) -> dict[str, Tensor]:
+    """Returns a file's LoRA with the scale of the attached one, in weights that are named as its are.
+
+    Raises:
+        KeyError: a layer is not attached.
+    """
+    layers, weights = adapters.lora_layers(module), {}
+    for path, own in saved.low_ranks().items():
+        scale = own.scale / layers[path].scaling[adapters.ADAPTER_NAME]
+        weights[f"{path}.{DOWN}"] = own.down
+        weights[f"{path}.{UP_MATRIX}"] = own.up if scale == 1 else own.up * scale
+    return weights
+
+
+def _unequal_beyond_rounding(live: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> tuple[str, ...]:
+    """Names the tensors that differ by more than a scale that was multiplied in and divided out again may make."""
+    return tuple(
+        name
+        for name, tensor in live.items()
+        if not torch.allclose(tensor, weights[name].to(tensor.dtype), rtol=1e-6, atol=0.0, equal_nan=True)
+    )
 
 
 def _distance(velocity: Tensor, reference: Tensor) -> float:

@@ -25,6 +25,8 @@ from pixtune.trained import adapters
 from pixtune.trained.export import (
     COMFYUI_FILE,
     DIFFUSERS_FILE,
+    FILES,
+    KOHYA_FILE,
     LoraDescription,
     diffusers_file,
     export_checkpoint,
@@ -99,10 +101,10 @@ def test_files_are_made_in_host_memory(name: str, tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def files(adapted: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with both files."""
+    """A folder with all files."""
     path = tmp_path_factory.mktemp("export")
-    written = export_lora(path, adapters.lora_weights(adapted), ABOUT, FAMILY)
-    assert written == (path / DIFFUSERS_FILE, path / COMFYUI_FILE)
+    written = export_lora(path, adapters.lora_weights(adapted), ABOUT, FAMILY, tuple(FILES))
+    assert written == (path / DIFFUSERS_FILE, path / COMFYUI_FILE, path / KOHYA_FILE)
     return path
 
 
@@ -127,7 +129,7 @@ def lora_modules(transformer: nn.Module) -> dict[str, Any]:
     return {name: module for name, module in transformer.named_modules() if isinstance(module, LoraLayer)}
 
 
-@pytest.mark.parametrize("file_name", [DIFFUSERS_FILE, COMFYUI_FILE])
+@pytest.mark.parametrize("file_name", FILES.values())
 def test_stock_pipeline_loads_every_key_and_computes_the_same(
     files: Path,
     folder: ModelFolder,
@@ -188,7 +190,7 @@ def test_keys_begin_as_each_program_wants_them(files: Path, adapted: nn.Module) 
     assert diffusers_tensors["transformer.transformer_blocks.0.attn.to_out.0.lora_A.weight"].dtype == torch.float32
 
 
-@pytest.mark.parametrize("file_name", [DIFFUSERS_FILE, COMFYUI_FILE])
+@pytest.mark.parametrize("file_name", FILES.values())
 def test_metadata_says_where_the_lora_comes_from(files: Path, file_name: str) -> None:
     metadata = read_metadata(files / file_name)
     metadata.pop("lora_adapter_metadata", None)
@@ -214,6 +216,8 @@ def test_a_checkpoint_exports_to_the_same_two_files(files: Path, adapted: nn.Mod
             assert load_file(path).keys() == load_file(files / path.name).keys()
             assert all(torch.equal(load_file(path)[key], value) for key, value in load_file(files / path.name).items())
             ours, expected = read_metadata(path), read_metadata(files / path.name)
+            assert ours["modelspec.architecture"] == "qwen-image/lora"
+            ours = {key: text for key, text in ours.items() if not key.startswith(("modelspec.", "ss_"))}
             scale, expected_scale = (json.loads(m.pop("lora_adapter_metadata", "0")) for m in (ours, expected))
             if expected_scale:  # targets are sorted in the file
                 assert scale.pop("transformer.target_modules") == sorted(TARGETS)
@@ -235,7 +239,7 @@ def test_exporting_what_is_no_lora_of_ours_is_refused(files: Path, tmp_path: Pat
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("file_name", [DIFFUSERS_FILE, COMFYUI_FILE])
+@pytest.mark.parametrize("file_name", FILES.values())
 def test_a_saved_lora_put_on_a_base_is_the_trained_one(
     files: Path, folder: ModelFolder, base: nn.Module, adapted: nn.Module, file_name: str
 ) -> None:
