@@ -25,11 +25,13 @@ SPECIAL: dict[str, st.SearchStrategy[Any]] = {
     "lr_step_rules": st.none(),  # another schedule's
     "freeze_text_encoder": st.just(True),  # the other value is refused by name
     "data_config.folders": st.just([]),  # in place of data_config.img_dir, which is given; see test_folders.py
+    "lora_files.formats": st.sampled_from([["diffusers"], ["kohya", "diffusers"], ["diffusers", "kohya", "comfyui"]]),
     "objective.min_sigma": st.floats(0, 0.4),  # below the upper end
     "objective.max_sigma": st.floats(0.5, 1),
     "resume_with_changes_in": st.lists(st.sampled_from(list(leaf_keys())), max_size=3),
 }
 EXPECTED = "batch_size is|given|choose one|leaves no|per prompt|twice|one must be greater|behind the drive's letter"
+EXPECTED += "|is required and missing|method is full"
 WRONG: dict[str, tuple[Any, ...]] = {
     "boolean": ("yes", 3, [True], {"a": 1}),
     "integer": ("x", 1.5, True, [1], -(2**70)),
