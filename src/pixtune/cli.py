@@ -323,9 +323,8 @@ def keys(
 def export(
     checkpoint: Annotated[Path, typer.Argument(help="Checkpoint folder or LoRA file.")],
     output: Annotated[Path, typer.Option(help="Folder for the written files.")] = Path("."),
-    formats: Annotated[
-        list[LoraFormat] | None,
-        typer.Option("--format", help="Format of a LoRA's file; may be repeated. Without it: the run's own."),
+    format: Annotated[
+        list[LoraFormat] | None, typer.Option(help="Format of a LoRA's file; may be repeated. Absent: the run's own.")
     ] = None,
 ) -> None:
     """Write the files of a checkpoint for other programs.
@@ -336,7 +335,7 @@ def export(
     from pixtune.trained.export import export_checkpoint
 
     check_writable(output, "Give another folder as --output.")
-    for path in export_checkpoint(checkpoint, output, tuple(formats or ())):
+    for path in export_checkpoint(checkpoint, output, tuple(format or ())):
         typer.echo(one_line(str(path)))
 
 
