@@ -1,4 +1,4 @@
-"""Command line: `pixtune train | plan | bench | validate | caption | sample | import | keys | ...`; root scripts."""
+"""Command line: `pixtune train | plan | bench | validate | caption | sample | lora | import | ...`; root scripts."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from rich.console import Console
 from pixtune.commands.caption import caption
 from pixtune.commands.failures import exit_on_user_errors, system_trouble
 from pixtune.commands.import_config import import_config
+from pixtune.commands.lora import app as lora_app
 from pixtune.commands.scripts import check_family
 from pixtune.commands.words import config_and_overrides
 from pixtune.config.lora_files import LoraFormat
@@ -300,6 +301,7 @@ def sample(
 
 app.command(context_settings=TAKES_KEYS)(caption)
 app.command(name="import")(import_config)
+app.add_typer(lora_app, name="lora")
 
 
 @app.command()

@@ -33,6 +33,7 @@ Purpose = Literal[
     "read back",
     "measured",
     "rivals",
+    "directions",
 ]
 
 

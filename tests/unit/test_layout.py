@@ -102,6 +102,7 @@ ROOMS = [
     "engine",
     "families",
     "trained",
+    "deltas",
     "planning",
     "sampler",
     "judging",

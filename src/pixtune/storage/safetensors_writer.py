@@ -80,6 +80,34 @@ def save_without_digest(path: Path, tensors: Mapping[str, Tensor], metadata: Map
     _write(path, tensors, metadata or {}, lambda piece: None)
 
 
+def save_one_by_one(
+    path: Path,
+    outline: Mapping[str, Tensor],
+    tensor_of: Callable[[str], Tensor],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Writes a file as `save_without_digest` does, with one of its tensors in memory at a time.
+
+    Args:
+        outline: number format and shape of each tensor, as tensors on the meta device.
+        tensor_of: returns a tensor by its name; called once for each, in the order in which they lie in the file.
+
+    Raises:
+        TypeError, WriteError: as `save_safetensors`.
+    """
+    _refuse_formats(outline)
+    ordered = _in_file_order(outline)
+    header = _header(ordered, metadata or {})
+    with files.replacing(path) as stream:
+        stream.write(header)
+        for name, expected in ordered.items():
+            tensor = tensor_of(name)
+            if (tensor.dtype, tensor.shape) != (expected.dtype, expected.shape):
+                raise TypeError(f"{name} is {tensor.dtype} {list(tensor.shape)}, and the header has another")
+            for piece in _pieces([tensor]):
+                stream.write(piece)
+
+
 def _write(
     path: Path,
     tensors: Mapping[str, Tensor],
@@ -102,11 +130,19 @@ def file_pieces(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> I
     Raises:
         TypeError: as `save_safetensors`, before the first piece is asked for.
     """
+    _refuse_formats(tensors)
+    ordered = _in_file_order(tensors)
+    return itertools.chain([memoryview(_header(ordered, metadata))], _pieces(list(ordered.values())))
+
+
+def _refuse_formats(tensors: Mapping[str, Tensor]) -> None:
     unknown = [f"{name} ({tensor.dtype})" for name, tensor in tensors.items() if tensor.dtype not in CODES]
     if unknown:
         raise TypeError(f"safetensors files cannot hold the number format of {', '.join(unknown)}")
-    ordered = dict(sorted(tensors.items(), key=lambda item: (RANKS[item[1].dtype], item[0])))
-    return itertools.chain([memoryview(_header(ordered, metadata))], _pieces(list(ordered.values())))
+
+
+def _in_file_order(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return dict(sorted(tensors.items(), key=lambda item: (RANKS[item[1].dtype], item[0])))
 
 
 def _header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:

@@ -1,0 +1,303 @@
+"""Reads an adapter's file, whoever wrote it: LoRA, LoKr or DoRA, with the names of diffusers, ComfyUI or kohya.
+
+Each way in which such a file can be wrong is one error that says what it is. Of a file that is mapped, no number is
+read from the disk before it is used.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pixtune.deltas.delta import Change, Delta, Dora, Kronecker, shape_of
+from pixtune.deltas.other_files import describe_weights, other_kind, other_model
+from pixtune.errors import WeightsError
+from pixtune.families import FAMILIES
+from pixtune.family import ModelFamily
+from pixtune.trained.export import of_kind, read_tensors
+from pixtune.trained.fused_layers import LowRank
+from pixtune.trained.layer_patterns import values_by_layer
+from pixtune.trained.lora_formats import AdapterLayer, read_layers
+from pixtune.trained.lora_names import DIFFUSERS_PREFIX, DOWN, ENDINGS, MAGNITUDE, UP, fits, format_of
+from pixtune.trained.saved_lora import METADATA_KEY
+
+LEAST_SHARE = 0.5
+"""Share of a file's tensors that a family has to know for the others to count as unknown names, not another model."""
+SAME_SCALE = 1e-6
+"""Relative difference of two scales that are one number, written down twice."""
+
+
+@dataclass(frozen=True)
+class AdapterFile:
+    """The content of an adapter's file, by diffusers' paths of the layers."""
+
+    path: Path
+    format: str
+    """Whose names its tensors have: "diffusers", "comfyui" or "kohya"."""
+    families: tuple[ModelFamily, ...]
+    """Families whose transformer has all its layers, the one that it names foremost."""
+    layers: Mapping[str, AdapterLayer]
+    """Tensors as they are stored, with the alphas of `.alpha` tensors alone."""
+    changes: Mapping[str, Change]
+    """What it does to each layer, the scale included."""
+    metadata: Mapping[str, str]
+
+    @property
+    def family(self) -> ModelFamily:
+        return self.families[0]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Number format that holds all of its factors."""
+        dtypes = [tensor.dtype for layer in self.layers.values() for tensor in layer.tensors.values()]
+        return functools.reduce(torch.promote_types, dtypes)
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Kinds of adapter that it holds: "LoRA", "LoKr" or "DoRA"."""
+        names = {LowRank: "LoRA", Kronecker: "LoKr", Dora: "DoRA"}
+        return tuple(dict.fromkeys(names[type(change)] for change in self.changes.values()))
+
+    def deltas(self, purpose: str) -> dict[str, Delta]:
+        """Returns the layers' deltas.
+
+        Args:
+            purpose: what they are for, as the beginning of a sentence: "resizing it".
+
+        Raises:
+            WeightsError: it is a DoRA, which has none apart from its base.
+        """
+        found: dict[str, Delta] = {}
+        for layer, change in self.changes.items():
+            if isinstance(change, Dora):
+                raise WeightsError(
+                    f"{self.path} is a DoRA: what it adds to {layer} depends on that layer's weight, so {purpose} is "
+                    "not defined without the base. Merge it into its base with `pixtune lora merge --base`; `pixtune "
+                    "lora extract` takes a LoRA out of the result."
+                )
+            found[layer] = change
+        return found
+
+
+def read_adapter(path: Path) -> AdapterFile:
+    """Reads an adapter's file.
+
+    Raises:
+        WeightsError: it is none, is for a model that no family here is, or is damaged; says what it is.
+    """
+    tensors, metadata = read_tensors(path)
+    families = families_of(path, tensors, metadata)
+    try:
+        layers = read_layers(tensors, families[0], metadata)
+    except WeightsError as error:
+        raise WeightsError(f"{path}: {error}") from error
+    for name, tensor in tensors.items():
+        check_numbers(path, name, tensor)
+    scales = _scales(path, layers, metadata)
+    changes = {layer: _change(path, layer, adapter, scales[layer]) for layer, adapter in layers.items()}
+    return AdapterFile(path, format_of(tensors), families, layers, changes, metadata)
+
+
+def families_of(path: Path, names: Mapping[str, Tensor], metadata: Mapping[str, str]) -> tuple[ModelFamily, ...]:
+    """Finds the families whose models have all layers that a file's tensors are of.
+
+    Raises:
+        WeightsError: there is none; says what the file is instead.
+    """
+    if not any(name.endswith(tuple(f".{ending}" for ending in ENDINGS)) for name in names):
+        kind = other_kind(names)
+        what = f"it is {kind}, which pixtune does not read" if kind else describe_weights(names)
+        raise WeightsError(f"{path} holds no LoRA: {what}. Give a LoRA, LoKr or DoRA.")
+    families = [family for family in FAMILIES.values() if _has_all_layers(path, names, metadata, family)]
+    if families:
+        stated = metadata.get("pixtune.family")
+        first = min(families, key=lambda family: family.name != stated)
+        return (first, *(each for each in families if each is not first and _same_layers(each, first)))
+    known = {family.name: [name for name in names if fits([name], family)] for family in FAMILIES.values()}
+    best = max(known, key=lambda name: len(known[name]))
+    if len(known[best]) < LEAST_SHARE * len(names):
+        model = other_model(names)
+        what = f"is a LoRA for another model, by its names for {model}" if model else "is a LoRA for another model"
+        raise WeightsError(
+            f"{path} {what}: it has {next(iter(names))}. pixtune knows the layers of {', '.join(FAMILIES)}."
+        )
+    try:
+        read_layers(names, FAMILIES[best], metadata)
+    except WeightsError as error:
+        raise WeightsError(f"{path}: {error}") from error
+    raise WeightsError(
+        f"{path} is a LoRA for another model: {best} has such layers, but not as many blocks. Is it for a larger one?"
+    )
+
+
+def _has_all_layers(path: Path, names: Mapping[str, Tensor], metadata: Mapping[str, str], family: ModelFamily) -> bool:
+    """Returns whether a family's published models have all layers that a file's tensors are of.
+
+    Attention layers have the same names in several families, which differ in the number of their blocks.
+    """
+    if not fits(names, family):
+        return False
+    try:
+        layers = read_layers(names, family, metadata)
+    except WeightsError as error:
+        raise WeightsError(f"{path}: {error}") from error
+    shapes = family.transformer_shapes({"guidance_embeds": True} if family.embedded_guidance else {})
+    return all(f"{layer}.weight" in shapes for layer in layers)
+
+
+def _same_layers(one: ModelFamily, other: ModelFamily) -> bool:
+    return one.original_layers == other.original_layers
+
+
+def check_numbers(path: Path, name: str, tensor: Tensor) -> None:
+    """Checks that a tensor of an adapter holds finite numbers of a kind that weights have.
+
+    Raises:
+        WeightsError: it does not.
+    """
+    if not tensor.is_floating_point():
+        raise WeightsError(f"{path} holds {name} as {str(tensor.dtype).removeprefix('torch.')}, which no LoRA is of.")
+    if not tensor.numel():
+        raise WeightsError(f"{path} holds {name} without a number, of shape {list(tensor.shape)}.")
+    if not (numbers := tensor.float() if tensor.element_size() == 1 else tensor).isfinite().all():
+        count = int((~numbers.isfinite()).sum())
+        raise WeightsError(
+            f"{path} holds NaN or infinity in {count:,} of {tensor.numel():,} numbers of {name}: its training "
+            "diverged, or the file is damaged. Take an earlier checkpoint."
+        )
+
+
+def _change(path: Path, layer: str, adapter: AdapterLayer, scale: float) -> Change:
+    """Builds what an adapter does to a layer.
+
+    Raises:
+        WeightsError: matrices are missing, or their shapes do not belong together.
+    """
+    tensors = dict(adapter.tensors)
+    magnitude = tensors.pop(MAGNITUDE, None)
+    if tensors.keys() == {DOWN, UP}:
+        down, up = tensors[DOWN], tensors[UP]
+        if down.ndim != 2 or up.ndim != 2 or down.shape[0] != up.shape[1]:
+            raise _misfit(path, layer, tensors, "(rank, inputs) and (outputs, rank)")
+        low_rank = LowRank(down, up, scale)
+        if magnitude is None:
+            return low_rank
+        if magnitude.numel() != up.shape[0]:
+            raise _misfit(path, layer, {**tensors, MAGNITUDE: magnitude}, "a magnitude for each output")
+        return Dora(low_rank, magnitude.flatten())
+    if magnitude is None and not tensors.keys() & {DOWN, UP}:
+        left, right = (_factor(path, layer, tensors, name) for name in ("lokr_w1", "lokr_w2"))
+        return Kronecker(left, right, scale)
+    raise _misfit(
+        path, layer, adapter.tensors, "lora_A and lora_B, or lokr_w1 and lokr_w2 (each whole, or as _a and _b)"
+    )
+
+
+def _factor(path: Path, layer: str, tensors: Mapping[str, Tensor], name: str) -> Tensor:
+    """Returns one of a Kronecker product's factors, which may be stored as a product itself."""
+    whole, one, other = (tensors.get(f"{name}{end}") for end in ("", "_a", "_b"))
+    if (whole is None) == (one is None or other is None) or "lokr_t2" in tensors:
+        raise _misfit(path, layer, tensors, f"{name}, or {name}_a and {name}_b")
+    factor = whole
+    if factor is None:
+        assert one is not None and other is not None
+        if one.ndim != 2 or other.ndim != 2 or one.shape[1] != other.shape[0]:
+            raise _misfit(path, layer, tensors, f"{name}_a and {name}_b that can be multiplied")
+        factor = one.float() @ other.float()
+    if factor.ndim != 2:
+        raise _misfit(path, layer, tensors, "matrices")
+    return factor
+
+
+def _misfit(path: Path, layer: str, tensors: Mapping[str, Tensor], need: str) -> WeightsError:
+    found = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in sorted(tensors.items()))
+    return WeightsError(f"{path} has {found} for {layer}, where {need} is needed. Is the file whole? Fetch it again.")
+
+
+def _scales(path: Path, layers: Mapping[str, AdapterLayer], metadata: Mapping[str, str]) -> dict[str, float]:
+    """Returns each layer's scale: by its `.alpha` tensor, or by diffusers' metadata.
+
+    Raises:
+        WeightsError: the metadata are damaged, give another rank than the tensors, or give a second scale.
+    """
+    by_tensors = {layer: _scale(adapter, adapter.alpha) for layer, adapter in layers.items()}
+    if METADATA_KEY not in metadata:
+        return by_tensors
+    stated = stated_scales(path, layers, metadata[METADATA_KEY])
+    for layer, adapter in layers.items():
+        one, other = by_tensors[layer], stated[layer]
+        if adapter.alpha is not None and not math.isclose(other, 1.0) and not math.isclose(one, 1.0):
+            raise WeightsError(
+                f"{path} has the scale of {layer} twice: {one:g} by its .alpha tensor and {other:g} by "
+                f"{METADATA_KEY}. Programs apply either one or both, so what it does is unknown. Export it again."
+            )
+    return {layer: by_tensors[layer] * stated[layer] for layer in layers}
+
+
+def _scale(adapter: AdapterLayer, alpha: float | None) -> float:
+    """Returns the scale alpha / rank. A LoKr whose factors are both whole has no rank, and its alpha no effect."""
+    rank = rank_of(adapter)
+    return 1.0 if alpha is None or rank is None else alpha / rank
+
+
+def rank_of(adapter: AdapterLayer) -> int | None:
+    """Returns a layer's rank by its tensors; None where it is a LoKr of two whole factors, which has none."""
+    for name in (DOWN, "lokr_w2_b", "lokr_w1_b"):
+        if name in adapter.tensors:
+            return adapter.tensors[name].shape[0]
+    return None
+
+
+def stated_scales(path: Path, layers: Mapping[str, AdapterLayer], text: str) -> dict[str, float]:
+    """Returns each layer's scale by PEFT's config in the metadata.
+
+    Raises:
+        WeightsError: it is damaged, or its ranks are not those of the tensors.
+    """
+    try:
+        config = {key.removeprefix(DIFFUSERS_PREFIX): value for key, value in of_kind(json.loads(text), dict).items()}
+        names: Sequence[str] = tuple(layers)
+        rank = of_kind(config["r"], int)
+        alpha = of_kind(config["alpha" if "lora_alpha" not in config else "lora_alpha"], int, float)
+        ranks = values_by_layer(_numbers(config.get("rank_pattern"), int), names, rank)
+        alphas = values_by_layer(_numbers(config.get("alpha_pattern"), int, float), names, float(alpha))
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        raise WeightsError(f"{path} has a damaged {METADATA_KEY} ({error!r:.300}). Fetch the file again.") from error
+    for layer, adapter in layers.items():
+        found = rank_of(adapter)
+        if ranks[layer] < 1 or (DOWN in adapter.tensors and found != ranks[layer]):
+            raise WeightsError(
+                f"{path} has rank {found} for {layer}, and its {METADATA_KEY} gives the rank {ranks[layer]}, from "
+                "which the scale follows. Fetch the file again."
+            )
+    root = bool(config.get("use_rslora"))
+    return {layer: alphas[layer] / (math.sqrt(ranks[layer]) if root else ranks[layer]) for layer in layers}
+
+
+def _numbers(patterns: Any, *kinds: type) -> dict[str, Any]:
+    return {key: of_kind(value, *kinds) for key, value in (patterns or {}).items()}
+
+
+def check_base(adapter: AdapterFile, shapes: Mapping[str, tuple[int, int]], base: Path) -> None:
+    """Checks that a base has the layers that an adapter is for, in its sizes.
+
+    Raises:
+        WeightsError: it has not; names a layer.
+    """
+    for layer, change in adapter.changes.items():
+        if layer not in shapes:
+            raise WeightsError(f"{adapter.path} does not fit {base}, which has no linear layer {layer}.")
+        if shape_of(change) != shapes[layer]:
+            (outputs, inputs), (own_outputs, own_inputs) = shapes[layer], shape_of(change)
+            raise WeightsError(
+                f"{adapter.path} does not fit {base}: it is for {own_inputs} inputs and {own_outputs} outputs of "
+                f"{layer}, which has {inputs} and {outputs}."
+            )
