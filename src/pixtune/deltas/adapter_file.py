@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,8 +32,8 @@ from pixtune.trained.saved_lora import METADATA_KEY
 
 LEAST_SHARE = 0.5
 """Share of a file's tensors that a family has to know for the others to count as unknown names, not another model."""
-SAME_SCALE = 1e-6
-"""Relative difference of two scales that are one number, written down twice."""
+BASES = ("pixtune.base_model", "modelspec.architecture", "ss_base_model_version", "ss_sd_model_name")
+"""Metadata by which programs name the base, the surest first."""
 
 
 @dataclass(frozen=True)
@@ -94,11 +95,11 @@ def read_adapter(path: Path) -> AdapterFile:
         WeightsError: it is none, is for a model that no family here is, or is damaged; says what it is.
     """
     tensors, metadata = read_tensors(path)
-    families = families_of(path, tensors, metadata)
     try:
-        layers = read_layers(tensors, families[0], metadata)
-    except WeightsError as error:
-        raise WeightsError(f"{path}: {error}") from error
+        families, layers = recognize(path, tensors, metadata)
+    except (IndexError, RuntimeError, TypeError) as error:  # of shapes that no matrix has
+        reason = f"{type(error).__name__}: {str(error)[:200]}"
+        raise WeightsError(f"{path} holds tensors that are no matrices of a LoRA ({reason}).") from error
     for name, tensor in tensors.items():
         check_numbers(path, name, tensor)
     scales = _scales(path, layers, metadata)
@@ -106,55 +107,75 @@ def read_adapter(path: Path) -> AdapterFile:
     return AdapterFile(path, format_of(tensors), families, layers, changes, metadata)
 
 
-def families_of(path: Path, names: Mapping[str, Tensor], metadata: Mapping[str, str]) -> tuple[ModelFamily, ...]:
-    """Finds the families whose models have all layers that a file's tensors are of.
+def recognize(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
+) -> tuple[tuple[ModelFamily, ...], dict[str, AdapterLayer]]:
+    """Finds the families whose published models have all layers that a file's tensors are of, and reads these layers.
+
+    Attention layers have the same names in several families. Then the number of blocks decides, and what the file
+    states; families of one transformer count as one.
 
     Raises:
         WeightsError: there is none; says what the file is instead.
     """
-    if not any(name.endswith(tuple(f".{ending}" for ending in ENDINGS)) for name in names):
-        kind = other_kind(names)
-        what = f"it is {kind}, which pixtune does not read" if kind else describe_weights(names)
+    if not any(name.endswith(tuple(f".{ending}" for ending in ENDINGS)) for name in tensors):
+        kind = other_kind(tensors)
+        what = f"it is {kind}, which pixtune does not read" if kind else describe_weights(tensors)
         raise WeightsError(f"{path} holds no LoRA: {what}. Give a LoRA, LoKr or DoRA.")
-    families = [family for family in FAMILIES.values() if _has_all_layers(path, names, metadata, family)]
-    if families:
-        stated = metadata.get("pixtune.family")
-        first = min(families, key=lambda family: family.name != stated)
-        return (first, *(each for each in families if each is not first and _same_layers(each, first)))
-    known = {family.name: [name for name in names if fits([name], family)] for family in FAMILIES.values()}
-    best = max(known, key=lambda name: len(known[name]))
-    if len(known[best]) < LEAST_SHARE * len(names):
-        model = other_model(names)
-        what = f"is a LoRA for another model, by its names for {model}" if model else "is a LoRA for another model"
+    known = {family.name: [name for name in tensors if fits([name], family)] for family in FAMILIES.values()}
+    best = max(FAMILIES.values(), key=lambda family: len(known[family.name]))
+    if len(known[best.name]) < LEAST_SHARE * len(tensors):
+        model = other_model(tensors)
+        by = f", by its names for {model}" if model else ""
         raise WeightsError(
-            f"{path} {what}: it has {next(iter(names))}. pixtune knows the layers of {', '.join(FAMILIES)}."
+            f"{path} is a LoRA for another model{by}: it has {next(iter(tensors))}. pixtune knows the layers of "
+            f"{', '.join(FAMILIES)}."
         )
-    try:
-        read_layers(names, FAMILIES[best], metadata)
-    except WeightsError as error:
-        raise WeightsError(f"{path}: {error}") from error
-    raise WeightsError(
-        f"{path} is a LoRA for another model: {best} has such layers, but not as many blocks. Is it for a larger one?"
+    whole = [family for family in FAMILIES.values() if len(known[family.name]) == len(tensors)] or [best]
+    read: list[tuple[ModelFamily, dict[str, AdapterLayer]]] = []
+    for family in whole:
+        same = next((layers for other, layers in read if other.original_layers == family.original_layers), None)
+        try:
+            read.append((family, same or read_layers(tensors, family, metadata)))
+        except WeightsError as error:
+            raise WeightsError(f"{path}: {error}") from error
+    fitting = [(family, layers) for family, layers in read if _has_blocks(family, layers)]
+    if not fitting:
+        raise WeightsError(
+            f"{path} is a LoRA for another model: {best.name} has layers of these names, but not as many blocks."
+        )
+    first, layers = min(
+        fitting, key=lambda each: (-_stated(each[0], metadata), not _has_blocks(*each, all_of_them=True))
     )
+    others = [each for each, _ in fitting if each is not first and each.original_layers == first.original_layers]
+    return (first, *others), layers
 
 
-def _has_all_layers(path: Path, names: Mapping[str, Tensor], metadata: Mapping[str, str], family: ModelFamily) -> bool:
-    """Returns whether a family's published models have all layers that a file's tensors are of.
+def _has_blocks(family: ModelFamily, layers: Mapping[str, AdapterLayer], *, all_of_them: bool = False) -> bool:
+    """Returns whether a family's published models have blocks of all numbers that some layers are of.
 
-    Attention layers have the same names in several families, which differ in the number of their blocks.
+    Args:
+        all_of_them: and no others, in the lists of blocks that the layers are of.
     """
-    if not fits(names, family):
-        return False
-    try:
-        layers = read_layers(names, family, metadata)
-    except WeightsError as error:
-        raise WeightsError(f"{path}: {error}") from error
-    shapes = family.transformer_shapes({"guidance_embeds": True} if family.embedded_guidance else {})
-    return all(f"{layer}.weight" in shapes for layer in layers)
+    shapes = family.transformer_shapes({})
+    there = {block for name in shapes if (block := _block_of(name))}
+    own = {block for layer in layers if (block := _block_of(f"{layer}."))}
+    lists = {block.rpartition(".")[0] for block in own}
+    return own == {block for block in there if block.rpartition(".")[0] in lists} if all_of_them else own <= there
 
 
-def _same_layers(one: ModelFamily, other: ModelFamily) -> bool:
-    return one.original_layers == other.original_layers
+def _block_of(name: str) -> str:
+    """Returns the list and number of the block that a tensor is in; empty for one outside of blocks."""
+    found = re.match(r"([^.]+\.\d+)\.", name)
+    return found[1] if found else ""
+
+
+def _stated(family: ModelFamily, metadata: Mapping[str, str]) -> int:
+    """Returns how surely a file's metadata name a family: 2 by its own name, 1 by a name of its models, or 0."""
+    if metadata.get("pixtune.family") == family.name:
+        return 2
+    stated = "".join(metadata.get(key, "") for key in BASES).lower()
+    return int(re.sub(r"\W|_", "", family.name) in re.sub(r"\W|_", "", stated))
 
 
 def check_numbers(path: Path, name: str, tensor: Tensor) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pixtune.deltas.adapter_file import AdapterFile, rank_of
+from pixtune.deltas.adapter_file import BASES, AdapterFile, rank_of
 from pixtune.deltas.comparing import Comparison, sum_of
 from pixtune.deltas.delta import Angle, Dora, norm, shape_of
 from pixtune.deltas.svd import Cut
@@ -20,8 +20,6 @@ from pixtune.storage.shipped import shipped_names
 LONGEST_VALUE = 200
 """Number of letters that are kept of a value of the metadata: a thumbnail or a table of captions has thousands."""
 TITLES = ("modelspec.title", "ss_output_name")
-BASES = ("pixtune.base_model", "modelspec.architecture", "ss_base_model_version", "ss_sd_model_name")
-"""Metadata by which other programs name the base, the surest first."""
 
 
 def describe_adapter(adapter: AdapterFile) -> dict[str, Any]:

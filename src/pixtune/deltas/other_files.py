@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable
 
 WEIGHTS: tuple[tuple[str, str], ...] = (
+    (r".*\.(lora_[AB]|lora_down|lora_up|lokr_w|hada_w)", "a LoRA, which changes a model and is none by itself"),
     (r"(model\.)?diffusion_model\.|double_blocks\.\d+\.img_attn\.qkv\.weight|transformer_blocks\.\d+\..*\.weight",
      "the weights of an image model (a base checkpoint)"),
     (r"(vae\.|first_stage_model\.)?(encoder|decoder)\.(conv_in|conv1|down\.\d|up\.\d|mid|middle|down_blocks|up_blocks|"

@@ -20,6 +20,8 @@ OVERSAMPLING = 16
 POWER_ITERATIONS = 4
 """Times that the drawn directions are turned towards the largest singular values. Differences of trained weights have
 values that fall slowly, where none or one would leave several percent of error."""
+FIRST_RANK = 64
+"""Rank that is tried first where a share of energy is wanted; it is doubled until it holds that share."""
 SEED = 0
 """Seed of the drawn directions: a file comes out the same each time."""
 
@@ -92,7 +94,7 @@ def cut_dense(matrix_OI: Tensor, wanted: Wanted, dtype: torch.dtype, name: str) 
     """
     whole = float(torch.linalg.vector_norm(matrix_OI, dtype=torch.float64))
     most = min(matrix_OI.shape)
-    tried = min(wanted.rank or 64, most)
+    tried = min(wanted.rank or FIRST_RANK, most)
     while True:
         svd = leading_svd(matrix_OI, tried, name)
         rank = wanted.rank_of(svd.values_K, whole**2)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from pixtune.config.schema import TrainConfig
-from pixtune.errors import WriteError
+from pixtune.errors import PixtuneError, WriteError
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +59,8 @@ def replacing(path: Path, durable: bool = True) -> Iterator[BinaryIO]:
             temporary.unlink(missing_ok=True)  # renamed already, unless something failed
         if durable:
             sync_folder(path.parent)
+    except PixtuneError:  # of what was to be written: some of these are OSErrors as well
+        raise
     except OSError as error:
         raise WriteError(f"{path} could not be written ({error.strerror or error}){_question(error)}") from error
 
