@@ -1,4 +1,4 @@
-"""What adapter files add to a model's weights: read, compared, joined, cut to a rank, merged and extracted.
+"""Arithmetic of what adapters add to a model's weights: compared, joined, cut to a rank, merged and extracted.
 
-Begin with `delta.py`: all of it is arithmetic on the small factors of a layer's delta. `adapter_file.py` reads them.
+Begin with `delta.py`: it is done on the small factors of each layer's delta. `adapter_file.py` reads them.
 """

@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 
 from pixtune.deltas.delta import Change, Delta, Dora, Kronecker, shape_of
-from pixtune.deltas.other_files import describe_weights, other_kind, other_model
+from pixtune.deltas.other_files import describe_weights, other_kind
 from pixtune.errors import WeightsError
 from pixtune.families import FAMILIES
+from pixtune.families.other_models import other_model
 from pixtune.family import ModelFamily
 from pixtune.trained.export import of_kind, read_tensors
 from pixtune.trained.fused_layers import LowRank
@@ -48,7 +49,7 @@ class AdapterFile:
     layers: Mapping[str, AdapterLayer]
     """Tensors as they are stored, with the alphas of `.alpha` tensors alone."""
     changes: Mapping[str, Change]
-    """What it does to each layer, the scale included."""
+    """Change of each layer's weight, the scale included."""
     metadata: Mapping[str, str]
 
     @property

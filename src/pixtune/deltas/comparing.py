@@ -17,7 +17,7 @@ class Comparison:
     """Two adapters beside each other."""
 
     layers: dict[str, Angle]
-    """Of the layers that both have."""
+    """Angles of the layers that both have."""
     only_first: dict[str, float]
     """Norms of the layers that the second lacks."""
     only_second: dict[str, float]

@@ -135,7 +135,7 @@ def kronecker_svd(delta: Kronecker, rank: int | None = None) -> tuple[Svd, Tenso
 
 
 class Angle(NamedTuple):
-    """How two deltas of one layer lie to each other."""
+    """Lengths of two deltas of one layer, and the angle between them."""
 
     first_norm: float
     second_norm: float

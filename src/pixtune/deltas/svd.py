@@ -28,7 +28,7 @@ SEED = 0
 
 @dataclass(frozen=True)
 class Wanted:
-    """How much of a delta is kept: a rank, or the least rank that holds a share of its energy."""
+    """Part of a delta that is kept: a rank, or the least rank that holds a share of its energy."""
 
     rank: int | None = None
     """Rank; with `energy`, the largest one."""

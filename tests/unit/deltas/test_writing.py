@@ -133,7 +133,7 @@ def test_the_scale_of_a_lokr_of_two_whole_factors_is_multiplied_in(tmp_path: Pat
 
 def test_no_path_and_no_caption_goes_along_unasked(tmp_path: Path) -> None:
     metadata = {
-        "ss_dataset_dirs": '{"/home/me": 1}', "ss_tag_frequency": "a caption", "modelspec.title": "mine",
+        "ss_dataset_dirs": '{"/somewhere/mine": 1}', "ss_tag_frequency": "a caption", "modelspec.title": "mine",
         "modelspec.hash_sha256": "0x12", "pixtune.trigger_words": '["tw"]', "pixtune.rank": "4",
     }  # fmt: skip
     assert carried_metadata(metadata) == {"modelspec.title": "mine", "pixtune.trigger_words": '["tw"]'}
