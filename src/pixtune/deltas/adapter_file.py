@@ -29,7 +29,7 @@ from pixtune.trained.fused_layers import LowRank
 from pixtune.trained.layer_patterns import values_by_layer
 from pixtune.trained.lora_formats import AdapterLayer, read_layers
 from pixtune.trained.lora_names import DIFFUSERS_PREFIX, DOWN, ENDINGS, MAGNITUDE, UP, fits, format_of
-from pixtune.trained.saved_lora import METADATA_KEY
+from pixtune.trained.saved_lora import APPLIED, HARMLESS_STARTS, METADATA_KEY, WITHOUT_EFFECT
 
 LEAST_SHARE = 0.5
 """Share of a file's tensors that a family has to know for the others to count as unknown names, not another model."""
@@ -300,8 +300,32 @@ def stated_scales(path: Path, layers: Mapping[str, AdapterLayer], text: str) -> 
                 f"{path} has rank {found} for {layer}, and its {METADATA_KEY} gives the rank {ranks[layer]}, from "
                 "which the scale follows. Fetch the file again."
             )
+    _refuse_unapplied(path, config)
     root = bool(config.get("use_rslora"))
     return {layer: alphas[layer] / (math.sqrt(ranks[layer]) if root else ranks[layer]) for layer in layers}
+
+
+def _refuse_unapplied(path: Path, config: Mapping[str, Any]) -> None:
+    """Refuses a LoRA that does more than its matrices show, by PEFT's config of it.
+
+    Raises:
+        WeightsError: it does; names the setting.
+    """
+    if str(config.get("peft_type", "LORA")) == "LOKR":
+        return
+    known = {*APPLIED, *WITHOUT_EFFECT, "use_dora", "init_lora_weights"}
+    unusual = [
+        f"{key}={value!r:.60}" for key, value in config.items() if key not in known and value and value != "none"
+    ]
+    if (start := config.get("init_lora_weights", True)) not in HARMLESS_STARTS:
+        unusual.append(f"init_lora_weights={start!r:.60}")
+    if (kind := str(config.get("peft_type", "LORA"))) != "LORA":
+        unusual.append(f"peft_type={kind:.60}")
+    if unusual:
+        raise WeightsError(
+            f"{path} is an adapter with {', '.join(unusual)}, which changes more than its matrices show, so nothing "
+            "can be computed from these alone. Fuse it with PEFT, and extract a LoRA from the result."
+        )
 
 
 def _numbers(patterns: Any, *kinds: type) -> dict[str, Any]:

@@ -85,14 +85,28 @@ def norm(delta: Delta) -> float:
     return float(cores([delta])[0].norm())
 
 
-def changed_weight(weight_OI: Tensor, change: Change) -> Tensor:
-    """Computes a weight with an adapter merged into it, in fp32, as PEFT's layers do it to a weight in fp32."""
-    if not isinstance(change, Dora):
-        return dense(change).add_(weight_OI)
-    sum_OI = dense(change.direction).add_(weight_OI)
-    # A row of zeros has no direction, and stays one of zeros.
-    rows_O = torch.linalg.vector_norm(sum_OI, dim=1).clamp_min(torch.finfo(torch.float32).tiny)
-    return sum_OI.mul_((change.magnitude_O.float() / rows_O)[:, None])
+def changed_weight(weight_OI: Tensor, changes: Sequence[Change]) -> tuple[Tensor, float]:
+    """Computes a weight with adapters merged into it, in fp32, as PEFT's layers do it to a weight in fp32.
+
+    Args:
+        changes: deltas, which are added up; or one DoRA alone.
+
+    Returns:
+        The new weight, and the norm of what was added.
+    """
+    first = changes[0]
+    whole_OI = dense(first.direction if isinstance(first, Dora) else first)
+    for delta in changes[1:]:
+        assert not isinstance(delta, Dora)
+        whole_OI += dense(delta)
+    added = float(torch.linalg.vector_norm(whole_OI))
+    whole_OI += weight_OI
+    if isinstance(first, Dora):
+        # A row of zeros has no direction, and stays one of zeros.
+        rows_O = torch.linalg.vector_norm(whole_OI, dim=1).clamp_min(torch.finfo(torch.float32).tiny)
+        whole_OI *= (first.magnitude_O.float() / rows_O)[:, None]
+        added = float(torch.linalg.vector_norm(whole_OI - weight_OI))
+    return whole_OI, added
 
 
 def cores(deltas: Sequence[LowRank]) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""Describes what an adapter's file is: for which base and layers, its ranks, scales and number formats, and its norms."""
+"""Describes what an adapter's file is: for which base and layers, its ranks, scales, number formats and norms."""
 
 from __future__ import annotations
 

@@ -6,6 +6,7 @@ The result is a base like the one that was given: a folder in diffusers' layout,
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -169,19 +170,18 @@ class _Writer:
         return weight
 
     def _change(self, entry: TensorEntry, weight: Tensor, place: Rows, changes: Sequence[Change]) -> None:
-        before_OI = place.of(weight).float()
-        exact_OI = before_OI
-        for change in changes:
-            exact_OI = changed_weight(exact_OI, change)
-        after = exact_OI.to(weight.dtype)
-        if not after.isfinite().all():
+        before_OI = place.of(weight)
+        exact_OI, added = changed_weight(before_OI, changes)
+        after_OI = exact_OI.to(weight.dtype)
+        lost = float(torch.linalg.vector_norm(exact_OI - after_OI))
+        if not math.isfinite(lost):  # as it is where any number is not
             raise WeightsError(
                 f"{entry.name} of {entry.file} would hold NaN or infinity: its own numbers are, or the sum is beyond "
                 f"{str(weight.dtype).removeprefix('torch.')}. Is the base whole, and are the weights right?"
             )
-        place.put(weight, after)
-        self.merged.lost += float((after.float() - exact_OI).square_().sum(dtype=torch.float64))
-        self.merged.added += float((exact_OI - before_OI).square_().sum(dtype=torch.float64))
+        place.put(weight, after_OI)
+        self.merged.lost += lost**2
+        self.merged.added += added**2
 
 
 def _refuse_quantized(base: BaseFiles, tensor: str) -> None:

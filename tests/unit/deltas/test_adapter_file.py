@@ -211,6 +211,12 @@ DAMAGE: dict[str, tuple[Change, dict[str, Any], str]] = {
     "another rank in the metadata": (lambda t: None, {**PLAIN, "r": 8}, "gives the rank 8"),
     "no rank in the metadata": (lambda t: None, {"lora_alpha": 8}, "damaged lora_adapter_metadata"),
     "an alpha in the metadata that is NaN": (lambda t: None, {**PLAIN, "lora_alpha": math.nan}, "damaged"),
+    "PiSSA": (lambda t: None, {**PLAIN, "init_lora_weights": "pissa"}, "init_lora_weights='pissa'"),
+    "a start by a class": (lambda t: None, {**PLAIN, "init_lora_weights": {"a": 1}}, "init_lora_weights"),
+    "biases": (lambda t: None, {**PLAIN, "bias": "all"}, "bias='all'"),
+    "layers that are repeated": (lambda t: None, {**PLAIN, "layer_replication": [[0, 1]]}, "layer_replication"),
+    "another kind": (lambda t: None, {**PLAIN, "peft_type": "LOHA"}, "peft_type=LOHA"),
+    "a setting of next year": (lambda t: None, {**PLAIN, "a_setting": 1}, "a_setting=1"),
     "an endless pattern": (lambda t: None, {**PLAIN, "rank_pattern": {"(a+)+$": 4}}, "damaged"),
     "DoRA's magnitudes of another number": (
         lambda t: t.update({f"{Q}.lora_magnitude_vector": torch.ones(5)}), {}, "one for each output",

@@ -38,26 +38,26 @@ def merged(layer: Any) -> Tensor:
 def test_a_lora_changes_a_weight_as_peft_does() -> None:
     layer, weight = peft_layer(LoraConfig(r=3, lora_alpha=7, target_modules=["0"]))
     ours = LowRank(layer.lora_A.default.weight.detach(), layer.lora_B.default.weight.detach(), 7 / 3)
-    torch.testing.assert_close(changed_weight(weight, ours), merged(layer))
+    torch.testing.assert_close(changed_weight(weight, [ours])[0], merged(layer))
 
 
 def test_a_dora_changes_a_weight_as_peft_does() -> None:
     layer, weight = peft_layer(LoraConfig(r=3, lora_alpha=7, use_dora=True, target_modules=["0"]))
     low_rank = LowRank(layer.lora_A.default.weight.detach(), layer.lora_B.default.weight.detach(), 7 / 3)
     magnitude = layer.lora_magnitude_vector.default.weight.detach()
-    torch.testing.assert_close(changed_weight(weight, Dora(low_rank, magnitude)), merged(layer))
+    torch.testing.assert_close(changed_weight(weight, [Dora(low_rank, magnitude)])[0], merged(layer))
 
 
 def test_a_lokr_changes_a_weight_as_peft_does() -> None:
     layer, weight = peft_layer(LoKrConfig(r=2, alpha=5, target_modules=["0"]))
     left = layer.lokr_w1.default.detach()
     right = (layer.lokr_w2_a.default @ layer.lokr_w2_b.default).detach()
-    torch.testing.assert_close(changed_weight(weight, Kronecker(left, right, 5 / 2)), merged(layer))
+    torch.testing.assert_close(changed_weight(weight, [Kronecker(left, right, 5 / 2)])[0], merged(layer))
 
 
 def test_rows_of_zeros_stay_zero_in_a_dora() -> None:
     low_rank = LowRank(torch.zeros(1, 2), torch.zeros(2, 1), 1.0)
-    result = changed_weight(torch.tensor([[0.0, 0.0], [3.0, 4.0]]), Dora(low_rank, torch.tensor([2.0, 10.0])))
+    result = changed_weight(torch.tensor([[0.0, 0.0], [3.0, 4.0]]), [Dora(low_rank, torch.tensor([2.0, 10.0]))])[0]
     assert result.tolist() == [[0.0, 0.0], [6.0, 8.0]]
 
 
