@@ -124,7 +124,7 @@ def merge(
                                            ("--format", file_format)) if given]:  # fmt: skip
         raise typer.BadParameter(f"{unused[0]} is for merging LoRAs with each other; a base keeps its own format")
     opened = open_base(base)
-    check_target(output, [*loras, opened.path])
+    (check_file_target if opened.is_file else check_target)(output, [*loras, opened.path])
     adapters = [*zip([read_adapter(path) for path in loras], weights, strict=True)]
     with counted("merging", len(opened.entries), Console(stderr=True)) as count:
         merged = merge_into_base(opened, adapters, output, count)

@@ -7,6 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from pixtune.deltas.adapter_file import AdapterFile
+from pixtune.deltas.writing import OF_TENSORS
+from pixtune.trained.lora_formats import RANKS_KEY
+from pixtune.trained.saved_lora import METADATA_KEY
 
 MOST_NAMES = 3
 """Number of names that a line shows of a list."""
@@ -56,7 +59,7 @@ def convert_lines(
     lines = [f"{output}: {len(adapter.layers):,} layers, from the names of {adapter.format} to those of {to}"]
     if rounded:
         lines.append(f"{len(rounded):,} layers were rounded, {rounded[0]} for one: {to} has no place for their scales.")
-    if left := sorted(adapter.metadata.keys() - metadata.keys() - {"format", "lora_adapter_metadata"}):
+    if left := sorted(adapter.metadata.keys() - metadata.keys() - {"format", METADATA_KEY, RANKS_KEY, *OF_TENSORS}):
         lines.append(f"left out of the metadata, as it may be private: {_few(left)}. --keep-metadata carries it over.")
     return lines
 

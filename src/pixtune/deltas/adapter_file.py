@@ -31,6 +31,8 @@ from pixtune.trained.lora_formats import AdapterLayer, read_layers
 from pixtune.trained.lora_names import DIFFUSERS_PREFIX, DOWN, ENDINGS, MAGNITUDE, UP, fits, format_of
 from pixtune.trained.saved_lora import APPLIED, HARMLESS_STARTS, METADATA_KEY, WITHOUT_EFFECT
 
+MOST_TENSORS = 20_000
+"""Number of tensors that no LoRA reaches: on each layer of Qwen-Image, with magnitudes and alphas, it has 3,384."""
 LEAST_SHARE = 0.5
 """Share of a file's tensors that a family has to know for the others to count as unknown names, not another model."""
 BASES = ("pixtune.base_model", "modelspec.architecture", "ss_base_model_version", "ss_sd_model_name")
@@ -123,6 +125,11 @@ def recognize(
         kind = other_kind(tensors)
         what = f"it is {kind}, which pixtune does not read" if kind else describe_weights(tensors)
         raise WeightsError(f"{path} holds no LoRA: {what}. Give a LoRA, LoKr or DoRA.")
+    if len(tensors) > MOST_TENSORS:
+        raise WeightsError(
+            f"{path} holds {len(tensors):,} tensors, and no LoRA of a model that pixtune knows has more than "
+            f"{MOST_TENSORS:,}."
+        )
     known = {family.name: [name for name in tensors if fits([name], family)] for family in FAMILIES.values()}
     best = max(FAMILIES.values(), key=lambda family: len(known[family.name]))
     if len(known[best.name]) < LEAST_SHARE * len(tensors):

@@ -175,6 +175,8 @@ def angle_between(first: Delta, second: Delta) -> Angle:
             return Angle(*norms, product, math.sqrt(max(norms[0] ** 2 + norms[1] ** 2 - 2 * product, 0.0)))
     if isinstance(first, LowRank) and isinstance(second, LowRank):
         one, other = cores([first, second])
+        if first.scale == second.scale and first.down.equal(second.down) and first.up.equal(second.up):
+            return Angle(float(one.norm()), float(one.norm()), float(one.square().sum()), 0.0)
     else:
         one, other = dense(first).double(), dense(second).double()
     return Angle(float(one.norm()), float(other.norm()), float((one * other).sum()), float((one - other).norm()))

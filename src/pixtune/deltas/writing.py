@@ -13,6 +13,7 @@ from pixtune.deltas.adapter_file import AdapterFile, rank_of
 from pixtune.deltas.delta import Kronecker
 from pixtune.errors import WeightsError, WriteError
 from pixtune.family import ModelFamily
+from pixtune.storage.base_reference import without_path
 from pixtune.storage.loading.shards import FORMAT
 from pixtune.storage.safetensors_writer import save_without_digest
 from pixtune.trained.fused_layers import LowRank
@@ -31,6 +32,7 @@ from pixtune.trained.saved_lora import METADATA_KEY
 
 CARRIED = ("pixtune.", "modelspec.")
 """Beginnings of metadata that go into a new file. Others may hold paths and captions of whoever trained it."""
+BASE = "pixtune.base_model"
 TRIGGER_WORDS = "pixtune.trigger_words"
 TRIGGERS = ("modelspec.trigger_phrase", "ss_trigger_word", "trigger_word", "trigger")
 """Metadata by which other programs name a trigger."""
@@ -129,7 +131,10 @@ def diffusers_config(layers: Mapping[str, AdapterLayer]) -> dict[str, Any]:
 def carried_metadata(metadata: Mapping[str, str], *, keep_all: bool = False) -> dict[str, str]:
     """Returns the metadata of an old file that a new one of other tensors may have."""
     own = (METADATA_KEY, RANKS_KEY, *OF_TENSORS)
-    return {key: value for key, value in metadata.items() if key not in own and (keep_all or key.startswith(CARRIED))}
+    kept = {key: value for key, value in metadata.items() if key not in own and (keep_all or key.startswith(CARRIED))}
+    if BASE in kept and f"{BASE}_hash" not in kept and not keep_all:  # version 0.1.0 wrote the path
+        kept[BASE] = without_path(kept[BASE])
+    return kept
 
 
 def joined_metadata(adapters: Sequence[AdapterFile]) -> dict[str, str]:

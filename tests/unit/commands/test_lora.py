@@ -134,6 +134,7 @@ def test_command_lines_that_mean_nothing_are_refused(loras: tuple[Path, Path], t
     one, other = loras
     new = tmp_path / "new.safetensors"
     base = MODELS["flux"]
+    whole = base / "transformer" / "diffusion_pytorch_model.safetensors"
     expected = {
         "give --rank": ("resize", one, "--output", new),
         "above 0 and at most 1": ("resize", one, "--energy", 1.5, "--output", new),
@@ -146,6 +147,7 @@ def test_command_lines_that_mean_nothing_are_refused(loras: tuple[Path, Path], t
         "exists already": ("convert", one, "--to", "kohya", "--output", other),
         "end in .safetensors": ("convert", one, "--to", "kohya", "--output", tmp_path / "new.pt"),
         "is a folder that exists": ("merge", one, "--base", base, "--output", tmp_path),
+        "must end in .safetensors": ("merge", one, "--base", whole, "--output", tmp_path / "new"),
         "lies in": ("merge", one, "--base", base, "--output", base / "new"),
         "cannot use it here": ("extract", base, base, "--rank", 2, "--device", "cuda:99", "--output", new),
         "the same weights": ("extract", base, base, "--rank", 2, "--output", new),

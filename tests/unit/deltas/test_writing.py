@@ -137,6 +137,11 @@ def test_no_path_and_no_caption_goes_along_unasked(tmp_path: Path) -> None:
         "modelspec.hash_sha256": "0x12", "pixtune.trigger_words": '["tw"]', "pixtune.rank": "4",
     }  # fmt: skip
     assert carried_metadata(metadata) == {"modelspec.title": "mine", "pixtune.trigger_words": '["tw"]'}
+    assert carried_metadata({"pixtune.base_model": "/somewhere/mine/Qwen-Image"}) == {
+        "pixtune.base_model": "Qwen-Image"
+    }
+    hub = {"pixtune.base_model": "Qwen/Qwen-Image", "pixtune.base_model_hash": "12"}
+    assert carried_metadata(hub) == hub
     kept = carried_metadata(metadata, keep_all=True)
     assert "ss_tag_frequency" in kept and "modelspec.hash_sha256" not in kept
 
