@@ -1,7 +1,6 @@
 """A layer's delta: what an adapter adds to its weight, kept as the small factors that the adapter's file holds.
 
-Products of the factors have the size of the model, so whatever can be known from the factors is taken from them, in
-fp64: norms and angles from orthonormal bases that the factors span, singular values from those of small matrices.
+Products of the factors have the size of the model, so whatever can be known from the factors is taken from them.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from pixtune.trained.fused_layers import LowRank
+from pixtune.trained.low_rank import Svd, cores, norm_of
 
 
 @dataclass(frozen=True)
@@ -46,18 +46,6 @@ Change = Delta | Dora
 """Anything that an adapter does to a weight."""
 
 
-class Svd(NamedTuple):
-    """A matrix as left @ diag(values) @ right, the largest values first; the smallest ones may be left out."""
-
-    left_OK: Tensor
-    values_K: Tensor
-    right_KI: Tensor
-
-    def cut(self, rank: int) -> Svd:
-        """Returns the first `rank` terms: no matrix of this rank is closer (Eckart and Young 1936)."""
-        return Svd(self.left_OK[:, :rank], self.values_K[:rank], self.right_KI[:rank])
-
-
 def shape_of(change: Change) -> tuple[int, int]:
     """Returns the numbers of outputs and inputs of the layer."""
     if isinstance(change, Kronecker):
@@ -82,7 +70,7 @@ def norm(delta: Delta) -> float:
     """Returns the Frobenius norm of a delta."""
     if isinstance(delta, Kronecker):
         return abs(delta.scale) * float(delta.left.double().norm()) * float(delta.right.double().norm())
-    return float(cores([delta])[0].norm())
+    return norm_of(delta)
 
 
 def changed_weight(weight_OI: Tensor, changes: Sequence[Change]) -> tuple[Tensor, float]:
@@ -107,30 +95,6 @@ def changed_weight(weight_OI: Tensor, changes: Sequence[Change]) -> tuple[Tensor
         whole_OI *= (first.magnitude_O.float() / rows_O)[:, None]
         added = float(torch.linalg.vector_norm(whole_OI - weight_OI))
     return whole_OI, added
-
-
-def cores(deltas: Sequence[LowRank]) -> list[Tensor]:
-    """Returns deltas of one layer as small matrices in orthonormal bases that they share.
-
-    Norms, angles and singular values of the small matrices, and of their sums, are those of the large ones.
-    """
-    return _in_common_bases(deltas)[1]
-
-
-def svd_of_sum(deltas: Sequence[LowRank]) -> Svd:
-    """Returns the singular values of a sum of deltas, in fp64, through matrices as large as the sum of their ranks."""
-    columns_OK, found, rows_KI = _in_common_bases(deltas)
-    left, values, right = torch.linalg.svd(torch.stack(found).sum(dim=0), full_matrices=False)
-    return Svd(columns_OK @ left, values, right @ rows_KI)
-
-
-def _in_common_bases(deltas: Sequence[LowRank]) -> tuple[Tensor, list[Tensor], Tensor]:
-    """Returns orthonormal columns and rows, and each delta's core between them: delta = columns @ core @ rows."""
-    columns_OK, upper_KR = torch.linalg.qr(torch.cat([delta.up.double() for delta in deltas], dim=1))
-    rows_IK, lower_KR = torch.linalg.qr(torch.cat([delta.down.double() for delta in deltas]).T)
-    ranks = [delta.rank for delta in deltas]
-    pairs = zip(deltas, upper_KR.split(ranks, dim=1), lower_KR.split(ranks, dim=1), strict=True)
-    return columns_OK, [delta.scale * upper @ lower.T for delta, upper, lower in pairs], rows_IK.T
 
 
 def kronecker_svd(delta: Kronecker, rank: int | None = None) -> tuple[Svd, Tensor]:

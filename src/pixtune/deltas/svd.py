@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from pixtune import randomness
-from pixtune.deltas.delta import Kronecker, Svd, cores, dense, kronecker_svd, norm, svd_of_sum
+from pixtune.deltas.delta import Kronecker, dense, kronecker_svd, norm
 from pixtune.trained.fused_layers import LowRank
+from pixtune.trained.low_rank import Svd, cores, svd_of_sum
 
 EXACT_SIDE = 512
 """Shorter side up to which a whole matrix's singular values are computed: a second, not minutes."""

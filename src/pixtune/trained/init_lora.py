@@ -22,6 +22,7 @@ from pixtune.errors import ConfigError
 from pixtune.family import ModelFamily, Shapes
 from pixtune.trained.adapters import ADAPTER_NAME
 from pixtune.trained.fused_layers import LowRank
+from pixtune.trained.low_rank import norm_of, svd_of_sum
 from pixtune.trained.saved_lora import SavedLora, read_lora_of_key
 from pixtune.trained.targets import resolve_targets
 
@@ -122,22 +123,13 @@ def fit(saved: LowRank, fresh_down: Tensor, scale: float) -> Fitted:
         down, up = fresh_down.clone(), torch.zeros(len(saved.up), rank)
         down[: saved.rank] = saved.down
         up[:, : saved.rank] = saved.up if saved.scale == scale else saved.up.double() * (saved.scale / scale)
-        return Fitted(LowRank(down, up, scale), _norm(saved), 0.0)
-    # The singular values of a product of thin matrices are those of the small product of their triangles.
-    outer, outer_triangle = torch.linalg.qr(saved.up.double())
-    inner, inner_triangle = torch.linalg.qr(saved.down.double().t())
-    left, values, right = torch.linalg.svd(saved.scale * outer_triangle @ inner_triangle.t(), full_matrices=False)
+        return Fitted(LowRank(down, up, scale), norm_of(saved), 0.0)
+    left, values, right = svd_of_sum([saved])
     roots = (values[:rank] / scale).sqrt()
     found = len(roots)  # a layer narrower than the rank has no more of them
-    up, down = (outer @ left[:, :found]) * roots, roots[:, None] * (right[:found] @ inner.t())
+    up, down = left[:, :found] * roots, roots[:, None] * right[:found]
     up, down = torch.nn.functional.pad(up, (0, rank - found)), torch.cat([down, fresh_down[found:].double()])
     return Fitted(LowRank(down.float(), up.float(), scale), float(values.norm()), float(values[rank:].norm()))
-
-
-def _norm(lora: LowRank) -> float:
-    """Returns the Frobenius norm of `scale * up @ down`, without making the product."""
-    down, up = lora.down.double(), lora.up.double()
-    return abs(lora.scale) * math.sqrt(max(float(((up.t() @ up) * (down @ down.t())).sum()), 0.0))
 
 
 def _sentence(lora: SavedLora, ranks: Mapping[tuple[int, int], int], lost: float, fresh: Sequence[str]) -> str:
