@@ -5,8 +5,9 @@ from __future__ import annotations
 import gc
 import logging
 import os
+import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -82,6 +83,24 @@ def repo_root() -> Path:
 def warm_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Encodings that runs share whose tests are not about encoding: named by content, so nobody gets another's."""
     return tmp_path_factory.mktemp("warm_cache")
+
+
+@pytest.fixture(scope="session")
+def recorded(tmp_path_factory: pytest.TempPathFactory, warm_cache: Path) -> Path:
+    """The folder of a finished run (`tests/recorded.py`); not to be changed."""
+    from tests.recorded import record
+
+    return record(tmp_path_factory.mktemp("recorded"), warm_cache)
+
+
+@pytest.fixture
+def copy(recorded: Path, tmp_path: Path) -> Callable[..., Path]:
+    """Makes a copy of the recorded run under a name."""
+
+    def make(name: str = "run") -> Path:
+        return Path(shutil.copytree(recorded, tmp_path / name))
+
+    return make
 
 
 @pytest.fixture

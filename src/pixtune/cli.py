@@ -17,7 +17,9 @@ from pixtune.commands.caption import caption
 from pixtune.commands.failures import exit_on_user_errors, system_trouble
 from pixtune.commands.import_config import import_config
 from pixtune.commands.lora import app as lora_app
+from pixtune.commands.runs import ask, runs, stop
 from pixtune.commands.scripts import check_family
+from pixtune.commands.watch import watch
 from pixtune.commands.words import config_and_overrides
 from pixtune.config.lora_files import LoraFormat
 from pixtune.config.schema import TrainConfig
@@ -302,6 +304,8 @@ def sample(
 app.command(context_settings=TAKES_KEYS)(caption)
 app.command(name="import")(import_config)
 app.add_typer(lora_app, name="lora")
+for each in (runs, watch, stop, ask):
+    app.command()(each)
 
 
 @app.command()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -96,3 +96,18 @@ class RunState:
     def share(self) -> float | None:
         """Share of the run that is done; None where its length is not known."""
         return min(self.step / self.num_steps, 1.0) if self.num_steps else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns it as JSON values, with its name; without the config, which may be long."""
+        values = {"name": self.name, **asdict(self)}
+        del values["config"]
+        samples = [{**asdict(sample), "index": sample.index} for sample in self.samples]
+        return _plain({**values, "samples": samples, "share": self.share})
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _plain(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    return str(value) if isinstance(value, Path) else value

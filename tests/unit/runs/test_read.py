@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,10 @@ import pytest
 from pixtune.errors import RunError
 from pixtune.runs.read import RunReader, find_runs, read_run
 from pixtune.storage.output_lock import FILE_NAME as LOCK
-from pixtune.storage.output_lock import Holder, OutputLock, this_process
+from pixtune.storage.output_lock import OutputLock
 from pixtune.storage.requests import ask
 from pixtune.storage.session_note import SessionNote
-from tests.unit.runs.conftest import NUM_STEPS
+from tests.recorded import NUM_STEPS, leave_lock
 
 Copy = Callable[..., Path]
 
@@ -37,14 +37,6 @@ def note_of(folder: Path, **changes: Any) -> SessionNote:
     changed = replace(note, **changes)
     changed.write(folder)
     return changed
-
-
-def leave_lock(folder: Path, **changes: Any) -> Holder:
-    """The lock's file as a process leaves it that was killed: by default of one whose number is free."""
-    dead = {"pid": 2**22 + 5, "started": "1"}
-    holder = replace(this_process(), **{**dead, **changes})
-    (folder / LOCK).write_text(json.dumps(asdict(holder)).ljust(1023) + "\n")
-    return holder
 
 
 def test_a_finished_run_is_what_its_files_say(recorded: Path) -> None:
