@@ -17,6 +17,7 @@ from pixtune.commands.caption import caption
 from pixtune.commands.failures import exit_on_user_errors, system_trouble
 from pixtune.commands.import_config import import_config
 from pixtune.commands.lora import app as lora_app
+from pixtune.commands.queue import queue_app
 from pixtune.commands.runs import ask, runs, stop
 from pixtune.commands.scripts import check_family
 from pixtune.commands.watch import watch
@@ -306,6 +307,7 @@ app.command(name="import")(import_config)
 app.add_typer(lora_app, name="lora")
 for each in (runs, watch, stop, ask):
     app.command()(each)
+app.add_typer(queue_app, name="queue")
 
 
 @app.command()

@@ -77,6 +77,10 @@ class RunError(PixtuneError, ValueError):
     """A folder holds no run, or a run cannot be asked for something in the state that it is in."""
 
 
+class QueueError(PixtuneError, ValueError):
+    """The queue's files cannot be used, or an entry does not allow what is asked."""
+
+
 class PlanError(PixtuneError, RuntimeError):
     """The run does not fit the machine. The message says how much is missing and what would fit."""
 

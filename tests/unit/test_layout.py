@@ -112,6 +112,7 @@ ROOMS = [
     "tracking",
     "report",
     "runs",
+    "queue",
     "run",
     "services",
     "assembly",

@@ -59,11 +59,9 @@ def draw_chart(
     rows = []
     for row in range(height):
         text = Text.assemble((labels.get(row, "").rjust(margin - 1) + (" |" if ascii_only else " │"), "dim"))
-        for is_mark, cells in groupby(range(columns), lambda column, row=row: (column, row) in marked):
-            if is_mark:
-                text.append("o" * len([*cells]), MARK_STYLE)
-            else:
-                text.append("".join(_cell(dots, column, row, ascii_only) for column in cells), LINE_STYLE)
+        cells = ["o" if (column, row) in marked else _cell(dots, column, row, ascii_only) for column in range(columns)]
+        for is_mark, alike in groupby(cells, "o".__eq__):
+            text.append("".join(alike), MARK_STYLE if is_mark else LINE_STYLE)
         rows.append(text)
     right = f"{last_step:,}"
     rows.append(Text(" " * (margin + 1) + "0" + right.rjust(columns - 1), style="dim"))

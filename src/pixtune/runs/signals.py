@@ -29,7 +29,7 @@ def stop_run(run: RunState) -> str:
     if not is_within_reach(process):
         return f"{run.name} runs on {process.host}: it sees the request after the next step that is logged"
     try:
-        _send(process, signal.SIGTERM)
+        send_signal(process, signal.SIGTERM)
     except RunError:
         withdraw(run.folder, "stop_now")
         raise
@@ -48,7 +48,7 @@ def kill_run(run: RunState) -> str:
     process = _process_of(run)
     if not is_within_reach(process):
         raise RunError(f"{run.name} runs on {process.host} (process {process.pid}): it can be killed there alone.")
-    _send(process, signal.SIGKILL)
+    send_signal(process, signal.SIGKILL)
     last = f"step {run.checkpoints[-1].step}" if run.checkpoints else "nothing: there is no checkpoint"
     return f"{run.name} is killed; what is saved is {last}"
 
@@ -93,7 +93,7 @@ def _process_of(run: RunState) -> Holder:
     return run.process
 
 
-def _send(process: Holder, number: signal.Signals) -> None:
+def send_signal(process: Holder, number: signal.Signals) -> None:
     """Sends a signal to the very process that holds a folder's lock, whoever may have its number by now.
 
     Raises:

@@ -150,7 +150,7 @@ def test_watching_through_a_pipe_prints_lines_until_the_end(
             process.wait()
 
     steps = [6]
-    monkeypatch.setattr(watching.time, "sleep", next_step)
+    monkeypatch.setattr("pixtune.commands.watch.time.sleep", next_step)
     outcome = invoke("watch", folder)
     lines = outcome.stdout.splitlines()
     assert outcome.exit_code == 130 and "\x1b" not in outcome.stdout
