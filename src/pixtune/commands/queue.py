@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import time
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -16,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pixtune.commands.run_words import STYLES, line_of
+from pixtune.commands.runs import FILE_WIDTH
 from pixtune.commands.words import config_and_overrides
 from pixtune.errors import PixtuneError, RunError
 from pixtune.inputs.printing import one_line
@@ -45,7 +47,7 @@ Folder = Annotated[
 ]  # fmt: skip
 Number = Annotated[int, typer.Argument(metavar="ID", help="Number that `pixtune queue list` shows.")]
 NumberOrAll = Annotated[
-    int | None, typer.Argument(metavar="[ID]", help="Number of an entry; default: the whole queue.", show_default=False)
+    int | None, typer.Argument(metavar="ID", help="Number of an entry; default: the whole queue.", show_default=False)
 ]
 
 
@@ -108,6 +110,8 @@ def list_entries(
         typer.echo("the queue is empty: `pixtune queue add CONFIG` adds a run")
         return
     console = Console()
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console = Console(width=FILE_WIDTH)
     if opened.is_paused:
         typer.echo("the queue is paused: `pixtune queue start` lets it go on")
     console.print(table_of(entries))
@@ -119,8 +123,9 @@ def list_entries(
 def table_of(entries: Sequence[Entry]) -> Table:
     """Builds the list for a terminal."""
     table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
-    for name in ("id", "state", "run", "how far"):
-        table.add_column(name, no_wrap=True, overflow="ellipsis", justify="right" if name == "id" else "left")
+    for name, least in (("id", 3), ("state", 8), ("run", 12), ("how far", 12)):
+        justify: Literal["left", "right"] = "right" if name == "id" else "left"
+        table.add_column(name, no_wrap=True, overflow="ellipsis", min_width=least, justify=justify)
     for entry in entries:
         word = "held" if entry.is_held else entry.state
         table.add_row(
@@ -162,7 +167,7 @@ def move(
 
 @queue_app.command()
 def remove(
-    numbers: Annotated[list[int] | None, typer.Argument(metavar="[ID]...", help="Numbers of entries.")] = None,
+    numbers: Annotated[list[int] | None, typer.Argument(metavar="ID", help="Numbers of entries.")] = None,
     ended: Annotated[bool, typer.Option("--ended", help="All that have ended.")] = False,
     queue: Folder = None,
 ) -> None:

@@ -1,4 +1,4 @@
-"""What a queue holds, as plain values."""
+"""The entries of a queue as plain values, and start times as people write them."""
 
 from __future__ import annotations
 
@@ -66,10 +66,10 @@ def read_time(words: str, now: datetime) -> datetime:
         QueueError: it is none of these, or past.
     """
     text = words.strip()
-    if match := re.fullmatch(r"\+(\d{1,6})\s?(s|min|m|h|d)", text):
+    if match := re.fullmatch(r"\+([0-9]{1,6}) ?(s|min|m|h|d)", text):
         return now + timedelta(seconds=int(match[1]) * UNITS[match[2]])
     try:
-        if re.fullmatch(r"\d{1,2}:\d{2}", text):
+        if re.fullmatch(r"[0-9]{1,2}:[0-9]{2}", text):
             clock = datetime.strptime(text, "%H:%M")
             at = now.replace(hour=clock.hour, minute=clock.minute, second=0, microsecond=0)
             return at if at > now else at + timedelta(days=1)

@@ -180,25 +180,25 @@ def _take_next(queue: Queue) -> tuple[Entry, int] | None:
 def _start(queue: Queue, entry: Entry, lock: int, program: Sequence[str]) -> subprocess.Popen[bytes]:
     """Starts an attendant in a session of its own: no terminal that closes and no server that ends takes it along."""
     words = [str(queue.folder), str(entry.id), str(lock), json.dumps([*program])]
-    with _log_to_write(queue, entry.id) as output:
-        return subprocess.Popen(
-            [sys.executable, "-P", "-m", "pixtune.queue.attendant", *words],
-            cwd=entry.folder if entry.folder.is_dir() else Path("/"),
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            pass_fds=(lock,),
-            start_new_session=True,
-        )
+    try:
+        with _log_to_write(queue, entry.id) as output:
+            return subprocess.Popen(
+                [sys.executable, "-P", "-m", "pixtune.queue.attendant", *words],
+                cwd=entry.folder if entry.folder.is_dir() else Path("/"),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                pass_fds=(lock,),
+                start_new_session=True,
+            )
+    except OSError as error:
+        raise QueueError(f"entry {entry.id} cannot be started ({error}).") from error
 
 
 def _log_to_write(queue: Queue, number: int) -> BinaryIO:
     path = queue.log_of(number)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return path.open("ab")
-    except OSError as error:
-        raise QueueError(f"{path} cannot be written to ({error.strerror or error}).") from error
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path.open("ab")
 
 
 def _became_of(entry: Entry) -> EntryState:
