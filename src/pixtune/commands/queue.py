@@ -18,7 +18,7 @@ from rich.text import Text
 
 from pixtune.commands.run_words import STYLES, line_of
 from pixtune.commands.runs import FILE_WIDTH
-from pixtune.commands.words import config_and_overrides
+from pixtune.commands.words import HELP_OPTIONS, TAKES_KEYS, config_and_overrides
 from pixtune.errors import PixtuneError, RunError
 from pixtune.inputs.printing import one_line
 from pixtune.progress import in_words, say
@@ -27,7 +27,6 @@ from pixtune.queue.starting import advance, settle, stop_entry
 from pixtune.queue.store import Queue, usual_folder
 from pixtune.runs.read import read_run
 
-HELP = {"help_option_names": ["-h", "--help"]}
 LOOK_SECONDS = 1.0
 
 queue_app = typer.Typer(
@@ -35,7 +34,7 @@ queue_app = typer.Typer(
     "Example: pixtune queue add train_configs/demo.yaml && pixtune queue run",
     no_args_is_help=True,
     rich_markup_mode=None,
-    context_settings=HELP,
+    context_settings=HELP_OPTIONS,
 )
 
 Folder = Annotated[
@@ -55,7 +54,7 @@ def _open(folder: Path | None) -> Queue:
     return Queue(folder or usual_folder())
 
 
-@queue_app.command(context_settings={**HELP, "ignore_unknown_options": True})
+@queue_app.command(context_settings=TAKES_KEYS)
 def add(
     words: Annotated[
         list[str] | None,
