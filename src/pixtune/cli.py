@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import version as package_version
 from pathlib import Path
@@ -21,15 +22,15 @@ from pixtune.commands.runs import ask, runs, stop
 from pixtune.commands.scripts import check_family
 from pixtune.commands.typed import bench, doctor, export, keys
 from pixtune.commands.watch import watch
-from pixtune.commands.words import HELP_OPTIONS, TAKES_KEYS, Config, Words, config_and_overrides
+from pixtune.commands.words import HELP_OPTIONS, TAKES_KEYS, Config, Words, config_and_overrides, forgotten_command
 from pixtune.config.schema import TrainConfig
 from pixtune.errors import WriteError
 from pixtune.inputs.printing import lines, one_line
 
 app = typer.Typer(
-    help="Fine-tune Qwen-Image, Qwen-Image-Edit and FLUX.1-dev on the GPU you have.",
+    help="Fine-tune Qwen-Image, Qwen-Image-Edit and FLUX.1-dev on the GPU you have.\n\n"
+    "Example: pixtune train train_configs/demo.yaml",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # a table of rich's cuts options at 80 columns
     context_settings=HELP_OPTIONS,
@@ -41,6 +42,9 @@ def begin(
     version: Annotated[
         bool, typer.Option("--version", "-V", help="Print the version and exit.", is_eager=True)
     ] = False,
+    debug: Annotated[  # taken out of the words before they come here, wherever it stands
+        bool, typer.Option("--debug", help="Show where an error happened; may stand behind any command.")
+    ] = False,
 ) -> None:
     if version:
         typer.echo(f"pixtune {package_version('pixtune')}")
@@ -49,7 +53,10 @@ def begin(
 
 @app.command(context_settings=TAKES_KEYS)
 def train(words: Words = None, config: Config = None) -> None:
-    """Train a LoRA, or all weights, and write a report."""
+    """Train a LoRA, or all weights, and write a report.
+
+    Example: pixtune train train_configs/demo.yaml rank=16 output_dir=runs/mine
+    """
     run_config(*config_and_overrides(words, config))
 
 
@@ -104,6 +111,8 @@ def plan(
     """Report whether a run fits, how long it takes and why.
 
     Loads no weights, trains nothing.
+
+    Example: pixtune plan train_configs/train_lora.yaml --as "RTX 4090"
     """
     from pixtune.commands.plan import make_report
     from pixtune.commands.plan_page import render
@@ -156,6 +165,8 @@ def validate(
     """Check a data set, and report what is wrong or odd.
 
     The exit code is 1 where training cannot start.
+
+    Example: pixtune validate ./pictures --trigger mystyle
     """
     from pixtune.commands.validate import FolderRequest, check, finish
 
@@ -209,7 +220,12 @@ def sample(
         float | None, typer.Option(min=0.1, help="Limit of GPU memory in GiB, CUDA context included.")
     ] = None,
 ) -> None:
-    """Sample pictures from a model, with or without a LoRA. It fits itself to the GPU there is, and reports how."""
+    """Sample pictures from a model, with or without a LoRA.
+
+    It fits itself to the GPU there is, and reports how.
+
+    Example: pixtune sample "red heart, twemoji style" --lora runs/demo
+    """
     from pixtune.commands.sample import sample_pictures, sizes_of
     from pixtune.data.drawing import SampleRequest
     from pixtune.data.sample_prompts import AskedPrompt, at_sizes, read_prompts
@@ -251,6 +267,9 @@ app.add_typer(queue_app, name="queue")
 
 def main() -> None:
     """Runs the command line; an error that a user can fix is one readable block and exit code 1, no traceback."""
+    if (hint := forgotten_command(sys.argv[1:])) is not None:
+        typer.echo(hint, err=True)
+        raise SystemExit(2)
     exit_on_user_errors(app)
 
 

@@ -39,6 +39,8 @@ def import_config(
     """Translate a config of ai-toolkit, musubi-tuner, diffusion-pipe, sd-scripts, SimpleTuner, OneTrainer or diffusers.
 
     Each line says where it came from; what has no counterpart is listed. Nothing is written where a value is wrong.
+
+    Example: pixtune import ai_toolkit_config.yaml -o train.yaml
     """
     from pixtune.migration.engine import migrate
     from pixtune.migration.peer import Options

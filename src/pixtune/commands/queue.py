@@ -18,7 +18,7 @@ from rich.text import Text
 
 from pixtune.commands.run_words import STYLES, line_of
 from pixtune.commands.runs import FILE_WIDTH
-from pixtune.commands.words import HELP_OPTIONS, TAKES_KEYS, config_and_overrides
+from pixtune.commands.words import HELP_OPTIONS, TAKES_KEYS, complete_words, config_and_overrides
 from pixtune.errors import PixtuneError, RunError
 from pixtune.inputs.printing import one_line
 from pixtune.progress import in_words, say
@@ -30,7 +30,7 @@ from pixtune.runs.read import read_run
 LOOK_SECONDS = 1.0
 
 queue_app = typer.Typer(
-    help="Several runs in a row on this machine: what ends, however it does, starts the next.\n\n"
+    help="Run several configs in a row on this machine.\n\nWhat ends, however it does, starts the next.\n\n"
     "Example: pixtune queue add train_configs/demo.yaml && pixtune queue run",
     no_args_is_help=True,
     rich_markup_mode=None,
@@ -58,7 +58,12 @@ def _open(folder: Path | None) -> Queue:
 def add(
     words: Annotated[
         list[str] | None,
-        typer.Argument(metavar="CONFIG KEY=VALUE", help="The words of `pixtune train`.", show_default=False),
+        typer.Argument(
+            metavar="CONFIG KEY=VALUE",
+            help="The words of `pixtune train`.",
+            show_default=False,
+            autocompletion=complete_words,
+        ),
     ] = None,
     config: Annotated[
         Path | None, typer.Option("--config", metavar="FILE", help="The config file, where it is not the first word.")
@@ -73,7 +78,7 @@ def add(
 
     The config is copied: what is changed in the file afterwards counts for later runs alone.
 
-    Example: pixtune queue add train_configs/demo.yaml rank=32 output_dir=runs/rank-32 --at 22:30
+    Example: pixtune queue add train_configs/demo.yaml rank=32 --at 22:30
     """
     path, overrides = config_and_overrides(words, config)
     start_at = None if at is None else read_time(at, datetime.now().astimezone()).timestamp()

@@ -25,6 +25,7 @@ from pixtune.commands.run_words import (
     state_word,
     steps_word,
 )
+from pixtune.commands.words import complete_run
 from pixtune.errors import RunError
 from pixtune.inputs.printing import one_line
 from pixtune.progress import say
@@ -33,7 +34,13 @@ from pixtune.runs.signals import ask_run, kill_run, let_go_on, stop_run
 from pixtune.runs.state import RunState
 
 RunFolder = Annotated[
-    Path, typer.Argument(metavar="RUN", help="Output folder of a run, or its name below ./runs.", show_default=False)
+    Path,
+    typer.Argument(
+        metavar="RUN",
+        help="Output folder of a run, or its name below ./runs.",
+        show_default=False,
+        autocompletion=complete_run,
+    ),
 ]
 FILE_WIDTH = 160
 """Width of a table that is not printed to a terminal."""

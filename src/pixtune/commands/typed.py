@@ -37,6 +37,8 @@ def bench(
     """Time training steps on synthetic pictures.
 
     Reports speed, share of the chip's peak and memory. Keeps no file.
+
+    Example: pixtune bench train_configs/demo.yaml --steps 10
     """
     from pixtune.bench.baseline import compare, load_baseline, refuse_other
     from pixtune.bench.result import render
@@ -67,6 +69,8 @@ def keys(
     """List the keys of a config, or those that a word means.
 
     Words are parts of names or descriptions, or names in other trainers.
+
+    Example: pixtune keys network_dim
     """
     from pixtune.commands.keys import list_keys
 
@@ -84,6 +88,8 @@ def export(
     """Write the files of a checkpoint for other programs.
 
     A LoRA for diffusers, ComfyUI or kohya's trainers, or the whole model where all weights were trained.
+
+    Example: pixtune export runs/demo/checkpoint-000500 --output exported
     """
     from pixtune.storage.files import check_writable
     from pixtune.trained.export import export_checkpoint
@@ -103,6 +109,8 @@ def doctor(
     """Report your hardware and what to fix. Trains nothing.
 
     The exit code is 1 if training is impossible.
+
+    Example: pixtune doctor --json
     """
     from pixtune.commands.doctor import examine, examine_model, render, render_model
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import shlex
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from pixtune.config.schema import leaf_keys
+from pixtune.inputs.printing import one_line
 
 HELP_OPTIONS = {"help_option_names": ["-h", "--help"]}
 TAKES_KEYS = {**HELP_OPTIONS, "ignore_unknown_options": True}  # --rank 8 is answered with rank=8
@@ -14,10 +18,49 @@ TAKES_KEYS = {**HELP_OPTIONS, "ignore_unknown_options": True}  # --rank 8 is ans
 Config = Annotated[
     Path | None, typer.Option("--config", metavar="FILE", help="The config file, where it is not the first word.")
 ]
+
+
+def forgotten_command(words: Sequence[str]) -> str | None:
+    """Returns a hint for words that begin with a config file where a command should stand; None for all others."""
+    name = words[0] if words else ""
+    if not name.endswith((".yaml", ".yml")) or name.startswith("-"):
+        return None
+    rest = shlex.join(["pixtune", "train", *words])
+    return (
+        f"{one_line(name)} is no command. To train by it: {one_line(rest)}. To see first whether it fits: pixtune plan"
+    )
+
+
+def complete_words(incomplete: str) -> list[str]:
+    """Completes a word of a command that takes a config: its file, or the name of a key with its equals sign."""
+    if "=" in incomplete:
+        return []
+    files = [*_paths(incomplete, (".yaml", ".yml"))]
+    return files + [f"{key}=" for key in leaf_keys() if key.startswith(incomplete)]
+
+
+def complete_run(incomplete: str) -> list[str]:
+    """Completes the folder of a run: a path, or a name below ./runs."""
+    below = [path.name for path in sorted(Path("runs").glob("*")) if path.is_dir()]
+    return [name for name in below if name.startswith(incomplete)] + [*_paths(incomplete, ())]
+
+
+def _paths(incomplete: str, endings: tuple[str, ...]) -> Iterator[str]:
+    """Yields folders, and files of these endings, whose paths begin so."""
+    folder, _, begin = incomplete.rpartition("/")
+    root = Path(folder or ("/" if incomplete.startswith("/") else "."))
+    if not root.is_dir():
+        return
+    for path in sorted(root.iterdir()):
+        is_hidden = path.name.startswith(".") and not begin.startswith(".")
+        if path.name.startswith(begin) and not is_hidden and (path.is_dir() or path.name.endswith(endings)):
+            yield incomplete[: len(incomplete) - len(begin)] + path.name + ("/" if path.is_dir() else "")
+
+
 Words = Annotated[
     list[str] | None,
     typer.Argument(
-        metavar="CONFIG KEY=VALUE", show_default=False,
+        metavar="CONFIG KEY=VALUE", show_default=False, autocompletion=complete_words,
         help="YAML file, for example one of train_configs/; then keys for this time, as rank=32 or "
         "data_config.img_dir=./pictures. `pixtune keys` lists them.",
     ),
