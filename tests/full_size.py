@@ -59,7 +59,7 @@ def full_size_footprint(config: TrainConfig, family_name: str = "qwen_image") ->
         plain_linears(config.keep_plain, family, shapes),
         config.batch_size,
     )
-    return of_all_weights(footprint) if config.method == "full" else with_average(footprint, config)
+    return of_all_weights(footprint, shapes) if config.method == "full" else with_average(footprint, config)
 
 
 def build_full_size_folder(path: Path, family_name: str) -> Path:

@@ -60,10 +60,10 @@ from pixtune.storage.course import Course
 from pixtune.storage.model_folder import ModelFolder, open_model_folder
 from pixtune.storage.output_lock import OutputLock
 from pixtune.tracking.memory import RunMemory
-from pixtune.trained import optim
 from pixtune.trained.base import Base
 from pixtune.trained.init_lora import fitting_init_lora
 from pixtune.trained.methods import METHODS, TrainedWeights
+from pixtune.trained.optimizers import check_optimizer
 from pixtune.trained.resume_point import (
     check_run,
     decide_once,
@@ -71,6 +71,7 @@ from pixtune.trained.resume_point import (
     identify,
     with_stored_choices,
 )
+from pixtune.trained.schedule import build_schedule
 from pixtune.trained.training_adapter import check_training_adapter
 
 log = logging.getLogger(__name__)
@@ -122,6 +123,8 @@ def assemble(
     """
     stop = stop or StopRequest()
     check_torch()
+    if (optimizer := demands_of(config).optimizer) is not None:
+        check_optimizer(optimizer)
     memory = RunMemory(config)
     accelerator = start_accelerator(config)
     agree_with_others(stop, accelerator)
@@ -159,7 +162,7 @@ def assemble(
     changes = check_run(config, checkpoint, identity)
     with announced("planning, with trials of this GPU's kernels", show):
         plan = decide_plan(config, family, folder, data, accelerator, checkpoint, leaner)
-    optim.check_optimizer(plan.optimizer)
+    check_optimizer(plan.optimizer)
     apply_switches(plan)
     reading = Reading(plan.loading_threads, plan.fast_loading)
     with announced("loading the transformer", show):
@@ -181,7 +184,7 @@ def assemble(
         trained=trained,
         forward_backward=passes,
         reliefs=reliefs,
-        learning_rate_at=optim.build_schedule(config, num_steps),
+        learning_rate_at=build_schedule(config, num_steps),
         source=source,
         steps_ahead=build_steps_ahead(config, base, source, num_steps, accelerator.device),
         num_steps=num_steps,

@@ -12,7 +12,7 @@ from pixtune.errors import WeightsError
 from pixtune.family import ModelFamily, Shapes
 from pixtune.hardware.facts import GIB, HardwareFacts, host_room_bytes
 from pixtune.hardware.read import read_facts
-from pixtune.plan.demands import demands_of
+from pixtune.plan.demands import demands_of, state_options_of
 from pixtune.plan.encoders import TEXT_TOKENS, EncoderPlan, EncoderSizes, plan_encoders
 from pixtune.plan.footprint import ELEMENT_BYTES, Footprint, of_all_weights, read_footprint
 from pixtune.plan.kernel_choice import kernels_to_try
@@ -280,8 +280,9 @@ def footprint_of(config: TrainConfig, family: ModelFamily, folder: ModelFolder, 
         family.kept_beside(folder.component_config("transformer")),
         frozen_ranks(config, family, shapes),
     )
+    footprint = replace(footprint, state_options=state_options_of(config))
     if config.method == "full":
-        return of_all_weights(footprint)
+        return of_all_weights(footprint, shapes)
     if config.init_lora is not None and config.init_lora.exists():  # a resumed run needs it no longer
         from pixtune.trained.init_lora import fitting_init_lora  # imports torch
 

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Self, TypeVar
 
 from rich.console import Console
@@ -164,13 +164,23 @@ class StepBar:
             counter.end()
 
     def figures(
-        self, loss: float, seconds_per_step: float, images_per_second: float, peak_memory_gib: float, num_steps: int = 1
+        self,
+        loss: float,
+        seconds_per_step: float,
+        images_per_second: float,
+        peak_memory_gib: float,
+        num_steps: int = 1,
+        estimates: Mapping[str, float] = MappingProxyType({}),
     ) -> None:
         """Takes the figures to show from here on.
 
         Args:
             loss: mean over the last `num_steps` steps.
+            estimates: what the optimizer estimates of itself.
         """
         memory = f"  peak {peak_memory_gib:.1f} GiB" if peak_memory_gib else ""
         of = f" (last {num_steps})" if num_steps > 1 else ""
-        self._figures = f"loss {loss:.4f}{of}  {seconds_per_step:.3f} s/step{memory}  {images_per_second:.2f} images/s"
+        found = "".join(f"  {name} {value:.3g}" for name, value in estimates.items())
+        self._figures = (
+            f"loss {loss:.4f}{of}{found}  {seconds_per_step:.3f} s/step{memory}  {images_per_second:.2f} images/s"
+        )

@@ -34,7 +34,8 @@ from pixtune.planning import Leaner, leaner_than
 from pixtune.run import AroundSteps, Run, TrainResult
 from pixtune.storage.output_lock import OutputLock
 from pixtune.tracking.figures import StepOutcome
-from pixtune.trained import optim
+from pixtune.trained.optim import estimates_of
+from pixtune.trained.schedule import set_learning_rate
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -153,7 +154,7 @@ def until_it_fits(run: Run, attempt: Callable[[], T], what: str) -> T:
 
 def train_step(run: Run, micro_batches: Iterable[list[Batch]], step: int) -> StepOutcome:
     """Takes one optimizer step over its micro-batches, without waiting for the device."""
-    optim.set_learning_rate(run.trained.optimizer, run.learning_rate_at(step))
+    set_learning_rate(run.trained.optimizer, run.learning_rate_at(step))
     device = run.accelerator.device
     losses = [run.forward_backward(batch.to(device)).clone() for batch in chain.from_iterable(micro_batches)]
     losses_2B = torch.cat(losses, 1)
@@ -161,7 +162,7 @@ def train_step(run: Run, micro_batches: Iterable[list[Batch]], step: int) -> Ste
     average_across_processes(run.accelerator, [totals_2, *run.trained.gradients()])
     grad_norm = run.trained.step(totals_2[0])
     run.forward_backward.zero_gradients()
-    return StepOutcome(totals_2, grad_norm, losses_2B[0])
+    return StepOutcome(totals_2, grad_norm, losses_2B[0], estimates_of(run.trained.optimizer))
 
 
 def forward_backward(

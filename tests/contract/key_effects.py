@@ -14,7 +14,8 @@ class Effect:
     """What a key is for, so that it can be shown to do it."""
 
     part: str
-    """What must differ: "plan" (`observe.plan_of`), or a part of what `observe.observe_run` returns."""
+    """What must differ: "plan" (`observe.plan_of`), "stepped" (`observe.stepped_weights`), or a part of what
+    `observe.observe_run` returns."""
     values: tuple[object, object]
     given: Mapping[str, object] = field(default_factory=dict)
     """Other keys without which this one means nothing."""
@@ -47,6 +48,8 @@ TAGS = {"data_config.caption_text": "one, two, three, four, five"}
 DRAWN = {"samples.prompts": ["red heart"], "samples.num_steps": 1, "samples.guidance_scale": 1.0}
 MEASURED = {"validation.held_out": 0.25, "validation.num_draws": 1}
 FULL = {"method": "full"}
+PRODIGY = {"optimizer": "prodigy", "learning_rate": 1.0}
+MUON = {"optimizer": "muon", **FULL}
 CONTROLLED = {**EDIT, **DRAWN, "samples.prompts": ["redraw it"]}
 TWO_FOLDERS: dict[str, object] = {
     "data_config.folders": [{"img_dir": "SCENE/pictures"}, {"img_dir": "SCENE/other_pictures"}],
@@ -110,15 +113,34 @@ EFFECTS: dict[str, Effect] = {
     "learning_rate": Effect("rates", (1e-3, 2e-3)),
     "lr_scheduler": Effect("rates", ("constant", "linear")),
     "lr_warmup_steps": Effect("rates", (0, 2)),
+    "lr_warmup_share": Effect("rates", (0.0, 0.5)),
+    "lr_floor": Effect("rates", (0.0, 0.5), {"lr_scheduler": "linear"}),
     "lr_num_cycles": Effect("rates", (1, 2), {"lr_scheduler": "cosine_with_restarts", "max_train_steps": 3}),
     "lr_power": Effect("rates", (1.0, 2.0), {"lr_scheduler": "polynomial"}),
     "lr_step_rules": Effect("rates", ("1:1,0.1", "1:1,0.5"), {"lr_scheduler": "piecewise_constant"}),
+    "optimizer": Effect("weights", ("adamw", "adafactor")),
     "adam8bit": Effect("plan", (False, True)),
     "adam_beta1": Effect("weights", (0.9, 0.5)),
     "adam_beta2": Effect("weights", (0.999, 0.9)),
     "adam_weight_decay": Effect("weights", (0.01, 0.5)),
     "adam_epsilon": Effect("weights", (1e-8, 1e-2)),
     "max_grad_norm": Effect("weights", (1.0, 1e-6)),
+    "prodigy.d0": Effect("stepped", (1e-6, 1e-5), PRODIGY),
+    "prodigy.d_coef": Effect("stepped", (1.0, 2.0), PRODIGY),
+    "prodigy.growth_rate": Effect("stepped", (None, 1.01), PRODIGY),
+    "prodigy.slice": Effect("stepped", (1, 11), PRODIGY),
+    "prodigy.safeguard_warmup": Effect("stepped", (False, True), {**PRODIGY, "learning_rate": 0.5}),
+    "prodigy.bias_correction": Effect("stepped", (False, True), PRODIGY),
+    "schedule_free.r": Effect("stepped", (0.0, 1.0), {"optimizer": "adamw_schedule_free"}),
+    "schedule_free.weight_lr_power": Effect(
+        "stepped", (2.0, 0.0), {"optimizer": "adamw_schedule_free", "lr_warmup_share": 0.5}
+    ),
+    "adafactor.momentum": Effect("stepped", (None, 0.9), {"optimizer": "adafactor"}),
+    "adafactor.decay_rate": Effect("stepped", (-0.8, -0.5), {"optimizer": "adafactor"}),
+    "adafactor.clip_threshold": Effect("stepped", (1.0, 0.1), {"optimizer": "adafactor"}),
+    "muon.momentum": Effect("stepped", (0.95, 0.5), MUON),
+    "muon.nesterov": Effect("stepped", (True, False), MUON),
+    "muon.ns_steps": Effect("stepped", (5, 2), MUON),
     "method": Effect("files", ("lora", "full")),
     "weight_update": Effect("plan", ("stochastic_rounding", "fp32_master"), {**FULL, "mixed_precision": "bf16"}),
     "rank": Effect("weights", (2, 4)),

@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from pixtune.config import load_config
@@ -30,6 +31,8 @@ from pixtune.tracking.figures import StepFigures
 from pixtune.tracking.metrics import FILE_NAME, read_metrics
 from pixtune.train import train
 from pixtune.trained.export import DIFFUSERS_FILE
+from pixtune.trained.optimizers import build_optimizer
+from pixtune.trained.schedule import build_schedule, set_learning_rate
 from tests.full_size import full_size_footprint
 from tests.runs import DEMO_HELD_OUT, DEMO_TRAIN, ROOT, TINY_MODEL
 
@@ -111,6 +114,21 @@ def words(settings: Mapping[str, object], scene: Path, run: Path) -> list[str]:
 def plan_of(config: TrainConfig) -> TrainingPlan:
     """The plan for the full-size Qwen-Image at 1024x1024 on a GPU that holds anything."""
     return plan_training(HUGE_GPU, full_size_footprint(config), config)
+
+
+def stepped_weights(config: TrainConfig) -> list[float]:
+    """A matrix after eight steps by the config's optimizer and schedule, towards 1, with noise."""
+    if config.optimizer == "adamw_schedule_free":
+        pytest.importorskip("schedulefree")
+    weight, rate_at = nn.Parameter(torch.zeros(8, 12)), build_schedule(config, 8)
+    optimizer = build_optimizer(config, plan_of(config).optimizer, [weight])
+    for step in range(8):
+        set_learning_rate(optimizer, rate_at(step))
+        noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(step))
+        weight.grad = weight.detach() - 1 + 0.1 * noise
+        optimizer.step()
+    flat: list[float] = weight.detach().flatten().tolist()
+    return flat
 
 
 def observe_run(settings: Mapping[str, object], scene: Path, run: Path) -> Observed:

@@ -22,7 +22,7 @@ from pixtune.plan.training import TrainingPlan, plan_training
 from pixtune.storage.model_folder import open_model_folder
 from tests.contract.key_effects import DRAWN, EFFECTS, FRESH_CACHE, MEASURED
 from tests.contract.not_yet import needs
-from tests.contract.observe import BASE, Observed, observe_run, plan_of, words
+from tests.contract.observe import BASE, Observed, observe_run, plan_of, stepped_weights, words
 from tests.full_size import full_size_footprint
 from tests.runs import TINY_MODEL
 
@@ -57,6 +57,8 @@ def test_a_key_does_what_it_is_for(
         settings = {**effect.given, key: value}
         if effect.part == "plan":
             return plan_of(load_config(None, words({**BASE, **settings}, scene, tmp_path)))
+        if effect.part == "stepped":
+            return stepped_weights(load_config(None, words({**BASE, **settings}, scene, tmp_path)))
         if effect.after_a_run:
             return outcome(after_a_run(settings, scene, tmp_path / str(value)), effect.part)
         return outcome(observed(settings), effect.part)

@@ -6,6 +6,7 @@ import json
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -16,6 +17,12 @@ from tests.runs import DEMO_TRAIN, ROOT
 
 EDIT_TRAIN = ROOT / "assets" / "demo-edit" / "train"
 MODELS = {"qwen": "tiny-qwen-image", "edit": "tiny-qwen-image-edit", "flux": "tiny-flux"}
+INSTALLED_AVERAGING = [
+    name
+    for name, module in (("adamw_schedule_free", "schedulefree"), ("prodigy_schedule_free", "prodigyplus"))
+    if find_spec(module)
+]
+"""Schedule-free optimizers whose packages are there."""
 RATIOS = (1.0, 1.0, 4 / 3, 3 / 4, 16 / 9)
 TWO_PROCESSES = 0.08
 """Share of runs in two processes. Each of their sessions takes as long as three others."""
@@ -41,13 +48,12 @@ def draw_run(draw: random.Random) -> Drawn:
     settings: Settings = {
         "pretrained_model_name_or_path": ROOT / "assets" / MODELS[family],
         "method": "full" if full else "lora",
-        "adam8bit": yes(draw, 0.3),
         "mixed_precision": draw.choice(["'no'", "bf16"]),
         "max_train_steps": draw.randint(4, 10),
         "train_batch_size": draw.choice([1, 1, 2]),
         "gradient_accumulation_steps": draw.choice([1, 1, 2]),
         "learning_rate": 1e-4 if full else 1e-3,
-        "lr_scheduler": draw.choice(["constant", "cosine", "linear", "constant_with_warmup"]),
+        "lr_scheduler": draw.choice(["constant", "cosine", "linear", "rex", "constant_with_warmup"]),
         "lr_warmup_steps": draw.randint(0, 3),
         "max_grad_norm": draw.choice([0, 0.5, 1.0]),
         "seed": draw.randrange(1000),
@@ -85,6 +91,7 @@ def draw_run(draw: random.Random) -> Drawn:
         settings["lora_targets"] = draw.choice(["null", "[attention_mlp]"])
         settings["ema__decay"] = draw.choice(["null", 0.5, 0.99])
         settings["ema__warm_up"], settings["ema__on_host"] = yes(draw, 0.7), yes(draw, 0.5)
+    settings |= draw_optimizer(draw, full)
     if family == "edit":
         settings["data_config__control_size"] = 64
     if family == "flux":
@@ -100,6 +107,24 @@ def draw_run(draw: random.Random) -> Drawn:
             control = sorted((EDIT_TRAIN / "control").glob("*.png"))[0]
             settings["samples__controls"] = f"[[{control}],[{control}]]"
     return Drawn(family, 2 if draw.random() < TWO_PROCESSES else 1, settings, draw.randint(6, 10))
+
+
+def draw_optimizer(draw: random.Random, full: bool) -> Settings:
+    """Draws an optimizer of those that train so, and what it needs otherwise; half of them AdamW, in 8 bits or not."""
+    if draw.random() < 0.5:
+        return {"adam8bit": yes(draw, 0.5)}
+    names = ["adafactor", "muon"] if full else ["adafactor", "prodigy", "prodigy", *INSTALLED_AVERAGING]
+    name = draw.choice(names)
+    settings: Settings = {"optimizer": name}
+    if name.startswith("prodigy"):
+        settings |= {"learning_rate": 1, "prodigy__d0": draw.choice([1e-6, 1e-4])}
+    if name == "prodigy":
+        settings["prodigy__slice"] = draw.choice([1, 11])
+    if name == "adafactor":
+        settings["adafactor__momentum"] = draw.choice(["null", 0.9])
+    if name in INSTALLED_AVERAGING:
+        settings |= {"lr_scheduler": "constant", "ema__decay": "null"}
+    return settings
 
 
 def yes(draw: random.Random, share: float) -> str:

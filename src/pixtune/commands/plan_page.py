@@ -13,6 +13,7 @@ from rich.table import Table
 from pixtune.commands.plan import PlanReport
 from pixtune.hardware.facts import GIB
 from pixtune.plan.kernel_choice import NAMES
+from pixtune.plan.optimizers import OPTIMIZERS
 from pixtune.plan.seconds import basis
 from pixtune.plan.training import TrainingPlan
 
@@ -119,7 +120,7 @@ def in_short(plan: TrainingPlan) -> list[tuple[str, str]]:
     elif plan.selective or plan.reprojected_blocks:
         again = "small parts, to save memory: a little slower"
     rows.append(("computed twice", again))
-    rows.append(("optimizer", plan.optimizer.replace("adamw_8bit", "AdamW, 8 bits").replace("adamw", "AdamW")))
+    rows.append(("optimizer", OPTIMIZERS[plan.optimizer].title))
     if plan.expected_host_bytes:
         rows.append(("host memory", f"{plan.expected_host_bytes / GIB:.1f} GiB"))
     return rows

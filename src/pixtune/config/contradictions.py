@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pixtune.config.optimizing import RULES_OF_OPTIMIZERS, unread
+
 
 class Contradiction(NamedTuple):
     """Keys that are each right and together wrong."""
@@ -27,6 +29,7 @@ def contradictions(values: Mapping[str, Any]) -> list[Contradiction]:
             sentence = rule(*(values[key] for key in keys))
             if sentence is not None:
                 found.append(Contradiction(keys, sentence))
+    found += [Contradiction(keys, sentence) for keys, sentence in unread(values)]
     return found + _within_folders(values)
 
 
@@ -267,4 +270,5 @@ _RULES: tuple[tuple[tuple[str, ...], Callable[..., str | None]], ...] = (
     (("prior_preservation.prompts",), _each_prompt_once),
     (("objective.min_sigma", "objective.max_sigma"), _a_range_of_sigmas),
     (("data_config.control_dir", "data_config.metadata_file"), _one_source_of_controls),
+    *RULES_OF_OPTIMIZERS,
 )

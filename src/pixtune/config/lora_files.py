@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
-from pixtune.config.sections import Section
+from pixtune.config.section import Section
 from pixtune.config.values import Text
 
 LORA_FORMATS = Literal["diffusers", "comfyui", "kohya"]

@@ -55,11 +55,24 @@ _BY_OURS: Mapping[str, str] = {
     "num_train_epochs": "epochs max_train_epochs num_epochs max_epochs",
     "learning_rate": "lr unet_lr transformer_lr base_lr dit_lr learning_rate_unet prodigy_lr",
     "lr_scheduler": "scheduler lr_schedule learning_rate_scheduler lr_scheduler_type",
-    "lr_warmup_steps": "warmup warmup_steps num_warmup_steps learning_rate_warmup_steps lr_warmup warmup_ratio",
+    "lr_warmup_steps": "warmup warmup_steps num_warmup_steps learning_rate_warmup_steps lr_warmup",
+    "lr_warmup_share": "warmup_ratio lr_warmup_ratio warmup_percent lr_warmup_percent",
+    "lr_floor": "lr_scheduler_min_lr_ratio min_lr_ratio min_lr_rate min_lr eta_min lr_end learning_rate_min_factor",
     "lr_num_cycles": "lr_scheduler_num_cycles num_cycles learning_rate_cycles",
     "lr_power": "lr_scheduler_power",
-    "adam8bit": "optimizer optimizer_type optim optimizer_name optimizer_args optimizer_params",
+    "optimizer": "optimizer_type optim optimizer_name optimizer_args optimizer_params",
+    "adam8bit": "adamw8bit",
     "adam_weight_decay": "weight_decay",
+    "prodigy.d_coef": "prodigy_d_coef d_coef prodigy_decouple",
+    "prodigy.d0": "d0",
+    "prodigy.slice": "slice_p prodigy_slice",
+    "prodigy.growth_rate": "prodigy_growth_rate",
+    "prodigy.safeguard_warmup": "prodigy_safeguard_warmup",
+    "prodigy.bias_correction": "use_bias_correction prodigy_use_bias_correction",
+    "adafactor.momentum": "adafactor_beta1 relative_step scale_parameter warmup_init",
+    "adafactor.clip_threshold": "adafactor_clip_threshold",
+    "muon.momentum": "muon_momentum",
+    "muon.ns_steps": "ns_steps",
     "adam_beta1": "beta1 betas adam_betas",
     "adam_beta2": "beta2",
     "adam_epsilon": "eps epsilon adam_eps",
@@ -183,7 +196,12 @@ ABSENT: Mapping[str, str] = MappingProxyType(
 
 REMEDIES: Mapping[str, str] = MappingProxyType(
     {
-        "adam8bit": "The optimizer is AdamW, and adam8bit: true keeps its states in 8 bits.",
+        "optimizer": (
+            'It is "adamw" (with adam8bit: true in 8 bits), "adamw_schedule_free", "prodigy", "prodigy_schedule_free", '
+            '"adafactor" or "muon"; the keys of each stand in its section.'
+        ),
+        "lr_floor": "It is a share of learning_rate, from 0 to 1.",
+        "adafactor.momentum": "The learning rate is that of lr_scheduler always, and is not scaled by the weights.",
         "disable_gradient_checkpointing": "Mind the opposite meaning; without the key the plan decides.",
         "disable_cpu_offload": "Mind the opposite meaning; without the key the plan decides.",
         "gpu_memory_limit_gib": "The plan itself streams as many blocks as the memory needs.",

@@ -12,12 +12,21 @@ import re
 from collections.abc import Iterator
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
 from pixtune.config.contradictions import contradictions
 from pixtune.config.lora_files import LoraFilesConfig
+from pixtune.config.optimizing import (
+    FINDS_RATE,
+    OPTIMIZER_NAMES,
+    AdafactorConfig,
+    MuonConfig,
+    ProdigyConfig,
+    ScheduleFreeConfig,
+)
+from pixtune.config.section import Section
 from pixtune.config.sections import (
     CudaFeatures,
     DataConfig,
@@ -27,7 +36,6 @@ from pixtune.config.sections import (
     ObjectiveConfig,
     PriorConfig,
     SamplesConfig,
-    Section,
     TrainingAdapterConfig,
     ValidationConfig,
 )
@@ -36,6 +44,7 @@ from pixtune.config.values import (
     FewThousand,
     FilePath,
     Name,
+    Share,
     StepRules,
     Words,
 )
@@ -56,7 +65,14 @@ KNOWN_BY_CONTENT = ("data", "base_model", "num_processes")
 ChangeableNames = Annotated[Words, AfterValidator(_changeable)]
 
 LR_SCHEDULERS = Literal[
-    "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial", "piecewise_constant"
+    "constant",
+    "constant_with_warmup",
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "polynomial",
+    "rex",
+    "piecewise_constant",
 ]
 
 
@@ -103,11 +119,17 @@ class TrainConfig(Section):
     num_train_epochs: Annotated[int, Field(ge=1, le=100_000)] | None = None
     """Number of passes over the data set. Absent: `max_train_steps` decides."""
     learning_rate: float = Field(default=1e-4, gt=0)
-    """Peak learning rate."""
+    """Peak learning rate. Absent: 1e-4, and 1 for optimizers that estimate the step size themselves (Prodigy)."""
     lr_scheduler: LR_SCHEDULERS = "constant"
-    """Schedule of the learning rate, by diffusers' `get_scheduler`."""
+    """Schedule of the learning rate, by diffusers' `get_scheduler`; "rex" stays high for long and falls at the end."""
     lr_warmup_steps: int = Field(default=0, ge=0)
     """Number of optimizer steps from rate 0 to the peak rate; counts for "constant" as well."""
+    lr_warmup_share: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the run's steps, in place of `lr_warmup_steps`, from rate 0 to the peak rate: 0.05 of 1000 steps is 50.
+    0: `lr_warmup_steps` decides."""
+    lr_floor: Share = 0.0
+    """Share of the peak rate to which schedules that fall end, as 0.1: "linear", "cosine", "cosine_with_restarts",
+    "polynomial" and "rex". 0: they fall to zero."""
     lr_num_cycles: Count = 1
     """Number of cycles of "cosine_with_restarts"."""
     lr_power: float = Field(default=1.0, gt=0)
@@ -115,19 +137,32 @@ class TrainConfig(Section):
     lr_step_rules: StepRules | None = None
     """Rules of "piecewise_constant", for example "1:10,0.1:20,0.01:30,0.005": FACTOR:UNTIL_STEP, and a last factor.
     Required for that schedule; absent for all others."""
+    optimizer: OPTIMIZER_NAMES = "adamw"
+    """Method by which weights are stepped; docs/optimizers.md compares them. "adafactor" and "muon" (full only) take
+    less memory than "adamw"; "prodigy" finds its step size itself; those that are schedule-free average the weights."""
     adam8bit: bool | None = None
     """Whether AdamW keeps its states in 8 bits (bitsandbytes): 2 bytes a trained weight in place of 8. Absent: for a
     LoRA on GPUs of up to 30 GiB; for `method: full` the planner decides. `use_8bit_adam` is an older name."""
     adam_beta1: float = Field(default=0.9, ge=0, lt=1)
-    """Decay of AdamW's first moment."""
+    """Decay of the first moment of AdamW and Prodigy; schedule-free, the share of the average in what is trained."""
     adam_beta2: float = Field(default=0.999, ge=0, lt=1)
-    """Decay of AdamW's second moment."""
+    """Decay of the second moment of AdamW and Prodigy."""
     adam_weight_decay: float = Field(default=0.01, ge=0)
-    """Decoupled weight decay of AdamW."""
+    """Decoupled weight decay, of every optimizer and on all that is trained: a step takes this share, times the
+    learning rate, off each weight."""
     adam_epsilon: float = Field(default=1e-8, gt=0)
-    """Constant that AdamW adds to the root of the second moment."""
+    """Constant that AdamW and Prodigy add to the root of the second moment."""
     max_grad_norm: float = Field(default=1.0, ge=0)
     """Global norm to which larger gradients are scaled down. 0: no clipping."""
+
+    prodigy: ProdigyConfig = ProdigyConfig()
+    """Estimate of the step size of "prodigy" and "prodigy_schedule_free"."""
+    schedule_free: ScheduleFreeConfig = ScheduleFreeConfig()
+    """Average of "adamw_schedule_free"."""
+    adafactor: AdafactorConfig = AdafactorConfig()
+    """Moments of "adafactor"."""
+    muon: MuonConfig = MuonConfig()
+    """Steps of "muon"."""
 
     # ---- what is trained
     method: Literal["lora", "full"] = "lora"
@@ -233,6 +268,12 @@ class TrainConfig(Section):
     """Number of threads that read weights, with or without that package; without effect on a CPU."""
     cuda_features: CudaFeatures = CudaFeatures()
     """Kernels and number formats to use or avoid."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _rate_of_its_optimizer(cls, values: Any) -> Any:
+        finds_rate = isinstance(values, dict) and values.get("optimizer") in FINDS_RATE
+        return {"learning_rate": 1.0, **values} if finds_rate else values
 
     @model_validator(mode="after")
     def _no_contradictions(self) -> TrainConfig:

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from pixtune.config.contradictions import contradictions
+from pixtune.config.section import Section
 from pixtune.config.values import (
     Count,
     FewThousand,
@@ -37,14 +38,6 @@ AUTO_FROM, AUTO_SHARE, AUTO_LEAST, AUTO_MOST = 40, 0.05, 4, 16
 """Number of pictures from which some are held out by themselves, which share of them, and at least and most how many:
 fewer than 4 measure too roughly, and below 40 their loss to training would weigh more than what they tell."""
 WEIGHTING_SCHEMES = Literal["none", "sigma_sqrt", "cosmap"]
-
-
-class Section(BaseModel):
-    """Base of all sections: unknown keys are problems, values are not converted silently, nothing changes later."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
-    )
 
 
 class FolderConfig(Section):
@@ -196,7 +189,7 @@ class DataConfig(Section):
     """Whether pictures smaller than `img_size` are enlarged. False: they are trained on in a smaller bucket."""
     exclude: Words = ()
     """Names of pictures that are left out, with or without their ending. Empty: none."""
-    loss_weights: LossWeights = {}
+    loss_weights: LossWeights = {}  # noqa: RUF012 (pydantic copies it)
     """Factors of the losses of single pictures by name, with or without the ending, above 0 to 1000, besides their
     folder's `loss_weight`: below 1 for those that may be wrong. Held-out losses are not weighted. Empty: none."""
     cache_dir: FilePath | None = None

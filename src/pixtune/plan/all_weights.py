@@ -15,9 +15,6 @@ from pixtune.plan.optimizers import EXACT, OPTIMIZERS, SMALL
 from pixtune.plan.rungs import FIXED_BYTES, Rung, activation_units, kept_units, weight_bytes
 from pixtune.plan.situation import Situation
 
-STEP_BYTES = 16
-"""Bytes per weight of the largest tensor while it is stepped: it and its gradient in fp32, random numbers and sums of
-stochastic rounding."""
 AHEAD_BYTES = GIB
 """Device memory of optimizer states that are on their way from and to host memory."""
 LEAST_HOST_TENSOR_BYTES = 2**16
@@ -58,8 +55,7 @@ class AllWeightsRung:
         """Returns the bytes of optimizer states and fp32 copies. The memory is taken in pieces of a GiB."""
         if not self.states_on_host:
             return 0
-        each = resting_bytes(self.optimizer, situation.demands.fp32_copies)
-        return round(situation.footprint.trained_weights * each) + GIB
+        return resting_bytes(self.optimizer, situation.demands.fp32_copies, situation.footprint) + GIB
 
 
 # ---- the ladder
@@ -84,7 +80,7 @@ def ladder_of_all_weights(situation: Situation) -> list[AllWeightsRung]:
             rung.states_on_host,
             runs_backward_twice(rung, situation),
             rung.recomputed_blocks,
-            -OPTIMIZERS[rung.optimizer].state_bytes,  # the more exact one first
+            rung.optimizer == SMALL,  # the more exact one first
             rung.fused_step,
         ),
     )
@@ -110,16 +106,16 @@ def first_that_fits(situation: Situation) -> AllWeightsRung | None:
 # ---- bytes
 
 
-def resting_bytes(optimizer: str, fp32_copies: bool) -> float:
-    """Returns the bytes of one weight between its steps, besides itself: optimizer states and an fp32 copy."""
-    return OPTIMIZERS[optimizer].state_bytes + 4 * fp32_copies
+def resting_bytes(optimizer: str, fp32_copies: bool, footprint: Footprint) -> int:
+    """Returns the bytes of all weights between steps, besides themselves: optimizer states and fp32 copies."""
+    return footprint.state_bytes(optimizer) + 4 * fp32_copies * footprint.trained_weights
 
 
-def states_on_device(optimizer: str, on_host: bool, fp32_copies: bool, footprint: Footprint) -> float:
+def states_on_device(optimizer: str, on_host: bool, fp32_copies: bool, footprint: Footprint) -> int:
     """Returns the bytes of all states; of those in host memory, of what is on its way (`host_states.HostStates`)."""
-    each = resting_bytes(optimizer, fp32_copies)
-    every = each * footprint.trained_weights
-    return min(every, max(AHEAD_BYTES, 2 * each * footprint.largest_weight)) if on_host else every
+    every = resting_bytes(optimizer, fp32_copies, footprint)
+    largest = footprint.largest_state_bytes(optimizer) + 4 * fp32_copies * footprint.largest_weight
+    return min(every, max(AHEAD_BYTES, 2 * largest)) if on_host else every
 
 
 def _moment_bytes(rung: AllWeightsRung, situation: Situation) -> float:
@@ -131,7 +127,7 @@ def _moment_bytes(rung: AllWeightsRung, situation: Situation) -> float:
     activations = unit * activation_units(blocks, footprint, compiled, retained=twice)
     if twice and compiled:  # a compiled backward pass may use what it was given up as working memory only once
         activations += unit * max(kept_units(kind, blocks, footprint, compiled) for kind in footprint.kinds)
-    step = STEP_BYTES * footprint.largest_weight
+    step = OPTIMIZERS[rung.optimizer].step_bytes * footprint.largest_weight
     # A compiled block's gradients come all at once.
     one_block = max(
         block_weight_bytes(kind, demands.compute_format, demands.compute_format, True) for kind in footprint.kinds

@@ -12,7 +12,7 @@ from pixtune.hardware.facts import GIB, missing_on_host
 from pixtune.plan import all_weights, rungs
 from pixtune.plan.all_weights import AllWeightsRung, ladder_of_all_weights, runs_backward_twice
 from pixtune.plan.footprint import Footprint
-from pixtune.plan.optimizers import EXACT, OPTIMIZERS, SMALL
+from pixtune.plan.optimizers import EXACT, SMALL
 from pixtune.plan.refusals import refuse_all_weights, refuse_lora
 from pixtune.plan.rungs import QUANTIZED, Rung, fit_host, fitting_by_speed, ladder, with_rows
 from pixtune.plan.seconds import basis, step_seconds
@@ -179,7 +179,7 @@ def _all_weights_reasons(situation: Situation, rung: AllWeightsRung) -> Iterator
         yield f"the fastest way would need {_gib(situation.peak(first))}, so memory is saved:"
     yield _recomputation(rung, footprint)
     if rung.optimizer == SMALL and demands.optimizer is None:
-        saved = footprint.trained_weights * (OPTIMIZERS[EXACT].state_bytes - OPTIMIZERS[SMALL].state_bytes)
+        saved = footprint.state_bytes(EXACT) - footprint.state_bytes(SMALL)
         yield f"8-bit optimizer states: 32-bit ones would take {_gib(saved)} more"
     if rung.fused_step:
         yield "each weight is stepped within the backward pass, so that the gradients of all never exist at once"

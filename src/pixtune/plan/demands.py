@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from pixtune.config.schema import TrainConfig
 from pixtune.hardware.facts import GIB, MEMORY_FRACTION, HardwareFacts
-from pixtune.plan.optimizers import EXACT, SMALL
+from pixtune.plan.optimizers import EXACT, SMALL, StateOptions
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,12 @@ class Demands:
         return unified if self.encoders_stay is None else self.encoders_stay
 
 
+def _optimizer(config: TrainConfig) -> str | None:
+    if config.optimizer != EXACT:
+        return config.optimizer
+    return None if config.adam8bit is None else SMALL if config.adam8bit else EXACT
+
+
 def demands_of(config: TrainConfig) -> Demands:
     """Returns the meaning of a config's keys on memory."""
     fp8, limit_gib = config.cuda_features.enable_fp8_training, config.gpu_memory_limit_gib
@@ -72,7 +78,7 @@ def demands_of(config: TrainConfig) -> Demands:
         fp8=fp8,
         may_quantize_encoders=not config.disable_quantization,
         recompute=None if disabled is None else not disabled,
-        optimizer=None if config.adam8bit is None else SMALL if config.adam8bit else EXACT,
+        optimizer=_optimizer(config),
         unified=config.unified_memory,
         encoders_stay=config.disable_cpu_offload,
         captures=config.cuda_graphs and config.method != "full",
@@ -86,3 +92,8 @@ def demands_of(config: TrainConfig) -> Demands:
         memory_fraction=config.memory_fraction or MEMORY_FRACTION,
         notices=tuple(notices),
     )
+
+
+def state_options_of(config: TrainConfig) -> StateOptions:
+    """Returns the keys of a config that decide the sizes of an optimizer's states."""
+    return StateOptions(config.prodigy.slice, config.adafactor.momentum is not None)

@@ -7,11 +7,13 @@ tokens' features: tokens x width x 2 bytes. How many units a kind of block keeps
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from pixtune.hardware.facts import HardwareFacts
+from pixtune.plan.optimizers import USUAL_STATES, StateOptions, TrainedTensors, state_bytes
 
 if TYPE_CHECKING:
     from pixtune.family import ActivationUnits, ModelFamily, Shapes
@@ -70,6 +72,10 @@ class Footprint:
     """Image and text tokens of the largest micro-batch of one process."""
     trained_weights: int = 0
     """Weights of the LoRA, or all."""
+    trained: tuple[TrainedTensors, ...] = ()
+    """Shapes of the trained tensors, which decide an optimizer's states."""
+    state_options: StateOptions = USUAL_STATES
+    """Keys of the config that decide them, too."""
     trains_all: bool = False
     trains_modulation: bool = False
     """A LoRA is on modulation layers, so they must be in place."""
@@ -117,6 +123,15 @@ class Footprint:
             kind.count * (kind.linear_weights + kind.modulation_weights + kind.other_weights) for kind in self.kinds
         )
         return blocks + self.outside_weights
+
+    def state_bytes(self, optimizer: str) -> int:
+        """Counts the bytes of an optimizer's states of all trained tensors."""
+        return state_bytes(optimizer, self.trained, self.state_options)
+
+    def largest_state_bytes(self, optimizer: str) -> int:
+        """Counts the bytes of those of the tensor that has most."""
+        each = (state_bytes(optimizer, [replace(kind, count=1)], self.state_options) for kind in self.trained)
+        return max(each, default=0)
 
     @property
     def average_bytes(self) -> int:
@@ -196,6 +211,9 @@ def read_footprint(
         width=width,
         num_tokens=num_tokens,
         trained_weights=sum(rank * sum(shape) for shape in targets.values()),
+        trained=tensors_of(
+            (path, shape) for path, (rows, columns) in targets.items() for shape in ((rank, columns), (rows, rank))
+        ),
         trains_modulation=trains_modulation,
         extra_units=max(inputs) / width / num_blocks + KEPT_GATED_UNITS * trains_modulation + kept_beside,
         selective_extra_units=MLP_INPUT_UNITS * any(inputs) + GATED_UNITS * trains_modulation,
@@ -212,9 +230,33 @@ def read_footprint(
     )
 
 
-def of_all_weights(footprint: Footprint) -> Footprint:
-    """Returns the footprint with every weight of the transformer trained."""
-    return replace(footprint, trained_weights=footprint.num_weights, trains_all=True, trains_modulation=True)
+def of_all_weights(footprint: Footprint, shapes: Shapes) -> Footprint:
+    """Returns the footprint with every weight of the transformer trained.
+
+    Args:
+        shapes: shapes of its tensors.
+    """
+    blocks = tuple(f"{kind.path}." for kind in footprint.kinds)
+    return replace(
+        footprint,
+        trained_weights=footprint.num_weights,
+        trained=tensors_of(shapes.items(), blocks),
+        trains_all=True,
+        trains_modulation=True,
+    )
+
+
+def tensors_of(
+    named: Iterable[tuple[str, Sequence[int]]], blocks: tuple[str, ...] | None = None
+) -> tuple[TrainedTensors, ...]:
+    """Counts trained tensors by their shapes.
+
+    Args:
+        named: name and shape of each.
+        blocks: beginnings of the names of those that belong to blocks; None: all do.
+    """
+    kinds = Counter((tuple(shape), blocks is None or name.startswith(blocks)) for name, shape in named)
+    return tuple(TrainedTensors(shape, count, in_block) for (shape, in_block), count in kinds.items())
 
 
 def parent(name: str) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from pixtune.config.optimizing import SCHEDULE_FREE
 from pixtune.plan.all_weights import states_on_device
 from pixtune.plan.encoders import (
     ON_CPU,
@@ -20,7 +21,6 @@ from pixtune.plan.encoders import (
     text_weight_bytes,
 )
 from pixtune.plan.footprint import ELEMENT_BYTES, Footprint
-from pixtune.plan.optimizers import OPTIMIZERS
 from pixtune.plan.passes import Passes, PassPlan, choose_passes, needed_bytes, ways_of_passing
 from pixtune.plan.rungs import MOST_CAPTURES, Rung, transformer_bytes
 from pixtune.plan.training import TrainingPlan
@@ -161,7 +161,9 @@ def idle_bytes(plan: TrainingPlan, footprint: Footprint) -> int:
     if footprint.trains_all:
         trained = states_on_device(plan.optimizer, plan.states_on_host, plan.fp32_copies, footprint)
     else:
-        trained = footprint.trained_weights * (4 + OPTIMIZERS[plan.optimizer].state_bytes)
+        # What a schedule-free optimizer averages has its place, and is kept, while that is looked at.
+        exchanged = 4 if plan.optimizer in SCHEDULE_FREE else 0
+        trained = footprint.trained_weights * (4 + exchanged) + footprint.state_bytes(plan.optimizer)
         trained += footprint.average_bytes + footprint.frozen_weights * ELEMENT_BYTES[plan.compute_format]
     return transformer_bytes(rung, footprint, plan.compute_format) + round(trained)
 

@@ -13,7 +13,7 @@ from pixtune.config.sources import show
 from pixtune.hardware.facts import GIB, missing_on_host
 from pixtune.plan import all_weights, rungs
 from pixtune.plan.demands import demands_of
-from pixtune.plan.optimizers import SMALL
+from pixtune.plan.optimizers import EXACT
 from pixtune.plan.situation import AnyRung, Situation
 
 
@@ -132,7 +132,7 @@ def _that_apply(changes: Sequence[Change], situation: Situation, config: TrainCo
     for change in changes:
         value = attrgetter(change.key)(config)
         is_other = value in change.instead_of if change.instead_of else value != change.value
-        if is_other and not (change.key == "adam8bit" and situation.optimizer == SMALL):
+        if is_other and not (change.key == "adam8bit" and situation.optimizer != EXACT):
             found.append(change)
     return found
 

@@ -16,7 +16,6 @@ from pixtune.plan.footprint import (
     Footprint,
     block_weight_bytes,
 )
-from pixtune.plan.optimizers import OPTIMIZERS
 from pixtune.plan.seconds import step_seconds
 from pixtune.plan.situation import TABLES, Situation
 
@@ -89,7 +88,7 @@ class Rung:
     def peak_bytes(self, situation: Situation) -> int:
         """Returns the peak of a step. A LoRA's weights, their gradients and optimizer states are fp32."""
         footprint, compute_format = situation.footprint, situation.demands.compute_format
-        trained = footprint.trained_weights * (4 + 4 + OPTIMIZERS[situation.optimizer].state_bytes)
+        trained = footprint.trained_weights * (4 + 4) + footprint.state_bytes(situation.optimizer)
         fixed = FIXED_BYTES + (AT_WORK_BYTES if holds_codes_at_work(self) else 0)
         trained += footprint.average_bytes + footprint.frozen_weights * ELEMENT_BYTES[compute_format]
         held = transformer_bytes(self, footprint, compute_format) + trained + fixed

@@ -231,11 +231,12 @@ def build_charts(record: RunRecord) -> str:
 
 def plan_charts(record: RunRecord) -> list[Chart]:
     """Returns the charts in the order shown."""
-    end = record.last_step
+    end, rates = record.last_step, dict(record.series("learning_rate"))
     off = [(each.step, each.off_pixels) for each in record.edit_drifts if each.off_pixels is not None]
     held_out = [Series("held-out", [(v.step, v.loss) for v in record.validations], 0, "marked")]
     if record.training_pictures:
         held_out.append(Series("trained on", [(v.step, v.loss) for v in record.training_pictures], 1, "marked"))
+    step_sizes = Series("d times rate", [(step, d * rates[step]) for step, d in record.series("d") if step in rates], 0)
     drifts = [
         Chart("Drift of edits", "pixels by which samples lie off their controls", [Series("pixels", off, 0, "marked")],
               end, from_zero=True),
@@ -250,6 +251,11 @@ def plan_charts(record: RunRecord) -> list[Chart]:
         *(drifts if record.edit_drifts else []),
         Chart("Gradient norm", "before clipping", smoothed(record, "grad_norm"), end),
         Chart("Learning rate", "", [Series("learning rate", record.series("learning_rate"), 0)], end, from_zero=True),
+        *(
+            [Chart("Step size", "d of Prodigy times the learning rate", [step_sizes], end, from_zero=True)]
+            if step_sizes.points
+            else []
+        ),
         Chart("Time of a step", "seconds", [Series("seconds", record.series("seconds"), 0)], end, from_zero=True),
     ]
 

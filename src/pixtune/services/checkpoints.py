@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 from pixtune.errors import CheckpointError, LossError, TrainingError
 from pixtune.hardware.facts import package_versions
+from pixtune.plan.demands import state_options_of
 from pixtune.progress import announced
 from pixtune.services.session import Session
 from pixtune.storage.checkpoint import OPTIMIZER_STEM, Checkpoint, joined, sharded
@@ -31,7 +32,8 @@ class Checkpoints:
         run = self._session.run
         try:
             states, plain = joined(checkpoint.tensors, OPTIMIZER_STEM), checkpoint.record["optimizer_plain"]
-            optim.check_states(run.plan.optimizer, run.trained.parameters, states, plain)
+            options = state_options_of(run.config)
+            optim.check_states(run.plan.optimizer, run.trained.parameters, states, plain, options)
             run.trained.load(checkpoint.tensors, plain)
         except KeyError as error:
             raise CheckpointError(f"{checkpoint.path} does not fit this model: {error.args[0]}") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import nullcontext
 from functools import partial
 
@@ -18,7 +19,7 @@ from pixtune.services.checkpoints import Checkpoints
 from pixtune.services.session import Session
 from pixtune.storage.checkpoint_state import checkpoint_path
 from pixtune.trained.average import average_of_sums
-from pixtune.trained.optim import saw_gradient
+from pixtune.trained.optim import estimates_of, saw_gradient
 from pixtune.trained.read_back import ReadBack, checksums
 
 SIGMA = 0.5
@@ -156,7 +157,9 @@ class SavedFile:
 
     def _sum_of_rates(self, step: int) -> float:
         """Returns how far a weight may have moved, and its average where the file holds that."""
-        rates, ema = map(self._session.run.learning_rate_at, range(step)), self._session.config.ema
+        run, ema = self._session.run, self._session.config.ema
+        sizes = estimates_of(run.trained.optimizer).values()  # which grow: no step so far was larger
+        rates = (math.prod(map(float, sizes), start=run.learning_rate_at(each)) for each in range(step))
         return sum(rates) if ema.decay is None else average_of_sums(rates, ema.decay, ema.warm_up)
 
     def judge(self, step: int) -> None:

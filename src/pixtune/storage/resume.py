@@ -15,6 +15,7 @@ from typing import Any
 
 from pixtune.config import to_dict
 from pixtune.config.schema import TrainConfig
+from pixtune.config.section import Section
 from pixtune.config.sections import DataConfig, FolderConfig
 from pixtune.errors import CheckpointError
 from pixtune.storage.checkpoint import Checkpoint
@@ -76,8 +77,14 @@ def _changes_rates(before: RunIdentity, now: RunIdentity) -> str | None:
     schedule = now.config["lr_scheduler"]
     if now.num_steps is None:
         return None  # not known yet, and compared again when it is
-    if schedule in LENGTH_FREE_SCHEDULES or (before.num_steps is not None and before.num_steps == now.num_steps):
+    is_free = schedule in LENGTH_FREE_SCHEDULES and not now.config.get("lr_warmup_share")
+    if is_free or (before.num_steps is not None and before.num_steps == now.num_steps):
         return None
+    if schedule in LENGTH_FREE_SCHEDULES:
+        return (
+            "with lr_warmup_share, another length is another warm-up. Give its length as lr_warmup_steps, which is the "
+            "same run"
+        )
     return (
         f"with lr_scheduler {schedule!r}, another length is another learning rate at every step. Only runs with a "
         f"schedule of {', '.join(LENGTH_FREE_SCHEDULES)} can be made longer or shorter"
@@ -168,12 +175,13 @@ FIXED = (
     "cuda_graphs", "unified_memory", "gpu_memory_limit_gib", "host_memory_limit_gib", "memory_fraction",
     "expandable_segments", "use_fastsafetensors", "fastsafetensors_num_threads", "cuda_features", "training_adapter",
     "init_lora",
+    "optimizer", "prodigy.d0", "prodigy.slice", "adafactor.momentum",
 )  # fmt: skip
 """Keys and sections of what is trained and of the plan, which a run keeps: a change would not load, or do nothing."""
 
 RATE_KEYS = (
-    "learning_rate", "lr_scheduler", "lr_warmup_steps", "lr_num_cycles", "lr_power", "lr_step_rules", "max_train_steps",
-    "num_train_epochs",
+    "learning_rate", "lr_scheduler", "lr_warmup_steps", "lr_warmup_share", "lr_floor", "lr_num_cycles", "lr_power",
+    "lr_step_rules", "max_train_steps", "num_train_epochs",
 )  # fmt: skip
 """Keys that decide a step's learning rate."""
 
@@ -190,9 +198,18 @@ MEANINGS: Mapping[str, str] = {
 """Meaning of changes that are always refused, where the key does not show it."""
 
 
+LATER_KEYS = (
+    "optimizer", "prodigy", "schedule_free", "adafactor", "muon", "lr_warmup_share", "lr_floor",
+)  # fmt: skip
+"""Keys and sections that count in a config's name only where they are set: runs without them keep the name they had."""
+
+
 def config_hash(config: Mapping[str, Any]) -> str:
     """Returns 16 hex digits that name a config by its content, which is given as `to_dict` gives it."""
-    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]
+    defaults = ((key, TrainConfig.model_fields[key].default) for key in LATER_KEYS)
+    usual = {key: each.model_dump(mode="json") if isinstance(each, Section) else each for key, each in defaults}
+    named = {key: value for key, value in config.items() if key not in usual or value != usual[key]}
+    return hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def refuse_other_run(

@@ -8,7 +8,7 @@ import sys
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from typing import Any
 
@@ -45,6 +45,8 @@ class StepOutcome:
     """The gradient's norm before clipping."""
     losses_B: Tensor
     """Contributions of this process's examples to the loss, shape (B,)."""
+    estimates: Mapping[str, Tensor] = field(default_factory=dict)
+    """Estimates of the optimizer, by name: scalars."""
 
     @property
     def figures_3(self) -> Tensor:
@@ -146,6 +148,7 @@ class StepFigures:
             if self._log:
                 self._log.write(
                     "step", entry.step, loss=number(loss), grad_norm=number(norm), learning_rate=entry.learning_rate,
+                    **{name: float(estimate) for name, estimate in entry.outcome.estimates.items()},
                     seconds=round(own_seconds, 5), data_wait_seconds=round(entry.data_wait_seconds, 5),
                     peak_memory_gib=round(memory, 3), **({"skipped": True} if entry.step in skipped else {}),
                 )  # fmt: skip
@@ -161,8 +164,11 @@ class StepFigures:
         mean_seconds = statistics.fmean(seconds)
         self._losses.extend(filter(math.isfinite, losses))
         loss = statistics.fmean(self._losses or losses[-1:])
-        self._bar.figures(loss, mean_seconds, self._images_per_step / mean_seconds, memory, len(self._losses))
-        values = {"loss": losses[-1], "grad_norm": norms[-1], "learning_rate": pending[-1].learning_rate}
+        estimates = {name: float(estimate) for name, estimate in pending[-1].outcome.estimates.items()}
+        self._bar.figures(
+            loss, mean_seconds, self._images_per_step / mean_seconds, memory, len(self._losses), estimates
+        )
+        values = {**estimates, "loss": losses[-1], "grad_norm": norms[-1], "learning_rate": pending[-1].learning_rate}
         values |= {"seconds_per_step": mean_seconds, "peak_memory_gib": memory}
         self.track(step, {name: value for name, value in values.items() if math.isfinite(value)})
         self.restart_clock()

@@ -2,8 +2,8 @@
 
 Lines have `kind` and `step`; figures carry their unit in the name. The kinds:
 
-"step": loss, gradient norm, rate, seconds and peak memory of a step. One that was skipped has "skipped": true. What was
-    no finite number is null.
+"step": loss, gradient norm, rate, seconds and peak memory of a step; with Prodigy also d, its estimate, which times the
+    rate is the size of its steps. A step that was skipped has "skipped": true. What was no finite number is null.
 "skipped": the examples of a skipped step whose losses were no numbers, with their sigmas, and the message.
 "exploded": the loss, or the held-out loss, has exploded, with the warning that was printed.
 "first_step": how long the first step of a session took, compilation included. A resumed run has one for each session.

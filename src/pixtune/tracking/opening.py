@@ -8,7 +8,7 @@ from pixtune.config.schema import TrainConfig
 from pixtune.data.batches import BatchSource
 from pixtune.data.prepared import PreparedData
 from pixtune.data.shares import uneven_note
-from pixtune.trained import optim
+from pixtune.trained import schedule
 
 
 def opening_lines(
@@ -32,7 +32,7 @@ def opening_lines(
     number = f"about {mean:.0f}" if mean >= 1.5 else f"{mean:.1f}"
     is_once = all(use.repeats == 1 for use in order.uses)
     turns = f"every picture {number} times" if is_once else f"every picture {number} times its folder's repeats"
-    note, warning = uneven_note(order, source.reader.names), optim.check_schedule(config, num_steps)
+    note, warning = uneven_note(order, source.reader.names), schedule.check_schedule(config, num_steps)
     return [
         # Scripts look for this line, so its words stay whatever the numbers are.
         f"data: {len(data.buckets)} pictures in {num_sizes} sizes, {len(data.held_out)} held out",

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from pixtune.trained import optim
 from pixtune.trained.base import Base
 from pixtune.trained.fused_step import FusedStep
 from pixtune.trained.host_states import HostStates
+from pixtune.trained.optimizers import build_optimizer
 from pixtune.trained.read_back import ReadBack, Velocity, drawn_names, read_back_sample
 from pixtune.trained.skipped_step import is_spoiled
 from pixtune.trained.weight_update import WeightUpdate
@@ -81,14 +82,14 @@ class FullWeights:
     """
 
     def __init__(self, config: TrainConfig, plan: TrainingPlan, base: Base, first_step: int) -> None:
-        self.config, self.base = config, base
+        self.config, self.base, self._optimizer_name = config, base, plan.optimizer
         base.module.requires_grad_(True)
         self.parameters: Mapping[str, nn.Parameter] = dict(base.module.named_parameters())
         weights = self.parameters.values()
         has_masters = config.weight_update == "fp32_master" and any(w.dtype == torch.bfloat16 for w in weights)
         self.optimizer = WeightUpdate(
             self.parameters,
-            functools.partial(optim.build_optimizer, config, plan.optimizer),
+            self._build_optimizer,
             config.seed,
             first_step,
             keeps_masters=has_masters,
@@ -98,6 +99,10 @@ class FullWeights:
         self._sums: dict[str, Tensor] | None = None
         if has_masters and not self._fused:
             self._sums = gather_in_fp32(self.parameters)
+
+    def _build_optimizer(self, name: str, weight: Iterable[nn.Parameter]) -> optim.Optimizer:
+        in_block = name.startswith(tuple(f"{path}." for path in self.base.family.block_paths))
+        return build_optimizer(self.config, self._optimizer_name, weight, in_block)
 
     def summary(self) -> str:
         return f"all weights: {len(self.parameters)} tensors, {self._count():,} trained parameters"

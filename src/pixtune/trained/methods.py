@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from pixtune import randomness
 from pixtune.config import to_dict
+from pixtune.config.optimizing import SCHEDULE_FREE
 from pixtune.config.schema import TrainConfig
 from pixtune.engine.apply import COMPUTE_DTYPES
 from pixtune.hardware.facts import package_versions
@@ -36,8 +37,10 @@ from pixtune.trained.export import (
 from pixtune.trained.full_weights import FullWeights
 from pixtune.trained.init_lora import init_lora_of, start_from
 from pixtune.trained.model_spec import model_spec
+from pixtune.trained.optimizers import build_optimizer
 from pixtune.trained.read_back import ReadBack, Velocity
 from pixtune.trained.read_back_lora import UP, read_back_lora
+from pixtune.trained.schedule_free import AverageOfOptimizer
 from pixtune.trained.skipped_step import is_spoiled
 from pixtune.trained.training_adapter import TrainingAdapter, training_adapter_of
 
@@ -133,7 +136,7 @@ class LoraWeights:
     lora: AttachedLora
     parameters: Mapping[str, nn.Parameter]
     optimizer: optim.Optimizer
-    average: WeightAverage | None = None
+    average: WeightAverage | AverageOfOptimizer | None = None
     """The run's result, where its weights are averaged; None: they are the result."""
     adapter: TrainingAdapter | None = None
     """A frozen LoRA that is on in training alone."""
@@ -143,7 +146,8 @@ class LoraWeights:
     def summary(self) -> str:
         words = [f"LoRA: {len(self.lora.modules)} layers, {self.lora.num_parameters:,} trained parameters"]
         if self.average:
-            words.append(f"averaged with decay {self.config.ema.decay:g}")
+            decay = self.config.ema.decay
+            words.append("averaged by its optimizer" if decay is None else f"averaged with decay {decay:g}")
         if self.adapter:
             file = self.config.training_adapter.path
             words.append(f"trained beside {file and file.name} on {self.adapter.num_layers} layers, off in samples")
@@ -165,7 +169,8 @@ class LoraWeights:
         return norm
 
     def abandon_step(self) -> bool:
-        return True  # its optimizer takes no memory once all states are there, and these come before the first update
+        # Most optimizers take no memory once all states are there, and these come before the first update.
+        return not getattr(self.optimizer, "is_torn", False)
 
     @contextmanager
     def result_in_place(self, in_training: bool = False, strength: float = 1.0) -> Iterator[None]:
@@ -188,7 +193,7 @@ class LoraWeights:
         result = files.get(Path(DIFFUSERS_FILE).stem, {})
         raw = files.get(Path(RAW_FILE).stem, result)
         adapters.load_lora_weights(self.base.module, weights_by_module(raw))
-        if self.average:
+        if isinstance(self.average, WeightAverage):  # an optimizer's average follows from weights and states
             adapters.copy_weights(self._result(), weights_by_module(result))
         state = joined(files, OPTIMIZER_STEM)
         optim.restore_optimizer_state(self.optimizer.state, self.parameters, state, plain)
@@ -252,11 +257,14 @@ def train_lora(config: TrainConfig, plan: TrainingPlan, base: Base, first_step: 
     if first_step == 0 and (saved := init_lora_of(config, family)) is not None:
         start = start_from(adapters.lora_layers(base.module), saved)
     parameters = adapters.trainable_parameters(base.module)
-    optimizer = optim.build_optimizer(config, plan.optimizer, parameters.values())
+    optimizer = build_optimizer(config, plan.optimizer, parameters.values())
     reference = refer_to_base(config.pretrained_model_name_or_path, base.folder)
-    ema, average, adapter = config.ema, None, None
+    average: WeightAverage | AverageOfOptimizer | None = None
+    ema, adapter = config.ema, None
     if ema.decay is not None:
         average = WeightAverage(parameters, ema.decay, ema.warm_up, ema.on_host, first_step)
+    elif plan.optimizer in SCHEDULE_FREE:
+        average = AverageOfOptimizer(parameters, optimizer)
     if (saved := training_adapter_of(config, family)) is not None:
         adapter = TrainingAdapter(base.module, saved, COMPUTE_DTYPES[plan.compute_format])
     return LoraWeights(config, base, reference, lora, parameters, optimizer, average, adapter, start)

@@ -18,7 +18,7 @@ from pixtune.storage.course import resolve_resume
 from pixtune.storage.model_folder import ModelFolder
 from pixtune.storage.resume import RunIdentity, refuse_other_run
 from pixtune.storage.state_form import fault_of_record
-from pixtune.trained import optim
+from pixtune.trained import schedule
 from pixtune.trained.init_lora import KEY as INIT_LORA
 from pixtune.trained.saved_lora import lora_fingerprint
 from pixtune.trained.training_adapter import KEY as TRAINING_ADAPTER
@@ -116,9 +116,9 @@ def check_run(config: TrainConfig, checkpoint: Checkpoint | None, identity: RunI
         ConfigError: nothing would be learned.
     """
     if identity.num_steps is not None:
-        optim.check_schedule(config, identity.num_steps)
+        schedule.check_schedule(config, identity.num_steps)
     if checkpoint is None:
         return ()
     return refuse_other_run(
-        checkpoint, identity, lambda run, step: optim.rate_in(config, run.config, run.num_steps or 1, step)
+        checkpoint, identity, lambda run, step: schedule.rate_in(config, run.config, run.num_steps or 1, step)
     )

@@ -12,6 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+UNDO_BYTES = 1 << 25
+"""Bytes of weights and states that are kept at once while an optimizer steps, unless one weight has more."""
+
 
 def is_spoiled(loss: Tensor, norm: Tensor) -> Tensor:
     """Returns 1 where a step's loss or the norm of its gradients is no finite number, else 0: fp32, on the device.
@@ -22,7 +25,7 @@ def is_spoiled(loss: Tensor, norm: Tensor) -> Tensor:
 
 
 def step_unless(optimizer: Any, spoiled: Tensor) -> None:
-    """Steps an optimizer of `optim.BUILDERS`; where `is_spoiled` returned 1, neither weights nor states change."""
+    """Steps an optimizer of `optimizers.BUILDERS`; where `is_spoiled` returned 1, neither weights nor states change."""
     optimizer.found_inf = spoiled  # the name under which torch's optimizers take it from its gradient scaler
     optimizer.step()
 

@@ -42,7 +42,7 @@ class WeightUpdate:
     """An optimizer over all weights, of which each is stepped by itself.
 
     Args:
-        build: builds the optimizer of some parameters.
+        build: builds the optimizer of the weight of a name, over a stand-in of as many dimensions.
         first_step: number of steps already done, from which a resumed run continues its draws.
         keeps_masters: whether bf16 weights have fp32 copies; if not, they are rounded by chance.
         host: holds optimizer states and fp32 copies between steps; None: they stay on the device.
@@ -51,7 +51,7 @@ class WeightUpdate:
     def __init__(
         self,
         weights: Mapping[str, nn.Parameter],
-        build: Callable[[Iterable[nn.Parameter]], optim.Optimizer],
+        build: Callable[[str, Iterable[nn.Parameter]], optim.Optimizer],
         seed: int,
         first_step: int,
         keeps_masters: bool = False,
@@ -63,7 +63,7 @@ class WeightUpdate:
         self._masters: dict[str, Tensor] = {}
         """fp32 copies, each made when its weight is stepped for the first time: until then the weight is the copy."""
         self._stand_ins = {name: nn.Parameter(_nothing(weight)) for name, weight in weights.items()}
-        self._optimizers = {name: build([stand_in]) for name, stand_in in self._stand_ins.items()}
+        self._optimizers = {name: build(name, [stand_in]) for name, stand_in in self._stand_ins.items()}
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -180,4 +180,4 @@ class WeightUpdate:
 
 
 def _nothing(weight: Tensor) -> Tensor:
-    return torch.empty(0, dtype=torch.float32, device=weight.device)
+    return torch.empty((0,) * weight.dim(), dtype=torch.float32, device=weight.device)

@@ -363,7 +363,7 @@ def test_paths_that_are_written_right_are_read_as_they_are(write, minimal, path)
         ("steps", "max_train_steps"),
         ("train.steps", "max_train_steps"),
         ("samples.steps", "samples.num_steps"),
-        ("optimizer_type", "adam8bit"),
+        ("optimizer_type", "optimizer"),
         ("batch_size", "train_batch_size"),
         ("Instance-Data-Dir", "data_config.img_dir"),
         ("sample_every_n_steps", "samples.every"),

@@ -9,7 +9,7 @@ import pytest
 from pydantic.fields import FieldInfo
 
 from pixtune.config.schema import TrainConfig, item_keys, leaf_keys, section_of, sections
-from pixtune.config.sections import Section
+from pixtune.config.section import Section
 
 PAGE = Path(__file__).resolve().parents[3] / "docs" / "contract.md"
 

@@ -243,7 +243,7 @@ def test_processes_share_the_host() -> None:
 
 def test_clipping_that_runs_the_backward_pass_twice_is_said_with_the_way_out() -> None:
     told = " ".join(plan_for("H100").reasons)
-    assert "max_grad_norm=0" in told and "runs twice" in told and "39.6 GiB" in told and "host memory" in told
+    assert "max_grad_norm=0" in told and "runs twice" in told and "39.7 GiB" in told and "host memory" in told
     told = " ".join(plan_for("H100", max_grad_norm=0.0).reasons)
     assert "runs twice" not in told and "stepped within the backward pass" in told
 
@@ -282,7 +282,7 @@ def test_one_process_is_a_way_out_of_two() -> None:
 def test_what_no_way_fits_names_the_least_and_the_lora() -> None:
     message = refusal("RTX 4090", 256)
     assert "RTX 4090" in message and re.search(r"2\d\.\d GiB are missing", message)
-    assert re.search(r"The least that any plan needs is 4\d\.\d GiB and 39\.6 GiB of host memory", message)
+    assert re.search(r"The least that any plan needs is 4\d\.\d GiB and 39\.7 GiB of host memory", message)
     assert "method=lora" in message
 
 

@@ -23,7 +23,7 @@ from pixtune.storage.resume import (
     flatten,
     refuse_other_run,
 )
-from pixtune.trained.optim import build_schedule
+from pixtune.trained.schedule import build_schedule
 
 REQUIRED = {
     "pretrained_model_name_or_path": "x",

@@ -18,6 +18,7 @@ from pixtune.trained import optim
 from pixtune.trained.full_weights import FullWeights, gather_in_fp32
 from pixtune.trained.fused_step import FusedStep
 from pixtune.trained.host_states import HostStates
+from pixtune.trained.optimizers import BUILDERS
 from pixtune.trained.skipped_step import is_spoiled
 from pixtune.trained.weight_update import WeightUpdate, round_stochastically
 
@@ -58,7 +59,7 @@ def weights() -> dict[str, nn.Parameter]:
     }
 
 
-def adamw(parameters: Any) -> torch.optim.Optimizer:
+def adamw(name: str, parameters: Any) -> torch.optim.Optimizer:
     return torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=0.1, fused=True)
 
 
@@ -78,7 +79,7 @@ def test_a_rounded_step_is_a_neighbour_of_the_exact_one() -> None:
     named, exact = weights(), weights()["a"].detach().float()
     stand_in = nn.Parameter(exact.clone())
     stand_in.grad = gradient("a", exact, 0).float()
-    adamw([stand_in]).step()
+    adamw("a", [stand_in]).step()
     take_steps(WeightUpdate(named, adamw, seed=0, first_step=0), named, range(1))
     down = (stand_in.detach().view(torch.int32) & -65536).view(torch.float32)
     up = ((stand_in.detach().view(torch.int32) & -65536) + 65536).view(torch.float32)
@@ -90,7 +91,7 @@ def test_a_rounded_step_is_a_neighbour_of_the_exact_one() -> None:
 def test_updates_too_small_for_bf16_are_not_lost() -> None:
     """1000 steps of 1e-4 upon 1.0, whose neighbours in bf16 are 0.0078 and 0.0039 away."""
     named = {"w": nn.Parameter(torch.ones(4000).bfloat16())}
-    update = WeightUpdate(named, lambda p: torch.optim.SGD(p, lr=1e-4, fused=True), seed=0, first_step=0)
+    update = WeightUpdate(named, lambda _, p: torch.optim.SGD(p, lr=1e-4, fused=True), seed=0, first_step=0)
     nearest = torch.ones(1).bfloat16()
     for _ in range(1000):
         update.step_weight("w", torch.ones(4000).bfloat16(), None, SOUND)
@@ -253,8 +254,8 @@ def late_lane(device: torch.device) -> Any:
     return LateLane(device)
 
 
-def adamw_8bit(parameters: Any) -> optim.Optimizer:
-    return optim.BUILDERS["adamw_8bit"](parameters, lr=LEARNING_RATE, weight_decay=0.1)
+def adamw_8bit(name: str, parameters: Any) -> optim.Optimizer:
+    return BUILDERS["adamw_8bit"](parameters, lr=LEARNING_RATE, weight_decay=0.1)
 
 
 KINDS = ("rounded", "master", "fp32")
