@@ -176,7 +176,10 @@ STATED = {"lora_adapter_metadata": json.dumps({"transformer.r": 4, "transformer.
         (f"transformer.{LAYERS[0]}.hada_w1_a", "holds transformer.*hada_w1_a, which is no part"),
         (f"transformer.{LAYERS[0]}.lokr_w1", f"holds {LAYERS[0]}.lokr_w1"),
         ("text_encoder.layer.lora_A.weight", "of a text encoder"),
-        (f"transformer.{LAYERS[0]}.alpha", f"two scales: lora_adapter_metadata, and an alpha of {LAYERS[0]}"),
+        (
+            f"transformer.{LAYERS[0]}.alpha",
+            f"two scales: .*, and an alpha of 1 layers, such as {LAYERS[0]}",
+        ),
         (f"diffusion_model.{LAYERS[1]}.lora_up.weight", f"matrices of shapes .*for {LAYERS[1]}"),
     ],
 )

@@ -54,6 +54,8 @@ def test_it_goes_on_where_the_file_ends_and_is_resumed_to_the_bit(
     for changes in ({"init_lora": other_file}, {}):
         refusal = train(tmp_path / "resumed", warm_cache, **on, **changes)
         assert refusal.returncode == 1 and "init_lora: was " in refusal.stdout, refusal.stdout
+    save_file(other, file)  # as a run does that goes on elsewhere
+    assert train(tmp_path / "resumed", warm_cache, init_lora=file, **{**on, "max_train_steps": 2}).returncode == 0
     file.unlink()
     outcome = train(tmp_path / "resumed", warm_cache, init_lora=file, **on)
     assert outcome.returncode == 0, outcome.stdout

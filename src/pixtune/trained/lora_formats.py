@@ -186,6 +186,8 @@ def _alpha(name: str, layer: AdapterLayer) -> dict[str, Tensor]:
 def _number(alpha: Tensor, layer: str) -> float:
     if alpha.numel() != 1 or not alpha.isfinite().all():
         raise WeightsError(f"the alpha of {layer} is no finite number.")
+    if not alpha.any():
+        raise WeightsError(f"the alpha of {layer} is 0, so that it does nothing.")
     return shortest(float(alpha))
 
 
@@ -199,7 +201,11 @@ def _split(layer: str, adapter: AdapterLayer, original: OriginalLayer, ranks: Ra
     if len(original.parts) == 1:
         return {original.parts[0]: AdapterLayer(tensors, adapter.alpha)}
     plain = AdapterLayer(tensors, adapter.alpha)
-    if not plain.is_plain or tensors[DOWN].ndim != 2 or tensors[UP].ndim != 2:
+    if plain.is_plain:
+        down, up = tuple(tensors[DOWN].shape), tuple(tensors[UP].shape)
+        if len(down) != 2 or len(up) != 2 or down[0] != up[1] or not down[0]:
+            raise WeightsError(f"{layer} has matrices of shapes {down} and {up}, not (rank, in) and (out, rank).")
+    else:
         raise WeightsError(
             f"{layer} is {len(original.parts)} layers in diffusers, and only a LoRA (down and up) can be split among "
             f"them; it has {', '.join(sorted(tensors))}."
@@ -277,9 +283,13 @@ def _stored_ranks(metadata: Mapping[str, str]) -> dict[str, Ranks]:
     """
     try:
         ranks = json.loads(metadata.get(RANKS_KEY, "{}"))
-        return {
-            str(layer): of_parts if of_parts == fused_layers.SHARED else [int(rank) for rank in of_parts]
-            for layer, of_parts in ranks.items()
-        }
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise WeightsError(f"the metadata {RANKS_KEY} are damaged.") from error
+    if not isinstance(ranks, dict) or not all(map(_are_ranks, ranks.values())):
+        raise WeightsError(f"the metadata {RANKS_KEY} are damaged.")
+    return ranks
+
+
+def _are_ranks(value: object) -> bool:
+    is_list = isinstance(value, list) and all(type(rank) is int and rank >= 0 for rank in value)
+    return is_list or value == fused_layers.SHARED

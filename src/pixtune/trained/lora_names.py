@@ -137,9 +137,14 @@ def describe_strange(names: Sequence[str], every: Sequence[str], family: ModelFa
 
     more = f" and {len(names) - 1} more such tensors" if len(names) > 1 else ""
     if all(name.startswith(TEXT_PREFIXES) for name in names):
-        return f"it holds {names[0]}{more} of a text encoder, whose LoRA pixtune does not apply."
+        return (
+            f"it holds {names[0]}{more} of a text encoder, whose LoRA pixtune does not apply. Leave these tensors out "
+            "of the file to use the transformer's."
+        )
     if not any(re.search(r"lora|lokr|hada|diff|\.alpha$", name) for name in every):
         return f"it holds {names[0]}{more}, so it is no LoRA, but other weights."
+    if any(re.search(r"(input|output|down|up|mid|middle)_blocks?[_.]", name) for name in every):
+        return f"it holds {names[0]}{more}: a LoRA of a U-Net, as Stable Diffusion has, and not of {family.name}."
     others = [each.name for each in FAMILIES.values() if fits(every, each)]
     what = f" It is a LoRA of {' or '.join(others)}." if others else ""
     return f"it holds {names[0]}{more}, which is no part of a LoRA of {family.name}.{what}"

@@ -86,7 +86,7 @@ def identify(
 
     Args:
         checkpoint: what the run is resumed from. It holds all that the LoRA in `init_lora` was for, whose file may
-            therefore be gone.
+            therefore be gone, or another by now.
 
     Raises:
         WeightsError: the training adapter, or the LoRA that a new run starts from, cannot be read.
@@ -96,9 +96,9 @@ def identify(
     adapter = None if path is None else lora_fingerprint(TRAINING_ADAPTER, path)
     start, init_lora = config.init_lora, None
     if start is not None:
-        is_gone = checkpoint is not None and not start.exists()
-        stored = checkpoint.record.get(INIT_LORA) if checkpoint else None
-        init_lora = stored if is_gone else lora_fingerprint(INIT_LORA, start)
+        record = checkpoint.record if checkpoint else {"config": {}}
+        is_used_up = checkpoint is not None and (not start.exists() or record["config"].get(INIT_LORA) == str(start))
+        init_lora = record.get(INIT_LORA) if is_used_up else lora_fingerprint(INIT_LORA, start)
     return RunIdentity(
         to_dict(config), None, accelerator.num_processes, length, steps_fingerprint(folder), adapter,
         init_lora=init_lora,

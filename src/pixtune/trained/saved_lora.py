@@ -149,8 +149,8 @@ def read_saved_lora(path: Path, family: ModelFamily) -> SavedLora:
         return SavedLora(path, weights, rank, alpha, ranks, alphas, False, format_of(tensors))
     if with_alpha := [layer for layer, own in layers.items() if own.alpha is not None]:
         raise WeightsError(
-            f"{path} has two scales: {METADATA_KEY}, and an alpha of {with_alpha[0]} and {len(with_alpha) - 1} more "
-            "layers. Only one can be meant, and diffusers refuses both together. Remove one of them."
+            f"{path} has two scales: {METADATA_KEY}, and an alpha of {len(with_alpha)} layers, such as "
+            f"{with_alpha[0]}. Only one can be meant, and diffusers refuses both together. Remove one of them."
         )
     return _scaled_by_metadata(path, weights, layers, metadata[METADATA_KEY])
 

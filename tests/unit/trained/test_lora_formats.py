@@ -297,7 +297,25 @@ QKV = "lora_unet_double_blocks_0_img_attn_qkv"
     [
         ({"transformer.transformer_blocks.0.attn.to_q.hada_w1_a": 0}, QWEN, "no part of a LoRA of qwen_image"),
         ({"lora_te1_text_model_encoder_layers_0_mlp_fc1.alpha": 0}, FLUX, "of a text encoder, whose LoRA"),
-        ({"lora_unet_input_blocks_4_1_proj_in.lora_down.weight": 0}, FLUX, "no part of a LoRA of flux"),
+        ({"lora_unet_input_blocks_4_1_proj_in.lora_down.weight": 0}, FLUX, "a LoRA of a U-Net"),
+        ({"encoder.conv_in.weight": 0}, FLUX, "so it is no LoRA, but other weights"),
+        ({f"{QKV}.lora_down.weight": torch.ones(2), f"{QKV}.lora_up.weight": torch.ones(24)}, FLUX, "of shapes"),
+        (
+            {f"{QKV}.lora_down.weight": torch.ones(0, 8), f"{QKV}.lora_up.weight": torch.ones(24, 0)},
+            FLUX,
+            "of shapes",
+        ),
+        (
+            {f"{QKV}.lora_down.weight": torch.ones(2, 8), f"{QKV}.lora_up.weight": torch.ones(24, 3)},
+            FLUX,
+            "of shapes",
+        ),
+        (
+            {f"transformer.transformer_blocks.0.attn.to_q.{part}": tensor for part, tensor in PAIR.items()}
+            | {"transformer.transformer_blocks.0.attn.to_q.alpha": torch.tensor(0.0)},
+            QWEN,
+            "is 0, so that it does nothing",
+        ),
         ({f"{QKV}.lora_down.weight": 0}, QWEN, "no part of a LoRA of qwen_image"),
         ({"transformer.transformer_blocks.00.attn.to_q.lora_A.weight": 0}, QWEN, "no part"),
         ({"transformer.transformer_blocks.0.attn.to_q.alpha": torch.ones(())}, QWEN, "an alpha and no weights"),
@@ -335,13 +353,11 @@ def test_what_is_no_lora_of_the_family_is_refused_by_name(file: dict[str, Any], 
         read_layers(tensors, family)
 
 
-@pytest.mark.parametrize(
-    "ranks", ['{"double_blocks.0.img_attn.qkv": [5, -1, 2]}', "[]", '{"double_blocks.0.img_attn.qkv": 3}']
-)
-def test_damaged_ranks_are_refused(ranks: str) -> None:
+@pytest.mark.parametrize("value", ["[5, -1, 2]", "3", "[1e999, 0]", "[[1]]", "null"])
+def test_damaged_ranks_are_refused(value: str) -> None:
     file = {f"{QKV}.lora_down.weight": torch.ones(6, 8), f"{QKV}.lora_up.weight": torch.ones(24, 6)}
     with pytest.raises(WeightsError, match=r"damaged|cannot be split"):
-        read_layers(file, FLUX, {"pixtune.joined_ranks": ranks})
+        read_layers(file, FLUX, {"pixtune.joined_ranks": f'{{"double_blocks.0.img_attn.qkv": {value}}}'})
 
 
 def test_a_file_s_names_tell_which_family_it_fits() -> None:
