@@ -41,6 +41,11 @@ def text(value: Any, look: Look | None = None) -> str:
     return str(value)
 
 
+def lora_file(value: Any, look: Look) -> str | Outcome:
+    """Returns the LoRA file that a run starts from; nothing where none is named."""
+    return text(value) if value not in (None, "") else Outcome()
+
+
 def truth(value: Any, look: Look | None = None) -> bool:
     if isinstance(value, str) and value.strip().casefold() in ("true", "1", "yes", "on"):
         return True

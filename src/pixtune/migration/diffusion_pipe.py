@@ -198,7 +198,7 @@ SETTINGS: tuple[Rule, ...] = (
          remark="all linear layers of the blocks; here attention"),
     Rule("adapter.rank", "rank", _for_lora(_rank)),
     *lost("adapter.dropout", "a LoRA has no dropout here"),
-    *lost("adapter.init_from_existing", "a run goes on from its own checkpoints"),
+    *lost("adapter.init_from_existing", "it names a folder there; init_lora takes the LoRA file in it"),
     *lost("adapter.fuse_adapters adapter.exclude_linear_modules adapter.alpha",
           "one frozen LoRA is possible: training_adapter.path"),
     *lost("adapter.decompose_factor adapter.decompose_both", "only a LoRA is trained"),

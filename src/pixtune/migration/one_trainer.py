@@ -249,7 +249,7 @@ SETTINGS: tuple[Rule, ...] = (
     Rule("layer_filter", "lora_targets", _for_lora(_targets), default="",
          remark="all linear layers where it is left out; here attention"),
     *harmless("layer_filter_preset layer_filter_regex", "see layer_filter"),
-    *lost("lora_model_name", "a run goes on from its own checkpoints"),
+    Rule("lora_model_name", "init_lora", _for_lora(to.lora_file)),
     *lost("lora_decompose", "a plain LoRA is trained"),
     *harmless("lora_weight_dtype lora_decompose_* lokr_* oft_* loha_* bundle_additional_embeddings dora_oft",
               "a LoRA is fp32 here"),

@@ -40,7 +40,7 @@ Secrets (tokens, API keys) are not copied. A model that pixtune does not train i
 * A run that is killed goes on bit for bit, with `resume_from_checkpoint=latest`.
 * Losses on held-out pictures with fixed noise, the best weights among the checkpoints, and a report. An imported config
   has `validation.held_out: 0`, since other trainers train on all pictures: remove the line.
-* LoRA files for diffusers and ComfyUI at once, read back and checked.
+* LoRA files for diffusers, ComfyUI and (on request) kohya's trainers at once, read back and checked.
 * Problems of a data set before training: `pixtune validate`.
 
 ## What means something else in places
