@@ -21,6 +21,7 @@ SAMPLE: dict[str, tuple[str, ...]] = {
     weights.SAFETENSORS: (
         "a header of 2^64-1 bytes (export)", "a header of 15 MB of brackets (sample)", "tensors that overlap (export)",
         "a zip of a pickle (sample)", "a side of 2^62 (export)", "1 TB of tensors (export)",
+        "a header of 2^63 bytes (lora compare)", "1 TB of tensors (merge)",
     ),
     weights.LORA: (
         "a pattern of alternatives that takes for ever (sample)", "a pattern of many stars (sample)",

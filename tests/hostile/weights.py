@@ -152,7 +152,27 @@ def sample(folder: Path, *culprits: str, model: Path = TINY_MODEL) -> Attack:
     return Attack(tuple(map(str, words)), culprits or ("lora.safetensors",))
 
 
-COMMANDS = {"export": export, "sample": sample}
+def tool(*words: object) -> Callable[..., Attack]:
+    """Returns an attack on `pixtune lora`; FILE among the words stands for the hostile file."""
+
+    def attack(folder: Path, *culprits: str) -> Attack:
+        typed = [str(folder / "lora.safetensors") if word == "FILE" else str(word) for word in words]
+        output = () if words[0] in ("info", "compare") else ("--output", str(folder / "out.safetensors"))
+        return Attack(("lora", *typed, *output), culprits or ("lora.safetensors",))
+
+    return attack
+
+
+TOOLS = {
+    "info": tool("info", "FILE", "--json"),
+    "convert": tool("convert", "FILE", "--to", "kohya"),
+    "resize": tool("resize", "FILE", "--rank", 1),
+    "compare": tool("compare", LORA_FILE, "FILE"),
+    "merge": tool("merge", "FILE", "--base", TINY_MODEL / "transformer" / "diffusion_pytorch_model.safetensors"),
+    "merge into it": tool("merge", LORA_FILE, "--base", "FILE"),
+    "extract": tool("extract", "FILE", TINY_MODEL, "--rank", 1),
+}
+COMMANDS = {"export": export, "sample": sample, **TOOLS}
 
 
 def lay_file(command: str, data: bytes | Callable[[], bytes], folder: Path, draw: random.Random) -> Attack:
@@ -298,6 +318,9 @@ def cases(rounds: int = 8) -> Iterator[Case]:
     for number, (what, data) in enumerate(FILES.items()):
         command = ("export", "sample")[number % 2]
         yield Case(SAFETENSORS, f"{what} ({command})", partial(lay_file, command, data), REFUSED)
+    for number, (what, data) in enumerate(FILES.items()):
+        command = list(TOOLS)[number % len(TOOLS)]
+        yield Case(SAFETENSORS, f"{what} (lora {command})", partial(lay_file, command, data), REFUSED)
     for kind in ("a named pipe", "a device", "a folder", "a link to itself", "1 TB", "1 TB of tensors"):
         for command in COMMANDS:
             yield Case(SAFETENSORS, f"{kind} ({command})", partial(lay_special, command, kind), REFUSED)
@@ -305,6 +328,12 @@ def cases(rounds: int = 8) -> Iterator[Case]:
         yield Case(LORA, f"{what} (sample)", partial(lay_adapter, "sample", changes))
     for what, changes in list(ADAPTER.items())[:9]:
         yield Case(LORA, f"{what} (export)", partial(lay_adapter, "export", changes))
+    for number, (what, changes) in enumerate(ADAPTER.items()):
+        command = list(TOOLS)[number % 5]
+        yield Case(LORA, f"{what} (lora {command})", partial(lay_adapter, command, changes))
+    for number, (what, described) in enumerate(METADATA.items()):
+        command = list(TOOLS)[number % 5]
+        yield Case(LORA, f"{what} (lora {command})", partial(lay_description, command, described))
     for what, described in METADATA.items():
         yield Case(LORA, f"{what} (export)", partial(lay_description, "export", described))
     for what, described in list(METADATA.items())[:5]:
@@ -313,7 +342,7 @@ def cases(rounds: int = 8) -> Iterator[Case]:
         for command in COMMANDS:
             yield Case(LORA, f"{what} ({command})", partial(lay_file, command, make))
     for number in range(2 * rounds):
-        command = ("export", "sample")[number % 2]
+        command = list(COMMANDS)[number % len(COMMANDS)]
 
         def lay(folder: Path, draw: random.Random, command: str = command) -> Attack:
             return lay_file(command, damage(LORA_FILE.read_bytes(), draw), folder, draw)

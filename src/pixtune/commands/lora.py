@@ -40,7 +40,7 @@ FormatOption = Annotated[
 ]
 
 
-@app.command()
+@app.command(epilog="Example: pixtune lora info runs/mine/pytorch_lora_weights.safetensors")
 def info(file: File, layers: EveryLayer = False, json_output: Json = False) -> None:
     """Show what a LoRA file is.
 
@@ -53,7 +53,7 @@ def info(file: File, layers: EveryLayer = False, json_output: Json = False) -> N
     _show(describe_adapter(read_adapter(file)), json_output, lambda found: info_lines(found, layers))
 
 
-@app.command()
+@app.command(epilog="Example: pixtune lora convert mine.safetensors --to comfyui --output mine_comfyui.safetensors")
 def convert(
     file: File,
     to: Annotated[Names, typer.Option("--to", help="Whose names the result has.")],
@@ -77,7 +77,7 @@ def convert(
     _print(convert_lines(adapter, to, output, rounded, metadata))
 
 
-@app.command()
+@app.command(epilog="Example: pixtune lora merge mine.safetensors --base ./Qwen-Image --output ./my-model")
 def merge(
     loras: Annotated[list[Path], typer.Argument(metavar="FILE...", help="LoRAs to merge.")],
     output: Annotated[Path, typer.Option(help="File, or with --base a folder, for the result; must not exist.")],
@@ -131,7 +131,7 @@ def merge(
     _show(merged.as_json(), json_output, lambda found: merged_lines(found, adapters))
 
 
-@app.command()
+@app.command(epilog="Example: pixtune lora resize mine.safetensors --rank 16 --output mine_rank16.safetensors")
 def resize(
     file: File,
     output: Output,
@@ -156,7 +156,7 @@ def resize(
     _join([(read_adapter(file), 1.0)], wanted, output, dtype, file_format, layers, json_output)
 
 
-@app.command()
+@app.command(epilog="Example: pixtune lora extract ./Qwen-Image ./my-finetune --rank 64 --output extracted.safetensors")
 def extract(
     original: Annotated[str, typer.Argument(metavar="ORIGINAL", help="Model before: a folder or a .safetensors file.")],
     tuned: Annotated[str, typer.Argument(metavar="TUNED", help="Model after, likewise.")],
@@ -197,7 +197,7 @@ def extract(
     _show(described, json_output, lambda each: cut_lines(each, layers))
 
 
-@app.command()
+@app.command(epilog="Example: pixtune lora compare early.safetensors late.safetensors")
 def compare(
     first: File,
     second: Annotated[Path, typer.Argument(metavar="OTHER", help="LoRA to compare it with.")],

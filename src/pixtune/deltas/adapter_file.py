@@ -33,6 +33,8 @@ from pixtune.trained.saved_lora import APPLIED, HARMLESS_STARTS, METADATA_KEY, W
 
 MOST_TENSORS = 20_000
 """Number of tensors that no LoRA reaches: on each layer of Qwen-Image, with magnitudes and alphas, it has 3,384."""
+LARGEST_SCALE = 1e6
+"""Scale that no LoRA reaches: an alpha of 1,000 at rank 1 is a thousandth of it."""
 LEAST_SHARE = 0.5
 """Share of a file's tensors that a family has to know for the others to count as unknown names, not another model."""
 BASES = ("pixtune.base_model", "modelspec.architecture", "ss_base_model_version", "ss_sd_model_name")
@@ -208,10 +210,12 @@ def _change(path: Path, layer: str, adapter: AdapterLayer, scale: float) -> Chan
     """Builds what an adapter does to a layer.
 
     Raises:
-        WeightsError: matrices are missing, or their shapes do not belong together.
+        WeightsError: matrices are missing, their shapes do not belong together, or the scale is beyond any.
     """
     tensors = dict(adapter.tensors)
     magnitude = tensors.pop(MAGNITUDE, None)
+    if not abs(scale) <= LARGEST_SCALE:
+        raise WeightsError(f"{path} has the scale {scale:g} for {layer}, which no training gives. Is it damaged?")
     if tensors.keys() == {DOWN, UP}:
         down, up = tensors[DOWN], tensors[UP]
         if down.ndim != 2 or up.ndim != 2 or down.shape[0] != up.shape[1]:

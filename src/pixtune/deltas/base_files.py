@@ -55,8 +55,10 @@ class Rows:
 class BaseFiles:
     """A base model's files, of which the headers are read."""
 
+    name: str
+    """Path or hub name by which it was asked for."""
     path: Path
-    """Folder or file that was named."""
+    """Folder or file."""
     transformer: Path
     """Folder of the transformer's files; for a single file that file."""
     entries: Mapping[str, TensorEntry]
@@ -68,7 +70,7 @@ class BaseFiles:
 
     @property
     def is_file(self) -> bool:
-        return self.transformer.is_file()
+        return not self.transformer.is_dir()
 
     @property
     def is_pipeline(self) -> bool:
@@ -111,7 +113,7 @@ def open_base(name_or_path: str) -> BaseFiles:
                 "diffusers' layout, a transformer's folder, or a .safetensors file."
             )
         path = cached.path
-    if path.is_file():
+    if not path.is_dir():
         entries, transformer = read_entries([path]), path
     else:
         transformer = path / "transformer" if (path / MODEL_INDEX).is_file() else path
@@ -127,7 +129,7 @@ def open_base(name_or_path: str) -> BaseFiles:
             f"{path} holds no transformer of {', '.join(FAMILIES)}: {describe_weights(by_name)}. Is it the right file?"
         )
     families = tuple(family for family, places in found if len(places) == most)
-    return BaseFiles(path, transformer, by_name, locate_layers(by_name, families[0]), families)
+    return BaseFiles(name_or_path, path, transformer, by_name, locate_layers(by_name, families[0]), families)
 
 
 def locate_layers(entries: Mapping[str, TensorEntry], family: ModelFamily) -> dict[str, Rows]:

@@ -249,8 +249,8 @@ def _copy_other_files(base: BaseFiles, target: Path) -> None:
 def _about(base: BaseFiles, adapters: Sequence[tuple[AdapterFile, float]]) -> dict[str, object]:
     """Builds what the result's `pixtune.json` says of where it comes from, without a path."""
     if base.is_pipeline:
-        origin = refer_to_base(str(base.path), ModelFolder(base.path)).entries()
+        origin = refer_to_base(base.name, ModelFolder(base.path)).entries()
     else:
-        origin = {"base_model": without_path(str(base.path))}
+        origin = {"base_model": without_path(base.name)}
     loras = [{"file": adapter.path.name, "weight": weight} for adapter, weight in adapters]
     return {**origin, "merged": loras, "versions": dict(package_versions())}

@@ -217,6 +217,8 @@ DAMAGE: dict[str, tuple[Change, dict[str, Any], str]] = {
     "layers that are repeated": (lambda t: None, {**PLAIN, "layer_replication": [[0, 1]]}, "layer_replication"),
     "another kind": (lambda t: None, {**PLAIN, "peft_type": "LOHA"}, "peft_type=LOHA"),
     "a setting of next year": (lambda t: None, {**PLAIN, "a_setting": 1}, "a_setting=1"),
+    "an alpha beyond any": (lambda t: None, {**PLAIN, "lora_alpha": 1e300}, "has the scale 2.5e.299"),
+    "an alpha tensor beyond any": (lambda t: t.update({f"{Q}.alpha": torch.tensor(3e38)}), {}, "has the scale"),
     "an endless pattern": (lambda t: None, {**PLAIN, "rank_pattern": {"(a+)+$": 4}}, "damaged"),
     "DoRA's magnitudes of another number": (
         lambda t: t.update({f"{Q}.lora_magnitude_vector": torch.ones(5)}), {}, "one for each output",
