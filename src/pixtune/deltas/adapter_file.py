@@ -72,6 +72,21 @@ class AdapterFile:
         names = {LowRank: "LoRA", Kronecker: "LoKr", Dora: "DoRA"}
         return tuple(dict.fromkeys(names[type(change)] for change in self.changes.values()))
 
+    def refuse_other_lengths(self) -> None:
+        """Checks that a DoRA's magnitudes are the rows' lengths that training gave them.
+
+        Under `dora_scale`, ComfyUI takes what is multiplied by the sum's rows over the length of the base's rows, where
+        PEFT and LyCORIS divide by the length of the sum's. A file with ComfyUI's names has numbers for the former.
+
+        Raises:
+            WeightsError: they may be something else.
+        """
+        if self.format == "comfyui" and "DoRA" in self.kinds:
+            raise WeightsError(
+                f"{self.path} is a DoRA with ComfyUI's names, which scales rows by the base's lengths and not by its "
+                "own, as training does. Give the file of the same run for diffusers."
+            )
+
     def deltas(self, purpose: str) -> dict[str, Delta]:
         """Returns the layers' deltas.
 

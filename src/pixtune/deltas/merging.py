@@ -68,6 +68,7 @@ def changes_by_layer(adapters: Sequence[tuple[AdapterFile, float]]) -> dict[str,
     """
     found: dict[str, list[Change]] = {}
     for adapter, weight in adapters:
+        adapter.refuse_other_lengths()
         for layer, change in adapter.changes.items():
             if isinstance(change, Dora):
                 if weight != 1:

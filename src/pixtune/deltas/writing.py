@@ -65,7 +65,12 @@ def check_file_target(target: Path, sources: Iterable[Path]) -> None:
 
 
 def settled(adapter: AdapterFile) -> dict[str, AdapterLayer]:
-    """Returns an adapter's layers with each scale as its alpha, wherever the file had it."""
+    """Returns an adapter's layers with each scale as its alpha, wherever the file had it.
+
+    Raises:
+        WeightsError: it is a DoRA in a form that only ComfyUI applies.
+    """
+    adapter.refuse_other_lengths()
     return {layer: _settle(adapter.layers[layer], change) for layer, change in adapter.changes.items()}
 
 
@@ -94,6 +99,11 @@ def named_tensors(layers: Mapping[str, AdapterLayer], file_format: str, family: 
     Raises:
         WeightsError: the format has no place for it.
     """
+    if file_format != "diffusers" and any(MAGNITUDE in layer.tensors for layer in layers.values()):
+        raise WeightsError(
+            "it is a DoRA, whose rows ComfyUI scales by the base's lengths, which are not in the file. `pixtune "
+            "export` writes that file from a checkpoint."
+        )
     if file_format == "kohya":
         return kohya_tensors(layers, family)
     if file_format == "comfyui":

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pixtune.deltas.adapter_file import read_adapter
@@ -95,27 +94,42 @@ def test_stock_diffusers_loads_what_is_written(
         torch.testing.assert_close(module.get_delta_weight(adapter), dense(loras[layer]), rtol=1e-4, atol=1e-4)
 
 
-def test_a_dora_and_a_lokr_come_back_the_same_to_the_bit(tmp_path: Path) -> None:
+def test_a_lokr_comes_back_the_same_to_the_bit(tmp_path: Path) -> None:
     layer = "transformer_blocks.30.attn.to_q"
-    dora = {**lora_tensors({layer: (6, 4)}), f"{layer}.lora_magnitude_vector": torch.rand(6)}
-    lokr = {
-        f"{layer}.lokr_w1": torch.randn(2, 2),
-        f"{layer}.lokr_w2_a": torch.randn(3, 1),
-        f"{layer}.lokr_w2_b": torch.randn(1, 2),
-    }
-    configs: list[tuple[dict[str, Tensor], dict[str, Any]]] = [
-        (dora, {"r": 4, "lora_alpha": 3, "use_dora": True}), (lokr, {"r": 1, "alpha": 3, "peft_type": "LOKR"}),
-    ]  # fmt: skip
-    for number, (tensors, config) in enumerate(configs):
-        source = write_lora(tmp_path / f"{number}.safetensors", tensors, **config)
-        path = source
-        for to in ("kohya", "comfyui", "diffusers"):
-            path = convert(path, tmp_path / f"{number}-{to}.safetensors", to)
-        assert bits(load_file(path)) == bits(load_file(source))
-        weight = torch.randn(6, 4)
-        one, other = (changed_weight(weight, [read_adapter(each).changes[layer]])[0] for each in (source, path))
-        torch.testing.assert_close(one, other)
-        assert isinstance(read_adapter(path).changes[layer], Dora) == (number == 0)
+    parts = {"lokr_w1": torch.randn(2, 2), "lokr_w2_a": torch.randn(3, 1), "lokr_w2_b": torch.randn(1, 2)}
+    tensors = {f"{layer}.{name}": tensor for name, tensor in parts.items()}
+    source = write_lora(tmp_path / "a.safetensors", tensors, r=1, alpha=3, peft_type="LOKR")
+    path = source
+    for to in ("kohya", "comfyui", "diffusers"):
+        path = convert(path, tmp_path / f"{to}.safetensors", to)
+    assert bits(load_file(path)) == bits(load_file(source))
+    weight = torch.randn(6, 4)
+    one, other = (changed_weight(weight, [read_adapter(each).changes[layer]])[0] for each in (source, path))
+    torch.testing.assert_close(one, other)
+
+
+def test_a_dora_s_magnitudes_mean_something_else_to_comfyui(tmp_path: Path) -> None:
+    """It multiplies by the lengths of the base's rows; LyCORIS, which has the same name, as PEFT."""
+    layer = "transformer_blocks.30.attn.to_q"
+    tensors = {**lora_tensors({layer: (6, 4)}), f"{layer}.lora_magnitude_vector": torch.rand(6)}
+    source = read_adapter(write_lora(tmp_path / "a.safetensors", tensors, r=4, lora_alpha=3, use_dora=True))
+    for to in ("comfyui", "kohya"):
+        with pytest.raises(WeightsError, match=r"b.safetensors.*base's lengths.*export"):
+            write_adapter(tmp_path / "b.safetensors", settled(source), to, source.family, {})
+    layers = {name: each.clone() for name, each in tensors.items() if "magnitude" not in name}
+    layers[f"{layer}.dora_scale"] = tensors[f"{layer}.lora_magnitude_vector"][:, None].clone()
+    comfyui = {f"diffusion_model.{name}": tensor for name, tensor in layers.items()}
+    save_file(comfyui, tmp_path / "comfyui.safetensors")
+    with pytest.raises(WeightsError, match=r"comfyui.safetensors.*ComfyUI's names"):
+        settled(read_adapter(tmp_path / "comfyui.safetensors"))
+    names = ("lora_down.weight", "lora_up.weight", "dora_scale")
+    flat = f"lora_unet_{layer.replace('.', '_')}"
+    lycoris = {f"{flat}.{name}": tensor for name, tensor in zip(names, layers.values(), strict=True)}
+    save_file(lycoris, tmp_path / "lycoris.safetensors")
+    back = convert(tmp_path / "lycoris.safetensors", tmp_path / "back.safetensors", "diffusers")
+    assert bits(load_file(back)) == bits(load_file(source.path))
+    change = read_adapter(back).changes[layer]
+    assert isinstance(change, Dora) and change.magnitude_O.equal(tensors[f"{layer}.lora_magnitude_vector"])
 
 
 def test_the_scale_of_a_lokr_of_two_whole_factors_is_multiplied_in(tmp_path: Path) -> None:
