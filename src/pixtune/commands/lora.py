@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from pixtune.deltas.svd import Cut, Wanted
 
 app = typer.Typer(
-    help="Look at LoRA files, convert, merge, resize, extract and compare them.",
+    help="Look at LoRA files, convert, merge, resize, extract and compare them.\n\n"
+    "Example: pixtune lora info my.safetensors",
     no_args_is_help=True,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -40,11 +41,13 @@ FormatOption = Annotated[
 ]
 
 
-@app.command(epilog="Example: pixtune lora info runs/mine/pytorch_lora_weights.safetensors")
+@app.command()
 def info(file: File, layers: EveryLayer = False, json_output: Json = False) -> None:
     """Show what a LoRA file is.
 
     For which base and layers, its ranks, scales, number formats, trigger words and norms.
+
+    Example: pixtune lora info my.safetensors
     """
     from pixtune.commands.lora_page import info_lines
     from pixtune.deltas.adapter_file import read_adapter
@@ -53,7 +56,7 @@ def info(file: File, layers: EveryLayer = False, json_output: Json = False) -> N
     _show(describe_adapter(read_adapter(file)), json_output, lambda found: info_lines(found, layers))
 
 
-@app.command(epilog="Example: pixtune lora convert mine.safetensors --to comfyui --output mine_comfyui.safetensors")
+@app.command()
 def convert(
     file: File,
     to: Annotated[Names, typer.Option("--to", help="Whose names the result has.")],
@@ -65,6 +68,8 @@ def convert(
     """Write a LoRA with the names of diffusers, ComfyUI or kohya.
 
     No number changes: converted back, the weights are the same to the bit.
+
+    Example: pixtune lora convert my.safetensors --to kohya --output k.safetensors
     """
     from pixtune.commands.lora_page import convert_lines
     from pixtune.deltas.adapter_file import read_adapter
@@ -77,7 +82,7 @@ def convert(
     _print(convert_lines(adapter, to, output, rounded, metadata))
 
 
-@app.command(epilog="Example: pixtune lora merge mine.safetensors --base ./Qwen-Image --output ./my-model")
+@app.command()
 def merge(
     loras: Annotated[list[Path], typer.Argument(metavar="FILE...", help="LoRAs to merge.")],
     output: Annotated[Path, typer.Option(help="File, or with --base a folder, for the result; must not exist.")],
@@ -99,6 +104,8 @@ def merge(
 
     With --base, a model is written in its own number format, one tensor at a time. Without, the result is one LoRA that
     adds what all of them add: exactly, of the sum of their ranks, or cut to --rank.
+
+    Example: pixtune lora merge my.safetensors --base Qwen-Image --output merged
     """
     from pixtune.commands.lora_page import merged_lines
     from pixtune.deltas.adapter_file import read_adapter
@@ -131,7 +138,7 @@ def merge(
     _show(merged.as_json(), json_output, lambda found: merged_lines(found, adapters))
 
 
-@app.command(epilog="Example: pixtune lora resize mine.safetensors --rank 16 --output mine_rank16.safetensors")
+@app.command()
 def resize(
     file: File,
     output: Output,
@@ -145,6 +152,8 @@ def resize(
     """Cut a LoRA or LoKr to a rank, or to the least ranks that hold a share of its energy.
 
     The result is the closest LoRA there is (by SVD). The error is that of the written file, number format included.
+
+    Example: pixtune lora resize my.safetensors --rank 16 --output r16.safetensors
     """
     from pixtune.deltas.adapter_file import read_adapter
     from pixtune.deltas.writing import check_file_target
@@ -156,7 +165,7 @@ def resize(
     _join([(read_adapter(file), 1.0)], wanted, output, dtype, file_format, layers, json_output)
 
 
-@app.command(epilog="Example: pixtune lora extract ./Qwen-Image ./my-finetune --rank 64 --output extracted.safetensors")
+@app.command()
 def extract(
     original: Annotated[str, typer.Argument(metavar="ORIGINAL", help="Model before: a folder or a .safetensors file.")],
     tuned: Annotated[str, typer.Argument(metavar="TUNED", help="Model after, likewise.")],
@@ -172,12 +181,14 @@ def extract(
     """Extract the LoRA that comes closest to what a model has become.
 
     One layer at a time is in memory.
+
+    Example: pixtune lora extract base tuned --rank 64 --output x.safetensors
     """
     from pixtune.commands.lora_page import cut_lines
     from pixtune.deltas.base_files import open_base
     from pixtune.deltas.describing import describe_cuts
     from pixtune.deltas.extracting import extract_lora
-    from pixtune.deltas.writing import as_layers, check_file_target, write_adapter
+    from pixtune.deltas.writing import as_layers, check_file_target, with_model, write_adapter
     from pixtune.progress import counted
 
     wanted = _wanted(rank, energy)
@@ -189,7 +200,7 @@ def extract(
         found = extract_lora(*bases, wanted, _dtype(dtype), _device(device), count)
     family = bases[0].families[0]
     loras = {layer: cut.delta for layer, cut in found.cuts.items()}
-    write_adapter(output, as_layers(loras), file_format, family, {"pixtune.family": family.name})
+    write_adapter(output, as_layers(loras), file_format, family, with_model({}, family, output.stem))
     described = describe_cuts(output, found.cuts, {}) | {
         "layers_equal": found.num_equal,
         "not_held": list(found.not_held),
@@ -197,7 +208,7 @@ def extract(
     _show(described, json_output, lambda each: cut_lines(each, layers))
 
 
-@app.command(epilog="Example: pixtune lora compare early.safetensors late.safetensors")
+@app.command()
 def compare(
     first: File,
     second: Annotated[Path, typer.Argument(metavar="OTHER", help="LoRA to compare it with.")],
@@ -207,6 +218,8 @@ def compare(
     """Compare two LoRAs: per layer the cosine of what they add, and the ratio of its sizes.
 
     A cosine of 1 is the same direction, 0 is nothing in common.
+
+    Example: pixtune lora compare early.safetensors late.safetensors
     """
     from pixtune.commands.lora_page import comparison_lines
     from pixtune.deltas.adapter_file import read_adapter
@@ -231,7 +244,7 @@ def _join(
     from pixtune.commands.lora_page import cut_lines
     from pixtune.deltas.describing import describe_cuts
     from pixtune.deltas.joining import common_dtype, join_adapters
-    from pixtune.deltas.writing import as_layers, joined_metadata, write_adapter
+    from pixtune.deltas.writing import as_layers, joined_metadata, with_model, write_adapter
     from pixtune.progress import counted
 
     first = adapters[0][0]
@@ -241,7 +254,9 @@ def _join(
         joined = join_adapters(adapters, wanted, _dtype(dtype) if dtype else common_dtype(files), count)
     cuts: dict[str, Cut] = {layer: each.cut for layer, each in joined.items()}
     written = as_layers({layer: cut.delta for layer, cut in cuts.items()})
-    write_adapter(output, written, file_format or first.format, first.family, joined_metadata(files))
+    metadata = joined_metadata(files)
+    metadata = with_model(metadata, first.family, output.stem) if len(files) > 1 else metadata
+    write_adapter(output, written, file_format or first.format, first.family, metadata)
     described = describe_cuts(output, cuts, {layer: each.rank_before for layer, each in joined.items()})
     _show(described, json_output, lambda each: cut_lines(each, layers))
 

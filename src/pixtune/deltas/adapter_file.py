@@ -196,8 +196,11 @@ def _block_of(name: str) -> str:
 
 
 def _stated(family: ModelFamily, metadata: Mapping[str, str]) -> int:
-    """Returns how surely a file's metadata name a family: 2 by its own name, 1 by a name of its models, or 0."""
-    if metadata.get("pixtune.family") == family.name:
+    """Returns how surely metadata name a family: 3 by its own name, 2 by its architecture's, 1 by a model's, or 0."""
+    architecture = metadata.get("modelspec.architecture", "").split("/")[0]
+    if metadata.get("pixtune.family", "") == family.name:
+        return 3
+    if architecture == family.modelspec.architecture:
         return 2
     stated = "".join(metadata.get(key, "") for key in BASES).lower()
     return int(re.sub(r"\W|_", "", family.name) in re.sub(r"\W|_", "", stated))

@@ -28,15 +28,16 @@ from pixtune.trained.lora_formats import (
     shortest,
 )
 from pixtune.trained.lora_names import DIFFUSERS_PREFIX, DOWN, MAGNITUDE, UP
+from pixtune.trained.model_spec import digest_of
 from pixtune.trained.saved_lora import METADATA_KEY
 
-CARRIED = ("pixtune.", "modelspec.")
+CARRIED = ("pixtune.", "modelspec.", "ss_base_model_version", "ss_network_module", "ss_steps")
 """Beginnings of metadata that go into a new file. Others may hold paths and captions of whoever trained it."""
 BASE = "pixtune.base_model"
 TRIGGER_WORDS = "pixtune.trigger_words"
 TRIGGERS = ("modelspec.trigger_phrase", "ss_trigger_word", "trigger_word", "trigger")
 """Metadata by which other programs name a trigger."""
-OF_TENSORS = ("modelspec.hash_sha256", "pixtune.rank", "pixtune.alpha")
+OF_TENSORS = ("modelspec.hash_sha256", "pixtune.rank", "pixtune.alpha", "ss_network_dim", "ss_network_alpha")
 """Metadata that are true of the old file's tensors alone."""
 
 
@@ -157,7 +158,21 @@ def joined_metadata(adapters: Sequence[AdapterFile]) -> dict[str, str]:
         return found[0]
     shared = dict(set.intersection(*(set(metadata.items()) for metadata in found)))
     words = dict.fromkeys(word for adapter in adapters for word in trigger_words(adapter.metadata))
-    return {**shared, TRIGGER_WORDS: json.dumps([*words])} if words else shared
+    return {**shared, TRIGGER_WORDS: json.dumps([*words]), TRIGGERS[0]: ", ".join(words)} if words else shared
+
+
+def with_model(metadata: Mapping[str, str], family: ModelFamily, title: str) -> dict[str, str]:
+    """Adds what LoRA managers show of a file that nothing is stated of: its model, and a title."""
+    spec = family.modelspec
+    own = {
+        "pixtune.family": family.name,
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": f"{spec.architecture}/lora",
+        "modelspec.implementation": spec.implementation,
+        "modelspec.title": title,
+        "ss_base_model_version": spec.version,
+    }
+    return {**own, **metadata}
 
 
 def trigger_words(metadata: Mapping[str, str]) -> list[str]:
@@ -187,5 +202,6 @@ def write_adapter(
         named = named_tensors(layers, file_format, family)
     except WeightsError as error:
         raise WeightsError(f"{path} cannot be written in the format of {file_format}: {error}") from error
-    save_without_digest(path, named.tensors, {**FORMAT, **metadata, **named.metadata})
+    digest = digest_of(named.tensors) if any(key.startswith("modelspec.") for key in metadata) else {}
+    save_without_digest(path, named.tensors, {**FORMAT, **metadata, **named.metadata, **digest})
     return named.rounded

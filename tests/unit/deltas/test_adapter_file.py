@@ -102,6 +102,8 @@ def test_a_dora_is_read_whole_and_has_no_delta(tmp_path: Path) -> None:
         (["transformer_blocks.3.img_mlp.net.2"], {}, "qwen_image"),
         (["transformer_blocks.3.attn.to_q"], {"pixtune.family": "flux_kontext"}, "flux_kontext"),
         (["transformer_blocks.3.attn.to_q"], {"modelspec.architecture": "flux-1-dev/lora"}, "flux"),
+        (["transformer_blocks.3.attn.to_q"], {"modelspec.architecture": "qwen-image-edit/lora"}, "qwen_image_edit"),
+        (["transformer_blocks.3.attn.to_q"], {"ss_base_model_version": "flux1"}, "flux"),
         (["transformer_blocks.3.attn.to_q"], {"pixtune.base_model": "Qwen/Qwen-Image"}, "qwen_image"),
         (["transformer_blocks.30.attn.to_q"], {"pixtune.family": "flux"}, "qwen_image"),
     ],

@@ -170,6 +170,7 @@ def test_joined_loras_keep_what_they_share_and_all_trigger_words(tmp_path: Path)
     ]
     assert joined_metadata(files) == {
         "pixtune.base_model": "Qwen/Qwen-Image", "pixtune.trigger_words": '["a", "b", "c"]',
+        "modelspec.trigger_phrase": "a, b, c",
     }  # fmt: skip
     assert joined_metadata(files[:1]) == one
 
