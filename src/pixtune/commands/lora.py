@@ -24,7 +24,12 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-File = Annotated[Path, typer.Argument(metavar="FILE", help="LoRA, LoKr or DoRA of diffusers, ComfyUI or kohya.")]
+File = Annotated[
+    Path,
+    typer.Argument(
+        metavar="FILE", help="LoRA, LoKr or DoRA of any trainer; or a run's output folder, or a checkpoint."
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 EveryLayer = Annotated[bool, typer.Option("--layers", help="Show every layer, not the kinds of layers.")]
 Output = Annotated[Path, typer.Option(help="File for the result, which must not exist.")]
@@ -50,10 +55,10 @@ def info(file: File, layers: EveryLayer = False, json_output: Json = False) -> N
     Example: pixtune lora info my.safetensors
     """
     from pixtune.commands.lora_page import info_lines
-    from pixtune.deltas.adapter_file import read_adapter
+    from pixtune.deltas.adapter_file import find_adapter, read_adapter
     from pixtune.deltas.describing import describe_adapter
 
-    _show(describe_adapter(read_adapter(file)), json_output, lambda found: info_lines(found, layers))
+    _show(describe_adapter(read_adapter(find_adapter(file))), json_output, lambda found: info_lines(found, layers))
 
 
 @app.command()
@@ -72,9 +77,10 @@ def convert(
     Example: pixtune lora convert my.safetensors --to kohya --output k.safetensors
     """
     from pixtune.commands.lora_page import convert_lines
-    from pixtune.deltas.adapter_file import read_adapter
+    from pixtune.deltas.adapter_file import find_adapter, read_adapter
     from pixtune.deltas.writing import carried_metadata, check_file_target, settled, write_adapter
 
+    file = find_adapter(file)
     check_file_target(output, [file])
     adapter = read_adapter(file)
     metadata = carried_metadata(adapter.metadata, keep_all=keep_metadata)
@@ -84,7 +90,7 @@ def convert(
 
 @app.command()
 def merge(
-    loras: Annotated[list[Path], typer.Argument(metavar="FILE...", help="LoRAs to merge.")],
+    loras: Annotated[list[Path], typer.Argument(metavar="FILE...", help="LoRAs to merge, or folders of runs.")],
     output: Annotated[Path, typer.Option(help="File, or with --base a folder, for the result; must not exist.")],
     weight: Annotated[
         list[float] | None, typer.Option(help="Weight of each LoRA, in their order; default: 1 for each.")
@@ -108,7 +114,7 @@ def merge(
     Example: pixtune lora merge my.safetensors --base Qwen-Image --output merged
     """
     from pixtune.commands.lora_page import merged_lines
-    from pixtune.deltas.adapter_file import read_adapter
+    from pixtune.deltas.adapter_file import find_adapter, read_adapter
     from pixtune.deltas.base_files import open_base
     from pixtune.deltas.merging import merge_into_base
     from pixtune.deltas.writing import check_file_target, check_target
@@ -119,20 +125,21 @@ def merge(
         raise typer.BadParameter(f"{len(weights)} weights for {len(loras)} LoRAs: give --weight once for each")
     if wrong := [each for each in weights if not math.isfinite(each) or each == 0]:
         raise typer.BadParameter(f"--weight {wrong[0]:g}: a weight is a finite number other than 0")
+    files = [find_adapter(path) for path in loras]
     if base is None:
         wanted = _wanted(rank, energy)
         if len(loras) == 1 and rank is None and energy is None and weights == [1.0]:
             raise typer.BadParameter("one LoRA alone leaves nothing to merge: name --base, or more LoRAs")
-        check_file_target(output, loras)
-        _join([*zip([read_adapter(path) for path in loras], weights, strict=True)], wanted, output, dtype,
+        check_file_target(output, files)
+        _join([*zip([read_adapter(path) for path in files], weights, strict=True)], wanted, output, dtype,
               file_format, layers, json_output)  # fmt: skip
         return
     if unused := [name for name, given in (("--rank", rank), ("--energy", energy), ("--dtype", dtype),
                                            ("--format", file_format)) if given]:  # fmt: skip
         raise typer.BadParameter(f"{unused[0]} is for merging LoRAs with each other; a base keeps its own format")
     opened = open_base(base)
-    (check_file_target if opened.is_file else check_target)(output, [*loras, opened.path])
-    adapters = [*zip([read_adapter(path) for path in loras], weights, strict=True)]
+    (check_file_target if opened.is_file else check_target)(output, [*files, opened.path])
+    adapters = [*zip([read_adapter(path) for path in files], weights, strict=True)]
     with counted("merging", len(opened.entries), Console(stderr=True)) as count:
         merged = merge_into_base(opened, adapters, output, count)
     _show(merged.as_json(), json_output, lambda found: merged_lines(found, adapters))
@@ -155,12 +162,13 @@ def resize(
 
     Example: pixtune lora resize my.safetensors --rank 16 --output r16.safetensors
     """
-    from pixtune.deltas.adapter_file import read_adapter
+    from pixtune.deltas.adapter_file import find_adapter, read_adapter
     from pixtune.deltas.writing import check_file_target
 
     wanted = _wanted(rank, energy)
     if rank is None and energy is None:
         raise typer.BadParameter("give --rank, as 16, or --energy, as 0.95")
+    file = find_adapter(file)
     check_file_target(output, [file])
     _join([(read_adapter(file), 1.0)], wanted, output, dtype, file_format, layers, json_output)
 
@@ -222,11 +230,11 @@ def compare(
     Example: pixtune lora compare early.safetensors late.safetensors
     """
     from pixtune.commands.lora_page import comparison_lines
-    from pixtune.deltas.adapter_file import read_adapter
+    from pixtune.deltas.adapter_file import find_adapter, read_adapter
     from pixtune.deltas.comparing import compare_adapters
     from pixtune.deltas.describing import describe_comparison
 
-    adapters = read_adapter(first), read_adapter(second)
+    adapters = read_adapter(find_adapter(first)), read_adapter(find_adapter(second))
     described = describe_comparison(*adapters, compare_adapters(*adapters))
     _show(described, json_output, lambda each: comparison_lines(each, layers))
 

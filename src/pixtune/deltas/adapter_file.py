@@ -22,19 +22,25 @@ from pixtune.deltas.delta import Change, Delta, Dora, Kronecker, shape_of
 from pixtune.deltas.other_files import describe_weights, other_kind
 from pixtune.errors import WeightsError
 from pixtune.families import FAMILIES
-from pixtune.families.other_models import other_model
+from pixtune.families.other_loras import other_model
 from pixtune.family import ModelFamily
 from pixtune.trained.export import of_kind, read_tensors
+from pixtune.trained.find_lora import find_lora
 from pixtune.trained.fused_layers import LowRank
 from pixtune.trained.layer_patterns import values_by_layer
 from pixtune.trained.lora_formats import AdapterLayer, read_layers
 from pixtune.trained.lora_names import DIFFUSERS_PREFIX, DOWN, ENDINGS, MAGNITUDE, UP, fits, format_of
-from pixtune.trained.saved_lora import APPLIED, HARMLESS_STARTS, METADATA_KEY, WITHOUT_EFFECT
+from pixtune.trained.saved_lora import HARMLESS_STARTS, METADATA_KEY, WITHOUT_EFFECT
 
 MOST_TENSORS = 20_000
 """Number of tensors that no LoRA reaches: on each layer of Qwen-Image, with magnitudes and alphas, it has 3,384."""
 LARGEST_SCALE = 1e6
 """Scale that no LoRA reaches: an alpha of 1,000 at rank 1 is a thousandth of it."""
+CONFIG_READ = (
+    "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "target_modules", "peft_type",
+    "init_lora_weights",
+)  # fmt: skip
+"""Keys of PEFT's config of a LoRA that are read here, or shown by the tensors."""
 LEAST_SHARE = 0.5
 """Share of a file's tensors that a family has to know for the others to count as unknown names, not another model."""
 BASES = ("pixtune.base_model", "modelspec.architecture", "ss_base_model_version", "ss_sd_model_name")
@@ -106,6 +112,17 @@ class AdapterFile:
                 )
             found[layer] = change
         return found
+
+
+def find_adapter(path: Path) -> Path:
+    """Returns the adapter's file that a path means: a file, or the newest of a run's output folder or a checkpoint.
+
+    Raises:
+        WeightsError: there is none.
+    """
+    found = find_lora(path).path if path.is_dir() else path
+    assert found is not None, "of a path, a file is found or an error is raised"
+    return found
 
 
 def read_adapter(path: Path) -> AdapterFile:
@@ -342,7 +359,7 @@ def _refuse_unapplied(path: Path, config: Mapping[str, Any]) -> None:
     """
     if str(config.get("peft_type", "LORA")) == "LOKR":
         return
-    known = {*APPLIED, *WITHOUT_EFFECT, "use_dora", "init_lora_weights"}
+    known = {*CONFIG_READ, *WITHOUT_EFFECT}
     unusual = [
         f"{key}={value!r:.60}" for key, value in config.items() if key not in known and value and value != "none"
     ]

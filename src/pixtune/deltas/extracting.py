@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -64,7 +64,8 @@ def extract_lora(
             difference = after.to(device).float().sub_(before.to(device))
             if not difference.isfinite().all():
                 raise WeightsError(f"{layer} holds NaN or infinity in {original.path} or {tuned.path}. Is it damaged?")
-            cuts[layer] = cut_dense(difference, wanted, dtype, layer)
+            cut = cut_dense(difference, wanted, dtype, layer)
+            cuts[layer] = cut._replace(delta=replace(cut.delta, down=cut.delta.down.cpu(), up=cut.delta.up.cpu()))
         count()
     if not cuts:
         raise WeightsError(

@@ -202,6 +202,12 @@ def write_adapter(
         named = named_tensors(layers, file_format, family)
     except WeightsError as error:
         raise WeightsError(f"{path} cannot be written in the format of {file_format}: {error}") from error
+    for name, tensor in named.tensors.items():
+        if tensor.element_size() > 1 and not tensor.isfinite().all():
+            raise WeightsError(
+                f"{path} would hold infinity in {name}: its numbers are beyond "
+                f"{str(tensor.dtype).removeprefix('torch.')}. Give another --dtype, or a smaller --weight."
+            )
     digest = digest_of(named.tensors) if any(key.startswith("modelspec.") for key in metadata) else {}
     save_without_digest(path, named.tensors, {**FORMAT, **metadata, **named.metadata, **digest})
     return named.rounded

@@ -57,6 +57,30 @@ def test_info_says_what_a_file_is(loras: tuple[Path, Path]) -> None:
     assert "transformer_blocks.1.attn.to_q" in run("info", loras[0], "--layers")
 
 
+def test_a_run_s_folder_means_its_newest_lora(loras: tuple[Path, Path], tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "pytorch_lora_weights.safetensors").write_bytes(loras[0].read_bytes())
+    assert "pytorch_lora_weights.safetensors: a LoRA" in run("info", tmp_path / "run")
+    assert "cosine +1.0000" in run("compare", loras[0], tmp_path / "run")
+    assert "a run writes one with its first checkpoint" in refused("info", tmp_path)
+
+
+def test_numbers_beyond_a_format_are_refused(loras: tuple[Path, Path], tmp_path: Path) -> None:
+    words = (
+        "merge",
+        *loras,
+        "--weight",
+        1e7,
+        "--weight",
+        1e-3,
+        "--dtype",
+        "fp16",
+        "--output",
+        tmp_path / "m.safetensors",
+    )
+    assert "beyond float16" in refused(*words) and not (tmp_path / "m.safetensors").exists()
+
+
 def test_info_in_json_has_every_layer_with_its_norm(loras: tuple[Path, Path]) -> None:
     found = json.loads(run("info", loras[0], "--json"))
     tensors = load_file(loras[0])
