@@ -29,7 +29,7 @@ from pixtune.trained.find_lora import find_lora
 from pixtune.trained.fused_layers import LowRank
 from pixtune.trained.layer_patterns import values_by_layer
 from pixtune.trained.lora_formats import AdapterLayer, read_layers
-from pixtune.trained.lora_names import DIFFUSERS_PREFIX, DOWN, ENDINGS, MAGNITUDE, UP, fits, format_of
+from pixtune.trained.lora_names import DIFFUSERS_PREFIX, DOWN, ENDINGS, MAGNITUDE, TEXT_PREFIXES, UP, fits, format_of
 from pixtune.trained.saved_lora import HARMLESS_STARTS, METADATA_KEY, WITHOUT_EFFECT
 
 MOST_TENSORS = 20_000
@@ -167,6 +167,11 @@ def recognize(
     known = {family.name: [name for name in tensors if fits([name], family)] for family in FAMILIES.values()}
     best = max(FAMILIES.values(), key=lambda family: len(known[family.name]))
     if len(known[best.name]) < LEAST_SHARE * len(tensors):
+        if all(name.startswith(TEXT_PREFIXES) for name in tensors):
+            raise WeightsError(
+                f"{path} is a LoRA of a text encoder alone ({next(iter(tensors))}), and pixtune knows the layers of "
+                "transformers. Give the LoRA of the transformer."
+            )
         model = other_model(tensors)
         by = f", by its names for {model}" if model else ""
         raise WeightsError(

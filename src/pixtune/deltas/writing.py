@@ -47,6 +47,15 @@ def check_target(target: Path, sources: Iterable[Path]) -> None:
     Raises:
         WriteError: it would; says what stands there.
     """
+    try:
+        _check_free(target, sources)
+    except WriteError:
+        raise
+    except OSError as error:  # a name that is too long, a folder that may not be searched
+        raise WriteError(f"{target} could not be written ({error.strerror or error}). Give another name.") from error
+
+
+def _check_free(target: Path, sources: Iterable[Path]) -> None:
     for source in sources:
         if target.absolute() == source.absolute() or (target.exists() and source.exists() and target.samefile(source)):
             raise WriteError(f"{target} is what is read, and would be written over. Give another name.")

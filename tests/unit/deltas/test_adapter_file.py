@@ -169,6 +169,12 @@ def test_what_is_no_lora_is_named(kind: str, tmp_path: Path) -> None:
         read_adapter(tmp_path / "bad.safetensors")
 
 
+def test_a_lora_of_a_text_encoder_is_named(tmp_path: Path) -> None:
+    save_file(pair("lora_te1_text_model_encoder_layers_0_mlp_fc1", KOHYA), tmp_path / "bad.safetensors")
+    with pytest.raises(WeightsError, match=r"bad.safetensors is a LoRA of a text encoder alone"):
+        read_adapter(tmp_path / "bad.safetensors")
+
+
 def pair(name: str, ends: tuple[str, str] = ("lora_A.weight", "lora_B.weight")) -> dict[str, Tensor]:
     return {f"{name}.{ends[0]}": torch.ones(2, 4), f"{name}.{ends[1]}": torch.ones(4, 2)}
 

@@ -203,6 +203,8 @@ def test_a_new_file_takes_nothing_s_place(tmp_path: Path) -> None:
     for name, words in expected.items():
         with pytest.raises(WriteError, match=words):
             check_file_target(tmp_path / f"{name}.safetensors", [source])
+    with pytest.raises(WriteError, match="could not be written"):
+        check_file_target(tmp_path / f"{'n' * 300}.safetensors", [source])
     with pytest.raises(WriteError, match=r"end in .safetensors"):
         check_file_target(tmp_path / "b.pt", [source])
     with pytest.raises(WriteError, match="lies in"):
