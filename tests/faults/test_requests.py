@@ -49,9 +49,8 @@ def test_a_run_saves_pauses_and_stops_when_it_is_asked_and_trains_the_same(tmp_p
     code, printed = end_of(process)
     assert code == STOPPED and "Traceback" not in printed, printed
     stopped = read_run(run)
-    assert (
-        stopped.state == "stopped" and stopped.checkpoints[-1].step == stopped.step and stopped.requests == ("pause",)
-    )
+    assert (stopped.state, stopped.requests) == ("stopped", ())
+    assert stopped.checkpoints[-1].step == stopped.step
     assert "stop_now cannot be deleted" in printed and "paused, with its memory kept" in printed
 
     asked, steps = losses_of(run), 6

@@ -131,6 +131,7 @@ class Trial:
         sessions = run_session(
             self.words(self.output, resume_from_checkpoint=resume, **changes), self.drawn.num_processes,
             self.whole_seconds, fault, happening.signals, happening.to_rank, happening.rival,
+            [(self.output / name, share) for name, share in happening.requests],
         )  # fmt: skip
         for ended in sessions:
             self.tell(f"session {number} {describe(happening)} resume={resume}", ended)

@@ -194,6 +194,7 @@ def write_adapter(path: Path) -> Path:
 
 SIGNALS = {"SIGKILL": 9, "SIGTERM": 4, "SIGHUP": 3, "SIGINT": 2, "SIGUSR1": 2}
 """Signals with how often each is drawn."""
+REQUESTS = ("save_now", "pause")
 HARMS = ("flip", "cut", "zero", "delete", "empty", "exchange")
 TARGETS = {"checkpoint": 5, "cache": 3, "metrics": 2, "other": 2}
 """What is damaged, with how often: a file of a checkpoint, of the cache, the log, or anything else in the folder."""
@@ -217,6 +218,8 @@ class Happening:
     """Time after which a second run is started in the same folder."""
     limit: object = None
     """Another value of `checkpoints_total_limit`."""
+    requests: tuple[tuple[str, float], ...] = ()
+    """Requests by files in the output folder, each with its time, in durations of the whole run."""
 
 
 def draw_happening(draw: random.Random) -> Happening:
@@ -234,7 +237,9 @@ def draw_happening(draw: random.Random) -> Happening:
         if draw.random() < 0.25:
             signals.append((draw.choice(["SIGTERM", "SIGKILL"]), draw.choice([0.0, 0.1, 0.5])))
     limit = draw_limit(draw) if draw.random() < 0.3 else None
-    return Happening(harms, set_back, fault, tuple(signals), draw.random() < 0.3, rival, limit)
+    to_rank = draw.random() < 0.3
+    requests = tuple((draw.choice(REQUESTS), draw.uniform(0.1, 1.0)) for _ in range(draw.choice([0, 0, 1, 3])))
+    return Happening(harms, set_back, fault, tuple(signals), to_rank, rival, limit, requests)
 
 
 def describe(happening: Happening) -> Mapping[str, object]:

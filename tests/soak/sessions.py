@@ -8,8 +8,10 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -22,6 +24,7 @@ from tests.soak.judge import Ended
 
 HANG_SECONDS = 400.0
 ORPHAN_SECONDS = 30.0
+REQUEST_SECONDS = 1.0
 TRAIN = ("-m", "pixtune.cli", "train")
 MARK = "SOAK_SESSION"
 HERE = Path(__file__).resolve().parent
@@ -84,6 +87,7 @@ def run_session(
     signals: Sequence[tuple[str, float]] = (),
     to_rank: bool = False,
     rival: float | None = None,
+    requests: Sequence[tuple[Path, float]] = (),
 ) -> list[Ended]:
     """Runs a session to its end, and a rival in the same folder if one is drawn; see `draws.Happening`.
 
@@ -95,6 +99,9 @@ def run_session(
     if rival is not None:
         _wait(started[0], rival * whole_seconds)
         started.append(start(words, num_processes, None))
+    asking = [threading.Thread(target=_ask, args=(started[0], path, share * whole_seconds)) for path, share in requests]
+    for thread in asking:
+        thread.start()
     reached, signalled_at = [], 0.0
     for name, share in signals:
         _wait(started[0], share * whole_seconds)
@@ -121,6 +128,8 @@ def run_session(
         ended.append(Ended(process.returncode, printed, now - began, mine, "", late, num_processes > 1))
         if isinstance(process, Launched):
             ended[-1] = replace(ended[-1], num_orphans=_left_after(process))
+    for thread in asking:
+        thread.join()
     if fault is not None and fault.number:
         ended[0] = replace(ended[0], fault=_call_that_failed(fault))
     return ended
@@ -130,6 +139,16 @@ def _wait(process: processes.Started | Launched, seconds: float) -> None:
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.005)
+
+
+def _ask(process: processes.Started | Launched, path: Path, seconds: float) -> None:
+    """Leaves a request for some time, and takes it back."""
+    _wait(process, seconds)
+    with suppress(OSError):  # there is no folder yet, or the disk is one that fails
+        path.touch()
+    _wait(process, REQUEST_SECONDS)
+    with suppress(OSError):
+        path.unlink(missing_ok=True)
 
 
 def _receiver(

@@ -27,6 +27,7 @@ from pixtune.commands.run_words import (
 )
 from pixtune.commands.runs import RunFolder
 from pixtune.inputs.printing import one_line
+from pixtune.launch.stop import STOPPED
 from pixtune.progress import LINE_EVERY_SECONDS, say
 from pixtune.report.record import smooth, smoothing_window
 from pixtune.runs.read import RunReader
@@ -45,8 +46,8 @@ def watch(
 ) -> None:
     """Watch a run: its curve and figures, until it ends.
 
-    Ctrl-C ends the watching alone. The exit code is 0 where the run finishes, 130 where it is stopped, 1 where it
-    fails or is killed. Into a file or pipe it prints a line now and then.
+    Ctrl-C ends the watching alone, with 130. The exit code is 0 where the run finishes, 130 where it is stopped, 1
+    where it fails or is killed. Into a file or pipe it prints a line now and then.
 
     Example: pixtune watch runs/my-style
     """
@@ -59,7 +60,7 @@ def watch(
             last = _watch_by_lines(reader, console, once)
     except KeyboardInterrupt:
         typer.echo("no longer watching; the run goes on", err=True)
-        raise typer.Exit(0) from None
+        raise typer.Exit(STOPPED) from None
     if last.state != "running":
         for line in end_of(last):
             say(console, line)

@@ -126,7 +126,7 @@ class Queue:
         """
         folder = Path.cwd()
         settings = load_config(config, overrides)
-        output_dir = (folder / settings.output_dir).absolute()
+        output_dir = Path(os.path.realpath(folder / settings.output_dir))  # as one folder may have several names
         if settings.resume_from_checkpoint is None and (existing := find_checkpoints(output_dir)):
             raise QueueError(
                 f"{output_dir} already holds a run (up to {existing[-1].name}). To go on with it: "

@@ -140,7 +140,7 @@ class RunReader:
         losses, seconds = _figures(steps, "loss"), _figures(steps, "seconds")
         peak = max(_figures(steps, "peak_memory_gib"), default=0.0)
         pace = statistics.median(seconds) if seconds else None
-        is_paused = alive is not None and note is not None and note.is_paused
+        is_paused = alive is not None and note is not None and note.is_paused and note.lock == alive.name
         validations = tuple(self._validations[step] for step in sorted(self._validations))
         is_over = self._finished_at is not None and self._finished_at >= step
         state = _state(alive, holder, note, is_over or (length is not None and step >= length))

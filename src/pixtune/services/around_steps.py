@@ -126,7 +126,6 @@ class Services:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._stack.close()
-        self.requests.end()
         if isinstance(error, Stopped | KeyboardInterrupt):
             self._note(self.saved_step, outcome="stopped")
         elif error is not None:

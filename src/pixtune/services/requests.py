@@ -38,11 +38,6 @@ class Requests:
             self._pause(step)
         self._stop_if_asked(step)
 
-    def end(self) -> None:
-        """Deletes the request to stop that came with a signal, now that the session ends."""
-        if self._session.is_main and "stop_now" not in self._ignored and is_asked(self._session.output_dir, "stop_now"):
-            self._withdraw("stop_now")
-
     def _stop_if_asked(self, step: int) -> None:
         if self.take("stop_now", step):
             self._session.run.stop.ask("stop_now")

@@ -171,7 +171,8 @@ class Course:
             Sentences for the user.
         """
         remove_unfinished(self.output_dir)
-        for folder in (self.output_dir, *self.output_dir.glob("*/step-*")):  # its own, and those of samples
+        # Its own, those of samples, and that of the best weights.
+        for folder in (self.output_dir, *self.output_dir.glob("*/step-*"), self.output_dir / "best"):
             remove_temporary(folder)
         if self._resumed is None or self._parent is None:
             return []

@@ -186,6 +186,7 @@ class OutputLock:
         if self._beating is not None:
             self._beating.join()
         if self._mine is not None:
+            forget_requests(self.path.parent)
             try:
                 self._clear_away(self._mine)
             except OSError as error:  # the run may be ending because of the same trouble, which is to be told

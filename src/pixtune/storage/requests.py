@@ -47,10 +47,10 @@ def withdraw(output_dir: Path, request: Request) -> None:
 
 
 def forget_requests(output_dir: Path) -> None:
-    """Deletes what an earlier session was asked for and did not see. Samples are drawn whoever asked for them."""
+    """Deletes what a session was asked for and will not answer any more. Samples are drawn whoever asked for them."""
     for request in REQUESTS:
         if request != "sample_now" and is_asked(output_dir, request):
             try:
                 withdraw(output_dir, request)
             except OSError as error:
-                log.warning("%s is left from an earlier run and cannot be deleted (%s)", output_dir / request, error)
+                log.warning("%s asks a run that has ended, and cannot be deleted (%s)", output_dir / request, error)

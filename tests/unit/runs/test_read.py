@@ -212,3 +212,11 @@ def test_runs_are_found_below_a_folder(tmp_path: Path, copy: Copy) -> None:
 def test_the_room_needs_no_torch() -> None:
     code = "import sys, pixtune.runs.read; sys.exit('torch' in sys.modules or 'PIL' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_pause_is_over_with_its_session(copy: Copy) -> None:
+    folder = copy()
+    note_of(folder, is_paused=True, outcome=None)
+    with OutputLock(folder) as lock:
+        lock.acquire()
+        assert read_run(folder).state == "running" and not read_run(folder).is_paused, "it is loading"

@@ -385,3 +385,13 @@ def test_resumed_ones_are_given_up_too_and_the_only_one_is_not(tmp_path: Path) -
     assert course_of(tmp_path, "latest").give_up_doubtful() == ["checkpoint-000006"] and latest(tmp_path) == 6
     assert course_of(tmp_path, "latest").give_up_doubtful() == [] and latest(tmp_path) == 6
     assert course_of(tmp_path / "new").give_up_doubtful() == []
+
+
+def test_what_a_killed_session_left_half_written_is_cleared_away(tmp_path: Path) -> None:
+    left = [tmp_path / place / ".a.safetensors.17.tmp" for place in (".", "best", "samples/step-000002")]
+    whole = [path.with_name("a.safetensors") for path in left]
+    for path in (*left, *whole):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    Course(tmp_path, identity()).begin(None, takes_steps=True)
+    assert not [path for path in left if path.exists()] and all(path.exists() for path in whole)
