@@ -37,6 +37,7 @@ from pixtune.engine.relief import (
 )
 from pixtune.errors import MemoryShortage
 from pixtune.families import family_of
+from pixtune.families.opening import open_model
 from pixtune.family import ModelFamily
 from pixtune.hardware.facts import check_torch
 from pixtune.launch.accelerator import agree_with_others, start_accelerator
@@ -57,7 +58,7 @@ from pixtune.services import Services
 from pixtune.storage.checkpoint import Checkpoint, read_decision
 from pixtune.storage.checkpoint_state import checkpoint_path
 from pixtune.storage.course import Course
-from pixtune.storage.model_folder import ModelFolder, open_model_folder
+from pixtune.storage.model_folder import ModelFolder
 from pixtune.storage.output_lock import OutputLock
 from pixtune.tracking.memory import RunMemory
 from pixtune.trained.base import Base
@@ -132,7 +133,7 @@ def assemble(
     show = printer(quiet=not accelerator.is_main_process)
     if lock is not None:
         decide_once(accelerator, partial(lock.acquire, show))
-    folder = open_model_folder(config.pretrained_model_name_or_path)
+    folder = open_model(config.pretrained_model_name_or_path, config.model_parts)
     family = family_of(folder)
     if not config.random_weights:
         check_transformer(family, folder)

@@ -22,7 +22,16 @@ from pixtune.commands.runs import ask, runs, stop
 from pixtune.commands.scripts import check_family
 from pixtune.commands.typed import bench, doctor, export, keys
 from pixtune.commands.watch import watch
-from pixtune.commands.words import HELP_OPTIONS, TAKES_KEYS, Config, Words, config_and_overrides, forgotten_command
+from pixtune.commands.words import (
+    HELP_OPTIONS,
+    TAKES_KEYS,
+    Config,
+    Part,
+    Words,
+    config_and_overrides,
+    forgotten_command,
+    model_parts,
+)
 from pixtune.config.schema import TrainConfig
 from pixtune.errors import WriteError
 from pixtune.inputs.printing import lines, one_line
@@ -185,8 +194,9 @@ def sample(
         Path | None, typer.Option(help="A run's output_dir, a checkpoint, or any LoRA file: diffusers, ComfyUI, kohya.")
     ] = None,
     model: Annotated[
-        str | None, typer.Option(help="Model folder or hub name; default: the one that the LoRA's run names.")
+        str | None, typer.Option(help="Model folder, file or hub name; default: the one that the LoRA's run names.")
     ] = None,
+    part: Part = None,
     prompt: Annotated[list[str] | None, typer.Option(help="Prompt to sample, too; may be given several times.")] = None,
     prompts_file: Annotated[
         Path | None, typer.Option(help="File of further prompts, as samples.prompts_file of a config.")
@@ -233,6 +243,7 @@ def sample(
     from pixtune.trained.find_lora import FoundLora, find_lora
 
     found = FoundLora() if lora is None else find_lora(lora)
+    parts = found.model_parts if model is None and not part else model_parts(part or [])
     model, side = model or found.model, found.side or 1024
     asked = [AskedPrompt(text, controls=tuple(control or ())) for text in (*(prompts or ()), *(prompt or ()))]
     asked += [] if prompts_file is None else read_prompts(prompts_file)
@@ -241,6 +252,7 @@ def sample(
         raise typer.BadParameter(f'{missing}: pixtune sample "a cat" --lora runs/mine, or --model Qwen/Qwen-Image')
     request = SampleRequest(
         model=model,
+        model_parts=parts,
         prompts=tuple(at_sizes(asked, negative, sizes_of(size, width, height, side))),
         lora=found.path,
         strengths=tuple(dict.fromkeys(strength or [1.0])),

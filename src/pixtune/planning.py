@@ -23,7 +23,7 @@ from pixtune.plan.rungs import EIGHT_BIT, QUANTIZED
 from pixtune.plan.situation import CONTEXT_BYTES, RESERVE_BYTES, in_its_pool, usable_bytes
 from pixtune.plan.text_padding import Captions, least_multiple
 from pixtune.plan.training import TrainingPlan, plan_training
-from pixtune.storage.model_folder import ModelFolder, read_header, weight_files
+from pixtune.storage.model_folder import ModelFolder
 from pixtune.trained.targets import resolve_targets
 
 if TYPE_CHECKING:
@@ -161,10 +161,9 @@ def count_text_weights(family: ModelFamily, folder: ModelFolder) -> int:
         if not folder.has_weights(part):
             total += folder.count_parameters(part) or 0
             continue
-        for file in weight_files(folder.path / part):
-            for name, tensor in read_header(file).items():
-                if name != "__metadata__" and not name.startswith(family.unread_text_weights):
-                    total += math.prod(tensor["shape"])
+        for name, shape in folder.shapes(part).items():
+            if not name.startswith(family.unread_text_weights):
+                total += math.prod(shape)
     return total
 
 
@@ -331,7 +330,7 @@ def shapes_of_config(family: ModelFamily, folder: ModelFolder) -> Shapes:
         right = False
     if not right:
         raise WeightsError(
-            f"{folder.path / 'transformer' / 'config.json'} describes no transformer: its layers have no sizes. "
+            f"{folder.config_file('transformer')} describes no transformer: its layers have no sizes. "
             "Fetch the model again."
         )
     return shapes
@@ -344,12 +343,7 @@ def check_transformer(family: ModelFamily, folder: ModelFolder) -> Shapes:
         WeightsError: they do not; names one.
     """
     described = shapes_of_config(family, folder)
-    found = {
-        name: tuple(tensor["shape"])
-        for file in weight_files(folder.path / "transformer")
-        for name, tensor in read_header(file).items()
-        if name != "__metadata__"
-    }
+    found = folder.shapes("transformer")
     wrong = [name for name in described if found.get(name) != tuple(described[name])]
     wrong += [name for name in found if name not in described]
     if wrong:
@@ -357,10 +351,10 @@ def check_transformer(family: ModelFamily, folder: ModelFolder) -> Shapes:
         there, wanted = (
             f"of shape {list(shapes[name])}" if name in shapes else "absent" for shapes in (found, described)
         )
+        place = folder.part("transformer") if folder.file is None else folder.file.path
         raise WeightsError(
-            f"{folder.path / 'transformer'} does not hold the transformer that its config.json describes: {len(wrong)} "
-            f"tensors differ, {name} among them, which is {there} and should be {wanted}. Was the download "
-            "interrupted? Fetch the model again."
+            f"{place} does not hold the transformer that its config describes: {len(wrong)} tensors differ, {name} "
+            f"among them, which is {there} and should be {wanted}. Was the download interrupted? Fetch the model again."
         )
     return found
 

@@ -57,10 +57,19 @@ TWO_FOLDERS: dict[str, object] = {
 }
 UNIFIED = {"unified_memory": True}
 
+IN_ONE_FILE = {"pretrained_model_name_or_path": "SCENE/transformer.safetensors"}
+
 EFFECTS: dict[str, Effect] = {
     "pretrained_model_name_or_path": Effect(
         "steps", (str(ROOT / "assets" / "tiny-qwen-image"), str(ROOT / "assets" / "tiny-flux"))
     ),
+    "model_parts.others": Effect("error", (str(ROOT / "assets" / "tiny-qwen-image"), "/nowhere"), IN_ONE_FILE),
+    "model_parts.pipeline": Effect("error", (None, "QwenImageEditPipeline"), IN_ONE_FILE),
+    "model_parts.transformer": Effect("steps", (None, "SCENE/transformer.safetensors")),
+    **{
+        f"model_parts.{part}": Effect("error", (None, "/nowhere"))
+        for part in ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "processor", "scheduler")
+    },
     "output_dir": Effect("files", ("RUN/out", "RUN/elsewhere")),
     "data_config.img_dir": Effect("steps", ("SCENE/pictures", "SCENE/other_pictures")),
     "data_config.folders": Effect(

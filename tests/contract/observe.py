@@ -33,6 +33,7 @@ from pixtune.train import train
 from pixtune.trained.export import DIFFUSERS_FILE
 from pixtune.trained.optimizers import build_optimizer
 from pixtune.trained.schedule import build_schedule, set_learning_rate
+from tests import single_files
 from tests.full_size import full_size_footprint
 from tests.runs import DEMO_HELD_OUT, DEMO_TRAIN, ROOT, TINY_MODEL
 
@@ -89,6 +90,8 @@ def make_scene(folder: Path) -> None:
         folder / "adapter.safetensors",
         {"lora_adapter_metadata": json.dumps({"transformer.r": 2, "transformer.lora_alpha": 2})},
     )
+    rounded = single_files.with_prefix(single_files.fp8_cast(single_files.published("tiny-qwen-image")))
+    single_files.write(rounded, folder / "transformer.safetensors")
     for name in ("images", "control", "other_control", "too_few_controls"):
         (folder / "edit" / name).mkdir(parents=True)
     pairs = ROOT / "assets" / "demo-edit" / "train"

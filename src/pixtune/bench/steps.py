@@ -29,6 +29,7 @@ from pixtune.engine.capture import PLAIN_CALLS
 from pixtune.engine.quantize import codes_for
 from pixtune.errors import ConfigError, TrainingError
 from pixtune.families import family_of
+from pixtune.families.opening import open_model
 from pixtune.hardware.capping import BeforeCuda, outside_allocator_bytes, own_gpu, read_before_cuda
 from pixtune.hardware.facts import GIB
 from pixtune.hardware.machine import driver_may_spill
@@ -38,7 +39,6 @@ from pixtune.planning import footprint_of, plain_linears, targeted_linears, tens
 from pixtune.progress import StepBar, say
 from pixtune.run import Run, TrainResult
 from pixtune.services import Services
-from pixtune.storage.model_folder import open_model_folder
 from pixtune.tracking.figures import StepFigures, StepOutcome, count_compiled_graphs, watch_device
 from pixtune.tracking.guard import LossGuard
 from pixtune.tracking.memory import STEPS
@@ -129,7 +129,7 @@ def usual_controls(config: TrainConfig) -> int:
     folders = count_controls(config)
     if folders or not any(folder.metadata_file for folder in folders_of(config.data_config)):
         return folders
-    return min(1, family_of(open_model_folder(config.pretrained_model_name_or_path)).max_controls)
+    return min(1, family_of(open_model(config.pretrained_model_name_or_path, config.model_parts)).max_controls)
 
 
 def time_run(config: TrainConfig, check: Callable[[Case], None]) -> TimedRun:

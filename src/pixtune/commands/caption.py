@@ -14,6 +14,7 @@ from pixtune.captioning.presets import EDIT, PLAIN, PRESETS, question_of
 from pixtune.commands.words import config_and_overrides
 from pixtune.config.folders import Folder, folder_beside, folders_of
 from pixtune.config.load import load_config
+from pixtune.config.model_parts import NO_PARTS
 from pixtune.config.schema import TrainConfig
 from pixtune.config.sections import DataConfig
 from pixtune.errors import ConfigError
@@ -132,7 +133,7 @@ def caption(
     from pixtune.captioning.describe import Wish
     from pixtune.captioning.job import Places, names_in, open_job
     from pixtune.families.captioners import captioner_of, open_captioner
-    from pixtune.storage.model_folder import open_model_folder
+    from pixtune.families.opening import open_model
 
     names = (*(only or ()), *(names_in(only_from) if only_from is not None else ()))
     most_words = max_words or (MAX_WORDS if prompt is None else None)
@@ -147,7 +148,9 @@ def caption(
         Wish(question, most_words, max_tokens, trigger, temperature, seed if temperature else 0, picture_tokens),
         open_captioner(captioner, picture_tokens)
         if captioner is not None
-        else captioner_of(open_model_folder(source.config.pretrained_model_name_or_path), picture_tokens),
+        else captioner_of(
+            open_model(source.config.pretrained_model_name_or_path, source.config.model_parts), picture_tokens
+        ),
     )
     try:
         num_problems = carry_out(job, source.config.model_copy(update=changes), batch_size, dry_run)
@@ -290,7 +293,7 @@ def find_source(
     if (held_out := settings.validation.held_out_dir) is not None:
         own = (*own, replace(folder_beside(settings.data_config, held_out), label=f"{held_out.name}/"))
     if model is not None:
-        settings = settings.model_copy(update={"pretrained_model_name_or_path": model})
+        settings = settings.model_copy(update={"pretrained_model_name_or_path": model, "model_parts": NO_PARTS})
 
     from pixtune.data.examples import folders_apart
 

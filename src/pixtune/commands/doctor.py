@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.padding import Padding
 from rich.table import Table
 
+from pixtune.config.model_parts import NO_PARTS, ModelParts
 from pixtune.hardware.advice import Advice, advise
 from pixtune.hardware.facts import GIB, HardwareFacts
 from pixtune.hardware.machine import Machine, read_machine
@@ -77,8 +78,8 @@ def render(examination: Examination, console: Console) -> None:
         console.print(Padding(escape(advice.remedy), (0, 0, 1, 4)), highlight=False)
 
 
-def examine_model(name_or_path: str) -> ModelCheck:
-    """Checks a model folder on this machine's first GPU, or its CPU. Reads all of its transformer several times.
+def examine_model(name_or_path: str, parts: ModelParts = NO_PARTS) -> ModelCheck:
+    """Checks a model on this machine's first GPU, or its CPU. Reads all of its transformer several times.
 
     Raises:
         WeightsError: there is no model, or none that can be trained here.
@@ -87,9 +88,9 @@ def examine_model(name_or_path: str) -> ModelCheck:
 
     from pixtune.commands.model_check import check_model
     from pixtune.families import family_of
-    from pixtune.storage.model_folder import open_model_folder
+    from pixtune.families.opening import open_model
 
-    folder = open_model_folder(name_or_path)
+    folder = open_model(name_or_path, parts)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return check_model(folder, family_of(folder), device)
 

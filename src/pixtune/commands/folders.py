@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from pixtune.config.folders import folders_of
 from pixtune.config.schema import TrainConfig
 from pixtune.data.controls import ControlRules, usual_rules
 from pixtune.data.folder_listing import count_folders
 from pixtune.errors import DataError
+from pixtune.storage.model_folder import lies_here
 
 USUAL_MULTIPLE = 16
 """Number of pixels that picture sides are multiples of, where the model is not here."""
@@ -30,13 +29,13 @@ def folder_listing(config: TrainConfig) -> str:
 
 def _rules(config: TrainConfig) -> tuple[int, ControlRules | None]:
     data = config.data_config
-    if not Path(config.pretrained_model_name_or_path).is_dir():
+    if not lies_here(config.pretrained_model_name_or_path, config.model_parts):
         has_controls = any(folder.has_controls for folder in folders_of(data))
         return USUAL_MULTIPLE, usual_rules(data.control_size, USUAL_MULTIPLE) if has_controls else None
     from pixtune.data.prompts import control_rules
     from pixtune.families import family_of
-    from pixtune.storage.model_folder import open_model_folder
+    from pixtune.families.opening import open_model
 
-    model = open_model_folder(config.pretrained_model_name_or_path)
+    model = open_model(config.pretrained_model_name_or_path, config.model_parts)
     family = family_of(model)
     return family.pixel_multiple(model), control_rules(family, model, data.control_size)

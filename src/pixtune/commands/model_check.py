@@ -173,7 +173,7 @@ def check_model(folder: ModelFolder, family: ModelFamily, device: torch.device) 
         for linear_format in formats
     )
     return ModelCheck(
-        folder_name=folder.path.resolve().name,
+        folder_name=(folder.path if folder.file is None else folder.file.path).resolve().name,
         pipeline_class=folder.pipeline_class,
         transformer_config={k: v for k, v in folder.component_config("transformer").items() if k != "_name_or_path"},
         num_parameters=folder.num_parameters("transformer"),

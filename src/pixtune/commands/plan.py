@@ -26,7 +26,7 @@ from pixtune.plan.phases import Phase, Surroundings, phases_of
 from pixtune.plan.situation import CONTEXT_BYTES, in_its_pool
 from pixtune.plan.text_padding import Captions, least_multiple, padded_length
 from pixtune.plan.training import TrainingPlan, plan_training
-from pixtune.storage.architecture import ShippedModel, find_architecture, require_configs
+from pixtune.storage.architecture import ShippedModel, require_configs
 from pixtune.storage.model_folder import ModelFolder, download_command
 
 if TYPE_CHECKING:
@@ -106,15 +106,17 @@ def make_report(config: TrainConfig, card: str | None = None, host_gib: float | 
         PixtuneError: there is no card of that name.
     """
     from pixtune.families import family_of
+    from pixtune.families.opening import find_model
     from pixtune.planning import footprint_of
 
     host_bytes = HOST_BYTES if host_gib is None else round(host_gib * GIB)
     facts = before_cuda(facts_as(card, host_bytes)) if card else facts_of_this_machine()
-    folder = find_architecture(config.pretrained_model_name_or_path)
+    folder = find_model(config.pretrained_model_name_or_path, config.model_parts)
     family = family_of(folder)
     assumptions = []
     if isinstance(folder, ShippedModel):
-        config = config.model_copy(update={"random_weights": True})
+        if not folder.has_weights("transformer"):
+            config = config.model_copy(update={"random_weights": True})
         assumptions.append(
             f"architecture: shipped with pixtune; fetch the model for training: `{download_command(folder.name)}`"
         )

@@ -94,6 +94,7 @@ def config_of(request: SampleRequest, output_dir: Path) -> TrainConfig:
     try:
         return TrainConfig(
             pretrained_model_name_or_path=request.model,
+            model_parts=request.model_parts,
             output_dir=output_dir,
             max_train_steps=1,
             data_config=DataConfig(

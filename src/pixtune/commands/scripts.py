@@ -15,9 +15,9 @@ def check_family(settings: TrainConfig, families: Sequence[str]) -> None:
         WeightsError: names the model's family and the script that trains it.
     """
     from pixtune.families import family_of
-    from pixtune.storage.model_folder import open_model_folder
+    from pixtune.families.opening import open_model
 
-    folder = open_model_folder(settings.pretrained_model_name_or_path)
+    folder = open_model(settings.pretrained_model_name_or_path, settings.model_parts)
     family = family_of(folder)
     if families and family.name not in families:
         raise WeightsError(

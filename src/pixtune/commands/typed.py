@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from pixtune.commands.words import Config, Words, config_and_overrides
+from pixtune.commands.words import Config, Part, Words, config_and_overrides, model_parts
 from pixtune.config.lora_files import LoraFormat
 from pixtune.inputs.printing import one_line
 
@@ -102,8 +102,10 @@ def export(
 def doctor(
     json_output: Annotated[bool, typer.Option("--json", help="Print JSON, for programs and bug reports.")] = False,
     model: Annotated[
-        str | None, typer.Option(help="Model folder or hub name to check instead: plain, in 8 bits, against diffusers.")
+        str | None,
+        typer.Option(help="Model folder, file or hub name to check instead: plain, in 8 bits, against diffusers."),
     ] = None,
+    part: Part = None,
     output: Annotated[Path | None, typer.Option(help="JSON file for the figures of --model.")] = None,
 ) -> None:
     """Report your hardware and what to fix. Trains nothing.
@@ -115,7 +117,7 @@ def doctor(
     from pixtune.commands.doctor import examine, examine_model, render, render_model
 
     if model is not None:
-        check = examine_model(model)
+        check = examine_model(model, model_parts(part or []))
         if output is not None:
             check.write(output)
         if json_output:

@@ -13,6 +13,7 @@ from pixtune.commands.folders import folder_listing
 from pixtune.commands.words import config_and_overrides
 from pixtune.config import load_config
 from pixtune.config.folders import folder_beside, folders_of
+from pixtune.config.model_parts import NO_PARTS, ModelParts
 from pixtune.config.schema import TrainConfig
 from pixtune.data.caption_tokens import CaptionCounter
 from pixtune.data.doctor.across import copies_across
@@ -24,7 +25,7 @@ from pixtune.data.report_json import to_json
 from pixtune.data.report_page import terminal_width, verdict
 from pixtune.data.validate import DatasetReport, Examination, mask_findings, validate_folder, validate_pairs
 from pixtune.inputs.printing import lines
-from pixtune.storage.model_folder import ModelFolder, open_model_folder
+from pixtune.storage.model_folder import lies_here
 
 PROBLEMS = 1
 """Exit code where training cannot start."""
@@ -78,7 +79,7 @@ def check_folder(folder: Path, request: FolderRequest, console: Console) -> Data
     """Checks one folder."""
     counter, multiple = None, request.multiple
     if request.model is not None:
-        counter = _counter(open_model_folder(request.model), request.max_text_tokens, request.control_size)
+        counter = _counter(request.model, NO_PARTS, request.max_text_tokens, request.control_size)
         multiple = multiple or counter.family.pixel_multiple(counter.folder)
     return validate_folder(
         folder, request.caption_type, request.img_size, multiple, request.control_folders,
@@ -93,10 +94,10 @@ def check_config(config: TrainConfig, console: Console) -> list[DatasetReport]:
     """
     data, held_out = config.data_config, config.validation.held_out_dir
     counter = multiple = None
-    if Path(config.pretrained_model_name_or_path).is_dir():
-        model = open_model_folder(config.pretrained_model_name_or_path)
-        counter = _counter(model, data.max_text_tokens, data.control_size)
-        multiple = counter.family.pixel_multiple(model)
+    if lies_here(config.pretrained_model_name_or_path, config.model_parts):
+        name, parts = config.pretrained_model_name_or_path, config.model_parts
+        counter = _counter(name, parts, data.max_text_tokens, data.control_size)
+        multiple = counter.family.pixel_multiple(counter.folder)
     folders = [*folders_of(data), *([folder_beside(data, held_out)] if held_out is not None else [])]
     apart, triggers = folders_apart(config), tuple(config.trigger_words)
     reports = []
@@ -136,7 +137,9 @@ def finish(
     return ONLY_WARNINGS if strict and any(report.of_level(Level.WARNING) for report in reports) else 0
 
 
-def _counter(folder: ModelFolder, max_text_tokens: int | None, control_size: int) -> CaptionCounter:
+def _counter(model: str, parts: ModelParts, max_text_tokens: int | None, control_size: int) -> CaptionCounter:
     from pixtune.families import family_of  # takes seconds, and a folder alone needs none
+    from pixtune.families.opening import open_model
 
+    folder = open_model(model, parts)
     return CaptionCounter(family_of(folder), folder, max_text_tokens, control_size)

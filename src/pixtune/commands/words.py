@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from pydantic import ValidationError
 
+from pixtune.config.model_parts import ModelParts
 from pixtune.config.schema import leaf_keys
 from pixtune.inputs.printing import one_line
 
@@ -18,6 +20,12 @@ TAKES_KEYS = {**HELP_OPTIONS, "ignore_unknown_options": True}  # --rank 8 is ans
 Config = Annotated[
     Path | None, typer.Option("--config", metavar="FILE", help="The config file, where it is not the first word.")
 ]
+
+Part = Annotated[
+    list[str] | None,
+    typer.Option(metavar="NAME=PATH", help="With --model: a key of model_parts, as others=FOLDER; may be repeated."),
+]
+"""Option of a command that takes a model: its parts that lie elsewhere."""
 
 
 def forgotten_command(words: Sequence[str]) -> str | None:
@@ -81,3 +89,20 @@ def config_and_overrides(words: Sequence[str] | None, config: Path | None) -> tu
         overrides.remove(files[0])
         config = Path(files[0])
     return config, overrides
+
+
+def model_parts(words: Sequence[str]) -> ModelParts:
+    """Reads the parts of a model that a command names, each as NAME=PATH.
+
+    Raises:
+        BadParameter: one has another form, or no part has its name.
+    """
+    pairs = [word.partition("=") for word in words]
+    if wrong := [word for word, (name, _, path) in zip(words, pairs, strict=True) if not name or not path]:
+        raise typer.BadParameter(f"--part {wrong[0]}: NAME=PATH is needed, for example --part vae=models/vae")
+    try:
+        return ModelParts.model_validate({name: path for name, _, path in pairs})
+    except ValidationError as error:
+        name = error.errors()[0]["loc"][0]
+        known = ", ".join(ModelParts.model_fields)
+        raise typer.BadParameter(f"--part {name}: {error.errors()[0]['msg']}. The parts are {known}") from error

@@ -13,6 +13,11 @@ _BY_OURS: Mapping[str, str] = {
         "model base_model model_name model_path model_id name_or_path base_model_name pretrained_model checkpoint "
         "ckpt_path dit transformer_path"
     ),
+    "model_parts.others": "extras_name_or_path diffusers_path base_model_path",
+    "model_parts.vae": "vae_path ae ae_path vae_model_path pretrained_vae_model_name_or_path",
+    "model_parts.text_encoder": "text_encoder_path clip_l clip_l_path clip_path text_encoder_1",
+    "model_parts.text_encoder_2": "t5xxl t5xxl_path t5_path text_encoder_2_path",
+    "model_parts.tokenizer": "tokenizer_path",
     "output_dir": "output_folder output_path save_dir save_path save_folder output_model_destination training_folder",
     "data_config": "dataset datasets data dataset_config data_backend_config",
     "data_config.img_dir": (

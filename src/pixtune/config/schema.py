@@ -18,6 +18,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from pixtune.config.contradictions import contradictions
 from pixtune.config.lora_files import LoraFilesConfig
+from pixtune.config.model_parts import ModelParts
 from pixtune.config.optimizing import (
     FINDS_RATE,
     OPTIMIZER_NAMES,
@@ -81,7 +82,10 @@ class TrainConfig(Section):
 
     # ---- what and where
     pretrained_model_name_or_path: Name
-    """A folder in diffusers' layout or a hub name, for example Qwen/Qwen-Image."""
+    """A folder in diffusers' layout or a hub name, for example Qwen/Qwen-Image; or a transformer in one file, beside
+    which `model_parts` names the other parts."""
+    model_parts: ModelParts = ModelParts()
+    """Parts of the model that lie elsewhere than in its folder."""
     output_dir: FilePath
     """Folder for checkpoints, the LoRA, metrics and the report."""
     data_config: DataConfig

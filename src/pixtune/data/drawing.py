@@ -17,6 +17,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from pixtune.config.model_parts import NO_PARTS, ModelParts
 from pixtune.config.schema import TrainConfig
 from pixtune.data.build_encoder import plan_encoders_for
 from pixtune.data.cache import Ledger, MemoryStore
@@ -29,6 +30,7 @@ from pixtune.engine.apply import blocks_of, load_planned, placement_of
 from pixtune.engine.compile import compile_blocks, compile_obstacle
 from pixtune.engine.load import LoadedTransformer
 from pixtune.families import family_of
+from pixtune.families.opening import open_model
 from pixtune.family import CONTROL_SIDE, ModelFamily, Placement
 from pixtune.hardware.facts import HardwareFacts
 from pixtune.hardware.monitor import StageLog
@@ -39,7 +41,7 @@ from pixtune.plan.sampling import SampleSizes, SamplingPlan, plan_sampling
 from pixtune.planning import can_pad, encoder_sizes, tensor_shapes
 from pixtune.progress import announced, counted, say
 from pixtune.sampler import EncodedPrompt, PromptPicture, PromptSampler, SamplerSettings
-from pixtune.storage.model_folder import ModelFolder, open_model_folder
+from pixtune.storage.model_folder import ModelFolder
 from pixtune.trained.adapters import scaled, up_projections
 from pixtune.trained.saved_lora import SavedLora, attach_saved_lora, read_saved_lora
 
@@ -65,6 +67,8 @@ class SampleRequest:
     """Device memory that the process may take at most."""
     strengths: tuple[float, ...] = (1.0,)
     """Factors of the LoRA's scale, at each of which all pictures are drawn. 0 is the base alone."""
+    model_parts: ModelParts = NO_PARTS
+    """Parts of the model that lie elsewhere."""
     side: int = CONTROL_SIDE
     """Side in pixels of the square whose area pictures get where a prompt has no size."""
 
@@ -118,7 +122,7 @@ def open_task(request: SampleRequest) -> Task:
     Raises:
         WeightsError, DataError: see `commands/sample.py: sample_pictures`.
     """
-    folder = open_model_folder(request.model)
+    folder = open_model(request.model, request.model_parts)
     family = family_of(folder)
     multiple = family.pixel_multiple(folder)
     rules = control_rules(family, folder, request.control_size)

@@ -182,7 +182,7 @@ class Encoder:
         """
         if not all(bool(tensor.isfinite().all()) for tensor in entry.values()):
             raise WeightsError(
-                f"{self.folder.path / part} makes values that are no numbers (NaN or infinity) of {key.item}. Its "
+                f"{self.folder.part(part)} makes values that are no numbers (NaN or infinity) of {key.item}. Its "
                 "weights are damaged, or overflow in this number format: fetch the model again, or set "
                 "mixed_precision: 'no'."
             )

@@ -24,13 +24,13 @@ from pixtune.data.sample_prompts import AskedPrompt
 from pixtune.engine.relief import free_unused
 from pixtune.errors import ConfigError
 from pixtune.families import family_of
+from pixtune.families.opening import open_model
 from pixtune.hardware.read import read_facts
 from pixtune.plan.demands import demands_of
 from pixtune.progress import say
 from pixtune.sampler import PromptPicture, SamplerSettings
 from pixtune.storage.files import text_digest, write_atomically
 from pixtune.storage.loading import check_parts
-from pixtune.storage.model_folder import open_model_folder
 
 PRIOR_FOLDER = "prior"
 """Folder in the output folder for what the base model draws."""
@@ -71,7 +71,7 @@ def draw_prior(config: TrainConfig, base: str | None, accelerator: Accelerator) 
 
 
 def _draw(config: TrainConfig, prior: PriorConfig, folder: Path, accelerator: Accelerator) -> None:
-    model_folder = open_model_folder(config.pretrained_model_name_or_path)
+    model_folder = open_model(config.pretrained_model_name_or_path, config.model_parts)
     if family_of(model_folder).max_controls and not config.data_config.allow_missing_controls:
         raise ConfigError(
             "the base model cannot draw regularization pictures",
@@ -99,6 +99,7 @@ def _draw(config: TrainConfig, prior: PriorConfig, folder: Path, accelerator: Ac
     task = open_task(
         SampleRequest(
             model=config.pretrained_model_name_or_path,
+            model_parts=config.model_parts,
             prompts=tuple(AskedPrompt(prompt, size=size) for prompt in dict.fromkeys(prompt for prompt, _ in missing)),
             lora=None,
             weights_format="bf16" if config.mixed_precision == "bf16" else "fp32",

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from pixtune.engine.kernels import try_triton
-from pixtune.engine.modulation import ModulationTable, read_from_files
+from pixtune.engine.modulation import ModulationTable
 from pixtune.engine.modulation_filling import ModulationRows
 from pixtune.engine.quantize import QuantizedLinear, can_quantize, codes_for, tensor_cores_multiply
 from pixtune.engine.streaming import BlockStream
 from pixtune.errors import WeightsError
 from pixtune.family import ModelFamily, Placement
-from pixtune.storage.loading import iterate_tensors, naming_part, shard_files
+from pixtune.storage.loading import ScaledWeight, naming_part, open_transformer
 from pixtune.storage.model_folder import ModelFolder
 
 
@@ -77,22 +77,22 @@ def load_transformer(
     Raises:
         WeightsError: the files' tensors are not those of the architecture that the config describes; names some.
     """
-    with naming_part(folder.path / "transformer"):
+    with naming_part(folder.part("transformer")):
         module = family.build_transformer(folder.component_config("transformer"))
     in_config = set(module.state_dict())
     absent = lay_out(module, family, placement, layout)
-    files = shard_files(folder.path / "transformer")
-    tensors = iterate_tensors(
-        files, placement.device, reading.num_threads, None if reading.fast else False,
+    stored = open_transformer(folder)
+    tensors = stored.iterate(
+        placement.device, reading.num_threads, None if reading.fast else False,
         wanted=lambda name: parent(name) not in absent,
     )  # fmt: skip
     expected = {name for name in in_config if parent(name) not in absent}
-    fill(module, tensors, expected, placement, str(folder.path), prefixes_of_blocks(module, family, layout.streamed))
+    fill(module, tensors, expected, placement, str(stored.source), prefixes_of_blocks(module, family, layout.streamed))
     module.requires_grad_(False).eval()
     if not absent:
         return LoadedTransformer(module)
-    embedder, read = module.get_submodule(family.time_embedder), read_from_files(files)
-    return LoadedTransformer(module, table=ModulationTable(embedder, absent, read, layout.modulation_rows))
+    embedder = module.get_submodule(family.time_embedder)
+    return LoadedTransformer(module, table=ModulationTable(embedder, absent, stored.read, layout.modulation_rows))
 
 
 def random_transformer(
@@ -204,7 +204,7 @@ def parent(name: str) -> str:
 
 def fill(
     model: nn.Module,
-    tensors: Iterable[tuple[str, Tensor]],
+    tensors: Iterable[tuple[str, Tensor | ScaledWeight]],
     expected: set[str],
     placement: Placement,
     source: str,
@@ -236,7 +236,7 @@ def fill(
         )
 
 
-def put_into(module: nn.Module, name: str, tensor: Tensor, placement: Placement) -> None:
+def put_into(module: nn.Module, name: str, tensor: Tensor | ScaledWeight, placement: Placement) -> None:
     """Stores a tensor in the form that its module has for it.
 
     Args:
@@ -246,18 +246,19 @@ def put_into(module: nn.Module, name: str, tensor: Tensor, placement: Placement)
         WeightsError: the module has another shape.
     """
     leaf = name.rpartition(".")[2]
+    quantized = module if isinstance(module, QuantizedLinear) and leaf == "weight" else None
+    sides = None if quantized is None else (quantized.out_features, quantized.in_features)
+    expected = getattr(module, leaf).shape if sides is None else torch.Size(sides)
+    if expected != tensor.shape:
+        raise WeightsError(f"{name} has shape {tuple(tensor.shape)}; the config has {tuple(expected)}.")
+    if quantized is not None:
+        quantized.set_weight(tensor)
+        return
+    plain = tensor.dequantized() if isinstance(tensor, ScaledWeight) else tensor
     # On a CPU tensors are views of their mapped file; what is kept must outlive it.
-    format = placement.dtype if tensor.is_floating_point() else tensor.dtype
-    value = tensor.to(format, copy=placement.device.type == "cpu")
-    if isinstance(module, QuantizedLinear) and leaf == "weight":
-        expected = torch.Size((module.out_features, module.in_features))
-    else:
-        expected = getattr(module, leaf).shape
-    if expected != value.shape:
-        raise WeightsError(f"{name} has shape {tuple(value.shape)}; the config has {tuple(expected)}.")
-    if isinstance(module, QuantizedLinear) and leaf == "weight":
-        module.set_weight(tensor)
-    elif leaf in module._buffers:
+    format = placement.dtype if plain.is_floating_point() else plain.dtype
+    value = plain.to(format, copy=placement.device.type == "cpu")
+    if leaf in module._buffers:
         module._buffers[leaf] = value
     else:
         module._parameters[leaf] = nn.Parameter(value, requires_grad=False)

@@ -15,16 +15,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from pixtune.engine.modulation_filling import Filling, ModulationRows, Passage, ReadWeight
 from pixtune.engine.transfer import host_buffer
-from pixtune.storage.model_folder import read_header
 
 MAX_DISTANCE = 0.02
 """Largest relative distance of a time embedding from the nearest one in the table. The same sigma embedded in a batch
@@ -33,17 +30,6 @@ within rounding too."""
 
 STEPS, SAMPLES = "steps", "samples"
 """Passes that are shown rows."""
-
-
-def read_from_files(files: Sequence[Path]) -> ReadWeight:
-    """Returns a reader of single tensors from safetensors files, which maps them: they take page cache only."""
-    file_of = {name: file for file in files for name in read_header(file)}
-
-    def read(name: str) -> Tensor:
-        with safe_open(file_of[name], framework="pt") as tensors:
-            return tensors.get_tensor(name)
-
-    return read
 
 
 class ShownRows:

@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,7 +23,7 @@ from pixtune.engine.load import PLAIN, Layout, fill, lay_out, parent, put_into
 from pixtune.engine.quantize import QuantizedLinear
 from pixtune.errors import WeightsError
 from pixtune.family import ModelFamily, Placement
-from pixtune.storage.loading import iterate_tensors, shard_files
+from pixtune.storage.loading import TransformerTensors, open_transformer
 from pixtune.storage.model_folder import ModelFolder
 
 Visit = Callable[[str, nn.Module, tuple[Any, ...], dict[str, Any]], None]
@@ -33,12 +32,12 @@ Visit = Callable[[str, nn.Module, tuple[Any, ...], dict[str, Any]], None]
 
 @dataclass(frozen=True)
 class BlockWeights:
-    """The files of one block's tensors, and the modules that they belong to."""
+    """The tensors of one block, and the modules that they belong to."""
 
     path: str
     modules: dict[str, nn.Module]
     """Each tensor's module, by the tensor's name; collected before a LoRA changes the paths."""
-    files: tuple[Path, ...]
+    stored: TransformerTensors
     placement: Placement
 
     def arrive(self) -> None:
@@ -49,13 +48,13 @@ class BlockWeights:
         """
         missing = set(self.modules)
         # fastsafetensors would read whole files for each block.
-        read = iterate_tensors(self.files, self.placement.device, use_fast=False, wanted=self.modules.__contains__)
+        read = self.stored.iterate(self.placement.device, use_fast=False, wanted=self.modules.__contains__)
         for name, tensor in read:
             put_into(self.modules[name], name, tensor, self.placement)
             missing.discard(name)
         if missing:
             raise WeightsError(
-                f"{self.files[0].parent} lacks {len(missing)} tensors of {self.path}, {min(missing)} among them. Was "
+                f"{self.stored.source} lacks {len(missing)} tensors of {self.path}, {min(missing)} among them. Was "
                 "the download interrupted? Fetch it again."
             )
 
@@ -102,17 +101,15 @@ def load_on_demand(
     model = family.build_transformer(folder.component_config("transformer"))
     names = set(model.state_dict())
     lay_out(model, family, placement, layout)
-    files = tuple(shard_files(folder.path / "transformer"))
+    stored = open_transformer(folder)
     blocks = {f"{path}.{n}": b for path in family.block_paths for n, b in model.get_submodule(path).named_children()}
     in_blocks = tuple(f"{path}." for path in blocks)
     outside = {name for name in names if not name.startswith(in_blocks)}
-    tensors = iterate_tensors(
-        files, placement.device, use_fast=False, wanted=lambda name: not name.startswith(in_blocks)
-    )
-    fill(model, tensors, outside, placement, str(folder.path))
+    tensors = stored.iterate(placement.device, use_fast=False, wanted=lambda name: not name.startswith(in_blocks))
+    fill(model, tensors, outside, placement, str(stored.source))
     for path, block in blocks.items():
         modules = {name: model.get_submodule(parent(name)) for name in names if name.startswith(f"{path}.")}
-        weights = BlockWeights(path, modules, files, placement)
+        weights = BlockWeights(path, modules, stored, placement)
         weights.prepare()
         wrap_forward(block, partial(run_with_weights, weights, block, visit))
     return model.requires_grad_(False).eval()

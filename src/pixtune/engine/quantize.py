@@ -32,6 +32,7 @@ from pixtune.engine.kernels import (
     round_to_codes,
     transpose_bytes,
 )
+from pixtune.storage.loading import ScaledWeight
 
 FP8, INT8, NF4 = "fp8", "int8", "nf4"
 FORMATS = (FP8, INT8, NF4)
@@ -273,14 +274,28 @@ class QuantizedLinear(nn.Linear):
         self.register_parameter("bias", None)
 
     @torch.no_grad()
-    def set_weight(self, weight_NK: Tensor) -> None:
-        """Quantizes on the weight's device and keeps the result there."""
+    def set_weight(self, weight_NK: Tensor | ScaledWeight) -> None:
+        """Quantizes on the weight's device and keeps the result there.
+
+        A weight that is in the same 8 bits already is kept as it is, so that nothing is rounded twice.
+        """
+        if isinstance(weight_NK, ScaledWeight) and not self._keeps(weight_NK):
+            weight_NK = weight_NK.dequantized()
         if self.linear_format == NF4:
+            assert isinstance(weight_NK, Tensor)
             self.weight, self.block_scale, self.scale = pack_nf4(weight_NK, self.codes)
         else:
-            codes_NK, self.scale = quantize_rows(weight_NK, self.codes)
+            if isinstance(weight_NK, ScaledWeight):
+                codes_NK, self.scale = weight_NK.codes_NK, weight_NK.scale_N1
+                codes_NK = codes_NK.clone() if codes_NK.device.type == "cpu" else codes_NK  # a view of its mapped file
+            else:
+                codes_NK, self.scale = quantize_rows(weight_NK, self.codes)
             self.weight = codes_NK.view(torch.uint8)
             self.transpose = transpose_bytes(self.weight) if self.keeps_transpose else None
+
+    def _keeps(self, weight_NK: ScaledWeight) -> bool:
+        """Returns whether a weight's codes are those of this layer's format."""
+        return self.linear_format != NF4 and weight_NK.codes_NK.dtype == self.codes and not weight_NK.group
 
     def set_like(self, other: QuantizedLinear, first_row: int, device: torch.device) -> None:
         """Takes another layer's weight, of the same shape and format, with its rows from `first_row` on at the top."""

@@ -27,7 +27,7 @@ def captioner_of(folder: ModelFolder, picture_tokens: int = PICTURE_TOKENS) -> C
             f"{folder.path} is a {folder.pipeline_class}, whose text encoders read words and see no pictures, so it "
             f"cannot write captions. Families that can: {able}. {WHAT_CAN}"
         )
-    weights, tokenizer, processor = (folder.path / part for part in family.captioner_parts)
+    weights, tokenizer, processor = (folder.part(part) for part in family.captioner_parts)
     return QwenCaptioner(weights, tokenizer, processor, picture_tokens)
 
 

@@ -41,7 +41,7 @@ def model_time_shift(folder: ModelFolder, num_image_tokens: int) -> float:
             raise ValueError(f"a shift of {shift}")
     except (ArithmeticError, TypeError, ValueError) as error:
         raise WeightsError(
-            f"{folder.path / 'scheduler' / 'scheduler_config.json'} describes no noise levels ({error}). Fetch "
+            f"{folder.part('scheduler') / 'scheduler_config.json'} describes no noise levels ({error}). Fetch "
             "the model again."
         ) from error
     return shift
@@ -60,7 +60,7 @@ def model_sigmas(folder: ModelFolder, num_steps: int, num_image_tokens: int) -> 
     from pixtune.storage.loading.parts import naming_part
 
     shift = model_time_shift(folder, num_image_tokens)
-    with naming_part(folder.path / "scheduler"):
+    with naming_part(folder.part("scheduler")):
         scheduler = FlowMatchEulerDiscreteScheduler.from_config(folder.component_config("scheduler"))
         scheduler.set_timesteps(sigmas=numpy.linspace(1.0, 1 / num_steps, num_steps), mu=shift)
         return scheduler.sigmas.tolist()

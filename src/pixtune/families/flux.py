@@ -166,11 +166,11 @@ class Flux:
 
         tokenizers = self._load_tokenizers(folder)
         models = tuple(
-            load_part(kind, folder.path / part, dtype=placement.dtype).to(placement.device).eval().requires_grad_(False)
+            load_part(kind, folder.part(part), dtype=placement.dtype).to(placement.device).eval().requires_grad_(False)
             for kind, part in ((CLIPTextModel, "text_encoder"), (T5EncoderModel, "text_encoder_2"))
         )
         for tokenizer, model, part in zip(tokenizers, models, ("tokenizer", "tokenizer_2"), strict=True):
-            check_words(tokenizer, model, folder.path / part)
+            check_words(tokenizer, model, folder.part(part))
         return TextEncoder(models, tokenizers)
 
     @staticmethod
@@ -180,13 +180,13 @@ class Flux:
 
         from pixtune.storage.loading.parts import load_tokenizer
 
-        clip_tokenizer = load_tokenizer(CLIPTokenizer, folder.path / "tokenizer")
+        clip_tokenizer = load_tokenizer(CLIPTokenizer, folder.part("tokenizer"))
         if not 0 < clip_tokenizer.model_max_length <= MOST_CLIP_TOKENS:  # prompts are padded to it
             raise WeightsError(
-                f"{folder.path / 'tokenizer'} reads {clip_tokenizer.model_max_length} tokens (model_max_length), and "
+                f"{folder.part('tokenizer')} reads {clip_tokenizer.model_max_length} tokens (model_max_length), and "
                 f"CLIP at most {MOST_CLIP_TOKENS}. Fetch the model again."
             )
-        return clip_tokenizer, load_tokenizer(T5TokenizerFast, folder.path / "tokenizer_2")
+        return clip_tokenizer, load_tokenizer(T5TokenizerFast, folder.part("tokenizer_2"))
 
     def load_autoencoder(self, folder: ModelFolder, placement: Placement) -> nn.Module:
         from diffusers import AutoencoderKL
@@ -195,9 +195,9 @@ class Flux:
 
         config = folder.component_config("vae")
         if missing := [key for key in ("scaling_factor", "shift_factor") if config.get(key) is None]:
-            file = folder.path / "vae" / "config.json"
+            file = folder.part("vae") / "config.json"
             raise WeightsError(f"{file} has no {missing[0]}, which latents are scaled by. Fetch the model again.")
-        model = load_part(AutoencoderKL, folder.path / "vae", torch_dtype=placement.dtype)
+        model = load_part(AutoencoderKL, folder.part("vae"), torch_dtype=placement.dtype)
         return model.to(placement.device).eval().requires_grad_(False)
 
     def build_transformer(self, config: Mapping[str, Any]) -> nn.Module:

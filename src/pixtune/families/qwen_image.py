@@ -171,11 +171,11 @@ class QwenImage:
         tokenizer = self._reader.load_tokenizer(folder)
         whole = load_part(
             Qwen2_5_VLForConditionalGeneration,
-            folder.path / "text_encoder",
+            folder.part("text_encoder"),
             unread=self.unread_text_weights,
             dtype=placement.dtype,
         )
-        check_words(getattr(tokenizer, "tokenizer", tokenizer), whole, folder.path / "tokenizer")
+        check_words(getattr(tokenizer, "tokenizer", tokenizer), whole, folder.part("tokenizer"))
         model = whole.model  # without the output layer: nothing reads logits
         if not self.controls_in_text:
             model.visual = None
@@ -187,7 +187,7 @@ class QwenImage:
 
         from pixtune.storage.loading.parts import load_part
 
-        model = load_part(AutoencoderKLQwenImage, folder.path / "vae", torch_dtype=placement.dtype)
+        model = load_part(AutoencoderKLQwenImage, folder.part("vae"), torch_dtype=placement.dtype)
         return model.to(placement.device).eval().requires_grad_(False)
 
     def build_transformer(self, config: Mapping[str, Any]) -> nn.Module:
@@ -362,7 +362,7 @@ class CaptionReader:
 
         from pixtune.storage.loading.parts import load_tokenizer
 
-        return load_tokenizer(AutoTokenizer, folder.path / "tokenizer")
+        return load_tokenizer(AutoTokenizer, folder.part("tokenizer"))
 
     def encode(self, encoder: TextEncoder, prompts: Sequence[Prompt], max_tokens: int | None) -> list[Conditioning]:
         (model,), (tokenizer,) = encoder.models, encoder.tokenizers

@@ -87,10 +87,10 @@ class EditReader:
 
         from pixtune.storage.loading.parts import load_tokenizer, naming_part
 
-        tokenizer = load_tokenizer(AutoTokenizer, folder.path / "tokenizer")
-        with naming_part(folder.path / "processor"):
+        tokenizer = load_tokenizer(AutoTokenizer, folder.part("tokenizer"))
+        with naming_part(folder.part("processor")):
             return VisionTokenizer(
-                tokenizer, AutoImageProcessor.from_pretrained(folder.path / "processor", trust_remote_code=False)
+                tokenizer, AutoImageProcessor.from_pretrained(folder.part("processor"), trust_remote_code=False)
             )
 
     def user_part(self, text: str, num_pictures: int) -> str:

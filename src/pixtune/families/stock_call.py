@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from pixtune import randomness
 from pixtune.family import CONTROL_SIDE, Conditioning, ModelFamily, Placement
+from pixtune.storage.loading import open_transformer
 from pixtune.storage.model_folder import ModelFolder
 
 SIGMAS = [0.7, 0.3]
@@ -57,11 +58,17 @@ def random_inputs(family: ModelFamily, folder: ModelFolder, side: int, num_text_
 
 
 def load_stock_transformer(folder: ModelFolder, placement: Placement) -> nn.Module:
-    """Loads the transformer by the class that the folder's config names, in that class's own way."""
+    """Loads the transformer by the class that its config names, in that class's own way where it lies in a folder."""
     import diffusers
 
-    kind = getattr(diffusers, folder.component_config("transformer")["_class_name"])
-    model = kind.from_pretrained(folder.path / "transformer", torch_dtype=placement.dtype, use_safetensors=True)
+    config = folder.component_config("transformer")
+    kind = getattr(diffusers, config["_class_name"])
+    if folder.file is not None:
+        model = kind.from_config(config).to(placement.dtype)
+        stored = open_transformer(folder)
+        model.load_state_dict({entry.name: stored.read(entry.name) for entry in stored.entries})
+        return model.to(placement.device).eval().requires_grad_(False)
+    model = kind.from_pretrained(folder.part("transformer"), torch_dtype=placement.dtype, use_safetensors=True)
     return model.to(placement.device).eval().requires_grad_(False)
 
 
@@ -75,7 +82,7 @@ def stock_velocity(
     kind: Any = getattr(diffusers, folder.pipeline_class)
     parts: dict[str, Any] = dict.fromkeys(folder.components)
     autoencoder = family.load_autoencoder(folder, placement)  # for its config alone: nothing is encoded
-    scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_pretrained(folder.path / "scheduler")
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_pretrained(folder.part("scheduler"))
     pipeline = kind(**{**parts, "vae": autoencoder, "scheduler": scheduler, "transformer": transformer})
     pipeline.set_progress_bar_config(disable=True)
     batch, channels, height, width = inputs.noisy_BCHW.shape

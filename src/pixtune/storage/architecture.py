@@ -32,13 +32,18 @@ class ShippedModel(ModelFolder):
         return {"_class_name": self._parts["pipeline"]}
 
     def component_config(self, component: str) -> dict[str, Any]:
+        if (component == "transformer" and self.file is not None) or component in self.parts:
+            return super().component_config(component)
         return read_shipped()["configs"][component][self._parts[component]]
 
     def has_weights(self, component: str) -> bool:
-        return False
+        is_elsewhere = (component == "transformer" and self.file is not None) or component in self.parts
+        return is_elsewhere and super().has_weights(component)
 
     def count_parameters(self, component: str) -> int | None:
         """Returns the number of a component's parameters that reach a device; None for one without weights."""
+        if component in self.parts:
+            return super().count_parameters(component)
         return read_shipped()["parameters"].get(component, {}).get(self._parts.get(component))
 
     @property
@@ -97,8 +102,9 @@ def find_cached(name: str) -> ModelFolder | None:
 
 
 def missing_configs(folder: ModelFolder) -> list[str]:
-    """Lists which of `CONFIGS` a folder lacks."""
-    return [file for file in CONFIGS if not (folder.path / file).is_file()]
+    """Lists which of `CONFIGS` a model lacks, apart from parts that lie elsewhere."""
+    lacking = [file for file in CONFIGS if not (folder.path / file).is_file()]
+    return [file for file in lacking if file.split("/")[0] not in folder.parts and folder.given_index is None]
 
 
 def require_configs(folder: ModelFolder, name: str) -> None:

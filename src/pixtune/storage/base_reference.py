@@ -13,8 +13,8 @@ from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from pixtune.errors import WeightsError
-from pixtune.storage.loading.entries import read_entries
-from pixtune.storage.model_folder import ModelFolder, weight_files
+from pixtune.storage.loading.transformer import TransformerTensors, open_transformer
+from pixtune.storage.model_folder import ModelFolder
 from pixtune.storage.shipped import shipped_names
 
 SAMPLED_PLACES = 4
@@ -44,6 +44,10 @@ def refer_to_base(name_or_path: str, folder: ModelFolder) -> BaseReference:
     """Describes the base model that the config calls `name_or_path` and that was opened as `folder`."""
     is_local = Path(name_or_path).expanduser().exists()  # as `open_model_folder` decides
     name = folder.path.expanduser().absolute().name if is_local else name_or_path
+    if folder.file is not None:
+        name = folder.file.path.expanduser().absolute().name
+    elif "transformer" in folder.parts:
+        name = folder.parts["transformer"].expanduser().absolute().name
     return BaseReference(name, sampled_fingerprint(folder))
 
 
@@ -65,19 +69,21 @@ def sampled_fingerprint(folder: ModelFolder) -> str:
     places goes unnoticed.
     """
     digest = hashlib.sha256(_without_origin(folder.component_config("transformer")))
-    try:
-        tensors = read_entries(weight_files(folder.path / "transformer"))
-    except WeightsError:  # runs with random weights need no files
-        tensors = []
     samples: dict[str, bytes] = {}
-    for file, entries in groupby(tensors, key=lambda entry: entry.file):
+    try:
+        stored = open_transformer(folder)
+    except WeightsError:  # runs with random weights need no files
+        stored = TransformerTensors(folder.path, ())
+    for file, entries in groupby(stored.entries, key=lambda entry: entry.file):
         with file.open("rb") as stream:
             for entry in entries:
                 of_tensor = hashlib.sha256(f"{entry.name}\0{entry.dtype}\0{entry.shape}\0".encode())
                 last = max(entry.num_bytes - SAMPLED_BYTES, 0)
                 for place in sorted({number * last // (SAMPLED_PLACES - 1) for number in range(SAMPLED_PLACES)}):
-                    stream.seek(entry.offset_bytes + place)
-                    of_tensor.update(stream.read(min(SAMPLED_BYTES, entry.num_bytes)))
+                    for begin, count in stored.bytes_at(entry, place, min(SAMPLED_BYTES, entry.num_bytes)):
+                        stream.seek(begin)
+                        of_tensor.update(stream.read(count))
+                of_tensor.update(stored.scaling_of(entry.name))
                 samples[entry.name] = of_tensor.digest()
     for _, sample in sorted(samples.items()):
         digest.update(sample)

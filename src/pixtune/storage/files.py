@@ -160,3 +160,19 @@ def file_digest(path: Path) -> str:
     """Returns the SHA-256 of a file's bytes, as hex."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def remembered_digest(file: Path, memo_dir: Path | None) -> str:
+    """Returns a file's SHA-256 as hex; that of a large file is kept in `memo_dir` by its path, size and time."""
+    stat = file.stat()
+    if memo_dir is None or stat.st_size < 64 * 2**20:
+        return file_digest(file)
+    key = hashlib.sha256(f"{file.resolve()}\0{stat.st_size}\0{stat.st_mtime_ns}".encode()).hexdigest()
+    memo = memo_dir / f"{key}.sha256"
+    # Written twice, so that damage shows: by a wrong digest, all encodings would be those of another model.
+    remembered = memo.read_bytes().split() if memo.is_file() else []
+    if len(remembered) == 2 and remembered[0] == remembered[1]:
+        return remembered[0].decode()
+    digest = file_digest(file)
+    write_if_possible(memo, f"{digest}\n{digest}\n".encode())
+    return digest

@@ -9,17 +9,22 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path, PureWindowsPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from pixtune.config.model_parts import ModelParts
 from pixtune.errors import WeightsError
 from pixtune.inputs.reading import MEBIBYTE, check_regular, read_bounded
 from pixtune.storage.config_bounds import check_config
-from pixtune.storage.files import file_digest, write_if_possible
+from pixtune.storage.file_kinds import kind_of_bytes
+from pixtune.storage.files import remembered_digest
 from pixtune.storage.shipped import spelling_hint
+
+if TYPE_CHECKING:
+    from pixtune.storage.transformer_file import TransformerFile
 
 MODEL_INDEX = "model_index.json"
 READ_SUFFIXES = (".json", ".safetensors", ".txt", ".model", ".jinja")
@@ -51,14 +56,24 @@ class ComponentConfig(dict[str, Any]):
 
 @dataclass(frozen=True)
 class ModelFolder:
-    """Local folder as `DiffusionPipeline.save_pretrained` writes it."""
+    """Local folder as `DiffusionPipeline.save_pretrained` writes it; some of its parts may lie elsewhere."""
 
     path: Path
+    parts: Mapping[str, Path] = field(default_factory=dict, kw_only=True)
+    """Folders of the parts that lie elsewhere, by the parts' names."""
+    file: TransformerFile | None = field(default=None, kw_only=True)
+    """The transformer, where it is one file; None: it is the part of that name."""
+    given_index: Mapping[str, Any] | None = field(default=None, kw_only=True)
+    """Content of a `model_index.json` for parts that no folder holds together; None: the folder has one."""
 
     @cached_property
     def index(self) -> dict[str, Any]:
         """Content of `model_index.json`."""
-        return read_json(self.path / MODEL_INDEX)
+        return read_json(self.path / MODEL_INDEX) if self.given_index is None else dict(self.given_index)
+
+    def part(self, component: str) -> Path:
+        """Returns the folder of a component."""
+        return self.parts.get(component, self.path / component)
 
     @property
     def pipeline_class(self) -> str:
@@ -75,24 +90,43 @@ class ModelFolder:
         Raises:
             WeightsError: it is none, or holds numbers that no model has.
         """
-        name = "scheduler_config.json" if component == "scheduler" else "config.json"
-        file = self.path / component / name
+        file = self.config_file(component)
+        if component == "transformer" and self.file is not None:
+            return ComponentConfig(file, self.file.config)
         config = read_json(file)
         check_config(file, config)
         return ComponentConfig(file, config)
 
+    def config_file(self, component: str) -> Path:
+        """Returns the file that a component's config is read from."""
+        if component == "transformer" and self.file is not None:
+            return self.file.path
+        return self.part(component) / ("scheduler_config.json" if component == "scheduler" else "config.json")
+
     def num_parameters(self, component: str) -> int:
         """Counts the parameters of a component, from its safetensors headers alone."""
-        count = 0
-        for file in weight_files(self.path / component):
-            for name, tensor in read_header(file).items():
-                if name != "__metadata__":
-                    count += math.prod(tensor["shape"])
-        return count
+        return sum(math.prod(shape) for shape in self.shapes(component).values())
+
+    def shapes(self, component: str) -> Mapping[str, tuple[int, ...]]:
+        """Returns the shapes of a component's tensors, from its safetensors headers alone.
+
+        Raises:
+            WeightsError: files are missing, cut off or of another format.
+        """
+        if component == "transformer" and self.file is not None:
+            return self.file.shapes
+        return {
+            name: tuple(tensor["shape"])
+            for file in weight_files(self.part(component))
+            for name, tensor in read_header(file).items()
+            if name != "__metadata__"
+        }
 
     def has_weights(self, component: str) -> bool:
         """Returns whether any weight file of a component is there."""
-        return any((self.path / component).glob("*.safetensors"))
+        if component == "transformer" and self.file is not None:
+            return True
+        return any(self.part(component).glob("*.safetensors"))
 
     def count_parameters(self, component: str) -> int | None:
         """Counts the parameters of a component as `num_parameters` does, or from the index where it is alone.
@@ -104,7 +138,7 @@ class ModelFolder:
         """
         if self.has_weights(component):
             return self.num_parameters(component)
-        for index in (self.path / component).glob(f"*{INDEX_SUFFIX}"):
+        for index in self.part(component).glob(f"*{INDEX_SUFFIX}"):
             try:
                 return int(read_json(index)["metadata"]["total_size"]) // 2
             except (KeyError, TypeError, ValueError) as error:
@@ -118,9 +152,9 @@ class ModelFolder:
         modification time in nanoseconds.
         """
         digest = hashlib.sha256()
-        for file in sorted((self.path / component).iterdir()):
+        for file in sorted(self.part(component).iterdir()):
             if file.suffix in READ_SUFFIXES:
-                digest.update(f"{file.name}\0{_remembered_digest(file, memo_dir)}\0".encode())
+                digest.update(f"{file.name}\0{remembered_digest(file, memo_dir)}\0".encode())
         return digest.hexdigest()
 
 
@@ -208,23 +242,26 @@ def _only_file(folder: Path) -> Path:
     raise WeightsError(f"{folder} holds {found}. A folder with .safetensors files is needed.")
 
 
-def open_model_folder(name_or_path: str) -> ModelFolder:
+def open_model_folder(name_or_path: str, replaced: Collection[str] = ()) -> ModelFolder:
     """A local folder, or a hub name that is downloaded into the hub's own cache.
+
+    Args:
+        replaced: names of parts that come from elsewhere: they may be missing, and their weights are not downloaded.
 
     Raises:
         WeightsError: nothing there, or no diffusers pipeline in it; says what was found and what is needed.
     """
     path = Path(name_or_path).expanduser()
     if not path.exists():
-        if path.suffix in (".safetensors", ".gguf", ".ckpt", ".pt") or name_or_path.startswith((".", "/", "~")):
+        if is_file_name(name_or_path) or name_or_path.startswith((".", "/", "~")):
             raise WeightsError(f"pretrained_model_name_or_path: there is no {path.absolute()}. {PIPELINE_NEEDED}")
-        path = _download(name_or_path)
+        path = _download(name_or_path, replaced)
     if not (path / MODEL_INDEX).is_file():
         raise WeightsError(_not_a_pipeline(path))
     folder = ModelFolder(path)
     if outside := [part for part in folder.components if not _is_plain_name(part)]:
         raise WeightsError(f"{path / MODEL_INDEX} names a part outside its folder, {outside[0]!r}. Fetch it again.")
-    missing = [part for part in folder.components if not (path / part).is_dir()]
+    missing = [part for part in folder.components if not (path / part).is_dir() and part not in replaced]
     if missing:
         raise WeightsError(
             f"{path} is a {folder.pipeline_class}, but its folders {', '.join(missing)} are missing. "
@@ -233,12 +270,34 @@ def open_model_folder(name_or_path: str) -> ModelFolder:
     return folder
 
 
-def _download(name: str) -> Path:
+def is_file_name(name: str) -> bool:
+    """Returns whether a name that nothing stands under can only have been meant as a file's."""
+    return Path(name).suffix.lower() in (
+        ".safetensors",
+        ".gguf",
+        ".ckpt",
+        ".pt",
+        ".pth",
+        ".bin",
+        ".sft",
+        ".json",
+        ".png",
+    )
+
+
+def lies_here(name_or_path: str, parts: ModelParts) -> bool:
+    """Returns whether a model is on this machine under the paths that name it, so that opening it fetches nothing."""
+    sources = [name_or_path, *([] if parts.others is None else [parts.others])]
+    return all(Path(source).expanduser().exists() for source in sources)
+
+
+def _download(name: str, replaced: Collection[str] = ()) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(name, allow_patterns=list(HUB_PATTERNS)))
+        unwanted = [f"{part}/*.safetensors*" for part in replaced]
+        return Path(snapshot_download(name, allow_patterns=list(HUB_PATTERNS), ignore_patterns=unwanted or None))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise WeightsError(
             f"pretrained_model_name_or_path: {name!r} is no folder here ({Path(name).absolute()}) and could not be "
@@ -309,7 +368,7 @@ def read_header(file: Path) -> dict[str, Any]:
     except OSError as error:
         raise WeightsError(f"{file} cannot be read: {error.strerror or error}.") from error
     except (ValueError, RecursionError) as error:
-        raise WeightsError(f"{file} is no safetensors file, or cut off. Fetch the model again.") from error
+        raise WeightsError(f"{file} is no safetensors file but {kind_of_bytes(file)}.") from error
     if not isinstance(header, dict):
         raise WeightsError(f"{file} has a damaged header: {type(header).__name__}, not names. Fetch the model again.")
     for name, place in header.items():
@@ -325,18 +384,3 @@ def _is_place(place: object) -> bool:
     shape, offsets = place.get("shape"), place.get("data_offsets")
     numbers = [*shape, *offsets] if isinstance(shape, list) and isinstance(offsets, list) else [None]
     return len(numbers) == len(shape or ()) + 2 and all(type(number) is int for number in numbers)
-
-
-def _remembered_digest(file: Path, memo_dir: Path | None) -> str:
-    stat = file.stat()
-    if memo_dir is None or stat.st_size < 64 * 2**20:
-        return file_digest(file)
-    key = hashlib.sha256(f"{file.resolve()}\0{stat.st_size}\0{stat.st_mtime_ns}".encode()).hexdigest()
-    memo = memo_dir / f"{key}.sha256"
-    # Written twice, so that damage shows: by a wrong digest, all encodings would be those of another model.
-    remembered = memo.read_bytes().split() if memo.is_file() else []
-    if len(remembered) == 2 and remembered[0] == remembered[1]:
-        return remembered[0].decode()
-    digest = file_digest(file)
-    write_if_possible(memo, f"{digest}\n{digest}\n".encode())
-    return digest

@@ -146,7 +146,7 @@ RULES: Mapping[str, Rule] = {
             "data_config.mask_dir", "data_config.metadata_file", "data_config.cache_dir", "data_config.exclude",
             "data_config.num_workers", "prior_preservation.folder", "pretrained_model_name_or_path",
             "disable_cpu_offload", "pin_memory", "precompute_text_embeddings", "precompute_image_embeddings",
-            "ema.on_host", "training_adapter.path", "init_lora", "lora_files",
+            "ema.on_host", "training_adapter.path", "init_lora", "lora_files", "model_parts",
         ),
         _is_harmless,
     ),

@@ -8,6 +8,9 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
+from pixtune.config.model_parts import NO_PARTS, ModelParts
 from pixtune.errors import CheckpointError, WeightsError
 from pixtune.storage.checkpoint import read_folder
 from pixtune.storage.checkpoint_state import read_state
@@ -25,6 +28,8 @@ class FoundLora:
     """The base model as its run's config names it; None where no run is known."""
     side: int | None = None
     """Largest training size of its run in pixels; None where no run is known."""
+    model_parts: ModelParts = NO_PARTS
+    """Parts of the base model that lie elsewhere, as its run's config names them."""
 
 
 def find_lora(path: Path) -> FoundLora:
@@ -58,7 +63,13 @@ def _with_run(file: Path, folder: Path) -> FoundLora:
     """Adds what the run in the file's folder says; a file that was moved elsewhere has none."""
     config = _config_of(folder)
     model, data = config.get("pretrained_model_name_or_path"), config.get("data_config")
-    return FoundLora(file, model if isinstance(model, str) else None, largest_size(data))
+    try:
+        parts = ModelParts.model_validate(config.get("model_parts", {}))
+    except ValidationError as error:
+        raise WeightsError(
+            f"{folder} records model_parts that cannot be read. Name the model: --model, and its parts: --part."
+        ) from error
+    return FoundLora(file, model if isinstance(model, str) else None, largest_size(data), parts)
 
 
 def _config_of(folder: Path) -> Mapping[str, Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import json
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -216,8 +216,7 @@ def export_model(target: Path, base: Base, about: Mapping[str, Any]) -> Path:
     temporary = target.with_name(f".{target.name}.writing")
     try:
         shutil.rmtree(temporary, ignore_errors=True)
-        ignore = _only_parts_of(base.folder)
-        shutil.copytree(base.folder.path, temporary, ignore=ignore, copy_function=copy_without_paths)
+        _copy_parts(base.folder, temporary)
         base.module.save_pretrained(temporary / "transformer", max_shard_size="5GB")  # type: ignore[operator]
         own_config = str(temporary / "transformer" / "config.json")
         copy_without_paths(own_config, own_config)
@@ -232,17 +231,21 @@ def export_model(target: Path, base: Base, about: Mapping[str, Any]) -> Path:
     return target
 
 
-def _only_parts_of(folder: ModelFolder) -> Callable[[str, list[str]], list[str]]:
-    """Returns a filter that leaves out the transformer, files beside a pipeline's parts, and other weight formats."""
-    wanted = {*folder.components, MODEL_INDEX} - {"transformer"}
+def _copy_parts(folder: ModelFolder, target: Path) -> None:
+    """Copies the parts of a pipeline but the transformer, without other weight formats, and writes their index."""
 
     def ignored(copied: str, names: list[str]) -> list[str]:
-        if Path(copied) == folder.path:
-            return [name for name in names if name not in wanted]
         files = (name for name in names if not (Path(copied) / name).is_dir())
         return [name for name in files if Path(name).suffix not in READ_SUFFIXES]
 
-    return ignored
+    target.mkdir(parents=True)
+    for part in folder.components:
+        if part != "transformer":
+            shutil.copytree(folder.part(part), target / part, ignore=ignored, copy_function=copy_without_paths)
+    if folder.given_index is None:
+        copy_without_paths(str(folder.path / MODEL_INDEX), str(target / MODEL_INDEX))
+    else:
+        (target / MODEL_INDEX).write_text(json.dumps(folder.given_index, indent=2), encoding="utf-8")
 
 
 def export_full_checkpoint(checkpoint: Checkpoint, target: Path) -> Path:
@@ -251,17 +254,19 @@ def export_full_checkpoint(checkpoint: Checkpoint, target: Path) -> Path:
     Raises:
         CheckpointError: its weights are not those of the base model that it names.
     """
+    from pixtune.config.model_parts import ModelParts
     from pixtune.engine.apply import COMPUTE_DTYPES
     from pixtune.engine.load import load_transformer
     from pixtune.families import family_of
+    from pixtune.families.opening import open_model
     from pixtune.family import Placement
-    from pixtune.storage.model_folder import open_model_folder
 
     if fault := fault_of_record(checkpoint.record):
         raise DamagedError(f"{checkpoint.path} is of another form than pixtune writes: {fault}.")
     plan = read_decision(TrainingPlan, with_todays_names(checkpoint.record["plan"]), "plan")
     config, weights_format = checkpoint.record["config"], plan.compute_format
-    folder = open_model_folder(config["pretrained_model_name_or_path"])
+    parts = ModelParts.model_validate(config.get("model_parts", {}))
+    folder = open_model(config["pretrained_model_name_or_path"], parts)
     family, placement = family_of(folder), Placement(torch.device("cpu"), COMPUTE_DTYPES[weights_format])
     base = Base(folder, family, load_transformer(family, folder, placement))
     weights, values = dict(base.module.named_parameters()), joined(checkpoint.tensors, WEIGHTS_STEM)

@@ -11,7 +11,7 @@ import pytest
 
 from pixtune.errors import WeightsError
 from pixtune.families import family_of
-from pixtune.storage import model_folder
+from pixtune.storage import files
 from pixtune.storage.model_folder import ModelFolder, open_model_folder
 from tests.runs import TINY_MODEL
 
@@ -54,7 +54,7 @@ def test_a_large_files_digest_is_remembered_and_a_damaged_memo_made_anew(
     before = ModelFolder(folder).fingerprint("vae", memos)
     assert before == ModelFolder(folder).fingerprint("vae")
     with monkeypatch.context() as patch:
-        patch.setattr(model_folder, "file_digest", None)
+        patch.setattr(files, "file_digest", None)
         assert ModelFolder(folder).fingerprint("vae", memos) == before, "the file was hashed again"
     (memo,) = memos.iterdir()
     written = memo.read_bytes()

@@ -9,14 +9,18 @@ from pixtune.storage.loading.shards import (
     save_safetensors_sharded,
     shard_files,
 )
+from pixtune.storage.loading.transformer import ScaledWeight, TransformerTensors, open_transformer
 
 __all__ = [
+    "ScaledWeight",
+    "TransformerTensors",
     "check_parts",
     "is_fastsafetensors_available",
     "iterate_tensors",
     "load_safetensors",
     "load_safetensors_sharded",
     "naming_part",
+    "open_transformer",
     "save_safetensors",
     "save_safetensors_sharded",
     "shard_files",

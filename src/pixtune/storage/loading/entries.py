@@ -13,22 +13,15 @@ from typing import Any
 import torch
 
 from pixtune.errors import WeightsError
+from pixtune.storage.file_kinds import kind_of_bytes
 from pixtune.storage.model_folder import LONGEST_HEADER_BYTES, read_header
 from pixtune.storage.safetensors_writer import CODES
+from pixtune.storage.transformer_file import check_whole
 
 LENGTH_BYTES = 8
 """Size of the little-endian integer that a safetensors file begins with: the length of its JSON header."""
 
 DTYPES = {code: dtype for dtype, code in CODES.items()}
-
-PICKLE = "a PyTorch pickle (.pt, .bin, .ckpt), which may run any code when it is read. Take the model's .safetensors"
-OTHER_FORMATS = {
-    b"PK\x03\x04": PICKLE,  # what torch.save writes: a zip with a pickle in it
-    b"\x80": PICKLE,  # what it wrote before torch 1.6
-    b"version ": "a git-lfs pointer: the weights were not downloaded. Run `git lfs pull` in its folder",
-    b"<": "a web page, most likely an error message saved in place of the weights. Fetch the model again",
-}
-"""First bytes of files that are found under a safetensors name. Read as a header's length, each exceeds the longest."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +35,10 @@ class TensorEntry:
     offset_bytes: int
     """Position of its first byte, from the start of the file."""
     num_bytes: int
+    stored_name: str = ""
+    """Name that the file has for the tensor that this one is a part of; empty: it has the same, and this is all."""
+    first_row: int = 0
+    """Row of the file's tensor that this one begins with."""
 
 
 def read_entries(files: Iterable[Path]) -> list[TensorEntry]:
@@ -63,7 +60,7 @@ def read_entries(files: Iterable[Path]) -> list[TensorEntry]:
 
 def _entries_of(file: Path) -> list[TensorEntry]:
     start_bytes = LENGTH_BYTES + _header_bytes(file)
-    file_bytes, header = file.stat().st_size, read_header(file)
+    header = read_header(file)
     entries = [_entry(file, start_bytes, name, place) for name, place in header.items() if name != "__metadata__"]
     entries.sort(key=lambda entry: entry.offset_bytes)
     for before, after in pairwise(entries):
@@ -71,12 +68,7 @@ def _entries_of(file: Path) -> list[TensorEntry]:
             raise WeightsError(
                 f"{file} has a damaged header: {before.name} and {after.name} share bytes. Fetch the model again."
             )
-    end_bytes = max((entry.offset_bytes + entry.num_bytes for entry in entries), default=start_bytes)
-    if end_bytes > file_bytes:
-        raise WeightsError(
-            f"{file} is cut off: it has {file_bytes:,} bytes, and its header says {end_bytes:,}. Was the download "
-            "interrupted? Fetch the model again."
-        )
+    check_whole(file, header)
     return entries
 
 
@@ -88,9 +80,7 @@ def _header_bytes(file: Path) -> int:
         first_bytes = stream.read(LENGTH_BYTES)
     length = int.from_bytes(first_bytes, "little")
     if length > LONGEST_HEADER_BYTES:
-        kinds = [kind for signature, kind in OTHER_FORMATS.items() if first_bytes.startswith(signature)]
-        kind = kinds[0] if kinds else "something else. Fetch the model again"
-        raise WeightsError(f"{file} is no safetensors file but {kind}.")
+        raise WeightsError(f"{file} is no safetensors file but {kind_of_bytes(file)}.")
     return length
 
 

@@ -16,6 +16,7 @@ import torch
 
 from pixtune.errors import PixtuneError, WeightsError
 from pixtune.inputs.reading import MEBIBYTE, check_regular, check_size
+from pixtune.storage.loading.entries import read_entries
 from pixtune.storage.loading.shards import shard_files
 from pixtune.storage.model_folder import READ_SUFFIXES, ModelFolder, variant_of
 
@@ -35,10 +36,14 @@ def check_parts(folder: ModelFolder, parts: Sequence[str]) -> None:
         WeightsError: files are missing, cut off or of another format, or a config describes none; names one.
     """
     for part in parts:
-        check_files(folder.path / part)
-        if (folder.path / part / "config.json").exists():
+        if part == "transformer" and folder.file is not None:
+            read_entries([folder.file.path])
+            continue
+        place = folder.part(part)
+        check_files(place)
+        if (place / "config.json").exists():
             folder.component_config(part)
-            shard_files(folder.path / part)
+            shard_files(place)
 
 
 def check_files(folder: Path) -> None:

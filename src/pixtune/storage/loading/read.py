@@ -20,6 +20,7 @@ from pixtune.storage.loading.threads import iterate_with_threads
 logger = logging.getLogger(__name__)
 
 NUM_THREADS = 8
+RENAMED = "the file has other names for its tensors than the model"
 
 
 def iterate_tensors(
@@ -45,11 +46,22 @@ def iterate_tensors(
         WeightsError: a file is missing, cut off or of another format; before anything is read.
     """
     entries = [entry for entry in read_entries(map(Path, files)) if wanted(entry.name)]
+    return iterate_entries(entries, device, num_threads, use_fast)
+
+
+def iterate_entries(
+    entries: Sequence[TensorEntry],
+    device: torch.device | str,
+    num_threads: int = NUM_THREADS,
+    use_fast: bool | None = None,
+) -> Iterator[tuple[str, Tensor]]:
+    """Yields name and tensor of entries, as `iterate_tensors` does."""
     device = torch.device(device)
     if device.type == "cpu":
         return _iterate_mapped(entries)
     if use_fast is not False:
-        obstacle = obstacle_to(device)
+        # It finds tensors by the names in the file, whole.
+        obstacle = RENAMED if any(entry.stored_name for entry in entries) else obstacle_to(device)
         if obstacle is None:
             return iterate_fast(entries, device, num_threads)
         _tell_once(f"{obstacle}; the weights are read by {num_threads} threads of pixtune's own", use_fast is True)
@@ -74,7 +86,11 @@ def _iterate_mapped(entries: Sequence[TensorEntry]) -> Iterator[tuple[str, Tenso
             raise WeightsError(f"{path} has a damaged header ({error}). Fetch the model again.") from error
         with opened as file:
             for entry in of_file:
-                yield entry.name, file.get_tensor(entry.name)
+                tensor = file.get_tensor(entry.stored_name or entry.name)
+                if entry.stored_name:
+                    tensor = tensor.view(entry.dtype)
+                    tensor = tensor[entry.first_row : entry.first_row + entry.shape[0]] if entry.shape else tensor
+                yield entry.name, tensor
 
 
 @functools.cache

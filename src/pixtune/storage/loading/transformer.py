@@ -1,0 +1,187 @@
+"""Reads a transformer's tensors by the model's own names, whether its files have them or a single file has others.
+
+Weights in 8 bits come as their codes with their scales, for whoever can keep them so: nothing here makes a 16-bit copy
+of more than one of them.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pixtune.errors import WeightsError
+from pixtune.storage.loading.entries import DTYPES, TensorEntry, read_entries
+from pixtune.storage.loading.read import NUM_THREADS, iterate_entries
+from pixtune.storage.loading.shards import shard_files
+from pixtune.storage.model_folder import ModelFolder
+from pixtune.storage.transformer_file import Place, TransformerFile
+
+CODES = (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8)
+"""Number formats of weights in 8 bits."""
+
+
+@dataclass(frozen=True)
+class ScaledWeight:
+    """A weight in 8 bits as its file has it."""
+
+    codes_NK: Tensor
+    """One of `CODES`."""
+    scale_N1: Tensor
+    """Factor of each row's codes; fp32."""
+    group: int = 0
+    """Neighbours of a row that were rotated together before they were rounded; 0: none were."""
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.codes_NK.shape
+
+    def dequantized(self) -> Tensor:
+        """Returns the weight that the codes stand for; fp32 of shape (N, K).
+
+        A rotation is undone by itself: its matrix is symmetric and orthogonal.
+        """
+        weight_NK = self.codes_NK.float() * self.scale_N1
+        if not self.group:
+            return weight_NK
+        rotation = rotation_matrix(self.group).to(weight_NK.device)
+        return (weight_NK.view(-1, self.group) @ rotation).view(self.shape)
+
+
+@functools.cache
+def rotation_matrix(size: int) -> Tensor:
+    """Returns ConvRot's rotation, a regular Hadamard matrix over its root; fp32 of shape (size, size).
+
+    It is the Kronecker power of the matrix of order 4 whose rows all have the sum 2 (arXiv 2512.03673), with the minus
+    signs on the diagonal from the upper right to the lower left, as ComfyUI's files have it.
+
+    Args:
+        size: a power of 4.
+    """
+    fourth = torch.ones(4, 4) - 2 * torch.eye(4).flip(0)
+    matrix = torch.ones(1, 1)
+    while len(matrix) < size:
+        matrix = torch.kron(matrix, fourth)
+    return matrix / size**0.5
+
+
+@dataclass(frozen=True)
+class TransformerTensors:
+    """The tensors of a transformer, by the model's own names."""
+
+    source: Path
+    """The folder or file that they are in."""
+    entries: tuple[TensorEntry, ...]
+    file: TransformerFile | None = None
+    """The single file that they are in; None: the model's own names stand in its files."""
+    scales: Mapping[str, Tensor] = field(default_factory=dict)
+    """Scales of weights in 8 bits, by the names that the file has for them; fp32, on the host."""
+
+    def iterate(
+        self,
+        device: torch.device | str,
+        num_threads: int = NUM_THREADS,
+        use_fast: bool | None = None,
+        wanted: Callable[[str], bool] = lambda name: True,
+    ) -> Iterator[tuple[str, Tensor | ScaledWeight]]:
+        """Yields name and tensor as `loading.iterate_tensors` does, matrices in 8 bits as `ScaledWeight`."""
+        entries = [entry for entry in self.entries if wanted(entry.name)]
+        for name, tensor in iterate_entries(entries, device, num_threads, use_fast):
+            yield name, self._as_it_is(name, tensor)
+
+    def read(self, name: str) -> Tensor:
+        """Reads one tensor to host memory, as plain numbers."""
+        ((_, tensor),) = self.iterate("cpu", wanted=name.__eq__)
+        return tensor.dequantized() if isinstance(tensor, ScaledWeight) else tensor
+
+    def scaling_of(self, name: str) -> bytes:
+        """Returns what makes numbers of a weight's codes, as bytes; none where they are the numbers."""
+        place = Place(name) if self.file is None else self.file.places[name]
+        scaling = None if self.file is None else self.file.scalings.get(place.name)
+        if scaling is None or scaling.scale is None:
+            return b""
+        return f"{scaling.group}\0".encode() + self._rows_of_scale(self.scales[scaling.scale], place).numpy().tobytes()
+
+    def bytes_at(self, entry: TensorEntry, place: int, count: int) -> list[tuple[int, int]]:
+        """Returns where the file has some bytes of a tensor of the model: first byte and number of each stretch.
+
+        Args:
+            place: first of the bytes, from the tensor's beginning.
+        """
+        if self.file is None or not self.file.places[entry.name].halves_swapped:
+            return [(entry.offset_bytes + place, count)]
+        half = entry.num_bytes // 2
+        before = max(min(half - place, count), 0)
+        stretches = [(place + half, before), (max(place - half, 0), count - before)]
+        return [(entry.offset_bytes + begin, length) for begin, length in stretches if length]
+
+    def _as_it_is(self, name: str, tensor: Tensor) -> Tensor | ScaledWeight:
+        place = Place(name) if self.file is None else self.file.places[name]
+        scaling = None if self.file is None else self.file.scalings.get(place.name)
+        if place.halves_swapped:
+            tensor = tensor.roll(len(tensor) // 2, 0)
+        if tensor.dtype not in CODES:
+            return tensor
+        if tensor.ndim != 2:
+            return tensor.float()
+        if scaling is None or scaling.scale is None:
+            return ScaledWeight(tensor, torch.ones(len(tensor), 1, device=tensor.device))
+        scale_N1 = self._rows_of_scale(self.scales[scaling.scale], place)
+        return ScaledWeight(tensor, scale_N1.to(tensor.device), scaling.group)
+
+    def _rows_of_scale(self, scale: Tensor, place: Place) -> Tensor:
+        """Returns the scale of each row of a tensor of the model."""
+        assert self.file is not None
+        num_rows = self.file.header[place.name]["shape"][0]
+        scale_N1 = scale.reshape(-1, 1).expand(num_rows, 1)
+        scale_N1 = scale_N1 if place.rows is None else scale_N1[slice(*place.rows)]
+        return (scale_N1.roll(num_rows // 2, 0) if place.halves_swapped else scale_N1).contiguous()
+
+
+def open_transformer(folder: ModelFolder) -> TransformerTensors:
+    """Finds a transformer's tensors, and checks their files by the headers.
+
+    Raises:
+        WeightsError: a file is missing, cut off or of another format, or a weight's scale cannot be one.
+    """
+    if folder.file is None:
+        files = shard_files(folder.part("transformer"))
+        return TransformerTensors(folder.part("transformer"), tuple(read_entries(files)))
+    file = folder.file
+    stored = {entry.name: entry for entry in read_entries([file.path])}
+    entries = [_part_of(stored[place.name], name, place, file) for name, place in file.places.items()]
+    entries.sort(key=lambda entry: entry.offset_bytes)
+    wanted = {scaling.scale for scaling in file.scalings.values() if scaling.scale is not None}
+    scales = {
+        name: tensor.float().clone()
+        for name, tensor in iterate_entries([stored[name] for name in sorted(wanted)], "cpu")
+    }
+    for name, scale in scales.items():
+        if not scale.isfinite().all() or scale.min() < 0:
+            raise WeightsError(
+                f"{file.path}: {name} holds {scale.min().item():g} to {scale.max().item():g}, which are no scales of a "
+                "weight. Fetch the model again."
+            )
+    return TransformerTensors(file.path, tuple(entries), file, scales)
+
+
+def _part_of(stored: TensorEntry, name: str, place: Place, file: TransformerFile) -> TensorEntry:
+    """Returns the entry of a tensor of the model that is some rows of a file's tensor."""
+    scaling = file.scalings.get(place.name)
+    dtype = stored.dtype if scaling is None else DTYPES[scaling.codes]
+    first, end = place.rows or (0, stored.shape[0] if stored.shape else 1)
+    row_bytes = stored.num_bytes // max(stored.shape[0], 1) if stored.shape else stored.num_bytes
+    return TensorEntry(
+        name,
+        stored.file,
+        dtype,
+        (end - first, *stored.shape[1:]) if stored.shape else (),
+        stored.offset_bytes + first * row_bytes,
+        (end - first) * row_bytes,
+        stored.name,
+        first,
+    )
