@@ -351,10 +351,10 @@ def check_transformer(family: ModelFamily, folder: ModelFolder) -> Shapes:
         there, wanted = (
             f"of shape {list(shapes[name])}" if name in shapes else "absent" for shapes in (found, described)
         )
-        place = folder.part("transformer") if folder.file is None else folder.file.path
         raise WeightsError(
-            f"{place} does not hold the transformer that its config describes: {len(wrong)} tensors differ, {name} "
-            f"among them, which is {there} and should be {wanted}. Was the download interrupted? Fetch the model again."
+            f"{folder.place('transformer')} does not hold the transformer that its config describes: {len(wrong)} "
+            f"tensors differ, {name} among them, which is {there} and should be {wanted}. Was the download "
+            "interrupted? Fetch the model again."
         )
     return found
 

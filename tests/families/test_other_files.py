@@ -255,6 +255,19 @@ def test_a_file_that_ends_early_is_named_before_anything_is_loaded(tmp_path: Pat
         open_model(str(path), ModelParts(others=str(FLUX)))
 
 
+def test_one_of_several_files_is_not_taken_for_a_smaller_model(tmp_path: Path) -> None:
+    tensors = single_files.published("tiny-qwen-image")
+    path = single_files.write(tensors, tmp_path / "diffusion_pytorch_model-00001-of-00002.safetensors")
+    with pytest.raises(WeightsError, match=r"is one of several files that belong together. Name the folder"):
+        open_model(str(path), ModelParts(others=str(QWEN)))
+
+
+def test_a_folder_of_such_files_names_them(tmp_path: Path) -> None:
+    single_files.write(single_files.published("tiny-flux"), tmp_path / "flux1-dev.safetensors")
+    with pytest.raises(WeightsError, match=r"no model_index.json. It has flux1-dev.safetensors: is one of them meant"):
+        open_model(str(tmp_path))
+
+
 def words(**parts: object) -> ModelParts:
     return ModelParts.model_validate(parts)
 
@@ -266,7 +279,7 @@ def words(**parts: object) -> ModelParts:
         ("FILE", {"others": str(QWEN)}, "is a FLUX.1 transformer, and .* is a QwenImagePipeline"),
         ("FILE", {"others": str(FLUX), "transformer": "FILE"}, "two transformers are named"),
         ("FILE", {"others": str(FLUX), "pipeline": "FluxPipeline"}, "Leave out one of them"),
-        ("FILE", {"others": "/nowhere/at/all"}, "there is no /nowhere/at/all"),
+        ("FILE", {"others": "/nowhere/at/all"}, "^model_parts.others: there is no /nowhere/at/all"),
         (str(FLUX), {"others": str(FLUX)}, "no file but a model that has it. Leave out model_parts.others"),
         (str(FLUX), {"vae": "/nowhere"}, "model_parts.vae: there is no /nowhere"),
         (str(FLUX), {"vae": "FILE"}, "model_parts.vae: .* is a file, and a folder with its config is needed"),

@@ -16,6 +16,7 @@ from pixtune.engine import quantize
 from pixtune.engine.load import PLAIN, Layout, LoadedTransformer, load_transformer
 from pixtune.engine.modulation_ahead import announce
 from pixtune.engine.quantize import QuantizedLinear, quantize_rows
+from pixtune.errors import WeightsError
 from pixtune.families import family_of
 from pixtune.families.file_names import flux_names
 from pixtune.families.opening import find_model, open_model
@@ -244,8 +245,31 @@ def test_parts_may_come_one_by_one_without_a_folder(tmp_path: Path) -> None:
     # The full-size model's positions do not fit heads of 64 features: the small one needs its own config beside it.
     with pytest.raises(Exception, match=r"axes_dims_rope.*model_parts\.others"):
         open_model(str(file), ModelParts(**parts))
+    assert open_model(str(single_file_of_full_heads(tmp_path)), ModelParts(**parts)).pipeline_class == "FluxPipeline"
     folder = open_model(str(model), ModelParts(transformer=file, **parts))
     assert folder.part("vae") == model / "vae" and folder.pipeline_class == "FluxPipeline"
+
+
+def single_file_of_full_heads(folder: Path) -> Path:
+    """A FLUX.1 of one block of each kind whose heads have the published ones' 128 features."""
+    tensors = {name: torch.zeros(shape, dtype=torch.bfloat16) for name, shape in flux_shapes_of(128).items()}
+    return single_files.write(single_files.original_flux(tensors), folder / "heads.safetensors")
+
+
+def test_a_model_needs_no_transformer_of_its_own_where_a_file_has_it(tmp_path: Path) -> None:
+    from shutil import copytree, ignore_patterns
+
+    others = copytree(place("tiny-qwen-image"), tmp_path / "others", ignore=ignore_patterns("transformer"))
+    file = single_files.write(single_files.published("tiny-qwen-image"), tmp_path / "m.safetensors")
+    with pytest.raises(WeightsError, match="axes_dims_rope"):  # the published config, since there is no other
+        open_model(str(file), ModelParts(others=str(others)))
+    (others / "transformer").mkdir()
+    (others / "transformer" / "config.json").write_bytes(
+        (place("tiny-qwen-image") / "transformer" / "config.json").read_bytes()
+    )
+    assert steps_fingerprint(open_model(str(file), ModelParts(others=str(others)))) == steps_fingerprint(
+        open_model(str(place("tiny-qwen-image")))
+    )
 
 
 def test_another_folders_part_is_the_one_that_is_read(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from tests import single_files
 from tests.runs import DEMO_TRAIN, ROOT
 
 EDIT_TRAIN = ROOT / "assets" / "demo-edit" / "train"
@@ -161,6 +162,8 @@ def write_pictures(drawn: Drawn, folder: Path, draw: random.Random) -> Settings:
     settings: Settings = {}
     if drawn.settings["method"] == "lora" and draw.random() < 0.4:
         settings["training_adapter__path"] = write_adapter(folder / "adapter.safetensors")
+    if draw.random() < 0.2:
+        settings |= write_base(MODELS[drawn.family], folder / "transformer.safetensors", draw)
     if drawn.settings["method"] == "lora" and draw.random() < 0.3:
         settings["init_lora"] = write_adapter(folder / "init_lora.safetensors")
     if later == drawn.num_pictures:
@@ -180,6 +183,13 @@ def write_pictures(drawn: Drawn, folder: Path, draw: random.Random) -> Settings:
         for end in ("", "_2")
     ]
     return settings | {"data_config__img_dir": "null", "data_config__folders": json.dumps(folders)}
+
+
+def write_base(model: str, path: Path, draw: random.Random) -> Settings:
+    """Writes a small model's transformer as one file, in a form that other tools have."""
+    form = draw.choice([single_files.with_prefix, single_files.fp8_scaled, single_files.int8_convrot])
+    single_files.write(form(single_files.published(model)), path)
+    return {"pretrained_model_name_or_path": path, "model_parts__others": ROOT / "assets" / model}
 
 
 def write_adapter(path: Path) -> Path:

@@ -77,7 +77,7 @@ def load_transformer(
     Raises:
         WeightsError: the files' tensors are not those of the architecture that the config describes; names some.
     """
-    with naming_part(folder.part("transformer")):
+    with naming_part(folder.place("transformer")):
         module = family.build_transformer(folder.component_config("transformer"))
     in_config = set(module.state_dict())
     absent = lay_out(module, family, placement, layout)

@@ -11,8 +11,15 @@ from pixtune.config.model_parts import NO_PARTS, ModelParts
 from pixtune.errors import WeightsError
 from pixtune.families.file_names import FileNames, flux_config, names_of_file
 from pixtune.families.other_files import LORA_SIGNS, OTHER_MODELS, kind_of_tensors
-from pixtune.storage.architecture import find_architecture
-from pixtune.storage.model_folder import ModelFolder, is_file_name, open_model_folder, read_header
+from pixtune.storage.architecture import ShippedModel, find_architecture
+from pixtune.storage.model_folder import (
+    MODEL_KEY,
+    SHARD_NAME,
+    ModelFolder,
+    is_file_name,
+    open_model_folder,
+    read_header,
+)
 from pixtune.storage.shipped import read_shipped
 from pixtune.storage.transformer_file import BESIDE_WEIGHTS, MARKS, Place, TransformerFile, check_whole, read_scalings
 
@@ -72,11 +79,11 @@ def _open(name_or_path: str, parts: ModelParts, may_download: bool) -> ModelFold
     if not named:
         return open_model_folder(name_or_path) if may_download else find_architecture(name_or_path)
     for part, place in named.items():
-        _check_place(part, place, "pretrained_model_name_or_path" if is_file and part == TRANSFORMER else None)
-    others = parts.others if is_file else name_or_path
+        _check_place(part, place, MODEL_KEY if is_file and part == TRANSFORMER else None)
+    others, key = (parts.others, "model_parts.others") if is_file else (name_or_path, MODEL_KEY)
     found = _read_names(named[TRANSFORMER]) if TRANSFORMER in named and named[TRANSFORMER].is_file() else None
     if others is not None:
-        folder = open_model_folder(others, named) if may_download else find_architecture(others)
+        folder = open_model_folder(others, named, key) if may_download else find_architecture(others, key)
     elif found is not None:
         folder = _from_parts_alone(found[0], named, parts)
     else:
@@ -124,6 +131,8 @@ def _check_place(part: str, place: Path, key: str | None) -> None:
         has_config = part in (SCHEDULER, VAE, TRANSFORMER) or part.startswith(TEXT_ENCODER)
         if has_config and not (place / config).is_file():
             raise WeightsError(f"{key}: {place} has no {config}. The folder of that part of a model is needed.")
+    elif SHARD_NAME.search(place.name):
+        raise WeightsError(f"{key}: {place} is one of several files that belong together. Name the folder they are in.")
     elif part != TRANSFORMER:
         raise WeightsError(
             f"{key}: {place} is a file, and a folder with its config is needed, as models in diffusers' layout have "
@@ -209,7 +218,8 @@ def _check_config(path: Path, kind: FileNames, config: Mapping[str, Any]) -> Non
 
 def _config_beside(folder: ModelFolder, kind: FileNames) -> Mapping[str, Any]:
     """Returns the config of the folder's own transformer, for what shapes do not tell; without one, the usual one."""
-    if folder.given_index is not None:
+    has_none = folder.given_index is not None or not folder.config_file(TRANSFORMER).is_file()
+    if has_none and not isinstance(folder, ShippedModel):
         return read_shipped()["configs"][TRANSFORMER][kind.architecture]
     return folder.component_config(TRANSFORMER)
 

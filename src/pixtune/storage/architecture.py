@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pixtune.errors import WeightsError
-from pixtune.storage.model_folder import ModelFolder, download_command, open_model_folder
+from pixtune.storage.model_folder import MODEL_KEY, ModelFolder, download_command, open_model_folder
 from pixtune.storage.shipped import FILE, read_shipped, shipped_names, spelling_hint
 
 CONFIGS = ("model_index.json", "transformer/config.json", "vae/config.json")
@@ -56,7 +56,7 @@ def find_shipped(name: str) -> ShippedModel | None:
     return ShippedModel(FILE, name) if name in shipped_names() else None
 
 
-def find_architecture(name_or_path: str) -> ModelFolder:
+def find_architecture(name_or_path: str, key: str = MODEL_KEY) -> ModelFolder:
     """Finds the best source of a model's sizes: a local folder, the hub's cache, or the architecture that is shipped.
 
     In this order: files on this machine are what a run would train, changed ones included. The network is not asked: no
@@ -67,13 +67,13 @@ def find_architecture(name_or_path: str) -> ModelFolder:
     """
     path = Path(name_or_path).expanduser()
     if path.exists():
-        return ModelFolder(path) if (path / CONFIGS[0]).is_file() else open_model_folder(name_or_path)
-    cached, shipped = find_cached(name_or_path), find_shipped(name_or_path)
+        return ModelFolder(path) if (path / CONFIGS[0]).is_file() else open_model_folder(name_or_path, key=key)
+    cached, shipped = find_cached(name_or_path, key), find_shipped(name_or_path)
     if shipped and (cached is None or missing_configs(cached)):
         return shipped
     if cached is None:
         raise WeightsError(
-            f"pretrained_model_name_or_path: {name_or_path!r} is no folder here ({path.absolute()}) and not in the "
+            f"{key}: {name_or_path!r} is no folder here ({path.absolute()}) and not in the "
             f"hub's cache, and a plan downloads nothing.{spelling_hint(name_or_path)} {how_to_fetch(name_or_path)}"
         )
     if not (cached.path / CONFIGS[0]).is_file():  # else its pipeline's class can be named, which says more
@@ -81,7 +81,7 @@ def find_architecture(name_or_path: str) -> ModelFolder:
     return cached
 
 
-def find_cached(name: str) -> ModelFolder | None:
+def find_cached(name: str, key: str = MODEL_KEY) -> ModelFolder | None:
     """Finds what the hub's cache has of a model, without the network.
 
     Raises:
@@ -96,15 +96,16 @@ def find_cached(name: str) -> ModelFolder | None:
         return None
     except HFValidationError as error:
         raise WeightsError(
-            f"pretrained_model_name_or_path: {name!r} is no folder here ({Path(name).absolute()}) and no name of the "
+            f"{key}: {name!r} is no folder here ({Path(name).absolute()}) and no name of the "
             f"hub.{spelling_hint(name)} Give a folder in diffusers' layout, or a name like Qwen/Qwen-Image."
         ) from error
 
 
 def missing_configs(folder: ModelFolder) -> list[str]:
     """Lists which of `CONFIGS` a model lacks, apart from parts that lie elsewhere."""
-    lacking = [file for file in CONFIGS if not (folder.path / file).is_file()]
-    return [file for file in lacking if file.split("/")[0] not in folder.parts and folder.given_index is None]
+    elsewhere = {*folder.parts, *([] if folder.file is None else ["transformer"])}
+    lacking = [file for file in CONFIGS if not (folder.path / file).is_file() and folder.given_index is None]
+    return [file for file in lacking if file.split("/")[0] not in elsewhere]
 
 
 def require_configs(folder: ModelFolder, name: str) -> None:

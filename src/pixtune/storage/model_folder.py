@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from pixtune.storage.transformer_file import TransformerFile
 
 MODEL_INDEX = "model_index.json"
+MODEL_KEY = "pretrained_model_name_or_path"
 READ_SUFFIXES = (".json", ".safetensors", ".txt", ".model", ".jinja")
 """Endings of the files that a model folder needs, and of all that are taken from one."""
 HUB_PATTERNS = (MODEL_INDEX, *(f"*/*{suffix}" for suffix in READ_SUFFIXES))
@@ -74,6 +75,10 @@ class ModelFolder:
     def part(self, component: str) -> Path:
         """Returns the folder of a component."""
         return self.parts.get(component, self.path / component)
+
+    def place(self, component: str) -> Path:
+        """Returns the folder or file with a component's weights."""
+        return self.file.path if component == "transformer" and self.file is not None else self.part(component)
 
     @property
     def pipeline_class(self) -> str:
@@ -242,11 +247,12 @@ def _only_file(folder: Path) -> Path:
     raise WeightsError(f"{folder} holds {found}. A folder with .safetensors files is needed.")
 
 
-def open_model_folder(name_or_path: str, replaced: Collection[str] = ()) -> ModelFolder:
+def open_model_folder(name_or_path: str, replaced: Collection[str] = (), key: str = MODEL_KEY) -> ModelFolder:
     """A local folder, or a hub name that is downloaded into the hub's own cache.
 
     Args:
         replaced: names of parts that come from elsewhere: they may be missing, and their weights are not downloaded.
+        key: what an error calls the key of the config that names the model.
 
     Raises:
         WeightsError: nothing there, or no diffusers pipeline in it; says what was found and what is needed.
@@ -254,8 +260,8 @@ def open_model_folder(name_or_path: str, replaced: Collection[str] = ()) -> Mode
     path = Path(name_or_path).expanduser()
     if not path.exists():
         if is_file_name(name_or_path) or name_or_path.startswith((".", "/", "~")):
-            raise WeightsError(f"pretrained_model_name_or_path: there is no {path.absolute()}. {PIPELINE_NEEDED}")
-        path = _download(name_or_path, replaced)
+            raise WeightsError(f"{key}: there is no {path.absolute()}. {PIPELINE_NEEDED}")
+        path = _download(name_or_path, replaced, key)
     if not (path / MODEL_INDEX).is_file():
         raise WeightsError(_not_a_pipeline(path))
     folder = ModelFolder(path)
@@ -291,7 +297,7 @@ def lies_here(name_or_path: str, parts: ModelParts) -> bool:
     return all(Path(source).expanduser().exists() for source in sources)
 
 
-def _download(name: str, replaced: Collection[str] = ()) -> Path:
+def _download(name: str, replaced: Collection[str], key: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -300,7 +306,7 @@ def _download(name: str, replaced: Collection[str] = ()) -> Path:
         return Path(snapshot_download(name, allow_patterns=list(HUB_PATTERNS), ignore_patterns=unwanted or None))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise WeightsError(
-            f"pretrained_model_name_or_path: {name!r} is no folder here ({Path(name).absolute()}) and could not be "
+            f"{key}: {name!r} is no folder here ({Path(name).absolute()}) and could not be "
             f"fetched from the hub ({type(error).__name__}: {str(error).splitlines()[0]}).{spelling_hint(name)} Give a "
             f"local folder in diffusers' layout, or fetch the model with `{download_command(name)}`; a model behind a "
             "licence asks for `hf auth login` before."
@@ -325,7 +331,9 @@ def _not_a_pipeline(path: Path) -> str:
         config = read_json(path / "config.json")
         kind = config.get("_class_name") or ", ".join(config.get("architectures", [])) or "model"
         return f"{path} holds one {kind} (it has config.json but no model_index.json), not an image pipeline. {need}"
-    return f"{path} has no model_index.json. {need}"
+    files = sorted(file.name for file in path.glob("*.safetensors"))
+    named = f" It has {', '.join(files[:3])}{' ...' * (len(files) > 3)}: is one of them meant?" if files else ""
+    return f"{path} has no model_index.json.{named} {need}"
 
 
 def read_json(path: Path) -> dict[str, Any]:

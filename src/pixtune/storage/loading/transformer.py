@@ -6,7 +6,6 @@ of more than one of them.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,32 +40,28 @@ class ScaledWeight:
         return self.codes_NK.shape
 
     def dequantized(self) -> Tensor:
-        """Returns the weight that the codes stand for; fp32 of shape (N, K).
-
-        A rotation is undone by itself: its matrix is symmetric and orthogonal.
-        """
+        """Returns the weight that the codes stand for; fp32 of shape (N, K)."""
         weight_NK = self.codes_NK.float() * self.scale_N1
-        if not self.group:
-            return weight_NK
-        rotation = rotation_matrix(self.group).to(weight_NK.device)
-        return (weight_NK.view(-1, self.group) @ rotation).view(self.shape)
+        return turned_back(weight_NK, self.group) if self.group else weight_NK
 
 
-@functools.cache
-def rotation_matrix(size: int) -> Tensor:
-    """Returns ConvRot's rotation, a regular Hadamard matrix over its root; fp32 of shape (size, size).
+def turned_back(rotated_NK: Tensor, group: int) -> Tensor:
+    """Undoes ConvRot's rotation of each group of neighbours of a row; shape (N, K).
 
-    It is the Kronecker power of the matrix of order 4 whose rows all have the sum 2 (arXiv 2512.03673), with the minus
-    signs on the diagonal from the upper right to the lower left, as ComfyUI's files have it.
+    The rotation is a regular Hadamard matrix over its root (arXiv 2512.03673): the Kronecker power of the matrix of
+    order 4 that is all ones but for minus ones from the upper right to the lower left, as ComfyUI's files have it. Each
+    of the power's factors works on one base-4 digit of the place in the group: it replaces a number by the sum of the
+    four that differ in that digit alone, less twice the one at the opposite place. So no matrix product is needed,
+    whose precision the machine's settings decide.
 
     Args:
-        size: a power of 4.
+        group: a power of 4.
     """
-    fourth = torch.ones(4, 4) - 2 * torch.eye(4).flip(0)
-    matrix = torch.ones(1, 1)
-    while len(matrix) < size:
-        matrix = torch.kron(matrix, fourth)
-    return matrix / size**0.5
+    num_digits = (group.bit_length() - 1) // 2
+    turned = rotated_NK.reshape(-1, *[4] * num_digits)
+    for digit in range(1, num_digits + 1):
+        turned = turned.sum(digit, keepdim=True) - 2 * turned.flip(digit)
+    return turned.view(rotated_NK.shape) / 2**num_digits
 
 
 @dataclass(frozen=True)
