@@ -32,7 +32,7 @@ PIP := $(PY) -m pip --disable-pip-version-check --no-input
 STAMP := $(ENV)/.pixtune-set-up-$(shell pwd | cksum | cut -d' ' -f1)
 HAS_TORCH := -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("torch") is None)'
 
-.PHONY: help demo demo-edit demo-flux test mutants soak hostile lint format bench bench-loop schema setup clean
+.PHONY: help demo demo-edit demo-flux ui test mutants soak hostile lint format bench bench-loop schema setup clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -46,6 +46,9 @@ demo-edit: $(STAMP) ## the same for editing: redraw a picture in a new style
 
 demo-flux: $(STAMP) ## the same with FLUX's classes
 	@$(PY) -m pixtune.cli train --config train_configs/demo_flux.yaml
+
+ui: $(STAMP) ## open the page in a browser, on the demo data and the small model; UI_ARGS="--port 7861" for others
+	@$(PY) -m pixtune.cli ui $(UI_ARGS)
 
 test: $(STAMP) ## the whole suite; make test PYTEST_ARGS="tests/unit -k config" for a part
 	@OMP_NUM_THREADS=1 $(PY) -m pytest $(PYTEST_ARGS)

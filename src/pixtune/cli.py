@@ -35,6 +35,7 @@ from pixtune.commands.words import (
 from pixtune.config.schema import TrainConfig
 from pixtune.errors import WriteError
 from pixtune.inputs.printing import lines, one_line
+from pixtune.ui.command import ui
 
 app = typer.Typer(
     help="Fine-tune Qwen-Image, Qwen-Image-Edit and FLUX.1-dev on the GPU you have.\n\n"
@@ -272,7 +273,7 @@ app.command(context_settings=TAKES_KEYS)(caption)
 app.command(name="import")(import_config)
 app.command(context_settings=TAKES_KEYS)(bench)
 app.add_typer(lora_app, name="lora")
-for each in (runs, watch, stop, ask, keys, export, doctor):
+for each in (runs, watch, stop, ask, keys, export, doctor, ui):
     app.command()(each)
 app.add_typer(queue_app, name="queue")
 

@@ -119,6 +119,7 @@ ROOMS = [
     "train",
     "bench",
     "commands",
+    "ui",
     "cli",
 ]
 """Rooms, from the ground up: a folder, or a module that stands alone at the top. Each may import those before it."""

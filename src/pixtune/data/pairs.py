@@ -11,7 +11,7 @@ import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from pixtune.data.captions import read_caption
 
@@ -219,12 +219,13 @@ def _name(relative: Path) -> str:
 
 def of_type(listed: Mapping[str, Path], extensions: Iterable[str]) -> dict[str, Path]:
     wanted = set(extensions)
-    return {name: path for name, path in listed.items() if PurePosixPath(name).suffix[1:].lower() in wanted}
+    return {name: path for name, path in listed.items() if name[len(stem_of(name)) + 1 :].lower() in wanted}
 
 
 def stem_of(name: str) -> str:
-    """Returns the name up to its last dot, folders included."""
-    return str(PurePosixPath(name).with_suffix(""))
+    """Returns the name up to its last dot, folders included; one that begins or ends with that dot stays as it is."""
+    stem, _, extension = name.rpartition(".")
+    return stem if stem and extension and "/" not in extension and not stem.endswith("/") else name
 
 
 def _by_stem(names: Iterable[str], fold: bool = False) -> dict[str, list[str]]:

@@ -1,0 +1,227 @@
+"""The routes of the page, asked without a browser: what they answer, and what they write."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import yaml
+
+from tests.runs import DEMO_TRAIN, TINY_MODEL
+from tests.ui.conftest import PLACE, RUN
+
+pytest.importorskip("starlette")
+
+from pixtune.ui.configs import given_values
+from pixtune.ui.server import ROUTES
+from pixtune.ui.yaml_edit import set_key
+
+
+def test_a_new_run_is_a_config_that_says_only_what_matters(page):
+    answer = page.post("/new", {"name": "cat", "model": str(TINY_MODEL), "pictures": "here/datasets/first"})
+    assert answer.json() == {"place": "here/configs/cat.yaml"}
+    values = yaml.safe_load((page.home / "configs" / "cat.yaml").read_text())
+    assert values["data_config"]["img_dir"] == "datasets/first" and values["output_dir"] == "runs/cat"
+    assert "alien, twemoji style" in values["samples"]["prompts"]
+    again = page.post("/new", {"name": "cat", "model": "x"})
+    assert again.status_code == 400 and "already" in again.json()["error"]
+
+
+@pytest.mark.parametrize("name", ["", "../x", "a/b", ".x", "a" * 65, "a\0", "-x", "a b"])
+def test_names_that_could_be_paths_are_refused(page, name):
+    assert page.post("/new", {"name": name, "model": "x"}).status_code == 400
+
+
+def test_pictures_stand_beside_their_captions(page):
+    (page.pictures / "alien.txt").unlink()
+    shelf = page.get(f"/pictures/{PLACE}").json()["shelves"][0]
+    captions = {tile["name"]: tile["caption"] for tile in shelf["tiles"]}
+    assert captions["books.png"] == "books, twemoji style" and captions["alien.png"] == ""
+    marks = {tile["name"]: [mark["code"] for mark in tile["marks"]] for tile in shelf["tiles"]}
+    assert marks["alien.png"] == ["missing"] and marks["books.png"] == []
+
+
+def test_a_caption_is_saved_and_undone(page):
+    file = page.pictures / "alien.txt"
+    before = file.read_text()
+    fields = {"file": "alien.txt", "before": before, "text": "  one alien\r\n"}
+    assert page.post(f"/caption/{PLACE}", fields).json()["text"] == "one alien"
+    assert file.read_text() == "one alien"
+    assert page.post(f"/undo/{PLACE}", {}).json()["texts"] == {"alien.txt": before.strip()}
+    assert file.read_text() == before.strip()
+    assert page.post(f"/undo/{PLACE}", {}).status_code == 400
+
+
+def test_a_caption_that_another_one_changed_is_kept(page):
+    (page.pictures / "alien.txt").write_text("by hand")
+    answer = page.post(f"/caption/{PLACE}", {"file": "alien.txt", "before": "as shown", "text": "mine"})
+    assert answer.status_code == 409 and "by hand" in answer.json()["error"]
+    assert (page.pictures / "alien.txt").read_text() == "by hand"
+
+
+def test_undo_takes_a_new_caption_file_away_again(page):
+    (page.pictures / "alien.txt").unlink()
+    page.post(f"/caption/{PLACE}", {"file": "alien.txt", "before": "", "text": "new"})
+    page.post(f"/undo/{PLACE}", {})
+    assert not (page.pictures / "alien.txt").exists()
+
+
+def test_replacing_is_previewed_done_and_undone_as_one(page):
+    fields = {"find": "twemoji", "replace": "flat"}
+    texts = [path.read_text() for path in sorted(page.pictures.glob("*.txt"))]
+    assert page.post(f"/replace/{PLACE}", {**fields, "preview": "yes"}).json()["num_changed"] == 4
+    assert [path.read_text() for path in sorted(page.pictures.glob("*.txt"))] == texts
+    page.post(f"/replace/{PLACE}", fields)
+    assert (page.pictures / "alien.txt").read_text() == "alien, flat style"
+    page.post(f"/undo/{PLACE}", {})
+    assert [path.read_text() for path in sorted(page.pictures.glob("*.txt"))] == [text.strip() for text in texts]
+
+
+def test_a_trigger_word_comes_once_before_each_caption(page):
+    (page.pictures / "alien.txt").write_text("a ZWX alien")
+    assert page.post(f"/replace/{PLACE}", {"trigger": " zwx "}).json()["num_changed"] == 3
+    assert (page.pictures / "books.txt").read_text() == "zwx, books, twemoji style"
+    assert page.post(f"/replace/{PLACE}", {"trigger": "zwx"}).json()["num_changed"] == 0
+
+
+def test_a_damaged_journal_loses_only_its_own_lines(page):
+    page.post(f"/caption/{PLACE}", {"file": "alien.txt", "text": "one"})
+    with (page.pictures / ".pixtune_edits.jsonl").open("a") as journal:
+        journal.write('{"number": 9, "edits": [["../../configs/first.yaml", "", "bad"]]\nnonsense\n[]\n')
+    page.post(f"/caption/{PLACE}", {"file": "alien.txt", "text": "two"})
+    page.post(f"/undo/{PLACE}", {})
+    assert (page.pictures / "alien.txt").read_text() == "one"
+
+
+def test_a_journal_of_a_stranger_writes_nothing_elsewhere(page):
+    line = {"number": 1, "words": "x", "edits": [["../../configs/first.yaml", None, None]], "undoes": None}
+    (page.pictures / ".pixtune_edits.jsonl").write_text(json.dumps(line) + "\n")
+    assert page.post(f"/undo/{PLACE}", {}).status_code == 400
+    assert page.config.exists()
+
+
+def test_dropped_pictures_arrive(page):
+    content = (DEMO_TRAIN / "carrot.png").read_bytes()
+    assert page.client.put(f"/upload/{PLACE}?name=carrot.png", content=content).status_code == 201
+    assert (page.pictures / "carrot.png").read_bytes() == content
+    assert page.client.put(f"/upload/{PLACE}?name=carrot.txt", content="Möhre".encode()).status_code == 201
+    assert (page.pictures / "carrot.txt").read_text() == "Möhre"
+
+
+def test_the_plan_shows_memory_by_phase_and_what_more_costs(page):
+    page.config.write_text(page.config.read_text().replace("first_model", "x").replace(": model", f": {TINY_MODEL}"))
+    view = page.get(f"/plan/{PLACE}?card=RTX 4090").json()
+    plan = view["plan"]
+    assert plan["fits"] and [bar["name"] for bar in plan["bars"]][-1] == "training step"
+    assert all(0 < bar["gib"] < plan["usable_gib"] for bar in plan["bars"])
+    assert {other["words"] for other in plan["others"]} >= {"twice the rank", "pictures of 96 pixels"}
+    assert view["model"]["is_here"]
+
+
+def test_a_model_that_is_not_here_is_planned_and_its_download_named(page):
+    page.config.write_text(page.config.read_text().replace(": model", ": Qwen/Qwen-Image"))
+    view = page.get(f"/plan/{PLACE}?card=RTX 4090").json()
+    assert view["plan"]["has_gpu"] and not view["model"]["is_here"]
+    assert "55 GB" in view["model"]["words"] and view["model"]["command"].startswith("hf download")
+
+
+def test_changing_a_key_leaves_the_rest_of_the_yaml_as_it_is(page):
+    page.post(f"/plan/{PLACE}", {"key": "data_config.img_size", "value": "512"})
+    page.post(f"/plan/{PLACE}", {"key": "samples.prompts", "value": "a cat\n\na dog"})
+    page.post(f"/plan/{PLACE}", {"key": "rank", "value": "8"})
+    page.post(f"/plan/{PLACE}", {"key": "rank", "value": ""})
+    text = page.config.read_text()
+    assert text.startswith("# my own words") and "max_train_steps: 4 # few" in text and "rank" not in text
+    given = given_values(text)
+    assert given["data_config.img_size"] == 512 and given["samples.prompts"] == ["a cat", "a dog"]
+    assert page.post(f"/plan/{PLACE}", {"key": "rnak", "value": "8"}).status_code == 400
+
+
+def test_wrong_yaml_is_kept_and_explained(page):
+    page.post(f"/plan/{PLACE}", {"yaml": "rank: [\n"})
+    assert page.config.read_text() == "rank: [\n"
+    plan = page.get(f"/plan/{PLACE}").json()["plan"]
+    assert "problem" in plan["problem"] and plan["faults"]
+    assert page.client.get(f"/plan/{PLACE}").status_code == 200
+    assert page.post(f"/start/{PLACE}", {}).status_code == 400
+
+
+def test_keys_are_set_as_a_dictionary_would_set_them():
+    """Random changes of texts, flow style and comments among them, against a plain dictionary."""
+    import random
+
+    texts = ["", "rank: 3", "a: {b: 1, c: [2]}\n", "samples: {prompts: [a], every: 3}\nrank: 4 # c\n", "samples:\n"]
+    texts += ["samples:\n  prompts:\n  - a\n  - b\n# end\n", "ema:\n  decay: |\n    foo\n\n    bar\nrank: 2 # x\n"]
+    keys: dict[str, list[object]] = {
+        "rank": [8],
+        "samples.prompts": [["a: b", "# c"], ["x\ny"]],
+        "samples.every": [10],
+        "ema.decay": [0.9],
+    }
+    rng = random.Random(1)
+    for text in texts * 6:
+        expected = {key: value for key, value in given_values(text).items() if value is not None}
+        for _ in range(8):
+            key = rng.choice([*keys])
+            value = rng.choice([None, *keys[key]])
+            text = set_key(text, key, value)
+            expected = (
+                {**expected, key: value} if value is not None else {k: v for k, v in expected.items() if k != key}
+            )
+            assert {k: v for k, v in given_values(text).items() if v is not None} == expected, text
+
+
+def test_a_run_is_started_by_the_command_that_is_shown(page):
+    page.config.write_text(
+        page.config.read_text().replace(": model", f": {TINY_MODEL}").replace("first\nmax", "new\nmax")
+    )
+    assert page.post(f"/start/{PLACE}", {}).json() == {"place": "here/runs/new"}
+    assert page.started == [["run", "train", str(page.config)]]
+
+
+def test_a_run_shows_its_curves_samples_and_best_step(page):
+    run = page.get(f"/run/{RUN}").json()["run"]
+    assert (run["state"], run["step"], run["best_step"], run["best_loss"]) == ("stopped", 4, 2, 0.5)
+    figures = page.get(f"/figures/{RUN}").json()
+    assert figures["curves"]["loss"] == [[1, 1.0], [2, 0.5], [3, 1 / 3], [4, 0.25]]
+    assert [each["loss"] for each in figures["validations"]] == [0.9, 0.5, 0.7]
+    strips = page.get(f"/samples/{RUN}").json()["strips"]
+    assert [sample["step"] for sample in strips[0]["samples"]] == [0, 2, 4]
+    assert 'class="best"' in page.client.get(f"/samples/{RUN}").text
+
+
+def test_a_run_that_is_over_can_be_asked_for_nothing(page):
+    answer = page.post(f"/ask/{RUN}", {"what": "sample_now"})
+    assert answer.status_code == 400 and "not running" in answer.json()["error"]
+    assert page.post(f"/ask/{RUN}", {"what": "rm -rf"}).status_code == 400
+
+
+def test_results_are_downloaded(page):
+    assert page.get(f"/download/{RUN}?file=comfyui_lora.safetensors").content == b"a LoRA"
+    assert page.get(f"/result/{RUN}").json()["downloads"][0]["file"] == "comfyui_lora.safetensors"
+
+
+def test_runs_are_listed_with_drafts(page):
+    (page.home / "configs" / "draft.yaml").write_text(page.config.read_text().replace("runs/first", "runs/draft"))
+    runs = {run["name"]: run["state"] for run in page.get("/").json()["runs"]}
+    assert runs == {"first": "stopped", "draft": "draft"}
+
+
+def test_folders_can_be_looked_through(page):
+    entries = {entry["name"]: entry["num_pictures"] for entry in page.get("/folders/here/datasets").json()["entries"]}
+    assert entries == {"first": 4}
+    assert page.get("/folders/").json()["entries"][0]["place"] == "here"
+
+
+def test_the_api_is_described_route_by_route(page):
+    described = page.get("/openapi.json").json()
+    operations = {(method.upper(), path) for path, methods in described["paths"].items() for method in methods}
+    assert operations == {(method, path.replace(":path", "")) for method, path, _ in ROUTES}
+    assert all(each["summary"] for methods in described["paths"].values() for each in methods.values())
+
+
+@pytest.mark.parametrize("url", ["/", f"/pictures/{PLACE}", f"/plan/{PLACE}", f"/run/{RUN}", f"/result/{RUN}"])
+def test_pages_load_nothing_from_elsewhere(page, url):
+    text = page.client.get(url).text
+    assert "http://" not in text.replace("http://www.w3.org", "") and "https://" not in text
+    assert " style=" not in text and "onclick" not in text and "<script>" not in text
