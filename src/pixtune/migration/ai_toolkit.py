@@ -10,7 +10,7 @@ from pixtune.errors import MigrationError
 from pixtune.migration import conversions as to
 from pixtune.migration import optimizers as optim
 from pixtune.migration.models import Model, is_hub_name_or_folder, model_of
-from pixtune.migration.peer import Options, Part, Parts, Peer, flat, mappings
+from pixtune.migration.peer import WHICH_MODEL, Options, Part, Parts, Peer, flat, mappings
 from pixtune.migration.reading import Source
 from pixtune.migration.rules import Look, Lost, Outcome, Rule, fine, harmless, is_off, lost, only_if, used
 from pixtune.migration.samples import guidance, only_with_prompts, prompts
@@ -263,7 +263,7 @@ SETTINGS: tuple[Rule, ...] = (
               "train.embedding_lr train.adapter_lr train.refiner_lr train.train_refiner train.merge_network_on_save "
               "train.switch_boundary_every train.single_item_batching", "without effect on these weights"),
     # ---- model
-    *used("model.name_or_path model.arch model.is_flux"),
+    *used("model.name_or_path model.arch model.is_flux", WHICH_MODEL),
     Rule("model.quantize", "quantize", _quantize),
     Rule("model.qtype", "",
          lambda value, look: Lost("there are no accuracy recovery adapters") if "|" in str(value) else Outcome()),

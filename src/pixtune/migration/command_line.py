@@ -15,10 +15,16 @@ from pixtune.errors import MigrationError
 
 MOST_WORDS = 20_000
 """Number of words that no script of a person has."""
+MOST_CHARACTERS = 20_000
+"""Length of a word, with its variables filled in, that no script has; variables can double one another."""
+MOST_QUOTED_LINES = 100
+"""Number of lines that one quoted text has at most."""
 
 _ASSIGNMENT = re.compile(r"^(?:export\s+|set\s+|\$env:|local\s+)?\"?([A-Za-z_]\w*)\s?=\s?(.*)$", re.DOTALL)
 _VARIABLE = re.compile(r"\$\{(\w+)(?::?-([^{}]*))?\}|\$(\w+)|%(\w+)%")
-_LAUNCH = re.compile(r"(?:^|[\s/\\\"'&|(])[\w.-]*\.py[\"']?\s+(?:\\\s*|\^\s*|`\s*)*--?\w")
+_LAUNCH = re.compile(
+    r"(?:^|[\s/\\\"'&|(])[\w.-]*\.py[\"']?\s+(?:[\\^`]\s+)*(?:--?\w|\"?[^\s\"]+\.(?:ya?ml|toml|json)\b)"
+)
 
 
 @dataclass(frozen=True)
@@ -33,6 +39,8 @@ class Command:
     """Flags of the launcher before the script, such as mixed_precision of `accelerate launch`."""
     unknown_variables: tuple[str, ...] = ()
     """Variables that the script does not set."""
+    file: str = ""
+    """First word behind the script, where it is no flag."""
 
 
 def looks_like_commands(text: str) -> bool:
@@ -56,10 +64,13 @@ def find_commands(text: str, name: str) -> tuple[Command, ...]:
         if len(words) > MOST_WORDS:
             raise MigrationError(f"{name}:{number}: this command has more than {MOST_WORDS:,} words")
         for part in _parts(words):
-            while part and (found := _assignment(part)):
-                key, value, part = found
-                variables[key] = _filled(value, variables)[0]
-            command = _command(part, variables)
+            try:
+                while part and (found := _assignment(part)):
+                    key, value, part = found
+                    variables[key] = _filled(value, variables)[0]
+                command = _command(part, variables)
+            except ValueError as error:
+                raise MigrationError(f"{name}:{number}: this command cannot be read: {error}") from error
             commands += [] if command is None else [command]
     return tuple(commands)
 
@@ -87,7 +98,7 @@ def _logical_lines(text: str) -> list[tuple[int, str]]:
         first = first if waiting else number
         ended = re.sub(r"(\\|\^|`)\s*$", " ", line)
         waiting += ended
-        if ended == line and _quotes_are_closed(waiting):
+        if ended == line and (number - first >= MOST_QUOTED_LINES or _quotes_are_closed(waiting)):
             found.append((first, waiting))
             waiting = ""
         elif ended == line:
@@ -117,11 +128,20 @@ def _assignment(words: list[str]) -> tuple[str, str, list[str]] | None:
 
 
 def _filled(word: str, variables: Mapping[str, str]) -> tuple[str, tuple[str, ...]]:
-    """Returns a word with variables filled in, and the names of those that nothing sets, which stay."""
+    """Returns a word with variables filled in, and the names of those that nothing sets, which stay.
+
+    Raises:
+        ValueError: it is too long.
+    """
     unknown = []
+    room = MOST_CHARACTERS - len(word)
 
     def fill(found: re.Match[str]) -> str:
+        nonlocal room
         name = found[1] or found[3] or found[4]
+        room -= len(variables.get(name, ""))
+        if room < 0:
+            raise ValueError(f"a word has more than {MOST_CHARACTERS:,} characters with its variables filled in")
         if name in variables:
             return variables[name]
         if found[2] is not None:
@@ -143,7 +163,9 @@ def _command(words: list[str], variables: Mapping[str, str]) -> Command | None:
     if place is None:
         return None
     script = re.split(r"[/\\]", filled[place])[-1]
-    return Command(script, _flags(filled[place + 1 :]), _flags(filled[:place]), tuple(dict.fromkeys(unknown)))
+    words = filled[place + 1 :]
+    file = words[0] if words and not words[0].startswith("-") else ""
+    return Command(script, _flags(words), _flags(filled[:place]), tuple(dict.fromkeys(unknown)), file)
 
 
 def _flags(words: list[str]) -> dict[str, Any]:

@@ -35,6 +35,22 @@ def whole(value: Any, look: Look | None = None) -> int:
     return found
 
 
+def count(value: Any) -> int:
+    """Returns a whole number of at least 1."""
+    found = whole(value)
+    if found < 1:
+        raise WrongValue("a number of at least 1 is needed")
+    return found
+
+
+def share(value: Any) -> float:
+    """Returns a number from 0 to 1."""
+    found = real(value)
+    if not 0 <= found <= 1:
+        raise WrongValue("a number from 0 to 1 is needed")
+    return found
+
+
 def text(value: Any, look: Look | None = None) -> str:
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise WrongValue("a text is needed")

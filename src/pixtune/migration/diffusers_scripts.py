@@ -10,7 +10,7 @@ from pixtune.errors import MigrationError
 from pixtune.migration import conversions as to
 from pixtune.migration import optimizers as optim
 from pixtune.migration.models import Model, is_hub_name_or_folder, model_of
-from pixtune.migration.peer import Options, Part, Parts, Peer
+from pixtune.migration.peer import WHICH_MODEL, Options, Part, Parts, Peer
 from pixtune.migration.reading import Source
 from pixtune.migration.rules import Look, Lost, Outcome, Rule, harmless, lost, only_if, used
 from pixtune.migration.samples import guidance, only_with_prompts, prompts
@@ -131,7 +131,7 @@ def _resume(value: Any, look: Look) -> Any:
 
 
 SETTINGS: tuple[Rule, ...] = (
-    *used("pretrained_model_name_or_path script revision variant"),
+    *used("pretrained_model_name_or_path script revision variant", WHICH_MODEL),
     Rule("output_dir", "output_dir", to.text, default="trained-lora"),
     Rule("rank", "rank", _for_lora(to.whole), default=4),
     Rule("lora_alpha", "lora_alpha", _for_lora(to.real), default=4.0, remark="4 where it is left out; here the rank"),

@@ -9,7 +9,7 @@ from pixtune.errors import MigrationError
 from pixtune.migration import conversions as to
 from pixtune.migration import optimizers as optim
 from pixtune.migration.models import Model, find_model, is_hub_name_or_folder, model_of
-from pixtune.migration.peer import NOT_HERE, Options, Part, Parts, Peer, flat, mappings
+from pixtune.migration.peer import NOT_HERE, WHICH_MODEL, Options, Part, Parts, Peer, flat, mappings
 from pixtune.migration.reading import Source, find_second, read_second
 from pixtune.migration.rules import Look, Lost, Outcome, Rule, harmless, lost, only_if, used
 
@@ -213,7 +213,7 @@ SETTINGS: tuple[Rule, ...] = (
     *harmless("optimizer.gradient_release optimizer.stabilize", "about memory, or off"),
     *lost("optimizer.*", "AdamW has no such argument here"),
     # ---- model
-    *used("model.type"),
+    *used("model.type", WHICH_MODEL),
     Rule("model.diffusers_path", "", _path),
     Rule("model.transformer_path", "", _path),
     *harmless("model.vae_path model.text_encoder_path model.llm_path model.clip_path model.t5_path "

@@ -27,7 +27,7 @@ from pixtune.migration.folders import (
 from pixtune.migration.models import Model, find_model
 from pixtune.migration.peer import Options, Parts, Peer
 from pixtune.migration.reading import Source
-from pixtune.migration.rules import ABSENT, Look, defaults_of
+from pixtune.migration.rules import ABSENT, Look, WrongValue, defaults_of
 from pixtune.migration.tables import KINDS, Leftover, Line, apply, kind_of
 
 
@@ -62,16 +62,11 @@ def migrate(source: Source, peer: Peer, options: Options, model_name: str | None
     translated = [translate(peer, part, peer.folders, model, faults) for part in parts.folders]
     reserved = [translate(peer, part, peer.folders, model, faults) for part in parts.regularization]
     settings = {**defaults_of(peer.settings), **_given(parts.settings.written)}
-    look = Look(
-        parts.settings.written,
-        defaults_of(peer.settings),
-        model,
-        turns_of([lines for lines, _ in translated]),
-        peer.examples_per_step({**settings, **from_folders(translated)}),
-        peer.length(settings),
-        source.folder,
-    )
+    at_once, length, worries = _sizes(peer, settings, from_folders(translated))
+    turns = turns_of([lines for lines, _ in translated])
+    look = Look(parts.settings.written, defaults_of(peer.settings), model, turns, at_once, length, source.folder)
     lines, leftovers = apply(peer, parts.settings, peer.settings, look, faults)
+    faults = faults or worries
     if faults:
         raise MigrationError(f"{source.name} has values that cannot be used: " + "; ".join(faults))
     lines = {
@@ -92,9 +87,29 @@ def migrate(source: Source, peer: Peer, options: Options, model_name: str | None
         why = f"{peer.name} trains on all pictures; without this line a few measure how it goes"
         lines["validation.held_out"] = Line("validation.held_out", 0, why)
     listed = place(lines, folders, leftovers)
-    imported = Imported(peer.name, source.name, tuple(_in_order(lines)), listed, tuple(_once(leftovers)))
+    ordered = tuple(_in_order(lines))
+    origins = [line.origin for each in (ordered, *listed) for line in each]
+    imported = Imported(peer.name, source.name, ordered, listed, tuple(_once(leftovers, origins)))
     _check(imported)
     return imported
+
+
+def _sizes(
+    peer: Peer, settings: Mapping[str, Any], of_folders: Mapping[str, Any]
+) -> tuple[int, tuple[int | None, float | None], list[str]]:
+    """Returns the examples of a step, the run's length, and what is wrong with the values that say so."""
+    at_once: int = 1
+    length: tuple[int | None, float | None] = (None, None)
+    worries = []
+    try:
+        at_once = max(1, peer.examples_per_step({**settings, **of_folders}))
+    except WrongValue as wrong:
+        worries.append(f"its batch size or accumulation: {wrong}")
+    try:
+        length = peer.length(settings)
+    except WrongValue as wrong:
+        worries.append(f"its number of steps or epochs: {wrong}")
+    return at_once, length, worries
 
 
 def _given(written: Mapping[str, Any]) -> dict[str, Any]:
@@ -125,9 +140,11 @@ def _default_of(key: str) -> Any:
     return ABSENT if field.is_required() else field.default
 
 
-def _once(leftovers: Iterable[Leftover]) -> list[Leftover]:
-    """Returns leftovers by kind, each once: several folders often say the same."""
-    return sorted(dict.fromkeys(leftovers), key=lambda each: KINDS.index(each.kind))
+def _once(leftovers: Iterable[Leftover], origins: Iterable[str]) -> list[Leftover]:
+    """Returns leftovers by kind, each once, without those of no effect that lines have in their comments."""
+    said = set(", ".join(origins).split(", "))
+    found = [each for each in dict.fromkeys(leftovers) if each.kind != "no effect" or each.origin not in said]
+    return sorted(found, key=lambda each: KINDS.index(each.kind))
 
 
 def _check(imported: Imported) -> None:

@@ -11,7 +11,7 @@ from pixtune.config.sections import DataConfig, FolderConfig
 from pixtune.data.pairs import find_pairs
 from pixtune.migration.models import Model
 from pixtune.migration.peer import Part, Peer
-from pixtune.migration.rules import ABSENT, Look, Rule, defaults_of
+from pixtune.migration.rules import Look, Rule, defaults_of
 from pixtune.migration.tables import Leftover, Line, apply
 
 PLACEHOLDER = "./dataset"
@@ -62,6 +62,10 @@ def without_top(top: dict[str, Line], found: Mapping[str, Line], leftovers: list
     return rest
 
 
+OF_REGULARIZATION = {"img_dir": "folder", "repeats": "repeats", "loss_weight": "loss_weight"}
+"""Keys of a folder with their names in `prior_preservation`."""
+
+
 def merged(folders: Iterable[dict[str, Line]]) -> list[dict[str, Line]]:
     """Joins folders of the same pictures at several sizes: here it is one, of whose sizes each turn draws one."""
     found: list[dict[str, Line]] = []
@@ -74,8 +78,9 @@ def merged(folders: Iterable[dict[str, Line]]) -> list[dict[str, Line]]:
         shares = [float(each["repeats"].value) if "repeats" in each else 1.0 for each in (twin, lines)]
         old = twin["img_size"]
         twin["img_size"] = replace(old, value=sizes, origin=f"{old.origin}, {lines['img_size'].origin}")
-        old = twin.get("repeats", Line("repeats", 1.0, "the same folder at several sizes"))
-        twin["repeats"] = replace(old, value=sum(shares), origin="the same folder at several sizes")
+        origins = [each["repeats"].origin for each in (twin, lines) if "repeats" in each]
+        why = ", ".join(["the same folder at several sizes", *dict.fromkeys(origins)])
+        twin["repeats"] = Line("repeats", sum(shares), why)
     return found
 
 
@@ -101,9 +106,9 @@ def place(
         leftovers.append(Leftover("to fill in", "data_config.img_dir", why))
         lines["data_config.img_dir"] = Line("data_config.img_dir", PLACEHOLDER, "to fill in")
         return ()
-    own = [_without_defaults(each) for each in folders]
+    own = [_without_defaults(each, leftovers) for each in folders]
     shared = {
-        key: line
+        key: replace(line, origin=", ".join(dict.fromkeys(each[key].origin for each in own if key in each)))
         for key, line in own[0].items()
         if key in DataConfig.model_fields
         and key not in ("control_dir", "metadata_file", "mask_dir", "img_dir", "allow_missing_controls")
@@ -115,10 +120,11 @@ def place(
     return () if alone else tuple(tuple(line for key, line in each.items() if key not in shared) for each in own)
 
 
-def _without_defaults(lines: Mapping[str, Line]) -> dict[str, Line]:
+def _without_defaults(lines: Mapping[str, Line], leftovers: list[Leftover]) -> dict[str, Line]:
     """Returns a folder's lines without those that say what holds without them."""
-    ours = {"repeats": 1, "loss_weight": 1}
-    return {key: line for key, line in lines.items() if ours.get(key, ABSENT) != line.value}
+    idle = [line for key, line in lines.items() if key in ("repeats", "loss_weight") and line.value == 1]
+    leftovers += [Leftover("no effect", line.origin, "1, as here") for line in idle if not line.by_default]
+    return {key: line for key, line in lines.items() if line not in idle}
 
 
 def take_regularization(
@@ -126,15 +132,18 @@ def take_regularization(
 ) -> list[Leftover]:
     """Turns the first folder of regularization pictures into `prior_preservation`, and reports the others."""
     leftovers = []
-    for number, (found, _) in enumerate(reserved):
-        for key, ours in (("img_dir", "folder"), ("repeats", "repeats"), ("loss_weight", "loss_weight")):
-            if key not in found or (key != "img_dir" and found[key].value == 1):
-                continue
-            if number == 0:
-                lines.setdefault(f"prior_preservation.{ours}", replace(found[key], key=f"prior_preservation.{ours}"))
-            elif key == "img_dir":
+    for number, (found, left) in enumerate(reserved):
+        leftovers += left
+        for key, line in found.items():
+            ours = OF_REGULARIZATION.get(key)
+            if number == 0 and ours and (key == "img_dir" or line.value != 1):
+                lines.setdefault(f"prior_preservation.{ours}", replace(line, key=f"prior_preservation.{ours}"))
+            elif number and key == "img_dir":
                 why = "one folder of regularization pictures is possible: put these into it"
-                leftovers.append(Leftover("changes the result", found[key].origin, why))
+                leftovers.append(Leftover("changes the result", line.origin, why))
+            elif not line.by_default:
+                why = "regularization pictures are read as the others are: see data_config"
+                leftovers.append(Leftover("no effect", line.origin, "1, as here" if ours else why))
     return leftovers
 
 

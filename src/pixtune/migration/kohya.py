@@ -170,7 +170,7 @@ def settings(rate: float, workers: int) -> tuple[Rule, ...]:
     """
     return (
         Rule("output_dir", "output_dir", lambda value, look: Outcome(), remark="with output_name as a folder in it"),
-        *used("output_name"),
+        *used("output_name", "a folder in output_dir here"),
         Rule("network_module", "method", _module),
         Rule("network_dim", "rank", for_lora(to.whole), default=4),
         Rule("network_alpha", "lora_alpha", for_lora(_alpha), default=1.0,
@@ -192,7 +192,7 @@ def settings(rate: float, workers: int) -> tuple[Rule, ...]:
         Rule("use_8bit_adam", "adam8bit", to.truth_or("AdamW in 32 bits")),
         Rule("learning_rate", "learning_rate", optim.rate("optimizer_type"), default=rate),
         Rule("optimizer_args", "adam_weight_decay adam_beta1 adam_beta2 adam_epsilon",
-             lambda value, look: Outcome() if value is True else optim.optimizer_arguments(value, look)),
+             lambda value, look: Outcome() if value in (True, "") else optim.optimizer_arguments(value, look)),
         Rule("max_grad_norm", "max_grad_norm", to.real),
         Rule("lr_scheduler", "lr_scheduler", optim.schedule),
         Rule("lr_warmup_steps", "lr_warmup_steps", to.warm_up("lr_scheduler", ("constant", "")),
@@ -243,7 +243,7 @@ def settings(rate: float, workers: int) -> tuple[Rule, ...]:
                   "not about the training"),
         *harmless("cache_latents cache_latents_to_disk cache_text_encoder_outputs cache_text_encoder_outputs_to_disk "
                   "skip_cache_check", "pictures and captions are cached here always"),
-        *used("dataset_config"),
+        *used("dataset_config", "that file is read: see data_config"),
     )  # fmt: skip
 
 

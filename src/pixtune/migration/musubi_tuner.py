@@ -8,7 +8,7 @@ from typing import Any
 from pixtune.migration import conversions as to
 from pixtune.migration import kohya
 from pixtune.migration.models import Model, model_of
-from pixtune.migration.peer import Options, Part, Parts, Peer, mappings
+from pixtune.migration.peer import WHICH_MODEL, Options, Part, Parts, Peer, mappings
 from pixtune.migration.reading import Source
 from pixtune.migration.rules import Look, Lost, Outcome, Rule, harmless, lost, used
 
@@ -110,7 +110,7 @@ SETTINGS: tuple[Rule, ...] = (
     Rule("dit", "", _base),
     *harmless("vae text_encoder text_encoder1 text_encoder2 clip t5",
               "encoders come with pretrained_model_name_or_path"),
-    *used("model_version edit edit_plus script model_type"),
+    *used("model_version edit edit_plus script model_type", WHICH_MODEL),
     Rule("timestep_sampling", "objective.sigma_distribution objective.shift", kohya.timesteps, default="sigma"),
     *kohya.LEVELS,
     Rule("guidance_scale", "objective.guidance", to.real),

@@ -9,7 +9,7 @@ from pixtune.migration import conversions as to
 from pixtune.migration import optimizers as optim
 from pixtune.migration.models import Model, is_hub_name_or_folder, model_of
 from pixtune.migration.one_trainer_data import FOLDERS
-from pixtune.migration.peer import NOT_HERE, Options, Part, Parts, Peer, flat, mappings
+from pixtune.migration.peer import NOT_HERE, WHICH_MODEL, Options, Part, Parts, Peer, flat, mappings
 from pixtune.migration.reading import Source, find_second, read_second
 from pixtune.migration.rules import Convert, Look, Lost, Outcome, Rule, fine, harmless, is_off, lost, only_if, used
 
@@ -146,7 +146,7 @@ def _warm_up(value: Any, look: Look) -> Any:
     amount = float(to.number(value))
     if amount <= 1:
         return to.warm_up()(amount if amount < 1 else 0.999999, look) if amount else 0
-    return max(1, round(amount / to.whole(look.get("gradient_accumulation_steps", 1))))
+    return max(1, round(amount / to.count(look.get("gradient_accumulation_steps", 1))))
 
 
 def _optimizer(value: Any, look: Look) -> Any:
@@ -157,8 +157,8 @@ def _average(value: Any, look: Look) -> Any:
     """Returns the decay of a step: there it is of an update, every few steps."""
     if str(value).upper() == "OFF":
         return Lost("no average, as here", False)
-    decay, steps = to.real(look.get("ema_decay", 0.999)), to.whole(look.get("ema_update_step_interval", 5))
-    values: dict[str, Any] = {"ema.decay": round(decay ** (1 / max(1, steps)), 6)}
+    decay, steps = to.share(look.get("ema_decay", 0.999)), to.count(look.get("ema_update_step_interval", 5))
+    values: dict[str, Any] = {"ema.decay": round(decay ** (1 / steps), 6)}
     return Outcome({**values, "ema.on_host": True} if str(value).upper() == "CPU" else values)
 
 
@@ -236,7 +236,7 @@ def _sample_every(value: Any, look: Look) -> Any:
 
 
 SETTINGS: tuple[Rule, ...] = (
-    *used("model_type base_model_name"),
+    *used("model_type base_model_name", WHICH_MODEL),
     Rule("workspace_dir", "output_dir", to.text, default="workspace/run"),
     *harmless("output_model_destination output_model_format output_dtype",
               "the LoRA's files are in output_dir, for diffusers and ComfyUI"),
@@ -305,7 +305,7 @@ SETTINGS: tuple[Rule, ...] = (
     Rule("text_encoder_2_sequence_length", "data_config.max_text_tokens",
          lambda value, look: to.whole(value) if look.model.guided else Lost( "there is no such encoder", False)),
     # ---- masks
-    *used("masked_training unmasked_weight"),
+    *used("masked_training unmasked_weight", "see the folders"),
     *lost("masked_prior_preservation_weight", "the base is no target outside of masks"),
     *harmless("unmasked_probability normalize_masked_area_loss custom_conditioning_image",
               "belongs to masked_training: masks count always, and losses are normalized by their area"),

@@ -11,6 +11,8 @@ from pixtune.migration.models import Model
 from pixtune.migration.reading import Source
 from pixtune.migration.rules import Lost, Rule
 
+WHICH_MODEL = "it says which model is trained"
+"""Text on keys that decide the model."""
 NOT_HERE = Lost(
     "the file of the data set is not here: write the folder, its size and repeats, or give the file as --dataset FILE",
     to_fill_in=True,

@@ -40,9 +40,8 @@ def _what_it_is(source: Source) -> str:
             config = command.arguments.get("config") or command.arguments.get("config_file")
             if isinstance(config, str):
                 return f"calls {command.script} with {config}: give that file"
-            named = [value for value in command.arguments.values() if isinstance(value, str)]
-            if command.script == "run.py" and named:
-                return f"calls {command.script} with a config: give that file"
+            if command.file:
+                return f"calls {command.script} with {command.file}: give that file"
         return f"calls {scripts}, which is no training script that is known. {EXPECTED}"
     for peer in PEERS:
         if (instead := peer.describes_data(source.tree)) is not None:

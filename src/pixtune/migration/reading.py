@@ -5,7 +5,9 @@ What a file is, its content decides: people rename files. All of it is read with
 
 from __future__ import annotations
 
+import codecs
 import json
+import os
 import re
 import tomllib
 from collections.abc import Mapping
@@ -17,7 +19,8 @@ import yaml
 
 from pixtune.config.yaml_tree import ABOUT_BACKSLASHES, BoundsError, ConfigLoader, compose
 from pixtune.errors import MigrationError
-from pixtune.inputs.reading import KINDS, MEBIBYTE, read_bounded
+from pixtune.inputs.printing import one_line
+from pixtune.inputs.reading import MEBIBYTE, read_bounded
 from pixtune.migration.command_line import Command, find_commands, looks_like_commands
 
 LARGEST_FILE_BYTES = MEBIBYTE
@@ -68,10 +71,15 @@ def read_source(path: Path) -> Source:
         data = read_bounded(path, LARGEST_FILE_BYTES)
     except FileNotFoundError:
         raise MigrationError(f"there is no file {path}") from None
-    except OSError as error:
-        hint = ". Give the config file in it" if KINDS and path.is_dir() else ""
-        raise MigrationError(f"{path} cannot be read: {error.strerror or error}{hint}. {EXPECTED}") from error
+    except (OSError, ValueError) as error:
+        hint = ". Give the config file in it" if os.path.isdir(path) else ""
+        shown = one_line(str(path))[:200]
+        raise MigrationError(f"{shown} cannot be read: {_said(error)}{hint}. {EXPECTED}") from error
     return parse_source(_decode(data, str(path)), str(path), path.parent)
+
+
+def _said(error: OSError | ValueError) -> str:
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)
 
 
 def parse_source(text: str, name: str, folder: Path) -> Source:
@@ -98,6 +106,8 @@ def parse_source(text: str, name: str, folder: Path) -> Source:
             problems["TOML"] = _toml_problem(error, text)
         try:
             root = compose(text)
+            if root is not None:
+                _check_keys(root, set())
             tree = None if root is None else ConfigLoader("").construct_document(root)
             if isinstance(tree, dict | list):
                 return Source(name, folder, _bounded(tree, name), form="YAML")
@@ -139,8 +149,9 @@ def _decode(data: bytes, name: str) -> str:
             raise MigrationError(f"{name} is {kind}. {EXPECTED}")
     if data[8:9] == b"{" and 0 < int.from_bytes(data[:8], "little") < 100 * MEBIBYTE:
         raise MigrationError(f"{name} is a safetensors file of weights. {EXPECTED}")
+    wide = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))  # PowerShell writes it
     try:
-        text = data.decode("utf-8-sig")
+        text = data.decode("utf-16" if wide else "utf-8-sig")
     except UnicodeDecodeError as error:
         raise MigrationError(f"{name} is not UTF-8 text (byte {error.start}): save it as UTF-8. {EXPECTED}") from error
     if "\0" in text:
@@ -148,12 +159,42 @@ def _decode(data: bytes, name: str) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
-_JSON_TEXT_OR_COMMENT = re.compile(r'("(?:\\.|[^"\\\n])*")|//[^\n]*|,(?=\s*[}\]])')
+_JSON_TEXT_OR_COMMENT = re.compile(r'("(?:\\.|[^"\\\n])*"?)|//[^\n]*|,(?=\s*[}\]])')
+"""Texts, comments, and commas too many. A text need not end, so that none is looked through twice."""
 
 
 def _parse_json(text: str) -> Any:
     """Parses JSON; comments and commas before a closing bracket are passed over: SimpleTuner's examples have them."""
-    return json.loads(_JSON_TEXT_OR_COMMENT.sub(lambda found: found[1] or "", text))
+    return json.loads(_JSON_TEXT_OR_COMMENT.sub(lambda found: found[1] or "", text), object_pairs_hook=_each_once)
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [key for key, _ in pairs]
+        raise ValueError(
+            f"{next(key for key in names if names.count(key) > 1)} is given twice in one mapping: keep one"
+        )
+    return found
+
+
+def _check_keys(node: yaml.Node, seen: set[int]) -> None:
+    """Checks that no mapping has a key twice.
+
+    Raises:
+        ValueError: one has.
+    """
+    if id(node) in seen or not isinstance(node, yaml.CollectionNode):
+        return
+    seen.add(id(node))
+    lines: dict[str, int] = {}
+    for child in node.value:
+        if isinstance(child, tuple):
+            key, line = str(child[0].value), child[0].start_mark.line + 1
+            if isinstance(child[0], yaml.ScalarNode) and key in lines and key != "<<":
+                raise ValueError(f"{key} is given twice, in lines {lines[key]} and {line}: keep one")
+            lines[key] = line
+        _check_keys(child[1] if isinstance(child, tuple) else child, seen)
 
 
 def _bounded(tree: Any, name: str) -> Any:

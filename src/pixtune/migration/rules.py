@@ -145,9 +145,9 @@ def harmless(keys: str, why: str) -> tuple[Rule, ...]:
     return tuple(Rule(key, convert=lambda value, look: Lost(why, False), remark=why) for key in keys.split())
 
 
-def used(keys: str) -> tuple[Rule, ...]:
-    """Makes rules of keys that a conversion of another key, or the choice of the model, takes up."""
-    return tuple(Rule(key, convert=lambda value, look: Outcome()) for key in keys.split())
+def used(keys: str, why: str) -> tuple[Rule, ...]:
+    """Makes rules of keys that the choice of the model, or of files to read, takes up."""
+    return tuple(Rule(key, convert=lambda value, look: Lost(why, False), remark=why) for key in keys.split())
 
 
 def defaults_of(rules: Iterable[Rule]) -> dict[str, Any]:

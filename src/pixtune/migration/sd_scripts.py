@@ -11,7 +11,7 @@ from pixtune.migration import conversions as to
 from pixtune.migration import kohya
 from pixtune.migration import optimizers as optim
 from pixtune.migration.models import Model, is_hub_name_or_folder, model_of
-from pixtune.migration.peer import Options, Part, Parts, Peer
+from pixtune.migration.peer import WHICH_MODEL, Options, Part, Parts, Peer
 from pixtune.migration.reading import Source
 from pixtune.migration.rules import Look, Lost, Outcome, Rule, harmless, is_off, lost, only_if, used
 
@@ -158,7 +158,8 @@ SETTINGS: tuple[Rule, ...] = (
          default="networks.lora_flux", remark="all linear layers of the blocks; here attention"),
     Rule("pretrained_model_name_or_path", "", _base),
     *harmless("ae clip_l t5xxl vae", "encoders come with pretrained_model_name_or_path"),
-    *used("script model_type train_data_dir reg_data_dir"),
+    *used("script model_type", WHICH_MODEL),
+    *used("train_data_dir reg_data_dir", "its folders are read: see data_config"),
     Rule("unet_lr", "learning_rate", optim.rate("optimizer_type")),
     *harmless("text_encoder_lr text_encoder_lr1 text_encoder_lr2", "text encoders are not trained"),
     Rule("network_train_unet_only", "", _text_encoders, default=False, remark="without it CLIP is trained too"),

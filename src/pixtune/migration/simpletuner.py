@@ -8,7 +8,7 @@ from typing import Any
 from pixtune.migration import conversions as to
 from pixtune.migration import optimizers as optim
 from pixtune.migration.models import Model, is_hub_name_or_folder, model_of
-from pixtune.migration.peer import NOT_HERE, Options, Part, Parts, Peer, flat, mappings
+from pixtune.migration.peer import NOT_HERE, WHICH_MODEL, Options, Part, Parts, Peer, flat, mappings
 from pixtune.migration.reading import Source, find_second, read_second
 from pixtune.migration.rules import Look, Lost, Outcome, Rule, fine, harmless, lost, only_if, used
 from pixtune.migration.samples import guidance, only_with_prompts, prompts
@@ -195,7 +195,7 @@ def _resume(value: Any, look: Look) -> Any:
 
 
 SETTINGS: tuple[Rule, ...] = (
-    *used("model_family model_flavour pretrained_model_name_or_path"),
+    *used("model_family model_flavour pretrained_model_name_or_path", WHICH_MODEL),
     *lost("pretrained_transformer_model_name_or_path pretrained_vae_model_name_or_path",
           "a model is one folder here"),
     Rule("output_dir", "output_dir", to.text, default="output/models"),
@@ -259,7 +259,8 @@ SETTINGS: tuple[Rule, ...] = (
     # ---- captions
     Rule("caption_dropout_probability", "data_config.caption_dropout_rate", to.real),
     Rule("tokenizer_max_length", "data_config.max_text_tokens", to.whole),
-    *used("resolution resolution_type caption_strategy instance_prompt prepend_instance_prompt only_instance_prompt"),
+    *used("resolution resolution_type caption_strategy instance_prompt prepend_instance_prompt only_instance_prompt",
+          "it holds for data sets that say nothing else: see data_config"),
     *lost("minimum_image_size target_downsample_size maximum_image_size max_upscale_threshold",
           "pictures of all sizes are used: leave some out by data_config.exclude"),
     *harmless("aspect_bucket_rounding aspect_bucket_alignment aspect_bucket_* crop*",

@@ -19,6 +19,10 @@ SECRET = re.compile(r"(token|api_?key|password|secret|access_?key(_id)?|credenti
 """Ends of the names of keys whose values nobody wants in a file that is passed on."""
 
 
+ELSEWHERE = "it is in what other lines say"
+"""Text on a key that no line comes from and that is not lost."""
+
+
 @dataclass(frozen=True)
 class Line:
     """A line of our config."""
@@ -71,14 +75,15 @@ def apply(
                 continue
             if not isinstance(result, Outcome):
                 result = Outcome(lost=(result,)) if isinstance(result, Lost) else Outcome({rule.ours: result})
-            taken |= look.taken - {key} if result.values else set()
-            others = [f"{each} = {shown(each, part.written[each])}" for each in sorted(look.taken - {key})]
-            origin = ", ".join([origin, *others]) if result.values else origin
+            others = sorted(look.taken - {key}) if result.values else []
+            taken |= set(others)
+            origin = ", ".join([origin, *(f"{each} = {shown(each, part.written[each])}" for each in others)])
             for ours, ours_value in result.values.items():
-                _add(lines, Line(ours, ours_value, origin, by_default))
+                _add(lines, Line(ours, ours_value, origin, by_default and not others))
+            problems = result.lost if result.values or result.lost else (Lost(rule.remark or ELSEWHERE, False),)
             leftovers += [
                 Leftover(kind_of(what), origin, what.why, key)
-                for what in result.lost
+                for what in problems
                 if what.changes_result or what.to_fill_in or not by_default
             ]
     for key, value in part.written.items():

@@ -1,0 +1,252 @@
+"""Values that mean something else by trainer, each worked out by hand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from pixtune.migration import conversions as to
+from pixtune.migration import optimizers as optim
+from pixtune.migration.models import Model, find_model
+from pixtune.migration.rules import Look, Lost, Outcome, WrongValue
+from tests.unit.migration.importing import left, take, take_text, values
+
+FLUX = find_model("black-forest-labs/FLUX.1-dev")
+assert isinstance(FLUX, Model)
+LOOK = Look({}, {}, FLUX)
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of ten pictures."""
+    folder = tmp_path_factory.mktemp("pictures")
+    for number in range(10):
+        Image.new("RGB", (8, 8)).save(folder / f"{number}.png")
+        (folder / f"{number}.txt").write_text("a caption")
+    return folder
+
+
+# ---- epochs, where the pictures are on this machine
+
+
+def test_epochs_become_steps_with_repeats_batch_and_accumulation(pictures, tmp_path):
+    (tmp_path / "data.toml").write_text(
+        f"[general]\nbatch_size = 2\n[[datasets]]\nimage_directory = {json.dumps(str(pictures))}\nresolution = 512\n"
+        "num_repeats = 3\n"
+    )
+    command = (
+        "accelerate launch src/musubi_tuner/qwen_image_train_network.py --dit a.safetensors --dataset_config data.toml "
+        "--network_module networks.lora_qwen_image --network_dim 8 --gradient_accumulation_steps 2 "
+        "--max_train_epochs 6 --save_every_n_epochs 2 --lr_warmup_steps 0.1 --lr_scheduler cosine"
+    )
+    imported = take_text(command, tmp_path)
+    found = values(imported)
+    # an epoch is 10 pictures x 3 = 30 turns, of 4 examples a step: 8 steps, the last one not full
+    assert found["num_train_epochs"] == 6
+    assert found["checkpointing_steps"] == 16
+    assert found["lr_warmup_steps"] == round(0.1 * 48)
+    assert "folder of pictures" not in "".join(left(imported, "to fill in"))
+
+
+def test_epochs_stay_to_be_filled_in_where_a_folder_is_elsewhere(pictures, tmp_path):
+    (tmp_path / "data.toml").write_text(
+        f"resolutions = [512]\n[[directory]]\npath = {json.dumps(str(pictures))}\n[[directory]]\npath = 'not/here'\n"
+    )
+    text = (
+        "output_dir='o'\ndataset='data.toml'\nepochs=3\nsave_every_n_epochs=2\nwarmup_steps=0\n"
+        "[model]\ntype='flux'\ndiffusers_path='FLUX.1-dev'\ndtype='bfloat16'\n[adapter]\ntype='lora'\nrank=4\n"
+        "[optimizer]\ntype='adamw'\nlr=1e-4\n"
+    )
+    imported = take_text(text, tmp_path)
+    assert imported.value_of("checkpointing_steps") is None
+    assert any("PICTURES x REPEATS / BATCH x 2" in each for each in left(imported, "to fill in"))
+
+
+def test_samples_by_epochs_in_a_real_folder(pictures):
+    imported = take_text(
+        f"accelerate launch train_dreambooth_lora_flux.py --pretrained_model_name_or_path=black-forest-labs/FLUX.1-dev "
+        f"--instance_data_dir='{pictures}' --instance_prompt='a' --train_batch_size=4 --validation_prompt='b' "
+        "--validation_epochs=4 --max_train_steps=9"
+    )
+    assert imported.value_of("samples.every") == 12  # 3 steps an epoch
+
+
+# ---- alpha and rank
+
+
+@pytest.mark.parametrize(
+    ("text", "alpha"),
+    [
+        ("accelerate launch flux_kontext_train_network.py --dit k.safetensors --network_module networks.lora_flux "
+         "--network_dim 64", 1.0),
+        ("accelerate launch flux_kontext_train_network.py --dit k.safetensors --network_module networks.lora_flux "
+         "--network_dim 64 --network_alpha 0", None),
+        ("accelerate launch flux_train_network.py --pretrained_model_name_or_path flux1-dev.safetensors "
+         "--network_module networks.lora_flux --network_dim 64", 1.0),
+        ("accelerate launch train_dreambooth_lora_flux.py --pretrained_model_name_or_path FLUX.1-dev --rank 64", 4.0),
+        (json.dumps({"model_family": "flux", "lora_rank": 64, "data_backend_config": "x"}), None),
+        (json.dumps({"training_method": "LORA", "model_type": "FLUX_DEV_1", "base_model_name": "flux-dev",
+                     "concept_file_name": "c", "lora_rank": 64}), 1.0),
+        ("[model]\ntype='flux'\ndiffusers_path='FLUX.1-dev'\n[adapter]\ntype='lora'\nrank=64\n[optimizer]\n"
+         "type='adamw'\n", None),
+    ],
+)  # fmt: skip
+def test_an_alpha_that_is_left_out(text, alpha):
+    """None: the rank, as here, in diffusion-pipe and in SimpleTuner."""
+    found = values(take_text(text))
+    assert found["rank"] == 64
+    assert found.get("lora_alpha") == alpha
+
+
+# ---- numbers, sizes
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [(1024, 1024), ("768", 768), ("1024x1024", 1024), ([1216, 832], 1006), ("960,544", 723), ([1280, 720, 33], 960)],
+)
+def test_the_side_of_an_area(value, expected):
+    assert to.side(value) == expected
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [("512,768", [512, 768]), ([512, 512], 512), ([[1280, 720], 512], [960, 512]), (512, 512), ("1024x1024", 1024)],
+)
+def test_several_sizes(value, expected):
+    assert to.sides(value) == expected
+
+
+@pytest.mark.parametrize("value", ["", "x", None, True, float("nan"), float("inf"), [1], {"a": 1}])
+def test_what_is_no_number(value):
+    with pytest.raises(WrongValue):
+        to.number(value)
+
+
+def test_numbers_in_texts():
+    assert (to.number("1e-4"), to.number("1."), to.whole("16"), to.real(3)) == (1e-4, 1, 16, 3.0)
+    with pytest.raises(WrongValue, match="whole"):
+        to.whole(1.5)
+
+
+@pytest.mark.parametrize(
+    ("factor", "shift"), [(1, "none"), (1.0, "none"), (3, 1.098612), (2.2, 0.788457), (0.5, -0.693147)]
+)
+def test_a_shift_is_a_logarithm(factor, shift):
+    assert to.shift_of(factor) == shift
+
+
+@pytest.mark.parametrize("factor", [0, -1])
+def test_a_shift_of_nothing(factor):
+    with pytest.raises(WrongValue):
+        to.shift_of(factor)
+
+
+# ---- optimizers
+
+
+@pytest.mark.parametrize(
+    ("name", "eight_bits"),
+    [("AdamW", False), ("adamw8bit", True), ("bitsandbytes.optim.AdamW8bit", True), ("PagedAdamW8bit", True),
+     ("torch.optim.AdamW", False), ("ADAMW_8BIT", True), ("adamw_bf16", False), ("adamw_optimi", False)],
+)  # fmt: skip
+def test_names_of_adamw(name, eight_bits):
+    assert optim.optimizer(name, LOOK) == Outcome({"adam8bit": eight_bits})
+
+
+@pytest.mark.parametrize("name", ["prodigyopt", "Adafactor", "lion", "automagic", "CAME", "SGDNesterov"])
+def test_another_optimizer_is_lost_with_a_word_on_the_rate(name):
+    lost = optim.optimizer(name, LOOK)
+    assert isinstance(lost, Lost)
+    assert lost.changes_result
+    assert "rate" in lost.why
+
+
+def test_the_rate_of_an_optimizer_that_finds_its_own():
+    look = Look({"optimizer": "prodigy"}, {}, FLUX)
+    outcome = optim.rate("optimizer")(1.0, look)
+    assert outcome.values == {"learning_rate": 1e-4}
+    assert outcome.lost[0].changes_result
+    assert optim.rate("optimizer")(1.0, LOOK) == 1.0
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["betas=0.9,0.99", "weight_decay=0.02", "d_coef=2"], "betas=(0.9, 0.99) weight_decay=0.02 d_coef=2",
+     "weight_decay=0.02,betas=0.9,0.99,d_coef=2", {"betas": [0.9, 0.99], "weight_decay": 0.02, "d_coef": 2}],
+)  # fmt: skip
+def test_arguments_of_optimizers_in_every_notation(arguments):
+    outcome = optim.optimizer_arguments(arguments, LOOK)
+    assert outcome.values == {"adam_beta1": 0.9, "adam_beta2": 0.99, "adam_weight_decay": 0.02}
+    assert "d_coef=2" in outcome.lost[0].why
+
+
+# ---- noise levels
+
+
+def test_the_mean_of_logits_has_the_other_sign_in_diffusers():
+    """There a high value is a late place in the schedule, which begins at noise; here it is a high noise level."""
+    look = Look({"weighting_scheme": "logit_normal", "logit_mean": 0.5, "logit_std": 2}, {}, FLUX)
+    assert to.sd3_density(look) == {"sigma_distribution": "logit_normal", "logit_mean": -0.5, "logit_std": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("kind", "distribution", "shift"),
+    [("uniform", "uniform", "none"), ("sigmoid", "logit_normal", "none"), ("shift", "logit_normal", 1.098612),
+     ("flux_shift", "logit_normal", "model")],
+)  # fmt: skip
+def test_timestep_sampling_of_kohyas_trainers(kind, distribution, shift):
+    found = values(
+        take_text(
+            "accelerate launch flux_train_network.py --pretrained_model_name_or_path flux1-dev.safetensors "
+            f"--network_module networks.lora_flux --timestep_sampling {kind} --discrete_flow_shift 3 --guidance_scale 1"
+        )
+    )
+    assert (found["objective.sigma_distribution"], found["objective.shift"]) == (distribution, shift)
+
+
+# ---- defaults there that are others here
+
+
+def test_defaults_of_each_trainer_are_written_out():
+    bare = {
+        "accelerate launch flux_train_network.py --pretrained_model_name_or_path flux1-dev.safetensors "
+        "--network_module networks.lora_flux": {
+            "learning_rate": 1e-6, "max_train_steps": 1600, "lora_alpha": 1.0, "data_config.caption_type": "caption",
+            "objective.guidance": 3.5, "train_batch_size": 1,
+        },
+        "accelerate launch train_dreambooth_lora_flux.py --pretrained_model_name_or_path FLUX.1-dev "
+        "--instance_data_dir x": {
+            "num_train_epochs": 1, "train_batch_size": 4, "adam_weight_decay": 1e-4, "lora_alpha": 4.0, "rank": 4,
+            "data_config.img_size": 512, "objective.guidance": 3.5, "report_to": "tensorboard",
+        },
+        json.dumps({"model_family": "flux", "data_backend_config": "x"}): {
+            "train_batch_size": 4, "learning_rate": 4e-7, "num_train_epochs": 1, "objective.shift": 1.098612,
+            "checkpoints_total_limit": 5,
+        },
+        json.dumps({"training_method": "LORA", "model_type": "FLUX_DEV_1", "base_model_name": "flux-dev",
+                    "concept_file_name": "c"}): {
+            "learning_rate": 3e-6, "lora_alpha": 1.0, "num_train_epochs": 100, "lr_warmup_steps": 200,
+            "lora_targets": ["all_linear"],
+        },
+    }  # fmt: skip
+    ours = {"rank": 16, "train_batch_size": 1, "num_train_epochs": None}
+    for text, expected in bare.items():
+        found = values(take_text(text))
+        for key, value in expected.items():
+            assert found.get(key, ours.get(key)) == value, (text[:60], key)
+
+
+def test_a_default_says_that_it_is_one():
+    imported = take_text(json.dumps({"model_family": "flux", "data_backend_config": "x"}))
+    line = next(line for line in imported.lines if line.key == "learning_rate")
+    assert line.origin == "default of SimpleTuner: learning_rate = 4e-07"
+
+
+def test_the_model_can_be_given(tmp_path):
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({"model_family": "flux", "data_backend_config": "x"}))
+    assert take(file, model="models/mine").value_of("pretrained_model_name_or_path") == "models/mine"
