@@ -58,6 +58,8 @@ def import_config(
     target = Path(output) if output else Path(f"{_stem(file)}.pixtune.yaml")
     if target.is_dir():
         raise MigrationError(f"{target} is a folder: give a file as -o, for example {target / 'train.yaml'}")
+    if _is_same(target, file):
+        raise MigrationError(f"{target} is the config itself: give another name as -o")
     if target.exists() and not force:
         raise MigrationError(f"{target} is there already: give another name as -o, or --force to replace it")
     write_atomically(target, text.encode())
@@ -87,6 +89,10 @@ def _is_there(file: str) -> bool:
         return Path(file).exists()
     except (OSError, ValueError):
         return False
+
+
+def _is_same(target: Path, file: str) -> bool:
+    return _is_there(file) and target.exists() and target.samefile(file)
 
 
 def _stem(file: str) -> str:

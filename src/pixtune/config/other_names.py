@@ -18,7 +18,10 @@ _BY_OURS: Mapping[str, str] = {
     "model_parts.text_encoder": "text_encoder_path clip_l clip_l_path clip_path text_encoder_1",
     "model_parts.text_encoder_2": "t5xxl t5xxl_path t5_path text_encoder_2_path",
     "model_parts.tokenizer": "tokenizer_path",
-    "output_dir": "output_folder output_path save_dir save_path save_folder output_model_destination training_folder",
+    "output_dir": (
+        "output_folder output_path save_dir save_path save_folder output_model_destination training_folder "
+        "workspace_dir"
+    ),
     "data_config": "dataset datasets data dataset_config data_backend_config",
     "data_config.img_dir": (
         "train_data_dir instance_data_dir dataset_path dataset_dir folder_path image_dir image_directory images "
@@ -28,7 +31,8 @@ _BY_OURS: Mapping[str, str] = {
     "data_config.folders[].dataset": "dataset_name hub_dataset hf_dataset",
     "data_config.folders[].repeats": "num_repeats repeats dataset_repeats balancing",
     "data_config.control_dir": (
-        "control_path control_directory conditioning_dir conditioning_data_dir conditioning_image_column control_folder"
+        "control_path control_directory conditioning_dir conditioning_data_dir conditioning_image_column "
+        "control_folder control_paths conditioning_data"
     ),
     "data_config.mask_dir": "mask_path mask_directory masks masks_dir conditioning_mask mask_folder",
     "data_config.mask": "alpha_mask use_alpha_mask alpha_masks",
@@ -37,24 +41,38 @@ _BY_OURS: Mapping[str, str] = {
     ),
     "data_config.metadata_file": "image_jsonl_file jsonl dataset_metadata_path metadata in_json metadata_path",
     "data_config.img_size": "resolution image_size train_resolution size px target_size max_resolution resolutions",
-    "data_config.flip": "flip_aug random_flip flip_x augment_flip hflip",
-    "data_config.shuffle_tags": "shuffle_caption shuffle_tokens",
-    "data_config.keep_tags": "keep_tokens",
-    "data_config.tag_dropout_rate": "caption_tag_dropout_rate token_dropout token_dropout_rate",
+    "data_config.flip": "flip_aug random_flip flip_x augment_flip hflip enable_random_flip",
+    "data_config.shuffle_tags": "shuffle_caption shuffle_tokens enable_tag_shuffling",
+    "data_config.keep_tags": "keep_tokens keep_tags_count",
+    "data_config.tag_dropout_rate": "caption_tag_dropout_rate token_dropout token_dropout_rate tag_dropout_enable",
+    "data_config.caption_source": "caption_strategy prompt_source",
+    "data_config.caption_text": "instance_prompt",
+    "data_config.caption_variants": "cache_shuffle_num",
+    "data_config.control_size": "control_resolution qwen_image_edit_control_resolution",
+    "data_config.folders[].control_column": "cond_image_column",
+    "samples.seeds": "validation_seed num_validation_images",
+    "samples.sizes": "validation_resolution",
     "data_config.caption_prefix": "prepend_caption",
     "data_config.num_workers": "max_data_loader_n_workers dataloader_num_workers dataset_num_workers",
-    "data_config.caption_type": "caption_extension caption_ext caption_suffix caption_strategy",
-    "data_config.max_text_tokens": "max_sequence_length max_token_length tokenizer_max_length",
-    "data_config.caption_dropout_rate": "caption_dropout conditioning_dropout cfg_dropout proportion_empty_prompts",
+    "data_config.caption_type": "caption_extension caption_ext caption_suffix caption_extention",
+    "data_config.max_text_tokens": (
+        "max_sequence_length max_token_length tokenizer_max_length t5xxl_max_token_length text_encoder_sequence_length "
+        "text_encoder_2_sequence_length"
+    ),
+    "data_config.caption_dropout_rate": (
+        "caption_dropout conditioning_dropout cfg_dropout proportion_empty_prompts caption_dropout_probability"
+    ),
     "data_config.random_ratio": "random_crop enable_bucket",
     "data_config.cache_dir": "cache_directory cache_path latent_cache_dir",
     "logging_dir": "log_dir tensorboard_dir",
-    "report_to": "log_with tracker use_wandb wandb",
-    "tracker_project_name": "log_tracker_name wandb_project wandb_run_name project_name run_name",
+    "report_to": "log_with tracker use_wandb wandb enable_wandb",
+    "tracker_project_name": (
+        "log_tracker_name wandb_project wandb_run_name project_name run_name tracker_name wandb_tracker_name"
+    ),
     "logging_steps": "log_every logging_interval performance_log_every",
     "seed": "random_seed rng_seed manual_seed noise_seed",
     "mixed_precision": "dtype precision train_dtype weight_dtype torch_dtype save_precision full_bf16 bf16 fp16",
-    "train_batch_size": "batch_size per_device_train_batch_size bs micro_batch_size",
+    "train_batch_size": "batch_size per_device_train_batch_size bs micro_batch_size micro_batch_size_per_gpu",
     "gradient_accumulation_steps": "gradient_accumulation grad_accum accumulate_grad_batches grad_accumulation",
     "max_train_steps": "steps max_steps num_steps train_steps iterations num_train_steps total_steps max_iterations",
     "num_train_epochs": "epochs max_train_epochs num_epochs max_epochs",
@@ -66,8 +84,8 @@ _BY_OURS: Mapping[str, str] = {
     "lr_num_cycles": "lr_scheduler_num_cycles num_cycles learning_rate_cycles",
     "lr_power": "lr_scheduler_power",
     "optimizer": "optimizer_type optim optimizer_name optimizer_args optimizer_params",
-    "adam8bit": "adamw8bit",
-    "adam_weight_decay": "weight_decay",
+    "adam8bit": "adamw8bit use_8bit_adam",
+    "adam_weight_decay": "weight_decay optimizer_config",
     "prodigy.d_coef": "prodigy_d_coef d_coef prodigy_decouple",
     "prodigy.d0": "d0",
     "prodigy.slice": "slice_p prodigy_slice",
@@ -78,8 +96,8 @@ _BY_OURS: Mapping[str, str] = {
     "adafactor.clip_threshold": "adafactor_clip_threshold",
     "muon.momentum": "muon_momentum",
     "muon.ns_steps": "ns_steps",
-    "adam_beta1": "beta1 betas adam_betas",
-    "adam_beta2": "beta2",
+    "adam_beta1": "beta1 betas adam_betas optimizer_beta1",
+    "adam_beta2": "beta2 optimizer_beta2",
     "adam_epsilon": "eps epsilon adam_eps",
     "max_grad_norm": "gradient_clipping grad_clip clip_grad_norm gradient_clip_val",
     "method": "network_module network_type model_type training_method train_type adapter_type lora_type",
@@ -96,17 +114,19 @@ _BY_OURS: Mapping[str, str] = {
     "lora_files.description": "metadata_description",
     "lora_files.license": "metadata_license",
     "lora_targets": "target_modules lora_layers lora_target_modules only_if_contains flux_lora_target layer_filter",
-    "trigger_words": "trigger_word instance_prompt trigger token activation_text",
+    "trigger_words": "trigger_word trigger token activation_text",
     "data_config.upscale": "bucket_no_upscale allow_upscale",
     "freeze_text_encoder": (
         "text_encoder_lr te_lr train_text_encoder network_train_unet_only network_train_text_encoder_only"
     ),
-    "objective.sigma_distribution": "timestep_sampling timestep_type timestep_distribution weighting_distribution",
-    "objective.shift": "discrete_flow_shift flow_shift timestep_shift",
+    "objective.sigma_distribution": (
+        "timestep_sampling timestep_type timestep_distribution weighting_distribution timestep_sample_method"
+    ),
+    "objective.shift": "discrete_flow_shift flow_shift timestep_shift flow_schedule_shift",
     "objective.guidance": "flux_guidance_value distilled_guidance_scale",
     "objective.weighting_scheme": "loss_weighting loss_weight_fn min_snr_gamma snr_gamma",
-    "objective.loss": "loss_type loss_fn loss_function",
-    "objective.huber_delta": "huber_c huber_param",
+    "objective.loss": "loss_type loss_fn loss_function huber_strength",
+    "objective.huber_delta": "huber_c huber_param pseudo_huber_c",
     "objective.min_sigma": "min_timestep min_noising_strength min_denoising_steps timestep_min min_t",
     "objective.max_sigma": "max_timestep max_noising_strength max_denoising_steps timestep_max max_t",
     "prior_preservation.folder": "reg_data_dir class_data_dir reg_images reg_dir is_reg with_prior_preservation",
@@ -116,24 +136,37 @@ _BY_OURS: Mapping[str, str] = {
     "data_config.folders[].loss_weight": "loss_multiplier network_weight",
     "validation.held_out": "validation_split val_split eval_split",
     "validation.held_out_dir": "val_data_dir validation_dir validation_data_dir eval_dir",
-    "validation.every": "validation_epochs validation_steps eval_steps eval_every",
+    "validation.every": (
+        "validation_epochs validation_steps eval_steps eval_every eval_every_n_steps eval_every_n_epochs"
+    ),
     "validation.patience": "early_stopping_patience early_stop_patience",
     "samples.prompts": "validation_prompt validation_prompts sample_prompts sample_prompt sample_definition_file",
     "samples.prompts_file": "sample_prompts_file prompts_path validation_prompts_file",
     "samples.negative_prompt": "neg sample_negative validation_negative_prompt",
     "samples.strengths": "network_multiplier lora_strengths sample_lora_multiplier",
-    "samples.every": "sample_every sample_every_n_steps sample_after sample_every_n_epochs",
+    "samples.every": (
+        "sample_every sample_every_n_steps sample_after sample_every_n_epochs validation_step_interval "
+        "validation_epoch_interval"
+    ),
     "samples.num_steps": "sample_steps num_inference_steps validation_num_inference_steps",
-    "samples.guidance_scale": "validation_guidance cfg_scale sample_guidance_scale",
-    "checkpointing_steps": "save_every save_every_n_steps save_steps save_every_n_epochs checkpoint_every",
-    "checkpoints_total_limit": "max_step_saves_to_keep save_total_limit save_last_n_steps save_last_n_epochs keep_last",
+    "samples.guidance_scale": "validation_guidance cfg_scale sample_guidance_scale validation_guidance_scale",
+    "checkpointing_steps": (
+        "save_every save_every_n_steps save_steps save_every_n_epochs checkpoint_every save_after backup_after "
+        "checkpoint_step_interval checkpoint_epoch_interval"
+    ),
+    "checkpoints_total_limit": (
+        "max_step_saves_to_keep save_total_limit save_last_n_steps save_last_n_epochs keep_last rolling_backup_count"
+    ),
     "resume_from_checkpoint": "resume resume_from save_state",
     "precompute_text_embeddings": "cache_text_encoder_outputs cache_text_embeddings text_encoder_cache",
     "precompute_image_embeddings": "cache_latents latent_caching vae_cache precompute_latents",
     "save_cache_on_disk": "cache_latents_to_disk cache_text_encoder_outputs_to_disk cache_to_disk",
     "disable_gradient_checkpointing": "gradient_checkpointing grad_checkpointing",
     "disable_cpu_offload": "cpu_offload enable_model_cpu_offload layer_offloading offload low_vram lowram",
-    "quantize": "fp8_base fp8_scaled fp8_base_unet load_in_8bit load_in_4bit qtype base_model_precision quantization",
+    "quantize": (
+        "fp8_base fp8_scaled fp8_base_unet load_in_8bit load_in_4bit qtype base_model_precision quantization "
+        "do_fp8_training transformer_dtype diffusion_model_dtype"
+    ),
     "gpu_memory_limit_gib": "blocks_to_swap vram_limit max_vram",
     "cuda_features.enable_tf32_compute": "allow_tf32 tf32",
     "cuda_features.enable_cudnn_sdp": "sdpa xformers enable_xformers_memory_efficient_attention attention_mechanism",

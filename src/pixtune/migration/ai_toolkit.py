@@ -151,8 +151,11 @@ def _unloaded(value: Any, look: Look) -> Any:
     return Outcome({"data_config.caption_text": str(look.get("trigger_word") or "")})
 
 
-def _warm_up(value: Any, look: Look) -> Any:
-    return to.warm_up()(value, look)
+def _rate(value: Any, look: Look) -> Any:
+    """Returns the rate; below 0.1 it is 1 for Prodigy there."""
+    if optim.is_prodigy(look.peek("train.optimizer")) and to.number(value) < 0.1:
+        return Outcome({"learning_rate": 1.0}, (Lost("below 0.1 it is 1 for Prodigy there", False),))
+    return optim.rate("train.optimizer")(value, look)
 
 
 def _adapter(value: Any, look: Look) -> Any:
@@ -213,17 +216,22 @@ SETTINGS: tuple[Rule, ...] = (
          remark="divided by the older gradient_accumulation_steps, with which each micro-batch counts as a step"),
     Rule("train.gradient_accumulation_steps", "gradient_accumulation_steps", to.whole),
     Rule("train.gradient_accumulation", "gradient_accumulation_steps", to.whole),
-    Rule("train.optimizer", "adam8bit", optim.optimizer, default="adamw"),
-    Rule("train.lr", "learning_rate", optim.rate("train.optimizer"), default=1e-6),
-    Rule("train.unet_lr", "learning_rate", optim.rate("train.optimizer")),
+    Rule("train.optimizer", "optimizer adam8bit", optim.optimizer, default="adamw"),
+    Rule("train.lr", "learning_rate", _rate, default=1e-6),
+    Rule("train.unet_lr", "learning_rate", _rate),
     Rule("train.optimizer_params.weight_decay", "adam_weight_decay", to.real),
     Rule("train.optimizer_params.betas", "adam_beta1 adam_beta2",
          lambda value, look: optim.optimizer_arguments({"betas": value}, look)),
     Rule("train.optimizer_params.eps", "adam_epsilon", to.real, default=1e-6),
-    *lost("train.optimizer_params.*", "AdamW has no such argument here"),
+    Rule("train.optimizer_params.d0", "prodigy.d0", to.real),
+    Rule("train.optimizer_params.d_coef", "prodigy.d_coef", to.real),
+    Rule("train.optimizer_params.use_bias_correction", "prodigy.bias_correction", to.truth),
+    Rule("train.optimizer_params.safeguard_warmup", "prodigy.safeguard_warmup", to.truth),
+    *harmless("train.optimizer_params.decouple", "weight decay is decoupled here always"),
+    *lost("train.optimizer_params.*", "the optimizer has no such argument here"),
     Rule("train.lr_scheduler", "lr_scheduler", optim.schedule),
-    Rule("train.lr_scheduler_params.num_warmup_steps", "lr_warmup_steps", _warm_up),
-    Rule("train.lr_scheduler_params.warmup_steps", "lr_warmup_steps", _warm_up),
+    Rule("train.lr_scheduler_params.num_warmup_steps", "lr_warmup_steps lr_warmup_share", to.warm_up()),
+    Rule("train.lr_scheduler_params.warmup_steps", "lr_warmup_steps lr_warmup_share", to.warm_up()),
     *lost("train.lr_scheduler_params.*", "the schedule has no such argument here"),
     Rule("train.max_grad_norm", "max_grad_norm", to.real, default=1.0),
     Rule("train.dtype", "mixed_precision", to.precision),

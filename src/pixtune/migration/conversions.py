@@ -57,11 +57,6 @@ def text(value: Any, look: Look | None = None) -> str:
     return str(value)
 
 
-def lora_file(value: Any, look: Look) -> str | Outcome:
-    """Returns the LoRA file that a run starts from; nothing where none is named."""
-    return text(value) if value not in (None, "") else Outcome()
-
-
 def truth(value: Any, look: Look | None = None) -> bool:
     if isinstance(value, str) and value.strip().casefold() in ("true", "1", "yes", "on"):
         return True
@@ -125,6 +120,16 @@ def plain_name(name: Any) -> str:
     """Returns a name of an optimizer or a number format in small letters, without its module and marks."""
     last = text(name).rpartition(".")[2]
     return "".join(mark for mark in last.casefold() if mark.isalnum())
+
+
+def lora_file(value: Any, look: Look) -> Any:
+    """Returns `init_lora`: the file that a LoRA begins with."""
+    name = text(value)
+    if not name:
+        return Lost("none, as here", False)
+    if name.casefold().endswith((".safetensors", ".sft")):
+        return Outcome({"init_lora": name})
+    return Lost("write the LoRA's .safetensors file as init_lora", to_fill_in=True)
 
 
 # ---- sizes
@@ -215,10 +220,7 @@ def warm_up(schedule_key: str = "", ignored_by: Sequence[str] = ()) -> Convert:
         if amount and schedule in ignored_by:
             return Lost(f"the schedule {schedule} has no warm-up there, whatever this key says", False)
         if 0 < amount < 1:
-            if look.total_steps is None:
-                why = "it is a share of all steps, whose number is not known here: write lr_warmup_steps"
-                return Lost(why, changes_result=True, to_fill_in=True)
-            return round(amount * look.total_steps)
+            return Outcome({"lr_warmup_share": amount})
         return round(amount)
 
     return convert

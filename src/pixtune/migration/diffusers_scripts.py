@@ -97,6 +97,9 @@ def _optimizer(value: Any, look: Look) -> Any:
     return optim.optimizer(value, look)
 
 
+_of_prodigy = only_if(lambda look: optim.is_prodigy(look.peek("optimizer")), "belongs to Prodigy")
+
+
 def _levels(value: Any, look: Look) -> Any:
     return to.levels(**to.sd3_density(look), shift="none")
 
@@ -144,11 +147,11 @@ SETTINGS: tuple[Rule, ...] = (
     Rule("gradient_accumulation_steps", "gradient_accumulation_steps", to.whole),
     Rule("seed", "seed", to.whole),
     Rule("mixed_precision", "mixed_precision", to.precision),
-    Rule("optimizer", "adam8bit", _optimizer, default="AdamW"),
+    Rule("optimizer", "optimizer adam8bit", _optimizer, default="AdamW"),
     *harmless("use_8bit_adam", "see optimizer"),
     Rule("learning_rate", "learning_rate", optim.rate("optimizer"), default=1e-4),
     Rule("lr_scheduler", "lr_scheduler", optim.schedule),
-    Rule("lr_warmup_steps", "lr_warmup_steps", to.warm_up("lr_scheduler", ("constant", "")), default=500,
+    Rule("lr_warmup_steps", "lr_warmup_steps lr_warmup_share", to.warm_up("lr_scheduler", ("constant", "")), default=500,
          remark="500 where it is left out, and without effect there on the schedule constant"),
     Rule("lr_num_cycles", "lr_num_cycles", to.whole),
     Rule("lr_power", "lr_power", to.real),
@@ -157,8 +160,10 @@ SETTINGS: tuple[Rule, ...] = (
     Rule("adam_beta2", "adam_beta2", to.real),
     Rule("adam_weight_decay", "adam_weight_decay", to.real, default=1e-4),
     Rule("adam_epsilon", "adam_epsilon", to.real),
-    *harmless("prodigy_beta3 prodigy_decouple prodigy_use_bias_correction prodigy_safeguard_warmup",
-              "belongs to Prodigy"),
+    Rule("prodigy_use_bias_correction", "prodigy.bias_correction", _of_prodigy(to.truth), default=True),
+    Rule("prodigy_safeguard_warmup", "prodigy.safeguard_warmup", _of_prodigy(to.truth), default=True),
+    *harmless("prodigy_decouple", "weight decay is decoupled here always"),
+    *lost("prodigy_beta3", "it is the root of adam_beta2 here"),
     Rule("max_grad_norm", "max_grad_norm", to.real),
     Rule("weighting_scheme", "objective.weighting_scheme", to.sd3_weighting),
     Rule("weighting_scheme", "objective.sigma_distribution objective.shift", _levels, default="none",
@@ -230,7 +235,7 @@ DIFFUSERS = Peer(
     folders=FOLDERS,
     files="A shell script with the command `accelerate launch train_dreambooth_lora_flux.py --...`, or the command "
     "itself between quotes.",
-    misses=("Prodigy, training CLIP, and pushing to the hub.",),
+    misses=("Training CLIP, and pushing to the hub.",),
     remarks=(
         "`instance_prompt` is the caption of all pictures.",
         "`guidance_scale` is 3.5 and the batch 4 where they are left out.",

@@ -14,6 +14,7 @@ from typing import Any
 from pixtune.config.load import load_config
 from pixtune.config.schema import TrainConfig, leaf_keys, sections
 from pixtune.errors import ConfigError, MigrationError
+from pixtune.migration.agreement import agree
 from pixtune.migration.folders import (
     also_held_out,
     from_folders,
@@ -86,6 +87,7 @@ def migrate(source: Source, peer: Peer, options: Options, model_name: str | None
     elif "validation.held_out" not in lines:
         why = f"{peer.name} trains on all pictures; without this line a few measure how it goes"
         lines["validation.held_out"] = Line("validation.held_out", 0, why)
+    leftovers += agree(lines)
     listed = place(lines, folders, leftovers)
     ordered = tuple(_in_order(lines))
     origins = [line.origin for each in (ordered, *listed) for line in each]

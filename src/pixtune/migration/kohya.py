@@ -64,16 +64,23 @@ def _without_sections(tree: Mapping[str, Any]) -> dict[str, Any]:
 def dataset_of(
     arguments: Mapping[str, Any], source: Source, options: Options
 ) -> tuple[Any, str, list[tuple[str, Lost]]]:
-    """Returns the values of the file of the data set, its name, and what to say where it is not there."""
+    """Returns the values of the file of the data set, its name, and what to say where it is not there.
+
+    Raises:
+        MigrationError: the file is no description of a data set.
+    """
     named = arguments.get("dataset_config")
-    if options.dataset is not None:
-        return read_second(options.dataset, source.name), options.dataset.name, []
-    if not isinstance(named, str) or not named:
-        return None, "", []
-    path = find_second(named, source.folder)
+    path = options.dataset
+    if path is None:
+        if not isinstance(named, str) or not named:
+            return None, "", []
+        path = find_second(named, source.folder)
     if path is None:
         return None, "", [(f"dataset_config = {named}", NOT_HERE)]
-    return read_second(path, source.name), path.name, []
+    tree = read_second(path, source.name)
+    if not isinstance(tree, Mapping) or not mappings(tree.get("datasets", [])):
+        raise MigrationError(f"{path.name} describes no data set: it has no [[datasets]]")
+    return tree, path.name, []
 
 
 def subsets_of(tree: Any, inner: str = "subsets") -> list[dict[str, Any]]:
@@ -177,8 +184,8 @@ def settings(rate: float, workers: int) -> tuple[Rule, ...]:
              remark="1 where it is left out; here the rank"),
         Rule("network_args", "", _network_arguments),
         *lost("network_dropout scale_weight_norms", "a LoRA has no dropout and no limit of its norm here"),
-        Rule("network_weights", "init_lora", for_lora(to.lora_file)),
-        *harmless("dim_from_weights", "the LoRA of init_lora is brought to the rank here"),
+        Rule("network_weights", "init_lora", to.lora_file),
+        *harmless("dim_from_weights", "rank says which; a file of another rank is brought to it"),
         Rule("base_weights", "training_adapter.path", _merged),
         Rule("base_weights_multiplier", "training_adapter.strength", _strength),
         Rule("max_train_steps", "max_train_steps", _steps, default=1600),
@@ -187,7 +194,7 @@ def settings(rate: float, workers: int) -> tuple[Rule, ...]:
         Rule("seed", "seed", to.whole),
         Rule("mixed_precision", "mixed_precision", to.precision),
         *lost("full_bf16 full_fp16", "a LoRA and its gradients are fp32 here"),
-        Rule("optimizer_type", "adam8bit", lambda value, look: optim.optimizer(value or "adamw", look),
+        Rule("optimizer_type", "optimizer adam8bit", lambda value, look: optim.optimizer(value or "adamw", look),
              default="adamw"),
         Rule("use_8bit_adam", "adam8bit", to.truth_or("AdamW in 32 bits")),
         Rule("learning_rate", "learning_rate", optim.rate("optimizer_type"), default=rate),
@@ -195,11 +202,12 @@ def settings(rate: float, workers: int) -> tuple[Rule, ...]:
              lambda value, look: Outcome() if value in (True, "") else optim.optimizer_arguments(value, look)),
         Rule("max_grad_norm", "max_grad_norm", to.real),
         Rule("lr_scheduler", "lr_scheduler", optim.schedule),
-        Rule("lr_warmup_steps", "lr_warmup_steps", to.warm_up("lr_scheduler", ("constant", "")),
+        Rule("lr_warmup_steps", "lr_warmup_steps lr_warmup_share", to.warm_up("lr_scheduler", ("constant", "")),
              remark="without effect there on the schedule constant"),
         Rule("lr_scheduler_num_cycles", "lr_num_cycles", to.whole),
         Rule("lr_scheduler_power", "lr_power", to.real),
-        *lost("lr_scheduler_type lr_scheduler_args lr_decay_steps lr_scheduler_min_lr_ratio",
+        Rule("lr_scheduler_min_lr_ratio", "lr_floor", lambda value, look: to.share(value)),
+        *lost("lr_scheduler_type lr_scheduler_args lr_decay_steps",
               "the schedules here are those of lr_scheduler"),
         *harmless("lr_scheduler_timescale", "belongs to a schedule that is not here"),
         Rule("max_data_loader_n_workers", "data_config.num_workers", to.whole),

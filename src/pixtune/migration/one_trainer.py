@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from pixtune.errors import MigrationError
 from pixtune.migration import conversions as to
 from pixtune.migration import optimizers as optim
 from pixtune.migration.models import Model, is_hub_name_or_folder, model_of
@@ -82,7 +83,10 @@ def _listed(
                 (f"{by_file} = {named}", Lost("the file of samples is not here: write samples.prompts", False))
             )
         return [], ""
-    return mappings(read_second(path, source.name)), f"{path.name}: "
+    tree = read_second(path, source.name)
+    if not isinstance(tree, list):
+        raise MigrationError(f"{path.name} is no list of {inline}")
+    return mappings(tree), f"{path.name}: "
 
 
 def _model(parts: Parts) -> tuple[Model, str, str]:
@@ -249,7 +253,7 @@ SETTINGS: tuple[Rule, ...] = (
     Rule("layer_filter", "lora_targets", _for_lora(_targets), default="",
          remark="all linear layers where it is left out; here attention"),
     *harmless("layer_filter_preset layer_filter_regex", "see layer_filter"),
-    Rule("lora_model_name", "init_lora", _for_lora(to.lora_file)),
+    Rule("lora_model_name", "init_lora", to.lora_file),
     *lost("lora_decompose", "a plain LoRA is trained"),
     *harmless("lora_weight_dtype lora_decompose_* lokr_* oft_* loha_* bundle_additional_embeddings dora_oft",
               "a LoRA is fp32 here"),
@@ -260,17 +264,25 @@ SETTINGS: tuple[Rule, ...] = (
     Rule("learning_rate", "learning_rate", optim.rate("optimizer.optimizer"), default=3e-6),
     Rule("transformer.learning_rate", "learning_rate", optim.rate("optimizer.optimizer")),
     Rule("learning_rate_scheduler", "lr_scheduler", _schedule),
-    Rule("learning_rate_warmup_steps", "lr_warmup_steps", _warm_up, default=200,
+    Rule("learning_rate_warmup_steps", "lr_warmup_steps lr_warmup_share", _warm_up, default=200,
          remark="200 where it is left out; here 0; counts batches there"),
     Rule("learning_rate_cycles", "lr_num_cycles", lambda value, look: max(1, round(to.number(value)))),
-    *lost("learning_rate_min_factor custom_learning_rate_scheduler scheduler_params learning_rate_scaler",
-          "the rate ends as its schedule does, and is not scaled"),
+    Rule("learning_rate_min_factor", "lr_floor", lambda value, look: to.share(value)),
+    *lost("custom_learning_rate_scheduler scheduler_params learning_rate_scaler",
+          "the schedules here are those of lr_scheduler, and the rate is not scaled"),
     Rule("clip_grad_norm", "max_grad_norm", to.real, null=0.0),
-    Rule("optimizer.optimizer", "adam8bit", _optimizer, default="ADAMW"),
+    Rule("optimizer.optimizer", "optimizer adam8bit", _optimizer, default="ADAMW"),
     Rule("optimizer.beta1", "adam_beta1", to.real),
     Rule("optimizer.beta2", "adam_beta2", to.real),
     Rule("optimizer.eps", "adam_epsilon", to.real),
     Rule("optimizer.weight_decay", "adam_weight_decay", to.real),
+    Rule("optimizer.d0", "prodigy.d0", to.real),
+    Rule("optimizer.d_coef", "prodigy.d_coef", to.real),
+    Rule("optimizer.growth_rate", "prodigy.growth_rate", optim.growth),
+    Rule("optimizer.slice_p", "prodigy.slice", to.whole),
+    Rule("optimizer.safeguard_warmup", "prodigy.safeguard_warmup", to.truth),
+    Rule("optimizer.use_bias_correction", "prodigy.bias_correction", to.truth),
+    *harmless("optimizer.relative_step", "see optimizer.optimizer"),
     *harmless("optimizer.stochastic_rounding optimizer.fused optimizer.fused_back_pass optimizer.foreach "
               "optimizer.__version optimizer.optim_bits optimizer.min_8bit_size optimizer.percentile_clipping "
               "optimizer.block_wise optimizer.is_paged optimizer.d_limiter optimizer.factored* "
@@ -278,7 +290,7 @@ SETTINGS: tuple[Rule, ...] = (
               "optimizer.weight_decay_by_lr optimizer.rms_rescaling optimizer.centered_wd* optimizer.state_precision "
               "optimizer.orthogonal_gradient optimizer.decouple optimizer.muon_* optimizer.weight_lr_power "
               "optimizer.quant_block_size", "belongs to other optimizers, or is about memory"),
-    *lost("optimizer.*", "AdamW has no such argument here"),
+    *lost("optimizer.*", "the optimizer has no such argument here"),
     Rule("train_dtype", "mixed_precision", to.precision),
     # ---- noise levels and loss
     Rule("timestep_distribution", "objective.sigma_distribution objective.shift", _timesteps, default="UNIFORM"),

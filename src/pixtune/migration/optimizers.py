@@ -26,17 +26,19 @@ _ADAMW = (
     "torchoptimadamw", "stableadamw", "optimistableadamw", "stableadamwunfused", "offload", "adamwadv",
 )  # fmt: skip
 _ADAM = ("adam", "adam8bit", "adam8", "bnbadam", "bnbadam8bit", "optimiadam")
-_OWN_RATE = ("prodigy", "dadapt", "dadaptation")
-"""Beginnings of the names of optimizers that find their rate, of which the rate in a config is a factor near 1."""
-
-
-def finds_its_rate(name: Any) -> bool:
-    """Returns whether an optimizer finds its own learning rate."""
-    return isinstance(name, str) and to.plain_name(name).startswith(_OWN_RATE)
+_BY_OURS: Mapping[str, tuple[str, ...]] = {
+    "prodigy": ("prodigy", "prodigyopt", "prodigy8bit", "prodigyadv"),
+    "prodigy_schedule_free": ("prodigyschedulefree", "prodigyplus", "prodigyplusschedulefree"),
+    "adamw_schedule_free": ("adamwschedulefree", "schedulefreeadamw", "adamwschedulefreekahan", "adamwsf"),
+    "adafactor": ("adafactor", "bnbadafactor", "adafactoradv"),
+}
+"""Names of other optimizers, by the one here."""
+_OWN_RATE = ("dadapt", "dadaptation")
+"""Beginnings of the names of optimizers without a counterpart that find their rate: a rate there is a factor near 1."""
 
 
 def optimizer(value: Any, look: Look) -> Any:
-    """Returns AdamW in 8 or 32 bits; for other optimizers what is lost."""
+    """Returns the optimizer; AdamW for those that are not here."""
     name = to.plain_name(value)
     if name in _ADAMW_8BIT:
         return Outcome({"adam8bit": True})
@@ -45,15 +47,28 @@ def optimizer(value: Any, look: Look) -> Any:
     if name in _ADAM:
         why = "Adam adds its weight decay to the gradient and AdamW does not; without weight decay they are the same"
         return Outcome({"adam8bit": "8" in name}, (Lost(why),))
+    for ours, names in _BY_OURS.items():
+        if name in names:
+            relative = Lost("the rate is learning_rate here; relative_step of Adafactor finds its own")
+            return Outcome({"optimizer": ours}, (relative,) if ours == "adafactor" and _steps_relatively(look) else ())
     return Lost("AdamW takes its place, for which another learning rate may be right")
 
 
+def _steps_relatively(look: Look) -> bool:
+    """Returns whether Adafactor finds its rate: always in kohya's trainers, unless an argument says no."""
+    arguments = str(look.peek("optimizer_args", "")).casefold().replace(" ", "")
+    return look.peek("optimizer.relative_step") is True or (
+        "optimizer_type" in look.defaults and "relative_step=false" not in arguments
+    )
+
+
 def rate(optimizer_key: str) -> Convert:
-    """Makes a conversion of the learning rate, which is AdamW's own only where the optimizer finds none."""
+    """Makes a conversion of the learning rate, which is AdamW's own only where the optimizer there finds none."""
 
     def convert(value: Any, look: Look) -> Any:
         found = float(to.number(value))
-        if finds_its_rate(look.peek(optimizer_key)) and found >= 0.01:
+        name = look.peek(optimizer_key)
+        if isinstance(name, str) and to.plain_name(name).startswith(_OWN_RATE) and found >= 0.01:
             why = f"it is a factor of a rate that the optimizer there finds; {ADAMW_RATE:g} is usual for AdamW"
             return Outcome({"learning_rate": ADAMW_RATE}, (Lost(why),))
         return found
@@ -61,11 +76,22 @@ def rate(optimizer_key: str) -> Convert:
     return convert
 
 
-_SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
+def is_prodigy(name: Any) -> bool:
+    """Returns whether an optimizer is Prodigy, with or without schedule-free averaging."""
+    return isinstance(name, str) and to.plain_name(name).startswith("prodigy")
+
+
+def growth(value: Any, look: Look) -> Any:
+    """Returns the largest growth of Prodigy's step size; infinity is none."""
+    if str(value).casefold() in ("inf", "infinity"):
+        return Lost("no limit, as here", False)
+    return to.real(value)
+
+
+_SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial", "rex")
 _NEAR_SCHEDULES = {
-    "cosine_with_min_lr": ("cosine", "it ends at a rate above 0, and cosine here at 0"),
+    "cosine_with_min_lr": ("cosine", ""),
     "cosine_with_hard_restarts": ("cosine_with_restarts", ""),
-    "rex": ("linear", "linear is the nearest; rex falls later"),
     "sine": ("cosine", "it swings up and down; cosine falls once"),
     "inverse_sqrt": ("linear", "linear is the nearest"),
     "warmup_stable_decay": ("constant_with_warmup", "the rate does not fall at the end here"),
@@ -92,14 +118,23 @@ def optimizer_arguments(value: Any, look: Look) -> Outcome:
             names = ("adam_beta1", "adam_beta2")
             values |= {name: to.real(beta) for name, beta in zip(names, betas, strict=False)}
         elif key in _ARGUMENTS:
-            values[_ARGUMENTS[key]] = to.real(given)
-        else:
+            ours, convert = _ARGUMENTS[key]
+            result = convert(given, look)
+            values |= {} if isinstance(result, Lost) else {ours: result}
+        elif key != "decouple" or not to.truth(given):
             unknown.append(f"{key}={given}")
-    why = f"{', '.join(unknown)[:200]}: AdamW has no such arguments here"
+    why = f"{', '.join(unknown)[:200]}: there are no such arguments here"
     return Outcome(values, (Lost(why),) if unknown else ())
 
 
-_ARGUMENTS = {"weight_decay": "adam_weight_decay", "eps": "adam_epsilon", "beta1": "adam_beta1", "beta2": "adam_beta2"}
+_ARGUMENTS: Mapping[str, tuple[str, Convert]] = {
+    "weight_decay": ("adam_weight_decay", to.real), "eps": ("adam_epsilon", to.real),
+    "beta1": ("adam_beta1", to.real), "beta2": ("adam_beta2", to.real),
+    "d0": ("prodigy.d0", to.real), "d_coef": ("prodigy.d_coef", to.real), "growth_rate": ("prodigy.growth_rate", growth),
+    "slice_p": ("prodigy.slice", to.whole), "safeguard_warmup": ("prodigy.safeguard_warmup", to.truth),
+    "use_bias_correction": ("prodigy.bias_correction", to.truth),
+}  # fmt: skip
+"""Arguments of optimizers there, each with its key here; `agree` leaves out what the chosen one does not read."""
 
 
 def _pairs(value: Any) -> list[tuple[str, Any]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from pixtune.errors import MigrationError
 from pixtune.migration import conversions as to
 from pixtune.migration import optimizers as optim
 from pixtune.migration.models import Model, is_hub_name_or_folder, model_of
@@ -53,6 +54,8 @@ def _take_apart(source: Source, options: Options) -> Parts:
     path = options.dataset or (find_second(named, source.folder) if isinstance(named, str) else None)
     problems: list[tuple[str, Lost]] = []
     backends = mappings(read_second(path, source.name)) if path is not None else []
+    if path is not None and not backends:
+        raise MigrationError(f"{path.name} describes no data set: a list of mappings is expected")
     if path is None and named:
         problems.append((f"data_backend_config = {named}", NOT_HERE))
     file = f"{path.name}: " if path is not None else ""
@@ -206,7 +209,7 @@ SETTINGS: tuple[Rule, ...] = (
     Rule("lora_dropout", "", _for_lora(to.unless_off("a LoRA has no dropout here")), default=0.1,
          remark="0.1 where it is left out; here there is none"),
     Rule("flux_lora_target", "lora_targets", _for_lora(_targets), default="all"),
-    Rule("init_lora", "init_lora", _for_lora(to.lora_file)),
+    Rule("init_lora", "init_lora", to.lora_file),
     *lost("use_dora singlora_ramp_up_steps tread_config controlnet control",
           "a plain LoRA is trained, from its usual beginning"),
     *harmless("lora_init_type peft_lora_mode lycoris_config init_lokr_norm lora_format slider_strength",
@@ -217,14 +220,15 @@ SETTINGS: tuple[Rule, ...] = (
     Rule("gradient_accumulation_steps", "gradient_accumulation_steps", to.whole),
     Rule("seed", "seed", to.whole),
     Rule("mixed_precision", "mixed_precision", to.precision),
-    Rule("optimizer", "adam8bit", optim.optimizer, default="adamw_bf16"),
+    Rule("optimizer", "optimizer adam8bit", optim.optimizer, default="adamw_bf16"),
     Rule("learning_rate", "learning_rate", optim.rate("optimizer"), default=4e-7),
     Rule("lr_scheduler", "lr_scheduler", optim.schedule),
-    Rule("lr_warmup_steps", "lr_warmup_steps", to.warm_up("lr_scheduler", ("constant",)),
+    Rule("lr_warmup_steps", "lr_warmup_steps lr_warmup_share", to.warm_up("lr_scheduler", ("constant",)),
          remark="without effect there on the schedule constant"),
     Rule("lr_num_cycles", "lr_num_cycles", to.whole),
     Rule("lr_power", "lr_power", to.real),
-    *lost("lr_end lr_scale lr_scale_sqrt", "the rate is not scaled, and ends as its schedule does"),
+    *lost("lr_end", "lr_floor is the share of the rate that schedules end at"),
+    *lost("lr_scale lr_scale_sqrt", "the rate is not scaled"),
     Rule("adam_beta1", "adam_beta1", to.real),
     Rule("adam_beta2", "adam_beta2", to.real),
     Rule("optimizer_beta1", "adam_beta1", to.real),

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
 
 from pixtune.migration import conversions as to
 from pixtune.migration import optimizers as optim
-from pixtune.migration.models import Model, find_model
+from pixtune.migration.models import model_of
 from pixtune.migration.rules import Look, Lost, Outcome, WrongValue
 from tests.unit.migration.importing import left, take, take_text, values
 
-FLUX = find_model("black-forest-labs/FLUX.1-dev")
-assert isinstance(FLUX, Model)
+FLUX = model_of(("model", "black-forest-labs/FLUX.1-dev"))
 LOOK = Look({}, {}, FLUX)
 
 
@@ -47,7 +47,7 @@ def test_epochs_become_steps_with_repeats_batch_and_accumulation(pictures, tmp_p
     # an epoch is 10 pictures x 3 = 30 turns, of 4 examples a step: 8 steps, the last one not full
     assert found["num_train_epochs"] == 6
     assert found["checkpointing_steps"] == 16
-    assert found["lr_warmup_steps"] == round(0.1 * 48)
+    assert found["lr_warmup_share"] == 0.1
     assert "folder of pictures" not in "".join(left(imported, "to fill in"))
 
 
@@ -157,7 +157,53 @@ def test_names_of_adamw(name, eight_bits):
     assert optim.optimizer(name, LOOK) == Outcome({"adam8bit": eight_bits})
 
 
-@pytest.mark.parametrize("name", ["prodigyopt", "Adafactor", "lion", "automagic", "CAME", "SGDNesterov"])
+@pytest.mark.parametrize(
+    ("name", "ours"),
+    [("prodigyopt", "prodigy"), ("Prodigy", "prodigy"), ("prodigyplus.ProdigyPlusScheduleFree", "prodigy_schedule_free"),
+     ("AdamWScheduleFree", "adamw_schedule_free"), ("SCHEDULE_FREE_ADAMW", "adamw_schedule_free"),
+     ("Adafactor", "adafactor")],
+)  # fmt: skip
+def test_names_of_optimizers_that_are_here(name, ours):
+    assert optim.optimizer(name, LOOK) == Outcome({"optimizer": ours})
+
+
+@pytest.mark.parametrize("arguments", ["[]", '["relative_step=True"]', '["scale_parameter=False"]'])
+def test_adafactor_finds_its_rate_in_kohyas_trainers_unless_it_is_told_not_to(arguments):
+    """The rate is learning_rate here."""
+    for given, changes in ((arguments, True), ('["relative_step=False"]', False)):
+        imported = take_text(
+            "pretrained_model_name_or_path='flux1-dev.safetensors'\nclip_l='c'\nt5xxl='t'\nae='a'\n"
+            f"network_module='networks.lora_flux'\noptimizer_type='adafactor'\noptimizer_args={given}\n"
+        )
+        assert imported.value_of("optimizer") == "adafactor"
+        assert any("relative_step of" in each for each in left(imported, "changes the result")) == changes
+
+
+def test_keys_that_the_optimizer_does_not_read_are_left_out():
+    text = (
+        "accelerate launch flux_train_network.py --pretrained_model_name_or_path flux1-dev.safetensors --network_module "
+        "networks.lora_flux --network_dim 4 --optimizer_type {} --lr_scheduler cosine --optimizer_args {}"
+    )
+    plus = take_text(text.format("prodigyplus.ProdigyPlusScheduleFree", "d_coef=2 d0=1e-5 slice_p=11"))
+    found = values(plus)
+    assert (found["optimizer"], found["prodigy.d_coef"], found["prodigy.d0"]) == ("prodigy_schedule_free", 2, 1e-5)
+    assert {"lr_scheduler", "prodigy.slice"} & set(found) == set()
+    assert any("lr_scheduler = cosine" in each for each in left(plus, "changes the result"))
+    adamw = take_text(text.format("AdamW8bit", "d_coef=2 weight_decay=0.1"))
+    assert values(adamw)["adam_weight_decay"] == 0.1
+    assert "prodigy.d_coef" not in values(adamw)
+
+
+def test_an_optimizer_for_the_other_method():
+    """All weights are not trained by Prodigy here: AdamW, with a rate of its own."""
+    imported = take_text(
+        "[model]\ntype='flux'\ndiffusers_path='FLUX.1-dev'\n[optimizer]\ntype='Prodigy'\nlr=1\nd_coef=2\n"
+    )
+    assert (imported.value_of("optimizer"), imported.value_of("learning_rate")) == (None, 1e-4)
+    assert any("not for method: full" in each for each in left(imported, "changes the result"))
+
+
+@pytest.mark.parametrize("name", ["lion", "automagic", "CAME", "SGDNesterov", "dadaptadam"])
 def test_another_optimizer_is_lost_with_a_word_on_the_rate(name):
     lost = optim.optimizer(name, LOOK)
     assert isinstance(lost, Lost)
@@ -166,7 +212,7 @@ def test_another_optimizer_is_lost_with_a_word_on_the_rate(name):
 
 
 def test_the_rate_of_an_optimizer_that_finds_its_own():
-    look = Look({"optimizer": "prodigy"}, {}, FLUX)
+    look = Look({"optimizer": "dadaptadam"}, {}, FLUX)
     outcome = optim.rate("optimizer")(1.0, look)
     assert outcome.values == {"learning_rate": 1e-4}
     assert outcome.lost[0].changes_result
@@ -175,13 +221,15 @@ def test_the_rate_of_an_optimizer_that_finds_its_own():
 
 @pytest.mark.parametrize(
     "arguments",
-    [["betas=0.9,0.99", "weight_decay=0.02", "d_coef=2"], "betas=(0.9, 0.99) weight_decay=0.02 d_coef=2",
-     "weight_decay=0.02,betas=0.9,0.99,d_coef=2", {"betas": [0.9, 0.99], "weight_decay": 0.02, "d_coef": 2}],
+    [["betas=0.9,0.99", "weight_decay=0.02", "d_coef=2", "amsgrad=1"], "betas=(0.9, 0.99) weight_decay=0.02 d_coef=2 amsgrad=1",
+     "weight_decay=0.02,betas=0.9,0.99,d_coef=2,amsgrad=1", {"betas": [0.9, 0.99], "weight_decay": 0.02, "d_coef": 2, "amsgrad": 1}],
 )  # fmt: skip
 def test_arguments_of_optimizers_in_every_notation(arguments):
     outcome = optim.optimizer_arguments(arguments, LOOK)
-    assert outcome.values == {"adam_beta1": 0.9, "adam_beta2": 0.99, "adam_weight_decay": 0.02}
-    assert "d_coef=2" in outcome.lost[0].why
+    assert outcome.values == {
+        "adam_beta1": 0.9, "adam_beta2": 0.99, "adam_weight_decay": 0.02, "prodigy.d_coef": 2.0
+    }  # fmt: skip
+    assert "amsgrad=1" in outcome.lost[0].why
 
 
 # ---- noise levels
@@ -212,10 +260,10 @@ def test_timestep_sampling_of_kohyas_trainers(kind, distribution, shift):
 
 
 def test_defaults_of_each_trainer_are_written_out():
-    bare = {
+    bare: dict[str, dict[str, Any]] = {
         "accelerate launch flux_train_network.py --pretrained_model_name_or_path flux1-dev.safetensors "
         "--network_module networks.lora_flux": {
-            "learning_rate": 1e-6, "max_train_steps": 1600, "lora_alpha": 1.0, "data_config.caption_type": "caption",
+            "learning_rate": 2e-6, "max_train_steps": 1600, "lora_alpha": 1.0,
             "objective.guidance": 3.5, "train_batch_size": 1,
         },
         "accelerate launch train_dreambooth_lora_flux.py --pretrained_model_name_or_path FLUX.1-dev "
@@ -250,3 +298,15 @@ def test_the_model_can_be_given(tmp_path):
     file = tmp_path / "config.json"
     file.write_text(json.dumps({"model_family": "flux", "data_backend_config": "x"}))
     assert take(file, model="models/mine").value_of("pretrained_model_name_or_path") == "models/mine"
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"), [("a/b.safetensors", "a/b.safetensors"), ("", None), ("runs/epoch50", None)]
+)
+def test_a_lora_to_begin_with(name, expected):
+    imported = take_text(
+        "[model]\ntype='flux'\ndiffusers_path='FLUX.1-dev'\n[optimizer]\ntype='adamw'\n[adapter]\ntype='lora'\n"
+        f"rank=4\ninit_from_existing='{name}'\n"
+    )
+    assert imported.value_of("init_lora") == expected
+    assert any("init_lora" in each for each in left(imported, "to fill in")) == (name == "runs/epoch50")

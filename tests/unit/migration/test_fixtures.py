@@ -136,7 +136,7 @@ EXPECTED: dict[str, dict[str, Any]] = {
     },
     "musubi_tuner/edit_2511.toml": {
         "pretrained_model_name_or_path": "Qwen/Qwen-Image-Edit-2511",
-        "lr_warmup_steps": 120,  # 0.05 of 2400
+        "lr_warmup_share": 0.05,
         "adam_beta2": 0.99,
         "adam_weight_decay": 0.02,
         "train_batch_size": 2,  # of the data set
@@ -168,7 +168,9 @@ EXPECTED: dict[str, dict[str, Any]] = {
         "objective.guidance": 1.0,
     },
     "sd_scripts/prodigy.toml": {
-        "learning_rate": 1e-4,  # 1 is a factor of what Prodigy finds
+        "learning_rate": 1.0,
+        "optimizer": "prodigy",
+        "prodigy.d_coef": 2.0,
         "objective.logit_mean": -0.5,  # there towards clean, here towards noise
         "objective.guidance": 3.5,  # its default
         "data_config.caption_type": "caption",  # its default
@@ -207,7 +209,9 @@ EXPECTED: dict[str, dict[str, Any]] = {
         "lr_warmup_steps": 200,
     },
     "diffusers/flux_lora.sh": {
-        "learning_rate": 1e-4,
+        "learning_rate": 1.0,
+        "optimizer": "prodigy",
+        "prodigy.safeguard_warmup": True,  # its default
         "data_config.caption_text": "a photo of my dog",
         "samples.seeds": [0, 1, 2, 3],
         "objective.sigma_distribution": "uniform",
@@ -241,14 +245,11 @@ CHANGES: dict[str, tuple[str, ...]] = {
     "sd_scripts/guide.sh": ("mixed_precision = fp16", "class_tokens = p0ttery bowl", "enable_bucket = false"),
     "sd_scripts/prodigy.toml": (
         "network_dropout = 0.05",
-        "optimizer_type = prodigyopt",
-        "d_coef=2.0",
         "default of sd-scripts: model_prediction_type = sigma_scaled",
         "default of sd-scripts: network_train_unet_only = false",
     ),
     "simpletuner/qwen_image.json": ("optimizer = optimi-lion", "max_grad_norm = 0.01", "lora_dropout = 0.1"),
     "one_trainer/flux.json": ("enable_random_rotate = true", "weight_dtype = NFLOAT_4"),
-    "diffusers/flux_lora.sh": ("optimizer = prodigy", "learning_rate = 1."),
 }
 
 

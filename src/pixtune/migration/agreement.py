@@ -1,0 +1,47 @@
+"""What the optimizer of an imported config decides of its other keys: those that it does not read are left out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pixtune.config.optimizing import FINDS_RATE, SCHEDULE_FREE, STEADY, for_this_method, unread
+from pixtune.migration.optimizers import ADAMW_RATE
+from pixtune.migration.tables import Kind, Leftover, Line
+
+
+def agree(lines: dict[str, Line]) -> list[Leftover]:
+    """Changes lines that contradict the optimizer, and returns what is lost by that."""
+    left: list[Leftover] = []
+    chosen = str(_value(lines, "optimizer", "adamw"))
+    method = str(_value(lines, "method", "lora"))
+    if for_this_method(chosen, method) is not None:
+        why = f"{chosen} is not for method: {method} here: AdamW takes its place"
+        _drop(lines, "optimizer", why, "changes the result", left)
+        if chosen in FINDS_RATE and float(_value(lines, "learning_rate", 1.0)) >= 0.01:
+            lines["learning_rate"] = Line("learning_rate", ADAMW_RATE, f"a usual rate of AdamW, in place of {chosen}'s")
+        chosen = "adamw"
+    if chosen != "adamw":
+        _drop(lines, "adam8bit", "only AdamW has states of 8 bits here", "no effect", left)
+    if chosen in SCHEDULE_FREE:
+        if _value(lines, "lr_scheduler", "constant") not in STEADY:
+            why = "an optimizer that averages the weights has a constant rate here"
+            _drop(lines, "lr_scheduler", why, "changes the result", left)
+        _drop(lines, "ema.decay", "the optimizer averages the weights itself", "changes the result", left)
+        _drop(lines, "ema.on_host", "there is no average beside the optimizer's", "no effect", left)
+    if _value(lines, "lr_scheduler", "constant") in (*STEADY, "piecewise_constant"):
+        _drop(lines, "lr_floor", "the rate does not fall", "no effect", left)
+    values = {"optimizer": chosen, **{key: line.value for key, line in lines.items() if key != "optimizer"}}
+    for (_, key), _ in list(unread(values)):
+        _drop(lines, key, f"optimizer {chosen} does not read it", "no effect", left)
+    return left
+
+
+def _value(lines: Mapping[str, Line], key: str, otherwise: Any) -> Any:
+    return lines[key].value if key in lines else otherwise
+
+
+def _drop(lines: dict[str, Line], key: str, why: str, kind: Kind, left: list[Leftover]) -> None:
+    line = lines.pop(key, None)
+    if line is not None and not line.by_default:
+        left.append(Leftover(kind, line.origin, why, key))
