@@ -130,8 +130,9 @@ def optimizer_arguments(value: Any, look: Look) -> Outcome:
 _ARGUMENTS: Mapping[str, tuple[str, Convert]] = {
     "weight_decay": ("adam_weight_decay", to.real), "eps": ("adam_epsilon", to.real),
     "beta1": ("adam_beta1", to.real), "beta2": ("adam_beta2", to.real),
-    "d0": ("prodigy.d0", to.real), "d_coef": ("prodigy.d_coef", to.real), "growth_rate": ("prodigy.growth_rate", growth),
-    "slice_p": ("prodigy.slice", to.whole), "safeguard_warmup": ("prodigy.safeguard_warmup", to.truth),
+    "d0": ("prodigy.d0", to.real), "d_coef": ("prodigy.d_coef", to.real),
+    "growth_rate": ("prodigy.growth_rate", growth), "slice_p": ("prodigy.slice", to.whole),
+    "safeguard_warmup": ("prodigy.safeguard_warmup", to.truth),
     "use_bias_correction": ("prodigy.bias_correction", to.truth),
 }  # fmt: skip
 """Arguments of optimizers there, each with its key here; `agree` leaves out what the chosen one does not read."""

@@ -98,7 +98,8 @@ class Rule:
     theirs: str
     """Key there, dotted; "cloud.*" is all keys of a section."""
     ours: str = ""
-    """Key here; several with a space between, of which the conversion chooses. Empty: there is none."""
+    """Key here; several with a space between, of which the conversion chooses, by an `Outcome`, others than the first.
+    Empty: there is none."""
     convert: Convert = as_it_is
     default: Any = ABSENT
     """Value that the trainer takes where the key is left out, if that is not ours."""

@@ -74,7 +74,11 @@ def apply(
                 faults.append(f"{part.label}{key} is {shown(key, value)}: {wrong}")
                 continue
             if not isinstance(result, Outcome):
-                result = Outcome(lost=(result,)) if isinstance(result, Lost) else Outcome({rule.ours: result})
+                result = (
+                    Outcome(lost=(result,))
+                    if isinstance(result, Lost)
+                    else Outcome({rule.ours.partition(" ")[0]: result})
+                )
             others = sorted(look.taken - {key}) if result.values else []
             taken |= set(others)
             origin = ", ".join([origin, *(f"{each} = {shown(each, part.written[each])}" for each in others)])

@@ -159,7 +159,8 @@ def test_names_of_adamw(name, eight_bits):
 
 @pytest.mark.parametrize(
     ("name", "ours"),
-    [("prodigyopt", "prodigy"), ("Prodigy", "prodigy"), ("prodigyplus.ProdigyPlusScheduleFree", "prodigy_schedule_free"),
+    [("prodigyopt", "prodigy"), ("Prodigy", "prodigy"),
+     ("prodigyplus.ProdigyPlusScheduleFree", "prodigy_schedule_free"),
      ("AdamWScheduleFree", "adamw_schedule_free"), ("SCHEDULE_FREE_ADAMW", "adamw_schedule_free"),
      ("Adafactor", "adafactor")],
 )  # fmt: skip
@@ -181,8 +182,9 @@ def test_adafactor_finds_its_rate_in_kohyas_trainers_unless_it_is_told_not_to(ar
 
 def test_keys_that_the_optimizer_does_not_read_are_left_out():
     text = (
-        "accelerate launch flux_train_network.py --pretrained_model_name_or_path flux1-dev.safetensors --network_module "
-        "networks.lora_flux --network_dim 4 --optimizer_type {} --lr_scheduler cosine --optimizer_args {}"
+        "accelerate launch flux_train_network.py --pretrained_model_name_or_path flux1-dev.safetensors "
+        "--network_module networks.lora_flux --network_dim 4 --optimizer_type {} --lr_scheduler cosine "
+        "--optimizer_args {}"
     )
     plus = take_text(text.format("prodigyplus.ProdigyPlusScheduleFree", "d_coef=2 d0=1e-5 slice_p=11"))
     found = values(plus)
@@ -221,8 +223,10 @@ def test_the_rate_of_an_optimizer_that_finds_its_own():
 
 @pytest.mark.parametrize(
     "arguments",
-    [["betas=0.9,0.99", "weight_decay=0.02", "d_coef=2", "amsgrad=1"], "betas=(0.9, 0.99) weight_decay=0.02 d_coef=2 amsgrad=1",
-     "weight_decay=0.02,betas=0.9,0.99,d_coef=2,amsgrad=1", {"betas": [0.9, 0.99], "weight_decay": 0.02, "d_coef": 2, "amsgrad": 1}],
+    [["betas=0.9,0.99", "weight_decay=0.02", "d_coef=2", "amsgrad=1"],
+     "betas=(0.9, 0.99) weight_decay=0.02 d_coef=2 amsgrad=1",
+     "weight_decay=0.02,betas=0.9,0.99,d_coef=2,amsgrad=1",
+     {"betas": [0.9, 0.99], "weight_decay": 0.02, "d_coef": 2, "amsgrad": 1}],
 )  # fmt: skip
 def test_arguments_of_optimizers_in_every_notation(arguments):
     outcome = optim.optimizer_arguments(arguments, LOOK)
