@@ -358,7 +358,7 @@ AI_TOOLKIT = Peer(
     folders=FOLDERS,
     files="The YAML (or JSON) file of a job, as in its `config/` or from its page.",
     misses=(
-        "LoKr, differential output preservation, sliders, and the optimizers Automagic and Prodigy.",
+        "LoKr, differential output preservation, sliders, and the optimizer Automagic.",
         "Default captions for pictures without one, and `[trigger]` inside captions.",
         "A queue of jobs and pictures managed in the page.",
     ),
