@@ -139,7 +139,7 @@ EFFECTS: dict[str, Effect] = {
     "prodigy.growth_rate": Effect("stepped", (None, 1.01), PRODIGY),
     "prodigy.slice": Effect("stepped", (1, 11), PRODIGY),
     "prodigy.safeguard_warmup": Effect("stepped", (False, True), {**PRODIGY, "learning_rate": 0.5}),
-    "prodigy.bias_correction": Effect("stepped", (False, True), PRODIGY),
+    "prodigy.bias_correction": Effect("stepped", (True, False), PRODIGY),
     "schedule_free.r": Effect("stepped", (0.0, 1.0), {"optimizer": "adamw_schedule_free"}),
     "schedule_free.weight_lr_power": Effect(
         "stepped", (2.0, 0.0), {"optimizer": "adamw_schedule_free", "lr_warmup_share": 0.5}

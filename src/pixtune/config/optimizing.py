@@ -45,12 +45,12 @@ class ProdigyConfig(Section):
     slice: Annotated[int, Field(ge=1, le=1000)] = 1
     """Distance of the numbers of each tensor that the estimate is made of: 1 takes all, 11 every 11th, which saves 7 of
     16 bytes a trained weight. Read by "prodigy" alone, "prodigy_schedule_free" has 11."""
-    safeguard_warmup: bool = False
-    """Whether the estimate leaves out the learning rate, so that a warm-up does not inflate it. Read by "prodigy"
-    alone."""
-    bias_correction: bool = False
-    """Whether Adam's moments are corrected for having begun at zero, which begins more slowly. Read by "prodigy"
-    alone."""
+    safeguard_warmup: bool | None = None
+    """Whether the estimate leaves out the learning rate, so that a warm-up does not inflate it: d grows more slowly.
+    Absent: where there is a warm-up. Read by "prodigy" alone."""
+    bias_correction: bool = True
+    """Whether Adam's moments are corrected for having begun at zero, as its authors recommend for diffusion models.
+    Without it the first steps after d has grown are several times d. Read by "prodigy" alone."""
 
 
 class ScheduleFreeConfig(Section):
@@ -171,8 +171,10 @@ def a_floor_to_fall_to(scheduler: str, floor: float) -> str | None:
     return f'lr_floor is {floor} and lr_scheduler is "{scheduler}", which does not fall to a floor: choose "cosine"'
 
 
-def one_warm_up(steps: int, share: float) -> str | None:
-    """Finds two lengths of the warm-up."""
+def one_warm_up(scheduler: str, steps: int, share: float) -> str | None:
+    """Finds two lengths of the warm-up, or one of a schedule that has none."""
+    if share and scheduler == "piecewise_constant":
+        return f"lr_warmup_share is {share} and lr_scheduler is {scheduler!r}, which has no warm-up but in its rules"
     if not steps or not share:
         return None
     return f"lr_warmup_steps is {steps} and lr_warmup_share is {share}: choose one of them"
@@ -185,6 +187,6 @@ RULES_OF_OPTIMIZERS = (
     (("optimizer", "ema.decay"), one_average),
     (("optimizer", "adam_beta1"), a_first_moment),
     (("lr_scheduler", "lr_floor"), a_floor_to_fall_to),
-    (("lr_warmup_steps", "lr_warmup_share"), one_warm_up),
+    (("lr_scheduler", "lr_warmup_steps", "lr_warmup_share"), one_warm_up),
 )
 """Rules as those of `contradictions`."""

@@ -12,7 +12,7 @@ from pixtune.hardware.facts import GIB, missing_on_host
 from pixtune.plan import all_weights, rungs
 from pixtune.plan.all_weights import AllWeightsRung, ladder_of_all_weights, runs_backward_twice
 from pixtune.plan.footprint import Footprint
-from pixtune.plan.optimizers import EXACT, SMALL
+from pixtune.plan.optimizers import EXACT, OPTIMIZERS, SMALL
 from pixtune.plan.refusals import refuse_all_weights, refuse_lora
 from pixtune.plan.rungs import QUANTIZED, Rung, fit_host, fitting_by_speed, ladder, with_rows
 from pixtune.plan.seconds import basis, step_seconds
@@ -63,6 +63,7 @@ def _choose_for_lora(situation: Situation, config: TrainConfig) -> Choice:
         *_passed_over(situation),
         *_not_compiled(situation),
         *_small_states(situation),
+        *_optimizer(situation),
     )
     return Choice(
         rung, situation.optimizer, reasons, situation.peak(rung), rung.host_bytes(situation),
@@ -77,7 +78,7 @@ def _choose_for_all_weights(situation: Situation, config: TrainConfig) -> Choice
     return Choice(
         rung.blocks(situation.demands.compute_format),
         rung.optimizer,
-        (*_all_weights_reasons(situation, rung), *_not_compiled(situation)),
+        (*_all_weights_reasons(situation, rung), *_not_compiled(situation), *_optimizer(situation)),
         situation.peak(rung),
         rung.host_bytes(situation),
         rung.fused_step,
@@ -96,6 +97,7 @@ def _choose_on_cpu(situation: Situation) -> Choice:
         weights_format = "fp8" if demands.fp8 else "int8"
         reasons.append("8-bit weights on a CPU, as quantize asks: they save memory there and cost time")
         reasons += _kept_plain(footprint)
+    reasons += _optimizer(situation)
     return Choice(Rung(weights_format, recomputed_blocks=count), situation.optimizer, tuple(reasons))
 
 
@@ -146,6 +148,22 @@ def _passed_over(situation: Situation) -> Iterator[str]:
 def _small_states(situation: Situation) -> Iterator[str]:
     if situation.optimizer == SMALL and situation.demands.optimizer is None:
         yield f"8-bit optimizer states: the run has at most {situation.size_bytes / GIB:.0f} GiB"
+
+
+def _optimizer(situation: Situation) -> Iterator[str]:
+    """Yields what an optimizer keeps that the planner would not have chosen."""
+    name = situation.demands.optimizer
+    if name in (None, EXACT, SMALL):
+        return
+    needs, num_bytes, weights = (
+        OPTIMIZERS[name],
+        situation.footprint.state_bytes(name),
+        situation.footprint.trained_weights,
+    )
+    each = f" ({num_bytes / weights:.2f} bytes a trained weight)" if weights else ""
+    yield f"{needs.title} keeps {_gib(num_bytes)} of states{each}" + (
+        "; its steps are thousands of small ones, and wait for the device" if needs.waits else ""
+    )
 
 
 def _not_compiled(situation: Situation) -> Iterator[str]:

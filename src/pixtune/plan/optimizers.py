@@ -74,6 +74,8 @@ class OptimizerNeeds:
     step_bytes: int = 16
     """Bytes per number of the largest tensor while it is stepped by itself: it and its gradient in fp32, what is drawn
     and summed for rounding, and what the step computes."""
+    waits: bool = False
+    """Each of its steps waits for the device."""
     package: str | None = None
     """Package that it is imported from, besides what pixtune requires."""
 
@@ -158,6 +160,7 @@ OPTIMIZERS: Mapping[str, OptimizerNeeds] = {
         "Prodigy, schedule-free",
         _prodigy_schedule_free,
         ("s",),
+        waits=True,
         package="prodigy-plus-schedule-free",
     ),
     "adafactor": OptimizerNeeds("Adafactor", _adafactor, ("exp_avg_sq", "exp_avg_sq_row"), 1e-29, step_bytes=28),

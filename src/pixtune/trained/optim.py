@@ -141,6 +141,9 @@ def check_states(
         found.setdefault(parameter_name, {})[key] = tensor
     if unknown := [each for each in (*found, *plain) if each not in parameters]:
         raise KeyError(f"it has optimizer states of {unknown[0]!r}, which is not trained")
+    for parameter_name, values in plain.items():
+        if wrong := [key for key, value in values.items() if type(value) not in (int, float)]:
+            raise KeyError(f"its {wrong[0][:60]!r} of {parameter_name} is no number")
     for parameter_name, states in found.items():
         shape = tuple(parameters[parameter_name].shape)
         # Whether a tensor belongs to a block decides the kind of its states, and no size of them.

@@ -133,12 +133,13 @@ def _own_settings(config: TrainConfig, name: str, in_block: bool) -> dict[str, A
     """Returns the settings of an optimizer's own section, by its library's names."""
     prodigy, adafactor, muon = config.prodigy, config.adafactor, config.muon
     if name == "prodigy":
+        warms_up = config.lr_warmup_steps > 0 or config.lr_warmup_share > 0
         return {
             "d0": prodigy.d0,
             "d_coef": prodigy.d_coef,
             "growth_rate": prodigy.growth_rate or math.inf,
             "slice_p": prodigy.slice,
-            "safeguard_warmup": prodigy.safeguard_warmup,
+            "safeguard_warmup": warms_up if prodigy.safeguard_warmup is None else prodigy.safeguard_warmup,
             "use_bias_correction": prodigy.bias_correction,
         }
     own: dict[str, dict[str, Any]] = {

@@ -45,7 +45,7 @@ class Prodigy:
         growth_rate: float = math.inf,
         slice_p: int = 1,
         safeguard_warmup: bool = False,
-        use_bias_correction: bool = False,
+        use_bias_correction: bool = True,
     ) -> None:
         self.param_groups: list[dict[str, Any]] = [
             {"params": list(parameters), "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}

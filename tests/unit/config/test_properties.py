@@ -32,7 +32,7 @@ SPECIAL: dict[str, st.SearchStrategy[Any]] = {
 }
 EXPECTED = "batch_size is|given|choose one|leaves no|per prompt|twice|one must be greater|behind the drive's letter"
 EXPECTED += "|is required and missing|method is full"
-EXPECTED += "|optimizer is|lr_floor is"
+EXPECTED += "|optimizer is|lr_floor is|lr_warmup_share is"
 WRONG: dict[str, tuple[Any, ...]] = {
     "boolean": ("yes", 3, [True], {"a": 1}),
     "integer": ("x", 1.5, True, [1], -(2**70)),

@@ -113,6 +113,9 @@ def test_each_machine_resorts_to_what_it_must(model: str, card: str, changes: di
     [
         (AllWeightsRung("adamw"), {}, 2 + 2 + 8),
         (AllWeightsRung("adamw_8bit"), {}, 2 + 2 + 2.03),
+        (AllWeightsRung("muon"), {}, 2 + 2 + 4),
+        (AllWeightsRung("adafactor"), {}, 2 + 2),
+        (AllWeightsRung("adafactor", fused_step=True), {}, 2),
         (AllWeightsRung("adamw_8bit"), {"weight_update": "fp32_master"}, 2 + 4 + 4 + 2.03),
         (AllWeightsRung("adamw"), {"mixed_precision": "no"}, 4 + 4 + 8),
         (AllWeightsRung("adamw_8bit", fused_step=True), {}, 2 + 2.03),
@@ -239,6 +242,15 @@ def test_processes_share_the_host() -> None:
 
 
 # ---- words
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "told"), [("muon", "Muon keeps 76.3 GiB"), ("adafactor", "Adafactor keeps 0.1 GiB")]
+)
+def test_what_another_optimizer_keeps_is_said(optimizer: str, told: str) -> None:
+    """By hand: 4 bytes for each of 20.387 billion weights in matrices of blocks, and 8 for 0.044 billion others."""
+    plan = plan_for("B200", optimizer=optimizer)
+    assert plan.optimizer == optimizer and any(told in reason for reason in plan.reasons), plan.reasons
 
 
 def test_clipping_that_runs_the_backward_pass_twice_is_said_with_the_way_out() -> None:

@@ -16,10 +16,12 @@ from pixtune.storage.checkpoint import Checkpoint
 from pixtune.storage.lineage import read_lineage
 from pixtune.storage.resume import (
     FIXED,
+    LATER_KEYS,
     LENGTH_FREE_SCHEDULES,
     RATE_KEYS,
     RULES,
     RunIdentity,
+    config_hash,
     flatten,
     refuse_other_run,
 )
@@ -64,6 +66,41 @@ def test_a_key_that_the_checkpoints_version_did_not_know_had_its_defaults_effect
     assert refusal(run(), run(), older) == ""
     assert "  - max_grad_norm: was 1.0, is 0.5\n" in refusal(run(), run(max_grad_norm=0.5), older)
     assert "objective.shift: was 'model', is 'none'" in refusal(run(), run(objective={"shift": "none"}), older)
+
+
+def test_keys_that_came_later_and_are_not_set_leave_a_configs_name() -> None:
+    """The name is written into LoRA files, and stays what it was for runs that do not use what is new."""
+    now = run().config
+    older = {key: value for key, value in now.items() if key not in LATER_KEYS}
+    assert config_hash(now) == config_hash(older) and older != now
+    changes: list[dict[str, Any]] = [
+        {"optimizer": "prodigy"},
+        {"lr_scheduler": "rex", "lr_floor": 0.1},
+        {"lr_warmup_share": 0.1},
+    ]
+    names = [config_hash(run(**each).config) for each in [*changes, {"optimizer": "prodigy", "prodigy": {"slice": 11}}]]
+    assert len({config_hash(now), *names}) == 5
+
+
+@pytest.mark.parametrize(
+    ("key", "now"),
+    [
+        ("optimizer", {"optimizer": "adafactor"}),
+        ("prodigy.slice", {"optimizer": "prodigy", "prodigy": {"slice": 11}}),
+        ("adafactor.momentum", {"optimizer": "adafactor", "adafactor": {"momentum": 0.9}}),
+    ],
+)
+def test_what_decides_an_optimizers_states_cannot_change_within_a_run(key: str, now: dict[str, Any]) -> None:
+    before = {} if key == "optimizer" else {"optimizer": now["optimizer"]}
+    message = refusal(run(**before), run(**now, resume_with_changes_in=[key]))
+    assert f"  - {key}: was" in message and f"{key} cannot change" in message
+
+
+def test_a_warm_up_by_share_ties_a_run_to_its_length() -> None:
+    longer = {"max_train_steps": 200, "lr_warmup_share": 0.1}
+    message = refusal(run(lr_warmup_share=0.1), run(num_steps=200, **longer))
+    assert "another length is another warm-up" in message and "lr_warmup_steps" in message
+    assert refusal(run(lr_warmup_steps=10), run(num_steps=200, max_train_steps=200, lr_warmup_steps=10)) == ""
 
 
 def test_every_difference_is_named_with_both_values() -> None:

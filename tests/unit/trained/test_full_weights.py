@@ -258,6 +258,10 @@ def adamw_8bit(name: str, parameters: Any) -> optim.Optimizer:
     return BUILDERS["adamw_8bit"](parameters, lr=LEARNING_RATE, weight_decay=0.1)
 
 
+def muon(name: str, parameters: Any) -> optim.Optimizer:
+    return BUILDERS["muon"](parameters, lr=LEARNING_RATE, weight_decay=0.1, in_block=name != "again.weight")
+
+
 KINDS = ("rounded", "master", "fp32")
 
 
@@ -271,7 +275,7 @@ def test_a_step_within_the_backward_pass_is_the_plain_one(kind: str, max_norm: f
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("fused", [False, True])
-@pytest.mark.parametrize("build", [adamw, adamw_8bit])
+@pytest.mark.parametrize("build", [adamw, adamw_8bit, muon])
 def test_states_in_host_memory_are_the_same(kind: str, fused: bool, build: Any) -> None:
     host = HostStates(torch.device("cpu"), ahead_bytes=0, make_lane=late_lane)  # the ring: two of the largest
     assert_same(train(kind, 0.01, build, fused=fused, host=host), train(kind, 0.01, build))
@@ -312,7 +316,7 @@ def no_gradient(outputs: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("build", [adamw, adamw_8bit])
+@pytest.mark.parametrize("build", [adamw, adamw_8bit, muon])
 @pytest.mark.parametrize(
     ("spoil", "fused", "max_norm"), [(no_gradient, False, 0), (no_gradient, True, 0.01), (no_number, True, 0)]
 )

@@ -244,6 +244,8 @@ def test_states_of_another_shape_or_optimizer_are_refused(name: str) -> None:
             check_states(name, named, {**tensors, largest: wrong}, plain)
     with pytest.raises(KeyError, match="is none of"):
         check_states(name, named, {**tensors, "block.0.lora_A/other": tensors[largest]}, plain)
+    with pytest.raises(KeyError, match="is no number"):
+        check_states(name, named, tensors, {"block.0.lora_A": {"step": "7"}})
     if name != "muon":  # which has one state
         with pytest.raises(KeyError, match="is missing"):
             check_states(name, named, {path: each for path, each in tensors.items() if path != largest}, plain)

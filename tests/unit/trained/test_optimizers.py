@@ -71,11 +71,11 @@ def assert_close(ours: dict[str, nn.Parameter], theirs: dict[str, nn.Parameter],
 @pytest.mark.parametrize(
     ("keys", "settings"),
     [
-        ({}, {}),
-        ({"slice": 11, "d0": 1e-4}, {"slice_p": 11, "d0": 1e-4}),
-        ({"d_coef": 2.0, "growth_rate": 1.5}, {"d_coef": 2.0, "growth_rate": 1.5}),
+        ({}, {"use_bias_correction": True}),
+        ({"slice": 11, "d0": 1e-4, "bias_correction": False}, {"slice_p": 11, "d0": 1e-4}),
+        ({"d_coef": 2.0, "growth_rate": 1.5, "bias_correction": False}, {"d_coef": 2.0, "growth_rate": 1.5}),
         (
-            {"safeguard_warmup": True, "bias_correction": True, "d0": 1e-4},
+            {"safeguard_warmup": True, "d0": 1e-4},
             {"safeguard_warmup": True, "use_bias_correction": True, "d0": 1e-4},
         ),
     ],
@@ -98,6 +98,17 @@ def test_prodigy_steps_as_the_package_does(
     assert estimates_of(own)["d"].item() > 20 * keys.get("d0", 1e-6), "or nothing was estimated"
     assert_close(ours, theirs, rtol=10 * tolerance)
     assert not ours["1.A"].equal(weights()["1.A"]) and ours["unused"].equal(weights()["unused"])
+
+
+def test_a_warm_up_safeguards_the_estimate_unless_told_otherwise() -> None:
+    """Without a warm-up the learning rate is part of it, and with one it is not."""
+    found = {}
+    for steps, told in ((0, None), (0, False), (0, True), (5, None), (5, True), (5, False)):
+        named, changes = weights(), {} if told is None else {"safeguard_warmup": told}
+        optimizer = build("prodigy", named, lr_warmup_steps=steps, prodigy={"d0": 1e-4, **changes})
+        take_steps(optimizer, named, range(20), lambda step: 0.5)
+        found[steps, told] = estimates_of(optimizer)["d"].item()
+    assert found[0, None] == found[0, False] == found[5, False] != found[5, True] == found[5, None] == found[0, True]
 
 
 class NoWaiting(TorchDispatchMode):
