@@ -97,7 +97,7 @@ def test_what_decides_an_optimizers_states_cannot_change_within_a_run(key: str, 
 
 
 def test_a_warm_up_by_share_ties_a_run_to_its_length() -> None:
-    longer = {"max_train_steps": 200, "lr_warmup_share": 0.1}
+    longer: dict[str, Any] = {"max_train_steps": 200, "lr_warmup_share": 0.1}
     message = refusal(run(lr_warmup_share=0.1), run(num_steps=200, **longer))
     assert "another length is another warm-up" in message and "lr_warmup_steps" in message
     assert refusal(run(lr_warmup_steps=10), run(num_steps=200, max_train_steps=200, lr_warmup_steps=10)) == ""
