@@ -23,6 +23,7 @@ from pixtune.deltas.writing import (
 from pixtune.errors import WeightsError, WriteError
 from pixtune.families import FAMILIES
 from pixtune.trained.fused_layers import LowRank
+from pixtune.trained.saved_lora import read_saved_lora
 from tests.unit.deltas.loras import MODELS, lora_tensors, shapes_of, write_lora
 
 
@@ -92,6 +93,21 @@ def test_stock_diffusers_loads_what_is_written(
     for layer, module in found.items():
         (adapter,) = module.lora_A
         torch.testing.assert_close(module.get_delta_weight(adapter), dense(loras[layer]), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("to", ["diffusers", "comfyui", "kohya"])
+def test_runs_and_samples_read_ranks_and_scales_by_layer(to: str, tmp_path: Path) -> None:
+    """As `init_lora`, `training_adapter` and `pixtune sample` read LoRAs, which is another way than these tools'."""
+    loras = {
+        f"transformer_blocks.{n}.attn.to_q": LowRank(torch.randn(1 + n % 3, 5), torch.randn(6, 1 + n % 3), 0.5 + n)
+        for n in range(20, 26)
+    }
+    path, family = tmp_path / "a.safetensors", FAMILIES["qwen_image"]
+    write_adapter(path, as_layers(loras), to, family, {})
+    found = read_saved_lora(path, family).low_ranks()
+    assert found.keys() == loras.keys()
+    for layer, lora in loras.items():
+        torch.testing.assert_close(dense(found[layer]), dense(lora))
 
 
 def test_a_lokr_comes_back_the_same_to_the_bit(tmp_path: Path) -> None:

@@ -20,7 +20,13 @@ from torch import Tensor
 
 from pixtune.errors import WriteError
 from pixtune.storage import safetensors_writer
-from pixtune.storage.safetensors_writer import CODES, PIECE_BYTES, save_safetensors, save_without_digest
+from pixtune.storage.safetensors_writer import (
+    CODES,
+    PIECE_BYTES,
+    save_one_by_one,
+    save_safetensors,
+    save_without_digest,
+)
 
 
 def noise(dtype: torch.dtype, *shape: int) -> Tensor:
@@ -191,3 +197,23 @@ def test_a_full_disk_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(WriteError, match="f could not be written"):
         save_safetensors(tmp_path / "f", {"a": torch.zeros(3)})
     assert [path.read_bytes() for path in tmp_path.iterdir()] == [before]
+
+
+def test_tensors_that_come_one_by_one_make_the_same_file(tmp_path: Path) -> None:
+    tensors = {
+        "b": torch.randn(3, 5), "a": torch.randn(4).bfloat16(), "c": torch.arange(6), "empty": torch.zeros(0, 7),
+    }  # fmt: skip
+    outline = {name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for name, tensor in tensors.items()}
+    save_safetensors(tmp_path / "whole", tensors, {"k": "v"})
+    asked: list[str] = []
+
+    def tensor_of(name: str) -> Tensor:
+        asked.append(name)
+        return tensors[name]
+
+    save_one_by_one(tmp_path / "parts", outline, tensor_of, {"k": "v"})
+    assert (tmp_path / "parts").read_bytes() == (tmp_path / "whole").read_bytes()
+    assert sorted(asked) == sorted(tensors)
+    with pytest.raises(TypeError, match="header has another"):
+        save_one_by_one(tmp_path / "other", outline, lambda name: tensors[name].double())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["parts", "whole"]
