@@ -202,6 +202,13 @@ def test_a_plan_reads_the_header_alone(model: str, tmp_path: Path, monkeypatch: 
     assert folder.num_parameters("transformer") == open_model(str(place(model))).num_parameters("transformer")
 
 
+def test_a_plan_takes_the_sizes_of_the_other_parts_from_what_is_shipped(tmp_path: Path) -> None:
+    folder = find_model(str(single_file_of_full_heads(tmp_path)), ModelParts(others="black-forest-labs/FLUX.1-dev"))
+    assert folder.has_weights("transformer") and not folder.has_weights("text_encoder_2")
+    assert check_transformer(family_of(folder), folder) == flux_shapes_of(128)
+    assert (folder.count_parameters("text_encoder_2") or 0) > 4e9 and folder.num_parameters("transformer") < 4e6
+
+
 def test_another_scale_is_another_base(tmp_path: Path) -> None:
     written = single_files.fp8_scaled(single_files.published("tiny-flux"))
     before = steps_fingerprint(opened("tiny-flux", single_files.write(written, tmp_path / "m.safetensors")))

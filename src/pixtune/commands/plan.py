@@ -117,9 +117,10 @@ def make_report(config: TrainConfig, card: str | None = None, host_gib: float | 
     if isinstance(folder, ShippedModel):
         if not folder.has_weights("transformer"):
             config = config.model_copy(update={"random_weights": True})
-        assumptions.append(
-            f"architecture: shipped with pixtune; fetch the model for training: `{download_command(folder.name)}`"
-        )
+        fetching = f"fetch the model for training: `{download_command(folder.name)}`"
+        if folder.file is not None:
+            fetching = f"a run fetches the parts of {folder.name} beside its transformer"
+        assumptions.append(f"architecture: shipped with pixtune; {fetching}")
     else:
         require_configs(folder, config.pretrained_model_name_or_path)
         if not config.random_weights and not folder.has_weights("transformer"):

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from pixtune.families.original_layers import FLUX_LAYERS
 from pixtune.families.transformer_shapes import FLUX_DEFAULTS, QWEN_IMAGE_DEFAULTS
 from pixtune.family import Shapes
 from pixtune.storage.transformer_file import Place
@@ -21,50 +22,17 @@ PREFIXES = ("model.diffusion_model.", "diffusion_model.", "transformer.", "model
 Named = Iterator[tuple[str, Place]]
 """Tensors of the model by name, that a tensor of a file is or holds."""
 
-FLUX_OUTSIDE = {
-    "time_in.in_layer": "time_text_embed.timestep_embedder.linear_1",
-    "time_in.out_layer": "time_text_embed.timestep_embedder.linear_2",
-    "vector_in.in_layer": "time_text_embed.text_embedder.linear_1",
-    "vector_in.out_layer": "time_text_embed.text_embedder.linear_2",
-    "guidance_in.in_layer": "time_text_embed.guidance_embedder.linear_1",
-    "guidance_in.out_layer": "time_text_embed.guidance_embedder.linear_2",
-    "txt_in": "context_embedder",
-    "img_in": "x_embedder",
-    "final_layer.linear": "proj_out",
-    "final_layer.adaLN_modulation.1": "norm_out.linear",
+FLUX_NORMS = {
+    "double_blocks.{}.img_attn.norm.query_norm": "transformer_blocks.{}.attn.norm_q",
+    "double_blocks.{}.img_attn.norm.key_norm": "transformer_blocks.{}.attn.norm_k",
+    "double_blocks.{}.txt_attn.norm.query_norm": "transformer_blocks.{}.attn.norm_added_q",
+    "double_blocks.{}.txt_attn.norm.key_norm": "transformer_blocks.{}.attn.norm_added_k",
+    "single_blocks.{}.norm.query_norm": "single_transformer_blocks.{}.attn.norm_q",
+    "single_blocks.{}.norm.key_norm": "single_transformer_blocks.{}.attn.norm_k",
 }
-"""Layers outside the blocks, by their names in files."""
-FLUX_SWAPPED = "final_layer.adaLN_modulation.1"
-FLUX_IN_BLOCKS = {
-    "double_blocks": {
-        "img_mod.lin": "norm1.linear",
-        "txt_mod.lin": "norm1_context.linear",
-        "img_attn.qkv": "attn.to_q attn.to_k attn.to_v",
-        "txt_attn.qkv": "attn.add_q_proj attn.add_k_proj attn.add_v_proj",
-        "img_attn.norm.query_norm": "attn.norm_q",
-        "img_attn.norm.key_norm": "attn.norm_k",
-        "txt_attn.norm.query_norm": "attn.norm_added_q",
-        "txt_attn.norm.key_norm": "attn.norm_added_k",
-        "img_attn.proj": "attn.to_out.0",
-        "txt_attn.proj": "attn.to_add_out",
-        "img_mlp.0": "ff.net.0.proj",
-        "img_mlp.2": "ff.net.2",
-        "txt_mlp.0": "ff_context.net.0.proj",
-        "txt_mlp.2": "ff_context.net.2",
-    },
-    "single_blocks": {
-        "modulation.lin": "norm.linear",
-        "linear1": "attn.to_q attn.to_k attn.to_v proj_mlp",
-        "linear2": "proj_out",
-        "norm.query_norm": "attn.norm_q",
-        "norm.key_norm": "attn.norm_k",
-    },
-}
-"""Layers of the blocks by their names in files; where several are named, their rows lie there one after the other."""
-FLUX_BLOCKS = {"double_blocks": "transformer_blocks", "single_blocks": "single_transformer_blocks"}
-IN_BLOCK = re.compile(r"(?P<list>double_blocks|single_blocks)\.(?P<number>\d{1,3})\.(?P<layer>.+)")
-LEAVES = {"weight": "weight", "bias": "bias", "scale": "weight"}
-"""Last parts of names in files, and in the model: norms have a scale there."""
+"""FLUX.1's norms by their authors' names. Their weights are called scales there."""
+FLUX_BY_PATH = {layer.path: layer for layer in FLUX_LAYERS}
+BLOCK_NUMBER = re.compile(r"\.(\d{1,3})\.")
 
 
 def own_names(name: str, shapes: Shapes) -> Named:
@@ -76,21 +44,21 @@ def flux_names(name: str, shapes: Shapes) -> Named:
     """Yields the tensors of a FLUX.1 transformer that one of a file in the original names holds; none: it is unknown.
 
     Args:
-        shapes: shapes of all tensors of the file, which tell where parts of a tensor end.
+        shapes: shapes of the file's tensors.
     """
     layer, _, leaf = name.rpartition(".")
-    if leaf not in LEAVES:
-        return
-    if layer in FLUX_OUTSIDE:
-        yield f"{FLUX_OUTSIDE[layer]}.{LEAVES[leaf]}", Place(name, halves_swapped=layer == FLUX_SWAPPED)
-    elif found := IN_BLOCK.fullmatch(layer):
-        parts = FLUX_IN_BLOCKS[found["list"]].get(found["layer"], "").split()
-        path = f"{FLUX_BLOCKS[found['list']]}.{found['number']}"
-        width = next(iter(shapes.get("img_in.weight", ())), 0)
-        for number, part in enumerate(parts):
-            end = shapes[name][0] if number + 1 == len(parts) else (number + 1) * width
-            rows = None if len(parts) == 1 else (number * width, end)
-            yield f"{path}.{part}.{LEAVES[leaf]}", Place(name, rows)
+    number = found[1] if (found := BLOCK_NUMBER.search(layer)) else ""
+    path = BLOCK_NUMBER.sub(".{}.", layer, count=1)
+    if leaf == "scale" and path in FLUX_NORMS:
+        yield f"{FLUX_NORMS[path]}.weight".replace("{}", number), Place(name)
+    elif leaf in ("weight", "bias") and path in FLUX_BY_PATH:
+        original, first = FLUX_BY_PATH[path], 0
+        num_rows = next(iter(shapes[name]), 0)
+        for part, share in zip(original.parts, original.shares, strict=True):
+            end = first + num_rows * share // sum(original.shares)
+            rows = None if len(original.parts) == 1 else (first, end)
+            yield f"{part}.{leaf}".replace("{}", number), Place(name, rows, original.swaps_halves)
+            first = end
 
 
 def flux_config(shapes: Shapes) -> dict[str, Any]:
