@@ -139,7 +139,7 @@ def _sentence(lora: SavedLora, ranks: Mapping[tuple[int, int], int], lost: float
         where = "" if len(ranks) == 1 else f" on {count}"
         words.append(f"rank {was} made {wanted}{where}" + (" by SVD" if was > wanted else " with zeros"))
     if any(was > wanted for was, wanted in changed):
-        words.append(f"which loses {lost:.2%} of what it adds to weights")
+        words[-1] += f", which loses {lost:.2%} of what it adds to weights"
     if fresh:
         words.append(f"{len(fresh)} layers that it has not start from zero, such as {fresh[0]}")
     return "; ".join(words)

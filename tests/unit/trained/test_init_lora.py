@@ -98,7 +98,7 @@ def test_a_smaller_rank_is_the_best_one_and_its_loss_is_said(tmp_path: Path) -> 
         left, values, right = torch.linalg.svd(added(layer).double())
         torch.testing.assert_close(found[name].double(), (left[:, :2] * values[:2]) @ right[:2], atol=1e-6, rtol=1e-4)
         lost, size = lost + float(values[2:].square().sum()), size + float(values.square().sum())
-    assert f"rank 6 made 2 by SVD; which loses {(lost / size) ** 0.5:.2%} of what it adds" in line
+    assert f"rank 6 made 2 by SVD, which loses {(lost / size) ** 0.5:.2%} of what it adds" in line
 
 
 @given(st.integers(1, 5), st.integers(1, 5), st.floats(0.01, 100), st.floats(0.01, 100), st.booleans())
