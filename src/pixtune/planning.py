@@ -24,7 +24,7 @@ from pixtune.plan.situation import CONTEXT_BYTES, RESERVE_BYTES, in_its_pool, us
 from pixtune.plan.text_padding import Captions, least_multiple
 from pixtune.plan.training import TrainingPlan, plan_training
 from pixtune.storage.model_folder import ModelFolder
-from pixtune.trained.targets import resolve_targets
+from pixtune.trained.targets import adapter_of, ending_with, resolve_targets
 
 if TYPE_CHECKING:
     import torch
@@ -266,13 +266,14 @@ def footprint_of(config: TrainConfig, family: ModelFamily, folder: ModelFolder, 
     """Returns the footprint of a run, from headers alone."""
     shapes = tensor_shapes(config, family, folder)
     _, width = family.block_shape(folder)
+    layers = [] if config.method == "full" else targeted_linears(config, family, shapes)
     footprint = read_footprint(
         family,
         shapes,
         width,
         num_tokens,
-        [] if config.method == "full" else targeted_linears(config, family, shapes),
-        config.rank,
+        layers,
+        adapter_of(config, layers, family.lora_presets),
         config.batch_size * config.gradient_accumulation_steps,
         plain_linears(config.keep_plain, family, shapes),
         config.batch_size,
@@ -367,7 +368,7 @@ def targeted_linears(config: TrainConfig, family: ModelFamily, shapes: Shapes) -
     """
     linears = [name.removesuffix(".weight") for name, shape in shapes.items() if _is_matrix(name, shape)]
     targets = resolve_targets(linears, config.lora_targets or family.lora_targets, family.lora_presets)
-    return _ending_with(linears, targets)
+    return ending_with(linears, targets)
 
 
 def plain_linears(patterns: Sequence[str], family: ModelFamily, shapes: Shapes) -> Sequence[str]:
@@ -379,11 +380,7 @@ def plain_linears(patterns: Sequence[str], family: ModelFamily, shapes: Shapes) 
     blocks = tuple(f"{path}." for path in family.block_paths)
     linears = [name.removesuffix(".weight") for name, shape in shapes.items() if _is_matrix(name, shape)]
     linears = [name for name in linears if name.startswith(blocks) and not name.endswith(family.modulation_layers)]
-    return _ending_with(linears, resolve_targets(linears, patterns, family.lora_presets, "keep_plain"))
-
-
-def _ending_with(linears: Sequence[str], endings: Sequence[str]) -> list[str]:
-    return [name for name in linears if any(name == ending or name.endswith(f".{ending}") for ending in endings)]
+    return ending_with(linears, resolve_targets(linears, patterns, family.lora_presets, "keep_plain"))
 
 
 def _is_matrix(name: str, shape: Sequence[int]) -> bool:

@@ -50,6 +50,7 @@ MEASURED = {"validation.held_out": 0.25, "validation.num_draws": 1}
 FULL = {"method": "full"}
 PRODIGY = {"optimizer": "prodigy", "learning_rate": 1.0}
 MUON = {"optimizer": "muon", **FULL}
+LOKR = {"adapter.kind": "lokr"}
 CONTROLLED = {**EDIT, **DRAWN, "samples.prompts": ["redraw it"]}
 TWO_FOLDERS: dict[str, object] = {
     "data_config.folders": [{"img_dir": "SCENE/pictures"}, {"img_dir": "SCENE/other_pictures"}],
@@ -163,6 +164,11 @@ EFFECTS: dict[str, Effect] = {
     "lora_files.description": Effect("metadata", (None, "Emojis")),
     "lora_files.license": Effect("metadata", (None, "CC-BY-4.0")),
     "lora_files.thumbnail": Effect("metadata", (True, False), {**DRAWN, "samples.every": 1}),
+    "adapter.kind": Effect("weights", ("lora", "lokr")),
+    "adapter.rank_pattern": Effect("weights", ({}, {"to_q": 1})),
+    "adapter.rslora": Effect("steps", (False, True)),
+    "adapter.lokr_factor": Effect("weights", (None, 4), LOKR),
+    "adapter.lokr_low_rank": Effect("weights", ("none", "both"), LOKR),
     "ema.decay": Effect("weights", (None, 0.5)),
     "ema.warm_up": Effect("weights", (True, False), {"ema.decay": 0.9}),
     "ema.on_host": Effect("plan", (False, True), {"ema.decay": 0.9}),

@@ -142,7 +142,6 @@ def test_the_scale_of_a_rank_stabilized_lora_is_alpha_by_the_root_of_the_rank(
 @pytest.mark.parametrize(
     "config",
     [
-        {"use_dora": True},
         {"lora_bias": True},
         {"bias": "all"},
         {"modules_to_save": ["proj_out"]},

@@ -91,6 +91,7 @@ def draw_run(draw: random.Random) -> Drawn:
         settings["rank"] = draw.choice([2, 4, 8])
         settings["lora_targets"] = draw.choice(["null", "[attention_mlp]"])
         settings["lora_files__formats"] = draw.choice(["[diffusers,comfyui]", "[diffusers,kohya]"])
+        settings |= draw_adapter(draw)
         settings["ema__decay"] = draw.choice(["null", 0.5, 0.99])
         settings["ema__warm_up"], settings["ema__on_host"] = yes(draw, 0.7), yes(draw, 0.5)
     settings |= draw_optimizer(draw, full)
@@ -127,6 +128,18 @@ def draw_optimizer(draw: random.Random, full: bool) -> Settings:
     if name in INSTALLED_AVERAGING:
         settings |= {"lr_scheduler": "constant", "ema__decay": "null"}
     return settings
+
+
+def draw_adapter(draw: random.Random) -> Settings:
+    """Draws the kind of adapter with keys that fit it; a plain LoRA half of the time."""
+    kind = draw.choice(["lora", "lora", "lokr", "dora"])
+    settings: Settings = {"adapter__kind": kind}
+    if kind == "lokr":
+        settings["adapter__lokr_factor"] = draw.choice([2, 16, 65536])
+        settings["adapter__lokr_low_rank"] = low_rank = draw.choice(["none", "larger", "both"])
+        return settings | ({"adapter__rank_pattern": "{to_q: 3}"} if low_rank != "none" and draw.random() < 0.5 else {})
+    settings["adapter__rslora"] = yes(draw, 0.3)
+    return settings | ({"adapter__rank_pattern": "{to_q: 3, to_k: 5}"} if draw.random() < 0.3 else {})
 
 
 def yes(draw: random.Random, share: float) -> str:

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from pixtune.family import Shapes
+from pixtune.plan.adapter import Adapter
 
 if TYPE_CHECKING:
     from pixtune.family import ModelFamily
@@ -110,7 +111,7 @@ def read_linears(
     family: ModelFamily,
     shapes: Shapes,
     lora_targets: Sequence[str] = (),
-    rank: int = 0,
+    rank: int | Adapter = 0,
     quantized: bool = False,
     plain_layers: Sequence[str] = (),
 ) -> list[BlockLinear]:
@@ -118,9 +119,11 @@ def read_linears(
 
     Args:
         shapes: shapes of the transformer's tensors by name.
-        lora_targets: paths of the layers that get a LoRA of `rank`.
+        lora_targets: paths of the layers that get a LoRA.
+        rank: its rank, or the adapter that they get in its place.
         quantized: whether the layers are in 8 bits, except for `plain_layers` and those that make modulations.
     """
+    adapter = rank if isinstance(rank, Adapter) else Adapter(rank=rank)
     places = _number_blocks(family, shapes)
     with_text = {
         place for name in shapes if (place := _place(family, name)) and _path(name).endswith(family.text_layers)
@@ -137,7 +140,7 @@ def read_linears(
             BlockLinear(
                 block=block,
                 num_weights=math.prod(shape),
-                num_lora_weights=rank * sum(shape) if path in targets else 0,
+                num_lora_weights=adapter.count_products(path, shape) if path in targets else 0,
                 image_tokens_pass=not modulates and not for_text,
                 text_tokens_pass=not modulates and (for_text or place not in with_text),
                 quantized=quantized and not modulates and path not in plain,

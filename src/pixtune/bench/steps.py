@@ -45,6 +45,7 @@ from pixtune.tracking.memory import STEPS
 from pixtune.tracking.metrics import FILE_NAME, MetricsLog, read_metrics
 from pixtune.tracking.problems import Problems
 from pixtune.train import forward_backward, run_steps
+from pixtune.trained.targets import adapter_of
 
 WARM_UP_STEPS = PLAIN_CALLS + 2
 """Steps before the timed ones: the first compile and try out kernels, the next is captured and one more replayed."""
@@ -186,11 +187,12 @@ def count_flops(run: Run, services: Services, case: Case) -> StepFlops:
     config, family, plan = run.config, run.family, run.plan
     shapes = tensor_shapes(config, family, services.folder)
     trains_all = config.method == "full"
+    layers = [] if trains_all else targeted_linears(config, family, shapes)
     linears = read_linears(
         family,
         shapes,
-        () if trains_all else targeted_linears(config, family, shapes),
-        config.rank,
+        layers,
+        adapter_of(config, layers, family.lora_presets),
         plan.weights_format in QUANTIZED,
         plain_linears(config.keep_plain, family, shapes),
     )

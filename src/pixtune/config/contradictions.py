@@ -195,6 +195,60 @@ def _only_a_lora_is_averaged(method: str, decay: float | None) -> str | None:
     return None
 
 
+def _kinds_of_a_lora(method: str, kind: str, ranks: object, rslora: bool) -> str | None:
+    values = {"adapter.kind": kind != "lora", "adapter.rank_pattern": bool(ranks), "adapter.rslora": rslora}
+    given = [name for name, is_given in values.items() if is_given]
+    if method == "full" and given:
+        return f"{' and '.join(given)} given and method is full, which trains all weights and has no adapter"
+    return None
+
+
+def _keys_of_a_lokr(kind: str, factor: int | None, low_rank: str) -> str | None:
+    values = {"adapter.lokr_factor": factor is not None, "adapter.lokr_low_rank": low_rank != "none"}
+    given = [name for name, is_given in values.items() if is_given]
+    if kind != "lokr" and given:
+        return f'{" and ".join(given)} given and adapter.kind is "{kind}": they are read with "lokr" alone'
+    return None
+
+
+def _ranks_of_a_lokr(kind: str, low_rank: str, ranks: object) -> str | None:
+    if kind == "lokr" and low_rank == "none" and ranks:
+        return (
+            'adapter.rank_pattern given and adapter.kind is "lokr" with whole matrices, which have no rank: leave it '
+            'out, or set adapter.lokr_low_rank to "larger"'
+        )
+    return None
+
+
+def _no_alpha_of_a_lokr(kind: str, alpha: float | None) -> str | None:
+    if kind == "lokr" and alpha is not None:
+        return (
+            f'lora_alpha given ({alpha}) and adapter.kind is "lokr", whose matrices are never scaled, since programs '
+            "differ in how they read a scale from its file: leave it out, and change the learning rate instead"
+        )
+    return None
+
+
+def _a_plain_lora_starts(kind: str, path: Path | None) -> str | None:
+    if kind != "lora" and path is not None:
+        return f'init_lora given and adapter.kind is "{kind}": only a LoRA can start from a LoRA file'
+    return None
+
+
+def _formats_of_a_lora(kind: str, formats: Sequence[str]) -> str | None:
+    if kind != "lora" and "kohya" in formats:
+        return (
+            f'lora_files.formats given with "kohya" and adapter.kind is "{kind}": its names there are a LoRA\'s alone'
+        )
+    return None
+
+
+def _scale_by_the_root(kind: str, rslora: bool) -> str | None:
+    if kind == "lokr" and rslora:
+        return 'adapter.rslora given and adapter.kind is "lokr", which PEFT and ComfyUI scale by alpha / rank alone'
+    return None
+
+
 def _an_adapter_beside_a_lora(method: str, path: Path | None) -> str | None:
     if method == "full" and path is not None:
         return (
@@ -262,6 +316,13 @@ _RULES: tuple[tuple[tuple[str, ...], Callable[..., str | None]], ...] = (
     (("method", "keep_plain"), _nothing_is_quantized_in_full),
     (("method", "training_adapter.path"), _an_adapter_beside_a_lora),
     (("method", "init_lora"), _a_lora_starts_from_a_lora),
+    (("method", "adapter.kind", "adapter.rank_pattern", "adapter.rslora"), _kinds_of_a_lora),
+    (("adapter.kind", "adapter.lokr_factor", "adapter.lokr_low_rank"), _keys_of_a_lokr),
+    (("adapter.kind", "adapter.lokr_low_rank", "adapter.rank_pattern"), _ranks_of_a_lokr),
+    (("adapter.kind", "lora_alpha"), _no_alpha_of_a_lokr),
+    (("adapter.kind", "adapter.rslora"), _scale_by_the_root),
+    (("adapter.kind", "init_lora"), _a_plain_lora_starts),
+    (("adapter.kind", "lora_files.formats"), _formats_of_a_lora),
     (("method", "ema.decay"), _only_a_lora_is_averaged),
     (("samples.sizes", "samples.width", "samples.height"), _one_kind_of_size),
     (("method", "samples.strengths"), _strengths_of_a_lora),

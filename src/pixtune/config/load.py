@@ -20,6 +20,7 @@ from pixtune.config.schema import LIST_SECTIONS, NOT_YET, TrainConfig, is_leaf, 
 from pixtune.config.sources import COMMAND_LINE, Entry, Fault, Place, overridden, read_file, read_overrides, show
 from pixtune.config.yaml_tree import ConfigDumper
 from pixtune.errors import ConfigError, NotYetError
+from pixtune.inputs.printing import one_line
 
 logger = logging.getLogger(__name__)
 
@@ -153,11 +154,14 @@ def _field_fault(key: str, errors: Sequence[ErrorDetails], entry: Entry | None, 
     description = (_field(key).description or "").split("\n\n")[0].replace("\n", " ")
     if entry is None:
         return Fault(whole, f"{key} is required and missing. {description}")
+    names = [str(details["loc"][0]) for details in errors if details["loc"] and isinstance(entry.value, dict)]
     of_items = [details for details in errors if details["type"] != "too_short"]  # a wrong item is not counted either
     wanted = " or ".join(dict.fromkeys(_wanted(details) for details in of_items or errors))
     sentence = f"{entry.written_as} is {show(entry.value)}: must be {wanted}"
     if key == "samples.prompts" and str(entry.value).endswith((".txt", ".jsonl")):
         sentence += "; a file of prompts is samples.prompts_file"
+    if names:
+        sentence += f", and is not for {', '.join(repr(one_line(name)) for name in names[:3])}"
     near = _near_choice(errors, entry.value)
     if near:
         sentence += f"; did you mean {near}?"
@@ -171,6 +175,7 @@ _WANTED = {
     "float_type": "a number",
     "finite_number": "a finite number",
     "tuple_type": "a list",
+    "dict_type": "names with a value each, as {{to_q: 8}}",
     "too_short": "a list of at least {min_length}",
     "too_long": "a list of at most {max_length}",
     "path_type": "a path",

@@ -100,7 +100,12 @@ _BY_OURS: Mapping[str, str] = {
     "adam_beta2": "beta2 optimizer_beta2",
     "adam_epsilon": "eps epsilon adam_eps",
     "max_grad_norm": "gradient_clipping grad_clip clip_grad_norm gradient_clip_val",
-    "method": "network_module network_type model_type training_method train_type adapter_type lora_type",
+    "method": "network_module network_type model_type training_method train_type",
+    "adapter.kind": "adapter_type lora_type algo lycoris lokr dora use_dora weight_decompose lora_decompose",
+    "adapter.rank_pattern": "block_dims network_reg_dims",
+    "adapter.rslora": "use_rslora",
+    "adapter.lokr_factor": "factor decompose_factor",
+    "adapter.lokr_low_rank": "lokr_full_rank decompose_both full_matrix",
     "rank": "network_dim network_rank lora_rank lora_dim dim linear lora_r r network_linear",
     "lora_alpha": "network_alpha linear_alpha alpha",
     "ema.decay": "use_ema ema_decay ema_config use_ema_model ema_model ema_beta",
@@ -193,8 +198,8 @@ _BY_REASON: Mapping[str, str] = {
         "These models have no convolutions to adapt: leave it out. Which layers get a LoRA: lora_targets."
     ),
     "network_args network_kwargs": "Leave it out. Which layers get a LoRA: lora_targets; rank and lora_alpha its size.",
-    "dora use_dora weight_decompose lokr loha lycoris algo factor": (
-        "Only a plain LoRA is trained, or all weights with method: full."
+    "loha locon boft oft glora pissa": (
+        "A LoRA, DoRA or LoKr is trained (adapter.kind), or all weights with method: full."
     ),
     "enable_wildcard secondary_separator caption_separator keep_tokens_separator": (
         "Tags are the parts of a caption between commas, and wildcards are not expanded: leave it out."
@@ -211,8 +216,9 @@ _BY_REASON: Mapping[str, str] = {
     "masked_prior_preservation_weight normalize_masked_area_loss": (
         "Losses are normalized by the area of their masks always, and the base is no target: leave it out."
     ),
-    "down_lr_weight mid_lr_weight up_lr_weight block_lr loraplus_lr_ratio loraplus_unet_lr_ratio block_dims": (
-        "All layers have one learning_rate, and one rank: leave it out. Which layers get a LoRA: lora_targets."
+    "down_lr_weight mid_lr_weight up_lr_weight block_lr loraplus_lr_ratio loraplus_unet_lr_ratio": (
+        "All layers have one learning_rate: leave it out. Which layers get a LoRA: lora_targets; their ranks: "
+        "adapter.rank_pattern."
     ),
     "sample_sampler sampler noise_scheduler": "Samples take Euler steps along the flow: leave it out.",
     "save_model_as save_dtype": "LoRA files are safetensors in fp32: leave it out.",
@@ -259,6 +265,8 @@ REMEDIES: Mapping[str, str] = MappingProxyType(
         "data_config.folders[].repeats": "It belongs to an item of data_config.folders.",
         "data_config.random_ratio": "Pictures are put into buckets of their own ratio always.",
         "method": 'It is "lora" or "full".',
+        "adapter.kind": 'It is "lora", "lokr" or "dora".',
+        "adapter.lokr_low_rank": 'Both of LoKr\'s matrices are whole with "none", the default.',
         "data_config": "It is a section: put img_dir and the other keys of the pictures below it.",
     }
 )

@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
+from pixtune.config.adapter_section import AdapterConfig
 from pixtune.config.contradictions import contradictions
 from pixtune.config.lora_files import LoraFilesConfig
 from pixtune.config.model_parts import ModelParts
@@ -190,6 +191,8 @@ class TrainConfig(Section):
     there too."""
     lora_files: LoraFilesConfig = LoraFilesConfig()
     """The LoRA files that are written, and what they say about themselves."""
+    adapter: AdapterConfig = AdapterConfig()
+    """Kind of adapter that is trained, a LoRA or one of its relatives, and ranks of some of its layers."""
     ema: EmaConfig = EmaConfig()
     """Average of the LoRA's weights over the steps."""
     training_adapter: TrainingAdapterConfig = TrainingAdapterConfig()

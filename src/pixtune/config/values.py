@@ -87,6 +87,7 @@ StepRules = Annotated[str, AfterValidator(_piecewise)]
 
 # Upper limits beyond all use: a slip of the keyboard is an error at once, not a table or a queue that fills all memory.
 FewThousand = Annotated[int, Field(ge=1, le=65_536)]
+Ranks = Annotated[dict[Annotated[str, Field(min_length=1), AfterValidator(_whole_characters)], FewThousand], Field()]
 Side = Annotated[int, Field(ge=16, le=16_384)]
 Sides = Annotated[tuple[Side, ...], Field(strict=False, min_length=1, max_length=16)]
 Shares = Annotated[tuple[Annotated[float, Field(ge=0, le=1_000_000)], ...], Field(strict=False, min_length=1)]

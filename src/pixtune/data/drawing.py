@@ -42,7 +42,7 @@ from pixtune.planning import can_pad, encoder_sizes, tensor_shapes
 from pixtune.progress import announced, counted, say
 from pixtune.sampler import EncodedPrompt, PromptPicture, PromptSampler, SamplerSettings
 from pixtune.storage.model_folder import ModelFolder
-from pixtune.trained.adapters import scaled, up_projections
+from pixtune.trained.adapters import adapter_names, at_strength
 from pixtune.trained.saved_lora import SavedLora, attach_saved_lora, read_saved_lora
 
 ENCODING, LOADING, SAMPLING, DECODING = "prompts encoded", "transformer", "pictures drawn", "pictures decoded"
@@ -187,7 +187,7 @@ def footprint_of(task: Task, config: TrainConfig) -> Footprint:
         lora.refuse_other_model(shapes)
     return read_footprint(
         family, shapes, family.block_shape(folder)[1], max(_num_tokens(task, example) for example in task.examples),
-        modules, lora.largest_rank if lora else 0,
+        modules, lora.size if lora else 0,
     )  # fmt: skip
 
 
@@ -232,7 +232,7 @@ def sample_as_planned(
         stages.record(LOADING)
         with counted("drawing", count_steps(task, sampler), console) as count:
             for strength in task.request.strengths:
-                with scaled(up_projections(transformer.module), strength):
+                with at_strength(transformer.module, adapter_names(transformer.module), strength):
                     for picture in sampler.sample(transformer, count):
                         yield replace(picture, strength=strength)
         stages.record(SAMPLING)
@@ -292,7 +292,7 @@ def all_latents(
     sampled = []
     with counted("drawing", count_steps(task, sampler), console) as count:
         for strength in task.request.strengths:
-            with scaled(up_projections(transformer.module), strength):
+            with at_strength(transformer.module, adapter_names(transformer.module), strength):
                 for prompt, seed, latents_BCHW in sampler.latents(transformer, count):
                     sampled.append((strength, prompt, seed, latents_BCHW.cpu()))
     stages.record(SAMPLING)
@@ -318,7 +318,7 @@ def load_base(
         transformer = load_planned(task.family, task.folder, plan, device)
     if task.lora is not None:
         task.lora.refuse_spoiled()
-        attach_saved_lora(transformer.module, task.lora)
+        attach_saved_lora(transformer.module, task.lora, stream=transformer.stream)
     if plan.compile:
         compile_blocks(blocks_of(transformer.module, task.family), selective=False, sizes_vary=sizes_vary)
     return transformer

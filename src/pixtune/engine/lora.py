@@ -3,7 +3,8 @@
 PEFT computes each layer by itself, so queries, keys and values read one input three times for their down-projections
 and three more times for the gradients of these, and write three input gradients to be added. Here each is one product
 with the joined down-projections, forward and backward. Only the arithmetic differs: the parameters, their names and the
-files stay PEFT's, and whatever is not a plain LoRA is left to PEFT.
+files stay PEFT's. A DoRA is a LoRA whose sum gets a gain (`dora.py`), a LoKr has its own arithmetic (`lokr.py`), and
+whatever else is not a plain LoRA is left to PEFT.
 
 A layer may have several LoRAs, some of them frozen. Their matrices are joined along the rank, so that a second one
 costs no pass over the output, and a frozen one no product for gradients.
@@ -20,11 +21,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from pixtune.engine.dora import Magnitude, with_gain
 from pixtune.engine.kernels import has_triton, power_of_two
 from pixtune.engine.quantize import QuantizedLinear
 
@@ -57,12 +60,49 @@ def project(states: Tensor, layers: Sequence[nn.Module]) -> tuple[Tensor, ...]:
         layers: linear ones of any kind, each with or without a LoRA of any rank.
     """
     loras = [plain_loras(layer) for layer in layers]
-    present = [pairs for pairs in loras if pairs]
+    present: list[Any] = [layer for layer, pairs in zip(layers, loras, strict=True) if pairs]
     if not present:
         return tuple(layer(states) for layer in layers)
-    bases: list[Any] = [layer.base_layer for layer, pairs in zip(layers, loras, strict=True) if pairs]
-    sums = list(with_low_rank(states, bases, present))
+    magnitudes = [magnitude_of(layer) for layer in present]
+    # What stands beside a DoRA is added after its gain.
+    first = [
+        pairs if magnitude is None else pairs[:1]
+        for magnitude, pairs in zip(magnitudes, filter(None, loras), strict=True)
+    ]
+    sums = list(with_low_rank(states, [layer.base_layer for layer in present], first))
+    for number, (layer, magnitude, pairs) in enumerate(zip(present, magnitudes, filter(None, loras), strict=True)):
+        if magnitude is not None:
+            sums[number] = gained(states, sums[number], layer.base_layer, magnitude, pairs)
     return tuple(sums.pop(0) if pairs else layer(states) for layer, pairs in zip(layers, loras, strict=True))
+
+
+def magnitude_of(layer: Any) -> Magnitude | None:
+    """Returns the trained lengths of a DoRA's rows; None: the layer's LoRA is a plain one."""
+    for name in layer.active_adapters:
+        if name in layer.lora_magnitude_vector:
+            found: Magnitude = layer.lora_magnitude_vector[name]
+            return found
+    return None
+
+
+def gained(states: Tensor, sum_BLN: Tensor, base: Any, magnitude: Magnitude, pairs: Sequence[LowRankPair]) -> Tensor:
+    """Returns the output of a DoRA, its own pair the first, and of the plain LoRAs beside it."""
+    own, *beside = pairs
+    result_MN = with_gain(sum_BLN.reshape(-1, sum_BLN.shape[-1]), magnitude, base, own.down_rK, own.up_Nr, own.scale)
+    if beside:
+        rows_MK = states.reshape(-1, states.shape[-1])
+        (result_MN,) = added(rows_MK, [result_MN], [None], [beside])
+    return result_MN.view(sum_BLN.shape)
+
+
+def compute_by_ours(layer: Any) -> None:
+    """Has a LoRA layer of PEFT's compute its sum by `project` wherever it is called, as a DoRA needs."""
+    layer.forward = MethodType(_projected, layer)
+
+
+def _projected(layer: Any, states: Tensor) -> Tensor:
+    output: Tensor = project(states, (layer,))[0] if plain_loras(layer) else layer.base_layer(states)
+    return output
 
 
 def plain_loras(layer: nn.Module) -> tuple[LowRankPair, ...]:
@@ -86,10 +126,21 @@ def with_low_rank(
     """Returns each base layer's output plus what its pairs add; the shape of `states` apart from the last axis."""
     rows_MK = states.reshape(-1, states.shape[-1])
     products, biases = zip(*(product_and_bias(base, rows_MK) for base in bases), strict=True)
+    sums = added(rows_MK, products, biases, loras)
+    return tuple(sum_MN.view(*states.shape[:-1], -1) for sum_MN in sums)
+
+
+def added(
+    rows_MK: Tensor,
+    products: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    loras: Sequence[Sequence[LowRankPair]],
+) -> tuple[Tensor, ...]:
+    """Returns `product + bias` of each layer plus what its pairs add."""
     adds = tuple(tuple((pair.scale, pair.is_trained) for pair in pairs) for pairs in loras)
     downs_rK, ups_Nr = [pair.down_rK for pairs in loras for pair in pairs], [p.up_Nr for pairs in loras for p in pairs]
-    sums = WithLowRank.apply(rows_MK, adds, *products, *biases, *downs_rK, *ups_Nr)
-    return tuple(sum_MN.view(*states.shape[:-1], -1) for sum_MN in sums)
+    sums: tuple[Tensor, ...] = WithLowRank.apply(rows_MK, adds, *products, *biases, *downs_rK, *ups_Nr)
+    return sums
 
 
 def product_and_bias(layer: nn.Module, rows_MK: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -147,6 +147,16 @@ class BlockStream:
             self._bring(following, {index, *ahead})
         self._lane.wait(self._running.filled)
 
+    def bring(self, module: nn.Module) -> None:
+        """Puts the weights of the streamed block that a module is part of in place, for work that is launched next.
+
+        Nothing is done where it is part of none.
+        """
+        own = {id(tensor) for tensor in (*module.parameters(), *module.buffers())}
+        for index, block in enumerate(self._blocks):
+            if any(id(packed.tensor) in own for packed in block.tensors):
+                self.enter(index, backward=False)
+
     def _pass_running(self) -> None:
         """Notes that all work which needs the running block has been launched."""
         if self._running is not None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from pixtune.hardware.facts import HardwareFacts
+from pixtune.plan.adapter import Adapter
 from pixtune.plan.optimizers import USUAL_STATES, StateOptions, TrainedTensors, state_bytes
 
 if TYPE_CHECKING:
@@ -76,6 +77,16 @@ class Footprint:
     """Shapes of the trained tensors, which decide an optimizer's states."""
     state_options: StateOptions = USUAL_STATES
     """Keys of the config that decide them, too."""
+    adapter_bytes: int = 0
+    """Bytes that an adapter holds beside its weights, their gradients and optimizer states."""
+    gained_units: float = 0.0
+    """Units per block of a DoRA's sums before their gains, queries, keys and values apart."""
+    gained_projection_units: float = 0.0
+    """Units per block of those of queries, keys and values: a compiled block keeps them in place of what follows."""
+    adapter_work_units: float = 0.0
+    """Units that a block at work holds in addition for an adapter's plain kernels."""
+    notes: tuple[str, ...] = ()
+    """Sentences on the adapter for the plan."""
     trains_all: bool = False
     trains_modulation: bool = False
     """A LoRA is on modulation layers, so they must be in place."""
@@ -159,7 +170,7 @@ def read_footprint(
     width: int,
     num_tokens: int,
     lora_targets: Sequence[str] = (),
-    rank: int = 0,
+    rank: int | Adapter = 0,
     examples_per_step: int = 1,
     plain_layers: Sequence[str] = (),
     examples_at_once: int = 1,
@@ -171,7 +182,8 @@ def read_footprint(
     Args:
         shapes: shapes of the transformer's tensors, from its files' headers.
         width: features of a token inside the blocks.
-        lora_targets: paths of the linear layers that get a LoRA of `rank`.
+        lora_targets: paths of the linear layers that get a LoRA.
+        rank: its rank, or the adapter that they get in its place.
         examples_per_step: examples of one process in a step, over all micro-batches.
         plain_layers: paths of the linear layers that are never quantized.
         examples_at_once: examples of one process in a micro-batch.
@@ -179,6 +191,7 @@ def read_footprint(
         frozen_ranks: ranks of a frozen LoRA's layers, by their paths. It is counted from above: as it is trained too,
             apart from gradients, optimizer states and the inputs that these need.
     """
+    adapter = rank if isinstance(rank, Adapter) else Adapter(rank=rank)
     frozen = {f"{path}.weight": rank for path, rank in (frozen_ranks or {}).items()}
     kinds = tuple(_read_kind(family, shapes, path) for path in family.block_paths)
     # A layer with another width than a token's features belongs to an MLP, or makes modulations.
@@ -201,25 +214,35 @@ def read_footprint(
     # What attention layers read is kept anyhow.
     inputs = [sum(shape[1] for shape in half.values() if set(shape) != {width}) for half in halves]
     half = max(halves, key=len)
+    low_sum = sum(adapter.low_features(parent(name)) for name in half)
     frozen_sum = sum(each for name, each in frozen.items() if sees_tokens(name))
-    rank_units = max((rank * len(half) + frozen_sum) / num_blocks - MEASURED_RANKS, 0) / width
+    rank_units = max((low_sum + frozen_sum) / num_blocks - MEASURED_RANKS, 0) / width
     on_mlp = any(inputs) or any(sees_tokens(name) and set(shapes[name]) != {width} for name in frozen)
-    projected = sum(parent(name).endswith(family.lora_targets[:3]) for name in half)
+    projections = [name for name in half if parent(name).endswith(family.lora_targets[:3])]
+    gained, gained_projections = (
+        sum(half[name][0] for name in names) / width / num_blocks if adapter.kind == "dora" else 0.0
+        for names in (half, projections)
+    )
     return Footprint(
         kinds=kinds,
         outside_weights=sum(math.prod(shape) for name, shape in shapes.items() if not name.startswith(blocks)),
         width=width,
         num_tokens=num_tokens,
-        trained_weights=sum(rank * sum(shape) for shape in targets.values()),
+        trained_weights=sum(adapter.count_weights(parent(name), shape) for name, shape in targets.items()),
         trained=tensors_of(
-            (path, shape) for path, (rows, columns) in targets.items() for shape in ((rank, columns), (rows, rank))
+            (name, each) for name, shape in targets.items() for each in adapter.tensor_shapes(parent(name), shape)
         ),
+        adapter_bytes=sum(adapter.bytes_beside(parent(name), shape) for name, shape in targets.items()),
+        gained_units=gained - gained_projections,
+        gained_projection_units=gained_projections,
+        adapter_work_units=max(map(adapter.features_at_work, of_tokens.values()), default=0) / width,
+        notes=(adapter.note,) if adapter.note else (),
         trains_modulation=trains_modulation,
         extra_units=max(inputs) / width / num_blocks + KEPT_GATED_UNITS * trains_modulation + kept_beside,
         selective_extra_units=MLP_INPUT_UNITS * any(inputs) + GATED_UNITS * trains_modulation,
         trains_mlp=on_mlp,
         rank_units=rank_units,
-        projected_rank_units=rank_units * projected / max(len(half), 1),
+        projected_rank_units=rank_units * len(projections) / max(len(half), 1),
         examples_per_step=examples_per_step,
         examples_at_once=examples_at_once,
         plain_layers=tuple(plain_layers),

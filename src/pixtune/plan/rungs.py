@@ -90,7 +90,9 @@ class Rung:
         footprint, compute_format = situation.footprint, situation.demands.compute_format
         trained = footprint.trained_weights * (4 + 4) + footprint.state_bytes(situation.optimizer)
         fixed = FIXED_BYTES + (AT_WORK_BYTES if holds_codes_at_work(self) else 0)
-        trained += footprint.average_bytes + footprint.frozen_weights * ELEMENT_BYTES[compute_format]
+        trained += (
+            footprint.average_bytes + footprint.adapter_bytes + footprint.frozen_weights * ELEMENT_BYTES[compute_format]
+        )
         held = transformer_bytes(self, footprint, compute_format) + trained + fixed
         return round(held + rounded_bytes(self, situation) + activation_bytes(self, situation))
 
@@ -338,7 +340,7 @@ def kept_units(kind: BlockKind, rung: Rung, footprint: Footprint, compiled: bool
     if compiled and not rung.selective and footprint.examples_at_once > 1:
         each += kind.units.cut
     if compiled and rung.selective and not footprint.trains_all:
-        return each + footprint.selective_extra_units + footprint.rank_units
+        return each + footprint.selective_extra_units + footprint.rank_units + footprint.gained_units
     return each + extra_units(footprint, compiled)
 
 
@@ -346,7 +348,8 @@ def extra_units(footprint: Footprint, compiled: bool) -> float:
     """Returns the units that each block keeps in addition because of what is trained."""
     if footprint.trains_all:
         return FULL_UNITS["compiled" if compiled else "eager"]
-    return footprint.extra_units + footprint.rank_units
+    gained = footprint.gained_units + (0.0 if compiled else footprint.gained_projection_units)
+    return footprint.extra_units + footprint.rank_units + gained
 
 
 def work_units(footprint: Footprint, compiled: bool) -> float:
@@ -354,7 +357,7 @@ def work_units(footprint: Footprint, compiled: bool) -> float:
     if footprint.trains_all:
         return FULL_UNITS["compiled" if compiled else "eager"]
     low_ranks = 2 * footprint.rank_units  # outputs of down-projections, and their gradients
-    return MLP_WORK_UNITS * footprint.trains_mlp + low_ranks
+    return MLP_WORK_UNITS * footprint.trains_mlp + low_ranks + footprint.adapter_work_units
 
 
 def holds_codes_at_work(rung: Rung) -> bool:

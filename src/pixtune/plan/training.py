@@ -164,7 +164,7 @@ def plan_training(
         expected_peak_bytes=chosen.peak_bytes,
         expected_host_bytes=chosen.host_bytes,
         usable_bytes=situation.usable_bytes if on_gpu else 0,
-        reasons=(*chosen.reasons, *tf32_reasons, *attending.reasons, *text_reasons),
+        reasons=(*chosen.reasons, *footprint.notes, *tf32_reasons, *attending.reasons, *text_reasons),
         plain_layers=footprint.plain_layers if rung.weights_format in QUANTIZED else (),
         fused_step=chosen.fused_step,
         states_on_host=chosen.states_on_host,

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pixtune.hardware.facts import GIB
+from pixtune.plan.adapter import KINDS, USUAL_FACTOR
 from pixtune.progress import in_words
 from pixtune.report.charts import Chart, Series, render_chart
 from pixtune.report.judging import build_best, build_suspects
@@ -95,12 +96,22 @@ def build_page(
 # ---- the head
 
 
+def describe_adapter(config: Mapping[str, Any]) -> str:
+    """Describes the adapter that was trained. Configs of version 0.1.0 have no section of it."""
+    own = config.get("adapter", {})
+    kind = own.get("kind", "lora")
+    if kind == "lokr" and own.get("lokr_low_rank", "none") == "none":
+        return f"LoKr of factor {own.get('lokr_factor') or USUAL_FACTOR}"
+    others = " and others" if own.get("rank_pattern") else ""
+    return f"{KINDS.get(kind, kind)} of rank {config['rank']}{others}"
+
+
 def describe_run(output_dir: Path, config: Mapping[str, Any]) -> str:
     """Describes what was trained, how and when, in a line."""
     is_lora = config.get("method", "lora") == "lora" and "rank" in config
     parts = [
         str(config["pretrained_model_name_or_path"]) if "pretrained_model_name_or_path" in config else "",
-        f"LoRA of rank {config['rank']}" if is_lora else "",
+        describe_adapter(config) if is_lora else "",
         f"learning rate {config['learning_rate']:g}" if "learning_rate" in config else "",
         str(output_dir),
         f"written {datetime.now():%d %b %Y, %H:%M}",

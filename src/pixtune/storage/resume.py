@@ -176,6 +176,7 @@ FIXED = (
     "expandable_segments", "use_fastsafetensors", "fastsafetensors_num_threads", "cuda_features", "training_adapter",
     "init_lora",
     "optimizer", "prodigy.d0", "prodigy.slice", "adafactor.momentum",
+    "adapter",
 )  # fmt: skip
 """Keys and sections of what is trained and of the plan, which a run keeps: a change would not load, or do nothing."""
 
@@ -199,7 +200,7 @@ MEANINGS: Mapping[str, str] = {
 
 
 LATER_KEYS = (
-    "optimizer", "prodigy", "schedule_free", "adafactor", "muon", "lr_warmup_share", "lr_floor",
+    "optimizer", "prodigy", "schedule_free", "adafactor", "muon", "lr_warmup_share", "lr_floor", "adapter",
 )  # fmt: skip
 """Keys and sections that count in a config's name only where they are set: runs without them keep the name they had."""
 

@@ -16,18 +16,21 @@ from pixtune.config.optimizing import SCHEDULE_FREE
 from pixtune.config.schema import TrainConfig
 from pixtune.engine.apply import COMPUTE_DTYPES
 from pixtune.hardware.facts import package_versions
+from pixtune.plan.adapter import KINDS
 from pixtune.plan.training import TrainingPlan
 from pixtune.storage.base_reference import BaseReference, refer_to_base
 from pixtune.storage.checkpoint import OPTIMIZER_STEM, CheckpointFiles, joined
 from pixtune.storage.resume import config_hash
-from pixtune.storage.safetensors_writer import save_without_digest
+from pixtune.storage.safetensors_writer import TensorFile, save_without_digest
 from pixtune.trained import adapters, optim
 from pixtune.trained.adapters import AttachedLora
 from pixtune.trained.average import WeightAverage
 from pixtune.trained.base import Base
 from pixtune.trained.export import (
     DIFFUSERS_FILE,
+    DORA_SCALES_FILE,
     FILES,
+    LOADING_LOKR,
     RAW_FILE,
     LoraDescription,
     diffusers_file,
@@ -39,9 +42,11 @@ from pixtune.trained.init_lora import init_lora_of, start_from
 from pixtune.trained.model_spec import model_spec
 from pixtune.trained.optimizers import build_optimizer
 from pixtune.trained.read_back import ReadBack, Velocity
-from pixtune.trained.read_back_lora import UP, read_back_lora
+from pixtune.trained.read_back_lora import read_back_lora
 from pixtune.trained.schedule_free import AverageOfOptimizer
+from pixtune.trained.scheme import scheme_of
 from pixtune.trained.skipped_step import is_spoiled
+from pixtune.trained.targets import adapter_of, ending_with, resolve_targets
 from pixtune.trained.training_adapter import TrainingAdapter, training_adapter_of
 
 
@@ -144,7 +149,15 @@ class LoraWeights:
     """A line on the LoRA that this session started from; None: it started from none."""
 
     def summary(self) -> str:
-        words = [f"LoRA: {len(self.lora.modules)} layers, {self.lora.num_parameters:,} trained parameters"]
+        scheme = self.lora.scheme
+        words = [
+            f"{KINDS[scheme.kind]}: {len(self.lora.modules)} layers, {self.lora.num_parameters:,} trained parameters"
+        ]
+        if scheme.ranks:
+            ranks = sorted({scheme.ranks.get(layer, scheme.rank) for layer in self.lora.modules})
+            words.append(f"of ranks {', '.join(map(str, ranks))}")
+        if scheme.kind == "lokr":
+            words.append(LOADING_LOKR)
         if self.average:
             decay = self.config.ema.decay
             words.append("averaged by its optimizer" if decay is None else f"averaged with decay {decay:g}")
@@ -174,11 +187,10 @@ class LoraWeights:
 
     @contextmanager
     def result_in_place(self, in_training: bool = False, strength: float = 1.0) -> Iterator[None]:
-        ups = [weight for name, weight in self.parameters.items() if ".lora_B." in name]
         with (
             self.average.in_place() if self.average else nullcontext(),
             self.adapter.off() if self.adapter and not in_training else nullcontext(),
-            adapters.scaled(ups, strength),
+            adapters.at_strength(self.base.module, adapters.trainable_parameters(self.base.module), strength),
         ):
             yield
 
@@ -187,6 +199,8 @@ class LoraWeights:
         files = {Path(DIFFUSERS_FILE).stem: diffusers_file(self._result(), about)}
         if self.average:
             files[Path(RAW_FILE).stem] = diffusers_file(adapters.lora_weights(self.base.module), about)
+        if scales := self._dora_scales():
+            files[Path(DORA_SCALES_FILE).stem] = TensorFile(scales, {})
         return files
 
     def load(self, files: Mapping[str, Mapping[str, Tensor]], plain: Mapping[str, Mapping[str, Any]]) -> None:
@@ -201,8 +215,9 @@ class LoraWeights:
     def export(self, output_dir: Path, step: int) -> list[Path]:
         about, config, family = self._describe(step), self.config, self.base.family
         spec = model_spec(to_dict(config), family, self.reference, step, config.output_dir)
-        paths = list(export_lora(output_dir, self._result(), about, family, config.lora_files.formats, spec))
-        for name in FILES.keys() - set(config.lora_files.formats):  # one may be left of an earlier session
+        formats = config.lora_files.formats
+        paths = list(export_lora(output_dir, self._result(), about, family, formats, spec, self._dora_scales()))
+        for name in FILES.keys() - set(formats):  # one may be left of an earlier session
             (output_dir / FILES[name]).unlink(missing_ok=True)
         if self.average:
             paths.append(output_dir / RAW_FILE)
@@ -220,9 +235,16 @@ class LoraWeights:
             return adapters.named_by_layer(self.average.tensors())
         return adapters.lora_weights(self.base.module)
 
+    def _dora_scales(self) -> dict[str, Tensor]:
+        if self.lora.scheme.kind != "dora":
+            return {}
+        transformer = self.base.transformer
+        return adapters.dora_scales(transformer.module, self._result(), transformer.stream)
+
     @property
     def must_move(self) -> Mapping[str, nn.Parameter]:
-        return {name: parameter for name, parameter in self.parameters.items() if UP in name}
+        starts = adapters.FROM_ZERO
+        return {name: each for name, each in self.parameters.items() if any(part in name for part in starts)}
 
     @property
     def least_rate_share(self) -> float:
@@ -231,12 +253,12 @@ class LoraWeights:
     def read_back(self, folder: Path, velocity: Velocity) -> ReadBack:
         exported = [self.config.output_dir / FILES[name] for name in self.config.lora_files.formats]
         with self.result_in_place(in_training=True):
-            return read_back_lora(self.base, self.config.alpha, folder, velocity, exported)
+            return read_back_lora(self.base, self.lora.scheme, folder, velocity, exported)
 
     def _describe(self, step: int) -> LoraDescription:
         return LoraDescription(
-            rank=self.config.rank,
-            alpha=self.config.alpha,
+            rank=self.lora.scheme.rank,
+            alpha=self.lora.scheme.alpha,
             targets=self.lora.targets,
             base=self.reference,
             family=self.base.family.name,
@@ -244,18 +266,23 @@ class LoraWeights:
             config_hash=config_hash(to_dict(self.config)),
             trigger_words=self.config.trigger_words,
             versions=package_versions(),
+            scheme=self.lora.scheme,
         )
 
 
 def train_lora(config: TrainConfig, plan: TrainingPlan, base: Base, first_step: int) -> LoraWeights:
-    """Attaches the LoRA that the config describes."""
-    family = base.family
-    targets = config.lora_targets or family.lora_targets
+    """Attaches the adapter that the config describes."""
+    family, shapes = base.family, adapters.linear_shapes(base.module)
+    targets = resolve_targets(list(shapes), config.lora_targets or family.lora_targets, family.lora_presets)
+    layers = ending_with(list(shapes), targets)
+    scheme = scheme_of(
+        config, adapter_of(config, layers, family.lora_presets), {layer: shapes[layer] for layer in layers}
+    )
     seed = randomness.draw_key(config.seed, "random weights", "lora")
-    lora = adapters.attach_lora(base.module, targets, config.rank, config.alpha, seed, family.lora_presets)
+    lora = adapters.attach_adapter(base.module, targets, scheme, seed, base.transformer.stream)
     start = None
     if first_step == 0 and (saved := init_lora_of(config, family)) is not None:
-        start = start_from(adapters.lora_layers(base.module), saved)
+        start = start_from(adapters.adapter_layers(base.module), saved)
     parameters = adapters.trainable_parameters(base.module)
     optimizer = build_optimizer(config, plan.optimizer, parameters.values())
     reference = refer_to_base(config.pretrained_model_name_or_path, base.folder)

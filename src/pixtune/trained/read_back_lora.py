@@ -12,25 +12,22 @@ from pixtune.errors import WeightsError
 from pixtune.trained import adapters
 from pixtune.trained.base import Base
 from pixtune.trained.export import DIFFUSERS_FILE, read_tensors
-from pixtune.trained.lora_names import DOWN
-from pixtune.trained.lora_names import UP as UP_MATRIX
+from pixtune.trained.lora_names import DOWN, UP
 from pixtune.trained.read_back import ReadBack, Velocity
 from pixtune.trained.saved_lora import SavedLora, read_saved_lora
-
-UP = ".lora_B."
-"""Part of the names of up-matrices, which start at zero: a LoRA does nothing until they move."""
+from pixtune.trained.scheme import Scheme
 
 
 def read_back_lora(
-    base: Base, alpha: float, folder: Path, velocity: Velocity, exported: Sequence[Path] = ()
+    base: Base, scheme: Scheme, folder: Path, velocity: Velocity, exported: Sequence[Path] = ()
 ) -> ReadBack:
     """Puts a checkpoint's LoRA file on the base, and what was exported of it, and then the live weights, bit for bit.
 
     Args:
-        alpha: alpha of the live LoRA.
+        scheme: PEFT's settings of the live LoRA.
         folder: the checkpoint.
         exported: the files for other programs. One of another step, or that is not there, could not be written, which
-            was reported.
+            was reported. Of a DoRA or LoKr, only diffusers' file can be read here.
 
     Returns:
         That of the first file that does something else than the live weights; the checkpoint's own where none does.
@@ -41,21 +38,23 @@ def read_back_lora(
     module = base.module
     saved, live = read_saved_lora(folder / DIFFUSERS_FILE, base.family), adapters.lora_weights(module)
     kept = {name: tensor.cpu().clone() for name, tensor in live.items()}
-    if saved.weights.keys() != live.keys() or set(saved.alphas.values()) != {alpha} or saved.use_rslora:
-        what = sorted(saved.weights.keys() ^ live.keys()) or [f"alpha {saved.alpha:g} in place of {alpha:g}"]
+    scales = {layer: (saved.scheme.scale_of(layer), scheme.scale_of(layer)) for layer in saved.modules}
+    wrong = [f"scale {was:g}, not {wanted:g}, of {layer}" for layer, (was, wanted) in scales.items() if was != wanted]
+    if saved.weights.keys() != live.keys() or wrong:
+        what = sorted(saved.weights.keys() ^ live.keys()) or wrong
         raise WeightsError(f"{saved.path} is not the LoRA that is trained: {', '.join(what[:3])}.")
     unequal = tuple(name for name, tensor in kept.items() if not tensor.equal(saved.weights[name].to(tensor.dtype)))
     with_live = velocity()
     try:
-        with torch.no_grad():
-            for name, tensor in live.items():
-                if UP in name:
-                    tensor.zero_()
-        effect = _distance(velocity(), with_live)
+        with adapters.at_strength(module, adapters.trainable_parameters(module), 0):
+            effect = _distance(velocity(), with_live)
         adapters.load_lora_weights(module, saved.weights)
         found = [ReadBack(effect, _distance(velocity(), with_live), unequal)]
         for path in _of_the_same_step(exported, folder / DIFFUSERS_FILE):
-            weights = _at_scale_of(module, read_saved_lora(path, base.family))
+            if scheme.kind != "lora" and path.name != DIFFUSERS_FILE:
+                continue
+            exported_lora = read_saved_lora(path, base.family)
+            weights = _at_scale_of(module, exported_lora) if scheme.kind == "lora" else dict(exported_lora.weights)
             adapters.load_lora_weights(module, weights)
             distance = _distance(velocity(), with_live)
             found.append(ReadBack(effect, distance, _unequal_beyond_rounding(kept, weights), path))
@@ -77,11 +76,11 @@ def _at_scale_of(module: nn.Module, saved: SavedLora) -> dict[str, Tensor]:
     Raises:
         KeyError: a layer is not attached.
     """
-    layers, weights = adapters.lora_layers(module), {}
+    layers, weights = adapters.adapter_layers(module), {}
     for path, own in saved.low_ranks().items():
         scale = own.scale / layers[path].scaling[adapters.ADAPTER_NAME]
         weights[f"{path}.{DOWN}"] = own.down
-        weights[f"{path}.{UP_MATRIX}"] = own.up if scale == 1 else own.up * scale
+        weights[f"{path}.{UP}"] = own.up if scale == 1 else own.up * scale
     return weights
 
 

@@ -1,5 +1,7 @@
 """LoRA files of diffusers, ComfyUI or kohya's trainers: read, and attached with the scale that each layer has there.
 
+DoRAs and LoKrs are read from diffusers' format alone: other programs' lengths and scales mean other things.
+
 The scale stands in `lora_adapter_metadata`, PEFT's config of the adapter, or in a tensor `alpha` beside each layer; a
 file with neither has the scale 1, as in the stock pipeline. What pixtune cannot apply as that pipeline does is refused
 by name: ignored, it would give other pictures without a word.
@@ -13,27 +15,39 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
+from pixtune.engine.streaming import BlockStream
 from pixtune.errors import WeightsError
 from pixtune.family import ModelFamily, Shapes
+from pixtune.plan.adapter import KINDS, NEAR_SQUARE, USUAL_FACTOR, Adapter
 from pixtune.storage.files import file_digest
 from pixtune.trained import adapters
 from pixtune.trained.export import DIFFUSERS_FILE, read_tensors
 from pixtune.trained.fused_layers import LowRank
-from pixtune.trained.layer_patterns import as_patterns, values_by_layer
+from pixtune.trained.layer_patterns import values_by_layer
+from pixtune.trained.lokr_file import check_lokr, lokr_sides
 from pixtune.trained.lora_formats import AdapterLayer, read_layers
-from pixtune.trained.lora_names import DIFFUSERS_PREFIX, DOWN, UP, format_of
-
-if TYPE_CHECKING:
-    from peft.tuners.lora import LoraLayer
+from pixtune.trained.lora_names import DIFFUSERS_PREFIX, DOWN, MAGNITUDE, UP, format_of
+from pixtune.trained.scheme import Scheme
 
 METADATA_KEY = "lora_adapter_metadata"
-APPLIED = frozenset({"r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "target_modules", "peft_type"})
-"""Keys of PEFT's `LoraConfig` that decide a LoRA's layers and their scales."""
+ALL_APPLIED = frozenset({"r", "rank_pattern", "alpha_pattern", "target_modules", "peft_type"})
+APPLIED: Mapping[str, frozenset[str]] = {
+    "lora": ALL_APPLIED | {"lora_alpha", "use_rslora"},
+    "dora": ALL_APPLIED | {"lora_alpha", "use_rslora", "use_dora"},
+    "lokr": ALL_APPLIED | {"alpha", "decompose_factor", "decompose_both"},
+}
+"""Keys of PEFT's config of each kind that decide its layers, their matrices and scales."""
+PARTS: Mapping[str, frozenset[str]] = {
+    "lora": frozenset({DOWN, UP}),
+    "dora": frozenset({DOWN, UP, MAGNITUDE}),
+    "lokr": frozenset(f"lokr_w{number}{end}" for number in (1, 2) for end in ("", "_a", "_b")),
+}
+"""Tensors that a layer may have of each kind."""
 WITHOUT_EFFECT = frozenset(
     {
         "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
@@ -63,6 +77,26 @@ class SavedLora:
     """Whether the scale is alpha / sqrt(rank) in place of alpha / rank (Kalajdzievski 2023, arXiv 2312.03732)."""
     format: str = "diffusers"
     """Whose names the file has: "diffusers", "comfyui" or "kohya"."""
+    kind: str = "lora"
+    """Kind of adapter, one of `plan.adapter.KINDS`."""
+    factor: int = USUAL_FACTOR
+    """LoKr: PEFT's `decompose_factor`."""
+    decompose_both: bool = False
+    """LoKr: see `Scheme`."""
+
+    @property
+    def scheme(self) -> Scheme:
+        """PEFT's settings of it."""
+        return Scheme(
+            self.rank, self.alpha, self.kind, self.ranks, self.alphas, self.use_rslora, self.factor,
+            self.decompose_both,
+        )  # fmt: skip
+
+    @property
+    def size(self) -> Adapter:
+        """The adapter in what decides its size."""
+        low_rank = "both" if self.decompose_both else "larger"
+        return Adapter(self.kind, self.rank, self.ranks, self.factor, low_rank)
 
     @property
     def modules(self) -> tuple[str, ...]:
@@ -75,14 +109,11 @@ class SavedLora:
         return replace(self, alpha=strength * self.alpha, alphas=alphas)
 
     def low_ranks(self) -> dict[str, LowRank]:
-        """Returns the LoRA of each layer with its scale, by the layer's path."""
-        scales = {
-            layer: alpha / (math.sqrt(self.ranks[layer]) if self.use_rslora else self.ranks[layer])
-            for layer, alpha in self.alphas.items()
-        }
+        """Returns the LoRA of each layer with its scale, by the layer's path; only of a plain LoRA."""
+        scheme = self.scheme
         return {
-            layer: LowRank(self.weights[f"{layer}.{DOWN}"], self.weights[f"{layer}.{UP}"], scale)
-            for layer, scale in scales.items()
+            layer: LowRank(self.weights[f"{layer}.{DOWN}"], self.weights[f"{layer}.{UP}"], scheme.scale_of(layer))
+            for layer in self.modules
         }
 
     @property
@@ -102,8 +133,13 @@ class SavedLora:
             shape = shapes.get(f"{layer}.weight", ())
             if len(shape) != 2:
                 raise WeightsError(f"{self.path} does not fit this model, which has no linear layer {layer}.")
-            sides = tuple(self.weights[f"{layer}.lora_{matrix}.weight"].shape[1 - n] for n, matrix in enumerate("AB"))
-            if sides != (shape[1], shape[0]) or rank > max(shape):
+            if self.kind == "lokr":
+                sides: tuple[int, ...] = lokr_sides(
+                    {name: self.weights.get(f"{layer}.{name}") for name in PARTS["lokr"]}
+                )[::-1]
+            else:
+                sides = tuple(self.weights[f"{layer}.lora_{each}.weight"].shape[1 - n] for n, each in enumerate("AB"))
+            if sides != (shape[1], shape[0]) or (rank > max(shape) and self.kind != "lokr"):
                 raise WeightsError(
                     f"{self.path} does not fit this model: it has rank {rank} for {sides[0]} inputs and {sides[1]} "
                     f"outputs of {layer}, which has {shape[1]} and {shape[0]}."
@@ -139,8 +175,10 @@ def read_saved_lora(path: Path, family: ModelFamily) -> SavedLora:
         layers = read_layers(tensors, family, metadata)
     except WeightsError as error:
         raise WeightsError(f"{path} cannot be used: {error}") from error
+    config = _adapter_config(path, metadata[METADATA_KEY]) if METADATA_KEY in metadata else {}
+    kind = kind_of(config)
     for layer, adapter in layers.items():
-        _check_layer(path, layer, adapter)
+        _check_layer(path, layer, adapter, kind)
     weights = {f"{layer}.{part}": tensor for layer, own in layers.items() for part, tensor in own.tensors.items()}
     if METADATA_KEY not in metadata:
         ranks = {layer: own.low_rank.rank for layer, own in layers.items()}
@@ -152,21 +190,30 @@ def read_saved_lora(path: Path, family: ModelFamily) -> SavedLora:
             f"{path} has two scales: {METADATA_KEY}, and an alpha of {len(with_alpha)} layers, such as "
             f"{with_alpha[0]}. Only one can be meant, and diffusers refuses both together. Remove one of them."
         )
-    return _scaled_by_metadata(path, weights, layers, metadata[METADATA_KEY])
+    _refuse_unusual(path, config, kind)
+    return _scaled_by_metadata(path, weights, layers, config, kind)
+
+
+def kind_of(config: Mapping[str, Any]) -> str:
+    """Returns the kind of adapter that PEFT's config of it is for."""
+    return "lokr" if str(config.get("peft_type")) == "LOKR" else "dora" if config.get("use_dora") else "lora"
 
 
 def read_lora_of_key(key: str, path: Path, family: ModelFamily) -> SavedLora:
-    """Reads the LoRA file that a key of the config names.
+    """Reads the plain LoRA file that a key of the config names.
 
     Raises:
-        WeightsError: it is a folder, or see `read_saved_lora`; names the key.
+        WeightsError: it is a folder, of another kind, or see `read_saved_lora`; names the key.
     """
     if path.is_dir():
         raise WeightsError(f"{key} {path} is a folder. Give the LoRA file in it, such as {path / DIFFUSERS_FILE}.")
     try:
-        return read_saved_lora(path, family)
+        lora = read_saved_lora(path, family)
     except WeightsError as error:
         raise WeightsError(f"{key}: {error}") from error
+    if lora.kind != "lora":
+        raise WeightsError(f"{key} {path} is a {KINDS[lora.kind]}, and only a plain LoRA can stand there.")
+    return lora
 
 
 def lora_fingerprint(key: str, path: Path) -> str:
@@ -186,22 +233,32 @@ def _most_common(values: Mapping[str, Any]) -> Any:
 
 
 def _scaled_by_metadata(
-    path: Path, weights: Mapping[str, Tensor], layers: Mapping[str, AdapterLayer], text: str
+    path: Path, weights: Mapping[str, Tensor], layers: Mapping[str, AdapterLayer], config: Mapping[str, Any], kind: str
 ) -> SavedLora:
-    """Returns the LoRA with ranks and alphas by PEFT's config of it."""
-    config = _lora_config(path, text)
+    """Returns the adapter with ranks and alphas by PEFT's config of it."""
     try:
-        rank, alpha = _number(config["r"], int), _number(config["lora_alpha"], float)
+        rank = _number(config["r"], int)
+        alpha = _number(config["alpha" if kind == "lokr" else "lora_alpha"], float)
+        factor = config.get("decompose_factor", NEAR_SQUARE)
+        factor = factor if factor == NEAR_SQUARE else _number(factor, int)
         ranks = _values(config.get("rank_pattern"), tuple(layers), rank, int)
         alphas = _values(config.get("alpha_pattern"), tuple(layers), alpha, float)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise WeightsError(f"{path} has a damaged {METADATA_KEY} ({error!r:.300}). Fetch the file again.") from error
+    lora = SavedLora(
+        path, weights, rank, alpha, ranks, alphas, bool(config.get("use_rslora")), kind=kind, factor=factor,
+        decompose_both=bool(config.get("decompose_both")),
+    )  # fmt: skip
+    if kind == "lokr":
+        for layer, own in layers.items():
+            check_lokr(path, layer, own.tensors, lora.size)
+        return lora
     if wrong := [layer for layer, own in layers.items() if own.low_rank.rank != ranks[layer]]:
         raise WeightsError(
             f"{path} has the rank {layers[wrong[0]].low_rank.rank} for {wrong[0]}, and its {METADATA_KEY} gives the "
             f"rank {ranks[wrong[0]]}. Fetch the file again."
         )
-    return SavedLora(path, weights, rank, alpha, ranks, alphas, bool(config.get("use_rslora")))
+    return lora
 
 
 def _values(patterns: Any, layers: Sequence[str], default: Any, kind: type) -> dict[str, Any]:
@@ -210,17 +267,27 @@ def _values(patterns: Any, layers: Sequence[str], default: Any, kind: type) -> d
     return values_by_layer(numbers, layers, default)
 
 
-def _check_layer(path: Path, layer: str, adapter: AdapterLayer) -> None:
-    """Checks that a layer has a plain LoRA: two matrices of one rank.
+def _check_layer(path: Path, layer: str, adapter: AdapterLayer, kind: str) -> None:
+    """Checks that a layer has floating-point tensors of its kind alone; of a LoRA two matrices of one rank.
 
     Raises:
         WeightsError: it has not.
     """
-    if other := adapter.tensors.keys() - {DOWN, UP}:
-        raise WeightsError(
-            f"{path} holds {layer}.{sorted(other)[0]}, and pixtune applies a plain LoRA alone (a down- and an "
-            "up-matrix of each layer). Sample with diffusers, which knows more kinds."
+    if other := adapter.tensors.keys() - PARTS[kind]:
+        of_a_lora = (
+            "pixtune applies a plain LoRA alone (a down- and an up-matrix of each layer), and in diffusers' format"
         )
+        why = f"{of_a_lora} a DoRA or LoKr" if kind == "lora" else f"its {METADATA_KEY} state a {KINDS[kind]}"
+        raise WeightsError(
+            f"{path} holds {layer}.{sorted(other)[0]}, and {why}. Sample with diffusers, which knows more kinds."
+        )
+    if wrong := [part for part, tensor in adapter.tensors.items() if not tensor.is_floating_point()]:
+        raise WeightsError(
+            f"{path} has {adapter.tensors[wrong[0]].dtype} in {layer}.{wrong[0]}, where a {KINDS[kind]} has "
+            "floating-point numbers. Fetch the file again."
+        )
+    if kind == "lokr":
+        return
     shapes = {part: tuple(tensor.shape) for part, tensor in adapter.tensors.items()}
     down, up = shapes.get(DOWN, ()), shapes.get(UP, ())
     if len(down) != 2 or len(up) != 2 or down[0] != up[1] or not down[0]:
@@ -228,41 +295,52 @@ def _check_layer(path: Path, layer: str, adapter: AdapterLayer) -> None:
             f"{path} has matrices of shapes {list(shapes.values())} for {layer}, where (rank, in) and (out, rank) are "
             "needed. Fetch the file again."
         )
-    if wrong := [part for part, tensor in adapter.tensors.items() if not tensor.is_floating_point()]:
+    if kind == "dora" and shapes.get(MAGNITUDE) != (up[0],):
         raise WeightsError(
-            f"{path} has {adapter.tensors[wrong[0]].dtype} in {layer}.{wrong[0]}, where a LoRA has floating-point "
-            "numbers. Fetch the file again."
+            f"{path} is a DoRA and has lengths of shape {shapes.get(MAGNITUDE)} for {layer}, where {(up[0],)} is "
+            "needed. Fetch the file again."
         )
 
 
-def _lora_config(path: Path, text: str) -> dict[str, Any]:
-    """Reads the adapter's config, and refuses what pixtune does not apply."""
-    from peft import LoraConfig
+def _adapter_config(path: Path, text: str) -> dict[str, Any]:
+    """Reads an adapter's config by PEFT's names of its keys.
 
+    Raises:
+        WeightsError: it is none.
+    """
     try:
         config = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise WeightsError(f"{path} has a {METADATA_KEY} that is not JSON. Fetch the file again.") from error
     if not isinstance(config, dict):
         raise WeightsError(f"{path} has a {METADATA_KEY} that is no object. Fetch the file again.")
-    config = {key.removeprefix(DIFFUSERS_PREFIX): value for key, value in config.items()}
-    usual = LoraConfig().to_dict()
+    return {key.removeprefix(DIFFUSERS_PREFIX): value for key, value in config.items()}
+
+
+def _refuse_unusual(path: Path, config: Mapping[str, Any], kind: str) -> None:
+    """Refuses what pixtune does not apply of an adapter's config.
+
+    Raises:
+        WeightsError: there is something; names it.
+    """
+    from peft import LoKrConfig, LoraConfig
+
+    usual = (LoKrConfig() if kind == "lokr" else LoraConfig()).to_dict()
     usual |= {"init_lora_weights": config.get("init_lora_weights", True)}
     unusual = [
         f"{key}={value!r:.60}"
         for key, value in config.items()
-        if key not in APPLIED | WITHOUT_EFFECT and value != usual.get(key) and (value or usual.get(key))
+        if key not in APPLIED[kind] | WITHOUT_EFFECT and value != usual.get(key) and (value or usual.get(key))
     ]
     if config.get("init_lora_weights", True) not in HARMLESS_STARTS:
         unusual.append(f"init_lora_weights={config['init_lora_weights']!r:.60}")
-    if str(config.get("peft_type", "LORA")) != "LORA":
+    if str(config.get("peft_type", "LORA")) not in ("LORA", "LOKR"):
         unusual.append(f"peft_type={config['peft_type']!r:.60}")
     if unusual:
         raise WeightsError(
-            f"{path} is a LoRA with {', '.join(unusual)}, which pixtune does not apply; without it the pictures would "
-            "be others. Sample with diffusers, or fuse it into the weights there."
+            f"{path} is a {KINDS[kind]} with {', '.join(unusual)}, which pixtune does not apply; without it the "
+            "pictures would be others. Sample with diffusers, or fuse it into the weights there."
         )
-    return config
 
 
 def _number(value: Any, kind: type) -> Any:
@@ -279,29 +357,24 @@ def _number(value: Any, kind: type) -> Any:
 
 
 def attach_saved_lora(
-    transformer: nn.Module, lora: SavedLora, name: str = adapters.ADAPTER_NAME, dtype: torch.dtype = torch.float32
-) -> dict[str, LoraLayer]:
+    transformer: nn.Module,
+    lora: SavedLora,
+    name: str = adapters.ADAPTER_NAME,
+    dtype: torch.dtype = torch.float32,
+    stream: BlockStream | None = None,
+) -> dict[str, Any]:
     """Attaches a saved LoRA to a transformer, and returns its layers by their paths.
 
     Args:
         name: PEFT's name for it. One of another name than the first stands beside that, frozen.
         dtype: number format of its weights.
+        stream: supplier of streamed blocks' weights, whose rows a DoRA measures.
 
     Raises:
         WeightsError: it is for another model.
     """
-    from peft import LoraConfig
-
-    config = LoraConfig(
-        r=lora.rank,
-        lora_alpha=lora.alpha,
-        target_modules=list(lora.modules),
-        rank_pattern=as_patterns(lora.ranks, lora.rank),
-        alpha_pattern=as_patterns(lora.alphas, lora.alpha),
-        use_rslora=lora.use_rslora,
-    )
     try:
-        layers = adapters.attach_config(transformer, config, name, dtype)
+        layers = adapters.attach_config(transformer, lora.modules, lora.scheme, name, dtype, stream)
         adapters.copy_weights(adapters.weights_of(layers, name), lora.weights)
     except (KeyError, RuntimeError, ValueError) as error:
         raise WeightsError(f"{lora.path} does not fit this model: {error}") from error

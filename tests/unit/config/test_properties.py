@@ -85,7 +85,7 @@ def values_of(schema: Values) -> st.SearchStrategy[Any]:
         most = min(schema.get("maxItems", 3), 3)
         return st.lists(values_of(schema["items"]), min_size=schema.get("minItems", 0), max_size=most)
     if kind == "object":
-        return st.dictionaries(TEXTS, values_of(schema["additionalProperties"]), max_size=3)
+        return st.dictionaries(TEXTS.filter(bool), values_of(schema["additionalProperties"]), max_size=3)
     if "anyOf" in schema:
         return st.one_of(*map(values_of, schema["anyOf"]))
     return {"boolean": st.booleans(), "string": TEXTS, "null": st.none()}[str(kind)]

@@ -56,7 +56,7 @@ def started(path: Path, rank: int, alpha: float) -> tuple[dict[str, Tensor], str
     """What each layer's weight gets in a model that starts from a file, and what is said of it."""
     model = tiny.load_model("tiny-qwen-image")
     adapters.attach_lora(model, QWEN.lora_targets, rank, alpha, 1)
-    line = start_from(layers := adapters.lora_layers(model), read_saved_lora(path, QWEN))
+    line = start_from(layers := adapters.adapter_layers(model), read_saved_lora(path, QWEN))
     return {name: layer.get_delta_weight("default").detach() for name, layer in layers.items()}, line
 
 
@@ -84,7 +84,7 @@ def test_at_the_file_s_rank_and_scale_every_bit_is_the_file_s(tmp_path: Path) ->
     lora, model = a_lora(), tiny.load_model("tiny-qwen-image")
     adapters.attach_lora(model, QWEN.lora_targets, 3, 6.0, 1)
     fresh = {name: weight.clone() for name, weight in adapters.lora_weights(model).items()}
-    start_from(adapters.lora_layers(model), read_saved_lora(write(tmp_path / "a", "kohya", lora), QWEN))
+    start_from(adapters.adapter_layers(model), read_saved_lora(write(tmp_path / "a", "kohya", lora), QWEN))
     for name, weight in adapters.lora_weights(model).items():
         layer, part = name.split(".lora_")
         assert weight.equal(lora[layer].tensors[f"lora_{part}"] if layer in lora else fresh[name]), name

@@ -26,6 +26,7 @@ from pixtune.trained.export import DIFFUSERS_FILE, FILES, LoraDescription, diffu
 from pixtune.trained.methods import LoraWeights
 from pixtune.trained.model_spec import model_spec
 from pixtune.trained.read_back_lora import read_back_lora
+from pixtune.trained.scheme import Scheme
 from tests.unit.engine import tiny
 
 QWEN, FLUX = FAMILIES["qwen_image"], FAMILIES["flux"]
@@ -141,17 +142,17 @@ def test_each_file_does_what_the_weights_do_and_one_that_does_not_is_found(name:
 
     base = Base(None, family, Loaded(model))  # type: ignore[arg-type]
     before = {key: weight.clone() for key, weight in weights.items()}
-    sound = read_back_lora(base, 4.0, checkpoint, velocity, paths)
+    sound = read_back_lora(base, Scheme(4, 4.0), checkpoint, velocity, paths)
     assert sound.effect > 1e-3 and sound.distance < 1e-6 and not sound.unequal
     for path in paths[1:]:
         whole, metadata = path.read_bytes(), safe_open(path, framework="pt").metadata()
         tensors = load_file(path)
         key = next(key for key in tensors if key.endswith(("alpha", "lora_B.weight")))
         save_file({**tensors, key: tensors[key] * 1.5}, path, metadata)
-        found = read_back_lora(base, 4.0, checkpoint, velocity, paths)
+        found = read_back_lora(base, Scheme(4, 4.0), checkpoint, velocity, paths)
         assert found.file == path and found.unequal and found.distance > 1e-6, key
         save_file({**tensors, key: tensors[key] * 1.5}, path, {**metadata, "pixtune.step": "6"})
-        assert read_back_lora(base, 4.0, checkpoint, velocity, paths).file is None, "of an earlier step"
+        assert read_back_lora(base, Scheme(4, 4.0), checkpoint, velocity, paths).file is None, "of an earlier step"
         path.write_bytes(whole)
     assert all(weight.equal(before[key]) for key, weight in adapters.lora_weights(model).items())
 
@@ -176,6 +177,7 @@ def test_a_run_writes_the_formats_it_is_asked_for_and_takes_back_what_it_no_long
     ):
         words = overrides(tmp_path, tmp_path / "cache", lora_files__formats=formats)
         config = load_config(write_config(tmp_path.parent), words)
-        weights = LoraWeights(config, base, BASE, adapters.AttachedLora((), ("to_q",), 0), MappingProxyType({}), None)  # type: ignore[arg-type]
+        lora = adapters.AttachedLora((), ("to_q",), 0, Scheme(4, 4.0))
+        weights = LoraWeights(config, base, BASE, lora, MappingProxyType({}), None)  # type: ignore[arg-type]
         assert {path.name for path in weights.export(tmp_path, 3)} == names
         assert {path.name for path in tmp_path.glob("*.safetensors")} == names
