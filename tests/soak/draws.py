@@ -90,8 +90,9 @@ def draw_run(draw: random.Random) -> Drawn:
     else:
         settings["rank"] = draw.choice([2, 4, 8])
         settings["lora_targets"] = draw.choice(["null", "[attention_mlp]"])
-        settings["lora_files__formats"] = draw.choice(["[diffusers,comfyui]", "[diffusers,kohya]"])
         settings |= draw_adapter(draw)
+        names = "comfyui" if "adapter__kind" in settings else draw.choice(["comfyui", "kohya"])
+        settings["lora_files__formats"] = f"[diffusers,{names}]"
         settings["ema__decay"] = draw.choice(["null", 0.5, 0.99])
         settings["ema__warm_up"], settings["ema__on_host"] = yes(draw, 0.7), yes(draw, 0.5)
     settings |= draw_optimizer(draw, full)
