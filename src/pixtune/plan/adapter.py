@@ -14,6 +14,9 @@ KINDS = {"lora": "LoRA", "lokr": "LoKr", "dora": "DoRA"}
 """Kinds of adapters, with their names in messages."""
 NEAR_SQUARE = -1
 """PEFT's factor that gives both matrices about the same side."""
+COMPILED_KEEP: Mapping[str, float] = {"lora": 0.0, "lokr": 0.91, "dora": 0.59}
+"""Share of an adapter's outputs that a compiled block keeps, where none of them is kept for a LoRA: of all layers of a
+LoKr, of a DoRA's queries, keys and values. Measured with Qwen-Image in 8 bits on an H200 (benchmarks/RESULTS.md)."""
 USUAL_FACTOR = 16
 """Size of LoKr's smaller matrix where a config names none."""
 
@@ -76,6 +79,10 @@ class Adapter:
     def low_features(self, layer: str) -> int:
         """Counts the features per token that a layer keeps of its down-projection."""
         return 0 if self.kind == "lokr" else self.rank_of(layer)
+
+    @property
+    def compiled_keep(self) -> float:
+        return COMPILED_KEEP[self.kind]
 
     def features_at_work(self, shape: Sequence[int]) -> int:
         """Counts the features per token that plain kernels hold at a time while they compute a layer's gradients."""

@@ -83,6 +83,8 @@ class Footprint:
     """Units per block of a DoRA's sums before their gains, queries, keys and values apart."""
     gained_projection_units: float = 0.0
     """Units per block of those of queries, keys and values: a compiled block keeps them in place of what follows."""
+    compiled_adapter_units: float = 0.0
+    """Units per block that a compiled block keeps beside `gained_units`; see `plan/adapter.py: COMPILED_KEEP`."""
     adapter_work_units: float = 0.0
     """Units that a block at work holds in addition for an adapter's plain kernels."""
     notes: tuple[str, ...] = ()
@@ -219,10 +221,10 @@ def read_footprint(
     rank_units = max((low_sum + frozen_sum) / num_blocks - MEASURED_RANKS, 0) / width
     on_mlp = any(inputs) or any(sees_tokens(name) and set(shapes[name]) != {width} for name in frozen)
     projections = [name for name in half if parent(name).endswith(family.lora_targets[:3])]
-    gained, gained_projections = (
-        sum(half[name][0] for name in names) / width / num_blocks if adapter.kind == "dora" else 0.0
-        for names in (half, projections)
+    outputs, of_projections = (
+        sum(half[name][0] for name in names) / width / num_blocks for names in (half, projections)
     )
+    is_dora = adapter.kind == "dora"
     return Footprint(
         kinds=kinds,
         outside_weights=sum(math.prod(shape) for name, shape in shapes.items() if not name.startswith(blocks)),
@@ -233,8 +235,9 @@ def read_footprint(
             (name, each) for name, shape in targets.items() for each in adapter.tensor_shapes(parent(name), shape)
         ),
         adapter_bytes=sum(adapter.bytes_beside(parent(name), shape) for name, shape in targets.items()),
-        gained_units=gained - gained_projections,
-        gained_projection_units=gained_projections,
+        gained_units=is_dora * (outputs - of_projections),
+        gained_projection_units=is_dora * of_projections,
+        compiled_adapter_units=adapter.compiled_keep * (of_projections if is_dora else outputs),
         adapter_work_units=max(map(adapter.features_at_work, of_tokens.values()), default=0) / width,
         notes=(adapter.note,) if adapter.note else (),
         trains_modulation=trains_modulation,

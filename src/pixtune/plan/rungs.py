@@ -340,7 +340,8 @@ def kept_units(kind: BlockKind, rung: Rung, footprint: Footprint, compiled: bool
     if compiled and not rung.selective and footprint.examples_at_once > 1:
         each += kind.units.cut
     if compiled and rung.selective and not footprint.trains_all:
-        return each + footprint.selective_extra_units + footprint.rank_units + footprint.gained_units
+        gained = footprint.gained_units + footprint.compiled_adapter_units
+        return each + footprint.selective_extra_units + footprint.rank_units + gained
     return each + extra_units(footprint, compiled)
 
 
@@ -348,7 +349,8 @@ def extra_units(footprint: Footprint, compiled: bool) -> float:
     """Returns the units that each block keeps in addition because of what is trained."""
     if footprint.trains_all:
         return FULL_UNITS["compiled" if compiled else "eager"]
-    gained = footprint.gained_units + (0.0 if compiled else footprint.gained_projection_units)
+    gained = footprint.gained_units
+    gained += footprint.compiled_adapter_units if compiled else footprint.gained_projection_units
     return footprint.extra_units + footprint.rank_units + gained
 
 
