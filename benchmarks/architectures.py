@@ -92,6 +92,7 @@ ARCHITECTURES = {
     "qwen-image-edit-2509": shipped_architecture("Qwen/Qwen-Image-Edit-2509", num_controls=1),
     "qwen-image-edit-2511": shipped_architecture("Qwen/Qwen-Image-Edit-2511", num_controls=1),
     "flux": shipped_architecture("black-forest-labs/FLUX.1-dev", **FLUX_VALUES),
+    "flux-schnell": shipped_architecture("black-forest-labs/FLUX.1-schnell", **FLUX_VALUES),
     "flux-kontext": shipped_architecture("black-forest-labs/FLUX.1-Kontext-dev", num_controls=1, **FLUX_VALUES),
 }
 """Models by the names that cells have in results."""
