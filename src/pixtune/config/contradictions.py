@@ -267,6 +267,15 @@ def _a_lora_starts_from_a_lora(method: str, path: Path | None) -> str | None:
     return None
 
 
+def _lora_files_of_a_lora(method: str, formats: Sequence[str]) -> str | None:
+    if method == "full" and "kohya" in formats:
+        return (
+            f"lora_files.formats is {list(formats)} and method is full, which writes a model folder and no LoRA. Leave "
+            "lora_files out, or choose method: lora"
+        )
+    return None
+
+
 def _something_to_wait_for(patience: int | None, share: float | str, folder: Path | None) -> str | None:
     if patience is not None and share == 0 and folder is None:
         return f"validation.patience is given ({patience}) and validation.held_out is 0: no held-out loss is measured"
@@ -315,6 +324,7 @@ _RULES: tuple[tuple[tuple[str, ...], Callable[..., str | None]], ...] = (
     (("method", "lora_targets", "lora_alpha"), _lora_keys_with_a_lora),
     (("method", "keep_plain"), _nothing_is_quantized_in_full),
     (("method", "training_adapter.path"), _an_adapter_beside_a_lora),
+    (("method", "lora_files.formats"), _lora_files_of_a_lora),
     (("method", "init_lora"), _a_lora_starts_from_a_lora),
     (("method", "adapter.kind", "adapter.rank_pattern", "adapter.rslora"), _kinds_of_a_lora),
     (("adapter.kind", "adapter.lokr_factor", "adapter.lokr_low_rank"), _keys_of_a_lokr),

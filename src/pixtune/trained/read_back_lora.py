@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from pixtune.errors import WeightsError
+from pixtune.storage.model_folder import read_header
 from pixtune.trained import adapters
 from pixtune.trained.base import Base
-from pixtune.trained.export import DIFFUSERS_FILE, read_tensors
+from pixtune.trained.export import DIFFUSERS_FILE
 from pixtune.trained.lora_names import DOWN, UP
 from pixtune.trained.read_back import ReadBack, Velocity
 from pixtune.trained.saved_lora import SavedLora, read_saved_lora
@@ -66,8 +67,10 @@ def read_back_lora(
 
 
 def _of_the_same_step(exported: Sequence[Path], checkpoint_file: Path) -> list[Path]:
-    step = read_tensors(checkpoint_file)[1].get("pixtune.step")
-    return [path for path in exported if path.is_file() and read_tensors(path)[1].get("pixtune.step") == step]
+    def step_of(path: Path) -> object:
+        return read_header(path).get("__metadata__", {}).get("pixtune.step")
+
+    return [path for path in exported if path.is_file() and step_of(path) == step_of(checkpoint_file)]
 
 
 def _at_scale_of(module: nn.Module, saved: SavedLora) -> dict[str, Tensor]:

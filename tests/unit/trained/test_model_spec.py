@@ -181,3 +181,19 @@ def test_a_run_writes_the_formats_it_is_asked_for_and_takes_back_what_it_no_long
         weights = LoraWeights(config, base, BASE, lora, MappingProxyType({}), None)  # type: ignore[arg-type]
         assert {path.name for path in weights.export(tmp_path, 3)} == names
         assert {path.name for path in tmp_path.glob("*.safetensors")} == names
+
+
+def test_formats_of_a_lora_are_refused_where_none_is_trained(tmp_path: Path) -> None:
+    from pixtune.config import load_config
+    from pixtune.errors import ConfigError
+    from tests.runs import overrides, write_config
+
+    for formats, method, words in (
+        ("[diffusers, kohya]", "full", "lora_files.formats is .* and method is full"),
+        ("[kohya]", "lora", "must hold diffusers"),
+        ("[diffusers, a1111]", "lora", "lora_files.formats"),
+        ("[]", "lora", "must hold diffusers"),
+    ):
+        changes = {"lora_files__formats": formats, "method": method}
+        with pytest.raises(ConfigError, match=words):
+            load_config(write_config(tmp_path), overrides(tmp_path / "run", tmp_path / "cache", **changes))
