@@ -1,4 +1,4 @@
-"""What the optimizer of an imported config decides of its other keys: those that it does not read are left out."""
+"""Leaves out of an imported config what its optimizer does not read, and what contradicts it."""
 
 from __future__ import annotations
 

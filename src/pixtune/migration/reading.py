@@ -72,6 +72,8 @@ def read_source(path: Path) -> Source:
     except FileNotFoundError:
         raise MigrationError(f"there is no file {path}") from None
     except (OSError, ValueError) as error:
+        if os.path.isfile(path) and (kind := _kind_of(_beginning(path))) is not None:
+            raise MigrationError(f"{path} is {kind}. {EXPECTED}") from error
         hint = ". Give the config file in it" if os.path.isdir(path) else ""
         shown = one_line(str(path))[:200]
         raise MigrationError(f"{shown} cannot be read: {_said(error)}{hint}. {EXPECTED}") from error
@@ -143,12 +145,27 @@ def find_second(named: str, folder: Path) -> Path | None:
     return None
 
 
-def _decode(data: bytes, name: str) -> str:
+def _beginning(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            return file.read(64)
+    except OSError:
+        return b""
+
+
+def _kind_of(data: bytes) -> str | None:
+    """Returns what a file that is no text is, by its first bytes."""
     for magic, kind in MAGIC:
         if data.startswith(magic):
-            raise MigrationError(f"{name} is {kind}. {EXPECTED}")
+            return kind
     if data[8:9] == b"{" and 0 < int.from_bytes(data[:8], "little") < 100 * MEBIBYTE:
-        raise MigrationError(f"{name} is a safetensors file of weights. {EXPECTED}")
+        return "a safetensors file of weights"
+    return None
+
+
+def _decode(data: bytes, name: str) -> str:
+    if (kind := _kind_of(data)) is not None:
+        raise MigrationError(f"{name} is {kind}. {EXPECTED}")
     wide = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))  # PowerShell writes it
     try:
         text = data.decode("utf-16" if wide else "utf-8-sig")

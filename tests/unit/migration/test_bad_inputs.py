@@ -123,8 +123,9 @@ def test_a_picture(tmp_path):
 def test_weights(tmp_path):
     path = tmp_path / "lora.toml"
     header = b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
-    path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(4))
-    assert "safetensors" in refusal(path)
+    for numbers in (4, 2 * LARGEST_FILE_BYTES):
+        path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(numbers))
+        assert "safetensors" in refusal(path)
 
 
 @pytest.mark.parametrize("content", [bytes(range(256)) * 8, zlib.compress(b"x" * 9999), b"PK\x03\x04" + bytes(99)])
