@@ -18,6 +18,7 @@ _BY_OURS: Mapping[str, str] = {
     "model_parts.text_encoder": "text_encoder_path clip_l clip_l_path clip_path text_encoder_1",
     "model_parts.text_encoder_2": "t5xxl t5xxl_path t5_path text_encoder_2_path",
     "model_parts.tokenizer": "tokenizer_path",
+    "model_parts.transformer": "diffusion_model pretrained_transformer_model_name_or_path",
     "output_dir": (
         "output_folder output_path save_dir save_path save_folder output_model_destination training_folder "
         "workspace_dir"

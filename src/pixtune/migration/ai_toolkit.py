@@ -271,7 +271,8 @@ SETTINGS: tuple[Rule, ...] = (
               "train.embedding_lr train.adapter_lr train.refiner_lr train.train_refiner train.merge_network_on_save "
               "train.switch_boundary_every train.single_item_batching", "without effect on these weights"),
     # ---- model
-    *used("model.name_or_path model.arch model.is_flux", WHICH_MODEL),
+    Rule("model.name_or_path", "pretrained_model_name_or_path model_parts.transformer", to.base),
+    *used("model.arch model.is_flux", WHICH_MODEL),
     Rule("model.quantize", "quantize", _quantize),
     Rule("model.qtype", "",
          lambda value, look: Lost("there are no accuracy recovery adapters") if "|" in str(value) else Outcome()),

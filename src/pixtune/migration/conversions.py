@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from pixtune.migration.models import is_hub_name_or_folder
 from pixtune.migration.rules import Convert, Look, Lost, Outcome, WrongValue, is_off
 
 # ---- plain values
@@ -130,6 +131,21 @@ def lora_file(value: Any, look: Look) -> Any:
     if name.casefold().endswith((".safetensors", ".sft")):
         return Outcome({"init_lora": name})
     return Lost("write the LoRA's .safetensors file as init_lora", to_fill_in=True)
+
+
+def transformer(value: Any, look: Look) -> Any:
+    """Returns `model_parts.transformer`: a transformer's file, beside which the other parts are those of the hub."""
+    name = value if isinstance(value, str) else ""
+    if not name:
+        return Lost("none, as here", False)
+    if name.casefold().endswith(".safetensors"):
+        return Outcome({"model_parts.transformer": name})
+    return Lost(f"the base is {look.model.name} from the hub: write model_parts.transformer if that is another one")
+
+
+def base(value: Any, look: Look) -> Any:
+    """Returns a base that is one file as `transformer` does; a folder or hub name is the model itself."""
+    return Outcome() if is_hub_name_or_folder(value) else transformer(value, look)
 
 
 # ---- sizes

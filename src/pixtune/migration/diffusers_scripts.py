@@ -134,7 +134,8 @@ def _resume(value: Any, look: Look) -> Any:
 
 
 SETTINGS: tuple[Rule, ...] = (
-    *used("pretrained_model_name_or_path script revision variant", WHICH_MODEL),
+    Rule("pretrained_model_name_or_path", "pretrained_model_name_or_path model_parts.transformer", to.base),
+    *used("script revision variant", WHICH_MODEL),
     Rule("output_dir", "output_dir", to.text, default="trained-lora"),
     Rule("rank", "rank", _for_lora(to.whole), default=4),
     Rule("lora_alpha", "lora_alpha", _for_lora(to.real), default=4.0, remark="4 where it is left out; here the rank"),

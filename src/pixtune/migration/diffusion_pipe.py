@@ -178,7 +178,7 @@ def _project(value: Any, look: Look) -> Any:
 def _path(value: Any, look: Look) -> Any:
     if is_hub_name_or_folder(value) and not look.peek("model.transformer_path"):
         return Outcome()
-    return Lost(f"the base is {look.model.name} from the hub: name a folder of yours if that one holds other weights")
+    return Lost(f"encoders and autoencoder are those of {look.model.name} from the hub", False)
 
 
 SETTINGS: tuple[Rule, ...] = (
@@ -216,12 +216,12 @@ SETTINGS: tuple[Rule, ...] = (
     *lost("optimizer.*", "the optimizer has no such argument here"),
     # ---- model
     *used("model.type", WHICH_MODEL),
-    Rule("model.diffusers_path", "", _path),
-    Rule("model.transformer_path", "", _path),
+    Rule("model.diffusers_path", "pretrained_model_name_or_path", _path),
+    Rule("model.transformer_path", "model_parts.transformer pretrained_model_name_or_path", to.transformer),
     *harmless("model.vae_path model.text_encoder_path model.llm_path model.clip_path model.t5_path "
               "model.text_encoders model.vae model.merge_adapters",
               "encoders come with pretrained_model_name_or_path"),
-    Rule("model.diffusion_model", "", _path),
+    Rule("model.diffusion_model", "model_parts.transformer pretrained_model_name_or_path", to.transformer),
     Rule("model.dtype", "mixed_precision", to.precision),
     Rule("model.transformer_dtype", "quantize", to.quantization),
     Rule("model.diffusion_model_dtype", "quantize", to.quantization),

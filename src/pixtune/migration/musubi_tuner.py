@@ -82,10 +82,6 @@ def _model(parts: Parts) -> tuple[Model, str, str]:
     return model, model.name, f"dit = {written.get('dit', 'not given')}"
 
 
-def _base(value: Any, look: Look) -> Lost:
-    return Lost(f"the base is {look.model.name} from the hub: name a folder of yours if that file holds other weights")
-
-
 def _targets(value: Any, look: Look) -> Any:
     return ["attention_mlp"]
 
@@ -107,7 +103,7 @@ SETTINGS: tuple[Rule, ...] = (
     *kohya.settings(rate=2e-6, workers=8),
     Rule("network_module", "lora_targets", kohya.for_lora(_targets), default="networks.lora",
          remark="all linear layers of the blocks but the modulation; here attention"),
-    Rule("dit", "", _base),
+    Rule("dit", "model_parts.transformer pretrained_model_name_or_path", to.transformer),
     *harmless("vae text_encoder text_encoder1 text_encoder2 clip t5",
               "encoders come with pretrained_model_name_or_path"),
     *used("model_version edit edit_plus script model_type", WHICH_MODEL),

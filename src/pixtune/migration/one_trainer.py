@@ -240,7 +240,9 @@ def _sample_every(value: Any, look: Look) -> Any:
 
 
 SETTINGS: tuple[Rule, ...] = (
-    *used("model_type base_model_name", WHICH_MODEL),
+    Rule("base_model_name", "pretrained_model_name_or_path model_parts.transformer", to.base),
+    Rule("transformer.model_name", "model_parts.transformer pretrained_model_name_or_path", to.transformer),
+    *used("model_type", WHICH_MODEL),
     Rule("workspace_dir", "output_dir", to.text, default="workspace/run"),
     *harmless("output_model_destination output_model_format output_dtype",
               "the LoRA's files are in output_dir, for diffusers and ComfyUI"),

@@ -111,12 +111,6 @@ def _model(parts: Parts) -> tuple[Model, str, str]:
     return model, str(name) if is_hub_name_or_folder(name) else model.name, f"pretrained_model_name_or_path = {name}"
 
 
-def _base(value: Any, look: Look) -> Any:
-    if is_hub_name_or_folder(value):
-        return Outcome()
-    return Lost(f"the base is {look.model.name} from the hub: name a folder of yours if that file holds other weights")
-
-
 def _prediction(value: Any, look: Look) -> Lost:
     if value == "raw":
         return Lost("the loss is of the velocity, as here", False)
@@ -156,7 +150,7 @@ SETTINGS: tuple[Rule, ...] = (
     *kohya.settings(rate=2e-6, workers=8),
     Rule("network_module", "lora_targets", kohya.for_lora(lambda value, look: ["all_linear"]),
          default="networks.lora_flux", remark="all linear layers of the blocks; here attention"),
-    Rule("pretrained_model_name_or_path", "", _base),
+    Rule("pretrained_model_name_or_path", "pretrained_model_name_or_path model_parts.transformer", to.base),
     *harmless("ae clip_l t5xxl vae", "encoders come with pretrained_model_name_or_path"),
     *used("script model_type", WHICH_MODEL),
     *used("train_data_dir reg_data_dir", "its folders are read: see data_config"),

@@ -198,9 +198,10 @@ def _resume(value: Any, look: Look) -> Any:
 
 
 SETTINGS: tuple[Rule, ...] = (
-    *used("model_family model_flavour pretrained_model_name_or_path", WHICH_MODEL),
-    *lost("pretrained_transformer_model_name_or_path pretrained_vae_model_name_or_path",
-          "a model is one folder here"),
+    Rule("pretrained_model_name_or_path", "pretrained_model_name_or_path model_parts.transformer", to.base),
+    *used("model_family model_flavour", WHICH_MODEL),
+    Rule("pretrained_transformer_model_name_or_path", "model_parts.transformer", to.transformer),
+    *lost("pretrained_vae_model_name_or_path", "write its folder as model_parts.vae"),
     Rule("output_dir", "output_dir", to.text, default="output/models"),
     Rule("model_type", "method", to.chosen({"lora": "lora", "full": "full"}), default="lora"),
     Rule("lora_type", "", _for_lora(_lora_type)),

@@ -314,3 +314,31 @@ def test_a_lora_to_begin_with(name, expected):
     )
     assert imported.value_of("init_lora") == expected
     assert any("init_lora" in each for each in left(imported, "to fill in")) == (name == "runs/epoch50")
+
+
+@pytest.mark.parametrize(
+    ("name", "base", "file"),
+    [
+        ("black-forest-labs/FLUX.1-dev", "black-forest-labs/FLUX.1-dev", None),
+        ("models/FLUX.1-dev", "models/FLUX.1-dev", None),
+        ("models/flux1-dev.safetensors", "black-forest-labs/FLUX.1-dev", "models/flux1-dev.safetensors"),
+        ("models/flux1-dev.gguf", "black-forest-labs/FLUX.1-dev", None),
+    ],
+)
+def test_a_base_that_is_one_file(name, base, file):
+    """Its other parts are those of the model on the hub; what no file of a transformer is, is listed."""
+    for text in (
+        f"accelerate launch train_dreambooth_lora_flux.py --pretrained_model_name_or_path={name}",
+        f"accelerate launch flux_train_network.py --pretrained_model_name_or_path={name} "
+        "--network_module=networks.lora_flux",
+        json.dumps({"model_family": "flux", "data_backend_config": "x", "pretrained_model_name_or_path": name}),
+        json.dumps({"training_method": "LORA", "model_type": "FLUX_DEV_1", "base_model_name": name,
+                    "concept_file_name": "c"}),
+        f"job: extension\nconfig: {{name: a, process: [{{type: sd_trainer, model: {{name_or_path: '{name}'}}}}]}}",
+    ):  # fmt: skip
+        imported = take_text(text)
+        assert (imported.value_of("pretrained_model_name_or_path"), imported.value_of("model_parts.transformer")) == (
+            base,
+            file,
+        ), text
+        assert any(name in each for each in left(imported, "changes the result")) == name.endswith("gguf")

@@ -125,6 +125,7 @@ EXPECTED: dict[str, dict[str, Any]] = {
     },
     "musubi_tuner/qwen_image.sh": {
         "pretrained_model_name_or_path": "Qwen/Qwen-Image",
+        "model_parts.transformer": "models/qwen_image_bf16.safetensors",
         "lora_alpha": 1.0,  # its default, whatever the rank
         "objective.shift": LN_2_2,  # discrete_flow_shift multiplies, ours is a logarithm
         "objective.sigma_distribution": "logit_normal",
@@ -154,6 +155,7 @@ EXPECTED: dict[str, dict[str, Any]] = {
     },
     "diffusion_pipe/kontext_full.toml": {
         "pretrained_model_name_or_path": "black-forest-labs/FLUX.1-Kontext-dev",
+        "model_parts.transformer": "models/flux1-kontext-dev.safetensors",
         "method": "full",
         "objective.sigma_distribution": "uniform",
         "objective.shift": LN_3,
@@ -241,7 +243,7 @@ def test_values(name):
 
 CHANGES: dict[str, tuple[str, ...]] = {
     "ai_toolkit/qwen_24gb.yaml": ("timestep_type = weighted", "qtype = uint3|"),
-    "musubi_tuner/edit_2511.toml": ("loraplus_lr_ratio=4", "dit = models/"),
+    "musubi_tuner/edit_2511.toml": ("loraplus_lr_ratio=4",),
     "sd_scripts/guide.sh": ("mixed_precision = fp16", "class_tokens = p0ttery bowl", "enable_bucket = false"),
     "sd_scripts/prodigy.toml": (
         "network_dropout = 0.05",

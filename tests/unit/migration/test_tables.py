@@ -87,6 +87,7 @@ ANOTHER_MEANING = {
     "optimizer_args": "a list, of which one key can be suggested",
     "conditioning_data_dir": "masks in sd-scripts, controls elsewhere",
     "weight_dtype": "of the transformer, or of everything",
+    "diffusers_path": "the base, or what gives the parts beside its file",
     "instance_prompt": "a caption, or a prefix",
 }
 
