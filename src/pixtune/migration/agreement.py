@@ -21,6 +21,7 @@ def agree(lines: dict[str, Line]) -> list[Leftover]:
         if chosen in FINDS_RATE and float(_value(lines, "learning_rate", 1.0)) >= 0.01:
             lines["learning_rate"] = Line("learning_rate", ADAMW_RATE, f"a usual rate of AdamW, in place of {chosen}'s")
         chosen = "adamw"
+    _agree_on_adapter(lines, method, left)
     if chosen != "adamw":
         _drop(lines, "adam8bit", "only AdamW has states of 8 bits here", "no effect", left)
     if chosen in SCHEDULE_FREE:
@@ -35,6 +36,19 @@ def agree(lines: dict[str, Line]) -> list[Leftover]:
     for (_, key), _ in list(unread(values)):
         _drop(lines, key, f"optimizer {chosen} does not read it", "no effect", left)
     return left
+
+
+def _agree_on_adapter(lines: dict[str, Line], method: str, left: list[Leftover]) -> None:
+    kind = str(_value(lines, "adapter.kind", "lora"))
+    if method == "full":
+        _drop(lines, "adapter.kind", "all weights are trained", "no effect", left)
+    if kind == "lokr":
+        _drop(lines, "lora_alpha", "what a LoKr adds is never scaled here", "changes the result", left)
+    if kind != "lokr" or method == "full":
+        for key in ("adapter.lokr_factor", "adapter.lokr_low_rank"):
+            _drop(lines, key, "it belongs to LoKr", "no effect", left)
+    if kind != "lora":
+        _drop(lines, "init_lora", f"a {kind} cannot start from a file", "changes the result", left)
 
 
 def _value(lines: Mapping[str, Line], key: str, otherwise: Any) -> Any:

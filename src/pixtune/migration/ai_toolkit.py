@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pixtune.errors import MigrationError
+from pixtune.migration import adapters
 from pixtune.migration import conversions as to
 from pixtune.migration import optimizers as optim
 from pixtune.migration.models import Model, is_hub_name_or_folder, model_of
@@ -89,12 +90,14 @@ _for_lora = only_if(
 
 
 def _network(value: Any, look: Look) -> Any:
-    kind = str(value).casefold()
-    if kind == "lora":
-        return "lora"
-    if kind == "locon":
-        return Outcome({"method": "lora"}, (Lost("these models have no convolutions, so it is a LoRA"),))
-    return Outcome({"method": "lora"}, (Lost("a LoRA takes its place, of the same rank"),))
+    found = adapters.kind(to.text(value))
+    if found.values.get("adapter.kind") != "lokr":
+        return found
+    whole = look.get("network.lokr_full_rank", False) is True
+    factor = adapters.factor(look.get("network.lokr_factor", -1), look)
+    return Outcome(
+        {**found.values, "adapter.lokr_low_rank": "none" if whole else "larger", "adapter.lokr_factor": factor}
+    )
 
 
 def _targets(value: Any, look: Look) -> Any:
@@ -191,9 +194,9 @@ SETTINGS: tuple[Rule, ...] = (
          remark="sd_trainer, diffusion_trainer"),
     Rule("trigger_word", "data_config.caption_prefix trigger_words", _trigger),
     # ---- network
-    Rule("network.type", "method", _for_lora(_network)),
-    Rule("network.rank", "rank", to.whole),
-    Rule("network.linear", "rank", to.whole),
+    Rule("network.type", adapters.KEYS, _for_lora(_network)),
+    Rule("network.rank", "rank", adapters.rank),
+    Rule("network.linear", "rank", adapters.rank),
     Rule("network.alpha", "lora_alpha", to.real),
     Rule("network.linear_alpha", "lora_alpha", _for_lora(to.real), default=1.0,
          remark="1 where it is left out; here the rank"),
@@ -202,7 +205,7 @@ SETTINGS: tuple[Rule, ...] = (
     *lost("network.network_kwargs.ignore_if_contains", "name the layers that are meant in lora_targets"),
     *lost("network.dropout", "a LoRA has no dropout here"),
     *harmless("network.conv network.conv_alpha", "these models have no convolutions to adapt"),
-    *lost("network.lokr_full_rank network.lokr_factor", "only a LoRA is trained"),
+    *harmless("network.lokr_full_rank network.lokr_factor", "belongs to type lokr"),
     *harmless("network.transformer_only network.split_multistage_loras", "only the transformer is trained here"),
     # ---- saving
     Rule("save.save_every", "checkpointing_steps", _steps, default=1000),
@@ -359,7 +362,7 @@ AI_TOOLKIT = Peer(
     folders=FOLDERS,
     files="The YAML (or JSON) file of a job, as in its `config/` or from its page.",
     misses=(
-        "LoKr, differential output preservation, sliders, and the optimizer Automagic.",
+        "Differential output preservation, sliders, and the optimizer Automagic.",
         "Default captions for pictures without one, and `[trigger]` inside captions.",
         "A queue of jobs and pictures managed in the page.",
     ),

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pixtune.errors import MigrationError
+from pixtune.migration import adapters
 from pixtune.migration import conversions as to
 from pixtune.migration import optimizers as optim
 from pixtune.migration.models import Model, find_model, is_hub_name_or_folder, model_of
@@ -110,16 +111,14 @@ _for_lora = only_if(
 
 
 def _adapter(value: Any, look: Look) -> Any:
-    if value == "lora":
-        return "lora"
-    return Outcome({"method": "lora"}, (Lost("a LoRA takes its place"),))
-
-
-def _rank(value: Any, look: Look) -> Any:
-    rank = to.number(value)
-    if look.peek("adapter.type") == "lokr" and rank > 1000:
-        return Lost("it stands for a full matrix of LoKr; the LoRA here has its default rank")
-    return to.whole(value)
+    found = adapters.kind(to.text(value))
+    if found.values.get("adapter.kind") != "lokr":
+        return found
+    both = look.get("adapter.decompose_both") is True
+    values = {"adapter.lokr_low_rank": "both" if both else adapters.low_rank(look.peek("adapter.rank"))}
+    if look.get("adapter.decompose_factor") is not None:
+        values["adapter.lokr_factor"] = adapters.factor(look.get("adapter.decompose_factor"), look)
+    return Outcome({**found.values, **values})
 
 
 def _timesteps(value: Any, look: Look) -> Any:
@@ -193,15 +192,15 @@ SETTINGS: tuple[Rule, ...] = (
     Rule("pseudo_huber_c", "objective.huber_delta", _huber),
     *lost("force_constant_lr", "write learning_rate, and resume_with_changes_in: [learning_rate]"),
     # ---- adapter
-    Rule("adapter.type", "method", _for_lora(_adapter)),
+    Rule("adapter.type", adapters.KEYS, _for_lora(_adapter)),
     Rule("adapter.type", "lora_targets", _for_lora(lambda value, look: ["all_linear"]),
          remark="all linear layers of the blocks; here attention"),
-    Rule("adapter.rank", "rank", _for_lora(_rank)),
+    Rule("adapter.rank", "rank", _for_lora(adapters.rank)),
     *lost("adapter.dropout", "a LoRA has no dropout here"),
     Rule("adapter.init_from_existing", "init_lora", to.lora_file, remark="a folder there, and a file here"),
     *lost("adapter.fuse_adapters adapter.exclude_linear_modules adapter.alpha",
           "one frozen LoRA is possible: training_adapter.path"),
-    *lost("adapter.decompose_factor adapter.decompose_both", "only a LoRA is trained"),
+    *harmless("adapter.decompose_factor adapter.decompose_both", "belongs to type lokr"),
     *harmless("adapter.dtype save_dtype", "a LoRA is fp32 here, in training and in its file"),
     # ---- optimizer
     Rule("optimizer.type", "optimizer adam8bit", optim.optimizer),
@@ -290,6 +289,6 @@ DIFFUSION_PIPE = Peer(
     folders=FOLDERS,
     describes_data=_describes_data,
     files="The TOML file with the tables `[model]`, `[adapter]` and `[optimizer]`; that of `dataset` is found.",
-    misses=("Pipeline parallelism over several GPUs, video models, LoKr, optimizers of pytorch-optimizer.",),
+    misses=("Pipeline parallelism over several GPUs, video models, optimizers of pytorch-optimizer.",),
     remarks=("A LoRA's alpha is its rank in both.",),
 )

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pixtune.errors import MigrationError
+from pixtune.migration import adapters
 from pixtune.migration import conversions as to
 from pixtune.migration import optimizers as optim
 from pixtune.migration.command_line import Command
@@ -138,17 +139,41 @@ def _fp8(value: Any, look: Look) -> Any:
 
 
 def _module(value: Any, look: Look) -> Any:
-    name = to.text(value)
-    if "lokr" in name or "loha" in name or "oft" in name or "lycoris" in name:
-        return Outcome({"method": "lora"}, (Lost("a LoRA takes its place, of the same rank"),))
-    return "lora"
+    name = to.text(value).rpartition(".")[2]
+    if "lycoris" in to.text(value):
+        algorithm = dict(optim.pairs(_words(look.peek("network_args")))).get("algo", "lora")
+        found = adapters.kind(str(algorithm))
+    else:
+        found = adapters.kind(name if name in ("lokr", "loha", "oft") else "lora")
+    if found.values.get("adapter.kind") == "lokr":
+        low = adapters.low_rank(to.number(look.peek("network_dim", 4)))
+        return Outcome({**found.values, "adapter.lokr_low_rank": low})
+    return found
 
 
 def _network_arguments(value: Any, look: Look) -> Any:
-    words = value if isinstance(value, list) else [value]
-    words = [str(word) for word in words if word is not True and str(word).strip()]
-    why = "which layers get a LoRA is lora_targets here; all have one rank and one rate"
-    return Lost(why) if words else Lost("none, as here", False)
+    values: dict[str, Any] = {}
+    rest = []
+    for key, given in optim.pairs(_words(value)):
+        if key == "algo":
+            continue
+        if key == "factor":
+            values["adapter.lokr_factor"] = adapters.factor(given, look)
+        elif key in ("dora_wd", "full_matrix", "decompose_both"):
+            ours = {"dora_wd": ("kind", "dora"), "full_matrix": ("lokr_low_rank", "none")}
+            name, word = ours.get(key, ("lokr_low_rank", "both"))
+            values |= {f"adapter.{name}": word} if to.truth(given) else {}
+        else:
+            rest.append(f"{key}={given}")
+    why = f"{', '.join(rest)[:200]}: which layers get a LoRA is lora_targets here; all have one rank and one rate"
+    if values or rest:
+        return Outcome(values, (Lost(why),) if rest else ())
+    return Lost("none, as here" if not _words(value) else "see network_module", False)
+
+
+def _words(value: Any) -> list[str]:
+    items = value if isinstance(value, list) else [value]
+    return [str(word) for word in items if word not in (True, None) and str(word).strip()]
 
 
 def _alpha(value: Any, look: Look) -> Any:
@@ -178,11 +203,11 @@ def settings(rate: float, workers: int) -> tuple[Rule, ...]:
     return (
         Rule("output_dir", "output_dir", lambda value, look: Outcome(), remark="with output_name as a folder in it"),
         *used("output_name", "a folder in output_dir here"),
-        Rule("network_module", "method", _module),
-        Rule("network_dim", "rank", for_lora(to.whole), default=4),
+        Rule("network_module", adapters.KEYS, _module),
+        Rule("network_dim", "rank", for_lora(adapters.rank), default=4),
         Rule("network_alpha", "lora_alpha", for_lora(_alpha), default=1.0,
              remark="1 where it is left out; here the rank"),
-        Rule("network_args", "", _network_arguments),
+        Rule("network_args", "adapter.kind adapter.lokr_factor adapter.lokr_low_rank", _network_arguments),
         *lost("network_dropout scale_weight_norms", "a LoRA has no dropout and no limit of its norm here"),
         Rule("network_weights", "init_lora", to.lora_file),
         *harmless("dim_from_weights", "rank says which; a file of another rank is brought to it"),

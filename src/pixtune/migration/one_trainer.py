@@ -256,7 +256,8 @@ SETTINGS: tuple[Rule, ...] = (
          remark="all linear layers where it is left out; here attention"),
     *harmless("layer_filter_preset layer_filter_regex", "see layer_filter"),
     Rule("lora_model_name", "init_lora", to.lora_file),
-    *lost("lora_decompose", "a plain LoRA is trained"),
+    Rule("lora_decompose", "adapter.kind",
+         lambda value, look: "dora" if to.truth(value) else Lost("a plain LoRA, as here", False)),
     *harmless("lora_weight_dtype lora_decompose_* lokr_* oft_* loha_* bundle_additional_embeddings dora_oft",
               "a LoRA is fp32 here"),
     # ---- length and rate

@@ -112,7 +112,7 @@ def optimizer_arguments(value: Any, look: Look) -> Outcome:
     """Returns arguments of an optimizer: ["weight_decay=0.01", "betas=0.9,0.99"], a text or a mapping."""
     values: dict[str, Any] = {}
     unknown = []
-    for key, given in _pairs(value):
+    for key, given in pairs(value):
         if key in ("betas", "beta"):
             betas = given if isinstance(given, list | tuple) else str(given).strip("()[] ").split(",")
             names = ("adam_beta1", "adam_beta2")
@@ -138,7 +138,8 @@ _ARGUMENTS: Mapping[str, tuple[str, Convert]] = {
 """Arguments of optimizers there, each with its key here; `agree` leaves out what the chosen one does not read."""
 
 
-def _pairs(value: Any) -> list[tuple[str, Any]]:
+def pairs(value: Any) -> list[tuple[str, Any]]:
+    """Returns arguments as names with values: ["a=1", "b=2"], a text of them, or a mapping."""
     if isinstance(value, Mapping):
         return [(str(key), given) for key, given in value.items()]
     words = value if isinstance(value, list | tuple) else split_outside_brackets(to.text(value))

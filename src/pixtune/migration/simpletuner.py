@@ -155,7 +155,11 @@ def _targets(value: Any, look: Look) -> Any:
 
 
 def _lora_type(value: Any, look: Look) -> Any:
-    return Lost("a LoRA, as here", False) if value == "standard" else Lost("a LoRA takes the place of LyCORIS")
+    return (
+        Lost("a LoRA, as here", False)
+        if value == "standard"
+        else Lost("a LoRA takes the place of LyCORIS: write adapter.kind: lokr if lycoris_config says so")
+    )
 
 
 def _timesteps(value: Any, look: Look) -> Any:
@@ -211,7 +215,9 @@ SETTINGS: tuple[Rule, ...] = (
          remark="0.1 where it is left out; here there is none"),
     Rule("flux_lora_target", "lora_targets", _for_lora(_targets), default="all"),
     Rule("init_lora", "init_lora", to.lora_file),
-    *lost("use_dora singlora_ramp_up_steps tread_config controlnet control",
+    Rule("use_dora", "adapter.kind",
+         lambda value, look: "dora" if to.truth(value) else Lost("a plain LoRA, as here", False)),
+    *lost("singlora_ramp_up_steps tread_config controlnet control",
           "a plain LoRA is trained, from its usual beginning"),
     *harmless("lora_init_type peft_lora_mode lycoris_config init_lokr_norm lora_format slider_strength",
               "see lora_type"),
@@ -327,7 +333,7 @@ SIMPLETUNER = Peer(
     describes_data=_describes_data,
     files="`config.json`; the file of `data_backend_config` is found by itself.",
     misses=(
-        "LyCORIS, DoRA, TREAD, distillation and forty optimizers.",
+        "LyCORIS but for LoKr, TREAD, distillation and forty optimizers.",
         "Data in S3, CSV and web shards; FSDP and DeepSpeed.",
     ),
     remarks=(

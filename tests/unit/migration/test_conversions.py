@@ -342,3 +342,52 @@ def test_a_base_that_is_one_file(name, base, file):
             file,
         ), text
         assert any(name in each for each in left(imported, "changes the result")) == name.endswith("gguf")
+
+
+LOKR = {
+    "ai-toolkit": (
+        "job: extension\nconfig: {name: a, process: [{type: sd_trainer, model: {name_or_path: FLUX.1-dev}, network: "
+        "{type: lokr, lokr_full_rank: true, lokr_factor: 8, linear: 9999999999, linear_alpha: 9999999999}}]}",
+        ("lokr", "none", 8),
+    ),
+    "diffusion-pipe": (
+        "[model]\ntype='flux'\ndiffusers_path='FLUX.1-dev'\n[optimizer]\ntype='adamw'\n[adapter]\ntype='lokr'\n"
+        "rank=16\ndecompose_both=true\ndecompose_factor=-1\n",
+        ("lokr", "both", 65536),
+    ),
+    "musubi-tuner": (
+        "accelerate launch flux_kontext_train_network.py --dit k.safetensors --network_module networks.lokr "
+        "--network_dim 8 --network_args factor=4",
+        ("lokr", "larger", 4),
+    ),
+    "sd-scripts": (
+        "accelerate launch flux_train_network.py --pretrained_model_name_or_path flux1-dev.safetensors "
+        "--network_module lycoris.kohya --network_dim 10000 --network_args algo=lokr factor=16",
+        ("lokr", "none", 16),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LOKR)
+def test_a_lokr(name):
+    text, expected = LOKR[name]
+    imported = take_text(text)
+    assert tuple(imported.value_of(f"adapter.{key}") for key in ("kind", "lokr_low_rank", "lokr_factor")) == expected
+    assert imported.value_of("lora_alpha") is None
+
+
+def test_a_dora():
+    imported = take_text(
+        json.dumps({"model_family": "flux", "data_backend_config": "x", "use_dora": True, "init_lora": "a.safetensors"})
+    )
+    assert (imported.value_of("adapter.kind"), imported.value_of("init_lora")) == ("dora", None)
+    assert any("init_lora" in each for each in left(imported, "changes the result"))
+
+
+def test_another_adapter_becomes_a_lora_with_a_word():
+    imported = take_text(
+        "accelerate launch flux_kontext_train_network.py --dit k.safetensors --network_module networks.loha "
+        "--network_dim 8"
+    )
+    assert imported.value_of("adapter.kind") is None
+    assert any("a LoRA takes its place" in each for each in left(imported, "changes the result"))

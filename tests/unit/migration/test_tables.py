@@ -85,6 +85,7 @@ WORDS_OF_MANY = {"type", "samples", "enable", "tensorboard", "dropout_probabilit
 """Last parts of keys that mean a key of ours in one place of one trainer alone."""
 ANOTHER_MEANING = {
     "optimizer_args": "a list, of which one key can be suggested",
+    "network_args": "a list, of which no one key can be suggested",
     "conditioning_data_dir": "masks in sd-scripts, controls elsewhere",
     "weight_dtype": "of the transformer, or of everything",
     "diffusers_path": "the base, or what gives the parts beside its file",
