@@ -63,6 +63,10 @@ def adamw(name: str, parameters: Any) -> torch.optim.Optimizer:
     return torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=0.1, fused=True)
 
 
+def muon(name: str, parameters: Any) -> optim.Optimizer:
+    return BUILDERS["muon"](parameters, lr=LEARNING_RATE, weight_decay=0.1, in_block=name != "again.weight")
+
+
 def gradient(name: str, weight: Tensor, step: int) -> Tensor:
     return torch.randn(weight.shape, generator=generator(1000 * step + ord(name[0]))).bfloat16()
 
@@ -101,13 +105,14 @@ def test_updates_too_small_for_bf16_are_not_lost() -> None:
     assert named["w"].float().mean().item() == pytest.approx(0.9, abs=0.005)
 
 
-def test_rounding_goes_on_where_it_was() -> None:
+@pytest.mark.parametrize("build", [adamw, muon])
+def test_rounding_goes_on_where_it_was(build: Any) -> None:
     straight = weights()
-    take_steps(WeightUpdate(straight, adamw, seed=3, first_step=0), straight, range(4))
+    take_steps(WeightUpdate(straight, build, seed=3, first_step=0), straight, range(4))
     parts = weights()
-    first = WeightUpdate(parts, adamw, seed=3, first_step=0)
+    first = WeightUpdate(parts, build, seed=3, first_step=0)
     take_steps(first, parts, range(2))
-    second = WeightUpdate(parts, adamw, seed=3, first_step=2)
+    second = WeightUpdate(parts, build, seed=3, first_step=2)
     states, plain = optim.optimizer_state(first, parts)
     for name, weight in parts.items():
         own = {path: tensor for path, tensor in states.items() if path.startswith(f"{name}/")}
@@ -116,7 +121,7 @@ def test_rounding_goes_on_where_it_was() -> None:
     assert all(parts[name].equal(straight[name]) for name in parts)
 
     other = weights()
-    take_steps(WeightUpdate(other, adamw, seed=4, first_step=0), other, range(4))
+    take_steps(WeightUpdate(other, build, seed=4, first_step=0), other, range(4))
     assert not other["a"].equal(straight["a"]), "another seed rounds otherwise"
 
 
@@ -256,10 +261,6 @@ def late_lane(device: torch.device) -> Any:
 
 def adamw_8bit(name: str, parameters: Any) -> optim.Optimizer:
     return BUILDERS["adamw_8bit"](parameters, lr=LEARNING_RATE, weight_decay=0.1)
-
-
-def muon(name: str, parameters: Any) -> optim.Optimizer:
-    return BUILDERS["muon"](parameters, lr=LEARNING_RATE, weight_decay=0.1, in_block=name != "again.weight")
 
 
 KINDS = ("rounded", "master", "fp32")
