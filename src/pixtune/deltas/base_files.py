@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pixtune.deltas.other_files import describe_weights
 from pixtune.errors import WeightsError
 from pixtune.families import FAMILIES
+from pixtune.families.other_files import kind_of_tensors
 from pixtune.family import ModelFamily
 from pixtune.storage.architecture import find_cached
 from pixtune.storage.loading.entries import TensorEntry, read_entries
@@ -126,7 +126,7 @@ def open_base(name_or_path: str) -> BaseFiles:
     most = max(len(places) for _, places in found)
     if most == 0:
         raise WeightsError(
-            f"{path} holds no transformer of {', '.join(FAMILIES)}: {describe_weights(by_name)}. Is it the right file?"
+            f"{path} holds no transformer of {', '.join(FAMILIES)}: it is {kind_of_tensors(by_name).split('. ')[0]}."
         )
     families = tuple(family for family, places in found if len(places) == most)
     return BaseFiles(name_or_path, path, transformer, by_name, locate_layers(by_name, families[0]), families)

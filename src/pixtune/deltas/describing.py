@@ -9,9 +9,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pixtune.deltas.adapter_file import BASES, AdapterFile, rank_of
+from pixtune.deltas.adapter_file import AdapterFile, rank_of
 from pixtune.deltas.comparing import Comparison, sum_of
 from pixtune.deltas.delta import Angle, Dora, norm, shape_of
+from pixtune.deltas.recognizing import BASES
 from pixtune.deltas.svd import Cut
 from pixtune.deltas.writing import trigger_words
 from pixtune.storage.architecture import find_shipped

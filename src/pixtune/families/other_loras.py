@@ -1,4 +1,4 @@
-"""Models that no family here is, told by the names of the layers that LoRA files are for."""
+"""Models that no family here is, and adapters that are not read, told by the names of a file's tensors."""
 
 from __future__ import annotations
 
@@ -21,7 +21,28 @@ OTHER_MODELS: tuple[tuple[str, str], ...] = (
 """Beginnings of the names of LoRA tensors, and the models that have such layers."""
 
 
+ADAPTERS: tuple[tuple[str, str], ...] = (
+    (r".*\.hada_(w|t)", "a LoHa"),
+    (r".*\.(oft_blocks|oft_diag|oft_r)", "an OFT"),
+    (r".*\.(boft_)", "a BOFT"),
+    (r".*\.(ia3_l|on_input)", "an (IA)3"),
+    (r".*\.glora_|.*\.(a1|a2|b1|b2)\.weight$", "a GLoRA"),
+    (r".*\.vera_", "a VeRA"),
+    (r".*\.diff(_b)?$", "an adapter with whole differences of weights"),
+)
+"""Kinds of adapters that are known by name and not read."""
+
+
+def other_kind(names: Iterable[str]) -> str | None:
+    """Returns which kind of adapter a file is that pixtune does not read; None where the names are of none."""
+    return _first_match(names, ADAPTERS)
+
+
 def other_model(names: Iterable[str]) -> str | None:
     """Returns which other model a LoRA's layers are of; None where the names of its tensors tell of none."""
+    return _first_match(names, OTHER_MODELS)
+
+
+def _first_match(names: Iterable[str], table: tuple[tuple[str, str], ...]) -> str | None:
     names = list(names)
-    return next((what for pattern, what in OTHER_MODELS if any(re.match(pattern, name) for name in names)), None)
+    return next((what for pattern, what in table if any(re.match(pattern, name) for name in names)), None)

@@ -150,15 +150,17 @@ def one(name: str, *shape: int) -> dict[str, Tensor]:
 
 
 OTHERS: dict[str, tuple[dict[str, Tensor], str]] = {
-    "a base checkpoint": (one(f"{Q}.weight", 4, 4), "base checkpoint|a transformer|weights of an image model"),
-    "ComfyUI's base checkpoint": (one(f"model.diffusion_model.{Q}.weight", 4, 4), "base checkpoint|image model"),
+    "a base checkpoint": (one(f"{Q}.weight", 4, 4), "the weights of a transformer"),
+    "ComfyUI's base checkpoint": (one("model.diffusion_model.double_blocks.0.img_mlp.0.weight", 4, 4), r"\(flux\)"),
     "a VAE": (one("decoder.conv_in.weight", 4, 4, 3, 3), r"\(VAE\)"),
-    "a text encoder": (one("model.layers.0.self_attn.q_proj.weight", 4, 4), "text encoder|language model"),
+    "a text encoder": (one("model.layers.0.self_attn.q_proj.weight", 4, 4), "text encoder"),
+    "another model's weights": (one("noise_refiner.0.attention.to_q.weight", 4, 4), "Z-Image"),
+    "an embedding": (one("clip_l", 4, 4), "textual inversion"),
     "a LoHa": (one(f"diffusion_model.{Q}.hada_w1_a", 4, 4), "LoHa"),
     "an OFT": (one(f"lora_unet_{Q.replace('.', '_')}.oft_blocks", 4, 4, 4), "OFT"),
     "whole differences": (one(f"diffusion_model.{Q}.diff", 4, 4), "whole differences"),
     "something unknown": (one("a.b.c", 4), "a.b.c"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("kind", OTHERS)
