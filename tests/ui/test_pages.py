@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import shutil
 
 import pytest
 import yaml
@@ -12,6 +14,12 @@ from tests.ui.conftest import PLACE, RUN
 
 pytest.importorskip("starlette")
 
+from PIL import Image
+
+from pixtune.config import load_config
+from pixtune.config.folders import folders_of
+from pixtune.data.layouts import find_examples
+from pixtune.data.masks import find_masks
 from pixtune.ui.configs import given_values
 from pixtune.ui.server import ROUTES
 from pixtune.ui.yaml_edit import set_key
@@ -225,3 +233,53 @@ def test_pages_load_nothing_from_elsewhere(page, url):
     text = page.client.get(url).text
     assert "http://" not in text.replace("http://www.w3.org", "") and "https://" not in text
     assert " style=" not in text and "onclick" not in text and "<script>" not in text
+
+
+def test_a_painted_mask_lies_where_training_finds_it(page):
+    mask = io.BytesIO()
+    Image.new("L", (64, 64), 255).save(mask, "PNG")
+    url = f"/mask/{PLACE}?name=alien.png"
+    assert page.get(url).json() == {"place": ""}
+    assert page.client.put(url, content=mask.getvalue()).status_code == 201
+    given = given_values(page.config.read_text())
+    assert (given["data_config.mask_dir"], given["data_config.allow_missing_masks"]) == ("datasets/first-masks", True)
+    found = find_masks(
+        find_examples(folder := folders_of(load_config(page.config).data_config)[0]).pairs, folder, ()
+    ).of_picture
+    assert [*found] == ["alien.png"]
+    assert page.get(url).json() == {"place": "here/datasets/first-masks/alien.png"}
+    assert page.client.put(url, content=b"no picture").status_code == 400
+    assert page.client.put(f"/mask/{PLACE}?name=../x.png", content=mask.getvalue()).status_code == 400
+
+
+def test_a_control_and_its_target_change_places_and_back(page):
+    (page.home / "controls").mkdir()
+    target, control = page.pictures / "alien.png", page.home / "controls" / "alien.png"
+    shutil.copyfile(DEMO_TRAIN / "owl.png", control)
+    before = target.read_bytes(), control.read_bytes()
+    text = page.config.read_text().replace("img_size: 64", "img_size: 64\n  control_dir: controls")
+    page.config.write_text(text + "  allow_missing_controls: true\n")
+    for turn in (before[::-1], before):
+        assert page.post(f"/swap/{PLACE}", {"name": "alien.png"}).status_code == 200
+        assert (target.read_bytes(), control.read_bytes()) == turn
+    assert page.post(f"/swap/{PLACE}", {"name": "books.png"}).status_code == 400
+    assert not [path for path in (*page.pictures.iterdir(), *control.parent.iterdir()) if "swap" in path.name]
+
+
+def test_a_model_card_names_no_path_and_no_caption(page):
+    run = page.home / "runs" / "first"
+    config = {"pretrained_model_name_or_path": str(TINY_MODEL), "rank": 8, "trigger_words": ["zwx"]}
+    note = {"lock": None, "began": "x", "start_step": 0, "num_steps": 4, "step": 4, "outcome": "finished"}
+    (run / "session.json").write_text(json.dumps({**note, "config": config}))
+    card = page.get(f"/card/{RUN}").text
+    assert "| rank | 8 |" in card and "`zwx`" in card and "0.7000" in card
+    assert str(TINY_MODEL) not in card and str(page.home) not in card and "alien" not in card
+
+
+def test_a_run_that_would_write_outside_the_folders_is_not_started(page, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    text = page.config.read_text().replace(": model", f": {TINY_MODEL}")
+    page.config.write_text(text + f"  cache_dir: {tmp_path}/elsewhere\n")
+    answer = page.post(f"/start/{PLACE}", {})
+    assert answer.status_code == 404 and "outside" in answer.json()["error"]
+    assert page.started == []

@@ -123,8 +123,8 @@ def test_files_that_are_no_results_are_not_downloaded(page, file):
 
 
 def test_links_of_results_are_not_followed_out(page, outside):
-    (page.home / "runs" / "first" / "README.md").symlink_to(outside / "secret.yaml")
-    assert page.get(f"/download/{RUN}?file=README.md").status_code == 404
+    (page.home / "runs" / "first" / "before_after.png").symlink_to(outside / "secret.yaml")
+    assert page.get(f"/download/{RUN}?file=before_after.png").status_code == 404
 
 
 def test_html_in_captions_names_and_prompts_is_text(page):

@@ -21,7 +21,10 @@ ESSENTIAL = (
     "train_batch_size",
 )
 """Keys that are shown without asking."""
+OF_CONTROLS = ("data_config.control_dir",)
+"""Keys that are shown beside these for models that edit pictures."""
 LABELS = {
+    "data_config.control_dir": "Folder of the control pictures, with the pictures' names",
     "pretrained_model_name_or_path": "Model",
     "samples.prompts": "Prompts to draw while it learns",
     "max_train_steps": "Steps",
@@ -97,10 +100,14 @@ def build_field(key: KeyDescription, given: Mapping[str, Any]) -> Field:
     return Field(key.name, label, key.values, key.default, key.meaning, text, choices, lines)
 
 
-def essential_fields(given: Mapping[str, Any]) -> list[Field]:
-    """Returns the fields that are always shown."""
+def essential_fields(given: Mapping[str, Any], edits_pictures: bool) -> list[Field]:
+    """Returns the fields that are shown without asking.
+
+    Args:
+        edits_pictures: whether the model takes control pictures.
+    """
     by_name = {key.name: key for key in _keys()}
-    return [build_field(by_name[name], given) for name in ESSENTIAL]
+    return [build_field(by_name[name], given) for name in (*ESSENTIAL, *(OF_CONTROLS if edits_pictures else ()))]
 
 
 def all_sections(given: Mapping[str, Any]) -> Sequence[Section]:

@@ -20,7 +20,7 @@ from pixtune.data.layouts import find_examples
 from pixtune.errors import FaultsError, PixtuneError
 from pixtune.hardware.cards import CARDS
 from pixtune.hardware.facts import GIB
-from pixtune.storage.architecture import find_cached, find_shipped
+from pixtune.storage.architecture import find_architecture, find_cached, find_shipped
 from pixtune.storage.model_folder import download_command
 from pixtune.ui import choices, form, runs
 from pixtune.ui.answers import BadRequestError, answer, done, field, read_form
@@ -188,6 +188,18 @@ def model_state(config: TrainConfig | None) -> ModelState | None:
         return ModelState(name, False, str(error), "")
 
 
+def edits_pictures(config: TrainConfig | None) -> bool:
+    """Returns whether a config's model takes control pictures; False where it is not known."""
+    from pixtune.families import family_of
+
+    try:
+        return (
+            config is not None and family_of(find_architecture(config.pretrained_model_name_or_path)).max_controls > 0
+        )
+    except PixtuneError:
+        return False
+
+
 def download_gb(name: str) -> float | None:
     """Returns the size of a published model in bf16, GB; None where it is not known here."""
     from pixtune.families import family_of
@@ -219,7 +231,7 @@ def build_view(work: Workplace, file: ConfigFile, card: str, error: str = "") ->
             for each in choices.QUALITIES
         ],
         "chosen": choices.chosen(given, num_pictures, is_small),
-        "fields": form.essential_fields(given),
+        "fields": form.essential_fields(given, edits_pictures(file.config)),
         "sections": form.all_sections(given),
         "num_pictures": num_pictures,
         "model": model_state(file.config),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,10 +10,11 @@ from typing import Any
 
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
-from starlette.responses import FileResponse, Response
+from starlette.responses import FileResponse, PlainTextResponse, Response
 
 from pixtune.errors import PixtuneError
 from pixtune.runs.read import find_runs
+from pixtune.runs.state import RunState
 from pixtune.ui import runs
 from pixtune.ui.answers import BadRequestError, answer, as_url, plain_values
 from pixtune.ui.run_page import run_folder, strips_of, watch_of
@@ -23,7 +25,6 @@ FILES = {
     "comfyui_lora.safetensors": "the LoRA for ComfyUI, at the last checkpoint",
     "best/pytorch_lora_weights.safetensors": "the LoRA for diffusers, at the step with the lowest held-out loss",
     "best/comfyui_lora.safetensors": "the LoRA for ComfyUI, at the step with the lowest held-out loss",
-    "README.md": "the model card",
     "before_after.png": "samples before and after training",
     "report.html": "the report: everything on one page, to hand on",
     "metrics.jsonl": "every figure of every step",
@@ -64,7 +65,7 @@ async def show(request: Request) -> Response:
         "step": "result",
         "name": folder.name,
         "place": place,
-        "run": runs.view_of(state, work.jobs.find("run", folder), folder, 0),
+        "run": runs.view_of(watch_of(work, folder), work.jobs.find("run", folder)),
         "downloads": downloads_in(folder),
         "is_whole": state is not None and state.config.get("method") == "full",
         "steps": runs.steps_of(file.place if file else None, place),
@@ -99,6 +100,43 @@ async def download(request: Request) -> Response:
     if name == "report.html" and "show" in request.query_params:
         return FileResponse(path, media_type="text/html", headers={"content-security-policy": REPORT_POLICY})
     return FileResponse(path, media_type="application/octet-stream", filename=f"{folder.name}-{Path(name).name}")
+
+
+async def card(request: Request) -> Response:
+    """A model card of the run in Markdown: base, trigger words, how it was trained. It holds no path and no caption."""
+    work, folder = run_folder(request)
+    state = await watch_of(work, folder).refresh()
+    if state is None or not state.config:
+        raise BadRequestError("the card is made of the run's config, which no file of it holds yet")
+    named = {"content-disposition": 'attachment; filename="README.md"'}
+    return PlainTextResponse(model_card(folder.name, state), media_type="text/markdown", headers=named)
+
+
+def model_card(name: str, state: RunState) -> str:
+    """Returns the text of a model card for the hub."""
+    config = state.config
+    base = str(config.get("pretrained_model_name_or_path", ""))
+    is_hub_name = base.count("/") == 1 and not base.startswith((".", "/", "~")) and not Path(base).exists()
+    data, triggers = config.get("data_config", {}), config.get("trigger_words") or ()
+    head = [f"base_model: {json.dumps(base)}"] if is_hub_name else []
+    lines = ["---", *head, "library_name: diffusers", "tags: [lora, text-to-image]", "---", "", f"# {name}", ""]
+    lines.append(f"A LoRA for {base if is_hub_name else 'the base model that it was trained on'}, made with pixtune.")
+    if triggers:
+        lines += ["", "Trigger words: " + ", ".join(f"`{str(word).replace('`', '')}`" for word in triggers)]
+    lines += ["", "| | |", "|---|---|", f"| steps | {state.step:,} |"]
+    for label, value in (
+        ("rank", config.get("rank")),
+        ("learning rate", config.get("learning_rate")),
+        ("size of pictures", data.get("img_size") if isinstance(data, Mapping) else None),
+        ("seed", config.get("seed")),
+        ("held-out loss", f"{state.held_out_loss.loss:.4f}" if state.held_out_loss else None),
+        ("before training", f"{state.first_loss.loss:.4f}" if state.first_loss else None),
+    ):
+        lines += [f"| {label} | {value} |"] if value is not None else []
+    loading = f'DiffusionPipeline.from_pretrained("{base if is_hub_name else "BASE_MODEL"}")'
+    lines += ["", "```python", "from diffusers import DiffusionPipeline", f"pipeline = {loading}"]
+    lines += ['pipeline.load_lora_weights(".", weight_name="pytorch_lora_weights.safetensors")', "```", ""]
+    return "\n".join(lines)
 
 
 async def compare(request: Request) -> Response:

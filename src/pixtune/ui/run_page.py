@@ -12,6 +12,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 
 from pixtune.config import load_config
+from pixtune.data.examples import folders_apart
 from pixtune.errors import RunError
 from pixtune.report.record import Sample
 from pixtune.runs.state import RunState
@@ -63,12 +64,17 @@ async def start(request: Request) -> Response:
 
 async def begin(work: Workplace, file: ConfigFile) -> Path:
     """Starts or continues a config's run; one that is alive stays as it is."""
-    file.required()
+    config = file.required()
     folder = runs.folder_of_config(work, file)
     if folder is None:
         raise OutsideError(
             f"output_dir of {file.name} lies outside the folders that this page may write to: choose another, such as "
             f"runs/{file.name}"
+        )
+    if outside := [str(path) for path in folders_apart(config) if not work.roots.holds(work.home / path.expanduser())]:
+        raise OutsideError(
+            f"{file.name} names folders outside those that this page may open: {', '.join(outside)}. Start it with "
+            "--root FOLDER for each, or train in a terminal by the command that is shown"
         )
     state = await watch_of(work, folder).refresh()
     if state is None or state.process is None:
@@ -81,9 +87,9 @@ async def show(request: Request) -> Response:
     """A run: its state, figures and samples."""
     work, folder = run_folder(request)
     watch = watch_of(work, folder)
-    state = await watch.refresh()
+    await watch.refresh()
     file = await run_in_threadpool(runs.config_of_run, work, folder)
-    view = runs.view_of(state, work.jobs.find("run", folder), folder, watch.version)
+    view = runs.view_of(watch, work.jobs.find("run", folder))
     place = work.roots.place_of(folder)
     return answer(
         request,
@@ -114,7 +120,7 @@ async def events(request: Request) -> Response:
             if version < 0:
                 yield ": still here\n\n"
                 continue
-            view = runs.view_of(watch.state, work.jobs.find("run", folder), folder, version)
+            view = runs.view_of(watch, work.jobs.find("run", folder))
             yield f"event: state\ndata: {json.dumps(plain_values(view))}\n\n"
 
     return StreamingResponse(stream(), media_type="text/event-stream", headers={"x-accel-buffering": "no"})
@@ -160,7 +166,8 @@ def strips_of(work: Workplace, folder: Path, state: RunState) -> list[dict[str, 
             {
                 "number": number,
                 "prompt": first.prompt,
-                "detail": first.detail + (f", strength {first.strength:g}" if first.strength != 1 else ""),
+                "detail": first.detail,
+                "strength": first.strength,
                 "samples": [
                     {"step": step, "thumb": f"/thumb/{place}/{as_url(by_step[step].path)}"} for step in sorted(by_step)
                 ],

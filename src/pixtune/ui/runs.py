@@ -18,6 +18,7 @@ from pixtune.ui.answers import as_url
 from pixtune.ui.configs import ConfigFile, list_configs
 from pixtune.ui.jobs import CONSOLE, Job
 from pixtune.ui.roots import OutsideError
+from pixtune.ui.watch import Watch
 from pixtune.ui.workplace import Workplace
 
 MOST_RUNS = 200
@@ -137,8 +138,9 @@ def console_end(folder: Path, most_bytes: int = CONSOLE_BYTES) -> str:
     return "\n".join(line.rpartition("\r")[2] for line in text.split("\n"))
 
 
-def view_of(state: RunState | None, job: Job | None, folder: Path, version: int) -> dict[str, Any]:
+def view_of(watch: Watch, job: Job | None) -> dict[str, Any]:
     """Returns what changes on a run's page, as plain values."""
+    state, folder, version = watch.state, watch.folder, watch.version
     if state is None:
         is_starting = job is not None and job.is_running
         return {
@@ -149,7 +151,7 @@ def view_of(state: RunState | None, job: Job | None, folder: Path, version: int)
             "step": 0, "num_steps": None, "share": None, "loss": None, "held_out": None, "best_step": None,
             "best_loss": None, "seconds_per_step": None, "left": None, "peak_memory_gib": None, "requests": [],
             "error": None if is_starting else _last_error(folder), "warnings": [], "num_samples": 0,
-            "can_resume": False, "has_report": False, "age": None,
+            "can_resume": False, "has_report": False, "age": None, "gpu": None,
         }  # fmt: skip
     return {
         "version": version,
@@ -172,6 +174,7 @@ def view_of(state: RunState | None, job: Job | None, folder: Path, version: int)
         "num_samples": len(state.samples),
         "can_resume": state.process is None and bool(state.checkpoints) and state.step < (state.num_steps or 1 << 62),
         "has_report": state.report is not None,
+        "gpu": watch.gpu,
         "age": round(time.time() - state.changed),
     }
 

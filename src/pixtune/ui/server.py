@@ -21,7 +21,7 @@ from starlette.staticfiles import StaticFiles
 
 from pixtune.errors import PixtuneError
 from pixtune.storage.files import user_cache_folder
-from pixtune.ui import checks, describe, home, pictures, plan_page, results, run_page, uploads
+from pixtune.ui import checks, describe, home, masks, pictures, plan_page, results, run_page, uploads
 from pixtune.ui.answers import HERE, answer, read_form, show_error
 from pixtune.ui.api import openapi
 from pixtune.ui.jobs import Jobs
@@ -43,6 +43,9 @@ ROUTES = (
     ("POST", f"/replace/{PLACE}", pictures.replace_all),
     ("POST", f"/undo/{PLACE}", pictures.undo),
     ("PUT", f"/upload/{PLACE}", uploads.receive),
+    ("GET", f"/mask/{PLACE}", masks.show_mask),
+    ("PUT", f"/mask/{PLACE}", masks.save_mask),
+    ("POST", f"/swap/{PLACE}", masks.swap),
     ("GET", f"/check/{PLACE}", checks.show),
     ("POST", f"/check/{PLACE}", checks.start),
     ("GET", f"/describe/{PLACE}", describe.show),
@@ -59,6 +62,7 @@ ROUTES = (
     ("GET", f"/console/{PLACE}", run_page.console),
     ("GET", f"/result/{PLACE}", results.show),
     ("GET", f"/download/{PLACE}", results.download),
+    ("GET", f"/card/{PLACE}", results.card),
     ("GET", "/compare", results.compare),
 )
 """Method, path and handler; `place` is the place of a config or folder, as `roots.Roots` has it."""

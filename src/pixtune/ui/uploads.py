@@ -14,7 +14,7 @@ from starlette.responses import JSONResponse, Response
 from pixtune.data.captions import LARGEST_CAPTION_BYTES
 from pixtune.data.images import read_size
 from pixtune.data.pairs import PICTURE_EXTENSIONS, UNREAD_EXTENSIONS
-from pixtune.errors import WriteError
+from pixtune.errors import DataError, WriteError
 from pixtune.storage.files import sync_folder
 from pixtune.ui.answers import BadRequestError
 from pixtune.ui.configs import open_config
@@ -95,9 +95,16 @@ def _take(temporary: Path, target: Path, is_caption: bool) -> None:
         if text_of(temporary) is None:
             raise BadRequestError(f"{target.name} is no text in UTF-8")
     else:
-        read_size(temporary)  # DataError: it is no picture, or has too many pixels
+        try:
+            read_size(temporary)
+        except DataError as error:  # it is no picture, or has too many pixels
+            raise BadRequestError(error.faults[0].replace(str(temporary), target.name)) from error
     try:
         os.link(temporary, target)
     except FileExistsError as error:
         raise BadRequestError(f"{target.name} is there already, and is kept") from error
+    except OSError:  # a file system without links
+        if os.path.lexists(target):
+            raise BadRequestError(f"{target.name} is there already, and is kept") from None
+        temporary.rename(target)
     sync_folder(target.parent)

@@ -14,6 +14,7 @@ from typing import Any
 from starlette.concurrency import run_in_threadpool
 
 from pixtune.errors import PixtuneError, RunError
+from pixtune.hardware.nvidia_smi import query
 from pixtune.report.record import Suspect, Validation, is_finite, read_suspect
 from pixtune.runs.curve import Curve
 from pixtune.runs.log import LogFollower
@@ -87,6 +88,24 @@ class FigureReader:
             self._suspects = tuple(suspect for suspect in read if suspect is not None)
 
 
+@dataclass(frozen=True)
+class GpuNow:
+    """The first GPU at one moment, as nvidia-smi reports it."""
+
+    temperature_celsius: float | None
+    used_gib: float | None
+    watts: float | None
+
+
+def read_gpu() -> GpuNow | None:
+    """Reads the first GPU; None where there is none, or no nvidia-smi. It starts no CUDA."""
+    values = query("0", "temperature.gpu", "memory.used", "power.draw", timeout_seconds=3.0)
+    if not values:
+        return None
+    numbers = [float(word) if word.replace(".", "", 1).isdigit() else None for word in values]
+    return GpuNow(numbers[0], numbers[1] / 1024 if numbers[1] is not None else None, numbers[2])
+
+
 class Watch:
     """A run that somebody looks at."""
 
@@ -94,6 +113,7 @@ class Watch:
         self.folder = folder
         self.version = 0
         """Number of changes that were seen."""
+        self.gpu: GpuNow | None = None
         self.state: RunState | None = None
         """The run as it was read last; None while its folder holds none."""
         self.figures: Figures | None = None
@@ -140,6 +160,7 @@ class Watch:
     def _read(self) -> None:
         try:
             self.state = self._reader.read()
+            self.gpu = read_gpu() if self.state.process is not None else None
             self.figures = self._figure_reader.read()
         except (RunError, OSError):  # it has just been started, or was moved away
             self.state = self.figures = None

@@ -1,11 +1,22 @@
 // The filmstrip: one slider over the steps for all prompts, large pictures, the best step marked.
 "use strict";
 (function () {
+  let strength = null; // strength that was chosen by hand
   let chosen = null; // step that was chosen by hand; null: the newest
   function show() {
     const film = document.querySelector(".film");
     if (!film) return;
-    const strips = JSON.parse(film.dataset.strips), best = film.dataset.best;
+    const all = JSON.parse(film.dataset.strips), best = film.dataset.best;
+    const byStrength = film.querySelector("#at-strength");
+    let strips = all;
+    if (byStrength) {
+      const values = JSON.parse(byStrength.dataset.values);
+      if (strength !== null && values.includes(strength)) byStrength.value = values.indexOf(strength);
+      const value = values[byStrength.value];
+      film.querySelector("#at-strength-out").textContent = value;
+      byStrength.setAttribute("aria-valuetext", value);
+      strips = all.filter((strip) => strip.strength === value);
+    }
     const slider = film.querySelector("#at-step");
     const steps = strips[0].samples.map((sample) => sample.step);
     slider.max = steps.length - 1;
@@ -15,6 +26,7 @@
     film.querySelector("#at-step-out").textContent = words;
     slider.setAttribute("aria-valuetext", words);
     const viewer = film.querySelector("#viewer");
+    while (viewer.children.length > strips.length) viewer.lastChild.remove();
     strips.forEach((strip, number) => {
       let figure = viewer.children[number];
       if (!figure) {
@@ -30,6 +42,10 @@
     });
   }
   document.addEventListener("input", (event) => {
+    if (event.target.id === "at-strength") {
+      strength = JSON.parse(event.target.dataset.values)[event.target.value];
+      show();
+    }
     if (event.target.id !== "at-step") return;
     const film = document.querySelector(".film");
     const steps = JSON.parse(film.dataset.strips)[0].samples.map((sample) => sample.step);

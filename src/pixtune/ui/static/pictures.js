@@ -100,6 +100,9 @@
       large.querySelector(".large-pictures").replaceChildren(...shown);
       large.querySelector("figcaption").textContent = `${tile.dataset.name}: ${tile.querySelector("textarea").value || "no caption"}`;
       large.showModal();
+    } else if (event.target.closest(".swap")) {
+      const name = event.target.closest(".tile").dataset.name;
+      pixtune.send(`/swap/${shelf.dataset.config}`, { folder: shelf.dataset.folder, name }).then(() => location.reload());
     } else if (event.target.closest(".undo")) {
       undo(shelf);
     } else if (event.target.closest(".open-replace")) {

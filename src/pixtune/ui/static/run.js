@@ -18,6 +18,8 @@
     get("n-pace").textContent = view.seconds_per_step == null ? "–" : view.seconds_per_step < 0.995 ? `${Math.round(1000 * view.seconds_per_step)} ms` : `${view.seconds_per_step.toPrecision(3)} s`;
     get("n-left").textContent = view.left || "–";
     get("n-memory").textContent = view.peak_memory_gib == null ? "no GPU" : `${view.peak_memory_gib.toFixed(1)} GiB`;
+    get("gpu").hidden = !view.gpu;
+    if (view.gpu) get("n-gpu").textContent = [view.gpu.temperature_celsius == null ? null : `${view.gpu.temperature_celsius} °C`, view.gpu.used_gib == null ? null : `${view.gpu.used_gib.toFixed(1)} GiB`].filter(Boolean).join(", ");
     get("error").hidden = !view.error;
     get("error").querySelector("pre").textContent = view.error || "";
     get("warnings").hidden = !view.warnings.length;
@@ -50,7 +52,9 @@
       if (figures.curves) {
         const parent = get("charts");
         parent.querySelector(".waiting")?.closest("figure").remove();
-        for (const spec of charts.ofRun(figures)) charts.draw(charts.figure(parent, spec.id), spec);
+        const specs = charts.ofRun(figures).filter((spec) => spec.series.some((each) => each.points.length));
+        const holders = specs.map((spec) => charts.figure(parent, spec.id)); // all of them first: they share the width
+        specs.forEach((spec, number) => charts.draw(holders[number], spec));
       }
       const log = get("console");
       const atEnd = log.scrollTop + log.clientHeight > log.scrollHeight - 30;
