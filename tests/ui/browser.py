@@ -34,7 +34,8 @@ def served(home: Path) -> Iterator[str]:
     """Runs `pixtune ui HOME` and gives the page's address. Runs that it starts are left alone at its end."""
     port = free_port()
     words = [sys.executable, "-m", "pixtune.cli", "ui", str(home), "--no-browser", "--port", str(port)]
-    env = environment(XDG_CACHE_HOME=str(home.parent / "cache"), PYTHONPATH=os.pathsep.join(sys.path))
+    own = {"XDG_CACHE_HOME": str(home.parent / "cache"), "PIXTUNE_QUEUE": str(home.parent / "queue")}
+    env = environment(**own, PYTHONPATH=os.pathsep.join(sys.path))
     with (home.parent / f"server-{port}.txt").open("wb") as log:
         server = subprocess.Popen(words, cwd=ROOT, env=env, stdout=log, stderr=log)
     try:

@@ -100,6 +100,8 @@ def page(tmp_path, monkeypatch) -> Iterator[Page]:
         return Job(tuple(words), Ended(), console)  # type: ignore[arg-type]
 
     monkeypatch.setattr(Jobs, "start", start)
+    monkeypatch.setattr("pixtune.ui.queue_page.advance", lambda queue: [])
+    monkeypatch.setenv("PIXTUNE_QUEUE", str(tmp_path / "queue"))
     monkeypatch.chdir(home)
     app = build_app([home], Access(), tmp_path / "thumbnails")
     with TestClient(app, base_url="http://127.0.0.1:7860") as client:

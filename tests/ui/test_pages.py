@@ -283,3 +283,29 @@ def test_a_run_that_would_write_outside_the_folders_is_not_started(page, tmp_pat
     answer = page.post(f"/start/{PLACE}", {})
     assert answer.status_code == 404 and "outside" in answer.json()["error"]
     assert page.started == []
+
+
+def test_runs_wait_in_the_queue_in_the_order_that_a_person_wants(page):
+    for name in ("one", "two", "three"):
+        text = page.config.read_text().replace(": model", f": {TINY_MODEL}").replace("runs/first", f"runs/{name}")
+        (page.home / "configs" / f"{name}.yaml").write_text(text)
+        at = "+2h" if name == "two" else ""
+        fields = {"what": "add", "config": f"here/configs/{name}.yaml", "start_at": at}
+        assert page.post("/queue", fields).status_code == 200
+
+    def waiting() -> list[str]:
+        return [each["name"] for each in page.get("/queue").json()["waiting"]]
+
+    numbers = {each["name"]: str(each["id"]) for each in page.get("/queue").json()["waiting"]}
+    assert waiting() == ["one", "two", "three"]
+    page.post("/queue", {"what": "move", "id": numbers["three"], "place": "1"})
+    page.post("/queue", {"what": "remove", "id": numbers["one"]})
+    page.post("/queue", {"what": "pause", "id": numbers["three"]})
+    assert waiting() == ["three", "two"]
+    view = page.get("/queue").json()
+    assert view["waiting"][0]["state"] == "held" and view["waiting"][1]["start_at"]
+    page.post("/queue", {"what": "pause_all"})
+    assert page.get("/queue").json()["is_paused"]
+    assert "three" in page.client.get("/queue").text
+    for fields in ({"what": "x"}, {"what": "remove", "id": "99"}, {"what": "add", "config": "here/../x.yaml"}):
+        assert page.post("/queue", fields).status_code in (400, 404)

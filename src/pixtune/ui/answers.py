@@ -10,6 +10,7 @@ from typing import Any
 from urllib.parse import parse_qsl, quote
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
+from markupsafe import Markup, escape
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
 
@@ -31,7 +32,14 @@ def as_url(place: str) -> str:
     return quote(place, safe="/")
 
 
+def with_code(text: str) -> Markup:
+    """Escapes a text, and sets what stands between backticks as code."""
+    parts = str(escape(text)).split("`")
+    return Markup("".join(f"<code>{part}</code>" if number % 2 else part for number, part in enumerate(parts)))
+
+
 PAGES.filters["url"] = as_url
+PAGES.filters["with_code"] = with_code
 PAGES.filters["tojson_plain"] = lambda value: json.dumps(plain_values(value))
 
 

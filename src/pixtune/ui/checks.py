@@ -16,6 +16,7 @@ from pixtune.inputs.reading import MEBIBYTE, read_bounded
 from pixtune.storage.files import text_digest
 from pixtune.ui.answers import answer, done
 from pixtune.ui.configs import ConfigFile, open_config
+from pixtune.ui.jobs import end_of
 from pixtune.ui.workplace import Workplace, place_in, workplace_of
 
 LARGEST_REPORT_BYTES = 64 * MEBIBYTE
@@ -63,10 +64,7 @@ def state_of(work: Workplace, file: ConfigFile) -> Check:
         findings = [finding for each in data_sets for finding in each["findings"]]
         return Check(False, str(values["verdict"]), findings)
     except (OSError, ValueError, KeyError, TypeError):
-        trouble = ""
-        if job is not None and console.is_file():
-            trouble = console.read_text(encoding="utf-8", errors="replace")[-2000:]
-        return Check(False, "", (), trouble)
+        return Check(False, "", (), "" if job is None else end_of(console, 2000))
 
 
 def read_marks(work: Workplace, file: ConfigFile) -> dict[str, list[Mark]]:

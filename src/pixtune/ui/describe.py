@@ -11,6 +11,7 @@ from pixtune.captioning.presets import PRESETS
 from pixtune.storage.files import text_digest
 from pixtune.ui.answers import BadRequestError, answer, done, read_form
 from pixtune.ui.configs import ConfigFile, open_config
+from pixtune.ui.jobs import end_of
 from pixtune.ui.workplace import Workplace, place_in, workplace_of
 
 
@@ -41,8 +42,7 @@ async def show(request: Request) -> Response:
     job = work.jobs.find("caption", file.path)
     lines: list[str] = []
     if job is not None:
-        text = job.console.read_text(encoding="utf-8", errors="replace")[-4000:]
-        lines = [line.rpartition("\r")[2] for line in text.strip().split("\n")][-6:]
+        lines = end_of(job.console, 4000).strip().split("\n")[-6:]
     view = {
         "file": {"place": file.place, "name": file.name},
         "is_known": job is not None,

@@ -90,3 +90,15 @@ class Jobs:
 def command_line(words: Sequence[str]) -> str:
     """Returns the command that does the same in a terminal."""
     return shlex.join(["pixtune", *words])
+
+
+def end_of(path: Path, most_bytes: int) -> str:
+    """Reads the end of what a process has printed; "" where there is no such file."""
+    try:
+        with path.open("rb") as stream:
+            stream.seek(max(stream.seek(0, os.SEEK_END) - most_bytes, 0))
+            text = stream.read(most_bytes).decode("utf-8", errors="replace")
+    except OSError:
+        return ""
+    # A bar draws over its own line: only its last form is of use.
+    return "\n".join(line.rpartition("\r")[2] for line in text.split("\n"))

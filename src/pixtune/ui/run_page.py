@@ -64,6 +64,21 @@ async def start(request: Request) -> Response:
 
 async def begin(work: Workplace, file: ConfigFile) -> Path:
     """Starts or continues a config's run; one that is alive stays as it is."""
+    folder = checked_folder(work, file)
+    state = await watch_of(work, folder).refresh()
+    if state is None or state.process is None:
+        words = ["train", str(file.path), *(["resume_from_checkpoint=latest"] if state and state.checkpoints else [])]
+        work.jobs.start("run", folder, words, folder / CONSOLE, appends=True)
+    return folder
+
+
+def checked_folder(work: Workplace, file: ConfigFile) -> Path:
+    """Returns a config's output folder.
+
+    Raises:
+        PixtuneError: the config has problems.
+        OutsideError: a run would read or write folders outside the chosen ones.
+    """
     config = file.required()
     folder = runs.folder_of_config(work, file)
     if folder is None:
@@ -76,10 +91,6 @@ async def begin(work: Workplace, file: ConfigFile) -> Path:
             f"{file.name} names folders outside those that this page may open: {', '.join(outside)}. Start it with "
             "--root FOLDER for each, or train in a terminal by the command that is shown"
         )
-    state = await watch_of(work, folder).refresh()
-    if state is None or state.process is None:
-        words = ["train", str(file.path), *(["resume_from_checkpoint=latest"] if state and state.checkpoints else [])]
-        work.jobs.start("run", folder, words, folder / CONSOLE, appends=True)
     return folder
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,14 @@ from pixtune.runs.read import find_runs, read_run
 from pixtune.runs.state import RunState
 from pixtune.ui.answers import as_url
 from pixtune.ui.configs import ConfigFile, list_configs
-from pixtune.ui.jobs import CONSOLE, Job
+from pixtune.ui.jobs import CONSOLE, Job, end_of
 from pixtune.ui.roots import OutsideError
 from pixtune.ui.watch import Watch
 from pixtune.ui.workplace import Workplace
 
 MOST_RUNS = 200
+OTHER_CONSOLES: list[Callable[[Path], Path | None]] = []
+"""Further places of what a run has printed, for one that was not started by this page."""
 CONSOLE_BYTES = 40_000
 """Size of the end of a console file that is shown."""
 
@@ -127,15 +129,10 @@ def words_of(state: RunState) -> str:
 
 def console_end(folder: Path, most_bytes: int = CONSOLE_BYTES) -> str:
     """Reads the end of what a run has printed; "" where it was started elsewhere."""
-    try:
-        with (folder / CONSOLE).open("rb") as stream:
-            size = stream.seek(0, os.SEEK_END)
-            stream.seek(max(size - most_bytes, 0))
-            text = stream.read(most_bytes).decode("utf-8", errors="replace")
-    except OSError:
-        return ""
-    # A bar draws over its own line: only its last form is of use.
-    return "\n".join(line.rpartition("\r")[2] for line in text.split("\n"))
+    path = folder / CONSOLE
+    if not path.is_file():
+        path = next((found for find in OTHER_CONSOLES if (found := find(folder)) is not None), path)
+    return end_of(path, most_bytes)
 
 
 def view_of(watch: Watch, job: Job | None) -> dict[str, Any]:

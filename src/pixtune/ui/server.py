@@ -20,8 +20,9 @@ from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
 from pixtune.errors import PixtuneError
+from pixtune.queue.store import usual_folder
 from pixtune.storage.files import user_cache_folder
-from pixtune.ui import checks, describe, home, masks, pictures, plan_page, results, run_page, uploads
+from pixtune.ui import checks, describe, home, masks, pictures, plan_page, queue_page, results, run_page, uploads
 from pixtune.ui.answers import HERE, answer, read_form, show_error
 from pixtune.ui.api import openapi
 from pixtune.ui.jobs import Jobs
@@ -64,6 +65,8 @@ ROUTES = (
     ("GET", f"/download/{PLACE}", results.download),
     ("GET", f"/card/{PLACE}", results.card),
     ("GET", "/compare", results.compare),
+    ("GET", "/queue", queue_page.show),
+    ("POST", "/queue", queue_page.change),
 )
 """Method, path and handler; `place` is the place of a config or folder, as `roots.Roots` has it."""
 
@@ -101,9 +104,10 @@ def build_app(folders: Sequence[Path], access: Access, thumbnails: Path | None =
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        reaping = asyncio.create_task(reap(work))
+        tasks = [asyncio.create_task(reap(work)), asyncio.create_task(queue_page.serve_queue(usual_folder()))]
         yield
-        reaping.cancel()
+        for task in tasks:
+            task.cancel()
         await work.thumbnails.end()
 
     async def log_in(request: Request) -> Response:
