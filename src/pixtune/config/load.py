@@ -171,6 +171,7 @@ def _field_fault(key: str, errors: Sequence[ErrorDetails], entry: Entry | None, 
 _WANTED = {
     "bool_type": "true or false",
     "string_type": "text",
+    "string_too_short": "text that is not empty",
     "int_type": "a whole number",
     "float_type": "a number",
     "finite_number": "a finite number",
@@ -198,7 +199,8 @@ def _wanted(details: ErrorDetails) -> str:
     wanted = form.format(**bounds).replace("'", '"')
     if details["type"] == "string_type" and isinstance(details["input"], bool | int | float):
         wanted += " (put it in quotes)"
-    position = next((word for word in details["loc"] if isinstance(word, int)), None)
+    of_a_name = details["loc"][-1:] == ("[key]",)  # pydantic's mark of what is wrong with a name, not with its value
+    position = next((word for word in details["loc"] if isinstance(word, int) and not of_a_name), None)
     if details["type"] == "tuple_type" and position is None and isinstance(details["input"], str | int | float):
         wanted += f", as [{show(details['input'])}]"
     return wanted if position is None else f"{wanted} in item {position + 1}"

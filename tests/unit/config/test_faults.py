@@ -498,3 +498,19 @@ def test_a_config_that_is_no_regular_file_of_a_configs_size_is_not_waited_for(tm
         path = Path("/dev/zero")
     with pytest.raises(ConfigError, match=r"cannot be read: it (is|has)"):
         load_config(path)
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        ("{to_q: 0}", "must be at least 1, and is not for 'to_q'"),
+        ("{to_q: x, to_k: 4}", "must be a whole number, and is not for 'to_q'"),
+        ("{1: 8}", "must be text (put it in quotes), and is not for '1'"),
+        ("{'': 8}", "must be text that is not empty, and is not for ''"),
+        ("[to_q]", "must be names with a value each, as {to_q: 8}"),
+    ],
+)
+def test_what_is_wrong_in_a_mapping_is_named(value, words):
+    with pytest.raises(ConfigError) as caught:
+        load_config(None, [f"adapter.rank_pattern={value}"])
+    assert [fault for fault in caught.value.faults if fault.endswith(words)], caught.value.faults

@@ -159,6 +159,14 @@ def test_on_quantized_weights_it_is_what_peft_adds_to_what_they_stand_for(linear
     if kind == "lokr":
         added = theirs(states) - theirs.base_layer(states)
         torch.testing.assert_close(ours(states) - product, added, rtol=1e-4, atol=1e-4)
+    upstream, gradients = torch.randn(5, 96), []
+    for layer in (ours, theirs):
+        layer(states).backward(upstream)
+        gradients.append({n: p.grad for n, p in layer.named_parameters() if p.requires_grad})
+    for name, gradient in gradients[1].items():
+        error = (gradients[0][name] - gradient).norm() / gradient.norm()
+        assert error < (1e-5 if kind == "lokr" else 0.1 if "magnitude" in name else 1e-2), name
+    if kind == "lokr":
         return
     magnitude = theirs.lora_magnitude_vector["default"].weight
     low = states @ weights["layer.lora_A.weight"].t() @ weights["layer.lora_B.weight"].t() * scheme.scale_of("layer")
