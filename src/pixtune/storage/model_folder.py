@@ -390,5 +390,6 @@ def _is_place(place: object) -> bool:
     if not isinstance(place, dict) or not isinstance(place.get("dtype"), str):
         return False
     shape, offsets = place.get("shape"), place.get("data_offsets")
-    numbers = [*shape, *offsets] if isinstance(shape, list) and isinstance(offsets, list) else [None]
-    return len(numbers) == len(shape or ()) + 2 and all(type(number) is int for number in numbers)
+    if not isinstance(shape, list) or not isinstance(offsets, list):
+        return False
+    return len(offsets) == 2 and all(type(number) is int for number in (*shape, *offsets))

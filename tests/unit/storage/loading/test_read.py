@@ -285,6 +285,10 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "noise": (lambda path: path.write_bytes(b"\xa5" * 100), "no safetensors file"),
     "a list": (lambda path: header_file(path, [1, 2]), "damaged header"),
     "no offsets": (lambda path: header_file(path, {"a": {"dtype": "F32", "shape": [1]}}), "damaged header at a"),
+    "a number for a shape": (
+        lambda path: header_file(path, {"a": {**place("F32", [], 0, 4), "shape": 7}}),
+        "damaged header at a",
+    ),
     "words for numbers": (lambda path: header_file(path, {"a": place("F32", ["x"], 0, 4)}), "damaged header at a"),
     "another size": (lambda path: header_file(path, {"a": place("F32", [2], 0, 4)}, bytes(4)), r"\[2\], 8 bytes"),
     "before the data": (lambda path: header_file(path, {"a": place("U8", [4], -4, 0)}, bytes(4)), "damaged header"),
