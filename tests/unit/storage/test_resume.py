@@ -164,7 +164,8 @@ def test_folders_may_move_but_not_be_used_otherwise() -> None:
 
 def test_rules_are_of_keys_that_there_are() -> None:
     keys = flatten(to_dict(config()))
-    assert RULES.keys() - keys.keys() == {"num_processes", "samples", "guard", "lora_files", *FORMER_KEYS}
+    sections = {"samples", "guard", "lora_files", "model_parts"}
+    assert RULES.keys() - keys.keys() == {"num_processes", *sections, *FORMER_KEYS}
 
 
 # ---- length
