@@ -232,6 +232,7 @@ SETTINGS: tuple[Rule, ...] = (
     Rule("train.optimizer_params.safeguard_warmup", "prodigy.safeguard_warmup", to.truth),
     *harmless("train.optimizer_params.decouple", "weight decay is decoupled here always"),
     *lost("train.optimizer_params.*", "the optimizer has no such argument here"),
+    *optim.defaults_of_others("train.optimizer"),
     Rule("train.lr_scheduler", "lr_scheduler", optim.schedule),
     Rule("train.lr_scheduler_params.num_warmup_steps", "lr_warmup_steps lr_warmup_share", to.warm_up()),
     Rule("train.lr_scheduler_params.warmup_steps", "lr_warmup_steps lr_warmup_share", to.warm_up()),

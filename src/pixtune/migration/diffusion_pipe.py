@@ -210,6 +210,7 @@ SETTINGS: tuple[Rule, ...] = (
     Rule("optimizer.weight_decay", "adam_weight_decay", to.real),
     Rule("optimizer.eps", "adam_epsilon", to.real),
     *harmless("optimizer.gradient_release optimizer.stabilize", "about memory, or off"),
+    *optim.defaults_of_others("optimizer.type"),
     Rule("optimizer.d_coef", "prodigy.d_coef", to.real),
     Rule("optimizer.d0", "prodigy.d0", to.real),
     *lost("optimizer.*", "the optimizer has no such argument here"),

@@ -225,6 +225,7 @@ def settings(rate: float, workers: int) -> tuple[Rule, ...]:
         Rule("learning_rate", "learning_rate", optim.rate("optimizer_type"), default=rate),
         Rule("optimizer_args", "adam_weight_decay adam_beta1 adam_beta2 adam_epsilon",
              lambda value, look: Outcome() if value in (True, "") else optim.optimizer_arguments(value, look)),
+        *optim.defaults_of_others("optimizer_type"),
         Rule("max_grad_norm", "max_grad_norm", to.real),
         Rule("lr_scheduler", "lr_scheduler", optim.schedule),
         Rule("lr_warmup_steps", "lr_warmup_steps lr_warmup_share", to.warm_up("lr_scheduler", ("constant", "")),

@@ -279,6 +279,7 @@ SETTINGS: tuple[Rule, ...] = (
     Rule("optimizer.beta2", "adam_beta2", to.real),
     Rule("optimizer.eps", "adam_epsilon", to.real),
     Rule("optimizer.weight_decay", "adam_weight_decay", to.real),
+    *optim.defaults_of_others("optimizer.optimizer"),
     Rule("optimizer.d0", "prodigy.d0", to.real),
     Rule("optimizer.d_coef", "prodigy.d_coef", to.real),
     Rule("optimizer.growth_rate", "prodigy.growth_rate", optim.growth),

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pixtune.migration import conversions as to
-from pixtune.migration.rules import Convert, Look, Lost, Outcome
+from pixtune.migration.rules import Convert, Look, Lost, Outcome, Rule
 
 ADAMW_RATE = 1e-4
 """Learning rate here by default, for where the rate there is a factor of another optimizer's own."""
@@ -79,6 +79,23 @@ def rate(optimizer_key: str) -> Convert:
 def is_prodigy(name: Any) -> bool:
     """Returns whether an optimizer is Prodigy, with or without schedule-free averaging."""
     return isinstance(name, str) and to.plain_name(name).startswith("prodigy")
+
+
+def defaults_of_others(optimizer_key: str) -> tuple[Rule, ...]:
+    """Makes rules of what Prodigy and Adafactor there begin with and those here do not."""
+
+    def only(names: str) -> Convert:
+        def convert(value: Any, look: Look) -> Any:
+            name = to.plain_name(look.peek(optimizer_key) or "")
+            return value if name.startswith(tuple(names.split())) else Lost("belongs to another optimizer", False)
+
+        return convert
+
+    return (
+        Rule("(Prodigy has use_bias_correction off)", "prodigy.bias_correction", only("prodigy"), default=False),
+        Rule("(Prodigy has safeguard_warmup off)", "prodigy.safeguard_warmup", only("prodigy"), default=False),
+        Rule("(its weight decay is 0)", "adam_weight_decay", only("prodigy adafactor"), default=0.0),
+    )
 
 
 def growth(value: Any, look: Look) -> Any:

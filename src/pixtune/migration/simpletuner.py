@@ -244,6 +244,7 @@ SETTINGS: tuple[Rule, ...] = (
     Rule("adam_epsilon", "adam_epsilon", to.real),
     Rule("optimizer_config", "adam_weight_decay",
          lambda value, look: optim.optimizer_arguments(value, look) if value else Lost("none", False)),
+    *optim.defaults_of_others("optimizer"),
     Rule("max_grad_norm", "max_grad_norm", _clipping, default=2.0),
     *harmless("grad_clip_method", "see max_grad_norm"),
     # ---- noise levels and loss

@@ -196,6 +196,24 @@ def test_keys_that_the_optimizer_does_not_read_are_left_out():
     assert "prodigy.d_coef" not in values(adamw)
 
 
+@pytest.mark.parametrize(
+    ("optimizer", "arguments", "expected"),
+    [
+        ("prodigy", "d_coef=2", (0.0, False, False)),
+        ("prodigy", "weight_decay=0.1 use_bias_correction=True safeguard_warmup=True", (0.1, True, True)),
+        ("adafactor", "relative_step=False", (0.0, None, None)),
+        ("adamw", "eps=1e-7", (None, None, None)),
+    ],
+)
+def test_what_other_optimizers_begin_with_there(optimizer, arguments, expected):
+    imported = take_text(
+        "accelerate launch flux_train_network.py --pretrained_model_name_or_path flux1-dev.safetensors "
+        f"--network_module networks.lora_flux --optimizer_type {optimizer} --optimizer_args {arguments}"
+    )
+    keys = ("adam_weight_decay", "prodigy.bias_correction", "prodigy.safeguard_warmup")
+    assert tuple(imported.value_of(key) for key in keys) == expected
+
+
 def test_an_optimizer_for_the_other_method():
     """All weights are not trained by Prodigy here: AdamW, with a rate of its own."""
     imported = take_text(
