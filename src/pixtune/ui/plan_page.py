@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +79,15 @@ NO_PLAN = PlanView("", False, False, "", 0, (), (), (), (), (), ())
 
 def build_plan(config: TrainConfig, card: str) -> PlanView:
     """Plans a config for this machine, or for a card of the table; a plan that cannot be made is shown with why."""
+    if config.training_adapter.path is None:
+        return plan_here(config, card)
+    # Such a LoRA is read by torch, whose 200 MB are not to stay in the server.
+    with ProcessPoolExecutor(1, get_context("spawn")) as apart:
+        return apart.submit(plan_here, config, card).result()
+
+
+def plan_here(config: TrainConfig, card: str) -> PlanView:
+    """Plans a config within this process; see `build_plan`."""
     try:
         report = make_report(config, card or None)
     except PixtuneError as error:
