@@ -136,7 +136,7 @@ def stop_entry(queue: Queue, number: int) -> str:
         row = database.execute("SELECT attendant FROM entries WHERE id = ?", (number,)).fetchone()
     if row is None or row["attendant"] is None:
         raise QueueError(f"entry {number} is just being started: try again in a moment.")
-    send_signal(Holder(**json.loads(row["attendant"])), signal.SIGTERM)
+    send_signal(Holder(**json.loads(row["attendant"])), signal.SIGTERM, queue.lock_of(number))
     return f"entry {number} is asked to stop while it is loading"
 
 

@@ -24,7 +24,8 @@ from pixtune.tracking import metrics
 from pixtune.tracking.metrics import MEAN_OF_STEPS, parse_line
 
 MOST_WARNINGS = 20
-MOST_SAMPLES = 20_000
+MOST_SAMPLES, LONGEST_PROMPT = 20_000, 4000
+LARGEST_FIGURE = 1e100
 STEP_LINE = b'{"kind": "step", '
 """Beginning of nearly all lines of a log. Only the last of them are parsed, so that long logs are read fast."""
 BEST_FOLDER, REPORT_FILE = "best", "report.html"
@@ -177,16 +178,16 @@ class RunReader:
         """Takes a line of the log."""
         if raw.startswith(STEP_LINE):
             self._recent.append(raw)
-            if self._with_curve and (line := parse_line(raw)) is not None and is_finite(line.get("loss")):
+            if self._with_curve and (line := parse_line(raw)) is not None and is_plausible(line.get("loss")):
                 self._curve.add(line["step"], line["loss"])
             return
         if (line := parse_line(raw)) is None:
             return
         kind, step = line["kind"], line["step"]
-        if kind == "validation" and all(map(is_finite, (line["loss"], *line["quarters"]))):
+        if kind == "validation" and all(map(is_plausible, (line["loss"], *line["quarters"]))):
             self._validations[step] = Validation(step, line["loss"], tuple(line["quarters"]))
         elif kind == "sample" and is_inside(line["path"]) and len(self._samples) < MOST_SAMPLES:
-            self._samples[line["path"]] = read_sample(line)
+            self._samples[line["path"]] = read_sample({**line, "prompt": line["prompt"][:LONGEST_PROMPT]})
         elif kind in ("skipped", "exploded", "drift", "problem"):
             self._warnings.append(line["message"])
         elif kind == "memory":
@@ -200,7 +201,12 @@ def is_inside(path: str) -> bool:
 
 
 def _figures(lines: Sequence[Mapping[str, Any]], name: str) -> list[float]:
-    return [float(line[name]) for line in lines if is_finite(line.get(name))]
+    return [float(line[name]) for line in lines if is_plausible(line.get(name))]
+
+
+def is_plausible(value: object) -> bool:
+    """Returns whether a logged figure is a number that sums and charts bear: anybody may have written the log."""
+    return is_finite(value) and isinstance(value, int | float) and abs(value) < LARGEST_FIGURE
 
 
 def _state(alive: Holder | None, holder: Holder | None, note: SessionNote | None, is_over: bool) -> State:

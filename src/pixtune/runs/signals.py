@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
+from pathlib import Path
 
 from pixtune.errors import RunError
 from pixtune.runs.state import RunState
+from pixtune.storage.output_lock import FILE_NAME as LOCK_NAME
 from pixtune.storage.output_lock import Holder, is_running, is_within_reach
 from pixtune.storage.requests import Request, ask, is_asked, withdraw
 
@@ -29,7 +31,7 @@ def stop_run(run: RunState) -> str:
     if not is_within_reach(process):
         return f"{run.name} runs on {process.host}: it sees the request after the next step that is logged"
     try:
-        send_signal(process, signal.SIGTERM)
+        send_signal(process, signal.SIGTERM, run.folder / LOCK_NAME)
     except RunError:
         withdraw(run.folder, "stop_now")
         raise
@@ -48,7 +50,7 @@ def kill_run(run: RunState) -> str:
     process = _process_of(run)
     if not is_within_reach(process):
         raise RunError(f"{run.name} runs on {process.host} (process {process.pid}): it can be killed there alone.")
-    send_signal(process, signal.SIGKILL)
+    send_signal(process, signal.SIGKILL, run.folder / LOCK_NAME)
     last = f"step {run.checkpoints[-1].step}" if run.checkpoints else "nothing: there is no checkpoint"
     return f"{run.name} is killed; what is saved is {last}"
 
@@ -93,13 +95,17 @@ def _process_of(run: RunState) -> Holder:
     return run.process
 
 
-def send_signal(process: Holder, number: signal.Signals) -> None:
-    """Sends a signal to the very process that holds a folder's lock, whoever may have its number by now.
+def send_signal(process: Holder, number: signal.Signals, lock: Path) -> None:
+    """Sends a signal to the very process that holds a lock, whoever may have its number by now.
+
+    Args:
+        lock: the lock's file, which the process has to have open: anybody may have written a number into a folder.
 
     Raises:
-        RunError: it has ended, or is another user's.
+        RunError: it has ended, does not hold the lock, or is another user's.
     """
     gone = RunError(f"process {process.pid} has ended meanwhile; nothing was sent.")
+    stranger = RunError(f"process {process.pid} does not hold {lock}, whoever wrote that it does; nothing was sent.")
     try:
         if not hasattr(os, "pidfd_open"):  # macOS
             if not is_running(process):
@@ -110,6 +116,8 @@ def send_signal(process: Holder, number: signal.Signals) -> None:
         try:
             if not is_running(process):  # asked while the number is held, so that it cannot change owners any more
                 raise gone
+            if has_open(process.pid, lock) is False:
+                raise stranger
             signal.pidfd_send_signal(descriptor, number)
         finally:
             os.close(descriptor)
@@ -117,3 +125,24 @@ def send_signal(process: Holder, number: signal.Signals) -> None:
         raise gone from None
     except PermissionError as error:
         raise RunError(f"process {process.pid} is another user's, who alone can stop it.") from error
+
+
+def has_open(pid: int, path: Path) -> bool | None:
+    """Returns whether a process has a file open; None where that cannot be seen.
+
+    Raises:
+        PermissionError: it is another user's.
+        ProcessLookupError: there is no such process.
+    """
+    folder = Path(f"/proc/{pid}/fd")
+    try:
+        wanted, descriptors = path.stat(), [*folder.iterdir()]
+    except FileNotFoundError:
+        return None if not Path("/proc/self/fd").exists() else False
+    for descriptor in descriptors:
+        try:
+            if os.path.samestat(descriptor.stat(), wanted):
+                return True
+        except OSError:  # closed meanwhile, or a file that is gone
+            continue
+    return False

@@ -40,6 +40,8 @@ FILE_NAME = "metrics.jsonl"
 
 LARGEST_FILE_BYTES, LONGEST_LINE_BYTES, MOST_LINES = 1024 * reading.MEBIBYTE, reading.MEBIBYTE, 4_000_000
 """Bounds of a log that is read: one of a million steps has a quarter of the lines and of the size."""
+LARGEST_STEP = 2**53
+"""Number up to which steps can be divided and plotted without loss."""
 MEAN_OF_STEPS = 50
 """Number of steps whose mean loss is shown: that of one step depends on its noise level more than on the weights."""
 MOST_NAMED = 11
@@ -214,6 +216,8 @@ def parse_line(text: bytes) -> dict[str, Any] | None:
     except (ValueError, RecursionError):
         return None
     if not isinstance(line, dict) or not isinstance(line.get("kind"), str) or type(line.get("step")) is not int:
+        return None
+    if not 0 <= line["step"] <= LARGEST_STEP:
         return None
     fields = FIELDS.get(line["kind"], {})
     right = all(isinstance(line.get(name), kind) for name, kind in fields.items())

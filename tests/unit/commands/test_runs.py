@@ -44,9 +44,8 @@ with OutputLock(folder) as lock:
     note = replace(SessionNote.read(folder), lock=lock.name, outcome=None, num_steps=50)
     note.write(folder)
     print("ready", flush=True)
-    while not stopped:
+    while not stopped or not (folder / "may_end").exists():
         time.sleep(0.01)
-    time.sleep(0.3)
     replace(note, outcome="stopped").write(folder)
 print(len(stopped), flush=True)
 """
@@ -54,7 +53,7 @@ print(len(stopped), flush=True)
 
 @pytest.fixture
 def at_work(copy: Copy) -> Iterator[tuple[Path, subprocess.Popen[str]]]:
-    """A folder whose lock is held by a process that ends as a run does: some time after it was asked."""
+    """A folder whose lock is held by a process that ends after it was asked to, once a file `may_end` is there."""
     folder = copy("at-work")
     process = subprocess.Popen([sys.executable, "-c", HOLDER, str(folder)], stdout=subprocess.PIPE, text=True)
     assert process.stdout and process.stdout.readline() == "ready\n"
@@ -146,6 +145,7 @@ def test_watching_through_a_pipe_prints_lines_until_the_end(
         with (folder / "metrics.jsonl").open("a") as log:
             log.write(json.dumps({"kind": "step", "step": steps[-1], "loss": 0.25, "seconds": 0.5}) + "\n")
         if len(steps) == 4:
+            (folder / "may_end").touch()
             process.send_signal(signal.SIGTERM)
             process.wait()
 
@@ -176,6 +176,7 @@ def test_a_run_is_stopped_once_however_often_it_is_asked(at_work: tuple[Path, su
     again = invoke("stop", folder, "--no-wait")
     assert first.exit_code == again.exit_code == 0
     assert "is asked to stop" in first.stdout and "already" in again.stdout
+    (folder / "may_end").touch()
     assert process.communicate()[0] == "1\n", "a second signal would end it at once"
     refused = invoke("stop", folder)
     assert (
@@ -202,6 +203,22 @@ def test_a_process_that_took_over_the_number_is_left_alone(copy: Copy) -> None:
         with pytest.raises(RunError, match="has ended meanwhile"):
             kill_run(replace(run, state="running", process=read_holder(folder)))
         assert bystander.poll() is None
+    finally:
+        bystander.kill()
+        bystander.wait()
+
+
+def test_a_process_that_a_forged_lock_names_is_left_alone(copy: Copy) -> None:
+    folder = copy()
+    bystander = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    try:
+        started = Path(f"/proc/{bystander.pid}/stat").read_text().rpartition(")")[2].split()[19]
+        leave_lock(folder, pid=bystander.pid, started=started)
+        assert read_run(folder).state == "running", "as far as its file tells"
+        for words in (("stop", folder), ("stop", "--kill", folder)):
+            outcome = invoke(*words)
+            assert outcome.exit_code == 1 and "does not hold" in str(outcome.exception)
+        assert bystander.poll() is None and not (folder / "stop_now").exists()
     finally:
         bystander.kill()
         bystander.wait()

@@ -220,3 +220,19 @@ def test_a_pause_is_over_with_its_session(copy: Copy) -> None:
     with OutputLock(folder) as lock:
         lock.acquire()
         assert read_run(folder).state == "running" and not read_run(folder).is_paused, "it is loading"
+
+
+def test_figures_that_no_run_has_are_left_out(copy: Copy) -> None:
+    folder = copy()
+    before = read_run(folder)
+    with (folder / "metrics.jsonl").open("a") as log:
+        for step in (10**400, 2**60, -5):
+            log.write(f'{{"kind": "step", "step": {step}, "loss": 0.5, "seconds": 1}}\n')
+        for loss in ("1e308", "-1e308", "1e999", "NaN", "true", '"0.5"', "[]", str(10**300)):
+            log.write(f'{{"kind": "step", "step": 6, "loss": {loss}, "seconds": {loss}}}\n')
+            log.write(f'{{"kind": "validation", "step": 6, "loss": {loss}, "quarters": [{loss}]}}\n')
+        log.write(json.dumps({"kind": "sample", "step": 6, "prompt": "x" * 10**5, "seed": 0, "path": "a.png"}) + "\n")
+    run = RunReader(folder, with_curve=True).read()
+    assert (run.step, run.smoothed_loss is not None) == (before.step, True)
+    json.loads(json.dumps(run.to_dict(), allow_nan=False))
+    assert len(run.samples[-1].prompt) == 4000
