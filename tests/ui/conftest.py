@@ -7,19 +7,17 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from tests.runs import DEMO_TRAIN
 
-pytest.importorskip("starlette", reason="the page's packages are not installed: pip install 'pixtune[ui]'")
+if TYPE_CHECKING:  # the tests skip themselves where the page's packages are not installed
+    from starlette.testclient import TestClient
 
-from starlette.testclient import TestClient
-
-from pixtune.ui.jobs import Job, Jobs
-from pixtune.ui.security import Access
-from pixtune.ui.server import build_app
-from pixtune.ui.workplace import Workplace
+    from pixtune.ui.jobs import Job, Jobs
+    from pixtune.ui.workplace import Workplace
 
 NAMES = ("alien", "avocado", "books", "camera")
 CONFIG = """# my own words
@@ -84,6 +82,12 @@ def build_home(home: Path) -> None:
 @pytest.fixture
 def page(tmp_path, monkeypatch) -> Iterator[Page]:
     """A workplace that only this machine reaches; processes are noted, and none is started."""
+    from starlette.testclient import TestClient
+
+    from pixtune.ui.jobs import Job, Jobs
+    from pixtune.ui.security import Access
+    from pixtune.ui.server import build_app
+
     home = tmp_path / "home"
     home.mkdir()
     build_home(home)

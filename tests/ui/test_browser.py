@@ -14,7 +14,7 @@ import pytest
 from tests.runs import DEMO_TRAIN, ROOT, TINY_MODEL
 from tests.ui.browser import CHROMIUM, NO_BROWSER, Visitor, chromium, served
 
-pytest.importorskip("starlette")
+pytest.importorskip("starlette", reason="the page's packages are not installed: pip install 'pixtune[ui]'")
 sync_api = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
 pytestmark = pytest.mark.skipif(not CHROMIUM, reason=NO_BROWSER)
 

@@ -12,7 +12,7 @@ import yaml
 from tests.runs import DEMO_TRAIN, TINY_MODEL
 from tests.ui.conftest import PLACE, RUN
 
-pytest.importorskip("starlette")
+pytest.importorskip("starlette", reason="the page's packages are not installed: pip install 'pixtune[ui]'")
 
 from PIL import Image
 

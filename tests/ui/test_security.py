@@ -11,7 +11,7 @@ import pytest
 
 from tests.ui.conftest import PLACE, RUN
 
-pytest.importorskip("starlette")
+pytest.importorskip("starlette", reason="the page's packages are not installed: pip install 'pixtune[ui]'")
 
 from starlette.testclient import TestClient
 
