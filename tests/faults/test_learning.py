@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -158,11 +159,11 @@ def test_a_saved_scale_that_is_another_ends_the_run(
 
     def half(self: Any, step: int) -> Any:
         about = describe(self, step)
-        return type(about)(**{**vars(about), "alpha": about.alpha / 2})
+        return replace(about, scheme=replace(about.settings, alpha=about.settings.alpha / 2))
 
     monkeypatch.setattr(methods.LoraWeights, "_describe", half)
     told = ending_of(tmp_path, warm_cache)
-    assert "alpha 2 in place of 4" in told
+    assert "scale 0.5, not 1, of " in told
 
 
 def test_checks_validation_and_samples_change_no_bit(tmp_path: Path, warm_cache: Path, undisturbed: Path) -> None:

@@ -23,7 +23,9 @@ class Typed:
         self.folder, self.queue = folder, Queue(folder / "queue")
 
     def __call__(self, *words: object) -> Result:
-        return CliRunner().invoke(app, ["queue", *map(str, words)], env={"PIXTUNE_QUEUE": str(self.queue.folder)})
+        return CliRunner().invoke(
+            app, ["queue", *map(str, words)], env={"PIXTUNE_QUEUE": str(self.queue.folder), "COLUMNS": "400"}
+        )
 
     def add(self, name: str, *words: object) -> Result:
         return self("add", write_config(self.folder), *overrides(self.folder / name, self.folder / "cache"), *words)

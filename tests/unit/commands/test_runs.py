@@ -63,7 +63,7 @@ def at_work(copy: Copy) -> Iterator[tuple[Path, subprocess.Popen[str]]]:
 
 
 def invoke(*words: object) -> Result:
-    return CliRunner().invoke(app, [*map(str, words)])
+    return CliRunner().invoke(app, [*map(str, words)], env={"COLUMNS": "200"})
 
 
 def drawn(folder: Path, width: int, height: int = 24, **options: object) -> str:

@@ -42,7 +42,7 @@ class CountingFamily(QwenImage):
     """Counts; a caption's features are its length and its pictures' widths, a picture's mean its own mean."""
 
     def __init__(self, prompt_template: str = "template {}", max_controls: int = 0) -> None:
-        super().__init__("counting", (), CaptionReader(), max_controls)
+        super().__init__("qwen_image", (), CaptionReader(), max_controls)
         self.prompt_template = prompt_template
         self.loaded: list[str] = []
         self.encoded: list[str] = []
