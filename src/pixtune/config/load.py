@@ -16,6 +16,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from pixtune.config.contradictions import contradictions
+from pixtune.config.other_names import OTHER_VALUES
 from pixtune.config.schema import LIST_SECTIONS, NOT_YET, TrainConfig, is_leaf, leaf_keys, section_of
 from pixtune.config.sources import COMMAND_LINE, Entry, Fault, Place, overridden, read_file, read_overrides, show
 from pixtune.config.yaml_tree import ConfigDumper
@@ -162,7 +163,7 @@ def _field_fault(key: str, errors: Sequence[ErrorDetails], entry: Entry | None, 
         sentence += "; a file of prompts is samples.prompts_file"
     if names:
         sentence += f", and is not for {', '.join(repr(one_line(name)) for name in names[:3])}"
-    near = _near_choice(errors, entry.value)
+    near = _meant_by_others(key, entry.value) or _near_choice(errors, entry.value)
     if near:
         sentence += f"; did you mean {near}?"
     return Fault(entry.place, sentence)
@@ -204,6 +205,11 @@ def _wanted(details: ErrorDetails) -> str:
     if details["type"] == "tuple_type" and position is None and isinstance(details["input"], str | int | float):
         wanted += f", as [{show(details['input'])}]"
     return wanted if position is None else f"{wanted} in item {position + 1}"
+
+
+def _meant_by_others(key: str, value: object) -> str | None:
+    word = re.sub("[^a-z0-9]", "", str(value).rpartition(".")[2].lower())
+    return next((ours for pattern, ours in OTHER_VALUES.get(key, ()) if re.search(pattern, word)), None)
 
 
 def _near_choice(errors: Sequence[ErrorDetails], value: object) -> str | None:

@@ -239,6 +239,17 @@ ABSENT: Mapping[str, str] = MappingProxyType(
 )
 """Last parts of other trainers' keys that mean nothing here, in lower case, each with what to do instead."""
 
+OTHER_VALUES: Mapping[str, tuple[tuple[str, str], ...]] = MappingProxyType(
+    {
+        "optimizer": (
+            ("prodigy.*(plus|free)", '"prodigy_schedule_free"'),
+            ("schedulefree", '"adamw_schedule_free"'),
+            ("adam.*8", '"adamw" with adam8bit: true'),
+        )
+    }
+)
+"""Values of other trainers by ours: patterns of small letters and digits alone, of which the first one counts."""
+
 REMEDIES: Mapping[str, str] = MappingProxyType(
     {
         "optimizer": (

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import pytest
 
+from pixtune.config import load_config
+from pixtune.errors import ConfigError
+
 
 @pytest.mark.parametrize(
     ("words", "told"),
     [
         (["optimizer=Prodigy"], 'optimizer is "Prodigy": must be "adamw", "adamw_schedule_free", "prodigy"'),
         (["optimizer=prodigyopt"], 'did you mean "prodigy"?'),
-        (["optimizer=adamw8bit"], 'did you mean "adamw"?'),
+        (["optimizer=adamw8bit"], 'did you mean "adamw" with adam8bit: true?'),
         (["optimizer_type=prodigy"], "did you mean optimizer?"),
         (["network.optimizer_args=[d_coef=2]"], "did you mean optimizer?"),
         (["d_coef=2"], "did you mean prodigy.d_coef?"),
@@ -52,3 +55,21 @@ import pytest
 def test_one_problem_is_told_in_one_line(faults_of, minimal, words: list[str], told: str) -> None:
     (fault,) = faults_of(minimal, *words)
     assert told in fault, fault
+
+
+@pytest.mark.parametrize(
+    ("value", "ours"),
+    [
+        ("adamw8bit", '"adamw" with adam8bit: true'),
+        ("AdamW_8bit", '"adamw" with adam8bit: true'),
+        ("bitsandbytes.optim.PagedAdamW8bit", '"adamw" with adam8bit: true'),
+        ("AdamWScheduleFree", '"adamw_schedule_free"'),
+        ("prodigy-plus-schedule-free", '"prodigy_schedule_free"'),
+        ("Prodigyopt", '"prodigy"'),
+    ],
+)
+def test_names_of_other_trainers_are_told_in_ours(value: str, ours: str) -> None:
+    words = ["pretrained_model_name_or_path=m", "output_dir=o", "data_config.img_dir=p", "max_train_steps=1"]
+    with pytest.raises(ConfigError) as raised:
+        load_config(None, [*words, f"optimizer={value}"], folders_must_exist=False)
+    assert f"did you mean {ours}?" in str(raised.value)
