@@ -182,6 +182,8 @@ def write_pictures(drawn: Drawn, folder: Path, draw: random.Random) -> Settings:
     if drawn.settings["method"] == "lora" and draw.random() < 0.3:
         settings["init_lora"] = write_adapter(folder / "init_lora.safetensors")
     if later == drawn.num_pictures:
+        if draw.random() < 0.3:
+            settings["data_config__loss_weights"] = json.dumps({path.stem: draw.choice([0.3, 2])})
         settings["data_config__img_dir"] = folder / "images"
         settings |= {"data_config__mask_dir": folder / "masks"} if has_masks else {}
         return settings | ({"data_config__control_dir": folder / "control"} if "control" in parts else {})
