@@ -44,6 +44,7 @@ from pixtune.launch.accelerator import agree_with_others, start_accelerator
 from pixtune.launch.stop import StopRequest
 from pixtune.plan.demands import demands_of
 from pixtune.plan.encoders import EncoderPlan, without_former_fields
+from pixtune.plan.shards import check_shards
 from pixtune.plan.training import TrainingPlan, with_todays_names
 from pixtune.planning import (
     Leaner,
@@ -129,6 +130,7 @@ def assemble(
     memory = RunMemory(config)
     accelerator = start_accelerator(config)
     agree_with_others(stop, accelerator)
+    check_shards(config.distributed.shards, accelerator.num_processes)
     memory.start(accelerator.device)
     show = printer(quiet=not accelerator.is_main_process)
     if lock is not None:

@@ -241,6 +241,7 @@ EFFECTS: dict[str, Effect] = {
     "expandable_segments": Effect("plan", (True, False), UNIFIED),
     "use_fastsafetensors": Effect("plan", (True, False)),
     "fastsafetensors_num_threads": Effect("plan", (8, 1)),
+    "distributed.shards": Effect("error", (1, 2)),
     "cuda_features.enable_flash_attention_3": Effect("plan", (False, True)),
     "cuda_features.enable_fp8_training": Effect("plan", (False, True), {"disable_quantization": False}),
     "cuda_features.enable_tf32_compute": Effect("plan", (True, False)),

@@ -32,6 +32,7 @@ from pixtune.config.section import Section
 from pixtune.config.sections import (
     CudaFeatures,
     DataConfig,
+    DistributedConfig,
     EmaConfig,
     FolderConfig,
     GuardConfig,
@@ -273,6 +274,8 @@ class TrainConfig(Section):
     pixtune's own read them."""
     fastsafetensors_num_threads: Annotated[int, Field(ge=1, le=1024)] = 8
     """Number of threads that read weights, with or without that package; without effect on a CPU."""
+    distributed: DistributedConfig = DistributedConfig()
+    """How several processes share the work."""
     cuda_features: CudaFeatures = CudaFeatures()
     """Kernels and number formats to use or avoid."""
 

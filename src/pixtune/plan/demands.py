@@ -47,6 +47,8 @@ class Demands:
     """Host memory that all processes of the run on a machine may take together; None: no limit."""
     memory_fraction: float
     """Largest share of a unified pool that the run takes."""
+    shards: int | None = None
+    """Processes that hold one copy of the weights together; None: the planner chooses."""
     notices: tuple[str, ...] = ()
     """Keys that others win over, in words for the user."""
 
@@ -90,6 +92,7 @@ def demands_of(config: TrainConfig) -> Demands:
         memory_limit_bytes=None if limit_gib is None else round(limit_gib * GIB),
         host_limit_bytes=None if host_gib is None else round(host_gib * GIB),
         memory_fraction=config.memory_fraction or MEMORY_FRACTION,
+        shards=config.distributed.shards,
         notices=tuple(notices),
     )
 

@@ -90,6 +90,9 @@ class TrainingPlan:
     """Estimate of the time of a micro-batch; 0: there is none (a CPU, or all weights are trained)."""
     micro_batch_parts: int = 1
     """Number of parts in which each micro-batch is computed, one after the other; see `engine/relief.py`."""
+    shards: int = 1
+    """Number of processes that hold one copy of the weights together. With more than 1, `streamed_blocks` lie in parts
+    on their GPUs, and are gathered each time; with all weights trained, everything does."""
 
     @property
     def recompute(self) -> bool:

@@ -147,6 +147,7 @@ RULES: Mapping[str, Rule] = {
             "data_config.num_workers", "prior_preservation.folder", "pretrained_model_name_or_path",
             "disable_cpu_offload", "pin_memory", "precompute_text_embeddings", "precompute_image_embeddings",
             "ema.on_host", "training_adapter.path", "init_lora", "lora_files", "model_parts",
+            "distributed",
         ),
         _is_harmless,
     ),
