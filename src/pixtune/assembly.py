@@ -35,6 +35,7 @@ from pixtune.engine.relief import (
     in_turn,
     lacks_memory,
 )
+from pixtune.engine.sharded_blocks import ShardedBlocks, ShardGroup
 from pixtune.errors import MemoryShortage
 from pixtune.families import family_of
 from pixtune.families.opening import open_model
@@ -44,7 +45,7 @@ from pixtune.launch.accelerator import agree_with_others, start_accelerator
 from pixtune.launch.stop import StopRequest
 from pixtune.plan.demands import demands_of
 from pixtune.plan.encoders import EncoderPlan, without_former_fields
-from pixtune.plan.shards import check_shards
+from pixtune.plan.shards import can_share, check_shards
 from pixtune.plan.training import TrainingPlan, with_todays_names
 from pixtune.planning import (
     Leaner,
@@ -52,6 +53,7 @@ from pixtune.planning import (
     leaner_config,
     plan_on_this_machine,
     tensor_shapes,
+    with_formats_of,
 )
 from pixtune.progress import announced, printer
 from pixtune.run import Run
@@ -169,7 +171,9 @@ def assemble(
     apply_switches(plan)
     reading = Reading(plan.loading_threads, plan.fast_loading)
     with announced("loading the transformer", show):
-        transformer = load_planned(family, folder, plan, accelerator.device, reading, config.random_weights)
+        is_sharded = plan.shards > 1 and plan.streamed_blocks > 0
+        sharded = ShardedBlocks(ShardGroup(plan.shards), accelerator.device) if is_sharded else None
+        transformer = load_planned(family, folder, plan, accelerator.device, reading, config.random_weights, sharded)
     base = Base(folder, family, transformer)
     trained = METHODS[config.method](config, plan, base, start_step)
     apply_to_activations(base.module, family, plan, data.sizes_vary)
@@ -208,11 +212,19 @@ def decide_plan(
     checkpoint: Checkpoint | None,
     leaner: Leaner | None = None,
 ) -> TrainingPlan:
-    """Plans a new run; a resumed run keeps its plan, since kernels and formats decide bits, unless it was too large."""
-    if checkpoint and leaner is None:
-        return read_decision(TrainingPlan, with_todays_names(checkpoint.record.get("plan", {})), "plan")
+    """Plans a new run; a resumed run keeps its plan, since kernels and formats decide bits, unless it was too large.
+
+    Where its processes are others, so that they cannot hold the weights together as it says, it keeps the formats.
+    """
+    if leaner is not None:
+        config = leaner_config(config, leaner)
+    elif checkpoint:
+        plan = read_decision(TrainingPlan, with_todays_names(checkpoint.record.get("plan", {})), "plan")
+        if can_share(plan, config.distributed.shards, accelerator.num_processes):
+            return plan
+        config = with_formats_of(config, plan)
     return plan_on_this_machine(
-        leaner_config(config, leaner) if leaner else config,
+        config,
         family,
         folder,
         partial(data.micro_batch_tokens, config.batch_size),

@@ -126,9 +126,13 @@ def leaner_than(plan: TrainingPlan, before: Leaner | None) -> Leaner | None:
 
 def leaner_config(config: TrainConfig, leaner: Leaner) -> TrainConfig:
     """Returns the config to plan by, which leaves number formats and optimizer as they are: they decide the numbers."""
-    plan = leaner.failed
     limit_gib = (leaner.usable_bytes + RESERVE_BYTES + CONTEXT_BYTES) / GIB
-    changes: dict[str, object] = {"gpu_memory_limit_gib": limit_gib, "adam8bit": plan.optimizer == SMALL}
+    return with_formats_of(config, leaner.failed).model_copy(update={"gpu_memory_limit_gib": limit_gib})
+
+
+def with_formats_of(config: TrainConfig, plan: TrainingPlan) -> TrainConfig:
+    """Returns the config with number formats and optimizer as a plan has them: they decide the numbers."""
+    changes: dict[str, object] = {"adam8bit": plan.optimizer == SMALL}
     if plan.weights_format in EIGHT_BIT:
         features = config.cuda_features.model_copy(update={"enable_fp8_training": plan.weights_format == "fp8"})
         changes |= {"quantize": True, "cuda_features": features}

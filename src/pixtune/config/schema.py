@@ -275,7 +275,7 @@ class TrainConfig(Section):
     fastsafetensors_num_threads: Annotated[int, Field(ge=1, le=1024)] = 8
     """Number of threads that read weights, with or without that package; without effect on a CPU."""
     distributed: DistributedConfig = DistributedConfig()
-    """How several processes share the work."""
+    """Work that several processes share."""
     cuda_features: CudaFeatures = CudaFeatures()
     """Kernels and number formats to use or avoid."""
 

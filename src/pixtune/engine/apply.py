@@ -25,6 +25,7 @@ from pixtune.engine.load import (
 )
 from pixtune.engine.mlp import fuse_mlps
 from pixtune.engine.packing import close_gaps
+from pixtune.engine.sharded_blocks import ShardedBlocks
 from pixtune.engine.streaming import choose_streamed, stream_blocks
 from pixtune.family import ModelFamily, Placement
 from pixtune.plan.sampling import SamplingPlan
@@ -76,34 +77,49 @@ def load_planned(
     device: torch.device,
     reading: Reading = DEFAULT_READING,
     random_weights: bool = False,
+    sharded: ShardedBlocks | None = None,
 ) -> LoadedTransformer:
     """Loads a transformer as a plan has its weights. A LoRA may be attached afterwards.
 
     Args:
         random_weights: the folder's config alone is read.
+        sharded: takes the streamed blocks apart; None: they are streamed from host memory.
 
     Raises:
         WeightsError: see `load_transformer`.
         PlanError: see `stream_blocks`.
     """
     placement, layout = placement_of(plan, device), layout_of(plan, family.block_shape(folder)[0])
+    take = None if sharded is None else sharded.take
     if random_weights:
-        transformer = random_transformer(family, folder.component_config("transformer"), placement, layout)
+        config = folder.component_config("transformer")
+        transformer = random_transformer(family, config, placement, layout, take=take)
     else:
-        transformer = load_transformer(family, folder, placement, layout, reading)
-    return apply_to_weights(transformer, family, layout, device)
+        transformer = load_transformer(family, folder, placement, layout, reading, take)
+    return apply_to_weights(transformer, family, layout, device, sharded)
 
 
 def apply_to_weights(
-    transformer: LoadedTransformer, family: ModelFamily, layout: Layout, device: torch.device
+    transformer: LoadedTransformer,
+    family: ModelFamily,
+    layout: Layout,
+    device: torch.device,
+    sharded: ShardedBlocks | None = None,
 ) -> LoadedTransformer:
     """Streams the layout's streamed blocks, places the others on the device, and fuses the MLPs of all.
+
+    Args:
+        sharded: has taken the streamed blocks; None: they go to host memory.
 
     Raises:
         PlanError: see `stream_blocks`.
     """
     blocks = blocks_of(transformer.module, family)
-    stream = stream_blocks([blocks[number] for number in layout.streamed], device) if layout.streamed else None
+    stream = None
+    if sharded is not None:
+        stream = sharded.stream()
+    elif layout.streamed:
+        stream = stream_blocks([blocks[number] for number in layout.streamed], device)
     if layout.gapless:
         close_gaps([block for number, block in enumerate(blocks) if number not in layout.streamed], device)
     fuse_mlps(blocks)

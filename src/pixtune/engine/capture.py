@@ -282,28 +282,22 @@ class ReplayedPass(Generic[InputsT]):
 
 
 class Moving(Protocol):
-    """A mover of tensors from step to step, so that a capture is valid for one arrangement of them only."""
+    """A mover of tensors within a pass, so that a capture is valid only where they are as at its beginning."""
 
-    def arrangement(self) -> Hashable:
-        """Returns where everything is now."""
-
-    def restore(self, arrangement: Hashable) -> None:
-        """Moves everything to where it was; work that is launched from now on runs after that."""
+    def rewind(self) -> None:
+        """Moves everything to where a pass begins; work that is launched from now on runs after that."""
 
     def settle(self) -> None:
         """Treats all work launched so far, copies included, as one piece that is complete."""
 
     def forget(self) -> None:
-        """Treats everything as gone: work launched since the last `settle` never ran, so nothing is where it seems."""
+        """Treats everything as where it was at the last `settle`: work launched since then never ran."""
 
 
 class Still:
     """A `Moving` in which nothing moves."""
 
-    def arrangement(self) -> Hashable:
-        return None
-
-    def restore(self, arrangement: Hashable) -> None: ...
+    def rewind(self) -> None: ...
 
     def settle(self) -> None: ...
 
@@ -329,8 +323,8 @@ class GraphCapturer:
     """Captures CUDA graphs that share their memory: one is done before the next one starts.
 
     Args:
-        moving: mover of what the captured work moves, if any. Each capture ends by moving everything back to where it
-            was at its beginning.
+        moving: mover of what the captured work moves, if any. Each capture ends by moving everything back to where a
+            pass begins.
     """
 
     def __init__(self, moving: Moving | None = None) -> None:
@@ -344,8 +338,8 @@ class GraphCapturer:
             # torch refuses a pool that graphs used before and none uses now, as long as anything in it is alive.
             self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
+        self._moving.rewind()
         torch.cuda.synchronize()  # a capture cannot wait for work that was launched outside of it
-        arrangement = self._moving.arrangement()
         is_whole = False
         try:
             # Other threads pin the memory of coming batches meanwhile, which must not break the capture.
@@ -353,7 +347,7 @@ class GraphCapturer:
                 self._moving.settle()
                 with ending_well():
                     result = work()
-                self._moving.restore(arrangement)
+                self._moving.rewind()
             is_whole = True
         finally:
             if not is_whole:
@@ -365,7 +359,7 @@ class GraphCapturer:
         self._moving.settle()
 
         def replay() -> Tensor:
-            self._moving.restore(arrangement)
+            self._moving.rewind()
             graph.replay()
             self._moving.settle()
             return result

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +31,8 @@ class Layout:
     modulation_rows: int = 0
     """Rows of the table that is computed ahead while modulation layers stay in their files; 0: they are loaded."""
     streamed: tuple[int, ...] = ()
-    """Numbers of the blocks, in the order in which they run, whose weights wait in host memory."""
+    """Numbers of the blocks, in the order in which they run, whose weights lie elsewhere: in host memory, or in parts
+    on the GPUs of several processes."""
     keeps_transposes: bool = False
     """Whether 8-bit weights are kept a second time, as the backward pass reads them."""
     plain_layers: tuple[str, ...] = ()
@@ -64,6 +66,41 @@ class LoadedTransformer:
     table: ModulationTable | None = None
     """Supplier of the modulation layers' outputs; None: these layers are in place."""
 
+    def apart(self) -> AbstractContextManager[None]:
+        """Lets the first process of a run compute alone until a `with` block ends; all processes enter it.
+
+        Those that hold a part of its weights supply these meanwhile, and begin with their own block when it is done.
+        """
+        return nullcontext() if self.stream is None else self.stream.apart()
+
+
+TakeBlock = Callable[[int, nn.Module], None]
+"""Function that gets a block's number and the block as soon as all its weights are there, and may move them."""
+
+
+class Arrivals:
+    """Finds out which of some blocks have all their tensors.
+
+    Args:
+        prefixes: beginnings of the names of each block's tensors.
+        names: names of all tensors that come.
+    """
+
+    def __init__(self, model: nn.Module, prefixes: Mapping[int, str], names: Iterable[str], take: TakeBlock) -> None:
+        self._model, self._take, self._prefixes = model, take, prefixes
+        self._missing = {
+            number: {name for name in names if name.startswith(prefix)} for number, prefix in prefixes.items()
+        }
+        self._block_of = {name: number for number, missing in self._missing.items() for name in missing}
+
+    def arrived(self, name: str) -> None:
+        """Notes a tensor that is in its place."""
+        if (number := self._block_of.get(name)) is None:
+            return
+        self._missing[number].discard(name)
+        if not self._missing[number]:
+            self._take(number, self._model.get_submodule(self._prefixes[number].removesuffix(".")))
+
 
 def load_transformer(
     family: ModelFamily,
@@ -71,8 +108,12 @@ def load_transformer(
     placement: Placement,
     layout: Layout = PLAIN,
     reading: Reading = DEFAULT_READING,
+    take: TakeBlock | None = None,
 ) -> LoadedTransformer:
     """Loads a frozen transformer from a model folder.
+
+    Args:
+        take: gets each streamed block; None: its weights go to host memory.
 
     Raises:
         WeightsError: the files' tensors are not those of the architecture that the config describes; names some.
@@ -87,7 +128,8 @@ def load_transformer(
         wanted=lambda name: parent(name) not in absent,
     )  # fmt: skip
     expected = {name for name in in_config if parent(name) not in absent}
-    fill(module, tensors, expected, placement, str(stored.source), prefixes_of_blocks(module, family, layout.streamed))
+    prefixes = prefixes_of_blocks(module, family, layout.streamed)
+    fill(module, tensors, expected, placement, str(stored.source), arriving(module, prefixes, expected, take))
     module.requires_grad_(False).eval()
     if not absent:
         return LoadedTransformer(module)
@@ -101,6 +143,7 @@ def random_transformer(
     placement: Placement,
     layout: Layout = PLAIN,
     draws_each: bool = False,
+    take: TakeBlock | None = None,
 ) -> LoadedTransformer:
     """Builds a transformer of the given architecture (empty: the full-size default) with random weights, for measuring.
 
@@ -110,6 +153,7 @@ def random_transformer(
 
     Args:
         draws_each: every quantized layer is drawn by itself, so that all formats have the same weights.
+        take: see `load_transformer`.
     """
     module = family.build_transformer(config)
     shapes = {name: tensor.shape for name, tensor in module.state_dict().items()}
@@ -119,15 +163,14 @@ def random_transformer(
     drawn = {} if draws_each else {shapes[name]: name for name in reversed(quantized)}
     of_others = [name for name in quantized if drawn.get(shapes[name], name) != name]
     tensors = {name: shape for name, shape in loaded.items() if name not in of_others}
-    on_host = prefixes_of_blocks(module, family, layout.streamed)
+    arrived = arriving(module, prefixes_of_blocks(module, family, layout.streamed), loaded, take)
     fill(
         module, ((name, random_tensor(name, shape, placement)) for name, shape in tensors.items()), set(tensors),
-        placement, "random weights", on_host,
+        placement, "random weights", arrived,
     )  # fmt: skip
     for number, name in enumerate(of_others):
         quantized[name].set_like(quantized[drawn[shapes[name]]], number + 1, placement.device)
-        if name.startswith(on_host):
-            send_to_host(quantized[name])
+        arrived(name)
     module.requires_grad_(False).eval()
     if not absent:
         return LoadedTransformer(module)
@@ -191,10 +234,31 @@ def quantized_like(
     return quantized
 
 
-def prefixes_of_blocks(model: nn.Module, family: ModelFamily, numbers: Sequence[int]) -> tuple[str, ...]:
-    """Returns how the names of these blocks' tensors begin."""
+def prefixes_of_blocks(model: nn.Module, family: ModelFamily, numbers: Sequence[int]) -> dict[int, str]:
+    """Returns how the names of these blocks' tensors begin, by the blocks' numbers."""
     names = [f"{path}.{name}." for path in family.block_paths for name, _ in model.get_submodule(path).named_children()]
-    return tuple(names[number] for number in numbers)
+    return {number: names[number] for number in numbers}
+
+
+def arriving(
+    model: nn.Module, prefixes: Mapping[int, str], names: Iterable[str], take: TakeBlock | None
+) -> Callable[[str], None]:
+    """Returns what is done with each tensor of some blocks that is in its place, by its name.
+
+    Args:
+        prefixes: beginnings of the names of each block's tensors.
+        names: names of all tensors that come.
+        take: gets each block once it is whole; None: its tensors go to host memory, one after the other.
+    """
+    if take is not None:
+        return Arrivals(model, prefixes, names, take).arrived
+    on_host = tuple(prefixes.values())
+
+    def arrived(name: str) -> None:
+        if name.startswith(on_host):
+            send_to_host(model.get_submodule(parent(name)))
+
+    return arrived
 
 
 def parent(name: str) -> str:
@@ -208,14 +272,14 @@ def fill(
     expected: set[str],
     placement: Placement,
     source: str,
-    host_prefixes: tuple[str, ...] = (),
+    arrived: Callable[[str], None] = lambda name: None,
 ) -> None:
     """Gives a model on the meta device its values, each in its planned form as soon as it has been read.
 
     Args:
         expected: names of the tensors that must come.
         source: what an error calls their origin.
-        host_prefixes: beginnings of the names of those that go to host memory.
+        arrived: is called for each tensor that is in its place.
 
     Raises:
         WeightsError: a tensor is missing, is not expected, or has another shape.
@@ -226,8 +290,7 @@ def fill(
             raise WeightsError(f"{source} holds {name}, which the architecture in the transformer's config lacks.")
         missing.discard(name)
         put_into(model.get_submodule(parent(name)), name, tensor, placement)
-        if name.startswith(host_prefixes):
-            send_to_host(model.get_submodule(parent(name)))
+        arrived(name)
         del tensor  # the unquantized form is freed before the next tensor is read
     if missing:
         raise WeightsError(

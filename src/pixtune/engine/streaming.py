@@ -6,7 +6,8 @@ ordinary memory makes the host wait, and takes up to half of the step instead of
 small ones do not saturate a link.
 
 The device holds a ring of slots. While one block computes, the next ones are copied on a stream of their own; a slot is
-filled again once the computation has passed its block. Streamed blocks are recomputed in the backward pass, so a
+filled again once the computation has passed its block, and each block has one slot that it always comes to, so that
+where blocks are depends on the last pass alone. Streamed blocks are recomputed in the backward pass, so a
 block's weights are needed twice per step and never in between. A block's slot is released when the recomputation of the
 next block begins: autograd runs the newest nodes first, so all of the block's have been launched by then. A pass
 without gradients moves all blocks, or none if they all fit the ring; a forward and a backward pass together move each
@@ -22,10 +23,11 @@ and format.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -70,13 +72,39 @@ def upcoming(position: int, num_blocks: int, num_ahead: int, backward: bool, gra
 
 
 @dataclass(frozen=True)
-class PackedBlock:
-    """A block's frozen tensors as one piece of host memory."""
+class AwayBlock:
+    """A block's frozen tensors, which hold placeholders unless its bytes are in a slot. `away` builds it."""
 
-    host: Tensor
+    num_bytes: int
+    """Bytes that the block takes in a slot."""
     tensors: tuple[PackedTensor, ...]
     placeholders: tuple[Tensor, ...]
     """Contents of each tensor while the block is away: one number on the device, in the tensor's shape."""
+
+
+class Source(Protocol):
+    """The place that blocks come from."""
+
+    def fill(self, index: int, slot: Tensor, after: Mark) -> Mark:
+        """Fills the beginning of a slot's memory with a block once `after` is done; returns the mark of its end."""
+
+    def apart(self) -> AbstractContextManager[None]:
+        """Lets the first process of a run work with the blocks alone, until a `with` block ends; all enter it."""
+
+
+@dataclass(frozen=True)
+class HostBlocks:
+    """Whole blocks in host memory."""
+
+    lane: CopyLane
+    blocks: Sequence[Tensor]
+
+    def fill(self, index: int, slot: Tensor, after: Mark) -> Mark:
+        block = self.blocks[index]
+        return self.lane.copy(slot[: block.nbytes], block, after)
+
+    def apart(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
 
 @dataclass
@@ -91,22 +119,23 @@ class Slot:
 
 
 class BlockStream:
-    """The ring of slots, and the copies that fill it. `stream_blocks` builds it.
+    """The ring of slots, and what fills it. `stream_blocks` and `sharded_blocks.ShardedBlocks` build it.
 
     Args:
         blocks: numbered from 0 in the order in which they run.
     """
 
-    def __init__(self, blocks: Sequence[PackedBlock], device: torch.device, num_slots: int) -> None:
+    def __init__(self, blocks: Sequence[AwayBlock], lane: CopyLane, source: Source, num_slots: int) -> None:
         self._blocks = tuple(blocks)
-        self._lane = CopyLane(device)
+        self._lane, self._source = lane, source
         self._slots = [
-            Slot(torch.empty(self.slot_bytes, dtype=torch.uint8, device=device))
+            Slot(torch.empty(self.slot_bytes, dtype=torch.uint8, device=lane.device))
             for _ in range(min(num_slots, len(self._blocks)))
         ]
         for slot in self._slots:
             self._lane.keep_until_copied(slot.memory)
         self._running: Slot | None = None
+        self._settled: tuple[int | None, ...] = self.arrangement()
         self._views: dict[tuple[int, int], list[Tensor]] = {}
         self.num_copied_bytes = 0
         """Bytes that have been moved to the device."""
@@ -116,7 +145,7 @@ class BlockStream:
     @property
     def block_bytes(self) -> tuple[int, ...]:
         """Bytes of each streamed block."""
-        return tuple(block.host.nbytes for block in self._blocks)
+        return tuple(block.num_bytes for block in self._blocks)
 
     @property
     def slot_bytes(self) -> int:
@@ -142,10 +171,22 @@ class BlockStream:
         self._pass_running()
         ahead = upcoming(index, len(self._blocks), len(self._slots) - 1, backward, torch.is_grad_enabled())
         self.num_late += self._find(index) is None
-        self._running = self._bring(index, {index, *ahead})
-        for following in ahead:
-            self._bring(following, {index, *ahead})
+        self._running = self._bring(index)
+        taken = {self._place_of(index)}
+        for following in ahead:  # two whose slot is the same one meet only where a pass begins anew
+            if (place := self._place_of(following)) not in taken:
+                taken.add(place)
+                self._bring(following)
         self._lane.wait(self._running.filled)
+
+    def take_part(self, index: int) -> None:
+        """Brings a block that another process needs, and that comes from this one as well."""
+        self._pass_running()
+        self._bring(index)
+
+    def apart(self) -> AbstractContextManager[None]:
+        """Lets the first process of a run work with the blocks alone; see `Source`."""
+        return self._source.apart()
 
     def bring(self, module: nn.Module) -> None:
         """Puts the weights of the streamed block that a module is part of in place, for work that is launched next.
@@ -165,14 +206,16 @@ class BlockStream:
     def _find(self, index: int) -> Slot | None:
         return next((slot for slot in self._slots if slot.block == index), None)
 
-    def _bring(self, index: int, wanted: set[int]) -> Slot:
-        """Returns the slot that holds a block, or will after its `filled`; taken from a block that is not wanted."""
-        slot = self._find(index)
-        if slot is not None:
-            return slot
-        place, slot = next((place, slot) for place, slot in enumerate(self._slots) if slot.block not in wanted)
-        self._empty(slot)
-        self._fill(place, index)
+    def _place_of(self, index: int) -> int:
+        return index % len(self._slots)
+
+    def _bring(self, index: int) -> Slot:
+        """Returns the slot that holds a block, or will after its `filled`."""
+        if (slot := self._find(index)) is None:
+            place = self._place_of(index)
+            slot = self._slots[place]
+            self._empty(slot)
+            self._fill(place, index)
         return slot
 
     def _empty(self, slot: Slot) -> None:
@@ -184,10 +227,15 @@ class BlockStream:
             slot.block = None
 
     def _fill(self, place: int, index: int) -> None:
+        slot = self._slots[place]
+        slot.filled = self._source.fill(index, slot.memory, slot.passed)
+        self.num_copied_bytes += self._blocks[index].num_bytes
+        self._point_to(place, index)
+
+    def _point_to(self, place: int, index: int) -> None:
+        """Has a block's tensors read the slot that holds its bytes."""
         slot, block = self._slots[place], self._blocks[index]
-        slot.filled = self._lane.copy(slot.memory[: block.host.nbytes], block.host, after=slot.passed)
         slot.block = index
-        self.num_copied_bytes += block.host.nbytes
         if (index, place) not in self._views:
             self._views[index, place] = [packed.view(slot.memory) for packed in block.tensors]
         for packed, view in zip(block.tensors, self._views[index, place], strict=True):
@@ -199,37 +247,33 @@ class BlockStream:
         """Returns the block in each slot."""
         return tuple(slot.block for slot in self._slots)
 
-    def restore(self, arrangement: Hashable) -> None:
-        """Brings back into each slot the block that it had; one that was empty may hold any other."""
-        assert isinstance(arrangement, tuple)
-        self._pass_running()
-        wanted = {
-            place: index
-            for place, (slot, index) in enumerate(zip(self._slots, arrangement, strict=True))
-            if index is not None and slot.block != index
-        }
-        for place, slot in enumerate(self._slots):
-            if place in wanted or slot.block in wanted.values():
-                self._empty(slot)
-        for place, index in wanted.items():
-            self._fill(place, index)
+    def rewind(self) -> None:
+        """Brings the first blocks back, with which each pass begins; work that is launched from now on runs after."""
+        for index in range(len(self._slots)):
+            self.take_part(index)
         for slot in self._slots:
             self._lane.wait(slot.filled)
 
     def settle(self) -> None:
         """Treats slots as filled, and as free once the computation has reached this point."""
         self._pass_running()
-        reached = self._lane.reached()
+        self._settled, reached = self.arrangement(), self._lane.reached()
         for slot in self._slots:
             slot.filled, slot.passed = None, reached
 
     def forget(self) -> None:
-        """Empties the slots: copies to them never ran, and their marks cannot be waited for."""
+        """Puts back what was where when all was settled: copies since then never ran, so the slots still hold that.
+
+        Marks of these copies cannot be waited for.
+        """
         self._running = None
         reached = self._lane.reached()
         for slot in self._slots:
             self._empty(slot)
             slot.filled, slot.passed = None, reached
+        for place, index in enumerate(self._settled):
+            if index is not None:
+                self._point_to(place, index)
 
 
 def stream_blocks(blocks: Sequence[nn.Module], device: torch.device, num_slots: int = 3) -> BlockStream:
@@ -255,11 +299,21 @@ def stream_blocks(blocks: Sequence[nn.Module], device: torch.device, num_slots: 
     # Blocks that are already on the host are freed one by one as they are packed.
     freed = sum(p.num_bytes for layout in layouts for p in layout if p.tensor.device.type == "cpu")
     require_host_memory(max(sum(sizes) - freed, 0) + max(sizes), f"streaming {len(blocks)} blocks")
-    packed = [pack(layout, device, placeholders) for layout in layouts]
-    stream = BlockStream(packed, device, num_slots)
+    lane = CopyLane(device)
+    hosts, packed = [], []
+    for layout in layouts:
+        hosts.append(host_buffer(packed_bytes(layout), device))
+        copy_into(hosts[-1], layout)
+        packed.append(away(layout, placeholders, hosts[-1].nbytes))
+    stream = BlockStream(packed, lane, HostBlocks(lane, hosts), num_slots)
     for index, block in enumerate(blocks):
-        wrap_forward(block, partial(_run_streamed, stream, index, block))
+        run_by_stream(stream, index, block)
     return stream
+
+
+def run_by_stream(stream: BlockStream, index: int, block: nn.Module) -> None:
+    """Has a block run with the weights that the stream brings."""
+    wrap_forward(block, partial(_run_streamed, stream, index, block))
 
 
 def _run_streamed(
@@ -284,14 +338,16 @@ def placeholders_on(device: torch.device) -> Placeholders:
     return placeholder
 
 
-def pack(layout: tuple[PackedTensor, ...], device: torch.device, placeholder: Placeholders) -> PackedBlock:
-    """Copies a block's tensors into host memory and frees the originals."""
-    host = host_buffer(packed_bytes(layout), device)
-    copy_into(host, layout)
+def away(layout: tuple[PackedTensor, ...], placeholder: Placeholders, num_bytes: int) -> AwayBlock:
+    """Puts placeholders in the place of a block's tensors, whose bytes lie elsewhere, and frees the originals.
+
+    Args:
+        num_bytes: bytes that the block takes in a slot.
+    """
     placeholders = tuple(placeholder(packed.dtype).expand(packed.shape) for packed in layout)
     for packed, stand_in in zip(layout, placeholders, strict=True):
         packed.tensor.data = stand_in
-    return PackedBlock(host, layout, placeholders)
+    return AwayBlock(num_bytes, layout, placeholders)
 
 
 def in_backward_pass() -> bool:

@@ -8,7 +8,7 @@ two, which wastes 180 MB for a block of 330 MB, so ordinary memory is locked in 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ class CopyLane:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device
+        self.device = device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         LANES.add(self)
 
@@ -37,7 +37,7 @@ class CopyLane:
         if self._stream is None:
             return None
         mark = torch.cuda.Event()
-        mark.record(torch.cuda.current_stream(self._device))
+        mark.record(torch.cuda.current_stream(self.device))
         return mark
 
     @torch.no_grad()
@@ -48,16 +48,22 @@ class CopyLane:
     @torch.no_grad()
     def copy_all(self, targets: Sequence[Tensor], sources: Sequence[Tensor], after: Mark) -> Mark:
         """Copies each source to its target, as `copy` does."""
-        pairs = zip(targets, sources, strict=True)
+
+        def copy() -> None:
+            for target, source in zip(targets, sources, strict=True):
+                target.copy_(source, non_blocking=self._stream is not None)
+
+        return self.launch(copy, after)
+
+    def launch(self, work: Callable[[], None], after: Mark) -> Mark:
+        """Launches work once `after` is done, behind all earlier work of the lane; returns the mark of its end."""
         if self._stream is None:
-            for target, source in pairs:
-                target.copy_(source)
+            work()
             return None
         if after is not None:
             self._stream.wait_event(after)
         with torch.cuda.stream(self._stream):
-            for target, source in pairs:
-                target.copy_(source, non_blocking=True)
+            work()
         mark = torch.cuda.Event()
         mark.record(self._stream)
         return mark
@@ -65,7 +71,7 @@ class CopyLane:
     def wait(self, mark: Mark) -> None:
         """Makes work that is launched from now on run after the mark."""
         if mark is not None:
-            torch.cuda.current_stream(self._device).wait_event(mark)
+            torch.cuda.current_stream(self.device).wait_event(mark)
 
     def join_capture(self) -> None:
         """Makes work that is launched from now on run after the lane's copies, if these are being captured."""

@@ -86,10 +86,16 @@ def _choose_for_all_weights(situation: Situation, config: TrainConfig) -> Choice
     )
 
 
+def shares_frozen_weights(situation: Situation) -> bool:
+    """Returns whether the config demands that processes hold one copy of the frozen weights together."""
+    return (situation.demands.shards or 1) > 1 and not situation.footprint.trains_all
+
+
 def _choose_on_cpu(situation: Situation) -> Choice:
     demands, footprint = situation.demands, situation.footprint
     weights_format = demands.compute_format
-    count = footprint.num_blocks if demands.recompute else 0
+    num_streamed = footprint.num_blocks if shares_frozen_weights(situation) else 0
+    count = footprint.num_blocks if demands.recompute or num_streamed else 0
     reasons = [] if count else ["no block is recomputed: host memory is enough on a CPU"]
     if demands.compute_format == "bf16":
         reasons.append("bf16 on a CPU, as mixed_precision asks: slower there than mixed_precision=no")
@@ -98,7 +104,10 @@ def _choose_on_cpu(situation: Situation) -> Choice:
         reasons.append("8-bit weights on a CPU, as quantize asks: they save memory there and cost time")
         reasons += _kept_plain(footprint)
     reasons += _optimizer(situation)
-    return Choice(Rung(weights_format, recomputed_blocks=count), situation.optimizer, tuple(reasons))
+    if num_streamed:
+        reasons.append(f"each block lies in {demands.shards} parts, one a process, and is gathered in each pass")
+    rung = Rung(weights_format, recomputed_blocks=count, streamed_blocks=num_streamed)
+    return Choice(rung, situation.optimizer, tuple(reasons))
 
 
 # ---- reasons of a LoRA run

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pixtune.errors import ConfigError
+from pixtune.plan.training import TrainingPlan
 
 
 def check_shards(shards: int | None, num_processes: int) -> None:
@@ -22,3 +23,12 @@ def check_shards(shards: int | None, num_processes: int) -> None:
             f"--nproc-per-node {shards}"
         ],
     )
+
+
+def can_share(plan: TrainingPlan, shards: int | None, num_processes: int) -> bool:
+    """Returns whether so many processes can hold the weights as a stored plan says.
+
+    Args:
+        shards: what the config demands; None: nothing.
+    """
+    return num_processes % plan.shards == 0 and shards in (None, plan.shards)

@@ -176,4 +176,5 @@ def plan_training(
         attention=attending.kernel,
         attention_off=attending.off,
         micro_batch_seconds=chosen.micro_batch_seconds,
+        shards=demands.shards or 1,
     )

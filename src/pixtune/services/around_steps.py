@@ -164,7 +164,7 @@ class Services:
         self.run.stop.defer()
         session.figures.add(step, outcome, self.run.learning_rate_at(step - 1))
         save_due = session.is_due(step, config.checkpointing_steps) or self.requests.take("save_now", step)
-        look_due = any(look.is_due(step) for look in self.looks)
+        look_due = self._has_to_look(step)
         if step % config.logging_steps == 0 or save_due or look_due:
             self.checkpoints.read_back(step)
         session.bar.advance(step)
@@ -193,18 +193,27 @@ class Services:
             f"step {step}: the held-out loss has had no new lowest for {self.config.validation.patience} validations "
             "(validation.patience): the run ends here. To go on: resume_from_checkpoint=latest validation.patience=null"
         )
-        for look in (self.samples, self.edit_drift):  # a last round, as after the last step
-            with self.problems.of(look.name, step):
-                look.look(step)
+        with self.run.transformer.apart():
+            for look in (self.samples, self.edit_drift):  # a last round, as after the last step
+                with self.problems.of(look.name, step):
+                    look.look(step)
         return self.finish(step)
+
+    def _has_to_look(self, step: int) -> bool:
+        """Returns whether a look is due after a step; the same in all processes where these have to take part in it."""
+        is_due = any(look.is_due(step) for look in self.looks)
+        if self.run.plan.shards > 1 and step % self.config.logging_steps == 0:  # when samples may be asked for
+            return decide_once(self.run.accelerator, lambda: is_due)
+        return is_due
 
     def _look(self, step: int) -> None:
         """Measures and draws what is due after a step, and has not been done before a resume."""
-        for look in self.looks:
-            if look.is_due(step):
-                with self.problems.of(look.name, step):
-                    look.look(step)
-                look.judge(step)
+        with self.run.transformer.apart():
+            for look in self.looks:
+                if look.is_due(step):
+                    with self.problems.of(look.name, step):
+                        look.look(step)
+                    look.judge(step)
 
     def interrupted(self, step: int) -> TrainResult:
         """Saves, so that no step is lost, and writes the report of the steps so far.

@@ -115,6 +115,7 @@ class LateLane:
     """Copies only when somebody waits for them: what a slow link does at its worst."""
 
     def __init__(self, device: torch.device) -> None:
+        self.device = device
         self.pending: list[Callable[[], object]] = []
         self.num_done = 0
 
