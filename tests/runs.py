@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import socket
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
@@ -71,3 +73,36 @@ def run(command: list[str], **options: object) -> subprocess.CompletedProcess[st
     """Any command as it is typed, from the repository's root, in at most five minutes."""
     settings = {"cwd": ROOT, "env": environment(), "timeout": 300, "text": True, **options}
     return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **settings)  # type: ignore[call-overload]
+
+
+def pixtune_together(
+    num_processes: int, *arguments: object, before: processes.Before | None = None
+) -> list[subprocess.CompletedProcess[str]]:
+    """`pixtune ...` as a launcher starts it in several processes of one host, without the launcher's own seconds."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    words = ["-m", "pixtune.cli", *map(str, arguments)]
+    started = [
+        processes.start(
+            words,
+            environment(
+                ACCELERATE_USE_CPU="true", GLOO_SOCKET_IFNAME="lo", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
+                WORLD_SIZE=str(num_processes), LOCAL_WORLD_SIZE=str(num_processes), RANK=str(rank),
+                LOCAL_RANK=str(rank), GROUP_RANK="0",
+            ),
+            before,
+        )
+        for rank in range(num_processes)
+    ]  # fmt: skip
+    outcomes = []
+    try:
+        for each in started:
+            printed, _ = each.communicate(timeout=200)
+            assert each.returncode is not None
+            outcomes.append(subprocess.CompletedProcess(words, each.returncode, printed))
+    finally:
+        for each in started:
+            if each.poll() is None:
+                each.send_signal(signal.SIGKILL)
+    return outcomes

@@ -20,6 +20,7 @@ from pixtune.data.prepared import PreparedData
 from pixtune.data.prior import draw_prior
 from pixtune.engine.apply import apply_switches, apply_to_activations, blocks_of, load_planned
 from pixtune.engine.capture import GraphCapturer, ReplayedPass
+from pixtune.engine.exchange import average_across_processes
 from pixtune.engine.load import Reading
 from pixtune.engine.modulation_ahead import StepsAhead
 from pixtune.engine.relief import (
@@ -65,6 +66,7 @@ from pixtune.storage.model_folder import ModelFolder
 from pixtune.storage.output_lock import OutputLock
 from pixtune.tracking.memory import RunMemory
 from pixtune.trained.base import Base
+from pixtune.trained.full_weights import FullWeights
 from pixtune.trained.init_lora import fitting_init_lora
 from pixtune.trained.methods import METHODS, TrainedWeights
 from pixtune.trained.optimizers import check_optimizer
@@ -190,6 +192,7 @@ def assemble(
         transformer=transformer,
         trained=trained,
         forward_backward=passes,
+        exchange=build_exchange(accelerator, trained, passes),
         reliefs=reliefs,
         learning_rate_at=build_schedule(config, num_steps),
         source=source,
@@ -275,6 +278,18 @@ def build_pass(
     )
     others = MemoryOfOthers(lambda: bytes_of_others(plan.expected_peak_bytes), lambda: stop.requested(0))
     return replayed, Reliefs(plan, replayed.give_up_captures, recompute_more, parts, others)
+
+
+def build_exchange(
+    accelerator: Accelerator, trained: TrainedWeights, passes: ReplayedPass[Batch]
+) -> Callable[[Tensor], None]:
+    """Builds what averages a step's totals and gradients: those of a LoRA as one piece, those of all weights in groups.
+
+    The gradients of all weights come and go with each step, and are too many to stay.
+    """
+    if isinstance(trained, FullWeights):
+        return lambda totals_2: average_across_processes(accelerator, [totals_2, *trained.gradients()])
+    return partial(passes.gradients.average, accelerator)
 
 
 def build_steps_ahead(

@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import Protocol, Self
 
 from accelerate import Accelerator
+from torch import Tensor
 
 from pixtune.config.schema import TrainConfig
 from pixtune.data.batches import Batch, BatchSource
@@ -39,6 +40,8 @@ class Run:
     trained: TrainedWeights
     forward_backward: ReplayedPass[Batch]
     """`train.forward_backward` of a batch on the device; returns what its examples contribute to the step's loss."""
+    exchange: Callable[[Tensor], None]
+    """Averages a step's totals, and its gradients, over all processes in place; of one process it changes nothing."""
     reliefs: Reliefs
     """Ways for a step to need less where it runs out of memory. Their `plan` is the one that is carried out now."""
     learning_rate_at: Callable[[int], float]

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from pixtune.assembly import go_on_from, set_up
 from pixtune.config.schema import TrainConfig
 from pixtune.data.batches import Batch, observed, read_ahead, timed
-from pixtune.engine.exchange import average_across_processes
 from pixtune.engine.relief import (
     drop_frames,
     first_line,
@@ -159,7 +158,7 @@ def train_step(run: Run, micro_batches: Iterable[list[Batch]], step: int) -> Ste
     losses = [run.forward_backward(batch.to(device)).clone() for batch in chain.from_iterable(micro_batches)]
     losses_2B = torch.cat(losses, 1)
     totals_2 = losses_2B.sum(1)
-    average_across_processes(run.accelerator, [totals_2, *run.trained.gradients()])
+    run.exchange(totals_2)
     grad_norm = run.trained.step(totals_2[0])
     run.forward_backward.zero_gradients()
     return StepOutcome(totals_2, grad_norm, losses_2B[0], estimates_of(run.trained.optimizer))

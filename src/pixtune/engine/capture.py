@@ -25,6 +25,7 @@ from typing import Generic, Protocol, Self, TypeVar
 import torch
 from torch import Tensor, nn
 
+from pixtune.engine.gradient_buffer import GradientBuffer
 from pixtune.engine.relief import Relief, drop_frames, first_line, free_unused, lacks_memory
 from pixtune.engine.transfer import join_capture
 
@@ -132,6 +133,7 @@ class ReplayedPass(Generic[InputsT]):
         keep_less: Relief = lambda: None,
     ) -> None:
         self._compute, self._parameters, self._capture = compute, tuple(parameters), capture
+        self.gradients = GradientBuffer(self._parameters)
         self._max_captures, self._free_bytes, self._keep_less = max_captures, free_bytes, keep_less
         self._calls: Counter[Hashable] = Counter()
         self._calls_since_a_new_shape = 0
@@ -184,7 +186,7 @@ class ReplayedPass(Generic[InputsT]):
             held_bytes = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
             self._plain_bytes = max(self._plain_bytes, held_bytes)
             free_unused()  # the compiler leaves cycles that hold tensors of the pass that it compiled
-            self._move_gradients_together()
+            self.gradients.gather()
         standing = self._standing.copy(inputs)
         with_gradient = self._gradients_there()
         replay, obstacle, is_short = None, "", False
@@ -212,15 +214,6 @@ class ReplayedPass(Generic[InputsT]):
         pass_bytes = max(torch.cuda.max_memory_allocated() - before_bytes, self._history.pass_bytes)
         self._history = replace(self._history, made=self._history.made + 1, pass_bytes=pass_bytes)
         return True
-
-    def _move_gradients_together(self) -> None:
-        """Moves gradients out of what the first backward pass has left.
-
-        They were made one by one between activations, and each kept 20 MiB of the allocator's memory from the captures.
-        """
-        for parameter in self._parameters:
-            if parameter.grad is not None:
-                parameter.grad = parameter.grad.clone()
 
     def _make_room_for_a_plain_pass(self) -> None:
         full = len(self._captures) >= self._max_captures
@@ -262,14 +255,8 @@ class ReplayedPass(Generic[InputsT]):
         return [parameter.grad is not None for parameter in self._parameters]
 
     def zero_gradients(self) -> None:
-        """Drops gradients where nothing is captured; otherwise zeroes them in place."""
-        if self._capture is None:
-            for parameter in self._parameters:
-                parameter.grad = None
-            return
-        gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
-        if gradients:
-            torch._foreach_zero_(gradients)
+        """Drops gradients where nothing is captured or exchanged; otherwise zeroes them in place."""
+        self.gradients.zero(in_place=self._capture is not None)
 
     def release(self) -> None:
         """Gives back the memory of all captures, or of one that failed; shapes are captured anew when they come up."""

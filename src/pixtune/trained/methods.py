@@ -69,12 +69,6 @@ class TrainedWeights(Protocol):
     def backward(self, loss: Tensor) -> None:
         """Gathers gradients; where the plan steps within the backward pass, it steps instead."""
 
-    def gradients(self) -> list[Tensor]:
-        """Returns the gradients that wait for the step, which may be averaged in place.
-
-        They are of the same parameters in all processes.
-        """
-
     def step(self, loss: Tensor) -> Tensor:
         """Scales the gradients down to the config's norm and steps; returns the norm before.
 
@@ -171,9 +165,6 @@ class LoraWeights:
 
     def backward(self, loss: Tensor) -> None:
         loss.backward()
-
-    def gradients(self) -> list[Tensor]:
-        return list(optim.gradients_of(self.parameters).values())
 
     def step(self, loss: Tensor) -> Tensor:
         norm = optim.clipped_step(self.optimizer, self.parameters, self.config.max_grad_norm, loss)
