@@ -166,10 +166,12 @@ def random_transformer(
     arrived = arriving(module, prefixes_of_blocks(module, family, layout.streamed), loaded, take)
     fill(
         module, ((name, random_tensor(name, shape, placement)) for name, shape in tensors.items()), set(tensors),
-        placement, "random weights", arrived,
+        placement, "random weights", lambda name: None if name in drawn.values() else arrived(name),
     )  # fmt: skip
     for number, name in enumerate(of_others):
         quantized[name].set_like(quantized[drawn[shapes[name]]], number + 1, placement.device)
+        arrived(name)
+    for name in drawn.values():  # after all that are made of them: a block that is taken has its weights no longer
         arrived(name)
     module.requires_grad_(False).eval()
     if not absent:

@@ -137,6 +137,7 @@ class Services:
         if self.is_main and (num_lines := self.session.log.close()):
             self._print(f"warning: the last {num_lines} lines of {self.session.log.path} could not be written")
         self.problems.sum_up()
+        self.run.forward_backward.release()  # NCCL waits for ever for captured exchanges that could be replayed
         self.run.accelerator.state.destroy_process_group()
 
     # ---- around the steps

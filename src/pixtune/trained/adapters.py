@@ -97,7 +97,8 @@ def attach_adapter(
         generator_seed: seed of what starts at random; the global generators are left as they were.
         stream: supplier of streamed blocks' weights.
     """
-    with torch.random.fork_rng():
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices):
         torch.manual_seed(generator_seed)
         layers = attach_config(transformer, targets, scheme, stream=stream)
     count = sum(p.numel() for p in trainable_parameters(transformer).values())

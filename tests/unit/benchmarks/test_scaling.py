@@ -59,7 +59,9 @@ def test_nothing_starts_when_no_time_is_left(tmp_path: Path) -> None:
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="ranks are found in /proc")
 def test_the_ranks_of_a_launcher_are_found(tmp_path: Path) -> None:
     script = "import os, subprocess, sys\nfor rank in '01': subprocess.Popen(['sleep', '9'], env={'RANK': rank})\n"
-    process = start_run(bench(tmp_path), [sys.executable, "-c", script + "import time; time.sleep(9)"], tmp_path / "log")
+    process = start_run(
+        bench(tmp_path), [sys.executable, "-c", script + "import time; time.sleep(9)"], tmp_path / "log"
+    )
     try:
         end_by = time.monotonic() + 5
         while len(found := children_of(process.pid)) < 2 and time.monotonic() < end_by:

@@ -194,3 +194,21 @@ def test_loaded_weights_do_not_hang_on_their_file(tmp_path: Path) -> None:
         file.write(bytes(1000))
     assert all(p.untyped_storage().filename is None for p in transformer.parameters())
     assert transformer.get_parameter("img_in.weight").equal(before)
+
+
+@pytest.mark.parametrize("linear_format", [None, "int8"])
+def test_random_blocks_are_whole_when_they_are_taken(linear_format: str | None) -> None:
+    """Quantized layers of one shape are made of one that is drawn, so its block must not be taken before they are."""
+    family, folder = model("tiny-qwen-image")
+    taken: dict[int, bool] = {}
+
+    def take(number: int, block: nn.Module) -> None:
+        tensors = [tensor for tensor in (*block.parameters(), *block.buffers()) if tensor.is_floating_point()]
+        taken[number] = all(bool(tensor.isfinite().all()) for tensor in tensors)
+        for tensor in tensors:
+            tensor.data = torch.full((), torch.nan).expand(tensor.shape)
+
+    num_blocks, _ = family.block_shape(folder)
+    layout = Layout(linear_format, streamed=tuple(range(num_blocks)))
+    random_transformer(family, folder.component_config("transformer"), FP32, layout, take=take)
+    assert taken == dict.fromkeys(range(num_blocks), True)

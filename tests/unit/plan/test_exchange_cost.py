@@ -93,7 +93,9 @@ def test_seconds_are_bytes_over_the_link_and_hops() -> None:
 @pytest.mark.parametrize("num_processes", [2, 8, 1024])
 def test_the_slowest_of_many_is_as_late_as_drawn_ones(num_processes: int) -> None:
     drawn = np.random.default_rng(1).normal(0, 1, (4000, num_processes)).max(axis=1).mean()
-    assert wait_for_slowest(1.0, num_processes) == pytest.approx(drawn, rel=0.05, abs=0.04)  # Blom: 0.59 for 0.56 of two
+    assert wait_for_slowest(1.0, num_processes) == pytest.approx(
+        drawn, rel=0.05, abs=0.04
+    )  # Blom: 0.59 for 0.56 of two
     assert wait_for_slowest(1.0, 1) == 0.0
 
 
