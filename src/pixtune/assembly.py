@@ -174,12 +174,13 @@ def assemble(
     reading = Reading(plan.loading_threads, plan.fast_loading)
     with announced("loading the transformer", show):
         is_sharded = plan.shards > 1 and plan.streamed_blocks > 0
-        sharded = ShardedBlocks(ShardGroup(plan.shards), accelerator.device) if is_sharded else None
+        sharded = ShardedBlocks(ShardGroup(plan.shards, accelerator.device), accelerator.device) if is_sharded else None
         transformer = load_planned(family, folder, plan, accelerator.device, reading, config.random_weights, sharded)
     base = Base(folder, family, transformer)
     trained = METHODS[config.method](config, plan, base, start_step)
     apply_to_activations(base.module, family, plan, data.sizes_vary)
     memory.stages.record("transformer")
+    memory.outside_bytes = transformer.outside_bytes
 
     source = build_source(config, plan, data, order, accelerator)
     passes, reliefs = build_pass(config, compute, plan, base, trained, stop)
@@ -273,7 +274,7 @@ def build_pass(
         trained.parameters.values(),
         GraphCapturer(base.transformer.stream) if plan.captures else None,
         plan.captures,
-        lambda: free_bytes(plan.usable_bytes),
+        lambda: free_bytes(plan.usable_bytes - base.transformer.outside_bytes),
         in_turn(recompute_more, parts.divide),
     )
     others = MemoryOfOthers(lambda: bytes_of_others(plan.expected_peak_bytes), lambda: stop.requested(0))

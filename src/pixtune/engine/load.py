@@ -66,6 +66,11 @@ class LoadedTransformer:
     table: ModulationTable | None = None
     """Supplier of the modulation layers' outputs; None: these layers are in place."""
 
+    @property
+    def outside_bytes(self) -> int:
+        """Device memory of weights that lie outside of torch's allocator, where other processes read them."""
+        return 0 if self.stream is None else self.stream.outside_bytes
+
     def apart(self) -> AbstractContextManager[None]:
         """Lets the first process of a run compute alone until a `with` block ends; all processes enter it.
 

@@ -2,29 +2,34 @@
 
 A block's frozen tensors, whatever their formats, are one piece of bytes (`packing.py`), and a process keeps its equal
 part of that on its own GPU. The ring of slots, the order of blocks and the recomputation are those of streamed blocks
-(`streaming.py`); in place of a copy from host memory, a slot is filled by an all-gather beside the computation. Nothing
-is written back, since frozen weights never change, and a LoRA is whole in each process.
+(`streaming.py`); in place of host memory, a slot is filled from all GPUs beside the computation. Nothing is written
+back, since frozen weights never change, and a LoRA is whole in each process.
 
-A gather needs all processes of a group, and each of them has to start the same ones in the same order. In a training
-step they do, as they run the same blocks and each block has its own slot: a pass that one process replays from a
-capture, and another one launches kernel by kernel, begin and end with the first blocks in the ring. What the first
-process does alone, such as held-out losses and samples, happens within `apart`: there it announces each gather, and the
-others take part in it until it says that it is done.
+Where the GPUs can read each other's memory, a process copies the others' parts itself (`ReadParts`): they never change,
+so nobody has to wait for anybody, and the copies take none of the GPU's multiprocessors.
+
+Elsewhere the parts are gathered (`GatheredParts`), which needs all processes of a group, and each of them has to start
+the same gathers in the same order. In a training step they do, as they run the same blocks and each block has its own
+slot: a pass that one process replays from a capture, and another one launches kernel by kernel, begin and end with the
+first blocks in the ring. What the first process does alone, such as held-out losses and samples, happens within
+`apart`: there it announces each gather, and the others take part in it until it says that it is done.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from functools import partial
 
 import torch
 import torch.distributed as dist
+import torch.distributed._symmetric_memory as symmetric_memory
 from torch import Tensor, nn
 
 from pixtune.engine.packing import copy_into, lay_out_frozen, packed_bytes
-from pixtune.engine.streaming import AwayBlock, BlockStream, away, placeholders_on, run_by_stream
+from pixtune.engine.streaming import AwayBlock, BlockStream, Source, away, placeholders_on, run_by_stream
 from pixtune.engine.transfer import CopyLane, Mark
 from pixtune.errors import ExchangeError
 
@@ -40,9 +45,10 @@ class ShardGroup:
 
     Args:
         shards: number of processes in each group, which are neighbours by rank. It divides the number of processes.
+        device: this process's.
     """
 
-    def __init__(self, shards: int) -> None:
+    def __init__(self, shards: int, device: torch.device) -> None:
         rank, num_processes = dist.get_rank(), dist.get_world_size()
         groups = [list(range(first, first + shards)) for first in range(0, num_processes, shards)]
         # Every process has to take part in making every group. Gathers have one of their own, so that they never wait
@@ -53,6 +59,37 @@ class ShardGroup:
         self.serves_first = rank < shards
         """Whether the first process of the run is in this group."""
         self._words = dist.new_group(groups[0], timeout=APART_TIMEOUT, backend="gloo")
+        self._device = device
+        self.can_read = device.type == "cuda" and self._can_all_read()
+
+    def _can_all_read(self) -> bool:
+        """Returns whether the GPUs of the group read each other's memory, the same in all of its processes."""
+        on_host = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        if on_host % self.size:
+            return False  # a group of several hosts
+        own = self._device.index or 0
+        first = own - self.rank
+        others = [first + rank for rank in range(self.size) if rank != self.rank]
+        can_read = all(torch.cuda.can_device_access_peer(own, other) for other in others)
+        everyone = torch.tensor(int(can_read), device=self._device)
+        dist.all_reduce(everyone, dist.ReduceOp.MIN, group=self._bytes)
+        return bool(everyone)
+
+    def allocate(self, num_bytes: int) -> Tensor:
+        """Returns memory for a part, which the others can read if `can_read`."""
+        if self.can_read:
+            return symmetric_memory.empty(num_bytes, dtype=torch.uint8, device=self._device)
+        return torch.empty(num_bytes, dtype=torch.uint8, device=self._device)
+
+    def share(self, part: Tensor) -> list[Tensor]:
+        """Returns each process's part as this process reads it, itself included. All of the group call it together."""
+        handle = symmetric_memory.rendezvous(part, self._bytes.group_name)
+        return [handle.get_buffer(rank, part.shape, part.dtype) for rank in range(self.size)]
+
+    def wait_for_all(self) -> None:
+        """Waits until all processes of the group have come here with their work done."""
+        torch.cuda.synchronize(self._device)
+        dist.barrier(group=self._bytes)
 
     def gather(self, whole: Tensor, part: Tensor) -> None:
         """Fills `whole` with the parts of all processes of the group, in their order; bytes, on one device."""
@@ -83,24 +120,51 @@ class ShardedBlocks:
         num_bytes = -(-packed_bytes(layout) // self._group.size)
         whole = torch.zeros(num_bytes * self._group.size, dtype=torch.uint8, device=self._device)
         copy_into(whole, layout)
-        part = whole[self._group.rank * num_bytes :][:num_bytes].clone()
+        part = self._group.allocate(num_bytes)
+        part.copy_(whole[self._group.rank * num_bytes :][:num_bytes])
         self._found[number] = block, away(layout, self._placeholder, whole.nbytes), part
 
     def stream(self) -> BlockStream:
         """Returns the stream of all blocks that were taken, in the order in which they run."""
         taken = [self._found[number] for number in sorted(self._found)]
-        lane = CopyLane(self._device)
-        source = GatheredParts(self._group, lane, [part for _, _, part in taken])
+        lane, parts = CopyLane(self._device), [part for _, _, part in taken]
+        source: Source = (
+            ReadParts(self._group, lane, parts) if self._group.can_read else GatheredParts(self._group, lane, parts)
+        )
         stream = BlockStream([each for _, each, _ in taken], lane, source, self._num_slots)
-        source.stream = stream
+        if isinstance(source, GatheredParts):
+            source.stream = stream
         for index, (block, _, _) in enumerate(taken):
             run_by_stream(stream, index, block)
         return stream
 
 
-class GatheredParts:
-    """The source of a stream's blocks: the parts of all processes of a group."""
+class ReadParts:
+    """The source of a stream's blocks where each process reads the others' parts from their GPUs."""
 
+    def __init__(self, group: ShardGroup, lane: CopyLane, parts: Sequence[Tensor]) -> None:
+        self._lane, self._own = lane, group.rank
+        self._parts = [group.share(part) for part in parts]
+        self.outside_bytes = sum(part.nbytes for part in parts)
+        group.wait_for_all()
+
+    def fill(self, index: int, slot: Tensor, after: Mark) -> Mark:
+        """Copies all parts of a block into a slot's memory once `after` is done; returns the mark of the end."""
+        parts = self._parts[index]
+        places = slot[: sum(part.nbytes for part in parts)].chunk(len(parts))
+        # Each begins with its own neighbour, so that no GPU is read by all at once.
+        order = [(self._own + 1 + turn) % len(parts) for turn in range(len(parts))]
+        return self._lane.copy_all([places[rank] for rank in order], [parts[rank] for rank in order], after)
+
+    def apart(self) -> AbstractContextManager[None]:
+        """Does nothing: no process needs another one's help."""
+        return nullcontext()
+
+
+class GatheredParts:
+    """The source of a stream's blocks where the processes of a group gather them together."""
+
+    outside_bytes = 0
     stream: BlockStream
     """The stream that it fills; set once that exists."""
 

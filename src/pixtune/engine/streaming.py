@@ -85,6 +85,10 @@ class AwayBlock:
 class Source(Protocol):
     """The place that blocks come from."""
 
+    @property
+    def outside_bytes(self) -> int:
+        """Device memory that it holds outside of torch's allocator."""
+
     def fill(self, index: int, slot: Tensor, after: Mark) -> Mark:
         """Fills the beginning of a slot's memory with a block once `after` is done; returns the mark of its end."""
 
@@ -98,6 +102,7 @@ class HostBlocks:
 
     lane: CopyLane
     blocks: Sequence[Tensor]
+    outside_bytes: int = 0
 
     def fill(self, index: int, slot: Tensor, after: Mark) -> Mark:
         block = self.blocks[index]
@@ -151,6 +156,11 @@ class BlockStream:
     def slot_bytes(self) -> int:
         """Bytes of one slot, which are those of the largest block."""
         return max(self.block_bytes)
+
+    @property
+    def outside_bytes(self) -> int:
+        """Device memory, outside of torch's allocator, of what blocks come from."""
+        return self._source.outside_bytes
 
     @property
     def device_bytes(self) -> int:

@@ -36,6 +36,8 @@ class RunMemory:
 
     def __init__(self, config: TrainConfig) -> None:
         self.stages = StageLog()
+        self.outside_bytes = 0
+        """Device memory that the run holds outside of torch's allocator, and that its plan counts."""
         self._config = config
         self._steps_began = False
         self._watchdog: MemoryWatchdog | None = None
@@ -107,7 +109,7 @@ class RunMemory:
         steps = next((stage for stage in stages if stage.stage == STEPS), None)
         if steps is None or not steps.peak_gib or not expected_bytes:
             return {}
-        measured_gib = max(steps.peak_gib, steps.allocated_gib + replayed_bytes / GIB)
+        measured_gib = max(steps.peak_gib, steps.allocated_gib + replayed_bytes / GIB) + self.outside_bytes / GIB
         figures = {
             "expected_peak_gib": expected_bytes / GIB,
             "measured_peak_gib": measured_gib,

@@ -38,7 +38,7 @@ def work(rank: int, num_processes: int, linear_format: str | None, meeting: Path
     """One process's work. What a test asserts is asserted here, in each of them."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=num_processes)
-    group = ShardGroup(SHARDS)
+    group = ShardGroup(SHARDS, CPU)
     model, stream = load_in_parts(group, linear_format)
     whole = max(stream.block_bytes)
     parts = stream._source._parts
