@@ -38,7 +38,8 @@ _BY_OURS: Mapping[str, str] = {
     "data_config.mask_dir": "mask_path mask_directory masks masks_dir conditioning_mask mask_folder",
     "data_config.mask": "alpha_mask use_alpha_mask alpha_masks",
     "data_config.weight_outside_mask": (
-        "unmasked_weight mask_min_value masked_weight unmasked_probability masked_loss use_masks masked_training"
+        "unmasked_weight mask_min_value mask_min_weight masked_weight unmasked_probability masked_loss use_masks "
+        "masked_training"
     ),
     "data_config.metadata_file": "image_jsonl_file jsonl dataset_metadata_path metadata in_json metadata_path",
     "data_config.img_size": "resolution image_size train_resolution size px target_size max_resolution resolutions",

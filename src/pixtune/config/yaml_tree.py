@@ -19,8 +19,8 @@ _PLAIN_WORDS = (  # kind, what it looks like, its possible first characters
     ("float", r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", "-+."),
     ("null", r"null|Null|NULL|~|", ["n", "N", "~", ""]),
 )
-
-
+_PAIR = re.compile(r"[\ud800-\udbff][\udc00-\udfff]")
+"""A character beyond 16 bits as UTF-16 has it."""
 ABOUT_BACKSLASHES = (
     "In double quotes a backslash begins an escape: write a Windows path with forward slashes (C:/Users/me) or in "
     "single quotes"
@@ -63,6 +63,14 @@ class ConfigLoader(yaml.SafeLoader):
         finally:
             self.level -= 1
         return node
+
+    def construct_scalar(self, node: yaml.ScalarNode | yaml.MappingNode) -> str:
+        """Returns a node's text, in which two escapes that JSON writes for one character are that character.
+
+        JSON in ASCII has "\\ud83d\\ude00" for a character beyond 16 bits, and PyYAML takes each escape alone.
+        """
+        text: str = super().construct_scalar(node)
+        return _PAIR.sub(lambda pair: pair[0].encode("utf-16", "surrogatepass").decode("utf-16"), text)
 
 
 class ConfigDumper(yaml.SafeDumper):

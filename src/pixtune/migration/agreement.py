@@ -9,6 +9,12 @@ from pixtune.config.optimizing import FINDS_RATE, SCHEDULE_FREE, STEADY, for_thi
 from pixtune.migration.optimizers import ADAMW_RATE
 from pixtune.migration.tables import Kind, Leftover, Line
 
+OF_ADAMW = 0.003
+"""Learning rate that is too high for AdamW, and usual for Muon without scaling."""
+OF_SQUARE_MATRIX = 1 / (0.2 * 3072**0.5)
+"""Rate of Muon's steps scaled to AdamW's size, over that of unscaled ones that are as large: the first are 0.2 in root
+mean square, and an orthogonal matrix of 3072 rows, as wide as both models, has 1 / sqrt(3072)."""
+
 
 def agree(lines: dict[str, Line]) -> list[Leftover]:
     """Changes lines that contradict the optimizer, and returns what is lost by that."""
@@ -18,9 +24,15 @@ def agree(lines: dict[str, Line]) -> list[Leftover]:
     if for_this_method(chosen, method) is not None:
         why = f"{chosen} is not for method: {method} here: AdamW takes its place"
         _drop(lines, "optimizer", why, "changes the result", left)
-        if chosen in FINDS_RATE and float(_value(lines, "learning_rate", 1.0)) >= 0.01:
+        if chosen in (*FINDS_RATE, "muon") and float(_value(lines, "learning_rate", 1.0)) >= OF_ADAMW:
             lines["learning_rate"] = Line("learning_rate", ADAMW_RATE, f"a usual rate of AdamW, in place of {chosen}'s")
         chosen = "adamw"
+    if chosen == "muon" and float(_value(lines, "learning_rate", 0.0)) >= OF_ADAMW:
+        line = lines["learning_rate"]
+        rate = round(float(line.value) * OF_SQUARE_MATRIX, 6)
+        lines["learning_rate"] = Line("learning_rate", rate, f"{line.origin}, of steps that are not scaled")
+        why = f"Muon's steps are as large as AdamW's here, for which {rate:g} is as much in a matrix of 3072 rows"
+        left.append(Leftover("changes the result", line.origin, why))
     _agree_on_adapter(lines, method, left)
     if chosen != "adamw":
         _drop(lines, "adam8bit", "only AdamW has states of 8 bits here", "no effect", left)
@@ -43,7 +55,8 @@ def _agree_on_adapter(lines: dict[str, Line], method: str, left: list[Leftover])
     if method == "full":
         _drop(lines, "adapter.kind", "all weights are trained", "no effect", left)
     if kind == "lokr":
-        _drop(lines, "lora_alpha", "what a LoKr adds is never scaled here", "changes the result", left)
+        for key in ("lora_alpha", "adapter.rslora"):
+            _drop(lines, key, "what a LoKr adds is never scaled here", "changes the result", left)
     if kind != "lokr" or method == "full":
         for key in ("adapter.lokr_factor", "adapter.lokr_low_rank"):
             _drop(lines, key, "it belongs to LoKr", "no effect", left)

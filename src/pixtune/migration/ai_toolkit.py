@@ -14,7 +14,7 @@ from pixtune.migration.models import Model, is_hub_name_or_folder, model_of
 from pixtune.migration.peer import WHICH_MODEL, Options, Part, Parts, Peer, flat, mappings
 from pixtune.migration.reading import Source
 from pixtune.migration.rules import Look, Lost, Outcome, Rule, fine, harmless, is_off, lost, only_if, used
-from pixtune.migration.samples import guidance, only_with_prompts, prompts
+from pixtune.migration.samples import guidance, only_with_prompts, prompts_with_options
 
 TRAINERS = ("sd_trainer", "diffusion_trainer", "ui_trainer", "fine_tune")
 
@@ -291,8 +291,6 @@ SETTINGS: tuple[Rule, ...] = (
     *harmless("model.extras_name_or_path", "a model is one folder here"),
     *lost("model.model_kwargs.*", "controls are brought near to data_config.control_size here"),
     # ---- samples
-    Rule("sample.prompts", "samples.prompts", prompts),
-    Rule("sample.samples", "samples.prompts samples.controls", prompts),
     Rule("sample.neg", "samples.negative_prompt",
          only_with_prompts(lambda value, look: Lost("none, as here", False) if is_off(value) else to.text(value))),
     Rule("sample.sample_every", "samples.every", only_with_prompts(_steps), default=100),
@@ -302,6 +300,9 @@ SETTINGS: tuple[Rule, ...] = (
     Rule("sample.guidance_scale", "samples.guidance_scale", only_with_prompts(guidance), default=7),
     Rule("sample.sample_steps", "samples.num_steps", only_with_prompts(to.whole), default=20),
     Rule("sample.network_multiplier", "samples.strengths", only_with_prompts( lambda value, look: [to.real(value)])),
+    Rule("sample.prompts", "samples.prompts samples.controls", prompts_with_options,
+         remark="options behind a prompt, such as --ctrl_img, are read"),
+    Rule("sample.samples", "samples.prompts samples.controls", prompts_with_options),
     *harmless("sample.walk_seed", "all prompts are sampled with the same seeds, so that rounds can be compared"),
     *harmless("sample.sampler sample.format sample.ext sample.guidance_rescale sample.num_frames sample.fps "
               "sample.sample_start_step sample.adapter_conditioning_scale sample.refiner_start_at",

@@ -20,11 +20,20 @@ MOST_CHARACTERS = 20_000
 MOST_QUOTED_LINES = 100
 """Number of lines that one quoted text has at most."""
 
+ABOUT_FILES = (
+    "test", "[", "[[", "ls", "cat", "cp", "mv", "rm", "ln", "chmod", "echo", "find", "grep", "sed", "wget",
+    "curl", "git", "pytest", "which", "command", "stat", "head", "tail", "touch", "vim", "nano",
+)  # fmt: skip
+"""Commands that name a script and do not start it."""
+
 _ASSIGNMENT = re.compile(r"^(?:export\s+|set\s+|\$env:|local\s+)?\"?([A-Za-z_]\w*)\s?=\s?(.*)$", re.DOTALL)
 _VARIABLE = re.compile(r"\$\{(\w+)(?::?-([^{}]*))?\}|\$(\w+)|%(\w+)%")
 _LAUNCH = re.compile(
     r"(?:^|[\s/\\\"'&|(])[\w.-]*\.py[\"']?\s+(?:[\\^`]\s+)*(?:--?\w|\"?[^\s\"]+\.(?:ya?ml|toml|json)\b)"
 )
+_WINDOWS = re.compile(r"(?:^|[\s=\"'])[A-Za-z]:\\\w|^\s*(?:@?echo off|REM\b|::)", re.MULTILINE | re.IGNORECASE)
+"""Marks of a script of Windows' shells."""
+_SCRIPT_IN_VARIABLE = re.compile(r"([A-Za-z_]\w*)\s?=\s?[\"']?[^\n\"']*\.py[\"']?\s*;?\s*$", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -44,8 +53,12 @@ class Command:
 
 
 def looks_like_commands(text: str) -> bool:
-    """Returns whether a text holds the call of a Python script with flags."""
-    return _LAUNCH.search(_without_comments(text)) is not None
+    """Returns whether a text holds the call of a Python script with flags; a variable may hold the script's path."""
+    lines = _without_comments(text)
+    if _LAUNCH.search(lines) is not None:
+        return True
+    scripts = dict.fromkeys(found[1] for found in _SCRIPT_IN_VARIABLE.finditer(lines))
+    return any(re.search(rf"[$%]\{{?{name}[}}%]?\"?\s+(?:[\\^`]\s+)*--?\w", lines) for name in scripts)
 
 
 def find_commands(text: str, name: str) -> tuple[Command, ...]:
@@ -56,7 +69,9 @@ def find_commands(text: str, name: str) -> tuple[Command, ...]:
     """
     variables: dict[str, str] = {}
     commands = []
+    of_windows = _WINDOWS.search(text) is not None
     for number, line in _logical_lines(_without_comments(text)):
+        line = line.replace("\\", "\\\\") if of_windows else line  # a backslash there is a part of a path
         try:
             words = shlex.split(line, comments=False, posix=True)
         except ValueError as error:
@@ -160,7 +175,8 @@ def _command(words: list[str], variables: Mapping[str, str]) -> Command | None:
         filled.append(text)
         unknown += missing
     place = next((at for at, word in enumerate(filled) if word.endswith(".py")), None)
-    if place is None:
+    first = next((word for word in filled[:place] if word not in ("if", "while", "!", "sudo")), "")
+    if place is None or first in ABOUT_FILES:
         return None
     script = re.split(r"[/\\]", filled[place])[-1]
     words = filled[place + 1 :]

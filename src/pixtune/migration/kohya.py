@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pixtune.errors import MigrationError
-from pixtune.migration import adapters
+from pixtune.migration import adapters, kohya_network
 from pixtune.migration import conversions as to
 from pixtune.migration import optimizers as optim
 from pixtune.migration.command_line import Command
@@ -15,6 +15,7 @@ from pixtune.migration.peer import NOT_HERE, Options, Part, mappings
 from pixtune.migration.reading import Source, find_second, read_second
 from pixtune.migration.rules import Look, Lost, Outcome, Rule, harmless, lost, only_if, used
 from pixtune.migration.samples import file_of_prompts, only_with_prompts
+from pixtune.migration.tables import shown
 
 TRAINED = re.compile(r"\w*train(_network|_control_net|_textual_inversion)?\.py")
 CACHING = re.compile(r"\w*cache_(latents|text_encoder_outputs)\.py")
@@ -101,6 +102,13 @@ def is_dataset(tree: Any) -> bool:
     return isinstance(tree, Mapping) and isinstance(tree.get("datasets"), list) and set(tree) <= {"general", "datasets"}
 
 
+def output_of(arguments: Mapping[str, Any], otherwise: str) -> tuple[str, str]:
+    """Returns the folder of the output, and what says so: a folder there, and a name in it."""
+    directory, name = arguments.get("output_dir", "output"), arguments.get("output_name", otherwise)
+    said = f"output_dir = {shown('output_dir', directory)}, output_name = {shown('output_name', name)}"
+    return f"{directory}/{name}", said
+
+
 def folder_part(values: Mapping[str, Any], file: str) -> Part:
     return Part(values, f"{file}: " if file else "")
 
@@ -138,44 +146,6 @@ def _fp8(value: Any, look: Look) -> Any:
     return True if to.truth(value) else Lost("see quantize", False)
 
 
-def _module(value: Any, look: Look) -> Any:
-    name = to.text(value).rpartition(".")[2]
-    if "lycoris" in to.text(value):
-        algorithm = dict(optim.pairs(_words(look.peek("network_args")))).get("algo", "lora")
-        found = adapters.kind(str(algorithm))
-    else:
-        found = adapters.kind(name if name in ("lokr", "loha", "oft") else "lora")
-    if found.values.get("adapter.kind") == "lokr":
-        low = adapters.low_rank(to.number(look.peek("network_dim", 4)))
-        return Outcome({**found.values, "adapter.lokr_low_rank": low})
-    return found
-
-
-def _network_arguments(value: Any, look: Look) -> Any:
-    values: dict[str, Any] = {}
-    rest = []
-    for key, given in optim.pairs(_words(value)):
-        if key == "algo":
-            continue
-        if key == "factor":
-            values["adapter.lokr_factor"] = adapters.factor(given, look)
-        elif key in ("dora_wd", "full_matrix", "decompose_both"):
-            ours = {"dora_wd": ("kind", "dora"), "full_matrix": ("lokr_low_rank", "none")}
-            name, word = ours.get(key, ("lokr_low_rank", "both"))
-            values |= {f"adapter.{name}": word} if to.truth(given) else {}
-        else:
-            rest.append(f"{key}={given}")
-    why = f"{', '.join(rest)[:200]}: which layers get a LoRA is lora_targets here; all have one rank and one rate"
-    if values or rest:
-        return Outcome(values, (Lost(why),) if rest else ())
-    return Lost("none, as here" if not _words(value) else "see network_module", False)
-
-
-def _words(value: Any) -> list[str]:
-    items = value if isinstance(value, list) else [value]
-    return [str(word) for word in items if word not in (True, None) and str(word).strip()]
-
-
 def _alpha(value: Any, look: Look) -> Any:
     return to.real(value) if to.number(value) else Lost("0 stands for the rank, as leaving it out does here", False)
 
@@ -193,21 +163,22 @@ def _strength(value: Any, look: Look) -> Any:
     return to.real(numbers[0]) if look.peek("base_weights") else Lost("see base_weights", False)
 
 
-def settings(rate: float, workers: int) -> tuple[Rule, ...]:
+def settings(rate: float, workers: int, layers: kohya_network.Layers) -> tuple[Rule, ...]:
     """Returns the rules of shared keys.
 
     Args:
+        layers: what the trainer's `network_args` say of layers.
         rate: learning rate there by default.
         workers: number of workers of the data loader there by default.
     """
     return (
         Rule("output_dir", "output_dir", lambda value, look: Outcome(), remark="with output_name as a folder in it"),
         *used("output_name", "a folder in output_dir here"),
-        Rule("network_module", adapters.KEYS, _module),
+        Rule("network_module", adapters.KEYS, kohya_network.module),
         Rule("network_dim", "rank", for_lora(adapters.rank), default=4),
         Rule("network_alpha", "lora_alpha", for_lora(_alpha), default=1.0,
              remark="1 where it is left out; here the rank"),
-        Rule("network_args", "adapter.kind adapter.lokr_factor adapter.lokr_low_rank", _network_arguments),
+        Rule("network_args", kohya_network.KEYS, for_lora(kohya_network.arguments(layers))),
         *lost("network_dropout scale_weight_norms", "a LoRA has no dropout and no limit of its norm here"),
         Rule("network_weights", "init_lora", to.lora_file),
         *harmless("dim_from_weights", "rank says which; a file of another rank is brought to it"),

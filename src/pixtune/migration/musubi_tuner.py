@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pixtune.migration import conversions as to
-from pixtune.migration import kohya
+from pixtune.migration import kohya, kohya_network
 from pixtune.migration.models import Model, model_of
 from pixtune.migration.peer import WHICH_MODEL, Options, Part, Parts, Peer, mappings
 from pixtune.migration.reading import Source
@@ -49,8 +49,7 @@ def _take_apart(source: Source, options: Options) -> Parts:
     ]
     unset = [name for command in trainings for name in command.unknown_variables]
     missing += [(f"${name}", Lost("the script sets no such variable", True, True)) for name in dict.fromkeys(unset)]
-    directory, name = arguments.get("output_dir", "output"), arguments.get("output_name", "musubi_run")
-    extra = {"output_dir": (f"{directory}/{name}", f"output_dir = {directory}, output_name = {name}")}
+    extra = {"output_dir": kohya.output_of(arguments, "musubi_run")}
     if not any(key in arguments for key in kohya.NETWORK_KEYS):
         extra["method"] = ("full", f"{script or 'no network_module'}: all weights")
     return Parts(
@@ -100,9 +99,9 @@ def _describes_data(tree: Any) -> str | None:
 
 
 SETTINGS: tuple[Rule, ...] = (
-    *kohya.settings(rate=2e-6, workers=8),
     Rule("network_module", "lora_targets", kohya.for_lora(_targets), default="networks.lora",
          remark="all linear layers of the blocks but the modulation; here attention"),
+    *kohya.settings(rate=2e-6, workers=8, layers=kohya_network.of_musubi_tuner),
     Rule("dit", "model_parts.transformer pretrained_model_name_or_path", to.transformer),
     *harmless("vae text_encoder text_encoder1 text_encoder2 clip t5",
               "encoders come with pretrained_model_name_or_path"),
@@ -110,6 +109,10 @@ SETTINGS: tuple[Rule, ...] = (
     Rule("timestep_sampling", "objective.sigma_distribution objective.shift", kohya.timesteps, default="sigma"),
     *kohya.LEVELS,
     Rule("guidance_scale", "objective.guidance", to.real),
+    Rule("mask_min_weight", "data_config.weight_outside_mask", to.real),
+    *lost("mask_gamma", "masks count as they are"),
+    *lost("muon_adam_lr", "all weights have one rate"),
+    *harmless("use_mask_loss muon_model_type cute", "not needed here"),
     *lost("remove_first_image_from_target explorative_*", "one target a picture is trained on"),
 )  # fmt: skip
 
@@ -124,6 +127,7 @@ FOLDERS: tuple[Rule, ...] = (
     *lost("no_resize_control qwen_image_edit_no_resize_control flux_kontext_no_resize_control",
           "controls are brought near to data_config.control_size"),
     Rule("qwen_image_edit_control_resolution", "data_config.control_size", _control_size),
+    Rule("mask_directory", "mask_dir", to.text),
     Rule("caption_extension", "caption_type", to.extension),
     Rule("resolution", "img_size", to.side, default=[960, 544], remark="the side of a square of the same area"),
     Rule("batch_size", "train_batch_size", to.whole),

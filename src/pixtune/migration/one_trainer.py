@@ -245,7 +245,7 @@ SETTINGS: tuple[Rule, ...] = (
     *used("model_type", WHICH_MODEL),
     Rule("workspace_dir", "output_dir", to.text, default="workspace/run"),
     *harmless("output_model_destination output_model_format output_dtype",
-              "the LoRA's files are in output_dir, for diffusers and ComfyUI"),
+              "files of the result are in output_dir, for diffusers and ComfyUI"),
     Rule("training_method", "method", _method, default="FINE_TUNE",
          remark="FINE_TUNE where it is left out; here a LoRA"),
     # ---- LoRA
@@ -286,6 +286,9 @@ SETTINGS: tuple[Rule, ...] = (
     Rule("optimizer.slice_p", "prodigy.slice", to.whole),
     Rule("optimizer.safeguard_warmup", "prodigy.safeguard_warmup", to.truth),
     Rule("optimizer.use_bias_correction", "prodigy.bias_correction", to.truth),
+    Rule("optimizer.momentum", "muon.momentum", to.real),
+    Rule("optimizer.nesterov", "muon.nesterov", to.truth),
+    Rule("optimizer.ns_steps", "muon.ns_steps", to.whole),
     *harmless("optimizer.relative_step", "see optimizer.optimizer"),
     *harmless("optimizer.stochastic_rounding optimizer.fused optimizer.fused_back_pass optimizer.foreach "
               "optimizer.__version optimizer.optim_bits optimizer.min_8bit_size optimizer.percentile_clipping "

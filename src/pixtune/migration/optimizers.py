@@ -31,7 +31,11 @@ _BY_OURS: Mapping[str, tuple[str, ...]] = {
     "prodigy_schedule_free": ("prodigyschedulefree", "prodigyplus", "prodigyplusschedulefree"),
     "adamw_schedule_free": ("adamwschedulefree", "schedulefreeadamw", "adamwschedulefreekahan", "adamwsf"),
     "adafactor": ("adafactor", "bnbadafactor", "adafactoradv"),
-}
+    "muon": (
+        "muon", "muonwithadamw", "muonwithauxadam", "singledevicemuon", "singledevicemuonwithauxadam", "muonadv",
+        "muonclip",
+    ),
+}  # fmt: skip
 """Names of other optimizers, by the one here."""
 _OWN_RATE = ("dadapt", "dadaptation")
 """Beginnings of the names of optimizers without a counterpart that find their rate: a rate there is a factor near 1."""
@@ -130,7 +134,7 @@ def optimizer_arguments(value: Any, look: Look) -> Outcome:
     values: dict[str, Any] = {}
     unknown = []
     for key, given in pairs(value):
-        if key in ("betas", "beta"):
+        if key in ("betas", "beta", "adam_betas"):
             betas = given if isinstance(given, list | tuple) else str(given).strip("()[] ").split(",")
             names = ("adam_beta1", "adam_beta2")
             values |= {name: to.real(beta) for name, beta in zip(names, betas, strict=False)}
@@ -151,6 +155,9 @@ _ARGUMENTS: Mapping[str, tuple[str, Convert]] = {
     "growth_rate": ("prodigy.growth_rate", growth), "slice_p": ("prodigy.slice", to.whole),
     "safeguard_warmup": ("prodigy.safeguard_warmup", to.truth),
     "use_bias_correction": ("prodigy.bias_correction", to.truth),
+    "momentum": ("muon.momentum", to.real), "muon_momentum": ("muon.momentum", to.real),
+    "nesterov": ("muon.nesterov", to.truth), "ns_steps": ("muon.ns_steps", to.whole),
+    "muon_weight_decay": ("adam_weight_decay", to.real), "adam_eps": ("adam_epsilon", to.real),
 }  # fmt: skip
 """Arguments of optimizers there, each with its key here; `agree` leaves out what the chosen one does not read."""
 

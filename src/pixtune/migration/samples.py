@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,9 @@ from pixtune.migration.rules import Look, Lost, Outcome, WrongValue, only_if
 
 PROMPT_KEYS = ("sample.prompts", "sample.samples", "sample_prompts", "validation_prompt", "samples")
 OFF_KEYS = ("train.disable_sampling", "validation_disable")
-OPTION = re.compile(r"\s--([a-z]{1,2})\s+")
+OPTION = re.compile(r"\s--([a-z]\w*)\s+")
+SAME_OPTION = {"seed": "d", "cfg": "l", "steps": "s", "ctrl_img": "ci", "network_multiplier": "m"}
+"""Longer names of options, as ai-toolkit has them, with kohya's."""
 NUMBERED = {"w": "samples.width", "h": "samples.height", "s": "samples.num_steps", "d": "samples.seeds"}
 
 
@@ -52,6 +54,16 @@ def prompts(value: Any, look: Look) -> Any:
     return Outcome(values)
 
 
+def prompts_with_options(value: Any, look: Look) -> Any:
+    """Returns prompts, of which texts may have options behind them: `make it blue --ctrl_img cup.png --seed 7`."""
+    items = value if isinstance(value, list) else [value]
+    with_options = any(isinstance(item, str) and OPTION.search(f"{item} ") for item in items)
+    if not with_options or not asks_for_samples(look) or not all(isinstance(item, str) for item in items):
+        return prompts(value, look)
+    trigger = look.get("trigger_word")
+    return _prompts_of([item.replace("[trigger]", str(trigger)) if trigger else item for item in items], look)
+
+
 def guidance(value: Any, look: Look) -> float:
     """Returns a scale of guidance, of which 1 and less is none."""
     return max(1.0, to.real(value))
@@ -69,22 +81,24 @@ def file_of_prompts(value: Any, look: Look) -> Any:
         text = read_bounded(found, MEBIBYTE).decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         return Lost(f"the file of prompts cannot be read ({error}): write samples.prompts", False, True)
-    return _prompts_of(text, look)
+    lines = (line.strip() for line in text.split("\n"))
+    return _prompts_of([line for line in lines if line and not line.startswith("#")], look)
 
 
-def _prompts_of(text: str, look: Look) -> Any:
-    lines = [line.strip() for line in text.split("\n") if line.strip() and not line.strip().startswith("#")]
+def _prompts_of(lines: Sequence[str], look: Look) -> Any:
+    """Returns what prompts with options behind them say."""
     prompts, controls = [], []
     options: dict[str, list[str]] = {}
     for line in lines[:1000]:
         prompt, *rest = OPTION.split(f"{line} ")
         prompts.append(prompt.strip())
-        given = dict(zip(rest[::2], (each.strip() for each in rest[1::2]), strict=False))
+        names = (SAME_OPTION.get(name, name) for name in rest[::2])
+        given = dict(zip(names, (each.strip() for each in rest[1::2]), strict=False))
         controls.append([given.pop("ci")] if "ci" in given else [])
         for key, option in given.items():
             options.setdefault(key, []).append(option)
     if not prompts:
-        return Lost("the file of prompts is empty", False)
+        return Lost("there is no prompt in it", False)
     if look.model.edits and not all(controls):
         return Lost("an edit model needs control pictures of each prompt: write samples", False)
     values: dict[str, Any] = {"samples.prompts": prompts}
@@ -97,6 +111,8 @@ def _prompts_of(text: str, look: Look) -> Any:
     scale = options.get("g" if look.model.guided else "l") or options.get("l") or options.get("g")
     if scale:
         values["samples.guidance_scale"] = max(1.0, to.real(scale[0]))
+    if "m" in options:
+        values["samples.strengths"] = [to.real(options["m"][0])]
     if "n" in options:
         values["samples.negative_prompt"] = options["n"][0]
     differ = [key for key, given in options.items() if len(set(given)) > 1]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pixtune.migration import conversions as to
-from pixtune.migration import kohya
+from pixtune.migration import kohya, kohya_network
 from pixtune.migration import optimizers as optim
 from pixtune.migration.models import Model, is_hub_name_or_folder, model_of
 from pixtune.migration.peer import WHICH_MODEL, Options, Part, Parts, Peer
@@ -52,8 +52,7 @@ def _take_apart(source: Source, options: Options) -> Parts:
     script = trainings[0].script if trainings else ""
     unset = [name for command in trainings for name in command.unknown_variables]
     missing += [(f"${name}", Lost("the script sets no such variable", True, True)) for name in dict.fromkeys(unset)]
-    directory, name = arguments.get("output_dir", "output"), arguments.get("output_name", "sd_scripts_run")
-    extra = {"output_dir": (f"{directory}/{name}", f"output_dir = {directory}, output_name = {name}")}
+    extra = {"output_dir": kohya.output_of(arguments, "sd_scripts_run")}
     if not any(key in arguments for key in kohya.NETWORK_KEYS):
         extra["method"] = ("full", f"{script or 'no network_module'}: all weights")
     rest = {key: value for key, value in arguments.items() if key not in shared}
@@ -147,9 +146,9 @@ def _describes_data(tree: Any) -> str | None:
 
 
 SETTINGS: tuple[Rule, ...] = (
-    *kohya.settings(rate=2e-6, workers=8),
     Rule("network_module", "lora_targets", kohya.for_lora(lambda value, look: ["all_linear"]),
          default="networks.lora_flux", remark="all linear layers of the blocks; here attention"),
+    *kohya.settings(rate=2e-6, workers=8, layers=kohya_network.of_flux),
     Rule("pretrained_model_name_or_path", "pretrained_model_name_or_path model_parts.transformer", to.base),
     *harmless("ae clip_l t5xxl vae", "encoders come with pretrained_model_name_or_path"),
     *used("script model_type", WHICH_MODEL),
@@ -233,7 +232,8 @@ SD_SCRIPTS = Peer(
     files="The TOML file of `--config_file`, or a script with the command `accelerate launch flux_train_network.py "
     "...` (fluxgym writes one); the file of `--dataset_config` is found by itself.",
     misses=(
-        "A LoRA for CLIP, ranks and rates by block, LoRA+, wildcards in captions, and merging LoRAs while training.",
+        "A LoRA for CLIP, rates by block, ranks by regular expressions, LoRA+, "
+        "wildcards in captions, and merging LoRAs while training.",
         "SDXL, SD 1 to 3, Lumina and HunyuanImage.",
     ),
     remarks=(

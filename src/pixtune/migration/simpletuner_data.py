@@ -94,12 +94,14 @@ FOLDERS: tuple[Rule, ...] = (
     Rule("(small pictures are enlarged)", "upscale", default=True),
     Rule("dataset_name", "", lambda value, look: Lost("see dataset", False)),
     *lost("huggingface.composite_image_config.enabled", "pictures that are several in one must be cut"),
-    *lost("minimum_image_size minimum_aspect_ratio maximum_aspect_ratio is_regularisation_data is_regularization_data "
-          "conditioning",
-          "leave pictures out by data_config.exclude; regularization pictures are prior_preservation.folder"),
+    *lost("minimum_image_size minimum_aspect_ratio maximum_aspect_ratio",
+          "pictures of all sizes are used: leave some out by data_config.exclude"),
+    *lost("is_regularisation_data is_regularization_data", "regularization pictures are prior_preservation.folder"),
+    *lost("conditioning", "controls and masks that are made from the pictures must be in folders"),
     *harmless("maximum_image_size target_downsample_size crop_style crop_aspect crop_aspect_buckets id dataset_type "
               "cache_dir_vae cache_dir text_embeds image_embeds metadata_backend vae_cache_clear_each_epoch "
-              "conditioning_data disabled disable skip_file_discovery preserve_data_backend_cache huggingface.* "
+              "conditioning_data conditioning_image_embeds disabled "
+              "disable skip_file_discovery preserve_data_backend_cache huggingface.* "
               "parquet.* video.* cache_file_suffix hash_filenames dataset_split split streaming write_batch_size "
               "default", "pictures are bucketed and cached here by themselves"),
 )  # fmt: skip
