@@ -39,8 +39,9 @@ from torch import Tensor
 
 from pixtune.bench.environment import describe
 from pixtune.data.buckets import build_buckets, frame_picture
-from pixtune.data.cache import CacheKey, DiskStore, Ledger, missing_keys
+from pixtune.data.cache import CacheKey, DiskStore, Ledger
 from pixtune.data.encode import Encoder, FramedPicture, TextItem
+from pixtune.data.filling import missing_keys
 from pixtune.data.images import picture_digest
 from pixtune.families import family_of
 from pixtune.family import Conditioning, LatentDistribution, Placement

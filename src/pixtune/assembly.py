@@ -43,6 +43,7 @@ from pixtune.families.opening import open_model
 from pixtune.family import ModelFamily
 from pixtune.hardware.facts import check_torch
 from pixtune.launch.accelerator import agree_with_others, start_accelerator
+from pixtune.launch.crew import gather_crew
 from pixtune.launch.stop import StopRequest
 from pixtune.plan.demands import demands_of
 from pixtune.plan.encoders import EncoderPlan, without_former_fields
@@ -135,6 +136,7 @@ def assemble(
     accelerator = start_accelerator(config)
     agree_with_others(stop, accelerator)
     check_shards(config.distributed.shards, accelerator.num_processes)
+    crew = gather_crew(accelerator)
     memory.start(accelerator.device)
     show = printer(quiet=not accelerator.is_main_process)
     if lock is not None:
@@ -158,10 +160,10 @@ def assemble(
 
     stored = without_former_fields(checkpoint.record.get("encoders", {})) if checkpoint else None
     encoders = None if stored is None else read_decision(EncoderPlan, stored, "encoders")
-    prior = draw_prior(config, identity.base, accelerator)
+    prior = draw_prior(config, identity.base, accelerator, crew)
     data = prepare_data(
         config, family, folder, accelerator, memory.stages, encoders,
-        lambda found: check_run(config, checkpoint, replace(identity, **found.entries)), prior,
+        lambda found: check_run(config, checkpoint, replace(identity, **found.entries)), prior, crew,
     )  # fmt: skip
     order = BatchOrder(data.buckets, config.batch_size * accelerator.num_processes, config.seed, data.uses)
     num_steps = planned_steps(config, order)

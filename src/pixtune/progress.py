@@ -7,19 +7,17 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from types import MappingProxyType, TracebackType
-from typing import Self, TypeVar
+from typing import Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Column
 
 from pixtune.inputs.printing import lines
-
-T = TypeVar("T")
 
 LINE_EVERY_SECONDS = 15.0
 """Interval of the lines that are printed where no terminal can redraw a bar."""
@@ -81,8 +79,12 @@ class Counter:
 
     def __call__(self) -> None:
         """Counts one more part."""
-        self._done += 1
-        self._progress.advance(self._task)
+        self.reach(self._done + 1)
+
+    def reach(self, done: int) -> None:
+        """Shows that this many parts are done."""
+        self._done = done
+        self._progress.update(self._task, completed=done)
         now = time.monotonic()
         if not self._console.is_terminal and self._done < self._total and now - self._last_line > LINE_EVERY_SECONDS:
             self._last_line = now
@@ -103,14 +105,6 @@ def counted(what: str, total: int, console: Console) -> Iterator[Counter]:
         counter = Counter(progress, console, what, total)
         yield counter
         counter.end()
-
-
-def track(items: Iterable[T], description: str, total: int, console: Console) -> Iterator[T]:
-    """Yields the items, with a bar that counts them."""
-    with counted(description, total, console) as count:
-        for item in items:
-            yield item
-            count()
 
 
 def _progress(console: Console) -> Progress:

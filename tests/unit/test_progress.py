@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from pixtune import progress
-from pixtune.progress import StepBar, announced, in_words, track
+from pixtune.progress import StepBar, announced, counted, in_words
 
 
 @pytest.fixture(autouse=True)
@@ -50,8 +50,10 @@ def test_quick_work_is_silent() -> None:
 
 def test_in_a_log_counted_work_prints_a_line_now_and_then() -> None:
     console = log()
-    for _ in track(range(3), "encoding captions", 3, console):
-        time.sleep(0.03)
+    with counted("encoding captions", 3, console) as count:
+        for _ in range(3):
+            time.sleep(0.03)
+            count()
     first, second, last = printed(console)
     assert first.startswith("encoding captions: 1/3, about 0.") and second.startswith("encoding captions: 2/3")
     assert last.startswith("encoding captions: 0.")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 
@@ -23,6 +23,7 @@ from pixtune.engine.relief import drop_frames, first_line, free_unused, lacks_me
 from pixtune.engine.weight_only import quantize_encoder
 from pixtune.errors import DataError, PlanError
 from pixtune.family import PICTURE_TOKENS, Answer, Captioner, Choose, Placement, Question, TextEncoder
+from pixtune.launch.crew import Share
 from pixtune.plan.captioning import CaptionPlan
 from pixtune.plan.encoders import ON_CPU
 
@@ -110,11 +111,20 @@ def load_captioner(captioner: Captioner, plan: CaptionPlan, placement: Placement
 
 
 def describe(
-    captioner: Captioner, encoder: TextEncoder, wish: Wish, asked: Sequence[Asked], at_once: int, with_controls: bool
+    captioner: Captioner,
+    encoder: TextEncoder,
+    wish: Wish,
+    asked: Sequence[Asked],
+    at_once: int,
+    with_controls: bool,
+    share: Share | None = None,
 ) -> Iterator[list[Outcome]]:
     """Yields the outcomes of pictures, some at a time; those with questions of about one length come together.
 
     Where memory runs short, fewer are asked about at once from there on.
+
+    Args:
+        share: share of the pictures that this process takes, some at a time; None: all.
 
     Raises:
         PlanError: not even one picture's question fits.
@@ -123,12 +133,17 @@ def describe(
     groups = [ordered[start : start + at_once] for start in range(0, len(ordered), at_once)]
     asker = _Asker(captioner, encoder, wish, at_once)
     read = partial(_read, captioner, wish.question, with_controls)
+    # What takes longest comes first where others wait for the last ones.
+    taken = iter(groups) if share is None else share.take(groups[::-1])
     with ThreadPoolExecutor(READ_THREADS, thread_name_prefix="read ahead") as pool:
-        # The next pictures are read while the captioner writes of these.
-        ahead = [pool.submit(read, each.picture) for each in groups[0]] if groups else []
-        for number in range(len(groups)):
+
+        def begin() -> list[Future[tuple[Picture, Question | Outcome]]]:
+            return [pool.submit(read, each.picture) for each in next(taken, ())]
+
+        ahead = begin()
+        while ahead:
             found = [each.result() for each in ahead]
-            ahead = [pool.submit(read, each.picture) for each in groups[number + 1]] if number + 1 < len(groups) else []
+            ahead = begin()  # the next pictures are read while the captioner writes of these
             outcomes = [each for _, each in found if isinstance(each, Outcome)]
             questions = [(picture, each) for picture, each in found if isinstance(each, Question)]
             answers = asker.answers(questions)

@@ -16,7 +16,7 @@ from rich.console import Console
 from pixtune.captioning.choosing import Choice, Chosen, Overwrite, choose
 from pixtune.captioning.describe import Asked, Outcome, Wish, describe, load_captioner, measure
 from pixtune.captioning.pictures import Picture, find_pictures, only_named
-from pixtune.captioning.record import Written, add_to_record, read_record
+from pixtune.captioning.record import Written, add_to_record, read_records, record_of
 from pixtune.config.folders import Folder
 from pixtune.config.schema import TrainConfig
 from pixtune.data.images import picture_digest
@@ -25,6 +25,7 @@ from pixtune.errors import DataError
 from pixtune.family import Captioner, Placement
 from pixtune.hardware.facts import HardwareFacts, host_room_bytes
 from pixtune.inputs.reading import MEBIBYTE, read_bounded
+from pixtune.launch.crew import ALONE, Crew
 from pixtune.plan.captioning import CaptionPlan, CaptionSizes, plan_captions
 from pixtune.plan.demands import demands_of
 from pixtune.plan.footprint import ELEMENT_BYTES
@@ -33,6 +34,7 @@ from pixtune.progress import announced, counted, say
 from pixtune.storage.files import check_writable, text_digest, write_atomically
 from pixtune.storage.model_folder import weight_files
 
+_WORK = "writing captions"
 LARGEST_LIST_BYTES = 64 * MEBIBYTE
 """Size that no list of names reaches: a million have less."""
 
@@ -49,6 +51,8 @@ class Places:
     only: tuple[str, ...] | None = None
     """Names of the pictures to look at; None: all."""
     overwrite: Overwrite = "nothing"
+    share: tuple[int, int] = (0, 1)
+    """Number of the share of the pictures to look at, 0 for the first, and of all shares."""
 
 
 @dataclass(frozen=True)
@@ -81,9 +85,11 @@ def open_job(places: Places, wish: Wish, captioner: Captioner) -> Job:
     pictures, notes = _find(places)
     if places.only is not None:
         pictures = only_named(pictures, places.only)
+    share, num_shares = places.share
+    pictures = pictures[share::num_shares]
     with_controls = places.shows_controls
     request_of = partial(_request_of, _shared_request(places, wish, captioner), with_controls)
-    records = {folder.img_dir: read_record(folder.img_dir) for folder in places.folders}
+    records = {folder.img_dir: read_records(folder.img_dir) for folder in places.folders}
     chosen, asked, failed = [], [], []
     for picture in pictures:
         try:
@@ -174,6 +180,23 @@ def _request_of(shared: str, with_controls: bool, picture: Picture) -> str:
     return text_digest(repr((shared, picture.shown, [picture_digest(path) for path in paths])))
 
 
+def check_same_job(job: Job, crew: Crew) -> None:
+    """Waits until all processes know what is to be written, and checks that it is the same. Before it, none writes.
+
+    Raises:
+        DataError: processes see other pictures or captions than this one.
+    """
+    own = text_digest("\n".join(str(each.picture.caption_path) for each in job.asked))
+    if len(set(crew.gather("looking for pictures", own))) > 1:
+        raise DataError(
+            "the processes see different pictures",
+            [
+                "Each must see the same folders under the same names, and nobody may write captions there meanwhile. "
+                "Machines without a shared disk each caption their own part: --share 1/2, --share 2/2."
+            ],
+        )
+
+
 def make_plan(job: Job, memory: TrainConfig, facts: HardwareFacts, at_once: int | None = None) -> CaptionPlan:
     """Plans how the captioner fits a machine, by headers and sizes alone.
 
@@ -198,10 +221,16 @@ def make_plan(job: Job, memory: TrainConfig, facts: HardwareFacts, at_once: int 
     return plan_captions(usable, sizes, len(job.asked), quantize, at_once, host)
 
 
-def write_captions(job: Job, plan: CaptionPlan, placement: Placement, console: Console) -> Iterator[Outcome]:
+def write_captions(
+    job: Job, plan: CaptionPlan, placement: Placement, console: Console, crew: Crew = ALONE
+) -> Iterator[Outcome]:
     """Writes the captions of a job, and yields what became of each picture once that is on the disk.
 
+    Args:
+        crew: processes that divide the pictures; this one yields its own. All must have the same job.
+
     Raises:
+        TrainingError: another process of the crew failed.
         WeightsError: the captioner cannot be loaded.
         PlanError: memory is too short for one picture.
         WriteError: a caption could not be written; those before it are.
@@ -211,23 +240,30 @@ def write_captions(job: Job, plan: CaptionPlan, placement: Placement, console: C
 
     transformers_logging.disable_progress_bar()  # what is loaded is announced here
     show: Callable[[str], None] = partial(say, console)
+    at_once = min(crew.gather(_WORK, plan.at_once))  # a group must mean the same to all
     with announced("loading the captioner", show):
         encoder = load_captioner(job.captioner, plan, placement)
     with_controls = job.places.shows_controls
     request_of = partial(_request_of, _shared_request(job.places, job.wish, job.captioner), with_controls)
-    with counted("writing captions", len(job.asked), console) as count:
-        for outcomes in describe(job.captioner, encoder, job.wish, job.asked, plan.at_once, with_controls):
+    share_of_places, num_shares = job.places.share
+    record = record_of(share_of_places * crew.size + crew.rank, num_shares * crew.size)
+    with (
+        counted("writing captions", len(job.asked), console) as count,
+        crew.sharing(_WORK, len(job.asked), count.reach) as share,
+    ):
+        own = share if crew.size > 1 else None
+        for outcomes in describe(job.captioner, encoder, job.wish, job.asked, at_once, with_controls, own):
             for folder in {each.picture.folder for each in outcomes}:
                 written = {
                     each.picture.name: Written(text_digest(each.caption.text), request_of(each.picture))
                     for each in outcomes
                     if each.caption is not None and each.picture.folder == folder
                 }
-                add_to_record(folder, written)
+                add_to_record(folder, written, record)
             for outcome in outcomes:
                 if outcome.caption is not None:
                     write_atomically(outcome.picture.caption_path, f"{outcome.caption.text}\n".encode())
-                count()
+                share.made()
                 yield outcome
 
 

@@ -108,6 +108,12 @@ def caption(
     gpu_memory_limit_gib: Annotated[
         float | None, typer.Option(min=0.1, help="Limit of GPU memory in GiB, CUDA context included.")
     ] = None,
+    share: Annotated[
+        str | None,
+        typer.Option(
+            metavar="K/N", help="Caption the K-th of N shares of the pictures, where N jobs on N machines divide them."
+        ),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be done. Loads no weights.")] = False,
 ) -> None:
     """Write captions for pictures, by the model's own text encoder.
@@ -118,7 +124,11 @@ def caption(
     \b
     pixtune caption ./pictures --model ./Qwen-Image --preset style
     pixtune caption my_run.yaml --trigger "zwx person" --preset person
+    torchrun --nproc-per-node 8 -m pixtune caption ./pictures --model ./Qwen-Image
+
+    Processes that a launcher has started divide the pictures among their GPUs.
     """
+    of_shares = read_share(share)
     source = find_source(words, config, model, captioner, extension, tuple(control_dir or ()))
     shows_controls, question = the_question(preset, prompt, max_words, source.has_controls)
     if (trigger := None if trigger is None else " ".join(trigger.split())) == "":
@@ -144,6 +154,7 @@ def caption(
             source.apart,
             None if only is None and only_from is None else names,
             "all" if overwrite_edited else "own" if overwrite else "nothing",
+            of_shares,
         ),
         Wish(question, most_words, max_tokens, trigger, temperature, seed if temperature else 0, picture_tokens),
         open_captioner(captioner, picture_tokens)
@@ -171,36 +182,42 @@ def carry_out(job: Job, memory: TrainConfig, at_once: int | None, dry_run: bool)
     Raises:
         PlanError, WeightsError, WriteError: see `write_captions`.
     """
-    import torch
-
     from pixtune.captioning.choosing import Choice
-    from pixtune.captioning.job import make_plan, placement_for, write_captions
+    from pixtune.captioning.job import check_same_job, make_plan, placement_for, write_captions
     from pixtune.hardware.read import read_facts
+    from pixtune.launch.accelerator import join_crew
     from pixtune.tracking.memory import RunMemory
 
-    def report(line: str) -> None:
-        typer.echo(lines(line), err=True)
-
     run_memory = RunMemory(memory)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device, crew = join_crew()
+
+    def report(line: str) -> None:
+        if crew.is_first:
+            typer.echo(lines(line), err=True)
+
+    check_same_job(job, crew)
     run_memory.start(device)
     for note in job.notes:
         report(f"note: {note}")
     plan = make_plan(job, memory, read_facts(device), at_once) if job.asked else None
     for reason in plan.reasons if plan else ():
         report(f"plan: {reason}")
-    for chosen in job.chosen if dry_run else ():
+    for chosen in job.chosen if dry_run and crew.is_first else ():
         if chosen.choice is not Choice.KEPT:  # those are counted: of a thousand, the two that lack one are looked for
             typer.echo(one_line(f"{chosen.picture.shown}: {chosen.choice.value}"))
-    problems = [each.problem for each in job.failed]
+    problems = [each.problem for each in job.failed] if crew.is_first else []
     num_written = num_cut = 0
     if plan and not dry_run:
-        for outcome in write_captions(job, plan, placement_for(memory, device), Console(stderr=True)):
+        console = Console(stderr=True, quiet=not crew.is_first)
+        for outcome in write_captions(job, plan, placement_for(memory, device), console, crew):
             if outcome.caption is None:
                 problems.append(outcome.problem)
                 continue
             num_written, num_cut = num_written + 1, num_cut + outcome.caption.cut
             typer.echo(one_line(f"{outcome.picture.shown}: {outcome.caption.text}"))
+    found = crew.gather("writing captions", [num_written, num_cut, problems])
+    num_written, num_cut = sum(each[0] for each in found), sum(each[1] for each in found)
+    problems = [problem for each in found for problem in each[2]]
     for problem in problems:
         report(f"problem: {problem}")
     if num_cut:
@@ -208,6 +225,20 @@ def carry_out(job: Job, memory: TrainConfig, at_once: int | None, dry_run: bool)
     done = f"captions to write: {len(job.asked)}" if dry_run else f"captions written: {num_written}"
     report(f"{done}; kept: {len(job.kept)}; pictures without: {len(problems)}")
     return len(problems)
+
+
+def read_share(text: str | None) -> tuple[int, int]:
+    """Reads --share: the number of a share, 0 for the first, and of all shares.
+
+    Raises:
+        BadParameter: it is no such pair of numbers.
+    """
+    if text is None:
+        return 0, 1
+    number, slash, of = text.partition("/")
+    if not (slash and number.isdecimal() and of.isdecimal() and 1 <= int(number) <= int(of)):
+        raise typer.BadParameter(f"--share is {text!r}; it must be like 1/8, the first of eight shares, up to 8/8")
+    return int(number) - 1, int(of)
 
 
 def the_question(preset: str | None, prompt: str | None, max_words: int | None, has_controls: bool) -> tuple[bool, str]:

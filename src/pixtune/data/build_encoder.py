@@ -14,12 +14,14 @@ from rich.console import Console
 from pixtune.config.folders import cache_folder
 from pixtune.config.load import why_not_writable
 from pixtune.config.schema import TrainConfig
-from pixtune.data.cache import DiskStore, Ledger, MemoryStore, missing_keys
+from pixtune.data.cache import DiskStore, Ledger, MemoryStore
 from pixtune.data.encode import Encoder, FramedPicture, TextItem
+from pixtune.data.filling import missing_keys
 from pixtune.family import ModelFamily, Placement
 from pixtune.hardware.facts import HardwareFacts
 from pixtune.hardware.read import read_facts
 from pixtune.hardware.unified import is_unified_memory_system
+from pixtune.launch.crew import ALONE, Crew, crew_of_folder
 from pixtune.plan.demands import demands_of
 from pixtune.plan.encoders import PLAINLY, EncoderPlan, count_caption_tokens, more_exact
 from pixtune.planning import encoder_sizes, plan_encoders_of
@@ -35,12 +37,14 @@ def build_encoder(
     items: Sequence[TextItem],
     pictures: Sequence[FramedPicture],
     plan: EncoderPlan | None = None,
+    crew: Crew = ALONE,
 ) -> Encoder:
     """Builds the encoder of a run, with nothing loaded.
 
     Args:
         items, pictures: captions and pictures that are encoded before training.
         plan: the plan of a run that is resumed; None: made for this machine as it is.
+        crew: all processes of the run; those that see one cache divide the encoding.
 
     Raises:
         PlanError: the config demands an encoder on the GPU where it does not fit.
@@ -56,13 +60,14 @@ def build_encoder(
         family=family,
         folder=folder,
         placement=Placement(accelerator.device, dtype),
-        plan=plan or _plan_encoders(config, family, folder, accelerator, items, pictures),
+        plan=plan or _plan_encoders(config, family, folder, accelerator, items, pictures, crew),
         max_text_tokens=config.data_config.max_text_tokens,
         store=DiskStore(cache_dir / "entries") if on_disk else MemoryStore(),
         ledger=Ledger(cache_dir / "ledger.json" if on_disk else None),
         console=Console(quiet=not accelerator.is_main_process),
         memo_dir=cache_dir / "weights" if may_write else None,
         counts_file=cache_dir / "caption_tokens.json" if may_write else None,
+        crew=crew_of_folder(crew, cache_dir) if on_disk else ALONE,
         stays=_encoders_stay(config),
     )
     if plan is None and on_disk:
@@ -91,10 +96,12 @@ def _plan_encoders(
     accelerator: Accelerator,
     items: Sequence[TextItem],
     pictures: Sequence[FramedPicture],
+    crew: Crew,
 ) -> EncoderPlan:
     """Plans how this machine encodes; the first process decides for all, since all must read the same encodings."""
     if accelerator.device.type != "cuda":
         return PLAINLY
+    crew.wait("reading the data set")  # that takes each its own time, and a broadcast waits for minutes at most
     decided: list[EncoderPlan | None] = [None]
     if accelerator.is_main_process:
         facts = read_facts(accelerator.device, demands_of(config).memory_fraction)
@@ -132,12 +139,12 @@ def prefer_more_exact(
     same one."""
     for plan in more_exact(encoder.plan) if config.precompute_text_embeddings else ():
         better = replace(encoder, plan=plan)
-        if not missing_keys(encoder.store, better.text_keys(items)):
+        if not missing_keys(encoder.store, better.text_keys(items), encoder.crew):
             encoder = better
             break
     whole = replace(encoder, plan=replace(encoder.plan, tile_pixels=None))
     tiled = encoder.plan.tile_pixels is not None and config.precompute_image_embeddings
-    return whole if tiled and not missing_keys(encoder.store, whole.latent_keys(pictures)) else encoder
+    return whole if tiled and not missing_keys(encoder.store, whole.latent_keys(pictures), encoder.crew) else encoder
 
 
 def _encoders_stay(config: TrainConfig) -> bool:

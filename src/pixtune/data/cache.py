@@ -9,27 +9,27 @@ Pictures are stored as the mean and deviation of the autoencoder's distribution:
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
+import math
 import os
+import time
 import zlib
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import chain
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from safetensors import SafetensorError, deserialize, safe_open
 from safetensors.torch import load
 from torch import Tensor
 
-from pixtune.data.pairs import shorten
 from pixtune.errors import DataError
-from pixtune.inputs.reading import MEBIBYTE, read_bounded
-from pixtune.storage.files import replacing, text_digest, write_if_possible
+from pixtune.inputs.reading import MEBIBYTE, check_regular, read_bounded
+from pixtune.storage.files import remove_stale, replacing, text_digest, write_if_possible
 from pixtune.storage.safetensors_writer import file_pieces
 
 log = logging.getLogger(__name__)
@@ -49,11 +49,13 @@ LARGEST_ENTRY_BYTES = 512 * MEBIBYTE
 """Size that no entry reaches: latents of a picture of the most pixels have 340 MiB."""
 LARGEST_LEDGER_BYTES = 256 * MEBIBYTE
 """Size up to which a ledger is read: that of half a million items."""
-CHECK_THREADS = 4
-"""Number of threads that check entries: most of the time goes to waiting for a disk, or to a checksum without the
-interpreter's lock."""
+LATE_SECONDS = 90.0
+"""Time after which every machine sees an entry that another one has made: NFS looks again after a minute at most."""
+MOST_PAUSE_SECONDS = 2.0
+"""Longest pause between two looks for it."""
 
 Entry = dict[str, Tensor]
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,12 @@ class Store(Protocol):
 
     def write(self, digest: str, entry: Entry) -> None: ...
 
+    def tidy(self) -> None:
+        """Removes what writers that were killed have left."""
+
+    def expect_others(self) -> None:
+        """Takes entries that are absent as on their way from other machines, which have just made them."""
+
 
 class MemoryStore:
     """Entries in host memory, gone with the process."""
@@ -108,6 +116,12 @@ class MemoryStore:
     def write(self, digest: str, entry: Entry) -> None:
         self._entries[digest] = {name: tensor.detach().cpu() for name, tensor in entry.items()}
 
+    def tidy(self) -> None:
+        pass
+
+    def expect_others(self) -> None:
+        pass  # memory is a process's own
+
 
 class DiskStore:
     """Entries as one safetensors file each, written atomically, in folders by the first two digits of the digest.
@@ -121,6 +135,9 @@ class DiskStore:
         self.folder = folder
         self._sound: dict[str, tuple[int, ...]] = {}
         """Entries whose bytes were checked, each with what a later change of its file would alter."""
+        self._is_tidy = False
+        self._patient_until = -math.inf
+        """Time until which an entry that is absent may be one that another machine has made."""
 
     def _path(self, digest: str) -> Path:
         return Path(f"{self.folder}/{digest[:2]}/{digest}.safetensors")
@@ -152,7 +169,7 @@ class DiskStore:
         """
         path = self._path(digest)
         try:
-            data = read_bounded(path, LARGEST_ENTRY_BYTES)
+            data = self._patiently(path, lambda: read_bounded(path, LARGEST_ENTRY_BYTES))
         except OSError as error:
             raise _unusable(path, f"cannot be read: {error.strerror or error}") from error
         if problem := _problem_of(digest, data):
@@ -162,6 +179,14 @@ class DiskStore:
         except (SafetensorError, ValueError) as error:
             raise _unusable(path, f"is no safetensors file ({error})") from error
 
+    def tidy(self) -> None:
+        if not self._is_tidy:
+            self._is_tidy = True
+            remove_stale(self.folder)
+
+    def expect_others(self) -> None:
+        self._patient_until = time.monotonic() + LATE_SECONDS
+
     def read_shapes(self, digest: str) -> Mapping[str, Sequence[int]]:
         """Reads the shapes from the header, which is not checked again.
 
@@ -170,10 +195,33 @@ class DiskStore:
         """
         path = self._path(digest)
         try:
+            self._patiently(path, lambda: check_regular(path))
             with safe_open(path, framework="pt") as opened:
                 return {name: opened.get_slice(name).get_shape() for name in opened.keys()}  # noqa: SIM118
         except (OSError, SafetensorError) as error:
-            raise _unusable(path, f"cannot be read: {error}") from error
+            raise _unusable(path, f"cannot be read: {getattr(error, 'strerror', None) or error}") from error
+
+    def _patiently(self, path: Path, read: Callable[[], Found]) -> Found:
+        """Returns what `read` finds out about a file that another machine may have made a moment ago.
+
+        Network file systems remember for up to a minute that a name was absent, and lose a file that is being read
+        where another machine puts the same one in its place.
+
+        Raises:
+            OSError: it cannot be read, or is absent for longer than that.
+        """
+        pause = 0.1
+        while True:
+            try:
+                return read()
+            except OSError as error:
+                may_come = error.errno == errno.ENOENT and time.monotonic() < self._patient_until
+                if not may_come and (error.errno != errno.ESTALE or pause > MOST_PAUSE_SECONDS):
+                    raise
+            with suppress(OSError):
+                os.close(os.open(path.parent, os.O_RDONLY))  # has its attributes, and so its names, asked for anew
+            time.sleep(min(pause, MOST_PAUSE_SECONDS))
+            pause *= 2
 
     def write(self, digest: str, entry: Entry) -> None:
         on_host = {name: tensor.detach().cpu() for name, tensor in entry.items()}
@@ -254,78 +302,3 @@ class Ledger:
         self._parts |= new
         if self.path is not None:
             write_if_possible(self.path, json.dumps(self._parts, sort_keys=True).encode())
-
-
-@dataclass(frozen=True)
-class FillReport:
-    """Result of filling the cache."""
-
-    hits: int
-    """Number of entries that were there."""
-    misses: dict[str, int]
-    """Number of entries that were made, by reason."""
-    damaged: tuple[str, ...] = ()
-    """Names of the items whose entries were damaged."""
-
-    def __str__(self) -> str:
-        names = {DAMAGED: f": {shorten(self.damaged)}"}
-        reasons = "; ".join(f"{count} {reason}{names.get(reason, '')}" for reason, count in sorted(self.misses.items()))
-        return f"{self.hits} from the cache, {sum(self.misses.values())} encoded" + (f" ({reasons})" if reasons else "")
-
-
-def missing_keys(store: Store, keys: Sequence[CacheKey]) -> list[CacheKey]:
-    """Lists the keys without an entry that can be used, each digest once, in order."""
-    return [key for key, _ in problems_of(store, keys)]
-
-
-def problems_of(store: Store, keys: Sequence[CacheKey]) -> list[tuple[CacheKey, str]]:
-    """Lists the keys without an entry that can be used, each digest once, in order, with the entries' problems.
-
-    Entries that are there and cannot be read are warned of, since a disk may be about to fail, even if it can read them
-    when asked again.
-    """
-    unique = {key.digest: key for key in keys}
-    digests = list(unique)
-
-    def problems_among(share: Sequence[str]) -> list[tuple[str, str | None]]:
-        return [(digest, store.problem(digest)) for digest in share]
-
-    with ThreadPoolExecutor(CHECK_THREADS, thread_name_prefix="check-cache") as pool:
-        # Shares, since a task for each small entry costs more than its check.
-        shares = pool.map(problems_among, [digests[start::CHECK_THREADS] for start in range(CHECK_THREADS)])
-        problems = dict(chain.from_iterable(shares))
-    found = [(key, problem) for digest, key in unique.items() if (problem := problems[digest]) is not None]
-    unreadable = {key.item: problem for key, problem in found if problem.startswith(UNREADABLE)}
-    if unreadable:
-        first = next(iter(unreadable.values()))
-        log.warning("entries of the cache are %s: those of %s", first, shorten([*unreadable]))
-    return found
-
-
-def fill(
-    store: Store,
-    ledger: Ledger,
-    keys: Sequence[CacheKey],
-    encode: Callable[[Sequence[CacheKey]], Iterator[tuple[CacheKey, Entry]]],
-) -> FillReport:
-    """Encodes what is missing, or cannot be used, and nothing else.
-
-    Args:
-        encode: yields each of the missing keys with its entry as soon as that is made. It is called only if something
-            is missing, so that no encoder is loaded for nothing.
-    """
-    missing, reason_of = [], {}
-    for key, problem in problems_of(store, keys):
-        missing.append(key)
-        reason_of[key.digest] = ledger.reason(key) if problem == ABSENT else problem
-        log.debug("cache miss: %s (%s)", key.item, reason_of[key.digest])
-    if missing:
-        for key, entry in encode(missing):
-            store.write(key.digest, entry)
-    ledger.remember(keys)
-    unique = len({key.digest for key in keys})
-    return FillReport(
-        hits=unique - len(missing),
-        misses=dict(Counter(reason_of.values())),
-        damaged=tuple(key.item for key in missing if reason_of[key.digest] == DAMAGED),
-    )

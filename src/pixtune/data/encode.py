@@ -8,11 +8,10 @@ missing: a cache filled in one go, or after a kill, or in the loop would differ 
 from __future__ import annotations
 
 import gc
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -20,18 +19,22 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from pixtune.data.ahead import made_ahead
 from pixtune.data.buckets import Framing
-from pixtune.data.cache import CacheKey, Entry, FillReport, Ledger, Store, fill
+from pixtune.data.cache import CacheKey, Entry, Ledger, Store
 from pixtune.data.caption_tokens import Lengths, count_new, cut_captions
+from pixtune.data.filling import FillReport, Lacking, Work, fill
 from pixtune.data.images import check_unchanged, crop_resize, decoded, to_pixels
 from pixtune.engine.tiling import encode_images
 from pixtune.engine.weight_only import quantize_encoder
 from pixtune.errors import WeightsError
 from pixtune.family import Conditioning, LatentDistribution, ModelFamily, Placement, Prompt, PromptOutline, TextEncoder
+from pixtune.hardware.meminfo import read_host_memory
+from pixtune.launch.crew import ALONE, Crew, Share
 from pixtune.plan.encoders import ON_CPU, EncoderPlan
-from pixtune.progress import announced, say, track
+from pixtune.progress import announced, say
 from pixtune.storage.files import text_digest
-from pixtune.storage.model_folder import ModelFolder
+from pixtune.storage.model_folder import ModelFolder, weight_files
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -105,6 +108,8 @@ class Encoder:
     """File for captions' numbers of tokens; None: they are not remembered. See `caption_tokens`."""
     stays: bool = False
     """Whether a loaded encoder stays on the device until the run ends, instead of making room."""
+    crew: Crew = ALONE
+    """Processes that share the places, and divide the encoding."""
     names_weights: bool = True
     """Whether keys name the weights by their content. Entries that do not outlive the process are spared the hashing of
     gigabytes."""
@@ -161,18 +166,44 @@ class Encoder:
     def _fingerprint(self, component: str) -> str:
         return self.folder.fingerprint(component, self.memo_dir) if self.names_weights else component
 
-    def fill_texts(self, items: Sequence[TextItem], keys: Sequence[CacheKey]) -> FillReport:
-        """Encodes the captions that the cache lacks."""
+    def fill_texts(
+        self, items: Sequence[TextItem], keys: Sequence[CacheKey], lacking: Lacking | None = None
+    ) -> FillReport:
+        """Encodes the captions that the cache lacks, each in one process of the crew.
+
+        Args:
+            lacking: keys without an entry, where they are known; None: they are looked for.
+        """
         item_of = {key.digest: item for key, item in zip(keys, items, strict=True)}
 
-        def encode(missing: Sequence[CacheKey]) -> Iterator[tuple[CacheKey, Entry]]:
-            encode_one = self.open_text_encoder()
-            for key in track(missing, "encoding captions", len(missing), self.console):
-                yield key, self._numbers(key, encode_one(item_of[key.digest]), self.family.text_components[0])
-            del encode_one
-            self._make_room()
+        def encode(missing: Sequence[CacheKey], share: Share) -> Iterator[tuple[CacheKey, Entry]]:
+            # The longest first: what comes last decides how long the others wait.
+            ordered = sorted(missing, key=lambda key: -len(item_of[key.digest].text))
+            taken = share.take(ordered) if self._may_encode_texts() else iter(())
+            for first in islice(taken, 1):  # nothing is loaded where others have taken all
+                encode_one = self.open_text_encoder()
+                for key in chain([first], taken):
+                    yield key, self._numbers(key, encode_one(item_of[key.digest]), self.family.text_components[0])
+                del encode_one
+                self._make_room()
 
-        return fill(self.store, self.ledger, keys, encode)
+        return fill(self.store, self.ledger, keys, encode, self._work("encoding captions"), lacking)
+
+    def _may_encode_texts(self) -> bool:
+        """Returns whether this process may hold a text encoder beside those of other processes on its machine.
+
+        One that computes on the CPU has all its cores. One that is quantized is in host memory first, unquantized.
+        """
+        if self.crew.local_rank == 0 or self.plan.text_format is None:
+            return True
+        if self.plan.text_format == ON_CPU:
+            return False
+        files = [file for part in self.family.text_components for file in weight_files(self.folder.part(part))]
+        num_bytes = sum(file.stat().st_size for file in files)
+        return (self.crew.local_rank + 1) * num_bytes <= read_host_memory().available_bytes
+
+    def _work(self, what: str) -> Work:
+        return Work(what, self.crew, self.console)
 
     def _numbers(self, key: CacheKey, entry: Mapping[str, Tensor], part: str) -> Entry:
         """Returns an entry whose values are numbers.
@@ -198,25 +229,36 @@ class Encoder:
 
         return encode
 
-    def fill_pictures(self, pictures: Sequence[FramedPicture], keys: Sequence[CacheKey]) -> FillReport:
-        """Encodes the pictures that the cache lacks; `examples.check_folder` has checked them before."""
+    def fill_pictures(
+        self, pictures: Sequence[FramedPicture], keys: Sequence[CacheKey], lacking: Lacking | None = None
+    ) -> FillReport:
+        """Encodes the pictures that the cache lacks, each in one process of the crew.
+
+        `examples.check_folder` has checked them before.
+
+        Args:
+            lacking: as for `fill_texts`.
+        """
         picture_of = {key.digest: picture for key, picture in zip(keys, pictures, strict=True)}
 
         def load(key: CacheKey) -> Tensor:
             return to_pixels(picture_of[key.digest].read()).unsqueeze(0)
 
-        def encode(missing: Sequence[CacheKey]) -> Iterator[tuple[CacheKey, Entry]]:
-            encode_one = self.open_autoencoder()
-            # Pictures of one size come together: a GPU's kernels and memory are chosen by size.
-            ordered = sorted(missing, key=lambda key: picture_of[key.digest].framing.size)
-            pixels = track(_loaded_ahead(load, ordered), "encoding pictures", len(ordered), self.console)
-            for key, pixels_13HW in zip(ordered, pixels, strict=True):
-                latents = encode_one(pixels_13HW)
-                yield key, self._numbers(key, {"mean": latents.mean_BCHW, "std": latents.std_BCHW}, "vae")
-            del encode_one
-            self._make_room()
+        def encode(missing: Sequence[CacheKey], share: Share) -> Iterator[tuple[CacheKey, Entry]]:
+            # Pictures of one size come together: a GPU's kernels and memory are chosen by size. Large ones come first:
+            # what comes last decides how long other processes wait.
+            ordered = sorted(missing, key=lambda key: picture_of[key.digest].framing.size, reverse=True)
+            taken = share.take(ordered)
+            for first in islice(taken, 1):  # nothing is loaded where others have taken all
+                encode_one = self.open_autoencoder()
+                ahead = share.ahead(2 * DECODE_THREADS)
+                for key, pixels_13HW in made_ahead(load, chain([first], taken), ahead, DECODE_THREADS):
+                    latents = encode_one(pixels_13HW)
+                    yield key, self._numbers(key, {"mean": latents.mean_BCHW, "std": latents.std_BCHW}, "vae")
+                del encode_one
+                self._make_room()
 
-        return fill(self.store, self.ledger, keys, encode)
+        return fill(self.store, self.ledger, keys, encode, self._work("encoding pictures"), lacking)
 
     def open_autoencoder(self) -> Callable[[Tensor], LatentDistribution]:
         """Loads the autoencoder. Unless it `stays`, it leaves the device when the returned function is dropped."""
@@ -256,15 +298,3 @@ class Encoder:
 def shorten(text: str) -> str:
     """Shortens a caption for a message; long ones stay distinct."""
     return repr(text) if len(text) < 80 else f"{text[:60]!r}... ({text_digest(text)[:8]})"
-
-
-def _loaded_ahead(load: Callable[[CacheKey], Tensor], keys: Iterable[CacheKey]) -> Iterator[Tensor]:
-    """Yields what `load` returns for each key, in order. Only the next few are loaded meanwhile: memory is finite."""
-    with ThreadPoolExecutor(DECODE_THREADS, thread_name_prefix="decode") as pool:
-        pending: deque[Future[Tensor]] = deque()
-        for key in keys:
-            pending.append(pool.submit(load, key))
-            if len(pending) > 2 * DECODE_THREADS:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()

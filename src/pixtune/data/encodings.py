@@ -10,10 +10,11 @@ from threading import Lock
 import torch
 from torch import Tensor
 
-from pixtune.data.cache import CacheKey, FillReport
+from pixtune.data.cache import CacheKey
 from pixtune.data.controls import ControlFraming
 from pixtune.data.encode import Encoder, FramedPicture, TextItem
 from pixtune.data.examples import Example
+from pixtune.data.filling import FillReport, Lacking, problems_of
 from pixtune.data.images import to_pixels
 from pixtune.errors import DataError
 from pixtune.family import Conditioning, LatentDistribution
@@ -66,22 +67,29 @@ class Encodings:
     _encode_picture: Callable[[Tensor], LatentDistribution] | None = None
     _lock: Lock = field(default_factory=Lock)
 
-    def fill_texts(self, items: Sequence[TextItem]) -> FillReport:
-        """Encodes the captions that the cache lacks."""
-        keys = self.encoder.text_keys(items)
-        self._text_keys |= zip(items, keys, strict=True)
-        return self.encoder.fill_texts(items, keys)
-
-    def fill_pictures(self, pictures: Sequence[FramedPicture]) -> FillReport:
-        """Encodes the pictures that the cache lacks."""
-        keys = self.encoder.latent_keys(pictures)
-        self._latent_keys |= zip(pictures, keys, strict=True)
-        return self.encoder.fill_pictures(pictures, keys)
-
-    def know(self, items: Sequence[TextItem], pictures: Sequence[FramedPicture]) -> None:
-        """Takes captions and pictures as being in the cache, in a process that another one fills it for."""
+    def know(self, items: Sequence[TextItem], pictures: Sequence[FramedPicture]) -> tuple[Lacking, Lacking]:
+        """Takes captions and pictures as those that are to be in the cache, and returns what it lacks of both."""
         self._text_keys |= zip(items, self.encoder.text_keys(items), strict=True)
         self._latent_keys |= zip(pictures, self.encoder.latent_keys(pictures), strict=True)
+        store, crew = self.encoder.store, self.encoder.crew
+        texts = problems_of(store, [self._text_keys[item] for item in items], crew)
+        return texts, problems_of(store, [self._latent_keys[picture] for picture in pictures], crew)
+
+    def fill_texts(self, items: Sequence[TextItem], lacking: Lacking | None = None) -> FillReport:
+        """Encodes the captions that the cache lacks.
+
+        Args:
+            lacking: what `know` returned for them; None: they are looked for.
+        """
+        if lacking is None:
+            self._text_keys |= zip(items, self.encoder.text_keys(items), strict=True)
+        return self.encoder.fill_texts(items, [self._text_keys[item] for item in items], lacking)
+
+    def fill_pictures(self, pictures: Sequence[FramedPicture], lacking: Lacking | None = None) -> FillReport:
+        """Encodes the pictures that the cache lacks; `lacking` is as for `fill_texts`."""
+        if lacking is None:
+            self._latent_keys |= zip(pictures, self.encoder.latent_keys(pictures), strict=True)
+        return self.encoder.fill_pictures(pictures, [self._latent_keys[picture] for picture in pictures], lacking)
 
     def keep_text_encoder(self) -> None:
         """Loads the text encoder for captions that are not in the cache."""

@@ -19,8 +19,9 @@ from pixtune.data.layouts import find_examples
 from pixtune.data.masks import MaskFile, find_masks
 from pixtune.data.order import ONCE, Use
 from pixtune.data.pairs import Pair, shorten
-from pixtune.data.validate import validate_pairs
+from pixtune.data.validate import scan_of, validate_pairs
 from pixtune.errors import ConfigError, DataError
+from pixtune.launch.crew import ALONE, Crew
 from pixtune.sizes import Size
 
 
@@ -271,17 +272,26 @@ def _control_faults(pairs: Sequence[Pair], controls: ControlRules | None, folder
     return faults
 
 
-def check_folder(folder: Folder, multiple: int, apart: Collection[Path] = ()) -> tuple[str, ...]:
+def check_folder(folder: Folder, multiple: int, apart: Collection[Path] = (), crew: Crew = ALONE) -> tuple[str, ...]:
     """Decodes every picture of a folder to its last pixel and returns warnings, without those on what is passed over.
+
+    Args:
+        crew: the processes that divide the decoding. The first one returns the warnings.
 
     Raises:
         DataError: all problems of the folder, together.
+        TrainingError: in the other processes of the crew, then.
     """
     found = find_examples(folder, apart)
-    report = validate_pairs(found, img_size=folder.img_size, multiple=multiple, upscale=folder.upscale)
-    faults = list(dict.fromkeys((*report.faults, *find_masks(found.pairs, folder, apart).faults)))
-    if faults:
-        raise DataError(f"{folder.img_dir} cannot be trained on, {count(len(faults), 'problem', 'problems')}", faults)
+    with crew.sharing("checking the pictures", 0):
+        scan = scan_of(found, crew=crew)
+        if not crew.is_first:
+            return ()
+        report = validate_pairs(found, folder.img_size, multiple, folder.upscale, scan=scan)
+        faults = list(dict.fromkeys((*report.faults, *find_masks(found.pairs, folder, apart).faults)))
+        if faults:
+            problems = count(len(faults), "problem", "problems")
+            raise DataError(f"{folder.img_dir} cannot be trained on, {problems}", faults)
     return tuple(warning for warning in report.warnings if warning not in found.warnings)
 
 

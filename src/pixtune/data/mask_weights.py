@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 
@@ -11,12 +10,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pixtune.data.cache import CacheKey, Entry, Ledger, Store, fill
+from pixtune.data.ahead import made_ahead
+from pixtune.data.cache import CacheKey, Entry, Ledger, Store
 from pixtune.data.examples import Example
+from pixtune.data.filling import Work, fill
 from pixtune.data.masks import FramedMask
 from pixtune.data.pairs import shorten
 from pixtune.errors import DataError
 from pixtune.family import ModelFamily
+from pixtune.launch.crew import ALONE, Crew, Share
 from pixtune.storage.model_folder import ModelFolder
 
 READ_THREADS = 4
@@ -33,6 +35,8 @@ class Masks:
     folder: ModelFolder
     store: Store
     ledger: Ledger
+    crew: Crew = ALONE
+    """Processes that share the store, and divide the reading."""
 
     def keys(self, variants: Variants) -> list[CacheKey]:
         """Returns the keys of those that have a mask."""
@@ -43,6 +47,7 @@ class Masks:
 
         Raises:
             DataError: masks that cannot be used, all together.
+            TrainingError: in the other processes of the crew, then.
         """
         of_digest: dict[str, list[FramedMask]] = {}
         for mask in self._framed(variants):
@@ -60,16 +65,25 @@ class Masks:
                     faults.update(dict.fromkeys(error.faults))
             return None
 
-        def read_all(missing: Sequence[CacheKey]) -> Iterator[tuple[CacheKey, Entry]]:
-            with ThreadPoolExecutor(READ_THREADS, thread_name_prefix="read-masks") as pool:
-                for key, shares_HW in zip(missing, pool.map(read, missing), strict=True):
-                    if shares_HW is not None:
-                        yield key, {"shares": torch.from_numpy(shares_HW)}
+        def read_all(missing: Sequence[CacheKey], share: Share) -> Iterator[tuple[CacheKey, Entry]]:
+            ahead = share.ahead(4 * READ_THREADS)
+            for key, shares_HW in made_ahead(read, share.take(missing), ahead, READ_THREADS):
+                if shares_HW is not None:
+                    yield key, {"shares": torch.from_numpy(shares_HW)}
 
-        fill(self.store, self.ledger, self.keys(variants), read_all)
-        if faults:
-            raise DataError("masks cannot be used", sorted(faults))
-        return [f"mask {shorten(paths)}: {sentence}." for sentence, paths in sorted(notes.items())]
+        keys = self.keys(variants)
+        if not keys:
+            return []
+        fill(self.store, self.ledger, keys, read_all, Work("reading masks", self.crew))
+        found: dict[str, dict[str, None]] = {}
+        for sentences, wrong in self.crew.gather("reading masks", [notes, list(faults)]):
+            faults.update(dict.fromkeys(wrong))
+            for sentence, paths in sentences.items():
+                found.setdefault(sentence, {}).update(dict.fromkeys(paths))
+        with self.crew.sharing("reading masks", 0):
+            if faults and self.crew.is_first:
+                raise DataError("masks cannot be used", sorted(faults))
+        return [f"mask {shorten(sorted(paths))}: {sentence}." for sentence, paths in sorted(found.items())]
 
     def weights(self, example: Example, variant: int) -> Tensor:
         """Returns the weights of the positions of an example's latents, shape 11HW: 1 everywhere without a mask.

@@ -13,7 +13,6 @@ from torch import Tensor
 from pixtune.config.folders import Folder, folder_beside, folders_of, prior_folder
 from pixtune.config.schema import TrainConfig
 from pixtune.data.build_encoder import build_encoder, check_cache
-from pixtune.data.cache import missing_keys
 from pixtune.data.encode import Encoder
 from pixtune.data.encodings import Encodings, control_pictures, target_picture, text_item
 from pixtune.data.examples import (
@@ -26,6 +25,7 @@ from pixtune.data.examples import (
     used_examples,
     without_held_out,
 )
+from pixtune.data.filling import missing_keys
 from pixtune.data.held_out import hold_out
 from pixtune.data.mask_weights import Masks
 from pixtune.data.pairs import shorten as shorten_names
@@ -46,6 +46,7 @@ from pixtune.data.wanted import Wanted, all_variants
 from pixtune.family import Conditioning, LatentDistribution, ModelFamily
 from pixtune.hardware.monitor import StageLog
 from pixtune.judging.validation import HeldOutPicture
+from pixtune.launch.crew import ALONE, Crew
 from pixtune.plan.encoders import EncoderPlan
 from pixtune.plan.passes import needs_negative
 from pixtune.plan.text_padding import Captions
@@ -66,16 +67,18 @@ def prepare_data(
     encoders: EncoderPlan | None = None,
     check: Callable[[DataFingerprint], object] = lambda fingerprint: None,
     prior: Path | None = None,
+    crew: Crew = ALONE,
 ) -> PreparedData:
     """Reads the data set, encodes what the cache lacks, and reports both.
 
-    The first process encodes while others wait; with the cache in memory each process encodes for itself.
+    The processes that see one cache divide the encoding; with the cache in memory each encodes for itself.
 
     Args:
         stages: log that gets the memory of both encodings.
         encoders: the encoders' plan of a run that is resumed; None: made for this machine as it is.
         check: receives the data's fingerprint before anything is encoded, and may refuse it by raising.
         prior: folder of regularization pictures; None: there are none.
+        crew: all processes of the run.
 
     Raises:
         ConfigError: one folder is given for two purposes.
@@ -83,6 +86,7 @@ def prepare_data(
         WeightsError: files of the model are damaged.
         PlanError: the config demands an encoder on the GPU where it does not fit.
         WriteError: results cannot be written, or something is to be encoded and the cache cannot.
+        TrainingError: another process failed at its share.
     """
     check_purposes(config)
     if accelerator.is_main_process:
@@ -107,36 +111,33 @@ def prepare_data(
     wanted, more = _choose(config, family, folder, own, of_prior, held_out)
     notes += more
     items, pictures = wanted.texts(config, family), wanted.pictures(config)
-    encoder = build_encoder(config, family, folder, accelerator, items, pictures, encoders)
+    encoder = build_encoder(config, family, folder, accelerator, items, pictures, encoders, crew)
     encodings = Encodings(encoder)
-    masks = Masks(family, folder, encoder.store, encoder.ledger)
+    masks = Masks(family, folder, encoder.store, encoder.ledger, encoder.crew)
     with announced("recognizing the encoders by their files", partial(say, encoder.console)):
         fingerprint = _fingerprint(encoder, masks, wanted.training)
     check(fingerprint)
-    if accelerator.is_main_process or not config.save_cache_on_disk:
-        masked = [*all_variants(wanted.training), *all_variants(held_out)]
-        if missing_keys(encoder.store, masks.keys(masked)):
-            check_cache(config)
-        notes += masks.fill(masked)
-        no_latents = missing_keys(encoder.store, encoder.latent_keys(pictures))
-        if no_latents or missing_keys(encoder.store, encoder.text_keys(items)):
-            check_cache(config)
-        if no_latents:
-            for checked in folders:
-                with announced(f"checking the pictures in {checked.img_dir}", partial(say, encoder.console)):
-                    notes += check_folder(checked, multiple, apart)
-        stages = stages or StageLog()
-        for sentence in (*notes, *encoder.cut_captions(wanted.named_texts())):
-            say(encoder.console, f"note: {sentence}")
-        for reason in encoder.plan.reasons:
-            say(encoder.console, f"encoders: {reason}")
-        say(encoder.console, f"captions: {encodings.fill_texts(items)}")
-        stages.record("text encoding")
-        say(encoder.console, f"pictures: {encodings.fill_pictures(pictures)}")
-        stages.record("image encoding")
-    else:
-        encodings.know(items, pictures)
-    accelerator.wait_for_everyone()
+    masked = [*all_variants(wanted.training), *all_variants(held_out)]
+    no_texts, no_latents = encodings.know(items, pictures)
+    if no_texts or no_latents or missing_keys(encoder.store, masks.keys(masked), encoder.crew):
+        check_cache(config)
+    notes += masks.fill(masked)
+    if no_latents:
+        for checked in folders:
+            with announced(f"checking the pictures in {checked.img_dir}", partial(say, encoder.console)):
+                notes += check_folder(checked, multiple, apart, encoder.crew)
+    if accelerator.is_main_process:
+        notes += encoder.cut_captions(wanted.named_texts())
+    for sentence in notes:
+        say(encoder.console, f"note: {sentence}")
+    for reason in encoder.plan.reasons:
+        say(encoder.console, f"encoders: {reason}")
+    stages = stages or StageLog()
+    say(encoder.console, f"captions: {encodings.fill_texts(items, no_texts)}")
+    stages.record("text encoding")
+    say(encoder.console, f"pictures: {encodings.fill_pictures(pictures, no_latents)}")
+    stages.record("image encoding")
+    crew.wait("preparing the data set")
     if not config.precompute_text_embeddings:
         encodings.keep_text_encoder()
     if not config.precompute_image_embeddings:

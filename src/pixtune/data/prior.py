@@ -26,6 +26,7 @@ from pixtune.errors import ConfigError
 from pixtune.families import family_of
 from pixtune.families.opening import open_model
 from pixtune.hardware.read import read_facts
+from pixtune.launch.crew import ALONE, Crew
 from pixtune.plan.demands import demands_of
 from pixtune.progress import say
 from pixtune.sampler import PromptPicture, SamplerSettings
@@ -51,10 +52,10 @@ def prior_path(config: TrainConfig, base: str | None) -> Path | None:
     return config.output_dir / PRIOR_FOLDER / text_digest(json.dumps(decides))[:12]
 
 
-def draw_prior(config: TrainConfig, base: str | None, accelerator: Accelerator) -> Path | None:
+def draw_prior(config: TrainConfig, base: str | None, accelerator: Accelerator, crew: Crew = ALONE) -> Path | None:
     """Returns `prior_path`, after drawing what is not there yet, each picture with its prompt as its caption.
 
-    The first process draws while others wait. Nothing of the models stays in memory.
+    The first process draws while the others of the crew wait. Nothing of the models stays in memory.
 
     Raises:
         ConfigError: the model edits pictures, of which prompts alone give none.
@@ -64,9 +65,9 @@ def draw_prior(config: TrainConfig, base: str | None, accelerator: Accelerator) 
     """
     prior, folder = config.prior_preservation, prior_path(config, base)
     if folder is not None and prior.prompts and not config.random_weights:
-        if accelerator.is_main_process:
-            _draw(config, prior, folder, accelerator)
-        accelerator.wait_for_everyone()
+        with crew.sharing("drawing regularization pictures", 0):
+            if accelerator.is_main_process:
+                _draw(config, prior, folder, accelerator)
     return folder
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from base64 import b64decode, b64encode
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 from warnings import catch_warnings, filterwarnings
 
 import numpy as np
@@ -16,11 +18,12 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pixtune.data.controls import same_shape
-from pixtune.data.doctor.looks import Look, make_thumbnail, take_look
+from pixtune.data.doctor.looks import THUMBNAIL_PIXELS, Look, make_thumbnail, take_look
 from pixtune.data.doctor.pair_looks import PairLook, compare_pair, reduce_for_pairs
 from pixtune.data.images import decoded
 from pixtune.data.pairs import Pair
 from pixtune.errors import DataError
+from pixtune.launch.crew import ALONE, Crew
 from pixtune.sizes import Size
 from pixtune.storage.files import file_digest
 
@@ -57,6 +60,7 @@ def scan_pictures(
     pairs: Sequence[Pair],
     with_looks: bool = False,
     count: Callable[[], object] = lambda: None,
+    crew: Crew = ALONE,
 ) -> Scan:
     """Decodes pictures with threads, because decoders release Python's lock.
 
@@ -65,14 +69,20 @@ def scan_pictures(
         pairs: examples, whose targets and first controls are compared.
         with_looks: also measure what pictures look like, and how targets lie to their controls.
         count: called after each picture, from this thread.
+        crew: processes that divide the pictures, where no looks are taken. All of them get all findings.
     """
     compared = {path for pair in pairs if pair.control_paths for path in (pair.image_path, pair.control_paths[0])}
     check = partial(_check_picture, compared=compared, with_look=with_looks)
-    pieces = _divide(paths, pairs if with_looks else ())
-    pictures: dict[Path, Checked] = {}
-    looks: dict[Path, PairLook] = {}
-    with catch_warnings(), ThreadPoolExecutor(min(_MAX_THREADS, os.cpu_count() or 1)) as pool:
+    num_threads = min(_MAX_THREADS, os.cpu_count() or 1)
+    with catch_warnings(), ThreadPoolExecutor(num_threads) as pool:
         filterwarnings("ignore", module="PIL")  # the report has the same with the path
+        if crew.size > 1:
+            what = "checking the pictures"
+            rows = crew.map(what, paths, lambda part: [_row(each) for each in pool.map(check, part)])
+            return Scan({path: _from_row(path, row) for path, row in zip(paths, rows, strict=True)}, {})
+        pictures: dict[Path, Checked] = {}
+        looks: dict[Path, PairLook] = {}
+        pieces = _divide(paths, pairs if with_looks else ())
         for checked, found in pool.map(lambda piece: _scan_piece(piece[0], piece[1], check), pieces):
             looks |= found
             for picture in checked:
@@ -80,6 +90,19 @@ def scan_pictures(
                     pictures[picture.path] = picture
                     count()
     return Scan({path: pictures[path] for path in paths}, looks)
+
+
+def _row(checked: Checked) -> list[Any]:
+    """Returns findings without looks as another process can be told them."""
+    thumbnail = None if checked.thumbnail_HW3 is None else b64encode(checked.thumbnail_HW3.tobytes()).decode()
+    return [checked.size, checked.digest, checked.faults, checked.notes, thumbnail]
+
+
+def _from_row(path: Path, row: Sequence[Any]) -> Checked:
+    size, digest, faults, notes, thumbnail = row
+    shape = (THUMBNAIL_PIXELS, THUMBNAIL_PIXELS, 3)
+    pixels = None if thumbnail is None else np.frombuffer(b64decode(thumbnail), np.uint8).reshape(shape)
+    return Checked(path, None if size is None else (size[0], size[1]), digest, tuple(faults), tuple(notes), pixels)
 
 
 def _divide(paths: Sequence[Path], pairs: Iterable[Pair]) -> list[tuple[Path | None, list[Path]]]:

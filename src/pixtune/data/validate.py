@@ -26,6 +26,7 @@ from pixtune.data.report_page import render, terminal_width
 from pixtune.data.scan import Checked, Scan, scan_pictures
 from pixtune.data.unchanged import find_unchanged
 from pixtune.errors import DataError
+from pixtune.launch.crew import ALONE, Crew
 from pixtune.progress import announced, counted, printer, say
 from pixtune.sizes import Size
 
@@ -144,6 +145,7 @@ def validate_pairs(
     control_folders: Sequence[Path] = (),
     counter: CaptionCounter | None = None,
     doctor: Examination | None = None,
+    scan: Scan | None = None,
 ) -> DatasetReport:
     """Checks the files that `find_pairs` or `read_metadata` found.
 
@@ -154,11 +156,11 @@ def validate_pairs(
         counter: counts captions' tokens as the model does, to report those that it cuts; None: no model is known.
         doctor: also look for near copies, blur, captions that say nothing, pairs that do not lie on each other; None:
             for what training cannot cope with alone.
+        scan: what `scan_of` found; None: it is called here.
     """
     multiple = multiple or MIN_SIDE_PIXELS
-    targets = sorted({pair.image_path for pair in found.pairs} | set(found.lone_pictures))
-    controls = sorted({path for pair in found.pairs for path in pair.control_paths} - set(targets))
-    scan = _scan([*targets, *controls], found.pairs, doctor)
+    targets = _targets(found)
+    scan = scan or scan_of(found, doctor)
     pictures = [scan.pictures[path] for path in targets]
     captions, unreadable = _read_captions(found.pairs)
     findings = [
@@ -223,11 +225,18 @@ def find_layout(folder: Path, control_folders: Sequence[Path]) -> tuple[Path, tu
     return folder, tuple(control_folders)
 
 
-def _scan(paths: Sequence[Path], pairs: Sequence[Pair], doctor: Examination | None) -> Scan:
+def scan_of(found: Pairs, doctor: Examination | None = None, crew: Crew = ALONE) -> Scan:
+    """Decodes all pictures, as `scan_pictures` does."""
+    targets = _targets(found)
+    paths = [*targets, *sorted({path for pair in found.pairs for path in pair.control_paths} - set(targets))]
     if doctor is None or doctor.console is None:
-        return scan_pictures(paths, pairs, doctor is not None)
+        return scan_pictures(paths, found.pairs, doctor is not None, crew=crew)
     with counted("checking pictures", len(paths), doctor.console) as done:
-        return scan_pictures(paths, pairs, True, done)
+        return scan_pictures(paths, found.pairs, True, done)
+
+
+def _targets(found: Pairs) -> list[Path]:
+    return sorted({pair.image_path for pair in found.pairs} | set(found.lone_pictures))
 
 
 def _shower(doctor: Examination) -> Callable[[str], object]:

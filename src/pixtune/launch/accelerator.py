@@ -8,11 +8,13 @@ from datetime import timedelta
 from importlib.util import find_spec
 from typing import Any
 
-from accelerate import Accelerator
+import torch
+from accelerate import Accelerator, PartialState
 from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, broadcast_object_list
 
 from pixtune.config.schema import TrainConfig
 from pixtune.errors import ConfigError
+from pixtune.launch.crew import ALONE, Crew, gather_crew
 from pixtune.launch.peers import connect_peers
 from pixtune.launch.stop import StopRequest
 from pixtune.progress import printer
@@ -48,6 +50,18 @@ def start_accelerator(config: TrainConfig) -> Accelerator:
         ),
         kwargs_handlers=[InitProcessGroupKwargs(timeout=CACHING_TIMEOUT)],
     )
+
+
+def join_crew() -> tuple[torch.device, Crew]:
+    """Returns this process's device, and the processes with which it divides work, where a launcher started several.
+
+    Raises:
+        TrainingError: the processes cannot reach each other.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu"), ALONE
+    state = PartialState(cpu=not torch.cuda.is_available())
+    return state.device, gather_crew(state)
 
 
 def launched_alone(environment: Mapping[str, str]) -> str | None:

@@ -1,4 +1,8 @@
-"""Writes files so that a reader, or a run that resumes after a crash, never sees half of one."""
+"""Writes files so that a reader, or a run that resumes after a crash, never sees half of one.
+
+Several machines may write to one folder, over NFS, too. So there are no locks here: a file is written under a name that
+nobody else has, and renamed. Of two that write the same one, the last stays, whole.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +10,10 @@ import errno
 import hashlib
 import logging
 import os
+import secrets
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -30,6 +35,8 @@ def user_cache_folder() -> Path | None:
 
 TEMPORARY = ".tmp"
 """Ending of the names of files that are not whole yet."""
+STALE_SECONDS = 86400.0
+"""Age from which a temporary file in a folder that others write to is of a process that was killed."""
 
 
 @contextmanager
@@ -45,16 +52,18 @@ def replacing(path: Path, durable: bool = True) -> Iterator[BinaryIO]:
         WriteError: it could not be written. The old file is kept and nothing half-written is left, as after any
             other error within the block.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY}")
+    # Numbers of processes are no names: containers and machines that share a disk have the same ones.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}{TEMPORARY}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with temporary.open("wb") as stream:
+            with temporary.open("xb") as stream:
                 yield stream
                 if durable:
                     stream.flush()
                     os.fsync(stream.fileno())
-            temporary.replace(path)
+                written = os.fstat(stream.fileno())
+            _rename(temporary, path, written)
         finally:
             temporary.unlink(missing_ok=True)  # renamed already, unless something failed
         if durable:
@@ -63,6 +72,35 @@ def replacing(path: Path, durable: bool = True) -> Iterator[BinaryIO]:
         raise
     except OSError as error:
         raise WriteError(f"{path} could not be written ({error.strerror or error}){_question(error)}") from error
+
+
+def _rename(temporary: Path, path: Path, written: os.stat_result) -> None:
+    """Puts a file in its place, where the file system may have done so without its answer having come.
+
+    An NFS client asks again then, and is told that there is no such file.
+    """
+    try:
+        temporary.replace(path)
+    except FileNotFoundError:
+        if not path.exists() or not os.path.samestat(path.stat(), written):
+            raise
+
+
+def remove_stale(folder: Path) -> None:
+    """Removes from a folder, and the folders in it, the temporary files of processes that were killed.
+
+    Others may be writing there meanwhile: what is younger than `STALE_SECONDS`, by the clock of the disk's machine,
+    stays. What cannot be removed stays, too.
+    """
+    with suppress(OSError), tempfile.NamedTemporaryFile(dir=folder, prefix=".now.", suffix=TEMPORARY) as stream:
+        now = os.fstat(stream.fileno()).st_mtime
+        for each in (folder, *(path for path in folder.iterdir() if path.is_dir())):
+            with suppress(OSError), os.scandir(each) as entries:
+                for entry in entries:
+                    if entry.name.startswith(".") and entry.name.endswith(TEMPORARY):
+                        with suppress(OSError):
+                            if now - entry.stat(follow_symlinks=False).st_mtime > STALE_SECONDS:
+                                os.unlink(entry.path)
 
 
 def remove_temporary(folder: Path) -> None:

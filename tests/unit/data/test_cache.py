@@ -6,6 +6,7 @@ import errno
 import json
 import logging
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -15,19 +16,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from pixtune.data import cache
-from pixtune.data.cache import (
-    ABSENT,
-    CHECKSUM_START,
-    CacheKey,
-    DiskStore,
-    Entry,
-    Ledger,
-    MemoryStore,
-    Store,
-    fill,
-    missing_keys,
-)
+from pixtune.data.cache import ABSENT, CHECKSUM_START, CacheKey, DiskStore, Entry, Ledger, MemoryStore, Store
+from pixtune.data.filling import FillReport, fill, missing_keys
 from pixtune.errors import DataError, WriteError
+from pixtune.inputs.reading import read_bounded
+from pixtune.launch.crew import Share
 
 ENTRY = {"mean": torch.arange(6.0).view(1, 2, 3), "half": torch.ones(2).bfloat16()}
 
@@ -36,8 +29,8 @@ def key(item: str = "a.png", **parts: str) -> CacheKey:
     return CacheKey(item, {"kind": "latents", "picture": "p0", "size": "64x64", **parts})
 
 
-def count_encodings(made: list[str]) -> Callable[[Sequence[CacheKey]], Iterator[tuple[CacheKey, Entry]]]:
-    def encode(missing: Sequence[CacheKey]) -> Iterator[tuple[CacheKey, Entry]]:
+def count_encodings(made: list[str]) -> Callable[[Sequence[CacheKey], Share], Iterator[tuple[CacheKey, Entry]]]:
+    def encode(missing: Sequence[CacheKey], share: Share) -> Iterator[tuple[CacheKey, Entry]]:
         made.append("loaded")
         for one in missing:
             made.append(one.item)
@@ -265,7 +258,7 @@ def test_equal_content_under_two_names_is_encoded_once(store: Store) -> None:
 
 
 def test_what_was_encoded_before_a_crash_is_kept(store: Store) -> None:
-    def breaks_off(missing: Sequence[CacheKey]) -> Iterator[tuple[CacheKey, Entry]]:
+    def breaks_off(missing: Sequence[CacheKey], share: Share) -> Iterator[tuple[CacheKey, Entry]]:
         yield missing[0], ENTRY
         raise KeyboardInterrupt
 
@@ -292,9 +285,9 @@ def test_every_miss_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_the_report_is_one_readable_line() -> None:
-    report = cache.FillReport(hits=3, misses={"new": 2, "with another picture": 1})
+    report = FillReport(hits=3, misses={"new": 2, "with another picture": 1})
     assert str(report) == "3 from the cache, 3 encoded (2 new; 1 with another picture)"
-    assert str(cache.FillReport(5, {})) == "5 from the cache, 0 encoded"
+    assert str(FillReport(5, {})) == "5 from the cache, 0 encoded"
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1, 2]", '{"a.png": "text"}', "\xff"])
@@ -380,3 +373,54 @@ def test_an_entry_that_cannot_be_read_once_is_told_with_its_reason(
     assert str(report) == "0 from the cache, 1 encoded (1 unreadable (Input/output error))"
     assert "entries of the cache are unreadable (Input/output error): those of a.png" in caplog.text
     assert missing_keys(DiskStore(store.folder), [key()]) == []
+
+
+# ---- a cache that several machines share
+
+
+def test_an_entry_that_another_machine_has_just_made_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A network file system remembers for a while that a name was absent."""
+    store, other = (DiskStore(tmp_path / "entries") for _ in range(2))
+    other.write("ab12", ENTRY)
+    pauses: list[float] = []
+    monkeypatch.setattr(time, "sleep", pauses.append)
+    real, looks = read_bounded, iter([FileNotFoundError(errno.ENOENT, "No such file")] * 3)
+
+    def lagging(path: Path, most: int) -> bytes:
+        for error in looks:
+            raise error
+        return real(path, most)
+
+    monkeypatch.setattr(cache, "read_bounded", lagging)
+    with pytest.raises(DataError, match="No such file"):
+        store.read("ab12")
+    assert not pauses, "it is deleted, where nobody is known to have made it just now"
+    store.expect_others()
+    assert torch.equal(store.read("ab12")["mean"], ENTRY["mean"]) and len(pauses) == 2
+
+
+def test_an_entry_that_never_comes_is_an_error_after_a_while(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache, "LATE_SECONDS", 0.2)
+    store = DiskStore(tmp_path / "entries")
+    store.expect_others()
+    for read in (store.read, store.read_shapes):
+        with pytest.raises(DataError, match="No such file"):
+            read("ab12")
+
+
+def test_an_entry_that_is_replaced_while_it_is_read_is_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = DiskStore(tmp_path / "entries")
+    store.write("ab12", ENTRY)
+    real, errors = read_bounded, iter([OSError(errno.ESTALE, "Stale file handle")])
+
+    def stale(path: Path, most: int) -> bytes:
+        for error in errors:
+            raise error
+        return real(path, most)
+
+    monkeypatch.setattr(cache, "read_bounded", stale)
+    assert torch.equal(store.read("ab12")["mean"], ENTRY["mean"])

@@ -22,8 +22,9 @@ from torch import Tensor
 from pixtune.config.schema import TrainConfig
 from pixtune.data import encode, swapped
 from pixtune.data.buckets import Framing, build_buckets, frame_picture
-from pixtune.data.cache import ABSENT, DiskStore, FillReport, Ledger
+from pixtune.data.cache import ABSENT, DiskStore, Ledger
 from pixtune.data.encode import Encoder, FramedPicture, TextItem
+from pixtune.data.filling import FillReport
 from pixtune.data.images import Decoded, decoded
 from pixtune.data.prepare import prepare_data
 from pixtune.data.prepared import PreparedData
@@ -237,7 +238,7 @@ def test_pictures_are_decoded_a_few_ahead_and_encoded_one_by_one_size_by_size(
     monkeypatch.setattr(FramedPicture, "read", counted)
     slow = replace(encoder, family=Slow())
     slow.fill_pictures(pictures, slow.latent_keys(pictures))
-    assert len(shapes) == 40 and shapes == sorted(shapes) and {shape[0] for shape in shapes} == {1}
+    assert len(shapes) == 40 and shapes == sorted(shapes, reverse=True) and {shape[0] for shape in shapes} == {1}
     assert 1 < max(ahead) <= 2 * encode.DECODE_THREADS + 1
 
 

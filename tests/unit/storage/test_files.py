@@ -11,7 +11,9 @@ import pytest
 
 from pixtune.errors import PixtuneError, WriteError
 from pixtune.storage.files import (
+    STALE_SECONDS,
     check_writable,
+    remove_stale,
     remove_temporary,
     replacing,
     user_cache_folder,
@@ -189,3 +191,53 @@ def test_what_a_killed_process_never_finished_is_cleared_away(tmp_path: Path) ->
     remove_temporary(tmp_path)
     remove_temporary(tmp_path / "no folder")
     assert files_below(tmp_path) == {"lora.safetensors": b"whole"}
+
+
+def test_two_writers_of_one_file_do_not_meet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in two containers, whose processes have the same numbers."""
+    monkeypatch.setattr(os, "getpid", lambda: 7)
+    path = tmp_path / "entry"
+    with replacing(path, durable=False) as first:
+        first.write(b"the sa")
+        with replacing(path, durable=False) as second:
+            assert len(files_below(tmp_path)) == 2
+            second.write(b"the same")
+        assert path.read_bytes() == b"the same", "whole, while the other one is half"
+        first.write(b"me")
+    assert files_below(tmp_path) == {"entry": b"the same"}
+
+
+def test_a_rename_whose_answer_was_lost_has_succeeded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NFS over a bad line: the server renames, the client asks again and is told that there is nothing to rename."""
+    real = Path.replace
+
+    def twice(self: Path, target: Path) -> None:
+        real(self, target)
+        real(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", twice)
+        write_atomically(tmp_path / "entry", b"whole")
+    assert files_below(tmp_path) == {"entry": b"whole"}
+
+    def taken_away(self: Path, target: Path) -> None:
+        self.unlink()
+        real(self, target)
+
+    monkeypatch.setattr(Path, "replace", taken_away)  # another file of that name is there, and is not this one
+    with pytest.raises(WriteError, match="No such file"):
+        write_atomically(tmp_path / "entry", b"newer")
+    assert files_below(tmp_path) == {"entry": b"whole"}
+
+
+def test_what_killed_writers_left_goes_by_its_age(tmp_path: Path) -> None:
+    old, young, no_temporary = (tmp_path / "ab" / name for name in (".x.123.tmp", ".y.456.tmp", "z.safetensors"))
+    old.parent.mkdir()
+    for path in (old, young, no_temporary):
+        path.write_bytes(b"half")
+    long_ago = young.stat().st_mtime - STALE_SECONDS - 60
+    for path in (old, no_temporary):
+        os.utime(path, (long_ago, long_ago))
+    remove_stale(tmp_path)
+    remove_stale(tmp_path / "no folder")
+    assert sorted(files_below(tmp_path)) == ["ab/.y.456.tmp", "ab/z.safetensors"]
