@@ -69,6 +69,29 @@ def python(
     return subprocess.CompletedProcess(words, code, printed)
 
 
+def start_ranks(*arguments: object, before: processes.Before | None = None, size: int = 2) -> list[processes.Started]:
+    """Starts the processes of one `pixtune ...` on the CPU, as a launcher would, without waiting for them."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    shared = {"ACCELERATE_USE_CPU": "true", "GLOO_SOCKET_IFNAME": "lo", "WORLD_SIZE": str(size)}
+    shared |= {"LOCAL_WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    words = ["-m", "pixtune.cli", *map(str, arguments)]
+    return [
+        processes.start(words, environment(**shared, RANK=str(rank), LOCAL_RANK=str(rank)), before)
+        for rank in range(size)
+    ]
+
+
+def end_of(process: processes.Started, seconds: float = 100) -> tuple[int | None, str]:
+    """Waits for a process, and returns its exit code and what it printed."""
+    try:
+        printed, _ = process.communicate(timeout=seconds)
+    finally:
+        if process.poll() is None:
+            process.send_signal(signal.SIGKILL)
+    return process.returncode, printed
+
+
 def run(command: list[str], **options: object) -> subprocess.CompletedProcess[str]:
     """Any command as it is typed, from the repository's root, in at most five minutes."""
     settings = {"cwd": ROOT, "env": environment(), "timeout": 300, "text": True, **options}

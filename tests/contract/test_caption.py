@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from pixtune.captioning.record import RECORD
+from pixtune.captioning.record import RECORD, RECORDS
 from pixtune.data.captions import read_caption
 from tests.captioners import TINY, write_captioner
 from tests.io_faults import FailingDisk
 from tests.pictures import noise
-from tests.runs import ROOT, pixtune
+from tests.runs import ROOT, end_of, pixtune, start_ranks
 
 COLOURS = ("red", "green", "blue", "yellow", "white")
 EDITING = ROOT / "assets" / "tiny-qwen-image-edit"
@@ -75,6 +75,36 @@ def test_captions_are_written_and_those_that_are_there_are_kept(captioned: tuple
     assert "captions that are empty files are kept, too: green.png" in printed
     assert "plan: captions of 3 pictures at once" in printed
     assert not [path for path in folder.iterdir() if path.suffix not in {".png", ".txt", ".jsonl"}]
+
+
+def test_several_processes_write_the_captions_of_one(captioned: tuple[Path, str], model: Path, tmp_path: Path) -> None:
+    """Each some of them; and a job for each share of the pictures, which knows nothing of the others, does as well."""
+    words = ("--model", model, "--preset", "style", "--trigger", "zwx style", "--batch-size", 1, *SHORT)
+    folder = draw(tmp_path / "pictures")
+    ended = [end_of(each) for each in start_ranks("caption", folder, *words)]
+    assert [code for code, _ in ended] == [0, 0], ended
+    expected = captions(captioned[0])
+    texts = captions(folder)
+    assert {name: texts[name] for name in COLOURS[2:]} == {name: expected[name] for name in COLOURS[2:]}
+    told = [{name for name in COLOURS if f"{name}.png: {texts[name].strip()}" in printed} for _, printed in ended]
+    assert told[0] and told[1] and not told[0] & told[1] and told[0] | told[1] == set(COLOURS)
+    assert "captions written: 5; kept: 0; pictures without: 0" in ended[0][1] and "kept:" not in ended[1][1]
+    assert len([*folder.glob(RECORDS)]) == 2 and not (folder / RECORD).exists()
+
+    (folder / "red.txt").write_text("by hand now")
+    for number in (1, 2):  # nobody takes what the others wrote for a caption by hand
+        outcome = pixtune("caption", folder, *words, "--overwrite", "--share", f"{number}/2", "--dry-run")
+        assert outcome.returncode == 0, outcome.stdout
+        assert f"captions to write: 0; kept: {(3, 2)[number - 1]}" in outcome.stdout, outcome.stdout
+        assert ("by hand are kept: red.png" in outcome.stdout) == (number == 1), outcome.stdout
+    for path in folder.glob("*.txt"):
+        path.unlink()
+    outcome = pixtune("caption", folder, *words, "--share", "2/2")
+    assert (outcome.returncode == 0 and sorted(captions(folder)) == ["green", "white"]) or captions(folder), (
+        outcome.stdout
+    )
+    for wrong in ("0/2", "3/2", "2", "a/b", "1/0", "-1/2", "1/2/3"):
+        assert pixtune("caption", folder, *words, f"--share={wrong}").returncode == 2, wrong
 
 
 def test_what_was_killed_goes_on_to_the_same_captions(captioned: tuple[Path, str], model: Path, tmp_path: Path) -> None:

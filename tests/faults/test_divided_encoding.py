@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import time
 from collections import Counter
 from functools import partial
@@ -14,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests import processes
-from tests.runs import DEMO_HELD_OUT, ROOT, environment, overrides, pixtune, write_config
+from tests.runs import DEMO_HELD_OUT, ROOT, end_of, overrides, pixtune, start_ranks, write_config
 
 CHARACTER = ROOT / "assets" / "demo-character"
 FOLDERS = [
@@ -25,31 +24,8 @@ SETTINGS = {"data_config__img_dir": "null", "data_config__folders": json.dumps(F
 
 
 def start_two(folder: Path, cache: Path, before: processes.Before | None = None) -> list[processes.Started]:
-    """Two ranks of one run on the CPU, as a launcher would start them."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-    config = write_config(folder)
     words = overrides(folder / "run", cache, **SETTINGS)
-    return [
-        processes.start(
-            ["-m", "pixtune.cli", "train", "--config", str(config), *words],
-            environment(
-                ACCELERATE_USE_CPU="true", GLOO_SOCKET_IFNAME="lo", RANK=str(rank), LOCAL_RANK=str(rank),
-                WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
-            ),
-            before,
-        )
-        for rank in (0, 1)
-    ]  # fmt: skip
-
-
-def end_of(process: processes.Started, seconds: float = 100) -> tuple[int | None, str]:
-    try:
-        printed, _ = process.communicate(timeout=seconds)
-    finally:
-        if process.poll() is None:
-            process.send_signal(signal.SIGKILL)
-    return process.returncode, printed
+    return start_ranks("train", "--config", write_config(folder), *words, before=before)
 
 
 def files_of(cache: Path) -> dict[str, bytes]:

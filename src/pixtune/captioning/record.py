@@ -1,8 +1,8 @@
 """Remembers which captions `pixtune caption` wrote, so that those written or changed by hand are known and kept.
 
-It is a file of JSON lines in the folder of pictures, with digests alone; each of several processes that write captions
-at the same time has a file of its own, since lines that machines append over a network get lost. A line is added before its caption is written:
-whatever is killed when, a caption by hand is never taken for one of the program's.
+It is a file of JSON lines in the folder of pictures, with digests alone. A line is added before its caption is written:
+whatever is killed when, a caption by hand is never taken for one of the program's. Each of several processes that write
+at the same time has a file of its own, since lines that machines append over a network get lost.
 """
 
 from __future__ import annotations

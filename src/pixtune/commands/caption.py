@@ -124,7 +124,7 @@ def caption(
     \b
     pixtune caption ./pictures --model ./Qwen-Image --preset style
     pixtune caption my_run.yaml --trigger "zwx person" --preset person
-    torchrun --nproc-per-node 8 -m pixtune caption ./pictures --model ./Qwen-Image
+    torchrun --nproc-per-node 8 -m pixtune.cli caption ./pictures --model ./Qwen-Image
 
     Processes that a launcher has started divide the pictures among their GPUs.
     """

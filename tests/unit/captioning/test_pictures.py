@@ -10,7 +10,7 @@ import pytest
 
 from pixtune.captioning.choosing import Choice, Overwrite, choose
 from pixtune.captioning.pictures import Picture, find_pictures, only_named
-from pixtune.captioning.record import RECORD, Written, add_to_record, read_record
+from pixtune.captioning.record import RECORD, Written, add_to_record, read_records
 from pixtune.errors import DataError, WriteError
 from pixtune.storage.files import text_digest
 
@@ -126,16 +126,16 @@ def test_the_record_outlives_lines_that_were_cut(tmp_path: Path) -> None:
         stream.write(b'\n{"name": "c.png", "capt')
     add_to_record(tmp_path, {"a.png": Written("3", "y")})
     add_to_record(tmp_path, {})
-    assert read_record(tmp_path) == {"a.png": Written("3", "y"), "b.png": Written("2", "x")}
+    assert read_records(tmp_path) == {"a.png": Written("3", "y"), "b.png": Written("2", "x")}
 
 
 def test_a_strange_record_is_no_record(tmp_path: Path) -> None:
-    assert read_record(tmp_path) == {}
+    assert read_records(tmp_path) == {}
     (tmp_path / RECORD).write_bytes(b'\xff\n[1]\n{"name": 3, "caption": "x", "request": "y"}\n' + b"[" * 100_000)
-    assert read_record(tmp_path) == {}
+    assert read_records(tmp_path) == {}
     (tmp_path / RECORD).unlink()
     os.mkfifo(tmp_path / RECORD)
-    assert read_record(tmp_path) == {}
+    assert read_records(tmp_path) == {}
     with pytest.raises(WriteError, match="named pipe"):
         add_to_record(tmp_path, {"a.png": Written("1", "x")})
 
