@@ -15,7 +15,7 @@ from tests.runs import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import scaling
-from scaling_processes import Bench, CellError, children_of, finish, is_running, launched, start_run
+from scaling_processes import Bench, CellError, children_of, end_group, finish, is_running, launched, start_run
 
 
 def bench(folder: Path, seconds: float = 60) -> Bench:
@@ -68,4 +68,4 @@ def test_the_ranks_of_a_launcher_are_found(tmp_path: Path) -> None:
             time.sleep(0.01)
         assert found.keys() == {0, 1} and os.getpid() not in found.values()
     finally:
-        scaling.end_group(process)
+        end_group(process)
