@@ -17,6 +17,7 @@ first blocks in the ring. What the first process does alone, such as held-out lo
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -33,8 +34,13 @@ from pixtune.engine.streaming import AwayBlock, BlockStream, Source, away, place
 from pixtune.engine.transfer import CopyLane, Mark
 from pixtune.errors import ExchangeError
 
+log = logging.getLogger(__name__)
+
 DONE = -1
 """Announcement that the first process works alone no longer."""
+TRIED_BYTES = 64 * 2**20
+"""Bytes that each process reads from the others' GPUs to find out whether it can: more than what allocators take at
+once from the driver."""
 APART_TIMEOUT = timedelta(days=2)
 """Time that others wait for the first process's next announcement: drawing many samples takes hours. One that is gone
 is noticed all the same (`launch/peers.py`)."""
@@ -68,17 +74,36 @@ class ShardGroup:
         if on_host % self.size:
             return False  # a group of several hosts
         own = self._device.index or 0
-        first = own - self.rank
-        others = [first + rank for rank in range(self.size) if rank != self.rank]
-        can_read = all(torch.cuda.can_device_access_peer(own, other) for other in others)
-        everyone = torch.tensor(int(can_read), device=self._device)
-        dist.all_reduce(everyone, dist.ReduceOp.MIN, group=self._bytes)
-        return bool(everyone)
+        others = [own - self.rank + rank for rank in range(self.size) if rank != self.rank]
+        if not self._all(all(torch.cuda.can_device_access_peer(own, other) for other in others)):
+            return False
+        return self._all(self._try_to_read())
+
+    def _try_to_read(self) -> bool:
+        """Copies the others' numbers once, as later their parts, and returns whether they came."""
+        try:
+            part, slot = allocate_readable(TRIED_BYTES, self._device), allocate_readable(TRIED_BYTES, self._device)
+            parts = self.share(part.fill_(self.rank + 1))
+            self.wait_for_all()
+            came = []
+            for rank, theirs in enumerate(parts):
+                came.append(bool((slot.copy_(theirs) == rank + 1).all()))
+            self.wait_for_all()
+        except RuntimeError as error:  # every step above is torch's or the driver's, for some machines not there
+            log.info("weights are gathered, since GPUs cannot read each other's memory here: %s", error)
+            return False
+        return all(came)
+
+    def _all(self, here: bool) -> bool:
+        """Returns whether something holds in all processes of the group."""
+        everywhere = torch.tensor(int(here), device=self._device)
+        dist.all_reduce(everywhere, dist.ReduceOp.MIN, group=self._bytes)
+        return bool(everywhere)
 
     def allocate(self, num_bytes: int) -> Tensor:
-        """Returns memory for a part, which the others can read if `can_read`."""
+        """Returns memory for a part, or for a slot that parts come to."""
         if self.can_read:
-            return symmetric_memory.empty(num_bytes, dtype=torch.uint8, device=self._device)
+            return allocate_readable(num_bytes, self._device)
         return torch.empty(num_bytes, dtype=torch.uint8, device=self._device)
 
     def share(self, part: Tensor) -> list[Tensor]:
@@ -100,6 +125,15 @@ class ShardGroup:
         number = torch.tensor([word])
         dist.broadcast(number, 0, group=self._words)
         return int(number)
+
+
+def allocate_readable(num_bytes: int, device: torch.device) -> Tensor:
+    """Returns memory that other processes can be given to read, outside of torch's allocator.
+
+    It is one allocation of the driver's. What torch's allocator gives out may be several that look like one, and copies
+    between GPUs refuse those.
+    """
+    return symmetric_memory.empty(num_bytes, dtype=torch.uint8, device=device)
 
 
 class ShardedBlocks:
@@ -145,8 +179,14 @@ class ReadParts:
     def __init__(self, group: ShardGroup, lane: CopyLane, parts: Sequence[Tensor]) -> None:
         self._lane, self._own = lane, group.rank
         self._parts = [group.share(part) for part in parts]
+        self._group = group
         self.outside_bytes = sum(part.nbytes for part in parts)
         group.wait_for_all()
+
+    def slot(self, num_bytes: int) -> Tensor:
+        """Returns memory for a slot."""
+        self.outside_bytes += num_bytes
+        return self._group.allocate(num_bytes)
 
     def fill(self, index: int, slot: Tensor, after: Mark) -> Mark:
         """Copies all parts of a block into a slot's memory once `after` is done; returns the mark of the end."""
@@ -171,6 +211,10 @@ class GatheredParts:
     def __init__(self, group: ShardGroup, lane: CopyLane, parts: Sequence[Tensor]) -> None:
         self._group, self._lane, self._parts = group, lane, parts
         self._is_apart = self._announces = False
+
+    def slot(self, num_bytes: int) -> Tensor:
+        """Returns memory for a slot."""
+        return self._group.allocate(num_bytes)
 
     def fill(self, index: int, slot: Tensor, after: Mark) -> Mark:
         """Gathers a block into a slot's memory once `after` is done, and returns the mark of its end.
