@@ -19,8 +19,8 @@ from pixtune.bench.synthetic import timing_words, write_pictures
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU_ENV = {"ACCELERATE_USE_CPU": "true", "GLOO_SOCKET_IFNAME": "lo", "CUDA_VISIBLE_DEVICES": ""}
-GPU_ENV = {"NCCL_NVLS_ENABLE": "0"}
-"""Switches NVLink's multicast off, which containers often lack the rights for."""
+GPU_ENV = {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1", "NVSHMEM_DISABLE_NVLS": "1"}
+"""Environment that switches NVLink's multicast off, for which virtual machines often lack the rights."""
 LEAST_SECONDS = 20.0
 """Time under which no further run is started."""
 

@@ -10,6 +10,7 @@ from typing import TypeVar
 
 import torch
 from accelerate import Accelerator, PartialState
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from pixtune.config.schema import TrainConfig
@@ -226,7 +227,7 @@ def decide_plan(
         config = leaner_config(config, leaner)
     elif checkpoint:
         plan = read_decision(TrainingPlan, with_todays_names(checkpoint.record.get("plan", {})), "plan")
-        if can_share(plan, config.distributed.shards, accelerator.num_processes):
+        if can_share(plan.shards, config.distributed.shards, accelerator.num_processes):
             return plan
         config = with_formats_of(config, plan)
     return plan_on_this_machine(
@@ -237,6 +238,7 @@ def decide_plan(
         data.captions if family.pads_text else None,
         accelerator.device,
         accelerator.num_processes,
+        lambda own: gather_object([own]),
     )
 
 

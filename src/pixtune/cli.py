@@ -113,7 +113,12 @@ def plan(
     config: Config = None,
     card: Annotated[str | None, typer.Option("--as", help='Another GPU to plan for, for example "RTX 4090".')] = None,
     host_memory: Annotated[
-        float | None, typer.Option(min=1, help="With --as: memory of the machine around it, in GiB; default: 64.")
+        float | None, typer.Option(min=1, help="With --as: memory of each machine, in GiB; default: 64 a GPU.")
+    ] = None,
+    gpus: Annotated[int, typer.Option(min=1, max=1024, help="GPUs of each host, one process a GPU.")] = 1,
+    hosts: Annotated[int, typer.Option(min=1, max=65536, help="Hosts with so many GPUs each.")] = 1,
+    network: Annotated[
+        float | None, typer.Option(min=0.1, help="With --hosts: network of each host, in Gbit/s.")
     ] = None,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Every decision, and why.")] = False,
     json_output: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
@@ -122,16 +127,19 @@ def plan(
 
     Loads no weights, trains nothing.
 
-    Example: pixtune plan train_configs/train_lora.yaml --as "RTX 4090"
+    Example: pixtune plan train_configs/train_lora.yaml --as "RTX 4090" --gpus 2
     """
-    from pixtune.commands.plan import make_report
+    from pixtune.commands.plan import Machines, make_report
     from pixtune.commands.plan_page import render
     from pixtune.config import load_config
 
     path, overrides = config_and_overrides(words, config)
     if host_memory is not None and card is None:
         raise typer.BadParameter("--host-memory works with --as only; for this machine: host_memory_limit_gib=N")
-    report = make_report(load_config(path, overrides, folders_must_exist=False), card, host_memory)
+    if network is not None and hosts == 1:
+        raise typer.BadParameter("--network works with --hosts 2 or more")
+    machines = Machines(gpus, hosts, network)
+    report = make_report(load_config(path, overrides, folders_must_exist=False), card, host_memory, machines)
     if json_output:
         typer.echo(report.to_json())
     else:

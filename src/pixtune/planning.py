@@ -12,6 +12,7 @@ from pixtune.errors import WeightsError
 from pixtune.family import ModelFamily, Shapes
 from pixtune.hardware.facts import GIB, HardwareFacts, host_room_bytes
 from pixtune.hardware.read import read_facts
+from pixtune.launch.hosts import Machine, least_of, read_machine, with_whole_groups
 from pixtune.plan.demands import demands_of, state_options_of
 from pixtune.plan.encoders import TEXT_TOKENS, EncoderPlan, EncoderSizes, plan_encoders
 from pixtune.plan.footprint import ELEMENT_BYTES, Footprint, of_all_weights, read_footprint
@@ -38,14 +39,18 @@ def plan_on_this_machine(
     captions: Captions | None,
     device: torch.device,
     num_processes: int,
+    share: Callable[[Machine], list[Machine]] = lambda own: [own],
 ) -> TrainingPlan:
     """Plans a run that starts now: what the machine can do is tried first.
+
+    Several processes plan by the same figures, so that they decide alike.
 
     Args:
         count_tokens: returns image and text tokens of one process's largest micro-batch, its captions padded to a
             multiple.
         captions: lengths of captions; None: the family cannot pad them.
-        num_processes: processes that train together on one host.
+        num_processes: processes of the run, on all hosts.
+        share: returns what all of them were given.
 
     Raises:
         PlanError, ConfigError: see `plan_training`.
@@ -65,10 +70,13 @@ def plan_on_this_machine(
         num_tokens = count_tokens(multiple) // config.batch_size
         shape = Shape(num_tokens, *heads, demands.compute_format, config.deterministic)
         findings = try_attention(shape, kernels_to_try(read_facts(device, fraction), config, flash_3_obstacle))
-    facts, can_compile = read_facts(device, fraction), obstacle is None
+    own = read_machine(read_facts(device, fraction), num_processes, obstacle is None)
+    machine = least_of(share(own))
+    config = with_whole_groups(config, num_processes, machine.num_processes)
     return plan_for_captions(
         lambda footprint: plan_training(
-            facts, footprint, config, findings, can_compile, num_processes, flash_3_obstacle, captions
+            machine.facts, footprint, config, findings, machine.can_compile, machine.num_processes, flash_3_obstacle,
+            captions, max(num_processes // machine.num_processes, 1), machine.links,
         ),
         config, family, folder, count_tokens, captions,
     )  # fmt: skip

@@ -8,22 +8,30 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from pixtune.config.folders import folders_of, largest_size
 from pixtune.config.schema import TrainConfig
+from pixtune.config.sections import DistributedConfig
 from pixtune.data.layouts import find_examples
 from pixtune.data.sample_prompts import asked_prompts, default_size
-from pixtune.hardware.cards import HOST_BYTES, facts_as
+from pixtune.errors import PlanError
+from pixtune.hardware.cards import HOST_BYTES, facts_as, find_card
 from pixtune.hardware.facts import GIB, PROCESS_HOST_BYTES, HardwareFacts
+from pixtune.hardware.gpu_links import NETWORK_SHARE, GpuLinks, links_of_card, read_gpu_links
 from pixtune.hardware.meminfo import read_host_memory
 from pixtune.hardware.read import cpu_facts, read_facts_without_cuda
 from pixtune.plan.demands import demands_of
 from pixtune.plan.encoders import PIXELS_PER_VISION_TOKEN, PLAINLY, TEXT_TOKENS, EncoderPlan, EncoderSizes
+from pixtune.plan.exchange_cost import sent_bytes
+from pixtune.plan.footprint import Footprint
 from pixtune.plan.passes import needs_negative
 from pixtune.plan.phases import Phase, Surroundings, phases_of
-from pixtune.plan.situation import CONTEXT_BYTES, in_its_pool
+from pixtune.plan.processes import Together, reasons_together, together
+from pixtune.plan.rungs import Rung
+from pixtune.plan.shards import check_shards
+from pixtune.plan.situation import CONTEXT_BYTES, in_its_pool, situation_of
 from pixtune.plan.text_padding import Captions, least_multiple, padded_length
 from pixtune.plan.training import TrainingPlan, plan_training
 from pixtune.storage.architecture import ShippedModel, require_configs
@@ -44,7 +52,7 @@ class Length:
     num_steps: int | None
     """Optimizer steps; None where epochs decide and the pictures are not there yet."""
     pictures_per_step: int
-    """On one GPU."""
+    """Pictures of all processes together."""
     micro_batches_per_step: int
 
 
@@ -64,6 +72,12 @@ class PlanReport:
     """Plan of encoding captions and pictures."""
     assumptions: tuple[str, ...]
     length: Length
+    together: Together | None = None
+    """The step of several processes; None: there is one."""
+    why_together: tuple[str, ...] = ()
+    """Reasons of the plan on what several processes do, which are part of its own."""
+    seconds_alone: float | None = None
+    """Seconds of the step of one process that plans for itself; None: it does not hold the run, or no such estimate."""
 
     @property
     def too_large(self) -> tuple[Phase, ...]:
@@ -83,6 +97,20 @@ class PlanReport:
             "assumptions": list(self.assumptions),
             "length": asdict(self.length),
         }
+        if (found := self.together) is not None:
+            step = found.step
+            values["together"] = {
+                "num_hosts": found.num_hosts,
+                "gpus_per_host": found.per_host,
+                "shards": found.shards,
+                "copies": found.copies,
+                "links": found.link_words,
+                "sent_bytes_of_weights": sent_bytes(found.gathers),
+                "sent_bytes_of_gradients": sent_bytes(found.sums),
+                "num_exchanges": len(found.gathers) + len(found.sums),
+                "seconds_per_step": step.seconds if step else None,
+                "efficiency": step.efficiency if step else None,
+            }
         return json.dumps(values, indent=2)
 
 
@@ -94,11 +122,24 @@ class Tokens:
     text: int
 
 
-def make_report(config: TrainConfig, card: str | None = None, host_gib: float | None = None) -> PlanReport:
-    """Plans a config, for this machine or for a card by name. Downloads nothing.
+@dataclass(frozen=True)
+class Machines:
+    """The GPUs that a run would use, whether they are there or not."""
+
+    gpus: int = 1
+    """GPUs of each host."""
+    hosts: int = 1
+    network_gbit: float | None = None
+    """Network of each host, Gbit/s; None: as it is read, or usual for the card."""
+
+
+def make_report(
+    config: TrainConfig, card: str | None = None, host_gib: float | None = None, machines: Machines = Machines()
+) -> PlanReport:
+    """Plans a config, for this machine or for cards by name. Downloads nothing.
 
     Args:
-        host_gib: memory of the machine around the card, GiB; None: `HOST_BYTES`.
+        host_gib: memory of each machine around its cards, GiB; None: `HOST_BYTES` a card.
 
     Raises:
         PlanError: nothing fits.
@@ -109,7 +150,9 @@ def make_report(config: TrainConfig, card: str | None = None, host_gib: float | 
     from pixtune.families.opening import find_model
     from pixtune.planning import footprint_of
 
-    host_bytes = HOST_BYTES if host_gib is None else round(host_gib * GIB)
+    num_processes = machines.gpus * machines.hosts
+    check_shards(config.distributed.shards, num_processes)
+    host_bytes = HOST_BYTES * machines.gpus if host_gib is None else round(host_gib * GIB)
     facts = before_cuda(facts_as(card, host_bytes)) if card else facts_of_this_machine()
     folder = find_model(config.pretrained_model_name_or_path, config.model_parts)
     family = family_of(folder)
@@ -130,7 +173,7 @@ def make_report(config: TrainConfig, card: str | None = None, host_gib: float | 
                 "an encoder's those in its index, and encoders without an index are left out"
             )
     tokens, assumed = assumed_tokens(config, family, folder)
-    length = length_of(config)
+    length = length_of(config, num_processes)
     if length.num_pictures is None:
         folders = folders_of(config.data_config)
         sets = [folder.dataset.name for folder in folders if folder.dataset]
@@ -141,7 +184,14 @@ def make_report(config: TrainConfig, card: str | None = None, host_gib: float | 
     captions = Captions(differ=True) if family.pads_text else None
     text = padded_length(tokens.text, least_multiple(config, captions))
     footprint = footprint_of(config, family, folder, config.batch_size * (tokens.image + text))
-    plan = plan_training(facts, footprint, config)
+    links = links_of(facts, machines, is_here=card is None) if num_processes > 1 else None
+    plan = plan_training(
+        facts, footprint, config, num_processes=machines.gpus, num_hosts=machines.hosts, links=links
+    )  # fmt: skip
+    situation = situation_of(
+        facts, footprint, demands_of(config), plan.compile, machines.gpus, num_hosts=machines.hosts, links=links
+    )
+    rung = Rung(**{each.name: getattr(plan, each.name) for each in fields(Rung)})
     on_gpu = facts.device == "cuda"
     around = surroundings_of(config, family, folder, tokens, facts) if on_gpu else None
     return PlanReport(
@@ -154,7 +204,33 @@ def make_report(config: TrainConfig, card: str | None = None, host_gib: float | 
         encoders=around.encoders if around else PLAINLY,
         assumptions=(*assumptions, *assumed),
         length=length,
+        together=together(rung, situation) if num_processes > 1 else None,
+        seconds_alone=_seconds_alone(facts, footprint, config) if num_processes > 1 else None,
+        why_together=tuple(reasons_together(rung, situation)),
     )
+
+
+def _seconds_alone(facts: HardwareFacts, footprint: Footprint, config: TrainConfig) -> float | None:
+    """Returns the seconds of a step that one process takes with a plan of its own."""
+    alone = config.model_copy(update={"distributed": DistributedConfig()})
+    try:
+        plan = plan_training(facts, footprint, alone)
+    except PlanError:
+        return None
+    return config.gradient_accumulation_steps * plan.micro_batch_seconds or None
+
+
+def links_of(facts: HardwareFacts, machines: Machines, is_here: bool) -> GpuLinks:
+    """Returns the links of the GPUs: read where they are here, else those of the table of cards."""
+    if is_here and facts.device == "cuda":
+        links = read_gpu_links(facts, machines.gpus)
+    else:
+        card = find_card(facts.name, facts.total_bytes) if facts.device == "cuda" else None
+        links = links_of_card(card, machines.gpus, facts.link_bandwidth_bytes_per_second)
+    if machines.network_gbit is not None:
+        network = NETWORK_SHARE * 1e9 / 8 * machines.network_gbit
+        links = replace(links, network_bytes_per_second=network, network_is_assumed=False)
+    return links
 
 
 # ---- the machine
@@ -175,8 +251,8 @@ def before_cuda(facts: HardwareFacts) -> HardwareFacts:
 # ---- the run
 
 
-def length_of(config: TrainConfig) -> Length:
-    """Counts the pictures and steps of a run on one GPU; opens no picture, and no data set, which may be far away."""
+def length_of(config: TrainConfig, num_processes: int = 1) -> Length:
+    """Counts the pictures and steps of a run; opens no picture, and no data set, which may be far away."""
     micro_batches = config.gradient_accumulation_steps
     folders = folders_of(config.data_config)
     counts = [len(find_examples(folder).pairs) for folder in folders if folder.dataset is None]
@@ -186,10 +262,9 @@ def length_of(config: TrainConfig) -> Length:
     if config.num_train_epochs is not None and num_pictures is not None:
         turns = sum(folder.repeats * count for folder, count in zip(folders, counts, strict=True))
         turns *= 1 - num_held_out / num_pictures
-        limits.append(math.ceil(turns * config.num_train_epochs / (config.batch_size * micro_batches)))
-    return Length(
-        num_pictures, num_held_out, min(limits, default=None), config.batch_size * micro_batches, micro_batches
-    )
+        limits.append(math.ceil(turns * config.num_train_epochs / (config.batch_size * micro_batches * num_processes)))
+    per_step = config.batch_size * micro_batches * num_processes
+    return Length(num_pictures, num_held_out, min(limits, default=None), per_step, micro_batches)
 
 
 def assumed_tokens(config: TrainConfig, family: ModelFamily, folder: ModelFolder) -> tuple[Tokens, tuple[str, ...]]:

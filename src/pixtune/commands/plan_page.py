@@ -37,7 +37,11 @@ def render(report: PlanReport, console: Console, verbose: bool = False) -> None:
     console.print(Padding(decision_table(decisions(report.plan) if verbose else in_short(report.plan)), (0, 0, 0, 2)))
     if report.phases:
         console.print(Padding(phase_table(report), (0, 0, 0, 2)))
-    why = [("Why", (*report.plan.reasons, *report.encoders.reasons))] if verbose else []
+    if report.together is not None:
+        console.print("[bold]Together[/]")
+        console.print(Padding(bullets(together_lines(report)), (0, 0, 0, 2)), highlight=False)
+    reasons = [reason for reason in report.plan.reasons if reason not in report.why_together]
+    why = [("Why", (*reasons, *report.encoders.reasons))] if verbose else []
     for heading, lines in (*why, ("Assumed", report.assumptions)):
         console.print(f"[bold]{heading}[/]")
         console.print(Padding(bullets(lines), (0, 0, 0, 2)), highlight=False)
@@ -64,6 +68,8 @@ def time_lines(report: PlanReport) -> list[str]:
     lines = []
     if plan.micro_batch_seconds:
         step_seconds = length.micro_batches_per_step * plan.micro_batch_seconds
+        if report.together is not None and report.together.step is not None:
+            step_seconds = report.together.step.seconds
         steps = "" if length.num_steps is None else f"{about(length.num_steps * step_seconds)}: "
         num = "" if length.num_steps is None else f"{length.num_steps:,} steps, "
         lines.append(
@@ -82,6 +88,20 @@ def time_lines(report: PlanReport) -> list[str]:
         held_out = f", {length.num_held_out:,} of them held out" if length.num_held_out else ""
         lines.append(f"{length.num_pictures:,} pictures with captions{held_out}{used}.")
     return lines
+
+
+def together_lines(report: PlanReport) -> list[str]:
+    """Returns what several GPUs do in a step, with what the plan's reasons say of it."""
+    found = report.together
+    assert found is not None
+    hosts = f" on {found.num_hosts} hosts" if found.num_hosts > 1 else ""
+    lines = [f"{found.num_processes} GPUs{hosts} take {report.length.pictures_per_step} pictures a step"]
+    if found.step is not None:
+        lines[0] += f": {report.length.pictures_per_step / found.step.seconds:.3g} pictures a second, "
+        alone = report.seconds_alone
+        times = None if alone is None else found.num_processes * alone / found.step.seconds
+        lines[0] += "and one alone does not hold the run" if times is None else f"{times:.3g} times those of one alone"
+    return [*lines, *report.why_together]
 
 
 def about(seconds: float) -> str:
@@ -112,7 +132,9 @@ def in_short(plan: TrainingPlan) -> list[tuple[str, str]]:
     """Returns what the plan does to the model and how it saves memory, in words that need no knowledge of it."""
     bits = {"fp8": "8 bits (fp8)", "int8": "8 bits (int8)", "nf4": "4 bits (nf4)"}
     rows = [("model's weights", bits.get(plan.weights_format, f"whole ({plan.weights_format})"))]
-    if plan.streamed_blocks:
+    if plan.shards > 1:
+        rows.append(("in parts on GPUs", f"{plan.streamed_blocks or 'all'} blocks, each on {plan.shards} of them"))
+    elif plan.streamed_blocks:
         rows.append(("wait in host memory", f"the weights of {plan.streamed_blocks} blocks"))
     again = "nothing"
     if plan.recomputed_blocks:
@@ -147,7 +169,8 @@ def decisions(plan: TrainingPlan) -> list[tuple[str, str]]:
         ("modulation", f"{plan.modulation_rows} draws ahead" if plan.modulation_rows else "on the device"),
         ("recomputed", recomputed + cheap),
         ("inputs of blocks", "in host memory" if plan.offload_inputs else "on the device"),
-        ("streamed blocks", str(plan.streamed_blocks) if plan.streamed_blocks else "none"),
+        ("streamed blocks", str(plan.streamed_blocks) if plan.streamed_blocks and plan.shards == 1 else "none"),
+        *([("in parts", f"{plan.streamed_blocks or 'all'} blocks, each on {plan.shards} GPUs")] * (plan.shards > 1)),
         ("compiled", _yes(plan.compile)),
         ("captured", f"steps of up to {plan.captures} shapes (CUDA graphs)" if plan.captures else "no"),
         ("attention", f"{NAMES[plan.attention]} where possible" if plan.attention else "PyTorch's own choice"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+from collections.abc import Sequence
 
 TIMEOUT_SECONDS = 20.0
 
@@ -40,10 +41,17 @@ def query_processes(gpu: str) -> list[tuple[int, int]] | None:
     return [(int(process), int(mebibytes) * 2**20) for process, mebibytes in numbers]
 
 
-def _run(gpu: str, what: str, timeout_seconds: float) -> list[str] | None:
-    command = ["nvidia-smi", f"--id={gpu}", what, "--format=csv,noheader,nounits"]
+def run_nvidia_smi(words: Sequence[str], timeout_seconds: float = TIMEOUT_SECONDS) -> str | None:
+    """Runs nvidia-smi and returns what it printed; None where it is missing, fails or hangs."""
     try:
-        run = subprocess.run(command, capture_output=True, text=True, timeout=timeout_seconds, check=False)
-    except (FileNotFoundError, subprocess.TimeoutExpired):
+        run = subprocess.run(
+            ["nvidia-smi", *words], capture_output=True, text=True, timeout=timeout_seconds, check=False
+        )
+    except (OSError, UnicodeDecodeError, subprocess.TimeoutExpired):
         return None
-    return run.stdout.strip().splitlines() if run.returncode == 0 else None
+    return run.stdout if run.returncode == 0 else None
+
+
+def _run(gpu: str, what: str, timeout_seconds: float) -> list[str] | None:
+    printed = run_nvidia_smi([f"--id={gpu}", what, "--format=csv,noheader,nounits"], timeout_seconds)
+    return None if printed is None else printed.strip().splitlines()

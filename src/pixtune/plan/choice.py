@@ -13,6 +13,7 @@ from pixtune.plan import all_weights, rungs
 from pixtune.plan.all_weights import AllWeightsRung, ladder_of_all_weights, runs_backward_twice
 from pixtune.plan.footprint import Footprint
 from pixtune.plan.optimizers import EXACT, OPTIMIZERS, SMALL
+from pixtune.plan.processes import reasons_together
 from pixtune.plan.refusals import refuse_all_weights, refuse_lora
 from pixtune.plan.rungs import QUANTIZED, Rung, fit_host, fitting_by_speed, ladder, with_rows
 from pixtune.plan.seconds import basis, step_seconds
@@ -64,6 +65,7 @@ def _choose_for_lora(situation: Situation, config: TrainConfig) -> Choice:
         *_not_compiled(situation),
         *_small_states(situation),
         *_optimizer(situation),
+        *reasons_together(rung, situation),
     )
     return Choice(
         rung, situation.optimizer, reasons, situation.peak(rung), rung.host_bytes(situation),
@@ -75,10 +77,16 @@ def _choose_for_all_weights(situation: Situation, config: TrainConfig) -> Choice
     rung = all_weights.first_that_fits(situation)
     if rung is None:
         raise PlanError(refuse_all_weights(situation, config))
+    blocks = rung.blocks(situation.demands.compute_format)
     return Choice(
-        rung.blocks(situation.demands.compute_format),
+        blocks,
         rung.optimizer,
-        (*_all_weights_reasons(situation, rung), *_not_compiled(situation), *_optimizer(situation)),
+        (
+            *_all_weights_reasons(situation, rung),
+            *_not_compiled(situation),
+            *_optimizer(situation),
+            *reasons_together(blocks, situation),
+        ),
         situation.peak(rung),
         rung.host_bytes(situation),
         rung.fused_step,
@@ -86,15 +94,11 @@ def _choose_for_all_weights(situation: Situation, config: TrainConfig) -> Choice
     )
 
 
-def shares_frozen_weights(situation: Situation) -> bool:
-    """Returns whether the config demands that processes hold one copy of the frozen weights together."""
-    return (situation.demands.shards or 1) > 1 and not situation.footprint.trains_all
-
-
 def _choose_on_cpu(situation: Situation) -> Choice:
     demands, footprint = situation.demands, situation.footprint
     weights_format = demands.compute_format
-    num_streamed = footprint.num_blocks if shares_frozen_weights(situation) else 0
+    shards = demands.shards or 1
+    num_streamed = footprint.num_blocks if shards > 1 and not footprint.trains_all else 0
     count = footprint.num_blocks if demands.recompute or num_streamed else 0
     reasons = [] if count else ["no block is recomputed: host memory is enough on a CPU"]
     if demands.compute_format == "bf16":
@@ -104,10 +108,8 @@ def _choose_on_cpu(situation: Situation) -> Choice:
         reasons.append("8-bit weights on a CPU, as quantize asks: they save memory there and cost time")
         reasons += _kept_plain(footprint)
     reasons += _optimizer(situation)
-    if num_streamed:
-        reasons.append(f"each block lies in {demands.shards} parts, one a process, and is gathered in each pass")
-    rung = Rung(weights_format, recomputed_blocks=count, streamed_blocks=num_streamed)
-    return Choice(rung, situation.optimizer, tuple(reasons))
+    rung = Rung(weights_format, recomputed_blocks=count, streamed_blocks=num_streamed, shards=shards)
+    return Choice(rung, situation.optimizer, (*reasons, *reasons_together(rung, situation)))
 
 
 # ---- reasons of a LoRA run
@@ -140,7 +142,9 @@ def _lora_reasons(situation: Situation, rung: Rung) -> Iterator[str]:
         yield f"queries, keys and values are recomputed in {rung.reprojected_blocks} blocks"
     if rung.offload_inputs:
         yield "the inputs of recomputed blocks wait in host memory"
-    if rung.streamed_blocks:
+    if rung.streamed_blocks and rung.shards > 1:
+        yield f"{rung.streamed_blocks} blocks lie in {rung.shards} parts, one a GPU, and are gathered in each pass"
+    elif rung.streamed_blocks:
         yield f"the weights of {rung.streamed_blocks} blocks come from host memory in each pass"
 
 

@@ -156,6 +156,7 @@ def idle_bytes(plan: TrainingPlan, footprint: Footprint) -> int:
         plan.modulation_rows,
         streamed_blocks=plan.streamed_blocks,
         kept_transposes=plan.kept_transposes,
+        shards=plan.shards,
     )
     # Between steps there are no gradients: the trained weights and their optimizer states remain.
     if footprint.trains_all:

@@ -27,6 +27,8 @@ class Change(NamedTuple):
     """Values in whose place it is tried; None: any other one."""
 
 
+GPU_COUNTS = (2, 4, 8)
+"""Numbers of GPUs of one host that are tried where fewer do not hold a run."""
 LORA_CHANGES = (
     Change("disable_gradient_checkpointing"),
     Change("quantize"),
@@ -34,6 +36,7 @@ LORA_CHANGES = (
     Change("adam8bit", True),
     Change("cuda_features.enable_fp8_training"),
     Change("unified_memory", instead_of=(True,)),
+    Change("distributed.shards"),
 )
 """Changes by which a LoRA run may fit. Of equally many, those with earlier ones are named."""
 ALL_WEIGHTS_CHANGES = (
@@ -42,6 +45,7 @@ ALL_WEIGHTS_CHANGES = (
     Change("unified_memory", instead_of=(True,)),
     Change("gradient_accumulation_steps", 1),
     Change("weight_update", "stochastic_rounding"),
+    Change("distributed.shards"),
 )
 """Changes by which a run that trains all weights may fit, the least change to what is learnt first."""
 
@@ -54,13 +58,15 @@ def refuse_lora(situation: Situation, config: TrainConfig) -> str:
         lack = f"this run needs {_host_lack(situation, _least_on_host(situation))}"
     else:
         lack = _device_lack("this run", situation, needed)
-    changes = _that_apply(LORA_CHANGES, situation, config)
+    changes, more_gpus = _that_apply(LORA_CHANGES, situation, config), _more_gpus(situation, rungs.first_that_fits)
     if found := _smallest(changes, situation, config, rungs.first_that_fits):
         some, peak = found
         outcome = "fits" if fits_device else f"needs {_gib(peak)} and fits"
-        return f"{lack} {_words(some)} it {outcome}: {_to_type(some)}"
+        return f"{lack} {_words(some)} it {outcome}: {_to_type(some)}{more_gpus and f' Or: {more_gpus}'}"
     if situation.num_processes > 1 and rungs.first_that_fits(replace(situation, num_processes=1)):
         return f"{lack} With one process instead of {situation.num_processes} it fits: they share the host's memory."
+    if more_gpus:
+        return f"{lack} {more_gpus}"
     smaller = "lower data_config.img_size or train_batch_size."
     leanest = situation.under(demands_of(_changed(config, changes)))
     least_bytes = min(map(leanest.needed, rungs.ladder(leanest)))
@@ -93,13 +99,15 @@ def refuse_all_weights(situation: Situation, config: TrainConfig) -> str:
         return f"{lack} {_words(some)} it needs {_gib(peak)} and fits: {_to_type(some)}"
     if situation.num_processes > 1 and all_weights.first_that_fits(replace(situation, num_processes=1)):
         return f"{lack} With one process instead of {situation.num_processes} it fits: more of them share no weights."
+    if more_gpus := _more_gpus(situation, all_weights.first_that_fits):
+        return f"{lack} {more_gpus}"
     leanest = situation.under(demands_of(_changed(config, changes)))
     least = min(all_weights.ladder_of_all_weights(leanest), key=leanest.needed)
     size = least.host_bytes(leanest)
     host = f" and {_gib(size)} of host memory" if size else ""
     return (
-        f"{lack} The least that any plan needs is {_gib(leanest.needed(least))}{host}. Several GPUs do not help: each "
-        "holds all weights. Train a LoRA: method=lora."
+        f"{lack} The least that any plan needs is {_gib(leanest.needed(least))}{host}. {GPU_COUNTS[-1]} such GPUs do "
+        "not hold them together either. Train a LoRA: method=lora."
     )
 
 
@@ -152,12 +160,30 @@ def _smallest(
     return None
 
 
+def _more_gpus(situation: Situation, first_that_fits: Callable[[Situation], AnyRung | None]) -> str:
+    """Returns how many GPUs of one host, more than there are, hold a run together; empty where none of these do."""
+    if situation.demands.shards is not None:
+        return ""
+    more = (count for count in GPU_COUNTS if count > situation.num_processes)
+    count = next((count for count in more if first_that_fits(replace(situation, num_processes=count))), None)
+    if count is None:
+        return ""
+    return (
+        f"{count} such GPUs of one host hold the weights together and fit the run: start it with torchrun "
+        f"--nproc-per-node {count} train.py ..."
+    )
+
+
 def _changed(config: TrainConfig, changes: Sequence[Change]) -> TrainConfig:
     """Returns the config with the changes made, unchecked."""
-    section = "cuda_features."
-    features = {key.removeprefix(section): value for key, value, _ in changes if key.startswith(section)}
-    values = {key: value for key, value, _ in changes if not key.startswith(section)}
-    return config.model_copy(update={**values, "cuda_features": config.cuda_features.model_copy(update=features)})
+    for key, value, _ in changes:
+        section, dot, name = key.rpartition(".")
+        if dot:
+            section_of_config = getattr(config, section).model_copy(update={name: value})
+            config = config.model_copy(update={section: section_of_config})
+        else:
+            config = config.model_copy(update={key: value})
+    return config
 
 
 def _words(changes: Sequence[Change]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from pixtune.errors import ConfigError
@@ -17,7 +17,8 @@ from pixtune.plan.footprint import (
     block_weight_bytes,
 )
 from pixtune.plan.seconds import step_seconds
-from pixtune.plan.situation import TABLES, Situation
+from pixtune.plan.shards import possible_shards
+from pixtune.plan.situation import NCCL_BYTES, TABLES, Situation
 
 EIGHT_BIT = ("fp8", "int8")
 QUANTIZED = (*EIGHT_BIT, "nf4")
@@ -74,11 +75,13 @@ class Rung:
     offload_inputs: bool = False
     """Inputs of recomputed blocks wait in host memory."""
     streamed_blocks: int = 0
-    """Number of blocks whose weights come from host memory each time."""
+    """Number of blocks whose weights come from elsewhere each time: from host memory, or from `shards` processes."""
     reprojected_blocks: int = 0
     """Number of blocks, following the recomputed ones, that recompute queries, keys and values."""
     kept_transposes: bool = False
     """8-bit weights are kept a second time, transposed: 0.17 ms a block of Qwen-Image on an H100."""
+    shards: int = 1
+    """Number of processes that hold the streamed blocks together, each a part of every one; 1: host memory does."""
 
     @property
     def recomputes(self) -> bool:
@@ -103,7 +106,8 @@ class Rung:
         """
         captures = LEAST_CAPTURES - 1 if situation.demands.captures and self.recomputes else 0
         scratch = (situation.facts.l2_cache_bytes or SCRATCH_BYTES) if situation.compiled else 0
-        return max(fragmented_bytes(self, situation) + captures * CAPTURE_BYTES, scratch)
+        gathering = NCCL_BYTES if self.shards > 1 else 0
+        return gathering + max(fragmented_bytes(self, situation) + captures * CAPTURE_BYTES, scratch)
 
     def host_bytes(self, situation: Situation) -> int:
         """Returns the bytes of streamed weights, inputs of recomputed blocks, modulation tables and an average."""
@@ -113,7 +117,7 @@ class Rung:
             kind.count * block_weight_bytes(kind, self.weights_format, compute_format, loaded)
             for kind in footprint.kinds
         )
-        streamed = self.streamed_blocks * blocks / footprint.num_blocks
+        streamed = self.streamed_blocks * blocks / footprint.num_blocks if self.shards == 1 else 0
         inputs = self.recomputed_blocks * footprint.unit_bytes * element // 2 if self.offload_inputs else 0
         tables = 0 if footprint.one_pool else element * table_host_numbers(self, footprint, situation.num_tables)
         return round(streamed + inputs + tables) + footprint.average_host_bytes
@@ -130,8 +134,12 @@ def ladder(situation: Situation) -> Iterator[Rung]:
     """
     footprint, recompute, unified = situation.footprint, situation.demands.recompute, situation.unified
     blocks, rows, formats = footprint.num_blocks, table_rows(footprint), allowed_formats(situation)
+    must_share = (situation.demands.shards or 1) > 1
     for weights_format in formats:
         quantized, is_last = weights_format in QUANTIZED, weights_format == formats[-1]
+        if must_share:
+            yield from _shared(situation, weights_format, is_last)
+            continue
         if recompute is not True:
             if not quantized:
                 yield Rung(weights_format)
@@ -148,9 +156,28 @@ def ladder(situation: Situation) -> Iterator[Rung]:
             for count in counts:
                 others = blocks - count if reprojects else 0
                 yield Rung(weights_format, rows, selective, count, offload, reprojected_blocks=others)
+        yield from _shared(situation, weights_format, is_last)
         if is_last and not unified:
             for count in range(STREAM_SLOTS + 1, blocks + 1):
                 yield Rung(weights_format, rows, selective, blocks, True, count)
+
+
+def _shared(situation: Situation, weights_format: str, is_last: bool) -> Iterator[Rung]:
+    """Yields the rungs whose blocks lie in parts on several GPUs, those of fewest GPUs first.
+
+    More bits come first here, too: 8-bit weights that are gathered come before 4-bit ones that are there. Parts on
+    other hosts are for where nothing else is left, as a network is slower than any link within a host.
+    """
+    demanded, blocks = situation.demands.shards, situation.footprint.num_blocks
+    counts: Iterable[int] = range(STREAM_SLOTS + 1, blocks + 1)
+    numbers = possible_shards(situation.num_processes, situation.num_hosts if is_last else 1)
+    if demanded is not None:
+        numbers, counts = ((demanded,) if demanded > 1 else ()), (blocks,)
+    rows, selective = table_rows(situation.footprint), situation.demands.recompute is None
+    for shards in numbers:
+        for offload in (False,) if situation.unified else (False, True):
+            for count in counts:
+                yield Rung(weights_format, rows, selective, blocks, offload, count, shards=shards)
 
 
 def allowed_formats(situation: Situation) -> tuple[str, ...]:
@@ -243,8 +270,9 @@ def weight_bytes(rung: Rung, footprint: Footprint, compute_format: str) -> int:
         total += sum(kind.count * kind.linear_weights for kind in footprint.kinds) - footprint.plain_layer_weights
     if not rung.streamed_blocks:
         return total
-    mean = blocks / footprint.num_blocks
-    return round(total - rung.streamed_blocks * mean + STREAM_SLOTS * max(sizes))
+    away = rung.streamed_blocks * blocks / footprint.num_blocks
+    own_part = away / rung.shards if rung.shards > 1 else 0
+    return round(total - away + own_part + STREAM_SLOTS * max(sizes))
 
 
 def table_bytes(rung: Rung, footprint: Footprint, compute_format: str) -> int:

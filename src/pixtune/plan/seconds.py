@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from pixtune.hardware.facts import HOPPER, HardwareFacts
+from pixtune.plan.exchange_cost import Exchange, exchange_seconds
 from pixtune.plan.footprint import BYTES_PER_WEIGHT, ELEMENT_BYTES, BlockKind, block_weight_bytes
 from pixtune.plan.situation import Situation
 
@@ -62,9 +63,16 @@ class TimedRung(Protocol):
     @property
     def kept_transposes(self) -> bool: ...
 
+    @property
+    def shards(self) -> int: ...
 
-def step_seconds(rung: TimedRung, situation: Situation) -> float:
-    """Estimates the seconds of one micro-batch, forward and backward."""
+
+def step_seconds(rung: TimedRung, situation: Situation, gathers: bool = True) -> float:
+    """Estimates the seconds of one micro-batch, forward and backward.
+
+    Args:
+        gathers: blocks in parts on several GPUs have to come; False: as if they were there already.
+    """
     forward = backward = 0.0
     number = 0
     for kind in situation.footprint.kinds:
@@ -82,7 +90,30 @@ def step_seconds(rung: TimedRung, situation: Situation) -> float:
         in_forward, in_backward = max(to_device, to_host) / link, (to_device + to_host) / link
         lost = COPIES_COST * (in_forward + in_backward)
         forward, backward = max(forward, in_forward), max(backward, in_backward) + lost
+    if rung.shards > 1 and gathers:
+        gathering = gather_seconds(rung, situation)
+        lost = 2 * COPIES_COST * gathering
+        forward, backward = max(forward, gathering), max(backward, gathering) + lost
     return (forward + backward) * (1 + TABLE_COST * (rung.modulation_rows > 0))
+
+
+def gather_seconds(rung: TimedRung, situation: Situation) -> float:
+    """Estimates the seconds in which a pass's blocks come from the GPUs that hold them together."""
+    mean = Exchange("all_gather", round(_block_bytes(rung, situation) / situation.footprint.num_blocks), rung.shards)
+    return rung.streamed_blocks * exchange_seconds(mean, situation.cluster)
+
+
+def gathered_blocks(rung: TimedRung, situation: Situation) -> list[int]:
+    """Returns the bytes of each block that a pass gathers, evenly spread as `streaming.choose_streamed` takes them."""
+    footprint, compute_format = situation.footprint, situation.demands.compute_format
+    loaded = rung.modulation_rows == 0
+    sizes = [
+        block_weight_bytes(kind, rung.weights_format, compute_format, loaded)
+        for kind in footprint.kinds
+        for _ in range(kind.count)
+    ]
+    count = rung.streamed_blocks if rung.shards > 1 else 0
+    return [sizes[(2 * i + 1) * len(sizes) // (2 * count)] for i in range(count)]
 
 
 def basis(facts: HardwareFacts) -> str:
@@ -101,13 +132,18 @@ def teraflops(facts: HardwareFacts) -> float:
 def _copies(rung: TimedRung, situation: Situation) -> tuple[float, float]:
     """Returns the bytes that come to the device in each pass, and those of inputs that leave it."""
     footprint, compute_format = situation.footprint, situation.demands.compute_format
+    inputs = footprint.unit_bytes * ELEMENT_BYTES[compute_format] / 2
+    weights = rung.streamed_blocks * _block_bytes(rung, situation) / footprint.num_blocks if rung.shards == 1 else 0.0
+    return weights, rung.recomputed_blocks * inputs if rung.offload_inputs else 0.0
+
+
+def _block_bytes(rung: TimedRung, situation: Situation) -> int:
+    """Counts the bytes of all blocks' weights."""
+    footprint, compute_format = situation.footprint, situation.demands.compute_format
     loaded = rung.modulation_rows == 0
-    blocks = sum(
+    return sum(
         kind.count * block_weight_bytes(kind, rung.weights_format, compute_format, loaded) for kind in footprint.kinds
     )
-    inputs = footprint.unit_bytes * ELEMENT_BYTES[compute_format] / 2
-    weights = rung.streamed_blocks * blocks / footprint.num_blocks
-    return weights, rung.recomputed_blocks * inputs if rung.offload_inputs else 0.0
 
 
 def _forward_seconds(kind: BlockKind, rung: TimedRung, situation: Situation) -> float:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pixtune.errors import ConfigError
-from pixtune.plan.training import TrainingPlan
 
 
 def check_shards(shards: int | None, num_processes: int) -> None:
@@ -25,10 +24,18 @@ def check_shards(shards: int | None, num_processes: int) -> None:
     )
 
 
-def can_share(plan: TrainingPlan, shards: int | None, num_processes: int) -> bool:
+def can_share(planned_shards: int, shards: int | None, num_processes: int) -> bool:
     """Returns whether so many processes can hold the weights as a stored plan says.
 
     Args:
+        planned_shards: those of the plan.
         shards: what the config demands; None: nothing.
     """
-    return num_processes % plan.shards == 0 and shards in (None, plan.shards)
+    return num_processes % planned_shards == 0 and shards in (None, planned_shards)
+
+
+def possible_shards(per_host: int, num_hosts: int = 1) -> tuple[int, ...]:
+    """Returns the numbers of processes that can hold one copy together: parts of a host, then whole hosts."""
+    within = [each for each in range(2, per_host + 1) if per_host % each == 0]
+    across = [each * per_host for each in range(2, num_hosts + 1) if num_hosts % each == 0]
+    return (*within, *across)

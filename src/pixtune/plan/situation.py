@@ -9,8 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+from pixtune.hardware.cards import find_card
 from pixtune.hardware.facts import GIB, HardwareFacts, missing_on_host, within_host_limit
+from pixtune.hardware.gpu_links import GpuLinks, LinkKind, links_of_card
 from pixtune.plan.demands import Demands
+from pixtune.plan.exchange_cost import Cluster, Link
 from pixtune.plan.footprint import Footprint, with_fused_mlps
 from pixtune.plan.optimizers import EXACT, SMALL
 
@@ -19,6 +22,12 @@ CONTEXT_BYTES = round(0.86 * GIB)
 H100 0.5 GiB at the start and 0.85 at the end of a run with cuDNN's attention and captured steps."""
 RESERVE_BYTES = GIB // 4
 """Reserve of the allocator over what it has given out, however little that is."""
+NCCL_BYTES = GIB // 2
+"""Memory that NCCL takes for each group of processes that exchange, outside torch's allocator: buffers for each channel
+to each neighbour. Assumed."""
+LATENCY_SECONDS: dict[LinkKind, float] = {"nvlink": 8e-6, "pcie": 15e-6, "host": 30e-6}
+NETWORK_LATENCY_SECONDS = 30e-6
+"""Seconds that an exchange takes for each hop, whatever its size. Assumed."""
 SMALL_CARD_BYTES = 30 * GIB
 """Device memory up to which a LoRA's optimizer has 8-bit states, as the documented profile of 24 GB cards has them."""
 HOST_WORK_BYTES = GIB // 8
@@ -55,6 +64,10 @@ class Situation:
     """Processes on one host, each with a GPU of its own: they share the host's memory."""
     num_tables: int = TABLES
     """Modulation tables in host memory."""
+    num_hosts: int = 1
+    """Hosts with as many processes each."""
+    links: GpuLinks | None = None
+    """Links between the processes' GPUs as they were read; None: those of the table of cards count."""
 
     @property
     def unified(self) -> bool:
@@ -64,7 +77,33 @@ class Situation:
     @property
     def usable_bytes(self) -> int:
         """Memory that torch's allocator may use."""
-        return usable_bytes(self.facts, self.demands)
+        exchanging = NCCL_BYTES if self.facts.device == "cuda" and self.all_processes > 1 else 0
+        return max(usable_bytes(self.facts, self.demands) - exchanging, 0)
+
+    @property
+    def known_links(self) -> GpuLinks:
+        """Links between the GPUs; of the table of cards where they were not read."""
+        if self.links is not None:
+            return self.links
+        facts = self.facts
+        card = find_card(facts.name, facts.total_bytes) if facts.total_bytes else None
+        return links_of_card(card, self.num_processes, facts.link_bandwidth_bytes_per_second)
+
+    @property
+    def cluster(self) -> Cluster:
+        """All processes, with the links between them."""
+        links = self.known_links
+        return Cluster(
+            self.num_hosts,
+            self.num_processes,
+            Link(links.bytes_per_second, LATENCY_SECONDS[links.kind]),
+            Link(links.network_bytes_per_second / self.num_processes, NETWORK_LATENCY_SECONDS),
+        )
+
+    @property
+    def all_processes(self) -> int:
+        """Number of processes of all hosts."""
+        return self.num_processes * self.num_hosts
 
     @property
     def size_bytes(self) -> int:
@@ -82,7 +121,10 @@ class Situation:
 
     def under(self, demands: Demands) -> Situation:
         """Returns the same run on the same machine with other demands."""
-        return situation_of(self.facts, self.footprint, demands, self.compiled, self.num_processes, self.num_tables)
+        return situation_of(
+            self.facts, self.footprint, demands, self.compiled, self.num_processes, self.num_tables, self.num_hosts,
+            self.links,
+        )  # fmt: skip
 
     def peak(self, rung: AnyRung) -> int:
         """Returns the peak of a training step in bytes."""
@@ -128,13 +170,15 @@ def situation_of(
     compiled: bool = True,
     num_processes: int = 1,
     num_tables: int = TABLES,
+    num_hosts: int = 1,
+    links: GpuLinks | None = None,
 ) -> Situation:
     """Builds the situation of a run; its footprint becomes the one that it has on this machine."""
     on_gpu = facts.device == "cuda"
     fused = with_fused_mlps(footprint, facts) if on_gpu and compiled else footprint
     here = in_its_pool(fused, facts, demands)
     host = within_host_limit(facts, demands.host_limit_bytes, num_processes) if on_gpu else facts
-    return Situation(host, here, demands, compiled, num_processes, num_tables)
+    return Situation(host, here, demands, compiled, num_processes, num_tables, num_hosts, links)
 
 
 def in_its_pool(footprint: Footprint, facts: HardwareFacts, demands: Demands) -> Footprint:

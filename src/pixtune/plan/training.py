@@ -12,6 +12,7 @@ from typing import Any
 
 from pixtune.config.schema import TrainConfig
 from pixtune.hardware.facts import HardwareFacts
+from pixtune.hardware.gpu_links import GpuLinks
 from pixtune.plan.choice import choose_rung
 from pixtune.plan.demands import demands_of
 from pixtune.plan.footprint import BYTES_PER_WEIGHT, ELEMENT_BYTES, Footprint
@@ -122,6 +123,8 @@ def plan_training(
     num_processes: int = 1,
     flash_attention_3_obstacle: str | None = None,
     captions: Captions | None = None,
+    num_hosts: int = 1,
+    links: GpuLinks | None = None,
 ) -> TrainingPlan:
     """Chooses what the config leaves open.
 
@@ -131,13 +134,17 @@ def plan_training(
         num_processes: processes that train together on one host.
         flash_attention_3_obstacle: why it cannot be used on this machine; None: no reason is known.
         captions: lengths of captions; None: nothing is known of them, or the family cannot pad them.
+        num_hosts: hosts with as many processes each.
+        links: links between the GPUs; None: nothing is known of them.
 
     Raises:
         PlanError: nothing fits; names how much is missing and which demand to drop.
         ConfigError: the config demands what this GPU cannot do.
     """
     on_gpu, demands = facts.device == "cuda", demands_of(config)
-    situation = situation_of(facts, footprint, demands, on_gpu and can_compile, num_processes)
+    situation = situation_of(
+        facts, footprint, demands, on_gpu and can_compile, num_processes, num_hosts=num_hosts, links=links
+    )
     chosen = choose_rung(situation, config)
     rung = chosen.rung
     tf32, tf32_reasons = choose_tf32(facts, config)
@@ -176,5 +183,5 @@ def plan_training(
         attention=attending.kernel,
         attention_off=attending.off,
         micro_batch_seconds=chosen.micro_batch_seconds,
-        shards=demands.shards or 1,
+        shards=rung.shards,
     )

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pixtune.config.schema import TrainConfig
-from pixtune.config.sections import DataConfig
+from pixtune.config.sections import DataConfig, DistributedConfig
 from pixtune.errors import PlanError
 from pixtune.hardware.cards import facts_as
 from pixtune.hardware.facts import GIB, HardwareFacts, within_host_limit
@@ -43,12 +43,14 @@ def test_eight_processes_on_a_host_of_16_gb_are_refused_with_the_figure() -> Non
     """Streaming at 7.4 GiB takes about 3 GiB of host memory each, and of 12 GiB one has to stay free."""
     assert plan_for(PC, gpu_memory_limit_gib=7.4).streamed_blocks
     with pytest.raises(PlanError, match=r"for 8 processes beside .*, and 11\.0 GiB of the 12\.0 GiB avail") as caught:
-        plan_for(PC, 8, gpu_memory_limit_gib=7.4)
+        plan_for(PC, 8, gpu_memory_limit_gib=7.9, distributed=DistributedConfig(shards=1))
     words = str(caught.value).split()
     needed, missing = float(words[words.index("needs") + 1]), float(words[words.index("are") - 2])
     one = plan_for(PC, gpu_memory_limit_gib=7.4)
     assert needed == pytest.approx(8 * (one.expected_host_bytes / GIB + 0.125) + 0.18, rel=0.3)
     assert missing == pytest.approx(needed - 11, abs=0.11)
+    together = plan_for(PC, 8, gpu_memory_limit_gib=7.9)
+    assert together.shards > 1 and not together.offload_inputs, "their GPUs hold together what the host cannot"
 
 
 def test_all_processes_share_the_limit() -> None:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pixtune.config.schema import TrainConfig
-from pixtune.config.sections import CudaFeatures, DataConfig
+from pixtune.config.sections import CudaFeatures, DataConfig, DistributedConfig
 from pixtune.errors import PlanError
 from pixtune.hardware.cards import facts_as
 from pixtune.hardware.facts import GIB, HardwareFacts, host_room_bytes
@@ -149,15 +149,25 @@ def test_float8_that_is_demanded_can_be_in_the_way() -> None:
 
 def test_processes_lack_host_memory_together_and_one_of_them_fits() -> None:
     facts, footprint = facts_as("RTX 4060", 16 * 10**9), full_size_footprint(CONFIG)
-    message = refusal("RTX 4060", 16, 8)
-    situation = situation_of(facts, footprint, demands_of(CONFIG), num_processes=8)
+    config = CONFIG.model_copy(update={"distributed": DistributedConfig(shards=1)})
+    message = refusal("RTX 4060", 16, 8, distributed=config.distributed)
+    situation = situation_of(facts, footprint, demands_of(config), num_processes=8)
     fitting = [with_rows(rung, footprint) for rung in ladder(situation) if situation.fits_device(rung)]
     batches = 2**27
     least = 8 * (min(rung.host_bytes(situation) for rung in fitting) + batches) + 8 * footprint.trained_weights
     room = host_room_bytes(facts)
     assert room is not None and f"needs {least / GIB:.1f} GiB of host memory for 8 processes" in message
-    assert f": {(least - room) / GIB:.1f} GiB are missing. With one process instead of 8 it fits" in message
-    assert plan_for("RTX 4060", 16, 1)
+    assert f": {(least - room) / GIB:.1f} GiB are missing. Without distributed.shards it fits: add dis" in message
+    assert plan_for("RTX 4060", 16, 8).shards > 1, "GPUs hold together what the host cannot"
+
+
+def test_more_gpus_are_named_where_they_hold_what_one_cannot() -> None:
+    keys: dict[str, Any] = {"disable_quantization": True, "quantize": False}
+    message = refusal("RTX 3080", 16, **keys)
+    promise = re.search(r"Or: (\d) such GPUs of one host hold the weights together and fit the run: start", message)
+    assert promise, message
+    count = int(promise[1])
+    assert plan_for("RTX 3080", 16, count, **keys).shards > 1 and refusal("RTX 3080", 16, count // 2, **keys)
 
 
 def test_what_fits_the_gpu_and_not_the_host_is_not_promised() -> None:
