@@ -17,6 +17,7 @@ from pixtune.config.schema import TrainConfig
 from pixtune.families import FAMILIES
 from pixtune.plan.footprint import Footprint, of_all_weights, read_footprint
 from pixtune.planning import plain_linears, targeted_linears, with_average
+from pixtune.trained.targets import adapter_of
 
 Shapes = Mapping[str, Sequence[int]]
 
@@ -48,13 +49,14 @@ def full_size_shapes(family_name: str) -> Shapes:
 def full_size_footprint(config: TrainConfig, family_name: str = "qwen_image") -> Footprint:
     """At 1024x1024, whatever `data_config.img_size` is."""
     family, shapes = FAMILIES[family_name], full_size_shapes(family_name)
+    layers = [] if config.method == "full" else targeted_linears(config, family, shapes)
     footprint = read_footprint(
         family,
         shapes,
         WIDTH,
         config.batch_size * TOKENS_1024[family_name],
-        [] if config.method == "full" else targeted_linears(config, family, shapes),
-        config.rank,
+        layers,
+        adapter_of(config, layers, family.lora_presets),
         config.batch_size * config.gradient_accumulation_steps,
         plain_linears(config.keep_plain, family, shapes),
         config.batch_size,

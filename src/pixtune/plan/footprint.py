@@ -87,6 +87,8 @@ class Footprint:
     """Units per block that a compiled block keeps beside `gained_units`; see `plan/adapter.py: COMPILED_KEEP`."""
     adapter_work_units: float = 0.0
     """Units that a block at work holds in addition for an adapter's plain kernels."""
+    step_times: float = 1.0
+    """Time that a step computes over that of a LoRA's; see `plan/adapter.py: STEP_TIMES`."""
     notes: tuple[str, ...] = ()
     """Sentences on the adapter for the plan."""
     trains_all: bool = False
@@ -239,6 +241,7 @@ def read_footprint(
         gained_projection_units=is_dora * of_projections,
         compiled_adapter_units=adapter.compiled_keep * (of_projections if is_dora else outputs),
         adapter_work_units=max(map(adapter.features_at_work, of_tokens.values()), default=0) / width,
+        step_times=adapter.step_times,
         notes=(adapter.note,) if adapter.note else (),
         trains_modulation=trains_modulation,
         extra_units=max(inputs) / width / num_blocks + KEPT_GATED_UNITS * trains_modulation + kept_beside,

@@ -83,6 +83,7 @@ def step_seconds(rung: TimedRung, situation: Situation, gathers: bool = True) ->
         forward += kind.count * once
         backward += kind.count * _backward_seconds(kind, rung, situation) + recomputed * once
         backward += again * PROJECTIONS * _product_seconds(kind, rung, situation)
+    forward, backward = (seconds * situation.footprint.step_times for seconds in (forward, backward))
     to_device, to_host = _copies(rung, situation)
     link = situation.facts.link_bandwidth_bytes_per_second
     if link and (to_device or to_host):

@@ -50,6 +50,25 @@ def test_it_is_near_what_was_measured(path: Path) -> None:
     assert 0.85 < estimate / result["seconds_per_step_median"] < 1.05
 
 
+@pytest.mark.parametrize("kind", ["lokr", "dora"])
+def test_other_adapters_take_as_much_longer_as_was_measured(kind: str) -> None:
+    """Beside a LoRA on the same machine in the same process, in 8 bits; copies take no longer."""
+    rows = {row["kind"]: row for row in json.loads((RESULTS / "adapters_h200.json").read_text())["rows"]}
+    seconds = {
+        each: step_seconds(
+            Rung("fp8", 1), situation(facts_as("H200"), "qwen_image", TOKENS_1024["qwen_image"], f"adapter.kind={each}")
+        )
+        for each in ("lora", kind)
+    }
+    assert seconds[kind] / seconds["lora"] == pytest.approx(rows[kind]["times_lora"], abs=0.005)
+    slow = replace(facts_as("RTX 4090"), link_bandwidth_bytes_per_second=10**9)
+    streamed = [
+        step_seconds(Rung("nf4", 128, True, 57, True, 57), situation(slow, "flux", 1536, f"adapter.kind={each}"))
+        for each in ("lora", kind)
+    ]
+    assert streamed[0] == pytest.approx(streamed[1])
+
+
 def test_copies_take_time_where_the_link_is_slow() -> None:
     fast = situation(facts_as("RTX 4090"), "flux", 1536)
     slow = replace(fast, facts=replace(fast.facts, link_bandwidth_bytes_per_second=3 * 10**9))
