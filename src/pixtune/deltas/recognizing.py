@@ -110,7 +110,7 @@ def _stated(family: ModelFamily, metadata: Mapping[str, str]) -> int:
     architecture = metadata.get("modelspec.architecture", "").split("/")[0]
     if metadata.get("pixtune.family", "") == family.name:
         return 3
-    if architecture == family.modelspec.architecture:
+    if architecture in (family.modelspec.architecture, *family.modelspec.variants.values()):
         return 2
     stated = "".join(metadata.get(key, "") for key in BASES).lower()
     return int(re.sub(r"\W|_", "", family.name) in re.sub(r"\W|_", "", stated))

@@ -21,8 +21,9 @@ SPECS: Mapping[str, ModelSpec] = {
         {"qwen-image-edit-2509": APACHE, "qwen-image-edit-2511": APACHE},
     ),
     "flux": ModelSpec(
-        "flux-1-dev", FLUX_REPOSITORY, "flux1", "networks.lora_flux",
+        "flux-1", FLUX_REPOSITORY, "flux1", "networks.lora_flux",
         {"flux.1-dev": FLUX_DEV, "flux.1-krea-dev": FLUX_DEV, "flux.1-schnell": APACHE},
+        {"schnell": "flux-1-schnell", "dev": "flux-1-dev", "krea": "flux-1-dev"},
     ),
     "flux_kontext": ModelSpec(
         "flux-1-dev", FLUX_REPOSITORY, "flux1", "networks.lora_flux", {"flux.1-kontext-dev": FLUX_DEV}

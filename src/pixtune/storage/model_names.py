@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,7 @@ class ModelSpec:
     """Names by which LoRA managers know a model."""
 
     architecture: str
+    """Architecture of a base whose name has no word of `variants`."""
     implementation: str
     version: str
     """kohya's name of the base."""
@@ -34,3 +35,10 @@ class ModelSpec:
     """kohya's name of the code that trains LoRAs of it."""
     licenses: Mapping[str, str]
     """Licences of published bases, by the last part of their hub names in lower case."""
+    variants: Mapping[str, str] = field(default_factory=dict)
+    """Architectures by words in names of bases, in lower case, of which the first counts."""
+
+    def architecture_of(self, base_name: str) -> str:
+        """Returns the architecture of a base by its hub name, folder or file."""
+        name = base_name.rpartition("/")[2].lower()
+        return next((found for word, found in self.variants.items() if word in name), self.architecture)

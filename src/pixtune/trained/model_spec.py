@@ -49,7 +49,7 @@ def model_spec(
     title = about.title or f"{', '.join(words)} ({base.name} LoRA)" if words else about.title or f"{base.name} LoRA"
     entries: dict[str, str | None] = {
         "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.architecture": f"{spec.architecture}/lora",
+        "modelspec.architecture": f"{spec.architecture_of(base.name)}/lora",
         "modelspec.implementation": spec.implementation,
         "modelspec.title": title,
         "modelspec.date": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -73,6 +73,20 @@ def test_every_family_has_an_architecture_and_nothing_private_is_stated(family: 
     assert not [text for text in spec.values() if "/mnt" in text or "secret" in text]
 
 
+@pytest.mark.parametrize(
+    ("base", "architecture"),
+    [
+        ("black-forest-labs/FLUX.1-dev", "flux-1-dev"), ("black-forest-labs/FLUX.1-schnell", "flux-1-schnell"),
+        ("black-forest-labs/FLUX.1-Krea-dev", "flux-1-dev"), ("flux1-schnell-fp8.safetensors", "flux-1-schnell"),
+        ("my-flux", "flux-1"), ("dev/my-flux", "flux-1"),
+    ],
+)  # fmt: skip
+def test_the_variant_of_flux_by_its_name(base: str, architecture: str) -> None:
+    """The words of kohya's trainers, which LoRA managers read; where a name does not tell, the one for either."""
+    spec = spec_with(FLUX, BaseReference(base, None))
+    assert spec["modelspec.architecture"] == f"{architecture}/lora" and spec["ss_base_model_version"] == "flux1"
+
+
 def test_what_is_asked_for_is_stated() -> None:
     asked = {"title": "Mine", "author": "Me", "description": "A cat", "license": "CC0"}
     spec = spec_with(lora_files={"formats": ["diffusers"], **asked})
