@@ -1,9 +1,15 @@
-"""Runs with a LoKr and a DoRA: resumed to the bit, with all that can be beside them, and exported from a checkpoint."""
+"""Runs with a LoKr and a DoRA: killed, resumed to the bit, with all that can be beside them, and exported."""
 
 from __future__ import annotations
 
 import json
+import os
+import signal
+from dataclasses import replace
+from functools import partial
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors import safe_open
@@ -22,30 +28,56 @@ KINDS: dict[str, dict[str, object]] = {
 }  # fmt: skip
 
 
-def train(folder: Path, cache: Path, name: str, num_steps: int, **changes: object) -> str:
-    """Trains on 8-bit weights, with an average and a training adapter; returns what it printed."""
+def prepare(weights_format: str, killed_in: int | None = None) -> None:
+    """Has a CPU's plan hold the weights in 4 bits, which it never chooses, or a run end in the midst of a step."""
+    choice: Any = import_module("pixtune.plan.choice")
+    training: Any = import_module("pixtune.train")  # the package has a function of that name
+    choose, take = choice._choose_on_cpu, training.train_step
+
+    def choose_format(situation: object) -> object:
+        chosen = choose(situation)
+        return replace(chosen, rung=replace(chosen.rung, weights_format=weights_format))
+
+    def take_step(run: object, micro_batches: object, step: int) -> object:
+        outcome = take(run, micro_batches, step)
+        if step == killed_in:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return outcome
+
+    choice._choose_on_cpu, training.train_step = choose_format, take_step
+
+
+def train(folder: Path, cache: Path, way: tuple[str, str], killed_in: int | None = None, **changes: Any) -> str:
+    """Trains on quantized weights, with an average and a training adapter; returns what it printed."""
+    name, weights_format = way
     settings = {
-        **KINDS[name], "max_train_steps": num_steps, "checkpointing_steps": 2, "quantize": "true", "ema__decay": 0.5,
+        **KINDS[name], "max_train_steps": NUM_STEPS, "checkpointing_steps": 2, "quantize": "true", "ema__decay": 0.5,
         "training_adapter__path": write_adapter(folder / "adapter.safetensors"), "resume_from_checkpoint": "latest",
         **changes,
     }  # fmt: skip
-    outcome = pixtune("train", "--config", write_config(folder), *overrides(folder / "run", cache, **settings))
-    assert outcome.returncode == 0, outcome.stdout
+    words = overrides(folder / "run", cache, **settings)
+    before = partial(prepare, weights_format, killed_in)
+    outcome = pixtune("train", "--config", write_config(folder), *words, before=before)
+    assert outcome.returncode == (0 if killed_in is None else -signal.SIGKILL), outcome.stdout
     return outcome.stdout
 
 
-@pytest.mark.parametrize("name", KINDS)
-def test_resumed_it_is_the_same_to_the_bit(name: str, tmp_path: Path, warm_cache: Path) -> None:
+@pytest.mark.parametrize("way", [("lokr", "nf4"), ("dora", "nf4"), ("lokr", "int8")], ids=" in ".join)
+def test_killed_and_resumed_it_is_the_same_to_the_bit(way: tuple[str, str], tmp_path: Path, warm_cache: Path) -> None:
     """The run in one go is also looked at, which changes none of its steps."""
+    name, weights_format = way
     one, other = tmp_path / "one", tmp_path / "other"
     one.mkdir()
     other.mkdir()
-    looks = {"samples__prompts": "['a cat']", "samples__num_steps": 1, "samples__guidance_scale": 1.0,
+    looks: dict[str, Any] = {"samples__prompts": "['a cat']", "samples__num_steps": 1, "samples__guidance_scale": 1.0,
              "samples__strengths": "[0.0, 0.5]"}  # fmt: skip
-    printed = train(one, warm_cache, name, NUM_STEPS, samples__every=2, **looks)
+    printed = train(one, warm_cache, way, samples__every=2, **looks)
     assert f"{ {'lokr': 'LoKr', 'dora': 'DoRA'}[name] }: 20 layers" in printed and "of ranks" in printed
-    train(other, warm_cache, name, 2)
-    train(other, warm_cache, name, NUM_STEPS)
+    train(other, warm_cache, way, killed_in=2)
+    assert "resuming after step 2" in train(other, warm_cache, way)
+    for folder in (one, other):
+        record = json.loads((checkpoint_path(folder / "run", NUM_STEPS) / "state.json").read_text())["record"]
+        assert record["plan"]["weights_format"] == weights_format
     files = sorted(path.name for path in checkpoint_path(one / "run", NUM_STEPS).glob("*.safetensors"))
     assert (
         LORA in files
@@ -59,6 +91,8 @@ def test_resumed_it_is_the_same_to_the_bit(name: str, tmp_path: Path, warm_cache
     start = load_file(checkpoint_path(one / "run", 2) / LORA)
     moved = [not start[tensor].equal(weight) for tensor, weight in load_file(one / "run" / LORA).items()]
     assert sum(moved) > 0.9 * len(moved)
+    if weights_format != "nf4":
+        return
     exported = pixtune("export", checkpoint_path(one / "run", NUM_STEPS), "--output", tmp_path / "files")
     assert exported.returncode == 0, exported.stdout
     for file in (LORA, COMFYUI):

@@ -27,6 +27,7 @@ WAYS = {
     "masters": {"mixed_precision": "bf16", "weight_update": "fp32_master"},
     "fp32": {"mixed_precision": "'no'"},
 }
+OPTIMIZERS = {"rounded": "adamw", "masters": "adafactor", "fp32": "muon"}
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -36,7 +37,8 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path, warm_cache: Path
         for stop in stops:
             words = overrides(
                 tmp_path / name, warm_cache, method="full", learning_rate=1e-5, max_train_steps=stop,
-                checkpointing_steps=2, resume_from_checkpoint="latest", **WAYS[way],
+                checkpointing_steps=2, resume_from_checkpoint="latest", optimizer=OPTIMIZERS[way],
+                **WAYS[way],
             )  # fmt: skip
             outcome = pixtune("train", "--config", config, *words)
             assert outcome.returncode == 0, outcome.stdout

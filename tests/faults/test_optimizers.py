@@ -22,9 +22,10 @@ NO_LOOKS: dict[str, object] = {"validation__held_out": 0.1, "validation__num_dra
 RUNS: dict[str, tuple[str | None, dict[str, object]]] = {
     "prodigy": (None, {"learning_rate": 1, "lr_scheduler": "rex", "lr_floor": 0.1}),
     "adamw_schedule_free": ("schedulefree", {"learning_rate": 1e-2, "lr_warmup_share": 0.5}),
+    "prodigy_schedule_free": ("prodigyplus", {"learning_rate": 1, "prodigy__d0": 1e-4}),
 }
 """Optimizers, with the module of a package that each needs, and settings of a run: one with a value for the run as a
-whole, and one whose average is the result. A soak draws all of them, and `test_full_weights.py` puts Muon back."""
+whole, one whose average is the result, and one with both. `test_full_fine_tuning.py` has the others."""
 
 
 @pytest.mark.parametrize("name", RUNS)
