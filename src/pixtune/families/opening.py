@@ -12,6 +12,7 @@ from pixtune.errors import WeightsError
 from pixtune.families.file_names import FileNames, flux_config, names_of_file
 from pixtune.families.other_files import LORA_SIGNS, OTHER_MODELS, kind_of_tensors
 from pixtune.storage.architecture import ShippedModel, find_architecture
+from pixtune.storage.gguf_file import is_gguf, read_gguf_header
 from pixtune.storage.model_folder import (
     MODEL_KEY,
     SHARD_NAME,
@@ -149,7 +150,8 @@ def _read_names(path: Path) -> Found:
     Raises:
         WeightsError: it holds none that is trained here; says what it is.
     """
-    header = read_header(path)
+    in_gguf = is_gguf(path)
+    header = read_gguf_header(path) if in_gguf else read_header(path)
     names = {name: entry for name, entry in header.items() if name != "__metadata__"}
     found = names_of_file(names)
     prefix = found[1] if found else ""
@@ -157,7 +159,8 @@ def _read_names(path: Path) -> Found:
     others = [sign for _, signs in OTHER_MODELS for sign in signs]
     if found is None or any(sign in name for name in own for sign in (*LORA_SIGNS, *others)):
         raise WeightsError(f"{path} is {kind_of_tensors(own)}.")
-    check_whole(path, header)
+    if not in_gguf:
+        check_whole(path, header)
     return *found, header
 
 
@@ -185,7 +188,9 @@ def _transformer_file(
             if not parts:
                 raise WeightsError(f"{path} holds {prefix}{name}, which no {kind.model} transformer has.")
             places |= {own: replace(place, name=f"{prefix}{place.name}") for own, place in parts.items()}
-    file = TransformerFile(path, header, places, read_scalings(path, header, prefix), {})
+    in_gguf = is_gguf(path)
+    scalings = {} if in_gguf else read_scalings(path, header, prefix)
+    file = TransformerFile(path, header, places, scalings, {}, in_gguf)
     try:
         told = kind.config(file.shapes)
     except (KeyError, IndexError, ValueError) as error:

@@ -138,7 +138,7 @@ def transformer(value: Any, look: Look) -> Any:
     name = value if isinstance(value, str) else ""
     if not name:
         return Lost("none, as here", False)
-    if name.casefold().endswith(".safetensors"):
+    if name.casefold().endswith((".safetensors", ".gguf")):
         return Outcome({"model_parts.transformer": name})
     return Lost(f"the base is {look.model.name} from the hub: write model_parts.transformer if that is another one")
 

@@ -17,7 +17,7 @@ OTHER_FORMATS = {
     b"\x80": PICKLE,  # what it wrote before torch 1.6
     b"version ": "a git-lfs pointer: the weights were not downloaded. Run `git lfs pull` in its folder",
     b"<": "a web page, most likely an error message saved in place of the weights. Fetch the model again",
-    b"GGUF": "a GGUF file, which pixtune does not read. Take the model as .safetensors",
+    b"GGUF": "a GGUF file, which is read as the base of a run alone. Take it as .safetensors",
     b"\x89PNG": PICTURE,
     b"\xff\xd8\xff": PICTURE,
     b"RIFF": PICTURE,

@@ -77,6 +77,8 @@ class TransformerFile:
     """Scalings of weights in 8 bits, by their names in the file."""
     config: Mapping[str, Any]
     """Config of the transformer, as its class takes it."""
+    is_gguf: bool = False
+    """Whether it is a GGUF file, and the header's formats and places are those of `gguf_file`."""
 
     @cached_property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:

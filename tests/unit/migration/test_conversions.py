@@ -340,7 +340,8 @@ def test_a_lora_to_begin_with(name, expected):
         ("black-forest-labs/FLUX.1-dev", "black-forest-labs/FLUX.1-dev", None),
         ("models/FLUX.1-dev", "models/FLUX.1-dev", None),
         ("models/flux1-dev.safetensors", "black-forest-labs/FLUX.1-dev", "models/flux1-dev.safetensors"),
-        ("models/flux1-dev.gguf", "black-forest-labs/FLUX.1-dev", None),
+        ("models/flux1-dev.gguf", "black-forest-labs/FLUX.1-dev", "models/flux1-dev.gguf"),
+        ("models/flux1-dev.ckpt", "black-forest-labs/FLUX.1-dev", None),
     ],
 )
 def test_a_base_that_is_one_file(name, base, file):
@@ -359,7 +360,7 @@ def test_a_base_that_is_one_file(name, base, file):
             base,
             file,
         ), text
-        assert any(name in each for each in left(imported, "changes the result")) == name.endswith("gguf")
+        assert any(name in each for each in left(imported, "changes the result")) == name.endswith("ckpt")
 
 
 LOKR = {

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pixtune.errors import WeightsError
 from pixtune.storage.loading.entries import DTYPES, TensorEntry, read_entries
+from pixtune.storage.loading.gguf import entries_of_gguf, iterate_gguf
 from pixtune.storage.loading.read import NUM_THREADS, iterate_entries
 from pixtune.storage.loading.shards import shard_files
 from pixtune.storage.model_folder import ModelFolder
@@ -85,7 +86,11 @@ class TransformerTensors:
     ) -> Iterator[tuple[str, Tensor | ScaledWeight]]:
         """Yields name and tensor as `loading.iterate_tensors` does, matrices in 8 bits as `ScaledWeight`."""
         entries = [entry for entry in self.entries if wanted(entry.name)]
-        for name, tensor in iterate_entries(entries, device, num_threads, use_fast):
+        if self.file is not None and self.file.is_gguf:
+            read = iterate_gguf(entries, self.file.header, device)
+        else:
+            read = iterate_entries(entries, device, num_threads, use_fast)
+        for name, tensor in read:
             yield name, self._as_it_is(name, tensor)
 
     def read(self, name: str) -> Tensor:
@@ -96,6 +101,8 @@ class TransformerTensors:
     def scaling_of(self, name: str) -> bytes:
         """Returns what makes numbers of a weight's codes, as bytes; none where they are the numbers."""
         place = Place(name) if self.file is None else self.file.places[name]
+        if self.file is not None and self.file.is_gguf:
+            return str(self.file.header[place.name]["dtype"]).encode()
         scaling = None if self.file is None else self.file.scalings.get(place.name)
         if scaling is None or scaling.scale is None:
             return b""
@@ -147,7 +154,8 @@ def open_transformer(folder: ModelFolder) -> TransformerTensors:
         files = shard_files(folder.part("transformer"))
         return TransformerTensors(folder.part("transformer"), tuple(read_entries(files)))
     file = folder.file
-    stored = {entry.name: entry for entry in read_entries([file.path])}
+    listed = entries_of_gguf(file.path, file.header) if file.is_gguf else read_entries([file.path])
+    stored = {entry.name: entry for entry in listed}
     entries = [_part_of(stored[place.name], name, place, file) for name, place in file.places.items()]
     entries.sort(key=lambda entry: entry.offset_bytes)
     wanted = {scaling.scale for scaling in file.scalings.values() if scaling.scale is not None}
