@@ -22,7 +22,7 @@ from pixtune.data.prior import draw_prior
 from pixtune.engine.apply import apply_switches, apply_to_activations, blocks_of, load_planned
 from pixtune.engine.capture import GraphCapturer, ReplayedPass
 from pixtune.engine.exchange import average_across_processes
-from pixtune.engine.load import Reading
+from pixtune.engine.load import LoadedTransformer, Reading
 from pixtune.engine.modulation_ahead import StepsAhead
 from pixtune.engine.relief import (
     MemoryOfOthers,
@@ -38,6 +38,7 @@ from pixtune.engine.relief import (
     lacks_memory,
 )
 from pixtune.engine.sharded_blocks import ShardedBlocks, ShardGroup
+from pixtune.engine.sharding import build_together
 from pixtune.errors import MemoryShortage
 from pixtune.families import family_of
 from pixtune.families.opening import open_model
@@ -174,11 +175,8 @@ def assemble(
         plan = decide_plan(config, family, folder, data, accelerator, checkpoint, leaner)
     check_optimizer(plan.optimizer)
     apply_switches(plan)
-    reading = Reading(plan.loading_threads, plan.fast_loading)
     with announced("loading the transformer", show):
-        is_sharded = plan.shards > 1 and plan.streamed_blocks > 0
-        sharded = ShardedBlocks(ShardGroup(plan.shards, accelerator.device), accelerator.device) if is_sharded else None
-        transformer = load_planned(family, folder, plan, accelerator.device, reading, config.random_weights, sharded)
+        transformer = load_for(config, family, folder, plan, accelerator)
     base = Base(folder, family, transformer)
     trained = METHODS[config.method](config, plan, base, start_step)
     apply_to_activations(base.module, family, plan, data.sizes_vary)
@@ -210,6 +208,19 @@ def assemble(
     return run, services
 
 
+def load_for(
+    config: TrainConfig, family: ModelFamily, folder: ModelFolder, plan: TrainingPlan, accelerator: Accelerator
+) -> LoadedTransformer:
+    """Loads the transformer as the plan has it: whole, or the part that this process holds of it."""
+    device, sharded, together = accelerator.device, None, None
+    if config.method == "full":
+        together = build_together(plan.shards, accelerator.num_processes, device)
+    elif plan.shards > 1 and plan.streamed_blocks > 0:
+        sharded = ShardedBlocks(ShardGroup(plan.shards, device), device)
+    reading = Reading(plan.loading_threads, plan.fast_loading)
+    return load_planned(family, folder, plan, device, reading, config.random_weights, sharded, together)
+
+
 def decide_plan(
     config: TrainConfig,
     family: ModelFamily,
@@ -227,7 +238,8 @@ def decide_plan(
         config = leaner_config(config, leaner)
     elif checkpoint:
         plan = read_decision(TrainingPlan, with_todays_names(checkpoint.record.get("plan", {})), "plan")
-        if can_share(plan.shards, config.distributed.shards, accelerator.num_processes):
+        steps_alone = plan.fused_step and accelerator.num_processes > 1  # before gradients could be averaged
+        if can_share(plan.shards, config.distributed.shards, accelerator.num_processes) and not steps_alone:
             return plan
         config = with_formats_of(config, plan)
     return plan_on_this_machine(

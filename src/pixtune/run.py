@@ -97,8 +97,12 @@ class AroundSteps(Protocol):
     def after_step(self, step: int, outcome: StepOutcome) -> TrainResult | None:
         """Does everything that is due after a step, 1 for the first; returns a result where the run is over by it."""
 
-    def interrupted(self, step: int) -> TrainResult:
-        """Ends the session early, after this many steps."""
+    def interrupted(self, step: int, alone: bool = False) -> TrainResult:
+        """Ends the session early, after this many steps.
+
+        Args:
+            alone: other processes may not have come here.
+        """
 
     def finish(self) -> TrainResult:
         """Ends the run after its last step."""

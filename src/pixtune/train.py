@@ -101,12 +101,12 @@ def run_steps(run: Run, services: AroundSteps) -> TrainResult:
                 until_it_fits(run, partial(run.steps_ahead.look_ahead, step), f"step {step + 2}")
             except (DataError, ExchangeError, MemoryShortage) as error:
                 if not getattr(error, "weights_are_torn", False):
-                    services.interrupted(num_taken)
+                    services.interrupted(num_taken, alone=True)
                 raise
             if (result := services.after_step(step + 1, outcome)) is not None:
                 return result
             if scarcity := run.memory.scarcity():
-                services.interrupted(step + 1)
+                services.interrupted(step + 1, alone=True)
                 raise scarcity
         return services.interrupted(run.num_steps) if run.stop.requested(run.num_steps) else services.finish()
 

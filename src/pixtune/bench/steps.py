@@ -255,7 +255,7 @@ class TimedSteps:
             self._figures.read_back()
         self._bar.advance(step)
 
-    def interrupted(self, step: int) -> TrainResult:
+    def interrupted(self, step: int, alone: bool = False) -> TrainResult:
         return TrainResult(finished=False, step=step, output_dir=self._run.config.output_dir)
 
     def finish(self) -> TrainResult:

@@ -23,10 +23,12 @@ from pixtune.engine.load import (
     load_transformer,
     random_transformer,
 )
+from pixtune.engine.load_sharded import load_sharded
 from pixtune.engine.mlp import fuse_mlps
 from pixtune.engine.packing import close_gaps
 from pixtune.engine.sharded_blocks import ShardedBlocks
 from pixtune.engine.streaming import choose_streamed, stream_blocks
+from pixtune.engine.together import Together
 from pixtune.family import ModelFamily, Placement
 from pixtune.plan.sampling import SamplingPlan
 from pixtune.plan.training import TrainingPlan
@@ -78,12 +80,14 @@ def load_planned(
     reading: Reading = DEFAULT_READING,
     random_weights: bool = False,
     sharded: ShardedBlocks | None = None,
+    together: Together | None = None,
 ) -> LoadedTransformer:
     """Loads a transformer as a plan has its weights. A LoRA may be attached afterwards.
 
     Args:
         random_weights: the folder's config alone is read.
         sharded: takes the streamed blocks apart; None: they are streamed from host memory.
+        together: processes that train all weights and hold them together; None: this one holds all.
 
     Raises:
         WeightsError: see `load_transformer`.
@@ -91,7 +95,9 @@ def load_planned(
     """
     placement, layout = placement_of(plan, device), layout_of(plan, family.block_shape(folder)[0])
     take = None if sharded is None else sharded.take
-    if random_weights:
+    if together is not None and not together.is_alone:
+        transformer = load_sharded(family, folder, placement, together, reading, random_weights)
+    elif random_weights:
         config = folder.component_config("transformer")
         transformer = random_transformer(family, config, placement, layout, take=take)
     else:

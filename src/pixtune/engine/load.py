@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from pixtune.engine.modulation import ModulationTable
 from pixtune.engine.modulation_filling import ModulationRows
 from pixtune.engine.quantize import QuantizedLinear, can_quantize, codes_for, tensor_cores_multiply
 from pixtune.engine.streaming import BlockStream
+from pixtune.engine.together import Together
 from pixtune.errors import WeightsError
 from pixtune.family import ModelFamily, Placement
 from pixtune.storage.loading import ScaledWeight, naming_part, open_transformer
@@ -43,6 +44,9 @@ class Layout:
 
 PLAIN = Layout()
 
+Put = Callable[[nn.Module, str, Tensor | ScaledWeight, Placement], None]
+"""Function that stores a tensor in the form that its module has for it, as `put_into` does."""
+
 
 @dataclass(frozen=True)
 class Reading:
@@ -65,6 +69,8 @@ class LoadedTransformer:
     """Supplier of streamed blocks' weights (`apply.apply_to_weights`); None: no block is streamed."""
     table: ModulationTable | None = None
     """Supplier of the modulation layers' outputs; None: these layers are in place."""
+    together: Together = field(default_factory=Together)
+    """Processes that hold the weights together, and that a forward pass takes; by default this one alone."""
 
     @property
     def outside_bytes(self) -> int:
@@ -76,7 +82,7 @@ class LoadedTransformer:
 
         Those that hold a part of its weights supply these meanwhile, and begin with their own block when it is done.
         """
-        return nullcontext() if self.stream is None else self.stream.apart()
+        return self.together.apart() if self.stream is None else self.stream.apart()
 
 
 TakeBlock = Callable[[int, nn.Module], None]
@@ -280,6 +286,7 @@ def fill(
     placement: Placement,
     source: str,
     arrived: Callable[[str], None] = lambda name: None,
+    put: Put | None = None,
 ) -> None:
     """Gives a model on the meta device its values, each in its planned form as soon as it has been read.
 
@@ -287,6 +294,7 @@ def fill(
         expected: names of the tensors that must come.
         source: what an error calls their origin.
         arrived: is called for each tensor that is in its place.
+        put: stores a tensor; None: `put_into`.
 
     Raises:
         WeightsError: a tensor is missing, is not expected, or has another shape.
@@ -296,7 +304,7 @@ def fill(
         if name not in expected:
             raise WeightsError(f"{source} holds {name}, which the architecture in the transformer's config lacks.")
         missing.discard(name)
-        put_into(model.get_submodule(parent(name)), name, tensor, placement)
+        (put or put_into)(model.get_submodule(parent(name)), name, tensor, placement)
         arrived(name)
         del tensor  # the unquantized form is freed before the next tensor is read
     if missing:

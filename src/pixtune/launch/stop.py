@@ -132,6 +132,11 @@ class StopRequest:
             self._changed.wait_for(lambda: peers.stop_at is not None or self._lost is not None)
             return peers.stop_at is None or step >= peers.stop_at or self._lost is not None
 
+    @property
+    def lost(self) -> str | None:
+        """Report of another process of the run that is gone; None: none is known to be."""
+        return self._lost
+
     def ask(self, reason: str) -> None:
         """Requests the end as the first signal does, for a reason that is printed."""
         self._want(reason)

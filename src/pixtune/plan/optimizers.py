@@ -18,6 +18,8 @@ class TrainedTensors:
     count: int = 1
     in_block: bool = True
     """Tensors of a transformer's blocks."""
+    in_parts: bool = False
+    """Processes hold some rows of them each."""
 
     @property
     def numbers(self) -> int:
@@ -76,6 +78,8 @@ class OptimizerNeeds:
     and summed for rounding, and what the step computes."""
     waits: bool = False
     """Each of its steps waits for the device."""
+    by_number: bool = False
+    """Each number of a weight is stepped by its own gradient and states alone, so that processes can step parts."""
     package: str | None = None
     """Package that it is imported from, besides what pixtune requires."""
 
@@ -94,8 +98,18 @@ def _adamw(tensors: TrainedTensors, options: StateOptions) -> dict[str, State]:
     return {"exp_avg": State(tensors.numbers), "exp_avg_sq": State(tensors.numbers), "step": State(1)}
 
 
+def has_8bit_states(tensors: TrainedTensors) -> bool:
+    """Returns whether 8-bit AdamW keeps its states of tensors in 8 bits: of large ones.
+
+    Of those that processes hold rows of, only where a row is whole blocks, so that each block has one scale whichever
+    process has the row. Biases are none; all weights of Qwen-Image's and FLUX's blocks are.
+    """
+    fits = not tensors.in_parts or math.prod(tensors.shape[1:]) % BLOCK == 0
+    return tensors.numbers >= LEAST_8BIT_NUMBERS and fits and (not tensors.in_parts or len(tensors.shape) > 1)
+
+
 def _adamw_8bit(tensors: TrainedTensors, options: StateOptions) -> dict[str, State]:
-    if tensors.numbers < LEAST_8BIT_NUMBERS:
+    if not has_8bit_states(tensors):
         return dict.fromkeys(("state1", "state2"), State(tensors.numbers))
     return {
         **dict.fromkeys(("state1", "state2"), State(tensors.numbers, 1)),
@@ -143,13 +157,14 @@ def _muon(tensors: TrainedTensors, options: StateOptions) -> dict[str, State]:
 
 
 OPTIMIZERS: Mapping[str, OptimizerNeeds] = {
-    "adamw": OptimizerNeeds("AdamW", _adamw, ("exp_avg", "exp_avg_sq")),
+    "adamw": OptimizerNeeds("AdamW", _adamw, ("exp_avg", "exp_avg_sq"), by_number=True),
     "adamw_8bit": OptimizerNeeds(
         "AdamW, 8 bits",
         _adamw_8bit,
         ("state1", "state2"),
         # Tables of the levels, which all tensors share.
         of_first=dict.fromkeys(("qmap1", "qmap2"), State(BLOCK)),
+        by_number=True,
         package="bitsandbytes",
     ),
     "adamw_schedule_free": OptimizerNeeds(

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
-from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
 from pixtune.config import to_dict
 from pixtune.data.batches import Batch
 from pixtune.data.prepared import PreparedData
+from pixtune.engine.sharding import locals_of
 from pixtune.errors import TrainingError
 from pixtune.hardware.machine import driver_may_spill
 from pixtune.judging.best import end_words
@@ -55,7 +55,9 @@ class Services:
         )
         self.session = Session(run, data, start_step, self._between_steps.device_bytes)
         self.problems, self._print = self.session.problems, self.session.print
-        self.guard = LossGuard(run.config.guard, partial(spoiled_weights, run.trained.parameters))
+        self.guard = LossGuard(
+            run.config.guard, lambda: self.session.together.union(spoiled_weights(locals_of(run.trained.parameters)))
+        )
         self.checkpoints = Checkpoints(self.session, course, self.guard)
         self.held_out_loss = HeldOutLoss(self.session, self.checkpoints)
         self.training_pictures = TrainingPictures(self.session)
@@ -165,7 +167,9 @@ class Services:
         self.run.stop.defer()
         session.figures.add(step, outcome, self.run.learning_rate_at(step - 1))
         save_due = session.is_due(step, config.checkpointing_steps) or self.requests.take("save_now", step)
-        look_due = self._has_to_look(step)
+        look_due = any(look.is_due(step) for look in self.looks)
+        if self.run.plan.shards > 1 and step % config.logging_steps == 0:  # the first process alone knows of requests
+            save_due, look_due = self._as_first((save_due, look_due))
         if step % config.logging_steps == 0 or save_due or look_due:
             self.checkpoints.read_back(step)
         session.bar.advance(step)
@@ -200,12 +204,9 @@ class Services:
                     look.look(step)
         return self.finish(step)
 
-    def _has_to_look(self, step: int) -> bool:
-        """Returns whether a look is due after a step; the same in all processes where these have to take part in it."""
-        is_due = any(look.is_due(step) for look in self.looks)
-        if self.run.plan.shards > 1 and step % self.config.logging_steps == 0:  # when samples may be asked for
-            return decide_once(self.run.accelerator, lambda: is_due)
-        return is_due
+    def _as_first(self, due: tuple[bool, bool]) -> tuple[bool, bool]:
+        """Returns what the first process takes to be due, in all of them."""
+        return decide_once(self.run.accelerator, lambda: due)
 
     def _look(self, step: int) -> None:
         """Measures and draws what is due after a step, and has not been done before a resume."""
@@ -216,12 +217,25 @@ class Services:
                         look.look(step)
                     look.judge(step)
 
-    def interrupted(self, step: int) -> TrainResult:
+    def interrupted(self, step: int, alone: bool = False) -> TrainResult:
         """Saves, so that no step is lost, and writes the report of the steps so far.
+
+        Args:
+            alone: other processes may not have come here. Where they hold the weights together, nothing can be saved.
 
         Raises:
             TrainingError: another process of the run is gone; names it.
         """
+        lost = self.run.stop.lost
+        if not self.session.together.is_alone and (alone or lost is not None):
+            why = (
+                f"The steps after {self.saved_step} are lost, since each process holds a part of the weights: "
+                "resume_from_checkpoint=latest goes on from the last checkpoint, with any number of processes"
+            )
+            if lost is not None:
+                raise TrainingError(f"{lost} {why}")
+            self._print(why)
+            return TrainResult(finished=False, step=self.saved_step, output_dir=self.output_dir)
         self.checkpoints.read_back(step)
         if self.saved_step != step:
             self.checkpoints.save(step)
@@ -255,11 +269,13 @@ class Services:
         first, last = losses.get(0), losses.get(step)
         if summary := self.guard.summary():
             self._print(summary)
+        if self.is_main and not self.guard.is_in_doubt(step) and self.course.trust():
+            self.checkpoints.prune(step)
+        with self.session.together.apart():
+            if self.is_main:
+                with announced("writing the files for other programs", self.session.print_line):
+                    paths = self.results.write_weights(step)
         if self.is_main:
-            if not self.guard.is_in_doubt(step) and self.course.trust():
-                self.checkpoints.prune(step)
-            with announced("writing the files for other programs", self.session.print_line):
-                paths = self.results.write_weights(step)
             how = self.results.next_words(paths)
             with self.problems.of("the report", step), announced("writing the report", self.session.print_line):
                 paths += self.results.write_report()

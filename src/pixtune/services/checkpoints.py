@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
 
 from pixtune.errors import CheckpointError, LossError, TrainingError
 from pixtune.hardware.facts import package_versions
 from pixtune.plan.demands import state_options_of
 from pixtune.progress import announced
 from pixtune.services.session import Session
-from pixtune.storage.checkpoint import OPTIMIZER_STEM, Checkpoint, joined, sharded
+from pixtune.storage.checkpoint import OPTIMIZER_STEM, Checkpoint, Seals, joined, write_files
 from pixtune.storage.checkpoint_state import checkpoint_path
 from pixtune.storage.course import Course
 from pixtune.tracking.guard import LossGuard, ways_on
@@ -22,6 +24,7 @@ class Checkpoints:
 
     def __init__(self, session: Session, course: Course, guard: LossGuard) -> None:
         self._session, self.course, self.guard = session, course, guard
+        session.together.define("write the checkpoint", self._write_part)
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Puts a checkpoint's weights and optimizer state into the run.
@@ -78,13 +81,14 @@ class Checkpoints:
             WriteError: the checkpoint could not be written.
         """
         session = self._session
-        if session.is_main:
-            with session.run.stop.saving(), announced(f"saving step {step}", session.print_line):
-                self._write(step)
-                with session.problems.of("the files of the weights so far", step):
-                    session.run.trained.export_so_far(session.output_dir, step)
-            session.print(f"step {step}: saved {checkpoint_path(session.output_dir, step)}")
-            self.prune(step)
+        with session.together.apart():
+            if session.is_main:
+                with session.run.stop.saving(), announced(f"saving step {step}", session.print_line):
+                    self._write(step)
+                    with session.problems.of("the files of the weights so far", step):
+                        session.run.trained.export_so_far(session.output_dir, step)
+                session.print(f"step {step}: saved {checkpoint_path(session.output_dir, step)}")
+                self.prune(step)
         session.saved_step = step
 
     def _write(self, step: int) -> None:
@@ -93,10 +97,10 @@ class Checkpoints:
             seal = None
             with session.problems.of("syncing the log", step):
                 seal = session.log.sync()
-            state, plain = optim.optimizer_state(run.trained.optimizer, run.trained.parameters)
+            _, plain = optim.optimizer_state(run.trained.optimizer, run.trained.parameters)
             self.course.save(
                 step,
-                {**run.trained.checkpoint_files(step), **sharded(OPTIMIZER_STEM, state)},
+                partial(self._write_files, step),
                 {
                     "plan": run.reliefs.plan.to_dict(),
                     "encoders": session.data.encoders.to_dict(),
@@ -106,3 +110,11 @@ class Checkpoints:
                     "log": seal,
                 },
             )
+
+    def _write_files(self, step: int, folder: Path) -> Seals:
+        """Writes the files of a checkpoint, with the other processes that hold the weights."""
+        seals: list[Seals] = self._session.together.call("write the checkpoint", step, folder)
+        return {name: seal for each in seals for name, seal in each.items()}
+
+    def _write_part(self, step: int, folder: Path) -> Seals:
+        return write_files(folder, self._session.run.trained.checkpoint_files(step))

@@ -46,7 +46,7 @@ class Learning:
     def begin(self) -> None:
         """Notes the weights that the session begins with."""
         if self._judged_after is not None:
-            self._first = checksums(self._session.run.trained.must_move)
+            self._first = checksums(self._session.run.trained.must_move, self._session.together)
             self._num_skipped = self._checkpoints.guard.state.num_skipped
 
     def after_step(self, step: int) -> None:
@@ -63,10 +63,15 @@ class Learning:
             self._end_by(step, self._fault_of_weights(step))
 
     def _fault_of_gradients(self) -> str | None:
-        run = self._session.run
-        state, parameters = run.trained.optimizer.state, run.trained.parameters
-        without = [name for name, parameter in parameters.items() if not state.get(parameter)]
+        parameters, stepped = self._session.run.trained.parameters, self._stepped()
+        without = [name for name in parameters if name not in stepped]
         return no_gradient(without, len(parameters), self._last_block())
+
+    def _stepped(self) -> set[str]:
+        """Returns the names of parameters that a process has stepped."""
+        trained = self._session.run.trained
+        state = trained.optimizer.state
+        return {*self._session.together.union([name for name, each in trained.parameters.items() if state.get(each)])}
 
     def _last_block(self) -> set[str]:
         """Returns the names of the last block's tensors: nothing reads what some of them make of the text."""
@@ -76,9 +81,9 @@ class Learning:
 
     def _fault_of_weights(self, step: int) -> str | None:
         run, first = self._session.run, self._first
-        state = run.trained.optimizer.state
-        must_move = {name: weight for name, weight in run.trained.must_move.items() if state.get(weight)}
-        now = checksums(must_move)
+        stepped, together = self._stepped(), self._session.together
+        must_move = {name: weight for name, weight in run.trained.must_move.items() if name in stepped}
+        now = checksums(must_move, together)
         unmoved = [name for name, checksum in now.items() if checksum == first[name]]
         if unmoved:
             self._checkpoints.read_back(step)  # how many of the steps were skipped, and changed nothing
@@ -90,7 +95,10 @@ class Learning:
         self._judged_after, self._first = None, {}
         if unmoved and num_sound <= 0:
             return None  # no step changed anything, which the guard of the losses judges
-        has_gradient = {name: saw_gradient(run.plan.optimizer, state[must_move[name]]) for name in unmoved}
+        state = run.trained.optimizer.state
+        own = {name: state.get(must_move[name]) for name in unmoved}
+        seen = together.union([name for name, each in own.items() if each and saw_gradient(run.plan.optimizer, each)])
+        has_gradient = {name: name in seen for name in unmoved}
         last_block = self._last_block()
         unmoved = [name for name in unmoved if has_gradient[name] or name not in last_block]
         return not_moved(unmoved, len(must_move), num_sound, has_gradient, max(rates, default=0.0))

@@ -40,6 +40,8 @@ class Session:
         self.run, self.data, self.start_step = run, data, start_step
         self.config, self.output_dir = run.config, run.config.output_dir
         self.is_main = run.accelerator.is_main_process
+        self.together = run.transformer.together
+        """Processes that hold the weights together: what takes all of them is done within `apart`."""
         self.saved_step = start_step
         """Step of the newest checkpoint."""
         self.console = Console(quiet=not self.is_main)

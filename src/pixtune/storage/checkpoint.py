@@ -12,6 +12,7 @@ import json
 import logging
 import re
 import shutil
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import MISSING, asdict, dataclass, fields
@@ -20,7 +21,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from pixtune.errors import CheckpointError, DamagedError
@@ -37,6 +37,7 @@ from pixtune.storage.files import file_digest, sync_folder, write_atomically
 from pixtune.storage.grouping import group_neighbours
 from pixtune.storage.lineage import Lineage, Order, Saved, SetBack, put_in_order, read_lineage, read_set_back
 from pixtune.storage.safetensors_writer import TensorFile, save_safetensors
+from pixtune.storage.slices import map_file, put_together
 from pixtune.storage.state_form import LARGEST_STATE_BYTES, fault_of_decision
 
 if TYPE_CHECKING:
@@ -47,8 +48,14 @@ Decision = TypeVar("Decision", bound="DataclassInstance")
 
 CheckpointFiles = Mapping[str, TensorFile]
 """Tensors and metadata of a checkpoint's files by the files' names without their ending, for example "optimizer"."""
+Seals = dict[str, dict[str, Any]]
+"""Size (`bytes`) and SHA-256 (`sha256`) of files by their names."""
+WriteFiles = Callable[[Path], Seals]
+"""Function that writes a checkpoint's files into a folder: where processes hold the weights together, all of them."""
 OPTIMIZER_STEM = "optimizer"
 SHARD_BYTES = 4 * 2**30
+NUMBERS = r"-\d+-of-\d+"
+"""End of the names of files that are several."""
 NUM_THREADS = 4
 """Number of files written or read at a time. One thread hashes about as fast as one disk writes; some are faster."""
 WRITING, REPLACED, DELETING = ".writing", ".replaced", ".deleting"
@@ -65,7 +72,8 @@ class Checkpoint:
 
     step: int
     tensors: dict[str, dict[str, Tensor]]
-    """Tensors of each file, by the file's name without its ending."""
+    """Tensors of each file, by the file's name without its ending. Where several files hold pieces of the same tensors
+    they are one here, without their numbers, and its tensors are `slices.SlicedTensor`."""
     record: dict[str, Any]
     """JSON values that `save_checkpoint` was given."""
     path: Path
@@ -108,12 +116,16 @@ def sharded(stem: str, tensors: Mapping[str, Tensor], max_bytes: int = SHARD_BYT
 
 def joined(files: Mapping[str, Mapping[str, Tensor]], stem: str) -> dict[str, Tensor]:
     """Joins what `sharded` divided, out of all files of a checkpoint."""
-    mine = re.compile(rf"{re.escape(stem)}(-\d+-of-\d+)?")
+    mine = re.compile(rf"{re.escape(stem)}({NUMBERS})?")
     return {name: tensor for key, tensors in files.items() if mine.fullmatch(key) for name, tensor in tensors.items()}
 
 
 def save_checkpoint(
-    output_dir: Path, step: int, files: CheckpointFiles, record: Mapping[str, Any], lineage: Lineage | None = None
+    output_dir: Path,
+    step: int,
+    files: CheckpointFiles | WriteFiles,
+    record: Mapping[str, Any],
+    lineage: Lineage | None = None,
 ) -> Path:
     """Writes a checkpoint and returns its folder. One of the same step is replaced.
 
@@ -130,7 +142,8 @@ def save_checkpoint(
     try:
         remove_unfinished(output_dir)
         temporary.mkdir(parents=True)
-        written = _write_files(temporary, files)
+        written = files(temporary) if callable(files) else write_files(temporary, files)
+        _check_all_are_here(temporary, written)
         state: dict[str, Any] = {"format": FORMAT, "step": step, "files": written, "record": record}
         if lineage is not None:
             state["lineage"] = lineage.to_dict()
@@ -165,7 +178,7 @@ def load_checkpoint(path: Path, verified: bool = False) -> Checkpoint:
         state = read_state(path)
         if not verified:
             _check_files(path, state["files"])
-        tensors = {Path(name).stem: load_file(path / name) for name in state["files"]}
+        tensors = _map_files(path, list(state["files"]))
     except DamagedError as error:
         raise DamagedError(f"{error} {_advice(path)}") from error
     except (OSError, SafetensorError) as error:
@@ -205,8 +218,42 @@ def _check_size(file: Path, num_bytes: int) -> None:
         raise DamagedError(f"{file} is damaged: its content is not what was written.")
 
 
-def _write_files(folder: Path, files: CheckpointFiles) -> dict[str, dict[str, Any]]:
-    """Writes several files at a time; returns the size and SHA-256 of each by its name."""
+def _map_files(path: Path, names: Sequence[str]) -> dict[str, dict[str, Tensor]]:
+    tensors: dict[str, dict[str, Tensor]] = {}
+    pieces: dict[str, list[tuple[dict[str, Tensor], dict[str, int]]]] = defaultdict(list)
+    for name in names:
+        mapped, first_rows = map_file(path / name)
+        if first_rows:
+            pieces[re.sub(NUMBERS, "", Path(name).stem)].append((mapped, first_rows))
+        else:
+            tensors[Path(name).stem] = mapped
+    for stem, files in pieces.items():
+        mapped_files, firsts = zip(*files, strict=True)
+        tensors[stem] = put_together(mapped_files, firsts)  # type: ignore[assignment]
+    return tensors
+
+
+def _check_all_are_here(folder: Path, written: Seals) -> None:
+    """Checks that this process sees what others say they have written.
+
+    Raises:
+        OSError: it does not.
+    """
+    for name, seal in written.items():
+        file = folder / name
+        if not file.is_file() or file.stat().st_size != seal["bytes"]:
+            raise OSError(
+                f"{name} was written by another process and is not there: all processes of a run need the same "
+                "output_dir, on a disk that all of their machines share"
+            )
+
+
+def write_files(folder: Path, files: CheckpointFiles) -> Seals:
+    """Writes files, several at a time; returns the size and SHA-256 of each by its name.
+
+    Raises:
+        OSError: one could not be written.
+    """
     for device in {tensor.device for tensors, _ in files.values() for tensor in tensors.values() if tensor.is_cuda}:
         torch.cuda.synchronize(device)  # the threads' streams do not wait for what the caller's has still to do
 

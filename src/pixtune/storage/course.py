@@ -13,6 +13,7 @@ from pixtune.storage.checkpoint import (
     Checkpoint,
     CheckpointFiles,
     FolderContent,
+    WriteFiles,
     delete_checkpoint,
     read_folder,
     read_saved,
@@ -212,7 +213,7 @@ class Course:
         if self.lock is not None:
             self.lock.step = step
 
-    def save(self, step: int, files: CheckpointFiles, record: Mapping[str, Any]) -> Path:
+    def save(self, step: int, files: CheckpointFiles | WriteFiles, record: Mapping[str, Any]) -> Path:
         """Writes a checkpoint with the run's identity and lineage; see `save_checkpoint`.
 
         Args:

@@ -96,7 +96,7 @@ def save_one_by_one(
         TypeError, WriteError: as `save_safetensors`.
     """
     _refuse_formats(outline)
-    ordered = _in_file_order(outline)
+    ordered = in_file_order(outline)
     header = _header(ordered, metadata or {})
     with files.replacing(path) as stream:
         stream.write(header)
@@ -131,7 +131,7 @@ def file_pieces(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> I
         TypeError: as `save_safetensors`, before the first piece is asked for.
     """
     _refuse_formats(tensors)
-    ordered = _in_file_order(tensors)
+    ordered = in_file_order(tensors)
     return itertools.chain([memoryview(_header(ordered, metadata))], _pieces(list(ordered.values())))
 
 
@@ -141,7 +141,8 @@ def _refuse_formats(tensors: Mapping[str, Tensor]) -> None:
         raise TypeError(f"safetensors files cannot hold the number format of {', '.join(unknown)}")
 
 
-def _in_file_order(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def in_file_order(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns tensors in the order in which they lie in a file: by format, then by name."""
     return dict(sorted(tensors.items(), key=lambda item: (RANKS[item[1].dtype], item[0])))
 
 

@@ -19,7 +19,7 @@ from pixtune.hardware.facts import package_versions
 from pixtune.plan.adapter import KINDS
 from pixtune.plan.training import TrainingPlan
 from pixtune.storage.base_reference import BaseReference, refer_to_base
-from pixtune.storage.checkpoint import OPTIMIZER_STEM, CheckpointFiles, joined
+from pixtune.storage.checkpoint import OPTIMIZER_STEM, CheckpointFiles, joined, sharded
 from pixtune.storage.resume import config_hash
 from pixtune.storage.safetensors_writer import TensorFile, save_without_digest
 from pixtune.trained import adapters, optim
@@ -89,7 +89,10 @@ class TrainedWeights(Protocol):
         """
 
     def checkpoint_files(self, step: int) -> CheckpointFiles:
-        """Returns the weights as `load` takes them. The optimizer's state is read by `optim.optimizer_state`."""
+        """Returns the weights and the optimizer's state as `load` takes them: what this process has to write of them.
+
+        Where processes hold the weights together, all of them must call it.
+        """
 
     def load(self, files: Mapping[str, Mapping[str, Tensor]], plain: Mapping[str, Mapping[str, Any]]) -> None:
         """Puts back the weights and the optimizer's state.
@@ -192,7 +195,7 @@ class LoraWeights:
             files[Path(RAW_FILE).stem] = diffusers_file(adapters.lora_weights(self.base.module), about)
         if scales := self._dora_scales():
             files[Path(DORA_SCALES_FILE).stem] = TensorFile(scales, {})
-        return files
+        return {**files, **sharded(OPTIMIZER_STEM, optim.optimizer_state(self.optimizer, self.parameters)[0])}
 
     def load(self, files: Mapping[str, Mapping[str, Tensor]], plain: Mapping[str, Mapping[str, Any]]) -> None:
         result = files.get(Path(DIFFUSERS_FILE).stem, {})

@@ -146,8 +146,12 @@ def check_states(
             raise KeyError(f"its {wrong[0][:60]!r} of {parameter_name} is no number")
     for parameter_name, states in found.items():
         shape = tuple(parameters[parameter_name].shape)
-        # Whether a tensor belongs to a block decides the kind of its states, and no size of them.
-        kinds = [needs.states_of(TrainedTensors(shape, in_block=each), options) for each in (True, False)]
+        # Whether a tensor belongs to a block, or was held in parts, decides the kind of its states.
+        kinds = [
+            needs.states_of(TrainedTensors(shape, in_block=in_block, in_parts=in_parts), options)
+            for in_parts in (False, True)
+            for in_block in (True, False)
+        ]
         wanted = next((kind for kind in kinds if kind.keys() <= states.keys()), kinds[0])
         if missing := [key for key in wanted if key not in states]:
             raise KeyError(f"its states of {parameter_name} are none of {name}: {missing[0]} is missing")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
@@ -12,7 +13,7 @@ from torch import nn
 
 from pixtune.config.schema import TrainConfig
 from pixtune.errors import ConfigError
-from pixtune.plan.optimizers import OPTIMIZERS, TrainedTensors, is_orthogonalized
+from pixtune.plan.optimizers import OPTIMIZERS, TrainedTensors, has_8bit_states, is_orthogonalized
 from pixtune.trained.adamw_8bit import WithoutWaiting, import_bitsandbytes
 from pixtune.trained.of_libraries import InGroups, Waiting
 from pixtune.trained.optim import Optimizer
@@ -113,20 +114,33 @@ def check_optimizer(name: str) -> None:
         BUILDERS[name]([nn.Parameter(torch.zeros(1))], lr=1.0)
 
 
-def build_optimizer(config: TrainConfig, name: str, parameters: Parameters, in_block: bool = True) -> Optimizer:
+def build_optimizer(
+    config: TrainConfig,
+    name: str,
+    parameters: Parameters,
+    in_block: bool = True,
+    whole: TrainedTensors | None = None,
+) -> Optimizer:
     """Builds the optimizer of a run (AdamW: Loshchilov and Hutter 2017, arXiv 1711.05101, algorithm 2).
 
     Args:
         in_block: the parameters belong to the transformer's blocks.
+        whole: the tensor that the parameters are a part of, which decides what kind of states they have. None: they
+            are whole.
     """
-    return BUILDERS[name](
-        parameters,
-        lr=config.learning_rate,
-        betas=(config.adam_beta1, config.adam_beta2),
-        weight_decay=config.adam_weight_decay,
-        eps=config.adam_epsilon,
-        **_own_settings(config, name, in_block),
-    )
+    if whole is not None and name == "adamw_8bit":
+        least = 0 if has_8bit_states(whole) else sys.maxsize
+        return BUILDERS[name](parameters, **_common_settings(config), min_8bit_size=least)
+    return BUILDERS[name](parameters, **_common_settings(config), **_own_settings(config, name, in_block))
+
+
+def _common_settings(config: TrainConfig) -> dict[str, Any]:
+    return {
+        "lr": config.learning_rate,
+        "betas": (config.adam_beta1, config.adam_beta2),
+        "weight_decay": config.adam_weight_decay,
+        "eps": config.adam_epsilon,
+    }
 
 
 def _own_settings(config: TrainConfig, name: str, in_block: bool) -> dict[str, Any]:

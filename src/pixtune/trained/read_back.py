@@ -14,7 +14,10 @@ import torch
 from torch import Tensor
 
 from pixtune import randomness
-from pixtune.errors import WeightsError
+from pixtune.engine.sharding import Rows, local_of
+from pixtune.engine.together import Together
+from pixtune.errors import DamagedError, WeightsError
+from pixtune.storage.slices import map_file, put_together, rows_in, whole
 
 Velocity = Callable[[], Tensor]
 """Function that predicts the velocity of fixed inputs with the transformer as it is now."""
@@ -34,32 +37,39 @@ class ReadBack:
     """File that this is of; None: the checkpoint's own."""
 
 
-def read_back_sample(truest: Callable[[str], Tensor], names: Sequence[str], files: Sequence[Path]) -> ReadBack:
+def read_back_sample(truest: Callable[[str], Tensor], rows: Mapping[str, Rows], files: Sequence[Path]) -> ReadBack:
     """Compares some of a checkpoint's tensors with the live ones: all weights of a model cannot be held twice.
 
     Args:
-        truest: returns a live weight as checkpoints hold it.
-        names: tensors to compare.
+        truest: returns those rows of a live weight that this process has, as checkpoints hold them.
+        rows: these rows of each tensor to compare.
         files: the checkpoint's files of weights.
 
     Raises:
         WeightsError: one of them lacks, or cannot be read.
     """
-    from safetensors import SafetensorError, safe_open
+    from safetensors import SafetensorError
 
-    unequal, left = [], set(names)
+    mapped = []
     for path in files:
         try:
-            with safe_open(path, framework="pt") as file:
-                for name in left & set(file.keys()):
-                    if not truest(name).cpu().equal(file.get_tensor(name)):
-                        unequal.append(name)
-                    left = left - {name}
+            mapped.append(map_file(path))
         except (OSError, SafetensorError) as error:
             raise WeightsError(f"{path} cannot be read ({error}).") from error
-    if left:
-        raise WeightsError(f"no file of {[path.name for path in files]} holds {sorted(left)[0]}.")
-    return ReadBack(1.0, len(unequal) / len(names), tuple(sorted(unequal)))
+        except DamagedError as error:
+            raise WeightsError(str(error)) from error
+    try:
+        found = put_together([tensors for tensors, _ in mapped], [firsts for _, firsts in mapped])
+    except DamagedError as error:
+        raise WeightsError(str(error)) from error
+    if left := sorted(rows.keys() - found.keys()):
+        raise WeightsError(f"no file of {[path.name for path in files]} holds {left[0]}.")
+    unequal = []
+    for name, own in rows.items():
+        stored = whole(found[name]) if own.is_whole else rows_in(found[name], own.start, own.end)
+        if not truest(name).cpu().equal(stored):
+            unequal.append(name)
+    return ReadBack(1.0, len(unequal) / len(rows), tuple(sorted(unequal)))
 
 
 def drawn_names(names: Sequence[str], seed: int, most: int) -> list[str]:
@@ -67,8 +77,12 @@ def drawn_names(names: Sequence[str], seed: int, most: int) -> list[str]:
     return sorted(names, key=lambda name: randomness.draw_key(seed, "read back", name))[:most]
 
 
-def checksums(weights: Mapping[str, Tensor]) -> dict[str, int]:
-    """Returns a sum of each tensor's bits, which changes where one number of it changes. Waits for the device once."""
+def checksums(weights: Mapping[str, Tensor], together: Together) -> dict[str, int]:
+    """Returns a sum of each tensor's bits, which changes where one number of it changes. Waits for the device once.
+
+    All processes that hold the tensors together must call it.
+    """
     words = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    sums = [tensor.detach().view(words[tensor.element_size()]).sum(dtype=torch.int64) for tensor in weights.values()]
-    return dict(zip(weights, torch.stack(sums).tolist() if sums else [], strict=True))
+    own = [local_of(tensor).detach() for tensor in weights.values()]
+    sums = [tensor.view(words[tensor.element_size()]).sum(dtype=torch.int64) for tensor in own]
+    return dict(zip(weights, together.sum(torch.stack(sums)).tolist() if sums else [], strict=True))

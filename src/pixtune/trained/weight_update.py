@@ -6,6 +6,9 @@ its distance, so that it is right on average (`stochastic_rounding`; Gupta et al
 
 One weight at a time is held in fp32, so the cost in memory is that of the largest one, and each may be stepped as soon
 as its gradient is there.
+
+Where processes hold the weights together (`engine/sharding.py`), each steps its own rows. Rounding is drawn for a whole
+weight, of which each takes its rows, so that as many processes as you like round alike.
 """
 
 from __future__ import annotations
@@ -17,6 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from pixtune import randomness
+from pixtune.engine.sharding import Rows, local_of, rows_of
+from pixtune.engine.together import Together
 from pixtune.trained import optim
 from pixtune.trained.host_states import HostStates
 from pixtune.trained.skipped_step import step_unless
@@ -25,16 +30,18 @@ MASTER = "fp32 copy"
 """Name of a weight's fp32 copy among its tensors in host memory; no optimizer has a state of that name."""
 
 
-def round_stochastically(values: Tensor, generator: torch.Generator) -> Tensor:
+def round_stochastically(values: Tensor, generator: torch.Generator, rows: Rows | None = None) -> Tensor:
     """Rounds fp32 to bf16, up or down by chance; exact bf16 values and values that are not finite stay as they are.
 
     Args:
         values: fp32, of any shape.
         generator: a generator of the same device.
+        rows: which rows of a tensor they are that is drawn for as a whole; None: all of it.
     """
     bits = values.contiguous().view(torch.int32)  # bf16 is the upper half of fp32's bits
-    noise = torch.randint(0, 1 << 16, bits.shape, generator=generator, device=bits.device, dtype=torch.int32)
-    rounded = noise.add_(bits).bitwise_and_(-(1 << 16)).view(torch.float32)
+    shape = bits.shape if rows is None else rows.shape
+    noise = torch.randint(0, 1 << 16, shape, generator=generator, device=bits.device, dtype=torch.int32)
+    rounded = (noise if rows is None else rows.of(noise)).add_(bits).bitwise_and_(-(1 << 16)).view(torch.float32)
     return torch.where(values.isfinite(), rounded, values).to(torch.bfloat16)
 
 
@@ -46,6 +53,7 @@ class WeightUpdate:
         first_step: number of steps already done, from which a resumed run continues its draws.
         keeps_masters: whether bf16 weights have fp32 copies; if not, they are rounded by chance.
         host: holds optimizer states and fp32 copies between steps; None: they stay on the device.
+        together: processes that hold the weights together; None: this one holds all.
     """
 
     def __init__(
@@ -56,10 +64,12 @@ class WeightUpdate:
         first_step: int,
         keeps_masters: bool = False,
         host: HostStates | None = None,
+        together: Together | None = None,
     ) -> None:
         self.weights, self._seed, self._steps_done, self._host = weights, seed, first_step, host
         self._is_torn = False
         self._keeps_masters = keeps_masters
+        self._rows = {name: rows_of(weight, together or Together()) for name, weight in weights.items()}
         self._masters: dict[str, Tensor] = {}
         """fp32 copies, each made when its weight is stepped for the first time: until then the weight is the copy."""
         self._stand_ins = {name: nn.Parameter(_nothing(weight)) for name, weight in weights.items()}
@@ -98,8 +108,10 @@ class WeightUpdate:
         Args:
             spoiled: 1 on the device where weight and states have to stay as they are, else 0.
         """
-        weight, stand_in = self.weights[name], self._stand_ins[name]
+        weight, stand_in = local_of(self.weights[name]), self._stand_ins[name]
         self._is_torn = True
+        if not weight.numel():
+            return  # of a weight with fewer rows than there are processes
         if self._host is not None:
             self._arrange(name, self._host.fetch(name))
         stand_in.data = self._precise(name)
@@ -115,29 +127,35 @@ class WeightUpdate:
             self._arrange(name, self._host.rest(name, self._tensors_of(name)))
 
     def truest(self, name: str) -> Tensor:
-        """Returns a weight in its truest form: its fp32 copy where weights have one."""
+        """Returns this process's rows of a weight in their truest form: the fp32 copy where weights have one."""
         if self._host is not None:
             self._host.finish()
-        weight = self.weights[name].detach()
+        weight = local_of(self.weights[name]).detach()
         if self._keeps_masters and name not in self._masters:
             return weight.float()
         return self._masters.get(name, weight)
 
+    def rows(self, name: str) -> Rows:
+        """Returns which rows of a weight, its states and its fp32 copy this process holds."""
+        return self._rows[name]
+
     @torch.no_grad()
     def restore(self, name: str, value: Tensor, tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> None:
-        """Puts back a weight and its optimizer state from a checkpoint.
+        """Puts back this process's rows of a weight, and their optimizer state, from a checkpoint.
 
         Args:
-            value: the weight as `truest` returned it.
+            value: the rows as `truest` returned them.
             tensors: its optimizer state by `NAME/KEY`, as `optim.optimizer_state` returned it.
             plain: the values of that state that are no tensors.
         """
-        weight = self.weights[name]
+        weight = local_of(self.weights[name])
         weight.copy_(value)
+        if not weight.numel():
+            return
         if self._keeps_masters:
             self._masters[name] = value.to(weight.device, torch.float32, copy=True)
         state = {self.weights[name]: self._state_of(name)}
-        optim.restore_optimizer_state(state, {name: weight}, tensors, {name: plain} if plain else {})
+        optim.restore_optimizer_state(state, {name: self.weights[name]}, tensors, {name: plain} if plain else {})
         if self._host is not None:
             self._arrange(name, self._host.rest(name, self._tensors_of(name)))
 
@@ -161,7 +179,7 @@ class WeightUpdate:
 
     def _precise(self, name: str) -> Tensor:
         """Returns the weight in fp32 for the optimizer to change: itself, its fp32 copy, or a copy for this step."""
-        weight = self.weights[name].detach()
+        weight = local_of(self.weights[name]).detach()
         if not self._keeps_masters:
             return weight.float()
         if name not in self._masters:
@@ -176,7 +194,8 @@ class WeightUpdate:
             return
         generator = torch.Generator(weight.device)
         generator.manual_seed(randomness.draw_key(self._seed, "rounding", self._steps_done, name))
-        weight.copy_(round_stochastically(precise, generator))
+        rows = self._rows[name]
+        weight.copy_(round_stochastically(precise, generator, None if rows.is_whole else rows))
 
 
 def _nothing(weight: Tensor) -> Tensor:

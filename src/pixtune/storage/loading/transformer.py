@@ -83,9 +83,14 @@ class TransformerTensors:
         num_threads: int = NUM_THREADS,
         use_fast: bool | None = None,
         wanted: Callable[[str], bool] = lambda name: True,
+        narrow: Callable[[TensorEntry], TensorEntry] = lambda entry: entry,
     ) -> Iterator[tuple[str, Tensor | ScaledWeight]]:
-        """Yields name and tensor as `loading.iterate_tensors` does, matrices in 8 bits as `ScaledWeight`."""
-        entries = [entry for entry in self.entries if wanted(entry.name)]
+        """Yields name and tensor as `loading.iterate_tensors` does, matrices in 8 bits as `ScaledWeight`.
+
+        Args:
+            narrow: returns the entry of those rows of a tensor that are to be read (`rows_of_entry`).
+        """
+        entries = [narrow(entry) for entry in self.entries if wanted(entry.name)]
         if self.file is not None and self.file.is_gguf:
             read = iterate_gguf(entries, self.file.header, device)
         else:
@@ -142,6 +147,15 @@ class TransformerTensors:
         scale_N1 = scale.reshape(-1, 1).expand(num_rows, 1)
         scale_N1 = scale_N1 if place.rows is None else scale_N1[slice(*place.rows)]
         return (scale_N1.roll(num_rows // 2, 0) if place.halves_swapped else scale_N1).contiguous()
+
+
+def rows_of_entry(entry: TensorEntry, start: int, end: int) -> TensorEntry:
+    """Returns the entry of some rows of a tensor that stands in its file by its own name and whole."""
+    row_bytes = entry.num_bytes // max(entry.shape[0], 1)
+    return TensorEntry(
+        entry.name, entry.file, entry.dtype, (end - start, *entry.shape[1:]),
+        entry.offset_bytes + start * row_bytes, (end - start) * row_bytes, entry.name, start,
+    )  # fmt: skip
 
 
 def open_transformer(folder: ModelFolder) -> TransformerTensors:
