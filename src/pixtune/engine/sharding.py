@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -66,6 +67,17 @@ def shard_transformer(transformer: nn.Module, blocks: Sequence[nn.Module], mesh:
     for block in blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(transformer, mesh=mesh, mp_policy=policy)
+    transformer.register_forward_hook(_own_memory, prepend=True)
+
+
+def _own_memory(transformer: nn.Module, args: Any, output: Any) -> Any:
+    """Returns a forward pass's output as tensors of their own.
+
+    FSDP2 begins the backward pass at the output, and misses it where that is a view which is changed in place.
+    """
+    if isinstance(output, tuple):
+        return tuple(each.clone() if isinstance(each, Tensor) and each._is_view() else each for each in output)
+    return output
 
 
 def allocate_shards(

@@ -27,7 +27,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from pixtune.errors import PixtuneError, TrainingError
 
 WORDS_TIMEOUT = timedelta(days=2)
-"""Time that others wait for the first process's next word: drawing many samples takes hours. One that is gone is noticed
+"""Time that others wait for the next word: drawing many samples takes hours. A process that is gone is noticed
 all the same (`launch/peers.py`)."""
 
 Action = Callable[..., Any]
@@ -74,7 +74,7 @@ class Together:
     @property
     def writes(self) -> bool:
         """Whether this process's part of the weights is its to write: groups beyond the first hold the same."""
-        return self.mesh is None or self.mesh.ndim == 1 or self.mesh.get_coordinate()[0] == 0
+        return self.mesh is None or self.mesh.ndim == 1 or self.mesh.get_local_rank(0) == 0
 
     @property
     def part(self) -> int:
