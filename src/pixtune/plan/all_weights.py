@@ -3,6 +3,9 @@
 What is saved, in this order: activations (recomputed blocks), 32-bit optimizer states, gradients (each weight is
 stepped within the backward pass), states on the device (they wait in host memory). Clipping by the global norm has to
 know all gradients before the first weight moves, so stepping within the backward pass then runs it twice.
+
+Several processes each hold all weights where that fits; otherwise they hold them together (`engine/sharding.py`), with
+their gradients and states, and gather each block before it runs.
 """
 
 from __future__ import annotations
@@ -35,17 +38,20 @@ class AllWeightsRung:
     """Each weight is stepped within the backward pass, and its gradient freed."""
     states_on_host: bool = False
     """Optimizer states, and fp32 copies, wait in host memory."""
+    shards: int = 1
+    """Number of processes that hold one copy of weights, gradients and states together."""
 
     def blocks(self, compute_format: str) -> Rung:
         """Returns the rung of a LoRA run that holds the blocks in the same way."""
-        return Rung(compute_format, recomputed_blocks=self.recomputed_blocks)
+        return Rung(compute_format, recomputed_blocks=self.recomputed_blocks, shards=self.shards)
 
     def peak_bytes(self, situation: Situation) -> int:
         """Returns the peak of a step, with a margin."""
         footprint, demands = situation.footprint, situation.demands
-        held = weight_bytes(self.blocks(demands.compute_format), footprint, demands.compute_format)
-        states = states_on_device(self.optimizer, self.states_on_host, demands.fp32_copies, footprint)
-        return round(held + states + _moment_bytes(self, situation) + FIXED_BYTES + MARGIN_BYTES)
+        held = weight_bytes(self.blocks(demands.compute_format), footprint, demands.compute_format) / self.shards
+        states = states_on_device(self.optimizer, self.states_on_host, demands.fp32_copies, footprint, self.shards)
+        gathered = _gathered_bytes(situation) if self.shards > 1 else 0
+        return round(held + gathered + states + _moment_bytes(self, situation) + FIXED_BYTES + MARGIN_BYTES)
 
     def beside_bytes(self, situation: Situation) -> int:
         """Returns 0: the margin is part of the peak, and no step is captured."""
@@ -55,7 +61,8 @@ class AllWeightsRung:
         """Returns the bytes of optimizer states and fp32 copies. The memory is taken in pieces of a GiB."""
         if not self.states_on_host:
             return 0
-        return resting_bytes(self.optimizer, situation.demands.fp32_copies, situation.footprint) + GIB
+        every = resting_bytes(self.optimizer, situation.demands.fp32_copies, situation.footprint)
+        return every // self.shards + GIB
 
 
 # ---- the ladder
@@ -66,18 +73,21 @@ def ladder_of_all_weights(situation: Situation) -> list[AllWeightsRung]:
     blocks, demands = situation.footprint.num_blocks, situation.demands
     counts = {None: range(blocks + 1), False: (0,), True: (blocks,)}[demands.recompute]
     # Gradients have to be whole after one backward pass of one process.
-    can_fuse = not demands.accumulates and situation.num_processes == 1
+    can_fuse = not demands.accumulates and situation.all_processes == 1
     rungs = [
-        AllWeightsRung(optimizer, count, fused, on_host)
+        AllWeightsRung(optimizer, count, fused, on_host, shards)
+        for shards in _shards(situation)
         for on_host in ((False,) if situation.unified else (False, True))
         for fused in ((False, True) if can_fuse else (False,))
         for optimizer in _optimizers(demands.optimizer, on_host)
+        if shards == 1 or OPTIMIZERS[optimizer].by_number
         for count in counts
     ]
     return sorted(
         rungs,
         key=lambda rung: (
             rung.states_on_host,
+            rung.shards,  # gathering costs more than recomputing
             runs_backward_twice(rung, situation),
             rung.recomputed_blocks,
             rung.optimizer == SMALL,  # the more exact one first
@@ -89,6 +99,12 @@ def ladder_of_all_weights(situation: Situation) -> list[AllWeightsRung]:
 def runs_backward_twice(rung: AllWeightsRung, situation: Situation) -> bool:
     """Returns whether a step needs the norm of all gradients before it has them."""
     return rung.fused_step and situation.demands.clips
+
+
+def _shards(situation: Situation) -> tuple[int, ...]:
+    if situation.demands.shards is not None:
+        return (situation.demands.shards,)
+    return (1, situation.all_processes) if situation.all_processes > 1 else (1,)
 
 
 def _optimizers(demanded: str | None, on_host: bool) -> tuple[str, ...]:
@@ -111,11 +127,27 @@ def resting_bytes(optimizer: str, fp32_copies: bool, footprint: Footprint) -> in
     return footprint.state_bytes(optimizer) + 4 * fp32_copies * footprint.trained_weights
 
 
-def states_on_device(optimizer: str, on_host: bool, fp32_copies: bool, footprint: Footprint) -> int:
-    """Returns the bytes of all states; of those in host memory, of what is on its way (`host_states.HostStates`)."""
-    every = resting_bytes(optimizer, fp32_copies, footprint)
-    largest = footprint.largest_state_bytes(optimizer) + 4 * fp32_copies * footprint.largest_weight
+def states_on_device(optimizer: str, on_host: bool, fp32_copies: bool, footprint: Footprint, shards: int = 1) -> int:
+    """Returns the bytes of all states; of those in host memory, of what is on its way (`host_states.HostStates`).
+
+    Args:
+        shards: number of processes that hold them together.
+    """
+    every = resting_bytes(optimizer, fp32_copies, footprint) // shards
+    largest = (footprint.largest_state_bytes(optimizer) + 4 * fp32_copies * footprint.largest_weight) // shards
     return min(every, max(AHEAD_BYTES, 2 * largest)) if on_host else every
+
+
+def _gathered_bytes(situation: Situation) -> int:
+    """Returns the bytes of weights and gradients on their way between processes that hold the weights together.
+
+    Of weights, a block that runs, the next one, and the piece in which this one travels; of gradients, those of a block
+    in fp32 as they are sent, and those of the one before. What is outside of blocks stays gathered.
+    """
+    footprint, demands = situation.footprint, situation.demands
+    compute_format, element = demands.compute_format, ELEMENT_BYTES[demands.compute_format]
+    block = max(block_weight_bytes(kind, compute_format, compute_format, True) for kind in footprint.kinds)
+    return 3 * block + 2 * 4 * block // element + (element + 4) * footprint.outside_weights
 
 
 def _moment_bytes(rung: AllWeightsRung, situation: Situation) -> float:
@@ -127,15 +159,17 @@ def _moment_bytes(rung: AllWeightsRung, situation: Situation) -> float:
     activations = unit * activation_units(blocks, footprint, compiled, retained=twice)
     if twice and compiled:  # a compiled backward pass may use what it was given up as working memory only once
         activations += unit * max(kept_units(kind, blocks, footprint, compiled) for kind in footprint.kinds)
-    step = OPTIMIZERS[rung.optimizer].step_bytes * footprint.largest_weight
+    step = OPTIMIZERS[rung.optimizer].step_bytes * footprint.largest_weight / rung.shards
+    if rung.shards > 1:
+        step += 4 * footprint.largest_weight  # what rounding draws, for all rows
     # A compiled block's gradients come all at once.
     one_block = max(
         block_weight_bytes(kind, demands.compute_format, demands.compute_format, True) for kind in footprint.kinds
     )
     if rung.fused_step:
         return activations + step + one_block
-    gradients = footprint.trained_weights * (4 if demands.fp32_copies else element)
-    if demands.fp32_copies or demands.accumulates or situation.num_processes > 1:  # summed, so always there
+    gradients = footprint.trained_weights * (4 if demands.fp32_copies else element) / rung.shards
+    if demands.fp32_copies or demands.accumulates or situation.all_processes > 1:  # summed, so always there
         return max(activations, step) + one_block + gradients
     # Gradients come as activations go: the peak is at the beginning or at the end of the backward pass.
     first_block = replace(footprint, kinds=(replace(footprint.kinds[0], count=1),))

@@ -11,7 +11,7 @@ from pixtune.errors import PlanError
 from pixtune.hardware.facts import GIB, missing_on_host
 from pixtune.plan import all_weights, rungs
 from pixtune.plan.all_weights import AllWeightsRung, ladder_of_all_weights, runs_backward_twice
-from pixtune.plan.footprint import Footprint
+from pixtune.plan.footprint import ELEMENT_BYTES, Footprint
 from pixtune.plan.optimizers import EXACT, OPTIMIZERS, SMALL
 from pixtune.plan.processes import reasons_together
 from pixtune.plan.refusals import refuse_all_weights, refuse_lora
@@ -223,6 +223,14 @@ def _all_weights_reasons(situation: Situation, rung: AllWeightsRung) -> Iterator
         what = "optimizer states and fp32 copies" if demands.fp32_copies else "optimizer states"
         size = _gib(rung.host_bytes(situation))
         yield f"{what} wait in host memory ({size}), and go to the device and back in each step"
+    if rung.shards > 1:
+        element = ELEMENT_BYTES[demands.compute_format]
+        of_each = element + (8 if demands.fp32_copies else element)  # the weight; gradient and copy, or gradient alone
+        every = footprint.state_bytes(rung.optimizer) + of_each * footprint.trained_weights
+        yield (
+            f"{rung.shards} processes hold weights, gradients and states together, about {_gib(every / rung.shards)} "
+            "each, and gather each block before it runs"
+        )
 
 
 def _gib(num_bytes: float) -> str:

@@ -99,16 +99,27 @@ def refuse_all_weights(situation: Situation, config: TrainConfig) -> str:
         return f"{lack} {_words(some)} it needs {_gib(peak)} and fits: {_to_type(some)}"
     if situation.num_processes > 1 and all_weights.first_that_fits(replace(situation, num_processes=1)):
         return f"{lack} With one process instead of {situation.num_processes} it fits: more of them share no weights."
-    if more_gpus := _more_gpus(situation, all_weights.first_that_fits):
-        return f"{lack} {more_gpus}"
     leanest = situation.under(demands_of(_changed(config, changes)))
     least = min(all_weights.ladder_of_all_weights(leanest), key=leanest.needed)
     size = least.host_bytes(leanest)
     host = f" and {_gib(size)} of host memory" if size else ""
     return (
-        f"{lack} The least that any plan needs is {_gib(leanest.needed(least))}{host}. {GPU_COUNTS[-1]} such GPUs do "
-        "not hold them together either. Train a LoRA: method=lora."
+        f"{lack} The least that any plan needs is {_gib(leanest.needed(least))}{host}. {_with_more_gpus(situation)}"
+        "Train a LoRA: method=lora."
     )
+
+
+def _with_more_gpus(situation: Situation) -> str:
+    """Returns how many GPUs of the kind hold a run together that trains all weights."""
+    free = situation.demands if situation.demands.shards is None else replace(situation.demands, shards=None)
+    numbers = (2**power for power in range(1, 11) if 2**power > situation.num_processes)
+    for number in numbers:
+        if all_weights.first_that_fits(replace(situation, demands=free, num_processes=number)):
+            return (
+                f"{number} such GPUs hold them together: torchrun --nproc-per-node {number} train.py ... (on one host "
+                "with that host's memory, or --nnodes on several). Or: "
+            )
+    return ""
 
 
 # ---- what is missing

@@ -11,10 +11,11 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from pixtune.config.schema import TrainConfig
+from pixtune.errors import ConfigError
 from pixtune.hardware.facts import HardwareFacts
 from pixtune.hardware.gpu_links import GpuLinks
 from pixtune.plan.choice import choose_rung
-from pixtune.plan.demands import demands_of
+from pixtune.plan.demands import Demands, demands_of
 from pixtune.plan.footprint import BYTES_PER_WEIGHT, ELEMENT_BYTES, Footprint
 from pixtune.plan.kernel_choice import NAMES, Findings, choose_attention, choose_tf32
 from pixtune.plan.optimizers import OPTIMIZERS
@@ -105,6 +106,25 @@ class TrainingPlan:
         return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
 
 
+def check_parts(demands: Demands) -> None:
+    """Checks that the optimizer can step the parts of weights that processes hold together.
+
+    Raises:
+        ConfigError: it needs whole matrices.
+    """
+    if demands.shards in (None, 1) or demands.optimizer is None or OPTIMIZERS[demands.optimizer].by_number:
+        return
+    able = ", ".join(name for name, needs in OPTIMIZERS.items() if needs.by_number)
+    raise ConfigError(
+        f"distributed.shards is {demands.shards}",
+        [
+            f"with method=full, each process then steps a part of each weight, and "
+            f"{OPTIMIZERS[demands.optimizer].title} needs whole ones. Possible: optimizer={able}, or "
+            "distributed.shards=1, where each process has all weights"
+        ],
+    )
+
+
 OLDER_NAMES = {"lean": "selective", "recordings": "captures"}
 """Names of fields in checkpoints up to November 2026, and their names today."""
 
@@ -142,6 +162,8 @@ def plan_training(
         ConfigError: the config demands what this GPU cannot do.
     """
     on_gpu, demands = facts.device == "cuda", demands_of(config)
+    if footprint.trains_all:
+        check_parts(demands)
     situation = situation_of(
         facts, footprint, demands, on_gpu and can_compile, num_processes, num_hosts=num_hosts, links=links
     )

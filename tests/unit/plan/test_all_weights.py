@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from pixtune.config.schema import TrainConfig
-from pixtune.config.sections import DataConfig
-from pixtune.errors import PlanError
+from pixtune.config.sections import DataConfig, DistributedConfig
+from pixtune.errors import ConfigError, PlanError
 from pixtune.families import FAMILIES
 from pixtune.hardware.cards import facts_as
-from pixtune.hardware.facts import GIB
+from pixtune.hardware.facts import GIB, HardwareFacts
 from pixtune.plan.all_weights import AllWeightsRung, ladder_of_all_weights
 from pixtune.plan.demands import demands_of
 from pixtune.plan.footprint import Footprint
@@ -32,6 +32,7 @@ CONFIG = TrainConfig(
     pretrained_model_name_or_path="model", output_dir=Path("out"), max_train_steps=1, method="full",
     data_config=DataConfig(img_dir=Path("data")),
 )  # fmt: skip
+ALL_IN_EACH = DistributedConfig(shards=1)
 BILLIONS = 20.43e9
 """Weights of the large model."""
 
@@ -238,7 +239,46 @@ def test_states_go_to_the_host_only_where_it_holds_them() -> None:
 
 def test_processes_share_the_host() -> None:
     assert plan_for("H200", 256, adam8bit=False, num_processes=1).states_on_host
-    assert "of host memory" in refusal("H200", 256, adam8bit=False, num_processes=2)
+    assert "of host memory" in refusal("H200", 256, adam8bit=False, num_processes=2, distributed=ALL_IN_EACH)
+
+
+# ---- several processes
+
+
+def test_processes_hold_the_weights_together_only_where_one_cannot() -> None:
+    assert plan_for("H200", num_processes=2).shards == 1
+    assert plan_for("H200", num_processes=2, distributed=DistributedConfig(shards=2)).shards == 2
+    together = plan_for("H100", num_processes=8)
+    assert together.shards == 8 and together.optimizer == "adamw" and not together.states_on_host
+    assert plan_for("H100", num_processes=2, distributed=ALL_IN_EACH).shards == 1
+    # A gather and a scatter in fp32: 2 + 2 + 4 bytes of each weight, seven eighths of which are others'.
+    assert f"{8 * BILLIONS * 7 / 8 / GIB:.1f} GiB come over each one's link" in " ".join(together.reasons)
+
+
+def test_what_processes_hold_together_is_divided_and_what_they_gather_is_not() -> None:
+    def peak(shards: int) -> float:
+        rung = AllWeightsRung("adamw", recomputed_blocks=60, shards=shards)
+        return rung.peak_bytes(situation_on(num_processes=shards, weight_update="fp32_master"))
+
+    # Weight in bf16; gradient, copy and two moments in fp32. The step of the largest weight, 57 million numbers, needs
+    # 16 bytes of each but for the 4 that are drawn for all of it.
+    divided = (2 + 4 + 4 + 8) * BILLIONS
+    assert peak(4) - peak(8) == pytest.approx(divided / 8, rel=0.01)
+    assert peak(8) - peak(16) == pytest.approx(divided / 16, rel=0.01)
+    # Three times a block of 340 million weights in bf16, and twice its gradients in fp32.
+    assert peak(2) - peak(1) + divided / 2 == pytest.approx((3 * 2 + 2 * 4) * 0.34e9, rel=0.15)
+
+
+@pytest.mark.parametrize("card", ["H100", "cpu"])
+def test_an_optimizer_of_whole_matrices_is_refused_for_parts(card: str) -> None:
+    changes: dict[str, Any] = {"optimizer": "muon", "distributed": DistributedConfig(shards=2)}
+    with pytest.raises(ConfigError, match=r"Muon needs whole ones. Possible: optimizer=adamw, adamw_8bit"):
+        if card == "cpu":
+            config = CONFIG.model_copy(update=changes)
+            plan_training(HardwareFacts("cpu", "x86_64", (0, 0), 0, 0), full_size_footprint(config), config)
+        else:
+            plan_for(card, num_processes=2, **changes)
+    assert plan_for("H200", 1024, optimizer="muon", num_processes=2).shards == 1
 
 
 # ---- words
@@ -288,14 +328,17 @@ def test_the_named_way_out_is_the_plan_that_one_gets_by_it(
 
 
 def test_one_process_is_a_way_out_of_two() -> None:
-    assert "With one process instead of 2 it fits" in refusal("H100", 256, num_processes=2)
+    assert "With one process instead of 2 it fits" in refusal("H100", 256, num_processes=2, distributed=ALL_IN_EACH)
 
 
 def test_what_no_way_fits_names_the_least_and_the_lora() -> None:
     message = refusal("RTX 4090", 256)
     assert "RTX 4090" in message and re.search(r"2\d\.\d GiB are missing", message)
     assert re.search(r"The least that any plan needs is 4\d\.\d GiB and 39\.7 GiB of host memory", message)
-    assert "method=lora" in message
+    assert "8 such GPUs hold them together: torchrun --nproc-per-node 8" in message and "method=lora" in message
+    assert plan_for("RTX 4090", 1024, num_processes=8).shards == 8
+    with pytest.raises(PlanError):
+        plan_for("RTX 4090", 1024, num_processes=4)
 
 
 # ---- what a block keeps more: counted from what autograd saves
