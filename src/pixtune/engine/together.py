@@ -36,7 +36,7 @@ Value = TypeVar("Value")
 
 @dataclass
 class Outcome:
-    """What an action returned in one process, or the error that it ended with there."""
+    """Value that an action returned in one process, or the error that it ended with there."""
 
     value: Any = None
     error: Exception | None = None

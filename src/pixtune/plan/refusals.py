@@ -40,6 +40,7 @@ LORA_CHANGES = (
 )
 """Changes by which a LoRA run may fit. Of equally many, those with earlier ones are named."""
 ALL_WEIGHTS_CHANGES = (
+    Change("distributed.shards"),
     Change("disable_gradient_checkpointing"),
     Change("adam8bit", True),
     Change("unified_memory", instead_of=(True,)),
@@ -97,8 +98,8 @@ def refuse_all_weights(situation: Situation, config: TrainConfig) -> str:
     if found := _smallest(changes, situation, config, all_weights.first_that_fits):
         some, peak = found
         return f"{lack} {_words(some)} it needs {_gib(peak)} and fits: {_to_type(some)}"
-    if situation.num_processes > 1 and all_weights.first_that_fits(replace(situation, num_processes=1)):
-        return f"{lack} With one process instead of {situation.num_processes} it fits: more of them share no weights."
+    if situation.num_processes > 1 and all_weights.first_that_fits(alone_in(situation)):
+        return f"{lack} With one process instead of {situation.num_processes} it fits: they share the host's memory."
     leanest = situation.under(demands_of(_changed(config, changes)))
     least = min(all_weights.ladder_of_all_weights(leanest), key=leanest.needed)
     size = least.host_bytes(leanest)
@@ -107,6 +108,11 @@ def refuse_all_weights(situation: Situation, config: TrainConfig) -> str:
         f"{lack} The least that any plan needs is {_gib(leanest.needed(least))}{host}. {_with_more_gpus(situation)}"
         "Train a LoRA: method=lora."
     )
+
+
+def alone_in(situation: Situation) -> Situation:
+    """Returns the situation of the run in one process."""
+    return replace(situation, num_processes=1, demands=replace(situation.demands, shards=None))
 
 
 def _with_more_gpus(situation: Situation) -> str:
