@@ -86,7 +86,8 @@ def _of_all_weights(
 ) -> tuple[tuple[Exchange, ...], tuple[Exchange, ...]]:
     """Returns the exchanges of a run that trains all weights: those of weights, and those of gradients."""
     footprint, element = situation.footprint, ELEMENT_BYTES[situation.demands.compute_format]
-    gradient = 4 if situation.demands.fp32_copies else element
+    # Gradients that are scattered travel in fp32 (`engine/sharding.py`).
+    gradient = 4 if rung.shards > 1 or situation.demands.fp32_copies else element
     if rung.shards == 1:
         return (), (Exchange("all_reduce", gradient * footprint.trained_weights, situation.all_processes),)
     blocks = [
