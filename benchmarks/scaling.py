@@ -8,6 +8,7 @@ and one that fails or takes too long leaves the others their time:
         streams the base from host memory under the same cap
     c   all weights, in parts on all GPUs: seconds a step, the peak of a GPU, the share of the chip's peak
     d   saved on N GPUs, resumed on one and again on N, beside a run that was never interrupted
+    f   all weights on one GPU, whole and by the way of parts: what that costs where there is nobody to gather from
     e   one process killed: seconds until all have ended, what they print, whether the checkpoint is whole
 
 With `--device cpu` the small model takes the place of the full-size ones, and gloo that of NCCL: a try of the script.
@@ -59,14 +60,20 @@ STEPS_BETWEEN = 2
 # ---- timed steps
 
 
-def time_steps(bench: Bench, name: str, num_processes: int, words: Sequence[str]) -> Result:
-    """Times the steps of a run; returns the figures of its slowest process, and the peaks of all."""
+def time_steps(
+    bench: Bench, name: str, num_processes: int, words: Sequence[str], options: Sequence[str] = ()
+) -> Result:
+    """Times the steps of a run; returns the figures of its slowest process, and the peaks of all.
+
+    Args:
+        options: of `scaling_rank.py`.
+    """
     config, run_words = bench.config(name, "qwen-image", WARM_UP_STEPS + bench.num_steps, 2 * num_processes)
     figures, log = bench.folder / name / "figures", bench.folder / f"{name}.log"
     figures.mkdir()
     script = [str(ROOT / "benchmarks" / "scaling_rank.py"), "--figures", str(figures), "--config", str(config)]
     began = time.monotonic()
-    finish(bench, start_run(bench, launched(num_processes, [*script, *run_words, *words]), log), log)
+    finish(bench, start_run(bench, launched(num_processes, [*script, *options, *run_words, *words]), log), log)
     ranks = [json.loads((figures / f"{rank}.json").read_text()) for rank in range(num_processes)]
     seconds = [statistics.median(rank["timing"]["seconds"]) for rank in ranks]
     plan, peaks = ranks[0]["plan"], [rank["memory"] for rank in ranks]
@@ -132,6 +139,13 @@ def all_weights(bench: Bench) -> Iterator[Result]:
     words = ["method=full", "learning_rate=1e-5", "lora_targets=null"]
     num = bench.num_processes
     yield time_steps(bench, f"c-shards-{num}", num, [*words, f"distributed.shards={num}"])
+
+
+def one_in_parts(bench: Bench) -> Iterator[Result]:
+    """Cell f. One process, whose weights are gathered from itself."""
+    words = ["method=full", "learning_rate=1e-5", "lora_targets=null", "distributed.shards=1"]
+    yield (whole := time_steps(bench, "f-whole-1", 1, words))
+    yield with_efficiency(whole, time_steps(bench, "f-in-parts-1", 1, words, ["--in-parts"]))
 
 
 # ---- a run that is interrupted
@@ -220,6 +234,7 @@ def several(bench: Bench) -> int:
 
 CELLS: dict[str, Callable[[Bench], Iterator[Result]]] = {
     "a": data_parallel, "d": other_numbers, "e": one_is_killed, "b": sharded_base, "c": all_weights,
+    "f": one_in_parts,
 }  # fmt: skip
 """Cells in the order in which they run."""
 
@@ -287,7 +302,7 @@ def in_words(result: Result) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "scaling")
-    parser.add_argument("--cells", default="a,d,e,b,c", help="letters, separated by commas")
+    parser.add_argument("--cells", default="a,d,e,b,c,f", help="letters, separated by commas")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--processes", type=int, help="GPUs to use; all by default, 2 on a CPU")
     parser.add_argument("--steps", type=int, default=12, help="to time in each run")

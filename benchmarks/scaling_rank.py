@@ -17,12 +17,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed
+from torch.distributed.device_mesh import init_device_mesh
 
+from pixtune import assembly
 from pixtune.assembly import assemble
 from pixtune.bench.environment import describe
 from pixtune.bench.peaks import measure_peaks
 from pixtune.bench.steps import TimedSteps, count_flops, describe_case, formats_of
 from pixtune.config import load_config
+from pixtune.engine.together import Together
 from pixtune.hardware.capping import own_gpu, read_before_cuda
 from pixtune.run import Run
 from pixtune.tracking.figures import StepOutcome, mark_time, seconds_between
@@ -49,6 +52,19 @@ class Counted:
             return call(*args, **kwargs)
 
         return counting
+
+
+def hold_in_parts() -> None:
+    """Has one process alone hold all weights as each of several holds its part, which the planner never chooses."""
+    if torch.cuda.is_available():
+        torch.cuda.set_device(0)
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    distributed.init_process_group(backend, rank=0, world_size=1, store=distributed.HashStore())
+
+    def build(shards: int, num_processes: int, device: torch.device) -> Together:
+        return Together(init_device_mesh(device.type, (1,), mesh_dim_names=("part",)))
+
+    assembly.build_together = build
 
 
 class CountedSteps(TimedSteps):
@@ -87,11 +103,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--figures", type=Path, required=True)
     parser.add_argument("--config", type=Path, required=True)
+    parser.add_argument("--in-parts", action="store_true", help="one process goes the way of several: all weights")
     parser.add_argument("words", nargs="*")
     arguments = parser.parse_args()
     rank, counted = int(os.environ.get("RANK", "0")), Counted()
     folder = arguments.figures / f"rank-{rank}"
     config = load_config(arguments.config, [*arguments.words, f"output_dir={folder}"])
+    if arguments.in_parts:
+        hold_in_parts()
     before = read_before_cuda(own_gpu(os.environ)) if torch.version.cuda is not None else None
     run, services = assemble(config, forward_backward)
     case, device = describe_case(run, services), run.accelerator.device
@@ -121,6 +140,7 @@ def main() -> None:
     (arguments.figures / f"{rank}.json").write_text(json.dumps(figures, indent=1))
     if run.accelerator.num_processes > 1:
         distributed.barrier()
+    if distributed.is_initialized():
         distributed.destroy_process_group()
 
 
