@@ -8,8 +8,8 @@ from typing import Any
 
 from pixtune.deltas.adapter_file import AdapterFile
 from pixtune.deltas.writing import OF_TENSORS
+from pixtune.trained.adapter_config import METADATA_KEY
 from pixtune.trained.lora_formats import RANKS_KEY
-from pixtune.trained.saved_lora import METADATA_KEY
 
 MOST_NAMES = 3
 """Number of names that a line shows of a list."""

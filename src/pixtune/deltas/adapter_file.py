@@ -7,9 +7,8 @@ read from the disk before it is used.
 from __future__ import annotations
 
 import functools
-import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,13 +20,14 @@ from pixtune.deltas.delta import Change, Delta, Dora, Kronecker, shape_of
 from pixtune.deltas.recognizing import recognize
 from pixtune.errors import WeightsError
 from pixtune.family import ModelFamily
-from pixtune.trained.export import of_kind, read_tensors
+from pixtune.trained.adapter_config import METADATA_KEY, kind_of, read_adapter_config, stated_sizes
+from pixtune.trained.export import read_tensors
 from pixtune.trained.find_lora import find_lora
 from pixtune.trained.fused_layers import LowRank
-from pixtune.trained.layer_patterns import values_by_layer
 from pixtune.trained.lora_formats import AdapterLayer
-from pixtune.trained.lora_names import DIFFUSERS_PREFIX, DOWN, MAGNITUDE, UP, format_of
-from pixtune.trained.saved_lora import HARMLESS_STARTS, METADATA_KEY, WITHOUT_EFFECT
+from pixtune.trained.lora_names import DOWN, MAGNITUDE, UP, format_of
+from pixtune.trained.saved_lora import HARMLESS_STARTS, WITHOUT_EFFECT
+from pixtune.trained.scheme import Scheme
 
 LARGEST_SCALE = 1e6
 """Scale that no LoRA reaches: an alpha of 1,000 at rank 1 is a thousandth of it."""
@@ -242,25 +242,18 @@ def stated_scales(path: Path, layers: Mapping[str, AdapterLayer], text: str) -> 
     Raises:
         WeightsError: it is damaged, or its ranks are not those of the tensors.
     """
-    try:
-        config = {key.removeprefix(DIFFUSERS_PREFIX): value for key, value in of_kind(json.loads(text), dict).items()}
-        names: Sequence[str] = tuple(layers)
-        rank = of_kind(config["r"], int)
-        alpha = of_kind(config["alpha" if "lora_alpha" not in config else "lora_alpha"], int, float)
-        ranks = values_by_layer(_numbers(config.get("rank_pattern"), int), names, rank)
-        alphas = values_by_layer(_numbers(config.get("alpha_pattern"), int, float), names, float(alpha))
-    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
-        raise WeightsError(f"{path} has a damaged {METADATA_KEY} ({error!r:.300}). Fetch the file again.") from error
+    config = read_adapter_config(path, text)
+    sizes = stated_sizes(path, config, tuple(layers))
     for layer, adapter in layers.items():
         found = rank_of(adapter)
-        if ranks[layer] < 1 or (DOWN in adapter.tensors and found != ranks[layer]):
+        if DOWN in adapter.tensors and found != sizes.ranks[layer]:
             raise WeightsError(
-                f"{path} has rank {found} for {layer}, and its {METADATA_KEY} gives the rank {ranks[layer]}, from "
-                "which the scale follows. Fetch the file again."
+                f"{path} has rank {found} for {layer}, and its {METADATA_KEY} gives the rank {sizes.ranks[layer]}, "
+                "from which the scale follows. Fetch the file again."
             )
     _refuse_unapplied(path, config)
-    root = bool(config.get("use_rslora"))
-    return {layer: alphas[layer] / (math.sqrt(ranks[layer]) if root else ranks[layer]) for layer in layers}
+    scheme = Scheme(sizes.rank, sizes.alpha, kind_of(config), sizes.ranks, sizes.alphas, bool(config.get("use_rslora")))
+    return {layer: scheme.scale_of(layer) for layer in layers}
 
 
 def _refuse_unapplied(path: Path, config: Mapping[str, Any]) -> None:
@@ -284,10 +277,6 @@ def _refuse_unapplied(path: Path, config: Mapping[str, Any]) -> None:
             f"{path} is an adapter with {', '.join(unusual)}, which changes more than its matrices show, so nothing "
             "can be computed from these alone. Fuse it with PEFT, and extract a LoRA from the result."
         )
-
-
-def _numbers(patterns: Any, *kinds: type) -> dict[str, Any]:
-    return {key: of_kind(value, *kinds) for key, value in (patterns or {}).items()}
 
 
 def check_base(adapter: AdapterFile, shapes: Mapping[str, tuple[int, int]], base: Path) -> None:

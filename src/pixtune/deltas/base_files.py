@@ -6,7 +6,7 @@ A single file may name layers as the model's authors do, where one tensor can ho
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pixtune.errors import WeightsError
 from pixtune.families import FAMILIES
+from pixtune.families.file_names import prefix_of, tensors_in
 from pixtune.families.other_files import kind_of_tensors
 from pixtune.family import ModelFamily
 from pixtune.storage.architecture import find_cached
@@ -23,8 +24,6 @@ from pixtune.storage.loading.shards import shard_files
 from pixtune.storage.loading.threads import read_exactly
 from pixtune.storage.model_folder import MODEL_INDEX, ModelFolder
 
-PREFIXES = ("model.diffusion_model.", "diffusion_model.", "transformer.", "")
-"""Beginnings of the names of a transformer's tensors in single files, the longest first."""
 PLAIN = (torch.bfloat16, torch.float16, torch.float32)
 """Number formats of weights that a delta can be added to."""
 
@@ -134,33 +133,18 @@ def open_base(name_or_path: str) -> BaseFiles:
 
 def locate_layers(entries: Mapping[str, TensorEntry], family: ModelFamily) -> dict[str, Rows]:
     """Finds the weights of a family's linear layers, as diffusers or the model's authors name them."""
-    prefix = _prefix(entries)
+    prefix = prefix_of(entries)
     bare = {name.removeprefix(prefix): entry for name, entry in entries.items() if name.startswith(prefix)}
+    shapes = {name: entry.shape for name, entry in bare.items()}
+    paths = [re.escape(part).replace(re.escape("{}"), r"\d+") for each in family.original_layers for part in each.parts]
+    is_layer = re.compile("|".join(paths)).fullmatch
     places = {}
-    for original in family.original_layers:
-        for name, number in _matching(bare, original.path):
-            entry, first = bare[name], 0
-            if len(entry.shape) != 2 or entry.shape[0] % sum(original.shares):
-                continue
-            is_swapped = original.swaps_halves and original.path != original.parts[0]
-            for part, share in zip(original.parts, original.shares, strict=True):
-                count = entry.shape[0] // sum(original.shares) * share
-                places[part.replace("{}", number)] = Rows(entry.name, first, count, is_swapped)
-                first += count
-        for part in original.parts:
-            for name, number in _matching(bare, part):
-                if len(bare[name].shape) == 2:
-                    places[part.replace("{}", number)] = Rows(bare[name].name, 0, bare[name].shape[0])
+    for name, entry in bare.items():
+        if len(entry.shape) != 2 or not name.endswith(".weight"):
+            continue
+        for own, place in tensors_in(name, shapes):
+            layer = own.removesuffix(".weight")
+            first, end = place.rows or (0, entry.shape[0])
+            if is_layer(layer):
+                places[layer] = Rows(entry.name, first, end - first, place.halves_swapped)
     return places
-
-
-def _matching(names: Iterable[str], path: str) -> Iterable[tuple[str, str]]:
-    """Yields the weights of a path's layer, in which `{}` stands for a block's number, and those numbers."""
-    pattern = re.compile(re.escape(f"{path}.weight").replace(re.escape("{}"), r"(0|[1-9]\d{0,3})"))
-    return [(name, "".join(found.groups())) for name in names if (found := pattern.fullmatch(name))]
-
-
-def _prefix(names: Iterable[str]) -> str:
-    """Returns the beginning that a single file puts before the names of its transformer's tensors."""
-    names = list(names)
-    return next(prefix for prefix in PREFIXES if prefix == "" or any(name.startswith(prefix) for name in names))

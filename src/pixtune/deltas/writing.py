@@ -16,6 +16,7 @@ from pixtune.family import ModelFamily
 from pixtune.storage.base_reference import without_path
 from pixtune.storage.loading.shards import FORMAT
 from pixtune.storage.safetensors_writer import save_without_digest
+from pixtune.trained.adapter_config import METADATA_KEY
 from pixtune.trained.fused_layers import LowRank
 from pixtune.trained.layer_patterns import as_patterns
 from pixtune.trained.lora_formats import (
@@ -29,7 +30,6 @@ from pixtune.trained.lora_formats import (
 )
 from pixtune.trained.lora_names import DIFFUSERS_PREFIX, DOWN, MAGNITUDE, UP
 from pixtune.trained.model_spec import digest_of
-from pixtune.trained.saved_lora import METADATA_KEY
 
 CARRIED = ("pixtune.", "modelspec.", "ss_base_model_version", "ss_network_module", "ss_steps")
 """Beginnings of metadata that go into a new file. Others may hold paths and captions of whoever trained it."""

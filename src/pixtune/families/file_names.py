@@ -7,7 +7,7 @@ in one tensor, in a single-stream block with the MLP's first layer, and the last
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,6 +59,21 @@ def flux_names(name: str, shapes: Shapes) -> Named:
             rows = None if len(original.parts) == 1 else (first, end)
             yield f"{part}.{leaf}".replace("{}", number), Place(name, rows, original.swaps_halves)
             first = end
+
+
+def tensors_in(name: str, shapes: Shapes) -> Named:
+    """Yields the tensors of a model that one of a file holds, whether the file has the model's names or others.
+
+    Args:
+        shapes: shapes of the file's tensors.
+    """
+    others = tuple(flux_names(name, shapes))
+    yield from others or own_names(name, shapes)
+
+
+def prefix_of(names: Collection[str]) -> str:
+    """Returns the beginning that a file puts before the names of its transformer's tensors."""
+    return next(prefix for prefix in PREFIXES if any(name.startswith(prefix) for name in names) or not prefix)
 
 
 def flux_config(shapes: Shapes) -> dict[str, Any]:

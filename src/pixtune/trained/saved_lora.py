@@ -9,10 +9,8 @@ by name: ignored, it would give other pictures without a word.
 
 from __future__ import annotations
 
-import json
-import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
@@ -26,15 +24,14 @@ from pixtune.family import ModelFamily, Shapes
 from pixtune.plan.adapter import KINDS, NEAR_SQUARE, USUAL_FACTOR, Adapter
 from pixtune.storage.files import file_digest
 from pixtune.trained import adapters
+from pixtune.trained.adapter_config import METADATA_KEY, kind_of, number, read_adapter_config, stated_sizes
 from pixtune.trained.export import DIFFUSERS_FILE, read_tensors
 from pixtune.trained.fused_layers import LowRank
-from pixtune.trained.layer_patterns import values_by_layer
 from pixtune.trained.lokr_file import check_lokr, lokr_sides
 from pixtune.trained.lora_formats import AdapterLayer, read_layers
-from pixtune.trained.lora_names import DIFFUSERS_PREFIX, DOWN, MAGNITUDE, UP, format_of
+from pixtune.trained.lora_names import DOWN, MAGNITUDE, UP, format_of
 from pixtune.trained.scheme import Scheme
 
-METADATA_KEY = "lora_adapter_metadata"
 ALL_APPLIED = frozenset({"r", "rank_pattern", "alpha_pattern", "target_modules", "peft_type"})
 APPLIED: Mapping[str, frozenset[str]] = {
     "lora": ALL_APPLIED | {"lora_alpha", "use_rslora"},
@@ -175,7 +172,7 @@ def read_saved_lora(path: Path, family: ModelFamily) -> SavedLora:
         layers = read_layers(tensors, family, metadata)
     except WeightsError as error:
         raise WeightsError(f"{path} cannot be used: {error}") from error
-    config = _adapter_config(path, metadata[METADATA_KEY]) if METADATA_KEY in metadata else {}
+    config = read_adapter_config(path, metadata[METADATA_KEY]) if METADATA_KEY in metadata else {}
     kind = kind_of(config)
     for layer, adapter in layers.items():
         _check_layer(path, layer, adapter, kind)
@@ -192,11 +189,6 @@ def read_saved_lora(path: Path, family: ModelFamily) -> SavedLora:
         )
     _refuse_unusual(path, config, kind)
     return _scaled_by_metadata(path, weights, layers, config, kind)
-
-
-def kind_of(config: Mapping[str, Any]) -> str:
-    """Returns the kind of adapter that PEFT's config of it is for."""
-    return "lokr" if str(config.get("peft_type")) == "LOKR" else "dora" if config.get("use_dora") else "lora"
 
 
 def read_lora_of_key(key: str, path: Path, family: ModelFamily) -> SavedLora:
@@ -236,35 +228,26 @@ def _scaled_by_metadata(
     path: Path, weights: Mapping[str, Tensor], layers: Mapping[str, AdapterLayer], config: Mapping[str, Any], kind: str
 ) -> SavedLora:
     """Returns the adapter with ranks and alphas by PEFT's config of it."""
+    sizes = stated_sizes(path, config, tuple(layers))
     try:
-        rank = _number(config["r"], int)
-        alpha = _number(config["alpha" if kind == "lokr" else "lora_alpha"], float)
         factor = config.get("decompose_factor", NEAR_SQUARE)
-        factor = factor if factor == NEAR_SQUARE else _number(factor, int)
-        ranks = _values(config.get("rank_pattern"), tuple(layers), rank, int)
-        alphas = _values(config.get("alpha_pattern"), tuple(layers), alpha, float)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        factor = factor if factor == NEAR_SQUARE else number(factor, int)
+    except (TypeError, ValueError) as error:
         raise WeightsError(f"{path} has a damaged {METADATA_KEY} ({error!r:.300}). Fetch the file again.") from error
     lora = SavedLora(
-        path, weights, rank, alpha, ranks, alphas, bool(config.get("use_rslora")), kind=kind, factor=factor,
-        decompose_both=bool(config.get("decompose_both")),
+        path, weights, sizes.rank, sizes.alpha, sizes.ranks, sizes.alphas, bool(config.get("use_rslora")), kind=kind,
+        factor=factor, decompose_both=bool(config.get("decompose_both")),
     )  # fmt: skip
     if kind == "lokr":
         for layer, own in layers.items():
             check_lokr(path, layer, own.tensors, lora.size)
         return lora
-    if wrong := [layer for layer, own in layers.items() if own.low_rank.rank != ranks[layer]]:
+    if wrong := [layer for layer, own in layers.items() if own.low_rank.rank != sizes.ranks[layer]]:
         raise WeightsError(
             f"{path} has the rank {layers[wrong[0]].low_rank.rank} for {wrong[0]}, and its {METADATA_KEY} gives the "
-            f"rank {ranks[wrong[0]]}. Fetch the file again."
+            f"rank {sizes.ranks[wrong[0]]}. Fetch the file again."
         )
     return lora
-
-
-def _values(patterns: Any, layers: Sequence[str], default: Any, kind: type) -> dict[str, Any]:
-    """Returns the value of each layer by an adapter's patterns, which map texts to numbers."""
-    numbers = {key: _number(value, kind) for key, value in (patterns or {}).items()}
-    return values_by_layer(numbers, layers, default)
 
 
 def _check_layer(path: Path, layer: str, adapter: AdapterLayer, kind: str) -> None:
@@ -302,21 +285,6 @@ def _check_layer(path: Path, layer: str, adapter: AdapterLayer, kind: str) -> No
         )
 
 
-def _adapter_config(path: Path, text: str) -> dict[str, Any]:
-    """Reads an adapter's config by PEFT's names of its keys.
-
-    Raises:
-        WeightsError: it is none.
-    """
-    try:
-        config = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise WeightsError(f"{path} has a {METADATA_KEY} that is not JSON. Fetch the file again.") from error
-    if not isinstance(config, dict):
-        raise WeightsError(f"{path} has a {METADATA_KEY} that is no object. Fetch the file again.")
-    return {key.removeprefix(DIFFUSERS_PREFIX): value for key, value in config.items()}
-
-
 def _refuse_unusual(path: Path, config: Mapping[str, Any], kind: str) -> None:
     """Refuses what pixtune does not apply of an adapter's config.
 
@@ -341,19 +309,6 @@ def _refuse_unusual(path: Path, config: Mapping[str, Any], kind: str) -> None:
             f"{path} is a {KINDS[kind]} with {', '.join(unusual)}, which pixtune does not apply; without it the "
             "pictures would be others. Sample with diffusers, or fuse it into the weights there."
         )
-
-
-def _number(value: Any, kind: type) -> Any:
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, int | float)
-        or not math.isfinite(value)
-        or value != kind(value)
-    ):
-        raise ValueError(f"{value!r} is no number that can stand there")
-    if kind is int and value < 1:
-        raise ValueError(f"{value!r} is no rank")
-    return kind(value)
 
 
 def attach_saved_lora(

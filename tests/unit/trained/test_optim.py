@@ -15,7 +15,6 @@ from safetensors.torch import load_file
 from torch import nn
 
 from pixtune.config.optimizing import OPTIMIZER_NAMES
-from pixtune.config.schema import TrainConfig
 from pixtune.errors import ConfigError
 from pixtune.plan.demands import state_options_of
 from pixtune.plan.footprint import tensors_of
@@ -32,20 +31,7 @@ from pixtune.trained.optim import (
 )
 from pixtune.trained.optimizers import BUILDERS, build_optimizer, check_optimizer
 from pixtune.trained.schedule import set_learning_rate
-
-
-def config(**changes: Any) -> TrainConfig:
-    return TrainConfig.model_validate(
-        {
-            "pretrained_model_name_or_path": "x",
-            "output_dir": "x",
-            "data_config": {"img_dir": "x"},
-            "max_train_steps": 30,
-            "learning_rate": 2e-3,
-            **changes,
-        }
-    )
-
+from tests.unit.trained.configs import config
 
 PACKAGES = {
     "adamw_8bit": ("bitsandbytes",),

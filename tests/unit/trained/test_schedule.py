@@ -14,19 +14,7 @@ from transformers.optimization import get_cosine_with_min_lr_schedule_with_warmu
 from pixtune.config.schema import LR_SCHEDULERS, TrainConfig
 from pixtune.errors import ConfigError
 from pixtune.trained.schedule import build_schedule, check_schedule, rate_in, set_learning_rate
-
-
-def config(**changes: Any) -> TrainConfig:
-    return TrainConfig.model_validate(
-        {
-            "pretrained_model_name_or_path": "x",
-            "output_dir": "x",
-            "data_config": {"img_dir": "x"},
-            "max_train_steps": 30,
-            "learning_rate": 2e-3,
-            **changes,
-        }
-    )
+from tests.unit.trained.configs import config
 
 
 @pytest.mark.parametrize("warmup", [0, 7])
