@@ -42,7 +42,7 @@ from pixtune.trained.init_lora import init_lora_of, start_from
 from pixtune.trained.model_spec import model_spec
 from pixtune.trained.optimizers import build_optimizer
 from pixtune.trained.read_back import ReadBack, Velocity
-from pixtune.trained.read_back_lora import read_back_lora
+from pixtune.trained.read_back_lora import read_back_lora, refuse_other_content
 from pixtune.trained.schedule_free import AverageOfOptimizer
 from pixtune.trained.scheme import scheme_of
 from pixtune.trained.skipped_step import is_spoiled
@@ -210,7 +210,9 @@ class LoraWeights:
         about, config, family = self._describe(step), self.config, self.base.family
         spec = model_spec(to_dict(config), family, self.reference, step, config.output_dir)
         formats = config.lora_files.formats
-        paths = list(export_lora(output_dir, self._result(), about, family, formats, spec, self._dora_scales()))
+        result = self._result()
+        paths = list(export_lora(output_dir, result, about, family, formats, spec, self._dora_scales()))
+        refuse_other_content(paths, result, self.lora.scheme, family)
         for name in FILES.keys() - set(formats):  # one may be left of an earlier session
             (output_dir / FILES[name]).unlink(missing_ok=True)
         if self.average:

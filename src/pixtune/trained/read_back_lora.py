@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from pixtune.errors import WeightsError
+from pixtune.errors import WeightsError, WriteError
+from pixtune.family import ModelFamily
 from pixtune.storage.model_folder import read_header
 from pixtune.trained import adapters
 from pixtune.trained.base import Base
@@ -64,6 +65,41 @@ def read_back_lora(
     finally:
         adapters.load_lora_weights(module, kept)
     return next((read for read in found if read.unequal), max(found, key=lambda read: read.distance))
+
+
+def refuse_other_content(
+    paths: Sequence[Path], weights: Mapping[str, Tensor], scheme: Scheme, family: ModelFamily
+) -> None:
+    """Checks that files, read from the disk again, hold a LoRA's numbers at their scales.
+
+    Of a DoRA or LoKr, only diffusers' file can be read here.
+
+    Args:
+        weights: the LoRA that was written, by layer.
+
+    Raises:
+        WriteError: one holds something else, or cannot be read; names a tensor of it.
+    """
+    live = {name: tensor.cpu() for name, tensor in weights.items()}
+    for path in paths:
+        if scheme.kind != "lora" and path.name != DIFFUSERS_FILE:
+            continue
+        try:
+            saved = read_saved_lora(path, family)
+        except WeightsError as error:
+            raise WriteError(f"what was just written cannot be read: {error}") from error
+        found = dict(saved.weights)
+        for layer in saved.modules:
+            factor = saved.scheme.scale_of(layer) / scheme.scale_of(layer)
+            part = f"{layer}.{UP}"
+            if factor != 1 and part in found:
+                found[part] = found[part] * factor
+        wrong = sorted(live.keys() ^ found.keys()) or _unequal_beyond_rounding(live, found)
+        if wrong:
+            raise WriteError(
+                f"{path}, read from the disk again, is not the LoRA that was written: {len(wrong)} of {len(live)} "
+                f"tensors differ, {wrong[0]} among them"
+            )
 
 
 def _of_the_same_step(exported: Sequence[Path], checkpoint_file: Path) -> list[Path]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import io
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from types import MappingProxyType
@@ -195,6 +196,43 @@ def test_a_run_writes_the_formats_it_is_asked_for_and_takes_back_what_it_no_long
         weights = LoraWeights(config, base, BASE, lora, MappingProxyType({}), None)  # type: ignore[arg-type]
         assert {path.name for path in weights.export(tmp_path, 3)} == names
         assert {path.name for path in tmp_path.glob("*.safetensors")} == names
+
+
+@pytest.mark.parametrize("damage", ["another scale", "another number", "a lost layer"])
+def test_what_is_exported_is_read_back(damage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever export it is: after a checkpoint, of the best weights, or at the run's end."""
+    from pixtune.config import load_config
+    from pixtune.errors import WriteError
+    from pixtune.trained import export
+    from pixtune.trained.lora_formats import comfyui_tensors
+    from tests.runs import overrides, write_config
+
+    def damaged(layers: Any, family: Any) -> Any:
+        named = comfyui_tensors(layers, family)
+        name = next(name for name in named.tensors if "lora_B" in name)
+        tensors = dict(named.tensors)
+        if damage == "a lost layer":
+            tensors = {key: each for key, each in tensors.items() if name.rpartition(".lora_B")[0] not in key}
+        elif damage == "another scale":
+            tensors = {key: each / 2 if key.endswith(".alpha") else each for key, each in tensors.items()}
+        else:
+            tensors[name] = tensors[name] + 1e-3
+        return replace(named, tensors=tensors)
+
+    monkeypatch.setattr(export, "comfyui_tensors", damaged)
+    model = tiny.load_model("tiny-qwen-image")
+    tiny.attach("tiny-qwen-image", model)
+    with torch.no_grad():
+        for weight in adapters.lora_weights(model).values():
+            weight.normal_()
+    base = Base(None, QWEN, Loaded(model))  # type: ignore[arg-type]
+    config = load_config(write_config(tmp_path.parent), overrides(tmp_path, tmp_path / "cache"))
+    lora = adapters.AttachedLora((), ("to_q",), 0, Scheme(4, 8.0))
+    weights = LoraWeights(config, base, BASE, lora, MappingProxyType({}), None)  # type: ignore[arg-type]
+    with pytest.raises(WriteError, match=r"comfyui_lora\.safetensors.* is not the LoRA that was written"):
+        weights.export(tmp_path, 3)
+    monkeypatch.setattr(export, "comfyui_tensors", comfyui_tensors)
+    weights.export(tmp_path, 3)
 
 
 def test_formats_of_a_lora_are_refused_where_none_is_trained(tmp_path: Path) -> None:
