@@ -206,10 +206,7 @@ def _split(layer: str, adapter: AdapterLayer, original: OriginalLayer, ranks: Ra
         if len(down) != 2 or len(up) != 2 or down[0] != up[1] or not down[0]:
             raise WeightsError(f"{layer} has matrices of shapes {down} and {up}, not (rank, in) and (out, rank).")
     else:
-        raise WeightsError(
-            f"{layer} is {len(original.parts)} layers in diffusers, and only a LoRA (down and up) can be split among "
-            f"them; it has {', '.join(sorted(tensors))}."
-        )
+        return _split_kronecker(layer, plain, original)
     try:
         split = fused_layers.split(plain.low_rank, original.shares, ranks)
     except (ValueError, RuntimeError) as error:
@@ -225,6 +222,32 @@ def _split(layer: str, adapter: AdapterLayer, original: OriginalLayer, ranks: Ra
             read[path] = AdapterLayer(own, alpha)
         row += rows
     return read
+
+
+def _split_kronecker(layer: str, adapter: AdapterLayer, original: OriginalLayer) -> dict[str, AdapterLayer]:
+    """Returns the LoKrs of a layer's parts: each has its rows of the first factor, and the second one whole.
+
+    Row i * C + k of a Kronecker product is row i of the first factor times row k of the second, which has C. So a part
+    that begins and ends with whole rows of the first factor is the Kronecker product of these, and any other is none.
+    """
+    first = next((name for name in ("lokr_w1", "lokr_w1_a") if name in adapter.tensors), None)
+    if first is None or not all(name.startswith("lokr_") for name in adapter.tensors):
+        raise WeightsError(
+            f"{layer} is {len(original.parts)} layers in diffusers, and only a LoRA (down and up) or a LoKr can be "
+            f"split among them; it has {', '.join(sorted(adapter.tensors))}."
+        )
+    rows, total = len(adapter.tensors[first]), sum(original.shares)
+    ends = [rows * sum(original.shares[: number + 1]) for number in range(len(original.shares))]
+    if any(end % total for end in ends):
+        raise WeightsError(
+            f"{layer} is {len(original.parts)} layers in diffusers, whose borders are inside of rows of its LoKr's "
+            f"first factor, of which there are {rows}: these layers' own changes are no LoKrs, so it cannot be split."
+        )
+    pieces = adapter.tensors[first].split([rows * share // total for share in original.shares])
+    return {
+        path: AdapterLayer({**adapter.tensors, first: piece.clone()}, adapter.alpha)
+        for path, piece in zip(original.parts, pieces, strict=True)
+    }
 
 
 def _join(

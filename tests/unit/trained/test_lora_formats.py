@@ -244,6 +244,24 @@ def test_comfyui_s_file_for_flux_has_the_scale_in_its_weights() -> None:
     assert not comfyui_tensors(random_lora(FLUX, alpha=8.0), FLUX).rounded
 
 
+@pytest.mark.parametrize("first", ["lokr_w1", "lokr_w1_a"])
+def test_a_lokr_of_joined_layers_is_split_where_their_borders_are_between_rows(first: str) -> None:
+    """Each layer's change is its rows of the whole Kronecker product."""
+    joined = {"double_blocks_0_img_attn_qkv": (6, (1, 1, 1)), "single_blocks_0_linear1": (14, (1, 1, 1, 4))}
+    for name, (rows, shares) in joined.items():
+        factors = {first: torch.randn(rows, 2), "lokr_w2": torch.randn(5, 3)}
+        if first.endswith("a"):
+            factors["lokr_w1_b"] = torch.randn(2, 4)
+        layers = read_layers({f"lora_unet_{name}.{part}": tensor for part, tensor in factors.items()}, FLUX)
+        whole = torch.kron(factors[first] @ factors.get("lokr_w1_b", torch.eye(2)), factors["lokr_w2"])
+        parts = whole.split([len(whole) // sum(shares) * share for share in shares])
+        assert len(layers) == len(shares)
+        for layer, expected in zip(layers.values(), parts, strict=True):
+            own = layer.tensors
+            w1 = own[first] @ own.get("lokr_w1_b", torch.eye(2))
+            torch.testing.assert_close(torch.kron(w1, own["lokr_w2"]), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_dora_and_lokr_keep_their_tensors() -> None:
     path, flat = "transformer_blocks.1.attn.to_q", "lora_unet_transformer_blocks_1_attn_to_q"
     matrices = random_lora(QWEN)[path].tensors
@@ -320,7 +338,7 @@ QKV = "lora_unet_double_blocks_0_img_attn_qkv"
         ({"transformer.transformer_blocks.00.attn.to_q.lora_A.weight": 0}, QWEN, "no part"),
         ({"transformer.transformer_blocks.0.attn.to_q.alpha": torch.ones(())}, QWEN, "an alpha and no weights"),
         ({f"{QKV}.lora_down.weight": torch.ones(2, 8)}, FLUX, "only a LoRA"),
-        ({f"{QKV}.lokr_w1": torch.ones(2, 8)}, FLUX, "only a LoRA"),
+        ({f"{QKV}.lokr_w1": torch.ones(2, 8)}, FLUX, "inside of rows of its LoKr's first factor, of which there are 2"),
         ({f"{QKV}.lora_down.weight": torch.ones(2, 8), f"{QKV}.lora_up.weight": torch.ones(25, 2)}, FLUX, "25 outputs"),
         (
             {f"{QKV}.lora_down.weight": torch.ones(2, 8), f"{QKV}.lora_up.weight": torch.ones(24, 2)}
