@@ -21,6 +21,7 @@ import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 
@@ -39,11 +40,20 @@ log = logging.getLogger(__name__)
 DONE = -1
 """Announcement that the first process works alone no longer."""
 TRIED_BYTES = 64 * 2**20
-"""Bytes that each process reads from the others' GPUs to find out whether it can: more than what allocators take at
-once from the driver."""
+"""Bytes that each process reads from the others' GPUs to find out whether it can."""
 APART_TIMEOUT = timedelta(days=2)
 """Time that others wait for the first process's next announcement: drawing many samples takes hours. One that is gone
 is noticed all the same (`launch/peers.py`)."""
+
+
+@dataclass(frozen=True)
+class SharedPart:
+    """A block's part that the other processes read, with theirs."""
+
+    of_all: tuple[Tensor, ...]
+    """Each process's part, in their order, as this process reads it."""
+    keeper: object
+    """What keeps this process's own part in memory; tensors that read it do not."""
 
 
 class ShardGroup:
@@ -82,11 +92,12 @@ class ShardGroup:
     def _try_to_read(self) -> bool:
         """Copies the others' numbers once, as later their parts, and returns whether they came."""
         try:
-            part, slot = allocate_readable(TRIED_BYTES, self._device), allocate_readable(TRIED_BYTES, self._device)
-            parts = self.share(part.fill_(self.rank + 1))
+            part = allocate_readable(TRIED_BYTES, self._device)
+            slot = torch.empty(TRIED_BYTES, dtype=torch.uint8, device=self._device)
+            shared = self.share(part.fill_(self.rank + 1))
             self.wait_for_all()
             came = []
-            for rank, theirs in enumerate(parts):
+            for rank, theirs in enumerate(shared.of_all):
                 came.append(bool((slot.copy_(theirs) == rank + 1).all()))
             self.wait_for_all()
         except RuntimeError as error:  # every step above is torch's or the driver's, for some machines not there
@@ -101,15 +112,16 @@ class ShardGroup:
         return bool(everywhere)
 
     def allocate(self, num_bytes: int) -> Tensor:
-        """Returns memory for a part, or for a slot that parts come to."""
+        """Returns memory for a part, which the others can read if `can_read`."""
         if self.can_read:
             return allocate_readable(num_bytes, self._device)
         return torch.empty(num_bytes, dtype=torch.uint8, device=self._device)
 
-    def share(self, part: Tensor) -> list[Tensor]:
-        """Returns each process's part as this process reads it, itself included. All of the group call it together."""
+    def share(self, part: Tensor) -> SharedPart:
+        """Lets the others read a part, and returns theirs. All processes of the group call it together."""
         handle = symmetric_memory.rendezvous(part, self._bytes.group_name)
-        return [handle.get_buffer(rank, part.shape, part.dtype) for rank in range(self.size)]
+        of_all = tuple(handle.get_buffer(rank, part.shape, part.dtype) for rank in range(self.size))
+        return SharedPart(of_all, (part, handle))
 
     def wait_for_all(self) -> None:
         """Waits until all processes of the group have come here with their work done."""
@@ -128,11 +140,7 @@ class ShardGroup:
 
 
 def allocate_readable(num_bytes: int, device: torch.device) -> Tensor:
-    """Returns memory that other processes can be given to read, outside of torch's allocator.
-
-    It is one allocation of the driver's. What torch's allocator gives out may be several that look like one, and copies
-    between GPUs refuse those.
-    """
+    """Returns memory that other processes can be given to read, outside of torch's allocator."""
     return symmetric_memory.empty(num_bytes, dtype=torch.uint8, device=device)
 
 
@@ -179,18 +187,12 @@ class ReadParts:
     def __init__(self, group: ShardGroup, lane: CopyLane, parts: Sequence[Tensor]) -> None:
         self._lane, self._own = lane, group.rank
         self._parts = [group.share(part) for part in parts]
-        self._group = group
         self.outside_bytes = sum(part.nbytes for part in parts)
         group.wait_for_all()
 
-    def slot(self, num_bytes: int) -> Tensor:
-        """Returns memory for a slot."""
-        self.outside_bytes += num_bytes
-        return self._group.allocate(num_bytes)
-
     def fill(self, index: int, slot: Tensor, after: Mark) -> Mark:
         """Copies all parts of a block into a slot's memory once `after` is done; returns the mark of the end."""
-        parts = self._parts[index]
+        parts = self._parts[index].of_all
         places = slot[: sum(part.nbytes for part in parts)].chunk(len(parts))
         # Each begins with its own neighbour, so that no GPU is read by all at once.
         order = [(self._own + 1 + turn) % len(parts) for turn in range(len(parts))]
@@ -211,10 +213,6 @@ class GatheredParts:
     def __init__(self, group: ShardGroup, lane: CopyLane, parts: Sequence[Tensor]) -> None:
         self._group, self._lane, self._parts = group, lane, parts
         self._is_apart = self._announces = False
-
-    def slot(self, num_bytes: int) -> Tensor:
-        """Returns memory for a slot."""
-        return self._group.allocate(num_bytes)
 
     def fill(self, index: int, slot: Tensor, after: Mark) -> Mark:
         """Gathers a block into a slot's memory once `after` is done, and returns the mark of its end.

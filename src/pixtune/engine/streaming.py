@@ -89,9 +89,6 @@ class Source(Protocol):
     def outside_bytes(self) -> int:
         """Device memory that it holds outside of torch's allocator."""
 
-    def slot(self, num_bytes: int) -> Tensor:
-        """Returns device memory that it can fill."""
-
     def fill(self, index: int, slot: Tensor, after: Mark) -> Mark:
         """Fills the beginning of a slot's memory with a block once `after` is done; returns the mark of its end."""
 
@@ -106,9 +103,6 @@ class HostBlocks:
     lane: CopyLane
     blocks: Sequence[Tensor]
     outside_bytes: int = 0
-
-    def slot(self, num_bytes: int) -> Tensor:
-        return torch.empty(num_bytes, dtype=torch.uint8, device=self.lane.device)
 
     def fill(self, index: int, slot: Tensor, after: Mark) -> Mark:
         block = self.blocks[index]
@@ -139,7 +133,10 @@ class BlockStream:
     def __init__(self, blocks: Sequence[AwayBlock], lane: CopyLane, source: Source, num_slots: int) -> None:
         self._blocks = tuple(blocks)
         self._lane, self._source = lane, source
-        self._slots = [Slot(source.slot(self.slot_bytes)) for _ in range(min(num_slots, len(self._blocks)))]
+        self._slots = [
+            Slot(torch.empty(self.slot_bytes, dtype=torch.uint8, device=lane.device))
+            for _ in range(min(num_slots, len(self._blocks)))
+        ]
         for slot in self._slots:
             self._lane.keep_until_copied(slot.memory)
         self._running: Slot | None = None
