@@ -126,7 +126,7 @@ class ShardGroup:
     def wait_for_all(self) -> None:
         """Waits until all processes of the group have come here with their work done."""
         torch.cuda.synchronize(self._device)
-        dist.barrier(group=self._bytes)
+        dist.barrier(group=self._bytes, device_ids=[self._device.index or 0])
 
     def gather(self, whole: Tensor, part: Tensor) -> None:
         """Fills `whole` with the parts of all processes of the group, in their order; bytes, on one device."""
