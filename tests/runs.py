@@ -99,9 +99,14 @@ def run(command: list[str], **options: object) -> subprocess.CompletedProcess[st
 
 
 def pixtune_together(
-    num_processes: int, *arguments: object, before: processes.Before | None = None
+    num_processes: int, *arguments: object, before: processes.Before | None = None, **changes: str
 ) -> list[subprocess.CompletedProcess[str]]:
-    """`pixtune ...` as a launcher starts it in several processes of one host, without the launcher's own seconds."""
+    """`pixtune ...` as a launcher starts it in several processes of one host, without the launcher's own seconds.
+
+    Args:
+        before: what each process does first.
+        changes: of their environment.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -112,7 +117,7 @@ def pixtune_together(
             environment(
                 ACCELERATE_USE_CPU="true", GLOO_SOCKET_IFNAME="lo", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
                 WORLD_SIZE=str(num_processes), LOCAL_WORLD_SIZE=str(num_processes), RANK=str(rank),
-                LOCAL_RANK=str(rank), GROUP_RANK="0",
+                LOCAL_RANK=str(rank), GROUP_RANK="0", **changes,
             ),
             before,
         )

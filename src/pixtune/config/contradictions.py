@@ -139,6 +139,15 @@ def _some_length(steps: int | None, epochs: int | None) -> str | None:
     return None
 
 
+def _shared_blocks_are_recomputed(method: str, shards: int | None, keeps_everything: bool | None) -> str | None:
+    if method == "full" or not keeps_everything or (shards or 1) == 1:
+        return None
+    return (
+        f"distributed.shards is {shards} and disable_gradient_checkpointing is true: blocks that lie in parts on "
+        "several GPUs are recomputed in the backward pass. Leave disable_gradient_checkpointing out"
+    )
+
+
 def _rules_for_their_schedule(scheduler: str, rules: str | None) -> str | None:
     if scheduler == "piecewise_constant" and rules is None:
         return 'lr_scheduler is "piecewise_constant", which needs lr_step_rules, for example "1:100,0.1"'
@@ -319,6 +328,7 @@ _RULES: tuple[tuple[tuple[str, ...], Callable[..., str | None]], ...] = (
     (("train_batch_size", "data_config.train_batch_size"), _one_batch_size),
     (("max_train_steps", "num_train_epochs"), _some_length),
     (("lr_scheduler", "lr_step_rules"), _rules_for_their_schedule),
+    (("method", "distributed.shards", "disable_gradient_checkpointing"), _shared_blocks_are_recomputed),
     (("validation.held_out", "validation.held_out_dir"), _one_held_out_set),
     (("validation.patience", "validation.held_out", "validation.held_out_dir"), _something_to_wait_for),
     (("method", "lora_targets", "lora_alpha"), _lora_keys_with_a_lora),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 from pixtune.hardware.facts import GIB
 from pixtune.plan.exchange_cost import (
@@ -19,7 +20,7 @@ from pixtune.plan.exchange_cost import (
     sent_bytes,
 )
 from pixtune.plan.footprint import ELEMENT_BYTES
-from pixtune.plan.rungs import Rung, ladder
+from pixtune.plan.rungs import STREAM_SLOTS, Rung, ladder
 from pixtune.plan.seconds import gathered_blocks, step_seconds
 from pixtune.plan.situation import Situation
 
@@ -68,7 +69,7 @@ def together(rung: Rung, situation: Situation) -> Together:
         return Together(
             situation.num_hosts, situation.num_processes, rung.shards, gathers, sums, None, words
         )  # fmt: skip
-    gathers = tuple(gathering_exchanges(gathered_blocks(rung, situation), rung.shards, num_micro_batches))
+    gathers = _of_shared_blocks(rung, situation, num_micro_batches)
     sums = tuple(lora_exchanges(footprint.trained_weights, situation.all_processes))
     step = None
     if situation.facts.device == "cuda" and demands.compute_format in ELEMENT_BYTES:
@@ -79,6 +80,17 @@ def together(rung: Rung, situation: Situation) -> Together:
             wait_seconds=0.0,
         )
     return Together(situation.num_hosts, situation.num_processes, rung.shards, gathers, sums, step, words)
+
+
+def _of_shared_blocks(rung: Rung, situation: Situation, num_micro_batches: int) -> tuple[Exchange, ...]:
+    """Returns the exchanges of a step that bring frozen blocks.
+
+    The ring of whole blocks holds the last ones when the backward pass begins, and the first ones when it ends.
+    """
+    blocks = gathered_blocks(rung, situation)
+    forward, backward = blocks[STREAM_SLOTS:], blocks[: len(blocks) - STREAM_SLOTS]
+    once = (gathering_exchanges(each, rung.shards, passes=1) for each in (forward, backward))
+    return tuple(chain.from_iterable(once)) * num_micro_batches
 
 
 def _of_all_weights(

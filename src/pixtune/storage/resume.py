@@ -202,6 +202,7 @@ MEANINGS: Mapping[str, str] = {
 
 LATER_KEYS = (
     "optimizer", "prodigy", "schedule_free", "adafactor", "muon", "lr_warmup_share", "lr_floor", "adapter",
+    "distributed",
 )  # fmt: skip
 """Keys and sections that count in a config's name only where they are set: runs without them keep the name they had."""
 

@@ -164,7 +164,7 @@ def test_folders_may_move_but_not_be_used_otherwise() -> None:
 
 def test_rules_are_of_keys_that_there_are() -> None:
     keys = flatten(to_dict(config()))
-    sections = {"samples", "guard", "lora_files", "model_parts"}
+    sections = {"samples", "guard", "lora_files", "model_parts", "distributed"}
     assert RULES.keys() - keys.keys() == {"num_processes", *sections, *FORMER_KEYS}
 
 
