@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -50,18 +51,24 @@ def import_config(
 
     source = _read(file)
     peer = peer_of(source)
-    imported = migrate(source, peer, Options(dataset), model)
-    text = config_text(imported)
     if output == STANDARD:
-        print(text, end="")
+        print(config_text(migrate(source, peer, Options(dataset), model)), end="")
         return
     target = Path(output) if output else Path(f"{_stem(file)}.pixtune.yaml")
+    prompts_file = target.with_name(f"{target.stem}.prompts.jsonl")
+    imported = migrate(source, peer, Options(dataset), model, str(prompts_file))
+    text = config_text(imported)
     if target.is_dir():
         raise MigrationError(f"{target} is a folder: give a file as -o, for example {target / 'train.yaml'}")
     if _is_same(target, file):
         raise MigrationError(f"{target} is the config itself: give another name as -o")
-    if target.exists() and not force:
-        raise MigrationError(f"{target} is there already: give another name as -o, or --force to replace it")
+    for written in (target, *([prompts_file] if imported.prompts else [])):
+        if written.exists() and not force:
+            raise MigrationError(f"{written} is there already: give another name as -o, or --force to replace it")
+    if imported.prompts:
+        rows = "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in imported.prompts)
+        write_atomically(prompts_file, rows.encode())
+        typer.echo(one_line(f"{prompts_file}: {len(imported.prompts)} prompts with their own sizes and seeds"))
     write_atomically(target, text.encode())
     for line in summary(imported):
         typer.echo(one_line(line))

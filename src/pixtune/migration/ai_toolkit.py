@@ -300,9 +300,9 @@ SETTINGS: tuple[Rule, ...] = (
     Rule("sample.guidance_scale", "samples.guidance_scale", only_with_prompts(guidance), default=7),
     Rule("sample.sample_steps", "samples.num_steps", only_with_prompts(to.whole), default=20),
     Rule("sample.network_multiplier", "samples.strengths", only_with_prompts( lambda value, look: [to.real(value)])),
-    Rule("sample.prompts", "samples.prompts samples.controls", prompts_with_options,
+    Rule("sample.prompts", "samples.prompts samples.controls samples.prompts_file", prompts_with_options,
          remark="options behind a prompt, such as --ctrl_img, are read"),
-    Rule("sample.samples", "samples.prompts samples.controls", prompts_with_options),
+    Rule("sample.samples", "samples.prompts samples.controls samples.prompts_file", prompts_with_options),
     *harmless("sample.walk_seed", "all prompts are sampled with the same seeds, so that rounds can be compared"),
     *harmless("sample.sampler sample.format sample.ext sample.guidance_rescale sample.num_frames sample.fps "
               "sample.sample_start_step sample.adapter_conditioning_scale sample.refiner_start_at",

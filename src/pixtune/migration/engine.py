@@ -42,17 +42,22 @@ class Imported:
     folders: tuple[tuple[Line, ...], ...]
     """Lines of each item of `data_config.folders`; empty where `data_config.img_dir` is the one folder."""
     leftovers: tuple[Leftover, ...]
+    prompts: tuple[Mapping[str, Any], ...] = ()
+    """Rows of the file that `samples.prompts_file` names, where prompts have settings of their own."""
 
     def value_of(self, key: str) -> Any:
         """Returns the value of one of our keys; None: it has no line."""
         return next((line.value for line in self.lines if line.key == key), None)
 
 
-def migrate(source: Source, peer: Peer, options: Options, model_name: str | None = None) -> Imported:
+def migrate(
+    source: Source, peer: Peer, options: Options, model_name: str | None = None, prompts_file: str = ""
+) -> Imported:
     """Translates a config.
 
     Args:
         model_name: model in place of the one that it names.
+        prompts_file: file that may be written for prompts with settings of their own; empty: none may.
 
     Raises:
         MigrationError: it trains another model, or a value is wrong; reports all that are.
@@ -65,7 +70,8 @@ def migrate(source: Source, peer: Peer, options: Options, model_name: str | None
     settings = {**defaults_of(peer.settings), **_given(parts.settings.written)}
     at_once, length, worries = _sizes(peer, settings, from_folders(translated))
     turns = turns_of([lines for lines, _ in translated])
-    look = Look(parts.settings.written, defaults_of(peer.settings), model, turns, at_once, length, source.folder)
+    defaults = defaults_of(peer.settings)
+    look = Look(parts.settings.written, defaults, model, turns, at_once, length, source.folder, prompts_file)
     lines, leftovers = apply(peer, parts.settings, peer.settings, look, faults)
     faults = faults or worries
     if faults:
@@ -91,7 +97,8 @@ def migrate(source: Source, peer: Peer, options: Options, model_name: str | None
     listed = place(lines, folders, leftovers)
     ordered = tuple(_in_order(lines))
     origins = [line.origin for each in (ordered, *listed) for line in each]
-    imported = Imported(peer.name, source.name, ordered, listed, tuple(_once(leftovers, origins)))
+    prompts = tuple(look.prompts)
+    imported = Imported(peer.name, source.name, ordered, listed, tuple(_once(leftovers, origins)), prompts)
     _check(imported)
     return imported
 
@@ -143,9 +150,13 @@ def _default_of(key: str) -> Any:
 
 
 def _once(leftovers: Iterable[Leftover], origins: Iterable[str]) -> list[Leftover]:
-    """Returns leftovers by kind, each once, without those of no effect that lines have in their comments."""
+    """Returns leftovers by kind, each once, without those of no effect that only name what lines come from."""
     said = set(", ".join(origins).split(", "))
-    found = [each for each in dict.fromkeys(leftovers) if each.kind != "no effect" or each.origin not in said]
+    found = [
+        each
+        for each in dict.fromkeys(leftovers)
+        if each.kind != "no effect" or each.beside_line or each.origin not in said
+    ]
     return sorted(found, key=lambda each: KINDS.index(each.kind))
 
 

@@ -222,7 +222,7 @@ def settings(rate: float, workers: int, layers: kohya_network.Layers) -> tuple[R
                   "a run here goes on from its own checkpoints: resume_from_checkpoint=latest"),
         *harmless("huggingface_* save_state_to_huggingface async_upload", "nothing is uploaded here"),
         # ---- samples
-        Rule("sample_prompts", "samples.prompts", file_of_prompts),
+        Rule("sample_prompts", "samples.prompts samples.prompts_file", file_of_prompts),
         Rule("sample_every_n_steps", "samples.every", only_with_prompts(to.at_least_one)),
         Rule("sample_every_n_epochs", "samples.every", only_with_prompts(to.every_epochs("samples.every"))),
         *harmless("sample_at_first sample_sampler", "there is a round of samples before the first step"),

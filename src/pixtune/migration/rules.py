@@ -56,6 +56,10 @@ class Look:
     """Number of steps and number of epochs of the run, of which one is known."""
     folder: Path = Path()
     """Folder of the config, where files that it names are looked for."""
+    prompts_file: str = ""
+    """File for prompts with settings of their own, as the config would name it; empty: none can be written."""
+    prompts: list[Mapping[str, Any]] = field(default_factory=list)
+    """Rows of that file, which conversions fill."""
     taken: set[str] = field(default_factory=set)
     """Written keys that the conversion under way has taken into its result."""
 

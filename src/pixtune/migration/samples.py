@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,6 +13,10 @@ from pixtune.migration import conversions as to
 from pixtune.migration.reading import find_second
 from pixtune.migration.rules import Look, Lost, Outcome, WrongValue, only_if
 
+MOST_PROMPTS = 1000
+OF_A_PROMPT = ("w", "h", "d", "n")
+"""Options that each prompt of `samples.prompts_file` may have of its own, beside controls."""
+SCALES = ("samples.guidance_scale", "samples.strengths")
 PROMPT_KEYS = ("sample.prompts", "sample.samples", "sample_prompts", "validation_prompt", "samples")
 OFF_KEYS = ("train.disable_sampling", "validation_disable")
 OPTION = re.compile(r"\s--([a-z]\w*)\s+")
@@ -86,35 +91,67 @@ def file_of_prompts(value: Any, look: Look) -> Any:
 
 
 def _prompts_of(lines: Sequence[str], look: Look) -> Any:
-    """Returns what prompts with options behind them say."""
-    prompts, controls = [], []
-    options: dict[str, list[str]] = {}
-    for line in lines[:1000]:
-        prompt, *rest = OPTION.split(f"{line} ")
-        prompts.append(prompt.strip())
-        names = (SAME_OPTION.get(name, name) for name in rest[::2])
-        given = dict(zip(names, (each.strip() for each in rest[1::2]), strict=False))
-        controls.append([given.pop("ci")] if "ci" in given else [])
-        for key, option in given.items():
-            options.setdefault(key, []).append(option)
-    if not prompts:
+    """Returns what prompts with options behind them say; where they differ in these, as rows of a file of prompts."""
+    found = [_with_options(line) for line in lines[:MOST_PROMPTS]]
+    if not found:
         return Lost("there is no prompt in it", False)
-    if look.model.edits and not all(controls):
+    if look.model.edits and not all("ci" in given for _, given in found):
         return Lost("an edit model needs control pictures of each prompt: write samples", False)
-    values: dict[str, Any] = {"samples.prompts": prompts}
+    own = {key: {given.get(key) for _, given in found} for key in OF_A_PROMPT}
+    in_file = look.prompts_file and any(len(values) > 1 for values in own.values())
+    values = _for_all(found, look)
+    if in_file:
+        look.prompts.extend(_row(prompt, given, look) for prompt, given in found)
+        values = {key: value for key, value in values.items() if key in ("samples.num_steps", *SCALES)}
+        values["samples.prompts_file"] = look.prompts_file
+    counted = {key for _, given in found for key in given if key != "ci" and not (in_file and key in OF_A_PROMPT)}
+    differ = [key for key in sorted(counted) if len({given[key] for _, given in found if key in given}) > 1]
+    lost = []
+    if differ:
+        lost.append(Lost(f"prompts differ in --{', --'.join(differ)}, and the first one's is taken for all", False))
+    if in_file and any(("w" in given) != ("h" in given) for _, given in found):
+        lost.append(Lost("a prompt has one of --w and --h alone, and gets the usual size here", False))
+    return Outcome(values, tuple(lost))
+
+
+def _with_options(line: str) -> tuple[str, dict[str, str]]:
+    """Returns a prompt, and the options behind it by kohya's names."""
+    prompt, *rest = OPTION.split(f"{line} ")
+    names = (SAME_OPTION.get(name, name) for name in rest[::2])
+    return prompt.strip(), dict(zip(names, (each.strip() for each in rest[1::2]), strict=False))
+
+
+def _for_all(found: Sequence[tuple[str, Mapping[str, str]]], look: Look) -> dict[str, Any]:
+    """Returns prompts, with the options of the first that has each for all."""
+    options: dict[str, str] = {}
+    for _, given in found:
+        options = {**given, **options}
+    values: dict[str, Any] = {"samples.prompts": [prompt for prompt, _ in found]}
     if look.model.edits:
-        values["samples.controls"] = controls
+        values["samples.controls"] = [[given["ci"]] for _, given in found]
     for key, ours in NUMBERED.items():
         if key in options:
-            number = to.whole(options[key][0])
+            number = to.whole(options[key])
             values[ours] = [number] if key == "d" else number
     scale = options.get("g" if look.model.guided else "l") or options.get("l") or options.get("g")
     if scale:
-        values["samples.guidance_scale"] = max(1.0, to.real(scale[0]))
+        values["samples.guidance_scale"] = max(1.0, to.real(scale))
     if "m" in options:
-        values["samples.strengths"] = [to.real(options["m"][0])]
+        values["samples.strengths"] = [to.real(options["m"])]
     if "n" in options:
-        values["samples.negative_prompt"] = options["n"][0]
-    differ = [key for key, given in options.items() if len(set(given)) > 1]
-    why = "prompts have different sizes, seeds or scales, and the first one's are taken for all"
-    return Outcome(values, (Lost(why, False),) if differ else ())
+        values["samples.negative_prompt"] = options["n"]
+    return values
+
+
+def _row(prompt: str, given: Mapping[str, str], look: Look) -> dict[str, Any]:
+    """Returns a prompt with its options as a row of `samples.prompts_file`."""
+    row: dict[str, Any] = {"prompt": prompt}
+    if "w" in given and "h" in given:
+        row |= {"width": to.whole(given["w"]), "height": to.whole(given["h"])}
+    if "d" in given:
+        row["seed"] = to.whole(given["d"])
+    if "n" in given:
+        row["negative"] = given["n"]
+    if look.model.edits:
+        row["control"] = os.path.abspath(given["ci"])  # the file's are relative to its own folder
+    return row

@@ -46,6 +46,8 @@ class Leftover:
     why: str
     key: str = ""
     """Key there alone."""
+    beside_line: bool = False
+    """Whether a line of ours comes from it too, and this is what that line does not have."""
 
 
 def apply(
@@ -86,7 +88,7 @@ def apply(
                 _add(lines, Line(ours, ours_value, origin, by_default and not others))
             problems = result.lost if result.values or result.lost else (Lost(rule.remark or ELSEWHERE, False),)
             leftovers += [
-                Leftover(kind_of(what), origin, what.why, key)
+                Leftover(kind_of(what), origin, what.why, key, bool(result.values))
                 for what in problems
                 if what.changes_result or what.to_fill_in or not by_default
             ]
@@ -94,7 +96,7 @@ def apply(
         if key not in known and value is not None:
             why = f"this import does not know the key: look up in {peer.name} what it does"
             leftovers.append(Leftover("not known", f"{part.label}{key} = {shown(key, value)}", why, key))
-    return lines, [each for each in leftovers if each.kind != "no effect" or each.key not in taken]
+    return lines, [each for each in leftovers if each.kind != "no effect" or each.beside_line or each.key not in taken]
 
 
 def _origin(peer: Peer, part: Part, key: str, value: Any, by_default: bool) -> str:

@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from pixtune.commands.import_config import import_config
+from pixtune.data.sample_prompts import AskedPrompt, read_prompts
 from pixtune.errors import MigrationError
 from tests.runs import ROOT, environment
 
@@ -159,3 +160,46 @@ def test_a_config_made_twice_is_the_same(config, tmp_path):
     import_config(str(config), "one.yaml")
     import_config(str(config), "two.yaml")
     assert (tmp_path / "one.yaml").read_bytes() == (tmp_path / "two.yaml").read_bytes()
+
+
+PROMPTS = """# seeds and sizes of their own
+a cat, "sleeping" --w 768 --h 512 --d 7 --s 20 --n blurry
+ein Hund über dem Fluss --d 8 --s 20
+🟫 with a sign --w 512 --h 512 --s 30 --g 3
+"""
+
+
+def test_prompts_with_settings_of_their_own_become_a_file_of_prompts(tmp_path):
+    (tmp_path / "run.toml").write_text(
+        'pretrained_model_name_or_path = "flux1-dev.safetensors"\nnetwork_module = "networks.lora_flux"\n'
+        'ae = "a"\nclip_l = "c"\nsample_prompts = "prompts.txt"\ntrain_data_dir = "x"\nsample_every_n_steps = 5\n'
+    )
+    (tmp_path / "prompts.txt").write_text(PROMPTS, encoding="utf-8")
+    import_config("run.toml", "mine.yaml")
+    samples = yaml.safe_load((tmp_path / "mine.yaml").read_text(encoding="utf-8"))["samples"]
+    assert samples == {"prompts_file": "mine.prompts.jsonl", "every": 5, "num_steps": 20, "guidance_scale": 3.0}
+    assert read_prompts(tmp_path / samples["prompts_file"]) == [
+        AskedPrompt('a cat, "sleeping"', "blurry", (), (768, 512), (7,)),
+        AskedPrompt("ein Hund über dem Fluss", None, (), None, (8,)),
+        AskedPrompt("🟫 with a sign", None, (), (512, 512)),
+    ]
+    assert "prompts differ in --s" in (tmp_path / "mine.yaml").read_text(encoding="utf-8")
+    with pytest.raises(MigrationError, match=r"mine\.yaml is there already"):
+        import_config("run.toml", "mine.yaml")
+    (tmp_path / "mine.yaml").unlink()
+    with pytest.raises(MigrationError, match=r"mine\.prompts\.jsonl is there already"):
+        import_config("run.toml", "mine.yaml")
+
+
+def test_prompts_with_the_same_settings_stand_in_the_config(tmp_path, capsys):
+    (tmp_path / "prompts.txt").write_text("a cat --d 7\na dog --d 7\n")
+    (tmp_path / "run.toml").write_text(
+        'pretrained_model_name_or_path = "flux1-dev.safetensors"\nnetwork_module = "networks.lora_flux"\n'
+        'ae = "a"\nclip_l = "c"\nsample_prompts = "prompts.txt"\n'
+    )
+    import_config("run.toml", "mine.yaml")
+    assert yaml.safe_load((tmp_path / "mine.yaml").read_text())["samples"] == {
+        "prompts": ["a cat", "a dog"],
+        "seeds": [7],
+    }
+    assert not (tmp_path / "mine.prompts.jsonl").exists()
