@@ -85,7 +85,7 @@ class ShardGroup:
             return False  # a group of several hosts
         own = self._device.index or 0
         others = [own - self.rank + rank for rank in range(self.size) if rank != self.rank]
-        if not self._all(all(torch.cuda.can_device_access_peer(own, other) for other in others)):
+        if not self._all(all(can_access(own, other) for other in others)):
             return False
         return self._all(self._try_to_read())
 
@@ -137,6 +137,11 @@ class ShardGroup:
         number = torch.tensor([word])
         dist.broadcast(number, 0, group=self._words)
         return int(number)
+
+
+def can_access(own: int, other: int) -> bool:
+    """Returns whether a GPU reads another one's memory, by their numbers in this process, which may not see both."""
+    return 0 <= other < torch.cuda.device_count() and torch.cuda.can_device_access_peer(own, other)
 
 
 def allocate_readable(num_bytes: int, device: torch.device) -> Tensor:
