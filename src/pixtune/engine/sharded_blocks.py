@@ -53,7 +53,7 @@ class SharedPart:
     of_all: tuple[Tensor, ...]
     """Each process's part, in their order, as this process reads it."""
     keeper: object
-    """What keeps this process's own part in memory; tensors that read it do not."""
+    """Keeper of this process's own part in memory; tensors that read it do not keep it."""
 
 
 class ShardGroup:
