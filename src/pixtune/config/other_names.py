@@ -84,7 +84,7 @@ _BY_OURS: Mapping[str, str] = {
     "lr_warmup_share": "warmup_ratio lr_warmup_ratio warmup_percent lr_warmup_percent",
     "lr_floor": "lr_scheduler_min_lr_ratio min_lr_ratio min_lr_rate min_lr eta_min lr_end learning_rate_min_factor",
     "lr_num_cycles": "lr_scheduler_num_cycles num_cycles learning_rate_cycles",
-    "lr_power": "lr_scheduler_power",
+    "lr_power": "power lr_scheduler_power",
     "optimizer": "optimizer_type optim optimizer_name optimizer_args optimizer_params",
     "adam8bit": "adamw8bit use_8bit_adam",
     "adam_weight_decay": "weight_decay optimizer_config",

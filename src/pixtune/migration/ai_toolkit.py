@@ -104,7 +104,14 @@ def _targets(value: Any, look: Look) -> Any:
     """Returns the layers of the adapter: all in the blocks, or those whose paths hold a text."""
     if is_off(value):
         return ["all_linear"]
-    return [f"*{word.removeprefix('transformer.')}*" for word in to.texts(value)]
+    prefix = "transformer."  # all paths begin with it there, so that what begins with it is the beginning of one
+    return [f"{word.removeprefix(prefix)}*" if word.startswith(prefix) else f"*{word}*" for word in to.texts(value)]
+
+
+def _floor(value: Any, look: Look) -> Any:
+    """Returns the share of the rate that a schedule falls to, from the lowest rate."""
+    rate = to.real(look.get("train.lr", 1e-6))
+    return to.share(min(to.real(value) / rate, 1.0)) if rate else Lost("the rate is 0", False)
 
 
 def _timesteps(value: Any, look: Look) -> Any:
@@ -236,6 +243,9 @@ SETTINGS: tuple[Rule, ...] = (
     Rule("train.lr_scheduler", "lr_scheduler", optim.schedule),
     Rule("train.lr_scheduler_params.num_warmup_steps", "lr_warmup_steps lr_warmup_share", to.warm_up()),
     Rule("train.lr_scheduler_params.warmup_steps", "lr_warmup_steps lr_warmup_share", to.warm_up()),
+    Rule("train.lr_scheduler_params.power", "lr_power", to.real),
+    Rule("train.lr_scheduler_params.num_cycles", "lr_num_cycles", to.whole),
+    Rule("train.lr_scheduler_params.eta_min", "lr_floor", _floor, remark="over the rate"),
     *lost("train.lr_scheduler_params.*", "the schedule has no such argument here"),
     Rule("train.max_grad_norm", "max_grad_norm", to.real, default=1.0),
     Rule("train.dtype", "mixed_precision", to.precision),

@@ -27,7 +27,7 @@ ABOUT_FILES = (
 """Commands that name a script and do not start it."""
 
 _ASSIGNMENT = re.compile(r"^(?:export\s+|set\s+|\$env:|local\s+)?\"?([A-Za-z_]\w*)\s?=\s?(.*)$", re.DOTALL)
-_VARIABLE = re.compile(r"\$\{(\w+)(?::?-([^{}]*))?\}|\$(\w+)|%(\w+)%")
+_VARIABLE = re.compile(r"\$\{(\w+)(?::?-((?:[^{}]|\$\{\w+\})*))?\}|\$(\w+)|%(\w+)%")
 _LAUNCH = re.compile(
     r"(?:^|[\s/\\\"'&|(])[\w.-]*\.py[\"']?\s+(?:[\\^`]\s+)*(?:--?\w|\"?[^\s\"]+\.(?:ya?ml|toml|json)\b)"
 )
@@ -82,7 +82,10 @@ def find_commands(text: str, name: str) -> tuple[Command, ...]:
             try:
                 while part and (found := _assignment(part)):
                     key, value, part = found
-                    variables[key] = _filled(value, variables)[0]
+                    if re.search(r"\$\(|`", value):  # what a command prints, and none is run
+                        variables.pop(key, None)
+                    else:
+                        variables[key] = _filled(value, variables)[0]
                 command = _command(part, variables)
             except ValueError as error:
                 raise MigrationError(f"{name}:{number}: this command cannot be read: {error}") from error
@@ -148,7 +151,7 @@ def _filled(word: str, variables: Mapping[str, str]) -> tuple[str, tuple[str, ..
     Raises:
         ValueError: it is too long.
     """
-    unknown = []
+    unknown: list[str] = []
     room = MOST_CHARACTERS - len(word)
 
     def fill(found: re.Match[str]) -> str:
@@ -160,11 +163,15 @@ def _filled(word: str, variables: Mapping[str, str]) -> tuple[str, tuple[str, ..
         if name in variables:
             return variables[name]
         if found[2] is not None:
-            return found[2]
+            inner, missing = _filled(found[2], variables)
+            unknown.extend(missing)
+            return inner
         unknown.append(name)
         return found[0]
 
-    return _VARIABLE.sub(fill, word), tuple(unknown)
+    filled = _VARIABLE.sub(fill, word)
+    unknown += [found[1] or found[3] or found[4] for found in _VARIABLE.finditer(filled)]  # in values of variables
+    return filled, tuple(dict.fromkeys(unknown))
 
 
 def _command(words: list[str], variables: Mapping[str, str]) -> Command | None:

@@ -68,6 +68,19 @@ def test_paths_of_windows(call):
     assert found["data_config.img_dir"] == "F:\\new\\it"
 
 
+def test_variables_with_defaults_that_hold_others():
+    """What nothing here sets is to be filled in; what a command prints is not known, since none is run."""
+    imported = take_text(
+        'ROOT="$(cd "$(dirname "$0")/.." && pwd)"\nNAME="${NAME:-it}"\nOUT="${OUT:-$ROOT/out/${NAME}}"\n'
+        'MODEL="${MODEL:-$HOME/flux1-dev.safetensors}"\naccelerate launch flux_train_network.py '
+        '--pretrained_model_name_or_path="$MODEL" --clip_l c --output_dir="$OUT" --output_name="$NAME"\n'
+    )
+    assert imported.value_of("output_dir") == "$ROOT/out/it/it"
+    assert imported.value_of("model_parts.transformer") == "$HOME/flux1-dev.safetensors"
+    named = " ".join(left(imported, "to fill in"))
+    assert "$ROOT" in named and "$HOME" in named
+
+
 def ai_toolkit(
     prompts: list[str], arch: str = "flux_kontext", name: str = "black-forest-labs/FLUX.1-Kontext-dev"
 ) -> str:
@@ -83,6 +96,22 @@ def test_controls_behind_prompts():
     assert found["samples.prompts"] == ["make it smile", "an afro"]
     assert found["samples.controls"] == [["/p/a.jpg"], ["/p/b.jpg"]]
     assert (found["samples.width"], found["samples.seeds"]) == (1024, [42])
+
+
+def test_layers_by_the_beginnings_of_their_paths():
+    """A text that begins a path there does not stand in the middle of another one, and one without an end goes on."""
+    tree = json.loads(ai_toolkit(["a"], "flux", "FLUX.1-dev"))
+    words = ["transformer.transformer_blocks.1", "transformer.single_transformer_blocks.2.proj_out", "norm_out"]
+    process = tree["config"]["process"][0]
+    process["network"] = {"type": "lora", "linear": 4, "network_kwargs": {"only_if_contains": words}}
+    parameters = {"eta_min": 1e-5, "warmup_steps": 7, "power": 2}
+    process["train"] |= {"lr": 1e-4, "lr_scheduler": "cosine", "lr_scheduler_params": parameters}
+    found = values(take_text(json.dumps(tree)))
+    linears = linears_of_flux()
+    assert set(resolve_targets(linears, found["lora_targets"], {})) == {
+        name for name in linears if any(word in f"transformer.{name}" for word in words)
+    }
+    assert (found["lr_floor"], found["lr_warmup_steps"], found["lr_power"]) == (pytest.approx(0.1), 7, 2)
 
 
 def test_other_options_behind_prompts_win_over_the_keys_for_all():
