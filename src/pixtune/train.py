@@ -25,7 +25,7 @@ from pixtune.engine.relief import (
     free_unused,
     lacks_memory,
 )
-from pixtune.errors import DataError, ExchangeError, MemoryShortage
+from pixtune.errors import DataError, ExchangeError, MemoryShortage, PixtuneError
 from pixtune.family import ModelFamily
 from pixtune.launch.stop import StopRequest
 from pixtune.objective import add_noise, example_losses, loss_weights, velocity_target
@@ -132,12 +132,15 @@ def until_it_fits(run: Run, attempt: Callable[[], T], what: str) -> T:
 
     Raises:
         MemoryShortage: nothing is left to give up, or the attempt has changed some of the weights.
+        ExchangeError: another process of the run is gone.
     """
     while True:
         try:
             return attempt()
         except RuntimeError as error:
             if not lacks_memory(error) or run.accelerator.num_processes > 1:
+                if not isinstance(error, PixtuneError) and (lost := run.stop.news()) is not None:
+                    raise ExchangeError(lost) from error
                 raise
             obstacle = first_line(error)
             drop_frames(error)

@@ -54,6 +54,8 @@ class Together:
         self.mesh = mesh
         # Words go through the hosts: one group for all devices, and no kernel of a GPU waits for them.
         self._words = None if mesh is None else dist.new_group(timeout=WORDS_TIMEOUT, backend="gloo")
+        self.news: Callable[[], str | None] = lambda: None
+        """Function that returns a report of a process that is gone, once one is known to be."""
         self._actions: dict[str, Action] = {}
         self._depth = 0
         self._broken: BaseException | None = None
@@ -141,15 +143,18 @@ class Together:
         try:
             yield
             if not self.leads:
-                self._follow()
+                self._follow_to_the_end()
         finally:
             self._depth -= 1
             if self.leads and not self._is_broken():
                 self._broadcast([None])
         if self.leads and self._is_broken():
+            why = (
+                self.news() or f"an error in the first process: {str(self._broken or 'a forward pass').splitlines()[0]}"
+            )
             raise TrainingError(
-                f"what several processes do together broke off in the first one ({self._broken or 'a forward pass'}). "
-                "Training cannot go on; resume_from_checkpoint=latest goes on from the last checkpoint"
+                f"what all processes do together broke off: {why.rstrip('.')}. The run ends, and goes on from its last "
+                "checkpoint by resume_from_checkpoint=latest"
             ) from self._broken
 
     def call(self, name: str, *arguments: Any) -> list[Any]:
@@ -181,6 +186,14 @@ class Together:
 
     def _is_broken(self) -> bool:
         return self._broken is not None or (self._passes is not None and self._passes.is_under_way)
+
+    def _follow_to_the_end(self) -> None:
+        try:
+            self._follow()
+        except RuntimeError as error:
+            if not isinstance(error, PixtuneError) and (lost := self.news()) is not None:
+                raise TrainingError(lost) from error
+            raise
 
     def _follow(self) -> None:
         while (announced := self._broadcast([None])[0]) is not None:

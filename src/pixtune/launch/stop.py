@@ -137,6 +137,13 @@ class StopRequest:
         """Report of another process of the run that is gone; None: none is known to be."""
         return self._lost
 
+    def news(self) -> str | None:
+        """Returns `lost`, which may take some seconds to be known after an exchange has failed. Waits for it."""
+        with self._changed:
+            if self._peers is not None:
+                self._changed.wait_for(lambda: self._lost is not None, NEWS_SECONDS)
+            return self._lost
+
     def ask(self, reason: str) -> None:
         """Requests the end as the first signal does, for a reason that is printed."""
         self._want(reason)

@@ -58,6 +58,7 @@ class Services:
         self.guard = LossGuard(
             run.config.guard, lambda: self.session.together.union(spoiled_weights(locals_of(run.trained.parameters)))
         )
+        self.session.together.news = run.stop.news
         self.checkpoints = Checkpoints(self.session, course, self.guard)
         self.held_out_loss = HeldOutLoss(self.session, self.checkpoints)
         self.training_pictures = TrainingPictures(self.session)
