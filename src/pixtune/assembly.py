@@ -81,6 +81,7 @@ from pixtune.trained.resume_point import (
     with_stored_choices,
 )
 from pixtune.trained.schedule import build_schedule
+from pixtune.trained.sharded_files import check_folder_is_shared
 from pixtune.trained.training_adapter import check_training_adapter
 
 log = logging.getLogger(__name__)
@@ -215,6 +216,7 @@ def load_for(
     device, sharded, together = accelerator.device, None, None
     if config.method == "full":
         together = build_together(plan.shards, accelerator.num_processes, device)
+        check_folder_is_shared(config.output_dir, together)
     elif plan.shards > 1 and plan.streamed_blocks > 0:
         sharded = ShardedBlocks(ShardGroup(plan.shards, device), device)
     reading = Reading(plan.loading_threads, plan.fast_loading)

@@ -74,6 +74,11 @@ class Together:
         return self.mesh is None or dist.get_rank() == 0
 
     @property
+    def rank(self) -> int:
+        """Number of this process in the run."""
+        return 0 if self.mesh is None else dist.get_rank()
+
+    @property
     def writes(self) -> bool:
         """Whether this process's part of the weights is its to write: groups beyond the first hold the same."""
         return self.mesh is None or self.mesh.ndim == 1 or self.mesh.get_local_rank(0) == 0
@@ -91,7 +96,8 @@ class Together:
     def sum(self, of_parts: Tensor) -> Tensor:
         """Returns the sum over the processes that hold one copy together. All of them must call it."""
         if self.mesh is not None:
-            dist.all_reduce(of_parts, group=self.mesh.get_group(self.mesh.ndim - 1))
+            with self._naming_the_lost():
+                dist.all_reduce(of_parts, group=self.mesh.get_group(self.mesh.ndim - 1))
         return of_parts
 
     def of_parts(self, value: Value) -> list[Value]:
@@ -143,7 +149,8 @@ class Together:
         try:
             yield
             if not self.leads:
-                self._follow_to_the_end()
+                with self._naming_the_lost():
+                    self._follow()
         finally:
             self._depth -= 1
             if self.leads and not self._is_broken():
@@ -187,14 +194,6 @@ class Together:
     def _is_broken(self) -> bool:
         return self._broken is not None or (self._passes is not None and self._passes.is_under_way)
 
-    def _follow_to_the_end(self) -> None:
-        try:
-            self._follow()
-        except RuntimeError as error:
-            if not isinstance(error, PixtuneError) and (lost := self.news()) is not None:
-                raise TrainingError(lost) from error
-            raise
-
     def _follow(self) -> None:
         while (announced := self._broadcast([None])[0]) is not None:
             name, arguments = announced
@@ -212,13 +211,29 @@ class Together:
         return self._gather(own)
 
     def _broadcast(self, values: list[Any]) -> list[Any]:
-        dist.broadcast_object_list(values, src=0, group=self._words)
+        with self._naming_the_lost():
+            dist.broadcast_object_list(values, src=0, group=self._words)
         return values
 
     def _gather(self, value: Value) -> list[Value]:
         values: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(values, value, group=self._words)
+        with self._naming_the_lost():
+            dist.all_gather_object(values, value, group=self._words)
         return values
+
+    @contextmanager
+    def _naming_the_lost(self) -> Iterator[None]:
+        """Replaces a library's error by a report of the process that is gone, where one is.
+
+        Raises:
+            TrainingError: one is.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            if not isinstance(error, PixtuneError) and (lost := self.news()) is not None:
+                raise TrainingError(lost) from error
+            raise
 
     def _before_pass(self, transformer: nn.Module, args: Any, kwargs: Any) -> None:
         if not (self.leads and self._depth):

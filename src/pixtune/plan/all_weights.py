@@ -50,7 +50,7 @@ class AllWeightsRung:
         footprint, demands = situation.footprint, situation.demands
         held = weight_bytes(self.blocks(demands.compute_format), footprint, demands.compute_format) / self.shards
         states = states_on_device(self.optimizer, self.states_on_host, demands.fp32_copies, footprint, self.shards)
-        gathered = _gathered_bytes(situation) if self.shards > 1 else 0
+        gathered = gathered_bytes(footprint, demands.compute_format) if self.shards > 1 else 0
         return round(held + gathered + states + _moment_bytes(self, situation) + FIXED_BYTES + MARGIN_BYTES)
 
     def beside_bytes(self, situation: Situation) -> int:
@@ -138,14 +138,13 @@ def states_on_device(optimizer: str, on_host: bool, fp32_copies: bool, footprint
     return min(every, max(AHEAD_BYTES, 2 * largest)) if on_host else every
 
 
-def _gathered_bytes(situation: Situation) -> int:
+def gathered_bytes(footprint: Footprint, compute_format: str) -> int:
     """Returns the bytes of weights and gradients on their way between processes that hold the weights together.
 
     Of weights, a block that runs, the next one, and the piece in which this one travels; of gradients, those of a block
     in fp32 as they are sent, and those of the one before. What is outside of blocks stays gathered.
     """
-    footprint, demands = situation.footprint, situation.demands
-    compute_format, element = demands.compute_format, ELEMENT_BYTES[demands.compute_format]
+    element = ELEMENT_BYTES[compute_format]
     block = max(block_weight_bytes(kind, compute_format, compute_format, True) for kind in footprint.kinds)
     return 3 * block + 2 * 4 * block // element + (element + 4) * footprint.outside_weights
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from pixtune.config.optimizing import SCHEDULE_FREE
-from pixtune.plan.all_weights import states_on_device
+from pixtune.plan.all_weights import gathered_bytes, states_on_device
 from pixtune.plan.encoders import (
     ON_CPU,
     EncoderPlan,
@@ -160,7 +160,10 @@ def idle_bytes(plan: TrainingPlan, footprint: Footprint) -> int:
     )
     # Between steps there are no gradients: the trained weights and their optimizer states remain.
     if footprint.trains_all:
-        trained = states_on_device(plan.optimizer, plan.states_on_host, plan.fp32_copies, footprint)
+        trained = states_on_device(plan.optimizer, plan.states_on_host, plan.fp32_copies, footprint, plan.shards)
+        if plan.shards > 1:
+            whole = transformer_bytes(replace(rung, shards=1), footprint, plan.compute_format)
+            return whole // plan.shards + gathered_bytes(footprint, plan.compute_format) + trained
     else:
         # What a schedule-free optimizer averages has its place, and is kept, while that is looked at.
         exchanged = 4 if plan.optimizer in SCHEDULE_FREE else 0

@@ -8,6 +8,9 @@ files each process writes some.
 
 from __future__ import annotations
 
+import secrets
+import socket
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -16,19 +19,48 @@ from torch import Tensor
 
 from pixtune.engine.sharding import Rows, whole_of
 from pixtune.engine.together import Together
-from pixtune.errors import WriteError
+from pixtune.errors import TrainingError, WriteError
 from pixtune.plan.optimizers import BLOCK
 from pixtune.storage.checkpoint import SHARD_BYTES, CheckpointFiles
 from pixtune.storage.grouping import group_neighbours
 from pixtune.storage.safetensors_writer import TensorFile, in_file_order, save_one_by_one
 from pixtune.storage.slices import StoredTensor, rows_in, slice_metadata, whole
 
+SEEN_SECONDS = 20.0
+"""Time in which a new file shows on all machines that share a disk."""
 SCALES = ("absmax1", "absmax2")
 """States of which one number belongs to `BLOCK` numbers of the weight."""
 SHARED = ("step", "qmap1", "qmap2")
 """States that are the same whatever rows of a weight a process holds."""
 CODES = {"state1": ("absmax1", "qmap1"), "state2": ("absmax2", "qmap2")}
 """States in 8 bits, with the names of their scales and levels."""
+
+
+def check_folder_is_shared(folder: Path, together: Together) -> None:
+    """Checks that all processes see one output folder, since each writes its part there. All must call it.
+
+    Raises:
+        TrainingError: some see another one.
+    """
+    if together.is_alone:
+        return
+    mark = folder / f".seen-{secrets.token_hex(8)}.tmp"
+    if together.leads:
+        folder.mkdir(parents=True, exist_ok=True)
+        mark.touch()
+    (name,) = together.union([mark.name] if together.leads else [])
+    end_by = time.monotonic() + SEEN_SECONDS
+    while not (is_seen := (folder / name).exists()) and time.monotonic() < end_by:
+        time.sleep(0.1)
+    blind = together.union([] if is_seen else [f"{together.rank} (on {socket.gethostname()})"])
+    if together.leads:
+        mark.unlink()
+    if blind:
+        raise TrainingError(
+            f"processes {', '.join(blind)} do not see the output_dir of the first one, {folder}: each holds a part of "
+            "all weights and writes it there. Put output_dir on a disk that all machines share; distributed.shards=1 "
+            "lets the first process write alone, where each GPU has room for all weights"
+        )
 
 
 # ---- checkpoints

@@ -22,6 +22,7 @@ from pixtune.hardware.facts import GIB, HardwareFacts
 from pixtune.plan.all_weights import AllWeightsRung, ladder_of_all_weights
 from pixtune.plan.demands import demands_of
 from pixtune.plan.footprint import Footprint
+from pixtune.plan.phases import idle_bytes
 from pixtune.plan.rungs import FULL_UNITS
 from pixtune.plan.situation import HOST_WORK_BYTES, Situation, situation_of
 from pixtune.plan.training import TrainingPlan, plan_training
@@ -251,6 +252,9 @@ def test_processes_hold_the_weights_together_only_where_one_cannot() -> None:
     together = plan_for("H100", num_processes=8)
     assert together.shards == 8 and together.optimizer == "adamw" and not together.states_on_host
     assert "Without distributed.shards it needs" in refusal("H100", num_processes=2, distributed=ALL_IN_EACH)
+    # Between steps: weights, and AdamW's two moments in fp32; besides what is gathered of two blocks.
+    idle = idle_bytes(together, full_size_footprint(CONFIG))
+    assert idle - 10 * BILLIONS / 8 == pytest.approx((3 * 2 + 2 * 4) * 0.34e9, rel=0.15)
     # A gather and a scatter in fp32: 2 + 2 + 4 bytes of each weight, seven eighths of which are others'.
     words = " ".join(together.reasons)
     sent = re.search(r"each process sends ([\d.]+) GB of weights beside computing and ([\d.]+) GB of gradients", words)
