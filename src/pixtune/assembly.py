@@ -17,7 +17,7 @@ from pixtune.config.schema import TrainConfig
 from pixtune.data.batches import Batch, BatchSource
 from pixtune.data.order import BatchOrder
 from pixtune.data.prepare import prepare_data
-from pixtune.data.prepared import PreparedData
+from pixtune.data.prepared import DataFingerprint, PreparedData
 from pixtune.data.prior import draw_prior
 from pixtune.engine.apply import apply_switches, apply_to_activations, blocks_of, load_planned
 from pixtune.engine.capture import GraphCapturer, ReplayedPass
@@ -45,6 +45,7 @@ from pixtune.families.opening import open_model
 from pixtune.family import ModelFamily
 from pixtune.hardware.facts import check_torch
 from pixtune.launch.accelerator import agree_with_others, start_accelerator
+from pixtune.launch.agreement import facts_of_start
 from pixtune.launch.crew import gather_crew
 from pixtune.launch.stop import StopRequest
 from pixtune.plan.demands import demands_of
@@ -67,6 +68,7 @@ from pixtune.storage.checkpoint_state import checkpoint_path
 from pixtune.storage.course import Course
 from pixtune.storage.model_folder import ModelFolder
 from pixtune.storage.output_lock import OutputLock
+from pixtune.storage.resume import RunIdentity
 from pixtune.tracking.memory import RunMemory
 from pixtune.trained.base import Base
 from pixtune.trained.full_weights import FullWeights
@@ -104,11 +106,13 @@ def set_up(
         try:
             return assemble(config, compute, leaner, lock, stop)
         except RuntimeError as error:
-            if not lacks_memory(error) or PartialState().num_processes > 1:
+            if not lacks_memory(error):
                 raise
             obstacle = first_line(error)
             drop_frames(error)
         free_unused()  # outside the except clause, since the error holds what was loaded
+        if PartialState().num_processes > 1:  # others would wait for it
+            break
         if not is_last:
             log.warning("setting the run up ran out of memory (%s); it begins again", obstacle)
     raise MemoryShortage("setting the run up", obstacle)
@@ -136,8 +140,9 @@ def assemble(
     if (optimizer := demands_of(config).optimizer) is not None:
         check_optimizer(optimizer)
     memory = RunMemory(config)
+    stop.agree("the start", facts_of_start(config))
     accelerator = start_accelerator(config)
-    agree_with_others(stop, accelerator)
+    agree_with_others(config, stop, accelerator)
     check_shards(config.distributed.shards, accelerator.num_processes)
     crew = gather_crew(accelerator)
     memory.start(accelerator.device)
@@ -166,7 +171,7 @@ def assemble(
     prior = draw_prior(config, identity.base, accelerator, crew)
     data = prepare_data(
         config, family, folder, accelerator, memory.stages, encoders,
-        lambda found: check_run(config, checkpoint, replace(identity, **found.entries)), prior, crew,
+        partial(check_data, config, checkpoint, identity, stop), prior, crew,
     )  # fmt: skip
     order = BatchOrder(data.buckets, config.batch_size * accelerator.num_processes, config.seed, data.uses)
     num_steps = planned_steps(config, order)
@@ -183,6 +188,7 @@ def assemble(
     apply_to_activations(base.module, family, plan, data.sizes_vary)
     memory.stages.record("transformer")
     memory.outside_bytes = transformer.outside_bytes
+    stop.agree("steps")
 
     source = build_source(config, plan, data, order, accelerator)
     passes, reliefs = build_pass(config, compute, plan, base, trained, stop)
@@ -221,6 +227,20 @@ def load_for(
         sharded = ShardedBlocks(ShardGroup(plan.shards, device), device)
     reading = Reading(plan.loading_threads, plan.fast_loading)
     return load_planned(family, folder, plan, device, reading, config.random_weights, sharded, together)
+
+
+def check_data(
+    config: TrainConfig, checkpoint: Checkpoint | None, identity: RunIdentity, stop: StopRequest, found: DataFingerprint
+) -> None:
+    """Checks that the data are those of the run that is resumed, and the same for all its processes.
+
+    Raises:
+        CheckpointError: it is another run.
+        ConfigError: this process sees other data, or another base model, than the first one.
+    """
+    names = {f"the data of {name}": digest for name, digest in (found.examples or {}).items()}
+    stop.agree("the data", {"the base model": f"{identity.base}", "all data together": found.digest, **names})
+    check_run(config, checkpoint, replace(identity, **found.entries))
 
 
 def decide_plan(

@@ -79,27 +79,37 @@ def run_config(
         check: may refuse the config by raising.
     """
     from pixtune.config import load_config
+    from pixtune.launch.joining import join_launched
     from pixtune.launch.launcher import find_launcher, is_orphan
-    from pixtune.launch.stop import STOPPED, Stopped, StopRequest
+    from pixtune.launch.stop import Stopped, StopRequest, stopped_code
 
+    result = None
     with StopRequest(find_launcher()) as stop:
         try:
             if is_orphan(os.environ):
                 raise Stopped
+            if (peers := join_launched(os.environ)) is not None:
+                stop.connect(peers)
             settings = load_config(config, overrides)
             check(settings)
             from pixtune.train import train as run_training
 
             result = run_training(settings, stop)
         except Stopped:
-            typer.echo("stopped; nothing is lost: go on with resume_from_checkpoint=latest")
-            raise typer.Exit(STOPPED) from None
-        except OSError as error:
-            if error.errno == errno.EPIPE:  # typer would end without a word
-                raise WriteError(system_trouble(error)) from error
-            raise
-    if not result.finished:
-        raise typer.Exit(STOPPED)
+            if stop.is_first:
+                typer.echo("stopped; nothing is lost: go on with resume_from_checkpoint=latest")
+        except Exception as error:
+            failure: Exception = error
+            if isinstance(error, OSError) and error.errno == errno.EPIPE:  # typer would end without a word
+                failure = WriteError(system_trouble(error))
+            report = stop.one_voice(failure)
+            if report is None:  # another process of the run prints it
+                raise typer.Exit(1) from error
+            if report is error:
+                raise
+            raise report from error
+    if result is None or not result.finished:
+        raise typer.Exit(stopped_code(os.environ))
     if result.first_loss and result.last_loss and result.took_steps:
         before, after = result.first_loss.mean, result.last_loss.mean
         few = result.few_held_out

@@ -63,7 +63,7 @@ def _train(config: TrainConfig, lock: OutputLock, stop: StopRequest) -> TrainRes
         try:
             return run_steps(run, services)
         except MemoryShortage as shortage:
-            leaner = leaner_than(run.reliefs.plan, leaner)
+            leaner = leaner_than(run.reliefs.plan, leaner) if run.accelerator.num_processes == 1 else None
             if leaner is None:
                 raise
             log.warning("%s\nThe run goes on from step %d by a leaner plan.", shortage, services.saved_step)
@@ -100,6 +100,7 @@ def run_steps(run: Run, services: AroundSteps) -> TrainResult:
                 num_taken += 1
                 until_it_fits(run, partial(run.steps_ahead.look_ahead, step), f"step {step + 2}")
             except (DataError, ExchangeError, MemoryShortage) as error:
+                run.stop.failing(error)
                 if not getattr(error, "weights_are_torn", False):
                     services.interrupted(num_taken, alone=True)
                 raise
@@ -138,7 +139,7 @@ def until_it_fits(run: Run, attempt: Callable[[], T], what: str) -> T:
         try:
             return attempt()
         except RuntimeError as error:
-            if not lacks_memory(error) or run.accelerator.num_processes > 1:
+            if not lacks_memory(error):
                 if not isinstance(error, PixtuneError) and (lost := run.stop.news()) is not None:
                     raise ExchangeError(lost) from error
                 raise
@@ -148,7 +149,7 @@ def until_it_fits(run: Run, attempt: Callable[[], T], what: str) -> T:
         run.forward_backward.zero_gradients()
         if not run.trained.abandon_step():
             raise MemoryShortage(what, obstacle, weights_are_torn=True)
-        relief = run.reliefs()
+        relief = run.reliefs() if run.accelerator.num_processes == 1 else None  # else all would have to take it again
         if relief is None:
             raise MemoryShortage(what, obstacle)
         log.warning("%s ran out of memory (%s) and is taken again: %s", what, obstacle.rstrip("."), relief)

@@ -92,7 +92,7 @@ def test_a_share_that_fails_ends_all_with_one_error(tmp_path: Path) -> None:
     ranks = start_two(tmp_path, tmp_path / "cache", spoil_a_share)
     (code, printed), (other_code, other) = map(end_of, ranks)
     assert (code, other_code) == (1, 1), printed + other
-    assert "error: a picture changed while it was in use:\n  - " in other and "has other content." in other
+    assert "error:" not in other and "has other content." in printed, "the first process prints it, once"
     report = "error: process 1 of 2 failed while encoding pictures: a picture changed while it was in use:"
     assert report in " ".join(printed.split()), printed
     assert "Traceback" not in printed + other and not [*tmp_path.rglob("*.tmp")]

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from pixtune.engine.activations import recompute_blocks
 from pixtune.engine.forwards import is_recomputed
+from pixtune.errors import PixtuneError
 from pixtune.hardware.facts import GIB
 from pixtune.plan.training import TrainingPlan
 
@@ -47,9 +48,11 @@ def in_turn(*reliefs: Relief) -> Relief:
 
 
 def lacks_memory(error: BaseException) -> bool:
-    """Returns whether an error says that the device has too little free memory."""
+    """Returns whether an error says that the device has too little free memory; one that quotes another's does not."""
     return isinstance(error, torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY)
+        isinstance(error, RuntimeError)
+        and not isinstance(error, PixtuneError)
+        and any(words in str(error) for words in OUT_OF_MEMORY)
     )
 
 

@@ -5,24 +5,28 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from datetime import timedelta
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator, PartialState
 from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, broadcast_object_list
 
 from pixtune.config.schema import TrainConfig
 from pixtune.errors import ConfigError
+from pixtune.launch.agreement import facts_of_start
 from pixtune.launch.crew import ALONE, Crew, gather_crew
-from pixtune.launch.peers import connect_peers
+from pixtune.launch.joining import connect_peers
 from pixtune.launch.stop import StopRequest
 from pixtune.progress import printer
 
-CACHING_TIMEOUT = timedelta(hours=12)
-"""Time that the other processes wait while the first fills the cache; the default of 10 minutes would end the run.
+EXCHANGE_TIMEOUT = timedelta(minutes=20)
+"""Time after which an exchange is given up that not all have come to, though all of them run.
 
-A process that is stopped or gone is noticed in a minute all the same: see `peers.py`.
+One that is stopped or gone is noticed within a minute (`peers.py`), and where one works alone for long, the others wait
+in `StopRequest.meet`, which has no limit. So only a step that takes one of them this much longer can meet it.
 """
 
 
@@ -48,7 +52,7 @@ def start_accelerator(config: TrainConfig) -> Accelerator:
         project_config=ProjectConfiguration(
             project_dir=str(config.output_dir), logging_dir=str(config.output_dir / config.logging_dir)
         ),
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=CACHING_TIMEOUT)],
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=EXCHANGE_TIMEOUT)],
     )
 
 
@@ -79,10 +83,11 @@ def launched_alone(environment: Mapping[str, str]) -> str | None:
     )
 
 
-def agree_with_others(stop: StopRequest, accelerator: Accelerator) -> None:
-    """Lets all processes of a run stop together, and notice if one is gone.
+def agree_with_others(config: TrainConfig, stop: StopRequest, accelerator: Accelerator) -> None:
+    """Lets all processes of a run stop together, notice if one is gone, and refuse to be of different runs.
 
     Raises:
+        ConfigError: this process has another config, or other versions of packages, than the first one.
         TrainingError: the processes cannot reach each other.
     """
 
@@ -90,5 +95,27 @@ def agree_with_others(stop: StopRequest, accelerator: Accelerator) -> None:
         (shared,) = broadcast_object_list([value])
         return shared
 
-    if accelerator.num_processes > 1:
+    if accelerator.num_processes == 1:
+        return
+    if not stop.is_connected:  # started by something that names no first process, such as MPI
         stop.connect(connect_peers(accelerator.process_index, accelerator.num_processes, from_first))
+        stop.agree("the start", facts_of_start(config))
+    if accelerator.device.type == "cuda":
+        stop.notice(partial(exchange_error, accelerator.device))
+
+
+def exchange_error(device: torch.device) -> str | None:
+    """Returns why this process's GPU cannot exchange gradients any more; None: nothing is known against it.
+
+    NCCL's own watchdog notices it and does no more (`joining.QUIET`): it would end the process without a word of use.
+    """
+    if not dist.is_initialized():
+        return None
+    backend: Any = dist.distributed_c10d._get_default_group()._get_backend(device)
+    kind = backend.get_error().name if hasattr(backend, "get_error") else "SUCCESS"
+    if kind == "SUCCESS":
+        return None
+    if kind == "TIMEOUT":
+        minutes = EXCHANGE_TIMEOUT.total_seconds() / 60
+        return f"an exchange of gradients has not come to its end for {minutes:.0f} minutes, though all processes run"
+    return f"NCCL reports {kind}: look at the network and the GPUs between the processes of this run"

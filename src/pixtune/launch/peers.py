@@ -1,28 +1,37 @@
-"""Connects the processes of one run, beside the exchange of gradients: they agree where to stop, and notice a lost one.
+"""The processes of one run as each of them sees the others, beside the exchange of gradients.
 
-The first process holds a connection to each other one. Everything here is called by the one thread that watches for
-requests to stop (`stop.py`), so a process that computes is heard, and one that is stopped or killed is not.
+The first process holds a connection to each other one (`joining.py`). They agree where to stop, meet before work that
+needs all of them, and notice a lost one. All but `ask_to_stop`, `come`, `saved` and `leave` is called by the one thread
+that watches for requests to stop (`stop.py`), so a process that computes is heard, and one that is stopped or killed is
+not.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import secrets
+import selectors
 import socket
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pixtune.errors import TrainingError
+from pixtune.launch.agreement import Facts, digest_of
 
 BEAT_SECONDS = 1.0
+"""Seconds between two signs of life in a small run."""
+BEATS_PER_SECOND = 200
+"""Signs of life that the first process hears in a second, at most: in a large run they come less often."""
+LONGEST_BEAT_SECONDS = 5.0
 SILENT_SECONDS = 45.0
 """Silence after which a process counts as stopped. Calls into libraries may hold its threads for some seconds."""
-CONNECT_SECONDS = 120.0
-MOST_BYTES = 1 << 16
+MANY = 32
+"""Number of connections from which on messages are read some at a time, and not each as it comes."""
+GATHER_SECONDS = 0.02
+MOST_BYTES = 1 << 22
 """Largest number of bytes without a line's end; more do not come from this program."""
+MOST_LETTERS = 1 << 13
+"""Letters of another process's error that are passed on."""
 ADVICE = "Look at its machine, and resume from the last checkpoint with resume_from_checkpoint=latest."
 
 
@@ -40,6 +49,16 @@ class Link:
     """Whether it has said that it ends."""
 
 
+@dataclass(frozen=True)
+class Meeting:
+    """The outcome of a meeting of all processes, as one of them learns it."""
+
+    differing: tuple[int, ...]
+    """Processes that came with other facts than the first one."""
+    facts: Facts
+    """The first process's facts, in those that differ."""
+
+
 class Peers:
     """The other processes of a run, as one of them sees them.
 
@@ -48,8 +67,13 @@ class Peers:
     """
 
     def __init__(self, rank: int, num_processes: int, links: list[Link]) -> None:
-        self.rank, self._num_processes = rank, num_processes
+        self.rank, self.num_processes = rank, num_processes
         self._links = {link.rank: link for link in links}
+        self._selector = selectors.DefaultSelector()
+        for link in links:
+            self._selector.register(link.connection, selectors.EVENT_READ, link)
+        self.keeps_open: object = None
+        """The store through which they met, which has to live as long as the connections."""
         self.reason: str | None = None
         """Reason for which the run is to stop."""
         self.stop_at: int | None = None
@@ -60,15 +84,27 @@ class Peers:
         """Whether the first process has written what is to be kept."""
         self.lost: str | None = None
         """Report of the process that has been lost, if one has."""
+        self.is_told = False
+        """Whether the first process reports the end: that of the lost process, or of this one, as it has confirmed."""
         self.first_is_gone = False
         """Whether the first process, which is the one that saves, is not there any more."""
         self._reached: dict[int, int] = {}
+        self._here: dict[str, dict[int, str]] = {}
+        self._facts: dict[str, Facts] = {}
+        self._meetings: dict[str, Meeting] = {}
+        self._has_left = False
+        self._beat_seconds = min(LONGEST_BEAT_SECONDS, max(BEAT_SECONDS, num_processes / BEATS_PER_SECOND))
         self._awake_seconds = self._beat_at = 0.0
         self._looked_at = time.monotonic()
 
-    def sockets(self) -> list[socket.socket]:
-        """Lists the connections that may have something to read."""
-        return [link.connection for link in self._links.values()]
+    def listen_to(self, other: socket.socket) -> None:
+        """Has `wait` come back as well when this socket has something to read."""
+        self._selector.register(other, selectors.EVENT_READ)
+
+    def wait(self, seconds: float) -> None:
+        """Waits until there is something to read, or for so long."""
+        if self._selector.select(seconds) and len(self._links) > MANY:
+            time.sleep(GATHER_SECONDS)
 
     # ---- what this process has to say
 
@@ -85,14 +121,28 @@ class Peers:
             if self.rank:
                 self._tell(reached=begun)
 
+    def come(self, place: str, facts: Facts) -> None:
+        """Reports that this process has come to a place that all of them come to, with what it finds there."""
+        self._facts[place] = facts
+        digest = digest_of(facts)
+        self._arrive(self.rank, place, digest)
+        if self.rank:
+            self._tell(at=place, digest=digest)
+
+    def meeting(self, place: str) -> Meeting | None:
+        """Returns the outcome of the meeting at a place, once all have come; it is told once."""
+        return self._meetings.pop(place, None)
+
     def saved(self) -> None:
         if self.rank == 0:
             self.is_saved = True
             self._tell(saved=True)
 
     def leave(self, error: str) -> None:
-        """Says that this process ends, with the error for which it does; "" for none."""
-        self._tell(left=error)
+        """Says, once, that this process ends, with the error for which it does; "" for none."""
+        if not self._has_left:
+            self._has_left = True
+            self._tell(left=error[:MOST_LETTERS])
 
     # ---- what others say
 
@@ -102,22 +152,25 @@ class Peers:
         # Time in which this process itself was stopped or asleep does not count as others' silence.
         self._awake_seconds += min(now - self._looked_at, 2 * BEAT_SECONDS)
         self._looked_at = now
-        if self._awake_seconds - self._beat_at >= BEAT_SECONDS:
-            self._beat_at = self._awake_seconds
-            self._tell()
-        for link in list(self._links.values()):
-            if not self._read(link):
-                self._close(link)
-            elif self._awake_seconds - link.heard_at > SILENT_SECONDS and not link.has_left:
+        for key, _ in self._selector.select(0):
+            if key.data is not None and not self._read(key.data):
+                self._close(key.data)
+        if self._awake_seconds - self._beat_at < self._beat_seconds:
+            return
+        self._beat_at = self._awake_seconds
+        self._tell()
+        for link in self._links.values():
+            if self._awake_seconds - link.heard_at > SILENT_SECONDS and not link.has_left:
                 self._lose(
+                    link,
                     f"{link.name} has not been heard of for {SILENT_SECONDS:.0f} s: it was stopped, or its machine "
-                    f"hangs. {ADVICE}"
+                    f"hangs. {ADVICE}",
                 )
 
     def _read(self, link: Link) -> bool:
         """Reads what has come; returns False at the connection's end."""
         try:
-            data = link.connection.recv(1 << 12)
+            data = link.connection.recv(1 << 16)
         except BlockingIOError:
             return True
         except OSError:
@@ -137,27 +190,41 @@ class Peers:
             self.stop_at = message["stop_at"]
         if "saved" in message:
             self.is_saved = True
+        if "at" in message:
+            self._arrive(link.rank, message["at"], message["digest"])
+        if "met" in message:
+            self._meetings[message["met"]] = Meeting(tuple(message["differing"]), message["facts"])
         if "lost" in message:
-            self.lost = message["lost"]
+            self.lost, self.is_told = message["lost"], True
+        if "heard" in message:
+            self.is_told = True
         if "left" in message:
             link.has_left = True
             if message["left"]:
-                self._lose(f"{link.name} has ended with an error: {message['left']}")
+                self.is_told |= link.rank == 0
+                self._lose(link, f"{link.name} has ended with an error: {message['left']}")
+                if self.rank == 0:
+                    self._send(link, heard=True)
 
     def _close(self, link: Link) -> None:
+        self._selector.unregister(link.connection)
         link.connection.close()
         del self._links[link.rank]
         self.first_is_gone = link.rank == 0
         if not link.has_left:
-            self._lose(f"{link.name} is gone: it was killed, or its machine is down. {ADVICE}")
+            self._lose(link, f"{link.name} is gone: it was killed, or its machine is down. {ADVICE}")
         elif link.rank == 0:
             self.is_saved = True  # it saves before it leaves
         self._agree()
+        for place in list(self._here):
+            self._meet(place)
 
-    def _lose(self, report: str) -> None:
+    def _lose(self, lost: Link, report: str) -> None:
         if self.lost is None:
             self.lost = report
-            self._tell(lost=report)
+            for link in self._links.values():
+                if link is not lost:
+                    self._send(link, lost=report)
 
     def _reach(self, rank: int, steps: int) -> None:
         self._reached[rank] = steps
@@ -169,81 +236,39 @@ class Peers:
             self.stop_at = max(self._reached.values())
             self._tell(stop_at=self.stop_at)
 
+    def _arrive(self, rank: int, place: str, digest: str) -> None:
+        if self.rank == 0:
+            self._here.setdefault(place, {})[rank] = digest
+            self._meet(place)
+
+    def _meet(self, place: str) -> None:
+        """Lets all go on, in the first process, once those that are still there have come."""
+        here = self._here[place]
+        if not here.keys() >= {0, *self._links}:
+            return
+        del self._here[place]
+        differing, facts = tuple(rank for rank in sorted(here) if here[rank] != here[0]), self._facts.pop(place)
+        self._meetings[place] = Meeting(differing, {})
+        for link in self._links.values():
+            self._send(link, met=place, differing=differing, facts=facts if link.rank in differing else {})
+
     def _tell(self, **message: Any) -> None:
         """Sends a message to all that this process is connected to; an empty one is a sign of life."""
-        line = (json.dumps(message) if message else "").encode() + b"\n"
         for link in self._links.values():
-            link.unsent += line
-            try:
-                link.unsent = link.unsent[link.connection.send(link.unsent) :]
-            except OSError:  # it takes nothing now, or is gone, which reading shows
-                link.unsent = link.unsent[-MOST_BYTES:]
+            self._send(link, **message)
 
-
-# ---- how they meet
-
-
-def connect_peers(rank: int, num_processes: int, share: Callable[[Any], Any]) -> Peers:
-    """Connects the processes of a run. All of them must call it.
-
-    Args:
-        share: returns in all processes what the first one was given.
-
-    Raises:
-        TrainingError: this process cannot reach the first one.
-    """
-    host, process = socket.gethostname(), os.getpid()
-    if rank == 0:
-        dual = socket.has_dualstack_ipv6()
-        with socket.create_server(
-            ("", 0), family=socket.AF_INET6 if dual else socket.AF_INET, dualstack_ipv6=dual, backlog=num_processes
-        ) as server:
-            token = secrets.token_hex(16)
-            address = os.environ.get("MASTER_ADDR") or host
-            share([address, server.getsockname()[1], token, host, process])
-            return Peers(rank, num_processes, _accept(server, num_processes, token))
-    address, port, token, first_host, first_process = share(None)
-    try:
-        connection = socket.create_connection((address, port), timeout=CONNECT_SECONDS)
-        connection.sendall(
-            json.dumps({"token": token, "rank": rank, "host": host, "process": process}).encode() + b"\n"
-        )
-    except OSError as error:
-        raise TrainingError(
-            f"process {rank} cannot reach process 0 at {address}:{port} ({error}). Processes of a run must be able to "
-            "open connections to the first one's machine: look at its firewall."
-        ) from error
-    connection.setblocking(False)
-    return Peers(rank, num_processes, [Link(0, _name(0, num_processes, first_host, first_process), connection)])
-
-
-def _accept(server: socket.socket, num_processes: int, token: str) -> list[Link]:
-    """Waits for all other processes; connections that do not know the token are closed."""
-    links: dict[int, Link] = {}
-    end_by = time.monotonic() + CONNECT_SECONDS
-    while len(links) < num_processes - 1:
-        server.settimeout(max(end_by - time.monotonic(), 0.01))
+    def _send(self, link: Link, **message: Any) -> None:
+        link.unsent += (json.dumps(message) if message else "").encode() + b"\n"
         try:
-            connection, _ = server.accept()
-            connection.settimeout(5)
-            hello = json.loads(connection.makefile("rb", buffering=0).readline(1000))
-            if not secrets.compare_digest(hello["token"], token):
-                raise ValueError("another run's process")
-        except TimeoutError as error:
-            if time.monotonic() < end_by:
-                continue
-            missing = sorted(set(range(1, num_processes)) - links.keys())
-            raise TrainingError(
-                f"processes {missing} of {num_processes} have not come within {CONNECT_SECONDS:.0f} s. {ADVICE}"
-            ) from error
-        except (OSError, ValueError, KeyError, TypeError):
-            connection.close()
-            continue
-        connection.setblocking(False)
-        rank = int(hello["rank"])
-        links[rank] = Link(rank, _name(rank, num_processes, hello["host"], hello["process"]), connection)
-    return list(links.values())
+            link.unsent = link.unsent[link.connection.send(link.unsent) :]
+        except OSError:  # it takes nothing now, or is gone, which reading shows
+            link.unsent = link.unsent[-MOST_BYTES:]
 
 
-def _name(rank: int, num_processes: int, host: str, process: int) -> str:
+def name_of(rank: int, num_processes: int, host: str, process: int) -> str:
+    """Names a process of a run for people."""
     return f"process {rank} of {num_processes} (pid {process} on {host})"
+
+
+Share = Callable[[Any], Any]
+"""The type of a function that returns in all processes what the first one was given."""

@@ -14,13 +14,15 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from types import FrameType, TracebackType
+from types import FrameType, MappingProxyType, TracebackType
 from typing import Self
 
 from pixtune.console import tell_at_once
-from pixtune.launch.peers import Peers
+from pixtune.errors import ExchangeError, PixtuneError, TrainingError
+from pixtune.launch.agreement import Facts, refuse_differences
+from pixtune.launch.peers import Meeting, Peers
 
 NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
 """Signals that ask for the end: Ctrl-C, a supervisor, a closed terminal, and what a cluster sends some time before."""
@@ -40,8 +42,11 @@ NEWS_SECONDS = 3.0
 """Time in which the loss of a process is known at the latest, once gradients cannot be exchanged."""
 LOST_SECONDS = 10.0
 """Time for the main thread to end once another process is gone: it is stuck if it exchanges gradients."""
+FAILED_SECONDS = 30.0
+"""Time for it after an error of its own, until it comes to the end of the run."""
 SAVING_SECONDS = 600.0
 """Time for it while a checkpoint is written."""
+NO_FACTS: Facts = MappingProxyType({})
 
 
 class Stopped(BaseException):
@@ -71,6 +76,9 @@ class StopRequest:
         self._begun = 0
         """Number of steps that this process will have taken before it asks the next time."""
         self._peers: Peers | None = None
+        self._failed = False
+        """Whether this process ends because of an error, of which the others know."""
+        self._exchange_error: Callable[[], str | None] = lambda: None
         self._lost: str | None = None
         self._lost_at = math.inf
         self._previous: dict[int, object] = {}
@@ -103,10 +111,12 @@ class StopRequest:
             return
         with self._changed:
             self._defers = self._raises = False
-            self._closed = not self._wanted  # if it is, the thread sees to it that the process ends
+            self.failing(error)
+            # If a stop is wanted, or libraries may wait for processes that are gone, the thread ends the process.
+            self._closed = not self._wanted and not self._failed
             self._end_by = time.monotonic() + LEAVE_SECONDS
             if self._peers is not None:
-                self._peers.leave("" if error is None or isinstance(error, Stopped) else f"{error}".split("\n")[0])
+                self._peers.leave("")
         if self._closed:
             signal.set_wakeup_fd(self._previous_fd)
             for number, handler in self._previous.items():
@@ -114,8 +124,25 @@ class StopRequest:
 
     def connect(self, peers: Peers) -> None:
         """Agrees with the other processes of the run from here on."""
+        if self._wakeup is None:
+            return  # no thread would answer them
         with self._changed:
+            peers.listen_to(self._wakeup)
             self._peers = peers
+
+    @property
+    def is_connected(self) -> bool:
+        """Whether this process knows of the others of its run."""
+        return self._peers is not None
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process is the one that reports for all."""
+        return self._peers is None or self._peers.rank == 0
+
+    def notice(self, exchange_error: Callable[[], str | None]) -> None:
+        """Ends the process as soon as this function returns why GPUs cannot exchange any more."""
+        self._exchange_error = exchange_error
 
     # ---- asked by the run
 
@@ -143,6 +170,73 @@ class StopRequest:
             if self._peers is not None:
                 self._changed.wait_for(lambda: self._lost is not None, NEWS_SECONDS)
             return self._lost
+
+    def meet(self, place: str) -> None:
+        """Waits until all processes have come to a place between steps, or one is lost, which `requested` returns.
+
+        However long one of them works alone, the others wait here, and not in an exchange of gradients that would give
+        up; and a process that is gone is noticed.
+        """
+        self._meet(place, NO_FACTS)
+
+    def agree(self, place: str, facts: Facts = NO_FACTS) -> None:
+        """Waits until all processes have come to a place before the first step, with the same facts.
+
+        Raises:
+            ConfigError: this process has come with other facts than the first one.
+            TrainingError: another process is gone.
+        """
+        meeting = self._meet(place, facts)
+        if self._lost is not None:
+            raise TrainingError(self._lost)
+        if meeting is not None and self._peers is not None:
+            refuse_differences(self._peers.rank, meeting.differing, facts, meeting.facts)
+
+    def _meet(self, place: str, facts: Facts) -> Meeting | None:
+        with self._changed:
+            if (peers := self._peers) is None:
+                return None
+            peers.come(place, facts)
+            meeting: Meeting | None = None
+            while meeting is None and self._lost is None and not peers.first_is_gone:
+                if (meeting := peers.meeting(place)) is None:
+                    self._changed.wait()
+            return meeting
+
+    def failing(self, error: BaseException | None) -> None:
+        """Tells the other processes that this one ends with an error, before anything that would wait for them."""
+        if error is None or isinstance(error, Stopped | ExchangeError) or self._peers is None:
+            return
+        with self._changed:
+            if not self._failed:
+                self._failed, self._end_by = True, time.monotonic() + FAILED_SECONDS
+            text = str(error) if isinstance(error, PixtuneError) else f"{type(error).__name__}: {error}"
+            self._peers.leave(text if self._lost is None else "")
+
+    def one_voice(self, error: Exception) -> Exception | None:
+        """Returns what this process is to report of its end, so that a run of several reports it once; None: nothing.
+
+        The first process reports for all. Where it is the one that is gone, another one of each machine does.
+        """
+        if (peers := self._peers) is None:
+            return error
+        with self._changed:
+            is_users = isinstance(error, PixtuneError | OSError) and not isinstance(error, ExchangeError)
+            if not is_users:  # it may be the trace that another one's end has left in a library
+                self._changed.wait_for(lambda: self._lost is not None, NEWS_SECONDS)
+            if self._lost is not None and not (is_users and peers.rank == 0):
+                return TrainingError(self._lost) if self._reports() else None
+            self.failing(error)
+            if peers.rank == 0 or not is_users:
+                return error
+            self._changed.wait_for(lambda: peers.is_told or peers.first_is_gone, NEWS_SECONDS)
+            return None if peers.is_told else error
+
+    def _reports(self) -> bool:
+        """Returns whether this process is to report that one has been lost."""
+        if (peers := self._peers) is None or peers.rank == 0:
+            return True
+        return not peers.is_told and (peers.rank == 1 or os.environ.get("LOCAL_RANK") == "0")
 
     def ask(self, reason: str) -> None:
         """Requests the end as the first signal does, for a reason that is printed."""
@@ -201,11 +295,10 @@ class StopRequest:
     def _watch(self) -> None:
         assert self._wakeup is not None
         while not self._closed:
-            sources: list[socket.socket] = [self._wakeup]
             if self._peers is not None:
-                sources += self._peers.sockets()
-            with suppress(OSError, ValueError):  # a socket that was closed meanwhile
-                select.select(sources, [], [], TICK_SECONDS)
+                self._peers.wait(TICK_SECONDS)
+            else:
+                select.select([self._wakeup], [], [], TICK_SECONDS)
             self._read_signals()
             if self._launcher is not None and os.getppid() != self._launcher:
                 self._launcher = None
@@ -253,6 +346,9 @@ class StopRequest:
                 self._want(peers.reason)
             if self._wanted:
                 peers.freeze(self._begun)
+            if peers.lost is None and (obstacle := self._exchange_error()) is not None:
+                peers.leave(obstacle)
+                peers.lost = obstacle
             if peers.lost is not None and self._lost is None:
                 self._lost, self._lost_at = peers.lost, time.monotonic()
             self._changed.notify_all()
@@ -261,10 +357,18 @@ class StopRequest:
         """Ends the process where the main thread should have ended by now."""
         now = time.monotonic()
         if self._lost is not None and now - self._lost_at > (SAVING_SECONDS if self._saves else LOST_SECONDS):
-            end_now(1, f"error: {self._lost}")
+            end_now(1, f"error: {self._lost}" if self._reports() else "")
+        if self._failed and not self._saves and now > self._end_by:
+            end_now(1, "")
         nothing_to_save = not self._defers or (self._peers is not None and self._peers.first_is_gone)
         if self._wanted and nothing_to_save and not self._saves and now > self._end_by:
-            end_now(STOPPED, "")
+            end_now(stopped_code(os.environ), "")
+
+
+def stopped_code(environ: Mapping[str, str]) -> int:
+    """Returns the exit code of a run that was asked to stop: 0 where a launcher would start it anew for any other."""
+    restarts = environ.get("TORCHELASTIC_MAX_RESTARTS", "0")
+    return 0 if restarts.isdecimal() and int(restarts) > 0 else STOPPED
 
 
 def end_now(code: int, line: str) -> None:

@@ -87,23 +87,22 @@ def lora_exchanges(num_values: int, num_processes: int) -> list[Exchange]:
 
 
 def gathering_exchanges(
-    block_bytes: Sequence[int], shards: int, num_micro_batches: int = 1, passes: int = 2, kept_blocks: int = 0
+    block_bytes: Sequence[int], shards: int, num_micro_batches: int = 1, kept_blocks: int = 0
 ) -> list[Exchange]:
-    """Lists a step's exchanges that gather frozen weights, block by block, from the processes that share them.
+    """Lists a step's exchanges that gather weights, block by block, from the processes that share them.
+
+    A micro-batch needs each block twice: in the forward pass, and in the backward pass, in which recomputation uses the
+    same weights.
 
     Args:
         block_bytes: bytes of each block's shared weights, padding included.
         shards: processes that share one copy.
-        passes: times that a micro-batch needs each block: in the forward pass, and in the backward pass, where
-            recomputation uses the same weights.
-        kept_blocks: the last blocks of the forward pass, which stay whole for the backward pass.
+        kept_blocks: blocks that stay whole where a pass ends, and the next one, in the other direction, begins.
     """
     if shards == 1:
         return []
-    num_blocks = len(block_bytes)
-    gathered = [*block_bytes] * passes
-    if passes > 1 and kept_blocks:
-        gathered = [*block_bytes] * (passes - 1) + [*block_bytes][: num_blocks - kept_blocks]
+    first_kept = min(kept_blocks, len(block_bytes))
+    gathered = [*block_bytes[first_kept:], *reversed(block_bytes[: len(block_bytes) - first_kept])]
     return [Exchange("all_gather", each, shards) for each in gathered] * num_micro_batches
 
 

@@ -128,6 +128,7 @@ class Services:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.run.stop.failing(error)  # before anything waits for other processes, which wait for this one
         self._stack.close()
         if isinstance(error, Stopped | KeyboardInterrupt):
             self._note(self.saved_step, outcome="stopped")
@@ -140,8 +141,9 @@ class Services:
         if self.is_main and (num_lines := self.session.log.close()):
             self._print(f"warning: the last {num_lines} lines of {self.session.log.path} could not be written")
         self.problems.sum_up()
-        self.run.forward_backward.release()  # NCCL waits for ever for captured exchanges that could be replayed
-        self.run.accelerator.state.destroy_process_group()
+        if error is None or self.run.accelerator.num_processes == 1:  # it waits for all of them
+            self.run.forward_backward.release()  # NCCL waits for ever for captured exchanges that could be replayed
+            self.run.accelerator.state.destroy_process_group()
 
     # ---- around the steps
 
@@ -150,6 +152,7 @@ class Services:
         self._announce()
         self.learning.begin()
         self._look(self.start_step)
+        self.run.stop.meet("the first step")
         self.run.memory.begin_steps()
         self.session.figures.restart_clock()
         return self._end_early(self.start_step) if 0 < self.start_step < self.run.num_steps else None
@@ -167,10 +170,7 @@ class Services:
         config, session = self.config, self.session
         self.run.stop.defer()
         session.figures.add(step, outcome, self.run.learning_rate_at(step - 1))
-        save_due = session.is_due(step, config.checkpointing_steps) or self.requests.take("save_now", step)
-        look_due = any(look.is_due(step) for look in self.looks)
-        if self.run.plan.shards > 1 and step % config.logging_steps == 0:  # the first process alone knows of requests
-            save_due, look_due = self._as_first((save_due, look_due))
+        save_due, look_due, pauses = self._due(step)
         if step % config.logging_steps == 0 or save_due or look_due:
             self.checkpoints.read_back(step)
         session.bar.advance(step)
@@ -182,9 +182,10 @@ class Services:
             self._look(step)
         if save_due and step < self.run.num_steps:
             self._report(step)
+        self.requests.answer(step, pauses)
         if save_due or look_due:
+            self.run.stop.meet(f"step {step}")  # the first process may have worked alone for long
             session.figures.restart_clock()
-        self.requests.answer(step)
         return self._end_early(step) if self.held_out_loss.is_due(step) and step < self.run.num_steps else None
 
     def _end_early(self, step: int) -> TrainResult | None:
@@ -205,9 +206,15 @@ class Services:
                     look.look(step)
         return self.finish(step)
 
-    def _as_first(self, due: tuple[bool, bool]) -> tuple[bool, bool]:
-        """Returns what the first process takes to be due, in all of them."""
-        return decide_once(self.run.accelerator, lambda: due)
+    def _due(self, step: int) -> tuple[bool, bool, bool]:
+        """Returns whether to save, to look and to pause after a step, which all processes then do or wait for."""
+        several = self.run.accelerator.num_processes > 1
+        pauses = self.requests.asks_to_pause(step)
+        save = self.session.is_due(step, self.config.checkpointing_steps) or self.requests.take("save_now", step)
+        due = (save or (pauses and several), any(look.is_due(step) for look in self.looks), pauses)
+        if several and step % self.config.logging_steps == 0:  # when the first process looks for requests
+            return decide_once(self.run.accelerator, lambda: due)
+        return due
 
     def _look(self, step: int) -> None:
         """Measures and draws what is due after a step, and has not been done before a resume."""

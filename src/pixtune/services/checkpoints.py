@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -15,6 +16,7 @@ from pixtune.services.session import Session
 from pixtune.storage.checkpoint import OPTIMIZER_STEM, Checkpoint, Seals, joined, write_files
 from pixtune.storage.checkpoint_state import checkpoint_path
 from pixtune.storage.course import Course
+from pixtune.storage.restart import launch_of
 from pixtune.tracking.guard import LossGuard, ways_on
 from pixtune.trained import optim
 
@@ -108,6 +110,7 @@ class Checkpoints:
                     "optimizer_plain": plain,
                     "guard": self.guard.to_dict(),
                     "log": seal,
+                    **({"launch": launch} if (launch := launch_of(os.environ)) else {}),
                 },
             )
 

@@ -32,9 +32,17 @@ class Requests:
         """Returns whether something was asked for, and deletes the file."""
         return self._is_asked(request, step) and self._withdraw(request)
 
-    def answer(self, step: int) -> None:
-        """Waits as long as the run is asked to pause, and ends it where it is asked to stop."""
-        if self._is_asked("pause", step) and step < self._session.run.num_steps:
+    def asks_to_pause(self, step: int) -> bool:
+        """Returns whether the run is asked to pause after a step that is not its last."""
+        return self._is_asked("pause", step) and step < self._session.run.num_steps
+
+    def answer(self, step: int, pauses: bool) -> None:
+        """Waits as long as the run is asked to pause, and ends it where it is asked to stop.
+
+        Args:
+            pauses: whether it was, when all processes agreed on what is due.
+        """
+        if pauses and self._session.is_main:
             self._pause(step)
         self._stop_if_asked(step)
 
@@ -63,10 +71,6 @@ class Requests:
         if path.is_dir():
             self._ignored.add("pause")
             session.print(f"warning: {path} is a folder, and no request: it is ignored")
-            return
-        if session.run.accelerator.num_processes > 1:
-            if self._withdraw("pause"):
-                session.print(f"step {step}: a run of several processes cannot pause, since the others would give up")
             return
         if session.saved_step != step:
             self._checkpoints.save(step)

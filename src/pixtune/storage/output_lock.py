@@ -74,7 +74,7 @@ def this_process() -> Holder:
         since=datetime.now().astimezone().isoformat(sep=" ", timespec="seconds"),
         boot=_boot(),
         pid_space=_pid_space(),
-        started=_start_of(pid),
+        started=start_of(pid),
     )
 
 
@@ -343,10 +343,10 @@ def is_running(holder: Holder) -> bool:
         return False
     except PermissionError:
         pass  # it is another user's
-    return holder.started == _start_of(holder.pid)
+    return holder.started == start_of(holder.pid)
 
 
-def _start_of(pid: int) -> str | None:
+def start_of(pid: int) -> str | None:
     """Returns when a process was started, in the kernel's ticks; None for a dead one, and where there is no /proc."""
     try:
         state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()

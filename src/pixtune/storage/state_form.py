@@ -38,6 +38,7 @@ RECORD: Mapping[str, Kinds] = {
     "doubtful": list,
     "guard": dict,
     "log": dict | None,
+    "launch": str | None,
 }
 """Kinds of a record's values, where they are there."""
 NEEDED = ("config", "data", "plan", "optimizer_plain")

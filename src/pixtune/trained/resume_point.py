@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from accelerate import Accelerator
@@ -16,6 +18,7 @@ from pixtune.storage.base_reference import steps_fingerprint
 from pixtune.storage.checkpoint import Checkpoint, load_checkpoint
 from pixtune.storage.course import resolve_resume
 from pixtune.storage.model_folder import ModelFolder
+from pixtune.storage.restart import resume_after_restart
 from pixtune.storage.resume import RunIdentity, refuse_other_run
 from pixtune.storage.state_form import fault_of_record
 from pixtune.trained import schedule
@@ -49,7 +52,13 @@ def decide_once(accelerator: Accelerator, decide: Callable[[], Decision]) -> Dec
 
 def find_resume_point(config: TrainConfig, accelerator: Accelerator, show: Callable[[str], None]) -> Checkpoint | None:
     """Reads the checkpoint to resume from, which the first process chooses for all; None for a new run."""
-    path = decide_once(accelerator, lambda: resolve_resume(config.output_dir, config.resume_from_checkpoint, show))
+    output_dir = config.output_dir
+
+    def choose() -> Path | None:
+        wanted = resume_after_restart(output_dir, config.resume_from_checkpoint, os.environ, show)
+        return resolve_resume(output_dir, wanted, show)
+
+    path = decide_once(accelerator, choose)
     if path is None:
         return None
     checkpoint = load_checkpoint(path, verified=accelerator.is_main_process)

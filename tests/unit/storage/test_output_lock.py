@@ -111,7 +111,7 @@ def test_a_process_is_known_by_its_start_and_not_by_its_number_alone() -> None:
     assert output_lock.is_running(me)
     assert not output_lock.is_running(replace(me, started="1")), "an earlier process of the same number"
     with subprocess.Popen(["sleep", "100"]) as child:
-        holder = replace(me, pid=child.pid, started=output_lock._start_of(child.pid))
+        holder = replace(me, pid=child.pid, started=output_lock.start_of(child.pid))
         assert output_lock.is_running(holder)
         child.kill()
         os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
