@@ -72,13 +72,14 @@ class Measured:
 
 
 MEASURED = [
-    # TO BE FILLED on two H200 (NVLink, NCCL without multicast), by the medians of
+    # Medians of two H200 (NVLink, NCCL without multicast): benchmarks/RESULTS.md, "Two GPUs". One GPU's seconds of the
+    # same work stand in `Work`. To be filled: 8 bits, gradients in one buffer, and parts that copy engines read, from
     #     python benchmarks/scaling.py --output results/scaling_h200_x2
-    # One GPU's seconds of the same call belong into `Work`, those of the two beside it.
-    Measured("cell a: LoRA, whole base, bf16", Work("lora", "bf16", 0.330), None),
-    Measured("cell a: LoRA, whole base, 8 bits", Work("lora", "8 bits", 0.255), None),
-    Measured("cell b: LoRA, base in parts, bf16", Work("sharded", "bf16", 0.330), None),
-    Measured("cell b: LoRA, base in parts, 8 bits", Work("sharded", "8 bits", 0.255), None),
+    Measured("LoRA, a copy each, bf16", Work("lora", "bf16", 0.3280), 0.3301),
+    Measured("LoRA, a copy each, 8 bits, before gradients lay in one buffer", Work("lora", "8 bits", 0.2399), 0.2464),
+    Measured("LoRA, a copy each, 8 bits", Work("lora", "8 bits", 0.2399), None),
+    Measured("LoRA, parts gathered by NCCL, bf16, recomputed", Work("sharded", "bf16", 0.434), 0.489),
+    Measured("LoRA, parts read by copy engines, bf16, recomputed", Work("sharded", "bf16", 0.434), None),
 ]
 
 
@@ -164,10 +165,11 @@ def table() -> list[str]:
     """Returns the lines of the table of docs/scale.md."""
     works = [
         (Work("lora", "bf16", 0.330), 1), (Work("lora", "8 bits", 0.255), 1), (Work("sharded", "bf16", 0.330), 8),
-        (Work("sharded", "4 bits", 0.330), 8), (Work("full", "bf16", 0.55), 8), (Work("full", "bf16", 0.55), 0),
+        (Work("sharded", "4 bits", 0.330), 8), (Work("full", "bf16", 1.632), 8),
+        (Work("full", "bf16", 0.55), 8), (Work("full", "bf16", 0.55), 0),
     ]  # fmt: skip
-    lines = ["| H100, 8 a host | format | parts | sent a step, GB | exchanges | 8 | 64 | 1,024 | limit at 1,024 |"]
-    lines.append("|---" * 9 + "|")
+    heads = ("H100, 8 a host", "format", "one GPU, s", "parts", "sent a step, GB", "exchanges", "8", "64", "1,024")
+    lines = [f"| {' | '.join(heads)} | limit at 1,024 |", "|---" * (len(heads) + 1) + "|"]
     for work, parts in works:
         cells, limit = [], ""
         for num in (8, 64, 1024):
@@ -176,7 +178,8 @@ def table() -> list[str]:
             limit = step.limit
         gathers, others = block_exchanges(work, parts or 64, 64)
         sent = sent_bytes([*gathers, *others]) / 1e9
-        words = [WORDS[work.kind], work.weights_format, {1: "1", 0: "all GPUs"}.get(parts, str(parts))]
+        held = {1: "1", 0: "all GPUs"}.get(parts, str(parts))
+        words = [WORDS[work.kind], work.weights_format, f"{work.compute_seconds:.2f}", held]
         words += [f"{sent:.2f}", str(len(gathers) + len(others)), *cells, limit]
         lines.append(f"| {' | '.join(words)} |")
     return lines

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
 
 from pixtune.hardware.facts import GIB
 from pixtune.plan.exchange_cost import (
@@ -88,9 +87,7 @@ def _of_shared_blocks(rung: Rung, situation: Situation, num_micro_batches: int) 
     The ring of whole blocks holds the last ones when the backward pass begins, and the first ones when it ends.
     """
     blocks = gathered_blocks(rung, situation)
-    forward, backward = blocks[STREAM_SLOTS:], blocks[: len(blocks) - STREAM_SLOTS]
-    once = (gathering_exchanges(each, rung.shards, passes=1) for each in (forward, backward))
-    return tuple(chain.from_iterable(once)) * num_micro_batches
+    return tuple(gathering_exchanges(blocks, rung.shards, num_micro_batches, kept_blocks=STREAM_SLOTS))
 
 
 def _of_all_weights(
