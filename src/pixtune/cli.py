@@ -128,7 +128,7 @@ def plan(
     gpus: Annotated[int, typer.Option(min=1, max=1024, help="GPUs of each host, one process a GPU.")] = 1,
     hosts: Annotated[int, typer.Option(min=1, max=65536, help="Hosts with so many GPUs each.")] = 1,
     network: Annotated[
-        float | None, typer.Option(min=0.1, help="With --hosts: network of each host, in Gbit/s.")
+        float | None, typer.Option(min=0.1, max=1e6, help="With --hosts: network of each host, in Gbit/s.")
     ] = None,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Every decision, and why.")] = False,
     json_output: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,

@@ -111,8 +111,8 @@ def draw_run(draw: random.Random) -> Drawn:
             control = sorted((EDIT_TRAIN / "control").glob("*.png"))[0]
             settings["samples__controls"] = f"[[{control}],[{control}]]"
     num_processes, num_pictures = 2 if draw.random() < TWO_PROCESSES else 1, draw.randint(6, 10)
-    if num_processes > 1 and full and settings.get("optimizer", "adamw") == "adamw":
-        settings["distributed__shards"] = draw.choice([1, 2])
+    if num_processes > 1 and (not full or settings.get("optimizer", "adamw") == "adamw"):
+        settings["distributed__shards"] = draw.choice([1, 2] if full else ["null", 2, 2])
     return Drawn(family, num_processes, settings, num_pictures)
 
 

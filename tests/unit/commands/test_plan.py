@@ -14,6 +14,7 @@ from rich.console import Console
 
 from pixtune.commands import plan as plan_command
 from pixtune.commands.plan import (
+    Machines,
     PlanReport,
     before_cuda,
     facts_of_this_machine,
@@ -24,7 +25,7 @@ from pixtune.config import load_config
 from pixtune.config.schema import TrainConfig
 from pixtune.errors import PixtuneError, PlanError
 from pixtune.families import family_of
-from pixtune.hardware.cards import facts_as
+from pixtune.hardware.cards import HOST_BYTES, facts_as
 from pixtune.hardware.facts import GIB, PROCESS_HOST_BYTES
 from pixtune.plan.encoders import PLAINLY, TEXT_BYTES_PER_TOKEN, TEXT_TOKENS, decoding_bytes
 from pixtune.plan.situation import CONTEXT_BYTES
@@ -289,3 +290,64 @@ def test_what_is_done_between_steps_needs_memory_beside_what_the_run_holds(full_
     assert sampled.tile_pixels is None and sampled.device_bytes > decoding_bytes(pixels) > measured.device_bytes > 0
     assert between("RTX 4060", pixels).tile_pixels is not None
     assert between("H100", pixels, usable_bytes=0) == BetweenSteps(None, 0)  # a CPU
+
+
+# ---- several GPUs
+
+
+def test_several_gpus_are_planned_without_being_there(full_size: dict[str, Path]) -> None:
+    config = config_of(full_size["qwen_image"], "gradient_accumulation_steps=2", "max_train_steps=100")
+    one, report = make_report(config, "RTX 4070"), make_report(config, "RTX 4070", machines=Machines(4, 2))
+    assert one.together is None and "together" not in json.loads(one.to_json()) and not one.why_together
+    together = report.together
+    assert together is not None and together.step is not None and report.plan.shards == together.shards == 2
+    assert (together.num_processes, together.copies, report.length.pictures_per_step) == (8, 4, 16)
+    assert report.facts.host_total_bytes == 4 * HOST_BYTES, "for each GPU of a host"
+    text = " ".join(shown(report, verbose=False).split())
+    assert "8 GPUs on 2 hosts take 16 pictures a step" in text and "4 copies of the weights, each in parts" in text
+    assert f"100 steps, {together.step.seconds:.2g} s each" in text and "NVLink" not in text and "host memory (" in text
+    verbose = " ".join(shown(report).split())
+    assert all(verbose.count(" ".join(reason.split())) == 1 for reason in report.why_together), "said once"
+    values = json.loads(report.to_json())["together"]
+    assert values["shards"] == 2 and values["num_exchanges"] == len(together.gathers) + 1
+    assert values["efficiency"] == together.step.efficiency <= 1
+
+
+def test_a_network_by_its_rate_and_all_weights_without_an_estimate(full_size: dict[str, Path]) -> None:
+    config = config_of(full_size["qwen_image"])
+    slow, fast = (make_report(config, "H100", machines=Machines(1, 8, gbit)) for gbit in (1, 400))
+    assert any("the link bounds the step: gradients take" in reason for reason in slow.why_together)
+    assert not any("the link bounds" in reason for reason in fast.why_together)
+    assert slow.together and fast.together and slow.together.step and fast.together.step
+    assert slow.together.step.efficiency < 0.5 < 0.95 < fast.together.step.efficiency
+    everything = make_report(config_of(full_size["qwen_image"], "method=full"), "H200", machines=Machines(8))
+    assert everything.together is not None and everything.together.step is None
+    assert "of gradients" in shown(everything, verbose=False)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--gpus", "0"], "Invalid value for '--gpus': Input should be greater than or equal to 1"),
+        (["--gpus", "-2"], "Invalid value for '--gpus'"),
+        (["--gpus", "two"], "Invalid value for '--gpus'"),
+        (["--gpus", "1.5"], "Invalid value for '--gpus'"),
+        (["--gpus", "99999999999"], "Invalid value for '--gpus': Input should be less than or equal to 1024"),
+        (["--hosts", "0"], "Invalid value for '--hosts'"),
+        (["--network", "10"], "--network works with --hosts 2 or more"),
+        (["--hosts", "2", "--network", "0"], "Invalid value for '--network'"),
+        (["--hosts", "2", "--network", "nan"], "Invalid value for '--network'"),
+        (["--hosts", "2", "--network", "inf"], "Invalid value for '--network'"),
+        (["--gpus", "4", "distributed.shards=3"], "cannot be divided into groups of 3. Possible here: 1, 2, 4"),
+        (["--gpus", "2", "distributed.shards=4"], "cannot be divided into groups of 4. Possible here: 1, 2"),
+        (["distributed.shards=0"], "distributed.shards"),
+        (["distributed.shards=two"], "distributed.shards"),
+        (["--gpus", "2", "distributed.shards=2", "disable_gradient_checkpointing=true"], "are recomputed in the backw"),
+        (["--gpus", "2", "--as", "RTX 9999"], "no card named 'RTX 9999'"),
+    ],
+)
+def test_bad_numbers_of_gpus_get_one_clear_error(words: list[str], message: str) -> None:
+    given = words if "--as" in words else [*words, "--as", "H100"]
+    outcome = pixtune("plan", "train_configs/train_lora.yaml", *given, env=environment(COLUMNS="200"))
+    printed = " ".join(outcome.stdout.replace("│", " ").split())
+    assert outcome.returncode in (1, 2) and message in printed and "Traceback" not in printed, printed
