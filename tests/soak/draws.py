@@ -182,7 +182,8 @@ def write_pictures(drawn: Drawn, folder: Path, draw: random.Random) -> Settings:
         settings["training_adapter__path"] = write_adapter(folder / "adapter.safetensors")
     if draw.random() < 0.2:
         settings |= write_base(MODELS[drawn.family], folder / "transformer.safetensors", draw)
-    if drawn.settings["method"] == "lora" and draw.random() < 0.3:
+    is_plain = drawn.settings.get("adapter__kind", "lora") == "lora"
+    if drawn.settings["method"] == "lora" and draw.random() < 0.3 and is_plain:
         settings["init_lora"] = write_adapter(folder / "init_lora.safetensors")
     if later == drawn.num_pictures:
         if draw.random() < 0.3:
