@@ -20,7 +20,7 @@ from pixtune.plan.exchange_cost import (
 )
 from pixtune.plan.footprint import ELEMENT_BYTES
 from pixtune.plan.rungs import STREAM_SLOTS, Rung, ladder
-from pixtune.plan.seconds import gathered_blocks, step_seconds
+from pixtune.plan.seconds import gather_seconds, gathered_blocks, step_seconds
 from pixtune.plan.situation import Situation
 
 LONG_EXCHANGE = 0.1
@@ -149,12 +149,14 @@ def warnings_of(found: Together, rung: Rung, situation: Situation) -> Iterator[s
     if found.step is None:
         return
     step = found.step
-    if step.hidden_seconds > 1.05 * step.compute_seconds:
+    num_micro_batches = max(situation.footprint.examples_per_step // situation.footprint.examples_at_once, 1)
+    link_seconds = 2 * num_micro_batches * gather_seconds(rung, situation) if found.gathers else 0.0
+    if link_seconds > 0.9 * step.compute_seconds:
         halved = rung.weights_format in ELEMENT_BYTES and situation.demands.quantize is not True
         helps = ["a larger train_batch_size computes more with what is gathered"]
         helps += ["quantize=true halves it"] if halved else []
         yield (
-            f"the link bounds the step: weights come in {_seconds(step.hidden_seconds)}, and computing takes "
+            f"the link bounds the step: weights come in {_seconds(link_seconds)}, and computing takes "
             f"{_seconds(step.compute_seconds)}; {', and '.join(helps)}"
         )
     if step.exposed_seconds > LONG_EXCHANGE * step.seconds:

@@ -300,16 +300,16 @@ def test_several_gpus_are_planned_without_being_there(full_size: dict[str, Path]
     one, report = make_report(config, "RTX 4070"), make_report(config, "RTX 4070", machines=Machines(4, 2))
     assert one.together is None and "together" not in json.loads(one.to_json()) and not one.why_together
     together = report.together
-    assert together is not None and together.step is not None and report.plan.shards == together.shards == 2
-    assert (together.num_processes, together.copies, report.length.pictures_per_step) == (8, 4, 16)
+    assert together is not None and together.step is not None and report.plan.shards == together.shards == 4
+    assert (together.num_processes, together.copies, report.length.pictures_per_step) == (8, 2, 16)
     assert report.facts.host_total_bytes == 4 * HOST_BYTES, "for each GPU of a host"
     text = " ".join(shown(report, verbose=False).split())
-    assert "8 GPUs on 2 hosts take 16 pictures a step" in text and "4 copies of the weights, each in parts" in text
+    assert "8 GPUs on 2 hosts take 16 pictures a step" in text and "2 copies of the weights, each in parts" in text
     assert f"100 steps, {together.step.seconds:.2g} s each" in text and "NVLink" not in text and "host memory (" in text
     verbose = " ".join(shown(report).split())
     assert all(verbose.count(" ".join(reason.split())) == 1 for reason in report.why_together), "said once"
     values = json.loads(report.to_json())["together"]
-    assert values["shards"] == 2 and values["num_exchanges"] == len(together.gathers) + 1
+    assert values["shards"] == 4 and values["num_exchanges"] == len(together.gathers) + 1
     assert values["efficiency"] == together.step.efficiency <= 1
 
 

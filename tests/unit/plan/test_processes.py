@@ -66,11 +66,12 @@ def test_what_one_gpu_cannot_hold_is_held_together_in_more_bits() -> None:
     assert plan_for("RTX 4070", 2, distributed=DistributedConfig(shards=1)).shards == 1
 
 
-def test_the_fewest_gpus_that_do_are_taken_and_copies_go_across_hosts() -> None:
-    """Eight 12 GB cards: two hold 8 bits together, so a host has four copies, and no weight crosses the network."""
+def test_parts_stay_within_a_host_and_copies_go_across_hosts() -> None:
+    """No weight crosses the network; of more GPUs each holds less, so that fewer blocks have to come each time."""
     plan = plan_for("RTX 4070", 8, hosts=2)
-    assert plan.shards == 2
-    assert any("8 copies of the weights, each in parts on 2 GPUs" in reason for reason in plan.reasons)
+    assert plan.shards in (2, 4, 8) and plan.streamed_blocks <= plan_for("RTX 4070", 2).streamed_blocks
+    copies = f"{16 // plan.shards} copies of the weights, each in parts on {plan.shards} GPUs"
+    assert any(copies in reason for reason in plan.reasons)
     assert any("only gradients go from host to host" in reason for reason in plan.reasons)
 
 
@@ -98,9 +99,27 @@ def test_a_gpu_holds_its_part_and_a_ring_of_whole_blocks() -> None:
 
 
 def test_two_caps_of_24_gib_hold_qwen_image_in_bf16_and_two_of_12_in_8_bits() -> None:
+    """Streaming from host memory is a little faster on the H200 that was measured; without that memory parts are."""
     for cap, asked in ((24, {"disable_quantization": True}), (12, {"quantize": True})):
-        plan = plan_for("H200", 2, links=NVLINK, gpu_memory_limit_gib=cap, **asked)
-        assert plan.shards == 2 and plan.expected_peak_bytes <= plan.usable_bytes < cap * GIB
+        limits: dict[str, Any] = {"gpu_memory_limit_gib": cap, **asked}
+        streamed = plan_for("H200", 2, links=NVLINK, **limits)
+        assert streamed.shards == 1 and streamed.streamed_blocks
+        for plan in (
+            plan_for("H200", 2, links=NVLINK, distributed=DistributedConfig(shards=2), **limits),
+            plan_for("H200", 2, links=NVLINK, host_gb=16, **limits),
+        ):
+            assert plan.shards == 2 and plan.expected_peak_bytes <= plan.usable_bytes < cap * GIB
+            assert streamed.micro_batch_seconds < plan.micro_batch_seconds
+
+
+@pytest.mark.parametrize(
+    ("weights_format", "measured_seconds"),
+    [("bf16", 0.489), pytest.param("fp8", 0.381)],
+)
+def test_seconds_are_near_what_two_h200_took(weights_format: str, measured_seconds: float) -> None:
+    """`benchmarks/results/two_gpus_h200/lora.json`: all blocks recomputed and in parts of two."""
+    rung = Rung(weights_format, 128, True, 60, streamed_blocks=60, shards=2)
+    assert 0.85 < step_seconds(rung, situation("H200", 2)) / measured_seconds < 1.05
 
 
 def test_seconds_and_bytes_are_those_of_the_blocks_that_are_gathered() -> None:
@@ -113,13 +132,13 @@ def test_seconds_and_bytes_are_those_of_the_blocks_that_are_gathered() -> None:
     in_both_passes = 2 * sent * (30 - STREAM_SLOTS) / 30
     assert sum(each.sent_bytes for each in found.gathers) == pytest.approx(in_both_passes, rel=1e-6)
     assert [each.num_bytes for each in found.sums] == [4 * (of.footprint.trained_weights + 2)]
-    assert found.step is not None and found.step.efficiency > 0.97
+    assert found.step is not None and 0.9 < found.step.efficiency < 0.97
 
 
 def test_a_slow_link_decides_and_is_warned_of() -> None:
     rung = Rung("bf16", 128, True, 60, streamed_blocks=60, shards=2)
     fast, slow = (situation("H100", 2, links=links) for links in (NVLINK, SLOW))
-    assert step_seconds(rung, fast) < 1.05 * step_seconds(rung, fast, gathers=False)
+    assert 1.1 < step_seconds(rung, fast) / step_seconds(rung, fast, gathers=False) < 1.3
     assert step_seconds(rung, slow) == pytest.approx(2 * gather_seconds(rung, slow), rel=0.1)
     plan = plan_for("H100", 2, links=SLOW, distributed=DistributedConfig(shards=2))
     (warning,) = (reason for reason in plan.reasons if "the link bounds the step: weights come in" in reason)
