@@ -32,6 +32,7 @@ SETTINGS = {
     "logging_steps": 1,
     "max_grad_norm": MAX_NORM,
     "validation__num_draws": 1,
+    "validation__judge_captions": "false",
     "validation__every": 4,
     "samples__prompts": "[a red ball]",
     "samples__num_steps": 2,

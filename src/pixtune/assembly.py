@@ -51,7 +51,7 @@ from pixtune.launch.stop import StopRequest
 from pixtune.plan.demands import demands_of
 from pixtune.plan.encoders import EncoderPlan, without_former_fields
 from pixtune.plan.shards import can_share, check_shards
-from pixtune.plan.training import TrainingPlan, with_todays_names
+from pixtune.plan.training import TrainingPlan, check_parts, with_todays_names
 from pixtune.planning import (
     Leaner,
     check_transformer,
@@ -144,6 +144,8 @@ def assemble(
     accelerator = start_accelerator(config)
     agree_with_others(config, stop, accelerator)
     check_shards(config.distributed.shards, accelerator.num_processes)
+    if config.method == "full":
+        check_parts(demands_of(config))
     crew = gather_crew(accelerator)
     memory.start(accelerator.device)
     show = printer(quiet=not accelerator.is_main_process)

@@ -18,7 +18,7 @@ from pixtune.plan.choice import choose_rung
 from pixtune.plan.demands import Demands, demands_of
 from pixtune.plan.footprint import BYTES_PER_WEIGHT, ELEMENT_BYTES, Footprint
 from pixtune.plan.kernel_choice import NAMES, Findings, choose_attention, choose_tf32
-from pixtune.plan.optimizers import OPTIMIZERS
+from pixtune.plan.optimizers import OPTIMIZERS, SMALL
 from pixtune.plan.rungs import QUANTIZED, count_captures
 from pixtune.plan.situation import situation_of
 from pixtune.plan.text_padding import Captions, choose_text_multiple
@@ -114,13 +114,13 @@ def check_parts(demands: Demands) -> None:
     """
     if demands.shards in (None, 1) or demands.optimizer is None or OPTIMIZERS[demands.optimizer].by_number:
         return
-    able = ", ".join(name for name, needs in OPTIMIZERS.items() if needs.by_number)
+    able = ", ".join(name for name, needs in OPTIMIZERS.items() if needs.by_number and name != SMALL)
     raise ConfigError(
         f"distributed.shards is {demands.shards}",
         [
             f"with method=full, each process then steps a part of each weight, and "
-            f"{OPTIMIZERS[demands.optimizer].title} needs whole ones. Possible: optimizer={able}, or "
-            "distributed.shards=1, where each process has all weights"
+            f"{OPTIMIZERS[demands.optimizer].title} needs whole ones. Possible: optimizer={able}, with or "
+            "without adam8bit; or distributed.shards=1, where each process has all weights"
         ],
     )
 

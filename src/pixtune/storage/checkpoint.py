@@ -229,7 +229,10 @@ def _map_files(path: Path, names: Sequence[str]) -> dict[str, dict[str, Tensor]]
             tensors[Path(name).stem] = mapped
     for stem, files in pieces.items():
         mapped_files, firsts = zip(*files, strict=True)
-        tensors[stem] = put_together(mapped_files, firsts)  # type: ignore[assignment]
+        try:
+            tensors[stem] = put_together(mapped_files, firsts)  # type: ignore[assignment]
+        except DamagedError as error:
+            raise DamagedError(f"{path} is damaged: {error}") from error
     return tensors
 
 

@@ -20,6 +20,8 @@ from pixtune.engine.sharding import Rows
 from pixtune.engine.together import Together
 from pixtune.errors import DamagedError
 from pixtune.plan.optimizers import TrainedTensors
+from pixtune.storage.checkpoint import joined, load_checkpoint, save_checkpoint
+from pixtune.storage.safetensors_writer import TensorFile
 from pixtune.storage.slices import SlicedTensor, map_file, put_together, rows_in, slice_metadata, whole
 from pixtune.trained import optim
 from pixtune.trained.optimizers import build_optimizer
@@ -188,3 +190,19 @@ def test_a_file_whose_pieces_have_no_place_is_damaged(tmp_path: Any, places: str
     save_file({"w": torch.zeros(2, 2)}, tmp_path / "file", {"DCP_SHARDING_INFO": places})
     with pytest.raises(DamagedError, match="does not say where its pieces of tensors belong"):
         map_file(tmp_path / "file")
+
+
+def test_a_checkpoint_of_pieces_is_read_as_one_whose_gaps_are_told(tmp_path: Any) -> None:
+    tensor = torch.arange(40.0).view(10, 4)
+
+    def save(step: int, second_from: int) -> Any:
+        files = {}
+        for number, (first, end) in enumerate(((0, 4), (second_from, 10)), start=1):
+            piece = {"w": tensor[first:end]}
+            files[f"transformer-{number:05d}-of-00002"] = TensorFile(piece, slice_metadata({"w": first}, piece))
+        return save_checkpoint(tmp_path, step, files, {})
+
+    read: Any = joined(load_checkpoint(save(1, 4)).tensors, "transformer")
+    assert whole(read["w"]).equal(tensor)
+    with pytest.raises(DamagedError, match=r"checkpoint-000002 is damaged: the rows of w from 4 on are missing"):
+        load_checkpoint(save(2, 5))
