@@ -134,10 +134,9 @@ class SavedFile:
         if step == session.start_step and session.config.resume_with_changes_in:
             return  # it may hold an average that this session has not
         picture = measured_example(run.source.reader, 0)
-        # Blocks are compiled for steps; to compile them anew for three passes would take longer than these.
+        # Blocks are compiled for steps; to compile them anew for two passes would take longer than these.
         plainly = partial(torch.compiler.set_stance, "force_eager") if run.plan.compile else nullcontext
-        num_files = 0 if session.config.method == "full" else len(session.config.lora_files.formats)
-        with session.aside("check of the saved files", 3 + num_files) as after_pass:
+        with session.aside("check of the saved files", 2) as after_pass:  # one more for each file that is at fault
 
             def velocity() -> Tensor:
                 with plainly():

@@ -32,7 +32,8 @@ def read_back_lora(
             was reported. Of a DoRA or LoKr, only diffusers' file can be read here.
 
     Returns:
-        That of the first file that does something else than the live weights; the checkpoint's own where none does.
+        That of the first file that does something else than the live weights; the checkpoint's own where none does. A
+        file with the live weights' numbers does what these do, which takes no pass to tell.
 
     Raises:
         WeightsError: a file cannot be read as a LoRA of this model.
@@ -47,19 +48,24 @@ def read_back_lora(
         raise WeightsError(f"{saved.path} is not the LoRA that is trained: {', '.join(what[:3])}.")
     unequal = tuple(name for name, tensor in kept.items() if not tensor.equal(saved.weights[name].to(tensor.dtype)))
     with_live = velocity()
+
+    def distance_of(weights: Mapping[str, Tensor], unequal: tuple[str, ...]) -> float:
+        if not unequal:
+            return 0.0
+        adapters.load_lora_weights(module, weights)
+        return _distance(velocity(), with_live)
+
     try:
         with adapters.at_strength(module, adapters.trainable_parameters(module), 0):
             effect = _distance(velocity(), with_live)
-        adapters.load_lora_weights(module, saved.weights)
-        found = [ReadBack(effect, _distance(velocity(), with_live), unequal)]
+        found = [ReadBack(effect, distance_of(saved.weights, unequal), unequal)]
         for path in _of_the_same_step(exported, folder / DIFFUSERS_FILE):
             if scheme.kind != "lora" and path.name != DIFFUSERS_FILE:
                 continue
             exported_lora = read_saved_lora(path, base.family)
             weights = _at_scale_of(module, exported_lora) if scheme.kind == "lora" else dict(exported_lora.weights)
-            adapters.load_lora_weights(module, weights)
-            distance = _distance(velocity(), with_live)
-            found.append(ReadBack(effect, distance, _unequal_beyond_rounding(kept, weights), path))
+            others = _unequal_beyond_rounding(kept, weights)
+            found.append(ReadBack(effect, distance_of(weights, others), others, path))
     except KeyError as error:
         raise WeightsError(f"a file of {folder} does not fit this model: {error.args[0]}.") from error
     finally:
@@ -128,7 +134,8 @@ def _unequal_beyond_rounding(live: Mapping[str, Tensor], weights: Mapping[str, T
     return tuple(
         name
         for name, tensor in live.items()
-        if not torch.allclose(tensor, weights[name].to(tensor.dtype), rtol=1e-6, atol=0.0, equal_nan=True)
+        if tensor.shape != weights[name].shape
+        or not torch.allclose(tensor, weights[name].to(tensor.dtype), rtol=1e-6, atol=0.0, equal_nan=True)
     )
 
 
