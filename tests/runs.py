@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from tests import processes
+from tests.shallow import shallow_model
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY_MODEL = ROOT / "assets" / "tiny-qwen-image"
@@ -20,7 +21,7 @@ DEMO_HELD_OUT = ROOT / "assets" / "demo-style" / "held_out"
 def overrides(output_dir: Path, cache_dir: Path, **changes: object) -> list[str]:
     """`key=value` words of a run of a few seconds; `__` in a name stands for the dot of a nested key."""
     settings: dict[str, object] = {
-        "pretrained_model_name_or_path": TINY_MODEL,
+        "pretrained_model_name_or_path": shallow_model("tiny-qwen-image"),
         "output_dir": output_dir,
         "data_config.img_dir": DEMO_TRAIN,
         "data_config.cache_dir": cache_dir,

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from pixtune.config.schema import NOT_YET
-from tests.runs import ROOT
+from tests.runs import TINY_MODEL
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Effect:
 
 
 EDIT = {
-    "pretrained_model_name_or_path": str(ROOT / "assets" / "tiny-qwen-image-edit"),
+    "pretrained_model_name_or_path": "SHALLOW/tiny-qwen-image-edit",
     "data_config.img_dir": "SCENE/edit/images",
     "data_config.control_dir": "SCENE/edit/control",
     "data_config.control_size": 64,
@@ -41,12 +41,14 @@ PRIOR = {
     "train_batch_size": 5,
 }
 MASKED = {"data_config.mask_dir": "SCENE/masks"}
-FLUX = {"pretrained_model_name_or_path": str(ROOT / "assets" / "tiny-flux")}
+FLUX = {"pretrained_model_name_or_path": "SHALLOW/tiny-flux"}
 FRESH_CACHE = {"data_config.cache_dir": "RUN/cache"}
 TRACKED = {"report_to": "tensorboard"}
 TAGS = {"data_config.caption_text": "one, two, three, four, five"}
 DRAWN = {"samples.prompts": ["red heart"], "samples.num_steps": 1, "samples.guidance_scale": 1.0}
 MEASURED = {"validation.held_out": 0.25, "validation.num_draws": 1}
+TRAINED = {"pretrained_model_name_or_path": str(TINY_MODEL), "learning_rate": 1.0}
+"""A model that has more to lose than one block of it."""
 FULL = {"method": "full"}
 PRODIGY = {"optimizer": "prodigy", "learning_rate": 1.0}
 MUON = {"optimizer": "muon", **FULL}
@@ -61,10 +63,8 @@ UNIFIED = {"unified_memory": True}
 IN_ONE_FILE = {"pretrained_model_name_or_path": "SCENE/transformer.safetensors"}
 
 EFFECTS: dict[str, Effect] = {
-    "pretrained_model_name_or_path": Effect(
-        "steps", (str(ROOT / "assets" / "tiny-qwen-image"), str(ROOT / "assets" / "tiny-flux"))
-    ),
-    "model_parts.others": Effect("error", (str(ROOT / "assets" / "tiny-qwen-image"), "/nowhere"), IN_ONE_FILE),
+    "pretrained_model_name_or_path": Effect("steps", ("SHALLOW/tiny-qwen-image", "SHALLOW/tiny-flux")),
+    "model_parts.others": Effect("error", ("SHALLOW/tiny-qwen-image", "/nowhere"), IN_ONE_FILE),
     "model_parts.pipeline": Effect("error", (None, "QwenImageEditPipeline"), IN_ONE_FILE),
     "model_parts.transformer": Effect("steps", (None, "SCENE/transformer.safetensors")),
     **{
@@ -198,7 +198,7 @@ EFFECTS: dict[str, Effect] = {
     "validation.every": Effect("held-out losses", (100, 1), MEASURED),
     "validation.judge_captions": Effect("printed", (None, True), TWO_FOLDERS),
     "validation.patience": Effect(
-        "held-out losses", (None, 1), {**MEASURED, "validation.every": 1, "max_train_steps": 3, "learning_rate": 1.0}
+        "held-out losses", (None, 1), {**MEASURED, **TRAINED, "validation.every": 1, "max_train_steps": 3}
     ),
     "validation.num_draws": Effect("held-out losses", (1, 2), MEASURED),
     "samples.prompts": Effect("pictures", (["red heart"], []), DRAWN),
@@ -216,7 +216,7 @@ EFFECTS: dict[str, Effect] = {
     "samples.sizes": Effect("pictures", ([], [[64, 64], [96, 64]]), DRAWN),
     "samples.strengths": Effect("pictures", ([1.0], [0.5, 1.0]), DRAWN),
     "guard.max_skipped_steps": Effect("error", (10, 1), {"learning_rate": 1e30}),
-    "guard.exploded_loss": Effect("error", ("warn", "stop"), {"learning_rate": 1.0, "max_train_steps": 8}),
+    "guard.exploded_loss": Effect("error", ("warn", "stop"), {**TRAINED, "max_train_steps": 8}),
     "guard.must_learn_within": Effect("error", (10, 0), {"learning_rate": 1e-50}),
     "checkpointing_steps": Effect("files", (500, 1)),
     "checkpoints_total_limit": Effect("files", (None, 1), {"checkpointing_steps": 1}),

@@ -35,12 +35,13 @@ from pixtune.trained.optimizers import build_optimizer
 from pixtune.trained.schedule import build_schedule, set_learning_rate
 from tests import single_files
 from tests.full_size import full_size_footprint
-from tests.runs import DEMO_HELD_OUT, DEMO_TRAIN, ROOT, TINY_MODEL
+from tests.runs import DEMO_HELD_OUT, DEMO_TRAIN, ROOT
+from tests.shallow import shallow_model
 
 HUGE_GPU = HardwareFacts("cuda", "a Hopper GPU that holds anything", (9, 0), 10_000 * GIB, 10_000 * GIB)
 
 BASE: dict[str, object] = {
-    "pretrained_model_name_or_path": str(TINY_MODEL),
+    "pretrained_model_name_or_path": "SHALLOW/tiny-qwen-image",
     "output_dir": "RUN/out",
     "data_config.img_dir": "SCENE/pictures",
     "data_config.cache_dir": "SCENE/cache",
@@ -52,7 +53,8 @@ BASE: dict[str, object] = {
     "train_batch_size": 2,
     "rank": 2,
 }
-"""A run of two steps. `RUN` is a folder of its own, `SCENE` one that all runs share."""
+"""A run of two steps. `RUN` is a folder of its own, `SCENE` one that all runs share; of a model of `assets/` after
+`SHALLOW`, one block of each kind is enough."""
 
 Observed = dict[str, object]
 """Part of what a run shows -> its value. Nothing in it depends on time or on where the run's folder is."""
@@ -90,7 +92,8 @@ def make_scene(folder: Path) -> None:
         folder / "adapter.safetensors",
         {"lora_adapter_metadata": json.dumps({"transformer.r": 2, "transformer.lora_alpha": 2})},
     )
-    rounded = single_files.with_prefix(single_files.fp8_cast(single_files.published("tiny-qwen-image")))
+    published = single_files.published(str(shallow_model("tiny-qwen-image", 1)))
+    rounded = single_files.with_prefix(single_files.fp8_cast(published))
     single_files.write(rounded, folder / "transformer.safetensors")
     for name in ("images", "control", "other_control", "too_few_controls"):
         (folder / "edit" / name).mkdir(parents=True)
@@ -109,7 +112,8 @@ def words(settings: Mapping[str, object], scene: Path, run: Path) -> list[str]:
     """Settings as the command line has them, with real folders."""
 
     def placed(value: object) -> str:
-        return json.dumps(value).replace("SCENE", str(scene)).replace("RUN", str(run))
+        text = json.dumps(value).replace("SCENE", str(scene)).replace("RUN", str(run))
+        return re.sub(r"SHALLOW/([\w-]+)", lambda model: str(shallow_model(model[1], 1)), text)
 
     return [f"{key}={placed(value)}" for key, value in settings.items()]
 

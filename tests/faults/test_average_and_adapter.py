@@ -14,6 +14,7 @@ from torch import Tensor
 from pixtune.storage.checkpoint_state import checkpoint_path
 from pixtune.tracking.metrics import read_metrics
 from tests.runs import overrides, pixtune, write_config
+from tests.shallow import shallow_model
 
 NUM_STEPS = 4
 LORA, RAW = "pytorch_lora_weights.safetensors", "raw_lora_weights.safetensors"
@@ -122,7 +123,8 @@ def test_samples_are_of_the_average_without_the_adapter(tmp_path: Path, whole: P
     lines = [line for line in read_metrics(whole / "metrics.jsonl") if line["kind"] == "sample"]
     drawn = {(line["step"], line.get("strength", 1.0)): (whole / line["path"]).read_bytes() for line in lines}
     assert drawn.keys() == {(step, strength) for step in (0, 2, NUM_STEPS) for strength in (0.5, 1.0)}
-    words = ["a cat", "--model", "assets/tiny-qwen-image", "--lora", whole, "--output", tmp_path, "--steps", 2]
+    model = shallow_model("tiny-qwen-image")
+    words = ["a cat", "--model", model, "--lora", whole, "--output", tmp_path, "--steps", 2]
     outcome = pixtune("sample", *words, *FLAGS, "--strength", 0.5, "--strength", 1)
     assert outcome.returncode == 0, outcome.stdout
     found = {path.name: path.read_bytes() for path in tmp_path.glob("*.png")}

@@ -131,7 +131,7 @@ def test_killed_at_random_moments_and_resumed_is_the_uninterrupted_run(
     for earliest in (2, 9):
         process = start(output_dir, warm_cache)
         wait_for_step(process, output_dir, earliest)
-        time.sleep(moments.uniform(0, 0.4))
+        time.sleep(moments.uniform(0, 0.2))
         process.send_signal(signal.SIGKILL)
         process.communicate()
         kills.append((steps_done(output_dir), [path.name for path in find_checkpoints(output_dir)]))

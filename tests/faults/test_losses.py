@@ -24,7 +24,7 @@ from pixtune.storage.checkpoint import load_checkpoint
 from pixtune.storage.checkpoint_state import checkpoint_path, find_checkpoints
 from pixtune.tracking.figures import StepOutcome
 from pixtune.tracking.metrics import read_metrics
-from tests.runs import DEMO_HELD_OUT, DEMO_TRAIN, overrides
+from tests.runs import DEMO_HELD_OUT, DEMO_TRAIN, TINY_MODEL, overrides
 
 training = import_module("pixtune.train")  # the package has a function of that name
 
@@ -206,7 +206,8 @@ def test_a_loss_that_explodes_is_told_once_or_ends_the_run(
     tmp_path: Path, warm_cache: Path, pictures: Path, capfd: Any, measured: bool
 ) -> None:
     settings = {
-        "learning_rate": 100, "max_train_steps": 10, "checkpointing_steps": 4, "gradient_accumulation_steps": 1,
+        "pretrained_model_name_or_path": TINY_MODEL, "learning_rate": 100, "max_train_steps": 10,
+        "checkpointing_steps": 4, "gradient_accumulation_steps": 1,
         **({"validation__held_out": 0.2, "validation__every": 5, "validation__num_draws": 1} if measured else {}),
     }  # fmt: skip
     train(tmp_path / "warned", warm_cache, pictures, **settings)

@@ -17,7 +17,8 @@ from pixtune.storage.checkpoint_state import checkpoint_path, find_checkpoints
 from pixtune.storage.files import file_digest
 from pixtune.tracking.metrics import read_metrics
 from tests import processes
-from tests.runs import DEMO_TRAIN, TINY_MODEL, environment, overrides, pixtune, write_config
+from tests.runs import DEMO_TRAIN, environment, overrides, pixtune, write_config
+from tests.shallow import shallow_model
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 
@@ -120,7 +121,7 @@ def test_fewer_steps_than_the_checkpoint_has_change_nothing(output_dir: Path, wa
 def test_another_base_model_is_refused_before_anything_is_encoded_and_allowed_by_name(
     output_dir: Path, warm_cache: Path, tmp_path: Path
 ) -> None:
-    other = Path(shutil.copytree(TINY_MODEL, tmp_path / "other"))
+    other = Path(shutil.copytree(shallow_model("tiny-qwen-image"), tmp_path / "other"))
     (weights,) = (other / "transformer").glob("*.safetensors")
     save_file({name: tensor * 0.5 for name, tensor in load_file(weights).items()}, weights, {"format": "pt"})
     changed = {"pretrained_model_name_or_path": other, "max_train_steps": 5}

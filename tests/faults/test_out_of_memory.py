@@ -33,7 +33,7 @@ from pixtune.services import measuring
 from pixtune.storage.checkpoint import load_checkpoint
 from pixtune.storage.checkpoint_state import find_checkpoints
 from pixtune.trained.weight_update import WeightUpdate
-from tests.runs import DEMO_HELD_OUT, ROOT, overrides, write_config
+from tests.runs import DEMO_HELD_OUT, ROOT, TINY_MODEL, overrides, write_config
 
 CHARACTER = ROOT / "assets" / "demo-character"
 FOLDERS = [
@@ -41,6 +41,7 @@ FOLDERS = [
     {"img_dir": str(DEMO_HELD_OUT)},
 ]
 SETTINGS: dict[str, object] = {
+    "pretrained_model_name_or_path": TINY_MODEL,
     "max_train_steps": 3,
     "gradient_accumulation_steps": 2,
     "data_config__img_dir": "null",

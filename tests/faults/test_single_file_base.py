@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 
 from pixtune.storage.checkpoint_state import checkpoint_path
 from tests import single_files
-from tests.runs import TINY_MODEL, overrides, pixtune, write_config
+from tests.runs import overrides, pixtune, write_config
+from tests.shallow import shallow_model
 
 FILES = ("pytorch_lora_weights.safetensors", "optimizer.safetensors")
 
@@ -29,13 +30,13 @@ def whole(tmp_path_factory: pytest.TempPathFactory, warm_cache: Path) -> Path:
 
 
 def in_one_file(file: Path) -> dict[str, object]:
-    return {"pretrained_model_name_or_path": file, "model_parts__others": TINY_MODEL}
+    return {"pretrained_model_name_or_path": file, "model_parts__others": shallow_model("tiny-qwen-image")}
 
 
 def test_a_run_from_a_file_goes_on_from_the_folder_to_the_same_bits(
     tmp_path: Path, warm_cache: Path, whole: Path
 ) -> None:
-    tensors = single_files.published("tiny-qwen-image")
+    tensors = single_files.published(str(shallow_model("tiny-qwen-image")))
     file = single_files.write(single_files.with_prefix(tensors), tmp_path / "16.safetensors")
     train(tmp_path, warm_cache, **in_one_file(file), max_train_steps=2)
     rounded = single_files.write(single_files.fp8_scaled(tensors), tmp_path / "8.safetensors")

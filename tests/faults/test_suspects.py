@@ -11,14 +11,17 @@ import pytest
 from pixtune import train as training
 from pixtune.config import load_config
 from pixtune.tracking.metrics import read_metrics
-from tests.runs import DEMO_TRAIN, overrides, write_config
+from tests.runs import DEMO_TRAIN, TINY_MODEL, overrides, write_config
 
 SWAPPED = ("avocado", "birthday-cake", "rooster")
 
 
 def train(folder: Path, cache: Path, pictures: Path, **changes: Any) -> list[dict[str, Any]]:
     folder.mkdir(exist_ok=True)
-    settings = {"data_config__img_dir": pictures, "data_config__img_size": 128, "max_train_steps": 1, **changes}
+    settings = {
+        "pretrained_model_name_or_path": TINY_MODEL, "data_config__img_dir": pictures, "data_config__img_size": 128,
+        "max_train_steps": 1, **changes,
+    }  # fmt: skip
     training.train(load_config(write_config(folder), overrides(folder / "run", cache, **settings)))
     return read_metrics(folder / "run" / "metrics.jsonl")
 

@@ -15,7 +15,7 @@ from pixtune.config import load_config
 from pixtune.errors import ConfigError
 from pixtune.storage.checkpoint import load_checkpoint
 from pixtune.storage.checkpoint_state import find_checkpoints
-from tests.runs import DEMO_TRAIN, overrides, pixtune, write_config
+from tests.runs import DEMO_TRAIN, TINY_MODEL, overrides, pixtune, write_config
 
 
 def limit_file_size() -> None:
@@ -28,11 +28,12 @@ def limit_file_size() -> None:
 
 def test_disk_full_at_a_checkpoint_keeps_the_earlier_one_and_says_so(tmp_path: Path, warm_cache: Path) -> None:
     config, output_dir = write_config(tmp_path), tmp_path / "run"
-    words = overrides(output_dir, warm_cache, max_train_steps=2)
+    model = {"pretrained_model_name_or_path": TINY_MODEL}  # a LoRA of two blocks is smaller than the limit
+    words = overrides(output_dir, warm_cache, max_train_steps=2, **model)
     assert pixtune("train", "--config", config, *words).returncode == 0
     before = [path.name for path in find_checkpoints(output_dir)]
 
-    words = overrides(output_dir, warm_cache, max_train_steps=4, resume_from_checkpoint="latest", rank=4)
+    words = overrides(output_dir, warm_cache, max_train_steps=4, resume_from_checkpoint="latest", rank=4, **model)
     outcome = pixtune("train", "--config", config, *words, before=limit_file_size)
     assert outcome.returncode == 1, outcome.stdout
     assert "could not be written" in outcome.stdout
