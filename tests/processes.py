@@ -6,6 +6,7 @@ own as one that was executed: it can be killed, limited and told to stop, and no
 
 from __future__ import annotations
 
+import io
 import math
 import multiprocessing
 import os
@@ -19,7 +20,7 @@ from dataclasses import dataclass
 from functools import cache
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -103,6 +104,30 @@ def run(words: Sequence[str], env: Mapping[str, str], timeout: float, before: Be
         raise
     assert started.returncode is not None
     return started.returncode, printed
+
+
+def forked_run(command: Sequence[str], **options: Any) -> subprocess.CompletedProcess[str]:
+    """Stands in for `subprocess.run` in scripts under test that start `sys.executable` anew; other programs are run.
+
+    Both streams are one, and stand in the outcome as both.
+
+    Raises:
+        subprocess.CalledProcessError: it failed, and `check` was asked for.
+        subprocess.TimeoutExpired: it took longer than its `timeout`, and was killed.
+    """
+    if command[0] != sys.executable:
+        return really_run(command, **options)
+    code, printed = run(command[1:], options.get("env", os.environ), options.get("timeout", 300))
+    stream = options.get("stdout")
+    if isinstance(stream, io.TextIOBase):
+        stream.write(printed)
+        stream.flush()
+    if code and options.get("check"):
+        raise subprocess.CalledProcessError(code, command, printed)
+    return subprocess.CompletedProcess(command, code, printed, printed)
+
+
+really_run = subprocess.run
 
 
 @cache

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import subprocess
 from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from PIL import Image
 
 from pixtune.storage.checkpoint import joined, load_checkpoint
 from pixtune.storage.checkpoint_state import checkpoint_path, find_checkpoints
+from tests import processes
 
 BENCHMARKS = Path(__file__).resolve().parents[3] / "benchmarks"
 SIDES = {"num_layers": 2, "num_attention_heads": 1, "attention_head_dim": 128, "joint_attention_dim": 64}
@@ -36,6 +38,7 @@ def architectures(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
         toy = replace(full, transformer=full.transformer | sides)
         monkeypatch.setitem(module.ARCHITECTURES, name, toy)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(subprocess, "run", processes.forked_run)
     return module
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -19,6 +20,7 @@ from pixtune.family import Placement, Prompt
 from pixtune.planning import count_text_weights
 from pixtune.storage.loading import load_safetensors_sharded
 from pixtune.storage.model_folder import ModelFolder, open_model_folder
+from tests import processes
 from tests.full_size import AUTOENCODER, TEXT_ENCODER, UNREAD
 from tests.runs import ROOT
 
@@ -48,6 +50,7 @@ def architectures(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
         )
         monkeypatch.setitem(module.ARCHITECTURES, f"toy-{name}", toy)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(subprocess, "run", processes.forked_run)
     return module
 
 

@@ -15,7 +15,7 @@ import torch
 from pixtune.engine import attention_trial as trial
 from pixtune.engine.attention_trial import MARK, Shape, try_attention
 from pixtune.plan.kernel_choice import Finding
-from tests.runs import ROOT
+from tests.processes import forked_run
 
 SHAPE = Shape(96, 2, 32)
 ALL = ("cudnn", "flash", "efficient")
@@ -63,11 +63,10 @@ def with_fakes(monkeypatch: pytest.MonkeyPatch, **fakes: str) -> list[list[str]]
 
     def run(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
         tried.append(command[8:])
-        return real_run([sys.executable, "-m", "tests.unit.engine.trial_with_fakes", *command[3:]], cwd=ROOT, **options)
+        return forked_run([sys.executable, "-m", "tests.unit.engine.trial_with_fakes", *command[3:]], **options)
 
     monkeypatch.setattr(subprocess, "run", run)
     monkeypatch.setenv("FAKES", json.dumps(fakes))
-    monkeypatch.setenv("PYTHONPATH", f"{ROOT / 'src'}:{ROOT}")
     return tried
 
 
