@@ -118,9 +118,8 @@ def test_some_blocks_recomputed(name: str, offload: bool) -> None:
     assert_same(step(name, model), plain_step(name))
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_more_blocks_recomputed_in_the_middle_of_a_run(name: str) -> None:
-    """Compiled blocks, some of which recompute queries, keys and values, compute the same."""
+def test_more_blocks_recomputed_in_the_middle_of_a_run(name: str = "tiny-flux") -> None:
+    """Compiled blocks of two kinds, some of which recompute queries, keys and values, compute the same."""
     model = load_model(name)
     attach(name, model)
     blocks = blocks_of(name, model)

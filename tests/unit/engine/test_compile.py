@@ -13,6 +13,7 @@ from torch._dynamo.utils import counters as dynamo_counters
 from torch._inductor import config as inductor_config
 from torch.utils.checkpoint import CheckpointPolicy
 
+from pixtune.engine import compile as compile_module
 from pixtune.engine import heads as heads_module
 from pixtune.engine import lora
 from pixtune.engine.activations import recompute_projections
@@ -85,8 +86,13 @@ def test_without_the_mark_it_would(monkeypatch: pytest.MonkeyPatch) -> None:
     assert count_products(monkeypatch, marked=False) == [1, 1]
 
 
-@pytest.mark.parametrize("name", ["tiny-qwen-image", "tiny-flux"])
-@pytest.mark.parametrize(("sizes_vary", "text_multiple"), [(True, 1), (True, 8), (False, 1)])
+@pytest.mark.parametrize(
+    ("name", "sizes_vary", "text_multiple"),
+    [
+        ("tiny-qwen-image", True, 1), ("tiny-flux", True, 1), ("tiny-qwen-image", True, 8), ("tiny-flux", True, 8),
+        ("tiny-qwen-image", False, 1),
+    ],
+)  # fmt: skip
 def test_blocks_of_one_kind_share_one_graph_and_all_sizes_do_if_they_are_known_to_vary(
     name: str, sizes_vary: bool, text_multiple: int
 ) -> None:
@@ -95,12 +101,12 @@ def test_blocks_of_one_kind_share_one_graph_and_all_sizes_do_if_they_are_known_t
     folder = open_model_folder(str(ROOT / "assets" / name))
     family = family_of(folder)
     config = folder.component_config("transformer")
-    config |= {key: 4 for key in ("num_layers", "num_single_layers") if key in config}
+    config |= {key: 3 for key in ("num_layers", "num_single_layers") if key in config}
     transformer = random_transformer(family, config, Placement(torch.device("cpu"), torch.float32)).module
     attach_lora(transformer, family.lora_targets, 4, 4.0, 0, family.lora_presets)
     kinds = [list(transformer.get_submodule(path).children()) for path in family.block_paths]
     blocks = [block for kind in kinds for block in kind]
-    assert {len(kind) for kind in kinds} == {4} and compact_gelus(blocks) >= len(blocks)
+    assert {len(kind) for kind in kinds} == {3} and compact_gelus(blocks) >= len(blocks)
     compile_eagerly = functools.partial(compile_forward, trained=True, sizes_vary=sizes_vary, backend="eager")
     for block in blocks:
         replace_computation(block, compile_eagerly)
@@ -119,7 +125,9 @@ def test_blocks_of_one_kind_share_one_graph_and_all_sizes_do_if_they_are_known_t
         assert graphs_after(width, height, num_text_tokens) == graphs
 
 
-def test_blocks_before_the_first_trained_one_keep_nothing() -> None:
+def test_blocks_before_the_first_trained_one_keep_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    without_code = functools.partial(compile_forward, backend="aot_eager")  # whose writing takes seconds
+    monkeypatch.setattr(compile_module, "compile_forward", without_code)
     folder = open_model_folder(str(ROOT / "assets" / "tiny-qwen-image"))
     family = family_of(folder)
     config = folder.component_config("transformer") | {"num_layers": 3}
@@ -228,7 +236,7 @@ def test_with_the_operators_of_gpus_projections_that_are_recomputed_are_not_kept
     assert operators_of_gpus == {"LoRA", "heads", "heads backward"}
 
 
-def test_projections_that_are_recomputed_are_not_kept(name: str = "tiny-flux") -> None:
+def test_projections_that_are_recomputed_are_not_kept(name: str = "tiny-qwen-image") -> None:
     kept, expected = kept_and_gradients(name, recomputes=False)
     less, gradients = kept_and_gradients(name, recomputes=True)
     assert kept - less > 2.4
