@@ -34,10 +34,11 @@ settings.load_profile("suite")
 os.fsync = lambda fd: None  # no test cuts the power; a fiftieth of a second each, twenty times a run
 
 LONGEST = (
-    "test_key_effects", "test_activations", "test_quantized_training", "test_stop", "test_lora", "test_compile",
-    "test_benchmarks", "test_padded_text", "test_sample", "test_full_fine_tuning", "test_edit_parity",
-    "test_stock_lora", "test_model_check", "test_quantized_gradients", "test_install", "test_phases", "test_tiling",
-    "test_kill_and_resume", "test_commands", "test_hostile",
+    "test_key_effects", "test_browser", "test_compile", "test_stop", "test_model_check", "test_sample", "test_lora",
+    "test_commands", "test_activations", "test_two_processes", "test_full_fine_tuning", "test_install",
+    "test_quantized_training", "test_kill_and_resume", "test_padded_text", "test_benchmarks", "test_tiling",
+    "test_quantized_gradients", "test_edit_parity", "test_services", "test_changed_pictures", "test_stock_lora",
+    "test_hostile", "test_streaming", "test_modulation",
 )  # fmt: skip
 """Files that take the longest, in that order: where processes take file after file, none of these should come last."""
 
@@ -82,7 +83,10 @@ def repo_root() -> Path:
 @pytest.fixture(scope="session")
 def warm_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Encodings that runs share whose tests are not about encoding: named by content, so nobody gets another's."""
-    return tmp_path_factory.mktemp("warm_cache")
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "warm_cache"  # all processes have one
+    folder.mkdir(exist_ok=True)
+    return folder
 
 
 @pytest.fixture(scope="session")

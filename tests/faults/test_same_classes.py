@@ -12,6 +12,7 @@ from safetensors import safe_open
 from pixtune.commands.plan import make_report
 from pixtune.config import load_config
 from tests.runs import DEMO_TRAIN, ROOT, pixtune
+from tests.shallow import shallow_model
 from tests.soak.draws import write_adapter
 
 CONFIGS = {
@@ -36,13 +37,13 @@ def test_its_model_is_known_by_name_and_its_run_fits(stem: str) -> None:
 
 
 @pytest.mark.parametrize("stem", CONFIGS)
-def test_it_trains_a_small_model_of_its_classes(stem: str, tmp_path: Path) -> None:
+def test_it_trains_a_small_model_of_its_classes(stem: str, tmp_path: Path, warm_cache: Path) -> None:
     """FLUX.1-schnell's has no guidance, and noise levels that are not shifted."""
     model = tmp_path / "model"
-    shutil.copytree(ROOT / "assets" / CONFIGS[stem], model)
+    shutil.copytree(shallow_model(CONFIGS[stem]), model)
     words: dict[str, object] = {
         "pretrained_model_name_or_path": model, "output_dir": tmp_path / "run", "data_config.img_dir": DEMO_TRAIN,
-        "data_config.cache_dir": tmp_path / "cache", "data_config.img_size": 64, "max_train_steps": 2,
+        "data_config.cache_dir": warm_cache, "data_config.img_size": 64, "max_train_steps": 2,
         "mixed_precision": "'no'", "validation.held_out": 0, "samples.prompts": "['a cat']", "samples.width": 64,
         "samples.height": 64, "samples.num_steps": 1, "data_config.max_text_tokens": 24,
     }  # fmt: skip

@@ -20,13 +20,14 @@ from pixtune.engine.modulation import ModulationTable
 from pixtune.engine.modulation_ahead import SigmasAhead, StepsAhead
 from pixtune.engine.modulation_filling import ModulationRows
 from pixtune.tracking.metrics import read_metrics
-from tests.runs import DEMO_TRAIN, ROOT, overrides
+from tests.runs import DEMO_TRAIN, overrides
+from tests.shallow import shallow_model
 
 LORA = "pytorch_lora_weights.safetensors"
 
 
 @pytest.fixture(params=["tiny-qwen-image", "tiny-flux"])
-def run(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+def run(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, warm_cache: Path) -> Any:
     """Trains with a table of `num_rows` rows (0: without) and returns the LoRA and the metrics by step and kind."""
     decide_plan, pictures = assembly.decide_plan, tmp_path / "pictures"
     pictures.mkdir()
@@ -40,13 +41,13 @@ def run(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_pat
             assembly, "decide_plan", lambda *args: replace(decide_plan(*args), modulation_rows=num_rows)
         )
         settings = {
-            "pretrained_model_name_or_path": ROOT / "assets" / request.param, "max_train_steps": 6,
+            "pretrained_model_name_or_path": shallow_model(request.param), "max_train_steps": 6,
             "data_config.img_dir": pictures, "data_config.max_text_tokens": 16,
             "gradient_accumulation_steps": 2, "validation.held_out": 0.2, "validation.every": 3,
             "samples.prompts": "['red heart, twemoji style']", "samples.num_steps": 5, "samples.every": 9,
             "data_config.caption_dropout_rate": 0.3, "resume_from_checkpoint": "latest", "logging_steps": 1, **changes,
         }  # fmt: skip
-        words = overrides(tmp_path / name, tmp_path / "cache", **{k.replace(".", "__"): v for k, v in settings.items()})
+        words = overrides(tmp_path / name, warm_cache, **{k.replace(".", "__"): v for k, v in settings.items()})
         pixtune.train.train(load_config(None, words))
         lines = read_metrics(tmp_path / name / "metrics.jsonl")
         losses = {(line["kind"], line["step"]): line["loss"] for line in lines if "loss" in line}

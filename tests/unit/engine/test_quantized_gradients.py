@@ -41,13 +41,13 @@ class Gradients:
 
 @pytest.fixture(scope="module", params=MODELS)
 def gradients(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, warm_cache: Path
 ) -> Iterator[dict[str, Gradients]]:
     """Gradients in each format."""
     folder, threads = tmp_path_factory.mktemp("gradients"), torch.get_num_threads()
     torch.set_num_threads(1)  # the models are too small to gain from more
     learnt: dict[str, Tensor] = {}
-    found = {name: measure(request.param, folder, name, learnt) for name in ("plain", *LEAST_COSINE)}
+    found = {name: measure(request.param, folder, warm_cache, name, learnt) for name in ("plain", *LEAST_COSINE)}
     yield found
     torch.set_num_threads(threads)
 
@@ -66,12 +66,13 @@ def test_every_blocks_gradient_points_where_the_plain_models_does(
     assert matrices[worst] >= of_matrix, f"{worst}: {matrices[worst]}"
 
 
-def measure(model: str, folder: Path, linear_format: str, learnt: dict[str, Tensor]) -> Gradients:
+def measure(model: str, folder: Path, cache: Path, linear_format: str, learnt: dict[str, Tensor]) -> Gradients:
     """
     Args:
         learnt: the LoRA; is filled by the first, plain run and taken over by the others.
     """
-    run, _ = assembly.assemble(read_config(model, folder, linear_format), training.forward_backward)
+    config = read_config(model, folder, cache, linear_format, batch_size=8)
+    run, _ = assembly.assemble(config, training.forward_backward)
     if not learnt:
         batches = read_ahead(run.source, 0, NUM_LEARNT, 0, pin_memory=False)
         for step in range(NUM_LEARNT):

@@ -32,7 +32,7 @@ from pixtune.trained.export import DIFFUSERS_FILE
 from pixtune.trained.saved_lora import attach_saved_lora, read_saved_lora
 from tests.runs import DEMO_HELD_OUT, DEMO_TRAIN, ROOT
 
-NUM_STEPS = {"tiny-qwen-image": 24, "tiny-flux": 15}
+NUM_STEPS = {"tiny-qwen-image": 16, "tiny-flux": 18}
 """A step of the small FLUX takes longer and teaches more. Few, since 4 formats of both are to fit into a minute."""
 NUM_MEASURED = 8
 """Held-out pictures; names that training has not seen, in the style that it teaches."""
@@ -59,13 +59,15 @@ class Scene:
 
 
 @pytest.fixture(scope="module", params=NUM_STEPS)
-def scene(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
+def scene(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, warm_cache: Path
+) -> Iterator[Scene]:
     name, folder = request.param, tmp_path_factory.mktemp("quantized")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the models are too small to gain from more
     losses = {}
     for linear_format in DEMANDS:
-        config = read_config(name, folder, linear_format)
+        config = read_config(name, folder, warm_cache, linear_format)
         pictures = train_and_export(config, linear_format)
         losses[linear_format] = loss_with(name, config, pictures, config.output_dir / DIFFUSERS_FILE)
     yield Scene(loss_with(name, config, pictures, None), losses)
@@ -80,17 +82,17 @@ def test_a_quantized_base_keeps_the_improvement(scene: Scene, linear_format: str
     assert scene.losses[linear_format] != scene.losses["plain"], "was it quantized at all?"
 
 
-def read_config(name: str, folder: Path, linear_format: str) -> TrainConfig:
+def read_config(name: str, folder: Path, cache: Path, linear_format: str, batch_size: int = 4) -> TrainConfig:
     words = [
         f"pretrained_model_name_or_path={ROOT / 'assets' / name}",
         f"output_dir={folder / linear_format}",
         f"max_train_steps={NUM_STEPS[name]}",
         f"data_config.img_dir={DEMO_TRAIN}",
-        f"data_config.cache_dir={folder / 'cache'}",
+        f"data_config.cache_dir={cache}",
         f"validation.held_out_dir={DEMO_HELD_OUT}",
         "data_config.img_size=64",
         "data_config.max_text_tokens=48",
-        "train_batch_size=8",
+        f"train_batch_size={batch_size}",
         "learning_rate=1e-3",
         "lr_warmup_steps=3",
         "rank=16",
