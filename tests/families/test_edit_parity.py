@@ -37,6 +37,7 @@ from tests.families.stock import (
     recorded_calls,
     remembered_encodings,
 )
+from tests.shallow import cut_blocks
 
 COVERED = ("qwen_image_edit", "qwen_image_edit_plus")
 PLACEMENT = Placement(torch.device("cpu"), torch.float32)
@@ -78,6 +79,7 @@ def encodings() -> Iterator[None]:
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
     name, _, generation = request.param.partition("-")
     path = build_folder("tiny_qwen_image_edit", tmp_path_factory.mktemp(name) / "model")
+    cut_blocks(path / "transformer", 2)
     kind = FAMILIES[name].pipeline_classes[0]
     change(path / "model_index.json", _class_name=kind)
     channels = 48

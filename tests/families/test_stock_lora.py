@@ -23,7 +23,7 @@ from pixtune.storage.model_folder import ModelFolder
 from pixtune.trained import adapters
 from pixtune.trained.export import COMFYUI_FILE, DIFFUSERS_FILE, LoraDescription, export_lora
 from tests.families.stock import edit_pipeline, remembered_encodings
-from tests.runs import ROOT
+from tests.shallow import shallow_model
 
 MODELS = {
     "qwen_image": "tiny-qwen-image",
@@ -32,7 +32,7 @@ MODELS = {
     "flux": "tiny-flux",
     "flux_kontext": "tiny-flux",
 }
-SIZE = (128, 192)
+SIZE = (64, 96)
 PROMPT, SEED, STEPS, GUIDANCE = "red heart, flat emoji style", 4, 2, 3.0
 LEAST_PSNR = 40.0
 """Decibels; pictures rounded to 8 bits from equal numbers have more than 50."""
@@ -43,9 +43,9 @@ def test_no_family_is_forgotten() -> None:
 
 
 def model_folder(family: ModelFamily, path: Path) -> ModelFolder:
-    """The shipped model under the family's own pipeline class: some families differ in nothing else."""
+    """A small model under the family's own pipeline class: some families differ in nothing else."""
     path.mkdir()
-    source = ROOT / "assets" / MODELS[family.name]
+    source = shallow_model(MODELS[family.name])
     for part in source.iterdir():
         if part.is_dir():
             (path / part.name).symlink_to(part)

@@ -122,12 +122,15 @@ def anonymous(): return next(int(l.split()[1]) for l in open("/proc/self/status"
 family, folder = FAMILIES["qwen_image"], ModelFolder(Path({str(tmp_path)!r}))
 small = ModelFolder(Path({str(folder_of(LANGUAGE_MODELS[0]).path)!r}))
 family.load_text_encoder(small, Placement(torch.device("cpu"), torch.bfloat16))  # what loading anything takes
-before = anonymous()
-encoder = family.load_text_encoder(folder, Placement(torch.device("cpu"), getattr(torch, sys.argv[1])))
-weighs = sum(p.nbytes for p in encoder.models[0].parameters()) >> 20
-print(weighs, anonymous() - before)
+for dtype in sys.argv[1:]:
+    before = anonymous()
+    encoder = family.load_text_encoder(folder, Placement(torch.device("cpu"), getattr(torch, dtype)))
+    weighs = sum(p.nbytes for p in encoder.models[0].parameters()) >> 20
+    print("found", weighs, anonymous() - before)
+    del encoder
 """
-    for dtype, share in (("bfloat16", 0), ("float32", 1)):
-        run = subprocess.run([sys.executable, "-c", code, dtype], capture_output=True, text=True, check=True)
-        weighs, held = map(int, run.stdout.split()[-2:])
-        assert weighs >= 128 and abs(held / weighs - share) < 0.25, (dtype, weighs, held)
+    shares = {"bfloat16": 0, "float32": 1}
+    run = subprocess.run([sys.executable, "-c", code, *shares], capture_output=True, text=True, check=True)
+    found = [line.split()[1:] for line in run.stdout.splitlines() if line.startswith("found")]
+    for (dtype, share), (weighs, held) in zip(shares.items(), found, strict=True):
+        assert int(weighs) >= 128 and abs(int(held) / int(weighs) - share) < 0.25, (dtype, weighs, held)

@@ -23,7 +23,7 @@ from pixtune.plan.passes import PLAIN_PASSES, PassPlan
 from pixtune.plan.sampling import SamplingPlan
 from pixtune.sampler import EncodedPrompt, PromptSampler, SamplerSettings
 from pixtune.storage.model_folder import ModelFolder
-from tests.runs import ROOT
+from tests.shallow import shallow_model
 
 CPU = torch.device("cpu")
 PLAIN = SamplingPlan("fp32", "fp32", 0, 0, False, None, 0, 0)
@@ -60,7 +60,7 @@ class Sampling:
     """A small model with prompts of different lengths."""
 
     def __init__(self, name: str, plan: SamplingPlan = PLAIN, lengths: Sequence[int] = (9,)) -> None:
-        self.folder = ModelFolder(ROOT / "assets" / name)
+        self.folder = ModelFolder(shallow_model(name))
         self.family, self.plan = family_of(self.folder), plan
         self.transformer = load_planned(self.family, self.folder, plan, CPU)
         draw = torch.Generator().manual_seed(0)

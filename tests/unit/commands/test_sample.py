@@ -41,6 +41,7 @@ from pixtune.trained.saved_lora import read_saved_lora
 from tests.families.test_stock_lora import psnr, write_lora
 from tests.full_size import build_full_size_folder
 from tests.runs import ROOT
+from tests.shallow import shallow_model
 from tests.unit.engine import tiny
 
 CPU = torch.device("cpu")
@@ -54,7 +55,7 @@ def loras(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """One for each model, that changes its pictures."""
     paths = {}
     for name in MODELS:
-        folder = open_model_folder(str(ROOT / "assets" / name))
+        folder = open_model_folder(str(shallow_model(name)))
         path = tmp_path_factory.mktemp(name)
         write_lora(family_of(folder), folder, path)
         paths[name] = path / DIFFUSERS_FILE
@@ -71,7 +72,7 @@ def request_for(
 ) -> SampleRequest:
     settings = SamplerSettings((4, 5), NUM_STEPS, 3.0)
     request = SampleRequest(
-        str(ROOT / "assets" / model),
+        str(shallow_model(model) if model in MODELS else model),
         tuple(AskedPrompt(text, negative, size=size) for text in texts),
         lora, "fp32", settings, None, 1024,
     )  # fmt: skip
@@ -97,7 +98,7 @@ def same(ours: Sequence[Image.Image], theirs: Sequence[Image.Image]) -> bool:
 def test_where_weights_wait_and_when_pictures_are_decoded_changes_nothing(name: str, loras: dict[str, Path]) -> None:
     plain = plain_pictures(name, loras[name])
     assert len(plain) == 4 and plain[0].size == (64, 96)
-    assert same(pictures(name, loras[name], replace(PLAIN, streamed_blocks=4)), plain)
+    assert same(pictures(name, loras[name], replace(PLAIN, streamed_blocks=2)), plain)
     assert same(pictures(name, loras[name], replace(PLAIN, decode_last=True)), plain)
     assert not same(pictures(name, loras[name], replace(PLAIN, decode_last=True, tile_pixels=32)), plain)
 
@@ -116,7 +117,7 @@ def test_a_lora_changes_pictures_of_a_quantized_base_as_those_of_the_plain_one(
     name: str, weights_format: str, least_cosine: float, loras: dict[str, Path]
 ) -> None:
     """Cosines measured at worst in four pictures: 0.92 and 0.44 (the smaller model), 0.99 and 0.85; by chance 0."""
-    plan = replace(PLAIN, weights_format=weights_format, modulation_rows=2 * NUM_STEPS + 1, streamed_blocks=4)
+    plan = replace(PLAIN, weights_format=weights_format, modulation_rows=2 * NUM_STEPS + 1, streamed_blocks=2)
     ours = levels(pictures(name, loras[name], plan)) - levels(pictures(name, None, plan))
     exact = levels(plain_pictures(name, loras[name])) - levels(plain_pictures(name, None))
     assert nn.functional.cosine_similarity(ours, exact, dim=1).min() > least_cosine and not torch.equal(ours, exact)
