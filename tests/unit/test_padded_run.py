@@ -75,6 +75,9 @@ def test_a_run_with_padded_captions_learns_the_same(
 
 
 H100 = facts_as("H100")
+REQUIRED = [
+    "pretrained_model_name_or_path=x", "output_dir=x", "max_train_steps=1", f"data_config.img_dir={DEMO_TRAIN}",
+]  # fmt: skip
 SHORT, LONG = {7: 1.0, 9: 1.0}, dict.fromkeys(range(10, 300), 1.0)
 
 
@@ -83,13 +86,7 @@ def planned(
     most_recordings: int = 64, trial: Any = None,
 ) -> tuple[TrainingPlan, list[int]]:  # fmt: skip
     """The plan of a run on an H100 whose kernels pass every trial, and the tokens that memory was counted for."""
-    required = [
-        "pretrained_model_name_or_path=x",
-        "output_dir=x",
-        "max_train_steps=1",
-        f"data_config.img_dir={DEMO_TRAIN}",
-    ]
-    config = load_config(None, [*required, "mixed_precision=bf16", *words])
+    config = load_config(None, [*REQUIRED, "mixed_precision=bf16", *words])
     counted: list[int] = []
 
     def footprint_of(config: Any, family: Any, folder: Any, num_tokens: int) -> Any:
@@ -138,7 +135,9 @@ def test_a_resumed_run_keeps_its_plan_also_under_the_names_of_version_0_1_0(monk
     values = {older_names.get(name, name): value for name, value in plan.to_dict().items()}
     older: Any = type("Checkpoint", (), {"record": {"plan": values}})
     nothing: Any = None
-    assert assembly.decide_plan(nothing, nothing, nothing, nothing, nothing, older) == plan
+    alone: Any = type("Accelerator", (), {"num_processes": 1})
+    config = load_config(None, REQUIRED)
+    assert assembly.decide_plan(config, nothing, nothing, nothing, alone, older) == plan
 
 
 @pytest.mark.parametrize(
