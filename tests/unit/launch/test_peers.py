@@ -7,7 +7,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -19,6 +19,16 @@ from pixtune.launch.agreement import digest_of, refuse_differences
 from pixtune.launch.joining import connect_peers, join_launched
 from pixtune.launch.peers import Link, Meeting, Peers
 
+OPEN: list[socket.socket] = []
+"""Connections that a test has made."""
+
+
+@pytest.fixture(autouse=True)
+def _closes_what_it_has_made() -> Iterator[None]:
+    yield
+    while OPEN:
+        OPEN.pop().close()
+
 
 def connected(num_processes: int) -> list[Peers]:
     links, others = [], []
@@ -26,6 +36,7 @@ def connected(num_processes: int) -> list[Peers]:
         here, there = socket.socketpair()
         here.setblocking(False)
         there.setblocking(False)
+        OPEN.extend([here, there])
         links.append(Link(rank, f"process {rank}", here))
         others.append(Peers(rank, num_processes, [Link(0, "process 0", there)]))
     return [Peers(0, num_processes, links), *others]

@@ -58,6 +58,7 @@ def beside(rank: int) -> Iterator[tuple[StopRequest, Other]]:
             other.die()
             request._failed = False  # else its thread would end this process soon, as it should
     time.sleep(0.01)
+    here.close()
 
 
 def later(seconds: float, what: Callable[[], object]) -> None:
