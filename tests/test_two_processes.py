@@ -153,7 +153,8 @@ def test_a_run_goes_on_in_other_numbers_of_processes_and_shards(tmp_path: Path) 
     for picture in sorted(DEMO_HELD_OUT.glob("*.png"))[:NUM_PICTURES]:
         for path in (picture, picture.with_suffix(".txt")):
             shutil.copy(path, pictures)
-    given = overrides(alone, tmp_path / "cache", **ONE_STEP_AT_A_TIME, data_config__img_dir=pictures)
+    whole = {"pretrained_model_name_or_path": TINY_MODEL, "data_config__img_dir": pictures}  # more blocks than slots
+    given = overrides(alone, tmp_path / "cache", **ONE_STEP_AT_A_TIME, **whole)
     train_alone(config, [*given, "max_train_steps=4", f"train_batch_size={BATCH}"])
     words = ["--config", str(config), *given]
     found = step_together(parts, words, 2, 2, shards=2)

@@ -279,9 +279,7 @@ def test_what_processes_hold_together_is_divided_and_what_they_gather_is_not() -
 @pytest.mark.parametrize("card", ["H100", "cpu"])
 def test_an_optimizer_of_whole_matrices_is_refused_for_parts(card: str) -> None:
     changes: dict[str, Any] = {"optimizer": "muon", "distributed": DistributedConfig(shards=2)}
-    with pytest.raises(
-        ConfigError, match=r"Muon needs whole ones. Possible: optimizer=adamw, with"
-    ):
+    with pytest.raises(ConfigError, match=r"Muon needs whole ones. Possible: optimizer=adamw, with"):
         if card == "cpu":
             config = CONFIG.model_copy(update=changes)
             plan_training(HardwareFacts("cpu", "x86_64", (0, 0), 0, 0), full_size_footprint(config), config)
