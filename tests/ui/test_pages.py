@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
 
 import pytest
@@ -20,7 +21,11 @@ from pixtune.config import load_config
 from pixtune.config.folders import folders_of
 from pixtune.data.layouts import find_examples
 from pixtune.data.masks import find_masks
+from pixtune.queue.starting import _take_next
+from pixtune.queue.store import Queue, usual_folder
+from pixtune.storage.output_lock import OutputLock
 from pixtune.ui.configs import given_values
+from pixtune.ui.queue_page import _serve
 from pixtune.ui.server import ROUTES
 from pixtune.ui.yaml_edit import set_key
 
@@ -35,9 +40,54 @@ def test_a_new_run_is_a_config_that_says_only_what_matters(page):
     assert again.status_code == 400 and "already" in again.json()["error"]
 
 
-@pytest.mark.parametrize("name", ["", "../x", "a/b", ".x", "a" * 65, "a\0", "-x", "a b"])
+@pytest.mark.parametrize("name", ["", "../x", "a/b", ".x", "a" * 65, "a\0", "-x"])
 def test_names_that_could_be_paths_are_refused(page, name):
     assert page.post("/new", {"name": name, "model": "x"}).status_code == 400
+
+
+def test_a_new_run_that_cannot_be_is_explained_beside_what_was_filled_in(page, tmp_path):
+    fields = {"name": "Süße Katze 2", "model": "my/model", "source": "folder"}
+
+    def ask(pictures: str):
+        return page.client.post("/new", data={**fields, "pictures": pictures}, follow_redirects=False)
+
+    for pictures, words in (("", "no folder was chosen"), ("nowhere", "no folder"), (str(tmp_path), "--root")):
+        answer = ask(pictures)
+        assert answer.status_code in (400, 404) and words in answer.text
+        assert 'value="Süße Katze 2"' in answer.text and 'value="my/model"' in answer.text
+        assert not (page.home / "configs" / "Süße-Katze-2.yaml").exists()
+    assert ask(str(page.pictures)).headers["location"] == "/pictures/here/configs/S%C3%BC%C3%9Fe-Katze-2.yaml"
+    again = ask("datasets/first")
+    assert "already" in again.text and 'href="/pictures/here/configs/S%C3%BC%C3%9Fe-Katze-2.yaml"' in again.text
+
+
+def test_what_a_check_found_is_called_old_once_a_caption_is_changed(page):
+    from pixtune.ui.checks import _files, state_of
+    from pixtune.ui.configs import open_config
+
+    file = open_config(page.work, PLACE)
+    report, _ = _files(page.work, file)
+    report.parent.mkdir()
+    case = {"text": "datasets/first/alien.png (20%)", "files": ["datasets/first/alien.png"]}
+    finding = {"level": "warning", "code": "cropped", "meaning": "cut", "remedy": "", "cases": [case]}
+    report.write_text(json.dumps({"verdict": "problems", "data_sets": [{"findings": [finding]}]}))
+    assert not state_of(page.work, file).is_old and "cannot start yet" in page.client.get(f"/check/{PLACE}").text
+    tile = page.get(f"/pictures/{PLACE}").json()["shelves"][0]["tiles"][0]
+    assert [mark["text"] for mark in tile["marks"]] == ["cropped: (20%)"]
+    os.utime(report, (os.stat(report).st_mtime - 1,) * 2)
+    for path in (page.config, page.pictures):
+        os.utime(path, (0, 0))
+    page.post(f"/caption/{PLACE}", {"file": "alien.txt", "text": "one"})
+    assert state_of(page.work, file).is_old and "cannot start yet" not in page.client.get(f"/check/{PLACE}").text
+
+
+def test_a_plan_without_all_captions_cannot_be_started(page):
+    page.config.write_text(page.config.read_text().replace(": model", f": {TINY_MODEL}"))
+    button = '<button class="primary" disabled>Start the run'
+    assert button not in page.client.get(f"/plan/{PLACE}").text
+    (page.pictures / "alien.txt").unlink()
+    text = page.client.get(f"/plan/{PLACE}").text
+    assert button in text and "1 picture has no caption" in text and "--as" not in text
 
 
 def test_pictures_stand_beside_their_captions(page):
@@ -185,6 +235,52 @@ def test_a_run_is_started_by_the_command_that_is_shown(page):
     )
     assert page.post(f"/start/{PLACE}", {}).json() == {"place": "here/runs/new"}
     assert page.started == [["run", "train", str(page.config)]]
+
+
+@pytest.fixture
+def busy(page):
+    """The config of a run `new`, while another one, `other`, is at work."""
+    text = page.config.read_text().replace(": model", f": {TINY_MODEL}").replace("runs/first", "runs/new")
+    page.config.write_text(text)
+    with OutputLock(page.home / "runs" / "other") as lock:
+        lock.acquire()
+        yield
+
+
+def test_a_run_waits_in_the_queue_while_another_is_at_work(page, busy):
+    assert "other</strong> is at work" in page.client.get(f"/plan/{PLACE}").text
+    assert page.post(f"/start/{PLACE}", {}).json() == {"place": "here/runs/new", "is_queued": True}
+    view = page.get("/queue").json()
+    assert [each["name"] for each in view["waiting"]] == ["new"] and page.started == []
+    assert [each["name"] for each in view["others"]] == ["other"]
+    queue = Queue(usual_folder())
+    assert _serve(page.work, queue.folder) == [] and queue.entries()[0].state == "waiting"
+    again = page.post(f"/start/{PLACE}", {})
+    assert again.status_code == 400 and "entry 1" in again.json()["error"]
+
+
+def test_a_run_is_started_beside_another_where_a_person_wants_that(page, busy):
+    assert page.post(f"/start/{PLACE}", {"beside": "yes"}).json() == {"place": "here/runs/new"}
+    assert page.started == [["run", "train", str(page.config)]]
+
+
+def test_a_run_that_the_queue_loads_is_starting_and_is_not_started_twice(page):
+    text = page.config.read_text().replace(": model", f": {TINY_MODEL}").replace("runs/first", "runs/new")
+    page.config.write_text(text)
+    folder = page.home / "runs" / "new"
+    folder.mkdir(parents=True)
+    (folder / "console.txt").write_text("error: of an earlier start")
+    assert page.get("/run/here/runs/new").json()["run"]["state"] == "failed"
+    page.post("/queue", {"what": "add", "config": PLACE})
+    taken = _take_next(Queue(usual_folder()))
+    assert taken is not None
+    lock = taken[1]
+    try:
+        assert page.get("/run/here/runs/new").json()["run"]["state"] == "starting"
+        assert "starting" in [run["state"] for run in page.get("/").json()["runs"]]
+        assert page.post(f"/start/{PLACE}", {}).json() == {"place": "here/runs/new"} and page.started == []
+    finally:
+        os.close(lock)
 
 
 def test_a_run_shows_its_curves_samples_and_best_step(page):

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import Response
 
+from pixtune.config.folders import folders_of
 from pixtune.inputs.reading import MEBIBYTE, read_bounded
 from pixtune.storage.files import text_digest
+from pixtune.ui import edits
 from pixtune.ui.answers import answer, done
 from pixtune.ui.configs import ConfigFile, open_config
 from pixtune.ui.jobs import end_of
@@ -62,9 +65,19 @@ def state_of(work: Workplace, file: ConfigFile) -> Check:
         values = json.loads(read_bounded(report, LARGEST_REPORT_BYTES))
         data_sets = values["data_sets"]
         findings = [finding for each in data_sets for finding in each["findings"]]
-        return Check(False, str(values["verdict"]), findings)
+        return Check(False, str(values["verdict"]), findings, is_old=_last_change(file) > report.stat().st_mtime)
     except (OSError, ValueError, KeyError, TypeError):
         return Check(False, "", (), "" if job is None else end_of(console, 2000))
+
+
+def _last_change(file: ConfigFile) -> float:
+    """Returns when a config or the captions and pictures of its folders changed last, in seconds since 1970."""
+    folders = [] if file.config is None else [each.img_dir for each in folders_of(file.config.data_config)]
+    changed = [0.0]
+    for path in (file.path, *folders, *(folder / edits.JOURNAL for folder in folders)):
+        with contextlib.suppress(OSError):
+            changed.append(path.stat().st_mtime)
+    return max(changed)
 
 
 def read_marks(work: Workplace, file: ConfigFile) -> dict[str, list[Mark]]:
@@ -77,7 +90,8 @@ def read_marks(work: Workplace, file: ConfigFile) -> dict[str, list[Mark]]:
             text = case.get("detail") or case.get("text") or ""
             mark = Mark(finding["level"], finding["code"], f"{finding['code'].replace('-', ' ')}: {text}")
             for name in case.get("files", ()):
-                marks.setdefault(os.path.abspath(work.home / name), []).append(mark)
+                short = replace(mark, text=mark.text.replace(f"{name} (", "(").replace(f": {name}", ""))
+                marks.setdefault(os.path.abspath(work.home / name), []).append(short)
     return marks
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,16 +13,20 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from pixtune.data.pairs import IGNORED_FOLDERS, PICTURE_EXTENSIONS, Pairs, find_pairs
+from pixtune.errors import PixtuneError
 from pixtune.report.pictures import spread
 from pixtune.storage.shipped import shipped_names
 from pixtune.ui import choices, edits
-from pixtune.ui.answers import BadRequestError, answer, done, field, read_form
+from pixtune.ui.answers import BadRequestError, answer, as_url, done, field, read_form, status_of, wants_json
 from pixtune.ui.configs import given_values, list_configs, to_yaml, write_config
+from pixtune.ui.roots import Roots
 from pixtune.ui.workplace import CONFIGS, DATASETS, Workplace, checked_name, place_in, workplace_of
 from pixtune.ui.yaml_edit import set_key
 
 DEMO_PICTURES, DEMO_CONFIG = Path("assets/demo-style/train"), Path("train_configs/demo.yaml")
 """Files of this repository to try things with; the pictures are copied, so that editing changes none of it."""
+NOTHING_GIVEN = {"name": "", "model": "", "source": "", "pictures": ""}
+"""Fields of the form for a new run as they are at first."""
 NUM_PROMPTS = 3
 MOST_ENTRIES = 2000
 """Number of entries of a folder that are looked at to count its pictures."""
@@ -65,6 +70,9 @@ def _view(work: Workplace) -> dict[str, object]:
     first = own.get("pretrained_model_name_or_path")
     return {
         "step": "home",
+        "given": NOTHING_GIVEN,
+        "error": "",
+        "known": "",
         "runs": list_runs(work, configs),
         "models": models,
         "first_model": first if any(model.name == first for model in models) else "",
@@ -74,9 +82,34 @@ def _view(work: Workplace) -> dict[str, object]:
 
 
 async def create(request: Request) -> Response:
-    """Makes a config: fields `name`, `model`, and `pictures`, the place of a folder; without it a new one is made."""
+    """Makes a config: fields `name`, `model`, and `pictures`, a folder's place or path; without it a new one is made.
+
+    Where that cannot be, the page shows the form again, with what was filled in and why.
+    """
     work, form = workplace_of(request), await read_form(request)
-    name, model = checked_name(field(form, "name")), field(form, "model").strip()
+    try:
+        path = await _create(work, form)
+    except PixtuneError as error:
+        if wants_json(request):
+            raise
+        known = work.home / CONFIGS / f"{as_name(form.get('name', ''))}.yaml"
+        shown = {
+            "given": {**NOTHING_GIVEN, **form},
+            "error": str(error),
+            "known": f"/pictures/{as_url(work.roots.place_of(known))}" if known.is_file() else "",
+        }
+        return answer(request, "home.html", {**await run_in_threadpool(_view, work), **shown}, status_of(error))
+    return done(request, f"/pictures/{as_url(work.roots.place_of(path))}", {"place": work.roots.place_of(path)})
+
+
+def as_name(words: str) -> str:
+    """Joins the words of a name by dashes: it becomes that of files, which commands take as one word."""
+    return "-".join(words.split())
+
+
+async def _create(work: Workplace, form: Mapping[str, str]) -> Path:
+    """Writes the config that a form describes, and returns its path."""
+    name, model = checked_name(as_name(field(form, "name"))), field(form, "model").strip()
     if not model:
         raise BadRequestError("choose a model: a folder, or a name such as Qwen/Qwen-Image")
     path = work.home / CONFIGS / f"{name}.yaml"
@@ -89,15 +122,35 @@ async def create(request: Request) -> Response:
             raise BadRequestError(f"there are pictures in {DATASETS}/{name} already: choose another name")
         await run_in_threadpool(shutil.copytree, work.home / DEMO_PICTURES, folder)
     elif place:
-        folder = work.roots.find(place)
-        if not folder.is_dir():
-            raise BadRequestError(f"there is no folder {place!r}")
+        folder = find_pictures(work.roots, place)
+    elif form.get("source") == "folder":
+        raise BadRequestError("no folder was chosen: open one below, or type its path")
     else:
         folder.mkdir(parents=True, exist_ok=True)
     shown = str(folder.relative_to(work.home)) if folder.is_relative_to(work.home) else str(folder)
     text = await run_in_threadpool(_first_text, name, model, shown)
     await run_in_threadpool(write_config, path, text)
-    return done(request, f"/pictures/{work.roots.place_of(path)}", {"place": work.roots.place_of(path)})
+    return path
+
+
+def find_pictures(roots: Roots, words: str) -> Path:
+    """Finds a folder by its place, such as "here/cats", or by its path as a file manager gives it.
+
+    Raises:
+        OutsideError: it lies outside the chosen folders; names the option that adds it.
+        BadRequestError: there is no such folder.
+    """
+    if words.partition("/")[0] in roots.folders:
+        folder = roots.find(words)
+    else:
+        try:
+            folder = Path(os.path.realpath(roots.home / Path(words).expanduser()))
+        except (OSError, ValueError, RuntimeError) as error:
+            raise BadRequestError(f"{words[:200]!r} is no path ({error})") from error
+        roots.place_of(folder)
+    if not folder.is_dir():
+        raise BadRequestError(f"there is no folder {words[:200]!r}: open one below, or type its whole path")
+    return folder
 
 
 def _first_text(name: str, model: str, pictures: str) -> str:
@@ -135,7 +188,7 @@ async def folders(request: Request) -> Response:
 
 def _list_folders(work: Workplace, place: str) -> dict[str, object]:
     if not place:
-        entries = [Entry(name, name, count_pictures(path)) for name, path in work.roots.folders.items()]
+        entries = [Entry(str(path), name, count_pictures(path)) for name, path in work.roots.folders.items()]
         return {"place": "", "parent": None, "entries": entries, "num_pictures": 0}
     folder = work.roots.find(place)
     if not folder.is_dir():

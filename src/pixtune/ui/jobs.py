@@ -9,8 +9,9 @@ import os
 import shlex
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from pixtune.errors import WriteError
@@ -28,6 +29,8 @@ class Job:
     process: subprocess.Popen[bytes]
     console: Path
     """File with all that it printed."""
+    began: float = field(default_factory=time.time)
+    """Time of its start, in seconds since 1970."""
 
     @property
     def is_running(self) -> bool:
@@ -45,6 +48,10 @@ class Jobs:
     def find(self, kind: str, path: Path) -> Job | None:
         """Returns the last process of a kind that was started on a path."""
         return self._jobs.get((kind, path))
+
+    def running(self, kind: str) -> list[Path]:
+        """Lists what processes of a kind that still run were started on."""
+        return [path for (own_kind, path), job in self._jobs.items() if own_kind == kind and job.is_running]
 
     def start(
         self,

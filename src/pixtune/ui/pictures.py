@@ -18,6 +18,7 @@ from pixtune.data.pairs import Pairs
 from pixtune.errors import PixtuneError
 from pixtune.ui import checks, edits, runs
 from pixtune.ui.answers import BadRequestError, ConflictError, answer, done, field, read_form
+from pixtune.ui.choices import is_small_model
 from pixtune.ui.configs import ConfigFile, open_config
 from pixtune.ui.roots import OutsideError, Roots
 from pixtune.ui.workplace import Workplace, place_in, workplace_of
@@ -163,6 +164,7 @@ def _view(work: Workplace, file: ConfigFile) -> dict[str, object]:
         "shelves": shelves,
         "num_pictures": sum(len(shelf.tiles) for shelf in shelves),
         "num_missing": sum(not tile.has_file or not tile.caption for shelf in shelves for tile in shelf.tiles),
+        "is_small": file.config is not None and is_small_model(file.config.pretrained_model_name_or_path),
         "check": checks.state_of(work, file),
         "triggers": list(file.config.trigger_words) if file.config else [],
     }

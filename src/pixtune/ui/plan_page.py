@@ -24,7 +24,7 @@ from pixtune.hardware.cards import CARDS
 from pixtune.hardware.facts import GIB
 from pixtune.storage.architecture import find_architecture, find_cached, find_shipped
 from pixtune.storage.model_folder import download_command
-from pixtune.ui import choices, form, runs
+from pixtune.ui import choices, form, runs, turns
 from pixtune.ui.answers import BadRequestError, answer, done, field, read_form
 from pixtune.ui.configs import ConfigFile, given_values, open_config, read_config, write_config
 from pixtune.ui.jobs import command_line
@@ -74,6 +74,9 @@ class PlanView:
     faults: tuple[str, ...] = ()
 
 
+ON_CPU = (
+    "There is no GPU here: a run would use the CPU, which only small models suit. Above, choose a card to plan for."
+)
 NO_PLAN = PlanView("", False, False, "", 0, (), (), (), (), (), ())
 
 
@@ -101,7 +104,7 @@ def plan_here(config: TrainConfig, card: str) -> PlanView:
         for phase in report.phases
     )  # fmt: skip
     return PlanView(
-        verdict=verdict(report).replace("\\[", "["),
+        verdict=verdict(report).replace("\\[", "[") if report.usable_bytes else ON_CPU,
         fits=not report.too_large,
         has_gpu=bool(report.usable_bytes),
         machine=report.facts.name,
@@ -167,6 +170,17 @@ def count_pictures(config: TrainConfig | None) -> int:
     try:
         folders = [each for each in folders_of(config.data_config) if each.dataset is None and each.img_dir.is_dir()]
         return sum(len(find_examples(each).pairs) for each in folders)
+    except PixtuneError:
+        return 0
+
+
+def count_missing(config: TrainConfig | None) -> int:
+    """Counts the pictures of a config's folders without a caption, with which no run begins; 0 where none is read."""
+    if config is None:
+        return 0
+    try:
+        folders = [each for each in folders_of(config.data_config) if each.dataset is None and each.img_dir.is_dir()]
+        return sum(len(find_examples(each).lone_pictures) for each in folders)
     except PixtuneError:
         return 0
 
@@ -245,6 +259,8 @@ def build_view(work: Workplace, file: ConfigFile, card: str, error: str = "") ->
         "fields": form.essential_fields(given, edits_pictures(file.config)),
         "sections": form.all_sections(given),
         "num_pictures": num_pictures,
+        "num_missing": count_missing(file.config),
+        "at_work": [folder.name for folder in turns.at_work(work, runs.folder_of_config(work, file))],
         "model": model_state(file.config),
         "command": command_line(["train", _shown_path(work, file)]),
         "error": error,

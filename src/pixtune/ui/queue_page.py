@@ -13,10 +13,10 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from pixtune.errors import QueueError
-from pixtune.queue.entries import Entry, read_time
+from pixtune.queue.entries import Entry
 from pixtune.queue.starting import advance, stop_entry
 from pixtune.queue.store import FILE_NAME, Queue, usual_folder
-from pixtune.ui import runs
+from pixtune.ui import runs, turns
 from pixtune.ui.answers import BadRequestError, answer, as_url, done, field, read_form
 from pixtune.ui.configs import open_config
 from pixtune.ui.run_page import checked_folder
@@ -26,17 +26,35 @@ SERVE_SECONDS = 3.0
 """Time after which a run that has ended is followed by the next at the latest."""
 
 
-async def serve_queue(folder: Path) -> None:
-    """Starts what is due, again and again. Another server may do the same: each entry is started once."""
+async def serve_queue(work: Workplace, folder: Path) -> None:
+    """Starts what is due, again and again, while no run is at work that was started outside of the queue.
+
+    Another server may do the same: each entry is started once.
+    """
     attendants: list[subprocess.Popen[bytes]] = []
     while True:
         await asyncio.sleep(SERVE_SECONDS)
         attendants = [each for each in attendants if each.poll() is None]
         try:
             if (folder / FILE_NAME).is_file():  # else nobody has ever put a run there
-                attendants += await run_in_threadpool(lambda: advance(Queue(folder)))
+                async with work.turn:
+                    attendants += await run_in_threadpool(_serve, work, folder)
         except QueueError:  # its page shows why
             continue
+
+
+def _serve(work: Workplace, folder: Path) -> list[subprocess.Popen[bytes]]:
+    queue = Queue(folder)
+    waits = any(entry.state == "waiting" for entry in queue.entries())
+    if waits and outside_queue(work, queue):
+        return []
+    return advance(queue)
+
+
+def outside_queue(work: Workplace, queue: Queue) -> list[Path]:
+    """Finds the folders of runs at work that the queue has not started; the next of its own waits for them, too."""
+    own = {entry.output_dir for entry in queue.entries() if entry.state == "running"}
+    return [folder for folder in turns.at_work(work) if folder not in own]
 
 
 async def show(request: Request) -> Response:
@@ -44,8 +62,16 @@ async def show(request: Request) -> Response:
     work = workplace_of(request)
     queue = await run_in_threadpool(Queue, usual_folder())
     entries, is_paused = await run_in_threadpool(lambda: (queue.entries(), queue.is_paused))
+    others = await run_in_threadpool(outside_queue, work, queue)
     view = {
         "step": "queue",
+        "others": [
+            {
+                "name": folder.name,
+                "url": f"/run/{as_url(work.roots.place_of(folder))}" if work.roots.holds(folder) else "",
+            }
+            for folder in others
+        ],
         "is_paused": is_paused,
         "entries": [listed(work, entry) for entry in reversed(entries) if entry.state != "waiting"],
         "waiting": [listed(work, entry) for entry in entries if entry.state == "waiting"],
@@ -79,7 +105,8 @@ async def change(request: Request) -> Response:
     queue = await run_in_threadpool(Queue, usual_folder())
     what = field(form, "what")
     if what == "add":
-        await add(work, queue, field(form, "config"), form.get("start_at", "").strip())
+        file = open_config(work, field(form, "config"))
+        await turns.wait_for_turn(file, checked_folder(work, file), form.get("start_at", "").strip())
     elif what == "pause_all":
         await run_in_threadpool(queue.pause)
     elif what == "start_all":
@@ -99,18 +126,6 @@ async def change(request: Request) -> Response:
     else:
         raise BadRequestError("what is add, move, remove, pause, start, stop, pause_all or start_all")
     return done(request, "/queue", {"done": what})
-
-
-async def add(work: Workplace, queue: Queue, place: str, start_at: str) -> None:
-    """Puts the run of a config at the queue's end.
-
-    Raises:
-        PixtuneError: the config has problems, or its folder is another entry's.
-    """
-    file = open_config(work, place)
-    checked_folder(work, file)
-    at = read_time(start_at, datetime.now().astimezone()).timestamp() if start_at else None
-    await run_in_threadpool(queue.add, file.path, (), at)
 
 
 def _number(text: str) -> int:

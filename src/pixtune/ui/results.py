@@ -15,7 +15,7 @@ from starlette.responses import FileResponse, PlainTextResponse, Response
 from pixtune.errors import PixtuneError
 from pixtune.runs.read import find_runs
 from pixtune.runs.state import RunState
-from pixtune.ui import runs
+from pixtune.ui import runs, turns
 from pixtune.ui.answers import BadRequestError, answer, as_url, plain_values
 from pixtune.ui.run_page import run_folder, strips_of, watch_of
 from pixtune.ui.workplace import Workplace, workplace_of
@@ -65,7 +65,7 @@ async def show(request: Request) -> Response:
         "step": "result",
         "name": folder.name,
         "place": place,
-        "run": runs.view_of(watch_of(work, folder), work.jobs.find("run", folder)),
+        "run": runs.view_of(watch_of(work, folder), turns.loading_since(work, folder)),
         "downloads": downloads_in(folder),
         "is_whole": state is not None and state.config.get("method") == "full",
         "steps": runs.steps_of(file.place if file else None, place),

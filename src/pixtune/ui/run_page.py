@@ -17,7 +17,7 @@ from pixtune.errors import RunError
 from pixtune.report.record import Sample
 from pixtune.runs.state import RunState
 from pixtune.storage.requests import REQUESTS, ask, withdraw
-from pixtune.ui import runs
+from pixtune.ui import runs, turns
 from pixtune.ui.answers import BadRequestError, answer, as_url, done, field, plain_values, read_form
 from pixtune.ui.configs import ConfigFile, open_config
 from pixtune.ui.jobs import CONSOLE, command_line
@@ -54,12 +54,38 @@ def run_folder(request: Request) -> tuple[Workplace, Path]:
 
 
 async def start(request: Request) -> Response:
-    """Starts the run of a config as a process of its own, or goes on with it where it has checkpoints."""
+    """Starts the run of a config as a process of its own, or goes on with it where it has checkpoints.
+
+    While another run is at work it is put into the queue, unless the field `beside` is "yes": two runs share one GPU.
+    """
     work = workplace_of(request)
     file = open_config(work, place_in(request))
     await run_in_threadpool(load_config, file.path)  # all problems, folders that are missing included
-    folder = await begin(work, file)
-    return done(request, f"/run/{as_url(work.roots.place_of(folder))}", {"place": work.roots.place_of(folder)})
+    folder = checked_folder(work, file)
+    place = work.roots.place_of(folder)
+    if await begin_or_wait(work, file, is_beside=(await read_form(request)).get("beside") == "yes"):
+        return done(request, f"/run/{as_url(place)}", {"place": place})
+    return done(request, "/queue", {"place": place, "is_queued": True})
+
+
+async def begin_or_wait(work: Workplace, file: ConfigFile, is_beside: bool) -> bool:
+    """Starts or continues a config's run, or puts it into the queue where another one is at work.
+
+    Args:
+        is_beside: whether it is started all the same.
+
+    Returns:
+        Whether it was started.
+    """
+    folder = checked_folder(work, file)
+    async with work.turn:
+        is_alive = folder in (busy := await run_in_threadpool(turns.at_work, work))
+        if busy and not is_alive and not is_beside:
+            await turns.wait_for_turn(file, folder)
+            return False
+        if not is_alive:
+            await begin(work, file)
+        return True
 
 
 async def begin(work: Workplace, file: ConfigFile) -> Path:
@@ -100,7 +126,7 @@ async def show(request: Request) -> Response:
     watch = watch_of(work, folder)
     await watch.refresh()
     file = await run_in_threadpool(runs.config_of_run, work, folder)
-    view = runs.view_of(watch, work.jobs.find("run", folder))
+    view = runs.view_of(watch, turns.loading_since(work, folder))
     place = work.roots.place_of(folder)
     return answer(
         request,
@@ -131,7 +157,7 @@ async def events(request: Request) -> Response:
             if version < 0:
                 yield ": still here\n\n"
                 continue
-            view = runs.view_of(watch, work.jobs.find("run", folder))
+            view = runs.view_of(watch, turns.loading_since(work, folder))
             yield f"event: state\ndata: {json.dumps(plain_values(view))}\n\n"
 
     return StreamingResponse(stream(), media_type="text/event-stream", headers={"x-accel-buffering": "no"})
@@ -158,7 +184,7 @@ async def samples(request: Request) -> Response:
              "thumb": f"/thumb/{as_url(work.roots.place_of(folder))}/{as_url(each.path)}"}
             for each in (watch.figures.suspects if watch.figures else ())
         ],
-        "is_alive": state is not None and state.process is not None,
+        "is_alive": runs.view_of(watch, turns.loading_since(work, folder))["is_alive"],
     }  # fmt: skip
     return answer(request, "samples.html", view)
 
@@ -194,7 +220,7 @@ async def console(request: Request) -> Response:
 
 
 async def ask_run(request: Request) -> Response:
-    """Asks a run: field `what` is stop_now, pause, go_on, sample_now, save_now or resume."""
+    """Asks a run: field `what` is stop_now, pause, go_on, sample_now, save_now or resume (see `start`)."""
     work, folder = run_folder(request)
     form = await read_form(request)
     what, place = field(form, "what"), work.roots.place_of(folder)
@@ -207,15 +233,13 @@ async def ask_run(request: Request) -> Response:
                 "this run was started without a config of this page: go on with it in the terminal, by the command "
                 "that started it and resume_from_checkpoint=latest"
             )
-        await begin(work, file)
+        if not await begin_or_wait(work, file, form.get("beside") == "yes"):
+            return done(request, "/queue", {"asked": what, "is_queued": True})
     elif what == "go_on":
         await run_in_threadpool(withdraw, folder, "pause")
     elif what in REQUESTS:
         if state is None or state.process is None:
-            job = work.jobs.find("run", folder)
-            if what == "stop_now" and job is not None and job.is_running:
-                job.process.terminate()  # it has not begun: nothing has to be saved
-            else:
+            if what != "stop_now" or not await run_in_threadpool(turns.stop_loading, work, folder):
                 raise RunError("this run is not running, so nothing can be asked of it")
         else:
             await run_in_threadpool(ask, folder, what)

@@ -16,12 +16,14 @@ from pixtune.runs.read import find_runs, read_run
 from pixtune.runs.state import RunState
 from pixtune.ui.answers import as_url
 from pixtune.ui.configs import ConfigFile, list_configs
-from pixtune.ui.jobs import CONSOLE, Job, end_of
+from pixtune.ui.jobs import CONSOLE, end_of
 from pixtune.ui.roots import OutsideError
+from pixtune.ui.turns import loading_since
 from pixtune.ui.watch import Watch
 from pixtune.ui.workplace import Workplace
 
 MOST_RUNS = 200
+LOADING = "Python and its libraries are being loaded"
 OTHER_CONSOLES: list[Callable[[Path], Path | None]] = []
 """Further places of what a run has printed, for one that was not started by this page."""
 CONSOLE_BYTES = 40_000
@@ -76,7 +78,7 @@ def list_runs(work: Workplace, configs: Sequence[ConfigFile]) -> list[ListedRun]
     for file in configs:
         own = folder_of_config(work, file)
         if own is None or own not in folders:
-            listed.append(_draft(work, file, own, None if own is None else work.jobs.find("run", own)))
+            listed.append(_draft(work, file, own, own is not None and loading_since(work, own) is not None))
     return sorted(listed, key=lambda run: run.changed, reverse=True)
 
 
@@ -96,11 +98,11 @@ def _thumb(work: Workplace, path: Path) -> str:
         return ""
 
 
-def _draft(work: Workplace, file: ConfigFile, folder: Path | None, job: Job | None) -> ListedRun:
+def _draft(work: Workplace, file: ConfigFile, folder: Path | None, is_loading: bool) -> ListedRun:
     changed = file.path.stat().st_mtime
-    if folder is not None and (job is not None or (folder / CONSOLE).is_file()):
+    if folder is not None and (is_loading or (folder / CONSOLE).is_file()):
         place = work.roots.place_of(folder)
-        state = "starting" if job is not None and job.is_running else "failed"
+        state = "starting" if is_loading else "failed"
         words = "loading libraries" if state == "starting" else "it ended before its first step"
         return ListedRun(file.name, file.place, f"/run/{as_url(place)}", state, words, None, "", changed)
     thumb = ""
@@ -135,16 +137,20 @@ def console_end(folder: Path, most_bytes: int = CONSOLE_BYTES) -> str:
     return end_of(path, most_bytes)
 
 
-def view_of(watch: Watch, job: Job | None) -> dict[str, Any]:
-    """Returns what changes on a run's page, as plain values."""
+def view_of(watch: Watch, since: float | None) -> dict[str, Any]:
+    """Returns what changes on a run's page, as plain values.
+
+    Args:
+        since: time since which its process is loading; see `turns.loading_since`.
+    """
     state, folder, version = watch.state, watch.folder, watch.version
+    is_starting = since is not None and (state is None or (state.process is None and state.changed < since))
     if state is None:
-        is_starting = job is not None and job.is_running
         return {
             "version": version,
             "state": "starting" if is_starting else "failed" if (folder / CONSOLE).is_file() else "not started",
             "is_alive": is_starting,
-            "words": "Python and its libraries are being loaded" if is_starting else "it has not begun its first step",
+            "words": LOADING if is_starting else "it has not begun its first step",
             "step": 0, "num_steps": None, "share": None, "loss": None, "held_out": None, "best_step": None,
             "best_loss": None, "seconds_per_step": None, "left": None, "peak_memory_gib": None, "requests": [],
             "error": None if is_starting else _last_error(folder), "warnings": [], "num_samples": 0,
@@ -152,9 +158,9 @@ def view_of(watch: Watch, job: Job | None) -> dict[str, Any]:
         }  # fmt: skip
     return {
         "version": version,
-        "state": "paused" if state.is_paused else state.state,
-        "is_alive": state.process is not None,
-        "words": words_of(state),
+        "state": "starting" if is_starting else "paused" if state.is_paused else state.state,
+        "is_alive": is_starting or state.process is not None,
+        "words": f"{LOADING}; it goes on after step {state.step:,}" if is_starting else words_of(state),
         "step": state.step,
         "num_steps": state.num_steps,
         "share": state.share,
@@ -166,10 +172,13 @@ def view_of(watch: Watch, job: Job | None) -> dict[str, Any]:
         "left": in_words(state.seconds_left) if state.seconds_left else None,
         "peak_memory_gib": state.peak_memory_gib,
         "requests": list(state.requests),
-        "error": state.error,
+        "error": None if is_starting else state.error,
         "warnings": list(state.warnings),
         "num_samples": len(state.samples),
-        "can_resume": state.process is None and bool(state.checkpoints) and state.step < (state.num_steps or 1 << 62),
+        "can_resume": not is_starting
+        and state.process is None
+        and bool(state.checkpoints)
+        and state.step < (state.num_steps or 1 << 62),
         "has_report": state.report is not None,
         "gpu": watch.gpu,
         "age": round(time.time() - state.changed),

@@ -104,7 +104,7 @@ def build_app(folders: Sequence[Path], access: Access, thumbnails: Path | None =
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        tasks = [asyncio.create_task(reap(work)), asyncio.create_task(queue_page.serve_queue(usual_folder()))]
+        tasks = [asyncio.create_task(reap(work)), asyncio.create_task(queue_page.serve_queue(work, usual_folder()))]
         yield
         for task in tasks:
             task.cancel()

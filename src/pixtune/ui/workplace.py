@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +30,9 @@ class Workplace:
     thumbnails: Thumbnails
     watches: dict[Path, Any] = field(default_factory=dict)
     """Runs that somebody looks at, by their folders; see `events`."""
+
+    turn: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """Held from the look at which runs are at work until the next one is started, so that no two start at once."""
 
     @property
     def home(self) -> Path:

@@ -10,7 +10,6 @@
     if (source !== "folder") pictures.value = "";
     if (source === "folder" && !browser.dataset.open) {
       browser.dataset.open = "yes";
-      pictures.value = "";
       document.body.dispatchEvent(new Event("browse"));
     }
   }

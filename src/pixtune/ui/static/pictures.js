@@ -21,6 +21,8 @@
       tile.querySelectorAll(".mark.error").forEach((each) => { if (values.text && each.textContent === "no caption yet") each.remove(); });
       if (!tile.querySelector(".mark")) tile.classList.remove("marked");
       shelf.querySelector(".undo").disabled = false;
+      countMissing();
+      document.body.dispatchEvent(new Event("edited"));
       return true;
     } catch (error) {
       mark.classList.add("bad");
@@ -28,6 +30,40 @@
       if (error.status === 409 && confirm("This caption was changed elsewhere meanwhile. Save yours over it?")) return save(area, true);
       return false;
     }
+  }
+
+  function countMissing() {
+    const count = [...document.querySelectorAll(".tile textarea")].filter((each) => !each.value.trim()).length;
+    document.getElementById("missing-note").textContent = count ? `, ${count} without a caption` : "";
+  }
+
+  // A check or the captioner that has ended leaves new marks and captions; a caption that is being written stays.
+  let wasRunning = false;
+  document.body.addEventListener("htmx:afterSettle", (event) => {
+    if (!["check", "describe-state"].includes(event.detail.target?.id)) return;
+    const isRunning = Boolean(document.querySelector("#check .spinner, #describe-state [data-is-running]"));
+    if (wasRunning && !isRunning) renew();
+    wasRunning = isRunning;
+  });
+  async function renew() {
+    const text = await fetch(location.pathname, { headers: { accept: "text/html" } }).then((answer) => answer.text());
+    const fresh = new DOMParser().parseFromString(text, "text/html");
+    fresh.querySelectorAll(".shelf").forEach((shelf, number) => {
+      const now = new Map([...shelf.querySelectorAll(".tile")].map((tile) => [tile.dataset.name, tile]));
+      document.querySelectorAll(".shelf")[number]?.querySelectorAll(".tile").forEach((tile) => {
+        const other = now.get(tile.dataset.name);
+        if (!other) return;
+        const area = tile.querySelector("textarea");
+        tile.querySelectorAll(".mark").forEach((each) => each.remove());
+        area.before(...other.querySelectorAll(".mark"));
+        tile.className = other.className;
+        if (area !== document.activeElement && area.value.trim() === (saved.get(area) ?? area.defaultValue).trim()) {
+          area.value = other.querySelector("textarea").value;
+          saved.set(area, area.value);
+        }
+      });
+    });
+    countMissing();
   }
 
   document.addEventListener("focusin", (event) => { if (event.target.matches(".tile textarea") && !saved.has(event.target)) saved.set(event.target, event.target.defaultValue); });

@@ -3,7 +3,7 @@
 (function () {
   const run = document.getElementById("run"), place = run.dataset.place;
   const get = (id) => document.getElementById(id);
-  let source = null, numSamples = -1, drawnAt = 0, waiting = null;
+  let source = null, numSamples = -1, drawnAt = 0, waiting = null, starting = null;
 
   function show(view) {
     document.title = `${view.share != null && view.is_alive ? Math.floor(100 * view.share) + "% · " : ""}${document.title.replace(/^\d+% · /, "").replace(/:.*·/, `: ${view.state} ·`)}`;
@@ -37,6 +37,8 @@
       if (numSamples >= 0) document.body.dispatchEvent(new Event("samples"));
       numSamples = view.num_samples;
     }
+    clearTimeout(starting);
+    if (view.state === "starting") starting = setTimeout(open, 3000); // its files tell nothing of a process that ends before them
     // Curves and console at most every two seconds, whatever the pace of the run.
     clearTimeout(waiting);
     waiting = setTimeout(refresh, Math.max(0, 2000 - (Date.now() - drawnAt)));
@@ -67,8 +69,9 @@
     if (!button) return;
     button.disabled = true;
     try {
-      await pixtune.send(`/ask/${place}`, { what: button.dataset.ask });
-      if (button.dataset.ask === "resume") setTimeout(open, 300);
+      const values = await pixtune.send(`/ask/${place}`, { what: button.dataset.ask });
+      if (values.is_queued) location.href = "/queue";
+      else if (button.dataset.ask === "resume") setTimeout(open, 300);
     } finally { button.disabled = false; }
   });
 
