@@ -6,6 +6,8 @@ import io
 import json
 import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import yaml
@@ -405,3 +407,10 @@ def test_runs_wait_in_the_queue_in_the_order_that_a_person_wants(page):
     assert "three" in page.client.get("/queue").text
     for fields in ({"what": "x"}, {"what": "remove", "id": "99"}, {"what": "add", "config": "here/../x.yaml"}):
         assert page.post("/queue", fields).status_code in (400, 404)
+
+
+def test_the_server_imports_no_torch():
+    """It would hold 200 MB beside the run's own."""
+    code = "import sys, pixtune.ui.server; print([name for name in ('torch', 'accelerate') if name in sys.modules])"
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    assert shown.stdout == "[]\n"

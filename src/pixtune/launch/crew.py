@@ -16,12 +16,12 @@ from contextlib import contextmanager, suppress
 from datetime import timedelta
 from itertools import chain, count
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
-
-from accelerate import Accelerator, PartialState
-from accelerate.utils import broadcast_object_list
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from pixtune.errors import TrainingError
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator, PartialState
 
 T = TypeVar("T")
 
@@ -247,6 +247,8 @@ def gather_crew(accelerator: Accelerator | PartialState) -> Crew:
     """
     if accelerator.num_processes == 1:
         return ALONE
+    # The page and `pixtune validate` import this module for `Crew` alone: torch would cost them seconds and 200 MB.
+    from accelerate.utils import broadcast_object_list
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
     # A launcher's store outlives its processes: a run that it starts again must not find the counters of before.
