@@ -36,10 +36,10 @@ from pixtune.storage.course import Course
 from pixtune.tracking.figures import StepFigures
 from pixtune.tracking.memory import RunMemory
 from pixtune.tracking.metrics import MetricsLog, read_metrics
-from tests.runs import DEMO_TRAIN, ROOT, overrides, write_config
+from tests.runs import DEMO_TRAIN, overrides, write_config
+from tests.shallow import shallow_model
 
 SETTINGS: dict[str, object] = {
-    "pretrained_model_name_or_path": ROOT / "assets" / "tiny-flux",
     "max_train_steps": 4,
     "lr_scheduler": "linear",
     "lr_warmup_steps": 2,
@@ -62,7 +62,8 @@ def config_of(folder: Path, cache: Path, **changes: object) -> TrainConfig:
         for name in sorted(path.stem for path in DEMO_TRAIN.glob("*.png"))[:6]:
             for ending in ("png", "txt"):
                 shutil.copy(DEMO_TRAIN / f"{name}.{ending}", pictures)
-    settings = {**SETTINGS, "data_config__img_dir": pictures, **changes}
+    model = {"pretrained_model_name_or_path": shallow_model("tiny-flux")}
+    settings = {**model, **SETTINGS, "data_config__img_dir": pictures, **changes}
     return load_config(write_config(folder), overrides(folder / "run", cache, **settings))
 
 
