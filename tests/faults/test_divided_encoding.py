@@ -105,21 +105,28 @@ def slow_and_impatient(writers: Path) -> None:
     note_writers(writers)
 
 
-@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
+@pytest.mark.parametrize(
+    ("lost", "sent"),
+    [(1, signal.SIGKILL), (1, signal.SIGSTOP), (0, signal.SIGKILL)],
+    ids=["killed", "stopped", "first"],
+)
 def test_a_process_that_is_gone_while_encoding_is_named_and_what_was_made_is_kept(
-    tmp_path: Path, sent: signal.Signals
+    tmp_path: Path, lost: int, sent: signal.Signals
 ) -> None:
     writers, cache = tmp_path / "writers", tmp_path / "cache"
     ranks = start_two(tmp_path, cache, partial(slow_and_impatient, writers))
     until = time.monotonic() + 60
-    while not (writers.exists() and "\n1 " in writers.read_text()) and time.monotonic() < until:
+    while not (writers.exists() and f"\n{lost} " in writers.read_text()) and time.monotonic() < until:
         time.sleep(0.02)
-    ranks[1].send_signal(sent)
+    ranks[lost].send_signal(sent)
     began = time.monotonic()
-    code, printed = end_of(ranks[0], 60)
+    code, printed = end_of(ranks[1 - lost], 60)
     assert time.monotonic() - began < 20
-    if ranks[1].poll() is None:
-        ranks[1].send_signal(signal.SIGKILL)
-    assert code == 1 and printed.count("error: process 1 of 2 (pid ") == 1, printed
+    if ranks[lost].poll() is None:
+        ranks[lost].send_signal(signal.SIGKILL)
+    named = (
+        "error: process 1 of 2 (pid " if lost else "error: the store where the processes meet is gone, with process 0"
+    )
+    assert code == 1 and printed.count(named) == 1 and "Traceback" not in printed, printed
     made = {line.split()[1] for line in writers.read_text().splitlines()}
     assert made <= {path.stem for path in cache.rglob("*.safetensors")}

@@ -23,7 +23,7 @@ from pixtune.data.build_encoder import plan_encoders_for
 from pixtune.data.cache import Ledger, MemoryStore
 from pixtune.data.encode import Encoder, FramedPicture, TextItem
 from pixtune.data.encodings import Encodings, control_pictures, text_item
-from pixtune.data.examples import Example
+from pixtune.data.example_table import Example
 from pixtune.data.prompts import control_rules, encode_prompt, prompt_example, rounded_sizes
 from pixtune.data.sample_prompts import AskedPrompt
 from pixtune.engine.apply import blocks_of, load_planned, placement_of

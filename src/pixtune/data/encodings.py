@@ -13,7 +13,7 @@ from torch import Tensor
 from pixtune.data.cache import CacheKey
 from pixtune.data.controls import ControlFraming
 from pixtune.data.encode import Encoder, FramedPicture, TextItem
-from pixtune.data.examples import Example
+from pixtune.data.example_table import Example
 from pixtune.data.filling import FillReport, Lacking, problems_of
 from pixtune.data.images import to_pixels
 from pixtune.errors import DataError

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 
 from pixtune import randomness
@@ -13,72 +15,20 @@ from pixtune.config.schema import TrainConfig
 from pixtune.data.buckets import Buckets, Framing, build_buckets, frame_picture, frame_variants
 from pixtune.data.captions import caption_without_file, forms_of, split_lines, with_prefix
 from pixtune.data.controls import ControlFraming, ControlRules, frame_control
+from pixtune.data.example_table import Example, Examples, chosen_from
 from pixtune.data.findings import count
-from pixtune.data.images import picture_digest, read_size
+from pixtune.data.images import read_size
 from pixtune.data.layouts import find_examples
-from pixtune.data.masks import MaskFile, find_masks
-from pixtune.data.order import ONCE, Use
+from pixtune.data.masks import find_masks
+from pixtune.data.order import Use
 from pixtune.data.pairs import Pair, shorten
 from pixtune.data.validate import scan_of, validate_pairs
 from pixtune.errors import ConfigError, DataError
 from pixtune.launch.crew import ALONE, Crew
 from pixtune.sizes import Size
 
-
-@dataclass(frozen=True)
-class Example:
-    """One captioned picture."""
-
-    name: str
-    image_path: Path
-    caption: str
-    """Caption as it is written, the first of several: what a held-out picture is measured with."""
-    framings: tuple[Framing, ...]
-    """Variants that it is trained at: for each training size its own ratio alone, or one for each ratio of
-    `random_ratio`; with `flip` the same again, mirrored. The first of them measures a held-out picture."""
-    control_paths: tuple[Path, ...] = ()
-    control_framings: tuple[tuple[ControlFraming, ...], ...] = ()
-    """Framings of the control pictures, for each of `framings`."""
-    use: Use = ONCE
-    """Way in which epochs use it."""
-    caption_forms: tuple[str, ...] = ()
-    """Captions that its turns draw from; empty: `caption` alone."""
-    folder: str = ""
-    """Label of its folder, with which its name begins; empty where there is only one."""
-    mask: MaskFile | None = None
-    """Mask of the picture; None: all of it counts."""
-    loss_weight: float = 1.0
-    """Factor of its loss."""
-
-    @property
-    def captions(self) -> tuple[str, ...]:
-        """Captions that it is trained with: one of them each turn."""
-        return self.caption_forms or (self.caption,)
-
-    @cached_property
-    def image_digest(self) -> str:
-        """SHA-256 of the picture's file when this was first read: a run's own, whatever becomes of the file later."""
-        return picture_digest(self.image_path)
-
-    @cached_property
-    def control_digests(self) -> tuple[str, ...]:
-        """SHA-256 of each control picture's file when this was first read."""
-        return tuple(picture_digest(path) for path in self.control_paths)
-
-    @property
-    def is_used(self) -> bool:
-        """Whether epochs use it, and its loss counts."""
-        return self.use.repeats > 0 and self.loss_weight > 0
-
-    @property
-    def digests(self) -> tuple[str, ...]:
-        """SHA-256 of its picture's, controls' and mask's files when they were first read."""
-        return self.image_digest, *self.control_digests, *((self.mask.digest,) if self.mask else ())
-
-    def signature(self, variant: int) -> tuple[Size, ...]:
-        """Returns the sizes of target and controls: only examples that agree in all of them fit into one batch."""
-        controls = self.control_framings[variant] if self.control_paths else ()
-        return (self.framings[variant].size, *(control.latents.size for control in controls))
+HASH_THREADS = 4
+"""Number of threads in which a process reads pictures for their digests: hashing releases the interpreter's lock."""
 
 
 def folders_apart(config: TrainConfig) -> tuple[Path, ...]:
@@ -140,7 +90,8 @@ def read_examples(
     apart: Collection[Path] = (),
     note: Callable[[str], None] = lambda sentence: None,
     seed: int = 0,
-) -> list[Example]:
+    crew: Crew = ALONE,
+) -> Examples:
     """Reads all examples of some folders: folder by folder, in the order of their names.
 
     Only headers of pictures are read; damage behind them is for `check_folder` to find.
@@ -151,15 +102,16 @@ def read_examples(
         apart: as for `layouts.find_examples`.
         note: called with each sentence on what was passed over.
         seed: the run's seed, which decides how tags are shuffled and left out.
+        crew: processes that divide the reading of headers.
 
     Raises:
         DataError: all problems of all folders, together.
     """
-    examples: list[Example] = []
+    examples = Examples()
     errors: list[DataError] = []
     for folder in folders:
         try:
-            examples += _read_folder(folder, multiple, controls, apart, note, seed)
+            _read_folder(examples, folder, multiple, controls, apart, note, seed, crew)
         except DataError as error:
             errors.append(error)
     if errors:
@@ -174,13 +126,16 @@ def read_examples(
 
 
 def _read_folder(
+    examples: Examples,
     folder: Folder,
     multiple: int,
     controls: ControlRules | None,
     apart: Collection[Path],
     note: Callable[[str], None],
     seed: int,
-) -> list[Example]:
+    crew: Crew,
+) -> None:
+    """Reads a folder's examples, and adds them to others."""
     found = find_examples(folder, apart)
     for warning in found.warnings:
         note(warning)
@@ -192,43 +147,75 @@ def _read_folder(
     for warning in masks.warnings:
         note(warning)
     faults = [*found.faults, *_control_faults(found.pairs, controls, folder), *masks.faults]
-    examples = []
-    for pair in found.pairs:
+    framed = _framer(buckets, folder, controls)
+
+    def read(pairs: Sequence[Pair]) -> list[list[Size] | str]:
+        return [_sizes_of(pair, controls is not None) for pair in pairs]
+
+    for pair, sizes in zip(found.pairs, crew.map("reading the pictures' headers", found.pairs, read), strict=True):
+        if isinstance(sizes, str):
+            faults.append(sizes)
+            continue
         try:
-            example = _read_example(pair, buckets, folder, controls, seed)
-            examples.append(replace(example, mask=masks.of_picture.get(pair.name), loss_weight=folder.loss_weight))
+            framings = framed(*((width, height) for width, height in sizes))
+            example = _read_example(pair, framings, folder, controls, seed)
+            examples.extend([replace(example, mask=masks.of_picture.get(pair.name), loss_weight=folder.loss_weight)])
         except DataError as error:
             faults += error.faults
         except ValueError as error:
             faults.append(f"{pair.image_path} {error}")
     if faults:
-        check_folder(folder, multiple, apart)  # finds these and damaged pictures, so that all are reported together
+        check_folder(
+            folder, multiple, apart, crew
+        )  # finds these and damaged pictures, so that all are reported together
+        crew.wait("checking the pictures")
         raise DataError(f"{folder.img_dir} cannot be trained on", faults)
-    return examples
 
 
-def _read_example(
-    pair: Pair, buckets: Sequence[Buckets], folder: Folder, controls: ControlRules | None, seed: int
-) -> Example:
-    size = read_size(pair.image_path)
-    framings: list[Framing] = []
-    shares: list[float] = []
-    for of_size, share in zip(buckets, folder.size_shares, strict=True):
-        ratios = (
-            list(frame_variants(*size, of_size, folder.upscale).values())
-            if folder.random_ratio
-            else [frame_picture(*size, of_size, upscale=folder.upscale)]
+def _sizes_of(pair: Pair, with_controls: bool) -> list[Size] | str:
+    """Reads the sizes of an example's pictures from their headers; returns a sentence on the first that has none."""
+    try:
+        return [read_size(path) for path in (pair.image_path, *(pair.control_paths if with_controls else ()))]
+    except DataError as error:
+        return " ".join(error.faults)
+
+
+@dataclass(frozen=True)
+class _Framings:
+    """Framings of an example, and what its turns draw of them."""
+
+    target: tuple[Framing, ...]
+    controls: tuple[tuple[ControlFraming, ...], ...]
+    shares: tuple[float, ...]
+
+
+def _framer(buckets: Sequence[Buckets], folder: Folder, rules: ControlRules | None) -> Callable[..., _Framings]:
+    """Returns the function from the sizes of an example's target and controls to its framings."""
+
+    @lru_cache(maxsize=1 << 16)
+    def framed(size: Size, *controls: Size) -> _Framings:
+        framings: list[Framing] = []
+        shares: list[float] = []
+        for of_size, share in zip(buckets, folder.size_shares, strict=True):
+            ratios = (
+                list(frame_variants(*size, of_size, folder.upscale).values())
+                if folder.random_ratio
+                else [frame_picture(*size, of_size, upscale=folder.upscale)]
+            )
+            framings += ratios
+            shares += [share / len(ratios)] * len(ratios)
+        if folder.flip:
+            framings += [replace(framing, flipped=True) for framing in framings]
+            shares = [share / 2 for share in [*shares, *shares]]
+        of_controls = tuple(
+            tuple(frame_control(control, size, framing, rules) for control in controls) for framing in framings if rules
         )
-        framings += ratios
-        shares += [share / len(ratios)] * len(ratios)
-    if folder.flip:
-        framings += [replace(framing, flipped=True) for framing in framings]
-        shares = [share / 2 for share in [*shares, *shares]]
-    paths = pair.control_paths if controls else ()
-    sizes = [read_size(path) for path in paths]
-    control_framings = tuple(
-        tuple(frame_control(control, size, framing, controls) for control in sizes) for framing in framings if controls
-    )
+        return _Framings(tuple(framings), of_controls, tuple(shares) if len(set(shares)) > 1 else ())
+
+    return framed
+
+
+def _read_example(pair: Pair, framings: _Framings, folder: Folder, controls: ControlRules | None, seed: int) -> Example:
     name, rules = f"{folder.label}{pair.name}", folder.captions
     if without_file := caption_without_file(rules):
         captions: tuple[str, ...] = (without_file(pair.image_path),)
@@ -239,10 +226,10 @@ def _read_example(
         name=name,
         image_path=pair.image_path,
         caption=with_prefix(captions[0], rules),
-        framings=tuple(framings),
-        control_paths=paths,
-        control_framings=control_framings,
-        use=Use(folder.repeats, tuple(shares) if len(set(shares)) > 1 else (), len(forms), folder.caption_dropout_rate),
+        framings=framings.target,
+        control_paths=pair.control_paths if controls else (),
+        control_framings=framings.controls,
+        use=Use(folder.repeats, framings.shares, len(forms), folder.caption_dropout_rate),
         caption_forms=forms,
         folder=folder.label,
     )
@@ -295,6 +282,23 @@ def check_folder(folder: Folder, multiple: int, apart: Collection[Path] = (), cr
     return tuple(warning for warning in report.warnings if warning not in found.warnings)
 
 
+def take_digests(examples: Examples, crew: Crew) -> None:
+    """Has a crew read all pictures and controls for their digests, each in one process, and keeps these.
+
+    Raises:
+        DataError: a file cannot be read.
+        TrainingError: in the other processes of the crew, then.
+    """
+
+    def digests(part: Sequence[int]) -> list[list[str]]:
+        with ThreadPoolExecutor(HASH_THREADS, thread_name_prefix="digests") as pool:
+            return [*pool.map(lambda number: [*examples[number].digests_of_pictures], part)]
+
+    with crew.sharing("reading the pictures", 0):
+        found = crew.map("reading the pictures", range(len(examples)), digests)
+    examples.know_digests(chain.from_iterable(found))
+
+
 def shared_pictures(examples: Sequence[Example]) -> str | None:
     """Returns a sentence on pictures that lie in several folders, byte for byte; None where there are none."""
     places: dict[str, dict[str, str]] = {}
@@ -307,7 +311,7 @@ def shared_pictures(examples: Sequence[Example]) -> str | None:
     return f"{pictures} in several folders, byte for byte, and each folder's repeats count: {shorten(shared)}."
 
 
-def used_examples(examples: list[Example]) -> list[Example]:
+def used_examples(examples: Sequence[Example]) -> Sequence[Example]:
     """Returns the examples that epochs use: those whose folder's repeats and loss weight are not 0.
 
     A step of pictures without weight would change nothing, and look like one that does not learn.
@@ -315,7 +319,7 @@ def used_examples(examples: list[Example]) -> list[Example]:
     Raises:
         DataError: an epoch would use less than one picture.
     """
-    used = [example for example in examples if example.is_used]
+    used = chosen_from(examples, lambda example: example.is_used)
     if examples and sum(example.use.repeats for example in used) < 1:
         total = sum(example.use.repeats for example in used)
         raise DataError(
@@ -328,7 +332,7 @@ def used_examples(examples: list[Example]) -> list[Example]:
     return used
 
 
-def split_held_out(examples: list[Example], share: float, seed: int) -> tuple[list[Example], list[Example]]:
+def split_held_out(examples: Sequence[Example], share: float, seed: int) -> tuple[Sequence[Example], Sequence[Example]]:
     """Splits examples into those to train on and those held out, chosen by seed and name.
 
     Examples of the same picture, byte for byte, go to one side together: no loss is measured on what was trained on.
@@ -347,9 +351,10 @@ def split_held_out(examples: list[Example], share: float, seed: int) -> tuple[li
             "validation.held_out leaves nothing to train on",
             [f"{share} of {len(examples)} pictures are {count}; add pictures or lower the share"],
         )
-    in_random_order = sorted(examples, key=lambda example: randomness.draw_key(seed, "hold out", example.name))
-    chosen = {example.image_digest for example in in_random_order[:count]}
-    training = [example for example in examples if example.image_digest not in chosen]
+    keys = [randomness.draw_key(seed, "hold out", example.name) for example in examples]
+    in_random_order = sorted(range(len(examples)), key=keys.__getitem__)
+    chosen = {examples[number].image_digest for number in in_random_order[:count]}
+    training = chosen_from(examples, lambda example: example.image_digest not in chosen)
     if not training:
         raise DataError(
             "validation.held_out leaves nothing to train on",
@@ -358,7 +363,7 @@ def split_held_out(examples: list[Example], share: float, seed: int) -> tuple[li
     return training, [example for example in examples if example.image_digest in chosen]
 
 
-def without_held_out(training: list[Example], held_out: list[Example]) -> tuple[list[Example], str | None]:
+def without_held_out(training: Sequence[Example], held_out: Sequence[Example]) -> tuple[Sequence[Example], str | None]:
     """Returns the examples whose pictures are not held out, under whatever name, and a sentence on those left out.
 
     Raises:
@@ -373,4 +378,4 @@ def without_held_out(training: list[Example], held_out: list[Example]) -> tuple[
         raise DataError("nothing is left to train on", [f"Every picture is also held out: {listed}."])
     pictures = "1 picture is" if len(copies) == 1 else f"{len(copies)} pictures are"
     sentence = f"{pictures} held out as well, byte for byte, and not trained on: {listed}."
-    return [example for example in training if example.image_digest not in measured], sentence
+    return chosen_from(training, lambda example: example.image_digest not in measured), sentence

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pixtune.config.folders import Folder, folders_of, prior_folder
 from pixtune.config.schema import TrainConfig
 from pixtune.data.controls import ControlRules
-from pixtune.data.examples import Example, folders_apart, read_examples, shared_pictures, used_examples
+from pixtune.data.example_table import Example
+from pixtune.data.examples import folders_apart, read_examples, shared_pictures, used_examples
 from pixtune.data.held_out import hold_out
 from pixtune.data.order import BatchOrder
 from pixtune.data.shares import EPOCHS_COUNTED, draws_an_epoch
@@ -76,9 +77,9 @@ def count_folders(config: TrainConfig, multiple: int, rules: ControlRules | None
     own = training
     if prior.folder is not None:
         folders.append(prior_folder(config.data_config, prior, prior.folder))
-        training = training + read_examples(folders[-1:], multiple, rules, apart, seed=config.seed)
+        training = [*training, *read_examples(folders[-1:], multiple, rules, apart, seed=config.seed)]
     used = [example for example in training if example.is_used]
-    training = training + [example for example in examples if not example.is_used]
+    training = [*training, *(example for example in examples if not example.is_used)]
     batch_size = config.batch_size
     order = BatchOrder(
         [[example.signature(variant) for variant in range(len(example.framings))] for example in used],

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from pixtune import randomness
 from pixtune.config.schema import TrainConfig
-from pixtune.data.examples import Example, split_held_out
+from pixtune.data.example_table import Example, chosen_from
+from pixtune.data.examples import split_held_out
 from pixtune.data.named import with_loss_weights, without_excluded
+from pixtune.data.order import Signature
 from pixtune.data.pairs import shorten
 
 
 def hold_out(
-    examples: list[Example], config: TrainConfig, note: Callable[[str], None] = lambda sentence: None
-) -> tuple[list[Example], list[Example]]:
+    examples: Sequence[Example], config: TrainConfig, note: Callable[[str], None] = lambda sentence: None
+) -> tuple[Sequence[Example], Sequence[Example]]:
     """Splits examples into those to train on and those held out, as the config names them.
 
     Those that it excludes are left out, and those to which it gives a loss weight have it.
@@ -47,22 +49,25 @@ def hold_out(
         f"{len(held_out)} of {len(examples)} pictures are held out, chosen by lot, to show what the run learns. To "
         "train on all: validation.held_out=0; a number sets the share."
     )
-    return [example for example in examples if example.image_digest not in chosen], held_out
+    return chosen_from(examples, lambda example: example.image_digest not in chosen), held_out
 
 
-def _choose(examples: list[Example], count: int, seed: int) -> set[str]:
+def _choose(examples: Sequence[Example], count: int, seed: int) -> set[str]:
     """Returns the digests of `count` pictures by lot, of sizes that keep some; copies go together."""
     chosen: set[str] = set()
     if not count:
         return chosen  # and no file is read for its digest
     num_left = Counter(example.signature(0) for example in examples)
-    copies: dict[str, list[Example]] = {}
+    sizes_of: dict[str, Counter[Signature]] = {}
     for example in examples:
-        copies.setdefault(example.image_digest, []).append(example)
-    for example in sorted(examples, key=lambda example: randomness.draw_key(seed, "hold out", example.name)):
-        sizes = Counter(each.signature(0) for each in copies[example.image_digest])
-        if len(chosen) < count and all(num_left[size] > number for size, number in sizes.items()):
-            if example.image_digest not in chosen:
-                num_left.subtract(sizes)
+        sizes_of.setdefault(example.image_digest, Counter())[example.signature(0)] += 1
+    keys = [randomness.draw_key(seed, "hold out", example.name) for example in examples]
+    for number in sorted(range(len(examples)), key=keys.__getitem__):
+        if len(chosen) == count:
+            break
+        example = examples[number]
+        sizes = sizes_of.pop(example.image_digest, None)
+        if sizes is not None and all(num_left[size] > number for size, number in sizes.items()):
+            num_left.subtract(sizes)
             chosen.add(example.image_digest)
     return chosen

@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
-from functools import cache
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -190,7 +190,7 @@ def picture_digest(path: Path) -> str:
         raise _data_error(path, f"cannot be read: {error.strerror or error}.") from error
 
 
-@cache
+@lru_cache(maxsize=1 << 17)
 def _digest(path: Path, size: int, changed_ns: int) -> str:
     check_size(path, LARGEST_PICTURE_BYTES)
     return file_digest(path)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pixtune.data.ahead import made_ahead
 from pixtune.data.cache import CacheKey, Entry, Ledger, Store
-from pixtune.data.examples import Example
+from pixtune.data.example_table import Example
 from pixtune.data.filling import Work, fill
 from pixtune.data.masks import FramedMask
 from pixtune.data.pairs import shorten

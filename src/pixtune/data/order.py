@@ -11,6 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
+from typing import overload
+
+import numpy as np
+from numpy.typing import NDArray
 
 from pixtune import randomness
 from pixtune.sizes import Size
@@ -49,6 +53,36 @@ class Use:
 ONCE = Use()
 
 
+class Epoch(Sequence[list[Turn]]):
+    """The micro-batches of an epoch, as arrays: a million turns take twelve megabytes.
+
+    Args:
+        turns_BS3: for each micro-batch and place in it the example, variant and caption.
+    """
+
+    def __init__(self, turns_BS3: NDArray[np.int32]) -> None:
+        self._turns_BS3 = turns_BS3
+
+    def __len__(self) -> int:
+        return len(self._turns_BS3)
+
+    @overload
+    def __getitem__(self, number: int) -> list[Turn]: ...
+
+    @overload
+    def __getitem__(self, number: slice) -> list[list[Turn]]: ...
+
+    def __getitem__(self, number: int | slice) -> list[Turn] | list[list[Turn]]:
+        if isinstance(number, slice):
+            return [self[each] for each in range(*number.indices(len(self)))]
+        return [Turn(*turn) for turn in self._turns_BS3[number].tolist()]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Epoch) and np.array_equal(self._turns_BS3, other._turns_BS3)
+
+    __hash__ = None  # type: ignore[assignment]
+
+
 class BatchOrder:
     """The order of turns of a whole run.
 
@@ -78,35 +112,52 @@ class BatchOrder:
         self.is_even = self.sizes_stay and all(use.repeats == int(use.repeats) for use in self.uses)
         self.epoch = lru_cache(maxsize=4)(self._epoch)
 
-    def _epoch(self, epoch: int) -> list[list[Turn]]:
+    def _epoch(self, epoch: int) -> Epoch:
         """Builds the micro-batches of one epoch: each example once, or as often as it repeats.
 
         Some come again to fill each bucket's last batch.
         """
-        by_bucket: dict[Signature, list[Turn]] = {}
-        for example, *again in self._in_random_order(epoch):
+        examples, numbers = self._in_random_order(epoch)
+        turns_T3 = np.zeros((len(examples), 3), np.int32)
+        turns_T3[:, 0] = examples
+        bucket_of: dict[Signature, int] = {}
+        buckets_T = np.empty(len(examples), np.int64)
+        for place, (example, number) in enumerate(zip(examples.tolist(), numbers.tolist(), strict=True)):
             variants, use = self.buckets[example], self.uses[example]
-            variant = _pick(randomness.uniform(self.seed, "ratio", epoch, example, *again), len(variants), use.shares)
-            caption = 0
+            again = (number,) if number else ()
+            variant = 0
+            if len(variants) > 1:
+                uniform = randomness.uniform(self.seed, "ratio", epoch, example, *again)
+                variant = turns_T3[place, 1] = _pick(uniform, len(variants), use.shares)
             if use.num_captions > 1:
-                caption = _pick(randomness.uniform(self.seed, "caption", epoch, example, *again), use.num_captions)
-            by_bucket.setdefault(variants[variant], []).append(Turn(example, variant, caption))
+                uniform = randomness.uniform(self.seed, "caption", epoch, example, *again)
+                turns_T3[place, 2] = _pick(uniform, use.num_captions)
+            buckets_T[place] = bucket_of.setdefault(variants[variant], len(bucket_of))
         size = self.global_batch_size
-        micro_batches = []
-        for members in by_bucket.values():
-            # A short batch would weigh its examples more. Repeating some keeps each step's size and each rank's work.
-            padded = [members[i % len(members)] for i in range(-(-len(members) // size) * size)]
-            micro_batches += [padded[i : i + size] for i in range(0, len(padded), size)]
-        return [micro_batches[i] for i in randomness.shuffled(len(micro_batches), self.seed, "order", epoch, "batches")]
+        if not len(examples):  # all are of small fractions
+            return Epoch(np.zeros((0, size, 3), np.int32))
+        by_bucket = np.split(np.argsort(buckets_T, kind="stable"), np.cumsum(np.bincount(buckets_T))[:-1])
+        # A short batch would weigh its examples more. Repeating some keeps each step's size and each rank's work.
+        places_BS = np.concatenate(
+            [np.resize(members, (-(-len(members) // size), size)) for members in by_bucket if len(members)]
+        )
+        return Epoch(turns_T3[places_BS[randomness.shuffled(len(places_BS), self.seed, "order", epoch, "batches")]])
 
-    def _in_random_order(self, epoch: int) -> list[tuple[int, ...]]:
-        """Lists the examples of an epoch in random order: (example,) for its first use, (example, 1) for its second."""
-        uses = [
-            (example, number) if number else (example,)
-            for example in range(len(self.buckets))
-            for number in range(self._num_uses(epoch, example))
-        ]
-        return sorted(uses, key=lambda use: randomness.draw_key(self.seed, "order", epoch, *use))
+    def _in_random_order(self, epoch: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+        """Lists the examples of an epoch in random order, and the number of each of their uses, 0 for the first."""
+        counts = [self._num_uses(epoch, example) for example in range(len(self.buckets))]
+        examples = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
+        numbers = np.arange(len(examples), dtype=np.int32) - np.repeat(np.cumsum(counts) - counts, counts)
+        keys = np.fromiter(
+            (
+                randomness.draw_key(self.seed, "order", epoch, example, *((number,) if number else ()))
+                for example, number in zip(examples.tolist(), numbers.tolist(), strict=True)
+            ),
+            np.int64,
+            len(examples),
+        )
+        places = np.argsort(keys, kind="stable")
+        return examples[places], numbers[places].astype(np.int32)
 
     def _num_uses(self, epoch: int, example: int) -> int:
         """Counts the uses of an example in an epoch.

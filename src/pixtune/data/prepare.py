@@ -15,13 +15,14 @@ from pixtune.config.schema import TrainConfig
 from pixtune.data.build_encoder import build_encoder, check_cache
 from pixtune.data.encode import Encoder
 from pixtune.data.encodings import Encodings, control_pictures, target_picture, text_item
+from pixtune.data.example_table import Example, Examples, signatures_of
 from pixtune.data.examples import (
-    Example,
     check_folder,
     check_purposes,
     folders_apart,
     read_examples,
     shared_pictures,
+    take_digests,
     used_examples,
     without_held_out,
 )
@@ -96,14 +97,14 @@ def prepare_data(
     multiple, data = family.pixel_multiple(folder), config.data_config
     rules = control_rules(family, folder, data.control_size)
     apart, notes = folders_apart(config), list[str]()
-    folders, examples, own, held_out = read_own(config, family, folder, notes.append)
-    of_prior: list[Example] = []
+    folders, examples, own, held_out = read_own(config, family, folder, notes.append, crew)
+    of_prior: Sequence[Example] = ()
     if prior is not None:
         folders.append(prior_folder(data, config.prior_preservation, prior))
-        read = read_examples(folders[-1:], multiple, rules, apart, notes.append, config.seed)
-        of_prior, examples = [each for each in read if each.is_used], examples + read
+        read = read_examples(folders[-1:], multiple, rules, apart, notes.append, config.seed, crew)
+        of_prior, examples = read.where(lambda each: each.is_used), Examples((*examples, *read))
     if config.random_weights:
-        drawn = random_data(config, family, folder, own + of_prior, held_out)
+        drawn = random_data(config, family, folder, [*own, *of_prior], held_out)
         return replace(drawn, num_prior=len(of_prior))
 
     if len(data.folders) > 1 or prior is not None:
@@ -149,9 +150,9 @@ def _choose(
     config: TrainConfig,
     family: ModelFamily,
     folder: ModelFolder,
-    own: list[Example],
-    of_prior: list[Example],
-    held_out: list[Example],
+    own: Sequence[Example],
+    of_prior: Sequence[Example],
+    held_out: Sequence[Example],
 ) -> tuple[Wanted, list[str]]:
     """Chooses what is read beside the examples, and writes sentences for the user on what it meets."""
     multiple = family.pixel_multiple(folder)
@@ -167,7 +168,7 @@ def _choose(
     asks_for_negatives = any(p.negative is not None for p in asked)
     if asks_for_negatives and not needs_negative(family, config.samples.guidance_scale):
         notes.append("negative prompts have no effect: this model, or a guidance_scale of 1, takes no pass for them.")
-    training = own + of_prior
+    training = Examples((*own, *of_prior)) if of_prior else own
     pairs = choose_pairs(training, rules, family.dropped_caption, config.seed)
     trials = choose_trials(own, config, family.controls_in_text)
     notes += not_judged(trials, config)
@@ -175,12 +176,18 @@ def _choose(
 
 
 def read_own(
-    config: TrainConfig, family: ModelFamily, folder: ModelFolder, note: Callable[[str], None] = lambda sentence: None
-) -> tuple[list[Folder], list[Example], list[Example], list[Example]]:
+    config: TrainConfig,
+    family: ModelFamily,
+    folder: ModelFolder,
+    note: Callable[[str], None] = lambda sentence: None,
+    crew: Crew | None = None,
+) -> tuple[list[Folder], Sequence[Example], Sequence[Example], Sequence[Example]]:
     """Reads a data set's examples, without regularization pictures, from headers alone.
 
     Args:
         note: called with each sentence for the user.
+        crew: processes that divide the reading, and take the digests of all pictures, too; None: this one reads alone,
+            and only headers as far as that will do.
 
     Returns:
         The folders, all examples that are used, those to train on, and those held out.
@@ -194,11 +201,14 @@ def read_own(
     for img_size in dict.fromkeys(size for each in folders for size in each.img_sizes if size % multiple):
         side = img_size // multiple * multiple
         note(f"img_size {img_size} is no multiple of {multiple}: square pictures train at {side}x{side}.")
-    examples = used_examples(read_examples(folders, multiple, rules, apart, note, config.seed))
+    read = read_examples(folders, multiple, rules, apart, note, config.seed, crew or ALONE)
+    if crew is not None and not config.random_weights:
+        take_digests(read, crew)
+    examples = used_examples(read)
     training, held_out = hold_out(examples, config, note)
     if config.validation.held_out_dir is not None:
         folders.append(folder_beside(data, config.validation.held_out_dir))
-        held_out = read_examples(folders[-1:], multiple, rules, apart, note, config.seed)
+        held_out = read_examples(folders[-1:], multiple, rules, apart, note, config.seed, crew or ALONE)
         training, sentence = without_held_out(training, held_out)
         if sentence:
             note(sentence)
@@ -293,7 +303,7 @@ def _gather(
     text_tokens = {caption: encodings.count_text_tokens(caption) for caption in captions}
     return PreparedData(
         reader=example_reader(family, folder, training, read_latents, read_text, read_controls, read_weights),
-        buckets=[[example.signature(variant) for variant in range(len(example.framings))] for example in training],
+        buckets=signatures_of(training),
         held_out=[_held_out_picture(example, encodings, masks) for example in wanted.held_out],
         prompts=_encoded_prompts(config, family, encodings, wanted),
         both_ways=read_pairs(wanted.pairs, encodings, family.dropped_caption),

@@ -13,7 +13,7 @@ from torch import Tensor
 from pixtune.data.batches import ExampleReader
 from pixtune.data.encode import TextItem
 from pixtune.data.encodings import text_item
-from pixtune.data.examples import Example
+from pixtune.data.example_table import Example
 from pixtune.data.order import Signature, Use
 from pixtune.data.rivals import NO_TRIALS, CaptionTrials
 from pixtune.data.swapped import EncodedBothWays

@@ -9,7 +9,7 @@ from pathlib import Path
 from pixtune.data.buckets import Framing, build_buckets, frame_picture
 from pixtune.data.controls import ControlRules, frame_control
 from pixtune.data.encodings import Encodings, control_pictures, text_item
-from pixtune.data.examples import Example
+from pixtune.data.example_table import Example
 from pixtune.data.images import read_size
 from pixtune.data.sample_prompts import AskedPrompt
 from pixtune.errors import ConfigError, DataError

@@ -10,7 +10,7 @@ from torch import Tensor
 from pixtune import randomness
 from pixtune.config.schema import TrainConfig
 from pixtune.data.encodings import text_item
-from pixtune.data.examples import Example
+from pixtune.data.example_table import Example
 from pixtune.data.prepared import (
     DataFingerprint,
     PreparedData,

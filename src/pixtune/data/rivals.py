@@ -9,7 +9,7 @@ from pixtune import randomness
 from pixtune.config.schema import TrainConfig
 from pixtune.data.encode import TextItem
 from pixtune.data.encodings import Encodings, text_item
-from pixtune.data.examples import Example
+from pixtune.data.example_table import Example
 from pixtune.family import Conditioning
 
 FEW, MANY = 2, 10

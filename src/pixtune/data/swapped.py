@@ -23,7 +23,7 @@ from pixtune import randomness
 from pixtune.data.controls import ControlRules, frame_box, frame_control, same_part, same_shape
 from pixtune.data.encode import FramedPicture, TextItem
 from pixtune.data.encodings import Encodings, control_pictures, target_picture, text_item
-from pixtune.data.examples import Example
+from pixtune.data.example_table import Example
 from pixtune.data.images import read_size
 from pixtune.engine.load import LoadedTransformer
 from pixtune.family import ModelFamily

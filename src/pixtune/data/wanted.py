@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pixtune.config.schema import TrainConfig
 from pixtune.data.encode import FramedPicture, TextItem, shorten
 from pixtune.data.encodings import control_pictures, target_picture, text_item
-from pixtune.data.examples import Example
+from pixtune.data.example_table import Example
 from pixtune.data.prepared import dropped_captions
 from pixtune.data.rivals import CaptionTrials
 from pixtune.data.sample_prompts import AskedPrompt
@@ -21,11 +21,11 @@ from pixtune.plan.passes import needs_negative
 class Wanted:
     """Everything that a run reads, before any of it is encoded."""
 
-    training: list[Example]
+    training: Sequence[Example]
     """Examples to train on, regularization pictures last."""
     num_prior: int
     """Number of regularization pictures."""
-    held_out: list[Example]
+    held_out: Sequence[Example]
     asked: Sequence[AskedPrompt]
     """Prompts of samples, as the config asks for them."""
     prompts: Sequence[Example]

@@ -18,7 +18,7 @@ from itertools import chain, count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from pixtune.errors import TrainingError
+from pixtune.errors import PixtuneError, TrainingError
 
 if TYPE_CHECKING:
     from accelerate import Accelerator, PartialState
@@ -171,7 +171,12 @@ class Crew:
 
     def _read(self, results: Store, numbers: range, own: Mapping[int, Any]) -> list[Any]:
         found = [own[number] if number in own else json.loads(results.get(str(number))) for number in numbers]
-        if results.add("read", 1) == self.size:  # the last one to read tidies up
+        results.add("read", 1)
+        if self.is_first:  # it may hold the store, so it stays until all have read, and tidies up
+            pause = LOOK_SECONDS / 10
+            while results.add("read", 0) < self.size:
+                time.sleep(pause)
+                pause = min(2 * pause, MOST_LOOK_SECONDS)
             for number in numbers:
                 results.delete_key(str(number))
         return found
@@ -212,25 +217,46 @@ class Share:
 
 
 class _Prefixed:
-    """A store within another, by the beginnings of its keys."""
+    """A store within another, by the beginnings of its keys.
+
+    Its methods raise a TrainingError where it is gone.
+    """
 
     def __init__(self, store: Store, prefix: str) -> None:
         self._store, self._prefix = store, prefix
 
     def add(self, key: str, amount: int, /) -> int:
-        return self._store.add(self._prefix + key, amount)
+        with _reaching_the_store():
+            return self._store.add(self._prefix + key, amount)
 
     def set(self, key: str, value: str, /) -> None:
-        self._store.set(self._prefix + key, value)
+        with _reaching_the_store():
+            self._store.set(self._prefix + key, value)
 
     def get(self, key: str, /) -> bytes:
-        return self._store.get(self._prefix + key)
+        with _reaching_the_store():
+            return self._store.get(self._prefix + key)
 
     def check(self, keys: list[str], /) -> bool:
-        return self._store.check([self._prefix + key for key in keys])
+        with _reaching_the_store():
+            return self._store.check([self._prefix + key for key in keys])
 
     def delete_key(self, key: str, /) -> bool:
-        return self._store.delete_key(self._prefix + key)
+        with _reaching_the_store():
+            return self._store.delete_key(self._prefix + key)
+
+
+@contextmanager
+def _reaching_the_store() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, PixtuneError):
+            raise
+        raise TrainingError(
+            "the store where the processes meet is gone, with process 0 or the launcher, which holds it "
+            f"({str(error).splitlines()[0]}). What has been made is kept: start again."
+        ) from error
 
 
 ALONE = Crew()

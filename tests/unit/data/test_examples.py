@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,8 @@ from PIL import Image
 from pixtune.config.folders import folders_of
 from pixtune.config.schema import TrainConfig
 from pixtune.config.sections import DataConfig, ValidationConfig
+from pixtune.data.example_table import Example
 from pixtune.data.examples import (
-    Example,
     check_purposes,
     folders_apart,
     read_examples,
@@ -24,7 +25,7 @@ from tests.runs import DEMO_TRAIN
 
 
 @pytest.fixture(scope="module")
-def examples() -> list[Example]:
+def examples() -> Sequence[Example]:
     return read_examples(folders_of(DataConfig(img_dir=DEMO_TRAIN, img_size=128)), 16)
 
 
@@ -71,7 +72,7 @@ def write(folder: Path, *names: str, colour: int = 0) -> None:
         (folder / name).with_suffix(".txt").write_text(name)
 
 
-def read(folder: Path, apart: tuple[Path, ...] = ()) -> list[Example]:
+def read(folder: Path, apart: tuple[Path, ...] = ()) -> Sequence[Example]:
     return read_examples(folders_of(DataConfig(img_dir=folder, img_size=32)), 16, apart=apart)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -17,7 +18,8 @@ from pixtune.config.sections import DataConfig
 from pixtune.data.buckets import Framing
 from pixtune.data.controls import ControlRules, frame_control
 from pixtune.data.encode import FramedPicture
-from pixtune.data.examples import Example, read_examples, shared_pictures, used_examples
+from pixtune.data.example_table import Example
+from pixtune.data.examples import read_examples, shared_pictures, used_examples
 from pixtune.data.images import crop_resize
 from pixtune.data.order import BatchOrder, Use
 from pixtune.errors import DataError
@@ -31,7 +33,7 @@ def write(folder: Path, *names: str, size: tuple[int, int] = (64, 64), extension
     return folder
 
 
-def read(*folders: dict[str, Any], **common: Any) -> list[Example]:
+def read(*folders: dict[str, Any], **common: Any) -> Sequence[Example]:
     data = DataConfig.model_validate(
         {"folders": [{**each, "img_dir": str(each["img_dir"])} for each in folders], **common}
     )

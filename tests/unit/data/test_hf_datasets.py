@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ from PIL import Image
 
 from pixtune.config.folders import folders_of
 from pixtune.config.sections import DataConfig
-from pixtune.data.examples import Example, read_examples
+from pixtune.data.example_table import Example
+from pixtune.data.examples import read_examples
 from pixtune.data.images import open_rgb
 from pixtune.errors import DataError
 
@@ -41,7 +43,7 @@ def rows() -> Any:
     return datasets.Dataset.from_dict(values, features=features)
 
 
-def read(tmp_path: Path, name: object, **keys: object) -> list[Example]:
+def read(tmp_path: Path, name: object, **keys: object) -> Sequence[Example]:
     data = {
         "folders": [{"dataset": str(name), "name": "set", **keys}],
         "cache_dir": str(tmp_path / "c"),

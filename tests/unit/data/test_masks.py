@@ -18,7 +18,8 @@ from pixtune.config.schema import TrainConfig
 from pixtune.config.sections import DataConfig
 from pixtune.data.buckets import build_buckets, frame_picture
 from pixtune.data.cache import Ledger, MemoryStore
-from pixtune.data.examples import Example, check_purposes, folders_apart, read_examples
+from pixtune.data.example_table import Example
+from pixtune.data.examples import check_purposes, folders_apart, read_examples
 from pixtune.data.mask_weights import Masks
 from pixtune.data.masks import FoundMasks, FramedMask, MaskFile, average_over_cells, find_masks
 from pixtune.data.pairs import Pair
@@ -287,7 +288,7 @@ def config_of(folder: Path, **data: object) -> TrainConfig:
     )
 
 
-def examples_of(config: TrainConfig, folder: Path | None = None) -> list[Example]:
+def examples_of(config: TrainConfig, folder: Path | None = None) -> Sequence[Example]:
     data = config.data_config
     folders = folders_of(data) if folder is None else [folder_beside(data, folder)]
     return read_examples(folders, 16, apart=folders_apart(config))

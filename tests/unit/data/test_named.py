@@ -11,7 +11,7 @@ import pytest
 from pixtune.config import load_config
 from pixtune.config.schema import TrainConfig
 from pixtune.data.buckets import Framing
-from pixtune.data.examples import Example
+from pixtune.data.example_table import Example
 from pixtune.data.held_out import hold_out
 from pixtune.data.named import with_loss_weights, without_excluded
 from pixtune.data.rivals import FEW, MANY, choose_trials, not_judged
@@ -63,7 +63,7 @@ def test_named_pictures_count_by_their_weights() -> None:
 def test_excluded_pictures_are_neither_trained_on_nor_held_out() -> None:
     examples = [example(number) for number in range(48)]
     training, held_out = hold_out(examples, config(data_config__exclude="['007',008.png]"))
-    names = {each.name for each in training + held_out}
+    names = {each.name for each in (*training, *held_out)}
     assert len(names) == 46 and not {"007.png", "008.png"} & names
 
 

@@ -14,7 +14,8 @@ from PIL import Image
 from pixtune.config.folders import folders_of
 from pixtune.config.sections import DataConfig
 from pixtune.data.controls import ControlRules, frame_control
-from pixtune.data.examples import Example, read_examples
+from pixtune.data.example_table import Example
+from pixtune.data.examples import read_examples
 from pixtune.data.swapped import Encoded, EncodedBothWays, Gains, choose_pairs, measure_gains, swap, swap_warning
 from pixtune.engine.load import LoadedTransformer
 from pixtune.judging.validation import HeldOutPicture
@@ -77,7 +78,7 @@ def edit_examples(folder: Path, count: int, size: tuple[int, int] = (96, 64), co
             Image.fromarray(pixels).save(folder / part / f"{number:02d}.png")
         (folder / "images" / f"{number:02d}.txt").write_text("invert it")
     config = DataConfig(img_dir=folder / "images", control_dir=folder / "control", img_size=64)
-    return read_examples(folders_of(config), 32, RULES)
+    return [*read_examples(folders_of(config), 32, RULES)]
 
 
 def test_the_swapped_pair_shows_the_same_part_at_the_same_size(tmp_path):
@@ -116,7 +117,7 @@ def test_only_captioned_pairs_with_one_control_of_the_targets_shape_are_asked_ab
     Image.new("RGB", (64, 64)).save(tmp_path / "control" / "00.png")
     (tmp_path / "images" / "01.txt").write_text("")
     config = DataConfig(img_dir=tmp_path / "images", control_dir=tmp_path / "control", img_size=64)
-    examples = read_examples(folders_of(config), 32, RULES)
+    examples = [*read_examples(folders_of(config), 32, RULES)]
     both = DataConfig(img_dir=tmp_path / "images", control_dir=(tmp_path / "control",) * 2, img_size=64)
     examples[2] = read_examples(folders_of(both), 32, RULES)[2]
     assert sorted(pair.as_given.name for pair in choose_pairs(examples, RULES, " ", seed=0)) == [
