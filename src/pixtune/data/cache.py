@@ -16,13 +16,15 @@ import math
 import os
 import time
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeVar, overload
 
+import numpy as np
+from numpy.typing import NDArray
 from safetensors import SafetensorError, deserialize, safe_open
 from safetensors.torch import load
 from torch import Tensor
@@ -49,6 +51,8 @@ LARGEST_ENTRY_BYTES = 512 * MEBIBYTE
 """Size that no entry reaches: latents of a picture of the most pixels have 340 MiB."""
 LARGEST_LEDGER_BYTES = 256 * MEBIBYTE
 """Size up to which a ledger is read: that of half a million items."""
+MOST_SOUND = 100_000
+"""Number of entries that are remembered as checked; of more, each look reads them again."""
 LATE_SECONDS = 90.0
 """Time after which every machine sees an entry that another one has made: NFS looks again after a minute at most."""
 MOST_PAUSE_SECONDS = 2.0
@@ -56,6 +60,7 @@ MOST_PAUSE_SECONDS = 2.0
 
 Entry = dict[str, Tensor]
 Found = TypeVar("Found")
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -76,6 +81,48 @@ class CacheKey:
     def digest(self) -> str:
         """SHA-256 of all parts, as hex: the entry's name in the store."""
         return text_digest(json.dumps(self.all_parts, sort_keys=True))
+
+
+class Keys(Sequence[CacheKey]):
+    """Keys of many items, each built when it is asked for: a million would take gigabytes."""
+
+    def __init__(self, items: Sequence[Item], build: Callable[[Item], CacheKey]) -> None:
+        self._items, self._build = items, build
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    @overload
+    def __getitem__(self, number: int) -> CacheKey: ...
+
+    @overload
+    def __getitem__(self, number: slice) -> list[CacheKey]: ...
+
+    def __getitem__(self, number: int | slice) -> CacheKey | list[CacheKey]:
+        if isinstance(number, slice):
+            return [*map(self._build, self._items[number])]
+        return self._build(self._items[number])
+
+    def __iter__(self) -> Iterator[CacheKey]:
+        return map(self._build, self._items)
+
+
+class Digests:
+    """A set of digests that may be large: eight bytes each, so that one in 10^13 would be taken for another's."""
+
+    def __init__(self) -> None:
+        self._known: NDArray[np.uint64] = np.empty(0, np.uint64)
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    def __contains__(self, digest: str) -> bool:
+        place = int(np.searchsorted(self._known, np.uint64(int(digest[:16], 16))))
+        return place < len(self._known) and int(self._known[place]) == int(digest[:16], 16)
+
+    def update(self, digests: Iterable[str]) -> None:
+        new = np.fromiter((int(digest[:16], 16) for digest in digests), np.uint64)
+        self._known = np.union1d(self._known, new)
 
 
 class Store(Protocol):
@@ -157,7 +204,7 @@ class DiskStore:
             problem = _problem_of(digest, read_bounded(path, LARGEST_ENTRY_BYTES))
         except OSError as error:
             return f"{UNREADABLE} ({error.strerror or error})"
-        if problem is None:
+        if problem is None and len(self._sound) < MOST_SOUND:
             self._sound[digest] = version
         return problem
 

@@ -8,7 +8,7 @@ missing: a cache filled in one go, or after a kill, or in the loop would differ 
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain, islice
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from pixtune.data.ahead import made_ahead
 from pixtune.data.buckets import Framing
-from pixtune.data.cache import CacheKey, Entry, Ledger, Store
+from pixtune.data.cache import CacheKey, Entry, Keys, Ledger, Store
 from pixtune.data.caption_tokens import Lengths, count_new, cut_captions
 from pixtune.data.filling import FillReport, Lacking, Work, fill
 from pixtune.data.images import check_unchanged, crop_resize, decoded, to_pixels
@@ -44,7 +44,7 @@ DECODE_THREADS = 4
 Loaded = TypeVar("Loaded")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class FramedPicture:
     """A picture file and the part of it to encode."""
 
@@ -74,7 +74,7 @@ class FramedPicture:
         return framed
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class TextItem:
     """A caption with the control pictures that the text encoder sees beside it."""
 
@@ -115,8 +115,12 @@ class Encoder:
     gigabytes."""
     _loaded: dict[str, Any] = field(default_factory=dict, compare=False)
 
-    def text_keys(self, items: Sequence[TextItem]) -> list[CacheKey]:
-        """Builds the keys of captions: everything that decides their features."""
+    def text_keys(self, items: Sequence[TextItem]) -> Keys:
+        """Returns the keys of captions: everything that decides their features."""
+        return Keys(items, self.text_key_builder())
+
+    def text_key_builder(self) -> Callable[[TextItem], CacheKey]:
+        """Returns the function from a caption to its key. The encoders' files are recognized once, here."""
         shared = {
             "kind": "text",
             **{part: self._fingerprint(part) for part in self.family.text_components},
@@ -124,17 +128,14 @@ class Encoder:
             "most tokens": str(self.max_text_tokens),
             "format": self._format("weights", self.plan.weights_format),
         }
-        return [
-            CacheKey(
-                " beside ".join([f"caption {shorten(item.text)}", *(picture.name for picture in item.pictures)]),
-                {
-                    **shared,
-                    "caption": text_digest(item.text),
-                    **{f"control {n + 1}": repr(picture.parts) for n, picture in enumerate(item.pictures)},
-                },
-            )
-            for item in items
-        ]
+        return lambda item: CacheKey(
+            " beside ".join([f"caption {shorten(item.text)}", *(picture.name for picture in item.pictures)]),
+            {
+                **shared,
+                "caption": text_digest(item.text),
+                **{f"control {n + 1}": repr(picture.parts) for n, picture in enumerate(item.pictures)},
+            },
+        )
 
     def cut_captions(self, named: Sequence[tuple[str, TextItem]]) -> list[str]:
         """Names the captions that the text encoders cut, in sentences. Loads tokenizers at most."""
@@ -147,17 +148,20 @@ class Encoder:
         lengths_of = count_new({digest_of[item]: item.outline() for item in items}, count, self.counts_file)
         return cut_captions([(name, lengths_of[digest_of[item]]) for name, item in named])
 
-    def latent_keys(self, pictures: Sequence[FramedPicture]) -> list[CacheKey]:
-        """Builds the keys of pictures: everything that decides their latents."""
+    def latent_keys(self, pictures: Sequence[FramedPicture]) -> Keys:
+        """Returns the keys of pictures: everything that decides their latents."""
+        return Keys(pictures, self.latent_key_builder())
+
+    def latent_key_builder(self) -> Callable[[FramedPicture], CacheKey]:
+        """Returns the function from a picture to its key, as `text_key_builder`."""
         shared = {
             "kind": "latents",
             "autoencoder": self._fingerprint("vae"),
             "format": self._format("tiles", self.plan.tile_pixels),
         }
-        return [
-            CacheKey(f"{picture.name} at {picture.framing.width}x{picture.framing.height}", {**shared, **picture.parts})
-            for picture in pictures
-        ]
+        return lambda picture: CacheKey(
+            f"{picture.name} at {picture.framing.width}x{picture.framing.height}", {**shared, **picture.parts}
+        )
 
     def _format(self, what: str, value: object) -> str:
         """Returns the number format, with the part of the plan that changes results."""
@@ -174,9 +178,9 @@ class Encoder:
         Args:
             lacking: keys without an entry, where they are known; None: they are looked for.
         """
-        item_of = {key.digest: item for key, item in zip(keys, items, strict=True)}
 
         def encode(missing: Sequence[CacheKey], share: Share) -> Iterator[tuple[CacheKey, Entry]]:
+            item_of = _of_missing(missing, keys, items)
             # The longest first: what comes last decides how long the others wait.
             ordered = sorted(missing, key=lambda key: -len(item_of[key.digest].text))
             taken = share.take(ordered) if self._may_encode_texts() else iter(())
@@ -239,12 +243,13 @@ class Encoder:
         Args:
             lacking: as for `fill_texts`.
         """
-        picture_of = {key.digest: picture for key, picture in zip(keys, pictures, strict=True)}
-
-        def load(key: CacheKey) -> Tensor:
-            return to_pixels(picture_of[key.digest].read()).unsqueeze(0)
 
         def encode(missing: Sequence[CacheKey], share: Share) -> Iterator[tuple[CacheKey, Entry]]:
+            picture_of = _of_missing(missing, keys, pictures)
+
+            def load(key: CacheKey) -> Tensor:
+                return to_pixels(picture_of[key.digest].read()).unsqueeze(0)
+
             # Pictures of one size come together: a GPU's kernels and memory are chosen by size. Large ones come first:
             # what comes last decides how long other processes wait.
             ordered = sorted(missing, key=lambda key: picture_of[key.digest].framing.size, reverse=True)
@@ -293,6 +298,12 @@ class Encoder:
         gc.collect()
         if self.placement.device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def _of_missing(missing: Iterable[CacheKey], keys: Iterable[CacheKey], items: Iterable[Loaded]) -> dict[str, Loaded]:
+    """Returns the items whose entries are missing, by their digests."""
+    digests = {key.digest for key in missing}
+    return {key.digest: item for key, item in zip(keys, items, strict=True) if key.digest in digests}
 
 
 def shorten(text: str) -> str:

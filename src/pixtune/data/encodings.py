@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from threading import Lock
 
 import torch
 from torch import Tensor
 
-from pixtune.data.cache import CacheKey
+from pixtune.data.cache import CacheKey, Digests, Keys
 from pixtune.data.controls import ControlFraming
 from pixtune.data.encode import Encoder, FramedPicture, TextItem
 from pixtune.data.example_table import Example
-from pixtune.data.filling import FillReport, Lacking, problems_of
+from pixtune.data.filling import FillReport, Lacking, look_for
 from pixtune.data.images import to_pixels
 from pixtune.errors import DataError
 from pixtune.family import Conditioning, LatentDistribution
@@ -61,19 +62,30 @@ class Encodings:
     """
 
     encoder: Encoder
-    _text_keys: dict[TextItem, CacheKey] = field(default_factory=dict)
-    _latent_keys: dict[FramedPicture, CacheKey] = field(default_factory=dict)
+    _texts: Digests = field(default_factory=Digests)
+    """Digests of the captions that are in the cache, or are to be filled into it."""
+    _pictures: Digests = field(default_factory=Digests)
     _encode_text: Callable[[TextItem], Conditioning] | None = None
     _encode_picture: Callable[[Tensor], LatentDistribution] | None = None
     _lock: Lock = field(default_factory=Lock)
 
+    @cached_property
+    def _text_key(self) -> Callable[[TextItem], CacheKey]:
+        return self.encoder.text_key_builder()
+
+    @cached_property
+    def _latent_key(self) -> Callable[[FramedPicture], CacheKey]:
+        return self.encoder.latent_key_builder()
+
     def know(self, items: Sequence[TextItem], pictures: Sequence[FramedPicture]) -> tuple[Lacking, Lacking]:
         """Takes captions and pictures as those that are to be in the cache, and returns what it lacks of both."""
-        self._text_keys |= zip(items, self.encoder.text_keys(items), strict=True)
-        self._latent_keys |= zip(pictures, self.encoder.latent_keys(pictures), strict=True)
-        store, crew = self.encoder.store, self.encoder.crew
-        texts = problems_of(store, [self._text_keys[item] for item in items], crew)
-        return texts, problems_of(store, [self._latent_keys[picture] for picture in pictures], crew)
+        return self._know_texts(items), self._know_pictures(pictures)
+
+    def _know_texts(self, items: Sequence[TextItem]) -> Lacking:
+        return look_for(self.encoder.store, Keys(items, self._text_key), self.encoder.crew, self._texts)
+
+    def _know_pictures(self, pictures: Sequence[FramedPicture]) -> Lacking:
+        return look_for(self.encoder.store, Keys(pictures, self._latent_key), self.encoder.crew, self._pictures)
 
     def fill_texts(self, items: Sequence[TextItem], lacking: Lacking | None = None) -> FillReport:
         """Encodes the captions that the cache lacks.
@@ -81,15 +93,13 @@ class Encodings:
         Args:
             lacking: what `know` returned for them; None: they are looked for.
         """
-        if lacking is None:
-            self._text_keys |= zip(items, self.encoder.text_keys(items), strict=True)
-        return self.encoder.fill_texts(items, [self._text_keys[item] for item in items], lacking)
+        lacking = self._know_texts(items) if lacking is None else lacking
+        return self.encoder.fill_texts(items, Keys(items, self._text_key), lacking)
 
     def fill_pictures(self, pictures: Sequence[FramedPicture], lacking: Lacking | None = None) -> FillReport:
         """Encodes the pictures that the cache lacks; `lacking` is as for `fill_texts`."""
-        if lacking is None:
-            self._latent_keys |= zip(pictures, self.encoder.latent_keys(pictures), strict=True)
-        return self.encoder.fill_pictures(pictures, [self._latent_keys[picture] for picture in pictures], lacking)
+        lacking = self._know_pictures(pictures) if lacking is None else lacking
+        return self.encoder.fill_pictures(pictures, Keys(pictures, self._latent_key), lacking)
 
     def keep_text_encoder(self) -> None:
         """Loads the text encoder for captions that are not in the cache."""
@@ -106,9 +116,9 @@ class Encodings:
             DataError: its entry cannot be used any more; or it is encoded now, and a control picture beside it has
                 changed or is gone.
         """
-        if item in self._text_keys:
-            entry = self.encoder.store.read(self._text_keys[item].digest)
-            _check_form(self._text_keys[item], {2} <= {tensor.ndim for tensor in entry.values()} <= {1, 2})
+        if (key := self._text_key(item)).digest in self._texts:
+            entry = self.encoder.store.read(key.digest)
+            _check_form(key, {2} <= {tensor.ndim for tensor in entry.values()} <= {1, 2})
             return entry
         assert self._encode_text is not None, f"{item.text!r} is neither in the cache nor to be encoded in the loop"
         with self._lock:
@@ -121,9 +131,9 @@ class Encodings:
         Raises:
             DataError: as `text`.
         """
-        if item in self._text_keys:
-            shapes = list(self.encoder.store.read_shapes(self._text_keys[item].digest).values())
-            _check_form(self._text_keys[item], any(len(shape) == 2 for shape in shapes))
+        if (key := self._text_key(item)).digest in self._texts:
+            shapes = list(self.encoder.store.read_shapes(key.digest).values())
+            _check_form(key, any(len(shape) == 2 for shape in shapes))
         else:
             shapes = [tensor.shape for tensor in self.text(item).values()]
         return max(shape[0] for shape in shapes if len(shape) > 1)
@@ -134,8 +144,7 @@ class Encodings:
         Raises:
             DataError: its entry cannot be used any more; or it is encoded now, and has changed or is gone.
         """
-        if picture in self._latent_keys:
-            key = self._latent_keys[picture]
+        if (key := self._latent_key(picture)).digest in self._pictures:
             entry = self.encoder.store.read(key.digest)
             shapes = {tuple(tensor.shape) for tensor in entry.values()}
             _check_form(key, entry.keys() == {"mean", "std"} and len(shapes) == 1 and len(next(iter(shapes))) == 4)

@@ -244,9 +244,6 @@ class _Columns:
         mask = kind.mask
         if mask is not None:
             mask, more = replace(mask, path=Path(more[0])), more[1:]
-        first, end = self.files_of(row)
-        digest_bytes = self.digests[DIGEST_BYTES * first : DIGEST_BYTES * end]
-        digests = [digest_bytes[start : start + DIGEST_BYTES] for start in range(0, len(digest_bytes), DIGEST_BYTES)]
         return Example(
             name=name,
             image_path=Path(path),
@@ -259,10 +256,17 @@ class _Columns:
             folder=kind.folder,
             mask=mask,
             loss_weight=kind.loss_weight,
-            known_digests=tuple(digest.hex() for digest in digests) if all(map(any, digests)) else (),
+            known_digests=self._digests_of(row) if self.digests else (),
         )
 
+    def _digests_of(self, row: int) -> tuple[str, ...]:
+        """Returns the digests of an example's files; none where they have not been taken."""
+        places = range(*self.files_of(row))
+        digests = [self.digests[DIGEST_BYTES * place : DIGEST_BYTES * (place + 1)] for place in places]
+        return () if _UNKNOWN in digests else tuple(digest.hex() for digest in digests)
 
+
+_UNKNOWN = bytearray(DIGEST_BYTES)
 SAME = "\0"
 """Stands for forms of a caption that are the caption alone; no caption is that."""
 

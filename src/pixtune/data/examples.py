@@ -149,15 +149,18 @@ def _read_folder(
     faults = [*found.faults, *_control_faults(found.pairs, controls, folder), *masks.faults]
     framed = _framer(buckets, folder, controls)
 
-    def read(pairs: Sequence[Pair]) -> list[list[Size] | str]:
-        return [_sizes_of(pair, controls is not None) for pair in pairs]
+    numbers_of: dict[tuple[int, ...] | str, tuple[int, ...] | str] = {}
+
+    def read(pairs: Sequence[Pair]) -> list[tuple[int, ...] | str]:
+        found = (_sizes_of(pair, controls is not None) for pair in pairs)
+        return [numbers_of.setdefault(each, each) for each in found]  # equal ones are one object
 
     for pair, sizes in zip(found.pairs, crew.map("reading the pictures' headers", found.pairs, read), strict=True):
         if isinstance(sizes, str):
             faults.append(sizes)
             continue
         try:
-            framings = framed(*((width, height) for width, height in sizes))
+            framings = framed(*zip(sizes[::2], sizes[1::2], strict=True))
             example = _read_example(pair, framings, folder, controls, seed)
             examples.extend([replace(example, mask=masks.of_picture.get(pair.name), loss_weight=folder.loss_weight)])
         except DataError as error:
@@ -172,10 +175,11 @@ def _read_folder(
         raise DataError(f"{folder.img_dir} cannot be trained on", faults)
 
 
-def _sizes_of(pair: Pair, with_controls: bool) -> list[Size] | str:
-    """Reads the sizes of an example's pictures from their headers; returns a sentence on the first that has none."""
+def _sizes_of(pair: Pair, with_controls: bool) -> tuple[int, ...] | str:
+    """Reads width and height of an example's target and controls from their headers; or returns a sentence on one."""
     try:
-        return [read_size(path) for path in (pair.image_path, *(pair.control_paths if with_controls else ()))]
+        paths = (pair.image_path, *(pair.control_paths if with_controls else ()))
+        return tuple(chain.from_iterable(map(read_size, paths)))
     except DataError as error:
         return " ".join(error.faults)
 

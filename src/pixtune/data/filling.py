@@ -11,12 +11,15 @@ from dataclasses import dataclass
 
 from rich.console import Console
 
-from pixtune.data.cache import ABSENT, DAMAGED, UNREADABLE, CacheKey, Entry, Ledger, Store
+from pixtune.data.cache import ABSENT, DAMAGED, UNREADABLE, CacheKey, Digests, Entry, Ledger, Store
 from pixtune.data.pairs import shorten
 from pixtune.launch.crew import ALONE, Crew, Share
 from pixtune.progress import counted
 
 log = logging.getLogger(__name__)
+
+MOST_REMEMBERED = 200_000
+"""Number of keys from which the ledger takes none: it is one file, read whole, and costs a kilobyte a key."""
 
 CHECK_THREADS = 4
 """Number of threads that check entries: most of the time goes to waiting for a disk, or to a checksum without the
@@ -40,26 +43,39 @@ class FillReport:
         return f"{self.hits} from the cache, {sum(self.misses.values())} encoded" + (f" ({reasons})" if reasons else "")
 
 
-Lacking = list[tuple["CacheKey", str]]
-"""Keys without an entry that can be used, each digest once, in order, with the entries' problems."""
+@dataclass(frozen=True)
+class Lacking:
+    """Keys without an entry that can be used, each digest once, in order, with the entries' problems."""
+
+    num_looked_for: int
+    """Number of entries that were looked for."""
+    problems: list[tuple[CacheKey, str]]
+
+    def __bool__(self) -> bool:
+        return bool(self.problems)
 
 
 def missing_keys(store: Store, keys: Sequence[CacheKey], crew: Crew = ALONE) -> list[CacheKey]:
     """Lists the keys without an entry that can be used, each digest once, in order."""
-    return [key for key, _ in problems_of(store, keys, crew)]
+    return [key for key, _ in look_for(store, keys, crew).problems]
 
 
-def problems_of(store: Store, keys: Sequence[CacheKey], crew: Crew = ALONE) -> Lacking:
-    """Lists the keys without an entry that can be used, with the entries' problems; the same in the whole crew.
+def look_for(store: Store, keys: Sequence[CacheKey], crew: Crew = ALONE, known: Digests | None = None) -> Lacking:
+    """Returns what a store lacks, or cannot read, of some keys' entries; the same in the whole crew.
 
     Entries that are there and cannot be read are warned of, since a disk may be about to fail, even if it can read them
     when asked again.
 
     Args:
         crew: the processes that share the store, and divide the reading.
+        known: gets the digests of all the keys.
     """
-    unique = {key.digest: key for key in keys}
-    digests = list(unique)
+    place_of: dict[str, int] = {}
+    for place, key in enumerate(keys):
+        place_of[key.digest] = place  # of equal ones the last names the entry
+    digests = list(place_of)
+    if known is not None:
+        known.update(digests)
 
     def problems_among(part: Sequence[str]) -> list[str | None]:
         with ThreadPoolExecutor(CHECK_THREADS, thread_name_prefix="check-cache") as pool:
@@ -70,13 +86,15 @@ def problems_of(store: Store, keys: Sequence[CacheKey], crew: Crew = ALONE) -> L
 
     problems = crew.map("checking the cache", digests, problems_among)
     found = [
-        (unique[digest], problem) for digest, problem in zip(digests, problems, strict=True) if problem is not None
+        (keys[place_of[digest]], problem)
+        for digest, problem in zip(digests, problems, strict=True)
+        if problem is not None
     ]
     unreadable = {key.item: problem for key, problem in found if problem.startswith(UNREADABLE)}
     if unreadable:
         first = next(iter(unreadable.values()))
         log.warning("entries of the cache are %s: those of %s", first, shorten([*unreadable]))
-    return found
+    return Lacking(len(digests), found)
 
 
 @dataclass(frozen=True)
@@ -123,7 +141,8 @@ def fill(
         lacking: keys without an entry that can be used, where they are known; None: they are looked for.
     """
     missing, reason_of = [], {}
-    for key, problem in problems_of(store, keys, work.crew) if lacking is None else lacking:
+    lacking = look_for(store, keys, work.crew) if lacking is None else lacking
+    for key, problem in lacking.problems:
         missing.append(key)
         reason_of[key.digest] = ledger.reason(key) if problem == ABSENT else problem
         log.debug("cache miss: %s (%s)", key.item, reason_of[key.digest])
@@ -136,11 +155,10 @@ def fill(
                 share.made()
         if work.crew.size > 1:
             store.expect_others()
-    if work.crew.is_first:
+    if work.crew.is_first and len(keys) <= MOST_REMEMBERED:
         ledger.remember(keys)
-    unique = len({key.digest for key in keys})
     return FillReport(
-        hits=unique - len(missing),
+        hits=lacking.num_looked_for - len(missing),
         misses=dict(Counter(reason_of.values())),
         damaged=tuple(key.item for key in missing if reason_of[key.digest] == DAMAGED),
     )

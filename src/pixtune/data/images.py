@@ -185,13 +185,14 @@ def picture_digest(path: Path) -> str:
     """
     try:
         stat = path.stat()
-        return _digest(path, stat.st_size, stat.st_mtime_ns)
+        return _digest(str(path), stat.st_size, stat.st_mtime_ns)
     except OSError as error:
         raise _data_error(path, f"cannot be read: {error.strerror or error}.") from error
 
 
-@lru_cache(maxsize=1 << 17)
-def _digest(path: Path, size: int, changed_ns: int) -> str:
+@lru_cache(maxsize=1 << 15)
+def _digest(name: str, size: int, changed_ns: int) -> str:
+    path = Path(name)
     check_size(path, LARGEST_PICTURE_BYTES)
     return file_digest(path)
 

@@ -35,7 +35,7 @@ CONVERT = "Convert them to PNG, for example with ImageMagick: magick mogrify -fo
 """Remedy for pictures that cannot be read."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Pair:
     """One training example on disk."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -49,7 +50,7 @@ def features(encoder: Encoder) -> list[Entry]:
     return [encoder.store.read(key.digest) for key in keys]
 
 
-def digests(keys: list[CacheKey]) -> list[str]:
+def digests(keys: Sequence[CacheKey]) -> list[str]:
     return [key.digest for key in keys]
 
 
