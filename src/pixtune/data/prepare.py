@@ -113,7 +113,7 @@ def prepare_data(
 
     if len(data.folders) > 1 or prior is not None:
         notes += filter(None, [shared_pictures(examples)])
-    wanted, more = _choose(config, family, folder, own, of_prior, held_out)
+    wanted, more = choose_wanted(config, family, folder, own, of_prior, held_out)
     notes += more
     items, pictures = wanted.texts(config, family), wanted.pictures(config)
     encoder = build_encoder(config, family, folder, accelerator, items, pictures, encoders, crew)
@@ -151,7 +151,7 @@ def prepare_data(
     return _gather(config, family, folder, encodings, masks, wanted, fingerprint)
 
 
-def _choose(
+def choose_wanted(
     config: TrainConfig,
     family: ModelFamily,
     folder: ModelFolder,

@@ -154,8 +154,9 @@ class Crew:
         Args:
             do: makes a part's results from its items, which are neighbours; they must be fit for JSON.
         """
-        if self._store is None:
-            return list(do(items))
+        if self._store is None:  # in parts as well: what `do` begins for each item at once takes memory
+            starts = range(0, len(items), MOST_ITEMS)
+            return [each for start in starts for each in do(items[start : start + MOST_ITEMS])]
         at_once = max(1, min(MOST_ITEMS, len(items) // (PARTS_EACH * self.size)))
         starts = range(0, len(items), at_once)
         results, own = self._results(), dict[int, Sequence[Any]]()
