@@ -34,7 +34,7 @@ from pixtune.launch.crew import ALONE, Crew, Share
 from pixtune.plan.encoders import ON_CPU, EncoderPlan
 from pixtune.progress import announced, say
 from pixtune.storage.files import text_digest
-from pixtune.storage.model_folder import ModelFolder, weight_files
+from pixtune.storage.model_folder import ModelFolder
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -202,8 +202,8 @@ class Encoder:
             return True
         if self.plan.text_format == ON_CPU:
             return False
-        files = [file for part in self.family.text_components for file in weight_files(self.folder.part(part))]
-        num_bytes = sum(file.stat().st_size for file in files)
+        num_weights = sum(self.folder.count_parameters(part) or 0 for part in self.family.text_components)
+        num_bytes = num_weights * self.placement.dtype.itemsize
         return (self.crew.local_rank + 1) * num_bytes <= read_host_memory().available_bytes
 
     def _work(self, what: str) -> Work:

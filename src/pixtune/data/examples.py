@@ -305,10 +305,17 @@ def take_digests(examples: Examples, crew: Crew) -> None:
 
 def shared_pictures(examples: Sequence[Example]) -> str | None:
     """Returns a sentence on pictures that lie in several folders, byte for byte; None where there are none."""
+    folder_of: dict[str, str] = {}
+    several = {
+        digest
+        for digest, folder in ((example.image_digest, example.folder) for example in examples)
+        if folder_of.setdefault(digest, folder) != folder
+    }
     places: dict[str, dict[str, str]] = {}
-    for example in examples:
-        places.setdefault(example.image_digest, {}).setdefault(example.folder, example.name)
-    shared = [" = ".join(names.values()) for names in places.values() if len(names) > 1]
+    for example in examples if several else ():
+        if example.image_digest in several:
+            places.setdefault(example.image_digest, {}).setdefault(example.folder, example.name)
+    shared = [" = ".join(names.values()) for names in places.values()]
     if not shared:
         return None
     pictures = "1 picture lies" if len(shared) == 1 else f"{len(shared)} pictures lie"

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 
+import numpy as np
+
 from pixtune import randomness
 from pixtune.config.schema import TrainConfig
 from pixtune.data.example_table import Example, chosen_from
 from pixtune.data.examples import split_held_out
 from pixtune.data.named import with_loss_weights, without_excluded
-from pixtune.data.order import Signature
 from pixtune.data.pairs import shorten
 
 
@@ -58,16 +59,22 @@ def _choose(examples: Sequence[Example], count: int, seed: int) -> set[str]:
     if not count:
         return chosen  # and no file is read for its digest
     num_left = Counter(example.signature(0) for example in examples)
-    sizes_of: dict[str, Counter[Signature]] = {}
-    for example in examples:
-        sizes_of.setdefault(example.image_digest, Counter())[example.signature(0)] += 1
+    # Where the copies of each picture are: a counter for each of a million would take gigabytes.
+    digests = np.fromiter((int(example.image_digest[:16], 16) for example in examples), np.uint64, len(examples))
+    places = np.argsort(digests, kind="stable")
+    digests = digests[places]
     keys = [randomness.draw_key(seed, "hold out", example.name) for example in examples]
+    looked_at: set[str] = set()
     for number in sorted(range(len(examples)), key=keys.__getitem__):
         if len(chosen) == count:
             break
-        example = examples[number]
-        sizes = sizes_of.pop(example.image_digest, None)
-        if sizes is not None and all(num_left[size] > number for size, number in sizes.items()):
+        digest = examples[number].image_digest
+        if digest in looked_at:
+            continue
+        looked_at.add(digest)
+        first, end = (int(digests.searchsorted(np.uint64(int(digest[:16], 16)), side)) for side in ("left", "right"))
+        sizes = Counter(examples[int(place)].signature(0) for place in places[first:end])
+        if all(num_left[size] > number for size, number in sizes.items()):
             num_left.subtract(sizes)
-            chosen.add(example.image_digest)
+            chosen.add(digest)
     return chosen

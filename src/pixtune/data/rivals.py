@@ -66,11 +66,12 @@ def choose_trials(training: Sequence[Example], config: TrainConfig, controls_in_
     Args:
         controls_in_text: text encoders see the control pictures, so each rival is encoded anew: few are taken.
     """
-    captions = [example.caption.strip() for example in training]
-    wanted, num_different = config.validation.judge_captions, len(set(captions))
-    if wanted is False or num_different < max(FEWEST_CAPTIONS, len(captions) / 2):
+    wanted = config.validation.judge_captions
+    too_few_turns = MOST_TIME * PASSES_PER_TURN * _turns_of_each(config, len(training)) < PASSES
+    if wanted is False or (wanted is None and too_few_turns):
         return NO_TRIALS
-    if wanted is None and MOST_TIME * PASSES_PER_TURN * _turns_of_each(config, len(training)) < PASSES:
+    captions = [example.caption.strip() for example in training]
+    if len(set(captions)) < max(FEWEST_CAPTIONS, len(captions) / 2):
         return NO_TRIALS
     order = sorted(
         range(len(training)), key=lambda number: randomness.draw_key(config.seed, "rivals", training[number].name)

@@ -31,10 +31,13 @@ from pixtune.data.prepared import PreparedData
 from pixtune.errors import DataError
 from pixtune.families.qwen_image import CaptionReader, QwenImage
 from pixtune.family import LatentDistribution, Placement, Prompt, PromptOutline, TextLength
-from pixtune.plan.encoders import PLAINLY
+from pixtune.hardware.meminfo import HostMemory
+from pixtune.launch.crew import Crew
+from pixtune.plan.encoders import ON_CPU, PLAINLY
 from pixtune.sizes import Size
 from pixtune.storage.files import file_digest
 from pixtune.storage.model_folder import ModelFolder
+from tests.crews import in_crew
 
 # ---- the keys of real captions and pictures, and what is encoded for them
 
@@ -712,3 +715,46 @@ def test_captions_in_the_loop_and_beside_pictures_are_counted_before_training(
     assert "1 caption is longer than the 20 tokens that it reads, and is cut there: b.png (23 tokens)." in " ".join(
         capsys.readouterr().out.split()
     )
+
+
+@pytest.mark.parametrize(
+    ("text_format", "local_rank", "available", "takes_part"),
+    [
+        (None, 5, 0, True),  # it goes to the GPU as it is read
+        ("int8", 0, 0, True),
+        ("int8", 1, 32, True),
+        ("int8", 2, 32, False),  # the third one of 16 bytes
+        (ON_CPU, 0, 0, True),
+        (ON_CPU, 1, 1 << 40, False),
+    ],
+)
+def test_as_many_processes_hold_a_text_encoder_as_the_host_has_room_for(
+    encoder: Encoder, monkeypatch: pytest.MonkeyPatch, text_format: str | None, local_rank: int, available: int,
+    takes_part: bool,
+) -> None:  # fmt: skip
+    """The text encoder has 4 weights of 4 bytes; its tokenizer has none."""
+    (encoder.folder.path / "tokenizer" / "model.safetensors").unlink()
+    monkeypatch.setattr(encode, "read_host_memory", lambda: HostMemory(1 << 50, available, available, 0))
+    crew = in_crew(2, lambda each: each)[0]
+    crew.local_rank = local_rank
+    one = replace(encoder, plan=replace(PLAINLY, text_format=text_format), crew=crew)
+    assert one._may_encode_texts() == takes_part
+
+
+def test_processes_divide_what_is_missing_and_load_nothing_where_others_take_all(
+    encoder: Encoder, tmp_path: Path
+) -> None:
+    def work(crew: Crew) -> tuple[list[str], list[str], str]:
+        one = replace(encoder, family=CountingFamily(), store=DiskStore(tmp_path / "entries"), crew=crew)
+        reports = [fill_texts(one, [f"{number}"]) for number in range(2)]
+        reports.append(fill_texts(one, [f"{number:02}" for number in range(40)]))
+        return one.family.encoded, one.family.loaded, "; ".join(map(str, reports))  # type: ignore[attr-defined]
+
+    found = in_crew(3, work)
+    assert sorted(text for encoded, _, _ in found for text in encoded) == sorted(
+        ["0", "1", *(f"{number:02}" for number in range(40))]
+    )
+    assert sum(len(loaded) for _, loaded, _ in found) <= 5, "one for each of the first two, and three"
+    reports = [f"0 from the cache, {number} encoded ({number} new)" for number in (1, 1, 40)]
+    assert {report for _, _, report in found} == {"; ".join(reports)}
+    assert len([*tmp_path.rglob("*.safetensors")]) == 42 + 3

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import pytest
 from torch.distributed import HashStore  # type: ignore[attr-defined]
@@ -15,16 +15,7 @@ from torch.distributed import HashStore  # type: ignore[attr-defined]
 from pixtune.errors import DataError, TrainingError
 from pixtune.launch import crew as crew_module
 from pixtune.launch.crew import ALONE, Crew, crew_of_folder
-
-T = TypeVar("T")
-
-
-def in_crew(size: int, work: Callable[[Crew], T], store: Any = None) -> list[T]:
-    """What `work` returns in each of several processes, which are threads here."""
-    store = HashStore() if store is None else store
-    with ThreadPoolExecutor(size) as pool:
-        ranks = [pool.submit(work, Crew(store, rank, size, rank)) for rank in range(size)]
-        return [each.result(timeout=20) for each in ranks]
+from tests.crews import in_crew
 
 
 @pytest.mark.parametrize("num_items", [0, 1, 2, 3, 50])
