@@ -60,9 +60,9 @@ def _choose(examples: Sequence[Example], count: int, seed: int) -> set[str]:
         return chosen  # and no file is read for its digest
     num_left = Counter(example.signature(0) for example in examples)
     # Where the copies of each picture are: a counter for each of a million would take gigabytes.
-    digests = np.fromiter((int(example.image_digest[:16], 16) for example in examples), np.uint64, len(examples))
-    places = np.argsort(digests, kind="stable")
-    digests = digests[places]
+    hashes = np.fromiter((hash(example.image_digest) for example in examples), np.int64, len(examples))
+    places = np.argsort(hashes, kind="stable")
+    hashes = hashes[places]
     keys = [randomness.draw_key(seed, "hold out", example.name) for example in examples]
     looked_at: set[str] = set()
     for number in sorted(range(len(examples)), key=keys.__getitem__):
@@ -72,7 +72,7 @@ def _choose(examples: Sequence[Example], count: int, seed: int) -> set[str]:
         if digest in looked_at:
             continue
         looked_at.add(digest)
-        first, end = (int(digests.searchsorted(np.uint64(int(digest[:16], 16)), side)) for side in ("left", "right"))
+        first, end = hashes.searchsorted(hash(digest), "left"), hashes.searchsorted(hash(digest), "right")
         sizes = Counter(examples[int(place)].signature(0) for place in places[first:end])
         if all(num_left[size] > number for size, number in sizes.items()):
             num_left.subtract(sizes)
