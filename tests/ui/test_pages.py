@@ -92,6 +92,14 @@ def test_a_plan_without_all_captions_cannot_be_started(page):
     assert button in text and "1 picture has no caption" in text and "--as" not in text
 
 
+def test_captions_are_offered_as_prompts_to_a_run_whose_pictures_came_after_its_config(page):
+    prompts = page.get(f"/plan/{PLACE}").json()["prompts"]
+    assert len(prompts) == 3 and "alien, twemoji style" in prompts
+    page.post(f"/plan/{PLACE}", {"key": "samples.prompts", "value": "\n".join(prompts)})
+    assert list(load_config(page.config, folders_must_exist=False).samples.prompts) == prompts
+    assert page.get(f"/plan/{PLACE}").json()["prompts"] == []
+
+
 def test_pictures_stand_beside_their_captions(page):
     (page.pictures / "alien.txt").unlink()
     shelf = page.get(f"/pictures/{PLACE}").json()["shelves"][0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from pixtune.storage.shipped import shipped_names
 from pixtune.ui import choices, edits
 from pixtune.ui.answers import BadRequestError, answer, as_url, done, field, read_form, status_of, wants_json
 from pixtune.ui.configs import given_values, list_configs, to_yaml, write_config
-from pixtune.ui.roots import Roots
+from pixtune.ui.roots import OutsideError, Roots
 from pixtune.ui.workplace import CONFIGS, DATASETS, Workplace, checked_name, place_in, workplace_of
 from pixtune.ui.yaml_edit import set_key
 
@@ -147,7 +148,11 @@ def find_pictures(roots: Roots, words: str) -> Path:
             folder = Path(os.path.realpath(roots.home / Path(words).expanduser()))
         except (OSError, ValueError, RuntimeError) as error:
             raise BadRequestError(f"{words[:200]!r} is no path ({error})") from error
-        roots.place_of(folder)
+        if not roots.holds(folder):
+            raise OutsideError(
+                f"{folder} lies outside the folders that this page may open. Drop its pictures on the next page "
+                f"instead; or end the page in its terminal and start it again with --root {shlex.quote(str(folder))}"
+            )
     if not folder.is_dir():
         raise BadRequestError(f"there is no folder {words[:200]!r}: open one below, or type its whole path")
     return folder

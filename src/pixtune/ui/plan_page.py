@@ -27,6 +27,7 @@ from pixtune.storage.model_folder import download_command
 from pixtune.ui import choices, form, runs, turns
 from pixtune.ui.answers import BadRequestError, answer, done, field, read_form
 from pixtune.ui.configs import ConfigFile, given_values, open_config, read_config, write_config
+from pixtune.ui.home import first_prompts
 from pixtune.ui.jobs import command_line
 from pixtune.ui.workplace import Workplace, place_in, workplace_of
 from pixtune.ui.yaml_edit import parse_value, set_key
@@ -185,6 +186,19 @@ def count_missing(config: TrainConfig | None) -> int:
         return 0
 
 
+def suggested_prompts(config: TrainConfig | None) -> list[str]:
+    """Returns captions to draw while a run learns that has no prompts yet: its pictures came after its config."""
+    if config is None or config.samples.prompts:
+        return []
+    folder = folders_of(config.data_config)[0]
+    if folder.dataset is not None or not folder.img_dir.is_dir():
+        return []
+    try:
+        return first_prompts(find_examples(folder)) or []
+    except PixtuneError:
+        return []
+
+
 @dataclass(frozen=True)
 class ModelState:
     """Place of a config's model."""
@@ -259,6 +273,7 @@ def build_view(work: Workplace, file: ConfigFile, card: str, error: str = "") ->
         "fields": form.essential_fields(given, edits_pictures(file.config)),
         "sections": form.all_sections(given),
         "num_pictures": num_pictures,
+        "prompts": suggested_prompts(file.config),
         "num_missing": count_missing(file.config),
         "at_work": [folder.name for folder in turns.at_work(work, runs.folder_of_config(work, file))],
         "model": model_state(file.config),

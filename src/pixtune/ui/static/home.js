@@ -18,5 +18,5 @@
     const entry = event.target.closest("[data-place]");
     if (entry) pictures.value = entry.dataset.place;
   });
-  choose();
+  addEventListener("load", choose); // htmx listens by then
 })();
