@@ -46,9 +46,9 @@ class FolderConfig(Section):
     img_dir: FilePath | None = None
     """Folder of pictures, as `data_config.img_dir`. Absent: only where `dataset` names pictures."""
     dataset: Name | None = None
-    """Hugging Face data set in place of `img_dir`: a folder that its `save_to_disk` wrote, a Parquet file or a folder
-    of them, or a name on the hub, which is downloaded. Read by the package `datasets`; pictures are copied into the
-    cache. Absent: `img_dir` has the pictures."""
+    """Hugging Face data set in place of `img_dir`: a folder that its `save_to_disk` wrote, a Parquet file, a WebDataset
+    shard (.tar) or a folder of either, or a name on the hub, which is downloaded. Read by the package `datasets`;
+    pictures are copied into the cache. Absent: `img_dir` has the pictures."""
     dataset_split: Name = "train"
     """Split of `dataset`."""
     image_column: Name = "image"

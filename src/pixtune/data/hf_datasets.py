@@ -1,4 +1,4 @@
-"""A data set of the package `datasets`: from its own folders, from Parquet files, or from the hub by name.
+"""A data set of the package `datasets`: its own folders, Parquet files, WebDataset shards, or from the hub by name.
 
 The package reads it; it is imported only here, and only where a config asks for it. Pictures that are stored within it
 are copied into a folder as files named by their content, so that everything else treats them like any others.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,8 @@ from pixtune.data.pairs import Pair, Pairs, shorten
 from pixtune.errors import DataError
 from pixtune.storage.files import replacing
 
+SHARD = ".tar"
+"""Ending of WebDataset's files. A row is the members of one name: 0001.jpg and 0001.txt, in columns jpg and txt."""
 INSTALL = "pip install 'pixtune[datasets]'"
 
 
@@ -82,7 +84,7 @@ def _load(columns: DatasetColumns) -> Any:
     name, place = columns.name, Path(os.path.expanduser(columns.name))
     try:
         if place.is_file():
-            found = datasets.load_dataset("parquet", data_files=str(place), split="train")
+            found = _load_files(datasets, [place])
         elif place.is_dir():
             found = _load_folder(datasets, place)
         elif name.startswith((".", "/", "~")) or name.count("/") > 1:
@@ -105,11 +107,16 @@ def _load(columns: DatasetColumns) -> Any:
 def _load_folder(datasets: Any, place: Path) -> Any:
     if (place / "state.json").is_file() or (place / "dataset_dict.json").is_file():
         return datasets.load_from_disk(str(place))
-    files = sorted(str(path) for path in place.rglob("*.parquet"))
+    files = sorted(place.rglob("*.parquet")) or sorted(place.rglob(f"*{SHARD}"))
     if not files:
-        problem = f"{place} is neither a folder that save_to_disk wrote nor one of Parquet files."
+        problem = f"{place} is neither a folder that save_to_disk wrote nor one of Parquet files or WebDataset shards."
         raise DataError("a data set cannot be read", [problem])
-    return datasets.load_dataset("parquet", data_files=files, split="train")
+    return _load_files(datasets, files)
+
+
+def _load_files(datasets: Any, files: Sequence[Path]) -> Any:
+    form = "webdataset" if files[0].suffix == SHARD else "parquet"
+    return datasets.load_dataset(form, data_files=[str(path) for path in files], split="train")
 
 
 def _without_decoding(table: Any, columns: DatasetColumns) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import tarfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,28 @@ def read(tmp_path: Path, name: object, **keys: object) -> Sequence[Example]:
         "img_size": 32,
     }
     return read_examples(folders_of(DataConfig.model_validate(data)), 16)
+
+
+@needs_the_package
+@pytest.mark.parametrize("num_shards", [1, 2])
+def test_webdataset_shards_are_read_in_their_order(num_shards, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "hf"))
+    place = tmp_path / "shards"
+    place.mkdir()
+    for shard, colours in enumerate([COLOURS] if num_shards == 1 else [COLOURS[:2], COLOURS[2:]]):
+        with tarfile.open(place / f"{shard:03d}.tar", "w") as file:
+            for number, colour in enumerate(colours):
+                for ending, content in (("png", png(colour)), ("txt", f"{colour}".encode())):
+                    member = tarfile.TarInfo(f"{shard}{number}.{ending}")
+                    member.size = len(content)
+                    file.addfile(member, io.BytesIO(content))
+    columns = {"image_column": "png", "caption_column": "txt"}
+    examples = read(tmp_path, place if num_shards == 2 else place / "000.tar", **columns)
+    assert [each.caption for each in examples] == [f"{colour}" for colour in COLOURS]
+    assert [open_rgb(each.image_path).getpixel((5, 5)) for each in examples] == COLOURS
+    with pytest.raises(DataError) as caught:
+        read(tmp_path, place)
+    assert "no column 'image' and 'text'; it has png, txt" in "\n".join(caught.value.faults)
 
 
 @needs_the_package
