@@ -48,7 +48,7 @@ class GradientBuffer:
         Gradients of a first backward pass were made one by one between activations, and each would keep 20 MiB of the
         allocator's memory from captured steps.
         """
-        if self._memory is None:
+        if self._memory is None and self._parameters:  # a sample's passes have none
             self._make()
         for parameter, view in zip(self._parameters, self._views, strict=True):
             if parameter.grad is not None and parameter.grad is not view:
