@@ -118,7 +118,7 @@ def test_a_picture_that_only_another_process_lacks_costs_no_step(tmp_path: Path)
     )  # fmt: skip
     printed, others = (run.communicate(timeout=120)[0] for run in (first, second))
     assert (first.returncode, second.returncode) == (1, 1), printed + others
-    assert (printed + others).count("error: ") == 1, "one process says it for all"
+    assert (printed + others).count("\nerror: ") == 1, "one process says it for all"
     assert "process 1 of 2" in printed and ".png was moved or deleted" in printed, printed + others
     assert "Traceback" not in printed + others, printed + others
     (saved,) = find_checkpoints(tmp_path / "out")
