@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 from pixtune.config.schema import TrainConfig
 from pixtune.errors import ConfigError
@@ -125,6 +125,24 @@ def check_parts(demands: Demands) -> None:
     )
 
 
+def refuse_dora_in_parts(shards: int) -> NoReturn:
+    """Refuses a DoRA on a base in parts.
+
+    Its files hold lengths of the base's rows, which the first process would gather while the others are elsewhere.
+
+    Raises:
+        ConfigError: always.
+    """
+    raise ConfigError(
+        'adapter.kind is "dora"',
+        [
+            f"{shards} processes would hold the frozen weights together, and a DoRA's files are written from whole "
+            "ones. Possible: adapter.kind=lora or lokr, or distributed.shards=1, which streams the base from host "
+            "memory where a GPU cannot hold it"
+        ],
+    )
+
+
 OLDER_NAMES = {"lean": "selective", "recordings": "captures"}
 """Names of fields in checkpoints up to November 2026, and their names today."""
 
@@ -169,6 +187,8 @@ def plan_training(
     )
     chosen = choose_rung(situation, config)
     rung = chosen.rung
+    if rung.shards > 1 and not footprint.trains_all and config.adapter.kind == "dora":
+        refuse_dora_in_parts(rung.shards)
     tf32, tf32_reasons = choose_tf32(facts, config)
     attending = choose_attention(facts, config, attention, flash_attention_3_obstacle)
     captures = count_captures(rung, situation, chosen.peak_bytes) if on_gpu else 0

@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 
+from pixtune.config.adapter_section import AdapterConfig
 from pixtune.config.sections import DistributedConfig
+from pixtune.errors import ConfigError
 from pixtune.hardware.cards import facts_as
 from pixtune.hardware.facts import GIB
 from pixtune.hardware.gpu_links import GpuLinks
@@ -162,3 +164,15 @@ def test_accumulation_gathers_again_and_sums_once() -> None:
     assert thrice.step is not None and once.step is not None
     assert thrice.step.compute_seconds == pytest.approx(3 * once.step.compute_seconds)
     assert thrice.step.exposed_seconds == once.step.exposed_seconds
+
+
+def test_a_dora_is_refused_where_the_base_would_lie_in_parts() -> None:
+    dora = AdapterConfig(kind="dora")
+    assert plan_for("H100", 2, adapter=dora).shards == 1
+    refusal = "2 processes would hold the frozen weights together"
+    with pytest.raises(ConfigError, match=refusal):
+        plan_for("H100", 2, adapter=dora, distributed=DistributedConfig(shards=2))
+    small: dict[str, Any] = {"host_gb": 12, "gpu_memory_limit_gib": 24.0, "disable_quantization": True}
+    assert plan_for("H100", 2, **small).shards == 2, "the planner itself chooses parts"
+    with pytest.raises(ConfigError, match=refusal):
+        plan_for("H100", 2, adapter=dora, **small)
