@@ -50,7 +50,7 @@ from pixtune.launch.crew import gather_crew
 from pixtune.launch.stop import StopRequest
 from pixtune.plan.demands import demands_of
 from pixtune.plan.encoders import EncoderPlan, without_former_fields
-from pixtune.plan.shards import can_share, check_shards
+from pixtune.plan.shards import can_share, check_shards, refuse_other_format
 from pixtune.plan.training import TrainingPlan, check_parts, with_todays_names
 from pixtune.planning import (
     Leaner,
@@ -258,6 +258,7 @@ def decide_plan(
 
     Where its processes are others, so that they cannot hold the weights together as it says, it keeps the formats.
     """
+    kept: str | None = None
     if leaner is not None:
         config = leaner_config(config, leaner)
     elif checkpoint:
@@ -265,8 +266,8 @@ def decide_plan(
         steps_alone = plan.fused_step and accelerator.num_processes > 1  # before gradients could be averaged
         if can_share(plan.shards, config.distributed.shards, accelerator.num_processes) and not steps_alone:
             return plan
-        config = with_formats_of(config, plan)
-    return plan_on_this_machine(
+        config, kept = with_formats_of(config, plan), plan.weights_format
+    plan = plan_on_this_machine(
         config,
         family,
         folder,
@@ -276,6 +277,8 @@ def decide_plan(
         accelerator.num_processes,
         lambda own: gather_object([own]),
     )
+    refuse_other_format(kept, plan.weights_format)
+    return plan
 
 
 def go_on_from(config: TrainConfig, services: Services) -> TrainConfig:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pixtune.errors import ConfigError
+from pixtune.errors import CheckpointError, ConfigError
 
 
 def check_shards(shards: int | None, num_processes: int) -> None:
@@ -39,3 +39,21 @@ def possible_shards(per_host: int, num_hosts: int = 1) -> tuple[int, ...]:
     within = [each for each in range(2, per_host + 1) if per_host % each == 0]
     across = [each * per_host for each in range(2, num_hosts + 1) if num_hosts % each == 0]
     return (*within, *across)
+
+
+def refuse_other_format(before: str | None, now: str) -> None:
+    """Checks that a run which is planned anew for other processes keeps the format of its frozen weights.
+
+    No key asks for 4 bits, so that a plan with more room may have more.
+
+    Args:
+        before: format of the run that is resumed; None: nothing is to be kept.
+
+    Raises:
+        CheckpointError: it does not.
+    """
+    if before is not None and before != now:
+        raise CheckpointError(
+            f"the run has its frozen weights in {before}, and with these processes they would be in {now}: its next "
+            "steps would be another run's. Resume with the number of processes and the distributed.shards it had."
+        )

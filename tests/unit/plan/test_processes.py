@@ -10,7 +10,7 @@ import pytest
 
 from pixtune.config.adapter_section import AdapterConfig
 from pixtune.config.sections import DistributedConfig
-from pixtune.errors import ConfigError
+from pixtune.errors import CheckpointError, ConfigError
 from pixtune.hardware.cards import facts_as
 from pixtune.hardware.facts import GIB
 from pixtune.hardware.gpu_links import GpuLinks
@@ -18,7 +18,7 @@ from pixtune.plan.demands import demands_of
 from pixtune.plan.processes import together
 from pixtune.plan.rungs import STREAM_SLOTS, Rung, ladder, weight_bytes
 from pixtune.plan.seconds import gather_seconds, gathered_blocks, step_seconds
-from pixtune.plan.shards import possible_shards
+from pixtune.plan.shards import possible_shards, refuse_other_format
 from pixtune.plan.situation import NCCL_BYTES, Situation, situation_of
 from pixtune.plan.training import TrainingPlan, plan_training
 from tests.full_size import full_size_footprint
@@ -176,3 +176,10 @@ def test_a_dora_is_refused_where_the_base_would_lie_in_parts() -> None:
     assert plan_for("H100", 2, **small).shards == 2, "the planner itself chooses parts"
     with pytest.raises(ConfigError, match=refusal):
         plan_for("H100", 2, adapter=dora, **small)
+
+
+def test_a_run_that_is_planned_anew_for_other_processes_keeps_its_format() -> None:
+    refuse_other_format(None, "bf16")
+    refuse_other_format("nf4", "nf4")
+    with pytest.raises(CheckpointError, match="weights in nf4, and with these processes they would be in bf16"):
+        refuse_other_format("nf4", "bf16")
