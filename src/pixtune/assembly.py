@@ -68,7 +68,7 @@ from pixtune.storage.checkpoint_state import checkpoint_path
 from pixtune.storage.course import Course
 from pixtune.storage.model_folder import ModelFolder
 from pixtune.storage.output_lock import OutputLock
-from pixtune.storage.resume import RunIdentity
+from pixtune.storage.resume import RunIdentity, batch_size_of
 from pixtune.tracking.memory import RunMemory
 from pixtune.trained.base import Base
 from pixtune.trained.full_weights import FullWeights
@@ -256,7 +256,8 @@ def decide_plan(
 ) -> TrainingPlan:
     """Plans a new run; a resumed run keeps its plan, since kernels and formats decide bits, unless it was too large.
 
-    Where its processes are others, so that they cannot hold the weights together as it says, it keeps the formats.
+    Where its processes are others, so that they cannot hold the weights together as it says or have other micro-batches
+    than it was made for, it keeps the formats.
     """
     kept: str | None = None
     if leaner is not None:
@@ -264,7 +265,8 @@ def decide_plan(
     elif checkpoint:
         plan = read_decision(TrainingPlan, with_todays_names(checkpoint.record.get("plan", {})), "plan")
         steps_alone = plan.fused_step and accelerator.num_processes > 1  # before gradients could be averaged
-        if can_share(plan.shards, config.distributed.shards, accelerator.num_processes) and not steps_alone:
+        shares = can_share(plan.shards, config.distributed.shards, accelerator.num_processes)
+        if shares and not steps_alone and batch_size_of(checkpoint.record["config"]) == config.batch_size:
             return plan
         config, kept = with_formats_of(config, plan), plan.weights_format
     plan = plan_on_this_machine(

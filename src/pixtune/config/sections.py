@@ -375,8 +375,9 @@ class DistributedConfig(Section):
     """Keys of a run of several processes, each with a GPU of its own."""
 
     shards: Annotated[int, Field(ge=1, le=65_536)] | None = None
-    """Number of processes that hold one copy of the weights together, each a part of the blocks: 1 gives each process
-    its own copy. It must divide the number of processes. Absent: the planner decides, 1 where that fits."""
+    """Number of processes that hold one copy of the weights together: each a part of as many blocks as do not fit
+    whole, of everything where all weights are trained. 1 gives each process its own copy. It must divide the number of
+    processes. Absent: the planner decides, 1 where that fits."""
 
 
 class CudaFeatures(Section):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -201,10 +202,11 @@ def quantized_weight(model: nn.Module, name: str) -> QuantizedLinear | None:
 
 
 def random_tensor(name: str, shape: torch.Size, placement: Placement) -> Tensor:
-    """Returns values of about the size that trained ones have."""
+    """Returns values of about the size that trained ones have, each time the same on the same kind of device."""
     tensor = torch.empty(shape, device=placement.device, dtype=placement.dtype)
     if len(shape) >= 2:
-        return tensor.normal_(0, 0.5 / math.sqrt(shape[-1]))
+        generator = torch.Generator(placement.device).manual_seed(zlib.crc32(name.encode()))
+        return tensor.normal_(0, 0.5 / math.sqrt(shape[-1]), generator=generator)
     return tensor.fill_(1.0 if name.endswith("weight") else 0.0)
 
 

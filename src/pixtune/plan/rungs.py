@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from pixtune.errors import ConfigError
@@ -169,14 +169,13 @@ def _shared(situation: Situation, weights_format: str, is_last: bool) -> Iterato
     other hosts are for where nothing else is left, as a network is slower than any link within a host.
     """
     demanded, blocks = situation.demands.shards, situation.footprint.num_blocks
-    counts: Iterable[int] = range(STREAM_SLOTS + 1, blocks + 1)
     numbers = possible_shards(situation.num_processes, situation.num_hosts if is_last else 1)
     if demanded is not None:
-        numbers, counts = ((demanded,) if demanded > 1 else ()), (blocks,)
+        numbers = (demanded,) if demanded > 1 else ()
     rows, selective = table_rows(situation.footprint), situation.demands.recompute is None
     for shards in numbers:
         for offload in (False,) if situation.unified else (False, True):
-            for count in counts:
+            for count in range(min(STREAM_SLOTS + 1, blocks), blocks + 1):
                 yield Rung(weights_format, rows, selective, blocks, offload, count, shards=shards)
 
 

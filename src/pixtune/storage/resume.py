@@ -91,12 +91,13 @@ def _changes_rates(before: RunIdentity, now: RunIdentity) -> str | None:
     )
 
 
+def batch_size_of(config: Mapping[str, Any]) -> int:
+    """Returns the number of examples in a process's micro-batch, from a config as `to_dict` gives it."""
+    return config["train_batch_size"] or config["data_config"]["train_batch_size"] or 1
+
+
 def _changes_batches(before: RunIdentity, now: RunIdentity) -> str | None:
-    sizes = [
-        (run.config["train_batch_size"] or run.config["data_config"]["train_batch_size"] or 1)
-        * (run.num_processes or now.num_processes or 1)
-        for run in (before, now)
-    ]
+    sizes = [batch_size_of(run.config) * (run.num_processes or now.num_processes or 1) for run in (before, now)]
     if sizes[0] == sizes[1]:
         return None
     return (

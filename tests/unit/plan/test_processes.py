@@ -84,9 +84,12 @@ def test_possible_numbers_of_shards_are_parts_of_a_host_and_then_whole_hosts() -
     assert possible_shards(1, 4) == (2, 4), "hosts of one GPU each hold it together where nothing else fits"
 
 
-def test_a_number_that_is_asked_for_is_taken_for_all_blocks() -> None:
+def test_a_number_that_is_asked_for_is_taken_for_as_many_blocks_as_must() -> None:
     plan = plan_for("H200", 8, distributed=DistributedConfig(shards=4))
-    assert (plan.shards, plan.streamed_blocks, plan.recomputed_blocks) == (4, 60, 60)
+    assert (plan.shards, plan.streamed_blocks, plan.recomputed_blocks) == (4, STREAM_SLOTS + 1, 60)
+    limits: dict[str, Any] = {"gpu_memory_limit_gib": 24, "disable_quantization": True}
+    capped = plan_for("H200", 8, links=NVLINK, distributed=DistributedConfig(shards=4), **limits)
+    assert STREAM_SLOTS + 1 < capped.streamed_blocks < 40
     assert plan.weights_format == "bf16" and not plan.offload_inputs
     assert any("distributed.shards asks for it" in reason for reason in plan.reasons)
 
