@@ -34,9 +34,10 @@ from pixtune.data.prepare import prepare_data
 from pixtune.data.sample_prompts import AskedPrompt
 from pixtune.engine.load import LoadedTransformer
 from pixtune.families import family_of
-from pixtune.hardware.capping import outside_allocator_bytes, own_gpu, read_before_cuda
+from pixtune.hardware.capping import outside_allocator_bytes, read_before_cuda
 from pixtune.hardware.facts import GIB
 from pixtune.hardware.monitor import StageLog
+from pixtune.hardware.nvidia_smi import own_gpu
 from pixtune.hardware.read import read_facts
 from pixtune.launch.accelerator import start_accelerator
 from pixtune.plan.encoders import count_caption_tokens

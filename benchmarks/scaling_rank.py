@@ -26,7 +26,8 @@ from pixtune.bench.peaks import measure_peaks
 from pixtune.bench.steps import TimedSteps, count_flops, describe_case, formats_of
 from pixtune.config import load_config
 from pixtune.engine.together import Together
-from pixtune.hardware.capping import own_gpu, read_before_cuda
+from pixtune.hardware.capping import read_before_cuda
+from pixtune.hardware.nvidia_smi import own_gpu
 from pixtune.run import Run
 from pixtune.tracking.figures import StepOutcome, mark_time, seconds_between
 from pixtune.train import forward_backward, run_steps

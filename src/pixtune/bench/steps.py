@@ -30,9 +30,10 @@ from pixtune.engine.quantize import codes_for
 from pixtune.errors import ConfigError, TrainingError
 from pixtune.families import family_of
 from pixtune.families.opening import open_model
-from pixtune.hardware.capping import BeforeCuda, outside_allocator_bytes, own_gpu, read_before_cuda
+from pixtune.hardware.capping import BeforeCuda, outside_allocator_bytes, read_before_cuda
 from pixtune.hardware.facts import GIB
 from pixtune.hardware.machine import driver_may_spill
+from pixtune.hardware.nvidia_smi import own_gpu
 from pixtune.plan.rungs import QUANTIZED
 from pixtune.plan.training import TrainingPlan
 from pixtune.planning import footprint_of, plain_linears, targeted_linears, tensor_shapes

@@ -16,7 +16,6 @@ their end with `outside_allocator_bytes`: whoever reports a capped run reports t
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -31,17 +30,6 @@ LARGEST_CONTEXT_BYTES = round(0.75 * GIB)
 """Size of a context beyond which a difference of readings is taken for other processes' allocations."""
 LOADED_LATER_BYTES = round(0.35 * GIB)
 """Room for kernels that are loaded when they first run (cuBLAS's, cuDNN's, compiled ones), and for CUDA graphs."""
-
-
-def own_gpu(environ: Mapping[str, str]) -> str:
-    """Returns the number or UUID of this process's GPU for nvidia-smi, which ignores CUDA_VISIBLE_DEVICES.
-
-    Args:
-        environ: environment with LOCAL_RANK where there are several processes.
-    """
-    rank = int(environ.get("LOCAL_RANK", "0"))
-    visible = [name.strip() for name in environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
-    return visible[rank % len(visible)] if visible else str(rank)  # as processes are spread over GPUs
 
 
 @dataclass(frozen=True)

@@ -3,9 +3,20 @@
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 TIMEOUT_SECONDS = 20.0
+
+
+def own_gpu(environ: Mapping[str, str]) -> str:
+    """Returns the number or UUID of this process's GPU for nvidia-smi, which ignores CUDA_VISIBLE_DEVICES.
+
+    Args:
+        environ: environment with LOCAL_RANK where there are several processes.
+    """
+    rank = int(environ.get("LOCAL_RANK", "0"))
+    visible = [name.strip() for name in environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+    return visible[rank % len(visible)] if visible else str(rank)  # as processes are spread over GPUs
 
 
 def query(gpu: str, *fields: str, timeout_seconds: float = TIMEOUT_SECONDS) -> list[str] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +10,7 @@ from pixtune.hardware.cards import facts_as, find_card
 from pixtune.hardware.facts import MEMORY_FRACTION, PROCESS_HOST_BYTES, CoherentLink, HardwareFacts, usable_pool_bytes
 from pixtune.hardware.links import C2C_BYTES_PER_SECOND, is_coherent_chip, read_pcie_bandwidth
 from pixtune.hardware.meminfo import HostMemory, read_host_memory, read_meminfo, read_process_bytes
-from pixtune.hardware.nvidia_smi import query
+from pixtune.hardware.nvidia_smi import own_gpu, query
 from pixtune.late import LateModule
 
 if TYPE_CHECKING:
@@ -44,20 +45,26 @@ def read_facts(device: torch.device, memory_fraction: float = MEMORY_FRACTION) -
 
 
 def read_facts_without_cuda() -> HardwareFacts | None:
-    """Reads the first GPU's facts from nvidia-smi; None where it shows none.
+    """Reads the facts of the GPU that a run would use from nvidia-smi; None where there is none.
 
     A GPU in the CPU's pool has no memory of its own to report ("[N/A]"): it is taken from the table of cards.
     """
-    values = query("0", "name", "memory.total", "memory.used", "compute_cap")
+    if os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1"):
+        return None  # hidden from a run, not from nvidia-smi
+    values = query(own_gpu(os.environ), "name", "memory.total", "memory.used", "compute_cap", "pci.bus_id")
     if values is None:
         return None
-    name, total_mib, used_mib, capability = values
+    name, total_mib, used_mib, capability, bus = values
     if not total_mib.isdigit():
         return facts_as(name.removeprefix("NVIDIA "))
     major, minor = map(int, capability.split("."))
     total_bytes, used_bytes = int(total_mib) << 20, int(used_mib) << 20
     link = kind_of_link(name, integrated=False)
-    return gpu_facts(name, (major, minor), total_bytes, total_bytes - used_bytes, read_host_memory(), link)
+    slot = read_pcie_bandwidth(bus.lower()[-len("0000:65:00.0") :])  # the kernel's domains have four digits
+    free_bytes = total_bytes - used_bytes
+    return gpu_facts(
+        name, (major, minor), total_bytes, free_bytes, read_host_memory(), link, pcie_bytes_per_second=slot
+    )
 
 
 def cpu_facts(host: HostMemory, name: str) -> HardwareFacts:
@@ -87,6 +94,7 @@ def gpu_facts(
         name: as the driver has it.
         free_bytes: of the device; not used on an integrated GPU, where page cache misleads cudaMemGetInfo.
         pcie_bytes_per_second: bandwidth of the card's slot, if the system shows it.
+        num_sms: 0: as the table of cards has it, or unknown.
     """
     card = find_card(name, total_bytes)
     host_total, host_available = host.total_bytes, host.available_bytes
@@ -111,7 +119,7 @@ def gpu_facts(
             link, pcie_bytes_per_second, card.link_bandwidth_bytes_per_second if card else None
         ),
         machine=platform.machine(),
-        num_sms=num_sms,
+        num_sms=num_sms or (card.num_sms if card else 0),
         l2_cache_bytes=l2_cache_bytes,
         host_process_bytes=host_process_bytes,
     )

@@ -125,6 +125,8 @@ def gathered_blocks(rung: TimedRung, situation: Situation) -> list[int]:
 
 def basis(facts: HardwareFacts) -> str:
     """Returns what an estimate for this GPU rests on, in words."""
+    if not facts.num_sms:
+        return "a guess: this card is not in pixtune's table, so its speed is not known before a run"
     if facts.capability == HOPPER:
         return "H100 and H200 were measured, within 15% of it"
     return "by the data sheet, from what H100 and H200 took: not measured on this kind of card"

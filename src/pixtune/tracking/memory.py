@@ -14,9 +14,10 @@ import torch
 
 from pixtune.config.schema import TrainConfig
 from pixtune.errors import TrainingError
-from pixtune.hardware.capping import BeforeCuda, cap_device_memory, outside_allocator_bytes, own_gpu, read_before_cuda
+from pixtune.hardware.capping import BeforeCuda, cap_device_memory, outside_allocator_bytes, read_before_cuda
 from pixtune.hardware.facts import GIB
 from pixtune.hardware.monitor import StageLog, StageMemory
+from pixtune.hardware.nvidia_smi import own_gpu
 from pixtune.hardware.read import read_facts
 from pixtune.hardware.unified import MemoryWatchdog, cap_unified_memory, setup_unified_memory_env
 from pixtune.plan.demands import demands_of

@@ -14,7 +14,7 @@ import torch
 
 from pixtune.bench.flops import StepSize, read_linears
 from pixtune.commands.quantization_errors import relative_error
-from pixtune.engine.load import LoadedTransformer, random_transformer
+from pixtune.engine import load
 from pixtune.engine.quantize import FP8, QuantizedLinear
 from pixtune.plan.training import TrainingPlan
 from tests.runs import ROOT
@@ -112,17 +112,13 @@ def test_blocks_change_their_streams(gradients: ModuleType) -> None:
 
 def test_other_weights_are_noticed(gradients: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     passes = passes_of(gradients, "toy")
-    module = importlib.import_module("gradient_passes")
     fp8 = next(way for way in gradients.WAYS if way.name == "fp8")
     exact = passes.run(gradients.BF16)
     gradients.check_weights(passes.run(fp8), exact)
     passes.forget()
 
-    def drawn_later(*arguments: Any, **named: Any) -> LoadedTransformer:
-        torch.randn(1)
-        return random_transformer(*arguments, **named)
-
-    monkeypatch.setattr(module, "random_transformer", drawn_later)
+    drawn = load.random_tensor
+    monkeypatch.setattr(load, "random_tensor", lambda name, *rest: drawn(f"other.{name}", *rest))
     with pytest.raises(ValueError, match="have other weights than in the exact pass"):
         gradients.check_weights(passes.run(fp8), exact)
 

@@ -18,10 +18,10 @@ from pixtune.hardware.capping import (
     allocator_share,
     cap_device_memory,
     outside_allocator_bytes,
-    own_gpu,
     read_before_cuda,
 )
 from pixtune.hardware.facts import GIB
+from pixtune.hardware.nvidia_smi import own_gpu
 
 MIB = 2**20
 APPS = "--query-compute-apps=pid,used_memory"
@@ -167,7 +167,8 @@ def test_beyond_the_cap_torch_refuses_and_the_process_stays_within_it() -> None:
     code = """
 import os
 import torch
-from pixtune.hardware.capping import cap_device_memory, outside_allocator_bytes, own_gpu, read_before_cuda
+from pixtune.hardware.capping import cap_device_memory, outside_allocator_bytes, read_before_cuda
+from pixtune.hardware.nvidia_smi import own_gpu
 before = read_before_cuda(own_gpu(os.environ))
 cap_device_memory(4.0, before)
 kept = []

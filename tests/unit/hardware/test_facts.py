@@ -127,26 +127,51 @@ def test_reading_a_gpu_asks_torch_for_it(monkeypatch: pytest.MonkeyPatch, tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("line", "capability", "free_gib", "link"),
+    ("line", "capability", "free_gib", "link", "num_sms"),
     [
-        ("NVIDIA GeForce RTX 4090, 24564, 512, 8.9", (8, 9), 23.49, "pcie"),
-        ("NVIDIA H100 80GB HBM3, 81559, 4, 9.0", (9, 0), 79.64, "pcie"),
-        ("NVIDIA GeForce RTX 6090, 40960, 0, 13.0", (13, 0), 40, "pcie"),
-        ("NVIDIA GH200 480GB, 96768, 0, 9.0", (9, 0), 94.5, "c2c"),
-        ("NVIDIA GB10, [N/A], [N/A], 12.1", (12, 1), None, "integrated"),
+        ("NVIDIA GeForce RTX 4090, 24564, 512, 8.9", (8, 9), 23.49, "pcie", 128),
+        ("NVIDIA H100 80GB HBM3, 81559, 4, 9.0", (9, 0), 79.64, "pcie", 132),
+        ("NVIDIA H200, 143771, 0, 9.0", (9, 0), 140.4, "pcie", 132),
+        ("NVIDIA GeForce RTX 6090, 40960, 0, 13.0", (13, 0), 40, "pcie", 0),
+        ("NVIDIA GH200 480GB, 96768, 0, 9.0", (9, 0), 94.5, "c2c", 132),
+        ("NVIDIA GB10, [N/A], [N/A], 12.1", (12, 1), None, "integrated", 48),
     ],
 )
 def test_nvidia_smi_tells_what_a_gpu_is(
-    monkeypatch: pytest.MonkeyPatch, line: str, capability: tuple[int, int], free_gib: float | None, link: str
+    monkeypatch: pytest.MonkeyPatch,
+    line: str,
+    capability: tuple[int, int],
+    free_gib: float | None,
+    link: str,
+    num_sms: int,
 ) -> None:
-    monkeypatch.setattr(read, "query", lambda *words: [value.strip() for value in line.split(",")])
+    asked: list[tuple[str, ...]] = []
+
+    def query(*words: str) -> list[str]:
+        asked.append(words)
+        return [*(value.strip() for value in line.split(",")), "00000000:65:00.0"]
+
+    slots: dict[str, int] = {"0000:65:00.0": 7 * 10**9}
+    monkeypatch.setattr(read, "query", query)
+    monkeypatch.setattr(read, "read_pcie_bandwidth", slots.get)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,1")
     found = read.read_facts_without_cuda()
+    assert asked[0][0] == "3", "the GPU of a run, which is not the machine's first"
     assert found is not None and line.startswith(found.name)
     assert (found.capability, found.coherent_link) == (capability, link)
+    assert found.num_sms == num_sms, "estimates of time rest on it"
     if free_gib is not None:
         assert found.free_bytes == pytest.approx(free_gib * GIB, rel=1e-3)
     if link == "pcie":
         assert found.host_total_bytes == read_host_memory().total_bytes
+        assert found.link_bandwidth_bytes_per_second == 7 * 10**9, "the slot's, which has fewer lanes than the card"
+
+
+def test_gpus_that_are_hidden_from_a_run_are_none_for_its_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(read, "query", lambda *words: pytest.fail("asked nvidia-smi"))
+    for hidden in ("", "-1"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+        assert read.read_facts_without_cuda() is None
 
 
 def test_without_nvidia_smi_there_are_no_facts_of_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
