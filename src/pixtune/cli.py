@@ -121,7 +121,9 @@ def run_config(
 def plan(
     words: Words = None,
     config: Config = None,
-    card: Annotated[str | None, typer.Option("--as", help='Another GPU to plan for, for example "RTX 4090".')] = None,
+    card: Annotated[
+        str | None, typer.Option("--as", "--card", help='Another GPU to plan for, for example "RTX 4090".')
+    ] = None,
     host_memory: Annotated[
         float | None, typer.Option(min=1, help="With --as: memory of each machine, in GiB; default: 64 a GPU.")
     ] = None,

@@ -82,7 +82,8 @@ class ActivationUnits:
     """Units of `selective` that are queries, keys and values; 0 where the attention cannot recompute them
     (`recomputes_projections`)."""
     working: float
-    """Peak units beyond those kept while the backward pass of a recomputed block runs."""
+    """Peak units beyond those kept while the backward pass of a recomputed block runs, unless its MLP is one function:
+    then what the block keeps when it runs again comes beside `forward_fused`."""
     forward: float
     """Peak units beyond those kept while the block runs forward, or backward from what it kept."""
     forward_quantized: float

@@ -148,7 +148,14 @@ def _not_an_override(word: str, following: deque[str]) -> str:
         value = written[-1]
     if key and value:
         name = key.replace("-", "_") if word.startswith("-") else key
-        return f"{' '.join(written)!r} is not an override: write {OTHER_NAMES.get(name, name)}={value}"
+        meant = OTHER_NAMES.get(name, name)
+        if is_known(meant):
+            return f"{' '.join(written)!r} is not an override: write {meant}={value}"
+        if word.startswith("-"):  # an option that is misspelt looks like some key, too
+            what, hint = "neither an option of this command (--help lists them) nor a key", _hint(name, ALIKE)
+        else:
+            what, hint = "not a known key", _hint(name)
+        return f"{' '.join(written)!r}: {name} is {what} of the config{hint}"
     return f"{word!r} is not an override (key=value)"
 
 
@@ -279,7 +286,17 @@ def current_name(key: str) -> str:
     return ".".join(OLDER_NAMES.get(part, part) for part in key.split("."))
 
 
-def nearest_keys(key: str) -> list[str]:
+def is_known(key: str) -> bool:
+    """Returns whether a dotted name is one of a key, today's or an older one."""
+    return is_leaf(current_name(key)) or key in FORMER_KEYS
+
+
+RATHER_ALIKE, ALIKE = 0.65, 0.8
+"""Likeness of two names, 1 at most, from which on one may be meant by the other; the second is for words that may be
+something else."""
+
+
+def nearest_keys(key: str, least: float = RATHER_ALIKE) -> list[str]:
     """Returns the known keys that `key` most likely meant, best first; several only where they are equally good.
 
     Keys are compared by their last part, so that one in the wrong section is found too.
@@ -292,20 +309,22 @@ def nearest_keys(key: str) -> list[str]:
         if set(last.split("_")) < set(name.split("_")):  # max_steps: max_train_steps
             scores[candidate] = max(scores[candidate], 0.85)
     best = max(scores.values())
-    return [candidate for candidate, score in scores.items() if score == best][:3] if best >= 0.65 else []
+    return [candidate for candidate, score in scores.items() if score == best][:3] if best >= least else []
 
 
-def _hint(key: str) -> str:
+def _hint(key: str, least: float = RATHER_ALIKE) -> str:
     section, last = current_name(key).rpartition(".")[0], _last_part(key)
     if last in ABSENT:
         return f". {ABSENT[last]}"
     known_as = OTHER_NAMES.get(last, "")
     of_section = section_of(section)
     within = of_section.model_fields if of_section else ()
-    near = [f"{section}.{name}" for name in within if last in name.split("_")]  # samples.steps: samples.num_steps
+    near = [f"{section}.{name}" for name in get_close_matches(last, within, n=1, cutoff=0.9)]  # a letter is missing
+    # samples.steps: samples.num_steps
+    near = near or [f"{section}.{name}" for name in within if last in name.split("_")]
     if "[" in section and not near:  # in a list, only its own keys can be meant
         near = [f"{section}.{name}" for name in get_close_matches(last, within, n=1)]
-    near = near or ([known_as] if known_as else nearest_keys(key))
+    near = near or ([known_as] if known_as else nearest_keys(key, least))
     remedy = f" {REMEDIES[known_as]}" if known_as in REMEDIES and near == [known_as] else ""
     return f"; did you mean {' or '.join(near)}?{remedy}" if near else ""
 

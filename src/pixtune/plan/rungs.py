@@ -26,10 +26,11 @@ QUANTIZED = (*EIGHT_BIT, "nf4")
 FIXED_BYTES = round(0.05 * GIB)
 """Memory in the allocator that is not counted one by one: workspaces of products, latents, noise, the layers at both
 ends."""
-AT_WORK_BYTES, AT_WORK_UNITS = 52 * 2**20, 2.0
-"""Memory of 8-bit codes that are made for a product, whatever the number of tokens. Families measured their units with
-about 4400 tokens of 3072 features, of which it was 2. By 31 cells drawn by lot, of 1774 to 48000 tokens
-(benchmarks/results/random_cells_h200)."""
+AT_WORK_BYTES, FUSED_AT_WORK_BYTES, AT_WORK_UNITS = 52 * 2**20, 104 * 2**20, 2.0
+"""Memory of 8-bit codes made for products, whatever the number of tokens: of one weight; where an MLP is one function,
+of its two weights of 36 MiB, with a workspace of 32. Units were measured with 4400 tokens, of which the first was 2. By
+81 cells drawn by lot, of 1774 to 48000 tokens (benchmarks/results/random_cells_h200), 61 of which it meets within 70
+MiB."""
 MLP_WORK_UNITS = 12.5
 """Units that a block at work holds in addition where a LoRA is on an MLP, by the same cells: 10.7 to 13.6."""
 FULL_UNITS = {"compiled": 6.1, "eager": 13.1}
@@ -92,7 +93,8 @@ class Rung:
         """Returns the peak of a step. A LoRA's weights, their gradients and optimizer states are fp32."""
         footprint, compute_format = situation.footprint, situation.demands.compute_format
         trained = footprint.trained_weights * (4 + 4) + footprint.state_bytes(situation.optimizer)
-        fixed = FIXED_BYTES + (AT_WORK_BYTES if holds_codes_at_work(self) else 0)
+        codes = FUSED_AT_WORK_BYTES if self.weights_format in footprint.fused_formats else AT_WORK_BYTES
+        fixed = FIXED_BYTES + (codes if holds_codes_at_work(self) else 0)
         trained += (
             footprint.average_bytes + footprint.adapter_bytes + footprint.frozen_weights * ELEMENT_BYTES[compute_format]
         )
@@ -355,9 +357,9 @@ def activation_units(rung: Rung, footprint: Footprint, compiled: bool, retained:
             running += kind.units.projections if again else 0
             forward = max(forward, running + (0 if footprint.trains_all else at_work))
         if recomputed:
-            # What a fused MLP saves, it saves in a block's second forward pass, too.
-            saved = kind.units.forward_quantized - kind.units.forward_fused if fuses else 0
-            working = max(working, kind.units.working - saved + at_work)
+            # With a fused MLP what a block keeps when it runs again, beside what its backward pass needs at work.
+            again_kept = kept_units(kind, rung, footprint, compiled) + kind.units.forward_fused
+            working = max(working, (again_kept if fuses else kind.units.working) + at_work)
     return inputs + (kept + max(forward, working) if retained else max(kept + forward, working))
 
 

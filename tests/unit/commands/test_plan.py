@@ -186,7 +186,7 @@ def test_sampling_is_a_phase_where_there_are_samples(full_size: dict[str, Path])
 def test_the_command_prints_json_for_programs(full_size: dict[str, Path]) -> None:
     config = ROOT / "train_configs" / "train_lora.yaml"
     model = f"pretrained_model_name_or_path={full_size['qwen_image']}"
-    run = pixtune("plan", config, model, "--as", "H100", "--json")
+    run = pixtune("plan", config, model, "--card", "H100", "--json")  # as --as
     assert run.returncode == 0, run.stdout
     values = json.loads(run.stdout[run.stdout.index("{") :])
     assert values["is_estimate"] is True and values["machine"]["name"] == facts_as("H100").name

@@ -399,6 +399,22 @@ def test_keys_that_are_written_as_elsewhere_are_answered_with_how_to_write_them(
         assert "command line: '8' is not an override (key=value)" in faults
 
 
+@pytest.mark.parametrize(
+    ("words", "named", "meant"),
+    [
+        (["--cards", "4090"], "cards", ""),  # "write cards=4090" would send people in a circle
+        (["--cards=4090"], "cards", ""),
+        (["--gpu", "2"], "gpu", ". The GPU is found by itself: leave it out"),
+        (["--lerning_rate", "1e-4"], "lerning_rate", "; did you mean learning_rate?"),
+        (["--samples.prompt", "x"], "samples.prompt", "; did you mean samples.prompts?"),
+    ],
+)
+def test_what_is_no_key_is_never_said_to_be_one(faults_of, minimal, words, named, meant):
+    (fault,) = faults_of(minimal, *words)
+    of_what = "is neither an option of this command (--help lists them) nor a key of the config"
+    assert fault.rstrip(".") == f"command line: {' '.join(words)!r}: {named} {of_what}{meant}"
+
+
 def test_a_text_in_place_of_a_list_is_answered_with_the_list(faults_of, minimal):
     (fault,) = faults_of(minimal, "samples.prompts=a cat")
     assert fault.endswith('samples.prompts is "a cat": must be a list, as ["a cat"]')

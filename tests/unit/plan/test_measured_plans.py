@@ -38,9 +38,6 @@ FARTHEST = 0.03
 """Largest relative error where anything was drawn."""
 MISSES = {
     "303-002-flux-kontext-37_9": "padded copies of a LoRA's inputs were kept; since then nothing is padded",
-    "404-011-flux-kontext-6_2": "5% more was planned, not explained",
-    "404-021-flux-6_1": "8% more was planned, not explained",
-    "505-010-flux-kontext-9_8": "8% more was planned, not explained",
     "505-047-qwen-image-edit-2511-41_8": "memory was short, blocks were recomputed after the peak that was measured",
     "505-075-qwen-image-edit-2511-39_4": "memory was short, blocks were recomputed after the peak that was measured",
 }
