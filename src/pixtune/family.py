@@ -290,6 +290,11 @@ class ModelFamily(Protocol):
 
     def load_autoencoder(self, folder: ModelFolder, placement: Placement) -> nn.Module: ...
 
+    def encoding_form(self, device: torch.device) -> str | None:
+        """Returns a name for how pictures are encoded on a device, which differs from diffusers' by rounding; None: it
+        does not differ. Entries of two forms have two places in the cache.
+        """
+
     def build_transformer(self, config: Mapping[str, Any]) -> nn.Module:
         """Builds the transformer that a config describes (empty: the full-size default), on the meta device.
 

@@ -126,6 +126,9 @@ class ToyFamily:
 
         return self._placed(AutoencoderKL.from_pretrained(folder.path / "vae"), placement)
 
+    def encoding_form(self, device: torch.device) -> str | None:
+        return None
+
     def build_transformer(self, config: Mapping[str, Any]) -> nn.Module:
         from diffusers import SD3Transformer2DModel
 

@@ -18,7 +18,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Protocol, TypeVar, overload
@@ -71,16 +71,24 @@ class CacheKey:
     """Name for people, such as "cat.png at 1024x1024": it stands in messages, not in the hash."""
     parts: dict[str, str] = field(hash=False)
     """Parts by name, for example {"picture": its SHA-256, "encoder": ...}."""
+    form: str | None = None
+    """Name of a computation that differs from the usual one by rounding; see `ModelFamily.encoding_form`."""
 
     @property
     def all_parts(self) -> dict[str, str]:
-        """The parts and the code's version."""
-        return {**self.parts, "code": CODE_VERSION}
+        """The parts, the form and the code's version."""
+        form = {} if self.form is None else {"form": self.form}
+        return {**self.parts, **form, "code": CODE_VERSION}
 
     @cached_property
     def digest(self) -> str:
         """SHA-256 of all parts, as hex: the entry's name in the store."""
         return text_digest(json.dumps(self.all_parts, sort_keys=True))
+
+    @property
+    def content(self) -> str:
+        """The digest without the form: a run has the same data on a CPU and on a GPU, and may go on with them."""
+        return replace(self, form=None).digest
 
 
 class Keys(Sequence[CacheKey]):

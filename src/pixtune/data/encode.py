@@ -159,8 +159,9 @@ class Encoder:
             "autoencoder": self._fingerprint("vae"),
             "format": self._format("tiles", self.plan.tile_pixels),
         }
+        form = self.family.encoding_form(self.placement.device)
         return lambda picture: CacheKey(
-            f"{picture.name} at {picture.framing.width}x{picture.framing.height}", {**shared, **picture.parts}
+            f"{picture.name} at {picture.framing.width}x{picture.framing.height}", {**shared, **picture.parts}, form
         )
 
     def _format(self, what: str, value: object) -> str:

@@ -231,7 +231,7 @@ def _fingerprint(encoder: Encoder, masks: Masks, training: Sequence[Example]) ->
                 yield text_key(text_item(text, example, variant)).digest
         for example, variant in all_variants(training):
             for picture in (target_picture(example, variant), *control_pictures(example, variant)):
-                yield latent_key(picture).digest
+                yield latent_key(picture).content
         if any(example.mask for example in training):
             for number, row in enumerate(all_variants(training)):  # numbered, since not each has a mask
                 for key in masks.keys([row]):

@@ -200,6 +200,9 @@ class Flux:
         model = load_part(AutoencoderKL, folder.part("vae"), torch_dtype=placement.dtype)
         return model.to(placement.device).eval().requires_grad_(False)
 
+    def encoding_form(self, device: torch.device) -> str | None:
+        return None
+
     def build_transformer(self, config: Mapping[str, Any]) -> nn.Module:
         from diffusers import FluxTransformer2DModel
 

@@ -9,12 +9,11 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from pixtune import randomness
-from pixtune.errors import WeightsError
 from pixtune.families.flow_schedule import model_sigmas, model_time_shift, rounded_timestep
 from pixtune.families.model_spec import SPECS
 from pixtune.families.original_layers import QWEN_IMAGE_LAYERS
 from pixtune.families.packing import PATCH, grid, num_tokens, pack_latents, unpack_latents
-from pixtune.families.transformer_shapes import qwen_image_shapes
+from pixtune.families.transformer_shapes import qwen_image_shapes, refuse_guidance
 from pixtune.family import (
     ActivationUnits,
     Conditioning,
@@ -49,6 +48,9 @@ MAX_FEATURE_TOKENS = 512
 MASK, REAL = "prompt_embeds_mask", "prompt_embeds_real"
 """Names in the conditioning of the marks of text tokens that are no padding: for the stock model, and for attention
 without a mask."""
+
+FRAMES_ALONE = "frames alone"
+"""Name in cache keys of latents whose autoencoder `qwen_frames.skip_empty_frames` has changed."""
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 TEXT_ATTENTION = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
@@ -188,7 +190,15 @@ class QwenImage:
         from pixtune.storage.loading.parts import load_part
 
         model = load_part(AutoencoderKLQwenImage, folder.part("vae"), torch_dtype=placement.dtype)
+        if self.encoding_form(placement.device):
+            from pixtune.families.qwen_frames import skip_empty_frames
+
+            skip_empty_frames(model)
         return model.to(placement.device).eval().requires_grad_(False)
+
+    def encoding_form(self, device: torch.device) -> str | None:
+        # On a GPU as diffusers does it, which filled the caches of thousands of pictures that are in use.
+        return FRAMES_ALONE if device.type == "cpu" else None
 
     def build_transformer(self, config: Mapping[str, Any]) -> nn.Module:
         from diffusers import QwenImageTransformer2DModel
@@ -315,19 +325,6 @@ class QwenImage:
         # The pipeline keeps each token's length, so that a high scale does not burn the picture.
         guided = guided * (conditional.norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True))
         return unpack_latents(guided, *conditional_BCHW.shape[-2:])
-
-
-def refuse_guidance(config: Mapping[str, Any]) -> None:
-    """Refuses the config of a guidance-distilled transformer.
-
-    Raises:
-        WeightsError: the config is one.
-    """
-    if config.get("guidance_embeds", False):
-        raise WeightsError(
-            "The transformer's config has guidance_embeds set. diffusers' model class cannot run such a model (its "
-            "time embedding takes no guidance), so it cannot be trained either."
-        )
 
 
 def real_tokens(conditioning: Conditioning, num_image_tokens: int) -> dict[str, Tensor] | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from pixtune.errors import WeightsError
 from pixtune.family import Shapes
 
 SINUSOIDS = 256
@@ -39,6 +40,19 @@ FLUX_DEFAULTS: Mapping[str, Any] = {
     "guidance_embeds": False,
 }
 """Values of diffusers' `FluxTransformer2DModel` for keys that a config leaves out."""
+
+
+def refuse_guidance(config: Mapping[str, Any]) -> None:
+    """Refuses the config of a guidance-distilled transformer.
+
+    Raises:
+        WeightsError: the config is one.
+    """
+    if config.get("guidance_embeds", False):
+        raise WeightsError(
+            "The transformer's config has guidance_embeds set. diffusers' model class cannot run such a model (its "
+            "time embedding takes no guidance), so it cannot be trained either."
+        )
 
 
 def qwen_image_shapes(config: Mapping[str, Any]) -> Shapes:
