@@ -15,6 +15,7 @@ from pixtune.plan.exchange_cost import lora_exchanges
 from pixtune.plan.rungs import STREAM_SLOTS
 from pixtune.storage.checkpoint import load_checkpoint
 from pixtune.storage.checkpoint_state import checkpoint_path
+from pixtune.storage.files import text_digest
 from pixtune.tracking.metrics import read_metrics
 from tests.exchanges import VARIABLE, read_exchanges, write_exchanges_down
 from tests.runs import (
@@ -68,11 +69,15 @@ def assert_same_weights(one: Path, two: Path) -> None:
         torch.testing.assert_close(mine[name], theirs[name], rtol=1e-3, atol=1e-6)
 
 
-def spoil_one_encoding(cache: Path) -> None:
-    """Makes the latents of one picture no numbers, as an encoder that overflows would."""
-    store = DiskStore(cache / "entries")
-    digests = sorted(path.stem for path in (cache / "entries").rglob("*.safetensors"))
-    (digest, *_) = (digest for digest in digests if "mean" in store.read(digest))
+SPOILED = "held_out/yawning-face.png"
+"""A picture with two turns in those steps."""
+
+
+def spoil_an_encoding(cache: Path) -> None:
+    """Makes the latents of a picture no numbers, as an encoder that overflows would."""
+    store, ledger = DiskStore(cache / "entries"), json.loads((cache / "ledger.json").read_text())
+    (parts,) = (parts for item, parts in ledger.items() if f"{SPOILED} at " in item)
+    digest = text_digest(json.dumps(parts, sort_keys=True))
     store.write(digest, {name: torch.full_like(tensor, torch.nan) for name, tensor in store.read(digest).items()})
 
 
@@ -84,7 +89,7 @@ def test_two_processes_equal_one_with_twice_the_batch(tmp_path: Path) -> None:
     train_alone(
         config, overrides(tmp_path / "filling", cache, **{**SETTINGS, "max_train_steps": 1})
     )  # entries of this run alone
-    spoil_one_encoding(cache)
+    spoil_an_encoding(cache)
     train_alone(config, overrides(one, cache, **SETTINGS, train_batch_size=4))
     printed = train_in_two(config, overrides(two, cache, **SETTINGS, train_batch_size=2))
     assert printed.count("wrote ") == 1, printed

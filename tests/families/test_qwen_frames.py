@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from torch.utils.flop_counter import FlopCounterMode
 
 from pixtune.data.buckets import Framing
-from pixtune.data.cache import MemoryStore
+from pixtune.data.cache import Ledger, MemoryStore
 from pixtune.data.encode import Encoder, FramedPicture
 from pixtune.families import family_of
 from pixtune.families.qwen_frames import skip_empty_frames
@@ -78,8 +79,8 @@ def test_what_a_cpu_encodes_has_keys_of_its_own(model: str, form: str | None) ->
     keys = []
     for device in ("cpu", "cuda"):
         placement = Placement(torch.device(device), torch.float32)
-        encoder: Any = Encoder(
-            family_of(folder), folder, placement, PLAINLY, None, MemoryStore(), None, None, None  # type: ignore[arg-type]
+        encoder = Encoder(
+            family_of(folder), folder, placement, PLAINLY, None, MemoryStore(), Ledger(None), Console(), memo_dir=None
         )
         (key,) = encoder.latent_keys([picture])
         keys.append(key)

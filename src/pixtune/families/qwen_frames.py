@@ -1,8 +1,8 @@
 """Qwen-Image's autoencoder on pictures, without the empty frames before them.
 
-It is a video's autoencoder: each of its convolutions sees a frame and the two before it, and before the first frame there
-are zeros. A picture is a first frame. So two of the three slices of a kernel meet zeros only, and what the last one makes
-of the frame, a convolution of a picture, is the whole result. diffusers multiplies the zeros too: two thirds of the work.
+It is a video's autoencoder: its convolutions see a frame and the two before it, and before the first frame there are
+zeros. A picture is a first frame. So two of a kernel's three slices meet zeros only, and what the last one makes of the
+frame, a convolution of a picture, is the whole result. diffusers multiplies the zeros too: two thirds of the work.
 """
 
 from __future__ import annotations
