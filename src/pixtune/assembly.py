@@ -50,6 +50,7 @@ from pixtune.launch.crew import gather_crew
 from pixtune.launch.stop import StopRequest
 from pixtune.plan.demands import demands_of
 from pixtune.plan.encoders import EncoderPlan, without_former_fields
+from pixtune.plan.optimizers import KERNEL, SEPARATE
 from pixtune.plan.shards import can_share, check_shards, refuse_other_format
 from pixtune.plan.training import TrainingPlan, check_parts, with_todays_names
 from pixtune.planning import (
@@ -84,6 +85,7 @@ from pixtune.trained.resume_point import (
 )
 from pixtune.trained.schedule import build_schedule
 from pixtune.trained.sharded_files import check_folder_is_shared
+from pixtune.trained.step_trial import step_obstacle
 from pixtune.trained.training_adapter import check_training_adapter
 
 log = logging.getLogger(__name__)
@@ -260,6 +262,7 @@ def decide_plan(
     than it was made for, it keeps the formats.
     """
     kept: str | None = None
+    before = leaner.failed if leaner else None
     if leaner is not None:
         config = leaner_config(config, leaner)
     elif checkpoint:
@@ -268,7 +271,7 @@ def decide_plan(
         shares = can_share(plan.shards, config.distributed.shards, accelerator.num_processes)
         if shares and not steps_alone and batch_size_of(checkpoint.record["config"]) == config.batch_size:
             return plan
-        config, kept = with_formats_of(config, plan), plan.weights_format
+        config, kept, before = with_formats_of(config, plan), plan.weights_format, plan
     plan = plan_on_this_machine(
         config,
         family,
@@ -278,9 +281,27 @@ def decide_plan(
         accelerator.device,
         accelerator.num_processes,
         lambda own: gather_object([own]),
+        step_form_of(config, accelerator, before),
     )
     refuse_other_format(kept, plan.weights_format)
     return plan
+
+
+def step_form_of(config: TrainConfig, accelerator: Accelerator, before: TrainingPlan | None) -> str | None:
+    """Returns how all weights are stepped: by one kernel for each where all processes can; see `plan_training`.
+
+    Args:
+        before: plan that the run had so far; None: it is new. What rounding draws stays as it was.
+    """
+    if before is not None and before.step_form is None:
+        return None
+    if config.method != "full" or accelerator.device.type != "cuda":
+        return SEPARATE
+    obstacles: list[str | None] = gather_object([step_obstacle(accelerator.device)])
+    if (obstacle := next(filter(None, obstacles), None)) is None:
+        return KERNEL
+    log.warning("weights are stepped by several kernels each, which takes longer: %s", obstacle)
+    return SEPARATE
 
 
 def go_on_from(config: TrainConfig, services: Services) -> TrainConfig:

@@ -17,7 +17,7 @@ from pixtune.plan.demands import demands_of, state_options_of
 from pixtune.plan.encoders import TEXT_TOKENS, EncoderPlan, EncoderSizes, plan_encoders
 from pixtune.plan.footprint import ELEMENT_BYTES, Footprint, of_all_weights, read_footprint
 from pixtune.plan.kernel_choice import kernels_to_try
-from pixtune.plan.optimizers import SMALL
+from pixtune.plan.optimizers import KERNEL, SMALL
 from pixtune.plan.passes import FIRST_PASS, PLAIN_PASSES, PassPlan, needs_negative
 from pixtune.plan.phases import Surroundings, compiled_pass_bytes, sampling_bytes, sampling_passes, sampling_tile
 from pixtune.plan.rungs import EIGHT_BIT, QUANTIZED
@@ -40,10 +40,9 @@ def plan_on_this_machine(
     device: torch.device,
     num_processes: int,
     share: Callable[[Machine], list[Machine]] = lambda own: [own],
+    step_form: str | None = KERNEL,
 ) -> TrainingPlan:
-    """Plans a run that starts now: what the machine can do is tried first.
-
-    Several processes plan by the same figures, so that they decide alike.
+    """Plans a run that starts now: what the machine can do is tried first. Several processes decide alike.
 
     Args:
         count_tokens: returns image and text tokens of one process's largest micro-batch, its captions padded to a
@@ -51,6 +50,7 @@ def plan_on_this_machine(
         captions: lengths of captions; None: the family cannot pad them.
         num_processes: processes of the run, on all hosts.
         share: returns what all of them were given.
+        step_form: see `plan_training`.
 
     Raises:
         PlanError, ConfigError: see `plan_training`.
@@ -76,7 +76,7 @@ def plan_on_this_machine(
     return plan_for_captions(
         lambda footprint: plan_training(
             machine.facts, footprint, config, findings, machine.can_compile, machine.num_processes, flash_3_obstacle,
-            captions, max(num_processes // machine.num_processes, 1), machine.links,
+            captions, max(num_processes // machine.num_processes, 1), machine.links, step_form,
         ),
         config, family, folder, count_tokens, captions,
     )  # fmt: skip

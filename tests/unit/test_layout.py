@@ -245,7 +245,7 @@ def test_nothing_swallows_every_error():
     assert not found, f"{found}: name the errors that can be dealt with there, let the others go on"
 
 
-AT_USE = {"engine.triton_kernels"}
+AT_USE = {"engine.step_kernels", "engine.triton_kernels"}
 """Modules that need what CUDA builds alone have: imported inside the functions that use them."""
 CUDA_ONLY = {"triton", "fastsafetensors", "flash_attn"}
 

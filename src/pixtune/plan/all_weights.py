@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 from pixtune.hardware.facts import GIB
 from pixtune.plan.footprint import ELEMENT_BYTES, Footprint, block_weight_bytes
-from pixtune.plan.optimizers import EXACT, OPTIMIZERS, SMALL
+from pixtune.plan.optimizers import EXACT, KERNEL, OPTIMIZERS, SMALL
 from pixtune.plan.rungs import FIXED_BYTES, Rung, activation_units, kept_units, weight_bytes
 from pixtune.plan.situation import Situation
 
@@ -158,9 +158,11 @@ def _moment_bytes(rung: AllWeightsRung, situation: Situation) -> float:
     activations = unit * activation_units(blocks, footprint, compiled, retained=twice)
     if twice and compiled:  # a compiled backward pass may use what it was given up as working memory only once
         activations += unit * max(kept_units(kind, blocks, footprint, compiled) for kind in footprint.kinds)
-    step = OPTIMIZERS[rung.optimizer].step_bytes * footprint.largest_weight / rung.shards
-    if rung.shards > 1:
-        step += 4 * footprint.largest_weight  # what rounding draws, for all rows
+    needs = OPTIMIZERS[rung.optimizer]
+    in_place = situation.step_form == KERNEL and needs.has_kernel
+    step = 0 if in_place else needs.step_bytes * footprint.largest_weight / rung.shards
+    if rung.shards > 1 and situation.step_form is None:
+        step += 4 * footprint.largest_weight  # what rounding drew for all rows
     # A compiled block's gradients come all at once.
     one_block = max(
         block_weight_bytes(kind, demands.compute_format, demands.compute_format, True) for kind in footprint.kinds

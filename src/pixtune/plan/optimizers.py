@@ -80,6 +80,8 @@ class OptimizerNeeds:
     """Each of its steps waits for the device."""
     by_number: bool = False
     """Each number of a weight is stepped by its own gradient and states alone, so that processes can step parts."""
+    has_kernel: bool = False
+    """Steps of a weight are one kernel where Triton runs (`trained/adamw_step.py`), which needs no memory."""
     package: str | None = None
     """Package that it is imported from, besides what pixtune requires."""
 
@@ -157,7 +159,7 @@ def _muon(tensors: TrainedTensors, options: StateOptions) -> dict[str, State]:
 
 
 OPTIMIZERS: Mapping[str, OptimizerNeeds] = {
-    "adamw": OptimizerNeeds("AdamW", _adamw, ("exp_avg", "exp_avg_sq"), by_number=True),
+    "adamw": OptimizerNeeds("AdamW", _adamw, ("exp_avg", "exp_avg_sq"), by_number=True, has_kernel=True),
     "adamw_8bit": OptimizerNeeds(
         "AdamW, 8 bits",
         _adamw_8bit,
@@ -165,6 +167,7 @@ OPTIMIZERS: Mapping[str, OptimizerNeeds] = {
         # Tables of the levels, which all tensors share.
         of_first=dict.fromkeys(("qmap1", "qmap2"), State(BLOCK)),
         by_number=True,
+        has_kernel=True,
         package="bitsandbytes",
     ),
     "adamw_schedule_free": OptimizerNeeds(
@@ -181,6 +184,11 @@ OPTIMIZERS: Mapping[str, OptimizerNeeds] = {
     "adafactor": OptimizerNeeds("Adafactor", _adafactor, ("exp_avg_sq", "exp_avg_sq_row"), 1e-29, step_bytes=28),
     "muon": OptimizerNeeds("Muon", _muon, ("momentum_buffer", "exp_avg_sq"), step_bytes=32),
 }
+
+KERNEL, SEPARATE = "kernel", "separate"
+STEP_FORMS = (KERNEL, SEPARATE)
+"""Forms of a step over all weights: AdamW in one kernel for each weight, or every operation by its own kernels. What is
+drawn for rounding is the same. Runs from before December 2026 know neither: they draw it from torch's generators."""
 
 EXACT, SMALL = "adamw", "adamw_8bit"
 """The two that the planner chooses between where the config names none: by exactness, and by memory."""

@@ -15,7 +15,7 @@ from pixtune.hardware.gpu_links import GpuLinks, LinkKind, links_of_card
 from pixtune.plan.demands import Demands
 from pixtune.plan.exchange_cost import Cluster, Link
 from pixtune.plan.footprint import Footprint, with_fused_mlps
-from pixtune.plan.optimizers import EXACT, SMALL
+from pixtune.plan.optimizers import EXACT, KERNEL, SMALL
 
 CONTEXT_BYTES = round(0.86 * GIB)
 """Memory of a process outside torch's allocator: CUDA context, code of kernels and libraries, captured steps. On an
@@ -68,6 +68,8 @@ class Situation:
     """Hosts with as many processes each."""
     links: GpuLinks | None = None
     """Links between the processes' GPUs as they were read; None: those of the table of cards count."""
+    step_form: str | None = KERNEL
+    """Form of a step over all weights, of `plan.optimizers.STEP_FORMS`; None: that of runs that know none."""
 
     @property
     def unified(self) -> bool:
@@ -123,7 +125,7 @@ class Situation:
         """Returns the same run on the same machine with other demands."""
         return situation_of(
             self.facts, self.footprint, demands, self.compiled, self.num_processes, self.num_tables, self.num_hosts,
-            self.links,
+            self.links, self.step_form,
         )  # fmt: skip
 
     def peak(self, rung: AnyRung) -> int:
@@ -172,13 +174,14 @@ def situation_of(
     num_tables: int = TABLES,
     num_hosts: int = 1,
     links: GpuLinks | None = None,
+    step_form: str | None = KERNEL,
 ) -> Situation:
     """Builds the situation of a run; its footprint becomes the one that it has on this machine."""
     on_gpu = facts.device == "cuda"
     fused = with_fused_mlps(footprint, facts) if on_gpu and compiled else footprint
     here = in_its_pool(fused, facts, demands)
     host = within_host_limit(facts, demands.host_limit_bytes, num_processes) if on_gpu else facts
-    return Situation(host, here, demands, compiled, num_processes, num_tables, num_hosts, links)
+    return Situation(host, here, demands, compiled, num_processes, num_tables, num_hosts, links, step_form)
 
 
 def in_its_pool(footprint: Footprint, facts: HardwareFacts, demands: Demands) -> Footprint:

@@ -18,7 +18,7 @@ from pixtune.plan.choice import choose_rung
 from pixtune.plan.demands import Demands, demands_of
 from pixtune.plan.footprint import BYTES_PER_WEIGHT, ELEMENT_BYTES, Footprint
 from pixtune.plan.kernel_choice import NAMES, Findings, choose_attention, choose_tf32
-from pixtune.plan.optimizers import OPTIMIZERS, SMALL
+from pixtune.plan.optimizers import KERNEL, OPTIMIZERS, SEPARATE, SMALL, STEP_FORMS
 from pixtune.plan.rungs import QUANTIZED, count_captures
 from pixtune.plan.situation import situation_of
 from pixtune.plan.text_padding import Captions, choose_text_multiple
@@ -95,6 +95,8 @@ class TrainingPlan:
     shards: int = 1
     """Number of processes that hold one copy of the weights together. With more than 1, `streamed_blocks` lie in parts
     on their GPUs, and are gathered each time; with all weights trained, everything does."""
+    step_form: str | None = field(default=None, metadata={"choices": STEP_FORMS})
+    """Form of a step over all weights, and with it what rounding draws; None: a LoRA's run, or one that is older."""
 
     @property
     def recompute(self) -> bool:
@@ -163,6 +165,7 @@ def plan_training(
     captions: Captions | None = None,
     num_hosts: int = 1,
     links: GpuLinks | None = None,
+    step_form: str | None = KERNEL,
 ) -> TrainingPlan:
     """Chooses what the config leaves open.
 
@@ -174,6 +177,7 @@ def plan_training(
         captions: lengths of captions; None: nothing is known of them, or the family cannot pad them.
         num_hosts: hosts with as many processes each.
         links: links between the GPUs; None: nothing is known of them.
+        step_form: how this machine can step all weights; None: as the run did that goes on, which knows no form.
 
     Raises:
         PlanError: nothing fits; names how much is missing and which demand to drop.
@@ -182,9 +186,12 @@ def plan_training(
     on_gpu, demands = facts.device == "cuda", demands_of(config)
     if footprint.trains_all:
         check_parts(demands)
+    if step_form is not None and not on_gpu:
+        step_form = SEPARATE
     situation = situation_of(
-        facts, footprint, demands, on_gpu and can_compile, num_processes, num_hosts=num_hosts, links=links
-    )
+        facts, footprint, demands, on_gpu and can_compile, num_processes, num_hosts=num_hosts, links=links,
+        step_form=step_form,
+    )  # fmt: skip
     chosen = choose_rung(situation, config)
     rung = chosen.rung
     if rung.shards > 1 and not footprint.trains_all and config.adapter.kind == "dora":
@@ -226,4 +233,5 @@ def plan_training(
         attention_off=attending.off,
         micro_batch_seconds=chosen.micro_batch_seconds,
         shards=rung.shards,
+        step_form=step_form if footprint.trains_all else None,
     )

@@ -89,6 +89,14 @@ class WithoutWaiting:
             if self.found_inf is not None:
                 undo.if_spoiled(self.found_inf)
 
+    def begin(self, parameter: nn.Parameter, like: Tensor) -> None:
+        """Makes the states of the only parameter, which stands in for a tensor, as of that tensor."""
+        kept, parameter.data = parameter.data, like.detach()
+        try:
+            self.inner.init_state(self.inner.param_groups[0], parameter, 0, 0)
+        finally:
+            parameter.data = kept
+
     def _changed(self, parameter: nn.Parameter) -> list[Tensor]:
         """Returns everything on the device that a step of this parameter changes."""
         states = self.inner.state[parameter]

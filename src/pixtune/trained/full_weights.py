@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -23,7 +24,7 @@ from pixtune.config.schema import TrainConfig
 from pixtune.engine.sharding import local_of, norms_across
 from pixtune.errors import CheckpointError, DamagedError, WriteError
 from pixtune.hardware.facts import package_versions
-from pixtune.plan.optimizers import TrainedTensors
+from pixtune.plan.optimizers import KERNEL, SEPARATE, TrainedTensors
 from pixtune.plan.training import TrainingPlan, with_todays_names
 from pixtune.storage.base_reference import copy_without_paths, refer_to_base
 from pixtune.storage.checkpoint import (
@@ -55,7 +56,10 @@ from pixtune.trained.sharded_files import (
     write_files_in_turn,
 )
 from pixtune.trained.skipped_step import is_spoiled
+from pixtune.trained.step_trial import step_obstacle
 from pixtune.trained.weight_update import WeightUpdate
+
+log = logging.getLogger(__name__)
 
 WEIGHTS_STEM = "transformer"
 MODEL_FOLDER = "model"
@@ -119,6 +123,7 @@ class FullWeights:
             keeps_masters=has_masters,
             host=HostStates(next(iter(weights)).device) if plan.states_on_host else None,
             together=self._together,
+            form=self._step_form(plan.step_form, next(iter(weights)).device),
         )
         self._fused = FusedStep(self.optimizer, config.max_grad_norm) if plan.fused_step else None
         self._sums: dict[str, Tensor] | None = None
@@ -126,6 +131,13 @@ class FullWeights:
             self._sums = gather_in_fp32(self.parameters)
         self._together.define("write the model", self._write_part)
         self._together.define("read back", self._read_back_part)
+
+    def _step_form(self, planned: str | None, device: torch.device) -> str | None:
+        """Returns the plan's form of a step, or the one without the kernel where a run has moved to where it fails."""
+        if planned == KERNEL and (obstacle := step_obstacle(device)) is not None:
+            log.warning("the run was planned to step each weight by one kernel, and several do: %s", obstacle)
+            return SEPARATE
+        return planned
 
     def _build_optimizer(self, name: str, weight: Iterable[nn.Parameter]) -> optim.Optimizer:
         in_block = name.startswith(tuple(f"{path}." for path in self.base.family.block_paths))

@@ -7,8 +7,11 @@ its distance, so that it is right on average (`stochastic_rounding`; Gupta et al
 One weight at a time is held in fp32, so the cost in memory is that of the largest one, and each may be stepped as soon
 as its gradient is there.
 
-Where processes hold the weights together (`engine/sharding.py`), each steps its own rows. Rounding is drawn for a whole
-weight, of which each takes its rows, so that as many processes as you like round alike.
+Where processes hold the weights together (`engine/sharding.py`), each steps its own rows. What rounding draws for a
+number depends on its place in the whole weight, so that as many processes as you like round alike.
+
+AdamW's step is one kernel on a GPU (`adamw_step.py`). Elsewhere, and for other optimizers, a stand-in for the weight is
+stepped in fp32 by the optimizer itself, and then rounded.
 """
 
 from __future__ import annotations
@@ -20,9 +23,12 @@ import torch
 from torch import Tensor, nn
 
 from pixtune import randomness
+from pixtune.engine.rounding import Draw, round_into, round_stochastically
 from pixtune.engine.sharding import Rows, local_of, rows_of
 from pixtune.engine.together import Together
+from pixtune.plan.optimizers import KERNEL, SEPARATE
 from pixtune.trained import optim
+from pixtune.trained.adamw_step import WeightInParts, can_step, step_adamw
 from pixtune.trained.host_states import HostStates
 from pixtune.trained.skipped_step import step_unless
 
@@ -30,19 +36,9 @@ MASTER = "fp32 copy"
 """Name of a weight's fp32 copy among its tensors in host memory; no optimizer has a state of that name."""
 
 
-def round_stochastically(values: Tensor, generator: torch.Generator, rows: Rows | None = None) -> Tensor:
-    """Rounds fp32 to bf16, up or down by chance; exact bf16 values and values that are not finite stay as they are.
-
-    Args:
-        values: fp32, of any shape.
-        generator: a generator of the same device.
-        rows: which rows of a tensor they are that is drawn for as a whole; None: all of it.
-    """
-    bits = values.contiguous().view(torch.int32)  # bf16 is the upper half of fp32's bits
-    shape = bits.shape if rows is None else rows.shape
-    noise = torch.randint(0, 1 << 16, shape, generator=generator, device=bits.device, dtype=torch.int32)
-    rounded = (noise if rows is None else rows.of(noise)).add_(bits).bitwise_and_(-(1 << 16)).view(torch.float32)
-    return torch.where(values.isfinite(), rounded, values).to(torch.bfloat16)
+def draw_for_all_rows(generator: torch.Generator, rows: Rows, device: torch.device) -> Tensor:
+    """Draws 16 bits for each number of a whole weight from a torch generator; returns those of some rows."""
+    return rows.of(torch.randint(0, 1 << 16, rows.shape, generator=generator, device=device, dtype=torch.int32))
 
 
 class WeightUpdate:
@@ -54,6 +50,7 @@ class WeightUpdate:
         keeps_masters: whether bf16 weights have fp32 copies; if not, they are rounded by chance.
         host: holds optimizer states and fp32 copies between steps; None: they stay on the device.
         together: processes that hold the weights together; None: this one holds all.
+        form: how weights are stepped, one of `plan.optimizers.STEP_FORMS`; None: as runs did that do not know it.
     """
 
     def __init__(
@@ -65,10 +62,11 @@ class WeightUpdate:
         keeps_masters: bool = False,
         host: HostStates | None = None,
         together: Together | None = None,
+        form: str | None = SEPARATE,
     ) -> None:
         self.weights, self._seed, self._steps_done, self._host = weights, seed, first_step, host
         self._is_torn = False
-        self._keeps_masters = keeps_masters
+        self._keeps_masters, self._form = keeps_masters, form
         self._rows = {name: rows_of(weight, together or Together()) for name, weight in weights.items()}
         self._masters: dict[str, Tensor] = {}
         """fp32 copies, each made when its weight is stepped for the first time: until then the weight is the copy."""
@@ -108,21 +106,19 @@ class WeightUpdate:
         Args:
             spoiled: 1 on the device where weight and states have to stay as they are, else 0.
         """
-        weight, stand_in = local_of(self.weights[name]), self._stand_ins[name]
+        weight = local_of(self.weights[name])
         self._is_torn = True
         if not weight.numel():
             return  # of a weight with fewer rows than there are processes
         if self._host is not None:
             self._arrange(name, self._host.fetch(name))
-        stand_in.data = self._precise(name)
-        scaled = gradient.float()
-        if factor is not None:
-            scaled = scaled * factor if scaled is gradient else scaled.mul_(factor)
-        stand_in.grad = scaled
-        step_unless(self._optimizers[name], spoiled)
-        stand_in.grad = None
-        self._write_back(name, weight, stand_in.data)
-        stand_in.data = _nothing(weight)
+        optimizer, stand_in = self._optimizers[name], self._stand_ins[name]
+        if self._form == KERNEL and can_step(optimizer, weight):
+            master = self._precise(name) if self._keeps_masters and weight.dtype != torch.float32 else None
+            draw = self._draw(name) if master is None and weight.dtype != torch.float32 else None
+            step_adamw(optimizer, stand_in, WeightInParts(weight.detach(), master, draw), gradient, factor, spoiled)
+        else:
+            self._step_separately(name, weight, gradient, factor, spoiled)
         if self._host is not None:
             self._arrange(name, self._host.rest(name, self._tensors_of(name)))
 
@@ -186,16 +182,38 @@ class WeightUpdate:
             self._masters[name] = weight.float()
         return self._masters[name]
 
+    def _step_separately(
+        self, name: str, weight: Tensor, gradient: Tensor, factor: Tensor | None, spoiled: Tensor
+    ) -> None:
+        """Steps a weight's stand-in in fp32, and writes the result back."""
+        stand_in = self._stand_ins[name]
+        stand_in.data = self._precise(name)
+        scaled = gradient.float()
+        if factor is not None:
+            scaled = scaled * factor if scaled is gradient else scaled.mul_(factor)
+        stand_in.grad = scaled
+        step_unless(self._optimizers[name], spoiled)
+        stand_in.grad = None
+        self._write_back(name, weight, stand_in.data)
+        stand_in.data = _nothing(weight)
+
     def _write_back(self, name: str, weight: Tensor, precise: Tensor) -> None:
         if weight.dtype == torch.float32:
             return  # the optimizer changed the weight itself
         if self._keeps_masters:
             weight.copy_(precise)
-            return
-        generator = torch.Generator(weight.device)
-        generator.manual_seed(randomness.draw_key(self._seed, "rounding", self._steps_done, name))
+        elif self._form is None:
+            generator = torch.Generator(weight.device)
+            generator.manual_seed(self._draw(name).key)
+            noise = draw_for_all_rows(generator, self._rows[name], weight.device)
+            weight.copy_(round_stochastically(precise, noise))
+        else:
+            round_into(weight, precise, self._draw(name))
+
+    def _draw(self, name: str) -> Draw:
         rows = self._rows[name]
-        weight.copy_(round_stochastically(precise, generator, None if rows.is_whole else rows))
+        key = randomness.draw_key(self._seed, "rounding", self._steps_done, name)
+        return Draw(key, rows.start * rows.row_numbers)
 
 
 def _nothing(weight: Tensor) -> Tensor:

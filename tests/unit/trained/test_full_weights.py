@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from pixtune.engine.rounding import Draw, noise_at, round_stochastically
 from pixtune.storage.checkpoint import joined, sharded
 from pixtune.trained import optim
 from pixtune.trained.full_weights import FullWeights, gather_in_fp32
@@ -20,7 +21,7 @@ from pixtune.trained.fused_step import FusedStep
 from pixtune.trained.host_states import HostStates
 from pixtune.trained.optimizers import BUILDERS
 from pixtune.trained.skipped_step import is_spoiled
-from pixtune.trained.weight_update import WeightUpdate, round_stochastically
+from pixtune.trained.weight_update import WeightUpdate
 
 LEARNING_RATE = 1e-4
 SOUND = torch.zeros(())
@@ -32,12 +33,16 @@ def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
+def noise(count: int) -> Tensor:
+    return noise_at(Draw(0), count, torch.device("cpu"))
+
+
 @pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.9])
 def test_rounding_takes_both_neighbours_and_is_right_on_average(sign: int, share: float) -> None:
     spacing = 2**-7  # of bf16 between 1 and 2
     values = torch.full((200_000,), sign * (1 + share * spacing))
-    rounded = round_stochastically(values, generator()).float()
+    rounded = round_stochastically(values, noise(len(values))).float()
     assert set(rounded.tolist()) <= {float(sign), sign * (1 + spacing)}
     ups = (rounded != sign).float().mean().item()
     assert ups == pytest.approx(share, abs=0.006)  # five standard deviations
@@ -45,11 +50,11 @@ def test_rounding_takes_both_neighbours_and_is_right_on_average(sign: int, share
 
 def test_what_bf16_holds_and_what_is_no_number_stays() -> None:
     exact = torch.randn(1000, generator=generator()).bfloat16()
-    assert round_stochastically(exact.float(), generator()).equal(exact)
+    assert round_stochastically(exact.float(), noise(1000)).equal(exact)
     odd = torch.tensor([float("inf"), -float("inf"), float("nan"), 0.0])
     odd_bits = torch.cat([odd, torch.tensor([-1], dtype=torch.int32).view(torch.float32)])  # a NaN of all ones
-    assert round_stochastically(odd_bits, generator()).float().tolist()[:2] == [float("inf"), -float("inf")]
-    assert round_stochastically(odd_bits, generator()).isnan().tolist() == [False, False, True, False, True]
+    assert round_stochastically(odd_bits, noise(5)).float().tolist()[:2] == [float("inf"), -float("inf")]
+    assert round_stochastically(odd_bits, noise(5)).isnan().tolist() == [False, False, True, False, True]
 
 
 def weights() -> dict[str, nn.Parameter]:
