@@ -14,12 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from pixtune.engine.rounding import Draw, noise_at, round_stochastically
+from pixtune.engine.together import Together
 from pixtune.storage.checkpoint import joined, sharded
 from pixtune.trained import optim
 from pixtune.trained.full_weights import FullWeights, gather_in_fp32
 from pixtune.trained.fused_step import FusedStep
 from pixtune.trained.host_states import HostStates
 from pixtune.trained.optimizers import BUILDERS
+from pixtune.trained.read_back import checksums
 from pixtune.trained.skipped_step import is_spoiled
 from pixtune.trained.weight_update import WeightUpdate
 
@@ -387,3 +389,17 @@ def test_no_tensor_must_move_at_a_rate_that_rounding_swallows() -> None:
     for rate, names in ((1e-5, {"weight"}), (1e-12, set())):
         weights = SimpleNamespace(parameters=large, config=SimpleNamespace(learning_rate=rate))
         assert of_rate.fget(weights).keys() == names
+
+
+def test_a_sum_of_bits_changes_where_neighbours_move_up_and_down() -> None:
+    """As numbers do that are rounded by chance: of 2 bytes each, both moves would cancel."""
+    tensor = torch.ones(3, 64).bfloat16()
+    before = checksums({"w": tensor}, Together())
+    tensor.view(torch.int16)[1, 5] += 1
+    tensor.view(torch.int16)[2, 10] -= 1
+    assert checksums({"w": tensor}, Together()) != before
+    odd = {"bytes": torch.ones(5, dtype=torch.uint8), "halves": torch.ones(7).bfloat16()[1:], "one": torch.ones(1)}
+    before = checksums(odd, Together())
+    for each in odd.values():
+        each[0] = 3
+    assert all(before[name] != found for name, found in checksums(odd, Together()).items())
