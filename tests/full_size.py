@@ -15,8 +15,8 @@ from typing import Any
 
 from pixtune.config.schema import TrainConfig
 from pixtune.families import FAMILIES
-from pixtune.plan.footprint import Footprint, of_all_weights, read_footprint
-from pixtune.planning import plain_linears, targeted_linears, with_average
+from pixtune.plan.footprint import Footprint, of_all_weights, read_footprint, with_average
+from pixtune.planning import plain_linears, targeted_linears
 from pixtune.trained.targets import adapter_of
 
 Shapes = Mapping[str, Sequence[int]]

@@ -21,7 +21,7 @@ from pixtune.data.prepared import DataFingerprint, PreparedData
 from pixtune.data.prior import draw_prior
 from pixtune.engine.apply import apply_switches, apply_to_activations, blocks_of, load_planned
 from pixtune.engine.capture import GraphCapturer, ReplayedPass
-from pixtune.engine.exchange import average_across_processes
+from pixtune.engine.exchange import Exchange, average_across_processes
 from pixtune.engine.load import LoadedTransformer, Reading
 from pixtune.engine.modulation_ahead import StepsAhead
 from pixtune.engine.relief import (
@@ -52,7 +52,7 @@ from pixtune.plan.demands import demands_of
 from pixtune.plan.encoders import EncoderPlan, without_former_fields
 from pixtune.plan.optimizers import KERNEL, SEPARATE
 from pixtune.plan.shards import can_share, check_shards, refuse_other_format
-from pixtune.plan.training import TrainingPlan, check_parts, with_todays_names
+from pixtune.plan.training import TrainingPlan, check_parts, facts_of_plan, with_todays_names
 from pixtune.planning import (
     Leaner,
     check_transformer,
@@ -183,6 +183,7 @@ def assemble(
     changes = check_run(config, checkpoint, identity)
     with announced("planning, with trials of this GPU's kernels", show):
         plan = decide_plan(config, family, folder, data, accelerator, checkpoint, leaner)
+    stop.agree("the plan", facts_of_plan(plan))
     check_optimizer(plan.optimizer)
     apply_switches(plan)
     with announced("loading the transformer", show):
@@ -344,19 +345,18 @@ def build_pass(
         in_turn(recompute_more, parts.divide),
     )
     others = MemoryOfOthers(lambda: bytes_of_others(plan.expected_peak_bytes), lambda: stop.requested(0))
-    return replayed, Reliefs(plan, replayed.give_up_captures, recompute_more, parts, others)
+    return replayed, Reliefs(plan, replayed.give_up_captures, recompute_more, parts, others, stop.most_needed)
 
 
-def build_exchange(
-    accelerator: Accelerator, trained: TrainedWeights, passes: ReplayedPass[Batch]
-) -> Callable[[Tensor], None]:
+def build_exchange(accelerator: Accelerator, trained: TrainedWeights, passes: ReplayedPass[Batch]) -> Exchange:
     """Builds what averages a step's totals and gradients: those of a LoRA as one piece, those of all weights in groups.
 
     The gradients of all weights come and go with each step, and are too many to stay.
     """
     if isinstance(trained, FullWeights):
-        return lambda totals_2: average_across_processes(accelerator, [totals_2, *trained.gradients()])
-    return partial(passes.gradients.average, accelerator)
+        return Exchange(lambda totals_2: average_across_processes(accelerator, [totals_2, *trained.gradients()]))
+    average = partial(passes.gradients.average, accelerator)
+    return Exchange(average, passes.gradients.gather) if accelerator.num_processes > 1 else Exchange(average)
 
 
 def build_steps_ahead(

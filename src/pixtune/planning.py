@@ -15,8 +15,8 @@ from pixtune.hardware.read import read_facts
 from pixtune.launch.hosts import Machine, least_of, read_machine, with_whole_groups
 from pixtune.plan.demands import demands_of, state_options_of
 from pixtune.plan.encoders import TEXT_TOKENS, EncoderPlan, EncoderSizes, plan_encoders
-from pixtune.plan.footprint import ELEMENT_BYTES, Footprint, of_all_weights, read_footprint
-from pixtune.plan.kernel_choice import kernels_to_try
+from pixtune.plan.footprint import ELEMENT_BYTES, Footprint, of_all_weights, read_footprint, with_average
+from pixtune.plan.kernel_choice import Findings, findings_of_all, kernels_to_try
 from pixtune.plan.optimizers import KERNEL, SMALL
 from pixtune.plan.passes import FIRST_PASS, PLAIN_PASSES, PassPlan, needs_negative
 from pixtune.plan.phases import Surroundings, compiled_pass_bytes, sampling_bytes, sampling_passes, sampling_tile
@@ -31,6 +31,10 @@ if TYPE_CHECKING:
     import torch
 
 
+Found = tuple[Machine, Findings | None, str | None]
+"""Findings of a process before it plans: its machine, trials of attention kernels, and what bars FlashAttention 3."""
+
+
 def plan_on_this_machine(
     config: TrainConfig,
     family: ModelFamily,
@@ -39,7 +43,7 @@ def plan_on_this_machine(
     captions: Captions | None,
     device: torch.device,
     num_processes: int,
-    share: Callable[[Machine], list[Machine]] = lambda own: [own],
+    share: Callable[[Found], list[Found]] = lambda own: [own],
     step_form: str | None = KERNEL,
 ) -> TrainingPlan:
     """Plans a run that starts now: what the machine can do is tried first. Several processes decide alike.
@@ -60,18 +64,20 @@ def plan_on_this_machine(
     from pixtune.engine.attention_trial import Shape, try_attention
     from pixtune.engine.compile import compile_obstacle
 
-    findings, obstacle = None, None
+    findings: Findings | None = None
+    obstacle: str | None = None
     demands, multiple = demands_of(config), least_multiple(config, captions)
     fraction, flash_3_obstacle = demands.memory_fraction, flash_attention_3_obstacle()
     if device.type == "cuda":
         obstacle = compile_obstacle(device)
         transformer = folder.component_config("transformer")
         heads = (transformer["num_attention_heads"], transformer["attention_head_dim"])
-        num_tokens = count_tokens(multiple) // config.batch_size
-        shape = Shape(num_tokens, *heads, demands.compute_format, config.deterministic)
+        shape = Shape(count_tokens(multiple) // config.batch_size, *heads, demands.compute_format, config.deterministic)
         findings = try_attention(shape, kernels_to_try(read_facts(device, fraction), config, flash_3_obstacle))
     own = read_machine(read_facts(device, fraction), num_processes, obstacle is None)
-    machine = least_of(share(own))
+    machines, trials, obstacles = zip(*share((own, findings, flash_3_obstacle)), strict=True)
+    machine, findings = least_of(machines), findings_of_all(trials)
+    flash_3_obstacle = next(filter(None, obstacles), None)
     config = with_whole_groups(config, num_processes, machine.num_processes)
     return plan_for_captions(
         lambda footprint: plan_training(
@@ -316,11 +322,6 @@ def frozen_ranks(config: TrainConfig, family: ModelFamily, shapes: Shapes) -> Ma
     assert adapter is not None
     adapter.refuse_other_model(shapes)
     return adapter.ranks
-
-
-def with_average(footprint: Footprint, config: TrainConfig) -> Footprint:
-    """Returns the footprint of a LoRA run with the average that the config asks for."""
-    return replace(footprint, is_averaged=config.ema.decay is not None, average_on_host=config.ema.on_host)
 
 
 def tensor_shapes(config: TrainConfig, family: ModelFamily, folder: ModelFolder) -> Shapes:

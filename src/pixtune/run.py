@@ -9,11 +9,11 @@ from types import TracebackType
 from typing import Protocol, Self
 
 from accelerate import Accelerator
-from torch import Tensor
 
 from pixtune.config.schema import TrainConfig
 from pixtune.data.batches import Batch, BatchSource
 from pixtune.engine.capture import ReplayedPass
+from pixtune.engine.exchange import Exchange
 from pixtune.engine.load import LoadedTransformer
 from pixtune.engine.modulation_ahead import StepsAhead
 from pixtune.engine.relief import Reliefs
@@ -40,8 +40,8 @@ class Run:
     trained: TrainedWeights
     forward_backward: ReplayedPass[Batch]
     """`train.forward_backward` of a batch on the device; returns what its examples contribute to the step's loss."""
-    exchange: Callable[[Tensor], None]
-    """Averages a step's totals, and its gradients, over all processes in place; of one process it changes nothing."""
+    exchange: Exchange
+    """Averaging of a step's totals, and of its gradients, over all processes."""
     reliefs: Reliefs
     """Ways for a step to need less where it runs out of memory. Their `plan` is the one that is carried out now."""
     learning_rate_at: Callable[[int], float]

@@ -135,7 +135,10 @@ def until_it_fits(run: Run, attempt: Callable[[], T], what: str) -> T:
         MemoryShortage: nothing is left to give up, or the attempt has changed some of the weights.
         ExchangeError: another process of the run is gone.
     """
+    alone, process = run.accelerator.num_processes == 1, run.accelerator.process_index
+    what += "" if alone else f" in process {process}"
     while True:
+        num_begun = run.exchange.num_begun
         try:
             return attempt()
         except RuntimeError as error:
@@ -149,7 +152,9 @@ def until_it_fits(run: Run, attempt: Callable[[], T], what: str) -> T:
         run.forward_backward.zero_gradients()
         if not run.trained.abandon_step():
             raise MemoryShortage(what, obstacle, weights_are_torn=True)
-        relief = run.reliefs() if run.accelerator.num_processes == 1 else None  # else all would have to take it again
+        # The others have gone on from an exchange that this process has entered, and gather its parts within a pass.
+        can_repeat = alone or (run.exchange.num_begun == num_begun and run.plan.shards == 1)
+        relief = run.reliefs() if can_repeat else None
         if relief is None:
             raise MemoryShortage(what, obstacle)
         log.warning("%s ran out of memory (%s) and is taken again: %s", what, obstacle.rstrip("."), relief)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from accelerate import Accelerator
 from torch import Tensor, distributed
@@ -41,3 +43,23 @@ def average_across_processes(accelerator: Accelerator, tensors: list[Tensor]) ->
         flat /= accelerator.num_processes
         for tensor, mean in zip(group, flat.split([tensor.numel() for tensor in group]), strict=True):
             tensor.copy_(mean.view_as(tensor))
+
+
+class Exchange:
+    """Averaging of a step's totals and gradients over all processes; of one process it changes nothing.
+
+    Args:
+        average: averages them in place.
+        prepare: takes the memory that this process needs for it. The others need not be there yet.
+    """
+
+    def __init__(self, average: Callable[[Tensor], None], prepare: Callable[[], None] = lambda: None) -> None:
+        self._average, self._prepare = average, prepare
+        self.num_begun = 0
+        """Number of exchanges that this process has entered. One that fails before it can still be taken again: the
+        others wait for it there."""
+
+    def __call__(self, totals_2: Tensor) -> None:
+        self._prepare()
+        self.num_begun += 1
+        self._average(totals_2)

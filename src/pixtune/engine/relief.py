@@ -12,7 +12,7 @@ import gc
 import logging
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Generic, Protocol, Self, TypeVar
 
@@ -30,6 +30,10 @@ T = TypeVar("T")
 
 Relief = Callable[[], str | None]
 """Function that makes a step need less memory and returns how, in words for users; None: it can do nothing more."""
+
+Needs = Mapping[str, int]
+"""Numbers that a process has come to need for its steps to fit: recomputed blocks, and parts of a micro-batch."""
+BLOCKS, PARTS = "recomputed blocks", "parts"
 
 OUT_OF_MEMORY = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
 """Words of errors that the driver and its libraries raise where torch's allocator was not asked."""
@@ -207,6 +211,7 @@ class Reliefs:
         plan: the plan that the run began with.
         give_up_captures: see `capture.ReplayedPass.give_up_captures`.
         others: waited for last.
+        most_needed: tells the other processes of the run what this one needs, and returns the most that any has told.
     """
 
     def __init__(
@@ -216,23 +221,31 @@ class Reliefs:
         recompute_more: RecomputeMore,
         passes: PassInParts[DivisibleT],
         others: MemoryOfOthers,
+        most_needed: Callable[[Needs], Needs] = lambda own: own,
     ) -> None:
         self._first_plan, self._recompute_more, self._passes = plan, recompute_more, passes
+        self._most_needed = most_needed
         self._relief = in_turn(give_up_captures, recompute_more, passes.divide, others.await_some)
 
     def __call__(self) -> str | None:
         """Makes a step need less memory; see `Relief`."""
         free_unused()
-        return self._relief()
+        words = self._relief()
+        self._most_needed(self._needs)
+        return words
+
+    @property
+    def _needs(self) -> Needs:
+        return {BLOCKS: self._recompute_more.num_recomputed, PARTS: self._passes.num_parts}
 
     @property
     def plan(self) -> TrainingPlan:
-        """The plan as it is carried out now."""
-        plan = self._first_plan
-        more = max(self._recompute_more.num_recomputed - plan.recomputed_blocks, 0)
+        """The plan by which every process of the run has room, as far as they have found out."""
+        plan, needs = self._first_plan, self._most_needed(self._needs)
+        more = max(needs[BLOCKS] - plan.recomputed_blocks, 0)
         return replace(
             plan,
             recomputed_blocks=plan.recomputed_blocks + more,
             reprojected_blocks=max(plan.reprojected_blocks - more, 0),
-            micro_batch_parts=self._passes.num_parts,
+            micro_batch_parts=needs[PARTS],
         )

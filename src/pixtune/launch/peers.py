@@ -1,9 +1,9 @@
 """The processes of one run as each of them sees the others, beside the exchange of gradients.
 
 The first process holds a connection to each other one (`joining.py`). They agree where to stop, meet before work that
-needs all of them, and notice a lost one. All but `ask_to_stop`, `come`, `saved` and `leave` is called by the one thread
-that watches for requests to stop (`stop.py`), so a process that computes is heard, and one that is stopped or killed is
-not.
+needs all of them, and notice a lost one. All but `ask_to_stop`, `come`, `need`, `saved` and `leave` is called by the
+one thread that watches for requests to stop (`stop.py`), so a process that computes is heard, and one that is stopped
+or killed is not.
 """
 
 from __future__ import annotations
@@ -88,6 +88,8 @@ class Peers:
         """Whether the first process reports the end: that of the lost process, or of this one, as it has confirmed."""
         self.first_is_gone = False
         """Whether the first process, which is the one that saves, is not there any more."""
+        self.needs: dict[str, int] = {}
+        """Numbers that steps have come to need, the most that any process has reported; the first one knows of all."""
         self._reached: dict[int, int] = {}
         self._here: dict[str, dict[int, str]] = {}
         self._facts: dict[str, Facts] = {}
@@ -128,6 +130,13 @@ class Peers:
         self._arrive(self.rank, place, digest)
         if self.rank:
             self._tell(at=place, digest=digest)
+
+    def need(self, needs: Mapping[str, int]) -> None:
+        """Reports to the first process what this one has come to need; what is less than before changes nothing."""
+        more = {what: number for what, number in needs.items() if number > self.needs.get(what, -1)}
+        self.needs |= more
+        if more and self.rank:
+            self._tell(needs=more)
 
     def meeting(self, place: str) -> Meeting | None:
         """Returns the outcome of the meeting at a place, once all have come; it is told once."""
@@ -192,6 +201,8 @@ class Peers:
             self.is_saved = True
         if "at" in message:
             self._arrive(link.rank, message["at"], message["digest"])
+        if "needs" in message:
+            self.need(message["needs"])
         if "met" in message:
             self._meetings[message["met"]] = Meeting(tuple(message["differing"]), message["facts"])
         if "lost" in message:

@@ -203,6 +203,18 @@ class StopRequest:
                     self._changed.wait()
             return meeting
 
+    def most_needed(self, own: Mapping[str, int]) -> Mapping[str, int]:
+        """Tells the first process what this one has come to need for its steps, and returns the most of all it knows.
+
+        Args:
+            own: numbers by what they count.
+        """
+        with self._changed:
+            if self._peers is None:
+                return own
+            self._peers.need(own)
+            return dict(self._peers.needs)
+
     def failing(self, error: BaseException | None) -> None:
         """Tells the other processes that this one ends with an error, before anything that would wait for them."""
         if error is None or isinstance(error, Stopped | ExchangeError) or self._peers is None:

@@ -17,6 +17,7 @@ from pixtune.plan.adapter import Adapter
 from pixtune.plan.optimizers import USUAL_STATES, StateOptions, TrainedTensors, state_bytes
 
 if TYPE_CHECKING:
+    from pixtune.config.schema import TrainConfig
     from pixtune.family import ActivationUnits, ModelFamily, Shapes
 
 NF4_BLOCK = 16
@@ -273,6 +274,11 @@ def of_all_weights(footprint: Footprint, shapes: Shapes) -> Footprint:
         trains_all=True,
         trains_modulation=True,
     )
+
+
+def with_average(footprint: Footprint, config: TrainConfig) -> Footprint:
+    """Returns the footprint of a LoRA run with the average that the config asks for."""
+    return replace(footprint, is_averaged=config.ema.decay is not None, average_on_host=config.ema.on_host)
 
 
 def tensors_of(

@@ -51,6 +51,33 @@ Findings = Mapping[str, Finding]
 """Findings on the kernels that were tried, by name."""
 
 
+def findings_of_all(every: Sequence[Findings | None]) -> Findings | None:
+    """Returns what counts for a run of several processes, which compute alike: the worst finding on each kernel.
+
+    A kernel that one of them has not tried is left out; None: none of them has tried any.
+    """
+    tried = [found for found in every if found is not None]
+    if len(tried) < 2:
+        return next(iter(tried), None)
+    common = [kernel for kernel in tried[0] if all(kernel in found for found in tried)]
+    return {kernel: _worst([found[kernel] for found in tried]) for kernel in common}
+
+
+def _worst(findings: Sequence[Finding]) -> Finding:
+    def most(values: Sequence[float]) -> float:
+        return math.nan if any(map(math.isnan, values)) else max(values)
+
+    return Finding(
+        obstacle=next((each.obstacle for each in findings if each.obstacle is not None), None),
+        # One that lacked memory says nothing of the kernel, unless another found a fault.
+        lacked_memory=all(each.lacked_memory for each in findings if each.fault is not None)
+        and any(each.lacked_memory for each in findings),
+        error=most([each.error for each in findings]),
+        milliseconds=most([each.milliseconds for each in findings]),
+        padded_error=most([each.padded_error for each in findings]),
+    )
+
+
 @dataclass(frozen=True)
 class AttentionChoice:
     """Decision on attention."""

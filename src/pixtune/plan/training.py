@@ -6,6 +6,7 @@ takes rungs off that ladder and never puts one on.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, NoReturn
@@ -106,6 +107,11 @@ class TrainingPlan:
     def to_dict(self) -> dict[str, Any]:
         """Returns the plan as plain values."""
         return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+
+
+def facts_of_plan(plan: TrainingPlan) -> dict[str, str]:
+    """Returns the plan's decisions, in which all processes of a run must be alike, by names for people."""
+    return {f"the plan's {name}": json.dumps(value) for name, value in plan.to_dict().items() if name != "reasons"}
 
 
 def check_parts(demands: Demands) -> None:

@@ -333,3 +333,16 @@ def test_a_lost_process_is_not_told_of_itself() -> None:
     for process in group * 3:
         process.exchange()
     assert second.lost is None and second.is_told
+
+
+def test_the_first_process_learns_the_most_that_any_has_come_to_need() -> None:
+    first, second, third = group = connected(3)
+    first.need({"blocks": 0, "parts": 1})
+    assert first.needs == {"blocks": 0, "parts": 1}
+    second.need({"blocks": 3, "parts": 1})
+    third.need({"blocks": 2, "parts": 4})
+    talk(group, lambda: first.needs == {"blocks": 3, "parts": 4})
+    second.need({"blocks": 1})
+    third.need({"blocks": 8})
+    talk(group, lambda: first.needs == {"blocks": 8, "parts": 4})
+    assert second.needs == {"blocks": 3, "parts": 1}, "the first one alone writes them down"

@@ -12,7 +12,7 @@ from pixtune.config.schema import TrainConfig
 from pixtune.config.sections import CudaFeatures, DataConfig
 from pixtune.hardware.cards import facts_as
 from pixtune.hardware.facts import HardwareFacts
-from pixtune.plan.kernel_choice import AttentionChoice, Finding, choose_attention, kernels_to_try
+from pixtune.plan.kernel_choice import AttentionChoice, Finding, choose_attention, findings_of_all, kernels_to_try
 
 H100, SPARK, GH200, CPU = (
     facts_as("H100"),
@@ -183,3 +183,26 @@ def test_what_cannot_or_may_not_be_used_is_not_tried(
     """On ARM64 (GH200) builds of FlashAttention 3 are reported to crash."""
     facts = replace(facts, machine="aarch64" if facts in (GH200, SPARK) else "x86_64")
     assert kernels_to_try(facts, config(**settings), obstacle) == tried
+
+
+def test_processes_choose_a_kernel_together() -> None:
+    """The worst of each kernel counts; what one of them has not tried, or found wrong, none of them uses."""
+    fast = Finding(error=0.001, milliseconds=1.0, padded_error=0.001)
+    slow, wrong = replace(fast, milliseconds=9.0), replace(fast, error=math.nan)
+    assert findings_of_all([{"cudnn": fast}]) == {"cudnn": fast}
+    assert findings_of_all([None, None]) is None and findings_of_all([None, {"flash": fast}]) == {"flash": fast}
+    here = {"cudnn": fast, "flash": replace(fast, milliseconds=3.0), "efficient": fast, "flash_3": fast}
+    there = {"cudnn": slow, "flash": fast, "efficient": wrong}
+    found = findings_of_all([here, there])
+    assert found == findings_of_all([there, here]) or (found is not None and math.isnan(found["efficient"].error))
+    assert found is not None and list(found) == ["cudnn", "flash", "efficient"]
+    assert (found["cudnn"].milliseconds, found["flash"].milliseconds) == (9.0, 3.0)
+    assert found["efficient"].fault is not None and found["flash"].fault is None
+    alone = [choose_attention(facts_as("H100"), config(), each, None).kernel for each in (here, there)]
+    assert alone == ["cudnn", "flash"], "each would choose another one"
+    assert choose_attention(facts_as("H100"), config(), found, None).kernel == "flash"
+    lacking, broken = Finding("no memory", lacked_memory=True), Finding("it crashed")
+    both = findings_of_all([{"flash": lacking}, {"flash": broken}])
+    assert both is not None and not both["flash"].lacked_memory, "one that crashed is not excused by the other"
+    only = findings_of_all([{"flash": lacking}, {"flash": fast}])
+    assert only is not None and only["flash"].lacked_memory and only["flash"].fault is not None
