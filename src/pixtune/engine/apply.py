@@ -27,6 +27,7 @@ from pixtune.engine.load_sharded import load_sharded
 from pixtune.engine.mlp import fuse_mlps
 from pixtune.engine.packing import close_gaps
 from pixtune.engine.sharded_blocks import ShardedBlocks
+from pixtune.engine.sharding import keep_gathered
 from pixtune.engine.streaming import choose_streamed, stream_blocks
 from pixtune.engine.together import Together
 from pixtune.family import ModelFamily, Placement
@@ -97,6 +98,8 @@ def load_planned(
     take = None if sharded is None else sharded.take
     if together is not None and not together.is_alone:
         transformer = load_sharded(family, folder, placement, together, reading, random_weights)
+        if isinstance(plan, TrainingPlan) and plan.keeps_gathered:
+            keep_gathered(transformer.module, blocks_of(transformer.module, family))
     elif random_weights:
         config = folder.component_config("transformer")
         transformer = random_transformer(family, config, placement, layout, take=take)

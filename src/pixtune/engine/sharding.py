@@ -1,9 +1,9 @@
 """Divides a transformer's trained weights among the processes of a run, by torch's FSDP2 (`fully_shard`).
 
 Each process holds some rows of every weight (Zhao et al. 2023, arXiv 2304.11277: full sharding). A block's weights are
-gathered before it runs, forward and backward, and dropped after it; gradients are averaged over the processes in fp32,
-and each keeps those of its own rows. What is outside of the blocks is gathered with the first of them and kept until
-the backward pass ends.
+gathered before it runs, forward and backward, and dropped after it; where there is memory for it, they stay between
+the two (`keep_gathered`). Gradients are averaged over the processes in fp32, and each keeps those of its own rows.
+What is outside of the blocks is gathered with the first of them and kept until the backward pass ends.
 
 With several groups of processes that hold one copy each, gradients are averaged between the groups as well.
 """
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from pixtune.engine.together import Together
@@ -68,6 +68,17 @@ def shard_transformer(transformer: nn.Module, blocks: Sequence[nn.Module], mesh:
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(transformer, mesh=mesh, mp_policy=policy)
     transformer.register_forward_hook(_own_memory, prepend=True)
+
+
+def keep_gathered(transformer: nn.Module, blocks: Sequence[nn.Module]) -> None:
+    """Lets blocks stay gathered from their forward to their backward pass; in a pass without gradients they do not."""
+
+    def decide(*_: Any) -> None:
+        for block in blocks:
+            assert isinstance(block, FSDPModule)
+            block.set_reshard_after_forward(not torch.is_grad_enabled(), recurse=False)
+
+    transformer.register_forward_pre_hook(decide)
 
 
 def _own_memory(transformer: nn.Module, args: Any, output: Any) -> Any:

@@ -40,17 +40,24 @@ class AllWeightsRung:
     """Optimizer states, and fp32 copies, wait in host memory."""
     shards: int = 1
     """Number of processes that hold one copy of weights, gradients and states together."""
+    keeps_gathered: bool = False
+    """Blocks stay whole from their forward to their backward pass, which then gathers nothing."""
 
     def blocks(self, compute_format: str) -> Rung:
         """Returns the rung of a LoRA run that holds the blocks in the same way."""
-        return Rung(compute_format, recomputed_blocks=self.recomputed_blocks, shards=self.shards)
+        return Rung(
+            compute_format,
+            recomputed_blocks=self.recomputed_blocks,
+            shards=self.shards,
+            keeps_gathered=self.keeps_gathered,
+        )
 
     def peak_bytes(self, situation: Situation) -> int:
         """Returns the peak of a step, with a margin."""
         footprint, demands = situation.footprint, situation.demands
         held = weight_bytes(self.blocks(demands.compute_format), footprint, demands.compute_format) / self.shards
         states = states_on_device(self.optimizer, self.states_on_host, demands.fp32_copies, footprint, self.shards)
-        gathered = gathered_bytes(footprint, demands.compute_format) if self.shards > 1 else 0
+        gathered = gathered_bytes(footprint, demands.compute_format, self.keeps_gathered) if self.shards > 1 else 0
         return round(held + gathered + states + _moment_bytes(self, situation) + FIXED_BYTES + MARGIN_BYTES)
 
     def beside_bytes(self, situation: Situation) -> int:
@@ -75,13 +82,14 @@ def ladder_of_all_weights(situation: Situation) -> list[AllWeightsRung]:
     # Gradients have to be whole after one backward pass of one process.
     can_fuse = not demands.accumulates and situation.all_processes == 1
     rungs = [
-        AllWeightsRung(optimizer, count, fused, on_host, shards)
+        AllWeightsRung(optimizer, count, fused, on_host, shards, keeps)
         for shards in _shards(situation)
         for on_host in ((False,) if situation.unified else (False, True))
         for fused in ((False, True) if can_fuse else (False,))
         for optimizer in _optimizers(demands.optimizer, on_host)
         if shards == 1 or OPTIMIZERS[optimizer].by_number
         for count in counts
+        for keeps in ((True, False) if shards > 1 else (False,))
     ]
     return sorted(
         rungs,
@@ -92,6 +100,7 @@ def ladder_of_all_weights(situation: Situation) -> list[AllWeightsRung]:
             rung.recomputed_blocks,
             rung.optimizer == SMALL,  # the more exact one first
             rung.fused_step,
+            not rung.keeps_gathered,
         ),
     )
 
@@ -138,15 +147,22 @@ def states_on_device(optimizer: str, on_host: bool, fp32_copies: bool, footprint
     return min(every, max(AHEAD_BYTES, 2 * largest)) if on_host else every
 
 
-def gathered_bytes(footprint: Footprint, compute_format: str) -> int:
+def gathered_bytes(footprint: Footprint, compute_format: str, keeps_gathered: bool = False) -> int:
     """Returns the bytes of weights and gradients on their way between processes that hold the weights together.
 
     Of weights, a block that runs, the next one, and the piece in which this one travels; of gradients, those of a block
     in fp32 as they are sent, and those of the one before. What is outside of blocks stays gathered.
+
+    Args:
+        keeps_gathered: all blocks are whole where the backward pass begins.
     """
     element = ELEMENT_BYTES[compute_format]
-    block = max(block_weight_bytes(kind, compute_format, compute_format, True) for kind in footprint.kinds)
-    return 3 * block + 2 * 4 * block // element + (element + 4) * footprint.outside_weights
+    sizes = [block_weight_bytes(kind, compute_format, compute_format, True) for kind in footprint.kinds]
+    block = max(sizes)
+    weights = 3 * block
+    if keeps_gathered:
+        weights = block + sum(kind.count * size for kind, size in zip(footprint.kinds, sizes, strict=True))
+    return weights + 2 * 4 * block // element + (element + 4) * footprint.outside_weights
 
 
 def _moment_bytes(rung: AllWeightsRung, situation: Situation) -> float:

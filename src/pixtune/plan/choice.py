@@ -108,7 +108,10 @@ def _choose_on_cpu(situation: Situation) -> Choice:
         reasons.append("8-bit weights on a CPU, as quantize asks: they save memory there and cost time")
         reasons += _kept_plain(footprint)
     reasons += _optimizer(situation)
-    rung = Rung(weights_format, recomputed_blocks=count, streamed_blocks=num_streamed, shards=shards)
+    keeps = footprint.trains_all and shards > 1 and not count
+    rung = Rung(
+        weights_format, recomputed_blocks=count, streamed_blocks=num_streamed, shards=shards, keeps_gathered=keeps
+    )
     return Choice(rung, situation.optimizer, (*reasons, *reasons_together(rung, situation)))
 
 
@@ -229,7 +232,7 @@ def _all_weights_reasons(situation: Situation, rung: AllWeightsRung) -> Iterator
         every = footprint.state_bytes(rung.optimizer) + of_each * footprint.trained_weights
         yield (
             f"{rung.shards} processes hold weights, gradients and states together, about {_gib(every / rung.shards)} "
-            "each, and gather each block before it runs"
+            f"each, and gather each block {'once a step' if rung.keeps_gathered else 'before it runs, in both passes'}"
         )
 
 

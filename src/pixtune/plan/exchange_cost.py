@@ -113,6 +113,7 @@ def full_exchanges(
     weight_bytes: float = 2,
     gradient_bytes: float = 4,
     num_micro_batches: int = 1,
+    keeps_gathered: bool = False,
 ) -> list[Exchange]:
     """Lists a step's exchanges where weights, gradients and optimizer states are shared (ZeRO's third stage).
 
@@ -123,8 +124,12 @@ def full_exchanges(
         block_weights: number of each block's weights.
         shards: processes that share one copy.
         weight_bytes, gradient_bytes: bytes of a value as it travels.
+        keeps_gathered: the backward pass finds the weights where the forward pass has left them.
     """
-    gathers = gathering_exchanges([round(weight_bytes * each) for each in block_weights], shards, num_micro_batches)
+    sizes = [round(weight_bytes * each) for each in block_weights]
+    gathers = gathering_exchanges(sizes, shards, num_micro_batches)
+    if keeps_gathered:
+        gathers = gathers[: len(gathers) // 2]
     gradients = [round(gradient_bytes * each) for each in block_weights]
     sums = [Exchange("reduce_scatter", each, shards) for each in gradients] if shards > 1 else []
     copies = num_processes // shards

@@ -104,7 +104,9 @@ def _of_all_weights(
         for kind in footprint.kinds
         for _ in range(kind.count)
     ]
-    every = full_exchanges(blocks, rung.shards, situation.all_processes, element, gradient, num_micro_batches)
+    every = full_exchanges(
+        blocks, rung.shards, situation.all_processes, element, gradient, num_micro_batches, rung.keeps_gathered
+    )
     gathers = tuple(each for each in every if each.kind == "all_gather")
     return gathers, tuple(each for each in every if each.kind != "all_gather")
 

@@ -83,6 +83,8 @@ class Rung:
     """8-bit weights are kept a second time, transposed: 0.17 ms a block of Qwen-Image on an H100."""
     shards: int = 1
     """Number of processes that hold the streamed blocks together, each a part of every one; 1: host memory does."""
+    keeps_gathered: bool = False
+    """Trained blocks that several processes hold together stay whole from their forward to their backward pass."""
 
     @property
     def recomputes(self) -> bool:

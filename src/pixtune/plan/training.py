@@ -96,6 +96,8 @@ class TrainingPlan:
     shards: int = 1
     """Number of processes that hold one copy of the weights together. With more than 1, `streamed_blocks` lie in parts
     on their GPUs, and are gathered each time; with all weights trained, everything does."""
+    keeps_gathered: bool = False
+    """Trained blocks that lie in parts stay whole from their forward to their backward pass."""
     step_form: str | None = field(default=None, metadata={"choices": STEP_FORMS})
     """Form of a step over all weights, and with it what rounding draws; None: a LoRA's run, or one that is older."""
 
@@ -239,5 +241,6 @@ def plan_training(
         attention_off=attending.off,
         micro_batch_seconds=chosen.micro_batch_seconds,
         shards=rung.shards,
+        keeps_gathered=rung.keeps_gathered,
         step_form=step_form if footprint.trains_all else None,
     )

@@ -249,7 +249,11 @@ def test_processes_share_the_host() -> None:
 
 def test_processes_hold_the_weights_together_only_where_one_cannot() -> None:
     assert plan_for("H200", num_processes=2).shards == 1
-    assert plan_for("H200", num_processes=2, distributed=DistributedConfig(shards=2)).shards == 2
+    two = plan_for("H200", num_processes=2, distributed=DistributedConfig(shards=2))
+    assert two.shards == 2 and two.keeps_gathered, "there is room for all weights between the passes"
+    assert any("gather each block once a step" in reason for reason in two.reasons)
+    smaller = plan_for("H100", num_processes=2, distributed=DistributedConfig(shards=2))
+    assert smaller.shards == 2 and not smaller.keeps_gathered
     together = plan_for("H100", num_processes=8)
     assert together.shards == 8 and together.optimizer == "adamw" and not together.states_on_host
     assert "Without distributed.shards it needs" in refusal("H100", num_processes=2, distributed=ALL_IN_EACH)

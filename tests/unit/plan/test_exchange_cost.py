@@ -106,3 +106,10 @@ def test_a_step_is_limited_by_what_takes_longest() -> None:
     bound = ScaledStep(1.0, hidden_seconds=2.0, exposed_seconds=0.1, wait_seconds=0.2)
     assert math.isclose(bound.efficiency, 1 / 2.3) and bound.limit.startswith("the link")
     assert ScaledStep(1.0, 0.0, 0.1, 0.2).limit == "the slowest process"
+
+
+def test_weights_that_stay_gathered_come_once_for_each_micro_batch() -> None:
+    twice, once = (full_exchanges([10, 30], 2, 4, num_micro_batches=3, keeps_gathered=keeps) for keeps in (False, True))
+    gathers = [each.num_bytes for each in once if each.kind == "all_gather"]
+    assert sorted(gathers) == [20, 20, 20, 60, 60, 60]
+    assert [each for each in twice if each.kind != "all_gather"] == [each for each in once if each.kind != "all_gather"]
