@@ -23,16 +23,19 @@ class Blocks(nn.Module):
         self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(6, 6), nn.Tanh()) for _ in range(3))
         self.gathered: list[bool] = []
 
+    def weights(self) -> list[Tensor]:
+        return [block.get_parameter("0.weight") for block in self.blocks]
+
     def forward(self, x_BC: Tensor) -> tuple[Tensor]:
         first, second, last = self.blocks
         x_BC = checkpoint(second, first(x_BC), use_reentrant=False)
-        self.gathered = [not isinstance(block[0].weight, DTensor) for block in self.blocks]
+        self.gathered = [not isinstance(weight, DTensor) for weight in self.weights()]
         return (last(x_BC),)
 
 
 @pytest.fixture
 def mesh() -> Iterator[DeviceMesh]:
-    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())  # type: ignore[attr-defined]
     yield init_device_mesh("cpu", (1,))
     dist.destroy_process_group()
 
@@ -56,7 +59,7 @@ def test_blocks_stay_gathered_from_their_forward_to_their_backward_pass(mesh: De
             output = model(x_BC)[0]
             assert model.gathered == [keeps, keeps, False], "the last one has not run yet"
             output.square().sum().backward()
-            assert all(isinstance(block[0].weight, DTensor) for block in model.blocks)
+            assert all(isinstance(weight, DTensor) for weight in model.weights())
         for name, parameter in model.named_parameters():
             assert parameter.grad is not None
             torch.testing.assert_close(whole_of(parameter.grad), plain.get_parameter(name).grad, rtol=1e-5, atol=1e-6)
