@@ -281,6 +281,38 @@ def test_what_processes_hold_together_is_divided_and_what_they_gather_is_not() -
     assert peak(2) - peak(1) + divided / 2 == pytest.approx((3 * 2 + 2 * 4) * 0.34e9, rel=0.15)
 
 
+def test_a_step_in_one_kernel_needs_no_memory() -> None:
+    """By hand: 16 bytes for each number of a modulation layer, 18432 x 3072, and 4 that were drawn for all its rows."""
+    largest, footprint = 18432 * 3072, full_size_footprint(CONFIG)
+    few_tokens = replace(footprint, num_tokens=16)  # activations need less than the step
+
+    def peak(optimizer: str, form: str | None, shards: int) -> int:
+        situation = replace(situation_on("H200", num_processes=shards, footprint=few_tokens), step_form=form)
+        return AllWeightsRung(optimizer, recomputed_blocks=60, shards=shards).peak_bytes(situation)
+
+    whole, older, kernel = (peak("adamw_8bit", form, 1) for form in ("separate", None, "kernel"))
+    assert whole == older and whole - kernel == pytest.approx(16 * largest, rel=0.05)
+    assert peak("adamw_8bit", "separate", 2) - peak("adamw_8bit", "kernel", 2) == pytest.approx(8 * largest, rel=0.1)
+    assert peak("adamw_8bit", None, 2) - peak("adamw_8bit", "separate", 2) == pytest.approx(4 * largest, rel=0.01)
+    assert peak("muon", "kernel", 1) == peak("muon", None, 1), "it has no kernel"
+
+
+@pytest.mark.parametrize(
+    ("card", "given", "form"),
+    [
+        ("H200", "kernel", "kernel"),
+        ("H200", "separate", "separate"),
+        ("H200", None, None),
+        ("cpu", "kernel", "separate"),
+    ],
+)
+def test_the_plan_says_how_weights_are_stepped(card: str, given: str | None, form: str | None) -> None:
+    facts = HardwareFacts("cpu", "x86_64", (0, 0), 0, 0) if card == "cpu" else facts_as(card, 256 * GIB)
+    assert plan_training(facts, full_size_footprint(CONFIG), CONFIG, step_form=given).step_form == form
+    lora = CONFIG.model_copy(update={"method": "lora"})
+    assert plan_training(facts, full_size_footprint(lora), lora, step_form=given).step_form is None
+
+
 @pytest.mark.parametrize("card", ["H100", "cpu"])
 def test_an_optimizer_of_whole_matrices_is_refused_for_parts(card: str) -> None:
     changes: dict[str, Any] = {"optimizer": "muon", "distributed": DistributedConfig(shards=2)}
