@@ -128,7 +128,7 @@ def basis(facts: HardwareFacts) -> str:
     if not facts.num_sms:
         return "a guess: this card is not in pixtune's table, so its speed is not known before a run"
     if facts.capability == HOPPER:
-        return "H100 and H200 were measured, within 15% of it"
+        return "H100 and H200 were measured: up to 20% longer, rarely shorter"
     return "by the data sheet, from what H100 and H200 took: not measured on this kind of card"
 
 

@@ -50,6 +50,14 @@ def test_it_is_near_what_was_measured(path: Path) -> None:
     assert 0.85 < estimate / result["seconds_per_step_median"] < 1.05
 
 
+def test_it_is_near_what_was_measured_at_another_size() -> None:
+    """H200, FLUX.1-dev at 896 pixels: plans drawn by lot and their neighbours."""
+    found = json.loads((RESULTS / "neighbours_h200" / "11-flux.json").read_text())
+    of = situation(facts_as("H200"), "flux", (found["case"]["size"] // 16) ** 2 + 512)
+    ratios = [step_seconds(Rung(**each["rung"]), of) / each["seconds"] for each in found["results"]]
+    assert len(ratios) > 20 and 0.8 < min(ratios) and max(ratios) < 1.05
+
+
 @pytest.mark.parametrize("kind", ["lokr", "dora"])
 def test_other_adapters_take_as_much_longer_as_was_measured(kind: str) -> None:
     """Beside a LoRA on the same machine in the same process, in 8 bits; copies take no longer."""
