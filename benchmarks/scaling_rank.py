@@ -113,7 +113,7 @@ def main() -> None:
     parser.add_argument("words", nargs="*")
     arguments = parser.parse_args()
     rank, counted = int(os.environ.get("RANK", "0")), Counted()
-    folder = arguments.figures / f"rank-{rank}"
+    folder = arguments.figures / "run"  # one of all processes, as those that hold the weights together demand
     config = load_config(arguments.config, [*arguments.words, f"output_dir={folder}"])
     if arguments.in_parts:
         hold_in_parts()
@@ -123,6 +123,8 @@ def main() -> None:
     timed = CountedSteps(run, counted)
     if not run_steps(run, timed).finished:
         raise SystemExit("asked to stop before all steps were timed")
+    if run.accelerator.num_processes > 1:
+        distributed.barrier()  # the first process has written all steps
     flops, formats = count_flops(run, services, case), formats_of(run.plan, device)
     figures = {
         "rank": rank,
