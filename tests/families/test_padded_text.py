@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 from torch.overrides import TorchFunctionMode
 
 from pixtune.engine.activations import recompute_blocks, recompute_projections
-from pixtune.engine.compile import compile_blocks
+from pixtune.engine.compile import compile_blocks, compile_forward
 from pixtune.engine.forwards import replace_computation
 from pixtune.engine.load import random_transformer
 from pixtune.engine.padded_attention import attend_padded
@@ -146,11 +147,11 @@ def compile_selectively(case: Case) -> None:
     compile_blocks(case.blocks, selective=True)
 
 
-def compile_whole(case: Case, dynamic: bool) -> None:
-    """Breaks off where a block would not be one graph. Its code is not made, which takes most of the time."""
+def compile_for_all_lengths(case: Case) -> None:
+    """As runs do whose captions vary in length, but that its code is not made, which takes most of the time."""
     for block in case.blocks:
-        change = partial(torch.compile, fullgraph=True, dynamic=dynamic, backend="aot_eager_decomp_partition")
-        replace_computation(block, change)
+        in_one = partial(compile_forward, trained=True, sizes_vary=True, backend="aot_eager_decomp_partition")
+        replace_computation(block, in_one)
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -158,24 +159,23 @@ def test_nor_where_blocks_are_recomputed(model: str) -> None:
     assert_padding_changes_nothing(build(model, LENGTHS["two of other lengths"]), recompute_some)
 
 
-# The next three compile the one model whose blocks do all that the others' do: controls, and rows modulated as clean.
-
-
-def test_nor_where_a_block_is_one_graph() -> None:
-    assert_padding_changes_nothing(
-        build(CLEAN, LENGTHS["two of other lengths"], 1), partial(compile_whole, dynamic=False)
-    )
+# The next two compile the one model whose blocks do all that the others' do: controls, and rows modulated as clean.
 
 
 def test_nor_where_one_graph_serves_all_lengths() -> None:
-    assert_padding_changes_nothing(
-        build(CLEAN, LENGTHS["two of other lengths"], 1), partial(compile_whole, dynamic=True)
-    )
+    case = build(CLEAN, LENGTHS["two of other lengths"], 1)
+    counters.clear()
+    assert_padding_changes_nothing(case, compile_for_all_lengths)
+    shorter = replace(case, rows=[{name: values[:9] for name, values in row.items()} for row in case.rows])
+    shorter.step(MULTIPLE)
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
 
 
 def test_nor_where_blocks_are_compiled() -> None:
     case = build(CLEAN, LENGTHS["two of other lengths"], num_layers=1)
+    counters.clear()
     assert_padding_changes_nothing(case, compile_selectively)
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"], "a block is one graph"
 
 
 def test_a_padded_step_is_the_stock_models_with_its_mask() -> None:
