@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 
 from pixtune.engine import activations, transfer
 from pixtune.engine.activations import (
@@ -29,6 +30,7 @@ from tests.unit.engine.tiny import (
     assert_same,
     attach,
     blocks_of,
+    compile_in_one,
     load_model,
     plain_step,
     step,
@@ -124,8 +126,7 @@ def test_more_blocks_recomputed_in_the_middle_of_a_run(name: str = "tiny-flux") 
     attach(name, model)
     blocks = blocks_of(name, model)
     recompute_projections(blocks[1:])
-    for block in blocks:
-        replace_computation(block, lambda forward: torch.compile(forward, backend="aot_eager"))
+    compile_in_one(blocks)
     recompute_more = RecomputeMore(blocks)
     recomputed = []
     while True:
@@ -336,12 +337,11 @@ def test_sizes_are_rounded_up_by_less_than_an_eighth() -> None:
 @pytest.mark.parametrize(("name", "compiled_first"), [("tiny-qwen-image", False), ("tiny-flux", True)])
 def test_compiled_streamed_and_offloaded_blocks_equal_compiled_resident_ones(name: str, compiled_first: bool) -> None:
     """Compilation goes inside, whenever it happens, and neither swapped weights nor returned inputs repeat it."""
-    compile_block = lambda forward: torch.compile(forward, fullgraph=True, backend="aot_eager")  # noqa: E731
     torch._dynamo.reset()
+    counters.clear()
     plain = load_model(name, "int8")
     attach(name, plain)
-    for block in blocks_of(name, plain):
-        replace_computation(block, compile_block)
+    compile_in_one(blocks_of(name, plain))
     expected = step(name, plain)
 
     model = load_model(name, "int8")
@@ -349,17 +349,15 @@ def test_compiled_streamed_and_offloaded_blocks_equal_compiled_resident_ones(nam
     stream_blocks(blocks, CPU, num_slots=2)
     attach(name, model)
     if compiled_first:
-        for block in blocks:
-            replace_computation(block, compile_block)
+        compile_in_one(blocks)
     recompute_blocks(blocks, offload=True)
     if not compiled_first:
-        for block in blocks:
-            replace_computation(block, compile_block)
+        compile_in_one(blocks)
     assert_same(step(name, model), expected)
     with torch._dynamo.config.patch(error_on_recompile=True):
         assert_same(step(name, model), expected)
         assert_same(step(name, plain), expected)
-    assert torch._dynamo.utils.counters["graph_break"] == {}
+    assert counters["graph_break"] == {} and counters["stats"]["unique_graphs"] > 0
 
 
 @pytest.mark.parametrize("fullgraph", [False, True])

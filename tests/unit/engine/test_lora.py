@@ -12,6 +12,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.utils import counters
 from torch._functorch._aot_autograd.utils import make_boxed_func
 
 from pixtune.engine.activations import recompute_blocks, recompute_projections
@@ -274,9 +275,10 @@ def test_a_step_is_pefts_within_rounding(name: str, how: str, pefts_way: Callabl
     if "recomputed" in how:
         recompute_blocks(blocks, offload=False)
     if "compiled" in how:
-        for block in blocks:
-            replace_computation(block, functools.partial(torch.compile, backend="aot_eager", fullgraph=True))
+        tiny.compile_in_one(blocks)
+    counters.clear()
     loss, gradients = tiny.step(name, model)
+    assert counters["graph_break"] == {} and (counters["stats"]["unique_graphs"] > 0) == ("compiled" in how)
     pefts_way()
     expected_loss, expected = tiny.step(name, model_with_lora(name))
     assert abs(loss - expected_loss) < 1e-6 * expected_loss

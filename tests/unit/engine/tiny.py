@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from pixtune.engine.compile import compile_forward
+from pixtune.engine.forwards import replace_computation
 from pixtune.engine.load import Layout, load_transformer
 from pixtune.families import family_of
 from pixtune.family import ModelFamily, Placement
@@ -70,6 +72,13 @@ def attach(name: str, model: nn.Module) -> None:
     with torch.no_grad():
         for weight in adapters.lora_weights(model).values():
             weight.copy_(torch.randn(weight.shape, generator=generator) * 0.05)
+
+
+def compile_in_one(blocks: Sequence[nn.Module]) -> None:
+    """Compiles blocks as runs do, one graph for all of a kind; its code is not made, which takes most of the time."""
+    for block in blocks:
+        in_one = functools.partial(compile_forward, trained=True, sizes_vary=False, backend="aot_eager")
+        replace_computation(block, in_one)
 
 
 def velocity(name: str, model: nn.Module, seed: int = 0) -> Tensor:
