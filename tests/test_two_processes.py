@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import torch
@@ -26,7 +25,7 @@ from tests.runs import (
     overrides,
     pixtune,
     pixtune_together,
-    run,
+    python,
     write_config,
 )
 
@@ -54,9 +53,9 @@ def train_alone(config: Path, words: list[str]) -> None:
 
 def train_in_two(config: Path, words: list[str]) -> str:
     """torch's launcher on the CPU, where processes talk through gloo (`accelerate launch` would need MPI there)."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py"]
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py"]
     env = environment(ACCELERATE_USE_CPU="true", GLOO_SOCKET_IFNAME="lo")
-    outcome = run([*command, "--config", str(config), *words], env=env)
+    outcome = python(*command, "--config", config, *words, env=env)
     assert outcome.returncode == 0, outcome.stdout
     return outcome.stdout
 

@@ -31,10 +31,9 @@ class Command:
     script: str
     config: str
     model: str = "tiny-qwen-image"
-    launcher: bool = True
     typed_here: bool = False
-    """Run as it is typed, by a Python of its own. The launcher does the same for each script, so the other scripts are
-    run without it, in a process that has imported the libraries already."""
+    """Run as it is typed, by the launcher, which starts a Python for it. It does the same for each script, so the other
+    scripts are run without it, in a process that has imported the libraries already."""
 
     @property
     def path(self) -> Path:
@@ -42,9 +41,7 @@ class Command:
 
     def run(self, words: list[str]) -> subprocess.CompletedProcess[str]:
         script = [self.script, "--config", f"./train_configs/{self.config}.yaml", *words]
-        if not self.typed_here:
-            return python(*script)
-        return run([*(ACCELERATE_LAUNCH if self.launcher else [sys.executable]), *script])
+        return run([*ACCELERATE_LAUNCH, *script]) if self.typed_here else python(*script)
 
 
 COMMANDS = {
@@ -54,7 +51,7 @@ COMMANDS = {
     "C4": Command("train_qwen_edit_lora.py", "train_lora_qwen_edit", "tiny-qwen-image-edit"),
     "C5": Command("train_flux_lora.py", "train_flux_config", "tiny-flux"),
     "C6": Command("train_full_qwen_image.py", "train_full_qwen_image"),
-    "C7": Command("train.py", "train_aarch64_optimized", launcher=False, typed_here=True),
+    "C7": Command("train.py", "train_aarch64_optimized"),
 }
 REFUSED = {row: refused_keys(command.path) for row, command in COMMANDS.items()}
 

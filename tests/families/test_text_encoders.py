@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +19,7 @@ from pixtune.families import family_of
 from pixtune.family import Placement, Prompt, TextEncoder
 from pixtune.planning import count_text_weights
 from pixtune.storage.model_folder import ModelFolder, open_model_folder
-from tests.runs import ROOT
+from tests.runs import ROOT, python
 
 CPU = torch.device("cpu")
 LANGUAGE_MODELS = ("tiny-qwen-image", "tiny-qwen-image-edit")
@@ -130,7 +128,9 @@ for dtype in sys.argv[1:]:
     del encoder
 """
     shares = {"bfloat16": 0, "float32": 1}
-    run = subprocess.run([sys.executable, "-c", code, *shares], capture_output=True, text=True, check=True)
+    (tmp_path / "measure.py").write_text(code, encoding="utf-8")
+    run = python(tmp_path / "measure.py", *shares)
+    assert run.returncode == 0, run.stdout
     found = [line.split()[1:] for line in run.stdout.splitlines() if line.startswith("found")]
     for (dtype, share), (weighs, held) in zip(shares.items(), found, strict=True):
         assert int(weighs) >= 128 and abs(int(held) / int(weighs) - share) < 0.25, (dtype, weighs, held)

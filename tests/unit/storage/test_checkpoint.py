@@ -5,8 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
-import subprocess
-import sys
+import shutil
 import textwrap
 import threading
 import time
@@ -23,6 +22,7 @@ from pixtune.storage.checkpoint_state import STATE_FILE, checkpoint_path, find_c
 from pixtune.storage.course import prune_checkpoints, resolve_resume
 from pixtune.storage.files import file_digest
 from pixtune.storage.safetensors_writer import TensorFile, save_safetensors
+from tests.runs import python
 
 RECORD = {"config": {"rank": 4, "rate": 1e-4}, "text": "狐", "nothing": None}
 
@@ -243,10 +243,11 @@ def test_disk_full_in_a_real_process_leaves_the_older_one(tmp_path: Path) -> Non
             print(error)
             raise SystemExit(7)
     """
-    outcome = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, timeout=120
-    )
-    assert outcome.returncode == 7, outcome.stderr
+    (folder := tmp_path / "script").mkdir()
+    (folder / "fill.py").write_text(textwrap.dedent(script), encoding="utf-8")
+    outcome = python(folder / "fill.py")
+    shutil.rmtree(folder)
+    assert outcome.returncode == 7, outcome.stdout
     assert "step 2 could not be written" in outcome.stdout and "resume_from_checkpoint=latest" in outcome.stdout
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-000001"]
     assert content(older) == before
