@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from pixtune.hardware.facts import GIB
+from pixtune.plan import all_weights
 from pixtune.plan.rungs import (
     STREAM_SLOTS,
     Rung,
@@ -156,10 +157,11 @@ def with_limit(situation: Situation, limit_gib: float) -> Situation:
 
 def least_limit(situation: Situation) -> float:
     """Returns the smallest limit in GiB, to a tenth, that the planner does not refuse."""
+    choose = all_weights.first_that_fits if situation.footprint.trains_all else first_that_fits
     low, high = 0, round(10 * situation.facts.total_bytes / GIB)
     while high - low > 1:
         middle = (low + high) // 2
-        fits = first_that_fits(with_limit(situation, middle / 10)) is not None
+        fits = choose(with_limit(situation, middle / 10)) is not None
         low, high = (low, middle) if fits else (middle, high)
     return high / 10
 
