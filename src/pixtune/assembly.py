@@ -14,11 +14,13 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from pixtune.config.schema import TrainConfig
-from pixtune.data.batches import Batch, BatchSource
+from pixtune.data.batches import Batch, BatchSource, Order
 from pixtune.data.order import BatchOrder
 from pixtune.data.prepare import prepare_data
 from pixtune.data.prepared import DataFingerprint, PreparedData
 from pixtune.data.prior import draw_prior
+from pixtune.data.streamed.prepare import prepare_stream
+from pixtune.data.streamed.state import stored_stream
 from pixtune.engine.apply import apply_switches, apply_to_activations, blocks_of, load_planned
 from pixtune.engine.capture import GraphCapturer, ReplayedPass
 from pixtune.engine.exchange import Exchange, average_across_processes
@@ -172,12 +174,20 @@ def assemble(
 
     stored = without_former_fields(checkpoint.record.get("encoders", {})) if checkpoint else None
     encoders = None if stored is None else read_decision(EncoderPlan, stored, "encoders")
-    prior = draw_prior(config, identity.base, accelerator, crew)
-    data = prepare_data(
-        config, family, folder, accelerator, memory.stages, encoders,
-        partial(check_data, config, checkpoint, identity, stop), prior, crew,
+    checked = partial(check_data, config, checkpoint, identity, stop)
+    if config.stream.window is not None:
+        data = prepare_stream(
+            config, family, folder, accelerator, memory.stages, encoders, checked, crew,
+            stored_stream(checkpoint) if checkpoint else None, stop,
+        )  # fmt: skip
+    else:
+        prior = draw_prior(config, identity.base, accelerator, crew)
+        data = prepare_data(
+            config, family, folder, accelerator, memory.stages, encoders, checked, prior, crew
+        )  # fmt: skip
+    order = data.stream or BatchOrder(
+        data.buckets, config.batch_size * accelerator.num_processes, config.seed, data.uses
     )  # fmt: skip
-    order = BatchOrder(data.buckets, config.batch_size * accelerator.num_processes, config.seed, data.uses)
     num_steps = planned_steps(config, order)
     identity = replace(identity, **data.fingerprint.entries, num_steps=num_steps)
     changes = check_run(config, checkpoint, identity)
@@ -214,6 +224,8 @@ def assemble(
         num_steps=num_steps,
         stop=stop,
     )
+    if data.stream is not None:
+        data.stream.keep_for(config, plan, partial(passes.make_room, data.encoding_bytes))
     services = Services(run, folder, data, start_step, Course(config.output_dir, identity, changes, checkpoint, lock))
     if checkpoint:
         services.checkpoints.restore(checkpoint)
@@ -314,7 +326,7 @@ def go_on_from(config: TrainConfig, services: Services) -> TrainConfig:
 
 
 def build_source(
-    config: TrainConfig, plan: TrainingPlan, data: PreparedData, order: BatchOrder, accelerator: Accelerator
+    config: TrainConfig, plan: TrainingPlan, data: PreparedData, order: Order, accelerator: Accelerator
 ) -> BatchSource:
     """Builds the source of this process's batches."""
     return BatchSource(
@@ -375,10 +387,11 @@ def build_steps_ahead(
     )
 
 
-def planned_steps(config: TrainConfig, order: BatchOrder) -> int:
+def planned_steps(config: TrainConfig, order: Order) -> int:
     """Counts the optimizer steps of the whole run: `max_train_steps` or `num_train_epochs`, whichever ends first."""
     limits = [config.max_train_steps] if config.max_train_steps is not None else []
     if config.num_train_epochs is not None:
+        assert isinstance(order, BatchOrder), "the config refuses epochs of a stream"
         micro_batches = order.epoch_end(config.num_train_epochs - 1)
         limits.append(-(-micro_batches // config.gradient_accumulation_steps))
     return min(limits)

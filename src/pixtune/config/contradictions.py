@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pixtune.config.optimizing import RULES_OF_OPTIMIZERS, unread
+from pixtune.config.streaming import RULES_OF_STREAMS
 
 
 class Contradiction(NamedTuple):
@@ -352,4 +353,5 @@ _RULES: tuple[tuple[tuple[str, ...], Callable[..., str | None]], ...] = (
     (("objective.min_sigma", "objective.max_sigma"), _a_range_of_sigmas),
     (("data_config.control_dir", "data_config.metadata_file"), _one_source_of_controls),
     *RULES_OF_OPTIMIZERS,
+    *RULES_OF_STREAMS,
 )

@@ -42,6 +42,7 @@ from pixtune.config.sections import (
     TrainingAdapterConfig,
     ValidationConfig,
 )
+from pixtune.config.streaming import StreamConfig
 from pixtune.config.values import (
     Count,
     FewThousand,
@@ -274,6 +275,8 @@ class TrainConfig(Section):
     pixtune's own read them."""
     fastsafetensors_num_threads: Annotated[int, Field(ge=1, le=1024)] = 8
     """Number of threads that read weights, with or without that package; without effect on a CPU."""
+    stream: StreamConfig = StreamConfig()
+    """A data set that is neither copied nor encoded whole before the first step."""
     distributed: DistributedConfig = DistributedConfig()
     """Work that several processes share."""
     cuda_features: CudaFeatures = CudaFeatures()

@@ -10,14 +10,14 @@ from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from pixtune import randomness
 from pixtune.config.sections import ObjectiveConfig
-from pixtune.data.order import BatchOrder, Turn
+from pixtune.data.order import Turn, Use
 from pixtune.family import Conditioning, LatentDistribution
 from pixtune.objective import fit_into_range, shift_sigmas, sigmas_from_uniform
 from pixtune.sizes import LatentShape
@@ -121,11 +121,27 @@ class ExampleReader:
     """Factor of each example's loss; None where all are 1."""
 
 
+class Order(Protocol):
+    """The order of turns of a whole run: `BatchOrder`, or that of a stream."""
+
+    seed: int
+    global_batch_size: int
+
+    @property
+    def uses(self) -> Sequence[Use]: ...
+
+    @property
+    def an_example(self) -> int: ...
+
+    def micro_batch(self, index: int) -> list[Turn]:
+        """Returns the turns of global micro-batch `index` of the run. Asked for in one thread."""
+
+
 @dataclass(frozen=True)
 class BatchSource:
     """Source of this process's batches by the number of the micro-batch: position alone decides everything."""
 
-    order: BatchOrder
+    order: Order
     reader: ExampleReader
     objective: ObjectiveConfig
     caption_dropout_rate: float

@@ -81,6 +81,21 @@ class Encodings:
         """Takes captions and pictures as those that are to be in the cache, and returns what it lacks of both."""
         return self._know_texts(items), self._know_pictures(pictures)
 
+    def know_only(self, items: Sequence[TextItem], pictures: Sequence[FramedPicture]) -> tuple[Lacking, Lacking]:
+        """Forgets what it knew, and takes these as `know` does: those before them are no longer read."""
+        texts, latents = Digests(), Digests()
+        lacking = (
+            look_for(self.encoder.store, Keys(items, self._text_key), self.encoder.crew, texts),
+            look_for(self.encoder.store, Keys(pictures, self._latent_key), self.encoder.crew, latents),
+        )
+        self._texts, self._pictures = texts, latents  # at once: threads may be reading
+        return lacking
+
+    def digests(self, items: Sequence[TextItem], pictures: Sequence[FramedPicture]) -> set[str]:
+        """Returns the digests of the entries of captions and pictures."""
+        keys = (*Keys(items, self._text_key), *Keys(pictures, self._latent_key))
+        return {key.digest for key in keys}
+
     def _know_texts(self, items: Sequence[TextItem]) -> Lacking:
         return look_for(self.encoder.store, Keys(items, self._text_key), self.encoder.crew, self._texts)
 

@@ -10,7 +10,7 @@ from itertools import chain
 from pathlib import Path
 
 from pixtune import randomness
-from pixtune.config.folders import Folder, folder_beside, folders_of
+from pixtune.config.folders import CaptionRules, Folder, folder_beside, folders_of
 from pixtune.config.schema import TrainConfig
 from pixtune.data.buckets import Buckets, Framing, build_buckets, frame_picture, frame_variants
 from pixtune.data.captions import caption_without_file, forms_of, split_lines, with_prefix
@@ -147,7 +147,7 @@ def _read_folder(
     for warning in masks.warnings:
         note(warning)
     faults = [*found.faults, *_control_faults(found.pairs, controls, folder), *masks.faults]
-    framed = _framer(buckets, folder, controls)
+    framed = framer(buckets, folder, controls)
 
     numbers_of: dict[tuple[int, ...] | str, tuple[int, ...] | str] = {}
 
@@ -185,7 +185,7 @@ def _sizes_of(pair: Pair, with_controls: bool) -> tuple[int, ...] | str:
 
 
 @dataclass(frozen=True)
-class _Framings:
+class Framings:
     """Framings of an example, and what its turns draw of them."""
 
     target: tuple[Framing, ...]
@@ -193,11 +193,11 @@ class _Framings:
     shares: tuple[float, ...]
 
 
-def _framer(buckets: Sequence[Buckets], folder: Folder, rules: ControlRules | None) -> Callable[..., _Framings]:
+def framer(buckets: Sequence[Buckets], folder: Folder, rules: ControlRules | None) -> Callable[..., Framings]:
     """Returns the function from the sizes of an example's target and controls to its framings."""
 
     @lru_cache(maxsize=1 << 16)
-    def framed(size: Size, *controls: Size) -> _Framings:
+    def framed(size: Size, *controls: Size) -> Framings:
         framings: list[Framing] = []
         shares: list[float] = []
         for of_size, share in zip(buckets, folder.size_shares, strict=True):
@@ -214,17 +214,14 @@ def _framer(buckets: Sequence[Buckets], folder: Folder, rules: ControlRules | No
         of_controls = tuple(
             tuple(frame_control(control, size, framing, rules) for control in controls) for framing in framings if rules
         )
-        return _Framings(tuple(framings), of_controls, tuple(shares) if len(set(shares)) > 1 else ())
+        return Framings(tuple(framings), of_controls, tuple(shares) if len(set(shares)) > 1 else ())
 
     return framed
 
 
-def _read_example(pair: Pair, framings: _Framings, folder: Folder, controls: ControlRules | None, seed: int) -> Example:
+def _read_example(pair: Pair, framings: Framings, folder: Folder, controls: ControlRules | None, seed: int) -> Example:
     name, rules = f"{folder.label}{pair.name}", folder.captions
-    if without_file := caption_without_file(rules):
-        captions: tuple[str, ...] = (without_file(pair.image_path),)
-    else:
-        captions = (*split_lines(pair.read_caption(), rules, pair.caption_place), *pair.other_captions)
+    captions = captions_of(pair, rules)
     forms = forms_of(captions, rules, seed, name)
     return Example(
         name=name,
@@ -237,6 +234,17 @@ def _read_example(pair: Pair, framings: _Framings, folder: Folder, controls: Con
         caption_forms=forms,
         folder=folder.label,
     )
+
+
+def captions_of(pair: Pair, rules: CaptionRules) -> tuple[str, ...]:
+    """Returns a pair's captions, from wherever its folder's rules have them.
+
+    Raises:
+        DataError: they cannot be read.
+    """
+    if without_file := caption_without_file(rules):
+        return (without_file(pair.image_path),)
+    return (*split_lines(pair.read_caption(), rules, pair.caption_place), *pair.other_captions)
 
 
 def _control_faults(pairs: Sequence[Pair], controls: ControlRules | None, folder: Folder) -> list[str]:

@@ -34,7 +34,7 @@ def read_dataset(columns: DatasetColumns, pictures: Path) -> Pairs:
         DataError: it cannot be read at all: the package is missing, there is no such data set, split or column.
         WriteError: a picture cannot be written.
     """
-    table = _without_decoding(_load(columns), columns)
+    table = without_decoding(_load(columns), columns)
     faults: list[str] = []
     pairs: list[Pair] = []
     if not len(table):
@@ -43,31 +43,49 @@ def read_dataset(columns: DatasetColumns, pictures: Path) -> Pairs:
         faults.append(f"The data set {columns.name} has more than {MOST_ROWS:,} rows, the most that are read.")
         return Pairs(pictures, (), (), tuple(faults), ())
     for number, row in enumerate(table):
-        problems: list[str] = []
-        targets = _picture_files(row[columns.image], columns.image, pictures, problems)
-        controls = _picture_files(row[columns.control], columns.control, pictures, problems) if columns.control else []
-        captions = _captions(row[columns.caption], columns.caption, problems)
-        if len(targets) != 1 and not problems:
-            problems.append(f"{columns.image!r} holds {len(targets)} pictures, and one is needed")
-        if len(controls) > MOST_CONTROLS:
-            problems.append(f"{columns.control!r} holds {len(controls):,} pictures, more than any model takes")
-        if problems:
-            faults += [f"{columns.name}, row {number}: {problem}." for problem in problems]
-            if len(faults) >= MOST_FAULTS:
-                faults.append(f"{columns.name} has more problems than these {len(faults):,}.")
-                break
+        read = pair_of(row, columns, pictures, f"row {number}")
+        if isinstance(read, Pair):
+            pairs.append(read)
             continue
-        caption, *others = captions
-        pairs.append(
-            Pair(
-                targets[0],
-                f"row {number}",
-                caption=caption,
-                other_captions=tuple(others),
-                control_paths=tuple(controls),
-            )
-        )
+        faults += [f"{columns.name}, row {number}: {problem}." for problem in read]
+        if len(faults) >= MOST_FAULTS:
+            faults.append(f"{columns.name} has more problems than these {len(faults):,}.")
+            break
     return Pairs(pictures, tuple(pairs), (), tuple(faults), ())
+
+
+def pair_of(row: Mapping[str, Any], columns: DatasetColumns, pictures: Path, name: str) -> Pair | list[str]:
+    """Returns a row as files that belong together, and copies pictures to files as `read_dataset` does.
+
+    Returns:
+        Problems of the row, as sentences without a full stop, where it cannot be used.
+    """
+    problems: list[str] = []
+    targets = _picture_files(row[columns.image], columns.image, pictures, problems)
+    controls = _picture_files(row[columns.control], columns.control, pictures, problems) if columns.control else []
+    captions = _captions(row[columns.caption], columns.caption, problems)
+    if len(targets) != 1 and not problems:
+        problems.append(f"{columns.image!r} holds {len(targets)} pictures, and one is needed")
+    if len(controls) > MOST_CONTROLS:
+        problems.append(f"{columns.control!r} holds {len(controls):,} pictures, more than any model takes")
+    if problems:
+        return problems
+    caption, *others = captions
+    return Pair(targets[0], name, caption=caption, other_captions=tuple(others), control_paths=tuple(controls))
+
+
+def import_package(name: str) -> Any:
+    """Returns the package `datasets`, for the data set of a name.
+
+    Raises:
+        DataError: it is not installed.
+    """
+    try:
+        import datasets
+    except ImportError as error:
+        problem = f"{name} is read by the package datasets, which is not installed here: {INSTALL}"
+        raise DataError("a data set cannot be read", [problem]) from error
+    return datasets
 
 
 def _load(columns: DatasetColumns) -> Any:
@@ -76,11 +94,7 @@ def _load(columns: DatasetColumns) -> Any:
     Raises:
         DataError: it cannot be; the library's own words are in it.
     """
-    try:
-        import datasets
-    except ImportError as error:
-        problem = f"{columns.name} is read by the package datasets, which is not installed here: {INSTALL}"
-        raise DataError("a data set cannot be read", [problem]) from error
+    datasets = import_package(columns.name)
     name, place = columns.name, Path(os.path.expanduser(columns.name))
     try:
         if place.is_file():
@@ -96,22 +110,45 @@ def _load(columns: DatasetColumns) -> Any:
     except Exception as error:  # the library raises anything; the cause stays attached
         words = " ".join(str(error).split())[:500] or type(error).__name__
         raise DataError("a data set cannot be read", [f"{name} by the package datasets: {words}"]) from error
-    if isinstance(found, datasets.DatasetDict):
-        if columns.split not in found:
-            problem = f"{name} has no split {columns.split!r}; it has {', '.join(found)}. Set dataset_split."
-            raise DataError("a data set cannot be read", [problem])
-        found = found[columns.split]
-    return found
+    return of_split(found, columns)
+
+
+def of_split(found: Any, columns: DatasetColumns) -> Any:
+    """Returns the split of what was found; a single table is its only split.
+
+    Raises:
+        DataError: it has no such split.
+    """
+    if not isinstance(found, dict):
+        return found
+    if columns.split not in found:
+        problem = f"{columns.name} has no split {columns.split!r}; it has {', '.join(found)}. Set dataset_split."
+        raise DataError("a data set cannot be read", [problem])
+    return found[columns.split]
 
 
 def _load_folder(datasets: Any, place: Path) -> Any:
-    if (place / "state.json").is_file() or (place / "dataset_dict.json").is_file():
+    if is_saved(place):
         return datasets.load_from_disk(str(place))
+    return _load_files(datasets, files_in(place))
+
+
+def is_saved(place: Path) -> bool:
+    """Returns whether a folder is one that `save_to_disk` wrote."""
+    return (place / "state.json").is_file() or (place / "dataset_dict.json").is_file()
+
+
+def files_in(place: Path) -> list[Path]:
+    """Returns the Parquet files or else the WebDataset shards of a folder, in the order of their names.
+
+    Raises:
+        DataError: there are none.
+    """
     files = sorted(place.rglob("*.parquet")) or sorted(place.rglob(f"*{SHARD}"))
     if not files:
         problem = f"{place} is neither a folder that save_to_disk wrote nor one of Parquet files or WebDataset shards."
         raise DataError("a data set cannot be read", [problem])
-    return _load_files(datasets, files)
+    return files
 
 
 def _load_files(datasets: Any, files: Sequence[Path]) -> Any:
@@ -119,7 +156,7 @@ def _load_files(datasets: Any, files: Sequence[Path]) -> Any:
     return datasets.load_dataset(form, data_files=[str(path) for path in files], split="train")
 
 
-def _without_decoding(table: Any, columns: DatasetColumns) -> Any:
+def without_decoding(table: Any, columns: DatasetColumns) -> Any:
     """Returns the columns that are wanted alone, with pictures as stored bytes.
 
     Raises:

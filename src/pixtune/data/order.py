@@ -112,6 +112,11 @@ class BatchOrder:
         self.is_even = self.sizes_stay and all(use.repeats == int(use.repeats) for use in self.uses)
         self.epoch = lru_cache(maxsize=4)(self._epoch)
 
+    @property
+    def an_example(self) -> int:
+        """Number of some example, for what needs any."""
+        return 0
+
     def _epoch(self, epoch: int) -> Epoch:
         """Builds the micro-batches of one epoch: each example once, or as often as it repeats.
 
@@ -128,10 +133,10 @@ class BatchOrder:
             variant = 0
             if len(variants) > 1:
                 uniform = randomness.uniform(self.seed, "ratio", epoch, example, *again)
-                variant = turns_T3[place, 1] = _pick(uniform, len(variants), use.shares)
+                variant = turns_T3[place, 1] = pick(uniform, len(variants), use.shares)
             if use.num_captions > 1:
                 uniform = randomness.uniform(self.seed, "caption", epoch, example, *again)
-                turns_T3[place, 2] = _pick(uniform, use.num_captions)
+                turns_T3[place, 2] = pick(uniform, use.num_captions)
             buckets_T[place] = bucket_of.setdefault(variants[variant], len(bucket_of))
         size = self.global_batch_size
         if not len(examples):  # all are of small fractions
@@ -199,7 +204,7 @@ class BatchOrder:
         return self.epoch(epoch)[index - start]
 
 
-def _pick(uniform: float, count: int, shares: Sequence[float] = ()) -> int:
+def pick(uniform: float, count: int, shares: Sequence[float] = ()) -> int:
     """Returns which of `count` things a uniform number falls on, by their shares or else equal ones."""
     if not shares:
         return int(uniform * count)

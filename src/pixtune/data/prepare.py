@@ -42,7 +42,7 @@ from pixtune.data.prepared import (
 from pixtune.data.prompts import control_rules, encode_prompt, prompt_example, rounded_sizes
 from pixtune.data.random_data import random_data
 from pixtune.data.rivals import choose_trials, not_judged
-from pixtune.data.sample_prompts import asked_prompts, default_size
+from pixtune.data.sample_prompts import AskedPrompt, asked_prompts, default_size
 from pixtune.data.swapped import choose_pairs, read_pairs
 from pixtune.data.wanted import Wanted, all_variants
 from pixtune.family import Conditioning, LatentDistribution, ModelFamily
@@ -160,24 +160,34 @@ def choose_wanted(
     held_out: Sequence[Example],
 ) -> tuple[Wanted, list[str]]:
     """Chooses what is read beside the examples, and writes sentences for the user on what it meets."""
-    multiple = family.pixel_multiple(folder)
     rules = control_rules(family, folder, config.data_config.control_size)
     notes = missing_triggers(own, config.trigger_words) + partly_masked(own)
+    asked, prompts, of_prompts = prompts_of(config, family, folder)
+    notes += of_prompts
+    training = Examples((*own, *of_prior)) if of_prior else own
+    pairs = choose_pairs(training, rules, family.dropped_caption, config.seed)
+    trials = choose_trials(own, config, family.controls_in_text)
+    notes += not_judged(trials, config)
+    return Wanted(training, len(of_prior), held_out, asked, prompts, pairs, trials), notes
+
+
+def prompts_of(
+    config: TrainConfig, family: ModelFamily, folder: ModelFolder
+) -> tuple[list[AskedPrompt], list[Example], list[str]]:
+    """Returns the prompts of samples, the same in the form of examples, and sentences for the user on them."""
+    multiple = family.pixel_multiple(folder)
+    rules = control_rules(family, folder, config.data_config.control_size)
     asked = asked_prompts(config)
     prompts = [
         prompt_example(p.text, p.controls, p.size or default_size(config), p.size is None, multiple, rules)
         for p in asked
     ]
     drawn = [p.size or default_size(config) for p in asked if p.size or not p.controls]
-    notes += [note for size in dict.fromkeys(drawn) for note in rounded_sizes(size, multiple)]
+    notes = [note for size in dict.fromkeys(drawn) for note in rounded_sizes(size, multiple)]
     asks_for_negatives = any(p.negative is not None for p in asked)
     if asks_for_negatives and not needs_negative(family, config.samples.guidance_scale):
         notes.append("negative prompts have no effect: this model, or a guidance_scale of 1, takes no pass for them.")
-    training = Examples((*own, *of_prior)) if of_prior else own
-    pairs = choose_pairs(training, rules, family.dropped_caption, config.seed)
-    trials = choose_trials(own, config, family.controls_in_text)
-    notes += not_judged(trials, config)
-    return Wanted(training, len(of_prior), held_out, asked, prompts, pairs, trials), notes
+    return asked, prompts, notes
 
 
 def read_own(
@@ -328,8 +338,8 @@ def _gather(
     return PreparedData(
         reader=example_reader(family, folder, training, read_latents, read_text, read_controls, read_weights),
         buckets=signatures_of(training),
-        held_out=[_held_out_picture(example, encodings, masks) for example in wanted.held_out],
-        prompts=_encoded_prompts(config, family, encodings, wanted),
+        held_out=[held_out_picture(example, encodings, masks) for example in wanted.held_out],
+        prompts=encoded_prompts(config, family, encodings, wanted),
         both_ways=read_pairs(wanted.pairs, encodings, family.dropped_caption),
         most_image_tokens=most_image_tokens(family, folder, training),
         most_text_tokens=max(text_tokens.values()),
@@ -345,19 +355,25 @@ def _gather(
     )
 
 
-def _held_out_picture(example: Example, encodings: Encodings, masks: Masks) -> HeldOutPicture:
+def held_out_picture(example: Example, encodings: Encodings, masks: Masks | None) -> HeldOutPicture:
+    """Reads an example, in its first framing and with its first caption, as a picture to measure.
+
+    Args:
+        masks: weights of masked examples; None: there are none.
+    """
     return HeldOutPicture(
         example.name,
         encodings.latents(target_picture(example, 0)).mean_BCHW,
         encodings.text(text_item(example.caption, example, 0)),
         tuple(encodings.latents(picture).mean_BCHW for picture in control_pictures(example, 0)),
-        masks.weights(example, 0) if example.mask else None,
+        masks.weights(example, 0) if masks and example.mask else None,
     )
 
 
-def _encoded_prompts(
+def encoded_prompts(
     config: TrainConfig, family: ModelFamily, encodings: Encodings, wanted: Wanted
 ) -> list[EncodedPrompt]:
+    """Reads the prompts of samples as the sampler takes them."""
     return [
         encode_prompt(family, encodings, each, prompt, config.samples.guidance_scale)
         for each, prompt in zip(wanted.asked, wanted.prompts, strict=True)

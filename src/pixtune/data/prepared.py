@@ -16,6 +16,7 @@ from pixtune.data.encodings import text_item
 from pixtune.data.example_table import Example
 from pixtune.data.order import Signature, Use
 from pixtune.data.rivals import NO_TRIALS, CaptionTrials
+from pixtune.data.streamed.order import StreamOrder
 from pixtune.data.swapped import EncodedBothWays
 from pixtune.family import Conditioning, LatentDistribution, ModelFamily
 from pixtune.judging.validation import HeldOutPicture
@@ -63,6 +64,10 @@ class PreparedData:
     """Ways in which epochs use the training examples; empty: once each."""
     num_prior: int = 0
     """Number of regularization pictures, which are the last training examples."""
+    stream: StreamOrder | None = None
+    """Order of a data set that is read window by window; None: it is known whole."""
+    encoding_bytes: int = 0
+    """Device memory that encoding between steps needs; 0: nothing is encoded there."""
     trials: CaptionTrials = NO_TRIALS
     """Trials of captions on the training pictures, for the base model to find wrong ones."""
 

@@ -120,4 +120,8 @@ class Checkpoints:
         return {name: seal for each in seals for name, seal in each.items()}
 
     def _write_part(self, step: int, folder: Path) -> Seals:
-        return write_files(folder, self._session.run.trained.checkpoint_files(step))
+        session = self._session
+        files = dict(session.run.trained.checkpoint_files(step))
+        if session.data.stream is not None and session.is_main:
+            files |= session.data.stream.files(step * session.config.gradient_accumulation_steps)
+        return write_files(folder, files)

@@ -133,7 +133,7 @@ class SavedFile:
             return
         if step == session.start_step and session.config.resume_with_changes_in:
             return  # it may hold an average that this session has not
-        picture = measured_example(run.source.reader, 0)
+        picture = measured_example(run.source.reader, run.source.order.an_example)
         # Blocks are compiled for steps; to compile them anew for two passes would take longer than these.
         plainly = partial(torch.compiler.set_stance, "force_eager") if run.plan.compile else nullcontext
         with session.aside("check of the saved files", 2) as after_pass:  # one more for each file that is at fault

@@ -148,7 +148,7 @@ RULES: Mapping[str, Rule] = {
             "data_config.num_workers", "prior_preservation.folder", "pretrained_model_name_or_path",
             "disable_cpu_offload", "pin_memory", "precompute_text_embeddings", "precompute_image_embeddings",
             "ema.on_host", "training_adapter.path", "init_lora", "lora_files", "model_parts",
-            "distributed",
+            "distributed", "stream.cache_limit_gib", "stream.skipped_share", "stream.patience_seconds",
         ),
         _is_harmless,
     ),
@@ -203,7 +203,7 @@ MEANINGS: Mapping[str, str] = {
 
 LATER_KEYS = (
     "optimizer", "prodigy", "schedule_free", "adafactor", "muon", "lr_warmup_share", "lr_floor", "adapter",
-    "distributed",
+    "distributed", "stream",
 )  # fmt: skip
 """Keys and sections that count in a config's name only where they are set: runs without them keep the name they had."""
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from pixtune.config.schema import TrainConfig
 from pixtune.data.batches import BatchSource
+from pixtune.data.order import BatchOrder
 from pixtune.data.prepared import PreparedData
 from pixtune.data.shares import uneven_note
 from pixtune.trained import schedule
@@ -27,12 +28,22 @@ def opening_lines(
     per_step = order.global_batch_size * config.gradient_accumulation_steps
     num_processes = order.global_batch_size // config.batch_size
     together = f", by {num_processes} processes" if num_processes > 1 else ""
+    warning = schedule.check_schedule(config, num_steps)
+    if data.stream is not None or not isinstance(order, BatchOrder):
+        return [
+            f"data: a stream, {len(data.buckets)} pictures in {num_sizes} sizes encoded so far, "
+            f"{len(data.held_out)} held out",
+            summary,
+            f"length: {counted(num_steps, 'step')} of {counted(per_step, 'picture')} each{together}",
+            *(f"plan: {reason}" for reason in reasons),
+            *([f"warning: {warning}"] if warning else []),
+        ]
     # Not epochs: one that fills its batches uses pictures of rare shapes oftener than once.
     mean = num_steps * per_step / sum(use.repeats for use in order.uses)
     number = f"about {mean:.0f}" if mean >= 1.5 else f"{mean:.1f}"
     is_once = all(use.repeats == 1 for use in order.uses)
     turns = f"every picture {number} times" if is_once else f"every picture {number} times its folder's repeats"
-    note, warning = uneven_note(order, source.reader.names), schedule.check_schedule(config, num_steps)
+    note = uneven_note(order, source.reader.names)
     return [
         # Scripts look for this line, so its words stay whatever the numbers are.
         f"data: {len(data.buckets)} pictures in {num_sizes} sizes, {len(data.held_out)} held out",

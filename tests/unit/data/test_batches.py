@@ -461,7 +461,7 @@ def weighed(batch_size: int = 4, **changes: Any) -> BatchSource:
         _, height, width = plain.reader.latent_shape(example, variant)
         return torch.full((1, 1, height, width), float(example))
 
-    factors = [10.0 + number for number in range(len(plain.order.buckets))]
+    factors = [10.0 + number for number in range(len(plain.reader.names))]
     return replace(plain, reader=replace(plain.reader, read_weights=read_weights, example_weights=factors))
 
 
