@@ -43,6 +43,19 @@ class DataError(FaultsError, ValueError):
     """Pictures or captions cannot be used as they are."""
 
 
+class ShardError(PixtuneError, OSError):
+    """A shard of a streamed data set cannot be read now.
+
+    Args:
+        cause: the error that it came of, in words.
+        looks_damaged: the cause is in the shard, and not on the way to it, so that waiting may not help.
+    """
+
+    def __init__(self, cause: str, looks_damaged: bool = False) -> None:
+        self.looks_damaged = looks_damaged
+        super().__init__(cause)
+
+
 class MigrationError(PixtuneError, ValueError):
     """A config of another trainer cannot be read, is of none that is known, or trains a model that none here does."""
 

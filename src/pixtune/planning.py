@@ -185,14 +185,14 @@ def count_text_weights(family: ModelFamily, folder: ModelFolder) -> int:
     return total
 
 
-def plan_encoders_of(config: TrainConfig, facts: HardwareFacts, sizes: EncoderSizes) -> EncoderPlan:
-    """Plans how a run on a GPU encodes.
+def plan_encoders_of(config: TrainConfig, facts: HardwareFacts, sizes: EncoderSizes, beside: int = 0) -> EncoderPlan:
+    """Plans how a run on a GPU encodes, `beside` so many bytes that are in use meanwhile.
 
     Raises:
         PlanError: see `plan_encoders`.
     """
     demands = demands_of(config)
-    usable = usable_bytes(facts, demands)
+    usable = max(0, usable_bytes(facts, demands) - beside)
     return plan_encoders(
         usable,
         sizes,

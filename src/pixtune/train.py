@@ -27,7 +27,7 @@ from pixtune.engine.relief import (
 )
 from pixtune.errors import DataError, ExchangeError, MemoryShortage, PixtuneError
 from pixtune.family import ModelFamily
-from pixtune.launch.stop import StopRequest
+from pixtune.launch.stop import Stopped, StopRequest
 from pixtune.objective import add_noise, example_losses, loss_weights, velocity_target
 from pixtune.planning import Leaner, leaner_than
 from pixtune.run import AroundSteps, Run, TrainResult
@@ -104,6 +104,10 @@ def run_steps(run: Run, services: AroundSteps) -> TrainResult:
                 if not getattr(error, "weights_are_torn", False):
                     services.interrupted(num_taken, alone=True)
                 raise
+            except Stopped:  # asked for while the step waited for its data
+                if step == services.start_step:
+                    raise
+                return services.interrupted(num_taken)
             if (result := services.after_step(step + 1, outcome)) is not None:
                 return result
             if scarcity := run.memory.scarcity():

@@ -1,4 +1,4 @@
-"""Streamed runs: killed and resumed, in several processes, with a cache that holds one window, and with damaged rows."""
+"""Streamed runs: killed and resumed, in several processes, with a cache of one window, and with damaged rows."""
 
 from __future__ import annotations
 
@@ -6,14 +6,12 @@ import shutil
 from pathlib import Path
 
 import pytest
-from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
 from pixtune.data.streamed import shards
-from pixtune.storage.checkpoint_state import checkpoint_path
 from pixtune.tracking.metrics import read_metrics
-from tests.runs import DEMO_HELD_OUT, DEMO_TRAIN, overrides, pixtune, pixtune_together, write_config
+from tests.runs import DEMO_HELD_OUT, overrides, pixtune, pixtune_together, write_config
 
 SETTINGS = {
     "max_train_steps": 9,
@@ -98,3 +96,14 @@ def test_a_killed_run_goes_on_bit_for_bit(cache, whole, tmp_path):
     assert same(whole / "whole", tmp_path / "killed")
     assert losses(tmp_path / "killed") == losses(whole / "whole")
     assert not [*(tmp_path / "cache" / "stream").glob("pictures-*")], "pictures stay no longer than a window's encoding"
+
+
+def test_several_processes_see_what_one_sees_and_any_number_goes_on(whole, tmp_path):
+    words = {**SETTINGS, "max_train_steps": 4, "train_batch_size": 1}
+    together = overrides(tmp_path / "out", tmp_path / "cache", **words)
+    config = write_config(tmp_path)
+    for outcome in pixtune_together(2, "train", "--config", config, *together, before=in_small_shards):
+        assert outcome.returncode == 0, outcome.stdout
+    train(tmp_path, "out", resume_from_checkpoint="latest", train_batch_size=2)
+    first, second = weights(whole / "whole"), weights(tmp_path / "out")
+    assert all((first[name] - second[name]).abs().max() < 1e-5 for name in first)

@@ -7,6 +7,7 @@ from pixtune.config.schema import TrainConfig
 from pixtune.data.controls import ControlRules, usual_rules
 from pixtune.data.folder_listing import count_folders
 from pixtune.errors import DataError
+from pixtune.inputs.printing import lines
 from pixtune.storage.model_folder import lies_here
 
 USUAL_MULTIPLE = 16
@@ -25,6 +26,17 @@ def folder_listing(config: TrainConfig) -> str:
     except DataError as error:
         folders = len(folders_of(config.data_config))
         return f"An epoch of {folders} folder{'s' * (folders > 1)} cannot be counted: {error.headline}."
+
+
+def stream_listing(config: TrainConfig) -> str:
+    """Returns what the first rows of a config's stream are, as lines for a terminal.
+
+    Raises:
+        DataError: they cannot be trained on.
+    """
+    from pixtune.data.streamed.check import first_rows_of  # imports torch
+
+    return lines(first_rows_of(config, *_rules(config)))
 
 
 def _rules(config: TrainConfig) -> tuple[int, ControlRules | None]:

@@ -27,7 +27,7 @@ from pixtune.plan.encoders import PIXELS_PER_VISION_TOKEN, PLAINLY, TEXT_TOKENS,
 from pixtune.plan.exchange_cost import sent_bytes
 from pixtune.plan.footprint import Footprint
 from pixtune.plan.passes import needs_negative
-from pixtune.plan.phases import Phase, Surroundings, phases_of
+from pixtune.plan.phases import Phase, Surroundings, idle_bytes, phases_of
 from pixtune.plan.processes import Together, reasons_together, together
 from pixtune.plan.rungs import Rung
 from pixtune.plan.shards import check_shards
@@ -148,7 +148,7 @@ def make_report(
     """
     from pixtune.families import family_of
     from pixtune.families.opening import find_model
-    from pixtune.planning import footprint_of
+    from pixtune.planning import footprint_of, plan_encoders_of
 
     num_processes = machines.gpus * machines.hosts
     check_shards(config.distributed.shards, num_processes)
@@ -174,7 +174,11 @@ def make_report(
             )
     tokens, assumed = assumed_tokens(config, family, folder)
     length = length_of(config, num_processes)
-    if length.num_pictures is None:
+    if config.stream.window is not None:
+        assumptions.append(
+            f"the data set is streamed: {config.stream.window:,} rows are read and encoded at once, between steps"
+        )
+    elif length.num_pictures is None:
         folders = folders_of(config.data_config)
         sets = [folder.dataset.name for folder in folders if folder.dataset]
         places = " or ".join(str(folder.img_dir) for folder in folders if not folder.dataset)
@@ -194,6 +198,10 @@ def make_report(
     rung = Rung(**{each.name: getattr(plan, each.name) for each in fields(Rung)})
     on_gpu = facts.device == "cuda"
     around = surroundings_of(config, family, folder, tokens, facts) if on_gpu else None
+    if around and config.stream.window is not None:
+        idle = idle_bytes(plan, in_its_pool(footprint, facts, demands_of(config)))
+        beside = plan_encoders_of(config, facts, around.sizes, idle) if around.sizes.text_bytes else around.encoders
+        around = replace(around, encoders=beside, between_steps=True)
     return PlanReport(
         model=f"{folder.pipeline_class}, {footprint.num_weights / 1e6:,.0f} million weights in its transformer",
         facts=facts,
@@ -257,6 +265,8 @@ def length_of(config: TrainConfig, num_processes: int = 1) -> Length:
     folders = folders_of(config.data_config)
     counts = [len(find_examples(folder).pairs) for folder in folders if folder.dataset is None]
     num_pictures = sum(counts) or None if len(counts) == len(folders) else None
+    if config.stream.window is not None:
+        num_pictures = None
     num_held_out = 0 if num_pictures is None else config.validation.num_held_out(num_pictures)
     limits = [config.max_train_steps] if config.max_train_steps is not None else []
     if config.num_train_epochs is not None and num_pictures is not None:

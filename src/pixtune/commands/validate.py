@@ -9,7 +9,7 @@ from pathlib import Path
 import typer
 from rich.console import Console
 
-from pixtune.commands.folders import folder_listing
+from pixtune.commands.folders import folder_listing, stream_listing
 from pixtune.commands.words import config_and_overrides
 from pixtune.config import load_config
 from pixtune.config.folders import folder_beside, folders_of
@@ -55,7 +55,7 @@ def check(
     """Checks what a command line names: one folder, as its first word or `path`, or a config with its overrides.
 
     Returns:
-        The reports, and what the folders of a config give to an epoch, for people.
+        The reports, and what the folders of a config give to an epoch, for people; of a stream its first rows alone.
 
     Raises:
         BadParameter: it names neither, or both.
@@ -66,6 +66,8 @@ def check(
         if path is not None:
             raise typer.BadParameter("name a config or a folder as --path, not both")
         settings = load_config(*config_and_overrides(words, config))
+        if settings.stream.window is not None:
+            return [], stream_listing(settings)
         return check_config(settings, console), folder_listing(settings)
     folders = [Path(word) for word in words] + ([path] if path else [])
     if len(folders) != 1:

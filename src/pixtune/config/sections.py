@@ -267,8 +267,9 @@ class ValidationConfig(Section):
 
     held_out: Share | Literal["auto"] = "auto"
     """Share of the data set, 0 to 1, that is never trained on and serves to measure; at least one picture. "auto": a
-    twentieth, at least 4 and at most 16 pictures, of 40 pictures or more, and none of fewer. 0 without `held_out_dir`:
-    no validation. A resumed run keeps its checkpoint's where this is "auto"."""
+    twentieth, at least 4 and at most 16 pictures, of 40 pictures or more, and none of fewer; of a stream the first 16
+    rows of the first shard, where that has 40. 0 without `held_out_dir`: no validation. A resumed run keeps its
+    checkpoint's where this is "auto"."""
     held_out_dir: FilePath | None = None
     """A folder of held-out pictures in place of a share. Its control pictures (edit models) and masks lie beside it, in
     folders of the same names as those of the training pictures: data/images with data/control. Absent: `held_out`

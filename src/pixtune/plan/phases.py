@@ -44,6 +44,8 @@ class Surroundings:
     """Captions are encoded while training, so their encoder stays."""
     pictures_in_loop: bool = False
     """Pictures are encoded while training, so the autoencoder stays."""
+    between_steps: bool = False
+    """Encoders work between steps, beside the idle transformer, and leave before the next one."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,12 @@ def phases_of(plan: TrainingPlan, footprint: Footprint, around: Surroundings) ->
     text_stays = _staying_text_bytes(plan, around)
     autoencoder_stays = sizes.autoencoder_bytes if plan.encoders_stay or around.pictures_in_loop else 0
     phases = list(encoding_phases(sizes, encoders, text_stays)) if sizes.text_bytes else []
+    if around.between_steps:
+        idle = idle_bytes(plan, footprint)
+        phases = [
+            replace(each, holds=f"idle transformer, {each.holds}", device_bytes=idle + each.device_bytes)
+            for each in phases
+        ]
     staying = _beside(text_stays, "text encoder") + _beside(autoencoder_stays, "autoencoder")
     phases.append(
         Phase(

@@ -11,7 +11,6 @@ from accelerate.utils import broadcast_object_list, gather_object
 from pixtune.config.folders import folders_of
 from pixtune.config.schema import TrainConfig
 from pixtune.family import ModelFamily
-from pixtune.hardware.facts import host_room_bytes
 from pixtune.hardware.read import read_facts
 from pixtune.plan.demands import demands_of
 from pixtune.plan.encoders import (
@@ -20,12 +19,11 @@ from pixtune.plan.encoders import (
     EncoderPlan,
     EncoderSizes,
     encoding_bytes,
-    plan_encoders,
     text_peak_bytes,
 )
 from pixtune.plan.phases import idle_bytes
 from pixtune.plan.text_padding import Captions
-from pixtune.planning import encoder_sizes, footprint_of, plan_on_this_machine
+from pixtune.planning import encoder_sizes, footprint_of, plan_encoders_of, plan_on_this_machine
 from pixtune.storage.model_folder import ModelFolder
 
 
@@ -86,16 +84,6 @@ def plan_encoders_beside(
     if accelerator.is_main_process:
         facts = read_facts(accelerator.device, demands.memory_fraction)
         idle = idle_bytes(plan, footprint_of(config, family, folder, count(plan.text_multiple)))
-        room = max(0, plan.usable_bytes - idle)
-        decided = [
-            plan_encoders(
-                room,
-                sizes,
-                may_quantize=demands.may_quantize_encoders,
-                text_stays=demands.keeps_encoders(demands.is_unified(facts)),
-                must_stay=demands.encoders_stay is True,
-                host_bytes=room if facts.integrated else host_room_bytes(facts),
-            )
-        ]
+        decided = [plan_encoders_of(config, facts, sizes, idle)]
     (encoders,) = broadcast_object_list(decided)
     return encoders

@@ -19,7 +19,7 @@ from pixtune.launch.crew import Crew
 class BoundedStore:
     """Entries on disk that take no more than some bytes in all, kept by the processes that share the folder together.
 
-    Each process sees to an equal part: it writes no more, and deletes every n-th of the entries that may go.
+    Each process sees to an equal part: it writes no more, and deletes the entries that are its own by their names.
 
     Args:
         limit_bytes: limit of all files together.
@@ -48,11 +48,9 @@ class BoundedStore:
                 kept_bytes += stat.st_size
                 with suppress(OSError):
                     os.utime(path)
-            else:
+            elif self._is_mine(digest):
                 others.append((stat.st_mtime_ns, path, stat.st_size))
-        others.sort()
-        mine = others[self._crew.rank :: self._crew.size]
-        self._old = deque((path, size) for _, path, size in mine)
+        self._old = deque((path, size) for _, path, size in sorted(others))
         held_bytes = kept_bytes // self._crew.size + sum(size for _, size in self._old)
         self._free_bytes = self._limit_bytes // self._crew.size - held_bytes
         self._delete_old()
@@ -75,6 +73,10 @@ class BoundedStore:
                 ],
             )
         self._store.write(digest, entry)
+
+    def _is_mine(self, digest: str) -> bool:
+        """Returns whether this process sees to an entry: a question of its name, since each lists them at its time."""
+        return int(digest[-8:], 16) % self._crew.size == self._crew.rank
 
     def _delete_old(self) -> None:
         while self._free_bytes < 0 and self._old:

@@ -24,7 +24,7 @@ from pixtune.storage.safetensors_writer import TensorFile
 
 
 class Rows(Protocol):
-    """Where a stream's rows come from, and what is done with them before they are trained on."""
+    """Source of a stream's rows, and of their encodings."""
 
     @property
     def num_shards(self) -> int: ...

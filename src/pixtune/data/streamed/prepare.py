@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pixtune.config.folders import Folder, cache_folder, folder_beside, folders_of
 from pixtune.config.schema import TrainConfig
-from pixtune.config.sections import AUTO_MOST
+from pixtune.config.sections import AUTO_FROM, AUTO_MOST
 from pixtune.data.batches import ExampleReader
 from pixtune.data.buckets import Framing, build_buckets
 from pixtune.data.build_encoder import build_encoder, check_cache
@@ -208,7 +208,7 @@ def _begun(config: TrainConfig, reader: Reader) -> StreamState:
     state = StreamState(first_position(num_shards, config.stream.shards_at_once))
     if settings.held_out != "auto" or settings.held_out_dir is not None:
         return state
-    rows, num_read = reader.first_rows(AUTO_MOST)
+    rows, num_read = reader.first_rows(AUTO_MOST, AUTO_FROM)
     return replace(state, held_out=tuple(rows), held_out_rows=num_read)
 
 

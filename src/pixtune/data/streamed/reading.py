@@ -18,9 +18,9 @@ from pixtune.data.examples import captions_of
 from pixtune.data.images import decoded, picture_digest
 from pixtune.data.pairs import Pair, shorten
 from pixtune.data.streamed.position import LanePosition, Position, has_ended, lanes_of, next_epoch, shares_of
-from pixtune.data.streamed.shards import Shards, why_unreadable
+from pixtune.data.streamed.shards import Shards, first_cause, why_unreadable
 from pixtune.data.streamed.windows import RowPlace, StreamRow
-from pixtune.errors import DataError, PixtuneError
+from pixtune.errors import DataError, PixtuneError, ShardError
 from pixtune.launch.crew import Crew
 from pixtune.launch.stop import Stopped
 from pixtune.sizes import Size
@@ -37,6 +37,8 @@ LONGEST_CAPTION = 1 << 14
 """Length of a caption, in characters, that no model reads, and that checkpoints of a stream do not keep."""
 EXCHANGED_CHARACTERS = 1 << 21
 """Length of the pieces in which processes exchange rows: their store takes no value of more than 8 MiB."""
+STATUSES_THAT_PASS = (408, 425, 429)
+"""Answers of a server that refuses now and may not later: it waited too long, or was asked too often."""
 FEW_SKIPPED = 10
 """Number of rows that may be skipped whatever their share is."""
 
@@ -73,21 +75,18 @@ def patiently(
     row, waited, tries, pause = start, 0.0, 0, FIRST_PAUSE_SECONDS
     while True:
         try:
-            for each in rows_from(row):
+            for each in _naming_what_failed(rows_from, row):
                 yield each
                 row, waited, tries, pause = row + 1, 0.0, 0, FIRST_PAUSE_SECONDS
             return
-        except PixtuneError:
-            raise
-        except Exception as error:  # the library, and what it uses, raise anything
+        except ShardError as error:
             tries += 1
-            cause = why_unreadable(error)
-            if looks_damaged(error) and tries >= TRIES_OF_DAMAGE:
+            cause = str(error)
+            if error.looks_damaged and tries >= TRIES_OF_DAMAGE:
                 problem = f"{name} cannot be read from its row {row} on, {tries} times with the same result: {cause}."
-                raise _unreadable(
-                    problem, "It is damaged or gone: put it back, or take it out of the data set"
-                ) from error
-            if not looks_damaged(error) and waited >= patience.seconds:
+                remedy = "It is damaged or gone: put it back, or take it out of the data set"
+                raise _unreadable(problem, remedy) from error
+            if not error.looks_damaged and waited >= patience.seconds:
                 problem = f"{name} cannot be read from its row {row} on, after {waited:.0f} seconds of trying: {cause}."
                 raise _unreadable(problem, "stream.patience_seconds is the time for which it is tried") from error
         log.warning("%s cannot be read from its row %d on (%s): trying again in %.0f seconds", name, row, cause, pause)
@@ -95,10 +94,31 @@ def patiently(
         waited, pause = waited + pause, min(2 * pause, MOST_PAUSE_SECONDS)
 
 
+def _naming_what_failed(rows_from: Callable[[int], Iterator[Pair | str]], row: int) -> Iterator[Pair | str]:
+    """Yields a shard's rows from one on.
+
+    Raises:
+        ShardError: the library, or what it uses, fails, which raise anything.
+    """
+    try:
+        yield from rows_from(row)
+    except PixtuneError:
+        raise
+    except Exception as error:
+        raise ShardError(why_unreadable(error), looks_damaged(error)) from error
+
+
 def looks_damaged(error: Exception) -> bool:
-    """Returns whether an error is one of a shard's content or name, and not of the way to it."""
-    gone = isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError)
-    return gone or isinstance(error, tarfile.TarError | ValueError | KeyError | TypeError | EOFError)
+    """Returns whether an error is one of a shard's content or name, and not of the way to it.
+
+    The library says that a file is not there whatever kept it from asking, so the first cause decides.
+    """
+    cause = first_cause(error)
+    status = getattr(cause, "status", None)
+    if isinstance(status, int):
+        return 400 <= status < 500 and status not in STATUSES_THAT_PASS
+    gone = isinstance(cause, FileNotFoundError | PermissionError | IsADirectoryError)
+    return gone or isinstance(cause, tarfile.TarError | ValueError | KeyError | TypeError | EOFError)
 
 
 def _unreadable(problem: str, remedy: str) -> DataError:
@@ -125,7 +145,7 @@ class Reader:
     shards: Shards
     rules: CaptionRules
     controls: tuple[int, bool]
-    """Most control pictures of a row, and whether it may have none."""
+    """Largest number of control pictures of a row, and whether it may have none."""
     pictures: Path
     """Folder that pictures are copied to."""
     seed: int
@@ -233,19 +253,24 @@ class Reader:
         """Returns a row's name in messages."""
         return f"{self.shards.names[place.shard]}, row {place.row}"
 
-    def first_rows(self, wanted: int) -> tuple[list[StreamRow], int]:
-        """Reads the first rows of the first shard that can be used, with the number of rows read for that."""
+    def first_rows(self, wanted: int, least: int) -> tuple[list[StreamRow], int]:
+        """Reads the first rows of the first shard that can be used, with the number of rows read for that.
+
+        Args:
+            least: number of rows that the shard must have; of one with fewer, none are returned.
+        """
         rows: list[StreamRow] = []
-        num_read = 0
-        for raw in islice(self.rows_of(0, 0), 10 * wanted):
-            read = self._checked((RowPlace(0, 0, num_read), raw))
-            num_read += 1
-            if isinstance(read, StreamRow):
-                rows.append(read)
-                self._remember(read, raw)
-            if len(rows) == wanted:
+        num_read = number = 0
+        for number, raw in enumerate(islice(self.rows_of(0, 0), max(least, 4 * wanted)), 1):
+            if len(rows) < wanted:
+                read = self._checked((RowPlace(0, 0, number - 1), raw))
+                num_read = number
+                if isinstance(read, StreamRow):
+                    rows.append(read)
+                    self._remember(read, raw)
+            elif number >= least:
                 break
-        return rows, num_read
+        return (rows, num_read) if number >= least else ([], 0)
 
     def read_again(self, rows: Sequence[StreamRow]) -> None:
         """Reads the pictures of rows that were read before, for encodings that are no longer in the cache.

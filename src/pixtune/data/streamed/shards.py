@@ -9,7 +9,7 @@ import os
 import re
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice, product
+from itertools import product
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
@@ -17,7 +17,7 @@ from pixtune.config.folders import DatasetColumns, Folder
 from pixtune.data.hf_datasets import SHARD, files_in, import_package, is_saved, of_split, pair_of, without_decoding
 from pixtune.data.layouts import find_examples
 from pixtune.data.pairs import Pair
-from pixtune.errors import DataError, PixtuneError
+from pixtune.errors import DataError
 
 PAIRS_IN_SHARD = 256
 """Pictures of a folder in a shard: a window mixes some shards, so a folder's neighbours part at once."""
@@ -97,9 +97,9 @@ def _folder_shards(folder: Folder, apart: Collection[Path]) -> FolderShards:
 
 def _dataset_shards(columns: DatasetColumns) -> DatasetShards:
     datasets = import_package(columns.name)
-    # What the library does 20 times, 5 seconds apart, nobody could interrupt; see `reading.patiently`.
-    datasets.config.STREAMING_READ_MAX_RETRIES = 1
-    datasets.config.STREAMING_READ_RETRY_INTERVAL = 0
+    # What the library tries 20 times, many seconds apart, nobody could interrupt; see `reading.patiently`.
+    for setting in [each for each in vars(datasets.config) if each.startswith("STREAMING_") and "RETR" in each]:
+        setattr(datasets.config, setting, 1 if setting.endswith("MAX_RETRIES") else 0)
     name, place = columns.name, Path(os.path.expanduser(columns.name))
     if place.is_dir() and is_saved(place):
         table = of_split(datasets.load_from_disk(str(place)), columns)
@@ -164,7 +164,9 @@ def _open_file(datasets: Any, file: str, columns: DatasetColumns) -> Any:
         raise DataError(
             "a data set cannot be read", [f"{file}: only WebDataset shards (.tar) and Parquet files are streamed."]
         )
-    return datasets.load_dataset(form, data_files=[file], split="train", streaming=True, **options)
+    # A list of its own kind is not looked up on the network before it is read, where any failure means "not found".
+    files = datasets.data_files.DataFilesList([file], [("",)])
+    return datasets.load_dataset(form, data_files={"train": files}, split="train", streaming=True, **options)
 
 
 _GROUP = re.compile(r"\{([^{}]*)\}")
@@ -184,15 +186,14 @@ def expand_braces(name: str) -> list[str]:
     choices: list[Sequence[str]] = []
     total = 1
     for place, part in enumerate(parts):
-        numbers = re.fullmatch(r"(\d+)\.\.(\d+)", part) if place % 2 else None
-        if numbers:
-            first, last, width = int(numbers[1]), int(numbers[2]), len(numbers[1])
-            width = width if numbers[1].startswith("0") or len(numbers[2]) == width else 0
+        ends = re.fullmatch(r"(\d{1,15})\.\.(\d{1,15})", part) if place % 2 else None
+        if ends:
+            first, last, width = int(ends[1]), int(ends[2]), len(ends[1])
+            width = width if ends[1].startswith("0") or len(ends[2]) == width else 0
             step = 1 if last >= first else -1
             total *= abs(last - first) + 1
-            each: Sequence[str] = [
-                f"{number:0{width}d}" for number in islice(range(first, last + step, step), MOST_SHARDS + 1)
-            ]
+            numbers = range(first, last + step, step) if total <= MOST_SHARDS else range(0)
+            each: Sequence[str] = [f"{number:0{width}d}" for number in numbers]
         elif place % 2 and "," in part:
             each = part.split(",")
             total *= len(each)
@@ -204,9 +205,19 @@ def expand_braces(name: str) -> list[str]:
     return ["".join(each) for each in product(*choices)]
 
 
+def first_cause(error: BaseException) -> BaseException:
+    """Returns the error that an error of the library came of."""
+    seen = {id(error)}
+    while (cause := error.__cause__ or error.__context__) is not None and id(cause) not in seen:
+        error = cause
+        seen.add(id(error))
+    return error
+
+
 def why_unreadable(error: Exception) -> str:
-    """Returns an error of the library in one line."""
-    if isinstance(error, PixtuneError):
-        return str(error)
-    words = " ".join(str(error).split())[:300]
-    return f"{type(error).__name__}: {words}" if words else type(error).__name__
+    """Returns an error of the library in one line, with the one that it came of."""
+    found = []
+    for each in dict.fromkeys((error, first_cause(error))):
+        words = " ".join(str(each).split())[:300]
+        found.append(f"{type(each).__name__}: {words}" if words else type(each).__name__)
+    return ", because of ".join(dict.fromkeys(found))

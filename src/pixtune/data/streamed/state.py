@@ -1,4 +1,4 @@
-"""What resuming needs of a stream: its position, and the rows whose micro-batches are to come, as bytes of a file.
+"""State of a stream that a run resumes from: its position, and the rows of its windows, as bytes of a file.
 
 With the rows themselves no row has to be read again whose encodings are in the cache: a shard may be gone by then.
 """
@@ -136,7 +136,7 @@ def _from_values(values: Mapping[str, Any]) -> StreamState:
         tuple(map(_number, values["waiting"])),
         _number(values["next_row"]),
         _number(values["end"]),
-        Counts(*map(_number, values["counts"])),
+        Counts(*_three(values["counts"])),
         tuple(map(_row, values["held_out"])),
         _number(values["held_out_rows"]),
     )
@@ -162,6 +162,11 @@ def _number(value: object) -> int:
     if type(value) is not int or not 0 <= value < 1 << 60:
         raise ValueError(f"{value!r:.40} is no number of a row")
     return value
+
+
+def _three(values: Sequence[object]) -> tuple[int, int, int]:
+    one, two, three = map(_number, values)
+    return one, two, three
 
 
 def _text(value: object) -> str:

@@ -26,7 +26,7 @@ from pixtune.launch.crew import Crew
 
 @dataclass
 class Supply:
-    """Where a stream's rows come from, and what is done with them before they are trained on."""
+    """Source of a stream's rows, and of their encodings: reader, framings, encoders and cache put together."""
 
     config: TrainConfig
     family: ModelFamily
@@ -37,7 +37,7 @@ class Supply:
     crew: Crew
     """All processes of the run; those that share the cache are the reader's."""
     beside: Wanted
-    """What is encoded beside the rows, and stays: held-out pictures and prompts."""
+    """Held-out pictures and prompts, which are encoded beside the rows and stay."""
     held_out: Sequence[StreamRow]
     """Rows of the stream among these, whose pictures are not there before they are read."""
     show: Callable[[str], object]
