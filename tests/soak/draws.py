@@ -110,10 +110,22 @@ def draw_run(draw: random.Random) -> Drawn:
         if family == "edit":
             control = sorted((EDIT_TRAIN / "control").glob("*.png"))[0]
             settings["samples__controls"] = f"[[{control}],[{control}]]"
+    if draw.random() < 0.15:
+        settings = streamed(draw, settings)
     num_processes, num_pictures = 2 if draw.random() < TWO_PROCESSES else 1, draw.randint(6, 10)
     if num_processes > 1 and (not full or settings.get("optimizer", "adamw") == "adamw"):
         settings["distributed__shards"] = draw.choice([1, 2] if full else ["null", 2, 2])
     return Drawn(family, num_processes, settings, num_pictures)
+
+
+def streamed(draw: random.Random, settings: Settings) -> Settings:
+    """Returns the settings of a run whose data set is streamed, without what contradicts that."""
+    kept = {key: value for key, value in settings.items() if not key.startswith("prior_preservation")}
+    kept |= {"stream__window": draw.randint(2, 6), "stream__shards_at_once": draw.randint(1, 3)}
+    kept |= dict.fromkeys(("precompute_text_embeddings", "precompute_image_embeddings", "save_cache_on_disk"), "true")
+    if "validation__held_out" in kept:
+        kept |= {"validation__held_out": "auto", "validation__patience": "null"}
+    return kept
 
 
 def draw_optimizer(draw: random.Random, full: bool) -> Settings:
@@ -160,6 +172,8 @@ def write_pictures(drawn: Drawn, folder: Path, draw: random.Random) -> Settings:
     parts = {"images": source, **({"control": EDIT_TRAIN / "control"} if drawn.family == "edit" else {})}
     later = draw.randint(1, drawn.num_pictures - 1) if draw.random() < 0.4 else drawn.num_pictures
     has_masks = draw.random() < 0.4
+    if "stream__window" in drawn.settings:  # of one folder, and without masks and names
+        later, has_masks = drawn.num_pictures, False
     for number, path in enumerate(draw.sample(sorted(source.glob("*.png")), drawn.num_pictures)):
         ratio = draw.choice(RATIOS)
         end = "" if number < later else "_2"
@@ -186,7 +200,7 @@ def write_pictures(drawn: Drawn, folder: Path, draw: random.Random) -> Settings:
     if drawn.settings["method"] == "lora" and draw.random() < 0.3 and is_plain:
         settings["init_lora"] = write_adapter(folder / "init_lora.safetensors")
     if later == drawn.num_pictures:
-        if draw.random() < 0.3:
+        if draw.random() < 0.3 and "stream__window" not in drawn.settings:
             settings["data_config__loss_weights"] = json.dumps({path.stem: draw.choice([0.3, 2])})
         settings["data_config__img_dir"] = folder / "images"
         settings |= {"data_config__mask_dir": folder / "masks"} if has_masks else {}

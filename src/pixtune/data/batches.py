@@ -18,6 +18,7 @@ from torch import Tensor
 from pixtune import randomness
 from pixtune.config.sections import ObjectiveConfig
 from pixtune.data.order import Turn, Use
+from pixtune.errors import DataError
 from pixtune.family import Conditioning, LatentDistribution
 from pixtune.objective import fit_into_range, shift_sigmas, sigmas_from_uniform
 from pixtune.sizes import LatentShape
@@ -299,8 +300,13 @@ def read_ahead(source: BatchSource, start: int, end: int, num_workers: int, pin_
     try:
         pending: deque[Future[list[Batch]]] = deque()
         for index in range(start, end):
-            # The order is read here, in one thread: it keeps state between calls.
-            pending.append(pool.submit(make, index, source.order.micro_batch(index)))
+            try:  # the order is read here, in one thread: it keeps state between calls
+                members = source.order.micro_batch(index)
+            except DataError:
+                while pending:  # what could be read before is trained on before
+                    yield pending.popleft().result()
+                raise
+            pending.append(pool.submit(make, index, members))
             if len(pending) > 2 * num_workers:
                 yield pending.popleft().result()
         while pending:

@@ -93,7 +93,7 @@ class StreamOrder:
     supply: Rows
     state: StreamState
     use: Use
-    kept_back: int = 64
+    kept_back: int = 2
     lookback: int = 0
     """Number of micro-batches before a checkpoint's that a resumed run asks for again."""
     make_room: Callable[[], object] = lambda: None
@@ -167,7 +167,7 @@ class StreamOrder:
         accumulation = config.gradient_accumulation_steps
         self.make_room = make_room
         self.lookback = accumulation * plan.modulation_rows
-        self.kept_back = 3 * self.lookback + 4 * config.data_config.num_workers + 64
+        self.kept_back = 3 * self.lookback + 2 * config.data_config.num_workers + 2
 
     def encode_again(self) -> None:
         """Has the encodings of the state's rows in the cache: some may be gone since its checkpoint was written."""
