@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pixtune.trained import adamw_step
 from pixtune.trained.step_trial import LARGEST_ERROR, largest_error, step_obstacle
 from tests import kernel_steps
 from tests.kernel_steps import KINDS, OPTIMIZERS, SHAPES, Stepped, random
@@ -25,13 +24,9 @@ def test_32_bit_moments_are_those_of_fp64(kind: str) -> None:
     kernel_steps.check_exact(kind, GPU)
 
 
-@pytest.mark.parametrize("looks_up", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_one_kernel_does_what_several_do(
-    optimizer: str, kind: str, looks_up: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(adamw_step, "LOOKS_UP", looks_up)
+def test_one_kernel_does_what_several_do(optimizer: str, kind: str) -> None:
     kernel_steps.check_against_separate_kernels(optimizer, kind, GPU)
 
 

@@ -28,11 +28,10 @@ def _noise(place, key_0, key_1):
 
 @triton.jit
 def _rounded(values, place, key_0, key_1):
-    """fp32 to bf16, up or down by chance; what is no finite number stays as it is."""
+    """fp32 to bf16, up or down by chance; infinity stays, since its lower bits are zeros, and so does NaN."""
     bits = values.to(tl.uint32, bitcast=True)
     moved = (bits + (_noise(place, key_0, key_1) >> 16)) & 0xFFFF0000
-    is_finite = (bits & 0x7F800000) != 0x7F800000
-    return tl.where(is_finite, moved, bits).to(tl.float32, bitcast=True).to(tl.bfloat16)
+    return tl.where(values == values, moved.to(tl.float32, bitcast=True), values).to(tl.bfloat16)
 
 
 @triton.jit(do_not_specialize=["key_0", "key_1", "first"])
@@ -48,48 +47,65 @@ def round_to_bf16(values, target, numel, first, key_0, key_1, SIZE: tl.constexpr
 # ---- the levels of 8-bit moments. A level's number n counts from its decade's beginning: with k the largest power of
 # two that is no larger than n, a decade has k levels in the middles of k equal parts of it, each decade twice as many
 # as the one below. Levels of one sign have n from 1 on, unsigned ones from 2; n below that is zero, and the last is 1.
+# Decades are found by logarithms and powers: comparing with each would take the kernel's time half as much again.
+
+LOG2_OF_10: tl.constexpr = tl.constexpr(3.321928094887362)
+LOG10_OF_2: tl.constexpr = tl.constexpr(0.30102999566398120)
+LOG2_OF_PARTS: tl.constexpr = tl.constexpr(0.15200309344504995)
+"""Logarithm of 1 / 0.9."""
+LARGE: tl.constexpr = tl.constexpr(12582912.0)
+"""1.5 * 2^23, beside which fp32 has no fractions: what is added to it is rounded, and stands in its lowest bits."""
+EARLY: tl.constexpr = tl.constexpr(0.0025)
+"""Number by which the logarithm in `_nearest` is too large, a little more than its error of 0.0023."""
 
 
 @triton.jit
 def _level(n, FIRST: tl.constexpr):
-    """Value of level n, of those that begin at n = FIRST, which is 1 or 2."""
-    top = tl.where(n >= 2 * FIRST, 1e-5, 1e-6)
-    top = tl.where(n >= 4 * FIRST, 1e-4, top)
-    top = tl.where(n >= 8 * FIRST, 1e-3, top)
-    top = tl.where(n >= 16 * FIRST, 1e-2, top)
-    top = tl.where(n >= 32 * FIRST, 1e-1, top)
-    top = tl.where(n >= 64 * FIRST, 1.0, top)
-    number = n.to(tl.float32)
-    reciprocal = (0x7F000000 - (number.to(tl.int32, bitcast=True) & 0x7F800000)).to(tl.float32, bitcast=True)
-    value = top * (0.1 + 0.9 * ((number + 0.5) * reciprocal - 1.0))  # the reciprocal is that of k
-    return tl.where(n < FIRST, 0.0, tl.where(n >= 128 * FIRST, 1.0, value))
+    """Value of the level |n|, n a whole number in fp32, of those that begin at FIRST; if that is 2, n is not 1."""
+    number = tl.abs(n)
+    bits = number.to(tl.int32, bitcast=True)
+    k = (bits & 0x7F800000).to(tl.float32, bitcast=True)
+    log2_of_k = ((bits >> 23) | 0x4B000000).to(tl.float32, bitcast=True) - 8388735.0  # 2^23 + 127
+    if FIRST == 1:  # the decade's end over k
+        width = tl.exp2(log2_of_k * (LOG2_OF_10 - 1.0) - 6.0 * LOG2_OF_10)
+    else:
+        width = tl.exp2(log2_of_k * (LOG2_OF_10 - 1.0) - 7.0 * LOG2_OF_10)
+    return tl.minimum(width * (0.9 * number + 0.45 - 0.8 * k), 1.0)
 
 
 @triton.jit
 def _nearest(x, FIRST: tl.constexpr):
-    """Number n of the level that is nearest to x, from 0 to 1; `_level` gives its value.
+    """Number n of the level that is nearest to x, from 0 to 1, in fp32 with a fraction that is to be cut off.
 
-    Two decades meet halfway between the last level of the one and the first of the other.
+    Two decades meet halfway between the last level of the one and the first of the other: a fifth of a part from the
+    beginning of the latter. So a number just below a decade may be taken for one of it.
     """
-    k = tl.where(x > 1e-5 * (0.1 + 0.09 / FIRST), 2.0 * FIRST, 1.0 * FIRST)
-    gain = tl.where(x > 1e-5 * (0.1 + 0.09 / FIRST), 2e5 * FIRST, 1e6 * FIRST)
-    k = tl.where(x > 1e-4 * (0.1 + 0.045 / FIRST), 4.0 * FIRST, k)
-    gain = tl.where(x > 1e-4 * (0.1 + 0.045 / FIRST), 4e4 * FIRST, gain)
-    k = tl.where(x > 1e-3 * (0.1 + 0.0225 / FIRST), 8.0 * FIRST, k)
-    gain = tl.where(x > 1e-3 * (0.1 + 0.0225 / FIRST), 8e3 * FIRST, gain)
-    k = tl.where(x > 1e-2 * (0.1 + 0.01125 / FIRST), 16.0 * FIRST, k)
-    gain = tl.where(x > 1e-2 * (0.1 + 0.01125 / FIRST), 1.6e3 * FIRST, gain)
-    k = tl.where(x > 1e-1 * (0.1 + 0.005625 / FIRST), 32.0 * FIRST, k)
-    gain = tl.where(x > 1e-1 * (0.1 + 0.005625 / FIRST), 3.2e2 * FIRST, gain)
-    k = tl.where(x > 0.1 + 0.0028125 / FIRST, 64.0 * FIRST, k)
-    gain = tl.where(x > 0.1 + 0.0028125 / FIRST, 64.0 * FIRST, gain)
-    # Part of the decade: k + k (x / top - 0.1) / 0.9, in which `gain` is k / top. The end of a decade is its last part.
-    part = tl.minimum((gain * x + 0.8 * k) * 1.1111111111111112, 2.0 * k - 0.5)
-    n = tl.where(x > 1.0 - 0.003515625 / FIRST, 128 * FIRST, part.to(tl.int32))
-    return tl.where(x > 1e-6 * (0.05 + 0.225 / FIRST), n, FIRST - 1)
+    bits = x.to(tl.int32, bitcast=True)
+    # As a whole number, bits are log2(x) with a straight line in place of the logarithm of the mantissa 1 + rest.
+    rest = ((bits & 0x007FFFFF) | 0x3F800000).to(tl.float32, bitcast=True) - 1.0
+    straight = bits.to(tl.float32) * (LOG10_OF_2 / 8388608.0) + (6.5 + EARLY - 127.0 * LOG10_OF_2)
+    decade = tl.minimum(tl.maximum(straight + (rest - rest * rest) * (0.3466 * LOG10_OF_2), -0.25), 6.0)
+    rounded = decade + LARGE
+    power = ((rounded.to(tl.int32, bitcast=True) << 23) + 0x3F800000).to(tl.float32, bitcast=True)
+    if FIRST == 1:  # parts of a decade over their sum, which is 0.9 times its end
+        gain = tl.exp2((rounded - LARGE) * (1.0 - LOG2_OF_10) + (6.0 * LOG2_OF_10 + LOG2_OF_PARTS))
+        least = tl.where(power > 1.0, 0.2, 0.19444444)  # below the first level of all lies zero
+    else:
+        gain = tl.exp2((rounded - LARGE) * (1.0 - LOG2_OF_10) + (6.0 * LOG2_OF_10 + LOG2_OF_PARTS + 1.0))
+        least = tl.where(power > 1.0, 0.2, 0.13888889)
+    part = gain * x - power * (FIRST / 9.0)
+    n = tl.where(part < least, power * FIRST - 1.0, power * FIRST + part)
+    return tl.where(x > 1.0 - 0.003515625 / FIRST, 128.0 * FIRST, n)
 
 
 # ---- the step (trained/adamw_step.py)
+
+
+@triton.jit
+def _with_sign(size, other):
+    """A number that is not negative, with the sign of another."""
+    bits = size.to(tl.uint32, bitcast=True) | (other.to(tl.uint32, bitcast=True) & 0x80000000)
+    return bits.to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -110,8 +126,6 @@ def step_adamw(
     moment_2,
     scale_1,
     scale_2,
-    levels_1,
-    levels_2,
     num_steps,
     factor,
     spoiled,
@@ -135,8 +149,6 @@ def step_adamw(
     ROUNDS: tl.constexpr,
     EIGHT_BIT: tl.constexpr,
     COUNTED: tl.constexpr,
-    LOOKS_UP: tl.constexpr,
-    EVEN: tl.constexpr,
     ROWS: tl.constexpr,
 ):
     """Steps numbers `first` to `first` + numel of a weight; where `spoiled` is not 0, stores nothing.
@@ -147,12 +159,8 @@ def step_adamw(
     start = tl.program_id(0).to(tl.int64) * (ROWS * BLOCK)
     place = tl.arange(0, ROWS)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    if EVEN:
-        inside = place >= 0
-        has_row = row >= 0
-    else:
-        inside = start + place < numel
-        has_row = row.to(tl.int64) * BLOCK < numel
+    inside = start + place < numel
+    has_row = row.to(tl.int64) * BLOCK < numel
     is_sound = tl.load(spoiled).to(tl.int32) == 0
     slope = tl.load(gradient + start + place, mask=inside, other=0.0).to(tl.float32)
     if HAS_FACTOR:
@@ -167,13 +175,9 @@ def step_adamw(
         byte_2 = tl.load(moment_2 + start + place, mask=inside, other=0).to(tl.int32)
         peak_1 = tl.load(scale_1 + row, mask=has_row, other=0.0)
         peak_2 = tl.load(scale_2 + row, mask=has_row, other=0.0)
-        if LOOKS_UP:
-            first_moment = tl.load(levels_1 + byte_1) * peak_1[:, None]
-            second_moment = tl.load(levels_2 + byte_2) * peak_2[:, None]
-        else:
-            size = _level(tl.abs(byte_1 - 127), 1)
-            first_moment = tl.where(byte_1 < 127, -size, size) * peak_1[:, None]
-            second_moment = _level(byte_2 + 1, 2) * peak_2[:, None]
+        number = (byte_1 - 127).to(tl.float32)
+        first_moment = _with_sign(_level(number, 1), number) * peak_1[:, None]
+        second_moment = tl.where(byte_2 > 0, _level((byte_2 + 1).to(tl.float32), 2), 0.0) * peak_2[:, None]
     else:
         first_moment = tl.load(moment_1 + start + place, mask=inside, other=0.0)
         second_moment = tl.load(moment_2 + start + place, mask=inside, other=0.0)
@@ -184,7 +188,8 @@ def step_adamw(
         count = tl.load(num_steps)
         bias_1 = _rest(count * log_1)
         bias_2 = _rest(count * log_2)
-    away = tl.sqrt(second_moment) / tl.sqrt(bias_2) + epsilon
+    over_root = 1.0 / tl.sqrt(bias_2)
+    away = tl.sqrt(second_moment) * over_root + epsilon
     value = value * kept_share - (rate / bias_1) * (first_moment / away)
 
     stored = inside & is_sound
@@ -202,9 +207,9 @@ def step_adamw(
         peak_2 = tl.max(second_moment, 1)
         over_1 = tl.where(peak_1 > LEAST_NORMAL, 1.0 / peak_1, 0.0)
         over_2 = tl.where(peak_2 > LEAST_NORMAL, 1.0 / peak_2, 0.0)
-        n = _nearest(tl.abs(first_moment) * over_1[:, None], 1)
-        code_1 = tl.where(first_moment < 0.0, 127 - tl.minimum(n, 127), 127 + n)
-        code_2 = _nearest(second_moment * over_2[:, None], 2) - 1
+        n = _with_sign(_nearest(tl.abs(first_moment) * over_1[:, None], 1), first_moment)
+        code_1 = tl.maximum(n.to(tl.int32) + 127, 0)
+        code_2 = _nearest(second_moment * over_2[:, None], 2).to(tl.int32) - 1
         tl.store(moment_1 + start + place, code_1.to(tl.uint8), mask=stored)
         tl.store(moment_2 + start + place, code_2.to(tl.uint8), mask=stored)
         tl.store(scale_1 + row, peak_1, mask=has_row & is_sound)

@@ -5,8 +5,8 @@ it is 10. States are those of the optimizer whose step is replaced, torch's or b
 with either.
 
 Differences from those steps, all within rounding: weights decay before they are stepped (bitsandbytes: after), and an
-8-bit moment becomes the nearest level (bitsandbytes: the same, but the sign of a first moment that is nearly zero is
-kept; on a CPU, where levels lie close, a neighbour).
+8-bit moment becomes the nearest level, within a millionth of its block's peak (bitsandbytes: the same, but the sign of
+a first moment that is nearly zero is kept; on a CPU a neighbour where levels lie close).
 """
 
 from __future__ import annotations
@@ -25,13 +25,11 @@ from pixtune.trained.adamw_8bit import WithoutWaiting
 
 ROWS, WARPS = 4, 4
 """Blocks of 256 numbers that one program steps, and its warps."""
-LOOKS_UP = False
-"""Whether values of 8-bit codes are looked up in a table instead of computed."""
 
 
 @dataclass(frozen=True)
-class WeightInParts:
-    """One weight as a step needs it; all tensors are contiguous, and this process's rows alone."""
+class WeightMemory:
+    """Memory that a step of one weight changes beside its states; contiguous, and of this process's rows alone."""
 
     weight: Tensor
     master: Tensor | None
@@ -50,7 +48,7 @@ def can_step(optimizer: Any, weight: Tensor) -> bool:
 def step_adamw(
     optimizer: Any,
     parameter: nn.Parameter,
-    stepped: WeightInParts,
+    stepped: WeightMemory,
     gradient: Tensor,
     factor: Tensor | None,
     spoiled: Tensor,
@@ -77,17 +75,16 @@ def step_adamw(
         num_steps, moments = spoiled, (state["state1"], state["state2"])
         biases = (1 - beta_1 ** state["step"], 1 - beta_2 ** state["step"])
     is_8bit = moments[0].dtype == torch.uint8
-    of_blocks = [state[name] if is_8bit else spoiled for name in ("absmax1", "absmax2", "qmap1", "qmap2")]
+    scales = [state[name] if is_8bit else spoiled for name in ("absmax1", "absmax2")]
     first, *words = (0, 0, 0) if draw is None else (draw.first_word, *draw.words)
     count = weight.numel()
     step_kernels.step_adamw[(-(-count // (ROWS * BLOCK)),)](
-        weight, weight if master is None else master, gradient.contiguous(), *moments, *of_blocks, num_steps,
+        weight, weight if master is None else master, gradient.contiguous(), *moments, *scales, num_steps,
         spoiled if factor is None else factor, spoiled,
         group["lr"], 1 - group["lr"] * group["weight_decay"],
         beta_1, 1 - beta_1, biases[0], _log(beta_1), beta_2, 1 - beta_2, biases[1], _log(beta_2), group["eps"],
         count, first, *words,
-        factor is not None, master is not None, draw is not None, is_8bit, is_counted, LOOKS_UP,
-        count % (ROWS * BLOCK) == 0, ROWS, num_warps=WARPS,
+        factor is not None, master is not None, draw is not None, is_8bit, is_counted, ROWS, num_warps=WARPS,
     )  # fmt: skip
 
 

@@ -28,7 +28,7 @@ from pixtune.engine.sharding import Rows, local_of, rows_of
 from pixtune.engine.together import Together
 from pixtune.plan.optimizers import KERNEL, SEPARATE
 from pixtune.trained import optim
-from pixtune.trained.adamw_step import WeightInParts, can_step, step_adamw
+from pixtune.trained.adamw_step import WeightMemory, can_step, step_adamw
 from pixtune.trained.host_states import HostStates
 from pixtune.trained.skipped_step import step_unless
 
@@ -116,7 +116,7 @@ class WeightUpdate:
         if self._form == KERNEL and can_step(optimizer, weight):
             master = self._precise(name) if self._keeps_masters and weight.dtype != torch.float32 else None
             draw = self._draw(name) if master is None and weight.dtype != torch.float32 else None
-            step_adamw(optimizer, stand_in, WeightInParts(weight.detach(), master, draw), gradient, factor, spoiled)
+            step_adamw(optimizer, stand_in, WeightMemory(weight.detach(), master, draw), gradient, factor, spoiled)
         else:
             self._step_separately(name, weight, gradient, factor, spoiled)
         if self._host is not None:

@@ -52,13 +52,9 @@ def test_32_bit_moments_are_those_of_fp64(kind: str, by_kernel: None) -> None:
 
 
 @interpreted
-@pytest.mark.parametrize("looks_up", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_one_kernel_does_what_several_do(
-    optimizer: str, kind: str, looks_up: bool, by_kernel: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(adamw_step, "LOOKS_UP", looks_up)
+def test_one_kernel_does_what_several_do(optimizer: str, kind: str, by_kernel: None) -> None:
     kernel_steps.check_against_separate_kernels(optimizer, kind, CPU)
 
 
