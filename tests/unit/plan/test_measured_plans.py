@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,10 +12,7 @@ import pytest
 from pixtune.config import load_config
 from pixtune.hardware.cards import facts_as
 from pixtune.hardware.facts import GIB
-from pixtune.plan.demands import demands_of
-from pixtune.plan.rungs import Rung
-from pixtune.plan.situation import situation_of
-from pixtune.plan.training import plan_training, with_todays_names
+from pixtune.plan.training import plan_training
 from tests.full_size import full_size_footprint
 
 RESULTS = Path(__file__).parents[3] / "benchmarks" / "results"
@@ -46,21 +43,13 @@ MISSES = {
 
 @pytest.mark.parametrize("path", CELLS, ids=lambda path: path.stem)
 def test_cells_that_were_drawn_by_lot_are_foreseen(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Peaks of the rungs that they ran on. With many micro-batches a step is captured before the optimizer has states,
-    and torch counts none of what a replay uses, so that these cells took more than was measured."""
+    """Peaks of the rungs that they ran on."""
     monkeypatch.syspath_prepend(RESULTS.parent)
-    drawn_cell = importlib.import_module("drawn_cell")
-    result = json.loads(path.read_text())
-    cell = drawn_cell.cell_of(result)
-    if result["outcome"] in ("refused", "unfinished") or cell.accumulation > 2:
+    found = importlib.import_module("recount").recount(path, tmp_path)
+    if found is None:
         pytest.skip("nothing was measured, or not all")
-    config, footprint = drawn_cell.weigh(drawn_cell.prepare(cell, tmp_path))
-    plan = with_todays_names(result["plan"])
-    rung = Rung(**{field.name: plan[field.name] for field in fields(Rung) if field.name in plan})
-    demands = replace(demands_of(config), optimizer=plan["optimizer"])
-    planned_gib = situation_of(facts_as("H200"), footprint, demands).peak(rung) / GIB
-    is_near = planned_gib == pytest.approx(result["measured_peak_gib"], rel=FARTHEST)
-    assert is_near == (path.stem not in MISSES), (planned_gib, result["measured_peak_gib"])
+    is_near = found.planned_gib == pytest.approx(found.measured_gib, rel=FARTHEST)
+    assert is_near == (path.stem not in MISSES), found.error_percent
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
