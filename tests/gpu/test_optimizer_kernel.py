@@ -40,6 +40,12 @@ def test_a_spoiled_step_changes_nothing_and_the_next_one_does(optimizer: str, ki
     kernel_steps.check_spoiled(optimizer, kind, GPU)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_all_weights_at_once_are_what_one_by_one_makes_them(optimizer: str, kind: str) -> None:
+    kernel_steps.check_at_once(optimizer, kind, GPU)
+
+
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_resumed_is_uninterrupted_to_the_bit_and_either_form_goes_on(optimizer: str) -> None:
     kernel_steps.check_resumed(optimizer, GPU)

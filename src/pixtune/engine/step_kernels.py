@@ -6,6 +6,7 @@ Imported at first use, as `triton_kernels.py` is. One program steps `ROWS` times
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 
@@ -13,6 +14,9 @@ BLOCK: tl.constexpr = tl.constexpr(256)
 """Value of `plan.optimizers.BLOCK`."""
 LEAST_NORMAL: tl.constexpr = tl.constexpr(1.2e-38)
 """Peak below which a block's moments are zeros: its reciprocal would be infinite."""
+
+TYPES = {torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
+"""Triton's names of formats."""
 
 # ---- noise and rounding (rounding.py)
 
@@ -117,8 +121,9 @@ def _rest(exponent):
     return tl.where(x > -0.25, -series, 1.0 - tl.exp(x))
 
 
-@triton.jit(do_not_specialize=["key_0", "key_1", "first"])
-def step_adamw(
+@triton.jit
+def _step_numbers(
+    start,
     weight,
     master,
     gradient,
@@ -151,16 +156,11 @@ def step_adamw(
     COUNTED: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Steps numbers `first` to `first` + numel of a weight; where `spoiled` is not 0, stores nothing.
-
-    Biases of the moments, 1 - beta^steps, are given, or if COUNTED follow from the logarithms of the betas and
-    `num_steps` on the device.
-    """
-    start = tl.program_id(0).to(tl.int64) * (ROWS * BLOCK)
+    """Steps `ROWS` blocks of a weight from number `start` on, which is their beginning; see `step_adamw`."""
     place = tl.arange(0, ROWS)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    inside = start + place < numel
-    has_row = row.to(tl.int64) * BLOCK < numel
+    row = start // BLOCK + tl.arange(0, ROWS)
+    inside = place < numel - start
+    has_row = row * BLOCK < numel
     is_sound = tl.load(spoiled).to(tl.int32) == 0
     slope = tl.load(gradient + start + place, mask=inside, other=0.0).to(tl.float32)
     if HAS_FACTOR:
@@ -217,3 +217,104 @@ def step_adamw(
     else:
         tl.store(moment_1 + start + place, first_moment, mask=stored)
         tl.store(moment_2 + start + place, second_moment, mask=stored)
+
+
+@triton.jit(do_not_specialize=["key_0", "key_1", "first"])
+def step_adamw(
+    weight,
+    master,
+    gradient,
+    moment_1,
+    moment_2,
+    scale_1,
+    scale_2,
+    num_steps,
+    factor,
+    spoiled,
+    rate,
+    kept_share,
+    beta_1,
+    rest_1,
+    bias_1,
+    log_1,
+    beta_2,
+    rest_2,
+    bias_2,
+    log_2,
+    epsilon,
+    numel,
+    first,
+    key_0,
+    key_1,
+    HAS_FACTOR: tl.constexpr,
+    HAS_MASTER: tl.constexpr,
+    ROUNDS: tl.constexpr,
+    EIGHT_BIT: tl.constexpr,
+    COUNTED: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """Steps numbers `first` to `first` + numel of a weight; where `spoiled` is not 0, stores nothing.
+
+    Biases of the moments, 1 - beta^steps, are given, or if COUNTED follow from the logarithms of the betas and
+    `num_steps` on the device.
+    """
+    start = tl.program_id(0).to(tl.int64) * (ROWS * BLOCK)
+    _step_numbers(
+        start, weight, master, gradient, moment_1, moment_2, scale_1, scale_2, num_steps, factor, spoiled, rate,
+        kept_share, beta_1, rest_1, bias_1, log_1, beta_2, rest_2, bias_2, log_2, epsilon, numel, first, key_0,
+        key_1, HAS_FACTOR, HAS_MASTER, ROUNDS, EIGHT_BIT, COUNTED, ROWS,
+    )  # fmt: skip
+
+
+@triton.jit
+def step_adamw_of_all(
+    table,
+    numbers,
+    weight_of,
+    chunk_of,
+    factor,
+    spoiled,
+    HAS_FACTOR: tl.constexpr,
+    HAS_MASTER: tl.constexpr,
+    ROUNDS: tl.constexpr,
+    EIGHT_BIT: tl.constexpr,
+    COUNTED: tl.constexpr,
+    WEIGHT: tl.constexpr,
+    GRADIENT: tl.constexpr,
+    EVEN: tl.constexpr,
+    ROWS: tl.constexpr,
+    TURNS: tl.constexpr,
+):
+    """Steps many weights of one kind; a program does `TURNS` times `ROWS` blocks of the weight that `weight_of` names.
+
+    Args:
+        table: int64 (weights, 12), and `numbers`: fp32 (weights, 11), in the order of `adamw_step.TABLE` and `NUMBERS`.
+        weight_of, chunk_of: int32, for each program; `chunk_of` counts within the weight.
+        EVEN: every address, and every count of numbers, is a multiple of 16.
+    """
+    program = tl.program_id(0)
+    own = tl.load(weight_of + program)
+    entry, number = table + own * 12, numbers + own * 11
+    MOMENT: tl.constexpr = tl.uint8 if EIGHT_BIT else tl.float32
+    weight = tl.load(entry).to(tl.pointer_type(WEIGHT))
+    master = tl.load(entry + 1).to(tl.pointer_type(tl.float32))
+    gradient = tl.load(entry + 2).to(tl.pointer_type(GRADIENT))
+    moment_1 = tl.load(entry + 3).to(tl.pointer_type(MOMENT))
+    moment_2 = tl.load(entry + 4).to(tl.pointer_type(MOMENT))
+    scale_1 = tl.load(entry + 5).to(tl.pointer_type(tl.float32))
+    scale_2 = tl.load(entry + 6).to(tl.pointer_type(tl.float32))
+    num_steps = tl.load(entry + 7).to(tl.pointer_type(tl.float32))
+    numel, first = tl.load(entry + 8), tl.load(entry + 9)
+    if EVEN:
+        weight, master, gradient = tl.multiple_of(weight, 16), tl.multiple_of(master, 16), tl.multiple_of(gradient, 16)
+        moment_1, moment_2 = tl.multiple_of(moment_1, 16), tl.multiple_of(moment_2, 16)
+        numel = tl.multiple_of(numel, 16)
+    begin = tl.load(chunk_of + program).to(tl.int64) * (TURNS * ROWS * BLOCK)
+    for turn in range(TURNS):  # beyond the end of the weight nothing is read or stored
+        _step_numbers(
+            begin + turn * (ROWS * BLOCK), weight, master, gradient, moment_1, moment_2, scale_1, scale_2, num_steps,
+            factor, spoiled, tl.load(number), tl.load(number + 1), tl.load(number + 2), tl.load(number + 3),
+            tl.load(number + 4), tl.load(number + 5), tl.load(number + 6), tl.load(number + 7), tl.load(number + 8),
+            tl.load(number + 9), tl.load(number + 10), numel, first, tl.load(entry + 10), tl.load(entry + 11),
+            HAS_FACTOR, HAS_MASTER, ROUNDS, EIGHT_BIT, COUNTED, ROWS,
+        )  # fmt: skip

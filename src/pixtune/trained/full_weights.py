@@ -173,9 +173,9 @@ class FullWeights:
         norm = optim.global_norm(norms_across(norms, self._together))
         factor, spoiled = optim.clipping_factor(norm, self.config.max_grad_norm), is_spoiled(loss, norm)
         self.optimizer.begin_step()
-        for name, gradient in gradients.items():
-            self.optimizer.step_weight(name, gradient, factor, spoiled)
-            self.parameters[name].grad = None
+        self.optimizer.step_weights(gradients, factor, spoiled)
+        for parameter in self.parameters.values():
+            parameter.grad = None
         self.optimizer.end_step()
         if self._sums is not None:
             self._sums.clear()

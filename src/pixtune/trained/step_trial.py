@@ -1,4 +1,4 @@
-"""Tries the kernel of `adamw_step.py` on this machine before a run relies on it, against the steps that it replaces."""
+"""Tries the kernels of `adamw_step.py` on this machine before a run relies on them, against the steps they replace."""
 
 from __future__ import annotations
 
@@ -63,8 +63,12 @@ def _stepped(optimizer: str, form: str, device: torch.device) -> dict[str, Tenso
     )
     factor, sound = torch.tensor(0.5, device=device), torch.zeros((), device=device)
     for step in range(1, NUM_STEPS + 1):
-        for name in weights:
-            update.step_weight(name, _random(name, step, device).bfloat16(), factor, sound)
+        gradients = {name: _random(name, step, device).bfloat16() for name in weights}
+        if step % 2:
+            update.step_weights(gradients, factor, sound)
+        else:
+            for name, gradient in gradients.items():
+                update.step_weight(name, gradient, factor, sound)
         update.end_step()
     return {name: weight.detach().float() for name, weight in weights.items()}
 

@@ -28,7 +28,7 @@ from pixtune.engine.sharding import Rows, local_of, rows_of
 from pixtune.engine.together import Together
 from pixtune.plan.optimizers import KERNEL, SEPARATE
 from pixtune.trained import optim
-from pixtune.trained.adamw_step import WeightMemory, can_step, step_adamw
+from pixtune.trained.adamw_step import Prepared, StepOfAll, WeightMemory, can_step, prepare, step_adamw
 from pixtune.trained.host_states import HostStates
 from pixtune.trained.skipped_step import step_unless
 
@@ -66,6 +66,7 @@ class WeightUpdate:
     ) -> None:
         self.weights, self._seed, self._steps_done, self._host = weights, seed, first_step, host
         self._is_torn = False
+        self._step_of_all = StepOfAll()
         self._keeps_masters, self._form = keeps_masters, form
         self._rows = {name: rows_of(weight, together or Together()) for name, weight in weights.items()}
         self._masters: dict[str, Tensor] = {}
@@ -112,15 +113,27 @@ class WeightUpdate:
             return  # of a weight with fewer rows than there are processes
         if self._host is not None:
             self._arrange(name, self._host.fetch(name))
-        optimizer, stand_in = self._optimizers[name], self._stand_ins[name]
-        if self._form == KERNEL and can_step(optimizer, weight):
-            master = self._precise(name) if self._keeps_masters and weight.dtype != torch.float32 else None
-            draw = self._draw(name) if master is None and weight.dtype != torch.float32 else None
-            step_adamw(optimizer, stand_in, WeightMemory(weight.detach(), master, draw), gradient, factor, spoiled)
+        if self._form == KERNEL and can_step(self._optimizers[name], weight):
+            step_adamw(self._prepare(name, weight, gradient, spoiled), factor, spoiled)
         else:
             self._step_separately(name, weight, gradient, factor, spoiled)
         if self._host is not None:
             self._arrange(name, self._host.rest(name, self._tensors_of(name)))
+
+    @torch.no_grad()
+    def step_weights(self, gradients: Mapping[str, Tensor], factor: Tensor | None, spoiled: Tensor) -> None:
+        """Steps all weights that have a gradient, at once where one kernel can; see `step_weight`."""
+        at_once: list[Prepared] = []
+        for name, gradient in gradients.items():
+            weight = local_of(self.weights[name])
+            takes_kernel = self._form == KERNEL and self._host is None and weight.numel() > 0
+            if takes_kernel and can_step(self._optimizers[name], weight):
+                at_once.append(self._prepare(name, weight, gradient, spoiled))
+            else:
+                self.step_weight(name, gradient, factor, spoiled)
+        if at_once:
+            self._is_torn = True
+            self._step_of_all.step(at_once, factor, spoiled)
 
     def truest(self, name: str) -> Tensor:
         """Returns this process's rows of a weight in their truest form: the fp32 copy where weights have one."""
@@ -172,6 +185,12 @@ class WeightUpdate:
                 self._masters[name] = tensor
             else:
                 state[key] = tensor
+
+    def _prepare(self, name: str, weight: Tensor, gradient: Tensor, spoiled: Tensor) -> Prepared:
+        master = self._precise(name) if self._keeps_masters and weight.dtype != torch.float32 else None
+        draw = self._draw(name) if master is None and weight.dtype != torch.float32 else None
+        memory = WeightMemory(weight.detach(), master, draw)
+        return prepare(self._optimizers[name], self._stand_ins[name], memory, gradient, spoiled)
 
     def _precise(self, name: str) -> Tensor:
         """Returns the weight in fp32 for the optimizer to change: itself, its fp32 copy, or a copy for this step."""

@@ -71,6 +71,16 @@ def test_a_spoiled_step_changes_nothing_and_the_next_one_does(optimizer: str, ki
 
 
 @interpreted
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_all_weights_at_once_are_what_one_by_one_makes_them(
+    optimizer: str, kind: str, by_kernel: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(adamw_step, "TURNS", 3)  # weights of several programs
+    kernel_steps.check_at_once(optimizer, kind, CPU)
+
+
+@interpreted
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_resumed_is_uninterrupted_to_the_bit(optimizer: str, by_kernel: None) -> None:
     kernel_steps.check_resumed(optimizer, CPU)
