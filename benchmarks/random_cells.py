@@ -288,7 +288,7 @@ def row(result: Result) -> str:
     drawn += [f"{len(cell['shapes'])} shapes"] if len(cell["shapes"]) > 1 else []
     start = [str(cell["number"]), cell["model"], f"{cell['limit_gib']:g}", ", ".join(drawn)]
     if result["outcome"] == REFUSED:
-        missing = re.search(r"([0-9.]+ GiB)[a-z ]* (?:is|are) missing", " ".join(result["log"]))
+        missing = re.search(r"([0-9.]+ [GM]iB)[a-z ]* (?:is|are) missing", " ".join(result["log"]))
         return markdown_line([*start, "", f"refused: {missing[1] if missing else '?'} missing", *[""] * 6])
     memory = result["memory"]
 

@@ -155,7 +155,7 @@ def _refused(result: Result | None) -> tuple[str, str]:
     """Returns how a run ended that was to be refused, and after how many seconds."""
     if result is None:
         return "", ""
-    missing = re.search(r"([0-9.]+ GiB)[a-z ]* (?:is|are) missing", " ".join(result["log"]))
+    missing = re.search(r"([0-9.]+ [GM]iB)[a-z ]* (?:is|are) missing", " ".join(result["log"]))
     words = f"refused: {missing[1] if missing else '?'} missing" if result["outcome"] == REFUSED else result["outcome"]
     return words, f"{result['wall_seconds']:.0f}"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import combinations
@@ -58,7 +59,7 @@ def refuse_lora(situation: Situation, config: TrainConfig) -> str:
     if fits_device:
         lack = f"this run needs {_host_lack(situation, _least_on_host(situation))}"
     else:
-        lack = _device_lack("this run", situation, needed)
+        lack = _device_lack("this run", situation, needed, rungs.first_that_fits)
     changes, more_gpus = _that_apply(LORA_CHANGES, situation, config), _more_gpus(situation, rungs.first_that_fits)
     if found := _smallest(changes, situation, config, rungs.first_that_fits):
         some, peak = found
@@ -93,7 +94,8 @@ def refuse_all_weights(situation: Situation, config: TrainConfig) -> str:
         on_host = min(map(situation.on_host, fitting))
         lack = f"training all weights needs {_host_lack(situation, on_host)}"
     else:
-        lack = _device_lack("training all weights", situation, min(map(situation.needed, ladder)))
+        needed = min(map(situation.needed, ladder))
+        lack = _device_lack("training all weights", situation, needed, all_weights.first_that_fits)
     changes = _that_apply(ALL_WEIGHTS_CHANGES, situation, config)
     if found := _smallest(changes, situation, config, all_weights.first_that_fits):
         some, peak = found
@@ -131,12 +133,23 @@ def _with_more_gpus(situation: Situation) -> str:
 # ---- what is missing
 
 
-def _device_lack(subject: str, situation: Situation, needed: int) -> str:
+def _device_lack(
+    subject: str, situation: Situation, needed: int, first_that_fits: Callable[[Situation], AnyRung | None]
+) -> str:
     usable = situation.usable_bytes
-    return (
-        f"{subject} needs about {_gib(needed)}, and {_gib(usable)} of {situation.facts.name} are usable: "
-        f"{_gib(needed - usable)} are missing."
+    missing = needed - usable
+    lack = (
+        f"{subject} needs about {_gib(needed, missing)}, and {_gib(usable, missing)} of {situation.facts.name} are "
+        f"usable: {_gib(missing, missing)} are missing."
     )
+    limit = situation.demands.memory_limit_bytes
+    if limit is None:
+        return lack
+    enough_gib = math.ceil(10 * (limit + missing) / GIB) / 10
+    larger = situation.under(replace(situation.demands, memory_limit_bytes=round(enough_gib * GIB)))
+    if first_that_fits(larger) is None:  # the card has no more, or a larger limit asks for other things
+        return lack
+    return f"{lack} With gpu_memory_limit_gib={enough_gib:g} it fits this GPU."
 
 
 def _host_lack(situation: Situation, on_host: int) -> str:
@@ -218,5 +231,7 @@ def _to_type(changes: Sequence[Change]) -> str:
     return f"add {' '.join(words)} to the command."
 
 
-def _gib(num_bytes: float) -> str:
-    return f"{num_bytes / GIB:.1f} GiB"
+def _gib(num_bytes: float, missing: float = GIB) -> str:
+    """Returns a size in words, with as many digits as it takes to tell it from one that is so many bytes larger."""
+    digits = 1 if missing >= GIB / 10 else 2
+    return f"{num_bytes / GIB:.{digits}f} GiB" if missing >= GIB / 100 else f"{num_bytes / 2**20:,.0f} MiB"

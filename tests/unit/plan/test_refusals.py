@@ -175,3 +175,27 @@ def test_what_fits_the_gpu_and_not_the_host_is_not_promised() -> None:
     assert not PROMISE.search(message) and "Without disable_gradient_checkpointing it fits the GPU, and" in message
     missing = re.search(r"it fits the GPU, and ([\d.]+) GiB of host memory are missing\. Close other", message)
     assert missing and f": {missing[1]} GiB are missing" in refusal("RTX 4060", 4)
+
+
+LIMIT = re.compile(r"needs about ([\d.]+) [GM]iB, and ([\d.]+) [GM]iB of .* are usable: ([\d.]+) [GM]iB are missing\. "
+                   r"With gpu_memory_limit_gib=([\d.]+) it fits this GPU\.")  # fmt: skip
+
+
+@pytest.mark.parametrize("keys", [{}, {"method": "full"}, {"disable_quantization": True}], ids=str)
+def test_a_limit_that_is_too_small_is_answered_with_the_one_that_is_not(keys: dict[str, Any]) -> None:
+    """Down to where a rounded figure would say that nothing is missing."""
+
+    def words(limit_gib: float) -> str:
+        return refusal("H200", 128, gpu_memory_limit_gib=limit_gib, **keys)
+
+    asked = LIMIT.search(words(2))
+    assert asked, words(2)
+    enough = float(asked[4])
+    assert not words(enough)
+    for less in (0.01, 0.06, 0.1, 0.3):
+        found = LIMIT.search(words(enough - 0.1 - less))
+        assert found and float(found[4]) == enough, words(enough - 0.1 - less)
+        needed, usable, missing = map(float, found.groups()[:3])
+        assert needed > usable and missing > 0 and needed - usable == pytest.approx(missing, abs=0.11)
+    assert "gpu_memory_limit_gib" not in refusal("RTX 4060", 128, gpu_memory_limit_gib=7.0, method="full")
+    assert "gpu_memory_limit_gib" not in refusal("RTX 4060", 128, method="full")
