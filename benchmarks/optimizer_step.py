@@ -100,8 +100,7 @@ def build_step(
         norm = optim.global_norm([optim.norm_of(gradient) for gradient in gradients.values()]) if clips else loss
         factor, spoiled = optim.clipping_factor(norm, MAX_NORM if clips else 0), is_spoiled(loss, norm)
         update.begin_step()
-        for name, gradient in gradients.items():
-            update.step_weight(name, gradient, factor, spoiled)
+        update.step_weights(gradients, factor, spoiled)
         update.end_step()
 
     return step

@@ -126,6 +126,9 @@ class FullWeights:
             form=self._step_form(plan.step_form, next(iter(weights)).device),
         )
         self._fused = FusedStep(self.optimizer, config.max_grad_norm) if plan.fused_step else None
+        # Runs of earlier versions keep the order of their sums.
+        one_by_one = plan.step_form is None
+        self._norms_of = (lambda given: [*map(optim.norm_of, given)]) if one_by_one else optim.norms_of
         self._sums: dict[str, Tensor] | None = None
         if has_masters and not self._fused:
             self._sums = gather_in_fp32(self.parameters)
@@ -169,7 +172,7 @@ class FullWeights:
         if self._fused:
             return self._fused.norm()
         gradients = self._gradients()
-        norms = [optim.norm_of(gradient) for gradient in gradients.values()]
+        norms = self._norms_of([*gradients.values()])
         norm = optim.global_norm(norms_across(norms, self._together))
         factor, spoiled = optim.clipping_factor(norm, self.config.max_grad_norm), is_spoiled(loss, norm)
         self.optimizer.begin_step()
