@@ -186,7 +186,8 @@ def _moment_bytes(rung: AllWeightsRung, situation: Situation) -> float:
     if rung.fused_step:
         return activations + step + one_block
     gradients = footprint.trained_weights * (4 if demands.fp32_copies else element) / rung.shards
-    if demands.fp32_copies or demands.accumulates or situation.all_processes > 1:  # summed, so always there
+    copies_average = situation.all_processes > rung.shards  # all gradients wait for that
+    if demands.fp32_copies or demands.accumulates or copies_average:  # summed, so always there
         return max(activations, step) + one_block + gradients
     # Gradients come as activations go: the peak is at the beginning or at the end of the backward pass.
     first_block = replace(footprint, kinds=(replace(footprint.kinds[0], count=1),))
