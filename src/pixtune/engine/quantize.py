@@ -183,7 +183,14 @@ def _fit_block_scales(units_NB16: Tensor, codes: torch.dtype | None) -> Tensor:
 def _nearest_levels(units_NB16: Tensor, scale_NB: Tensor) -> Tensor:
     """Returns the indices of the nearest `NF4_LEVELS`; int32."""
     levels = nf4_levels(units_NB16.device)
-    return torch.bucketize(units_NB16 / scale_NB.unsqueeze(-1), (levels[1:] + levels[:-1]) / 2, out_int32=True)
+    values_NB16, borders = units_NB16 / scale_NB.unsqueeze(-1), (levels[1:] + levels[:-1]) / 2
+    if values_NB16.device.type != "cpu":
+        return torch.bucketize(values_NB16, borders, out_int32=True)
+    # On a CPU torch searches value by value; counting the borders below all of them takes half as long.
+    index_NB16 = torch.zeros(values_NB16.shape, dtype=torch.int8)
+    for border in borders.tolist():
+        index_NB16 += ~(values_NB16 <= border)
+    return index_NB16.int()
 
 
 # ---- the layer

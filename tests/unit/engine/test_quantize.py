@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from pixtune.engine import quantize
-from pixtune.engine.quantize import FP8, INT8, NF4, QuantizedLinear
+from pixtune.engine.kernels import nf4_levels
+from pixtune.engine.quantize import FP8, INT8, NF4, QuantizedLinear, _nearest_levels
 from pixtune.trained import adapters
 from tests.gradients import gradient_of
 
@@ -175,3 +176,13 @@ def test_compiling_changes_no_gradient(linear_format: str, codes: torch.dtype) -
         function(leaf).square().sum().backward()
         found.append(gradient_of(leaf))
     assert error(found[1], found[0]) < 1e-5
+
+
+def test_the_nearest_level_is_found_as_by_a_search() -> None:
+    """Also on the borders between two, and of what is no number."""
+    levels = nf4_levels(torch.device("cpu"))
+    borders = (levels[1:] + levels[:-1]) / 2
+    odd = torch.tensor([torch.nan, torch.inf, -torch.inf, 0.0, -0.0, *borders, *borders.nextafter(levels[1:])])
+    values = torch.cat([odd, torch.randn(1000, generator=torch.Generator().manual_seed(0))])
+    found = _nearest_levels(values[:, None], torch.ones(len(values)))
+    assert torch.equal(found[:, 0], torch.bucketize(values, borders, out_int32=True))
