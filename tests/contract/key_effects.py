@@ -41,7 +41,9 @@ PRIOR = {
     "train_batch_size": 5,
 }
 MASKED = {"data_config.mask_dir": "SCENE/masks"}
-FLUX = {"pretrained_model_name_or_path": "SHALLOW/tiny-flux"}
+SHORT_TEXT = {"data_config.max_text_tokens": 48}
+"""FLUX pads each caption to the most tokens that it reads, which are 512 otherwise."""
+FLUX = {"pretrained_model_name_or_path": "SHALLOW/tiny-flux", **SHORT_TEXT}
 FRESH_CACHE = {"data_config.cache_dir": "RUN/cache"}
 TRACKED = {"report_to": "tensorboard"}
 TAGS = {"data_config.caption_text": "one, two, three, four, five"}
@@ -63,7 +65,7 @@ UNIFIED = {"unified_memory": True}
 IN_ONE_FILE = {"pretrained_model_name_or_path": "SCENE/transformer.safetensors"}
 
 EFFECTS: dict[str, Effect] = {
-    "pretrained_model_name_or_path": Effect("steps", ("SHALLOW/tiny-qwen-image", "SHALLOW/tiny-flux")),
+    "pretrained_model_name_or_path": Effect("steps", ("SHALLOW/tiny-qwen-image", "SHALLOW/tiny-flux"), SHORT_TEXT),
     "model_parts.others": Effect("error", ("SHALLOW/tiny-qwen-image", "/nowhere"), IN_ONE_FILE),
     "model_parts.pipeline": Effect("error", (None, "QwenImageEditPipeline"), IN_ONE_FILE),
     "model_parts.transformer": Effect("steps", (None, "SCENE/transformer.safetensors")),

@@ -62,7 +62,8 @@ def config_of(folder: Path, cache: Path, **changes: object) -> TrainConfig:
         for name in sorted(path.stem for path in DEMO_TRAIN.glob("*.png"))[:6]:
             for ending in ("png", "txt"):
                 shutil.copy(DEMO_TRAIN / f"{name}.{ending}", pictures)
-    model = {"pretrained_model_name_or_path": shallow_model("tiny-flux")}
+    # FLUX pads each caption to the most tokens that it reads, which are 512 otherwise.
+    model = {"pretrained_model_name_or_path": shallow_model("tiny-flux"), "data_config__max_text_tokens": 48}
     settings = {**model, **SETTINGS, "data_config__img_dir": pictures, **changes}
     return load_config(write_config(folder), overrides(folder / "run", cache, **settings))
 
