@@ -11,7 +11,7 @@ endif
 # Installed only where there is no torch; the version that the tests run with.
 TORCH ?= torch==2.13.0
 # A process a core with one computing thread each: small models are not faster with more.
-# A file's tests stay in one process, since many share a run that they look at.
+# A file's tests stay in one process, since many share a run that they look at. Code is compiled once, not by each process.
 PYTEST_ARGS ?= -n auto --dist loadfile --no-loadscope-reorder
 # What `make bench` times, and with which options of `pixtune bench`.
 CONFIG ?= train_configs/demo.yaml
@@ -51,7 +51,7 @@ ui: $(STAMP) ## open the page in a browser, on the demo data and the small model
 	@$(PY) -m pixtune.cli ui $(UI_ARGS)
 
 test: $(STAMP) ## the whole suite; make test PYTEST_ARGS="tests/unit -k config" for a part
-	@OMP_NUM_THREADS=1 $(PY) -m pytest $(PYTEST_ARGS)
+	@OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(PY) -m pytest $(PYTEST_ARGS)
 
 mutants: $(STAMP) ## which mutations of the code no test notices; make mutants SEED=7 COUNT=200, an hour or two
 	@$(PY) scripts/mutants.py --seed $(SEED) --count $(COUNT) $(MUTANTS_ARGS)

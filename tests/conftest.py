@@ -34,11 +34,13 @@ settings.load_profile("suite")
 os.fsync = lambda fd: None  # no test cuts the power; a fiftieth of a second each, twenty times a run
 
 LONGEST = (
-    "test_key_effects", "test_browser", "test_compile", "test_stop", "test_model_check", "test_sample", "test_lora",
-    "test_commands", "test_activations", "test_two_processes", "test_full_fine_tuning", "test_install",
-    "test_quantized_training", "test_kill_and_resume", "test_padded_text", "test_benchmarks", "test_tiling",
-    "test_quantized_gradients", "test_edit_parity", "test_services", "test_changed_pictures", "test_stock_lora",
-    "test_hostile", "test_streaming", "test_modulation",
+    "test_key_effects", "test_compile", "test_quantized_training", "test_stop", "test_model_check", "test_lora",
+    "test_activations", "test_full_fine_tuning", "test_sample", "test_two_processes", "test_modulation",
+    "test_commands", "test_stock_lora", "test_edit_parity", "test_kill_and_resume", "test_browser", "test_install",
+    "test_services", "test_hostile", "test_out_of_memory", "test_padded_text", "test_all_weights_together",
+    "test_suite_commands", "test_quantized_gradients", "test_adapter_runs", "test_changed_pictures", "test_streaming",
+    "test_optimizers", "test_losses", "test_phases", "test_learning", "test_benchmarks", "test_suspects",
+    "test_divided_encoding", "test_footprint", "test_attention_trial", "test_sampler",
 )  # fmt: skip
 """Files that take the longest, in that order: where processes take file after file, none of these should come last."""
 

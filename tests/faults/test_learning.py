@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +21,7 @@ from pixtune.storage.safetensors_writer import TensorFile
 from pixtune.tracking.metrics import read_metrics
 from pixtune.trained import export, methods, optim
 from pixtune.trained.export import DIFFUSERS_FILE
-from tests.runs import overrides, write_config
+from tests.runs import DEMO_HELD_OUT, overrides, write_config
 
 
 def train(folder: Path, cache: Path, **changes: Any) -> Path:
@@ -167,8 +168,11 @@ def test_a_saved_scale_that_is_another_ends_the_run(
 
 
 def test_checks_validation_and_samples_change_no_bit(tmp_path: Path, warm_cache: Path, undisturbed: Path) -> None:
+    (held_out := tmp_path / "held_out").mkdir()
+    for path in sorted(DEMO_HELD_OUT.iterdir())[:8]:  # four pictures with their captions
+        shutil.copy(path, held_out)
     watched = train(
-        tmp_path, warm_cache, checkpointing_steps=2, validation__held_out_dir="assets/demo-style/held_out",
+        tmp_path, warm_cache, checkpointing_steps=2, validation__held_out_dir=held_out,
         validation__num_draws=1, validation__every=2, samples__prompts="[a]", samples__num_steps=1, samples__every=2,
     )  # fmt: skip
     own, other = (load_file(folder / DIFFUSERS_FILE) for folder in (watched, undisturbed))
