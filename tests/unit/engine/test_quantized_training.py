@@ -91,7 +91,7 @@ def read_config(name: str, folder: Path, cache: Path, linear_format: str, batch_
         f"data_config.cache_dir={cache}",
         f"validation.held_out_dir={DEMO_HELD_OUT}",
         "data_config.img_size=64",
-        "data_config.max_text_tokens=48",
+        "data_config.max_text_tokens=24",
         f"train_batch_size={batch_size}",
         "learning_rate=1e-3",
         "lr_warmup_steps=3",
