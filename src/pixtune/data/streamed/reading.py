@@ -7,6 +7,7 @@ import logging
 import tarfile
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from pathlib import Path
@@ -31,7 +32,8 @@ FIRST_PAUSE_SECONDS, MOST_PAUSE_SECONDS = 1.0, 60.0
 """Pauses before a shard is tried again: each twice the one before."""
 TRIES_OF_DAMAGE = 3
 """Number of times that a shard is read which looks damaged or gone: a connection that was cut may look so, too."""
-DECODE_THREADS = 4
+DECODE_THREADS = 2
+"""Number of threads that check the pictures of one lane, of which there are several."""
 ROWS_AHEAD = 4 * DECODE_THREADS
 LONGEST_CAPTION = 1 << 14
 """Length of a caption, in characters, that no model reads, and that checkpoints of a stream do not keep."""
@@ -195,7 +197,8 @@ class Reader:
         An error of one process is an error of all, so that all save and end alike.
         """
         try:
-            own: dict[str, Any] = {"lanes": [self._read_lane(*each) for each in given]}
+            with ThreadPoolExecutor(max(1, len(given)), thread_name_prefix="lanes") as pool:  # most of it is waiting
+                own: dict[str, Any] = {"lanes": [*pool.map(lambda each: self._read_lane(*each), given)]}
         except (DataError, Stopped) as error:
             if self.crew.size == 1:
                 raise
