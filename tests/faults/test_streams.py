@@ -155,3 +155,15 @@ def test_damaged_rows_are_skipped_and_said_up_to_a_limit(tmp_path):
     changes = {"data_config__img_dir": tmp_path / "pictures", "validation__held_out_dir": "null", "max_train_steps": 2}
     printed = train(tmp_path, "out", stream__window=12, **changes)
     assert "1 row of the stream skipped" in printed and "is not a picture that can be read" in printed
+
+
+def test_a_run_goes_on_from_the_end_of_a_window_with_nothing_left_over(tmp_path):
+    """Rows of one size, as many as the first window's steps take: the checkpoint holds a position alone."""
+    changes = {"data_config__img_size": 64, "data_config__random_ratio": False, "data_config__num_workers": 0,
+               "stream__window": 8, "data_config__flip": False}  # fmt: skip
+    train(tmp_path, "whole", **changes, max_train_steps=3)
+    train(tmp_path, "out", **changes, max_train_steps=2)
+    train(tmp_path, "out", **changes, max_train_steps=3, resume_from_checkpoint="latest")
+    assert same(tmp_path / "whole", tmp_path / "out")
+    printed = train(tmp_path, "out", **changes, max_train_steps=3, resume_from_checkpoint="latest")
+    assert "nothing" in printed or "finished" in printed

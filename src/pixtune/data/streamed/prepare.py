@@ -144,6 +144,8 @@ def prepare_stream(
         order.extend()
     else:
         order.encode_again()
+        if not order.examples and state.end < (config.max_train_steps or 0) * config.gradient_accumulation_steps:
+            order.extend()  # the checkpoint is of the end of a window
     for sentence in missing_triggers([*order.examples.values()], config.trigger_words):
         show(f"note: of the first window, {sentence}")
     (stages or StageLog()).record("encoding")
@@ -157,9 +159,9 @@ def prepare_stream(
         prompts=encoded_prompts(config, family, encodings, wanted),
         both_ways=[],
         most_image_tokens=max(
-            largest.image_tokens, *(image_tokens(family, folder, each.signature(0)) for each in first_window)
+            [largest.image_tokens, *(image_tokens(family, folder, each.signature(0)) for each in first_window)]
         ),
-        most_text_tokens=max(largest.text_tokens, *map(encodings.count_text_tokens, texts)),
+        most_text_tokens=max([largest.text_tokens, *map(encodings.count_text_tokens, texts)]),
         captions=Captions(differ=True),
         fingerprint=fingerprint,
         encoders=encoder.plan,
