@@ -53,8 +53,8 @@ def ends_in_step_4() -> None:
     train.train_step = take
 
 
-def train(folder: Path, name: str, before=in_small_shards, cache: str = "cache", **changes: object) -> str:
-    words = overrides(folder / name, folder / cache, **{**SETTINGS, **changes})
+def train(folder: Path, name: str, before=in_small_shards, **changes: object) -> str:
+    words = overrides(folder / name, folder / "cache", **{**SETTINGS, **changes})
     outcome = pixtune("train", "--config", write_config(folder), *words, before=before)
     assert outcome.returncode == (9 if before is ends_in_step_4 else 0), outcome.stdout
     return outcome.stdout

@@ -11,6 +11,7 @@ from PIL import Image
 
 from pixtune.config.folders import folders_of
 from pixtune.config.schema import TrainConfig
+from pixtune.config.streaming import StreamConfig
 
 PATCHES = 8
 """Colour patches along a picture's side, enlarged: quick to write and to read at any size."""
@@ -88,6 +89,7 @@ def timing_words(
         "validation.held_out_dir": None,
         "samples.prompts": [],
         "samples.controls": [],
+        **{f"stream.{key}": value for key, value in StreamConfig().model_dump().items()},
     }
     if num_text_tokens is not None:
         values["data_config.max_text_tokens"] = num_text_tokens

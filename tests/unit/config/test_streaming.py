@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from pixtune.bench.synthetic import SyntheticData, timing_words
 from pixtune.config import load_config
 from pixtune.errors import ConfigError
 
@@ -52,3 +53,9 @@ def test_all_that_is_wrong_is_said_at_once():
     with pytest.raises(ConfigError) as caught:
         load_config(None, [*STREAMED, *words], folders_must_exist=False)
     assert len(caught.value.faults) == 3
+
+
+def test_a_timing_of_a_streamed_config_streams_nothing(tmp_path):
+    words = timing_words(tmp_path, SyntheticData(tmp_path, ()), 3, 64, None)
+    config = load_config(None, [*STREAMED, "stream.shards_at_once=2", *words])
+    assert config.stream.window is None and config.data_config.img_dir == tmp_path
