@@ -136,7 +136,7 @@ class StreamOrder:
         Raises:
             DataError: as `micro_batch`.
         """
-        state, num_rows = self.state, 0
+        state, num_rows, num_ends = self.state, 0, 0
         while state.end == self.state.end:
             read = self.supply.read(state)
             num_rows += len(read.rows)
@@ -146,11 +146,9 @@ class StreamOrder:
                 state.counts.copies + read.num_copies,
             )
             self.supply.count(counts, read.problems)
-            if not num_rows and has_ended(read.position, self.supply.num_shards):
-                raise DataError(
-                    "nothing is left to train on",
-                    [f"{read.num_read} rows were read of the stream's last window, and none of them can be used."],
-                )
+            num_ends += has_ended(read.position, self.supply.num_shards)
+            if not num_rows and num_ends == 2:  # the first may be that of an epoch whose rows were all read before
+                raise DataError("nothing is left to train on", ["No row of the stream can be used."])
             numbered = dict(enumerate(in_random_order(read.rows, self.seed), state.next_row))
             self.examples.update((number, self.supply.example_of(row)) for number, row in numbered.items())
             state = self._with_rows(state, read, counts, numbered)
@@ -167,7 +165,8 @@ class StreamOrder:
         accumulation = config.gradient_accumulation_steps
         self.make_room = make_room
         self.lookback = accumulation * plan.modulation_rows
-        self.kept_back = 3 * self.lookback + 2 * config.data_config.num_workers + 2
+        # Batches that threads have asked for wait, and a step that fails is saved as not taken, however far it was.
+        self.kept_back = 3 * self.lookback + 2 * config.data_config.num_workers + 2 * accumulation
 
     def encode_again(self) -> None:
         """Has the encodings of the state's rows in the cache: some may be gone since its checkpoint was written."""

@@ -65,11 +65,11 @@ class DatasetShards:
     columns: DatasetColumns
     names: Sequence[str]
     is_remote: bool
-    open_shard: Callable[[int], Any]
-    """Function from the number of a shard to the library's iterable of it."""
+    open_shard: Callable[[int, Path], Any]
+    """Function from the number of a shard, and a folder for what the library leaves, to its iterable of the shard."""
 
     def rows(self, shard: int, start: int, pictures: Path) -> Iterator[Pair | str]:
-        table = without_decoding(self.open_shard(shard), self.columns)
+        table = without_decoding(self.open_shard(shard, pictures), self.columns)
         for row in table.skip(start) if start else table:
             read = pair_of(row, self.columns, pictures, "")
             yield read if isinstance(read, Pair) else "; ".join(read)
@@ -127,24 +127,24 @@ def _dataset_shards(columns: DatasetColumns) -> DatasetShards:
         columns,
         [PurePosixPath(file.split("?")[0]).name for file in files],
         any(REMOTE.match(file) for file in files),
-        lambda shard: _open_file(datasets, files[shard], columns),
+        lambda shard, place: _open_file(datasets, files[shard], columns, place),
     )
 
 
 def _of_one_table(columns: DatasetColumns, table: Any, is_remote: bool) -> DatasetShards:
     num_shards = table.num_shards
     names = [f"shard {number} of {num_shards}" for number in range(num_shards)]
-    return DatasetShards(columns, names, is_remote, lambda shard: table.shard(num_shards, shard))
+    return DatasetShards(columns, names, is_remote, lambda shard, place: table.shard(num_shards, shard))
 
 
-def _open_file(datasets: Any, file: str, columns: DatasetColumns) -> Any:
-    """Opens one file as the library streams it.
+def _open_file(datasets: Any, file: str, columns: DatasetColumns, place: Path) -> Any:
+    """Opens one file as the library streams it, which leaves an empty file for each in a folder.
 
     Raises:
         DataError: its ending is none of those that are read.
     """
     bare = file.split("?")[0].lower()
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {"cache_dir": str(place / ".datasets")}
     if REMOTE.match(file) and file.lower().startswith("http"):
         import aiohttp  # comes with the package datasets
 
@@ -215,9 +215,12 @@ def first_cause(error: BaseException) -> BaseException:
 
 
 def why_unreadable(error: Exception) -> str:
-    """Returns an error of the library in one line, with the one that it came of."""
+    """Returns an error of the library in one line, with the one that it came of.
+
+    What stands behind a question mark in an address is left out: it may let whoever reads it fetch the data.
+    """
     found = []
     for each in dict.fromkeys((error, first_cause(error))):
-        words = " ".join(str(each).split())[:300]
+        words = re.sub(r"(://[^\s?'\"]*)\?[^\s'\"]*", r"\1?...", " ".join(str(each).split()))[:300]
         found.append(f"{type(each).__name__}: {words}" if words else type(each).__name__)
     return ", because of ".join(dict.fromkeys(found))

@@ -23,7 +23,7 @@ from pixtune.data.pairs import Pair
 from pixtune.data.streamed import shards as module
 from pixtune.data.streamed.position import first_position, has_ended
 from pixtune.data.streamed.reading import Patience, Reader
-from pixtune.data.streamed.shards import expand_braces, open_shards
+from pixtune.data.streamed.shards import expand_braces, open_shards, why_unreadable
 from pixtune.errors import DataError
 from pixtune.launch.crew import ALONE
 
@@ -294,3 +294,19 @@ def test_a_shard_that_stays_away_is_named_with_the_cause(fault, words, tmp_path,
         read_all(folder_of(place + "/{0..1}.tar", tmp_path), tmp_path / "p", Patience(1, sleep=lambda seconds: None))
     ended.set()
     assert "1.tar cannot be read from its row 0 on" in str(caught.value) and words in str(caught.value)
+
+
+def test_causes_are_told_in_one_line_without_what_an_address_keeps_secret():
+    def fail() -> None:
+        try:
+            raise TimeoutError("waited for 60 s")
+        except TimeoutError as error:
+            raise FileNotFoundError("Unable to find\n'https://host/a.tar?sig=SECRET&x=1'") from error
+
+    with pytest.raises(FileNotFoundError) as caught:
+        fail()
+    words = why_unreadable(caught.value)
+    assert words == (
+        "FileNotFoundError: Unable to find 'https://host/a.tar?...', because of TimeoutError: waited for 60 s"
+    )
+    assert why_unreadable(OSError()) == "OSError"
