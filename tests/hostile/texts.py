@@ -260,7 +260,7 @@ WHOLE_CONFIGS: dict[str, bytes | str | Callable[[], bytes | str]] = {
 }
 
 VALUES: dict[str, tuple[str, str]] = {  # what it is: lines of the config, culprit
-    "a merge": ("<<: {rank: 3}\n", "<<"),
+    "a merge": ("<<: {rank: -3}\n", "rank"),
     "a key twice": ("rank: 2\nrank: 3\n", "rank"),
     "a rank of 10^30": ("lora_alpha: 1e400\n", "lora_alpha"),
     "a number of 10,000 digits": (f"seed: {'9' * 10_000}\n", "seed"),

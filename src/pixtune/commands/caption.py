@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,7 +12,7 @@ import typer
 from rich.console import Console
 
 from pixtune.captioning.presets import EDIT, PLAIN, PRESETS, question_of
-from pixtune.commands.words import config_and_overrides
+from pixtune.commands.words import config_and_overrides, refuse_options
 from pixtune.config.folders import Folder, folder_beside, folders_of
 from pixtune.config.load import load_config
 from pixtune.config.model_parts import NO_PARTS
@@ -289,11 +290,12 @@ def find_source(
     """
     folders = [Path(word) for word in words or () if Path(word).is_dir()]
     if config is None and folders:
+        refuse_options(words or ())
         if len(words or ()) > 1:
             raise typer.BadParameter(f"name one folder, without keys; there are {' '.join(words or ())}")
         if model is None and captioner is None:
             raise typer.BadParameter(
-                f"name the model: pixtune caption {folders[0]} --model FOLDER, or --captioner FOLDER"
+                f"name the model: pixtune caption {shlex.quote(str(folders[0]))} --model FOLDER, or --captioner FOLDER"
             )
         from pixtune.data.validate import find_layout
 
@@ -312,8 +314,8 @@ def find_source(
     own = folders_of(settings.data_config)
     elsewhere = [
         f"{each.place} has its captions from {why}, and this command writes text files beside pictures. Caption the "
-        f"folder itself, pixtune caption {each.img_dir} --model {settings.pretrained_model_name_or_path}, and train "
-        "without that key."
+        f"folder itself, pixtune caption {shlex.quote(str(each.img_dir))} --model "
+        f"{shlex.quote(settings.pretrained_model_name_or_path)}, and train without that key."
         for each in own
         if (why := source_of_captions(each)) is not None
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -74,7 +75,7 @@ def import_config(
         typer.echo(one_line(line))
     count = len(imported.lines) + sum(len(lines) for lines in imported.folders)
     shown = one_line(str(target))
-    typer.echo(f"{shown}: {count} keys from {peer.name}. Next: pixtune plan {shown}")
+    typer.echo(f"{shown}: {count} keys from {peer.name}. Next: pixtune plan {shlex.quote(shown)}")
 
 
 def _read(file: str) -> Source:

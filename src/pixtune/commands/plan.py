@@ -11,7 +11,7 @@ import math
 from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
-from pixtune.config.folders import folders_of, largest_size
+from pixtune.config.folders import folders_of, largest_size, prior_folder
 from pixtune.config.schema import TrainConfig
 from pixtune.config.sections import DistributedConfig
 from pixtune.data.layouts import find_examples
@@ -51,6 +51,12 @@ class Length:
     """Number of them that a run holds out, and does not train on."""
     num_steps: int | None
     """Optimizer steps; None where epochs decide and the pictures are not there yet."""
+    turns_per_epoch: float
+    """Uses of pictures in an epoch by their folders' repeats, regularization pictures included."""
+    is_once: bool
+    """All folders have one repeat."""
+    is_by_epochs: bool
+    """The number of epochs ends the run, so that steps follow from the pictures' number."""
     pictures_per_step: int
     """Pictures of all processes together."""
     micro_batches_per_step: int
@@ -185,6 +191,11 @@ def make_report(
         assumptions.append(
             f"pictures of {', '.join(sets)} are not counted" if sets else f"there are no pictures in {places} yet"
         )
+    if length.is_by_epochs:
+        assumptions.append(
+            "pictures of one size: those of rare sizes are used oftener to fill their batches, and an epoch has more "
+            "steps then (pixtune validate with this config counts them)"
+        )
     captions = Captions(differ=True) if family.pads_text else None
     text = padded_length(tokens.text, least_multiple(config, captions))
     footprint = footprint_of(config, family, folder, config.batch_size * (tokens.image + text))
@@ -268,13 +279,28 @@ def length_of(config: TrainConfig, num_processes: int = 1) -> Length:
     if config.stream.window is not None:
         num_pictures = None
     num_held_out = 0 if num_pictures is None else config.validation.num_held_out(num_pictures)
-    limits = [config.max_train_steps] if config.max_train_steps is not None else []
-    if config.num_train_epochs is not None and num_pictures is not None:
-        turns = sum(folder.repeats * count for folder, count in zip(folders, counts, strict=True))
-        turns *= 1 - num_held_out / num_pictures
-        limits.append(math.ceil(turns * config.num_train_epochs / (config.batch_size * micro_batches * num_processes)))
     per_step = config.batch_size * micro_batches * num_processes
-    return Length(num_pictures, num_held_out, min(limits, default=None), per_step, micro_batches)
+    turns, by_epochs = 0.0, None
+    if num_pictures is not None:
+        turns = sum(folder.repeats * count for folder, count in zip(folders, counts, strict=True))
+        turns = turns * (1 - num_held_out / num_pictures) + _prior_turns(config)
+        if config.num_train_epochs is not None:
+            by_epochs = math.ceil(turns * config.num_train_epochs / per_step)
+    num_steps = min((each for each in (config.max_train_steps, by_epochs) if each is not None), default=None)
+    is_by_epochs = by_epochs is not None and num_steps == by_epochs
+    prior = config.prior_preservation
+    repeats = {*(folder.repeats for folder in folders), *([prior.repeats] if prior.folder or prior.prompts else [])}
+    return Length(
+        num_pictures, num_held_out, num_steps, turns, repeats == {1}, is_by_epochs, per_step, micro_batches
+    )  # fmt: skip
+
+
+def _prior_turns(config: TrainConfig) -> float:
+    """Returns the uses of regularization pictures in an epoch."""
+    prior = config.prior_preservation
+    if prior.folder is None:
+        return prior.repeats * len(prior.prompts) * prior.num_pictures
+    return prior.repeats * len(find_examples(prior_folder(config.data_config, prior, prior.folder)).pairs)
 
 
 def assumed_tokens(config: TrainConfig, family: ModelFamily, folder: ModelFolder) -> tuple[Tokens, tuple[str, ...]]:

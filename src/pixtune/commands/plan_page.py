@@ -16,6 +16,7 @@ from pixtune.plan.kernel_choice import NAMES
 from pixtune.plan.optimizers import OPTIMIZERS
 from pixtune.plan.seconds import basis
 from pixtune.plan.training import TrainingPlan
+from pixtune.tracking.opening import times_used
 
 
 def render(report: PlanReport, console: Console, verbose: bool = False) -> None:
@@ -81,10 +82,11 @@ def time_lines(report: PlanReport) -> list[str]:
     else:
         lines.append("How long a step takes is not estimated on a CPU: pixtune bench measures it.")
     if length.num_pictures is not None:
-        trained = length.num_pictures - length.num_held_out
-        times = 0.0 if length.num_steps is None else length.num_steps * length.pictures_per_step / max(trained, 1)
-        number = f"{times:.0f}" if times >= 1.5 else f"{times:.2g}"
-        used = f": each {'of the others ' * (length.num_held_out > 0)}is used about {number} times" if times else ""
+        used = ""
+        if length.num_steps is not None and length.turns_per_epoch:
+            mean = length.num_steps * length.pictures_per_step / length.turns_per_epoch
+            others = "of the others " * (length.num_held_out > 0)
+            used = f": each {others}is used {times_used(mean, length.is_once)}"
         held_out = f", {length.num_held_out:,} of them held out" if length.num_held_out else ""
         lines.append(f"{length.num_pictures:,} pictures with captions{held_out}{used}.")
     return lines

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 
 from pixtune.commands.folders import folder_listing, stream_listing
-from pixtune.commands.words import config_and_overrides
+from pixtune.commands.words import config_and_overrides, refuse_options
 from pixtune.config import load_config
 from pixtune.config.folders import folder_beside, folders_of
 from pixtune.config.model_parts import NO_PARTS, ModelParts
@@ -69,6 +69,7 @@ def check(
         if settings.stream.window is not None:
             return [], stream_listing(settings)
         return check_config(settings, console), folder_listing(settings)
+    refuse_options(words)
     folders = [Path(word) for word in words] + ([path] if path else [])
     if len(folders) != 1:
         raise typer.BadParameter("name one folder, or a config with its keys: pixtune validate ./dataset")

@@ -91,6 +91,17 @@ def config_and_overrides(words: Sequence[str] | None, config: Path | None) -> tu
     return config, overrides
 
 
+def refuse_options(words: Sequence[str]) -> None:
+    """Checks that no word of a command without a config is an option that it does not know.
+
+    Raises:
+        BadParameter: one is.
+    """
+    for word in words:
+        if word.startswith("-") and not Path(word).exists():
+            raise typer.BadParameter(f"{word.partition('=')[0]} is no option of this command: --help lists them")
+
+
 def model_parts(words: Sequence[str]) -> ModelParts:
     """Reads the parts of a model that a command names, each as NAME=PATH.
 

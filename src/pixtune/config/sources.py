@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shlex
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ import yaml
 
 from pixtune.config.other_names import ABSENT, OTHER_NAMES, REMEDIES
 from pixtune.config.schema import FORMER_KEYS, LIST_SECTIONS, OLDER_NAMES, is_leaf, leaf_keys, section_of, sections
-from pixtune.config.yaml_tree import ABOUT_BACKSLASHES, CORE, BoundsError, ConfigLoader, compose
+from pixtune.config.yaml_tree import ABOUT_BACKSLASHES, CORE, BoundsError, ConfigLoader, compose, compose_word, pairs_of
 from pixtune.inputs.printing import one_line
 from pixtune.inputs.reading import MEBIBYTE, read_bounded
 
@@ -86,7 +87,7 @@ def read_file(path: Path) -> Source:
     except yaml.MarkedYAMLError as error:
         return _unreadable(path, *_yaml_problem(error, text))
     except yaml.YAMLError as error:
-        return _unreadable(path, f"is not YAML: {error}")
+        return _unreadable(path, f"is not YAML: {_unfit(error)}")
     if root is None or root.tag == CORE["null"]:
         return _unreadable(path, "is empty: a config needs at least the required keys")
     if not isinstance(root, yaml.MappingNode):
@@ -105,12 +106,12 @@ def read_overrides(words: Sequence[str]) -> Source:
             source.faults.append(Fault(COMMAND_LINE, _not_an_override(word, waiting)))
             continue
         try:
-            node = compose(text)
+            node = compose_word(text)
         except BoundsError as error:
             source.faults.append(Fault(COMMAND_LINE, f"{key}: {error.sentence}"))
             continue
         except yaml.YAMLError as error:
-            problem = getattr(error, "problem", None) or error
+            problem = getattr(error, "problem", None) or _unfit(error)
             advice = f". {ABOUT_BACKSLASHES}" if "\\" in text else ": quote it"
             source.faults.append(Fault(COMMAND_LINE, f"{key} is {text!r}, which is not YAML ({problem}){advice}"))
             continue
@@ -123,6 +124,17 @@ def read_overrides(words: Sequence[str]) -> Source:
             del source.entries[key]
         _add_entries(source, one.entries.values())
     return source
+
+
+def override_word(key: str, value: object) -> str:
+    """Returns the word `key=value` as one types it in a shell, such that it is read back as this value's text."""
+    text = str(value)
+    try:
+        node = compose_word(text)
+    except (BoundsError, yaml.YAMLError):
+        node = None
+    is_plain = isinstance(node, yaml.ScalarNode) and (node.tag, node.value) == (CORE["str"], text)
+    return shlex.quote(f"{key}={text}" if is_plain else f"{key}='{text.replace(chr(39), 2 * chr(39))}'")
 
 
 def overridden(earlier: Mapping[str, Entry], later: Mapping[str, Entry]) -> dict[str, Entry]:
@@ -164,6 +176,13 @@ def _unreadable(path: Path, sentence: str, line: int = 0) -> Source:
     return Source({}, [Fault(place, sentence)], readable=False)
 
 
+def _unfit(error: yaml.YAMLError) -> str:
+    """Describes a character that no YAML may hold, on one line."""
+    if not isinstance(error, yaml.reader.ReaderError):
+        return str(error)
+    return f"character number {error.position + 1} has the code {error.character:#x}, which no text has"
+
+
 def _yaml_problem(error: yaml.MarkedYAMLError, text: str) -> tuple[str, int]:
     mark = error.problem_mark or error.context_mark
     parts = [part for part in (error.context, error.problem) if part]
@@ -194,7 +213,7 @@ def _collect(root: yaml.MappingNode, at: Callable[[yaml.Node], Place]) -> Source
 
 def _collect_mapping(mapping: yaml.MappingNode, prefix: str, at: Callable[[yaml.Node], Place], source: Source) -> None:
     first_seen: dict[str, Place] = {}
-    for key_node, value_node in mapping.value:
+    for key_node, value_node in pairs_of(mapping):
         place = at(key_node)
         if not isinstance(key_node, yaml.ScalarNode) or "." in key_node.value:
             shown = key_node.value if isinstance(key_node, yaml.ScalarNode) else "a list or mapping"

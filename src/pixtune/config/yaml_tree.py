@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 
 import yaml
 
@@ -11,6 +12,8 @@ MOST_NODES = 10_000
 MOST_LEVELS = 20
 """Number of levels that values may be nested in; a config has three, and each costs the parser some of its stack."""
 
+MERGE = "tag:yaml.org,2002:merge"
+"""Tag of the key `<<`, whose value's pairs a mapping takes over. YAML 1.2 left it out, and people go on writing it."""
 CORE = {name: f"tag:yaml.org,2002:{name}" for name in ("str", "int", "float", "bool", "null", "seq", "map")}
 _PLAIN_WORDS = (  # kind, what it looks like, its possible first characters
     ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
@@ -82,6 +85,8 @@ class ConfigDumper(yaml.SafeDumper):
 for _kind, _pattern, _first in _PLAIN_WORDS:
     for _yaml_class in (ConfigLoader, ConfigDumper):
         _yaml_class.add_implicit_resolver(CORE[_kind], re.compile(rf"^(?:{_pattern})$"), list(_first))
+ConfigLoader.add_implicit_resolver(MERGE, re.compile(r"^<<$"), ["<"])
+ConfigDumper.add_implicit_resolver(MERGE, re.compile(r"^<<$"), ["<"])
 
 
 def compose(text: str) -> yaml.Node | None:
@@ -95,6 +100,60 @@ def compose(text: str) -> yaml.Node | None:
     if root is not None:
         _count(root, {}, set())
     return root
+
+
+def compose_word(text: str) -> yaml.Node | None:
+    """Parses the value of one word of a command line; None for an empty one.
+
+    Text needs no quotes there, since it ends where the word does: in `img_dir=my cats #2` the `#` begins no comment, as
+    it would in a file, and `&`, `*` and `!` at the beginning mean nothing. Lists, mappings and quoted text are YAML.
+
+    Raises:
+        BoundsError: as `compose`.
+        yaml.YAMLError: a list, mapping or quoted text is not YAML, or what follows a `#` in it would be left out; or
+            there are characters that no text has.
+    """
+    begins_as_yaml = text.lstrip()[:1] in tuple("[{'\"") or "\n" in text
+    try:
+        node = compose(text)
+    except yaml.YAMLError as error:
+        if begins_as_yaml or isinstance(error, yaml.reader.ReaderError):
+            raise
+        node = None
+    if not text.strip():
+        return node
+    if begins_as_yaml or isinstance(node, yaml.CollectionNode):
+        _refuse_comments(text)
+        return node
+    tag = ConfigLoader("").resolve(yaml.ScalarNode, text.strip(), (True, False))
+    return yaml.ScalarNode(tag, text if tag == CORE["str"] else text.strip(), yaml.Mark("", 0, 0, 0, "", 0))
+
+
+def pairs_of(mapping: yaml.MappingNode) -> Iterator[tuple[yaml.Node, yaml.Node]]:
+    """Yields the pairs of a mapping in their order: its own, and of each `<<: *name` those whose keys it lacks."""
+    taken = {key.value for key, _ in mapping.value if isinstance(key, yaml.ScalarNode)}
+    for key, value in mapping.value:
+        others = value.value if isinstance(value, yaml.SequenceNode) else [value]
+        if key.tag != MERGE or not all(isinstance(other, yaml.MappingNode) for other in others):
+            yield key, value
+            continue
+        for pair in (pair for other in others for pair in pairs_of(other)):
+            if pair[0].value not in taken:
+                taken.add(pair[0].value)
+                yield pair
+
+
+def _refuse_comments(text: str) -> None:
+    """Checks that all of a text is said by its tokens.
+
+    Raises:
+        yaml.YAMLError: a `#` makes the rest of a line a comment.
+    """
+    end = 0
+    for token in yaml.scan(text, ConfigLoader):
+        if "#" in text[end : token.start_mark.index]:
+            raise yaml.MarkedYAMLError(problem="what follows # would be left out, as a comment")
+        end = max(end, token.end_mark.index)
 
 
 def _count(node: yaml.Node, counted: dict[int, int], within: set[int]) -> int:

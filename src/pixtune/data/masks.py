@@ -154,7 +154,7 @@ def find_masks(pairs: Sequence[Pair], folder: Folder, apart: Collection[Path] = 
         return FoundMasks({}, (), ())
     path_of = {pair.name: pair.image_path for pair in pairs}
     if source != "alpha":
-        path_of = _match(path_of, source, apart, faults, warnings)
+        path_of = _match(path_of, source, folder, apart, faults, warnings)
         if faults:
             return FoundMasks({}, tuple(faults), tuple(warnings))
     without = [str(pair.image_path) for pair in pairs if pair.name not in path_of]
@@ -191,7 +191,12 @@ def find_masks(pairs: Sequence[Pair], folder: Folder, apart: Collection[Path] = 
 
 
 def _match(
-    pictures: Mapping[str, Path], mask_dir: Path, apart: Collection[Path], faults: list[str], warnings: list[str]
+    pictures: Mapping[str, Path],
+    mask_dir: Path,
+    folder: Folder,
+    apart: Collection[Path],
+    faults: list[str],
+    warnings: list[str],
 ) -> dict[str, Path]:
     """Finds the mask of each picture's stem, by the names of the pictures that have one."""
     purposes = frozenset(os.path.realpath(path) for path in apart)
@@ -201,12 +206,19 @@ def _match(
     found = {name: by_stem[stem_of(name)] for name in pictures if stem_of(name) in by_stem}
     stems = {stem_of(name) for name in pictures}
     lone = [str(path) for stem, path in by_stem.items() if stem not in stems]
-    if lone and pictures and not found:  # even where masks may be missing: the run would be one without any
+    is_beside = folder.place != folder.rules_place  # held-out pictures: these may be the masks of the others alone
+    if lone and pictures and not found and not (is_beside and folder.allow_missing_masks):
+        # An error even where masks may be missing: the run would be one without any.
+        otherwise = (
+            f"let those without one count as a whole: {folder.rules_place}.allow_missing_masks=true"
+            if is_beside
+            else "leave mask_dir out"
+        )
         faults.append(
             f"No picture has a mask of its name in {mask_dir}, which holds {shorten(lone)}. Name each mask as its "
-            f"picture, such as {stem_of(next(iter(pictures)))}.png, in the same subfolder, or leave mask_dir out."
+            f"picture, such as {stem_of(next(iter(pictures)))}.png, in the same subfolder, or {otherwise}."
         )
-    elif lone:
+    elif lone and not is_beside:
         warnings.append(
             f"{count(len(lone), 'mask has no picture of its', 'masks have no picture of their')} name: {shorten(lone)}."
         )

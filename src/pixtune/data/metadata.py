@@ -18,7 +18,7 @@ from typing import Any
 
 from pixtune.data.captions import LARGEST_CAPTION_BYTES, MOST_CAPTIONS, RECODE, tidy_caption
 from pixtune.data.pairs import Pair, Pairs, shorten
-from pixtune.inputs.reading import MEBIBYTE, read_lines
+from pixtune.inputs.reading import MEBIBYTE, each_once, read_lines
 
 KEYS = ("image", "caption", "control")
 OTHER_KEYS = {"file_name": "image", "text": "caption"}
@@ -191,7 +191,7 @@ def _read_line(line: bytes | None) -> tuple[dict[str, Any] | None, list[str]]:
 def _read_row(line: str) -> tuple[dict[str, Any] | None, list[str]]:
     """Parses a row: a row of the right form, or None and what is wrong with it."""
     try:
-        row = json.loads(line)
+        row = json.loads(line, object_pairs_hook=each_once)
     except ValueError as error:  # no JSON, or a number of thousands of digits
         return None, [f"not a JSON object ({error})"]
     except RecursionError:

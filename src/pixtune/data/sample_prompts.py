@@ -15,7 +15,7 @@ from typing import Any
 from pixtune.config.folders import largest_size
 from pixtune.config.schema import TrainConfig
 from pixtune.errors import DataError
-from pixtune.inputs.reading import MEBIBYTE, read_bounded
+from pixtune.inputs.reading import MEBIBYTE, each_once, read_bounded
 from pixtune.sizes import Size
 
 LARGEST_FILE_BYTES = MEBIBYTE
@@ -137,7 +137,7 @@ def _prompts_of_text(file: Path, lines: Sequence[tuple[int, str]]) -> list[Asked
 def _read_row(line: str, folder: Path) -> AskedPrompt | list[str]:
     """Returns a row's prompt, or everything that is wrong with it."""
     try:
-        row = json.loads(line)
+        row = json.loads(line, object_pairs_hook=each_once)
     except (ValueError, RecursionError) as error:
         return [f"{line[:60]!r} is no JSON ({str(error)[:80]})"]
     if not isinstance(row, dict):

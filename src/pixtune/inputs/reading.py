@@ -10,6 +10,7 @@ import os
 import stat
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 MEBIBYTE = 2**20
 
@@ -83,3 +84,17 @@ def read_lines(path: Path, most_bytes: int, longest_bytes: int) -> Iterator[byte
 def _too_large(path: Path, most_bytes: int) -> OSError:
     most = f"{most_bytes // MEBIBYTE:,} MiB" if most_bytes >= MEBIBYTE else f"{most_bytes:,} bytes"
     return OSError(errno.EFBIG, f"it has more than {most}, the most that such a file may have", str(path))
+
+
+def each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Makes an object of JSON of its pairs; for `object_pairs_hook`, since `json` itself takes the last of two.
+
+    Raises:
+        ValueError: a key stands twice.
+    """
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [key for key, _ in pairs]
+        name = next(key for key in names if names.count(key) > 1)
+        raise ValueError(f"{name[:60]} is given twice in one mapping: keep one")
+    return found

@@ -20,7 +20,7 @@ import yaml
 from pixtune.config.yaml_tree import ABOUT_BACKSLASHES, BoundsError, ConfigLoader, compose
 from pixtune.errors import MigrationError
 from pixtune.inputs.printing import one_line
-from pixtune.inputs.reading import MEBIBYTE, read_bounded
+from pixtune.inputs.reading import MEBIBYTE, each_once, read_bounded
 from pixtune.migration.command_line import Command, find_commands, looks_like_commands
 
 LARGEST_FILE_BYTES = MEBIBYTE
@@ -182,17 +182,7 @@ _JSON_TEXT_OR_COMMENT = re.compile(r'("(?:\\.|[^"\\\n])*"?)|//[^\n]*|,(?=\s*[}\]
 
 def _parse_json(text: str) -> Any:
     """Parses JSON; comments and commas before a closing bracket are passed over: SimpleTuner's examples have them."""
-    return json.loads(_JSON_TEXT_OR_COMMENT.sub(lambda found: found[1] or "", text), object_pairs_hook=_each_once)
-
-
-def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [key for key, _ in pairs]
-        raise ValueError(
-            f"{next(key for key in names if names.count(key) > 1)} is given twice in one mapping: keep one"
-        )
-    return found
+    return json.loads(_JSON_TEXT_OR_COMMENT.sub(lambda found: found[1] or "", text), object_pairs_hook=each_once)
 
 
 def _check_keys(node: yaml.Node, seen: set[int]) -> None:

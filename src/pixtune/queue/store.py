@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sqlite3
 import time
 from collections.abc import Iterator, Sequence
@@ -179,7 +180,9 @@ class Queue:
         with self.transaction() as database:
             entry = _entry(database, number)
             if entry.state == "running":
-                raise QueueError(f"entry {number} is running: stop it first (pixtune stop {entry.output_dir}).")
+                raise QueueError(
+                    f"entry {number} is running: stop it first (pixtune stop {shlex.quote(str(entry.output_dir))})."
+                )
             database.execute("DELETE FROM entries WHERE id = ?", (number,))
         for path in (self.log_of(number), self.config_of(number), self.lock_of(number)):
             path.unlink(missing_ok=True)

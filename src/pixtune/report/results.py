@@ -10,6 +10,7 @@ from pathlib import Path
 
 from pixtune.config import to_dict
 from pixtune.config.schema import TrainConfig
+from pixtune.config.sources import override_word
 from pixtune.errors import WriteError
 from pixtune.hardware.facts import package_versions
 from pixtune.plan.training import TrainingPlan
@@ -65,8 +66,8 @@ class Results:
         """Returns what a user does next with these files, in a sentence."""
         folder = self.config.output_dir
         if self.config.method == "full":
-            return f'draw with it: pixtune sample "a prompt" --model {paths[0]}'
-        return f'draw with it: pixtune sample "a prompt" --lora {folder}'
+            return f'draw with it: pixtune sample "a prompt" --model {shlex.quote(str(paths[0]))}'
+        return f'draw with it: pixtune sample "a prompt" --lora {shlex.quote(str(folder))}'
 
 
 def already_finished(step: int, num_steps: int, folder: Path) -> str:
@@ -74,5 +75,5 @@ def already_finished(step: int, num_steps: int, folder: Path) -> str:
     longer = "a larger max_train_steps" if step == num_steps else "validation.patience=null"
     return (
         f"finished already, at step {step} of {num_steps}: nothing was trained, and the files were written again. To "
-        f"train longer: {longer}. To train anew: output_dir={free_folder(folder)}, or delete {folder}"
+        f"train longer: {longer}. To train anew: {override_word('output_dir', free_folder(folder))}, or delete {folder}"
     )

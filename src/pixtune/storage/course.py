@@ -8,6 +8,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from pixtune.config.sources import override_word
 from pixtune.errors import CheckpointError, DamagedError
 from pixtune.storage.checkpoint import (
     Checkpoint,
@@ -48,7 +49,7 @@ def resolve_resume(output_dir: Path, resume_from: str | None, show: Callable[[st
             raise CheckpointError(
                 f"{output_dir} already holds a run (up to {existing[-1]}), which a new start would overwrite. To go on "
                 "with it: resume_from_checkpoint=latest. To train anew and keep it: "
-                f"output_dir={free_folder(output_dir)}. Or delete it."
+                f"{override_word('output_dir', free_folder(output_dir))}. Or delete it."
             )
         return None
     places = [Path(resume_from).expanduser(), output_dir / resume_from]

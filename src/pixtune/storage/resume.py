@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from pixtune.config import to_dict
 from pixtune.config.schema import TrainConfig
 from pixtune.config.section import Section
 from pixtune.config.sections import DataConfig, FolderConfig
+from pixtune.config.sources import override_word
 from pixtune.errors import CheckpointError
 from pixtune.storage.checkpoint import Checkpoint
 
@@ -316,7 +318,7 @@ def _refusal(
     lines = [f"{checkpoint.path} is of a run with other settings and cannot be resumed with these:"]
     lines += [f"  - {sentence}" for sentence in refused.values()]
     lines += [rates] if rates else []
-    anew = f"output_dir={free_folder(Path(now.config['output_dir']))}"
+    anew = override_word("output_dir", free_folder(Path(now.config["output_dir"])))
     fixed = [key for key in refused if is_fixed(key)]
     if fixed:
         lines.append(f"What is trained, and the plan, stay the same within a run: {', '.join(fixed)} cannot change.")
@@ -348,7 +350,7 @@ def _is_beyond(checkpoint: Checkpoint, num_steps: int) -> str:
         f"{checkpoint.path} is of step {checkpoint.step}, and the run is to have {num_steps} steps "
         "(max_train_steps, num_train_epochs): nothing is left to train, and nothing was changed. Raise the number of "
         f"steps, or resume from an earlier checkpoint by its name, or write the files of this one with `pixtune export "
-        f"{checkpoint.path}`."
+        f"{shlex.quote(str(checkpoint.path))}`."
     )
 
 

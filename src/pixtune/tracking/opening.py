@@ -40,10 +40,8 @@ def opening_lines(
         ]
     # Not epochs: one that fills its batches uses pictures of rare shapes oftener than once.
     mean = num_steps * per_step / sum(use.repeats for use in order.uses)
-    number = f"about {mean:.0f}" if mean >= 1.5 else f"{mean:.1f}"
-    is_once = all(use.repeats == 1 for use in order.uses)
-    turns = f"every picture {number} times" if is_once else f"every picture {number} times its folder's repeats"
     note = uneven_note(order, source.reader.names)
+    turns = f"every picture {times_used(mean, all(use.repeats == 1 for use in order.uses))}"
     return [
         # Scripts look for this line, so its words stay whatever the numbers are.
         f"data: {len(data.buckets)} pictures in {num_sizes} sizes, {len(data.held_out)} held out",
@@ -53,6 +51,17 @@ def opening_lines(
         *([f"note: {note}"] if note else []),
         *([f"warning: {warning}"] if warning else []),
     ]
+
+
+def times_used(mean: float, is_once: bool) -> str:
+    """Returns how often a run uses each picture, in words.
+
+    Args:
+        mean: number of uses over the run, in units of the folder's repeats.
+        is_once: whether all folders have one repeat.
+    """
+    number = f"about {mean:.0f}" if mean >= 1.5 else f"{mean:.1f}" if mean >= 0.95 else f"{mean:.2g}"
+    return f"{number} times" if is_once else f"{number} times its folder's repeats"
 
 
 def counted(number: int, noun: str) -> str:

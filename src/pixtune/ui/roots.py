@@ -6,6 +6,7 @@ A place is text such as "here/datasets/cat": the name of a root, then a path bel
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -85,8 +86,8 @@ class Roots:
         within = [(name, root) for name, root in self.folders.items() if real.is_relative_to(root)]
         if not within:
             raise OutsideError(
-                f"{path} lies outside the folders that this page may open. Start it as pixtune ui --root {real.parent} "
-                "to add it."
+                f"{path} lies outside the folders that this page may open. Start it as pixtune ui --root "
+                f"{shlex.quote(str(real.parent))} to add it."
             )
         name, root = max(within, key=lambda each: len(each[1].parts))
         below = real.relative_to(root).as_posix()

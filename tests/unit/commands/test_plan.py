@@ -10,6 +10,7 @@ from io import StringIO
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from rich.console import Console
 
 from pixtune.commands import plan as plan_command
@@ -18,6 +19,7 @@ from pixtune.commands.plan import (
     PlanReport,
     before_cuda,
     facts_of_this_machine,
+    length_of,
     make_report,
 )
 from pixtune.commands.plan_page import about, render
@@ -57,6 +59,24 @@ def shown(report: PlanReport, verbose: bool = True) -> str:
     return stream.getvalue()
 
 
+def test_the_steps_of_epochs_count_repeats_and_regularization_pictures(tmp_path: Path) -> None:
+    for name, number in (("twice", 6), ("half", 4), ("known", 5)):
+        (tmp_path / name).mkdir()
+        for index in range(number):
+            Image.new("RGB", (64, 64)).save(tmp_path / name / f"{name}{index}.png")
+            (tmp_path / name / f"{name}{index}.txt").write_text("a thing")
+    folders = f"[{{img_dir: {tmp_path}/twice, repeats: 2}}, {{img_dir: {tmp_path}/half, repeats: 0.5}}]"
+    words = ["data_config.img_dir=", f"data_config.folders={folders}", "validation.held_out=0", "train_batch_size=3"]
+    epochs = ["max_train_steps=", "num_train_epochs=3"]
+    length = length_of(config_of(tmp_path, *words, *epochs))
+    assert (length.num_pictures, length.turns_per_epoch, length.num_steps) == (10, 14, 14)  # 3 * (12 + 2) / 3
+    assert length.is_by_epochs and not length.is_once
+    prior = [f"prior_preservation.folder={tmp_path}/known", "prior_preservation.repeats=2"]
+    assert length_of(config_of(tmp_path, *words, *epochs, *prior)).num_steps == 24  # 3 * (12 + 2 + 10) / 3
+    drawn = ["prior_preservation.prompts=[a, b]", "prior_preservation.num_pictures=4"]
+    assert length_of(config_of(tmp_path, *words, *epochs, *drawn)).num_steps == 22  # 3 * (12 + 2 + 8) / 3
+
+
 # ---- the whole way, at full size
 
 
@@ -89,7 +109,7 @@ def test_the_first_lines_answer_whether_it_fits_and_how_long_it_takes(full_size:
     assert f"about {about(600 * seconds)}: 600 steps, {seconds:.2g} s each" in takes and "were measured" in takes
     assert used.startswith("48 pictures with captions, 4 of them held out: each of the others is used about 27 times")
     few = replace(report, length=replace(report.length, num_steps=6))
-    assert "each of the others is used about 0.27 times" in shown(few, verbose=False), "not about 0 times"
+    assert "each of the others is used 0.27 times" in shown(few, verbose=False), "not about 0 times"
     whole = replace(report, length=replace(report.length, num_held_out=0))
     assert "48 pictures with captions: each is used about 25 times" in shown(whole, verbose=False)
     assert report.facts.host_total_bytes == 256 * GIB and "QwenImagePipeline" in machine

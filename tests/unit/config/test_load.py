@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from pydantic import ValidationError
 from pixtune.config import TrainConfig, load_config, resolved_yaml, to_dict
 from pixtune.config.schema import NOT_YET, leaf_keys
 from pixtune.config.sections import DataConfig
+from pixtune.config.sources import override_word
 from pixtune.errors import NotYetError
 
 
@@ -52,6 +54,66 @@ def test_an_override_can_take_a_value_back(write, minimal):
 def test_overrides_alone_are_enough(tmp_path):
     words = ["pretrained_model_name_or_path=m", "output_dir=o", f"data_config.img_dir={tmp_path}", "num_train_epochs=1"]
     assert load_config(None, words).num_train_epochs == 1
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "my cats #2",
+        "cats #",
+        "# cats",
+        "&cats",
+        "*cats*",
+        "!cats",
+        "%cats",
+        "@cats",
+        "| cats",
+        "zwx, ",
+        " zwx",
+        "50% #1 'a'",
+    ],
+)
+def test_a_word_of_the_command_line_is_taken_whole(text, write, minimal, tmp_path):
+    """In a file ` #2` would be a comment: a run trained on ./cats where ./cats #2 was named."""
+    (tmp_path / text).mkdir()
+    words = [f"data_config.img_dir={tmp_path / text}", f"samples.negative_prompt={text}", f"lora_files.title={text}"]
+    config = load_config(write(minimal), words)
+    assert config.data_config.img_dir == tmp_path / text
+    assert config.samples.negative_prompt == text
+    assert config.lora_files.title == text
+
+
+def test_a_word_still_has_the_types_of_yaml(write, minimal):
+    words = ["rank= 8 ", "learning_rate=1e-3", "deterministic=true", "ema=decay: 0.5", "samples.prompts=['a #1', b]"]
+    config = load_config(write(minimal), words)
+    assert (config.rank, config.learning_rate, config.deterministic, config.ema.decay) == (8, 1e-3, True, 0.5)
+    assert config.samples.prompts == ("a #1", "b")
+
+
+@pytest.mark.parametrize(
+    "name", ["my runs/cats #2", "it's", "[new] a", "{a}", '"a"', "7", "null", "cats: b", "$HOME `x`", "-1.5"]
+)
+def test_a_word_that_an_error_advises_is_read_back_as_it_was_meant(name, write, minimal):
+    (word,) = shlex.split(override_word("output_dir", name))
+    assert load_config(write(minimal), [word]).output_dir == Path(name)
+
+
+def test_a_mapping_takes_over_what_another_has(write, minimal, tmp_path):
+    """`<<: *name` spares writing the same for each folder; what stands beside it wins."""
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    config = load_config(
+        write(
+            f"pretrained_model_name_or_path: m\noutput_dir: o\nmax_train_steps: 1\ndata_config:\n  folders:\n"
+            f"    - &first {{img_dir: {tmp_path}/a, repeats: 3, flip: true}}\n"
+            f"    - {{repeats: 5, <<: *first, img_dir: {tmp_path}/b}}\n"
+            "  loss_weights: {<<: &all {x: 0.5, y: 2}, x: 0.25}\n"
+        )
+    )
+    first, second = config.data_config.folders
+    assert (first.repeats, first.flip, second.repeats, second.flip) == (3, True, 5, True)
+    assert second.img_dir == tmp_path / "b"
+    assert config.data_config.loss_weights == {"x": 0.25, "y": 2}
 
 
 def test_lists_and_text_with_special_characters(write, minimal):

@@ -326,6 +326,19 @@ def test_a_held_out_folder_has_its_masks_beside_it(folder: Path) -> None:
     assert not any(example.mask for example in examples_of(may_lack, folder / "held_out" / "images"))
 
 
+def test_held_out_pictures_may_lie_beside_the_masks_of_the_others(folder: Path) -> None:
+    """With pictures, masks and held-out pictures side by side, the masks' folder is beside both."""
+    (folder / "held_out").mkdir()
+    Image.new("RGB", (64, 64)).save(folder / "held_out" / "other.png")
+    (folder / "held_out" / "other.txt").write_text("another")
+    config = config_of(folder, mask_dir=folder / "masks")
+    with pytest.raises(DataError, match=r"count as a whole: data_config\.allow_missing_masks=true\.$"):
+        examples_of(config, folder / "held_out")
+    may_lack = config_of(folder, mask_dir=folder / "masks", allow_missing_masks=True)
+    assert [example.mask for example in examples_of(may_lack, folder / "held_out")] == [None]
+    assert all(example.mask for example in examples_of(may_lack))
+
+
 @pytest.mark.parametrize("other", ["img_dir", "control_dir"])
 def test_masks_need_a_folder_of_their_own(folder: Path, other: str) -> None:
     config = config_of(folder, **{"mask_dir": folder / "images", "control_dir": folder / "c", other: folder / "images"})

@@ -55,6 +55,7 @@ def test_line_numbers_count_line_feeds_alone(tmp_path: Path) -> None:
         ('{"image": "a.png", "caption": "x", "control": [' + '"a.png",' * 16 + '"a.png"]}', "lists 17 paths"),
         ('{"image": "a.png", "caption": "x", "' + "k" * 1000 + '": 1}', "unknown key 'kkk"),
         ('{"image": "a.png", "caption": 5}', "'caption' must be text"),
+        ('{"image": "a.png", "caption": "red", "caption": "blue"}', "caption is given twice in one mapping: keep one"),
     ],
 )
 def test_a_row_that_cannot_be_used_is_a_sentence_with_its_line(tmp_path: Path, row: str, words: str) -> None:

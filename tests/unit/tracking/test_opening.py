@@ -19,6 +19,8 @@ from tests.runs import overrides, write_config
         # Three shapes, a picture each, in batches of 8: 16 uses of 3 pictures, though not one epoch of 24 uses is over.
         ([(64, 64), (48, 80), (80, 48)], 8, 2, "2 steps of 8 pictures each; every picture about 5 times"),
         ([(64, 64)] * 40, 2, 6, "6 steps of 2 pictures each; every picture 0.3 times"),
+        ([(64, 64)] * 40, 1, 1, "1 step of 1 picture each; every picture 0.025 times"),  # not 0.0
+        ([(64, 64)] * 40, 2, 20, "20 steps of 2 pictures each; every picture 1.0 times"),
     ],
 )
 def test_the_mean_number_of_uses_is_that_of_the_pictures(
