@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 from rich.console import Console
 
 from pixtune.config.schema import TrainConfig
@@ -23,6 +24,12 @@ from pixtune.sizes import Size
 from pixtune.storage.files import check_writable
 from pixtune.storage.loading import check_parts
 from pixtune.tracking.memory import RunMemory
+
+OPTIONS = {
+    "sizes": "--size", "seeds": "--seed", "strengths": "--strength", "guidance_scale": "--guidance",
+    "num_steps": "--steps",
+}  # fmt: skip
+"""Options of the command line, by the keys of `samples` that have their values."""
 
 
 def sample_pictures(
@@ -84,6 +91,15 @@ def sizes_of(words: Sequence[str] | None, width: int | None, height: int | None,
     return sizes or [(width or side, height or side) if width or height else None]
 
 
+def _shown(error: ErrorDetails, request: SampleRequest) -> str:
+    """Returns the value that a problem is about as it is written: of a size, all of it."""
+    place = error["loc"]
+    if place[0] == "sizes" and len(place) > 1:
+        width, height = list(dict.fromkeys(asked.size for asked in request.prompts if asked.size))[int(place[1])]
+        return f"{width}x{height}"
+    return show(error["input"])
+
+
 def config_of(request: SampleRequest, output_dir: Path) -> TrainConfig:
     """Expresses the request in the keys of a run, from which plans are made.
 
@@ -114,8 +130,13 @@ def config_of(request: SampleRequest, output_dir: Path) -> TrainConfig:
             gpu_memory_limit_gib=request.gpu_memory_limit_gib,
         )
     except ValidationError as error:
+        found = error.errors()
+        # What holds a wrong item is also said to be too short: the item alone is meant.
+        within = {each["loc"][:length] for each in found for length in range(1, len(each["loc"]))}
         faults = [
-            f"{each['loc'][0]} is {show(each['input'])}: {each['msg'].removeprefix('Value error, ')}."
-            for each in error.errors()
+            f"{OPTIONS.get(str(each['loc'][0]), each['loc'][0])} is {_shown(each, request)}: "
+            f"{each['msg'].removeprefix('Value error, ').replace('Input should be', 'must be')}."
+            for each in found
+            if each["loc"] not in within
         ]
         raise ConfigError("these pictures cannot be sampled", faults) from error

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from pixtune.engine.streaming import BlockStream
 from pixtune.errors import WeightsError
+from pixtune.families import FAMILIES
 from pixtune.family import ModelFamily, Shapes
 from pixtune.plan.adapter import KINDS, NEAR_SQUARE, USUAL_FACTOR, Adapter
 from pixtune.storage.files import file_digest
@@ -172,6 +173,7 @@ def read_saved_lora(path: Path, family: ModelFamily) -> SavedLora:
         layers = read_layers(tensors, family, metadata)
     except WeightsError as error:
         raise WeightsError(f"{path} cannot be used: {error}") from error
+    _refuse_stated_other(path, metadata, family)
     config = read_adapter_config(path, metadata[METADATA_KEY]) if METADATA_KEY in metadata else {}
     kind = kind_of(config)
     for layer, adapter in layers.items():
@@ -189,6 +191,24 @@ def read_saved_lora(path: Path, family: ModelFamily) -> SavedLora:
         )
     _refuse_unusual(path, config, kind)
     return _scaled_by_metadata(path, weights, layers, config, kind)
+
+
+def _refuse_stated_other(path: Path, metadata: Mapping[str, str], family: ModelFamily) -> None:
+    """Checks that a file's metadata name no other model: those of two families have layers of equal names and sizes.
+
+    Raises:
+        WeightsError: they do.
+    """
+    own = metadata.get("pixtune.family")
+    architecture = metadata.get("modelspec.architecture", "").split("/")[0]
+    for each in FAMILIES.values():
+        spec = each.modelspec
+        is_stated = each.name == own if own else architecture in (spec.architecture, *spec.variants.values())
+        if is_stated and each.original_layers != family.original_layers:
+            raise WeightsError(
+                f"{path} is a LoRA for another model: for {each.name}, as its metadata state, and this one is "
+                f"{family.name}. Layers of the same names do other things there."
+            )
 
 
 def read_lora_of_key(key: str, path: Path, family: ModelFamily) -> SavedLora:

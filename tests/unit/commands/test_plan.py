@@ -110,7 +110,7 @@ def test_the_first_lines_answer_whether_it_fits_and_how_long_it_takes(full_size:
     assert used.startswith("48 pictures with captions, 4 of them held out: each of the others is used about 27 times")
     few = replace(report, length=replace(report.length, num_steps=6))
     assert "each of the others is used 0.27 times" in shown(few, verbose=False), "not about 0 times"
-    whole = replace(report, length=replace(report.length, num_held_out=0))
+    whole = replace(report, length=replace(report.length, num_held_out=0, turns_per_epoch=48))
     assert "48 pictures with captions: each is used about 25 times" in shown(whole, verbose=False)
     assert report.facts.host_total_bytes == 256 * GIB and "QwenImagePipeline" in machine
     card = shown(make_report(config_of(full_size["qwen_image"]), "RTX 4090"), verbose=False)

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from torch import nn
 
 from pixtune.commands import sample as module
@@ -25,7 +26,7 @@ from pixtune.data.sample_prompts import AskedPrompt, at_sizes, read_prompts
 from pixtune.engine.apply import load_planned
 from pixtune.engine.load import LoadedTransformer
 from pixtune.errors import ConfigError, WeightsError, WriteError
-from pixtune.families import family_of
+from pixtune.families import FAMILIES, family_of
 from pixtune.hardware.cards import facts_as
 from pixtune.hardware.monitor import StageLog
 from pixtune.plan.encoders import PLAINLY
@@ -35,6 +36,7 @@ from pixtune.storage.checkpoint import save_checkpoint
 from pixtune.storage.lineage import Lineage, Session
 from pixtune.storage.model_folder import ModelFolder, open_model_folder
 from pixtune.storage.safetensors_writer import TensorFile
+from pixtune.trained.adapter_config import METADATA_KEY
 from pixtune.trained.export import DIFFUSERS_FILE, read_tensors
 from pixtune.trained.find_lora import FoundLora, find_lora
 from pixtune.trained.saved_lora import read_saved_lora
@@ -219,6 +221,46 @@ def test_a_lora_of_another_model_is_refused_before_anything_is_loaded(full_size:
         make_plans(open_task(request), config_of(request, Path("out")), facts_as("H100"))
 
 
+def test_a_lora_that_names_another_family_is_refused_though_its_layers_fit(tmp_path: Path) -> None:
+    """Both models have linear layers `transformer_blocks.N.attn.to_q` of one size, at toy size and at full size."""
+    folders = {name: open_model_folder(str(shallow_model(name))) for name in ("tiny-qwen-image", "tiny-flux")}
+    write_lora(family_of(folders["tiny-qwen-image"]), folders["tiny-qwen-image"], tmp_path)
+    file = tmp_path / DIFFUSERS_FILE
+    tensors, metadata = read_tensors(file)
+    flux = family_of(folders["tiny-flux"])
+    stated = [
+        {**metadata, "pixtune.family": "qwen_image"},
+        {METADATA_KEY: metadata[METADATA_KEY], "modelspec.architecture": "qwen-image/lora"},
+    ]
+    for each in stated:
+        save_file(tensors, file, each)
+        with pytest.raises(
+            WeightsError, match="is a LoRA for another model: for qwen_image, as its metadata state, and"
+        ):
+            read_saved_lora(file, flux)
+        assert read_saved_lora(file, family_of(folders["tiny-qwen-image"])).modules
+        assert read_saved_lora(file, FAMILIES["qwen_image_edit"]).modules, "its layers do the same there"
+    save_file(tensors, file, {METADATA_KEY: metadata[METADATA_KEY]})
+    assert read_saved_lora(file, flux).modules, "nothing states whose it is"
+
+
+@pytest.mark.parametrize(
+    ("changes", "fault"),
+    [
+        ({"strengths": (float("nan"),)}, "--strength is nan: must be a finite number."),
+        (
+            {"settings": SamplerSettings((2**70,), NUM_STEPS, 3.0)},
+            "--seed is 1180591620717411303424: must be less than",
+        ),
+        ({"prompts": (AskedPrompt("a", size=(0, 64)),)}, "--size is 0x64: must be greater than or equal to 16."),
+    ],
+)
+def test_a_value_that_cannot_be_is_said_once_by_its_option(changes: dict[str, Any], fault: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        config_of(request_for("model", **changes), Path("out"))
+    assert [found[: len(fault)] for found in raised.value.faults] == [fault]
+
+
 def test_strength_scales_what_a_lora_adds(loras: dict[str, Path]) -> None:
     """None of it is the picture without the LoRA; half of it lies between."""
     name = "tiny-flux"
@@ -318,11 +360,11 @@ def test_the_plan_is_said_before_anything_is_drawn(tmp_path: Path, monkeypatch: 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"settings": SamplerSettings((0,), 0, 3.0)}, "num_steps is 0|samples is"),
-        ({"settings": SamplerSettings((0,), 1, float("nan"))}, "guidance_scale is nan"),
-        ({"settings": SamplerSettings((2**70,), 1, 3.0)}, "seeds is"),
-        ({"size": (8, 64)}, r"sizes is .8, 64"),
-        ({"size": (10**9, 64)}, r"sizes is .1000000000, 64"),
+        ({"settings": SamplerSettings((0,), 0, 3.0)}, "--steps is 0"),
+        ({"settings": SamplerSettings((0,), 1, float("nan"))}, "--guidance is nan"),
+        ({"settings": SamplerSettings((2**70,), 1, 3.0)}, "--seed is"),
+        ({"size": (8, 64)}, "--size is 8x64"),
+        ({"size": (10**9, 64)}, "--size is 1000000000x64"),
         ({"control_size": 0}, "control_size is 0"),
         ({"max_text_tokens": 0}, "max_text_tokens is 0"),
         ({"gpu_memory_limit_gib": float("inf")}, "gpu_memory_limit_gib is inf"),
@@ -353,5 +395,5 @@ def test_a_size_is_rounded_and_a_prompt_cut_with_a_word_on_each(tmp_path: Path) 
     notes = [line for line in said if line.startswith("note: ")]
     assert notes[0] == "note: samples are drawn at 96x64, not 100x70: the model's sides are multiples of 16."
     assert "1 caption is longer than the 2 tokens" in notes[1] and "the prompt 'one two three four'" in notes[1]
-    with pytest.raises(ConfigError, match=r"It is 16x15 pixels|sizes is .16, 15"):
+    with pytest.raises(ConfigError, match=r"It is 16x15 pixels|--size is 16x15"):
         list(sample_pictures(request_for(MODELS[0], size=(16, 15)), tmp_path))

@@ -32,5 +32,5 @@ def test_the_mean_number_of_uses_is_that_of_the_pictures(
     buckets = [[(size,)] for size in sizes]
     order = BatchOrder(buckets, batch_size, seed=0)
     source: Any = SimpleNamespace(order=order, reader=SimpleNamespace(names=[str(n) for n in range(len(sizes))]))
-    data: Any = SimpleNamespace(buckets=buckets, held_out=[])
+    data: Any = SimpleNamespace(buckets=buckets, held_out=[], stream=None)
     assert f"length: {words}" in opening_lines(config, data, source, num_steps, "a LoRA", [])
