@@ -24,11 +24,13 @@ from pixtune.plan.optimizers import KERNEL, SEPARATE
 from pixtune.randomness import draw_key
 from pixtune.trained import adamw_step, full_weights, step_trial
 from pixtune.trained.full_weights import FullWeights
+from pixtune.trained.host_states import HostStates
 from pixtune.trained.optimizers import BUILDERS
 from pixtune.trained.weight_update import WeightUpdate
 from tests import kernel_steps
 from tests.kernel_steps import KINDS, OPTIMIZERS
 from tests.unit.plan.test_all_weights import CONFIG
+from tests.unit.trained.test_full_weights import adamw, adamw_8bit, assert_same, late_lane, train
 
 CPU = torch.device("cpu")
 interpreted = pytest.mark.skipif(
@@ -90,6 +92,45 @@ def test_resumed_is_uninterrupted_to_the_bit(optimizer: str, by_kernel: None) ->
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_parts_are_stepped_as_whole_weights_bit_for_bit(optimizer: str, by_kernel: None) -> None:
     kernel_steps.check_parts(optimizer, CPU)
+
+
+@interpreted
+@pytest.mark.parametrize(("kind", "build"), [("rounded", adamw_8bit), ("master", adamw)])
+def test_within_the_backward_pass_and_from_host_memory_it_is_the_plain_step(
+    kind: str, build: Any, by_kernel: None
+) -> None:
+    plain = train(kind, 0.01, build, form=KERNEL, num_steps=2)
+    host = HostStates(CPU, ahead_bytes=0, make_lane=late_lane)
+    assert_same(train(kind, 0.01, build, fused=True, host=host, form=KERNEL, num_steps=2), plain)
+    assert host.host_bytes > 2**16
+
+
+@interpreted
+@pytest.mark.parametrize("betas", [(0.0, 0.999), (0.9, 0.0), (0.0, 0.0)])
+def test_a_moment_without_memory_is_the_gradient(
+    betas: tuple[float, float], by_kernel: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernel_steps, "BETAS", betas)
+    kernel_steps.check_against_separate_kernels("adamw", "fp32", CPU)
+
+
+@interpreted
+def test_gradients_of_zero_and_of_any_layout_or_format_are_stepped(by_kernel: None) -> None:
+    """Moments of zeros stay so; a gradient's transpose, slice and fp32 or fp16 form are that gradient."""
+    random = torch.randn(64, 80, generator=torch.Generator().manual_seed(0)).bfloat16()
+    forms = [random, random.float(), random.t().contiguous().t(), torch.stack([random, random], 2)[:, :, 0]]
+    found = []
+    for gradient in (*forms, torch.zeros(64, 80)):
+        weights = {"w": nn.Parameter(random.clone())}
+        update = WeightUpdate(weights, lambda _, given: kernel_steps.build("adamw_8bit", given), 0, 0, form=KERNEL)
+        update.step_weight("w", gradient, None, torch.zeros(()))
+        found.append((weights["w"].detach().clone(), update.state[weights["w"]]))
+    assert all(weight.equal(found[0][0]) for weight, _ in found[1:4])
+    zeros = found[4][1]
+    assert not zeros["absmax1"].any() and not zeros["absmax2"].any()
+    assert (zeros["state1"] == 127).all() and (zeros["state2"] == 0).all()
+    decayed = random.float() * (1 - kernel_steps.RATE * kernel_steps.DECAY)
+    assert (found[4][0].float() - decayed).abs().max() < 2**-6, "decay alone"
 
 
 # ---- which form of a step

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from pixtune.engine.rounding import Draw, noise_at, round_stochastically
 from pixtune.engine.together import Together
+from pixtune.plan.optimizers import SEPARATE
 from pixtune.storage.checkpoint import joined, sharded
 from pixtune.trained import optim
 from pixtune.trained.full_weights import FullWeights, gather_in_fp32
@@ -182,11 +183,12 @@ def train(
     host: HostStates | None = None,
     spoil: Spoil | None = None,
     num_steps: int = 5,
+    form: str = SEPARATE,
 ) -> Trained:
     """Some steps of a small network, in the way of `FullWeights`. In the third one `spoil` is at work."""
     network = Network(torch.float32 if kind == "fp32" else torch.bfloat16)
     named = dict(network.named_parameters())
-    update = WeightUpdate(named, build, 7, 0, keeps_masters=kind == "master", host=host)
+    update = WeightUpdate(named, build, 7, 0, keeps_masters=kind == "master", host=host, form=form)
     stepping = FusedStep(update, max_norm) if fused else None
     losses, norms = [], []
     for step in range(num_steps):
