@@ -164,8 +164,8 @@ def table() -> list[str]:
     """Returns the lines of the table of docs/scale.md."""
     works = [
         (Work("lora", "bf16", 0.330), 1), (Work("lora", "8 bits", 0.255), 1), (Work("sharded", "bf16", 0.330), 8),
-        (Work("sharded", "4 bits", 0.330), 8), (Work("full", "bf16", 1.632), 8),
-        (Work("full", "bf16", 0.55), 8), (Work("full", "bf16", 0.55), 0),
+        (Work("sharded", "4 bits", 0.330), 8), (Work("full", "bf16", 0.678), 8),
+        (Work("full", "bf16", 0.678), 0),
     ]  # fmt: skip
     heads = ("H100, 8 a host", "format", "one GPU, s", "parts", "sent a step, GB", "exchanges", "8", "64", "1,024")
     lines = [f"| {' | '.join(heads)} | limit at 1,024 |", "|---" * (len(heads) + 1) + "|"]
