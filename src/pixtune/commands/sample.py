@@ -63,11 +63,18 @@ def sample_pictures(
     for sentence in (*task.notes, *encoder.cut_captions(prompts)):
         say(f"note: {sentence}")
     output_dir.mkdir(parents=True, exist_ok=True)
+    first = _first_free(output_dir)
     for number, picture in enumerate(sample_as_planned(task, plans, device, memory.stages, Console(stderr=True))):
         ending = f"-strength{picture.strength:g}" if len(request.strengths) > 1 else ""
-        path = output_dir / f"{number % request.num_pictures:03d}-seed{picture.seed}{ending}.png"
+        path = output_dir / f"{first + number % request.num_pictures:03d}-seed{picture.seed}{ending}.png"
         picture.write(path)
         yield path
+
+
+def _first_free(output_dir: Path) -> int:
+    """Returns the number behind those of all pictures in a folder: samples of another prompt are not written over."""
+    found = (re.match(r"([0-9]{3,9})-seed", path.name) for path in output_dir.glob("*-seed*.png"))
+    return max((int(match[1]) for match in found if match), default=-1) + 1
 
 
 def sizes_of(words: Sequence[str] | None, width: int | None, height: int | None, side: int) -> list[Size | None]:

@@ -348,11 +348,20 @@ def test_a_lora_says_where_it_goes(loras: dict[str, Path]) -> None:
     assert 2 * len(lora.modules) == len(lora.weights)
 
 
+def test_samples_of_before_are_not_written_over(tmp_path: Path) -> None:
+    request = request_for(MODELS[1], texts=("a fox",), settings=SamplerSettings((4,), 1, 1.0))
+    for name in ("000-seed4.png", "041-seed7-strength0.5.png", "mine-seed3.png"):
+        (tmp_path / name).write_bytes(b"kept")
+    (path,) = sample_pictures(request, tmp_path)
+    assert path.name == "042-seed4.png"
+    assert [file.read_bytes() == b"kept" for file in sorted(tmp_path.iterdir())] == [True, True, False, True]
+
+
 def test_the_plan_is_said_before_anything_is_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "read_facts", lambda device: facts_as("RTX 4060"))
     said: list[str] = []
     paths = sample_pictures(request_for(MODELS[1], texts=("a fox",)), tmp_path, said.append)
-    assert not said and len(list(paths)) == 2
+    assert not said and [path.name for path in paths] == ["000-seed4.png", "001-seed5.png"]
     (line,) = said
     assert line.startswith("plan: base weights in fp32: about 0.") and "GiB are usable" in line
 
