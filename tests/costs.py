@@ -10,12 +10,13 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Generator
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 MOST_SHOWN = 40
+OPEN = open
+"""Python's own: a test that has just ended may have replaced it."""
 TICKS = os.sysconf("SC_CLK_TCK")
 
 
@@ -25,7 +26,8 @@ def cpu_seconds() -> float:
     forks = sys.modules.get("multiprocessing.forkserver")
     server = forks and forks._forkserver._forkserver_pid
     if server:
-        fields = Path(f"/proc/{server}/stat").read_text().rpartition(")")[2].split()
+        with OPEN(f"/proc/{server}/stat") as file:
+            fields = file.read().rpartition(")")[2].split()
         seconds += sum(map(int, fields[11:15])) / TICKS
     return seconds
 
