@@ -133,7 +133,7 @@ def test_a_resumed_run_keeps_its_plan_also_under_the_names_of_version_0_1_0(monk
     plan = planned([], monkeypatch, SHORT)[0]
     older_names = {"selective": "lean", "captures": "recordings"}
     values = {older_names.get(name, name): value for name, value in plan.to_dict().items()}
-    older: Any = type("Checkpoint", (), {"record": {"plan": values}})
+    older: Any = type("Checkpoint", (), {"record": {"plan": values, "config": {"train_batch_size": 1}}})
     nothing: Any = None
     alone: Any = type("Accelerator", (), {"num_processes": 1})
     config = load_config(None, REQUIRED)

@@ -10,7 +10,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-from unittest.mock import MagicMock
+from unittest.mock import MagicMock, Mock
 
 import pytest
 import torch
@@ -21,6 +21,7 @@ from pixtune import train as training
 from pixtune.config import load_config
 from pixtune.config.schema import TrainConfig
 from pixtune.data.batches import Batch
+from pixtune.data.order import BatchOrder
 from pixtune.data.prepare import prepare_data
 from pixtune.data.swapped import Gains
 from pixtune.errors import TrainingError
@@ -316,6 +317,6 @@ def test_masks_and_factors_in_a_steps_loss() -> None:
 def test_the_limit_that_comes_first_ends_a_run(steps: int | None, epochs: int | None, expected: int) -> None:
     """Epochs of 10 micro-batches, three to a step: the last step of a run may have fewer."""
     config: Any = SimpleNamespace(max_train_steps=steps, num_train_epochs=epochs, gradient_accumulation_steps=3)
-    order: Any = SimpleNamespace(epoch_end=lambda epoch: 10 * (epoch + 1))
+    order: Any = Mock(spec=BatchOrder, epoch_end=lambda epoch: 10 * (epoch + 1))
     assert assembly.planned_steps(config, order) == expected
     assert math.isclose(expected, min(filter(None, [steps, epochs and math.ceil(10 * epochs / 3)])))

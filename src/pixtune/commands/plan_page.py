@@ -11,12 +11,12 @@ from rich.padding import Padding
 from rich.table import Table
 
 from pixtune.commands.plan import PlanReport
+from pixtune.data.shares import times_used
 from pixtune.hardware.facts import GIB
 from pixtune.plan.kernel_choice import NAMES
 from pixtune.plan.optimizers import OPTIMIZERS
 from pixtune.plan.seconds import basis
 from pixtune.plan.training import TrainingPlan
-from pixtune.tracking.opening import times_used
 
 
 def render(report: PlanReport, console: Console, verbose: bool = False) -> None:

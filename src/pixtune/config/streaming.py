@@ -16,7 +16,7 @@ class StreamConfig(Section):
 
     window: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
     """Number of rows that are read, mixed and encoded at once, and then trained on, before the next ones: a data set in
-    shards (`dataset`, also behind https:// or on the hub) or a folder of pictures then needs disk for a few windows
+    shards (`dataset`, also on a web server or the hub) or a folder of pictures then needs disk for a few windows
     alone. Needs `max_train_steps`. Absent: the data set is encoded whole before the first step."""
     shards_at_once: FewThousand = 8
     """Number of shards that a window mixes rows of, which processes divide. Their order is random in each epoch."""

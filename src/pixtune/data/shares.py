@@ -51,3 +51,14 @@ def uneven_note(order: BatchOrder, names: Sequence[str]) -> str | None:
         f"come {least * min(wanted):.1f} times an epoch: {listed}. A smaller train_batch_size (with "
         "gradient_accumulation_steps), more pictures of the shape, or crops of them to a common one even it out."
     )
+
+
+def times_used(mean: float, is_once: bool) -> str:
+    """Returns how often a run uses each picture, in words.
+
+    Args:
+        mean: number of uses over the run, in units of the folder's repeats.
+        is_once: whether all folders have one repeat.
+    """
+    number = f"about {mean:.0f}" if mean >= 1.5 else f"{mean:.1f}" if mean >= 0.95 else f"{mean:.2g}"
+    return f"{number} times" if is_once else f"{number} times its folder's repeats"

@@ -8,7 +8,7 @@ from pixtune.config.schema import TrainConfig
 from pixtune.data.batches import BatchSource
 from pixtune.data.order import BatchOrder
 from pixtune.data.prepared import PreparedData
-from pixtune.data.shares import uneven_note
+from pixtune.data.shares import times_used, uneven_note
 from pixtune.trained import schedule
 
 
@@ -51,17 +51,6 @@ def opening_lines(
         *([f"note: {note}"] if note else []),
         *([f"warning: {warning}"] if warning else []),
     ]
-
-
-def times_used(mean: float, is_once: bool) -> str:
-    """Returns how often a run uses each picture, in words.
-
-    Args:
-        mean: number of uses over the run, in units of the folder's repeats.
-        is_once: whether all folders have one repeat.
-    """
-    number = f"about {mean:.0f}" if mean >= 1.5 else f"{mean:.1f}" if mean >= 0.95 else f"{mean:.2g}"
-    return f"{number} times" if is_once else f"{number} times its folder's repeats"
 
 
 def counted(number: int, noun: str) -> str:

@@ -43,6 +43,6 @@ def test_one_gpu_exchanges_nothing_and_slow_links_are_named(monkeypatch: pytest.
 
 
 def test_tables_have_a_row_for_each_way_and_the_measured_ones_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert len(simulation.table()) == 2 + 7
+    assert len(simulation.table()) == 2 + 6
     monkeypatch.setattr(simulation, "MEASURED", [simulation.Measured("a", Work("lora", "bf16", 0.33), 0.33)])
     assert "| 0.3300 | +0.7% |" in simulation.check()[-1]
