@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import groupby
+from operator import attrgetter
 
 from pixtune.errors import ConfigError
 from pixtune.hardware.facts import GIB
@@ -94,7 +96,7 @@ class Rung:
     def peak_bytes(self, situation: Situation) -> int:
         """Returns the peak of a step. A LoRA's weights, their gradients and optimizer states are fp32."""
         footprint, compute_format = situation.footprint, situation.demands.compute_format
-        trained = footprint.trained_weights * (4 + 4) + footprint.state_bytes(situation.optimizer)
+        trained = footprint.trained_weights * (4 + 4) + situation.state_bytes
         codes = FUSED_AT_WORK_BYTES if self.weights_format in footprint.fused_formats else AT_WORK_BYTES
         fixed = FIXED_BYTES + (codes if holds_codes_at_work(self) else 0)
         trained += (
@@ -228,15 +230,15 @@ def fit_host(rung: Rung, situation: Situation) -> Rung | None:
     return next((each for each in smaller if situation.fits_host(each)), None)
 
 
-def fitting_by_speed(situation: Situation) -> list[Rung]:
-    """Returns the rungs that the GPU holds: formats in the ladder's order, those of one format by a step's time.
+def fitting_by_speed(situation: Situation) -> Iterator[Rung]:
+    """Yields the rungs that the GPU holds: formats in the ladder's order, those of one format by a step's time.
 
     More bits come first although a step with fewer may be faster: they decide how exact gradients are, and all else
     that a rung decides does not.
     """
-    fitting = [rung for rung in ladder(situation) if situation.fits_device(rung)]
-    formats = list(dict.fromkeys(rung.weights_format for rung in fitting))
-    return sorted(fitting, key=lambda rung: (formats.index(rung.weights_format), step_seconds(rung, situation)))
+    for _, of_format in groupby(ladder(situation), key=attrgetter("weights_format")):
+        fitting = filter(situation.fits_device, of_format)
+        yield from sorted(fitting, key=lambda rung: step_seconds(rung, situation))
 
 
 def first_that_fits(situation: Situation) -> Rung | None:

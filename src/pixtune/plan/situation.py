@@ -7,6 +7,7 @@ weights another (`all_weights.py`); what a rung must fit is the same for both.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Protocol
 
 from pixtune.hardware.cards import find_card
@@ -120,6 +121,11 @@ class Situation:
             return self.demands.optimizer
         is_small = self.facts.device == "cuda" and self.size_bytes <= SMALL_CARD_BYTES
         return SMALL if is_small and not self.footprint.trains_all else EXACT
+
+    @cached_property
+    def state_bytes(self) -> int:
+        """Bytes of the states of `optimizer`."""
+        return self.footprint.state_bytes(self.optimizer)
 
     def under(self, demands: Demands) -> Situation:
         """Returns the same run on the same machine with other demands."""
