@@ -14,7 +14,6 @@ import math
 import os
 import statistics
 from collections.abc import Callable
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ import diffusers
 import torch
 from accelerate import init_empty_weights
 from architectures import ARCHITECTURES
-from reference import WARM_UP_STEPS, Settings, build_inputs, flow_matching_loss
+from reference import WARM_UP_STEPS, Settings, build_inputs, flow_matching_loss, time_steps
 from torch import Tensor, distributed, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -33,7 +32,6 @@ from pixtune.bench.flops import StepSize, read_linears, step_flops
 from pixtune.bench.peaks import measure_peaks
 from pixtune.families import FAMILIES
 from pixtune.hardware.facts import GIB
-from pixtune.tracking.figures import mark_time, seconds_between
 
 LEARNING_RATE = 1e-5
 
@@ -91,15 +89,8 @@ def measure(settings: Settings, device: torch.device) -> dict[str, Any]:
     model = build_model(settings, init_device_mesh(device.type, (distributed.get_world_size(),)), device)
     shapes = {name.replace("_checkpoint_wrapped_module.", ""): p.shape for name, p in model.named_parameters()}
     width = model.config.num_attention_heads * model.config.attention_head_dim
-    step, losses, marks = build_step(settings, model, device), [], [mark_time(device)]
-    for number in range(WARM_UP_STEPS + settings.num_steps):
-        losses.append(step())
-        marks.append(mark_time(device))
-        if device.type == "cuda" and number < WARM_UP_STEPS:
-            torch.cuda.synchronize(device)
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    seconds = [seconds_between(before, after) for before, after in pairwise(marks)][WARM_UP_STEPS:]
+    timing = time_steps(build_step(settings, model, device), settings.num_steps, device)
+    seconds = statistics.median(timing.seconds)
     peak_gib = torch.cuda.max_memory_allocated(device) / GIB if device.type == "cuda" else None
     family = next(f for f in FAMILIES.values() if settings.architecture.pipeline in f.pipeline_classes)
     size = StepSize(settings.batch_size, settings.num_image_tokens, settings.num_text_tokens)
@@ -108,11 +99,11 @@ def measure(settings: Settings, device: torch.device) -> dict[str, Any]:
     return {
         "num_processes": distributed.get_world_size(),
         "compile": settings.compile,
-        "seconds_per_step": statistics.median(seconds),
-        "seconds_all": seconds,
+        "seconds_per_step": seconds,
+        "seconds_all": timing.seconds,
         "peak_allocated_gib": peak_gib,
-        "losses": torch.stack(losses).tolist(),
-        "share_of_peak": flops.model / statistics.median(seconds) / measure_peaks([plain], device)[plain],
+        "losses": timing.losses,
+        "share_of_peak": flops.model / seconds / measure_peaks([plain], device)[plain],
         **describe(),
     }
 

@@ -36,8 +36,9 @@ from pixtune.data.prepared import (
     PreparedData,
     captioned_sizes,
     dropped_captions,
-    example_reader,
+    encoded_reader,
     most_image_tokens,
+    with_weights,
 )
 from pixtune.data.prompts import control_rules, encode_prompt, prompt_example, rounded_sizes
 from pixtune.data.random_data import random_data
@@ -45,7 +46,7 @@ from pixtune.data.rivals import choose_trials, not_judged
 from pixtune.data.sample_prompts import AskedPrompt, asked_prompts, default_size
 from pixtune.data.swapped import choose_pairs, read_pairs
 from pixtune.data.wanted import Wanted, all_variants
-from pixtune.family import Conditioning, LatentDistribution, ModelFamily
+from pixtune.family import ModelFamily
 from pixtune.hardware.monitor import StageLog
 from pixtune.judging.validation import HeldOutPicture
 from pixtune.launch.crew import ALONE, Crew
@@ -306,20 +307,10 @@ def _gather(
 ) -> PreparedData:
     training = wanted.training
 
-    def read_latents(example: int, variant: int) -> LatentDistribution:
-        return encodings.latents(target_picture(training[example], variant))
-
-    def read_text(example: int, variant: int, caption: int | None) -> Conditioning:
-        text = family.dropped_caption if caption is None else training[example].captions[caption]
-        return encodings.text(text_item(text, training[example], variant))
-
-    def read_controls(example: int, variant: int) -> list[Tensor]:
-        # Stock pipelines take the most likely latents of a control, which is seen clean.
-        return [encodings.latents(picture).mean_BCHW for picture in control_pictures(training[example], variant)]
-
     def read_weights(example: int, variant: int) -> Tensor:
         return masks.weights(training[example], variant)
 
+    reader = encoded_reader(family, folder, training, [example.name for example in training], encodings)
     known, variants = config.precompute_text_embeddings, all_variants(training)
     longest = variants if known else [max(variants, key=lambda row: max(map(len, row[0].captions)))]
     dropout = config.data_config.caption_dropout_rate
@@ -336,7 +327,7 @@ def _gather(
     lengths = counting.map("measuring captions", captions, lambda part: [*map(encodings.count_text_tokens, part)])
     text_tokens = dict(zip(captions, lengths, strict=True))
     return PreparedData(
-        reader=example_reader(family, folder, training, read_latents, read_text, read_controls, read_weights),
+        reader=with_weights(reader, training, read_weights),
         buckets=signatures_of(training),
         held_out=[held_out_picture(example, encodings, masks) for example in wanted.held_out],
         prompts=encoded_prompts(config, family, encodings, wanted),

@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 from torch import Tensor
 
 from pixtune.data.batches import ExampleReader
 from pixtune.data.encode import TextItem
-from pixtune.data.encodings import text_item
+from pixtune.data.encodings import Encodings, control_pictures, target_picture, text_item
 from pixtune.data.example_table import Example
 from pixtune.data.order import Signature, Use
 from pixtune.data.rivals import NO_TRIALS, CaptionTrials
@@ -125,17 +125,22 @@ def captioned_sizes(
     return tuple(CaptionedSize(image_tokens(family, folder, size), lengths) for size, lengths in turns_of.items())
 
 
-def example_reader(
+class Indexed(Protocol):
+    """Examples by their numbers, however many of them there are."""
+
+    def __getitem__(self, number: int, /) -> Example: ...
+
+
+def reader_of(
     family: ModelFamily,
     folder: ModelFolder,
-    examples: Sequence[Example],
+    examples: Indexed,
+    names: Sequence[str],
     read_latents: Callable[[int, int], LatentDistribution],
     read_text: Callable[[int, int, int | None], Conditioning],
     read_controls: Callable[[int, int], list[Tensor]],
-    read_weights: Callable[[int, int], Tensor],
 ) -> ExampleReader:
     """Builds the reader of a family's examples from functions that read their encodings; see `ExampleReader`."""
-    weights = [example.loss_weight for example in examples]
     return ExampleReader(
         read_latents=read_latents,
         read_text=read_text,
@@ -144,7 +149,36 @@ def example_reader(
         stack=family.stack_conditioning,
         time_shift=lambda height, width: family.time_shift(folder, family.num_image_tokens(height, width)),
         num_image_tokens=family.num_image_tokens,
-        names=[example.name for example in examples],
+        names=names,
+    )
+
+
+def encoded_reader(
+    family: ModelFamily, folder: ModelFolder, examples: Indexed, names: Sequence[str], encodings: Encodings
+) -> ExampleReader:
+    """Builds the reader of examples whose encodings are known."""
+
+    def read_latents(example: int, variant: int) -> LatentDistribution:
+        return encodings.latents(target_picture(examples[example], variant))
+
+    def read_text(example: int, variant: int, caption: int | None) -> Conditioning:
+        text = family.dropped_caption if caption is None else examples[example].captions[caption]
+        return encodings.text(text_item(text, examples[example], variant))
+
+    def read_controls(example: int, variant: int) -> list[Tensor]:
+        # Stock pipelines take the most likely latents of a control, which is seen clean.
+        return [encodings.latents(picture).mean_BCHW for picture in control_pictures(examples[example], variant)]
+
+    return reader_of(family, folder, examples, names, read_latents, read_text, read_controls)
+
+
+def with_weights(
+    reader: ExampleReader, examples: Sequence[Example], read_weights: Callable[[int, int], Tensor]
+) -> ExampleReader:
+    """Returns a reader that also has the examples' masks, where any has one, and loss weights, where any is not 1."""
+    weights = [example.loss_weight for example in examples]
+    return replace(
+        reader,
         read_weights=read_weights if any(example.mask for example in examples) else None,
         example_weights=weights if any(weight != 1 for weight in weights) else None,
     )

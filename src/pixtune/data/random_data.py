@@ -16,8 +16,9 @@ from pixtune.data.prepared import (
     PreparedData,
     captioned_sizes,
     dropped_captions,
-    example_reader,
     most_image_tokens,
+    reader_of,
+    with_weights,
 )
 from pixtune.family import Conditioning, LatentDistribution, ModelFamily
 from pixtune.judging.validation import HeldOutPicture
@@ -89,7 +90,13 @@ def random_data(
         return torch.ones(1, 1, *family.latent_shape(folder, *training[example].framings[variant].size)[1:])
 
     return PreparedData(
-        reader=example_reader(family, folder, training, read_latents, read_text, read_controls, read_weights),
+        reader=with_weights(
+            reader_of(
+                family, folder, training, [example.name for example in training], read_latents, read_text, read_controls
+            ),
+            training,
+            read_weights,
+        ),
         buckets=[[example.signature(variant) for variant in range(len(example.framings))] for example in training],
         held_out=[held_out_picture(number, example) for number, example in enumerate(held_out)],
         prompts=[],

@@ -19,17 +19,16 @@ from torch import Tensor
 from pixtune.config.folders import Folder, cache_folder, folder_beside, folders_of
 from pixtune.config.schema import TrainConfig
 from pixtune.config.sections import AUTO_FROM, AUTO_MOST
-from pixtune.data.batches import ExampleReader
 from pixtune.data.buckets import Framing, build_buckets
 from pixtune.data.build_encoder import build_encoder, check_cache
 from pixtune.data.cache import DiskStore, Ledger
 from pixtune.data.controls import ControlRules
 from pixtune.data.encode import Encoder, FramedPicture, TextItem
-from pixtune.data.encodings import Encodings, control_pictures, target_picture, text_item
+from pixtune.data.encodings import Encodings
 from pixtune.data.examples import check_purposes, folders_apart, read_examples
 from pixtune.data.order import Use
 from pixtune.data.prepare import encoded_prompts, held_out_picture, missing_triggers, prompts_of
-from pixtune.data.prepared import DataFingerprint, PreparedData, image_tokens
+from pixtune.data.prepared import DataFingerprint, PreparedData, encoded_reader, image_tokens
 from pixtune.data.prompts import control_rules
 from pixtune.data.rivals import NO_TRIALS
 from pixtune.data.streamed.beside import BesideTransformer, encoding_room, plan_encoders_beside, sizes_of
@@ -43,7 +42,7 @@ from pixtune.data.streamed.state import StreamState, from_tensor
 from pixtune.data.streamed.supply import Supply
 from pixtune.data.wanted import Wanted
 from pixtune.errors import CheckpointError, DataError
-from pixtune.family import Conditioning, LatentDistribution, ModelFamily
+from pixtune.family import ModelFamily
 from pixtune.hardware.facts import GIB
 from pixtune.hardware.monitor import StageLog
 from pixtune.launch.crew import ALONE, Crew
@@ -153,7 +152,7 @@ def prepare_stream(
     first_window = [*order.examples.values()]
     texts = replace(wanted, training=first_window).texts(config, family)
     return PreparedData(
-        reader=_reader(family, folder, order, encodings),
+        reader=encoded_reader(family, folder, order.examples, order.names, encodings),
         buckets=[[example.signature(0)] for example in first_window],
         held_out=[held_out_picture(example, encodings, None) for example in held_out],
         prompts=encoded_prompts(config, family, encodings, wanted),
@@ -225,28 +224,3 @@ def _restored(stored: Tensor, shards: Shards, config: TrainConfig) -> StreamStat
             "they were, or start a new run."
         )
     return state
-
-
-def _reader(family: ModelFamily, folder: ModelFolder, order: StreamOrder, encodings: Encodings) -> ExampleReader:
-    examples = order.examples
-
-    def read_latents(example: int, variant: int) -> LatentDistribution:
-        return encodings.latents(target_picture(examples[example], variant))
-
-    def read_text(example: int, variant: int, caption: int | None) -> Conditioning:
-        text = family.dropped_caption if caption is None else examples[example].captions[caption]
-        return encodings.text(text_item(text, examples[example], variant))
-
-    def read_controls(example: int, variant: int) -> list[Tensor]:
-        return [encodings.latents(picture).mean_BCHW for picture in control_pictures(examples[example], variant)]
-
-    return ExampleReader(
-        read_latents=read_latents,
-        read_text=read_text,
-        read_controls=read_controls,
-        latent_shape=lambda example, variant: family.latent_shape(folder, *examples[example].framings[variant].size),
-        stack=family.stack_conditioning,
-        time_shift=lambda height, width: family.time_shift(folder, family.num_image_tokens(height, width)),
-        num_image_tokens=family.num_image_tokens,
-        names=order.names,
-    )
