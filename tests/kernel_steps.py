@@ -167,12 +167,12 @@ def check_spoiled(optimizer: str, kind: str, device: torch.device) -> None:
 
 
 def check_resumed(optimizer: str, device: torch.device) -> None:
-    """Resumed is uninterrupted to the bit, and the other form goes on from the same states."""
-    straight = Stepped(optimizer, "rounded", KERNEL, device).take(4).held()
-    begun = Stepped(optimizer, "rounded", KERNEL, device).take(2)
+    """Resumed is uninterrupted to the bit, all weights at once, and the other form goes on from these states."""
+    straight = Stepped(optimizer, "rounded", KERNEL, device, at_once=True).take(4).held()
+    begun = Stepped(optimizer, "rounded", KERNEL, device, at_once=True).take(2)
     states, plain = optim.optimizer_state(begun.update, begun.weights)
     for form in (KERNEL, SEPARATE):
-        resumed = Stepped(optimizer, "rounded", form, device, done=2)
+        resumed = Stepped(optimizer, "rounded", form, device, done=2, at_once=True)
         for name in SHAPES:
             own = {path: state.clone() for path, state in states.items() if path.startswith(f"{name}/")}
             resumed.update.restore(name, begun.update.truest(name), own, plain.get(name, {}))

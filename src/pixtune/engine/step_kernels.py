@@ -288,7 +288,8 @@ def step_adamw_of_all(
     """Steps many weights of one kind; a program does `TURNS` times `ROWS` blocks of the weight that `weight_of` names.
 
     Args:
-        table: int64 (weights, 12), and `numbers`: fp32 (weights, 11), in the order of `adamw_step.TABLE` and `NUMBERS`.
+        table: int64 (weights, 12): addresses of `adamw_step.Prepared.tensors`, then its `places`.
+        numbers: fp32 (weights, 11): its `numbers`.
         weight_of, chunk_of: int32, for each program; `chunk_of` counts within the weight.
         EVEN: every address, and every count of numbers, is a multiple of 16.
     """

@@ -45,23 +45,6 @@ def can_step(optimizer: Any, weight: Tensor) -> bool:
     return is_adamw and has_triton(weight) and weight.is_contiguous()
 
 
-TABLE = ("weight", "master", "gradient", "moment_1", "moment_2", "scale_1", "scale_2", "num_steps", "numel", "first",
-         "key_0", "key_1")  # fmt: skip
-"""Columns of what `step_kernels.step_adamw_of_all` reads of each weight: addresses, and whole numbers."""
-NUMBERS = (
-    "rate",
-    "kept_share",
-    "beta_1",
-    "rest_1",
-    "bias_1",
-    "log_1",
-    "beta_2",
-    "rest_2",
-    "bias_2",
-    "log_2",
-    "epsilon",
-)
-"""Columns of the other numbers, fp32."""
 TURNS = 16
 """Times `ROWS` blocks that one program steps of one weight, where all weights are stepped at once."""
 
@@ -71,12 +54,12 @@ class Prepared:
     """A weight's step as the kernels take it."""
 
     tensors: tuple[Tensor, ...]
-    """Weight, copy, gradient, two moments, their two scales and the count of steps: `TABLE`'s first columns. What a
-    weight does not have is another tensor, which is not read."""
+    """Weight, copy, gradient, two moments, their two scales and the count of steps. What a weight does not have is
+    another tensor, which is not read."""
     places: tuple[int, int, int, int]
     """Count of its numbers, the place of the first one, and the key of its draw."""
     numbers: tuple[float, ...]
-    """`NUMBERS`."""
+    """Rate, share that decay keeps; beta, 1 - beta, bias and log of beta of each moment; epsilon."""
     has_master: bool
     rounds: bool
     is_8bit: bool

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from pixtune.engine.load import PLAIN, Layout, LoadedTransformer, load_transformer, random_transformer
+from pixtune.engine.load import PLAIN, Layout, LoadedTransformer, load_transformer, random_tensor, random_transformer
 from pixtune.engine.modulation_ahead import announce
 from pixtune.engine.modulation_filling import ModulationRows
 from pixtune.engine.quantize import FORMATS, QuantizedLinear
@@ -212,3 +212,11 @@ def test_random_blocks_are_whole_when_they_are_taken(linear_format: str | None) 
     layout = Layout(linear_format, streamed=tuple(range(num_blocks)))
     random_transformer(family, folder.component_config("transformer"), FP32, layout, take=take)
     assert taken == dict.fromkeys(range(num_blocks), True)
+
+
+def test_random_weights_are_the_same_each_time_and_others_for_each_name() -> None:
+    place, shape = Placement(torch.device("cpu"), torch.float32), torch.Size((8, 16))
+    first = random_tensor("a.weight", shape, place)
+    torch.randn(3)  # whatever was drawn in between
+    assert first.equal(random_tensor("a.weight", shape, place))
+    assert not first.equal(random_tensor("b.weight", shape, place))

@@ -405,3 +405,12 @@ def test_a_sum_of_bits_changes_where_neighbours_move_up_and_down() -> None:
     for each in odd.values():
         each[0] = 3
     assert all(before[name] != found for name, found in checksums(odd, Together()).items())
+
+
+def test_norms_by_few_launches_are_those_of_each() -> None:
+    gradients = [torch.randn(40, 70).bfloat16(), torch.zeros(0, 3).bfloat16(), torch.full((3,), 1e-3), torch.zeros(5)]
+    norms = optim.norms_of(gradients)
+    assert all(norm.dtype == torch.float32 for norm in norms)
+    exact = [gradient.double().norm().float() for gradient in gradients]
+    torch.testing.assert_close(torch.stack(norms), torch.stack(exact), rtol=1e-6, atol=0)
+    assert optim.norms_of([]) == []

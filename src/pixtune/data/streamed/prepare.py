@@ -139,22 +139,34 @@ def prepare_stream(
         show(f"note: {sentence}")
     for reason in encoder.plan.reasons:
         show(f"encoders: {reason}")
-    if stored is None:
-        order.extend()
-    else:
+    if stored is not None:
         order.encode_again()
-        if not order.examples and state.end < (config.max_train_steps or 0) * config.gradient_accumulation_steps:
-            order.extend()  # the checkpoint is of the end of a window
+    at_end = state.end >= (config.max_train_steps or 0) * config.gradient_accumulation_steps
+    if stored is None or (not order.examples and not at_end):  # new, or of a checkpoint at the end of a window
+        order.extend()
     for sentence in missing_triggers([*order.examples.values()], config.trigger_words):
         show(f"note: of the first window, {sentence}")
     (stages or StageLog()).record("encoding")
     crew.wait("preparing the data set")
+    return _reported(supply, folder, order, largest, fingerprint, encoding_room(sizes, encoder.plan))
+
+
+def _reported(
+    supply: Supply,
+    folder: ModelFolder,
+    order: StreamOrder,
+    largest: BesideTransformer,
+    fingerprint: DataFingerprint,
+    encoding_bytes: int,
+) -> PreparedData:
+    """Returns what a run has to know of a stream, as far as its first window tells."""
+    config, family, encodings, wanted = supply.config, supply.family, supply.encodings, supply.beside
     first_window = [*order.examples.values()]
     texts = replace(wanted, training=first_window).texts(config, family)
     return PreparedData(
         reader=encoded_reader(family, folder, order.examples, order.names, encodings),
         buckets=[[example.signature(0)] for example in first_window],
-        held_out=[held_out_picture(example, encodings, None) for example in held_out],
+        held_out=[held_out_picture(example, encodings, None) for example in wanted.held_out],
         prompts=encoded_prompts(config, family, encodings, wanted),
         both_ways=[],
         most_image_tokens=max(
@@ -163,10 +175,10 @@ def prepare_stream(
         most_text_tokens=max([largest.text_tokens, *map(encodings.count_text_tokens, texts)]),
         captions=Captions(differ=True),
         fingerprint=fingerprint,
-        encoders=encoder.plan,
+        encoders=encodings.encoder.plan,
         uses=order.uses,
         stream=order,
-        encoding_bytes=encoding_room(sizes, encoder.plan),
+        encoding_bytes=encoding_bytes,
     )
 
 
