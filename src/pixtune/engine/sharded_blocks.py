@@ -6,7 +6,7 @@ part of that on its own GPU. The ring of slots, the order of blocks and the reco
 back, since frozen weights never change, and a LoRA is whole in each process.
 
 Where the GPUs can read each other's memory, a process copies the others' parts itself (`ReadParts`): they never change,
-so nobody has to wait for anybody, and the copies take none of the GPU's multiprocessors.
+so nobody has to wait for anybody. A step is no faster by it (benchmarks/RESULTS.md, "Two GPUs").
 
 Elsewhere the parts are gathered (`GatheredParts`), which needs all processes of a group, and each of them has to start
 the same gathers in the same order. In a training step they do, as they run the same blocks and each block has its own

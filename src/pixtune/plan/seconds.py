@@ -35,7 +35,8 @@ COPIES_COST = 0.04
 GATHERED_SHARE = 0.38
 """Share of the memory's nominal bandwidth that passes of gathered blocks reach, written here and read for others, as
 time that is lost although computation goes on beside them. On two H200 Qwen-Image's 60 blocks lost 55 ms in bf16, which
-NCCL gathered, and some 33 ms in 8 bits, which copy engines read: 109 and 54 GB at 0.41 and 0.34 of 4.8 TB/s."""
+NCCL gathered (78 where copy engines read), and some 33 ms in 8 bits, which copy engines read: 109 and 54 GB at 0.41
+(0.29) and 0.34 of 4.8 TB/s."""
 TABLE_COST = 0.002
 """Share of a step that filling and reading a modulation table costs."""
 
