@@ -1,7 +1,8 @@
 """A pytest plugin that writes down, by coverage.py, which test executes which line: `pytest -p scripts.line_map`.
 
-What a test's own code executes counts as the test's, in processes that it starts too; what a fixture of a wider scope
-executes counts for every test that uses the fixture. `mutants.py` asks the map which tests can notice a mutation.
+Several processes may share the tests (`-n auto --dist loadfile`). What a test's own code executes counts as the test's,
+in processes that it starts too; what a fixture of a wider scope executes counts for every test that uses the fixture.
+`mutants.py` asks the map which tests can notice a mutation.
 """
 
 from __future__ import annotations
@@ -29,7 +30,10 @@ SOURCE = ROOT / "src" / "pixtune"
 
 
 def start(context: str) -> coverage.Coverage:
-    """Starts to count this process's lines for `context`, in a file of its own beside the map."""
+    """Starts to count this process's lines for `context`, in a file of its own, and ends a count that was inherited."""
+    if (inherited := coverage.Coverage.current()) is not None:
+        inherited._auto_save = False
+        inherited.stop()
     cov = coverage.Coverage(config_file=os.environ[SETTINGS], data_suffix=True, context=context or None)
     cov.start()
     return cov
@@ -37,9 +41,6 @@ def start(context: str) -> coverage.Coverage:
 
 def in_forked_process(context: str, before: Callable[[], None] | None) -> None:
     """What a process forked for a test does first: counts for that test, and saves before it ends."""
-    if (inherited := coverage.Coverage.current()) is not None:
-        inherited._auto_save = False
-        inherited.stop()
     cov = start(context)
     util.Finalize(None, partial(_save, cov), exitpriority=100)
     if before is not None:
@@ -68,14 +69,6 @@ class LineMap:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.tests: dict[str, dict[str, object]] = {}
-        folder.mkdir(parents=True, exist_ok=True)
-        settings = folder / "settings.ini"
-        settings.write_text(
-            f"[run]\nsource = {SOURCE}\ndata_file = {folder / 'lines'}\nparallel = true\n"
-            f"context = ${{{CONTEXT}-}}\ndisable_warnings = no-data-collected, module-not-imported, already-imported\n"
-        )
-        os.environ |= {SETTINGS: str(settings), "COVERAGE_PROCESS_START": str(settings), CONTEXT: ""}
-        shutil.copytree(SOURCE, folder / "source", dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
         self.coverage = start("")
         self.current = ""
 
@@ -129,7 +122,25 @@ class LineMap:
         (self.folder / f"tests-{os.getpid()}.json").write_text(json.dumps(self.tests))
 
 
+def prepare(folder: Path) -> None:
+    """Makes the map's folder, keeps the mapped source in it, and tells processes to come what they write to it."""
+    settings = folder / "settings.ini"
+    folder.mkdir(parents=True, exist_ok=True)
+    settings.write_text(
+        f"[run]\nsource = {SOURCE}\ndata_file = {folder / 'lines'}\nparallel = true\n"
+        f"context = ${{{CONTEXT}-}}\ndisable_warnings = no-data-collected, module-not-imported, already-imported\n"
+    )
+    os.environ |= {SETTINGS: str(settings), "COVERAGE_PROCESS_START": str(settings), CONTEXT: ""}
+    shutil.copytree(SOURCE, folder / "source", dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
+
+
 def pytest_configure(config: pytest.Config) -> None:
-    """Registers the plugin where a folder for the map is named."""
-    if FOLDER in os.environ:
-        config.pluginmanager.register(LineMap(Path(os.environ[FOLDER])))
+    """Registers the plugin where a folder for the map is named, in each process that runs tests."""
+    if FOLDER not in os.environ:
+        return
+    folder = Path(os.environ[FOLDER])
+    told_by_another = hasattr(config, "workerinput")
+    if not told_by_another:
+        prepare(folder)
+    if told_by_another or config.getoption("dist", "no") == "no":
+        config.pluginmanager.register(LineMap(folder))

@@ -1,8 +1,9 @@
 """Mutates pixtune by a seed, one place at a time, and reports which mutations no test notices: `make mutants SEED=7`.
 
 Each mutant is judged by the tests that execute its line, by a map that one run of the suite makes; the first test that
-fails ends it. Mutants live in a copy of the tree. Processes that run tests are forked from this one, which has imported
-the libraries. Everything is written below `build/mutants`; what was judged is not judged again.
+fails ends it. As many are judged at once as there are cores, each in a copy of the tree. Processes that run tests are
+forked from ones that have imported the libraries. Everything is written below `build/mutants`; what was judged is not
+judged again.
 """
 
 from __future__ import annotations
@@ -24,14 +25,20 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from itertools import islice, pairwise
+from multiprocessing.queues import SimpleQueue
+from pathlib import Path
 from typing import Any
 
 from executing_tests import ROOT, SOURCE, ExecutingTests, LineMap
 from mutations import Mutation, mutations_of
 
 WORK = ROOT / "build" / "mutants"
-TREE, MAPS = WORK / "tree", WORK / "maps"
+MAPS = WORK / "maps"
+AT_ONCE = os.cpu_count() or 1
+FREE_TREES: SimpleQueue[Path] = multiprocessing.SimpleQueue()
+"""Copies of the tree in which nothing is judged at the moment."""
 NEEDS_GPU = {"engine/triton_kernels.py"}
 """Files in a language that only a GPU runs."""
 GPU_WORDS = re.compile(r"cuda|nvml|triton|_scaled_mm|tensor_cores", re.IGNORECASE)
@@ -42,20 +49,22 @@ STARTING_SECONDS, SLOWER = 60, 6
 """The limit of a round of tests: what starting them takes, and how much slower than in the map they may be."""
 ONE_BY_ONE = {
     "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled",
-    "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": os.pathsep.join([str(TREE / "src"), str(TREE)]),
+    "TOKENIZERS_PARALLELISM": "false",
 }  # fmt: skip
-"""The environment of tests: as `tests/conftest.py` sets it before libraries are imported, for the mutated tree."""
+"""The environment of tests: as `tests/conftest.py` sets it before libraries are imported."""
 
 SURVIVED = ("survived", "not executed")
 
 Place = tuple[str, int]
 """A file below `src/pixtune` and a line."""
+Mutant = tuple[str, Mutation]
+"""A file below `src/pixtune`, and what is changed in it."""
 
 
 # ---- which mutants
 
 
-def draw(pool: dict[Place, list[Mutation]], seed: int) -> list[tuple[str, Mutation]]:
+def draw(pool: dict[Place, list[Mutation]], seed: int) -> list[Mutant]:
     """Puts all lines into an order by a seed, each with one of its mutations: as many as wanted are taken from it."""
     generator = random.Random(seed)
     places = generator.sample(sorted(pool), len(pool))
@@ -69,10 +78,10 @@ def gpu_lines(source: str, executed: set[int]) -> set[int]:
     return {line for f in of_gpu for line in range(f.lineno, (f.end_lineno or f.lineno) + 1)} - executed
 
 
-def all_mutations(tests: ExecutingTests) -> tuple[dict[Place, list[Mutation]], set[tuple[str, Mutation]]]:
+def all_mutations(tests: ExecutingTests) -> tuple[dict[Place, list[Mutation]], set[Mutant]]:
     """Returns the mutations of each line, and those that are left out because nothing but a GPU executes them."""
     pool: dict[Place, list[Mutation]] = {}
-    left_out: set[tuple[str, Mutation]] = set()
+    left_out: set[Mutant] = set()
     for path in sorted(SOURCE.rglob("*.py")):
         file, source = path.relative_to(SOURCE).as_posix(), path.read_text()
         of_gpu = gpu_lines(source, {line for line, by in tests.at(file).items() if by})
@@ -86,64 +95,78 @@ def all_mutations(tests: ExecutingTests) -> tuple[dict[Place, list[Mutation]], s
 # ---- a mutant's trial
 
 
+def key_of(file: str, mutation: Mutation) -> tuple[str | int, ...]:
+    """Returns by what a report of an earlier call knows a mutation."""
+    source = (SOURCE / file).read_text()
+    return file, mutation.line, *changed_lines(source, mutation.apply(source))
+
+
 def changed_lines(source: str, mutant: str) -> list[str]:
     """Returns a diff without its heads."""
     rows = [*difflib.unified_diff(source.splitlines(), mutant.splitlines(), n=0, lineterm="")][2:]
     return [row for row in rows if not row.startswith("@@")]
 
 
-def judge(file: str, mutation: Mutation, tests: ExecutingTests, budget_seconds: float) -> dict[str, Any]:
-    """Runs the tests that may notice a mutation, and returns the verdict."""
+def judge(file: str, mutation: Mutation, seconds: dict[str, float], num_tests: int) -> dict[str, Any]:
+    """Runs tests that may notice a mutation, on a tree that is changed for it, and returns the verdict.
+
+    Args:
+        file: Path below `src/pixtune`.
+        mutation: What is changed in it.
+        seconds: The tests in the order in which they are run, and the seconds that each of them took once.
+        num_tests: Number of tests that might notice it, for the report.
+    """
     source = (SOURCE / file).read_text()
     mutant = mutation.apply(source)
     verdict: dict[str, Any] = {"file": file, "line": mutation.line, "kind": mutation.kind}
     verdict["diff"] = changed_lines(source, mutant)
     if ast.dump(ast.parse(mutant)) == ast.dump(ast.parse(source)):
         return verdict | {"verdict": "equivalent", "by": "the same code"}
-    ordered = tests.of(file, mutation)
-    chosen = within_budget(ordered, tests.seconds, budget_seconds)
-    verdict |= {"tests": len(chosen), "of": len(ordered)}
-    place, began = TREE / "src" / "pixtune" / file, time.monotonic()
+    verdict |= {"tests": len(seconds), "of": num_tests}
+    tree = FREE_TREES.get()
+    place, began = tree / "src" / "pixtune" / file, time.monotonic()
     try:
         place.write_text(mutant)
         os.utime(place, (time.time() + 1e6, time.time() + 1e6))  # so that no compiled file is taken for this one's
         for begin, end in pairwise(ROUNDS):
-            if round_of_tests := chosen[begin:end]:
-                limit = STARTING_SECONDS + SLOWER * sum(tests.seconds[test] for test in round_of_tests)
-                outcome, failed = run_tests(round_of_tests, limit, "-x")
+            if round_of_tests := [*seconds][begin:end]:
+                limit = STARTING_SECONDS + SLOWER * sum(seconds[test] for test in round_of_tests)
+                outcome, failed = run_tests(tree, round_of_tests, limit, "-x")
                 if outcome != "survived":
                     by = failed[0] if failed else ""
                     return verdict | {"verdict": outcome, "by": by, "seconds": round(time.monotonic() - began)}
     finally:
         shutil.copy2(SOURCE / file, place)
-    return verdict | {"verdict": "survived" if chosen else "not executed", "seconds": round(time.monotonic() - began)}
+        FREE_TREES.put(tree)
+    return verdict | {"verdict": "survived" if seconds else "not executed", "seconds": round(time.monotonic() - began)}
 
 
-def within_budget(ordered: Sequence[str], seconds: dict[str, float], budget_seconds: float) -> list[str]:
-    """Returns the first tests, as many as fit into a time; a test that would not fit is passed over."""
-    chosen, left = [], budget_seconds
+def within_budget(ordered: Sequence[str], seconds: dict[str, float], budget_seconds: float) -> dict[str, float]:
+    """Returns the first tests with their seconds, as many as fit into a time; one that would not fit is passed over."""
+    chosen, left = {}, budget_seconds
     for test in ordered:
         if seconds[test] <= left:
-            chosen.append(test)
+            chosen[test] = seconds[test]
             left -= seconds[test] + 0.01
     return chosen
 
 
-def run_tests(tests: Sequence[str], limit_seconds: float, *options: str) -> tuple[str, list[str]]:
-    """Runs tests on the tree in a process of its own.
+def run_tests(tree: Path, tests: Sequence[str], limit_seconds: float, *options: str) -> tuple[str, list[str]]:
+    """Runs tests on a tree in a process of its own.
 
     Returns:
         "killed", "timeout" or "survived", and the tests that failed.
     """
-    printed = WORK / "printed.txt"
+    printed = tree.with_suffix(".txt")
     child = os.fork()
     if child == 0:
         os.setsid()
         with printed.open("wb") as stream:
             os.dup2(stream.fileno(), 1)
             os.dup2(stream.fileno(), 2)
-        os.chdir(TREE)
-        sys.path[:0] = [str(TREE / "src"), str(TREE)]
+        os.chdir(tree)
+        sys.path[:0] = of_tree = [str(tree / "src"), str(tree)]
+        os.environ["PYTHONPATH"] = os.pathsep.join(of_tree)
         import pytest
 
         from tests import processes
@@ -170,30 +193,32 @@ def run_tests(tests: Sequence[str], limit_seconds: float, *options: str) -> tupl
     return ("killed", failed or [text[-300:]]) if status else ("survived", [])
 
 
-def fail_anyway(tests: Sequence[str]) -> set[str]:
+def fail_anyway(tree: Path, tests: Sequence[str]) -> set[str]:
     """Returns which tests fail on the tree without a mutation, and so have shown nothing."""
-    return set(run_tests(tests, STARTING_SECONDS * 30)[1]) if tests else set()
+    return set(run_tests(tree, tests, STARTING_SECONDS * 30)[1]) if tests else set()
 
 
 # ---- the command
 
 
-def prepare_tree() -> None:
+def copy_tree(tree: Path) -> Path:
     """Copies what git knows, or would, into a tree of its own."""
     names = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
-    shutil.rmtree(TREE, ignore_errors=True)
+    shutil.rmtree(tree, ignore_errors=True)
     for name in names.stdout.splitlines():
         if (ROOT / name).is_file():
-            (TREE / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / name, TREE / name)
-    subprocess.run([sys.executable, "-m", "compileall", "-q", "src", "tests"], cwd=TREE, check=True)
+            (tree / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, tree / name)
+    subprocess.run([sys.executable, "-m", "compileall", "-q", "src", "tests"], cwd=tree, check=True)
+    return tree
 
 
-def make_map(name: str, tests: Sequence[str]) -> None:
+def make_map(tree: Path, name: str, tests: Sequence[str]) -> None:
     """Runs tests once, in the copy, and writes down which lines each of them executes."""
     arguments = ["-q", "-p", "scripts.line_map", "-p", "no:cacheprovider", "--ignore=tests/gpu", *tests]
-    environment = {**os.environ, **ONE_BY_ONE, "PIXTUNE_LINE_MAP": str(MAPS / name)}
-    subprocess.run([sys.executable, "-m", "pytest", *arguments], cwd=TREE, env=environment)
+    arguments += ["-n", str(AT_ONCE), "--dist", "loadfile", "--no-loadscope-reorder"]
+    paths = {"PYTHONPATH": os.pathsep.join([str(tree / "src"), str(tree)]), "PIXTUNE_LINE_MAP": str(MAPS / name)}
+    subprocess.run([sys.executable, "-m", "pytest", *arguments], cwd=tree, env={**os.environ, **ONE_BY_ONE, **paths})
 
 
 def import_libraries() -> None:
@@ -206,7 +231,7 @@ def import_libraries() -> None:
         "torch._inductor.compile_fx",
         *re.findall(r'^    "([\w.]+)",$', preloaded, re.MULTILINE),
     ):
-        if not name.startswith("pixtune"):
+        if not name.startswith(("pixtune", "tests")):  # which each tree has of its own
             importlib.import_module(name)
 
 
@@ -218,12 +243,14 @@ def main() -> None:
     parser.add_argument("--again", action="store_true", help="judge the seed's survivors again, by today's tests")
     parser.add_argument("--map", nargs="+", metavar="TEST", help="only add these tests to the map")
     arguments = parser.parse_args()
-    prepare_tree()
+    trees = [copy_tree(WORK / f"tree-{number}") for number in range(AT_ONCE)]
+    for tree in trees:
+        FREE_TREES.put(tree)
     if arguments.map:
-        make_map(f"added-{time.time():.0f}", arguments.map)
+        make_map(trees[0], f"added-{time.time():.0f}", arguments.map)
         return
     if not any(MAPS.glob("*/tests-*.json")):  # which a map has that was finished
-        make_map("suite", [])
+        make_map(trees[0], "suite", [])
     tests = ExecutingTests(map(LineMap.load, sorted(MAPS.iterdir())))
     pool, left_out = all_mutations(tests)
     on_gpu = Counter(file for (file, _), several in pool.items() if left_out.issuperset((file, m) for m in several))
@@ -237,18 +264,24 @@ def main() -> None:
     import_libraries()
 
     def verdicts(again: Callable[[dict[str, Any]], bool]) -> Iterator[dict[str, Any]]:
-        for number, (file, mutation) in enumerate(mutants, 1):
-            source = (SOURCE / file).read_text()
-            key = (file, mutation.line, *changed_lines(source, mutation.apply(source)))
-            if key not in known or again(known[key]):
-                known[key] = judge(file, mutation, tests, arguments.budget)
+        keys = {mutant: key_of(*mutant) for mutant in mutants}
+        to_judge = [mutant for mutant, key in keys.items() if key not in known or again(known[key])]
+        trials: dict[Future[dict[str, Any]], Mutant] = {}
+        with ProcessPoolExecutor(AT_ONCE, multiprocessing.get_context("fork")) as judges:
+            for mutant in to_judge:
+                ordered = tests.of(*mutant)
+                chosen = within_budget(ordered, tests.seconds, arguments.budget)
+                trials[judges.submit(judge, *mutant, chosen, len(ordered))] = mutant
+            for trial in as_completed(trials):
+                known[keys[trials[trial]]] = verdict = trial.result()
                 with report.open("a") as stream:
-                    stream.write(json.dumps(known[key]) + "\n")
-                print(f"{number:3} {shown(known[key])}", flush=True)
-            yield known[key]
+                    stream.write(json.dumps(verdict) + "\n")
+                print(f"{mutants.index(trials[trial]) + 1:3} {shown(verdict)}", flush=True)
+        return (known[key] for key in keys.values())
 
     judged_now = [*verdicts(lambda verdict: arguments.again and verdict["verdict"] in SURVIVED)]
-    unsound = fail_anyway(sorted({v["by"] for v in judged_now if v["verdict"] == "killed" and "::" in v["by"]}))
+    killers = {v["by"] for v in judged_now if v["verdict"] == "killed" and "::" in v["by"]}
+    unsound = fail_anyway(trees[0], sorted(killers))
     print(f"{len(unsound)} tests fail without a mutation too, and judge no more: {sorted(unsound)}")
     for test in unsound:
         del tests.seconds[test]

@@ -132,4 +132,4 @@ def test_own_tests_come_first_and_no_file_has_two_turns_before_another_has_one(e
 
 def test_as_many_tests_as_fit_into_the_time(mutants):
     seconds = {"a": 5.0, "b": 60.0, "c": 4.0, "d": 3.0}
-    assert mutants.within_budget(["a", "b", "c", "d"], seconds, 10.0) == ["a", "c"]
+    assert [*mutants.within_budget(["a", "b", "c", "d"], seconds, 10.0).items()] == [("a", 5.0), ("c", 4.0)]
