@@ -33,7 +33,7 @@ NUM_BLOCKS: Mapping[str, Mapping[str, int]] = {
     "flux": {"num_layers": 3, "num_single_layers": 4},
 }
 SIZES = (512, 768, 1024)
-NUM_PICTURES, NUM_STEPS = 6, 100
+NUM_PICTURES = 6
 RELIEF = re.compile(r"(?:is taken again: |leaner plan|launched kernel by kernel|more memory than there is: ).*")
 THIEF = """
 import random, sys, time, torch
@@ -63,10 +63,11 @@ class Setting:
     size: int
     words: tuple[str, ...]
     shapes: bool
+    num_steps: int
 
 
-def draw_setting(seed: int, number: int) -> Setting:
-    """Draws a setting."""
+def draw_setting(seed: int, number: int, num_steps: int) -> Setting:
+    """Draws a setting of runs that take so many steps."""
     draws = random.Random(f"{seed} {number}")
     model = draws.choice(tuple(NUM_BLOCKS))
     words = [
@@ -78,7 +79,7 @@ def draw_setting(seed: int, number: int) -> Setting:
         "adam8bit=false",
         f"seed={number}",
     ]
-    return Setting(number, model, draws.choice(SIZES), tuple(words), draws.random() < 0.5)
+    return Setting(number, model, draws.choice(SIZES), tuple(words), draws.random() < 0.5, num_steps)
 
 
 def start(setting: Setting, folder: Path, gpu: int) -> subprocess.Popen[bytes]:
@@ -93,7 +94,7 @@ def start(setting: Setting, folder: Path, gpu: int) -> subprocess.Popen[bytes]:
             (data.images / f"{number}.txt").write_text(" ".join(["noise"] * (10 + 30 * number)))
     (folder / "run.yaml").write_text(
         f"pretrained_model_name_or_path: {folder / 'model'}\noutput_dir: {folder / 'run'}\nrandom_weights: true\n"
-        f"max_train_steps: {NUM_STEPS}\nlogging_steps: 1\ncheckpointing_steps: 15\nvalidation:\n  held_out: 0.34\n"
+        f"max_train_steps: {setting.num_steps}\nlogging_steps: 1\ncheckpointing_steps: 15\nvalidation:\n  held_out: 0.34\n"
         f"  every: 12\ndata_config:\n  img_dir: {data.images}\n  img_size: {setting.size}\n  max_text_tokens: 256\n"
     )
     command = [sys.executable, "-m", "pixtune.cli", "train", "--config", str(folder / "run.yaml"), *setting.words]
@@ -155,7 +156,7 @@ def describe(setting: Setting, folder: Path, undisturbed: Sequence[Mapping[int, 
         "size_pixels": setting.size,
         "words": [*setting.words, *(["shapes"] if setting.shapes else [])],
         "steps": len(losses),
-        "finished": len(losses) == NUM_STEPS and (folder / "run" / "report.html").exists(),
+        "finished": len(losses) == setting.num_steps and (folder / "run" / "report.html").exists(),
         "largest_relative_difference": distance(losses, undisturbed[0]),
         "of_two_undisturbed": distance(*undisturbed),
         "gave_up": RELIEF.findall(log),
@@ -169,11 +170,12 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--settings", type=int, default=10, help="number of settings")
     parser.add_argument("--each", type=int, default=3, help="disturbed runs of each setting")
+    parser.add_argument("--steps", type=int, default=100, help="steps of each run")
     parser.add_argument("--at-once", type=int, default=5, help="runs that share a GPU")
     parser.add_argument("--gpus", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=100, help="limit of a wave")
     arguments = parser.parse_args()
-    settings = [draw_setting(arguments.seed, number) for number in range(arguments.settings)]
+    settings = [draw_setting(arguments.seed, number, arguments.steps) for number in range(arguments.settings)]
     at_once = arguments.at_once * arguments.gpus
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
