@@ -20,8 +20,13 @@ from pixtune.engine.streaming import choose_streamed, stream_blocks
 from pixtune.engine.transfer import host_buffer
 from pixtune.families import family_of
 from pixtune.family import Placement
+from pixtune.plan.optimizers import KERNEL, SMALL
 from pixtune.storage.model_folder import ModelFolder
 from pixtune.trained import adapters
+from pixtune.trained.fused_step import FusedStep
+from pixtune.trained.host_states import HostStates
+from pixtune.trained.optimizers import BUILDERS
+from pixtune.trained.weight_update import WeightUpdate
 from tests.gradients import gradient_of
 from tests.unit.engine.tiny import ASSETS, MODELS
 
@@ -130,6 +135,34 @@ def test_gradients_equal_those_of_resident_blocks(num_tokens: int, num_slots: in
                 assert torch.equal(run_through(blocks, *make_inputs(num_tokens)), expected_hidden)
         for gradient, other in zip(actual, expected[seed], strict=True):
             assert torch.equal(gradient, other)
+
+
+@pytest.mark.parametrize("num_slots", [2, 3])
+@pytest.mark.parametrize("num_tokens", [64, 4096])
+def test_blocks_that_are_trained_equal_resident_ones(num_tokens: int, num_slots: int) -> None:
+    """Losses and weights of six steps, each weight stepped in its slot, its states in host memory as well."""
+
+    def trained(is_streamed: bool) -> tuple[list[Tensor], dict[str, Tensor]]:
+        blocks = make_blocks(9)
+        stream = stream_blocks(blocks, DEVICE, num_slots) if is_streamed else None
+        recompute_blocks(blocks, offload=False)
+        weights: dict[str, nn.Parameter] = {}
+        for number, block in enumerate(blocks):
+            block.requires_grad_(True)
+            weights |= {f"{number}.{name}": weight for name, weight in block.named_parameters()}
+        update = WeightUpdate(
+            weights, lambda _, given: BUILDERS[SMALL](given, lr=1e-3, weight_decay=0.1), 0, 0,
+            host=HostStates(DEVICE), form=KERNEL, stream=stream,
+        )  # fmt: skip
+        fused, losses = FusedStep(update, max_norm=0.01), []
+        for seed in range(6):
+            losses.append(run_through(blocks, *make_inputs(num_tokens, seed)).float().square().mean())
+            fused.backward(losses[-1])
+        return losses, {name: update.truest(name).cpu() for name in weights}
+
+    (losses, weights), (others, other_weights) = trained(False), trained(True)
+    assert [*map(float, losses)] == [*map(float, others)] and len({*map(float, losses)}) == 6
+    assert all(weights[name].equal(other_weights[name]) for name in weights)
 
 
 @pytest.mark.parametrize("linear_format", [None, "fp8", "int8", "nf4"])

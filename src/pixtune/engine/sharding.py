@@ -10,7 +10,7 @@ With several groups of processes that hold one copy each, gradients are averaged
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -120,11 +120,6 @@ def local_of(tensor: Tensor) -> Tensor:
     """Returns the rows of a tensor that this process holds, as the very memory; all where it holds it whole."""
     with torch.no_grad():
         return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def locals_of(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Returns the rows of each tensor that this process holds."""
-    return {name: local_of(tensor).detach() for name, tensor in tensors.items()}
 
 
 def rows_of(tensor: Tensor, together: Together) -> Rows:

@@ -1,7 +1,9 @@
-"""Frozen blocks whose weights are in page-locked host memory and come to the device each time they run.
+"""Blocks whose weights are in page-locked host memory and come to the device each time they run.
 
-Weights move in one direction only, host to device: frozen ones never change, so nothing is written back, which halves
-the traffic of block swapping (musubi-tuner: 14 to 11 s per step). The memory is page-locked because a copy from
+Frozen weights move in one direction only, host to device: they never change, so nothing is written back, which halves
+the traffic of block swapping (musubi-tuner: 14 to 11 s per step). Where all weights are trained, each is stepped in its
+slot within the backward pass (`trained/fused_step.py`), and a block that was changed there goes back to host memory, on
+a lane of its own, before its slot is filled again. The memory is page-locked because a copy from
 ordinary memory makes the host wait, and takes up to half of the step instead of a tenth. Each block is one copy, since
 small ones do not saturate a link.
 
@@ -96,17 +98,39 @@ class Source(Protocol):
         """Lets the first process of a run work with the blocks alone, until a `with` block ends; all enter it."""
 
 
-@dataclass(frozen=True)
 class HostBlocks:
-    """Whole blocks in host memory."""
+    """Whole blocks in host memory, which come to the device on a lane and, where they were changed, go back on another.
 
-    lane: CopyLane
-    blocks: Sequence[Tensor]
-    outside_bytes: int = 0
+    Args:
+        lane: of copies to the device.
+        returning: of copies to the host.
+    """
+
+    def __init__(self, lane: CopyLane, returning: CopyLane, blocks: Sequence[Tensor]) -> None:
+        self.blocks, self._lane, self._returning = blocks, lane, returning
+        self._last_returned: Mark = None
+
+    @property
+    def outside_bytes(self) -> int:
+        return 0
 
     def fill(self, index: int, slot: Tensor, after: Mark) -> Mark:
         block = self.blocks[index]
-        return self.lane.copy(slot[: block.nbytes], block, after)
+        return self._lane.copy(slot[: block.nbytes], block, after)
+
+    def take_back(self, index: int, slot: Tensor, after: Mark) -> Mark:
+        """Copies a block from a slot to the host once `after` is done; returns the mark of its end.
+
+        The slot is filled again after that mark, and the block fetched again after the slot was filled.
+        """
+        block = self.blocks[index]
+        self._last_returned = self._returning.copy(block, slot[: block.nbytes], after)
+        return self._last_returned
+
+    def settle(self) -> None:
+        """Makes work that is launched from now on run after all blocks are back."""
+        self._lane.wait(self._last_returned)
+        self._last_returned = None
 
     def apart(self) -> AbstractContextManager[None]:
         return nullcontext()
@@ -121,6 +145,8 @@ class Slot:
     filled: Mark = None
     passed: Mark = None
     """Mark after which the work that needed the block is done."""
+    changed: bool = False
+    """Whether the running block has other numbers than where it comes from."""
 
 
 class BlockStream:
@@ -128,11 +154,20 @@ class BlockStream:
 
     Args:
         blocks: numbered from 0 in the order in which they run.
+        home: where blocks go back to that are changed in their slots; None: they are frozen.
     """
 
-    def __init__(self, blocks: Sequence[AwayBlock], lane: CopyLane, source: Source, num_slots: int) -> None:
+    def __init__(
+        self,
+        blocks: Sequence[AwayBlock],
+        lane: CopyLane,
+        source: Source,
+        num_slots: int,
+        home: HostBlocks | None = None,
+    ) -> None:
         self._blocks = tuple(blocks)
-        self._lane, self._source = lane, source
+        self._lane, self._source, self._home = lane, source, home
+        self._places = {id(packed.tensor): (n, packed) for n, block in enumerate(blocks) for packed in block.tensors}
         self._slots = [
             Slot(torch.empty(self.slot_bytes, dtype=torch.uint8, device=lane.device))
             for _ in range(min(num_slots, len(self._blocks)))
@@ -209,9 +244,14 @@ class BlockStream:
                 self.enter(index, backward=False)
 
     def _pass_running(self) -> None:
-        """Notes that all work which needs the running block has been launched."""
-        if self._running is not None:
-            self._running.passed, self._running = self._lane.reached(), None
+        """Notes that all work which needs the running block has been launched, and sends it home if it was changed."""
+        if (slot := self._running) is None:
+            return
+        slot.passed, self._running = self._lane.reached(), None
+        if slot.changed:
+            assert self._home is not None and slot.block is not None, "it was running"
+            slot.passed = self._home.take_back(slot.block, slot.memory, slot.passed)
+            slot.changed = False
 
     def _find(self, index: int) -> Slot | None:
         return next((slot for slot in self._slots if slot.block == index), None)
@@ -251,6 +291,46 @@ class BlockStream:
         for packed, view in zip(block.tensors, self._views[index, place], strict=True):
             packed.tensor.data = view
 
+    # ---- for trained weights: `trained.weight_update.WeightUpdate`
+
+    def changed(self, tensor: Tensor) -> None:
+        """Notes that a tensor of the running block was changed in its slot; one that is not streamed is passed over."""
+        if id(tensor) in self._places:
+            slot = self._running
+            assert slot is not None and slot.block == self._places[id(tensor)][0], "a block is changed while it runs"
+            slot.changed = True
+
+    def settle_changes(self) -> None:
+        """Sends the last block home, and makes work that is launched from now on run after all are there."""
+        self._pass_running()
+        if self._home is not None:
+            self._home.settle()
+
+    def at_home(self, tensor: Tensor) -> Tensor | None:
+        """Returns a tensor as host memory holds it, None if it is not streamed; `settle_changes` comes before.
+
+        The caller has the host wait for the device before it reads there.
+        """
+        if self._home is None or id(tensor) not in self._places:
+            return None
+        index, packed = self._places[id(tensor)]
+        return packed.view(self._home.blocks[index])
+
+    def replace(self, tensor: Tensor, value: Tensor) -> None:
+        """Gives a streamed tensor other numbers; its block is fetched anew when it runs. The host waits for the device.
+
+        Raises:
+            ValueError: the tensor is not streamed from host memory.
+        """
+        self.settle_changes()
+        if (own := self.at_home(tensor)) is None:
+            raise ValueError("only tensors of streamed blocks are kept in host memory")
+        if self._lane.device.type == "cuda":
+            torch.cuda.synchronize(self._lane.device)
+        own.copy_(value)
+        if (slot := self._find(self._places[id(tensor)][0])) is not None:
+            self._empty(slot)
+
     # ---- for captured steps: `capture.Moving`
 
     def arrangement(self) -> tuple[int | None, ...]:
@@ -289,8 +369,9 @@ class BlockStream:
 def stream_blocks(blocks: Sequence[nn.Module], device: torch.device, num_slots: int = 3) -> BlockStream:
     """Moves all frozen tensors of the blocks to page-locked host memory, from which each run copies them to the device.
 
-    Tensors that need a gradient stay where they are, and so do tensors that are added to the blocks later. Call
-    `recompute_blocks` on the blocks before a pass with gradients.
+    Tensors that need a gradient stay where they are, and so do tensors that are added to the blocks later. Those that
+    were moved may be trained afterwards, if each is stepped while its block runs backward. Call `recompute_blocks` on
+    the blocks before a pass with gradients.
 
     Args:
         blocks: blocks of any kinds and sizes, in the order in which they run.
@@ -315,7 +396,8 @@ def stream_blocks(blocks: Sequence[nn.Module], device: torch.device, num_slots: 
         hosts.append(host_buffer(packed_bytes(layout), device))
         copy_into(hosts[-1], layout)
         packed.append(away(layout, placeholders, hosts[-1].nbytes))
-    stream = BlockStream(packed, lane, HostBlocks(lane, hosts), num_slots)
+    home = HostBlocks(lane, CopyLane(device), hosts)
+    stream = BlockStream(packed, lane, home, num_slots, home)
     for index, block in enumerate(blocks):
         run_by_stream(stream, index, block)
     return stream

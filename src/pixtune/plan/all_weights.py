@@ -1,8 +1,9 @@
 """Ladder of a run that trains all weights: ways of holding it in memory, fastest first, and what each needs. No torch.
 
 What is saved, in this order: activations (recomputed blocks), 32-bit optimizer states, gradients (each weight is
-stepped within the backward pass), states on the device (they wait in host memory). Clipping by the global norm has to
-know all gradients before the first weight moves, so stepping within the backward pass then runs it twice.
+stepped within the backward pass), states on the device (they wait in host memory), and last weights of blocks, which
+come from host memory in each pass and go back once they were stepped. Clipping by the global norm has to know all
+gradients before the first weight moves, so stepping within the backward pass then runs it twice.
 
 Several processes each hold all weights where that fits; otherwise they hold them together (`engine/sharding.py`), with
 their gradients and states, and gather each block before it runs.
@@ -15,7 +16,7 @@ from dataclasses import dataclass, replace
 from pixtune.hardware.facts import GIB
 from pixtune.plan.footprint import ELEMENT_BYTES, Footprint, block_weight_bytes
 from pixtune.plan.optimizers import EXACT, KERNEL, OPTIMIZERS, SMALL
-from pixtune.plan.rungs import FIXED_BYTES, Rung, activation_units, kept_units, weight_bytes
+from pixtune.plan.rungs import FIXED_BYTES, STREAM_SLOTS, Rung, activation_units, kept_units, weight_bytes
 from pixtune.plan.situation import Situation
 
 AHEAD_BYTES = GIB
@@ -42,12 +43,15 @@ class AllWeightsRung:
     """Number of processes that hold one copy of weights, gradients and states together."""
     keeps_gathered: bool = False
     """Blocks stay whole from their forward to their backward pass, which then gathers nothing."""
+    streamed_blocks: int = 0
+    """Number of blocks whose weights wait in host memory."""
 
     def blocks(self, compute_format: str) -> Rung:
         """Returns the rung of a LoRA run that holds the blocks in the same way."""
         return Rung(
             compute_format,
             recomputed_blocks=self.recomputed_blocks,
+            streamed_blocks=self.streamed_blocks,
             shards=self.shards,
             keeps_gathered=self.keeps_gathered,
         )
@@ -65,11 +69,15 @@ class AllWeightsRung:
         return 0
 
     def host_bytes(self, situation: Situation) -> int:
-        """Returns the bytes of optimizer states and fp32 copies. The memory is taken in pieces of a GiB."""
+        """Returns the bytes of optimizer states, fp32 copies and streamed weights.
+
+        The memory of states is taken in pieces of a GiB.
+        """
         if not self.states_on_host:
             return 0
         every = resting_bytes(self.optimizer, situation.demands.fp32_copies, situation.footprint)
-        return every // self.shards + GIB
+        weights = self.blocks(situation.demands.compute_format).host_bytes(situation)
+        return every // self.shards + GIB + weights
 
 
 # ---- the ladder
@@ -91,9 +99,16 @@ def ladder_of_all_weights(situation: Situation) -> list[AllWeightsRung]:
         for count in counts
         for keeps in ((True, False) if shards > 1 else (False,))
     ]
+    if can_fuse and not situation.unified and blocks in counts and 1 in _shards(situation):
+        rungs += [
+            AllWeightsRung(optimizer, blocks, fused_step=True, states_on_host=True, streamed_blocks=count)
+            for optimizer in _optimizers(demands.optimizer, on_host=True)
+            for count in range(STREAM_SLOTS + 1, blocks + 1)
+        ]
     return sorted(
         rungs,
         key=lambda rung: (
+            rung.streamed_blocks,
             rung.states_on_host,
             rung.shards,  # gathering costs more than recomputing
             runs_backward_twice(rung, situation),

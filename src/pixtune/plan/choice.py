@@ -225,6 +225,8 @@ def _all_weights_reasons(situation: Situation, rung: AllWeightsRung) -> Iterator
     if rung.states_on_host:
         what = "optimizer states and fp32 copies" if demands.fp32_copies else "optimizer states"
         size = _gib(rung.host_bytes(situation))
+        if rung.streamed_blocks:
+            what += f", and the weights of {rung.streamed_blocks} of {footprint.num_blocks} blocks,"
         yield f"{what} wait in host memory ({size}), and go to the device and back in each step"
     if rung.shards > 1:
         element = ELEMENT_BYTES[demands.compute_format]

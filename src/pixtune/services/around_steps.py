@@ -11,7 +11,6 @@ from typing import Any, Self
 from pixtune.config import to_dict
 from pixtune.data.batches import Batch
 from pixtune.data.prepared import PreparedData
-from pixtune.engine.sharding import locals_of
 from pixtune.errors import TrainingError
 from pixtune.hardware.machine import driver_may_spill
 from pixtune.judging.best import end_words
@@ -55,9 +54,7 @@ class Services:
         )
         self.session = Session(run, data, start_step, self._between_steps.device_bytes)
         self.problems, self._print = self.session.problems, self.session.print
-        self.guard = LossGuard(
-            run.config.guard, lambda: self.session.together.union(spoiled_weights(locals_of(run.trained.parameters)))
-        )
+        self.guard = LossGuard(run.config.guard, lambda: self.session.together.union(spoiled_weights(run.trained.held)))
         self.session.together.news = run.stop.news
         self.checkpoints = Checkpoints(self.session, course, self.guard)
         self.held_out_loss = HeldOutLoss(self.session, self.checkpoints)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import partial
 
@@ -46,7 +47,7 @@ class Learning:
     def begin(self) -> None:
         """Notes the weights that the session begins with."""
         if self._judged_after is not None:
-            self._first = checksums(self._session.run.trained.must_move, self._session.together)
+            self._first = self._checksums(self._session.run.trained.must_move)
             self._num_skipped = self._checkpoints.guard.state.num_skipped
 
     def after_step(self, step: int) -> None:
@@ -61,6 +62,10 @@ class Learning:
             self._end_by(step, self._fault_of_gradients())
         if self._judged_after is not None and step >= self._judged_after:
             self._end_by(step, self._fault_of_weights(step))
+
+    def _checksums(self, names: Sequence[str]) -> dict[str, int]:
+        held = self._session.run.trained.held
+        return checksums({name: held[name] for name in names}, self._session.together)
 
     def _fault_of_gradients(self) -> str | None:
         parameters, stepped = self._session.run.trained.parameters, self._stepped()
@@ -82,8 +87,8 @@ class Learning:
     def _fault_of_weights(self, step: int) -> str | None:
         run, first = self._session.run, self._first
         stepped, together = self._stepped(), self._session.together
-        must_move = {name: weight for name, weight in run.trained.must_move.items() if name in stepped}
-        now = checksums(must_move, together)
+        must_move = [name for name in run.trained.must_move if name in stepped]
+        now = self._checksums(must_move)
         unmoved = [name for name, checksum in now.items() if checksum == first[name]]
         if unmoved:
             self._checkpoints.read_back(step)  # how many of the steps were skipped, and changed nothing
@@ -96,7 +101,7 @@ class Learning:
         if unmoved and num_sound <= 0:
             return None  # no step changed anything, which the guard of the losses judges
         state = run.trained.optimizer.state
-        own = {name: state.get(must_move[name]) for name in unmoved}
+        own = {name: state.get(run.trained.parameters[name]) for name in unmoved}
         seen = together.union([name for name, each in own.items() if each and saw_gradient(run.plan.optimizer, each)])
         has_gradient = {name: name in seen for name in unmoved}
         last_block = self._last_block()

@@ -124,6 +124,7 @@ class FullWeights:
             host=HostStates(next(iter(weights)).device) if plan.states_on_host else None,
             together=self._together,
             form=self._step_form(plan.step_form, next(iter(weights)).device),
+            stream=base.transformer.stream,
         )
         self._fused = FusedStep(self.optimizer, config.max_grad_norm) if plan.fused_step else None
         # Runs of earlier versions keep the order of their sums.
@@ -227,11 +228,12 @@ class FullWeights:
 
     def export(self, output_dir: Path, step: int) -> list[Path]:
         about = describe_model(to_dict(self.config), self.base.folder, step, package_versions())
-        write = self._write_model if self._together.mesh else None
+        is_whole_here = self._together.mesh is None and self.base.transformer.stream is None
+        write = None if is_whole_here else self._write_model
         return [export_model(output_dir / MODEL_FOLDER, self.base, about, write)]
 
     def _write_model(self, folder: Path) -> None:
-        """Writes the transformer with the other processes, each some of its files."""
+        """Writes the transformer from where its weights are, with the other processes, each some of its files."""
         folder.mkdir()
         config = self.base.folder.component_config("transformer")
         self.base.family.build_transformer(config).save_config(folder)  # type: ignore[operator]
@@ -244,17 +246,23 @@ class FullWeights:
             write_atomically(folder / f"{MODEL_FILE}.index.json", json.dumps(index, indent=2, sort_keys=True).encode())
 
     def _write_part(self, folder: Path) -> None:
-        write_files_in_turn(folder, model_files(self.parameters), self._together, {"format": "pt"})
+        is_alone = self._together.is_alone
+        weights: Mapping[str, Tensor] = self.held if is_alone else self.parameters  # gathered as they are written
+        write_files_in_turn(folder, model_files(weights), self._together, {"format": "pt"})
 
     def export_so_far(self, output_dir: Path, step: int) -> None:
         """Writes nothing: a model of tens of gigabytes is written once; `pixtune export` writes one of a checkpoint."""
 
     @property
-    def must_move(self) -> Mapping[str, nn.Parameter]:
+    def held(self) -> dict[str, Tensor]:
+        return {name: self.optimizer.held(name) for name in self.parameters}
+
+    @property
+    def must_move(self) -> list[str]:
         """Large tensors: of numbers that are rounded, a few steps move some of many. None where the rate is too low."""
         if self.config.learning_rate < LEAST_RATE:
-            return {}
-        return {name: weight for name, weight in self.parameters.items() if weight.numel() >= LARGE_NUMBERS}
+            return []
+        return [name for name, weight in self.parameters.items() if weight.numel() >= LARGE_NUMBERS]
 
     @property
     def least_rate_share(self) -> float:

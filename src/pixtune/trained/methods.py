@@ -112,8 +112,12 @@ class TrainedWeights(Protocol):
         """Writes those of them that are small enough to be written after each checkpoint."""
 
     @property
-    def must_move(self) -> Mapping[str, nn.Parameter]:
-        """Parameters that a few steps move for certain; see `judging.learning`."""
+    def held(self) -> Mapping[str, Tensor]:
+        """The numbers of `parameters` that this process holds, where they are between steps: on its device, or not."""
+
+    @property
+    def must_move(self) -> list[str]:
+        """Names of parameters that a few steps move for certain; see `judging.learning`."""
 
     @property
     def least_rate_share(self) -> float:
@@ -238,9 +242,12 @@ class LoraWeights:
         return adapters.dora_scales(transformer.module, self._result(), transformer.stream)
 
     @property
-    def must_move(self) -> Mapping[str, nn.Parameter]:
-        starts = adapters.FROM_ZERO
-        return {name: each for name, each in self.parameters.items() if any(part in name for part in starts)}
+    def held(self) -> Mapping[str, Tensor]:
+        return {name: parameter.detach() for name, parameter in self.parameters.items()}
+
+    @property
+    def must_move(self) -> list[str]:
+        return [name for name in self.parameters if any(part in name for part in adapters.FROM_ZERO)]
 
     @property
     def least_rate_share(self) -> float:

@@ -95,4 +95,6 @@ def checksums(weights: Mapping[str, Tensor], together: Together) -> dict[str, in
     All processes that hold the tensors together must call it.
     """
     sums = [_words(local_of(tensor).detach().flatten()).sum(dtype=torch.int64) for tensor in weights.values()]
+    device = max((each.device for each in sums), key=lambda device: device.type == "cuda", default=None)
+    sums = [each.to(device) for each in sums]  # those of blocks in host memory are made there
     return dict(zip(weights, together.sum(torch.stack(sums)).tolist() if sums else [], strict=True))

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from pixtune import randomness
 from pixtune.engine.rounding import Draw, round_into, round_stochastically
 from pixtune.engine.sharding import Rows, local_of, rows_of
+from pixtune.engine.streaming import BlockStream
 from pixtune.engine.together import Together
 from pixtune.plan.optimizers import KERNEL, SEPARATE
 from pixtune.trained import optim
@@ -51,6 +52,7 @@ class WeightUpdate:
         host: holds optimizer states and fp32 copies between steps; None: they stay on the device.
         together: processes that hold the weights together; None: this one holds all.
         form: how weights are stepped, one of `plan.optimizers.STEP_FORMS`; None: as runs did that do not know it.
+        stream: brings blocks whose weights wait in host memory; each is stepped while its block runs backward.
     """
 
     def __init__(
@@ -63,8 +65,10 @@ class WeightUpdate:
         host: HostStates | None = None,
         together: Together | None = None,
         form: str | None = SEPARATE,
+        stream: BlockStream | None = None,
     ) -> None:
         self.weights, self._seed, self._steps_done, self._host = weights, seed, first_step, host
+        self._stream = stream
         self._is_torn = False
         self._step_of_all = StepOfAll()
         self._keeps_masters, self._form = keeps_masters, form
@@ -99,6 +103,8 @@ class WeightUpdate:
         """Counts the step: the next draws for rounding are another step's."""
         self._steps_done += 1
         self._is_torn = False
+        if self._stream is not None:
+            self._stream.settle_changes()
 
     @torch.no_grad()
     def step_weight(self, name: str, gradient: Tensor, factor: Tensor | None, spoiled: Tensor) -> None:
@@ -119,6 +125,8 @@ class WeightUpdate:
             self._step_separately(name, weight, gradient, factor, spoiled)
         if self._host is not None:
             self._arrange(name, self._host.rest(name, self._tensors_of(name)))
+        if self._stream is not None:
+            self._stream.changed(self.weights[name])
 
     @torch.no_grad()
     def step_weights(self, gradients: Mapping[str, Tensor], factor: Tensor | None, spoiled: Tensor) -> None:
@@ -139,10 +147,20 @@ class WeightUpdate:
         """Returns this process's rows of a weight in their truest form: the fp32 copy where weights have one."""
         if self._host is not None:
             self._host.finish()
-        weight = local_of(self.weights[name]).detach()
-        if self._keeps_masters and name not in self._masters:
-            return weight.float()
-        return self._masters.get(name, weight)
+        if self._keeps_masters and name in self._masters:
+            return self._masters[name]
+        weight = self.held(name)
+        return weight.float() if self._keeps_masters else weight
+
+    def held(self, name: str) -> Tensor:
+        """Returns this process's rows of a weight where they are between steps, which may be host memory."""
+        weight = self.weights[name]
+        at_home = None if self._stream is None else self._stream.at_home(weight)
+        if at_home is None:
+            return local_of(weight).detach()
+        if weight.device.type == "cuda":
+            torch.cuda.synchronize(weight.device)  # what the last step changed may still be on its way
+        return at_home
 
     def rows(self, name: str) -> Rows:
         """Returns which rows of a weight, its states and its fp32 copy this process holds."""
@@ -158,7 +176,10 @@ class WeightUpdate:
             plain: the values of that state that are no tensors.
         """
         weight = local_of(self.weights[name])
-        weight.copy_(value)
+        if self._stream is not None and self._stream.at_home(self.weights[name]) is not None:
+            self._stream.replace(self.weights[name], value)
+        else:
+            weight.copy_(value)
         if not weight.numel():
             return
         if self._keeps_masters:

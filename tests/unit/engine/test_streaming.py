@@ -19,6 +19,8 @@ from pixtune.engine.streaming import BlockStream, choose_streamed, stream_blocks
 from pixtune.errors import PlanError
 from pixtune.hardware.facts import GIB
 from pixtune.hardware.meminfo import HostMemory
+from pixtune.trained.fused_step import FusedStep
+from pixtune.trained.weight_update import WeightUpdate
 from tests.gradients import gradient_of
 from tests.unit.engine.tiny import (
     MODELS,
@@ -183,6 +185,74 @@ def test_any_order_of_blocks_finds_the_right_weights() -> None:
         for index in order:
             assert torch.equal(blocks[index](hidden), plain[index](hidden))
     assert stream.num_late >= 4  # each jump was fetched on demand
+
+
+# ---- blocks that are trained: each weight is stepped in its slot, within the backward pass
+
+
+class Stepped:
+    """Seven blocks whose weights are all stepped as soon as their gradients are there, and their stream."""
+
+    def __init__(self, num_slots: int | None, max_norm: float) -> None:
+        self.blocks = [Block(seed, 16 + seed % 3) for seed in range(7)]
+        self.stream = None if num_slots is None else stream_blocks(self.blocks, CPU, num_slots)
+        recompute_blocks(self.blocks, offload=False)
+        self.weights: dict[str, nn.Parameter] = {}
+        for number, block in enumerate(self.blocks):
+            block.requires_grad_(True)
+            self.weights |= {f"{number}.{name}": weight for name, weight in block.named_parameters()}
+        self.update = WeightUpdate(
+            self.weights, lambda _, given: torch.optim.AdamW(given, lr=0.01, fused=True), 0, 0, stream=self.stream
+        )
+        self.fused = FusedStep(self.update, max_norm)
+
+    def take(self, num_steps: int) -> list[float]:
+        losses = []
+        for number in range(num_steps):
+            hidden = torch.randn(4, 8, generator=torch.Generator().manual_seed(number))
+            if number % 2:
+                with torch.no_grad():
+                    run_through(self.blocks, hidden)
+            loss = run_through(self.blocks, hidden).square().mean()
+            self.fused.backward(loss)
+            losses.append(loss.item())
+        return losses
+
+    def held(self) -> dict[str, Tensor]:
+        return {name: self.update.truest(name).clone() for name in self.weights}
+
+
+@pytest.mark.parametrize("lane", [transfer.CopyLane, LateLane])
+@pytest.mark.parametrize("max_norm", [0, 0.01])
+@pytest.mark.parametrize("num_slots", [2, 3, 7])
+def test_weights_that_are_stepped_in_their_slots_go_back_and_come_again(
+    num_slots: int, max_norm: float, lane: type, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However late copies are, in both directions. Clipping runs the backward pass twice."""
+    resident = Stepped(None, max_norm)
+    expected, begun = resident.take(6), resident.held()
+    monkeypatch.setattr(streaming, "CopyLane", lane)
+    streamed = Stepped(num_slots, max_norm)
+    assert streamed.take(6) == expected and len(set(expected)) == 6
+    found = streamed.held()
+    assert all(found[name].equal(begun[name]) for name in begun)
+    away = [name for name, weight in streamed.weights.items() if weight.isnan().all()]
+    assert len(away) == 4 * (7 - num_slots), "up and down of each block that is not in the ring; its gain stays"
+
+
+def test_a_streamed_weight_is_put_back_where_it_is_kept_and_fetched_anew() -> None:
+    streamed = Stepped(3, 0.01)
+    streamed.take(2)
+    begun = streamed.held()
+    rest = streamed.take(2)
+    for name, value in begun.items():
+        streamed.update.restore(name, value, {}, {})
+    assert all(streamed.update.truest(name).equal(value) for name, value in begun.items())
+    hidden = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
+    assert run_through(streamed.blocks, hidden).square().mean().item() == rest[0]
+    with pytest.raises(ValueError, match="streamed"):
+        assert streamed.stream is not None
+        streamed.stream.replace(torch.ones(3), torch.ones(3))
 
 
 # ---- captured steps: what was captured finds each block where it was

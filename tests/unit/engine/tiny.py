@@ -7,6 +7,7 @@ import functools
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -120,24 +121,45 @@ def assert_same(actual: tuple[Tensor, dict[str, Tensor]], expected: tuple[Tensor
     assert not different
 
 
+@dataclass
+class LateWork:
+    """Work of a lane, and what has to be done before it: a mark of that or another lane."""
+
+    lane: LateLane
+    after: Any
+    work: Callable[[], object]
+    is_done: bool = False
+
+    def do(self) -> None:
+        self.lane.wait(self.after)
+        self.work()
+        self.is_done = True
+        self.lane.num_done += 1
+
+
 class LateLane:
     """Copies only when somebody waits for them: what a slow link does at its worst."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.pending: list[Callable[[], object]] = []
+        self.pending: list[LateWork] = []
         self.num_done = 0
 
-    def reached(self) -> int | None:
+    def reached(self) -> Any:
         return None
 
-    def copy(self, target: Tensor, source: Tensor, after: int | None) -> int:
-        self.pending.append(lambda: target.copy_(source))
-        return self.num_done + len(self.pending)
+    def copy(self, target: Tensor, source: Tensor, after: Any) -> Any:
+        self.pending.append(LateWork(self, after, lambda: target.copy_(source)))
+        return self.pending[-1]
 
-    def wait(self, mark: int | None) -> None:
-        while mark is not None and self.num_done < mark:
-            self.pending.pop(0)()
-            self.num_done += 1
+    def wait(self, mark: Any) -> None:
+        if isinstance(mark, LateWork):
+            while not mark.is_done:
+                mark.lane.pending.pop(0).do()
 
     def keep_until_copied(self, memory: Tensor) -> None: ...
+
+
+def late_lane(device: torch.device) -> Any:
+    """Stands for a `CopyLane`, with marks of its own."""
+    return LateLane(device)

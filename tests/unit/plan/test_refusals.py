@@ -197,5 +197,6 @@ def test_a_limit_that_is_too_small_is_answered_with_the_one_that_is_not(keys: di
         assert found and float(found[4]) == enough, words(enough - 0.1 - less)
         needed, usable, missing = map(float, found.groups()[:3])
         assert needed > usable and missing > 0 and needed - usable == pytest.approx(missing, abs=0.11)
-    assert "gpu_memory_limit_gib" not in refusal("RTX 4060", 128, gpu_memory_limit_gib=7.0, method="full")
-    assert "gpu_memory_limit_gib" not in refusal("RTX 4060", 128, method="full")
+    summed: dict[str, Any] = {"method": "full", "gradient_accumulation_steps": 4}
+    assert "gpu_memory_limit_gib" not in refusal("RTX 4060", 128, gpu_memory_limit_gib=7.0, **summed)
+    assert "gpu_memory_limit_gib" not in refusal("RTX 4060", 128, **summed)

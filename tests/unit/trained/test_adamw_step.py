@@ -29,8 +29,9 @@ from pixtune.trained.optimizers import BUILDERS
 from pixtune.trained.weight_update import WeightUpdate
 from tests import kernel_steps
 from tests.kernel_steps import KINDS, OPTIMIZERS
+from tests.unit.engine.tiny import late_lane
 from tests.unit.plan.test_all_weights import CONFIG
-from tests.unit.trained.test_full_weights import adamw, adamw_8bit, assert_same, late_lane, train
+from tests.unit.trained.test_full_weights import adamw, adamw_8bit, assert_same, train
 
 CPU = torch.device("cpu")
 interpreted = pytest.mark.skipif(
