@@ -95,7 +95,8 @@ def start(setting: Setting, folder: Path, gpu: int) -> subprocess.Popen[bytes]:
     (folder / "run.yaml").write_text(
         f"pretrained_model_name_or_path: {folder / 'model'}\noutput_dir: {folder / 'run'}\nrandom_weights: true\n"
         f"max_train_steps: {setting.num_steps}\nlogging_steps: 1\ncheckpointing_steps: 15\n"
-        f"validation:\n  held_out: 0.34\n  every: 12\ndata_config:\n  img_dir: {data.images}\n  img_size: {setting.size}\n  max_text_tokens: 256\n"
+        f"validation:\n  held_out: 0.34\n  every: 12\n"
+        f"data_config:\n  img_dir: {data.images}\n  img_size: {setting.size}\n  max_text_tokens: 256\n"
     )
     command = [sys.executable, "-m", "pixtune.cli", "train", "--config", str(folder / "run.yaml"), *setting.words]
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": str(gpu)}
