@@ -50,7 +50,8 @@ def recompute_blocks(blocks: Sequence[nn.Module], offload: bool) -> None:
 def recompute_projections(blocks: Sequence[nn.Module]) -> None:
     """Has each block recompute queries, keys and values in the backward pass.
 
-    They are a third of what a compiled block with selective recomputation keeps, and a sixth of its products.
+    They are a third of what a compiled block with selective recomputation keeps, and a quarter of its products in
+    the forward pass.
 
     Raises:
         ValueError: a block's attention has no such switch.

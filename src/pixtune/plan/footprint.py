@@ -58,6 +58,8 @@ class BlockKind:
     """Norms and biases of one block."""
     rows: int
     """Output features of one block's linear layers together: each has a scale."""
+    num_linears: int
+    """Linear layers of one block, without those that make modulations."""
     units: ActivationUnits
 
 
@@ -314,6 +316,7 @@ def _read_kind(family: ModelFamily, shapes: Shapes, path: str) -> BlockKind:
         largest_modulation=max(map(math.prod, modulation.values()), default=0),
         other_weights=sum(map(math.prod, others.values())),
         rows=sum(shape[0] for shape in linears.values()),
+        num_linears=len(linears),
         units=family.activation_units[path],
     )
 

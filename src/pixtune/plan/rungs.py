@@ -156,7 +156,7 @@ def ladder(situation: Situation) -> Iterator[Rung]:
             continue  # products in 8 bits are faster than recomputing blocks in 16
         selective, counts = recompute is None, range(1, blocks + 1) if recompute is None else (blocks,)
         reprojects = selective and all(kind.units.projections for kind in footprint.kinds)
-        if reprojects:  # frees a third of what is kept under selective recomputation, for a sixth of a block's products
+        if reprojects:  # frees a third of what selective recomputation keeps, for a quarter of the forward products
             yield from (Rung(weights_format, rows, selective, reprojected_blocks=count) for count in counts)
         for offload in (False,) if unified else (False, True):
             for count in counts:

@@ -1,8 +1,19 @@
 """Estimate of a LoRA step's time, by which rungs that fit are compared. No torch.
 
 What counts is which of two rungs is faster, so speeds are those of a chip's generation and figures of one block are
-those of docs/profile.md (H100). A step computes products, attention and passes over memory, and copies beside them:
-whichever takes longer decides, forward and backward.
+those of docs/profile.md. A step computes products, attention and passes over memory, and copies beside them: whichever
+takes longer decides, forward and backward. Beside what grows with the tokens there is what does not, which decides for
+small pictures: the last tiles of each product, the launch of each kernel, and what is done to weights before they are
+multiplied.
+
+Two constants were fitted to Qwen-Image's steps, `EXPANDED_PER_SM` and `REPROJECTED_PASSES`; the others were counted or
+measured by themselves. `python benchmarks/step_times.py` compares all steps that were measured, FLUX.1-dev's among
+them, to which nothing was fitted.
+
+Not counted, as it is the same on every rung: the optimizer's step (0.7 ms of Qwen-Image's with rank 32), what a higher
+rank adds, and layers outside of blocks; and as too little of it was measured: launches by Python where steps are not
+captured, and the layers that make modulations (5 ms of Qwen-Image's in bf16, where no table stands in for them). To
+count those would prefer tables in host memory to layers that fit the GPU, for 1%.
 """
 
 from __future__ import annotations
@@ -22,14 +33,40 @@ GAIN = {"fp8": 1.72, "int8": 1.0}
 """Speed of 8-bit products over bf16 ones. torch has none of int8 that are faster."""
 ATTENTION_SHARE = 0.75
 """Speed of attention over that of bf16 products, forward and backward."""
+TILE = 128
+"""Side of the square of a product that a multiprocessor computes at a time."""
+LAST_TILES = 0.5
+"""Time that a product takes beyond its operations, in tiles: all multiprocessors wait for those that have one more, on
+the average half of one."""
+KERNEL_SECONDS = 0.7e-6
+"""Time from one kernel of a captured step to the next, measured on an H200 (docs/experiments.md)."""
+KERNELS, LAYER_KERNELS, CODES_KERNELS, SELECTIVE_KERNELS = 46, 4.6, 1.8, 1.2
+"""Kernels of a block, forward and backward: so many, and for each linear layer; with 8-bit codes and with selective
+recomputation more for each. They give the 101, 123 and 137 that were counted of Qwen-Image's blocks, of 12 layers, and
+the 69 and 85 of FLUX.1-dev's single-stream ones, of 5 (docs/profile.md)."""
+FORWARD_KERNELS = 1 / 3
+"""Share of them in the forward pass; taken to be that of `PASSES`."""
 MEMORY_SHARE = 0.65
-"""Share of the memory's nominal bandwidth that passes over it reach."""
-PASSES = {"forward": 30, "backward": 62}
-"""Units that a block reads and writes beside products and attention: 1.1 ms of Qwen-Image's at 4352 tokens."""
+"""Share of the memory's nominal bandwidth that passes over it reach, where multiprocessors do not hold them up."""
+PASSED_PER_SM = 17.7e9
+"""Bytes per second that passes of a multiprocessor read and write at most, whatever the memory can do. Norms, GELU,
+codes and gates took 1.05 ms of a block of Qwen-Image's on an H200, and with 0.7 of its bandwidth 1.10 on an H100
+(docs/experiments.md, docs/profile.md)."""
+EXPANDED_PER_SM = 6.4e9
+"""4-bit weights per second that a multiprocessor expands to 8 bits at most. Fitted; 3.6 a clock cycle, each of which
+looks up a level and multiplies. An H200's memory would give twice as many."""
+PASSES = {"forward": 27, "backward": 56}
+"""Units that a block reads and writes beside products and attention."""
+CODES_PASSES = {"forward": 3, "backward": 6}
+"""Units more where activations are quantized: 1.1 instead of 0.96 ms of a block of Qwen-Image's at 4352 tokens on an
+H100, with the kernels for it (docs/profile.md)."""
 SELECTIVE_PASSES = 8
 """Units that selective recomputation reads and writes in addition."""
-PROJECTIONS = 1 / 6
-"""Share of a block's products that make queries, keys and values."""
+PROJECTIONS = 1 / 4
+"""Share of a block's products that make queries, keys and values: 3 of 12 squares of the width in each stream."""
+REPROJECTED_PASSES = 10
+"""Units that are read and written where they are recomputed: their input and its codes, the products, and the norms and
+rotary embedding of heads. Of one cell, with 57 blocks: 0.33 ms a block, of which products take 0.2."""
 COPIES_COST = 0.04
 """Share of the time of copies that is lost although computation goes on beside them: they take memory's bandwidth."""
 GATHERED_SHARE = 0.38
@@ -87,7 +124,8 @@ def step_seconds(rung: TimedRung, situation: Situation, gathers: bool = True) ->
         once = _forward_seconds(kind, rung, situation)
         forward += kind.count * once
         backward += kind.count * _backward_seconds(kind, rung, situation) + recomputed * once
-        backward += again * PROJECTIONS * _product_seconds(kind, rung, situation)
+        if again:
+            backward += again * _reprojection_seconds(kind, rung, situation)
     forward, backward = (seconds * situation.footprint.step_times for seconds in (forward, backward))
     to_device, to_host = _copies(rung, situation)
     link = situation.facts.link_bandwidth_bytes_per_second
@@ -129,14 +167,14 @@ def basis(facts: HardwareFacts) -> str:
     if not facts.num_sms:
         return "a guess: this card is not in pixtune's table, so its speed is not known before a run"
     if facts.capability == HOPPER:
-        return "H100 and H200 were measured: up to 20% longer, rarely shorter"
+        return "H100 and H200 were measured: mostly within 6% of it"
     return "by the data sheet, from what H100 and H200 took: not measured on this kind of card"
 
 
 def teraflops(facts: HardwareFacts) -> float:
     """Returns about how many TFLOP/s of bf16 products a GPU reaches."""
     known = [capability for capability in TERAFLOPS_PER_SM if capability <= facts.capability]
-    return TERAFLOPS_PER_SM[max(known, default=(7, 0))] * (facts.num_sms or ASSUMED_SMS)
+    return TERAFLOPS_PER_SM[max(known, default=(7, 0))] * _num_sms(facts)
 
 
 def _copies(rung: TimedRung, situation: Situation) -> tuple[float, float]:
@@ -157,18 +195,41 @@ def _block_bytes(rung: TimedRung, situation: Situation) -> int:
 
 
 def _forward_seconds(kind: BlockKind, rung: TimedRung, situation: Situation) -> float:
-    attention = _attention_seconds(kind, situation)
-    return _product_seconds(kind, rung, situation) + attention + _pass_seconds(PASSES["forward"], situation)
+    seconds = _product_seconds(kind, rung, situation) + _attention_seconds(kind, situation)
+    seconds += FORWARD_KERNELS * _kernels(kind, rung) * KERNEL_SECONDS
+    return seconds + _pass_seconds(_passes("forward", rung), situation)
 
 
 def _backward_seconds(kind: BlockKind, rung: TimedRung, situation: Situation) -> float:
     """Returns the seconds of a backward pass, which multiplies by the frozen weights as often as the forward pass."""
-    num_passes = PASSES["backward"] + (SELECTIVE_PASSES if rung.selective else 0)
-    transposes = 0.0
+    num_passes = _passes("backward", rung) + (SELECTIVE_PASSES if rung.selective else 0)
+    seconds = _product_seconds(kind, rung, situation) + 2.5 * _attention_seconds(kind, situation)
+    seconds += (1 - FORWARD_KERNELS) * _kernels(kind, rung) * KERNEL_SECONDS
     if rung.weights_format in GAIN and not rung.kept_transposes:
-        transposes = _memory_seconds(2 * kind.linear_weights, situation)
-    products = _product_seconds(kind, rung, situation) + transposes
-    return products + 2.5 * _attention_seconds(kind, situation) + _pass_seconds(num_passes, situation)
+        seconds += _memory_seconds(2 * kind.linear_weights, situation) + kind.num_linears * KERNEL_SECONDS
+    return seconds + _pass_seconds(num_passes, situation)
+
+
+def _reprojection_seconds(kind: BlockKind, rung: TimedRung, situation: Situation) -> float:
+    """Returns the seconds in which a block's queries, keys and values are computed again."""
+    kernels = FORWARD_KERNELS * _kernels(kind, rung) * KERNEL_SECONDS
+    of_weights = PROJECTIONS * (_product_seconds(kind, rung, situation) + kernels)
+    return of_weights + _pass_seconds(REPROJECTED_PASSES, situation)
+
+
+def _kernels(kind: BlockKind, rung: TimedRung) -> float:
+    """Counts the kernels of a block, without those that change the form of weights."""
+    of_layer = LAYER_KERNELS + CODES_KERNELS * _has_codes(rung) + SELECTIVE_KERNELS * rung.selective
+    return KERNELS + kind.num_linears * of_layer
+
+
+def _passes(direction: str, rung: TimedRung) -> int:
+    return PASSES[direction] + CODES_PASSES[direction] * _has_codes(rung)
+
+
+def _has_codes(rung: TimedRung) -> bool:
+    """Returns whether activations are quantized for the products."""
+    return rung.weights_format not in ELEMENT_BYTES
 
 
 def _product_seconds(kind: BlockKind, rung: TimedRung, situation: Situation) -> float:
@@ -179,10 +240,14 @@ def _product_seconds(kind: BlockKind, rung: TimedRung, situation: Situation) -> 
     # A dual-stream block's weights are halves for image and text, which are most and few of the tokens.
     streams = 2 if kind.units.cut else 1
     flops = 2 * kind.linear_weights / streams * footprint.num_tokens
+    # A product's last tiles are as deep as the layer has features on the other side: about `rows` over all layers.
+    flops += LAST_TILES * 2 * TILE**2 * kind.rows * _num_sms(facts)
     slower = ELEMENT_BYTES[situation.demands.compute_format] / 2
     seconds = flops * slower / (teraflops(facts) * 1e12 * GAIN.get(multiplied, 1.0))
     if rung.weights_format == "nf4":  # read in 4 bits and written in 8 each time
-        seconds += _memory_seconds(kind.linear_weights * (BYTES_PER_WEIGHT["nf4"] + 1), situation)
+        by_memory = _memory_seconds(kind.linear_weights * (BYTES_PER_WEIGHT["nf4"] + 1), situation)
+        by_multiprocessors = kind.linear_weights / (EXPANDED_PER_SM * _num_sms(facts))
+        seconds += max(by_memory, by_multiprocessors) + kind.num_linears * KERNEL_SECONDS
     return seconds
 
 
@@ -196,9 +261,14 @@ def _attention_seconds(kind: BlockKind, situation: Situation) -> float:
 def _pass_seconds(units: float, situation: Situation) -> float:
     """Returns the seconds of reading or writing so many units of activations."""
     element = ELEMENT_BYTES[situation.demands.compute_format]
-    return _memory_seconds(units * situation.footprint.unit_bytes * element / 2, situation)
+    num_bytes = units * situation.footprint.unit_bytes * element / 2
+    return max(_memory_seconds(num_bytes, situation), num_bytes / (PASSED_PER_SM * _num_sms(situation.facts)))
 
 
 def _memory_seconds(num_bytes: float, situation: Situation) -> float:
     bandwidth = situation.facts.memory_bandwidth_bytes_per_second or ASSUMED_BYTES_PER_SECOND
     return num_bytes / (MEMORY_SHARE * bandwidth)
+
+
+def _num_sms(facts: HardwareFacts) -> int:
+    return facts.num_sms or ASSUMED_SMS

@@ -122,9 +122,12 @@ def test_two_caps_of_24_gib_hold_qwen_image_in_bf16_and_two_of_12_in_8_bits() ->
     [("bf16", 0.489), pytest.param("fp8", 0.381)],
 )
 def test_seconds_are_near_what_two_h200_took(weights_format: str, measured_seconds: float) -> None:
-    """`benchmarks/results/two_gpus_h200/lora.json`: all blocks recomputed and in parts of two."""
+    """`benchmarks/results/two_gpus_h200/lora.json`: all blocks recomputed and in parts of two.
+
+    On that host a single GPU by itself was 4 to 7% faster than is estimated, too.
+    """
     rung = Rung(weights_format, 128, True, 60, streamed_blocks=60, shards=2)
-    assert 0.85 < step_seconds(rung, situation("H200", 2)) / measured_seconds < 1.05
+    assert step_seconds(rung, situation("H200", 2)) == pytest.approx(measured_seconds, rel=0.08)
 
 
 def test_seconds_and_bytes_are_those_of_the_blocks_that_are_gathered() -> None:
