@@ -27,6 +27,12 @@ MARGIN_BYTES = GIB // 2
 """Margin of the estimate: one run of full size has been measured (docs/experiments.md), and a plan that is a little too
 bold ends the run."""
 
+SCATTERED_BLOCKS = 17
+"""Gradients of a block in fp32 whose memory torch's allocator holds and cannot use where weights lie in parts, since
+what was freed on one stream serves no other: 22 GiB of a model with blocks of 0.34 billion weights, whether 71 or 107
+GiB were allocated (benchmarks/results/two_gpus_h200). Where that does not fit, memory is freed and taken again in each
+step, which then takes twice as long."""
+
 
 @dataclass(frozen=True)
 class AllWeightsRung:
@@ -139,8 +145,24 @@ def _optimizers(demanded: str | None, on_host: bool) -> tuple[str, ...]:
 
 
 def first_that_fits(situation: Situation) -> AllWeightsRung | None:
-    """Returns the fastest rung that GPU and host hold; None: there is none."""
-    return next((rung for rung in ladder_of_all_weights(situation) if situation.fits(rung)), None)
+    """Returns the fastest rung that GPU and host hold; None: there is none.
+
+    One that leaves no room for what is scattered gives way to a slower one that does, if its states stay on the GPU.
+    """
+    fitting = [rung for rung in ladder_of_all_weights(situation) if situation.fits(rung)]
+    if not fitting:
+        return None
+    first = fitting[0]
+    alike = (rung for rung in fitting if (rung.shards, rung.states_on_host) == (first.shards, first.states_on_host))
+    return next((rung for rung in alike if has_room(rung, situation)), first)
+
+
+def has_room(rung: AllWeightsRung, situation: Situation) -> bool:
+    """Returns whether a GPU that holds a part of the weights also has memory left for what its streams keep apart."""
+    if rung.shards == 1:
+        return True
+    block = max(block_weight_bytes(kind, "fp32", "fp32", True) for kind in situation.footprint.kinds)
+    return situation.needed(rung) + SCATTERED_BLOCKS * block <= situation.usable_bytes
 
 
 # ---- bytes

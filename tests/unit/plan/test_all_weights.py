@@ -269,8 +269,10 @@ def test_processes_share_the_host() -> None:
 def test_processes_hold_the_weights_together_only_where_one_cannot() -> None:
     assert plan_for("H200", num_processes=2).shards == 1
     demanded: dict[str, Any] = {"num_processes": 2, "distributed": DistributedConfig(shards=2)}
-    exact, two = plan_for("H200", **demanded), plan_for("H200", adam8bit=True, **demanded)
-    assert exact.optimizer == "adamw" and not exact.keeps_gathered, "exact states come before speed"
+    two, exact = plan_for("H200", **demanded), plan_for("H200", adam8bit=False, **demanded)
+    # Measured: 127.9 GiB, with which memory was freed and taken again in each step: 1.47 s instead of 0.73.
+    assert exact.expected_peak_bytes / GIB == pytest.approx(127.9, rel=0.03) and not exact.keeps_gathered
+    assert two.optimizer == "adamw_8bit" and not two.recomputed_blocks, "the other one leaves no room between streams"
     assert two.shards == 2 and two.keeps_gathered, "there is room for all weights between the passes"
     # Measured: 107.5 GiB, and 71.1 where they are dropped (benchmarks/results/two_gpus_h200).
     assert two.expected_peak_bytes / GIB == pytest.approx(107.5, rel=0.03)
@@ -278,7 +280,7 @@ def test_processes_hold_the_weights_together_only_where_one_cannot() -> None:
     smaller = plan_for("H100", num_processes=2, distributed=DistributedConfig(shards=2))
     assert smaller.shards == 2 and not smaller.keeps_gathered and smaller.optimizer == "adamw_8bit"
     assert smaller.expected_peak_bytes / GIB == pytest.approx(71.1, rel=0.03)
-    together = plan_for("H100", num_processes=8)
+    together = plan_for("H100", num_processes=8, adam8bit=False)
     assert together.shards == 8 and together.optimizer == "adamw" and not together.states_on_host
     assert "Without distributed.shards it needs" in refusal("H100", num_processes=2, distributed=ALL_IN_EACH)
     # Between steps: weights, and AdamW's two moments in fp32; besides what is gathered of two blocks.
