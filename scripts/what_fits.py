@@ -1,8 +1,8 @@
-"""Prints what each size of card gets: the table of docs/GPU_COMPATIBILITY.md, planned and not run.
+"""Prints what each size of card gets: the tables of docs/GPU_COMPATIBILITY.md, planned and not run.
 
 For a card of each size and each family: the form in which the planner holds a LoRA run at 1024x1024 and batch 1, the
-largest batch that fits at that size, the largest square picture at batch 1, and last the smallest limit at which a run
-of the family fits at all, found by halving.
+largest batch that fits at that size, the largest square picture at batch 1, and the smallest limit at which a run
+of the family fits at all, found by halving. Last, how a card holds a run of all weights, and the host memory for it.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pixtune.commands.plan import make_report
 from pixtune.config.schema import TrainConfig
 from pixtune.config.sections import DataConfig
 from pixtune.errors import PlanError
+from pixtune.hardware.facts import GIB
 from pixtune.plan.training import TrainingPlan
 
 CARDS = (
@@ -26,6 +27,9 @@ MODELS = {
     "Qwen-Image-Edit-2509": "Qwen/Qwen-Image-Edit-2509",
     "FLUX.1-dev": "black-forest-labs/FLUX.1-dev",
 }
+ALL_WEIGHTS_CARDS = ("RTX 4070", "RTX 4080", "RTX 4090", "RTX 5090", "RTX 6000 Ada", "H100", "RTX PRO 6000", "H200")
+HOST_GIB = 128
+"""Memory of the machine around a card that trains all weights."""
 MOST_EXAMPLES, LARGEST_SIDE, SIDE_STEP = 64, 4096, 64
 LEAST_LIMIT_GIB, LIMIT_STEP_GIB = 2.0, 0.1
 
@@ -118,11 +122,30 @@ def rows() -> list[str]:
     return lines
 
 
+def rows_of_all_weights() -> list[str]:
+    """Returns the lines of the table of all weights."""
+    lines = [
+        "| card | model | each weight is stepped | 8-bit states | held as | GiB of the card | of the host |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for card in ALL_WEIGHTS_CARDS:
+        for name in ("Qwen-Image", "FLUX.1-dev"):
+            config = config_of(MODELS[name]).model_copy(update={"method": "full", "rank": None, "lora_targets": None})
+            plan = make_report(config, card, HOST_GIB).plan
+            step = "within the backward pass" if plan.fused_step else "after it"
+            states = "in host memory" if plan.states_on_host else "on the card"
+            sizes = [f"{num_bytes / GIB:.1f}" for num_bytes in (plan.expected_peak_bytes, plan.expected_host_bytes)]
+            lines.append(f"| {card} | {name} | {step} | {states} | {describe(plan)} | {' | '.join(sizes)} |")
+    return lines
+
+
 def main() -> None:
     print("\n".join(rows()))
     print()
     for name, model in MODELS.items():
         print(f"* {name}: from {smallest_limit_gib(model)} GiB on")
+    print()
+    print("\n".join(rows_of_all_weights()))
 
 
 if __name__ == "__main__":

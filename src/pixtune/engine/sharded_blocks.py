@@ -30,8 +30,9 @@ import torch.distributed as dist
 import torch.distributed._symmetric_memory as symmetric_memory
 from torch import Tensor, nn
 
+from pixtune.engine.away_blocks import AwayBlock, Source, away, placeholders_on
 from pixtune.engine.packing import copy_into, lay_out_frozen, packed_bytes
-from pixtune.engine.streaming import AwayBlock, BlockStream, Source, away, placeholders_on, run_by_stream
+from pixtune.engine.streaming import BlockStream, run_by_stream
 from pixtune.engine.transfer import CopyLane, Mark
 from pixtune.errors import ExchangeError
 
