@@ -133,23 +133,19 @@ STREAMED = {"states_on_host": True, "fused_step": True, "recomputed_blocks": 99,
 """All five blocks of the small model wait in host memory, and three of them find room on the device."""
 
 
-@pytest.mark.parametrize(("way", "clip"), [("rounded", 0.01), ("rounded", 0), ("masters", 0.01)])
-def test_weights_may_wait_in_host_memory(tmp_path: Path, warm_cache: Path, way: str, clip: float) -> None:
+def test_weights_may_wait_in_host_memory(tmp_path: Path, warm_cache: Path) -> None:
     """Losses, held-out losses, weights, states and the exported model are those of weights that stay, resumed too."""
-    changes = {
-        "pretrained_model_name_or_path": TINY_MODEL, "max_grad_norm": clip, "validation__held_out": 0.3,
-        "validation__every": 1,
-    }  # fmt: skip
-    stay = train_here(tmp_path, warm_cache, "stay", way, 3, {"fused_step": True}, **changes)
-    train_here(tmp_path, warm_cache, "wait", way, 2, STREAMED, **changes)
-    wait = train_here(tmp_path, warm_cache, "wait", way, 3, STREAMED, **changes)
+    changes = {"pretrained_model_name_or_path": TINY_MODEL, "validation__held_out": 0.3, "validation__every": 1}
+    stay = train_here(tmp_path, warm_cache, "stay", "masters", 2, {"fused_step": True}, **changes)
+    train_here(tmp_path, warm_cache, "wait", "masters", 1, STREAMED, **changes)
+    wait = train_here(tmp_path, warm_cache, "wait", "masters", 2, STREAMED, **changes)
     assert_same(wait, stay)
     assert losses(tmp_path / "wait") == losses(tmp_path / "stay")
     held_out = [
         [line["loss"] for line in read_metrics(tmp_path / name / "metrics.jsonl") if line["kind"] == "validation"]
         for name in ("stay", "wait")
     ]
-    assert held_out[0] == held_out[1] and len(held_out[0]) >= 3
+    assert held_out[0] == held_out[1] and len(held_out[0]) >= 2
     one, other = (load_base(tmp_path / name / "model") for name in ("stay", "wait"))
     assert one.keys() == other.keys() and all(one[name].equal(other[name]) for name in one)
 

@@ -191,10 +191,10 @@ def test_any_order_of_blocks_finds_the_right_weights() -> None:
 
 
 class Stepped:
-    """Seven blocks whose weights are all stepped as soon as their gradients are there, and their stream."""
+    """Seven bf16 blocks whose weights are all stepped as soon as their gradients are there, and their stream."""
 
     def __init__(self, num_slots: int | None, max_norm: float) -> None:
-        self.blocks = [Block(seed, 16 + seed % 3) for seed in range(7)]
+        self.blocks = [Block(seed, 16 + seed % 3).bfloat16() for seed in range(7)]
         self.stream = None if num_slots is None else stream_blocks(self.blocks, CPU, num_slots)
         recompute_blocks(self.blocks, offload=False)
         self.weights: dict[str, nn.Parameter] = {}
@@ -209,7 +209,7 @@ class Stepped:
     def take(self, num_steps: int) -> list[float]:
         losses = []
         for number in range(num_steps):
-            hidden = torch.randn(4, 8, generator=torch.Generator().manual_seed(number))
+            hidden = torch.randn(4, 8, generator=torch.Generator().manual_seed(number)).bfloat16()
             if number % 2:
                 with torch.no_grad():
                     run_through(self.blocks, hidden)
@@ -248,7 +248,7 @@ def test_a_streamed_weight_is_put_back_where_it_is_kept_and_fetched_anew() -> No
     for name, value in begun.items():
         streamed.update.restore(name, value, {}, {})
     assert all(streamed.update.truest(name).equal(value) for name, value in begun.items())
-    hidden = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
+    hidden = torch.randn(4, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
     assert run_through(streamed.blocks, hidden).square().mean().item() == rest[0]
     with pytest.raises(ValueError, match="streamed"):
         assert streamed.stream is not None
