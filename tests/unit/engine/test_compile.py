@@ -125,6 +125,13 @@ def test_blocks_of_one_kind_share_one_graph_and_all_sizes_do_if_they_are_known_t
         assert graphs_after(width, height, num_text_tokens) == graphs
 
 
+def test_as_many_shapes_are_compiled_as_a_data_set_may_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By itself torch gives up after 8 graphs of a function, and runs the block eagerly from then on."""
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
+    compile_blocks([nn.Linear(2, 2)], False)
+    assert torch._dynamo.config.recompile_limit >= 64
+
+
 def test_blocks_before_the_first_trained_one_keep_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     without_code = functools.partial(compile_forward, backend="eager")  # whose writing takes seconds
     monkeypatch.setattr(compile_module, "compile_forward", without_code)

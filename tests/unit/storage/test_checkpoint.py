@@ -322,7 +322,9 @@ def test_an_output_folder_that_is_a_file_is_one_clear_error(tmp_path: Path) -> N
 # ---- leftovers, pruning, finding
 
 
-def test_what_a_killed_process_was_writing_is_removed_and_never_resumed_from(tmp_path: Path) -> None:
+def test_what_a_killed_process_was_writing_is_removed_and_never_resumed_from(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     save(tmp_path, 1)
     leftover = tmp_path / ".checkpoint-000002.writing"
     leftover.mkdir()
@@ -330,8 +332,10 @@ def test_what_a_killed_process_was_writing_is_removed_and_never_resumed_from(tmp
     other = tmp_path / ".checkpoint-notes.txt"
     other.write_text("mine")
     assert resolve_resume(tmp_path, "latest", print) == checkpoint_path(tmp_path, 1)
-    remove_unfinished(tmp_path)
+    with caplog.at_level("INFO"):
+        remove_unfinished(tmp_path)
     assert not leftover.exists() and other.exists()
+    assert caplog.messages == [f"removing {leftover}, left by an interrupted write"]
     assert_whole(checkpoint_path(tmp_path, 1), 1)
 
 

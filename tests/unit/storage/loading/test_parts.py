@@ -121,6 +121,27 @@ def test_a_damaged_tokenizer_is_a_message_that_names_it(folder: ModelFolder, dam
         family_of(folder).load_text_encoder(folder, PLACEMENT)
 
 
+def test_a_tokenizer_of_another_model_is_a_message_that_names_it(folder: ModelFolder) -> None:
+    """One word more than the text encoder has features of, in each tokenizer of the model."""
+    for name in sorted(path.name for path in folder.path.glob("tokenizer*")):
+        file = folder.path / name / "tokenizer.json"
+        before = file.read_text()
+        told = json.loads(before)
+        encoder = name.replace("tokenizer", "text_encoder")
+        config = json.loads((folder.path / encoder / "config.json").read_text())
+        num_words = config.get("text_config", config)["vocab_size"]
+        words = told["model"]["vocab"]
+        for number in range(len(words), num_words + 1):
+            if isinstance(words, dict):
+                words[f"<{number}>"] = number
+            else:
+                words.append([f"<{number}>", 0.0])
+        file.write_text(json.dumps(told))
+        with pytest.raises(WeightsError, match=rf"{name} has words of numbers from 0 to \d+, and its text encoder"):
+            family_of(folder).load_text_encoder(folder, PLACEMENT)
+        file.write_text(before)
+
+
 @pytest.mark.parametrize("layout", ["beside the plain one", "alone"])
 def test_a_variant_of_the_autoencoder_loads_as_the_stock_class_loads_it(folder: ModelFolder, layout: str) -> None:
     plain = weights(folder.path / "vae")
