@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -23,13 +25,17 @@ from pixtune.config import load_config
 from pixtune.config.folders import folders_of
 from pixtune.data.layouts import find_examples
 from pixtune.data.masks import find_masks
+from pixtune.errors import PixtuneError, WriteError
 from pixtune.queue.starting import _take_next
 from pixtune.queue.store import Queue, usual_folder
 from pixtune.storage.output_lock import OutputLock
 from pixtune.ui.configs import given_values
+from pixtune.ui.masks import LARGEST_MASK_BYTES, exchange
 from pixtune.ui.queue_page import _serve
 from pixtune.ui.server import ROUTES
 from pixtune.ui.yaml_edit import set_key
+
+JSON = {"accept": "application/json"}
 
 
 def test_a_new_run_is_a_config_that_says_only_what_matters(page):
@@ -81,6 +87,28 @@ def test_what_a_check_found_is_called_old_once_a_caption_is_changed(page):
         os.utime(path, (0, 0))
     page.post(f"/caption/{PLACE}", {"file": "alien.txt", "text": "one"})
     assert state_of(page.work, file).is_old and "cannot start yet" not in page.client.get(f"/check/{PLACE}").text
+
+
+def test_while_a_check_is_at_work_it_has_no_findings(page):
+    from pixtune.ui.checks import _files, state_of
+    from pixtune.ui.configs import open_config
+    from pixtune.ui.jobs import Job
+
+    file = open_config(page.work, PLACE)
+    report, console = _files(page.work, file)
+    report.parent.mkdir()
+    report.write_text('{"verdict": "fine", "data_sets": []}')  # of an earlier check
+    running = SimpleNamespace(poll=lambda: None)
+    page.work.jobs._jobs["check", file.path] = Job((), running, console)
+    state = state_of(page.work, file)
+    assert state.is_running and not state.verdict and not state.findings and not state.trouble
+    assert "Looking at every picture" in page.client.get(f"/check/{PLACE}").text
+    assert page.get(f"/pictures/{PLACE}").status_code == 200, "its marks are those of no finding"
+    running.poll = lambda: 0
+    assert not state_of(page.work, file).is_running and state_of(page.work, file).verdict == "fine"
+    report.unlink()
+    console.write_text("Killed\n")
+    assert state_of(page.work, file).trouble == "Killed\n", "it has left no report"
 
 
 def test_a_plan_without_all_captions_cannot_be_started(page):
@@ -184,6 +212,25 @@ def test_the_plan_shows_memory_by_phase_and_what_more_costs(page):
     assert all(0 < bar["gib"] < plan["usable_gib"] for bar in plan["bars"])
     assert {other["words"] for other in plan["others"]} >= {"twice the rank", "pictures of 96 pixels"}
     assert view["model"]["is_here"]
+
+
+@pytest.mark.parametrize(("size", "larger"), [(64, 96), (1008, 1504), ([64, 512], 768)])
+def test_what_more_costs_is_planned_with_the_values_that_it_names(page, monkeypatch, size, larger):
+    """Half as large again, rounded down to pixels that models take; of several sizes, from the largest one."""
+    from pixtune.ui import plan_page
+
+    config = load_config(page.config, [f"data_config.img_size={size}", "rank=8", "train_batch_size=3"])
+    planned = []
+
+    def note(changed, card):
+        planned.append((changed.data_config.img_size, changed.batch_size, changed.rank))
+        raise PixtuneError("noted")
+
+    monkeypatch.setattr(plan_page, "make_report", note)
+    words = [other.words for other in plan_page.other_choices(config, "")]
+    size = config.data_config.img_size
+    assert planned == [(larger, 3, 8), (size, 6, 8), (size, 3, 16)]
+    assert words == [f"pictures of {larger} pixels", "twice as many pictures at once", "twice the rank"]
 
 
 def test_a_model_that_is_not_here_is_planned_and_its_download_named(page):
@@ -356,6 +403,88 @@ def test_a_painted_mask_lies_where_training_finds_it(page):
     assert page.get(url).json() == {"place": "here/datasets/first-masks/alien.png"}
     assert page.client.put(url, content=b"no picture").status_code == 400
     assert page.client.put(f"/mask/{PLACE}?name=../x.png", content=mask.getvalue()).status_code == 400
+
+
+def test_masks_of_pictures_that_have_no_place_for_one_are_refused(page, tmp_path):
+    mask = io.BytesIO()
+    Image.new("L", (64, 64), 255).save(mask, "PNG")
+
+    def put(content: bytes, name: str = "alien.png", folder: int = 0):
+        return page.client.put(f"/mask/{PLACE}?name={name}&folder={folder}", content=content, headers=JSON)
+
+    text = page.config.read_text()
+    (page.pictures / "books.txt").unlink()
+    assert "write its caption first" in (answer := put(mask.getvalue(), "books.png")).json()["error"]
+    assert answer.status_code == 400
+    assert "no such folder" in put(mask.getvalue(), folder=1).json()["error"]
+    assert "more than" in put(bytes(LARGEST_MASK_BYTES + 1)).json()["error"]
+    assert page.config.read_text() == text and not (page.home / "datasets" / "first-masks").exists()
+
+    (elsewhere := tmp_path / "elsewhere").mkdir()
+    page.config.write_text(text + f"  mask_dir: {elsewhere}\n  allow_missing_masks: true\n")
+    answer = put(mask.getvalue())
+    assert answer.status_code == 404 and "folder of masks lies outside" in answer.json()["error"]
+    assert not [*elsewhere.iterdir()]
+
+    folders = "  folders: [{img_dir: datasets/first}, {img_dir: datasets/second}]\n"
+    shutil.copytree(page.pictures, page.home / "datasets" / "second")
+    page.config.write_text(text.replace("  img_dir: datasets/first\n", folders))
+    answer = put(mask.getvalue(), folder=1)
+    assert answer.status_code == 400 and "has no folder of masks: give it a mask_dir" in answer.json()["error"]
+
+
+@pytest.mark.parametrize("outside", ["control", "target"])
+def test_only_pictures_that_the_page_may_write_change_places(page, tmp_path, outside):
+    """Controls may lie elsewhere, and a link within the folders may lead there."""
+    elsewhere, controls = tmp_path / "elsewhere", page.home / "controls"
+    target = page.pictures / "alien.png"
+    elsewhere.mkdir()
+    controls.mkdir()
+    control = (elsewhere if outside == "control" else controls) / "alien.png"
+    shutil.copyfile(DEMO_TRAIN / "owl.png", control)
+    if outside == "target":
+        shutil.move(target, elsewhere / "mine.png")
+        target.symlink_to(elsewhere / "mine.png")
+    keys = f"  control_dir: {control.parent}\n  allow_missing_controls: true\n"
+    page.config.write_text(page.config.read_text() + keys)
+    before = target.read_bytes(), control.read_bytes()
+    answer = page.post(f"/swap/{PLACE}", {"name": "alien.png"})
+    assert answer.status_code == 404 and "the pictures lie outside" in answer.json()["error"]
+    assert (target.read_bytes(), control.read_bytes()) == before
+
+
+@pytest.mark.parametrize("call", range(4))
+def test_pictures_that_cannot_change_places_stay_as_they_are(tmp_path, monkeypatch, call):
+    """Each of the four steps fails once: linking both under names of their own, and putting both in their places."""
+    one, other = tmp_path / "one.png", tmp_path / "other.png"
+    one.write_bytes(b"one")
+    other.write_bytes(b"other")
+    turns = iter(range(4))
+
+    def failing(real):
+        def act(*paths):
+            if next(turns, None) == call:
+                raise OSError(errno.EPERM, "not here")
+            real(*paths)
+
+        return act
+
+    monkeypatch.setattr(os, "link", failing(os.link))
+    monkeypatch.setattr(os, "replace", failing(os.replace))
+    with pytest.raises(WriteError, match=r"one\.png and .*other\.png could not change places \(not here\)"):
+        exchange(one, other)
+    left = {path.read_bytes() for path in tmp_path.iterdir()}
+    assert left == {b"one", b"other"}, "neither content is lost"
+    assert call == 3 or (one.read_bytes(), other.read_bytes()) == (b"one", b"other")
+
+
+def test_runs_are_compared_where_there_are_any(page):
+    for places, words in (((RUN,), "name two to four runs"), ((RUN, "here/configs"), "there is no run in here/configs")):
+        answer = page.get("/compare?" + "&".join(f"run={place}" for place in places))
+        assert answer.status_code == 400 and words in answer.json()["error"]
+    shutil.copytree(page.home / "runs" / "first", page.home / "runs" / "second")
+    compared = page.get(f"/compare?run={RUN}&run=here/runs/second").json()
+    assert [each["name"] for each in compared["runs"]] == ["first", "second"]
 
 
 def test_a_control_and_its_target_change_places_and_back(page):
