@@ -479,7 +479,10 @@ def test_pictures_that_cannot_change_places_stay_as_they_are(tmp_path, monkeypat
 
 
 def test_runs_are_compared_where_there_are_any(page):
-    for places, words in (((RUN,), "name two to four runs"), ((RUN, "here/configs"), "there is no run in here/configs")):
+    for places, words in (
+        ((RUN,), "name two to four runs"),
+        ((RUN, "here/configs"), "there is no run in here/configs"),
+    ):
         answer = page.get("/compare?" + "&".join(f"run={place}" for place in places))
         assert answer.status_code == 400 and words in answer.json()["error"]
     shutil.copytree(page.home / "runs" / "first", page.home / "runs" / "second")
