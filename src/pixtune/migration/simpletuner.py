@@ -113,7 +113,7 @@ def _conditioning(backend: Mapping[str, Any], by_id: Mapping[str, Mapping[str, A
 def _model(parts: Parts) -> tuple[Model, str, str]:
     written = parts.settings.written
     family, flavour = str(written.get("model_family", "")), str(written.get("model_flavour") or "")
-    words = {"edit-v1": "edit", "edit-v2": "edit-2509", "edit-v2+": "edit-2511", "v1.0": "", "v1.1": "", "2.0": "2512"}
+    words = {"edit-v2": "edit-2509", "edit-v2+": "edit-2511", "2.0": "2512"}  # `models.py` knows the others
     named = f"{family}-{words.get(flavour, flavour)}" if family in ("flux", "qwen_image") else family
     if family == "flux" and flavour in ("", "dev", "libreflux", "fluxbooru"):
         named = "flux-dev"

@@ -85,6 +85,10 @@ TEXTS = {
         "A=" + "x" * 99 + "\n" + "A=$A$A\n" * 40 + "accelerate launch train_dreambooth_lora_flux.py --output_dir=$A\n",
         "20,000 characters",
     ),
+    "a command of more words than any": (
+        "accelerate launch train_dreambooth_lora_flux.py " + "--x " * 20_000,
+        "20,000 words",
+    ),
     "an open quote before many lines": (
         "accelerate launch train_dreambooth_lora_flux.py --a='\n" + "--x y \n" * 20_000,
         "quotation",

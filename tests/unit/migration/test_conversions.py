@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from pixtune.errors import MigrationError
 from pixtune.migration import conversions as to
 from pixtune.migration import optimizers as optim
 from pixtune.migration.models import model_of
@@ -63,6 +64,29 @@ def test_epochs_stay_to_be_filled_in_where_a_folder_is_elsewhere(pictures, tmp_p
     imported = take_text(text, tmp_path)
     assert imported.value_of("checkpointing_steps") is None
     assert any("PICTURES x REPEATS / BATCH x 2" in each for each in left(imported, "to fill in"))
+
+
+HELD_OUT = (
+    "output_dir='o'\nepochs=3\neval_datasets=[{evals}]\n[model]\ntype='flux'\ndiffusers_path='FLUX.1-dev'\n[adapter]\n"
+    "type='lora'\nrank=4\n[optimizer]\ntype='adamw'\n"
+)
+
+
+def test_held_out_data_sets_of_diffusion_pipe_are_read_where_they_are(tmp_path):
+    """Named alone or with a name of their own; a directory without a path names none."""
+    (tmp_path / "one.toml").write_text(
+        "resolutions=[512]\n[[directory]]\npath='data/a'\n[[directory]]\nnum_repeats=1\n[[directory]]\npath='data/b'\n"
+    )
+    for evals in ("{name='x', config='one.toml'}", "'one.toml'"):
+        imported = take_text(HELD_OUT.format(evals=evals), tmp_path)
+        assert imported.value_of("validation.held_out_dir") == "data/a"
+        assert any("data/b" in each for each in map(str, imported.leftovers)), "one folder can be held out, and two are"
+    imported = take_text(HELD_OUT.format(evals="{name='x', config='away.toml'}"), tmp_path)
+    assert imported.value_of("validation.held_out_dir") is None
+    assert any("write validation.held_out_dir" in each for each in left(imported, "to fill in"))
+    (tmp_path / "list.json").write_text("[1]")
+    with pytest.raises(MigrationError, match=r"list\.json"):
+        take_text(HELD_OUT.format(evals="'list.json'"), tmp_path)
 
 
 def test_samples_by_epochs_in_a_real_folder(pictures):
@@ -361,6 +385,28 @@ def test_a_base_that_is_one_file(name, base, file):
             file,
         ), text
         assert any(name in each for each in left(imported, "changes the result")) == name.endswith("ckpt")
+
+
+FLAVOURS = {
+    ("qwen_image", None): "Qwen/Qwen-Image",
+    ("qwen_image", "v1.0"): "Qwen/Qwen-Image",
+    ("qwen_image", "v1.1"): "Qwen/Qwen-Image",
+    ("qwen_image", "2.0"): "Qwen/Qwen-Image-2512",
+    ("qwen_image", "edit-v1"): "Qwen/Qwen-Image-Edit",
+    ("qwen_image", "edit-v2"): "Qwen/Qwen-Image-Edit-2509",
+    ("qwen_image", "edit-v2+"): "Qwen/Qwen-Image-Edit-2511",
+    ("flux", "dev"): "black-forest-labs/FLUX.1-dev",
+    ("flux", "krea"): "black-forest-labs/FLUX.1-Krea-dev",
+    ("flux", "schnell"): "black-forest-labs/FLUX.1-schnell",
+    ("flux", "kontext"): "black-forest-labs/FLUX.1-Kontext-dev",
+}
+"""What HUGGINGFACE_PATHS in SimpleTuner's helpers/models names; it had no v1.1, 2.0 and edit-v2+ when read for this."""
+
+
+@pytest.mark.parametrize(("family", "flavour"), FLAVOURS)
+def test_flavours_of_simpletuner_are_models_of_their_own(family, flavour):
+    given = {"model_family": family, "data_backend_config": "x"} | ({"model_flavour": flavour} if flavour else {})
+    assert take_text(json.dumps(given)).value_of("pretrained_model_name_or_path") == FLAVOURS[family, flavour]
 
 
 LOKR = {

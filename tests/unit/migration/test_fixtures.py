@@ -291,6 +291,40 @@ def _folders(imported: Imported) -> Iterator[str]:
     yield from (str(line.value) for lines in imported.folders for line in lines if line.key == "img_dir")
 
 
+DATA_SETS = {
+    "musubi_tuner/kontext.sh": "[[datasets]]\nimage_directory='a'\nresolution=512\n{}=3\n",
+    "sd_scripts/notebook.toml": "[[datasets]]\nresolution=512\n[[datasets.subsets]]\nimage_dir='a'\n{}=3\n",
+    "diffusion_pipe/flux.toml": "resolutions=[512]\n[[directory]]\npath='a'\n{}=3\n",
+    "simpletuner/flux.json": '[{{"id": "a", "type": "local", "instance_data_dir": "a", "{}": 3}}]',
+    "one_trainer/flux.json": '[{{"path": "a", "{}": 3}}]',
+}
+"""A data set of one folder for each main file, with a place for a key."""
+
+
+@pytest.mark.parametrize("name", DATA_SETS)
+def test_a_key_of_the_data_set_is_named_with_its_file_and_one_of_the_main_file_without(name, tmp_path):
+    form = DATA_SETS[name]
+    dataset = tmp_path / f"mine.{'json' if form.startswith('[{{') else 'toml'}"
+    dataset.write_text(form.format("colour_of_the_sky"))
+    imported = take(FIXTURES / name, dataset)
+    assert [each.origin for each in imported.leftovers if each.kind == "not known"] == [
+        f"{dataset.name}: colour_of_the_sky = 3"
+    ]
+    origins = {line.key: line.origin for line in imported.lines}
+    assert origins["data_config.img_dir"].startswith(f"{dataset.name}: ")
+    assert dataset.name not in origins["output_dir"]
+
+
+def test_a_folder_that_flags_name_is_of_no_file():
+    imported = take_text(
+        "accelerate launch flux_train_network.py --pretrained_model_name_or_path flux1-dev.safetensors "
+        "--network_module networks.lora_flux --train_data_dir not/here --resolution 512 --keep_tokens 2"
+    )
+    origins = {line.key: line.origin for line in imported.lines}
+    assert origins["data_config.img_dir"] == "image_dir = not/here"
+    assert origins["data_config.keep_tags"] == "keep_tokens = 2"
+
+
 def test_the_file_of_the_data_set_can_be_given(tmp_path):
     path = FIXTURES / "musubi_tuner" / "kontext.sh"
     dataset = tmp_path / "mine.toml"

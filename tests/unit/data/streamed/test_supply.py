@@ -108,5 +108,5 @@ def test_what_keeps_another_process_from_reading_ends_this_one_as_an_error_of_th
 def test_more_skipped_rows_than_the_config_allows_end_the_run() -> None:
     supply, _ = supply_of(ROWS)
     supply.count(Counts(1000, 100), PROBLEMS)
-    with pytest.raises(DataError, match="101 of the 1,?000 rows"):
+    with pytest.raises(DataError, match=r"101 of the 1,?000 rows"):
         supply.count(Counts(1000, 101), PROBLEMS)
