@@ -181,6 +181,24 @@ def test_two_backward_passes_over_one_graph() -> None:
         assert torch.equal(plain, offloaded)
 
 
+@pytest.mark.parametrize("last", range(4))
+def test_a_backward_pass_may_begin_at_any_block(last: int) -> None:
+    """The block after it, which has its inputs brought back, does not run backward then."""
+    gradients = []
+    for offload in (None, True):
+        blocks = [Block(seed) for seed in range(4)]
+        if offload:
+            recompute_blocks(blocks, offload)
+        hidden, text = make_inputs()
+        loss = run_through(blocks[: last + 1], hidden, text).square().sum()
+        rest = run_through(blocks[last + 1 :], hidden, text)  # of which nothing depends on the loss
+        loss.backward()
+        gradients.append([hidden.grad, text.grad, *(block.linear.weight.grad for block in blocks[: last + 1])])
+        assert rest.shape == hidden.shape
+    for plain, offloaded in zip(*gradients, strict=True):
+        assert torch.equal(plain, offloaded)
+
+
 # ---- where the inputs are
 
 

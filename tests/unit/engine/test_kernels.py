@@ -7,15 +7,21 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import subprocess
+import sys
+from collections.abc import Callable
 from importlib.util import find_spec
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+import pixtune.engine
 from pixtune.engine import heads, kernels, mlp
 from pixtune.engine.lora import plus_product
 from pixtune.engine.quantize import quantize_rows
@@ -101,6 +107,48 @@ def test_heads_are_the_plain_ones(shape: tuple[int, int, int, int, int]) -> None
     found = heads.rotate_heads(*first, *last, 1e-6)
     torch.testing.assert_close(found, plain)
     torch.testing.assert_close(torch.autograd.grad(found, inputs, gradient), wanted)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 5, 3, 32), (1, 0, 6, 24, 128), (1, 4, 7, 9, 16)])
+def test_kernels_of_heads_are_launched_with_the_sizes_that_they_are_given(
+    shape: tuple[int, int, int, int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the names of the kernels' own arguments, and as many programs as have all heads of all tokens once."""
+    samples, num_first, num_last, num_heads, head_size = shape
+    launched: dict[str, tuple[tuple[int, int], tuple[Any, ...]]] = {}
+
+    class Kernel:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def __getitem__(self, programs: tuple[int, int]) -> Callable[..., None]:
+            return lambda *given: launched.update({self.name: (programs, given)})
+
+    names = ("rotate_heads", "rotate_heads_backward")
+    fake = SimpleNamespace(**{name: Kernel(name) for name in names})
+    monkeypatch.setitem(sys.modules, "pixtune.engine.triton_kernels", fake)
+    monkeypatch.setattr(pixtune.engine, "triton_kernels", fake, raising=False)
+    width, weight = num_heads * head_size, torch.ones(head_size)
+    streams = [
+        (torch.ones(samples, length, width), weight, torch.ones(length, head_size // 2, 2)) if length else (None,) * 3
+        for length in (num_first, num_last)
+    ]
+    joined = heads.rotate_heads(*streams[0], *streams[1], 1e-6)
+    heads.rotate_heads_backward(joined, *streams[0], *streams[1], 1e-6)
+    assert joined.shape == (samples, num_first + num_last, num_heads, head_size)
+    source = ast.parse((Path(heads.__file__).parent / "triton_kernels.py").read_text(encoding="utf-8"))
+    arguments = {
+        each.name: [arg.arg for arg in each.args.args] for each in source.body if isinstance(each, ast.FunctionDef)
+    }
+    for name in names:
+        programs, given = launched[name]
+        values = dict(zip(arguments[name], given, strict=True))
+        sizes = [values[key] for key in ("num_first", "num_last", "num_heads", "epsilon", "D")]
+        assert sizes == [num_first, num_last, num_heads, 1e-6, head_size]
+        assert programs[0] == samples * (num_first + num_last)
+        assert (programs[1] - 1) * values["HEADS"] < num_heads <= programs[1] * values["HEADS"]
+        assert values["HEADS"] & (values["HEADS"] - 1) == 0, "Triton's ranges have powers of two"
+        assert values["last"].equal(streams[1][0])
 
 
 @interpreted

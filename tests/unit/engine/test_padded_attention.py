@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from pixtune.engine.padded_attention import ON_CPU, attend_padded, padding_kernel
+from pixtune.engine import padded_attention
+from pixtune.engine.padded_attention import ON_CPU, attend_padded, padding_kernel, padding_obstacle
 from pixtune.plan.kernel_choice import CUDNN, FLASH
 
 BATCH, TOKENS, HEADS, SIZE = 2, 90, 3, 32
@@ -109,6 +110,23 @@ def test_operators_of_gpus_are_called_as_torch_defines_them(kernel: str, dynamic
         attended.sum().backward()
         for tensor in (attended, query.grad, key.grad, value.grad):
             assert tensor is not None and (tensor.shape, tensor.stride()) == (query.shape, query.stride())
+
+
+@pytest.mark.parametrize("kernel", [CUDNN, FLASH])
+def test_on_a_gpu_the_kernel_that_the_run_uses_is_tried_with_its_heads(
+    kernel: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[tuple[object, ...]] = []
+
+    def attempt(*given: object) -> str:
+        tried.append(given)
+        return "its results are wrong"
+
+    monkeypatch.setattr(padded_attention, "_try_padding", attempt)
+    monkeypatch.setattr(padded_attention.PADDING_KERNEL, "on_gpus", kernel)
+    assert padding_obstacle(torch.device("cpu"), 64) is None and not tried
+    cuda = torch.device("cuda")
+    assert padding_obstacle(cuda, 64) == "its results are wrong" and tried == [(cuda, 64, kernel)]
 
 
 def test_which_kernel_is_taken() -> None:
