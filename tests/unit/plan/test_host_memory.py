@@ -13,7 +13,7 @@ from pixtune.errors import PlanError
 from pixtune.hardware.cards import facts_as
 from pixtune.hardware.facts import GIB, HardwareFacts, within_host_limit
 from pixtune.plan.demands import demands_of
-from pixtune.plan.rungs import Rung
+from pixtune.plan.rungs import Rung, table_bytes
 from pixtune.plan.situation import HOST_WORK_BYTES, situation_of
 from pixtune.plan.training import TrainingPlan, plan_training
 from tests.full_size import full_size_footprint
@@ -37,6 +37,24 @@ def test_a_rung_takes_what_was_counted_by_hand() -> None:
     tables = 2 * (2 * 32 * 60 * 12 * 3072 + 2 * 18432 * 3072)
     trained = 60 * 4 * 64 * 2 * 3072
     assert situation.on_host(Rung("fp8", 32)) == 4 * (tables + HOST_WORK_BYTES) + 8 * trained
+
+
+@pytest.mark.parametrize(("num_rows", "num_examples"), [(32, 1), (32, 4), (128, 4)])
+def test_a_table_s_part_of_the_device_is_what_was_counted_by_hand(num_rows: int, num_examples: int) -> None:
+    """Qwen-Image in bf16: a step's rows and one of clean pictures, what a block's two layers make, a layer's weights.
+
+    Where GPU and host have one memory, the tables and the two layers on their way are in it, too.
+    """
+    footprint = replace(full_size_footprint(CONFIG), examples_per_step=num_examples)
+    row, made, layer = 60 * 12 * 3072, num_rows * 12 * 3072, 18432 * 3072
+    on_device = 2 * ((num_examples + 1) * row + made + layer)
+    rung = Rung("fp8", num_rows)
+    assert table_bytes(rung, footprint, "bf16") == on_device
+    assert table_bytes(rung, footprint, "fp32") == 2 * on_device
+    in_one = replace(footprint, one_pool=True)
+    assert table_bytes(rung, in_one, "bf16") == on_device + 2 * (2 * num_rows * row + 2 * layer)
+    for each in (footprint, in_one):
+        assert table_bytes(Rung("fp8"), each, "bf16") == 0, "the layers' weights are there instead"
 
 
 def test_eight_processes_on_a_host_of_16_gb_are_refused_with_the_figure() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +15,7 @@ from pixtune.config.schema import TrainConfig
 from pixtune.errors import ConfigError
 from pixtune.trained import of_libraries, prodigy
 from pixtune.trained.optim import Optimizer, estimates_of, optimizer_state, restore_optimizer_state
-from pixtune.trained.optimizers import build_optimizer, check_optimizer
+from pixtune.trained.optimizers import BUILDERS, build_optimizer, check_optimizer
 from pixtune.trained.schedule import set_learning_rate
 from pixtune.trained.schedule_free import AverageOfOptimizer
 
@@ -98,6 +99,27 @@ def test_prodigy_steps_as_the_package_does(
     assert estimates_of(own)["d"].item() > 20 * keys.get("d0", 1e-6), "or nothing was estimated"
     assert_close(ours, theirs, rtol=10 * tolerance)
     assert not ours["1.A"].equal(weights()["1.A"]) and ours["unused"].equal(weights()["unused"])
+
+
+def test_what_is_left_out_is_as_in_the_package() -> None:
+    """A run leaves nothing out, and trials and benchmarks do. The correction for having begun at zero is on here."""
+    package = pytest.importorskip("prodigyopt")
+    ours, theirs = (inspect.signature(each).parameters for each in (prodigy.Prodigy, package.Prodigy))
+    own = {name: each.default for name, each in ours.items() if each.default is not each.empty}
+    assert own == {name: theirs[name].default for name in own} | {"use_bias_correction": True}
+
+
+def test_what_is_left_out_of_muon_is_as_in_torch() -> None:
+    own = {name: each.default for name, each in inspect.signature(BUILDERS["muon"]).parameters.items()}
+    of_torch = {
+        name: inspect.signature(kind).parameters[name].default
+        for kind, names in (
+            (torch.optim.Muon, ("momentum", "nesterov", "ns_steps")),
+            (torch.optim.AdamW, ("betas", "eps")),
+        )
+        for name in names
+    }
+    assert {name: own[name] for name in of_torch} == of_torch and own["in_block"] is True
 
 
 def test_a_warm_up_safeguards_the_estimate_unless_told_otherwise() -> None:
