@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -55,6 +56,32 @@ def test_info_says_what_a_file_is(loras: tuple[Path, Path]) -> None:
         assert words in printed
     assert "transformer_blocks.1.attn.to_q" not in printed
     assert "transformer_blocks.1.attn.to_q" in run("info", loras[0], "--layers")
+
+
+def rows_of(printed: str) -> dict[str, str]:
+    """The rows of `info` above its table, by their names."""
+    rows: Any = (line.split(maxsplit=1) for line in printed.partition("\n\n")[0].splitlines()[1:])
+    return dict(rows)
+
+
+def test_info_prints_what_is_stated_and_that_nothing_is(tmp_path: Path) -> None:
+    """Layers of 3 and 5 inputs and 4 outputs: 2 x 3 + 4 x 2 + 4 x 5 + 4 x 4 numbers, those of the second all zero."""
+    shapes = {"transformer_blocks.0.attn.to_q": (4, 3), "transformer_blocks.0.attn.to_k": (4, 5)}
+    tensors = lora_tensors(shapes, lambda layer: 2 if layer.endswith("to_q") else 4)
+    tensors = {name: tensor * ("to_q" in name) for name, tensor in tensors.items()}
+    a, b = (tensors[f"transformer_blocks.0.attn.to_q.lora_{part}.weight"] for part in "AB")
+    stated = {"pixtune.family": "flux", "pixtune.base_model": "some/base", "modelspec.title": "A title"}
+    stated["pixtune.trigger_words"] = '["zwx", "b c"]'
+    rows = rows_of(run("info", write_lora(tmp_path / "a.safetensors", tensors, stated)))
+    assert (rows["title"], rows["base"], rows["trigger"]) == ("A title", "some/base", "zwx, b c")
+    assert rows["for"] == "flux (its layers are also those of flux_kontext), the size of no published model"
+    assert (rows["layers"], rows["scale"]) == ("2, 1 of them zero", "1")
+    assert sorted(rows["rank"].removesuffix(" layers").split(", ")) == ["2 in 1", "4 in 1"]
+    assert rows["numbers"].startswith("50 in float32, ")
+    assert float(rows["norm"]) == pytest.approx(float((b @ a).norm()), rel=1e-3)
+    bare = rows_of(run("info", write_lora(tmp_path / "b.safetensors", tensors, {"pixtune.family": "flux"})))
+    assert (bare["base"], bare["trigger"]) == ("not stated", "not stated") and "title" not in bare
+    assert all(bare[name] == rows[name] for name in ("for", "layers", "rank", "scale", "norm"))
 
 
 def test_a_run_s_folder_means_its_newest_lora(loras: tuple[Path, Path], tmp_path: Path) -> None:

@@ -116,6 +116,19 @@ def test_the_screen_fits_terminals_of_any_size(copy: Copy) -> None:
     assert drawn(folder, 80, 24, legacy_windows=True)
 
 
+@pytest.mark.parametrize(("step", "num_steps", "share"), [(0, 4, 0.0), (1, 4, 0.25), (90, 180, 0.5), (180, 180, 1.0)])
+def test_the_bar_is_as_long_as_the_part_that_is_done(copy: Copy, step: int, num_steps: int, share: float) -> None:
+    """In columns: what is left is drawn in another colour, and without colours not at all."""
+    run = replace(read_run(copy()), step=step, num_steps=num_steps)
+    for width in (40, 80, 200):
+        console = Console(width=width, height=24, force_terminal=True, color_system=None)
+        with console.capture() as capture:
+            console.print(screen_of(run, console))
+        (row,) = (row for row in capture.get().splitlines() if f"{step}/{num_steps}" in row)
+        room = width - len(f"{step}/{num_steps}") - 2
+        assert abs(sum(mark in "\u2501\u2578" for mark in row) - share * room) <= 1, row
+
+
 def test_colours_are_left_out_where_they_are_not_wanted(copy: Copy, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NO_COLOR", "1")
     console = Console(width=80, height=24, force_terminal=True)
