@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import io
 import tarfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
 
-from pixtune.config.folders import folders_of
+from pixtune.config.folders import DatasetColumns, folders_of
 from pixtune.config.sections import DataConfig
+from pixtune.data.captions import LARGEST_CAPTION_BYTES, MOST_CAPTIONS
 from pixtune.data.example_table import Example
 from pixtune.data.examples import read_examples
+from pixtune.data.hf_datasets import files_in, is_saved, of_split, pair_of
 from pixtune.data.images import open_rgb
+from pixtune.data.metadata import MOST_CONTROLS
+from pixtune.data.pairs import Pair
 from pixtune.errors import DataError
 
 needs_the_package = pytest.mark.skipif(
@@ -143,6 +149,93 @@ def test_what_is_no_data_set_is_named(tmp_path):
         with pytest.raises(DataError) as caught:
             read(tmp_path, tmp_path / name)
         assert words in "\n".join(caught.value.faults)
+
+
+# ---- what needs no package: rows as the package hands them over, and the files of a folder
+
+COLUMNS = DatasetColumns("some/set", "train", "image", "text", "controls")
+
+
+def stored(number: int, path: str | None = None) -> dict[str, Any]:
+    return {"bytes": png(COLOURS[number]), "path": path}
+
+
+def test_a_row_becomes_files_by_content_beside_those_that_are_files_already(tmp_path):
+    (tmp_path / "own.png").write_bytes(png(COLOURS[2]))
+    own, pictures = str(tmp_path / "own.png"), tmp_path / "pictures"
+    row = {
+        "image": stored(0, "of/another/machine.png"),
+        "text": [" a", "b c\n"],
+        "controls": [stored(1), own, {"path": own}],
+    }
+    pair = pair_of(row, COLUMNS, pictures, "row 7")
+    assert isinstance(pair, Pair) and (pair.name, pair.caption, pair.other_captions) == ("row 7", "a", ("b c",))
+    first, *others = pair.control_paths
+    assert [open_rgb(path).getpixel((5, 5)) for path in (pair.image_path, first)] == COLOURS[:2]
+    assert [path.name for path in (pair.image_path, first)] == [
+        hashlib.sha256(png(colour)).hexdigest() for colour in COLOURS[:2]
+    ]
+    assert others == [Path(own)] * 2 and len([*pictures.rglob("*")]) == 4, "two files, each in a folder of its own"
+    alone = pair_of({**row, "image": own, "text": "c"}, replace(COLUMNS, control=None), pictures, "row 8")
+    assert isinstance(alone, Pair)
+    assert (alone.image_path, alone.caption, alone.other_captions, alone.control_paths) == (Path(own), "c", (), ())
+    (cut := pair.image_path).write_bytes(png(COLOURS[0])[:40])
+    pair_of(row, COLUMNS, pictures, "row 7")
+    assert cut.read_bytes() == png(COLOURS[0]), "what a crash had cut off is written again"
+
+
+@pytest.mark.parametrize(
+    ("changes", "problems"),
+    [
+        ({"image": None}, ["'image' holds no picture"]),
+        ({"image": {"bytes": b"", "path": None}}, ["'image' holds no picture"]),
+        ({"image": {"bytes": None, "path": "away.png"}}, ["'image' names the file 'away.png', which does not exist"]),
+        ({"image": []}, ["'image' holds 0 pictures, and one is needed"]),
+        ({"image": [stored(0), stored(1)]}, ["'image' holds 2 pictures, and one is needed"]),
+        ({"controls": [stored(0), 5]}, ["'controls' holds no picture"]),
+        (
+            {"controls": [stored(0)] * (MOST_CONTROLS + 1)},
+            [f"'controls' holds {MOST_CONTROLS + 1} pictures, more than"],
+        ),
+        ({"text": 5}, ["'text' holds int, and a text"]),
+        ({"text": None}, ["'text' holds NoneType, and a text"]),
+        ({"text": []}, ["'text' holds list, and a text"]),
+        ({"text": ["a", 5]}, ["'text' holds list, and a text"]),
+        ({"text": ["a"] * (MOST_CAPTIONS + 1)}, [f"'text' holds more than {MOST_CAPTIONS} captions"]),
+        ({"text": "a" * (LARGEST_CAPTION_BYTES + 1)}, ["or one that no model reads"]),
+        ({"image": 5, "text": 5}, ["'image' holds no picture", "'text' holds int"]),
+    ],
+)
+def test_all_that_is_wrong_with_a_row_is_said_together(changes, problems, tmp_path):
+    found = pair_of({"image": stored(0), "text": "a", "controls": [], **changes}, COLUMNS, tmp_path, "row 0")
+    assert isinstance(found, list) and len(found) == len(problems)
+    assert all(words in problem for words, problem in zip(problems, found, strict=True)), found
+
+
+def test_the_files_of_a_folder_are_those_of_one_form_in_the_order_of_their_names(tmp_path):
+    with pytest.raises(DataError) as caught:
+        files_in(tmp_path)
+    assert "nor one of Parquet files or WebDataset shards" in caught.value.faults[0]
+    (tmp_path / "data").mkdir()
+    for name in ("2.tar", "data/1.tar", "10.tar", "notes.txt"):
+        (tmp_path / name).touch()
+    assert files_in(tmp_path) == [tmp_path / name for name in ("10.tar", "2.tar", "data/1.tar")]
+    (tmp_path / "data" / "b.parquet").touch()
+    (tmp_path / "a.parquet").touch()
+    assert files_in(tmp_path) == [tmp_path / "a.parquet", tmp_path / "data" / "b.parquet"]
+    assert not is_saved(tmp_path)
+    for name in ("state.json", "dataset_dict.json"):
+        (tmp_path / "data" / name).touch()
+        assert is_saved(tmp_path / "data")
+        (tmp_path / "data" / name).unlink()
+
+
+def test_a_split_is_chosen_by_its_name_and_a_single_table_is_the_split():
+    assert of_split("a table", COLUMNS) == "a table"
+    assert of_split({"test": 1, "train": 2}, COLUMNS) == 2
+    with pytest.raises(DataError) as caught:
+        of_split({"test": 1, "validation": 2}, COLUMNS)
+    assert "has no split 'train'; it has test, validation. Set dataset_split." in caught.value.faults[0]
 
 
 @pytest.mark.skipif(importlib.util.find_spec("datasets") is not None, reason="the package is installed")
