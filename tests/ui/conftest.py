@@ -99,7 +99,9 @@ def page(tmp_path, monkeypatch) -> Iterator[Page]:
         def poll(self) -> int:
             return 0
 
-    def start(self: Jobs, kind: str, path: Path, words: list[str], console: Path, **options: object) -> Job:
+    def start(
+        self: Jobs, kind: str, path: Path, words: list[str], console: Path, *files: Path, **options: object
+    ) -> Job:
         started.append([kind, *words])
         return Job(tuple(words), Ended(), console)  # type: ignore[arg-type]
 

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import yaml
@@ -98,7 +99,7 @@ def test_while_a_check_is_at_work_it_has_no_findings(page):
     report, console = _files(page.work, file)
     report.parent.mkdir()
     report.write_text('{"verdict": "fine", "data_sets": []}')  # of an earlier check
-    running = SimpleNamespace(poll=lambda: None)
+    running: Any = SimpleNamespace(poll=lambda: None)
     page.work.jobs._jobs["check", file.path] = Job((), running, console)
     state = state_of(page.work, file)
     assert state.is_running and not state.verdict and not state.findings and not state.trouble
@@ -360,6 +361,40 @@ def test_a_run_that_is_over_can_be_asked_for_nothing(page):
 def test_results_are_downloaded(page):
     assert page.get(f"/download/{RUN}?file=comfyui_lora.safetensors").content == b"a LoRA"
     assert page.get(f"/result/{RUN}").json()["downloads"][0]["file"] == "comfyui_lora.safetensors"
+
+
+def test_results_that_are_not_there_are_refused(page):
+    for url, words in (
+        ("download/here/runs/first?file=metrics.json", "file is one of pytorch_lora_weights.safetensors, "),
+        ("download/here/runs/first?file=report.html", "this run has no report.html"),
+        ("download/here/runs/none?file=report.html", "there is no run"),
+        ("card/here/runs/first", "the card is made of the run's config, which no file of it holds yet"),
+        ("card/here/runs/none", "there is no run"),
+    ):
+        answer = page.get(f"/{url}")
+        assert answer.status_code == 400 and words in answer.json()["error"], url
+
+
+def test_a_report_is_shown_where_nothing_in_it_can_run_and_handed_on_as_a_file(page):
+    (page.home / "runs" / "first" / "report.html").write_text("<p>a report</p>")
+    url = f"/download/{RUN}?file=report.html"
+    shown, handed_on = page.get(f"{url}&show=1"), page.get(url)
+    assert shown.headers["content-type"].startswith("text/html")
+    assert "sandbox" in shown.headers["content-security-policy"]
+    assert handed_on.headers["content-type"] == "application/octet-stream"
+    assert "first-report.html" in handed_on.headers["content-disposition"]
+    assert shown.text == handed_on.text == "<p>a report</p>"
+
+
+def test_a_check_is_started_as_the_command_that_a_person_types_and_the_last_one_s_report_is_gone(page):
+    from pixtune.ui.checks import _files
+    from pixtune.ui.configs import open_config
+
+    report, _ = _files(page.work, open_config(page.work, PLACE))
+    report.parent.mkdir()
+    report.write_text('{"verdict": "fine", "data_sets": []}')
+    assert page.post(f"/check/{PLACE}", {}).json() == {"is_running": True}
+    assert page.started == [["check", "validate", str(page.config), "--json"]] and not report.exists()
 
 
 def test_runs_are_listed_with_drafts(page):
