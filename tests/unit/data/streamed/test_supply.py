@@ -8,13 +8,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from pixtune.data.streamed.position import Position, first_position
 from pixtune.data.streamed.reading import ReadRows
 from pixtune.data.streamed.state import Counts, StreamState
 from pixtune.data.streamed.supply import Supply
 from pixtune.data.streamed.windows import RowPlace, StreamRow
-from pixtune.errors import DataError, TrainingError
+from pixtune.errors import DataError, MemoryShortage, TrainingError
 from pixtune.launch.crew import ALONE, Crew
 from tests.crews import in_crew
 
@@ -110,3 +111,27 @@ def test_more_skipped_rows_than_the_config_allows_end_the_run() -> None:
     supply.count(Counts(1000, 100), PROBLEMS)
     with pytest.raises(DataError, match=r"101 of the 1,?000 rows"):
         supply.count(Counts(1000, 101), PROBLEMS)
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "words"),
+    [
+        (TrainingError("process 1: no more"), DataError, "another process cannot encode the stream"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried"), MemoryShortage, "encoding a window of the stream"),
+        (RuntimeError("shapes do not match"), RuntimeError, "^shapes do not match$"),
+        (DataError("a row has changed", ["row 1"]), DataError, "a row has changed"),
+    ],
+)
+def test_what_keeps_a_window_from_being_encoded_is_said_as_what_it_is(
+    error: Exception, kind: type[Exception], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A shortage of memory has a remedy of its own, and the work of another process none here."""
+
+    def fail(rows: object) -> None:
+        raise error
+
+    supply, _ = supply_of(ROWS)
+    monkeypatch.setattr(supply, "_encode", fail)
+    with pytest.raises(kind, match=words) as caught:
+        supply.encode([])
+    assert type(caught.value) is kind
