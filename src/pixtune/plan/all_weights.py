@@ -149,10 +149,9 @@ def first_that_fits(situation: Situation) -> AllWeightsRung | None:
 
     One that leaves no room for what is scattered gives way to a slower one that does, if its states stay on the GPU.
     """
-    fitting = [rung for rung in ladder_of_all_weights(situation) if situation.fits(rung)]
-    if not fitting:
-        return None
-    first = fitting[0]
+    fitting = (rung for rung in ladder_of_all_weights(situation) if situation.fits(rung))
+    if (first := next(fitting, None)) is None or has_room(first, situation):
+        return first
     alike = (rung for rung in fitting if (rung.shards, rung.states_on_host) == (first.shards, first.states_on_host))
     return next((rung for rung in alike if has_room(rung, situation)), first)
 

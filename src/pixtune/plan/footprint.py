@@ -10,6 +10,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from pixtune.hardware.facts import HardwareFacts
@@ -144,12 +145,23 @@ class Footprint:
 
     def state_bytes(self, optimizer: str) -> int:
         """Counts the bytes of an optimizer's states of all trained tensors."""
-        return state_bytes(optimizer, self.trained, self.state_options)
+        return self._states_of(optimizer)[0]
 
     def largest_state_bytes(self, optimizer: str) -> int:
         """Counts the bytes of those of the tensor that has most."""
-        each = (state_bytes(optimizer, [replace(kind, count=1)], self.state_options) for kind in self.trained)
-        return max(each, default=0)
+        return self._states_of(optimizer)[1]
+
+    def _states_of(self, optimizer: str) -> tuple[int, int]:
+        if optimizer not in self._known_states:
+            each = [state_bytes(optimizer, [replace(kind, count=1)], self.state_options) for kind in self.trained]
+            every = state_bytes(optimizer, self.trained, self.state_options)
+            self._known_states[optimizer] = every, max(each, default=0)
+        return self._known_states[optimizer]
+
+    @cached_property
+    def _known_states(self) -> dict[str, tuple[int, int]]:
+        """Bytes of all states, and of the largest ones, by optimizer: a plan asks for them thousands of times."""
+        return {}
 
     @property
     def average_bytes(self) -> int:
