@@ -173,8 +173,8 @@ def test_8bit_without_bitsandbytes_says_what_to_install(
         use()
 
 
-SHAPES = ((4, 96), (64, 4), (64, 96), (16, 16), (33,), (5000,))
-"""Factors of a LoRA, a matrix and vectors, small and large."""
+SHAPES = ((4, 96), (64, 4), (64, 96), (16, 16), (33,), (5000,), (4095,), (4096,))
+"""Factors of a LoRA, a matrix and vectors, small and large, and around the size from which states have 8 bits."""
 
 
 @pytest.mark.parametrize(
