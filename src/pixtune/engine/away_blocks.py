@@ -19,7 +19,7 @@ Placeholders = Callable[[torch.dtype], Tensor]
 
 @dataclass(frozen=True)
 class AwayBlock:
-    """A block's frozen tensors, which hold placeholders unless its bytes are in a slot. `away` builds it."""
+    """A block's tensors, which hold placeholders unless its bytes are in a slot. `away` builds it."""
 
     num_bytes: int
     """Bytes that the block takes in a slot."""
