@@ -20,8 +20,9 @@ from demo_style import demo_names
 from emoji_pictures import read_named_icons
 from PIL import Image
 from rich.console import Console
+from tiny_edits import EDITS
+from tiny_sets import load_pixels
 from torch import Tensor
-from train_tiny_models import EDITS, load_pixels
 
 from pixtune import randomness
 from pixtune.config.folders import folders_of

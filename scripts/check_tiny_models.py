@@ -20,13 +20,15 @@ from typing import Any
 
 import numpy
 import torch
-from demo_edit import CONTROL_SET, INSTRUCTION
+from demo_edit import CONTROL_SET
+from demo_sticker import INSTRUCTION
 from demo_style import demo_names
 from emoji_pictures import BASE_SETS, ICON_SETS, read_icons, read_named_icons
 from PIL import Image
 from safetensors.torch import load_file
+from tiny_sets import FLUX_TEXT_TOKENS, encode_pictures, load_pixels, pad_to_eight
 from torch import Tensor, nn
-from train_tiny_models import FLUX_TEXT_TOKENS, as_pictures, encode_pictures, load_pixels, pad_to_eight
+from train_tiny_models import as_pictures
 
 from pixtune.engine.load import load_transformer
 from pixtune.families import family_of
@@ -53,15 +55,15 @@ class Demo:
 
     @property
     def edits(self) -> bool:
-        return self.data == "demo-edit"
+        return self.data == "demo-sticker"
 
 
 DEMOS = {
     "qwen_image": Demo("tiny-qwen-image", "demo", "demo-style", 128, 3.5),
-    "flux": Demo("tiny-flux", "demo-flux", "demo-style", 128, 1.0),
-    "qwen_image_edit": Demo("tiny-qwen-image-edit", "demo-edit", "demo-edit", 256, 2.0),
+    "flux": Demo("tiny-flux", "demo-flux", "demo-style", 128, 3.5),
+    "qwen_image_edit": Demo("tiny-qwen-image-edit", "demo-edit", "demo-sticker", 256, 2.0),
 }
-BASE_STYLE = {"demo-style": "noto", "demo-edit": "fluent"}
+BASE_STYLE = {"demo-style": "noto", "demo-sticker": "fluent"}
 """A set that the base knows: its loss shows whether a LoRA leaves other styles alone."""
 
 
@@ -132,12 +134,15 @@ class SmallModel:
         generator = torch.Generator().manual_seed(seed)
         latents = torch.randn(len(examples), channels, *size, generator=generator).to(self.device)
         _, conditioning, controls = examples.rows(torch.arange(len(examples), device=self.device))
-        plain = guidance == 1 or self.family.embedded_guidance
+        embedded = self.family.embedded_guidance
+        plain, as_input = guidance == 1 or embedded, guidance if embedded else 1.0
         dropped = [Prompt(self.family.dropped_caption, prompt.pictures) for prompt in examples.prompts]
         unconditional = None if plain else self.conditioning(dropped)
         for sigma, next_sigma in pairwise(sigmas):
             sigma_B = torch.full((len(latents),), sigma, device=self.device)
-            velocity = self.family.predict_velocity(self.transformer, latents, sigma_B, conditioning, controls).float()
+            velocity = self.family.predict_velocity(
+                self.transformer, latents, sigma_B, conditioning, controls, as_input
+            ).float()
             if unconditional is not None:
                 other = self.family.predict_velocity(self.transformer, latents, sigma_B, unconditional, controls)
                 velocity = self.family.guide(velocity, other.float(), guidance)

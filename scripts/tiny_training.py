@@ -1,7 +1,8 @@
 """Trains the transformers of the small models in `assets/` for a number of minutes.
 
 Schedules follow the clock, steps are captured as CUDA graphs, and conditioning, latents and objective are pixtune's.
-`train_tiny_models.py` says what each model learns; `tiny_autoencoder.py` trains the autoencoder before.
+`train_tiny_models.py` says what each model learns, `tiny_guidance.py` how FLUX's learns guidance; `tiny_autoencoder.py`
+trains the autoencoder before.
 """
 
 from __future__ import annotations
@@ -11,13 +12,13 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
+from itertools import cycle
 from typing import Any
-from unittest.mock import patch
 
 import torch
-from diffusers.models.transformers import transformer_qwenimage
 from emoji_pictures import Icon
 from torch import Tensor, nn
 
@@ -128,7 +129,7 @@ class TrainingSet:
     """Targets as latents, captions as features and control pictures as latents, all on the training device.
 
     `targets_N`, `texts_N` and `controls_N` hold the index of each row's parts; `dropped_N` that of the features which
-    stand for its dropped caption.
+    stand for its dropped caption. `turns` is how many steps in a row draw from this set where there are several.
     """
 
     latents: LatentDistribution
@@ -138,21 +139,33 @@ class TrainingSet:
     dropped_N: Tensor
     controls_N: Tensor | None
     cumulative_shares_N: Tensor
+    batch_size: int
+    turns: int = 1
 
-    def draw(self, batch_size: int) -> tuple[Tensor, dict[str, Tensor], list[Tensor]]:
-        """Draws latents, conditioning and controls of a batch, some captions dropped. Never waits for the GPU."""
-        device = self.targets_N.device
-        rows = torch.searchsorted(self.cumulative_shares_N, torch.rand(batch_size, device=device))
-        rows = rows.clamp_max(len(self.targets_N) - 1)
+    @property
+    def device(self) -> torch.device:
+        return self.targets_N.device
+
+    def draw_rows(self) -> Tensor:
+        """Draws the rows of a batch. Never waits for the GPU."""
+        rows = torch.searchsorted(self.cumulative_shares_N, torch.rand(self.batch_size, device=self.device))
+        return rows.clamp_max(len(self.targets_N) - 1)
+
+    def draw(self) -> tuple[Tensor, dict[str, Tensor], list[Tensor]]:
+        """Draws latents, conditioning and controls of a batch, some captions dropped."""
+        rows = self.draw_rows()
         mean_BCHW = self.latents.mean_BCHW[self.targets_N[rows]]
         noise_BCHW = torch.randn_like(mean_BCHW)
         latents_BCHW = mean_BCHW + self.latents.std_BCHW[self.targets_N[rows]] * noise_BCHW
-        dropped = torch.rand(batch_size, device=device) < CAPTION_DROPOUT
-        texts = torch.where(dropped, self.dropped_N[rows], self.texts_N[rows])
-        features = {name: tensor[texts] for name, tensor in self.features.items()}
+        dropped = torch.rand(self.batch_size, device=self.device) < CAPTION_DROPOUT
+        features = self.features_of(torch.where(dropped, self.dropped_N[rows], self.texts_N[rows]))
         if self.controls_N is None:
             return latents_BCHW, features, []
         return latents_BCHW, features, [self.latents.mean_BCHW[self.controls_N[rows]]]
+
+    def features_of(self, texts: Tensor) -> dict[str, Tensor]:
+        """Returns the features of the captions with these numbers."""
+        return {name: tensor[texts] for name, tensor in self.features.items()}
 
 
 def cumulative(*parts: tuple[float, Tensor]) -> Tensor:
@@ -181,58 +194,57 @@ def weights_by_group(icons: Sequence[Icon], device: torch.device) -> Tensor:
     )
 
 
-@contextmanager
-def fast_forward() -> Iterator[None]:
-    """Swaps two of diffusers' functions for equal ones that a compiler and a CUDA graph can take."""
-    with (
-        patch.object(transformer_qwenimage, "apply_rotary_emb_qwen", rotate_pairs),
-        patch.object(transformer_qwenimage, "compute_text_seq_len_from_mask", padded_length),
-    ):
-        yield
+Lesson = Callable[[nn.Module], tuple[Tensor, Tensor]]
+"""What a step learns: computes the transformer's velocities for a batch, and those that they should be."""
 
 
-def padded_length(embeds_BTD: Tensor, mask_BT: Tensor) -> tuple[int, None, Tensor]:
-    """Returns the values of diffusers' function that the transformer uses, without its copy to the GPU."""
-    return embeds_BTD.shape[1], None, mask_BT
+@dataclass(frozen=True)
+class FromPictures:
+    """The lesson of flow matching: from pictures with noise to the velocity between the two."""
+
+    family: ModelFamily
+    data: TrainingSet
+
+    def __call__(self, transformer: nn.Module) -> tuple[Tensor, Tensor]:
+        latents, conditioning, controls = self.data.draw()
+        noise = torch.randn_like(latents)
+        sigma_B = draw_sigmas(len(latents), self.data.device)
+        noisy = add_noise(latents, noise, sigma_B)
+        with in_bf16(self.data.device):
+            velocity = self.family.predict_velocity(transformer, noisy, sigma_B, conditioning, controls)
+        return velocity, velocity_target(latents, noise)
 
 
-def rotate_pairs(x: Tensor, frequencies: Tensor, use_real: bool = False) -> Tensor:
-    """Applies diffusers' rotary embedding in real numbers, which the compiler can fuse."""
-    angles = torch.view_as_real(frequencies).unsqueeze(1)
-    (a, b), (cos, sin) = x.float().unflatten(-1, (-1, 2)).unbind(-1), angles.unbind(-1)
-    return torch.stack((a * cos - b * sin, a * sin + b * cos), -1).flatten(-2).type_as(x)
+def draw_sigmas(count: int, device: torch.device) -> Tensor:
+    """Draws noise levels of pictures."""
+    return shift_sigmas(sigmas_from_uniform("uniform", torch.rand(count, device=device)), SIGMA_SHIFT)
+
+
+def in_bf16(device: torch.device) -> AbstractContextManager[Any]:
+    """Computes in bf16; without a cache of cast weights, since a captured step must cast them anew each time."""
+    return torch.autocast(device.type, torch.bfloat16, cache_enabled=False)
 
 
 class TransformerTraining:
-    """One training step without a single wait for the GPU, so that it can be captured once and replayed."""
+    """Weights in training: steps without a single wait for the GPU, so that each can be captured once and replayed."""
 
-    def __init__(self, family: ModelFamily, transformer: nn.Module, data: TrainingSet, batch_size: int) -> None:
-        self.family = family
-        self.device = data.targets_N.device
-        self.transformer, self.data, self.batch_size = transformer, data, batch_size
-        transformer.train().requires_grad_(True)
+    def __init__(self, family: ModelFamily, transformer: nn.Module, device: torch.device) -> None:
+        self.family, self.device = family, device
+        self.transformer = transformer.to(device).train().requires_grad_(True)
         self.parameters = list(transformer.parameters())
         for parameter in self.parameters:
             parameter.grad = torch.zeros_like(parameter)  # in place of None where the last block's text goes nowhere
         self.snapshot = copy.deepcopy(transformer).cpu()
         self.average = [p.detach().clone() for p in self.parameters]
-        self.rate = torch.zeros((), device=self.device)
-        self.loss = torch.zeros((), device=self.device)
+        self.rate = torch.zeros((), device=device)
+        self.loss = torch.zeros((), device=device)
         blocks = [transformer.get_submodule(path) for path in family.block_paths]
         matrices = [p for part in blocks for p in part.parameters() if p.ndim == 2]
         self.optimizers = build_optimizers(self.parameters, matrices, self.rate)
 
-    def step(self) -> None:
-        latents, conditioning, controls = self.data.draw(self.batch_size)
-        noise = torch.randn_like(latents)
-        sigma_B = shift_sigmas(
-            sigmas_from_uniform("uniform", torch.rand(len(latents), device=self.device)), SIGMA_SHIFT
-        )
-        # No cache of cast weights: a captured step must cast them anew each time.
-        with torch.autocast(self.device.type, torch.bfloat16, cache_enabled=False):
-            noisy = add_noise(latents, noise, sigma_B)
-            velocity = self.family.predict_velocity(self.transformer, noisy, sigma_B, conditioning, controls)
-        loss = example_losses(velocity, velocity_target(latents, noise)).mean()
+    def step(self, lesson: Lesson) -> None:
+        velocity, target = lesson(self.transformer)
+        loss = example_losses(velocity, target).mean()
         loss.backward()
         for optimizer in self.optimizers:
             optimizer.step()
@@ -248,10 +260,18 @@ class TransformerTraining:
 
 
 def train_transformer(
-    training: TransformerTraining, minutes: float, peak: float, save: Callable[[nn.Module], None], compiled: bool
-) -> None:
-    """Trains for the given time, saving the averaged weights on the way."""
-    step_function = training.step
+    training: TransformerTraining,
+    lessons: Sequence[tuple[Lesson, int]],
+    minutes: float,
+    peak: float,
+    save: Callable[[nn.Module], None],
+    compiled: bool,
+) -> nn.Module:
+    """Trains for the given time, saving the averaged weights on the way, and returns the model with them, on the CPU.
+
+    Args:
+        lessons: what is learnt, each with how many steps in a row it gets.
+    """
     last_save = time.monotonic()
 
     def log(step: int, fraction: float) -> None:
@@ -261,15 +281,19 @@ def train_transformer(
             save(training.averaged())
             last_save = time.monotonic()
 
-    with fast_forward():
-        if training.device.type == "cuda":
-            # Its backward writes out of bounds in FLUX's attention with torch 2.11 on an H100.
-            torch.backends.cuda.enable_cudnn_sdp(False)
-            for path in training.family.block_paths if compiled else ():
-                for block in training.transformer.get_submodule(path).children():
-                    block.compile(fullgraph=True)
-            step_function = captured(training.step)
-        for rate in schedule(minutes, peak, 500, log):
-            training.rate.fill_(rate)
-            step_function()
-    save(training.averaged())
+    steps: list[tuple[Callable[[], None], int]]
+    steps = [(partial(training.step, lesson), turns) for lesson, turns in lessons]
+    if training.device.type == "cuda":
+        # Its backward writes out of bounds in FLUX's attention with torch 2.11 on an H100.
+        torch.backends.cuda.enable_cudnn_sdp(False)
+        for path in training.family.block_paths if compiled else ():
+            for block in training.transformer.get_submodule(path).children():
+                block.compile(fullgraph=True)
+        steps = [(captured(step), turns) for step, turns in steps]
+    in_turn = cycle([step for step, turns in steps for _ in range(turns)])
+    for rate in schedule(minutes, peak, 500, log):
+        training.rate.fill_(rate)
+        next(in_turn)()
+    averaged = training.averaged()
+    save(averaged)
+    return averaged

@@ -33,11 +33,14 @@ def made_up_words(count: int, seed: int) -> list[str]:
     return list(words)
 
 
-def vary(icons: Sequence[Icon], pixels_N3HW: Tensor, seed: int, freedom: float = 1.0) -> tuple[list[Icon], Tensor]:
+def vary(
+    icons: Sequence[Icon], pixels_N3HW: Tensor, seed: int, freedom: float = 1.0, made_up: bool = True
+) -> tuple[list[Icon], Tensor]:
     """Redraws the same names, each in one of the made-up styles; uint8 pictures, white around the drawing as before.
 
     Args:
         freedom: how much a drawing may differ from what its style alone makes of it; 0 is not at all.
+        made_up: False: in its own style instead, so that it is bent alone.
     """
     device = pixels_N3HW.device
     generator = torch.Generator(device).manual_seed(seed)
@@ -48,8 +51,9 @@ def vary(icons: Sequence[Icon], pixels_N3HW: Tensor, seed: int, freedom: float =
     styles_N = sets_N * STYLES_PER_SET + drawn_N
     named = [replace(icon, style=words[style]) for icon, style in zip(icons, styles_N.tolist(), strict=True)]
     chunks = zip(pixels_N3HW.split(512), styles_N.split(512), strict=True)
-    count = len(words)
-    return named, torch.cat([_redraw(pixels, styles, count, generator, freedom) for pixels, styles in chunks])
+    count = len(words) if made_up else 0
+    varied = torch.cat([_redraw(pixels, styles, count, generator, freedom) for pixels, styles in chunks])
+    return named if made_up else list(icons), varied
 
 
 def _redraw(
@@ -62,7 +66,9 @@ def _redraw(
         return freedom * (torch.rand(size, *shape, device=device, generator=generator) * 2 - 1)
 
     def spread_of_style(purpose: int, *shape: int) -> Tensor:
-        """Draws numbers in [-1, 1], the same for all pictures of a style."""
+        """Draws numbers in [-1, 1], the same for all pictures of a style; zeros where there are no styles."""
+        if not num_styles:
+            return torch.zeros(size, *shape, device=device)
         table = torch.rand(num_styles, *shape, generator=torch.Generator().manual_seed(purpose)) * 2 - 1
         return table.to(device)[styles_B]
 

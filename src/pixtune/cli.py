@@ -240,9 +240,12 @@ def sample(
     ] = None,
     weights_format: Annotated[Literal["bf16", "fp32"], typer.Option(help="Number format of plain weights.")] = "bf16",
     max_text_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Value of data_config.max_text_tokens in training.")
+        int | None, typer.Option(min=1, help="Value of data_config.max_text_tokens in training; default: the LoRA's.")
     ] = None,
-    control_size: Annotated[int, typer.Option(min=16, help="Value of data_config.control_size in training.")] = 1024,
+    control_size: Annotated[
+        int | None,
+        typer.Option(min=16, help="Value of data_config.control_size in training; default: the LoRA's, or 1024."),
+    ] = None,
     quantize: Annotated[
         bool | None,
         typer.Option("--quantize/--no-quantize", help="Base weights in 8 bits; default: by the memory there is."),
@@ -280,8 +283,8 @@ def sample(
         side=side,
         weights_format=weights_format,
         settings=SamplerSettings(tuple(seed or [0]), steps, guidance),
-        max_text_tokens=max_text_tokens,
-        control_size=control_size,
+        max_text_tokens=max_text_tokens or found.max_text_tokens,
+        control_size=control_size or found.control_size or 1024,
         quantize=quantize,
         gpu_memory_limit_gib=gpu_memory_limit_gib,
     )

@@ -30,6 +30,10 @@ class FoundLora:
     """Largest training size of its run in pixels; None where no run is known."""
     model_parts: ModelParts = NO_PARTS
     """Parts of the base model that lie elsewhere, as its run's config names them."""
+    max_text_tokens: int | None = None
+    """Its run's `data_config.max_text_tokens`: FLUX attends to padding, so another length gives other pictures."""
+    control_size: int | None = None
+    """Its run's `data_config.control_size`; None where no run is known."""
 
 
 def find_lora(path: Path) -> FoundLora:
@@ -62,14 +66,19 @@ def find_lora(path: Path) -> FoundLora:
 def _with_run(file: Path, folder: Path) -> FoundLora:
     """Adds what the run in the file's folder says; a file that was moved elsewhere has none."""
     config = _config_of(folder)
-    model, data = config.get("pretrained_model_name_or_path"), config.get("data_config")
+    model, recorded = config.get("pretrained_model_name_or_path"), config.get("data_config")
+    data: Mapping[str, Any] = recorded if isinstance(recorded, Mapping) else {}
     try:
         parts = ModelParts.model_validate(config.get("model_parts", {}))
     except ValidationError as error:
         raise WeightsError(
             f"{folder} records model_parts that cannot be read. Name the model: --model, and its parts: --part."
         ) from error
-    return FoundLora(file, model if isinstance(model, str) else None, largest_size(data), parts)
+    tokens, control = (
+        value if isinstance(value, int) else None
+        for value in (data.get(key) for key in ("max_text_tokens", "control_size"))
+    )
+    return FoundLora(file, model if isinstance(model, str) else None, largest_size(data), parts, tokens, control)
 
 
 def _config_of(folder: Path) -> Mapping[str, Any]:

@@ -17,9 +17,12 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
+from typer.testing import CliRunner
 
+from pixtune.cli import app
 from pixtune.commands import sample as module
 from pixtune.commands.sample import config_of, sample_pictures, sizes_of
+from pixtune.config.model_parts import NO_PARTS
 from pixtune.data import drawing
 from pixtune.data.drawing import Plans, SampleRequest, make_plans, open_task, sample_as_planned
 from pixtune.data.sample_prompts import AskedPrompt, at_sizes, read_prompts
@@ -318,14 +321,15 @@ def test_words_that_are_no_size(word: str) -> None:
 
 def test_a_lora_is_found_in_a_run_a_checkpoint_or_a_file(tmp_path: Path, loras: dict[str, Path]) -> None:
     lora, run = loras["tiny-flux"], tmp_path / "run"
-    config = {"pretrained_model_name_or_path": "org/model", "data_config": {"img_size": 640}}
+    data = {"img_size": 640, "max_text_tokens": 48, "control_size": 256}
+    config = {"pretrained_model_name_or_path": "org/model", "data_config": data}
     for step in (5, 9):
         record = {"config": config}
         tensors, metadata = read_tensors(lora)
         save_checkpoint(
             run, step, {lora.stem: TensorFile(tensors, metadata)}, record, Lineage((Session("a", step),), None, step)
         )
-    newest = FoundLora(run / "checkpoint-000009" / lora.name, "org/model", 640)
+    newest = FoundLora(run / "checkpoint-000009" / lora.name, "org/model", 640, NO_PARTS, 48, 256)
     assert find_lora(run) == find_lora(run / "checkpoint-000009") == find_lora(newest.path) == newest  # type: ignore[arg-type]
     shutil.copyfile(lora, run / lora.name)
     assert find_lora(run) == find_lora(run / lora.name) == replace(newest, path=run / lora.name)
@@ -340,6 +344,28 @@ def test_a_lora_is_found_in_a_run_a_checkpoint_or_a_file(tmp_path: Path, loras: 
     ):
         with pytest.raises(WeightsError, match=words.rstrip(", ")):
             find_lora(path)
+
+
+def test_a_prompt_is_read_as_in_the_run_of_its_lora(
+    tmp_path: Path, loras: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """FLUX attends to padding, so at another length the pictures are others: the small one's turn to smears."""
+    tensors, metadata = read_tensors(loras["tiny-flux"])
+    data = {"img_size": 640, "max_text_tokens": 48, "control_size": 256}
+    record = {"config": {"pretrained_model_name_or_path": "org/model", "data_config": data}}
+    files = {loras["tiny-flux"].stem: TensorFile(tensors, metadata)}
+    save_checkpoint(tmp_path / "run", 5, files, record, Lineage((Session("a", 5),), None, 5))
+    asked: list[SampleRequest] = []
+
+    def draw_nothing(request: SampleRequest, *_: object) -> tuple[Path, ...]:
+        asked.append(request)
+        return ()
+
+    monkeypatch.setattr("pixtune.commands.sample.sample_pictures", draw_nothing)
+    words = ["sample", "a cat", "--lora", str(tmp_path / "run")]
+    for more in ([], ["--max-text-tokens", "9", "--control-size", "64"]):
+        assert CliRunner().invoke(app, [*words, *more]).exit_code == 0
+    assert [(request.max_text_tokens, request.control_size) for request in asked] == [(48, 256), (9, 64)]
 
 
 def test_a_lora_says_where_it_goes(loras: dict[str, Path]) -> None:
