@@ -18,7 +18,7 @@ from emoji_pictures import read_named_icons, render_all
 from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageOps
 
 OUT_DIR = Path(__file__).resolve().parent.parent / "assets" / "demo-sticker"
-INSTRUCTION = "turn it into a sticker"
+INSTRUCTION = "redraw in sticker style"
 WALL = (64, 176, 166)
 RIM_PIXELS = 4
 SHADOW_OFFSET = (4, 5)

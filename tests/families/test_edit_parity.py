@@ -82,7 +82,9 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     cut_blocks(path / "transformer", 2)
     kind = FAMILIES[name].pipeline_classes[0]
     change(path / "model_index.json", _class_name=kind)
-    channels = 48
+    channels = json.loads((path / "vae" / "config.json").read_text())["z_dim"]
+    # As large as the published models' text encoders see them, and not the small one's 16 tokens.
+    change(path / "processor" / "preprocessor_config.json", size={"longest_edge": 12845056, "shortest_edge": 3136})
     change(
         path / "vae" / "config.json",
         latents_mean=[0.1 * channel - 0.7 for channel in range(channels)],
@@ -233,8 +235,9 @@ def test_the_transformer_gets_what_the_pipeline_gives_it(case: Case, num_control
 
 def test_a_batch_is_its_examples_one_by_one(case: Case) -> None:
     generator = torch.Generator().manual_seed(2)
-    noisy_BCHW = torch.randn(3, 48, 4, 6, generator=generator)
-    controls = [torch.randn(3, 48, 6, 4, generator=generator), torch.randn(3, 48, 2, 4, generator=generator)]
+    channels = int(case.folder.component_config("vae")["z_dim"])
+    noisy_BCHW = torch.randn(3, channels, 4, 6, generator=generator)
+    controls = [torch.randn(3, channels, *size, generator=generator) for size in ((6, 4), (2, 4))]
     rows = case.family.encode_text(case.text_encoder, [Prompt(text) for text in CAPTIONS[:3]])
     sigma_B = torch.tensor([0.1, 0.5, 0.9])
     with torch.no_grad():
