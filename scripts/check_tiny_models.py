@@ -4,7 +4,7 @@
     python scripts/check_tiny_models.py flux --lora runs/other/pytorch_lora_weights.safetensors
 
 Prints, before and after the LoRA and for each seed: how often the nearest of the 48 held-out pictures is the right one,
-by pixels and by latents; how often the nearest drawing of the same thing in all sets is Twemoji's; for edits the shift
+by pixels and by latents; how often the nearest drawing of the same thing in all sets is the demo's; for edits the shift
 of the drawing; the loss on held-out pictures and on pictures in a style of the base. Writes a sheet of the pictures.
 """
 
@@ -222,19 +222,19 @@ def drift(pictures: Tensor, references: Tensor) -> float:
 
 
 class Styles:
-    """Drawings of the held-out names in all sets, to tell in whose style a picture is."""
+    """The demo's drawings of the held-out names and those of all sets, to tell in whose style a picture is."""
 
-    def __init__(self, names: Sequence[str], twemoji: Tensor, size: int) -> None:
-        self.drawings: list[Tensor] = [twemoji[number : number + 1] for number in range(len(names))]
+    def __init__(self, names: Sequence[str], demos: Tensor, size: int) -> None:
+        self.drawings: list[Tensor] = [demos[number : number + 1] for number in range(len(names))]
         for set_name in BASE_SETS:
             icons = {icon.name: icon for icon in read_icons(set_name)}
             there = [number for number, name in enumerate(names) if name in icons]
-            pixels = load_pixels([icons[names[number]] for number in there], size, twemoji.device)
+            pixels = load_pixels([icons[names[number]] for number in there], size, demos.device)
             for number, drawing in zip(there, pixels, strict=True):
                 self.drawings[number] = torch.cat([self.drawings[number], drawing[None]])
 
-    def share_of_twemoji(self, pictures: Tensor) -> float:
-        """Computes the share of pictures whose nearest drawing of the same thing is Twemoji's."""
+    def share_of_the_demos(self, pictures: Tensor) -> float:
+        """Computes the share of pictures whose nearest drawing of the same thing is the demo's."""
         found = [int(nearest_rows(p[None], drawings)) == 0 for p, drawings in zip(pictures, self.drawings, strict=True)]
         return statistics.fmean(found)
 
@@ -257,7 +257,7 @@ class Figures:
         shift = f", shift {statistics.fmean(self.drift_pixels):.2f} pixels" if self.drift_pixels else ""
         return (
             f"right one nearest by pixels {percent(self.by_pixels)}, by latents {percent(self.by_latents)}; "
-            f"Twemoji's style {percent(self.style)}{shift}; "
+            f"the demo's style {percent(self.style)}{shift}; "
             f"loss held out {self.held_out_loss:.4f}, base style {self.base_loss:.4f}"
         )
 
@@ -271,7 +271,7 @@ def measure(
     figures = Figures(
         by_pixels=[retrieval(p, held_out.pixels) for p in pictures],
         by_latents=[retrieval(x, held_out.latents.mean_BCHW) for x in latents],
-        style=[styles.share_of_twemoji(p) for p in pictures] if styles else [0.0],
+        style=[styles.share_of_the_demos(p) for p in pictures] if styles else [0.0],
         drift_pixels=[drift(p, held_out.pixels) for p in pictures] if demo.edits else [],
         held_out_loss=model.loss(held_out),
         base_loss=model.loss(base),
