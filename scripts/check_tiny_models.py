@@ -4,8 +4,9 @@
     python scripts/check_tiny_models.py flux --lora runs/other/pytorch_lora_weights.safetensors
 
 Prints, before and after the LoRA and for each seed: how often the nearest of the 48 held-out pictures is the right one,
-by pixels and by latents; how often the nearest drawing of the same thing in all sets is the demo's; for edits the shift
-of the drawing; the loss on held-out pictures and on pictures in a style of the base. Writes a sheet of the pictures.
+by pixels and by latents; how often the nearest drawing of the same thing in all sets is the demo's, and how often a
+classifier says so; for edits the shift of the drawing; the loss on held-out pictures and on pictures in a style of the
+base. Writes a sheet of the pictures.
 """
 
 from __future__ import annotations
@@ -22,10 +23,11 @@ import numpy
 import torch
 from demo_edit import CONTROL_SET
 from demo_sticker import INSTRUCTION
-from demo_style import demo_names
+from demo_style import STYLE_SET, demo_names
 from emoji_pictures import BASE_SETS, ICON_SETS, read_icons, read_named_icons
 from PIL import Image
 from safetensors.torch import load_file
+from style_classifier import StyleClassifier
 from tiny_sets import FLUX_TEXT_TOKENS, encode_pictures, load_pixels, pad_to_eight
 from torch import Tensor, nn
 from train_tiny_models import as_pictures
@@ -246,6 +248,8 @@ class Figures:
     by_pixels: list[float]
     by_latents: list[float]
     style: list[float]
+    called_style: list[float]
+    """By `StyleClassifier`; empty for edits, whose style is none of the sets'."""
     drift_pixels: list[float]
     held_out_loss: float
     base_loss: float
@@ -254,16 +258,22 @@ class Figures:
         def percent(values: Sequence[float]) -> str:
             return f"{statistics.fmean(values):.0%} ({', '.join(f'{v:.0%}' for v in values)})"
 
+        called = f", by a classifier {percent(self.called_style)}" if self.called_style else ""
         shift = f", shift {statistics.fmean(self.drift_pixels):.2f} pixels" if self.drift_pixels else ""
         return (
             f"right one nearest by pixels {percent(self.by_pixels)}, by latents {percent(self.by_latents)}; "
-            f"the demo's style {percent(self.style)}{shift}; "
+            f"the demo's style {percent(self.style)}{called}{shift}; "
             f"loss held out {self.held_out_loss:.4f}, base style {self.base_loss:.4f}"
         )
 
 
 def measure(
-    model: SmallModel, demo: Demo, held_out: Examples, base: Examples, styles: Styles | None
+    model: SmallModel,
+    demo: Demo,
+    held_out: Examples,
+    base: Examples,
+    styles: Styles,
+    classifier: StyleClassifier | None,
 ) -> tuple[Figures, Tensor]:
     """Measures a model as it is; also returns the first seed's pictures."""
     pictures = [model.sample(held_out, seed, demo.guidance) for seed in SEEDS]
@@ -271,7 +281,10 @@ def measure(
     figures = Figures(
         by_pixels=[retrieval(p, held_out.pixels) for p in pictures],
         by_latents=[retrieval(x, held_out.latents.mean_BCHW) for x in latents],
-        style=[styles.share_of_the_demos(p) for p in pictures] if styles else [0.0],
+        style=[styles.share_of_the_demos(p) for p in pictures],
+        called_style=[statistics.fmean(name == STYLE_SET for name in classifier.sets(p)) for p in pictures]
+        if classifier
+        else [],
         drift_pixels=[drift(p, held_out.pixels) for p in pictures] if demo.edits else [],
         held_out_loss=model.loss(held_out),
         base_loss=model.loss(base),
@@ -304,13 +317,17 @@ def main() -> None:
     names = demo_names()[1]
     held_out, base = demo_examples(model, demo, "held_out", names), base_examples(model, demo, names)
     styles = Styles(names, held_out.pixels, demo.pixels)
-    before, drawn_before = measure(model, demo, held_out, base, styles)
+    classifier = None if demo.edits else StyleClassifier(device)
+    if classifier:
+        every, own = classifier.accuracy(names)
+        print(f"classifier of styles: {every:.0%} of real held-out drawings told rightly, {own:.0%} of the demo's")
+    before, drawn_before = measure(model, demo, held_out, base, styles, classifier)
     print(f"before: {before}", flush=True)
     rows = [drawn_before]
     lora = arguments.lora or ROOT / "runs" / demo.run / "pytorch_lora_weights.safetensors"
     if lora.exists():
         load_lora(model.transformer, lora)
-        after, drawn_after = measure(model, demo, held_out, base, styles)
+        after, drawn_after = measure(model, demo, held_out, base, styles, classifier)
         print(f"after:  {after}")
         print(
             f"loss: held out {after.held_out_loss / before.held_out_loss - 1:+.1%}, "
