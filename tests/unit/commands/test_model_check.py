@@ -304,7 +304,7 @@ def test_planted_outlier_channels_are_named_and_keeping_their_layer_plain_helps(
     assert plant.layer in int8.keep_plain and set(int8.keep_plain) <= {plant.layer, of_text}
     assert int8.cosine_kept is not None and int8.cosine_kept > 0.996 and int8.cosine_kept > int8.cosine
     if plant.scale == 1000:
-        assert int8.cosine < 0.98, "the layer did harm"
+        assert 1 - int8.cosine > 3 * (1 - int8.cosine_kept), "the layer did most of the harm"
     assert fp8.keep_plain == (), "numbers with an exponent hold both the large and the small"
     assert fp8.cosine > plant.fp8_cosine
     assert (fp8.fault is not None) == (fp8.cosine < GRADIENT_BOUND), "what is worse than that is not trained in silence"
