@@ -24,7 +24,7 @@ from pixtune.data.cache import Ledger, MemoryStore
 from pixtune.data.encode import Encoder, FramedPicture, TextItem
 from pixtune.data.encodings import Encodings, control_pictures, text_item
 from pixtune.data.example_table import Example
-from pixtune.data.prompts import control_rules, encode_prompt, prompt_example, rounded_sizes
+from pixtune.data.prompts import control_rules, encode_prompt, nothing_to_edit, prompt_example, rounded_sizes
 from pixtune.data.sample_prompts import AskedPrompt
 from pixtune.engine.apply import blocks_of, load_planned, placement_of
 from pixtune.engine.compile import compile_blocks, compile_obstacle
@@ -129,6 +129,7 @@ def open_task(request: SampleRequest) -> Task:
     default = (request.side, request.side)
     asked_sizes = dict.fromkeys(each.size or default for each in request.prompts if each.size or not each.controls)
     notes = [sentence for size in asked_sizes for sentence in rounded_sizes(size, multiple)]
+    notes += nothing_to_edit(family, request.prompts, "Name one: --control picture.png")
     examples = tuple(
         prompt_example(each.text, each.controls, each.size or default, each.size is None, multiple, rules)
         for each in request.prompts

@@ -40,7 +40,7 @@ from pixtune.data.prepared import (
     most_image_tokens,
     with_weights,
 )
-from pixtune.data.prompts import control_rules, encode_prompt, prompt_example, rounded_sizes
+from pixtune.data.prompts import control_rules, encode_prompt, nothing_to_edit, prompt_example, rounded_sizes
 from pixtune.data.random_data import random_data
 from pixtune.data.rivals import choose_trials, not_judged
 from pixtune.data.sample_prompts import AskedPrompt, asked_prompts, default_size
@@ -185,6 +185,7 @@ def prompts_of(
     ]
     drawn = [p.size or default_size(config) for p in asked if p.size or not p.controls]
     notes = [note for size in dict.fromkeys(drawn) for note in rounded_sizes(size, multiple)]
+    notes += nothing_to_edit(family, asked, "Name a list for each prompt: samples.controls")
     asks_for_negatives = any(p.negative is not None for p in asked)
     if asks_for_negatives and not needs_negative(family, config.samples.guidance_scale):
         notes.append("negative prompts have no effect: this model, or a guidance_scale of 1, takes no pass for them.")

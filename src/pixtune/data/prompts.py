@@ -8,6 +8,7 @@ from pathlib import Path
 
 from pixtune.data.buckets import Framing, build_buckets, frame_picture
 from pixtune.data.controls import ControlRules, frame_control
+from pixtune.data.encode import shorten
 from pixtune.data.encodings import Encodings, control_pictures, text_item
 from pixtune.data.example_table import Example
 from pixtune.data.images import read_size
@@ -80,6 +81,21 @@ def rounded_sizes(asked: Size, multiple: int) -> list[str]:
         return []
     drawn_text, asked_text = (f"{width}x{height}" for width, height in (drawn, asked))
     return [f"samples are drawn at {drawn_text}, not {asked_text}: the model's sides are multiples of {multiple}."]
+
+
+def nothing_to_edit(family: ModelFamily, prompts: Sequence[AskedPrompt], how: str) -> list[str]:
+    """Writes a sentence where an edit model is to draw without a picture to edit; else none.
+
+    Args:
+        how: the user's words for giving one.
+    """
+    missing = [asked.text for asked in prompts if not asked.controls]
+    if not family.max_controls or not missing:
+        return []
+    others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+    return [
+        f"no picture to edit for {shorten(missing[0])}{others}: from words alone an edit model draws little. {how}."
+    ]
 
 
 def encode_prompt(

@@ -67,7 +67,8 @@ class Results:
         folder = self.config.output_dir
         if self.config.method == "full":
             return f'draw with it: pixtune sample "a prompt" --model {shlex.quote(str(paths[0]))}'
-        return f'draw with it: pixtune sample "a prompt" --lora {shlex.quote(str(folder))}'
+        edits = " --control picture.png" if self.config.data_config.control_dir else ""
+        return f'draw with it: pixtune sample "a prompt" --lora {shlex.quote(str(folder))}{edits}'
 
 
 def already_finished(step: int, num_steps: int, folder: Path) -> str:

@@ -368,6 +368,14 @@ def test_a_prompt_is_read_as_in_the_run_of_its_lora(
     assert [(request.max_text_tokens, request.control_size) for request in asked] == [(48, 256), (9, 64)]
 
 
+def test_an_edit_model_without_a_picture_to_edit_is_told_of() -> None:
+    """Drawn from words alone, the small one's pictures are specks, and nobody would know why."""
+    edit, flux = (str(ROOT / "assets" / name) for name in ("tiny-qwen-image-edit", "tiny-flux"))
+    (note,) = open_task(request_for(edit, texts=("make it grey", "make it red"))).notes
+    assert note.startswith("no picture to edit for 'make it grey' and 1 more: ") and "--control picture.png" in note
+    assert open_task(request_for(flux, texts=("a fox",))).notes == ()
+
+
 def test_a_lora_says_where_it_goes(loras: dict[str, Path]) -> None:
     lora = read_saved_lora(loras[MODELS[0]], tiny.family_named(MODELS[0]))
     assert (lora.rank, lora.alpha) == (4, 10.0) and "transformer_blocks.0.attn.to_q" in lora.modules
