@@ -157,6 +157,9 @@ def _field_fault(key: str, errors: Sequence[ErrorDetails], entry: Entry | None, 
         return Fault(whole, f"{key} is required and missing. {description}")
     names = [str(details["loc"][0]) for details in errors if details["loc"] and isinstance(entry.value, dict)]
     of_items = [details for details in errors if details["type"] != "too_short"]  # a wrong item is not counted either
+    if any(details["type"].startswith(("greater_than", "less_than")) for details in of_items):
+        # A number out of range stays so in a list.
+        of_items = [details for details in of_items if details["type"] != "tuple_type"]
     wanted = " or ".join(dict.fromkeys(_wanted(details) for details in of_items or errors))
     sentence = f"{entry.written_as} is {show(entry.value)}: must be {wanted}"
     if key == "samples.prompts" and str(entry.value).endswith((".txt", ".jsonl")):

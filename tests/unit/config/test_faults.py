@@ -530,3 +530,11 @@ def test_what_is_wrong_in_a_mapping_is_named(value, words):
     with pytest.raises(ConfigError) as caught:
         load_config(None, [f"adapter.rank_pattern={value}"])
     assert [fault for fault in caught.value.faults if fault.endswith(words)], caught.value.faults
+
+
+@pytest.mark.parametrize(("value", "words"), [("100000", "must be at most 16384"), ("-5", "must be at least 16")])
+def test_a_number_out_of_range_is_not_advised_to_be_a_list(value: str, words: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(None, [f"data_config.img_size={value}"])
+    (line,) = [line for line in str(caught.value).splitlines() if "img_size" in line]
+    assert words in line and "list" not in line
