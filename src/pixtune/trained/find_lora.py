@@ -31,9 +31,9 @@ class FoundLora:
     model_parts: ModelParts = NO_PARTS
     """Parts of the base model that lie elsewhere, as its run's config names them."""
     max_text_tokens: int | None = None
-    """Its run's `data_config.max_text_tokens`: FLUX attends to padding, so another length gives other pictures."""
+    """Value of its run's `data_config.max_text_tokens`: FLUX attends to padding, so others give other pictures."""
     control_size: int | None = None
-    """Its run's `data_config.control_size`; None where no run is known."""
+    """Value of its run's `data_config.control_size`; None where no run is known."""
 
 
 def find_lora(path: Path) -> FoundLora:

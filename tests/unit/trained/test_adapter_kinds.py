@@ -327,7 +327,7 @@ def test_comfyuis_file_is_the_same_weight_by_its_own_formulas(kind: str, written
     with torch.no_grad():
         ours = adapted(kind).get_submodule(FIRST)(states) - bias
     torch.testing.assert_close(ours.t(), changed, rtol=1e-4, atol=1e-5)
-    assert (changed - weight).norm() > 0.1 * weight.norm()
+    assert (changed - weight).norm() > 0.05 * weight.norm(), "too little to tell by"
 
 
 def test_files_that_do_not_hold_what_they_state_are_refused(written: Path, tmp_path: Path) -> None:
