@@ -170,7 +170,7 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.benchmark = True
-    torch._dynamo.config.automatic_dynamic_shapes = False
+    torch._dynamo.config.automatic_dynamic_shapes = False  # each text length gets kernels of its own
     torch._dynamo.config.recompile_limit = 32  # one small function serves all sizes inside the autoencoder
     torch.manual_seed(0)
     captions = [icon.caption for icon in read_base_icons(PART_SETS)]
