@@ -24,7 +24,7 @@ from pixtune.data.buckets import Framing
 from pixtune.data.cache import CacheKey, Entry, Keys, Ledger, Store
 from pixtune.data.caption_tokens import Lengths, count_new, cut_captions
 from pixtune.data.filling import FillReport, Lacking, Work, fill
-from pixtune.data.images import check_unchanged, crop_resize, decoded, to_pixels
+from pixtune.data.images import crop_resize, decoded, to_pixels, while_unchanged
 from pixtune.engine.tiling import encode_images
 from pixtune.engine.weight_only import quantize_encoder
 from pixtune.errors import WeightsError
@@ -67,11 +67,8 @@ class FramedPicture:
         Raises:
             DataError: the file cannot be read, or is not the one that `digest` was taken of.
         """
-        check_unchanged(self.path, self.digest)
-        with decoded(self.path) as picture:
-            framed = crop_resize(picture.image, self.framing)
-        check_unchanged(self.path, self.digest)  # it may have been replaced while it was read
-        return framed
+        with while_unchanged(self.path, self.digest), decoded(self.path) as picture:
+            return crop_resize(picture.image, self.framing)
 
 
 @dataclass(frozen=True, slots=True)

@@ -178,31 +178,42 @@ def read_size(path: Path) -> Size:
 
 
 def picture_digest(path: Path) -> str:
-    """Returns the SHA-256 of a picture file, which is read again only if its size or time of change differs.
+    """Returns the SHA-256 of a picture file, which is read again only if its size or a time of change differs.
 
     Raises:
         DataError: the file cannot be read.
     """
     try:
         stat = path.stat()
-        return _digest(str(path), stat.st_size, stat.st_mtime_ns)
+        return _digest(str(path), stat.st_size, (stat.st_mtime_ns, stat.st_ctime_ns))
     except OSError as error:
         raise _data_error(path, f"cannot be read: {error.strerror or error}.") from error
 
 
 @lru_cache(maxsize=1 << 15)
-def _digest(name: str, size: int, changed_ns: int) -> str:
+def _digest(name: str, size: int, changed_ns: tuple[int, int]) -> str:
     path = Path(name)
     check_size(path, LARGEST_PICTURE_BYTES)
     return file_digest(path)
 
 
-def check_unchanged(path: Path, digest: str) -> None:
-    """Checks that a picture file is the one whose digest was taken before.
+@contextlib.contextmanager
+def while_unchanged(path: Path, digest: str) -> Iterator[None]:
+    """Checks before and after the picture file is read that it is the one whose digest was taken before.
+
+    What the reading makes of a file that is replaced meanwhile, an error included, counts for nothing.
 
     Raises:
-        DataError: it is gone, or has other content.
+        DataError: the file is gone, or has other content.
     """
+    _check_unchanged(path, digest)
+    try:
+        yield
+    finally:
+        _check_unchanged(path, digest)
+
+
+def _check_unchanged(path: Path, digest: str) -> None:
     try:
         if picture_digest(path) == digest:
             return

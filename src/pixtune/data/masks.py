@@ -19,7 +19,7 @@ from pixtune.config.folders import Folder
 from pixtune.data.buckets import Box, Framing
 from pixtune.data.controls import same_part, same_shape
 from pixtune.data.findings import count
-from pixtune.data.images import check_unchanged, has_alpha, picture_digest, read_levels, read_size
+from pixtune.data.images import has_alpha, picture_digest, read_levels, read_size, while_unchanged
 from pixtune.data.pairs import PICTURE_EXTENSIONS, Pair, find_ambiguous, list_files, of_type, shorten, stem_of
 from pixtune.errors import DataError
 from pixtune.sizes import Size
@@ -90,9 +90,8 @@ class FramedMask:
         Raises:
             DataError: it cannot be read, has changed, or counts nothing of the framed target.
         """
-        check_unchanged(self.path, self.digest)
-        levels_HW = read_levels(self.path, self.of == "alpha", note)
-        check_unchanged(self.path, self.digest)
+        with while_unchanged(self.path, self.digest):
+            levels_HW = read_levels(self.path, self.of == "alpha", note)
         brightest = int(levels_HW.max())
         if 0 < brightest < FAINT:
             note(f"is dark: its brightest level is {brightest} of 255. White counts, and black does not")

@@ -20,12 +20,11 @@ from PIL import Image
 from pixtune.data.controls import same_shape
 from pixtune.data.doctor.looks import THUMBNAIL_PIXELS, Look, make_thumbnail, take_look
 from pixtune.data.doctor.pair_looks import PairLook, compare_pair, reduce_for_pairs
-from pixtune.data.images import decoded
+from pixtune.data.images import decoded, picture_digest, while_unchanged
 from pixtune.data.pairs import Pair
 from pixtune.errors import DataError
 from pixtune.launch.crew import ALONE, Crew
 from pixtune.sizes import Size
-from pixtune.storage.files import file_digest
 
 _MAX_THREADS = 4  # a large picture needs a gigabyte while it is decoded
 _MOST_IN_A_ROW = 16
@@ -151,14 +150,12 @@ def _check_picture(
     use: Callable[[Image.Image], object] = lambda picture: None,
 ) -> Checked:
     try:
-        with decoded(path) as picture:
+        digest = picture_digest(path)
+        with while_unchanged(path, digest), decoded(path) as picture:
             size, notes = picture.image.size, picture.notes
             look = take_look(picture.image) if with_look else None
             thumbnail = look.thumbnail_HW3 if look else make_thumbnail(picture.image) if path in compared else None
             use(picture.image)
-        digest = file_digest(path)
     except DataError as error:
         return Checked(path, None, "", tuple(error.faults))
-    except OSError as error:
-        return Checked(path, None, "", (f"{path} cannot be read: {error.strerror or error}.",))
     return Checked(path, size, digest, (), notes, thumbnail, look)

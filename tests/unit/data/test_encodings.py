@@ -646,14 +646,24 @@ def test_a_picture_that_changes_before_it_is_encoded_is_not_stored_under_the_old
     assert encoder.store.problem(keys[0].digest) == ABSENT
 
 
+def shrink(path: Path) -> None:
+    """Leaves a picture in which the framed part of the earlier one does not lie."""
+    Image.new("RGB", (8, 8)).save(path)
+
+
+def cut_off(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:60])
+
+
+@pytest.mark.parametrize("replace_it", [edit, shrink, cut_off])
 def test_a_picture_that_is_replaced_while_it_is_read_is_not_stored_under_the_old_content(
-    encoder: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    encoder: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, replace_it: Callable[[Path], None]
 ) -> None:
     framed = picture(tmp_path, "a.png", 10)
     keys = encoder.latent_keys([framed])
 
     def replaced_before_it_is_opened(path: Path) -> AbstractContextManager[Decoded]:
-        edit(path)
+        replace_it(path)
         return decoded(path)
 
     monkeypatch.setattr(encode, "decoded", replaced_before_it_is_opened)

@@ -8,13 +8,16 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
+from pixtune.data import scan
 from pixtune.data.caption_tokens import CaptionCounter
+from pixtune.data.images import Decoded, decode
 from pixtune.data.validate import validate_dataset, validate_folder
 from pixtune.families import family_of
 from pixtune.storage.model_folder import ModelFolder
@@ -34,6 +37,20 @@ def test_a_good_folder_has_no_faults_and_no_warnings(tmp_path):
     assert report.bucket_counts == {}
     text = report.render()
     assert "2 pictures" in text and "16 characters" in text and text.startswith("The data set is fine.")
+
+
+def test_a_picture_that_is_replaced_while_it_is_checked_is_a_fault(tmp_path, monkeypatch):
+    """Its size would be of one picture and its digest of the other, so a run would cut a part that is not there."""
+    save_pair(tmp_path, "a.png", 1)
+
+    def replaced_once_it_was_decoded(path: Path) -> AbstractContextManager[Decoded]:
+        picture = decode(path)
+        Image.new("RGB", (8, 8)).save(path)
+        return nullcontext(picture)
+
+    monkeypatch.setattr(scan, "decoded", replaced_once_it_was_decoded)
+    (fault,) = validate_folder(tmp_path).faults
+    assert fault.startswith(f"{tmp_path / 'a.png'} has other content than when it was first read")
 
 
 def test_bucket_counts(tmp_path):

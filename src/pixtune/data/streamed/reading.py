@@ -16,7 +16,7 @@ from typing import Any
 from pixtune.config.folders import CaptionRules
 from pixtune.data.ahead import made_ahead
 from pixtune.data.examples import captions_of
-from pixtune.data.images import decoded, picture_digest
+from pixtune.data.images import decoded, picture_digest, while_unchanged
 from pixtune.data.pairs import Pair, shorten
 from pixtune.data.streamed.position import LanePosition, Position, has_ended, lanes_of, next_epoch, shares_of
 from pixtune.data.streamed.shards import Shards, first_cause, why_unreadable
@@ -326,17 +326,17 @@ class Reader:
             captions = captions_of(raw, self.rules)
             if any(len(caption) > LONGEST_CAPTION for caption in captions):
                 return f"is skipped: a caption has more than {LONGEST_CAPTION:,} characters."
-            size, *of_controls = [_size_of(path) for path in (raw.image_path, *paths)]
-            digest, *digests = [picture_digest(path) for path in (raw.image_path, *paths)]
+            (digest, size), *controls = [_digest_and_size(path) for path in (raw.image_path, *paths)]
         except DataError as error:
             named = " ".join(error.faults).replace(f"{raw.image_path} ", "the picture ")
             return f"is skipped: {named}"
-        return StreamRow(place, digest, size, captions, tuple(zip(digests, of_controls, strict=True)))
+        return StreamRow(place, digest, size, captions, tuple(controls))
 
 
-def _size_of(path: Path) -> Size:
-    with decoded(path) as picture:
-        return picture.image.size
+def _digest_and_size(path: Path) -> tuple[str, Size]:
+    digest = picture_digest(path)
+    with while_unchanged(path, digest), decoded(path) as picture:
+        return digest, picture.image.size
 
 
 def _to_plain(row: StreamRow) -> list[Any]:
