@@ -21,6 +21,7 @@ from pixtune.config.schema import LIST_SECTIONS, NOT_YET, TrainConfig, is_leaf, 
 from pixtune.config.sources import COMMAND_LINE, Entry, Fault, Place, overridden, read_file, read_overrides, show
 from pixtune.config.yaml_tree import ConfigDumper
 from pixtune.errors import ConfigError, NotYetError
+from pixtune.inputs.misspelt import did_you_mean
 from pixtune.inputs.printing import one_line
 
 logger = logging.getLogger(__name__)
@@ -243,7 +244,8 @@ def _folder_faults(right: Mapping[str, Any], entries: Mapping[str, Entry]) -> li
             if not os.path.isdir(folder):
                 problem = "is a file, not a folder" if os.path.exists(folder) else "there is no such folder"
                 looked = "" if os.path.isabs(folder) else f" (looked for {os.path.abspath(folder)})"
-                faults.append(Fault(entries[key].place, f"{key} is {show(name)}: {problem}{looked}"))
+                hint = f".{meant}" if (meant := did_you_mean(Path(folder))) else ""
+                faults.append(Fault(entries[key].place, f"{key} is {show(name)}: {problem}{looked}{hint}"))
     faults += [
         Fault(entries[key].place, f"{key} is {show(right[key])}: {reason}")
         for key in WRITTEN

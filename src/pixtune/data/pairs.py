@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pixtune.data.captions import read_caption
+from pixtune.inputs.misspelt import did_you_mean
 
 PICTURE_EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp", "bmp", "tiff", "tif"})
 """Extensions of the pictures that are read, in lower case; file names may have any letter case."""
@@ -162,7 +163,8 @@ def list_files(
         apart: real paths of folders to skip, unless one is `folder` itself.
     """
     if not folder.is_dir():
-        faults.append(f"The {role} {folder} {'is not a folder' if folder.exists() else 'does not exist'}.")
+        problem = "is not a folder" if folder.exists() else "does not exist"
+        faults.append(f"The {role} {folder} {problem}.{did_you_mean(folder)}")
         return {}
     root, visited = os.path.realpath(folder), set[str]()
     found: dict[str, Path] = {}

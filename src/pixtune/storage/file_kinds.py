@@ -16,7 +16,7 @@ OTHER_FORMATS = {
     b"PK\x03\x04": PICKLE,  # what torch.save writes: a zip with a pickle in it
     b"\x80": PICKLE,  # what it wrote before torch 1.6
     b"version ": "a git-lfs pointer: the weights were not downloaded. Run `git lfs pull` in its folder",
-    b"<": "a web page, most likely an error message saved in place of the weights. Fetch the model again",
+    b"<": "a web page, perhaps an error message. Fetch the weights again, as a .safetensors file",
     b"GGUF": "a GGUF file, which is read as the base of a run alone. Take it as .safetensors",
     b"\x89PNG": PICTURE,
     b"\xff\xd8\xff": PICTURE,
@@ -52,13 +52,13 @@ def kind_of_bytes(path: Path) -> str:
     kind = next((kind for signature, kind in OTHER_FORMATS.items() if data.startswith(signature)), None)
     if kind == PICTURE:
         is_workflow = any(chunk in data for chunk in WORKFLOW_CHUNKS)
-        return f"a picture with {WORKFLOW}" if is_workflow else "a picture. Give the model's .safetensors"
+        return f"a picture with {WORKFLOW}" if is_workflow else "a picture. Give the weights as .safetensors"
     if kind is not None:
         return kind
     if data.lstrip()[:1] in (b"{", b"["):
         return _kind_of_json(data)
     if _is_text(data):
-        return f"text, which begins with {data[:40].decode('utf-8', 'replace')!r}. Give the model's .safetensors"
+        return f"text, which begins with {data[:40].decode('utf-8', 'replace')!r}. Give the weights as .safetensors"
     return "something else, or cut off. Fetch the model again"
 
 
@@ -77,7 +77,7 @@ def _kind_of_json(data: bytes) -> str:
             return "a model's config, without weights. Give the folder that it is in, or the model's .safetensors"
     elif b'"class_type"' in data or b'"nodes"' in data:
         return WORKFLOW
-    return "JSON, without weights. Give the model's .safetensors"
+    return "JSON, without weights. Give the weights as .safetensors"
 
 
 def _is_text(data: bytes) -> bool:

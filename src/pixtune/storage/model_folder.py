@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from pixtune.config.model_parts import ModelParts
 from pixtune.errors import WeightsError
+from pixtune.inputs.misspelt import did_you_mean
 from pixtune.inputs.reading import MEBIBYTE, check_regular, read_bounded
 from pixtune.storage.config_bounds import check_config
 from pixtune.storage.file_kinds import kind_of_bytes
@@ -260,7 +261,7 @@ def open_model_folder(name_or_path: str, replaced: Collection[str] = (), key: st
     path = Path(name_or_path).expanduser()
     if not path.exists():
         if is_file_name(name_or_path) or name_or_path.startswith((".", "/", "~")):
-            raise WeightsError(f"{key}: there is no {path.absolute()}. {PIPELINE_NEEDED}")
+            raise WeightsError(f"{key}: there is no {path.absolute()}.{did_you_mean(path)} {PIPELINE_NEEDED}")
         path = _download(name_or_path, replaced, key)
     if not (path / MODEL_INDEX).is_file():
         raise WeightsError(_not_a_pipeline(path))

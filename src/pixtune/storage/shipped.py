@@ -12,6 +12,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from pixtune.inputs.misspelt import did_you_mean
+
 FILE = Path(__file__).with_name("architectures.json")
 SIMILARITY = 0.8
 """Share of matching characters from which a name counts as a misspelt one, by `difflib`."""
@@ -29,10 +31,12 @@ def shipped_names() -> tuple[str, ...]:
 
 
 def spelling_hint(name: str) -> str:
-    """Returns a sentence that names the shipped model which an unknown name resembles; empty if there is none.
+    """Returns a sentence that names what an unknown name resembles: a path, or a shipped model; empty if there is none.
 
     The owner may be missing: `flux.1-dev` resembles `black-forest-labs/FLUX.1-dev`.
     """
+    if here := did_you_mean(Path(name).expanduser(), SIMILARITY):
+        return here
     known = {spelt.lower(): shipped for shipped in shipped_names() for spelt in (shipped, shipped.split("/")[1])}
     for spelt in (name.lower(), name.lower().split("/")[-1]):
         if near := difflib.get_close_matches(spelt, known, n=1, cutoff=SIMILARITY):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,10 @@ from pydantic import ValidationError
 
 from pixtune.config.model_parts import NO_PARTS, ModelParts
 from pixtune.errors import CheckpointError, WeightsError
+from pixtune.inputs.misspelt import did_you_mean
 from pixtune.storage.checkpoint import read_folder
 from pixtune.storage.checkpoint_state import read_state
+from pixtune.storage.model_folder import read_header
 from pixtune.trained.export import DIFFUSERS_FILE
 from pixtune.trained.model_spec import largest_size
 
@@ -46,9 +47,10 @@ def find_lora(path: Path) -> FoundLora:
         WeightsError: there is none; says what is there.
     """
     if path.is_file():
+        read_header(path)  # a picture or a report of the run is told as such before its model is loaded
         return _with_run(path, path.parent)
     if not path.is_dir():
-        raise WeightsError(f"there is no LoRA at {path}{_near(path)}. Give a LoRA file, or a run's output_dir.")
+        raise WeightsError(f"there is no LoRA at {path}.{did_you_mean(path)} Give a LoRA file, or a run's output_dir.")
     if (path / DIFFUSERS_FILE).is_file():
         return _with_run(path / DIFFUSERS_FILE, path)
     for saved in read_folder(path).order.course:
@@ -57,15 +59,19 @@ def find_lora(path: Path) -> FoundLora:
     others = sorted(file.name for file in path.glob("*.safetensors"))
     if len(others) == 1:
         return FoundLora(path / others[0])
-    names = (
-        f"it holds {', '.join(others)}: name one of them" if others else "a run writes one with its first checkpoint"
-    )
-    raise WeightsError(f"{path} has no {DIFFUSERS_FILE}: {names}.")
+    runs = sorted(str(file.parent) for file in path.glob(f"*/{DIFFUSERS_FILE}"))
+    if others:
+        advice = f"it holds {', '.join(others)}: name one of them"
+    elif runs:
+        advice = f"name one of the runs in it: {', '.join(runs)}"
+    else:
+        advice = "a run writes one with its first checkpoint"
+    raise WeightsError(f"{path} has no {DIFFUSERS_FILE}: {advice}.")
 
 
 def _with_run(file: Path, folder: Path) -> FoundLora:
     """Adds what the run in the file's folder says; a file that was moved elsewhere has none."""
-    config = _config_of(folder)
+    config = _config_of(folder) or _config_of(folder.parent)  # its best weights lie in a folder of their own
     model, recorded = config.get("pretrained_model_name_or_path"), config.get("data_config")
     data: Mapping[str, Any] = recorded if isinstance(recorded, Mapping) else {}
     try:
@@ -78,7 +84,26 @@ def _with_run(file: Path, folder: Path) -> FoundLora:
         value if isinstance(value, int) else None
         for value in (data.get(key) for key in ("max_text_tokens", "control_size"))
     )
-    return FoundLora(file, model if isinstance(model, str) else None, largest_size(data), parts, tokens, control)
+    model = _from_here(model, config.get("output_dir"), folder) if isinstance(model, str) else None
+    return FoundLora(file, model, largest_size(data), parts, tokens, control)
+
+
+def _from_here(model: str, output_dir: object, folder: Path) -> str:
+    """Returns a run's model as it is named from here, where the run names it from the folder in which it was started.
+
+    That folder is known where the run's own output folder is named from it, too.
+
+    Args:
+        folder: the output folder, or one of its checkpoints.
+    """
+    if Path(model).is_absolute() or Path(model).exists() or not isinstance(output_dir, str):
+        return model
+    own = Path(output_dir).parts
+    for place in (folder.absolute(), *folder.absolute().parents):
+        if own and place.parts[-len(own) :] == own:
+            there = Path(*place.parts[: -len(own)], model)
+            return str(there) if there.is_dir() else model
+    return model
 
 
 def _config_of(folder: Path) -> Mapping[str, Any]:
@@ -89,12 +114,3 @@ def _config_of(folder: Path) -> Mapping[str, Any]:
     except (CheckpointError, KeyError, TypeError):
         return {}
     return config if isinstance(config, Mapping) else {}
-
-
-def _near(path: Path) -> str:
-    """Returns a hint at what is there instead."""
-    folder = path.parent
-    if not folder.is_dir():
-        return f": the folder {folder} does not exist"
-    near = get_close_matches(path.name, [each.name for each in folder.iterdir()], n=3, cutoff=0.5)
-    return f"; {folder} has {', '.join(near)}" if near else ""

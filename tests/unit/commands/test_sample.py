@@ -337,13 +337,41 @@ def test_a_lora_is_found_in_a_run_a_checkpoint_or_a_file(tmp_path: Path, loras: 
     other.mkdir()
     shutil.copyfile(lora, other / "mine.safetensors")
     assert find_lora(other) == FoundLora(other / "mine.safetensors")
+    (tmp_path / "run" / "best").mkdir()
+    shutil.copyfile(lora, run / "best" / lora.name)
+    assert find_lora(run / "best") == replace(newest, path=run / "best" / lora.name)
+    (tmp_path / "sheet.png").write_bytes(b"\x89PNG\r\n")
+    (tmp_path / "report.html").write_text("<html>")
     for path, words in (
-        (tmp_path / "runn", "has run, "),
-        (tmp_path / "no" / "where", "does not exist"),
+        (tmp_path / "runn", f"Did you mean {run}"),
+        (tmp_path / "no" / "where", "there is no LoRA at"),
+        (tmp_path, f"name one of the runs in it: {run}"),
+        (tmp_path / "sheet.png", "a picture. Give the weights"),
+        (tmp_path / "report.html", "a web page"),
         (ROOT, "no pytorch"),
     ):
-        with pytest.raises(WeightsError, match=words.rstrip(", ")):
+        with pytest.raises(WeightsError, match=words):
             find_lora(path)
+
+
+def test_a_model_that_a_run_names_from_where_it_was_started_is_found_from_elsewhere(
+    tmp_path: Path, loras: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensors, metadata = read_tensors(loras["tiny-flux"])
+    (tmp_path / "models" / "base").mkdir(parents=True)
+    for name in ("models/base", "models/gone"):
+        config = {"pretrained_model_name_or_path": name, "output_dir": f"runs/{Path(name).name}"}
+        run, file = tmp_path / config["output_dir"], TensorFile(tensors, metadata)
+        lineage = Lineage((Session("a", 3),), None, 3)
+        save_checkpoint(run, 3, {DIFFUSERS_FILE.removesuffix(".safetensors"): file}, {"config": config}, lineage)
+    base, gone = tmp_path / "runs" / "base", tmp_path / "runs" / "gone"
+    assert {find_lora(base).model, find_lora(base / "checkpoint-000003").model} == {str(tmp_path / "models" / "base")}
+    assert find_lora(gone).model == "models/gone"
+    monkeypatch.chdir(tmp_path)
+    assert find_lora(base).model == "models/base"
+    shutil.move(base, tmp_path / "moved")
+    monkeypatch.chdir(tmp_path / "runs")
+    assert find_lora(tmp_path / "moved").model == "models/base"
 
 
 def test_a_prompt_is_read_as_in_the_run_of_its_lora(
