@@ -3,7 +3,8 @@
     python scripts/demo_style.py
 
 `train/` is for the LoRA. `held_out/` has other names of the same kinds in the same style, to measure whether the style
-transfers. Every name is one that the base model knows in both of its own styles.
+transfers. Every name is one that the base model knows in two of its own styles. `prior/` has drawings of the base's own
+sets, by which a LoRA leaves those styles as they are.
 """
 
 from __future__ import annotations
@@ -11,11 +12,13 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from emoji_pictures import PART_SETS, read_icons, read_named_icons, save_pair
+from emoji_pictures import BASE_SETS, PART_SETS, read_icons, read_named_icons, save_pair
 
 STYLE_SET = "twemoji"
 OUT_DIR = Path(__file__).resolve().parent.parent / "assets" / "demo-style"
 SIZE_PIXELS = 128
+PRIOR_EVERY = 3
+"""Of each of the base's sets, one of so many drawings of the names to train on is a regularization picture."""
 
 TRAIN_NAMES = """
     grinning face; smiling face with sunglasses; crying face; thinking face; face with tongue; angry face;
@@ -62,6 +65,11 @@ def main() -> None:
         for icon in read_named_icons(STYLE_SET, names):
             save_pair(arguments.out / folder, icon, SIZE_PIXELS)
         print(f"{len(names)} pictures in {arguments.out / folder}")
+    for number, set_name in enumerate(BASE_SETS):
+        icons = {icon.name: icon for icon in read_icons(set_name)}
+        known = [icons[name] for name in demo_names()[0] if name in icons]
+        for icon in known[number % PRIOR_EVERY :: PRIOR_EVERY]:
+            save_pair(arguments.out / "prior" / set_name, icon, SIZE_PIXELS)
 
 
 if __name__ == "__main__":

@@ -95,8 +95,8 @@ class CaptionCheck:
         listed = ", ".join(f"{name} ({by_name[name].caption[:60]!r})" for name in named)
         session.print(
             f"warning: {len(named)} of {len(gains)} captions fit their pictures hardly better than other pictures' "
-            f"captions do, most likely since they are wrong: {listed}. Correct them, or leave these pictures out: "
-            f"data_config.exclude='[{', '.join(named)}]'"
+            f"captions do, so they may be wrong: {listed}. Look at them; correct what is wrong, or leave "
+            f"those pictures out: data_config.exclude='[{', '.join(named)}]'"
         )
 
     def _write_thumbnail(self, picture: Image.Image, path: str) -> None:
