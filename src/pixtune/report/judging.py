@@ -51,8 +51,8 @@ def build_suspects(output_dir: Path, record: RunRecord) -> str:
     figures = "".join(_build_suspect(output_dir, suspect) for suspect in record.suspects)
     return (
         "<section><h2>Captions that look wrong</h2><p>The base model tried each caption on its picture and on others "
-        "before it learned anything. These fit their own picture hardly better than captions of other pictures do: "
-        "most likely they are wrong. The worst comes first. Correct them, or leave the pictures out with "
+        "before it learned anything. These fit their own picture hardly better than captions of other pictures do, so "
+        "they may be wrong. The worst comes first. Correct what is wrong, or leave the pictures out with "
         f'<code>data_config.exclude</code>.</p><div class="pairs">{figures}</div></section>'
     )
 
