@@ -295,7 +295,8 @@ def test_encoded_mean_is_the_pipelines_normalised_latents(case: Case, width: int
     with torch.no_grad():
         expected = case.reference.encode_images(case.pipeline, pixels_B3HW)
     ours = case.family.encode_images(case.autoencoder, pixels_B3HW)
-    torch.testing.assert_close(ours.mean_BCHW, expected, rtol=1e-5, atol=1e-6)
+    # Values are about 1; processors sum a convolution's products in different orders.
+    torch.testing.assert_close(ours.mean_BCHW, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_a_draw_of_the_encoded_distribution_is_the_pipelines(case: Case) -> None:
@@ -306,7 +307,7 @@ def test_a_draw_of_the_encoded_distribution_is_the_pipelines(case: Case) -> None
     ours = case.family.encode_images(case.autoencoder, pixels_B3HW)
     same_noise = torch.randn(expected.unsqueeze(2).shape, generator=torch.Generator().manual_seed(5))[:, :, 0]
     assert ours.std_BCHW.min() > 0
-    torch.testing.assert_close(ours.latents(same_noise), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(ours.latents(same_noise), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_latents_of_a_distribution() -> None:

@@ -1,4 +1,4 @@
-"""What a path that leads nowhere may have meant."""
+"""Hints at what a path that leads nowhere may have meant."""
 
 from __future__ import annotations
 

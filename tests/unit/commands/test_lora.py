@@ -89,7 +89,9 @@ def test_a_run_s_folder_means_its_newest_lora(loras: tuple[Path, Path], tmp_path
     (tmp_path / "run" / "pytorch_lora_weights.safetensors").write_bytes(loras[0].read_bytes())
     assert "pytorch_lora_weights.safetensors: a LoRA" in run("info", tmp_path / "run")
     assert "cosine +1.0000" in run("compare", loras[0], tmp_path / "run")
-    assert "a run writes one with its first checkpoint" in refused("info", tmp_path)
+    assert f"name one of the runs in it: {tmp_path / 'run'}." in refused("info", tmp_path)
+    (tmp_path / "empty").mkdir()
+    assert "a run writes one with its first checkpoint" in refused("info", tmp_path / "empty")
 
 
 def test_numbers_beyond_a_format_are_refused(loras: tuple[Path, Path], tmp_path: Path) -> None:
