@@ -86,7 +86,7 @@ def shortened(text: str, max_words: int | None) -> str:
     """
     ends = [match.end() for match in WORD.finditer(text)]
     limit = len(text) if max_words is None else _with_marks(text, ends[max_words - 1])
-    sentences = [match.end() for match in SENTENCE_END.finditer(text) if match.end() <= limit]
+    sentences = [match.end() for match in SENTENCE_END.finditer(text) if ends[0] <= match.end() <= limit]
     if sentences:
         return text[: sentences[-1]]
     whole = ends[: max_words if max_words is not None else max(len(ends) - 1, 1)]

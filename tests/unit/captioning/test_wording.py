@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from pixtune.captioning.wording import WORD, caption_of, repeated, shortened
@@ -101,6 +101,7 @@ def test_repetition_is_what_a_pattern_finds(words: list[str]) -> None:
     assert partial or not found
 
 
+@example(". a.a", 1)
 @given(st.text(alphabet="ab ,.\"'!", min_size=1), st.integers(1, 5))
 def test_a_shortened_text_is_a_beginning_and_no_longer_than_allowed(text: str, most: int) -> None:
     words = WORD.findall(text)
