@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import shlex
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -59,6 +60,8 @@ class Source(NamedTuple):
 
 COMMAND_LINE = Place(10**9, "command line")
 
+LINE_BREAK = re.compile("\r\n|[\n\r\x85\u2028\u2029]")
+"""Line breaks as YAML counts them."""
 LARGEST_FILE_BYTES = MEBIBYTE
 """Size that no config of a person reaches: the longest that is shipped has four thousand bytes."""
 
@@ -189,7 +192,7 @@ def _yaml_problem(error: yaml.MarkedYAMLError, text: str) -> tuple[str, int]:
     sentence = f"is not YAML: {', '.join(parts)}"
     # A quote that `"C:\\Users\\"` leaves open is noticed far below the line where it stands.
     begins = error.context_mark or mark
-    if begins is not None and "\\" in text.split("\n")[begins.line]:
+    if begins is not None and "\\" in LINE_BREAK.split(text)[begins.line]:
         sentence += f". {ABOUT_BACKSLASHES}"
     return sentence, mark.line + 1 if mark else 0
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path, PurePosixPath
@@ -319,7 +320,7 @@ def read_memory(line: Mapping[str, Any]) -> MemoryRecord:
 
 def is_finite(value: object) -> bool:
     """Returns whether a logged value can be plotted."""
-    return isinstance(value, int | float) and math.isfinite(value)
+    return isinstance(value, int | float) and abs(value) <= sys.float_info.max
 
 
 def thin(points: Sequence[Point], limit: int = MOST_POINTS) -> list[Point]:

@@ -35,40 +35,16 @@ from typing import Any
 from pixtune.errors import WriteError
 from pixtune.inputs import reading
 from pixtune.storage.files import file_digest, write_atomically
+from pixtune.tracking.lines import has_form
 
 FILE_NAME = "metrics.jsonl"
 
 LARGEST_FILE_BYTES, LONGEST_LINE_BYTES, MOST_LINES = 1024 * reading.MEBIBYTE, reading.MEBIBYTE, 4_000_000
 """Bounds of a log that is read: one of a million steps has a quarter of the lines and of the size."""
-LARGEST_STEP = 2**53
-"""Number up to which steps can be divided and plotted without loss."""
 MEAN_OF_STEPS = 50
 """Number of steps whose mean loss is shown: that of one step depends on its noise level more than on the weights."""
 MOST_NAMED = 11
 """Number of damaged lines that are counted; ten are named."""
-
-FIELDS: Mapping[str, Mapping[str, type | tuple[type, ...]]] = {
-    "validation": {"loss": (int, float), "quarters": list},
-    "training_pictures": {"loss": (int, float), "quarters": list},
-    "captions": {"gains": dict, "suspects": list},
-    "sample": {
-        "prompt": str,
-        "seed": int,
-        "path": str,
-        "controls": (list, type(None)),
-        "strength": (int, float, type(None)),
-        "size": (list, type(None)),
-        "negative": (str, type(None)),
-    },
-    "edit_drift": {"off_pixels": (int, float), "color_levels": (int, float), "is_sure": bool},
-    "first_step": {"first_step_seconds": (int, float), "compiled_graphs": int},
-    "skipped": {"message": str, "examples": list},
-    "exploded": {"message": str},
-    "drift": {"message": str},
-    "problem": {"message": str},
-    "memory": {"stages": list},
-}
-"""Values that a line of each kind must have, beside `kind` and `step`, for its readers."""
 
 
 class MetricsLog:
@@ -215,11 +191,4 @@ def parse_line(text: bytes) -> dict[str, Any] | None:
         line = json.loads(text.decode())
     except (ValueError, RecursionError):
         return None
-    if not isinstance(line, dict) or not isinstance(line.get("kind"), str) or type(line.get("step")) is not int:
-        return None
-    if not 0 <= line["step"] <= LARGEST_STEP:
-        return None
-    fields = FIELDS.get(line["kind"], {})
-    right = all(isinstance(line.get(name), kind) for name, kind in fields.items())
-    right = right and all(isinstance(loss, int | float) for loss in line.get("quarters", ()))
-    return line if right else None
+    return line if has_form(line) else None

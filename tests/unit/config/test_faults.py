@@ -345,6 +345,12 @@ def test_a_backslash_that_is_no_escape_gets_the_same_advice(faults_of, minimal, 
     assert "is not YAML" in fault and "forward slashes (C:/Users/me) or in single quotes" in fault
 
 
+@pytest.mark.parametrize("line_break", ["\r", "\r\n", "\x85", "\u2028"])
+def test_lines_are_counted_as_yaml_counts_them(faults_of, minimal, line_break):
+    (fault,) = faults_of(f'{minimal}logging_dir: "C:\\new'.replace("\n", line_break))
+    assert "is not YAML" in fault and "forward slashes (C:/Users/me) or in single quotes" in fault
+
+
 @pytest.mark.parametrize("path", [r"'C:\new\train'", r"C:\new\train", '"C:/new/train"', "été/ß 漢", "'#x y'"])
 def test_paths_that_are_written_right_are_read_as_they_are(write, minimal, path):
     config = load_config(write(f"{minimal}logging_dir: {path}\n"))

@@ -20,16 +20,19 @@ from pixtune.config import load_config
 from pixtune.data.cache import DiskStore, Ledger
 from pixtune.data.metadata import read_metadata
 from pixtune.errors import PixtuneError
+from pixtune.report.page import build_page
 from pixtune.report.record import read_record
+from pixtune.runs.read import RunReader
 from pixtune.storage.checkpoint import read_folder, save_checkpoint, write_set_back
 from pixtune.storage.checkpoint_state import STATE_FILE
 from pixtune.storage.lineage import Session, SetBack, descend
 from pixtune.storage.loading.entries import read_entries
 from pixtune.storage.model_folder import open_model_folder, weight_files
 from pixtune.storage.safetensors_writer import TensorFile
+from pixtune.ui.watch import FigureReader
 
 VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    st.none() | st.booleans() | st.integers() | st.just(10**400) | st.floats() | st.text(max_size=8),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
     max_leaves=6,
 )
@@ -114,7 +117,16 @@ LOG = (
     b'{"kind": "step", "step": 1, "loss": 0.5, "seconds": 0.1}\n'
     b'{"kind": "validation", "step": 1, "loss": 0.5, "quarters": [1, 2, 3, 4]}\n'
     b'{"kind": "sample", "step": 1, "prompt": "a", "seed": 1, "path": "a.png"}\n'
-    b'{"kind": "memory", "step": 1, "stages": []}\n'
+    b'{"kind": "sample", "step": 2, "prompt": "a", "seed": 1, "path": "b.png", "controls": ["c.png"], "size": [8, 8], '
+    b'"strength": 0.5, "negative": "n"}\n'
+    b'{"kind": "captions", "step": 0, "gains": {"a": 0.1}, '
+    b'"suspects": [{"name": "a", "caption": "b", "gain": 0.1, "path": "c.png"}]}\n'
+    b'{"kind": "edit_drift", "step": 2, "path": "b.png", "off_pixels": 0.1, "scale": 1.0, "is_sure": true, '
+    b'"color_levels": 3.0}\n'
+    b'{"kind": "first_step", "step": 1, "first_step_seconds": 3.0, "compiled_graphs": 0}\n'
+    b'{"kind": "exploded", "step": 1, "message": "it has"}\n'
+    b'{"kind": "memory", "step": 1, "measured_peak_gib": 1.5, "stages": [{"stage": "steps", "seconds": 1.0, '
+    b'"allocated_gib": 1.0, "peak_gib": 1.5, "peak_reserved_gib": 2.0, "host_rss_gib": 3.0}]}\n'
 )
 LINEAGE = descend(None, Session("a", 0, {"data": "d"}), 1, 5)
 DIGEST = "ab" * 32
@@ -153,6 +165,10 @@ def an_index_of_a_model(folder: Path) -> bytes:
     return index.read_bytes()
 
 
+def a_report(folder: Path) -> str:
+    return build_page(folder, read_record(folder), config={}, plan={}, versions={}, facts={})
+
+
 def read_tensors_places(folder: Path) -> None:
     """Reads a header, and compares it with the file and with the stock library, where that accepts it."""
     path = folder / "a.safetensors"
@@ -182,7 +198,9 @@ READERS: dict[str, tuple[str, bytes | Callable[[Path], bytes], Callable[[Path], 
     "metadata": ("a.jsonl", ROWS, lambda folder: read_metadata(folder / "a.jsonl", folder)),
     "state of a checkpoint": ("checkpoint-000001/state.json", a_checkpoint, read_folder),
     "set-back": ("set_back.json", a_set_back, read_folder),
-    "log": ("metrics.jsonl", LOG, read_record),
+    "log": ("metrics.jsonl", LOG, a_report),
+    "log of a run that is watched": ("metrics.jsonl", LOG, lambda folder: FigureReader(folder).read()),
+    "log of a run in a list": ("metrics.jsonl", LOG, lambda folder: RunReader(folder, with_curve=True).read()),
     "entry of the cache": (f"{DIGEST[:2]}/{DIGEST}.safetensors", an_entry, read_entry),
     "ledger of the cache": ("a.json", b'{"a": {"model": "b"}}', lambda folder: Ledger(folder / "a.json")),
     "result of a benchmark": (

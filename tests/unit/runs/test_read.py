@@ -230,7 +230,7 @@ def test_figures_that_no_run_has_are_left_out(copy: Copy) -> None:
             log.write(f'{{"kind": "step", "step": {step}, "loss": 0.5, "seconds": 1}}\n')
         for loss in ("1e308", "-1e308", "1e999", "NaN", "true", '"0.5"', "[]", str(10**300)):
             log.write(f'{{"kind": "step", "step": 6, "loss": {loss}, "seconds": {loss}}}\n')
-            log.write(f'{{"kind": "validation", "step": 6, "loss": {loss}, "quarters": [{loss}]}}\n')
+            log.write(f'{{"kind": "validation", "step": 6, "loss": {loss}, "quarters": [{loss}, 1, 1, 1]}}\n')
         log.write(json.dumps({"kind": "sample", "step": 6, "prompt": "x" * 10**5, "seed": 0, "path": "a.png"}) + "\n")
     run = RunReader(folder, with_curve=True).read()
     assert (run.step, run.smoothed_loss is not None) == (before.step, True)

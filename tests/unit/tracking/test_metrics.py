@@ -92,6 +92,11 @@ DAMAGED = {
     "a loss in words": b'{"kind": "validation", "step": 2, "loss": "low", "quarters": [1, 2, 3, 4]}',
     "quarters that are none": b'{"kind": "validation", "step": 2, "loss": 1.0, "quarters": ["a"]}',
     "a validation of nothing": b'{"kind": "validation", "step": 2}',
+    "a loss that no float holds": b'{"kind": "validation", "step": 2, "loss": 1%s, "quarters": [1, 2, 3, 4]}'
+    % (b"0" * 400),
+    "three quarters": b'{"kind": "validation", "step": 2, "loss": 1.0, "quarters": [1, 2, 3]}',
+    "a stage that is none": b'{"kind": "memory", "step": 2, "stages": [null]}',
+    "a control that is none": b'{"kind": "sample", "step": 2, "prompt": "", "seed": 1, "path": "a", "controls": [1]}',
     "a sample without a path": b'{"kind": "sample", "step": 2, "prompt": "a", "seed": 1}',
     "a depth that no reader follows": b"[" * 100_000,
     "a mark of byte order": b'\xef\xbb\xbf{"kind": "step", "step": 1}',
@@ -121,7 +126,7 @@ def test_a_damaged_line_is_left_out_and_said_and_the_old_file_kept(tmp_path: Pat
     [
         (b"", "no lines on 3 of the 3 steps so far, the first of them step 1"),
         (
-            b'{"kind": "step", "step": 1}\n{"kind": "validation", "step": 3, "loss": 1, "quarters": []}\n',
+            b'{"kind": "step", "step": 1}\n{"kind": "validation", "step": 3, "loss": 1, "quarters": [1, 1, 1, 1]}\n',
             "2 of the 3.*step 2",
         ),
         (b'{"kind": "step", "step": 1}\n{"kind": "step", "step": 3}\n{"kind": "step", "ste', "1 of the 3.*step 2"),
@@ -148,7 +153,7 @@ def test_a_log_whose_figures_were_changed_is_told_and_one_that_only_grew_is_not(
     for step in (1, 2):
         log.write("step", step, loss=0.1 + 0.2 * step, quarters=[1e-05, float("nan")])
     seal = log.sync()
-    log.write("validation", 2, loss=0.5, quarters=[])
+    log.write("validation", 2, loss=0.5, quarters=[0.5] * 4)
     log.write("step", 3, loss=0.25)
     log.close()
     for _ in range(2):  # the first time, lines after the checkpoint are dropped
