@@ -279,7 +279,7 @@ class ValidationConfig(Section):
     100; where pictures are held out by `held_out: auto`, as many as keep measuring below a twentieth of the time."""
     judge_captions: bool | None = None
     """Whether the base model names captions that do not fit their pictures, before the first step of a new run. Absent:
-    where that takes less than a twentieth of the run's time, which is from 34 turns of each picture on."""
+    where that takes less than a twentieth of the run's time, which is from 40 turns of each picture on."""
     patience: Count | None = None
     """Number of validations in a row without a new lowest held-out loss after which the run ends early. Absent: it
     takes all of its steps."""

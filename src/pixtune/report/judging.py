@@ -69,5 +69,5 @@ def _build_suspect(output_dir: Path, suspect: Suspect) -> str:
     return (
         f'<figure><span class="picture">{shown}{name}</span>'
         f'<figcaption dir="auto">{escape(suspect.caption)} <span>its caption lowers the loss by '
-        f"{suspect.gain:+.1%} against others'</span></figcaption></figure>"
+        f"{suspect.gain:+.1%} more here than on other pictures</span></figcaption></figure>"
     )

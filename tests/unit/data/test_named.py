@@ -94,15 +94,18 @@ def test_copies_are_held_out_together_and_a_lone_size_is_told_where_the_share_is
 def test_captions_are_tried_where_that_is_cheap_and_they_differ() -> None:
     examples = [example(number) for number in range(20)]
     assert not choose_trials(examples, config(), False).each, "5 turns of each picture are too few"
-    assert not choose_trials(examples, config(max_train_steps=680, num_train_epochs=33), False).each
-    trials = choose_trials(examples, config(max_train_steps=680), False).each
+    assert not choose_trials(examples, config(max_train_steps=800, num_train_epochs=39), False).each
+    trials = choose_trials(examples, config(max_train_steps=800), False).each
     assert [trial.example for trial in trials] == [*range(20)]
     assert all(len({*trial.rivals} - {trial.example}) == MANY for trial in trials)
     tried = [rival for trial in trials for rival in trial.rivals]
     assert {tried.count(number) for number in range(20)} == {MANY}, "each as often as any other"
     always = config(validation__judge_captions="true")
     assert choose_trials(examples, always, False).each == trials
+    judges = choose_trials(examples, always, False).judges
+    assert len(set(judges)) == len(judges) == MANY + 1, "that ten are left where one is the caption's own"
     edits = [example(number, controls=1) for number in range(20)]
+    assert choose_trials(edits, always, True).judges == () and choose_trials(edits, always, False).judges == judges
     assert {len(trial.rivals) for trial in choose_trials(edits, always, True).each} == {FEW}
     same = choose_trials([example(number, caption="sks") for number in range(20)], always, False)
     assert not same.each and "at least 8 different ones are needed" in not_judged(same, always)[0]
